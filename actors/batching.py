@@ -1,0 +1,303 @@
+"""The seam into transformers' continuous batching: every private name that we rely on is here.
+
+``tests/integration/test_batching_seam.py`` pins these names and the order of the calls, and fails
+loudly when transformers changes them:
+
+    loop body:  prepare_next_batch -> _generation_step -> update_batch -> output_router
+    step:       model forward (our router may call fail_rows) -> model_runner._sample
+
+Shape suffixes: R = rows of logits (one per request with a new token), S = sampled rows,
+V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import (
+    BackgroundThreadStatus,
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.requests import (
+    FutureRequestState,
+    GenerationOutput,
+    RequestState,
+)
+from transformers.generation.continuous_batching.scheduler import (
+    SCHEDULER_MAPPING,
+    FIFOScheduler,
+)
+
+from ..proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel
+from .sampling import MIN_TEMPERATURE, sample_top_p
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .engine import EngineConfig, Sampling
+    from .streams import Streams
+
+logger = logging.getLogger(__name__)
+
+# Restarts in a row without one good step in between, after which the engine is not healthy.
+MAX_BARREN_RESTARTS = 3
+MAX_RESTART_DELAY_S = 5.0
+
+
+class _Router(OutputRouter):
+    """Gives every output to its stream at once; there is no queue that nobody reads."""
+
+    def __init__(self, streams: Streams) -> None:
+        super().__init__()
+        self._streams = streams
+
+    def deliver(self, output: GenerationOutput) -> None:
+        self._streams.deliver([output])
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        self._streams.deliver(outputs)
+
+
+class _Scheduler(FIFOScheduler):
+    """transformers admits no new request after an eviction until one *finishes*.
+
+    When the running ones are cancelled instead, that never happens and the waiting ones starve.
+    """
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        cancelled = super().clear_cancelled_requests()
+        if cancelled:
+            self.block_new_requests = False
+        return cancelled
+
+
+SCHEDULER_MAPPING["moesaic_fifo"] = _Scheduler
+
+
+class BatchingLoop(ContinuousBatchingManager):
+    """The manager, with a thread that survives its model's exceptions and faults of single rows."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: EngineConfig,
+        eos_token_ids: Sequence[int],
+        streams: Streams,
+    ) -> None:
+        super().__init__(
+            model,  # pyright: ignore[reportArgumentType]  (their protocol is a nn.Module)
+            GenerationConfig(do_sample=False, eos_token_id=list(eos_token_ids) or -1),
+            _manager_config(config, model.device),
+        )
+        self.streams = streams
+        self.output_router = _Router(streams)
+        self._generator = torch.Generator(model.device)
+        self._generator.seed()
+        self._closing = threading.Event()
+        self._in_forward = False
+        self._faults: dict[str, MoesaicError] = {}
+        self._barren_restarts = 0
+        self.restarts = 0
+        self.steps = 0
+        self.last_error: str | None = None
+        self.last_beat = time.monotonic()
+
+    # ------------------------------------------------------------------ the owner's thread
+
+    def allocate(self) -> int:
+        """Makes the KV cache; returns the tokens that one request can have in it, alone."""
+        try:
+            self.batch_processor = self._create_batch_processor()
+        except (ValueError, AttributeError) as error:
+            raise UnsupportedModel(f"the model cannot be batched continuously: {error}") from error
+        return infer_max_single_request_tokens(self.batch_processor.cache)
+
+    def start(self) -> None:
+        # A daemon, so that a forward that never returns cannot keep the process alive.
+        self._generation_thread = threading.Thread(
+            target=self._run_generation_loop, name="moesaic-engine", daemon=True
+        )
+        self._generation_thread.start()
+
+    def submit(self, request_id: str, prompt_ids: list[int], max_tokens: int) -> bool:
+        """Whether the loop took the request; it does not while it restarts or closes."""
+        taken = self.add_request(
+            prompt_ids, request_id=request_id, max_new_tokens=max_tokens, streaming=True
+        )
+        return taken is not None
+
+    def close(self, timeout_s: float) -> None:
+        """Raises EngineError when the thread is still inside a step after ``timeout_s``."""
+        thread = self._generation_thread
+        self._closing.set()
+        self.background_thread_status.request_stop(BackgroundThreadStatus.HARD_STOP, 0)
+        self._wake_up_loop.set()
+        if thread is not None:
+            thread.join(timeout_s)
+            if thread.is_alive():
+                raise EngineError(f"the engine's loop did not stop within {timeout_s} s")
+        self._generation_thread = None
+        self.batch_processor = None
+        self.destroy()
+
+    @property
+    def running(self) -> int:
+        processor = self.batch_processor
+        return len(processor.scheduler.active_requests) if processor else 0
+
+    @property
+    def cache_free(self) -> float:
+        processor = self.batch_processor
+        return float(processor.cache.compute_free_capacity()) if processor else 1.0
+
+    @property
+    def healthy(self) -> bool:
+        return self.is_running() and self._barren_restarts < MAX_BARREN_RESTARTS
+
+    # ------------------------------------------------------------------ the loop's thread
+
+    def _run_generation_loop(self) -> None:
+        while True:
+            super()._run_generation_loop()
+            if self._closing.is_set():
+                self.streams.fail_all(EngineError("the engine was closed"))
+                return
+            error = self.background_thread_status.fatal_error
+            self.restarts += 1
+            self.last_error = f"{type(error).__name__}: {error}"
+            logger.error("the engine's loop failed and restarts: %s", self.last_error)
+            self.streams.fail_all(
+                EngineError(f"the engine failed and restarts ({self.last_error})")
+            )
+            if self._barren_restarts:
+                self._closing.wait(min(0.1 * 2**self._barren_restarts, MAX_RESTART_DELAY_S))
+            self._barren_restarts += 1
+            if self.batch_processor is not None:
+                # Nothing that the failed step may have half written is shared with later prompts.
+                self.batch_processor.cache.reset()
+            self.background_thread_status.clear()
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        processor = super()._create_batch_processor()
+        processor.model_runner._sample = self._sample
+        return processor
+
+    def _generation_loop_body(
+        self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool
+    ) -> bool:
+        self.last_beat = time.monotonic()
+        return super()._generation_loop_body(batch_processor, bootstrapping)
+
+    def _generation_step(self) -> None:
+        self._faults.clear()
+        self._in_forward = True
+        try:
+            super()._generation_step()
+        finally:
+            self._in_forward = False
+        if self._faults:
+            self._drop_faulted()
+        self.steps += 1
+        self._barren_restarts = 0
+
+    def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
+        """See ``TransformersEngine.fail_rows``; the first error of a request counts."""
+        if not self._in_forward:
+            raise InternalError("fail_rows was called outside of the model's forward")
+        requests = self._requests_in_batch()
+        ends = list(accumulate(request.query_length for request in requests))
+        for row in rows:
+            owner = bisect_right(ends, row)
+            if owner < len(requests):
+                self._faults.setdefault(requests[owner].state.request_id, error)
+
+    def _drop_faulted(self) -> None:
+        processor = self._processor()
+        for request in self._requests_in_batch():
+            if request.state.request_id in self._faults:
+                # The step wrote wrong keys and values: no later prompt may find these blocks.
+                request.complete_blocks = {}
+                processor.scheduler.set_request_cancellation(request.state.request_id)
+        self.streams.fail(self._faults)
+
+    def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        """``scores (1, R, V)`` fp32 -> ``output_ids[0, :R]``; greedy rows as in transformers."""
+        scores_RV = scores[0]
+        tokens_R = scores_RV.argmax(dim=-1)
+        # argmax takes a NaN for the largest, so the best score tells whether a row is finite.
+        finite_R = scores_RV.gather(1, tokens_R[:, None])[:, 0].isfinite().tolist()
+        # Rows beyond the requests that have a new token are padding.
+        live = [r.state.request_id for r in self._requests_in_batch() if r.has_new_token]
+        sampled: list[tuple[int, Sampling]] = []
+        for row, (request_id, finite) in enumerate(zip(live, finite_R, strict=False)):
+            sampling = self.streams.sampling(request_id)
+            if not finite:
+                self._faults.setdefault(
+                    request_id, InternalError("the model's logits are not finite")
+                )
+            elif sampling is not None and sampling.temperature >= MIN_TEMPERATURE:
+                sampled.append((row, sampling))
+        if sampled:
+            rows_S = torch.tensor([row for row, _ in sampled], device=scores.device)
+            temperature_S, top_p_S = (
+                torch.tensor(values, dtype=torch.float32, device=scores.device)
+                for values in (
+                    [sampling.temperature for _, sampling in sampled],
+                    [sampling.top_p for _, sampling in sampled],
+                )
+            )
+            tokens_R[rows_S] = sample_top_p(
+                scores_RV[rows_S], temperature_S, top_p_S, self._generator
+            )
+        output_ids[0, : tokens_R.size(0)].copy_(tokens_R)
+
+    def _requests_in_batch(self) -> list[FutureRequestState]:
+        """In the order of their rows."""
+        batch = self._processor().inputs_and_outputs
+        assert isinstance(batch, ContinuousBatchingIOs)  # not the asynchronous one
+        return batch.requests_in_batch
+
+    def _processor(self) -> ContinuousBatchProcessor:
+        assert self.batch_processor is not None
+        return self.batch_processor
+
+
+def eos_token_ids(model: PreTrainedModel) -> list[int]:
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
+    if eos is None:
+        return []
+    return [int(eos)] if isinstance(eos, int) else [int(token_id) for token_id in eos]
+
+
+def _manager_config(config: EngineConfig, device: torch.device) -> ContinuousBatchingConfig:
+    on_cpu_default = 8192 // config.page_size if device.type == "cpu" else None
+    return ContinuousBatchingConfig(
+        page_size=config.page_size,
+        num_blocks=config.num_blocks or on_cpu_default,
+        max_batch_tokens=config.max_batch_tokens,
+        max_requests_per_batch=config.max_requests,
+        max_memory_percent=config.cache_memory_fraction,
+        # A step leaves the process for every layer's experts: no graph can capture it, and faults
+        # must be known before the next step is planned.
+        use_cuda_graph=False,
+        use_async_batching=False,
+        # Would look for kernels on the hub; load the model with the attention that you want.
+        auto_switch_to_flash=False,
+        scheduler_type="moesaic_fifo",
+    )

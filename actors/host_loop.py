@@ -1,0 +1,380 @@
+"""The thread of an expert host that hears routers, computes, and answers.
+
+A thin shell around `cluster/residency.py`: one thread waits for all routers at once, queues what
+arrived, computes the next batch, and looks again. Weights are loaded elsewhere and announced with
+`post`.
+
+Shape suffixes: T = tokens (of merged calls), H = hidden size, K = choices of a token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import select
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..cluster.placement import ExpertKey, LayerKey
+from ..cluster.residency import QueuedCall, Residency
+from ..kernels.ffn import bad_experts, exact_rows, kernel_for
+from ..proto.errors import CallError, HostLost, InternalError, MoesaicError
+from ..proto.expert_pb2 import Call, Frame
+from ..proto.wire import WIRE_VERSION, CallLayout
+from .store import ExpertStore
+from .transport.base import Inbound, Listener, Session
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """The tensors of a queued call and where its answer goes."""
+
+    session: Session
+    frame: Frame
+    layout: CallLayout
+    payload: Tensor
+    arrived: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopStats:
+    calls: int
+    rows: int
+    batches: int
+    refused: int
+    queued_rows: int
+    busy_s: float
+    routers: int
+
+
+class HostLoop:
+    """Owns the sessions and the queue of one host; `start` and `close` are its life."""
+
+    def __init__(
+        self, name: str, store: ExpertStore, residency: Residency, listeners: list[Listener]
+    ) -> None:
+        self.name = name
+        self.failure: BaseException | None = None
+        self._store = store
+        self._residency = residency
+        self._kernel = kernel_for(store.device)
+        self._listeners = listeners
+        self._sessions: dict[int, Session] = {}
+        self._pending: dict[tuple[str, int], _Pending] = {}
+        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._stopping = False
+        self._calls = self._rows = self._batches = self._refused = 0
+        self._busy_s = 0.0
+        self._thread = threading.Thread(target=self._run, name=f"host-{name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on the loop's thread, between two batches."""
+        self._posted.put(work)
+        os.eventfd_write(self._wake, 1)
+
+    def call(self, work: Callable[[], None], timeout_s: float = 30.0) -> None:
+        """`post`, and wait until it ran. Raises InternalError if the loop does not answer."""
+        done = threading.Event()
+
+        def run() -> None:
+            work()
+            done.set()
+
+        self.post(run)
+        if not done.wait(timeout_s):
+            raise InternalError(f"host {self.name}: the loop did not answer for {timeout_s} s")
+
+    def stats(self) -> LoopStats:
+        return LoopStats(
+            calls=self._calls,
+            rows=self._rows,
+            batches=self._batches,
+            refused=self._refused,
+            queued_rows=self._residency.queued_rows,
+            busy_s=self._busy_s,
+            routers=len(self._sessions),
+        )
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        self._stopping = True
+        if self._thread.is_alive():
+            os.eventfd_write(self._wake, 1)
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise InternalError(f"host {self.name}: the loop did not end in {timeout_s} s")
+        elif self._wake >= 0:
+            self._free()
+
+    def release(self, keys: Sequence[ExpertKey]) -> None:
+        """Forget experts and refuse the queued calls for them; on the loop's thread only."""
+        for queued, error in self._residency.release(keys):
+            self._answer_with(queued, error)
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        try:
+            self._epoll.register(self._wake, select.EPOLLIN)
+            for listener in self._listeners:
+                self._epoll.register(listener.fileno(), select.EPOLLIN)
+            while not self._stopping:
+                self._hear(0.0 if self._pending else 1.0)
+                self._work()
+        except BaseException as error:
+            self.failure = error
+            log.exception("host %s: the loop ended", self.name)
+            raise
+        finally:
+            self._free()
+
+    def _free(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+        self._pending.clear()
+        for listener in self._listeners:
+            listener.close()
+        self._epoll.close()
+        os.close(self._wake)
+        self._wake = -1
+
+    def _hear(self, timeout_s: float) -> None:
+        accepting = {listener.fileno(): listener for listener in self._listeners}
+        for fd, _ in self._epoll.poll(timeout_s):
+            if fd == self._wake:
+                os.eventfd_read(self._wake)
+                while not self._posted.empty():
+                    self._posted.get_nowait()()
+            elif fd in accepting:
+                for session in accepting[fd].accept():
+                    self._sessions[session.fileno()] = session
+                    self._epoll.register(session.fileno(), select.EPOLLIN)
+            else:
+                self._hear_session(self._sessions[fd])
+
+    def _hear_session(self, session: Session) -> None:
+        try:
+            for inbound in session.receive():
+                self._on_frame(session, inbound)
+        except HostLost as error:
+            self._drop(session, error)
+
+    def _drop(self, session: Session, reason: HostLost) -> None:
+        log.info("host %s: router %s is gone: %s", self.name, session.router, reason)
+        fd = session.fileno()
+        if self._sessions.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+        self._residency.router_gone(_router_id(session))
+        for key in [k for k, p in self._pending.items() if p.session is session]:
+            del self._pending[key]
+        session.close()
+
+    def _on_frame(self, session: Session, inbound: Inbound) -> None:
+        frame = inbound.frame
+        match frame.WhichOneof("kind"):
+            case "hello":
+                self._welcome(session, frame)
+            case "call":
+                self._on_call(session, inbound)
+            case "backward":
+                error = CallError("backward: this host only serves; training is not supported yet")
+                self._refuse(session, frame.backward.call.seq, error)
+            case "cancel":
+                router = _router_id(session)
+                self._residency.cancel(router, frame.cancel.seq)
+                pending = self._pending.pop((router, frame.cancel.seq), None)
+                if pending is not None:
+                    # The router may use the slot again once it hears that nothing is written.
+                    error = HostLost(f"call {frame.cancel.seq}: cancelled by its router")
+                    self._refuse(session, frame.cancel.seq, error)
+            case "ping":
+                pong = Frame()
+                pong.pong.seq = frame.ping.seq
+                pong.pong.incarnation = self._residency.incarnation
+                session.send(pong)
+            case kind:
+                raise HostLost(f"{session.router}: a router does not send {kind!r} frames")
+
+    def _welcome(self, session: Session, frame: Frame) -> None:
+        if frame.hello.wire_version != WIRE_VERSION:
+            raise HostLost(
+                f"{session.router}: speaks version {frame.hello.wire_version} of the wire, "
+                f"this host {WIRE_VERSION}"
+            )
+        welcome = Frame()
+        welcome.welcome.wire_version = WIRE_VERSION
+        welcome.welcome.host = self.name
+        welcome.welcome.incarnation = self._residency.incarnation
+        welcome.welcome.max_rows = self._residency.policy.max_rows
+        session.send(welcome)
+
+    def _on_call(self, session: Session, inbound: Inbound) -> None:
+        call, payload = inbound.frame.call, inbound.payload
+        router, now = _router_id(session), time.monotonic()
+        try:
+            layout = CallLayout.of_call(call)
+            if payload is None or payload.numel() < layout.call_bytes:
+                raise CallError(f"payload: {layout.call_bytes} bytes announced, not all arrived")
+            if (router, call.seq) in self._pending:
+                raise CallError(f"seq: {call.seq} is in use")
+            _, ids_TK, _ = layout.call_tensors(payload)
+            error = self._residency.admit(_queued(call, router, ids_TK, now), now)
+        except CallError as malformed:
+            error = malformed
+        if error is not None:
+            self._refuse(session, call.seq, error)
+            return
+        self._pending[router, call.seq] = _Pending(session, inbound.frame, layout, payload, now)
+
+    def _refuse(self, session: Session, seq: int, error: MoesaicError) -> None:
+        self._refused += 1
+        frame = Frame()
+        frame.refusal.seq = seq
+        frame.refusal.incarnation = self._residency.incarnation
+        frame.refusal.code = error.code
+        frame.refusal.message = str(error)[:2000]
+        session.send(frame)
+
+    # ---- computing ------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        now = time.monotonic()
+        batch, expired = self._residency.next_batch(now)
+        for queued, error in expired:
+            self._answer_with(queued, error)
+        if not batch:
+            return
+        try:
+            self._compute(batch, now)
+        except (RuntimeError, ValueError, KeyError) as error:
+            log.exception("host %s: computing %s failed", self.name, batch[0].key)
+            for queued in batch:
+                if (queued.router, queued.seq) in self._pending:
+                    self._answer_with(queued, InternalError(f"{batch[0].key}: {error!r}"))
+
+    def _answer_with(self, queued: QueuedCall, error: MoesaicError) -> None:
+        pending = self._pending.pop((queued.router, queued.seq))
+        try:
+            self._refuse(pending.session, queued.seq, error)
+        except HostLost as lost:
+            self._drop(pending.session, lost)
+
+    def _compute(self, batch: list[QueuedCall], now: float) -> None:
+        pendings = [self._pending[queued.router, queued.seq] for queued in batch]
+        tensors = [p.layout.call_tensors(p.payload) for p in pendings]
+        form, experts = self._store.layer(batch[0].key)
+        if len(batch) == 1:
+            x_TH, ids_TK, weights_TK = tensors[0]
+        else:
+            x_TH = torch.cat([x for x, _, _ in tensors])
+            ids_TK = _stack([ids for _, ids, _ in tensors], fill=-1)
+            weights_TK = _stack([w for _, _, w in tensors], fill=0)
+        device = self._store.device
+        x_TH, weights_TK = x_TH.to(device), weights_TK.to(device)
+        buffers = [p.session.reply_buffer(p.frame, p.layout) for p in pendings]
+        answers = [p.layout.reply_tensor(b) for p, b in zip(pendings, buffers, strict=True)]
+        # A single call is computed straight into the place of its answer.
+        direct = len(batch) == 1 and device.type == "cpu"
+        if batch[0].exact:
+            shape = (*ids_TK.shape, x_TH.shape[1])
+            out = answers[0] if direct else torch.empty(shape, device=device)
+            exact_rows(form, experts, x_TH, ids_TK, weights_TK, out)
+        else:
+            out = answers[0] if direct else torch.empty(x_TH.shape, device=device)
+            self._kernel(form, experts, x_TH, ids_TK, weights_TK, out)
+        ends = list(itertools.accumulate(pending.layout.rows for pending in pendings))
+        rows = [slice(end - p.layout.rows, end) for p, end in zip(pendings, ends, strict=True)]
+        if not direct:
+            for pending, answer, mine in zip(pendings, answers, rows, strict=True):
+                part = out[mine]
+                answer.copy_(part[:, : pending.layout.top_k] if batch[0].exact else part)
+        busy_s = time.monotonic() - now
+        self._batches += 1
+        self._busy_s += busy_s
+        for queued, pending, answer, buffer, mine in zip(
+            batch, pendings, answers, buffers, rows, strict=True
+        ):
+            self._calls += 1
+            self._rows += queued.rows
+            bad = bad_experts(form, experts, x_TH[mine], ids_TK[mine], answer)
+            self._reply(queued, pending, buffer, bad, now - pending.arrived, busy_s)
+
+    def _reply(
+        self,
+        queued: QueuedCall,
+        pending: _Pending,
+        buffer: Tensor,
+        bad: list[int],
+        queued_s: float,
+        busy_s: float,
+    ) -> None:
+        if bad:
+            log.error("host %s: not finite: %s", self.name, [str(queued.key.expert(e)) for e in bad])
+        frame = Frame()
+        reply = frame.reply
+        reply.seq = queued.seq
+        reply.incarnation = self._residency.incarnation
+        reply.payload_bytes = pending.layout.reply_bytes
+        reply.bad_experts.extend(bad)
+        reply.queued_us = int(queued_s * 1e6)
+        reply.busy_us = int(busy_s * 1e6)
+        self._pending.pop((queued.router, queued.seq), None)
+        try:
+            pending.session.send_reply(frame, buffer)
+        except HostLost as lost:
+            self._drop(pending.session, lost)
+
+
+def _router_id(session: Session) -> str:
+    # Two connections of one router are two queues: sequence numbers belong to a connection.
+    return f"{session.router}#{session.fileno()}"
+
+
+def _queued(call: Call, router: str, ids_TK: Tensor, now: float) -> QueuedCall:
+    return QueuedCall(
+        router=router,
+        seq=call.seq,
+        key=LayerKey(call.model, call.layer),
+        rows=call.rows,
+        hidden=call.hidden,
+        dtype=_dtype_name(call),
+        exact=call.exact,
+        expires_at=now + call.timeout_us * 1e-6,
+        incarnation=call.incarnation,
+        version=call.version,
+        ids=ids_TK.numpy(),
+    )
+
+
+def _dtype_name(call: Call) -> str:
+    return {1: "float32", 2: "bfloat16", 3: "float16"}[call.dtype]
+
+
+def _stack(parts: list[Tensor], fill: float) -> Tensor:
+    """Calls of different numbers of choices under one another, padded to the largest."""
+    top_k = max(part.shape[1] for part in parts)
+    stacked = parts[0].new_full((sum(part.shape[0] for part in parts), top_k), fill)
+    start = 0
+    for part in parts:
+        stacked[start : start + part.shape[0], : part.shape[1]] = part
+        start += part.shape[0]
+    return stacked

@@ -1,0 +1,240 @@
+"""The OpenAI-compatible requests, and how a bad one is refused: by name.
+
+Unknown keys fail. Keys that OpenAI has and this service does not support yet pass with their
+neutral value only, so that a client that sends its defaults works and none is silently ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError, from_json
+
+from ..proto.errors import RequestError
+
+MAX_STOPS = 4
+MAX_STOP_CHARS = 1024
+MAX_PROMPTS = 64
+
+# What OpenAI's API has and this one does not: the values that mean "not used".
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "seed": (),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+# Hints to OpenAI's own service: they change no answer here.
+_IGNORED = (
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "user",
+)
+# Parts of an assistant's message that clients send back as they got them.
+_EMPTY_IN_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _one_or_more_stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _check_stops(stops: list[str]) -> list[str]:
+    if len(stops) > MAX_STOPS:
+        raise PydanticCustomError(
+            "stop",
+            "has {count} strings; at most {most} are allowed",
+            {"count": len(stops), "most": MAX_STOPS},
+        )
+    for stop in stops:
+        if not 1 <= len(stop) <= MAX_STOP_CHARS:
+            raise PydanticCustomError(
+                "stop",
+                "has a string of {length} characters; 1 to {most} are allowed",
+                {"length": len(stop), "most": MAX_STOP_CHARS},
+            )
+    return stops
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class _Generation(_Strict):
+    """What both kinds of request have."""
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # None: 1, as in OpenAI's API
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: (
+        Annotated[list[str], BeforeValidator(_one_or_more_stops), AfterValidator(_check_stops)]
+        | None
+    ) = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _check_prompt(value: Any) -> list[str] | list[list[int]]:
+    """Every form of a prompt as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if _is_ids(value):
+        return [value]
+    if isinstance(value, list) and value:
+        if len(value) > MAX_PROMPTS:
+            raise PydanticCustomError(
+                "prompt",
+                "has {count} prompts; at most {most} are allowed",
+                {"count": len(value), "most": MAX_PROMPTS},
+            )
+        if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
+            return value
+    raise PydanticCustomError(
+        "prompt",
+        "must be a string, a list of token ids, or a list of strings or of lists of token ids "
+        "(none of them empty)",
+    )
+
+
+class CompletionRequest(_Generation):
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_check_prompt)]
+
+
+def _check_content(value: Any) -> str:
+    """A message's text: a string, or text parts that are joined."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("content", "must be a string or a list of text parts")
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise PydanticCustomError(
+                "content",
+                "has a part of type {kind}; only text parts are supported",
+                {"kind": repr(kind)},
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _drop_empty(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: v for k, v in value.items() if v or k not in _EMPTY_IN_MESSAGE}
+
+
+class _Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, PlainValidator(_check_content)]
+    name: str | None = None
+
+
+class ChatRequest(_Generation):
+    messages: Annotated[
+        list[Annotated[_Message, BeforeValidator(_drop_empty)]], Field(min_length=1)
+    ]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def token_budget(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+R = TypeVar("R", CompletionRequest, ChatRequest)
+
+
+def parse_request(kind: type[R], body: bytes) -> R:
+    """The checked request; RequestError says which field is wrong and why."""
+    try:
+        data = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise RequestError("the body must be a JSON object")
+    data = {key: value for key, value in data.items() if key not in _IGNORED}
+    for name, neutral in _UNSUPPORTED.items():
+        value = data.pop(name, None)
+        if value is not None and not any(_same(value, allowed) for allowed in neutral):
+            raise RequestError(
+                f"{name}={_short(value)} is not supported by this service", param=name
+            )
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _first(error, kind) from None
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    # In Python 1 == True and 0 == False; in JSON they differ.
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def _first(error: ValidationError, kind: type[BaseModel]) -> RequestError:
+    """One clear message out of pydantic's list: the first wrong field."""
+    first = error.errors(include_url=False)[0]
+    path = ""
+    for step in first["loc"]:
+        # Names of union members and of validators are no part of the request.
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step.isidentifier() or not path:
+            path += f".{step}" if path else step
+    if first["type"] == "extra_forbidden":
+        return RequestError(f"unknown parameter {path!r}", param=path)
+    if first["type"] == "missing":
+        return RequestError(f"missing parameter {path!r}", param=path)
+    value = first["input"]
+    said = first["msg"][0].lower() + first["msg"][1:]
+    return RequestError(f"{path}: {said} (got {_short(value)})", param=path)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,187 @@
+"""The OpenAI-compatible HTTP endpoint, as a FastAPI app that knows nothing of Ray.
+
+The life of a request: read (bounded) -> parse -> encode -> generate -> text -> JSON or SSE.
+Headers are sent with the first piece of text, so that whatever fails before it has a status of its
+own; what fails later is an SSE event. A client that goes away closes the generator, and that
+cancels the request in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from ..proto.errors import MoesaicError, RequestError, UnknownModel
+from .answers import Answers, ChatAnswers, TextAnswers, chunks, collect, merge
+from .engine import Limits, Sampling
+from .http_edge import (
+    Edge,
+    error_answer,
+    event_stream,
+    json_response,
+    read_body,
+    request_id,
+    unless_disconnected,
+)
+from .http_responses import ModelCard, ModelList
+from .http_schema import ChatRequest, CompletionRequest, parse_request
+from .served import Piece, ServedModel
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 8 * 2**20
+# OpenAI's default for completions; a chat answer may fill what the context leaves.
+COMPLETION_MAX_TOKENS = 16
+STATUS_TIMEOUT_S = 5.0
+CLIENT_CLOSED_REQUEST = 499  # nginx's number: nobody receives it, logs do
+
+Asked = CompletionRequest | ChatRequest
+Status = Callable[[], Awaitable[dict[str, Any]]]
+
+
+def create_app(
+    *, models: Mapping[str, ServedModel], status: Status, max_body_bytes: int = MAX_BODY_BYTES
+) -> FastAPI:
+    """``status()`` answers a dict whose ``healthy`` says whether requests can be served."""
+    app = FastAPI(title="Moesaic", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Edge)
+    _add_models(app, models)
+    _add_generation(app, models, max_body_bytes)
+    _add_status(app, status)
+    _add_errors(app)
+    return app
+
+
+def _add_models(app: FastAPI, models: Mapping[str, ServedModel]) -> None:
+    @app.get("/v1/models")
+    async def list_models() -> ModelList:
+        return ModelList(data=[_card(model) for model in models.values()])
+
+    # A hub id has a slash.
+    @app.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str) -> ModelCard:
+        return _card(_find(models, model_id))
+
+
+def _add_generation(app: FastAPI, models: Mapping[str, ServedModel], max_body_bytes: int) -> None:
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        body = await read_body(request, max_body_bytes)
+        # Off the event loop, as encoding is: a body may have megabytes.
+        asked = await asyncio.to_thread(parse_request, CompletionRequest, body)
+        model = _find(models, asked.model)
+        prompts = [
+            await model.encode(prompt) if isinstance(prompt, str) else prompt
+            for prompt in asked.prompt
+        ]
+        sampling = _sampling(asked, asked.max_tokens or COMPLETION_MAX_TOKENS)
+        for prompt_ids in prompts:
+            model.limits.check(len(prompt_ids), sampling.max_tokens)
+        identity = request_id(request)
+        stops = asked.stop or ()
+        streams = [
+            model.stream(f"{identity}-{n}", prompt_ids, sampling, stops, continues_text=True)
+            for n, prompt_ids in enumerate(prompts)
+        ]
+        answers = TextAnswers(f"cmpl-{identity}", model.id, sum(map(len, prompts)))
+        return await _respond(request, asked, streams, answers)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        body = await read_body(request, max_body_bytes)
+        asked = await asyncio.to_thread(parse_request, ChatRequest, body)
+        model = _find(models, asked.model)
+        prompt_ids = await model.encode_chat([(m.role, m.content) for m in asked.messages])
+        budget = asked.token_budget or _rest(model.limits, len(prompt_ids))
+        sampling = _sampling(asked, budget)
+        try:
+            model.limits.check(len(prompt_ids), sampling.max_tokens)
+        except RequestError as error:
+            error.param = {"prompt": "messages"}.get(error.param or "", error.param)
+            raise
+        identity = request_id(request)
+        stream = model.stream(
+            identity, prompt_ids, sampling, asked.stop or (), continues_text=False
+        )
+        answers = ChatAnswers(f"chatcmpl-{identity}", model.id, len(prompt_ids))
+        return await _respond(request, asked, [stream], answers)
+
+
+async def _respond(
+    request: Request,
+    asked: Asked,
+    streams: Sequence[AsyncGenerator[Piece, None]],
+    answers: Answers,
+) -> Response:
+    pieces = merge(streams)
+    if asked.stream:
+        return await event_stream(
+            request, chunks(pieces, len(streams), answers, include_usage=asked.include_usage)
+        )
+    whole = await unless_disconnected(request, collect(pieces, len(streams), answers))
+    return json_response(whole)
+
+
+def _add_status(app: FastAPI, status: Status) -> None:
+    @app.get("/status")
+    async def get_status() -> dict[str, Any]:
+        return await asyncio.wait_for(status(), STATUS_TIMEOUT_S)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        try:
+            healthy = bool((await asyncio.wait_for(status(), STATUS_TIMEOUT_S))["healthy"])
+        except Exception:
+            # Whatever keeps the status from coming, the answer to the question is no.
+            logger.exception("no status")
+            healthy = False
+        return JSONResponse({"healthy": healthy}, status_code=200 if healthy else 503)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(MoesaicError)
+    async def on_error(request: Request, error: MoesaicError) -> Response:
+        return error_answer(error)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        refused = RequestError(f"{request.method} {request.url.path}: {error.detail}")
+        return error_answer(refused, status_code=error.status_code)
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _find(models: Mapping[str, ServedModel], model_id: str) -> ServedModel:
+    if model_id not in models:
+        raise UnknownModel(
+            f"the model {model_id!r} does not exist; there are: {', '.join(models)}", param="model"
+        )
+    return models[model_id]
+
+
+def _card(model: ServedModel) -> ModelCard:
+    return ModelCard(
+        id=model.id, created=model.created, max_model_len=model.limits.max_total_tokens
+    )
+
+
+def _sampling(asked: Asked, max_tokens: int) -> Sampling:
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+    )
+
+
+def _rest(limits: Limits, prompt_tokens: int) -> int:
+    """What the context leaves for an answer; at least 1, so that the prompt is found at fault."""
+    return max(1, limits.max_total_tokens - prompt_tokens)

@@ -1,0 +1,218 @@
+"""The Ray shell of the service: two Serve deployments, and the only border where errors cross.
+
+    HTTP proxy -> Ingress (tokenizers, text, SSE) -> handle, streaming -> Trunk (an Engine)
+
+Errors cross as values: Ray would wrap an exception in a class of its own and log a traceback per
+refused request. ``Trunk.generate`` yields ``(token_ids, finish_reason)`` or ``Failure``;
+``TrunkClient`` raises the error again, and turns Ray's own errors into EngineError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import (
+    DeploymentHandle,
+    DeploymentResponse,
+    DeploymentResponseGenerator,
+)
+
+from ..proto.errors import Busy, EngineError, MoesaicError, RequestError, from_wire
+from .engine import Delta, Engine, FinishReason, Limits, Sampling
+from .ingress import create_app
+from .served import ServedModel
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# The engine refuses with Busy before Serve queues anything.
+MAX_ONGOING = 4096
+# Of one call that only asks: limits, statistics.
+QUESTION_TIMEOUT_S = 5.0
+# After so long without a token the trunk is asked whether it lives.
+PATIENCE_S = 15.0
+# Building a trunk reads a checkpoint.
+START_TIMEOUT_S = 600.0
+
+StatusSource = Callable[[], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A MoesaicError on its way through Ray."""
+
+    code: str
+    message: str
+    param: str | None
+
+    @classmethod
+    def of(cls, error: MoesaicError) -> Failure:
+        return cls(error.code, str(error), getattr(error, "param", None))
+
+    def error(self) -> MoesaicError:
+        error = from_wire(self.code, self.message)
+        if isinstance(error, RequestError):
+            error.param = self.param
+        return error
+
+
+# A plain tuple is three times cheaper to pickle than a Delta, and there is one per token.
+Item = tuple[tuple[int, ...], FinishReason | None] | Failure
+
+
+@serve.deployment(name="Trunk", max_ongoing_requests=MAX_ONGOING, graceful_shutdown_timeout_s=15)
+class Trunk:
+    """Owns an Engine; ``engine_factory`` is called in the replica's process."""
+
+    def __init__(self, engine_factory: Callable[[], Engine]) -> None:
+        self._engine = engine_factory()
+        self._engine.start()
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[Item, None]:
+        try:
+            async with aclosing(self._engine.generate(request_id, prompt_ids, sampling)) as deltas:
+                async for delta in deltas:
+                    yield delta.token_ids, delta.finish_reason
+        except MoesaicError as error:
+            yield Failure.of(error)
+
+    async def limits(self) -> Limits:
+        return self._engine.limits
+
+    async def stats(self) -> dict[str, Any]:
+        return dataclasses.asdict(self._engine.stats())
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        stats = self._engine.stats()
+        if not stats.healthy:
+            raise EngineError(f"the engine is not healthy: {stats.last_error}")
+
+    def __del__(self) -> None:
+        # Serve's word for shutdown; also runs when the constructor failed.
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()
+
+
+class TrunkClient:
+    """A trunk's ``Engine.generate`` in another process; the one class that maps Ray's errors."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._stream = handle.options(stream=True)
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[Delta, None]:
+        items = cast(
+            "DeploymentResponseGenerator[Item]",
+            self._stream.generate.remote(request_id, list(prompt_ids), sampling),
+        )
+        finished = False
+        try:
+            while not finished:
+                item = await self._next(items)
+                if isinstance(item, Failure):
+                    finished = True
+                    raise item.error()
+                finished = item[1] is not None
+                yield Delta(*item)
+        except StopAsyncIteration:
+            raise EngineError("the trunk's stream ended early") from None
+        except BackPressureError as error:
+            raise Busy(str(error)) from None
+        except (RayError, RayServeException) as error:
+            raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
+        finally:
+            if not finished:
+                items.cancel()
+
+    async def _next(self, items: DeploymentResponseGenerator[Item]) -> Item:
+        """Waits as long as the trunk answers questions: the request may be behind many others."""
+        waiting = asyncio.ensure_future(items.__anext__())
+        try:
+            while True:
+                await asyncio.wait({waiting}, timeout=PATIENCE_S)
+                if waiting.done():
+                    return waiting.result()
+                stats = await self.stats()
+                if not stats["healthy"]:
+                    raise EngineError(f"the trunk does not answer: {stats['last_error']}")
+        finally:
+            waiting.cancel()
+
+    async def limits(self) -> Limits:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            return await self._question("limits")
+
+    async def stats(self) -> dict[str, Any]:
+        """The trunk's statistics, or why there are none."""
+        try:
+            async with asyncio.timeout(QUESTION_TIMEOUT_S):
+                return await self._question("stats")
+        except (RayError, RayServeException, TimeoutError) as error:
+            return {"healthy": False, "last_error": f"{type(error).__name__}: {error}"}
+
+    async def _question(self, method: str) -> Any:
+        return await cast("DeploymentResponse[Any]", getattr(self._handle, method).remote())
+
+
+@serve.deployment(name="Ingress", max_ongoing_requests=MAX_ONGOING, graceful_shutdown_timeout_s=15)
+@serve.ingress()
+class Ingress:
+    """The HTTP app in a process of its own: tokenizers and text here, tokens from the trunks."""
+
+    def __init__(
+        self,
+        trunks: dict[str, DeploymentHandle],
+        tokenizers: dict[str, Callable[[], PreTrainedTokenizerBase]],
+        status: StatusSource | None,
+    ) -> None:
+        self._trunks = {name: TrunkClient(handle) for name, handle in trunks.items()}
+        self._tokenizers = tokenizers
+        self._more_status = status
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        models = {
+            name: ServedModel(name, self._tokenizers[name](), await trunk.limits(), trunk.generate)
+            for name, trunk in self._trunks.items()
+        }
+        return create_app(models=models, status=self._status)
+
+    async def _status(self) -> dict[str, Any]:
+        stats = await asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
+        models = dict(zip(self._trunks, stats, strict=True))
+        answer: dict[str, Any] = {"healthy": all(one["healthy"] for one in stats)}
+        if self._more_status is not None:
+            more = await self._more_status()
+            answer = {**more, "healthy": answer["healthy"] and more.get("healthy", True)}
+        return {**answer, "models": models}
+
+
+def build(
+    trunks: Mapping[str, Application],
+    tokenizers: Mapping[str, Callable[[], PreTrainedTokenizerBase]],
+    *,
+    status: StatusSource | None = None,
+) -> Application:
+    """The application for ``serve.run``: model names -> ``Trunk.bind(engine_factory)``.
+
+    ``status`` is called in the ingress; what it answers is merged into ``/status``.
+    """
+    return Ingress.bind(dict(trunks), dict(tokenizers), status)

@@ -1,0 +1,143 @@
+"""One served model: prompts to token ids, and an engine's token ids back to text.
+
+Between HTTP (``ingress.py``) and an engine, wherever that runs; knows neither of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ..proto.errors import RequestError
+from .engine import Delta, FinishReason, Limits, Sampling
+from .text import Detokenizer, StopSearch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Generate(Protocol):
+    """``Engine.generate``, here or in another process."""
+
+    def __call__(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[Delta, None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that may be sent now, and the tokens generated so far."""
+
+    text: str
+    tokens: int
+    finish_reason: FinishReason | None = None
+
+
+class ServedModel:
+    """A model's name, tokenizer and limits, and the way to its engine."""
+
+    def __init__(
+        self, model_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, generate: Generate
+    ) -> None:
+        self.id = model_id
+        self.limits = limits
+        self.created = int(time.time())  # seconds since 1970, as the API wants it
+        self._tokenizer = tokenizer
+        self._generate = generate
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            # Encoding would switch them off itself, and two threads that do so at the same time
+            # get "Already borrowed" from the Rust side.
+            backend.no_truncation()
+            backend.no_padding()
+
+    async def encode(self, prompt: str) -> list[int]:
+        """Raises RequestError for a prompt that is certainly too long, before it is encoded."""
+        self._check_length(len(prompt), "prompt")
+        return await asyncio.to_thread(self._encode, prompt)
+
+    async def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Token ids of ``(role, text)`` messages in the model's chat template."""
+        if not self._tokenizer.chat_template:
+            raise RequestError(
+                f"the model {self.id!r} has no chat template; use /v1/completions",
+                param="messages",
+            )
+        self._check_length(sum(len(text) for _, text in messages), "messages")
+        return await asyncio.to_thread(self._encode_chat, messages)
+
+    async def stream(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        stops: Sequence[str],
+        *,
+        continues_text: bool,
+    ) -> AsyncGenerator[Piece, None]:
+        """Text as it is generated; the last piece has a finish reason.
+
+        ``continues_text``: the text goes on from the prompt's (a completion), so a space between
+        them belongs to it; otherwise it stands for itself (a chat answer).
+        """
+        detokenizer = Detokenizer(self._decode, context=prompt_ids if continues_text else ())
+        search = StopSearch(stops)
+        tokens = 0
+        async with aclosing(self._generate(request_id, prompt_ids, sampling)) as deltas:
+            async for delta in deltas:
+                tokens += len(delta.token_ids)
+                text = detokenizer.push(delta.token_ids)
+                if delta.finish_reason is not None:
+                    text += detokenizer.flush()
+                text, stopped = search.push(text)
+                if stopped:
+                    yield Piece(text, tokens, "stop")
+                    return
+                if delta.finish_reason is not None:
+                    yield Piece(text + search.flush(), tokens, delta.finish_reason)
+                    return
+                if text:
+                    yield Piece(text, tokens)
+
+    def _check_length(self, characters: int, param: str) -> None:
+        possible = self.limits.max_prompt_tokens * self._longest_token
+        if characters > possible:
+            raise RequestError(
+                f"{param} has {characters} characters; {self.limits.max_prompt_tokens} tokens "
+                f"cannot hold more than {possible}",
+                param=param,
+            )
+
+    def _encode(self, prompt: str) -> list[int]:
+        return list(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
+
+    def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            # Templates refuse conversations in words of their own (roles must alternate, ...).
+            raise RequestError(
+                f"the chat template refuses the messages: {error}", param="messages"
+            ) from None
+        encoded = self._tokenizer(
+            str(text), add_special_tokens=False, truncation=False, verbose=False
+        )
+        return list(encoded.input_ids)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text

@@ -1,0 +1,181 @@
+"""The weights that a host holds: read from a checkpoint, or put there by a peer or a trunk."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cluster.placement import ExpertKey, LayerKey
+from ..cluster.residency import LayerShape
+from ..kernels.ffn import ExpertForm, ExpertWeights
+from ..models.checkpoint import Checkpoint
+from ..models.trunk import (
+    ExpertsLayer,
+    config_from_dict,
+    expert_parameters,
+    experts_layers,
+    meta_model,
+    read_config,
+)
+from ..proto.errors import CallError, NotHere
+
+# In the place of an expert's number: the tensors that all experts of a layer share.
+SHARED = (1 << 32) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """A model as hosts need to know it: a folder of safetensors, or a configuration whose weights
+    are put through the weights channel."""
+
+    name: str
+    dtype: str
+    path: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+class _Model:
+    """One model's forms, and its checkpoint if it has one."""
+
+    def __init__(self, ref: ModelRef) -> None:
+        self.ref = ref
+        self.checkpoint: Checkpoint | None = None
+        if ref.path is not None:
+            path = Path(ref.path)
+            self.checkpoint = Checkpoint(path, read_config(path), dtype=ref.torch_dtype)
+            self.layers = self.checkpoint.layers
+        else:
+            # The forms stay alive through their modules, which the model owns.
+            self._owner = meta_model(config_from_dict(dict(ref.config)))
+            self.layers = {layer.layer: layer for layer in experts_layers(self._owner)}
+
+    def shape(self, layer: int) -> LayerShape:
+        experts = self.layers[layer]
+        return LayerShape(
+            num_experts=experts.num_experts,
+            hidden_size=experts.hidden_size,
+            dtype=self.ref.dtype,
+        )
+
+
+class ExpertStore:
+    """Thread-safe: the control thread adds and removes, the host's loop reads."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._lock = threading.Lock()
+        self._models: dict[str, _Model] = {}
+        self._forms: dict[LayerKey, ExpertForm] = {}
+        self._experts: dict[LayerKey, dict[int, ExpertWeights]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        with self._lock:
+            return sum(w.nbytes for experts in self._experts.values() for w in experts.values())
+
+    def add_model(self, ref: ModelRef) -> None:
+        """Get to know a model. Raises CheckpointError and UnsupportedModel."""
+        with self._lock:
+            known = self._models.get(ref.name)
+        if known is None or known.ref != ref:
+            model = _Model(ref)
+            with self._lock:
+                self._models[ref.name] = model
+
+    def load(self, key: ExpertKey) -> LayerShape:
+        """Read one expert from its model's checkpoint. Raises CheckpointError and NotHere."""
+        model = self._model(key.model)
+        if model.checkpoint is None:
+            raise NotHere(f"{key.model!r} has no checkpoint; its experts are put by a peer")
+        weights = model.checkpoint.read(key.layer, key.expert)
+        layer_key = LayerKey(key.model, key.layer)
+        if layer_key not in self._forms:
+            self._forms[layer_key] = model.checkpoint.form(key.layer)
+            if model.layers[key.layer].module.has_post_expert_norm:
+                model.layers[key.layer].module.to(self.device)
+        return self._keep(key, weights)
+
+    def put(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> LayerShape:
+        """Keep an expert that was sent here. Raises CallError for tensors that do not fit."""
+        model = self._model(key.model)
+        layer = model.layers.get(key.layer)
+        if layer is None:
+            raise CallError(f"layer: {key.model!r} has no experts in layer {key.layer}")
+        layer_key = LayerKey(key.model, key.layer)
+        if key.expert == SHARED:
+            _set_shared(layer, tensors, self.device)
+            return model.shape(key.layer)
+        weights = _checked(key, layer, tensors, model.ref.torch_dtype)
+        self._forms.setdefault(layer_key, layer.form())
+        return self._keep(key, weights)
+
+    def get(self, key: ExpertKey) -> dict[str, Tensor]:
+        """The tensors of an expert, as `put` takes them. Raises NotHere."""
+        with self._lock:
+            weights = self._experts.get(LayerKey(key.model, key.layer), {}).get(key.expert)
+        if weights is None:
+            raise NotHere(f"{key} is not on this host")
+        return weights.tensors()
+
+    def drop(self, key: ExpertKey) -> None:
+        with self._lock:
+            self._experts.get(LayerKey(key.model, key.layer), {}).pop(key.expert, None)
+
+    def layer(self, key: LayerKey) -> tuple[ExpertForm, Mapping[int, ExpertWeights]]:
+        return self._forms[key], self._experts[key]
+
+    def _model(self, name: str) -> _Model:
+        with self._lock:
+            if name not in self._models:
+                raise NotHere(f"model {name!r} is unknown to this host")
+            return self._models[name]
+
+    def _keep(self, key: ExpertKey, weights: ExpertWeights) -> LayerShape:
+        moved = ExpertWeights(**{n: t.to(self.device) for n, t in weights.tensors().items()})
+        with self._lock:
+            self._experts.setdefault(LayerKey(key.model, key.layer), {})[key.expert] = moved
+        return self._models[key.model].shape(key.layer)
+
+
+def _checked(
+    key: ExpertKey, layer: ExpertsLayer, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> ExpertWeights:
+    parameters = {n: p.shape[1:] for n, p in expert_parameters(layer)}
+    up = layer.up_name
+    wanted = {
+        "up": parameters[up],
+        "down": parameters["down_proj"],
+        "up_bias": parameters.get(f"{up}_bias"),
+        "down_bias": parameters.get("down_proj_bias"),
+    }
+    shapes = {name: tuple(shape) for name, shape in wanted.items() if shape is not None}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if given != shapes:
+        raise CallError(f"{key}: tensors {given} were put, its model takes {shapes}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise CallError(f"{key}: {name} was put as {tensor.dtype}, its model is {dtype}")
+    return ExpertWeights(**tensors)
+
+
+def _set_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    own = {name for name, _ in expert_parameters(layer)}
+    wanted = {n: tuple(p.shape) for n, p in layer.module.named_parameters() if n not in own}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if given != wanted:
+        raise CallError(f"layer {layer.layer}: shared tensors {given} were put, not {wanted}")
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        layer.module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(
+            tensor.to(device), requires_grad=False
+        )

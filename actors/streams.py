@@ -1,0 +1,119 @@
+"""Tokens on their way from the engine's thread to the event loops of those who asked for them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..proto.errors import EngineError, MoesaicError
+from .engine import Delta, FinishReason, Sampling
+
+if TYPE_CHECKING:
+    from transformers.generation.continuous_batching.requests import GenerationOutput
+
+logger = logging.getLogger(__name__)
+
+
+class Stream:
+    """One request on its way from the loop's thread to its caller's event loop."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.loop = asyncio.get_running_loop()
+        # The loop's thread alone:
+        self.sent = 0
+        self.ended = False
+        # The event loop alone:
+        self._ready = asyncio.Event()
+        self._tokens: list[int] = []
+        self._finish: FinishReason | None = None
+        self._error: MoesaicError | None = None
+
+    def push(self, event: Delta | MoesaicError) -> None:
+        if isinstance(event, Delta):
+            self._tokens += event.token_ids
+            self._finish = event.finish_reason
+        else:
+            self._error = event
+        self._ready.set()
+
+    async def next(self, timeout_s: float) -> Delta:
+        """All tokens since the last call; raises TimeoutError, or the error after the tokens."""
+        async with asyncio.timeout(timeout_s):
+            await self._ready.wait()
+        if self._error and not self._tokens:
+            raise self._error
+        delta = Delta(tuple(self._tokens), self._finish)
+        self._tokens.clear()
+        if not self._error:
+            self._ready.clear()
+        return delta
+
+
+class Streams:
+    """The requests in flight, by the loop's own ids.
+
+    Callers open and close them; the rest is for the loop's thread, and never blocks.
+    """
+
+    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+        self._open: dict[str, Stream] = {}
+        self._eos_token_ids = frozenset(eos_token_ids)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self, request_id: str, sampling: Sampling) -> Stream:
+        stream = self._open[request_id] = Stream(sampling)
+        return stream
+
+    def close(self, request_id: str) -> None:
+        del self._open[request_id]
+
+    def sampling(self, request_id: str) -> Sampling | None:
+        stream = self._open.get(request_id)
+        return stream.sampling if stream else None
+
+    def deliver(self, outputs: Sequence[GenerationOutput]) -> None:
+        self._post({output.request_id: self._event(output) for output in outputs})
+
+    def fail(self, errors: Mapping[str, MoesaicError]) -> None:
+        self._post(errors)
+
+    def fail_all(self, error: MoesaicError) -> None:
+        self._post(dict.fromkeys(list(self._open), error))
+
+    def _event(self, output: GenerationOutput) -> Delta | MoesaicError:
+        stream = self._open.get(output.request_id)
+        if output.error is not None or stream is None:
+            return EngineError(f"the engine failed: {output.error}")
+        new = tuple(output.generated_tokens[stream.sent :])
+        stream.sent += len(new)
+        if not output.is_finished():
+            return Delta(new)
+        if new and new[-1] in self._eos_token_ids:
+            return Delta(new[:-1], "stop")
+        return Delta(new, "length")
+
+    def _post(self, events: Mapping[str, Delta | MoesaicError]) -> None:
+        """Hands events to their event loops, one wake-up per loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Delta | MoesaicError]]] = {}
+        for request_id, event in events.items():
+            stream = self._open.get(request_id)
+            if stream is None or stream.ended:  # cancelled, or failed before
+                continue
+            stream.ended = not isinstance(event, Delta) or event.finish_reason is not None
+            by_loop.setdefault(stream.loop, []).append((stream, event))
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_push_all, batch)
+            except RuntimeError:
+                # Only a closed event loop refuses; nobody is left there to read.
+                logger.warning("the event loop of %d requests is closed", len(batch))
+
+
+def _push_all(batch: list[tuple[Stream, Delta | MoesaicError]]) -> None:
+    for stream, event in batch:
+        stream.push(event)

@@ -1,0 +1,105 @@
+"""The one interface of all transports: frames with tensors, never blocking.
+
+A router holds a `Channel` to each host; a host holds a `Session` for each router, made by a
+`Listener`. Each has a file descriptor that becomes readable when there is something to receive or
+the other side is gone, so that one thread can wait for all of them. Nothing here decides anything:
+`cluster/` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ...proto.expert_pb2 import Frame
+from ...proto.wire import CallLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Inbound:
+    """A frame and, for calls and replies, the bytes of its tensors (uint8).
+
+    The bytes of a reply are valid until `Channel.release`; those of a call until it is answered.
+    """
+
+    frame: Frame
+    payload: Tensor | None = None
+
+
+class Channel(Protocol):
+    """A router's connection to one host. Used by one thread at a time."""
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def slot_bytes(self) -> int:
+        """Largest `CallLayout.slot_bytes` of a call."""
+        ...
+
+    def fileno(self) -> int: ...
+
+    def send_call(self, frame: Frame, layout: CallLayout, write: Callable[[Tensor], None]) -> None:
+        """Send a call whose tensors ``write`` puts into the buffer that it is given.
+
+        Raises HostLost when the connection has ended.
+        """
+        ...
+
+    def send(self, frame: Frame) -> None:
+        """Send a frame without tensors. Raises HostLost when the connection has ended."""
+        ...
+
+    def receive(self) -> list[Inbound]:
+        """All frames that have arrived. Raises HostLost when the connection has ended."""
+        ...
+
+    def release(self, seq: int) -> None:
+        """The bytes of the reply to ``seq`` are no longer needed."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Session(Protocol):
+    """A host's connection to one router. Used by the host's loop alone."""
+
+    router: str
+
+    def fileno(self) -> int: ...
+
+    def receive(self) -> list[Inbound]:
+        """All frames that have arrived. Raises HostLost when the connection has ended."""
+        ...
+
+    def reply_buffer(self, frame: Frame, layout: CallLayout) -> Tensor:
+        """At least ``layout.reply_bytes`` bytes (uint8) to compute the answer of a call into."""
+        ...
+
+    def send_reply(self, frame: Frame, buffer: Tensor) -> None:
+        """Send a reply whose tensors are in ``buffer``. Raises HostLost."""
+        ...
+
+    def send(self, frame: Frame) -> None:
+        """Send a frame without tensors. Raises HostLost."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Listener(Protocol):
+    """Where routers connect to a host."""
+
+    @property
+    def address(self) -> str: ...
+
+    def fileno(self) -> int: ...
+
+    def accept(self) -> list[Session]:
+        """The routers that have connected since the last call; never blocks."""
+        ...
+
+    def close(self) -> None: ...

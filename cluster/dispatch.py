@@ -1,0 +1,343 @@
+"""The router's state machine: events in, commands out.
+
+One layer's call (dispatch, combine) is scattered over hosts, and every choice (a token and one of
+its experts) is accepted from exactly one answer. A host that dies, freezes or refuses is replaced
+by another replica inside the call; choices whose experts are nowhere to be had wait for a host or
+a placement until the call's deadline, and are then reported as lost.
+
+No clock, no sockets, no threads, no tensors: `actors/router.py` brings those.
+
+Shape suffixes: T = tokens, K = choices of a token, N = T * K choices flattened, E = experts,
+t and k = rows and columns of one send.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .events import (
+    Accept,
+    Cancel,
+    Command,
+    Disconnect,
+    Event,
+    HostDown,
+    HostUp,
+    Ponged,
+    Refresh,
+    Refused,
+    Replied,
+    Send,
+)
+from .health import HostHealth, HostState, RouterPolicy
+from .placement import SHARE_STEPS, LayerKey, Placement
+
+# Refusals after which another replica or a later moment may serve the same choices.
+_RETRYABLE = ("NotHere", "Busy", "Expired", "HostLost")
+
+
+@dataclass(slots=True)
+class _Call:
+    """One layer's call in progress."""
+
+    key: LayerKey
+    top_k: int
+    max_rows: int
+    deadline: float
+    rotation: int
+    ids_N: np.ndarray
+    waiting_N: np.ndarray  # choices that no send carries, ascending
+    live: dict[int, tuple[Send, float]] = field(default_factory=dict)  # seq -> (send, expires)
+    # Given up after a deadline; a late answer still counts if nobody else has its choices.
+    given_up: dict[int, Send] = field(default_factory=dict)
+    avoid: set[tuple[str, int]] = field(default_factory=set)  # (host, expert) refused
+    misses: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call ended. ``lost`` are the choices (numbers in N) that nobody computed in time."""
+
+    lost: np.ndarray
+    error: Refused | None = None  # a refusal that no other host would answer differently
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and self.lost.size == 0
+
+
+class Dispatcher:
+    """All hosts as one router sees them, and at most one layer's call in progress."""
+
+    def __init__(self, policy: RouterPolicy) -> None:
+        self.policy = policy
+        self.placement: Placement | None = None
+        self.hosts: dict[str, HostHealth] = {}
+        self.outcome: Outcome | None = None
+        self.retries = 0  # sends that another one had to replace
+        self.ejections = 0
+        self._call: _Call | None = None
+        self._next_seq = 1
+        self._rotations: dict[LayerKey, int] = defaultdict(int)
+
+    # ---- placements -----------------------------------------------------------------------------
+
+    def place(self, placement: Placement, now: float) -> list[Command]:
+        """Take a newer placement; an older or equal one is ignored."""
+        if self.placement is not None and placement.number <= self.placement.number:
+            return []
+        self.placement = placement
+        commands: list[Command] = []
+        for name, health in list(self.hosts.items()):
+            entry = placement.hosts.get(name)
+            if entry is None:
+                health.state = HostState.LEAVING
+            elif entry != health.entry:
+                commands.append(Disconnect(name))
+                self._orphan(name)
+                del self.hosts[name]
+        for name, entry in placement.hosts.items():
+            known = self.hosts.get(name)
+            if known is None:
+                self.hosts[name] = HostHealth(entry, self.policy)
+            elif known.state is HostState.LEAVING:
+                known.state = HostState.UP
+        if self._call is not None:
+            self._call.avoid.clear()
+        return commands + self.tick(now)
+
+    # ---- one call -------------------------------------------------------------------------------
+
+    def begin(
+        self, key: LayerKey, ids_TK: np.ndarray, *, max_rows: int, now: float
+    ) -> list[Command]:
+        """Start a layer's call. Ids are int32, -1 where a choice is unused."""
+        assert self._call is None or self.outcome is not None, "one call at a time"
+        ids_N = ids_TK.reshape(-1)
+        self._rotations[key] += 1
+        self._call = _Call(
+            key=key,
+            top_k=ids_TK.shape[1],
+            max_rows=max_rows,
+            deadline=now + self.policy.deadline_s,
+            rotation=self._rotations[key],
+            ids_N=ids_N,
+            waiting_N=np.flatnonzero(ids_N >= 0),
+        )
+        self.outcome = None
+        return self.tick(now)
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        commands: list[Command] = []
+        health = self.hosts.get(event.host)
+        if health is None:
+            return commands
+        match event:
+            case HostUp(host, incarnation):
+                if incarnation == health.entry.incarnation:
+                    health.came_up()
+                else:
+                    commands.append(Disconnect(host))
+                    health.went_down(now)
+            case HostDown(host):
+                health.went_down(now)
+                self._orphan(host)
+            case Ponged():
+                health.came_up()
+            case Replied(_, seq):
+                health.occupied.discard(seq)
+                health.came_up()
+                commands += self._accept(seq)
+            case Refused(_, seq, code, _):
+                health.occupied.discard(seq)
+                health.came_up()
+                commands += self._refused(event, health, seq, code, now)
+        return commands + self.tick(now)
+
+    def tick(self, now: float) -> list[Command]:
+        """Whatever is due at ``now``: deadlines, probes, connections, waiting choices."""
+        commands: list[Command] = []
+        call = self._call if self.outcome is None else None
+        if call is not None:
+            commands += self._expire(call, now)
+        for name, health in list(self.hosts.items()):
+            commands += health.tick(now)
+            if health.state is HostState.LEAVING and not health.occupied:
+                commands.append(Disconnect(name))
+                del self.hosts[name]
+        if call is not None and self.outcome is None:
+            if call.waiting_N.size:
+                commands += self._assign(call, now)
+            if not call.waiting_N.size and not call.live:
+                self.outcome = Outcome(lost=call.waiting_N)
+        return commands
+
+    def wake_at(self, now: float) -> float:
+        """The next moment at which `tick` has something to do, if no event comes before."""
+        call = self._call if self.outcome is None else None
+        waits = call is not None and call.waiting_N.size > 0
+        due = [h.wake_at(now, work_waits=waits) for h in self.hosts.values()]
+        if call is not None:
+            due.append(call.deadline)
+            due += [expires for _, expires in call.live.values()]
+        return min(due, default=float("inf"))
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    def _wait_again(self, call: _Call, sends: list[Send]) -> None:
+        if sends:
+            back = [send.choices for send in sends]
+            call.waiting_N = np.sort(np.concatenate([call.waiting_N, *back]))
+            self.retries += len(sends)
+
+    def _orphan(self, host: str) -> None:
+        """What was sent to ``host`` will not be answered: its choices wait again."""
+        call = self._call if self.outcome is None else None
+        if call is not None:
+            lost = [seq for seq, (send, _) in call.live.items() if send.host == host]
+            self._wait_again(call, [call.live.pop(seq)[0] for seq in lost])
+            for seq in [s for s, send in call.given_up.items() if send.host == host]:
+                del call.given_up[seq]
+
+    def _accept(self, seq: int) -> list[Command]:
+        call = self._call if self.outcome is None else None
+        if call is None:
+            return []
+        if seq in call.live:
+            return [Accept(call.live.pop(seq)[0])]
+        late = call.given_up.pop(seq, None)
+        if late is not None and np.isin(late.choices, call.waiting_N).all():
+            call.waiting_N = np.setdiff1d(call.waiting_N, late.choices, assume_unique=True)
+            return [Accept(late)]
+        return []
+
+    def _refused(
+        self, event: Refused, health: HostHealth, seq: int, code: str, now: float
+    ) -> list[Command]:
+        call = self._call if self.outcome is None else None
+        if call is None or seq not in call.live:
+            return []
+        send, _ = call.live.pop(seq)
+        if code not in _RETRYABLE:
+            return self._end(call, Outcome(lost=send.choices, error=event))
+        self._wait_again(call, [send])
+        if code == "Busy":
+            health.busy_until = now + self.policy.busy_s
+        if code == "NotHere":
+            call.avoid.update((send.host, int(e)) for e in np.unique(call.ids_N[send.choices]))
+            return [Refresh()]
+        return []
+
+    def _end(self, call: _Call, outcome: Outcome) -> list[Command]:
+        self.outcome = outcome
+        cancels: list[Command] = [Cancel(send.host, seq) for seq, (send, _) in call.live.items()]
+        call.live.clear()
+        return cancels
+
+    def _expire(self, call: _Call, now: float) -> list[Command]:
+        if now >= call.deadline:
+            pending = [send.choices for send, _ in call.live.values()]
+            lost = np.sort(np.concatenate([call.waiting_N, *pending]))
+            return self._end(call, Outcome(lost=lost))
+        late = {send.host for send, expires in call.live.values() if now >= expires}
+        commands: list[Command] = []
+        for host in sorted(late):
+            # The whole host is suspect, so that its other calls need not miss a deadline each.
+            self.hosts[host].eject(now)
+            self.ejections += 1
+            seqs = [seq for seq, (send, _) in call.live.items() if send.host == host]
+            sends = [call.live.pop(seq)[0] for seq in seqs]
+            call.given_up.update(zip(seqs, sends, strict=True))
+            self._wait_again(call, sends)
+            commands += [Cancel(host, seq) for seq in seqs]
+        if late:
+            call.misses += 1
+        return commands
+
+    def _assign(self, call: _Call, now: float) -> list[Command]:
+        """Send the waiting choices that some host can take; the others go on waiting."""
+        placement = self.placement
+        if placement is None or call.key not in placement.layers:
+            return []
+        healths = [self.hosts.get(name) for name in placement.host_order]
+        usable = np.array([h is not None and h.takes_calls(now) for h in healths], dtype=bool)
+        host_n = self._choose(call, placement, usable)
+        still = [call.waiting_N[host_n < 0]]
+        commands: list[Command] = []
+        for index in np.unique(host_n[host_n >= 0]):
+            health = healths[index]
+            assert health is not None
+            mine = call.waiting_N[host_n == index]
+            for token_t, choice_tk in _pieces(mine, call.top_k, call.max_rows):
+                if health.room <= 0:
+                    still.append(choice_tk[choice_tk >= 0])
+                    continue
+                commands.append(self._send(call, health, token_t, choice_tk, now))
+        call.waiting_N = np.sort(np.concatenate(still))
+        return commands
+
+    def _choose(self, call: _Call, placement: Placement, usable: np.ndarray) -> np.ndarray:
+        """For each waiting choice the index of a host that may take it, or -1."""
+        table = placement.tables[call.key]
+        ids_n = call.ids_N[call.waiting_N]
+        step_n = call.rotation + _rank_within_expert(ids_n) // self.policy.split_rows
+        host_n = table[ids_n, step_n % SHARE_STEPS].astype(np.int64)
+        open_EH = placement.holders[call.key] & usable
+        for host, expert in call.avoid:
+            if host in placement.host_index:
+                open_EH[expert, placement.host_index[host]] = False
+        unserved = np.flatnonzero((host_n < 0) | ~open_EH[ids_n, host_n])
+        for n in unserved:
+            others = np.flatnonzero(open_EH[ids_n[n]])
+            host_n[n] = others[step_n[n] % others.size] if others.size else -1
+        return host_n
+
+    def _send(
+        self, call: _Call, health: HostHealth, token_t: np.ndarray, choice_tk: np.ndarray, now: float
+    ) -> Send:
+        expires = min(now + self.policy.attempt_s * 2**call.misses, call.deadline)
+        send = Send(
+            host=health.entry.host,
+            incarnation=health.entry.incarnation,
+            seq=self._next_seq,
+            timeout_s=expires - now,
+            token_t=token_t,
+            choice_tk=choice_tk,
+            ids_tk=np.where(choice_tk >= 0, call.ids_N[choice_tk], -1).astype(np.int32),
+        )
+        self._next_seq += 1
+        health.occupied.add(send.seq)
+        call.live[send.seq] = (send, expires)
+        return send
+
+
+def _rank_within_expert(ids_n: np.ndarray) -> np.ndarray:
+    """For each choice, how many choices of the same expert stand before it."""
+    order = np.argsort(ids_n, kind="stable")
+    sorted_ids = ids_n[order]
+    starts = np.flatnonzero(np.r_[True, sorted_ids[1:] != sorted_ids[:-1]])
+    sizes = np.diff(np.r_[starts, ids_n.size])
+    rank = np.empty(ids_n.size, dtype=np.int64)
+    rank[order] = np.arange(ids_n.size) - np.repeat(starts, sizes)
+    return rank
+
+
+def _pieces(
+    choices: np.ndarray, top_k: int, max_rows: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ascending choices as rows: (token_t, choice_tk padded with -1), at most max_rows each."""
+    token_n = choices // top_k
+    first = np.r_[True, token_n[1:] != token_n[:-1]]
+    row_n = np.cumsum(first) - 1
+    starts = np.flatnonzero(first)
+    column_n = np.arange(choices.size) - starts[row_n]
+    choice_tk = np.full((starts.size, int(column_n.max()) + 1), -1, dtype=np.int64)
+    choice_tk[row_n, column_n] = choices
+    token_t = token_n[starts]
+    return [
+        (token_t[i : i + max_rows], choice_tk[i : i + max_rows])
+        for i in range(0, token_t.size, max_rows)
+    ]

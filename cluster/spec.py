@@ -1,0 +1,204 @@
+"""The cluster's spec: one YAML file, validated whole before anything is started.
+
+Unknown keys and impossible values fail with the key's path (`hosts.0.count: ...`). Every field
+has a default that works on one machine, apart from the models.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..proto.errors import SpecError
+from .health import RouterPolicy
+from .residency import HostPolicy
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+_DEMO = "demo"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class RaySpec(_Part):
+    """Where Ray runs. ``local`` starts one inside the process of `moesaic up`."""
+
+    address: str = "local"
+
+    @field_validator("address")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value in ("local", "auto") or re.fullmatch(r"[\w.\-\[\]:]+:\d{1,5}", value):
+            return value
+        raise ValueError(f"{value!r} is neither 'local', 'auto' nor host:port")
+
+
+class NetworkSpec(_Part):
+    """Where hosts listen for gRPC: an address, or ``node`` for each node's own."""
+
+    bind: str = "127.0.0.1"
+    transport: Literal["auto", "shm", "grpc"] = "auto"
+
+
+class Resources(_Part):
+    """What one Ray actor asks for."""
+
+    num_cpus: float = Field(1, ge=0)
+    num_gpus: float = Field(0, ge=0)
+    resources: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
+
+
+class ModelSpec(_Part):
+    """One model: a folder, a hub id, or ``demo``."""
+
+    name: Name
+    path: str = Field(min_length=1)
+    dtype: Dtype = "float32"
+    replicas: int = Field(1, ge=1, le=1024)
+    exact: bool = False
+
+    @property
+    def is_demo(self) -> bool:
+        return self.path == _DEMO
+
+
+class HostGroup(Resources):
+    """Like hosts. ``threads`` are those of one computation, ``auto`` shares the cores out."""
+
+    count: int = Field(2, ge=1, le=4096)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    threads: int | Literal["auto"] = "auto"
+    spread: Literal["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "none"
+    max_rows: int = Field(512, ge=1, le=65_536)
+    max_batch_rows: int = Field(1024, ge=1, le=1 << 20)
+    max_queue_rows: int = Field(16_384, ge=1, le=1 << 24)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> HostGroup:
+        if not self.max_rows <= self.max_batch_rows <= self.max_queue_rows:
+            raise ValueError("max_rows <= max_batch_rows <= max_queue_rows must hold")
+        return self
+
+    @property
+    def policy(self) -> HostPolicy:
+        return HostPolicy(
+            max_rows=self.max_rows,
+            max_batch_rows=self.max_batch_rows,
+            max_queue_rows=self.max_queue_rows,
+        )
+
+
+class TrunkSpec(Resources):
+    """The process that holds a model's trunk, and the batch it runs."""
+
+    engine: Literal["transformers"] = "transformers"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    threads: int | Literal["auto"] = "auto"
+    max_requests: int = Field(32, ge=1, le=4096)
+    max_waiting: int = Field(256, ge=0, le=1 << 20)
+    max_batch_tokens: int = Field(512, ge=1, le=1 << 20)
+    cache_tokens: int = Field(16_384, ge=64, le=1 << 28)
+
+
+class EndpointSpec(_Part):
+    """The HTTP endpoint; port 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65_535)
+
+
+class TimeoutSpec(_Part):
+    """Deadlines in seconds. ``expert_s``: how long a call waits for an expert that is nowhere."""
+
+    expert_s: Seconds = 60.0
+    attempt_s: Seconds = 2.0
+    start_s: Seconds = 300.0
+
+    @property
+    def policy(self) -> RouterPolicy:
+        return RouterPolicy(deadline_s=self.expert_s, attempt_s=min(self.attempt_s, self.expert_s))
+
+
+class Spec(_Part):
+    """A cluster."""
+
+    name: Name = "local"
+    ray: RaySpec = RaySpec()
+    network: NetworkSpec = NetworkSpec()
+    models: tuple[ModelSpec, ...] = ()
+    hosts: tuple[HostGroup, ...] = (HostGroup(),)
+    trunk: TrunkSpec = TrunkSpec()
+    endpoint: EndpointSpec | None = EndpointSpec()
+    timeouts: TimeoutSpec = TimeoutSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Spec:
+        names = [model.name for model in self.models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"models: the name {twice[0]!r} stands twice")
+        if not self.hosts:
+            raise ValueError("hosts: at least one group is needed")
+        for model in self.models:
+            if model.replicas > self.num_hosts:
+                raise ValueError(
+                    f"models: {model.name} wants {model.replicas} replicas of each expert, "
+                    f"but there are {self.num_hosts} hosts, and none holds one twice"
+                )
+        return self
+
+    @property
+    def num_hosts(self) -> int:
+        return sum(group.count for group in self.hosts)
+
+    def host_names(self) -> list[tuple[str, HostGroup]]:
+        """(name, group) of every host."""
+        groups = [group for group in self.hosts for _ in range(group.count)]
+        return [(f"host-{index}", group) for index, group in enumerate(groups)]
+
+
+def parse_spec(values: Any, *, source: str = "spec") -> Spec:
+    """A spec from plain values. Raises SpecError that names each key's path."""
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise SpecError(f"{source}: a mapping is expected, not {type(values).__name__}")
+    try:
+        return Spec.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False, include_context=False):
+            path = ".".join(str(part) for part in problem["loc"])
+            text = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "extra_forbidden":
+                text = "unknown key"
+            given = "" if problem["type"] == "missing" or not path else f" (got {_short(problem)})"
+            lines.append(f"{path}: {text}{given}" if path else text)
+        raise SpecError(f"{source}: " + "; ".join(lines)) from error
+
+
+def _short(problem: Any) -> str:
+    text = repr(problem["input"])
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def load_spec(path: str | Path) -> Spec:
+    """The spec in a YAML file. Raises SpecError."""
+    file = Path(path)
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{file}: cannot be read: {error}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    return parse_spec(values, source=str(file))

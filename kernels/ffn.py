@@ -1,0 +1,240 @@
+"""Expert feed-forward networks: what a host computes for one call or several merged ones.
+
+Shape suffixes: T = tokens, H = hidden size, K = choices of a token, N = T * K choices flattened,
+R = rows of one expert, I = intermediate size, E = experts held.
+
+Every kernel has one signature (`Kernel`) and stands in `KERNELS`. `reference` is the plain
+statement of the arithmetic and the oracle of the tests. The arithmetic of one expert is that of
+transformers' experts interface (transformers/integrations/moe.py): up-projection, bias, gate or
+activation, down-projection, bias, optional norm, then the choice's weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+# With `exact` every matrix product has this many rows: a row's bits depend on the number of rows
+# in the product, but not on its place among them (measured; a test keeps it).
+TILE_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertForm:
+    """What the experts of one layer have in common, apart from their weights.
+
+    ``activate`` takes the up-projection's output, (R, 2I) of gated experts and (R, I) of others,
+    and gives (R, I). ``post_norm`` maps (R, H) to (R, H) behind the down-projection.
+    """
+
+    transposed: bool
+    activate: Callable[[Tensor], Tensor]
+    post_norm: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One expert: up (2I or I, H) and down (H, I), or the transposes of both if the form says so."""
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {
+            "up": self.up,
+            "down": self.down,
+            "up_bias": self.up_bias,
+            "down_bias": self.down_bias,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+class Kernel(Protocol):
+    def __call__(
+        self,
+        form: ExpertForm,
+        experts: Mapping[int, ExpertWeights],
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        out_TH: Tensor,
+    ) -> None:
+        """Write the float32 sum over K of weight * expert(x) to ``out_TH``.
+
+        ``ids_TK`` is int32 or int64 and -1 where a choice is unused; every other id is a key of
+        ``experts``. ``x_TH`` has the experts' dtype, ``weights_TK`` is float32.
+        """
+        ...
+
+
+def expert_ffn(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
+    """One expert on its rows: (R, H) -> (R, H) in the expert's dtype, not weighted."""
+    if form.transposed:
+        up_R = x_RH @ expert.up
+        if expert.up_bias is not None:
+            up_R = up_R + expert.up_bias
+        y_RH = form.activate(up_R) @ expert.down
+        if expert.down_bias is not None:
+            y_RH = y_RH + expert.down_bias
+    else:
+        up_R = linear(x_RH, expert.up, expert.up_bias)
+        y_RH = linear(form.activate(up_R), expert.down, expert.down_bias)
+    return y_RH if form.post_norm is None else form.post_norm(y_RH)
+
+
+def _choices_by_expert(ids_TK: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
+    """For each expert that is used, in order of its number: (expert, choices in N on ``device``).
+
+    ``ids_TK`` may stay on the CPU: its values steer Python.
+    """
+    sorted_N, order_N = torch.sort(ids_TK.reshape(-1), stable=True)
+    experts, counts = torch.unique_consecutive(sorted_N, return_counts=True)
+    pieces = torch.split(order_N.to(device), counts.tolist())
+    return [(e, piece) for e, piece in zip(experts.tolist(), pieces, strict=True) if e >= 0]
+
+
+def loop_kernel(
+    form: ExpertForm,
+    experts: Mapping[int, ExpertWeights],
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    out_TH: Tensor,
+) -> None:
+    """One matrix product for each expert: the fastest on CPUs, where products do not overlap."""
+    top_k = ids_TK.shape[1]
+    weights_N = weights_TK.reshape(-1)
+    out_TH.zero_()
+    for expert, choice_R in _choices_by_expert(ids_TK, x_TH.device):
+        token_R = choice_R if top_k == 1 else choice_R // top_k
+        y_RH = expert_ffn(form, experts[expert], x_TH.index_select(0, token_R)).float()
+        y_RH.mul_(weights_N.index_select(0, choice_R).unsqueeze(-1))
+        out_TH.index_add_(0, token_R, y_RH)
+
+
+def reference_kernel(
+    form: ExpertForm,
+    experts: Mapping[int, ExpertWeights],
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    out_TH: Tensor,
+) -> None:
+    """Token by token and choice by choice, as the definition reads."""
+    out_TH.zero_()
+    for t, row in enumerate(ids_TK.tolist()):
+        for k, expert in enumerate(row):
+            if expert >= 0:
+                y_1H = expert_ffn(form, experts[expert], x_TH[t : t + 1]).float()
+                out_TH[t] += weights_TK[t, k] * y_1H[0]
+
+
+def grouped_kernel(
+    form: ExpertForm,
+    experts: Mapping[int, ExpertWeights],
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    out_TH: Tensor,
+) -> None:
+    """All experts in two grouped matrix products, for CUDA; works on CPU too."""
+    groups = _choices_by_expert(ids_TK, x_TH.device)
+    out_TH.zero_()
+    if not groups:
+        return
+    device, top_k = x_TH.device, ids_TK.shape[1]
+    used = [experts[expert] for expert, _ in groups]
+    choice_N = torch.cat([choice for _, choice in groups])
+    sizes = torch.tensor([choice.numel() for _, choice in groups], dtype=torch.int32)
+    offsets_E = sizes.cumsum(0, dtype=torch.int32).to(device)
+    sizes = sizes.to(device)
+
+    def product(rows: Tensor, matrices: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+        stacked = torch.stack(matrices)
+        out = torch.nn.functional.grouped_mm(
+            rows, stacked if form.transposed else stacked.transpose(-2, -1), offs=offsets_E
+        )
+        if biases[0] is None:
+            return out
+        stacked_bias = torch.stack([bias for bias in biases if bias is not None])
+        return out + stacked_bias.repeat_interleave(sizes, dim=0)
+
+    token_N = choice_N // top_k
+    up_N = product(
+        x_TH.index_select(0, token_N), [e.up for e in used], [e.up_bias for e in used]
+    )
+    y_NH = product(form.activate(up_N), [e.down for e in used], [e.down_bias for e in used])
+    if form.post_norm is not None:
+        y_NH = form.post_norm(y_NH)
+    y_NH = y_NH.float() * weights_TK.reshape(-1).index_select(0, choice_N).unsqueeze(-1)
+    out_TH.index_add_(0, token_N, y_NH)
+
+
+KERNELS: dict[str, Kernel] = {
+    "loop": loop_kernel,
+    "reference": reference_kernel,
+    "grouped": grouped_kernel,
+}
+
+
+def kernel_for(device: torch.device) -> Kernel:
+    return KERNELS["grouped" if device.type == "cuda" else "loop"]
+
+
+def exact_rows(
+    form: ExpertForm,
+    experts: Mapping[int, ExpertWeights],
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    out_TKH: Tensor,
+) -> None:
+    """Write weight * expert(x) of each choice, float32, zero where a choice is unused.
+
+    A row's bits depend on its own input alone: every product has `TILE_ROWS` rows.
+    """
+    top_k, hidden = ids_TK.shape[1], x_TH.shape[1]
+    weights_N = weights_TK.reshape(-1)
+    out_NH = out_TKH.view(-1, hidden)
+    out_NH.zero_()
+    tile = torch.zeros(TILE_ROWS, hidden, dtype=x_TH.dtype, device=x_TH.device)
+    for expert, choice_R in _choices_by_expert(ids_TK, x_TH.device):
+        for piece in choice_R.split(TILE_ROWS):
+            rows = piece.numel()
+            tile[:rows] = x_TH.index_select(0, piece // top_k)
+            y_RH = expert_ffn(form, experts[expert], tile)[:rows].float()
+            out_NH[piece] = y_RH * weights_N.index_select(0, piece).unsqueeze(-1)
+
+
+def bad_experts(
+    form: ExpertForm,
+    experts: Mapping[int, ExpertWeights],
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    out: Tensor,
+) -> list[int]:
+    """The experts that made ``out`` ((T, H) or (T, K, H)) not finite from finite rows of x.
+
+    The common case costs one sum: it is finite only if all its terms are.
+    """
+    if bool(torch.isfinite(out.sum())):
+        return []
+    finite_T = torch.isfinite(x_TH.float()).all(dim=1)
+    guilty = []
+    for expert, choice_R in _choices_by_expert(ids_TK, x_TH.device):
+        token_R = choice_R // ids_TK.shape[1]
+        rows = x_TH.index_select(0, token_R[finite_T.index_select(0, token_R)])
+        if rows.shape[0] and not bool(torch.isfinite(expert_ffn(form, experts[expert], rows)).all()):
+            guilty.append(expert)
+    return guilty

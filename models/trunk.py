@@ -1,0 +1,234 @@
+"""Trunks: transformers models whose routed experts live elsewhere.
+
+A trunk is the unmodified transformers class. Its experts modules are dispatched through
+transformers' experts interface (`experts_implementation="moesaic"`), hold no weights, and carry a
+`pool` attribute: the callable that computes their layer in the pool.
+
+Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from ..kernels.ffn import ExpertForm
+from ..proto.errors import CheckpointError, UnsupportedModel
+
+IMPLEMENTATION = "moesaic"
+
+# (x_TH, ids_TK, weights_TK) -> y_TH
+PoolFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class _InPool(torch.autograd.Function):
+    """The pool's answer as a node of the graph, so that a backward pass cannot miss it silently."""
+
+    @staticmethod
+    def forward(ctx: Any, pool: PoolFunction, x_TH: Tensor, ids_TK: Tensor, w_TK: Tensor) -> Tensor:
+        return pool(x_TH, ids_TK, w_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UnsupportedModel(
+            "backward through experts in the pool: training is not supported in this version; "
+            "call the model under torch.no_grad()"
+        )
+
+
+def _experts_forward(module: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    pool = getattr(module, "pool", None)
+    if pool is None:
+        raise UnsupportedModel(
+            f"{type(module).__name__}: experts_implementation is {IMPLEMENTATION!r}, but the model "
+            "is attached to no pool; use Cluster.attach or Cluster.from_pretrained"
+        )
+    return _InPool.apply(pool, x_TH, ids_TK, weights_TK)  # pyright: ignore[reportReturnType]
+
+
+ExpertsInterface.register(IMPLEMENTATION, _experts_forward)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsLayer:
+    """One experts module of a model and what a host must know of it."""
+
+    layer: int
+    name: str
+    module: nn.Module
+    num_experts: int
+    hidden_size: int
+
+    @property
+    def up_name(self) -> str:
+        return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    def form(self) -> ExpertForm:
+        module: Any = self.module
+        return ExpertForm(
+            transposed=module.is_transposed,
+            activate=module._apply_gate if module.has_gate else module.act_fn,
+            post_norm=module.post_expert_norm if module.has_post_expert_norm else None,
+        )
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """True for every class under transformers' `use_experts_implementation`."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
+
+
+def _layer_numbers(names: list[str]) -> list[int]:
+    """The number that people know a layer by, its index among decoder layers, if it is unique."""
+    numbers = [[int(n) for n in re.findall(r"\.(\d+)(?=\.|$)", name)] for name in names]
+    last = [found[-1] if found else -1 for found in numbers]
+    unique = len(set(last)) == len(last) and min(last, default=-1) >= 0
+    return last if unique else list(range(len(names)))
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """(number of experts, hidden size) from the parameters' shapes, which configs name freely."""
+    down = module.down_proj
+    hidden = down.shape[2] if module.is_transposed else down.shape[1]
+    return down.shape[0], hidden
+
+
+def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
+    """The experts modules of a model that still has its (possibly meta) expert parameters.
+
+    Raises UnsupportedModel if there are none.
+    """
+    found = [(name, m) for name, m in model.named_modules() if is_experts_module(m)]
+    if not found:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: no experts module of this architecture dispatches through "
+            "transformers' experts interface, so its experts cannot be served from a pool; "
+            "models of the Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss ... families can"
+        )
+    numbers = _layer_numbers([name for name, _ in found])
+    return [
+        ExpertsLayer(number, name, module, *_sizes(module))
+        for number, (name, module) in zip(numbers, found, strict=True)
+    ]
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """The configuration of a model folder. Raises CheckpointError if there is none to be read."""
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: no config.json; give the folder of a Hugging Face model")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise CheckpointError(f"{path}/config.json: {error}") from error
+
+
+def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
+    """The configuration that ``PretrainedConfig.to_dict`` described."""
+    rest = dict(values)
+    model_type = rest.pop("model_type", None)
+    if not model_type:
+        raise UnsupportedModel("model_type: missing from the model's configuration")
+    return AutoConfig.for_model(model_type, **rest)
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of ``config`` on the meta device: shapes and forms, no memory."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UnsupportedModel(
+            f"model_type: {config.model_type!r} is no causal language model of transformers: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def strip_experts(model: nn.Module) -> None:
+    """Remove the parameters of every experts module, its post-expert norm included."""
+    for module in model.modules():
+        if is_experts_module(module):
+            for submodule in module.modules():
+                for name in list(submodule._parameters):
+                    del submodule._parameters[name]
+                # transformers' weight initialisation would touch the parameters that are gone
+                submodule._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
+
+
+def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    try:
+        base = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise UnsupportedModel(
+            f"model_type: {config.model_type!r} is no causal language model of transformers"
+        ) from None
+
+    def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        strip_experts(self)
+
+    # The module's name keeps transformers' heuristics on a class's source file working; unexpected
+    # keys are the experts, which hosts read.
+    return type(
+        base.__name__,
+        (base,),
+        {
+            "__init__": __init__,
+            "__module__": base.__module__,
+            "_keys_to_ignore_on_load_unexpected": [r"experts\.", r"(input|output)_linear\."],
+        },
+    )
+
+
+def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model in ``path`` without its routed experts, which are never read.
+
+    Attach it with `connect_experts` before the first call. Raises CheckpointError and
+    UnsupportedModel.
+    """
+    config = read_config(path)
+    experts_layers(meta_model(config))
+    try:
+        trunk, info = _trunk_class(config).from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            experts_implementation=IMPLEMENTATION,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:5])
+        raise CheckpointError(f"{path}: the checkpoint lacks {missing}")
+    trunk.requires_grad_(False)
+    return trunk.to(device).eval()  # pyright: ignore[reportArgumentType]
+
+
+def connect_experts(
+    model: nn.Module, layers: list[ExpertsLayer], pool: Callable[[int], PoolFunction]
+) -> None:
+    """Let ``pool(layer)`` compute each experts module of ``model`` from the next call on."""
+    modules = dict(model.named_modules())
+    for layer in layers:
+        modules[layer.name].pool = pool(layer.layer)  # pyright: ignore[reportArgumentType]
+
+
+def disconnect_experts(model: nn.Module) -> None:
+    for module in model.modules():
+        if is_experts_module(module) and hasattr(module, "pool"):
+            del module.pool
+
+
+def expert_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of an experts module that have one slice for each expert."""
+    for name in (layer.up_name, "down_proj", f"{layer.up_name}_bias", "down_proj_bias"):
+        parameter = layer.module._parameters.get(name)
+        if parameter is not None:
+            yield name, parameter

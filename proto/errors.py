@@ -1,0 +1,139 @@
+"""The one tree of errors; they cross the wire by name.
+
+    MoesaicError
+    |-- BadInput                 the caller's mistake: never retried
+    |   |-- SpecError            the YAML spec
+    |   |-- RequestError         an HTTP or SDK request
+    |   |   `-- UnknownModel
+    |   |-- CallError            an expert call: shapes, dtypes, sizes
+    |   |-- CheckpointError      a file: truncated, missing tensors, wrong shapes
+    |   `-- UnsupportedModel     an architecture without the experts interface
+    |-- Retryable                nothing is lost: the same call may succeed elsewhere or later
+    |   |-- NotHere              this host does not hold the expert (unknown, evicted, old incarnation)
+    |   |-- Busy                 a bounded queue is full
+    |   |-- Expired              the deadline passed before the work was done
+    |   `-- HostLost             a host's connection ended
+    |-- ExpertUnavailable        no replica of an expert answered before the deadline
+    |-- BadExpert                an expert produced values that are not finite
+    |-- EngineError              the trunk's engine failed or was restarted
+    |-- ClusterError             Ray, processes, ports: the pool could not be started or reached
+    `-- InternalError            a defect of ours
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MoesaicError(Exception):
+    """Base of every error that Moesaic raises on purpose.
+
+    ``retryable`` says whether the same request may succeed when it is sent again;
+    ``http_status`` is what the endpoint answers with.
+    """
+
+    retryable: ClassVar[bool] = False
+    http_status: ClassVar[int] = 500
+
+    @property
+    def code(self) -> str:
+        return type(self).__name__
+
+
+class BadInput(MoesaicError):
+    http_status = 400
+
+
+class SpecError(BadInput):
+    """The spec has an unknown key or an impossible value; the message starts with the key's path."""
+
+
+class RequestError(BadInput):
+    """An HTTP or SDK request is malformed; ``param`` names the field."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModel(RequestError):
+    http_status = 404
+
+
+class CallError(BadInput):
+    """An expert call has wrong shapes, dtypes or sizes; nothing was computed."""
+
+
+class CheckpointError(BadInput):
+    """A checkpoint is truncated, incomplete or of another shape than its configuration."""
+
+
+class UnsupportedModel(BadInput):
+    """The architecture does not dispatch its experts through transformers' experts interface."""
+
+
+class Retryable(MoesaicError):
+    retryable = True
+    http_status = 503
+
+
+class NotHere(Retryable):
+    """The host does not hold the expert, or is another incarnation than the call meant."""
+
+
+class Busy(Retryable):
+    """A bounded queue is full; send again later or elsewhere."""
+
+    http_status = 429
+
+
+class Expired(Retryable):
+    """The deadline passed before the work was done; it was dropped, not computed."""
+
+    http_status = 504
+
+
+class HostLost(Retryable):
+    """The connection to a host ended with calls in flight."""
+
+
+class ExpertUnavailable(MoesaicError):
+    """No replica of an expert answered before the deadline; the message names the expert."""
+
+    retryable = True
+    http_status = 503
+
+
+class BadExpert(MoesaicError):
+    """An expert's output is not finite; the message names the expert."""
+
+
+class EngineError(MoesaicError):
+    """The trunk's engine failed; it is restarted, and the request may be sent again."""
+
+    retryable = True
+    http_status = 503
+
+
+class ClusterError(MoesaicError):
+    """The pool could not be started or reached."""
+
+
+class InternalError(MoesaicError):
+    """A defect of ours; the message holds the foreign error's text."""
+
+
+def _tree(cls: type[MoesaicError]) -> dict[str, type[MoesaicError]]:
+    found = {cls.__name__: cls}
+    for sub in cls.__subclasses__():
+        found |= _tree(sub)
+    return found
+
+
+ERRORS: dict[str, type[MoesaicError]] = _tree(MoesaicError)
+
+
+def from_wire(code: str, message: str) -> MoesaicError:
+    """The error that ``code`` names, or an InternalError that says which code was unknown."""
+    cls = ERRORS.get(code)
+    return cls(message) if cls else InternalError(f"{code}: {message}")

@@ -1,0 +1,122 @@
+"""Where the tensors of a frame lie, and the limits that every frame is held to.
+
+Router and host compute the same layout from the same four numbers, so no offsets are sent.
+
+Shape suffixes: T = tokens (rows of a call), H = hidden size, K = choices of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import CallError
+from .expert_pb2 import BFLOAT16, FLOAT16, FLOAT32, Call, DType
+
+WIRE_VERSION = 1
+ALIGNMENT_BYTES = 64
+# What one frame of a stream may carry; larger tensors travel in several.
+CHUNK_BYTES = 1 << 20
+# No honest call comes near these; they bound what a broken peer can make a host allocate.
+MAX_PAYLOAD_BYTES = 1 << 30
+MAX_HIDDEN = 1 << 17
+MAX_TOP_K = 1 << 10
+
+DTYPE_TO_WIRE: dict[torch.dtype, DType] = {
+    torch.float32: FLOAT32,
+    torch.bfloat16: BFLOAT16,
+    torch.float16: FLOAT16,
+}
+DTYPE_FROM_WIRE: dict[int, torch.dtype] = {wire: dtype for dtype, wire in DTYPE_TO_WIRE.items()}
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class CallLayout:
+    """Byte offsets of one call's tensors and of its answer."""
+
+    rows: int
+    hidden: int
+    top_k: int
+    dtype: torch.dtype
+    exact: bool
+    ids_offset: int
+    weights_offset: int
+    call_bytes: int
+    reply_bytes: int
+
+    @classmethod
+    def of(cls, rows: int, hidden: int, top_k: int, dtype: torch.dtype, exact: bool) -> CallLayout:
+        ids_offset = _aligned(rows * hidden * dtype.itemsize)
+        weights_offset = ids_offset + _aligned(rows * top_k * 4)
+        return cls(
+            rows=rows,
+            hidden=hidden,
+            top_k=top_k,
+            dtype=dtype,
+            exact=exact,
+            ids_offset=ids_offset,
+            weights_offset=weights_offset,
+            call_bytes=weights_offset + _aligned(rows * top_k * 4),
+            reply_bytes=rows * (top_k if exact else 1) * hidden * 4,
+        )
+
+    @classmethod
+    def of_call(cls, call: Call) -> CallLayout:
+        """The layout that ``call`` announces.
+
+        Raises CallError when a number is out of bounds or the sizes do not agree.
+        """
+        dtype = DTYPE_FROM_WIRE.get(call.dtype)
+        if dtype is None:
+            known = ", ".join(DType.Name(d) for d in DTYPE_FROM_WIRE)
+            raise CallError(f"dtype: {call.dtype} is none of {known}")
+        for name, value, largest in (
+            ("rows", call.rows, MAX_PAYLOAD_BYTES),
+            ("hidden", call.hidden, MAX_HIDDEN),
+            ("top_k", call.top_k, MAX_TOP_K),
+        ):
+            if not 1 <= value <= largest:
+                raise CallError(f"{name}: {value} is not between 1 and {largest}")
+        layout = cls.of(call.rows, call.hidden, call.top_k, dtype, call.exact)
+        if max(layout.call_bytes, layout.reply_bytes) > MAX_PAYLOAD_BYTES:
+            raise CallError(
+                f"rows: {call.rows} x {call.hidden} needs more than {MAX_PAYLOAD_BYTES} bytes; "
+                "send fewer rows in one call"
+            )
+        if call.payload_bytes != layout.call_bytes:
+            raise CallError(
+                f"payload_bytes: {call.payload_bytes}, but {call.rows} rows x {call.hidden} "
+                f"({dtype}) with top_k {call.top_k} take {layout.call_bytes}"
+            )
+        return layout
+
+    def call_tensors(
+        self, buffer: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views (x_TH, ids_TK int32, weights_TK float32) into a uint8 ``buffer``."""
+        x_end = self.rows * self.hidden * self.dtype.itemsize
+        choice_bytes = self.rows * self.top_k * 4
+        ids = buffer[self.ids_offset : self.ids_offset + choice_bytes]
+        weights = buffer[self.weights_offset : self.weights_offset + choice_bytes]
+        return (
+            buffer[:x_end].view(self.dtype).view(self.rows, self.hidden),
+            ids.view(torch.int32).view(self.rows, self.top_k),
+            weights.view(torch.float32).view(self.rows, self.top_k),
+        )
+
+    def reply_tensor(self, buffer: torch.Tensor) -> torch.Tensor:
+        """View y_TH (with ``exact`` y_TKH), float32, at the start of a uint8 ``buffer``."""
+        y = buffer[: self.reply_bytes].view(torch.float32)
+        if self.exact:
+            return y.view(self.rows, self.top_k, self.hidden)
+        return y.view(self.rows, self.hidden)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a shared-memory slot that holds the call and, behind it, its answer."""
+        return self.call_bytes + _aligned(self.reply_bytes)

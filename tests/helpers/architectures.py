@@ -1,0 +1,114 @@
+"""Small random models of the architectures that use transformers' experts interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MLA: dict[str, Any] = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+_E8: dict[str, Any] = {"num_experts": 8}
+_L8: dict[str, Any] = {"num_local_experts": 8}
+
+# What each architecture needs beyond _COMMON.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "mixtral": _L8,
+    "minimax_m2": _L8,
+    "minimax": _L8 | {"layer_types": ["full_attention", "full_attention"], "block_size": 8},
+    "phimoe": _L8,
+    "qwen2_moe": _E8 | {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": _E8,
+    "qwen3_next": _E8
+    | {
+        "shared_expert_intermediate_size": 24,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "olmoe": _E8 | {"num_key_value_heads": 4},
+    "flex_olmo": _E8 | {"num_key_value_heads": 4},
+    "cohere2_moe": _E8,
+    "afmoe": _E8 | {"num_dense_layers": 1, "n_group": 1, "topk_group": 1},
+    "deepseek_v2": _MLA | {"topk_method": "greedy", "n_group": 1},
+    "deepseek_v3": _MLA,
+    "glm4_moe": _MLA | {"num_key_value_heads": 2},
+    "dots1": _MLA | {"num_key_value_heads": 2},
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 1},
+    "hunyuan_v1_moe": _E8 | {"moe_topk": 2},
+    "jamba": _E8
+    | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1}
+    | {"expert_layer_offset": 0, "use_mamba_kernels": False, "mamba_d_state": 4},
+    "lfm2_moe": _E8
+    | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+    "granitemoe": _L8,
+    "granitemoeshared": _L8 | {"shared_intermediate_size": 24},
+    "gpt_oss": _L8 | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+    "gemma4_text": _E8
+    | {
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "global_head_dim": 8,
+        "vocab_size_per_layer_input": 96,
+        "hidden_size_per_layer_input": 8,
+    },
+    "nemotron_h": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "layers_block_type": ["attention", "moe"],
+        "moe_shared_expert_intermediate_size": 24,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+}
+
+
+def tiny_config(name: str, **overrides: Any) -> PretrainedConfig:
+    return AutoConfig.for_model(name, **(_COMMON | ARCHITECTURES[name] | overrides))
+
+
+def tiny_model(
+    name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
+    """A model with weights large enough that a wrong expert shows in the logits."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.15)
+            elif "bias" in str(parameter):
+                parameter.normal_(0.0, 0.02)
+    return model.to(dtype).eval()

@@ -1,0 +1,72 @@
+"""A tiny tokenizer and a tiny random Mixtral, made in memory: no network, milliseconds."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+CORPUS = (
+    "the quick brown fox jumps over the lazy dog. Experts come, go and die; no request notices. "
+    "Größe, naïve café, Ελλάδα, Москва, 日本語, 🙂🚀 and 0123456789! "
+    "The capital of France is Paris."
+)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def tiny_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ChatML: <|endoftext|> is 0, <|im_end|> (the end of text) is 2."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([CORPUS], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=SPECIAL[2], pad_token=SPECIAL[0]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+    return tokenizer
+
+
+def tiny_mixtral(
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    experts: int = 4,
+    max_positions: int = 512,
+    eos_token_id: int | None = None,
+    experts_implementation: str = "eager",
+) -> MixtralForCausalLM:
+    """fp32, random weights with a spread that makes greedy texts wander instead of repeating."""
+    config = MixtralConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+        max_position_embeddings=max_positions,
+        sliding_window=None,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=0,
+        initializer_range=0.4,
+        tie_word_embeddings=False,
+    )
+    config._experts_implementation = experts_implementation
+    torch.manual_seed(seed)
+    model = MixtralForCausalLM(config).eval()
+    model.generation_config.eos_token_id = eos_token_id
+    model.generation_config.pad_token_id = 0
+    return model
