@@ -16,7 +16,8 @@ import logging
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -97,11 +98,12 @@ class BatchingLoop(ContinuousBatchingManager):
         eos_token_ids: Sequence[int],
         streams: Streams,
     ) -> None:
-        super().__init__(
-            model,  # pyright: ignore[reportArgumentType]  (their protocol is a nn.Module)
-            GenerationConfig(do_sample=False, eos_token_id=list(eos_token_ids) or -1),
-            _manager_config(config, model.device),
-        )
+        with _refusing_unsupported():
+            super().__init__(
+                model,  # pyright: ignore[reportArgumentType]  (their protocol is a nn.Module)
+                GenerationConfig(do_sample=False, eos_token_id=list(eos_token_ids) or -1),
+                _manager_config(config, model.device),
+            )
         self.streams = streams
         self.output_router = _Router(streams)
         self._generator = torch.Generator(model.device)
@@ -119,10 +121,8 @@ class BatchingLoop(ContinuousBatchingManager):
 
     def allocate(self) -> int:
         """Makes the KV cache; returns the tokens that one request can have in it, alone."""
-        try:
+        with _refusing_unsupported():
             self.batch_processor = self._create_batch_processor()
-        except (ValueError, AttributeError) as error:
-            raise UnsupportedModel(f"the model cannot be batched continuously: {error}") from error
         return infer_max_single_request_tokens(self.batch_processor.cache)
 
     def start(self) -> None:
@@ -173,15 +173,12 @@ class BatchingLoop(ContinuousBatchingManager):
         while True:
             super()._run_generation_loop()
             if self._closing.is_set():
-                self.streams.fail_all(EngineError("the engine was closed"))
+                self.streams.fail_all(self._why_ended())
                 return
-            error = self.background_thread_status.fatal_error
-            self.restarts += 1
-            self.last_error = f"{type(error).__name__}: {error}"
             logger.error("the engine's loop failed and restarts: %s", self.last_error)
-            self.streams.fail_all(
-                EngineError(f"the engine failed and restarts ({self.last_error})")
-            )
+            self.restarts += 1
+            # Those that were submitted after transformers had emptied its queues.
+            self.streams.fail_all(self._why_ended())
             if self._barren_restarts:
                 self._closing.wait(min(0.1 * 2**self._barren_restarts, MAX_RESTART_DELAY_S))
             self._barren_restarts += 1
@@ -189,6 +186,18 @@ class BatchingLoop(ContinuousBatchingManager):
                 # Nothing that the failed step may have half written is shared with later prompts.
                 self.batch_processor.cache.reset()
             self.background_thread_status.clear()
+
+    def _fail_all_remaining_requests(
+        self, error: Exception, batch_processor: ContinuousBatchProcessor | None
+    ) -> None:
+        self.last_error = None if self._closing.is_set() else f"{type(error).__name__}: {error}"
+        self.streams.fail_all(self._why_ended())
+        super()._fail_all_remaining_requests(error, batch_processor)
+
+    def _why_ended(self) -> EngineError:
+        if self._closing.is_set():
+            return EngineError("the engine was closed")
+        return EngineError(f"the engine failed and restarts ({self.last_error})")
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
@@ -273,6 +282,14 @@ class BatchingLoop(ContinuousBatchingManager):
     def _processor(self) -> ContinuousBatchProcessor:
         assert self.batch_processor is not None
         return self.batch_processor
+
+
+@contextmanager
+def _refusing_unsupported() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, AttributeError) as error:
+        raise UnsupportedModel(f"the model cannot be batched continuously: {error}") from error
 
 
 def eos_token_ids(model: PreTrainedModel) -> list[int]:

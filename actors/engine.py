@@ -213,6 +213,9 @@ class TransformersEngine:
 
         To be called inside the model's forward, in its thread; ``rows`` index the flat ``(T, H)``
         hidden states. After the step each request's generator raises ``error``.
+
+        The rows must hold finite numbers (zeros): a step's requests share one masked attention, in
+        which a row counts zero times for the others, and zero times NaN is NaN.
         """
         self._running().fail_rows(rows, error)
 

@@ -19,13 +19,19 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..cluster.placement import ExpertKey, HostEntry, LayerKey
+from ..cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape
 from ..cluster.residency import HostPolicy, LayerShape, Residency
-from ..proto.errors import MoesaicError
 from .host_loop import HostLoop, LoopStats
 from .store import SHARED, ExpertStore, ModelRef
 from .transport.base import Listener
+from .transport.grpc_stream import GrpcListener
 from .transport.shm import ShmListener
+
+# Of one expert from a peer.
+FETCH_TIMEOUT_S = 60.0
+
+# A model and how it is placed; hosts remember it for a controller that starts anew.
+PlacedModel = tuple[ModelRef, ModelShape]
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +44,8 @@ class HostReport:
     pid: int
     device: str
     holdings: Mapping[LayerKey, list[int]]
-    loading: int  # experts still to be read
-    load_error: str
+    models: Sequence[PlacedModel]
+    loading: int  # experts still to be loaded
     weight_bytes: int
     rss_bytes: int
     loop: LoopStats
@@ -74,11 +80,9 @@ class ExpertHost:
         self._store = ExpertStore(pick_device(device))
         self._residency = Residency(policy or HostPolicy(), incarnation=self.incarnation)
         self._loading = 0
-        self._load_error = ""
+        self._models: dict[str, PlacedModel] = {}
         self._load_lock = threading.Lock()
         shm = ShmListener()
-        from .transport.grpc_stream import GrpcListener
-
         grpc = GrpcListener(f"{bind}:0", weights=_Weights(self))
         self._entry = HostEntry(
             host=name,
@@ -94,34 +98,39 @@ class ExpertHost:
     def entry(self) -> HostEntry:
         return self._entry
 
-    def load(self, models: Sequence[ModelRef], keys: Sequence[ExpertKey], version: int = 1) -> int:
-        """Read experts from their checkpoints and begin to serve each as it is ready.
+    def load(
+        self,
+        models: Sequence[PlacedModel],
+        keys: Sequence[ExpertKey],
+        peers: Mapping[ExpertKey, str] | None = None,
+        version: int = 1,
+    ) -> None:
+        """Get experts and begin to serve each as it is ready.
 
-        Returns how many are held afterwards. Raises CheckpointError and UnsupportedModel; what was
-        read before stays.
+        A key in ``peers`` is fetched from the host with that gRPC address, any other one read from
+        its model's checkpoint. Raises CheckpointError, UnsupportedModel and HostLost; what was
+        loaded before stays.
         """
         with self._load_lock:
-            self._load_error = ""
+            self.add_models(models)
+            held = self._residency.holdings()
+            wanted = [k for k in keys if k.expert not in held.get(LayerKey(k.model, k.layer), ())]
+            self._loading = len(wanted)
             try:
-                for ref in models:
-                    self._store.add_model(ref)
-                held = self._residency.holdings()
-                wanted = [k for k in keys if k.expert not in held.get(LayerKey(k.model, k.layer), ())]
-                self._loading = len(wanted)
                 for key in wanted:
-                    self._hold(key, self._store.load(key), version)
+                    peer = (peers or {}).get(key)
+                    self._hold(
+                        key, self._fetch(key, peer) if peer else self._store.load(key), version
+                    )
                     self._loading -= 1
-            except MoesaicError as error:
-                self._load_error = f"{error.code}: {error}"
-                raise
             finally:
                 self._loading = 0
-        return sum(len(experts) for experts in self._residency.holdings().values())
 
-    def add_models(self, models: Sequence[ModelRef]) -> None:
-        """Get to know models whose weights will be put."""
-        for ref in models:
+    def add_models(self, models: Sequence[PlacedModel]) -> None:
+        """Get to know models whose weights will be loaded or put."""
+        for ref, shape in models:
             self._store.add_model(ref)
+            self._models[ref.name] = (ref, shape)
 
     def release(self, keys: Sequence[ExpertKey]) -> None:
         """Stop serving experts and free their memory; queued calls for them are refused."""
@@ -135,8 +144,8 @@ class ExpertHost:
             pid=os.getpid(),
             device=str(self._store.device),
             holdings=self._residency.holdings(),
+            models=list(self._models.values()),
             loading=self._loading,
-            load_error=self._load_error,
             weight_bytes=self._store.nbytes,
             rss_bytes=psutil.Process().memory_info().rss,
             loop=self._loop.stats(),
@@ -150,6 +159,14 @@ class ExpertHost:
 
     def close(self) -> None:
         self._loop.close()
+
+    def _fetch(self, key: ExpertKey, peer: str) -> LayerShape:
+        from .transport.weights import get_weights
+
+        if self._store.lacks_shared(LayerKey(key.model, key.layer)):
+            shared = key._replace(expert=SHARED)
+            self._store.put(shared, get_weights(peer, shared, timeout_s=FETCH_TIMEOUT_S))
+        return self._store.put(key, get_weights(peer, key, timeout_s=FETCH_TIMEOUT_S))
 
     def _hold(self, key: ExpertKey, shape: LayerShape, version: int) -> None:
         self._loop.call(lambda: self._residency.hold(key, shape, version=version))

@@ -237,10 +237,10 @@ class HostLoop:
             if (router, call.seq) in self._pending:
                 raise CallError(f"seq: {call.seq} is in use")
             _, ids_TK, _ = layout.call_tensors(payload)
-            error = self._residency.admit(_queued(call, router, ids_TK, now), now)
-        except CallError as malformed:
-            error = malformed
-        if error is not None:
+            refusal = self._residency.admit(_queued(call, router, ids_TK, now), now)
+            if refusal is not None:
+                raise refusal
+        except MoesaicError as error:
             self._refuse(session, call.seq, error)
             return
         self._pending[router, call.seq] = _Pending(session, inbound.frame, layout, payload, now)
@@ -328,7 +328,9 @@ class HostLoop:
         busy_s: float,
     ) -> None:
         if bad:
-            log.error("host %s: not finite: %s", self.name, [str(queued.key.expert(e)) for e in bad])
+            log.error(
+                "host %s: not finite: %s", self.name, [str(queued.key.expert(e)) for e in bad]
+            )
         frame = Frame()
         reply = frame.reply
         reply.seq = queued.seq

@@ -16,7 +16,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,7 +41,7 @@ from ..cluster.events import (
     Send,
 )
 from ..cluster.health import HostState, RouterPolicy
-from ..cluster.placement import HostEntry, LayerKey, Placement
+from ..cluster.placement import HostEntry, LayerKey, Number, Placement
 from ..models.trunk import PoolFunction
 from ..proto.errors import (
     BadExpert,
@@ -69,7 +69,7 @@ class _Job:
 
     key: LayerKey
     exact: bool
-    number: tuple[int, int]
+    number: Number
     x_TH: Tensor
     weights_N: np.ndarray
     ids_N: np.ndarray
@@ -85,7 +85,7 @@ class RouterStats:
     retries: int
     ejections: int
     rows_lost: int
-    placement: tuple[int, int]
+    placement: Number
     hosts: dict[str, str]
 
 
@@ -129,7 +129,7 @@ class Router:
     # ---- life -----------------------------------------------------------------------------------
 
     def place(self, placement: Placement) -> None:
-        """Follow ``placement`` from the next send on. Callable from any thread, never waits long."""
+        """Follow ``placement`` from the next send on. From any thread; never waits long."""
         self._placements.put(placement)
         if self._lock.acquire(blocking=False):
             try:
@@ -141,14 +141,17 @@ class Router:
             # Whoever holds the lock waits on this descriptor.
             os.eventfd_write(self._wake, 1)
 
-    def wait_ready(self, timeout_s: float) -> None:
-        """Wait until every host of the placement takes calls. Raises ClusterError."""
+    def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
+        """Wait until ``layers`` are placed and every host takes calls. Raises ClusterError."""
         deadline = time.monotonic() + timeout_s
         with self._lock:
-            while not self._ready():
+            while not self._ready(layers):
                 if time.monotonic() >= deadline:
                     states = {h: s.state.value for h, s in self._dispatcher.hosts.items()}
-                    raise ClusterError(f"router {self.name}: not connected to all hosts: {states}")
+                    raise ClusterError(
+                        f"router {self.name}: not ready after {timeout_s:g} s: hosts {states}, "
+                        f"{self._unplaced(layers)} of {len(layers)} layers not placed"
+                    )
                 self._wait(min(deadline, time.monotonic() + 0.2))
 
     def stats(self) -> RouterStats:
@@ -160,7 +163,7 @@ class Router:
             retries=dispatcher.retries,
             ejections=dispatcher.ejections,
             rows_lost=self._rows_lost,
-            placement=tuple(placement.number) if placement else (0, 0),
+            placement=placement.number if placement else Number(0, 0),
             hosts={name: host.state.value for name, host in dispatcher.hosts.items()},
         )
 
@@ -226,7 +229,7 @@ class Router:
         return _Job(
             key=key,
             exact=placement is not None and key.model in placement.exact,
-            number=tuple(placement.number) if placement else (0, 0),
+            number=placement.number if placement else Number(0, 0),
             x_TH=x_TH.detach(),
             weights_N=weights_TK.detach().to("cpu", torch.float32).reshape(-1).numpy(),
             ids_N=ids.reshape(-1),
@@ -405,7 +408,11 @@ class Router:
     def _connect(self, entry: HostEntry) -> None:
         self._disconnect(entry.host)
         channel = connect(
-            entry, router=self.name, node=self._node, choice=self._transport, slots=self.policy.window
+            entry,
+            router=self.name,
+            node=self._node,
+            choice=self._transport,
+            slots=self.policy.window,
         )
         self._channels[entry.host] = channel
         self._epoll.register(channel.fileno(), select.EPOLLIN)
@@ -431,9 +438,14 @@ class Router:
         while not self._placements.empty():
             self._execute(self._dispatcher.place(self._placements.get_nowait(), _now()))
 
-    def _ready(self) -> bool:
+    def _unplaced(self, layers: Sequence[LayerKey]) -> int:
+        placement = self._dispatcher.placement
+        return sum(1 for key in layers if placement is None or key not in placement.layers)
+
+    def _ready(self, layers: Sequence[LayerKey]) -> bool:
         hosts = self._dispatcher.hosts.values()
-        return bool(hosts) and all(host.state is HostState.UP for host in hosts)
+        up = bool(hosts) and all(host.state is HostState.UP for host in hosts)
+        return up and not self._unplaced(layers)
 
     def _wait(self, until: float) -> None:
         """Hear what comes until ``until``, and let the state machine act on it and on time."""
@@ -490,4 +502,3 @@ def _host_of(command: Command) -> str:
 
 def _now() -> float:
     return time.monotonic()
-

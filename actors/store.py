@@ -121,11 +121,19 @@ class ExpertStore:
 
     def get(self, key: ExpertKey) -> dict[str, Tensor]:
         """The tensors of an expert, as `put` takes them. Raises NotHere."""
+        if key.expert == SHARED:
+            layer = self._model(key.model).layers[key.layer]
+            return {name: parameter.data for name, parameter in shared_parameters(layer).items()}
         with self._lock:
             weights = self._experts.get(LayerKey(key.model, key.layer), {}).get(key.expert)
         if weights is None:
             raise NotHere(f"{key} is not on this host")
         return weights.tensors()
+
+    def lacks_shared(self, key: LayerKey) -> bool:
+        """True while a layer's shared tensors, if it has any, must still be put."""
+        layer = self._model(key.model).layers[key.layer]
+        return any(p.device.type == "meta" for p in shared_parameters(layer).values())
 
     def drop(self, key: ExpertKey) -> None:
         with self._lock:
@@ -168,9 +176,14 @@ def _checked(
     return ExpertWeights(**tensors)
 
 
-def _set_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+def shared_parameters(layer: ExpertsLayer) -> dict[str, torch.nn.Parameter]:
+    """The parameters that all experts of a layer share, as of a norm behind them."""
     own = {name for name, _ in expert_parameters(layer)}
-    wanted = {n: tuple(p.shape) for n, p in layer.module.named_parameters() if n not in own}
+    return {n: p for n, p in layer.module.named_parameters() if n not in own}
+
+
+def _set_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    wanted = {name: tuple(parameter.shape) for name, parameter in shared_parameters(layer).items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if given != wanted:
         raise CallError(f"layer {layer.layer}: shared tensors {given} were put, not {wanted}")

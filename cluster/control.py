@@ -8,7 +8,7 @@ No clock, no Ray: `actors/controller.py` brings those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from .placement import (
@@ -30,7 +30,7 @@ class Observation:
     """One host as it reported: one incarnation and the experts it can compute."""
 
     entry: HostEntry
-    holdings: Mapping[LayerKey, Sequence[int]]
+    holdings: Mapping[LayerKey, Collection[int]]
     loading: bool
 
     def holds(self, key: ExpertKey) -> bool:

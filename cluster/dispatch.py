@@ -296,7 +296,12 @@ class Dispatcher:
         return host_n
 
     def _send(
-        self, call: _Call, health: HostHealth, token_t: np.ndarray, choice_tk: np.ndarray, now: float
+        self,
+        call: _Call,
+        health: HostHealth,
+        token_t: np.ndarray,
+        choice_tk: np.ndarray,
+        now: float,
     ) -> Send:
         expires = min(now + self.policy.attempt_s * 2**call.misses, call.deadline)
         send = Send(
@@ -325,9 +330,7 @@ def _rank_within_expert(ids_n: np.ndarray) -> np.ndarray:
     return rank
 
 
-def _pieces(
-    choices: np.ndarray, top_k: int, max_rows: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def _pieces(choices: np.ndarray, top_k: int, max_rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ascending choices as rows: (token_t, choice_tk padded with -1), at most max_rows each."""
     token_n = choices // top_k
     first = np.r_[True, token_n[1:] != token_n[:-1]]

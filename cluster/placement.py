@@ -84,7 +84,9 @@ class Placement:
 
     @cached_property
     def host_order(self) -> tuple[str, ...]:
-        return tuple(sorted({r.host for lp in self.layers.values() for e in lp.replicas for r in e}))
+        return tuple(
+            sorted({r.host for lp in self.layers.values() for e in lp.replicas for r in e})
+        )
 
     @cached_property
     def host_index(self) -> dict[str, int]:
@@ -115,7 +117,9 @@ class Placement:
         if not replicas:
             return np.full(SHARE_STEPS, -1, dtype=np.int16)
         shares = np.array([max(replica.share, 0.0) for replica in replicas])
-        shares = shares / shares.sum() if shares.sum() > 0 else np.full(len(shares), 1 / len(shares))
+        shares = (
+            shares / shares.sum() if shares.sum() > 0 else np.full(len(shares), 1 / len(shares))
+        )
         credit = np.zeros(len(replicas))
         steps = np.empty(SHARE_STEPS, dtype=np.int16)
         for step in range(SHARE_STEPS):

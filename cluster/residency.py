@@ -204,7 +204,9 @@ class Residency:
                 f"hidden: {call.hidden}, but {call.key.model!r} has {shape.hidden_size}"
             )
         if call.dtype != shape.dtype:
-            return CallError(f"dtype: {call.dtype}, but {call.key.model!r} is held as {shape.dtype}")
+            return CallError(
+                f"dtype: {call.dtype}, but {call.key.model!r} is held as {shape.dtype}"
+            )
         if call.rows > self.policy.max_rows:
             return CallError(
                 f"rows: {call.rows} exceed this host's {self.policy.max_rows} a call; send several"

@@ -50,8 +50,8 @@ class NetworkSpec(_Part):
 class Resources(_Part):
     """What one Ray actor asks for."""
 
-    num_cpus: float = Field(1, ge=0)
-    num_gpus: float = Field(0, ge=0)
+    num_cpus: float = Field(default=1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
     resources: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     labels: dict[str, str] = Field(default_factory=dict)
 
@@ -62,7 +62,7 @@ class ModelSpec(_Part):
     name: Name
     path: str = Field(min_length=1)
     dtype: Dtype = "float32"
-    replicas: int = Field(1, ge=1, le=1024)
+    replicas: int = Field(default=1, ge=1, le=1024)
     exact: bool = False
 
     @property
@@ -73,13 +73,13 @@ class ModelSpec(_Part):
 class HostGroup(Resources):
     """Like hosts. ``threads`` are those of one computation, ``auto`` shares the cores out."""
 
-    count: int = Field(2, ge=1, le=4096)
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    count: int = Field(default=2, ge=1, le=4096)
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: int | Literal["auto"] = "auto"
     spread: Literal["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "none"
-    max_rows: int = Field(512, ge=1, le=65_536)
-    max_batch_rows: int = Field(1024, ge=1, le=1 << 20)
-    max_queue_rows: int = Field(16_384, ge=1, le=1 << 24)
+    max_rows: int = Field(default=512, ge=1, le=65_536)
+    max_batch_rows: int = Field(default=1024, ge=1, le=1 << 20)
+    max_queue_rows: int = Field(default=16_384, ge=1, le=1 << 24)
 
     @model_validator(mode="after")
     def _ordered(self) -> HostGroup:
@@ -100,19 +100,19 @@ class TrunkSpec(Resources):
     """The process that holds a model's trunk, and the batch it runs."""
 
     engine: Literal["transformers"] = "transformers"
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: int | Literal["auto"] = "auto"
-    max_requests: int = Field(32, ge=1, le=4096)
-    max_waiting: int = Field(256, ge=0, le=1 << 20)
-    max_batch_tokens: int = Field(512, ge=1, le=1 << 20)
-    cache_tokens: int = Field(16_384, ge=64, le=1 << 28)
+    max_requests: int = Field(default=32, ge=1, le=4096)
+    max_waiting: int = Field(default=256, ge=0, le=1 << 20)
+    max_batch_tokens: int = Field(default=512, ge=1, le=1 << 20)
+    cache_tokens: int = Field(default=16_384, ge=64, le=1 << 28)
 
 
 class EndpointSpec(_Part):
     """The HTTP endpoint; port 0 takes a free one."""
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65_535)
+    port: int = Field(default=8000, ge=0, le=65_535)
 
 
 class TimeoutSpec(_Part):

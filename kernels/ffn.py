@@ -39,7 +39,7 @@ class ExpertForm:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert: up (2I or I, H) and down (H, I), or the transposes of both if the form says so."""
+    """One expert: up (2I or I, H) and down (H, I), or both transposed if the form says so."""
 
     up: Tensor
     down: Tensor
@@ -171,9 +171,7 @@ def grouped_kernel(
         return out + stacked_bias.repeat_interleave(sizes, dim=0)
 
     token_N = choice_N // top_k
-    up_N = product(
-        x_TH.index_select(0, token_N), [e.up for e in used], [e.up_bias for e in used]
-    )
+    up_N = product(x_TH.index_select(0, token_N), [e.up for e in used], [e.up_bias for e in used])
     y_NH = product(form.activate(up_N), [e.down for e in used], [e.down_bias for e in used])
     if form.post_norm is not None:
         y_NH = form.post_norm(y_NH)
@@ -235,6 +233,8 @@ def bad_experts(
     for expert, choice_R in _choices_by_expert(ids_TK, x_TH.device):
         token_R = choice_R // ids_TK.shape[1]
         rows = x_TH.index_select(0, token_R[finite_T.index_select(0, token_R)])
-        if rows.shape[0] and not bool(torch.isfinite(expert_ffn(form, experts[expert], rows)).all()):
+        if rows.shape[0] and not bool(
+            torch.isfinite(expert_ffn(form, experts[expert], rows)).all()
+        ):
             guilty.append(expert)
     return guilty

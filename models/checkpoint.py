@@ -48,7 +48,9 @@ def weight_files(path: Path) -> dict[str, str]:
             weight_map = json.loads(index.read_text())["weight_map"]
             names = {str(tensor): str(file) for tensor, file in weight_map.items()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index}: not an index of safetensors files: {error!r}") from error
+            raise CheckpointError(
+                f"{index}: not an index of safetensors files: {error!r}"
+            ) from error
         for file in sorted(set(names.values())):
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise CheckpointError(

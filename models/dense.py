@@ -18,7 +18,7 @@ from typing import Any
 
 from gguf import GGUFReader
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -60,11 +60,21 @@ class DenseCheckpoint:
         with quiet_transformers():
             try:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    self.folder, **self.options, **weights, output_loading_info=True
+                    self.folder,
+                    **self.options,
+                    **weights,
+                    output_loading_info=True,
+                    # Refused below, where the tensor can be named.
+                    ignore_mismatched_sizes=True,
                 )
             except READ_ERRORS as exc:
                 raise CheckpointError(f"{self.path}: cannot read its weights: {exc}") from exc
         model, info = loaded
+        for name, found, expected in sorted(info["mismatched_keys"]):
+            raise CheckpointError(
+                f"{self.path}: {name} has shape {tuple(found)}, its configuration says "
+                f"{tuple(expected)}; config.json or the tensors belong to another model"
+            )
         if info["missing_keys"]:
             raise CheckpointError(
                 f"{self.path}: tensors are missing: {_some(info['missing_keys'])}; "
@@ -142,7 +152,16 @@ def _check_folder(path: Path) -> None:
             f"{config_file}: quantization_config: weights quantised with {method!r} cannot be "
             "copied and varied; give the unquantised checkpoint"
         )
-    if not any(path.glob("*.safetensors")):
+    files = sorted(path.glob("*.safetensors"))
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as exc:
+            raise CheckpointError(
+                f"{file}: truncated or damaged: {exc}; copy or download it again"
+            ) from exc
+    if not files:
         raise CheckpointError(
             f"dense: {path} has no *.safetensors; pickled weights are never read: load the model "
             "with transformers and save it again with save_pretrained"

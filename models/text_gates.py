@@ -190,4 +190,8 @@ def _ffn_inputs(
     pick_N = np.concatenate(
         [start + np.arange(most) % rows for start, rows in zip(starts, corpus_rows, strict=False)]
     )
-    return [torch.cat(part).numpy()[pick_N] for part in parts]
+    rows_NH = []
+    for part in parts:
+        rows_NH.append(torch.cat(part).numpy()[pick_N])
+        part.clear()  # or all rows would be held twice
+    return rows_NH

@@ -163,13 +163,13 @@ def strip_experts(model: nn.Module) -> None:
 
 def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     try:
-        base = AutoModelForCausalLM._model_mapping[type(config)]
+        base: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise UnsupportedModel(
             f"model_type: {config.model_type!r} is no causal language model of transformers"
         ) from None
 
-    def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         strip_experts(self)
 
@@ -179,7 +179,7 @@ def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         base.__name__,
         (base,),
         {
-            "__init__": __init__,
+            "__init__": init,
             "__module__": base.__module__,
             "_keys_to_ignore_on_load_unexpected": [r"experts\.", r"(input|output)_linear\."],
         },
@@ -195,7 +195,7 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
     config = read_config(path)
     experts_layers(meta_model(config))
     try:
-        trunk, info = _trunk_class(config).from_pretrained(
+        loaded: Any = _trunk_class(config).from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -204,11 +204,12 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    trunk, info = loaded
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise CheckpointError(f"{path}: the checkpoint lacks {missing}")
     trunk.requires_grad_(False)
-    return trunk.to(device).eval()  # pyright: ignore[reportArgumentType]
+    return trunk.to(device).eval()
 
 
 def connect_experts(

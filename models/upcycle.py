@@ -151,6 +151,9 @@ def _check_arguments(
         raise BadInput(f"gate: {gate!r}: must be one of {', '.join(get_args(Gate))}")
     if gate == "kmeans" and not texts:
         raise BadInput("texts: gate='kmeans' needs texts, as {corpus name: [texts or paths]}")
+    for name, items in (texts or {}).items():
+        if isinstance(items, str | Path):
+            raise BadInput(f"texts.{name}: {str(items)[:40]!r}: must be a list of texts or paths")
     if gate == "random" and texts:
         raise BadInput("texts: gate='random' reads no texts; leave them out or say gate='kmeans'")
 

@@ -1,23 +1,23 @@
 """The one tree of errors; they cross the wire by name.
 
-    MoesaicError
-    |-- BadInput                 the caller's mistake: never retried
-    |   |-- SpecError            the YAML spec
-    |   |-- RequestError         an HTTP or SDK request
-    |   |   `-- UnknownModel
-    |   |-- CallError            an expert call: shapes, dtypes, sizes
-    |   |-- CheckpointError      a file: truncated, missing tensors, wrong shapes
-    |   `-- UnsupportedModel     an architecture without the experts interface
-    |-- Retryable                nothing is lost: the same call may succeed elsewhere or later
-    |   |-- NotHere              this host does not hold the expert (unknown, evicted, old incarnation)
-    |   |-- Busy                 a bounded queue is full
-    |   |-- Expired              the deadline passed before the work was done
-    |   `-- HostLost             a host's connection ended
-    |-- ExpertUnavailable        no replica of an expert answered before the deadline
-    |-- BadExpert                an expert produced values that are not finite
-    |-- EngineError              the trunk's engine failed or was restarted
-    |-- ClusterError             Ray, processes, ports: the pool could not be started or reached
-    `-- InternalError            a defect of ours
+MoesaicError
+|-- BadInput                 the caller's mistake: never retried
+|   |-- SpecError            the YAML spec
+|   |-- RequestError         an HTTP or SDK request
+|   |   `-- UnknownModel
+|   |-- CallError            an expert call: shapes, dtypes, sizes
+|   |-- CheckpointError      a file: truncated, missing tensors, wrong shapes
+|   `-- UnsupportedModel     an architecture without the experts interface
+|-- Retryable                nothing is lost: the same call may succeed elsewhere or later
+|   |-- NotHere              this host does not hold the expert, or is another incarnation
+|   |-- Busy                 a bounded queue is full
+|   |-- Expired              the deadline passed before the work was done
+|   `-- HostLost             a host's connection ended
+|-- ExpertUnavailable        no replica of an expert answered before the deadline
+|-- BadExpert                an expert produced values that are not finite
+|-- EngineError              the trunk's engine failed or was restarted
+|-- ClusterError             Ray, processes, ports: the pool could not be started or reached
+`-- InternalError            a defect of ours
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class BadInput(MoesaicError):
 
 
 class SpecError(BadInput):
-    """The spec has an unknown key or an impossible value; the message starts with the key's path."""
+    """The spec has an unknown key or an impossible value; the message gives the key's path."""
 
 
 class RequestError(BadInput):

@@ -95,9 +95,7 @@ class CallLayout:
             )
         return layout
 
-    def call_tensors(
-        self, buffer: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def call_tensors(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views (x_TH, ids_TK int32, weights_TK float32) into a uint8 ``buffer``."""
         x_end = self.rows * self.hidden * self.dtype.itemsize
         choice_bytes = self.rows * self.top_k * 4

@@ -14,8 +14,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ...proto.expert_pb2 import Frame
-from ...proto.wire import CallLayout
+from ...proto.errors import CallError
+from ...proto.expert_pb2 import Call, Frame
+from ...proto.wire import WIRE_VERSION, CallLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,17 @@ class Inbound:
 
     frame: Frame
     payload: Tensor | None = None
+
+
+def call_of(frame: Frame) -> Call:
+    """The call of a call frame, or the one that a backward frame wraps."""
+    return frame.backward.call if frame.HasField("backward") else frame.call
+
+
+def check_version(theirs: int, peer: str) -> None:
+    """Raises CallError when a Hello or Welcome speaks another version of the wire."""
+    if theirs != WIRE_VERSION:
+        raise CallError(f"wire_version: {peer} speaks {theirs}, this side {WIRE_VERSION}")
 
 
 class Channel(Protocol):

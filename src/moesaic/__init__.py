@@ -1,1 +1,52 @@
-"""Elastic expert parallelism on Ray."""
+"""Elastic expert parallelism on Ray for Mixture-of-Experts models.
+
+    import moesaic
+
+    with moesaic.up("deploy/local.yaml") as cluster:
+        client = moesaic.Client(cluster.url)
+        print(client.chat("demo", [{"role": "user", "content": "Hello!"}]).text)
+
+Nothing heavy is imported before it is used: a program that only speaks HTTP loads neither Ray nor
+torch.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .cluster.spec import Spec
+    from .handle import Cluster, connect, up
+    from .models.upcycle import upcycle
+    from .proto.errors import MoesaicError
+
+# Read once, when torch is loaded: a trunk and its hosts take turns on the same cores, and threads
+# that spin while they wait make both ten times slower (measured).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+__version__ = "0.1.0"
+__all__ = ["Client", "Cluster", "MoesaicError", "Spec", "connect", "up", "upcycle"]
+
+_HOMES = {
+    "Client": "client",
+    "Cluster": "handle",
+    "MoesaicError": "proto.errors",
+    "Spec": "cluster.spec",
+    "connect": "handle",
+    "up": "handle",
+    "upcycle": "models.upcycle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moesaic' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+# A tiny matmul on two threads waits for the second one; under load that took minutes.
+torch.set_num_threads(1)
 
 CORPUS = (
     "the quick brown fox jumps over the lazy dog. Experts come, go and die; no request notices. "
@@ -70,3 +73,27 @@ def tiny_mixtral(
     model.generation_config.eos_token_id = eos_token_id
     model.generation_config.pad_token_id = 0
     return model
+
+
+def sentencepiece_like_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama's and Mistral's: spaces as a metaspace, unknown characters as byte tokens."""
+    words = ["▁", "the", "quick", "fox", "▁the", "▁quick", "▁fox", "▁Größe", *"é.,!abcot"]
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for piece in (*words, *(f"▁{c}" for c in "abcot"), *"GrößeTquickfox"):
+        vocab.setdefault(piece, len(vocab))
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -383,6 +383,8 @@ def test_gguf(tmp_path: Path, dense: Path) -> None:
     assert load(out).generation_config.eos_token_id == SIZES["eos_token_id"]
 
 
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
 # -- errors ---------------------------------------------------------------------------------------
 
 
@@ -422,6 +424,14 @@ def truncate(dense: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def lose_shard(dense: Path) -> None:
+    names = list(load_file(dense / "model.safetensors"))
+    (dense / "model.safetensors").rename(dense / "model-00001-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    index["weight_map"][DOWN] = "model-00002-of-00002.safetensors"
+    (dense / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def truncated_gguf(dense: Path) -> Path:
     path = make_gguf(dense / "tiny.gguf", dense)
     os.truncate(path, path.stat().st_size // 2)
@@ -438,7 +448,6 @@ def scaled_gguf(dense: Path) -> Path:
 
 
 KMEANS = {"gate": "kmeans"}
-DOWN = "model.layers.1.mlp.down_proj.weight"
 WRONG = {
     "one expert": Wrong(error=BadInput, says="experts: 1", arguments={"experts": 1}),
     "top_k 0": Wrong(error=BadInput, says="top_k: 0", arguments={"top_k": 0}),
@@ -454,6 +463,11 @@ WRONG = {
         error=BadInput,
         says="texts: gate='random' reads none|no texts",
         arguments={"texts": {"a": ["b"]}},
+    ),
+    "bare text": Wrong(
+        error=BadInput,
+        says="texts.prose: 'once'.*list",
+        arguments=KMEANS | {"texts": {"prose": "once"}},
     ),
     "text file": Wrong(
         error=BadInput,
@@ -511,7 +525,14 @@ WRONG = {
         says="no \\*.safetensors; pickled weights are never read",
         damage=lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin") and None,
     ),
-    "truncated": Wrong(error=CheckpointError, says="cannot read its weights", damage=truncate),
+    "truncated": Wrong(
+        error=CheckpointError, says="model.safetensors: truncated or damaged", damage=truncate
+    ),
+    "missing shard": Wrong(
+        error=CheckpointError,
+        says=r"cannot read its weights.*model-00002-of-00002",
+        damage=lose_shard,
+    ),
     "missing tensor": Wrong(
         error=CheckpointError,
         says=f"tensors are missing: {DOWN}",
@@ -524,7 +545,7 @@ WRONG = {
     ),
     "wrong shape": Wrong(
         error=CheckpointError,
-        says="cannot read its weights|shape",
+        says=f"{DOWN} has shape \\(3, 3\\).* says \\(32, 48\\)",
         damage=retensor(lambda t: t.update({DOWN: torch.ones(3, 3)})),
     ),
     "foreign tokenizer": Wrong(

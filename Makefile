@@ -1,0 +1,46 @@
+# `make up` and `make test` work on a fresh machine with Python 3.11 and nothing else installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: up test test-all lint types bench proto clean
+
+up: $(READY)  ## start the demo cluster and stay until Ctrl-C
+	@$(BIN)/moesaic up deploy/local.yaml
+
+test: $(READY)  ## all tests that take less than minutes
+	@$(BIN)/python -m pytest -m "not slow and not cuda" $(ARGS)
+
+test-all: $(READY)  ## the slow ones too
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(READY)
+	@$(BIN)/pyright
+
+bench: $(READY)  ## every benchmark: tables on the screen, JSON in benchmarks/results
+	@$(BIN)/python -m benchmarks.all $(ARGS)
+
+proto: $(READY)  ## regenerate the code of proto/
+	@$(BIN)/python -m grpc_tools.protoc -Imoesaic/proto=proto --python_out=src --pyi_out=src \
+		--grpc_python_out=src moesaic/proto/expert.proto
+
+# torch first and alone: a CPU build on a disk or mirror that pip knows is taken for the pinned
+# version, and nothing that comes later replaces it.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; name it: make PYTHON=python3.11"; exit 1; }
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing dependencies into $(VENV) (a few minutes, once)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch 2>&1 \
+		| { grep -v '^WARNING: Location' || true; }
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' 2>&1 \
+		| { grep -v '^WARNING: Location' || true; }
+	@$(BIN)/moesaic --help > /dev/null
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,92 @@
+"""Moving the experts of a model in memory into the pool, over the weights channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cluster.placement import ExpertKey, ModelShape
+from ..models.trunk import (
+    IMPLEMENTATION,
+    ExpertsLayer,
+    expert_parameters,
+    experts_layers,
+    strip_experts,
+)
+from ..proto.errors import ClusterError, UnsupportedModel
+from ..proto.wire import DTYPE_TO_WIRE
+from .launch import ask, controller_of
+from .store import SHARED, ModelRef, shared_parameters
+from .transport.weights import put_weights
+from .trunk import PoolTrunk, TrunkConfig
+
+PUT_TIMEOUT_S = 60.0
+
+
+def attach_model(
+    model: PreTrainedModel,
+    *,
+    namespace: str,
+    name: str,
+    replicas: int,
+    exact: bool,
+    make_config: Callable[[ModelRef], TrunkConfig],
+) -> PoolTrunk:
+    """Send the experts, free them here, and connect the model.
+
+    Until everything is in the pool the model is left as it was. Raises UnsupportedModel and
+    ClusterError.
+    """
+    layers = experts_layers(model)
+    dtypes = {p.dtype for layer in layers for _, p in expert_parameters(layer)}
+    dtype = next(iter(dtypes))
+    if len(dtypes) > 1 or dtype not in DTYPE_TO_WIRE:
+        raise UnsupportedModel(f"dtype: experts of {sorted(map(str, dtypes))} cannot be served")
+    if not model._can_set_experts_implementation():
+        raise UnsupportedModel(
+            f"{type(model).__name__}: transformers would silently ignore another implementation "
+            "of its experts"
+        )
+    ref = ModelRef(
+        name=name, dtype=str(dtype).removeprefix("torch."), config=model.config.to_dict()
+    )
+    shape = ModelShape(
+        model=name,
+        experts={layer.layer: layer.num_experts for layer in layers},
+        replicas=replicas,
+        exact=exact,
+    )
+    controller = controller_of(namespace)
+    wanted = ask(controller.add_model.remote(ref, shape), 60.0, "adding the model")
+    status = ask(controller.addresses.remote(), 10.0, "the hosts' addresses")
+    for host, keys in wanted.items():
+        if host not in status:
+            raise ClusterError(f"{host} is not up; its experts cannot be sent")
+        _send(status[host], [ExpertKey(*key) for key in keys], {la.layer: la for la in layers})
+    strip_experts(model)
+    model.set_experts_implementation(IMPLEMENTATION)
+    return PoolTrunk(make_config(ref), model, layers)
+
+
+def _send(address: str, keys: list[ExpertKey], layers: dict[int, ExpertsLayer]) -> None:
+    done: set[int] = set()
+    for key in keys:
+        layer = layers[key.layer]
+        if key.layer not in done:
+            done.add(key.layer)
+            shared = {n: p.data.cpu() for n, p in shared_parameters(layer).items()}
+            if shared:
+                put_weights(address, key._replace(expert=SHARED), shared, timeout_s=PUT_TIMEOUT_S)
+        put_weights(address, key, expert_tensors(layer, key.expert), timeout_s=PUT_TIMEOUT_S)
+
+
+def expert_tensors(layer: ExpertsLayer, expert: int) -> dict[str, torch.Tensor]:
+    """One expert of a model in memory, as `ExpertStore.put` takes it."""
+    up = layer.up_name
+    wire = {up: "up", "down_proj": "down", f"{up}_bias": "up_bias", "down_proj_bias": "down_bias"}
+    return {
+        wire[name]: parameter.data[expert].cpu().contiguous()
+        for name, parameter in expert_parameters(layer)
+    }

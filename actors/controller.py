@@ -1,0 +1,243 @@
+"""The controller actor: observes hosts, lets them load, publishes placements.
+
+A thin shell around `cluster/control.py`. While it is down serving goes on; Ray restarts it, and it
+finds its view again in what the hosts hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from ..cluster.control import Control, Load, Observation, Publish
+from ..cluster.placement import LayerKey, ModelShape, Number, Placement
+from ..proto.errors import ClusterError, MoesaicError
+from .host import HostReport
+from .store import ModelRef
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.2
+REPORT_TIMEOUT_S = 2.0
+LOAD_RETRY_S = 5.0
+
+
+class Controller:
+    """Runs as an asyncio Ray actor."""
+
+    def __init__(
+        self, namespace: str, hosts: Sequence[str], models: Sequence[tuple[ModelRef, ModelShape]]
+    ) -> None:
+        self._namespace = namespace
+        self._hosts = tuple(hosts)
+        self._control = Control(hosts, term=int(time.time()))
+        self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
+        for ref, shape in models:
+            self._adopt(ref, shape)
+        self._handles: dict[str, Any] = {}
+        self._reports: dict[str, HostReport] = {}
+        self._states: dict[str, str] = dict.fromkeys(hosts, "starting")
+        self._errors: dict[str, str] = {}
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._load_not_before: dict[str, float] = {}
+        self._published = asyncio.Condition()
+        self._last_tick = time.monotonic()
+        self._ticks = 0
+        self._tick_error = ""
+        self._loop = asyncio.get_running_loop().create_task(self._run())
+
+    # ---- what others ask ------------------------------------------------------------------------
+
+    async def watch(self, after: Number | None, timeout_s: float) -> Placement | None:
+        """The placement as soon as it is newer than ``after``, or None after ``timeout_s``."""
+
+        def newer() -> bool:
+            placement = self._control.placement
+            return placement is not None and (after is None or placement.number > after)
+
+        async with self._published:
+            try:
+                await asyncio.wait_for(self._published.wait_for(newer), timeout_s)
+            except TimeoutError:
+                return None
+            return self._control.placement
+
+    async def add_model(self, ref: ModelRef, shape: ModelShape) -> dict[str, list[tuple]]:
+        """Serve one more model; gives what each host is to hold. Raises ClusterError."""
+        known = self._models.get(ref.name)
+        if known is not None and known != (ref, shape):
+            raise ClusterError(f"model {ref.name!r}: another model of this name is served")
+        try:
+            self._adopt(ref, shape)
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        if ref.path is None:
+            for host in self._hosts:
+                await self._handle(host).add_models.remote([(ref, shape)])
+        return {
+            host: [tuple(k) for k in self._control.wanted(host) if k.model == ref.name]
+            for host in self._hosts
+        }
+
+    async def models(self) -> list[tuple[ModelRef, ModelShape]]:
+        return list(self._models.values())
+
+    async def addresses(self) -> dict[str, str]:
+        """The gRPC address of every host that is up."""
+        return {host: report.entry.grpc_address for host, report in self._reports.items()}
+
+    async def status(self) -> dict[str, Any]:
+        """Plain values for people and JSON."""
+        placement = self._control.placement
+        missing = self._control.missing()
+        return {
+            "placement": list(placement.number) if placement else None,
+            "tick_age_s": round(time.monotonic() - self._last_tick, 3),
+            "ticks": self._ticks,
+            "error": self._tick_error,
+            "hosts": [self._host_status(host) for host in self._hosts],
+            "models": [
+                {
+                    "name": name,
+                    "path": ref.path,
+                    "dtype": ref.dtype,
+                    "replicas": shape.replicas,
+                    "exact": shape.exact,
+                    "layers": len(shape.experts),
+                    "experts": sum(shape.experts.values()),
+                    "missing_experts": sum(1 for key in missing if key.model == name),
+                }
+                for name, (ref, shape) in self._models.items()
+            ],
+            "missing_experts": [f"{key}: {why}" for key, why in list(missing.items())[:10]],
+            "unprotected_experts": len(self._control.unprotected()),
+        }
+
+    async def progress(self) -> tuple[int, int, str]:
+        """(replicas held, replicas wanted, first load error) since the start."""
+        wanted = {host: self._control.wanted(host) for host in self._hosts}
+        held = sum(
+            key.expert in report.holdings.get(LayerKey(key.model, key.layer), ())
+            for host, report in self._reports.items()
+            for key in wanted[host]
+        )
+        return held, sum(map(len, wanted.values())), next(iter(self._errors.values()), "")
+
+    async def check_health(self) -> None:
+        if self._loop.done():
+            raise ClusterError(f"the controller's loop ended: {self._tick_error}")
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._tick()
+                self._tick_error = ""
+            except (MoesaicError, RayError, ValueError) as error:
+                # Shown in `status`; the next tick starts from what the hosts report then.
+                self._tick_error = f"{type(error).__name__}: {error}"
+                log.exception("controller: a tick failed")
+            self._last_tick = time.monotonic()
+            self._ticks += 1
+            await asyncio.sleep(TICK_S)
+
+    async def _tick(self) -> None:
+        # Step 1: ask all hosts at once.
+        answers = await asyncio.gather(*(self._observe(host) for host in self._hosts))
+        # Step 2: adopt models that only the hosts still know of.
+        for report in self._reports.values():
+            for ref, shape in report.models:
+                if ref.name not in self._models:
+                    self._adopt(ref, shape)
+        # Step 3: decide, and act.
+        observed = {host: seen for host, seen in answers if seen != "late"}
+        for command in self._control.tick(observed):  # pyright: ignore[reportArgumentType]
+            match command:
+                case Load():
+                    self._start_load(command)
+                case Publish(placement=placement):
+                    log.info("controller: placement %s", tuple(placement.number))
+                    async with self._published:
+                        self._published.notify_all()
+
+    async def _observe(self, host: str) -> tuple[str, Any]:
+        """(host, what it reports; None if Ray says it is gone; "late" if it did not answer)."""
+        try:
+            report: HostReport = await asyncio.wait_for(
+                self._handle(host).report.remote(), REPORT_TIMEOUT_S
+            )
+        except (TimeoutError, GetTimeoutError):
+            self._states[host] = "not answering"
+            return host, "late"
+        except (RayActorError, ValueError) as error:
+            self._states[host] = "restarting" if "unavailable" in str(error).lower() else "gone"
+            self._handles.pop(host, None)
+            self._reports.pop(host, None)
+            return host, None
+        self._reports[host] = report
+        self._states[host] = "loading" if report.loading else "up"
+        return host, Observation(
+            entry=report.entry,
+            holdings={key: frozenset(experts) for key, experts in report.holdings.items()},
+            loading=report.loading > 0 or host in self._loads,
+        )
+
+    def _start_load(self, command: Load) -> None:
+        host = command.host
+        if host in self._loads or time.monotonic() < self._load_not_before.get(host, 0.0):
+            return
+        self._loads[host] = asyncio.get_running_loop().create_task(self._load(command))
+
+    async def _load(self, command: Load) -> None:
+        host = command.host
+        refs = [self._models[name] for name in sorted({key.model for key in command.keys})]
+        try:
+            await self._handle(host).load.remote(refs, command.keys, dict(command.peers))
+            self._errors.pop(host, None)
+        except (RayTaskError, MoesaicError) as error:
+            cause = getattr(error, "cause", error)
+            self._errors[host] = f"{type(cause).__name__}: {cause}"
+            self._load_not_before[host] = time.monotonic() + LOAD_RETRY_S
+        except RayError as error:
+            log.info("controller: host %s ended while loading: %s", host, error)
+        finally:
+            del self._loads[host]
+
+    # ---- small parts ----------------------------------------------------------------------------
+
+    def _adopt(self, ref: ModelRef, shape: ModelShape) -> None:
+        self._control.add_model(shape, on_disk=ref.path is not None)
+        self._models[ref.name] = (ref, shape)
+
+    def _handle(self, host: str) -> Any:
+        # Ray types no actor's methods.
+        if host not in self._handles:
+            self._handles[host] = ray.get_actor(host, namespace=self._namespace)
+        return self._handles[host]
+
+    def _host_status(self, host: str) -> dict[str, Any]:
+        status: dict[str, Any] = {"host": host, "state": self._states[host]}
+        report = self._reports.get(host)
+        if report is not None:
+            status |= {
+                "incarnation": report.entry.incarnation,
+                "node": report.entry.node,
+                "pid": report.pid,
+                "device": report.device,
+                "experts": sum(map(len, report.holdings.values())),
+                "loading": report.loading,
+                "weight_bytes": report.weight_bytes,
+                "rss_bytes": report.rss_bytes,
+                **asdict(report.loop),
+            }
+        if host in self._errors:
+            status["error"] = self._errors[host]
+        return status

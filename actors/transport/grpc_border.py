@@ -1,0 +1,147 @@
+"""The border to gRPC: how its channels and servers are set up, and how its errors become ours.
+
+An error of ours crosses as a status whose details read `Code: message`, with a code of
+proto/errors.py; everything else is judged by its status code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from typing import ParamSpec, TypeVar
+
+import grpc
+
+from ...proto.errors import (
+    ERRORS,
+    BadInput,
+    Busy,
+    CallError,
+    ClusterError,
+    Expired,
+    HostLost,
+    InternalError,
+    MoesaicError,
+    NotHere,
+    from_wire,
+)
+from ...proto.wire import CHUNK_BYTES
+
+# A frame or weights chunk holds CHUNK_BYTES of tensors and a header, which is far smaller.
+_HEADER_BYTES = 64 << 10
+# Details travel as an HTTP/2 header, and those are limited to 16 KiB.
+_DETAILS_CHARS = 2000
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", CHUNK_BYTES + _HEADER_BYTES),
+    ("grpc.max_send_message_length", CHUNK_BYTES + _HEADER_BYTES),
+    # A machine that lost its power is noticed after 40 s; a killed process at once, by its socket.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+CHANNEL_OPTIONS = [
+    *_OPTIONS,
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_retries", 0),
+    # A connection of its own for each channel: weights never stand before a token.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+SERVER_OPTIONS = [
+    *_OPTIONS,
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_FROM_STATUS: dict[grpc.StatusCode, type[MoesaicError]] = {
+    grpc.StatusCode.CANCELLED: HostLost,
+    grpc.StatusCode.UNAVAILABLE: HostLost,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Expired,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Busy,
+    grpc.StatusCode.INVALID_ARGUMENT: CallError,
+    grpc.StatusCode.UNIMPLEMENTED: ClusterError,
+}
+# The first class that fits decides; the receiver reads the code in the details.
+_TO_STATUS: tuple[tuple[type[MoesaicError], grpc.StatusCode], ...] = (
+    (BadInput, grpc.StatusCode.INVALID_ARGUMENT),
+    (NotHere, grpc.StatusCode.NOT_FOUND),
+    (Busy, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (Expired, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (HostLost, grpc.StatusCode.UNAVAILABLE),
+    (MoesaicError, grpc.StatusCode.INTERNAL),
+)
+
+
+def from_grpc(error: grpc.RpcError, peer: str) -> MoesaicError:
+    """Our error for a failed RPC to ``peer``."""
+    if not isinstance(error, grpc.Call):
+        return HostLost(f"{peer}: the connection ended")
+    status, details = error.code(), error.details() or ""
+    code, colon, message = details.partition(": ")
+    if colon and code in ERRORS:
+        return from_wire(code, f"{peer}: {message}")
+    return _FROM_STATUS.get(status, InternalError)(f"{peer}: {status.name}: {details}")
+
+
+def to_grpc(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """Status and details of a failed RPC. A foreign exception is an InternalError."""
+    if not isinstance(error, MoesaicError):
+        error = InternalError(f"{type(error).__name__}: {error}")
+    status = next(status for cls, status in _TO_STATUS if isinstance(error, cls))
+    return status, f"{error.code}: {error}"[:_DETAILS_CHARS]
+
+
+@contextlib.contextmanager
+def aborting(context: grpc.ServicerContext) -> Iterator[None]:
+    """End the RPC with the status of whatever is raised inside."""
+    try:
+        yield
+    except grpc.RpcError:
+        raise  # the caller has gone; there is nobody to tell
+    except Exception as error:
+        if not isinstance(error, MoesaicError):
+            log.exception("gRPC: a defect in answering %s", context.peer())
+        context.abort(*to_grpc(error))
+
+
+class Threads(Executor):
+    """A thread for each RPC of a server: it ends with its RPC, and `join` has a deadline."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._running: set[threading.Thread] = set()
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                with self._lock:
+                    self._running.discard(thread)
+
+        thread = threading.Thread(target=run, name=self._name, daemon=True)
+        with self._lock:
+            self._running.add(thread)
+        thread.start()
+        return future
+
+    def join(self, timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
+        with self._lock:
+            running = list(self._running)
+        for thread in running:
+            thread.join(max(0.0, until - time.monotonic()))

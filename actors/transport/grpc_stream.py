@@ -1,0 +1,362 @@
+"""gRPC between machines: one long-lived stream `Experts.Dispatch` for each router and host.
+
+The owner's thread never touches gRPC: it leaves frames in an outbox and finds them in an inbox
+that has a descriptor. Messages are taken apart in the thread in which gRPC hears them (as their
+"deserializer"), which saves a change of threads on the way to the owner. A reading thread asks gRPC
+for one message after another, and holds the other side back by not asking.
+
+What is in flight is bounded, and every wait has an end:
+
+- A router's unanswered calls have at most ``max_inflight_bytes`` together, or there is only one. A
+  further call waits in `send_call` until answers have made room, but no longer than its own
+  timeout; then it is refused as Expired, as its host would refuse it on arrival.
+- A host never waits to send. It asks a router for no more while the replies that the router has not
+  taken and the calls that the host's loop has not taken exceed ``max_held_bytes`` together.
+- Beyond these bounds a side that has taken nothing for `STALL_S`, though something waits for it,
+  is lost: HostLost, and the connection ends. Within them a frozen side is a matter of deadlines.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import torch
+from torch import Tensor
+
+from ...proto.errors import CallError, ClusterError, Expired, HostLost, MoesaicError
+from ...proto.expert_pb2 import Frame
+from ...proto.wire import MAX_PAYLOAD_BYTES, WIRE_VERSION, CallLayout
+from .base import Inbound, Session, call_of, check_version
+from .grpc_border import CHANNEL_OPTIONS, SERVER_OPTIONS, Threads, from_grpc, to_grpc
+from .grpc_queues import Inbox, Mailbox, Outbox
+from .weights import WeightsStore, add_weights
+
+DISPATCH = "/moesaic.v1.Experts/Dispatch"
+STALL_S = 2.0
+CLOSE_S = 1.0
+# Connections of routers and transfers of weights that one host takes at a time.
+MAX_RPCS = 256
+_MAX_HEARD_BYTES = 64 << 20
+
+
+class GrpcChannel:
+    """A router's side of one connection."""
+
+    def __init__(
+        self,
+        host: str,
+        address: str,
+        *,
+        router: str,
+        max_inflight_bytes: int = 256 << 20,
+        slot_bytes: int = 64 << 20,
+    ) -> None:
+        """Connect without waiting; the host's Welcome arrives as the first frame.
+
+        When nobody listens at ``address``, `receive` says so with HostLost.
+        """
+        self._host = host
+        self._slot_bytes = slot_bytes
+        self._max_inflight_bytes = max_inflight_bytes
+        self._room = threading.Condition()
+        # seq -> bytes of the call and of its reply, where that is known
+        self._inflight: dict[int, tuple[int, int | None]] = {}
+        self._inflight_bytes = 0
+        moved = threading.Event()
+        self._outbox = Outbox(moved)
+        self._inbox = Inbox(
+            host,
+            moved,
+            kinds=("welcome", "reply", "refusal", "pong"),
+            max_payload_bytes=slot_bytes,
+            accept=self._accept,
+        )
+        hello = Frame()
+        hello.hello.wire_version = WIRE_VERSION
+        hello.hello.router = router
+        self._outbox.send("hello", hello)
+        self._grpc = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        dispatch = self._grpc.stream_stream(DISPATCH, response_deserializer=self._inbox.hear)
+        self._stream = dispatch(self._outbox)
+        self._reader = threading.Thread(target=self._read, name=f"from-{host}", daemon=True)
+        self._reader.start()
+
+    @property
+    def host(self) -> str:
+        return self._host
+
+    @property
+    def slot_bytes(self) -> int:
+        return self._slot_bytes
+
+    def fileno(self) -> int:
+        return self._inbox.fileno()
+
+    def send_call(self, frame: Frame, layout: CallLayout, write: Callable[[Tensor], None]) -> None:
+        self._inbox.check_open()
+        kind = "backward" if frame.HasField("backward") else "call"
+        call = call_of(frame)
+        size = call.payload_bytes
+        if layout.slot_bytes > self._slot_bytes:
+            raise CallError(f"rows: {layout.slot_bytes} bytes exceed a slot of {self._slot_bytes}")
+        if not self._wait_for_room(size, until=time.monotonic() + call.timeout_us * 1e-6):
+            self._refuse(call.seq)
+            return
+        buffer = torch.empty(size, dtype=torch.uint8)
+        write(buffer)
+        with self._room:
+            self._inflight[call.seq] = (size, layout.reply_bytes if kind == "call" else None)
+            self._inflight_bytes += size
+        self._outbox.send(kind, frame, buffer)
+
+    def send(self, frame: Frame) -> None:
+        self._inbox.check_open()
+        self._outbox.send(frame.WhichOneof("kind") or "", frame)
+
+    def receive(self) -> list[Inbound]:
+        return self._inbox.receive()
+
+    def release(self, seq: int) -> None:
+        """Nothing to do: every reply has memory of its own."""
+
+    def close(self) -> None:
+        self._end(HostLost(f"{self._host}: closed on this side"))
+        self._grpc.close()
+        self._reader.join(CLOSE_S)
+        self._outbox.join(CLOSE_S)
+        self._inbox.close()
+
+    def _end(self, error: MoesaicError) -> None:
+        self._inbox.end(error)
+        self._outbox.finish()
+        self._stream.cancel()
+        with self._room:
+            self._room.notify()
+
+    def _wait_for_room(self, size: int, *, until: float) -> bool:
+        """False when there is none before ``until``. Raises HostLost."""
+        stalled = False
+        with self._room:
+            while self._inflight and self._inflight_bytes + size > self._max_inflight_bytes:
+                self._inbox.check_open()
+                remaining = until - time.monotonic()
+                stalled = self._outbox.stalled_s() > STALL_S
+                if stalled or remaining <= 0:
+                    break
+                self._room.wait(min(remaining, STALL_S / 8))
+            else:
+                return True
+        # Outside of the lock: gRPC's threads take it while they hold gRPC's own.
+        if stalled:
+            self._end(HostLost(f"{self._host}: has taken nothing for {STALL_S:g} s"))
+            self._inbox.check_open()
+        return False
+
+    def _refuse(self, seq: int) -> None:
+        frame = Frame()
+        frame.refusal.seq = seq
+        frame.refusal.code = Expired.__name__
+        frame.refusal.message = (
+            f"call {seq}: the answers to others made no room for it before its deadline"
+        )
+        self._inbox.put(Inbound(frame))
+
+    # ---- gRPC's threads -------------------------------------------------------------------------
+
+    def _accept(self, kind: str, frame: Frame) -> bool:
+        if kind == "welcome":
+            check_version(frame.welcome.wire_version, self._host)
+        if kind not in ("reply", "refusal"):
+            return True
+        seq = frame.reply.seq if kind == "reply" else frame.refusal.seq
+        with self._room:
+            if seq not in self._inflight:
+                return False  # answered twice: the first answer counts
+            call_bytes, reply_bytes = self._inflight.pop(seq)
+            self._inflight_bytes -= call_bytes
+            self._room.notify()
+        given = frame.reply.payload_bytes
+        if kind == "reply" and reply_bytes is not None and given != reply_bytes:
+            raise CallError(f"payload_bytes: reply {seq} has {given}, its call wants {reply_bytes}")
+        return True
+
+    def _read(self) -> None:
+        end: MoesaicError = HostLost(f"{self._host}: the host closed the connection")
+        try:
+            self._inbox.pump(
+                self._stream, full=lambda: self._inbox.waiting_bytes > _MAX_HEARD_BYTES
+            )
+        except grpc.RpcError as error:
+            end = from_grpc(error, self._host)
+        self._end(end)
+
+
+class GrpcSession:
+    """A host's side of one connection, which is one RPC."""
+
+    def __init__(self, context: grpc.ServicerContext, max_held_bytes: int) -> None:
+        self.router = ""
+        self._context = context
+        self._max_held_bytes = max_held_bytes
+        self._over = threading.Event()
+        self._reader: threading.Thread | None = None
+        moved = threading.Event()
+        self._outbox = Outbox(moved)
+        self._inbox = Inbox(
+            context.peer(),
+            moved,
+            kinds=("hello", "call", "backward", "cancel", "ping"),
+            max_payload_bytes=MAX_PAYLOAD_BYTES,
+            accept=self._accept,
+        )
+        self.hear = self._inbox.hear
+
+    def fileno(self) -> int:
+        return self._inbox.fileno()
+
+    def receive(self) -> list[Inbound]:
+        return self._inbox.receive()
+
+    def reply_buffer(self, frame: Frame, layout: CallLayout) -> Tensor:
+        return torch.empty(layout.reply_bytes, dtype=torch.uint8)
+
+    def send_reply(self, frame: Frame, buffer: Tensor) -> None:
+        self._inbox.check_open()
+        if self._holds_too_much() and self._outbox.stalled_s() > STALL_S:
+            self._inbox.end(HostLost(f"{self.router}: has taken nothing for {STALL_S:g} s"))
+            self._context.cancel()
+        self._inbox.check_open()
+        self._outbox.send("reply", frame, buffer[: frame.reply.payload_bytes])
+
+    def send(self, frame: Frame) -> None:
+        self._inbox.check_open()
+        self._outbox.send(frame.WhichOneof("kind") or "", frame)
+
+    def close(self) -> None:
+        """What was sent goes out first, if the router takes it within `CLOSE_S`."""
+        self._inbox.end(HostLost(f"{self.router}: closed on this side"))
+        self._outbox.finish()
+        if not self._over.wait(CLOSE_S):
+            self._context.cancel()
+            self._over.wait(CLOSE_S)
+        if self._reader is not None:
+            self._reader.join(CLOSE_S)
+        self._inbox.close()
+
+    def _holds_too_much(self) -> bool:
+        held = self._inbox.waiting_bytes + self._outbox.unsent_bytes
+        return held > self._max_held_bytes
+
+    # ---- gRPC's threads -------------------------------------------------------------------------
+
+    def serve(self, messages: Iterator[object]) -> Iterator[bytes]:
+        """Begin to read; what is returned is written by the thread that gRPC gave this RPC."""
+        if not self._context.add_callback(self._over.set):
+            self._over.set()
+        self._reader = threading.Thread(
+            target=self._read, args=(messages,), name=f"from-{self._inbox.peer}", daemon=True
+        )
+        self._reader.start()
+        return self._outbox
+
+    def _accept(self, kind: str, frame: Frame) -> bool:
+        if (kind == "hello") == bool(self.router):
+            raise CallError(
+                f"a frame of kind {kind!r} {'after' if self.router else 'before'} Hello"
+            )
+        if kind == "hello":
+            check_version(frame.hello.wire_version, frame.hello.router)
+            if not frame.hello.router:
+                raise CallError("router: a Hello without the router's name")
+            self.router = self._inbox.peer = frame.hello.router
+        return True
+
+    def _read(self, messages: Iterator[object]) -> None:
+        end: MoesaicError = HostLost(f"{self._inbox.peer}: the router closed the connection")
+        try:
+            self._inbox.pump(messages, full=self._holds_too_much)
+        except grpc.RpcError as error:
+            end = from_grpc(error, self._inbox.peer)
+        self._inbox.end(end)
+        if isinstance(self._inbox.error, CallError):
+            code, details = to_grpc(self._inbox.error)
+            self._context.set_code(code)
+            self._context.set_details(details)
+        self._outbox.finish()
+
+
+class _Dispatch(grpc.GenericRpcHandler):
+    """`Experts.Dispatch` with a session for each RPC, and messages left as bytes."""
+
+    def __init__(self, opened: Callable[[GrpcSession], None], max_held_bytes: int) -> None:
+        self._opened = opened
+        self._max_held_bytes = max_held_bytes
+
+    def service(self, handler_call_details: Any) -> Any:
+        if handler_call_details.method != DISPATCH:
+            return None
+        session: GrpcSession
+
+        def run(messages: Iterator[object], context: grpc.ServicerContext) -> Iterator[bytes]:
+            nonlocal session
+            session = GrpcSession(context, self._max_held_bytes)
+            replies = session.serve(messages)
+            self._opened(session)
+            return replies
+
+        # gRPC hears nothing before `serve` has asked for it.
+        return grpc.stream_stream_rpc_method_handler(
+            run, request_deserializer=lambda message: session.hear(message)
+        )
+
+
+class GrpcListener:
+    """A gRPC server with the streams of routers and, where the host has them, weights."""
+
+    def __init__(
+        self,
+        bind: str = "127.0.0.1:0",
+        *,
+        weights: WeightsStore | None = None,
+        max_held_bytes: int = 256 << 20,
+    ) -> None:
+        """``bind`` is ip:port, port 0 for any. Raises ClusterError when it cannot be had."""
+        self._sessions: Mailbox[Session] = Mailbox()
+        self._threads = Threads("grpc")
+        self._server = grpc.server(
+            self._threads,
+            handlers=[_Dispatch(self._sessions.put, max_held_bytes)],
+            options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=MAX_RPCS,
+        )
+        if weights is not None:
+            add_weights(self._server, weights)
+        try:
+            port = self._server.add_insecure_port(bind)
+        except RuntimeError as error:
+            self._sessions.close()
+            raise ClusterError(f"bind: cannot listen on {bind}: {error}") from error
+        self._address = f"{bind.rpartition(':')[0]}:{port}"
+        self._server.start()
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def fileno(self) -> int:
+        return self._sessions.fileno()
+
+    def accept(self) -> list[Session]:
+        return self._sessions.take()
+
+    def close(self) -> None:
+        """Ends all connections; sessions that were accepted are still to be closed."""
+        self._server.stop(CLOSE_S).wait(2 * CLOSE_S)
+        self._threads.join(CLOSE_S)
+        for session in self._sessions.take():
+            session.close()
+        self._sessions.close()

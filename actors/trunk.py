@@ -1,0 +1,158 @@
+"""A trunk in this process: a model without its experts, and the router to them.
+
+Used inside the Serve replica that serves a model, and by `Cluster.from_pretrained` and
+`Cluster.attach` in a user's own process.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayError
+from transformers import PreTrainedModel
+
+from ..cluster.health import RouterPolicy
+from ..cluster.placement import LayerKey, Number, Placement
+from ..models.trunk import (
+    ExpertsLayer,
+    connect_experts,
+    disconnect_experts,
+    experts_layers,
+    load_trunk,
+    meta_model,
+    read_config,
+)
+from ..proto.errors import ClusterError
+from .engine import Engine, EngineConfig, TransformersEngine
+from .host import pick_device
+from .router import Router
+from .store import ModelRef
+from .transport.connect import TransportChoice
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 10.0
+CONTROLLER = "controller"
+
+
+class PlacementWatch:
+    """A thread that hands every new placement to a router; the controller may come and go."""
+
+    def __init__(self, namespace: str, router: Router) -> None:
+        self._namespace = namespace
+        self._router = router
+        self._after: Number | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="placement-watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        # The thread may be in a long poll; it is a daemon and touches nothing once it has ended.
+        self._thread.join(0.1)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                controller: Any = ray.get_actor(CONTROLLER, namespace=self._namespace)
+                asked: Any = controller.watch.remote(self._after, WATCH_S)
+                placement: Placement | None = ray.get(asked, timeout=WATCH_S + 5.0)  # pyright: ignore[reportAssignmentType]
+            except (RayError, GetTimeoutError, ValueError) as error:
+                # Routing goes on with the last placement.
+                if not self._stop.is_set():
+                    log.warning("no placements for now: %s", str(error).splitlines()[0])
+                self._stop.wait(0.5)
+                continue
+            if placement is not None and not self._stop.is_set():
+                self._after = placement.number
+                self._router.place(placement)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrunkConfig:
+    """What a process needs to open a trunk of the cluster; picklable."""
+
+    namespace: str
+    model: ModelRef
+    name: str
+    device: str = "auto"
+    threads: int | None = None
+    policy: RouterPolicy = field(default_factory=RouterPolicy)
+    transport: TransportChoice = "auto"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    start_s: float = 120.0
+
+
+class PoolTrunk:
+    """A model connected to the pool; `close` disconnects it and frees everything."""
+
+    def __init__(
+        self, config: TrunkConfig, model: PreTrainedModel, layers: list[ExpertsLayer]
+    ) -> None:
+        self.model = model
+        self.router = Router(
+            name=config.name,
+            node=ray.get_runtime_context().get_node_id(),
+            policy=config.policy,
+            transport=config.transport,
+        )
+        self._watch: PlacementWatch | None = None
+        try:
+            self._watch = PlacementWatch(config.namespace, self.router)
+            wanted = [LayerKey(config.model.name, layer.layer) for layer in layers]
+            self.router.wait_ready(config.start_s, wanted)
+        except BaseException:
+            self.close()
+            raise
+        connect_experts(model, layers, lambda layer: self.router.experts(config.model.name, layer))
+        self._hook = model.register_forward_pre_hook(lambda *_: self.router.begin_step())
+
+    def close(self) -> None:
+        disconnect_experts(self.model)
+        if self._watch is not None:
+            self._watch.close()
+        self.router.close()
+
+
+def open_trunk(config: TrunkConfig) -> PoolTrunk:
+    """Load a trunk from its folder and connect it. Raises CheckpointError and ClusterError."""
+    if config.model.path is None:
+        raise ClusterError(
+            f"model {config.model.name!r} was attached from memory; its trunk lives in the process "
+            "that attached it"
+        )
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    path = Path(config.model.path)
+    layers = experts_layers(meta_model(read_config(path)))
+    model = load_trunk(path, dtype=config.model.torch_dtype, device=pick_device(config.device))
+    return PoolTrunk(config, model, layers)
+
+
+class _PoolEngine(TransformersEngine):
+    """The transformers engine over a trunk of the pool, which it owns."""
+
+    def __init__(self, trunk: PoolTrunk, config: EngineConfig) -> None:
+        super().__init__(trunk.model, config=config)
+        self._trunk = trunk
+        trunk.router.on_rows_lost = self.fail_rows
+
+    def close(self) -> None:
+        super().close()
+        self._trunk.close()
+
+
+def engine_factory(config: TrunkConfig) -> Callable[[], Engine]:
+    """For `serve_app.Trunk`: builds the engine in the replica's own process."""
+
+    def build() -> Engine:
+        return _PoolEngine(open_trunk(config), config.engine)
+
+    return build

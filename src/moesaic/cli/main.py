@@ -1,0 +1,169 @@
+"""`moesaic`: the command line.
+
+Exit codes: 0 done, 1 an error, 2 wrong usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from ..proto.errors import MoesaicError
+
+app = typer.Typer(
+    name="moesaic",
+    help="Elastic expert parallelism on Ray for Mixture-of-Experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+err = Console(stderr=True)
+
+NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
+DEFAULT_SPEC = Path("deploy/local.yaml")
+
+
+@app.command()
+def up(
+    spec: Annotated[Path, typer.Argument(help="The cluster's spec, a YAML file.")] = DEFAULT_SPEC,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return when it answers; `down` ends it.")
+    ] = False,
+    progress_fd: Annotated[int, typer.Option(hidden=True)] = -1,
+) -> None:
+    """Start a cluster and stay until Ctrl-C ends it."""
+    from .run import run_detached, run_foreground
+
+    if detach:
+        run_detached(spec)
+    else:
+        run_foreground(spec, progress_fd)
+
+
+@app.command()
+def down(
+    name: NameOption = "local",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 60.0,
+) -> None:
+    """End a running cluster."""
+    from ..handle import connect
+
+    cluster = connect(name)
+    with err.status(f"ending cluster {name}"):
+        cluster.down(timeout)
+    err.print(f"cluster {name} is down")
+
+
+@app.command()
+def status(
+    name: NameOption = "local",
+    as_json: Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")] = False,
+) -> None:
+    """Show hosts, models, the placement and what is not protected."""
+    from .show import print_status, read_status
+
+    values = read_status(name)
+    if as_json:
+        json.dump(values, sys.stdout, indent=2)
+        print()
+    else:
+        print_status(values)
+
+
+@app.command()
+def chat(
+    message: Annotated[
+        list[str] | None, typer.Argument(help="One message; without it, a conversation.")
+    ] = None,
+    name: NameOption = "local",
+    url: Annotated[str | None, typer.Option(help="An endpoint, in place of a cluster.")] = None,
+    model: Annotated[str | None, typer.Option(help="The first one served, if not given.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.0,
+) -> None:
+    """Talk to a model; the answer appears as it is made."""
+    from .talk import converse
+
+    converse(
+        " ".join(message) if message else None,
+        name=name,
+        url=url,
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+    )
+
+
+@app.command()
+def upcycle(
+    dense: Annotated[str, typer.Argument(help="A llama or mistral folder, or a GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    experts: Annotated[int, typer.Option(help="Experts of each layer.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts of each token.")] = 2,
+    noise: Annotated[float, typer.Option(help="In standard deviations of each matrix.")] = 0.05,
+    gate: Annotated[str, typer.Option(help="random, or kmeans over --text.")] = "random",
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text file: one corpus. May be given many times.")
+    ] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the weights on disk.")] = "float32",
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds files.")] = False,
+) -> None:
+    """Make a Mixture-of-Experts checkpoint out of a dense one (sparse upcycling)."""
+    from ..models.upcycle import upcycle as make
+    from .progress import bars
+
+    if gate not in ("random", "kmeans"):
+        raise typer.BadParameter(f"{gate!r} is neither random nor kmeans", param_hint="--gate")
+    chosen: Literal["random", "kmeans"] = "kmeans" if gate == "kmeans" else "random"
+    corpora: dict[str, list[str | Path]] = {str(file): [file] for file in text or []}
+    with bars(err) as progress:
+        folder = make(
+            dense,
+            out,
+            experts=experts,
+            top_k=top_k,
+            noise=noise,
+            gate=chosen,
+            texts=corpora or None,
+            seed=seed,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    err.print(f"wrote {folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; a mistake of the user's never shows a traceback."""
+    try:
+        result: Any = app(args=argv, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except MoesaicError as error:
+        err.print(f"[red]error:[/red] {error}", highlight=False)
+        return 1
+    except typer.Abort:
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        # Wrong usage, as typer knows it.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        return int(getattr(error, "exit_code", 2))
+
+
+def run() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

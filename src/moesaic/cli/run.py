@@ -1,0 +1,122 @@
+"""`moesaic up`, in the foreground and detached."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from rich.console import Console
+
+from ..cluster.spec import load_spec
+from ..proto.errors import ClusterError
+from ..session import find_session, session_dir
+from .progress import bars, lines
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def run_foreground(path: Path, progress_fd: int) -> None:
+    """Start the cluster, say how to reach it, stay until SIGINT or SIGTERM."""
+    spec = load_spec(path)
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    from ..handle import up
+
+    with lines(progress_fd) if progress_fd >= 0 else bars(err) as progress:
+
+        def interruptible(step: str, done: int, total: int) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            progress(step, done, total)
+
+        cluster = up(spec, progress=interruptible)
+    with cluster:
+        print_address(spec.name, cluster.url, [model.name for model in spec.models])
+        if progress_fd < 0:
+            err.print("Ctrl-C ends it.")
+        stop.wait()
+        err.print("ending ...")
+        # A second Ctrl-C must not leave half a cluster.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    def on_signal(signum: int, frame: object) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+
+def print_address(name: str, url: str | None, models: list[str]) -> None:
+    if url is None:
+        out.print(f"cluster {name} is up (no endpoint in its spec)")
+        return
+    out.print(f"cluster {name} is up: {url}")
+    if models:
+        body = json.dumps(
+            {
+                "model": models[0],
+                "messages": [{"role": "user", "content": "What is a mosaic?"}],
+                "stream": True,
+            }
+        )
+        out.print("\nTry it:")
+        out.print(
+            f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+            soft_wrap=True,
+        )
+        option = "" if name == "local" else f" --name {name}"
+        out.print(f'  {_program()} chat{option} "What is a mosaic?"\n', soft_wrap=True)
+
+
+def _program() -> str:
+    """How this program was called, so that the line printed works as it is."""
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "moesaic" and os.sep in sys.argv[0] else "moesaic"
+
+
+def run_detached(path: Path) -> None:
+    """Start the cluster in a process of its own, and return when it answers."""
+    spec = load_spec(path)
+    if find_session(spec.name) is not None:
+        raise ClusterError(f"name: a cluster {spec.name!r} is running; `moesaic down` ends it")
+    session_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = session_dir() / f"{spec.name}.log"
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "moesaic.cli.main", "up", str(path)]
+    with log.open("wb") as sink:
+        child = subprocess.Popen(
+            [*command, "--progress-fd", str(writer)],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            pass_fds=[writer],
+            start_new_session=True,
+        )
+    os.close(writer)
+    try:
+        with os.fdopen(reader) as steps, bars(err) as progress:
+            for line in steps:
+                progress(*json.loads(line))
+    except KeyboardInterrupt:
+        child.terminate()
+        raise
+    session = find_session(spec.name)
+    if session is None:
+        child.wait(timeout=60)
+        raise ClusterError(f"the cluster did not start; {log} ends with: {_last_line(log)}")
+    print_address(spec.name, session.url, [model.name for model in spec.models])
+    end = "moesaic down" if spec.name == "local" else f"moesaic down --name {spec.name}"
+    err.print(f"It runs in the background (process {session.pid}, log {log}); `{end}` ends it.")
+
+
+def _last_line(log: Path) -> str:
+    text = log.read_text(errors="replace").strip().splitlines()
+    return text[-1] if text else "(nothing)"

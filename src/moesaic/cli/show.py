@@ -1,0 +1,74 @@
+"""`moesaic status`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..client import Client
+from ..handle import connect
+from ..session import need_session
+
+out = Console(highlight=False)
+
+
+def read_status(name: str) -> dict[str, Any]:
+    """The cluster's own words; over HTTP where it has an endpoint, which is quicker."""
+    session = need_session(name)
+    if session.url is not None:
+        with Client(session.url) as client:
+            return {"name": name, "url": session.url, **client.status()}
+    return {"name": name, "url": None, "cluster": connect(name).status()}
+
+
+def _bytes(value: int) -> str:
+    return f"{value / 2**20:,.0f} MiB"
+
+
+def print_status(values: dict[str, Any]) -> None:
+    cluster = values.get("cluster", {})
+    placement = cluster.get("placement")
+    out.print(f"cluster [bold]{values['name']}[/bold]  {values['url'] or '(no endpoint)'}")
+    if placement:
+        out.print(f"placement: term {placement[0]}, epoch {placement[1]}")
+    hosts = Table("host", "state", "device", "experts", "weights", "memory", "calls", "queue")
+    for host in cluster.get("hosts", []):
+        hosts.add_row(
+            host["host"],
+            host["state"] + (f": {host['error']}" if "error" in host else ""),
+            host.get("device", ""),
+            str(host.get("experts", "")),
+            _bytes(host["weight_bytes"]) if "weight_bytes" in host else "",
+            _bytes(host["rss_bytes"]) if "rss_bytes" in host else "",
+            f"{host.get('calls', 0):,}",
+            str(host.get("queued_rows", "")),
+        )
+    out.print(hosts)
+    models = Table(
+        "model", "dtype", "layers", "experts", "replicas", "missing", "running", "waiting"
+    )
+    engines = values.get("models", {})
+    for model in cluster.get("models", []):
+        engine = engines.get(model["name"], {})
+        models.add_row(
+            model["name"],
+            model["dtype"],
+            str(model["layers"]),
+            str(model["experts"]),
+            str(model["replicas"]),
+            str(model["missing_experts"]),
+            str(engine.get("running", "")),
+            str(engine.get("waiting", "")),
+        )
+    out.print(models)
+    if cluster.get("unprotected_experts"):
+        out.print(
+            f"[yellow]{cluster['unprotected_experts']} experts have one replica: the loss of its "
+            "host makes requests wait[/yellow]"
+        )
+    for missing in cluster.get("missing_experts", []):
+        out.print(f"[red]missing[/red] {missing}")
+    if cluster.get("error"):
+        out.print(f"[red]controller:[/red] {cluster['error']}")

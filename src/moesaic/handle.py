@@ -1,0 +1,213 @@
+"""`Cluster`: a running pool in the hands of a Python program."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from .cluster.spec import ModelSpec, Spec, load_spec, parse_spec
+from .proto.errors import ClusterError, UnsupportedModel
+from .session import Session, find_session, need_session, remove_session, write_session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .actors.launch import Launched, Progress
+    from .actors.trunk import PoolTrunk
+
+DOWN_TIMEOUT_S = 60.0
+
+
+def _quiet(step: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def _spec(spec: Spec | Mapping[str, Any] | str | Path) -> Spec:
+    if isinstance(spec, Spec):
+        return spec
+    return parse_spec(dict(spec)) if isinstance(spec, Mapping) else load_spec(spec)
+
+
+def up(spec: Spec | Mapping[str, Any] | str | Path, *, progress: Progress | None = None) -> Cluster:
+    """Start a cluster from a spec, its values, or a YAML file, and wait until it answers.
+
+    The calling process owns it: it ends with the process, with `Cluster.down`, or with the `with`
+    block. Raises SpecError, CheckpointError, UnsupportedModel and ClusterError.
+    """
+    wanted = _spec(spec)
+    if find_session(wanted.name) is not None:
+        raise ClusterError(
+            f"name: a cluster {wanted.name!r} is running; `moesaic down --name {wanted.name}` "
+            "ends it"
+        )
+    _ray_environment(secrets.token_hex(32) if wanted.ray.address == "local" else None)
+    from .actors.launch import launch, ray_address
+
+    launched = launch(wanted, progress or _quiet)
+    session = write_session(
+        name=wanted.name,
+        ray_address=ray_address(),
+        ray_token=os.environ.get("RAY_AUTH_TOKEN", ""),
+        url=launched.url,
+    )
+    return Cluster(session, launched)
+
+
+def connect(name: str = "local") -> Cluster:
+    """A handle to a cluster that another process of this user owns on this machine.
+
+    Raises ClusterError.
+    """
+    return Cluster(need_session(name), None)
+
+
+def _ray_environment(token: str | None) -> None:
+    """What an embedded Ray and those who join it must agree on, before ray is imported."""
+    if not token:
+        return
+    # Ray's odd name for: stay on loopback.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Ray demands a token of every process; those of one cluster share one.
+    if not os.environ.get("RAY_AUTH_MODE"):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = token
+
+
+class Cluster:
+    """A running cluster; made by `up` and `connect`."""
+
+    def __init__(self, session: Session, launched: Launched | None) -> None:
+        self._session = session
+        self._launched = launched
+        self._trunks: list[PoolTrunk] = []
+
+    @property
+    def name(self) -> str:
+        return self._session.name
+
+    @property
+    def url(self) -> str | None:
+        """The endpoint's address, or None if the spec has none."""
+        return self._session.url
+
+    def status(self) -> dict[str, Any]:
+        """Hosts, models and the placement as plain values. Raises ClusterError."""
+        from .actors.launch import ask, controller_of
+
+        return ask(controller_of(self._join()).status.remote(), 10.0, "the controller's status")
+
+    def from_pretrained(self, model: str) -> PreTrainedModel:
+        """The trunk of one of the cluster's models in this process, experts in the pool.
+
+        An ordinary transformers model: call it, `generate` with it. Raises ClusterError.
+        """
+        from .actors.launch import ask, controller_of
+        from .actors.trunk import open_trunk
+
+        namespace = self._join()
+        served = ask(controller_of(namespace).models.remote(), 10.0, "the models")
+        known = {ref.name: ref for ref, _ in served}
+        if model not in known:
+            raise ClusterError(f"model: {model!r} is none of {sorted(known)}")
+        trunk = open_trunk(self._trunk_config(namespace, known[model]))
+        self._trunks.append(trunk)
+        return trunk.model
+
+    def attach(
+        self,
+        model: PreTrainedModel,
+        *,
+        name: str | None = None,
+        replicas: int = 1,
+        exact: bool = False,
+    ) -> PreTrainedModel:
+        """Move the experts of a model in memory into the pool; ``model`` itself is changed.
+
+        Its experts' weights are sent to the hosts and freed here. Raises UnsupportedModel for an
+        architecture without the experts interface, and ClusterError.
+        """
+        from .actors.attach import attach_model
+
+        namespace = self._join()
+        trunk = attach_model(
+            model,
+            namespace=namespace,
+            name=name or f"attached-{secrets.token_hex(3)}",
+            replicas=replicas,
+            exact=exact,
+            make_config=lambda ref: self._trunk_config(namespace, ref),
+        )
+        self._trunks.append(trunk)
+        return trunk.model
+
+    def down(self, timeout_s: float = DOWN_TIMEOUT_S) -> None:
+        """End the cluster, or, from another process than its owner's, let its owner end it."""
+        for trunk in self._trunks:
+            trunk.close()
+        self._trunks.clear()
+        if self._launched is not None:
+            launched, self._launched = self._launched, None
+            try:
+                launched.close()
+            finally:
+                remove_session(self.name)
+            return
+        if self._session.alive and self._session.pid != os.getpid():
+            os.kill(self._session.pid, signal.SIGTERM)
+            deadline = time.monotonic() + timeout_s
+            while self._session.alive:
+                if time.monotonic() > deadline:
+                    raise ClusterError(
+                        f"process {self._session.pid} did not end cluster {self.name!r} within "
+                        f"{timeout_s:g} s"
+                    )
+                _wait_for_exit(self._session.pid, 0.5)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.down()
+
+    def _join(self) -> str:
+        """Connect this process to the cluster's Ray; gives the namespace."""
+        _ray_environment(self._session.ray_token)
+        from .actors.launch import join_ray, namespace_of
+
+        join_ray(self._session.ray_address, self.name)
+        return namespace_of(self.name)
+
+    def _trunk_config(self, namespace: str, ref: Any) -> Any:
+        from .actors.trunk import TrunkConfig
+
+        spec = self._launched.spec if self._launched is not None else Spec(name=self.name)
+        return TrunkConfig(
+            namespace=namespace,
+            model=ref,
+            name=f"sdk-{os.getpid()}-{secrets.token_hex(3)}",
+            policy=spec.timeouts.policy,
+            transport=spec.network.transport,
+        )
+
+
+def _wait_for_exit(pid: int, timeout_s: float) -> None:
+    try:
+        psutil.Process(pid).wait(timeout_s)
+    except (psutil.NoSuchProcess, psutil.TimeoutExpired):
+        return
+
+
+__all__ = ["Cluster", "ModelSpec", "Spec", "UnsupportedModel", "connect", "up"]

@@ -1,0 +1,95 @@
+"""What a running cluster leaves for other processes of its user: who owns it and how to reach it.
+
+One small file for each cluster, readable by its user alone, gone when the cluster ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from .proto.errors import ClusterError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """A running cluster as its owner described it."""
+
+    name: str
+    pid: int
+    started: float  # of the owning process, to tell it from a later one with the same pid
+    ray_address: str
+    ray_token: str
+    url: str | None
+
+    @property
+    def alive(self) -> bool:
+        try:
+            return psutil.Process(self.pid).create_time() == self.started
+        except psutil.NoSuchProcess:
+            return False
+
+
+def session_dir() -> Path:
+    base = os.environ.get("MOESAIC_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    root = Path(base) if base else Path.home() / ".cache"
+    return (root if os.environ.get("MOESAIC_CACHE") else root / "moesaic") / "run"
+
+
+def _file(name: str) -> Path:
+    if not name or Path(name).name != name:
+        raise ClusterError(f"name: {name!r} is not the name of a cluster")
+    return session_dir() / f"{name}.json"
+
+
+def write_session(*, name: str, ray_address: str, ray_token: str, url: str | None) -> Session:
+    """Announce the cluster that this process owns."""
+    session = Session(
+        name=name,
+        pid=os.getpid(),
+        started=psutil.Process().create_time(),
+        ray_address=ray_address,
+        ray_token=ray_token,
+        url=url,
+    )
+    file = _file(name)
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = file.with_suffix(f".{os.getpid()}")
+    draft.touch(mode=0o600)
+    draft.write_text(json.dumps(asdict(session)))
+    draft.replace(file)
+    return session
+
+
+def find_session(name: str) -> Session | None:
+    """The running cluster of that name, or None; what a dead one left is removed."""
+    file = _file(name)
+    try:
+        session = Session(**json.loads(file.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        file.unlink(missing_ok=True)
+        return None
+    if not session.alive:
+        file.unlink(missing_ok=True)
+        return None
+    return session
+
+
+def need_session(name: str) -> Session:
+    """Like `find_session`. Raises ClusterError when there is none."""
+    session = find_session(name)
+    if session is None:
+        running = sorted(file.stem for file in session_dir().glob("*.json"))
+        hint = f"running: {', '.join(running)}" if running else "`moesaic up` starts one"
+        raise ClusterError(f"no cluster {name!r} is running here; {hint}")
+    return session
+
+
+def remove_session(name: str) -> None:
+    _file(name).unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""Pools in the test's own process: real hosts, real transports, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from moesaic.actors.host import ExpertHost, local_hosts
+from moesaic.actors.router import Router
+from moesaic.actors.store import ModelRef
+from moesaic.actors.transport.connect import TransportChoice
+from moesaic.cluster.health import RouterPolicy
+from moesaic.cluster.placement import ModelShape, Number, Placement, experts_of, spread
+from moesaic.models.trunk import (
+    ExpertsLayer,
+    connect_experts,
+    experts_layers,
+    load_trunk,
+    meta_model,
+    read_config,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """A model served from hosts, and the trunk and router that use them."""
+
+    hosts: list[ExpertHost]
+    router: Router
+    trunk: PreTrainedModel
+    placement: Placement
+    layers: list[ExpertsLayer]
+
+
+def place(
+    layers: list[ExpertsLayer],
+    hosts: list[ExpertHost],
+    ref: ModelRef,
+    *,
+    replicas: int = 1,
+    exact: bool = False,
+    epoch: int = 1,
+) -> Placement:
+    """Load every host's share of a model."""
+    shape = ModelShape(
+        model=ref.name,
+        experts={layer.layer: layer.num_experts for layer in layers},
+        replicas=replicas,
+        exact=exact,
+    )
+    spreading = spread([shape], [host.name for host in hosts])
+    for host in hosts:
+        host.load([(ref, shape)], experts_of(spreading, host.name))
+    return Placement(
+        Number(1, epoch),
+        {host.name: host.entry() for host in hosts},
+        spreading,
+        frozenset({ref.name}) if exact else frozenset(),
+    )
+
+
+@contextmanager
+def pool(
+    path: Path,
+    *,
+    hosts: int = 2,
+    replicas: int = 1,
+    exact: bool = False,
+    transport: TransportChoice = "shm",
+    dtype: torch.dtype = torch.float32,
+    policy: RouterPolicy | None = None,
+) -> Iterator[Pool]:
+    layers = experts_layers(meta_model(read_config(path)))
+    ref = ModelRef(name="m", dtype=str(dtype).removeprefix("torch."), path=str(path))
+    with local_hosts(hosts) as running:
+        placement = place(layers, running, ref, replicas=replicas, exact=exact)
+        router = Router(name="test", node="here", transport=transport, policy=policy)
+        try:
+            router.place(placement)
+            router.wait_ready(10.0)
+            trunk = load_trunk(path, dtype=dtype, device=torch.device("cpu"))
+            connect_experts(trunk, layers, lambda layer: router.experts("m", layer))
+            trunk.register_forward_pre_hook(lambda *_: router.begin_step())
+            yield Pool(
+                hosts=running, router=router, trunk=trunk, placement=placement, layers=layers
+            )
+        finally:
+            router.close()

@@ -1,0 +1,219 @@
+"""A simulated pool for the router's state machine: hosts that answer, die, freeze and refuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moesaic.cluster.dispatch import Dispatcher
+from moesaic.cluster.events import (
+    Accept,
+    Cancel,
+    Command,
+    Connect,
+    Disconnect,
+    Event,
+    HostDown,
+    HostUp,
+    Ponged,
+    Probe,
+    Refused,
+    Replied,
+    Send,
+)
+from moesaic.cluster.health import RouterPolicy
+from moesaic.cluster.placement import (
+    HostEntry,
+    LayerKey,
+    LayerPlacement,
+    ModelShape,
+    Number,
+    Placement,
+    spread,
+)
+
+KEY = LayerKey("m", 0)
+
+
+def entry(host: str, incarnation: int = 1) -> HostEntry:
+    return HostEntry(host=host, incarnation=incarnation, node="n", shm_address="", grpc_address="")
+
+
+def placement(
+    hosts: int, replicas: int, experts: int = 8, *, epoch: int = 1, layer: int = 0
+) -> Placement:
+    names = [f"h{i}" for i in range(hosts)]
+    shape = ModelShape(model="m", experts={layer: experts}, replicas=replicas)
+    return Placement(
+        Number(1, epoch), {name: entry(name) for name in names}, spread([shape], names)
+    )
+
+
+@dataclass
+class SimHost:
+    """One host: what it was sent and has not answered yet."""
+
+    name: str
+    incarnation: int = 1
+    alive: bool = True
+    frozen: bool = False
+    connected: bool = False
+    welcomed: bool = False
+    inbox: list[Send] = field(default_factory=list)
+    pings: int = 0
+
+
+class World:
+    """Feeds a `Dispatcher` and checks what it says."""
+
+    def __init__(self, first: Placement, policy: RouterPolicy) -> None:
+        self.now = 0.0
+        self.placement = first
+        self.dispatcher = Dispatcher(policy)
+        self.hosts = {name: SimHost(name) for name in first.hosts}
+        self.accepted: list[int] = []
+        self.seqs: set[int] = set()
+        self.answered: set[tuple[str, int]] = set()
+        self.ids_N = np.zeros(0, dtype=np.int32)
+        self.run(self.dispatcher.place(first, self.now))
+
+    # ---- commands -------------------------------------------------------------------------------
+
+    def run(self, commands: list[Command]) -> None:
+        todo = list(commands)
+        while todo:
+            command = todo.pop(0)
+            match command:
+                case Send():
+                    self._sent(command)
+                case Accept(send):
+                    self._accepted(send)
+                case Connect(wanted):
+                    host = self.hosts[wanted.host]
+                    if host.alive and host.incarnation == wanted.incarnation:
+                        host.connected, host.welcomed, host.inbox = True, False, []
+                    else:
+                        todo += self.dispatcher.handle(HostDown(wanted.host), self.now)
+                case Disconnect(name):
+                    self.hosts[name].connected = False
+                    self.hosts[name].inbox = []
+                case Probe(name):
+                    self.hosts[name].pings += 1
+                case Cancel():
+                    pass
+
+    def _sent(self, send: Send) -> None:
+        host = self.hosts[send.host]
+        assert host.connected, "sent to a host without a connection"
+        assert host.welcomed, "sent before Welcome"
+        assert send.incarnation == host.incarnation
+        assert send.seq not in self.seqs, "a sequence number was used twice"
+        self.seqs.add(send.seq)
+        host.inbox.append(send)
+        assert len(host.inbox) <= self.dispatcher.policy.window, "a slot was used twice"
+        held = self.placement.layers[KEY]
+        for choice, expert in zip(send.choices, send.ids_tk[send.ids_tk >= 0], strict=True):
+            assert self.ids_N[choice] == expert, "a choice was sent to another expert"
+            assert send.host in held.hosts(int(expert)), "sent to a host without the expert"
+
+    def _accepted(self, send: Send) -> None:
+        assert (send.host, send.seq) in self.answered, "accepted what was never answered"
+        self.accepted += send.choices.tolist()
+        assert len(set(self.accepted)) == len(self.accepted), "a choice was accepted twice"
+
+    # ---- what may happen ------------------------------------------------------------------------
+
+    def tell(self, event: Event) -> None:
+        self.run(self.dispatcher.handle(event, self.now))
+
+    def welcome(self, host: SimHost) -> None:
+        host.welcomed = True
+        self.tell(HostUp(host.name, host.incarnation))
+
+    def answer(self, host: SimHost, index: int, *, twice: bool = False) -> None:
+        send = host.inbox.pop(index)
+        self.answered.add((host.name, send.seq))
+        self.tell(Replied(host.name, send.seq))
+        if twice:
+            self.tell(Replied(host.name, send.seq))
+
+    def refuse(self, host: SimHost, index: int, code: str) -> None:
+        send = host.inbox.pop(index)
+        self.tell(Refused(host.name, send.seq, code, "drill"))
+
+    def pong(self, host: SimHost) -> None:
+        host.pings = 0
+        self.tell(Ponged(host.name))
+
+    def kill(self, host: SimHost) -> None:
+        was_connected = host.connected
+        host.alive = host.connected = host.welcomed = host.frozen = False
+        host.inbox, host.pings = [], 0
+        if was_connected:
+            self.tell(HostDown(host.name))
+
+    def cut(self, host: SimHost) -> None:
+        """The connection breaks; the host lives."""
+        if host.connected:
+            host.connected = host.welcomed = False
+            host.inbox = []
+            self.tell(HostDown(host.name))
+
+    def restart(self, host: SimHost) -> None:
+        host.alive, host.incarnation = True, host.incarnation + 1
+        host.connected = host.welcomed = False
+        entries = {**self.placement.hosts, host.name: entry(host.name, host.incarnation)}
+        self.replace(Placement(self._next(), entries, self.placement.layers))
+
+    def replace(self, newer: Placement) -> None:
+        self.placement = newer
+        self.run(self.dispatcher.place(newer, self.now))
+
+    def _next(self) -> Number:
+        return Number(1, self.placement.number.epoch + 1)
+
+    def republish(self, layer: LayerPlacement) -> None:
+        self.replace(Placement(self._next(), self.placement.hosts, {KEY: layer}))
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.run(self.dispatcher.tick(self.now))
+
+    def pass_to_next(self) -> None:
+        due = self.dispatcher.wake_at(self.now)
+        self.pass_time(max(0.0, min(due - self.now, 10.0)) + 1e-6)
+
+    # ---- calls ----------------------------------------------------------------------------------
+
+    def begin(self, ids_TK: np.ndarray, max_rows: int = 64) -> None:
+        self.accepted, self.ids_N = [], ids_TK.reshape(-1)
+        self.run(self.dispatcher.begin(KEY, ids_TK, max_rows=max_rows, now=self.now))
+
+    def settle(self, rounds: int = 400) -> None:
+        """No more faults: everybody lives and answers until the call has ended."""
+        for host in self.hosts.values():
+            host.frozen = False
+            if not host.alive:
+                self.restart(host)
+        for _ in range(rounds):
+            if self.dispatcher.outcome is not None:
+                return
+            for host in self.hosts.values():
+                if host.connected and not host.welcomed:
+                    self.welcome(host)
+                if host.connected and host.pings:
+                    self.pong(host)
+                while host.inbox:
+                    self.answer(host, 0)
+            if self.dispatcher.outcome is None:
+                self.pass_to_next()
+        raise AssertionError("the call did not end although all hosts answer")
+
+    def check_whole(self) -> None:
+        outcome = self.dispatcher.outcome
+        assert outcome is not None
+        wanted = set(np.flatnonzero(self.ids_N >= 0).tolist())
+        lost = set(outcome.lost.tolist())
+        assert not lost & set(self.accepted), "a choice is both lost and accepted"
+        assert lost | set(self.accepted) == wanted, "a choice is neither lost nor accepted"

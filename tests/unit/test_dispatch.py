@@ -1,0 +1,261 @@
+"""The router's state machine under random interleavings of everything that may happen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesaic.cluster.dispatch import Dispatcher
+from moesaic.cluster.events import Connect, Disconnect, HostUp, Probe, Send
+from moesaic.cluster.health import HostState, RouterPolicy
+from moesaic.cluster.placement import LayerPlacement, Replica
+from tests.helpers.worlds import KEY, World, placement
+
+POLICY = RouterPolicy(deadline_s=30.0, attempt_s=1.0, window=4, split_rows=2)
+
+
+KINDS = (
+    *("answer", "answer", "answer", "twice", "refuse", "lose", "welcome", "pong"),
+    *("freeze", "thaw", "kill", "cut", "restart", "time", "wake", "shuffle"),
+)
+
+
+def ids(tokens: int, top_k: int, experts: int = 8, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(experts)[:top_k] for _ in range(tokens)]
+    return np.stack(rows).astype(np.int32)
+
+
+def connected(hosts: int, replicas: int, policy: RouterPolicy = POLICY) -> World:
+    world = World(placement(hosts, replicas), policy)
+    for host in world.hosts.values():
+        world.welcome(host)
+    return world
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_choice_is_lost_doubled_or_wrong(data: st.DataObject) -> None:
+    hosts = data.draw(st.integers(1, 4), label="hosts")
+    replicas = data.draw(st.integers(1, hosts), label="replicas")
+    world = World(placement(hosts, replicas), POLICY)
+    tokens = data.draw(st.integers(1, 12), label="tokens")
+    top_k = data.draw(st.integers(1, 4), label="top_k")
+    world.begin(ids(tokens, top_k, seed=tokens), max_rows=data.draw(st.integers(1, 5)))
+    for _ in range(data.draw(st.integers(0, 40), label="steps")):
+        if world.dispatcher.outcome is not None:
+            break
+        step(world, data)
+    world.settle()
+    world.check_whole()
+    if world.now < POLICY.deadline_s:
+        assert world.dispatcher.outcome is not None
+        assert world.dispatcher.outcome.ok
+
+
+def step(world: World, data: st.DataObject) -> None:
+    """One thing that may happen in a pool."""
+    host = world.hosts[data.draw(st.sampled_from(sorted(world.hosts)))]
+    answers = host.connected and host.welcomed and not host.frozen
+    kind = data.draw(st.sampled_from(KINDS))
+    if kind in ("answer", "twice") and answers and host.inbox:
+        index = data.draw(st.integers(0, len(host.inbox) - 1))
+        world.answer(host, index, twice=kind == "twice")
+    elif kind == "refuse" and answers and host.inbox:
+        code = data.draw(st.sampled_from(["NotHere", "Busy", "Expired"]))
+        world.refuse(host, data.draw(st.integers(0, len(host.inbox) - 1)), code)
+    elif kind == "lose" and host.inbox:
+        # The answer never comes; the slot stays taken until the connection ends.
+        host.inbox[0], host.inbox[-1] = host.inbox[-1], host.inbox[0]
+    elif kind == "welcome" and host.connected and not host.welcomed and not host.frozen:
+        world.welcome(host)
+    elif kind == "pong" and answers and host.pings:
+        world.pong(host)
+    elif kind in ("freeze", "thaw"):
+        host.frozen = kind == "freeze"
+    elif kind == "kill" and host.alive:
+        world.kill(host)
+    elif kind == "cut":
+        world.cut(host)
+    elif kind == "restart" and not host.alive:
+        world.restart(host)
+    elif kind == "time":
+        world.pass_time(data.draw(st.floats(0.001, 3.0)))
+    elif kind == "wake":
+        world.pass_to_next()
+    elif kind == "shuffle":
+        layer = world.placement.layers[KEY]
+        world.republish(LayerPlacement(tuple(tuple(reversed(r)) for r in layer.replicas)))
+
+
+def test_another_replica_takes_over_when_a_host_dies() -> None:
+    world = connected(2, 2)
+    world.begin(ids(8, 2))
+    victim = next(host for host in world.hosts.values() if host.inbox)
+    world.kill(victim)
+    survivor = next(host for host in world.hosts.values() if host.alive)
+    while survivor.inbox:
+        world.answer(survivor, 0)
+    assert world.now == 0.0
+    assert world.dispatcher.outcome is not None
+    assert world.dispatcher.outcome.ok
+    world.check_whole()
+
+
+def test_a_frozen_host_costs_one_deadline_and_no_more() -> None:
+    world = connected(2, 2)
+    frozen = world.hosts["h0"]
+    frozen.frozen = True
+    for call in range(5):
+        world.begin(ids(8, 2, seed=call))
+        for _ in range(20):
+            if world.dispatcher.outcome is not None:
+                break
+            while world.hosts["h1"].inbox:
+                world.answer(world.hosts["h1"], 0)
+            if world.dispatcher.outcome is None:
+                world.pass_to_next()
+        world.check_whole()
+        assert world.dispatcher.outcome is not None
+        assert world.dispatcher.outcome.ok
+    assert world.now < 1.5 * POLICY.attempt_s
+    assert world.dispatcher.ejections == 1
+    assert frozen.pings > 0
+
+
+def test_an_ejected_host_comes_back_with_its_pong_and_its_slots_stay_quarantined() -> None:
+    world = connected(1, 1)
+    host = world.hosts["h0"]
+    world.begin(ids(2, 2))
+    late = host.inbox[0]
+    world.pass_time(POLICY.attempt_s + 0.01)
+    health = world.dispatcher.hosts["h0"]
+    assert health.state is HostState.EJECTED
+    assert late.seq in health.occupied
+    world.pong(host)
+    assert health.state is HostState.UP
+    assert len(host.inbox) == 2, "the choices were sent again"
+    assert late.seq in health.occupied, "its slot may still be written to"
+    world.answer(host, 0)
+    world.answer(host, 0)
+    assert not health.occupied
+    world.check_whole()
+
+
+def test_a_late_answer_counts_if_nobody_else_has_its_choices() -> None:
+    world = connected(1, 1)
+    host = world.hosts["h0"]
+    world.begin(ids(3, 2))
+    world.pass_time(POLICY.attempt_s + 0.01)
+    world.answer(host, 0)
+    assert world.dispatcher.outcome is not None
+    assert world.dispatcher.outcome.ok
+    world.check_whole()
+
+
+def test_without_a_replica_choices_wait_until_the_deadline_and_are_named() -> None:
+    world = connected(2, 1)
+    chosen = ids(4, 2)
+    world.kill(world.hosts["h0"])
+    world.begin(chosen)
+    while world.hosts["h1"].inbox:
+        world.answer(world.hosts["h1"], 0)
+    assert world.dispatcher.outcome is None
+    while world.dispatcher.outcome is None:
+        world.pass_to_next()
+    assert world.now == pytest.approx(POLICY.deadline_s, abs=0.1)
+    held_by_dead = {
+        e for e, r in enumerate(world.placement.layers[KEY].replicas) if r[0][0] == "h0"
+    }
+    lost = {int(world.ids_N[n]) for n in world.dispatcher.outcome.lost}
+    assert lost == held_by_dead & set(chosen.reshape(-1).tolist())
+    world.check_whole()
+
+
+def test_a_restarted_host_is_used_as_soon_as_it_is_placed() -> None:
+    world = connected(1, 1)
+    host = world.hosts["h0"]
+    world.begin(ids(4, 2))
+    world.kill(host)
+    world.pass_time(2.0)
+    world.restart(host)
+    world.welcome(host)
+    world.answer(host, 0)
+    assert world.dispatcher.outcome is not None
+    assert world.dispatcher.outcome.ok
+
+
+def test_a_refusal_that_is_no_hosts_fault_ends_the_call() -> None:
+    world = connected(2, 2)
+    world.begin(ids(4, 2))
+    host = next(host for host in world.hosts.values() if host.inbox)
+    world.refuse(host, 0, "CallError")
+    outcome = world.dispatcher.outcome
+    assert outcome is not None
+    assert outcome.error is not None
+    assert outcome.error.code == "CallError"
+
+
+def test_a_busy_host_is_asked_again_after_a_while() -> None:
+    world = connected(1, 1)
+    host = world.hosts["h0"]
+    world.begin(ids(1, 1))
+    world.refuse(host, 0, "Busy")
+    assert not host.inbox
+    world.pass_to_next()
+    assert len(host.inbox) == 1
+    assert world.now == pytest.approx(POLICY.busy_s, abs=1e-3)
+
+
+def test_an_older_placement_is_ignored() -> None:
+    world = connected(2, 1)
+    assert world.dispatcher.place(placement(2, 2, epoch=1), world.now) == []
+    assert world.dispatcher.placement is world.placement
+
+
+def test_an_answer_of_another_incarnation_ends_the_connection() -> None:
+    world = World(placement(1, 1), POLICY)
+    commands = world.dispatcher.handle(HostUp("h0", 99), world.now)
+    assert Disconnect("h0") in commands
+    assert world.dispatcher.hosts["h0"].state is HostState.DOWN
+
+
+def test_a_host_that_never_welcomes_is_tried_again() -> None:
+    world = World(placement(1, 1), POLICY)
+    world.pass_time(POLICY.connect_s + 0.01)
+    assert world.dispatcher.hosts["h0"].state is HostState.DOWN
+    commands = world.dispatcher.tick(world.now + POLICY.reconnect_s + 0.01)
+    assert [type(command) for command in commands] == [Connect]
+
+
+def test_probes_become_rarer() -> None:
+    world = connected(1, 1)
+    world.begin(ids(1, 1))
+    world.pass_time(POLICY.attempt_s + 0.01)
+    gaps, last = [], world.now
+    for _ in range(8):
+        world.now = world.dispatcher.wake_at(world.now) + 1e-6
+        if any(isinstance(c, Probe) for c in world.dispatcher.tick(world.now)):
+            gaps.append(world.now - last)
+            last = world.now
+    assert np.all(np.diff(gaps) > -1e-3)
+    assert max(gaps) <= POLICY.probe_max_s + 0.01
+
+
+def test_shares_split_a_large_call_and_rotate_small_ones() -> None:
+    dispatcher = Dispatcher(RouterPolicy(split_rows=4))
+    first = placement(2, 2, experts=1)
+    layer = LayerPlacement(((Replica("h0", 0.75), Replica("h1", 0.25)),))
+    shaped = type(first)(first.number, first.hosts, {KEY: layer})
+    dispatcher.place(shaped, 0.0)
+    for host in shaped.hosts:
+        dispatcher.handle(HostUp(host, 1), 0.0)
+    sends = [
+        c
+        for c in dispatcher.begin(KEY, np.zeros((256, 1), np.int32), max_rows=512, now=0.0)
+        if isinstance(c, Send)
+    ]
+    rows = {send.host: send.token_t.size for send in sends}
+    assert rows == {"h0": 192, "h1": 64}

@@ -1,0 +1,190 @@
+"""The host's state machine: admission, merging, fairness, eviction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesaic.cluster.placement import ExpertKey, LayerKey
+from moesaic.cluster.residency import HostPolicy, LayerShape, QueuedCall, Residency
+from moesaic.proto.errors import Busy, CallError, Expired, NotHere
+
+SHAPE = LayerShape(num_experts=8, hidden_size=16, dtype="float32")
+POLICY = HostPolicy(max_rows=8, max_batch_rows=12, max_queue_rows=40)
+
+
+def host(experts: range = range(8), layers: int = 2, policy: HostPolicy = POLICY) -> Residency:
+    residency = Residency(policy, incarnation=7)
+    for layer in range(layers):
+        for expert in experts:
+            residency.hold(ExpertKey("m", layer, expert), SHAPE, version=1)
+    return residency
+
+
+def call(seq: int, *, router: str = "r", rows: int = 1, **changes: Any) -> QueuedCall:
+    ids = np.full((rows, 2), -1, dtype=np.int32)
+    ids[:, 0] = seq % 8
+    values: dict[str, Any] = {
+        "router": router,
+        "seq": seq,
+        "key": LayerKey("m", 0),
+        "rows": rows,
+        "hidden": 16,
+        "dtype": "float32",
+        "exact": False,
+        "expires_at": 100.0,
+        "incarnation": 7,
+        "version": 0,
+        "ids": ids,
+    }
+    return QueuedCall(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"key": LayerKey("other", 0)}, NotHere, "'other'"),
+        ({"key": LayerKey("m", 9)}, NotHere, "layer 9"),
+        ({"incarnation": 6}, NotHere, "incarnation"),
+        ({"version": 2}, NotHere, "version 1 here"),
+        ({"hidden": 17}, CallError, "hidden: 17"),
+        ({"dtype": "float16"}, CallError, "dtype: float16"),
+        ({"rows": 9, "ids": np.zeros((9, 1), np.int32)}, CallError, "rows: 9"),
+        ({"ids": np.array([[8]], np.int32)}, CallError, "ids: 8"),
+        ({"ids": np.array([[-2]], np.int32)}, CallError, "ids: -2"),
+        ({"expires_at": 0.0}, Expired, "deadline"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_before_it_is_queued(
+    changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    residency = host()
+    refusal = residency.admit(replace(call(1), **changes), now=1.0)
+    assert isinstance(refusal, error)
+    assert words in str(refusal)
+    assert residency.queued_rows == 0
+
+
+def test_the_queue_is_bounded() -> None:
+    residency = host()
+    for seq in range(5):
+        assert residency.admit(call(seq, rows=8), now=0.0) is None
+    refusal = residency.admit(call(9), now=0.0)
+    assert isinstance(refusal, Busy)
+    assert refusal.retryable
+
+
+def test_calls_of_several_routers_for_one_layer_become_one_computation() -> None:
+    residency = host()
+    for seq, router in enumerate("abc"):
+        residency.admit(call(seq, router=router, rows=2), now=0.0)
+    residency.admit(call(9, router="a", key=LayerKey("m", 1)), now=0.0)
+    batch, _ = residency.next_batch(0.0)
+    assert sorted(c.seq for c in batch) == [0, 1, 2]
+
+
+def test_a_large_prefill_delays_a_small_call_by_one_batch_at_most() -> None:
+    residency = host()
+    for seq in range(4):
+        residency.admit(call(seq, router="prefill", rows=8), now=0.0)
+    first, _ = residency.next_batch(0.0)
+    assert {c.router for c in first} == {"prefill"}
+    small = call(100, router="decode", key=LayerKey("m", 1))
+    residency.admit(small, now=0.0)
+    second, _ = residency.next_batch(0.0)
+    assert second == [small]
+
+
+def test_expired_work_is_dropped_before_it_is_computed() -> None:
+    residency = host()
+    residency.admit(call(1, expires_at=5.0), now=0.0)
+    residency.admit(call(2, expires_at=50.0), now=0.0)
+    batch, expired = residency.next_batch(6.0)
+    assert [c.seq for c in batch] == [2]
+    assert [(c.seq, type(e)) for c, e in expired] == [(1, Expired)]
+
+
+def test_an_evicted_expert_is_refused_queued_or_new() -> None:
+    residency = host()
+    residency.admit(call(3), now=0.0)
+    residency.admit(call(4), now=0.0)
+    refused = residency.release([ExpertKey("m", 0, 3)])
+    assert [(c.seq, type(e)) for c, e in refused] == [(3, NotHere)]
+    assert isinstance(residency.admit(call(3), now=0.0), NotHere)
+    batch, _ = residency.next_batch(0.0)
+    assert [c.seq for c in batch] == [4]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_every_call_ends_exactly_once_and_only_held_experts_are_computed(
+    data: st.DataObject,
+) -> None:
+    residency = host()
+    held = {(layer, e) for layer in range(2) for e in range(8)}
+    open_calls: dict[tuple[str, int], QueuedCall] = {}
+    ended: set[tuple[str, int]] = set()
+    now, seq = 0.0, 0
+
+    def end(ended_call: QueuedCall) -> None:
+        key = (ended_call.router, ended_call.seq)
+        assert key not in ended, "a call ended twice"
+        ended.add(key)
+        del open_calls[key]
+
+    for _ in range(data.draw(st.integers(1, 60))):
+        kind = data.draw(
+            st.sampled_from(["admit"] * 4 + ["next"] * 2 + ["cancel", "gone", "evict"])
+        )
+        now += data.draw(st.floats(0.0, 2.0))
+        if kind == "admit":
+            seq += 1
+            layer, rows = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 8))
+            wanted = np.array(
+                [[data.draw(st.integers(-1, 7)) for _ in range(2)] for _ in range(rows)], np.int32
+            )
+            new = call(
+                seq,
+                router=data.draw(st.sampled_from("ab")),
+                rows=rows,
+                key=LayerKey("m", layer),
+                ids=wanted,
+                exact=data.draw(st.booleans()),
+                expires_at=now + data.draw(st.floats(0.1, 8.0)),
+            )
+            open_calls[new.router, new.seq] = new
+            if residency.admit(new, now) is not None:
+                end(new)
+        elif kind == "next":
+            batch, expired = residency.next_batch(now)
+            for one, _ in expired:
+                assert now >= one.expires_at
+                end(one)
+            if batch:
+                assert len({(c.key, c.exact, c.dtype) for c in batch}) == 1
+                assert len(batch) == 1 or sum(c.rows for c in batch) <= POLICY.max_batch_rows
+            for one in batch:
+                assert now < one.expires_at, "expired work was computed"
+                for expert in np.unique(one.ids[one.ids >= 0]).tolist():
+                    assert (one.key.layer, expert) in held, "an evicted expert was computed"
+                end(one)
+        elif kind == "cancel" and open_calls:
+            key = data.draw(st.sampled_from(sorted(open_calls)))
+            residency.cancel(*key)
+            end(open_calls[key])
+        elif kind == "gone":
+            residency.router_gone("a")
+            for one in [c for c in open_calls.values() if c.router == "a"]:
+                end(one)
+        elif kind == "evict":
+            victim = (data.draw(st.integers(0, 1)), data.draw(st.integers(0, 7)))
+            held.discard(victim)
+            for one, _ in residency.release([ExpertKey("m", *victim)]):
+                end(one)
+        assert residency.queued_rows == sum(c.rows for c in open_calls.values())
+        assert residency.queued_rows <= POLICY.max_queue_rows
