@@ -132,10 +132,10 @@ class BatchingLoop(ContinuousBatchingManager):
         )
         self._generation_thread.start()
 
-    def submit(self, request_id: str, prompt_ids: list[int], max_tokens: int) -> bool:
+    def submit(self, request_id: str, prompt_ids: Sequence[int], max_tokens: int) -> bool:
         """Whether the loop took the request; it does not while it restarts or closes."""
         taken = self.add_request(
-            prompt_ids, request_id=request_id, max_new_tokens=max_tokens, streaming=True
+            list(prompt_ids), request_id=request_id, max_new_tokens=max_tokens, streaming=True
         )
         return taken is not None
 

@@ -50,9 +50,11 @@ class Limits:
     max_prompt_tokens: int
     max_total_tokens: int
     max_requests: int
+    vocab_size: int
 
-    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+    def check(self, prompt_ids: Sequence[int], max_tokens: int) -> None:
         """Raises RequestError that names ``prompt`` or ``max_tokens``."""
+        prompt_tokens = len(prompt_ids)
         if prompt_tokens < 1:
             raise RequestError("the prompt is empty", param="prompt")
         if prompt_tokens > self.max_prompt_tokens:
@@ -68,6 +70,12 @@ class Limits:
                 f"{prompt_tokens + max_tokens}; {self.max_total_tokens} are possible",
                 param="max_tokens",
             )
+        for token_id in (min(prompt_ids), max(prompt_ids)):
+            if not 0 <= token_id < self.vocab_size:
+                raise RequestError(
+                    f"token id {token_id} is not in the vocabulary (0 to {self.vocab_size - 1})",
+                    param="prompt",
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +141,6 @@ class TransformersEngine:
         self._ids = itertools.count()
         self._loop: BatchingLoop | None = None
         self._limits: Limits | None = None
-        self._vocab_size = int(model.config.get_text_config().vocab_size)
 
     @property
     def limits(self) -> Limits:
@@ -151,13 +158,15 @@ class TransformersEngine:
         eos = eos_token_ids(self._model)
         loop = BatchingLoop(self._model, self._config, eos, Streams(eos))
         total = loop.allocate()
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        text_config = self._model.config.get_text_config()
+        positions = getattr(text_config, "max_position_embeddings", None)
         if positions is not None:
             total = min(total, int(positions))
         self._limits = Limits(
             max_prompt_tokens=total - 1,
             max_total_tokens=total,
             max_requests=self._config.max_requests + self._config.max_waiting,
+            vocab_size=int(text_config.vocab_size),
         )
         loop.start()
         self._loop = loop
@@ -165,13 +174,13 @@ class TransformersEngine:
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
     ) -> AsyncGenerator[Delta, None]:
-        loop, prompt = self._admit(prompt_ids, sampling)
+        loop = self._admit(prompt_ids, sampling)
         # A caller may use an id twice; the loop must not see it twice.
         key = f"{request_id}#{next(self._ids)}"
         stream = loop.streams.open(key, sampling)
         finished = False
         try:
-            if not loop.submit(key, prompt, sampling.max_tokens):
+            if not loop.submit(key, prompt_ids, sampling.max_tokens):
                 raise EngineError("the engine is restarting; send the request again")
             while not finished:
                 delta = await self._next(loop, stream)
@@ -192,21 +201,12 @@ class TransformersEngine:
                 if stalled_s >= self._config.stall_timeout_s:
                     raise EngineError(f"the engine made no step for {stalled_s:.0f} s") from None
 
-    def _admit(
-        self, prompt_ids: Sequence[int], sampling: Sampling
-    ) -> tuple[BatchingLoop, list[int]]:
+    def _admit(self, prompt_ids: Sequence[int], sampling: Sampling) -> BatchingLoop:
         loop = self._running()
-        self.limits.check(len(prompt_ids), sampling.max_tokens)
-        prompt = [int(token_id) for token_id in prompt_ids]
-        for token_id in (min(prompt), max(prompt)):
-            if not 0 <= token_id < self._vocab_size:
-                raise RequestError(
-                    f"token id {token_id} is not in the vocabulary (0 to {self._vocab_size - 1})",
-                    param="prompt",
-                )
+        self.limits.check(prompt_ids, sampling.max_tokens)
         if len(loop.streams) >= self.limits.max_requests:
             raise Busy(f"{len(loop.streams)} requests are running or waiting; try again later")
-        return loop, prompt
+        return loop
 
     def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
         """Ends the requests that own these rows of the batch in flight, and only those.

@@ -26,6 +26,7 @@ from .store import SHARED, ExpertStore, ModelRef
 from .transport.base import Listener
 from .transport.grpc_stream import GrpcListener
 from .transport.shm import ShmListener
+from .transport.weights import get_weights
 
 # Of one expert from a peer.
 FETCH_TIMEOUT_S = 60.0
@@ -161,8 +162,6 @@ class ExpertHost:
         self._loop.close()
 
     def _fetch(self, key: ExpertKey, peer: str) -> LayerShape:
-        from .transport.weights import get_weights
-
         if self._store.lacks_shared(LayerKey(key.model, key.layer)):
             shared = key._replace(expert=SHARED)
             self._store.put(shared, get_weights(peer, shared, timeout_s=FETCH_TIMEOUT_S))

@@ -83,7 +83,7 @@ def _add_generation(app: FastAPI, models: Mapping[str, ServedModel], max_body_by
         ]
         sampling = _sampling(asked, asked.max_tokens or COMPLETION_MAX_TOKENS)
         for prompt_ids in prompts:
-            model.limits.check(len(prompt_ids), sampling.max_tokens)
+            model.limits.check(prompt_ids, sampling.max_tokens)
         identity = request_id(request)
         stops = asked.stop or ()
         streams = [
@@ -102,7 +102,7 @@ def _add_generation(app: FastAPI, models: Mapping[str, ServedModel], max_body_by
         budget = asked.token_budget or _rest(model.limits, len(prompt_ids))
         sampling = _sampling(asked, budget)
         try:
-            model.limits.check(len(prompt_ids), sampling.max_tokens)
+            model.limits.check(prompt_ids, sampling.max_tokens)
         except RequestError as error:
             error.param = {"prompt": "messages"}.get(error.param or "", error.param)
             raise

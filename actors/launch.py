@@ -356,7 +356,9 @@ def _start_endpoint(launched: Launched, progress: Progress) -> None:
         trunks[name] = deployment.bind(engine_factory(config))
     tokenizers = {name: _tokenizer(Path(ref.path or "")) for name, ref in launched.models.items()}
     try:
-        serve.start(http_options={"host": endpoint.host, "port": port, "location": "HeadOnly"})
+        serve.start(
+            proxy_location="HeadOnly", http_options={"host": endpoint.host, "port": port}
+        )
         app = build(trunks, tokenizers, status=_status_source(launched.namespace))
         serve.run(app, name=_app_name(spec), route_prefix="/", blocking=False)
     except (RayError, RuntimeError, ValueError) as error:

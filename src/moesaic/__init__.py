@@ -4,7 +4,7 @@
 
     with moesaic.up("deploy/local.yaml") as cluster:
         client = moesaic.Client(cluster.url)
-        print(client.chat("demo", [{"role": "user", "content": "Hello!"}]).text)
+        print(client.chat("Hello!").text)
 
 Nothing heavy is imported before it is used: a program that only speaks HTTP loads neither Ray nor
 torch.

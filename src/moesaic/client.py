@@ -1,18 +1,18 @@
 """A client of the HTTP endpoint: needs httpx, and neither Ray nor torch.
 
-    with Client("http://127.0.0.1:8000") as client:
-        for chunk in client.stream_chat("What is a mosaic?"):
-            print(chunk.text, end="")
+with Client("http://127.0.0.1:8000") as client:
+    for chunk in client.stream_chat("What is a mosaic?"):
+        print(chunk.text, end="")
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import httpx
 
@@ -32,6 +32,17 @@ READ_TIMEOUT_S = 300.0
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 Prompt = str | Sequence[int]
+Json = dict[str, Any]
+
+
+class Options(TypedDict, total=False):
+    """What a request may say beside its prompt; the endpoint's defaults are OpenAI's."""
+
+    model: str  # may be left out where the endpoint serves one
+    max_tokens: int
+    temperature: float  # 0 to 2; 0: always the best token
+    top_p: float
+    stop: str | list[str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,29 +68,27 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """New text; the last chunk of a stream has the finish reason and the usage."""
+    """New text; the last chunks of a stream have the finish reason and the usage."""
 
-    text: str
+    text: str = ""
     finish_reason: str | None = None
     usage: Usage | None = None
 
 
 class Client:
-    """Talks to one endpoint; every call raises errors of ``proto.errors``.
+    """Talks to one endpoint; every call raises errors of ``proto.errors`` and has a timeout.
 
-    ``model`` may be left out where the endpoint serves one model. A stream that is not read to its
-    end is cancelled when its iterator is closed.
+    Closing a stream's iterator before its end cancels the request.
     """
 
     def __init__(
         self,
         base_url: str,
         *,
-        model: str | None = None,
         timeout_s: float = READ_TIMEOUT_S,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._model = model
+        self._only_model: str | None = None
         self._http = httpx.Client(
             base_url=base_url,
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
@@ -104,135 +113,138 @@ class Client:
         cards = self._get("/v1/models")["data"]
         return [Model(id=card["id"], max_tokens=card["max_model_len"]) for card in cards]
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Json:
         return self._get("/status")
 
     def health(self) -> bool:
         """Whether the endpoint answers and says that it can serve."""
         try:
-            return bool(self._get("/healthz", accept=(200, 503))["healthy"])
+            return bool(self._get("/healthz", accept=(200, 503)).get("healthy"))
         except (ClusterError, Expired):
             return False
 
-    def complete(
-        self,
-        prompt: Prompt,
-        *,
-        model: str | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        stop: str | Sequence[str] | None = None,
-    ) -> Answer:
-        body = self._body(model, max_tokens, temperature, top_p, stop, prompt=_plain(prompt))
-        return _answer(self._post("/v1/completions", body), _completion_text)
+    def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
+        body = self._body(options, prompt=_plain(prompt))
+        return self._answer("/v1/completions", body, lambda choice: choice["text"])
 
-    def chat(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        model: str | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        stop: str | Sequence[str] | None = None,
-    ) -> Answer:
-        body = self._body(
-            model, max_tokens, temperature, top_p, stop, messages=_conversation(messages)
+    def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Answer:
+        """``messages``: a conversation, or the text of one user's message."""
+        body = self._body(options, messages=_conversation(messages))
+        return self._answer(
+            "/v1/chat/completions", body, lambda choice: choice["message"]["content"]
         )
-        return _answer(self._post("/v1/chat/completions", body), _message_text)
 
-    def stream_complete(
-        self,
-        prompt: Prompt,
-        *,
-        model: str | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        stop: str | Sequence[str] | None = None,
-    ) -> Iterator[Chunk]:
-        body = self._body(model, max_tokens, temperature, top_p, stop, prompt=_plain(prompt))
-        return self._stream("/v1/completions", body, _completion_text)
+    def stream_complete(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Chunk]:
+        body = self._body(options, prompt=_plain(prompt))
+        return self._stream("/v1/completions", body, lambda choice: choice["text"])
 
     def stream_chat(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        model: str | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        stop: str | Sequence[str] | None = None,
+        self, messages: str | Sequence[Message], **options: Unpack[Options]
     ) -> Iterator[Chunk]:
-        body = self._body(
-            model, max_tokens, temperature, top_p, stop, messages=_conversation(messages)
+        body = self._body(options, messages=_conversation(messages))
+        return self._stream(
+            "/v1/chat/completions", body, lambda choice: choice["delta"].get("content") or ""
         )
-        return self._stream("/v1/chat/completions", body, _delta_text)
 
-    def _body(
-        self,
-        model: str | None,
-        max_tokens: int | None,
-        temperature: float | None,
-        top_p: float | None,
-        stop: str | Sequence[str] | None,
-        **content: Any,
-    ) -> dict[str, Any]:
-        options = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "stop": stop if stop is None or isinstance(stop, str) else list(stop),
-        }
-        asked = {key: value for key, value in options.items() if value is not None}
-        return {"model": model or self._default_model(), **content, **asked}
+    def _body(self, options: Options, **content: Any) -> Json:
+        return {"model": options.get("model") or self._default_model(), **content, **options}
 
     def _default_model(self) -> str:
-        if self._model is None:
+        if self._only_model is None:
             names = [model.id for model in self.models()]
             if len(names) != 1:
                 raise RequestError(f"name one of the models: {', '.join(names)}", param="model")
-            self._model = names[0]
-        return self._model
+            self._only_model = names[0]
+        return self._only_model
 
-    def _get(self, path: str, *, accept: Sequence[int] = (200,)) -> dict[str, Any]:
+    def _get(self, path: str, *, accept: Sequence[int] = (200,)) -> Json:
         with _mapping_errors():
-            return _json(self._http.get(path), accept)
+            return _checked(self._http.get(path), accept)
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, path: str, body: Json, text: Callable[[Json], str]) -> Answer:
         with _mapping_errors():
-            return _json(self._http.post(path, json=body), (200,))
+            found = _checked(self._http.post(path, json=body))
+        choice = found["choices"][0]
+        return Answer(
+            text=text(choice),
+            finish_reason=choice["finish_reason"],
+            usage=_usage(found["usage"]),
+            model=found["model"],
+            id=found["id"],
+        )
 
-    def _stream(self, path: str, body: dict[str, Any], text_of: TextOf) -> Iterator[Chunk]:
+    def _stream(self, path: str, body: Json, text: Callable[[Json], str]) -> Iterator[Chunk]:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         with _mapping_errors(), self._http.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 response.read()
-                raise _error(response)
-            yield from _chunks(_events(response), text_of)
+            _raise_error(response, (200,))
+            for event in _events(response):
+                for choice in event["choices"]:
+                    yield Chunk(text=text(choice), finish_reason=choice["finish_reason"])
+                if event.get("usage"):
+                    yield Chunk(usage=_usage(event["usage"]))
 
 
-TextOf = Any  # Callable[[dict], str | None]: where a choice has its text
+@contextmanager
+def _mapping_errors() -> Iterator[None]:
+    """The one place where httpx's errors become ours."""
+    try:
+        yield
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise ClusterError(f"the endpoint cannot be reached: {error}") from error
+    except httpx.TimeoutException as error:
+        raise Expired(f"the endpoint did not answer in time: {type(error).__name__}") from error
+    except httpx.TransportError as error:
+        raise EngineError(f"the connection was lost: {error}") from error
 
 
-def _completion_text(choice: dict[str, Any]) -> str:
-    return choice["text"]
+def _events(response: httpx.Response) -> Iterator[Json]:
+    """The JSON of each event; EngineError when the stream ends without ``[DONE]``."""
+    for line in response.iter_lines():
+        if not line.startswith("data:"):
+            continue
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
+            return
+        event = json.loads(data)
+        if "error" in event:
+            raise _error(event["error"])
+        yield event
+    raise EngineError("the stream ended before its end")
 
 
-def _message_text(choice: dict[str, Any]) -> str:
-    return choice["message"]["content"]
+def _checked(response: httpx.Response, accept: Sequence[int] = (200,)) -> Json:
+    _raise_error(response, accept)
+    return response.json()
 
 
-def _delta_text(choice: dict[str, Any]) -> str:
-    return choice["delta"].get("content") or ""
+def _raise_error(response: httpx.Response, accept: Sequence[int]) -> None:
+    if response.status_code in accept:
+        return
+    try:
+        raise _error(response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        # Not from our endpoint: a proxy's page, say.
+        raise InternalError(f"HTTP {response.status_code}: {response.text[:200]}") from None
+
+
+def _error(body: Json) -> MoesaicError:
+    error = from_wire(str(body["code"]), str(body["message"]))
+    if isinstance(error, RequestError):
+        error.param = body.get("param")
+    return error
+
+
+def _usage(body: Json) -> Usage:
+    return Usage(prompt_tokens=body["prompt_tokens"], completion_tokens=body["completion_tokens"])
 
 
 def _plain(prompt: Prompt) -> str | list[int]:
     return prompt if isinstance(prompt, str) else list(prompt)
 
 
-def _conversation(messages: str | Sequence[Message]) -> list[dict[str, str]]:
+def _conversation(messages: str | Sequence[Message]) -> list[Json]:
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     return [dict(message) for message in messages]

@@ -48,14 +48,15 @@ def up(spec: Spec | Mapping[str, Any] | str | Path, *, progress: Progress | None
             f"name: a cluster {wanted.name!r} is running; `moesaic down --name {wanted.name}` "
             "ends it"
         )
-    _ray_environment(secrets.token_hex(32) if wanted.ray.address == "local" else None)
+    if wanted.ray.address == "local":
+        _stay_on_loopback()
     from .actors.launch import launch, ray_address
 
     launched = launch(wanted, progress or _quiet)
     session = write_session(
         name=wanted.name,
         ray_address=ray_address(),
-        ray_token=os.environ.get("RAY_AUTH_TOKEN", ""),
+        embedded=launched.owns_ray,
         url=launched.url,
     )
     return Cluster(session, launched)
@@ -69,16 +70,9 @@ def connect(name: str = "local") -> Cluster:
     return Cluster(need_session(name), None)
 
 
-def _ray_environment(token: str | None) -> None:
-    """What an embedded Ray and those who join it must agree on, before ray is imported."""
-    if not token:
-        return
-    # Ray's odd name for: stay on loopback.
+def _stay_on_loopback() -> None:
+    """For an embedded Ray and whoever joins it; read when ray is imported. The name is Ray's."""
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # Ray demands a token of every process; those of one cluster share one.
-    if not os.environ.get("RAY_AUTH_MODE"):
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = token
 
 
 class Cluster:
@@ -184,7 +178,8 @@ class Cluster:
 
     def _join(self) -> str:
         """Connect this process to the cluster's Ray; gives the namespace."""
-        _ray_environment(self._session.ray_token)
+        if self._session.embedded:
+            _stay_on_loopback()
         from .actors.launch import join_ray, namespace_of
 
         join_ray(self._session.ray_address, self.name)

@@ -23,7 +23,7 @@ class Session:
     pid: int
     started: float  # of the owning process, to tell it from a later one with the same pid
     ray_address: str
-    ray_token: str
+    embedded: bool  # Ray belongs to the cluster, and stays on loopback
     url: str | None
 
     @property
@@ -46,14 +46,14 @@ def _file(name: str) -> Path:
     return session_dir() / f"{name}.json"
 
 
-def write_session(*, name: str, ray_address: str, ray_token: str, url: str | None) -> Session:
+def write_session(*, name: str, ray_address: str, embedded: bool, url: str | None) -> Session:
     """Announce the cluster that this process owns."""
     session = Session(
         name=name,
         pid=os.getpid(),
         started=psutil.Process().create_time(),
         ray_address=ray_address,
-        ray_token=ray_token,
+        embedded=embedded,
         url=url,
     )
     file = _file(name)

@@ -39,7 +39,9 @@ def test_every_architecture(index: int, name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(served.trunk(PROMPT).logits, expected, atol=1e-5, rtol=1e-5)
         assert served.router.stats().calls == len(served.layers)
         wanted = model.generate(PROMPT[:1], max_new_tokens=12, do_sample=False)
-        assert torch.equal(served.trunk.generate(PROMPT[:1], max_new_tokens=12, do_sample=False), wanted)
+        assert torch.equal(
+            served.trunk.generate(PROMPT[:1], max_new_tokens=12, do_sample=False), wanted
+        )
 
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])

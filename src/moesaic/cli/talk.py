@@ -34,11 +34,11 @@ def converse(
         def answer(text: str) -> None:
             history.append({"role": "user", "content": text})
             said = []
-            for piece in client.stream_chat(
-                chosen, history, max_tokens=max_tokens, temperature=temperature
+            for chunk in client.stream_chat(
+                history, model=chosen, max_tokens=max_tokens, temperature=temperature
             ):
-                said.append(piece)
-                out.print(piece, end="", markup=False, soft_wrap=True)
+                said.append(chunk.text)
+                out.print(chunk.text, end="", markup=False, soft_wrap=True)
             out.print()
             history.append({"role": "assistant", "content": "".join(said)})
 

@@ -1,0 +1,104 @@
+"""The endpoint on a real socket, with a tiny engine and a scripted one in the same process."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from moesaic.actors.engine import Delta, EngineConfig, Limits, Sampling, TransformersEngine
+from moesaic.actors.ingress import create_app
+from moesaic.actors.served import ServedModel
+from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable
+from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+TEXT = "the quick brown fox jumps over the lazy dog. Größe 🙂 日本語 and Paris."
+MAX_BODY = 2**20
+
+
+class Script:
+    """A model that answers a fixed text; its prompt can ask for trouble."""
+
+    def __init__(self) -> None:
+        self.cancelled = 0
+        self.sampling: Sampling | None = None
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[Delta, None]:
+        self.sampling = sampling
+        asked = TOKENIZER.decode(list(prompt_ids))
+        if "busy" in asked:
+            raise Busy("too many requests")
+        if "broken" in asked:
+            raise KeyError("a defect")
+        try:
+            for n, token_id in enumerate(TOKENIZER(TEXT).input_ids):
+                if "wait" in asked:
+                    await asyncio.sleep(60)
+                if "lost" in asked and n == 10:
+                    raise ExpertUnavailable("expert tiny/1/2 has no replica")
+                if "bug" in asked and n == 10:
+                    raise KeyError("a defect")
+                if n + 1 == sampling.max_tokens:
+                    yield Delta((token_id,), "length")
+                    return
+                yield Delta((token_id,))
+            yield Delta((), "stop")
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
+
+
+@dataclass
+class Service:
+    url: str
+    engine: TransformersEngine
+    script: Script
+    model: Any
+    healthy: bool = True
+
+    async def status(self) -> dict[str, Any]:
+        if not self.healthy:
+            raise EngineError("the trunk is gone")
+        return {"healthy": True, "running": self.engine.stats().running}
+
+
+@contextmanager
+def running_service() -> Iterator[Service]:
+    model = tiny_mixtral(max_positions=4096)
+    engine = TransformersEngine(model, config=EngineConfig(num_blocks=256))
+    engine.start()
+    script = Script()
+    limits = Limits(max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        service = Service(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, script, model)
+        served = [
+            ServedModel("tiny", TOKENIZER, engine.limits, engine.generate),
+            ServedModel("org/script", TOKENIZER, limits, script.generate),
+            ServedModel("plain", tiny_tokenizer(chat=False), limits, script.generate),
+        ]
+        app = create_app(
+            models={one.id: one for one in served}, status=service.status, max_body_bytes=MAX_BODY
+        )
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        deadline = time.monotonic() + 20
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.01)  # uvicorn has no event for it
+        yield service
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+    engine.close()

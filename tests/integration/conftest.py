@@ -1,0 +1,56 @@
+"""A cluster of real Ray actors, shared by the tests of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import moesaic
+from moesaic.handle import Cluster
+from tests.helpers.architectures import tiny_model
+from tests.helpers.tiny import tiny_tokenizer
+
+# Served by the shared cluster; `once` has one replica, the others two.
+SERVED = {
+    "mixtral": {"num_experts_per_tok": 4},
+    "gpt_oss": {},
+    "granitemoe": {},
+    "once": {},
+}
+
+
+def save_model(folder: Path, architecture: str, **overrides: object) -> Path:
+    """A tiny model with a tokenizer and a chat template, as a user has it."""
+    model = tiny_model(architecture, vocab_size=320, max_position_embeddings=512, **overrides)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        name: save_model(root / name, "mixtral" if name == "once" else name, **overrides)
+        for name, overrides in SERVED.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster(model_folders: dict[str, Path]) -> Iterator[Cluster]:
+    spec = {
+        "name": "test",
+        "models": [
+            {"name": name, "path": str(path), "replicas": 1 if name == "once" else 2}
+            for name, path in model_folders.items()
+        ],
+        "hosts": [{"count": 3}],
+        "trunk": {"cache_tokens": 2048, "max_batch_tokens": 128, "threads": 1},
+        "endpoint": {"port": 0},
+        "timeouts": {"expert_s": 30.0, "attempt_s": 1.0},
+    }
+    with moesaic.up(spec) as running:
+        yield running

@@ -1,0 +1,205 @@
+"""The whole pool on Ray: real hosts, a real controller, real processes that are killed and frozen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+from moesaic import Client, MoesaicError
+from moesaic.client import Options
+from moesaic.handle import Cluster
+from tests.helpers.architectures import tiny_model
+
+PROMPT = torch.randint(3, 300, (1, 12), generator=torch.Generator().manual_seed(3))
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    # Ray leaves sockets and log files to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+TEXT = "the quick fox"
+
+
+def greedy(model: str, tokens: int) -> Options:
+    return {"model": model, "max_tokens": tokens, "temperature": 0.0}
+
+
+def text_of(client: Client, model: str, tokens: int) -> str:
+    return client.complete(TEXT, **greedy(model, tokens)).text
+
+
+def hosts_of(cluster: Cluster) -> dict[str, dict[str, Any]]:
+    return {host["host"]: host for host in cluster.status()["hosts"]}
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Poll what only another process knows."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.1)
+
+
+def wait_whole(cluster: Cluster) -> None:
+    def whole() -> bool:
+        status = cluster.status()
+        up = all(host["state"] == "up" for host in status["hosts"])
+        return up and not any(model["missing_experts"] for model in status["models"])
+
+    wait_until(whole)
+
+
+@contextmanager
+def text_in_background(client: Client, model: str, tokens: int) -> Iterator[Callable[[], str]]:
+    """A streamed completion that runs while the test does harm; gives its text at the end."""
+    pieces: list[str] = []
+    first = threading.Event()
+    failure: list[BaseException] = []
+
+    def stream() -> None:
+        try:
+            for chunk in client.stream_complete(TEXT, **greedy(model, tokens)):
+                pieces.append(chunk.text)
+                first.set()
+        except BaseException as error:
+            failure.append(error)
+            first.set()
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    assert first.wait(60), "no token came"
+
+    def result() -> str:
+        thread.join(120)
+        assert not thread.is_alive(), "the stream did not end"
+        if failure:
+            raise failure[0]
+        return "".join(pieces)
+
+    try:
+        yield result
+    finally:
+        thread.join(120)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe"])
+def test_parity_through_actors(cluster: Cluster, model_folders: dict[str, Path], name: str) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(model_folders[name]).eval()
+    trunk = cluster.from_pretrained(name)
+    with torch.no_grad():
+        torch.testing.assert_close(trunk(PROMPT).logits, plain(PROMPT).logits, atol=1e-5, rtol=1e-5)
+    wanted = plain.generate(PROMPT, max_new_tokens=12, do_sample=False)
+    assert torch.equal(trunk.generate(PROMPT, max_new_tokens=12, do_sample=False), wanted)
+
+
+def test_a_model_in_memory_is_attached(cluster: Cluster) -> None:
+    model = tiny_model("qwen3_moe", vocab_size=320)
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+        size = sum(p.numel() for p in model.parameters())
+        attached = cluster.attach(model, name="memory", replicas=2)
+        assert sum(p.numel() for p in attached.parameters()) < size / 2
+        torch.testing.assert_close(attached(PROMPT).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_endpoint_answers_as_plain_transformers(
+    cluster: Cluster, model_folders: dict[str, Path]
+) -> None:
+    from transformers import AutoTokenizer
+
+    assert cluster.url is not None
+    tokenizer = AutoTokenizer.from_pretrained(model_folders["mixtral"])
+    plain = AutoModelForCausalLM.from_pretrained(model_folders["mixtral"]).eval()
+    ids = tokenizer("the quick fox", return_tensors="pt").input_ids
+    wanted = plain.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    with Client(cluster.url) as client:
+        answer = text_of(client, "mixtral", 24)
+    assert answer == tokenizer.decode(wanted, skip_special_tokens=True)
+
+
+def test_status_names_hosts_models_and_what_is_unprotected(cluster: Cluster) -> None:
+    status = cluster.status()
+    assert [host["host"] for host in status["hosts"]] == ["host-0", "host-1", "host-2"]
+    assert {model["name"] for model in status["models"]} >= {"mixtral", "once"}
+    assert status["unprotected_experts"] == 16
+    assert status["missing_experts"] == []
+    assert status["error"] == ""
+
+
+def test_killed_hosts_change_no_token(cluster: Cluster) -> None:
+    assert cluster.url is not None
+    with Client(cluster.url) as client:
+        expected = text_of(client, "mixtral", 200)
+        for victim in ("host-0", "host-2"):
+            wait_whole(cluster)
+            pid = hosts_of(cluster)[victim]["pid"]
+            with text_in_background(client, "mixtral", 200) as result:
+                os.kill(pid, signal.SIGKILL)
+                assert result() == expected
+    wait_whole(cluster)
+    assert hosts_of(cluster)["host-2"]["pid"] != pid
+
+
+def test_a_frozen_host_changes_no_token_and_comes_back(cluster: Cluster) -> None:
+    assert cluster.url is not None
+    wait_whole(cluster)
+    with Client(cluster.url) as client:
+        expected = text_of(client, "mixtral", 100)
+        host = hosts_of(cluster)["host-1"]
+        with text_in_background(client, "mixtral", 100) as result:
+            os.kill(host["pid"], signal.SIGSTOP)
+            try:
+                assert result() == expected
+            finally:
+                os.kill(host["pid"], signal.SIGCONT)
+        wait_whole(cluster)
+        before = hosts_of(cluster)["host-1"]["calls"]
+        assert text_of(client, "mixtral", 100) == expected
+        assert hosts_of(cluster)["host-1"]["pid"] == host["pid"]
+        wait_until(lambda: hosts_of(cluster)["host-1"]["calls"] > before)
+
+
+def test_with_one_replica_requests_wait_for_the_restart(cluster: Cluster) -> None:
+    assert cluster.url is not None
+    wait_whole(cluster)
+    with Client(cluster.url) as client:
+        expected = text_of(client, "once", 100)
+        pid = hosts_of(cluster)["host-1"]["pid"]
+        with text_in_background(client, "once", 100) as result:
+            os.kill(pid, signal.SIGKILL)
+            assert result() == expected
+
+
+def test_serving_goes_on_without_the_controller(cluster: Cluster) -> None:
+    assert cluster.url is not None
+    wait_whole(cluster)
+    term = cluster.status()["placement"][0]
+    with Client(cluster.url) as client:
+        expected = text_of(client, "mixtral", 50)
+        controller = ray.get_actor("controller", namespace="moesaic-test")
+        ray.kill(controller, no_restart=False)
+        assert text_of(client, "mixtral", 50) == expected
+
+    def back() -> bool:
+        try:
+            return cluster.status()["placement"] is not None
+        except MoesaicError:
+            return False
+
+    wait_until(back)
+    assert cluster.status()["placement"][0] > term
+    assert {m["name"] for m in cluster.status()["models"]} >= {"mixtral", "memory"}

@@ -1,0 +1,292 @@
+"""The endpoint on a real socket, with the engine in the same process and the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from moesaic.actors.engine import Sampling, TransformersEngine
+from moesaic.client import Client
+from moesaic.proto.errors import ExpertUnavailable
+from tests.helpers.service import TEXT, TOKENIZER, Service, running_service
+from tests.integration.test_engine import reference
+
+MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with running_service() as service:
+        yield service
+
+
+@pytest.fixture
+def http(service: Service) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def official(service: Service) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=30
+    ) as client:
+        yield client
+
+
+def text_of(ids: Sequence[int]) -> str:
+    text = TOKENIZER.decode(list(ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def chat_ids() -> list[int]:
+    text = TOKENIZER.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    return TOKENIZER(str(text)).input_ids
+
+
+def wait_until_idle(engine: TransformersEngine) -> None:
+    deadline = time.monotonic() + 10
+    while engine.stats().running or engine.stats().waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_models(official: openai.OpenAI) -> None:
+    assert [model.id for model in official.models.list()] == ["tiny", "org/script", "plain"]
+    assert official.models.retrieve("org/script").owned_by == "moesaic"
+    with pytest.raises(openai.NotFoundError, match="'nope' does not exist"):
+        official.models.retrieve("nope")
+
+
+def test_completion_whole_and_streamed(official: openai.OpenAI, service: Service) -> None:
+    prompt = "the quick"
+    ids = TOKENIZER(prompt).input_ids
+    expected = text_of(reference(service.model, ids, 30))
+    asked: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": 30, "temperature": 0}
+    whole = official.completions.create(**asked)
+    assert whole.choices[0].text == expected
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), 30)
+    chunks = list(official.completions.create(**asked, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert all(chunk.usage is None and chunk.object == "text_completion" for chunk in chunks)
+    by_ids = official.completions.create(**{**asked, "prompt": ids})
+    assert by_ids.choices[0].text == expected
+
+
+def test_chat_whole_and_streamed(official: openai.OpenAI, service: Service) -> None:
+    ids = chat_ids()
+    expected = text_of(reference(service.model, ids, 30))
+    asked: dict[str, Any] = {
+        "model": "tiny", "messages": MESSAGES, "max_completion_tokens": 30, "temperature": 0
+    }  # fmt: skip
+    whole = official.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == expected
+    assert whole.choices[0].message.role == "assistant"
+    chunks = list(
+        official.chat.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage == whole.usage
+    assert len(chunks) > 10
+
+
+async def test_official_async_client_many_at_once(service: Service) -> None:
+    prompts = [[5 + n, 6, 7] for n in range(8)]
+    expected = [text_of(reference(service.model, prompt, 20)) for prompt in prompts]
+    async with openai.AsyncOpenAI(
+        base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=30
+    ) as client:
+
+        async def whole(prompt: list[int]) -> str:
+            answer = await client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=20, temperature=0
+            )
+            return answer.choices[0].text
+
+        async def streamed(prompt: list[int]) -> str:
+            stream = await client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=20, temperature=0, stream=True
+            )
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        assert await asyncio.gather(*map(whole, prompts)) == expected
+        assert await asyncio.gather(*map(streamed, prompts)) == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_prompts_are_several_choices(
+    official: openai.OpenAI, service: Service, stream: bool
+) -> None:
+    prompts = ["the quick", "Paris", "and 123"]
+    expected = [
+        text_of(reference(service.model, TOKENIZER(prompt).input_ids, 12)) for prompt in prompts
+    ]
+    asked: dict[str, Any] = {
+        "model": "tiny", "prompt": prompts, "max_tokens": 12, "temperature": 0
+    }  # fmt: skip
+    texts = ["", "", ""]
+    if stream:
+        asked["stream_options"] = {"include_usage": True}
+        chunks = list(official.completions.create(**asked, stream=True))
+        for chunk in chunks[:-1]:
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        usage = chunks[-1].usage
+    else:
+        answer = official.completions.create(**asked)
+        for choice in answer.choices:
+            texts[choice.index] = choice.text
+        usage = answer.usage
+    assert texts == expected
+    assert usage is not None
+    assert usage.completion_tokens == 36
+
+
+def test_stop_strings_cut_across_tokens(official: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "org/script", "prompt": "x", "max_tokens": 500}
+    whole = official.completions.create(**asked, stop=["azy do", "never"])
+    assert whole.choices[0].text == TEXT[: TEXT.index("azy do")]
+    assert whole.choices[0].finish_reason == "stop"
+    stream = official.completions.create(**asked, stop="🙂 日", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == TEXT[: TEXT.index("🙂 日")]
+    no_stop = official.completions.create(**asked, stop="never")
+    assert (no_stop.choices[0].text, no_stop.choices[0].finish_reason) == (TEXT, "stop")
+
+
+def test_defaults_are_openais(official: openai.OpenAI, service: Service) -> None:
+    official.completions.create(model="org/script", prompt="x")
+    assert service.script.sampling == Sampling(max_tokens=16, temperature=1.0, top_p=1.0)
+    answer = official.chat.completions.create(model="org/script", messages=MESSAGES)
+    assert answer.usage is not None
+    left = 4000 - answer.usage.prompt_tokens
+    assert service.script.sampling == Sampling(max_tokens=left, temperature=1.0, top_p=1.0)
+
+
+def test_the_wire_of_a_stream(http: httpx.Client) -> None:
+    body = {"model": "org/script", "messages": MESSAGES, "max_tokens": 3, "stream": True}
+    answer = http.post("/v1/chat/completions", json=body, headers={"x-request-id": "my-request.1"})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-request-id"] == "my-request.1"
+    assert answer.text.endswith("\n\ndata: [DONE]\n\n")
+    events = [line.removeprefix("data: ") for line in answer.text.split("\n\n")[:-2]]
+    first = json.loads(events[0])
+    assert first["id"] == "chatcmpl-my-request.1"
+    assert first["object"] == "chat.completion.chunk"
+    assert first["choices"] == [
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+    ]
+
+
+def test_request_ids_that_are_not_plain_are_replaced(http: httpx.Client) -> None:
+    for bad in ("a b", "x" * 200, "<script>"):
+        answer = http.get("/v1/models", headers={"x-request-id": bad})
+        assert len(answer.headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_cancels_its_request(service: Service, stream: bool) -> None:
+    body = {"model": "tiny", "prompt": "the", "max_tokens": 4000, "temperature": 0}
+    before = service.engine.stats().steps
+    with httpx.Client(base_url=service.url, timeout=httpx.Timeout(30, read=0.3)) as http:
+        if stream:
+            with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+                next(answer.iter_lines())
+                assert service.engine.stats().running == 1
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/completions", json=body)
+    wait_until_idle(service.engine)
+    assert service.engine.stats().steps - before < 4000
+
+
+def test_going_away_before_the_first_token_cancels_too(service: Service) -> None:
+    before = service.script.cancelled
+    body = {"model": "org/script", "prompt": ["wait", "wait"], "stream": True}
+    with (
+        httpx.Client(base_url=service.url, timeout=httpx.Timeout(30, read=0.2)) as http,
+        pytest.raises(httpx.ReadTimeout),
+    ):
+        http.post("/v1/completions", json=body)
+    deadline = time.monotonic() + 10
+    while service.script.cancelled < before + 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_an_error_before_the_first_token_has_its_status(http: httpx.Client) -> None:
+    for stream in (False, True):
+        body = {"model": "org/script", "prompt": "busy", "stream": stream}
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["code"] == "Busy"
+        answer = http.post("/v1/completions", json={**body, "prompt": "broken"})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "InternalError"
+
+
+def test_an_error_in_the_middle_of_a_stream_is_its_last_event(
+    http: httpx.Client, official: openai.OpenAI
+) -> None:
+    body = {"model": "org/script", "prompt": "lost", "max_tokens": 99, "stream": True}
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 200
+    events = answer.text.strip().split("\n\n")
+    assert len(events) > 5
+    last = json.loads(events[-1].removeprefix("data: "))["error"]
+    assert last["code"] == "ExpertUnavailable"
+    assert "expert tiny/1/2" in last["message"]
+    with pytest.raises(openai.APIError, match="expert tiny/1/2"):
+        list(
+            official.completions.create(
+                model="org/script", prompt="lost", max_tokens=99, stream=True
+            )
+        )
+    answer = http.post("/v1/completions", json={**body, "prompt": "bug"})
+    assert '"code":"InternalError"' in answer.text.strip().split("\n\n")[-1]
+    answer = http.post("/v1/completions", json={**body, "prompt": "lost", "stream": False})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ExpertUnavailable")
+
+
+def test_our_own_client(service: Service) -> None:
+    with Client(service.url) as client:
+        assert client.health()
+        assert [model.id for model in client.models()] == ["tiny", "org/script", "plain"]
+        answer = client.complete("x", model="org/script", max_tokens=500)
+        assert (answer.text, answer.finish_reason) == (TEXT, "stop")
+        chunks = list(client.stream_chat("x", model="org/script"))
+        assert "".join(chunk.text for chunk in chunks) == TEXT
+        assert chunks[-1].usage is not None
+        with pytest.raises(ExpertUnavailable):
+            list(client.stream_complete("lost", model="org/script", max_tokens=99))
+
+
+def test_health_and_status(http: httpx.Client, service: Service) -> None:
+    assert http.get("/healthz").status_code == 200
+    assert http.get("/status").json() == {"healthy": True, "running": 0}
+    service.healthy = False
+    try:
+        assert http.get("/healthz").status_code == 503
+        assert http.get("/status").status_code == 503
+    finally:
+        service.healthy = True
+    assert http.get("/healthz").status_code == 200

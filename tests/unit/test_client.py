@@ -1,0 +1,229 @@
+"""The SDK's HTTP client against a scripted endpoint; no sockets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from moesaic.client import Chunk, Client, Model, Usage
+from moesaic.proto.errors import (
+    ERRORS,
+    Busy,
+    ClusterError,
+    EngineError,
+    Expired,
+    InternalError,
+    MoesaicError,
+    RequestError,
+    UnknownModel,
+)
+
+Handler = Callable[[httpx.Request], httpx.Response]
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+MODELS = {"data": [{"id": "demo", "max_model_len": 64}]}
+
+
+def client(handler: Handler) -> Client:
+    return Client("http://test", transport=httpx.MockTransport(handler))
+
+
+def always(status: int, body: Any) -> Handler:
+    return lambda request: httpx.Response(status, json=body)
+
+
+def error(code: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": f"it is {code}", "type": "x", "param": param, "code": code}}
+
+
+def sse(*events: Any, done: bool = True) -> httpx.Response:
+    lines = [f"data: {json.dumps(event)}\n\n" for event in events]
+    return httpx.Response(200, text="".join(lines) + ("data: [DONE]\n\n" if done else ""))
+
+
+def test_models_status_and_health() -> None:
+    answers = {
+        "/v1/models": httpx.Response(200, json=MODELS),
+        "/status": httpx.Response(200, json={"healthy": True, "hosts": 2}),
+        "/healthz": httpx.Response(503, json={"healthy": False}),
+    }
+    with client(lambda request: answers[request.url.path]) as c:
+        assert c.models() == [Model(id="demo", max_tokens=64)]
+        assert c.status() == {"healthy": True, "hosts": 2}
+        assert c.health() is False
+
+
+def test_complete_asks_for_what_was_said_and_nothing_else() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(json.loads(request.content))
+        choice = {"index": 0, "text": " Paris", "finish_reason": "stop"}
+        body = {"id": "cmpl-1", "model": "demo", "choices": [choice], "usage": USAGE}
+        return httpx.Response(200, json=body)
+
+    with client(answer) as c:
+        found = c.complete([1, 2, 3], model="demo", max_tokens=2, stop=["\n"])
+    assert seen == [{"model": "demo", "prompt": [1, 2, 3], "max_tokens": 2, "stop": ["\n"]}]
+    assert (found.text, found.finish_reason, found.id) == (" Paris", "stop", "cmpl-1")
+    assert found.usage == Usage(prompt_tokens=3, completion_tokens=2)
+
+
+def test_chat_takes_the_only_model_and_a_plain_text() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json=MODELS)
+        seen.append(json.loads(request.content))
+        choice = {"message": {"role": "assistant", "content": "Hi"}, "finish_reason": "length"}
+        body = {"id": "c", "model": "demo", "choices": [choice], "usage": USAGE}
+        return httpx.Response(200, json=body)
+
+    with client(answer) as c:
+        assert c.chat("Hello").text == "Hi"
+        assert c.chat([{"role": "system", "content": "Be brief"}], temperature=0).text == "Hi"
+    assert seen[0]["messages"] == [{"role": "user", "content": "Hello"}]
+    assert seen[0]["model"] == "demo"
+    assert seen[1]["temperature"] == 0
+
+
+def test_several_models_must_be_named() -> None:
+    two = {"data": [{"id": name, "max_model_len": 8} for name in ("a", "b")]}
+    with client(always(200, two)) as c, pytest.raises(RequestError, match="a, b") as caught:
+        c.complete("x")
+    assert caught.value.param == "model"
+
+
+def test_streamed_chat() -> None:
+    events = [
+        {"choices": [{"index": 0, "delta": {"role": "assistant"}, "finish_reason": None}]},
+        {"choices": [{"index": 0, "delta": {"content": "Hé"}, "finish_reason": None}]},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+        {"choices": [], "usage": USAGE},
+    ]
+    with client(lambda request: sse(*events)) as c:
+        found = list(c.stream_chat("x", model="demo"))
+    assert "".join(chunk.text for chunk in found) == "Hé"
+    assert found[-2:] == [
+        Chunk(finish_reason="stop"),
+        Chunk(usage=Usage(prompt_tokens=3, completion_tokens=2)),
+    ]
+
+
+def test_streamed_completion_that_breaks_off() -> None:
+    event = {"choices": [{"index": 0, "text": "a", "finish_reason": None}]}
+    with client(lambda request: sse(event, done=False)) as c:
+        stream = c.stream_complete("x", model="demo")
+        assert next(stream).text == "a"
+        with pytest.raises(EngineError, match="before its end"):
+            next(stream)
+
+
+def test_an_error_inside_a_stream_is_raised() -> None:
+    event = {"choices": [{"index": 0, "text": "a", "finish_reason": None}]}
+    with client(lambda request: sse(event, error("ExpertUnavailable"), done=False)) as c:
+        stream = c.stream_complete("x", model="demo")
+        next(stream)
+        with pytest.raises(ERRORS["ExpertUnavailable"], match="it is"):
+            next(stream)
+
+
+def test_closing_a_stream_closes_the_connection() -> None:
+    closed = []
+
+    class Endless(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            while True:
+                yield b'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
+
+        def close(self) -> None:
+            closed.append(True)
+
+    with client(lambda request: httpx.Response(200, stream=Endless())) as c:
+        stream = c.stream_complete("x", model="demo")
+        next(stream)
+        stream.close()  # pyright: ignore[reportAttributeAccessIssue]  (it is a generator)
+        assert closed == [True]
+
+
+@pytest.mark.parametrize("code", sorted(ERRORS))
+def test_every_error_of_the_tree_comes_back_as_itself(code: str) -> None:
+    kind = ERRORS[code]
+    for call in (
+        lambda c: c.complete("x", model="demo"),
+        lambda c: list(c.stream_complete("x", model="demo")),
+    ):
+        with (
+            client(always(kind.http_status, error(code, "prompt"))) as c,
+            pytest.raises(MoesaicError, match=f"it is {code}") as caught,
+        ):
+            call(c)
+        assert type(caught.value) is kind
+        assert getattr(caught.value, "param", "prompt") == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (httpx.ConnectError("refused"), ClusterError),
+        (httpx.ConnectTimeout("slow"), ClusterError),
+        (httpx.ReadTimeout("slow"), Expired),
+        (httpx.RemoteProtocolError("cut"), EngineError),
+        (httpx.ReadError("reset"), EngineError),
+    ],
+)
+def test_transport_errors_are_mapped(raised: Exception, expected: type[MoesaicError]) -> None:
+    def fail(request: httpx.Request) -> httpx.Response:
+        raise raised
+
+    with client(fail) as c:
+        with pytest.raises(expected):
+            c.complete("x", model="demo")
+        with pytest.raises(expected):
+            next(c.stream_chat("x", model="demo"))
+
+
+def test_health_of_an_endpoint_that_is_not_there() -> None:
+    def fail(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    with client(fail) as c:
+        assert c.health() is False
+
+
+def test_an_answer_that_is_not_ours() -> None:
+    page = httpx.Response(502, text="<h1>Bad gateway</h1>")
+    with (
+        client(lambda request: page) as c,
+        pytest.raises(InternalError, match="HTTP 502: <h1>Bad"),
+    ):
+        c.models()
+
+
+def test_retryable_and_not() -> None:
+    with client(always(429, error("Busy"))) as c, pytest.raises(Busy) as caught:
+        c.models()
+    assert caught.value.retryable
+    with (
+        client(always(404, error("UnknownModel", "model"))) as c,
+        pytest.raises(UnknownModel) as unknown,
+    ):
+        c.complete("x", model="nope")
+    assert not unknown.value.retryable
+
+
+def test_importing_the_client_needs_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys, moesaic.client;"
+        "print([m for m in ('ray', 'torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,195 @@
+"""Requests are refused by name, with the field and the value; defaults of other clients pass."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import openai.types.chat
+import pytest
+from openai.resources.chat import Completions as ChatResource
+from openai.resources.completions import Completions as CompletionsResource
+
+from moesaic.actors import http_responses
+from moesaic.actors.http_schema import (
+    _IGNORED,
+    _UNSUPPORTED,
+    ChatRequest,
+    CompletionRequest,
+    parse_request,
+)
+from moesaic.proto.errors import ERRORS, RequestError
+
+COMPLETION = {"model": "m", "prompt": "x"}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+
+
+def completion(**more: Any) -> CompletionRequest:
+    return parse_request(CompletionRequest, json.dumps({**COMPLETION, **more}).encode())
+
+
+def chat(**more: Any) -> ChatRequest:
+    return parse_request(ChatRequest, json.dumps({**CHAT, **more}).encode())
+
+
+def test_the_least_that_is_needed() -> None:
+    asked = completion()
+    assert (asked.prompt, asked.temperature, asked.stop, asked.stream) == (["x"], None, None, False)
+    assert [(m.role, m.content) for m in chat().messages] == [("user", "x")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("x", ["x"]),
+        (["x", "y"], ["x", "y"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        ("", [""]),
+    ],
+)
+def test_every_form_of_a_prompt(prompt: Any, prompts: Any) -> None:
+    assert completion(prompt=prompt).prompt == prompts
+
+
+def test_stop_is_one_string_or_several() -> None:
+    assert completion(stop="a").stop == ["a"]
+    assert completion(stop=["a", "bc"]).stop == ["a", "bc"]
+    assert completion(stop=None).stop is None
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages[0].content == "ab"
+
+
+def test_an_answer_can_be_sent_back_as_it_came() -> None:
+    answer = openai.types.chat.ChatCompletionMessage(role="assistant", content="hi")
+    back = {**answer.model_dump(), "tool_calls": [], "function_call": None}
+    assert chat(messages=[back]).messages[0].content == "hi"
+
+
+def test_both_names_of_the_budget() -> None:
+    assert chat(max_tokens=5).token_budget == 5
+    assert chat(max_completion_tokens=6).token_budget == 6
+    assert chat().token_budget is None
+
+
+def test_what_openai_has_passes_with_its_neutral_value_only() -> None:
+    neutral = {name: values[0] for name, values in _UNSUPPORTED.items() if values}
+    assert completion(**neutral) == completion()
+    assert chat(**neutral) == chat()
+    assert chat(**dict.fromkeys(_UNSUPPORTED)) == chat()
+    assert completion(user="me", metadata={"a": "b"}) == completion()
+
+
+@pytest.mark.parametrize("name", sorted(_UNSUPPORTED))
+def test_any_other_value_is_refused_by_name(name: str) -> None:
+    with pytest.raises(RequestError, match=f"^{name}=.* is not supported") as caught:
+        completion(**{name: {"some": "value"}})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("resource", "kind"), [(CompletionsResource, CompletionRequest), (ChatResource, ChatRequest)]
+)
+def test_every_parameter_of_the_official_client_is_known(resource: Any, kind: Any) -> None:
+    own = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    theirs = set(inspect.signature(resource.create).parameters) - own
+    assert theirs <= set(kind.model_fields) | set(_UNSUPPORTED) | set(_IGNORED)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"prompt": "x"}, "model", "missing parameter 'model'"),
+        ({"model": "m"}, "prompt", "missing parameter 'prompt'"),
+        ({"model": 5, "prompt": "x"}, "model", "model: input should be a valid string (got 5)"),
+        ({**COMPLETION, "temprature": 1}, "temprature", "unknown parameter 'temprature'"),
+        ({**COMPLETION, "temperature": 2.1}, "temperature", "less than or equal to 2 (got 2.1)"),
+        ({**COMPLETION, "temperature": "1"}, "temperature", "valid number (got '1')"),
+        ({**COMPLETION, "temperature": True}, "temperature", "valid number (got True)"),
+        ({**COMPLETION, "top_p": 0}, "top_p", "greater than 0 (got 0)"),
+        ({**COMPLETION, "top_p": 1.5}, "top_p", "less than or equal to 1"),
+        ({**COMPLETION, "max_tokens": 0}, "max_tokens", "greater than or equal to 1 (got 0)"),
+        ({**COMPLETION, "max_tokens": 1.5}, "max_tokens", "valid integer (got 1.5)"),
+        ({**COMPLETION, "stop": ""}, "stop", "string of 0 characters"),
+        ({**COMPLETION, "stop": list("abcde")}, "stop", "has 5 strings; at most 4"),
+        ({**COMPLETION, "stop": "x" * 2000}, "stop", "string of 2000 characters"),
+        ({**COMPLETION, "stop": [1]}, "stop[0]", "valid string (got 1)"),
+        ({**COMPLETION, "stream": "yes"}, "stream", "valid boolean"),
+        ({**COMPLETION, "stream_options": {"x": 1}}, "stream_options.x", "unknown parameter"),
+        ({**COMPLETION, "n": 2}, "n", "n=2 is not supported"),
+        ({**COMPLETION, "n": True}, "n", "n=True is not supported"),
+        ({**COMPLETION, "prompt": []}, "prompt", "must be a string"),
+        ({**COMPLETION, "prompt": [1, "a"]}, "prompt", "must be a string"),
+        ({**COMPLETION, "prompt": [[1], []]}, "prompt", "none of them empty"),
+        ({**COMPLETION, "prompt": [True]}, "prompt", "must be a string"),
+        ({**COMPLETION, "prompt": ["x"] * 65}, "prompt", "has 65 prompts; at most 64"),
+        ({**COMPLETION, "prompt": {"{a}": 1}}, "prompt", "(got {'{a}': 1})"),
+    ],
+)
+def test_bad_completions(body: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_request(CompletionRequest, json.dumps(body).encode())
+    assert message in str(caught.value)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "message"),
+    [
+        ([], "messages", "at least 1 item"),
+        ("hi", "messages", "valid list"),
+        ([{"role": "user"}], "messages[0].content", "missing parameter"),
+        ([{"role": "robot", "content": "x"}], "messages[0].role", "(got 'robot')"),
+        ([{"role": "tool", "content": "x"}], "messages[0].role", "(got 'tool')"),
+        ([{"role": "user", "content": 5}], "messages[0].content", "string or a list of text parts"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "messages[0].content",
+            "part of type 'image_url'; only text parts",
+        ),
+        ([{"role": "user", "content": [{"type": "{x}"}]}], "messages[0].content", "'{x}'"),
+        ([{"role": "user", "content": ["x"]}], "messages[0].content", "part of type None"),
+        ([{"role": "user", "content": "x", "y": 1}], "messages[0].y", "unknown parameter"),
+        (
+            [{"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}],
+            "messages[0].tool_calls",
+            "unknown parameter",
+        ),
+    ],
+)
+def test_bad_messages(messages: Any, param: str, message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(messages=messages)
+    assert message in str(caught.value)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"null",
+        b'{"model": "m", "prompt": NaN}',
+        b'{"model": "m", "prompt": "\\ud800"}',
+        b"\xff\xfe",
+        b'{"a":' * 1000,
+    ],
+)
+def test_bodies_that_are_not_a_json_object(body: bytes) -> None:
+    with pytest.raises(RequestError, match="JSON") as caught:
+        parse_request(CompletionRequest, body)
+    assert caught.value.param is None
+
+
+@pytest.mark.parametrize("code", sorted(ERRORS))
+def test_every_error_has_an_answer(code: str) -> None:
+    error = ERRORS[code]("why")
+    body = http_responses.error_response(error).error
+    assert (body.message, body.code) == ("why", code)
+    assert body.type in {"invalid_request_error", "rate_limit_error", "server_error"}
