@@ -6,7 +6,7 @@ loudly when transformers changes them:
     loop body:  prepare_next_batch -> _generation_step -> update_batch -> output_router
     step:       model forward (our router may call fail_rows) -> model_runner._sample
 
-Shape suffixes: R = rows of logits (one per request with a new token), S = sampled rows,
+Shape suffixes: R = rows of logits (one per request with a new token), S = those that are sampled,
 V = vocabulary.
 """
 
@@ -43,7 +43,7 @@ from transformers.generation.continuous_batching.scheduler import (
 )
 
 from ..proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel
-from .sampling import MIN_TEMPERATURE, sample_top_p
+from .sampling import is_greedy, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,20 +137,18 @@ class BatchingLoop(ContinuousBatchingManager):
         taken = self.add_request(
             list(prompt_ids), request_id=request_id, max_new_tokens=max_tokens, streaming=True
         )
-        return taken is not None
+        # Looked at last: whatever was queued before `close` began is failed by the loop's end.
+        return taken is not None and not self._closing.is_set()
 
     def close(self, timeout_s: float) -> None:
         """Raises EngineError when the thread is still inside a step after ``timeout_s``."""
-        thread = self._generation_thread
         self._closing.set()
         self.background_thread_status.request_stop(BackgroundThreadStatus.HARD_STOP, 0)
         self._wake_up_loop.set()
-        if thread is not None:
-            thread.join(timeout_s)
-            if thread.is_alive():
-                raise EngineError(f"the engine's loop did not stop within {timeout_s} s")
-        self._generation_thread = None
-        self.batch_processor = None
+        # Joins, frees the cache and gives the model its own attention back.
+        self.stop(block=True, timeout=timeout_s, hard_stop=True)
+        if self.is_running():
+            raise EngineError(f"the engine's loop did not stop within {timeout_s} s")
         self.destroy()
 
     @property
@@ -172,20 +170,20 @@ class BatchingLoop(ContinuousBatchingManager):
     def _run_generation_loop(self) -> None:
         while True:
             super()._run_generation_loop()
+            # Those that were submitted after transformers had emptied its queues.
+            self.streams.fail_all(self._why_ended())
+            # Before the look at `_closing`: `close` sets that first and then asks for the stop.
+            self.background_thread_status.clear()
             if self._closing.is_set():
-                self.streams.fail_all(self._why_ended())
                 return
             logger.error("the engine's loop failed and restarts: %s", self.last_error)
             self.restarts += 1
-            # Those that were submitted after transformers had emptied its queues.
-            self.streams.fail_all(self._why_ended())
             if self._barren_restarts:
                 self._closing.wait(min(0.1 * 2**self._barren_restarts, MAX_RESTART_DELAY_S))
             self._barren_restarts += 1
             if self.batch_processor is not None:
                 # Nothing that the failed step may have half written is shared with later prompts.
                 self.batch_processor.cache.reset()
-            self.background_thread_status.clear()
 
     def _fail_all_remaining_requests(
         self, error: Exception, batch_processor: ContinuousBatchProcessor | None
@@ -257,20 +255,12 @@ class BatchingLoop(ContinuousBatchingManager):
                 self._faults.setdefault(
                     request_id, InternalError("the model's logits are not finite")
                 )
-            elif sampling is not None and sampling.temperature >= MIN_TEMPERATURE:
+            elif sampling is not None and not is_greedy(sampling):
                 sampled.append((row, sampling))
         if sampled:
-            rows_S = torch.tensor([row for row, _ in sampled], device=scores.device)
-            temperature_S, top_p_S = (
-                torch.tensor(values, dtype=torch.float32, device=scores.device)
-                for values in (
-                    [sampling.temperature for _, sampling in sampled],
-                    [sampling.top_p for _, sampling in sampled],
-                )
-            )
-            tokens_R[rows_S] = sample_top_p(
-                scores_RV[rows_S], temperature_S, top_p_S, self._generator
-            )
+            rows, samplings = zip(*sampled, strict=True)
+            rows_S = torch.tensor(rows, device=scores.device)
+            tokens_R[rows_S] = sample(scores_RV[rows_S], samplings, self._generator)
         output_ids[0, : tokens_R.size(0)].copy_(tokens_R)
 
     def _requests_in_batch(self) -> list[FutureRequestState]:

@@ -8,6 +8,7 @@ transports.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import threading
@@ -126,6 +127,7 @@ class ExpertHost:
                     self._loading -= 1
             finally:
                 self._loading = 0
+                _return_freed_memory()
 
     def add_models(self, models: Sequence[PlacedModel]) -> None:
         """Get to know models whose weights will be loaded or put."""
@@ -169,6 +171,14 @@ class ExpertHost:
 
     def _hold(self, key: ExpertKey, shape: LayerShape, version: int) -> None:
         self._loop.call(lambda: self._residency.hold(key, shape, version=version))
+
+
+def _return_freed_memory() -> None:
+    """Give the copies made while loading back to the system: half of the weights' size, where the
+    C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class _Weights:

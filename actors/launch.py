@@ -42,6 +42,10 @@ from .store import ModelRef
 from .trunk import CONTROLLER, TrunkConfig, engine_factory
 
 log = logging.getLogger(__name__)
+# Serve tells the driver of every step it takes.
+logging.getLogger("ray.serve").setLevel(logging.WARNING)
+# That Ray has a token by default is no warning.
+logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 
 # Ray types neither an actor's methods nor what they give: handles are Any.
 
@@ -85,9 +89,8 @@ class Launched:
 
     def close(self) -> None:
         if self.url is not None:
+            # Of an embedded Ray the rest of Serve ends with it.
             serve.delete(_app_name(self.spec))
-            if self.owns_ray:
-                serve.shutdown()
         for actor in [self.controller, *self.hosts.values()]:
             ray.kill(actor, no_restart=True)
         for group in self.groups:
@@ -208,6 +211,7 @@ def start_ray(spec: Spec) -> bool:
             include_dashboard=False,
             object_store_memory=EMBEDDED_STORE_BYTES,
             log_to_driver=False,
+            logging_level=logging.WARNING,
         )
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(f"ray.address: {spec.ray.address}: {error}") from error

@@ -27,7 +27,14 @@ from ray.serve.handle import (
     DeploymentResponseGenerator,
 )
 
-from ..proto.errors import Busy, EngineError, MoesaicError, RequestError, from_wire
+from ..proto.errors import (
+    Busy,
+    EngineError,
+    InternalError,
+    MoesaicError,
+    RequestError,
+    from_wire,
+)
 from .engine import Delta, Engine, FinishReason, Limits, Sampling
 from .ingress import create_app
 from .served import ServedModel
@@ -90,6 +97,9 @@ class Trunk:
                     yield delta.token_ids, delta.finish_reason
         except MoesaicError as error:
             yield Failure.of(error)
+        except Exception as error:
+            logger.exception("unexpected error of the engine")
+            yield Failure.of(InternalError(f"{type(error).__name__}: {error}"))
 
     async def limits(self) -> Limits:
         return self._engine.limits

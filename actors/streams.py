@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -44,7 +45,7 @@ class Stream:
         async with asyncio.timeout(timeout_s):
             await self._ready.wait()
         if self._error and not self._tokens:
-            raise self._error
+            raise copy.copy(self._error)  # many requests may share it; a raise writes to it
         delta = Delta(tuple(self._tokens), self._finish)
         self._tokens.clear()
         if not self._error:

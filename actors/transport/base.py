@@ -9,8 +9,7 @@ the other side is gone, so that one thread can wait for all of them. Nothing her
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -19,8 +18,7 @@ from ...proto.expert_pb2 import Call, Frame
 from ...proto.wire import WIRE_VERSION, CallLayout
 
 
-@dataclass(frozen=True, slots=True)
-class Inbound:
+class Inbound(NamedTuple):
     """A frame and, for calls and replies, the bytes of its tensors (uint8).
 
     The bytes of a reply are valid until `Channel.release`; those of a call until it is answered.
@@ -57,7 +55,8 @@ class Channel(Protocol):
     def send_call(self, frame: Frame, layout: CallLayout, write: Callable[[Tensor], None]) -> None:
         """Send a call whose tensors ``write`` puts into the buffer that it is given.
 
-        Raises HostLost when the connection has ended.
+        The call announces its ``payload_bytes``; the transport may set fields of its own. Raises
+        HostLost when the connection has ended and CallError when ``layout`` exceeds `slot_bytes`.
         """
         ...
 
@@ -66,7 +65,7 @@ class Channel(Protocol):
         ...
 
     def receive(self) -> list[Inbound]:
-        """All frames that have arrived. Raises HostLost when the connection has ended."""
+        """All frames that have arrived, Welcome first. Raises HostLost behind the last."""
         ...
 
     def release(self, seq: int) -> None:
@@ -81,10 +80,15 @@ class Session(Protocol):
 
     router: str
 
+    @property
+    def slot_bytes(self) -> int:
+        """Largest `CallLayout.slot_bytes` of a call that can be answered."""
+        ...
+
     def fileno(self) -> int: ...
 
     def receive(self) -> list[Inbound]:
-        """All frames that have arrived. Raises HostLost when the connection has ended."""
+        """All frames that have arrived, Hello first. Raises HostLost behind the last."""
         ...
 
     def reply_buffer(self, frame: Frame, layout: CallLayout) -> Tensor:
@@ -92,7 +96,10 @@ class Session(Protocol):
         ...
 
     def send_reply(self, frame: Frame, buffer: Tensor) -> None:
-        """Send a reply whose tensors are in ``buffer``. Raises HostLost."""
+        """Send a reply whose ``payload_bytes`` are in ``buffer``, of `reply_buffer`.
+
+        The buffer is the transport's from now on. Raises HostLost.
+        """
         ...
 
     def send(self, frame: Frame) -> None:

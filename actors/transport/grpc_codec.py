@@ -1,23 +1,34 @@
-"""Frames with tensors as gRPC messages: plain protobuf, written so that no tensor is copied twice.
+"""Frames with tensors as gRPC messages: plain protobuf, with little copying.
 
-A field of a message may come in any order, and parts of one submessage are merged. So the tensors
-stand first, as a submessage of nothing but `payload`, and everything else follows:
+The fields of a message may come in any order, and the parts of one submessage are merged. So the
+tensors of a large frame stand first, in a submessage of their own, and everything else follows:
 
     Frame.call { payload = ... } Frame.call { seq = 7 rows = 3 ... }
 
-To protobuf that is one frame like any other; to `decode` it is a few bytes to look at, a view of
-the tensors, and a small header for protobuf to parse. A frame in any other order is parsed whole.
+To protobuf that is a frame like any other. `decode` looks at a few bytes, takes a view of the
+tensors, and has protobuf parse the small rest; what stands in any other order is parsed whole.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
 
 from google.protobuf.message import DecodeError
 
 from ...proto.errors import CallError
 from ...proto.expert_pb2 import Backward, Call, Frame, Reply
 
-NO_PAYLOAD = memoryview(b"")
+# Below it, copying costs less than avoiding it.
+_SMALL_BYTES = 16 << 10
 _LENGTH_DELIMITED = 2
+
+# Where the frames that have tensors keep `payload`, `payload_bytes` and `more`.
+PARTS: dict[str, Callable[[Frame], Call | Reply]] = {
+    "call": attrgetter("call"),
+    "backward": attrgetter("backward.call"),
+    "reply": attrgetter("reply"),
+}
 
 
 def _varint(value: int) -> bytes:
@@ -29,11 +40,23 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    """(value, where it ends)"""
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80 or shift > 35:
+            return value, at
+
+
 def _tags(*fields: int) -> tuple[bytes, ...]:
     return tuple(_varint(field << 3 | _LENGTH_DELIMITED) for field in fields)
 
 
-# Where the payload of each kind of frame stands: tags from the outermost to the payload itself.
+# The way to the payload of each kind of frame, from the outside in.
 _PATHS = {
     "call": _tags(Frame.CALL_FIELD_NUMBER, Call.PAYLOAD_FIELD_NUMBER),
     "backward": _tags(
@@ -44,71 +67,53 @@ _PATHS = {
 _KIND_OF_FIRST_BYTE = {path[0][0]: kind for kind, path in _PATHS.items()}
 
 
-def has_payload(kind: str) -> bool:
-    return kind in _PATHS
-
-
-def body(frame: Frame, kind: str) -> Call | Reply:
-    """The part of a call, backward or reply that has the payload, its size and ``more``."""
-    if kind == "reply":
-        return frame.reply
-    return frame.call if kind == "call" else frame.backward.call
-
-
-def encode(kind: str, header: bytes, payload: memoryview) -> bytes:
-    """The message of a frame: ``header``, serialized without payload, and the payload."""
-    if not payload:
-        return header
-    start = b""
+def encode(kind: str, frame: Frame, payload: memoryview) -> bytes:
+    """The message of a frame with its payload. Changes the frame."""
+    if len(payload) <= _SMALL_BYTES:
+        PARTS[kind](frame).payload = payload.tobytes()
+        return frame.SerializeToString()
+    front = b""
     for tag in reversed(_PATHS[kind]):
-        start = tag + _varint(len(start) + len(payload)) + start
-    return b"".join((start, payload, header))
+        front = tag + _varint(len(front) + len(payload)) + front
+    return b"".join((front, payload, frame.SerializeToString()))
 
 
-def decode(message: bytes) -> tuple[str, Frame, memoryview]:
-    """(kind, frame without payload, payload as a view of ``message`` where possible).
+def decode(message: bytes) -> tuple[str, Frame, bytes | memoryview]:
+    """(kind, frame without payload, payload); the payload is a view of a large ``message``.
 
     Raises CallError when the message is no frame.
     """
-    found = _decode_payload_first(message)
-    if found is not None:
-        return found
+    if len(message) > _SMALL_BYTES:
+        found = _decode_payload_first(message)
+        if found is not None:
+            return found
     frame = _parse(message)
-    kind = frame.WhichOneof("kind")
-    if kind is None:
-        raise CallError("a frame of no kind")
-    if not has_payload(kind):
-        return kind, frame, NO_PAYLOAD
-    part = body(frame, kind)
-    payload = memoryview(part.payload)
+    kind = frame.WhichOneof("kind") or "unknown"
+    part_of = PARTS.get(kind)
+    if part_of is None:
+        return kind, frame, b""
+    part = part_of(frame)
+    payload = part.payload
     part.ClearField("payload")
     return kind, frame, payload
 
 
 def _decode_payload_first(message: bytes) -> tuple[str, Frame, memoryview] | None:
-    kind = _KIND_OF_FIRST_BYTE.get(message[0]) if message else None
+    kind = _KIND_OF_FIRST_BYTE.get(message[0])
     if kind is None:
         return None
     at, ends = 0, set()
     for tag in _PATHS[kind]:
         if not message.startswith(tag, at):
             return None
-        at += len(tag)
-        size = shift = 0
-        while at < len(message) and shift < 35:
-            byte = message[at]
-            at += 1
-            size |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                break
+        size, at = _read_varint(message, at + len(tag))
         ends.add(at + size)
     end = ends.pop()
-    # Levels that end in different places have other fields behind the payload.
+    # Where the levels end in different places, something else stands behind the payload.
     if ends or end > len(message):
         return None
     frame = _parse(message[end:])
-    if frame.WhichOneof("kind") != kind or body(frame, kind).payload:
+    if frame.WhichOneof("kind") != kind or PARTS[kind](frame).payload:
         return None
     return kind, frame, memoryview(message)[at:end]
 

@@ -1,9 +1,8 @@
 """gRPC between machines: one long-lived stream `Experts.Dispatch` for each router and host.
 
-The owner's thread never touches gRPC: it leaves frames in an outbox and finds them in an inbox
-that has a descriptor. Messages are taken apart in the thread in which gRPC hears them (as their
-"deserializer"), which saves a change of threads on the way to the owner. A reading thread asks gRPC
-for one message after another, and holds the other side back by not asking.
+The owner's thread never touches gRPC: it leaves frames in an outbox, from which a thread of gRPC's
+writes, and finds them in an inbox that has a descriptor. A reading thread fills the inbox; by not
+asking gRPC for the next message it holds the other side back.
 
 What is in flight is bounded, and every wait has an end:
 
@@ -21,26 +20,28 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import grpc
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...proto.errors import CallError, ClusterError, Expired, HostLost, MoesaicError
-from ...proto.expert_pb2 import Frame
-from ...proto.wire import MAX_PAYLOAD_BYTES, WIRE_VERSION, CallLayout
+from ...proto.expert_pb2 import Call, Frame
+from ...proto.wire import CHUNK_BYTES, MAX_PAYLOAD_BYTES, WIRE_VERSION, CallLayout
 from .base import Inbound, Session, call_of, check_version
 from .grpc_border import CHANNEL_OPTIONS, SERVER_OPTIONS, Threads, from_grpc, to_grpc
-from .grpc_queues import Inbox, Mailbox, Outbox
+from .grpc_queues import Inbox, Outbox
+from .mailbox import Mailbox
 from .weights import WeightsStore, add_weights
 
-DISPATCH = "/moesaic.v1.Experts/Dispatch"
+# The generated stubs would parse messages whole; here they stay bytes.
+SERVICE, METHOD = "moesaic.v1.Experts", "Dispatch"
 STALL_S = 2.0
 CLOSE_S = 1.0
 # Connections of routers and transfers of weights that one host takes at a time.
 MAX_RPCS = 256
-_MAX_HEARD_BYTES = 64 << 20
+_MAX_WAITING_FRAMES = 4096
 
 
 class GrpcChannel:
@@ -62,10 +63,12 @@ class GrpcChannel:
         self._host = host
         self._slot_bytes = slot_bytes
         self._max_inflight_bytes = max_inflight_bytes
-        self._room = threading.Condition()
+        self._answered = threading.Event()
         # seq -> bytes of the call and of its reply, where that is known
         self._inflight: dict[int, tuple[int, int | None]] = {}
-        self._inflight_bytes = 0
+        # Each is written by one thread alone; the difference is in flight.
+        self._sent_bytes = self._answered_bytes = 0
+        self._scratch = np.empty(CHUNK_BYTES, dtype=np.uint8)
         moved = threading.Event()
         self._outbox = Outbox(moved)
         self._inbox = Inbox(
@@ -78,10 +81,9 @@ class GrpcChannel:
         hello = Frame()
         hello.hello.wire_version = WIRE_VERSION
         hello.hello.router = router
-        self._outbox.send("hello", hello)
+        self._outbox.send(hello)
         self._grpc = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        dispatch = self._grpc.stream_stream(DISPATCH, response_deserializer=self._inbox.hear)
-        self._stream = dispatch(self._outbox)
+        self._stream = self._grpc.stream_stream(f"/{SERVICE}/{METHOD}")(self._outbox)
         self._reader = threading.Thread(target=self._read, name=f"from-{host}", daemon=True)
         self._reader.start()
 
@@ -103,19 +105,19 @@ class GrpcChannel:
         size = call.payload_bytes
         if layout.slot_bytes > self._slot_bytes:
             raise CallError(f"rows: {layout.slot_bytes} bytes exceed a slot of {self._slot_bytes}")
-        if not self._wait_for_room(size, until=time.monotonic() + call.timeout_us * 1e-6):
+        if not self._has_room(size) and not self._wait_for_room(call):
             self._refuse(call.seq)
             return
-        buffer = torch.empty(size, dtype=torch.uint8)
-        write(buffer)
-        with self._room:
-            self._inflight[call.seq] = (size, layout.reply_bytes if kind == "call" else None)
-            self._inflight_bytes += size
-        self._outbox.send(kind, frame, buffer)
+        # Small calls are copied when they are sent, so they can all use the same warm memory.
+        buffer = self._scratch[:size] if size <= CHUNK_BYTES else np.empty(size, dtype=np.uint8)
+        write(torch.from_numpy(buffer))
+        self._sent_bytes += size
+        self._inflight[call.seq] = (size, layout.reply_bytes if kind == "call" else None)
+        self._outbox.send_tensors(kind, frame, buffer.data)
 
     def send(self, frame: Frame) -> None:
         self._inbox.check_open()
-        self._outbox.send(frame.WhichOneof("kind") or "", frame)
+        self._outbox.send(frame)
 
     def receive(self) -> list[Inbound]:
         return self._inbox.receive()
@@ -134,27 +136,27 @@ class GrpcChannel:
         self._inbox.end(error)
         self._outbox.finish()
         self._stream.cancel()
-        with self._room:
-            self._room.notify()
+        self._answered.set()
 
-    def _wait_for_room(self, size: int, *, until: float) -> bool:
-        """False when there is none before ``until``. Raises HostLost."""
-        stalled = False
-        with self._room:
-            while self._inflight and self._inflight_bytes + size > self._max_inflight_bytes:
-                self._inbox.check_open()
-                remaining = until - time.monotonic()
-                stalled = self._outbox.stalled_s() > STALL_S
-                if stalled or remaining <= 0:
-                    break
-                self._room.wait(min(remaining, STALL_S / 8))
-            else:
-                return True
-        # Outside of the lock: gRPC's threads take it while they hold gRPC's own.
-        if stalled:
-            self._end(HostLost(f"{self._host}: has taken nothing for {STALL_S:g} s"))
+    def _has_room(self, size: int) -> bool:
+        inflight = self._sent_bytes - self._answered_bytes
+        return not inflight or inflight + size <= self._max_inflight_bytes
+
+    def _wait_for_room(self, call: Call) -> bool:
+        """False when there is none before the call's deadline. Raises HostLost."""
+        until = time.monotonic() + call.timeout_us * 1e-6
+        while True:
+            self._answered.clear()
             self._inbox.check_open()
-        return False
+            if self._has_room(call.payload_bytes):
+                return True
+            if self._outbox.stalled_s() > STALL_S:
+                self._end(HostLost(f"{self._host}: has taken nothing for {STALL_S:g} s"))
+                continue
+            remaining = until - time.monotonic()
+            if remaining <= 0:
+                return False
+            self._answered.wait(min(remaining, STALL_S / 8))
 
     def _refuse(self, seq: int) -> None:
         frame = Frame()
@@ -163,7 +165,7 @@ class GrpcChannel:
         frame.refusal.message = (
             f"call {seq}: the answers to others made no room for it before its deadline"
         )
-        self._inbox.put(Inbound(frame))
+        self._inbox.put(frame)
 
     # ---- gRPC's threads -------------------------------------------------------------------------
 
@@ -173,23 +175,22 @@ class GrpcChannel:
         if kind not in ("reply", "refusal"):
             return True
         seq = frame.reply.seq if kind == "reply" else frame.refusal.seq
-        with self._room:
-            if seq not in self._inflight:
-                return False  # answered twice: the first answer counts
-            call_bytes, reply_bytes = self._inflight.pop(seq)
-            self._inflight_bytes -= call_bytes
-            self._room.notify()
+        call_bytes, reply_bytes = self._inflight.pop(seq, (0, -1))
+        if reply_bytes == -1:
+            return False  # answered twice: the first answer counts
+        self._answered_bytes += call_bytes
+        if not self._answered.is_set():
+            self._answered.set()
         given = frame.reply.payload_bytes
-        if kind == "reply" and reply_bytes is not None and given != reply_bytes:
+        if kind == "reply" and reply_bytes not in (None, given):
             raise CallError(f"payload_bytes: reply {seq} has {given}, its call wants {reply_bytes}")
         return True
 
     def _read(self) -> None:
         end: MoesaicError = HostLost(f"{self._host}: the host closed the connection")
         try:
-            self._inbox.pump(
-                self._stream, full=lambda: self._inbox.waiting_bytes > _MAX_HEARD_BYTES
-            )
+            # Replies are bounded by the calls in flight, and hearing them is what makes room.
+            self._inbox.read(self._stream, full=lambda: len(self._inbox) > _MAX_WAITING_FRAMES)
         except grpc.RpcError as error:
             end = from_grpc(error, self._host)
         self._end(end)
@@ -213,7 +214,10 @@ class GrpcSession:
             max_payload_bytes=MAX_PAYLOAD_BYTES,
             accept=self._accept,
         )
-        self.hear = self._inbox.hear
+
+    @property
+    def slot_bytes(self) -> int:
+        return 2 * MAX_PAYLOAD_BYTES
 
     def fileno(self) -> int:
         return self._inbox.fileno()
@@ -226,15 +230,15 @@ class GrpcSession:
 
     def send_reply(self, frame: Frame, buffer: Tensor) -> None:
         self._inbox.check_open()
-        if self._holds_too_much() and self._outbox.stalled_s() > STALL_S:
+        if self._outbox.unsent_bytes > self._max_held_bytes and self._outbox.stalled_s() > STALL_S:
             self._inbox.end(HostLost(f"{self.router}: has taken nothing for {STALL_S:g} s"))
             self._context.cancel()
-        self._inbox.check_open()
-        self._outbox.send("reply", frame, buffer[: frame.reply.payload_bytes])
+            self._inbox.check_open()
+        self._outbox.send_tensors("reply", frame, buffer.numpy().data[: frame.reply.payload_bytes])
 
     def send(self, frame: Frame) -> None:
         self._inbox.check_open()
-        self._outbox.send(frame.WhichOneof("kind") or "", frame)
+        self._outbox.send(frame)
 
     def close(self) -> None:
         """What was sent goes out first, if the router takes it within `CLOSE_S`."""
@@ -253,7 +257,7 @@ class GrpcSession:
 
     # ---- gRPC's threads -------------------------------------------------------------------------
 
-    def serve(self, messages: Iterator[object]) -> Iterator[bytes]:
+    def serve(self, messages: Iterator[bytes]) -> Iterator[bytes]:
         """Begin to read; what is returned is written by the thread that gRPC gave this RPC."""
         if not self._context.add_callback(self._over.set):
             self._over.set()
@@ -275,10 +279,10 @@ class GrpcSession:
             self.router = self._inbox.peer = frame.hello.router
         return True
 
-    def _read(self, messages: Iterator[object]) -> None:
+    def _read(self, messages: Iterator[bytes]) -> None:
         end: MoesaicError = HostLost(f"{self._inbox.peer}: the router closed the connection")
         try:
-            self._inbox.pump(messages, full=self._holds_too_much)
+            self._inbox.read(messages, full=self._holds_too_much)
         except grpc.RpcError as error:
             end = from_grpc(error, self._inbox.peer)
         self._inbox.end(end)
@@ -287,31 +291,6 @@ class GrpcSession:
             self._context.set_code(code)
             self._context.set_details(details)
         self._outbox.finish()
-
-
-class _Dispatch(grpc.GenericRpcHandler):
-    """`Experts.Dispatch` with a session for each RPC, and messages left as bytes."""
-
-    def __init__(self, opened: Callable[[GrpcSession], None], max_held_bytes: int) -> None:
-        self._opened = opened
-        self._max_held_bytes = max_held_bytes
-
-    def service(self, handler_call_details: Any) -> Any:
-        if handler_call_details.method != DISPATCH:
-            return None
-        session: GrpcSession
-
-        def run(messages: Iterator[object], context: grpc.ServicerContext) -> Iterator[bytes]:
-            nonlocal session
-            session = GrpcSession(context, self._max_held_bytes)
-            replies = session.serve(messages)
-            self._opened(session)
-            return replies
-
-        # gRPC hears nothing before `serve` has asked for it.
-        return grpc.stream_stream_rpc_method_handler(
-            run, request_deserializer=lambda message: session.hear(message)
-        )
 
 
 class GrpcListener:
@@ -327,9 +306,11 @@ class GrpcListener:
         """``bind`` is ip:port, port 0 for any. Raises ClusterError when it cannot be had."""
         self._sessions: Mailbox[Session] = Mailbox()
         self._threads = Threads("grpc")
+        self._max_held_bytes = max_held_bytes
+        dispatch = grpc.stream_stream_rpc_method_handler(self._dispatch)
         self._server = grpc.server(
-            self._threads,
-            handlers=[_Dispatch(self._sessions.put, max_held_bytes)],
+            self._threads,  # pyright: ignore[reportArgumentType]  # gRPC submits, and no more
+            handlers=[grpc.method_handlers_generic_handler(SERVICE, {METHOD: dispatch})],
             options=SERVER_OPTIONS,
             maximum_concurrent_rpcs=MAX_RPCS,
         )
@@ -360,3 +341,11 @@ class GrpcListener:
         for session in self._sessions.take():
             session.close()
         self._sessions.close()
+
+    def _dispatch(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        session = GrpcSession(context, self._max_held_bytes)
+        replies = session.serve(messages)
+        self._sessions.put(session)
+        return replies

@@ -15,86 +15,35 @@ import mmap
 import os
 import secrets
 import socket
-import struct
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from ...proto.errors import CallError, HostLost
-from ...proto.expert_pb2 import Frame
-from ...proto.wire import WIRE_VERSION, CallLayout
-from .base import Inbound, Session
+from ...proto.errors import CallError, HostLost, InternalError
+from ...proto.expert_pb2 import Frame, Hello
+from ...proto.wire import ALIGNMENT_BYTES, WIRE_VERSION, CallLayout
+from .base import Inbound, Session, call_of, check_version
+from .seqpacket import FrameSocket, close_all, same_user
 
-_DATAGRAM_BYTES = 1 << 16
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 MAX_SLOTS = 1024
 MAX_SLOT_BYTES = 1 << 30
 
 
-class _Socket:
-    """A SEQPACKET socket that maps every way in which the other side can be gone to HostLost."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    def send(self, frame: Frame) -> None:
-        try:
-            self._sock.send(frame.SerializeToString())
-        except OSError as error:
-            # A full buffer means that the other side has not read for hundreds of frames.
-            raise HostLost(f"shared-memory socket: {error}") from error
-
-    def receive(self) -> list[Frame]:
-        frames: list[Frame] = []
-        while True:
-            try:
-                data = self._sock.recv(_DATAGRAM_BYTES)
-            except BlockingIOError:
-                return frames
-            except OSError as error:
-                raise HostLost(f"shared-memory socket: {error}") from error
-            if not data:
-                if frames:
-                    return frames  # the end is seen again at the next receive
-                raise HostLost("shared-memory socket: closed by the other side")
-            frames.append(_decode(data))
-
-    def close(self) -> None:
-        self._sock.close()
-
-
-def _decode(data: bytes) -> Frame:
-    try:
-        return Frame.FromString(data)
-    except DecodeError as error:
-        raise HostLost(f"shared-memory socket: not a frame: {error}") from error
-
-
-def _same_user(sock: socket.socket) -> bool:
-    size = struct.calcsize("3i")
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return uid == os.getuid()
-
-
 class _Memory:
-    """A mapping of a memfd, as one uint8 tensor."""
+    """A mapping of a memfd, as uint8 tensors, one for each slot."""
 
-    def __init__(self, fd: int, size: int) -> None:
-        self._map = mmap.mmap(fd, size)
-        self.tensor: Tensor | None = torch.frombuffer(self._map, dtype=torch.uint8)
-
-    def slot(self, number: int, slot_bytes: int) -> Tensor:
-        assert self.tensor is not None, "used after close"
-        return self.tensor[number * slot_bytes : (number + 1) * slot_bytes]
+    def __init__(self, fd: int, slots: int, slot_bytes: int) -> None:
+        self._map = mmap.mmap(fd, slots * slot_bytes)
+        # Through numpy, whose arrays keep the mapping from being closed under them; a tensor of
+        # torch.frombuffer does not, and reading it then kills the process.
+        whole = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
+        self.slots = list(whole.view(slots, slot_bytes).unbind())
 
     def close(self) -> None:
-        self.tensor = None
+        self.slots.clear()
         try:
             self._map.close()
         except BufferError:
@@ -102,34 +51,42 @@ class _Memory:
             return
 
 
+def _reply_start(slot_bytes: int, reply_bytes: int) -> int:
+    """An answer ends its slot, and its start is aligned."""
+    return (slot_bytes - reply_bytes) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+
+
 class ShmChannel:
     """A router's side of one connection."""
 
-    def __init__(self, host: str, address: str, *, router: str, slots: int, slot_bytes: int) -> None:
+    def __init__(
+        self, host: str, address: str, *, router: str, slots: int, slot_bytes: int
+    ) -> None:
         """Connect without waiting; the host's Welcome arrives as the first frame.
 
         Raises HostLost when nobody listens at ``address``.
         """
         self._host = host
-        self._slot_bytes = slot_bytes
-        self._slot_of: dict[int, int] = {}  # seq -> slot, until answered and released
+        self._slot_bytes = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        # seq -> slot and size of the answer where that is known, until answered and released
+        self._calls: dict[int, tuple[int, int | None]] = {}
         self._free = list(range(slots))
         fd = os.memfd_create("moesaic", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            os.ftruncate(fd, slots * slot_bytes)
+            os.ftruncate(fd, slots * self._slot_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             sock.setblocking(False)
             sock.connect("\0" + address)
-            if not _same_user(sock):
+            if not same_user(sock):
                 raise HostLost(f"{address}: held by another user")
             hello = Frame()
             hello.hello.wire_version = WIRE_VERSION
             hello.hello.router = router
             hello.hello.slots = slots
-            hello.hello.slot_bytes = slot_bytes
+            hello.hello.slot_bytes = self._slot_bytes
             socket.send_fds(sock, [hello.SerializeToString()], [fd])
-            self._memory = _Memory(fd, slots * slot_bytes)
+            self._memory = _Memory(fd, slots, self._slot_bytes)
         except OSError as error:
             sock.close()
             raise HostLost(f"{host}: cannot connect over shared memory: {error}") from error
@@ -138,7 +95,7 @@ class ShmChannel:
             raise
         finally:
             os.close(fd)
-        self._sock = _Socket(sock)
+        self._sock = FrameSocket(sock)
 
     @property
     def host(self) -> str:
@@ -152,37 +109,27 @@ class ShmChannel:
         return self._sock.fileno()
 
     def send_call(self, frame: Frame, layout: CallLayout, write: Callable[[Tensor], None]) -> None:
+        call = call_of(frame)
+        if layout.slot_bytes > self._slot_bytes:
+            raise CallError(f"rows: {layout.slot_bytes} bytes exceed a slot of {self._slot_bytes}")
+        if not self._free:
+            raise InternalError(f"{self._host}: a call more than there are slots")
         # The most recently used slot first: its pages are mapped and warm.
-        slot = self._free.pop()
-        self._slot_of[frame.call.seq] = slot
-        write(self._memory.slot(slot, self._slot_bytes))
-        frame.call.slot = slot
+        slot = self._free[-1]
+        write(self._memory.slots[slot])
+        self._free.pop()
+        self._calls[call.seq] = (slot, layout.reply_bytes if frame.HasField("call") else None)
+        call.slot = slot
         self._sock.send(frame)
 
     def send(self, frame: Frame) -> None:
         self._sock.send(frame)
 
     def receive(self) -> list[Inbound]:
-        inbound = []
-        for frame in self._sock.receive():
-            kind = frame.WhichOneof("kind")
-            payload = None
-            if kind == "reply":
-                slot = self._slot_of.get(frame.reply.seq)
-                if slot is None:
-                    continue  # answered twice: the first answer counts
-                whole = self._memory.slot(slot, self._slot_bytes)
-                start = self._slot_bytes - frame.reply.payload_bytes
-                if not 0 <= start < self._slot_bytes:
-                    raise HostLost(f"{self._host}: a reply larger than its slot")
-                payload = whole[start:]
-            elif kind == "refusal":
-                self.release(frame.refusal.seq)
-            inbound.append(Inbound(frame, payload))
-        return inbound
+        return self._sock.receive(self._take)
 
     def release(self, seq: int) -> None:
-        slot = self._slot_of.pop(seq, None)
+        slot, _ = self._calls.pop(seq, (None, None))
         if slot is not None:
             self._free.append(slot)
 
@@ -190,76 +137,52 @@ class ShmChannel:
         self._sock.close()
         self._memory.close()
 
+    def _take(self, frame: Frame) -> Inbound | None:
+        match frame.WhichOneof("kind"):
+            case "reply":
+                return self._take_reply(frame)
+            case "refusal":
+                self.release(frame.refusal.seq)
+            case "welcome":
+                _check(frame.welcome.wire_version, self._host)
+        return Inbound(frame)
+
+    def _take_reply(self, frame: Frame) -> Inbound | None:
+        seq, size = frame.reply.seq, frame.reply.payload_bytes
+        slot, wanted = self._calls.get(seq, (None, None))
+        if slot is None:
+            return None  # answered twice: the first answer counts
+        if size > self._slot_bytes or wanted not in (None, size):
+            raise HostLost(f"{self._host}: reply {seq} has {size} bytes, its call wants {wanted}")
+        start = _reply_start(self._slot_bytes, size)
+        return Inbound(frame, self._memory.slots[slot][start : start + size])
+
 
 class ShmSession:
     """A host's side of one connection."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.router = ""
-        self._sock = _Socket(sock)
-        self._raw = sock
+        self._sock = FrameSocket(sock)
         self._memory: _Memory | None = None
-        self._slots = 0
         self._slot_bytes = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        return self._slot_bytes
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
     def receive(self) -> list[Inbound]:
-        if self._memory is None:
-            return self._greet()
-        inbound = []
-        for frame in self._sock.receive():
-            if frame.WhichOneof("kind") not in ("call", "backward"):
-                inbound.append(Inbound(frame))
-                continue
-            call = frame.call if frame.HasField("call") else frame.backward.call
-            fits = call.payload_bytes <= self._slot_bytes
-            if call.slot >= self._slots or not fits:
-                raise HostLost(
-                    f"{self.router}: slot {call.slot} with {call.payload_bytes} bytes, but there "
-                    f"are {self._slots} slots of {self._slot_bytes}"
-                )
-            slot = self._memory.slot(call.slot, self._slot_bytes)
-            inbound.append(Inbound(frame, slot[: call.payload_bytes]))
-        return inbound
-
-    def _greet(self) -> list[Inbound]:
-        """The first datagram: Hello, with the router's memory."""
-        try:
-            data, fds, _, _ = socket.recv_fds(self._raw, _DATAGRAM_BYTES, 1)
-        except BlockingIOError:
-            return []
-        except OSError as error:
-            raise HostLost(f"shared-memory socket: {error}") from error
-        try:
-            if not data:
-                raise HostLost("shared-memory socket: closed before Hello")
-            frame = _decode(data)
-            hello = frame.hello
-            size = hello.slots * hello.slot_bytes
-            sane = 1 <= hello.slots <= MAX_SLOTS and 1 <= hello.slot_bytes <= MAX_SLOT_BYTES
-            # A memfd that could shrink would turn a router's mistake into this host's SIGBUS.
-            if not fds or not sane or os.fstat(fds[0]).st_size != size or not _sealed(fds[0]):
-                raise HostLost(f"{hello.router!r}: Hello without a sealed memfd of its slots")
-            self._memory = _Memory(fds[0], size)
-            self._slots, self._slot_bytes = hello.slots, hello.slot_bytes
-            self.router = hello.router
-            return [Inbound(frame)]
-        finally:
-            for fd in fds:
-                os.close(fd)
+        return self._greet() if self._memory is None else self._sock.receive(self._take)
 
     def reply_buffer(self, frame: Frame, layout: CallLayout) -> Tensor:
         """The end of the call's own slot, behind its tensors."""
         assert self._memory is not None
-        if layout.slot_bytes > self._slot_bytes:
-            raise CallError(
-                f"rows: call and answer take {layout.slot_bytes} bytes, a slot has "
-                f"{self._slot_bytes}; send fewer rows in one call"
-            )
-        slot = self._memory.slot(frame.call.slot, self._slot_bytes)
-        return slot[self._slot_bytes - layout.reply_bytes :]
+        start = _reply_start(self._slot_bytes, layout.reply_bytes)
+        slot = self._memory.slots[call_of(frame).slot]
+        return slot[start : start + layout.reply_bytes]
 
     def send_reply(self, frame: Frame, buffer: Tensor) -> None:
         self._sock.send(frame)
@@ -272,8 +195,54 @@ class ShmSession:
         if self._memory is not None:
             self._memory.close()
 
+    def _take(self, frame: Frame) -> Inbound:
+        if not (frame.HasField("call") or frame.HasField("backward")):
+            return Inbound(frame)
+        assert self._memory is not None
+        call, slots = call_of(frame), self._memory.slots
+        if call.slot >= len(slots) or call.payload_bytes > self._slot_bytes:
+            raise HostLost(
+                f"{self.router}: slot {call.slot} with {call.payload_bytes} bytes, but there "
+                f"are {len(slots)} slots of {self._slot_bytes}"
+            )
+        return Inbound(frame, slots[call.slot][: call.payload_bytes])
 
-def _sealed(fd: int) -> bool:
+    def _greet(self) -> list[Inbound]:
+        """The first datagram: Hello, with the router's memory."""
+        frame, fds = self._sock.receive_first()
+        if frame is None:
+            return []
+        hello = frame.hello
+        try:
+            _check(hello.wire_version, repr(hello.router))
+            if not fds or not _sane(hello) or not _sealed(fds[0], hello):
+                raise HostLost(f"{hello.router!r}: Hello without a sealed memfd of its slots")
+            self._memory = _Memory(fds[0], hello.slots, hello.slot_bytes)
+        except OSError as error:
+            raise HostLost(f"{hello.router!r}: its memory cannot be mapped: {error}") from error
+        finally:
+            close_all(fds)
+        self._slot_bytes = hello.slot_bytes
+        self.router = hello.router
+        return [Inbound(frame)]
+
+
+def _check(version: int, peer: str) -> None:
+    try:
+        check_version(version, peer)
+    except CallError as error:
+        raise HostLost(str(error)) from error
+
+
+def _sane(hello: Hello) -> bool:
+    aligned = hello.slot_bytes % ALIGNMENT_BYTES == 0
+    return 1 <= hello.slots <= MAX_SLOTS and 1 <= hello.slot_bytes <= MAX_SLOT_BYTES and aligned
+
+
+def _sealed(fd: int, hello: Hello) -> bool:
+    """A memfd that could shrink would turn a router's mistake into this host's SIGBUS."""
+    if os.fstat(fd).st_size != hello.slots * hello.slot_bytes:
+        return False
     try:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK != 0
     except OSError as error:
@@ -306,7 +275,7 @@ class ShmListener:
                 sock, _ = self._sock.accept()
             except BlockingIOError:
                 return sessions
-            if _same_user(sock):
+            if same_user(sock):
                 sessions.append(ShmSession(sock))
             else:
                 sock.close()

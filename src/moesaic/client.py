@@ -1,8 +1,10 @@
 """A client of the HTTP endpoint: needs httpx, and neither Ray nor torch.
 
-with Client("http://127.0.0.1:8000") as client:
-    for chunk in client.stream_chat("What is a mosaic?"):
-        print(chunk.text, end="")
+Example:
+
+    with Client("http://127.0.0.1:8000") as client:
+        for chunk in client.stream_chat("What is a mosaic?"):
+            print(chunk.text, end="")
 """
 
 from __future__ import annotations

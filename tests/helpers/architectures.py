@@ -38,6 +38,30 @@ _MLA: dict[str, Any] = {
 }
 _E8: dict[str, Any] = {"num_experts": 8}
 _L8: dict[str, Any] = {"num_local_experts": 8}
+_N8: dict[str, Any] = {"n_routed_experts": 8}
+_DENSE_SPARSE: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
+_INDEXED: dict[str, Any] = {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 2}
+_LINEAR: dict[str, Any] = {
+    "shared_expert_intermediate_size": 24,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_SLIDING: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+}
+_INKLING: dict[str, Any] = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": 8,
+    "d_rel": 4,
+    "rel_extent": 32,
+    "layer_types": ["hybrid_sliding", "hybrid"],
+}
 
 # What each architecture needs beyond _COMMON.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -47,15 +71,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phimoe": _L8,
     "qwen2_moe": _E8 | {"shared_expert_intermediate_size": 24},
     "qwen3_moe": _E8,
-    "qwen3_next": _E8
-    | {
-        "shared_expert_intermediate_size": 24,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention"],
-    },
+    "qwen3_next": _E8 | _LINEAR,
     "olmoe": _E8 | {"num_key_value_heads": 4},
     "flex_olmo": _E8 | {"num_key_value_heads": 4},
     "cohere2_moe": _E8,
@@ -73,13 +89,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
     "granitemoe": _L8,
     "granitemoeshared": _L8 | {"shared_intermediate_size": 24},
-    "gpt_oss": _L8 | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+    "gpt_oss": _L8 | _SLIDING,
     "gemma4_text": _E8
+    | _SLIDING
     | {
         "enable_moe_block": True,
         "top_k_experts": 2,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "sliding_window": 8,
         "global_head_dim": 8,
         "vocab_size_per_layer_input": 96,
         "hidden_size_per_layer_input": 8,
@@ -92,6 +107,92 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "aria_text": {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "axk1": _MLA,
+    "axk2": _MLA | _INDEXED,
+    "bailing_hybrid": _E8
+    | _MLA
+    | {
+        "num_shared_experts": 1,
+        "num_experts_per_token": 2,
+        "num_expert_group": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["sparse", "sparse"],
+    },
+    "beam": _E8 | _SLIDING | _DENSE_SPARSE | {"n_group": 2, "topk_group": 1},
+    "deepseek_v32": _MLA | _INDEXED | _DENSE_SPARSE,
+    # The first layer's gate hashes input ids.
+    "deepseek_v4": _N8
+    | {
+        "n_shared_experts": 1,
+        "mlp_layer_types": ["hash_moe", "moe"],
+        "num_key_value_heads": 1,
+        "q_lora_rank": 16,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "sliding_window": 8,
+        "swiglu_limit": 1.0,
+    },
+    "dots3_note_text": _MLA
+    | _INDEXED
+    | _DENSE_SPARSE
+    | {"n_group": 1, "shared_experts_intermediate_size": 24},
+    "exaone_moe": _E8 | _SLIDING | {"num_shared_experts": 1},
+    "flint": _E8
+    | {"shared_expert_intermediate_size": 24, "mlp_only_layers": [], "sliding_window": 8},
+    "glm4_moe_lite": _MLA | _DENSE_SPARSE,
+    "glm_moe_dsa": _MLA | _INDEXED | _DENSE_SPARSE,
+    "granitemoe_swa": _L8 | {"sliding_window": 8},
+    "granitemoehybrid": _L8
+    | {
+        "shared_intermediate_size": 24,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_expand": 2,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "hy_v3": _E8 | {"num_shared_experts": 1},
+    "hy_v4": _MLA | _INDEXED | _DENSE_SPARSE | {"n_group": 1},
+    "inkling_text": _N8 | _INKLING | {"logits_mup_width_multiplier": 1.0},
+    "inkling2_text": _N8 | _INKLING,
+    "kimi_linear": _MLA
+    | _L8
+    | {
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "kolibri1": _L8 | {"shared_expert_intermediate_size": 24},
+    "laguna": _E8 | {"shared_expert_intermediate_size": 24},
+    "mellum": _L8,
+    "mimo_v2_flash": _N8 | {"sliding_window": 8},
+    "minimax_m3_vl_text": _L8
+    | {"shared_intermediate_size": 24, "dense_intermediate_size": 24}
+    | {"rotary_dim": 4, "swiglu_limit": 1.0},
+    "qwen3_5_moe_text": _E8 | _LINEAR,
+    "qwen4_exp_text": _E8
+    | _LINEAR
+    | {
+        "hc_lowrank": 8,
+        "hc_count": 2,
+        "ngram_vocab_size_base": 64,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 2,
+        "heads_per_ngram": 2,
+        "ple_embed_dim": 16,
+        "ple_layer_ids": [1],
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "solar_open": _N8 | {"n_shared_experts": 1},
+    "zaya": _E8 | {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 
 

@@ -4,67 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import aclosing, contextmanager
-from typing import Any, cast
+from contextlib import aclosing
 
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 from moesaic.actors.engine import Delta, Engine, EngineConfig, Sampling, TransformersEngine
 from moesaic.proto.errors import Busy, EngineError, RequestError, UnsupportedModel
+from tests.helpers.engines import SMALL, deltas, reference, running, tokens, until_idle
 from tests.helpers.tiny import tiny_mixtral
 
 PROMPTS = [[(7 * n + 3 * k) % 300 + 3 for k in range(1 + 5 * n % 37)] for n in range(16)]
-SMALL = EngineConfig(page_size=8, num_blocks=64, max_batch_tokens=32, max_requests=16)
 
 
 @pytest.fixture(scope="module")
 def model() -> MixtralForCausalLM:
     return tiny_mixtral()
-
-
-@contextmanager
-def running(
-    model: MixtralForCausalLM | LlamaForCausalLM, config: EngineConfig = SMALL
-) -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(model, config=config)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-async def deltas(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> list[Delta]:
-    async with asyncio.timeout(60):
-        return [delta async for delta in engine.generate("test", prompt, sampling)]
-
-
-async def tokens(engine: Engine, prompt: Sequence[int], max_tokens: int = 24) -> list[int]:
-    found = await deltas(engine, prompt, Sampling(max_tokens=max_tokens))
-    return [token_id for delta in found for token_id in delta.token_ids]
-
-
-def reference(
-    model: MixtralForCausalLM | LlamaForCausalLM, prompt: Sequence[int], max_tokens: int = 24
-) -> list[int]:
-    ids = torch.tensor([list(prompt)])
-    whole = cast(Any, model).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    return whole[0, len(prompt) :].tolist()
-
-
-async def until_idle(engine: TransformersEngine) -> None:
-    async with asyncio.timeout(10):
-        while engine.stats().running or engine.stats().waiting:
-            await asyncio.sleep(0.005)
 
 
 async def test_greedy_tokens_equal_generate_alone_and_together(model: MixtralForCausalLM) -> None:

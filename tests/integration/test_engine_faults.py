@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from moesaic.actors.engine import EngineConfig, Sampling, TransformersEngine
 from moesaic.proto.errors import EngineError, ExpertUnavailable, InternalError
+from tests.helpers.engines import deltas, reference, running, tokens, until_idle
 from tests.helpers.tiny import tiny_mixtral
-from tests.integration.test_engine import deltas, reference, running, tokens, until_idle
 
 BAD_TOKEN = 300  # a prompt token whose rows the faulty experts fail
 
@@ -181,7 +182,31 @@ async def test_a_model_that_always_fails_is_reported_and_nobody_hangs(
                     await tokens(engine, [5])
         assert "always" in str(engine.stats().last_error)
         before = threading.active_count()
+        start = time.monotonic()
+    # Also while it waits for its next try.
+    assert time.monotonic() - start < 5
     assert threading.active_count() == before - 1
+
+
+async def test_a_token_is_given_out_before_the_next_step_is_made(
+    experts: Callable[[Experts], None],
+) -> None:
+    """No batching timer, no polling: a step may only begin when the last token has arrived."""
+    may_step = threading.Semaphore(1)
+    model = tiny_mixtral(experts_implementation="moesaic_faulty", layers=1)
+
+    def gated(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        assert may_step.acquire(timeout=30)
+        return eager(module, x_TH, ids_TK, weights_TK)
+
+    experts(gated)
+    arrived = 0
+    with running(model) as engine:
+        async for delta in engine.generate("one", [5], Sampling(max_tokens=20)):
+            assert len(delta.token_ids) == 1
+            arrived += 1
+            may_step.release()
+    assert arrived == 20
 
 
 async def test_a_step_that_stands_still_ends_its_requests(

@@ -15,8 +15,8 @@ import pytest
 from moesaic.actors.engine import Sampling, TransformersEngine
 from moesaic.client import Client
 from moesaic.proto.errors import ExpertUnavailable
+from tests.helpers.engines import reference
 from tests.helpers.service import TEXT, TOKENIZER, Service, running_service
-from tests.integration.test_engine import reference
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
 

@@ -1,0 +1,132 @@
+"""Two Ray nodes in network namespaces of their own: hosts on both, gRPC between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.integration.conftest import save_model
+
+RAY = str(Path(sys.executable).parent / "ray")
+START_S = 60.0
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[tuple[str, str]]]:
+    """(namespace, address) of two nodes joined by a pair of virtual interfaces."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and iproute2")
+    tag = secrets.token_hex(3)
+    nodes = [(f"moe-{tag}-{i}", f"10.231.7.{i + 1}") for i in range(2)]
+    try:
+        for name, _ in nodes:
+            ip("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces are not allowed here: {error.stderr.decode().strip()}")
+    try:
+        links = [f"moe{tag}{i}" for i in range(2)]
+        ip("link", "add", links[0], "type", "veth", "peer", "name", links[1])
+        for (name, address), link in zip(nodes, links, strict=True):
+            ip("link", "set", link, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield nodes
+    finally:
+        for name, _ in nodes:
+            ip("netns", "del", name)
+
+
+def start_node(
+    stack: ExitStack, namespace: str, words: list[str], environment: dict[str, str], log: Path
+) -> None:
+    """`ray start --block` in a process group of its own, ended with the stack."""
+    with log.open("wb") as sink:
+        node = subprocess.Popen(
+            ["ip", "netns", "exec", namespace, RAY, "start", "--block", *words],
+            env=environment,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    stack.callback(end_group, node)
+    deadline = time.monotonic() + START_S
+    while "Ray runtime started" not in log.read_text():
+        assert node.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+@pytest.mark.timeout(400)
+def test_hosts_on_two_nodes(namespaces: list[tuple[str, str]], tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "mixtral", num_experts_per_tok=4)
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Every process of a Ray cluster must show the same token.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "MOESAIC_CACHE": str(tmp_path / "cache"),
+    }
+    (head, head_ip), (worker, worker_ip) = namespaces
+    common = ["--num-cpus=8", "--object-store-memory=100000000", "--disable-usage-stats"]
+    with ExitStack() as stack:
+        # Ray's sockets lie below it, and their names may have 107 characters.
+        ray_dir = stack.enter_context(TemporaryDirectory(prefix="moe", dir="/tmp"))
+        start_node(
+            stack,
+            head,
+            ["--head", f"--node-ip-address={head_ip}", "--port=6399", "--include-dashboard=false"]
+            + [*common, f"--temp-dir={ray_dir}"],
+            environment,
+            tmp_path / "head.log",
+        )
+        start_node(
+            stack,
+            worker,
+            [f"--address={head_ip}:6399", f"--node-ip-address={worker_ip}", *common],
+            environment,
+            tmp_path / "worker.log",
+        )
+        driver = subprocess.run(
+            ["ip", "netns", "exec", head, sys.executable, "-m", "tests.e2e.two_nodes", str(folder)],
+            env=environment | {"RAY_ADDRESS": f"{head_ip}:6399"},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        lines = [line for line in driver.stdout.splitlines() if line.startswith("REPORT ")]
+        assert lines, driver.stdout + driver.stderr
+    report = json.loads(lines[0].removeprefix("REPORT "))
+    assert report["text"] == report["expected"]
+    assert len(set(report["nodes"])) == 2
+    assert all(calls > 0 for calls in report["calls"])

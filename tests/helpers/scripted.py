@@ -1,0 +1,73 @@
+"""An engine that does what its prompt says; for tests across processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from moesaic.actors.engine import Delta, EngineStats, Limits, Sampling
+from moesaic.proto.errors import ERRORS, RequestError
+
+CODES = sorted(ERRORS)
+# First token of a prompt: what to do. Above these: raise the error of that number in CODES.
+COUNT, WAIT, DIE, DEFECT = range(4)
+ERROR, LATE_ERROR = 100, 200
+
+
+def scripted_error(number: int) -> Exception:
+    kind = ERRORS[CODES[number]]
+    if issubclass(kind, RequestError):
+        return kind(f"this is {kind.__name__}", param="prompt")
+    return kind(f"this is {kind.__name__}")
+
+
+class ScriptedEngine:
+    """Meets ``Engine``."""
+
+    limits = Limits(max_prompt_tokens=300, max_total_tokens=400, max_requests=8, vocab_size=320)
+
+    def __init__(self) -> None:
+        self.running = 0
+
+    def start(self) -> None:
+        pass
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[Delta, None]:
+        self.running += 1
+        try:
+            what = prompt_ids[0]
+            if ERROR <= what < LATE_ERROR:
+                raise scripted_error(what - ERROR)
+            if what == DEFECT:
+                raise KeyError("a defect")
+            for n in range(sampling.max_tokens):
+                yield Delta((40 + n % 50,), "length" if n + 1 == sampling.max_tokens else None)
+                if what == WAIT:
+                    await asyncio.sleep(60)
+                if what == DIE and n == 2:
+                    await asyncio.sleep(0.5)  # so that the first tokens are on their way
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if what >= LATE_ERROR and n == 2:
+                    raise scripted_error(what - LATE_ERROR)
+        finally:
+            self.running -= 1
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running=self.running, healthy=True)
+
+    def close(self) -> None:
+        pass
+
+
+def scripted_engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+async def more_status() -> dict[str, Any]:
+    """What the pool would add to ``/status``."""
+    return {"hosts": 3}
