@@ -145,8 +145,10 @@ class _PoolEngine(TransformersEngine):
         trunk.router.on_rows_lost = self.fail_rows
 
     def close(self) -> None:
-        super().close()
-        self._trunk.close()
+        try:
+            super().close()
+        finally:
+            self._trunk.close()
 
 
 def engine_factory(config: TrunkConfig) -> Callable[[], Engine]:

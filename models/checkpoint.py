@@ -9,7 +9,6 @@ whose first dimension is the expert.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -30,49 +29,11 @@ from transformers.core_model_loading import (
 
 from ..kernels.ffn import ExpertForm, ExpertWeights
 from ..proto.errors import CheckpointError
+from .files import open_weights, weight_files
 from .trunk import ExpertsLayer, expert_parameters, experts_layers, meta_model
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-
-
-def weight_files(path: Path) -> dict[str, str]:
-    """{tensor name: file name} of a model folder.
-
-    Raises CheckpointError for a missing or malformed index, and for file names that leave the
-    folder.
-    """
-    index = path / INDEX_FILE
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            names = {str(tensor): str(file) for tensor, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"{index}: not an index of safetensors files: {error!r}"
-            ) from error
-        for file in sorted(set(names.values())):
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{index}: weight_map names {file!r}; only *.safetensors files beside the "
-                    "index are read"
-                )
-            if not (path / file).is_file():
-                raise CheckpointError(f"{path / file}: missing, though {INDEX_FILE} names it")
-        return names
-    if not (path / SINGLE_FILE).is_file():
-        raise CheckpointError(
-            f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read"
-        )
-    with _open(path / SINGLE_FILE) as file:
-        return dict.fromkeys(file.keys(), SINGLE_FILE)
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: damaged or truncated: {error}") from error
+# Anything else is quantised, and means something only together with its scales.
+_PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,31 +155,52 @@ class Checkpoint:
                 collected[pattern] = [self._tensor(key, None)]
             else:
                 collected[pattern] = [self._tensor(source.keys[pattern, None], expert)]
+        shapes = {pattern: tuple(found[0].shape) for pattern, found in collected.items()}
         if source.converter is None:
             (tensor,) = collected[patterns[0]]
         else:
-            for operation in source.converter.operations:
-                collected = operation.convert(
-                    collected,
-                    source_patterns=source.converter.source_patterns,
-                    target_patterns=source.converter.target_patterns,
-                    full_layer_name=target,
-                    model=self.model,
-                    config=self.config,
-                    missing_keys=None,
-                )
-            (tensor,) = collected.values()
-            if isinstance(tensor, list):
-                (tensor,) = tensor
+            try:
+                tensor = self._convert(source.converter, collected, target)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise CheckpointError(
+                    f"{self.path}: expert {expert} of {target}: the tensors on disk do not make "
+                    f"it: {shapes}: {error}"
+                ) from error
         return tensor if expert is None else tensor[0]
+
+    def _convert(self, converter: WeightConverter, collected: dict[str, Any], target: str) -> Any:
+        """Run transformers' own operations on what was read."""
+        for operation in converter.operations:
+            collected = operation.convert(
+                collected,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=target,
+                model=self.model,
+                config=self.config,
+                missing_keys=None,
+            )
+        (tensor,) = collected.values()
+        if isinstance(tensor, list):
+            (tensor,) = tensor
+        return tensor
 
     def _tensor(self, key: str, expert: int | None) -> Tensor:
         """A tensor on disk; of a fused one the slice [expert : expert + 1]."""
         file = self.path / self._files[key]
-        with _open(file) as opened:
+        with open_weights(file) as opened:
             try:
                 if expert is None:
-                    return opened.get_tensor(key)
-                return opened.get_slice(key)[expert : expert + 1]
+                    tensor = opened.get_tensor(key)
+                else:
+                    tensor = opened.get_slice(key)[expert : expert + 1]
             except (SafetensorError, OSError, IndexError) as error:
                 raise CheckpointError(f"{file}: {key}: {error}") from error
+        if expert is not None and not tensor.shape[0]:
+            raise CheckpointError(f"{file}: {key} has no expert {expert}")
+        if tensor.dtype not in _PLAIN_DTYPES:
+            raise CheckpointError(
+                f"{file}: {key} is {tensor.dtype}; quantised weights are not supported, give the "
+                "model in float32, bfloat16 or float16"
+            )
+        return tensor

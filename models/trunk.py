@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 from ..kernels.ffn import ExpertForm
 from ..proto.errors import CheckpointError, UnsupportedModel
+from .files import weight_files
 
 IMPLEMENTATION = "moesaic"
 
@@ -124,9 +127,17 @@ def read_config(path: Path) -> PretrainedConfig:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; give the folder of a Hugging Face model")
     try:
-        return AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise CheckpointError(f"{path}/config.json: {error}") from error
+        # Code of the model's own is never run, and nobody is asked whether it may.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{path}/config.json: {text}") from error
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModel(
+            f"{path}/config.json: quantization_config: quantised weights are not supported; give "
+            "the model in float32, bfloat16 or float16"
+        )
+    return config
 
 
 def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
@@ -140,13 +151,15 @@ def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of ``config`` on the meta device: shapes and forms, no memory."""
+    _causal_class(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise UnsupportedModel(
-            f"model_type: {config.model_type!r} is no causal language model of transformers: "
-            f"{str(error).splitlines()[0]}"
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (
+        ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError
+    ) as error:  # fmt: skip
+        raise CheckpointError(
+            f"config.json: no model of type {config.model_type!r} can be built of it: {error}"
         ) from error
 
 
@@ -161,13 +174,17 @@ def strip_experts(model: nn.Module) -> None:
                 submodule._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
 
 
-def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+def _causal_class(config: PretrainedConfig) -> Any:
     try:
-        base: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        return AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise UnsupportedModel(
             f"model_type: {config.model_type!r} is no causal language model of transformers"
         ) from None
+
+
+def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    base = _causal_class(config)
 
     def init(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
@@ -194,6 +211,7 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
     """
     config = read_config(path)
     experts_layers(meta_model(config))
+    weight_files(path)  # transformers would follow any file name, and read pickles
     try:
         loaded: Any = _trunk_class(config).from_pretrained(
             path,
@@ -201,13 +219,20 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
             dtype=dtype,
             experts_implementation=IMPLEMENTATION,
             output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they can be named
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     trunk, info = loaded
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise CheckpointError(f"{path}: the checkpoint lacks {missing}")
+    if info["mismatched_keys"]:
+        name, given, wanted = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(
+            f"{path}: {name} has shape {tuple(given)}, the configuration gives {tuple(wanted)}"
+        )
     trunk.requires_grad_(False)
     return trunk.to(device).eval()
 

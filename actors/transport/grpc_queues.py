@@ -24,6 +24,10 @@ from .base import Inbound
 from .grpc_codec import PARTS, decode, encode
 from .mailbox import Mailbox
 
+# A side that has taken nothing for so long, beyond the bounds of what may wait for it, is lost.
+STALL_S = 2.0
+# How long closing waits for threads, and for a last frame to leave.
+CLOSE_S = 1.0
 # What a frame counts for beside its tensors, so that a flood of small ones is bounded too.
 _FRAME_BYTES = 16 << 10
 

@@ -83,7 +83,9 @@ def test_the_same_tokens_alone_and_together(cluster: Cluster, count: int, tokens
                 temperature=0,
                 stream=True,
             )
-            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            return "".join(
+                chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices
+            )
 
         alone = [answer(prompt) for prompt in PROMPTS[:count]]
         with ThreadPoolExecutor(count) as pool:

@@ -1,0 +1,114 @@
+"""A host's side of a gRPC stream; `grpc_stream.py` says how streams behave."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import grpc
+import torch
+from torch import Tensor
+
+from ...proto.errors import CallError, HostLost, MoesaicError
+from ...proto.expert_pb2 import Frame
+from ...proto.wire import MAX_PAYLOAD_BYTES, CallLayout
+from .base import Inbound, check_version
+from .grpc_border import from_grpc, to_grpc
+from .grpc_queues import CLOSE_S, STALL_S, Inbox, Outbox
+
+
+class GrpcSession:
+    """A host's side of one connection, which is one RPC."""
+
+    def __init__(self, context: grpc.ServicerContext, max_held_bytes: int) -> None:
+        self.router = ""
+        self._context = context
+        self._max_held_bytes = max_held_bytes
+        self._over = threading.Event()
+        self._reader: threading.Thread | None = None
+        moved = threading.Event()
+        self._outbox = Outbox(moved)
+        self._inbox = Inbox(
+            context.peer(),
+            moved,
+            kinds=("hello", "call", "backward", "cancel", "ping"),
+            max_payload_bytes=MAX_PAYLOAD_BYTES,
+            accept=self._accept,
+        )
+
+    @property
+    def slot_bytes(self) -> int:
+        return 2 * MAX_PAYLOAD_BYTES
+
+    def fileno(self) -> int:
+        return self._inbox.fileno()
+
+    def receive(self) -> list[Inbound]:
+        return self._inbox.receive()
+
+    def reply_buffer(self, frame: Frame, layout: CallLayout) -> Tensor:
+        return torch.empty(layout.reply_bytes, dtype=torch.uint8)
+
+    def send_reply(self, frame: Frame, buffer: Tensor) -> None:
+        self._inbox.check_open()
+        if self._outbox.unsent_bytes > self._max_held_bytes and self._outbox.stalled_s() > STALL_S:
+            self._inbox.end(HostLost(f"{self.router}: has taken nothing for {STALL_S:g} s"))
+            self._context.cancel()
+            self._inbox.check_open()
+        self._outbox.send_tensors("reply", frame, buffer.numpy().data[: frame.reply.payload_bytes])
+
+    def send(self, frame: Frame) -> None:
+        self._inbox.check_open()
+        self._outbox.send(frame)
+
+    def close(self) -> None:
+        """What was sent goes out first, if the router takes it within `CLOSE_S`."""
+        self._inbox.end(HostLost(f"{self.router}: closed on this side"))
+        self._outbox.finish()
+        if not self._over.wait(CLOSE_S):
+            self._context.cancel()
+            self._over.wait(CLOSE_S)
+        if self._reader is not None:
+            self._reader.join(CLOSE_S)
+        self._inbox.close()
+
+    def _holds_too_much(self) -> bool:
+        held = self._inbox.waiting_bytes + self._outbox.unsent_bytes
+        return held > self._max_held_bytes
+
+    # ---- gRPC's threads -------------------------------------------------------------------------
+
+    def serve(self, messages: Iterator[bytes]) -> Iterator[bytes]:
+        """Begin to read; what is returned is written by the thread that gRPC gave this RPC."""
+        if not self._context.add_callback(self._over.set):
+            self._over.set()
+        self._reader = threading.Thread(
+            target=self._read, args=(messages,), name=f"from-{self._inbox.peer}", daemon=True
+        )
+        self._reader.start()
+        return self._outbox
+
+    def _accept(self, kind: str, frame: Frame) -> bool:
+        if (kind == "hello") == bool(self.router):
+            raise CallError(
+                f"a frame of kind {kind!r} {'after' if self.router else 'before'} Hello"
+            )
+        if kind == "hello":
+            check_version(frame.hello.wire_version, frame.hello.router)
+            if not frame.hello.router:
+                raise CallError("router: a Hello without the router's name")
+            self.router = self._inbox.peer = frame.hello.router
+        return True
+
+    def _read(self, messages: Iterator[bytes]) -> None:
+        end: MoesaicError = HostLost(f"{self._inbox.peer}: the router closed the connection")
+        try:
+            self._inbox.read(messages, full=self._holds_too_much)
+        except grpc.RpcError as error:
+            end = from_grpc(error, self._inbox.peer)
+        self._inbox.end(end)
+        if isinstance(self._inbox.error, CallError):
+            code, details = to_grpc(self._inbox.error)
+            self._context.set_code(code)
+            self._context.set_details(details)
+        self._outbox.finish()

@@ -1,0 +1,146 @@
+"""Decoding with the demo model: the pool against plain transformers, same batching, same cores.
+
+    python -m benchmarks.decode [--json PATH] [--dtype bfloat16]
+
+Every contender is the same continuous-batching engine in this process; `plain` has all weights,
+the others have their experts in 1, 2 or 4 host processes. Prompts of 32 tokens, greedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.hosts import NODE, host_processes, place
+from benchmarks.measure import Comparison, report
+from moesaic.actors.engine import EngineConfig, Sampling, TransformersEngine
+from moesaic.actors.router import Router
+from moesaic.actors.store import ModelRef
+from moesaic.models.demo import demo_model
+from moesaic.models.trunk import (
+    connect_experts,
+    experts_layers,
+    load_trunk,
+    meta_model,
+    read_config,
+)
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 48
+BATCHES = (1, 8, 32)
+HOSTS = (1, 2, 4)
+CONFIG = EngineConfig(num_blocks=256, max_batch_tokens=512, max_requests=32)
+
+
+async def tokens_per_s(
+    engine: TransformersEngine, prompts: Sequence[Sequence[int]]
+) -> tuple[float, float]:
+    """(tokens/s from the first token of all to the last, seconds to the first token, median)."""
+    firsts: list[float] = []
+    start = time.perf_counter()
+
+    async def one(index: int, prompt: Sequence[int]) -> int:
+        count = 0
+        sampling = Sampling(max_tokens=NEW_TOKENS)
+        stream: AsyncIterator = engine.generate(f"{index}", prompt, sampling)
+        async for delta in stream:
+            if count == 0:
+                firsts.append(time.perf_counter() - start)
+            count += len(delta.token_ids)
+        return count
+
+    counts = await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts)))
+    return sum(counts) / (time.perf_counter() - start), statistics.median(firsts)
+
+
+def prompts_of(folder: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = " ".join(path.read_text() for path in sorted(Path(os.__file__).parent.glob("a*.py")))
+    ids = tokenizer(text[:40_000]).input_ids
+    return [ids[i * PROMPT_TOKENS : (i + 1) * PROMPT_TOKENS] for i in range(max(BATCHES))]
+
+
+async def run(dtype: torch.dtype, rounds: int) -> list[Comparison]:
+    folder = demo_model()
+    layers = experts_layers(meta_model(read_config(folder)))
+    ref = ModelRef(name="demo", dtype=str(dtype).removeprefix("torch."), path=str(folder))
+    prompts = prompts_of(folder)
+    engines: dict[str, TransformersEngine] = {}
+    async with AsyncExitStack() as stack:
+        cleanup = stack.enter_context(ExitStack())
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        engines["plain"] = TransformersEngine(plain, config=CONFIG)
+        for count in HOSTS:
+            hosts = cleanup.enter_context(host_processes(count))
+            router = Router(name=f"bench-{count}", node=NODE)
+            cleanup.callback(router.close)
+            router.place(place(hosts, ref, {la.layer: la.num_experts for la in layers}))
+            router.wait_ready(30.0)
+            trunk = load_trunk(folder, dtype=dtype, device=torch.device("cpu"))
+            connect_experts(trunk, layers, lambda la, r=router: r.experts("demo", la))
+            engines[f"{count} hosts"] = TransformersEngine(trunk, config=CONFIG)
+        for engine in engines.values():
+            engine.start()
+            cleanup.callback(engine.close)
+            await tokens_per_s(engine, prompts[:2])
+        found = []
+        for batch in BATCHES:
+            speeds: dict[str, list[float]] = {name: [] for name in engines}
+            firsts: dict[str, list[float]] = {name: [] for name in engines}
+            for _ in range(rounds):
+                for name, engine in engines.items():
+                    speed, first = await tokens_per_s(engine, prompts[:batch])
+                    speeds[name].append(speed)
+                    firsts[name].append(first)
+            for name in list(engines)[1:]:
+                found += _comparisons(batch, name, speeds, firsts)
+    return found
+
+
+def _comparisons(
+    batch: int, name: str, speeds: dict[str, list[float]], firsts: dict[str, list[float]]
+) -> list[Comparison]:
+    """Per token and to the first token; 0.9 of the tokens per second is 1 / 0.9 of the time."""
+    made = []
+    for what, times in (
+        ("s/token", {n: [1 / s for s in found] for n, found in speeds.items()}),
+        ("first token", firsts),
+    ):
+        ratios = [ours / base for ours, base in zip(times[name], times["plain"], strict=True)]
+        judged = what == "s/token" and name == "2 hosts" and batch in (8, 32)
+        made.append(
+            Comparison(
+                case=f"batch {batch}, {what}",
+                ours=name,
+                base="plain",
+                seconds={n: statistics.median(times[n]) for n in (name, "plain")},
+                ratio=statistics.median(ratios),
+                target=1 / 0.9 if judged else None,
+            )
+        )
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    arguments = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(os.cpu_count() or 1)
+    found = asyncio.run(run(getattr(torch, arguments.dtype), arguments.rounds))
+    report(f"Decoding, demo model, {arguments.dtype}", found, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

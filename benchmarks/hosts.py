@@ -1,0 +1,115 @@
+"""Expert hosts as processes of their own, without Ray, for benchmarks.
+
+python -m benchmarks.hosts NAME THREADS      (started by `host_processes`)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from moesaic.actors.host import ExpertHost
+from moesaic.actors.store import ModelRef
+from moesaic.cluster.placement import (
+    ExpertKey,
+    HostEntry,
+    ModelShape,
+    Number,
+    Placement,
+    experts_of,
+    spread,
+)
+
+NODE = "benchmark"
+START_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostProcess:
+    entry: HostEntry
+    process: subprocess.Popen[str]
+
+    def tell(self, command: Mapping[str, Any]) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline() or '{"error": "it is gone"}')
+        if "error" in answer:
+            raise RuntimeError(f"{self.entry.host}: {answer['error']}")
+        return answer
+
+
+@contextmanager
+def host_processes(count: int, *, threads: int | None = None) -> Iterator[list[HostProcess]]:
+    """``count`` hosts that share the machine's cores out evenly."""
+    share = threads or max(1, (os.cpu_count() or 1) // count)
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(share)}
+    with ExitStack() as stack:
+        started = []
+        for index in range(count):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.hosts", f"host-{index}", str(share)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            stack.callback(_end, process)
+            assert process.stdout is not None
+            entry = HostEntry(**json.loads(process.stdout.readline()))
+            started.append(HostProcess(entry=entry, process=process))
+        yield started
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(20)
+
+
+def place(
+    hosts: Sequence[HostProcess], ref: ModelRef, experts: Mapping[int, int], *, load: bool = True
+) -> Placement:
+    """Spread a model over ``hosts``; without ``load`` its weights are put by the caller."""
+    shape = ModelShape(model=ref.name, experts=dict(experts))
+    layers = spread([shape], [host.entry.host for host in hosts])
+    for host in hosts:
+        keys = [tuple(key) for key in experts_of(layers, host.entry.host)]
+        described = dataclasses.asdict(ref) | {"config": dict(ref.config)}
+        host.tell({"model": described, "experts": dict(experts), "load": keys if load else []})
+    entries = {host.entry.host: host.entry for host in hosts}
+    return Placement(number=Number(1, 1), hosts=entries, layers=layers)
+
+
+def main(name: str, threads: int) -> None:
+    host = ExpertHost(name, node=NODE, threads=threads)
+    try:
+        print(json.dumps(dataclasses.asdict(host.entry())), flush=True)
+        for line in sys.stdin:
+            command = json.loads(line)
+            try:
+                ref = ModelRef(**command["model"])
+                experts = {int(layer): number for layer, number in command["experts"].items()}
+                shape = ModelShape(model=ref.name, experts=experts)
+                host.load([(ref, shape)], [ExpertKey(*key) for key in command["load"]])
+                print(json.dumps({"weight_bytes": host.report().weight_bytes}), flush=True)
+            except Exception as error:
+                print(json.dumps({"error": repr(error)}), flush=True)
+    finally:
+        host.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
