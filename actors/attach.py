@@ -17,7 +17,7 @@ from ..models.trunk import (
 )
 from ..proto.errors import ClusterError, UnsupportedModel
 from ..proto.wire import DTYPE_TO_WIRE
-from .launch import ask, controller_of
+from .ray_border import ask, controller_of
 from .store import SHARED, ModelRef, shared_parameters
 from .transport.weights import put_weights
 from .trunk import PoolTrunk, TrunkConfig

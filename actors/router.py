@@ -3,79 +3,47 @@
 A thin shell around `cluster/dispatch.py`: the calling thread itself sends, waits for all hosts at
 once and adds the answers up, so that no call passes through another thread.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token, N = T * K choices flattened,
-t and k = rows and columns of one send.
+Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import queue
-import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..cluster.dispatch import Dispatcher
-from ..cluster.events import (
-    Accept,
-    Cancel,
-    Command,
-    Connect,
-    Disconnect,
-    Event,
-    HostDown,
-    HostUp,
-    Ponged,
-    Probe,
-    Refresh,
-    Refused,
-    Replied,
-    Send,
-)
+from ..cluster.events import Accept, Cancel, Command, Connect, Disconnect, Probe, Refresh, Send
 from ..cluster.health import HostState, RouterPolicy
-from ..cluster.placement import HostEntry, LayerKey, Number, Placement
+from ..cluster.placement import LayerKey, Number, Placement
 from ..models.trunk import PoolFunction
 from ..proto.errors import (
     BadExpert,
     CallError,
     ClusterError,
     ExpertUnavailable,
-    HostLost,
     MoesaicError,
     from_wire,
 )
 from ..proto.expert_pb2 import Frame
-from ..proto.wire import DTYPE_TO_WIRE, CallLayout
-from .transport.base import Channel, Inbound
-from .transport.connect import TransportChoice, connect
+from ..proto.wire import DTYPE_TO_WIRE
+from .job import LayerJob
+from .links import Links
+from .transport.connect import TransportChoice
 
 log = logging.getLogger(__name__)
 
 # (rows of the trunk's batch, why they have no result); their values are zero.
 RowsLost = Callable[[list[int], MoesaicError], None]
-
-
-@dataclass(slots=True)
-class _Job:
-    """The tensors of the layer's call in progress."""
-
-    key: LayerKey
-    exact: bool
-    number: Number
-    x_TH: Tensor
-    weights_N: np.ndarray
-    ids_N: np.ndarray
-    top_k: int
-    parts: list[tuple[Send, Tensor]] = field(default_factory=list)
-    bad: list[tuple[int, list[int]]] = field(default_factory=list)  # (expert, rows)
+# So that a forgotten wake-up costs little.
+LONGEST_WAIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,21 +77,14 @@ class Router:
         self.policy = policy or RouterPolicy()
         # Set by a trunk's engine: rows without a result are reported, not raised.
         self.on_rows_lost: RowsLost | None = None
-        self._node = node
-        self._transport: TransportChoice = transport
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
-        self._channels: dict[str, Channel] = {}
-        self._max_rows: dict[str, int] = {}
-        self._payloads: dict[tuple[str, int], Inbound] = {}
+        self._links = Links(router=name, node=node, transport=transport, slots=self.policy.window)
         self._dead_rows: set[int] = set()
-        self._job: _Job | None = None
+        self._job: LayerJob | None = None
         self._calls = self._rows = self._rows_lost = 0
         self._lock = threading.RLock()
         self._placements: queue.SimpleQueue[Placement] = queue.SimpleQueue()
-        self._epoll = select.epoll()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._wake, select.EPOLLIN)
         self._closed = False
 
     # ---- life -----------------------------------------------------------------------------------
@@ -138,21 +99,24 @@ class Router:
             finally:
                 self._lock.release()
         else:
-            # Whoever holds the lock waits on this descriptor.
-            os.eventfd_write(self._wake, 1)
+            # Whoever holds the lock waits for the bell, too.
+            self._links.ring()
 
     def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
         """Wait until ``layers`` are placed and every host takes calls. Raises ClusterError."""
         deadline = time.monotonic() + timeout_s
-        with self._lock:
-            while not self._ready(layers):
-                if time.monotonic() >= deadline:
-                    states = {h: s.state.value for h, s in self._dispatcher.hosts.items()}
-                    raise ClusterError(
-                        f"router {self.name}: not ready after {timeout_s:g} s: hosts {states}, "
-                        f"{self._unplaced(layers)} of {len(layers)} layers not placed"
-                    )
-                self._wait(min(deadline, time.monotonic() + 0.2))
+        while True:
+            with self._lock:
+                if self._ready(layers):
+                    return
+                # Short, so that `place` gets the lock.
+                self._wait(min(deadline, time.monotonic() + 0.05))
+            if time.monotonic() >= deadline:
+                states = {h: s.state.value for h, s in self._dispatcher.hosts.items()}
+                raise ClusterError(
+                    f"router {self.name}: not ready after {timeout_s:g} s: hosts {states}, "
+                    f"{self._unplaced(layers)} of {len(layers)} layers not placed"
+                )
 
     def stats(self) -> RouterStats:
         dispatcher = self._dispatcher
@@ -164,18 +128,14 @@ class Router:
             ejections=dispatcher.ejections,
             rows_lost=self._rows_lost,
             placement=placement.number if placement else Number(0, 0),
-            hosts={name: host.state.value for name, host in dispatcher.hosts.items()},
+            hosts={name: host.state.value for name, host in list(dispatcher.hosts.items())},
         )
 
     def close(self) -> None:
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            for host in list(self._channels):
-                self._disconnect(host)
-            self._epoll.close()
-            os.close(self._wake)
+            if not self._closed:
+                self._closed = True
+                self._links.close()
 
     # ---- computing ------------------------------------------------------------------------------
 
@@ -208,59 +168,39 @@ class Router:
             if self._closed:
                 raise ClusterError(f"router {self.name}: closed")
             self._take_placements()
-            job = self._job = self._new_job(key, x_TH, ids_TK, weights_TK)
+            placement = self._dispatcher.placement
+            job = LayerJob(key, placement, x_TH, ids_TK, weights_TK, without=self._dead_rows)
+            self._job = job
             try:
                 self._run(job)
-                return self._combine(job).to(device=x_TH.device, dtype=x_TH.dtype)
+                out_TH = job.combine()
+                if job.bad_rows:
+                    self._report_bad(job)
             finally:
                 self._job = None
+            if self._dead_rows:
+                out_TH[[row for row in self._dead_rows if row < job.tokens]] = 0.0
+            return out_TH.to(device=x_TH.device, dtype=x_TH.dtype)
 
-    def _new_job(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> _Job:
-        placement = self._dispatcher.placement
-        ids = ids_TK.to(device="cpu", dtype=torch.int32).contiguous().numpy()
-        layer = placement.layers.get(key) if placement else None
-        if layer is not None:
-            # transformers marks choices that belong to nobody with the number of experts.
-            outside = (ids < 0) | (ids >= len(layer.replicas))
-            ids = np.where(outside, np.int32(-1), ids)
-        if self._dead_rows:
-            ids = ids.copy()
-            ids[sorted(self._dead_rows)] = -1
-        return _Job(
-            key=key,
-            exact=placement is not None and key.model in placement.exact,
-            number=placement.number if placement else Number(0, 0),
-            x_TH=x_TH.detach(),
-            weights_N=weights_TK.detach().to("cpu", torch.float32).reshape(-1).numpy(),
-            ids_N=ids.reshape(-1),
-            top_k=ids.shape[1],
-        )
-
-    def _run(self, job: _Job) -> None:
-        ids_TK = job.ids_N.reshape(-1, job.top_k)
+    def _run(self, job: LayerJob) -> None:
         self._calls += 1
-        self._rows += ids_TK.shape[0]
+        self._rows += job.tokens
         dispatcher = self._dispatcher
-        self._execute(
-            dispatcher.begin(job.key, ids_TK, max_rows=self._rows_per_call(job), now=_now())
-        )
+        max_rows = self._rows_per_call(job)
+        self._execute(dispatcher.begin(job.key, job.ids_TK, max_rows=max_rows, now=_now()))
         while dispatcher.outcome is None:
             self._wait(dispatcher.wake_at(_now()))
         outcome = dispatcher.outcome
         if outcome.ok:
             return
-        rows = sorted({int(n) // job.top_k for n in outcome.lost})
         if outcome.error is not None:
             error = from_wire(outcome.error.code, outcome.error.message)
         else:
-            missing = [str(job.key.expert(int(e))) for e in np.unique(job.ids_N[outcome.lost])]
             error = ExpertUnavailable(
-                f"{', '.join(missing[:4])}{' and others' if missing[4:] else ''}: no replica "
-                f"answered within {self.policy.deadline_s:g} s"
+                f"{job.names(outcome.lost)}: no replica answered within "
+                f"{self.policy.deadline_s:g} s"
             )
-        self._lose(rows, error)
-        # What was accepted of these rows would be a part of their sum only.
-        job.ids_N.reshape(-1, job.top_k)[rows] = -1
+        self._lose(sorted({int(n) // job.top_k for n in outcome.lost}), error)
 
     def _lose(self, rows: list[int], error: MoesaicError) -> None:
         self._rows_lost += len(rows)
@@ -269,170 +209,74 @@ class Router:
         self._dead_rows.update(rows)
         self.on_rows_lost(rows, error)
 
-    def _rows_per_call(self, job: _Job) -> int:
-        """Rows that fit in one call to every host, whatever choices they bring."""
-        slot_bytes = min((c.slot_bytes for c in self._channels.values()), default=1 << 20)
-        one = CallLayout.of(1, job.x_TH.shape[1], job.top_k, job.x_TH.dtype, job.exact)
-        fit = slot_bytes // (one.slot_bytes + 64)
-        if fit < 1:
-            raise CallError(
-                f"hidden: one row of {job.x_TH.shape[1]} with {job.top_k} choices takes "
-                f"{one.slot_bytes} bytes, a call may have {slot_bytes}"
-            )
-        return min(fit, *self._max_rows.values()) if self._max_rows else fit
-
-    def _combine(self, job: _Job) -> Tensor:
-        """Add the answers up, in an order that does not depend on when they came."""
-        tokens, hidden = job.x_TH.shape
-        if job.exact:
-            y_NH = torch.zeros(tokens * job.top_k, hidden)
-            for send, part_tkH in job.parts:
-                valid = torch.from_numpy(send.choice_tk >= 0)
-                y_NH[torch.from_numpy(send.choices)] = part_tkH[valid]
-            y_TKH = y_NH.view(tokens, job.top_k, hidden)
-            out = y_TKH[:, 0].clone()
-            for k in range(1, job.top_k):
-                out += y_TKH[:, k]
-        else:
-            job.parts.sort(key=lambda part: (part[0].host, part[0].choice_tk[0, 0]))
-            out = torch.zeros(tokens, hidden)
-            for send, part_tH in job.parts:
-                if send.token_t.size == tokens:
-                    out += part_tH
-                else:
-                    out.index_add_(0, torch.from_numpy(send.token_t), part_tH)
-        if self._dead_rows:
-            out[sorted(row for row in self._dead_rows if row < tokens)] = 0.0
-        if job.bad:
-            self._report_bad(job, out)
-        return out
-
-    def _report_bad(self, job: _Job, out: Tensor) -> None:
-        rows = sorted({row for _, rows in job.bad for row in rows})
-        names = ", ".join(str(job.key.expert(expert)) for expert, _ in job.bad)
+    def _report_bad(self, job: LayerJob) -> None:
+        """Values that are not finite: told to an engine, passed on to anybody else."""
+        rows = sorted({row for rows in job.bad_rows.values() for row in rows})
+        names = ", ".join(str(job.key.expert(expert)) for expert in sorted(job.bad_rows))
         error = BadExpert(f"{names}: output is not finite")
         log.error("router %s: %s; rows %s", self.name, error, rows)
         if self.on_rows_lost is not None:
-            out[rows] = 0.0
             self._lose(rows, error)
 
-    # ---- carrying out commands ------------------------------------------------------------------
+    def _rows_per_call(self, job: LayerJob) -> int:
+        """Rows that fit in one call to every host, whatever choices they bring."""
+        one = job.layout(1, job.top_k).slot_bytes
+        fit = self._links.slot_bytes // one
+        if fit < 1:
+            raise CallError(
+                f"hidden: one row of {job.hidden} with {job.top_k} choices takes {one} bytes, "
+                f"a call may have {self._links.slot_bytes}"
+            )
+        return min(fit, self._links.max_rows or fit)
+
+    # ---- the state machine's shell --------------------------------------------------------------
 
     def _execute(self, commands: Iterable[Command]) -> None:
         todo = deque(commands)
-        while todo:
-            command = todo.popleft()
-            try:
-                self._do(command)
-            except HostLost as lost:
-                host = command.entry.host if isinstance(command, Connect) else _host_of(command)
-                todo.extend(self._lost(host, lost))
+        while True:
+            for lost in self._links.take_lost():
+                todo.extend(self._dispatcher.handle(lost, _now()))
+            if not todo:
+                return
+            self._do(todo.popleft())
 
     def _do(self, command: Command) -> None:
         match command:
             case Send():
-                self._send(command)
+                job = self._job
+                assert job is not None
+                frame, layout = job.frame(command)
+                self._links.send_call(
+                    command.host, frame, layout, lambda buffer: job.write(command, layout, buffer)
+                )
             case Accept(send):
-                self._accept(send)
+                assert self._job is not None
+                self._job.accept(send, *self._links.reply(send.host, send.seq))
             case Connect(entry):
-                self._connect(entry)
+                self._links.connect(entry)
             case Disconnect(host):
-                self._disconnect(host)
+                self._links.disconnect(host)
             case Cancel(host, seq):
                 frame = Frame()
                 frame.cancel.seq = seq
-                self._tell(host, frame)
+                self._links.send(host, frame)
             case Probe(host):
                 frame = Frame()
                 frame.ping.seq = 0
-                self._tell(host, frame)
+                self._links.send(host, frame)
             case Refresh():
                 if self._refresh is not None:
                     self._refresh()
 
-    def _tell(self, host: str, frame: Frame) -> None:
-        channel = self._channels.get(host)
-        if channel is not None:
-            channel.send(frame)
-
-    def _send(self, send: Send) -> None:
-        job = self._job
-        channel = self._channels.get(send.host)
-        if channel is None:
-            raise HostLost(f"{send.host}: no connection")
-        assert job is not None
-        rows, top_k = send.choice_tk.shape
-        layout = CallLayout.of(rows, job.x_TH.shape[1], top_k, job.x_TH.dtype, job.exact)
-        frame = Frame()
-        call = frame.call
-        call.seq = send.seq
-        call.model, call.layer = job.key
-        call.term, call.epoch = job.number
-        call.incarnation = send.incarnation
-        call.timeout_us = max(0, int(send.timeout_s * 1e6))
-        call.rows, call.hidden, call.top_k = rows, job.x_TH.shape[1], top_k
-        call.dtype = DTYPE_TO_WIRE[job.x_TH.dtype]
-        call.exact = job.exact
-        call.payload_bytes = layout.call_bytes
-
-        def write(buffer: Tensor) -> None:
-            x_tH, ids_tk, weights_tk = layout.call_tensors(buffer)
-            if rows == job.x_TH.shape[0]:
-                x_tH.copy_(job.x_TH)
-            elif job.x_TH.device.type == "cpu":
-                torch.index_select(job.x_TH, 0, torch.from_numpy(send.token_t), out=x_tH)
-            else:
-                token_t = torch.from_numpy(send.token_t).to(job.x_TH.device)
-                x_tH.copy_(job.x_TH.index_select(0, token_t))
-            ids_tk.copy_(torch.from_numpy(send.ids_tk))
-            # An unused choice (-1) takes some weight; hosts skip it by its id.
-            weights_tk.copy_(torch.from_numpy(job.weights_N[send.choice_tk]))
-
-        channel.send_call(frame, layout, write)
-
-    def _accept(self, send: Send) -> None:
-        inbound = self._payloads.pop((send.host, send.seq))
-        job = self._job
-        assert job is not None
-        assert inbound.payload is not None
-        rows, top_k = send.choice_tk.shape
-        layout = CallLayout.of(rows, job.x_TH.shape[1], top_k, job.x_TH.dtype, job.exact)
-        part = layout.reply_tensor(inbound.payload).clone()
-        job.parts.append((send, part))
-        self._channels[send.host].release(send.seq)
-        for expert in inbound.frame.reply.bad_experts:
-            hit = (send.ids_tk == expert).any(axis=1)
-            broken = ~torch.isfinite(part.view(rows, -1)).all(dim=1).numpy()
-            job.bad.append((expert, send.token_t[hit & broken].tolist()))
-
-    def _connect(self, entry: HostEntry) -> None:
-        self._disconnect(entry.host)
-        channel = connect(
-            entry,
-            router=self.name,
-            node=self._node,
-            choice=self._transport,
-            slots=self.policy.window,
-        )
-        self._channels[entry.host] = channel
-        self._epoll.register(channel.fileno(), select.EPOLLIN)
-
-    def _disconnect(self, host: str) -> None:
-        channel = self._channels.pop(host, None)
-        self._max_rows.pop(host, None)
-        if channel is None:
-            return
-        for key in [key for key in self._payloads if key[0] == host]:
-            del self._payloads[key]
-        self._epoll.unregister(channel.fileno())
-        channel.close()
-
-    def _lost(self, host: str, reason: HostLost) -> list[Command]:
-        log.info("router %s: host %s: %s", self.name, host, reason)
-        self._disconnect(host)
-        return self._dispatcher.handle(HostDown(host), _now())
-
-    # ---- hearing events -------------------------------------------------------------------------
+    def _wait(self, until: float) -> None:
+        """Hear what comes until ``until``, and let the state machine act on it and on time."""
+        timeout_s = min(max(0.0, until - _now()), LONGEST_WAIT_S)
+        heard = False
+        for event in self._links.events(timeout_s):
+            heard = True
+            self._execute(self._dispatcher.handle(event, _now()))
+        self._take_placements()
+        self._execute(() if heard else self._dispatcher.tick(_now()))
 
     def _take_placements(self) -> None:
         while not self._placements.empty():
@@ -446,58 +290,6 @@ class Router:
         hosts = self._dispatcher.hosts.values()
         up = bool(hosts) and all(host.state is HostState.UP for host in hosts)
         return up and not self._unplaced(layers)
-
-    def _wait(self, until: float) -> None:
-        """Hear what comes until ``until``, and let the state machine act on it and on time."""
-        timeout_s = min(max(0.0, until - _now()), 5.0)
-        # Above the kernel's millisecond, so that a deadline has passed when the wait ends.
-        ready = self._epoll.poll(timeout_s + 0.0005 if timeout_s else 0.0)
-        by_fd = {channel.fileno(): channel for channel in self._channels.values()}
-        for fd, _ in ready:
-            if fd == self._wake:
-                os.eventfd_read(self._wake)
-                self._take_placements()
-            elif fd in by_fd:
-                self._hear(by_fd[fd])
-        if not ready:
-            self._execute(self._dispatcher.tick(_now()))
-
-    def _hear(self, channel: Channel) -> None:
-        try:
-            arrived = channel.receive()
-        except HostLost as lost:
-            self._execute(self._lost(channel.host, lost))
-            return
-        for inbound in arrived:
-            event = self._event(channel, inbound)
-            if event is not None:
-                self._execute(self._dispatcher.handle(event, _now()))
-                if isinstance(event, Replied) and (event.host, event.seq) in self._payloads:
-                    # Nobody wanted it any more.
-                    del self._payloads[event.host, event.seq]
-                    channel.release(event.seq)
-
-    def _event(self, channel: Channel, inbound: Inbound) -> Event | None:
-        frame, host = inbound.frame, channel.host
-        match frame.WhichOneof("kind"):
-            case "reply":
-                self._payloads[host, frame.reply.seq] = inbound
-                return Replied(host, frame.reply.seq)
-            case "refusal":
-                refusal = frame.refusal
-                return Refused(host, refusal.seq, refusal.code, refusal.message)
-            case "pong":
-                return Ponged(host)
-            case "welcome":
-                self._max_rows[host] = max(1, frame.welcome.max_rows)
-                return HostUp(host, frame.welcome.incarnation)
-            case kind:
-                log.warning("router %s: host %s sent %r, which hosts do not", self.name, host, kind)
-                return None
-
-
-def _host_of(command: Command) -> str:
-    return command.send.host if isinstance(command, Accept) else getattr(command, "host", "")
 
 
 def _now() -> float:

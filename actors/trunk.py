@@ -32,6 +32,7 @@ from ..models.trunk import (
 from ..proto.errors import ClusterError
 from .engine import Engine, EngineConfig, TransformersEngine
 from .host import pick_device
+from .ray_border import CONTROLLER
 from .router import Router
 from .store import ModelRef
 from .transport.connect import TransportChoice
@@ -39,7 +40,6 @@ from .transport.connect import TransportChoice
 log = logging.getLogger(__name__)
 
 WATCH_S = 10.0
-CONTROLLER = "controller"
 
 
 class PlacementWatch:

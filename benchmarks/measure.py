@@ -45,7 +45,7 @@ def compare(
     rounds: int = 15,
     calls: int = 50,
 ) -> Comparison:
-    """Time single calls of the contenders in alternating rounds; each is warmed up in each round."""
+    """Time single calls of the contenders in alternating rounds, warming up in each."""
     medians: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():

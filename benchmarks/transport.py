@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,7 @@ def _layout(size: int) -> CallLayout:
     return CallLayout.of(size // (4 * _HIDDEN), _HIDDEN, 1, torch.float32, False)
 
 
-# ---- ours -----------------------------------------------------------------------------------------
+# ---- ours ----------------------------------------------------------------------------------------
 
 
 class OurRouter:
@@ -70,7 +71,7 @@ class OurRouter:
 
     def round_trip(self, size: int) -> Callable[[], None]:
         layout = _layout(size)
-        source = torch.ones(layout.call_bytes, dtype=torch.uint8)
+        source = np.ones(layout.call_bytes, dtype=np.uint8)
         frame = Frame()
         call = frame.call
         call.model, call.dtype, call.timeout_us = "model", FLOAT32, 2_000_000
@@ -78,7 +79,7 @@ class OurRouter:
         call.payload_bytes = layout.call_bytes
 
         def write(buffer: Tensor) -> None:
-            buffer[: layout.call_bytes].copy_(source)
+            buffer.numpy()[: layout.call_bytes] = source
 
         def round_trip() -> None:
             self._seq += 1
@@ -119,13 +120,13 @@ def _answer(session: Session) -> None:
             continue
         layout = _layout(frame.call.rows * 4 * _HIDDEN)
         buffer = session.reply_buffer(frame, layout)
-        buffer.copy_(payload[: layout.reply_bytes])
+        buffer.numpy()[:] = payload.numpy()[: layout.reply_bytes]
         answer.reply.seq = frame.call.seq
         answer.reply.payload_bytes = layout.reply_bytes
         session.send_reply(answer, buffer)
 
 
-# ---- the least it can cost ------------------------------------------------------------------------
+# ---- the least it can cost -----------------------------------------------------------------------
 
 
 class RawShm:
@@ -197,11 +198,10 @@ def serve_bare_grpc() -> None:
 
 
 def _echo(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-    for message in messages:
-        yield message
+    yield from messages
 
 
-# ---- processes --------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from .events import (
     Replied,
     Send,
 )
+from .grouping import rank_within_expert, rows_of
 from .health import HostHealth, HostState, RouterPolicy
 from .placement import SHARE_STEPS, LayerKey, Placement
 
@@ -267,11 +268,11 @@ class Dispatcher:
         host_n = self._choose(call, placement, usable)
         still = [call.waiting_N[host_n < 0]]
         commands: list[Command] = []
-        for index in np.unique(host_n[host_n >= 0]):
-            health = healths[index]
-            assert health is not None
+        for index, health in enumerate(healths):
             mine = call.waiting_N[host_n == index]
-            for token_t, choice_tk in _pieces(mine, call.top_k, call.max_rows):
+            if health is None or not mine.size:
+                continue
+            for token_t, choice_tk in rows_of(mine, call.top_k, call.max_rows):
                 if health.room <= 0:
                     still.append(choice_tk[choice_tk >= 0])
                     continue
@@ -283,16 +284,19 @@ class Dispatcher:
         """For each waiting choice the index of a host that may take it, or -1."""
         table = placement.tables[call.key]
         ids_n = call.ids_N[call.waiting_N]
-        step_n = call.rotation + _rank_within_expert(ids_n) // self.policy.split_rows
+        step_n = np.full(ids_n.size, call.rotation)
+        if ids_n.size > self.policy.split_rows:
+            step_n += rank_within_expert(ids_n) // self.policy.split_rows
         host_n = table[ids_n, step_n % SHARE_STEPS].astype(np.int64)
         open_EH = placement.holders[call.key] & usable
         for host, expert in call.avoid:
             if host in placement.host_index:
                 open_EH[expert, placement.host_index[host]] = False
         unserved = np.flatnonzero((host_n < 0) | ~open_EH[ids_n, host_n])
-        for n in unserved:
-            others = np.flatnonzero(open_EH[ids_n[n]])
-            host_n[n] = others[step_n[n] % others.size] if others.size else -1
+        for expert in np.unique(ids_n[unserved]):
+            mine = unserved[ids_n[unserved] == expert]
+            others = np.flatnonzero(open_EH[expert])
+            host_n[mine] = others[step_n[mine] % others.size] if others.size else -1
         return host_n
 
     def _send(
@@ -317,30 +321,3 @@ class Dispatcher:
         health.occupied.add(send.seq)
         call.live[send.seq] = (send, expires)
         return send
-
-
-def _rank_within_expert(ids_n: np.ndarray) -> np.ndarray:
-    """For each choice, how many choices of the same expert stand before it."""
-    order = np.argsort(ids_n, kind="stable")
-    sorted_ids = ids_n[order]
-    starts = np.flatnonzero(np.r_[True, sorted_ids[1:] != sorted_ids[:-1]])
-    sizes = np.diff(np.r_[starts, ids_n.size])
-    rank = np.empty(ids_n.size, dtype=np.int64)
-    rank[order] = np.arange(ids_n.size) - np.repeat(starts, sizes)
-    return rank
-
-
-def _pieces(choices: np.ndarray, top_k: int, max_rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ascending choices as rows: (token_t, choice_tk padded with -1), at most max_rows each."""
-    token_n = choices // top_k
-    first = np.r_[True, token_n[1:] != token_n[:-1]]
-    row_n = np.cumsum(first) - 1
-    starts = np.flatnonzero(first)
-    column_n = np.arange(choices.size) - starts[row_n]
-    choice_tk = np.full((starts.size, int(column_n.max()) + 1), -1, dtype=np.int64)
-    choice_tk[row_n, column_n] = choices
-    token_t = token_n[starts]
-    return [
-        (token_t[i : i + max_rows], choice_tk[i : i + max_rows])
-        for i in range(0, token_t.size, max_rows)
-    ]

@@ -27,6 +27,8 @@ from ..proto.errors import CheckpointError, UnsupportedModel
 from .files import weight_files
 
 IMPLEMENTATION = "moesaic"
+# What transformers raises for values that make no model.
+_CANNOT_BUILD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # (x_TH, ids_TK, weights_TK) -> y_TH
 PoolFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -155,9 +157,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (
-        ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError
-    ) as error:  # fmt: skip
+    except _CANNOT_BUILD as error:
         raise CheckpointError(
             f"config.json: no model of type {config.model_type!r} can be built of it: {error}"
         ) from error

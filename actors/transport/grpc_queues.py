@@ -1,7 +1,7 @@
 """The two ends of one side of a stream, between its owner's thread and gRPC's threads.
 
 `Outbox` is the iterator that gRPC's writing thread runs through. `Inbox` puts arriving messages
-together in the thread in which gRPC hears them, so that the owner wakes once, for whole frames.
+together in a reading thread, so that the owner wakes once, for whole frames.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ STALL_S = 2.0
 CLOSE_S = 1.0
 # What a frame counts for beside its tensors, so that a flood of small ones is bounded too.
 _FRAME_BYTES = 16 << 10
-
 
 # What is left of a large frame: its kind, and frame and chunk of each message.
 _Turn = tuple[str, deque[tuple[Frame, memoryview]]]
@@ -142,6 +141,7 @@ def _chunks(kind: str, frame: Frame, payload: memoryview) -> Iterator[tuple[Fram
 class _Partial:
     """A frame whose tensors are still arriving."""
 
+    kind: str
     frame: Frame
     buffer: np.ndarray
     filled: int = 0
@@ -149,7 +149,7 @@ class _Partial:
 
 
 class Inbox:
-    """Frames from the other side: gRPC's thread calls `hear`, the owner's `receive`."""
+    """Frames from the other side: a reading thread runs `read`, the owner calls `receive`."""
 
     def __init__(
         self,
@@ -224,23 +224,21 @@ class Inbox:
     # ---- the reading thread ---------------------------------------------------------------------
 
     def read(self, messages: Iterator[bytes], full: Callable[[], bool]) -> None:
-        """Ask for one message after another until the stream ends, but for none while ``full``."""
+        """Take in one message after another, but ask for none while ``full``.
+
+        Returns at the end of the stream, or at a malformed message, which ends it.
+        """
         for message in messages:
-            if self.error is None:
-                self.hear(message)
+            try:
+                self._hear(message)
+            except CallError as error:
+                self.end(CallError(f"{self.peer}: {error}"))
             while full() and self.error is None:
                 self._moved.clear()
                 if full():
                     self._moved.wait(1.0)
             if self.error is not None:
                 return
-
-    def hear(self, message: bytes) -> None:
-        """Take a message in; one that is malformed ends the stream."""
-        try:
-            self._hear(message)
-        except CallError as error:
-            self.end(CallError(f"{self.peer}: {error}"))
 
     def _hear(self, message: bytes) -> None:
         kind, frame, payload = decode(message)
@@ -270,8 +268,8 @@ class Inbox:
     ) -> None:
         partial = self._partial.get(part.seq)
         if partial is None:
-            partial = self._begin(frame, part)
-        elif part.payload_bytes:
+            partial = self._begin(kind, frame, part)
+        elif part.payload_bytes or kind != partial.kind:
             raise CallError(f"seq: {part.seq} begins anew before its end")
         size, end = partial.buffer.size, partial.filled + len(payload)
         if end > size or (end < size) != part.more or not payload:
@@ -289,7 +287,7 @@ class Inbox:
             if partial.cancel is not None:
                 self._deliver("cancel", partial.cancel, None)
 
-    def _begin(self, frame: Frame, part: Call | Reply) -> _Partial:
+    def _begin(self, kind: str, frame: Frame, part: Call | Reply) -> _Partial:
         size = part.payload_bytes
         if size > self._max_payload_bytes or self._partial_bytes + size > MAX_PAYLOAD_BYTES:
             raise CallError(
@@ -297,7 +295,7 @@ class Inbox:
                 f"have {self._max_payload_bytes}, all {MAX_PAYLOAD_BYTES}"
             )
         self._partial_bytes += size
-        partial = self._partial[part.seq] = _Partial(frame, np.empty(size, dtype=np.uint8))
+        partial = self._partial[part.seq] = _Partial(kind, frame, np.empty(size, dtype=np.uint8))
         return partial
 
     def _deliver(self, kind: str, frame: Frame, payload: bytearray | np.ndarray | None) -> None:
@@ -314,4 +312,6 @@ _Heard = tuple[Frame, bytearray | np.ndarray | None, int]
 def _tensor(payload: bytearray | np.ndarray | None) -> Tensor | None:
     if payload is None:
         return None
-    return torch.frombuffer(payload, dtype=torch.uint8) if len(payload) else torch.empty(0)
+    if not len(payload):
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(payload, dtype=torch.uint8)

@@ -106,9 +106,10 @@ class GrpcSession:
             self._inbox.read(messages, full=self._holds_too_much)
         except grpc.RpcError as error:
             end = from_grpc(error, self._inbox.peer)
-        self._inbox.end(end)
-        if isinstance(self._inbox.error, CallError):
-            code, details = to_grpc(self._inbox.error)
-            self._context.set_code(code)
-            self._context.set_details(details)
-        self._outbox.finish()
+        finally:
+            self._inbox.end(end)
+            if isinstance(self._inbox.error, CallError):
+                code, details = to_grpc(self._inbox.error)
+                self._context.set_code(code)
+                self._context.set_details(details)
+            self._outbox.finish()

@@ -192,7 +192,8 @@ class GrpcChannel:
             self._inbox.read(self._stream, full=lambda: len(self._inbox) > _MAX_WAITING_FRAMES)
         except grpc.RpcError as error:
             end = from_grpc(error, self._host)
-        self._end(end)
+        finally:
+            self._end(end)
 
 
 class GrpcListener:

@@ -50,7 +50,8 @@ def up(spec: Spec | Mapping[str, Any] | str | Path, *, progress: Progress | None
         )
     if wanted.ray.address == "local":
         _stay_on_loopback()
-    from .actors.launch import launch, ray_address
+    from .actors.launch import launch
+    from .actors.ray_border import ray_address
 
     launched = launch(wanted, progress or _quiet)
     session = write_session(
@@ -94,7 +95,7 @@ class Cluster:
 
     def status(self) -> dict[str, Any]:
         """Hosts, models and the placement as plain values. Raises ClusterError."""
-        from .actors.launch import ask, controller_of
+        from .actors.ray_border import ask, controller_of
 
         return ask(controller_of(self._join()).status.remote(), 10.0, "the controller's status")
 
@@ -103,7 +104,7 @@ class Cluster:
 
         An ordinary transformers model: call it, `generate` with it. Raises ClusterError.
         """
-        from .actors.launch import ask, controller_of
+        from .actors.ray_border import ask, controller_of
         from .actors.trunk import open_trunk
 
         namespace = self._join()
@@ -180,7 +181,7 @@ class Cluster:
         """Connect this process to the cluster's Ray; gives the namespace."""
         if self._session.embedded:
             _stay_on_loopback()
-        from .actors.launch import join_ray, namespace_of
+        from .actors.ray_border import join_ray, namespace_of
 
         join_ray(self._session.ray_address, self.name)
         return namespace_of(self.name)

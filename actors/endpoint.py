@@ -1,0 +1,120 @@
+"""The endpoint of a cluster: one trunk deployment for each model, and the ingress before them."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+
+from ..cluster.spec import Spec
+from ..proto.errors import ClusterError
+from .engine import EngineConfig
+from .ray_border import CONTROLLER, actor_options, namespace_of
+from .serve_app import Trunk, build
+from .store import ModelRef
+from .trunk import TrunkConfig, engine_factory
+
+
+def app_name(spec: Spec) -> str:
+    return f"moesaic-{spec.name}"
+
+
+def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
+    """Serve ``models`` over HTTP, and wait until they answer; gives the address.
+
+    Raises ClusterError.
+    """
+    endpoint = spec.endpoint
+    assert endpoint is not None
+    namespace = namespace_of(spec.name)
+    port = endpoint.port or free_port(endpoint.host)
+    threads = (os.cpu_count() or 1) if spec.trunk.threads == "auto" else spec.trunk.threads
+    trunks = {}
+    for name, ref in models.items():
+        config = TrunkConfig(
+            namespace=namespace,
+            model=ref,
+            name=f"trunk-{name}-{secrets.token_hex(3)}",
+            device=spec.trunk.device,
+            threads=threads,
+            policy=spec.timeouts.policy,
+            transport=spec.network.transport,
+            engine=_engine_config(spec),
+            start_s=spec.timeouts.start_s,
+        )
+        deployment = Trunk.options(
+            name=f"Trunk-{name}", ray_actor_options=actor_options(spec.trunk, threads)
+        )
+        trunks[name] = deployment.bind(engine_factory(config))
+    tokenizers = {name: _tokenizer(Path(ref.path or "")) for name, ref in models.items()}
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": endpoint.host, "port": port})
+        app = build(trunks, tokenizers, status=_status_source(namespace))
+        serve.run(app, name=app_name(spec), route_prefix="/", blocking=False)
+    except (RayError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"endpoint: {error}") from error
+    return f"http://{endpoint.host}:{port}"
+
+
+def end_endpoint(spec: Spec) -> None:
+    """End the trunks and the ingress. What is left of Serve ends with an embedded Ray."""
+    serve.delete(app_name(spec))
+
+
+def _engine_config(spec: Spec) -> EngineConfig:
+    page = 32
+    return EngineConfig(
+        page_size=page,
+        num_blocks=math.ceil(spec.trunk.cache_tokens / page),
+        max_batch_tokens=spec.trunk.max_batch_tokens,
+        max_requests=spec.trunk.max_requests,
+        max_waiting=spec.trunk.max_waiting,
+        # A step may wait for an expert in one layer after the other.
+        stall_timeout_s=2 * spec.timeouts.expert_s + 60.0,
+    )
+
+
+def _tokenizer(path: Path) -> Callable[[], Any]:
+    def load() -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path)
+
+    return load
+
+
+def _status_source(namespace: str) -> Callable[[], Any]:
+    async def status() -> dict[str, Any]:
+        controller: Any = ray.get_actor(CONTROLLER, namespace=namespace)
+        return {"cluster": await controller.status.remote()}
+
+    return status
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ClusterError when ``port`` is taken; 0 never is."""
+    if port == 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ClusterError(
+                f"endpoint.port: {host}:{port} is not free ({error.strerror}); "
+                "choose another one, or 0 for any"
+            ) from error
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]

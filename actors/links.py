@@ -1,0 +1,174 @@
+"""A router's connections to its hosts: frames out, events in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from ..cluster.events import Event, HostDown, HostUp, Ponged, Refused, Replied
+from ..cluster.placement import HostEntry
+from ..proto.errors import HostLost
+from ..proto.expert_pb2 import Frame, Reply
+from ..proto.wire import CallLayout
+from .transport.base import Channel, Inbound
+from .transport.connect import TransportChoice, connect
+
+log = logging.getLogger(__name__)
+
+
+class Links:
+    """All channels of one router, waited for at once. Used under the router's lock.
+
+    A host that turns out to be gone is never an exception here: it is heard as `HostDown`.
+    """
+
+    def __init__(self, *, router: str, node: str, transport: TransportChoice, slots: int) -> None:
+        self._router = router
+        self._node = node
+        self._transport: TransportChoice = transport
+        self._slots = slots
+        self._channels: dict[str, Channel] = {}
+        self._by_fd: dict[int, Channel] = {}
+        self._max_rows: dict[str, int] = {}
+        self._replies: dict[tuple[str, int], Inbound] = {}
+        self._lost: list[HostDown] = []
+        self._epoll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._bell, select.EPOLLIN)
+
+    def close(self) -> None:
+        for host in list(self._channels):
+            self.disconnect(host)
+        self._epoll.close()
+        os.close(self._bell)
+
+    def ring(self) -> None:
+        """End the wait of another thread in `events`."""
+        os.eventfd_write(self._bell, 1)
+
+    # ---- connections ----------------------------------------------------------------------------
+
+    def connect(self, entry: HostEntry) -> None:
+        self.disconnect(entry.host)
+        try:
+            channel = connect(
+                entry,
+                router=self._router,
+                node=self._node,
+                choice=self._transport,
+                slots=self._slots,
+            )
+        except HostLost as lost:
+            self._down(entry.host, lost)
+            return
+        self._channels[entry.host] = self._by_fd[channel.fileno()] = channel
+        self._epoll.register(channel.fileno(), select.EPOLLIN)
+
+    def disconnect(self, host: str) -> None:
+        channel = self._channels.pop(host, None)
+        self._max_rows.pop(host, None)
+        if channel is None:
+            return
+        for key in [key for key in self._replies if key[0] == host]:
+            del self._replies[key]
+        del self._by_fd[channel.fileno()]
+        self._epoll.unregister(channel.fileno())
+        channel.close()
+
+    def _down(self, host: str, reason: HostLost) -> None:
+        log.info("router %s: host %s: %s", self._router, host, reason)
+        self.disconnect(host)
+        self._lost.append(HostDown(host))
+
+    def take_lost(self) -> list[HostDown]:
+        """The hosts that were found to be gone since the last call."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    @property
+    def slot_bytes(self) -> int:
+        """What one call may take on every connection."""
+        return min((c.slot_bytes for c in self._channels.values()), default=1 << 20)
+
+    @property
+    def max_rows(self) -> int | None:
+        """What every host takes in one call."""
+        return min(self._max_rows.values(), default=None)
+
+    # ---- out ------------------------------------------------------------------------------------
+
+    def send(self, host: str, frame: Frame) -> None:
+        """Send a frame without tensors; to a host without connection, nothing."""
+        channel = self._channels.get(host)
+        if channel is None:
+            return
+        try:
+            channel.send(frame)
+        except HostLost as lost:
+            self._down(host, lost)
+
+    def send_call(
+        self, host: str, frame: Frame, layout: CallLayout, write: Callable[[Tensor], None]
+    ) -> None:
+        channel = self._channels.get(host)
+        try:
+            if channel is None:
+                raise HostLost("no connection")
+            channel.send_call(frame, layout, write)
+        except HostLost as lost:
+            self._down(host, lost)
+
+    # ---- in -------------------------------------------------------------------------------------
+
+    def events(self, timeout_s: float) -> Iterator[Event]:
+        """What happens until ``timeout_s``, or at once what has happened."""
+        # Above the kernel's millisecond, so that a deadline has passed when the wait ends.
+        for fd, _ in self._epoll.poll(timeout_s + 0.0005 if timeout_s > 0 else 0.0):
+            if fd == self._bell:
+                os.eventfd_read(self._bell)
+            elif fd in self._by_fd:
+                yield from self._hear(self._by_fd[fd])
+
+    def _hear(self, channel: Channel) -> Iterator[Event]:
+        try:
+            arrived = channel.receive()
+        except HostLost as lost:
+            self._down(channel.host, lost)
+            return
+        for inbound in arrived:
+            event = self._event(channel.host, inbound)
+            if event is not None:
+                yield event
+            if isinstance(event, Replied):
+                # Taken by now, or wanted by nobody any more.
+                self._replies.pop((event.host, event.seq), None)
+                if self._channels.get(event.host) is channel:
+                    channel.release(event.seq)
+
+    def reply(self, host: str, seq: int) -> tuple[Reply, Tensor]:
+        """The reply that was heard last, while its event is being handled."""
+        inbound = self._replies[host, seq]
+        assert inbound.payload is not None
+        return inbound.frame.reply, inbound.payload
+
+    def _event(self, host: str, inbound: Inbound) -> Event | None:
+        frame = inbound.frame
+        match frame.WhichOneof("kind"):
+            case "reply":
+                self._replies[host, frame.reply.seq] = inbound
+                return Replied(host, frame.reply.seq)
+            case "refusal":
+                refusal = frame.refusal
+                return Refused(host, refusal.seq, refusal.code, refusal.message)
+            case "pong":
+                return Ponged(host)
+            case "welcome":
+                self._max_rows[host] = max(1, frame.welcome.max_rows)
+                return HostUp(host, frame.welcome.incarnation)
+            case kind:
+                log.warning("router %s: host %s sent %r, as no host does", self._router, host, kind)
+                return None

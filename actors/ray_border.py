@@ -1,0 +1,121 @@
+"""Ray as this project uses it: starting and joining it, and its errors as ours.
+
+Ray types neither an actor's methods nor what they give: handles are Any.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from typing import Any
+
+# Before ray is imported: no usage reports.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from ..cluster.spec import Resources, Spec
+from ..proto.errors import ClusterError, MoesaicError
+
+# Serve tells the driver of every step it takes; that Ray has a token by default is no warning.
+logging.getLogger("ray.serve").setLevel(logging.WARNING)
+logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+
+CONTROLLER = "controller"
+EMBEDDED_STORE_BYTES = 128 << 20
+
+
+def start_ray(spec: Spec) -> bool:
+    """Connect to Ray, or start one in this process. True if it was started here."""
+    if ray.is_initialized():
+        return False
+    try:
+        if spec.ray.address != "local":
+            ray.init(
+                address=spec.ray.address, namespace=namespace_of(spec.name), log_to_driver=False
+            )
+            return False
+        wanted = sum(group.num_cpus * group.count for group in spec.hosts)
+        wanted += (spec.trunk.num_cpus + 1) * max(1, len(spec.models))
+        ray.init(
+            address="local",
+            namespace=namespace_of(spec.name),
+            # Cores are shared by turns, not owned: what the spec asks for fits on any machine.
+            num_cpus=math.ceil(wanted) + 4,
+            include_dashboard=False,
+            object_store_memory=EMBEDDED_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise ClusterError(f"ray.address: {spec.ray.address}: {error}") from error
+    return True
+
+
+def ask(ref: Any, timeout_s: float, what: str) -> Any:
+    """`ray.get` with Ray's errors as ours; a MoesaicError of the other side comes as itself."""
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except GetTimeoutError:
+        raise ClusterError(f"{what}: no answer within {timeout_s:g} s") from None
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, MoesaicError):
+            raise cause from None
+        raise ClusterError(f"{what}: {cause!r}") from error
+    except RayError as error:
+        raise ClusterError(f"{what}: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    """Ray's messages end with what happened, behind a trace of the other process."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def controller_of(namespace: str) -> Any:
+    """Raises ClusterError when the cluster's controller is not there."""
+    try:
+        return ray.get_actor(CONTROLLER, namespace=namespace)
+    except ValueError as error:
+        raise ClusterError(f"{namespace}: its controller is not there: {error}") from error
+
+
+def join_ray(address: str, name: str) -> None:
+    """Connect this process to a Ray that is running. Raises ClusterError."""
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address, namespace=namespace_of(name), log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise ClusterError(f"ray.address: {address}: {error}") from error
+
+
+def ray_address() -> str:
+    return ray.get_runtime_context().gcs_address
+
+
+def namespace_of(name: str) -> str:
+    return f"moesaic-{name}"
+
+
+def actor_options(wanted: Resources, threads: int) -> dict[str, Any]:
+    return {
+        "num_cpus": wanted.num_cpus,
+        "num_gpus": wanted.num_gpus,
+        "resources": dict(wanted.resources),
+        "label_selector": dict(wanted.labels),
+        "runtime_env": {"env_vars": thread_environment(threads)},
+    }
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Set before torch is imported: processes take turns on the cores, none spins on them."""
+    return {
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,0 +1,44 @@
+"""Arithmetic of dispatch: which choices go where, and as which rows.
+
+Shape suffixes: n = choices, numbered t * K + k, t and k = rows and columns of one send.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def _starts_of_runs(values: np.ndarray) -> np.ndarray:
+    """True where a value differs from the one before it; ``values`` is not empty."""
+    starts = np.empty(values.size, dtype=bool)
+    starts[0] = True
+    np.not_equal(values[1:], values[:-1], out=starts[1:])
+    return starts
+
+
+def rank_within_expert(ids_n: np.ndarray) -> np.ndarray:
+    """For each choice, how many choices of the same expert stand before it."""
+    order = np.argsort(ids_n, kind="stable")
+    first = _starts_of_runs(ids_n[order])
+    position = np.arange(ids_n.size)
+    rank = np.empty(ids_n.size, dtype=np.int64)
+    rank[order] = position - np.maximum.accumulate(np.where(first, position, 0))
+    return rank
+
+
+def rows_of(choices: np.ndarray, top_k: int, max_rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ascending choices as rows: (token_t, choice_tk padded with -1), at most max_rows each."""
+    token_n = choices // top_k
+    first = _starts_of_runs(token_n)
+    row_n = np.cumsum(first) - 1
+    starts = np.flatnonzero(first)
+    column_n = np.arange(choices.size) - starts[row_n]
+    choice_tk = np.full((starts.size, int(column_n.max()) + 1), -1, dtype=np.int64)
+    choice_tk[row_n, column_n] = choices
+    token_t = token_n[starts]
+    if token_t.size <= max_rows:
+        return [(token_t, choice_tk)]
+    return [
+        (token_t[i : i + max_rows], choice_tk[i : i + max_rows])
+        for i in range(0, token_t.size, max_rows)
+    ]

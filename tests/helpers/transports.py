@@ -1,0 +1,254 @@
+"""Both transports behind one face, and hosts and routers in processes that can be killed.
+
+    python -m tests.helpers.transports host shm
+    python -m tests.helpers.transports router grpc ADDRESS
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from moesaic.actors.transport.base import Channel, Inbound, Listener, Session
+from moesaic.actors.transport.grpc_stream import GrpcChannel, GrpcListener
+from moesaic.actors.transport.shm import ShmChannel, ShmListener
+from moesaic.proto.errors import HostLost
+from moesaic.proto.expert_pb2 import FLOAT32, Frame
+from moesaic.proto.wire import WIRE_VERSION, CallLayout
+
+KINDS = ("shm", "grpc")
+DEADLINE_S = 20.0
+SLOT_BYTES = 40 << 20
+HIDDEN = 16
+
+
+def listen(kind: str) -> Listener:
+    return ShmListener() if kind == "shm" else GrpcListener()
+
+
+def channel_to(
+    kind: str, address: str, *, router: str = "router", slots: int = 4, slot_bytes: int = SLOT_BYTES
+) -> Channel:
+    if kind == "shm":
+        return ShmChannel("host", address, router=router, slots=slots, slot_bytes=slot_bytes)
+    return GrpcChannel("host", address, router=router, slot_bytes=slot_bytes)
+
+
+def readable(side: Channel | Session | Listener, timeout_s: float = DEADLINE_S) -> bool:
+    poll = select.poll()
+    poll.register(side.fileno(), select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def hear(side: Channel | Session, count: int = 1) -> list[Inbound]:
+    """Exactly ``count`` frames, in the order in which they arrived."""
+    heard: list[Inbound] = []
+    until = time.monotonic() + DEADLINE_S
+    while len(heard) < count:
+        assert readable(side, until - time.monotonic()), f"only {len(heard)} of {count} arrived"
+        heard += side.receive()
+    assert len(heard) == count
+    return heard
+
+
+def hear_end(side: Channel | Session) -> HostLost:
+    """The HostLost that ends ``side``; nothing but it may arrive."""
+    until = time.monotonic() + DEADLINE_S
+    while True:
+        assert readable(side, until - time.monotonic()), "the end was not noticed"
+        try:
+            assert not side.receive()
+        except HostLost as lost:
+            return lost
+
+
+def accept(listener: Listener) -> Session:
+    """The next router's session, before its Hello."""
+    until = time.monotonic() + DEADLINE_S
+    while True:
+        assert readable(listener, until - time.monotonic()), "nobody connected"
+        sessions = listener.accept()
+        if sessions:
+            (session,) = sessions
+            return session
+
+
+def welcome(session: Session) -> None:
+    frame = Frame()
+    frame.welcome.wire_version = WIRE_VERSION
+    frame.welcome.host = "host"
+    frame.welcome.incarnation = 7
+    session.send(frame)
+
+
+def greet(listener: Listener) -> Session:
+    session = accept(listener)
+    assert hear(session)[0].frame.WhichOneof("kind") == "hello"
+    welcome(session)
+    return session
+
+
+@contextlib.contextmanager
+def connected(kind: str, **options: int) -> Iterator[tuple[Listener, Channel, Session]]:
+    with contextlib.ExitStack() as stack:
+        listener = listen(kind)
+        stack.callback(listener.close)
+        channel = channel_to(kind, listener.address, **options)
+        stack.callback(channel.close)
+        session = greet(listener)
+        stack.callback(session.close)
+        assert hear(channel)[0].frame.WhichOneof("kind") == "welcome"
+        yield listener, channel, session
+
+
+# ---- calls whose answer shows which call it belongs to ------------------------------------------
+
+
+def layout_of(rows: int) -> CallLayout:
+    return CallLayout.of(rows, HIDDEN, 2, torch.float32, False)
+
+
+def send_call(channel: Channel, seq: int, rows: int = 1, *, timeout_s: float = 10.0) -> None:
+    """A call whose tokens are all ``seq``."""
+    layout = layout_of(rows)
+    frame = Frame()
+    call = frame.call
+    call.seq, call.model, call.dtype = seq, "model", FLOAT32
+    call.rows, call.hidden, call.top_k = rows, HIDDEN, 2
+    call.payload_bytes, call.timeout_us = layout.call_bytes, int(timeout_s * 1e6)
+
+    def write(buffer: Tensor) -> None:
+        x_TH, ids_TK, weights_TK = layout.call_tensors(buffer)
+        x_TH.fill_(seq)
+        ids_TK.fill_(3)
+        weights_TK.fill_(0.5)
+
+    channel.send_call(frame, layout, write)
+
+
+def answer(session: Session, inbound: Inbound) -> None:
+    """The answer is the call's tokens, doubled."""
+    call = inbound.frame.call
+    layout = CallLayout.of_call(call)
+    assert inbound.payload is not None
+    x_TH, ids_TK, weights_TK = layout.call_tensors(inbound.payload)
+    assert bool((ids_TK == 3).all())
+    assert bool((weights_TK == 0.5).all())
+    buffer = session.reply_buffer(inbound.frame, layout)
+    torch.mul(x_TH, 2, out=layout.reply_tensor(buffer))
+    frame = Frame()
+    frame.reply.seq = call.seq
+    frame.reply.payload_bytes = layout.reply_bytes
+    session.send_reply(frame, buffer)
+
+
+def check_reply(inbound: Inbound, rows: int = 1) -> int:
+    """The seq of a reply that holds the answer to its own call."""
+    reply = inbound.frame.reply
+    assert inbound.payload is not None
+    y_TH = layout_of(rows).reply_tensor(inbound.payload)
+    assert bool((y_TH == 2 * reply.seq).all()), f"reply {reply.seq} holds {y_TH.unique()}"
+    return reply.seq
+
+
+def round_trip(channel: Channel, session: Session, seq: int, rows: int = 1) -> None:
+    send_call(channel, seq, rows)
+    answer(session, hear(session)[0])
+    assert check_reply(hear(channel)[0], rows) == seq
+    channel.release(seq)
+
+
+# ---- what is left behind ------------------------------------------------------------------------
+
+
+def open_things() -> tuple[int, int]:
+    """(descriptors, threads) of this process."""
+    return len(os.listdir("/proc/self/fd")), len(threading.enumerate())
+
+
+def settles(holds: Callable[[], bool]) -> bool:
+    """Whether ``holds`` becomes true in time: gRPC's own threads end a little after their call."""
+    until = time.monotonic() + DEADLINE_S
+    pause = threading.Event()
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        pause.wait(0.01)
+    return True
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """One of the commands above, with the first line that it prints; reaped at the end."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.transports", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        ready = select.select([child.stdout], [], [], DEADLINE_S)[0]
+        assert ready, "the process did not start"
+        yield child, child.stdout.readline().strip()
+    finally:
+        child.send_signal(signal.SIGCONT)
+        child.kill()
+        child.wait(DEADLINE_S)
+        child.stdin.close()
+        child.stdout.close()
+
+
+def run_host(kind: str) -> None:
+    """Answers calls until it is killed."""
+    listener = listen(kind)
+    print(listener.address, flush=True)
+    sessions: dict[int, Session] = {}
+    poll = select.poll()
+    poll.register(listener.fileno(), select.POLLIN)
+    while True:
+        for fd, _ in poll.poll():
+            if fd == listener.fileno():
+                for session in listener.accept():
+                    sessions[session.fileno()] = session
+                    poll.register(session.fileno(), select.POLLIN)
+                continue
+            try:
+                for inbound in sessions[fd].receive():
+                    if inbound.frame.HasField("hello"):
+                        welcome(sessions[fd])
+                    elif inbound.frame.HasField("call"):
+                        answer(sessions[fd], inbound)
+            except HostLost:
+                poll.unregister(fd)
+                sessions.pop(fd).close()
+
+
+def run_router(kind: str, address: str) -> None:
+    """Connects, sends one call, and waits to be killed."""
+    channel = channel_to(kind, address)
+    send_call(channel, 1)
+    print("ready", flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["host", kind]:
+            run_host(kind)
+        case ["router", kind, address]:
+            run_router(kind, address)
