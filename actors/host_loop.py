@@ -9,7 +9,6 @@ Shape suffixes: T = tokens (of merged calls), H = hidden size, K = choices of a 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import queue
@@ -24,25 +23,14 @@ from torch import Tensor
 
 from ..cluster.placement import ExpertKey, LayerKey
 from ..cluster.residency import QueuedCall, Residency
-from ..kernels.ffn import bad_experts, exact_rows, kernel_for
 from ..proto.errors import CallError, HostLost, InternalError, MoesaicError
 from ..proto.expert_pb2 import Call, Frame
 from ..proto.wire import WIRE_VERSION, CallLayout
+from .compute import Answer, PendingCall, compute
 from .store import ExpertStore
 from .transport.base import Inbound, Listener, Session
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Pending:
-    """The tensors of a queued call and where its answer goes."""
-
-    session: Session
-    frame: Frame
-    layout: CallLayout
-    payload: Tensor
-    arrived: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +54,9 @@ class HostLoop:
         self.failure: BaseException | None = None
         self._store = store
         self._residency = residency
-        self._kernel = kernel_for(store.device)
         self._listeners = listeners
         self._sessions: dict[int, Session] = {}
-        self._pending: dict[tuple[str, int], _Pending] = {}
+        self._pending: dict[tuple[str, int], PendingCall] = {}
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
@@ -234,6 +221,11 @@ class HostLoop:
             layout = CallLayout.of_call(call)
             if payload is None or payload.numel() < layout.call_bytes:
                 raise CallError(f"payload: {layout.call_bytes} bytes announced, not all arrived")
+            if layout.slot_bytes > session.slot_bytes:
+                raise CallError(
+                    f"rows: call and answer take {layout.slot_bytes} bytes, a slot has "
+                    f"{session.slot_bytes}; send fewer rows in one call"
+                )
             if (router, call.seq) in self._pending:
                 raise CallError(f"seq: {call.seq} is in use")
             _, ids_TK, _ = layout.call_tensors(payload)
@@ -243,7 +235,7 @@ class HostLoop:
         except MoesaicError as error:
             self._refuse(session, call.seq, error)
             return
-        self._pending[router, call.seq] = _Pending(session, inbound.frame, layout, payload, now)
+        self._pending[router, call.seq] = PendingCall(session, inbound.frame, layout, payload, now)
 
     def _refuse(self, session: Session, seq: int, error: MoesaicError) -> None:
         self._refused += 1
@@ -280,68 +272,40 @@ class HostLoop:
 
     def _compute(self, batch: list[QueuedCall], now: float) -> None:
         pendings = [self._pending[queued.router, queued.seq] for queued in batch]
-        tensors = [p.layout.call_tensors(p.payload) for p in pendings]
-        form, experts = self._store.layer(batch[0].key)
-        if len(batch) == 1:
-            x_TH, ids_TK, weights_TK = tensors[0]
-        else:
-            x_TH = torch.cat([x for x, _, _ in tensors])
-            ids_TK = _stack([ids for _, ids, _ in tensors], fill=-1)
-            weights_TK = _stack([w for _, _, w in tensors], fill=0)
-        device = self._store.device
-        x_TH, weights_TK = x_TH.to(device), weights_TK.to(device)
-        buffers = [p.session.reply_buffer(p.frame, p.layout) for p in pendings]
-        answers = [p.layout.reply_tensor(b) for p, b in zip(pendings, buffers, strict=True)]
-        # A single call is computed straight into the place of its answer.
-        direct = len(batch) == 1 and device.type == "cpu"
-        if batch[0].exact:
-            shape = (*ids_TK.shape, x_TH.shape[1])
-            out = answers[0] if direct else torch.empty(shape, device=device)
-            exact_rows(form, experts, x_TH, ids_TK, weights_TK, out)
-        else:
-            out = answers[0] if direct else torch.empty(x_TH.shape, device=device)
-            self._kernel(form, experts, x_TH, ids_TK, weights_TK, out)
-        ends = list(itertools.accumulate(pending.layout.rows for pending in pendings))
-        rows = [slice(end - p.layout.rows, end) for p, end in zip(pendings, ends, strict=True)]
-        if not direct:
-            for pending, answer, mine in zip(pendings, answers, rows, strict=True):
-                part = out[mine]
-                answer.copy_(part[:, : pending.layout.top_k] if batch[0].exact else part)
+        answers = compute(self._store, batch[0].key, pendings, exact=batch[0].exact)
         busy_s = time.monotonic() - now
         self._batches += 1
         self._busy_s += busy_s
-        for queued, pending, answer, buffer, mine in zip(
-            batch, pendings, answers, buffers, rows, strict=True
-        ):
+        for queued, pending, answer in zip(batch, pendings, answers, strict=True):
             self._calls += 1
             self._rows += queued.rows
-            bad = bad_experts(form, experts, x_TH[mine], ids_TK[mine], answer)
-            self._reply(queued, pending, buffer, bad, now - pending.arrived, busy_s)
+            self._reply(queued, pending, answer, now - pending.arrived, busy_s)
 
     def _reply(
         self,
         queued: QueuedCall,
-        pending: _Pending,
-        buffer: Tensor,
-        bad: list[int],
+        pending: PendingCall,
+        answer: Answer,
         queued_s: float,
         busy_s: float,
     ) -> None:
-        if bad:
+        if answer.bad:
             log.error(
-                "host %s: not finite: %s", self.name, [str(queued.key.expert(e)) for e in bad]
+                "host %s: not finite: %s",
+                self.name,
+                [str(queued.key.expert(e)) for e in answer.bad],
             )
         frame = Frame()
         reply = frame.reply
         reply.seq = queued.seq
         reply.incarnation = self._residency.incarnation
         reply.payload_bytes = pending.layout.reply_bytes
-        reply.bad_experts.extend(bad)
+        reply.bad_experts.extend(answer.bad)
         reply.queued_us = int(queued_s * 1e6)
         reply.busy_us = int(busy_s * 1e6)
         self._pending.pop((queued.router, queued.seq), None)
         try:
-            pending.session.send_reply(frame, buffer)
+            pending.session.send_reply(frame, answer.buffer)
         except HostLost as lost:
             self._drop(pending.session, lost)
 
@@ -369,14 +333,3 @@ def _queued(call: Call, router: str, ids_TK: Tensor, now: float) -> QueuedCall:
 
 def _dtype_name(call: Call) -> str:
     return {1: "float32", 2: "bfloat16", 3: "float16"}[call.dtype]
-
-
-def _stack(parts: list[Tensor], fill: float) -> Tensor:
-    """Calls of different numbers of choices under one another, padded to the largest."""
-    top_k = max(part.shape[1] for part in parts)
-    stacked = parts[0].new_full((sum(part.shape[0] for part in parts), top_k), fill)
-    start = 0
-    for part in parts:
-        stacked[start : start + part.shape[0], : part.shape[1]] = part
-        start += part.shape[0]
-    return stacked

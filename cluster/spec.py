@@ -7,6 +7,8 @@ has a default that works on one machine, apart from the models.
 from __future__ import annotations
 
 import re
+import reprlib
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +21,9 @@ from .residency import HostPolicy
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Threads = Annotated[int, Field(ge=1)] | Literal["auto"]
+Address = Annotated[str, Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 _DEMO = "demo"
 
@@ -35,7 +40,8 @@ class RaySpec(_Part):
     @field_validator("address")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value in ("local", "auto") or re.fullmatch(r"[\w.\-\[\]:]+:\d{1,5}", value):
+        named = re.fullmatch(r"[\w.\-\[\]:]+:(\d{1,5})", value)
+        if value in ("local", "auto") or (named and int(named[1]) <= 65_535):
             return value
         raise ValueError(f"{value!r} is neither 'local', 'auto' nor host:port")
 
@@ -43,16 +49,16 @@ class RaySpec(_Part):
 class NetworkSpec(_Part):
     """Where hosts listen for gRPC: an address, or ``node`` for each node's own."""
 
-    bind: str = "127.0.0.1"
+    bind: Address = "127.0.0.1"
     transport: Literal["auto", "shm", "grpc"] = "auto"
 
 
 class Resources(_Part):
     """What one Ray actor asks for."""
 
-    num_cpus: float = Field(default=1, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
-    resources: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    num_cpus: Amount = 1
+    num_gpus: Amount = 0
+    resources: dict[str, Amount] = Field(default_factory=dict)
     labels: dict[str, str] = Field(default_factory=dict)
 
 
@@ -75,7 +81,7 @@ class HostGroup(Resources):
 
     count: int = Field(default=2, ge=1, le=4096)
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    threads: int | Literal["auto"] = "auto"
+    threads: Threads = "auto"
     spread: Literal["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "none"
     max_rows: int = Field(default=512, ge=1, le=65_536)
     max_batch_rows: int = Field(default=1024, ge=1, le=1 << 20)
@@ -101,7 +107,7 @@ class TrunkSpec(Resources):
 
     engine: Literal["transformers"] = "transformers"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    threads: int | Literal["auto"] = "auto"
+    threads: Threads = "auto"
     max_requests: int = Field(default=32, ge=1, le=4096)
     max_waiting: int = Field(default=256, ge=0, le=1 << 20)
     max_batch_tokens: int = Field(default=512, ge=1, le=1 << 20)
@@ -111,7 +117,7 @@ class TrunkSpec(Resources):
 class EndpointSpec(_Part):
     """The HTTP endpoint; port 0 takes a free one."""
 
-    host: str = "127.0.0.1"
+    host: Address = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
 
 
@@ -174,31 +180,68 @@ def parse_spec(values: Any, *, source: str = "spec") -> Spec:
     try:
         return Spec.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False, include_context=False):
-            path = ".".join(str(part) for part in problem["loc"])
-            text = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
-                text = "unknown key"
-            given = "" if problem["type"] == "missing" or not path else f" (got {_short(problem)})"
-            lines.append(f"{path}: {text}{given}" if path else text)
-        raise SpecError(f"{source}: " + "; ".join(lines)) from error
+        raise SpecError(f"{source}: {_problems(error, values)}") from error
 
 
-def _short(problem: Any) -> str:
-    text = repr(problem["input"])
+def _problems(error: ValidationError, values: dict[Any, Any]) -> str:
+    """One sentence for each path that is wrong."""
+    texts: dict[str, list[str]] = defaultdict(list)
+    given: dict[str, str] = {}
+    for problem in error.errors(include_url=False, include_context=False):
+        path = _path(problem["loc"], values)
+        text = problem["msg"].removeprefix("Value error, ")
+        texts[path].append("unknown key" if problem["type"] == "extra_forbidden" else text)
+        if path and problem["type"] != "missing":
+            given[path] = f" (got {_short(problem['input'])})"
+    return "; ".join(
+        (f"{path}: " if path else "") + " or ".join(found) + given.get(path, "")
+        for path, found in texts.items()
+    )
+
+
+def _path(loc: tuple[int | str, ...], values: Any) -> str:
+    """The keys of ``loc``, without the members of unions that pydantic puts behind them."""
+    steps = []
+    for step in loc:
+        if not isinstance(values, dict | list | tuple):
+            break
+        steps.append(str(step))
+        try:
+            values = values[step]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        except (LookupError, TypeError):
+            values = None
+    return ".".join(steps)
+
+
+def _short(value: Any) -> str:
+    # Aliases can make a few lines of YAML enormous when they are written out.
+    text = reprlib.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Loader(yaml.SafeLoader):
+    """The second of two equal keys would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_spec(path: str | Path) -> Spec:
     """The spec in a YAML file. Raises SpecError."""
     file = Path(path)
     try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise SpecError(f"{file}: cannot be read: {error}") from error
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     return parse_spec(values, source=str(file))

@@ -37,7 +37,8 @@ class Mailbox(Generic[T]):
 
     def take(self) -> list[T]:
         try:
-            os.eventfd_read(self._fd)
+            if self._fd >= 0:
+                os.eventfd_read(self._fd)
         except BlockingIOError:
             pass  # nothing was signalled since the last time
         # In this order: whatever is put after this line signals anew.

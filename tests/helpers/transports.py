@@ -1,13 +1,12 @@
 """Both transports behind one face, and hosts and routers in processes that can be killed.
 
-    python -m tests.helpers.transports host shm
-    python -m tests.helpers.transports router grpc ADDRESS
+python -m tests.helpers.transports host shm
+python -m tests.helpers.transports router grpc ADDRESS
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -99,11 +99,13 @@ def greet(listener: Listener) -> Session:
 
 
 @contextlib.contextmanager
-def connected(kind: str, **options: int) -> Iterator[tuple[Listener, Channel, Session]]:
+def connected(
+    kind: str, *, slot_bytes: int = SLOT_BYTES
+) -> Iterator[tuple[Listener, Channel, Session]]:
     with contextlib.ExitStack() as stack:
         listener = listen(kind)
         stack.callback(listener.close)
-        channel = channel_to(kind, listener.address, **options)
+        channel = channel_to(kind, listener.address, slot_bytes=slot_bytes)
         stack.callback(channel.close)
         session = greet(listener)
         stack.callback(session.close)
@@ -173,7 +175,7 @@ def round_trip(channel: Channel, session: Session, seq: int, rows: int = 1) -> N
 
 def open_things() -> tuple[int, int]:
     """(descriptors, threads) of this process."""
-    return len(os.listdir("/proc/self/fd")), len(threading.enumerate())
+    return len(list(Path("/proc/self/fd").iterdir())), len(threading.enumerate())
 
 
 def settles(holds: Callable[[], bool]) -> bool:

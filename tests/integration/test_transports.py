@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from moesaic.proto.errors import CallError, HostLost
+from moesaic.proto.errors import CallError, HostLost, InternalError
 from moesaic.proto.expert_pb2 import Frame
 from tests.helpers.transports import (
     KINDS,
@@ -199,6 +199,9 @@ def test_late_answers_belong_to_their_calls(kind: str) -> None:
             send_call(channel, seq)
         assert not readable(channel, 0.05)
         send_call(channel, 3)
+        if kind == "shm":
+            with pytest.raises(InternalError, match="slots"):
+                send_call(channel, 4)
         child.send_signal(signal.SIGCONT)
         replies = hear(channel, 3)
         # Looked at when all have arrived: none was overwritten by another.

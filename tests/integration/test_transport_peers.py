@@ -1,0 +1,315 @@
+"""Peers that do not keep to the wire: their connection ends with a reason, everybody else's lives."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import queue
+import socket
+import threading
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from moesaic.actors.transport.base import Listener, Session
+from moesaic.actors.transport.grpc_border import from_grpc
+from moesaic.actors.transport.grpc_stream import METHOD, SERVICE
+from moesaic.proto.errors import BadInput, CallError, ClusterError, HostLost, MoesaicError
+from moesaic.proto.expert_pb2 import Frame
+from moesaic.proto.wire import CHUNK_BYTES, MAX_PAYLOAD_BYTES, WIRE_VERSION
+from tests.helpers.transports import (
+    DEADLINE_S,
+    accept,
+    channel_to,
+    greet,
+    hear,
+    hear_end,
+    listen,
+    round_trip,
+)
+
+SLOT = 4096
+
+
+@contextlib.contextmanager
+def survivor(kind: str) -> Iterator[Listener]:
+    """A listener that must serve a good router before and after."""
+    listener = listen(kind)
+    good = channel_to(kind, listener.address, slot_bytes=SLOT)
+    session = greet(listener)
+    hear(good)
+    yield listener
+    round_trip(good, session, 1)
+    late = channel_to(kind, listener.address, slot_bytes=SLOT)
+    late_session = greet(listener)
+    hear(late)
+    round_trip(late, late_session, 1)
+    for side in (good, session, late, late_session, listener):
+        side.close()
+
+
+def hello(*, version: int = WIRE_VERSION, slots: int = 2, slot_bytes: int = SLOT) -> bytes:
+    frame = Frame()
+    frame.hello.wire_version, frame.hello.router = version, "bad"
+    frame.hello.slots, frame.hello.slot_bytes = slots, slot_bytes
+    return frame.SerializeToString()
+
+
+def call(seq: int, **fields: int | bytes | bool) -> bytes:
+    frame = Frame()
+    frame.call.seq = seq
+    for name, value in fields.items():
+        setattr(frame.call, name, value)
+    return frame.SerializeToString()
+
+
+# ---- shared memory ------------------------------------------------------------------------------
+
+
+def memfd(size: int = 2 * SLOT, seals: int = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW) -> int:
+    fd = os.memfd_create("bad", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+def pipe_end() -> int:
+    end, other = os.pipe()
+    os.close(other)
+    return end
+
+
+def read_only() -> int:
+    fd = memfd()
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    finally:
+        os.close(fd)
+
+
+SHM_GREETINGS = {
+    "garbage": (b"\xff\xfe garbage", None),
+    "empty frame": (b"\x12\x00", memfd),
+    "a call first": (call(1), memfd),
+    "no descriptor": (hello(), None),
+    "a pipe": (hello(), pipe_end),
+    "not sealed": (hello(), lambda: memfd(seals=0)),
+    "may grow only": (hello(), lambda: memfd(seals=fcntl.F_SEAL_GROW)),
+    "sealed against writing": (
+        hello(),
+        lambda: memfd(seals=fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE),
+    ),
+    "read-only": (hello(), read_only),
+    "smaller than announced": (hello(), lambda: memfd(SLOT)),
+    "larger than announced": (hello(), lambda: memfd(3 * SLOT)),
+    "no slots": (hello(slots=0), lambda: memfd(SLOT)),
+    "too many slots": (hello(slots=1 << 31), memfd),
+    "slots that are not aligned": (hello(slot_bytes=100), lambda: memfd(200)),
+    "another version": (hello(version=WIRE_VERSION + 1), memfd),
+    "too long": (b"\0" * (1 << 16), memfd),
+}
+
+
+@contextlib.contextmanager
+def raw_socket(address: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(DEADLINE_S)
+        sock.connect("\0" + address)
+        yield sock
+
+
+@pytest.mark.parametrize("greeting", SHM_GREETINGS)
+def test_shm_greetings(greeting: str) -> None:
+    data, make_fd = SHM_GREETINGS[greeting]
+    with survivor("shm") as listener, raw_socket(listener.address) as sock:
+        fds = [make_fd()] if make_fd else []
+        socket.send_fds(sock, [data], fds)
+        session = accept(listener)
+        hear_end(session)
+        session.close()
+        assert sock.recv(1) == b"", "the router hears the end"
+        for fd in fds:
+            os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"\xff garbage",
+        b"\0" * (1 << 16),
+        call(2, slot=2),
+        call(2, slot=1 << 31),
+        call(2, slot=1, payload_bytes=SLOT + 1),
+    ],
+    ids=["garbage", "too long", "slot", "far slot", "payload_bytes"],
+)
+def test_shm_frames(bad: bytes) -> None:
+    with survivor("shm") as listener, raw_socket(listener.address) as sock:
+        fd = memfd()
+        socket.send_fds(sock, [hello()], [fd])
+        os.close(fd)
+        session = accept(listener)
+        assert hear(session)[0].frame.HasField("hello")
+        sock.send(call(1, payload_bytes=64))
+        sock.send(bad)
+        sock.send(call(3, payload_bytes=64))
+        # What came before is heard, what came behind is not.
+        assert hear(session)[0].frame.call.seq == 1
+        hear_end(session)
+        session.close()
+
+
+def test_shm_host_that_answers_too_much() -> None:
+    listener = listen("shm")
+    channel = channel_to("shm", listener.address, slot_bytes=SLOT)
+    session = greet(listener)
+    hear(channel)
+    with pytest.raises(HostLost, match="bytes"):
+        _answer_wrongly(session, channel)
+    for side in (channel, session, listener):
+        side.close()
+
+
+# ---- gRPC ---------------------------------------------------------------------------------------
+
+
+class RawStream:
+    """A router that sends whatever bytes it likes."""
+
+    def __init__(self, address: str, method: str = METHOD) -> None:
+        self._channel = grpc.insecure_channel(address)
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._stream = self._channel.stream_stream(f"/{SERVICE}/{method}")(
+            iter(self._queue.get, None), timeout=DEADLINE_S
+        )
+
+    def send(self, *messages: bytes) -> None:
+        for message in messages:
+            self._queue.put(message)
+
+    def error(self) -> MoesaicError:
+        """How the stream ends."""
+        with pytest.raises(grpc.RpcError) as caught:
+            list(self._stream)
+        return from_grpc(caught.value, "host")
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._channel.close()
+
+
+GRPC_STREAMS = {
+    "garbage": ([b"\xff\xfe garbage"], "not a frame"),
+    "nothing": ([hello(), b""], "kind"),
+    "no Hello": ([call(1)], "before Hello"),
+    "two Hellos": ([hello(), hello()], "after Hello"),
+    "another version": ([hello(version=WIRE_VERSION + 1)], "wire_version"),
+    "a host's frame": ([hello(), b"\x12\x00"], "welcome"),
+    "fewer bytes": ([hello(), call(1, payload_bytes=9, payload=b"12345678")], "payload_bytes"),
+    "more bytes": ([hello(), call(1, payload_bytes=7, payload=b"12345678")], "payload_bytes"),
+    "a chunk without head": ([hello(), call(1, payload=b"1234")], "payload_bytes"),
+    "a last chunk too many": (
+        [hello(), call(1, payload_bytes=4, payload=b"1234"), call(1, payload=b"1234")],
+        "payload_bytes",
+    ),
+    "ends early": (
+        [hello(), call(1, payload_bytes=12, payload=b"1234", more=True), call(1, payload=b"1234")],
+        "payload_bytes",
+    ),
+    "grows beyond": (
+        [hello(), call(1, payload_bytes=6, payload=b"1234", more=True), call(1, payload=b"1234")],
+        "payload_bytes",
+    ),
+    "an empty chunk": ([hello(), call(1, payload_bytes=8, more=True)], "payload_bytes"),
+    "begins anew": ([hello(), *[call(1, payload_bytes=8, payload=b"1234", more=True)] * 2], "anew"),
+    "more than a call may have": (
+        [hello(), call(1, payload_bytes=MAX_PAYLOAD_BYTES + 1, payload=b"1", more=True)],
+        "payload_bytes",
+    ),
+    "more than all may have": (
+        [
+            hello(),
+            *[
+                call(seq, payload_bytes=MAX_PAYLOAD_BYTES // 2 + 1, payload=b"1", more=True)
+                for seq in (1, 2)
+            ],
+        ],
+        "payload_bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GRPC_STREAMS)
+def test_grpc_streams(case: str) -> None:
+    messages, reason = GRPC_STREAMS[case]
+    with survivor("grpc") as listener:
+        raw = RawStream(listener.address)
+        raw.send(*messages)
+        session = accept(listener)
+        lost = _drain(session)
+        assert reason in str(lost)
+        error = raw.error()
+        assert isinstance(error, CallError)
+        assert reason in str(error)
+        session.close()
+        raw.close()
+
+
+def test_grpc_message_beyond_the_limit() -> None:
+    with survivor("grpc") as listener:
+        raw = RawStream(listener.address)
+        raw.send(hello(), call(1, payload_bytes=2 * CHUNK_BYTES, payload=b"1" * 2 * CHUNK_BYTES))
+        session = accept(listener)
+        _drain(session)
+        assert isinstance(raw.error(), MoesaicError)
+        session.close()
+        raw.close()
+
+
+def test_grpc_method_that_does_not_exist() -> None:
+    with survivor("grpc") as listener:
+        raw = RawStream(listener.address, "Dispose")
+        assert isinstance(raw.error(), ClusterError)
+        raw.close()
+
+
+def test_grpc_router_that_says_nothing() -> None:
+    with survivor("grpc") as listener:
+        raw = RawStream(listener.address)
+        session = accept(listener)
+        raw.close()
+        _drain(session)
+        session.close()
+
+
+def test_not_even_http() -> None:
+    with survivor("grpc") as listener:
+        ip, _, port = listener.address.rpartition(":")
+        with socket.create_connection((ip, int(port)), DEADLINE_S) as sock:
+            sock.sendall(b"\0" * 1000)
+            with contextlib.suppress(ConnectionResetError):
+                while sock.recv(1000):
+                    pass
+
+
+def test_grpc_host_that_answers_too_much() -> None:
+    listener = listen("grpc")
+    channel = channel_to("grpc", listener.address, slot_bytes=SLOT)
+    session = greet(listener)
+    hear(channel)
+    with pytest.raises(HostLost, match="payload_bytes"):
+        _answer_wrongly(session, channel)
+    for side in (channel, session, listener):
+        side.close()
+
+
+def _drain(session: Session) -> HostLost:
+    heard = threading.Event()
+    while not heard.is_set():
+        try:
+            return hear_end(session)
+        except AssertionError:
+            continue
+    raise AssertionError

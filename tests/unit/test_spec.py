@@ -1,0 +1,281 @@
+"""The spec: what is valid survives YAML, what is not fails with the path of its key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesaic.cluster.spec import Spec, load_spec, parse_spec
+from moesaic.proto.errors import SpecError
+
+ROOT = Path(__file__).parents[2]
+
+# ---- any valid spec -----------------------------------------------------------------------------
+
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", fullmatch=True)
+# Any text that YAML can carry, so that quoting is tested too.
+TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
+AMOUNTS = st.floats(0, 1000) | st.integers(0, 64)
+SECONDS = st.floats(1e-3, 86_400)
+DEVICES = st.sampled_from(["auto", "cpu", "cuda", "cuda:3"])
+THREADS = st.integers(1, 256) | st.just("auto")
+
+
+def some(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Any subset of the keys: each has a default."""
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+RESOURCES: dict[str, st.SearchStrategy[Any]] = {
+    "num_cpus": AMOUNTS,
+    "num_gpus": AMOUNTS,
+    "resources": st.dictionaries(TEXTS, AMOUNTS, max_size=2),
+    "labels": st.dictionaries(TEXTS, TEXTS, max_size=2),
+}
+ROWS = st.lists(st.integers(1, 65_536), min_size=3, max_size=3).map(sorted)
+GROUPS = st.builds(
+    lambda group, rows: (
+        group | dict(zip(("max_rows", "max_batch_rows", "max_queue_rows"), rows, strict=True))
+    ),
+    some(
+        **RESOURCES,
+        count=st.integers(1, 9),
+        device=DEVICES,
+        threads=THREADS,
+        spread=st.sampled_from(["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]),
+    ),
+    ROWS,
+)
+
+
+@st.composite
+def valid_values(draw: st.DrawFn) -> dict[str, Any]:
+    groups = draw(st.lists(GROUPS, min_size=1, max_size=3))
+    hosts = sum(group.get("count", 2) for group in groups)
+    models = [
+        {"name": name, "path": draw(TEXTS)}
+        | draw(
+            some(
+                dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+                replicas=st.integers(1, hosts),
+                exact=st.booleans(),
+            )
+        )
+        for name in draw(st.lists(NAMES, max_size=3, unique=True))
+    ]
+    rest = draw(
+        some(
+            name=NAMES,
+            ray=some(address=st.sampled_from(["local", "auto", "head.example:6379", "[::1]:6379"])),
+            network=some(bind=TEXTS, transport=st.sampled_from(["auto", "shm", "grpc"])),
+            trunk=some(
+                **RESOURCES,
+                device=DEVICES,
+                threads=THREADS,
+                max_requests=st.integers(1, 4096),
+                max_waiting=st.integers(0, 1 << 20),
+                max_batch_tokens=st.integers(1, 1 << 20),
+                cache_tokens=st.integers(64, 1 << 28),
+            ),
+            endpoint=st.none() | some(host=TEXTS, port=st.integers(0, 65_535)),
+            timeouts=some(expert_s=SECONDS, attempt_s=SECONDS, start_s=SECONDS),
+        )
+    )
+    return {"hosts": groups, "models": models, **rest}
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(values=valid_values())
+def test_any_valid_spec_round_trips_through_yaml(values: dict[str, Any]) -> None:
+    spec = parse_spec(yaml.safe_load(yaml.safe_dump(values)))
+    again = parse_spec(yaml.safe_load(yaml.safe_dump(spec.model_dump(mode="json"))))
+    assert again == spec
+    for name, given in values.items():
+        assert _given_part(getattr(spec, name), given) == given
+
+
+def _given_part(parsed: Any, given: Any) -> Any:
+    """What a parsed value says of the keys that were given."""
+    if isinstance(given, dict):
+        if isinstance(parsed, dict):
+            return parsed
+        return {key: _given_part(getattr(parsed, key), value) for key, value in given.items()}
+    if isinstance(given, list):
+        return [_given_part(one, value) for one, value in zip(parsed, given, strict=True)]
+    return parsed
+
+
+def parts(value: Any, path: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """(path, values) of every part of a spec's plain values: whatever has fixed keys."""
+    found = []
+    if isinstance(value, dict) and path.rpartition(".")[2] not in ("resources", "labels"):
+        found.append((path, value))
+        for key, below in value.items():
+            found += parts(below, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for number, below in enumerate(value):
+            found += parts(below, f"{path}.{number}")
+    return found
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(values=valid_values(), data=st.data())
+def test_an_unknown_key_at_any_level_fails_with_its_path(
+    values: dict[str, Any], data: st.DataObject
+) -> None:
+    plain = parse_spec(values).model_dump(mode="json")
+    every = parts(plain)
+    assert len(every) >= 6
+    path, part = data.draw(st.sampled_from(every), label="part")
+    unknown = data.draw(NAMES.filter(lambda name: name not in part), label="key")
+    part[unknown] = data.draw(st.sampled_from([1, None, "x", [], {}]))
+    full = f"{path}.{unknown}" if path else unknown
+    with pytest.raises(SpecError, match=rf"^spec: {re.escape(full)}: unknown key"):
+        parse_spec(plain)
+
+
+# ---- bad values ---------------------------------------------------------------------------------
+
+MODEL = {"name": "m", "path": "p"}
+BAD: list[tuple[dict[Any, Any], str]] = [
+    # values, how the message begins
+    ({"name": ""}, "name: String should match"),
+    ({"name": 3}, "name: Input should be a valid string (got 3)"),
+    ({"name": "a/b"}, "name: String should match"),
+    ({"name": "a\n"}, "name: String should match"),
+    ({"name": "x" * 64}, "name: String should match"),
+    ({1: 2}, "1: Keys should be strings"),
+    ({"models": {"name": "m"}}, "models: Input should be a valid tuple"),
+    ({"models": [3]}, "models.0: Input should be a valid dictionary"),
+    ({"models": [{"name": "m"}]}, "models.0.path: Field required"),
+    ({"models": [MODEL, {"path": "p"}]}, "models.1.name: Field required"),
+    ({"models": [MODEL | {"name": "../m"}]}, "models.0.name: String should match"),
+    ({"models": [MODEL | {"path": ""}]}, "models.0.path: String should have at least 1"),
+    ({"models": [MODEL | {"dtype": "int8"}]}, "models.0.dtype: Input should be 'float32', 'bf"),
+    ({"models": [MODEL | {"replicas": 0}]}, "models.0.replicas: Input should be greater than"),
+    ({"models": [MODEL | {"replicas": 1.5}]}, "models.0.replicas: Input should be a valid integer"),
+    ({"models": [MODEL | {"replicas": 3}]}, "models: m wants 3 replicas of each expert, but ther"),
+    ({"models": [MODEL | {"exact": "maybe"}]}, "models.0.exact: Input should be a valid boolean"),
+    ({"models": [MODEL, MODEL]}, "models: the name 'm' stands twice"),
+    ({"hosts": []}, "hosts: at least one group is needed"),
+    ({"hosts": None}, "hosts: Input should be a valid tuple"),
+    ({"hosts": [{}, {"count": 0}]}, "hosts.1.count: Input should be greater than or equal to 1"),
+    ({"hosts": [{"count": 5000}]}, "hosts.0.count: Input should be less than or equal to 4096"),
+    ({"hosts": [{"device": "gpu"}]}, "hosts.0.device: String should match"),
+    ({"hosts": [{"device": "cuda:x"}]}, "hosts.0.device: String should match"),
+    ({"hosts": [{"threads": "two"}]}, "hosts.0.threads: Input should be a valid integer"),
+    ({"hosts": [{"threads": 0}]}, "hosts.0.threads: Input should be greater than or equal to 1"),
+    ({"hosts": [{"spread": "pack"}]}, "hosts.0.spread: Input should be 'none', 'PACK'"),
+    ({"hosts": [{"num_cpus": -1}]}, "hosts.0.num_cpus: Input should be greater than or equal to 0"),
+    ({"hosts": [{"num_gpus": float("inf")}]}, "hosts.0.num_gpus: Input should be a finite"),
+    ({"hosts": [{"resources": {"a": -1}}]}, "hosts.0.resources.a: Input should be greater"),
+    ({"hosts": [{"resources": {"a": {"b": 1}}}]}, "hosts.0.resources.a: Input should be a valid n"),
+    ({"hosts": [{"labels": {"zone": 1}}]}, "hosts.0.labels.zone: Input should be a valid string"),
+    ({"hosts": [{"max_rows": 2048}]}, "hosts.0: max_rows <= max_batch_rows <= max_queue_rows"),
+    ({"ray": {"address": "nowhere"}}, "ray.address: 'nowhere' is neither 'local', 'auto' nor host"),
+    ({"ray": {"address": "head:99999"}}, "ray.address: 'head:99999' is neither"),
+    ({"network": {"bind": ""}}, "network.bind: String should have at least 1 character"),
+    ({"network": {"transport": "tcp"}}, "network.transport: Input should be 'auto', 'shm' or 'gr"),
+    ({"trunk": {"engine": "vllm"}}, "trunk.engine: Input should be 'transformers'"),
+    ({"trunk": {"cache_tokens": 1}}, "trunk.cache_tokens: Input should be greater than"),
+    ({"trunk": {"threads": -1}}, "trunk.threads: Input should be greater than or equal to 1"),
+    ({"endpoint": {"port": 65_536}}, "endpoint.port: Input should be less than or equal to 65535"),
+    ({"endpoint": {"host": ""}}, "endpoint.host: String should have at least 1 character"),
+    ({"timeouts": {"expert_s": 0}}, "timeouts.expert_s: Input should be greater than 0 (got 0)"),
+    ({"timeouts": {"attempt_s": float("nan")}}, "timeouts.attempt_s: Input should be a finite"),
+    ({"timeouts": {"start_s": "soon"}}, "timeouts.start_s: Input should be a valid number"),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), BAD, ids=[words.split(" ")[0] for _, words in BAD])
+def test_bad_values_fail_with_their_path(values: dict[Any, Any], words: str) -> None:
+    with pytest.raises(SpecError, match="^my.yaml: " + re.escape(words)):
+        parse_spec(values, source="my.yaml")
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    with pytest.raises(SpecError) as raised:
+        parse_spec({"colour": 1, "hosts": [{"count": 0}], "endpoint": {"port": "x"}})
+    for path in ("colour: unknown key", "hosts.0.count: ", "endpoint.port: "):
+        assert path in str(raised.value)
+
+
+def test_a_long_value_is_shortened_in_the_message() -> None:
+    with pytest.raises(SpecError) as raised:
+        parse_spec({"name": "!" * 10_000})
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("values", [[], "text", 3, [("name", "x")]])
+def test_a_spec_is_a_mapping(values: Any) -> None:
+    with pytest.raises(SpecError, match="a mapping is expected"):
+        parse_spec(values)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+FILES: list[tuple[str, bytes, str]] = [
+    ("list", b"- name: x", "a mapping is expected, not list"),
+    ("text", b"just text", "a mapping is expected, not str"),
+    ("not-yaml", b"a: b: c", "not YAML: mapping values are not allowed here"),
+    ("tab", b"\thosts: 1", "not YAML"),
+    ("binary", bytes(range(256)), "cannot be read"),
+    ("image", b"\x89PNG\r\n\x1a\n\x00", "cannot be read"),
+    ("two-documents", b"name: a\n---\nname: b", "not YAML: expected a single document"),
+    ("a-key-twice", b"hosts: [{count: 1}]\nhosts: [{count: 2}]", "'hosts' stands twice"),
+    ("a-key-twice-below", b"endpoint:\n  port: 1\n  port: 2", "'port' stands twice"),
+    ("no-date", b"name: 2001-13-45", "not YAML: month must be"),
+    ("huge-number", b"name: " + b"9" * 5000, "not YAML: Exceeds the limit"),
+    ("deep", b"[" * 5000, "not YAML: maximum recursion depth"),
+    ("code", b"name: !!python/object/apply:os.system [exit]", "not YAML: could not determine"),
+    ("unhashable", b"? [a]\n: b", "not YAML"),
+    ("recursive", b"name: &a [*a]", "name: Input should be a valid string"),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [case[1:] for case in FILES], ids=[case[0] for case in FILES]
+)
+def test_files_that_are_no_spec(content: bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_bytes(content)
+    with pytest.raises(SpecError, match=re.escape(words)) as raised:
+        load_spec(file)
+    assert str(raised.value).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize("path", ["nothing-here.yaml", "", "a\0b"])
+def test_files_that_cannot_be_read(path: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="cannot be read"):
+        load_spec(f"{tmp_path}/{path}")
+
+
+def test_a_few_lines_that_stand_for_billions_of_values(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    file = tmp_path / "spec.yaml"
+    file.write_text("\n".join([*lines, "name: *a11"]))
+    with pytest.raises(SpecError, match="name: Input should be a valid string") as raised:
+        load_spec(file)
+    assert len(str(raised.value)) < 3000
+
+
+def test_an_empty_file_is_a_spec_of_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text("# nothing\n")
+    assert load_spec(file) == Spec()
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("deploy/*.yaml")), ids=lambda file: file.name)
+def test_the_specs_that_come_with_the_project(file: Path) -> None:
+    assert load_spec(file).models
+
+
+def test_there_is_a_spec_for_make_up() -> None:
+    assert (ROOT / "deploy" / "local.yaml").is_file()
