@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..cluster.placement import ExpertKey, LayerKey
 from ..cluster.residency import LayerShape
-from ..kernels.ffn import ExpertForm, ExpertWeights
+from ..kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
 from ..models.checkpoint import Checkpoint
 from ..models.trunk import (
     ExpertsLayer,
@@ -128,7 +128,7 @@ class ExpertStore:
             weights = self._experts.get(LayerKey(key.model, key.layer), {}).get(key.expert)
         if weights is None:
             raise NotHere(f"{key} is not on this host")
-        return weights.tensors()
+        return unpack(self._forms[LayerKey(key.model, key.layer)], weights).tensors()
 
     def lacks_shared(self, key: LayerKey) -> bool:
         """True while a layer's shared tensors, if it has any, must still be put."""
@@ -149,9 +149,13 @@ class ExpertStore:
             return self._models[name]
 
     def _keep(self, key: ExpertKey, weights: ExpertWeights) -> LayerShape:
-        moved = ExpertWeights(**{n: t.to(self.device) for n, t in weights.tensors().items()})
+        layer_key = LayerKey(key.model, key.layer)
+        if can_pack(self.device):
+            kept = pack(self._forms[layer_key], weights)
+        else:
+            kept = ExpertWeights(**{n: t.to(self.device) for n, t in weights.tensors().items()})
         with self._lock:
-            self._experts.setdefault(LayerKey(key.model, key.layer), {})[key.expert] = moved
+            self._experts.setdefault(layer_key, {})[key.expert] = kept
         return self._models[key.model].shape(key.layer)
 
 

@@ -12,7 +12,7 @@ activation, down-projection, bias, optional norm, then the choice's weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -39,7 +39,10 @@ class ExpertForm:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert: up (2I or I, H) and down (H, I), or both transposed if the form says so."""
+    """One expert: up (2I or I, H) and down (H, I), or both transposed if the form says so.
+
+    The matrices may be packed (`pack`).
+    """
 
     up: Tensor
     down: Tensor
@@ -78,18 +81,46 @@ class Kernel(Protocol):
         ...
 
 
+def pack(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
+    """The same expert with its matrices in oneDNN's own layout, of the same size.
+
+    A plain matrix is brought into it at every product (measured with few rows: 1.5 to 2 times
+    slower). `unpack` is the way back, to the bit.
+    """
+
+    def packed(matrix: Tensor) -> Tensor:
+        plain = matrix.t().contiguous() if form.transposed else matrix
+        return torch.ops.mkldnn._reorder_linear_weight(plain, 1)
+
+    return replace(expert, up=packed(expert.up), down=packed(expert.down))
+
+
+def unpack(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
+    def plain(matrix: Tensor) -> Tensor:
+        if not matrix.is_mkldnn:
+            return matrix
+        dense = matrix.to_dense()
+        return dense.t().contiguous() if form.transposed else dense
+
+    return replace(expert, up=plain(expert.up), down=plain(expert.down))
+
+
+def can_pack(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def _product(x_RI: Tensor, matrix: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if matrix.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x_RI, matrix, bias, "none", [], "")
+    if not transposed:
+        return linear(x_RI, matrix, bias)
+    return x_RI @ matrix if bias is None else x_RI @ matrix + bias
+
+
 def expert_ffn(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
     """One expert on its rows: (R, H) -> (R, H) in the expert's dtype, not weighted."""
-    if form.transposed:
-        up_R = x_RH @ expert.up
-        if expert.up_bias is not None:
-            up_R = up_R + expert.up_bias
-        y_RH = form.activate(up_R) @ expert.down
-        if expert.down_bias is not None:
-            y_RH = y_RH + expert.down_bias
-    else:
-        up_R = linear(x_RH, expert.up, expert.up_bias)
-        y_RH = linear(form.activate(up_R), expert.down, expert.down_bias)
+    up_R = _product(x_RH, expert.up, expert.up_bias, form.transposed)
+    y_RH = _product(form.activate(up_R), expert.down, expert.down_bias, form.transposed)
     return y_RH if form.post_norm is None else form.post_norm(y_RH)
 
 
