@@ -16,6 +16,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -78,16 +79,23 @@ class HostLoop:
         os.eventfd_write(self._wake, 1)
 
     def call(self, work: Callable[[], None], timeout_s: float = 30.0) -> None:
-        """`post`, and wait until it ran. Raises InternalError if the loop does not answer."""
-        done = threading.Event()
+        """`post`, and wait until it ran. Raises what it raises, and InternalError if the loop
+        does not answer."""
+        done: Future[None] = Future()
 
         def run() -> None:
-            work()
-            done.set()
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
 
         self.post(run)
-        if not done.wait(timeout_s):
-            raise InternalError(f"host {self.name}: the loop did not answer for {timeout_s} s")
+        try:
+            done.result(timeout_s)
+        except TimeoutError:
+            raise InternalError(
+                f"host {self.name}: the loop did not answer for {timeout_s} s"
+            ) from None
 
     def stats(self) -> LoopStats:
         return LoopStats(
@@ -155,7 +163,7 @@ class HostLoop:
                 for session in accepting[fd].accept():
                     self._sessions[session.fileno()] = session
                     self._epoll.register(session.fileno(), select.EPOLLIN)
-            else:
+            elif fd in self._sessions:  # it may have been dropped in this very round
                 self._hear_session(self._sessions[fd])
 
     def _hear_session(self, session: Session) -> None:
@@ -257,11 +265,13 @@ class HostLoop:
             return
         try:
             self._compute(batch, now)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except Exception as error:
+            # Whatever it is, it ends these calls and not the host.
             log.exception("host %s: computing %s failed", self.name, batch[0].key)
+            why = error if isinstance(error, MoesaicError) else InternalError(repr(error))
             for queued in batch:
                 if (queued.router, queued.seq) in self._pending:
-                    self._answer_with(queued, InternalError(f"{batch[0].key}: {error!r}"))
+                    self._answer_with(queued, why)
 
     def _answer_with(self, queued: QueuedCall, error: MoesaicError) -> None:
         pending = self._pending.pop((queued.router, queued.seq))

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..proto.errors import InternalError, MoesaicError, RequestError
+from ..proto.errors import BodyTooLarge, InternalError, MoesaicError
 from .http_responses import error_response
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,6 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise BodyTooLarge(f"the body has more than {max_bytes} bytes")
     return bytes(body)
-
-
-class BodyTooLarge(RequestError):
-    http_status = 413
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

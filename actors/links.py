@@ -60,7 +60,8 @@ class Links:
                 router=self._router,
                 node=self._node,
                 choice=self._transport,
-                slots=self._slots,
+                # A reply's slot is free only behind its event, which may send the next call.
+                slots=self._slots + 1,
             )
         except HostLost as lost:
             self._down(entry.host, lost)

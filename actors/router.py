@@ -164,6 +164,7 @@ class Router:
         if x_TH.dtype not in DTYPE_TO_WIRE:
             known = ", ".join(str(dtype) for dtype in DTYPE_TO_WIRE)
             raise CallError(f"dtype: hidden states are {x_TH.dtype}, the wire knows {known}")
+        _check_shapes(x_TH, ids_TK, weights_TK)
         with self._lock:
             if self._closed:
                 raise ClusterError(f"router {self.name}: closed")
@@ -176,6 +177,9 @@ class Router:
                 out_TH = job.combine()
                 if job.bad_rows:
                     self._report_bad(job)
+            except BaseException:
+                self._execute(self._dispatcher.abandon(_now()))
+                raise
             finally:
                 self._job = None
             if self._dead_rows:
@@ -290,6 +294,17 @@ class Router:
         hosts = self._dispatcher.hosts.values()
         up = bool(hosts) and all(host.state is HostState.UP for host in hosts)
         return up and not self._unplaced(layers)
+
+
+def _check_shapes(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+    if x_TH.dim() != 2:
+        raise CallError(f"hidden states: shape {tuple(x_TH.shape)}; (tokens, hidden) is expected")
+    for name, tensor in (("ids", ids_TK), ("weights", weights_TK)):
+        if tensor.dim() != 2 or tensor.shape != (x_TH.shape[0], ids_TK.shape[-1]):
+            raise CallError(
+                f"{name}: shape {tuple(tensor.shape)} for {x_TH.shape[0]} tokens; ids and weights "
+                "are both (tokens, choices)"
+            )
 
 
 def _now() -> float:

@@ -93,24 +93,24 @@ class ExpertStore:
                 self._models[ref.name] = model
 
     def load(self, key: ExpertKey) -> LayerShape:
-        """Read one expert from its model's checkpoint. Raises CheckpointError and NotHere."""
-        model = self._model(key.model)
+        """Read one expert from its model's checkpoint.
+
+        Raises CheckpointError, NotHere, and CallError for an expert that its model has not.
+        """
+        model, layer = self._layer(key)
         if model.checkpoint is None:
             raise NotHere(f"{key.model!r} has no checkpoint; its experts are put by a peer")
         weights = model.checkpoint.read(key.layer, key.expert)
         layer_key = LayerKey(key.model, key.layer)
         if layer_key not in self._forms:
             self._forms[layer_key] = model.checkpoint.form(key.layer)
-            if model.layers[key.layer].module.has_post_expert_norm:
-                model.layers[key.layer].module.to(self.device)
+            if layer.module.has_post_expert_norm:
+                layer.module.to(self.device)
         return self._keep(key, weights)
 
     def put(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> LayerShape:
         """Keep an expert that was sent here. Raises CallError for tensors that do not fit."""
-        model = self._model(key.model)
-        layer = model.layers.get(key.layer)
-        if layer is None:
-            raise CallError(f"layer: {key.model!r} has no experts in layer {key.layer}")
+        model, layer = self._layer(key)
         layer_key = LayerKey(key.model, key.layer)
         if key.expert == SHARED:
             _set_shared(layer, tensors, self.device)
@@ -120,9 +120,9 @@ class ExpertStore:
         return self._keep(key, weights)
 
     def get(self, key: ExpertKey) -> dict[str, Tensor]:
-        """The tensors of an expert, as `put` takes them. Raises NotHere."""
+        """The tensors of an expert, as `put` takes them. Raises NotHere and CallError."""
+        _, layer = self._layer(key)
         if key.expert == SHARED:
-            layer = self._model(key.model).layers[key.layer]
             return {name: parameter.data for name, parameter in shared_parameters(layer).items()}
         with self._lock:
             weights = self._experts.get(LayerKey(key.model, key.layer), {}).get(key.expert)
@@ -132,7 +132,7 @@ class ExpertStore:
 
     def lacks_shared(self, key: LayerKey) -> bool:
         """True while a layer's shared tensors, if it has any, must still be put."""
-        layer = self._model(key.model).layers[key.layer]
+        _, layer = self._layer(key.expert(SHARED))
         return any(p.device.type == "meta" for p in shared_parameters(layer).values())
 
     def drop(self, key: ExpertKey) -> None:
@@ -148,9 +148,21 @@ class ExpertStore:
                 raise NotHere(f"model {name!r} is unknown to this host")
             return self._models[name]
 
+    def _layer(self, key: ExpertKey) -> tuple[_Model, ExpertsLayer]:
+        model = self._model(key.model)
+        layer = model.layers.get(key.layer)
+        if layer is None:
+            raise CallError(f"layer: {key.model!r} has no experts in layer {key.layer}")
+        if key.expert != SHARED and not 0 <= key.expert < layer.num_experts:
+            raise CallError(
+                f"expert: {key.expert} is none of layer {key.layer} of {key.model!r}, which has "
+                f"{layer.num_experts}"
+            )
+        return model, layer
+
     def _keep(self, key: ExpertKey, weights: ExpertWeights) -> LayerShape:
         layer_key = LayerKey(key.model, key.layer)
-        if can_pack(self.device):
+        if can_pack(self.device, weights.up.dtype):
             kept = pack(self._forms[layer_key], weights)
         else:
             kept = ExpertWeights(**{n: t.to(self.device) for n, t in weights.tensors().items()})

@@ -1,9 +1,13 @@
 """Round trips of the transports alone, against the least that the same bytes can cost.
 
-    python benchmarks/transport.py [--json PATH]
+    python -m benchmarks.transport [--json PATH] [--only shm|grpc] [--anywhere]
 
 `shm` is held against a memcpy into shared memory and a one-byte doorbell, `grpc` against a bare
 bidirectional stream; every host is a process of its own that answers with as many bytes as it got.
+
+Router and hosts have cores of their own, as where both are busy. With `--anywhere` the kernel
+places them: it runs the raw pair on one core, where a wake-up costs a tenth, and the pair with more
+to do now on one and now on two.
 """
 
 from __future__ import annotations
@@ -205,9 +209,10 @@ def _echo(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[
 
 
 @contextlib.contextmanager
-def child(kind: str, *fds: int) -> Iterator[str]:
+def child(kind: str, *fds: int, anywhere: bool) -> Iterator[str]:
     """A host in a process of its own; gives the line that it prints."""
     command = [sys.executable, "-m", "benchmarks.transport", "--serve", kind, *map(str, fds)]
+    command += ["--anywhere"] * anywhere
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=fds
     )
@@ -225,8 +230,15 @@ def child(kind: str, *fds: int) -> Iterator[str]:
             process.stdout.close()
 
 
-def serve(kind: str, fds: list[int]) -> None:
+def _half_of_the_cores(which: int) -> set[int]:
+    cores = sorted(os.sched_getaffinity(0))
+    return set(cores[which::2]) or set(cores)
+
+
+def serve(kind: str, fds: list[int], *, anywhere: bool) -> None:
     torch.set_num_threads(1)
+    if not anywhere:
+        os.sched_setaffinity(0, _half_of_the_cores(1))
     match kind:
         case "shm":
             serve_ours(ShmListener())
@@ -239,18 +251,21 @@ def serve(kind: str, fds: list[int]) -> None:
             serve_bare_grpc()
 
 
-def run(only: str | None) -> list[Comparison]:
+def run(only: str | None = None, *, anywhere: bool = False) -> list[Comparison]:
     torch.set_num_threads(1)
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     memory = os.memfd_create("raw")
     os.ftruncate(memory, 2 * _SLOT_BYTES)
     with contextlib.ExitStack() as stack:
         stack.callback(mine.close)
-        shm_address = stack.enter_context(child("shm"))
-        grpc_address = stack.enter_context(child("grpc"))
-        bare_address = stack.enter_context(child("bare grpc"))
-        stack.enter_context(child("raw shm", theirs.fileno(), memory))
+        stack.callback(os.close, memory)
+        shm_address = stack.enter_context(child("shm", anywhere=anywhere))
+        grpc_address = stack.enter_context(child("grpc", anywhere=anywhere))
+        bare_address = stack.enter_context(child("bare grpc", anywhere=anywhere))
+        stack.enter_context(child("raw shm", theirs.fileno(), memory, anywhere=anywhere))
         theirs.close()
+        if not anywhere:
+            os.sched_setaffinity(0, _half_of_the_cores(0))
         shm = OurRouter(
             ShmChannel("host", shm_address, router="r", slots=4, slot_bytes=_SLOT_BYTES)
         )
@@ -281,12 +296,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", choices=sorted(TARGETS))
+    parser.add_argument("--anywhere", action="store_true", help="let the kernel choose the cores")
     parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve[0], [int(fd) for fd in arguments.serve[1:]])
+        kind, *fds = arguments.serve
+        serve(kind, [int(fd) for fd in fds], anywhere=arguments.anywhere)
         return
-    report("Transport round trips", run(arguments.only), arguments.json)
+    results = run(arguments.only, anywhere=arguments.anywhere)
+    report("Transport round trips", results, arguments.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ t and k = rows and columns of one send.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,42 +31,13 @@ from .events import (
     Replied,
     Send,
 )
-from .grouping import rank_within_expert, rows_of
+from .grouping import rank_within_expert
 from .health import HostHealth, HostState, RouterPolicy
+from .layer_call import LayerCall, Outcome
 from .placement import SHARE_STEPS, LayerKey, Placement
 
 # Refusals after which another replica or a later moment may serve the same choices.
 _RETRYABLE = ("NotHere", "Busy", "Expired", "HostLost")
-
-
-@dataclass(slots=True)
-class _Call:
-    """One layer's call in progress."""
-
-    key: LayerKey
-    top_k: int
-    max_rows: int
-    deadline: float
-    rotation: int
-    ids_N: np.ndarray
-    waiting_N: np.ndarray  # choices that no send carries, ascending
-    live: dict[int, tuple[Send, float]] = field(default_factory=dict)  # seq -> (send, expires)
-    # Given up after a deadline; a late answer still counts if nobody else has its choices.
-    given_up: dict[int, Send] = field(default_factory=dict)
-    avoid: set[tuple[str, int]] = field(default_factory=set)  # (host, expert) refused
-    misses: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a call ended. ``lost`` are the choices (numbers in N) that nobody computed in time."""
-
-    lost: np.ndarray
-    error: Refused | None = None  # a refusal that no other host would answer differently
-
-    @property
-    def ok(self) -> bool:
-        return self.error is None and self.lost.size == 0
 
 
 class Dispatcher:
@@ -80,7 +50,7 @@ class Dispatcher:
         self.outcome: Outcome | None = None
         self.retries = 0  # sends that another one had to replace
         self.ejections = 0
-        self._call: _Call | None = None
+        self._call: LayerCall | None = None
         self._next_seq = 1
         self._rotations: dict[LayerKey, int] = defaultdict(int)
 
@@ -108,6 +78,7 @@ class Dispatcher:
                 known.state = HostState.UP
         if self._call is not None:
             self._call.avoid.clear()
+            self._call.apart.clear()
         return commands + self.tick(now)
 
     # ---- one call -------------------------------------------------------------------------------
@@ -119,7 +90,7 @@ class Dispatcher:
         assert self._call is None or self.outcome is not None, "one call at a time"
         ids_N = ids_TK.reshape(-1)
         self._rotations[key] += 1
-        self._call = _Call(
+        self._call = LayerCall(
             key=key,
             top_k=ids_TK.shape[1],
             max_rows=max_rows,
@@ -130,6 +101,18 @@ class Dispatcher:
         )
         self.outcome = None
         return self.tick(now)
+
+    def abandon(self, now: float) -> list[Command]:
+        """The caller was interrupted, nobody knows where: its call ends, and so do the connections
+        on which something is under way."""
+        call = self._call if self.outcome is None else None
+        if call is None:
+            return []
+        self._end(call)
+        busy = [name for name, health in self.hosts.items() if health.occupied]
+        for name in busy:
+            self.hosts[name].went_down(now)
+        return [Disconnect(name) for name in busy]
 
     def handle(self, event: Event, now: float) -> list[Command]:
         commands: list[Command] = []
@@ -173,7 +156,7 @@ class Dispatcher:
             if call.waiting_N.size:
                 commands += self._assign(call, now)
             if not call.waiting_N.size and not call.live:
-                self.outcome = Outcome(lost=call.waiting_N)
+                self.outcome = call.ended()
         return commands
 
     def wake_at(self, now: float) -> float:
@@ -188,7 +171,7 @@ class Dispatcher:
 
     # ---- steps ----------------------------------------------------------------------------------
 
-    def _wait_again(self, call: _Call, sends: list[Send]) -> None:
+    def _wait_again(self, call: LayerCall, sends: list[Send]) -> None:
         if sends:
             back = [send.choices for send in sends]
             call.waiting_N = np.sort(np.concatenate([call.waiting_N, *back]))
@@ -223,26 +206,32 @@ class Dispatcher:
             return []
         send, _ = call.live.pop(seq)
         if code not in _RETRYABLE:
-            return self._end(call, Outcome(lost=send.choices, error=event))
+            call.failed.append((send, event))
+            return []
         self._wait_again(call, [send])
         if code == "Busy":
             health.busy_until = now + self.policy.busy_s
         if code == "NotHere":
-            call.avoid.update((send.host, int(e)) for e in np.unique(call.ids_N[send.choices]))
+            experts = np.unique(call.ids_N[send.choices])
+            if experts.size == 1:
+                call.avoid.add((send.host, int(experts[0])))
+            else:
+                call.apart.add(send.host)
             return [Refresh()]
         return []
 
-    def _end(self, call: _Call, outcome: Outcome) -> list[Command]:
-        self.outcome = outcome
+    def _end(self, call: LayerCall) -> list[Command]:
+        """Whatever has no answer yet gets none."""
         cancels: list[Command] = [Cancel(send.host, seq) for seq, (send, _) in call.live.items()]
+        pending = [send.choices for send, _ in call.live.values()]
+        call.waiting_N = np.sort(np.concatenate([call.waiting_N, *pending]))
         call.live.clear()
+        self.outcome = call.ended()
         return cancels
 
-    def _expire(self, call: _Call, now: float) -> list[Command]:
+    def _expire(self, call: LayerCall, now: float) -> list[Command]:
         if now >= call.deadline:
-            pending = [send.choices for send, _ in call.live.values()]
-            lost = np.sort(np.concatenate([call.waiting_N, *pending]))
-            return self._end(call, Outcome(lost=lost))
+            return self._end(call)
         late = {send.host for send, expires in call.live.values() if now >= expires}
         commands: list[Command] = []
         for host in sorted(late):
@@ -258,11 +247,14 @@ class Dispatcher:
             call.misses += 1
         return commands
 
-    def _assign(self, call: _Call, now: float) -> list[Command]:
+    def _assign(self, call: LayerCall, now: float) -> list[Command]:
         """Send the waiting choices that some host can take; the others go on waiting."""
         placement = self.placement
         if placement is None or call.key not in placement.layers:
             return []
+        # Ids beyond the experts belong to nobody; before the placement came none could tell.
+        inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
+        call.waiting_N = call.waiting_N[inside]
         healths = [self.hosts.get(name) for name in placement.host_order]
         usable = np.array([h is not None and h.takes_calls(now) for h in healths], dtype=bool)
         host_n = self._choose(call, placement, usable)
@@ -272,7 +264,7 @@ class Dispatcher:
             mine = call.waiting_N[host_n == index]
             if health is None or not mine.size:
                 continue
-            for token_t, choice_tk in rows_of(mine, call.top_k, call.max_rows):
+            for token_t, choice_tk in call.pieces(health.entry.host, mine):
                 if health.room <= 0:
                     still.append(choice_tk[choice_tk >= 0])
                     continue
@@ -280,7 +272,7 @@ class Dispatcher:
         call.waiting_N = np.sort(np.concatenate(still))
         return commands
 
-    def _choose(self, call: _Call, placement: Placement, usable: np.ndarray) -> np.ndarray:
+    def _choose(self, call: LayerCall, placement: Placement, usable: np.ndarray) -> np.ndarray:
         """For each waiting choice the index of a host that may take it, or -1."""
         table = placement.tables[call.key]
         ids_n = call.ids_N[call.waiting_N]
@@ -301,7 +293,7 @@ class Dispatcher:
 
     def _send(
         self,
-        call: _Call,
+        call: LayerCall,
         health: HostHealth,
         token_t: np.ndarray,
         choice_tk: np.ndarray,

@@ -93,9 +93,9 @@ class Residency:
         """Forget experts. Gives the queued calls that need one of them, with their refusals."""
         for key in keys:
             layer = self._layers.get(LayerKey(key.model, key.layer))
-            if layer is not None:
+            if layer is not None and key.expert in layer.versions:
                 layer.held[key.expert] = False
-                layer.versions.pop(key.expert, None)
+                del layer.versions[key.expert]
                 if not layer.versions:
                     del self._layers[LayerKey(key.model, key.layer)]
         refused = [(call, e) for call in self._queue if (e := self._not_here(call)) is not None]
@@ -180,8 +180,9 @@ class Residency:
             return NotHere(f"no expert of layer {call.key.layer} of {call.key.model!r} is here")
         highest, lowest = int(call.ids.max(initial=-1)), int(call.ids.min(initial=0))
         if highest >= layer.shape.num_experts or lowest < -1:
+            beyond = highest if highest >= layer.shape.num_experts else lowest
             return CallError(
-                f"ids: {highest if highest > 0 else lowest} is no expert of layer "
+                f"ids: {beyond} is no expert of layer "
                 f"{call.key.layer} of {call.key.model!r}, which has {layer.shape.num_experts}"
             )
         here = layer.held[call.ids]

@@ -105,8 +105,19 @@ def unpack(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
     return replace(expert, up=plain(expert.up), down=plain(expert.down))
 
 
-def can_pack(device: torch.device) -> bool:
-    return device.type == "cpu" and torch.backends.mkldnn.is_available()
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """oneDNN takes the 16-bit types only on CPUs that compute in them."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    match dtype:
+        case torch.float32:
+            return True
+        case torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        case torch.float16:
+            return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        case _:
+            return False
 
 
 def _product(x_RI: Tensor, matrix: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

@@ -4,7 +4,8 @@ MoesaicError
 |-- BadInput                 the caller's mistake: never retried
 |   |-- SpecError            the YAML spec
 |   |-- RequestError         an HTTP or SDK request
-|   |   `-- UnknownModel
+|   |   |-- UnknownModel
+|   |   `-- BodyTooLarge
 |   |-- CallError            an expert call: shapes, dtypes, sizes
 |   |-- CheckpointError      a file: truncated, missing tensors, wrong shapes
 |   `-- UnsupportedModel     an architecture without the experts interface
@@ -58,6 +59,10 @@ class RequestError(BadInput):
 
 class UnknownModel(RequestError):
     http_status = 404
+
+
+class BodyTooLarge(RequestError):
+    http_status = 413
 
 
 class CallError(BadInput):

@@ -31,6 +31,8 @@ from ...proto.errors import (
 )
 from ...proto.wire import CHUNK_BYTES
 
+# How long closing waits for threads, and for a last frame to leave.
+CLOSE_S = 0.5
 # A frame or weights chunk holds CHUNK_BYTES of tensors and a header, which is far smaller.
 _HEADER_BYTES = 64 << 10
 # Details travel as an HTTP/2 header, and those are limited to 16 KiB.
@@ -43,6 +45,7 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
 ]
 CHANNEL_OPTIONS = [
     *_OPTIONS,
@@ -113,8 +116,19 @@ def aborting(context: grpc.ServicerContext) -> Iterator[None]:
         context.abort(*to_grpc(error))
 
 
+def close_channel(channel: grpc.Channel, timeout_s: float) -> None:
+    """Close, but wait no longer than ``timeout_s``.
+
+    gRPC itself waits for a peer that is frozen in the middle of a message until its keepalive has
+    ended the connection; its threads and this one go then.
+    """
+    closing = threading.Thread(target=channel.close, name="grpc-close", daemon=True)
+    closing.start()
+    closing.join(timeout_s)
+
+
 class Threads(Executor):
-    """A thread for each RPC of a server: it ends with its RPC, and `join` has a deadline."""
+    """The threads of a server, one for each task: they end with it, and `join` has a deadline."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -128,6 +142,7 @@ class Threads(Executor):
             try:
                 future.set_result(fn(*args, **kwargs))
             except BaseException as error:
+                log.exception("gRPC: a thread of %s ended", self._name)
                 future.set_exception(error)
             finally:
                 with self._lock:

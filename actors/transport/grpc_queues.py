@@ -26,8 +26,6 @@ from .mailbox import Mailbox
 
 # A side that has taken nothing for so long, beyond the bounds of what may wait for it, is lost.
 STALL_S = 2.0
-# How long closing waits for threads, and for a last frame to leave.
-CLOSE_S = 1.0
 # What a frame counts for beside its tensors, so that a flood of small ones is bounded too.
 _FRAME_BYTES = 16 << 10
 
@@ -46,7 +44,7 @@ class Outbox:
         self._new: queue.SimpleQueue[bytes | _Turn | None] = queue.SimpleQueue()
         self._turns: deque[bytes | _Turn] = deque()
         self._finishing = False
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None  # the one that iterates
         self._moved = moved
         self._moved_at = 0.0
         # Each is written by one thread alone; the difference still waits.
@@ -80,11 +78,6 @@ class Outbox:
         """The stream ends behind what was sent before. Callable from any thread."""
         self._new.put(None)
 
-    def join(self, timeout_s: float) -> None:
-        """Wait for the thread that iterates, once the stream has ended."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-
     def __iter__(self) -> Iterator[bytes]:
         return self
 
@@ -113,8 +106,8 @@ class Outbox:
     def _next_turn(self) -> bytes | _Turn:
         turns = self._turns
         while not self._finishing and (not turns or not self._new.empty()):
-            if self._thread is None:
-                self._thread = threading.current_thread()
+            if self.thread is None:
+                self.thread = threading.current_thread()
             turn = self._new.get()
             if turn is None:
                 self._finishing = True
@@ -236,7 +229,7 @@ class Inbox:
             while full() and self.error is None:
                 self._moved.clear()
                 if full():
-                    self._moved.wait(1.0)
+                    self._moved.wait(STALL_S / 8)
             if self.error is not None:
                 return
 

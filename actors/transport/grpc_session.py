@@ -13,8 +13,8 @@ from ...proto.errors import CallError, HostLost, MoesaicError
 from ...proto.expert_pb2 import Frame
 from ...proto.wire import MAX_PAYLOAD_BYTES, CallLayout
 from .base import Inbound, check_version
-from .grpc_border import from_grpc, to_grpc
-from .grpc_queues import CLOSE_S, STALL_S, Inbox, Outbox
+from .grpc_border import CLOSE_S, Threads, from_grpc, to_grpc
+from .grpc_queues import STALL_S, Inbox, Outbox
 
 
 class GrpcSession:
@@ -25,7 +25,6 @@ class GrpcSession:
         self._context = context
         self._max_held_bytes = max_held_bytes
         self._over = threading.Event()
-        self._reader: threading.Thread | None = None
         moved = threading.Event()
         self._outbox = Outbox(moved)
         self._inbox = Inbox(
@@ -51,10 +50,6 @@ class GrpcSession:
 
     def send_reply(self, frame: Frame, buffer: Tensor) -> None:
         self._inbox.check_open()
-        if self._outbox.unsent_bytes > self._max_held_bytes and self._outbox.stalled_s() > STALL_S:
-            self._inbox.end(HostLost(f"{self.router}: has taken nothing for {STALL_S:g} s"))
-            self._context.cancel()
-            self._inbox.check_open()
         self._outbox.send_tensors("reply", frame, buffer.numpy().data[: frame.reply.payload_bytes])
 
     def send(self, frame: Frame) -> None:
@@ -62,30 +57,22 @@ class GrpcSession:
         self._outbox.send(frame)
 
     def close(self) -> None:
-        """What was sent goes out first, if the router takes it within `CLOSE_S`."""
+        """Waits for what was sent to go out, but no longer than `CLOSE_S`, and not if the router is
+        gone. The listener owns the threads."""
+        gone = self._inbox.error is not None
         self._inbox.end(HostLost(f"{self.router}: closed on this side"))
         self._outbox.finish()
-        if not self._over.wait(CLOSE_S):
+        if not gone and not self._over.wait(CLOSE_S):
             self._context.cancel()
-            self._over.wait(CLOSE_S)
-        if self._reader is not None:
-            self._reader.join(CLOSE_S)
         self._inbox.close()
-
-    def _holds_too_much(self) -> bool:
-        held = self._inbox.waiting_bytes + self._outbox.unsent_bytes
-        return held > self._max_held_bytes
 
     # ---- gRPC's threads -------------------------------------------------------------------------
 
-    def serve(self, messages: Iterator[bytes]) -> Iterator[bytes]:
+    def serve(self, messages: Iterator[bytes], threads: Threads) -> Iterator[bytes]:
         """Begin to read; what is returned is written by the thread that gRPC gave this RPC."""
         if not self._context.add_callback(self._over.set):
             self._over.set()
-        self._reader = threading.Thread(
-            target=self._read, args=(messages,), name=f"from-{self._inbox.peer}", daemon=True
-        )
-        self._reader.start()
+        threads.submit(self._read, messages)
         return self._outbox
 
     def _accept(self, kind: str, frame: Frame) -> bool:
@@ -100,10 +87,19 @@ class GrpcSession:
             self.router = self._inbox.peer = frame.hello.router
         return True
 
+    def _full(self) -> bool:
+        """Whether to ask the router for no more; one that takes nothing either is given up."""
+        if self._inbox.waiting_bytes + self._outbox.unsent_bytes <= self._max_held_bytes:
+            return False
+        if self._outbox.stalled_s() > STALL_S:
+            self._inbox.end(HostLost(f"{self.router}: has taken nothing for {STALL_S:g} s"))
+            self._context.cancel()
+        return True
+
     def _read(self, messages: Iterator[bytes]) -> None:
         end: MoesaicError = HostLost(f"{self._inbox.peer}: the router closed the connection")
         try:
-            self._inbox.read(messages, full=self._holds_too_much)
+            self._inbox.read(messages, full=self._full)
         except grpc.RpcError as error:
             end = from_grpc(error, self._inbox.peer)
         finally:

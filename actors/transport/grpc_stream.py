@@ -30,8 +30,15 @@ from ...proto.errors import CallError, ClusterError, Expired, HostLost, MoesaicE
 from ...proto.expert_pb2 import Call, Frame
 from ...proto.wire import CHUNK_BYTES, WIRE_VERSION, CallLayout
 from .base import Inbound, Session, call_of, check_version
-from .grpc_border import CHANNEL_OPTIONS, SERVER_OPTIONS, Threads, from_grpc
-from .grpc_queues import CLOSE_S, STALL_S, Inbox, Outbox
+from .grpc_border import (
+    CHANNEL_OPTIONS,
+    CLOSE_S,
+    SERVER_OPTIONS,
+    Threads,
+    close_channel,
+    from_grpc,
+)
+from .grpc_queues import STALL_S, Inbox, Outbox
 from .grpc_session import GrpcSession
 from .mailbox import Mailbox
 from .weights import WeightsStore, add_weights
@@ -126,9 +133,10 @@ class GrpcChannel:
 
     def close(self) -> None:
         self._end(HostLost(f"{self._host}: closed on this side"))
-        self._grpc.close()
-        self._reader.join(CLOSE_S)
-        self._outbox.join(CLOSE_S)
+        close_channel(self._grpc, CLOSE_S)
+        for thread in (self._reader, self._outbox.thread):
+            if thread is not None:
+                thread.join(CLOSE_S)
         self._inbox.close()
 
     def _end(self, error: MoesaicError) -> None:
@@ -249,6 +257,6 @@ class GrpcListener:
         self, messages: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[bytes]:
         session = GrpcSession(context, self._max_held_bytes)
-        replies = session.serve(messages)
+        replies = session.serve(messages, self._threads)
         self._sessions.put(session)
         return replies

@@ -6,6 +6,7 @@ front. Nothing is believed before both are right.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Protocol
@@ -20,7 +21,7 @@ from ...proto.errors import CallError
 from ...proto.expert_pb2 import PutWeightsResult, WeightsChunk, WeightsKey
 from ...proto.expert_pb2_grpc import WeightsServicer, WeightsStub, add_WeightsServicer_to_server
 from ...proto.wire import CHUNK_BYTES
-from .grpc_border import CHANNEL_OPTIONS, aborting, from_grpc
+from .grpc_border import CHANNEL_OPTIONS, CLOSE_S, aborting, close_channel, from_grpc
 
 # The experts of the largest models have half a gigabyte.
 MAX_WEIGHTS_BYTES = 4 << 30
@@ -52,11 +53,9 @@ def put_weights(
     """
     named = WeightsKey(model=key.model, layer=key.layer, expert=key.expert, version=version)
     chunks = _split(named, _save(tensors))
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-        try:
-            WeightsStub(channel).Put(chunks, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise from_grpc(error, address) from error
+    with _stub(address) as stub:
+        # As a future: the plain call would wait, beyond its deadline, for a chunk that is stuck.
+        stub.Put.future(chunks, timeout=timeout_s).result()
 
 
 def get_weights(
@@ -68,13 +67,21 @@ def get_weights(
     or damaged, Expired, and HostLost when the host is gone.
     """
     wanted = WeightsKey(model=key.model, layer=key.layer, expert=key.expert)
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-        try:
-            chunks = WeightsStub(channel).Get(wanted, timeout=timeout_s)
-            _, data = _join(chunks, max_bytes)
-        except grpc.RpcError as error:
-            raise from_grpc(error, address) from error
+    with _stub(address) as stub:
+        _, data = _join(stub.Get(wanted, timeout=timeout_s), max_bytes)
     return _load(data)
+
+
+@contextlib.contextmanager
+def _stub(address: str) -> Iterator[WeightsStub]:
+    """A connection of its own: weights never stand before a token."""
+    channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    try:
+        yield WeightsStub(channel)
+    except grpc.RpcError as error:
+        raise from_grpc(error, address) from error
+    finally:
+        close_channel(channel, CLOSE_S)
 
 
 def add_weights(

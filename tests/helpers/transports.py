@@ -7,13 +7,14 @@ python -m tests.helpers.transports router grpc ADDRESS
 from __future__ import annotations
 
 import contextlib
+import gc
 import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 from moesaic.actors.transport.base import Channel, Inbound, Listener, Session
 from moesaic.actors.transport.grpc_stream import GrpcChannel, GrpcListener
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
-from moesaic.proto.errors import HostLost
+from moesaic.cluster.placement import ExpertKey
+from moesaic.proto.errors import HostLost, NotHere
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
 from moesaic.proto.wire import WIRE_VERSION, CallLayout
 
@@ -33,7 +35,7 @@ HIDDEN = 16
 
 
 def listen(kind: str) -> Listener:
-    return ShmListener() if kind == "shm" else GrpcListener()
+    return ShmListener() if kind == "shm" else GrpcListener(weights=DictStore())
 
 
 def channel_to(
@@ -61,13 +63,13 @@ def hear(side: Channel | Session, count: int = 1) -> list[Inbound]:
     return heard
 
 
-def hear_end(side: Channel | Session) -> HostLost:
-    """The HostLost that ends ``side``; nothing but it may arrive."""
+def hear_end(side: Channel | Session, *, frames: bool = False) -> HostLost:
+    """The HostLost that ends ``side``; other ``frames`` may arrive before only if that is said."""
     until = time.monotonic() + DEADLINE_S
     while True:
         assert readable(side, until - time.monotonic()), "the end was not noticed"
         try:
-            assert not side.receive()
+            assert not side.receive() or frames
         except HostLost as lost:
             return lost
 
@@ -175,6 +177,7 @@ def round_trip(channel: Channel, session: Session, seq: int, rows: int = 1) -> N
 
 def open_things() -> tuple[int, int]:
     """(descriptors, threads) of this process."""
+    gc.collect()  # gRPC's objects hang in the tracebacks of its errors, and hold its descriptors
     return len(list(Path("/proc/self/fd").iterdir())), len(threading.enumerate())
 
 
@@ -187,6 +190,27 @@ def settles(holds: Callable[[], bool]) -> bool:
             return False
         pause.wait(0.01)
     return True
+
+
+class DictStore:
+    """A host's weights in memory, for one model named `model`."""
+
+    def __init__(self) -> None:
+        self.held: dict[ExpertKey, dict[str, Tensor]] = {}
+        self.versions: dict[ExpertKey, int] = {}
+        self.on_get: Callable[[], object] = lambda: None
+
+    def get(self, key: ExpertKey) -> Mapping[str, Tensor]:
+        self.on_get()
+        if key not in self.held:
+            raise NotHere(f"{key} is not on this host")
+        return self.held[key]
+
+    def put(self, key: ExpertKey, tensors: Mapping[str, Tensor], version: int) -> None:
+        if key.model != "model":
+            raise NotHere(f"model {key.model!r} is unknown to this host")
+        self.held[key] = dict(tensors)
+        self.versions[key] = version
 
 
 # ---- processes ----------------------------------------------------------------------------------

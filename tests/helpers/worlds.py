@@ -75,6 +75,8 @@ class World:
         self.accepted: list[int] = []
         self.seqs: set[int] = set()
         self.answered: set[tuple[str, int]] = set()
+        # Choices that no host would have answered.
+        self.refused_for_good: set[int] = set()
         self.ids_N = np.zeros(0, dtype=np.int32)
         self.run(self.dispatcher.place(first, self.now))
 
@@ -140,6 +142,8 @@ class World:
 
     def refuse(self, host: SimHost, index: int, code: str) -> None:
         send = host.inbox.pop(index)
+        if code == "CallError":
+            self.refused_for_good.update(send.choices.tolist())
         self.tell(Refused(host.name, send.seq, code, "drill"))
 
     def pong(self, host: SimHost) -> None:
@@ -187,7 +191,7 @@ class World:
     # ---- calls ----------------------------------------------------------------------------------
 
     def begin(self, ids_TK: np.ndarray, max_rows: int = 64) -> None:
-        self.accepted, self.ids_N = [], ids_TK.reshape(-1)
+        self.accepted, self.refused_for_good, self.ids_N = [], set(), ids_TK.reshape(-1)
         self.run(self.dispatcher.begin(KEY, ids_TK, max_rows=max_rows, now=self.now))
 
     def settle(self, rounds: int = 400) -> None:

@@ -1,4 +1,4 @@
-"""Peers that do not keep to the wire: their connection ends with a reason, everybody else's lives."""
+"""Peers that do not keep to the wire: only their own connection ends, and with a reason."""
 
 from __future__ import annotations
 
@@ -7,30 +7,44 @@ import fcntl
 import os
 import queue
 import socket
-import threading
 from collections.abc import Iterator
 
 import grpc
 import pytest
+import torch
 
-from moesaic.actors.transport.base import Listener, Session
+from moesaic.actors.transport.base import Listener
 from moesaic.actors.transport.grpc_border import from_grpc
 from moesaic.actors.transport.grpc_stream import METHOD, SERVICE
-from moesaic.proto.errors import BadInput, CallError, ClusterError, HostLost, MoesaicError
+from moesaic.proto.errors import CallError, ClusterError, MoesaicError
 from moesaic.proto.expert_pb2 import Frame
 from moesaic.proto.wire import CHUNK_BYTES, MAX_PAYLOAD_BYTES, WIRE_VERSION
 from tests.helpers.transports import (
     DEADLINE_S,
+    KINDS,
     accept,
     channel_to,
     greet,
     hear,
     hear_end,
     listen,
+    open_things,
     round_trip,
+    send_call,
+    settles,
 )
 
 SLOT = 4096
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left() -> Iterator[None]:
+    """However many peers misbehave, they cost no descriptor and no thread."""
+    with survivor("grpc"), survivor("shm"):
+        pass  # gRPC opens what it keeps for the whole process
+    before = open_things()
+    yield
+    assert settles(lambda: all(a <= b for a, b in zip(open_things(), before, strict=True)))
 
 
 @contextlib.contextmanager
@@ -63,6 +77,37 @@ def call(seq: int, **fields: int | bytes | bool) -> bytes:
     for name, value in fields.items():
         setattr(frame.call, name, value)
     return frame.SerializeToString()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [0, 4, 1 << 40])
+def test_hosts_that_answer_in_another_size(kind: str, size: int) -> None:
+    listener = listen(kind)
+    channel = channel_to(kind, listener.address, slot_bytes=SLOT)
+    session = greet(listener)
+    hear(channel)
+    send_call(channel, 1)
+    hear(session)
+    frame = Frame()
+    frame.reply.seq, frame.reply.payload_bytes = 1, size
+    session.send_reply(frame, torch.zeros(min(size, 4), dtype=torch.uint8))
+    assert "1" in str(hear_end(channel))
+    for side in (channel, session, listener):
+        side.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hosts_of_another_version(kind: str) -> None:
+    listener = listen(kind)
+    channel = channel_to(kind, listener.address, slot_bytes=SLOT)
+    session = accept(listener)
+    hear(session)
+    frame = Frame()
+    frame.welcome.wire_version = WIRE_VERSION + 1
+    session.send(frame)
+    assert "wire_version" in str(hear_end(channel))
+    for side in (channel, session, listener):
+        side.close()
 
 
 # ---- shared memory ------------------------------------------------------------------------------
@@ -116,6 +161,7 @@ SHM_GREETINGS = {
 def raw_socket(address: str) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(DEADLINE_S)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         sock.connect("\0" + address)
         yield sock
 
@@ -159,17 +205,6 @@ def test_shm_frames(bad: bytes) -> None:
         assert hear(session)[0].frame.call.seq == 1
         hear_end(session)
         session.close()
-
-
-def test_shm_host_that_answers_too_much() -> None:
-    listener = listen("shm")
-    channel = channel_to("shm", listener.address, slot_bytes=SLOT)
-    session = greet(listener)
-    hear(channel)
-    with pytest.raises(HostLost, match="bytes"):
-        _answer_wrongly(session, channel)
-    for side in (channel, session, listener):
-        side.close()
 
 
 # ---- gRPC ---------------------------------------------------------------------------------------
@@ -248,7 +283,7 @@ def test_grpc_streams(case: str) -> None:
         raw = RawStream(listener.address)
         raw.send(*messages)
         session = accept(listener)
-        lost = _drain(session)
+        lost = hear_end(session, frames=True)
         assert reason in str(lost)
         error = raw.error()
         assert isinstance(error, CallError)
@@ -262,7 +297,7 @@ def test_grpc_message_beyond_the_limit() -> None:
         raw = RawStream(listener.address)
         raw.send(hello(), call(1, payload_bytes=2 * CHUNK_BYTES, payload=b"1" * 2 * CHUNK_BYTES))
         session = accept(listener)
-        _drain(session)
+        hear_end(session, frames=True)
         assert isinstance(raw.error(), MoesaicError)
         session.close()
         raw.close()
@@ -280,7 +315,7 @@ def test_grpc_router_that_says_nothing() -> None:
         raw = RawStream(listener.address)
         session = accept(listener)
         raw.close()
-        _drain(session)
+        hear_end(session, frames=True)
         session.close()
 
 
@@ -292,24 +327,3 @@ def test_not_even_http() -> None:
             with contextlib.suppress(ConnectionResetError):
                 while sock.recv(1000):
                     pass
-
-
-def test_grpc_host_that_answers_too_much() -> None:
-    listener = listen("grpc")
-    channel = channel_to("grpc", listener.address, slot_bytes=SLOT)
-    session = greet(listener)
-    hear(channel)
-    with pytest.raises(HostLost, match="payload_bytes"):
-        _answer_wrongly(session, channel)
-    for side in (channel, session, listener):
-        side.close()
-
-
-def _drain(session: Session) -> HostLost:
-    heard = threading.Event()
-    while not heard.is_set():
-        try:
-            return hear_end(session)
-        except AssertionError:
-            continue
-    raise AssertionError

@@ -52,7 +52,7 @@ def test_no_choice_is_lost_doubled_or_wrong(data: st.DataObject) -> None:
     world.check_whole()
     if world.now < POLICY.deadline_s:
         assert world.dispatcher.outcome is not None
-        assert world.dispatcher.outcome.ok
+        assert set(world.dispatcher.outcome.lost.tolist()) <= world.refused_for_good
 
 
 def step(world: World, data: st.DataObject) -> None:
@@ -64,7 +64,7 @@ def step(world: World, data: st.DataObject) -> None:
         index = data.draw(st.integers(0, len(host.inbox) - 1))
         world.answer(host, index, twice=kind == "twice")
     elif kind == "refuse" and answers and host.inbox:
-        code = data.draw(st.sampled_from(["NotHere", "Busy", "Expired"]))
+        code = data.draw(st.sampled_from(["NotHere", "Busy", "Expired", "CallError"]))
         world.refuse(host, data.draw(st.integers(0, len(host.inbox) - 1)), code)
     elif kind == "lose" and host.inbox:
         # The answer never comes; the slot stays taken until the connection ends.
@@ -162,7 +162,7 @@ def test_without_a_replica_choices_wait_until_the_deadline_and_are_named() -> No
     world.begin(chosen)
     while world.hosts["h1"].inbox:
         world.answer(world.hosts["h1"], 0)
-    assert world.dispatcher.outcome is None
+    assert [world.dispatcher.outcome] == [None]
     while world.dispatcher.outcome is None:
         world.pass_to_next()
     assert world.now == pytest.approx(POLICY.deadline_s, abs=0.1)
@@ -187,15 +187,64 @@ def test_a_restarted_host_is_used_as_soon_as_it_is_placed() -> None:
     assert world.dispatcher.outcome.ok
 
 
-def test_a_refusal_that_is_no_hosts_fault_ends_the_call() -> None:
+def test_a_refusal_that_is_no_hosts_fault_ends_its_own_choices_only() -> None:
     world = connected(2, 2)
     world.begin(ids(4, 2))
-    host = next(host for host in world.hosts.values() if host.inbox)
-    world.refuse(host, 0, "CallError")
+    refusing, other = world.hosts["h0"], world.hosts["h1"]
+    refused = refusing.inbox[0].choices.tolist()
+    world.refuse(refusing, 0, "CallError")
+    assert not refusing.inbox, "nobody is asked again"
+    while other.inbox:
+        world.answer(other, 0)
     outcome = world.dispatcher.outcome
     assert outcome is not None
     assert outcome.error is not None
     assert outcome.error.code == "CallError"
+    assert outcome.lost.tolist() == refused
+    world.check_whole()
+
+
+def test_an_expert_that_is_not_here_costs_only_its_own_choices() -> None:
+    """A refusal does not say which expert of a send it means: the host is asked for each alone."""
+    world = connected(1, 1)
+    host = world.hosts["h0"]
+    chosen = ids(6, 2)
+    world.begin(chosen)
+    world.refuse(host, 0, "NotHere")
+    assert all(np.unique(send.ids_tk[send.ids_tk >= 0]).size == 1 for send in host.inbox)
+    gone = int(chosen[0, 0])
+    while host.inbox:
+        if gone in host.inbox[0].ids_tk:
+            world.refuse(host, 0, "NotHere")
+        else:
+            world.answer(host, 0)
+    assert [world.dispatcher.outcome] == [None], "it may come back until the deadline"
+    while world.dispatcher.outcome is None:
+        world.pass_to_next()
+    assert {int(world.ids_N[n]) for n in world.dispatcher.outcome.lost} == {gone}
+    world.check_whole()
+
+
+def test_an_abandoned_call_leaves_no_slot_taken() -> None:
+    world = connected(2, 2)
+    world.begin(ids(8, 2))
+    world.run(world.dispatcher.abandon(world.now))
+    assert all(not health.occupied for health in world.dispatcher.hosts.values())
+    assert world.dispatcher.abandon(world.now) == []
+    world.begin(ids(8, 2, seed=1))
+    world.settle()
+    assert world.dispatcher.outcome is not None
+    assert world.dispatcher.outcome.ok
+    world.check_whole()
+
+
+def test_choices_of_nobody_are_dropped_when_the_placement_comes() -> None:
+    dispatcher = Dispatcher(POLICY)
+    chosen = np.array([[3, 8], [8, 8]], dtype=np.int32)
+    assert dispatcher.begin(KEY, chosen, max_rows=64, now=0.0) == []
+    dispatcher.place(placement(1, 1), 0.0)
+    sends = [c for c in dispatcher.handle(HostUp("h0", 1), 0.0) if isinstance(c, Send)]
+    assert [send.choices.tolist() for send in sends] == [[0]]
 
 
 def test_a_busy_host_is_asked_again_after_a_while() -> None:

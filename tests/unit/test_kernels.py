@@ -23,9 +23,12 @@ from moesaic.kernels.ffn import (
     ExpertForm,
     ExpertWeights,
     bad_experts,
+    can_pack,
     exact_rows,
     kernel_for,
+    pack,
     reference_kernel,
+    unpack,
 )
 from moesaic.models.trunk import ExpertsLayer, expert_parameters, is_experts_module
 from tests.helpers.forms import (
@@ -61,6 +64,14 @@ def garbage(*shape: int, device: str = "cpu") -> Tensor:
     return torch.full(shape, torch.nan, device=device)
 
 
+def packed(form: ExpertForm, experts: dict[int, ExpertWeights]) -> dict[int, ExpertWeights]:
+    """As hosts keep them, where the machine can."""
+    up = next(iter(experts.values())).up
+    if not can_pack(up.device, up.dtype):
+        return experts
+    return {number: pack(form, expert) for number, expert in experts.items()}
+
+
 def assert_near(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     scale = max(1.0, float(expected.abs().max()))
     assert float((out - expected).abs().max()) <= TOLERANCE[dtype] * scale
@@ -92,6 +103,8 @@ def test_kernels_compute_what_the_reference_states(
     weights_TK = weights_for(ids_TK, seed).to(device)
     expected, out = (garbage(tokens, HIDDEN, device=device) for _ in range(2))
     reference_kernel(kind.form, all_weights, x_TH, ids_TK, weights_TK, expected)
+    if name == "loop" and data.draw(st.booleans(), label="packed"):
+        all_weights = packed(kind.form, all_weights)
     KERNELS[name](kind.form, all_weights, x_TH, ids_TK, weights_TK, out)
     assert_near(out, expected, dtype)
 
@@ -105,6 +118,42 @@ def test_the_reference_skips_unused_choices_and_weighs_the_others() -> None:
     out = garbage(3, 4)
     reference_kernel(form, experts, torch.ones(3, 4), ids_TK, weights_TK, out)
     assert out[:, 0].tolist() == [0.5 * 1 + 0.25 * 4, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(sorted(KINDS)), hidden=st.integers(1, 70), intermediate=st.integers(1, 70)
+)
+def test_packed_experts_come_back_to_the_bit(
+    dtype: torch.dtype, kind: str, hidden: int, intermediate: int
+) -> None:
+    form = KINDS[kind].form
+    experts = random_experts(
+        KINDS[kind], [0], dtype=dtype, hidden=hidden, intermediate=intermediate
+    )
+    kept = packed(form, experts)[0]
+    assert kept.nbytes == experts[0].nbytes
+    again = unpack(form, kept).tensors()
+    assert again.keys() == experts[0].tensors().keys()
+    for name, tensor in experts[0].tensors().items():
+        assert torch.equal(again[name], tensor), name
+        assert again[name].is_contiguous()
+
+
+def test_packing_is_for_cpus_and_the_types_of_the_wire() -> None:
+    assert can_pack(torch.device("cpu"), torch.float32) == torch.backends.mkldnn.is_available()
+    assert not can_pack(torch.device("cuda"), torch.float32)
+    assert not can_pack(torch.device("cpu"), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_types_that_a_cpu_cannot_compute_in_are_not_packed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for probe in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, probe, lambda: False)
+    assert not can_pack(torch.device("cpu"), dtype)
 
 
 def test_each_device_has_a_kernel() -> None:
@@ -195,6 +244,8 @@ def test_the_bits_of_exact_rows_depend_on_their_own_input_alone(
     experts = random_experts(
         kind, range(3), dtype=dtype, hidden=192, intermediate=160, seed=seed, device=device
     )
+    if data.draw(st.booleans(), label="packed"):
+        experts = packed(kind.form, experts)
     ids_TK = choices(50, 2, 3, seed=seed)
     x_TH = inputs(50, hidden=192, dtype=dtype, seed=seed).to(device)
     weights_TK = weights_for(ids_TK, seed).to(device)

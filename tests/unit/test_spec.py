@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +97,18 @@ def test_any_valid_spec_round_trips_through_yaml(values: dict[str, Any]) -> None
     spec = parse_spec(yaml.safe_load(yaml.safe_dump(values)))
     again = parse_spec(yaml.safe_load(yaml.safe_dump(spec.model_dump(mode="json"))))
     assert again == spec
-    for name, given in values.items():
-        assert _given_part(getattr(spec, name), given) == given
+    for name, asked in values.items():
+        assert _given_part(getattr(spec, name), asked) == asked
 
 
-def _given_part(parsed: Any, given: Any) -> Any:
+def _given_part(parsed: Any, asked: Any) -> Any:
     """What a parsed value says of the keys that were given."""
-    if isinstance(given, dict):
+    if isinstance(asked, dict):
         if isinstance(parsed, dict):
             return parsed
-        return {key: _given_part(getattr(parsed, key), value) for key, value in given.items()}
-    if isinstance(given, list):
-        return [_given_part(one, value) for one, value in zip(parsed, given, strict=True)]
+        return {key: _given_part(getattr(parsed, key), value) for key, value in asked.items()}
+    if isinstance(asked, list):
+        return [_given_part(one, value) for one, value in zip(parsed, asked, strict=True)]
     return parsed
 
 
@@ -256,14 +257,21 @@ def test_files_that_cannot_be_read(path: str, tmp_path: Path) -> None:
         load_spec(f"{tmp_path}/{path}")
 
 
-def test_a_few_lines_that_stand_for_billions_of_values(tmp_path: Path) -> None:
+def test_a_few_lines_that_stand_for_millions_of_values(tmp_path: Path) -> None:
+    """Aliases cost nothing, as long as nobody writes them out for the message."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 7)]
     file = tmp_path / "spec.yaml"
-    file.write_text("\n".join([*lines, "name: *a11"]))
-    with pytest.raises(SpecError, match="name: Input should be a valid string") as raised:
-        load_spec(file)
+    file.write_text("\n".join([*lines, "name: *a6"]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(SpecError, match="name: Input should be a valid string") as raised:
+            load_spec(file)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert len(str(raised.value)) < 3000
+    assert peak_bytes < 5e6
 
 
 def test_an_empty_file_is_a_spec_of_defaults(tmp_path: Path) -> None:

@@ -1,0 +1,572 @@
+"""Bad input over spec, HTTP, wire and files: one clear error each, and the service goes on.
+
+The pool has one replica of each expert, so that nothing is hidden by another host's answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moesaic.actors import host_loop
+from moesaic.actors.store import ModelRef
+from moesaic.actors.transport.connect import TransportChoice, connect
+from moesaic.actors.transport.weights import get_weights, put_weights
+from moesaic.cluster.placement import ExpertKey, LayerKey, ModelShape
+from moesaic.cluster.spec import load_spec, parse_spec
+from moesaic.models.files import INDEX_FILE, SINGLE_FILE
+from moesaic.proto.errors import (
+    ERRORS,
+    BodyTooLarge,
+    CallError,
+    CheckpointError,
+    ExpertUnavailable,
+    Expired,
+    HostLost,
+    MoesaicError,
+    NotHere,
+    RequestError,
+    SpecError,
+    UnknownModel,
+    UnsupportedModel,
+    from_wire,
+)
+from moesaic.proto.expert_pb2 import BFLOAT16, FLOAT32, Frame, Reply
+from moesaic.proto.wire import DTYPE_FROM_WIRE, CallLayout
+from tests.helpers.served_pool import (
+    MAX_BODY,
+    ServedPool,
+    held,
+    save_served_model,
+    served_pool,
+    tiny_served_model,
+)
+from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.transports import hear, hear_end, settles
+
+HIDDEN, LAYER = 32, 1
+KEY = LayerKey("m", LAYER)
+PROMPT = [5, 6, 7]
+
+Act = Callable[[ServedPool], object]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPool]:
+    with served_pool(save_served_model(tmp_path_factory.mktemp("model"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def good_text(served: ServedPool) -> str:
+    """What plain transformers says."""
+    model = tiny_served_model()
+    ids = torch.tensor([PROMPT])
+    whole = cast(Any, model).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    text = tiny_tokenizer().decode(whole[0, len(PROMPT) :], skip_special_tokens=True)
+    assert isinstance(text, str)
+    assert text
+    return text
+
+
+@pytest.fixture(autouse=True)
+def goes_on(served: ServedPool, good_text: str) -> Iterator[None]:
+    """After every test: the same good answer, the same hosts, nothing restarted."""
+    yield
+    assert served.text(PROMPT) == good_text
+    assert all(host._loop.alive for host in served.hosts)
+    assert all(host.report().loop.queued_rows == 0 for host in served.hosts)
+    assert set(served.pool.router.stats().hosts.values()) == {"up"}
+    assert served.engine.stats().restarts == 0
+
+
+# ---- spec ---------------------------------------------------------------------------------------
+
+
+def spec(**values: Any) -> Act:
+    return lambda served: parse_spec(values)
+
+
+def spec_file(content: bytes) -> Act:
+    def act(served: ServedPool) -> None:
+        file = served.folder / "spec.yaml"
+        file.write_bytes(content)
+        load_spec(file)
+
+    return act
+
+
+# ---- HTTP ---------------------------------------------------------------------------------------
+
+
+def http(body: Any, path: str = "completions") -> Act:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    def act(served: ServedPool) -> None:
+        response = served.http.post(f"/v1/{path}", content=content)
+        if response.status_code != 200:
+            error = response.json()["error"]
+            assert response.status_code == ERRORS[error["code"]].http_status
+            raise from_wire(error["code"], error["message"])
+
+    return act
+
+
+ASKED = {"model": "m", "prompt": [5, 6], "max_tokens": 2}
+
+# ---- wire ---------------------------------------------------------------------------------------
+
+
+def ask(
+    served: ServedPool,
+    transport: TransportChoice,
+    *,
+    ids: tuple[int, int] | None = None,
+    x_TH: Tensor | None = None,
+    times: int = 1,
+    **fields: Any,
+) -> tuple[Reply, Tensor]:
+    """One call of two rows to the first host, with these fields of its frame set otherwise.
+
+    Raises what the host refuses it with, or HostLost.
+    """
+    host = served.hosts[0]
+    held_here = sorted(host.report().holdings[KEY])
+    chosen = ids or (held_here[0], held_here[1])
+    frame = Frame()
+    call = frame.call
+    call.seq, call.model, call.layer, call.dtype = 1, "m", LAYER, FLOAT32
+    call.incarnation, call.timeout_us = host.incarnation, 10_000_000
+    call.rows, call.hidden, call.top_k = 2, HIDDEN, 2
+    for name in ("rows", "hidden", "top_k", "dtype", "exact"):
+        if name in fields:
+            setattr(call, name, fields.pop(name))
+    dtype = DTYPE_FROM_WIRE.get(call.dtype, torch.float32)
+    announced = CallLayout.of(call.rows, call.hidden, call.top_k, dtype, call.exact)
+    call.payload_bytes = announced.call_bytes
+    for name, value in fields.items():
+        setattr(call, name, value)
+    # What is announced may be absurd; what is written is small.
+    layout = announced if announced.slot_bytes < 1 << 20 else CallLayout.of(2, 32, 2, dtype, False)
+
+    def write(buffer: Tensor) -> None:
+        if call.rows and call.top_k:
+            x, ids_TK, weights_TK = layout.call_tensors(buffer)
+            x.copy_(torch.ones(x.shape) if x_TH is None else x_TH)
+            ids_TK.copy_(torch.tensor(chosen[: ids_TK.shape[1]], dtype=torch.int32))
+            weights_TK.fill_(1.0)
+
+    channel = connect(host.entry(), router="bad", node="here", choice=transport, slots=4)
+    with closing(channel):
+        assert hear(channel)[0].frame.HasField("welcome")
+        with held(host):
+            for _ in range(times):
+                channel.send_call(frame, layout, write)
+        heard = hear(channel)[0]
+        if heard.frame.HasField("refusal"):
+            raise from_wire(heard.frame.refusal.code, heard.frame.refusal.message)
+        assert heard.payload is not None
+        return heard.frame.reply, layout.reply_tensor(heard.payload).clone()
+
+
+def wire(transport: TransportChoice = "shm", **fields: Any) -> Act:
+    return lambda served: ask(served, transport, **fields)
+
+
+def other_experts(served: ServedPool) -> tuple[int, int]:
+    """Two experts that the first host does not hold."""
+    first, second, *_ = sorted(served.hosts[1].report().holdings[KEY])
+    return first, second
+
+
+def garbage(served: ServedPool) -> None:
+    """A datagram that is no frame, where a router's Hello should be."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(10)
+        sock.connect("\0" + served.hosts[0].entry().shm_address)
+        sock.send(b"\xff" * 100)
+        if sock.recv(1) == b"":
+            raise HostLost("the host closed the connection")
+
+
+def no_frame_for_hosts(served: ServedPool) -> None:
+    channel = connect(served.hosts[0].entry(), router="bad", node="here", choice="shm", slots=1)
+    with closing(channel):
+        hear(channel)
+        frame = Frame()
+        frame.pong.seq = 3
+        channel.send(frame)
+        raise hear_end(channel)
+
+
+def backward(served: ServedPool) -> None:
+    channel = connect(served.hosts[0].entry(), router="bad", node="here", choice="shm", slots=1)
+    with closing(channel):
+        hear(channel)
+        frame = Frame()
+        frame.backward.call.seq = 9
+        channel.send(frame)
+        refusal = hear(channel)[0].frame.refusal
+        assert refusal.seq == 9
+        raise from_wire(refusal.code, refusal.message)
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+def put(model: str = "m", layer: int = LAYER, expert: int = 1, **changed: Tensor | None) -> Act:
+    """Put an expert over its channel, with some of its tensors changed or left out."""
+
+    def act(served: ServedPool) -> None:
+        host = served.holder(ExpertKey("m", LAYER, 1))
+        tensors = host._store.get(ExpertKey("m", LAYER, 1)) | changed
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        key = ExpertKey(model, layer, expert)
+        put_weights(host.entry().grpc_address, key, kept, timeout_s=10)
+
+    return act
+
+
+def get(model: str = "m", layer: int = LAYER, expert: int = 1) -> Act:
+    def act(served: ServedPool) -> None:
+        address = served.hosts[0].entry().grpc_address
+        get_weights(address, ExpertKey(model, layer, expert), timeout_s=10)
+
+    return act
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def load(damage: Callable[[Path], object], expert: int = 3, layer: int = LAYER) -> Act:
+    """Let a host of the running pool load an expert of a damaged copy of the model."""
+
+    def act(served: ServedPool) -> None:
+        # A host keeps what it knows of a folder.
+        folder = served.folder.parent / f"damaged-{id(act)}"
+        shutil.copytree(served.folder, folder)
+        damage(folder)
+        ref = ModelRef(name="bad", dtype="float32", path=str(folder))
+        shape = ModelShape(model="bad", experts={LAYER: 8})
+        served.hosts[0].load([(ref, shape)], [ExpertKey("bad", layer, expert)])
+
+    return act
+
+
+def truncate(folder: Path) -> None:
+    file = folder / SINGLE_FILE
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def without_expert(folder: Path) -> None:
+    tensors = load_file(folder / SINGLE_FILE)
+    kept = {name: tensor for name, tensor in tensors.items() if "experts.3." not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / SINGLE_FILE)
+
+
+def escaping(folder: Path) -> None:
+    content = json.dumps({"weight_map": {"a": "../x.safetensors"}})
+    (folder / INDEX_FILE).write_text(content)
+
+
+def pickled(folder: Path) -> None:
+    (folder / SINGLE_FILE).rename(folder / "pytorch_model.bin")
+
+
+def config(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def nothing(folder: Path) -> None:
+    return None
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
+    # name, what is done, the error, what it says
+    ("spec-key", spec(models=[], colour=1), SpecError, "colour: unknown key (got 1)"),
+    ("spec-value", spec(hosts=[{"count": -1}]), SpecError, "hosts.0.count: Input should be gr"),
+    ("spec-name", spec(models=[{"name": "../m", "path": "p"}]), SpecError, "models.0.name: "),
+    ("spec-yaml", spec_file(b"hosts: ["), SpecError, "spec.yaml: not YAML"),
+    ("spec-binary", spec_file(b"\x93NUMPY\xff"), SpecError, "spec.yaml: cannot be read"),
+    ("http-json", http(b'{"model": "m", '), RequestError, "not valid JSON"),
+    ("http-model", http(ASKED | {"model": "n"}), UnknownModel, "'n' does not exist; there are: m"),
+    ("http-path", http(ASKED | {"model": "../../etc/passwd"}), UnknownModel, "'../../etc/passwd'"),
+    ("http-field", http(ASKED | {"colour": 1}), RequestError, "unknown parameter 'colour'"),
+    ("http-type", http(ASKED | {"max_tokens": "2"}), RequestError, "max_tokens: input should be"),
+    ("http-prompt", http(ASKED | {"prompt": [5] * 3000}), RequestError, "has 3000 tokens; 255"),
+    ("http-id", http(ASKED | {"prompt": [5, 320]}), RequestError, "token id 320"),
+    ("http-negative", http(ASKED | {"prompt": [-1]}), RequestError, "token id -1"),
+    ("http-empty", http(ASKED | {"prompt": []}), RequestError, "prompt: must be a string, a list"),
+    ("http-nan", http(b'{"model": "m", "temperature": NaN}'), RequestError, "not valid JSON"),
+    ("http-large", http(b" " * (MAX_BODY + 1)), BodyTooLarge, f"{MAX_BODY} are allowed"),
+    ("http-chat", http(ASKED, "chat/completions"), RequestError, "missing parameter 'messages'"),
+    ("wire-dtype", wire(dtype=BFLOAT16), CallError, "dtype: bfloat16, but 'm' is held as float32"),
+    ("wire-dtype-99", wire(dtype=99), CallError, "dtype: 99 is none of FLOAT32"),
+    ("wire-hidden", wire(hidden=33), CallError, "hidden: 33, but 'm' has 32"),
+    ("wire-hidden-grpc", wire("grpc", hidden=33), CallError, "hidden: 33, but 'm' has 32"),
+    ("wire-no-rows", wire(rows=0), CallError, "rows: 0 is not between 1 and"),
+    ("wire-no-choices", wire(top_k=0), CallError, "top_k: 0 is not between 1 and"),
+    ("wire-many-rows", wire(rows=513), CallError, "rows: 513 exceed this host's 512"),
+    ("wire-oversized", wire(rows=2**24, payload_bytes=64), CallError, "rows: 16777216 x"),
+    ("wire-short", wire(payload_bytes=64), CallError, "payload_bytes: 64, but 2 rows x 32"),
+    ("wire-model", wire(model="../../m"), NotHere, "layer 1 of '../../m' is here"),
+    ("wire-layer", wire(layer=77), NotHere, "no expert of layer 77 of 'm'"),
+    ("wire-id", wire(ids=(1, 8)), CallError, "ids: 8 is no expert of layer 1 of 'm', which has 8"),
+    ("wire-negative-id", wire(ids=(1, -2)), CallError, "ids: -2 is no expert of layer 1"),
+    ("wire-id-grpc", wire("grpc", ids=(1, 2**31 - 1)), CallError, "ids: 2147483647 is no expert"),
+    ("wire-elsewhere", lambda s: ask(s, "shm", ids=other_experts(s)), NotHere, "is not on this h"),
+    ("wire-incarnation", wire(incarnation=3), NotHere, "incarnation: the call means 3, this host"),
+    ("wire-version", wire(version=2), NotHere, "has version 1 here, the call means 2"),
+    ("wire-expired", wire(timeout_us=0), Expired, "call 1: its deadline passed on the way"),
+    ("wire-expired-grpc", wire("grpc", timeout_us=1), Expired, "call 1: "),
+    ("wire-seq", wire(times=2), CallError, "seq: 1 is in use"),
+    ("wire-backward", backward, CallError, "backward: this host only serves"),
+    ("wire-garbage", garbage, HostLost, "closed"),
+    ("wire-kind", no_frame_for_hosts, HostLost, "closed"),
+    ("put-shape", put(down=torch.zeros(32, 47)), CallError, "'down': (32, 47)"),
+    ("put-missing", put(down=None), CallError, "its model takes"),
+    ("put-dtype", put(up=torch.zeros(96, 32).half()), CallError, "up was put as torch.float16"),
+    ("put-expert", put(expert=8), CallError, "expert: 8 is none of layer 1 of 'm', which has 8"),
+    ("put-expert-99", put(expert=99), CallError, "expert: 99 is none of layer 1 of 'm'"),
+    ("put-layer", put(layer=77), CallError, "layer: 'm' has no experts in layer 77"),
+    ("put-model", put(model="n"), NotHere, "model 'n' is unknown to this host"),
+    ("get-expert", get(expert=99), CallError, "expert: 99 is none of layer 1 of 'm'"),
+    ("get-shared", get(layer=77, expert=2**32 - 1), CallError, "no experts in layer 77"),
+    ("get-model", get(model="../m"), NotHere, "model '../m' is unknown to this host"),
+    ("file-truncated", load(truncate), CheckpointError, "model.safetensors: damaged or truncated"),
+    ("file-no-expert", load(without_expert), CheckpointError, "no tensor of expert 3 for model"),
+    ("file-path", load(escaping), CheckpointError, "weight_map names '../x.safetensors'"),
+    ("file-pickle", load(pickled), CheckpointError, "only safetensors are read"),
+    ("file-config", load(config("{")), CheckpointError, "config.json"),
+    ("file-dense", load(config('{"model_type": "llama"}')), UnsupportedModel, "experts interface"),
+    ("file-gone", load(shutil.rmtree), CheckpointError, "no config.json"),
+    ("file-expert", load(nothing, expert=99), CallError, "expert: 99 is none of layer 1 of 'bad'"),
+    ("file-layer", load(nothing, layer=77), CallError, "'bad' has no experts in layer 77"),
+]
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
+def test_bad_input_gets_its_own_error(
+    served: ServedPool, act: Act, error: type[MoesaicError], words: str
+) -> None:
+    with pytest.raises(error, match=re.escape(words)) as raised:
+        act(served)
+    assert type(raised.value) is error
+
+
+def test_a_good_call_on_the_same_path_is_answered(served: ServedPool) -> None:
+    """Else the table above would show nothing."""
+    for transport in ("shm", "grpc"):
+        reply, y_TH = ask(served, transport)
+        assert y_TH.isfinite().all()
+        assert y_TH.any()
+        assert not reply.bad_experts
+    put()(served)
+    get()(served)
+    load(nothing)(served)
+    served.hosts[0].release([ExpertKey("bad", LAYER, 3)])
+
+
+# ---- values that are not finite -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_hidden_states_that_are_not_finite_accuse_no_expert(
+    served: ServedPool, transport: TransportChoice
+) -> None:
+    x_TH = torch.ones(2, HIDDEN)
+    x_TH[0, 3] = torch.nan
+    reply, y_TH = ask(served, transport, x_TH=x_TH)
+    assert not reply.bad_experts
+    assert y_TH.isfinite().all(dim=1).tolist() == [False, True]
+
+
+def used_experts(served: ServedPool, prompt: list[int]) -> set[int]:
+    """The experts of the layer that a request uses, from its prompt to its last token."""
+    used: set[int] = set()
+    real = served.pool.router.forward
+
+    def forward(key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if key == KEY:
+            used.update(ids_TK.reshape(-1).tolist())
+        return real(key, x_TH, ids_TK, weights_TK)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served.pool.router, "forward", forward)
+        served.text(prompt)
+    return used
+
+
+def one_that_differs(served: ServedPool) -> tuple[int, list[int], list[list[int]]]:
+    """(expert, a prompt that uses it, prompts that do not)."""
+    used = {token: used_experts(served, [token]) for token in range(10, 34)}
+    for expert in range(8):
+        users = [token for token, experts in used.items() if expert in experts]
+        others = [token for token, experts in used.items() if expert not in experts]
+        if users and len(others) >= 2:
+            return expert, [users[0]], [[token] for token in others[:2]]
+    raise AssertionError("every request uses every expert")
+
+
+def together(served: ServedPool, prompts: list[list[int]]) -> list[Any]:
+    """The answers to requests that the engine runs in one batch."""
+    with ThreadPoolExecutor(8) as threads:
+        with held(served.hosts[0]):
+            # The others come while this one is in the model.
+            first = threads.submit(served.complete, PROMPT, 1)
+            assert settles(lambda: served.engine.stats().running == 1)
+            answers = [threads.submit(served.complete, prompt) for prompt in prompts]
+            assert settles(lambda: served.engine.stats().waiting == len(prompts))
+        assert first.result(30).status_code == 200
+        return [answer.result(30) for answer in answers]
+
+
+def test_an_expert_that_is_not_finite_hurts_only_the_requests_that_used_it(
+    served: ServedPool,
+) -> None:
+    expert, user, others = one_that_differs(served)
+    key = KEY.expert(expert)
+    expected = [served.text(prompt) for prompt in others]
+    store = served.holder(key)._store
+    sound = store.get(key)
+    store.put(key, sound | {"down": torch.full_like(sound["down"], torch.nan)})
+    try:
+        failed, *fine = together(served, [user, *others])
+    finally:
+        store.put(key, sound)
+    assert failed.status_code == 500
+    error = failed.json()["error"]
+    assert error["code"] == "BadExpert"
+    assert error["message"] == f"expert {expert} of layer {LAYER} of m: output is not finite"
+    assert [answer.json()["choices"][0]["text"] for answer in fine] == expected
+    assert served.complete(user).status_code == 200
+
+
+def test_a_streamed_answer_ends_with_the_error(served: ServedPool) -> None:
+    expert, user, _ = one_that_differs(served)
+    key = KEY.expert(expert)
+    store = served.holder(key)._store
+    sound = store.get(key)
+    asked = {"model": "m", "prompt": user, "max_tokens": 6, "temperature": 0, "stream": True}
+    store.put(key, sound | {"down": torch.full_like(sound["down"], torch.inf)})
+    try:
+        answer = served.http.post("/v1/completions", json=asked)
+    finally:
+        store.put(key, sound)
+    assert f"expert {expert} of layer {LAYER} of m" in answer.text
+    assert "[DONE]" not in answer.text
+
+
+# ---- experts that go away -----------------------------------------------------------------------
+
+
+def test_an_expert_that_is_evicted_in_flight_ends_its_requests_by_name(
+    served: ServedPool,
+) -> None:
+    expert, user, others = one_that_differs(served)
+    key = KEY.expert(expert)
+    host = served.holder(key)
+    expected = [served.text(prompt) for prompt in others]
+    evicting = threading.Thread(target=host.release, args=([key],))
+    with ThreadPoolExecutor(1) as threads, held(host) as go_on:
+        first = threads.submit(served.complete, PROMPT, 1)
+        assert settles(lambda: served.engine.stats().running == 1)
+        evicting.start()
+        assert settles(lambda: not host._loop._posted.empty())
+        go_on()
+        first.result(30)
+    evicting.join(30)
+    try:
+        failed, *fine = together(served, [user, *others])
+    finally:
+        ref, shape = host.report().models[0]
+        host.load([(ref, shape)], [key])
+    assert failed.status_code == 503
+    error = failed.json()["error"]
+    assert error["code"] == ExpertUnavailable.__name__
+    assert f"expert {expert} of layer {LAYER} of m: no replica answered" in error["message"]
+    assert [answer.json()["choices"][0]["text"] for answer in fine] == expected
+    assert served.complete(user).status_code == 200
+
+
+# ---- defects inside a host ----------------------------------------------------------------------
+
+
+def test_work_that_fails_in_the_loop_is_raised_to_its_caller(served: ServedPool) -> None:
+    def fail() -> None:
+        raise KeyError("drill")
+
+    with pytest.raises(KeyError, match="drill"):
+        served.hosts[0]._loop.call(fail)
+    # Nothing of it is held, and the place of -1 behind the last expert is no expert.
+    served.hosts[0].release([ExpertKey("m", LAYER, expert) for expert in (8, 99, -1)])
+    reply, _ = ask(served, "shm", ids=(-1, -1))
+    assert reply.seq == 1
+
+
+def test_a_router_that_is_dropped_while_it_speaks(
+    served: ServedPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end and its frame arrive in the same round of the host's loop."""
+    host = served.hosts[0]
+    loop = host._loop
+    channel = connect(host.entry(), router="gone", node="here", choice="shm", slots=1)
+    with closing(channel):
+        hear(channel)
+        (session,) = [s for s in loop._sessions.values() if s.router == "gone"]
+        computing, go_on = threading.Event(), threading.Event()
+        real = host_loop.compute
+
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            computing.set()
+            assert go_on.wait(30)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(host_loop, "compute", slow)
+        with ThreadPoolExecutor(1) as threads:
+            answer = threads.submit(ask, served, "shm")
+            assert computing.wait(10)
+            loop.post(lambda: loop._drop(session, HostLost("drill")))
+            ping = Frame()
+            ping.ping.seq = 1
+            channel.send(ping)
+            go_on.set()
+            answer.result(30)
+        hear_end(channel)
+
+
+def test_a_defect_in_a_computation_is_an_error_of_its_calls(
+    served: ServedPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("drill")
+
+    monkeypatch.setattr(host_loop, "compute", fail)
+    answer = served.complete(PROMPT)
+    monkeypatch.undo()
+    assert answer.status_code == 500
+    assert "AssertionError('drill')" in answer.json()["error"]["message"]
