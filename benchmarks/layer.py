@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import MixtralConfig
@@ -49,7 +50,7 @@ def experts_module(dtype: torch.dtype, intermediate: int) -> MixtralExperts:
 
 
 def measure(dtype: torch.dtype, *, intermediate: int, rounds: int) -> list[Comparison]:
-    module = experts_module(dtype, intermediate)
+    module: Any = experts_module(dtype, intermediate)
     layer = ExpertsLayer(0, "experts", module, EXPERTS, HIDDEN)
     name = str(dtype).removeprefix("torch.")
     ref = ModelRef(name="bench", dtype=name, config=module.config.to_dict())

@@ -45,7 +45,7 @@ def open_files() -> Counter[str]:
     links: Counter[str] = Counter()
     for fd in Path("/proc/self/fd").iterdir():
         try:
-            links[os.readlink(fd)] += 1
+            links[str(fd.readlink())] += 1
         except FileNotFoundError:
             continue
     return links

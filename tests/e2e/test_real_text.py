@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
@@ -48,7 +49,7 @@ def plain_texts(prompts: list[str], tokens: int) -> list[str]:
     """Greedy, in fp32, one prompt after the other, without any of our code."""
     folder = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     texts = []
     for prompt in prompts:
         inputs = tokenizer.apply_chat_template(

@@ -103,8 +103,10 @@ def test_hosts_on_two_nodes(namespaces: list[tuple[str, str]], tmp_path: Path) -
         start_node(
             stack,
             head,
-            ["--head", f"--node-ip-address={head_ip}", "--port=6399", "--include-dashboard=false"]
-            + [*common, f"--temp-dir={ray_dir}"],
+            [
+                *("--head", f"--node-ip-address={head_ip}", "--port=6399"),
+                *("--include-dashboard=false", f"--temp-dir={ray_dir}", *common),
+            ],
             environment,
             tmp_path / "head.log",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +23,7 @@ def main(folder: str) -> None:
         "endpoint": {"port": 0},
     }
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = tokenizer("the quick fox", return_tensors="pt").input_ids
     with torch.no_grad():
         output = plain.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from moesaic.actors.host import ExpertHost, local_hosts
 from moesaic.actors.router import Router
@@ -32,7 +32,7 @@ class Pool:
 
     hosts: list[ExpertHost]
     router: Router
-    trunk: PreTrainedModel
+    trunk: Any  # a PreTrainedModel, whose `generate` checkers cannot bind
     placement: Placement
     layers: list[ExpertsLayer]
 

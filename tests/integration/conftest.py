@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests.helpers.architectures import tiny_model
 from tests.helpers.tiny import tiny_tokenizer
 
 # Served by the shared cluster; `once` has one replica, the others two.
-SERVED = {
+SERVED: dict[str, dict[str, Any]] = {
     "mixtral": {"num_experts_per_tok": 4},
     "gpt_oss": {},
     "granitemoe": {},
@@ -21,7 +22,7 @@ SERVED = {
 }
 
 
-def save_model(folder: Path, architecture: str, **overrides: object) -> Path:
+def save_model(folder: Path, architecture: str, **overrides: Any) -> Path:
     """A tiny model with a tokenizer and a chat template, as a user has it."""
     model = tiny_model(architecture, vocab_size=320, max_position_embeddings=512, **overrides)
     model.generation_config.eos_token_id = None

@@ -1,4 +1,4 @@
-"""The whole pool on Ray: real hosts, a real controller, real processes that are killed and frozen."""
+"""The whole pool on Ray: real hosts and a real controller, killed and frozen."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def text_in_background(client: Client, model: str, tokens: int) -> Iterator[Call
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe"])
 def test_parity_through_actors(cluster: Cluster, model_folders: dict[str, Path], name: str) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(model_folders[name]).eval()
-    trunk = cluster.from_pretrained(name)
+    plain: Any = AutoModelForCausalLM.from_pretrained(model_folders[name]).eval()
+    trunk: Any = cluster.from_pretrained(name)
     with torch.no_grad():
         torch.testing.assert_close(trunk(PROMPT).logits, plain(PROMPT).logits, atol=1e-5, rtol=1e-5)
     wanted = plain.generate(PROMPT, max_new_tokens=12, do_sample=False)
@@ -123,7 +123,7 @@ def test_the_endpoint_answers_as_plain_transformers(
 
     assert cluster.url is not None
     tokenizer = AutoTokenizer.from_pretrained(model_folders["mixtral"])
-    plain = AutoModelForCausalLM.from_pretrained(model_folders["mixtral"]).eval()
+    plain: Any = AutoModelForCausalLM.from_pretrained(model_folders["mixtral"]).eval()
     ids = tokenizer("the quick fox", return_tensors="pt").input_ids
     wanted = plain.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
     with Client(cluster.url) as client:

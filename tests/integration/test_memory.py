@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,17 @@ from tests.helpers.architectures import tiny_model
 
 MIB = 1 << 20
 # Python, torch, transformers and Ray's worker are there before an expert is.
-BIG = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 4, "head_dim": 64}
+BIG: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "head_dim": 64,
+}
 
 TRUNK = """
 import json, sys, psutil, torch
 from pathlib import Path
+from typing import Any
 import moesaic
 from moesaic.models.trunk import load_trunk
 before = psutil.Process().memory_info().rss
@@ -32,6 +39,7 @@ print(json.dumps([psutil.Process().memory_info().rss - before, bytes_]))
 HOST = """
 import json, sys, psutil
 from pathlib import Path
+from typing import Any
 import moesaic
 from moesaic.actors.host import ExpertHost
 from moesaic.actors.store import ModelRef
