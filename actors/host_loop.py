@@ -261,6 +261,8 @@ class HostLoop:
         batch, expired = self._residency.next_batch(now)
         for queued, error in expired:
             self._answer_with(queued, error)
+        # A refusal may have shown that a router is gone, and its calls with it.
+        batch = [queued for queued in batch if (queued.router, queued.seq) in self._pending]
         if not batch:
             return
         try:
@@ -274,7 +276,9 @@ class HostLoop:
                     self._answer_with(queued, why)
 
     def _answer_with(self, queued: QueuedCall, error: MoesaicError) -> None:
-        pending = self._pending.pop((queued.router, queued.seq))
+        pending = self._pending.pop((queued.router, queued.seq), None)
+        if pending is None:
+            return  # its router is gone
         try:
             self._refuse(pending.session, queued.seq, error)
         except HostLost as lost:
@@ -313,7 +317,8 @@ class HostLoop:
         reply.bad_experts.extend(answer.bad)
         reply.queued_us = int(queued_s * 1e6)
         reply.busy_us = int(busy_s * 1e6)
-        self._pending.pop((queued.router, queued.seq), None)
+        if self._pending.pop((queued.router, queued.seq), None) is None:
+            return  # its router is gone
         try:
             pending.session.send_reply(frame, answer.buffer)
         except HostLost as lost:
