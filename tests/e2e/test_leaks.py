@@ -24,15 +24,16 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def leftovers() -> dict[str, set[str]]:
-    """Everything that a cluster of this process could leave."""
-    unix = Path("/proc/net/unix").read_text().split()
+    """Everything that a cluster of this process could leave.
+
+    Sockets and memfds have no names in a file system: they end with the processes that hold them.
+    """
     return {
         "processes": {
             f"{p.pid} {' '.join(p.cmdline())[:80]}"
             for p in psutil.Process().children(recursive=True)
             if p.status() != psutil.STATUS_ZOMBIE
         },
-        "sockets": {name for name in unix if name.startswith("@moesaic-")},
         "shared memory": {entry.name for entry in Path("/dev/shm").iterdir()},
         "listening": {
             f"{c.laddr}" for c in psutil.Process().net_connections() if c.status == "LISTEN"

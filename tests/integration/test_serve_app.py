@@ -122,7 +122,7 @@ def test_every_error_crosses_with_its_type(http: httpx.Client, code: str) -> Non
     assert answer.status_code == ERRORS[code].http_status
     error = answer.json()["error"]
     assert (error["code"], error["message"]) == (code, f"this is {code}")
-    assert error["param"] == ("prompt" if code in ("RequestError", "UnknownModel") else None)
+    assert error["param"] == ("prompt" if issubclass(ERRORS[code], RequestError) else None)
     answer = http.post("/v1/completions", json=script(LATE_ERROR + number, stream=True))
     assert answer.status_code == 200
     events = answer.text.strip().split("\n\n")
