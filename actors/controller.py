@@ -37,7 +37,7 @@ class Controller:
     ) -> None:
         self._namespace = namespace
         self._hosts = tuple(hosts)
-        self._control = Control(hosts, term=int(time.time()))
+        self._control = Control(hosts, term=time.time_ns())
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
         for ref, shape in models:
             self._adopt(ref, shape)

@@ -10,8 +10,6 @@ Shape suffixes: T = tokens (of merged calls), H = hidden size, K = choices of a 
 from __future__ import annotations
 
 import logging
-import os
-import queue
 import select
 import threading
 import time
@@ -30,6 +28,7 @@ from ..proto.wire import WIRE_VERSION, CallLayout
 from .compute import Answer, PendingCall, compute
 from .store import ExpertStore
 from .transport.base import Inbound, Listener, Session
+from .transport.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +57,7 @@ class HostLoop:
         self._listeners = listeners
         self._sessions: dict[int, Session] = {}
         self._pending: dict[tuple[str, int], PendingCall] = {}
-        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._posted: Mailbox[Callable[[], None]] = Mailbox()
         self._epoll = select.epoll()
         self._stopping = False
         self._calls = self._rows = self._batches = self._refused = 0
@@ -76,7 +74,6 @@ class HostLoop:
     def post(self, work: Callable[[], None]) -> None:
         """Run ``work`` on the loop's thread, between two batches."""
         self._posted.put(work)
-        os.eventfd_write(self._wake, 1)
 
     def call(self, work: Callable[[], None], timeout_s: float = 30.0) -> None:
         """`post`, and wait until it ran. Raises what it raises, and InternalError if the loop
@@ -111,11 +108,11 @@ class HostLoop:
     def close(self, timeout_s: float = 10.0) -> None:
         self._stopping = True
         if self._thread.is_alive():
-            os.eventfd_write(self._wake, 1)
+            self._posted.end()
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 raise InternalError(f"host {self.name}: the loop did not end in {timeout_s} s")
-        elif self._wake >= 0:
+        elif self._posted.fileno() >= 0:
             self._free()
 
     def release(self, keys: Sequence[ExpertKey]) -> None:
@@ -128,7 +125,7 @@ class HostLoop:
     @torch.inference_mode()
     def _run(self) -> None:
         try:
-            self._epoll.register(self._wake, select.EPOLLIN)
+            self._epoll.register(self._posted.fileno(), select.EPOLLIN)
             for listener in self._listeners:
                 self._epoll.register(listener.fileno(), select.EPOLLIN)
             while not self._stopping:
@@ -149,16 +146,14 @@ class HostLoop:
         for listener in self._listeners:
             listener.close()
         self._epoll.close()
-        os.close(self._wake)
-        self._wake = -1
+        self._posted.close()
 
     def _hear(self, timeout_s: float) -> None:
         accepting = {listener.fileno(): listener for listener in self._listeners}
         for fd, _ in self._epoll.poll(timeout_s):
-            if fd == self._wake:
-                os.eventfd_read(self._wake)
-                while not self._posted.empty():
-                    self._posted.get_nowait()()
+            if fd == self._posted.fileno():
+                for work in self._posted.take():
+                    work()
             elif fd in accepting:
                 for session in accepting[fd].accept():
                     self._sessions[session.fileno()] = session

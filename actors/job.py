@@ -48,10 +48,6 @@ class LayerJob:
         # Rows that an expert made not finite, by expert.
         self.bad_rows: dict[int, list[int]] = {}
         ids = ids_TK.to(device="cpu", dtype=torch.int32, copy=True).numpy()
-        layer = placement.layers.get(key) if placement else None
-        if layer is not None:
-            # transformers marks choices that belong to nobody with the number of experts.
-            ids[(ids < 0) | (ids >= len(layer.replicas))] = -1
         rows = list(without)
         if rows:
             ids[[row for row in rows if row < self.tokens]] = -1

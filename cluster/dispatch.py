@@ -86,7 +86,7 @@ class Dispatcher:
     def begin(
         self, key: LayerKey, ids_TK: np.ndarray, *, max_rows: int, now: float
     ) -> list[Command]:
-        """Start a layer's call. Ids are int32, -1 where a choice is unused."""
+        """Start a layer's call. Ids are int32; those outside of [0, experts) are unused choices."""
         assert self._call is None or self.outcome is not None, "one call at a time"
         ids_N = ids_TK.reshape(-1)
         self._rotations[key] += 1
@@ -252,7 +252,7 @@ class Dispatcher:
         placement = self.placement
         if placement is None or call.key not in placement.layers:
             return []
-        # Ids beyond the experts belong to nobody; before the placement came none could tell.
+        # transformers marks choices that belong to nobody with the number of experts.
         inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
         call.waiting_N = call.waiting_N[inside]
         healths = [self.hosts.get(name) for name in placement.host_order]

@@ -27,7 +27,7 @@ from tests.helpers.tiny import tiny_tokenizer
 MAX_BODY = 2**18
 DEADLINE_S = 20.0
 # A lost expert is given up soon, and a slow machine is not taken for a lost one.
-POLICY = RouterPolicy(deadline_s=1.0, attempt_s=0.8)
+POLICY = RouterPolicy(deadline_s=2.0, attempt_s=1.5)
 
 
 def tiny_served_model() -> PreTrainedModel:

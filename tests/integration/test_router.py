@@ -49,7 +49,7 @@ HIDDEN, EXPERTS, LAYER = 32, 8, 1
 KEY = LayerKey("m", LAYER)
 # Long where a test must not depend on it, short where it waits for it.
 PATIENT = RouterPolicy(deadline_s=30.0, attempt_s=10.0)
-HASTY = RouterPolicy(deadline_s=0.4, attempt_s=0.2)
+HASTY = RouterPolicy(deadline_s=1.0, attempt_s=1.0)
 KINDS: tuple[TransportChoice, ...] = ("shm", "grpc")
 
 
@@ -283,7 +283,8 @@ def test_a_host_that_closes_in_the_middle_is_replaced(
         x, ids, weights = inputs(64)
         with held(pool.hosts[0]) as go_on:
             call = start(router.forward, KEY, x, ids, weights)
-            assert settles(lambda: sent(router) == 1), "the other host has answered"
+            assert settles(lambda: pool.hosts[1].report().loop.calls == 1)
+            assert settles(lambda: sent(router) == 1), "the other host's answer is in"
             closing = start(pool.hosts[0].close)
             assert settles(lambda: pool.hosts[0]._loop._stopping)
             go_on()
@@ -322,16 +323,17 @@ def test_a_single_replica_that_is_lost_is_named_within_the_deadline(folder: Path
         router = pool.router(policy=HASTY)
         theirs = {e for e in range(EXPERTS) if pool.holders(e) == [pool.hosts[0]]}
         pool.hosts[0].close()
+        assert len(theirs) == EXPERTS // 2
         x = torch.randn(1, HIDDEN)
-        for expert in range(EXPERTS):
+        for expert in (2, 3):
             ids, weights = torch.tensor([[expert]]), torch.ones(1, 1)
             start = time.monotonic()
             if expert in theirs:
                 with pytest.raises(ExpertUnavailable) as raised:
                     router.forward(KEY, x, ids, weights)
                 assert f"expert {expert} of layer {LAYER} of m: " in str(raised.value)
-                assert "0.4 s" in str(raised.value)
-                assert 0.3 < time.monotonic() - start < 5.0
+                assert "answered within 1 s" in str(raised.value)
+                assert 0.9 < time.monotonic() - start < 10.0
             else:
                 assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
 
@@ -409,11 +411,11 @@ def test_a_call_waits_for_its_first_placement(folder: Path) -> None:
 
 def test_an_unknown_layer_or_model_is_named(folder: Path) -> None:
     with serving(folder) as pool:
-        router = pool.router(policy=HASTY)
+        hasty, router = pool.router(policy=HASTY), pool.router()
         x, ids, weights = inputs(2)
         for key in (LayerKey("m", 9), LayerKey("../../etc/passwd", LAYER)):
             with pytest.raises(ExpertUnavailable, match=f"of layer {key.layer} of {key.model}"):
-                router.forward(key, x, ids, weights)
+                hasty.forward(key, x, ids, weights)
         assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
 
 
