@@ -38,7 +38,7 @@ def leftovers() -> dict[str, set[str]]:
         "listening": {
             f"{c.laddr}" for c in psutil.Process().net_connections() if c.status == "LISTEN"
         },
-        "sessions": {file.name for file in session_dir().glob("leak*.json")},
+        "sessions": {file.name for file in session_dir().glob(f"leak{os.getpid()}.json")},
     }
 
 
@@ -54,7 +54,7 @@ def open_files() -> Counter[str]:
 
 def one_round(folder: Path) -> None:
     spec = {
-        "name": "leak",
+        "name": f"leak{os.getpid()}",
         "models": [{"name": "m", "path": str(folder), "replicas": 2}],
         "hosts": [{"count": 2}],
         "trunk": {"cache_tokens": 1024, "threads": 1},

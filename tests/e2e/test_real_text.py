@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     spec = {
-        "name": "text",
+        "name": f"text-{os.getpid()}",
         "models": [{"name": "demo", "path": "demo", "dtype": "float32", "replicas": 1}],
         "hosts": [{"count": 2}],
         "endpoint": {"port": 0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def cluster(model_folders: dict[str, Path]) -> Iterator[Cluster]:
     spec = {
-        "name": "test",
+        "name": f"test-{os.getpid()}",
         "models": [
             {"name": name, "path": str(path), "replicas": 1 if name == "once" else 2}
             for name, path in model_folders.items()

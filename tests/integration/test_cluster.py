@@ -190,7 +190,7 @@ def test_serving_goes_on_without_the_controller(cluster: Cluster) -> None:
     term = cluster.status()["placement"][0]
     with Client(cluster.url) as client:
         expected = text_of(client, "mixtral", 50)
-        controller = ray.get_actor("controller", namespace="moesaic-test")
+        controller = ray.get_actor("controller", namespace=f"moesaic-{cluster.name}")
         ray.kill(controller, no_restart=False)
         assert text_of(client, "mixtral", 50) == expected
 
