@@ -25,7 +25,6 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Threads = Annotated[int, Field(ge=1)] | Literal["auto"]
 Address = Annotated[str, Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
-_DEMO = "demo"
 
 
 class _Part(BaseModel):
@@ -70,10 +69,6 @@ class ModelSpec(_Part):
     dtype: Dtype = "float32"
     replicas: int = Field(default=1, ge=1, le=1024)
     exact: bool = False
-
-    @property
-    def is_demo(self) -> bool:
-        return self.path == _DEMO
 
 
 class HostGroup(Resources):

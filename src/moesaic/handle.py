@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from .cluster.spec import ModelSpec, Spec, load_spec, parse_spec
-from .proto.errors import ClusterError, UnsupportedModel
+from .cluster.spec import Spec, load_spec, parse_spec
+from .proto.errors import ClusterError
 from .session import Session, find_session, need_session, remove_session, write_session
 
 if TYPE_CHECKING:
@@ -206,4 +206,4 @@ def _wait_for_exit(pid: int, timeout_s: float) -> None:
         return
 
 
-__all__ = ["Cluster", "ModelSpec", "Spec", "UnsupportedModel", "connect", "up"]
+__all__ = ["Cluster", "connect", "up"]
