@@ -61,9 +61,11 @@ def one_round(folder: Path) -> None:
         "endpoint": {"port": 0},
     }
     with moesaic.up(spec) as cluster, Client(cluster.url or "") as client:
-        assert client.complete("the quick fox", max_tokens=8).usage.completion_tokens == 8
+        before = client.complete("the quick fox", max_tokens=8, temperature=0)
+        assert before.usage.completion_tokens == 8
         os.kill(cluster.status()["hosts"][0]["pid"], signal.SIGKILL)
-        assert client.complete("the quick fox", max_tokens=8).usage.completion_tokens == 8
+        after = client.complete("the quick fox", max_tokens=8, temperature=0)
+        assert after.text == before.text
 
 
 def settled(before: dict[str, set[str]]) -> dict[str, set[str]]:
