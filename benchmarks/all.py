@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 BENCHMARKS: dict[str, list[str]] = {
+    "planner": [],
     "transport": [],
     "layer": [],
     "decode": [],

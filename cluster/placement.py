@@ -138,6 +138,7 @@ class ModelShape:
     experts: Mapping[int, int]  # layer -> number of experts
     replicas: int = 1
     exact: bool = False
+    expert_bytes: int = 0  # memory of one expert on a host
 
 
 def spread(models: Iterable[ModelShape], hosts: Sequence[str]) -> dict[LayerKey, LayerPlacement]:
