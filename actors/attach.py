@@ -11,6 +11,7 @@ from ..cluster.placement import ExpertKey, ModelShape
 from ..models.trunk import (
     IMPLEMENTATION,
     ExpertsLayer,
+    expert_bytes,
     expert_parameters,
     experts_layers,
     strip_experts,
@@ -57,6 +58,7 @@ def attach_model(
         experts={layer.layer: layer.num_experts for layer in layers},
         replicas=replicas,
         exact=exact,
+        expert_bytes=max(expert_bytes(layer, dtype) for layer in layers),
     )
     controller = controller_of(namespace)
     wanted = ask(controller.add_model.remote(ref, shape), 60.0, "adding the model")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,37 +17,51 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from ..cluster.control import Control, Load, Observation, Publish
-from ..cluster.placement import LayerKey, ModelShape, Number, Placement
-from ..proto.errors import ClusterError, MoesaicError
+from ..cluster.control import Control, ControlPolicy, Evict, Publish
+from ..cluster.load import LoadReport
+from ..cluster.loading import Load
+from ..cluster.observed import Observation
+from ..cluster.placement import LayerKey, ModelShape, Placement
+from ..cluster.plan import PoolHost
+from ..proto.errors import ClusterError, MoesaicError, Superseded
 from .host import HostReport
+from .operations import Operations
 from .store import ModelRef
+from .term import claim_term, kept_wishes
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.2
 REPORT_TIMEOUT_S = 2.0
-LOAD_RETRY_S = 5.0
+# Of one load command; a host that hangs in it is asked again, and shown with this error.
+LOAD_TIMEOUT_S = 600.0
+SETTLE_S = 60.0
 
 
-class Controller:
+class Controller(Operations):
     """Runs as an asyncio Ray actor."""
 
     def __init__(
-        self, namespace: str, hosts: Sequence[str], models: Sequence[tuple[ModelRef, ModelShape]]
+        self,
+        namespace: str,
+        hosts: Sequence[PoolHost],
+        models: Sequence[tuple[ModelRef, ModelShape]],
+        policy: ControlPolicy,
     ) -> None:
         self._namespace = namespace
-        self._hosts = tuple(hosts)
-        self._control = Control(hosts, term=time.time_ns())
+        self._hosts = tuple(host.name for host in hosts)
+        self._term = claim_term(namespace)
+        self._control = Control(hosts, term=self._term, policy=policy)
+        self._control.wishes = kept_wishes(namespace)
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
         for ref, shape in models:
             self._adopt(ref, shape)
         self._handles: dict[str, Any] = {}
         self._reports: dict[str, HostReport] = {}
-        self._states: dict[str, str] = dict.fromkeys(hosts, "starting")
+        self._states: dict[str, str] = dict.fromkeys(self._hosts, "starting")
         self._errors: dict[str, str] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
-        self._load_not_before: dict[str, float] = {}
+        self._evicts: dict[str, asyncio.Task[None]] = {}
         self._published = asyncio.Condition()
         self._last_tick = time.monotonic()
         self._ticks = 0
@@ -55,8 +70,11 @@ class Controller:
 
     # ---- what others ask ------------------------------------------------------------------------
 
-    async def watch(self, after: Number | None, timeout_s: float) -> Placement | None:
-        """The placement as soon as it is newer than ``after``, or None after ``timeout_s``."""
+    async def report(self, report: LoadReport, wait_s: float) -> Placement | None:
+        """A router's report. Gives a placement newer than the one it follows, as soon as there is
+        one, or None after ``wait_s``."""
+        self._control.hear(report, time.monotonic())
+        after = report.number
 
         def newer() -> bool:
             placement = self._control.placement
@@ -64,7 +82,7 @@ class Controller:
 
         async with self._published:
             try:
-                await asyncio.wait_for(self._published.wait_for(newer), timeout_s)
+                await asyncio.wait_for(self._published.wait_for(newer), wait_s)
             except TimeoutError:
                 return None
             return self._control.placement
@@ -74,13 +92,19 @@ class Controller:
         known = self._models.get(ref.name)
         if known is not None and known != (ref, shape):
             raise ClusterError(f"model {ref.name!r}: another model of this name is served")
+        deadline = time.monotonic() + SETTLE_S
+        while not self._control.settled:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"model {ref.name!r}: the hosts are not up after {SETTLE_S:g} s")
+            await asyncio.sleep(TICK_S)
         try:
             self._adopt(ref, shape)
         except ValueError as error:
             raise ClusterError(str(error)) from error
         if ref.path is None:
             for host in self._hosts:
-                await self._handle(host).add_models.remote([(ref, shape)])
+                asked = self._handle(host).add_models.remote([(ref, shape)])
+                await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
         return {
             host: [tuple(k) for k in self._control.wanted(host) if k.model == ref.name]
             for host in self._hosts
@@ -102,6 +126,12 @@ class Controller:
             "tick_age_s": round(time.monotonic() - self._last_tick, 3),
             "ticks": self._ticks,
             "error": self._tick_error,
+            "term": self._term,
+            "routers": {
+                name: None if number is None else list(number)
+                for name, number in self._control.publisher.routers(time.monotonic()).items()
+            },
+            "balance": self._balance_status(),
             "hosts": [self._host_status(host) for host in self._hosts],
             "models": [
                 {
@@ -128,7 +158,12 @@ class Controller:
             for host, report in self._reports.items()
             for key in wanted[host]
         )
-        return held, sum(map(len, wanted.values())), next(iter(self._errors.values()), "")
+        error = next(iter(self._errors.values()), "")
+        lacking = self._control.unplaced
+        if lacking and not error:
+            error = f"{len(lacking)} experts find no room (the first: {lacking[0]}); give hosts "
+            error += "more slots or memory, or add hosts"
+        return held, sum(map(len, wanted.values())), error
 
     async def check_health(self) -> None:
         if self._loop.done():
@@ -159,10 +194,13 @@ class Controller:
                     self._adopt(ref, shape)
         # Step 3: decide, and act.
         observed = {host: seen for host, seen in answers if seen != "late"}
-        for command in self._control.tick(observed):  # pyright: ignore[reportArgumentType]
+        commands = self._control.tick(observed, time.monotonic())  # pyright: ignore[reportArgumentType]
+        for command in commands:
             match command:
                 case Load():
                     self._start_load(command)
+                case Evict():
+                    self._start_evict(command)
                 case Publish(placement=placement):
                     log.info("controller: placement %s", tuple(placement.number))
                     async with self._published:
@@ -187,29 +225,61 @@ class Controller:
         return host, Observation(
             entry=report.entry,
             holdings={key: frozenset(experts) for key, experts in report.holdings.items()},
-            loading=report.loading > 0 or host in self._loads,
+            loading=report.loading > 0 or host in self._loads or host in self._evicts,
         )
 
     def _start_load(self, command: Load) -> None:
         host = command.host
-        if host in self._loads or time.monotonic() < self._load_not_before.get(host, 0.0):
-            return
-        self._loads[host] = asyncio.get_running_loop().create_task(self._load(command))
+        if host not in self._loads:
+            self._loads[host] = asyncio.get_running_loop().create_task(self._load(command))
 
     async def _load(self, command: Load) -> None:
         host = command.host
         refs = [self._models[name] for name in sorted({key.model for key in command.keys})]
+        error = ""
         try:
-            await self._handle(host).load.remote(refs, command.keys, dict(command.peers))
+            asked = self._handle(host).load.remote(
+                refs, command.keys, dict(command.peers), term=self._term
+            )
+            await asyncio.wait_for(asked, LOAD_TIMEOUT_S)
             self._errors.pop(host, None)
-        except (RayTaskError, MoesaicError) as error:
-            cause = getattr(error, "cause", error)
-            self._errors[host] = f"{type(cause).__name__}: {cause}"
-            self._load_not_before[host] = time.monotonic() + LOAD_RETRY_S
-        except RayError as error:
-            log.info("controller: host %s ended while loading: %s", host, error)
+        except (RayTaskError, MoesaicError) as failure:
+            cause = getattr(failure, "cause", failure)
+            self._leave_if_superseded(cause)
+            error = self._errors[host] = f"{type(cause).__name__}: {cause}"
+        except TimeoutError:
+            error = self._errors[host] = f"a load took more than {LOAD_TIMEOUT_S:g} s"
+        except (RayError, ValueError) as failure:
+            log.info("controller: host %s ended while loading: %s", host, failure)
         finally:
             del self._loads[host]
+        if error:
+            self._control.load_failed(host, command.keys, error, time.monotonic())
+
+    def _start_evict(self, command: Evict) -> None:
+        if command.host not in self._evicts:
+            task = asyncio.get_running_loop().create_task(self._evict(command))
+            self._evicts[command.host] = task
+
+    async def _evict(self, command: Evict) -> None:
+        host = command.host
+        try:
+            asked = self._handle(host).release.remote(command.keys, term=self._term)
+            await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
+        except (RayTaskError, MoesaicError) as failure:
+            cause = getattr(failure, "cause", failure)
+            self._leave_if_superseded(cause)
+            self._errors[host] = f"{type(cause).__name__}: {cause}"
+        except (RayError, ValueError, TimeoutError) as failure:
+            # The next report says what it holds; what is left is evicted again.
+            log.info("controller: host %s: eviction: %s", host, failure)
+        finally:
+            del self._evicts[host]
+
+    def _leave_if_superseded(self, error: object) -> None:
+        if isinstance(error, Superseded):
+            log.critical("controller of term %d: %s; leaving", self._term, error)
+            os._exit(1)
 
     # ---- small parts ----------------------------------------------------------------------------
 
@@ -222,6 +292,20 @@ class Controller:
         if host not in self._handles:
             self._handles[host] = ray.get_actor(host, namespace=self._namespace)
         return self._handles[host]
+
+    def _balance_status(self) -> dict[str, Any]:
+        now = time.monotonic()
+        control = self._control
+        last = control.changes.all[-1] if control.changes.all else None
+        return {
+            "auto": control.policy.auto,
+            "plan_age_s": None
+            if control.planned_at is None
+            else round(now - control.planned_at, 1),
+            "moves_pending": control.pending(),
+            "leaving": sorted(control.wishes.leaving),
+            "last_change": None if last is None else last.describe(now),
+        }
 
     def _host_status(self, host: str) -> dict[str, Any]:
         status: dict[str, Any] = {"host": host, "state": self._states[host]}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape
 from ..cluster.residency import HostPolicy, LayerShape, Residency
+from ..proto.errors import Superseded
 from .host_loop import HostLoop, LoopStats
 from .store import SHARED, ExpertStore, ModelRef
 from .transport.base import Listener
@@ -84,6 +85,8 @@ class ExpertHost:
         self._loading = 0
         self._models: dict[str, PlacedModel] = {}
         self._load_lock = threading.Lock()
+        self._term = 0  # of the newest controller that was heard
+        self._term_lock = threading.Lock()
         shm = ShmListener()
         grpc = GrpcListener(f"{bind}:0", weights=_Weights(self))
         self._entry = HostEntry(
@@ -106,13 +109,16 @@ class ExpertHost:
         keys: Sequence[ExpertKey],
         peers: Mapping[ExpertKey, str] | None = None,
         version: int = 1,
+        term: int = 0,
     ) -> None:
         """Get experts and begin to serve each as it is ready.
 
         A key in ``peers`` is fetched from the host with that gRPC address, any other one read from
-        its model's checkpoint. Raises CheckpointError, UnsupportedModel and HostLost; what was
-        loaded before stays.
+        its model's checkpoint. ``term`` is that of the controller that asks. Raises
+        CheckpointError, UnsupportedModel and HostLost, and Superseded for an old controller; what
+        was loaded before stays.
         """
+        self._check_term(term)
         with self._load_lock:
             self.add_models(models)
             held = self._residency.holdings()
@@ -135,8 +141,10 @@ class ExpertHost:
             self._store.add_model(ref)
             self._models[ref.name] = (ref, shape)
 
-    def release(self, keys: Sequence[ExpertKey]) -> None:
-        """Stop serving experts and free their memory; queued calls for them are refused."""
+    def release(self, keys: Sequence[ExpertKey], term: int = 0) -> None:
+        """Stop serving experts and free their memory; queued calls for them are refused. Raises
+        Superseded for an old controller."""
+        self._check_term(term)
         self._loop.call(lambda: self._loop.release(keys))
         for key in keys:
             self._store.drop(key)
@@ -162,6 +170,12 @@ class ExpertHost:
 
     def close(self) -> None:
         self._loop.close()
+
+    def _check_term(self, term: int) -> None:
+        with self._term_lock:
+            if term < self._term:
+                raise Superseded(f"term: {term} is over; the controller of term {self._term} rules")
+            self._term = term
 
     def _fetch(self, key: ExpertKey, peer: str) -> LayerShape:
         if self._store.lacks_shared(LayerKey(key.model, key.layer)):

@@ -24,13 +24,14 @@ from ..cluster.placement import ModelShape
 from ..cluster.residency import HostPolicy
 from ..cluster.spec import HostGroup, ModelSpec, Spec
 from ..models.source import resolve_model
-from ..models.trunk import experts_layers, meta_model, read_config
+from ..models.trunk import expert_bytes, experts_layers, meta_model, read_config
 from ..proto.errors import ClusterError
 from .controller import Controller
 from .endpoint import check_port, end_endpoint, start_endpoint
 from .host import ExpertHost
 from .ray_border import CONTROLLER, actor_options, ask, namespace_of, start_ray
 from .store import ModelRef
+from .term import forget_all
 
 # (what is being done, done, of how many)
 Progress = Callable[[str, int, int], None]
@@ -70,6 +71,7 @@ class Launched:
             end_endpoint(self.spec)
         for actor in [self.controller, *self.hosts.values()]:
             ray.kill(actor, no_restart=True)
+        forget_all(self.namespace)
         for group in self.groups:
             remove_placement_group(group)
         if self.owns_ray:
@@ -116,6 +118,7 @@ def describe(model: ModelSpec, progress: Progress) -> tuple[ModelRef, ModelShape
         experts={layer.layer: layer.num_experts for layer in layers},
         replicas=model.replicas,
         exact=model.exact,
+        expert_bytes=max(expert_bytes(layer, ref.torch_dtype) for layer in layers),
     )
 
 
@@ -156,7 +159,12 @@ def _start_actors(
     controller = (
         ray.remote(Controller)
         .options(name=CONTROLLER, namespace=namespace, max_restarts=-1, num_cpus=0)
-        .remote(namespace, list(hosts), [(refs[name], shapes[name]) for name in refs])
+        .remote(
+            namespace,
+            spec.pool_hosts(),
+            [(refs[name], shapes[name]) for name in refs],
+            spec.balance.policy,
+        )
     )
     return Launched(
         spec=spec,

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..cluster.dispatch import Dispatcher
 from ..cluster.events import Accept, Cancel, Command, Connect, Disconnect, Probe, Refresh, Send
 from ..cluster.health import HostState, RouterPolicy
+from ..cluster.load import LoadReport
 from ..cluster.placement import LayerKey, Number, Placement
 from ..models.trunk import PoolFunction
 from ..proto.errors import (
@@ -130,6 +131,22 @@ class Router:
             placement=placement.number if placement else Number(0, 0),
             hosts={name: host.state.value for name, host in list(dispatcher.hosts.items())},
         )
+
+    def take_load(self) -> LoadReport:
+        """What was counted since the last time, and the placement that is followed. Never waits
+        long: in the middle of a slow call the counts stay for the next time."""
+        counted = self._lock.acquire(timeout=0.05)
+        try:
+            if counted and not self._closed:
+                self._take_placements()
+            placement = self._dispatcher.placement
+            number = placement.number if placement is not None else None
+            if not counted:
+                return LoadReport(router=self.name, number=number)
+            return self._dispatcher.meter.take(self.name, number)
+        finally:
+            if counted:
+                self._lock.release()
 
     def close(self) -> None:
         with self._lock:
@@ -255,7 +272,11 @@ class Router:
                 )
             case Accept(send):
                 assert self._job is not None
-                self._job.accept(send, *self._links.reply(send.host, send.seq))
+                reply, payload = self._links.reply(send.host, send.seq)
+                self._job.accept(send, reply, payload)
+                choices = int((send.choice_tk >= 0).sum())
+                meter = self._dispatcher.meter
+                meter.answered(send.host, choices, reply.queued_us, reply.busy_us)
             case Connect(entry):
                 self._links.connect(entry)
             case Disconnect(host):

@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from transformers import PreTrainedModel
 
 from ..cluster.health import RouterPolicy
-from ..cluster.placement import LayerKey, Number, Placement
+from ..cluster.placement import LayerKey, Placement
 from ..models.trunk import (
     ExpertsLayer,
     connect_experts,
@@ -39,16 +39,17 @@ from .transport.connect import TransportChoice
 
 log = logging.getLogger(__name__)
 
-WATCH_S = 10.0
+# How long the controller may keep a report that changes nothing.
+WATCH_S = 1.0
 
 
 class PlacementWatch:
-    """A thread that hands every new placement to a router; the controller may come and go."""
+    """A thread that tells the controller what its router counted and follows, and hands every new
+    placement to the router; the controller may come and go."""
 
     def __init__(self, namespace: str, router: Router) -> None:
         self._namespace = namespace
         self._router = router
-        self._after: Number | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="placement-watch", daemon=True)
         self._thread.start()
@@ -59,19 +60,21 @@ class PlacementWatch:
         self._thread.join(0.1)
 
     def _run(self) -> None:
+        controller: Any = None
         while not self._stop.is_set():
             try:
-                controller: Any = ray.get_actor(CONTROLLER, namespace=self._namespace)
-                asked: Any = controller.watch.remote(self._after, WATCH_S)
+                if controller is None:
+                    controller = ray.get_actor(CONTROLLER, namespace=self._namespace)
+                asked: Any = controller.report.remote(self._router.take_load(), WATCH_S)
                 placement: Placement | None = ray.get(asked, timeout=WATCH_S + 5.0)  # pyright: ignore[reportAssignmentType]
             except (RayError, GetTimeoutError, ValueError) as error:
                 # Routing goes on with the last placement.
+                controller = None
                 if not self._stop.is_set():
                     log.warning("no placements for now: %s", str(error).splitlines()[0])
                 self._stop.wait(0.5)
                 continue
             if placement is not None and not self._stop.is_set():
-                self._after = placement.number
                 self._router.place(placement)
 
 

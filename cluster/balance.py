@@ -70,8 +70,8 @@ def _solve(
         cost_V,
         A_ub=over_VH,
         b_ub=bound_H,
-        A_eq=whole if replicas else None,
-        b_eq=load_E[forced.free_E] if replicas else None,
+        A_eq=whole,
+        b_eq=load_E[forced.free_E],
         method="highs",
     )
     if result.x is None:
@@ -83,6 +83,9 @@ def split_below(held_EH: np.ndarray, load_E: np.ndarray, capacity_H: np.ndarray)
     """The split with the least load above ``capacity_H``. Experts without replica are left out."""
     forced = _forced(held_EH, load_E)
     replicas, hosts = len(forced.row_N), len(capacity_H)
+    if not replicas:
+        excess_H = np.maximum(forced.base_H - capacity_H, 0.0)
+        return Split(forced.flow_EH, excess_H, (excess_H > 0).astype(float))
     over = csr_matrix(
         (
             np.r_[np.ones(replicas), -np.ones(hosts)],

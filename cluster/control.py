@@ -1,19 +1,29 @@
-"""The controller's state machine: what hosts report goes in, loads and placements come out.
+"""The controller's state machine: reports go in; loads, placements and evictions come out.
+
+It keeps one *target*, a plan's layers, and takes the pool there: replicas that the target names and
+nobody holds are loaded; what is ready is published, with what stood before in the place of what is
+not; replicas that neither the target nor the published placement names are evicted once every live
+router has acknowledged a placement without them, or its lease has ended.
 
 It decides by what hosts really hold, never by what it asked for, so a controller that starts anew
-picks up where the last one ended. A placement names only replicas that are ready.
+picks up where the last one ended, and a load that fails or hangs changes nothing that is shown.
 
-No clock, no Ray: `actors/controller.py` brings those.
+No Ray, and the clock is an argument: `actors/controller.py` brings both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from .changes import Change, Changes
+from .load import LoadReport, LoadTracker
+from .loading import Load, Loader
+from .observed import Observation, View
 from .placement import (
     ExpertKey,
-    HostEntry,
     LayerKey,
     LayerPlacement,
     ModelShape,
@@ -21,29 +31,17 @@ from .placement import (
     Placement,
     Replica,
     experts_of,
-    spread,
 )
+from .plan import Plan, Policy, PoolHost, Wishes
+from .planner import plan
+from .publishing import Publisher
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
-    """One host as it reported: one incarnation and the experts it can compute."""
-
-    entry: HostEntry
-    holdings: Mapping[LayerKey, Collection[int]]
-    loading: bool
-
-    def holds(self, key: ExpertKey) -> bool:
-        return key.expert in self.holdings.get(LayerKey(key.model, key.layer), ())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """Let ``host`` get ``keys``: from a checkpoint, or from the peers that are named."""
-
-    host: str
-    keys: tuple[ExpertKey, ...]
-    peers: Mapping[ExpertKey, str]  # gRPC addresses; keys without one are read from disk
+# Room beside what models need, for replicas of hot experts, where a host's slots are not given.
+_HEADROOM = 1.25
+# A plan without moves is taken for its shares if some layer gains so much.
+_WORTH = 0.02
+# How many times `every_s` the balancer keeps still behind a rollback or a move that failed.
+_REST = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,123 +49,275 @@ class Publish:
     placement: Placement
 
 
-Command = Load | Publish
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evict:
+    """Nobody sends calls for ``keys`` to ``host`` any more: it can forget them."""
+
+    host: str
+    keys: tuple[ExpertKey, ...]
+
+
+Command = Load | Publish | Evict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlPolicy:
+    """When the controller acts, and how fast. Seconds and bytes."""
+
+    balance: Policy = field(default_factory=Policy)
+    auto: bool = True  # whether it balances by itself
+    every_s: float = 10.0
+    budget: float = 0.05  # part of all replicas that one balancing may load
+    gone_s: float = 30.0  # a host that is away for so long is planned around
+    lease_s: float = 10.0  # a router that is silent for so long holds nothing up
+    bytes_per_s: float = 200e6  # that one host loads in the background
+    batch_bytes: int = 64 << 20
+    retry_s: float = 5.0  # behind a load that failed
 
 
 class Control:
     """The one writer of placements."""
 
-    def __init__(self, hosts: Sequence[str], *, term: int) -> None:
-        self.number = Number(term, 0)
-        self.placement: Placement | None = None
-        self._hosts = tuple(hosts)
-        self._models: dict[str, ModelShape] = {}
-        self._on_disk: set[str] = set()
-        self._wanted: dict[LayerKey, LayerPlacement] = {}
-        self._seen: dict[str, Observation] = {}
+    def __init__(
+        self, hosts: Sequence[PoolHost], *, term: int, policy: ControlPolicy | None = None
+    ) -> None:
+        self.policy = policy or ControlPolicy()
+        self.view = View(hosts, gone_s=self.policy.gone_s)
+        self.publisher = Publisher(self.view, term=term, lease_s=self.policy.lease_s)
+        self.loader = Loader(
+            self.view,
+            bytes_per_s=self.policy.bytes_per_s,
+            batch_bytes=self.policy.batch_bytes,
+            retry_s=self.policy.retry_s,
+        )
+        self.loads = LoadTracker()
+        self.changes = Changes()
+        # What operators want; planned for at the next tick.
+        self.wishes = Wishes()
+        # Experts for which no host has room.
+        self.unplaced: tuple[ExpertKey, ...] = ()
+        self.models: dict[str, ModelShape] = {}
+        self._target: dict[LayerKey, LayerPlacement] | None = None
+        self._planned_for: object = None  # hosts, models and wishes of the target
+        self.planned_at: float | None = None  # when the planner last looked
+        self._now: float | None = None
+        self._next_balance = 0.0
+
+    # ---- what others say ------------------------------------------------------------------------
 
     def add_model(self, shape: ModelShape, *, on_disk: bool) -> None:
         """Serve a model from now on. Raises ValueError when it cannot be placed."""
-        models = {**self._models, shape.model: shape}
-        self._wanted = spread(models.values(), self._hosts)
-        self._models = models
+        if not 1 <= shape.replicas <= len(self.view.hosts):
+            raise ValueError(
+                f"models.{shape.model}.replicas: {shape.replicas} replicas of an expert need as "
+                f"many hosts, and there are {len(self.view.hosts)}"
+            )
+        before = dict(self.models)
+        self.models[shape.model] = shape
+        if self._target is not None and self._now is not None:
+            found = self._plan(self._now, budget=0)
+            lacking = [key for key in found.unplaced if key.model == shape.model]
+            if lacking:
+                self.models = before
+                raise ValueError(
+                    f"models.{shape.model}: {len(lacking)} of its experts find no room; give "
+                    "hosts more slots or memory, or add hosts"
+                )
+            self._adopt(found, self._now)
         if on_disk:
-            self._on_disk.add(shape.model)
+            self.loader.on_disk.add(shape.model)
+
+    def hear(self, report: LoadReport, now: float) -> None:
+        """A router says what it counted and which placement it follows."""
+        self.loads.hear(report)
+        self.publisher.acknowledged(report.router, report.number, now)
+
+    def load_failed(self, host: str, keys: Sequence[ExpertKey], error: str, now: float) -> None:
+        """A load ended without its replicas. Another source is tried next; a replica that fails
+        again is taken back out of the target, if its expert can do without."""
+        for key in self.loader.failed(host, keys, now):
+            if self.view.holders(key):
+                self._give_up(key, host)
+                self._next_balance = now + _REST * self.policy.every_s
+                self.changes.failed(f"{key} on {host}: {error}", now)
+
+    # ---- what others ask ------------------------------------------------------------------------
+
+    @property
+    def number(self) -> Number:
+        return self.publisher.number
+
+    @property
+    def placement(self) -> Placement | None:
+        return self.publisher.placement
+
+    @property
+    def settled(self) -> bool:
+        """Whether hosts have reported and a first plan was made."""
+        return self._target is not None
 
     def wanted(self, host: str) -> list[ExpertKey]:
-        return experts_of(self._wanted, host)
-
-    def tick(self, reports: Mapping[str, Observation | None]) -> list[Command]:
-        """One round. A host that is missing from ``reports`` did not answer in time and is left
-        as it was, routers see for themselves; None stands for a host that Ray says is gone."""
-        # Step 1: take note of who lives.
-        for host, observation in reports.items():
-            if observation is None:
-                self._seen.pop(host, None)
-            else:
-                self._seen[host] = observation
-        # Step 2: let hosts get what they lack.
-        commands: list[Command] = []
-        for host in self._hosts:
-            observation = self._seen.get(host)
-            if host in reports and observation is not None and not observation.loading:
-                commands += self._loads(host, observation)
-        # Step 3: publish what is ready, if it is not what was published last.
-        placement = self._ready_placement()
-        if placement is not None:
-            self.number, self.placement = placement.number, placement
-            commands.append(Publish(placement=placement))
-        return commands
+        return experts_of(self._target or {}, host)
 
     def missing(self) -> dict[ExpertKey, str]:
         """Experts that no host holds now, and why."""
-        found = {}
-        for key, layer in self._wanted.items():
-            for expert in range(len(layer.replicas)):
-                expert_key = key.expert(expert)
-                if not self._holders(expert_key):
-                    on_disk = key.model in self._on_disk
-                    found[expert_key] = "loading" if on_disk else "lost: its model was in memory"
-        return found
+        return {
+            key: "loading" if key.model in self.loader.on_disk else "lost: its model was in memory"
+            for key in self._every_expert()
+            if not self.view.holders(key)
+        }
 
     def unprotected(self) -> list[ExpertKey]:
-        """Experts that the loss of one host would take away."""
-        return [
-            key.expert(expert)
-            for key, layer in self._wanted.items()
-            for expert in range(len(layer.replicas))
-            if len(self._holders(key.expert(expert))) == 1
-        ]
+        """Experts that the loss of one failure domain would take away."""
+        return [key for key in self._every_expert() if len(self.view.domains(key)) == 1]
 
-    # ---- steps ----------------------------------------------------------------------------------
-
-    def _holders(self, key: ExpertKey) -> list[str]:
-        return [host for host, seen in self._seen.items() if seen.holds(key)]
-
-    def _loads(self, host: str, observation: Observation) -> list[Command]:
-        keys, peers = [], {}
-        for key in self.wanted(host):
-            if observation.holds(key):
-                continue
-            if key.model in self._on_disk:
-                keys.append(key)
-                continue
-            holders = self._holders(key)
-            if holders:
-                keys.append(key)
-                peers[key] = self._seen[holders[0]].entry.grpc_address
-        return [Load(host=host, keys=tuple(keys), peers=peers)] if keys else []
-
-    def _ready_placement(self) -> Placement | None:
-        layers = {}
-        for key, wanted in self._wanted.items():
-            ready = [
-                tuple(r for r in replicas if self._holds(r, key.expert(expert)))
-                for expert, replicas in enumerate(wanted.replicas)
-            ]
-            # A model appears when it is whole; later, experts may be away for a while.
-            published = self.placement is not None and key in self.placement.layers
-            if published or self._whole(key.model):
-                layers[key] = LayerPlacement(tuple(ready))
-        hosts = {host: seen.entry for host, seen in self._seen.items()}
-        exact = frozenset(model for model, shape in self._models.items() if shape.exact)
-        last = self.placement
-        if last is not None and (last.hosts, last.layers, last.exact) == (hosts, layers, exact):
-            return None
-        if not layers:
-            return None
-        number = Number(self.number.term, self.number.epoch + 1)
-        return Placement(number=number, hosts=hosts, layers=layers, exact=exact)
-
-    def _holds(self, replica: Replica, key: ExpertKey) -> bool:
-        seen = self._seen.get(replica.host)
-        return seen is not None and seen.holds(key)
-
-    def _whole(self, model: str) -> bool:
-        return all(
-            self._holds(replica, key.expert(expert))
-            for key, layer in self._wanted.items()
-            if key.model == model
+    def pending(self) -> int:
+        """Replicas that the target names and nobody holds yet."""
+        return sum(
+            not self.view.holds(replica.host, key.expert(expert))
+            for key, layer in (self._target or {}).items()
             for expert, replicas in enumerate(layer.replicas)
             for replica in replicas
         )
+
+    def dry_run(self, now: float, budget: int | None = None) -> Plan:
+        """The plan that balancing would follow now. Raises ValueError when there is no host."""
+        return self._plan(now, budget=self._budget() if budget is None else budget)
+
+    # ---- one round ------------------------------------------------------------------------------
+
+    def tick(self, reports: Mapping[str, Observation | None], now: float) -> list[Command]:
+        """One round. A host that is missing from ``reports`` did not answer in time and is left
+        as it was, routers see for themselves; None stands for a host that Ray says is gone."""
+        # Step 1: take note of who lives, and of the load.
+        self._now = now
+        self.view.note(reports, now)
+        self.loads.advance(now)
+        # Step 2: plan anew where the last plan does not fit any more, or balance.
+        self._replan(now)
+        target = self._target if self._target is not None else self._standing()
+        # Step 3: let hosts get what they lack.
+        idle = [h for h, seen in self.view.seen.items() if h in reports and not seen.loading]
+        commands: list[Command] = []
+        appeared = [model for model in self.models if self.publisher.appeared(model)]
+        for host in idle:
+            load = self.loader.next(
+                host, self.wanted(host), models=self.models, appeared=appeared, now=now
+            )
+            commands += [load] if load is not None else []
+        # Step 4: publish what is ready, if it is not what was published last.
+        placement = self.publisher.publish(target, self.models)
+        if placement is not None:
+            commands.append(Publish(placement=placement))
+        # Step 5: let hosts forget what no router can ask for any more.
+        if self._target is not None:
+            evictable = self.publisher.evictable(target, now)
+            commands += [
+                Evict(host=host, keys=tuple(evictable[host])) for host in idle if host in evictable
+            ]
+            if not self.pending():
+                self.changes.done(now)
+        return commands
+
+    # ---- step 2: the target ---------------------------------------------------------------------
+
+    def _replan(self, now: float) -> None:
+        usable = self.view.usable(now)
+        if not usable - self.wishes.leaving:
+            return  # nowhere to go; what stands goes on
+        if self._target is None and not usable <= self.view.seen.keys():
+            return
+        if self._planned_for != self._key(now):
+            self._adopt(self._plan(now, budget=0), now)
+        elif self.policy.auto and now >= self._next_balance:
+            self._next_balance = now + self.policy.every_s
+            if not self.pending():
+                found = self._plan(now, budget=self._budget())
+                gain = max((found.after[k] - found.before[k] for k in found.after), default=0.0)
+                if found.moves or gain > _WORTH:
+                    self.apply(found, now, who="balancer", why="load")
+
+    def apply(self, found: Plan, now: float, *, who: str, why: str) -> Change:
+        """Take the pool to a plan that was made before."""
+        change = self.changes.begin(found, self._target or {}, now, who=who, why=why)
+        self._adopt(found, now)
+        return change
+
+    def roll_back(self, change: Change, now: float) -> None:
+        """Back to the target from before a change; what does not fit any more is planned anew."""
+        self._target = dict(change.layers_before)
+        self._planned_for = None
+        self._next_balance = now + _REST * self.policy.every_s
+        self.changes.rolled_back(change, now)
+
+    def _adopt(self, found: Plan, now: float) -> None:
+        self._target = dict(found.layers)
+        self.unplaced = found.unplaced
+        self._planned_for = self._key(now)
+        self.loader.reset()
+
+    def _key(self, now: float) -> object:
+        return self.view.usable(now), tuple(self.models.values()), self.wishes
+
+    def _plan(self, now: float, *, budget: int) -> Plan:
+        self.planned_at = now
+        rate = self.loads.choices_per_busy_s()
+        hosts = self._with_room([self.view.hosts[name] for name in sorted(self.view.usable(now))])
+        self.loader.slots = {host.name: host.slots for host in hosts if host.slots is not None}
+        return plan(
+            models=list(self.models.values()),
+            hosts=[replace(host, speed=host.speed * (rate or 1.0)) for host in hosts],
+            current=self._target if self._target is not None else self._standing(),
+            loads=self.loads.forecast(),
+            # Without a measure of the hosts' work nothing can be said to pay.
+            policy=replace(
+                self.policy.balance,
+                budget=budget if rate is not None else 0,
+                load_bytes_per_s=self.policy.bytes_per_s,
+            ),
+            wishes=self.wishes,
+        )
+
+    def _with_room(self, hosts: list[PoolHost]) -> list[PoolHost]:
+        """Hosts without slots and memory get an even part of what models need, and some more."""
+        copies = self.policy.balance.redundancy + 1
+        needed = sum(
+            sum(shape.experts.values()) * max(copies, shape.replicas)
+            for shape in self.models.values()
+        )
+        staying = max(1, sum(host.name not in self.wishes.leaving for host in hosts))
+        slots = int(np.ceil(_HEADROOM * needed / staying)) + 1
+        return [
+            replace(host, slots=slots) if host.slots is None and host.memory_bytes is None else host
+            for host in hosts
+        ]
+
+    def _budget(self) -> int:
+        replicas = sum(len(r) for layer in (self._target or {}).values() for r in layer.replicas)
+        return max(1, int(self.policy.budget * replicas))
+
+    def _standing(self) -> dict[LayerKey, LayerPlacement]:
+        """Where a controller that starts anew begins."""
+        return self.view.standing(list(self.models.values()))
+
+    def _give_up(self, key: ExpertKey, host: str) -> None:
+        layer_key = LayerKey(key.model, key.layer)
+        layer = (self._target or {}).get(layer_key)
+        if self._target is None or layer is None or host not in layer.hosts(key.expert):
+            return
+        kept = [r for r in layer.replicas[key.expert] if r.host != host]
+        # Somebody must stay: who holds it now.
+        names = [r.host for r in kept] or self.view.holders(key)
+        total = sum(r.share for r in kept)
+        shares = [r.share / total for r in kept] if total > 0 else [1 / len(names)] * len(names)
+        replicas = list(layer.replicas)
+        replicas[key.expert] = tuple(map(Replica, names, shares))
+        self._target[layer_key] = LayerPlacement(tuple(replicas))
+
+    # ---- parts ----------------------------------------------------------------------------------
+
+    def _every_expert(self) -> Iterator[ExpertKey]:
+        for shape in self.models.values():
+            for layer, experts in shape.experts.items():
+                for expert in range(experts):
+                    yield ExpertKey(shape.model, layer, expert)

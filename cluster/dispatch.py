@@ -34,6 +34,7 @@ from .events import (
 from .grouping import rank_within_expert
 from .health import HostHealth, HostState, RouterPolicy
 from .layer_call import LayerCall, Outcome
+from .load import LoadMeter
 from .placement import SHARE_STEPS, LayerKey, Placement
 
 # Refusals after which another replica or a later moment may serve the same choices.
@@ -53,6 +54,7 @@ class Dispatcher:
         self._call: LayerCall | None = None
         self._next_seq = 1
         self._rotations: dict[LayerKey, int] = defaultdict(int)
+        self.meter = LoadMeter()
 
     # ---- placements -----------------------------------------------------------------------------
 
@@ -100,6 +102,9 @@ class Dispatcher:
             waiting_N=np.flatnonzero(ids_N >= 0),
         )
         self.outcome = None
+        layer = self.placement.layers.get(key) if self.placement is not None else None
+        if layer is not None:
+            self.meter.count(key, ids_N, len(layer.replicas))
         return self.tick(now)
 
     def abandon(self, now: float) -> list[Command]:

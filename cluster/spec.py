@@ -16,7 +16,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..proto.errors import SpecError
+from .control import ControlPolicy
 from .health import RouterPolicy
+from .plan import Policy, PoolHost
 from .residency import HostPolicy
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -72,11 +74,20 @@ class ModelSpec(_Part):
 
 
 class HostGroup(Resources):
-    """Like hosts. ``threads`` are those of one computation, ``auto`` shares the cores out."""
+    """Like hosts. ``threads`` are those of one computation, ``auto`` shares the cores out.
+
+    ``slots`` and ``memory_gb`` bound the experts on one host; without both it gets an even part of
+    what the models need and a quarter more. ``speed`` is relative to other groups, ``domain`` names
+    what fails together; empty, it is the host alone.
+    """
 
     count: int = Field(default=2, ge=1, le=4096)
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: Threads = "auto"
+    slots: int | None = Field(default=None, ge=1, le=1 << 24)
+    memory_gb: float | None = Field(default=None, gt=0, le=1 << 20, allow_inf_nan=False)
+    speed: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False)
+    domain: str = ""
     spread: Literal["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "none"
     max_rows: int = Field(default=512, ge=1, le=65_536)
     max_batch_rows: int = Field(default=1024, ge=1, le=1 << 20)
@@ -109,6 +120,49 @@ class TrunkSpec(Resources):
     cache_tokens: int = Field(default=16_384, ge=64, le=1 << 28)
 
 
+class BalanceSpec(_Part):
+    """When experts move, and what a move may cost.
+
+    ``redundancy`` failure domains can be lost at once without losing an expert. A layer whose
+    balancedness is below ``enough`` is improved up to ``target``, with at most ``budget`` of all
+    replicas loaded anew each time.
+    """
+
+    auto: bool = True
+    redundancy: int = Field(default=0, ge=0, le=64)
+    enough: float = Field(default=0.95, gt=0, le=1)
+    target: float = Field(default=0.98, gt=0, le=1)
+    budget: float = Field(default=0.05, gt=0, le=1)
+    every_s: Seconds = 10.0
+    horizon_s: Seconds = 60.0
+    gone_s: Seconds = 30.0
+    lease_s: Seconds = 10.0
+    load_mb_per_s: float = Field(default=200.0, gt=0, le=1e9, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BalanceSpec:
+        if self.enough > self.target:
+            raise ValueError("enough <= target must hold")
+        return self
+
+    @property
+    def policy(self) -> ControlPolicy:
+        return ControlPolicy(
+            balance=Policy(
+                redundancy=self.redundancy,
+                enough=self.enough,
+                target=self.target,
+                horizon_s=self.horizon_s,
+            ),
+            auto=self.auto,
+            every_s=self.every_s,
+            budget=self.budget,
+            gone_s=self.gone_s,
+            lease_s=self.lease_s,
+            bytes_per_s=self.load_mb_per_s * 1e6,
+        )
+
+
 class EndpointSpec(_Part):
     """The HTTP endpoint; port 0 takes a free one."""
 
@@ -139,6 +193,7 @@ class Spec(_Part):
     trunk: TrunkSpec = TrunkSpec()
     endpoint: EndpointSpec | None = EndpointSpec()
     timeouts: TimeoutSpec = TimeoutSpec()
+    balance: BalanceSpec = BalanceSpec()
 
     @model_validator(mode="after")
     def _consistent(self) -> Spec:
@@ -159,6 +214,19 @@ class Spec(_Part):
     @property
     def num_hosts(self) -> int:
         return sum(group.count for group in self.hosts)
+
+    def pool_hosts(self) -> list[PoolHost]:
+        """All hosts as the planner knows them."""
+        return [
+            PoolHost(
+                name=name,
+                slots=group.slots,
+                memory_bytes=None if group.memory_gb is None else int(group.memory_gb * 2**30),
+                speed=group.speed,
+                domain=group.domain,
+            )
+            for name, group in self.host_names()
+        ]
 
     def host_names(self) -> list[tuple[str, HostGroup]]:
         """(name, group) of every host."""

@@ -258,3 +258,8 @@ def expert_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]
         parameter = layer.module._parameters.get(name)
         if parameter is not None:
             yield name, parameter
+
+
+def expert_bytes(layer: ExpertsLayer, dtype: torch.dtype) -> int:
+    """Memory of one expert of a layer."""
+    return sum(p[0].numel() for _, p in expert_parameters(layer)) * dtype.itemsize

@@ -18,6 +18,7 @@ MoesaicError
 |-- BadExpert                an expert produced values that are not finite
 |-- EngineError              the trunk's engine failed or was restarted
 |-- ClusterError             Ray, processes, ports: the pool could not be started or reached
+|   `-- Superseded           a newer controller rules
 `-- InternalError            a defect of ours
 """
 
@@ -122,6 +123,10 @@ class EngineError(MoesaicError):
 
 class ClusterError(MoesaicError):
     """The pool could not be started or reached."""
+
+
+class Superseded(ClusterError):
+    """A newer controller rules; the one that asked has to end."""
 
 
 class InternalError(MoesaicError):

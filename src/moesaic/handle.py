@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import secrets
 import signal
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .actors.trunk import PoolTrunk
 
 DOWN_TIMEOUT_S = 60.0
+# Planning a large pool anew takes most of it.
+OPERATION_S = 120.0
 
 
 def _quiet(step: str, done: int, total: int) -> None:
@@ -98,6 +101,67 @@ class Cluster:
         from .actors.ray_border import ask, controller_of
 
         return ask(controller_of(self._join()).status.remote(), 10.0, "the controller's status")
+
+    # ---- operations -----------------------------------------------------------------------------
+
+    def plan(self, *, budget: int | None = None) -> dict[str, Any]:
+        """What `rebalance` would do now, as plain values: moves with reasons, bytes, seconds, and
+        balancedness and protection before and after. ``budget`` is the most replicas that it may
+        load for balance; without it the spec's part of all replicas. Raises ClusterError."""
+        return self._ask("plan", budget)
+
+    def rebalance(self, *, budget: int | None = None) -> dict[str, Any]:
+        """Carry out the plan that is best now, and give the change; `change` says how it goes on.
+        Raises ClusterError."""
+        return self._ask("rebalance", budget, getpass.getuser())
+
+    def change(self, number: int | None = None) -> dict[str, Any]:
+        """One change of the placement, or the last one: its phase and what is still to come.
+        Raises ClusterError."""
+        return self._ask("change", number)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The last changes: who, why, how many moves, what they were to bring, how they ended."""
+        return self._ask("history")
+
+    def rollback(self, number: int | None = None) -> dict[str, Any]:
+        """Back to what stood before a change, or before the last one. Raises ClusterError."""
+        return self._ask("rollback", number)
+
+    def replicate(self, model: str, layer: int, expert: int, count: int) -> None:
+        """At least ``count`` replicas of an expert from now on. Raises ClusterError."""
+        self._ask("replicate", (model, layer, expert), count)
+
+    def pin(self, model: str, layer: int, expert: int, host: str) -> None:
+        """Keep a replica of an expert on ``host``. Raises ClusterError."""
+        self._ask("pin", (model, layer, expert), host)
+
+    def unpin(self, model: str, layer: int, expert: int, host: str) -> None:
+        """Take a `pin` back. Raises ClusterError."""
+        self._ask("unpin", (model, layer, expert), host)
+
+    def drain(self, host: str, timeout_s: float = 0.0) -> int:
+        """Move all experts off ``host``; gives how many are left after ``timeout_s``. Requests do
+        not notice. `undrain` cancels it. Raises ClusterError."""
+        self._ask("drain", host)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = self._ask("experts_on", host)
+            if not left or time.monotonic() >= deadline:
+                return left
+            time.sleep(0.2)
+
+    def undrain(self, host: str) -> None:
+        """Let a host that was drained hold experts again. Raises ClusterError."""
+        self._ask("undrain", host)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        from .actors.ray_border import ask, controller_of
+
+        controller = controller_of(self._join())
+        return ask(getattr(controller, method).remote(*arguments), OPERATION_S, method)
+
+    # ---- models ---------------------------------------------------------------------------------
 
     def from_pretrained(self, model: str) -> PreTrainedModel:
         """The trunk of one of the cluster's models in this process, experts in the pool.

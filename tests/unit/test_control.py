@@ -1,22 +1,31 @@
-"""The controller's state machine under random deaths, restarts, late reports and slow loads."""
+"""The controller's state machine under random deaths, late reports, slow loads, slow routers,
+shifting traffic and operators' wishes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.control import Control, Load, Observation, Publish
-from moesaic.cluster.placement import (
-    ExpertKey,
-    HostEntry,
-    LayerKey,
-    LayerPlacement,
-    ModelShape,
-    Placement,
-    spread,
+from moesaic.cluster.changes import Phase
+from moesaic.cluster.control import Control, ControlPolicy, Evict, Publish
+from moesaic.cluster.load import HostTimes, LoadReport
+from moesaic.cluster.loading import Load
+from moesaic.cluster.observed import Observation
+from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape, Number, Placement
+from moesaic.cluster.plan import Policy, PoolHost, Wishes
+
+POLICY = ControlPolicy(
+    balance=Policy(enough=0.9, target=0.95, horizon_s=1e9),
+    every_s=2.0,
+    budget=1.0,
+    gone_s=5.0,
+    lease_s=4.0,
+    retry_s=1.0,
+    bytes_per_s=1e12,
 )
 
 
@@ -48,30 +57,63 @@ class SimHost:
         return Observation(entry=entry, holdings=holdings, loading=bool(self.loading))
 
 
+@dataclass
+class SimRouter:
+    """A router that follows what it was given, and may be slow to hear of more."""
+
+    name: str
+    follows: Placement | None = None
+    heard_at: float = 0.0
+
+
 class ControlWorld:
     """Carries out what a `Control` says, and checks it against what it was told."""
 
-    def __init__(self, hosts: int, models: list[tuple[ModelShape, bool]]) -> None:
-        """``models`` are (shape, whether it is on disk); the others were put by a trunk."""
-        self.hosts = {f"h{n}": SimHost(f"h{n}") for n in range(hosts)}
+    def __init__(
+        self,
+        hosts: int,
+        models: list[tuple[ModelShape, bool]],
+        *,
+        policy: ControlPolicy = POLICY,
+        slots: int | None = None,
+    ) -> None:
+        """``models`` are (shape, whether it is on disk); the others are put by a trunk."""
+        self.pool = [PoolHost(name=f"h{n}", slots=slots) for n in range(hosts)]
+        self.hosts = {host.name: SimHost(host.name) for host in self.pool}
+        self.routers = {f"r{n}": SimRouter(f"r{n}") for n in range(2)}
         self.models = models
+        self.policy = policy
         self.on_disk = {shape.model for shape, on_disk in models if on_disk}
-        self.wanted = spread([shape for shape, _ in models], list(self.hosts))
         self.reported: dict[str, Observation] = {}
         self.published: list[Placement] = []
+        self.evicted = 0
         self.term = 0
+        self.now = 100.0
+        self.wishes = Wishes()
         self.take_over()
-        for name, host in self.hosts.items():
-            host.held = {key for key in self.control.wanted(name) if key.model not in self.on_disk}
 
     def take_over(self) -> None:
         """The controller dies; another one starts anew, under a higher term."""
         self.term += 1
         self.reported.clear()
-        self.seen_models: set[str] = set()
-        self.control = Control(list(self.hosts), term=self.term)
+        self.control = Control(self.pool, term=self.term, policy=self.policy)
+        self.control.wishes = self.wishes
         for shape, on_disk in self.models:
-            self.control.add_model(shape, on_disk=on_disk)
+            if on_disk:
+                self.control.add_model(shape, on_disk=True)
+        if any(host.held for host in self.hosts.values()):
+            for shape, on_disk in self.models:
+                if not on_disk:
+                    self.control.add_model(shape, on_disk=False)
+
+    def put_models_in_memory(self) -> None:
+        """What a trunk does that attaches a model."""
+        for shape, on_disk in self.models:
+            if not on_disk:
+                self.control.add_model(shape, on_disk=False)
+                for name, host in self.hosts.items():
+                    wanted = self.control.wanted(name)
+                    host.held |= {key for key in wanted if key.model == shape.model}
 
     # ---- what may happen ------------------------------------------------------------------------
 
@@ -94,13 +136,30 @@ class ControlWorld:
         if peer is None or peer in [holder.address for holder in holders]:
             host.held.add(key)
         else:
-            host.loading.clear()
+            self.fail_load(name, [key])
 
-    def fail_load(self, name: str) -> None:
-        self.hosts[name].loading.clear()
+    def fail_load(self, name: str, also: list[ExpertKey] | None = None) -> None:
+        host = self.hosts[name]
+        keys = [key for key, _ in host.loading] + (also or [])
+        host.loading.clear()
+        if keys:
+            self.control.load_failed(name, keys, "broken", self.now)
 
-    def tick(self, late: frozenset[str] = frozenset()) -> bool:
+    def report(self, name: str, counts: dict[LayerKey, np.ndarray] | None = None) -> None:
+        """A router hears of the last placement, and says so."""
+        router = self.routers[name]
+        if self.published:
+            router.follows = self.published[-1]
+        router.heard_at = self.now
+        number = None if router.follows is None else router.follows.number
+        times = {"h0": HostTimes(calls=1, choices=1000, busy_s=1.0)} if counts else {}
+        self.control.hear(
+            LoadReport(router=name, number=number, counts=counts or {}, hosts=times), self.now
+        )
+
+    def tick(self, late: frozenset[str] = frozenset(), seconds: float = 0.5) -> bool:
         """One round; the ``late`` hosts do not answer in time. True if anything was decided."""
+        self.now += seconds
         reports = {
             name: host.observe() if host.alive else None
             for name, host in self.hosts.items()
@@ -111,7 +170,7 @@ class ControlWorld:
                 self.reported.pop(name, None)
             else:
                 self.reported[name] = observation
-        commands = self.control.tick(reports)
+        commands = self.control.tick(reports, self.now)
         for command in commands:
             match command:
                 case Load():
@@ -120,6 +179,8 @@ class ControlWorld:
                 case Publish(placement=placement):
                     self._check(placement)
                     self.published.append(placement)
+                case Evict():
+                    self._evict(command)
         return bool(commands)
 
     # ---- checks ---------------------------------------------------------------------------------
@@ -132,13 +193,27 @@ class ControlWorld:
             assert not seen.holds(key), "a load of what is there"
             assert key in self.control.wanted(command.host)
             peer = command.peers.get(key)
-            if key.model in self.on_disk:
-                assert peer is None
-            else:
-                addresses = [o.entry.grpc_address for o in self.reported.values() if o.holds(key)]
-                assert peer in addresses, "in-memory experts come from a peer that has them"
+            addresses = [o.entry.grpc_address for o in self.reported.values() if o.holds(key)]
+            assert peer in addresses if peer is not None else key.model in self.on_disk
         host = self.hosts[command.host]
         host.loading = [(key, command.peers.get(key)) for key in command.keys]
+
+    def _evict(self, command: Evict) -> None:
+        host = self.hosts[command.host]
+        for key in command.keys:
+            assert self.reported[command.host].holds(key)
+            assert key not in self.control.wanted(command.host)
+            for router in self.routers.values():
+                # One whose lease has ended is told NotHere, and goes elsewhere inside its call.
+                if router.follows is not None and self.now - router.heard_at <= POLICY.lease_s:
+                    layer = router.follows.layers.get(LayerKey(key.model, key.layer))
+                    assert layer is None or command.host not in layer.hosts(key.expert), (
+                        "evicted under a router that still asks for it"
+                    )
+            host.held.discard(key)
+            self.evicted += 1
+            others = [o for n, o in self.reported.items() if n != command.host and o.holds(key)]
+            assert others, "the last replica"
 
     def _check(self, placement: Placement) -> None:
         if self.published:
@@ -147,80 +222,113 @@ class ControlWorld:
         entries = {name: seen.entry for name, seen in self.reported.items()}
         assert dict(placement.hosts) == entries, "hosts that live, as they last reported"
         for key, layer in placement.layers.items():
-            assert len(layer.replicas) == len(self.wanted[key].replicas)
             for expert, replicas in enumerate(layer.replicas):
-                wanted = self.wanted[key].replicas[expert]
-                ready = tuple(
-                    replica
-                    for replica in wanted
-                    if replica.host in self.reported
-                    and self.reported[replica.host].holds(key.expert(expert))
-                )
-                assert replicas == ready, "exactly the wanted replicas that are ready"
-        for model in {key.model for key in placement.layers} - self.seen_models:
-            self.seen_models.add(model)
-            for key, layer in self.wanted.items():
-                if key.model == model:
-                    assert placement.layers[key] == layer, "a model appears when it is whole"
-        shown = {key.model for key in placement.layers}
-        assert self.seen_models <= shown, "a model went away"
+                one = key.expert(expert)
+                for replica in replicas:
+                    assert self.reported[replica.host].holds(one), "named before it is ready"
+                holders = [name for name, o in self.reported.items() if o.holds(one)]
+                assert bool(replicas) == bool(holders), "somebody has it, and nobody is told"
+                if replicas:
+                    assert sum(r.share for r in replicas) >= 0
 
     def settle(self) -> None:
         """No more faults: everybody lives, answers in time, and finishes its loads."""
+        self.control.policy = ControlPolicy(auto=False, gone_s=POLICY.gone_s)
         for name in self.hosts:
             self.restart(name)
-        for _ in range(20):
-            loading = any(host.loading for host in self.hosts.values())
-            if not self.tick() and not loading:
-                return
+        quiet = 0
+        for _ in range(200):
+            acted = self.tick()
+            for name in self.routers:
+                self.report(name)
             for name, host in self.hosts.items():
                 while host.loading:
                     self.load_one(name)
+            quiet = 0 if acted else quiet + 1
+            if quiet * 0.5 > POLICY.lease_s:
+                return
         raise AssertionError("the controller still acts although nothing happens")
+
+    def every(self) -> set[ExpertKey]:
+        return {
+            ExpertKey(shape.model, layer, expert)
+            for shape, _ in self.models
+            for layer, experts in shape.experts.items()
+            for expert in range(experts)
+        }
 
     def lost(self) -> set[ExpertKey]:
         """Experts of models in memory that nobody has any more."""
         held = {key for host in self.hosts.values() for key in host.held}
-        every = {
-            key.expert(expert)
-            for key, layer in self.wanted.items()
-            for expert in range(len(layer.replicas))
-        }
-        return {key for key in every - held if key.model not in self.on_disk}
+        return {key for key in self.every() - held if key.model not in self.on_disk}
 
 
 def shape(model: str, *, replicas: int = 1, experts: int = 4, layers: int = 2) -> ModelShape:
-    return ModelShape(model=model, experts=dict.fromkeys(range(layers), experts), replicas=replicas)
+    return ModelShape(
+        model=model,
+        experts=dict.fromkeys(range(layers), experts),
+        replicas=replicas,
+        expert_bytes=1,
+    )
+
+
+def counts(world: ControlWorld, seed: int) -> dict[LayerKey, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        LayerKey(s.model, layer): (1000 * np.exp(1.5 * rng.normal(size=experts))).astype(np.int64)
+        for s, _ in world.models
+        for layer, experts in s.experts.items()
+    }
 
 
 # ---- random histories ---------------------------------------------------------------------------
 
-KINDS = ("tick", "tick", "tick", "load", "load", "load", "fail", "kill", "restart", "take over")
+KINDS = (
+    *("tick",) * 5,
+    *("load",) * 4,
+    *("report",) * 2,
+    *("traffic",) * 2,
+    *("fail", "kill", "restart", "restart", "wish", "take over"),
+)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_history_publishes_only_what_is_ready_and_ends_whole(data: st.DataObject) -> None:
+def test_any_history_keeps_every_expert_served_and_ends_whole(data: st.DataObject) -> None:
     hosts = data.draw(st.integers(1, 4), label="hosts")
-    counts = st.integers(1, hosts)
-    models = [(shape("disk", replicas=data.draw(counts), experts=3), True)]
-    if data.draw(st.booleans(), label="with a model in memory"):
-        models.append((shape("memory", replicas=data.draw(counts), experts=2, layers=1), False))
+    counts_ = st.integers(1, hosts)
+    models = [(shape("disk", replicas=data.draw(counts_), experts=3), True)]
     world = ControlWorld(hosts, models)
-    for _ in range(data.draw(st.integers(0, 50), label="steps")):
+    world.tick()
+    world.tick()
+    if data.draw(st.booleans(), label="with a model in memory"):
+        models.append((shape("memory", replicas=data.draw(counts_), experts=2, layers=1), False))
+        world.put_models_in_memory()
+    for _ in range(data.draw(st.integers(0, 60), label="steps")):
         kind = data.draw(st.sampled_from(KINDS))
         name = data.draw(st.sampled_from(sorted(world.hosts)))
+        router = data.draw(st.sampled_from(sorted(world.routers)))
         if kind == "tick":
-            world.tick(data.draw(st.frozensets(st.sampled_from(sorted(world.hosts)), max_size=2)))
+            late = data.draw(st.frozensets(st.sampled_from(sorted(world.hosts)), max_size=2))
+            world.tick(late, data.draw(st.sampled_from([0.2, 1.0, 3.0])))
         elif kind == "load":
             world.load_one(name)
+        elif kind == "report":
+            world.report(router)
+        elif kind == "traffic":
+            world.report(router, counts(world, data.draw(st.integers(0, 5))))
         elif kind == "fail":
             world.fail_load(name)
         elif kind == "kill":
             world.kill(name)
         elif kind == "restart":
             world.restart(name)
-        elif data.draw(st.booleans()):
+        elif kind == "wish":
+            leaving = frozenset({name}) if hosts > 1 and data.draw(st.booleans()) else frozenset()
+            world.wishes = world.control.wishes = Wishes(
+                least={ExpertKey("disk", 0, 0): data.draw(counts_)}, leaving=leaving
+            )
+        else:
             world.take_over()
     world.settle()
     lost = world.lost()
@@ -229,36 +337,48 @@ def test_any_history_publishes_only_what_is_ready_and_ends_whole(data: st.DataOb
     assert {h: e.incarnation for h, e in placement.hosts.items()} == {
         name: host.incarnation for name, host in world.hosts.items()
     }
-    for key, layer in world.wanted.items():
-        gone = {expert for expert in range(len(layer.replicas)) if key.expert(expert) in lost}
-        whole = not {one for one in lost if one.model == key.model}
-        if whole or key.model in world.seen_models:
-            kept = tuple(() if e in gone else r for e, r in enumerate(layer.replicas))
-            assert placement.layers[key] == LayerPlacement(kept)
-        else:
-            assert key not in placement.layers, "a model that was never whole"
-    assert set(world.control.missing()) == lost
-    assert all("lost" in why for why in world.control.missing().values())
-    single = {s.model for s, _ in models if s.replicas == 1}
-    assert {key.model for key in world.control.unprotected()} <= single
+    known = {key for key in world.every() if key.model in {k.model for k in placement.layers}}
+    held = {(key, name) for name, host in world.hosts.items() for key in host.held if key in known}
+    named = {
+        (key.expert(expert), replica.host)
+        for key, layer in placement.layers.items()
+        for expert, replicas in enumerate(layer.replicas)
+        for replica in replicas
+    }
+    assert held == named, "nothing is held that is not served"
+    assert {key for key, _ in named} == known - lost
+    assert not {name for _, name in named} & world.wishes.leaving
     assert not world.tick(), "a quiet pool needs no decision"
 
 
 # ---- one thing at a time ------------------------------------------------------------------------
 
 
-def started(hosts: int = 2, *, replicas: int = 2, on_disk: bool = True) -> ControlWorld:
-    world = ControlWorld(hosts, [(shape("m", replicas=replicas), on_disk)])
+def started(hosts: int = 2, *, replicas: int = 2, **more: object) -> ControlWorld:
+    world = ControlWorld(hosts, [(shape("m", replicas=replicas), True)], **more)  # pyright: ignore[reportArgumentType]
+    policy = world.control.policy
     world.settle()
+    world.control.policy = policy
     assert world.published
     return world
 
 
-def test_a_model_appears_when_it_is_whole_and_not_before() -> None:
-    world = ControlWorld(2, [(shape("m", replicas=2), True)])
+def finish(world: ControlWorld, rounds: int = 30) -> None:
+    """Ticks, loads and routers' reports, with the balancer as the world's policy has it."""
+    for _ in range(rounds):
+        world.tick()
+        for name in world.routers:
+            world.report(name)
+        for name, host in world.hosts.items():
+            while host.loading:
+                world.load_one(name)
+
+
+def test_a_model_appears_when_every_expert_of_it_can_be_computed() -> None:
+    world = ControlWorld(2, [(shape("m"), True)])
     world.tick()
     for name in world.hosts:
-        for _ in range(7):
+        for _ in range(3):
             world.load_one(name)
     world.tick()
     assert world.published == []
@@ -266,6 +386,16 @@ def test_a_model_appears_when_it_is_whole_and_not_before() -> None:
         world.load_one(name)
     world.tick()
     assert [tuple(p.number) for p in world.published] == [(1, 1)]
+
+
+def test_nothing_is_planned_before_all_hosts_have_reported_or_are_given_up() -> None:
+    world = ControlWorld(2, [(shape("m"), True)])
+    world.kill("h1")
+    assert not world.tick()
+    assert not world.control.settled
+    world.tick(seconds=POLICY.gone_s + 1)
+    assert world.control.settled
+    assert len(world.control.wanted("h0")) == 8
 
 
 def test_a_dead_host_leaves_the_placement_and_comes_back_with_its_new_incarnation() -> None:
@@ -279,8 +409,17 @@ def test_a_dead_host_leaves_the_placement_and_comes_back_with_its_new_incarnatio
     assert world.published[-1].hosts["h0"].incarnation == 2
     assert world.published[-1].layers[LayerKey("m", 0)].hosts(0) == ("h1",), "not loaded yet"
     world.settle()
-    assert world.published[-1].layers == world.wanted
     assert world.control.unprotected() == []
+
+
+def test_a_host_that_stays_away_is_planned_around() -> None:
+    world = started(3, replicas=1)
+    world.kill("h0")
+    for _ in range(3):
+        world.tick(seconds=POLICY.gone_s)
+    assert not world.control.wanted("h0")
+    finish(world)
+    assert not world.control.missing()
 
 
 def test_a_host_that_is_late_stays_in_the_placement() -> None:
@@ -292,56 +431,136 @@ def test_a_host_that_is_late_stays_in_the_placement() -> None:
     assert len(world.published) == before
 
 
-def test_experts_in_memory_come_back_from_a_peer() -> None:
-    world = started(on_disk=False)
+def test_experts_in_memory_come_back_from_a_peer_or_are_named_as_lost() -> None:
+    world = ControlWorld(2, [(shape("two", replicas=2), False), (shape("one"), False)])
+    world.tick()
+    world.put_models_in_memory()
+    world.tick()
+    gone = {key for key in world.control.wanted("h1") if key.model == "one"}
     world.kill("h1")
     world.tick()
     world.restart("h1")
     world.tick()
     assert {peer for _, peer in world.hosts["h1"].loading} == {"h0#1"}
     world.settle()
-    assert world.published[-1].layers == world.wanted
-
-
-def test_experts_in_memory_that_nobody_has_are_named_as_lost() -> None:
-    world = started(replicas=1, on_disk=False)
-    gone = set(world.control.wanted("h1"))
-    world.kill("h1")
-    world.settle()
     missing = world.control.missing()
     assert set(missing) == gone
     assert set(missing.values()) == {"lost: its model was in memory"}
-    layer = world.published[-1].layers[LayerKey("m", 0)]
-    assert [bool(replicas) for replicas in layer.replicas] == [True, False, True, False]
 
 
-def test_experts_that_are_still_loading_are_named_as_such() -> None:
-    world = ControlWorld(1, [(shape("m"), True)])
+def test_a_new_controller_serves_at_once_what_hosts_hold() -> None:
+    world = started(3, replicas=1)
+    world.kill("h2")
+    lost = {key for key in world.every() if key in world.control.wanted("h2")}
+    world.take_over()
     world.tick()
-    assert set(world.control.missing().values()) == {"loading"}
+    assert world.published[-1].number.term != 2, "a model that is not whole does not appear"
+    world.hosts["h0"].held |= lost
+    world.tick()
+    assert world.published[-1].number.term == 2
+    assert not world.control.settled, "h2 may still come back"
 
 
 def test_a_model_that_does_not_fit_changes_nothing() -> None:
-    world = started()
+    world = started(slots=10)
     with pytest.raises(ValueError, match=r"models\.big\.replicas"):
         world.control.add_model(shape("big", replicas=3), on_disk=True)
+    with pytest.raises(ValueError, match=r"models\.big: .* find no room"):
+        world.control.add_model(shape("big", experts=40), on_disk=True)
     assert {key.model for host in world.hosts for key in world.control.wanted(host)} == {"m"}
+    finish(world, 5)
     assert not world.tick()
 
 
-def test_a_second_model_does_not_disturb_the_first() -> None:
-    world = started()
-    world.models.append((shape("late"), True))
-    world.on_disk.add("late")
-    world.wanted = spread([model for model, _ in world.models], list(world.hosts))
-    world.control.add_model(shape("late"), on_disk=True)
+def hot(world: ControlWorld) -> dict[LayerKey, np.ndarray]:
+    return {LayerKey("m", layer): np.array([9000, 100, 100, 100]) for layer in range(2)}
+
+
+def test_a_hot_expert_gets_a_replica_without_anybody_asking() -> None:
+    world = started(2, replicas=1, slots=8)
+    for _ in range(10):
+        world.report("r0", hot(world))
+        finish(world, 1)
+    finish(world)
+    placement = world.published[-1]
+    assert set(placement.layers[LayerKey("m", 0)].hosts(0)) == {"h0", "h1"}
+    change = world.control.changes.find(None)
+    assert change is not None
+    assert (change.who, change.phase) == ("balancer", Phase.DONE)
+    assert not world.control.pending()
+
+
+def test_old_replicas_stay_until_every_live_router_follows_the_new_placement() -> None:
+    world = started(2, replicas=1, slots=4)
+    world.tick(seconds=POLICY.lease_s)
+    victim = world.control.wanted("h1")
+    world.control.wishes = Wishes(leaving=frozenset({"h1"}))
+    world.pool = [PoolHost(name=f"h{n}", slots=16) for n in range(2)]
+    world.control.view.hosts = {host.name: host for host in world.pool}
+    for _ in range(4):
+        world.tick()
+        for host in world.hosts.values():
+            while host.loading:
+                world.load_one(host.name)
+        world.report("r0")
+        world.routers["r1"].heard_at = world.now  # it lives, and goes on with what it has
+        world.control.publisher.acknowledged("r1", Number(1, 1), world.now)
+    assert not {
+        r.host for la in world.published[-1].layers.values() for e in la.replicas for r in e
+    } & {"h1"}
+    assert set(victim) <= world.hosts["h1"].held, "r1 still asks for them"
+    world.tick(seconds=POLICY.lease_s)
+    world.report("r0")
+    world.report("r1")
     world.tick()
-    assert world.published[-1].layers.keys() == {LayerKey("m", 0), LayerKey("m", 1)}
-    world.settle()
-    assert world.published[-1].layers == world.wanted
+    assert not world.hosts["h1"].held
 
 
-def test_exact_models_are_marked() -> None:
-    world = ControlWorld(1, [(replace(shape("m"), exact=True), True), (shape("n"), True)])
-    world.settle()
-    assert world.published[-1].exact == {"m"}
+def test_a_silent_router_holds_evictions_up_no_longer_than_its_lease() -> None:
+    world = started(2, replicas=1)
+    world.tick(seconds=POLICY.lease_s)
+    world.report("r1")
+    world.control.wishes = Wishes(leaving=frozenset({"h1"}))
+    for _ in range(4):
+        world.tick(seconds=0.1)
+        for host in world.hosts.values():
+            while host.loading:
+                world.load_one(host.name)
+    assert world.hosts["h1"].held
+    world.tick(seconds=POLICY.lease_s + 1)
+    assert not world.hosts["h1"].held
+
+
+def test_a_load_that_fails_again_is_given_up_and_the_state_shown_is_true() -> None:
+    world = started(2, replicas=1, slots=8)
+    for _ in range(30):
+        world.report("r0", hot(world))
+        world.report("r1")
+        world.tick()
+        for name in world.hosts:
+            world.fail_load(name)
+    change = world.control.changes.all[0]
+    assert "broken" in change.errors[0]
+    assert change.phase is Phase.FAILED
+    for placement in world.published:
+        assert all(len(e) == 1 for la in placement.layers.values() for e in la.replicas)
+
+
+def test_a_change_can_be_rolled_back() -> None:
+    world = started(2, replicas=1, slots=8)
+    before = world.published[-1].layers
+    for _ in range(10):
+        world.report("r0", hot(world))
+        finish(world, 1)
+    assert world.published[-1].layers != before
+    change = world.control.changes.all[0]
+    world.control.roll_back(change, world.now)
+    finish(world, 15)
+    assert change.phase is Phase.ROLLED_BACK
+    hosts = {k: [la.hosts(e) for e in range(4)] for k, la in world.published[-1].layers.items()}
+    assert hosts == {k: [la.hosts(e) for e in range(4)] for k, la in before.items()}
+    assert world.evicted > 0
+
+
+def test_numbers_of_a_new_term_are_above_all_of_an_old_one() -> None:
+    assert Number(2, 1) > Number(1, 10**9)

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from ..proto.errors import MoesaicError
+from .operate import register
 
 app = typer.Typer(
     name="moesaic",
@@ -138,6 +139,9 @@ def upcycle(
             progress=progress,
         )
     err.print(f"wrote {folder}")
+
+
+register(app)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,127 @@
+"""The controller's face for operators: plans, changes and wishes, as plain values."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..cluster.changes import Change
+from ..cluster.control import Control
+from ..cluster.operations import (
+    check_expert,
+    check_host,
+    describe,
+    drained,
+    pinned,
+    replicated,
+    undrained,
+    unpinned,
+)
+from ..cluster.placement import ExpertKey
+from ..cluster.plan import Plan, Wishes
+from ..proto.errors import ClusterError
+from .term import keep_wishes
+
+
+class Operations:
+    """What `Controller` inherits for the command line and the SDK. Errors are ClusterError."""
+
+    _control: Control
+    _namespace: str
+
+    async def plan(self, budget: int | None = None) -> dict[str, Any]:
+        """What a rebalance would do now; nothing is changed."""
+        return self._describe(self._made(budget))
+
+    async def rebalance(self, budget: int | None, who: str) -> dict[str, Any]:
+        """Carry out the plan that is best now. Gives the change; `change` says how it goes on."""
+        now = time.monotonic()
+        found = self._made(budget)
+        return self._control.apply(found, now, who=who, why="asked for").describe(now)
+
+    async def change(self, number: int | None = None) -> dict[str, Any]:
+        """One change, or the last one, and how many replicas are still to come."""
+        described = self._change(number).describe(time.monotonic())
+        return described | {"pending": self._control.pending()}
+
+    async def history(self) -> list[dict[str, Any]]:
+        now = time.monotonic()
+        return [change.describe(now) for change in self._control.changes.all]
+
+    async def rollback(self, number: int | None = None) -> dict[str, Any]:
+        """Back to what stood before a change, or before the last one."""
+        now = time.monotonic()
+        change = self._change(number)
+        self._control.roll_back(change, now)
+        return change.describe(now)
+
+    async def replicate(self, key: tuple[str, int, int], count: int) -> None:
+        expert = self._expert(key)
+        hosts = self._control.view.hosts
+        self._wish(lambda wishes: replicated(wishes, expert, count, hosts))
+
+    async def pin(self, key: tuple[str, int, int], host: str) -> None:
+        expert = self._expert(key)
+        self._wish(lambda wishes: pinned(wishes, expert, self._host(host)))
+
+    async def unpin(self, key: tuple[str, int, int], host: str) -> None:
+        expert = self._expert(key)
+        self._wish(lambda wishes: unpinned(wishes, expert, self._host(host)))
+
+    async def drain(self, host: str) -> None:
+        hosts = self._control.view.hosts
+        self._wish(lambda wishes: drained(wishes, self._host(host), hosts))
+
+    async def undrain(self, host: str) -> None:
+        self._wish(lambda wishes: undrained(wishes, self._host(host)))
+
+    async def experts_on(self, host: str) -> int:
+        """How many experts a host holds: 0 once a drain is done."""
+        seen = self._control.view.seen.get(self._host(host))
+        return sum(1 for _ in seen.experts()) if seen is not None else 0
+
+    # ---- parts ----------------------------------------------------------------------------------
+
+    def _made(self, budget: int | None) -> Plan:
+        try:
+            return self._control.dry_run(time.monotonic(), budget)
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+
+    def _describe(self, found: Plan) -> dict[str, Any]:
+        return describe(
+            found,
+            bytes_per_s=self._control.policy.bytes_per_s,
+            unprotected_now=len(self._control.unprotected()),
+        )
+
+    def _change(self, number: int | None) -> Change:
+        change = self._control.changes.find(number)
+        if change is None:
+            known = [str(change.id) for change in self._control.changes.all]
+            raise ClusterError(f"change: {number or 'any'} is none of {', '.join(known) or 'none'}")
+        return change
+
+    def _wish(self, change: Callable[[Wishes], Wishes]) -> None:
+        try:
+            wishes = change(self._control.wishes)
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        keep_wishes(self._namespace, wishes)
+        self._control.wishes = wishes
+
+    def _expert(self, key: tuple[str, int, int]) -> ExpertKey:
+        expert = ExpertKey(*key)
+        try:
+            check_expert(self._control.models, expert)
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        return expert
+
+    def _host(self, host: str) -> str:
+        try:
+            check_host(self._control.view.hosts, host)
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        return host

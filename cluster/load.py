@@ -1,0 +1,149 @@
+"""Load: what routers count, and what the controller makes of it.
+
+A router counts each choice of a token once, when its layer's call begins: padding is no load, and
+neither are retries. Of the hosts' answers it sums up how long calls queued and were computed.
+
+Shape suffixes: E = experts of a layer, N = choices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .placement import LayerKey, Number
+
+# Over how many seconds rates are averaged: what happens now, lately, and usually.
+HORIZONS_S = (10.0, 60.0, 600.0)
+# How far ahead, in parts of the difference between now and lately, the forecast looks.
+_TREND = 0.5
+
+
+@dataclass(slots=True)
+class HostTimes:
+    """What answers of one host said, summed up."""
+
+    calls: int = 0
+    choices: int = 0
+    queued_s: float = 0.0
+    busy_s: float = 0.0
+
+    def add(self, other: HostTimes) -> None:
+        self.calls += other.calls
+        self.choices += other.choices
+        self.queued_s += other.queued_s
+        self.busy_s += other.busy_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """One router's counts since its last report, and the placement that it follows."""
+
+    router: str
+    number: Number | None
+    counts: Mapping[LayerKey, np.ndarray] = field(default_factory=dict)  # (E,) int64 each
+    hosts: Mapping[str, HostTimes] = field(default_factory=dict)
+
+
+class LoadMeter:
+    """A router's counters. Used under the router's lock."""
+
+    def __init__(self) -> None:
+        self._counts: dict[LayerKey, np.ndarray] = {}
+        self._hosts: dict[str, HostTimes] = {}
+
+    def count(self, key: LayerKey, ids_N: np.ndarray, experts: int) -> None:
+        """Count choices; ids outside of [0, experts) belong to nobody."""
+        # Shifted by one, so that -1 has a place, too; what is too large is cut off.
+        found = np.bincount(ids_N + 1, minlength=experts + 1)[1 : experts + 1]
+        counts = self._counts.get(key)
+        if counts is None:
+            self._counts[key] = found
+        else:
+            counts += found
+
+    def answered(self, host: str, choices: int, queued_us: int, busy_us: int) -> None:
+        times = self._hosts.get(host)
+        if times is None:
+            times = self._hosts[host] = HostTimes()
+        times.calls += 1
+        times.choices += choices
+        times.queued_s += queued_us * 1e-6
+        times.busy_s += busy_us * 1e-6
+
+    def take(self, router: str, number: Number | None) -> LoadReport:
+        """Everything since the last time."""
+        report = LoadReport(router=router, number=number, counts=self._counts, hosts=self._hosts)
+        self._counts, self._hosts = {}, {}
+        return report
+
+
+class LoadTracker:
+    """The controller's view: rates of all routers together, over several horizons."""
+
+    def __init__(self) -> None:
+        self._counts: dict[LayerKey, np.ndarray] = {}
+        self._rates: dict[LayerKey, np.ndarray] = {}  # (horizons, E) choices per second
+        self._since: float | None = None
+        self._seen_s = 0.0
+        self.hosts: dict[str, HostTimes] = {}
+
+    def hear(self, report: LoadReport) -> None:
+        for key, counts in report.counts.items():
+            known = self._counts.get(key)
+            same = known is not None and known.shape == counts.shape
+            self._counts[key] = known + counts if same else counts.astype(np.int64)
+        for host, times in report.hosts.items():
+            self.hosts.setdefault(host, HostTimes()).add(times)
+
+    def advance(self, now: float, *, least_s: float = 1.0) -> bool:
+        """Close the window if it is ``least_s`` old; True if it was."""
+        if self._since is None:
+            self._since = now
+        window_s = now - self._since
+        if window_s < least_s:
+            return False
+        self._since = now
+        self._seen_s += window_s
+        for key in self._rates.keys() | self._counts.keys():
+            counts = self._counts.get(key)
+            rates = self._rates.get(key)
+            if counts is None and rates is not None:
+                counts = np.zeros(rates.shape[1], dtype=np.int64)
+            assert counts is not None
+            if rates is None or rates.shape[1] != counts.size:
+                rates = np.zeros((len(HORIZONS_S), counts.size))
+            for row, horizon_s in enumerate(HORIZONS_S):
+                # Young averages are means over what there was, not over an idle past.
+                part = 1 - math.exp(-window_s / min(horizon_s, self._seen_s))
+                rates[row] += part * (counts / window_s - rates[row])
+            self._rates[key] = rates
+        self._counts = {}
+        return True
+
+    def rate(self, key: LayerKey, horizon: int = 0) -> np.ndarray | None:
+        """(E,) choices per second over `HORIZONS_S[horizon]`; None before anything was counted."""
+        rates = self._rates.get(key)
+        return None if rates is None else rates[horizon]
+
+    def forecast(self) -> dict[LayerKey, np.ndarray]:
+        """(E,) choices per second of each layer, shortly: the trend of the last minute goes on,
+        and what is rare now keeps a little of what it usually has."""
+        return {
+            key: np.maximum(rates[0] + _TREND * (rates[0] - rates[1]), 0.05 * rates[2])
+            for key, rates in self._rates.items()
+        }
+
+    def forget(self, model: str) -> None:
+        for table in (self._counts, self._rates):
+            for key in [key for key in table if key.model == model]:
+                del table[key]
+
+    def choices_per_busy_s(self) -> float | None:
+        """What one host computes in a second of work, in the mean over all; None if unknown."""
+        busy_s = sum(times.busy_s for times in self.hosts.values())
+        choices = sum(times.choices for times in self.hosts.values())
+        return choices / busy_s if busy_s > 0 and choices else None

@@ -1,0 +1,78 @@
+"""What the controller sees: hosts as they reported, and since when the others are away."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .placement import ExpertKey, HostEntry, LayerKey, LayerPlacement, ModelShape, Replica
+from .plan import PoolHost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """One host as it reported: one incarnation and the experts it can compute."""
+
+    entry: HostEntry
+    holdings: Mapping[LayerKey, Collection[int]]
+    loading: bool
+
+    def holds(self, key: ExpertKey) -> bool:
+        return key.expert in self.holdings.get(LayerKey(key.model, key.layer), ())
+
+    def experts(self) -> Iterator[ExpertKey]:
+        for layer, experts in self.holdings.items():
+            yield from (layer.expert(expert) for expert in experts)
+
+
+class View:
+    """All hosts of a pool, by their last reports."""
+
+    def __init__(self, hosts: Sequence[PoolHost], *, gone_s: float) -> None:
+        """A host that is away for ``gone_s`` seconds is planned around."""
+        self.hosts = {host.name: host for host in hosts}
+        self.seen: dict[str, Observation] = {}
+        self._gone_s = gone_s
+        self._away_since: dict[str, float] = {}
+
+    def note(self, reports: Mapping[str, Observation | None], now: float) -> None:
+        """None stands for a host that is gone; one that is missing did not answer in time."""
+        for host, observation in reports.items():
+            if observation is None:
+                self.seen.pop(host, None)
+            else:
+                self.seen[host] = observation
+                self._away_since.pop(host, None)
+        for host in self.hosts.keys() - self.seen.keys():
+            self._away_since.setdefault(host, now)
+
+    def usable(self, now: float) -> frozenset[str]:
+        """Hosts that live, or have not been away for long."""
+        return frozenset(
+            host
+            for host in self.hosts
+            if host in self.seen or now - self._away_since.get(host, now) < self._gone_s
+        )
+
+    def holders(self, key: ExpertKey) -> list[str]:
+        return [host for host, seen in self.seen.items() if seen.holds(key)]
+
+    def holds(self, host: str, key: ExpertKey) -> bool:
+        seen = self.seen.get(host)
+        return seen is not None and seen.holds(key)
+
+    def domains(self, key: ExpertKey) -> set[str]:
+        """Failure domains in which an expert is alive."""
+        return {self.hosts[host].domain or host for host in self.holders(key)}
+
+    def standing(self, models: Sequence[ModelShape]) -> dict[LayerKey, LayerPlacement]:
+        """What hosts hold, with even shares."""
+        layers = {}
+        for shape in models:
+            for layer, experts in shape.experts.items():
+                key = LayerKey(shape.model, layer)
+                holders = [self.holders(key.expert(expert)) for expert in range(experts)]
+                layers[key] = LayerPlacement(
+                    tuple(tuple(Replica(host, 1 / len(h)) for host in h) for h in holders)
+                )
+        return layers

@@ -1,0 +1,122 @@
+"""From the target and what hosts hold to placements, and to what hosts may forget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .observed import View
+from .placement import (
+    ExpertKey,
+    LayerKey,
+    LayerPlacement,
+    ModelShape,
+    Number,
+    Placement,
+    Replica,
+)
+
+Target = Mapping[LayerKey, LayerPlacement]
+
+
+class Publisher:
+    """Knows what was published, to which routers it has come, and what was taken out of it."""
+
+    def __init__(self, view: View, *, term: int, lease_s: float) -> None:
+        """A router that is silent for ``lease_s`` seconds holds no eviction up."""
+        self.number = Number(term, 0)
+        self.placement: Placement | None = None
+        self._view = view
+        self._lease_s = lease_s
+        self._since: float | None = None
+        self._routers: dict[str, tuple[Number | None, float]] = {}
+        # Replicas that are held and not published, with the number that is to be acknowledged.
+        self._retired: dict[tuple[ExpertKey, str], Number] = {}
+
+    def acknowledged(self, router: str, number: Number | None, now: float) -> None:
+        self._routers[router] = (number, now)
+
+    def routers(self, now: float) -> dict[str, Number | None]:
+        """Live routers, and the placement that each follows."""
+        self._routers = {r: v for r, v in self._routers.items() if now - v[1] <= self._lease_s}
+        return {name: number for name, (number, _) in self._routers.items()}
+
+    def appeared(self, model: str) -> bool:
+        return self.placement is not None and any(k.model == model for k in self.placement.layers)
+
+    def publish(self, target: Target, models: Mapping[str, ModelShape]) -> Placement | None:
+        """The placement of what is ready; None if it is what was published last."""
+        whole = {model: self._whole(model, target) for model in models}
+        layers = {}
+        for key, layer in target.items():
+            # A model appears when every expert of it can be computed; later some may be away.
+            if self.appeared(key.model) or whole.get(key.model):
+                before = self.placement.layers.get(key) if self.placement is not None else None
+                layers[key] = LayerPlacement(
+                    tuple(
+                        self._ready(key.expert(e), replicas, before.replicas[e] if before else ())
+                        for e, replicas in enumerate(layer.replicas)
+                    )
+                )
+        hosts = {host: seen.entry for host, seen in self._view.seen.items()}
+        exact = frozenset(model for model, shape in models.items() if shape.exact)
+        last = self.placement
+        if last is not None and (last.hosts, last.layers, last.exact) == (hosts, layers, exact):
+            return None
+        if not layers:
+            return None
+        self.number = Number(self.number.term, self.number.epoch + 1)
+        self.placement = Placement(number=self.number, hosts=hosts, layers=layers, exact=exact)
+        return self.placement
+
+    def evictable(self, target: Target, now: float) -> dict[str, list[ExpertKey]]:
+        """What each host holds that neither the target nor any live router's placement names."""
+        if self.placement is None:
+            return {}
+        # Behind a change of controllers, routers get a lease's time to say that they live.
+        self._since = now if self._since is None else self._since
+        if now - self._since < self._lease_s:
+            return {}
+        named, wanted = _named(self.placement.layers), _named(target)
+        held = {(key, host) for host, seen in self._view.seen.items() for key in seen.experts()}
+        self._retired = {where: self._retired.get(where, self.number) for where in held - named}
+        acknowledged = list(self.routers(now).values())
+        found: dict[str, list[ExpertKey]] = {}
+        for (key, host), number in self._retired.items():
+            # Models that this controller does not know may have been put just now.
+            known = LayerKey(key.model, key.layer) in target
+            spare = (key, host) not in wanted and len(self._view.holders(key)) > 1
+            if known and spare and all(ack is not None and ack >= number for ack in acknowledged):
+                found.setdefault(host, []).append(key)
+        return found
+
+    def _ready(
+        self, key: ExpertKey, target: tuple[Replica, ...], before: tuple[Replica, ...]
+    ) -> tuple[Replica, ...]:
+        """The target's replicas that are ready; until all are, those that stood before help."""
+        ready = tuple(r for r in target if self._view.holds(r.host, key))
+        if len(ready) == len(target) > 0:
+            return ready
+        named = {r.host for r in target}
+        stood = [r.host for r in before if r.host not in named and self._view.holds(r.host, key)]
+        if not ready and not stood:
+            # What nobody planned but somebody has, as behind a change of controllers.
+            stood = self._view.holders(key)
+        left = max(0.0, 1.0 - sum(r.share for r in ready))
+        return ready + tuple(Replica(host, left / len(stood)) for host in stood)
+
+    def _whole(self, model: str, target: Target) -> bool:
+        return all(
+            self._view.holders(key.expert(expert))
+            for key, layer in target.items()
+            if key.model == model
+            for expert in range(len(layer.replicas))
+        )
+
+
+def _named(layers: Target) -> set[tuple[ExpertKey, str]]:
+    return {
+        (key.expert(expert), replica.host)
+        for key, layer in layers.items()
+        for expert, replicas in enumerate(layer.replicas)
+        for replica in replicas
+    }

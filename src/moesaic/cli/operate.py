@@ -1,0 +1,252 @@
+"""The commands that look at placements and change them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from ..handle import Cluster, connect
+from ..proto.errors import ClusterError
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")]
+BudgetOption = Annotated[
+    int | None, typer.Option(min=0, help="The most replicas that may be loaded for balance.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option(help="The model; needed where several are served.")
+]
+LayerArgument = Annotated[int, typer.Argument(help="The layer's number.", min=0)]
+ExpertArgument = Annotated[int, typer.Argument(help="The expert's number.", min=0)]
+HostArgument = Annotated[str, typer.Argument(help="The host's name.")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (
+        plan,
+        rebalance,
+        rollback,
+        history,
+        replicate,
+        pin,
+        unpin,
+        drain,
+        undrain,
+    ):
+        app.command()(command)
+
+
+def plan(
+    name: NameOption = "local", budget: BudgetOption = None, as_json: JsonOption = False
+) -> None:
+    """Show what a rebalance would do: moves with reasons, bytes, seconds, before and after."""
+    found = connect(name).plan(budget=budget)
+    _json(found) if as_json else _print_plan(found)
+
+
+def rebalance(
+    name: NameOption = "local",
+    budget: BudgetOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be done.")] = 600.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Move replicas to where the load is, and wait until it is done."""
+    cluster = connect(name)
+    if not yes:
+        found = cluster.plan(budget=budget)
+        _print_plan(found)
+        if not found["moves"]:
+            return
+        typer.confirm("carry it out?", abort=True)
+    change = cluster.rebalance(budget=budget)
+    done = _follow(cluster, change, timeout)
+    _json(done) if as_json else _print_changes([done])
+
+
+def rollback(
+    change: Annotated[int | None, typer.Argument(help="Its id; without it, the last one.")] = None,
+    name: NameOption = "local",
+    as_json: JsonOption = False,
+) -> None:
+    """Go back to what stood before a change."""
+    done = connect(name).rollback(change)
+    _json(done) if as_json else _print_changes([done])
+
+
+def history(name: NameOption = "local", as_json: JsonOption = False) -> None:
+    """Show the last changes: who, why, what they were to bring, how they ended."""
+    found = connect(name).history()
+    _json(found) if as_json else _print_changes(found)
+
+
+def replicate(
+    layer: LayerArgument,
+    expert: ExpertArgument,
+    replicas: Annotated[int, typer.Option("--replicas", "-n", min=1, help="At least so many.")],
+    model: ModelOption = None,
+    name: NameOption = "local",
+) -> None:
+    """Keep at least so many replicas of an expert; 1 takes the wish back."""
+    cluster = connect(name)
+    model = _model(cluster, model)
+    cluster.replicate(model, layer, expert, replicas)
+    err.print(f"expert {expert} of layer {layer} of {model}: at least {replicas} replicas")
+
+
+def pin(
+    layer: LayerArgument,
+    expert: ExpertArgument,
+    host: HostArgument,
+    model: ModelOption = None,
+    name: NameOption = "local",
+) -> None:
+    """Keep a replica of an expert on a host."""
+    cluster = connect(name)
+    model = _model(cluster, model)
+    cluster.pin(model, layer, expert, host)
+    err.print(f"expert {expert} of layer {layer} of {model} stays on {host}")
+
+
+def unpin(
+    layer: LayerArgument,
+    expert: ExpertArgument,
+    host: HostArgument,
+    model: ModelOption = None,
+    name: NameOption = "local",
+) -> None:
+    """Take a pin back."""
+    cluster = connect(name)
+    model = _model(cluster, model)
+    cluster.unpin(model, layer, expert, host)
+    err.print(f"expert {expert} of layer {layer} of {model} may leave {host}")
+
+
+def drain(
+    host: HostArgument,
+    name: NameOption = "local",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be done.")] = 300.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Move all experts off a host, without a request noticing; `undrain` cancels it."""
+    cluster = connect(name)
+    with err.status(f"moving experts off {host}"):
+        left = cluster.drain(host, timeout)
+    if as_json:
+        _json({"host": host, "experts": left, "done": not left})
+    if left:
+        raise ClusterError(
+            f"{host}: {left} experts are still there after {timeout:g} s; the drain goes on"
+        )
+    if not as_json:
+        err.print(f"{host} holds nothing any more")
+
+
+def undrain(host: HostArgument, name: NameOption = "local") -> None:
+    """Let a host that was drained hold experts again."""
+    connect(name).undrain(host)
+    err.print(f"{host} may hold experts")
+
+
+# ---- what is printed -----------------------------------------------------------------------------
+
+
+def _json(values: Any) -> None:
+    json.dump(values, sys.stdout, indent=2)
+    print()
+
+
+def _model(cluster: Cluster, model: str | None) -> str:
+    if model is not None:
+        return model
+    served = [served["name"] for served in cluster.status()["models"]]
+    if len(served) != 1:
+        raise ClusterError(f"--model: one of {', '.join(served) or 'none'} has to be named")
+    return served[0]
+
+
+def _follow(cluster: Cluster, change: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """Show a bar until the change has ended. Raises ClusterError after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=err, transient=True) as bars:
+        bar = bars.add_task("loading replicas", total=change["moves"])
+        while True:
+            seen = cluster.change(change["id"])
+            bars.update(bar, completed=max(0, change["moves"] - seen["pending"]))
+            if seen["phase"] != "loading":
+                return seen
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"change {change['id']}: {seen['pending']} replicas are still to come after "
+                    f"{timeout_s:g} s; it goes on, `moesaic history` shows it"
+                )
+            time.sleep(0.2)
+
+
+def _size(value: int) -> str:
+    return f"{value / 2**20:,.1f} MiB"
+
+
+def _print_plan(found: dict[str, Any]) -> None:
+    before, after = found["balancedness_before"], found["balancedness_after"]
+    if before is None:
+        out.print("no model is served")
+        return
+    if found["moves"]:
+        moves = Table("expert", "to", "in the place of", "size", "why")
+        for move in found["moves"]:
+            moves.add_row(
+                f"{move['model']} layer {move['layer']} expert {move['expert']}",
+                move["host"],
+                ", ".join(move["replaces"]),
+                _size(move["bytes"]),
+                f"{move['kind']}: {move['reason']}",
+            )
+        out.print(moves)
+    else:
+        out.print("nothing to move")
+    out.print(
+        f"{len(found['moves'])} moves, {_size(found['bytes'])}, about {found['expected_s']:g} s; "
+        f"{len(found['drops'])} replicas leave"
+    )
+    out.print(
+        f"balancedness: mean {before['mean']:.3f} -> {after['mean']:.3f}, "
+        f"worst layer {before['worst']:.3f} -> {after['worst']:.3f}"
+    )
+    out.print(
+        f"experts that one host's loss takes away: {found['unprotected_before']} -> "
+        f"{found['unprotected_after']}"
+    )
+    if found["unplaced"]:
+        out.print(f"[red]no room for {len(found['unplaced'])} experts[/red]")
+
+
+def _print_changes(changes: list[dict[str, Any]]) -> None:
+    if not changes:
+        out.print("no changes yet")
+        return
+    table = Table("id", "who", "why", "phase", "moves", "size", "took", "balancedness")
+    for change in changes:
+        took = change["took_s"]
+        table.add_row(
+            str(change["id"]),
+            change["who"],
+            change["why"],
+            change["phase"] + "".join(f"\n{error}" for error in change["errors"]),
+            str(change["moves"]),
+            _size(change["bytes"]),
+            f"{took:g} s" if took is not None else f"since {change['age_s']:g} s",
+            f"{change['balancedness_before']} -> {change['balancedness_predicted']}",
+        )
+    out.print(table)
