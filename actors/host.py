@@ -148,6 +148,7 @@ class ExpertHost:
         self._loop.call(lambda: self._loop.release(keys))
         for key in keys:
             self._store.drop(key)
+        _return_freed_memory()
 
     def report(self) -> HostReport:
         return HostReport(
@@ -188,8 +189,8 @@ class ExpertHost:
 
 
 def _return_freed_memory() -> None:
-    """Give the copies made while loading back to the system: half of the weights' size, where the
-    C library can (glibc)."""
+    """Give freed weights back to the system, and the copies made while loading, which come to half
+    of their size, where the C library can (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -88,7 +88,12 @@ def join_ray(address: str, name: str) -> None:
     if ray.is_initialized():
         return
     try:
-        ray.init(address=address, namespace=namespace_of(name), log_to_driver=False)
+        ray.init(
+            address=address,
+            namespace=namespace_of(name),
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(f"ray.address: {address}: {error}") from error
 

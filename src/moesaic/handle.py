@@ -6,6 +6,7 @@ import getpass
 import os
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,6 +63,7 @@ def up(spec: Spec | Mapping[str, Any] | str | Path, *, progress: Progress | None
         ray_address=ray_address(),
         embedded=launched.owns_ray,
         url=launched.url,
+        ray_token=_ray_token() if launched.owns_ray else None,
     )
     return Cluster(session, launched)
 
@@ -71,12 +73,27 @@ def connect(name: str = "local") -> Cluster:
 
     Raises ClusterError.
     """
-    return Cluster(need_session(name), None)
+    session = need_session(name)
+    if session.embedded:
+        _stay_on_loopback()
+    if session.ray_token is not None and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", session.ray_token)
+    return Cluster(session, None)
 
 
 def _stay_on_loopback() -> None:
     """For an embedded Ray and whoever joins it; read when ray is imported. The name is Ray's."""
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+def _ray_token() -> str | None:
+    """With what an embedded Ray of this process lets others in: Ray makes a token by itself."""
+    try:
+        kept = (Path.home() / ".ray" / "auth_token").read_text().strip()
+    except OSError:
+        kept = ""
+    return os.environ.get("RAY_AUTH_TOKEN") or kept or None
 
 
 class Cluster:
@@ -243,8 +260,6 @@ class Cluster:
 
     def _join(self) -> str:
         """Connect this process to the cluster's Ray; gives the namespace."""
-        if self._session.embedded:
-            _stay_on_loopback()
         from .actors.ray_border import join_ray, namespace_of
 
         join_ray(self._session.ray_address, self.name)

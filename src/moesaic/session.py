@@ -25,6 +25,7 @@ class Session:
     ray_address: str
     embedded: bool  # Ray belongs to the cluster, and stays on loopback
     url: str | None
+    ray_token: str | None = None  # with which an embedded Ray lets others in
 
     @property
     def alive(self) -> bool:
@@ -46,7 +47,9 @@ def _file(name: str) -> Path:
     return session_dir() / f"{name}.json"
 
 
-def write_session(*, name: str, ray_address: str, embedded: bool, url: str | None) -> Session:
+def write_session(
+    *, name: str, ray_address: str, embedded: bool, url: str | None, ray_token: str | None = None
+) -> Session:
     """Announce the cluster that this process owns."""
     session = Session(
         name=name,
@@ -55,6 +58,7 @@ def write_session(*, name: str, ray_address: str, embedded: bool, url: str | Non
         ray_address=ray_address,
         embedded=embedded,
         url=url,
+        ray_token=ray_token,
     )
     file = _file(name)
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

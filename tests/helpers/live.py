@@ -1,0 +1,83 @@
+"""What tests of a running cluster do again and again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from moesaic import Client
+from moesaic.client import Options
+from moesaic.handle import Cluster
+
+TEXT = "the quick fox"
+
+
+def greedy(model: str, tokens: int) -> Options:
+    return {"model": model, "max_tokens": tokens, "temperature": 0.0}
+
+
+def text_of(client: Client, model: str, tokens: int) -> str:
+    return client.complete(TEXT, **greedy(model, tokens)).text
+
+
+def hosts_of(cluster: Cluster) -> dict[str, dict[str, Any]]:
+    return {host["host"]: host for host in cluster.status()["hosts"]}
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Poll what only another process knows."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.1)
+
+
+def wait_replaced(cluster: Cluster, host: str, pid: int) -> None:
+    """Until the killed process has a successor: before, the last report still looks whole."""
+    wait_until(lambda: hosts_of(cluster)[host].get("pid") not in (None, pid))
+    wait_whole(cluster)
+
+
+def wait_whole(cluster: Cluster) -> None:
+    def whole() -> bool:
+        status = cluster.status()
+        up = all(host["state"] == "up" for host in status["hosts"])
+        return up and not any(model["missing_experts"] for model in status["models"])
+
+    wait_until(whole)
+
+
+@contextmanager
+def text_in_background(client: Client, model: str, tokens: int) -> Iterator[Callable[[], str]]:
+    """A streamed completion that runs while the test does harm; gives its text at the end."""
+    pieces: list[str] = []
+    first = threading.Event()
+    failure: list[BaseException] = []
+
+    def stream() -> None:
+        try:
+            for chunk in client.stream_complete(TEXT, **greedy(model, tokens)):
+                pieces.append(chunk.text)
+                first.set()
+        except BaseException as error:
+            failure.append(error)
+            first.set()
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    assert first.wait(60), "no token came"
+
+    def result() -> str:
+        thread.join(120)
+        assert not thread.is_alive(), "the stream did not end"
+        if failure:
+            raise failure[0]
+        return "".join(pieces)
+
+    try:
+        yield result
+    finally:
+        thread.join(120)

@@ -1,0 +1,147 @@
+"""Live moves on real actors: drains, wishes, balancing and changes of controllers while a stream
+runs, whose text never changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import RayTaskError
+
+import moesaic
+from moesaic import Client
+from moesaic.actors.ray_border import CONTROLLER, namespace_of
+from moesaic.handle import Cluster
+from moesaic.proto.errors import ClusterError
+from tests.helpers.live import hosts_of, text_in_background, text_of, wait_until
+from tests.integration.conftest import save_model
+
+MODEL = "m"
+TOKENS = 150
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    # Ray leaves sockets and log files to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("elastic")
+    save_model(folder, "mixtral")
+    spec = {
+        "name": f"elastic-{os.getpid()}",
+        "models": [{"name": MODEL, "path": str(folder)}],
+        "hosts": [{"count": 3, "slots": 12}],
+        "trunk": {"cache_tokens": 1024, "threads": 1},
+        "endpoint": {"port": 0},
+        "balance": {"auto": False, "lease_s": 4},
+    }
+    with moesaic.up(spec) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(pool: Cluster) -> Iterator[Client]:
+    with Client(pool.url or "") as client:
+        yield client
+
+
+def held(cluster: Cluster) -> dict[str, int]:
+    return {name: host.get("experts", 0) for name, host in hosts_of(cluster).items()}
+
+
+def test_a_drained_host_is_emptied_and_no_token_changes(pool: Cluster, client: Client) -> None:
+    wanted = text_of(client, MODEL, TOKENS)
+    assert min(held(pool).values()) > 0
+    with text_in_background(client, MODEL, TOKENS) as text:
+        assert pool.drain("host-1", timeout_s=60) == 0
+        assert text() == wanted
+    assert held(pool)["host-1"] == 0
+    assert pool.status()["balance"]["leaving"] == ["host-1"]
+    pool.undrain("host-1")
+    with pytest.raises(ClusterError, match="host: 'nobody' is none of host-0"):
+        pool.drain("nobody")
+    wait_until(lambda: not pool.status()["balance"]["leaving"])
+
+
+def test_a_wish_for_replicas_is_granted_and_taken_back(pool: Cluster, client: Client) -> None:
+    before = sum(held(pool).values())
+    pool.replicate(MODEL, 0, 1, 3)
+    wait_until(lambda: sum(held(pool).values()) == before + 2)
+    pool.pin(MODEL, 0, 1, "host-1")
+    with pytest.raises(ClusterError, match="expert: 99 is not in 0 to"):
+        pool.pin(MODEL, 0, 99, "host-1")
+    pool.replicate(MODEL, 0, 1, 1)
+    pool.unpin(MODEL, 0, 1, "host-1")
+    assert text_of(client, MODEL, 20) == text_of(client, MODEL, 20)
+
+
+def test_a_new_controller_has_a_higher_term_and_keeps_wishes(pool: Cluster, client: Client) -> None:
+    wanted = text_of(client, MODEL, TOKENS)
+    pool.drain("host-2", timeout_s=60)
+    term = pool.status()["term"]
+    with text_in_background(client, MODEL, TOKENS) as text:
+        controller: Any = ray.get_actor(CONTROLLER, namespace=namespace_of(pool.name))
+        ray.kill(controller, no_restart=False)
+        wait_until(lambda: _term(pool) > term)
+        wait_until(lambda: pool.status()["placement"] is not None)
+        assert text() == wanted
+    status = pool.status()
+    assert status["placement"][0] == status["term"]
+    assert status["balance"]["leaving"] == ["host-2"]
+    assert held(pool)["host-2"] == 0
+    pool.undrain("host-2")
+
+
+def _term(cluster: Cluster) -> int:
+    try:
+        return cluster.status()["term"]
+    except ClusterError:
+        return 0
+
+
+def test_load_is_counted_and_rebalancing_follows_it(pool: Cluster, client: Client) -> None:
+    for _ in range(4):
+        text_of(client, MODEL, TOKENS)
+    wait_until(lambda: bool(pool.status()["routers"]))
+    found = pool.plan()
+    assert found["balancedness_after"]["mean"] >= found["balancedness_before"]["mean"] - 1e-6
+    wanted = text_of(client, MODEL, TOKENS)
+    with text_in_background(client, MODEL, TOKENS) as text:
+        change = pool.rebalance(budget=20)
+        wait_until(lambda: pool.change(change["id"])["phase"] != "loading")
+        assert text() == wanted
+    done = pool.change(change["id"])
+    assert done["phase"] == "done"
+    assert pool.history()[-1]["id"] == change["id"]
+    pool.rollback(change["id"])
+    assert pool.change(change["id"])["phase"] == "rolled back"
+    wait_until(lambda: not pool.status()["balance"]["moves_pending"])
+    assert text_of(client, MODEL, TOKENS) == wanted
+
+
+def test_another_process_may_operate_the_cluster(pool: Cluster, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moesaic.cli.main", "plan", "--name", pool.name, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert np.isfinite(found["balancedness_after"]["mean"])
+
+
+def test_an_old_controller_is_refused_by_hosts(pool: Cluster) -> None:
+    host: Any = ray.get_actor("host-0", namespace=namespace_of(pool.name))
+    with pytest.raises(RayTaskError, match="Superseded"):
+        ray.get(host.load.remote([], [], term=1), timeout=30)
+    with pytest.raises(RayTaskError, match="Superseded"):
+        ray.get(host.release.remote([], term=1), timeout=30)

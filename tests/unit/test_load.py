@@ -1,0 +1,104 @@
+"""What routers count, and the rates that the controller makes of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.cluster.dispatch import Dispatcher
+from moesaic.cluster.health import RouterPolicy
+from moesaic.cluster.load import HostTimes, LoadMeter, LoadReport, LoadTracker
+from moesaic.cluster.placement import LayerKey, ModelShape, Number, Placement, spread
+
+KEY = LayerKey("m", 0)
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+@given(st.lists(st.lists(st.integers(-1, 7), max_size=20), max_size=5))
+def test_every_choice_of_a_real_expert_counts_once(calls: list[list[int]]) -> None:
+    meter = LoadMeter()
+    for call in calls:
+        meter.count(KEY, ids(*call), experts=5)
+    every = [one for call in calls for one in call]
+    found = meter.take("r", None).counts
+    if calls:
+        assert found[KEY].tolist() == [every.count(expert) for expert in range(5)]
+    assert meter.take("r", None).counts == {}
+
+
+def test_a_router_counts_when_a_call_begins_and_not_when_it_is_sent_again() -> None:
+    dispatcher = Dispatcher(RouterPolicy())
+    layers = spread([ModelShape(model="m", experts={0: 2})], ["h0"])
+    dispatcher.place(Placement(number=Number(1, 1), hosts={}, layers=layers), 0.0)
+    choices = np.array([[0, 1], [1, -1], [1, 2]], dtype=np.int32)
+    dispatcher.begin(KEY, choices, max_rows=8, now=0.0)
+    for moment in range(1, 5):
+        dispatcher.tick(float(moment))
+    assert dispatcher.meter.take("r", None).counts[KEY].tolist() == [1, 3]
+
+
+def tell(tracker: LoadTracker, *counts: int, router: str = "r") -> None:
+    report = LoadReport(router=router, number=None, counts={KEY: np.array(counts)})
+    tracker.hear(report)
+
+
+def test_rates_are_per_second_and_of_all_routers_together() -> None:
+    tracker = LoadTracker()
+    assert not tracker.advance(0.0)
+    for second in range(1, 200):
+        tell(tracker, 10, 0)
+        tell(tracker, 5, 1, router="other")
+        assert tracker.advance(float(second))
+    for horizon in range(3):
+        assert tracker.rate(KEY, horizon) == pytest.approx([15, 1], rel=0.02)
+    assert tracker.forecast()[KEY] == pytest.approx([15, 1], rel=0.05)
+
+
+def test_a_shift_shows_at_once_in_the_short_rate_and_in_the_forecast() -> None:
+    tracker = LoadTracker()
+    tracker.advance(0.0)
+    for second in range(1, 301):
+        tell(tracker, *((100, 0) if second <= 270 else (0, 100)))
+        tracker.advance(float(second))
+    short, long = tracker.rate(KEY, 0), tracker.rate(KEY, 2)
+    assert short is not None
+    assert long is not None
+    assert short[1] > 90 > 20 > long[1]
+    forecast = tracker.forecast()[KEY]
+    assert forecast[1] > short[1], "the trend goes on"
+    assert forecast[0] >= 0
+
+
+def test_idle_pools_cool_down() -> None:
+    tracker = LoadTracker()
+    tracker.advance(0.0)
+    tell(tracker, 100, 50)
+    tracker.advance(1.0)
+    for second in range(2, 100):
+        tracker.advance(float(second))
+    short = tracker.rate(KEY, 0)
+    assert short is not None
+    assert (short < 0.1).all()
+
+
+def test_hosts_work_is_measured_over_all_answers() -> None:
+    tracker = LoadTracker()
+    assert tracker.choices_per_busy_s() is None
+    for host, choices in (("a", 300), ("b", 100)):
+        times = {host: HostTimes(calls=1, choices=choices, queued_s=0.1, busy_s=0.5)}
+        tracker.hear(LoadReport(router="r", number=None, hosts=times))
+    assert tracker.choices_per_busy_s() == pytest.approx(400)
+
+
+def test_a_model_is_forgotten_whole() -> None:
+    tracker = LoadTracker()
+    tracker.advance(0.0)
+    tell(tracker, 1, 2)
+    tracker.advance(1.0)
+    tracker.forget("m")
+    assert tracker.forecast() == {}
