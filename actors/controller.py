@@ -17,10 +17,11 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from ..cluster.control import Control, ControlPolicy, Evict, Publish
+from ..cluster.control import Control, ControlPolicy
 from ..cluster.load import LoadReport
 from ..cluster.loading import Load
 from ..cluster.observed import Observation
+from ..cluster.orders import Evict, MakePlan, Publish
 from ..cluster.placement import LayerKey, ModelShape, Placement
 from ..cluster.plan import PoolHost
 from ..proto.errors import ClusterError, MoesaicError, Superseded
@@ -65,7 +66,8 @@ class Controller(Operations):
         self._published = asyncio.Condition()
         self._last_tick = time.monotonic()
         self._ticks = 0
-        self._tick_error = ""
+        self._tick_error = self._plan_error = ""
+        self._planning: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop().create_task(self._run())
 
     # ---- what others ask ------------------------------------------------------------------------
@@ -125,7 +127,7 @@ class Controller(Operations):
             "placement": list(placement.number) if placement else None,
             "tick_age_s": round(time.monotonic() - self._last_tick, 3),
             "ticks": self._ticks,
-            "error": self._tick_error,
+            "error": self._tick_error or self._plan_error,
             "term": self._term,
             "routers": {
                 name: None if number is None else list(number)
@@ -201,6 +203,8 @@ class Controller(Operations):
                     self._start_load(command)
                 case Evict():
                     self._start_evict(command)
+                case MakePlan():
+                    self._planning = asyncio.get_running_loop().create_task(self._plan(command))
                 case Publish(placement=placement):
                     log.info("controller: placement %s", tuple(placement.number))
                     async with self._published:
@@ -227,6 +231,18 @@ class Controller(Operations):
             holdings={key: frozenset(experts) for key, experts in report.holdings.items()},
             loading=report.loading > 0 or host in self._loads or host in self._evicts,
         )
+
+    async def _plan(self, command: MakePlan) -> None:
+        """In a thread of its own: a large pool takes seconds, and ticks go on."""
+        found = None
+        try:
+            found = await asyncio.to_thread(command.run)
+            self._plan_error = ""
+        except (ArithmeticError, ValueError) as error:
+            self._plan_error = f"planner: {type(error).__name__}: {error}"
+            log.exception("controller: the planner failed")
+        finally:
+            self._control.planned(command, found, time.monotonic())
 
     def _start_load(self, command: Load) -> None:
         host = command.host

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,12 +33,16 @@ class Operations:
 
     async def plan(self, budget: int | None = None) -> dict[str, Any]:
         """What a rebalance would do now; nothing is changed."""
-        return self._describe(self._made(budget))
+        asked = self._control.plan_for(time.monotonic(), budget=budget)
+        return self._describe(await asyncio.to_thread(asked.run))
 
     async def rebalance(self, budget: int | None, who: str) -> dict[str, Any]:
         """Carry out the plan that is best now. Gives the change; `change` says how it goes on."""
+        asked = self._control.plan_for(time.monotonic(), budget=budget)
+        found = await asyncio.to_thread(asked.run)
         now = time.monotonic()
-        found = self._made(budget)
+        if asked.key != self._control.plan_for(now, budget=0).key:
+            raise ClusterError("hosts, models or wishes changed while the plan was made; try again")
         return self._control.apply(found, now, who=who, why="asked for").describe(now)
 
     async def change(self, number: int | None = None) -> dict[str, Any]:
@@ -82,12 +87,6 @@ class Operations:
         return sum(1 for _ in seen.experts()) if seen is not None else 0
 
     # ---- parts ----------------------------------------------------------------------------------
-
-    def _made(self, budget: int | None) -> Plan:
-        try:
-            return self._control.dry_run(time.monotonic(), budget)
-        except ValueError as error:
-            raise ClusterError(str(error)) from error
 
     def _describe(self, found: Plan) -> dict[str, Any]:
         return describe(

@@ -20,8 +20,9 @@ import numpy as np
 
 from .changes import Change, Changes
 from .load import LoadReport, LoadTracker
-from .loading import Load, Loader
+from .loading import Loader
 from .observed import Observation, View
+from .orders import Command, Evict, MakePlan, Publish
 from .placement import (
     ExpertKey,
     LayerKey,
@@ -33,7 +34,6 @@ from .placement import (
     experts_of,
 )
 from .plan import Plan, Policy, PoolHost, Wishes
-from .planner import plan
 from .publishing import Publisher
 
 # Room beside what models need, for replicas of hot experts, where a host's slots are not given.
@@ -42,22 +42,6 @@ _HEADROOM = 1.25
 _WORTH = 0.02
 # How many times `every_s` the balancer keeps still behind a rollback or a move that failed.
 _REST = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publish:
-    placement: Placement
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evict:
-    """Nobody sends calls for ``keys`` to ``host`` any more: it can forget them."""
-
-    host: str
-    keys: tuple[ExpertKey, ...]
-
-
-Command = Load | Publish | Evict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +82,11 @@ class Control:
         self.unplaced: tuple[ExpertKey, ...] = ()
         self.models: dict[str, ModelShape] = {}
         self._target: dict[LayerKey, LayerPlacement] | None = None
+        self._target_version = 0
+        self._wanted: dict[str, list[ExpertKey]] = {}
+        self._asked: MakePlan | None = None
+        self._published_for: object = None
+        self._nothing_pending = False
         self._planned_for: object = None  # hosts, models and wishes of the target
         self.planned_at: float | None = None  # when the planner last looked
         self._now: float | None = None
@@ -115,7 +104,7 @@ class Control:
         before = dict(self.models)
         self.models[shape.model] = shape
         if self._target is not None and self._now is not None:
-            found = self._plan(self._now, budget=0)
+            found = self.plan_for(self._now, budget=0).run()
             lacking = [key for key in found.unplaced if key.model == shape.model]
             if lacking:
                 self.models = before
@@ -157,7 +146,9 @@ class Control:
         return self._target is not None
 
     def wanted(self, host: str) -> list[ExpertKey]:
-        return experts_of(self._target or {}, host)
+        if host not in self._wanted:
+            self._wanted[host] = experts_of(self._target or {}, host)
+        return self._wanted[host]
 
     def missing(self) -> dict[ExpertKey, str]:
         """Experts that no host holds now, and why."""
@@ -174,15 +165,8 @@ class Control:
     def pending(self) -> int:
         """Replicas that the target names and nobody holds yet."""
         return sum(
-            not self.view.holds(replica.host, key.expert(expert))
-            for key, layer in (self._target or {}).items()
-            for expert, replicas in enumerate(layer.replicas)
-            for replica in replicas
+            not self.view.holds(host, key) for host in self.view.hosts for key in self.wanted(host)
         )
-
-    def dry_run(self, now: float, budget: int | None = None) -> Plan:
-        """The plan that balancing would follow now. Raises ValueError when there is no host."""
-        return self._plan(now, budget=self._budget() if budget is None else budget)
 
     # ---- one round ------------------------------------------------------------------------------
 
@@ -194,11 +178,10 @@ class Control:
         self.view.note(reports, now)
         self.loads.advance(now)
         # Step 2: plan anew where the last plan does not fit any more, or balance.
-        self._replan(now)
+        commands: list[Command] = self._replan(now)
         target = self._target if self._target is not None else self._standing()
         # Step 3: let hosts get what they lack.
         idle = [h for h, seen in self.view.seen.items() if h in reports and not seen.loading]
-        commands: list[Command] = []
         appeared = [model for model in self.models if self.publisher.appeared(model)]
         for host in idle:
             load = self.loader.next(
@@ -206,77 +189,101 @@ class Control:
             )
             commands += [load] if load is not None else []
         # Step 4: publish what is ready, if it is not what was published last.
-        placement = self.publisher.publish(target, self.models)
-        if placement is not None:
-            commands.append(Publish(placement=placement))
+        state = self.view.version, self._target_version, tuple(self.models.values())
+        if state != self._published_for:
+            placement = self.publisher.publish(target, self.models)
+            commands += [Publish(placement=placement)] if placement is not None else []
+            self._published_for = state
+            self._nothing_pending = not self.pending()
         # Step 5: let hosts forget what no router can ask for any more.
         if self._target is not None:
             evictable = self.publisher.evictable(target, now)
             commands += [
                 Evict(host=host, keys=tuple(evictable[host])) for host in idle if host in evictable
             ]
-            if not self.pending():
+            if self._nothing_pending:
                 self.changes.done(now)
         return commands
 
     # ---- step 2: the target ---------------------------------------------------------------------
 
-    def _replan(self, now: float) -> None:
+    def _replan(self, now: float) -> list[Command]:
         usable = self.view.usable(now)
-        if not usable - self.wishes.leaving:
-            return  # nowhere to go; what stands goes on
+        if self._asked is not None or not usable - self.wishes.leaving:
+            return []  # a plan is being made, or there is nowhere to go: what stands goes on
         if self._target is None and not usable <= self.view.seen.keys():
-            return
+            return []
         if self._planned_for != self._key(now):
-            self._adopt(self._plan(now, budget=0), now)
-        elif self.policy.auto and now >= self._next_balance:
+            self._asked = self.plan_for(now, budget=0)
+        elif self.policy.auto and now >= self._next_balance and self._nothing_pending:
             self._next_balance = now + self.policy.every_s
-            if not self.pending():
-                found = self._plan(now, budget=self._budget())
-                gain = max((found.after[k] - found.before[k] for k in found.after), default=0.0)
-                if found.moves or gain > _WORTH:
-                    self.apply(found, now, who="balancer", why="load")
+            self._asked = self.plan_for(now)
+        return [] if self._asked is None else [self._asked]
+
+    def planned(self, asked: MakePlan, found: Plan | None, now: float) -> None:
+        """The planner's answer to a `MakePlan`; None if it failed."""
+        self._asked = None
+        if found is None or asked.key != self._key(now):
+            return  # the next tick asks anew
+        if asked.balance:
+            gain = max((found.after[k] - found.before[k] for k in found.after), default=0.0)
+            if found.moves or gain > _WORTH:
+                self.apply(found, now, who="balancer", why="load")
+        elif self._target is not None and found.moves:
+            self.apply(found, now, who="controller", why="hosts, models or wishes")
+        else:
+            self._adopt(found, now)
+
+    def plan_for(self, now: float, *, budget: int | None = None) -> MakePlan:
+        """The question what would be best now; ``budget`` is that of moves for balance, the
+        policy's part of all replicas if it is not given."""
+        self.planned_at = now
+        rate = self.loads.choices_per_busy_s()
+        hosts = self._with_room([self.view.hosts[name] for name in sorted(self.view.usable(now))])
+        self.loader.slots = {host.name: host.slots for host in hosts if host.slots is not None}
+        most = self._budget() if budget is None else budget
+        return MakePlan(
+            models=list(self.models.values()),
+            hosts=[replace(host, speed=host.speed * (rate or 1.0)) for host in hosts],
+            current=dict(self._target) if self._target is not None else self._standing(),
+            loads=self.loads.forecast(),
+            policy=replace(
+                self.policy.balance,
+                # Without a measure of the hosts' work nothing can be said to pay.
+                budget=most if rate is not None else 0,
+                load_bytes_per_s=self.policy.bytes_per_s,
+            ),
+            wishes=self.wishes,
+            key=self._key(now),
+            balance=budget is None,
+        )
 
     def apply(self, found: Plan, now: float, *, who: str, why: str) -> Change:
-        """Take the pool to a plan that was made before."""
+        """Take the pool to a plan."""
         change = self.changes.begin(found, self._target or {}, now, who=who, why=why)
         self._adopt(found, now)
         return change
 
     def roll_back(self, change: Change, now: float) -> None:
         """Back to the target from before a change; what does not fit any more is planned anew."""
-        self._target = dict(change.layers_before)
+        self._aim(dict(change.layers_before))
         self._planned_for = None
         self._next_balance = now + _REST * self.policy.every_s
         self.changes.rolled_back(change, now)
 
     def _adopt(self, found: Plan, now: float) -> None:
-        self._target = dict(found.layers)
+        self._aim(dict(found.layers))
         self.unplaced = found.unplaced
         self._planned_for = self._key(now)
         self.loader.reset()
 
+    def _aim(self, target: dict[LayerKey, LayerPlacement]) -> None:
+        self._target = target
+        self._target_version += 1
+        self._wanted.clear()
+
     def _key(self, now: float) -> object:
         return self.view.usable(now), tuple(self.models.values()), self.wishes
-
-    def _plan(self, now: float, *, budget: int) -> Plan:
-        self.planned_at = now
-        rate = self.loads.choices_per_busy_s()
-        hosts = self._with_room([self.view.hosts[name] for name in sorted(self.view.usable(now))])
-        self.loader.slots = {host.name: host.slots for host in hosts if host.slots is not None}
-        return plan(
-            models=list(self.models.values()),
-            hosts=[replace(host, speed=host.speed * (rate or 1.0)) for host in hosts],
-            current=self._target if self._target is not None else self._standing(),
-            loads=self.loads.forecast(),
-            # Without a measure of the hosts' work nothing can be said to pay.
-            policy=replace(
-                self.policy.balance,
-                budget=budget if rate is not None else 0,
-                load_bytes_per_s=self.policy.bytes_per_s,
-            ),
-            wishes=self.wishes,
-        )
 
     def _with_room(self, hosts: list[PoolHost]) -> list[PoolHost]:
         """Hosts without slots and memory get an even part of what models need, and some more."""
@@ -312,7 +319,7 @@ class Control:
         shares = [r.share / total for r in kept] if total > 0 else [1 / len(names)] * len(names)
         replicas = list(layer.replicas)
         replicas[key.expert] = tuple(map(Replica, names, shares))
-        self._target[layer_key] = LayerPlacement(tuple(replicas))
+        self._aim({**self._target, layer_key: LayerPlacement(tuple(replicas))})
 
     # ---- parts ----------------------------------------------------------------------------------
 

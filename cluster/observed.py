@@ -32,12 +32,15 @@ class View:
         """A host that is away for ``gone_s`` seconds is planned around."""
         self.hosts = {host.name: host for host in hosts}
         self.seen: dict[str, Observation] = {}
+        self.version = 0  # grows with whatever is seen to have changed
         self._gone_s = gone_s
         self._away_since: dict[str, float] = {}
 
     def note(self, reports: Mapping[str, Observation | None], now: float) -> None:
         """None stands for a host that is gone; one that is missing did not answer in time."""
         for host, observation in reports.items():
+            if self.seen.get(host) != observation:
+                self.version += 1
             if observation is None:
                 self.seen.pop(host, None)
             else:

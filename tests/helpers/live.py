@@ -45,7 +45,9 @@ def wait_whole(cluster: Cluster) -> None:
     def whole() -> bool:
         status = cluster.status()
         up = all(host["state"] == "up" for host in status["hosts"])
-        return up and not any(model["missing_experts"] for model in status["models"])
+        missing = any(model["missing_experts"] for model in status["models"])
+        # Replicas that only protect come back behind those that somebody waits for.
+        return up and not missing and not status["balance"]["moves_pending"]
 
     wait_until(whole)
 

@@ -12,6 +12,8 @@ from ..handle import connect
 from ..session import need_session
 
 out = Console(highlight=False)
+# A controller looks around several times a second, and waits 2 s for a host that does not answer.
+_STALLED_S = 5.0
 
 
 def read_status(name: str) -> dict[str, Any]:
@@ -25,6 +27,28 @@ def read_status(name: str) -> dict[str, Any]:
 
 def _bytes(value: int) -> str:
     return f"{value / 2**20:,.0f} MiB"
+
+
+def _print_balance(cluster: dict[str, Any]) -> None:
+    balance = cluster.get("balance")
+    if balance is None:
+        return
+    age_s = balance["plan_age_s"]
+    looked = "never" if age_s is None else f"{age_s:g} s ago"
+    words = [f"balancer {'on' if balance['auto'] else 'off'}, looked at the load {looked}"]
+    change = balance["last_change"]
+    if change is not None:
+        words.append(
+            f"change {change['id']} ({change['who']}): {change['moves']} moves, {change['phase']}, "
+            f"{change['age_s']:g} s ago"
+        )
+    if balance["moves_pending"]:
+        words.append(f"{balance['moves_pending']} replicas to come")
+    if balance["leaving"]:
+        words.append(f"drained: {', '.join(balance['leaving'])}")
+    out.print("; ".join(words))
+    if cluster["tick_age_s"] > _STALLED_S:
+        out.print(f"[red]the controller has stood still for {cluster['tick_age_s']:g} s[/red]")
 
 
 def print_status(values: dict[str, Any]) -> None:
@@ -63,6 +87,7 @@ def print_status(values: dict[str, Any]) -> None:
             str(engine.get("waiting", "")),
         )
     out.print(models)
+    _print_balance(cluster)
     if cluster.get("unprotected_experts"):
         out.print(
             f"[yellow]{cluster['unprotected_experts']} experts have one replica: the loss of its "
