@@ -1,7 +1,7 @@
 """An expert host: memory for some replicas, one device, one dispatch endpoint.
 
 `ExpertHost` is a plain class, so that tests and benchmarks can run one in their own process;
-`actors/cluster.py` makes Ray actors of it. Ray calls it for control only: tokens come through the
+`actors/launch.py` makes Ray actors of it. Ray calls it for control only: tokens come through the
 transports.
 """
 

@@ -137,11 +137,6 @@ class LoadTracker:
             for key, rates in self._rates.items()
         }
 
-    def forget(self, model: str) -> None:
-        for table in (self._counts, self._rates):
-            for key in [key for key in table if key.model == model]:
-                del table[key]
-
     def choices_per_busy_s(self) -> float | None:
         """What one host computes in a second of work, in the mean over all; None if unknown."""
         busy_s = sum(times.busy_s for times in self.hosts.values())

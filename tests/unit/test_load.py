@@ -93,12 +93,3 @@ def test_hosts_work_is_measured_over_all_answers() -> None:
         times = {host: HostTimes(calls=1, choices=choices, queued_s=0.1, busy_s=0.5)}
         tracker.hear(LoadReport(router="r", number=None, hosts=times))
     assert tracker.choices_per_busy_s() == pytest.approx(400)
-
-
-def test_a_model_is_forgotten_whole() -> None:
-    tracker = LoadTracker()
-    tracker.advance(0.0)
-    tell(tracker, 1, 2)
-    tracker.advance(1.0)
-    tracker.forget("m")
-    assert tracker.forecast() == {}
