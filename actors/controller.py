@@ -193,7 +193,11 @@ class Controller(Operations):
         for report in self._reports.values():
             for ref, shape in report.models:
                 if ref.name not in self._models:
-                    self._adopt(ref, shape)
+                    try:
+                        self._adopt(ref, shape)
+                    except ValueError as error:
+                        # The other models go on.
+                        self._errors[report.entry.host] = str(error)
         # Step 3: decide, and act.
         observed = {host: seen for host, seen in answers if seen != "late"}
         commands = self._control.tick(observed, time.monotonic())  # pyright: ignore[reportArgumentType]
@@ -238,7 +242,8 @@ class Controller(Operations):
         try:
             found = await asyncio.to_thread(command.run)
             self._plan_error = ""
-        except (ArithmeticError, ValueError) as error:
+        except Exception as error:
+            # Shown in `status`, whatever it is; what stands goes on.
             self._plan_error = f"planner: {type(error).__name__}: {error}"
             log.exception("controller: the planner failed")
         finally:

@@ -41,8 +41,8 @@ class Operations:
         asked = self._control.plan_for(time.monotonic(), budget=budget)
         found = await asyncio.to_thread(asked.run)
         now = time.monotonic()
-        if asked.key != self._control.plan_for(now, budget=0).key:
-            raise ClusterError("hosts, models or wishes changed while the plan was made; try again")
+        if not self._control.fits(asked, now):
+            raise ClusterError("the pool changed while the plan was made; try again")
         return self._control.apply(found, now, who=who, why="asked for").describe(now)
 
     async def change(self, number: int | None = None) -> dict[str, Any]:

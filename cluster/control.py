@@ -223,7 +223,7 @@ class Control:
     def planned(self, asked: MakePlan, found: Plan | None, now: float) -> None:
         """The planner's answer to a `MakePlan`; None if it failed."""
         self._asked = None
-        if found is None or asked.key != self._key(now):
+        if found is None or not self.fits(asked, now):
             return  # the next tick asks anew
         if asked.balance:
             gain = max((found.after[k] - found.before[k] for k in found.after), default=0.0)
@@ -233,6 +233,10 @@ class Control:
             self.apply(found, now, who="controller", why="hosts, models or wishes")
         else:
             self._adopt(found, now)
+
+    def fits(self, asked: MakePlan, now: float) -> bool:
+        """Whether nothing has changed that a plan was asked for."""
+        return (asked.key, asked.version) == (self._key(now), self._target_version)
 
     def plan_for(self, now: float, *, budget: int | None = None) -> MakePlan:
         """The question what would be best now; ``budget`` is that of moves for balance, the
@@ -255,6 +259,7 @@ class Control:
             ),
             wishes=self.wishes,
             key=self._key(now),
+            version=self._target_version,
             balance=budget is None,
         )
 

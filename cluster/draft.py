@@ -98,7 +98,6 @@ class Draft:
                 domains=self.policy.redundancy + 1,
                 least_E=np.minimum(least_E, len(self.hosts)),
                 pinned_EH=pinned_EH,
-                closed_H=np.zeros(len(self.hosts), dtype=bool),
             ),
         )
 

@@ -57,8 +57,7 @@ class LoadMeter:
 
     def count(self, key: LayerKey, ids_N: np.ndarray, experts: int) -> None:
         """Count choices; ids outside of [0, experts) belong to nobody."""
-        # Shifted by one, so that -1 has a place, too; what is too large is cut off.
-        found = np.bincount(ids_N + 1, minlength=experts + 1)[1 : experts + 1]
+        found = np.bincount(ids_N[(ids_N >= 0) & (ids_N < experts)], minlength=experts)
         counts = self._counts.get(key)
         if counts is None:
             self._counts[key] = found

@@ -36,7 +36,8 @@ class MakePlan:
     loads: Mapping[LayerKey, np.ndarray]
     policy: Policy
     wishes: Wishes
-    key: object  # what the plan is for; it is of no use for anything else
+    key: object  # what the plan is for; it is of no use for anything else,
+    version: int  # nor for another target than this one
     balance: bool  # whether only a gain makes it worth while
 
     def run(self) -> Plan:

@@ -110,7 +110,7 @@ class LayerSearch:
         """Full hosts that could take load, those with the most room for it first."""
         assert self.split is not None
         slack_H = self._capacity_H - self.split.flow_EH.sum(axis=0)
-        able_H = (self.split.price_H <= 0.5) & ~self.limits.closed_H & (slack_H > 0)
+        able_H = (self.split.price_H <= 0.5) & (slack_H > 0)
         able_H &= ~self.rooms.fits(self.expert_bytes)
         return [int(h) for h in np.argsort(-slack_H)[:4] if able_H[h]]
 
@@ -166,7 +166,7 @@ class LayerSearch:
         over_H = split.price_H > 0.5
         slack_H = np.maximum(self._capacity_H - flow_EH.sum(axis=0), 0.0)
         slack_H[over_H] = 0.0
-        open_H = ~over_H & ~self.limits.closed_H & (slack_H > 0)
+        open_H = ~over_H & (slack_H > 0)
         gives_E = self._gives(over_H)
         experts = [int(e) for e in np.argsort(-gives_E)[:width] if gives_E[e] > 0]
         hosts = [int(h) for h in np.argsort(-slack_H)[:width] if open_H[h]]
@@ -223,7 +223,9 @@ class LayerSearch:
         )
         for expert in cold[np.argsort(self.load_E[cold])][:2].tolist():
             for other in hosts:
-                if other == host or self.held_EH[expert, other]:
+                if self.held_EH[expert, other] or not self.limits.may_change_place(
+                    self.held_EH[expert], host, other
+                ):
                     continue
                 moved, room = float(flow_E[expert]), slack + float(flow_E[expert])
                 short = max(moved - float(slack_H[other]), 0.0)
@@ -259,7 +261,7 @@ class LayerSearch:
             here = np.flatnonzero(self.held_EH[:, source] & single_E)
             for target in hosts[:4]:
                 there = np.flatnonzero(self.held_EH[:, target] & single_E)
-                if not len(here) or not len(there) or self.limits.closed_H[source]:
+                if not len(here) or not len(there):
                     continue
                 moved = self.load_E[here][:, None] - self.load_E[there][None, :]
                 fits = float(min(split.excess_H[source], slack_H[target]))

@@ -58,7 +58,14 @@ class Limits:
     domains: int  # in how many an expert with more may be left
     least_E: np.ndarray  # replicas that each expert keeps
     pinned_EH: np.ndarray  # replicas that stay
-    closed_H: np.ndarray  # hosts that take no replica
+
+    def may_change_place(self, held_H: np.ndarray, source: int, target: int) -> bool:
+        """Whether an expert is protected as before when a replica goes to another host."""
+        domains = set(self.domain_H[held_H].tolist())
+        others = held_H.copy()
+        others[source] = False
+        after = {*self.domain_H[others].tolist(), int(self.domain_H[target])}
+        return len(after) >= min(self.domains, len(domains))
 
     def droppable(self, held_EH: np.ndarray, *, bare: bool = False) -> np.ndarray:
         """(E, H): replicas that may go, one at a time; with ``bare`` all that others stand for."""

@@ -19,6 +19,8 @@ from ray.exceptions import RayTaskError
 import moesaic
 from moesaic import Client
 from moesaic.actors.ray_border import CONTROLLER, namespace_of
+from moesaic.actors.term import claim_term, forget_all, keep_wishes, kept_wishes
+from moesaic.cluster.plan import Wishes
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
 from tests.helpers.live import hosts_of, text_in_background, text_of, wait_until
@@ -76,15 +78,19 @@ def test_a_drained_host_is_emptied_and_no_token_changes(pool: Cluster, client: C
 
 
 def test_a_wish_for_replicas_is_granted_and_taken_back(pool: Cluster, client: Client) -> None:
+    wanted = text_of(client, MODEL, 20)
     before = sum(held(pool).values())
     pool.replicate(MODEL, 0, 1, 3)
     wait_until(lambda: sum(held(pool).values()) == before + 2)
-    pool.pin(MODEL, 0, 1, "host-1")
+    for host in ("host-0", "host-1", "host-2"):
+        pool.pin(MODEL, 0, 2, host)
+    wait_until(lambda: sum(held(pool).values()) == before + 4)
     with pytest.raises(ClusterError, match="expert: 99 is not in 0 to"):
         pool.pin(MODEL, 0, 99, "host-1")
     pool.replicate(MODEL, 0, 1, 1)
-    pool.unpin(MODEL, 0, 1, "host-1")
-    assert text_of(client, MODEL, 20) == text_of(client, MODEL, 20)
+    for host in ("host-0", "host-1", "host-2"):
+        pool.unpin(MODEL, 0, 2, host)
+    assert text_of(client, MODEL, 20) == wanted
 
 
 def test_a_new_controller_has_a_higher_term_and_keeps_wishes(pool: Cluster, client: Client) -> None:
@@ -137,6 +143,15 @@ def test_another_process_may_operate_the_cluster(pool: Cluster, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert np.isfinite(found["balancedness_after"]["mean"])
+
+
+def test_terms_only_grow_and_are_forgotten_with_their_cluster(pool: Cluster) -> None:
+    first, second = claim_term("other"), claim_term("other")
+    assert second > first
+    keep_wishes("other", Wishes(leaving=frozenset({"h"})))
+    assert kept_wishes("other").leaving == {"h"}
+    forget_all("other")
+    assert kept_wishes("other") == Wishes()
 
 
 def test_an_old_controller_is_refused_by_hosts(pool: Cluster) -> None:

@@ -582,5 +582,19 @@ def test_a_change_can_be_rolled_back() -> None:
     assert world.evicted > 0
 
 
+def test_a_plan_that_was_asked_for_before_a_rollback_is_of_no_use_behind_it() -> None:
+    world = started(2, replicas=1, slots=8)
+    for _ in range(10):
+        world.report("r0", hot(world))
+        finish(world, 1)
+    change = world.control.changes.all[0]
+    asked = world.control.plan_for(world.now)
+    found = asked.run()
+    world.control.roll_back(change, world.now)
+    wanted = {host: world.control.wanted(host) for host in world.hosts}
+    world.control.planned(asked, found, world.now)
+    assert {host: world.control.wanted(host) for host in world.hosts} == wanted
+
+
 def test_numbers_of_a_new_term_are_above_all_of_an_old_one() -> None:
     assert Number(2, 1) > Number(1, 10**9)

@@ -204,6 +204,25 @@ def test_any_one_domain_may_be_lost_whenever_there_is_room() -> None:
             assert {int(name[1:]) % 2 for name in layer.hosts(expert)} == {0, 1}
 
 
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_balancing_never_takes_protection_away(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    hosts = [PoolHost(name=f"h{n}", slots=10, domain="ab"[n % 2]) for n in range(4)]
+    current: dict[LayerKey, LayerPlacement] = {}
+    for _ in range(4):
+        found = plan(
+            models=[shape(1, 16)],
+            hosts=hosts,
+            current=current,
+            loads={LayerKey(M, 0): np.exp(1.5 * rng.normal(size=16))},
+            policy=Policy(redundancy=1, target=0.99, enough=0.99, horizon_s=EVER),
+        )
+        check(found, hosts, current)
+        assert not found.unprotected
+        current = dict(found.layers)
+
+
 def test_what_is_unprotected_is_named_with_the_memory_it_would_take() -> None:
     hosts = pool(2, 12)
     load = np.arange(1.0, 17.0)
