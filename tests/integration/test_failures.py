@@ -137,7 +137,7 @@ def _free(router: Router) -> bool:
 def test_a_frozen_host_is_overtaken_long_before_its_deadline(
     folder: Path, transport: TransportChoice
 ) -> None:
-    policy = replace(PATIENT, attempt_s=25.0, hedge_burst=20.0)
+    policy = replace(PATIENT, attempt_s=25.0, hedge_burst=100.0)
     with serving(folder, replicas=2) as pool:
         router = pool.router(policy=policy, transport=transport)
         ask(pool, router, LEARNING)
@@ -151,7 +151,7 @@ def test_a_frozen_host_is_overtaken_long_before_its_deadline(
 def test_a_slow_host_gets_few_calls_and_more_when_it_is_well(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = replace(PATIENT, attempt_s=25.0, avoid_s=5.0)
+    policy = replace(PATIENT, attempt_s=25.0, avoid_s=5.0, hedge_burst=100.0)
     with serving(folder, replicas=2) as pool:
         slow, _ = pool.hosts
         router = pool.router(policy=policy)
