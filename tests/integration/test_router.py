@@ -152,7 +152,7 @@ def test_a_defect_of_one_host_costs_its_own_rows_only(
         broken, sound = pool.hosts
         router = pool.router()
         lost: list[tuple[list[int], MoesaicError]] = []
-        router.on_rows_lost = lambda rows, error: lost.append((rows, error))
+        router.batch.on_lost = lambda rows, error: lost.append((rows, error))
         x, ids, weights = inputs(16)
         real = host_loop.compute
 
@@ -252,7 +252,7 @@ def test_lost_rows_are_reported_and_skipped_until_the_next_step(folder: Path) ->
     with serving(folder) as pool:
         router = pool.router(policy=HASTY)
         lost: list[tuple[list[int], MoesaicError]] = []
-        router.on_rows_lost = lambda rows, error: lost.append((rows, error))
+        router.batch.on_lost = lambda rows, error: lost.append((rows, error))
         theirs = {e for e in range(EXPERTS) if pool.holders(e) == [pool.hosts[0]]}
         pool.hosts[0].close()
         x, ids, weights = inputs(10)
@@ -289,7 +289,7 @@ def test_an_expert_that_is_not_finite_costs_the_rows_that_it_touched(folder: Pat
         with serving(folder, hosts=3, exact=exact) as pool:
             router = pool.router()
             lost: list[tuple[list[int], MoesaicError]] = []
-            router.on_rows_lost = lambda rows, error, lost=lost: lost.append((rows, error))
+            router.batch.on_lost = lambda rows, error, lost=lost: lost.append((rows, error))
             (host,) = pool.holders(5)
             tensors = host._store.get(KEY.expert(5))
             tensors["down"] = torch.full_like(tensors["down"], torch.nan)
