@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -27,6 +26,7 @@ from ..cluster.plan import PoolHost
 from ..proto.errors import ClusterError, MoesaicError, Superseded
 from .host import HostReport
 from .operations import Operations
+from .overview import Overview
 from .store import ModelRef
 from .term import claim_term, kept_wishes
 
@@ -39,7 +39,7 @@ LOAD_TIMEOUT_S = 600.0
 SETTLE_S = 60.0
 
 
-class Controller(Operations):
+class Controller(Operations, Overview):
     """Runs as an asyncio Ray actor."""
 
     def __init__(
@@ -118,39 +118,6 @@ class Controller(Operations):
     async def addresses(self) -> dict[str, str]:
         """The gRPC address of every host that is up."""
         return {host: report.entry.grpc_address for host, report in self._reports.items()}
-
-    async def status(self) -> dict[str, Any]:
-        """Plain values for people and JSON."""
-        placement = self._control.placement
-        missing = self._control.missing()
-        return {
-            "placement": list(placement.number) if placement else None,
-            "tick_age_s": round(time.monotonic() - self._last_tick, 3),
-            "ticks": self._ticks,
-            "error": self._tick_error or self._plan_error,
-            "term": self._term,
-            "routers": {
-                name: None if number is None else list(number)
-                for name, number in self._control.publisher.routers(time.monotonic()).items()
-            },
-            "balance": self._balance_status(),
-            "hosts": [self._host_status(host) for host in self._hosts],
-            "models": [
-                {
-                    "name": name,
-                    "path": ref.path,
-                    "dtype": ref.dtype,
-                    "replicas": shape.replicas,
-                    "exact": shape.exact,
-                    "layers": len(shape.experts),
-                    "experts": sum(shape.experts.values()),
-                    "missing_experts": sum(1 for key in missing if key.model == name),
-                }
-                for name, (ref, shape) in self._models.items()
-            ],
-            "missing_experts": [f"{key}: {why}" for key, why in list(missing.items())[:10]],
-            "unprotected_experts": len(self._control.unprotected()),
-        }
 
     async def progress(self) -> tuple[int, int, str]:
         """(replicas held, replicas wanted, first load error) since the start."""
@@ -313,36 +280,3 @@ class Controller(Operations):
         if host not in self._handles:
             self._handles[host] = ray.get_actor(host, namespace=self._namespace)
         return self._handles[host]
-
-    def _balance_status(self) -> dict[str, Any]:
-        now = time.monotonic()
-        control = self._control
-        last = control.changes.all[-1] if control.changes.all else None
-        return {
-            "auto": control.policy.auto,
-            "plan_age_s": None
-            if control.planned_at is None
-            else round(now - control.planned_at, 1),
-            "moves_pending": control.pending(),
-            "leaving": sorted(control.wishes.leaving),
-            "last_change": None if last is None else last.describe(now),
-        }
-
-    def _host_status(self, host: str) -> dict[str, Any]:
-        status: dict[str, Any] = {"host": host, "state": self._states[host]}
-        report = self._reports.get(host)
-        if report is not None:
-            status |= {
-                "incarnation": report.entry.incarnation,
-                "node": report.entry.node,
-                "pid": report.pid,
-                "device": report.device,
-                "experts": sum(map(len, report.holdings.values())),
-                "loading": report.loading,
-                "weight_bytes": report.weight_bytes,
-                "rss_bytes": report.rss_bytes,
-                **asdict(report.loop),
-            }
-        if host in self._errors:
-            status["error"] = self._errors[host]
-        return status
