@@ -16,10 +16,11 @@ from moesaic.cli.main import main
 from moesaic.cluster.placement import LayerKey
 from moesaic.handle import Cluster
 from moesaic.traces import read_trace
-from tests.helpers.live import text_of, wait_until
+from tests.helpers.live import hosts_of, text_of, wait_until
 from tests.integration.conftest import save_model
 
 MODEL = "m"
+EMULATE = {"call_us": 3000, "row_us": 100}
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -36,7 +37,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     spec = {
         "name": f"watching-{os.getpid()}",
         "models": [{"name": MODEL, "path": str(folder)}],
-        "hosts": [{"count": 2, "slots": 16}],
+        "hosts": [{"count": 2, "slots": 16, "emulate": EMULATE}],
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0},
         "balance": {"auto": False, "lease_s": 4},
@@ -105,3 +106,15 @@ def test_the_command_line_records_until_ctrl_c(pool: Cluster, tmp_path: Path) ->
     trace = read_trace(file)
     assert 0 < trace.windows < 3600
     assert trace.choices_WH.sum() > 0
+
+
+def test_an_emulated_device_takes_its_time_and_says_when_it_could_not(
+    pool: Cluster, client: Client
+) -> None:
+    text_of(client, MODEL, 10)
+    for host in hosts_of(pool).values():
+        assert host["batches"] > 0
+        assert host["busy_s"] >= 0.003 * host["batches"] + 1e-4 * host["calls"]
+        assert 0 <= host["overruns"] <= host["batches"]
+        assert (host["worst_overrun_s"] > 0) == (host["overruns"] > 0)
+        assert host["late_s"] >= 0

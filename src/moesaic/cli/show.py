@@ -70,6 +70,12 @@ def print_status(values: dict[str, Any]) -> None:
             str(host.get("queued_rows", "")),
         )
     out.print(hosts)
+    for host in cluster.get("hosts", []):
+        if host.get("overruns"):
+            out.print(
+                f"[yellow]{host['host']}: {host['overruns']:,} batches took longer than the "
+                f"emulated device, by up to {1e3 * host['worst_overrun_s']:.1f} ms[/yellow]"
+            )
     models = Table(
         "model", "dtype", "layers", "experts", "replicas", "missing", "running", "waiting"
     )
