@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .changes import Change, Changes
+from .effect import EffectMeter
 from .load import LoadReport, LoadTracker
 from .loading import Loader
 from .observed import Observation, View
@@ -76,6 +77,7 @@ class Control:
         )
         self.loads = LoadTracker()
         self.changes = Changes()
+        self.effects = EffectMeter(self.policy.every_s)
         # What operators want; planned for at the next tick.
         self.wishes = Wishes()
         # Experts for which no host has room.
@@ -162,6 +164,11 @@ class Control:
         """Experts that the loss of one failure domain would take away."""
         return [key for key in self._every_expert() if len(self.view.domains(key)) == 1]
 
+    def staying(self, now: float) -> list[PoolHost]:
+        """Hosts that are to hold experts."""
+        names = self.view.usable(now) - self.wishes.leaving
+        return [self.view.hosts[name] for name in sorted(names)]
+
     def pending(self) -> int:
         """Replicas that the target names and nobody holds yet."""
         return sum(
@@ -203,6 +210,10 @@ class Control:
             ]
             if self._nothing_pending:
                 self.changes.done(now)
+        # Step 6: measure what the last change brought.
+        standing = self.placement.layers if self.placement is not None else {}
+        last = self.changes.find(None)
+        self.effects.tick(last, standing, self.loads, self.staying(now), now)
         return commands
 
     # ---- step 2: the target ---------------------------------------------------------------------

@@ -105,6 +105,12 @@ def _added(known: np.ndarray | None, counts: np.ndarray) -> np.ndarray:
     return known + counts if same else counts.astype(np.int64)
 
 
+def grown(before: np.ndarray | None, now: np.ndarray) -> np.ndarray:
+    """What has come to a total; a model of another form under the same name began at zero."""
+    same = before is not None and before.shape == now.shape and bool((before <= now).all())
+    return now - before if same else now
+
+
 class LoadTracker:
     """The controller's view: rates of all routers together, over several horizons."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .load import HostTimes
+from .load import HostTimes, grown
 from .placement import LayerKey
 from .trace import Trace
 
@@ -46,7 +46,7 @@ class Recorder:
         was away in between; they share evenly in what was counted."""
         before = self._last if self._last.term == totals.term else LoadTotals(term=totals.term)
         self._last = totals
-        counts = {key: _grown(before.counts.get(key), now) for key, now in totals.counts.items()}
+        counts = {key: grown(before.counts.get(key), now) for key, now in totals.counts.items()}
         hosts = {h: now.since(before.hosts.get(h)) for h, now in totals.hosts.items()}
         for n in range(windows):
             self._windows.append(
@@ -82,9 +82,3 @@ class Recorder:
             busy_s_WH=busy_s_WH,
             queued_s_WH=queued_s_WH,
         )
-
-
-def _grown(before: np.ndarray | None, now: np.ndarray) -> np.ndarray:
-    """What was counted since; a model of another form under the same name starts at zero."""
-    same = before is not None and before.shape == now.shape and bool((before <= now).all())
-    return now - before if same else now

@@ -232,11 +232,18 @@ def _print_plan(found: dict[str, Any]) -> None:
         out.print(f"[red]no room for {len(found['unplaced'])} experts[/red]")
 
 
+def _measured(found: dict[str, Any] | None) -> str:
+    """Balancedness of the load behind a change: without it, and with it."""
+    if found is None:
+        return ""
+    return f"{found['balancedness_unchanged']} -> {found['balancedness']} ({found['seconds']:g} s)"
+
+
 def _print_changes(changes: list[dict[str, Any]]) -> None:
     if not changes:
         out.print("no changes yet")
         return
-    table = Table("id", "who", "why", "phase", "moves", "size", "took", "balancedness")
+    table = Table("id", "who", "why", "phase", "moves", "size", "took", "predicted", "measured")
     for change in changes:
         took = change["took_s"]
         table.add_row(
@@ -248,5 +255,6 @@ def _print_changes(changes: list[dict[str, Any]]) -> None:
             _size(change["bytes"]),
             f"{took:g} s" if took is not None else f"since {change['age_s']:g} s",
             f"{change['balancedness_before']} -> {change['balancedness_predicted']}",
+            _measured(change["measured"]),
         )
     out.print(table)
