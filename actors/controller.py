@@ -23,6 +23,7 @@ from ..cluster.observed import Observation
 from ..cluster.orders import Evict, MakePlan, Publish
 from ..cluster.placement import LayerKey, ModelShape, Placement
 from ..cluster.plan import PoolHost
+from ..cluster.watchdog import Watchdog
 from ..proto.errors import ClusterError, MoesaicError, Superseded
 from .host import HostReport
 from .operations import Operations
@@ -49,6 +50,7 @@ class Controller(Operations, Overview):
         models: Sequence[tuple[ModelRef, ModelShape]],
         policy: ControlPolicy,
     ) -> None:
+        super().__init__()
         self._namespace = namespace
         self._hosts = tuple(host.name for host in hosts)
         self._term = claim_term(namespace)
@@ -64,11 +66,12 @@ class Controller(Operations, Overview):
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._evicts: dict[str, asyncio.Task[None]] = {}
         self._published = asyncio.Condition()
-        self._last_tick = time.monotonic()
         self._ticks = 0
         self._tick_error = self._plan_error = ""
         self._planning: asyncio.Task[None] | None = None
+        self._watchdog = Watchdog(self._control, time.monotonic())
         self._loop = asyncio.get_running_loop().create_task(self._run())
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     # ---- what others ask ------------------------------------------------------------------------
 
@@ -134,10 +137,6 @@ class Controller(Operations, Overview):
             error += "more slots or memory, or add hosts"
         return held, sum(map(len, wanted.values())), error
 
-    async def check_health(self) -> None:
-        if self._loop.done():
-            raise ClusterError(f"the controller's loop ended: {self._tick_error}")
-
     # ---- the loop -------------------------------------------------------------------------------
 
     async def _run(self) -> None:
@@ -145,11 +144,12 @@ class Controller(Operations, Overview):
             try:
                 await self._tick()
                 self._tick_error = ""
-            except (MoesaicError, RayError, ValueError) as error:
-                # Shown in `status`; the next tick starts from what the hosts report then.
+            except Exception as error:
+                # Shown in `status`, whatever it is; the next tick starts from what the hosts
+                # report then.
                 self._tick_error = f"{type(error).__name__}: {error}"
                 log.exception("controller: a tick failed")
-            self._last_tick = time.monotonic()
+            self._watchdog.ticked(time.monotonic(), failed=bool(self._tick_error))
             self._ticks += 1
             await asyncio.sleep(TICK_S)
 
@@ -206,6 +206,7 @@ class Controller(Operations, Overview):
     async def _plan(self, command: MakePlan) -> None:
         """In a thread of its own: a large pool takes seconds, and ticks go on."""
         found = None
+        self._watchdog.plan_began(time.monotonic())
         try:
             found = await asyncio.to_thread(command.run)
             self._plan_error = ""
@@ -214,6 +215,7 @@ class Controller(Operations, Overview):
             self._plan_error = f"planner: {type(error).__name__}: {error}"
             log.exception("controller: the planner failed")
         finally:
+            self._watchdog.plan_ended(failed=found is None)
             self._control.planned(command, found, time.monotonic())
 
     def _start_load(self, command: Load) -> None:

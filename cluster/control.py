@@ -147,6 +147,11 @@ class Control:
         """Whether hosts have reported and a first plan was made."""
         return self._target is not None
 
+    @property
+    def state(self) -> object:
+        """Changes with the hosts that are seen, the target and the models."""
+        return self.view.version, self._target_version, tuple(self.models.values())
+
     def wanted(self, host: str) -> list[ExpertKey]:
         if host not in self._wanted:
             self._wanted[host] = experts_of(self._target or {}, host)
@@ -196,11 +201,10 @@ class Control:
             )
             commands += [load] if load is not None else []
         # Step 4: publish what is ready, if it is not what was published last.
-        state = self.view.version, self._target_version, tuple(self.models.values())
-        if state != self._published_for:
+        if self.state != self._published_for:
             placement = self.publisher.publish(target, self.models)
             commands += [Publish(placement=placement)] if placement is not None else []
-            self._published_for = state
+            self._published_for = self.state
             self._nothing_pending = not self.pending()
         # Step 5: let hosts forget what no router can ask for any more.
         if self._target is not None:
@@ -211,9 +215,8 @@ class Control:
             if self._nothing_pending:
                 self.changes.done(now)
         # Step 6: measure what the last change brought.
-        standing = self.placement.layers if self.placement is not None else {}
-        last = self.changes.find(None)
-        self.effects.tick(last, standing, self.loads, self.staying(now), now)
+        last, hosts = self.changes.find(None), self.staying(now)
+        self.effects.tick(last, self.placement, self.loads, hosts, now)
         return commands
 
     # ---- step 2: the target ---------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 from .balance import balancedness
 from .changes import Change, Effect, Phase
 from .load import HostTimes, LoadTracker, grown
-from .placement import LayerKey, LayerPlacement
+from .placement import LayerKey, LayerPlacement, Placement
 from .plan import PoolHost
 
 # Routers report once a second: shorter windows say nothing.
@@ -80,17 +80,17 @@ class EffectMeter:
         # Of the change that is seen: choices of hosts before it, and the totals at its end.
         self._before: dict[str, float] = {}
         self._ended: _Reading | None = None
-        self._brought: Mapping[LayerKey, LayerPlacement] = {}
+        self._brought: Placement | None = None
 
     def tick(
         self,
         last: Change | None,
-        standing: Mapping[LayerKey, LayerPlacement],
+        published: Placement | None,
         loads: LoadTracker,
         hosts: Sequence[PoolHost],
         now: float,
     ) -> None:
-        """``standing`` is what is published: of a change that failed in part, what came of it."""
+        """``published`` is what stands: of a change that failed in part, what came of it."""
         if last is not self._seen:
             # The next change ends the measuring of the one before.
             self._close(loads, hosts, now)
@@ -98,7 +98,7 @@ class EffectMeter:
             self._before = self._lately(loads, now)
         if last is not None and last.effect is None and last.phase in (Phase.DONE, Phase.FAILED):
             if self._ended is None:
-                self._ended, self._brought = _Reading.of(loads, now), standing
+                self._ended, self._brought = _Reading.of(loads, now), published
             elif now - self._ended.at >= self._window_s:
                 self._close(loads, hosts, now)
         if self._newer is None or now - self._newer.at >= self._window_s:
@@ -112,15 +112,15 @@ class EffectMeter:
         return since.choices_per_s(_Reading.of(loads, now))
 
     def _close(self, loads: LoadTracker, hosts: Sequence[PoolHost], now: float) -> None:
-        change, ended = self._seen, self._ended
-        if change is None or ended is None or change.effect is not None:
+        change, ended, brought = self._seen, self._ended, self._brought
+        if change is None or ended is None or brought is None or change.effect is not None:
             return
         if now - ended.at < _LEAST_S:
             return
         reading = _Reading.of(loads, now)
         counts = ended.counts_until(reading)
         before = balancedness_under(change.layers_before, counts, hosts)
-        after = balancedness_under(self._brought, counts, hosts)
+        after = balancedness_under(brought.layers, counts, hosts)
         if before and after:
             change.effect = Effect(
                 seconds=now - ended.at,

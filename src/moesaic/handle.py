@@ -121,6 +121,11 @@ class Cluster:
 
         return ask(controller_of(self._join()).status.remote(), 10.0, "the controller's status")
 
+    def top(self, experts: int = 10) -> dict[str, Any]:
+        """What goes on now, as plain values: hosts, the hottest ``experts``, balancedness, moves
+        to come. Rates are means over the last seconds. Raises ClusterError."""
+        return self._ask("top", experts)
+
     def record(
         self,
         seconds: float,

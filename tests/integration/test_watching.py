@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+import ray
 
 import moesaic
 from moesaic import Client
@@ -118,3 +123,89 @@ def test_an_emulated_device_takes_its_time_and_says_when_it_could_not(
         assert 0 <= host["overruns"] <= host["batches"]
         assert (host["worst_overrun_s"] > 0) == (host["overruns"] > 0)
         assert host["late_s"] >= 0
+
+
+@pytest.mark.usefixtures("traffic")
+def test_top_shows_what_goes_on(pool: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    def busy() -> bool:
+        seen = pool.top(3)
+        return bool(seen["experts"]) and all(host["calls_per_s"] > 0 for host in seen["hosts"])
+
+    wait_until(busy)
+    seen = pool.top(3)
+    assert [host["host"] for host in seen["hosts"]] == ["host-0", "host-1"]
+    for host in seen["hosts"]:
+        assert (host["state"], host["experts"]) == ("up", 8)
+        assert 0 < host["busy"] < 1.5
+    rates = [expert["choices_per_s"] for expert in seen["experts"]]
+    assert rates == sorted(rates, reverse=True)
+    assert len(rates) == 3
+    for expert in seen["experts"]:
+        assert len(expert["hosts"]) == 1
+    (model,) = seen["models"]
+    assert 0 < model["balancedness_worst"] <= model["balancedness_mean"] <= 1
+    assert (seen["routers"], seen["moves_pending"], seen["error"]) == (1, 0, "")
+
+    assert main(["top", "--json", "--name", pool.name, "--experts", "2"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["experts"]) == 2
+    assert main(["top", "--once", "--name", pool.name]) == 0
+    drawn = capsys.readouterr().out
+    assert pool.name in drawn
+    assert "host-1" in drawn
+
+
+def test_top_goes_on_without_a_terminal_until_it_is_stopped(pool: Cluster) -> None:
+    command = [sys.executable, "-m", "moesaic.cli.main", "top", "--interval", "0.2"]
+    with subprocess.Popen(
+        [*command, "--name", pool.name], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        heads = (line for line in process.stdout if line.startswith("cluster "))
+        assert [pool.name in line for line, _ in zip(heads, range(3), strict=False)] == [True] * 3
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+@pytest.mark.usefixtures("traffic")
+def test_history_shows_what_a_change_brought(
+    pool: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool.replicate(MODEL, 0, 0, 2)
+    wait_until(lambda: bool(pool.history()) and pool.history()[-1]["measured"] is not None)
+    change = pool.history()[-1]
+    assert (change["phase"], change["moves"]) == ("done", 1)
+    measured = change["measured"]
+    assert measured["seconds"] >= 1.0
+    assert 0 < measured["balancedness_unchanged"] <= 1
+    assert 0 < measured["balancedness"] <= 1
+    assert measured["host_choices_per_s"].keys() == {"host-0", "host-1"}
+    assert main(["history", "--name", pool.name]) == 0
+    assert "measured" in capsys.readouterr().out, "beside what was predicted"
+    pool.replicate(MODEL, 0, 0, 1)
+
+
+def test_the_watchdog_stands_in_status_and_among_rays_metrics(
+    pool: Cluster, client: Client
+) -> None:
+    text_of(client, MODEL, 5)
+    status = pool.status()
+    seen = status["watchdog"]
+    assert (seen["term"], seen["failing"], status["warnings"]) == (status["term"], False, [])
+    assert seen["tick_age_s"] < 5
+    assert (seen["hosts"], seen["missing_experts"]) == ({"up": 2}, 0)
+    assert seen["unprotected_experts"] == status["unprotected_experts"]
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def figures() -> dict[str, float]:
+        lines = [line for line in httpx.get(address).text.splitlines() if "moesaic_" in line]
+        mine = [line for line in lines if f'cluster="{pool.name}"' in line]
+        return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in mine}
+
+    wait_until(lambda: "ray_moesaic_term" in figures())
+    found = figures()
+    assert found["ray_moesaic_term"] == status["term"]
+    assert found["ray_moesaic_missing_experts"] == 0
+    assert found["ray_moesaic_hosts"] == 2
+    assert found["ray_moesaic_tick_age_s"] >= 0

@@ -8,7 +8,7 @@ import pytest
 from moesaic.cluster.changes import Change, Changes
 from moesaic.cluster.effect import EffectMeter, balancedness_under
 from moesaic.cluster.load import HostTimes, LoadReport, LoadTracker
-from moesaic.cluster.placement import LayerKey, LayerPlacement, Replica
+from moesaic.cluster.placement import LayerKey, LayerPlacement, Number, Placement, Replica
 from moesaic.cluster.plan import Plan, PoolHost
 
 KEY = LayerKey("m", 0)
@@ -50,7 +50,7 @@ class World:
     def __init__(self, window_s: float = 4.0) -> None:
         self.meter = EffectMeter(window_s)
         self.changes, self.loads, self.now = Changes(), LoadTracker(), 0.0
-        self.standing = BEFORE
+        self.standing = Placement(number=Number(1, 1), hosts={}, layers=BEFORE)
 
     def run(self, seconds: float, *counts: int) -> None:
         for _ in range(int(2 * seconds)):
@@ -69,7 +69,7 @@ class World:
         return self.changes.begin(PLAN, BEFORE, self.now, who="w", why="y")
 
     def end(self) -> None:
-        self.standing = AFTER
+        self.standing = Placement(number=Number(1, 2), hosts={}, layers=AFTER)
         self.changes.done(self.now)
 
 

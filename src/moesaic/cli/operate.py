@@ -236,14 +236,14 @@ def _measured(found: dict[str, Any] | None) -> str:
     """Balancedness of the load behind a change: without it, and with it."""
     if found is None:
         return ""
-    return f"{found['balancedness_unchanged']} -> {found['balancedness']} ({found['seconds']:g} s)"
+    return f"\nmeasured: {found['balancedness_unchanged']} -> {found['balancedness']}"
 
 
 def _print_changes(changes: list[dict[str, Any]]) -> None:
     if not changes:
         out.print("no changes yet")
         return
-    table = Table("id", "who", "why", "phase", "moves", "size", "took", "predicted", "measured")
+    table = Table("id", "who", "why", "phase", "moves", "size", "took", "balancedness")
     for change in changes:
         took = change["took_s"]
         table.add_row(
@@ -254,7 +254,7 @@ def _print_changes(changes: list[dict[str, Any]]) -> None:
             str(change["moves"]),
             _size(change["bytes"]),
             f"{took:g} s" if took is not None else f"since {change['age_s']:g} s",
-            f"{change['balancedness_before']} -> {change['balancedness_predicted']}",
-            _measured(change["measured"]),
+            f"{change['balancedness_before']} -> {change['balancedness_predicted']}"
+            + _measured(change["measured"]),
         )
     out.print(table)

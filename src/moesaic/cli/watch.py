@@ -14,6 +14,7 @@ from ..handle import connect
 from ..proto.errors import CheckpointError, ClusterError
 from ..traces import write_trace
 from .progress import bars
+from .top import top
 
 err = Console(stderr=True, highlight=False)
 
@@ -21,7 +22,8 @@ NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in i
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(record)
+    for command in (record, top):
+        app.command()(command)
 
 
 def record(
