@@ -16,6 +16,8 @@ BENCHMARKS: dict[str, list[str]] = {
     "decode": [],
     "decode-float32": ["--dtype", "float32"],
     "endpoint": [],
+    "skew": [],
+    "faults": [],
 }
 
 

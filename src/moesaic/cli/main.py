@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from ..proto.errors import MoesaicError
-from .operate import register
+from . import operate, watch
 
 app = typer.Typer(
     name="moesaic",
@@ -141,7 +141,8 @@ def upcycle(
     err.print(f"wrote {folder}")
 
 
-register(app)
+operate.register(app)
+watch.register(app)
 
 
 def main(argv: list[str] | None = None) -> int:
