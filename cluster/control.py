@@ -163,9 +163,13 @@ class Control:
         return [key for key in self._every_expert() if len(self.view.domains(key)) == 1]
 
     def pending(self) -> int:
-        """Replicas that the target names and nobody holds yet."""
+        """Replicas that the target names and that are still to come; what only memory held and
+        nobody holds any more never will."""
         return sum(
-            not self.view.holds(host, key) for host in self.view.hosts for key in self.wanted(host)
+            not self.view.holds(host, key)
+            and (key.model in self.loader.on_disk or bool(self.view.holders(key)))
+            for host in self.view.hosts
+            for key in self.wanted(host)
         )
 
     # ---- one round ------------------------------------------------------------------------------

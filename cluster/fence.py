@@ -1,10 +1,10 @@
 """Which controller a host obeys, and which of its orders are still good.
 
-Two controllers can be alive at once, when the older one is wrongly taken for dead, and an order can
-come late, when a host was frozen. What a host reports is only worth something if nothing that was
-ordered before can undo it behind the report. So every report begins with the term of who asks, after
-which older terms are over, and with the number of evictions that it does not wait for any more,
-after which these are void.
+Two controllers can be alive at once, when the older one is wrongly taken for dead, and an order
+can come late, when a host was frozen. What a host reports is only worth something if nothing that
+was ordered before can undo it behind the report. So every report begins with the term of who asks,
+after which older terms are over, and with the number of evictions that it does not wait for any
+more, after which these are void.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from .facts import (
     Sent,
     Wrote,
 )
-
 from .host import SimHost
 
 if TYPE_CHECKING:
@@ -282,7 +281,7 @@ class Invariants:
                 for expert in range(experts):
                     key = ExpertKey(shape.model, layer, expert)
                     alive = any(host.holds(key) for host in world.hosts.values())
-                    if not alive and not self._gone_for_good(key):
+                    if not alive and key not in control.unplaced and not self._gone_for_good(key):
                         return f"nobody holds {key}"
         last = control.changes.all[-1] if control.changes.all else None
         if last is not None and last.phase is Phase.LOADING:

@@ -21,7 +21,6 @@ from ..events import (
     Connect,
     Disconnect,
     Event,
-    HostDown,
     HostUp,
     Ponged,
     Probe,
