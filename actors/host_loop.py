@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ..cluster.placement import ExpertKey, LayerKey
 from ..cluster.residency import QueuedCall, Residency
-from ..proto.errors import CallError, HostLost, InternalError, MoesaicError
+from ..proto.errors import CallError, Corrupted, HostLost, InternalError, MoesaicError
 from ..proto.expert_pb2 import Call, Frame
-from ..proto.wire import WIRE_VERSION, CallLayout
+from ..proto.wire import WIRE_VERSION, CallLayout, checksum
 from .compute import Answer, PendingCall, compute
 from .store import ExpertStore
 from .transport.base import Inbound, Listener, Session
@@ -229,6 +229,8 @@ class HostLoop:
                     f"rows: call and answer take {layout.slot_bytes} bytes, a slot has "
                     f"{session.slot_bytes}; send fewer rows in one call"
                 )
+            if checksum(call.seq, payload[: layout.call_bytes]) != call.checksum:
+                raise Corrupted(f"call {call.seq}: its tensors have another checksum")
             if (router, call.seq) in self._pending:
                 raise CallError(f"seq: {call.seq} is in use")
             _, ids_TK, _ = layout.call_tensors(payload)
@@ -312,6 +314,7 @@ class HostLoop:
         reply.bad_experts.extend(answer.bad)
         reply.queued_us = int(queued_s * 1e6)
         reply.busy_us = int(busy_s * 1e6)
+        reply.checksum = checksum(queued.seq, answer.buffer[: reply.payload_bytes])
         if self._pending.pop((queued.router, queued.seq), None) is None:
             return  # its router is gone
         try:
@@ -337,6 +340,7 @@ def _queued(call: Call, router: str, ids_TK: Tensor, now: float) -> QueuedCall:
         expires_at=now + call.timeout_us * 1e-6,
         incarnation=call.incarnation,
         version=call.version,
+        attempt=call.attempt,
         ids=ids_TK.numpy(),
     )
 

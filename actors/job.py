@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..cluster.events import Send
 from ..cluster.placement import LayerKey, Number, Placement
+from ..proto.errors import CallError
 from ..proto.expert_pb2 import Frame, Reply
-from ..proto.wire import DTYPE_TO_WIRE, CallLayout
+from ..proto.wire import DTYPE_TO_WIRE, CallLayout, checksum
 
 
 class LayerJob:
@@ -72,10 +73,12 @@ class LayerJob:
         call.dtype = DTYPE_TO_WIRE[self.dtype]
         call.exact = self.exact
         call.payload_bytes = layout.call_bytes
+        call.attempt = send.attempt
         return frame, layout
 
-    def write(self, send: Send, layout: CallLayout, buffer: Tensor) -> None:
-        """Put the tensors of ``send`` into ``buffer`` (uint8), without a copy in between."""
+    def write(self, send: Send, frame: Frame, layout: CallLayout, buffer: Tensor) -> None:
+        """Put the tensors of ``send`` into ``buffer`` (uint8), without a copy in between, and their
+        checksum into ``frame``."""
         x_tH, ids_tk, weights_tk = map(_as_numpy, layout.call_tensors(buffer))
         if layout.rows == self.tokens:
             x_tH[...] = self._x_TH
@@ -84,6 +87,7 @@ class LayerJob:
         ids_tk[...] = send.ids_tk
         # An unused choice (-1) takes some weight; hosts skip it by its id.
         np.take(self._weights_N, send.choice_tk, out=weights_tk, mode="wrap")
+        frame.call.checksum = checksum(send.seq, buffer[: layout.call_bytes])
 
     # ---- receiving ------------------------------------------------------------------------------
 
@@ -136,6 +140,18 @@ class LayerJob:
         ids = np.unique(self.ids_TK.reshape(-1)[choices])
         experts = [str(self.key.expert(int(expert))) for expert in ids]
         return ", ".join(experts[:at_most]) + (" and others" if experts[at_most:] else "")
+
+
+def check_shapes(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+    """Raises CallError."""
+    if x_TH.dim() != 2:
+        raise CallError(f"hidden states: shape {tuple(x_TH.shape)}; (tokens, hidden) is expected")
+    for name, tensor in (("ids", ids_TK), ("weights", weights_TK)):
+        if tensor.dim() != 2 or tensor.shape != (x_TH.shape[0], ids_TK.shape[-1]):
+            raise CallError(
+                f"{name}: shape {tuple(tensor.shape)} for {x_TH.shape[0]} tokens; ids and weights "
+                "are both (tokens, choices)"
+            )
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..cluster.events import Event, HostDown, HostUp, Ponged, Refused, Replied
 from ..cluster.placement import HostEntry
-from ..proto.errors import HostLost
+from ..proto.errors import Corrupted, HostLost
 from ..proto.expert_pb2 import Frame, Reply
-from ..proto.wire import CallLayout
+from ..proto.wire import CallLayout, checksum
 from .transport.base import Channel, Inbound
 from .transport.connect import TransportChoice, connect
 
@@ -123,6 +123,12 @@ class Links:
         except HostLost as lost:
             self._down(host, lost)
 
+    def free(self, host: str, seq: int) -> None:
+        """No answer to this call is wanted or expected any more."""
+        channel = self._channels.get(host)
+        if channel is not None:
+            channel.release(seq)
+
     # ---- in -------------------------------------------------------------------------------------
 
     def events(self, timeout_s: float) -> Iterator[Event]:
@@ -160,13 +166,20 @@ class Links:
         frame = inbound.frame
         match frame.WhichOneof("kind"):
             case "reply":
-                self._replies[host, frame.reply.seq] = inbound
-                return Replied(host, frame.reply.seq)
+                reply = frame.reply
+                assert inbound.payload is not None
+                if checksum(reply.seq, inbound.payload) != reply.checksum:
+                    self.free(host, reply.seq)
+                    message = f"the answer to call {reply.seq} of {host} has another checksum"
+                    log.warning("router %s: %s", self._router, message)
+                    return Refused(host, reply.seq, Corrupted.__name__, message)
+                self._replies[host, reply.seq] = inbound
+                return Replied(host, reply.seq)
             case "refusal":
                 refusal = frame.refusal
                 return Refused(host, refusal.seq, refusal.code, refusal.message)
             case "pong":
-                return Ponged(host)
+                return Ponged(host, frame.pong.seq)
             case "welcome":
                 self._max_rows[host] = max(1, frame.welcome.max_rows)
                 return HostUp(host, frame.welcome.incarnation)

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 
 from ..cluster.dispatch import Dispatcher
-from ..cluster.events import Accept, Cancel, Command, Connect, Disconnect, Probe, Refresh, Send
+from ..cluster.events import (
+    Accept,
+    Cancel,
+    Command,
+    Connect,
+    Disconnect,
+    Free,
+    Probe,
+    Refresh,
+    Send,
+)
 from ..cluster.health import HostState, RouterPolicy
 from ..cluster.load import LoadReport
 from ..cluster.placement import LayerKey, Number, Placement
@@ -35,7 +45,7 @@ from ..proto.errors import (
 )
 from ..proto.expert_pb2 import Frame
 from ..proto.wire import DTYPE_TO_WIRE
-from .job import LayerJob
+from .job import LayerJob, check_shapes
 from .links import Links
 from .transport.connect import TransportChoice
 
@@ -53,6 +63,8 @@ class RouterStats:
     rows: int
     retries: int
     ejections: int
+    hedges: int  # sends that repeated a late one,
+    overtakings: int  # and were answered before it
     rows_lost: int
     placement: Number
     hosts: dict[str, str]
@@ -127,6 +139,8 @@ class Router:
             rows=self._rows,
             retries=dispatcher.retries,
             ejections=dispatcher.ejections,
+            hedges=dispatcher.hedges,
+            overtakings=dispatcher.overtakings,
             rows_lost=self._rows_lost,
             placement=placement.number if placement else Number(0, 0),
             hosts={name: host.state.value for name, host in list(dispatcher.hosts.items())},
@@ -181,7 +195,7 @@ class Router:
         if x_TH.dtype not in DTYPE_TO_WIRE:
             known = ", ".join(str(dtype) for dtype in DTYPE_TO_WIRE)
             raise CallError(f"dtype: hidden states are {x_TH.dtype}, the wire knows {known}")
-        _check_shapes(x_TH, ids_TK, weights_TK)
+        check_shapes(x_TH, ids_TK, weights_TK)
         with self._lock:
             if self._closed:
                 raise ClusterError(f"router {self.name}: closed")
@@ -268,7 +282,10 @@ class Router:
                 assert job is not None
                 frame, layout = job.frame(command)
                 self._links.send_call(
-                    command.host, frame, layout, lambda buffer: job.write(command, layout, buffer)
+                    command.host,
+                    frame,
+                    layout,
+                    lambda buffer: job.write(command, frame, layout, buffer),
                 )
             case Accept(send):
                 assert self._job is not None
@@ -285,10 +302,12 @@ class Router:
                 frame = Frame()
                 frame.cancel.seq = seq
                 self._links.send(host, frame)
-            case Probe(host):
+            case Probe(host, number):
                 frame = Frame()
-                frame.ping.seq = 0
+                frame.ping.seq = number
                 self._links.send(host, frame)
+            case Free(host, seq):
+                self._links.free(host, seq)
             case Refresh():
                 if self._refresh is not None:
                     self._refresh()
@@ -315,17 +334,6 @@ class Router:
         hosts = self._dispatcher.hosts.values()
         up = bool(hosts) and all(host.state is HostState.UP for host in hosts)
         return up and not self._unplaced(layers)
-
-
-def _check_shapes(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
-    if x_TH.dim() != 2:
-        raise CallError(f"hidden states: shape {tuple(x_TH.shape)}; (tokens, hidden) is expected")
-    for name, tensor in (("ids", ids_TK), ("weights", weights_TK)):
-        if tensor.dim() != 2 or tensor.shape != (x_TH.shape[0], ids_TK.shape[-1]):
-            raise CallError(
-                f"{name}: shape {tuple(tensor.shape)} for {x_TH.shape[0]} tokens; ids and weights "
-                "are both (tokens, choices)"
-            )
 
 
 def _now() -> float:

@@ -2,8 +2,9 @@
 
 One layer's call (dispatch, combine) is scattered over hosts, and every choice (a token and one of
 its experts) is accepted from exactly one answer. A host that dies, freezes or refuses is replaced
-by another replica inside the call; choices whose experts are nowhere to be had wait for a host or
-a placement until the call's deadline, and are then reported as lost.
+by another replica inside the call; a send that is late goes to another replica too, and the first
+answer counts. Choices whose experts are nowhere to be had wait for a host or a placement until the
+call's deadline, and are then reported as lost.
 
 No clock, no sockets, no threads, no tensors: `actors/router.py` brings those.
 
@@ -13,7 +14,7 @@ t and k = rows and columns of one send.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 
@@ -31,14 +32,17 @@ from .events import (
     Replied,
     Send,
 )
-from .grouping import rank_within_expert
-from .health import HostHealth, HostState, RouterPolicy
-from .layer_call import LayerCall, Outcome
+from .health import HostHealth, RouterPolicy
+from .hedging import Budget, Latencies
+from .layer_call import Flight, LayerCall, Outcome
 from .load import LoadMeter
-from .placement import SHARE_STEPS, LayerKey, Placement
+from .peers import Peers, Piece
+from .placement import LayerKey, Placement
 
 # Refusals after which another replica or a later moment may serve the same choices.
-_RETRYABLE = ("NotHere", "Busy", "Expired", "HostLost")
+_RETRYABLE = ("NotHere", "Busy", "Expired", "HostLost", "Corrupted")
+# Those that cost the pool nothing: the host lacks what it was asked for, or is gone.
+_FREE = ("NotHere", "HostLost")
 
 
 class Dispatcher:
@@ -46,42 +50,41 @@ class Dispatcher:
 
     def __init__(self, policy: RouterPolicy) -> None:
         self.policy = policy
-        self.placement: Placement | None = None
-        self.hosts: dict[str, HostHealth] = {}
         self.outcome: Outcome | None = None
         self.retries = 0  # sends that another one had to replace
         self.ejections = 0
+        self.hedges = 0  # sends that repeated a late one,
+        self.overtakings = 0  # and were answered before it
+        self._peers = Peers(policy)
         self._call: LayerCall | None = None
         self._next_seq = 1
         self._rotations: dict[LayerKey, int] = defaultdict(int)
         self.meter = LoadMeter()
+        self._latencies = Latencies(policy.hedge_quantile, policy.hedge_least_s)
+        self._hedging = Budget(share=policy.hedge_share, per_s=0.0, most=policy.hedge_burst)
+        self._retrying = Budget(
+            share=policy.retry_share, per_s=policy.retry_per_s, most=policy.retry_burst
+        )
 
-    # ---- placements -----------------------------------------------------------------------------
+    @property
+    def placement(self) -> Placement | None:
+        return self._peers.placement
+
+    @property
+    def hosts(self) -> dict[str, HostHealth]:
+        return self._peers.hosts
 
     def place(self, placement: Placement, now: float) -> list[Command]:
         """Take a newer placement; an older or equal one is ignored."""
         if self.placement is not None and placement.number <= self.placement.number:
             return []
-        self.placement = placement
-        commands: list[Command] = []
-        for name, health in list(self.hosts.items()):
-            entry = placement.hosts.get(name)
-            if entry is None:
-                health.state = HostState.LEAVING
-            elif entry != health.entry:
-                commands.append(Disconnect(name))
-                self._orphan(name)
-                del self.hosts[name]
-        for name, entry in placement.hosts.items():
-            known = self.hosts.get(name)
-            if known is None:
-                self.hosts[name] = HostHealth(entry, self.policy)
-            elif known.state is HostState.LEAVING:
-                known.state = HostState.UP
+        over = self._peers.place(placement)
+        for host in over:
+            self._orphan(host)
         if self._call is not None:
             self._call.avoid.clear()
             self._call.apart.clear()
-        return commands + self.tick(now)
+        return [*map(Disconnect, over), *self.tick(now)]
 
     # ---- one call -------------------------------------------------------------------------------
 
@@ -110,10 +113,10 @@ class Dispatcher:
     def abandon(self, now: float) -> list[Command]:
         """The caller was interrupted, nobody knows where: its call ends, and so do the connections
         on which something is under way."""
-        call = self._call if self.outcome is None else None
+        call = self._running
         if call is None:
             return []
-        self._end(call)
+        self._end(call, now)
         busy = [name for name, health in self.hosts.items() if health.occupied]
         for name in busy:
             self.hosts[name].went_down(now)
@@ -134,123 +137,145 @@ class Dispatcher:
             case HostDown(host):
                 health.went_down(now)
                 self._orphan(host)
-            case Ponged():
-                health.came_up()
+            case Ponged(_, number):
+                commands += health.ponged(number)
             case Replied(_, seq):
-                health.occupied.discard(seq)
-                health.came_up()
-                commands += self._accept(seq)
-            case Refused(_, seq, code, _):
-                health.occupied.discard(seq)
-                health.came_up()
-                commands += self._refused(event, health, seq, code, now)
+                health.heard(seq)
+                commands += self._accept(seq, now)
+            case Refused(_, seq, _, _):
+                health.heard(seq)
+                commands += self._refused(event, health, now)
         return commands + self.tick(now)
 
     def tick(self, now: float) -> list[Command]:
-        """Whatever is due at ``now``: deadlines, probes, connections, waiting choices."""
+        """Whatever is due at ``now``: deadlines, hedges, probes, connections, waiting choices."""
         commands: list[Command] = []
-        call = self._call if self.outcome is None else None
-        if call is not None:
+        if (call := self._running) is not None:
             commands += self._expire(call, now)
-        for name, health in list(self.hosts.items()):
-            commands += health.tick(now)
-            if health.state is HostState.LEAVING and not health.occupied:
-                commands.append(Disconnect(name))
-                del self.hosts[name]
-        if call is not None and self.outcome is None:
-            if call.waiting_N.size:
+        commands += self._peers.tick(now)
+        if (call := self._running) is not None:
+            if call.waiting_N.size and now >= call.hold_until:
                 commands += self._assign(call, now)
+            commands += self._hedge(call, now)
             if not call.waiting_N.size and not call.live:
                 self.outcome = call.ended()
         return commands
 
     def wake_at(self, now: float) -> float:
         """The next moment at which `tick` has something to do, if no event comes before."""
-        call = self._call if self.outcome is None else None
+        call = self._running
         waits = call is not None and call.waiting_N.size > 0
-        due = [h.wake_at(now, work_waits=waits) for h in self.hosts.values()]
+        due = [self._peers.wake_at(now, work_waits=waits)]
         if call is not None:
             due.append(call.deadline)
-            due += [expires for _, expires in call.live.values()]
-        return min(due, default=float("inf"))
+            due += [min(flight.expires, flight.hedge_at) for flight in call.live.values()]
+            if waits and call.hold_until > now:
+                due.append(call.hold_until)
+        return min(due)
 
-    # ---- steps ----------------------------------------------------------------------------------
+    # ---- what becomes of sends ------------------------------------------------------------------
 
-    def _wait_again(self, call: LayerCall, sends: list[Send]) -> None:
-        if sends:
-            back = [send.choices for send in sends]
-            call.waiting_N = np.sort(np.concatenate([call.waiting_N, *back]))
-            self.retries += len(sends)
+    @property
+    def _running(self) -> LayerCall | None:
+        return self._call if self.outcome is None else None
 
     def _orphan(self, host: str) -> None:
         """What was sent to ``host`` will not be answered: its choices wait again."""
-        call = self._call if self.outcome is None else None
+        call = self._running
         if call is not None:
-            lost = [seq for seq, (send, _) in call.live.items() if send.host == host]
-            self._wait_again(call, [call.live.pop(seq)[0] for seq in lost])
+            for seq in [seq for seq, flight in call.live.items() if flight.send.host == host]:
+                self.retries += call.take(seq)
             for seq in [s for s, send in call.given_up.items() if send.host == host]:
                 del call.given_up[seq]
 
-    def _accept(self, seq: int) -> list[Command]:
-        call = self._call if self.outcome is None else None
+    def _accept(self, seq: int, now: float) -> list[Command]:
+        call = self._running
         if call is None:
             return []
-        if seq in call.live:
-            return [Accept(call.live.pop(seq)[0])]
-        late = call.given_up.pop(seq, None)
-        if late is not None and np.isin(late.choices, call.waiting_N).all():
-            call.waiting_N = np.setdiff1d(call.waiting_N, late.choices, assume_unique=True)
-            return [Accept(late)]
-        return []
+        flight = call.live.get(seq)
+        if flight is None:
+            late = call.take_late(seq)
+            return [] if late is None else [Accept(late)]
+        choices = flight.send.choices
+        self._latencies.learn(call.key.model, choices.size, now - flight.sent_at)
+        commands: list[Command] = [Accept(flight.send)]
+        if flight.rival is not None:
+            self.overtakings += 1
+            beaten = call.live[flight.rival].send
+            self.hosts[beaten.host].overtaken(now)
+            call.take(seq)
+            call.take(beaten.seq, answered=choices)
+            commands.append(self._cancel(beaten, now))
+            return commands
+        if not flight.hedges:
+            self.hosts[flight.send.host].in_time()
+        hedges = [call.live.pop(hedge).send for hedge in sorted(flight.hedges)]
+        del call.live[seq]
+        return commands + [self._cancel(send, now) for send in hedges]
 
-    def _refused(
-        self, event: Refused, health: HostHealth, seq: int, code: str, now: float
-    ) -> list[Command]:
-        call = self._call if self.outcome is None else None
-        if call is None or seq not in call.live:
+    def _refused(self, event: Refused, health: HostHealth, now: float) -> list[Command]:
+        call = self._running
+        if call is None or event.seq not in call.live:
             return []
-        send, _ = call.live.pop(seq)
-        if code not in _RETRYABLE:
-            call.failed.append((send, event))
-            return []
-        self._wait_again(call, [send])
-        if code == "Busy":
-            health.busy_until = now + self.policy.busy_s
-        if code == "NotHere":
-            experts = np.unique(call.ids_N[send.choices])
-            if experts.size == 1:
-                call.avoid.add((send.host, int(experts[0])))
-            else:
-                call.apart.add(send.host)
+        flight = call.live[event.seq]
+        if event.code not in _RETRYABLE:
+            return self._fail(call, flight, event, now)
+        waits = call.take(event.seq)
+        if waits and event.code not in _FREE:
+            self._pay(call, 1, now)
+        self.retries += waits
+        if event.code == "Busy":
+            health.was_busy(now)
+        if event.code == "NotHere":
+            call.not_here(flight.send)
             return [Refresh()]
         return []
 
-    def _end(self, call: LayerCall) -> list[Command]:
+    def _fail(self, call: LayerCall, flight: Flight, event: Refused, now: float) -> list[Command]:
+        """Any other host would say the same."""
+        if flight.rival is not None:
+            call.take(event.seq)
+            return []
+        call.failed.append((flight.send, event))
+        del call.live[event.seq]
+        hedges = [call.live.pop(hedge).send for hedge in sorted(flight.hedges)]
+        return [self._cancel(send, now) for send in hedges]
+
+    def _cancel(self, send: Send, now: float) -> Command:
+        self.hosts[send.host].give_up(send.seq, now)
+        return Cancel(send.host, send.seq)
+
+    def _pay(self, call: LayerCall, sends: int, now: float) -> None:
+        call.attempts += 1
+        call.hold_until = max(call.hold_until, now + self._retrying.owe(sends, now))
+
+    def _end(self, call: LayerCall, now: float) -> list[Command]:
         """Whatever has no answer yet gets none."""
-        cancels: list[Command] = [Cancel(send.host, seq) for seq, (send, _) in call.live.items()]
-        pending = [send.choices for send, _ in call.live.values()]
-        call.waiting_N = np.sort(np.concatenate([call.waiting_N, *pending]))
-        call.live.clear()
+        sends = call.stop()
         self.outcome = call.ended()
-        return cancels
+        return [self._cancel(send, now) for send in sends]
 
     def _expire(self, call: LayerCall, now: float) -> list[Command]:
         if now >= call.deadline:
-            return self._end(call)
-        late = {send.host for send, expires in call.live.values() if now >= expires}
+            return self._end(call, now)
+        late = {f.send.host for f in call.live.values() if now >= f.expires}
         commands: list[Command] = []
         for host in sorted(late):
             # The whole host is suspect, so that its other calls need not miss a deadline each.
             self.hosts[host].eject(now)
             self.ejections += 1
-            seqs = [seq for seq, (send, _) in call.live.items() if send.host == host]
-            sends = [call.live.pop(seq)[0] for seq in seqs]
-            call.given_up.update(zip(seqs, sends, strict=True))
-            self._wait_again(call, sends)
-            commands += [Cancel(host, seq) for seq in seqs]
+            sends = [f.send for f in call.live.values() if f.send.host == host]
+            again = sum(call.take(send.seq) for send in sends)
+            call.given_up.update((send.seq, send) for send in sends)
+            commands += [self._cancel(send, now) for send in sends]
+            self.retries += again
+            if again:
+                self._pay(call, again, now)
         if late:
             call.misses += 1
         return commands
+
+    # ---- sending --------------------------------------------------------------------------------
 
     def _assign(self, call: LayerCall, now: float) -> list[Command]:
         """Send the waiting choices that some host can take; the others go on waiting."""
@@ -260,61 +285,63 @@ class Dispatcher:
         # transformers marks choices that belong to nobody with the number of experts.
         inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
         call.waiting_N = call.waiting_N[inside]
-        healths = [self.hosts.get(name) for name in placement.host_order]
-        usable = np.array([h is not None and h.takes_calls(now) for h in healths], dtype=bool)
-        host_n = self._choose(call, placement, usable)
+        host_n = self._peers.choose(call, call.waiting_N, now)
         still = [call.waiting_N[host_n < 0]]
         commands: list[Command] = []
-        for index, health in enumerate(healths):
-            mine = call.waiting_N[host_n == index]
-            if health is None or not mine.size:
+        for piece in self._peers.pieces(call, call.waiting_N, host_n):
+            if piece.health.room <= 0:
+                still.append(piece.choices)
                 continue
-            for token_t, choice_tk in call.pieces(health.entry.host, mine):
-                if health.room <= 0:
-                    still.append(choice_tk[choice_tk >= 0])
-                    continue
-                commands.append(self._send(call, health, token_t, choice_tk, now))
+            flight = self._send(call, piece, call.attempts, now)
+            size = flight.send.choices.size
+            flight.hedge_at = now + self._latencies.late_after_s(call.key.model, size)
+            self._hedging.earn(1)
+            self._retrying.earn(1)
+            commands.append(flight.send)
         call.waiting_N = np.sort(np.concatenate(still))
         return commands
 
-    def _choose(self, call: LayerCall, placement: Placement, usable: np.ndarray) -> np.ndarray:
-        """For each waiting choice the index of a host that may take it, or -1."""
-        table = placement.tables[call.key]
-        ids_n = call.ids_N[call.waiting_N]
-        step_n = np.full(ids_n.size, call.rotation)
-        if ids_n.size > self.policy.split_rows:
-            step_n += rank_within_expert(ids_n) // self.policy.split_rows
-        host_n = table[ids_n, step_n % SHARE_STEPS].astype(np.int64)
-        open_EH = placement.holders[call.key] & usable
-        for host, expert in call.avoid:
-            if host in placement.host_index:
-                open_EH[expert, placement.host_index[host]] = False
-        unserved = np.flatnonzero((host_n < 0) | ~open_EH[ids_n, host_n])
-        for expert in np.unique(ids_n[unserved]):
-            mine = unserved[ids_n[unserved] == expert]
-            others = np.flatnonzero(open_EH[expert])
-            host_n[mine] = others[step_n[mine] % others.size] if others.size else -1
-        return host_n
+    def _hedge(self, call: LayerCall, now: float) -> list[Command]:
+        """Send what is late to other replicas too, where every choice of it has one."""
+        commands: list[Command] = []
+        if self.placement is None or call.key not in self.placement.layers:
+            return commands
+        for flight in [f for f in call.live.values() if now >= f.hedge_at]:
+            # If not now, then when it is twice as old.
+            flight.hedge_at = now + max(now - flight.sent_at, self.policy.hedge_least_s)
+            choices = flight.send.choices
+            host_n = self._peers.choose(call, choices, now, besides=flight.send.host)
+            if (host_n < 0).any():
+                continue
+            pieces = list(self._peers.pieces(call, choices, host_n))
+            asked = Counter(piece.health.entry.host for piece in pieces)
+            room = all(self.hosts[host].room >= sends for host, sends in asked.items())
+            if not room or not self._hedging.spend(len(pieces), now):
+                continue
+            flight.hedge_at = float("inf")
+            for piece in pieces:
+                hedge = self._send(call, piece, call.attempts + 1, now)
+                hedge.rival = flight.send.seq
+                flight.hedges.add(hedge.send.seq)
+                commands.append(hedge.send)
+            self.hedges += len(pieces)
+        return commands
 
-    def _send(
-        self,
-        call: LayerCall,
-        health: HostHealth,
-        token_t: np.ndarray,
-        choice_tk: np.ndarray,
-        now: float,
-    ) -> Send:
+    def _send(self, call: LayerCall, piece: Piece, attempt: int, now: float) -> Flight:
+        health, token_t, choice_tk = piece
         expires = min(now + self.policy.attempt_s * 2**call.misses, call.deadline)
         send = Send(
             host=health.entry.host,
             incarnation=health.entry.incarnation,
             seq=self._next_seq,
             timeout_s=expires - now,
+            attempt=attempt,
             token_t=token_t,
             choice_tk=choice_tk,
             ids_tk=np.where(choice_tk >= 0, call.ids_N[choice_tk], -1).astype(np.int32),
         )
         self._next_seq += 1
-        health.occupied.add(send.seq)
-        call.live[send.seq] = (send, expires)
-        return send
+        health.sent(send.seq)
+        flight = Flight(send, sent_at=now, expires=expires, hedge_at=float("inf"))
+        call.live[send.seq] = flight
+        return flight

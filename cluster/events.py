@@ -49,9 +49,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Ponged:
-    """A host answered a probe."""
+    """A host answered the probe of this number, and with it all that it was sent before."""
 
     host: str
+    number: int
 
 
 Event = HostUp | HostDown | Replied | Refused | Ponged
@@ -77,6 +78,7 @@ class Send:
     incarnation: int
     seq: int
     timeout_s: float
+    attempt: int  # how many sends of its call came to nothing before; a hedge is one more
     token_t: np.ndarray
     choice_tk: np.ndarray
     ids_tk: np.ndarray
@@ -102,6 +104,15 @@ class Cancel:
 @dataclass(frozen=True, slots=True)
 class Probe:
     host: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Nothing will be heard of this call any more: its slot can be used again."""
+
+    host: str
+    seq: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,4 +120,4 @@ class Refresh:
     """A host no longer holds what the placement says: ask for a newer one."""
 
 
-Command = Connect | Disconnect | Send | Accept | Cancel | Probe | Refresh
+Command = Connect | Disconnect | Send | Accept | Cancel | Probe | Free | Refresh

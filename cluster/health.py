@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from .events import Command, Connect, Disconnect, Probe
+from .events import Command, Connect, Disconnect, Free, Probe
 from .placement import HostEntry
+
+# Of the number of a call that was not given up.
+_WANTED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +25,17 @@ class RouterPolicy:
     probe_max_s: float = 2.0
     connect_s: float = 2.0  # from Connect to Welcome
     reconnect_s: float = 0.2  # between attempts to connect
-    busy_s: float = 0.005  # before a host that was busy is asked again
+    busy_s: float = 0.005  # before a host that was busy is asked again; doubles
+    busy_max_s: float = 0.5
+    hedge_quantile: float = 0.99  # a send later than so many of its size goes to another replica,
+    hedge_least_s: float = 0.005  # but not before it is so old,
+    hedge_share: float = 0.05  # and not for more than this part of all sends
+    hedge_burst: float = 8.0  # hedges that can be saved up
+    avoid_s: float = 0.1  # for how long a host that was overtaken is avoided; doubles
+    avoid_max_s: float = 5.0
+    retry_share: float = 0.2  # part of all sends that may be retries; failing over is free
+    retry_per_s: float = 10.0
+    retry_burst: float = 20.0
 
 
 class HostState(Enum):
@@ -45,12 +58,16 @@ class HostHealth:
     entry: HostEntry
     policy: RouterPolicy
     state: HostState = HostState.DOWN
-    # Sequence numbers that were sent and neither answered nor ended with the connection. A call
-    # given up stays here: its slot may still be written to.
-    occupied: set[int] = field(default_factory=set)
+    # Calls that were sent and neither answered nor ended with the connection. One that was given
+    # up stays: its slot may still be written to, until the probe of this number is answered.
+    occupied: dict[int, int] = field(default_factory=dict)
     busy_until: float = 0.0
+    avoid_until: float = 0.0  # it lost races: others come first
+    _busy_s: float = 0.0
+    _avoid_s: float = 0.0
     _act_at: float = 0.0  # next probe, attempt to connect, or end of the wait for a Welcome
     _probe_s: float = 0.0
+    _probes: int = 0
 
     def takes_calls(self, now: float) -> bool:
         return self.state is HostState.UP and now >= self.busy_until
@@ -58,6 +75,30 @@ class HostHealth:
     @property
     def room(self) -> int:
         return self.policy.window - len(self.occupied)
+
+    def sent(self, seq: int) -> None:
+        self.occupied[seq] = _WANTED
+
+    def heard(self, seq: int) -> None:
+        """The call was answered or refused."""
+        self.occupied.pop(seq, None)
+        self.came_up()
+
+    def give_up(self, seq: int, now: float) -> None:
+        """Nobody waits for the answer any more; it may come all the same."""
+        if seq in self.occupied:
+            if self.state in (HostState.UP, HostState.LEAVING) and not self._quarantined:
+                self._probe_s = self.policy.probe_s
+                self._act_at = now + self._probe_s
+            self.occupied[seq] = self._probes + 1
+
+    def ponged(self, number: int) -> Iterator[Command]:
+        """A connection keeps its order: what was given up before this probe was sent is not
+        going to be answered behind it."""
+        self.came_up()
+        for seq in [s for s, probe in self.occupied.items() if _WANTED < probe <= number]:
+            del self.occupied[seq]
+            yield Free(self.entry.host, seq)
 
     def came_up(self) -> None:
         if self.state is not HostState.LEAVING:
@@ -75,16 +116,30 @@ class HostHealth:
             self._probe_s = self.policy.probe_s
             self._act_at = now
 
+    def in_time(self) -> None:
+        """It answered before anybody else was asked."""
+        self._avoid_s = self._busy_s = 0.0
+
+    def overtaken(self, now: float) -> None:
+        """Another replica answered a later call first."""
+        self._avoid_s = min(max(2 * self._avoid_s, self.policy.avoid_s), self.policy.avoid_max_s)
+        self.avoid_until = now + self._avoid_s
+
+    def was_busy(self, now: float) -> None:
+        self._busy_s = min(max(2 * self._busy_s, self.policy.busy_s), self.policy.busy_max_s)
+        self.busy_until = now + self._busy_s
+
     def wake_at(self, now: float, *, work_waits: bool) -> float:
         """When this host needs a tick: infinity if nothing is due by itself."""
         if self.state in (HostState.CONNECTING, HostState.EJECTED, HostState.DOWN):
             return self._act_at
+        due = self._act_at if self._quarantined else float("inf")
         if work_waits and self.state is HostState.UP and self.busy_until > now:
-            return self.busy_until
-        return float("inf")
+            due = min(due, self.busy_until)
+        return due
 
     def tick(self, now: float) -> Iterator[Command]:
-        if self.state is HostState.LEAVING or now < self._act_at:
+        if now < self._act_at:
             return
         if self.state is HostState.DOWN:
             self.state = HostState.CONNECTING
@@ -93,7 +148,12 @@ class HostHealth:
         elif self.state is HostState.CONNECTING:
             yield Disconnect(self.entry.host)
             self.went_down(now)
-        elif self.state is HostState.EJECTED:
-            yield Probe(self.entry.host)
+        elif self.state is HostState.EJECTED or self._quarantined:
+            self._probes += 1
+            yield Probe(self.entry.host, self._probes)
             self._act_at = now + self._probe_s
             self._probe_s = min(2 * self._probe_s, self.policy.probe_max_s)
+
+    @property
+    def _quarantined(self) -> bool:
+        return any(self.occupied.values())

@@ -27,8 +27,21 @@ class Outcome:
 
 
 @dataclass(slots=True)
+class Flight:
+    """A send that has no answer yet."""
+
+    send: Send
+    sent_at: float
+    expires: float
+    hedge_at: float  # when another replica is asked, too
+    rival: int | None = None  # the send in flight whose choices this one repeats
+    hedges: set[int] = field(default_factory=set)  # sends in flight that repeat some of its choices
+
+
+@dataclass(slots=True)
 class LayerCall:
-    """One layer's call in progress."""
+    """One layer's call in progress. Every choice waits, is in flight, was accepted or has failed;
+    what is in flight a second time, as a hedge, counts once."""
 
     key: LayerKey
     top_k: int
@@ -37,7 +50,7 @@ class LayerCall:
     rotation: int
     ids_N: np.ndarray
     waiting_N: np.ndarray  # choices that no send carries, ascending
-    live: dict[int, tuple[Send, float]] = field(default_factory=dict)  # seq -> (send, expires)
+    live: dict[int, Flight] = field(default_factory=dict)  # by sequence number
     # Given up after a deadline; a late answer still counts if nobody else has its choices.
     given_up: dict[int, Send] = field(default_factory=dict)
     avoid: set[tuple[str, int]] = field(default_factory=set)  # (host, expert) refused
@@ -46,6 +59,8 @@ class LayerCall:
     # Refused for a reason that holds for every host.
     failed: list[tuple[Send, Refused]] = field(default_factory=list)
     misses: int = 0
+    attempts: int = 0  # sends that came to nothing, other than through the loss of a host
+    hold_until: float = 0.0  # no retry before: the budget is spent
 
     def ended(self) -> Outcome:
         """What became of it, once nothing is under way any more."""
@@ -60,3 +75,48 @@ class LayerCall:
         ids_n = self.ids_N[mine]
         groups = [mine[ids_n == expert] for expert in np.unique(ids_n)]
         return [piece for one in groups for piece in rows_of(one, self.top_k, self.max_rows)]
+
+    def wait_again(self, choices: np.ndarray) -> None:
+        self.waiting_N = np.sort(np.concatenate([self.waiting_N, choices]))
+
+    def take(self, seq: int, answered: np.ndarray | None = None) -> bool:
+        """Take a send that gets no answer, or one too late, out of flight. What nobody else
+        carries, and is not in ``answered``, waits again; False if that is nothing."""
+        flight = self.live.pop(seq)
+        if flight.rival is not None:
+            self.live[flight.rival].hedges.discard(seq)
+            return False
+        carried = [] if answered is None else [answered]
+        for hedge in flight.hedges:
+            self.live[hedge].rival = None
+            carried.append(self.live[hedge].send.choices)
+        left = flight.send.choices
+        if carried:
+            left = np.setdiff1d(left, np.concatenate(carried), assume_unique=True)
+        if left.size:
+            self.wait_again(left)
+        return left.size > 0
+
+    def take_late(self, seq: int) -> Send | None:
+        """A send that was given up and is answered now, if nobody else has its choices."""
+        late = self.given_up.pop(seq, None)
+        if late is None or not np.isin(late.choices, self.waiting_N).all():
+            return None
+        self.waiting_N = np.setdiff1d(self.waiting_N, late.choices, assume_unique=True)
+        return late
+
+    def stop(self) -> list[Send]:
+        """Nothing is in flight any more; gives what was."""
+        sends = [flight.send for flight in self.live.values()]
+        pending = [send.choices for send in sends]
+        self.waiting_N = np.unique(np.concatenate([self.waiting_N, *pending]))
+        self.live.clear()
+        return sends
+
+    def not_here(self, send: Send) -> None:
+        """A host lacks an expert of ``send``; which, it says only when asked for one alone."""
+        experts = np.unique(self.ids_N[send.choices])
+        if experts.size == 1:
+            self.avoid.add((send.host, int(experts[0])))
+        else:
+            self.apart.add(send.host)

@@ -26,7 +26,9 @@ class HostPolicy:
 
     max_rows: int = 512  # of one call
     max_batch_rows: int = 1024  # of one merged computation
-    max_queue_rows: int = 16384  # beyond it calls are refused as Busy
+    max_queue_rows: int = (
+        16384  # beyond it calls are refused as Busy; retries and hedges beyond half of it
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,7 @@ class QueuedCall:
     expires_at: float
     incarnation: int
     version: int
+    attempt: int = 0  # of its router's layer call: sends that came to nothing before
     ids: np.ndarray  # int32, -1 where a choice is unused
 
 
@@ -114,10 +117,11 @@ class Residency:
             return error
         if now >= call.expires_at:
             return Expired(f"call {call.seq}: its deadline passed on the way")
-        if self.queued_rows + call.rows > self.policy.max_queue_rows:
+        most = self.policy.max_queue_rows
+        if self.queued_rows + call.rows > most or (call.attempt and self.queued_rows > most // 2):
             return Busy(
-                f"queue: {self.queued_rows} rows wait, {call.rows} more would exceed "
-                f"{self.policy.max_queue_rows}; send again later or to another replica"
+                f"queue: {self.queued_rows} of {most} rows wait, {call.rows} more are too many; "
+                "send again later or to another replica"
             )
         self._queue.append(call)
         self.queued_rows += call.rows

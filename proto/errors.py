@@ -13,7 +13,8 @@ MoesaicError
 |   |-- NotHere              this host does not hold the expert, or is another incarnation
 |   |-- Busy                 a bounded queue is full
 |   |-- Expired              the deadline passed before the work was done
-|   `-- HostLost             a host's connection ended
+|   |-- HostLost             a host's connection ended
+|   `-- Corrupted            bytes changed on the way
 |-- ExpertUnavailable        no replica of an expert answered before the deadline
 |-- BadExpert                an expert produced values that are not finite
 |-- EngineError              the trunk's engine failed or was restarted
@@ -101,6 +102,10 @@ class Expired(Retryable):
 
 class HostLost(Retryable):
     """The connection to a host ended with calls in flight."""
+
+
+class Corrupted(Retryable):
+    """A call or an answer is not what was sent: its checksum says so."""
 
 
 class ExpertUnavailable(MoesaicError):

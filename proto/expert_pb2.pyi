@@ -65,7 +65,7 @@ class Welcome(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., host: _Optional[str] = ..., incarnation: _Optional[int] = ..., max_rows: _Optional[int] = ...) -> None: ...
 
 class Call(_message.Message):
-    __slots__ = ("seq", "model", "layer", "term", "epoch", "incarnation", "timeout_us", "rows", "hidden", "top_k", "dtype", "exact", "slot", "version", "payload_bytes", "payload", "more")
+    __slots__ = ("seq", "model", "layer", "term", "epoch", "incarnation", "timeout_us", "rows", "hidden", "top_k", "dtype", "exact", "slot", "version", "payload_bytes", "payload", "more", "checksum", "attempt")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,8 @@ class Call(_message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     seq: int
     model: str
     layer: int
@@ -100,7 +102,9 @@ class Call(_message.Message):
     payload_bytes: int
     payload: bytes
     more: bool
-    def __init__(self, seq: _Optional[int] = ..., model: _Optional[str] = ..., layer: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., timeout_us: _Optional[int] = ..., rows: _Optional[int] = ..., hidden: _Optional[int] = ..., top_k: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., exact: _Optional[bool] = ..., slot: _Optional[int] = ..., version: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ...) -> None: ...
+    checksum: int
+    attempt: int
+    def __init__(self, seq: _Optional[int] = ..., model: _Optional[str] = ..., layer: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., timeout_us: _Optional[int] = ..., rows: _Optional[int] = ..., hidden: _Optional[int] = ..., top_k: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., exact: _Optional[bool] = ..., slot: _Optional[int] = ..., version: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., checksum: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("call", "step", "microbatch", "attempt")
@@ -115,7 +119,7 @@ class Backward(_message.Message):
     def __init__(self, call: _Optional[_Union[Call, _Mapping]] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("seq", "incarnation", "payload_bytes", "payload", "more", "bad_experts", "queued_us", "busy_us")
+    __slots__ = ("seq", "incarnation", "payload_bytes", "payload", "more", "bad_experts", "queued_us", "busy_us", "checksum")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -124,6 +128,7 @@ class Reply(_message.Message):
     BAD_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_US_FIELD_NUMBER: _ClassVar[int]
     BUSY_US_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     seq: int
     incarnation: int
     payload_bytes: int
@@ -132,7 +137,8 @@ class Reply(_message.Message):
     bad_experts: _containers.RepeatedScalarFieldContainer[int]
     queued_us: int
     busy_us: int
-    def __init__(self, seq: _Optional[int] = ..., incarnation: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., bad_experts: _Optional[_Iterable[int]] = ..., queued_us: _Optional[int] = ..., busy_us: _Optional[int] = ...) -> None: ...
+    checksum: int
+    def __init__(self, seq: _Optional[int] = ..., incarnation: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., bad_experts: _Optional[_Iterable[int]] = ..., queued_us: _Optional[int] = ..., busy_us: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("seq", "incarnation", "code", "message")

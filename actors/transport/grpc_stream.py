@@ -129,7 +129,9 @@ class GrpcChannel:
         return self._inbox.receive()
 
     def release(self, seq: int) -> None:
-        """Nothing to do: every reply has memory of its own."""
+        """A reply that never came makes room; every one that did has memory of its own."""
+        call_bytes, _ = self._inflight.pop(seq, (0, None))
+        self._sent_bytes -= call_bytes
 
     def close(self) -> None:
         self._end(HostLost(f"{self._host}: closed on this side"))

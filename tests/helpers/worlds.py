@@ -14,6 +14,7 @@ from moesaic.cluster.events import (
     Connect,
     Disconnect,
     Event,
+    Free,
     HostDown,
     HostUp,
     Ponged,
@@ -61,7 +62,8 @@ class SimHost:
     connected: bool = False
     welcomed: bool = False
     inbox: list[Send] = field(default_factory=list)
-    pings: int = 0
+    pings: int = 0  # number of the last probe that was not answered
+    cancelled: set[int] = field(default_factory=set)
 
 
 class World:
@@ -100,10 +102,13 @@ class World:
                 case Disconnect(name):
                     self.hosts[name].connected = False
                     self.hosts[name].inbox = []
-                case Probe(name):
-                    self.hosts[name].pings += 1
-                case Cancel():
-                    pass
+                case Probe(name, number):
+                    self.hosts[name].pings = number
+                case Free(name, seq):
+                    host = self.hosts[name]
+                    assert all(send.seq != seq for send in host.inbox), "freed before its answer"
+                case Cancel(name, seq):
+                    self.hosts[name].cancelled.add(seq)
 
     def _sent(self, send: Send) -> None:
         host = self.hosts[send.host]
@@ -146,9 +151,17 @@ class World:
             self.refused_for_good.update(send.choices.tolist())
         self.tell(Refused(host.name, send.seq, code, "drill"))
 
+    def lose(self, host: SimHost, index: int) -> None:
+        """The answer never comes, and the connection stays."""
+        host.inbox.pop(index)
+
     def pong(self, host: SimHost) -> None:
-        host.pings = 0
-        self.tell(Ponged(host.name))
+        number, host.pings = host.pings, 0
+        # A connection keeps its order: calls that were cancelled are refused by now.
+        for index in reversed(range(len(host.inbox))):
+            if host.inbox[index].seq in host.cancelled:
+                self.refuse(host, index, "HostLost")
+        self.tell(Ponged(host.name, number))
 
     def kill(self, host: SimHost) -> None:
         was_connected = host.connected
@@ -190,6 +203,17 @@ class World:
 
     # ---- calls ----------------------------------------------------------------------------------
 
+    def accustom(self, ids_TK: np.ndarray, took_s: float, calls: int = 16) -> None:
+        """Calls that all hosts answer after ``took_s``, or a little earlier."""
+        for call in range(calls):
+            self.begin(ids_TK)
+            self.now += took_s if call == 0 else 0.8 * took_s
+            for host in self.hosts.values():
+                while host.inbox:
+                    self.answer(host, 0)
+            assert self.dispatcher.outcome is not None
+            self.check_whole()
+
     def begin(self, ids_TK: np.ndarray, max_rows: int = 64) -> None:
         self.accepted, self.refused_for_good, self.ids_N = [], set(), ids_TK.reshape(-1)
         self.run(self.dispatcher.begin(KEY, ids_TK, max_rows=max_rows, now=self.now))
@@ -206,10 +230,10 @@ class World:
             for host in self.hosts.values():
                 if host.connected and not host.welcomed:
                     self.welcome(host)
-                if host.connected and host.pings:
-                    self.pong(host)
                 while host.inbox:
                     self.answer(host, 0)
+                if host.connected and host.pings:
+                    self.pong(host)
             if self.dispatcher.outcome is None:
                 self.pass_to_next()
         raise AssertionError("the call did not end although all hosts answer")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.dispatch import Dispatcher
-from moesaic.cluster.events import Connect, Disconnect, HostUp, Probe, Send
+from moesaic.cluster.events import Connect, Disconnect, HostUp, Ponged, Probe, Send
 from moesaic.cluster.health import HostState, RouterPolicy
 from moesaic.cluster.placement import LayerPlacement, Replica
 from tests.helpers.worlds import KEY, World, placement
@@ -40,9 +42,14 @@ def connected(hosts: int, replicas: int, policy: RouterPolicy = POLICY) -> World
 def test_no_choice_is_lost_doubled_or_wrong(data: st.DataObject) -> None:
     hosts = data.draw(st.integers(1, 4), label="hosts")
     replicas = data.draw(st.integers(1, hosts), label="replicas")
-    world = World(placement(hosts, replicas), POLICY)
+    world = connected(hosts, replicas)
     tokens = data.draw(st.integers(1, 12), label="tokens")
     top_k = data.draw(st.integers(1, 4), label="top_k")
+    if data.draw(st.booleans(), label="knows when an answer is late"):
+        world.accustom(ids(tokens, top_k, seed=tokens), 0.05)
+    for host in world.hosts.values():
+        if data.draw(st.booleans(), label="not connected yet"):
+            world.cut(host)
     world.begin(ids(tokens, top_k, seed=tokens), max_rows=data.draw(st.integers(1, 5)))
     for _ in range(data.draw(st.integers(0, 40), label="steps")):
         if world.dispatcher.outcome is not None:
@@ -67,8 +74,7 @@ def step(world: World, data: st.DataObject) -> None:
         code = data.draw(st.sampled_from(["NotHere", "Busy", "Expired", "CallError"]))
         world.refuse(host, data.draw(st.integers(0, len(host.inbox) - 1)), code)
     elif kind == "lose" and host.inbox:
-        # The answer never comes; the slot stays taken until the connection ends.
-        host.inbox[0], host.inbox[-1] = host.inbox[-1], host.inbox[0]
+        world.lose(host, data.draw(st.integers(0, len(host.inbox) - 1)))
     elif kind == "welcome" and host.connected and not host.welcomed and not host.frozen:
         world.welcome(host)
     elif kind == "pong" and answers and host.pings:
@@ -125,7 +131,7 @@ def test_a_frozen_host_costs_one_deadline_and_no_more() -> None:
     assert frozen.pings > 0
 
 
-def test_an_ejected_host_comes_back_with_its_pong_and_its_slots_stay_quarantined() -> None:
+def test_an_ejected_host_comes_back_and_its_slots_stay_quarantined_until_its_pong() -> None:
     world = connected(1, 1)
     host = world.hosts["h0"]
     world.begin(ids(2, 2))
@@ -133,15 +139,34 @@ def test_an_ejected_host_comes_back_with_its_pong_and_its_slots_stay_quarantined
     world.pass_time(POLICY.attempt_s + 0.01)
     health = world.dispatcher.hosts["h0"]
     assert health.state is HostState.EJECTED
-    assert late.seq in health.occupied
-    world.pong(host)
+    world.tell(Ponged("h0", 0))
     assert health.state is HostState.UP
     assert len(host.inbox) == 2, "the choices were sent again"
-    assert late.seq in health.occupied, "its slot may still be written to"
-    world.answer(host, 0)
+    assert late.seq in health.occupied, "that answers no probe behind it: it may still be written"
+    world.lose(host, 0)
+    world.pong(host)
+    assert late.seq not in health.occupied, "now nobody writes to it any more"
     world.answer(host, 0)
     assert not health.occupied
     world.check_whole()
+
+
+def test_slots_of_lost_answers_come_back_although_the_host_stays_up() -> None:
+    policy = replace(POLICY, attempt_s=0.2, window=2)
+    world = connected(1, 1, policy)
+    host = world.hosts["h0"]
+    for call in range(6):
+        world.begin(ids(2, 2, seed=call))
+        world.lose(host, 0)
+        while world.dispatcher.outcome is None:
+            world.pass_to_next()
+            if host.pings:
+                world.pong(host)
+            while host.inbox:
+                world.answer(host, 0)
+        assert world.dispatcher.outcome.ok
+        world.check_whole()
+    assert world.now < 6 * 2 * policy.attempt_s
 
 
 def test_a_late_answer_counts_if_nobody_else_has_its_choices() -> None:
@@ -256,6 +281,45 @@ def test_a_busy_host_is_asked_again_after_a_while() -> None:
     world.pass_to_next()
     assert len(host.inbox) == 1
     assert world.now == pytest.approx(POLICY.busy_s, abs=1e-3)
+
+
+def test_a_host_that_stays_busy_is_asked_ever_more_rarely() -> None:
+    world = connected(1, 1)
+    host = world.hosts["h0"]
+    world.begin(ids(1, 1))
+    asked = 0
+    while world.now < 5.0:
+        if host.inbox:
+            asked += 1
+            world.refuse(host, 0, "Busy")
+        world.pass_to_next()
+    assert asked < 25, "20 retries are free, more come at 0.5 s each"
+    world.settle()
+    world.check_whole()
+
+
+def test_retries_beyond_the_budget_are_held_back_and_failing_over_is_not() -> None:
+    policy = replace(POLICY, retry_burst=1.0, retry_per_s=1.0, retry_share=0.0, busy_max_s=0.005)
+    world = connected(2, 2, policy)
+    world.begin(ids(1, 1))
+    sent = []
+    for _ in range(4):
+        while not any(host.inbox for host in world.hosts.values()):
+            world.pass_to_next()
+        sent.append(world.now)
+        host = next(host for host in world.hosts.values() if host.inbox)
+        assert host.inbox[0].attempt == len(sent) - 1
+        world.refuse(host, 0, "Busy")
+    gaps = np.diff(sent)
+    assert gaps[0] < 0.1, "one was saved up"
+    assert gaps[1:] == pytest.approx([1.0, 1.0], abs=0.05)
+    while not any(host.inbox for host in world.hosts.values()):
+        world.pass_to_next()
+    victim = next(host for host in world.hosts.values() if host.inbox)
+    before = world.now
+    world.kill(victim)
+    world.settle()
+    assert world.now == before
 
 
 def test_an_older_placement_is_ignored() -> None:

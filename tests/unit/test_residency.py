@@ -188,3 +188,12 @@ def test_every_call_ends_exactly_once_and_only_held_experts_are_computed(
                 end(one)
         assert residency.queued_rows == sum(c.rows for c in open_calls.values())
         assert residency.queued_rows <= POLICY.max_queue_rows
+
+
+def test_retries_and_hedges_are_declined_before_first_calls() -> None:
+    pool = host(policy=HostPolicy(max_rows=4, max_batch_rows=4, max_queue_rows=8))
+    assert pool.admit(call(1, rows=4, attempt=1), 0.0) is None, "an empty queue takes anything"
+    assert pool.admit(call(2, rows=1), 0.0) is None
+    assert isinstance(pool.admit(call(3, rows=1, attempt=1), 0.0), Busy)
+    assert pool.admit(call(4, rows=3), 0.0) is None
+    assert isinstance(pool.admit(call(5, rows=1), 0.0), Busy)

@@ -1,0 +1,101 @@
+"""The hosts of a placement as one router knows them, and which of them a choice may go to.
+
+Shape suffixes: H = hosts in the placement's order, n = choices, t and k = rows and columns of one
+send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from .choosing import choose_hosts
+from .events import Command, Disconnect
+from .health import HostHealth, HostState, RouterPolicy
+from .layer_call import LayerCall
+from .placement import Placement
+
+
+class Piece(NamedTuple):
+    """Choices that go to one host in one send."""
+
+    health: HostHealth
+    token_t: np.ndarray
+    choice_tk: np.ndarray
+
+    @property
+    def choices(self) -> np.ndarray:
+        return self.choice_tk[self.choice_tk >= 0]
+
+
+class Peers:
+    """Follows placements; keeps each host's health."""
+
+    def __init__(self, policy: RouterPolicy) -> None:
+        self.placement: Placement | None = None
+        self.hosts: dict[str, HostHealth] = {}
+        self._policy = policy
+
+    def place(self, placement: Placement) -> list[str]:
+        """Follow ``placement``. Gives the hosts whose connections are over: another incarnation
+        of each is placed."""
+        self.placement = placement
+        over = []
+        for name, health in list(self.hosts.items()):
+            entry = placement.hosts.get(name)
+            if entry is None:
+                health.state = HostState.LEAVING
+            elif entry != health.entry:
+                over.append(name)
+                del self.hosts[name]
+        for name, entry in placement.hosts.items():
+            known = self.hosts.get(name)
+            if known is None:
+                self.hosts[name] = HostHealth(entry, self._policy)
+            elif known.state is HostState.LEAVING:
+                known.state = HostState.UP
+        return over
+
+    def tick(self, now: float) -> Iterator[Command]:
+        """Probes, connections, and farewells of hosts that left the placement."""
+        for name, health in list(self.hosts.items()):
+            yield from health.tick(now)
+            if health.state is HostState.LEAVING and not health.occupied:
+                yield Disconnect(name)
+                del self.hosts[name]
+
+    def wake_at(self, now: float, *, work_waits: bool) -> float:
+        due = (host.wake_at(now, work_waits=work_waits) for host in self.hosts.values())
+        return min(due, default=float("inf"))
+
+    def choose(
+        self, call: LayerCall, choices_n: np.ndarray, now: float, *, besides: str = ""
+    ) -> np.ndarray:
+        """For each choice the number of a host that takes it now, other than ``besides``; -1 where
+        there is none. The call's layer is placed."""
+        assert self.placement is not None
+        healths = [self.hosts.get(name) for name in self.placement.host_order]
+        usable_H = np.array(
+            [h is not None and h.takes_calls(now) and h.entry.host != besides for h in healths],
+            dtype=bool,
+        )
+        welcome_H = np.array([h is not None and now >= h.avoid_until for h in healths], dtype=bool)
+        return choose_hosts(
+            call,
+            choices_n,
+            self.placement,
+            usable_H,
+            welcome_H,
+            split_rows=self._policy.split_rows,
+        )
+
+    def pieces(self, call: LayerCall, choices_n: np.ndarray, host_n: np.ndarray) -> Iterator[Piece]:
+        """The choices as sends to the hosts that were chosen for them."""
+        assert self.placement is not None
+        for index, name in enumerate(self.placement.host_order):
+            mine = choices_n[host_n == index]
+            if mine.size:
+                for token_t, choice_tk in call.pieces(name, mine):
+                    yield Piece(self.hosts[name], token_t, choice_tk)
