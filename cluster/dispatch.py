@@ -280,7 +280,7 @@ class Dispatcher:
     def _assign(self, call: LayerCall, now: float) -> list[Command]:
         """Send the waiting choices that some host can take; the others go on waiting."""
         placement = self.placement
-        if placement is None or call.key not in placement.layers or not placement.host_order:
+        if placement is None or call.key not in placement.layers:
             return []
         # transformers marks choices that belong to nobody with the number of experts.
         inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)

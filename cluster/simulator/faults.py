@@ -156,6 +156,7 @@ class Faults:
         bad = network.weather = Weather(
             lost=float(self._rng.choice([0.0, 0.02, 0.1])),
             repeated=float(self._rng.choice([0.0, 0.05, 0.3])),
+            corrupted=float(self._rng.choice([0.0, 0.05])),
             late=float(self._rng.choice([0.0, 0.05, 0.3])),
         )
 

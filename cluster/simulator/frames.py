@@ -31,7 +31,9 @@ class CallFrame:
     incarnation: int
     timeout_s: float
     rows: int
+    attempt: int
     ids_n: np.ndarray
+    sound: bool = True  # whether the checksum of its tensors is right
 
     def __str__(self) -> str:
         return f"Call {self.seq} of layer {self.key.layer} of {self.key.model}, slot {self.slot}"
@@ -44,12 +46,12 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    pass
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    pass
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class Reply:
     seq: int
     queued_us: int
     busy_us: int
+    sound: bool = True
 
     def __str__(self) -> str:
         return f"Reply {self.seq}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...proto.errors import CallError, CheckpointError, HostLost, MoesaicError
+from ...proto.errors import CallError, CheckpointError, Corrupted, HostLost, MoesaicError
 from ..fence import Fence
 from ..placement import ExpertKey, HostEntry, LayerKey, ModelShape
 from ..residency import HostPolicy, LayerShape, QueuedCall, Residency
@@ -128,11 +128,15 @@ class SimHost(Process):
                 if self._pending.pop((session, seq), None) is not None:
                     error = HostLost(f"call {seq}: cancelled by its router")
                     self._refuse(connection, seq, error)
-            case Ping():
-                connection.send(connection.router, Pong())
+            case Ping(number):
+                connection.send(connection.router, Pong(number))
 
     def _on_call(self, connection: Connection, frame: CallFrame) -> None:
         now, session = self.clock.now, connection.name
+        if not frame.sound:
+            error = Corrupted(f"call {frame.seq}: its tensors have another checksum")
+            self._refuse(connection, frame.seq, error)
+            return
         if (session, frame.seq) in self._pending:
             self._refuse(connection, frame.seq, CallError(f"seq: {frame.seq} is in use"))
             return
@@ -147,6 +151,7 @@ class SimHost(Process):
             expires_at=now + frame.timeout_s,
             incarnation=frame.incarnation,
             version=0,
+            attempt=frame.attempt,
             ids=frame.ids_n,
         )
         refusal = self.residency.admit(queued, now)

@@ -95,9 +95,16 @@ class SimLinks:
             incarnation=send.incarnation,
             timeout_s=send.timeout_s,
             rows=len(send.token_t),
+            attempt=send.attempt,
             ids_n=send.ids_tk.reshape(-1),
         )
         connection.send(connection.host, frame)
+
+    def free(self, host: str, seq: int) -> None:
+        """No answer to this call is wanted or expected any more."""
+        channel = self.channels.get(host)
+        if channel is not None:
+            channel.release(seq)
 
     def channel_of(self, connection: Connection) -> SimChannel | None:
         """None behind a disconnect: what still comes on it is nobody's."""
@@ -110,7 +117,7 @@ class SimLinks:
         """Whether a frame means anything; an answer that comes twice does not."""
         if isinstance(frame, Reply) and frame.seq not in channel.calls:
             return False
-        if isinstance(frame, Refusal):
+        if isinstance(frame, Refusal) or (isinstance(frame, Reply) and not frame.sound):
             channel.release(frame.seq)
         return True
 

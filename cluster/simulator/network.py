@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ class Weather:
     delay_s: float = 0.0005
     lost: float = 0.0
     repeated: float = 0.0
+    corrupted: float = 0.0
     late: float = 0.0  # delayed a hundred times as long
 
 
@@ -84,6 +85,9 @@ class Connection:
         elif isinstance(frame, _MAY_COME_TWICE) and self._network.happens(weather.repeated):
             tally.count(f"{type(frame).__name__} repeated")
             copies = 2
+        if isinstance(frame, CallFrame | Reply) and self._network.happens(weather.corrupted):
+            tally.count(f"{type(frame).__name__} corrupted")
+            frame = replace(frame, sound=False)
         for _ in range(copies):
             self._deliver(to, f"{self.name}: {frame}", lambda: to.hear(self, frame))
 

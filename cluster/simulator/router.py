@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...proto.errors import Corrupted
 from ..dispatch import Dispatcher
 from ..events import (
     Accept,
@@ -21,6 +22,7 @@ from ..events import (
     Connect,
     Disconnect,
     Event,
+    Free,
     HostUp,
     Ponged,
     Probe,
@@ -191,6 +193,7 @@ class SimRouter(Process):
                     self._reply = frame
                 self._execute(self.dispatcher.handle(_event(host, frame), self.clock.now))
                 if isinstance(frame, frames.Reply):
+                    # Taken by now, or wanted by nobody any more.
                     channel.release(frame.seq)
         self._take_placements()
         if not heard:
@@ -250,20 +253,24 @@ class SimRouter(Process):
                 self.links.disconnect(host)
             case Cancel(host, seq):
                 self.links.send(host, frames.Cancel(seq))
-            case Probe(host):
-                self.links.send(host, frames.Ping())
+            case Probe(host, number):
+                self.links.send(host, frames.Ping(number))
+            case Free(host, seq):
+                self.links.free(host, seq)
             case Refresh():
                 pass  # as in a trunk: the next placement comes by itself
 
 
 def _event(host: str, frame: frames.Frame) -> Event:
     match frame:
-        case frames.Reply(seq=seq):
+        case frames.Reply(seq=seq, sound=True):
             return Replied(host, seq)
+        case frames.Reply(seq=seq):
+            return Refused(host, seq, Corrupted.__name__, "its tensors have another checksum")
         case frames.Refusal(seq=seq, code=code, message=message):
             return Refused(host, seq, code, message)
-        case frames.Pong():
-            return Ponged(host)
+        case frames.Pong(number):
+            return Ponged(host, number)
         case frames.Welcome(incarnation):
             return HostUp(host, incarnation)
         case _:

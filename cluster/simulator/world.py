@@ -34,6 +34,8 @@ SETTLE_S = 60.0
 # Nothing is loaded, published or evicted for so long: the pool stands.
 _QUIET_S = 0.8
 _KEPT_LINES = 60
+# Events without the clock moving, after which somebody runs in circles.
+_AT_ONCE = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class World:
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._digest = hashlib.sha256()
         self._facts: list[Fact] = []
+        self._at_once = 0
         self.last_change = 0.0  # when something was loaded, published or evicted
         domains = self.settings.domains
         self.pool = [
@@ -113,7 +116,11 @@ class World:
 
     def step(self) -> None:
         """One event, and what it breaks."""
-        event = self.clock.next()
+        before, event = self.clock.now, self.clock.next()
+        self._at_once = self._at_once + 1 if event.when == before else 0
+        if self._at_once > _AT_ONCE:
+            self.fail("time goes on", f"{_AT_ONCE} events in one moment", event.what)
+            return
         self.log(event.what)
         try:
             event.act()
