@@ -155,14 +155,15 @@ class SimRouter(Process):
             self._turn()
 
     def _begin(self) -> None:
-        key, ids_TK = self.world.traffic.next(self.dispatcher.placement)
         if self._stopping:
             return
-        if key is None:
+        asked = self.world.traffic.next(self.dispatcher.placement)
+        if asked is None:
             self.alarm("thinks", self.clock.now + self.world.settings.think_s, self._begin)
             return
         self._take_placements()
         assert self.dispatcher.placement is not None
+        key, ids_TK = asked
         now = self.clock.now
         self.calls += 1
         self.call = SimCall(

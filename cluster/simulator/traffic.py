@@ -29,11 +29,11 @@ class Traffic:
                 weight_E = np.exp(log_E)
                 self._weight_E[LayerKey(shape.model, layer)] = weight_E / weight_E.sum()
 
-    def next(self, placement: Placement | None) -> tuple[LayerKey, np.ndarray] | tuple[None, None]:
+    def next(self, placement: Placement | None) -> tuple[LayerKey, np.ndarray] | None:
         """A layer that is placed, and the choices (T, K) of a call; None while nothing is."""
         keys = sorted(placement.layers) if placement is not None else []
         if not keys:
-            return None, None
+            return None
         key = keys[int(self._rng.integers(len(keys)))]
         weight_E = self._weight_E[key]
         tokens = int(self._rng.integers(1, 7))

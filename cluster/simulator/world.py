@@ -109,7 +109,8 @@ class World:
                 for router in self.routers.values():
                     router.stop()
             self.step()
-            if self.clock.now > half and not (why := self.unsettled()):
+            why = self.unsettled() if self.clock.now > half else "the time has not come"
+            if not why:
                 return
             if self.clock.now > end:
                 self.fail("converges", f"{SETTLE_S:g} s behind the last fault: {why}", "")
