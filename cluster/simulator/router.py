@@ -69,7 +69,6 @@ class SimRouter(Process):
         self.dispatcher = Dispatcher(self.policy)
         self.links = SimLinks(self, world, slots=self.policy.window)
         self.call: SimCall | None = None
-        self.calls = 0
         # When a report of this router last reached any controller.
         self.heard_at = -float("inf")
         self._arrived: deque[tuple[Connection, frames.Frame | None]] = deque()
@@ -165,7 +164,7 @@ class SimRouter(Process):
         assert self.dispatcher.placement is not None
         key, ids_TK = asked
         now = self.clock.now
-        self.calls += 1
+        self.world.calls += 1
         self.call = SimCall(
             key=key,
             ids_TK=ids_TK,

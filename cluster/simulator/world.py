@@ -8,6 +8,7 @@ invariants are checked; the first that does not hold ends the run.
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections import deque
 from dataclasses import dataclass
 
@@ -64,6 +65,7 @@ class World:
         self._digest = hashlib.sha256()
         self._facts: list[Fact] = []
         self._at_once = 0
+        self.calls = 0  # that trunks made
         self.last_change = 0.0  # when something was loaded, published or evicted
         domains = self.settings.domains
         self.pool = [
@@ -127,8 +129,9 @@ class World:
             event.act()
         except Exception as error:
             # Whatever it is: a real process would have failed here.
+            self.lines += traceback.format_exc().splitlines()
             self.fail("no process fails", f"{type(error).__name__}: {error}", event.what)
-            raise
+            return
         facts, self._facts = self._facts, []
         broken = self.invariants.check(facts)
         if broken is not None:
