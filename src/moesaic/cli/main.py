@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ..proto.errors import MoesaicError
 from .operate import register
+from .simulate import simulate
 
 app = typer.Typer(
     name="moesaic",
@@ -142,6 +143,7 @@ def upcycle(
 
 
 register(app)
+app.command()(simulate)
 
 
 def main(argv: list[str] | None = None) -> int:
