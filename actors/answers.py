@@ -19,6 +19,7 @@ from .http_responses import (
     ChatDelta,
     Completion,
     CompletionChoice,
+    Moesaic,
     Usage,
 )
 from .served import Piece
@@ -75,7 +76,11 @@ class TextAnswers:
 
     def _choice(self, index: int, text: str, piece: Piece) -> CompletionChoice:
         return CompletionChoice(
-            index=index, text=text, logprobs=None, finish_reason=piece.finish_reason
+            index=index,
+            text=text,
+            logprobs=None,
+            finish_reason=piece.finish_reason,
+            moesaic=Moesaic.of(piece.dropped),
         )
 
 
@@ -88,11 +93,11 @@ class ChatAnswers:
 
     def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]:
         if is_first:
-            yield self._chunk(index, ChatDelta(role="assistant", content=""), None)
+            yield self._chunk(index, ChatDelta(role="assistant", content=""))
         if piece.text:
-            yield self._chunk(index, ChatDelta(content=piece.text), None)
+            yield self._chunk(index, ChatDelta(content=piece.text))
         if piece.finish_reason is not None:
-            yield self._chunk(index, ChatDelta(), piece.finish_reason)
+            yield self._chunk(index, ChatDelta(), piece)
 
     def usage(self, tokens: int) -> BaseModel:
         return ChatChunk(
@@ -105,16 +110,23 @@ class ChatAnswers:
     def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
         choices = [
             ChatChoice(
-                index=index, message=ChatAnswer(content=text), finish_reason=piece.finish_reason
+                index=index,
+                message=ChatAnswer(content=text),
+                finish_reason=piece.finish_reason,
+                moesaic=Moesaic.of(piece.dropped),
             )
             for index, (text, piece) in enumerate(zip(texts, last, strict=True))
         ]
         usage = Usage.of(self._prompt_tokens, sum(piece.tokens for piece in last))
         return ChatCompletion(**self._base, choices=choices, usage=usage)
 
-    def _chunk(self, index: int, delta: ChatDelta, finish_reason: str | None) -> ChatChunk:
+    def _chunk(self, index: int, delta: ChatDelta, last: Piece | None = None) -> ChatChunk:
         choice = ChatChunkChoice(
-            index=index, delta=delta, logprobs=None, finish_reason=finish_reason
+            index=index,
+            delta=delta,
+            logprobs=None,
+            finish_reason=last.finish_reason if last else None,
+            moesaic=Moesaic.of(last.dropped if last else None),
         )
         return ChatChunk(**self._base, object="chat.completion.chunk", choices=[choice])
 

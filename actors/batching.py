@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -42,6 +42,7 @@ from transformers.generation.continuous_batching.scheduler import (
     FIFOScheduler,
 )
 
+from ..cluster.missing import RowGroups
 from ..proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel
 from .sampling import is_greedy, sample
 
@@ -217,19 +218,40 @@ class BatchingLoop(ContinuousBatchingManager):
             self._in_forward = False
         if self._faults:
             self._drop_faulted()
+        if self.streams.some_do_not_wait:
+            self._keep_to_themselves()
         self.steps += 1
         self._barren_restarts = 0
 
     def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
         """See ``TransformersEngine.fail_rows``; the first error of a request counts."""
+        for _, request_id in self._owners(rows):
+            self._faults.setdefault(request_id, error)
+
+    def row_groups(self) -> RowGroups | None:
+        """See ``TransformersEngine.row_groups``."""
+        if not self._in_forward or not self.streams.some_do_not_wait:
+            return None
+        return [
+            (request.query_length, self.streams.missing(request.state.request_id))
+            for request in self._requests_in_batch()
+        ]
+
+    def drop_rows(self, dropped: Mapping[int, float]) -> None:
+        """See ``TransformersEngine.drop_rows``."""
+        for row, request_id in self._owners(sorted(dropped)):
+            self.streams.drop(request_id, dropped[row])
+
+    def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """(row, id of its request) of those that are no padding."""
         if not self._in_forward:
-            raise InternalError("fail_rows was called outside of the model's forward")
+            raise InternalError("a row was reported outside of the model's forward")
         requests = self._requests_in_batch()
         ends = list(accumulate(request.query_length for request in requests))
         for row in rows:
             owner = bisect_right(ends, row)
             if owner < len(requests):
-                self._faults.setdefault(requests[owner].state.request_id, error)
+                yield row, requests[owner].state.request_id
 
     def _drop_faulted(self) -> None:
         processor = self._processor()
@@ -239,6 +261,12 @@ class BatchingLoop(ContinuousBatchingManager):
                 request.complete_blocks = {}
                 processor.scheduler.set_request_cancellation(request.state.request_id)
         self.streams.fail(self._faults)
+
+    def _keep_to_themselves(self) -> None:
+        """What was computed without some experts is of no use to later prompts."""
+        for request in self._requests_in_batch():
+            if self.streams.dropped(request.state.request_id) is not None:
+                request.complete_blocks = {}
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         """``scores (1, R, V)`` fp32 -> ``output_ids[0, :R]``; greedy rows as in transformers."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from ..cluster.missing import WAIT, Dropped, MissingExpert, RowGroups
 from ..proto.errors import Busy, EngineError, MoesaicError, RequestError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Sampling:
     max_tokens: int
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
+    missing: MissingExpert = WAIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Delta:
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    dropped: Dropped | None = None  # what the request went without so far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,6 +221,15 @@ class TransformersEngine:
         which a row counts zero times for the others, and zero times NaN is NaN.
         """
         self._running().fail_rows(rows, error)
+
+    def row_groups(self) -> RowGroups | None:
+        """What the requests of the batch in flight want when experts are missing, in the order of
+        their rows; None if all of them wait. To be called as `fail_rows` is."""
+        return self._running().row_groups()
+
+    def drop_rows(self, dropped: Mapping[int, float]) -> None:
+        """These rows go without a part of their experts; to be called as `fail_rows` is."""
+        self._running().drop_rows(dropped)
 
     def _running(self) -> BatchingLoop:
         if self._loop is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
+from ..cluster.missing import Dropped
 from ..proto.errors import MoesaicError
 
 
@@ -46,6 +47,20 @@ class Usage(BaseModel):
         )
 
 
+class Moesaic(BaseModel):
+    """What the answer went without: the largest part of a token's gate weights in one layer, and
+    for how many tokens of a layer each anything was left out."""
+
+    max_dropped: float
+    times_dropped: int
+
+    @classmethod
+    def of(cls, dropped: Dropped | None) -> Moesaic | None:
+        if dropped is None:
+            return None
+        return cls(max_dropped=round(dropped.largest, 6), times_dropped=dropped.times)
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -59,11 +74,22 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class CompletionChoice(BaseModel):
+class _Choice(BaseModel):
     index: int
-    text: str
     logprobs: None = None
     finish_reason: str | None
+    moesaic: Moesaic | None = None  # only where there is something to say
+
+    @model_serializer(mode="wrap")
+    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = serialize(self)
+        if self.moesaic is None:
+            found.pop("moesaic", None)
+        return found
+
+
+class CompletionChoice(_Choice):
+    text: str
 
 
 class Completion(BaseModel):
@@ -83,11 +109,8 @@ class ChatAnswer(BaseModel):
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
-    index: int
+class ChatChoice(_Choice):
     message: ChatAnswer
-    logprobs: None = None
-    finish_reason: str | None
 
 
 class ChatCompletion(BaseModel):
@@ -104,11 +127,8 @@ class ChatDelta(BaseModel):
     content: str | None = None
 
 
-class ChatChunkChoice(BaseModel):
-    index: int
+class ChatChunkChoice(_Choice):
     delta: ChatDelta
-    logprobs: None = None
-    finish_reason: str | None
 
 
 class ChatChunk(BaseModel):

@@ -16,9 +16,11 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError, from_json
 
+from ..cluster.missing import MissingExpert
 from ..proto.errors import RequestError
 
 MAX_STOPS = 4
@@ -96,6 +98,30 @@ class StreamOptions(_Strict):
     include_obfuscation: Literal[False] = False
 
 
+class MissingExpertOptions(_Strict):
+    """``moesaic``: what is to happen when an expert is not to be had."""
+
+    missing_expert: Literal["wait", "fail", "drop"] = "wait"
+    wait_s: Annotated[float, Field(ge=0, le=3600)] | None = None
+    max_dropped: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _fitting(self) -> MissingExpertOptions:
+        if self.max_dropped is not None and self.missing_expert != "drop":
+            raise PydanticCustomError(
+                "max_dropped", "max_dropped belongs to missing_expert='drop' alone"
+            )
+        return self
+
+    @property
+    def wish(self) -> MissingExpert:
+        return MissingExpert(
+            mode=self.missing_expert,
+            wait_s=self.wait_s,
+            most_dropped=1.0 if self.max_dropped is None else self.max_dropped,
+        )
+
+
 class _Generation(_Strict):
     """What both kinds of request have."""
 
@@ -109,6 +135,7 @@ class _Generation(_Strict):
     ) = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    moesaic: MissingExpertOptions = MissingExpertOptions()
 
     @property
     def include_usage(self) -> bool:

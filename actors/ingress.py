@@ -179,6 +179,7 @@ def _sampling(asked: Asked, max_tokens: int) -> Sampling:
         max_tokens=max_tokens,
         temperature=1.0 if asked.temperature is None else asked.temperature,
         top_p=1.0 if asked.top_p is None else asked.top_p,
+        missing=asked.moesaic.wish,
     )
 
 

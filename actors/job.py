@@ -44,7 +44,7 @@ class LayerJob:
         self.tokens, self.hidden = x_TH.shape
         self.top_k = ids_TK.shape[1]
         self._number = placement.number if placement else Number(0, 0)
-        self._weights_N = weights_TK.detach().to("cpu", torch.float32).reshape(-1).numpy()
+        self.weights_N = weights_TK.detach().to("cpu", torch.float32).reshape(-1).numpy()
         self._parts: list[tuple[Send, np.ndarray]] = []
         # Rows that an expert made not finite, by expert.
         self.bad_rows: dict[int, list[int]] = {}
@@ -86,7 +86,7 @@ class LayerJob:
             np.take(self._x_TH, send.token_t, axis=0, out=x_tH, mode="clip")
         ids_tk[...] = send.ids_tk
         # An unused choice (-1) takes some weight; hosts skip it by its id.
-        np.take(self._weights_N, send.choice_tk, out=weights_tk, mode="wrap")
+        np.take(self.weights_N, send.choice_tk, out=weights_tk, mode="wrap")
         frame.call.checksum = checksum(send.seq, buffer[: layout.call_bytes])
 
     # ---- receiving ------------------------------------------------------------------------------
@@ -134,6 +134,9 @@ class LayerJob:
 
     def _zeros(self) -> np.ndarray:
         return np.zeros((self.tokens, self.hidden), dtype=np.float32)
+
+    def rows_of(self, choices: np.ndarray) -> list[int]:
+        return np.unique(choices // self.top_k).tolist()
 
     def names(self, choices: np.ndarray, at_most: int = 4) -> str:
         """The experts of ``choices``, in words."""

@@ -36,23 +36,20 @@ from ..cluster.load import LoadReport
 from ..cluster.placement import LayerKey, Number, Placement
 from ..models.trunk import PoolFunction
 from ..proto.errors import (
-    BadExpert,
     CallError,
     ClusterError,
     ExpertUnavailable,
-    MoesaicError,
     from_wire,
 )
 from ..proto.expert_pb2 import Frame
 from ..proto.wire import DTYPE_TO_WIRE
+from .batch_rows import BatchRows
 from .job import LayerJob, check_shapes
 from .links import Links
 from .transport.connect import TransportChoice
 
 log = logging.getLogger(__name__)
 
-# (rows of the trunk's batch, why they have no result); their values are zero.
-RowsLost = Callable[[list[int], MoesaicError], None]
 # So that a forgotten wake-up costs little.
 LONGEST_WAIT_S = 5.0
 
@@ -88,14 +85,12 @@ class Router:
         """
         self.name = name
         self.policy = policy or RouterPolicy()
-        # Set by a trunk's engine: rows without a result are reported, not raised.
-        self.on_rows_lost: RowsLost | None = None
+        self.batch = BatchRows(name)
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
         self._links = Links(router=name, node=node, transport=transport, slots=self.policy.window)
-        self._dead_rows: set[int] = set()
         self._job: LayerJob | None = None
-        self._calls = self._rows = self._rows_lost = 0
+        self._calls = self._rows = 0
         self._lock = threading.RLock()
         self._placements: queue.SimpleQueue[Placement] = queue.SimpleQueue()
         self._closed = False
@@ -141,7 +136,7 @@ class Router:
             ejections=dispatcher.ejections,
             hedges=dispatcher.hedges,
             overtakings=dispatcher.overtakings,
-            rows_lost=self._rows_lost,
+            rows_lost=self.batch.lost,
             placement=placement.number if placement else Number(0, 0),
             hosts={name: host.state.value for name, host in list(dispatcher.hosts.items())},
         )
@@ -181,14 +176,14 @@ class Router:
 
     def begin_step(self) -> None:
         """A trunk starts a forward pass: rows that were lost in the last one are forgotten."""
-        self._dead_rows.clear()
+        self.batch.begin_step()
 
     @torch.no_grad()
     def forward(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The weighted sum of the chosen experts: (T, H) in x's dtype and on its device.
 
         A choice outside [0, experts) is skipped. Raises ExpertUnavailable, naming the expert, when
-        no replica answered in time, unless `on_rows_lost` is set; then those rows are zero.
+        no replica answered in time, unless `batch.on_lost` is set; then those rows are zero.
         """
         if x_TH.shape[0] == 0:
             return x_TH.clone()
@@ -201,20 +196,20 @@ class Router:
                 raise ClusterError(f"router {self.name}: closed")
             self._take_placements()
             placement = self._dispatcher.placement
-            job = LayerJob(key, placement, x_TH, ids_TK, weights_TK, without=self._dead_rows)
+            job = LayerJob(key, placement, x_TH, ids_TK, weights_TK, without=self.batch.dead)
             self._job = job
             try:
                 self._run(job)
                 out_TH = job.combine()
                 if job.bad_rows:
-                    self._report_bad(job)
+                    self.batch.report_bad(job)
             except BaseException:
                 self._execute(self._dispatcher.abandon(_now()))
                 raise
             finally:
                 self._job = None
-            if self._dead_rows:
-                out_TH[[row for row in self._dead_rows if row < job.tokens]] = 0.0
+            if self.batch.dead:
+                out_TH[[row for row in self.batch.dead if row < job.tokens]] = 0.0
             return out_TH.to(device=x_TH.device, dtype=x_TH.dtype)
 
     def _run(self, job: LayerJob) -> None:
@@ -222,7 +217,12 @@ class Router:
         self._rows += job.tokens
         dispatcher = self._dispatcher
         max_rows = self._rows_per_call(job)
-        self._execute(dispatcher.begin(job.key, job.ids_TK, max_rows=max_rows, now=_now()))
+        wishes = self.batch.wishes(job.tokens, self.policy.deadline_s)
+        patience_T = None if wishes is None else wishes.patience_T
+        begun = dispatcher.begin(
+            job.key, job.ids_TK, max_rows=max_rows, now=_now(), patience_T=patience_T
+        )
+        self._execute(begun)
         while dispatcher.outcome is None:
             self._wait(dispatcher.wake_at(_now()))
         outcome = dispatcher.outcome
@@ -230,28 +230,15 @@ class Router:
             return
         if outcome.error is not None:
             error = from_wire(outcome.error.code, outcome.error.message)
+        elif wishes is not None:
+            self.batch.go_without(job, wishes, outcome.lost)
+            return
         else:
             error = ExpertUnavailable(
                 f"{job.names(outcome.lost)}: no replica answered within "
                 f"{self.policy.deadline_s:g} s"
             )
-        self._lose(sorted({int(n) // job.top_k for n in outcome.lost}), error)
-
-    def _lose(self, rows: list[int], error: MoesaicError) -> None:
-        self._rows_lost += len(rows)
-        if self.on_rows_lost is None:
-            raise error
-        self._dead_rows.update(rows)
-        self.on_rows_lost(rows, error)
-
-    def _report_bad(self, job: LayerJob) -> None:
-        """Values that are not finite: told to an engine, passed on to anybody else."""
-        rows = sorted({row for rows in job.bad_rows.values() for row in rows})
-        names = ", ".join(str(job.key.expert(expert)) for expert in sorted(job.bad_rows))
-        error = BadExpert(f"{names}: output is not finite")
-        log.error("router %s: %s; rows %s", self.name, error, rows)
-        if self.on_rows_lost is not None:
-            self._lose(rows, error)
+        self.batch.lose(job.rows_of(outcome.lost), error)
 
     def _rows_per_call(self, job: LayerJob) -> int:
         """Rows that fit in one call to every host, whatever choices they bring."""

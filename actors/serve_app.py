@@ -3,7 +3,7 @@
     HTTP proxy -> Ingress (tokenizers, text, SSE) -> handle, streaming -> Trunk (an Engine)
 
 Errors cross as values: Ray would wrap an exception in a class of its own and log a traceback per
-refused request. ``Trunk.generate`` yields ``(token_ids, finish_reason)`` or ``Failure``;
+refused request. ``Trunk.generate`` yields the parts of a Delta or ``Failure``;
 ``TrunkClient`` raises the error again, and turns Ray's own errors into EngineError.
 """
 
@@ -27,6 +27,7 @@ from ray.serve.handle import (
     DeploymentResponseGenerator,
 )
 
+from ..cluster.missing import Dropped
 from ..proto.errors import (
     Busy,
     EngineError,
@@ -77,7 +78,7 @@ class Failure:
 
 
 # A plain tuple is three times cheaper to pickle than a Delta, and there is one per token.
-Item = tuple[tuple[int, ...], FinishReason | None] | Failure
+Item = tuple[tuple[int, ...], FinishReason | None, Dropped | None] | Failure
 
 
 @serve.deployment(name="Trunk", max_ongoing_requests=MAX_ONGOING, graceful_shutdown_timeout_s=15)
@@ -94,7 +95,7 @@ class Trunk:
         try:
             async with aclosing(self._engine.generate(request_id, prompt_ids, sampling)) as deltas:
                 async for delta in deltas:
-                    yield delta.token_ids, delta.finish_reason
+                    yield delta.token_ids, delta.finish_reason, delta.dropped
         except MoesaicError as error:
             yield Failure.of(error)
         except Exception as error:

@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from ..cluster.missing import Dropped
 from ..proto.errors import RequestError
 from .engine import Delta, FinishReason, Limits, Sampling
 from .text import Detokenizer, StopSearch
@@ -35,6 +36,7 @@ class Piece:
     text: str
     tokens: int
     finish_reason: FinishReason | None = None
+    dropped: Dropped | None = None  # experts that it went without
 
 
 class ServedModel:
@@ -96,10 +98,11 @@ class ServedModel:
                     text += detokenizer.flush()
                 text, stopped = search.push(text)
                 if stopped:
-                    yield Piece(text, tokens, "stop")
+                    yield Piece(text, tokens, "stop", delta.dropped)
                     return
                 if delta.finish_reason is not None:
-                    yield Piece(text + search.flush(), tokens, delta.finish_reason)
+                    text += search.flush()
+                    yield Piece(text, tokens, delta.finish_reason, delta.dropped)
                     return
                 if text:
                     yield Piece(text, tokens)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..cluster.missing import WAIT, Dropped, MissingExpert
 from ..proto.errors import EngineError, MoesaicError
 from .engine import Delta, FinishReason, Sampling
 
@@ -26,16 +27,19 @@ class Stream:
         # The loop's thread alone:
         self.sent = 0
         self.ended = False
+        self.dropped: Dropped | None = None
         # The event loop alone:
         self._ready = asyncio.Event()
         self._tokens: list[int] = []
         self._finish: FinishReason | None = None
+        self._dropped: Dropped | None = None
         self._error: MoesaicError | None = None
 
     def push(self, event: Delta | MoesaicError) -> None:
         if isinstance(event, Delta):
             self._tokens += event.token_ids
             self._finish = event.finish_reason
+            self._dropped = event.dropped
         else:
             self._error = event
         self._ready.set()
@@ -46,7 +50,7 @@ class Stream:
             await self._ready.wait()
         if self._error and not self._tokens:
             raise copy.copy(self._error)  # many requests may share it; a raise writes to it
-        delta = Delta(tuple(self._tokens), self._finish)
+        delta = Delta(tuple(self._tokens), self._finish, self._dropped)
         self._tokens.clear()
         if not self._error:
             self._ready.clear()
@@ -61,6 +65,7 @@ class Streams:
 
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
         self._open: dict[str, Stream] = {}
+        self._impatient = 0  # those that do not just wait for experts
         self._eos_token_ids = frozenset(eos_token_ids)
 
     def __len__(self) -> int:
@@ -68,14 +73,32 @@ class Streams:
 
     def open(self, request_id: str, sampling: Sampling) -> Stream:
         stream = self._open[request_id] = Stream(sampling)
+        self._impatient += sampling.missing != WAIT
         return stream
 
     def close(self, request_id: str) -> None:
-        del self._open[request_id]
+        self._impatient -= self._open.pop(request_id).sampling.missing != WAIT
 
     def sampling(self, request_id: str) -> Sampling | None:
         stream = self._open.get(request_id)
         return stream.sampling if stream else None
+
+    @property
+    def some_do_not_wait(self) -> bool:
+        return self._impatient > 0
+
+    def missing(self, request_id: str) -> MissingExpert:
+        stream = self._open.get(request_id)
+        return stream.sampling.missing if stream else WAIT
+
+    def drop(self, request_id: str, part: float) -> None:
+        stream = self._open.get(request_id)
+        if stream is not None:
+            stream.dropped = (stream.dropped or Dropped(0.0, 0)).and_then(part)
+
+    def dropped(self, request_id: str) -> Dropped | None:
+        stream = self._open.get(request_id)
+        return stream.dropped if stream else None
 
     def deliver(self, outputs: Sequence[GenerationOutput]) -> None:
         self._post({output.request_id: self._event(output) for output in outputs})
@@ -93,10 +116,10 @@ class Streams:
         new = tuple(output.generated_tokens[stream.sent :])
         stream.sent += len(new)
         if not output.is_finished():
-            return Delta(new)
+            return Delta(new, None, stream.dropped)
         if new and new[-1] in self._eos_token_ids:
-            return Delta(new[:-1], "stop")
-        return Delta(new, "length")
+            return Delta(new[:-1], "stop", stream.dropped)
+        return Delta(new, "length", stream.dropped)
 
     def _post(self, events: Mapping[str, Delta | MoesaicError]) -> None:
         """Hands events to their event loops, one wake-up per loop."""

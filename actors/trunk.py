@@ -145,7 +145,7 @@ class _PoolEngine(TransformersEngine):
     def __init__(self, trunk: PoolTrunk, config: EngineConfig) -> None:
         super().__init__(trunk.model, config=config)
         self._trunk = trunk
-        trunk.router.on_rows_lost = self.fail_rows
+        trunk.router.batch.owned_by(self)
 
     def close(self) -> None:
         try:

@@ -89,9 +89,16 @@ class Dispatcher:
     # ---- one call -------------------------------------------------------------------------------
 
     def begin(
-        self, key: LayerKey, ids_TK: np.ndarray, *, max_rows: int, now: float
+        self,
+        key: LayerKey,
+        ids_TK: np.ndarray,
+        *,
+        max_rows: int,
+        now: float,
+        patience_T: np.ndarray | None = None,
     ) -> list[Command]:
-        """Start a layer's call. Ids are int32; those outside of [0, experts) are unused choices."""
+        """Start a layer's call. Ids are int32; those outside of [0, experts) are unused choices.
+        ``patience_T``: seconds that each token waits for experts that nobody has at the moment."""
         assert self._call is None or self.outcome is not None, "one call at a time"
         ids_N = ids_TK.reshape(-1)
         self._rotations[key] += 1
@@ -103,6 +110,7 @@ class Dispatcher:
             rotation=self._rotations[key],
             ids_N=ids_N,
             waiting_N=np.flatnonzero(ids_N >= 0),
+            until_T=None if patience_T is None else now + patience_T,
         )
         self.outcome = None
         layer = self.placement.layers.get(key) if self.placement is not None else None
@@ -156,6 +164,7 @@ class Dispatcher:
         if (call := self._running) is not None:
             if call.waiting_N.size and now >= call.hold_until:
                 commands += self._assign(call, now)
+            call.lose_patience(now)
             commands += self._hedge(call, now)
             if not call.waiting_N.size and not call.live:
                 self.outcome = call.ended()
@@ -167,10 +176,7 @@ class Dispatcher:
         waits = call is not None and call.waiting_N.size > 0
         due = [self._peers.wake_at(now, work_waits=waits)]
         if call is not None:
-            due.append(call.deadline)
-            due += [min(flight.expires, flight.hedge_at) for flight in call.live.values()]
-            if waits and call.hold_until > now:
-                due.append(call.hold_until)
+            due.append(call.wake_at(now))
         return min(due)
 
     # ---- what becomes of sends ------------------------------------------------------------------
@@ -209,9 +215,7 @@ class Dispatcher:
             return commands
         if not flight.hedges:
             self.hosts[flight.send.host].in_time()
-        hedges = [call.live.pop(hedge).send for hedge in sorted(flight.hedges)]
-        del call.live[seq]
-        return commands + [self._cancel(send, now) for send in hedges]
+        return commands + [self._cancel(send, now) for send in call.end(seq)]
 
     def _refused(self, event: Refused, health: HostHealth, now: float) -> list[Command]:
         call = self._running
@@ -237,9 +241,7 @@ class Dispatcher:
             call.take(event.seq)
             return []
         call.failed.append((flight.send, event))
-        del call.live[event.seq]
-        hedges = [call.live.pop(hedge).send for hedge in sorted(flight.hedges)]
-        return [self._cancel(send, now) for send in hedges]
+        return [self._cancel(send, now) for send in call.end(event.seq)]
 
     def _cancel(self, send: Send, now: float) -> Command:
         self.hosts[send.host].give_up(send.seq, now)

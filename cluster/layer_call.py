@@ -50,6 +50,8 @@ class LayerCall:
     rotation: int
     ids_N: np.ndarray
     waiting_N: np.ndarray  # choices that no send carries, ascending
+    until_T: np.ndarray | None = None  # when each token waits no longer; None: at the deadline
+    gone: list[np.ndarray] = field(default_factory=list)  # choices that wait no longer
     live: dict[int, Flight] = field(default_factory=dict)  # by sequence number
     # Given up after a deadline; a late answer still counts if nobody else has its choices.
     given_up: dict[int, Send] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class LayerCall:
 
     def ended(self) -> Outcome:
         """What became of it, once nothing is under way any more."""
-        lost = [self.waiting_N, *(send.choices for send, _ in self.failed)]
+        lost = [self.waiting_N, *self.gone, *(send.choices for send, _ in self.failed)]
         error = self.failed[0][1] if self.failed else None
         return Outcome(np.sort(np.concatenate(lost)), error)
 
@@ -97,6 +99,10 @@ class LayerCall:
             self.wait_again(left)
         return left.size > 0
 
+    def end(self, seq: int) -> list[Send]:
+        """A send needs no more answers: it is out of flight, and so are its hedges, given back."""
+        return [self.live.pop(hedge).send for hedge in sorted(self.live.pop(seq).hedges)]
+
     def take_late(self, seq: int) -> Send | None:
         """A send that was given up and is answered now, if nobody else has its choices."""
         late = self.given_up.pop(seq, None)
@@ -104,6 +110,23 @@ class LayerCall:
             return None
         self.waiting_N = np.setdiff1d(self.waiting_N, late.choices, assume_unique=True)
         return late
+
+    def lose_patience(self, now: float) -> None:
+        """Choices that wait, of tokens that do not any longer, are lost."""
+        if self.until_T is not None and self.waiting_N.size:
+            over_n = self.until_T[self.waiting_N // self.top_k] <= now
+            self.gone.append(self.waiting_N[over_n])
+            self.waiting_N = self.waiting_N[~over_n]
+
+    def wake_at(self, now: float) -> float:
+        """When something is due: an end of patience, a hedge, a retry that was held back."""
+        due = [self.deadline]
+        due += [min(flight.expires, flight.hedge_at) for flight in self.live.values()]
+        if self.waiting_N.size and self.until_T is not None:
+            due.append(float(self.until_T[self.waiting_N // self.top_k].min()))
+        if self.waiting_N.size and self.hold_until > now:
+            due.append(self.hold_until)
+        return min(due)
 
     def stop(self) -> list[Send]:
         """Nothing is in flight any more; gives what was."""

@@ -73,15 +73,14 @@ class Peers:
     def choose(
         self, call: LayerCall, choices_n: np.ndarray, now: float, *, besides: str = ""
     ) -> np.ndarray:
-        """For each choice the number of a host that takes it now, other than ``besides``; -1 where
-        there is none. The call's layer is placed."""
+        """For each choice the number of a host that takes it now; -1 where there is none. Beside a
+        host that is late, only those that were not late themselves. The call's layer is placed."""
         assert self.placement is not None
         healths = [self.hosts.get(name) for name in self.placement.host_order]
-        usable_H = np.array(
-            [h is not None and h.takes_calls(now) and h.entry.host != besides for h in healths],
-            dtype=bool,
-        )
+        usable_H = np.array([h is not None and h.takes_calls(now) for h in healths], dtype=bool)
         welcome_H = np.array([h is not None and now >= h.avoid_until for h in healths], dtype=bool)
+        if besides:
+            usable_H &= welcome_H & (np.array(self.placement.host_order) != besides)
         return choose_hosts(
             call,
             choices_n,

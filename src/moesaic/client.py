@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import httpx
 
@@ -37,6 +37,14 @@ Prompt = str | Sequence[int]
 Json = dict[str, Any]
 
 
+class MissingExpertOptions(TypedDict, total=False):
+    """What is to happen when an expert is not to be had."""
+
+    missing_expert: Literal["wait", "fail", "drop"]  # "wait" where nothing is said
+    wait_s: float  # before it fails or goes on without
+    max_dropped: float  # part of a token's gate weights that may be left out in a layer
+
+
 class Options(TypedDict, total=False):
     """What a request may say beside its prompt; the endpoint's defaults are OpenAI's."""
 
@@ -45,6 +53,7 @@ class Options(TypedDict, total=False):
     temperature: float  # 0 to 2; 0: always the best token
     top_p: float
     stop: str | list[str]
+    moesaic: MissingExpertOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +75,7 @@ class Answer:
     usage: Usage
     model: str
     id: str
+    max_dropped: float = 0.0  # largest part of a token's gate weights that a layer went without
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +85,7 @@ class Chunk:
     text: str = ""
     finish_reason: str | None = None
     usage: Usage | None = None
+    max_dropped: float = 0.0  # with the finish reason: see Answer
 
 
 class Client:
@@ -173,6 +184,7 @@ class Client:
             usage=_usage(found["usage"]),
             model=found["model"],
             id=found["id"],
+            max_dropped=_max_dropped(choice),
         )
 
     def _stream(self, path: str, body: Json, text: Callable[[Json], str]) -> Iterator[Chunk]:
@@ -183,9 +195,17 @@ class Client:
             _raise_error(response, (200,))
             for event in _events(response):
                 for choice in event["choices"]:
-                    yield Chunk(text=text(choice), finish_reason=choice["finish_reason"])
+                    yield Chunk(
+                        text=text(choice),
+                        finish_reason=choice["finish_reason"],
+                        max_dropped=_max_dropped(choice),
+                    )
                 if event.get("usage"):
                     yield Chunk(usage=_usage(event["usage"]))
+
+
+def _max_dropped(choice: Json) -> float:
+    return choice.get("moesaic", {}).get("max_dropped", 0.0)
 
 
 @contextmanager

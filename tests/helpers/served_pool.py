@@ -99,7 +99,7 @@ def served_pool(folder: Path, *, hosts: int = 2, replicas: int = 1) -> Iterator[
         )
         engine.start()
         # As the engine of a trunk on Ray does.
-        base.router.on_rows_lost = engine.fail_rows
+        base.router.batch.owned_by(engine)
         served = ServedModel("m", tiny_tokenizer(), engine.limits, engine.generate)
 
         async def status() -> dict[str, Any]:

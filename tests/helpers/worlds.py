@@ -214,9 +214,14 @@ class World:
             assert self.dispatcher.outcome is not None
             self.check_whole()
 
-    def begin(self, ids_TK: np.ndarray, max_rows: int = 64) -> None:
+    def begin(
+        self, ids_TK: np.ndarray, max_rows: int = 64, patience_T: np.ndarray | None = None
+    ) -> None:
         self.accepted, self.refused_for_good, self.ids_N = [], set(), ids_TK.reshape(-1)
-        self.run(self.dispatcher.begin(KEY, ids_TK, max_rows=max_rows, now=self.now))
+        begun = self.dispatcher.begin(
+            KEY, ids_TK, max_rows=max_rows, now=self.now, patience_T=patience_T
+        )
+        self.run(begun)
 
     def settle(self, rounds: int = 400) -> None:
         """No more faults: everybody lives and answers until the call has ended."""

@@ -1,0 +1,85 @@
+"""What a request wants when an expert is not to be had, and what that means for a batch.
+
+Shape suffixes: T = tokens, K = choices of a token, N = T * K choices flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+# Long enough for a host that is only busy for a moment.
+SHORT_WAIT_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissingExpert:
+    """``wait`` until the expert is back, ``fail``, or go on without it (``drop``) where its part
+    of the token's gate weights is small enough."""
+
+    mode: Literal["wait", "fail", "drop"] = "wait"
+    wait_s: float | None = None  # None: the router's deadline to wait, SHORT_WAIT_S otherwise
+    most_dropped: float = 1.0  # part of a token's gate weights that may be left out of a layer
+
+    def patience_s(self, deadline_s: float) -> float:
+        if self.wait_s is not None:
+            return min(self.wait_s, deadline_s)
+        return deadline_s if self.mode == "wait" else SHORT_WAIT_S
+
+
+WAIT = MissingExpert()
+
+# Rows of a batch, request by request: (how many, what their request wants).
+RowGroups = Sequence[tuple[int, MissingExpert]]
+
+
+class Dropped(NamedTuple):
+    """Experts that a request went without."""
+
+    largest: float  # part of one token's gate weights in one layer
+    times: int  # tokens of one layer each
+
+    def and_then(self, part: float) -> Dropped:
+        return Dropped(max(self.largest, part), self.times + 1)
+
+
+class Judgement(NamedTuple):
+    """What becomes of the rows that lack a choice."""
+
+    dropped: dict[int, float]  # row -> part of its gate weights that is left out
+    lost: list[int]
+
+
+class RowWishes:
+    """The wishes of a batch's rows; those behind the last group wait."""
+
+    def __init__(self, groups: RowGroups, tokens: int, deadline_s: float) -> None:
+        """A batch of other than the groups' rows cannot be told apart: all of it waits."""
+        self.patience_T = np.full(tokens, deadline_s)
+        self._most_T = np.full(tokens, -1.0)  # -1: nothing may be dropped
+        start = 0
+        if sum(rows for rows, _ in groups) > tokens:
+            return
+        for rows, wish in groups:
+            mine = slice(start, start + rows)
+            self.patience_T[mine] = wish.patience_s(deadline_s)
+            self._most_T[mine] = wish.most_dropped if wish.mode == "drop" else -1.0
+            start += rows
+
+    def judge(self, lost_n: np.ndarray, weights_N: np.ndarray, top_k: int) -> Judgement:
+        """``lost_n``: numbers of choices without an answer."""
+        weights_TK = np.abs(weights_N.reshape(-1, top_k))
+        missing_TK = np.zeros(weights_TK.shape, dtype=bool)
+        missing_TK.reshape(-1)[lost_n] = True
+        dropped, lost = {}, []
+        for row in np.flatnonzero(missing_TK.any(axis=1)).tolist():
+            whole = float(weights_TK[row].sum())
+            part = float(weights_TK[row][missing_TK[row]].sum()) / whole if whole > 0 else 1.0
+            if part <= self._most_T[row]:
+                dropped[row] = part
+            else:
+                lost.append(row)
+        return Judgement(dropped, lost)

@@ -1,0 +1,125 @@
+"""Hosts with one tiny model in the test's own process, and what each layer should answer.
+
+Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moesaic.actors.host import ExpertHost, local_hosts
+from moesaic.actors.router import Router
+from moesaic.actors.store import ModelRef
+from moesaic.actors.transport.connect import TransportChoice
+from moesaic.cluster.health import RouterPolicy
+from moesaic.cluster.placement import LayerKey, ModelShape, Placement
+from moesaic.cluster.residency import HostPolicy
+from moesaic.kernels.ffn import ExpertForm, ExpertWeights, reference_kernel
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.trunk import ExpertsLayer, experts_layers, meta_model, read_config
+from tests.helpers.architectures import tiny_model
+from tests.helpers.pools import place
+
+HIDDEN, EXPERTS, LAYER = 32, 8, 1
+KEY = LayerKey("m", LAYER)
+# Long where a test must not depend on it, short where it waits for it.
+PATIENT = RouterPolicy(deadline_s=30.0, attempt_s=10.0)
+HASTY = RouterPolicy(deadline_s=1.0, attempt_s=1.0)
+KINDS: tuple[TransportChoice, ...] = ("shm", "grpc")
+
+
+def save_model(folder: Path) -> Path:
+    tiny_model("mixtral").save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Hosts:
+    """Hosts with a model, and what each layer should answer."""
+
+    hosts: list[ExpertHost]
+    placement: Placement
+    layers: list[ExpertsLayer]
+    expected: dict[int, tuple[ExpertForm, dict[int, ExpertWeights]]]
+    ref: ModelRef
+    shape: ModelShape
+    stack: ExitStack = field(repr=False)
+
+    def router(
+        self,
+        *,
+        policy: RouterPolicy = PATIENT,
+        transport: TransportChoice = "shm",
+        placed: bool = True,
+        refresh: Callable[[], None] | None = None,
+    ) -> Router:
+        router = Router(
+            name="test", node="here", policy=policy, transport=transport, refresh=refresh
+        )
+        self.stack.callback(router.close)
+        if placed:
+            router.place(self.placement)
+            router.wait_ready(10.0)
+        return router
+
+    def answer(self, x_TH: Tensor, ids_TK: Tensor, w_TK: Tensor, layer: int = LAYER) -> Tensor:
+        form, experts = self.expected[layer]
+        out_TH = torch.empty(x_TH.shape)
+        ids_TK = torch.where(ids_TK < EXPERTS, ids_TK, -1)
+        reference_kernel(form, experts, x_TH, ids_TK, w_TK, out_TH)
+        return out_TH
+
+    def holders(self, expert: int) -> list[ExpertHost]:
+        named = self.placement.layers[KEY].hosts(expert)
+        return [host for host in self.hosts if host.name in named]
+
+    def refused(self) -> int:
+        return sum(host.report().loop.refused for host in self.hosts)
+
+
+@contextmanager
+def serving(
+    folder: Path,
+    *,
+    hosts: int = 2,
+    replicas: int = 1,
+    exact: bool = False,
+    policy: HostPolicy | None = None,
+) -> Iterator[Hosts]:
+    layers = experts_layers(meta_model(read_config(folder)))
+    ref = ModelRef(name="m", dtype="float32", path=str(folder))
+    checkpoint = Checkpoint(folder, read_config(folder), dtype=torch.float32)
+    expected = {
+        layer: (checkpoint.form(layer), {e: checkpoint.read(layer, e) for e in range(EXPERTS)})
+        for layer in checkpoint.layers
+    }
+    with ExitStack() as stack:
+        running = stack.enter_context(local_hosts(hosts, policy=policy))
+        placement = place(layers, running, ref, replicas=replicas, exact=exact)
+        shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
+        yield Hosts(running, placement, layers, expected, ref, shape, stack)
+
+
+def inputs(tokens: int, top_k: int = 2, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randperm(EXPERTS, generator=generator)[:top_k] for _ in range(tokens)]
+    return (
+        torch.randn(tokens, HIDDEN, generator=generator),
+        torch.stack(ids),
+        torch.rand(tokens, top_k, generator=generator),
+    )
+
+
+def assert_right(given: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+def sent(router: Router) -> int:
+    """Calls that are on their way to hosts now."""
+    return sum(len(health.occupied) for health in router._dispatcher.hosts.values())
