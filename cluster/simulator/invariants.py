@@ -72,7 +72,7 @@ class Invariants:
             case Ended():
                 return [
                     ("no choice is lost or doubled", self.whole(fact)),
-                    ("choices are lost at the deadline only", self.lost_late(fact)),
+                    ("no choice is lost before its time", self.lost_late(fact)),
                 ]
             case Sent():
                 return [
@@ -122,9 +122,11 @@ class Invariants:
     def lost_late(self, fact: Ended) -> str:
         if fact.error:
             return f"{fact.router.name}: refused for good: {fact.error}"
-        now = self._world.clock.now
-        if fact.lost.size and now < fact.call.deadline:
-            return f"{fact.router.name}: lost {fact.call.deadline - now:.3f} s before the deadline"
+        now, until_T = self._world.clock.now, fact.call.until_T
+        for choice in fact.lost.tolist():
+            early_s = float(until_T[choice // fact.call.ids_TK.shape[1]]) - now
+            if early_s > 0:
+                return f"{fact.router.name}: choice {choice} is lost {early_s:.3f} s too early"
         return ""
 
     def calls_end(self) -> str:

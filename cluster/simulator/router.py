@@ -56,6 +56,7 @@ class SimCall:
     number: Number  # of the placement when it began; frames carry it
     began: float
     deadline: float
+    until_T: np.ndarray  # when each token waits no longer
     accepted: list[int] = field(default_factory=list)
 
 
@@ -162,17 +163,20 @@ class SimRouter(Process):
             return
         self._take_placements()
         assert self.dispatcher.placement is not None
-        key, ids_TK = asked
         now = self.clock.now
         self.world.calls += 1
         self.call = SimCall(
-            key=key,
-            ids_TK=ids_TK,
+            key=asked.key,
+            ids_TK=asked.ids_TK,
             number=self.dispatcher.placement.number,
             began=now,
             deadline=now + self.policy.deadline_s,
+            until_T=now + asked.patience_T,
         )
-        self._execute(self.dispatcher.begin(key, ids_TK, max_rows=64, now=now))
+        begun = self.dispatcher.begin(
+            asked.key, asked.ids_TK, max_rows=64, now=now, patience_T=asked.patience_T
+        )
+        self._execute(begun)
         self._go_on()
 
     def _turn(self) -> None:

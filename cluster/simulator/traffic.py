@@ -5,12 +5,23 @@ Shape suffixes: T = tokens, K = choices of a token, E = experts of a layer.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
+from ..missing import SHORT_WAIT_S
 from ..placement import LayerKey, Placement
 from .settings import Settings
 
 _TOP_K = 2
+
+
+class Ask(NamedTuple):
+    """One layer's call: the choices (T, K), and how long each token waits for a lost expert."""
+
+    key: LayerKey
+    ids_TK: np.ndarray
+    patience_T: np.ndarray
 
 
 class Traffic:
@@ -29,8 +40,8 @@ class Traffic:
                 weight_E = np.exp(log_E)
                 self._weight_E[LayerKey(shape.model, layer)] = weight_E / weight_E.sum()
 
-    def next(self, placement: Placement | None) -> tuple[LayerKey, np.ndarray] | None:
-        """A layer that is placed, and the choices (T, K) of a call; None while nothing is."""
+    def next(self, placement: Placement | None) -> Ask | None:
+        """A call of a layer that is placed; None while nothing is."""
         keys = sorted(placement.layers) if placement is not None else []
         if not keys:
             return None
@@ -42,7 +53,10 @@ class Traffic:
         ids_TK = np.argsort(-noise_TE, axis=1)[:, :_TOP_K].astype(np.int32)
         if self._rng.random() < 0.1:
             ids_TK[0, 0] = -1  # a choice that nobody uses
-        return key, ids_TK
+        patience_T = np.full(tokens, self._settings.router.deadline_s)
+        hasty_T = self._rng.random(tokens) < (0.5 if self._rng.random() < 0.2 else 0.0)
+        patience_T[hasty_T] = SHORT_WAIT_S
+        return Ask(key, ids_TK, patience_T)
 
     def pause_s(self) -> float:
         return float(self._rng.exponential(self._settings.think_s))
