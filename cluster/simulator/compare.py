@@ -89,14 +89,19 @@ def host_speed(trace: Trace, hosts: int, utilisation: float) -> float:
 
 
 def shifting_day(
-    *, layers: int = 8, experts: int = 64, hosts: int = 8, slots: int = 10, seed: int = 0
+    *,
+    layers: int = 8,
+    experts: int = 64,
+    hosts: int = 8,
+    slots: int = 10,
+    window_s: float = 300.0,
+    seed: int = 0,
 ) -> tuple[list[float], list[Figures]]:
-    """(hours, figures): a day of traffic that shifts between four domains, in windows of five
-    minutes; DeepSeek's rule once an hour."""
+    """(hours, figures): a day of traffic that shifts between four domains; DeepSeek's rule once an
+    hour, ours whenever it pays."""
     shape = ModelShape(
         model="m", experts=dict.fromkeys(range(layers), experts), expert_bytes=44_000_000
     )
-    window_s = 300.0
     trace = day(
         [shape],
         sigma=1.0,
@@ -114,7 +119,9 @@ def shifting_day(
         load_bytes_per_s=200e6,
     )
     policy = control_policy(pool, every_s=window_s, budget=0.05, redundancy=0)
-    found = compare(trace, pool, every=12, slo_s=0.1, policy=policy, ticks=20)
+    found = compare(
+        trace, pool, every=max(1, round(3600 / window_s)), slo_s=0.1, policy=policy, ticks=20
+    )
     return [w * window_s / 3600 for w in range(trace.windows)], found
 
 
