@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...proto.errors import CallError, CheckpointError, Corrupted, HostLost, MoesaicError
+from ...proto.errors import CallError, Corrupted, HostLost, MoesaicError
 from ..fence import Fence
 from ..placement import ExpertKey, HostEntry, LayerKey, ModelShape
 from ..residency import HostPolicy, LayerShape, QueuedCall, Residency
 from .clock import Process
 from .facts import Computed, Obeyed, Released, Wrote
+from .fetching import Fetching
 from .frames import CallFrame, Cancel, Frame, Hello, Ping, Pong, Refusal, Reply, Welcome
 from .network import Connection, Responder
 
@@ -40,13 +41,6 @@ class _Pending:
     arrived: float
 
 
-@dataclass(slots=True)
-class _LoadOrder:
-    keys: Sequence[ExpertKey]
-    peers: Mapping[ExpertKey, str]
-    respond: Responder
-
-
 class SimHost(Process):
     """One incarnation of a host."""
 
@@ -71,8 +65,7 @@ class SimHost(Process):
         self._computing = False
         self._fence = Fence()
         self._models: dict[str, ModelShape] = {}
-        self._orders: deque[_LoadOrder] = deque()
-        self._loading = 0
+        self._fetching = Fetching(self)
 
     @property
     def process(self) -> Process:
@@ -211,7 +204,7 @@ class SimHost(Process):
                 entry=self.entry,
                 holdings={k: list(v) for k, v in self.residency.holdings().items()},
                 models=tuple(self._models.values()),
-                loading=self._loading,
+                loading=self._fetching.missing,
             )
         )
 
@@ -226,9 +219,7 @@ class SimHost(Process):
         if not self._obeys(lambda: self._fence.obey(term), term, "load", respond):
             return
         self.add_models(models)
-        self._orders.append(_LoadOrder(keys, peers, respond))
-        if len(self._orders) == 1:
-            self._begin_load()
+        self._fetching.order(keys, peers, respond)
 
     def add_models(self, models: Sequence[ModelShape]) -> None:
         self._models |= {shape.model: shape for shape in models}
@@ -268,36 +259,3 @@ class SimHost(Process):
             return False
         self.world.tell(Obeyed(self, term, order))
         return True
-
-    # ---- loading, one order after the other -----------------------------------------------------
-
-    def _begin_load(self) -> None:
-        wanted = deque(key for key in self._orders[0].keys if not self.holds(key))
-        self._loading = len(wanted)
-        self._next_expert(wanted)
-
-    def _next_expert(self, wanted: deque[ExpertKey]) -> None:
-        if not wanted:
-            self._end_load(None)
-            return
-        key = wanted.popleft()
-        took_s, fails = self.world.faults.load(self.world.settings.load_s)
-
-        def came() -> None:
-            peer = self._orders[0].peers.get(key)
-            if fails:
-                self._end_load(CheckpointError(f"{key}: cannot be read"))
-            elif peer is not None and not self.world.has_weights(peer, key):
-                self._end_load(HostLost(f"{key}: {peer} does not give it"))
-            else:
-                self.put(key)
-                self._loading -= 1
-                self._next_expert(wanted)
-
-        self.reach(took_s, f"{self.name}: {key} comes", came)
-
-    def _end_load(self, error: MoesaicError | None) -> None:
-        self._loading = 0
-        self._orders.popleft().respond(error)
-        if self._orders:
-            self._begin_load()

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..changes import Phase
-from ..control import Control
 from ..placement import ExpertKey, LayerKey, Number, Placement
 from .controller import SimController
 from .facts import (
@@ -268,33 +266,6 @@ class Invariants:
         if last is None or last <= fact.number:
             return ""
         return f"{where[1]} sees {tuple(fact.number)} of {where[0]} behind {tuple(last)}"
-
-    # ---- at the end -----------------------------------------------------------------------------
-
-    def target_stands(self, control: Control) -> str:
-        """Why the controller's target does not stand, or nothing."""
-        world = self._world
-        for host in world.hosts:
-            for key in control.wanted(host):
-                if not world.hosts[host].holds(key) and not self._gone_for_good(key):
-                    return f"{key} is wanted on {host} and not there"
-        for shape in control.models.values():
-            for layer, experts in shape.experts.items():
-                for expert in range(experts):
-                    key = ExpertKey(shape.model, layer, expert)
-                    alive = any(host.holds(key) for host in world.hosts.values())
-                    if not alive and key not in control.unplaced and not self._gone_for_good(key):
-                        return f"nobody holds {key}"
-        last = control.changes.all[-1] if control.changes.all else None
-        if last is not None and last.phase is Phase.LOADING:
-            return f"change {last.id} ({last.why}) is still under way"
-        return ""
-
-    def _gone_for_good(self, key: ExpertKey) -> bool:
-        """Its model was in memory alone, and every replica has died."""
-        return key.model in self._world.settings.in_memory and not any(
-            host.holds(key) for host in self._world.hosts.values()
-        )
 
 
 def _names(placement: Placement, key: ExpertKey, host: str) -> bool:

@@ -27,13 +27,12 @@ from .network import Connection, Network
 from .registry import Registry
 from .router import SimRouter
 from .settings import Settings, draw
+from .settled import unsettled
 from .traffic import Traffic
 
 # Seconds: before faults begin, and until everything has to stand again behind them.
 WARM_UP_S = 2.0
 SETTLE_S = 60.0
-# Nothing is loaded, published or evicted for so long: the pool stands.
-_QUIET_S = 0.8
 _KEPT_LINES = 60
 # Events without the clock moving, after which somebody runs in circles.
 _AT_ONCE = 5000
@@ -111,7 +110,7 @@ class World:
                 for router in self.routers.values():
                     router.stop()
             self.step()
-            why = self.unsettled() if self.clock.now > half else "the time has not come"
+            why = unsettled(self) if self.clock.now > half else "the time has not come"
             if not why:
                 return
             if self.clock.now > end:
@@ -234,28 +233,3 @@ class World:
                     for key in controller.control.wanted(name):
                         if key.model == shape.model:
                             host.put(key)
-
-    # ---- when it stands -------------------------------------------------------------------------
-
-    def unsettled(self) -> str:
-        """Why the pool does not stand yet; empty when it does."""
-        controller = self.registry.controller
-        if len(self.controllers) != 1 or controller is None or controller.control is None:
-            return f"{len(self.controllers)} controllers"
-        control = controller.control
-        calling = [router.name for router in self.routers.values() if router.call is not None]
-        if calling:
-            return f"{calling} have calls in progress"
-        if self.clock.now - self.last_change < _QUIET_S:
-            return "replicas are being moved"
-        if not all(host.alive for host in self.hosts.values()):
-            return "hosts are away"
-        behind = [
-            router.name
-            for router in self.routers.values()
-            if router.dispatcher.placement is None
-            or router.dispatcher.placement.number != control.number
-        ]
-        if behind or not self.routers:
-            return f"{behind} do not follow placement {tuple(control.number)}"
-        return self.invariants.target_stands(control)
