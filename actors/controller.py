@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ..cluster.control import Control, ControlPolicy
 from ..cluster.load import LoadReport
 from ..cluster.loading import Load
-from ..cluster.observed import Observation
+from ..cluster.observed import Observation, without
 from ..cluster.orders import Evict, MakePlan, Publish
 from ..cluster.placement import LayerKey, ModelShape, Placement
 from ..cluster.plan import PoolHost
@@ -64,7 +64,8 @@ class Controller(Operations, Overview):
         self._states: dict[str, str] = dict.fromkeys(self._hosts, "starting")
         self._errors: dict[str, str] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
-        self._evicts: dict[str, asyncio.Task[None]] = {}
+        self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
+        self._evictions = dict.fromkeys(self._hosts, 0)  # that have ended
         self._published = asyncio.Condition()
         self._ticks = 0
         self._tick_error = self._plan_error = ""
@@ -183,10 +184,12 @@ class Controller(Operations, Overview):
 
     async def _observe(self, host: str) -> tuple[str, Any]:
         """(host, what it reports; None if Ray says it is gone; "late" if it did not answer)."""
+        forgetting = self._evicts[host][0].keys if host in self._evicts else ()
         try:
-            report: HostReport = await asyncio.wait_for(
-                self._handle(host).report.remote(), REPORT_TIMEOUT_S
-            )
+            asked = self._handle(host).report.remote(self._term, self._evictions[host])
+            report: HostReport = await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
+        except RayTaskError as failure:
+            raise self._cause(failure) from failure
         except (TimeoutError, GetTimeoutError):
             self._states[host] = "not answering"
             return host, "late"
@@ -199,7 +202,7 @@ class Controller(Operations, Overview):
         self._states[host] = "loading" if report.loading else "up"
         return host, Observation(
             entry=report.entry,
-            holdings={key: frozenset(experts) for key, experts in report.holdings.items()},
+            holdings=without(report.holdings, forgetting),
             loading=report.loading > 0 or host in self._loads or host in self._evicts,
         )
 
@@ -234,8 +237,7 @@ class Controller(Operations, Overview):
             await asyncio.wait_for(asked, LOAD_TIMEOUT_S)
             self._errors.pop(host, None)
         except (RayTaskError, MoesaicError) as failure:
-            cause = getattr(failure, "cause", failure)
-            self._leave_if_superseded(cause)
+            cause = self._cause(failure)
             error = self._errors[host] = f"{type(cause).__name__}: {cause}"
         except TimeoutError:
             error = self._errors[host] = f"a load took more than {LOAD_TIMEOUT_S:g} s"
@@ -248,28 +250,32 @@ class Controller(Operations, Overview):
 
     def _start_evict(self, command: Evict) -> None:
         if command.host not in self._evicts:
-            task = asyncio.get_running_loop().create_task(self._evict(command))
-            self._evicts[command.host] = task
+            loop = asyncio.get_running_loop()
+            self._evicts[command.host] = command, loop.create_task(self._evict(command))
 
     async def _evict(self, command: Evict) -> None:
         host = command.host
         try:
-            asked = self._handle(host).release.remote(command.keys, term=self._term)
+            order = command.keys, self._term, self._evictions[host] + 1
+            asked = self._handle(host).release.remote(*order)
             await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
         except (RayTaskError, MoesaicError) as failure:
-            cause = getattr(failure, "cause", failure)
-            self._leave_if_superseded(cause)
+            cause = self._cause(failure)
             self._errors[host] = f"{type(cause).__name__}: {cause}"
         except (RayError, ValueError, TimeoutError) as failure:
             # The next report says what it holds; what is left is evicted again.
             log.info("controller: host %s: eviction: %s", host, failure)
         finally:
+            self._evictions[host] += 1
             del self._evicts[host]
 
-    def _leave_if_superseded(self, error: object) -> None:
-        if isinstance(error, Superseded):
-            log.critical("controller of term %d: %s; leaving", self._term, error)
+    def _cause(self, failure: Exception) -> Exception:
+        """What a host raised; where a newer controller rules, this one leaves."""
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, Superseded):
+            log.critical("controller of term %d: %s; leaving", self._term, cause)
             os._exit(1)
+        return cause
 
     # ---- small parts ----------------------------------------------------------------------------
 

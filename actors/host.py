@@ -14,15 +14,16 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
+from ..cluster.fence import Fence
 from ..cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape
 from ..cluster.residency import HostPolicy, LayerShape, Residency
-from ..proto.errors import Superseded
 from .device import LoopStats
 from .host_loop import HostLoop
 from .store import SHARED, ExpertStore, ModelRef
@@ -53,6 +54,20 @@ class HostReport:
     weight_bytes: int
     rss_bytes: int
     loop: LoopStats
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for people and JSON."""
+        return {
+            "incarnation": self.entry.incarnation,
+            "node": self.entry.node,
+            "pid": self.pid,
+            "device": self.device,
+            "experts": sum(map(len, self.holdings.values())),
+            "loading": self.loading,
+            "weight_bytes": self.weight_bytes,
+            "rss_bytes": self.rss_bytes,
+            **asdict(self.loop),
+        }
 
 
 def pick_device(device: str) -> torch.device:
@@ -86,8 +101,8 @@ class ExpertHost:
         self._loading = 0
         self._models: dict[str, PlacedModel] = {}
         self._load_lock = threading.Lock()
-        self._term = 0  # of the newest controller that was heard
-        self._term_lock = threading.Lock()
+        self._fence = Fence()
+        self._fence_lock = threading.Lock()
         shm = ShmListener()
         grpc = GrpcListener(f"{bind}:0", weights=_Weights(self))
         self._entry = HostEntry(
@@ -119,7 +134,8 @@ class ExpertHost:
         CheckpointError, UnsupportedModel and HostLost, and Superseded for an old controller; what
         was loaded before stays.
         """
-        self._check_term(term)
+        with self._fence_lock:
+            self._fence.obey(term)
         with self._load_lock:
             self.add_models(models)
             held = self._residency.holdings()
@@ -142,21 +158,32 @@ class ExpertHost:
             self._store.add_model(ref)
             self._models[ref.name] = (ref, shape)
 
-    def release(self, keys: Sequence[ExpertKey], term: int = 0) -> None:
+    def release(self, keys: Sequence[ExpertKey], term: int = 0, eviction: int = 1) -> None:
         """Stop serving experts and free their memory; queued calls for them are refused. Raises
-        Superseded for an old controller."""
-        self._check_term(term)
-        self._loop.call(lambda: self._loop.release(keys))
+        Superseded for an old controller, and Expired for an eviction that it has given up."""
+
+        def forget() -> None:
+            with self._fence_lock:
+                self._fence.evict(term, eviction)
+                self._loop.release(keys)
+
+        self._loop.call(forget)
         for key in keys:
             self._store.drop(key)
         _return_freed_memory()
 
-    def report(self) -> HostReport:
+    def report(self, term: int | None = None, given_up: int = 0) -> HostReport:
+        """A controller gives its term, and the number of evictions that it does not wait for any
+        more: what is reported stays true until it orders something else. Raises Superseded."""
+        with self._fence_lock:
+            if term is not None:
+                self._fence.look(term, given_up)
+            holdings = self._residency.holdings()
         return HostReport(
             entry=self._entry,
             pid=os.getpid(),
             device=str(self._store.device),
-            holdings=self._residency.holdings(),
+            holdings=holdings,
             models=list(self._models.values()),
             loading=self._loading,
             weight_bytes=self._store.nbytes,
@@ -172,12 +199,6 @@ class ExpertHost:
 
     def close(self) -> None:
         self._loop.close()
-
-    def _check_term(self, term: int) -> None:
-        with self._term_lock:
-            if term < self._term:
-                raise Superseded(f"term: {term} is over; the controller of term {self._term} rules")
-            self._term = term
 
     def _fetch(self, key: ExpertKey, peer: str) -> LayerShape:
         if self._store.lacks_shared(LayerKey(key.model, key.layer)):

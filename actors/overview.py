@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import asdict
 from typing import Any
 
 from ..cluster.control import Control
@@ -167,17 +166,7 @@ class Overview:
         status: dict[str, Any] = {"host": host, "state": self._states[host]}
         report = self._reports.get(host)
         if report is not None:
-            status |= {
-                "incarnation": report.entry.incarnation,
-                "node": report.entry.node,
-                "pid": report.pid,
-                "device": report.device,
-                "experts": sum(map(len, report.holdings.values())),
-                "loading": report.loading,
-                "weight_bytes": report.weight_bytes,
-                "rss_bytes": report.rss_bytes,
-                **asdict(report.loop),
-            }
+            status |= report.describe()
         if host in self._errors:
             status["error"] = self._errors[host]
         return status

@@ -11,6 +11,7 @@ from pathlib import Path
 
 BENCHMARKS: dict[str, list[str]] = {
     "planner": [],
+    "simulation": [],
     "transport": [],
     "layer": [],
     "decode": [],

@@ -26,6 +26,8 @@ def choose_hosts(
     The shares of the placement decide, in turns of ``split_rows`` choices of one expert. What they
     give to a host that is not usable, or not ``welcome_H`` while another one is, goes elsewhere.
     """
+    if not usable_H.size:
+        return np.full(choices_n.size, -1)  # nobody holds anything at the moment
     table = placement.tables[call.key]
     ids_n = call.ids_N[choices_n]
     step_n = np.full(ids_n.size, call.rotation)

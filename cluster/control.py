@@ -175,9 +175,13 @@ class Control:
         return [self.view.hosts[name] for name in sorted(names)]
 
     def pending(self) -> int:
-        """Replicas that the target names and nobody holds yet."""
+        """Replicas that the target names and that are still to come; what only memory held and
+        nobody holds any more never will."""
         return sum(
-            not self.view.holds(host, key) for host in self.view.hosts for key in self.wanted(host)
+            not self.view.holds(host, key)
+            and (key.model in self.loader.on_disk or bool(self.view.holders(key)))
+            for host in self.view.hosts
+            for key in self.wanted(host)
         )
 
     # ---- one round ------------------------------------------------------------------------------

@@ -306,11 +306,12 @@ class Dispatcher:
     def _hedge(self, call: LayerCall, now: float) -> list[Command]:
         """Send what is late to other replicas too, where every choice of it has one."""
         commands: list[Command] = []
-        if self.placement is None or call.key not in self.placement.layers:
-            return commands
+        placed = self.placement is not None and call.key in self.placement.layers
         for flight in [f for f in call.live.values() if now >= f.hedge_at]:
             # If not now, then when it is twice as old.
             flight.hedge_at = now + max(now - flight.sent_at, self.policy.hedge_least_s)
+            if not placed:
+                continue
             choices = flight.send.choices
             host_n = self._peers.choose(call, choices, now, besides=flight.send.host)
             if (host_n < 0).any():

@@ -72,7 +72,7 @@ class Loader:
         urgent = [
             key for key in lacking if key.model not in appeared or not self._view.holders(key)
         ]
-        keys = urgent or self._batch(host, lacking, models)
+        keys = urgent or self._batch(host, lacking, len(wanted), models)
         peers = {key: source for key in keys if (source := self._source(key, host)) is not None}
         if not keys:
             return None
@@ -82,12 +82,14 @@ class Loader:
         return Load(host=host, keys=tuple(keys), peers=peers)
 
     def _batch(
-        self, host: str, lacking: list[ExpertKey], models: Mapping[str, ModelShape]
+        self, host: str, lacking: list[ExpertKey], wanted: int, models: Mapping[str, ModelShape]
     ) -> list[ExpertKey]:
         """As many as one background load may bring: few bytes at once, and no more replicas than
         there is room for until those that they replace are evicted."""
         held = sum(1 for _ in self._view.seen[host].experts())
-        room = max(0, self.slots.get(host, held) + _STAGING - held)
+        # A target can name more than a host has slots now, where these are an even part of what
+        # models need and hosts came back.
+        room = max(0, max(self.slots.get(host, held), wanted) + _STAGING - held)
         room_bytes, batch = self._batch_bytes, []
         for key in lacking[:room]:
             room_bytes -= models[key.model].expert_bytes

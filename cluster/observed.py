@@ -25,6 +25,17 @@ class Observation:
             yield from (layer.expert(expert) for expert in experts)
 
 
+def without(
+    holdings: Mapping[LayerKey, Collection[int]], keys: Collection[ExpertKey]
+) -> dict[LayerKey, frozenset[int]]:
+    """What a host holds beside ``keys``, which it may be forgetting at this moment."""
+    gone = set(keys)
+    return {
+        layer: frozenset(expert for expert in experts if layer.expert(expert) not in gone)
+        for layer, experts in holdings.items()
+    }
+
+
 class View:
     """All hosts of a pool, by their last reports."""
 

@@ -160,3 +160,5 @@ def test_an_old_controller_is_refused_by_hosts(pool: Cluster) -> None:
         ray.get(host.load.remote([], [], term=1), timeout=30)
     with pytest.raises(RayTaskError, match="Superseded"):
         ray.get(host.release.remote([], term=1), timeout=30)
+    with pytest.raises(RayTaskError, match="Superseded"):
+        ray.get(host.report.remote(1, 0), timeout=30)

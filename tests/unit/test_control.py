@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moesaic.cluster.changes import Phase
 from moesaic.cluster.control import Control, ControlPolicy
 from moesaic.cluster.load import HostTimes, LoadReport
-from moesaic.cluster.loading import Load
+from moesaic.cluster.loading import Load, Loader
 from moesaic.cluster.observed import Observation
 from moesaic.cluster.orders import Evict, MakePlan, Publish
 from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape, Number, Placement
@@ -624,3 +624,34 @@ def test_a_plan_that_was_asked_for_before_a_rollback_is_of_no_use_behind_it() ->
 
 def test_numbers_of_a_new_term_are_above_all_of_an_old_one() -> None:
     assert Number(2, 1) > Number(1, 10**9)
+
+
+def test_what_only_memory_held_and_is_lost_keeps_no_change_under_way() -> None:
+    world = ControlWorld(3, [(shape("disk"), True), (shape("memory"), False)])
+    world.settle()
+    world.put_models_in_memory()
+    world.settle()
+    world.kill("h1")
+    for _ in range(20):
+        world.tick()
+    world.settle()
+    assert {key.model for key in world.control.missing()} == {"memory"}
+    assert world.control.pending() == 0
+    assert world.control.changes.all[-1].phase is not Phase.LOADING
+
+
+def test_a_target_with_more_than_a_hosts_slots_is_loaded_all_the_same() -> None:
+    """An even part of what models need is less when hosts come back."""
+    world = ControlWorld(2, [(shape("m", replicas=2, experts=16, layers=1), True)])
+    world.settle()
+    loader = Loader(world.control.view, bytes_per_s=1e9, batch_bytes=1 << 20, retry_s=1.0)
+    loader.on_disk.add("m")
+    loader.slots["h0"] = 8
+    held = world.hosts["h0"].held
+    wanted = sorted(held)
+    lost = wanted[:3]
+    held -= set(lost)
+    world.control.view.note({"h0": world.hosts["h0"].observe()}, world.now)
+    found = loader.next("h0", wanted, models=world.control.models, appeared=["m"], now=world.now)
+    assert found is not None
+    assert list(found.keys) == lost

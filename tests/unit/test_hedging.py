@@ -226,3 +226,23 @@ def test_a_budget_saves_up_to_a_bound_and_can_be_owed() -> None:
     assert budget.owe(1, 0.5) == pytest.approx(0.5)
     assert budget.spend(2, 10.0)
     assert not budget.spend(1, 10.0)
+
+
+def test_a_late_send_of_a_layer_that_is_not_placed_any_more_keeps_nobody_busy() -> None:
+    world = world_of()
+    begin_on_one(world)
+    world.replace(Placement(world._next(), world.placement.hosts, {}))
+    world.pass_time(USUAL_S * 1.1)
+    assert world.dispatcher.wake_at(world.now) > world.now
+
+
+def test_a_placement_without_any_replica_makes_choices_wait() -> None:
+    world = world_of()
+    asked, _ = begin_on_one(world)
+    world.republish(LayerPlacement(tuple(() for _ in range(8))))
+    world.cut(asked)
+    world.pass_time(USUAL_S * 1.1)
+    assert world.dispatcher.outcome is None
+    world.republish(placement(2, 2).layers[KEY])
+    world.settle()
+    world.check_whole()

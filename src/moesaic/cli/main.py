@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ..proto.errors import MoesaicError
 from . import operate, watch
+from .simulate import simulate
 
 app = typer.Typer(
     name="moesaic",
@@ -143,6 +144,7 @@ def upcycle(
 
 operate.register(app)
 watch.register(app)
+app.command()(simulate)
 
 
 def main(argv: list[str] | None = None) -> int:

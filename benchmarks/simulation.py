@@ -1,0 +1,134 @@
+"""The simulated pool under faults, seed by seed, and a day of shifting traffic.
+
+    python -m benchmarks.simulation [--json PATH] [--seeds N] [--pictures FOLDER]
+
+Faults: small pools (3 to 5 hosts, 1 to 3 trunks) that are broken at random for 12 simulated
+seconds; the invariants are checked after every event. Day: 8 layers of 64 experts on 8 hosts, four
+domains of traffic whose shares move over 24 hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.cluster.simulator.compare import Figures, shifting_day
+from moesaic.cluster.simulator.run import SeedRun, run_seed
+
+from .svg import line_chart
+
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+console = Console(width=100, highlight=False)
+
+
+def faults(seeds: int, processes: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    # Fresh processes: none shares memory, or the order of its sets, with another.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        runs: list[SeedRun] = list(pool.map(run_seed, range(seeds), chunksize=10))
+    seconds = time.perf_counter() - began
+    kinds: Counter[str] = Counter()
+    for run in runs:
+        kinds.update(run.faults)
+    broken = [run for run in runs if run.violation is not None]
+    table = Table("fault", "times", title=f"{seeds:,} seeds")
+    for kind, times in sorted(kinds.items()):
+        table.add_row(kind, f"{times:,}")
+    console.print(table)
+    for run in broken:
+        assert run.violation is not None
+        console.print(f"seed {run.seed}: {run.violation.invariant}: {run.violation.message}")
+    found = {
+        "seeds": seeds,
+        "events": sum(run.events for run in runs),
+        "calls": sum(run.calls for run in runs),
+        "simulated_s": round(sum(run.simulated_s for run in runs), 1),
+        "faults": dict(sorted(kinds.items())),
+        "violations": {run.seed: asdict(run.violation) for run in broken if run.violation},
+        "seconds": round(seconds, 1),
+        "processes": processes,
+    }
+    console.print(
+        f"{found['events']:,} events, {found['calls']:,} calls, {found['simulated_s']:,} simulated "
+        f"seconds in {seconds:.1f} s on {processes} cores: {len(broken)} violations"
+    )
+    return found
+
+
+def day(pictures: Path) -> list[dict[str, Any]]:
+    began = time.perf_counter()
+    hours, found = shifting_day()
+    seconds = time.perf_counter() - began
+    table = Table(
+        "placement", "balancedness", "worst layer", "slots moved", "GB moved", "SLO missed",
+        title=f"a day of shifting traffic ({seconds:.0f} s)",
+    )  # fmt: skip
+    for one in found:
+        table.add_row(
+            one.way,
+            f"{one.balancedness_mean:.3f}",
+            f"{one.balancedness_worst:.3f}",
+            f"{one.moved_slots:,}",
+            f"{one.moved_bytes / 1e9:,.1f}",
+            f"{one.slo_violations} of {one.windows}",
+        )
+    console.print(table)
+    draw(hours, found, pictures)
+    series = ("balancedness_W", "moved_W")
+    return [{k: v for k, v in asdict(one).items() if k not in series} for one in found]
+
+
+def draw(hours: list[float], found: list[Figures], pictures: Path) -> None:
+    ticks = [0, 4, 8, 12, 16, 20, 24]
+    line_chart(
+        pictures / "day-balancedness.svg",
+        title="Balancedness over a day of shifting traffic",
+        x_label="hour",
+        y_label="balancedness, mean over layers",
+        x=hours,
+        x_ticks=ticks,
+        lines={one.way: one.balancedness_W for one in found},
+    )
+    line_chart(
+        pictures / "day-moves.svg",
+        title="Slots that got other experts, summed up over the day",
+        x_label="hour",
+        y_label="slots moved",
+        x=hours,
+        x_ticks=ticks,
+        y_from=0.0,
+        lines={one.way: list(itertools.accumulate(one.moved_W)) for one in found},
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seeds", type=int, default=2000)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
+    arguments = parser.parse_args()
+    checked = faults(arguments.seeds, arguments.processes)
+    results = {"faults": checked, "day": day(arguments.pictures)}
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"title": "simulation", "results": results}, indent=1)
+        arguments.json.write_text(text + "\n")
+    return 1 if checked["violations"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

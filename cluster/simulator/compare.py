@@ -1,0 +1,155 @@
+"""Placements side by side: on the same loads, with the same hosts, on a virtual clock.
+
+Shapes: W windows, H hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..balance import balancedness
+from ..control import ControlPolicy
+from ..placement import ModelShape
+from ..plan import Policy, PoolHost
+from ..trace import Trace
+from .loads import day
+from .ours import Ours
+from .ways import Eplb, Pool, Static, Way
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """How one way did; the first windows, in which all learn, are left out of all figures."""
+
+    way: str
+    balancedness_mean: float  # over windows and layers
+    balancedness_worst: float  # of any layer in any window
+    moved_slots: int
+    moved_bytes: int
+    slo_violations: int  # windows in which some host's queue took longer than the SLO
+    windows: int
+    host_hours: float
+    balancedness_W: tuple[float, ...]  # mean over layers, of all windows
+    moved_W: tuple[int, ...]  # slots, of all windows
+
+
+def compare(
+    trace: Trace, pool: Pool, *, every: int, slo_s: float, policy: ControlPolicy, ticks: int = 20
+) -> list[Figures]:
+    """Static placement, DeepSeek's every ``every`` windows, and ours. Raises ValueError if a layer
+    has more experts than slots."""
+    ways: list[Way] = [Static(pool), Eplb(pool, every=every), Ours(pool, policy, ticks=ticks)]
+    return [_figures(way, trace, pool, skip=every, slo_s=slo_s) for way in ways]
+
+
+def control_policy(pool: Pool, *, every_s: float, budget: float, redundancy: int) -> ControlPolicy:
+    """The controller's, with the times of a trace."""
+    return ControlPolicy(
+        balance=Policy(
+            redundancy=redundancy,
+            load_bytes_per_s=pool.load_bytes_per_s,
+            horizon_s=max(60.0, every_s),
+        ),
+        every_s=every_s,
+        budget=budget,
+        bytes_per_s=pool.load_bytes_per_s,
+    )
+
+
+def pool_of(
+    shapes: Sequence[ModelShape],
+    *,
+    hosts: int,
+    slots: int,
+    choices_per_s: float,
+    load_bytes_per_s: float,
+) -> Pool:
+    """Equal hosts with ``slots`` for each layer. Raises ValueError."""
+    layers = sum(len(shape.experts) for shape in shapes)
+    return Pool(
+        hosts=tuple(PoolHost(name=f"h{h:03}", slots=slots * layers) for h in range(hosts)),
+        shapes=tuple(shapes),
+        slots=slots,
+        choices_per_s=choices_per_s,
+        load_bytes_per_s=load_bytes_per_s,
+    )
+
+
+def host_speed(trace: Trace, hosts: int, utilisation: float) -> float:
+    """Choices per second of one host: as recorded, or so that ``hosts`` are busy for a part
+    ``utilisation`` of the time."""
+    busy_s = float(trace.busy_s_WH.sum())
+    if busy_s > 0:
+        return float(trace.choices_WH.sum()) / busy_s
+    choices = sum(int(counts.sum()) for counts in trace.counts.values())
+    return max(1.0, choices) / (trace.windows * trace.window_s) / (hosts * utilisation)
+
+
+def shifting_day(
+    *,
+    layers: int = 8,
+    experts: int = 64,
+    hosts: int = 8,
+    slots: int = 10,
+    window_s: float = 300.0,
+    seed: int = 0,
+) -> tuple[list[float], list[Figures]]:
+    """(hours, figures): a day of traffic that shifts between four domains; DeepSeek's rule once an
+    hour, ours whenever it pays."""
+    shape = ModelShape(
+        model="m", experts=dict.fromkeys(range(layers), experts), expert_bytes=44_000_000
+    )
+    trace = day(
+        [shape],
+        sigma=1.0,
+        domains=4,
+        windows=int(86_400 / window_s),
+        window_s=window_s,
+        choices_per_s=10_000.0,
+        rng=np.random.default_rng(seed),
+    )
+    pool = pool_of(
+        [shape],
+        hosts=hosts,
+        slots=slots,
+        choices_per_s=host_speed(trace, hosts, 0.65),
+        load_bytes_per_s=200e6,
+    )
+    policy = control_policy(pool, every_s=window_s, budget=0.05, redundancy=0)
+    found = compare(
+        trace, pool, every=max(1, round(3600 / window_s)), slo_s=0.1, policy=policy, ticks=20
+    )
+    return [w * window_s / 3600 for w in range(trace.windows)], found
+
+
+def _figures(way: Way, trace: Trace, pool: Pool, *, skip: int, slo_s: float) -> Figures:
+    speed_H = pool.speeds
+    queue_H = np.zeros(len(speed_H))
+    even_W, worst_W, moved_W, bytes_W, delay_s_W = [], [], [], [], []
+    for window in range(trace.windows):
+        counts = {key: counts_WE[window] for key, counts_WE in trace.counts.items()}
+        served = way.serve(counts, trace.window_s)
+        even = [balancedness(load_H, speed_H) for load_H in served.load_H.values()]
+        even_W.append(float(np.mean(even)))
+        worst_W.append(min(even))
+        moved_W.append(served.moved_slots)
+        bytes_W.append(served.moved_bytes)
+        # Each host is a queue of fluid: what it cannot compute in a window waits.
+        arrived_H = np.sum(list(served.load_H.values()), axis=0)
+        queue_H = np.maximum(0.0, queue_H + arrived_H - speed_H * trace.window_s)
+        delay_s_W.append(float((queue_H / speed_H).max()))
+    return Figures(
+        way=way.name,
+        balancedness_mean=float(np.mean(even_W[skip:])),
+        balancedness_worst=min(worst_W[skip:]),
+        moved_slots=sum(moved_W[skip:]),
+        moved_bytes=sum(bytes_W[skip:]),
+        slo_violations=sum(delay_s > slo_s for delay_s in delay_s_W[skip:]),
+        windows=trace.windows - skip,
+        host_hours=len(speed_H) * (trace.windows - skip) * trace.window_s / 3600,
+        balancedness_W=tuple(even_W),
+        moved_W=tuple(moved_W),
+    )

@@ -1,0 +1,259 @@
+"""A simulated controller process: the shell of `actors/controller.py` and `actors/term.py` around
+the same `Control` and planner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...proto.errors import MoesaicError, Superseded
+from ..changes import Change
+from ..control import Control
+from ..load import LoadReport
+from ..loading import Load
+from ..observed import Observation, without
+from ..orders import Evict, MakePlan, Publish
+from ..placement import ExpertKey, ModelShape, Number
+from ..plan import Wishes
+from .clock import Process
+from .facts import Claimed, Published
+from .host import SimReport
+from .network import Answered, Failed, Responder, Result, TimedOut
+
+if TYPE_CHECKING:
+    from .router import SimRouter
+    from .world import World
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A router's report that is answered as soon as there is a newer placement."""
+
+    after: Number | None
+    respond: Responder
+    until: float
+
+
+class SimController(Process):
+    """One life of the controller; another one may believe that it is over."""
+
+    def __init__(self, name: str, world: World) -> None:
+        super().__init__(name, world.clock)
+        self.world = world
+        self.term = 0
+        self.control: Control | None = None  # once it has a term
+        # When each router's last report came.
+        self.heard: dict[str, float] = {}
+        self._answers: dict[str, SimReport | str | None] = {}
+        self._observed: dict[str, Observation | None] = {}
+        self._loads: set[str] = set()
+        self._evicts: dict[str, tuple[ExpertKey, ...]] = {}
+        self._evictions: dict[str, int] = dict.fromkeys(world.hosts, 0)  # that have ended
+        self._waiting: list[_Waiting] = []
+        self._early: list[Callable[[], None]] = []
+        self._step(self._claim)
+
+    # ---- its term -------------------------------------------------------------------------------
+
+    def _step(self, act: Callable[[], None]) -> None:
+        """One more operation on the key-value store."""
+        self.reach(self.world.network.delay(), f"{self.name}: claims", act)
+
+    def _claim(self) -> None:
+        latest = self.world.registry.latest_term
+        self._step(lambda: self._try_term(max(latest + 1, int(self.clock.now))))
+
+    def _try_term(self, term: int) -> None:
+        if self.world.registry.put_term(term):
+            self._step(lambda: self._begin(term))
+        else:
+            self._step(lambda: self._try_term(term + 1))
+
+    def _begin(self, term: int) -> None:
+        self.world.registry.latest_term = self.term = term
+        self.world.tell(Claimed(self, term))
+        self.control = self.world.make_control(term)
+        self.control.wishes = self.world.registry.wishes
+        for shape in self.world.settings.models:
+            if shape.model not in self.world.settings.in_memory:
+                self.control.add_model(shape, on_disk=True)
+        for act in self._early:
+            act()
+        self._tick()
+
+    # ---- what others ask ------------------------------------------------------------------------
+
+    def hear_report(
+        self, router: SimRouter, report: LoadReport, wait_s: float, respond: Responder
+    ) -> None:
+        if self.control is None:
+            self._early.append(lambda: self.hear_report(router, report, wait_s, respond))
+            return
+        now = self.clock.now
+        self.heard[router.name] = router.heard_at = now
+        self.control.hear(report, now)
+        self._waiting.append(_Waiting(report.number, respond, now + wait_s))
+        self.reach(wait_s, f"{self.name}: a report ends", self._answer_reports)
+        self._answer_reports()
+
+    def _answer_reports(self) -> None:
+        assert self.control is not None
+        placement, still = self.control.placement, []
+        for waiting in self._waiting:
+            if placement is not None and (
+                waiting.after is None or placement.number > waiting.after
+            ):
+                waiting.respond(placement)
+            elif self.clock.now >= waiting.until:
+                waiting.respond(None)
+            else:
+                still.append(waiting)
+        self._waiting = still
+
+    def wish(self, change: Callable[[Wishes], Wishes]) -> None:
+        """An operator's; kept for a controller that starts anew. Raises ValueError."""
+        assert self.control is not None
+        self.control.wishes = self.world.registry.wishes = change(self.control.wishes)
+
+    def roll_back(self) -> Change | None:
+        assert self.control is not None
+        change = self.control.changes.find(None)
+        if change is not None:
+            self.control.roll_back(change, self.clock.now)
+        return change
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        # Step 1: ask all hosts at once.
+        self._answers = {}
+        for host in self.world.hosts:
+            self._ask(host)
+
+    def _ask(self, host: str) -> None:
+        process, forgetting = self.world.hosts[host], self._evicts.get(host, ())
+        given_up = self._evictions[host]
+        self.world.network.call(
+            self,
+            process,
+            f"{self.name} asks {host}",
+            lambda respond: process.report(self.term, given_up, respond),
+            lambda result: self._hear_host(host, result, forgetting),
+            timeout_s=self.world.settings.report_timeout_s,
+        )
+
+    def _hear_host(self, host: str, result: Result, forgetting: tuple[ExpertKey, ...]) -> None:
+        match result:
+            case Failed(error=Superseded()):
+                self.leave()
+                return
+            case Answered(value=SimReport() as report):
+                self._answers[host] = report
+                loading = report.loading > 0 or host in self._loads or host in self._evicts
+                self._observed[host] = Observation(
+                    entry=report.entry,
+                    holdings=without(report.holdings, forgetting),
+                    loading=loading,
+                )
+            case TimedOut():
+                self._answers[host] = "late"
+            case _:
+                self._answers[host] = self._observed[host] = None
+        if len(self._answers) == len(self.world.hosts):
+            self._decide()
+
+    def _decide(self) -> None:
+        control, now = self.control, self.clock.now
+        assert control is not None
+        # Step 2: adopt models that only the hosts still know of.
+        for report in self._answers.values():
+            if isinstance(report, SimReport):
+                for shape in report.models:
+                    self.adopt(shape)
+        # Step 3: decide, and act.
+        observed = {h: self._observed[h] for h, seen in self._answers.items() if seen != "late"}
+        for command in control.tick(observed, now):
+            match command:
+                case Load():
+                    self._load(command)
+                case Evict():
+                    self._evict(command)
+                case MakePlan():
+                    delay_s = self.world.faults.plan(self.world.settings.plan_s)
+                    self.reach(delay_s, f"{self.name}: plans", lambda c=command: self._plan(c))
+                case Publish(placement=placement):
+                    self.world.tell(Published(self, placement))
+                    self._answer_reports()
+        self.alarm("ticks", now + self.world.settings.tick_s, self._tick)
+
+    def adopt(self, shape: ModelShape) -> None:
+        assert self.control is not None
+        if shape.model not in self.control.models:
+            try:
+                self.control.add_model(shape, on_disk=False)
+            except ValueError:
+                self.world.log(f"{self.name}: no room for {shape.model}")
+
+    def _plan(self, command: MakePlan) -> None:
+        assert self.control is not None
+        found = None if self.world.faults.planner_fails() else command.run()
+        self.control.planned(command, found, self.clock.now)
+
+    def _load(self, command: Load) -> None:
+        host = command.host
+        if host in self._loads:
+            return
+        self._loads.add(host)
+        assert self.control is not None
+        shapes = [self.control.models[name] for name in sorted({k.model for k in command.keys})]
+        process = self.world.hosts[host]
+        self.world.network.call(
+            self,
+            process,
+            f"{self.name} lets {host} load {len(command.keys)} experts",
+            lambda respond: process.load(
+                shapes, command.keys, dict(command.peers), self.term, respond
+            ),
+            lambda result: self._loaded(command, result),
+            timeout_s=self.world.settings.load_timeout_s,
+        )
+
+    def _loaded(self, command: Load, result: Result) -> None:
+        assert self.control is not None
+        self._loads.discard(command.host)
+        if isinstance(result, Failed) and isinstance(result.error, Superseded):
+            self.leave()
+        elif isinstance(result, TimedOut) or (
+            isinstance(result, Failed) and isinstance(result.error, MoesaicError)
+        ):
+            error = "took too long" if isinstance(result, TimedOut) else str(result.error)
+            self.control.load_failed(command.host, command.keys, error, self.clock.now)
+
+    def _evict(self, command: Evict) -> None:
+        host, now = command.host, self.clock.now
+        if host in self._evicts:
+            return
+        self._evicts[host] = command.keys
+        number = self._evictions[host] + 1
+        process = self.world.hosts[host]
+
+        def evicted(result: Result) -> None:
+            del self._evicts[host]
+            self._evictions[host] = number
+            if isinstance(result, Failed) and isinstance(result.error, Superseded):
+                self.leave()
+
+        self.world.network.call(
+            self,
+            process,
+            f"{self.name} lets {host} forget {len(command.keys)} experts",
+            lambda respond: process.release(command.keys, self.term, number, now, respond),
+            evicted,
+            timeout_s=self.world.settings.report_timeout_s,
+        )
+
+    def leave(self) -> None:
+        """A newer controller rules."""
+        self.world.log(f"{self.name} leaves: a newer controller rules")
+        self.world.controller_ends(self)

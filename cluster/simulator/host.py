@@ -1,0 +1,261 @@
+"""A simulated expert host: the shell of `actors/host.py` and `actors/host_loop.py` around the same
+`Residency`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...proto.errors import CallError, Corrupted, HostLost, MoesaicError
+from ..fence import Fence
+from ..placement import ExpertKey, HostEntry, LayerKey, ModelShape
+from ..residency import HostPolicy, LayerShape, QueuedCall, Residency
+from .clock import Process
+from .facts import Computed, Obeyed, Released, Wrote
+from .fetching import Fetching
+from .frames import CallFrame, Cancel, Frame, Hello, Ping, Pong, Refusal, Reply, Welcome
+from .network import Connection, Responder
+
+if TYPE_CHECKING:
+    from .world import World
+
+_HIDDEN, _DTYPE = 4, "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class SimReport:
+    """What `HostReport` says, as far as the controller's decisions need it."""
+
+    entry: HostEntry
+    holdings: Mapping[LayerKey, list[int]]
+    models: tuple[ModelShape, ...]
+    loading: int
+
+
+@dataclass(slots=True)
+class _Pending:
+    connection: Connection
+    frame: CallFrame
+    arrived: float
+
+
+class SimHost(Process):
+    """One incarnation of a host."""
+
+    def __init__(self, host: str, incarnation: int, world: World) -> None:
+        super().__init__(f"{host}/{incarnation}", world.clock)
+        self.host = host
+        self.incarnation = incarnation
+        self.world = world
+        self.slowness = 1.0
+        self.weights: set[ExpertKey] = set()
+        self.residency = Residency(HostPolicy(max_queue_rows=64), incarnation=incarnation)
+        self.entry = HostEntry(
+            host=host,
+            incarnation=incarnation,
+            node="n",
+            shm_address="",
+            grpc_address=self.name,
+        )
+        self.sessions: dict[str, Connection] = {}
+        self._arrived: deque[Callable[[], None]] = deque()
+        self._pending: dict[tuple[str, int], _Pending] = {}
+        self._computing = False
+        self._fence = Fence()
+        self._models: dict[str, ModelShape] = {}
+        self._fetching = Fetching(self)
+
+    @property
+    def process(self) -> Process:
+        return self
+
+    def holds(self, key: ExpertKey) -> bool:
+        return key.expert in self.residency.holdings().get(LayerKey(key.model, key.layer), ())
+
+    def kill(self) -> None:
+        super().kill()
+        for connection in list(self.sessions.values()):
+            connection.close(by=self)
+
+    # ---- the loop's thread ----------------------------------------------------------------------
+
+    def hear(self, connection: Connection, frame: Frame) -> None:
+        self.post(lambda: self._on_frame(connection, frame))
+
+    def ended(self, connection: Connection) -> None:
+        self.post(lambda: self._drop(connection))
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Run between two batches."""
+        self._arrived.append(work)
+        self._turn()
+
+    def _turn(self) -> None:
+        if self._computing:
+            return
+        while self._arrived:
+            self._arrived.popleft()()
+        self._work()
+
+    def _drop(self, connection: Connection) -> None:
+        self.sessions.pop(connection.name, None)
+        self.residency.router_gone(connection.name)
+        for key in [k for k, p in self._pending.items() if p.connection is connection]:
+            del self._pending[key]
+        connection.unanswered.clear()
+
+    def _on_frame(self, connection: Connection, frame: Frame) -> None:
+        session = connection.name
+        match frame:
+            case Hello():
+                self.sessions[session] = connection
+                connection.send(connection.router, Welcome(self.incarnation))
+            case _ if session not in self.sessions:
+                pass  # what was on its way when the line was cut
+            case CallFrame():
+                self._on_call(connection, frame)
+            case Cancel(seq):
+                self.residency.cancel(session, seq)
+                if self._pending.pop((session, seq), None) is not None:
+                    error = HostLost(f"call {seq}: cancelled by its router")
+                    self._refuse(connection, seq, error)
+            case Ping(number):
+                connection.send(connection.router, Pong(number))
+
+    def _on_call(self, connection: Connection, frame: CallFrame) -> None:
+        now, session = self.clock.now, connection.name
+        if not frame.sound:
+            error = Corrupted(f"call {frame.seq}: its tensors have another checksum")
+            self._refuse(connection, frame.seq, error)
+            return
+        if (session, frame.seq) in self._pending:
+            self._refuse(connection, frame.seq, CallError(f"seq: {frame.seq} is in use"))
+            return
+        queued = QueuedCall(
+            router=session,
+            seq=frame.seq,
+            key=frame.key,
+            rows=frame.rows,
+            hidden=_HIDDEN,
+            dtype=_DTYPE,
+            exact=False,
+            expires_at=now + frame.timeout_s,
+            incarnation=frame.incarnation,
+            version=0,
+            attempt=frame.attempt,
+            ids=frame.ids_n,
+        )
+        refusal = self.residency.admit(queued, now)
+        if refusal is not None:
+            self._refuse(connection, frame.seq, refusal)
+        else:
+            self._pending[session, frame.seq] = _Pending(connection, frame, now)
+
+    def _refuse(self, connection: Connection, seq: int, error: MoesaicError) -> None:
+        connection.unanswered.pop(seq, None)
+        connection.send(connection.router, Refusal(seq, error.code, str(error)))
+
+    def _refuse_queued(self, queued: QueuedCall, error: MoesaicError) -> None:
+        pending = self._pending.pop((queued.router, queued.seq), None)
+        if pending is not None:
+            self._refuse(pending.connection, queued.seq, error)
+
+    def _work(self) -> None:
+        batch, expired = self.residency.next_batch(self.clock.now)
+        for queued, error in expired:
+            self._refuse_queued(queued, error)
+        batch = [queued for queued in batch if (queued.router, queued.seq) in self._pending]
+        if not batch:
+            return
+        experts = sorted({int(e) for queued in batch for e in queued.ids if e >= 0})
+        key = batch[0].key
+        lacking = tuple(e for e in experts if key.expert(e) not in self.weights)
+        self.world.tell(Computed(self, key, tuple(experts), lacking))
+        began, rows = self.clock.now, sum(queued.rows for queued in batch)
+        busy_s = self.world.settings.compute_s(rows) * self.slowness
+        self._computing = True
+        self.reach(busy_s, f"{self.name}: computed", lambda: self._computed(batch, began))
+
+    def _computed(self, batch: list[QueuedCall], began: float) -> None:
+        self._computing = False
+        busy_s = self.clock.now - began
+        for queued in batch:
+            pending = self._pending.pop((queued.router, queued.seq))
+            connection, frame = pending.connection, pending.frame
+            connection.slots[frame.slot] = (connection.number, queued.seq)
+            used_for = self.world.slot_used_for(connection, frame.slot)
+            self.world.tell(Wrote(self, connection, queued.seq, frame.slot, used_for))
+            connection.unanswered.pop(queued.seq, None)
+            queued_us = int((began - pending.arrived) * 1e6)
+            connection.send(
+                connection.router, Reply(queued.seq, queued_us, max(1, int(busy_s * 1e6)))
+            )
+        self._turn()
+
+    # ---- remote calls ---------------------------------------------------------------------------
+
+    def report(self, term: int, given_up: int, respond: Responder) -> None:
+        if not self._obeys(lambda: self._fence.look(term, given_up), term, "report", respond):
+            return
+        respond(
+            SimReport(
+                entry=self.entry,
+                holdings={k: list(v) for k, v in self.residency.holdings().items()},
+                models=tuple(self._models.values()),
+                loading=self._fetching.missing,
+            )
+        )
+
+    def load(
+        self,
+        models: Sequence[ModelShape],
+        keys: Sequence[ExpertKey],
+        peers: Mapping[ExpertKey, str],
+        term: int,
+        respond: Responder,
+    ) -> None:
+        if not self._obeys(lambda: self._fence.obey(term), term, "load", respond):
+            return
+        self.add_models(models)
+        self._fetching.order(keys, peers, respond)
+
+    def add_models(self, models: Sequence[ModelShape]) -> None:
+        self._models |= {shape.model: shape for shape in models}
+
+    def put(self, key: ExpertKey) -> None:
+        """Weights have come."""
+        self.weights.add(key)
+        experts = self._models[key.model].experts[key.layer]
+        shape = LayerShape(num_experts=experts, hidden_size=_HIDDEN, dtype=_DTYPE)
+        self.post(lambda: self.residency.hold(key, shape, version=1))
+
+    def release(
+        self,
+        keys: Sequence[ExpertKey],
+        term: int,
+        number: int,
+        decided: float,
+        respond: Responder,
+    ) -> None:
+        def forget() -> None:
+            if not self._obeys(lambda: self._fence.evict(term, number), term, "release", respond):
+                return
+            gone = tuple(key for key in keys if self.holds(key))
+            for queued, error in self.residency.release(keys):
+                self._refuse_queued(queued, error)
+            self.weights -= set(keys)
+            self.world.tell(Released(self, gone, term, decided))
+            respond(None)
+
+        self.post(forget)
+
+    def _obeys(self, ask: Callable[[], None], term: int, order: str, respond: Responder) -> bool:
+        try:
+            ask()
+        except MoesaicError as error:
+            respond(error)
+            return False
+        self.world.tell(Obeyed(self, term, order))
+        return True

@@ -1,0 +1,282 @@
+"""What holds in a simulated pool after every event, whatever fails and in whatever order.
+
+Each check is a function of one kind of fact, or of the whole world; it gives what is wrong, or
+nothing. The first one that is broken ends a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..placement import ExpertKey, LayerKey, Number, Placement
+from .controller import SimController
+from .facts import (
+    Accepted,
+    Claimed,
+    Computed,
+    Ended,
+    Fact,
+    Followed,
+    Obeyed,
+    Published,
+    Released,
+    Sent,
+    Wrote,
+)
+from .host import SimHost
+
+if TYPE_CHECKING:
+    from .world import World
+
+# A call may end so much later than its deadline, for the last event that it waits for.
+_GRACE_S = 0.05
+
+
+class Invariants:
+    """Keeps what the checks must remember of earlier events."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._terms: dict[int, SimController] = {}
+        self._published: dict[int, Number] = {}  # the last number of each term
+        self._followed: dict[str, Number] = {}
+        self._seen_by_host: dict[tuple[str, str], Number] = {}
+        self._obeyed: dict[str, int] = {}
+        self._deaths: list[tuple[float, frozenset[ExpertKey]]] = []  # when, and what was held
+
+    def died(self, host: SimHost) -> None:
+        self._deaths.append((self._world.clock.now, frozenset(host.weights)))
+
+    def check(self, facts: Sequence[Fact]) -> tuple[str, str] | None:
+        """(invariant, what is wrong) of the first that is broken."""
+        for fact in facts:
+            for name, wrong in self._of(fact):
+                if wrong:
+                    return name, wrong
+        if wrong := self.calls_end():
+            return "every call ends by its deadline", wrong
+        return None
+
+    def _of(self, fact: Fact) -> list[tuple[str, str]]:
+        match fact:
+            case Accepted():
+                return [
+                    ("no choice is accepted twice", self.accepted_once(fact)),
+                    ("no slot is reused while its answer can come", self.read_its_own(fact)),
+                ]
+            case Ended():
+                return [
+                    ("no choice is lost or doubled", self.whole(fact)),
+                    ("no choice is lost before its time", self.lost_late(fact)),
+                ]
+            case Sent():
+                return [
+                    ("no slot is reused while its answer can come", self.slot_is_free(fact)),
+                    ("placement numbers only grow", self.host_sees_growing(fact)),
+                ]
+            case Wrote():
+                return [("no slot is reused while its answer can come", self.wrote_own(fact))]
+            case Computed():
+                return [("an evicted replica never computes", self.computes_what_it_holds(fact))]
+            case Obeyed():
+                return [("no host obeys a superseded controller", self.obeys_the_newest(fact))]
+            case Released():
+                self._world.last_change = self._world.clock.now
+                return [
+                    ("an eviction leaves a replica", self.leaves_one(fact)),
+                    ("nothing is evicted under a live router", self.nobody_asks(fact)),
+                ]
+            case Claimed():
+                return [("no two controllers share a term", self.claimed_alone(fact))]
+            case Published():
+                self._world.last_change = self._world.clock.now
+                return [
+                    ("no two controllers share a term", self.publishes_alone(fact)),
+                    ("placement numbers only grow", self.publishes_growing(fact)),
+                    ("a placement names only ready replicas", self.names_ready(fact)),
+                    ("a placement names every living expert", self.names_living(fact)),
+                ]
+            case Followed():
+                return [("placement numbers only grow", self.follows_growing(fact))]
+
+    # ---- calls ----------------------------------------------------------------------------------
+
+    def accepted_once(self, fact: Accepted) -> str:
+        accepted = fact.call.accepted
+        if len(set(accepted)) == len(accepted):
+            return ""
+        return f"{fact.router.name}: choices {fact.choices.tolist()} again, by call {fact.seq}"
+
+    def whole(self, fact: Ended) -> str:
+        wanted = set(np.flatnonzero(fact.call.ids_TK.reshape(-1) >= 0).tolist())
+        accepted, lost = fact.call.accepted, fact.lost.tolist()
+        if sorted(accepted + lost) == sorted(wanted):
+            return ""
+        return f"{fact.router.name}: of {sorted(wanted)} accepted {accepted}, lost {lost}"
+
+    def lost_late(self, fact: Ended) -> str:
+        if fact.error:
+            return f"{fact.router.name}: refused for good: {fact.error}"
+        now, until_T = self._world.clock.now, fact.call.until_T
+        for choice in fact.lost.tolist():
+            early_s = float(until_T[choice // fact.call.ids_TK.shape[1]]) - now
+            if early_s > 0:
+                return f"{fact.router.name}: choice {choice} is lost {early_s:.3f} s too early"
+        return ""
+
+    def calls_end(self) -> str:
+        now = self._world.clock.now
+        for router in self._world.routers.values():
+            call = router.call
+            if call is None or router.frozen:
+                continue
+            if now > max(call.deadline, router.woke_at) + _GRACE_S:
+                return f"{router.name}: a call goes on {now - call.deadline:.3f} s too long"
+        return ""
+
+    # ---- slots ----------------------------------------------------------------------------------
+
+    def slot_is_free(self, fact: Sent) -> str:
+        if not fact.still_owed:
+            return ""
+        return (
+            f"{fact.connection.name}: call {fact.seq} goes into slot {fact.slot}, into which the "
+            f"host may still write the answer of {list(fact.still_owed)}"
+        )
+
+    def wrote_own(self, fact: Wrote) -> str:
+        if fact.used_for in (None, fact.seq):
+            return ""
+        return (
+            f"{fact.connection.name}: the answer to {fact.seq} was written into slot {fact.slot}, "
+            f"which call {fact.used_for} uses"
+        )
+
+    def read_its_own(self, fact: Accepted) -> str:
+        own = isinstance(fact.read, tuple) and fact.read[1] == fact.seq
+        return "" if own else f"{fact.router.name}: call {fact.seq} read {fact.read}"
+
+    # ---- replicas -------------------------------------------------------------------------------
+
+    def computes_what_it_holds(self, fact: Computed) -> str:
+        if not fact.lacking:
+            return ""
+        return f"{fact.host.name}: experts {list(fact.lacking)} of {fact.key}, without weights"
+
+    def leaves_one(self, fact: Released) -> str:
+        """Another host holds what was evicted, or its process died since that was decided."""
+        died = [held for when, held in self._deaths if when >= fact.decided]
+        for key in fact.keys:
+            others = [
+                host.name
+                for host in self._world.hosts.values()
+                if host is not fact.host and host.alive and host.holds(key)
+            ]
+            if not others and not any(key in held for held in died):
+                return f"{fact.host.name}: {key} was the last replica (term {fact.by})"
+        return ""
+
+    def nobody_asks(self, fact: Released) -> str:
+        """No router whose lease runs follows a placement that names what was evicted."""
+        lease_s, now = self._world.settings.control.lease_s, self._world.clock.now
+        for router in self._world.routers.values():
+            placement, heard_s = router.dispatcher.placement, now - router.heard_at
+            entry = placement.hosts.get(fact.host.host) if placement is not None else None
+            if placement is None or entry != fact.host.entry or heard_s > lease_s:
+                continue
+            for key in fact.keys:
+                if _names(placement, key, fact.host.host):
+                    return (
+                        f"term {fact.by}, {now - fact.decided:.3f} s ago, evicts {key} from "
+                        f"{fact.host.name}; {router.name}, heard {heard_s:.3f} s ago, follows "
+                        f"{tuple(placement.number)}, which names it"
+                    )
+        return ""
+
+    # ---- controllers ----------------------------------------------------------------------------
+
+    def claimed_alone(self, fact: Claimed) -> str:
+        first = self._terms.setdefault(fact.term, fact.controller)
+        if first is fact.controller:
+            return ""
+        return f"term {fact.term} of {fact.controller.name} is that of {first.name}"
+
+    def publishes_alone(self, fact: Published) -> str:
+        number = fact.placement.number
+        first = self._terms.get(number.term)
+        if first is fact.controller:
+            return ""
+        return f"{fact.controller.name} publishes {tuple(number)}, a term that it has not claimed"
+
+    def publishes_growing(self, fact: Published) -> str:
+        number = fact.placement.number
+        last = self._published.get(number.term)
+        self._published[number.term] = number
+        if last is None or last < number:
+            return ""
+        return f"{fact.controller.name} publishes {tuple(number)} behind {tuple(last)}"
+
+    def obeys_the_newest(self, fact: Obeyed) -> str:
+        newest = self._obeyed.get(fact.host.name, 0)
+        self._obeyed[fact.host.name] = max(newest, fact.term)
+        if fact.term >= newest:
+            return ""
+        return f"{fact.host.name}: {fact.order} of term {fact.term}, after term {newest}"
+
+    def names_ready(self, fact: Published) -> str:
+        """The newest controller's replicas are there, or their process has died."""
+        if fact.controller.term < max(self._terms):
+            return ""
+        for key, host in _replicas(fact.placement):
+            process = self._world.hosts[host]
+            entry = fact.placement.hosts.get(host)
+            if entry is None:
+                return f"{key} on {host}, which has no address"
+            alive = process.alive and process.incarnation == entry.incarnation
+            if alive and not process.holds(key):
+                return f"{tuple(fact.placement.number)}: {key} is not on {process.name}"
+        return ""
+
+    def names_living(self, fact: Published) -> str:
+        """What the controller saw somewhere is published somewhere."""
+        control = fact.controller.control
+        assert control is not None
+        for key, layer in fact.placement.layers.items():
+            for expert, replicas in enumerate(layer.replicas):
+                if not replicas and control.view.holders(key.expert(expert)):
+                    return f"{key.expert(expert)} has replicas, and none is named"
+        return ""
+
+    # ---- numbers --------------------------------------------------------------------------------
+
+    def follows_growing(self, fact: Followed) -> str:
+        last = self._followed.get(fact.router.name)
+        self._followed[fact.router.name] = fact.number
+        if last is None or last <= fact.number:
+            return ""
+        return f"{fact.router.name} goes from {tuple(last)} to {tuple(fact.number)}"
+
+    def host_sees_growing(self, fact: Sent) -> str:
+        where = fact.router.name, fact.connection.host.process.name
+        last = self._seen_by_host.get(where)
+        self._seen_by_host[where] = fact.number
+        if last is None or last <= fact.number:
+            return ""
+        return f"{where[1]} sees {tuple(fact.number)} of {where[0]} behind {tuple(last)}"
+
+
+def _names(placement: Placement, key: ExpertKey, host: str) -> bool:
+    layer = placement.layers.get(LayerKey(key.model, key.layer))
+    return layer is not None and host in layer.hosts(key.expert)
+
+
+def _replicas(placement: Placement) -> list[tuple[ExpertKey, str]]:
+    return [
+        (key.expert(expert), replica.host)
+        for key, layer in placement.layers.items()
+        for expert, replicas in enumerate(layer.replicas)
+        for replica in replicas
+    ]

@@ -1,0 +1,200 @@
+"""Messages between simulated processes: connections of routers and hosts, and remote calls.
+
+A connection is an ordered stream, as a socket is: what is delayed delays what comes behind it.
+Answers on it can be lost or come twice, as when a host fails between computing and answering;
+calls can be lost whole. Remote calls stand for Ray's: each goes by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from .clock import Clock, Process
+from .frames import CallFrame, Frame, Ping, Pong, Refusal, Reply
+
+# What may vanish from a stream without its end; a Cancel that did would be a broken transport.
+_MAY_BE_LOST = (CallFrame, Reply, Refusal, Ping, Pong)
+_MAY_COME_TWICE = (Reply, Refusal, Pong)
+
+
+@dataclass(slots=True)
+class Weather:
+    """What the network does to messages; probabilities of each message."""
+
+    delay_s: float = 0.0005
+    lost: float = 0.0
+    repeated: float = 0.0
+    corrupted: float = 0.0
+    late: float = 0.0  # delayed a hundred times as long
+
+
+@dataclass(slots=True)
+class Tally:
+    """How often each kind of fault happened."""
+
+    faults: dict[str, int] = field(default_factory=dict)
+
+    def count(self, kind: str) -> None:
+        self.faults[kind] = self.faults.get(kind, 0) + 1
+
+
+class End(Protocol):
+    """One end of a connection: a process that hears frames."""
+
+    @property
+    def process(self) -> Process: ...
+
+    def hear(self, connection: Connection, frame: Frame) -> None: ...
+
+    def ended(self, connection: Connection) -> None: ...
+
+
+class Connection:
+    """Between one router and one incarnation of one host, with the slots that they share."""
+
+    def __init__(self, number: int, router: End, host: End, network: Network, slots: int) -> None:
+        self.number = number
+        self.router, self.host = router, host
+        self.open = True
+        self.slots: list[object] = [None] * slots  # what was last written where
+        # seq -> slot of calls that the host has or will get, and has not answered or refused
+        self.unanswered: dict[int, int] = {}
+        self._network = network
+        self._clear_at = {id(router): 0.0, id(host): 0.0}
+
+    @property
+    def name(self) -> str:
+        return f"{self.router.process.name}~{self.host.process.name}#{self.number}"
+
+    def send(self, to: End, frame: Frame) -> None:
+        """Frames to a peer whose connection has ended are nobody's."""
+        if not self.open:
+            return
+        weather, tally = self._network.weather, self._network.tally
+        copies = 1
+        if isinstance(frame, _MAY_BE_LOST) and self._network.happens(weather.lost):
+            tally.count(f"{type(frame).__name__} lost")
+            copies = 0
+            if isinstance(frame, CallFrame):
+                self.unanswered.pop(frame.seq, None)
+        elif isinstance(frame, _MAY_COME_TWICE) and self._network.happens(weather.repeated):
+            tally.count(f"{type(frame).__name__} repeated")
+            copies = 2
+        if isinstance(frame, CallFrame | Reply) and self._network.happens(weather.corrupted):
+            tally.count(f"{type(frame).__name__} corrupted")
+            frame = replace(frame, sound=False)
+        for _ in range(copies):
+            self._deliver(to, f"{self.name}: {frame}", lambda: to.hear(self, frame))
+
+    def close(self, by: End | None) -> None:
+        """One side leaves, or nobody's fault cuts the line: each other end hears it, behind what
+        was on its way."""
+        if self.open:
+            self.open = False
+            for end in (self.router, self.host):
+                if end is not by:
+                    self._deliver(end, f"{self.name}: ended", lambda end=end: end.ended(self))
+
+    def _deliver(self, to: End, what: str, act: Callable[[], None]) -> None:
+        clock = self._network.clock
+        when = max(clock.now + self._network.delay(), self._clear_at[id(to)])
+        self._clear_at[id(to)] = when
+        to.process.reach(when - clock.now, what, act)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """``error`` was raised by the callee; None stands for a callee that is gone."""
+
+    error: Exception | None
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut:
+    pass
+
+
+Result = Answered | Failed | TimedOut
+# Given to a callee, to be called once with a value or an exception.
+Responder = Callable[[object], None]
+
+
+class Network:
+    def __init__(self, clock: Clock, rng: np.random.Generator) -> None:
+        self.clock = clock
+        self.weather = Weather()
+        self.tally = Tally()
+        self.connections: list[Connection] = []
+        self._rng = rng
+        self._made = 0
+
+    def happens(self, probability: float) -> bool:
+        return probability > 0 and self._rng.random() < probability
+
+    def delay(self) -> float:
+        """Exponential, so that messages overtake one another."""
+        delay_s = -self.weather.delay_s * math.log(1.0 - self._rng.random())
+        return delay_s * 100 if self.happens(self.weather.late) else delay_s
+
+    def connect(self, router: End, host: End, slots: int) -> Connection:
+        self._made += 1
+        made = Connection(self._made, router, host, self, slots)
+        self.connections = [one for one in self.connections if one.open] + [made]
+        return made
+
+    def call(
+        self,
+        caller: Process,
+        callee: Process | None,
+        what: str,
+        handle: Callable[[Responder], None],
+        done: Callable[[Result], None],
+        *,
+        timeout_s: float,
+    ) -> None:
+        """A remote call: ``handle`` runs at the callee, ``done`` once at the caller."""
+        finished = False
+
+        def finish(result: Result) -> None:
+            nonlocal finished
+            if not finished:
+                finished = True
+                done(result)
+
+        late = self.clock.now + timeout_s
+        self.clock.at(late, f"{what}: late", lambda: caller._run(what, lambda: finish(TimedOut())))
+
+        def back(result: Result) -> None:
+            if self.happens(self.weather.lost):
+                self.tally.count("answer of a remote call lost")
+                return
+            kind = "failed" if isinstance(result, Failed) else "answered"
+            caller.reach(self.delay(), f"{what}: {kind}", lambda: finish(result))
+
+        if callee is None or not callee.alive:
+            back(Failed(None))
+            return
+        if self.happens(self.weather.lost):
+            self.tally.count("remote call lost")
+            return
+        forget = callee.on_death(lambda: back(Failed(None)))
+
+        def respond(value: object) -> None:
+            forget()
+            back(Failed(value) if isinstance(value, Exception) else Answered(value))
+
+        twice = self.happens(self.weather.repeated)
+        for _ in range(1 + twice):
+            callee.reach(self.delay(), what, lambda: handle(respond))
+        if twice:
+            self.tally.count("remote call repeated")

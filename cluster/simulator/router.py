@@ -1,0 +1,281 @@
+"""A simulated trunk process: the shells of `actors/router.py` and `actors/trunk.py` around the same
+`Dispatcher`, and a model that makes calls.
+
+Shape suffixes: T = tokens, K = choices of a token.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...proto.errors import Corrupted
+from ..dispatch import Dispatcher
+from ..events import (
+    Accept,
+    Cancel,
+    Command,
+    Connect,
+    Disconnect,
+    Event,
+    Free,
+    HostUp,
+    Ponged,
+    Probe,
+    Refresh,
+    Refused,
+    Replied,
+    Send,
+)
+from ..load import LoadReport
+from ..placement import LayerKey, Number, Placement
+from . import frames
+from .clock import Process
+from .facts import Accepted, Ended, Followed
+from .links import SimLinks
+from .network import Answered, Connection, Result
+
+if TYPE_CHECKING:
+    from .controller import SimController
+    from .world import World
+
+
+_LONGEST_WAIT_S = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class SimCall:
+    """One layer's call, as the model that made it sees it."""
+
+    key: LayerKey
+    ids_TK: np.ndarray
+    number: Number  # of the placement when it began; frames carry it
+    began: float
+    deadline: float
+    until_T: np.ndarray  # when each token waits no longer
+    accepted: list[int] = field(default_factory=list)
+
+
+class SimRouter(Process):
+    """One trunk: a thread that makes calls, and one that watches placements."""
+
+    def __init__(self, name: str, world: World) -> None:
+        super().__init__(name, world.clock)
+        self.world = world
+        self.policy = world.settings.router
+        self.dispatcher = Dispatcher(self.policy)
+        self.links = SimLinks(self, world, slots=self.policy.window)
+        self.call: SimCall | None = None
+        # When a report of this router last reached any controller.
+        self.heard_at = -float("inf")
+        self._arrived: deque[tuple[Connection, frames.Frame | None]] = deque()
+        self._reply: frames.Reply | None = None  # the one that is being handled
+        self._placements: deque[Placement] = deque()
+        self._controller: SimController | None = None
+        self._stopping = False
+        self._watch()
+        self.alarm("thinks", self.clock.now + world.settings.think_s, self._begin)
+
+    @property
+    def process(self) -> Process:
+        return self
+
+    def stop(self) -> None:
+        """No more calls; the one in progress goes on."""
+        self._stopping = True
+
+    def kill(self) -> None:
+        super().kill()
+        self.links.close()
+
+    # ---- the thread that watches placements -----------------------------------------------------
+
+    def _watch(self) -> None:
+        if self._controller is None or not self._controller.alive:
+            self._controller = self.world.registry.controller
+        controller = self._controller
+        if controller is None:
+            self._watch_later()
+            return
+        placement = self.dispatcher.placement
+        number = None if placement is None else placement.number
+        # While a call holds the router's lock its counts stay for the next time.
+        if self.call is None:
+            self._take_placements()
+            report = self.dispatcher.meter.take(self.name, number)
+        else:
+            report = LoadReport(router=self.name, number=number)
+        watch_s = self.world.settings.watch_s
+        self.world.network.call(
+            self,
+            controller,
+            f"{self.name} reports to {controller.name}",
+            lambda respond: controller.hear_report(self, report, watch_s, respond),
+            self._watched,
+            timeout_s=watch_s + self.world.settings.patience_s,
+        )
+
+    def _watched(self, result: Result) -> None:
+        if not isinstance(result, Answered):
+            self._controller = None
+            self._watch_later()
+            return
+        if isinstance(result.value, Placement):
+            self._placements.append(result.value)
+            self._wake_up()
+        self._watch()
+
+    def _watch_later(self) -> None:
+        self.alarm("watches", self.clock.now + self.world.settings.rest_s, self._watch)
+
+    def move_to(self, controller: SimController) -> None:
+        """Ray tells this process that the controller lives elsewhere."""
+        self._controller = controller
+
+    # ---- the thread that computes ---------------------------------------------------------------
+
+    def hear(self, connection: Connection, frame: frames.Frame) -> None:
+        self._arrived.append((connection, frame))
+        if self.call is not None:
+            self._turn()
+
+    def ended(self, connection: Connection) -> None:
+        self._arrived.append((connection, None))
+        if self.call is not None:
+            self._turn()
+
+    def _wake_up(self) -> None:
+        if self.call is None:
+            self._take_placements()
+        else:
+            self._turn()
+
+    def _begin(self) -> None:
+        if self._stopping:
+            return
+        asked = self.world.traffic.next(self.dispatcher.placement)
+        if asked is None:
+            self.alarm("thinks", self.clock.now + self.world.settings.think_s, self._begin)
+            return
+        self._take_placements()
+        assert self.dispatcher.placement is not None
+        now = self.clock.now
+        self.world.calls += 1
+        self.call = SimCall(
+            key=asked.key,
+            ids_TK=asked.ids_TK,
+            number=self.dispatcher.placement.number,
+            began=now,
+            deadline=now + self.policy.deadline_s,
+            until_T=now + asked.patience_T,
+        )
+        begun = self.dispatcher.begin(
+            asked.key, asked.ids_TK, max_rows=64, now=now, patience_T=asked.patience_T
+        )
+        self._execute(begun)
+        self._go_on()
+
+    def _turn(self) -> None:
+        """What `Router._wait` does when something has come, or time has passed."""
+        heard = False
+        while self._arrived:
+            connection, frame = self._arrived.popleft()
+            channel = self.links.channel_of(connection)
+            if channel is None:
+                continue
+            host = next(h for h, c in self.links.channels.items() if c is channel)
+            if frame is None:
+                self.links.down(host)
+                self._execute(())
+            elif self.links.received(channel, frame):
+                heard = True
+                if isinstance(frame, frames.Reply):
+                    self._reply = frame
+                self._execute(self.dispatcher.handle(_event(host, frame), self.clock.now))
+                if isinstance(frame, frames.Reply):
+                    # Taken by now, or wanted by nobody any more.
+                    channel.release(frame.seq)
+        self._take_placements()
+        if not heard:
+            self._execute(self.dispatcher.tick(self.clock.now))
+        self._go_on()
+
+    def _go_on(self) -> None:
+        call, outcome = self.call, self.dispatcher.outcome
+        if call is None:
+            return
+        if outcome is None:
+            now = self.clock.now
+            due = min(self.dispatcher.wake_at(now), now + _LONGEST_WAIT_S)
+            self.alarm("waits", now if self._arrived else due, self._turn)
+            return
+        self.call = None
+        error = "" if outcome.error is None else f"{outcome.error.code}: {outcome.error.message}"
+        self.world.tell(Ended(self, call, outcome.lost, error))
+        pause_s = self.world.traffic.pause_s()
+        self.alarm("thinks", self.clock.now + pause_s, self._begin)
+
+    def _take_placements(self) -> None:
+        while self._placements:
+            placement = self._placements.popleft()
+            self._execute(self.dispatcher.place(placement, self.clock.now))
+            followed = self.dispatcher.placement
+            assert followed is not None
+            self.world.tell(Followed(self, followed.number))
+
+    def _execute(self, commands: Iterable[Command]) -> None:
+        todo = deque(commands)
+        while True:
+            for lost in self.links.take_lost():
+                todo.extend(self.dispatcher.handle(lost, self.clock.now))
+            if not todo:
+                return
+            self._do(todo.popleft())
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Send():
+                assert self.call is not None
+                self.links.send_call(command, self.call.key, self.call.number)
+            case Accept(send):
+                assert self.call is not None
+                read = self.links.read(send.host, send.seq)
+                self.world.tell(Accepted(self, self.call, send.choices, send.seq, read))
+                self.call.accepted += send.choices.tolist()
+                reply = self._reply
+                assert reply is not None
+                self.dispatcher.meter.answered(
+                    send.host, send.choices.size, reply.queued_us, reply.busy_us
+                )
+            case Connect(entry):
+                self.links.connect(entry)
+            case Disconnect(host):
+                self.links.disconnect(host)
+            case Cancel(host, seq):
+                self.links.send(host, frames.Cancel(seq))
+            case Probe(host, number):
+                self.links.send(host, frames.Ping(number))
+            case Free(host, seq):
+                self.links.free(host, seq)
+            case Refresh():
+                pass  # as in a trunk: the next placement comes by itself
+
+
+def _event(host: str, frame: frames.Frame) -> Event:
+    match frame:
+        case frames.Reply(seq=seq, sound=True):
+            return Replied(host, seq)
+        case frames.Reply(seq=seq):
+            return Refused(host, seq, Corrupted.__name__, "its tensors have another checksum")
+        case frames.Refusal(seq=seq, code=code, message=message):
+            return Refused(host, seq, code, message)
+        case frames.Pong(number):
+            return Ponged(host, number)
+        case frames.Welcome(incarnation):
+            return HostUp(host, incarnation)
+        case _:
+            raise AssertionError(f"{host} sent {frame}, as no host does")

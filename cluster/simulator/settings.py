@@ -1,0 +1,84 @@
+"""How large a simulated world is, and its times: those of a real pool, made shorter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..control import ControlPolicy
+from ..health import RouterPolicy
+from ..placement import ModelShape
+from ..plan import Policy
+
+_EXPERT_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    hosts: int
+    routers: int
+    models: tuple[ModelShape, ...]
+    in_memory: frozenset[str] = frozenset()  # models that a trunk put; the others are on disk
+    slots: int | None = None  # of each host
+    domains: int = 0  # hosts share so many failure domains; 0: each is its own
+    control: ControlPolicy
+    router: RouterPolicy = field(
+        default_factory=lambda: RouterPolicy(
+            deadline_s=6.0, attempt_s=0.4, probe_max_s=0.5, connect_s=0.5
+        )
+    )
+    tick_s: float = 0.2
+    report_timeout_s: float = 0.5
+    load_timeout_s: float = 5.0
+    watch_s: float = 0.3  # how long a controller keeps a router's report
+    patience_s: float = 0.4  # how much longer a router waits for the answer
+    rest_s: float = 0.1  # behind a report that failed
+    think_s: float = 0.15  # between two calls of a trunk, in the mean
+    load_s: float = 0.05  # one expert, in the mean
+    plan_s: float = 0.1  # a plan, in the mean
+
+    def compute_s(self, rows: int) -> float:
+        return 0.002 + 0.0005 * rows
+
+
+def draw(rng: np.random.Generator) -> Settings:
+    """A small world out of many."""
+    hosts = int(rng.integers(3, 6))
+    redundancy = int(rng.integers(0, 2))
+    names = ["m"] if rng.random() < 0.7 else ["m", "n"]
+    models = tuple(
+        ModelShape(
+            model=name,
+            experts=dict.fromkeys(range(2 if len(names) == 2 else int(rng.integers(2, 4))), 8),
+            replicas=int(rng.integers(1, 3)),
+            expert_bytes=_EXPERT_BYTES,
+        )
+        for name in names
+    )
+    experts = sum(sum(shape.experts.values()) for shape in models)
+    tight = int(np.ceil(1.3 * experts * (redundancy + 1) / (hosts - 1)))
+    return Settings(
+        hosts=hosts,
+        routers=int(rng.integers(1, 4)),
+        models=models,
+        in_memory=frozenset(names[1:]) if rng.random() < 0.5 else frozenset(),
+        slots=tight if rng.random() < 0.5 else None,
+        domains=2 if hosts >= 4 and rng.random() < 0.3 else 0,
+        control=ControlPolicy(
+            balance=Policy(
+                redundancy=redundancy,
+                enough=0.9,
+                target=0.95,
+                horizon_s=30.0,
+                load_bytes_per_s=50e6,
+            ),
+            every_s=4.0,
+            budget=0.2,
+            gone_s=3.0,
+            lease_s=2.0,
+            bytes_per_s=20e6,
+            batch_bytes=4 * _EXPERT_BYTES,
+            retry_s=0.5,
+        ),
+    )

@@ -1,0 +1,62 @@
+"""What simulated trunks ask for: small calls, their experts as skewed as a gate's.
+
+Shape suffixes: T = tokens, K = choices of a token, E = experts of a layer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..missing import SHORT_WAIT_S
+from ..placement import LayerKey, Placement
+from .settings import Settings
+
+_TOP_K = 2
+
+
+class Ask(NamedTuple):
+    """One layer's call: the choices (T, K), and how long each token waits for a lost expert."""
+
+    key: LayerKey
+    ids_TK: np.ndarray
+    patience_T: np.ndarray
+
+
+class Traffic:
+    """Random calls; `shift` makes other experts hot."""
+
+    def __init__(self, settings: Settings, rng: np.random.Generator) -> None:
+        self._settings = settings
+        self._rng = rng
+        self._weight_E: dict[LayerKey, np.ndarray] = {}
+        self.shift()
+
+    def shift(self) -> None:
+        for shape in self._settings.models:
+            for layer, experts in shape.experts.items():
+                log_E = self._rng.normal(size=experts)
+                weight_E = np.exp(log_E)
+                self._weight_E[LayerKey(shape.model, layer)] = weight_E / weight_E.sum()
+
+    def next(self, placement: Placement | None) -> Ask | None:
+        """A call of a layer that is placed; None while nothing is."""
+        keys = sorted(placement.layers) if placement is not None else []
+        if not keys:
+            return None
+        key = keys[int(self._rng.integers(len(keys)))]
+        weight_E = self._weight_E[key]
+        tokens = int(self._rng.integers(1, 7))
+        # The largest of Gumbel noise + log weight: K experts without repetition.
+        noise_TE = self._rng.gumbel(size=(tokens, weight_E.size)) + np.log(weight_E)
+        ids_TK = np.argsort(-noise_TE, axis=1)[:, :_TOP_K].astype(np.int32)
+        if self._rng.random() < 0.1:
+            ids_TK[0, 0] = -1  # a choice that nobody uses
+        patience_T = np.full(tokens, self._settings.router.deadline_s)
+        hasty_T = self._rng.random(tokens) < (0.5 if self._rng.random() < 0.2 else 0.0)
+        patience_T[hasty_T] = SHORT_WAIT_S
+        return Ask(key, ids_TK, patience_T)
+
+    def pause_s(self) -> float:
+        return float(self._rng.exponential(self._settings.think_s))

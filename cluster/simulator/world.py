@@ -1,0 +1,235 @@
+"""A pool in one thread: hosts, trunks, controllers and a network, on a virtual clock, from a seed.
+
+The state machines are those that serve (`Dispatcher`, `Residency`, `Control`, the planner); their
+shells are rewritten here for events in place of sockets and Ray calls. After every event the
+invariants are checked; the first that does not hold ends the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..control import Control
+from ..placement import ExpertKey
+from ..plan import PoolHost
+from .clock import Clock
+from .controller import SimController
+from .facts import Fact
+from .faults import Faults
+from .host import SimHost
+from .invariants import Invariants
+from .network import Connection, Network
+from .registry import Registry
+from .router import SimRouter
+from .settings import Settings, draw
+from .settled import unsettled
+from .traffic import Traffic
+
+# Seconds: before faults begin, and until everything has to stand again behind them.
+WARM_UP_S = 2.0
+SETTLE_S = 60.0
+_KEPT_LINES = 60
+# Events without the clock moving, after which somebody runs in circles.
+_AT_ONCE = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    invariant: str
+    message: str
+    event: str
+    when: float
+
+
+class World:
+    def __init__(self, seed: int, settings: Settings | None = None) -> None:
+        # One generator for each purpose, so that a change here does not shift all the others.
+        size, network, faults, traffic, self._rng = (
+            np.random.default_rng([seed, purpose]) for purpose in range(5)
+        )
+        self.seed = seed
+        self.settings = settings or draw(size)
+        self.clock = Clock()
+        self.network = Network(self.clock, network)
+        self.registry = Registry()
+        self.traffic = Traffic(self.settings, traffic)
+        self.faults = Faults(self, faults)
+        self.violation: Violation | None = None
+        self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._digest = hashlib.sha256()
+        self._facts: list[Fact] = []
+        self._at_once = 0
+        self.calls = 0  # that trunks made
+        self.last_change = 0.0  # when something was loaded, published or evicted
+        domains = self.settings.domains
+        self.pool = [
+            PoolHost(
+                name=f"h{n}",
+                slots=self.settings.slots,
+                domain=f"d{n % domains}" if domains else "",
+            )
+            for n in range(self.settings.hosts)
+        ]
+        self.hosts = {host.name: SimHost(host.name, 1, self) for host in self.pool}
+        self.routers: dict[str, SimRouter] = {}
+        self.controllers: list[SimController] = []
+        self._started = {"controller": 0, "router": 0}
+        self.invariants = Invariants(self)
+        self.start_controller()
+        for _ in range(self.settings.routers):
+            self.start_router()
+        if self.settings.in_memory:
+            self.clock.after(0.1, "a trunk attaches its model", self._attach)
+
+    # ---- running --------------------------------------------------------------------------------
+
+    def run(self, faults_s: float) -> Violation | None:
+        """Warm up, ``faults_s`` seconds of faults, and the time to settle."""
+        self._run_until(WARM_UP_S)
+        self.faults.start()
+        self._run_until(WARM_UP_S + faults_s)
+        if self.violation is None:
+            self.faults.stop()
+            self._settle()
+        return self.violation
+
+    def _run_until(self, when: float) -> None:
+        while self.violation is None and self.clock.now < when:
+            self.step()
+
+    def _settle(self) -> None:
+        end = self.clock.now + SETTLE_S
+        half = self.clock.now + self.settings.router.deadline_s / 2
+        while self.violation is None:
+            if self.clock.now > half:
+                for router in self.routers.values():
+                    router.stop()
+            self.step()
+            why = unsettled(self) if self.clock.now > half else "the time has not come"
+            if not why:
+                return
+            if self.clock.now > end:
+                self.fail("converges", f"{SETTLE_S:g} s behind the last fault: {why}", "")
+
+    def step(self) -> None:
+        """One event, and what it breaks."""
+        before, event = self.clock.now, self.clock.next()
+        self._at_once = self._at_once + 1 if event.when == before else 0
+        if self._at_once > _AT_ONCE:
+            self.fail("time goes on", f"{_AT_ONCE} events in one moment", event.what)
+            return
+        self.log(event.what)
+        try:
+            event.act()
+        except Exception as error:
+            # Whatever it is: a real process would have failed here.
+            self.lines += traceback.format_exc().splitlines()
+            self.fail("no process fails", f"{type(error).__name__}: {error}", event.what)
+            return
+        facts, self._facts = self._facts, []
+        broken = self.invariants.check(facts)
+        if broken is not None:
+            self.fail(*broken, event.what)
+
+    def fail(self, invariant: str, message: str, event: str) -> None:
+        self.violation = Violation(invariant, message, event, self.clock.now)
+
+    def tell(self, fact: Fact) -> None:
+        self._facts.append(fact)
+
+    def log(self, what: str) -> None:
+        line = f"{self.clock.now:10.6f}  {what}"
+        self.lines.append(line)
+        self._digest.update(line.encode())
+
+    @property
+    def digest(self) -> str:
+        """Of the whole log of events."""
+        return self._digest.hexdigest()
+
+    # ---- what processes ask of the world --------------------------------------------------------
+
+    def make_control(self, term: int) -> Control:
+        return Control(self.pool, term=term, policy=self.settings.control)
+
+    def has_weights(self, address: str, key: ExpertKey) -> bool:
+        """Whether a peer gives an expert: it lives, answers, and is the one that was meant."""
+        return any(
+            host.name == address and host.alive and not host.frozen and key in host.weights
+            for host in self.hosts.values()
+        )
+
+    def slot_used_for(self, connection: Connection, slot: int) -> int | None:
+        """The call that a router has in a slot now."""
+        router = connection.router
+        assert isinstance(router, SimRouter)
+        channel = router.links.channel_of(connection) if router.alive else None
+        if channel is None:
+            return None
+        return next((seq for seq, used in channel.calls.items() if used == slot), None)
+
+    # ---- life and death -------------------------------------------------------------------------
+
+    def crash_host(self, host: SimHost, *, back_s: float) -> None:
+        self.log(f"{host.name} crashes")
+        self.invariants.died(host)
+        host.kill()
+        self.clock.after(back_s, f"Ray restarts {host.host}", lambda: self._restart(host))
+
+    def _restart(self, host: SimHost) -> None:
+        self.hosts[host.host] = SimHost(host.host, host.incarnation + 1, self)
+
+    def start_router(self) -> None:
+        self._started["router"] += 1
+        name = f"r{self._started['router']}"
+        self.routers[name] = SimRouter(name, self)
+
+    def kill_router(self, router: SimRouter, *, back_s: float) -> None:
+        self.log(f"{router.name} is killed")
+        router.kill()
+        del self.routers[router.name]
+        self.clock.after(back_s, "Serve starts a trunk", self.start_router)
+
+    def start_controller(self) -> None:
+        self._started["controller"] += 1
+        controller = SimController(f"c{self._started['controller']}", self)
+        self.controllers = [c for c in self.controllers if c.alive] + [controller]
+        self.registry.controller = controller
+
+    def second_controller(self) -> bool:
+        """Ray takes a living controller for dead; some trunks go on asking it."""
+        if self.registry.controller is None or len(self.controllers) > 2:
+            return False
+        self.log(f"{self.registry.controller.name} is taken for dead")
+        self.start_controller()
+        for router in self.routers.values():
+            if self._rng.random() < 0.5:
+                router.move_to(self.registry.controller)
+        return True
+
+    def controller_ends(self, controller: SimController, *, back_s: float = 0.2) -> None:
+        self.log(f"{controller.name} ends")
+        controller.kill()
+        self.controllers = [one for one in self.controllers if one is not controller]
+        if self.registry.controller is controller:
+            self.registry.controller = None
+            self.clock.after(back_s, "Ray restarts the controller", self.start_controller)
+
+    def _attach(self) -> None:
+        controller = self.registry.controller
+        if controller is None or controller.control is None or not controller.control.settled:
+            self.clock.after(0.1, "a trunk attaches its model", self._attach)
+            return
+        for shape in self.settings.models:
+            if shape.model in self.settings.in_memory:
+                controller.adopt(shape)
+                for name, host in self.hosts.items():
+                    host.add_models([shape])
+                    for key in controller.control.wanted(name):
+                        if key.model == shape.model:
+                            host.put(key)

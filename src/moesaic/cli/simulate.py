@@ -1,0 +1,249 @@
+"""`moesaic simulate`: the code that serves, on a virtual clock; no cluster is touched."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .operate import JsonOption
+
+if TYPE_CHECKING:
+    from ..cluster.placement import ModelShape
+    from ..cluster.simulator.compare import Figures
+    from ..cluster.simulator.run import SeedRun
+    from ..cluster.trace import Trace
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+_LAST_EVENTS = 25
+
+
+def simulate(
+    faults: Annotated[
+        int | None,
+        typer.Option(min=0, help="Break a simulated pool in the ways of this seed, and check it."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="With --faults: so many seeds from it on.")] = 1,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="With --faults: simulated seconds of faults.")
+    ] = 12.0,
+    trace: Annotated[
+        Path | None, typer.Option(help="Loads that `moesaic record` wrote, in place of made ones.")
+    ] = None,
+    shifting: Annotated[
+        bool, typer.Option("--day", help="Traffic of four domains that shifts over 24 hours.")
+    ] = False,
+    sigma: Annotated[float, typer.Option(min=0.0, max=5.0, help="Skew of made loads.")] = 1.0,
+    drift: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of made loads, from window to window.")
+    ] = 0.2,
+    windows: Annotated[int, typer.Option(min=2, help="Of made loads.")] = 24,
+    window: Annotated[float, typer.Option(min=1.0, help="Seconds of one, of made loads.")] = 60.0,
+    layers: Annotated[int, typer.Option(min=1, help="Of made loads.")] = 8,
+    experts: Annotated[int, typer.Option(min=2, help="Of each layer, of made loads.")] = 64,
+    hosts: Annotated[
+        int | None, typer.Option(min=2, help="8, or as many as were recorded.")
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Of each layer on a host; a quarter to spare if not.")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Windows between DeepSeek's plans.")] = 4,
+    budget: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="Part of all replicas that ours may move.")
+    ] = 0.05,
+    expert_mb: Annotated[float, typer.Option(min=0.001, help="Size of one expert.")] = 44.0,
+    rate: Annotated[float, typer.Option(min=0.001, help="MB/s that one host loads.")] = 200.0,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Of made loads: how busy hosts are.")
+    ] = 0.8,
+    slo: Annotated[float, typer.Option(min=0.0, help="Seconds that a queue may take.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Of made loads.")] = 0,
+    as_json: JsonOption = False,
+) -> int:
+    """Compare placements on loads, recorded or made; or, with --faults, check what the pool
+    promises under random faults."""
+    if faults is not None:
+        return _check_seeds(faults, seeds, seconds, as_json)
+    from ..cluster.simulator.compare import compare, control_policy, host_speed, pool_of
+
+    loads = _read(trace) if trace is not None else None
+    if loads is None:
+        shape = _made_shape(layers, experts, expert_mb)
+        loads = _make(
+            shape, day_long=shifting, sigma=sigma, drift=drift, windows=windows, window_s=window,
+            seed=seed,
+        )  # fmt: skip
+    if loads.windows <= every:
+        raise typer.BadParameter(
+            f"{loads.windows} windows of loads are too few to plan every {every}",
+            param_hint="--every",
+        )
+    shapes = _shapes(loads, expert_mb)
+    count = hosts or len(loads.hosts) or 8
+    most = max(max(shape.experts.values()) for shape in shapes)
+    try:
+        pool = pool_of(
+            shapes,
+            hosts=count,
+            slots=slots or -(-5 * most // (4 * count)),
+            choices_per_s=host_speed(loads, count, utilisation),
+            load_bytes_per_s=rate * 1e6,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--slots") from error
+    policy = control_policy(pool, every_s=loads.window_s, budget=budget, redundancy=0)
+    with err.status(f"simulating {loads.windows} windows of {loads.window_s:g} s"):
+        found = compare(loads, pool, every=every, slo_s=slo, policy=policy)
+    _print_json([asdict(one) for one in found]) if as_json else _print_figures(found)
+    return 0
+
+
+# ---- placements ----------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Trace:
+    from ..traces import read_trace  # pyright: ignore[reportMissingImports]
+
+    return read_trace(path)
+
+
+def _made_shape(layers: int, experts: int, expert_mb: float) -> ModelShape:
+    from ..cluster.placement import ModelShape
+
+    return ModelShape(
+        model="made",
+        experts=dict.fromkeys(range(layers), experts),
+        expert_bytes=int(expert_mb * 1e6),
+    )
+
+
+def _make(
+    shape: ModelShape,
+    *,
+    day_long: bool,
+    sigma: float,
+    drift: float,
+    windows: int,
+    window_s: float,
+    seed: int,
+) -> Trace:
+    import numpy as np
+
+    from ..cluster.simulator.loads import day, drifting
+
+    rng = np.random.default_rng(seed)
+    if day_long:
+        windows = max(2, round(86_400 / window_s))
+        return day(
+            [shape], sigma=sigma, domains=4, windows=windows, window_s=window_s,
+            choices_per_s=10_000.0, rng=rng,
+        )  # fmt: skip
+    return drifting(
+        [shape], sigma=sigma, drift=drift, windows=windows, window_s=window_s,
+        choices_per_s=10_000.0, rng=rng,
+    )  # fmt: skip
+
+
+def _shapes(loads: Trace, expert_mb: float) -> list[ModelShape]:
+    """The models of a trace."""
+    from ..cluster.placement import ModelShape
+
+    layers: dict[str, dict[int, int]] = defaultdict(dict)
+    for key, counts_WE in loads.counts.items():
+        layers[key.model][key.layer] = counts_WE.shape[1]
+    return [
+        ModelShape(model=model, experts=experts, expert_bytes=int(expert_mb * 1e6))
+        for model, experts in sorted(layers.items())
+    ]
+
+
+def _print_figures(found: list[Figures]) -> None:
+    table = Table(
+        "placement", "balancedness", "worst layer", "slots moved", "GB moved",
+        "SLO missed (windows)", "host-hours",
+    )  # fmt: skip
+    for one in found:
+        table.add_row(
+            one.way,
+            f"{one.balancedness_mean:.3f}",
+            f"{one.balancedness_worst:.3f}",
+            f"{one.moved_slots:,}",
+            f"{one.moved_bytes / 1e9:,.1f}",
+            f"{one.slo_violations} of {one.windows}",
+            f"{one.host_hours:,.1f}",
+        )
+    out.print(table)
+
+
+# ---- faults --------------------------------------------------------------------------------------
+
+
+def _check_seeds(first: int, seeds: int, seconds: float, as_json: bool) -> int:
+    """1 if an invariant was broken."""
+    from ..cluster.simulator.run import run_seed
+
+    runs: list[SeedRun] = []
+    with err.status("") as status:
+        for seed in range(first, first + seeds):
+            status.update(f"seed {seed}")
+            runs.append(run_seed(seed, faults_s=seconds))
+    broken = [run for run in runs if run.violation is not None]
+    if as_json:
+        _print_json({"runs": [_plain(run) for run in runs], "broken": len(broken)})
+    else:
+        for run in broken:
+            _print_broken(run, seconds)
+        _print_runs(runs)
+    return 1 if broken else 0
+
+
+def _plain(run: SeedRun) -> dict[str, Any]:
+    return {
+        "seed": run.seed,
+        "events": run.events,
+        "calls": run.calls,
+        "simulated_s": round(run.simulated_s, 3),
+        "faults": run.faults,
+        "digest": run.digest,
+        "violation": None if run.violation is None else asdict(run.violation),
+        "last_events": [] if run.violation is None else run.lines[-_LAST_EVENTS:],
+    }
+
+
+def _print_broken(run: SeedRun, seconds: float) -> None:
+    assert run.violation is not None
+    for line in run.lines[-_LAST_EVENTS:]:
+        out.print(line, markup=False)
+    out.print(f"[red]seed {run.seed}: broken: {run.violation.invariant}[/red]")
+    out.print(run.violation.message, markup=False)
+    out.print(f"replay: moesaic simulate --faults {run.seed} --seconds {seconds:g}\n")
+
+
+def _print_runs(runs: list[SeedRun]) -> None:
+    faults: Counter[str] = Counter()
+    for run in runs:
+        faults.update(run.faults)
+    broken = sum(run.violation is not None for run in runs)
+    table = Table("fault", "times")
+    for name, times in sorted(faults.items()):
+        table.add_row(name, f"{times:,}")
+    out.print(table)
+    out.print(
+        f"{len(runs):,} seeds, {sum(run.events for run in runs):,} events, "
+        f"{sum(run.calls for run in runs):,} calls, {sum(faults.values()):,} faults: "
+        + (f"[red]{broken} seeds broke an invariant[/red]" if broken else "all invariants hold")
+    )
+
+
+def _print_json(values: Any) -> None:
+    json.dump(values, sys.stdout, indent=2)
+    print()

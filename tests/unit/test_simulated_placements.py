@@ -1,0 +1,230 @@
+"""Placements side by side on the same loads, and `moesaic simulate` around them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from benchmarks.svg import line_chart, nice_ticks
+from moesaic.cli.main import main
+from moesaic.cluster.placement import LayerKey, ModelShape
+from moesaic.cluster.simulator import run
+from moesaic.cluster.simulator.compare import (
+    compare,
+    control_policy,
+    host_speed,
+    pool_of,
+    shifting_day,
+)
+from moesaic.cluster.simulator.loads import day, drifting
+from moesaic.cluster.simulator.registry import Registry
+from moesaic.cluster.simulator.ways import Eplb, Static
+from moesaic.cluster.trace import Trace
+
+SHAPE = ModelShape(model="m", experts={0: 16, 1: 16}, expert_bytes=1_000_000)
+WINDOW_S = 60.0
+
+
+def loads(windows: int = 12, drift: float = 0.2) -> Trace:
+    return drifting(
+        [SHAPE],
+        sigma=1.0,
+        drift=drift,
+        windows=windows,
+        window_s=WINDOW_S,
+        choices_per_s=1000.0,
+        rng=np.random.default_rng(0),
+    )
+
+
+def pool(trace: Trace, utilisation: float = 0.8):
+    return pool_of(
+        [SHAPE],
+        hosts=4,
+        slots=6,
+        choices_per_s=host_speed(trace, 4, utilisation),
+        load_bytes_per_s=100e6,
+    )
+
+
+def test_drifting_loads_keep_their_deviation_and_follow_the_drift() -> None:
+    still, wild = loads(40, drift=0.0), loads(40, drift=1.0)
+    for trace, alike in ((still, True), (wild, False)):
+        log_WE = np.log(np.maximum(trace.counts[LayerKey("m", 0)], 1))
+        correlation = np.corrcoef(log_WE[0], log_WE[20])[0, 1]
+        assert (correlation > 0.99) == alike
+        assert 0.6 < log_WE.std(axis=1).mean() < 1.4
+    total = still.counts[LayerKey("m", 0)].sum(axis=1)
+    assert np.allclose(total, 1000.0 * WINDOW_S, rtol=0.05)
+
+
+def test_a_day_goes_round_and_its_domains_take_turns() -> None:
+    trace = day(
+        [SHAPE],
+        sigma=1.0,
+        domains=3,
+        windows=24,
+        window_s=3600.0,
+        choices_per_s=1000.0,
+        rng=np.random.default_rng(1),
+    )
+    part_WE = trace.counts[LayerKey("m", 0)] / trace.counts[LayerKey("m", 0)].sum(axis=1)[:, None]
+    step = np.abs(np.diff(part_WE, axis=0)).sum(axis=1)
+    across = np.abs(part_WE[0] - part_WE[8]).sum()
+    assert step.max() < 0.3
+    assert across > 0.4
+    assert np.abs(part_WE[0] - part_WE[-1]).sum() < 0.3
+
+
+def test_ours_is_better_balanced_than_the_others_and_moves_less() -> None:
+    trace = loads()
+    made = pool(trace)
+    policy = control_policy(made, every_s=WINDOW_S, budget=0.05, redundancy=0)
+    static, eplb, ours = compare(trace, made, every=3, slo_s=0.1, policy=policy)
+    assert ours.balancedness_mean > max(eplb.balancedness_mean, static.balancedness_mean)
+    assert ours.balancedness_worst >= static.balancedness_worst
+    assert 0 < ours.moved_slots < eplb.moved_slots / 3
+    assert ours.moved_bytes == ours.moved_slots * SHAPE.expert_bytes
+    assert static.moved_slots == 0
+    assert static.slo_violations > ours.slo_violations
+    assert {one.host_hours for one in (static, eplb, ours)} == {4 * 9 * WINDOW_S / 3600}
+    assert len(ours.balancedness_W) == len(ours.moved_W) == 12
+
+
+def test_every_way_serves_every_choice() -> None:
+    trace = loads(8)
+    made = pool(trace)
+    for way in (Static(made), Eplb(made, every=2)):
+        for window in range(8):
+            counts = {key: counts_WE[window] for key, counts_WE in trace.counts.items()}
+            served = way.serve(counts, WINDOW_S)
+            for key, count_E in counts.items():
+                assert served.load_H[key].sum() == pytest.approx(count_E.sum())
+
+
+def test_deepseeks_placement_serves_when_the_last_host_has_loaded_it() -> None:
+    trace = loads(6)
+    slow = pool_of([SHAPE], hosts=4, slots=6, choices_per_s=1e6, load_bytes_per_s=1e6 / 25)
+    way, before = Eplb(slow, every=1), Static(slow)
+    counts = {key: counts_WE[0] for key, counts_WE in trace.counts.items()}
+    first = way.serve(counts, WINDOW_S)
+    assert first.moved_slots > 0
+    # A host that loads n experts is done after 25 n seconds: here, in the middle of a later window.
+    second, old = way.serve(counts, WINDOW_S), before.serve(counts, WINDOW_S)
+    assert second.load_H[LayerKey("m", 0)] == pytest.approx(old.load_H[LayerKey("m", 0)])
+    assert second.moved_slots == 0
+    later = [way.serve(counts, WINDOW_S) for _ in range(6)]
+    assert np.ptp(later[-1].load_H[LayerKey("m", 0)]) < np.ptp(old.load_H[LayerKey("m", 0)])
+
+
+def test_a_day_as_series() -> None:
+    hours, found = shifting_day(layers=1, experts=16, hosts=4, slots=6, window_s=1800.0)
+    assert hours[0] == 0
+    assert hours[-1] < 24
+    assert [one.way for one in found] == ["static", "EPLB every 2", "ours"]
+    assert all(len(one.balancedness_W) == len(hours) for one in found)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def test_simulate_prints_placements_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["simulate", "--layers", "1", "--experts", "16", "--hosts", "4", "--windows", "6"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["way"] for one in found] == ["static", "EPLB every 4", "ours"]
+
+
+def test_simulate_reads_a_recorded_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = loads(6)
+    recorded = Trace(
+        window_s=made.window_s,
+        counts=made.counts,
+        hosts=("a", "b", "c"),
+        choices_WH=np.full((6, 3), 1000, dtype=np.int64),
+        busy_s_WH=np.full((6, 3), 2.0),
+        queued_s_WH=np.zeros((6, 3)),
+    )
+    assert host_speed(recorded, 3, 0.5) == 500.0
+    asked: list[Path] = []
+    fake = types.ModuleType("moesaic.traces")
+    fake.__dict__["read_trace"] = lambda path: (asked.append(path), recorded)[1]
+    monkeypatch.setitem(sys.modules, "moesaic.traces", fake)
+    assert main(["simulate", "--trace", str(tmp_path / "t"), "--every", "2"]) == 0
+    assert asked == [tmp_path / "t"]
+    assert "ours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--slots", "1"], "too few"),
+        (["--windows", "4", "--every", "4"], "4 windows"),
+        (["--faults", "-1"], "--faults"),
+    ],
+)
+def test_wrong_options_are_named(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_simulate_says_that_invariants_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--faults", "5", "--seeds", "2", "--seconds", "3"]) == 0
+    assert "all invariants hold" in capsys.readouterr().out
+
+
+def test_a_broken_seed_is_printed_with_the_command_that_replays_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def take(self: Registry, term: int) -> bool:
+        # Every controller has the first term.
+        self.latest_term = -1
+        return term == 0
+
+    monkeypatch.setattr(Registry, "put_term", take)
+    seed = next(s for s in range(40) if run.run_seed(s, faults_s=5.0).violation is not None)
+    command = ["simulate", "--faults", str(seed), "--seconds", "5"]
+    assert main(command) == 1
+    printed = capsys.readouterr().out
+    assert f"seed {seed}: broken: " in printed
+    assert f"moesaic simulate --faults {seed} --seconds 5" in printed
+    assert main([*command, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["broken"] == 1
+    assert found["runs"][0]["violation"]["message"]
+    assert found["runs"][0]["last_events"]
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (0.43, 0.98), (0.0, 12017.0), (5.0, 5.0)])
+def test_ticks_are_round_and_cover_the_values(span: tuple[float, float]) -> None:
+    ticks = nice_ticks(*span)
+    assert ticks[0] <= span[0]
+    assert ticks[-1] >= span[1]
+    assert 2 <= len(ticks) <= 9
+    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+
+
+def test_a_chart_is_xml_with_a_line_for_each_series(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "chart.svg"
+    lines = {"a & b": [1.0, 3.0, 2.0], "c": [0.0, 0.0, 1.0]}
+    line_chart(path, title="t", x_label="x", y_label="y", x=[0, 1, 2], lines=lines)
+    root = ElementTree.fromstring(path.read_text())
+    drawn = root.findall("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.attrib["points"].split()) for line in drawn] == [3, 3]
+    words = [text.text for text in root.findall("{http://www.w3.org/2000/svg}text")]
+    assert {"t", "x", "y", "a & b", "c"} <= set(words)
+    with pytest.raises(ValueError, match="'c' has 1 points"):
+        line_chart(path, title="t", x_label="x", y_label="y", x=[0, 1], lines={"c": [1.0]})
