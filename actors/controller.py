@@ -11,24 +11,26 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from ..cluster.control import Control, ControlPolicy
+from ..cluster.control import Control
+from ..cluster.fleet import Fleet, FleetGroup
 from ..cluster.load import LoadReport
 from ..cluster.loading import Load
 from ..cluster.observed import Observation
 from ..cluster.orders import Evict, MakePlan, Publish
 from ..cluster.placement import LayerKey, ModelShape, Placement
-from ..cluster.plan import PoolHost
+from ..cluster.policy import ControlPolicy
+from ..cluster.scaling_spec import AutoscaleSpec
 from ..proto.errors import ClusterError, MoesaicError, Superseded
 from .host import HostReport
 from .operations import Operations
+from .sizing import Sizing
 from .store import ModelRef
-from .term import claim_term, kept_wishes
+from .term import claim_term, kept_fleet, kept_wishes
 
 log = logging.getLogger(__name__)
 
@@ -39,27 +41,33 @@ LOAD_TIMEOUT_S = 600.0
 SETTLE_S = 60.0
 
 
-class Controller(Operations):
+class Controller(Operations, Sizing):
     """Runs as an asyncio Ray actor."""
 
     def __init__(
         self,
         namespace: str,
-        hosts: Sequence[PoolHost],
+        groups: Sequence[FleetGroup],
         models: Sequence[tuple[ModelRef, ModelShape]],
         policy: ControlPolicy,
+        autoscale: AutoscaleSpec,
     ) -> None:
         self._namespace = namespace
-        self._hosts = tuple(host.name for host in hosts)
         self._term = claim_term(namespace)
-        self._control = Control(hosts, term=self._term, policy=policy)
+        self._fleet = Fleet(
+            groups, autoscale.policy, pending_s=autoscale.pending_s, kept=kept_fleet(namespace)
+        )
+        self._control = Control(self._fleet.pool_hosts(), term=self._term, policy=policy)
+        self._fleet.take_over(self._control)
         self._control.wishes = kept_wishes(namespace)
+        self._arriving: dict[str, asyncio.Task[bool]] = {}
+        self._kept_version, self._owner_asked = -1, time.monotonic()
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
         for ref, shape in models:
             self._adopt(ref, shape)
         self._handles: dict[str, Any] = {}
         self._reports: dict[str, HostReport] = {}
-        self._states: dict[str, str] = dict.fromkeys(self._hosts, "starting")
+        self._states: dict[str, str] = {}
         self._errors: dict[str, str] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._evicts: dict[str, asyncio.Task[None]] = {}
@@ -104,13 +112,14 @@ class Controller(Operations):
         except ValueError as error:
             raise ClusterError(str(error)) from error
         if ref.path is None:
-            for host in self._hosts:
+            for host in self._reports:
                 asked = self._handle(host).add_models.remote([(ref, shape)])
                 await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
-        return {
+        wanted = {
             host: [tuple(k) for k in self._control.wanted(host) if k.model == ref.name]
-            for host in self._hosts
+            for host in self._control.view.hosts
         }
+        return {host: keys for host, keys in wanted.items() if keys}
 
     async def models(self) -> list[tuple[ModelRef, ModelShape]]:
         return list(self._models.values())
@@ -134,7 +143,8 @@ class Controller(Operations):
                 for name, number in self._control.publisher.routers(time.monotonic()).items()
             },
             "balance": self._balance_status(),
-            "hosts": [self._host_status(host) for host in self._hosts],
+            "size": self._size_status(time.monotonic()),
+            "hosts": [self._host_status(host) for host in self._control.view.hosts],
             "models": [
                 {
                     "name": name,
@@ -154,7 +164,7 @@ class Controller(Operations):
 
     async def progress(self) -> tuple[int, int, str]:
         """(replicas held, replicas wanted, first load error) since the start."""
-        wanted = {host: self._control.wanted(host) for host in self._hosts}
+        wanted = {host: self._control.wanted(host) for host in self._control.view.hosts}
         held = sum(
             key.expert in report.holdings.get(LayerKey(key.model, key.layer), ())
             for host, report in self._reports.items()
@@ -188,7 +198,7 @@ class Controller(Operations):
 
     async def _tick(self) -> None:
         # Step 1: ask all hosts at once.
-        answers = await asyncio.gather(*(self._observe(host) for host in self._hosts))
+        answers = await asyncio.gather(*(self._observe(host) for host in self._control.view.hosts))
         # Step 2: adopt models that only the hosts still know of.
         for report in self._reports.values():
             for ref, shape in report.models:
@@ -201,6 +211,9 @@ class Controller(Operations):
         # Step 3: decide, and act.
         observed = {host: seen for host, seen in answers if seen != "late"}
         commands = self._control.tick(observed, time.monotonic())  # pyright: ignore[reportArgumentType]
+        for host in self._size(time.monotonic()):
+            for known in (self._handles, self._reports, self._states, self._errors):
+                known.pop(host, None)
         for command in commands:
             match command:
                 case Load():
@@ -216,6 +229,8 @@ class Controller(Operations):
 
     async def _observe(self, host: str) -> tuple[str, Any]:
         """(host, what it reports; None if Ray says it is gone; "late" if it did not answer)."""
+        if not self._has_come(host):
+            return host, "late"
         try:
             report: HostReport = await asyncio.wait_for(
                 self._handle(host).report.remote(), REPORT_TIMEOUT_S
@@ -314,35 +329,14 @@ class Controller(Operations):
             self._handles[host] = ray.get_actor(host, namespace=self._namespace)
         return self._handles[host]
 
-    def _balance_status(self) -> dict[str, Any]:
-        now = time.monotonic()
-        control = self._control
-        last = control.changes.all[-1] if control.changes.all else None
-        return {
-            "auto": control.policy.auto,
-            "plan_age_s": None
-            if control.planned_at is None
-            else round(now - control.planned_at, 1),
-            "moves_pending": control.pending(),
-            "leaving": sorted(control.wishes.leaving),
-            "last_change": None if last is None else last.describe(now),
-        }
-
     def _host_status(self, host: str) -> dict[str, Any]:
-        status: dict[str, Any] = {"host": host, "state": self._states[host]}
+        status: dict[str, Any] = {"host": host, "state": self._states.get(host, "starting")}
+        waiting = self._fleet.waiting(host, time.monotonic())
+        if waiting is not None:
+            status["waiting"] = waiting
         report = self._reports.get(host)
         if report is not None:
-            status |= {
-                "incarnation": report.entry.incarnation,
-                "node": report.entry.node,
-                "pid": report.pid,
-                "device": report.device,
-                "experts": sum(map(len, report.holdings.values())),
-                "loading": report.loading,
-                "weight_bytes": report.weight_bytes,
-                "rss_bytes": report.rss_bytes,
-                **asdict(report.loop),
-            }
+            status |= report.describe()
         if host in self._errors:
             status["error"] = self._errors[host]
         return status

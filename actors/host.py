@@ -14,7 +14,8 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -52,6 +53,20 @@ class HostReport:
     weight_bytes: int
     rss_bytes: int
     loop: LoopStats
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for people and JSON."""
+        return {
+            "incarnation": self.entry.incarnation,
+            "node": self.entry.node,
+            "pid": self.pid,
+            "device": self.device,
+            "experts": sum(map(len, self.holdings.values())),
+            "loading": self.loading,
+            "weight_bytes": self.weight_bytes,
+            "rss_bytes": self.rss_bytes,
+            **asdict(self.loop),
+        }
 
 
 def pick_device(device: str) -> torch.device:

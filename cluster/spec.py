@@ -16,10 +16,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..proto.errors import SpecError
-from .control import ControlPolicy
+from .fleet import FleetGroup
 from .health import RouterPolicy
-from .plan import Policy, PoolHost
+from .plan import Policy
+from .policy import ControlPolicy
 from .residency import HostPolicy
+from .scaling_spec import AutoscaleSpec, Cost
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -78,10 +80,14 @@ class HostGroup(Resources):
 
     ``slots`` and ``memory_gb`` bound the experts on one host; without both it gets an even part of
     what the models need and a quarter more. ``speed`` is relative to other groups, ``domain`` names
-    what fails together; empty, it is the host alone.
+    what fails together; empty, it is the host alone. The group starts with ``count`` hosts; the
+    autoscaler keeps them between ``min_count`` and ``max_count``, which are ``count`` by default.
     """
 
     count: int = Field(default=2, ge=1, le=4096)
+    min_count: int | None = Field(default=None, ge=1, le=4096)
+    max_count: int | None = Field(default=None, ge=1, le=4096)
+    cost_per_hour: Cost = 1.0
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: Threads = "auto"
     slots: int | None = Field(default=None, ge=1, le=1 << 24)
@@ -97,7 +103,37 @@ class HostGroup(Resources):
     def _ordered(self) -> HostGroup:
         if not self.max_rows <= self.max_batch_rows <= self.max_queue_rows:
             raise ValueError("max_rows <= max_batch_rows <= max_queue_rows must hold")
+        if not self.least <= self.count <= self.most:
+            raise ValueError("min_count <= count <= max_count must hold")
+        if self.spread != "none" and self.least != self.most:
+            raise ValueError("a placement group (spread) is fixed: leave min_count, max_count out")
         return self
+
+    @property
+    def least(self) -> int:
+        return self.count if self.min_count is None else self.min_count
+
+    @property
+    def most(self) -> int:
+        return self.count if self.max_count is None else self.max_count
+
+    @property
+    def fleet(self) -> FleetGroup:
+        wants = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        needs = [f"{amount:g} {name}" for name, amount in wants.items() if amount]
+        needs += [f"{name}={value}" for name, value in self.labels.items()]
+        return FleetGroup(
+            count=self.count,
+            min_count=self.least,
+            max_count=self.most,
+            cost_per_hour=self.cost_per_hour,
+            slots=self.slots,
+            memory_bytes=None if self.memory_gb is None else int(self.memory_gb * 2**30),
+            speed=self.speed,
+            domain=self.domain,
+            fixed=self.spread != "none",
+            needs=", ".join(needs) or "nothing",
+        )
 
     @property
     def policy(self) -> HostPolicy:
@@ -194,6 +230,7 @@ class Spec(_Part):
     endpoint: EndpointSpec | None = EndpointSpec()
     timeouts: TimeoutSpec = TimeoutSpec()
     balance: BalanceSpec = BalanceSpec()
+    autoscale: AutoscaleSpec = AutoscaleSpec()
 
     @model_validator(mode="after")
     def _consistent(self) -> Spec:
@@ -214,24 +251,6 @@ class Spec(_Part):
     @property
     def num_hosts(self) -> int:
         return sum(group.count for group in self.hosts)
-
-    def pool_hosts(self) -> list[PoolHost]:
-        """All hosts as the planner knows them."""
-        return [
-            PoolHost(
-                name=name,
-                slots=group.slots,
-                memory_bytes=None if group.memory_gb is None else int(group.memory_gb * 2**30),
-                speed=group.speed,
-                domain=group.domain,
-            )
-            for name, group in self.host_names()
-        ]
-
-    def host_names(self) -> list[tuple[str, HostGroup]]:
-        """(name, group) of every host."""
-        groups = [group for group in self.hosts for _ in range(group.count)]
-        return [(f"host-{index}", group) for index, group in enumerate(groups)]
 
 
 def parse_spec(values: Any, *, source: str = "spec") -> Spec:

@@ -51,6 +51,27 @@ def _print_balance(cluster: dict[str, Any]) -> None:
         out.print(f"[red]the controller has stood still for {cluster['tick_age_s']:g} s[/red]")
 
 
+def _print_size(cluster: dict[str, Any]) -> None:
+    size = cluster.get("size")
+    if size is None:
+        return
+    for index, group in enumerate(size["groups"]):
+        if group["min"] != group["max"]:
+            busy = "" if size["busy"] is None else f"; {size['busy']:.0%} busy"
+            bounds = f"{group['min']} to {group['max']}"
+            out.print(f"group {index}: {group['hosts']} hosts of {bounds}{busy}")
+    for event in size["events"][-3:]:
+        out.print(
+            f"scaling {event['id']} ({event['who']}): group {event['group']} from "
+            f"{event['before']} to {event['count']} hosts, {event['phase']}, {event['age_s']:g} s "
+            f"ago: {event['why']}"
+        )
+    if size["held"]:
+        out.print(f"no scaling: {size['held']}")
+    if size["problem"]:
+        out.print(f"[red]{size['problem']}[/red]")
+
+
 def print_status(values: dict[str, Any]) -> None:
     cluster = values.get("cluster", {})
     placement = cluster.get("placement")
@@ -61,7 +82,8 @@ def print_status(values: dict[str, Any]) -> None:
     for host in cluster.get("hosts", []):
         hosts.add_row(
             host["host"],
-            host["state"] + (f": {host['error']}" if "error" in host else ""),
+            host["state"]
+            + "".join(f": {host[key]}" for key in ("waiting", "error") if key in host),
             host.get("device", ""),
             str(host.get("experts", "")),
             _bytes(host["weight_bytes"]) if "weight_bytes" in host else "",
@@ -88,6 +110,7 @@ def print_status(values: dict[str, Any]) -> None:
         )
     out.print(models)
     _print_balance(cluster)
+    _print_size(cluster)
     if cluster.get("unprotected_experts"):
         out.print(
             f"[yellow]{cluster['unprotected_experts']} experts have one replica: the loss of its "
