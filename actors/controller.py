@@ -154,6 +154,7 @@ class Controller(Operations, Sizing):
                     "exact": shape.exact,
                     "layers": len(shape.experts),
                     "experts": sum(shape.experts.values()),
+                    "asleep": name in self._control.sleep.asleep,
                     "missing_experts": sum(1 for key in missing if key.model == name),
                 }
                 for name, (ref, shape) in self._models.items()

@@ -102,6 +102,7 @@ def describe(model: ModelSpec, progress: Progress) -> tuple[ModelRef, ModelShape
         experts={layer.layer: layer.num_experts for layer in layers},
         replicas=model.replicas,
         exact=model.exact,
+        idle_s=model.idle_s,
         expert_bytes=max(expert_bytes(layer, ref.torch_dtype) for layer in layers),
     )
 

@@ -37,6 +37,7 @@ from .plan import Plan, PoolHost, Wishes
 from .policy import ControlPolicy
 from .publishing import Publisher
 from .room import with_room
+from .sleep import Sleep
 
 # A plan without moves is taken for its shares if some layer gains so much.
 _WORTH = 0.02
@@ -68,6 +69,7 @@ class Control(Members):
         # Experts for which no host has room.
         self.unplaced: tuple[ExpertKey, ...] = ()
         self.models: dict[str, ModelShape] = {}
+        self.sleep = Sleep()
         self._target: dict[LayerKey, LayerPlacement] | None = None
         self._target_version = 0
         self._wanted: dict[str, list[ExpertKey]] = {}
@@ -106,6 +108,7 @@ class Control(Members):
     def hear(self, report: LoadReport, now: float) -> None:
         """A router says what it counted and which placement it follows."""
         self.loads.hear(report)
+        self.sleep.hear(report, now)
         self.publisher.acknowledged(report.router, report.number, now)
 
     def load_failed(self, host: str, keys: Sequence[ExpertKey], error: str, now: float) -> None:
@@ -141,15 +144,13 @@ class Control(Members):
         """Experts that no host holds now, and why."""
         return {
             key: "loading" if key.model in self.loader.on_disk else "lost: its model was in memory"
-            for key in every_expert(self.models.values())
+            for key in every_expert(self._awake())
             if not self.view.holders(key)
         }
 
     def unprotected(self) -> list[ExpertKey]:
         """Experts that the loss of one failure domain would take away."""
-        return [
-            key for key in every_expert(self.models.values()) if len(self.view.domains(key)) == 1
-        ]
+        return [key for key in every_expert(self._awake()) if len(self.view.domains(key)) == 1]
 
     def pending(self) -> int:
         """Replicas that the target names and nobody holds yet."""
@@ -166,6 +167,12 @@ class Control(Members):
         self._now = now
         self.view.note(reports, now)
         self.loads.advance(now)
+        self.sleep.advance(
+            self.models.values(),
+            on_disk=self.loader.on_disk,
+            appeared=self.publisher.appeared,
+            now=now,
+        )
         # Step 2: plan anew where the last plan does not fit any more, or balance.
         commands: list[Command] = self._replan(now)
         target = self._target if self._target is not None else self._standing()
@@ -186,7 +193,7 @@ class Control(Members):
             self._nothing_pending = not self.pending()
         # Step 5: let hosts forget what no router can ask for any more.
         if self._target is not None:
-            evictable = self.publisher.evictable(target, now)
+            evictable = self.publisher.evictable(target, now, self.sleep.asleep)
             commands += [
                 Evict(host=host, keys=tuple(evictable[host])) for host in idle if host in evictable
             ]
@@ -254,7 +261,7 @@ class Control(Members):
             part = math.ceil(self._replicas() / len(hosts)) * fill
             policy = replace(policy, budget=part, enough=even, target=even, horizon_s=_FOR_GOOD_S)
         return MakePlan(
-            models=list(self.models.values()),
+            models=self._awake(),
             hosts=[replace(host, speed=host.speed * (rate or 1.0)) for host in hosts],
             current=dict(self._target) if self._target is not None else self._standing(),
             loads=self.loads.forecast(),
@@ -290,7 +297,7 @@ class Control(Members):
         self._wanted.clear()
 
     def _key(self, now: float) -> object:
-        return self.view.usable(now), tuple(self.models.values()), self.wishes, self.leaving
+        return self.view.usable(now), tuple(self._awake()), self.wishes, self.leaving
 
     def _unused(self) -> int:
         """Hosts that are there and that nothing was planned for yet."""
@@ -304,6 +311,9 @@ class Control(Members):
 
     def _budget(self) -> int:
         return max(1, int(self.policy.budget * self._replicas()))
+
+    def _awake(self) -> list[ModelShape]:
+        return self.sleep.awake(self.models.values())
 
     def _standing(self) -> dict[LayerKey, LayerPlacement]:
         """Where a controller that starts anew begins."""

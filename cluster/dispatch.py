@@ -55,6 +55,8 @@ class Dispatcher:
         self._next_seq = 1
         self._rotations: dict[LayerKey, int] = defaultdict(int)
         self.meter = LoadMeter()
+        # The layer that was asked for last, if no placement names it: its model may be asleep.
+        self.unplaced: LayerKey | None = None
 
     # ---- placements -----------------------------------------------------------------------------
 
@@ -81,6 +83,8 @@ class Dispatcher:
         if self._call is not None:
             self._call.avoid.clear()
             self._call.apart.clear()
+            if self.outcome is None and self._call.key not in placement.layers:
+                self.unplaced = self._call.key
         return commands + self.tick(now)
 
     # ---- one call -------------------------------------------------------------------------------
@@ -103,6 +107,7 @@ class Dispatcher:
         )
         self.outcome = None
         layer = self.placement.layers.get(key) if self.placement is not None else None
+        self.unplaced = key if layer is None else None
         if layer is not None:
             self.meter.count(key, ids_N, len(layer.replicas))
         return self.tick(now)
@@ -260,6 +265,8 @@ class Dispatcher:
         # transformers marks choices that belong to nobody with the number of experts.
         inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
         call.waiting_N = call.waiting_N[inside]
+        if not placement.host_order:
+            return []  # every host is gone
         healths = [self.hosts.get(name) for name in placement.host_order]
         usable = np.array([h is not None and h.takes_calls(now) for h in healths], dtype=bool)
         host_n = self._choose(call, placement, usable)

@@ -150,6 +150,7 @@ class ModelShape:
     replicas: int = 1
     exact: bool = False
     expert_bytes: int = 0  # memory of one expert on a host
+    idle_s: float | None = None  # it falls asleep when nobody asks for it for so long; None: never
 
 
 def spread(models: Iterable[ModelShape], hosts: Sequence[str]) -> dict[LayerKey, LayerPlacement]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from .observed import View
 from .placement import (
@@ -64,15 +64,18 @@ class Publisher:
         last = self.placement
         if last is not None and (last.hosts, last.layers, last.exact) == (hosts, layers, exact):
             return None
-        if not layers:
+        if last is None and not layers:
             return None
         self.number = Number(self.number.term, self.number.epoch + 1)
         self.placement = Placement(number=self.number, hosts=hosts, layers=layers, exact=exact)
         self._told.update(dict.fromkeys(hosts, self.number))
         return self.placement
 
-    def evictable(self, target: Target, now: float) -> dict[str, list[ExpertKey]]:
-        """What each host holds that neither the target nor any live router's placement names."""
+    def evictable(
+        self, target: Target, now: float, asleep: Collection[str] = ()
+    ) -> dict[str, list[ExpertKey]]:
+        """What each host holds that neither the target nor any live router's placement names. The
+        last replica of an expert stays, unless its model is ``asleep``."""
         if not self._knows_routers(now) or self.placement is None:
             return {}
         named, wanted = _named(self.placement.layers), _named(target)
@@ -84,7 +87,8 @@ class Publisher:
             # Models that this controller does not know may have been put just now.
             known = LayerKey(key.model, key.layer) in target
             spare = (key, host) not in wanted and len(self._view.holders(key)) > 1
-            if known and spare and all(ack is not None and ack >= number for ack in acknowledged):
+            spare = (known and spare) or key.model in asleep
+            if spare and all(ack is not None and ack >= number for ack in acknowledged):
                 found.setdefault(host, []).append(key)
         return found
 

@@ -66,13 +66,15 @@ class Resources(_Part):
 
 
 class ModelSpec(_Part):
-    """One model: a folder, a hub id, or ``demo``."""
+    """One model: a folder, a hub id, or ``demo``. Its experts leave the hosts when nobody has asked
+    for it for ``idle_s``, and come back with the first call."""
 
     name: Name
     path: str = Field(min_length=1)
     dtype: Dtype = "float32"
     replicas: int = Field(default=1, ge=1, le=1024)
     exact: bool = False
+    idle_s: Annotated[float, Field(ge=1, le=31_536_000)] | None = None
 
 
 class HostGroup(Resources):
@@ -145,7 +147,9 @@ class HostGroup(Resources):
 
 
 class TrunkSpec(Resources):
-    """The process that holds a model's trunk, and the batch it runs."""
+    """The process that holds a model's trunk, and the batch it runs. Serve keeps between
+    ``min_replicas`` and ``max_replicas`` of them, so that each has about ``target_requests``; with
+    ``min_replicas: 0`` the first request starts one."""
 
     engine: Literal["transformers"] = "transformers"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -154,6 +158,15 @@ class TrunkSpec(Resources):
     max_waiting: int = Field(default=256, ge=0, le=1 << 20)
     max_batch_tokens: int = Field(default=512, ge=1, le=1 << 20)
     cache_tokens: int = Field(default=16_384, ge=64, le=1 << 28)
+    min_replicas: int = Field(default=1, ge=0, le=1024)
+    max_replicas: int = Field(default=1, ge=1, le=1024)
+    target_requests: float = Field(default=16.0, gt=0, le=4096)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TrunkSpec:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas <= max_replicas must hold")
+        return self
 
 
 class BalanceSpec(_Part):

@@ -99,7 +99,7 @@ def print_status(values: dict[str, Any]) -> None:
     for model in cluster.get("models", []):
         engine = engines.get(model["name"], {})
         models.add_row(
-            model["name"],
+            model["name"] + (" (asleep)" if model["asleep"] else ""),
             model["dtype"],
             str(model["layers"]),
             str(model["experts"]),
