@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from ..cluster.control import Control
@@ -230,7 +229,7 @@ class Controller(Operations, Sizing):
 
     async def _observe(self, host: str) -> tuple[str, Any]:
         """(host, what it reports; None if Ray says it is gone; "late" if it did not answer)."""
-        if not self._has_come(host):
+        if not await self._has_come(host):
             return host, "late"
         try:
             report: HostReport = await asyncio.wait_for(
@@ -323,12 +322,6 @@ class Controller(Operations, Sizing):
     def _adopt(self, ref: ModelRef, shape: ModelShape) -> None:
         self._control.add_model(shape, on_disk=ref.path is not None)
         self._models[ref.name] = (ref, shape)
-
-    def _handle(self, host: str) -> Any:
-        # Ray types no actor's methods.
-        if host not in self._handles:
-            self._handles[host] = ray.get_actor(host, namespace=self._namespace)
-        return self._handles[host]
 
     def _host_status(self, host: str) -> dict[str, Any]:
         status: dict[str, Any] = {"host": host, "state": self._states.get(host, "starting")}

@@ -75,7 +75,8 @@ class Operations:
         self._wish(lambda wishes: unpinned(wishes, expert, self._host(host)))
 
     async def drain(self, host: str) -> None:
-        hosts = self._control.view.hosts
+        view = self._control.view
+        hosts = view.hosts.keys() - view.retiring
         self._wish(lambda wishes: drained(wishes, self._host(host), hosts))
 
     async def undrain(self, host: str) -> None:

@@ -38,7 +38,8 @@ def start_ray(spec: Spec) -> bool:
             )
             return False
         wanted = sum(group.num_cpus * group.most for group in spec.hosts)
-        wanted += (spec.trunk.num_cpus + 1) * max(1, len(spec.models))
+        trunks = spec.trunk.num_cpus * spec.trunk.max_replicas
+        wanted += (trunks + 1) * max(1, len(spec.models))
         ray.init(
             address="local",
             namespace=namespace_of(spec.name),

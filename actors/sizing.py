@@ -6,16 +6,18 @@ import asyncio
 import time
 from typing import Any
 
+import ray
 from ray.exceptions import RayActorError, RayError
 
 from ..cluster.control import Control
 from ..cluster.fleet import Fleet
 from ..proto.errors import ClusterError
 from .ray_border import last_line
-from .term import keep_fleet
+from .term import keep_fleet, keep_wishes
 
 # Of one question to a host that is still to come; it is asked again.
 ARRIVAL_S = 60.0
+_FIRST_S = 0.5
 _RETRY_S = 0.2
 # The owner asks several times a second.
 _OWNER_LATE_S = 10.0
@@ -74,6 +76,8 @@ class Sizing:
         self._fleet.tick(self._control, now)
         self._keep_fleet()
         removed = list(before - self._fleet.desired().keys())
+        if removed:
+            keep_wishes(self._namespace, self._control.wishes)
         for host in removed:
             arriving = self._arriving.pop(host, None)
             if arriving is not None:
@@ -85,14 +89,16 @@ class Sizing:
             keep_fleet(self._namespace, self._fleet.keep())
             self._kept_version = self._fleet.version
 
-    def _has_come(self, host: str) -> bool:
-        """Whether a host can be asked: a tick waits for none that may have no machine yet."""
+    async def _has_come(self, host: str) -> bool:
+        """Whether a host can be asked: ticks do not wait for one that may have no machine yet."""
         if not self._control.view.never_seen(host):
             return True
         asked = self._arriving.get(host)
         if asked is None:
-            self._arriving[host] = asyncio.get_running_loop().create_task(self._arrive(host))
-            return False
+            asked = asyncio.get_running_loop().create_task(self._arrive(host))
+            self._arriving[host] = asked
+            # To a controller that starts anew all hosts that live answer within the same tick.
+            await asyncio.wait({asked}, timeout=_FIRST_S)
         if not asked.done():
             return False
         del self._arriving[host]
@@ -112,7 +118,10 @@ class Sizing:
         return True
 
     def _handle(self, host: str) -> Any:
-        raise NotImplementedError
+        # Ray types no actor's methods.
+        if host not in self._handles:
+            self._handles[host] = ray.get_actor(host, namespace=self._namespace)
+        return self._handles[host]
 
     def _size_status(self, now: float) -> dict[str, Any]:
         age_s = now - self._owner_asked

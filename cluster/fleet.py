@@ -18,6 +18,8 @@ from .plan import PoolHost
 from .room import lack
 from .scalings import Scaling, Scalings
 
+_SHOWN = 10
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetGroup:
@@ -171,7 +173,7 @@ class Fleet:
             "waiting": None if load is None else round(load.waiting, 3),
             "leaving": list(self._retired),
             "held": self.autoscaler.held,
-            "events": [one.describe(now) for one in self.scalings.all],
+            "events": [one.describe(now) for one in self.scalings.all[-_SHOWN:]],
         }
 
     # ---- parts ----------------------------------------------------------------------------------
@@ -244,7 +246,9 @@ class Fleet:
                     pending=len(pending),
                     stuck=sum(self._is_stuck(name, now) for name in pending),
                     leaving=sum(self._group_of[name] == index for name in self._retired),
-                    keep=self._lack(control, self._leavers(control, index)[:1]),
+                    keep=self._lack(control, self._leavers(control, index)[:1])
+                    if group.min_count < group.max_count
+                    else "",
                 )
             )
         return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from .loading import Loader
 from .observed import View
 from .operations import forgotten
-from .placement import ExpertKey
 from .plan import PoolHost, Wishes
 from .publishing import Publisher
 
@@ -18,10 +17,6 @@ class Members:
     publisher: Publisher
     loader: Loader
     wishes: Wishes
-
-    def wanted(self, host: str) -> list[ExpertKey]:
-        """What a host is to hold."""
-        raise NotImplementedError
 
     def add_host(self, host: PoolHost) -> None:
         """A host that is to come; it is put to use as soon as it reports."""
@@ -36,13 +31,8 @@ class Members:
         self.view.retiring.discard(name)
         self.view.version += 1  # routers are to hear of it again
 
-    def is_free(self, name: str, now: float) -> bool:
-        """Whether a retired host holds nothing, gets nothing, and no router knows it any more."""
-        idle = name in self.view.retiring and self.view.empty(name) and not self.wanted(name)
-        return idle and self.publisher.has_left(name, now)
-
     def remove_host(self, name: str) -> None:
-        """Forget a host that `is_free`."""
+        """Forget a host that `Control.is_free` says nobody needs."""
         self.view.remove(name)
         self.publisher.forget(name)
         self.loader.forget(name)

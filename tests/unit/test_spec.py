@@ -182,6 +182,11 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ),
     ({"hosts": [{"count": 2, "spread": "PACK", "max_count": 3}]}, "hosts.0: a placement group"),
     ({"autoscale": {"low": 0.8, "high": 0.5}}, "autoscale: low < high must hold"),
+    (
+        {"trunk": {"min_replicas": 2, "max_replicas": 1}},
+        "trunk: min_replicas <= max_replicas must hold",
+    ),
+    ({"models": [{"name": "m", "path": "p", "idle_s": 0}]}, "models.0.idle_s: "),
     ({"autoscale": {"high": 1.5}}, "autoscale.high: "),
     ({"hosts": [{"device": "gpu"}]}, "hosts.0.device: String should match"),
     ({"hosts": [{"device": "cuda:x"}]}, "hosts.0.device: String should match"),
