@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,13 +44,30 @@ class View:
         """A host that is away for ``gone_s`` seconds is planned around."""
         self.hosts = {host.name: host for host in hosts}
         self.seen: dict[str, Observation] = {}
+        self.retiring: set[str] = set()  # hosts that are being taken out of the pool
         self.version = 0  # grows with whatever is seen to have changed
         self._gone_s = gone_s
         self._away_since: dict[str, float] = {}
+        self._arrived: set[str] = set()
+
+    def add(self, host: PoolHost) -> None:
+        """A host that is to come; nothing is planned for it before it has reported."""
+        self.hosts[host.name] = host
+        self._away_since[host.name] = -math.inf
+
+    def remove(self, host: str) -> None:
+        del self.hosts[host]
+        self.seen.pop(host, None)
+        self._away_since.pop(host, None)
+        self.retiring.discard(host)
+        self._arrived.discard(host)
+        self.version += 1
 
     def note(self, reports: Mapping[str, Observation | None], now: float) -> None:
         """None stands for a host that is gone; one that is missing did not answer in time."""
         for host, observation in reports.items():
+            if host not in self.hosts:
+                continue  # it was removed while it answered
             if self.seen.get(host) != observation:
                 self.version += 1
             if observation is None:
@@ -57,6 +75,7 @@ class View:
             else:
                 self.seen[host] = observation
                 self._away_since.pop(host, None)
+                self._arrived.add(host)
         for host in self.hosts.keys() - self.seen.keys():
             self._away_since.setdefault(host, now)
 
@@ -67,6 +86,23 @@ class View:
             for host in self.hosts
             if host in self.seen or now - self._away_since.get(host, now) < self._gone_s
         )
+
+    def never_seen(self, host: str) -> bool:
+        """Whether a host has not reported once."""
+        return host not in self._arrived
+
+    def empty(self, host: str) -> bool:
+        """Whether a host holds nothing and nothing is on its way to it."""
+        seen = self.seen.get(host)
+        return seen is None or not (seen.loading or any(True for _ in seen.experts()))
+
+    def entries(self) -> dict[str, HostEntry]:
+        """Hosts that routers are to connect to."""
+        return {
+            host: seen.entry
+            for host, seen in self.seen.items()
+            if host not in self.retiring or not self.empty(host)
+        }
 
     def holders(self, key: ExpertKey) -> list[str]:
         return [host for host, seen in self.seen.items() if seen.holds(key)]
