@@ -150,7 +150,7 @@ class Control(Members):
     def is_free(self, host: str, now: float) -> bool:
         """Whether a retired host holds nothing, gets nothing, and no router knows it any more."""
         idle = host in self.view.retiring and self.view.empty(host) and not self.wanted(host)
-        return idle and self.publisher.has_left(host, now)
+        return idle and self.view.is_known(host) and self.publisher.has_left(host, now)
 
     def missing(self) -> dict[ExpertKey, str]:
         """Experts that no host holds now, and why."""

@@ -98,9 +98,9 @@ class Publisher:
             return False
         if self.placement is not None and host in self.placement.hosts:
             return False
-        told = self._told.get(host)
-        acknowledged = self.routers(now).values()
-        return told is None or all(ack is not None and ack > told for ack in acknowledged)
+        # What an earlier controller told of it is over with any placement of this one.
+        told = self._told.get(host, Number(self.number.term, 0))
+        return all(ack is not None and ack > told for ack in self.routers(now).values())
 
     def forget(self, host: str) -> None:
         """A host was removed."""

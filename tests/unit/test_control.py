@@ -236,11 +236,13 @@ class ControlWorld:
         if self.published:
             assert placement.number > self.published[-1].number
         assert placement.number.term == self.term
-        retiring = self.control.view.retiring
+        view = self.control.view
         entries = {
             name: seen.entry
             for name, seen in self.reported.items()
-            if name not in retiring or seen.loading or any(True for _ in seen.experts())
+            if name not in view.retiring
+            # One that is to leave is told of while it holds something, and is heard.
+            or (name in view.seen and (seen.loading or any(True for _ in seen.experts())))
         }
         assert dict(placement.hosts) == entries, "hosts that live, as they last reported"
         for key, layer in placement.layers.items():

@@ -39,6 +39,7 @@ class FleetWorld(ControlWorld):
         self.kept: str | None = None
         self.machines_come = True
         self.started: list[str] = []
+        self.late: frozenset[str] = frozenset()
         super().__init__(0, models)
         self.start_hosts()
 
@@ -66,14 +67,19 @@ class FleetWorld(ControlWorld):
 
     def _end(self, name: str) -> None:
         host = self.hosts.pop(name)
-        assert not host.held, "ended with experts on it"
-        self.reported.pop(name, None)
+        last = self.reported.pop(name, None)
+        for key in last.experts() if last is not None else ():
+            # As when it is frozen and cannot forget.
+            assert any(seen.holds(key) for seen in self.reported.values()), "the last replica"
+        if last == host.observe():
+            assert self.late or not host.held, "ended with experts on it"
         for router in self.routers.values():
             if router.follows is not None and self.now - router.heard_at <= POLICY.lease_s:
                 assert name not in router.follows.hosts, "ended under a router that knows it"
 
     def tick(self, late: frozenset[str] = frozenset(), seconds: float = 0.5) -> bool:
         size = self.fleet.version
+        self.late = late
         acted = super().tick(late, seconds)
         self.fleet.tick(self.control, self.now)
         self.start_hosts()
@@ -132,7 +138,10 @@ def test_any_history_of_sizes_keeps_every_expert_served(data: st.DataObject) -> 
         world.put_models_in_memory()
     for _ in range(data.draw(st.integers(0, 60), label="steps")):
         kind = data.draw(st.sampled_from(KINDS))
-        name = data.draw(st.sampled_from(sorted(world.hosts)))
+        # All may be dead and let go while new ones wait for machines.
+        name = data.draw(st.sampled_from(sorted(world.hosts) or ["nobody"]))
+        if name == "nobody":
+            kind = "machines"
         if kind == "tick":
             late = data.draw(st.frozensets(st.sampled_from(sorted(world.hosts)), max_size=2))
             world.tick(late, data.draw(st.sampled_from([0.2, 1.0, 3.0])))
@@ -259,6 +268,40 @@ def test_a_host_that_leaves_waits_for_the_slowest_router() -> None:
         world.tick(seconds=0.5)
         world.report("r0")
     assert leaving not in world.hosts, "r1 was silent for a lease"
+
+
+def test_a_host_that_froze_while_it_left_is_let_go() -> None:
+    world = started(group(2))
+    (leaving,) = world.scale(1)
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            world.tick(frozenset({leaving}))
+            for name in world.routers:
+                world.report(name)
+            for name, host in world.hosts.items():
+                while name != leaving and host.loading:
+                    world.load_one(name)
+
+    run(8)
+    assert leaving in world.hosts
+    assert world.hosts[leaving].held
+    run(20)
+    assert leaving not in world.hosts
+    assert stage(world) == "done"
+
+
+def test_a_host_whose_report_is_old_is_not_let_go() -> None:
+    world = FleetWorld([group(2)], [(shape("m"), True)])
+    world.tick()
+    world.tick()  # loads have begun, behind what the hosts reported
+    (leaving,) = world.scale(1)
+    world.load_one(leaving)
+    for _ in range(3):
+        world.tick(frozenset({leaving}), seconds=1.5)
+        assert leaving in world.hosts
+    world.finish()
+    assert leaving not in world.hosts
 
 
 def test_a_host_that_died_while_it_left_is_let_go() -> None:
