@@ -23,9 +23,11 @@ from ..cluster.observed import Observation, without
 from ..cluster.orders import Evict, MakePlan, Publish
 from ..cluster.placement import LayerKey, ModelShape, Placement
 from ..cluster.plan import PoolHost
+from ..cluster.watchdog import Watchdog
 from ..proto.errors import ClusterError, MoesaicError, Superseded
 from .host import HostReport
 from .operations import Operations
+from .overview import Overview
 from .store import ModelRef
 from .term import claim_term, kept_wishes
 
@@ -38,7 +40,7 @@ LOAD_TIMEOUT_S = 600.0
 SETTLE_S = 60.0
 
 
-class Controller(Operations):
+class Controller(Operations, Overview):
     """Runs as an asyncio Ray actor."""
 
     def __init__(
@@ -48,6 +50,7 @@ class Controller(Operations):
         models: Sequence[tuple[ModelRef, ModelShape]],
         policy: ControlPolicy,
     ) -> None:
+        super().__init__()
         self._namespace = namespace
         self._hosts = tuple(host.name for host in hosts)
         self._term = claim_term(namespace)
@@ -64,11 +67,12 @@ class Controller(Operations):
         self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
         self._evictions = dict.fromkeys(self._hosts, 0)  # that have ended
         self._published = asyncio.Condition()
-        self._last_tick = time.monotonic()
         self._ticks = 0
         self._tick_error = self._plan_error = ""
         self._planning: asyncio.Task[None] | None = None
+        self._watchdog = Watchdog(self._control, time.monotonic())
         self._loop = asyncio.get_running_loop().create_task(self._run())
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     # ---- what others ask ------------------------------------------------------------------------
 
@@ -119,39 +123,6 @@ class Controller(Operations):
         """The gRPC address of every host that is up."""
         return {host: report.entry.grpc_address for host, report in self._reports.items()}
 
-    async def status(self) -> dict[str, Any]:
-        """Plain values for people and JSON."""
-        placement = self._control.placement
-        missing = self._control.missing()
-        return {
-            "placement": list(placement.number) if placement else None,
-            "tick_age_s": round(time.monotonic() - self._last_tick, 3),
-            "ticks": self._ticks,
-            "error": self._tick_error or self._plan_error,
-            "term": self._term,
-            "routers": {
-                name: None if number is None else list(number)
-                for name, number in self._control.publisher.routers(time.monotonic()).items()
-            },
-            "balance": self._balance_status(),
-            "hosts": [self._host_status(host) for host in self._hosts],
-            "models": [
-                {
-                    "name": name,
-                    "path": ref.path,
-                    "dtype": ref.dtype,
-                    "replicas": shape.replicas,
-                    "exact": shape.exact,
-                    "layers": len(shape.experts),
-                    "experts": sum(shape.experts.values()),
-                    "missing_experts": sum(1 for key in missing if key.model == name),
-                }
-                for name, (ref, shape) in self._models.items()
-            ],
-            "missing_experts": [f"{key}: {why}" for key, why in list(missing.items())[:10]],
-            "unprotected_experts": len(self._control.unprotected()),
-        }
-
     async def progress(self) -> tuple[int, int, str]:
         """(replicas held, replicas wanted, first load error) since the start."""
         wanted = {host: self._control.wanted(host) for host in self._hosts}
@@ -167,10 +138,6 @@ class Controller(Operations):
             error += "more slots or memory, or add hosts"
         return held, sum(map(len, wanted.values())), error
 
-    async def check_health(self) -> None:
-        if self._loop.done():
-            raise ClusterError(f"the controller's loop ended: {self._tick_error}")
-
     # ---- the loop -------------------------------------------------------------------------------
 
     async def _run(self) -> None:
@@ -178,11 +145,12 @@ class Controller(Operations):
             try:
                 await self._tick()
                 self._tick_error = ""
-            except (MoesaicError, RayError, ValueError) as error:
-                # Shown in `status`; the next tick starts from what the hosts report then.
+            except Exception as error:
+                # Shown in `status`, whatever it is; the next tick starts from what the hosts
+                # report then.
                 self._tick_error = f"{type(error).__name__}: {error}"
                 log.exception("controller: a tick failed")
-            self._last_tick = time.monotonic()
+            self._watchdog.ticked(time.monotonic(), failed=bool(self._tick_error))
             self._ticks += 1
             await asyncio.sleep(TICK_S)
 
@@ -241,6 +209,7 @@ class Controller(Operations):
     async def _plan(self, command: MakePlan) -> None:
         """In a thread of its own: a large pool takes seconds, and ticks go on."""
         found = None
+        self._watchdog.plan_began(time.monotonic())
         try:
             found = await asyncio.to_thread(command.run)
             self._plan_error = ""
@@ -249,6 +218,7 @@ class Controller(Operations):
             self._plan_error = f"planner: {type(error).__name__}: {error}"
             log.exception("controller: the planner failed")
         finally:
+            self._watchdog.plan_ended(failed=found is None)
             self._control.planned(command, found, time.monotonic())
 
     def _start_load(self, command: Load) -> None:
@@ -318,26 +288,3 @@ class Controller(Operations):
         if host not in self._handles:
             self._handles[host] = ray.get_actor(host, namespace=self._namespace)
         return self._handles[host]
-
-    def _balance_status(self) -> dict[str, Any]:
-        now = time.monotonic()
-        control = self._control
-        last = control.changes.all[-1] if control.changes.all else None
-        return {
-            "auto": control.policy.auto,
-            "plan_age_s": None
-            if control.planned_at is None
-            else round(now - control.planned_at, 1),
-            "moves_pending": control.pending(),
-            "leaving": sorted(control.wishes.leaving),
-            "last_change": None if last is None else last.describe(now),
-        }
-
-    def _host_status(self, host: str) -> dict[str, Any]:
-        status: dict[str, Any] = {"host": host, "state": self._states[host]}
-        report = self._reports.get(host)
-        if report is not None:
-            status |= report.describe()
-        if host in self._errors:
-            status["error"] = self._errors[host]
-        return status

@@ -24,7 +24,8 @@ from torch import Tensor
 from ..cluster.fence import Fence
 from ..cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape
 from ..cluster.residency import HostPolicy, LayerShape, Residency
-from .host_loop import HostLoop, LoopStats
+from .device import LoopStats
+from .host_loop import HostLoop
 from .store import SHARED, ExpertStore, ModelRef
 from .transport.base import Listener
 from .transport.grpc_stream import GrpcListener

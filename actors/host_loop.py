@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,22 +25,12 @@ from ..proto.errors import CallError, Corrupted, HostLost, InternalError, Moesai
 from ..proto.expert_pb2 import Call, Frame
 from ..proto.wire import WIRE_VERSION, CallLayout, checksum
 from .compute import Answer, PendingCall, compute
+from .device import Device, LoopStats
 from .store import ExpertStore
 from .transport.base import Inbound, Listener, Session
 from .transport.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopStats:
-    calls: int
-    rows: int
-    batches: int
-    refused: int
-    queued_rows: int
-    busy_s: float
-    routers: int
 
 
 class HostLoop:
@@ -60,8 +49,8 @@ class HostLoop:
         self._posted: Mailbox[Callable[[], None]] = Mailbox()
         self._epoll = select.epoll()
         self._stopping = False
-        self._calls = self._rows = self._batches = self._refused = 0
-        self._busy_s = 0.0
+        self._refused = 0
+        self._device = Device(residency.policy.emulate)
         self._thread = threading.Thread(target=self._run, name=f"host-{name}", daemon=True)
 
     def start(self) -> None:
@@ -95,13 +84,9 @@ class HostLoop:
             ) from None
 
     def stats(self) -> LoopStats:
-        return LoopStats(
-            calls=self._calls,
-            rows=self._rows,
-            batches=self._batches,
+        return self._device.stats(
             refused=self._refused,
             queued_rows=self._residency.queued_rows,
-            busy_s=self._busy_s,
             routers=len(self._sessions),
         )
 
@@ -284,12 +269,8 @@ class HostLoop:
     def _compute(self, batch: list[QueuedCall], now: float) -> None:
         pendings = [self._pending[queued.router, queued.seq] for queued in batch]
         answers = compute(self._store, batch[0].key, pendings, exact=batch[0].exact)
-        busy_s = time.monotonic() - now
-        self._batches += 1
-        self._busy_s += busy_s
+        busy_s = self._device.finish(batch, now)
         for queued, pending, answer in zip(batch, pendings, answers, strict=True):
-            self._calls += 1
-            self._rows += queued.rows
             self._reply(queued, pending, answer, now - pending.arrived, busy_s)
 
     def _reply(

@@ -106,6 +106,11 @@ def namespace_of(name: str) -> str:
     return f"moesaic-{name}"
 
 
+def cluster_of(namespace: str) -> str:
+    """The cluster's name again."""
+    return namespace.removeprefix("moesaic-")
+
+
 def actor_options(wanted: Resources, threads: int) -> dict[str, Any]:
     return {
         "num_cpus": wanted.num_cpus,

@@ -17,6 +17,8 @@ BENCHMARKS: dict[str, list[str]] = {
     "decode": [],
     "decode-float32": ["--dtype", "float32"],
     "endpoint": [],
+    "skew": [],
+    "faults": [],
 }
 
 

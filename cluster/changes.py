@@ -21,6 +21,17 @@ class Phase(Enum):
     ROLLED_BACK = "rolled back"  # an operator went back to what stood before
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What a change brought, measured over the ``seconds`` behind its end."""
+
+    seconds: float
+    before: Mapping[LayerKey, float]  # balancedness of the load then under the shares from before
+    after: Mapping[LayerKey, float]  # and under those that the change brought
+    choices_before: Mapping[str, float]  # per second that each host answered, before the change
+    choices_after: Mapping[str, float]
+
+
 @dataclass(slots=True, kw_only=True)
 class Change:
     """One plan that was carried out, or is being."""
@@ -34,6 +45,7 @@ class Change:
     phase: Phase = Phase.LOADING
     ended: float | None = None
     errors: list[str] = field(default_factory=list)
+    effect: Effect | None = None  # unless the next change came at once, or there was no load
 
     def describe(self, now: float) -> dict[str, Any]:
         """Plain values for people and JSON."""
@@ -50,6 +62,20 @@ class Change:
             "balancedness_before": _mean(before),
             "balancedness_predicted": _mean(after),
             "errors": self.errors,
+            "measured": self._measured(),
+        }
+
+    def _measured(self) -> dict[str, Any] | None:
+        if self.effect is None:
+            return None
+        before, after = list(self.effect.before.values()), list(self.effect.after.values())
+        return {
+            "seconds": round(self.effect.seconds, 1),
+            "balancedness_unchanged": _mean(before),
+            "balancedness": _mean(after),
+            "balancedness_worst": round(min(after), 4),
+            "host_choices_per_s_before": dict(self.effect.choices_before),
+            "host_choices_per_s": dict(self.effect.choices_after),
         }
 
 

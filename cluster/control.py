@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .changes import Change, Changes
+from .effect import EffectMeter
 from .load import LoadReport, LoadTracker
 from .loading import Loader
 from .observed import Observation, View
@@ -76,6 +77,7 @@ class Control:
         )
         self.loads = LoadTracker()
         self.changes = Changes()
+        self.effects = EffectMeter(self.policy.every_s)
         # What operators want; planned for at the next tick.
         self.wishes = Wishes()
         # Experts for which no host has room.
@@ -145,6 +147,11 @@ class Control:
         """Whether hosts have reported and a first plan was made."""
         return self._target is not None
 
+    @property
+    def state(self) -> object:
+        """Changes with the hosts that are seen, the target and the models."""
+        return self.view.version, self._target_version, tuple(self.models.values())
+
     def wanted(self, host: str) -> list[ExpertKey]:
         if host not in self._wanted:
             self._wanted[host] = experts_of(self._target or {}, host)
@@ -161,6 +168,11 @@ class Control:
     def unprotected(self) -> list[ExpertKey]:
         """Experts that the loss of one failure domain would take away."""
         return [key for key in self._every_expert() if len(self.view.domains(key)) == 1]
+
+    def staying(self, now: float) -> list[PoolHost]:
+        """Hosts that are to hold experts."""
+        names = self.view.usable(now) - self.wishes.leaving
+        return [self.view.hosts[name] for name in sorted(names)]
 
     def pending(self) -> int:
         """Replicas that the target names and that are still to come; what only memory held and
@@ -193,11 +205,10 @@ class Control:
             )
             commands += [load] if load is not None else []
         # Step 4: publish what is ready, if it is not what was published last.
-        state = self.view.version, self._target_version, tuple(self.models.values())
-        if state != self._published_for:
+        if self.state != self._published_for:
             placement = self.publisher.publish(target, self.models)
             commands += [Publish(placement=placement)] if placement is not None else []
-            self._published_for = state
+            self._published_for = self.state
             self._nothing_pending = not self.pending()
         # Step 5: let hosts forget what no router can ask for any more.
         if self._target is not None:
@@ -207,6 +218,9 @@ class Control:
             ]
             if self._nothing_pending:
                 self.changes.done(now)
+        # Step 6: measure what the last change brought.
+        last, hosts = self.changes.find(None), self.staying(now)
+        self.effects.tick(last, self.placement, self.loads, hosts, now)
         return commands
 
     # ---- step 2: the target ---------------------------------------------------------------------

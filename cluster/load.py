@@ -37,6 +37,25 @@ class HostTimes:
         self.queued_s += other.queued_s
         self.busy_s += other.busy_s
 
+    def since(self, before: HostTimes | None) -> HostTimes:
+        """What has come to it."""
+        was = before or HostTimes()
+        return HostTimes(
+            calls=self.calls - was.calls,
+            choices=self.choices - was.choices,
+            queued_s=self.queued_s - was.queued_s,
+            busy_s=self.busy_s - was.busy_s,
+        )
+
+    def part(self, n: int, parts: int) -> HostTimes:
+        """The ``n``-th of ``parts`` even parts; all together they are the whole."""
+        return HostTimes(
+            calls=self.calls * (n + 1) // parts - self.calls * n // parts,
+            choices=self.choices * (n + 1) // parts - self.choices * n // parts,
+            queued_s=self.queued_s / parts,
+            busy_s=self.busy_s / parts,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
@@ -80,6 +99,18 @@ class LoadMeter:
         return report
 
 
+def _added(known: np.ndarray | None, counts: np.ndarray) -> np.ndarray:
+    """A new array: who was given the old one keeps its numbers."""
+    same = known is not None and known.shape == counts.shape
+    return known + counts if same else counts.astype(np.int64)
+
+
+def grown(before: np.ndarray | None, now: np.ndarray) -> np.ndarray:
+    """What has come to a total; a model of another form under the same name began at zero."""
+    same = before is not None and before.shape == now.shape and bool((before <= now).all())
+    return now - before if same else now
+
+
 class LoadTracker:
     """The controller's view: rates of all routers together, over several horizons."""
 
@@ -88,13 +119,14 @@ class LoadTracker:
         self._rates: dict[LayerKey, np.ndarray] = {}  # (horizons, E) choices per second
         self._since: float | None = None
         self._seen_s = 0.0
+        # Since the start; nothing is ever taken out of them.
+        self.totals: dict[LayerKey, np.ndarray] = {}
         self.hosts: dict[str, HostTimes] = {}
 
     def hear(self, report: LoadReport) -> None:
         for key, counts in report.counts.items():
-            known = self._counts.get(key)
-            same = known is not None and known.shape == counts.shape
-            self._counts[key] = known + counts if same else counts.astype(np.int64)
+            self._counts[key] = _added(self._counts.get(key), counts)
+            self.totals[key] = _added(self.totals.get(key), counts)
         for host, times in report.hosts.items():
             self.hosts.setdefault(host, HostTimes()).add(times)
 

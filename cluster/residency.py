@@ -17,18 +17,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..proto.errors import Busy, CallError, Expired, MoesaicError, NotHere
+from .emulation import Emulation
 from .placement import ExpertKey, LayerKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostPolicy:
-    """Limits of one host, in rows (tokens of calls)."""
+    """Limits of one host, in rows (tokens of calls), and the device that it pretends to have."""
 
     max_rows: int = 512  # of one call
     max_batch_rows: int = 1024  # of one merged computation
-    max_queue_rows: int = (
-        16384  # beyond it calls are refused as Busy; retries and hedges beyond half of it
-    )
+    max_queue_rows: int = 16384  # refused as Busy beyond it; retries and hedges beyond half
+    emulate: Emulation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..proto.errors import SpecError
 from .control import ControlPolicy
+from .emulation import Emulation
 from .health import RouterPolicy
 from .plan import Policy, PoolHost
 from .residency import HostPolicy
@@ -78,7 +79,8 @@ class HostGroup(Resources):
 
     ``slots`` and ``memory_gb`` bound the experts on one host; without both it gets an even part of
     what the models need and a quarter more. ``speed`` is relative to other groups, ``domain`` names
-    what fails together; empty, it is the host alone.
+    what fails together; empty, it is the host alone. ``emulate`` lets each batch take the time of
+    another device, with one thread if ``threads`` is not given.
     """
 
     count: int = Field(default=2, ge=1, le=4096)
@@ -92,6 +94,15 @@ class HostGroup(Resources):
     max_rows: int = Field(default=512, ge=1, le=65_536)
     max_batch_rows: int = Field(default=1024, ge=1, le=1 << 20)
     max_queue_rows: int = Field(default=16_384, ge=1, le=1 << 24)
+    emulate: Emulation | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_thread(cls, values: Any) -> Any:
+        # Emulated devices are many on few cores.
+        if isinstance(values, dict) and values.get("emulate") and "threads" not in values:
+            return {**values, "threads": 1}
+        return values
 
     @model_validator(mode="after")
     def _ordered(self) -> HostGroup:
@@ -105,6 +116,7 @@ class HostGroup(Resources):
             max_rows=self.max_rows,
             max_batch_rows=self.max_batch_rows,
             max_queue_rows=self.max_queue_rows,
+            emulate=self.emulate,
         )
 
 

@@ -21,13 +21,24 @@ if TYPE_CHECKING:
     from .handle import Cluster, connect, up
     from .models.upcycle import upcycle
     from .proto.errors import MoesaicError
+    from .traces import read_trace, write_trace
 
 # Read once, when torch is loaded: a trunk and its hosts take turns on the same cores, and threads
 # that spin while they wait make both ten times slower (measured).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Cluster", "MoesaicError", "Spec", "connect", "up", "upcycle"]
+__all__ = [
+    "Client",
+    "Cluster",
+    "MoesaicError",
+    "Spec",
+    "connect",
+    "read_trace",
+    "up",
+    "upcycle",
+    "write_trace",
+]
 
 _HOMES = {
     "Client": "client",
@@ -35,8 +46,10 @@ _HOMES = {
     "MoesaicError": "proto.errors",
     "Spec": "cluster.spec",
     "connect": "handle",
+    "read_trace": "traces",
     "up": "handle",
     "upcycle": "models.upcycle",
+    "write_trace": "traces",
 }
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from .actors.launch import Launched, Progress
     from .actors.trunk import PoolTrunk
+    from .cluster.trace import Trace
 
 DOWN_TIMEOUT_S = 60.0
 # Planning a large pool anew takes most of it.
@@ -118,6 +120,31 @@ class Cluster:
         from .actors.ray_border import ask, controller_of
 
         return ask(controller_of(self._join()).status.remote(), 10.0, "the controller's status")
+
+    def top(self, experts: int = 10) -> dict[str, Any]:
+        """What goes on now, as plain values: hosts, the hottest ``experts``, balancedness, moves
+        to come. Rates are means over the last seconds. Raises ClusterError."""
+        return self._ask("top", experts)
+
+    def record(
+        self,
+        seconds: float,
+        window_s: float = 1.0,
+        *,
+        stop: Event | None = None,
+        progress: Progress | None = None,
+    ) -> Trace:
+        """The load of the next ``seconds``, window by window; `write_trace` keeps it. It ends
+        early when ``stop`` is set. Raises RequestError and ClusterError."""
+        from .traces import record
+
+        return record(
+            lambda: self._ask("totals"),
+            seconds,
+            window_s,
+            stop=stop or Event(),
+            progress=progress or _quiet,
+        )
 
     # ---- operations -----------------------------------------------------------------------------
 

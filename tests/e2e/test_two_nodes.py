@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -84,8 +85,8 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
         process.wait(20)
 
 
-@pytest.mark.timeout(400)
-def test_hosts_on_two_nodes(namespaces: list[tuple[str, str]], tmp_path: Path) -> None:
+def report_of(namespaces: list[tuple[str, str]], tmp_path: Path, *words: str) -> dict[str, Any]:
+    """What `two_nodes.py` says, run on the first of two nodes."""
     folder = save_model(tmp_path / "model", "mixtral", num_experts_per_tok=4)
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
@@ -96,7 +97,7 @@ def test_hosts_on_two_nodes(namespaces: list[tuple[str, str]], tmp_path: Path) -
         "MOESAIC_CACHE": str(tmp_path / "cache"),
     }
     (head, head_ip), (worker, worker_ip) = namespaces
-    common = ["--num-cpus=8", "--object-store-memory=100000000", "--disable-usage-stats"]
+    common = ["--object-store-memory=100000000", "--disable-usage-stats"]
     with ExitStack() as stack:
         # Ray's sockets lie below it, and their names may have 107 characters.
         ray_dir = stack.enter_context(TemporaryDirectory(prefix="moe", dir="/tmp"))
@@ -105,7 +106,7 @@ def test_hosts_on_two_nodes(namespaces: list[tuple[str, str]], tmp_path: Path) -
             head,
             [
                 *("--head", f"--node-ip-address={head_ip}", "--port=6399"),
-                *("--include-dashboard=false", f"--temp-dir={ray_dir}", *common),
+                *("--include-dashboard=false", f"--temp-dir={ray_dir}", "--num-cpus=8", *common),
             ],
             environment,
             tmp_path / "head.log",
@@ -113,12 +114,26 @@ def test_hosts_on_two_nodes(namespaces: list[tuple[str, str]], tmp_path: Path) -
         start_node(
             stack,
             worker,
-            [f"--address={head_ip}:6399", f"--node-ip-address={worker_ip}", *common],
+            # Room for a host and nothing else: trunk and endpoint are on the first node.
+            [
+                *(f"--address={head_ip}:6399", f"--node-ip-address={worker_ip}"),
+                *("--num-cpus=1", *common),
+            ],
             environment,
             tmp_path / "worker.log",
         )
         driver = subprocess.run(
-            ["ip", "netns", "exec", head, sys.executable, "-m", "tests.e2e.two_nodes", str(folder)],
+            [
+                "ip",
+                "netns",
+                "exec",
+                head,
+                sys.executable,
+                "-m",
+                "tests.e2e.two_nodes",
+                str(folder),
+                *words,
+            ],
             env=environment | {"RAY_ADDRESS": f"{head_ip}:6399"},
             cwd=Path(__file__).parents[2],
             capture_output=True,
@@ -128,7 +143,23 @@ def test_hosts_on_two_nodes(namespaces: list[tuple[str, str]], tmp_path: Path) -
         )
         lines = [line for line in driver.stdout.splitlines() if line.startswith("REPORT ")]
         assert lines, driver.stdout + driver.stderr
-    report = json.loads(lines[0].removeprefix("REPORT "))
-    assert report["text"] == report["expected"]
+    return json.loads(lines[0].removeprefix("REPORT "))
+
+
+@pytest.mark.timeout(400)
+def test_hosts_on_two_nodes(namespaces: list[tuple[str, str]], tmp_path: Path) -> None:
+    report = report_of(namespaces, tmp_path)
+    assert set(report["texts"]) == {report["expected"]}
     assert len(set(report["nodes"])) == 2
     assert all(calls > 0 for calls in report["calls"])
+
+
+@pytest.mark.timeout(400)
+def test_a_node_that_is_cut_off_changes_no_token(
+    namespaces: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    """Nothing says that it is gone: its packets go nowhere."""
+    head, _ = namespaces[0]
+    report = report_of(namespaces, tmp_path, head.replace("-", ""))
+    assert set(report["texts"]) == {report["expected"]}
+    assert sorted(state == "up" for state in report["states"]) == [False, True]

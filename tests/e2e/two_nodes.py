@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from typing import Any
 
@@ -10,34 +11,48 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moesaic
+from tests.helpers.live import text_in_background, text_of, wait_whole
+
+TEXT = "the quick fox"
+TOKENS = 200
 
 
-def main(folder: str) -> None:
+def main(folder: str, cut: str = "") -> None:
+    """``cut``: the link to the other node, which goes down in the middle of a text."""
     spec = {
         "name": "nodes",
         "ray": {"address": "auto"},
         "network": {"bind": "node"},
-        "models": [{"name": "m", "path": folder, "replicas": 1}],
+        "models": [{"name": "m", "path": folder, "replicas": 2 if cut else 1}],
         "hosts": [{"count": 2, "spread": "STRICT_SPREAD", "labels": {}}],
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0},
     }
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids = tokenizer("the quick fox", return_tensors="pt").input_ids
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
     with torch.no_grad():
-        output = plain.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+        output = plain.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :]
     with moesaic.up(spec) as cluster, moesaic.Client(cluster.url or "") as client:
-        answer = client.complete("the quick fox", max_tokens=24, temperature=0.0)
+        wait_whole(cluster)
+        with text_in_background(client, "m", TOKENS) as result:
+            if cut:
+                subprocess.run(["ip", "link", "set", cut, "down"], check=True, timeout=10)
+            texts = [result()]
+        texts.append(text_of(client, "m", TOKENS))
         hosts = cluster.status()["hosts"]
+        if cut:
+            # Ray on the other node is to hear that the cluster ends.
+            subprocess.run(["ip", "link", "set", cut, "up"], check=True, timeout=10)
     report = {
-        "text": answer.text,
+        "texts": texts,
         "expected": tokenizer.decode(output, skip_special_tokens=True),
-        "nodes": [host["node"] for host in hosts],
-        "calls": [host["calls"] for host in hosts],
+        "nodes": [host.get("node") for host in hosts],
+        "calls": [host.get("calls", 0) for host in hosts],
+        "states": [host["state"] for host in hosts],
     }
     print("REPORT " + json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

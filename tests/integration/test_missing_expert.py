@@ -122,6 +122,7 @@ def test_the_last_chunk_of_a_stream_says_it(served: ServedPool) -> None:
         )
     said = [getattr(chunk.choices[0], "moesaic", None) for chunk in chunks]
     assert said[:-1] == [None] * (len(chunks) - 1)
+    assert said[-1] is not None
     assert said[-1]["max_dropped"] > 0
 
 

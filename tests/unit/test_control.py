@@ -510,6 +510,32 @@ def test_a_hot_expert_gets_a_replica_without_anybody_asking() -> None:
     assert not world.control.pending()
 
 
+def test_a_change_says_behind_its_end_what_it_brought() -> None:
+    world = started(2, replicas=1, slots=8)
+    for _ in range(40):
+        world.report("r0", hot(world))
+        finish(world, 1)
+    change = world.control.changes.all[0]
+    measured = change.describe(world.now)["measured"]
+    # One host had 9000 + 100 of 9300 choices; halves are the best there is.
+    assert measured["balancedness_unchanged"] == pytest.approx(9300 / 2 / 9100, abs=1e-3)
+    assert measured["balancedness"] == pytest.approx(1.0, abs=0.02)
+    assert measured["balancedness"] == pytest.approx(
+        change.describe(world.now)["balancedness_predicted"], abs=0.02
+    )
+    assert measured["seconds"] >= POLICY.every_s
+    # The world's reports name one host, with a thousand choices every half second.
+    assert measured["host_choices_per_s"] == {"h0": 2000.0}
+
+
+def test_a_change_without_load_behind_it_has_no_effect_to_show() -> None:
+    world = started(2, replicas=1, slots=8)
+    world.control.wishes = Wishes(least={ExpertKey("m", 0, 0): 2})
+    finish(world, 40)
+    described = world.control.changes.all[0].describe(world.now)
+    assert (described["phase"], described["measured"]) == ("done", None)
+
+
 def pass_lease(world: ControlWorld) -> None:
     """In several ticks: time in which the controller itself was frozen does not count."""
     for _ in range(4):

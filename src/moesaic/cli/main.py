@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from ..proto.errors import MoesaicError
-from .operate import register
+from . import operate, watch
 from .simulate import simulate
 
 app = typer.Typer(
@@ -142,7 +142,8 @@ def upcycle(
     err.print(f"wrote {folder}")
 
 
-register(app)
+operate.register(app)
+watch.register(app)
 app.command()(simulate)
 
 

@@ -232,6 +232,13 @@ def _print_plan(found: dict[str, Any]) -> None:
         out.print(f"[red]no room for {len(found['unplaced'])} experts[/red]")
 
 
+def _measured(found: dict[str, Any] | None) -> str:
+    """Balancedness of the load behind a change: without it, and with it."""
+    if found is None:
+        return ""
+    return f"\nmeasured: {found['balancedness_unchanged']} -> {found['balancedness']}"
+
+
 def _print_changes(changes: list[dict[str, Any]]) -> None:
     if not changes:
         out.print("no changes yet")
@@ -247,6 +254,7 @@ def _print_changes(changes: list[dict[str, Any]]) -> None:
             str(change["moves"]),
             _size(change["bytes"]),
             f"{took:g} s" if took is not None else f"since {change['age_s']:g} s",
-            f"{change['balancedness_before']} -> {change['balancedness_predicted']}",
+            f"{change['balancedness_before']} -> {change['balancedness_predicted']}"
+            + _measured(change["measured"]),
         )
     out.print(table)

@@ -12,8 +12,6 @@ from ..handle import connect
 from ..session import need_session
 
 out = Console(highlight=False)
-# A controller looks around several times a second, and waits 2 s for a host that does not answer.
-_STALLED_S = 5.0
 
 
 def read_status(name: str) -> dict[str, Any]:
@@ -47,8 +45,8 @@ def _print_balance(cluster: dict[str, Any]) -> None:
     if balance["leaving"]:
         words.append(f"drained: {', '.join(balance['leaving'])}")
     out.print("; ".join(words))
-    if cluster["tick_age_s"] > _STALLED_S:
-        out.print(f"[red]the controller has stood still for {cluster['tick_age_s']:g} s[/red]")
+    for warning in cluster["warnings"]:
+        out.print(f"[red]{warning}[/red]")
 
 
 def print_status(values: dict[str, Any]) -> None:
@@ -70,6 +68,12 @@ def print_status(values: dict[str, Any]) -> None:
             str(host.get("queued_rows", "")),
         )
     out.print(hosts)
+    for host in cluster.get("hosts", []):
+        if host.get("overruns"):
+            out.print(
+                f"[yellow]{host['host']}: {host['overruns']:,} batches took longer than the "
+                f"emulated device, by up to {1e3 * host['worst_overrun_s']:.1f} ms[/yellow]"
+            )
     models = Table(
         "model", "dtype", "layers", "experts", "replicas", "missing", "running", "waiting"
     )

@@ -1,0 +1,353 @@
+"""Hosts killed, frozen and slowed under load: failed requests, changed texts, gaps between tokens.
+
+    python -m benchmarks.faults [--json PATH] [--rounds N] [--model FOLDER]
+
+The demo model in float32, every expert with a replica on another host, 16 streams of greedy texts
+through the engine in this process; hosts are real processes. Each round waits until the pool is
+whole, chooses a host and a harm at random (seeded), and measures until the pool is whole again.
+Every text is compared with the one of the same prompt from before the first fault. A gap is the
+time between two tokens of one stream; gaps of quiet times are shown beside those around faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+import moesaic
+from benchmarks.decode import prompts_of
+from moesaic.actors.engine import Engine, EngineConfig, Sampling
+from moesaic.actors.ray_border import namespace_of
+from moesaic.actors.store import ModelRef
+from moesaic.actors.trunk import TrunkConfig, engine_factory
+from moesaic.cluster.spec import parse_spec
+from moesaic.handle import Cluster
+from moesaic.models.source import resolve_model
+from moesaic.proto.errors import MoesaicError
+
+MODEL = "m"
+KINDS = ("kill", "freeze", "slow")
+WHOLE_S = 300.0
+# A slow host works for a tenth of the time.
+STOPPED_S, WORKING_S = 0.09, 0.01
+BUCKET_S = 0.05
+# Shown before and behind a fault in its timeline.
+MARGIN_S = 3.0
+
+
+@dataclass
+class Request:
+    stream: int
+    prompt: int
+    ids: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # of each delta of tokens
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    kind: str
+    host: str
+    began: float  # of the harm
+    ended: float  # of the harm itself,
+    whole: float  # and of what it left behind
+
+
+# ---- streams ------------------------------------------------------------------------------------
+
+
+class Load:
+    """Streams that ask for one text after the other until they are told to stop."""
+
+    def __init__(self, engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+        self._engine, self._prompts, self._tokens = engine, prompts, tokens
+        self.requests: list[Request] = []
+        self._stop = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def ask(self, stream: int, prompt: int) -> Request:
+        request = Request(stream, prompt)
+        self.requests.append(request)
+        sampling = Sampling(max_tokens=self._tokens)
+        try:
+            async for delta in self._engine.generate("r", self._prompts[prompt], sampling):
+                request.ids += delta.token_ids
+                request.times.append(time.monotonic())
+        except MoesaicError as error:
+            request.error = f"{type(error).__name__}: {error}"
+        return request
+
+    def start(self, streams: int) -> None:
+        self._tasks = [asyncio.create_task(self._run(stream)) for stream in range(streams)]
+
+    async def stop(self) -> None:
+        self._stop.set()
+        await asyncio.gather(*self._tasks)
+
+    async def _run(self, stream: int) -> None:
+        turn = stream
+        while not self._stop.is_set():
+            await self.ask(stream, turn % len(self._prompts))
+            turn += 1
+
+
+# ---- harm ---------------------------------------------------------------------------------------
+
+
+async def whole(cluster: Cluster) -> dict[str, int]:
+    """Wait until every host is up and every expert protected; gives each host's process."""
+    deadline = time.monotonic() + WHOLE_S
+    while True:
+        status = await asyncio.to_thread(cluster.status)
+        up = all(host["state"] == "up" for host in status["hosts"])
+        if up and not status["unprotected_experts"] and not status["balance"]["moves_pending"]:
+            return {host["host"]: host["pid"] for host in status["hosts"]}
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the pool is not whole after {WHOLE_S:g} s: {status['hosts']}")
+        await asyncio.sleep(0.1)
+
+
+async def harm(cluster: Cluster, kind: str, host: str, seconds: float) -> Round:
+    processes = await whole(cluster)
+    pid, began = processes[host], time.monotonic()
+    if kind == "kill":
+        os.kill(pid, signal.SIGKILL)
+    else:
+        try:
+            await _stop_and_go(pid, began + seconds, *_RHYTHMS[kind])
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    ended = time.monotonic()
+    while kind == "kill" and (await whole(cluster))[host] == pid:
+        await asyncio.sleep(0.1)  # the dead process's last report still looks whole
+    await whole(cluster)
+    return Round(kind=kind, host=host, began=began, ended=ended, whole=time.monotonic())
+
+
+# Seconds stopped and at work, in turns.
+_RHYTHMS = {"freeze": (float("inf"), 0.0), "slow": (STOPPED_S, WORKING_S)}
+
+
+async def _stop_and_go(pid: int, until: float, stopped_s: float, working_s: float) -> None:
+    while (left_s := until - time.monotonic()) > 0:
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(min(stopped_s, left_s))
+        os.kill(pid, signal.SIGCONT)
+        await asyncio.sleep(working_s)
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+
+def gaps(requests: Sequence[Request]) -> np.ndarray:
+    """(gaps, 2): when each began and ended."""
+    pairs = [
+        (before, after)
+        for request in requests
+        for before, after in zip(request.times, request.times[1:], strict=False)
+    ]
+    return np.array(pairs).reshape(-1, 2)
+
+
+def longest(found: np.ndarray, began: float, ended: float) -> float:
+    """The longest gap that touches an interval."""
+    touching = found[(found[:, 1] > began) & (found[:, 0] < ended)]
+    return float((touching[:, 1] - touching[:, 0]).max(initial=0.0))
+
+
+def quiet_gaps(found: np.ndarray, rounds: Sequence[Round]) -> np.ndarray:
+    """Lengths of the gaps that touch no round."""
+    quiet = np.ones(len(found), dtype=bool)
+    for one in rounds:
+        quiet &= (found[:, 1] <= one.began) | (found[:, 0] >= one.whole)
+    return found[quiet, 1] - found[quiet, 0]
+
+
+def timeline(requests: Sequence[Request], began: float, ended: float) -> dict[str, Any]:
+    """Tokens per second in buckets around an interval; seconds count from its beginning."""
+    times = np.array([moment for request in requests for moment in request.times])
+    edges = np.arange(began - MARGIN_S, ended + MARGIN_S + BUCKET_S, BUCKET_S)
+    counts, _ = np.histogram(times, edges)
+    return {
+        "bucket_s": BUCKET_S,
+        "from_s": -MARGIN_S,
+        "ended_s": ended - began,
+        "tokens_per_s": (counts / BUCKET_S).round(1).tolist(),
+    }
+
+
+def wrong_texts(requests: Sequence[Request], wanted: dict[int, list[int]]) -> int:
+    """Texts that differ from what they have to be; those of failed requests as far as they go."""
+    return sum(request.ids != wanted[request.prompt][: len(request.ids)] for request in requests)
+
+
+async def measure(cluster: Cluster, engine: Engine, given: argparse.Namespace) -> dict:
+    prompts = prompts_of(resolve_model(given.model))[: given.streams]
+    load = Load(engine, prompts, given.tokens)
+    first = await asyncio.gather(*(load.ask(n, n) for n in range(len(prompts))))
+    failed = [request.error for request in first if request.error]
+    if failed:
+        raise RuntimeError(f"requests failed before any fault: {failed[0]}")
+    wanted = {request.prompt: request.ids for request in first}
+    load.requests.clear()
+    load.start(given.streams)
+    rng = np.random.default_rng(given.seed)
+    kinds = rng.permutation([KINDS[n % len(KINDS)] for n in range(given.rounds)]).tolist()
+    rounds: list[Round] = []
+    await asyncio.sleep(given.pause)
+    for number, kind in enumerate(kinds):
+        hosts = sorted(await whole(cluster))
+        await asyncio.sleep(given.pause)
+        rounds.append(await harm(cluster, kind, str(rng.choice(hosts)), given.harm))
+        took_s = rounds[-1].whole - rounds[-1].began
+        print(f"round {number + 1}: {kind} {rounds[-1].host}, whole after {took_s:.1f} s")
+    await asyncio.sleep(given.pause)
+    moved, moves = await _rebalance(cluster)
+    await asyncio.sleep(MARGIN_S)
+    await load.stop()
+    # Requests that a rebalance met are no quiet ones.
+    busy = [*rounds, Round(kind="rebalance", host="", began=moved[0], ended=moved[1],
+                           whole=moved[1])]  # fmt: skip
+    return summary(load.requests, wanted, busy, moves)
+
+
+async def _rebalance(cluster: Cluster) -> tuple[tuple[float, float], int]:
+    """((when it began, when it ended), moves)."""
+    began = time.monotonic()
+    change = await asyncio.to_thread(cluster.rebalance)
+    while change["phase"] == "loading":
+        await asyncio.sleep(0.1)
+        change = await asyncio.to_thread(cluster.change, change["id"])
+    return (began, time.monotonic()), change["moves"]
+
+
+def summary(
+    requests: Sequence[Request],
+    wanted: dict[int, list[int]],
+    rounds: Sequence[Round],
+    moves: int,
+) -> dict[str, Any]:
+    found = gaps(requests)
+    quiet_s = quiet_gaps(found, rounds)
+    per_kind: dict[str, list[float]] = defaultdict(list)
+    for one in rounds:
+        per_kind[one.kind].append(longest(found, one.began, one.whole))
+    quiet_max = float(quiet_s.max(initial=0.0))
+    kill = next((one for one in rounds if one.kind == "kill"), None)
+    move = next(one for one in rounds if one.kind == "rebalance")
+    errors = [request.error for request in requests if request.error]
+    return {
+        "requests": len(requests),
+        "failed": len(errors),
+        "errors": sorted(set(errors))[:5],
+        "wrong_texts": wrong_texts(requests, wanted),
+        "tokens": sum(len(request.ids) for request in requests),
+        "quiet": {
+            "gaps": len(quiet_s),
+            "p50_s": float(np.quantile(quiet_s, 0.5)) if quiet_s.size else None,
+            "p99_s": float(np.quantile(quiet_s, 0.99)) if quiet_s.size else None,
+            "longest_s": quiet_max,
+        },
+        "kinds": {
+            kind: {
+                "rounds": len(longest_s),
+                "longest_s": max(longest_s),
+                "median_longest_s": float(np.median(longest_s)),
+                "beyond_quiet_s": max(0.0, max(longest_s) - quiet_max),
+            }
+            for kind, longest_s in per_kind.items()
+        },
+        "rounds": [asdict(one) for one in rounds],
+        "rebalance_moves": moves,
+        "timelines": {
+            "kill": kill and timeline(requests, kill.began, kill.whole),
+            "rebalance": timeline(requests, move.began, move.ended),
+        },
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    quiet = found["quiet"]
+    table = Table(title="Longest gaps between two tokens of a stream")
+    for column in ("", "rounds", "longest", "median of rounds", "beyond quiet"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("quiet", "", f"{quiet['longest_s']:.3f} s", f"p50 {quiet['p50_s']:.3f} s", "")
+    for kind, row in found["kinds"].items():
+        table.add_row(
+            kind,
+            str(row["rounds"]),
+            f"{row['longest_s']:.3f} s",
+            f"{row['median_longest_s']:.3f} s",
+            f"{row['beyond_quiet_s']:.3f} s",
+        )
+    Console(width=100).print(table)
+    print(
+        f"{found['requests']} requests, {found['failed']} failed, {found['wrong_texts']} with "
+        f"another text; {found['rebalance_moves']} moves in the rebalance"
+    )
+    for error in found["errors"]:
+        print(f"  {error}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--hosts", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64, help="of one text")
+    parser.add_argument("--harm", type=float, default=5.0, help="seconds frozen or slow")
+    parser.add_argument("--pause", type=float, default=3.0, help="quiet seconds before each round")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(os.cpu_count() or 1)
+    spec = {
+        "name": f"faults-{os.getpid()}",
+        "models": [{"name": MODEL, "path": given.model, "dtype": "float32"}],
+        "hosts": [{"count": given.hosts}],
+        "endpoint": None,
+        # Ambitious, so that the rebalance at the end has something to move.
+        "balance": {"auto": False, "redundancy": 1, "enough": 0.98, "target": 0.99},
+    }
+    folder = resolve_model(given.model)
+    with moesaic.up(spec) as cluster:
+        # As a trunk of the endpoint has it: rows that are lost end their requests alone.
+        config = TrunkConfig(
+            namespace=namespace_of(cluster.name),
+            model=ModelRef(name=MODEL, dtype="float32", path=str(folder)),
+            name="faults",
+            policy=parse_spec(spec).timeouts.policy,
+            engine=EngineConfig(num_blocks=256, max_requests=max(32, given.streams)),
+        )
+        engine = engine_factory(config)()
+        engine.start()
+        try:
+            found = asyncio.run(measure(cluster, engine, given))
+        finally:
+            engine.close()
+    show(found)
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        written = {"title": "faults", "setting": vars(given) | {"json": str(given.json)}, **found}
+        given.json.write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

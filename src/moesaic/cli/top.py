@@ -1,0 +1,122 @@
+"""`moesaic top`: what goes on in a cluster, again and again."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..handle import Cluster, connect
+from ..proto.errors import ClusterError
+from ..session import find_session
+
+out = Console(highlight=False)
+
+NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
+
+
+def top(
+    name: NameOption = "local",
+    once: Annotated[bool, typer.Option("--once", help="One look, and no more.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
+    experts: Annotated[int, typer.Option(min=0, help="How many of the hottest experts.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="One look as JSON.")] = False,
+) -> None:
+    """Watch hosts, the hottest experts and how evenly the load is spread; Ctrl-C ends it."""
+    cluster = connect(name)
+    if as_json:
+        json.dump(cluster.top(experts), sys.stdout, indent=2)
+        print()
+    elif once:
+        out.print(frame(name, cluster.top(experts)))
+    elif out.is_terminal:
+        with Live(console=out, screen=True, auto_refresh=False) as live:
+            while True:
+                live.update(_look(name, cluster, experts), refresh=True)
+                time.sleep(interval)
+    else:
+        while True:
+            out.print(_look(name, cluster, experts))
+            time.sleep(interval)
+
+
+def _look(name: str, cluster: Cluster, experts: int) -> RenderableType:
+    """A frame, or why there is none now: a controller comes back, an ended cluster does not."""
+    try:
+        return frame(name, cluster.top(experts))
+    except ClusterError as error:
+        if find_session(name) is None:
+            raise
+        return Text(f"{name}: {error}", style="red")
+
+
+def frame(name: str, seen: dict[str, Any]) -> RenderableType:
+    """What `Cluster.top` gave, for people."""
+    placement = seen["placement"]
+    number = "nothing placed" if placement is None else "placement {}, {}".format(*placement)
+    words = [
+        f"cluster {name}",
+        number,
+        f"{seen['routers']} routers",
+        f"{seen['moves_pending']} moves to come",
+    ]
+    if seen["missing_experts"]:
+        words.append(f"{seen['missing_experts']} experts missing")
+    parts: list[RenderableType] = [Text("  ".join(words), style="bold")]
+    parts += [Text(warning, style="red") for warning in seen["warnings"]]
+    if seen["error"]:
+        parts.append(Text(f"controller: {seen['error']}", style="red"))
+    for model in seen["models"]:
+        parts.append(Text(_balance(model)))
+    return Group(*parts, _hosts(seen["hosts"]), *_experts(seen["experts"]))
+
+
+def _balance(model: dict[str, Any]) -> str:
+    if model["balancedness_mean"] is None:
+        return f"{model['model']}: no load"
+    return (
+        f"{model['model']}: {model['choices_per_s']:,.0f} choices/s, balancedness "
+        f"{model['balancedness_mean']:.3f}, worst layer {model['balancedness_worst']:.3f}"
+    )
+
+
+def _hosts(hosts: list[dict[str, Any]]) -> Table:
+    table = Table("host", "state")
+    for column in ("experts", "queue", "busy", "calls/s", "rows/s"):
+        table.add_column(column, justify="right")
+    for host in hosts:
+        table.add_row(
+            host["host"],
+            Text(host["state"], style="" if host["state"] == "up" else "yellow"),
+            f"{host['experts']:,}",
+            f"{host['queued_rows']:,}",
+            f"{host['busy']:.0%}",
+            f"{host['calls_per_s']:,.0f}",
+            f"{host['rows_per_s']:,.0f}",
+        )
+    return table
+
+
+def _experts(experts: list[dict[str, Any]]) -> list[Table]:
+    """One table, or none where nothing is hot."""
+    if not experts:
+        return []
+    table = Table("model", "layer", "expert")
+    table.add_column("choices/s", justify="right")
+    table.add_column("hosts")
+    for expert in experts:
+        table.add_row(
+            expert["model"],
+            str(expert["layer"]),
+            str(expert["expert"]),
+            f"{expert['choices_per_s']:,.0f}",
+            ", ".join(expert["hosts"]),
+        )
+    return [table]

@@ -1,0 +1,84 @@
+"""Run inside namespaces of its own by test_gcs_restart.py: Ray's GCS is killed and started anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+import moesaic
+from tests.helpers.live import text_in_background, text_of, wait_until, wait_whole
+
+RAY = str(Path(sys.executable).parent / "ray")
+MODEL = "m"
+TOKENS = 150
+
+
+def start_ray(temp_dir: str, address: str) -> None:
+    words = ["--head", f"--node-ip-address={address}", "--port=6399", "--num-cpus=8"]
+    words += ["--include-dashboard=false", "--object-store-memory=100000000"]
+    words += [f"--temp-dir={temp_dir}", "--disable-usage-stats"]
+    subprocess.run([RAY, "start", *words], check=True, capture_output=True, timeout=60)
+
+
+def gcs() -> psutil.Process:
+    (found,) = [p for p in psutil.process_iter() if p.name() == "gcs_server"]
+    return found
+
+
+def main(folder: str, temp_dir: str, address: str) -> None:
+    start_ray(temp_dir, address)
+    spec = {
+        "name": "restarted",
+        "ray": {"address": "auto"},
+        "network": {"bind": "node"},
+        "models": [{"name": MODEL, "path": folder, "replicas": 2}],
+        "hosts": [{"count": 2}],
+        "trunk": {"cache_tokens": 1024, "threads": 1},
+        "endpoint": {"port": 0},
+        "balance": {"auto": False, "lease_s": 2},
+    }
+    report = {}
+    with moesaic.up(spec) as cluster, moesaic.Client(cluster.url or "") as client:
+        report["expected"] = text_of(client, MODEL, TOKENS)
+        term = cluster.status()["term"]
+        with text_in_background(client, MODEL, TOKENS) as result:
+            old = gcs()
+            command, environment = old.cmdline(), old.environ()
+            old.kill()
+            old.wait(10)
+            # Serving needs no GCS.
+            report["while_down"] = text_of(client, MODEL, TOKENS)
+            quiet = subprocess.DEVNULL
+            new = subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
+            report["streamed"] = result()
+        wait_whole(cluster)
+        report["after"] = text_of(client, MODEL, TOKENS)
+        # The control plane works on: a host's experts move, and what was lost is started anew.
+        cluster.drain("host-1")
+        status = cluster.status()
+        report["same_controller"] = status["term"] == term
+        report["leaving"] = status["balance"]["leaving"]
+        pid = next(host["pid"] for host in status["hosts"] if host["host"] == "host-0")
+        cluster.undrain("host-1")
+        wait_whole(cluster)
+        os.kill(pid, 9)
+        wait_until(
+            lambda: any(
+                host["host"] == "host-0" and host.get("pid") not in (None, pid)
+                for host in cluster.status()["hosts"]
+            )
+        )
+        wait_whole(cluster)
+        report["at_last"] = text_of(client, MODEL, TOKENS)
+    new.kill()
+    new.wait(10)
+    print("REPORT " + json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

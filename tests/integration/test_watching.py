@@ -1,0 +1,211 @@
+"""Watching a pool of real actors: recorded load, emulated devices, live views, metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+
+import moesaic
+from moesaic import Client
+from moesaic.cli.main import main
+from moesaic.cluster.placement import LayerKey
+from moesaic.handle import Cluster
+from moesaic.traces import read_trace
+from tests.helpers.live import hosts_of, text_of, wait_until
+from tests.integration.conftest import save_model
+
+MODEL = "m"
+EMULATE = {"call_us": 3000, "row_us": 100}
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    # Ray leaves sockets and log files to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("watching")
+    save_model(folder, "mixtral")
+    spec = {
+        "name": f"watching-{os.getpid()}",
+        "models": [{"name": MODEL, "path": str(folder)}],
+        "hosts": [{"count": 2, "slots": 16, "emulate": EMULATE}],
+        "trunk": {"cache_tokens": 1024, "threads": 1},
+        "endpoint": {"port": 0},
+        "balance": {"auto": False, "lease_s": 4},
+    }
+    with moesaic.up(spec) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(pool: Cluster) -> Iterator[Client]:
+    with Client(pool.url or "") as client:
+        yield client
+
+
+@pytest.fixture
+def traffic(client: Client) -> Iterator[None]:
+    """One text after the other, in the background."""
+    stop = threading.Event()
+
+    def talk() -> None:
+        while not stop.is_set():
+            text_of(client, MODEL, 20)
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(60)
+
+
+@pytest.mark.usefixtures("traffic")
+def test_load_is_recorded_window_by_window(pool: Cluster) -> None:
+    trace = pool.record(5.0, 1.0)
+    assert (trace.windows, trace.window_s) == (5, 1.0)
+    layers = [LayerKey(MODEL, layer) for layer in (0, 1)]
+    assert sorted(trace.counts) == layers
+    # Every token passes all layers, and each layer picks as many experts of it.
+    first, second = (int(trace.counts[key].sum()) for key in layers)
+    assert first > 0
+    assert abs(first - second) <= 8
+    assert trace.hosts == ("host-0", "host-1")
+    assert trace.choices_WH.sum(axis=0).min() > 0
+    assert 0 < trace.busy_s_WH.sum() < 20
+
+
+@pytest.mark.usefixtures("traffic")
+def test_the_command_line_records_until_ctrl_c(pool: Cluster, tmp_path: Path) -> None:
+    file = tmp_path / "trace"
+    before = signal.getsignal(signal.SIGINT)
+
+    def press() -> None:
+        wait_until(lambda: signal.getsignal(signal.SIGINT) is not before)
+        # A few windows of the hour that is asked for.
+        threading.Event().wait(4.0)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    try:
+        assert main(["record", str(file), "--name", pool.name, "--seconds", "3600"]) == 0
+    finally:
+        thread.join(60)
+    assert signal.getsignal(signal.SIGINT) is before
+    trace = read_trace(file)
+    assert 0 < trace.windows < 3600
+    assert trace.choices_WH.sum() > 0
+
+
+def test_an_emulated_device_takes_its_time_and_says_when_it_could_not(
+    pool: Cluster, client: Client
+) -> None:
+    text_of(client, MODEL, 10)
+    for host in hosts_of(pool).values():
+        assert host["batches"] > 0
+        assert host["busy_s"] >= 0.003 * host["batches"] + 1e-4 * host["calls"]
+        assert 0 <= host["overruns"] <= host["batches"]
+        assert (host["worst_overrun_s"] > 0) == (host["overruns"] > 0)
+        assert host["late_s"] >= 0
+
+
+@pytest.mark.usefixtures("traffic")
+def test_top_shows_what_goes_on(pool: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    def busy() -> bool:
+        seen = pool.top(3)
+        return bool(seen["experts"]) and all(host["calls_per_s"] > 0 for host in seen["hosts"])
+
+    wait_until(busy)
+    seen = pool.top(3)
+    assert [host["host"] for host in seen["hosts"]] == ["host-0", "host-1"]
+    for host in seen["hosts"]:
+        assert (host["state"], host["experts"]) == ("up", 8)
+        assert 0 < host["busy"] < 1.5
+    rates = [expert["choices_per_s"] for expert in seen["experts"]]
+    assert rates == sorted(rates, reverse=True)
+    assert len(rates) == 3
+    for expert in seen["experts"]:
+        assert len(expert["hosts"]) == 1
+    (model,) = seen["models"]
+    assert 0 < model["balancedness_worst"] <= model["balancedness_mean"] <= 1
+    assert (seen["routers"], seen["moves_pending"], seen["error"]) == (1, 0, "")
+
+    assert main(["top", "--json", "--name", pool.name, "--experts", "2"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["experts"]) == 2
+    assert main(["top", "--once", "--name", pool.name]) == 0
+    drawn = capsys.readouterr().out
+    assert pool.name in drawn
+    assert "host-1" in drawn
+
+
+def test_top_goes_on_without_a_terminal_until_it_is_stopped(pool: Cluster) -> None:
+    command = [sys.executable, "-m", "moesaic.cli.main", "top", "--interval", "0.2"]
+    with subprocess.Popen(
+        [*command, "--name", pool.name], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        heads = (line for line in process.stdout if line.startswith("cluster "))
+        assert [pool.name in line for line, _ in zip(heads, range(3), strict=False)] == [True] * 3
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+@pytest.mark.usefixtures("traffic")
+def test_history_shows_what_a_change_brought(
+    pool: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool.replicate(MODEL, 0, 0, 2)
+    wait_until(lambda: bool(pool.history()) and pool.history()[-1]["measured"] is not None)
+    change = pool.history()[-1]
+    assert (change["phase"], change["moves"]) == ("done", 1)
+    measured = change["measured"]
+    assert measured["seconds"] >= 1.0
+    assert 0 < measured["balancedness_unchanged"] <= 1
+    assert 0 < measured["balancedness"] <= 1
+    assert measured["host_choices_per_s"].keys() == {"host-0", "host-1"}
+    assert main(["history", "--name", pool.name]) == 0
+    assert "measured" in capsys.readouterr().out, "beside what was predicted"
+    pool.replicate(MODEL, 0, 0, 1)
+
+
+def test_the_watchdog_stands_in_status_and_among_rays_metrics(
+    pool: Cluster, client: Client
+) -> None:
+    text_of(client, MODEL, 5)
+    status = pool.status()
+    seen = status["watchdog"]
+    assert (seen["term"], seen["failing"], status["warnings"]) == (status["term"], False, [])
+    assert seen["tick_age_s"] < 5
+    assert (seen["hosts"], seen["missing_experts"]) == ({"up": 2}, 0)
+    assert seen["unprotected_experts"] == status["unprotected_experts"]
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def figures() -> dict[str, float]:
+        lines = [line for line in httpx.get(address).text.splitlines() if "moesaic_" in line]
+        mine = [line for line in lines if f'cluster="{pool.name}"' in line]
+        return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in mine}
+
+    wait_until(lambda: "ray_moesaic_term" in figures())
+    found = figures()
+    assert found["ray_moesaic_term"] == status["term"]
+    assert found["ray_moesaic_missing_experts"] == 0
+    assert found["ray_moesaic_hosts"] == 2
+    assert found["ray_moesaic_tick_age_s"] >= 0

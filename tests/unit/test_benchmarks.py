@@ -1,0 +1,139 @@
+"""The arithmetic of the benchmarks: what they print is only as good."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.eplb_control import EplbControl, EplbPlan
+from benchmarks.faults import Request, Round, gaps, longest, quiet_gaps, timeline, wrong_texts
+from benchmarks.traffic import MODEL, Traffic, balance_of, exponent_for
+from moesaic.cluster.control import Control, ControlPolicy
+from moesaic.cluster.load import HostTimes, LoadReport
+from moesaic.cluster.observed import Observation
+from moesaic.cluster.orders import MakePlan
+from moesaic.cluster.placement import HostEntry, LayerKey, ModelShape, spread
+from moesaic.cluster.plan import PoolHost
+
+TRAFFIC = Traffic(
+    layers=2, experts=32, top_k=2, tokens=64, hidden=4, exponent=1.0, shift_s=10.0, shifts=2
+)
+HOSTS = ["a", "b", "c", "d"]
+PLACED = spread([ModelShape(model=MODEL, experts={0: 32, 1: 32})], HOSTS)
+
+
+def even(exponent: float) -> Traffic:
+    return Traffic(layers=2, experts=32, top_k=2, tokens=64, hidden=4, exponent=exponent)
+
+
+# ---- traffic ------------------------------------------------------------------------------------
+
+
+def test_tokens_pick_different_experts_and_popular_ones_more_often() -> None:
+    ids = TRAFFIC.draw(TRAFFIC.log_popularity(0, 0), 4000, np.random.default_rng(0))
+    assert ids.shape == (4000, 2)
+    assert ids.dtype == np.int32
+    assert (ids[:, 0] != ids[:, 1]).all()
+    counts = np.bincount(ids.reshape(-1), minlength=32)
+    by_popularity = counts[np.argsort(-TRAFFIC.log_popularity(0, 0))]
+    assert by_popularity[0] > by_popularity[4] > by_popularity[20] > 0
+
+
+def test_a_shift_exchanges_ranks_of_a_part_and_layers_differ() -> None:
+    first, second = TRAFFIC.log_popularity(0, 0), TRAFFIC.log_popularity(0, 1)
+    assert sorted(first) == sorted(second)
+    assert 0 < (first != second).sum() <= 8
+    assert (first != TRAFFIC.log_popularity(1, 0)).any()
+    assert [TRAFFIC.shift_at(s) for s in (-5.0, 0.0, 9.9, 10.0, 99.0)] == [0, 0, 0, 1, 2]
+
+
+def test_the_skew_is_found_at_which_fixed_shares_are_as_uneven_as_asked() -> None:
+    found = exponent_for(0.6, even, PLACED)
+    assert balance_of(even(found), PLACED) == pytest.approx(0.6, abs=0.02)
+    assert balance_of(even(0.0), PLACED) > 0.9
+    with pytest.raises(ValueError, match="no skew brings it below"):
+        exponent_for(0.05, even, PLACED)
+
+
+# ---- DeepSeek's rule as a controller ------------------------------------------------------------
+
+
+def observed(control: Control, host: str) -> Observation:
+    """A host that holds whatever it is to hold."""
+    holdings: dict[LayerKey, set[int]] = {}
+    for key in control.wanted(host):
+        holdings.setdefault(LayerKey(key.model, key.layer), set()).add(key.expert)
+    entry = HostEntry(host=host, incarnation=1, node="n", shm_address="", grpc_address=host)
+    return Observation(entry=entry, holdings=holdings, loading=False)
+
+
+def test_the_controller_with_deepseeks_rule_asks_it_for_balance_and_ours_for_the_rest() -> None:
+    hosts = [PoolHost(name=name, slots=20) for name in HOSTS]
+    control = EplbControl(hosts, term=1, policy=ControlPolicy(auto=False))
+    control.add_model(ModelShape(model=MODEL, experts={0: 32, 1: 32}, expert_bytes=7), on_disk=True)
+    for moment in (0.0, 1.0, 2.0):
+        for command in control.tick({name: observed(control, name) for name in HOSTS}, moment):
+            if isinstance(command, MakePlan):
+                assert not isinstance(command, EplbPlan), "no balance is asked for yet"
+                control.planned(command, command.run(), moment)
+    standing = control.placement
+    assert standing is not None
+    counts = {key: TRAFFIC.load(key.layer, 0) for key in standing.layers}
+    times = {"a": HostTimes(calls=1, choices=100, busy_s=1.0)}
+    control.hear(LoadReport(router="r", number=None, counts=counts, hosts=times), 2.0)
+    control.loads.advance(4.0)
+    asked = control.plan_for(4.0)
+    assert isinstance(asked, EplbPlan)
+    found = asked.run()
+    used = dict.fromkeys(HOSTS, 0)
+    for key, layer in found.layers.items():
+        for expert, replicas in enumerate(layer.replicas):
+            assert sum(r.share for r in replicas) == pytest.approx(1.0)
+            for replica in replicas:
+                used[replica.host] += 1
+            moved = [m.host for m in found.moves if m.key == key.expert(expert)]
+            assert set(moved) == set(layer.hosts(expert)) - set(standing.layers[key].hosts(expert))
+        assert found.after[key] > found.before[key]
+    assert max(used.values()) <= 20
+    assert {move.expert_bytes for move in found.moves} == {7}
+    assert control.loader.slots == dict.fromkeys(HOSTS, 40)
+
+
+# ---- faults -------------------------------------------------------------------------------------
+
+
+def request(*times: float, ids: tuple[int, ...] = (), prompt: int = 0) -> Request:
+    return Request(stream=0, prompt=prompt, times=list(times), ids=list(ids))
+
+
+def harmed(began: float, whole: float) -> Round:
+    return Round(kind="kill", host="a", began=began, ended=began, whole=whole)
+
+
+def test_gaps_are_those_within_one_text() -> None:
+    found = gaps([request(1.0, 1.5, 3.0), request(10.0)])
+    assert found.tolist() == [[1.0, 1.5], [1.5, 3.0]]
+    assert gaps([]).shape == (0, 2)
+
+
+def test_a_gap_belongs_to_a_fault_when_it_touches_it() -> None:
+    found = gaps([request(1.0, 1.5, 3.0, 3.2, 7.0)])
+    assert longest(found, 2.0, 3.1) == pytest.approx(1.5)
+    assert longest(found, 3.0, 3.1) == pytest.approx(0.2)
+    assert longest(found, 8.0, 9.0) == 0.0
+    assert quiet_gaps(found, [harmed(2.0, 3.1)]).tolist() == pytest.approx([0.5, 3.8])
+    assert len(quiet_gaps(found, [])) == 4
+
+
+def test_texts_are_compared_as_far_as_they_go() -> None:
+    wanted = {0: [1, 2, 3], 1: [4]}
+    assert wrong_texts([request(ids=(1, 2)), request(ids=(4,), prompt=1)], wanted) == 0
+    assert wrong_texts([request(ids=(1, 9)), request(ids=(4, 5), prompt=1)], wanted) == 2
+
+
+def test_a_timeline_counts_tokens_around_a_fault() -> None:
+    found = timeline([request(*(0.01 * n for n in range(2000)))], 8.0, 10.0)
+    assert found["ended_s"] == 2.0
+    rates = np.array(found["tokens_per_s"])
+    assert len(rates) == pytest.approx(8 / 0.05, abs=1)
+    assert rates.mean() == pytest.approx(100.0, rel=0.02)

@@ -1,0 +1,259 @@
+"""What a live view and the watchdog say of a controller, and the frame that is drawn of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moesaic.cli.top import frame
+from moesaic.cluster.control import Control
+from moesaic.cluster.glance import HostCounters, HostRates, hottest
+from moesaic.cluster.load import LoadReport
+from moesaic.cluster.observed import Observation
+from moesaic.cluster.placement import (
+    HostEntry,
+    LayerKey,
+    LayerPlacement,
+    ModelShape,
+    Replica,
+)
+from moesaic.cluster.plan import PoolHost
+from moesaic.cluster.watchdog import Vitals, Watchdog
+
+KEY = LayerKey("m", 0)
+
+
+def vitals(**given: object) -> Vitals:
+    quiet: dict[str, object] = {
+        "tick_age_s": 0.1,
+        "plan_age_s": 3.0,
+        "planning_s": 0.0,
+        "plan_failures": 0,
+        "move_age_s": None,
+        "moves_pending": 0,
+        "missing_experts": 0,
+        "unprotected_experts": 0,
+        "balancedness_mean": None,
+        "balancedness_worst": None,
+        "term": 1,
+        "epoch": 1,
+        "failing": False,
+        "hosts": {"up": 2},
+    }
+    return Vitals(**(quiet | given))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tick_age_s": 6.0}, "the controller has stood still for 6 s"),
+        ({"planning_s": 31.0}, "the planner has been at work for 31 s"),
+        ({"plan_failures": 2}, "the planner has failed 2 times in a row"),
+        ({"moves_pending": 3, "move_age_s": 40.0}, "3 replicas are to come, and none has come"),
+    ],
+)
+def test_whatever_stands_still_is_named(given: dict[str, object], words: str) -> None:
+    (warning,) = vitals(**given).warnings()
+    assert words in warning
+
+
+def test_a_controller_that_works_has_no_warnings() -> None:
+    assert vitals().warnings() == []
+    # A pool that rests plans and moves nothing, for as long as it likes.
+    assert vitals(plan_age_s=1e6, move_age_s=1e6).warnings() == []
+    assert vitals(plan_failures=1, moves_pending=5, move_age_s=1.0).warnings() == []
+    assert vitals(plan_age_s=1.23456).describe()["plan_age_s"] == 1.235
+
+
+class World:
+    """A controller and two hosts that hold what the test says."""
+
+    def __init__(self) -> None:
+        self.control = Control([PoolHost(name="a"), PoolHost(name="b")], term=7)
+        self.control.add_model(ModelShape(model="m", experts={0: 4}), on_disk=True)
+        self.now = 100.0
+        self.held: dict[str, set[int]] = {"a": set(), "b": set()}
+        self.watchdog = Watchdog(self.control, self.now)
+
+    def tick(self, seconds: float = 1.0) -> None:
+        self.now += seconds
+        reports = {
+            host: Observation(
+                entry=HostEntry(
+                    host=host, incarnation=1, node="n", shm_address="", grpc_address=host
+                ),
+                holdings={KEY: frozenset(held)},
+                loading=True,  # what is asked for is not the test's matter
+            )
+            for host, held in self.held.items()
+        }
+        for command in self.control.tick(reports, self.now):
+            run = getattr(command, "run", None)
+            if run is not None:
+                self.control.planned(command, run(), self.now)  # pyright: ignore[reportArgumentType]
+        self.watchdog.ticked(self.now, failed=False)
+
+    def hold(self, count: int) -> None:
+        """The first ``count`` planned replicas arrive."""
+        wanted = [(host, key.expert) for host in self.held for key in self.control.wanted(host)]
+        for host, expert in wanted[:count]:
+            self.held[host].add(expert)
+
+    def vitals(self) -> Vitals:
+        return self.watchdog.vitals(["up", "up"], self.now)
+
+
+def test_figures_follow_the_controller() -> None:
+    world = World()
+    world.tick()
+    world.tick()
+    seen = world.vitals()
+    assert (seen.moves_pending, seen.missing_experts, seen.unprotected_experts) == (4, 4, 0)
+    assert (seen.term, seen.epoch, seen.hosts) == (7, 0, {"up": 2})
+    assert seen.plan_age_s is not None
+    began = world.now
+    world.now += 10.0
+    assert world.vitals().move_age_s == pytest.approx(world.now - began)
+    world.hold(1)
+    world.tick()
+    seen = world.vitals()
+    assert (seen.moves_pending, seen.missing_experts, seen.move_age_s) == (3, 3, 0.0)
+    world.hold(4)
+    world.tick()
+    seen = world.vitals()
+    assert (seen.moves_pending, seen.missing_experts, seen.unprotected_experts) == (0, 0, 4)
+    assert seen.epoch == 1
+    world.now += 6.0
+    assert world.vitals().tick_age_s == 6.0
+
+
+def test_balancedness_is_that_of_the_load_under_the_published_shares() -> None:
+    world = World()
+    world.tick()
+    world.hold(4)
+    world.tick()
+    assert world.vitals().balancedness_mean is None, "no load yet"
+    layer = world.control.placement
+    assert layer is not None
+    counts = np.array([100 * (host == "a") for (host,) in map(layer.layers[KEY].hosts, range(4))])
+    world.control.hear(LoadReport(router="r", number=None, counts={KEY: counts}), world.now)
+    world.tick()
+    world.tick()
+    seen = world.vitals()
+    assert (seen.balancedness_mean, seen.balancedness_worst) == (0.5, 0.5)
+    assert world.watchdog.balancedness == {"m": (0.5, 0.5)}
+
+
+def test_a_planner_that_hangs_or_fails_is_seen() -> None:
+    world = World()
+    world.watchdog.plan_began(world.now)
+    world.now += 40.0
+    assert world.vitals().planning_s == 40.0
+    world.watchdog.plan_ended(failed=True)
+    assert (world.vitals().planning_s, world.vitals().failing) == (0.0, True)
+    world.watchdog.plan_ended(failed=True)
+    assert any("failed 2 times" in warning for warning in world.vitals().warnings())
+    world.watchdog.plan_ended(failed=False)
+    assert not world.vitals().failing
+    world.watchdog.ticked(world.now, failed=True)
+    assert world.vitals().failing
+
+
+# ---- the live view ------------------------------------------------------------------------------
+
+
+def counters(calls: int, busy_s: float, incarnation: int = 1) -> HostCounters:
+    return HostCounters(incarnation=incarnation, calls=calls, rows=10 * calls, busy_s=busy_s)
+
+
+def test_rates_are_those_of_the_last_seconds_and_of_one_incarnation() -> None:
+    rates = HostRates()
+    rates.note({"a": counters(0, 0.0)}, 0.0)
+    assert rates.of("a") is None
+    for second in range(1, 21):
+        rates.note({"a": counters(100 * second, 0.5 * second)}, float(second))
+    assert rates.of("a") == {"calls_per_s": 100.0, "rows_per_s": 1000.0, "busy": 0.5}
+    for second in range(21, 30):
+        rates.note({"a": counters(2000, 10.0)}, float(second))
+    assert rates.of("a") == {"calls_per_s": 0.0, "rows_per_s": 0.0, "busy": 0.0}
+    rates.note({"a": counters(1, 0.1, incarnation=2)}, 30.0)
+    assert rates.of("a") is None, "counters that began anew"
+    rates.note({"b": counters(1, 0.1)}, 31.0)
+    assert rates.of("a") is None
+
+
+def test_the_hottest_experts_of_all_layers() -> None:
+    rates = {KEY: np.array([5.0, 0.0, 9.0]), LayerKey("m", 1): np.array([7.0, 6.0])}
+    placed = {
+        KEY: LayerPlacement(((Replica("a", 1.0),), (), (Replica("a", 0.5), Replica("b", 0.5))))
+    }
+    found = hottest(rates, placed, 3)
+    assert [(one["layer"], one["expert"], one["choices_per_s"]) for one in found] == [
+        (0, 2, 9.0),
+        (1, 0, 7.0),
+        (1, 1, 6.0),
+    ]
+    assert [one["hosts"] for one in found] == [["a", "b"], [], []]
+    assert len(hottest(rates, placed, 9)) == 4, "experts without load are not hot"
+
+
+def shown(**given: object) -> str:
+    seen: dict[str, object] = {
+        "placement": [3, 14],
+        "routers": 2,
+        "moves_pending": 5,
+        "missing_experts": 0,
+        "unprotected_experts": 0,
+        "warnings": [],
+        "error": "",
+        "models": [
+            {
+                "model": "m",
+                "choices_per_s": 1234.5,
+                "balancedness_mean": 0.97,
+                "balancedness_worst": 0.9,
+            }
+        ],
+        "hosts": [
+            {
+                "host": "host-0",
+                "state": "up",
+                "experts": 8,
+                "queued_rows": 1200,
+                "busy": 0.5,
+                "calls_per_s": 10.0,
+                "rows_per_s": 80.0,
+            }
+        ],
+        "experts": [
+            {"model": "m", "layer": 1, "expert": 3, "choices_per_s": 9.0, "hosts": ["host-0"]}
+        ],
+    }
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(frame("c", seen | given))
+    return captured.get()
+
+
+def test_a_frame_shows_hosts_experts_and_balance() -> None:
+    text = shown()
+    for words in ("placement 3, 14", "2 routers", "5 moves", "0.970", "0.900", "1,200", "50%"):
+        assert words in text
+    assert "choices/s" in text
+    assert "missing" not in text
+
+
+def test_a_frame_of_a_pool_in_trouble_or_at_rest() -> None:
+    idle = {
+        "model": "m",
+        "choices_per_s": 0.0,
+        "balancedness_mean": None,
+        "balancedness_worst": None,
+    }
+    text = shown(
+        placement=None, models=[idle], experts=[], missing_experts=4, warnings=["it stands still"]
+    )
+    for words in ("nothing placed", "m: no load", "4 experts missing", "it stands still"):
+        assert words in text
+    assert shown(hosts=[], models=[]).startswith("cluster c")
