@@ -590,10 +590,11 @@ def test_a_controller_that_was_frozen_gives_routers_time_to_say_that_they_live()
     world.report("r0")
     world.report("r1")
     world.control.wishes = Wishes(leaving=frozenset({"h1"}))
-    world.tick(seconds=0.1)
-    for host in world.hosts.values():
-        while host.loading:
-            world.load_one(host.name)
+    for _ in range(4):
+        world.tick(seconds=0.1)
+        for host in world.hosts.values():
+            while host.loading:
+                world.load_one(host.name)
     world.tick(seconds=3 * POLICY.lease_s)
     assert world.hosts["h1"].held, "nobody was heard, because nobody listened"
     world.report("r0")
