@@ -169,14 +169,8 @@ class Control(Members):
         return [self.view.hosts[name] for name in sorted(self.view.usable(now) - self.leaving)]
 
     def pending(self) -> int:
-        """Replicas that the target names and that are still to come; what only memory held and
-        nobody holds any more never will."""
-        return sum(
-            not self.view.holds(host, key)
-            and (key.model in self.loader.on_disk or bool(self.view.holders(key)))
-            for host in self.view.hosts
-            for key in self.wanted(host)
-        )
+        """Replicas that the target names and that are still to come."""
+        return sum(len(self.loader.lacking(h, self.wanted(h))) for h in self.view.hosts)
 
     # ---- one round ------------------------------------------------------------------------------
 

@@ -67,12 +67,7 @@ class Loader:
         """The next load of an idle host. Models that have not ``appeared`` are waited for."""
         if now < self._not_before.get(host, 0.0):
             return None
-        lacking = [
-            key
-            for key in wanted
-            if not self._view.holds(host, key)
-            and (key.model in self.on_disk or self._view.holders(key))
-        ]
+        lacking = self.lacking(host, wanted)
         urgent = [
             key for key in lacking if key.model not in appeared or not self._view.holders(key)
         ]
@@ -84,6 +79,16 @@ class Loader:
             used_bytes = sum(models[key.model].expert_bytes for key in keys)
             self._not_before[host] = now + used_bytes / self._bytes_per_s
         return Load(host=host, keys=tuple(keys), peers=peers)
+
+    def lacking(self, host: str, wanted: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """What ``host`` is still to get. What only memory held and nobody holds any more will never
+        come, so nothing waits for it."""
+        return [
+            key
+            for key in wanted
+            if not self._view.holds(host, key)
+            and (key.model in self.on_disk or self._view.holders(key))
+        ]
 
     def _batch(
         self, host: str, lacking: list[ExpertKey], wanted: int, models: Mapping[str, ModelShape]

@@ -27,7 +27,8 @@ class Publisher:
         self.placement: Placement | None = None
         self._view = view
         self._lease_s = lease_s
-        self._since: float | None = None
+        self._since: float | None = None  # for how long routers can have been heard
+        self._looked = 0.0
         self._routers: dict[str, tuple[Number | None, float]] = {}
         # Replicas that are held and not published, with the number that is to be acknowledged.
         self._retired: dict[tuple[ExpertKey, str], Number] = {}
@@ -107,8 +108,11 @@ class Publisher:
         self._told.pop(host, None)
 
     def _knows_routers(self, now: float) -> bool:
-        """Behind a change of controllers, routers get a lease's time to say that they live."""
-        self._since = now if self._since is None else self._since
+        """Behind a change of controllers, and when this one was frozen and has heard nobody, routers
+        get a lease's time to say that they live."""
+        if self._since is None or now - self._looked > self._lease_s / 2:
+            self._since = now
+        self._looked = now
         return now - self._since >= self._lease_s
 
     def _ready(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -26,6 +24,7 @@ from moesaic.cluster.simulator.loads import day, drifting
 from moesaic.cluster.simulator.registry import Registry
 from moesaic.cluster.simulator.ways import Eplb, Static
 from moesaic.cluster.trace import Trace
+from moesaic.traces import write_trace
 
 SHAPE = ModelShape(model="m", experts={0: 16, 1: 16}, expert_bytes=1_000_000)
 WINDOW_S = 60.0
@@ -142,7 +141,7 @@ def test_simulate_prints_placements_as_json(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_simulate_reads_a_recorded_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = loads(6)
     recorded = Trace(
@@ -154,12 +153,9 @@ def test_simulate_reads_a_recorded_trace(
         queued_s_WH=np.zeros((6, 3)),
     )
     assert host_speed(recorded, 3, 0.5) == 500.0
-    asked: list[Path] = []
-    fake = types.ModuleType("moesaic.traces")
-    fake.__dict__["read_trace"] = lambda path: (asked.append(path), recorded)[1]
-    monkeypatch.setitem(sys.modules, "moesaic.traces", fake)
-    assert main(["simulate", "--trace", str(tmp_path / "t"), "--every", "2"]) == 0
-    assert asked == [tmp_path / "t"]
+    path = tmp_path / "loads.safetensors"
+    write_trace(path, recorded)
+    assert main(["simulate", "--trace", str(path), "--every", "2"]) == 0
     assert "ours" in capsys.readouterr().out
 
 

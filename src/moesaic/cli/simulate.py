@@ -111,7 +111,7 @@ def simulate(
 
 
 def _read(path: Path) -> Trace:
-    from ..traces import read_trace  # pyright: ignore[reportMissingImports]
+    from ..traces import read_trace
 
     return read_trace(path)
 
