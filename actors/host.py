@@ -152,6 +152,7 @@ class ExpertHost:
         _return_freed_memory()
 
     def report(self) -> HostReport:
+        self.check_health()
         return HostReport(
             entry=self._entry,
             pid=os.getpid(),
@@ -165,8 +166,8 @@ class ExpertHost:
         )
 
     def check_health(self) -> None:
-        """Ends the process if its loop has ended: Ray starts it anew."""
-        if not self._loop.alive:
+        """Ends the process if its loop has failed: Ray starts it anew."""
+        if self._loop.failure is not None:
             log.critical("host %s: its loop is gone (%r); leaving", self.name, self._loop.failure)
             os._exit(1)
 
