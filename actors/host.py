@@ -175,6 +175,7 @@ class ExpertHost:
     def report(self, term: int | None = None, given_up: int = 0) -> HostReport:
         """A controller gives its term, and the number of evictions that it does not wait for any
         more: what is reported stays true until it orders something else. Raises Superseded."""
+        self.check_health()
         with self._fence_lock:
             if term is not None:
                 self._fence.look(term, given_up)
@@ -192,8 +193,8 @@ class ExpertHost:
         )
 
     def check_health(self) -> None:
-        """Ends the process if its loop has ended: Ray starts it anew."""
-        if not self._loop.alive:
+        """Ends the process if its loop has failed: Ray starts it anew."""
+        if self._loop.failure is not None:
             log.critical("host %s: its loop is gone (%r); leaving", self.name, self._loop.failure)
             os._exit(1)
 

@@ -120,10 +120,11 @@ class Overview(Sizing):
 
     async def _watch(self) -> None:
         """Beside the loop, so that metrics tell of a loop that stands still."""
-        metrics = PoolMetrics(cluster_of(self._namespace))
+        metrics: PoolMetrics | None = None
         while True:
             now = time.monotonic()
             try:
+                metrics = metrics or PoolMetrics(cluster_of(self._namespace))
                 self._rates.note(
                     {host: _counters(report) for host, report in self._reports.items()}, now
                 )

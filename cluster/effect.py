@@ -22,6 +22,8 @@ from .plan import PoolHost
 
 # Routers report once a second: shorter windows say nothing.
 _LEAST_S = 1.0
+# Changes of which something stands.
+_STANDS = (Phase.DONE, Phase.FAILED)
 
 
 def balancedness_under(
@@ -77,6 +79,7 @@ class EffectMeter:
         self._older: _Reading | None = None
         self._newer: _Reading | None = None
         self._seen: Change | None = None
+        self._over = False  # its window has passed
         # Of the change that is seen: choices of hosts before it, and the totals at its end.
         self._before: dict[str, float] = {}
         self._ended: _Reading | None = None
@@ -94,13 +97,14 @@ class EffectMeter:
         if last is not self._seen:
             # The next change ends the measuring of the one before.
             self._close(loads, hosts, now)
-            self._seen, self._ended = last, None
+            self._seen, self._ended, self._over = last, None, False
             self._before = self._lately(loads, now)
-        if last is not None and last.effect is None and last.phase in (Phase.DONE, Phase.FAILED):
+        if last is not None and last.phase in _STANDS and not self._over:
             if self._ended is None:
                 self._ended, self._brought = _Reading.of(loads, now), published
             elif now - self._ended.at >= self._window_s:
                 self._close(loads, hosts, now)
+                self._over = True
         if self._newer is None or now - self._newer.at >= self._window_s:
             self._older, self._newer = self._newer, _Reading.of(loads, now)
 
@@ -113,9 +117,9 @@ class EffectMeter:
 
     def _close(self, loads: LoadTracker, hosts: Sequence[PoolHost], now: float) -> None:
         change, ended, brought = self._seen, self._ended, self._brought
-        if change is None or ended is None or brought is None or change.effect is not None:
+        if self._over or change is None or ended is None or brought is None:
             return
-        if now - ended.at < _LEAST_S:
+        if change.phase not in _STANDS or now - ended.at < _LEAST_S:
             return
         reading = _Reading.of(loads, now)
         counts = ended.counts_until(reading)

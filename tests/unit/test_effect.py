@@ -123,3 +123,26 @@ def test_a_change_that_is_under_way_or_rolled_back_is_not_measured() -> None:
     world.run(20, 1, 1)
     assert change.effect is None
     assert change.describe(world.now)["measured"] is None
+
+
+def test_load_that_comes_long_behind_a_change_is_not_its_effect() -> None:
+    world = World()
+    world.run(10, 1, 1)
+    change = world.begin()
+    world.end()
+    world.run(20, 0, 0)
+    world.run(20, 8, 0)
+    assert change.effect is None
+
+
+def test_a_change_that_is_rolled_back_while_it_is_measured_has_no_effect() -> None:
+    world = World()
+    world.run(10, 1, 1)
+    change = world.begin()
+    world.end()
+    world.run(2, 8, 0)
+    world.changes.rolled_back(change, world.now)
+    world.run(20, 8, 0)
+    world.begin()
+    world.tick()
+    assert change.effect is None
