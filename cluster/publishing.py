@@ -108,8 +108,8 @@ class Publisher:
         self._told.pop(host, None)
 
     def _knows_routers(self, now: float) -> bool:
-        """Behind a change of controllers, and when this one was frozen and heard nobody, routers get
-        a lease's time to say that they live."""
+        """Behind a change of controllers, and when this one was frozen and heard nobody, there is
+        a lease's time for routers to say that they live."""
         if self._since is None or now - self._looked > self._lease_s / 2:
             self._since = now
         self._looked = now
