@@ -136,10 +136,12 @@ class Cluster:
     ) -> Trace:
         """The load of the next ``seconds``, window by window; `write_trace` keeps it. It ends
         early when ``stop`` is set. Raises RequestError and ClusterError."""
+        from .actors.ray_border import ask, controller_of
         from .traces import record
 
+        namespace = self._join()
         return record(
-            lambda: self._ask("totals"),
+            lambda: ask(controller_of(namespace).totals.remote(), 10.0, "the load so far"),
             seconds,
             window_s,
             stop=stop or Event(),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -199,9 +200,12 @@ def test_the_watchdog_stands_in_status_and_among_rays_metrics(
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
     def figures() -> dict[str, float]:
-        lines = [line for line in httpx.get(address).text.splitlines() if "moesaic_" in line]
-        mine = [line for line in lines if f'cluster="{pool.name}"' in line]
-        return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in mine}
+        """Name -> value; those of all states of hosts added up."""
+        found: dict[str, float] = defaultdict(float)
+        for line in httpx.get(address).text.splitlines():
+            if "moesaic_" in line and f'cluster="{pool.name}"' in line:
+                found[line.partition("{")[0]] += float(line.rpartition(" ")[2])
+        return found
 
     wait_until(lambda: "ray_moesaic_term" in figures())
     found = figures()
