@@ -10,26 +10,28 @@ import asyncio
 import logging
 import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from ..cluster.control import Control, ControlPolicy
+from ..cluster.control import Control
+from ..cluster.fleet import Fleet, FleetGroup
 from ..cluster.load import LoadReport
 from ..cluster.loading import Load
 from ..cluster.observed import Observation, without
 from ..cluster.orders import Evict, MakePlan, Publish
 from ..cluster.placement import LayerKey, ModelShape, Placement
-from ..cluster.plan import PoolHost
+from ..cluster.policy import ControlPolicy
+from ..cluster.scaling_spec import AutoscaleSpec
 from ..cluster.watchdog import Watchdog
 from ..proto.errors import ClusterError, MoesaicError, Superseded
 from .host import HostReport
 from .operations import Operations
 from .overview import Overview
 from .store import ModelRef
-from .term import claim_term, kept_wishes
+from .term import claim_term, kept_fleet, kept_wishes
 
 log = logging.getLogger(__name__)
 
@@ -46,26 +48,32 @@ class Controller(Operations, Overview):
     def __init__(
         self,
         namespace: str,
-        hosts: Sequence[PoolHost],
+        groups: Sequence[FleetGroup],
         models: Sequence[tuple[ModelRef, ModelShape]],
         policy: ControlPolicy,
+        autoscale: AutoscaleSpec,
     ) -> None:
         super().__init__()
         self._namespace = namespace
-        self._hosts = tuple(host.name for host in hosts)
         self._term = claim_term(namespace)
-        self._control = Control(hosts, term=self._term, policy=policy)
+        self._fleet = Fleet(
+            groups, autoscale.policy, pending_s=autoscale.pending_s, kept=kept_fleet(namespace)
+        )
+        self._control = Control(self._fleet.pool_hosts(), term=self._term, policy=policy)
+        self._fleet.take_over(self._control)
         self._control.wishes = kept_wishes(namespace)
+        self._arriving: dict[str, asyncio.Task[bool]] = {}
+        self._kept_version, self._owner_asked = -1, time.monotonic()
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
         for ref, shape in models:
             self._adopt(ref, shape)
         self._handles: dict[str, Any] = {}
         self._reports: dict[str, HostReport] = {}
-        self._states: dict[str, str] = dict.fromkeys(self._hosts, "starting")
+        self._states: dict[str, str] = {}
         self._errors: dict[str, str] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
-        self._evictions = dict.fromkeys(self._hosts, 0)  # that have ended
+        self._evictions: dict[str, int] = defaultdict(int)  # that have ended
         self._published = asyncio.Condition()
         self._ticks = 0
         self._tick_error = self._plan_error = ""
@@ -108,13 +116,14 @@ class Controller(Operations, Overview):
         except ValueError as error:
             raise ClusterError(str(error)) from error
         if ref.path is None:
-            for host in self._hosts:
+            for host in self._reports:
                 asked = self._handle(host).add_models.remote([(ref, shape)])
                 await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
-        return {
+        wanted = {
             host: [tuple(k) for k in self._control.wanted(host) if k.model == ref.name]
-            for host in self._hosts
+            for host in self._control.view.hosts
         }
+        return {host: keys for host, keys in wanted.items() if keys}
 
     async def models(self) -> list[tuple[ModelRef, ModelShape]]:
         return list(self._models.values())
@@ -125,7 +134,7 @@ class Controller(Operations, Overview):
 
     async def progress(self) -> tuple[int, int, str]:
         """(replicas held, replicas wanted, first load error) since the start."""
-        wanted = {host: self._control.wanted(host) for host in self._hosts}
+        wanted = {host: self._control.wanted(host) for host in self._control.view.hosts}
         held = sum(
             key.expert in report.holdings.get(LayerKey(key.model, key.layer), ())
             for host, report in self._reports.items()
@@ -156,7 +165,7 @@ class Controller(Operations, Overview):
 
     async def _tick(self) -> None:
         # Step 1: ask all hosts at once.
-        answers = await asyncio.gather(*(self._observe(host) for host in self._hosts))
+        answers = await asyncio.gather(*(self._observe(host) for host in self._control.view.hosts))
         # Step 2: adopt models that only the hosts still know of.
         for report in self._reports.values():
             for ref, shape in report.models:
@@ -169,6 +178,9 @@ class Controller(Operations, Overview):
         # Step 3: decide, and act.
         observed = {host: seen for host, seen in answers if seen != "late"}
         commands = self._control.tick(observed, time.monotonic())  # pyright: ignore[reportArgumentType]
+        for host in self._size(time.monotonic()):
+            for known in (self._handles, self._reports, self._states, self._errors):
+                known.pop(host, None)
         for command in commands:
             match command:
                 case Load():
@@ -184,6 +196,8 @@ class Controller(Operations, Overview):
 
     async def _observe(self, host: str) -> tuple[str, Any]:
         """(host, what it reports; None if Ray says it is gone; "late" if it did not answer)."""
+        if not await self._has_come(host):
+            return host, "late"
         forgetting = self._evicts[host][0].keys if host in self._evicts else ()
         try:
             asked = self._handle(host).report.remote(self._term, self._evictions[host])
@@ -282,9 +296,3 @@ class Controller(Operations, Overview):
     def _adopt(self, ref: ModelRef, shape: ModelShape) -> None:
         self._control.add_model(shape, on_disk=ref.path is not None)
         self._models[ref.name] = (ref, shape)
-
-    def _handle(self, host: str) -> Any:
-        # Ray types no actor's methods.
-        if host not in self._handles:
-            self._handles[host] = ray.get_actor(host, namespace=self._namespace)
-        return self._handles[host]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig
 
 from ..cluster.spec import Spec
 from ..proto.errors import ClusterError
@@ -42,7 +42,7 @@ def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
         config = TrunkConfig(
             namespace=namespace,
             model=ref,
-            name=f"trunk-{name}-{secrets.token_hex(3)}",
+            name=f"trunk-{name}",
             device=spec.trunk.device,
             threads=threads,
             policy=spec.timeouts.policy,
@@ -51,13 +51,17 @@ def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
             start_s=spec.timeouts.start_s,
         )
         deployment = Trunk.options(
-            name=f"Trunk-{name}", ray_actor_options=actor_options(spec.trunk, threads)
+            name=f"Trunk-{name}",
+            ray_actor_options=actor_options(spec.trunk, threads),
+            **_replicas(spec),
         )
         trunks[name] = deployment.bind(engine_factory(config))
     tokenizers = {name: _tokenizer(Path(ref.path or "")) for name, ref in models.items()}
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": endpoint.host, "port": port})
-        app = build(trunks, tokenizers, status=_status_source(namespace))
+        cold_start_s = spec.timeouts.start_s if spec.trunk.min_replicas == 0 else None
+        status = _status_source(namespace)
+        app = build(trunks, tokenizers, status=status, cold_start_s=cold_start_s)
         serve.run(app, name=app_name(spec), route_prefix="/", blocking=False)
     except (RayError, RuntimeError, ValueError) as error:
         raise ClusterError(f"endpoint: {error}") from error
@@ -67,6 +71,23 @@ def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
 def end_endpoint(spec: Spec) -> None:
     """End the trunks and the ingress. What is left of Serve ends with an embedded Ray."""
     serve.delete(app_name(spec))
+
+
+def _replicas(spec: Spec) -> dict[str, Any]:
+    trunk, scale = spec.trunk, spec.autoscale
+    if trunk.min_replicas == trunk.max_replicas:
+        return {"num_replicas": trunk.max_replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=trunk.min_replicas,
+            # The ingress asks each trunk for its limits before it serves.
+            initial_replicas=max(1, trunk.min_replicas),
+            max_replicas=trunk.max_replicas,
+            target_ongoing_requests=trunk.target_requests,
+            upscale_delay_s=scale.up_after_s,
+            downscale_delay_s=scale.down_after_s,
+        )
+    }
 
 
 def _engine_config(spec: Spec) -> EngineConfig:

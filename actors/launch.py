@@ -16,41 +16,25 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
-from ray.util import get_node_ip_address, placement_group, remove_placement_group
+from ray.util import placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ..cluster.fleet import Fleet
 from ..cluster.placement import ModelShape
-from ..cluster.residency import HostPolicy
 from ..cluster.spec import HostGroup, ModelSpec, Spec
 from ..models.source import resolve_model
 from ..models.trunk import expert_bytes, experts_layers, meta_model, read_config
 from ..proto.errors import ClusterError
 from .controller import Controller
 from .endpoint import check_port, end_endpoint, start_endpoint
-from .host import ExpertHost
-from .ray_border import CONTROLLER, actor_options, ask, namespace_of, start_ray
+from .keeper import HostKeeper, HostStarter
+from .ray_border import CONTROLLER, ask, namespace_of, start_ray
 from .store import ModelRef
-from .term import forget_all
+from .term import forget_all, forget_last
 
 # (what is being done, done, of how many)
 Progress = Callable[[str, int, int], None]
-
-
-class RayExpertHost(ExpertHost):
-    """An expert host as a Ray actor: knows its node from Ray."""
-
-    def __init__(
-        self, name: str, *, bind: str, device: str, policy: HostPolicy, threads: int
-    ) -> None:
-        super().__init__(
-            name,
-            node=ray.get_runtime_context().get_node_id(),
-            bind=get_node_ip_address() if bind == "node" else bind,
-            device=device,
-            policy=policy,
-            threads=threads,
-        )
 
 
 @dataclass(slots=True)
@@ -61,7 +45,7 @@ class Launched:
     namespace: str
     controller: Any
     models: dict[str, ModelRef]
-    hosts: dict[str, Any]
+    keeper: HostKeeper
     groups: list[PlacementGroup] = field(default_factory=list)
     url: str | None = None
     owns_ray: bool = False
@@ -69,8 +53,8 @@ class Launched:
     def close(self) -> None:
         if self.url is not None:
             end_endpoint(self.spec)
-        for actor in [self.controller, *self.hosts.values()]:
-            ray.kill(actor, no_restart=True)
+        ray.kill(self.controller, no_restart=True)
+        self.keeper.close()
         forget_all(self.namespace)
         for group in self.groups:
             remove_placement_group(group)
@@ -118,6 +102,7 @@ def describe(model: ModelSpec, progress: Progress) -> tuple[ModelRef, ModelShape
         experts={layer.layer: layer.num_experts for layer in layers},
         replicas=model.replicas,
         exact=model.exact,
+        idle_s=model.idle_s,
         expert_bytes=max(expert_bytes(layer, ref.torch_dtype) for layer in layers),
     )
 
@@ -129,41 +114,29 @@ def _start_actors(
     with contextlib.suppress(ValueError):
         ray.get_actor(CONTROLLER, namespace=namespace)
         raise ClusterError(f"name: a cluster {spec.name!r} is running; `moesaic down` ends it")
+    forget_last(namespace)
     groups: list[PlacementGroup] = []
-    hosts: dict[str, Any] = {}
-    threads = _host_threads(spec)
-    names = iter(spec.host_names())
-    for group in spec.hosts:
-        strategies = _strategies(group, groups, spec.timeouts.start_s)
-        for index in range(group.count):
-            name, _ = next(names)
-            cpu_threads = threads if group.threads == "auto" else group.threads
-            hosts[name] = (
-                ray.remote(RayExpertHost)
-                .options(
-                    name=name,
-                    namespace=namespace,
-                    max_restarts=-1,
-                    max_concurrency=4,
-                    scheduling_strategy=strategies[index],
-                    **actor_options(group, cpu_threads),
-                )
-                .remote(
-                    name,
-                    bind=spec.network.bind,
-                    device=group.device,
-                    policy=group.policy,
-                    threads=cpu_threads,
-                )
-            )
+    strategies = [
+        strategy
+        for group in spec.hosts
+        for strategy in _strategies(group, groups, spec.timeouts.start_s)
+    ]
+    fleet = [group.fleet for group in spec.hosts]
+    first = Fleet(fleet, spec.autoscale.policy, pending_s=spec.autoscale.pending_s)
+    starter = HostStarter(spec, namespace, _host_threads(spec))
+    hosts = {
+        name: starter.start(name, group, strategy)
+        for (name, group), strategy in zip(first.desired().items(), strategies, strict=True)
+    }
     controller = (
         ray.remote(Controller)
         .options(name=CONTROLLER, namespace=namespace, max_restarts=-1, num_cpus=0)
         .remote(
             namespace,
-            spec.pool_hosts(),
+            fleet,
             [(refs[name], shapes[name]) for name in refs],
             spec.balance.policy,
+            spec.autoscale,
         )
     )
     return Launched(
@@ -171,7 +144,7 @@ def _start_actors(
         namespace=namespace,
         controller=controller,
         models=dict(refs),
-        hosts=hosts,
+        keeper=HostKeeper(starter, controller, hosts),
         groups=groups,
         owns_ray=owns_ray,
     )
@@ -204,8 +177,8 @@ def _host_threads(spec: Spec) -> int:
 
 def _wait_loaded(launched: Launched, progress: Progress) -> None:
     deadline = time.monotonic() + launched.spec.timeouts.start_s
-    names = list(launched.hosts)
-    for index, (name, host) in enumerate(launched.hosts.items()):
+    names = list(launched.keeper.hosts)
+    for index, (name, host) in enumerate(list(launched.keeper.hosts.items())):
         progress("starting hosts", index, len(names))
         ask(host.entry.remote(), max(0.1, deadline - time.monotonic()), f"{name}: start")
     progress("starting hosts", len(names), len(names))

@@ -75,7 +75,8 @@ class Operations:
         self._wish(lambda wishes: unpinned(wishes, expert, self._host(host)))
 
     async def drain(self, host: str) -> None:
-        hosts = self._control.view.hosts
+        view = self._control.view
+        hosts = view.hosts.keys() - view.retiring
         self._wish(lambda wishes: drained(wishes, self._host(host), hosts))
 
     async def undrain(self, host: str) -> None:
@@ -94,6 +95,20 @@ class Operations:
             bytes_per_s=self._control.policy.bytes_per_s,
             unprotected_now=len(self._control.unprotected()),
         )
+
+    def _balance_status(self) -> dict[str, Any]:
+        now = time.monotonic()
+        control = self._control
+        last = control.changes.all[-1] if control.changes.all else None
+        return {
+            "auto": control.policy.auto,
+            "plan_age_s": None
+            if control.planned_at is None
+            else round(now - control.planned_at, 1),
+            "moves_pending": control.pending(),
+            "leaving": sorted(control.leaving),
+            "last_change": None if last is None else last.describe(now),
+        }
 
     def _change(self, number: int | None) -> Change:
         change = self._control.changes.find(number)

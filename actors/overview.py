@@ -15,6 +15,7 @@ from ..cluster.watchdog import Vitals, Watchdog
 from .host import HostReport
 from .metrics import PoolMetrics
 from .ray_border import cluster_of
+from .sizing import Sizing
 from .store import ModelRef
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 WATCH_S = 1.0
 
 
-class Overview:
+class Overview(Sizing):
     """What `Controller` inherits for `status`, `top` and recordings."""
 
     _control: Control
@@ -60,6 +61,7 @@ class Overview:
                 for name, number in self._control.publisher.routers(time.monotonic()).items()
             },
             "balance": self._balance_status(),
+            "size": self._size_status(time.monotonic()),
             "hosts": [self._host_status(host) for host in self._control.view.hosts],
             "models": [
                 {
@@ -70,6 +72,7 @@ class Overview:
                     "exact": shape.exact,
                     "layers": len(shape.experts),
                     "experts": sum(shape.experts.values()),
+                    "asleep": name in self._control.sleep.asleep,
                     "missing_experts": sum(1 for key in missing if key.model == name),
                 }
                 for name, (ref, shape) in self._models.items()
@@ -163,7 +166,10 @@ class Overview:
         }
 
     def _host_status(self, host: str) -> dict[str, Any]:
-        status: dict[str, Any] = {"host": host, "state": self._states[host]}
+        status: dict[str, Any] = {"host": host, "state": self._states.get(host, "starting")}
+        waiting = self._fleet.waiting(host, time.monotonic())
+        if waiting is not None:
+            status["waiting"] = waiting
         report = self._reports.get(host)
         if report is not None:
             status |= report.describe()

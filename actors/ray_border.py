@@ -37,8 +37,9 @@ def start_ray(spec: Spec) -> bool:
                 address=spec.ray.address, namespace=namespace_of(spec.name), log_to_driver=False
             )
             return False
-        wanted = sum(group.num_cpus * group.count for group in spec.hosts)
-        wanted += (spec.trunk.num_cpus + 1) * max(1, len(spec.models))
+        wanted = sum(group.num_cpus * group.most for group in spec.hosts)
+        trunks = spec.trunk.num_cpus * spec.trunk.max_replicas
+        wanted += (trunks + 1) * max(1, len(spec.models))
         ray.init(
             address="local",
             namespace=namespace_of(spec.name),
@@ -66,10 +67,10 @@ def ask(ref: Any, timeout_s: float, what: str) -> Any:
             raise cause from None
         raise ClusterError(f"{what}: {cause!r}") from error
     except RayError as error:
-        raise ClusterError(f"{what}: {_last_line(error)}") from error
+        raise ClusterError(f"{what}: {last_line(error)}") from error
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
     """Ray's messages end with what happened, behind a trace of the other process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

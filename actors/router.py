@@ -117,13 +117,14 @@ class Router:
             with self._lock:
                 if self._ready(layers):
                     return
+                self._dispatcher.unplaced = next(iter(self._unplaced(layers)), None)
                 # Short, so that `place` gets the lock.
                 self._wait(min(deadline, time.monotonic() + 0.05))
             if time.monotonic() >= deadline:
                 states = {h: s.state.value for h, s in self._dispatcher.hosts.items()}
                 raise ClusterError(
                     f"router {self.name}: not ready after {timeout_s:g} s: hosts {states}, "
-                    f"{self._unplaced(layers)} of {len(layers)} layers not placed"
+                    f"{len(self._unplaced(layers))} of {len(layers)} layers not placed"
                 )
 
     def stats(self) -> RouterStats:
@@ -150,9 +151,12 @@ class Router:
                 self._take_placements()
             placement = self._dispatcher.placement
             number = placement.number if placement is not None else None
+            unplaced = self._dispatcher.unplaced
+            asked = () if unplaced is None else (unplaced,)
             if not counted:
-                return LoadReport(router=self.name, number=number)
-            return self._dispatcher.meter.take(self.name, number)
+                return LoadReport(router=self.name, number=number, unplaced=asked)
+            self._dispatcher.unplaced = None
+            return self._dispatcher.meter.take(self.name, number, asked)
         finally:
             if counted:
                 self._lock.release()
@@ -313,9 +317,9 @@ class Router:
         while not self._placements.empty():
             self._execute(self._dispatcher.place(self._placements.get_nowait(), _now()))
 
-    def _unplaced(self, layers: Sequence[LayerKey]) -> int:
+    def _unplaced(self, layers: Sequence[LayerKey]) -> list[LayerKey]:
         placement = self._dispatcher.placement
-        return sum(1 for key in layers if placement is None or key not in placement.layers)
+        return [key for key in layers if placement is None or key not in placement.layers]
 
     def _ready(self, layers: Sequence[LayerKey]) -> bool:
         hosts = self._dispatcher.hosts.values()

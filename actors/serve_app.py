@@ -124,7 +124,9 @@ class Trunk:
 class TrunkClient:
     """A trunk's ``Engine.generate`` in another process; the one class that maps Ray's errors."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, cold_start_s: float | None = None) -> None:
+        """With ``cold_start_s`` there may be no trunk: the first token may take so long."""
+        self._cold_start_s = cold_start_s
         self._handle = handle
         self._stream = handle.options(stream=True)
 
@@ -136,9 +138,11 @@ class TrunkClient:
             self._stream.generate.remote(request_id, list(prompt_ids), sampling),
         )
         finished = False
+        patience_s = self._cold_start_s or PATIENCE_S
         try:
             while not finished:
-                item = await self._next(items)
+                item = await self._next(items, patience_s)
+                patience_s = PATIENCE_S
                 if isinstance(item, Failure):
                     finished = True
                     raise item.error()
@@ -154,15 +158,15 @@ class TrunkClient:
             if not finished:
                 items.cancel()
 
-    async def _next(self, items: DeploymentResponseGenerator[Item]) -> Item:
+    async def _next(self, items: DeploymentResponseGenerator[Item], patience_s: float) -> Item:
         """Waits as long as the trunk answers questions: the request may be behind many others."""
         waiting = asyncio.ensure_future(items.__anext__())
         try:
             while True:
-                await asyncio.wait({waiting}, timeout=PATIENCE_S)
+                await asyncio.wait({waiting}, timeout=patience_s)
                 if waiting.done():
                     return waiting.result()
-                stats = await self.stats()
+                stats = await self._ask_stats()
                 if not stats["healthy"]:
                     raise EngineError(f"the trunk does not answer: {stats['last_error']}")
         finally:
@@ -173,7 +177,13 @@ class TrunkClient:
             return await self._question("limits")
 
     async def stats(self) -> dict[str, Any]:
-        """The trunk's statistics, or why there are none."""
+        """The trunk's statistics, or why there are none. A trunk that may sleep is not asked: the
+        question would keep it awake."""
+        if self._cold_start_s is not None:
+            return {"healthy": True, "starts_with_the_first_request": True}
+        return await self._ask_stats()
+
+    async def _ask_stats(self) -> dict[str, Any]:
         try:
             async with asyncio.timeout(QUESTION_TIMEOUT_S):
                 return await self._question("stats")
@@ -194,8 +204,9 @@ class Ingress:
         trunks: dict[str, DeploymentHandle],
         tokenizers: dict[str, Callable[[], PreTrainedTokenizerBase]],
         status: StatusSource | None,
+        cold_start_s: float | None,
     ) -> None:
-        self._trunks = {name: TrunkClient(handle) for name, handle in trunks.items()}
+        self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
         self._tokenizers = tokenizers
         self._more_status = status
 
@@ -221,9 +232,11 @@ def build(
     tokenizers: Mapping[str, Callable[[], PreTrainedTokenizerBase]],
     *,
     status: StatusSource | None = None,
+    cold_start_s: float | None = None,
 ) -> Application:
     """The application for ``serve.run``: model names -> ``Trunk.bind(engine_factory)``.
 
-    ``status`` is called in the ingress; what it answers is merged into ``/status``.
+    ``status`` is called in the ingress; what it answers is merged into ``/status``. With
+    ``cold_start_s`` trunks may scale to zero, and take so long to come back.
     """
-    return Ingress.bind(dict(trunks), dict(tokenizers), status)
+    return Ingress.bind(dict(trunks), dict(tokenizers), status, cold_start_s)

@@ -1,4 +1,5 @@
-"""Terms of controllers, and what operators asked for, in Ray's key-value store.
+"""Terms of controllers, what operators asked for, and which hosts there are, in Ray's key-value
+store.
 
 A term is claimed by putting its key if it is absent, so that no two controllers ever have the
 same; a later one is higher, even where the store was lost, because it is no lower than the clock.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 from ray.experimental.internal_kv import (
     _internal_kv_del,
@@ -18,7 +20,7 @@ from ray.experimental.internal_kv import (
 from ..cluster.placement import ExpertKey
 from ..cluster.plan import Wishes
 
-_LATEST, _WISHES = "latest-term", "wishes"
+_LATEST, _WISHES, _FLEET = "latest-term", "wishes", "fleet"
 
 
 def claim_term(namespace: str) -> int:
@@ -51,6 +53,22 @@ def kept_wishes(namespace: str) -> Wishes:
         pins={ExpertKey(m, la, e): frozenset(hosts) for m, la, e, hosts in value["pins"]},
         leaving=frozenset(value["leaving"]),
     )
+
+
+def keep_fleet(namespace: str, value: dict[str, Any]) -> None:
+    """`Fleet.keep`, for a controller that starts anew."""
+    _internal_kv_put(_FLEET, json.dumps(value), overwrite=True, namespace=namespace)
+
+
+def kept_fleet(namespace: str) -> dict[str, Any] | None:
+    text = _internal_kv_get(_FLEET, namespace=namespace)
+    return json.loads(text) if text else None
+
+
+def forget_last(namespace: str) -> None:
+    """What a cluster of the same name left whose owner was killed."""
+    for key in (_WISHES, _FLEET):
+        _internal_kv_del(key, namespace=namespace)
 
 
 def forget_all(namespace: str) -> None:

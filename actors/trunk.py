@@ -7,9 +7,10 @@ Used inside the Serve replica that serves a model, and by `Cluster.from_pretrain
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ def engine_factory(config: TrunkConfig) -> Callable[[], Engine]:
     """For `serve_app.Trunk`: builds the engine in the replica's own process."""
 
     def build() -> Engine:
-        return _PoolEngine(open_trunk(config), config.engine)
+        # Each replica is a router of its own to the controller.
+        own = replace(config, name=f"{config.name}-{secrets.token_hex(3)}")
+        return _PoolEngine(open_trunk(own), config.engine)
 
     return build

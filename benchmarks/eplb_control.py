@@ -71,8 +71,8 @@ def _replicas(copies_H: np.ndarray, names: list[str]) -> tuple[Replica, ...]:
 
 
 class EplbControl(Control):
-    def plan_for(self, now: float, *, budget: int | None = None) -> MakePlan:
-        asked = super().plan_for(now, budget=budget)
+    def plan_for(self, now: float, *, budget: int | None = None, fill: int = 0) -> MakePlan:
+        asked = super().plan_for(now, budget=budget, fill=fill)
         if not asked.balance:
             return asked  # the first placement, and hosts that come and go
         self.loader.slots = {host: 2 * slots for host, slots in self.loader.slots.items()}

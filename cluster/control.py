@@ -13,15 +13,15 @@ No Ray, and the clock is an argument: `actors/controller.py` brings both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-
-import numpy as np
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from .changes import Change, Changes
 from .effect import EffectMeter
 from .load import LoadReport, LoadTracker
 from .loading import Loader
+from .members import Members
 from .observed import Observation, View
 from .orders import Command, Evict, MakePlan, Publish
 from .placement import (
@@ -31,36 +31,24 @@ from .placement import (
     ModelShape,
     Number,
     Placement,
-    Replica,
+    every_expert,
     experts_of,
 )
-from .plan import Plan, Policy, PoolHost, Wishes
+from .plan import Plan, PoolHost, Wishes
+from .policy import ControlPolicy
 from .publishing import Publisher
+from .room import with_room
+from .sleep import Sleep
 
-# Room beside what models need, for replicas of hot experts, where a host's slots are not given.
-_HEADROOM = 1.25
 # A plan without moves is taken for its shares if some layer gains so much.
 _WORTH = 0.02
 # How many times `every_s` the balancer keeps still behind a rollback or a move that failed.
 _REST = 10
+# For how long a new host is taken to stay: what it loads pays.
+_FOR_GOOD_S = 1e9
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlPolicy:
-    """When the controller acts, and how fast. Seconds and bytes."""
-
-    balance: Policy = field(default_factory=Policy)
-    auto: bool = True  # whether it balances by itself
-    every_s: float = 10.0
-    budget: float = 0.05  # part of all replicas that one balancing may load
-    gone_s: float = 30.0  # a host that is away for so long is planned around
-    lease_s: float = 10.0  # a router that is silent for so long holds nothing up
-    bytes_per_s: float = 200e6  # that one host loads in the background
-    batch_bytes: int = 64 << 20
-    retry_s: float = 5.0  # behind a load that failed
-
-
-class Control:
+class Control(Members):
     """The one writer of placements."""
 
     def __init__(
@@ -83,6 +71,7 @@ class Control:
         # Experts for which no host has room.
         self.unplaced: tuple[ExpertKey, ...] = ()
         self.models: dict[str, ModelShape] = {}
+        self.sleep = Sleep()
         self._target: dict[LayerKey, LayerPlacement] | None = None
         self._target_version = 0
         self._wanted: dict[str, list[ExpertKey]] = {}
@@ -121,6 +110,7 @@ class Control:
     def hear(self, report: LoadReport, now: float) -> None:
         """A router says what it counted and which placement it follows."""
         self.loads.hear(report)
+        self.sleep.hear(report, now)
         self.publisher.acknowledged(report.router, report.number, now)
 
     def load_failed(self, host: str, keys: Sequence[ExpertKey], error: str, now: float) -> None:
@@ -157,22 +147,26 @@ class Control:
             self._wanted[host] = experts_of(self._target or {}, host)
         return self._wanted[host]
 
+    def is_free(self, host: str, now: float) -> bool:
+        """Whether a retired host holds nothing, gets nothing, and no router knows it any more."""
+        idle = host in self.view.retiring and self.view.empty(host) and not self.wanted(host)
+        return idle and self.view.is_known(host) and self.publisher.has_left(host, now)
+
     def missing(self) -> dict[ExpertKey, str]:
         """Experts that no host holds now, and why."""
         return {
             key: "loading" if key.model in self.loader.on_disk else "lost: its model was in memory"
-            for key in self._every_expert()
+            for key in every_expert(self._awake())
             if not self.view.holders(key)
         }
 
     def unprotected(self) -> list[ExpertKey]:
         """Experts that the loss of one failure domain would take away."""
-        return [key for key in self._every_expert() if len(self.view.domains(key)) == 1]
+        return [key for key in every_expert(self._awake()) if len(self.view.domains(key)) == 1]
 
     def staying(self, now: float) -> list[PoolHost]:
         """Hosts that are to hold experts."""
-        names = self.view.usable(now) - self.wishes.leaving
-        return [self.view.hosts[name] for name in sorted(names)]
+        return [self.view.hosts[name] for name in sorted(self.view.usable(now) - self.leaving)]
 
     def pending(self) -> int:
         """Replicas that the target names and that are still to come."""
@@ -187,6 +181,12 @@ class Control:
         self._now = now
         self.view.note(reports, now)
         self.loads.advance(now)
+        self.sleep.advance(
+            self.models.values(),
+            on_disk=self.loader.on_disk,
+            appeared=self.publisher.appeared,
+            now=now,
+        )
         # Step 2: plan anew where the last plan does not fit any more, or balance.
         commands: list[Command] = self._replan(now)
         target = self._target if self._target is not None else self._standing()
@@ -206,27 +206,26 @@ class Control:
             self._nothing_pending = not self.pending()
         # Step 5: let hosts forget what no router can ask for any more.
         if self._target is not None:
-            evictable = self.publisher.evictable(target, now)
+            evictable = self.publisher.evictable(target, now, self.sleep.asleep)
             commands += [
                 Evict(host=host, keys=tuple(evictable[host])) for host in idle if host in evictable
             ]
             if self._nothing_pending:
                 self.changes.done(now)
         # Step 6: measure what the last change brought.
-        last, hosts = self.changes.find(None), self.staying(now)
-        self.effects.tick(last, self.placement, self.loads, hosts, now)
+        last = self.changes.find(None)
+        self.effects.tick(last, self.placement, self.loads, self.staying(now), now)
         return commands
 
     # ---- step 2: the target ---------------------------------------------------------------------
 
     def _replan(self, now: float) -> list[Command]:
         usable = self.view.usable(now)
-        if self._asked is not None or not usable - self.wishes.leaving:
-            return []  # a plan is being made, or there is nowhere to go: what stands goes on
-        if self._target is None and not usable <= self.view.seen.keys():
-            return []
+        started = self._target is not None or usable <= self.view.seen.keys()
+        if self._asked is not None or not started or not usable - self.leaving:
+            return []  # a plan is being made, hosts are to come, or all leave: what stands goes on
         if self._planned_for != self._key(now):
-            self._asked = self.plan_for(now, budget=0)
+            self._asked = self.plan_for(now, budget=0, fill=self._unused())
         elif self.policy.auto and now >= self._next_balance and self._nothing_pending:
             self._next_balance = now + self.policy.every_s
             self._asked = self.plan_for(now)
@@ -250,26 +249,39 @@ class Control:
         """Whether nothing has changed that a plan was asked for."""
         return (asked.key, asked.version) == (self._key(now), self._target_version)
 
-    def plan_for(self, now: float, *, budget: int | None = None) -> MakePlan:
+    def plan_for(self, now: float, *, budget: int | None = None, fill: int = 0) -> MakePlan:
         """The question what would be best now; ``budget`` is that of moves for balance, the
-        policy's part of all replicas if it is not given."""
+        policy's part of all replicas if it is not given. With ``fill``, so many new hosts are
+        to get their part, whether it pays or not."""
         self.planned_at = now
         rate = self.loads.choices_per_busy_s()
-        hosts = self._with_room([self.view.hosts[name] for name in sorted(self.view.usable(now))])
+        hosts = with_room(
+            [self.view.hosts[name] for name in sorted(self.view.usable(now))],
+            self.models.values(),
+            redundancy=self.policy.balance.redundancy,
+            leaving=self.leaving,
+            held={name: len(self.wanted(name)) for name in self.view.hosts},
+        )
         self.loader.slots = {host.name: host.slots for host in hosts if host.slots is not None}
         most = self._budget() if budget is None else budget
+        policy = replace(
+            self.policy.balance,
+            # Without a measure of the hosts' work nothing can be said to pay.
+            budget=most if rate is not None else 0,
+            load_bytes_per_s=self.policy.bytes_per_s,
+        )
+        if fill:
+            # Of many hosts an idle one costs little balance; it would be left as it is.
+            even = max(policy.target, 1 - 0.25 / len(hosts))
+            part = math.ceil(self._replicas() / len(hosts)) * fill
+            policy = replace(policy, budget=part, enough=even, target=even, horizon_s=_FOR_GOOD_S)
         return MakePlan(
-            models=list(self.models.values()),
+            models=self._awake(),
             hosts=[replace(host, speed=host.speed * (rate or 1.0)) for host in hosts],
             current=dict(self._target) if self._target is not None else self._standing(),
             loads=self.loads.forecast(),
-            policy=replace(
-                self.policy.balance,
-                # Without a measure of the hosts' work nothing can be said to pay.
-                budget=most if rate is not None else 0,
-                load_bytes_per_s=self.policy.bytes_per_s,
-            ),
-            wishes=self.wishes,
+            policy=policy,
+            wishes=replace(self.wishes, leaving=self.leaving),
             key=self._key(now),
             version=self._target_version,
             balance=budget is None,
@@ -300,25 +312,23 @@ class Control:
         self._wanted.clear()
 
     def _key(self, now: float) -> object:
-        return self.view.usable(now), tuple(self.models.values()), self.wishes
+        return self.view.usable(now), tuple(self._awake()), self.wishes, self.leaving
 
-    def _with_room(self, hosts: list[PoolHost]) -> list[PoolHost]:
-        """Hosts without slots and memory get an even part of what models need, and some more."""
-        copies = self.policy.balance.redundancy + 1
-        needed = sum(
-            sum(shape.experts.values()) * max(copies, shape.replicas)
-            for shape in self.models.values()
-        )
-        staying = max(1, sum(host.name not in self.wishes.leaving for host in hosts))
-        slots = int(np.ceil(_HEADROOM * needed / staying)) + 1
-        return [
-            replace(host, slots=slots) if host.slots is None and host.memory_bytes is None else host
-            for host in hosts
-        ]
+    def _unused(self) -> int:
+        """Hosts that are there and that nothing was planned for yet."""
+        if self._target is None:
+            return 0
+        there = self.view.seen.keys() - self.leaving
+        return sum(self.view.empty(host) and not self.wanted(host) for host in there)
+
+    def _replicas(self) -> int:
+        return sum(len(r) for layer in (self._target or {}).values() for r in layer.replicas)
 
     def _budget(self) -> int:
-        replicas = sum(len(r) for layer in (self._target or {}).values() for r in layer.replicas)
-        return max(1, int(self.policy.budget * replicas))
+        return max(1, int(self.policy.budget * self._replicas()))
+
+    def _awake(self) -> list[ModelShape]:
+        return self.sleep.awake(self.models.values())
 
     def _standing(self) -> dict[LayerKey, LayerPlacement]:
         """Where a controller that starts anew begins."""
@@ -329,19 +339,6 @@ class Control:
         layer = (self._target or {}).get(layer_key)
         if self._target is None or layer is None or host not in layer.hosts(key.expert):
             return
-        kept = [r for r in layer.replicas[key.expert] if r.host != host]
         # Somebody must stay: who holds it now.
-        names = [r.host for r in kept] or self.view.holders(key)
-        total = sum(r.share for r in kept)
-        shares = [r.share / total for r in kept] if total > 0 else [1 / len(names)] * len(names)
-        replicas = list(layer.replicas)
-        replicas[key.expert] = tuple(map(Replica, names, shares))
-        self._aim({**self._target, layer_key: LayerPlacement(tuple(replicas))})
-
-    # ---- parts ----------------------------------------------------------------------------------
-
-    def _every_expert(self) -> Iterator[ExpertKey]:
-        for shape in self.models.values():
-            for layer, experts in shape.experts.items():
-                for expert in range(experts):
-                    yield ExpertKey(shape.model, layer, expert)
+        left = layer.without(key.expert, host, otherwise=self.view.holders(key))
+        self._aim({**self._target, layer_key: left})

@@ -65,6 +65,8 @@ class Dispatcher:
         self._retrying = Budget(
             share=policy.retry_share, per_s=policy.retry_per_s, most=policy.retry_burst
         )
+        # The layer that was asked for last, if no placement names it: its model may be asleep.
+        self.unplaced: LayerKey | None = None
 
     @property
     def placement(self) -> Placement | None:
@@ -84,6 +86,8 @@ class Dispatcher:
         if self._call is not None:
             self._call.avoid.clear()
             self._call.apart.clear()
+            if self.outcome is None and self._call.key not in placement.layers:
+                self.unplaced = self._call.key
         return [*map(Disconnect, over), *self.tick(now)]
 
     # ---- one call -------------------------------------------------------------------------------
@@ -114,6 +118,7 @@ class Dispatcher:
         )
         self.outcome = None
         layer = self.placement.layers.get(key) if self.placement is not None else None
+        self.unplaced = key if layer is None else None
         if layer is not None:
             self.meter.count(key, ids_N, len(layer.replicas))
         return self.tick(now)
@@ -287,6 +292,8 @@ class Dispatcher:
         # transformers marks choices that belong to nobody with the number of experts.
         inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
         call.waiting_N = call.waiting_N[inside]
+        if not placement.host_order:
+            return []  # every host is gone
         host_n = self._peers.choose(call, call.waiting_N, now)
         still = [call.waiting_N[host_n < 0]]
         commands: list[Command] = []
@@ -331,20 +338,10 @@ class Dispatcher:
         return commands
 
     def _send(self, call: LayerCall, piece: Piece, attempt: int, now: float) -> Flight:
-        health, token_t, choice_tk = piece
         expires = min(now + self.policy.attempt_s * 2**call.misses, call.deadline)
-        send = Send(
-            host=health.entry.host,
-            incarnation=health.entry.incarnation,
-            seq=self._next_seq,
-            timeout_s=expires - now,
-            attempt=attempt,
-            token_t=token_t,
-            choice_tk=choice_tk,
-            ids_tk=np.where(choice_tk >= 0, call.ids_N[choice_tk], -1).astype(np.int32),
-        )
+        send = piece.send(call, self._next_seq, timeout_s=expires - now, attempt=attempt)
         self._next_seq += 1
-        health.sent(send.seq)
+        piece.health.sent(send.seq)
         flight = Flight(send, sent_at=now, expires=expires, hedge_at=float("inf"))
         call.live[send.seq] = flight
         return flight

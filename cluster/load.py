@@ -65,6 +65,7 @@ class LoadReport:
     number: Number | None
     counts: Mapping[LayerKey, np.ndarray] = field(default_factory=dict)  # (E,) int64 each
     hosts: Mapping[str, HostTimes] = field(default_factory=dict)
+    unplaced: tuple[LayerKey, ...] = ()  # asked for, and in no placement
 
 
 class LoadMeter:
@@ -92,9 +93,17 @@ class LoadMeter:
         times.queued_s += queued_us * 1e-6
         times.busy_s += busy_us * 1e-6
 
-    def take(self, router: str, number: Number | None) -> LoadReport:
+    def take(
+        self, router: str, number: Number | None, unplaced: tuple[LayerKey, ...] = ()
+    ) -> LoadReport:
         """Everything since the last time."""
-        report = LoadReport(router=router, number=number, counts=self._counts, hosts=self._hosts)
+        report = LoadReport(
+            router=router,
+            number=number,
+            counts=self._counts,
+            hosts=self._hosts,
+            unplaced=unplaced,
+        )
         self._counts, self._hosts = {}, {}
         return report
 

@@ -40,6 +40,10 @@ class Loader:
         """A new target: old failures say nothing about it."""
         self._failures.clear()
 
+    def forget(self, host: str) -> None:
+        """A host was removed."""
+        self._not_before.pop(host, None)
+
     def failed(self, host: str, keys: Sequence[ExpertKey], now: float) -> list[ExpertKey]:
         """A load ended without its replicas. Gives those that had failed before."""
         self._not_before[host] = now + self._retry_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,13 +44,35 @@ class View:
         """A host that is away for ``gone_s`` seconds is planned around."""
         self.hosts = {host.name: host for host in hosts}
         self.seen: dict[str, Observation] = {}
+        self.retiring: set[str] = set()  # hosts that are being taken out of the pool
         self.version = 0  # grows with whatever is seen to have changed
         self._gone_s = gone_s
         self._away_since: dict[str, float] = {}
+        self._arrived: set[str] = set()
+        self._heard_at: dict[str, float] = {}
+        self._now = 0.0
+
+    def add(self, host: PoolHost) -> None:
+        """A host that is to come; nothing is planned for it before it has reported."""
+        self.hosts[host.name] = host
+        self._away_since[host.name] = -math.inf
+
+    def remove(self, host: str) -> None:
+        del self.hosts[host]
+        self.seen.pop(host, None)
+        self._away_since.pop(host, None)
+        self.retiring.discard(host)
+        self._arrived.discard(host)
+        self._heard_at.pop(host, None)
+        self.version += 1
 
     def note(self, reports: Mapping[str, Observation | None], now: float) -> None:
         """None stands for a host that is gone; one that is missing did not answer in time."""
+        self._now = now
         for host, observation in reports.items():
+            if host not in self.hosts:
+                continue  # it was removed while it answered
+            self._heard_at[host] = now
             if self.seen.get(host) != observation:
                 self.version += 1
             if observation is None:
@@ -57,6 +80,10 @@ class View:
             else:
                 self.seen[host] = observation
                 self._away_since.pop(host, None)
+                self._arrived.add(host)
+        for host in [h for h in self.retiring & self.seen.keys() if self._is_lost(h)]:
+            del self.seen[host]
+            self.version += 1
         for host in self.hosts.keys() - self.seen.keys():
             self._away_since.setdefault(host, now)
 
@@ -67,6 +94,32 @@ class View:
             for host in self.hosts
             if host in self.seen or now - self._away_since.get(host, now) < self._gone_s
         )
+
+    def never_seen(self, host: str) -> bool:
+        """Whether a host has not reported once."""
+        return host not in self._arrived
+
+    def empty(self, host: str) -> bool:
+        """Whether a host holds nothing and nothing is on its way to it."""
+        seen = self.seen.get(host)
+        return seen is None or not (seen.loading or any(True for _ in seen.experts()))
+
+    def is_known(self, host: str) -> bool:
+        """Whether what is known of a host is of the last round."""
+        return host not in self.seen or self._heard_at.get(host) == self._now
+
+    def _is_lost(self, host: str) -> bool:
+        """Whether a host that is to leave has been silent for long, and nothing needs it."""
+        silent = self._now - self._heard_at.get(host, self._now) >= self._gone_s
+        return silent and all(len(self.holders(key)) > 1 for key in self.seen[host].experts())
+
+    def entries(self) -> dict[str, HostEntry]:
+        """Hosts that routers are to connect to."""
+        return {
+            host: seen.entry
+            for host, seen in self.seen.items()
+            if host not in self.retiring or not self.empty(host)
+        }
 
     def holders(self, key: ExpertKey) -> list[str]:
         return [host for host, seen in self.seen.items() if seen.holds(key)]

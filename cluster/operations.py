@@ -63,6 +63,16 @@ def undrained(wishes: Wishes, host: str) -> Wishes:
     return replace(wishes, leaving=wishes.leaving - {host})
 
 
+def forgotten(wishes: Wishes, host: str) -> Wishes:
+    """Without whatever names a host that was removed."""
+    pins = {key: hosts - {host} for key, hosts in wishes.pins.items()}
+    return replace(
+        wishes,
+        pins={key: hosts for key, hosts in pins.items() if hosts},
+        leaving=wishes.leaving - {host},
+    )
+
+
 def describe(plan: Plan, *, bytes_per_s: float, unprotected_now: int) -> dict[str, Any]:
     """A plan as plain values; ``bytes_per_s`` is how fast one host loads."""
     per_host: dict[str, int] = defaultdict(int)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .choosing import choose_hosts
-from .events import Command, Disconnect
+from .events import Command, Disconnect, Send
 from .health import HostHealth, HostState, RouterPolicy
 from .layer_call import LayerCall
 from .placement import Placement
@@ -28,6 +28,19 @@ class Piece(NamedTuple):
     @property
     def choices(self) -> np.ndarray:
         return self.choice_tk[self.choice_tk >= 0]
+
+    def send(self, call: LayerCall, seq: int, *, timeout_s: float, attempt: int) -> Send:
+        ids_tk = np.where(self.choice_tk >= 0, call.ids_N[self.choice_tk], -1)
+        return Send(
+            host=self.health.entry.host,
+            incarnation=self.health.entry.incarnation,
+            seq=seq,
+            timeout_s=timeout_s,
+            attempt=attempt,
+            token_t=self.token_t,
+            choice_tk=self.choice_tk,
+            ids_tk=ids_tk.astype(np.int32),
+        )
 
 
 class Peers:

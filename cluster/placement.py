@@ -6,7 +6,7 @@ that a router needs nothing else; a host that restarts appears as a new incarnat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -65,6 +65,17 @@ class LayerPlacement:
 
     def hosts(self, expert: int) -> tuple[str, ...]:
         return tuple(replica.host for replica in self.replicas[expert])
+
+    def without(self, expert: int, host: str, *, otherwise: Sequence[str]) -> LayerPlacement:
+        """The same without one replica; the others take its share, and if there is none, those
+        ``otherwise``."""
+        kept = [r for r in self.replicas[expert] if r.host != host]
+        names = [r.host for r in kept] or otherwise
+        total = sum(r.share for r in kept)
+        shares = [r.share / total for r in kept] if total > 0 else [1 / len(names)] * len(names)
+        replicas = list(self.replicas)
+        replicas[expert] = tuple(map(Replica, names, shares))
+        return LayerPlacement(tuple(replicas))
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,7 @@ class ModelShape:
     replicas: int = 1
     exact: bool = False
     expert_bytes: int = 0  # memory of one expert on a host
+    idle_s: float | None = None  # it falls asleep when nobody asks for it for so long; None: never
 
 
 def spread(models: Iterable[ModelShape], hosts: Sequence[str]) -> dict[LayerKey, LayerPlacement]:
@@ -164,6 +176,13 @@ def spread(models: Iterable[ModelShape], hosts: Sequence[str]) -> dict[LayerKey,
                 dealt.append(tuple(Replica(host, 1 / shape.replicas) for host in stand))
             layers[LayerKey(shape.model, layer)] = LayerPlacement(tuple(dealt))
     return layers
+
+
+def every_expert(models: Iterable[ModelShape]) -> Iterator[ExpertKey]:
+    for shape in models:
+        for layer, experts in shape.experts.items():
+            for expert in range(experts):
+                yield ExpertKey(shape.model, layer, expert)
 
 
 def experts_of(layers: Mapping[LayerKey, LayerPlacement], host: str) -> list[ExpertKey]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from .observed import View
 from .placement import (
@@ -35,6 +35,8 @@ class Publisher:
         self._routers: dict[str, tuple[Number | None, float]] = {}
         # Replicas that are held and not published, with the number that is to be acknowledged.
         self._retired: dict[tuple[ExpertKey, str], Number] = {}
+        # The last placement that told routers of each host.
+        self._told: dict[str, Number] = {}
 
     def acknowledged(self, router: str, number: Number | None, now: float) -> None:
         self._routers[router] = (number, self._listened(now))
@@ -62,25 +64,24 @@ class Publisher:
                         for e, replicas in enumerate(layer.replicas)
                     )
                 )
-        hosts = {host: seen.entry for host, seen in self._view.seen.items()}
+        hosts = self._view.entries()
         exact = frozenset(model for model, shape in models.items() if shape.exact)
         last = self.placement
         if last is not None and (last.hosts, last.layers, last.exact) == (hosts, layers, exact):
             return None
-        if not layers:
+        if last is None and not layers:
             return None
         self.number = Number(self.number.term, self.number.epoch + 1)
         self.placement = Placement(number=self.number, hosts=hosts, layers=layers, exact=exact)
+        self._told.update(dict.fromkeys(hosts, self.number))
         return self.placement
 
-    def evictable(self, target: Target, now: float) -> dict[str, list[ExpertKey]]:
-        """What each host holds that neither the target nor any live router's placement names."""
-        self._listened_s, self._looked = self._listened(now), now
-        if self.placement is None:
-            return {}
-        # Behind a change of controllers, routers get a lease's time to say that they live.
-        self._since_s = self._listened_s if self._since_s is None else self._since_s
-        if self._listened_s - self._since_s < self._lease_s:
+    def evictable(
+        self, target: Target, now: float, asleep: Collection[str] = ()
+    ) -> dict[str, list[ExpertKey]]:
+        """What each host holds that neither the target nor any live router's placement names. The
+        last replica of an expert stays, unless its model is ``asleep``."""
+        if not self._knows_routers(now) or self.placement is None:
             return {}
         named, wanted = _named(self.placement.layers), _named(target)
         held = {(key, host) for host, seen in self._view.seen.items() for key in seen.experts()}
@@ -91,13 +92,34 @@ class Publisher:
             # Models that this controller does not know may have been put just now.
             known = LayerKey(key.model, key.layer) in target
             spare = (key, host) not in wanted and len(self._view.holders(key)) > 1
-            if known and spare and all(ack is not None and ack >= number for ack in acknowledged):
+            spare = (known and spare) or key.model in asleep
+            if spare and all(ack is not None and ack >= number for ack in acknowledged):
                 found.setdefault(host, []).append(key)
         return found
 
     def _listened(self, now: float) -> float:
         passed_s = 0.0 if self._looked is None else now - self._looked
         return self._listened_s + min(passed_s, self._lease_s / 3)
+
+    def has_left(self, host: str, now: float) -> bool:
+        """Whether no live router follows a placement that tells of ``host``."""
+        if not self._knows_routers(now):
+            return False
+        if self.placement is not None and host in self.placement.hosts:
+            return False
+        # What an earlier controller told of it is over with any placement of this one.
+        told = self._told.get(host, Number(self.number.term, 0))
+        return all(ack is not None and ack > told for ack in self.routers(now).values())
+
+    def forget(self, host: str) -> None:
+        """A host was removed."""
+        self._told.pop(host, None)
+
+    def _knows_routers(self, now: float) -> bool:
+        """Behind a change of controllers, routers get a lease's time to say that they live."""
+        self._listened_s, self._looked = self._listened(now), now
+        self._since_s = self._listened_s if self._since_s is None else self._since_s
+        return self._listened_s - self._since_s >= self._lease_s
 
     def _ready(
         self, key: ExpertKey, target: tuple[Replica, ...], before: tuple[Replica, ...]

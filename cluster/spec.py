@@ -7,8 +7,6 @@ has a default that works on one machine, apart from the models.
 from __future__ import annotations
 
 import re
-import reprlib
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,11 +14,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..proto.errors import SpecError
-from .control import ControlPolicy
 from .emulation import Emulation
+from .fleet import FleetGroup
 from .health import RouterPolicy
-from .plan import Policy, PoolHost
+from .plan import Policy
+from .policy import ControlPolicy
 from .residency import HostPolicy
+from .scaling_spec import AutoscaleSpec, Cost
+from .spec_text import StrictLoader, problems
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -65,13 +66,15 @@ class Resources(_Part):
 
 
 class ModelSpec(_Part):
-    """One model: a folder, a hub id, or ``demo``."""
+    """One model: a folder, a hub id, or ``demo``. Its experts leave the hosts when nobody has asked
+    for it for ``idle_s``, and come back with the first call."""
 
     name: Name
     path: str = Field(min_length=1)
     dtype: Dtype = "float32"
     replicas: int = Field(default=1, ge=1, le=1024)
     exact: bool = False
+    idle_s: Annotated[float, Field(ge=1, le=31_536_000)] | None = None
 
 
 class HostGroup(Resources):
@@ -80,10 +83,15 @@ class HostGroup(Resources):
     ``slots`` and ``memory_gb`` bound the experts on one host; without both it gets an even part of
     what the models need and a quarter more. ``speed`` is relative to other groups, ``domain`` names
     what fails together; empty, it is the host alone. ``emulate`` lets each batch take the time of
-    another device, with one thread if ``threads`` is not given.
+    another device, with one thread if ``threads`` is not given. The group starts with ``count``
+    hosts; the autoscaler keeps them between ``min_count`` and ``max_count``, which are ``count`` by
+    default.
     """
 
     count: int = Field(default=2, ge=1, le=4096)
+    min_count: int | None = Field(default=None, ge=1, le=4096)
+    max_count: int | None = Field(default=None, ge=1, le=4096)
+    cost_per_hour: Cost = 1.0
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: Threads = "auto"
     slots: int | None = Field(default=None, ge=1, le=1 << 24)
@@ -108,7 +116,37 @@ class HostGroup(Resources):
     def _ordered(self) -> HostGroup:
         if not self.max_rows <= self.max_batch_rows <= self.max_queue_rows:
             raise ValueError("max_rows <= max_batch_rows <= max_queue_rows must hold")
+        if not self.least <= self.count <= self.most:
+            raise ValueError("min_count <= count <= max_count must hold")
+        if self.spread != "none" and self.least != self.most:
+            raise ValueError("a placement group (spread) is fixed: leave min_count, max_count out")
         return self
+
+    @property
+    def least(self) -> int:
+        return self.count if self.min_count is None else self.min_count
+
+    @property
+    def most(self) -> int:
+        return self.count if self.max_count is None else self.max_count
+
+    @property
+    def fleet(self) -> FleetGroup:
+        wants = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        needs = [f"{amount:g} {name}" for name, amount in wants.items() if amount]
+        needs += [f"{name}={value}" for name, value in self.labels.items()]
+        return FleetGroup(
+            count=self.count,
+            min_count=self.least,
+            max_count=self.most,
+            cost_per_hour=self.cost_per_hour,
+            slots=self.slots,
+            memory_bytes=None if self.memory_gb is None else int(self.memory_gb * 2**30),
+            speed=self.speed,
+            domain=self.domain,
+            fixed=self.spread != "none",
+            needs=", ".join(needs) or "nothing",
+        )
 
     @property
     def policy(self) -> HostPolicy:
@@ -121,7 +159,9 @@ class HostGroup(Resources):
 
 
 class TrunkSpec(Resources):
-    """The process that holds a model's trunk, and the batch it runs."""
+    """The process that holds a model's trunk, and the batch it runs. Serve keeps between
+    ``min_replicas`` and ``max_replicas`` of them, so that each has about ``target_requests``; with
+    ``min_replicas: 0`` the first request starts one."""
 
     engine: Literal["transformers"] = "transformers"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -130,6 +170,15 @@ class TrunkSpec(Resources):
     max_waiting: int = Field(default=256, ge=0, le=1 << 20)
     max_batch_tokens: int = Field(default=512, ge=1, le=1 << 20)
     cache_tokens: int = Field(default=16_384, ge=64, le=1 << 28)
+    min_replicas: int = Field(default=1, ge=0, le=1024)
+    max_replicas: int = Field(default=1, ge=1, le=1024)
+    target_requests: float = Field(default=16.0, gt=0, le=4096)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TrunkSpec:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas <= max_replicas must hold")
+        return self
 
 
 class BalanceSpec(_Part):
@@ -206,6 +255,7 @@ class Spec(_Part):
     endpoint: EndpointSpec | None = EndpointSpec()
     timeouts: TimeoutSpec = TimeoutSpec()
     balance: BalanceSpec = BalanceSpec()
+    autoscale: AutoscaleSpec = AutoscaleSpec()
 
     @model_validator(mode="after")
     def _consistent(self) -> Spec:
@@ -227,24 +277,6 @@ class Spec(_Part):
     def num_hosts(self) -> int:
         return sum(group.count for group in self.hosts)
 
-    def pool_hosts(self) -> list[PoolHost]:
-        """All hosts as the planner knows them."""
-        return [
-            PoolHost(
-                name=name,
-                slots=group.slots,
-                memory_bytes=None if group.memory_gb is None else int(group.memory_gb * 2**30),
-                speed=group.speed,
-                domain=group.domain,
-            )
-            for name, group in self.host_names()
-        ]
-
-    def host_names(self) -> list[tuple[str, HostGroup]]:
-        """(name, group) of every host."""
-        groups = [group for group in self.hosts for _ in range(group.count)]
-        return [(f"host-{index}", group) for index, group in enumerate(groups)]
-
 
 def parse_spec(values: Any, *, source: str = "spec") -> Spec:
     """A spec from plain values. Raises SpecError that names each key's path."""
@@ -255,57 +287,7 @@ def parse_spec(values: Any, *, source: str = "spec") -> Spec:
     try:
         return Spec.model_validate(values)
     except ValidationError as error:
-        raise SpecError(f"{source}: {_problems(error, values)}") from error
-
-
-def _problems(error: ValidationError, values: dict[Any, Any]) -> str:
-    """One sentence for each path that is wrong."""
-    texts: dict[str, list[str]] = defaultdict(list)
-    given: dict[str, str] = {}
-    for problem in error.errors(include_url=False, include_context=False):
-        path = _path(problem["loc"], values)
-        text = problem["msg"].removeprefix("Value error, ")
-        texts[path].append("unknown key" if problem["type"] == "extra_forbidden" else text)
-        if path and problem["type"] != "missing":
-            given[path] = f" (got {_short(problem['input'])})"
-    return "; ".join(
-        (f"{path}: " if path else "") + " or ".join(found) + given.get(path, "")
-        for path, found in texts.items()
-    )
-
-
-def _path(loc: tuple[int | str, ...], values: Any) -> str:
-    """The keys of ``loc``, without the members of unions that pydantic puts behind them."""
-    steps = []
-    for step in loc:
-        if not isinstance(values, dict | list | tuple):
-            break
-        steps.append(str(step))
-        try:
-            values = values[step]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        except (LookupError, TypeError):
-            values = None
-    return ".".join(steps)
-
-
-def _short(value: Any) -> str:
-    # Aliases can make a few lines of YAML enormous when they are written out.
-    text = reprlib.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-class _Loader(yaml.SafeLoader):
-    """The second of two equal keys would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        raise SpecError(f"{source}: {problems(error, values)}") from error
 
 
 def load_spec(path: str | Path) -> Spec:
@@ -316,7 +298,7 @@ def load_spec(path: str | Path) -> Spec:
     except (OSError, ValueError) as error:
         raise SpecError(f"{file}: cannot be read: {error}") from error
     try:
-        values = yaml.load(text, Loader=_Loader)
+        values = yaml.load(text, Loader=StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     return parse_spec(values, source=str(file))

@@ -8,7 +8,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -198,6 +198,32 @@ class Cluster:
     def undrain(self, host: str) -> None:
         """Let a host that was drained hold experts again. Raises ClusterError."""
         self._ask("undrain", host)
+
+    def scale(
+        self,
+        count: int,
+        group: int = 0,
+        *,
+        timeout_s: float = 600.0,
+        watch: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Let a group of hosts have ``count`` hosts, and wait until it does; requests do not
+        notice. ``watch`` is called again and again with what is still to come. Gives how it ended:
+        the hosts that came and left, and a ``phase``, "no room" where hosts wait for machines.
+        Asked for again, it goes on waiting. Raises ClusterError."""
+        deadline = time.monotonic() + timeout_s
+        scaling = self._ask("scale", count, group, getpass.getuser())
+        while scaling["under_way"]:
+            if watch is not None:
+                watch(scaling)
+            if time.monotonic() >= deadline:
+                raise ClusterError(
+                    f"scaling {scaling['id']}: {scaling['phase']}, waits for "
+                    f"{', '.join(scaling['waits_for'])} after {timeout_s:g} s; it goes on"
+                )
+            time.sleep(0.2)
+            scaling = self._ask("scaling", scaling["id"])
+        return scaling
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         from .actors.ray_border import ask, controller_of

@@ -100,7 +100,7 @@ class ControlWorld:
         self.term += 1
         self.asked = None
         self.reported.clear()
-        self.control = Control(self.pool, term=self.term, policy=self.policy)
+        self.control = self.new_control()
         self.control.wishes = self.wishes
         for shape, on_disk in self.models:
             if on_disk:
@@ -109,6 +109,9 @@ class ControlWorld:
             for shape, on_disk in self.models:
                 if not on_disk:
                     self.control.add_model(shape, on_disk=False)
+
+    def new_control(self) -> Control:
+        return Control(self.pool, term=self.term, policy=self.policy)
 
     def put_models_in_memory(self) -> None:
         """What a trunk does that attaches a model."""
@@ -227,13 +230,20 @@ class ControlWorld:
             host.held.discard(key)
             self.evicted += 1
             others = [o for n, o in self.reported.items() if n != command.host and o.holds(key)]
-            assert others, "the last replica"
+            assert others or key.model in self.control.sleep.asleep, "the last replica"
 
     def _check(self, placement: Placement) -> None:
         if self.published:
             assert placement.number > self.published[-1].number
         assert placement.number.term == self.term
-        entries = {name: seen.entry for name, seen in self.reported.items()}
+        view = self.control.view
+        entries = {
+            name: seen.entry
+            for name, seen in self.reported.items()
+            if name not in view.retiring
+            # One that is to leave is told of while it holds something, and is heard.
+            or (name in view.seen and (seen.loading or any(True for _ in seen.experts())))
+        }
         assert dict(placement.hosts) == entries, "hosts that live, as they last reported"
         for key, layer in placement.layers.items():
             for expert, replicas in enumerate(layer.replicas):

@@ -47,6 +47,7 @@ GROUPS = st.builds(
     some(
         **RESOURCES,
         count=st.integers(1, 9),
+        cost_per_hour=st.floats(0.01, 100),
         device=DEVICES,
         threads=THREADS,
         spread=st.sampled_from(["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]),
@@ -85,6 +86,13 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
                 cache_tokens=st.integers(64, 1 << 28),
             ),
             endpoint=st.none() | some(host=TEXTS, port=st.integers(0, 65_535)),
+            autoscale=some(
+                up_after_s=SECONDS,
+                down_after_s=SECONDS,
+                cooldown_s=SECONDS,
+                pending_s=SECONDS,
+                max_cost_per_hour=st.none() | st.floats(0.01, 1000),
+            ),
             timeouts=some(expert_s=SECONDS, attempt_s=SECONDS, start_s=SECONDS),
         )
     )
@@ -168,6 +176,18 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"hosts": None}, "hosts: Input should be a valid tuple"),
     ({"hosts": [{}, {"count": 0}]}, "hosts.1.count: Input should be greater than or equal to 1"),
     ({"hosts": [{"count": 5000}]}, "hosts.0.count: Input should be less than or equal to 4096"),
+    (
+        {"hosts": [{"count": 3, "max_count": 2}]},
+        "hosts.0: min_count <= count <= max_count must hold",
+    ),
+    ({"hosts": [{"count": 2, "spread": "PACK", "max_count": 3}]}, "hosts.0: a placement group"),
+    ({"autoscale": {"low": 0.8, "high": 0.5}}, "autoscale: low < high must hold"),
+    (
+        {"trunk": {"min_replicas": 2, "max_replicas": 1}},
+        "trunk: min_replicas <= max_replicas must hold",
+    ),
+    ({"models": [{"name": "m", "path": "p", "idle_s": 0}]}, "models.0.idle_s: "),
+    ({"autoscale": {"high": 1.5}}, "autoscale.high: "),
     ({"hosts": [{"device": "gpu"}]}, "hosts.0.device: String should match"),
     ({"hosts": [{"device": "cuda:x"}]}, "hosts.0.device: String should match"),
     ({"hosts": [{"threads": "two"}]}, "hosts.0.threads: Input should be a valid integer"),

@@ -42,6 +42,7 @@ def register(app: typer.Typer) -> None:
         unpin,
         drain,
         undrain,
+        scale,
     ):
         app.command()(command)
 
@@ -158,6 +159,22 @@ def undrain(host: HostArgument, name: NameOption = "local") -> None:
     err.print(f"{host} may hold experts")
 
 
+def scale(
+    hosts: Annotated[int, typer.Argument(help="How many hosts the group is to have.", min=1)],
+    group: Annotated[int, typer.Option(min=0, help="The group's place in the spec's hosts.")] = 0,
+    name: NameOption = "local",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be done.")] = 600.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a group have so many hosts, and wait until it has; hosts that leave are drained first."""
+    cluster = connect(name)
+    with err.status(f"scaling group {group} to {hosts} hosts") as line:
+        done = cluster.scale(
+            hosts, group, timeout_s=timeout, watch=lambda seen: line.update(_scaling_words(seen))
+        )
+    _json(done) if as_json else out.print(_scaling_words(done))
+
+
 # ---- what is printed -----------------------------------------------------------------------------
 
 
@@ -192,6 +209,18 @@ def _follow(cluster: Cluster, change: dict[str, Any], timeout_s: float) -> dict[
                     f"{timeout_s:g} s; it goes on, `moesaic history` shows it"
                 )
             time.sleep(0.2)
+
+
+def _scaling_words(seen: dict[str, Any]) -> str:
+    words = [f"group {seen['group']}: {seen['before']} -> {seen['count']} hosts, {seen['phase']}"]
+    if seen["coming"]:
+        words.append(f"{', '.join(seen['coming'])} come")
+    if seen["leaving"]:
+        words.append(f"{', '.join(seen['leaving'])} leave, {seen['experts_left']} experts on them")
+    words += [f"{host} {why}" for host, why in seen["waiting"].items()]
+    if seen["took_s"] is not None:
+        words.append(f"after {seen['took_s']:g} s")
+    return "; ".join(words)
 
 
 def _size(value: int) -> str:

@@ -49,6 +49,27 @@ def _print_balance(cluster: dict[str, Any]) -> None:
         out.print(f"[red]{warning}[/red]")
 
 
+def _print_size(cluster: dict[str, Any]) -> None:
+    size = cluster.get("size")
+    if size is None:
+        return
+    for index, group in enumerate(size["groups"]):
+        if group["min"] != group["max"]:
+            busy = "" if size["busy"] is None else f"; {size['busy']:.0%} busy"
+            bounds = f"{group['min']} to {group['max']}"
+            out.print(f"group {index}: {group['hosts']} hosts of {bounds}{busy}")
+    for event in size["events"][-3:]:
+        out.print(
+            f"scaling {event['id']} ({event['who']}): group {event['group']} from "
+            f"{event['before']} to {event['count']} hosts, {event['phase']}, {event['age_s']:g} s "
+            f"ago: {event['why']}"
+        )
+    if size["held"]:
+        out.print(f"no scaling: {size['held']}")
+    if size["problem"]:
+        out.print(f"[red]{size['problem']}[/red]")
+
+
 def print_status(values: dict[str, Any]) -> None:
     cluster = values.get("cluster", {})
     placement = cluster.get("placement")
@@ -59,7 +80,8 @@ def print_status(values: dict[str, Any]) -> None:
     for host in cluster.get("hosts", []):
         hosts.add_row(
             host["host"],
-            host["state"] + (f": {host['error']}" if "error" in host else ""),
+            host["state"]
+            + "".join(f": {host[key]}" for key in ("waiting", "error") if key in host),
             host.get("device", ""),
             str(host.get("experts", "")),
             _bytes(host["weight_bytes"]) if "weight_bytes" in host else "",
@@ -81,7 +103,7 @@ def print_status(values: dict[str, Any]) -> None:
     for model in cluster.get("models", []):
         engine = engines.get(model["name"], {})
         models.add_row(
-            model["name"],
+            model["name"] + (" (asleep)" if model["asleep"] else ""),
             model["dtype"],
             str(model["layers"]),
             str(model["experts"]),
@@ -92,6 +114,7 @@ def print_status(values: dict[str, Any]) -> None:
         )
     out.print(models)
     _print_balance(cluster)
+    _print_size(cluster)
     if cluster.get("unprotected_experts"):
         out.print(
             f"[yellow]{cluster['unprotected_experts']} experts have one replica: the loss of its "

@@ -1,0 +1,123 @@
+"""Expert hosts as Ray actors, and the thread of the cluster's owner that starts and ends them.
+
+The controller decides which hosts there are; the process that owns the cluster makes it so, so that
+every host ends with it. To Ray's own autoscaler an actor that waits for a machine is demand, and a
+machine without actors is idle: nothing else has to be said for nodes to come and go.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util import get_node_ip_address
+
+from ..cluster.residency import HostPolicy
+from ..cluster.spec import Spec
+from .host import ExpertHost
+from .ray_border import actor_options
+
+log = logging.getLogger(__name__)
+
+ASK_EVERY_S = 0.3
+ASK_TIMEOUT_S = 5.0
+
+
+class RayExpertHost(ExpertHost):
+    """An expert host as a Ray actor: knows its node from Ray."""
+
+    def __init__(
+        self, name: str, *, bind: str, device: str, policy: HostPolicy, threads: int
+    ) -> None:
+        super().__init__(
+            name,
+            node=ray.get_runtime_context().get_node_id(),
+            bind=get_node_ip_address() if bind == "node" else bind,
+            device=device,
+            policy=policy,
+            threads=threads,
+        )
+
+
+class HostStarter:
+    """Starts the hosts of one cluster."""
+
+    def __init__(self, spec: Spec, namespace: str, threads: int) -> None:
+        """``threads`` are those of a host whose group says ``auto``."""
+        self._spec = spec
+        self._namespace = namespace
+        self._threads = threads
+
+    def start(self, name: str, group: int, strategy: Any = "SPREAD") -> Any:
+        """The handle of a new actor; it may have to wait for a machine."""
+        wanted = self._spec.hosts[group]
+        threads = self._threads if wanted.threads == "auto" else wanted.threads
+        return (
+            ray.remote(RayExpertHost)
+            .options(
+                name=name,
+                namespace=self._namespace,
+                max_restarts=-1,
+                max_concurrency=4,
+                scheduling_strategy=strategy,
+                **actor_options(wanted, threads),
+            )
+            .remote(
+                name,
+                bind=self._spec.network.bind,
+                device=wanted.device,
+                policy=wanted.policy,
+                threads=threads,
+            )
+        )
+
+
+class HostKeeper:
+    """Asks the controller which hosts there should be, and starts and ends them.
+
+    The thread goes on whatever fails; should it end all the same, the controller sees that nobody
+    asks any more, and `status` says so.
+    """
+
+    def __init__(self, starter: HostStarter, controller: Any, hosts: Mapping[str, Any]) -> None:
+        self.hosts = dict(hosts)
+        self._starter = starter
+        self._controller = controller
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="host-keeper", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Start and end nothing any more, and end all hosts."""
+        self._stop.set()
+        self._thread.join(ASK_TIMEOUT_S + 5.0)
+        for host in self.hosts.values():
+            ray.kill(host, no_restart=True)
+        self.hosts.clear()
+
+    def _run(self) -> None:
+        while not self._stop.wait(ASK_EVERY_S):
+            try:
+                asked = self._controller.desired.remote()
+                desired: dict[str, int] = ray.get(asked, timeout=ASK_TIMEOUT_S)
+                self._follow(desired)
+            except RayError as error:
+                # Ray restarts the controller; hosts stay as they are.
+                log.info("no controller for now: %s", str(error).splitlines()[0])
+            except Exception:
+                # Whatever it was: the next round begins anew.
+                log.exception("hosts could not be started or ended")
+
+    def _follow(self, desired: Mapping[str, int]) -> None:
+        for name in self.hosts.keys() - desired.keys():
+            ray.kill(self.hosts.pop(name), no_restart=True)
+            log.info("ended %s", name)
+        for name in sorted(desired.keys() - self.hosts.keys()):
+            if self._stop.is_set():
+                return
+            self.hosts[name] = self._starter.start(name, desired[name])
+            log.info("started %s", name)

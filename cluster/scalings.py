@@ -1,0 +1,129 @@
+"""The history of the pool's size: who changed it, why, which hosts came and went, how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+_KEPT = 50
+
+
+class Stage(Enum):
+    STARTING = "starting"  # hosts are on their way
+    DRAINING = "draining"  # experts leave hosts that are to go
+    DONE = "done"
+    WAITING = (
+        "no room"  # hosts wait for machines; the wish stays, and they come when there are some
+    )
+    SUPERSEDED = "superseded"  # the same group was scaled again before this was done
+
+
+_UNDER_WAY = (Stage.STARTING, Stage.DRAINING)
+
+
+@dataclass(slots=True, kw_only=True)
+class Scaling:
+    """One group's way from one number of hosts to another."""
+
+    id: int
+    group: int
+    who: str
+    why: str
+    before: int
+    count: int
+    began: float
+    coming: list[str] = field(default_factory=list)
+    leaving: list[str] = field(default_factory=list)
+    stage: Stage = Stage.STARTING
+    ended: float | None = None
+    waits_for: list[str] = field(default_factory=list)  # hosts that are still to come, or to go
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """Plain values for people and JSON."""
+        return {
+            "id": self.id,
+            "group": self.group,
+            "who": self.who,
+            "why": self.why,
+            "before": self.before,
+            "count": self.count,
+            "coming": self.coming,
+            "leaving": self.leaving,
+            "waits_for": self.waits_for,
+            "phase": self.stage.value,
+            "under_way": self.stage in _UNDER_WAY,
+            "age_s": round(now - self.began, 1),
+            "took_s": None if self.ended is None else round(self.ended - self.began, 1),
+        }
+
+
+class Scalings:
+    """The last ones, the newest last."""
+
+    def __init__(self) -> None:
+        self.all: list[Scaling] = []
+        self._next = 1
+
+    def begin(
+        self,
+        group: int,
+        before: int,
+        count: int,
+        *,
+        who: str,
+        why: str,
+        coming: Sequence[str] = (),
+        leaving: Sequence[str] = (),
+        now: float,
+    ) -> Scaling:
+        for one in self._open():
+            if one.group == group:
+                one.stage, one.ended = Stage.SUPERSEDED, now
+        scaling = Scaling(
+            id=self._next,
+            group=group,
+            who=who,
+            why=why,
+            before=before,
+            count=count,
+            began=now,
+            coming=list(coming),
+            leaving=list(leaving),
+        )
+        self._next += 1
+        self.all = [*self.all, scaling][-_KEPT:]
+        return scaling
+
+    def same(self, group: int, count: int, who: str, now: float) -> Scaling:
+        """Nothing is to change: the one that is under way to this number, or one that is done."""
+        for one in self._open():
+            if (one.group, one.count) == (group, count):
+                return one
+        done = self.begin(group, count, count, who=who, why="asked for, and so it is", now=now)
+        done.stage, done.ended = Stage.DONE, now
+        return done
+
+    def find(self, number: int) -> Scaling | None:
+        return next((one for one in self.all if one.id == number), None)
+
+    def advance(
+        self, *, up: Collection[str], there: Collection[str], late: Collection[str], now: float
+    ) -> None:
+        """Note which hosts are ``up``, which are still ``there``, and which wait for a machine."""
+        for one in self._open():
+            coming = [name for name in one.coming if name not in up]
+            leaving = [name for name in one.leaving if name in there]
+            one.waits_for = coming + leaving
+            if coming and not leaving and all(name in late for name in coming):
+                one.stage, one.ended = Stage.WAITING, now
+            elif coming:
+                one.stage = Stage.STARTING
+            elif leaving:
+                one.stage = Stage.DRAINING
+            else:
+                one.stage, one.ended = Stage.DONE, now
+
+    def _open(self) -> list[Scaling]:
+        return [one for one in self.all if one.stage in _UNDER_WAY]

@@ -1,0 +1,60 @@
+"""A spec as text: how it is read, and how what is wrong with it is said."""
+
+from __future__ import annotations
+
+import reprlib
+from collections import defaultdict
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+
+def problems(error: ValidationError, values: dict[Any, Any]) -> str:
+    """One sentence for each path that is wrong."""
+    texts: dict[str, list[str]] = defaultdict(list)
+    given: dict[str, str] = {}
+    for problem in error.errors(include_url=False, include_context=False):
+        path = _path(problem["loc"], values)
+        text = problem["msg"].removeprefix("Value error, ")
+        texts[path].append("unknown key" if problem["type"] == "extra_forbidden" else text)
+        if path and problem["type"] != "missing":
+            given[path] = f" (got {_short(problem['input'])})"
+    return "; ".join(
+        (f"{path}: " if path else "") + " or ".join(found) + given.get(path, "")
+        for path, found in texts.items()
+    )
+
+
+def _path(loc: tuple[int | str, ...], values: Any) -> str:
+    """The keys of ``loc``, without the members of unions that pydantic puts behind them."""
+    steps = []
+    for step in loc:
+        if not isinstance(values, dict | list | tuple):
+            break
+        steps.append(str(step))
+        try:
+            values = values[step]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        except (LookupError, TypeError):
+            values = None
+    return ".".join(steps)
+
+
+def _short(value: Any) -> str:
+    # Aliases can make a few lines of YAML enormous when they are written out.
+    text = reprlib.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class StrictLoader(yaml.SafeLoader):
+    """The second of two equal keys would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

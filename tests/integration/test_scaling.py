@@ -1,0 +1,226 @@
+"""Hosts come and go on real actors while streams run, whose texts never change."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+import moesaic
+from moesaic import Client
+from moesaic.actors.ray_border import CONTROLLER, namespace_of
+from moesaic.handle import Cluster
+from moesaic.proto.errors import ClusterError
+from tests.helpers.live import hosts_of, text_of, wait_until
+from tests.integration.conftest import save_model
+
+MODEL = "m"
+TOKENS = 60
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    # Ray leaves sockets and log files to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("scaling")
+    save_model(folder, "mixtral")
+    spec = {
+        "name": f"scaling-{os.getpid()}",
+        "models": [{"name": MODEL, "path": str(folder)}],
+        "hosts": [{"count": 2, "min_count": 1, "max_count": 4, "num_cpus": 1, "threads": 1}],
+        "trunk": {"cache_tokens": 1024, "threads": 1},
+        "endpoint": {"port": 0},
+        "balance": {"auto": False, "lease_s": 3},
+        # Only hands scale here.
+        "autoscale": {"up_after_s": 3600, "down_after_s": 3600},
+    }
+    with moesaic.up(spec) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(pool: Cluster) -> Iterator[Client]:
+    with Client(pool.url or "") as client:
+        yield client
+
+
+@contextmanager
+def stream_of_requests(client: Client, wanted: str) -> Iterator[list[str]]:
+    """Requests one after the other, until the end; what was not as wanted is in the list."""
+    wrong: list[str] = []
+    done = 0
+    stop = threading.Event()
+
+    def ask() -> None:
+        nonlocal done
+        while not stop.is_set():
+            try:
+                text = text_of(client, MODEL, TOKENS)
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+            done += 1
+            if text != wanted:
+                wrong.append(text)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield wrong
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert done > 2
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def held(cluster: Cluster) -> dict[str, int]:
+    return {name: host.get("experts", 0) for name, host in hosts_of(cluster).items()}
+
+
+def test_two_to_four_to_two_under_load(pool: Cluster, client: Client) -> None:
+    wanted = text_of(client, MODEL, TOKENS)
+    with stream_of_requests(client, wanted) as wrong:
+        up = pool.scale(4, timeout_s=60)
+        assert (up["phase"], up["coming"], up["leaving"]) == ("done", ["host-2", "host-3"], [])
+        # New hosts are put to use by themselves.
+        wait_until(lambda: min(held(pool).values()) > 0)
+        pids = {name: host["pid"] for name, host in hosts_of(pool).items()}
+        down = pool.scale(2, timeout_s=60)
+        assert down["phase"] == "done"
+        assert len(down["leaving"]) == 2
+        assert hosts_of(pool).keys() == pids.keys() - set(down["leaving"])
+        for name in down["leaving"]:
+            wait_until(lambda name=name: not psutil.pid_exists(pids[name]))
+    assert wrong == []
+    assert text_of(client, MODEL, TOKENS) == wanted
+    assert pool.scale(2)["phase"] == "done"
+    assert [event["count"] for event in pool.status()["size"]["events"]] == [4, 2, 2]
+
+
+def test_what_cannot_be_is_refused_by_name(pool: Cluster) -> None:
+    with pytest.raises(ClusterError, match=r"count: 5 is not in 1 to 4, hosts\.0\.max_count"):
+        pool.scale(5)
+    with pytest.raises(ClusterError, match="group: 1 is not in 0 to 0"):
+        pool.scale(1, group=1)
+
+
+def test_the_command_line_scales(pool: Cluster) -> None:
+    command = [sys.executable, "-m", "moesaic.cli.main", "scale", "3", "--name", pool.name]
+    done = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["phase"] == "done"
+    assert len(hosts_of(pool)) == 3
+    pool.scale(2, timeout_s=60)
+
+
+def test_a_new_controller_knows_the_hosts_and_who_was_leaving(
+    pool: Cluster, client: Client
+) -> None:
+    wanted = text_of(client, MODEL, TOKENS)
+    pool.scale(4, timeout_s=60)
+    wait_until(lambda: min(held(pool).values()) > 0)
+    names = hosts_of(pool).keys()
+    term = pool.status()["term"]
+    # It begins to let two hosts go, and dies.
+    asked: Any = ray.get_actor(CONTROLLER, namespace=namespace_of(pool.name))
+    scaling: Any = ray.get(asked.scale.remote(2, 0, "test"), timeout=30)
+    ray.kill(asked, no_restart=False)
+    wait_until(lambda: _term(pool) > term)
+    wait_until(lambda: hosts_of(pool).keys() == names - set(scaling["leaving"]))
+    assert text_of(client, MODEL, TOKENS) == wanted
+
+
+def _term(cluster: Cluster) -> int:
+    try:
+        return cluster.status()["term"]
+    except ClusterError:
+        return 0
+
+
+def test_a_host_that_dies_while_it_leaves_holds_nothing_up(pool: Cluster, client: Client) -> None:
+    wanted = text_of(client, MODEL, TOKENS)
+    pool.scale(3, timeout_s=60)
+    controller: Any = ray.get_actor(CONTROLLER, namespace=namespace_of(pool.name))
+    scaling: Any = ray.get(controller.scale.remote(2, 0, "test"), timeout=30)
+    pid = hosts_of(pool)[scaling["leaving"][0]].get("pid")
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+    assert pool.scale(2, timeout_s=60)["phase"] == "done"
+    assert len(hosts_of(pool)) == 2
+    assert text_of(client, MODEL, TOKENS) == wanted
+
+
+def things_open() -> Counter[str]:
+    """Processes below this one, and the shared memory and sockets of each trunk and controller."""
+    found: Counter[str] = Counter()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            # Ray's titles name the method that runs just now, too.
+            name = " ".join(process.cmdline())[:60].partition(".")[0].strip()
+            found[f"process {name}"] += 1
+            if "ServeReplica" in name or "Controller" in name:
+                for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                    target = str(descriptor.readlink())
+                    kind = "memfd" if "memfd:" in target else target.partition(":")[0]
+                    if kind in ("memfd", "socket"):
+                        found[f"{kind} of {name}"] += 1
+        except (psutil.NoSuchProcess, FileNotFoundError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    "rounds", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
+def test_up_directly_behind_down_leaks_nothing(pool: Cluster, client: Client, rounds: int) -> None:
+    wanted = text_of(client, MODEL, TOKENS)
+
+    def one_round() -> None:
+        assert pool.scale(4, timeout_s=60)["phase"] == "done"
+        assert text_of(client, MODEL, 10) == wanted_short
+        assert pool.scale(2, timeout_s=60)["phase"] == "done"
+
+    wanted_short = text_of(client, MODEL, 10)
+    one_round()
+    before = _settled(things_open())
+    for _ in range(rounds):
+        one_round()
+    deadline = time.monotonic() + 30
+    while things_open() - before and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert things_open() - before == Counter()
+    assert text_of(client, MODEL, TOKENS) == wanted
+
+
+def _settled(found: Counter[str]) -> Counter[str]:
+    """Once dying processes are gone: the same twice in a row."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        time.sleep(1.0)
+        again = things_open()
+        if again == found:
+            return found
+        found = again
+    raise AssertionError(f"never quiet: {found}")

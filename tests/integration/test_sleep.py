@@ -1,0 +1,57 @@
+"""A model that nobody asks for leaves the hosts, and its first request brings it back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import moesaic
+from moesaic import Client
+from tests.helpers.live import hosts_of, text_of, wait_until
+from tests.integration.conftest import save_model
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    # Ray leaves sockets and log files to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def test_a_model_sleeps_and_its_first_request_wakes_it(tmp_path: Path) -> None:
+    save_model(tmp_path / "sleepy", "mixtral")
+    save_model(tmp_path / "other", "granitemoe")
+    spec = {
+        "name": f"sleep-{os.getpid()}",
+        "models": [
+            {"name": "sleepy", "path": str(tmp_path / "sleepy"), "idle_s": 6},
+            {"name": "other", "path": str(tmp_path / "other")},
+        ],
+        "hosts": [{"count": 2, "threads": 1}],
+        "trunk": {"cache_tokens": 1024, "threads": 1},
+        "endpoint": {"port": 0},
+        "balance": {"lease_s": 3},
+    }
+    with moesaic.up(spec) as cluster, Client(cluster.url or "") as client:
+        wanted = {name: text_of(client, name, 20) for name in ("sleepy", "other")}
+        before = sum(host["experts"] for host in hosts_of(cluster).values())
+
+        def asleep() -> bool:
+            return {one["name"]: one["asleep"] for one in cluster.status()["models"]}["sleepy"]
+
+        for _ in range(2):
+            wait_until(asleep)
+            wait_until(lambda: sum(host["experts"] for host in hosts_of(cluster).values()) < before)
+            status = cluster.status()
+            assert not status["missing_experts"]
+            assert text_of(client, "other", 20) == wanted["other"]
+            assert asleep()
+            assert text_of(client, "sleepy", 20) == wanted["sleepy"]
+            assert not asleep()
+        wait_until(asleep)
+        # A trunk that starts while its model sleeps wakes it, too.
+        model = cluster.from_pretrained("sleepy")
+        assert model.config.model_type == "mixtral"
+        assert not asleep()

@@ -1,0 +1,438 @@
+"""Hosts that come and go under the controller's state machine, with random deaths, late machines
+and changes of controllers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesaic.cluster.autoscaler import ScalePolicy
+from moesaic.cluster.control import Control
+from moesaic.cluster.fleet import Fleet, FleetGroup
+from moesaic.cluster.load import HostTimes, LoadReport
+from moesaic.cluster.orders import Publish
+from moesaic.cluster.placement import LayerKey, ModelShape
+from moesaic.cluster.plan import PoolHost, Wishes
+from moesaic.cluster.room import lack
+from tests.unit.test_control import POLICY, ControlWorld, SimHost, counts, shape
+
+# Only hands scale, where a test does not say otherwise.
+BY_HAND = ScalePolicy(up_after_s=1e9, down_after_s=1e9)
+PENDING_S = 60.0
+
+
+class FleetWorld(ControlWorld):
+    """Starts and ends hosts as a `Fleet` wants them."""
+
+    def __init__(
+        self,
+        groups: list[FleetGroup],
+        models: list[tuple[ModelShape, bool]],
+        *,
+        scale: ScalePolicy = BY_HAND,
+    ) -> None:
+        self.groups = groups
+        self.scale_policy = scale
+        self.kept: str | None = None
+        self.machines_come = True
+        self.started: list[str] = []
+        self.late: frozenset[str] = frozenset()
+        super().__init__(0, models)
+        self.start_hosts()
+
+    def new_control(self) -> Control:
+        self.fleet = Fleet(
+            self.groups,
+            self.scale_policy,
+            pending_s=PENDING_S,
+            kept=json.loads(self.kept) if self.kept else None,
+        )
+        control = Control(self.fleet.pool_hosts(), term=self.term, policy=self.policy)
+        self.fleet.take_over(control)
+        return control
+
+    def start_hosts(self) -> None:
+        """What the cluster's owner does."""
+        self.kept = json.dumps(self.fleet.keep())
+        desired = self.fleet.desired()
+        for name in self.hosts.keys() - desired.keys():
+            self._end(name)
+        for name in sorted(desired.keys() - self.hosts.keys()) if self.machines_come else ():
+            assert name not in self.started, "a name is used again"
+            self.started.append(name)
+            self.hosts[name] = SimHost(name)
+
+    def _end(self, name: str) -> None:
+        host = self.hosts.pop(name)
+        last = self.reported.pop(name, None)
+        for key in last.experts() if last is not None else ():
+            # As when it is frozen and cannot forget.
+            assert any(seen.holds(key) for seen in self.reported.values()), "the last replica"
+        if last == host.observe():
+            assert self.late or not host.held, "ended with experts on it"
+        for router in self.routers.values():
+            if router.follows is not None and self.now - router.heard_at <= POLICY.lease_s:
+                assert name not in router.follows.hosts, "ended under a router that knows it"
+
+    def tick(self, late: frozenset[str] = frozenset(), seconds: float = 0.5) -> bool:
+        size = self.fleet.version
+        self.late = late
+        acted = super().tick(late, seconds)
+        self.fleet.tick(self.control, self.now)
+        self.start_hosts()
+        return acted or self.fleet.version != size
+
+    def scale(self, count: int, group: int = 0) -> list[str]:
+        """Gives the hosts that leave."""
+        scaling = self.fleet.scale(self.control, group, count, who="test", now=self.now)
+        self.start_hosts()
+        return scaling.leaving
+
+    def finish(self, rounds: int = 60) -> None:
+        for _ in range(rounds):
+            self.tick()
+            for name in self.routers:
+                self.report(name)
+            for name, host in list(self.hosts.items()):
+                while host.loading:
+                    self.load_one(name)
+
+
+def group(count: int = 2, **more: object) -> FleetGroup:
+    values = {"count": count, "min_count": 1, "max_count": 6}
+    return FleetGroup(**(values | more))  # pyright: ignore[reportArgumentType]
+
+
+def started(*groups: FleetGroup, replicas: int = 1, **more: object) -> FleetWorld:
+    models = [(shape("m", replicas=replicas), True)]
+    world = FleetWorld(list(groups) or [group()], models, **more)  # pyright: ignore[reportArgumentType]
+    world.finish()
+    assert world.published
+    return world
+
+
+def stage(world: FleetWorld) -> str:
+    return world.fleet.scalings.all[-1].stage.value
+
+
+KINDS = (
+    *("tick",) * 6,
+    *("load",) * 4,
+    *("report",) * 3,
+    *("scale",) * 2,
+    *("traffic", "fail", "kill", "restart", "restart", "drain", "machines", "take over"),
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_history_of_sizes_keeps_every_expert_served(data: st.DataObject) -> None:
+    world = FleetWorld([group(data.draw(st.integers(1, 3)))], [(shape("disk", experts=3), True)])
+    world.tick()
+    world.tick()
+    if data.draw(st.booleans(), label="with a model in memory"):
+        world.models.append((shape("memory", experts=2, layers=1), False))
+        world.put_models_in_memory()
+    for _ in range(data.draw(st.integers(0, 60), label="steps")):
+        kind = data.draw(st.sampled_from(KINDS))
+        # All may be dead and let go while new ones wait for machines.
+        name = data.draw(st.sampled_from(sorted(world.hosts) or ["nobody"]))
+        if name == "nobody":
+            kind = "machines"
+        if kind == "tick":
+            late = data.draw(st.frozensets(st.sampled_from(sorted(world.hosts)), max_size=2))
+            world.tick(late, data.draw(st.sampled_from([0.2, 1.0, 3.0])))
+        elif kind == "load":
+            world.load_one(name)
+        elif kind == "report":
+            world.report(data.draw(st.sampled_from(sorted(world.routers))))
+        elif kind == "traffic":
+            world.report("r0", counts(world, data.draw(st.integers(0, 5))))
+        elif kind == "scale":
+            # A drained host is none that others can leave their experts to.
+            try:
+                world.scale(data.draw(st.integers(1, 6)))
+            except ValueError as error:
+                assert "no host would be left" in str(error)
+        elif kind == "fail":
+            world.fail_load(name)
+        elif kind == "kill":
+            world.kill(name)
+        elif kind == "restart":
+            world.restart(name)
+        elif kind == "drain":
+            leaving = frozenset({name}) if data.draw(st.booleans()) else frozenset()
+            world.wishes = world.control.wishes = Wishes(leaving=leaving)
+        elif kind == "machines":
+            world.machines_come = not world.machines_come
+        else:
+            world.take_over()
+    world.machines_come = True
+    world.wishes = world.control.wishes = Wishes()
+    world.start_hosts()
+    wanted = len(world.fleet.staying(0))
+    world.settle()
+    assert len(world.hosts) == wanted, "as many as were asked for, none on its way"
+    assert world.hosts.keys() == world.control.view.hosts.keys()
+    lost = world.lost()
+    placement = world.control.placement
+    assert placement is not None
+    assert placement.hosts.keys() == world.hosts.keys()
+    served = {
+        key.expert(expert)
+        for key, layer in placement.layers.items()
+        for expert, replicas in enumerate(layer.replicas)
+        if replicas
+    }
+    known = {key for key in world.every() if key.model in {k.model for k in placement.layers}}
+    assert served == known - lost
+
+
+def test_new_hosts_are_put_to_use_at_once_without_a_measured_load() -> None:
+    world = started(group(2))
+    world.scale(4)
+    world.finish()
+    assert stage(world) == "done"
+    assert min(len(host.held) for host in world.hosts.values()) >= 2
+    change = world.control.changes.all[-1]
+    assert (change.who, change.phase.value) == ("controller", "done")
+
+
+def test_one_new_host_among_many_is_put_to_use() -> None:
+    models = [(shape("m", experts=128, layers=1), True)]
+    world = FleetWorld([group(32, max_count=40)], models)
+    world.finish()
+    world.scale(33)
+    world.finish()
+    assert len(world.hosts["host-32"].held) >= 2
+
+
+def test_the_host_with_the_fewest_experts_leaves_and_the_newest_of_equals() -> None:
+    world = started(group(3, slots=8))
+    world.hosts["host-1"].held = set(sorted(world.hosts["host-1"].held)[:1])
+    world.control.policy = POLICY
+    world.tick()
+    assert world.scale(2) == ["host-1"]
+    world.finish()
+    assert sorted(world.hosts) == ["host-0", "host-2"]
+    assert world.scale(3) == []
+    world.finish()
+    # Names go on.
+    assert sorted(world.hosts) == ["host-0", "host-2", "host-3"]
+
+
+def test_one_that_is_not_up_leaves_first_then_one_that_is_drained() -> None:
+    world = started(group(3, slots=8))
+    world.machines_come = False
+    world.scale(4)
+    assert world.scale(3) == ["host-3"]
+    world.finish()
+    assert stage(world) == "done"
+    world.wishes = world.control.wishes = Wishes(leaving=frozenset({"host-0"}))
+    world.tick()
+    assert world.scale(2) == ["host-0"]
+    world.finish()
+    assert world.control.wishes.leaving == frozenset()
+
+
+def test_scaling_up_again_takes_back_what_was_leaving() -> None:
+    world = started(group(3))
+    (leaving,) = world.scale(2)
+    world.tick()
+    world.scale(3)
+    assert world.fleet.scalings.all[-1].coming == [leaving]
+    world.finish()
+    assert leaving in world.hosts
+    assert len(world.started) == 3, "nothing new was started"
+    assert [one.stage.value for one in world.fleet.scalings.all] == ["superseded", "done"]
+    placement = world.control.placement
+    assert placement is not None
+    assert leaving in placement.hosts
+
+
+def test_a_host_that_leaves_waits_for_the_slowest_router() -> None:
+    world = started(group(2))
+    (leaving,) = world.scale(1)
+    for _ in range(20):
+        world.tick(seconds=0.2)
+        world.report("r0")
+        if world.now - world.routers["r1"].heard_at < POLICY.lease_s:
+            assert leaving in world.hosts, "r1 still follows an old placement"
+        for name, host in world.hosts.items():
+            while host.loading:
+                world.load_one(name)
+    for _ in range(40):
+        world.tick(seconds=0.5)
+        world.report("r0")
+    assert leaving not in world.hosts, "r1 was silent for a lease"
+
+
+def test_a_host_that_froze_while_it_left_is_let_go() -> None:
+    world = started(group(2))
+    (leaving,) = world.scale(1)
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            world.tick(frozenset({leaving}))
+            for name in world.routers:
+                world.report(name)
+            for name, host in world.hosts.items():
+                while name != leaving and host.loading:
+                    world.load_one(name)
+
+    run(8)
+    assert leaving in world.hosts
+    assert world.hosts[leaving].held
+    run(20)
+    assert leaving not in world.hosts
+    assert stage(world) == "done"
+
+
+def test_a_host_whose_report_is_old_is_not_let_go() -> None:
+    world = FleetWorld([group(2)], [(shape("m"), True)])
+    world.tick()
+    world.tick()  # loads have begun, behind what the hosts reported
+    (leaving,) = world.scale(1)
+    world.load_one(leaving)
+    for _ in range(3):
+        world.tick(frozenset({leaving}), seconds=1.5)
+        assert leaving in world.hosts
+    world.finish()
+    assert leaving not in world.hosts
+
+
+def test_a_host_that_died_while_it_left_is_let_go() -> None:
+    world = started(group(2))
+    (leaving,) = world.scale(1)
+    world.tick()
+    world.kill(leaving)
+    world.finish()
+    assert list(world.hosts) == [{"host-0": "host-1", "host-1": "host-0"}[leaving]]
+    assert stage(world) == "done"
+
+
+def test_scaling_is_idempotent() -> None:
+    world = started(group(2))
+    first = world.fleet.scale(world.control, 0, 3, who="a", now=world.now)
+    again = world.fleet.scale(world.control, 0, 3, who="b", now=world.now)
+    assert again is first
+    world.finish()
+    done = world.fleet.scale(world.control, 0, 3, who="b", now=world.now)
+    assert (done.stage.value, done.coming, done.leaving) == ("done", [], [])
+
+
+def test_what_cannot_hold_the_experts_is_refused() -> None:
+    world = started(group(3, slots=4))
+    with pytest.raises(ValueError, match="there would be room for 4 experts, and 8 need it"):
+        world.scale(1)
+    with pytest.raises(ValueError, match="count: 7 is not in 1 to 6"):
+        world.scale(7)
+    with pytest.raises(ValueError, match="count: 0 is not in 1"):
+        world.scale(0)
+    with pytest.raises(ValueError, match="group: 2 is not in 0 to 0"):
+        world.scale(1, group=2)
+    with pytest.raises(ValueError, match="models want 2 replicas of each expert"):
+        started(group(2), replicas=2).scale(1)
+    with pytest.raises(ValueError, match="placement group"):
+        started(group(2, fixed=True)).scale(1)
+
+
+def test_a_host_without_a_machine_is_shown_with_its_reason_and_comes_later() -> None:
+    world = started(group(2, needs="4 CPU"))
+    world.machines_come = False
+    world.scale(3)
+    world.finish(4)
+    assert stage(world) == "starting"
+    assert world.fleet.waiting("host-2", world.now) == "asked for 2 s ago"
+    world.tick(seconds=PENDING_S)
+    words = "asked for 62 s ago; no machine has had room for it yet (4 CPU)"
+    assert world.fleet.waiting("host-2", world.now) == words
+    assert stage(world) == "no room"
+    world.machines_come = True
+    world.finish()
+    assert world.fleet.waiting("host-2", world.now) is None
+    assert world.hosts["host-2"].held
+
+
+def test_a_pool_scales_with_its_load() -> None:
+    scale = ScalePolicy(up_after_s=5, down_after_s=20, cooldown_s=10)
+    world = started(group(2, min_count=2), scale=scale)
+
+    def work(busy: float, rounds: int) -> None:
+        """Every host that is there is busy for this part of its time."""
+        for _ in range(rounds):
+            world.tick(seconds=1.0)
+            times = {name: HostTimes(calls=1, choices=10, busy_s=busy) for name in world.hosts}
+            for name in world.routers:
+                world.report(name)
+            number = world.published[-1].number
+            world.control.hear(LoadReport(router="r0", number=number, hosts=times), world.now)
+            for name, host in list(world.hosts.items()):
+                while host.loading:
+                    world.load_one(name)
+
+    work(0.9, 20)
+    assert len(world.hosts) == 4
+    event = world.fleet.scalings.all[-1]
+    assert (event.who, event.count) == ("autoscaler", 4)
+    assert "busy, above 75%" in event.why
+    work(0.5, 60)
+    assert len(world.hosts) == 4
+    work(0.05, 200)
+    assert len(world.hosts) == 2
+    events = world.fleet.describe(world.now)["events"]
+    assert [(one["count"], one["phase"]) for one in events] == [
+        (4, "done"),
+        (3, "done"),
+        (2, "done"),
+    ]
+    assert all(len(one["leaving"]) == 1 for one in events[1:])
+
+
+def test_another_controller_goes_on_with_the_same_hosts() -> None:
+    world = started(group(2), group(1, slots=8))
+    world.scale(3)
+    world.finish()
+    (leaving,) = world.scale(2)
+    world.take_over()
+    assert world.fleet.retired() == [leaving]
+    world.finish()
+    assert leaving not in world.hosts
+    assert world.fleet.desired().keys() == world.hosts.keys()
+    world.scale(2, group=1)
+    assert "host-4" in world.hosts
+
+
+def test_a_report_of_a_removed_host_is_not_taken_in() -> None:
+    world = started(group(2))
+    (leaving,) = world.scale(1)
+    late = {leaving: world.hosts[leaving].observe()}
+    world.finish()
+    commands = world.control.tick(late, world.now)
+    assert not [one for one in commands if isinstance(one, Publish)]
+    assert leaving not in world.control.view.seen
+
+
+def test_room_counts_the_bounds_of_each_host() -> None:
+    one = ModelShape(model="m", experts={0: 8}, expert_bytes=10, replicas=1)
+    bounded = PoolHost(name="a", slots=9, memory_bytes=55)
+    assert lack([bounded], [one], redundancy=0).startswith("there would be room for 5")
+    assert lack([bounded, PoolHost(name="b", slots=3)], [one], redundancy=0) == ""
+    assert lack([bounded, PoolHost(name="b")], [one], redundancy=0) == ""
+    same = [PoolHost(name=name, domain="rack", slots=99) for name in "ab"]
+    assert lack(same, [one], redundancy=1) == "balance.redundancy 1 needs 2 failure domains"
+    assert lack([], [one], redundancy=0) == "no host would be left"
+
+
+def test_layers_of_the_target_name_only_hosts_that_stay() -> None:
+    world = started(group(3))
+    leaving = world.scale(1)
+    world.finish()
+    placement = world.control.placement
+    assert placement is not None
+    layer = placement.layers[LayerKey("m", 0)]
+    named = {name for expert in range(4) for name in layer.hosts(expert)}
+    assert named.isdisjoint(leaving)
