@@ -27,8 +27,11 @@ class Publisher:
         self.placement: Placement | None = None
         self._view = view
         self._lease_s = lease_s
-        self._since: float | None = None  # for how long routers can have been heard
-        self._looked = 0.0
+        # Leases run while the controller listens. One that was frozen has heard nobody, so what
+        # passes between two rounds counts for a third of a lease at most.
+        self._listened_s = 0.0
+        self._looked: float | None = None
+        self._since_s: float | None = None
         self._routers: dict[str, tuple[Number | None, float]] = {}
         # Replicas that are held and not published, with the number that is to be acknowledged.
         self._retired: dict[tuple[ExpertKey, str], Number] = {}
@@ -36,11 +39,12 @@ class Publisher:
         self._told: dict[str, Number] = {}
 
     def acknowledged(self, router: str, number: Number | None, now: float) -> None:
-        self._routers[router] = (number, now)
+        self._routers[router] = (number, self._listened(now))
 
     def routers(self, now: float) -> dict[str, Number | None]:
         """Live routers, and the placement that each follows."""
-        self._routers = {r: v for r, v in self._routers.items() if now - v[1] <= self._lease_s}
+        over_s = self._listened(now) - self._lease_s
+        self._routers = {r: v for r, v in self._routers.items() if v[1] >= over_s}
         return {name: number for name, (number, _) in self._routers.items()}
 
     def appeared(self, model: str) -> bool:
@@ -93,6 +97,10 @@ class Publisher:
                 found.setdefault(host, []).append(key)
         return found
 
+    def _listened(self, now: float) -> float:
+        passed_s = 0.0 if self._looked is None else now - self._looked
+        return self._listened_s + min(passed_s, self._lease_s / 3)
+
     def has_left(self, host: str, now: float) -> bool:
         """Whether no live router follows a placement that tells of ``host``."""
         if not self._knows_routers(now):
@@ -108,12 +116,10 @@ class Publisher:
         self._told.pop(host, None)
 
     def _knows_routers(self, now: float) -> bool:
-        """Behind a change of controllers, and when this one was frozen and heard nobody, there is
-        a lease's time for routers to say that they live."""
-        if self._since is None or now - self._looked > self._lease_s / 2:
-            self._since = now
-        self._looked = now
-        return now - self._since >= self._lease_s
+        """Behind a change of controllers, routers get a lease's time to say that they live."""
+        self._listened_s, self._looked = self._listened(now), now
+        self._since_s = self._listened_s if self._since_s is None else self._since_s
+        return self._listened_s - self._since_s >= self._lease_s
 
     def _ready(
         self, key: ExpertKey, target: tuple[Replica, ...], before: tuple[Replica, ...]

@@ -614,6 +614,19 @@ def test_a_controller_that_was_frozen_gives_routers_time_to_say_that_they_live()
     assert not world.hosts["h1"].held
 
 
+def test_a_controller_whose_rounds_are_slow_evicts_all_the_same() -> None:
+    world = started(2, replicas=1)
+    world.control.wishes = Wishes(leaving=frozenset({"h1"}))
+    for _ in range(8):
+        world.tick(seconds=2 * POLICY.lease_s)
+        for name, host in world.hosts.items():
+            while host.loading:
+                world.load_one(name)
+        world.report("r0")
+        world.report("r1")
+    assert not world.hosts["h1"].held
+
+
 def test_a_load_that_fails_again_is_given_up_and_the_state_shown_is_true() -> None:
     world = started(2, replicas=1, slots=8)
     for _ in range(30):

@@ -128,6 +128,7 @@ def test_a_day_as_series() -> None:
     assert hours[-1] < 24
     assert [one.way for one in found] == ["static", "EPLB every 2", "ours"]
     assert all(len(one.balancedness_W) == len(hours) for one in found)
+    assert found[2].balancedness_mean > found[0].balancedness_mean + 0.1
 
 
 # ---- the command --------------------------------------------------------------------------------
