@@ -19,6 +19,8 @@ BENCHMARKS: dict[str, list[str]] = {
     "endpoint": [],
     "skew": [],
     "faults": [],
+    "scale": [],
+    "overload": [],
 }
 
 

@@ -277,7 +277,10 @@ class Control(Members):
             policy = replace(policy, budget=part, enough=even, target=even, horizon_s=_FOR_GOOD_S)
         return MakePlan(
             models=self._awake(),
-            hosts=[replace(host, speed=host.speed * (rate or 1.0)) for host in hosts],
+            hosts=[
+                replace(host, speed=host.speed * (rate or 1.0))
+                for host in self.loads.paces.slowed(hosts)
+            ],
             current=dict(self._target) if self._target is not None else self._standing(),
             loads=self.loads.forecast(),
             policy=policy,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .paces import Paces
 from .placement import LayerKey, Number
 
 # Over how many seconds rates are averaged: what happens now, lately, and usually.
@@ -131,6 +132,7 @@ class LoadTracker:
         # Since the start; nothing is ever taken out of them.
         self.totals: dict[LayerKey, np.ndarray] = {}
         self.hosts: dict[str, HostTimes] = {}
+        self.paces = Paces()
 
     def hear(self, report: LoadReport) -> None:
         for key, counts in report.counts.items():
@@ -138,6 +140,7 @@ class LoadTracker:
             self.totals[key] = _added(self.totals.get(key), counts)
         for host, times in report.hosts.items():
             self.hosts.setdefault(host, HostTimes()).add(times)
+            self.paces.hear(host, times.calls, times.choices, times.busy_s)
 
     def advance(self, now: float, *, least_s: float = 1.0) -> bool:
         """Close the window if it is ``least_s`` old; True if it was."""
@@ -148,6 +151,7 @@ class LoadTracker:
             return False
         self._since = now
         self._seen_s += window_s
+        self.paces.advance(window_s)
         for key in self._rates.keys() | self._counts.keys():
             counts = self._counts.get(key)
             rates = self._rates.get(key)

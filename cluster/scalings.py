@@ -14,9 +14,7 @@ class Stage(Enum):
     STARTING = "starting"  # hosts are on their way
     DRAINING = "draining"  # experts leave hosts that are to go
     DONE = "done"
-    WAITING = (
-        "no room"  # hosts wait for machines; the wish stays, and they come when there are some
-    )
+    WAITING = "no room"  # hosts wait for machines, and come when there are some
     SUPERSEDED = "superseded"  # the same group was scaled again before this was done
 
 
