@@ -85,7 +85,9 @@ class Publisher:
             return {}
         named, wanted = _named(self.placement.layers), _named(target)
         held = {(key, host) for host, seen in self._view.seen.items() for key in seen.experts()}
-        self._retired = {where: self._retired.get(where, self.number) for where in held - named}
+        self._retired = {
+            where: self._retired.get(where, self.number) for where in sorted(held - named)
+        }
         acknowledged = list(self.routers(now).values())
         found: dict[str, list[ExpertKey]] = {}
         for (key, host), number in self._retired.items():

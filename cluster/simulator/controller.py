@@ -3,7 +3,7 @@ the same `Control` and planner."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,7 @@ class SimController(Process):
         # When each router's last report came.
         self.heard: dict[str, float] = {}
         self._answers: dict[str, SimReport | str | None] = {}
+        self._asked_at = 0.0
         self._observed: dict[str, Observation | None] = {}
         self._loads: set[str] = set()
         self._evicts: dict[str, tuple[ExpertKey, ...]] = {}
@@ -127,7 +128,7 @@ class SimController(Process):
 
     def _tick(self) -> None:
         # Step 1: ask all hosts at once.
-        self._answers = {}
+        self._answers, self._asked_at = {}, self.clock.now
         for host in self.world.hosts:
             self._ask(host)
 
@@ -211,7 +212,7 @@ class SimController(Process):
         self.world.network.call(
             self,
             process,
-            f"{self.name} lets {host} load {len(command.keys)} experts",
+            f"{self.name} lets {host} load {_names(command.keys)}",
             lambda respond: process.load(
                 shapes, command.keys, dict(command.peers), self.term, respond
             ),
@@ -231,7 +232,7 @@ class SimController(Process):
             self.control.load_failed(command.host, command.keys, error, self.clock.now)
 
     def _evict(self, command: Evict) -> None:
-        host, now = command.host, self.clock.now
+        host = command.host
         if host in self._evicts:
             return
         self._evicts[host] = command.keys
@@ -247,8 +248,10 @@ class SimController(Process):
         self.world.network.call(
             self,
             process,
-            f"{self.name} lets {host} forget {len(command.keys)} experts",
-            lambda respond: process.release(command.keys, self.term, number, now, respond),
+            f"{self.name} lets {host} forget {_names(command.keys)}",
+            lambda respond: process.release(
+                command.keys, self.term, number, self._asked_at, respond
+            ),
             evicted,
             timeout_s=self.world.settings.report_timeout_s,
         )
@@ -257,3 +260,8 @@ class SimController(Process):
         """A newer controller rules."""
         self.world.log(f"{self.name} leaves: a newer controller rules")
         self.world.controller_ends(self)
+
+
+def _names(keys: Sequence[ExpertKey]) -> str:
+    """Short, and in their order, so that the log of a seed shows whether it is always the same."""
+    return ", ".join(f"{key.model}/{key.layer}/{key.expert}" for key in keys)

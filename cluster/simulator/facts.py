@@ -82,7 +82,7 @@ class Released:
     host: SimHost
     keys: tuple[ExpertKey, ...]
     by: int  # the controller's term
-    decided: float
+    seen: float  # when the controller asked for the reports that it decided by
 
 
 @dataclass(frozen=True, slots=True)

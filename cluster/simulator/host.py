@@ -236,7 +236,7 @@ class SimHost(Process):
         keys: Sequence[ExpertKey],
         term: int,
         number: int,
-        decided: float,
+        seen: float,
         respond: Responder,
     ) -> None:
         def forget() -> None:
@@ -246,7 +246,7 @@ class SimHost(Process):
             for queued, error in self.residency.release(keys):
                 self._refuse_queued(queued, error)
             self.weights -= set(keys)
-            self.world.tell(Released(self, gone, term, decided))
+            self.world.tell(Released(self, gone, term, seen))
             respond(None)
 
         self.post(forget)

@@ -167,8 +167,8 @@ class Invariants:
         return f"{fact.host.name}: experts {list(fact.lacking)} of {fact.key}, without weights"
 
     def leaves_one(self, fact: Released) -> str:
-        """Another host holds what was evicted, or its process died since that was decided."""
-        died = [held for when, held in self._deaths if when >= fact.decided]
+        """Another host holds what was evicted, or has died since the controller looked."""
+        died = [held for when, held in self._deaths if when >= fact.seen]
         for key in fact.keys:
             others = [
                 host.name
@@ -190,7 +190,7 @@ class Invariants:
             for key in fact.keys:
                 if _names(placement, key, fact.host.host):
                     return (
-                        f"term {fact.by}, {now - fact.decided:.3f} s ago, evicts {key} from "
+                        f"term {fact.by} looked {now - fact.seen:.3f} s ago and evicts {key} from "
                         f"{fact.host.name}; {router.name}, heard {heard_s:.3f} s ago, follows "
                         f"{tuple(placement.number)}, which names it"
                     )
