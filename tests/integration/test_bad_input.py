@@ -33,6 +33,7 @@ from moesaic.proto.errors import (
     BodyTooLarge,
     CallError,
     CheckpointError,
+    Corrupted,
     ExpertUnavailable,
     Expired,
     HostLost,
@@ -45,7 +46,7 @@ from moesaic.proto.errors import (
     from_wire,
 )
 from moesaic.proto.expert_pb2 import BFLOAT16, FLOAT32, Frame, Reply
-from moesaic.proto.wire import DTYPE_FROM_WIRE, CallLayout
+from moesaic.proto.wire import DTYPE_FROM_WIRE, CallLayout, checksum
 from tests.helpers.served_pool import (
     MAX_BODY,
     ServedPool,
@@ -174,6 +175,8 @@ def ask(
             x.copy_(torch.ones(x.shape) if x_TH is None else x_TH)
             ids_TK.copy_(torch.tensor(chosen[: ids_TK.shape[1]], dtype=torch.int32))
             weights_TK.fill_(1.0)
+        if "checksum" not in fields:
+            call.checksum = checksum(call.seq, buffer[: call.payload_bytes])
 
     channel = connect(host.entry(), router="bad", node="here", choice=transport, slots=4)
     with closing(channel):
@@ -341,6 +344,8 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("wire-version", wire(version=2), NotHere, "has version 1 here, the call means 2"),
     ("wire-expired", wire(timeout_us=0), Expired, "call 1: its deadline passed on the way"),
     ("wire-expired-grpc", wire("grpc", timeout_us=1), Expired, "call 1: "),
+    ("wire-checksum", wire(checksum=1), Corrupted, "call 1: its tensors have another checksum"),
+    ("wire-checksum-grpc", wire("grpc", checksum=1), Corrupted, "call 1: its tensors"),
     ("wire-seq", wire(times=2), CallError, "seq: 1 is in use"),
     ("wire-backward", backward, CallError, "backward: this host only serves"),
     ("wire-garbage", garbage, HostLost, "closed"),
