@@ -33,6 +33,7 @@ def need_namespaces() -> None:
         pytest.skip(f"namespaces are not allowed here: {tried.stderr.decode().strip()}")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_restarted_gcs_is_not_noticed(tmp_path: Path) -> None:
     need_namespaces()

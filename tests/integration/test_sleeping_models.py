@@ -41,16 +41,19 @@ def test_a_model_sleeps_and_its_first_request_wakes_it(tmp_path: Path) -> None:
         def asleep() -> bool:
             return {one["name"]: one["asleep"] for one in cluster.status()["models"]}["sleepy"]
 
-        for _ in range(2):
+        def fall_asleep() -> None:
             wait_until(asleep)
             wait_until(lambda: sum(host["experts"] for host in hosts_of(cluster).values()) < before)
+
+        for _ in range(2):
+            fall_asleep()
             status = cluster.status()
             assert not status["missing_experts"]
             assert text_of(client, "other", 20) == wanted["other"]
             assert asleep()
             assert text_of(client, "sleepy", 20) == wanted["sleepy"]
             assert not asleep()
-        wait_until(asleep)
+        fall_asleep()
         # A trunk that starts while its model sleeps wakes it, too.
         model = cluster.from_pretrained("sleepy")
         assert model.config.model_type == "mixtral"

@@ -30,6 +30,7 @@ def replicas(app: str) -> int:
     return found.replica_states.get("RUNNING", 0)
 
 
+@pytest.mark.slow
 def test_trunks_scale_to_zero_and_to_two(tmp_path: Path) -> None:
     save_model(tmp_path, "mixtral")
     name = f"trunks-{os.getpid()}"
