@@ -33,7 +33,7 @@ from .events import (
     Send,
 )
 from .health import HostHealth, RouterPolicy
-from .hedging import Budget, Latencies
+from .hedging import Budget, Hedging, Latencies
 from .layer_call import Flight, LayerCall, Outcome
 from .load import LoadMeter
 from .peers import Peers, Piece
@@ -60,11 +60,12 @@ class Dispatcher:
         self._next_seq = 1
         self._rotations: dict[LayerKey, int] = defaultdict(int)
         self.meter = LoadMeter()
-        self._latencies = Latencies(policy.hedge_quantile, policy.hedge_least_s)
-        self._hedging = Budget(share=policy.hedge_share, per_s=0.0, most=policy.hedge_burst)
         self._retrying = Budget(
             share=policy.retry_share, per_s=policy.retry_per_s, most=policy.retry_burst
         )
+        budget = Budget(share=policy.hedge_share, per_s=0.0, most=policy.hedge_burst)
+        latencies = Latencies(policy.hedge_quantile, policy.hedge_least_s)
+        self._hedging = Hedging(latencies, budget, self._retrying)
         # The layer that was asked for last, if no placement names it: its model may be asleep.
         self.unplaced: LayerKey | None = None
 
@@ -208,7 +209,7 @@ class Dispatcher:
             late = call.take_late(seq)
             return [] if late is None else [Accept(late)]
         choices = flight.send.choices
-        self._latencies.learn(call.key.model, choices.size, now - flight.sent_at)
+        self._hedging.latencies.learn(call.key.model, choices.size, now - flight.sent_at)
         commands: list[Command] = [Accept(flight.send)]
         if flight.rival is not None:
             self.overtakings += 1
@@ -303,9 +304,8 @@ class Dispatcher:
                 continue
             flight = self._send(call, piece, call.attempts, now)
             size = flight.send.choices.size
-            flight.hedge_at = now + self._latencies.late_after_s(call.key.model, size)
-            self._hedging.earn(1)
-            self._retrying.earn(1)
+            flight.hedge_at = now + self._hedging.latencies.late_after_s(call.key.model, size)
+            self._hedging.earn()
             commands.append(flight.send)
         call.waiting_N = np.sort(np.concatenate(still))
         return commands
@@ -326,7 +326,8 @@ class Dispatcher:
             pieces = list(self._peers.pieces(call, choices, host_n))
             asked = Counter(piece.health.entry.host for piece in pieces)
             room = all(self.hosts[host].room >= sends for host, sends in asked.items())
-            if not room or not self._hedging.spend(len(pieces), now):
+            age_s = now - flight.sent_at
+            if not room or not self._hedging.may(call.key.model, choices.size, age_s, pieces, now):
                 continue
             flight.hedge_at = float("inf")
             for piece in pieces:

@@ -8,12 +8,15 @@ of all sends, so that a pool that is slow because it is full does not get more t
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sized
 from dataclasses import dataclass, field
 
 import numpy as np
 
 # Answers of one size that are remembered, and without how many nothing can be said.
 _KEPT, _LEAST = 128, 16
+# So many times as old as a late call, one is taken for lost.
+_LOST = 4
 
 
 @dataclass(slots=True)
@@ -93,3 +96,24 @@ class Budget:
         if self._at is not None:
             self._left = min(self._most, self._left + (now - self._at) * self._per_s)
         self._at = now
+
+
+class Hedging:
+    """Whether a late call may go to other replicas too: by the budget of hedges, or, when it is
+    too late to be only slow, by that of retries."""
+
+    def __init__(self, latencies: Latencies, budget: Budget, retrying: Budget) -> None:
+        self.latencies = latencies
+        self._budget = budget
+        self._retrying = retrying
+
+    def earn(self) -> None:
+        """A call was sent for the first time."""
+        self._budget.earn(1)
+        self._retrying.earn(1)
+
+    def may(self, model: str, choices: int, age_s: float, sends: Sized, now: float) -> bool:
+        if self._budget.spend(len(sends), now):
+            return True
+        lost = age_s >= _LOST * self.latencies.late_after_s(model, choices)
+        return lost and self._retrying.spend(len(sends), now)

@@ -114,7 +114,8 @@ def test_nothing_is_hedged_before_it_is_known_what_is_late() -> None:
 
 def test_hedges_are_a_small_part_of_all_sends() -> None:
     """Every call is slow at once: that is no reason to double the work."""
-    world = world_of(replace(POLICY, hedge_burst=2.0))
+    no_retries = replace(POLICY, retry_share=0.0, retry_per_s=1e-9, retry_burst=0.0)
+    world = world_of(replace(no_retries, hedge_burst=2.0))
     sends = 0
     for _ in range(400):
         world.begin(one_token(1))
@@ -125,6 +126,21 @@ def test_hedges_are_a_small_part_of_all_sends() -> None:
                 world.answer(host, 0)
         world.check_whole()
     assert world.dispatcher.hedges <= 2 + POLICY.hedge_share * (sends + 16 * 2)
+
+
+def test_a_host_that_stands_still_is_overtaken_even_when_hedges_are_spent() -> None:
+    world = world_of(replace(POLICY, hedge_burst=0.0, hedge_share=0.0))
+    asked, other = begin_on_one(world)
+    world.pass_time(3 * USUAL_S)
+    assert not other.inbox
+    while world.dispatcher.outcome is None and world.now < POLICY.attempt_s:
+        world.pass_to_next()
+        while other.inbox:
+            world.answer(other, 0)
+    assert world.dispatcher.outcome is not None
+    assert world.now < 20 * USUAL_S + 16 * USUAL_S
+    assert asked.inbox, "it never answered"
+    world.check_whole()
 
 
 def test_what_takes_longer_from_now_on_is_not_late_any_more() -> None:
