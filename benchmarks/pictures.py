@@ -15,8 +15,8 @@ from benchmarks.svg import line_chart
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
-# Buckets that are averaged, so that single tokens do not hide what happens.
-SMOOTH = 4
+# Buckets that are averaged: streams of one batch get their tokens at the same moment.
+SMOOTH = 40
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -41,10 +41,10 @@ def draw(path: Path, title: str, timeline: dict[str, Any]) -> None:
 def main() -> None:
     found = json.loads((RESULTS / "faults.json").read_text())
     PICTURES.mkdir(parents=True, exist_ok=True)
-    for name, title in (
-        ("kill", "A host is killed, restarted by Ray, and loads its experts again"),
-        ("rebalance", "Replicas move while 16 streams run"),
-    ):
+    titles = {"kill": "A host is killed, restarted by Ray, and loads its experts again"}
+    if found["rebalance_moves"]:
+        titles["rebalance"] = "Replicas move while 16 streams run"
+    for name, title in titles.items():
         draw(PICTURES / f"{name}.svg", title, found["timelines"][name])
         print(PICTURES / f"{name}.svg")
 
