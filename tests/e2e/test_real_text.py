@@ -69,7 +69,7 @@ def plain_texts(prompts: list[str], tokens: int) -> list[str]:
 @pytest.mark.parametrize(
     ("count", "tokens"),
     [
-        pytest.param(3, 32, marks=pytest.mark.timeout(600)),
+        pytest.param(2, 16, marks=pytest.mark.timeout(600)),
         pytest.param(10, 100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
