@@ -96,20 +96,6 @@ class Operations:
             unprotected_now=len(self._control.unprotected()),
         )
 
-    def _balance_status(self) -> dict[str, Any]:
-        now = time.monotonic()
-        control = self._control
-        last = control.changes.all[-1] if control.changes.all else None
-        return {
-            "auto": control.policy.auto,
-            "plan_age_s": None
-            if control.planned_at is None
-            else round(now - control.planned_at, 1),
-            "moves_pending": control.pending(),
-            "leaving": sorted(control.leaving),
-            "last_change": None if last is None else last.describe(now),
-        }
-
     def _change(self, number: int | None) -> Change:
         change = self._control.changes.find(number)
         if change is None:

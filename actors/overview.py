@@ -162,7 +162,7 @@ class Overview(Sizing):
             if control.planned_at is None
             else round(now - control.planned_at, 1),
             "moves_pending": control.pending(),
-            "leaving": sorted(control.wishes.leaving),
+            "leaving": sorted(control.leaving),
             "last_change": None if last is None else last.describe(now),
         }
 

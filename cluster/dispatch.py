@@ -41,8 +41,8 @@ from .placement import LayerKey, Placement
 
 # Refusals after which another replica or a later moment may serve the same choices.
 _RETRYABLE = ("NotHere", "Busy", "Expired", "HostLost", "Corrupted")
-# Those that cost the pool nothing: the host lacks what it was asked for, or is gone.
-_FREE = ("NotHere", "HostLost")
+# Those that take nothing of the budget of retries: the host lacks the expert, or is gone.
+_UNPAID = ("NotHere", "HostLost")
 
 
 class Dispatcher:
@@ -231,7 +231,7 @@ class Dispatcher:
         if event.code not in _RETRYABLE:
             return self._fail(call, flight, event, now)
         waits = call.take(event.seq)
-        if waits and event.code not in _FREE:
+        if waits and event.code not in _UNPAID:
             self._pay(call, 1, now)
         self.retries += waits
         if event.code == "Busy":

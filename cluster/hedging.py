@@ -48,16 +48,18 @@ class Latencies:
     def late_after_s(self, model: str, choices: int) -> float:
         """Seconds; infinity before anything is known. A size that was not seen takes no longer
         than a larger one, and no longer than a smaller one times the difference in size."""
+        sizes = self._seen.get(model, {})
+        size = choices.bit_length()
+        seen = sizes.get(size)
+        if seen is not None and seen.late_after_s < float("inf"):
+            return seen.late_after_s
         known = {
-            size: seen.late_after_s
-            for size, seen in self._seen.get(model, {}).items()
+            other: seen.late_after_s
+            for other, seen in sizes.items()
             if seen.late_after_s < float("inf")
         }
         if not known:
             return float("inf")
-        size = choices.bit_length()
-        if size in known:
-            return known[size]
         larger = min((other for other in known if other > size), default=None)
         if larger is not None:
             return known[larger]

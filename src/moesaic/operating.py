@@ -1,0 +1,141 @@
+"""What an operator does with a running pool: watching, planning, moving experts, scaling."""
+
+from __future__ import annotations
+
+import getpass
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from .proto.errors import ClusterError
+
+if TYPE_CHECKING:
+    from .actors.launch import Progress
+    from .cluster.trace import Trace
+
+# Planning a large pool anew takes most of it.
+OPERATION_S = 120.0
+
+
+def quiet(step: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+class Operating(ABC):
+    """What `Cluster` inherits."""
+
+    @abstractmethod
+    def _join(self) -> str:
+        """Connect this process to the cluster's Ray; gives the namespace."""
+
+    def top(self, experts: int = 10) -> dict[str, Any]:
+        """What goes on now, as plain values: hosts, the hottest ``experts``, balancedness, moves
+        to come. Rates are means over the last seconds. Raises ClusterError."""
+        return self._ask("top", experts)
+
+    def record(
+        self,
+        seconds: float,
+        window_s: float = 1.0,
+        *,
+        stop: Event | None = None,
+        progress: Progress | None = None,
+    ) -> Trace:
+        """The load of the next ``seconds``, window by window; `write_trace` keeps it. It ends
+        early when ``stop`` is set. Raises RequestError and ClusterError."""
+        from .actors.ray_border import ask, controller_of
+        from .traces import record
+
+        namespace = self._join()
+        return record(
+            lambda: ask(controller_of(namespace).totals.remote(), 10.0, "the load so far"),
+            seconds,
+            window_s,
+            stop=stop or Event(),
+            progress=progress or quiet,
+        )
+
+    def plan(self, *, budget: int | None = None) -> dict[str, Any]:
+        """What `rebalance` would do now, as plain values: moves with reasons, bytes, seconds, and
+        balancedness and protection before and after. ``budget`` is the most replicas that it may
+        load for balance; without it the spec's part of all replicas. Raises ClusterError."""
+        return self._ask("plan", budget)
+
+    def rebalance(self, *, budget: int | None = None) -> dict[str, Any]:
+        """Carry out the plan that is best now, and give the change; `change` says how it goes on.
+        Raises ClusterError."""
+        return self._ask("rebalance", budget, getpass.getuser())
+
+    def change(self, number: int | None = None) -> dict[str, Any]:
+        """One change of the placement, or the last one: its phase and what is still to come.
+        Raises ClusterError."""
+        return self._ask("change", number)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The last changes: who, why, how many moves, what they were to bring, how they ended."""
+        return self._ask("history")
+
+    def rollback(self, number: int | None = None) -> dict[str, Any]:
+        """Back to what stood before a change, or before the last one. Raises ClusterError."""
+        return self._ask("rollback", number)
+
+    def replicate(self, model: str, layer: int, expert: int, count: int) -> None:
+        """At least ``count`` replicas of an expert from now on. Raises ClusterError."""
+        self._ask("replicate", (model, layer, expert), count)
+
+    def pin(self, model: str, layer: int, expert: int, host: str) -> None:
+        """Keep a replica of an expert on ``host``. Raises ClusterError."""
+        self._ask("pin", (model, layer, expert), host)
+
+    def unpin(self, model: str, layer: int, expert: int, host: str) -> None:
+        """Take a `pin` back. Raises ClusterError."""
+        self._ask("unpin", (model, layer, expert), host)
+
+    def drain(self, host: str, timeout_s: float = 0.0) -> int:
+        """Move all experts off ``host``; gives how many are left after ``timeout_s``. Requests do
+        not notice. `undrain` cancels it. Raises ClusterError."""
+        self._ask("drain", host)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = self._ask("experts_on", host)
+            if not left or time.monotonic() >= deadline:
+                return left
+            time.sleep(0.2)
+
+    def undrain(self, host: str) -> None:
+        """Let a host that was drained hold experts again. Raises ClusterError."""
+        self._ask("undrain", host)
+
+    def scale(
+        self,
+        count: int,
+        group: int = 0,
+        *,
+        timeout_s: float = 600.0,
+        watch: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Let a group of hosts have ``count`` hosts, and wait until it does; requests do not
+        notice. ``watch`` is called again and again with what is still to come. Gives how it ended:
+        the hosts that came and left, and a ``phase``, "no room" where hosts wait for machines.
+        Asked for again, it goes on waiting. Raises ClusterError."""
+        deadline = time.monotonic() + timeout_s
+        scaling = self._ask("scale", count, group, getpass.getuser())
+        while scaling["under_way"]:
+            if watch is not None:
+                watch(scaling)
+            if time.monotonic() >= deadline:
+                raise ClusterError(
+                    f"scaling {scaling['id']}: {scaling['phase']}, waits for "
+                    f"{', '.join(scaling['waits_for'])} after {timeout_s:g} s; it goes on"
+                )
+            time.sleep(0.2)
+            scaling = self._ask("scaling", scaling["id"])
+        return scaling
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        from .actors.ray_border import ask, controller_of
+
+        controller = controller_of(self._join())
+        return ask(getattr(controller, method).remote(*arguments), OPERATION_S, method)
