@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.apart import ray_environment, report_of_driver
 from tests.integration.conftest import save_model
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -88,14 +88,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 def report_of(namespaces: list[tuple[str, str]], tmp_path: Path, *words: str) -> dict[str, Any]:
     """What `two_nodes.py` says, run on the first of two nodes."""
     folder = save_model(tmp_path / "model", "mixtral", num_experts_per_tok=4)
-    environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Every process of a Ray cluster must show the same token.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "MOESAIC_CACHE": str(tmp_path / "cache"),
-    }
+    environment = ray_environment(tmp_path)
     (head, head_ip), (worker, worker_ip) = namespaces
     common = ["--object-store-memory=100000000", "--disable-usage-stats"]
     with ExitStack() as stack:
@@ -122,28 +115,11 @@ def report_of(namespaces: list[tuple[str, str]], tmp_path: Path, *words: str) ->
             environment,
             tmp_path / "worker.log",
         )
-        driver = subprocess.run(
-            [
-                "ip",
-                "netns",
-                "exec",
-                head,
-                sys.executable,
-                "-m",
-                "tests.e2e.two_nodes",
-                str(folder),
-                *words,
-            ],
-            env=environment | {"RAY_ADDRESS": f"{head_ip}:6399"},
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
+        driver = [sys.executable, "-m", "tests.e2e.two_nodes", str(folder), *words]
+        return report_of_driver(
+            ["ip", "netns", "exec", head, *driver],
+            environment | {"RAY_ADDRESS": f"{head_ip}:6399"},
         )
-        lines = [line for line in driver.stdout.splitlines() if line.startswith("REPORT ")]
-        assert lines, driver.stdout + driver.stderr
-    return json.loads(lines[0].removeprefix("REPORT "))
 
 
 @pytest.mark.timeout(400)

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+import moesaic
 from moesaic import Client
 from moesaic.client import Options
 from moesaic.handle import Cluster
 
 TEXT = "the quick fox"
+
+# For modules whose tests start Ray.
+ON_RAY = [
+    pytest.mark.timeout(300),
+    # Ray leaves sockets and log files to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@contextmanager
+def running(what: str, model: Path, **spec: Any) -> Iterator[Cluster]:
+    """A cluster that serves the model in a folder as ``m`` and balances only when asked to."""
+    settings = {
+        "name": f"{what}-{os.getpid()}",
+        "models": [{"name": "m", "path": str(model)}],
+        "trunk": {"cache_tokens": 1024, "threads": 1},
+        "endpoint": {"port": 0},
+        **spec,
+    }
+    settings["balance"] = {"auto": False, **spec.get("balance", {})}
+    with moesaic.up(settings) as cluster:
+        yield cluster
 
 
 def greedy(model: str, tokens: int) -> Options:

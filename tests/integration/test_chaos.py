@@ -12,37 +12,35 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-import moesaic
 from moesaic import Client
 from moesaic.handle import Cluster
 from moesaic.proto.errors import EngineError, MoesaicError
-from tests.helpers.live import hosts_of, text_in_background, text_of, wait_until, wait_whole
+from tests.helpers.live import (
+    ON_RAY,
+    hosts_of,
+    running,
+    text_in_background,
+    text_of,
+    wait_until,
+    wait_whole,
+)
 from tests.integration.conftest import save_model
 
 MODEL = "m"
 TOKENS = 150
 
-pytestmark = [
-    pytest.mark.timeout(300),
-    # Ray leaves sockets and log files to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = ON_RAY
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("chaos")
-    save_model(folder, "mixtral")
-    spec = {
-        "name": f"chaos-{os.getpid()}",
-        "models": [{"name": MODEL, "path": str(folder)}],
-        "hosts": [{"count": 3}],
-        "trunk": {"cache_tokens": 1024, "threads": 1},
-        "endpoint": {"port": 0},
-        "balance": {"auto": False, "lease_s": 2, "redundancy": 1},
-    }
-    with moesaic.up(spec) as cluster:
+    model = save_model(tmp_path_factory.mktemp("chaos"), "mixtral")
+    with running(
+        "chaos",
+        model,
+        hosts=[{"count": 3}],
+        balance={"lease_s": 2, "redundancy": 1},
+    ) as cluster:
         yield cluster
 
 

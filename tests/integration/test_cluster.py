@@ -16,6 +16,7 @@ from moesaic import Client, MoesaicError
 from moesaic.handle import Cluster
 from tests.helpers.architectures import tiny_model
 from tests.helpers.live import (
+    ON_RAY,
     hosts_of,
     text_in_background,
     text_of,
@@ -26,12 +27,7 @@ from tests.helpers.live import (
 
 PROMPT = torch.randint(3, 300, (1, 12), generator=torch.Generator().manual_seed(3))
 
-pytestmark = [
-    pytest.mark.timeout(300),
-    # Ray leaves sockets and log files to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = ON_RAY
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe"])

@@ -4,7 +4,6 @@ runs, whose text never changes."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,40 +15,30 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-import moesaic
 from moesaic import Client
 from moesaic.actors.ray_border import CONTROLLER, namespace_of
 from moesaic.actors.term import claim_term, forget_all, keep_wishes, kept_wishes
 from moesaic.cluster.plan import Wishes
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
-from tests.helpers.live import hosts_of, text_in_background, text_of, wait_until
+from tests.helpers.live import ON_RAY, hosts_of, running, text_in_background, text_of, wait_until
 from tests.integration.conftest import save_model
 
 MODEL = "m"
 TOKENS = 150
 
-pytestmark = [
-    pytest.mark.timeout(300),
-    # Ray leaves sockets and log files to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = ON_RAY
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("elastic")
-    save_model(folder, "mixtral")
-    spec = {
-        "name": f"elastic-{os.getpid()}",
-        "models": [{"name": MODEL, "path": str(folder)}],
-        "hosts": [{"count": 3, "slots": 12}],
-        "trunk": {"cache_tokens": 1024, "threads": 1},
-        "endpoint": {"port": 0},
-        "balance": {"auto": False, "lease_s": 4},
-    }
-    with moesaic.up(spec) as cluster:
+    model = save_model(tmp_path_factory.mktemp("elastic"), "mixtral")
+    with running(
+        "elastic",
+        model,
+        hosts=[{"count": 3, "slots": 12}],
+        balance={"lease_s": 4},
+    ) as cluster:
         yield cluster
 
 

@@ -19,40 +19,30 @@ import psutil
 import pytest
 import ray
 
-import moesaic
 from moesaic import Client
 from moesaic.actors.ray_border import CONTROLLER, namespace_of
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
-from tests.helpers.live import hosts_of, text_of, wait_until
+from tests.helpers.live import ON_RAY, hosts_of, running, text_of, wait_until
 from tests.integration.conftest import save_model
 
 MODEL = "m"
 TOKENS = 60
 
-pytestmark = [
-    pytest.mark.timeout(300),
-    # Ray leaves sockets and log files to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = ON_RAY
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("scaling")
-    save_model(folder, "mixtral")
-    spec = {
-        "name": f"scaling-{os.getpid()}",
-        "models": [{"name": MODEL, "path": str(folder)}],
-        "hosts": [{"count": 2, "min_count": 1, "max_count": 4, "num_cpus": 1, "threads": 1}],
-        "trunk": {"cache_tokens": 1024, "threads": 1},
-        "endpoint": {"port": 0},
-        "balance": {"auto": False, "lease_s": 3},
+    model = save_model(tmp_path_factory.mktemp("scaling"), "mixtral")
+    with running(
+        "scaling",
+        model,
+        hosts=[{"count": 2, "min_count": 1, "max_count": 4, "num_cpus": 1, "threads": 1}],
+        balance={"lease_s": 3},
         # Only hands scale here.
-        "autoscale": {"up_after_s": 3600, "down_after_s": 3600},
-    }
-    with moesaic.up(spec) as cluster:
+        autoscale={"up_after_s": 3600, "down_after_s": 3600},
+    ) as cluster:
         yield cluster
 
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
 import moesaic
 from moesaic import Client
-from tests.helpers.live import hosts_of, text_of, wait_until
+from tests.helpers.live import ON_RAY, hosts_of, text_of, wait_until
 from tests.integration.conftest import save_model
 
-pytestmark = [
-    pytest.mark.timeout(300),
-    # Ray leaves sockets and log files to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = ON_RAY
 
 
 def test_a_model_sleeps_and_its_first_request_wakes_it(tmp_path: Path) -> None:

@@ -12,17 +12,12 @@ from ray import serve
 
 import moesaic
 from moesaic import Client
-from tests.helpers.live import text_of, wait_until
+from tests.helpers.live import ON_RAY, text_of, wait_until
 from tests.integration.conftest import save_model
 
 MODEL = "m"
 
-pytestmark = [
-    pytest.mark.timeout(300),
-    # Ray leaves sockets and log files to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = ON_RAY
 
 
 def replicas(app: str) -> int:

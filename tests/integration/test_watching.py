@@ -16,39 +16,29 @@ import httpx
 import pytest
 import ray
 
-import moesaic
 from moesaic import Client
 from moesaic.cli.main import main
 from moesaic.cluster.placement import LayerKey
 from moesaic.handle import Cluster
 from moesaic.traces import read_trace
-from tests.helpers.live import hosts_of, text_of, wait_until
+from tests.helpers.live import ON_RAY, hosts_of, running, text_of, wait_until
 from tests.integration.conftest import save_model
 
 MODEL = "m"
 EMULATE = {"call_us": 3000, "row_us": 100}
 
-pytestmark = [
-    pytest.mark.timeout(300),
-    # Ray leaves sockets and log files to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = ON_RAY
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("watching")
-    save_model(folder, "mixtral")
-    spec = {
-        "name": f"watching-{os.getpid()}",
-        "models": [{"name": MODEL, "path": str(folder)}],
-        "hosts": [{"count": 2, "slots": 16, "emulate": EMULATE}],
-        "trunk": {"cache_tokens": 1024, "threads": 1},
-        "endpoint": {"port": 0},
-        "balance": {"auto": False, "lease_s": 4},
-    }
-    with moesaic.up(spec) as cluster:
+    model = save_model(tmp_path_factory.mktemp("watching"), "mixtral")
+    with running(
+        "watching",
+        model,
+        hosts=[{"count": 2, "slots": 16, "emulate": EMULATE}],
+        balance={"lease_s": 4},
+    ) as cluster:
         yield cluster
 
 
