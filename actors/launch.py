@@ -18,7 +18,10 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.util import placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from ..cluster.fleet import Fleet
 from ..cluster.placement import ModelShape
@@ -130,7 +133,16 @@ def _start_actors(
     }
     controller = (
         ray.remote(Controller)
-        .options(name=CONTROLLER, namespace=namespace, max_restarts=-1, num_cpus=0)
+        .options(
+            name=CONTROLLER,
+            namespace=namespace,
+            max_restarts=-1,
+            num_cpus=0,
+            # Beside its owner, so that a node of hosts that is lost takes nothing else along.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=True
+            ),
+        )
         .remote(
             namespace,
             fleet,
