@@ -14,33 +14,15 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util import get_node_ip_address
 
-from ..cluster.residency import HostPolicy
 from ..cluster.spec import Spec
-from .host import ExpertHost
+from .host_process import RayExpertHost
 from .ray_border import actor_options
 
 log = logging.getLogger(__name__)
 
 ASK_EVERY_S = 0.3
 ASK_TIMEOUT_S = 5.0
-
-
-class RayExpertHost(ExpertHost):
-    """An expert host as a Ray actor: knows its node from Ray."""
-
-    def __init__(
-        self, name: str, *, bind: str, device: str, policy: HostPolicy, threads: int
-    ) -> None:
-        super().__init__(
-            name,
-            node=ray.get_runtime_context().get_node_id(),
-            bind=get_node_ip_address() if bind == "node" else bind,
-            device=device,
-            policy=policy,
-            threads=threads,
-        )
 
 
 class HostStarter:

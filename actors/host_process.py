@@ -1,0 +1,59 @@
+"""An expert host as a Ray actor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import ray
+from ray.util import get_node_ip_address
+
+from .quiet_import import import_quietly
+
+if TYPE_CHECKING:
+    # Ray imports this module at the usual priority: it must not bring torch.
+    from ..cluster.placement import ExpertKey, HostEntry
+    from ..cluster.residency import HostPolicy
+    from .host import HostReport, PlacedModel
+
+
+class RayExpertHost:
+    """`ExpertHost` on its node."""
+
+    def __init__(
+        self, name: str, *, bind: str, device: str, policy: HostPolicy, threads: int
+    ) -> None:
+        # A host that comes back does so on cores that serve.
+        import_quietly(".host", __package__)
+        from .host import ExpertHost
+
+        self._host = ExpertHost(
+            name,
+            node=ray.get_runtime_context().get_node_id(),
+            bind=get_node_ip_address() if bind == "node" else bind,
+            device=device,
+            policy=policy,
+            threads=threads,
+        )
+
+    def entry(self) -> HostEntry:
+        return self._host.entry()
+
+    def load(
+        self,
+        models: Sequence[PlacedModel],
+        keys: Sequence[ExpertKey],
+        peers: Mapping[ExpertKey, str],
+        *,
+        term: int,
+    ) -> None:
+        self._host.load(models, keys, peers, term=term)
+
+    def add_models(self, models: Sequence[PlacedModel]) -> None:
+        self._host.add_models(models)
+
+    def release(self, keys: Sequence[ExpertKey], term: int, eviction: int) -> None:
+        self._host.release(keys, term, eviction)
+
+    def report(self, term: int, given_up: int) -> HostReport:
+        return self._host.report(term, given_up)

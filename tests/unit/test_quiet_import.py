@@ -1,0 +1,41 @@
+"""Imports at a low priority."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from moesaic.actors.quiet_import import PRIORITY, import_quietly
+
+PRIORITY_OF_ITS_THREAD = """
+import os, threading
+priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_the_import_has_a_low_priority_and_the_rest_keeps_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "imported_quietly.py").write_text(PRIORITY_OF_ITS_THREAD)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    import_quietly("imported_quietly")
+    assert sys.modules.pop("imported_quietly").priority == max(before, PRIORITY)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+def test_an_import_that_fails_says_so() -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        import_quietly("no_such_module")
+
+
+def test_ray_does_not_import_torch_with_the_actor_of_a_host() -> None:
+    """It would do so at the usual priority."""
+    code = "import sys, moesaic.actors.host_process; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
