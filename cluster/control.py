@@ -37,13 +37,12 @@ from .placement import (
 from .plan import Plan, PoolHost, Wishes
 from .policy import ControlPolicy
 from .publishing import Publisher
+from .rhythm import Rhythm
 from .room import with_room
 from .sleep import Sleep
 
 # A plan without moves is taken for its shares if some layer gains so much.
 _WORTH = 0.02
-# How many times `every_s` the balancer keeps still behind a rollback or a move that failed.
-_REST = 10
 # For how long a new host is taken to stay: what it loads pays.
 _FOR_GOOD_S = 1e9
 
@@ -81,7 +80,7 @@ class Control(Members):
         self._planned_for: object = None  # hosts, models and wishes of the target
         self.planned_at: float | None = None  # when the planner last looked
         self._now: float | None = None
-        self._next_balance = 0.0
+        self._rhythm = Rhythm(self.policy.every_s)
 
     # ---- what others say ------------------------------------------------------------------------
 
@@ -119,7 +118,7 @@ class Control(Members):
         for key in self.loader.failed(host, keys, now):
             if self.view.holders(key):
                 self._give_up(key, host)
-                self._next_balance = now + _REST * self.policy.every_s
+                self._rhythm.rest(now)
                 self.changes.failed(f"{key} on {host}: {error}", now)
 
     # ---- what others ask ------------------------------------------------------------------------
@@ -226,8 +225,12 @@ class Control(Members):
             return []  # a plan is being made, hosts are to come, or all leave: what stands goes on
         if self._planned_for != self._key(now):
             self._asked = self.plan_for(now, budget=0, fill=self._unused())
-        elif self.policy.auto and now >= self._next_balance and self._nothing_pending:
-            self._next_balance = now + self.policy.every_s
+        elif (
+            self.policy.auto
+            and self._nothing_pending
+            and self._rhythm.is_due(now, self.loads.shifted_at)
+        ):
+            self._rhythm.looked(now)
             self._asked = self.plan_for(now)
         return [] if self._asked is None else [self._asked]
 
@@ -300,7 +303,7 @@ class Control(Members):
         """Back to the target from before a change; what does not fit any more is planned anew."""
         self._aim(dict(change.layers_before))
         self._planned_for = None
-        self._next_balance = now + _REST * self.policy.every_s
+        self._rhythm.rest(now)
         self.changes.rolled_back(change, now)
 
     def _adopt(self, found: Plan, now: float) -> None:

@@ -8,7 +8,6 @@ Shape suffixes: E = experts of a layer, N = choices.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +18,10 @@ from .placement import LayerKey, Number
 
 # Over how many seconds rates are averaged: what happens now, lately, and usually.
 HORIZONS_S = (10.0, 60.0, 600.0)
+# A layer's traffic has shifted where so large a part of its choices goes elsewhere than lately,
+# beside _NOISE times what chance alone makes of as many choices.
+_SHIFTED = 0.05
+_NOISE = 2.0
 # How far ahead, in parts of the difference between now and lately, the forecast looks.
 _TREND = 0.5
 
@@ -121,6 +124,18 @@ def grown(before: np.ndarray | None, now: np.ndarray) -> np.ndarray:
     return now - before if same else now
 
 
+def has_shifted(counts_E: np.ndarray, rate_E: np.ndarray) -> bool:
+    """Whether choices come from another distribution than ``rate_E`` says: the total variation
+    between both, against its mean if they were drawn from it (normal approximation)."""
+    choices, rate = counts_E.sum(), rate_E.sum()
+    if not choices or not rate:
+        return False
+    part_E = rate_E / rate
+    distance = 0.5 * np.abs(counts_E / choices - part_E).sum()
+    chance = 0.5 * np.sqrt(2 / np.pi * part_E * (1 - part_E) / choices).sum()
+    return bool(distance > _SHIFTED + _NOISE * chance)
+
+
 class LoadTracker:
     """The controller's view: rates of all routers together, over several horizons."""
 
@@ -128,7 +143,8 @@ class LoadTracker:
         self._counts: dict[LayerKey, np.ndarray] = {}
         self._rates: dict[LayerKey, np.ndarray] = {}  # (horizons, E) choices per second
         self._since: float | None = None
-        self._seen_s = 0.0
+        self._ages_s: dict[LayerKey, np.ndarray] = {}  # (horizons,) of the past that rates know
+        self.shifted_at: float | None = None  # when the traffic of some layer became another
         # Since the start; nothing is ever taken out of them.
         self.totals: dict[LayerKey, np.ndarray] = {}
         self.hosts: dict[str, HostTimes] = {}
@@ -150,7 +166,6 @@ class LoadTracker:
         if window_s < least_s:
             return False
         self._since = now
-        self._seen_s += window_s
         self.paces.advance(window_s)
         for key in self._rates.keys() | self._counts.keys():
             counts = self._counts.get(key)
@@ -160,10 +175,17 @@ class LoadTracker:
             assert counts is not None
             if rates is None or rates.shape[1] != counts.size:
                 rates = np.zeros((len(HORIZONS_S), counts.size))
-            for row, horizon_s in enumerate(HORIZONS_S):
-                # Young averages are means over what there was, not over an idle past.
-                part = 1 - math.exp(-window_s / min(horizon_s, self._seen_s))
-                rates[row] += part * (counts / window_s - rates[row])
+                self._ages_s[key] = np.zeros(len(HORIZONS_S))
+            elif has_shifted(counts, rates[0]):
+                # What was before tells what is usual, and nothing about what is now.
+                self._ages_s[key][:-1] = 0.0
+                self.shifted_at = now
+            self._ages_s[key] += window_s
+            # Young averages are plain means.
+            part = np.maximum(
+                window_s / self._ages_s[key], 1 - np.exp(-window_s / np.array(HORIZONS_S))
+            )
+            rates += part[:, None] * (counts / window_s - rates)
             self._rates[key] = rates
         self._counts = {}
         return True

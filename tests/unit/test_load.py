@@ -59,19 +59,62 @@ def test_rates_are_per_second_and_of_all_routers_together() -> None:
     assert tracker.forecast()[KEY] == pytest.approx([15, 1], rel=0.05)
 
 
-def test_a_shift_shows_at_once_in_the_short_rate_and_in_the_forecast() -> None:
+def test_a_drift_shows_in_the_short_rate_and_goes_on_in_the_forecast() -> None:
     tracker = LoadTracker()
     tracker.advance(0.0)
     for second in range(1, 301):
-        tell(tracker, *((100, 0) if second <= 270 else (0, 100)))
+        tell(tracker, 400 - second, 100 + second)
         tracker.advance(float(second))
     short, long = tracker.rate(KEY, 0), tracker.rate(KEY, 2)
     assert short is not None
     assert long is not None
-    assert short[1] > 90 > 20 > long[1]
+    assert 400 > short[1] > 380 > 300 > long[1]
+    assert tracker.shifted_at is None
     forecast = tracker.forecast()[KEY]
     assert forecast[1] > short[1], "the trend goes on"
     assert forecast[0] >= 0
+
+
+def test_a_shift_is_seen_at_once_and_what_was_before_is_forgotten() -> None:
+    tracker = LoadTracker()
+    tracker.advance(0.0)
+    for second in range(1, 301):
+        tell(tracker, *((80, 20) if second <= 270 else (20, 80)))
+        tracker.advance(float(second))
+        if second == 271:
+            assert tracker.shifted_at == 271
+            assert tracker.rate(KEY, 0) == pytest.approx([20, 80])
+    assert tracker.shifted_at == 271
+    assert tracker.forecast()[KEY] == pytest.approx([20, 80]), "no trend leads through a shift"
+    usual = tracker.rate(KEY, 2)
+    assert usual is not None
+    assert usual[0] > 70, "what is usual stays"
+
+
+@pytest.mark.parametrize("choices", [8, 64, 512, 4096])
+def test_chance_is_no_shift(choices: int) -> None:
+    """Windows drawn from the same distribution, over an average of ten of them."""
+    rng = np.random.default_rng(choices)
+    part_E = rng.dirichlet(np.ones(32))
+    tracker = LoadTracker()
+    tracker.advance(0.0)
+    seen = 0
+    for second in range(1, 301):
+        tell(tracker, *rng.multinomial(choices, part_E))
+        tracker.advance(float(second))
+        # What one or two windows say may be far off.
+        seen += second > 5 and tracker.shifted_at == second
+    assert seen == 0
+
+
+def test_who_was_idle_has_not_shifted() -> None:
+    tracker = LoadTracker()
+    tracker.advance(0.0)
+    for second in range(1, 60):
+        if second % 20 == 0:
+            tell(tracker, 700, 300)
+        tracker.advance(float(second))
+    assert tracker.shifted_at is None
 
 
 def test_idle_pools_cool_down() -> None:
