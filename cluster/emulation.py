@@ -19,7 +19,7 @@ class Emulation(BaseModel):
     """A device, as a spec has it: microseconds for starting a batch, for each choice (a row and
     one of its experts), and for each expert whose weights the batch reads."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     call_us: Micros = 0.0
     row_us: Micros = 0.0

@@ -20,7 +20,7 @@ class AutoscaleSpec(BaseModel):
     ``pending_s`` is shown as waiting for a machine.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     high: Busy = 0.75
     low: Busy = 0.35

@@ -32,7 +32,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class RaySpec(_Part):
@@ -249,8 +249,8 @@ class Spec(_Part):
     name: Name = "local"
     ray: RaySpec = RaySpec()
     network: NetworkSpec = NetworkSpec()
-    models: tuple[ModelSpec, ...] = ()
-    hosts: tuple[HostGroup, ...] = (HostGroup(),)
+    models: Annotated[tuple[ModelSpec, ...], Field(strict=False)] = ()
+    hosts: Annotated[tuple[HostGroup, ...], Field(strict=False)] = (HostGroup(),)
     trunk: TrunkSpec = TrunkSpec()
     endpoint: EndpointSpec | None = EndpointSpec()
     timeouts: TimeoutSpec = TimeoutSpec()

@@ -176,6 +176,9 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"hosts": None}, "hosts: Input should be a valid tuple"),
     ({"hosts": [{}, {"count": 0}]}, "hosts.1.count: Input should be greater than or equal to 1"),
     ({"hosts": [{"count": 5000}]}, "hosts.0.count: Input should be less than or equal to 4096"),
+    ({"hosts": [{"count": True}]}, "hosts.0.count: Input should be a valid integer"),
+    ({"hosts": [{"count": "3"}]}, "hosts.0.count: Input should be a valid integer"),
+    ({"hosts": [{"emulate": {"row_us": True}}]}, "hosts.0.emulate.row_us: "),
     (
         {"hosts": [{"count": 3, "max_count": 2}]},
         "hosts.0: min_count <= count <= max_count must hold",
