@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from typing import Any
 
 # Before ray is imported: no usage reports.
@@ -25,12 +26,14 @@ logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 
 CONTROLLER = "controller"
 EMBEDDED_STORE_BYTES = 128 << 20
+REACH_S = 5.0
 
 
 def start_ray(spec: Spec) -> bool:
     """Connect to Ray, or start one in this process. True if it was started here."""
     if ray.is_initialized():
         return False
+    check_reachable(spec.ray.address)
     try:
         if spec.ray.address != "local":
             ray.init(
@@ -88,6 +91,7 @@ def join_ray(address: str, name: str) -> None:
     """Connect this process to a Ray that is running. Raises ClusterError."""
     if ray.is_initialized():
         return
+    check_reachable(address)
     try:
         ray.init(
             address=address,
@@ -97,6 +101,17 @@ def join_ray(address: str, name: str) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(f"ray.address: {address}: {error}") from error
+
+
+def check_reachable(address: str) -> None:
+    """Ray itself would try for minutes. Raises ClusterError where nothing listens at host:port."""
+    host, _, port = address.rpartition(":")
+    if not host:
+        return  # "auto" or "local"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+    except OSError as error:
+        raise ClusterError(f"ray.address: {address}: no Ray answers there ({error})") from error
 
 
 def ray_address() -> str:
