@@ -43,17 +43,17 @@ class RayExpertHost:
         self,
         models: Sequence[PlacedModel],
         keys: Sequence[ExpertKey],
-        peers: Mapping[ExpertKey, str],
+        peers: Mapping[ExpertKey, str] | None = None,
         *,
-        term: int,
+        term: int = 0,
     ) -> None:
         self._host.load(models, keys, peers, term=term)
 
     def add_models(self, models: Sequence[PlacedModel]) -> None:
         self._host.add_models(models)
 
-    def release(self, keys: Sequence[ExpertKey], term: int, eviction: int) -> None:
+    def release(self, keys: Sequence[ExpertKey], term: int = 0, eviction: int = 1) -> None:
         self._host.release(keys, term, eviction)
 
-    def report(self, term: int, given_up: int) -> HostReport:
+    def report(self, term: int | None = None, given_up: int = 0) -> HostReport:
         return self._host.report(term, given_up)

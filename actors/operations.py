@@ -17,12 +17,16 @@ from ..cluster.operations import (
     pinned,
     replicated,
     undrained,
+    unmet,
     unpinned,
 )
 from ..cluster.placement import ExpertKey
 from ..cluster.plan import Plan, Wishes
 from ..proto.errors import ClusterError
 from .term import keep_wishes
+
+# For how long a wish is planned for anew where the pool changes meanwhile.
+PLAN_S = 60.0
 
 
 class Operations:
@@ -61,26 +65,44 @@ class Operations:
         self._control.roll_back(change, now)
         return change.describe(now)
 
-    async def replicate(self, key: tuple[str, int, int], count: int) -> None:
+    async def replicate(self, key: tuple[str, int, int], count: int, who: str) -> dict[str, Any]:
         expert = self._expert(key)
         hosts = self._control.view.hosts
-        self._wish(lambda wishes: replicated(wishes, expert, count, hosts))
+        return await self._wish(
+            lambda wishes: replicated(wishes, expert, count, hosts),
+            who,
+            f"{count} replicas of {expert}",
+            lambda found: unmet(found, self._control.wishes, expert),
+        )
 
-    async def pin(self, key: tuple[str, int, int], host: str) -> None:
+    async def pin(self, key: tuple[str, int, int], host: str, who: str) -> dict[str, Any]:
         expert = self._expert(key)
-        self._wish(lambda wishes: pinned(wishes, expert, self._host(host)))
+        return await self._wish(
+            lambda wishes: pinned(wishes, expert, self._host(host)),
+            who,
+            f"pin {expert} to {host}",
+            lambda found: unmet(found, self._control.wishes, expert),
+        )
 
-    async def unpin(self, key: tuple[str, int, int], host: str) -> None:
+    async def unpin(self, key: tuple[str, int, int], host: str, who: str) -> dict[str, Any]:
         expert = self._expert(key)
-        self._wish(lambda wishes: unpinned(wishes, expert, self._host(host)))
+        return await self._wish(
+            lambda wishes: unpinned(wishes, expert, self._host(host)),
+            who,
+            f"unpin {expert} from {host}",
+        )
 
-    async def drain(self, host: str) -> None:
+    async def drain(self, host: str, who: str) -> dict[str, Any]:
         view = self._control.view
         hosts = view.hosts.keys() - view.retiring
-        self._wish(lambda wishes: drained(wishes, self._host(host), hosts))
+        return await self._wish(
+            lambda wishes: drained(wishes, self._host(host), hosts), who, f"drain {host}"
+        )
 
-    async def undrain(self, host: str) -> None:
-        self._wish(lambda wishes: undrained(wishes, self._host(host)))
+    async def undrain(self, host: str, who: str) -> dict[str, Any]:
+        return await self._wish(
+            lambda wishes: undrained(wishes, self._host(host)), who, f"undrain {host}"
+        )
 
     async def experts_on(self, host: str) -> int:
         """How many experts a host holds: 0 once a drain is done."""
@@ -103,13 +125,35 @@ class Operations:
             raise ClusterError(f"change: {number or 'any'} is none of {', '.join(known) or 'none'}")
         return change
 
-    def _wish(self, change: Callable[[Wishes], Wishes]) -> None:
+    async def _wish(
+        self,
+        make: Callable[[Wishes], Wishes],
+        who: str,
+        why: str,
+        lacking: Callable[[Plan], list[str]] = lambda _: [],
+    ) -> dict[str, Any]:
+        """Keep a wish, plan for it, and give the change that carries it out. ``lacking`` says what
+        of it a plan does not grant; it stays, and is granted when there is room."""
+        control = self._control
         try:
-            wishes = change(self._control.wishes)
+            wishes = make(control.wishes)
         except ValueError as error:
             raise ClusterError(str(error)) from error
+        last = control.changes.find(None)
+        if wishes == control.wishes and last is not None and last.why == why:
+            return last.describe(time.monotonic())  # asked for again
         keep_wishes(self._namespace, wishes)
-        self._control.wishes = wishes
+        control.wishes = wishes
+        deadline = time.monotonic() + PLAN_S
+        while (now := time.monotonic()) < deadline:
+            asked = control.plan_for_all(now)
+            found = await asyncio.to_thread(asked.run)
+            now = time.monotonic()
+            if control.fits(asked, now):
+                change = control.apply(found, now, who=who, why=why)
+                change.errors += lacking(found)
+                return change.describe(now)
+        raise ClusterError(f"{why}: the pool goes on changing; it is kept, and will be planned for")
 
     def _expert(self, key: tuple[str, int, int]) -> ExpertKey:
         expert = ExpertKey(*key)

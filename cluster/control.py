@@ -224,7 +224,7 @@ class Control(Members):
         if self._asked is not None or not started or not usable - self.leaving:
             return []  # a plan is being made, hosts are to come, or all leave: what stands goes on
         if self._planned_for != self._key(now):
-            self._asked = self.plan_for(now, budget=0, fill=self._unused())
+            self._asked = self.plan_for_all(now)
         elif (
             self.policy.auto
             and self._nothing_pending
@@ -251,6 +251,10 @@ class Control(Members):
     def fits(self, asked: MakePlan, now: float) -> bool:
         """Whether nothing has changed that a plan was asked for."""
         return (asked.key, asked.version) == (self._key(now), self._target_version)
+
+    def plan_for_all(self, now: float) -> MakePlan:
+        """The question how everything can be placed as it has to be, whatever the balance."""
+        return self.plan_for(now, budget=0, fill=self._unused())
 
     def plan_for(self, now: float, *, budget: int | None = None, fill: int = 0) -> MakePlan:
         """The question what would be best now; ``budget`` is that of moves for balance, the

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .placement import ExpertKey, ModelShape
+from .placement import ExpertKey, LayerKey, ModelShape
 from .plan import Plan, Wishes
 
 
@@ -71,6 +71,19 @@ def forgotten(wishes: Wishes, host: str) -> Wishes:
         pins={key: hosts for key, hosts in pins.items() if hosts},
         leaving=wishes.leaving - {host},
     )
+
+
+def unmet(plan: Plan, wishes: Wishes, key: ExpertKey) -> list[str]:
+    """What is wished for an expert and what a plan does not grant, in words."""
+    hosts = plan.layers[LayerKey(key.model, key.layer)].hosts(key.expert)
+    least = wishes.least.get(key, 1)
+    found = []
+    if len(hosts) < least:
+        found.append(f"{key}: room for {len(hosts)} of {least} replicas")
+    lacking = sorted(wishes.pins.get(key, frozenset()) - set(hosts))
+    if lacking:
+        found.append(f"{key}: no room on {', '.join(lacking)}")
+    return found
 
 
 def describe(plan: Plan, *, bytes_per_s: float, unprotected_now: int) -> dict[str, Any]:

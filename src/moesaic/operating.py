@@ -81,22 +81,23 @@ class Operating(ABC):
         """Back to what stood before a change, or before the last one. Raises ClusterError."""
         return self._ask("rollback", number)
 
-    def replicate(self, model: str, layer: int, expert: int, count: int) -> None:
-        """At least ``count`` replicas of an expert from now on. Raises ClusterError."""
-        self._ask("replicate", (model, layer, expert), count)
+    def replicate(self, model: str, layer: int, expert: int, count: int) -> dict[str, Any]:
+        """At least ``count`` replicas of an expert from now on; 1 takes that back. Gives the
+        change, whose ``errors`` say for what there is no room. Raises ClusterError."""
+        return self._ask("replicate", (model, layer, expert), count, getpass.getuser())
 
-    def pin(self, model: str, layer: int, expert: int, host: str) -> None:
-        """Keep a replica of an expert on ``host``. Raises ClusterError."""
-        self._ask("pin", (model, layer, expert), host)
+    def pin(self, model: str, layer: int, expert: int, host: str) -> dict[str, Any]:
+        """Keep a replica of an expert on ``host``. Gives the change. Raises ClusterError."""
+        return self._ask("pin", (model, layer, expert), host, getpass.getuser())
 
-    def unpin(self, model: str, layer: int, expert: int, host: str) -> None:
-        """Take a `pin` back. Raises ClusterError."""
-        self._ask("unpin", (model, layer, expert), host)
+    def unpin(self, model: str, layer: int, expert: int, host: str) -> dict[str, Any]:
+        """Take a `pin` back. Gives the change. Raises ClusterError."""
+        return self._ask("unpin", (model, layer, expert), host, getpass.getuser())
 
     def drain(self, host: str, timeout_s: float = 0.0) -> int:
         """Move all experts off ``host``; gives how many are left after ``timeout_s``. Requests do
         not notice. `undrain` cancels it. Raises ClusterError."""
-        self._ask("drain", host)
+        self._ask("drain", host, getpass.getuser())
         deadline = time.monotonic() + timeout_s
         while True:
             left = self._ask("experts_on", host)
@@ -104,9 +105,33 @@ class Operating(ABC):
                 return left
             time.sleep(0.2)
 
-    def undrain(self, host: str) -> None:
-        """Let a host that was drained hold experts again. Raises ClusterError."""
-        self._ask("undrain", host)
+    def undrain(self, host: str) -> dict[str, Any]:
+        """Let a host that was drained hold experts again. Gives the change. Raises
+        ClusterError."""
+        return self._ask("undrain", host, getpass.getuser())
+
+    def wait_for(
+        self,
+        change: dict[str, Any],
+        timeout_s: float = 600.0,
+        *,
+        watch: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Wait until a change has ended, and give it as it ended; its ``phase`` says how. ``watch``
+        is called again and again with what is still to come. Raises ClusterError."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            seen = self.change(change["id"])
+            if seen["phase"] != "loading":
+                return seen
+            if watch is not None:
+                watch(seen)
+            if time.monotonic() >= deadline:
+                raise ClusterError(
+                    f"change {change['id']}: {seen['pending']} replicas are still to come after "
+                    f"{timeout_s:g} s; it goes on, `moesaic history` shows it"
+                )
+            time.sleep(0.2)
 
     def scale(
         self,

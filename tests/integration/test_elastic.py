@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,14 +57,18 @@ def wait_used(cluster: Cluster, host: str) -> None:
     wait_until(lambda: not cluster.status()["balance"]["moves_pending"])
 
 
-def test_a_wish_for_replicas_is_granted_and_taken_back(pool: Cluster, client: Client) -> None:
+def test_a_wish_is_a_change_that_ends_and_can_be_taken_back(pool: Cluster, client: Client) -> None:
     wanted = text_of(client, MODEL, 20)
     before = sum(held(pool).values())
-    pool.replicate(MODEL, 0, 1, 3)
-    wait_until(lambda: sum(held(pool).values()) == before + 2)
+    change = pool.wait_for(pool.replicate(MODEL, 0, 1, 3), 60)
+    assert (change["phase"], change["moves"], change["errors"]) == ("done", 2, [])
+    assert change["why"] == "3 replicas of expert 1 of layer 0 of m"
+    assert sum(held(pool).values()) == before + 2
+    assert pool.replicate(MODEL, 0, 1, 3)["id"] == change["id"], "asked for again"
     for host in ("host-0", "host-1", "host-2"):
-        pool.pin(MODEL, 0, 2, host)
-    wait_until(lambda: sum(held(pool).values()) == before + 4)
+        change = pool.pin(MODEL, 0, 2, host)
+    assert pool.wait_for(change, 60)["phase"] == "done"
+    assert sum(held(pool).values()) == before + 4
     with pytest.raises(ClusterError, match="expert: 99 is not in 0 to"):
         pool.pin(MODEL, 0, 99, "host-1")
     pool.replicate(MODEL, 0, 1, 1)
@@ -133,12 +136,16 @@ def test_load_is_counted_and_rebalancing_follows_it(pool: Cluster, client: Clien
     assert text_of(client, MODEL, TOKENS) == wanted
 
 
-def test_another_process_may_operate_the_cluster(pool: Cluster, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "moesaic.cli.main", "plan", "--name", pool.name, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert np.isfinite(found["balancedness_after"]["mean"])
+def test_another_process_may_operate_the_cluster(pool: Cluster) -> None:
+    def run(*words: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "moesaic.cli.main", *words, "--name", pool.name, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert np.isfinite(run("plan")["balancedness_after"]["mean"])
+    assert run("replicate", "0", "3", "-n", "2")["phase"] == "done"
+    assert run("replicate", "0", "3", "-n", "1")["moves"] == 0
 
 
 def test_terms_only_grow_and_are_forgotten_with_their_cluster(pool: Cluster) -> None:

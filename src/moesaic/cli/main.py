@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 an error, 2 wrong usage, 130 Ctrl-C.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -68,12 +67,12 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")] = False,
 ) -> None:
     """Show hosts, models, the placement and what is not protected."""
+    from .output import print_json
     from .show import print_status, read_status
 
     values = read_status(name)
     if as_json:
-        json.dump(values, sys.stdout, indent=2)
-        print()
+        print_json(values)
     else:
         print_status(values)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from ..handle import Cluster, connect
 from ..proto.errors import ClusterError
+from .output import print_json
+from .top import frame
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -28,6 +28,7 @@ ModelOption = Annotated[
 ]
 LayerArgument = Annotated[int, typer.Argument(help="The layer's number.", min=0)]
 ExpertArgument = Annotated[int, typer.Argument(help="The expert's number.", min=0)]
+TimeoutOption = Annotated[float, typer.Option(help="Seconds to wait for it to be done.")]
 HostArgument = Annotated[str, typer.Argument(help="The host's name.")]
 
 
@@ -52,14 +53,17 @@ def plan(
 ) -> None:
     """Show what a rebalance would do: moves with reasons, bytes, seconds, before and after."""
     found = connect(name).plan(budget=budget)
-    _json(found) if as_json else _print_plan(found)
+    print_json(found) if as_json else _print_plan(found)
 
 
 def rebalance(
     name: NameOption = "local",
     budget: BudgetOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be done.")] = 600.0,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show hosts and experts meanwhile.")
+    ] = False,
+    timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
     """Move replicas to where the load is, and wait until it is done."""
@@ -70,9 +74,7 @@ def rebalance(
         if not found["moves"]:
             return
         typer.confirm("carry it out?", abort=True)
-    change = cluster.rebalance(budget=budget)
-    done = _follow(cluster, change, timeout)
-    _json(done) if as_json else _print_changes([done])
+    _carry_out(cluster, cluster.rebalance(budget=budget), timeout, as_json, watch=watch)
 
 
 def rollback(
@@ -82,13 +84,13 @@ def rollback(
 ) -> None:
     """Go back to what stood before a change."""
     done = connect(name).rollback(change)
-    _json(done) if as_json else _print_changes([done])
+    print_json(done) if as_json else _print_changes([done])
 
 
 def history(name: NameOption = "local", as_json: JsonOption = False) -> None:
     """Show the last changes: who, why, what they were to bring, how they ended."""
     found = connect(name).history()
-    _json(found) if as_json else _print_changes(found)
+    print_json(found) if as_json else _print_changes(found)
 
 
 def replicate(
@@ -97,12 +99,13 @@ def replicate(
     replicas: Annotated[int, typer.Option("--replicas", "-n", min=1, help="At least so many.")],
     model: ModelOption = None,
     name: NameOption = "local",
+    timeout: TimeoutOption = 600.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Keep at least so many replicas of an expert; 1 takes the wish back."""
     cluster = connect(name)
-    model = _model(cluster, model)
-    cluster.replicate(model, layer, expert, replicas)
-    err.print(f"expert {expert} of layer {layer} of {model}: at least {replicas} replicas")
+    change = cluster.replicate(_model(cluster, model), layer, expert, replicas)
+    _carry_out(cluster, change, timeout, as_json)
 
 
 def pin(
@@ -111,12 +114,13 @@ def pin(
     host: HostArgument,
     model: ModelOption = None,
     name: NameOption = "local",
+    timeout: TimeoutOption = 600.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Keep a replica of an expert on a host."""
     cluster = connect(name)
-    model = _model(cluster, model)
-    cluster.pin(model, layer, expert, host)
-    err.print(f"expert {expert} of layer {layer} of {model} stays on {host}")
+    change = cluster.pin(_model(cluster, model), layer, expert, host)
+    _carry_out(cluster, change, timeout, as_json)
 
 
 def unpin(
@@ -125,18 +129,19 @@ def unpin(
     host: HostArgument,
     model: ModelOption = None,
     name: NameOption = "local",
+    timeout: TimeoutOption = 600.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Take a pin back."""
     cluster = connect(name)
-    model = _model(cluster, model)
-    cluster.unpin(model, layer, expert, host)
-    err.print(f"expert {expert} of layer {layer} of {model} may leave {host}")
+    change = cluster.unpin(_model(cluster, model), layer, expert, host)
+    _carry_out(cluster, change, timeout, as_json)
 
 
 def drain(
     host: HostArgument,
     name: NameOption = "local",
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be done.")] = 300.0,
+    timeout: TimeoutOption = 300.0,
     as_json: JsonOption = False,
 ) -> None:
     """Move all experts off a host, without a request noticing; `undrain` cancels it."""
@@ -144,7 +149,7 @@ def drain(
     with err.status(f"moving experts off {host}"):
         left = cluster.drain(host, timeout)
     if as_json:
-        _json({"host": host, "experts": left, "done": not left})
+        print_json({"host": host, "experts": left, "done": not left})
     if left:
         raise ClusterError(
             f"{host}: {left} experts are still there after {timeout:g} s; the drain goes on"
@@ -153,17 +158,22 @@ def drain(
         err.print(f"{host} holds nothing any more")
 
 
-def undrain(host: HostArgument, name: NameOption = "local") -> None:
+def undrain(
+    host: HostArgument,
+    name: NameOption = "local",
+    timeout: TimeoutOption = 600.0,
+    as_json: JsonOption = False,
+) -> None:
     """Let a host that was drained hold experts again."""
-    connect(name).undrain(host)
-    err.print(f"{host} may hold experts")
+    cluster = connect(name)
+    _carry_out(cluster, cluster.undrain(host), timeout, as_json)
 
 
 def scale(
     hosts: Annotated[int, typer.Argument(help="How many hosts the group is to have.", min=1)],
     group: Annotated[int, typer.Option(min=0, help="The group's place in the spec's hosts.")] = 0,
     name: NameOption = "local",
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be done.")] = 600.0,
+    timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
     """Let a group have so many hosts, and wait until it has; hosts that leave are drained first."""
@@ -172,15 +182,10 @@ def scale(
         done = cluster.scale(
             hosts, group, timeout_s=timeout, watch=lambda seen: line.update(_scaling_words(seen))
         )
-    _json(done) if as_json else out.print(_scaling_words(done))
+    print_json(done) if as_json else out.print(_scaling_words(done))
 
 
 # ---- what is printed -----------------------------------------------------------------------------
-
-
-def _json(values: Any) -> None:
-    json.dump(values, sys.stdout, indent=2)
-    print()
 
 
 def _model(cluster: Cluster, model: str | None) -> str:
@@ -192,23 +197,29 @@ def _model(cluster: Cluster, model: str | None) -> str:
     return served[0]
 
 
-def _follow(cluster: Cluster, change: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    """Show a bar until the change has ended. Raises ClusterError after ``timeout_s``."""
-    deadline = time.monotonic() + timeout_s
+def _carry_out(
+    cluster: Cluster,
+    change: dict[str, Any],
+    timeout_s: float,
+    as_json: bool,
+    *,
+    watch: bool = False,
+) -> None:
+    """Show a bar until a change has ended, and then how; with ``watch`` what `top` shows, too."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=err, transient=True) as bars:
-        bar = bars.add_task("loading replicas", total=change["moves"])
-        while True:
-            seen = cluster.change(change["id"])
+    bars = Progress(*columns, console=err)
+    bar = bars.add_task("loading replicas", total=change["moves"])
+    with Live(bars, console=err, transient=True) as live:
+
+        def show(seen: dict[str, Any]) -> None:
             bars.update(bar, completed=max(0, change["moves"] - seen["pending"]))
-            if seen["phase"] != "loading":
-                return seen
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"change {change['id']}: {seen['pending']} replicas are still to come after "
-                    f"{timeout_s:g} s; it goes on, `moesaic history` shows it"
-                )
-            time.sleep(0.2)
+            if watch:
+                live.update(Group(bars, frame(cluster.name, cluster.top(10))))
+
+        done = cluster.wait_for(change, timeout_s, watch=show)
+    print_json(done) if as_json else _print_changes([done])
+    if done["phase"] == "failed":
+        raise typer.Exit(1)
 
 
 def _scaling_words(seen: dict[str, Any]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from typing import Annotated, Any
 
@@ -16,6 +14,7 @@ from rich.text import Text
 from ..handle import Cluster, connect
 from ..proto.errors import ClusterError
 from ..session import find_session
+from .output import print_json
 
 out = Console(highlight=False)
 
@@ -32,8 +31,7 @@ def top(
     """Watch hosts, the hottest experts and how evenly the load is spread; Ctrl-C ends it."""
     cluster = connect(name)
     if as_json:
-        json.dump(cluster.top(experts), sys.stdout, indent=2)
-        print()
+        print_json(cluster.top(experts))
     elif once:
         out.print(frame(name, cluster.top(experts)))
     elif out.is_terminal:

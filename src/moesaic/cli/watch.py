@@ -13,6 +13,7 @@ from rich.console import Console
 from ..handle import connect
 from ..proto.errors import CheckpointError, ClusterError
 from ..traces import write_trace
+from .output import print_json
 from .progress import bars
 from .top import top
 
@@ -32,6 +33,7 @@ def record(
     seconds: Annotated[float, typer.Option(help="How long.")] = 60.0,
     window: Annotated[float, typer.Option(help="Seconds of one window; at least 1.")] = 1.0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="What was recorded, as JSON.")] = False,
 ) -> None:
     """Record the load of all experts and hosts, for `simulate`; Ctrl-C ends it early."""
     if out.exists() and not force:
@@ -49,7 +51,19 @@ def record(
     if not trace.windows:
         raise ClusterError("nothing was recorded: no window had ended")
     write_trace(out, trace)
-    err.print(
-        f"wrote {out}: {trace.windows} windows of {window:g} s, {len(trace.counts)} layers, "
-        f"{len(trace.hosts)} hosts, {int(sum(c.sum() for c in trace.counts.values())):,} choices"
-    )
+    choices = int(sum(counts.sum() for counts in trace.counts.values()))
+    if as_json:
+        recorded = {
+            "file": str(out),
+            "windows": trace.windows,
+            "window_s": window,
+            "layers": len(trace.counts),
+            "hosts": len(trace.hosts),
+            "choices": choices,
+        }
+        print_json(recorded)
+    else:
+        err.print(
+            f"wrote {out}: {trace.windows} windows of {window:g} s, {len(trace.counts)} layers, "
+            f"{len(trace.hosts)} hosts, {choices:,} choices"
+        )

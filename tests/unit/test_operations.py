@@ -1,0 +1,52 @@
+"""What operators ask for, and what a plan does not grant of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moesaic.cluster.operations import pinned, replicated, unmet, unpinned
+from moesaic.cluster.placement import ExpertKey, LayerKey, ModelShape
+from moesaic.cluster.plan import Plan, Policy, PoolHost, Wishes
+from moesaic.cluster.planner import plan
+
+SHAPE = ModelShape(model="m", experts={0: 4}, expert_bytes=1)
+KEY = ExpertKey("m", 0, 1)
+HOSTS = ("h0", "h1", "h2")
+
+
+def planned(wishes: Wishes, slots: tuple[int, int, int]) -> Plan:
+    return plan(
+        models=[SHAPE],
+        hosts=[PoolHost(name=n, slots=s) for n, s in zip(HOSTS, slots, strict=True)],
+        current={},
+        loads={LayerKey("m", 0): np.ones(4)},
+        policy=Policy(),
+        wishes=wishes,
+    )
+
+
+def test_what_has_room_is_granted() -> None:
+    wishes = pinned(replicated(Wishes(), KEY, 3, HOSTS), KEY, "h2")
+    assert unmet(planned(wishes, (3, 2, 2)), wishes, KEY) == []
+
+
+def test_replicas_without_room_are_named() -> None:
+    wishes = replicated(Wishes(), KEY, 3, HOSTS)
+    assert unmet(planned(wishes, (2, 3, 0)), wishes, KEY) == [
+        "expert 1 of layer 0 of m: room for 2 of 3 replicas"
+    ]
+
+
+def test_pins_without_room_are_named() -> None:
+    wishes = pinned(pinned(Wishes(), KEY, "h1"), KEY, "h2")
+    assert unmet(planned(wishes, (4, 1, 0)), wishes, KEY) == [
+        "expert 1 of layer 0 of m: no room on h2"
+    ]
+    wishes = unpinned(wishes, KEY, "h2")
+    assert unmet(planned(wishes, (4, 1, 0)), wishes, KEY) == []
+
+
+def test_more_replicas_than_hosts_are_refused() -> None:
+    with pytest.raises(ValueError, match="replicas: 4 is not in 1 to 3"):
+        replicated(Wishes(), KEY, 4, HOSTS)
