@@ -80,7 +80,7 @@ def _chain(draft: Draft) -> None:
     fresh = [
         key
         for key, search in draft.searches.items()
-        if not search.held_EH.any() and np.ptp(search.load_E) > 0
+        if not search.held_EH.any() and np.ptp(search.load_E) > 0 and not search.is_light
     ]
     lacking = {
         key: int((~search.held_EH.any(axis=1)).sum()) for key, search in draft.searches.items()
