@@ -18,6 +18,8 @@ from scipy.sparse import csr_matrix
 
 # Rounds of smoothing behind the linear program; each takes load off the busier hosts of an expert.
 _SMOOTHING_ROUNDS = 4
+# Hosts that differ by less than this part are even.
+_LEVEL = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,8 @@ def _smooth(
 ) -> None:
     """Level each expert's hosts in turn; no host of it rises above the highest of them."""
     load_H = flow_EH.sum(axis=0)
+    if np.ptp(load_H / speed_H) <= _LEVEL * load_H.sum() / speed_H.sum():
+        return
     for _ in range(_SMOOTHING_ROUNDS):
         for expert in free_E:
             hosts = np.flatnonzero(held_EH[expert])
