@@ -16,7 +16,7 @@ _FIGURES = {
     "moves_pending": "replicas that are planned and not there yet",
     "missing_experts": "experts that no host holds",
     "unprotected_experts": "experts that the loss of one failure domain takes away",
-    "balancedness_mean": "mean over layers of mean over hosts of load / speed, by the maximum",
+    "balancedness_mean": "mean over layers of load / speed of all hosts, by that of the busiest",
     "balancedness_worst": "the same of the worst layer",
     "term": "the controller's term",
     "epoch": "the epoch of its last placement",

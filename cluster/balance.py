@@ -18,6 +18,8 @@ from scipy.sparse import csr_matrix
 
 # Rounds of smoothing behind the linear program; each takes load off the busier hosts of an expert.
 _SMOOTHING_ROUNDS = 4
+# Hosts that differ by less than this part are even.
+_LEVEL = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,8 @@ def _smooth(
 ) -> None:
     """Level each expert's hosts in turn; no host of it rises above the highest of them."""
     load_H = flow_EH.sum(axis=0)
+    if np.ptp(load_H / speed_H) <= _LEVEL * load_H.sum() / speed_H.sum():
+        return
     for _ in range(_SMOOTHING_ROUNDS):
         for expert in free_E:
             hosts = np.flatnonzero(held_EH[expert])
@@ -167,10 +171,15 @@ def shares(flow_EH: np.ndarray, held_EH: np.ndarray, speed_H: np.ndarray) -> np.
     return np.where(total_E > 0, flow_EH / np.where(total_E > 0, total_E, 1.0), even)
 
 
-def balancedness(load_H: np.ndarray, speed_H: np.ndarray) -> float:
-    """Mean over hosts of load / speed, divided by the maximum; 1 without load."""
-    use_H = load_H / speed_H
-    return float(use_H.mean() / use_H.max()) if use_H.max() > 0 else 1.0
+def balancedness(load_H: np.ndarray, speed_H: np.ndarray, least: float = 0.0) -> float:
+    """All load / all speed, divided by the load / speed of the busiest host; 1 without load.
+
+    What is below ``least`` counts as that: so little need not be spread over all hosts.
+    """
+    busiest = float((load_H / speed_H).max())
+    if not busiest > 0:
+        return 1.0
+    return min(1.0, max(float(load_H.sum() / speed_H.sum()), least) / busiest)
 
 
 def best_balancedness(load_E: np.ndarray, slots_H: np.ndarray, speed_H: np.ndarray) -> float:

@@ -64,7 +64,7 @@ class Control(Members):
         )
         self.loads = LoadTracker()
         self.changes = Changes()
-        self.effects = EffectMeter(self.policy.every_s)
+        self.effects = EffectMeter(self.policy.every_s, self.policy.balance.fan_out)
         # What operators want; planned for at the next tick.
         self.wishes = Wishes()
         # Experts for which no host has room.

@@ -10,12 +10,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .balance import balancedness, even_split, shares
+from .fan_out import gather, least_use
 from .placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Replica
 from .plan import Move, Plan, Policy, PoolHost, Wishes
 from .search import LayerSearch
 from .steps import Limits, Rooms, Step
 
 UNLIMITED = np.iinfo(np.int64).max // 4
+
+
+def _known(loads: Mapping[LayerKey, np.ndarray], key: LayerKey) -> np.ndarray | None:
+    """(E,) float; None for a layer that has no load yet."""
+    load_E = loads.get(key)
+    return None if load_E is None or not load_E.any() else load_E.astype(float)
 
 
 class Draft:
@@ -43,6 +50,9 @@ class Draft:
         )
         domains = {d: i for i, d in enumerate(sorted({h.domain or h.name for h in self.hosts}))}
         self.domain_H = np.array([domains[h.domain or h.name] for h in self.hosts])
+        keys = [LayerKey(shape.model, layer) for shape in models for layer in shape.experts]
+        known = [load_E for key in keys if (load_E := _known(loads, key)) is not None]
+        self.least_use = least_use(known, self.speed_H, policy.fan_out)
         self.searches: dict[LayerKey, LayerSearch] = {}
         self.load_before_H = {}
         for shape in models:
@@ -53,9 +63,11 @@ class Draft:
         self.quota_H = np.ceil(free_H / max(len(self.searches), 1))
         # What stood, on hosts that are left.
         self.stood = {key: search.held_EH.copy() for key, search in self.searches.items()}
-        self.use_H = np.zeros(len(self.hosts))
+        # By layers with much and with little load: what is even among the former after they were
+        # balanced says nothing of the latter.
+        self.use_H = {light: np.zeros(len(self.hosts)) for light in (False, True)}
         for search in self.searches.values():
-            self.use_H += search.even_load()
+            self.use_H[search.is_light] += search.even_load()
         self.moves: list[Move] = []
         self.unplaced: list[ExpertKey] = []
 
@@ -68,8 +80,9 @@ class Draft:
     ) -> None:
         held_EH = np.zeros((experts, len(self.hosts)), dtype=bool)
         before_H = np.zeros(len(self.hosts))
-        known = loads.get(key)
-        load_E = np.ones(experts) if known is None or not known.any() else known.astype(float)
+        # Nobody knows how much a layer without load will have: it is spread over all hosts.
+        known = _known(loads, key)
+        load_E = np.ones(experts) if known is None else known
         for expert, replicas in enumerate(self.current.get(key, LayerPlacement(())).replicas):
             for host, share in replicas:
                 if host in self.index:
@@ -99,6 +112,7 @@ class Draft:
                 least_E=np.minimum(least_E, len(self.hosts)),
                 pinned_EH=pinned_EH,
             ),
+            least=0.0 if known is None else self.least_use,
         )
 
     def add(
@@ -114,33 +128,45 @@ class Draft:
         search = self.searches[key]
         able_H = ~search.held_EH[expert] & (True if among_H is None else among_H)
         fits_H = self.rooms.fits(search.expert_bytes) & able_H
+        bare = not search.held_EH[expert].any()
         drops: tuple[tuple[LayerKey, int, int], ...] = ()
         if not fits_H.any():
             # That an expert lives counts more than that another one is protected.
-            bare = not search.held_EH[expert].any()
             drops = self._cheapest_drop(search.expert_bytes, able_H, bare=bare)
             if not drops:
                 return False
             for other, victim, host in drops:
                 self.searches[other].apply(Step((), ((victim, host),)))
             fits_H = np.arange(len(self.hosts)) == drops[0][2]
-        layer_H = search.even_load()
-        # A fair part of each host first, so that layers that come later find room everywhere.
-        full_H = search.held_EH.sum(axis=0) >= self.quota_H
-        order = np.lexsort(
-            (
-                -self.rooms.slots_H,
-                np.round(self.use_H / self.speed_H, 9),
-                np.round(layer_H / self.speed_H, 9),
-                full_H,
-            )
-        )
+        order = self._order(search, float(search.load_E[expert]), bare=bare)
         host = int(next(h for h in order if fits_H[h]))
         replaces = tuple(other.expert(victim) for other, victim, _ in drops)
         self.note(key, Step(((expert, host),)), kind, reason, replaces)
         search.apply(Step(((expert, host),)))
-        self.use_H[host] += search.load_E[expert] / search.held_EH[expert].sum()
+        self.use_H[search.is_light][host] += search.load_E[expert] / search.held_EH[expert].sum()
         return True
+
+    def _order(self, search: LayerSearch, load: float, *, bare: bool) -> np.ndarray:
+        """Hosts for one more replica, the best first."""
+        layer_H = search.even_load()
+        held_H = search.held_EH.sum(axis=0)
+        # A fair part of each host first, so that layers that come later find room everywhere.
+        quota_H = self.quota_H
+        # Those with so little load that they stay on the hosts that they have.
+        far_H = np.zeros(len(self.hosts), dtype=bool)
+        if search.is_light:
+            far_H = (held_H == 0) | ((layer_H + load) / self.speed_H > search.least)
+            # What is gathered must leave room for what protects it.
+            quota_H = np.ceil(quota_H / (self.policy.redundancy + 1)) if bare else quota_H
+        return np.lexsort(
+            (
+                -self.rooms.slots_H,
+                np.round(self.use_H[search.is_light] / self.speed_H, 9),
+                np.round(layer_H / self.speed_H, 9),
+                far_H,
+                held_H >= quota_H,
+            )
+        )
 
     def _cheapest_drop(
         self, expert_bytes: int, able_H: np.ndarray, *, bare: bool
@@ -196,10 +222,20 @@ class Draft:
         before: dict[LayerKey, float] = {}
         after: dict[LayerKey, float] = {}
         drops: list[tuple[ExpertKey, str]] = []
-        for key, search in self.searches.items():
-            flow_EH = even_split(search.held_EH, search.load_E, self.speed_H)
-            before[key] = balancedness(self.load_before_H[key], self.speed_H)
-            after[key] = balancedness(flow_EH.sum(axis=0), self.speed_H)
+        use_H = np.zeros(len(self.hosts))
+        # Those with much load first: the others follow what these leave.
+        for key, search in sorted(self.searches.items(), key=lambda one: one[1].is_light):
+            flow_EH = gather(
+                even_split(search.held_EH, search.load_E, self.speed_H),
+                search.held_EH,
+                self.speed_H,
+                search.least,
+                use_H,
+            )
+            load_H = flow_EH.sum(axis=0)
+            use_H += load_H / self.speed_H
+            before[key] = balancedness(self.load_before_H[key], self.speed_H, search.least)
+            after[key] = balancedness(load_H, self.speed_H, search.least)
             share_EH = shares(flow_EH, search.held_EH, self.speed_H)
             layers[key] = self._layer(key, search.held_EH, share_EH)
             drops += [

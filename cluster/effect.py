@@ -16,6 +16,7 @@ import numpy as np
 
 from .balance import balancedness
 from .changes import Change, Effect, Phase
+from .fan_out import least_use
 from .load import HostTimes, LoadTracker, grown
 from .placement import LayerKey, LayerPlacement, Placement
 from .plan import PoolHost
@@ -30,11 +31,14 @@ def balancedness_under(
     layers: Mapping[LayerKey, LayerPlacement],
     loads: Mapping[LayerKey, np.ndarray],
     hosts: Sequence[PoolHost],
+    fan_out: float = 0.0,
 ) -> dict[LayerKey, float]:
-    """Balancedness over ``hosts`` of each layer that has load, as the shares split it."""
+    """Balancedness over ``hosts`` of each layer that has load, as the shares split it, with the
+    policy's ``fan_out``."""
     index = {host.name: h for h, host in enumerate(hosts)}
     speed_H = np.array([host.speed for host in hosts])
     found = {}
+    least = least_use(loads.values(), speed_H, fan_out) if index else 0.0
     for key, layer in layers.items():
         load_E = loads.get(key)
         if load_E is None or len(load_E) != len(layer.replicas) or not load_E.any() or not index:
@@ -44,7 +48,7 @@ def balancedness_under(
             for host, share in replicas:
                 if host in index:
                     load_H[index[host]] += load * share
-        found[key] = balancedness(load_H, speed_H)
+        found[key] = balancedness(load_H, speed_H, least)
     return found
 
 
@@ -74,8 +78,9 @@ class _Reading:
 class EffectMeter:
     """Watches the last change, and tells it what it brought."""
 
-    def __init__(self, window_s: float) -> None:
+    def __init__(self, window_s: float, fan_out: float = 0.0) -> None:
         self._window_s = max(window_s, _LEAST_S)
+        self._fan_out = fan_out
         self._older: _Reading | None = None
         self._newer: _Reading | None = None
         self._seen: Change | None = None
@@ -123,8 +128,8 @@ class EffectMeter:
             return
         reading = _Reading.of(loads, now)
         counts = ended.counts_until(reading)
-        before = balancedness_under(change.layers_before, counts, hosts)
-        after = balancedness_under(brought.layers, counts, hosts)
+        before = balancedness_under(change.layers_before, counts, hosts, self._fan_out)
+        after = balancedness_under(brought.layers, counts, hosts, self._fan_out)
         if before and after:
             change.effect = Effect(
                 seconds=now - ended.at,

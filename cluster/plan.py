@@ -29,8 +29,13 @@ class Policy:
     budget: int | None = None  # replicas that one plan may load for balance; None: any number
     horizon_s: float = 60.0  # for how long a load is trusted to last
     load_bytes_per_s: float = 200e6  # how fast hosts load
+    # A layer takes a further host for more load only than this part of what the layer with the most
+    # load of all has on each host: every host costs each of its calls a message. 0: none is spared.
+    fan_out: float = 0.05
 
     def __post_init__(self) -> None:
+        if not 0 <= self.fan_out <= 1:
+            raise ValueError(f"fan_out: {self.fan_out}; 0 <= fan_out <= 1")
         if not 0 < self.enough <= self.target <= 1:
             raise ValueError(
                 f"enough, target: {self.enough}, {self.target}; 0 < enough <= target <= 1"

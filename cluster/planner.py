@@ -18,6 +18,7 @@ import numpy as np
 from .draft import UNLIMITED, Draft
 from .placement import LayerKey, LayerPlacement, ModelShape
 from .plan import Plan, Policy, PoolHost, Wishes
+from .protection import protect
 from .search import LayerSearch
 from .steps import Found, Step
 
@@ -43,7 +44,7 @@ def plan(
     # Step 1: every expert lives somewhere.
     _place(draft)
     # Step 2: every expert survives what the policy says, and operators have their way.
-    _protect(draft)
+    protect(draft)
     _grant(draft)
     # Step 3: layers that are not balanced enough, the worst first.
     _balance(draft)
@@ -80,7 +81,7 @@ def _chain(draft: Draft) -> None:
     fresh = [
         key
         for key, search in draft.searches.items()
-        if not search.held_EH.any() and np.ptp(search.load_E) > 0
+        if not search.held_EH.any() and np.ptp(search.load_E) > 0 and not search.is_light
     ]
     lacking = {
         key: int((~search.held_EH.any(axis=1)).sum()) for key, search in draft.searches.items()
@@ -121,22 +122,6 @@ def _copies(load_E: np.ndarray, spare: int) -> list[tuple[int, int]]:
         copies_E[expert] += 1
         heapq.heappush(heap, (-float(load_E[expert]) / float(copies_E[expert]), expert))
     return [(int(e), int(copies_E[e])) for e in np.argsort(-load_E) if copies_E[e] > 1]
-
-
-def _protect(draft: Draft) -> None:
-    for key, expert in draft.unprotected():
-        search = draft.searches[key]
-        while len(set(draft.domains(search, expert))) <= draft.policy.redundancy:
-            taken = set(draft.domains(search, expert))
-            fresh_H = np.array([domain not in taken for domain in draft.domain_H])
-            if not draft.add(
-                key,
-                expert,
-                "protect",
-                "its last domain must not be the only one",
-                among_H=fresh_H,
-            ):
-                break
 
 
 def _grant(draft: Draft) -> None:

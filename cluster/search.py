@@ -44,6 +44,7 @@ class LayerSearch:
         rooms: Rooms,
         expert_bytes: int,
         limits: Limits,
+        least: float = 0.0,
     ) -> None:
         self.held_EH = held_EH
         self.load_E = load_E
@@ -51,6 +52,7 @@ class LayerSearch:
         self.limits = limits
         self.rooms = rooms
         self.expert_bytes = expert_bytes
+        self.least = least  # load / speed that need not be spread over more hosts
         self.split: Split | None = None
         self._capacity_H = speed_H
 
@@ -62,6 +64,11 @@ class LayerSearch:
         part = self.split.excess / total if total else 0.0
         return part if part > _NOTHING else 0.0
 
+    @property
+    def is_light(self) -> bool:
+        """Whether the layer has too little load to be spread over all hosts."""
+        return float(self.load_E.sum() / self.speed_H.sum()) < self.least
+
     def even_load(self) -> np.ndarray:
         """(H,): the hosts' loads if every expert's were split evenly."""
         copies_E = np.maximum(self.held_EH.sum(axis=1, keepdims=True), 1)
@@ -69,7 +76,7 @@ class LayerSearch:
 
     def aim(self, balancedness: float) -> float:
         """Search for this balancedness from now on; gives the part of the load in excess of it."""
-        level = self.load_E.sum() / self.speed_H.sum() / balancedness
+        level = max(self.load_E.sum() / self.speed_H.sum() / balancedness, self.least)
         self._capacity_H = np.maximum(level * self.speed_H, 1e-300)
         self.split = split_below(self.held_EH, self.load_E, self._capacity_H)
         return self.excess_part

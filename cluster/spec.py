@@ -186,7 +186,8 @@ class BalanceSpec(_Part):
 
     ``redundancy`` failure domains can be lost at once without losing an expert. A layer whose
     balancedness is below ``enough`` is improved up to ``target``, with at most ``budget`` of all
-    replicas loaded anew each time.
+    replicas loaded anew each time. A layer takes a further host for more load only than the part
+    ``fan_out`` of what the layer with the most load has on each host.
     """
 
     auto: bool = True
@@ -194,6 +195,7 @@ class BalanceSpec(_Part):
     enough: float = Field(default=0.95, gt=0, le=1)
     target: float = Field(default=0.98, gt=0, le=1)
     budget: float = Field(default=0.05, gt=0, le=1)
+    fan_out: float = Field(default=0.05, ge=0, le=1)
     every_s: Seconds = 10.0
     horizon_s: Seconds = 60.0
     gone_s: Seconds = 30.0
@@ -214,6 +216,7 @@ class BalanceSpec(_Part):
                 enough=self.enough,
                 target=self.target,
                 horizon_s=self.horizon_s,
+                fan_out=self.fan_out,
             ),
             auto=self.auto,
             every_s=self.every_s,

@@ -137,7 +137,8 @@ class Watchdog:
         placement, loads = self._control.placement, self._control.loads
         layers = {} if placement is None else placement.layers
         rates = {key: rate for key in layers if (rate := loads.rate(key)) is not None}
-        found = balancedness_under(layers, rates, self._control.staying(now))
+        fan_out = self._control.policy.balance.fan_out
+        found = balancedness_under(layers, rates, self._control.staying(now), fan_out)
         by_model: dict[str, list[float]] = {}
         for key, value in found.items():
             by_model.setdefault(key.model, []).append(value)

@@ -1,0 +1,98 @@
+"""Over how many hosts the traffic of a layer goes.
+
+Each host that a call of a layer touches costs a message, and each replica that takes a part of an
+expert's tokens reads the expert's weights once more, however few tokens come. So load is gathered
+on fewer hosts and replicas, up to a level of load / speed below which evenness is worth nothing.
+
+Shapes: E experts of one layer, H hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from .balance import pour
+
+# By this part the busiest host may be above the mean for the sake of fewer replicas with traffic.
+_EASE = 0.005
+
+
+def least_use(loads: Iterable[np.ndarray], speed_H: np.ndarray, part: float) -> float:
+    """Load / speed of one layer on one host that is too little to be spread over more hosts:
+    ``part`` of what the layer with the most load of all has on each host in the mean."""
+    heaviest = max((float(load_E.sum()) for load_E in loads), default=0.0)
+    return part * heaviest / float(speed_H.sum())
+
+
+def gather(
+    flow_EH: np.ndarray,
+    held_EH: np.ndarray,
+    speed_H: np.ndarray,
+    least: float,
+    use_H: np.ndarray,
+) -> np.ndarray:
+    """The loads ``flow_EH`` of replicas ``held_EH`` on fewer hosts and replicas.
+
+    Hosts are spared as far as the others stay below ``least`` (load / speed), those with the most
+    ``use_H``, which other layers make of them, first. Replicas are spared as far as no host rises
+    above the busiest one, ``least``, or a little above the mean.
+    """
+    gathered_EH = flow_EH.copy()
+    load_H = gathered_EH.sum(axis=0)
+    mean = float(load_H.sum() / speed_H.sum())
+    level = max(float((load_H / speed_H).max()), mean * (1 + _EASE), least)
+    if mean < least:
+        open_EH = held_EH.copy()
+        for host in np.argsort(-use_H, kind="stable"):
+            _spare_host(gathered_EH, load_H, open_EH, int(host), least * speed_H, speed_H)
+    with_load_EH = gathered_EH > 0
+    split_E = with_load_EH.sum(axis=1) > 1
+    pieces = [
+        (float(gathered_EH[e, h]), e, h) for e, h in np.argwhere(with_load_EH & split_E[:, None])
+    ]
+    for _, expert, host in sorted(pieces):
+        others = np.flatnonzero(gathered_EH[expert] > 0)
+        _hand_over(gathered_EH, load_H, expert, host, others, level * speed_H, speed_H)
+    return gathered_EH
+
+
+def _spare_host(
+    flow_EH: np.ndarray,
+    load_H: np.ndarray,
+    open_EH: np.ndarray,
+    host: int,
+    most_H: np.ndarray,
+    speed_H: np.ndarray,
+) -> None:
+    """Take all load off a host, and its replicas out of ``open_EH``, or leave it as it is."""
+    tried_EH, tried_H = flow_EH.copy(), load_H.copy()
+    for expert in np.flatnonzero(flow_EH[:, host] > 0):
+        others = np.flatnonzero(open_EH[expert])
+        if not _hand_over(tried_EH, tried_H, int(expert), host, others, most_H, speed_H):
+            return
+    flow_EH[:], load_H[:] = tried_EH, tried_H
+    open_EH[:, host] = False
+
+
+def _hand_over(
+    flow_EH: np.ndarray,
+    load_H: np.ndarray,
+    expert: int,
+    host: int,
+    others: np.ndarray,
+    most_H: np.ndarray,
+    speed_H: np.ndarray,
+) -> bool:
+    """Give what an expert has on one host to the ``others``; False if they have no room for it."""
+    amount = float(flow_EH[expert, host])
+    others = others[others != host]
+    if amount > np.maximum(most_H[others] - load_H[others], 0.0).sum():
+        return False
+    poured = pour(amount, load_H[others], speed_H[others])
+    flow_EH[expert, others] += poured
+    flow_EH[expert, host] = 0.0
+    load_H[others] += poured
+    load_H[host] -= amount
+    return True
