@@ -1,10 +1,11 @@
-"""The simulated pool under faults, seed by seed, and a day of shifting traffic.
+"""The simulated pool under faults, seed by seed, and two days of traffic.
 
     python -m benchmarks.simulation [--json PATH] [--seeds N] [--pictures FOLDER]
 
 Faults: small pools (3 to 5 hosts, 1 to 3 trunks) that are broken at random for 12 simulated
 seconds; the invariants are checked after every event. Day: 8 layers of 64 experts on 8 hosts, four
-domains of traffic whose shares move over 24 hours.
+domains of traffic whose shares move over 24 hours. Tide: 4 such layers, four times as much traffic
+at the height of the day as at night; the autoscaler may have 2 to 8 hosts.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic.cluster.simulator.compare import Figures, shifting_day
+from moesaic.cluster.simulator.ours import Elastic
 from moesaic.cluster.simulator.run import SeedRun, run_seed
 
 from .svg import line_chart
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 console = Console(width=100, highlight=False)
+_HOURS = [0, 4, 8, 12, 16, 20, 24]
 
 
 def faults(seeds: int, processes: int) -> dict[str, Any]:
@@ -72,34 +75,70 @@ def day(pictures: Path) -> list[dict[str, Any]]:
     began = time.perf_counter()
     hours, found = shifting_day()
     seconds = time.perf_counter() - began
-    table = Table(
-        "placement", "balancedness", "worst layer", "slots moved", "GB moved", "SLO missed",
-        title=f"a day of shifting traffic ({seconds:.0f} s)",
-    )  # fmt: skip
+    table = _table(f"a day of shifting traffic ({seconds:.0f} s)", "GB moved")
     for one in found:
-        table.add_row(
-            one.way,
-            f"{one.balancedness_mean:.3f}",
-            f"{one.balancedness_worst:.3f}",
-            f"{one.moved_slots:,}",
-            f"{one.moved_bytes / 1e9:,.1f}",
-            f"{one.slo_violations} of {one.windows}",
-        )
+        table.add_row(*_row(one), f"{one.moved_bytes / 1e9:,.1f}")
     console.print(table)
     draw(hours, found, pictures)
-    series = ("balancedness_W", "moved_W")
-    return [{k: v for k, v in asdict(one).items() if k not in series} for one in found]
+    return _plain(found)
+
+
+def tide(pictures: Path, *, layers: int = 4, window_s: float = 300.0) -> list[dict[str, Any]]:
+    began = time.perf_counter()
+    hours, found = shifting_day(
+        layers=layers,
+        slots=20,
+        window_s=window_s,
+        utilisation=0.5,
+        swing=0.6,
+        elastic=Elastic(min_hosts=2, max_hosts=8),
+    )
+    seconds = time.perf_counter() - began
+    table = _table(f"a day of traffic that ebbs ({seconds:.0f} s)", "host-hours", "scalings")
+    for one in found:
+        table.add_row(*_row(one), f"{one.host_hours:,.1f}", f"{one.scale_events}")
+    console.print(table)
+    line_chart(
+        pictures / "day-hosts.svg",
+        title="Hosts over a day of traffic that ebbs",
+        x_label="hour",
+        y_label="hosts",
+        x=hours,
+        x_ticks=_HOURS,
+        y_from=0.0,
+        lines={one.way: one.hosts_W for one in found if one.way.startswith("ours")},
+    )
+    return _plain(found)
+
+
+def _table(title: str, *more: str) -> Table:
+    return Table(
+        "placement", "balancedness", "worst layer", "SLO missed", "slots moved", *more, title=title
+    )
+
+
+def _row(one: Figures) -> tuple[str, ...]:
+    return (
+        one.way,
+        f"{one.balancedness_mean:.3f}",
+        f"{one.balancedness_worst:.3f}",
+        f"{one.slo_violations} of {one.windows}",
+        f"{one.moved_slots:,}",
+    )
+
+
+def _plain(found: list[Figures]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in asdict(one).items() if not k.endswith("_W")} for one in found]
 
 
 def draw(hours: list[float], found: list[Figures], pictures: Path) -> None:
-    ticks = [0, 4, 8, 12, 16, 20, 24]
     line_chart(
         pictures / "day-balancedness.svg",
         title="Balancedness over a day of shifting traffic",
         x_label="hour",
         y_label="balancedness, mean over layers",
         x=hours,
-        x_ticks=ticks,
+        x_ticks=_HOURS,
         lines={one.way: one.balancedness_W for one in found},
     )
     line_chart(
@@ -108,7 +147,7 @@ def draw(hours: list[float], found: list[Figures], pictures: Path) -> None:
         x_label="hour",
         y_label="slots moved",
         x=hours,
-        x_ticks=ticks,
+        x_ticks=_HOURS,
         y_from=0.0,
         lines={one.way: list(itertools.accumulate(one.moved_W)) for one in found},
     )
@@ -122,7 +161,11 @@ def main() -> int:
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     arguments = parser.parse_args()
     checked = faults(arguments.seeds, arguments.processes)
-    results = {"faults": checked, "day": day(arguments.pictures)}
+    results = {
+        "faults": checked,
+        "day": day(arguments.pictures),
+        "tide": tide(arguments.pictures),
+    }
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"title": "simulation", "results": results}, indent=1)

@@ -16,7 +16,7 @@ from ..placement import ModelShape
 from ..plan import Policy, PoolHost
 from ..trace import Trace
 from .loads import day
-from .ours import Ours
+from .ours import Elastic, Ours
 from .ways import Eplb, Pool, Static, Way
 
 
@@ -31,18 +31,33 @@ class Figures:
     moved_bytes: int
     slo_violations: int  # windows in which some host's queue took longer than the SLO
     windows: int
-    host_hours: float
+    host_hours: float  # from asking for a host to its end
+    cost: float  # of these
+    scale_events: int  # changes of the number of hosts
     balancedness_W: tuple[float, ...]  # mean over layers, of all windows
     moved_W: tuple[int, ...]  # slots, of all windows
+    hosts_W: tuple[float, ...]  # in the mean of each window
 
 
 def compare(
-    trace: Trace, pool: Pool, *, every: int, slo_s: float, policy: ControlPolicy, ticks: int = 20
+    trace: Trace,
+    pool: Pool,
+    *,
+    every: int,
+    slo_s: float,
+    policy: ControlPolicy,
+    ticks: int = 20,
+    elastic: Elastic | None = None,
 ) -> list[Figures]:
-    """Static placement, DeepSeek's every ``every`` windows, and ours. Raises ValueError if a layer
-    has more experts than slots."""
+    """Static placement, DeepSeek's every ``every`` windows, ours, and where ``elastic`` is given
+    ours with the autoscaler. Raises ValueError if a layer has more experts than slots."""
     ways: list[Way] = [Static(pool), Eplb(pool, every=every), Ours(pool, policy, ticks=ticks)]
-    return [_figures(way, trace, pool, skip=every, slo_s=slo_s) for way in ways]
+    if elastic is not None:
+        ways.append(Ours(pool, policy, ticks=ticks, elastic=elastic))
+    cost_per_hour = 1.0 if elastic is None else elastic.cost_per_hour
+    return [
+        _figures(way, trace, skip=every, slo_s=slo_s, cost_per_hour=cost_per_hour) for way in ways
+    ]
 
 
 def control_policy(pool: Pool, *, every_s: float, budget: float, redundancy: int) -> ControlPolicy:
@@ -70,7 +85,7 @@ def pool_of(
     """Equal hosts with ``slots`` for each layer. Raises ValueError."""
     layers = sum(len(shape.experts) for shape in shapes)
     return Pool(
-        hosts=tuple(PoolHost(name=f"h{h:03}", slots=slots * layers) for h in range(hosts)),
+        hosts=tuple(PoolHost(name=f"host-{h}", slots=slots * layers) for h in range(hosts)),
         shapes=tuple(shapes),
         slots=slots,
         choices_per_s=choices_per_s,
@@ -96,9 +111,13 @@ def shifting_day(
     slots: int = 10,
     window_s: float = 300.0,
     seed: int = 0,
+    utilisation: float = 0.65,
+    swing: float = 0.3,
+    elastic: Elastic | None = None,
 ) -> tuple[list[float], list[Figures]]:
     """(hours, figures): a day of traffic that shifts between four domains; DeepSeek's rule once an
-    hour, ours whenever it pays."""
+    hour, ours whenever it pays, and the autoscaler within ``elastic``. ``hosts`` of a pool that
+    stays are busy for a part ``utilisation`` of the day."""
     shape = ModelShape(
         model="m", experts=dict.fromkeys(range(layers), experts), expert_bytes=44_000_000
     )
@@ -109,47 +128,51 @@ def shifting_day(
         windows=int(86_400 / window_s),
         window_s=window_s,
         choices_per_s=10_000.0,
+        swing=swing,
         rng=np.random.default_rng(seed),
     )
     pool = pool_of(
         [shape],
         hosts=hosts,
         slots=slots,
-        choices_per_s=host_speed(trace, hosts, 0.65),
+        choices_per_s=host_speed(trace, hosts, utilisation),
         load_bytes_per_s=200e6,
     )
     policy = control_policy(pool, every_s=window_s, budget=0.05, redundancy=0)
     found = compare(
-        trace, pool, every=max(1, round(3600 / window_s)), slo_s=0.1, policy=policy, ticks=20
+        trace,
+        pool,
+        every=max(1, round(3600 / window_s)),
+        slo_s=0.1,
+        policy=policy,
+        elastic=elastic,
     )
     return [w * window_s / 3600 for w in range(trace.windows)], found
 
 
-def _figures(way: Way, trace: Trace, pool: Pool, *, skip: int, slo_s: float) -> Figures:
-    speed_H = pool.speeds
-    queue_H = np.zeros(len(speed_H))
-    even_W, worst_W, moved_W, bytes_W, delay_s_W = [], [], [], [], []
+def _figures(way: Way, trace: Trace, *, skip: int, slo_s: float, cost_per_hour: float) -> Figures:
+    even_W, worst_W, served_W = [], [], []
     for window in range(trace.windows):
         counts = {key: counts_WE[window] for key, counts_WE in trace.counts.items()}
         served = way.serve(counts, trace.window_s)
-        even = [balancedness(load_H, speed_H) for load_H in served.load_H.values()]
+        even = [balancedness(load_H, served.room_H) for load_H in served.load_H.values()]
         even_W.append(float(np.mean(even)))
         worst_W.append(min(even))
-        moved_W.append(served.moved_slots)
-        bytes_W.append(served.moved_bytes)
-        # Each host is a queue of fluid: what it cannot compute in a window waits.
-        arrived_H = np.sum(list(served.load_H.values()), axis=0)
-        queue_H = np.maximum(0.0, queue_H + arrived_H - speed_H * trace.window_s)
-        delay_s_W.append(float((queue_H / speed_H).max()))
+        served_W.append(served)
+    counted = served_W[skip:]
+    host_hours = sum(served.host_s for served in counted) / 3600
     return Figures(
         way=way.name,
         balancedness_mean=float(np.mean(even_W[skip:])),
         balancedness_worst=min(worst_W[skip:]),
-        moved_slots=sum(moved_W[skip:]),
-        moved_bytes=sum(bytes_W[skip:]),
-        slo_violations=sum(delay_s > slo_s for delay_s in delay_s_W[skip:]),
-        windows=trace.windows - skip,
-        host_hours=len(speed_H) * (trace.windows - skip) * trace.window_s / 3600,
+        moved_slots=sum(served.moved_slots for served in counted),
+        moved_bytes=sum(served.moved_bytes for served in counted),
+        slo_violations=sum(served.delay_s > slo_s for served in counted),
+        windows=len(counted),
+        host_hours=host_hours,
+        cost=host_hours * cost_per_hour,
+        scale_events=sum(served.scalings for served in counted),
         balancedness_W=tuple(even_W),
-        moved_W=tuple(moved_W),
+        moved_W=tuple(served.moved_slots for served in served_W),
+        hosts_W=tuple(served.host_s / trace.window_s for served in served_W),
     )

@@ -3,6 +3,7 @@ the same `Control` and planner."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from .clock import Process
 from .facts import Claimed, Published
 from .host import SimReport
 from .network import Answered, Failed, Responder, Result, TimedOut
+from .sizing import Sizing
 
 if TYPE_CHECKING:
     from .router import SimRouter
@@ -46,11 +48,12 @@ class SimController(Process):
         # When each router's last report came.
         self.heard: dict[str, float] = {}
         self._answers: dict[str, SimReport | str | None] = {}
-        self._asked_at = 0.0
+        self.asked_at = 0.0  # when it asked for the reports that it decides by
         self._observed: dict[str, Observation | None] = {}
         self._loads: set[str] = set()
         self._evicts: dict[str, tuple[ExpertKey, ...]] = {}
-        self._evictions: dict[str, int] = dict.fromkeys(world.hosts, 0)  # that have ended
+        self._evictions: dict[str, int] = defaultdict(int)  # that have ended
+        self._asked: set[str] = set()
         self._waiting: list[_Waiting] = []
         self._early: list[Callable[[], None]] = []
         self._step(self._claim)
@@ -74,7 +77,9 @@ class SimController(Process):
     def _begin(self, term: int) -> None:
         self.world.registry.latest_term = self.term = term
         self.world.tell(Claimed(self, term))
-        self.control = self.world.make_control(term)
+        self.sizing = Sizing(self)
+        self.control = self.world.make_control(self.sizing.fleet, term)
+        self.sizing.fleet.take_over(self.control)
         self.control.wishes = self.world.registry.wishes
         for shape in self.world.settings.models:
             if shape.model not in self.world.settings.in_memory:
@@ -124,22 +129,41 @@ class SimController(Process):
             self.control.roll_back(change, self.clock.now)
         return change
 
+    def scale(self, group: int, count: int) -> None:
+        """An operator's. Raises ValueError."""
+        assert self.control is not None
+        self.sizing.scale(self.control, group, count)
+
+    def desired(self, respond: Responder) -> None:
+        """For the cluster's owner."""
+        if self.control is None:
+            self._early.append(lambda: self.desired(respond))
+        else:
+            respond(tuple(sorted(self.sizing.fleet.desired())))
+
     # ---- the loop -------------------------------------------------------------------------------
 
     def _tick(self) -> None:
         # Step 1: ask all hosts at once.
-        self._answers, self._asked_at = {}, self.clock.now
-        for host in self.world.hosts:
+        assert self.control is not None
+        self._answers, self.asked_at = {}, self.clock.now
+        self._asked = set(self.control.view.hosts)
+        for host in sorted(self._asked):
             self._ask(host)
 
     def _ask(self, host: str) -> None:
-        process, forgetting = self.world.hosts[host], self._evicts.get(host, ())
+        process, forgetting = self.world.hosts.get(host), self._evicts.get(host, ())
         given_up = self._evictions[host]
+
+        def report(respond: Responder) -> None:
+            assert process is not None
+            process.report(self.term, given_up, respond)
+
         self.world.network.call(
             self,
             process,
             f"{self.name} asks {host}",
-            lambda respond: process.report(self.term, given_up, respond),
+            report,
             lambda result: self._hear_host(host, result, forgetting),
             timeout_s=self.world.settings.report_timeout_s,
         )
@@ -159,9 +183,11 @@ class SimController(Process):
                 )
             case TimedOut():
                 self._answers[host] = "late"
+            case _ if self.control is not None and self.control.view.never_seen(host):
+                self._answers[host] = "late"  # it is still to come
             case _:
                 self._answers[host] = self._observed[host] = None
-        if len(self._answers) == len(self.world.hosts):
+        if len(self._answers) == len(self._asked):
             self._decide()
 
     def _decide(self) -> None:
@@ -174,7 +200,9 @@ class SimController(Process):
                     self.adopt(shape)
         # Step 3: decide, and act.
         observed = {h: self._observed[h] for h, seen in self._answers.items() if seen != "late"}
-        for command in control.tick(observed, now):
+        commands = control.tick(observed, now)
+        self.sizing.tick(control, now)
+        for command in commands:
             match command:
                 case Load():
                     self._load(command)
@@ -208,14 +236,17 @@ class SimController(Process):
         self._loads.add(host)
         assert self.control is not None
         shapes = [self.control.models[name] for name in sorted({k.model for k in command.keys})]
-        process = self.world.hosts[host]
+        process = self.world.hosts.get(host)
+
+        def load(respond: Responder) -> None:
+            assert process is not None
+            process.load(shapes, command.keys, dict(command.peers), self.term, respond)
+
         self.world.network.call(
             self,
             process,
             f"{self.name} lets {host} load {_names(command.keys)}",
-            lambda respond: process.load(
-                shapes, command.keys, dict(command.peers), self.term, respond
-            ),
+            load,
             lambda result: self._loaded(command, result),
             timeout_s=self.world.settings.load_timeout_s,
         )
@@ -237,7 +268,11 @@ class SimController(Process):
             return
         self._evicts[host] = command.keys
         number = self._evictions[host] + 1
-        process = self.world.hosts[host]
+        process = self.world.hosts.get(host)
+
+        def release(respond: Responder) -> None:
+            assert process is not None
+            process.release(command.keys, self.term, number, self.asked_at, respond)
 
         def evicted(result: Result) -> None:
             del self._evicts[host]
@@ -249,9 +284,7 @@ class SimController(Process):
             self,
             process,
             f"{self.name} lets {host} forget {_names(command.keys)}",
-            lambda respond: process.release(
-                command.keys, self.term, number, self._asked_at, respond
-            ),
+            release,
             evicted,
             timeout_s=self.world.settings.report_timeout_s,
         )

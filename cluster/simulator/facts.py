@@ -86,6 +86,29 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True)
+class HostStarted:
+    """The owner asked Ray for a host; ``there`` are now all that it asked for and did not end."""
+
+    name: str
+    there: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostEnded:
+    """The owner ended a host that held ``weights``."""
+
+    host: SimHost
+    weights: frozenset[ExpertKey]
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A controller keeps another fleet."""
+
+    controller: SimController
+
+
+@dataclass(frozen=True, slots=True)
 class Claimed:
     controller: SimController
     term: int
@@ -106,5 +129,17 @@ class Followed:
 
 
 Fact = (
-    Accepted | Ended | Sent | Computed | Wrote | Obeyed | Released | Claimed | Published | Followed
+    Accepted
+    | Ended
+    | Sent
+    | Computed
+    | Wrote
+    | Obeyed
+    | Released
+    | HostStarted
+    | HostEnded
+    | Sized
+    | Claimed
+    | Published
+    | Followed
 )

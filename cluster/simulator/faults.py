@@ -34,7 +34,7 @@ class Faults:
         self._rng = rng
         self.kinds: dict[str, Callable[[], bool]] = {}
         self.active = False
-        self._bad_loads = self._bad_plans = False
+        self._bad_loads = self._bad_plans = self._no_machines = False
         every = self._every_kind()
         chosen = [name for name in every if rng.random() < 0.5] or ["host crash"]
         self.kinds = {name: every[name] for name in chosen}
@@ -48,10 +48,11 @@ class Faults:
     def stop(self) -> None:
         """Everything lives, answers and is heard from now on."""
         self.active = False
-        self._bad_loads = self._bad_plans = False
+        self._bad_loads = self._bad_plans = self._no_machines = False
         world = self._world
         world.network.weather = Weather()
-        for process in (*world.hosts.values(), *world.routers.values(), *world.controllers):
+        processes = *world.hosts.values(), *world.routers.values(), *world.controllers, world.owner
+        for process in processes:
             if process.alive and process.frozen:
                 process.wake()
         for host in world.hosts.values():
@@ -83,6 +84,11 @@ class Faults:
             self._world.network.tally.count("load fails")
         return took_s, fails
 
+    def start_s(self, mean_s: float) -> float:
+        """Seconds until a new host lives."""
+        late_s = float(self._rng.uniform(1.0, 8.0)) if self._no_machines else 0.0
+        return late_s + float(self._rng.exponential(mean_s))
+
     def plan(self, mean_s: float) -> float:
         return float(self._rng.exponential(mean_s * (10 if self._bad_plans else 1)))
 
@@ -108,6 +114,9 @@ class Faults:
             "bad planner": lambda: self._for_a_while("_bad_plans"),
             "traffic shifts": self._shift,
             "wish": self._wish,
+            "scale": self._scale,
+            "no machines": lambda: self._for_a_while("_no_machines"),
+            "owner frozen": lambda: self._hang([world.owner], 0.5, 5.0),
             "rollback": self._roll_back,
         }
 
@@ -135,6 +144,8 @@ class Faults:
         return True
 
     def _slow(self) -> bool:
+        if not self._world.hosts:
+            return False
         host = self._pick(list(self._world.hosts.values()))
         host.slowness = float(self._rng.uniform(10.0, 100.0))
 
@@ -199,7 +210,8 @@ class Faults:
         controller = world.registry.controller
         if controller is None or controller.control is None or controller.frozen:
             return False
-        hosts = list(world.hosts)
+        view = controller.control.view
+        hosts = [name for name in view.hosts if name not in view.retiring]
         host = self._pick(hosts)
         shape = self._pick(list(world.settings.models))
         layer = self._pick(sorted(shape.experts))
@@ -218,6 +230,22 @@ class Faults:
         except ValueError:
             return False  # the last host cannot be drained
         world.log(f"an operator's wishes: {world.registry.wishes}")
+        return True
+
+    def _scale(self) -> bool:
+        """An operator gives a group another number of hosts."""
+        controller = self._world.registry.controller
+        if controller is None or controller.control is None or controller.frozen:
+            return False
+        group = int(self._rng.integers(len(self._world.settings.groups)))
+        most = self._world.settings.groups[group].max_count
+        count = int(self._rng.integers(1, most + 1))
+        try:
+            controller.scale(group, count)
+        except ValueError as error:
+            self._world.log(f"an operator wants {count} hosts in group {group}: {error}")
+            return False
+        self._world.log(f"an operator wants {count} hosts in group {group}")
         return True
 
     def _roll_back(self) -> bool:

@@ -20,10 +20,13 @@ from .facts import (
     Ended,
     Fact,
     Followed,
+    HostEnded,
+    HostStarted,
     Obeyed,
     Published,
     Released,
     Sent,
+    Sized,
     Wrote,
 )
 from .host import SimHost
@@ -45,6 +48,7 @@ class Invariants:
         self._followed: dict[str, Number] = {}
         self._seen_by_host: dict[tuple[str, str], Number] = {}
         self._obeyed: dict[str, int] = {}
+        self._names: set[str] = set()  # of all hosts that were started
         self._deaths: list[tuple[float, frozenset[ExpertKey]]] = []  # when, and what was held
 
     def died(self, host: SimHost) -> None:
@@ -89,6 +93,15 @@ class Invariants:
                     ("an eviction leaves a replica", self.leaves_one(fact)),
                     ("nothing is evicted under a live router", self.nobody_asks(fact)),
                 ]
+            case HostStarted():
+                return [
+                    ("no host's name is used twice", self.named_once(fact)),
+                    ("the number of hosts is within its bounds", self.not_too_many(fact)),
+                ]
+            case HostEnded():
+                return [("a host that leaves is needed by nobody", self.left_free(fact))]
+            case Sized():
+                return [("the number of hosts is within its bounds", self.sized_within(fact))]
             case Claimed():
                 return [("no two controllers share a term", self.claimed_alone(fact))]
             case Published():
@@ -196,6 +209,53 @@ class Invariants:
                     )
         return ""
 
+    # ---- hosts ----------------------------------------------------------------------------------
+
+    def named_once(self, fact: HostStarted) -> str:
+        again = fact.name in self._names
+        self._names.add(fact.name)
+        return f"{fact.name} is started again" if again else ""
+
+    def not_too_many(self, fact: HostStarted) -> str:
+        most = sum(group.max_count for group in self._world.settings.groups)
+        return "" if fact.there <= most else f"{fact.there} hosts, and at most {most} may be"
+
+    def sized_within(self, fact: Sized) -> str:
+        fleet = fact.controller.sizing.fleet
+        for index, group in enumerate(fleet.groups):
+            count = len(fleet.staying(index))
+            there = sum(of == index for of in fleet.desired().values())
+            if not 1 <= count <= there <= group.max_count:
+                return f"group {index}: {count} hosts that stay of {there}"
+        last = fleet.scalings.all[-1:]
+        for one in last:
+            least = fleet.groups[one.group].min_count
+            if one.who == "autoscaler" and one.count < min(least, one.before):
+                return f"group {one.group}: the autoscaler goes to {one.count} of {least} hosts"
+        return ""
+
+    def left_free(self, fact: HostEnded) -> str:
+        """Another host holds what it held, or has died since the controller looked; and no router
+        whose lease runs knows it."""
+        lease_s, now = self._world.settings.control.lease_s, self._world.clock.now
+        seen = self._world.registry.let_go.get(fact.host.host)
+        if seen is None:
+            return f"{fact.host.name} is ended, and no controller let it go"
+        died = [held for when, held in self._deaths if when >= seen]
+        for key in sorted(fact.weights):
+            others = any(h.alive and h.holds(key) for h in self._world.hosts.values())
+            if not others and not any(key in held for held in died):
+                return f"{fact.host.name} is ended with the last replica of {key}"
+        for router in self._world.routers.values():
+            placement, heard_s = router.dispatcher.placement, now - router.heard_at
+            entry = placement.hosts.get(fact.host.host) if placement is not None else None
+            if entry == fact.host.entry and heard_s <= lease_s:
+                return (
+                    f"{fact.host.name} is ended under {router.name}, heard {heard_s:.3f} s ago, "
+                    "which knows it"
+                )
+        return ""
+
     # ---- controllers ----------------------------------------------------------------------------
 
     def claimed_alone(self, fact: Claimed) -> str:
@@ -231,12 +291,13 @@ class Invariants:
         if fact.controller.term < max(self._terms):
             return ""
         for key, host in _replicas(fact.placement):
-            process = self._world.hosts[host]
+            process = self._world.hosts.get(host)
             entry = fact.placement.hosts.get(host)
             if entry is None:
                 return f"{key} on {host}, which has no address"
-            alive = process.alive and process.incarnation == entry.incarnation
-            if alive and not process.holds(key):
+            if process is None or not process.alive or process.incarnation != entry.incarnation:
+                continue
+            if not process.holds(key):
                 return f"{tuple(fact.placement.number)}: {key} is not on {process.name}"
         return ""
 

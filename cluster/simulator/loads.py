@@ -53,15 +53,16 @@ def day(
     window_s: float,
     choices_per_s: float,
     rng: np.random.Generator,
+    swing: float = 0.3,
 ) -> Trace:
     """Traffic of several domains whose shares move smoothly over 24 hours, each with hot experts
-    of its own (log-normal, ``sigma``); the whole is 30 % above the mean at its height and as much
-    below it twelve hours later."""
+    of its own (log-normal, ``sigma``); the whole is a part ``swing`` above the mean at its height
+    and as much below it twelve hours later."""
     time_W = np.arange(windows) * window_s
     phase_WD = 2 * np.pi * (time_W[:, None] / _DAY_S - np.arange(domains) / domains)
     share_WD = np.exp(1.5 * np.cos(phase_WD))
     share_WD /= share_WD.sum(axis=1, keepdims=True)
-    total_W = choices_per_s * window_s * (1 + 0.3 * np.cos(2 * np.pi * time_W / _DAY_S))
+    total_W = choices_per_s * window_s * (1 + swing * np.cos(2 * np.pi * time_W / _DAY_S))
     counts = {}
     for key, experts in _layers(shapes):
         load_DE = np.exp(sigma * rng.normal(size=(domains, experts)))

@@ -17,6 +17,8 @@ class Registry:
         self.controller: SimController | None = None
         self.latest_term = 0
         self.wishes = Wishes()
+        self.fleet = ""  # as JSON
+        self.let_go: dict[str, float] = {}  # hosts that may end; when their reports were asked for
         self._terms: set[int] = set()
 
     def put_term(self, term: int) -> bool:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..autoscaler import ScalePolicy
 from ..control import ControlPolicy
+from ..fleet import FleetGroup
 from ..health import RouterPolicy
 from ..placement import ModelShape
 from ..plan import Policy
@@ -16,12 +18,13 @@ _EXPERT_BYTES = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    hosts: int
     routers: int
     models: tuple[ModelShape, ...]
     in_memory: frozenset[str] = frozenset()  # models that a trunk put; the others are on disk
-    slots: int | None = None  # of each host
-    domains: int = 0  # hosts share so many failure domains; 0: each is its own
+    groups: tuple[FleetGroup, ...]
+    scale: ScalePolicy
+    pending_s: float = 3.0
+    start_s: float = 0.3  # a new host, in the mean
     control: ControlPolicy
     router: RouterPolicy = field(
         default_factory=lambda: RouterPolicy(
@@ -58,13 +61,30 @@ def draw(rng: np.random.Generator) -> Settings:
     )
     experts = sum(sum(shape.experts.values()) for shape in models)
     tight = int(np.ceil(1.3 * experts * (redundancy + 1) / (hosts - 1)))
+    slots = tight if rng.random() < 0.5 else None
+    in_memory = frozenset(names[1:]) if rng.random() < 0.5 else frozenset()
+    domains = 2 if hosts >= 4 and rng.random() < 0.3 else 1
+    elastic = rng.random() < 0.7
+    counts = [hosts // domains + (group < hosts % domains) for group in range(domains)]
+    # Simulated trunks are small: their hosts are 1 to 4 % busy.
+    high = float(rng.uniform(0.01, 0.06))
     return Settings(
-        hosts=hosts,
+        groups=tuple(
+            FleetGroup(
+                count=count,
+                min_count=max(1, count - 2) if elastic else count,
+                max_count=count + 2 if elastic else count,
+                slots=slots,
+                domain=f"d{group}" if domains > 1 else "",
+            )
+            for group, count in enumerate(counts)
+        ),
+        scale=ScalePolicy(
+            high=high, low=high / 3, up_after_s=0.0, down_after_s=1.0, cooldown_s=1.0
+        ),
         routers=int(rng.integers(1, 4)),
         models=models,
-        in_memory=frozenset(names[1:]) if rng.random() < 0.5 else frozenset(),
-        slots=tight if rng.random() < 0.5 else None,
-        domains=2 if hosts >= 4 and rng.random() < 0.3 else 0,
+        in_memory=in_memory,
         control=ControlPolicy(
             balance=Policy(
                 redundancy=redundancy,

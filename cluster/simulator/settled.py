@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from ..changes import Phase
 from ..control import Control
 from ..placement import ExpertKey
+from ..room import lack
 
 if TYPE_CHECKING:
+    from .controller import SimController
     from .world import World
 
 # Nothing is loaded, published or evicted for so many seconds.
@@ -36,7 +38,23 @@ def unsettled(world: World) -> str:
     ]
     if behind or not world.routers:
         return f"{behind} do not follow placement {tuple(control.number)}"
-    return _target_lacks(world, control)
+    return _size_lacks(world, controller) or _target_lacks(world, control)
+
+
+def _size_lacks(world: World, controller: SimController) -> str:
+    fleet, control = controller.sizing.fleet, controller.control
+    assert control is not None
+    desired = fleet.desired()
+    if world.hosts.keys() != desired.keys():
+        return f"hosts {sorted(world.hosts)} live, and {sorted(desired)} are wanted"
+    left = [h for n, h in control.view.hosts.items() if n not in control.leaving]
+    no_room = lack(
+        left, list(control.models.values()), redundancy=control.policy.balance.redundancy
+    )
+    # Where too much is drained, those that leave have nowhere to leave their experts.
+    if fleet.retired() and not no_room:
+        return f"{fleet.retired()} are still to leave"
+    return ""
 
 
 def _target_lacks(world: World, control: Control) -> str:

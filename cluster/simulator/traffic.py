@@ -25,15 +25,17 @@ class Ask(NamedTuple):
 
 
 class Traffic:
-    """Random calls; `shift` makes other experts hot."""
+    """Random calls; `shift` makes other experts hot, and calls rarer or more frequent."""
 
     def __init__(self, settings: Settings, rng: np.random.Generator) -> None:
         self._settings = settings
         self._rng = rng
         self._weight_E: dict[LayerKey, np.ndarray] = {}
+        self._pace = 1.0
         self.shift()
 
     def shift(self) -> None:
+        self._pace = float(self._rng.choice([0.3, 1.0, 1.0, 4.0]))
         for shape in self._settings.models:
             for layer, experts in shape.experts.items():
                 log_E = self._rng.normal(size=experts)
@@ -59,4 +61,4 @@ class Traffic:
         return Ask(key, ids_TK, patience_T)
 
     def pause_s(self) -> float:
-        return float(self._rng.exponential(self._settings.think_s))
+        return float(self._rng.exponential(self._pace * self._settings.think_s))

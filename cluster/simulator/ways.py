@@ -7,7 +7,7 @@ Shapes: E experts of a layer, H hosts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 from ..eplb import changed_slots, eplb
 from ..placement import LayerKey, LayerPlacement, ModelShape, spread
 from ..plan import PoolHost
+from .queues import Queues
 
 Counts = Mapping[LayerKey, np.ndarray]  # (E,) choices of one window
 
@@ -57,22 +58,30 @@ class Pool:
         return layers
 
     def shares_of(self, layer: LayerPlacement) -> np.ndarray:
-        """The part of each expert's load that goes to each host."""
-        index = {host.name: h for h, host in enumerate(self.hosts)}
-        share_EH = np.zeros((len(layer.replicas), len(self.hosts)))
-        for expert, replicas in enumerate(layer.replicas):
-            for replica in replicas:
-                share_EH[expert, index[replica.host]] += replica.share
-        return share_EH
+        return shares_of(layer, [host.name for host in self.hosts])
 
 
-@dataclass(frozen=True, slots=True)
+def shares_of(layer: LayerPlacement, hosts: Sequence[str]) -> np.ndarray:
+    """(E, H): the part of each expert's load that goes to each host."""
+    index = {host: h for h, host in enumerate(hosts)}
+    share_EH = np.zeros((len(layer.replicas), len(hosts)))
+    for expert, replicas in enumerate(layer.replicas):
+        for replica in replicas:
+            share_EH[expert, index[replica.host]] += replica.share
+    return share_EH
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """One window: the choices that came to each host, by layer, and what was moved meanwhile."""
+    """One window, and the hosts that were up in it."""
 
-    load_H: Mapping[LayerKey, np.ndarray]
-    moved_slots: int
-    moved_bytes: int
+    load_H: Mapping[LayerKey, np.ndarray]  # choices that came to each host, by layer
+    room_H: np.ndarray  # choices that each could have computed while it was up
+    delay_s: float  # the longest that a host's queue took
+    host_s: float  # of all hosts, from asking for one to its end
+    moved_slots: int = 0
+    moved_bytes: int = 0
+    scalings: int = 0  # changes of the number of hosts
 
 
 class Way(Protocol):
@@ -83,26 +92,55 @@ class Way(Protocol):
         ...
 
 
-class Static:
+class _Fixed:
+    """Hosts that never change."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._names = [host.name for host in pool.hosts]
+        self._queues = Queues()
+
+    def _served(
+        self,
+        load_H: Mapping[LayerKey, np.ndarray],
+        window_s: float,
+        moved_slots: int = 0,
+        moved_bytes: int = 0,
+    ) -> Served:
+        arrived_H = np.sum(list(load_H.values()), axis=0)
+        speeds_H = self._pool.speeds
+        delay_s, _ = self._queues.advance(self._names, arrived_H, speeds_H, window_s)
+        return Served(
+            load_H=load_H,
+            room_H=speeds_H * window_s,
+            delay_s=delay_s,
+            host_s=len(self._names) * window_s,
+            moved_slots=moved_slots,
+            moved_bytes=moved_bytes,
+        )
+
+
+class Static(_Fixed):
     """Even spread; nothing ever moves."""
 
     name = "static"
 
     def __init__(self, pool: Pool) -> None:
+        super().__init__(pool)
         self._share_EH = {key: pool.shares_of(layer) for key, layer in pool.even().items()}
 
     def serve(self, counts: Counts, window_s: float) -> Served:
         load_H = {key: count_E @ self._share_EH[key] for key, count_E in counts.items()}
-        return Served(load_H, 0, 0)
+        return self._served(load_H, window_s)
 
 
-class Eplb:
+class Eplb(_Fixed):
     """DeepSeek's rule every so many windows, on the loads since the last time. What it places
     serves once the last host has loaded its part; until then what stood before does."""
 
     def __init__(self, pool: Pool, *, every: int) -> None:
+        super().__init__(pool)
         self.name = f"EPLB every {every}"
-        self._pool = pool
         self._every = every
         self._copies_EH = {
             key: (pool.shares_of(layer) > 0).astype(np.int64) for key, layer in pool.even().items()
@@ -126,8 +164,8 @@ class Eplb:
             self._seen[key] = self._seen.get(key, 0) + count_E
         self._windows += 1
         if self._windows % self._every or self._next_EH:
-            return Served(load_H, 0, 0)
-        return Served(load_H, *self._rebalance())
+            return self._served(load_H, window_s)
+        return self._served(load_H, window_s, *self._rebalance())
 
     def _rebalance(self) -> tuple[int, int]:
         pool, moved, moved_bytes = self._pool, 0, 0

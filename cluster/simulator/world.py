@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..control import Control
+from ..fleet import Fleet
 from ..placement import ExpertKey
-from ..plan import PoolHost
 from .clock import Clock
 from .controller import SimController
 from .facts import Fact
@@ -24,6 +24,7 @@ from .faults import Faults
 from .host import SimHost
 from .invariants import Invariants
 from .network import Connection, Network
+from .owner import SimOwner
 from .registry import Registry
 from .router import SimRouter
 from .settings import Settings, draw
@@ -66,20 +67,13 @@ class World:
         self._at_once = 0
         self.calls = 0  # that trunks made
         self.last_change = 0.0  # when something was loaded, published or evicted
-        domains = self.settings.domains
-        self.pool = [
-            PoolHost(
-                name=f"h{n}",
-                slots=self.settings.slots,
-                domain=f"d{n % domains}" if domains else "",
-            )
-            for n in range(self.settings.hosts)
-        ]
-        self.hosts = {host.name: SimHost(host.name, 1, self) for host in self.pool}
+        self.hosts: dict[str, SimHost] = {}
         self.routers: dict[str, SimRouter] = {}
         self.controllers: list[SimController] = []
         self._started = {"controller": 0, "router": 0}
         self.invariants = Invariants(self)
+        first = Fleet(self.settings.groups, self.settings.scale, pending_s=1.0)
+        self.owner = SimOwner(self, first.desired())
         self.start_controller()
         for _ in range(self.settings.routers):
             self.start_router()
@@ -154,8 +148,8 @@ class World:
 
     # ---- what processes ask of the world --------------------------------------------------------
 
-    def make_control(self, term: int) -> Control:
-        return Control(self.pool, term=term, policy=self.settings.control)
+    def make_control(self, fleet: Fleet, term: int) -> Control:
+        return Control(fleet.pool_hosts(), term=term, policy=self.settings.control)
 
     def has_weights(self, address: str, key: ExpertKey) -> bool:
         """Whether a peer gives an expert: it lives, answers, and is the one that was meant."""
@@ -182,7 +176,8 @@ class World:
         self.clock.after(back_s, f"Ray restarts {host.host}", lambda: self._restart(host))
 
     def _restart(self, host: SimHost) -> None:
-        self.hosts[host.host] = SimHost(host.host, host.incarnation + 1, self)
+        if self.hosts.get(host.host) is host:
+            self.hosts[host.host] = SimHost(host.host, host.incarnation + 1, self)
 
     def start_router(self) -> None:
         self._started["router"] += 1

@@ -14,6 +14,7 @@ from moesaic.cli.main import main
 from moesaic.cluster.placement import LayerKey, ModelShape
 from moesaic.cluster.simulator import run
 from moesaic.cluster.simulator.compare import (
+    Figures,
     compare,
     control_policy,
     host_speed,
@@ -21,6 +22,8 @@ from moesaic.cluster.simulator.compare import (
     shifting_day,
 )
 from moesaic.cluster.simulator.loads import day, drifting
+from moesaic.cluster.simulator.ours import Elastic
+from moesaic.cluster.simulator.queues import Queues
 from moesaic.cluster.simulator.registry import Registry
 from moesaic.cluster.simulator.ways import Eplb, Static
 from moesaic.cluster.trace import Trace
@@ -131,6 +134,47 @@ def test_a_day_as_series() -> None:
     assert found[2].balancedness_mean > found[0].balancedness_mean + 0.1
 
 
+def tide(**more: object) -> list[Figures]:
+    """A day with four times as much traffic at its height as at night."""
+    values = {"layers": 1, "experts": 16, "hosts": 4, "slots": 12, "window_s": 1800.0}
+    values |= {"utilisation": 0.5, "swing": 0.6}
+    return shifting_day(**(values | more))[1]  # pyright: ignore[reportArgumentType]
+
+
+def test_the_autoscaler_takes_fewer_host_hours_and_misses_nothing() -> None:
+    elastic = Elastic(min_hosts=1, max_hosts=4, cost_per_hour=3.0)
+    static, _, ours, scaled = tide(elastic=elastic)
+    assert scaled.way == "ours, autoscaled"
+    assert static.host_hours == ours.host_hours == 4 * 23
+    assert scaled.host_hours < 0.9 * ours.host_hours
+    assert scaled.slo_violations == 0
+    assert scaled.cost == 3 * scaled.host_hours
+    assert scaled.scale_events >= 4
+    # Down with the traffic, which is least at noon, and up again.
+    hosts_W = scaled.hosts_W
+    assert hosts_W[0] == hosts_W[-1] == 4
+    # 16 experts do not fit on one host.
+    assert 2 <= min(hosts_W[22:30]) < 3
+    assert static.scale_events == ours.scale_events == 0
+
+
+def test_hosts_that_start_late_are_paid_for_and_missed() -> None:
+    quick = tide(elastic=Elastic(min_hosts=1, max_hosts=4, start_s=0.0))[-1]
+    late = tide(elastic=Elastic(min_hosts=1, max_hosts=4, start_s=6 * 3600.0))[-1]
+    assert quick.slo_violations == 0
+    assert late.slo_violations > 0
+
+
+def test_queues_keep_what_was_not_computed() -> None:
+    queues = Queues()
+    speed_H = np.array([10.0, 20.0])
+    delay_s, computed_H = queues.advance(["a", "b"], np.array([30.0, 10.0]), speed_H, 1.0)
+    assert (delay_s, computed_H.tolist()) == (2.0, [10.0, 10.0])
+    # A host that leaves takes its queue along; a new one begins with none.
+    delay_s, computed_H = queues.advance(["c", "a"], np.array([0.0, 5.0]), speed_H, 1.0)
+    assert (delay_s, computed_H.tolist()) == (0.25, [0.0, 20.0])
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -139,6 +183,22 @@ def test_simulate_prints_placements_as_json(capsys: pytest.CaptureFixture[str]) 
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["way"] for one in found] == ["static", "EPLB every 4", "ours"]
+
+
+def test_simulate_lets_hosts_come_and_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        "hosts: [{count: 4, min_count: 2, max_count: 5, cost_per_hour: 2.0}]\n"
+        "autoscale: {low: 0.3, high: 0.6}\n"
+    )
+    command = ["simulate", "--layers", "1", "--experts", "16", "--hosts", "4", "--windows", "8"]
+    assert main([*command, "--spec", str(spec), "--max-hosts", "6", "--json"]) == 0
+    scaled = json.loads(capsys.readouterr().out)[-1]
+    assert scaled["way"] == "ours, autoscaled"
+    assert 4 < max(scaled["hosts_W"]) <= 6  # busier than 0.6 they are
+    assert scaled["cost"] == 2 * scaled["host_hours"]
 
 
 def test_simulate_reads_a_recorded_trace(
@@ -166,6 +226,8 @@ def test_simulate_reads_a_recorded_trace(
         (["--slots", "1"], "too few"),
         (["--windows", "4", "--every", "4"], "4 windows"),
         (["--faults", "-1"], "--faults"),
+        (["--min-hosts", "5", "--max-hosts", "4"], "5, 4"),
+        (["--max-hosts", "2"], "min_hosts"),
     ],
 )
 def test_wrong_options_are_named(

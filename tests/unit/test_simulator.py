@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from moesaic.cluster.control import Control
 from moesaic.cluster.fence import Fence
+from moesaic.cluster.fleet import Fleet
 from moesaic.cluster.health import HostHealth
 from moesaic.cluster.placement import ExpertKey, Number, Replica
 from moesaic.cluster.publishing import Publisher
@@ -102,6 +105,24 @@ def let_reports_end_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fence, "look", look)
 
 
+def end_hosts_that_are_not_drained(patch: pytest.MonkeyPatch) -> None:
+    def free(self: Control, host: str, now: float) -> bool:
+        return host in self.view.retiring
+
+    patch.setattr(Control, "is_free", free)
+
+
+def use_a_host_s_name_again(patch: pytest.MonkeyPatch) -> None:
+    def name(self: Fleet) -> str:
+        return next(f"host-{n}" for n in itertools.count() if f"host-{n}" not in self.desired())
+
+    patch.setattr(Fleet, "_name", name)
+
+
+def never_let_a_host_go(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Fleet, "_remove", lambda self, control, name: None)
+
+
 SLOTS = "no slot is reused while its answer can come"
 EVICTED = "nothing is evicted under a live router"
 
@@ -114,6 +135,9 @@ EVICTED = "nothing is evicted under a live router"
         (reuse_a_slot_after_its_deadline, SLOTS),
         (claim_a_term_that_is_taken, "no two controllers share a term"),
         (let_reports_end_nothing, "no host obeys a superseded controller"),
+        (end_hosts_that_are_not_drained, "a host that leaves is needed by nobody"),
+        (use_a_host_s_name_again, "no host's name is used twice"),
+        (never_let_a_host_go, "converges"),
     ],
 )
 def test_planted_bugs_are_found(

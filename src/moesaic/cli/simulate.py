@@ -18,6 +18,7 @@ from .operate import JsonOption
 if TYPE_CHECKING:
     from ..cluster.placement import ModelShape
     from ..cluster.simulator.compare import Figures
+    from ..cluster.simulator.ours import Elastic
     from ..cluster.simulator.run import SeedRun
     from ..cluster.trace import Trace
 
@@ -67,6 +68,22 @@ def simulate(
     ] = 0.8,
     slo: Annotated[float, typer.Option(min=0.0, help="Seconds that a queue may take.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Of made loads.")] = 0,
+    swing: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="With --day: how far traffic is off its mean.")
+    ] = 0.3,
+    spec: Annotated[
+        Path | None,
+        typer.Option(help="Let hosts come and go by a spec's first host group and `autoscale`."),
+    ] = None,
+    min_hosts: Annotated[
+        int | None, typer.Option(min=1, help="Let the autoscaler have so few hosts.")
+    ] = None,
+    max_hosts: Annotated[
+        int | None, typer.Option(min=1, help="Let the autoscaler have so many hosts.")
+    ] = None,
+    start: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that a new host takes to come.")
+    ] = 60.0,
     as_json: JsonOption = False,
 ) -> int:
     """Compare placements on loads, recorded or made; or, with --faults, check what the pool
@@ -80,7 +97,7 @@ def simulate(
         shape = _made_shape(layers, experts, expert_mb)
         loads = _make(
             shape, day_long=shifting, sigma=sigma, drift=drift, windows=windows, window_s=window,
-            seed=seed,
+            seed=seed, swing=swing,
         )  # fmt: skip
     if loads.windows <= every:
         raise typer.BadParameter(
@@ -100,9 +117,10 @@ def simulate(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--slots") from error
+    elastic = _elastic(spec, min_hosts, max_hosts, start, count)
     policy = control_policy(pool, every_s=loads.window_s, budget=budget, redundancy=0)
     with err.status(f"simulating {loads.windows} windows of {loads.window_s:g} s"):
-        found = compare(loads, pool, every=every, slo_s=slo, policy=policy)
+        found = compare(loads, pool, every=every, slo_s=slo, policy=policy, elastic=elastic)
     _print_json([asdict(one) for one in found]) if as_json else _print_figures(found)
     return 0
 
@@ -135,6 +153,7 @@ def _make(
     windows: int,
     window_s: float,
     seed: int,
+    swing: float,
 ) -> Trace:
     import numpy as np
 
@@ -145,7 +164,7 @@ def _make(
         windows = max(2, round(86_400 / window_s))
         return day(
             [shape], sigma=sigma, domains=4, windows=windows, window_s=window_s,
-            choices_per_s=10_000.0, rng=rng,
+            choices_per_s=10_000.0, rng=rng, swing=swing,
         )  # fmt: skip
     return drifting(
         [shape], sigma=sigma, drift=drift, windows=windows, window_s=window_s,
@@ -166,10 +185,33 @@ def _shapes(loads: Trace, expert_mb: float) -> list[ModelShape]:
     ]
 
 
+def _elastic(
+    spec: Path | None, min_hosts: int | None, max_hosts: int | None, start_s: float, count: int
+) -> Elastic | None:
+    """How the pool may grow and shrink; None where nothing is said of that."""
+    from ..cluster.simulator.ours import Elastic
+    from ..cluster.spec import Spec, load_spec
+
+    if spec is None and min_hosts is None and max_hosts is None:
+        return None
+    said = Spec() if spec is None else load_spec(spec)
+    least, most = (count, count) if spec is None else (said.hosts[0].least, said.hosts[0].most)
+    try:
+        return Elastic(
+            min_hosts=least if min_hosts is None else min_hosts,
+            max_hosts=most if max_hosts is None else max_hosts,
+            start_s=start_s,
+            cost_per_hour=said.hosts[0].cost_per_hour,
+            policy=said.autoscale.policy,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--min-hosts, --max-hosts") from error
+
+
 def _print_figures(found: list[Figures]) -> None:
     table = Table(
         "placement", "balancedness", "worst layer", "slots moved", "GB moved",
-        "SLO missed (windows)", "host-hours",
+        "SLO missed (windows)", "host-hours", "cost", "scalings",
     )  # fmt: skip
     for one in found:
         table.add_row(
@@ -180,6 +222,8 @@ def _print_figures(found: list[Figures]) -> None:
             f"{one.moved_bytes / 1e9:,.1f}",
             f"{one.slo_violations} of {one.windows}",
             f"{one.host_hours:,.1f}",
+            f"{one.cost:,.2f}",
+            f"{one.scale_events}",
         )
     out.print(table)
 
