@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import signal
 import time
@@ -31,11 +30,9 @@ from transformers.utils import logging as transformers_logging
 
 import moesaic
 from benchmarks.decode import prompts_of
-from moesaic.actors.engine import Engine, EngineConfig, Sampling
-from moesaic.actors.ray_border import namespace_of
-from moesaic.actors.store import ModelRef
-from moesaic.actors.trunk import TrunkConfig, engine_factory
-from moesaic.cluster.spec import parse_spec
+from benchmarks.measure import write_json
+from benchmarks.pools import engine_over
+from moesaic.actors.engine import Engine, Sampling
 from moesaic.handle import Cluster
 from moesaic.models.source import resolve_model
 from moesaic.proto.errors import MoesaicError
@@ -216,31 +213,13 @@ async def measure(cluster: Cluster, engine: Engine, given: argparse.Namespace) -
         rounds.append(await harm(cluster, kind, str(rng.choice(hosts)), given.harm))
         took_s = rounds[-1].whole - rounds[-1].began
         print(f"round {number + 1}: {kind} {rounds[-1].host}, whole after {took_s:.1f} s")
-    await asyncio.sleep(given.pause)
-    moved, moves = await _rebalance(cluster)
-    await asyncio.sleep(MARGIN_S)
+    await asyncio.sleep(given.pause + MARGIN_S)
     await load.stop()
-    # Requests that a rebalance met are no quiet ones.
-    busy = [*rounds, Round(kind="rebalance", host="", began=moved[0], ended=moved[1],
-                           whole=moved[1])]  # fmt: skip
-    return summary(load.requests, wanted, busy, moves)
-
-
-async def _rebalance(cluster: Cluster) -> tuple[tuple[float, float], int]:
-    """((when it began, when it ended), moves)."""
-    began = time.monotonic()
-    change = await asyncio.to_thread(cluster.rebalance)
-    while change["phase"] == "loading":
-        await asyncio.sleep(0.1)
-        change = await asyncio.to_thread(cluster.change, change["id"])
-    return (began, time.monotonic()), change["moves"]
+    return summary(load.requests, wanted, rounds)
 
 
 def summary(
-    requests: Sequence[Request],
-    wanted: dict[int, list[int]],
-    rounds: Sequence[Round],
-    moves: int,
+    requests: Sequence[Request], wanted: dict[int, list[int]], rounds: Sequence[Round]
 ) -> dict[str, Any]:
     found = gaps(requests)
     quiet_s = quiet_gaps(found, rounds)
@@ -249,7 +228,6 @@ def summary(
         per_kind[one.kind].append(longest(found, one.began, one.whole))
     quiet_max = float(quiet_s.max(initial=0.0))
     kill = next((one for one in rounds if one.kind == "kill"), None)
-    move = next(one for one in rounds if one.kind == "rebalance")
     errors = [request.error for request in requests if request.error]
     return {
         "requests": len(requests),
@@ -273,11 +251,7 @@ def summary(
             for kind, longest_s in per_kind.items()
         },
         "rounds": [asdict(one) for one in rounds],
-        "rebalance_moves": moves,
-        "timelines": {
-            "kill": kill and timeline(requests, kill.began, kill.whole),
-            "rebalance": timeline(requests, move.began, move.ended),
-        },
+        "timelines": {"kill": kill and timeline(requests, kill.began, kill.whole)},
     }
 
 
@@ -298,7 +272,7 @@ def show(found: dict[str, Any]) -> None:
     Console(width=100).print(table)
     print(
         f"{found['requests']} requests, {found['failed']} failed, {found['wrong_texts']} with "
-        f"another text; {found['rebalance_moves']} moves in the rebalance"
+        "another text"
     )
     for error in found["errors"]:
         print(f"  {error}")
@@ -323,30 +297,12 @@ def main() -> None:
         "models": [{"name": MODEL, "path": given.model, "dtype": "float32"}],
         "hosts": [{"count": given.hosts}],
         "endpoint": None,
-        # Ambitious, so that the rebalance at the end has something to move.
-        "balance": {"auto": False, "redundancy": 1, "enough": 0.98, "target": 0.99},
+        "balance": {"auto": False, "redundancy": 1},
     }
-    folder = resolve_model(given.model)
-    with moesaic.up(spec) as cluster:
-        # As a trunk of the endpoint has it: rows that are lost end their requests alone.
-        config = TrunkConfig(
-            namespace=namespace_of(cluster.name),
-            model=ModelRef(name=MODEL, dtype="float32", path=str(folder)),
-            name="faults",
-            policy=parse_spec(spec).timeouts.policy,
-            engine=EngineConfig(num_blocks=256, max_requests=max(32, given.streams)),
-        )
-        engine = engine_factory(config)()
-        engine.start()
-        try:
-            found = asyncio.run(measure(cluster, engine, given))
-        finally:
-            engine.close()
+    with moesaic.up(spec) as cluster, engine_over(spec, streams=given.streams) as engine:
+        found = asyncio.run(measure(cluster, engine, given))
     show(found)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        written = {"title": "faults", "setting": vars(given) | {"json": str(given.json)}, **found}
-        given.json.write_text(json.dumps(written, indent=1) + "\n")
+    write_json(given.json, {"title": "faults", "setting": vars(given), **found})
 
 
 if __name__ == "__main__":

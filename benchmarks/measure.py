@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -83,12 +84,16 @@ def report(title: str, comparisons: Sequence[Comparison], json_path: Path | None
             "" if c.target is None else f"{c.target:.2f}",
         )
     Console().print(table)
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()}
-        results = [asdict(c) | {"met": c.met} for c in comparisons]
-        text = json.dumps({"title": title, "machine": machine, "results": results}, indent=2)
-        json_path.write_text(text + "\n")
+    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()}
+    results = [asdict(c) | {"met": c.met} for c in comparisons]
+    write_json(json_path, {"title": title, "machine": machine, "results": results})
+
+
+def write_json(path: Path | None, found: Mapping[str, Any]) -> None:
+    """Write what was found to ``path``, if there is one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
 def _duration(seconds: float) -> str:

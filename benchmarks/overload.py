@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 import moesaic
 from benchmarks.decode import prompts_of
+from benchmarks.measure import write_json
 from moesaic.handle import Cluster
 from moesaic.models.source import resolve_model
 
@@ -173,9 +173,7 @@ def main() -> None:
     with moesaic.up(spec) as cluster:
         found = asyncio.run(measure(cluster, given))
     show(found, given.times)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({"title": "overload", **found}, indent=1) + "\n")
+    write_json(given.json, {"title": "overload", **found})
 
 
 if __name__ == "__main__":

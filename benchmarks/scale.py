@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import time
 from pathlib import Path
@@ -26,11 +25,8 @@ from transformers.utils import logging as transformers_logging
 import moesaic
 from benchmarks.decode import prompts_of
 from benchmarks.faults import MODEL, Load, gaps, longest, wrong_texts
-from moesaic.actors.engine import EngineConfig
-from moesaic.actors.ray_border import namespace_of
-from moesaic.actors.store import ModelRef
-from moesaic.actors.trunk import TrunkConfig, engine_factory
-from moesaic.cluster.spec import parse_spec
+from benchmarks.measure import write_json
+from benchmarks.pools import engine_over
 from moesaic.handle import Cluster
 from moesaic.models.source import resolve_model
 
@@ -139,25 +135,11 @@ def main() -> None:
         "autoscale": {"up_after_s": 3600, "down_after_s": 3600},
         "balance": {"auto": False, "lease_s": 3},
     }
-    with moesaic.up(spec) as cluster:
-        config = TrunkConfig(
-            namespace=namespace_of(cluster.name),
-            model=ModelRef(name=MODEL, dtype="float32", path=str(folder)),
-            name="scale",
-            policy=parse_spec(spec).timeouts.policy,
-            engine=EngineConfig(num_blocks=256, max_requests=max(32, given.streams)),
-        )
-        engine = engine_factory(config)()
-        engine.start()
-        try:
-            load = Load(engine, prompts_of(folder)[: given.streams], given.tokens)
-            found = asyncio.run(measure(cluster, load, given))
-        finally:
-            engine.close()
+    with moesaic.up(spec) as cluster, engine_over(spec, streams=given.streams) as engine:
+        load = Load(engine, prompts_of(folder)[: given.streams], given.tokens)
+        found = asyncio.run(measure(cluster, load, given))
     show(found)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({"title": "scale", **found}, indent=1) + "\n")
+    write_json(given.json, {"title": "scale", **found})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Real processes and transport, one cluster after the other. `balanced` is the yar
 placement under traffic that prefers no expert. The skew is that at which static placement's
 balancedness, in the mean over layers and shifts, is 0.5. A pass is all layers, one after the
 other, as a token's; tokens/s are those of all routers. In the static pool the planner is let
-loose at the end, to see what passes take while replicas move.
+loose at the end, to see what passes take while replicas move; it loads `--move-s` for each expert
+there, so that there is time to see it.
 
 A run in which hosts overran their emulated time is not valid; overruns are printed.
 """
@@ -14,7 +15,6 @@ A run in which hosts overran their emulated time is not valid; overruns are prin
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from transformers import MixtralConfig, MixtralForCausalLM
 
 import moesaic
 from benchmarks.eplb_control import EplbController
+from benchmarks.measure import write_json
+from benchmarks.pools import EXPERT_BYTES, HIDDEN, save_tiny_model
 from benchmarks.traffic import MODEL, Drivers, Steps, Traffic, driving, exponent_for
 from moesaic.actors import launch
 from moesaic.actors.controller import Controller
@@ -38,11 +39,11 @@ from moesaic.actors.ray_border import ask, controller_of, namespace_of
 from moesaic.cluster.load import LoadReport
 from moesaic.handle import Cluster
 
-HIDDEN, INTERMEDIATE = 32, 32
-EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 4
 # Slots beside those that all experts need once.
 HEADROOM = 1.25
 BALANCEDNESS = 0.5
+# Of the timeline of a rebalance.
+BUCKET_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Setting:
     seconds: float
     every_s: float  # between two balancings
     expert_s: float  # of loading one expert, in the background
+    move_s: float  # the same in the static pool, whose replicas move only at the end
     quiet_s: float
 
     @property
@@ -64,23 +66,9 @@ class Setting:
         return int(np.ceil(HEADROOM * self.experts / self.hosts)) * self.layers
 
 
-def save_model(folder: Path, setting: Setting, top_k: int) -> None:
-    """Random weights: only their form matters, and that it is small."""
-    config = MixtralConfig(
-        vocab_size=16,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=setting.experts,
-        num_experts_per_tok=top_k,
-    )
-    MixtralForCausalLM(config).save_pretrained(folder)
-
-
 @contextmanager
 def pool(folder: Path, setting: Setting, way: str) -> Iterator[Cluster]:
+    expert_s = setting.move_s if way == "static" else setting.expert_s
     spec = {
         "name": f"skew-{os.getpid()}",
         "models": [{"name": MODEL, "path": str(folder)}],
@@ -96,7 +84,7 @@ def pool(folder: Path, setting: Setting, way: str) -> Iterator[Cluster]:
         "balance": {
             "auto": way in ("ours", "DeepSeek's rule"),
             "every_s": setting.every_s,
-            "load_mb_per_s": EXPERT_BYTES / setting.expert_s / 1e6,
+            "load_mb_per_s": EXPERT_BYTES / expert_s / 1e6,
         },
     }
     launch.Controller = EplbController if way == "DeepSeek's rule" else Controller
@@ -136,11 +124,21 @@ def run(
     found |= figures(steps.within(begin, end), traffic, end - begin)
     if moving is not None:
         found["rebalance"] = phases(steps, moving, setting)
+        found["rebalance"] |= timeline(steps, moving, setting.quiet_s, traffic.tokens)
     return found
 
 
-def _rebalance(cluster: Cluster, setting: Setting, drivers: Drivers) -> tuple[float, float]:
-    """When the planner's moves began and ended; it may move as much as it likes."""
+@dataclass(frozen=True, kw_only=True)
+class Moving:
+    """A rebalance under traffic."""
+
+    began: float
+    ended: float
+    moves: int
+
+
+def _rebalance(cluster: Cluster, setting: Setting, drivers: Drivers) -> Moving:
+    """The planner moves as much as it likes."""
     _sleep_until(time.monotonic() + setting.quiet_s, drivers)
     began = time.monotonic()
     change = cluster.rebalance(budget=setting.slots * setting.hosts)
@@ -150,18 +148,28 @@ def _rebalance(cluster: Cluster, setting: Setting, drivers: Drivers) -> tuple[fl
         change = cluster.change(change["id"])
     ended = time.monotonic()
     _sleep_until(ended + setting.quiet_s, drivers)
-    return began, ended
+    return Moving(began=began, ended=ended, moves=change["moves"])
 
 
-def phases(steps: Steps, moving: tuple[float, float], setting: Setting) -> dict[str, Any]:
+def timeline(steps: Steps, moving: Moving, quiet_s: float, tokens: int) -> dict[str, Any]:
+    """Tokens per second in buckets around a rebalance; seconds count from its beginning."""
+    rates = steps.rates(moving.began - quiet_s, moving.ended + quiet_s, BUCKET_S)
+    return {
+        "bucket_s": BUCKET_S,
+        "from_s": -quiet_s,
+        "tokens_per_s": [round(tokens * rate, 1) for rate in rates],
+    }
+
+
+def phases(steps: Steps, moving: Moving, setting: Setting) -> dict[str, Any]:
     """Passes before, while and after replicas move, under the same traffic."""
-    began, ended = moving
+    began, ended = moving.began, moving.ended
     parts = {
         "before": steps.within(began - setting.quiet_s, began),
         "during": steps.within(began, ended),
         "after": steps.within(ended, ended + setting.quiet_s),
     }
-    return {"seconds": ended - began} | {
+    return {"seconds": ended - began, "moves": moving.moves} | {
         name: {"passes": len(part.began), "p50_s": _quantile(part, 0.5), "p99_s": _p99(part)}
         for name, part in parts.items()
     }
@@ -222,7 +230,10 @@ def show(results: list[dict[str, Any]], traffic: Traffic) -> None:
     moved = next((row["rebalance"] for row in results if "rebalance" in row), None)
     if moved is not None:
         words = [f"{name} {_ms(moved[name]['p99_s'])}" for name in ("before", "during", "after")]
-        print(f"p99 of passes around a rebalance of {moved['seconds']:.1f} s: {', '.join(words)}")
+        print(
+            f"p99 of passes around a rebalance ({moved['moves']} moves, {moved['seconds']:.1f} s): "
+            f"{', '.join(words)}"
+        )
     if any(row["overruns"] for row in results):
         print("NOT VALID: hosts overran their emulated time; take a slower device or fewer hosts")
 
@@ -244,6 +255,7 @@ def main() -> None:
     parser.add_argument("--row-us", type=float, default=300)
     parser.add_argument("--expert-us", type=float, default=0)
     parser.add_argument("--expert-s", type=float, default=0.05, help="of loading one expert")
+    parser.add_argument("--move-s", type=float, default=0.5, help="the same in the static pool")
     parser.add_argument("--warm", type=float, default=30)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--quiet", type=float, default=20)
@@ -261,6 +273,7 @@ def main() -> None:
         seconds=given.seconds,
         every_s=given.every,
         expert_s=given.expert_s,
+        move_s=given.move_s,
         quiet_s=given.quiet,
     )
     even = Traffic(
@@ -274,7 +287,9 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_model(folder / "model", setting, given.top_k)
+        save_tiny_model(
+            folder / "model", layers=given.layers, experts=given.experts, top_k=given.top_k
+        )
         skewed = replace(even, exponent=skew_of(folder / "model", setting, even))
         results = []
         for way in ("balanced", "static", "DeepSeek's rule", "ours"):
@@ -283,19 +298,14 @@ def main() -> None:
                 results.append(run(folder / "model", setting, way, traffic, folder))
                 print(f"{way}: {results[-1]['tokens_per_s']:,.0f} tokens/s", flush=True)
     show(results, skewed)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {
-                "title": "skew",
-                "setting": vars(given) | {"json": str(given.json)},
-                "exponent": skewed.exponent,
-                "valid": not any(row["overruns"] for row in results),
-                "results": results,
-            },
-            indent=1,
-        )
-        given.json.write_text(text + "\n")
+    found = {
+        "title": "skew",
+        "setting": vars(given),
+        "exponent": skewed.exponent,
+        "valid": not any(row["overruns"] for row in results),
+        "results": results,
+    }
+    write_json(given.json, found)
 
 
 if __name__ == "__main__":

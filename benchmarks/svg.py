@@ -11,6 +11,8 @@ _WIDTH, _HEIGHT = 760, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 64, 50
 # Okabe and Ito's colours, which nearly everybody can tell apart.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+# The width of a letter, nearly.
+_LETTER = 7.2
 _FONT = 'font-family="system-ui, sans-serif"'
 
 
@@ -33,8 +35,12 @@ def line_chart(
     lines: Mapping[str, Sequence[float]],
     x_ticks: Sequence[float] | None = None,
     y_from: float | None = None,
+    band: tuple[float, float, str] | None = None,
 ) -> None:
-    """Write one chart; every line has as many points as ``x``. Raises ValueError otherwise."""
+    """Write one chart; every line has as many points as ``x``. Raises ValueError otherwise.
+
+    ``band``: a part of the x axis that is shaded, and the words that stand in it or beside it.
+    """
     for name, values in lines.items():
         if len(values) != len(x):
             raise ValueError(f"lines: {name!r} has {len(values)} points, x has {len(x)}")
@@ -55,6 +61,8 @@ def line_chart(
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
         _text(_LEFT, 24, title, size=16, weight="600"),
     ]
+    if band is not None:
+        parts += _band(at_x(max(band[0], xs[0])), at_x(min(band[1], xs[-1])), band[2])
     for tick in ys:
         parts.append(_line(_LEFT, at_y(tick), right, at_y(tick), "#e4e4e4"))
         parts.append(_text(_LEFT - 8, at_y(tick) + 4, _number(tick), anchor="end"))
@@ -79,9 +87,21 @@ def line_chart(
         )
         parts.append(_line(legend_x, 44, legend_x + 22, 44, color, width=3))
         parts.append(_text(legend_x + 28, 48, name))
-        legend_x += 52 + 7.2 * len(name)
+        legend_x += 52 + _LETTER * len(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def _band(left: float, right: float, words: str) -> list[str]:
+    bottom = _HEIGHT - _BOTTOM
+    shade = (
+        f'<rect x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" height="{bottom - _TOP}" '
+        'fill="#f3ead8"/>'
+    )
+    # Below the lines, which begin at zero; to the left where there is no room to the right.
+    fits = left + 6 + _LETTER * len(words) <= _WIDTH - _RIGHT
+    where, anchor = (left + 6, "start") if fits else (right - 6, "end")
+    return [shade, _text(where, bottom - 8, words, anchor=anchor)]
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, color: str, width: float = 1) -> str:

@@ -133,6 +133,17 @@ class Steps:
         chosen = (self.ended >= began) & (self.ended < ended)
         return Steps(self.began[chosen], self.ended[chosen], self.call_s[chosen])
 
+    def rate(self, began: float, ended: float) -> float:
+        """Passes per second in an interval; those that overlap its ends count in part."""
+        overlap_s = np.minimum(self.ended, ended) - np.maximum(self.began, began)
+        parts = np.maximum(overlap_s, 0.0) / (self.ended - self.began)
+        return float(parts.sum() / (ended - began))
+
+    def rates(self, began: float, ended: float, bucket_s: float) -> list[float]:
+        """The same for each bucket of an interval, as many as fit."""
+        starts = began + bucket_s * np.arange(int((ended - began) / bucket_s + 1e-9))
+        return [self.rate(start, start + bucket_s) for start in starts.tolist()]
+
 
 class Drivers:
     """Router processes at work."""
@@ -249,3 +260,5 @@ def _drive(
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+    # The watch's thread may still wait for the controller, which Ray's own exit takes for a crash.
+    os._exit(0)
