@@ -42,9 +42,9 @@ KINDS = ("kill", "freeze", "slow")
 WHOLE_S = 300.0
 # A slow host works for a tenth of the time.
 STOPPED_S, WORKING_S = 0.09, 0.01
-BUCKET_S = 0.05
-# Shown before and behind a fault in its timeline.
-MARGIN_S = 3.0
+# Of a kill's timeline: its pieces, and what is shown before and behind it.
+PIECE_S = 0.5
+MARGIN_S = 8.0
 
 
 @dataclass
@@ -175,16 +175,15 @@ def quiet_gaps(found: np.ndarray, rounds: Sequence[Round]) -> np.ndarray:
     return found[quiet, 1] - found[quiet, 0]
 
 
-def timeline(requests: Sequence[Request], began: float, ended: float) -> dict[str, Any]:
-    """Tokens per second in buckets around an interval; seconds count from its beginning."""
-    times = np.array([moment for request in requests for moment in request.times])
-    edges = np.arange(began - MARGIN_S, ended + MARGIN_S + BUCKET_S, BUCKET_S)
-    counts, _ = np.histogram(times, edges)
+def timeline(found: np.ndarray, began: float, ended: float) -> dict[str, Any]:
+    """The longest gap that touches each piece of an interval and of what is around it; seconds
+    count from its beginning."""
+    edges = np.arange(began - MARGIN_S, ended + MARGIN_S, PIECE_S)
     return {
-        "bucket_s": BUCKET_S,
+        "piece_s": PIECE_S,
         "from_s": -MARGIN_S,
         "ended_s": ended - began,
-        "tokens_per_s": (counts / BUCKET_S).round(1).tolist(),
+        "longest_gap_s": [round(longest(found, edge, edge + PIECE_S), 3) for edge in edges],
     }
 
 
@@ -213,7 +212,7 @@ async def measure(cluster: Cluster, engine: Engine, given: argparse.Namespace) -
         rounds.append(await harm(cluster, kind, str(rng.choice(hosts)), given.harm))
         took_s = rounds[-1].whole - rounds[-1].began
         print(f"round {number + 1}: {kind} {rounds[-1].host}, whole after {took_s:.1f} s")
-    await asyncio.sleep(given.pause + MARGIN_S)
+    await asyncio.sleep(max(given.pause, MARGIN_S))
     await load.stop()
     return summary(load.requests, wanted, rounds)
 
@@ -227,7 +226,8 @@ def summary(
     for one in rounds:
         per_kind[one.kind].append(longest(found, one.began, one.whole))
     quiet_max = float(quiet_s.max(initial=0.0))
-    kill = next((one for one in rounds if one.kind == "kill"), None)
+    kills = [one for one in rounds if one.kind == "kill"]
+    worst = max(kills, key=lambda one: longest(found, one.began, one.whole), default=None)
     errors = [request.error for request in requests if request.error]
     return {
         "requests": len(requests),
@@ -251,7 +251,7 @@ def summary(
             for kind, longest_s in per_kind.items()
         },
         "rounds": [asdict(one) for one in rounds],
-        "timelines": {"kill": kill and timeline(requests, kill.began, kill.whole)},
+        "worst_kill": worst and timeline(found, worst.began, worst.whole),
     }
 
 

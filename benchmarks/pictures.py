@@ -15,63 +15,42 @@ from benchmarks.svg import line_chart
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
-# Of one point of a kill's picture: streams of one batch get their tokens at the same moment.
-POINT_S = 2.0
 
 
-def smoothed(values: list[float], points: int) -> list[float]:
-    """Means of so many values each; what is left at the end is not shown."""
-    whole = len(values) - len(values) % points
-    return [sum(values[i : i + points]) / points for i in range(0, whole, points)]
+def middles(timeline: dict[str, Any], values: str) -> list[float]:
+    """The seconds at which the pieces of a timeline are drawn."""
+    piece_s = timeline["piece_s"]
+    return [timeline["from_s"] + piece_s * (n + 0.5) for n in range(len(timeline[values]))]
 
 
-def draw(
-    path: Path,
-    timeline: dict[str, Any],
-    *,
-    title: str,
-    x_label: str,
-    band: tuple[float, float, str],
-    point_s: float,
-) -> None:
-    points = max(1, round(point_s / timeline["bucket_s"]))
-    rates = smoothed(timeline["tokens_per_s"], points)
-    step_s = timeline["bucket_s"] * points
+def draw_kill(faults: dict[str, Any], path: Path) -> None:
+    timeline = faults["worst_kill"]
     line_chart(
         path,
-        title=title,
-        x_label=x_label,
-        y_label="tokens/s",
-        x=[timeline["from_s"] + step_s * (n + 0.5) for n in range(len(rates))],
-        lines={"of all streams": rates},
+        title="A host is killed, restarted by Ray, and loads its experts again",
+        x_label="seconds since it was killed",
+        y_label="seconds between two tokens",
+        x=middles(timeline, "longest_gap_s"),
+        lines={"of the stream that waits longest": timeline["longest_gap_s"]},
         y_from=0.0,
-        band=band,
+        band=(0.0, timeline["ended_s"], "until all replicas are there again"),
     )
     print(path)
 
 
-def draw_kill(faults: dict[str, Any], path: Path) -> None:
-    timeline = faults["timelines"]["kill"]
-    draw(
-        path,
-        timeline,
-        title="A host is killed, restarted by Ray, and loads its experts again",
-        x_label="seconds since it was killed",
-        band=(0.0, timeline["ended_s"], "until all replicas are there again"),
-        point_s=POINT_S,
-    )
-
-
 def draw_rebalance(skew: dict[str, Any], path: Path) -> None:
     moved = next(row["rebalance"] for row in skew["results"] if "rebalance" in row)
-    draw(
+    line_chart(
         path,
-        moved,
         title="A pool that never balanced is balanced under skewed traffic",
         x_label="seconds since the rebalance began",
+        y_label="tokens/s",
+        x=middles(moved, "tokens_per_s"),
+        lines={"of all streams": moved["tokens_per_s"]},
+        y_from=0.0,
         band=(0.0, moved["seconds"], f"{moved['moves']} replicas move"),
-        point_s=moved["bucket_s"],
     )
+    print(path)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ from moesaic.handle import Cluster
 HEADROOM = 1.25
 BALANCEDNESS = 0.5
 # Of the timeline of a rebalance.
-BUCKET_S = 0.5
+PIECE_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,20 +142,17 @@ def _rebalance(cluster: Cluster, setting: Setting, drivers: Drivers) -> Moving:
     _sleep_until(time.monotonic() + setting.quiet_s, drivers)
     began = time.monotonic()
     change = cluster.rebalance(budget=setting.slots * setting.hosts)
-    while change["phase"] == "loading":
-        time.sleep(0.1)
-        drivers.check()
-        change = cluster.change(change["id"])
+    change = cluster.wait_for(change, watch=lambda _: drivers.check())
     ended = time.monotonic()
     _sleep_until(ended + setting.quiet_s, drivers)
     return Moving(began=began, ended=ended, moves=change["moves"])
 
 
 def timeline(steps: Steps, moving: Moving, quiet_s: float, tokens: int) -> dict[str, Any]:
-    """Tokens per second in buckets around a rebalance; seconds count from its beginning."""
-    rates = steps.rates(moving.began - quiet_s, moving.ended + quiet_s, BUCKET_S)
+    """Tokens per second around a rebalance; seconds count from its beginning."""
+    rates = steps.rates(moving.began - quiet_s, moving.ended + quiet_s, PIECE_S)
     return {
-        "bucket_s": BUCKET_S,
+        "piece_s": PIECE_S,
         "from_s": -quiet_s,
         "tokens_per_s": [round(tokens * rate, 1) for rate in rates],
     }
