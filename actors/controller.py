@@ -31,7 +31,7 @@ from .host import HostReport
 from .operations import Operations
 from .overview import Overview
 from .store import ModelRef
-from .term import claim_term, kept_fleet, kept_wishes
+from .term import claim_term, kept_asleep, kept_fleet, kept_wishes
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class Controller(Operations, Overview):
         self._control = Control(self._fleet.pool_hosts(), term=self._term, policy=policy)
         self._fleet.take_over(self._control)
         self._control.wishes = kept_wishes(namespace)
+        self._kept_asleep = kept_asleep(namespace)
+        self._control.sleep.asleep |= self._kept_asleep
         self._arriving: dict[str, asyncio.Task[bool]] = {}
         self._kept_version, self._owner_asked = -1, time.monotonic()
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}

@@ -104,10 +104,16 @@ class Operations:
             lambda wishes: undrained(wishes, self._host(host)), who, f"undrain {host}"
         )
 
-    async def experts_on(self, host: str) -> int:
-        """How many experts a host holds: 0 once a drain is done."""
+    async def draining(self, host: str) -> dict[str, Any]:
+        """How many experts a host holds, and whether its drain is done, going on, or without
+        room."""
         seen = self._control.view.seen.get(self._host(host))
-        return sum(1 for _ in seen.experts()) if seen is not None else 0
+        experts = sum(1 for _ in seen.experts()) if seen is not None else 0
+        lacking = self._control.no_room().get(host, "")
+        phase = "no room" if lacking else "draining" if experts else "done"
+        if host not in self._control.leaving:
+            phase = "not drained"
+        return {"host": host, "experts": experts, "phase": phase, "lacking": lacking}
 
     # ---- parts ----------------------------------------------------------------------------------
 

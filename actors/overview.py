@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ..cluster.control import Control
@@ -46,7 +47,7 @@ class Overview(Sizing):
     async def status(self) -> dict[str, Any]:
         """Plain values for people and JSON."""
         placement = self._control.placement
-        missing = self._control.missing()
+        missing, no_room = self._control.missing(), self._control.no_room()
         vitals = self._vitals(time.monotonic())
         return {
             "placement": list(placement.number) if placement else None,
@@ -62,7 +63,7 @@ class Overview(Sizing):
             },
             "balance": self._balance_status(),
             "size": self._size_status(time.monotonic()),
-            "hosts": [self._host_status(host) for host in self._control.view.hosts],
+            "hosts": [self._host_status(host, no_room) for host in self._control.view.hosts],
             "models": [
                 {
                     "name": name,
@@ -166,11 +167,13 @@ class Overview(Sizing):
             "last_change": None if last is None else last.describe(now),
         }
 
-    def _host_status(self, host: str) -> dict[str, Any]:
+    def _host_status(self, host: str, no_room: Mapping[str, str]) -> dict[str, Any]:
         status: dict[str, Any] = {"host": host, "state": self._states.get(host, "starting")}
         waiting = self._fleet.waiting(host, time.monotonic())
         if waiting is not None:
             status["waiting"] = waiting
+        if host in no_room:
+            status["waiting"] = f"it is to leave; {no_room[host]}"
         report = self._reports.get(host)
         if report is not None:
             status |= report.describe()

@@ -13,7 +13,7 @@ from ..cluster.control import Control
 from ..cluster.fleet import Fleet
 from ..proto.errors import ClusterError
 from .ray_border import last_line
-from .term import keep_fleet, keep_wishes
+from .term import keep_asleep, keep_fleet, keep_wishes
 
 # Of one question to a host that is still to come; it is asked again.
 ARRIVAL_S = 60.0
@@ -33,6 +33,7 @@ class Sizing:
     _errors: dict[str, str]
     _arriving: dict[str, asyncio.Task[bool]]
     _kept_version: int
+    _kept_asleep: frozenset[str]
     _owner_asked: float
 
     async def desired(self) -> dict[str, int]:
@@ -64,7 +65,8 @@ class Sizing:
         waiting = {name: self._fleet.waiting(name, now) for name in scaling.waits_for}
         return scaling.describe(now) | {
             "experts_left": left,
-            "waiting": {name: words for name, words in waiting.items() if words},
+            "waiting": {name: words for name, words in waiting.items() if words}
+            | {name: w for name, w in self._control.no_room().items() if name in waiting},
             "owner_age_s": round(now - self._owner_asked, 1),
         }
 
@@ -75,6 +77,7 @@ class Sizing:
         before = self._fleet.desired().keys()
         self._fleet.tick(self._control, now)
         self._keep_fleet()
+        self._keep_asleep()
         removed = list(before - self._fleet.desired().keys())
         if removed:
             keep_wishes(self._namespace, self._control.wishes)
@@ -88,6 +91,12 @@ class Sizing:
         if self._fleet.version != self._kept_version:
             keep_fleet(self._namespace, self._fleet.keep())
             self._kept_version = self._fleet.version
+
+    def _keep_asleep(self) -> None:
+        asleep = frozenset(self._control.sleep.asleep)
+        if asleep != self._kept_asleep:
+            keep_asleep(self._namespace, asleep)
+            self._kept_asleep = asleep
 
     async def _has_come(self, host: str) -> bool:
         """Whether a host can be asked: ticks do not wait for one that may have no machine yet."""

@@ -1,5 +1,5 @@
-"""Terms of controllers, what operators asked for, and which hosts there are, in Ray's key-value
-store.
+"""Terms of controllers, what operators asked for, which hosts there are and which models sleep, in
+Ray's key-value store.
 
 A term is claimed by putting its key if it is absent, so that no two controllers ever have the
 same; a later one is higher, even where the store was lost, because it is no lower than the clock.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from typing import Any
 
 from ray.experimental.internal_kv import (
@@ -20,7 +21,7 @@ from ray.experimental.internal_kv import (
 from ..cluster.placement import ExpertKey
 from ..cluster.plan import Wishes
 
-_LATEST, _WISHES, _FLEET = "latest-term", "wishes", "fleet"
+_LATEST, _WISHES, _FLEET, _ASLEEP = "latest-term", "wishes", "fleet", "asleep"
 
 
 def claim_term(namespace: str) -> int:
@@ -65,9 +66,19 @@ def kept_fleet(namespace: str) -> dict[str, Any] | None:
     return json.loads(text) if text else None
 
 
+def keep_asleep(namespace: str, models: Collection[str]) -> None:
+    """The models that nobody asks for."""
+    _internal_kv_put(_ASLEEP, json.dumps(sorted(models)), overwrite=True, namespace=namespace)
+
+
+def kept_asleep(namespace: str) -> frozenset[str]:
+    text = _internal_kv_get(_ASLEEP, namespace=namespace)
+    return frozenset(json.loads(text)) if text else frozenset()
+
+
 def forget_last(namespace: str) -> None:
     """What a cluster of the same name left whose owner was killed."""
-    for key in (_WISHES, _FLEET):
+    for key in (_WISHES, _FLEET, _ASLEEP):
         _internal_kv_del(key, namespace=namespace)
 
 

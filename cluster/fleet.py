@@ -118,6 +118,7 @@ class Fleet:
             up=control.view.seen.keys(),
             there=self._group_of.keys(),
             late=[name for name in self._asked_at if self._is_stuck(name, now)],
+            full=control.no_room() if self._retired else (),
             now=now,
         )
 

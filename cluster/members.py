@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .loading import Loader
 from .observed import View
 from .operations import forgotten
+from .placement import ExpertKey, ModelShape
 from .plan import PoolHost, Wishes
 from .publishing import Publisher
 
@@ -17,6 +20,12 @@ class Members:
     publisher: Publisher
     loader: Loader
     wishes: Wishes
+    models: dict[str, ModelShape]
+    unplaced: tuple[ExpertKey, ...]
+
+    def wanted(self, host: str) -> Sequence[ExpertKey]:
+        """What the target gives ``host``."""
+        raise NotImplementedError
 
     def add_host(self, host: PoolHost) -> None:
         """A host that is to come; it is put to use as soon as it reports."""
@@ -42,3 +51,16 @@ class Members:
     def leaving(self) -> frozenset[str]:
         """Hosts that are to hold nothing, drained by operators or on their way out."""
         return self.wishes.leaving | self.view.retiring
+
+    def no_room(self) -> dict[str, str]:
+        """Hosts that cannot leave, with what is lacking in words: they go on serving the experts
+        for which no other host has room, and leave when there is some."""
+        unplaced, words = set(self.unplaced), {}
+        for host in sorted(self.leaving & self.view.hosts.keys()):
+            stuck = unplaced.intersection(self.wanted(host))
+            if stuck:
+                size = sum(self.models[key.model].expert_bytes for key in stuck)
+                words[host] = (
+                    f"no other host has room for {len(stuck)} of its experts ({size / 1e6:,.1f} MB)"
+                )
+        return words

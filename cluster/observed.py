@@ -50,6 +50,7 @@ class View:
         self._away_since: dict[str, float] = {}
         self._arrived: set[str] = set()
         self._heard_at: dict[str, float] = {}
+        self._lost: dict[str, Observation] = {}  # hosts that are to leave and do not answer
         self._now = 0.0
 
     def add(self, host: PoolHost) -> None:
@@ -64,6 +65,7 @@ class View:
         self.retiring.discard(host)
         self._arrived.discard(host)
         self._heard_at.pop(host, None)
+        self._lost.pop(host, None)
         self.version += 1
 
     def note(self, reports: Mapping[str, Observation | None], now: float) -> None:
@@ -73,6 +75,7 @@ class View:
             if host not in self.hosts:
                 continue  # it was removed while it answered
             self._heard_at[host] = now
+            self._lost.pop(host, None)
             if self.seen.get(host) != observation:
                 self.version += 1
             if observation is None:
@@ -82,7 +85,7 @@ class View:
                 self._away_since.pop(host, None)
                 self._arrived.add(host)
         for host in [h for h in self.retiring & self.seen.keys() if self._is_lost(h)]:
-            del self.seen[host]
+            self._lost[host] = self.seen.pop(host)
             self.version += 1
         for host in self.hosts.keys() - self.seen.keys():
             self._away_since.setdefault(host, now)
@@ -100,9 +103,12 @@ class View:
         return host not in self._arrived
 
     def empty(self, host: str) -> bool:
-        """Whether a host holds nothing and nothing is on its way to it."""
-        seen = self.seen.get(host)
-        return seen is None or not (seen.loading or any(True for _ in seen.experts()))
+        """Whether a host holds nothing, or nothing that others do not hold if it does not answer,
+        and nothing is on its way to it."""
+        seen, lost = self.seen.get(host), self._lost.get(host)
+        if seen is None:
+            return lost is None or all(self.holders(key) for key in lost.experts())
+        return not (seen.loading or any(True for _ in seen.experts()))
 
     def is_known(self, host: str) -> bool:
         """Whether what is known of a host is of the last round."""

@@ -11,6 +11,7 @@ from .loading import Load
 from .placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Placement
 from .plan import Plan, Policy, PoolHost, Wishes
 from .planner import plan
+from .staying import let_stay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +42,20 @@ class MakePlan:
     balance: bool  # whether only a gain makes it worth while
 
     def run(self) -> Plan:
-        return plan(
+        found = plan(
             models=self.models,
             hosts=self.hosts,
             current=self.current,
             loads=self.loads,
             policy=self.policy,
             wishes=self.wishes,
+        )
+        return let_stay(
+            found,
+            models=self.models,
+            hosts=self.hosts,
+            leaving=self.wishes.leaving,
+            current=self.current,
         )
 
 

@@ -14,7 +14,8 @@ class Stage(Enum):
     STARTING = "starting"  # hosts are on their way
     DRAINING = "draining"  # experts leave hosts that are to go
     DONE = "done"
-    WAITING = "no room"  # hosts wait for machines, and come when there are some
+    # Hosts wait for machines, or their experts for room on others; it goes on when there is some.
+    WAITING = "no room"
     SUPERSEDED = "superseded"  # the same group was scaled again before this was done
 
 
@@ -107,14 +108,22 @@ class Scalings:
         return next((one for one in self.all if one.id == number), None)
 
     def advance(
-        self, *, up: Collection[str], there: Collection[str], late: Collection[str], now: float
+        self,
+        *,
+        up: Collection[str],
+        there: Collection[str],
+        late: Collection[str],
+        full: Collection[str] = (),
+        now: float,
     ) -> None:
-        """Note which hosts are ``up``, which are still ``there``, and which wait for a machine."""
+        """Note which hosts are ``up``, which are still ``there``, which wait for a machine, and
+        for whose experts others have no room (``full``)."""
         for one in self._open():
             coming = [name for name in one.coming if name not in up]
             leaving = [name for name in one.leaving if name in there]
             one.waits_for = coming + leaving
-            if coming and not leaving and all(name in late for name in coming):
+            waiting = all(name in late for name in coming) and all(name in full for name in leaving)
+            if (coming or leaving) and waiting:
                 one.stage, one.ended = Stage.WAITING, now
             elif coming:
                 one.stage = Stage.STARTING

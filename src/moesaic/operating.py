@@ -95,15 +95,21 @@ class Operating(ABC):
         return self._ask("unpin", (model, layer, expert), host, getpass.getuser())
 
     def drain(self, host: str, timeout_s: float = 0.0) -> int:
-        """Move all experts off ``host``; gives how many are left after ``timeout_s``. Requests do
-        not notice. `undrain` cancels it. Raises ClusterError."""
+        """Move all experts off ``host``; gives how many are left after ``timeout_s``, or as soon as
+        the others have no room for them (`draining` says so). Requests do not notice. `undrain`
+        cancels it. Raises ClusterError."""
         self._ask("drain", host, getpass.getuser())
         deadline = time.monotonic() + timeout_s
         while True:
-            left = self._ask("experts_on", host)
-            if not left or time.monotonic() >= deadline:
-                return left
+            drain = self.draining(host)
+            if drain["phase"] != "draining" or time.monotonic() >= deadline:
+                return drain["experts"]
             time.sleep(0.2)
+
+    def draining(self, host: str) -> dict[str, Any]:
+        """How a drain goes on: ``experts`` that are left, and a ``phase``: "draining", "done", or
+        "no room", with what is ``lacking``; it goes on when there is room. Raises ClusterError."""
+        return self._ask("draining", host)
 
     def undrain(self, host: str) -> dict[str, Any]:
         """Let a host that was drained hold experts again. Gives the change. Raises

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+import ray
 
 import moesaic
 from moesaic import Client
+from moesaic.actors.ray_border import CONTROLLER, namespace_of
+from moesaic.handle import Cluster
+from moesaic.proto.errors import ClusterError
 from tests.helpers.live import ON_RAY, hosts_of, text_of, wait_until
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY
+
+
+def new_term(cluster: Cluster) -> int:
+    """0 while there is no controller."""
+    try:
+        return cluster.status()["term"]
+    except ClusterError:
+        return 0
 
 
 def test_a_model_sleeps_and_its_first_request_wakes_it(tmp_path: Path) -> None:
@@ -47,6 +61,15 @@ def test_a_model_sleeps_and_its_first_request_wakes_it(tmp_path: Path) -> None:
             assert text_of(client, "sleepy", 20) == wanted["sleepy"]
             assert not asleep()
         fall_asleep()
+        # A controller that starts anew lets it sleep.
+        held = sum(host["experts"] for host in hosts_of(cluster).values())
+        term = cluster.status()["term"]
+        controller: Any = ray.get_actor(CONTROLLER, namespace=namespace_of(cluster.name))
+        ray.kill(controller, no_restart=False)
+        wait_until(lambda: new_term(cluster) > term)
+        wait_until(lambda: cluster.status()["placement"] is not None)
+        assert asleep()
+        assert sum(host["experts"] for host in hosts_of(cluster).values()) == held
         # A trunk that starts while its model sleeps wakes it, too.
         model = cluster.from_pretrained("sleepy")
         assert model.config.model_type == "mixtral"

@@ -291,6 +291,69 @@ def test_a_host_that_froze_while_it_left_is_let_go() -> None:
     assert stage(world) == "done"
 
 
+def test_a_host_that_froze_stays_while_it_may_hold_the_last_replica() -> None:
+    world = started(group(3), replicas=2)
+    follows = world.published[-1].number
+    (leaving,) = world.scale(2)
+    for _ in range(4):
+        world.tick(frozenset({leaving}), seconds=POLICY.gone_s / 2)
+        # A router that does not follow yet keeps it.
+        world.control.hear(LoadReport(router="r0", number=follows), world.now)
+    assert leaving not in world.control.view.seen
+    assert leaving in world.hosts
+    del world.reported[leaving]
+    for name in world.hosts.keys() - {leaving}:
+        world.kill(name)
+    for _ in range(20):
+        world.tick(frozenset({leaving}))
+        for name in world.routers:
+            world.report(name)
+    assert leaving in world.hosts, "nobody else has its experts now"
+    for name in world.hosts:
+        world.restart(name)
+    for _ in range(40):
+        world.tick(frozenset({leaving}))
+        for name in world.routers:
+            world.report(name)
+        for name, host in world.hosts.items():
+            while name != leaving and host.loading:
+                world.load_one(name)
+    assert leaving not in world.hosts
+
+
+def test_a_host_whose_experts_find_no_room_serves_on_and_leaves_when_there_is_some() -> None:
+    world = started(group(3, slots=4))
+    held = {name: len(host.held) for name, host in world.hosts.items()}
+    assert sum(held.values()) >= 8
+    (leaving,) = world.scale(2)
+    (dead,) = world.hosts.keys() - {leaving, "host-0" if leaving != "host-0" else "host-1"}
+    world.finish(1)
+    world.kill(dead)
+    for _ in range(20):
+        world.tick(seconds=1.0)
+        for name in world.routers:
+            world.report(name)
+        for name, host in list(world.hosts.items()):
+            while host.loading:
+                world.load_one(name)
+    assert stage(world) == "no room"
+    words = world.control.no_room()[leaving]
+    assert "no other host has room for" in words
+    placement = world.control.placement
+    assert placement is not None
+    assert all(all(replicas) for layer in placement.layers.values() for replicas in layer.replicas)
+    # It dies too, and comes back: what has no other place is loaded there again.
+    world.kill(leaving)
+    world.finish(2)
+    world.restart(leaving)
+    world.finish(20)
+    assert world.hosts[leaving].held
+    world.restart(dead)
+    world.finish()
+    assert leaving not in world.hosts
+    assert world.control.no_room() == {}
+
+
 def test_a_host_whose_report_is_old_is_not_let_go() -> None:
     world = FleetWorld([group(2)], [(shape("m"), True)])
     world.tick()

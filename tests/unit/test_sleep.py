@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesaic.cluster.control import Control
 from moesaic.cluster.dispatch import Dispatcher
 from moesaic.cluster.health import RouterPolicy
 from moesaic.cluster.load import LoadReport
@@ -23,11 +24,23 @@ class SleepyWorld(ControlWorld):
 
     def __init__(self, hosts: int = 2, *, on_disk: bool = True) -> None:
         sleepy = replace(shape("sleepy"), idle_s=IDLE_S)
+        # What the shell keeps for a controller that starts anew.
+        self.asleep_kept: frozenset[str] = frozenset()
         super().__init__(hosts, [(sleepy, on_disk), (shape("other"), True)])
         if not on_disk:
             self.finish(5)
             self.put_models_in_memory()
         self.finish(20)
+
+    def tick(self, late: frozenset[str] = frozenset(), seconds: float = 0.5) -> bool:
+        acted = super().tick(late, seconds)
+        self.asleep_kept = frozenset(self.control.sleep.asleep)
+        return acted
+
+    def new_control(self) -> Control:
+        control = super().new_control()
+        control.sleep.asleep |= self.asleep_kept
+        return control
 
     def finish(self, rounds: int, seconds: float = 0.5) -> None:
         for _ in range(rounds):
@@ -100,6 +113,30 @@ def test_a_model_in_memory_never_sleeps() -> None:
     world.finish(30, seconds=5.0)
     assert not world.asleep
     assert world.held("sleepy") == 8
+
+
+def test_a_new_controller_lets_models_sleep() -> None:
+    world = SleepyWorld()
+    world.finish(20, seconds=2.0)
+    assert world.held("sleepy") == 0
+    world.take_over()
+    world.finish(20)
+    assert world.asleep
+    assert (world.held("sleepy"), world.held("other")) == (0, 8)
+    assert world.placed() == {"other"}
+    world.ask(waits=True)
+    world.finish(5)
+    assert world.held("sleepy") == 8
+
+
+def test_a_new_controller_that_is_told_wrongly_learns_from_the_first_call() -> None:
+    world = SleepyWorld()
+    world.asleep_kept = frozenset({"sleepy", "gone"})
+    world.take_over()
+    world.ask(waits=False)
+    world.finish(20)
+    assert (world.held("sleepy"), world.held("other")) == (8, 8)
+    assert world.placed() == {"sleepy", "other"}
 
 
 def test_a_call_that_began_as_it_fell_asleep_wakes_it() -> None:

@@ -148,12 +148,12 @@ def drain(
     cluster = connect(name)
     with err.status(f"moving experts off {host}"):
         left = cluster.drain(host, timeout)
+    drain = cluster.draining(host) if left else {"phase": "done", "lacking": ""}
     if as_json:
-        print_json({"host": host, "experts": left, "done": not left})
+        print_json({"host": host, "experts": left, "done": not left} | drain)
     if left:
-        raise ClusterError(
-            f"{host}: {left} experts are still there after {timeout:g} s; the drain goes on"
-        )
+        why = drain["lacking"] or f"not done after {timeout:g} s"
+        raise ClusterError(f"{host}: {left} experts are still there: {why}; the drain goes on")
     if not as_json:
         err.print(f"{host} holds nothing any more")
 
