@@ -12,7 +12,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
@@ -22,6 +22,7 @@ from ..cluster.load import LoadReport
 from ..cluster.loading import Load
 from ..cluster.observed import Observation, without
 from ..cluster.orders import Evict, MakePlan, Publish
+from ..cluster.paces import Work
 from ..cluster.placement import LayerKey, ModelShape, Placement
 from ..cluster.policy import ControlPolicy
 from ..cluster.scaling_spec import AutoscaleSpec
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.2
 REPORT_TIMEOUT_S = 2.0
+# So long the loop waits for a host; its answer counts when it comes.
+LATE_S = 1.0
 # Of one load command; a host that hangs in it is asked again, and shown with this error.
 LOAD_TIMEOUT_S = 600.0
 SETTLE_S = 60.0
@@ -73,6 +76,7 @@ class Controller(Operations, Overview):
         self._reports: dict[str, HostReport] = {}
         self._states: dict[str, str] = {}
         self._errors: dict[str, str] = {}
+        self._looks: dict[str, asyncio.Task[Any]] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
         self._evictions: dict[str, int] = defaultdict(int)  # that have ended
@@ -167,7 +171,7 @@ class Controller(Operations, Overview):
 
     async def _tick(self) -> None:
         # Step 1: ask all hosts at once.
-        answers = await asyncio.gather(*(self._observe(host) for host in self._control.view.hosts))
+        observed = await self._look()
         # Step 2: adopt models that only the hosts still know of.
         for report in self._reports.values():
             for ref, shape in report.models:
@@ -178,9 +182,10 @@ class Controller(Operations, Overview):
                         # The other models go on.
                         self._errors[report.entry.host] = str(error)
         # Step 3: decide, and act.
-        observed = {host: seen for host, seen in answers if seen != "late"}
-        commands = self._control.tick(observed, time.monotonic())  # pyright: ignore[reportArgumentType]
+        commands = self._control.tick(observed, time.monotonic())
         for host in self._size(time.monotonic()):
+            if (look := self._looks.pop(host, None)) is not None:
+                look.cancel()
             for known in (self._handles, self._reports, self._states, self._errors):
                 known.pop(host, None)
         for command in commands:
@@ -196,10 +201,29 @@ class Controller(Operations, Overview):
                     async with self._published:
                         self._published.notify_all()
 
-    async def _observe(self, host: str) -> tuple[str, Any]:
-        """(host, what it reports; None if Ray says it is gone; "late" if it did not answer)."""
+    async def _look(self) -> dict[str, Observation | None]:
+        """What hosts report, without those that are late. One that was late before is not waited
+        for, so that the others are seen to while it is frozen."""
+        for host in self._control.view.hosts:
+            if host not in self._looks:
+                look = asyncio.get_running_loop().create_task(self._observe(host))
+                self._looks[host] = look
+        usual = [t for h, t in self._looks.items() if self._states.get(h) != "not answering"]
+        if usual:
+            await asyncio.wait(usual, timeout=LATE_S)
+        ended = {host: look for host, look in self._looks.items() if look.done()}
+        for host in ended:
+            del self._looks[host]
+        for host in self._looks:
+            if not self._control.view.never_seen(host):
+                self._states[host] = "not answering"
+        found = {host: look.result() for host, look in ended.items()}
+        return {host: seen for host, seen in found.items() if seen != "late"}
+
+    async def _observe(self, host: str) -> Observation | Literal["late"] | None:
+        """What it reports; None if Ray says it is gone; "late" if it did not answer."""
         if not await self._has_come(host):
-            return host, "late"
+            return "late"
         forgetting = self._evicts[host][0].keys if host in self._evicts else ()
         try:
             asked = self._handle(host).report.remote(self._term, self._evictions[host])
@@ -208,18 +232,19 @@ class Controller(Operations, Overview):
             raise self._cause(failure) from failure
         except (TimeoutError, GetTimeoutError):
             self._states[host] = "not answering"
-            return host, "late"
+            return "late"
         except (RayActorError, ValueError) as error:
             self._states[host] = "restarting" if "unavailable" in str(error).lower() else "gone"
             self._handles.pop(host, None)
             self._reports.pop(host, None)
-            return host, None
+            return None
         self._reports[host] = report
         self._states[host] = "loading" if report.loading else "up"
-        return host, Observation(
+        return Observation(
             entry=report.entry,
             holdings=without(report.holdings, forgetting),
             loading=report.loading > 0 or host in self._loads or host in self._evicts,
+            work=Work(report.loop.batches, report.loop.choices, report.loop.busy_s),
         )
 
     async def _plan(self, command: MakePlan) -> None:

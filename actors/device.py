@@ -19,6 +19,7 @@ _FINE_S = 200e-6
 class LoopStats:
     calls: int
     rows: int
+    choices: int  # rows, and for each of them its experts
     batches: int
     refused: int
     queued_rows: int
@@ -37,8 +38,12 @@ class Device:
 
     def __init__(self, emulation: Emulation | None) -> None:
         self._emulation = emulation
-        self._calls = self._rows = self._batches = self._overruns = 0
+        self._calls = self._rows = self._choices = self._batches = self._overruns = 0
         self._busy_s = self._worst_overrun_s = self._late_s = 0.0
+
+    def emulate(self, emulation: Emulation | None) -> None:
+        """Be another device from the next batch on."""
+        self._emulation = emulation
 
     def finish(self, batch: Sequence[QueuedCall], began: float) -> float:
         """A batch that began at ``began`` is computed; gives the seconds that it took the device,
@@ -49,6 +54,7 @@ class Device:
         self._batches += 1
         self._calls += len(batch)
         self._rows += sum(queued.rows for queued in batch)
+        self._choices += sum(int((queued.ids >= 0).sum()) for queued in batch)
         self._busy_s += busy_s
         return busy_s
 
@@ -56,6 +62,7 @@ class Device:
         return LoopStats(
             calls=self._calls,
             rows=self._rows,
+            choices=self._choices,
             batches=self._batches,
             refused=refused,
             queued_rows=queued_rows,

@@ -21,6 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..cluster.emulation import Emulation
 from ..cluster.fence import Fence
 from ..cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape
 from ..cluster.residency import HostPolicy, LayerShape, Residency
@@ -171,6 +172,10 @@ class ExpertHost:
         for key in keys:
             self._store.drop(key)
         _return_freed_memory()
+
+    def emulate(self, device: Emulation | None) -> None:
+        """Take as long as another device from now on, for experiments: a host that becomes slow."""
+        self._loop.emulate(device)
 
     def report(self, term: int | None = None, given_up: int = 0) -> HostReport:
         """A controller gives its term, and the number of evictions that it does not wait for any

@@ -19,8 +19,9 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from ..cluster.emulation import Emulation
 from ..cluster.placement import ExpertKey, LayerKey
-from ..cluster.residency import QueuedCall, Residency
+from ..cluster.residency import QueuedCall, Residency, parts_of
 from ..proto.errors import CallError, Corrupted, HostLost, InternalError, MoesaicError
 from ..proto.expert_pb2 import Call, Frame
 from ..proto.wire import WIRE_VERSION, CallLayout, checksum
@@ -89,6 +90,10 @@ class HostLoop:
             queued_rows=self._residency.queued_rows,
             routers=len(self._sessions),
         )
+
+    def emulate(self, emulation: Emulation | None) -> None:
+        """Take the time of another device from the next batch on; None: the time that it takes."""
+        self.call(lambda: self._device.emulate(emulation))
 
     def close(self, timeout_s: float = 10.0) -> None:
         self._stopping = True
@@ -269,9 +274,10 @@ class HostLoop:
     def _compute(self, batch: list[QueuedCall], now: float) -> None:
         pendings = [self._pending[queued.router, queued.seq] for queued in batch]
         answers = compute(self._store, batch[0].key, pendings, exact=batch[0].exact)
-        busy_s = self._device.finish(batch, now)
-        for queued, pending, answer in zip(batch, pendings, answers, strict=True):
-            self._reply(queued, pending, answer, now - pending.arrived, busy_s)
+        batch_us = int(self._device.finish(batch, now) * 1e6)
+        parts = parts_of(batch_us, batch)
+        for queued, pending, answer, busy_us in zip(batch, pendings, answers, parts, strict=True):
+            self._reply(queued, pending, answer, now - pending.arrived, busy_us, batch_us)
 
     def _reply(
         self,
@@ -279,7 +285,8 @@ class HostLoop:
         pending: PendingCall,
         answer: Answer,
         queued_s: float,
-        busy_s: float,
+        busy_us: int,
+        batch_us: int,
     ) -> None:
         if answer.bad:
             log.error(
@@ -294,7 +301,7 @@ class HostLoop:
         reply.payload_bytes = pending.layout.reply_bytes
         reply.bad_experts.extend(answer.bad)
         reply.queued_us = int(queued_s * 1e6)
-        reply.busy_us = int(busy_s * 1e6)
+        reply.busy_us, reply.batch_us = busy_us, batch_us
         reply.checksum = checksum(queued.seq, answer.buffer[: reply.payload_bytes])
         if self._pending.pop((queued.router, queued.seq), None) is None:
             return  # its router is gone

@@ -284,7 +284,8 @@ class Router:
                 self._job.accept(send, reply, payload)
                 choices = int((send.choice_tk >= 0).sum())
                 meter = self._dispatcher.meter
-                meter.answered(send.host, choices, reply.queued_us, reply.busy_us)
+                took_us = reply.queued_us, reply.busy_us, reply.batch_us
+                meter.answered(send.host, choices, *took_us)
             case Connect(entry):
                 self._links.connect(entry)
             case Disconnect(host):

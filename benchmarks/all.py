@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "endpoint": [],
     "skew": [],
     "faults": [],
+    "faults_throughput": [],
     "scale": [],
     "overload": [],
 }

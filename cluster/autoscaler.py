@@ -97,21 +97,23 @@ class BusyMeter:
             return None
         before, since = self._before, self._since
         self._before = {
-            host: HostTimes(queued_s=times.queued_s, busy_s=times.busy_s)
+            host: HostTimes(queued_s=times.queued_s, busy_s=times.busy_s, batch_s=times.batch_s)
             for host, times in totals.items()
         }
         self._since = now
         if since is None or not speeds:
             return None
-        work = queued_s = busy_s = 0.0
+        work = queued_s = batch_s = 0.0
         for host, speed in speeds.items():
             new, old = totals.get(host, HostTimes()), before.get(host, HostTimes())
             host_busy_s = max(0.0, new.busy_s - old.busy_s)
-            # Calls that are computed together each report the whole time.
+            # What a second's reports tell may have been computed before it.
             work += speed * min(1.0, host_busy_s / (now - since))
-            busy_s += host_busy_s
+            # Against the whole computation: a call that waits for the one before it to end waits
+            # as long as it is computed, with however many others it is.
+            batch_s += max(0.0, new.batch_s - old.batch_s)
             queued_s += max(0.0, new.queued_s - old.queued_s)
-        return PoolLoad(work / sum(speeds.values()), queued_s / busy_s if busy_s else 0.0)
+        return PoolLoad(work / sum(speeds.values()), queued_s / batch_s if batch_s else 0.0)
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from .loading import Loader
 from .members import Members
 from .observed import Observation, View
 from .orders import Command, Evict, MakePlan, Publish
+from .paces import slowed
 from .placement import (
     ExpertKey,
     LayerKey,
@@ -286,7 +287,7 @@ class Control(Members):
             models=self._awake(),
             hosts=[
                 replace(host, speed=host.speed * (rate or 1.0))
-                for host in self.loads.paces.slowed(hosts)
+                for host in slowed(hosts, self.view.parts)
             ],
             current=dict(self._target) if self._target is not None else self._standing(),
             loads=self.loads.forecast(),
@@ -322,7 +323,8 @@ class Control(Members):
         self._wanted.clear()
 
     def _key(self, now: float) -> object:
-        return self.view.usable(now), tuple(self._awake()), self.wishes, self.leaving
+        usable, parts = self.view.usable(now), tuple(sorted(self.view.parts.items()))
+        return usable, parts, tuple(self._awake()), self.wishes, self.leaving
 
     def _unused(self) -> int:
         """Hosts that are there and that nothing was planned for yet."""

@@ -213,8 +213,9 @@ class Dispatcher:
         commands: list[Command] = [Accept(flight.send)]
         if flight.rival is not None:
             self.overtakings += 1
-            beaten = call.live[flight.rival].send
-            self.hosts[beaten.host].overtaken(now)
+            late = call.live[flight.rival]
+            beaten = late.send
+            self.hosts[beaten.host].overtaken(now, now - late.sent_at)
             call.take(seq)
             call.take(beaten.seq, answered=choices)
             commands.append(self._cancel(beaten, now))
@@ -327,7 +328,7 @@ class Dispatcher:
             asked = Counter(piece.health.entry.host for piece in pieces)
             room = all(self.hosts[host].room >= sends for host, sends in asked.items())
             age_s = now - flight.sent_at
-            if not room or not self._hedging.may(call.key.model, choices.size, age_s, pieces, now):
+            if not room or not self._hedging.may(call.key.model, choices.size, age_s, now):
                 continue
             flight.hedge_at = float("inf")
             for piece in pieces:

@@ -8,7 +8,6 @@ of all sends, so that a pool that is slow because it is full does not get more t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sized
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,8 +113,9 @@ class Hedging:
         self._budget.earn(1)
         self._retrying.earn(1)
 
-    def may(self, model: str, choices: int, age_s: float, sends: Sized, now: float) -> bool:
-        if self._budget.spend(len(sends), now):
+    def may(self, model: str, choices: int, age_s: float, now: float) -> bool:
+        """Paid for once, on however many hosts the replicas stand: the work is that of one call."""
+        if self._budget.spend(1, now):
             return True
         lost = age_s >= _LOST * self.latencies.late_after_s(model, choices)
-        return lost and self._retrying.spend(len(sends), now)
+        return lost and self._retrying.spend(1, now)

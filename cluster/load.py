@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .paces import Paces
 from .placement import LayerKey, Number
 
 # Over how many seconds rates are averaged: what happens now, lately, and usually.
@@ -33,13 +32,15 @@ class HostTimes:
     calls: int = 0
     choices: int = 0
     queued_s: float = 0.0
-    busy_s: float = 0.0
+    busy_s: float = 0.0  # the calls' own parts of computations,
+    batch_s: float = 0.0  # and those computations as wholes, once for each call
 
     def add(self, other: HostTimes) -> None:
         self.calls += other.calls
         self.choices += other.choices
         self.queued_s += other.queued_s
         self.busy_s += other.busy_s
+        self.batch_s += other.batch_s
 
     def since(self, before: HostTimes | None) -> HostTimes:
         """What has come to it."""
@@ -49,6 +50,7 @@ class HostTimes:
             choices=self.choices - was.choices,
             queued_s=self.queued_s - was.queued_s,
             busy_s=self.busy_s - was.busy_s,
+            batch_s=self.batch_s - was.batch_s,
         )
 
     def part(self, n: int, parts: int) -> HostTimes:
@@ -58,6 +60,7 @@ class HostTimes:
             choices=self.choices * (n + 1) // parts - self.choices * n // parts,
             queued_s=self.queued_s / parts,
             busy_s=self.busy_s / parts,
+            batch_s=self.batch_s / parts,
         )
 
 
@@ -88,7 +91,9 @@ class LoadMeter:
         else:
             counts += found
 
-    def answered(self, host: str, choices: int, queued_us: int, busy_us: int) -> None:
+    def answered(
+        self, host: str, choices: int, queued_us: int, busy_us: int, batch_us: int
+    ) -> None:
         times = self._hosts.get(host)
         if times is None:
             times = self._hosts[host] = HostTimes()
@@ -96,6 +101,7 @@ class LoadMeter:
         times.choices += choices
         times.queued_s += queued_us * 1e-6
         times.busy_s += busy_us * 1e-6
+        times.batch_s += batch_us * 1e-6
 
     def take(
         self, router: str, number: Number | None, unplaced: tuple[LayerKey, ...] = ()
@@ -148,7 +154,6 @@ class LoadTracker:
         # Since the start; nothing is ever taken out of them.
         self.totals: dict[LayerKey, np.ndarray] = {}
         self.hosts: dict[str, HostTimes] = {}
-        self.paces = Paces()
 
     def hear(self, report: LoadReport) -> None:
         for key, counts in report.counts.items():
@@ -156,7 +161,6 @@ class LoadTracker:
             self.totals[key] = _added(self.totals.get(key), counts)
         for host, times in report.hosts.items():
             self.hosts.setdefault(host, HostTimes()).add(times)
-            self.paces.hear(host, times.calls, times.choices, times.busy_s)
 
     def advance(self, now: float, *, least_s: float = 1.0) -> bool:
         """Close the window if it is ``least_s`` old; True if it was."""
@@ -166,7 +170,6 @@ class LoadTracker:
         if window_s < least_s:
             return False
         self._since = now
-        self.paces.advance(window_s)
         for key in self._rates.keys() | self._counts.keys():
             counts = self._counts.get(key)
             rates = self._rates.get(key)

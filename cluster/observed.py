@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from .paces import Paces, Work
 from .placement import ExpertKey, HostEntry, LayerKey, LayerPlacement, ModelShape, Replica
 from .plan import PoolHost
 
@@ -17,6 +18,7 @@ class Observation:
     entry: HostEntry
     holdings: Mapping[LayerKey, Collection[int]]
     loading: bool
+    work: Work | None = field(default=None, compare=False)  # None: not told
 
     def holds(self, key: ExpertKey) -> bool:
         return key.expert in self.holdings.get(LayerKey(key.model, key.layer), ())
@@ -46,6 +48,9 @@ class View:
         self.seen: dict[str, Observation] = {}
         self.retiring: set[str] = set()  # hosts that are being taken out of the pool
         self.version = 0  # grows with whatever is seen to have changed
+        # Of its speed that each slow or silent host has.
+        self.parts: dict[str, float] = {}
+        self._paces = Paces()
         self._gone_s = gone_s
         self._away_since: dict[str, float] = {}
         self._arrived: set[str] = set()
@@ -66,6 +71,7 @@ class View:
         self._arrived.discard(host)
         self._heard_at.pop(host, None)
         self._lost.pop(host, None)
+        self._paces.forget(host)
         self.version += 1
 
     def note(self, reports: Mapping[str, Observation | None], now: float) -> None:
@@ -84,11 +90,17 @@ class View:
                 self.seen[host] = observation
                 self._away_since.pop(host, None)
                 self._arrived.add(host)
+                if observation.work is not None:
+                    incarnation = observation.entry.incarnation
+                    self._paces.note(host, incarnation, observation.work, now)
         for host in [h for h in self.retiring & self.seen.keys() if self._is_lost(h)]:
             self._lost[host] = self.seen.pop(host)
             self.version += 1
         for host in self.hosts.keys() - self.seen.keys():
             self._away_since.setdefault(host, now)
+        speeds = {host: known.speed for host, known in self.hosts.items() if host in self._arrived}
+        silent = {host for host in speeds if reports.get(host) is None}
+        self.parts = self._paces.parts(speeds, silent)
 
     def usable(self, now: float) -> frozenset[str]:
         """Hosts that live, or have not been away for long."""

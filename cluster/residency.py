@@ -11,8 +11,9 @@ No clock, no sockets, no tensors: `actors/host.py` brings those.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,6 +57,15 @@ class QueuedCall:
     version: int
     attempt: int = 0  # of its router's layer call: sends that came to nothing before
     ids: np.ndarray  # int32, -1 where a choice is unused
+
+
+def parts_of(batch_us: int, batch: Sequence[QueuedCall]) -> list[int]:
+    """The time of one computation shared out to its calls by their choices; all together they are
+    the whole."""
+    # One more, so that a call of unused choices alone is no special case.
+    done_C = np.cumsum([1 + int((call.ids >= 0).sum()) for call in batch])
+    ends = [batch_us * int(done) // int(done_C[-1]) for done in done_C]
+    return [end - start for start, end in pairwise([0, *ends])]
 
 
 @dataclass(slots=True)

@@ -119,7 +119,7 @@ class Backward(_message.Message):
     def __init__(self, call: _Optional[_Union[Call, _Mapping]] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("seq", "incarnation", "payload_bytes", "payload", "more", "bad_experts", "queued_us", "busy_us", "checksum")
+    __slots__ = ("seq", "incarnation", "payload_bytes", "payload", "more", "bad_experts", "queued_us", "busy_us", "checksum", "batch_us")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +129,7 @@ class Reply(_message.Message):
     QUEUED_US_FIELD_NUMBER: _ClassVar[int]
     BUSY_US_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    BATCH_US_FIELD_NUMBER: _ClassVar[int]
     seq: int
     incarnation: int
     payload_bytes: int
@@ -138,7 +139,8 @@ class Reply(_message.Message):
     queued_us: int
     busy_us: int
     checksum: int
-    def __init__(self, seq: _Optional[int] = ..., incarnation: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., bad_experts: _Optional[_Iterable[int]] = ..., queued_us: _Optional[int] = ..., busy_us: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    batch_us: int
+    def __init__(self, seq: _Optional[int] = ..., incarnation: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., bad_experts: _Optional[_Iterable[int]] = ..., queued_us: _Optional[int] = ..., busy_us: _Optional[int] = ..., checksum: _Optional[int] = ..., batch_us: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("seq", "incarnation", "code", "message")

@@ -180,6 +180,7 @@ class SimController(Process):
                     entry=report.entry,
                     holdings=without(report.holdings, forgetting),
                     loading=loading,
+                    work=report.work,
                 )
             case TimedOut():
                 self._answers[host] = "late"

@@ -59,6 +59,7 @@ class Reply:
     seq: int
     queued_us: int
     busy_us: int
+    batch_us: int
     sound: bool = True
 
     def __str__(self) -> str:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from ...proto.errors import CallError, Corrupted, HostLost, MoesaicError
 from ..fence import Fence
+from ..paces import Work
 from ..placement import ExpertKey, HostEntry, LayerKey, ModelShape
-from ..residency import HostPolicy, LayerShape, QueuedCall, Residency
+from ..residency import HostPolicy, LayerShape, QueuedCall, Residency, parts_of
 from .clock import Process
 from .facts import Computed, Obeyed, Released, Wrote
 from .fetching import Fetching
@@ -32,6 +33,7 @@ class SimReport:
     holdings: Mapping[LayerKey, list[int]]
     models: tuple[ModelShape, ...]
     loading: int
+    work: Work
 
 
 @dataclass(slots=True)
@@ -50,6 +52,8 @@ class SimHost(Process):
         self.incarnation = incarnation
         self.world = world
         self.slowness = 1.0
+        self._batches = self._choices = 0
+        self._busy_s = 0.0
         self.weights: set[ExpertKey] = set()
         self.residency = Residency(HostPolicy(max_queue_rows=64), incarnation=incarnation)
         self.entry = HostEntry(
@@ -180,8 +184,11 @@ class SimHost(Process):
 
     def _computed(self, batch: list[QueuedCall], began: float) -> None:
         self._computing = False
-        busy_s = self.clock.now - began
-        for queued in batch:
+        batch_us = max(1, int(1e6 * (self.clock.now - began)))
+        self._batches += 1
+        self._choices += sum(int((queued.ids >= 0).sum()) for queued in batch)
+        self._busy_s += self.clock.now - began
+        for queued, busy_us in zip(batch, parts_of(batch_us, batch), strict=True):
             pending = self._pending.pop((queued.router, queued.seq))
             connection, frame = pending.connection, pending.frame
             connection.slots[frame.slot] = (connection.number, queued.seq)
@@ -189,9 +196,7 @@ class SimHost(Process):
             self.world.tell(Wrote(self, connection, queued.seq, frame.slot, used_for))
             connection.unanswered.pop(queued.seq, None)
             queued_us = int((began - pending.arrived) * 1e6)
-            connection.send(
-                connection.router, Reply(queued.seq, queued_us, max(1, int(busy_s * 1e6)))
-            )
+            connection.send(connection.router, Reply(queued.seq, queued_us, busy_us, batch_us))
         self._turn()
 
     # ---- remote calls ---------------------------------------------------------------------------
@@ -205,6 +210,7 @@ class SimHost(Process):
                 holdings={k: list(v) for k, v in self.residency.holdings().items()},
                 models=tuple(self._models.values()),
                 loading=self._fetching.missing,
+                work=Work(self._batches, self._choices, self._busy_s),
             )
         )
 

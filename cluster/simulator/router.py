@@ -249,7 +249,11 @@ class SimRouter(Process):
                 reply = self._reply
                 assert reply is not None
                 self.dispatcher.meter.answered(
-                    send.host, send.choices.size, reply.queued_us, reply.busy_us
+                    send.host,
+                    send.choices.size,
+                    reply.queued_us,
+                    reply.busy_us,
+                    reply.batch_us,
                 )
             case Connect(entry):
                 self.links.connect(entry)

@@ -211,16 +211,17 @@ def test_any_load_keeps_every_limit(data: st.DataObject) -> None:
 
 def test_busy_is_measured_between_two_looks() -> None:
     meter = BusyMeter()
-    totals = {"a": HostTimes(busy_s=100.0, queued_s=7.0)}
+    totals = {"a": HostTimes(busy_s=100.0, batch_s=100.0, queued_s=7.0)}
     assert meter.measure(totals, {"a": 1.0, "b": 1.0}, 10.0) is None
-    totals["a"].busy_s, totals["a"].queued_s = 103.0, 13.0
+    totals["a"].busy_s, totals["a"].queued_s = 103.0, 25.0
+    totals["a"].batch_s = 109.0  # three calls in each computation
     assert meter.measure(totals, {"a": 1.0, "b": 1.0}, 11.0) is None
     # a: 3 of 4 seconds; b did nothing, and is three times as fast.
     load = meter.measure(totals, {"a": 1.0, "b": 3.0}, 14.0)
     assert load == PoolLoad(0.75 / 4, 2.0)
     totals["a"].busy_s = 203.0
     load = meter.measure(totals, {"a": 1.0}, 18.0)
-    assert load == PoolLoad(1.0, 0.0), "calls that are computed together report the whole time"
+    assert load == PoolLoad(1.0, 0.0), "what is told late is not more than there was time"
     assert meter.measure(totals, {}, 22.0) is None
 
 

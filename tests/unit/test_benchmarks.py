@@ -131,9 +131,12 @@ def test_texts_are_compared_as_far_as_they_go() -> None:
     assert wrong_texts([request(ids=(1, 9)), request(ids=(4, 5), prompt=1)], wanted) == 2
 
 
-def test_a_timeline_counts_tokens_around_a_fault() -> None:
-    found = timeline([request(*(0.01 * n for n in range(2000)))], 8.0, 10.0)
-    assert found["ended_s"] == 2.0
-    rates = np.array(found["tokens_per_s"])
-    assert len(rates) == pytest.approx(8 / 0.05, abs=1)
-    assert rates.mean() == pytest.approx(100.0, rel=0.02)
+def test_a_timeline_shows_who_waits_longest() -> None:
+    found = timeline(gaps([request(0.0, 9.8, 10.0, 10.2, 14.0), request(*range(20))]), 10.0, 11.0)
+    assert (found["from_s"], found["ended_s"]) == (-8.0, 1.0)
+    longest_s = dict(
+        zip(np.arange(-8.0, 9.0, found["piece_s"]), found["longest_gap_s"], strict=True)
+    )
+    assert longest_s[-1.0] == 9.8
+    assert longest_s[0.0] == 3.8
+    assert longest_s[4.5] == 1.0

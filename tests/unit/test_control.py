@@ -392,10 +392,10 @@ def started(hosts: int = 2, *, replicas: int = 2, **more: object) -> ControlWorl
     return world
 
 
-def finish(world: ControlWorld, rounds: int = 30) -> None:
+def finish(world: ControlWorld, rounds: int = 30, *, late: frozenset[str] = frozenset()) -> None:
     """Ticks, loads and routers' reports, with the balancer as the world's policy has it."""
     for _ in range(rounds):
-        world.tick()
+        world.tick(late)
         for name in world.routers:
             world.report(name)
         for name, host in world.hosts.items():
@@ -452,12 +452,37 @@ def test_a_host_that_stays_away_is_planned_around() -> None:
     assert not world.control.missing()
 
 
-def test_a_host_that_is_late_stays_in_the_placement() -> None:
-    """Routers see for themselves whether it answers; the controller's view may be old."""
-    world = started()
+def shares_of(placement: Placement, host: str) -> list[float]:
+    """Of each expert that stands on ``host``, the part that goes there."""
+    return [
+        share
+        for layer in placement.layers.values()
+        for replicas in layer.replicas
+        for name, share in replicas
+        if name == host
+    ]
+
+
+def test_a_silent_host_stays_in_the_placement_and_its_traffic_goes_to_others() -> None:
+    """It may answer routers all the same, or come back at any moment: nothing moves."""
+    world = started(3, replicas=2)
+    before = world.published[-1]
+    assert sum(shares_of(before, "h0")) > 1
+    finish(world, late=frozenset({"h0"}))
+    while_silent = world.published[-1]
+    assert while_silent.hosts == before.hosts
+    assert len(shares_of(while_silent, "h0")) == len(shares_of(before, "h0"))
+    assert max(shares_of(while_silent, "h0")) < 1e-3
+    assert not any(host.loading for host in world.hosts.values())
+    finish(world)
+    assert world.published[-1].layers == before.layers
+
+
+def test_all_hosts_silent_at_once_change_nothing() -> None:
+    world = started(3, replicas=2)
     before = len(world.published)
     for _ in range(5):
-        assert not world.tick(frozenset({"h0"}))
+        assert not world.tick(frozenset(world.hosts))
     assert len(world.published) == before
 
 

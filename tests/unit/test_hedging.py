@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moesaic.cluster.events import Send
-from moesaic.cluster.health import RouterPolicy
-from moesaic.cluster.hedging import Budget, Latencies
+from moesaic.cluster.health import HostHealth, RouterPolicy
+from moesaic.cluster.hedging import Budget, Hedging, Latencies
 from moesaic.cluster.placement import LayerPlacement, Placement, Replica
 from tests.helpers.worlds import KEY, SimHost, World, entry, placement
 
@@ -262,3 +262,20 @@ def test_a_placement_without_any_replica_makes_choices_wait() -> None:
     world.republish(placement(2, 2).layers[KEY])
     world.settle()
     world.check_whole()
+
+
+def test_a_late_call_is_paid_for_once_on_however_many_hosts_its_replicas_stand() -> None:
+    spent = Budget(share=0.0, per_s=1e-9, most=0.0)
+    hedging = Hedging(Latencies(0.99, 0.005), Budget(share=0.0, per_s=0.0, most=2.0), spent)
+    assert [hedging.may("m", 100, 0.1, now) for now in (1.0, 2.0, 3.0)] == [True, True, False]
+
+
+def test_a_host_is_avoided_for_as_long_as_trying_it_would_cost() -> None:
+    health = HostHealth(entry("a"), RouterPolicy())
+    # Four times what its call waited, twice as long each time, and five seconds at most.
+    for now, until in ((10.0, 12.0), (12.0, 16.0), (20.0, 25.0)):
+        health.overtaken(now, 0.5)
+        assert health.avoid_until == until
+    health.in_time()
+    health.overtaken(30.0, 0.001)
+    assert health.avoid_until == pytest.approx(30.1)

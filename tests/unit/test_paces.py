@@ -1,48 +1,120 @@
-"""A host that is far slower than the others is planned with the speed that it has."""
+"""Hosts that are far slower than the others, or silent, are planned with the speed they have."""
 
 from __future__ import annotations
 
-from moesaic.cluster.paces import Paces
+import pytest
+
+from moesaic.cluster.paces import Paces, Work, slowed
 from moesaic.cluster.plan import PoolHost
 
 SPEEDS = {"a": 1.0, "b": 1.0, "c": 4.0}
+TICK_S = 0.2
 
 
-def heard(**busy_s: float) -> Paces:
-    """Hosts that computed 1,000 choices of 100 calls in so many seconds."""
-    paces = Paces()
-    for host, seconds in busy_s.items():
-        paces.hear(host, 100, 1000, seconds)
-    return paces
+class World:
+    """Hosts that are always busy: ten batches of 100 choices in a second, times their speeds."""
+
+    def __init__(self) -> None:
+        self.paces = Paces()
+        self.now = 0.0
+        self.batches = dict.fromkeys(SPEEDS, 0.0)
+        self.done = dict.fromkeys(SPEEDS, Work(0, 0, 0.0))
+        self.incarnations = dict.fromkeys(SPEEDS, 1)
+
+    def work(self, seconds: float, *, choices: int = 100, **parts: float) -> dict[str, float]:
+        """``parts``: of its speed that a host has, 0 for one that gets nothing to do."""
+        found = {}
+        for _ in range(round(seconds / TICK_S)):
+            self.now += TICK_S
+            for host, speed in SPEEDS.items():
+                part = parts.get(host, 1.0)
+                was = self.done[host]
+                self.batches[host] += 10 * TICK_S * part
+                new = int(self.batches[host]) - was.batches
+                if new:
+                    did, busy_s = int(new * choices * speed), new * 0.1 / part
+                    self.done[host] = Work(
+                        was.batches + new, was.choices + did, was.busy_s + busy_s
+                    )
+                self.paces.note(host, self.incarnations[host], self.done[host], self.now)
+            found = self.paces.parts(SPEEDS, ())
+        return found
 
 
 def test_hosts_that_differ_a_little_are_not_slow() -> None:
-    assert heard(a=1.0, b=2.0, c=0.25).slowness(SPEEDS) == {}
+    assert World().work(20, a=0.6, b=1.3) == {}
 
 
-def test_a_slow_host_has_its_part_of_the_others_pace() -> None:
-    assert heard(a=1.0, b=10.0, c=0.25).slowness(SPEEDS) == {"b": 0.1}
+def test_a_host_with_a_quarter_of_the_speed_is_not_slow_for_that() -> None:
+    assert World().work(20) == {}
 
 
-def test_a_host_with_half_the_speed_is_not_slow_for_that() -> None:
-    assert heard(a=4.0, b=4.0, c=1.0).slowness(SPEEDS) == {}
+def test_a_slow_host_is_known_within_seconds_and_so_is_that_it_is_well_again() -> None:
+    world = World()
+    world.work(60)
+    assert world.work(4, b=0.1).keys() == {"b"}
+    assert world.work(20, b=0.1) == {"b": pytest.approx(0.1, rel=0.5)}
+    assert world.work(2) == {}
 
 
-def test_nothing_is_said_of_hosts_with_few_answers_or_alone() -> None:
-    paces = heard(a=1.0, c=0.25)
-    paces.hear("b", 5, 50, 10.0)
-    assert paces.slowness(SPEEDS) == {}
-    assert heard(b=10.0).slowness(SPEEDS) == {}
+def test_one_that_hardly_gets_calls_any_more_is_known_all_the_same() -> None:
+    world = World()
+    world.work(60)
+    for _ in range(2):
+        world.work(2, b=0.1)
+        world.work(5, b=0)
+    world.work(2, b=0.1)
+    assert world.work(5, b=0) == {"b": pytest.approx(0.1, rel=0.5)}
 
 
-def test_what_was_long_ago_does_not_count() -> None:
-    paces = heard(a=1.0, b=10.0, c=0.25)
-    for _ in range(10):
-        paces.advance(60.0)
-    assert paces.slowness(SPEEDS) == {}
+def test_what_is_said_stands_until_it_is_wrong_by_half() -> None:
+    world = World()
+    said = world.work(5, b=0.2)
+    assert said == {"b": pytest.approx(0.2, rel=0.5)}
+    wobbling = [world.work(5, b=part * said["b"]) for part in (0.8, 1.3)]
+    assert wobbling == [said, said]
+    assert world.work(9, b=0.05) == {"b": pytest.approx(0.05, rel=0.5)}
+    # Above what makes a host slow, and not yet well.
+    assert world.work(9, b=0.4) == {"b": pytest.approx(0.4, rel=0.5)}
+    assert World().work(9, b=0.4) == {}
 
 
-def test_speeds_of_slow_hosts_alone_are_changed() -> None:
+def test_hosts_are_compared_over_the_same_seconds() -> None:
+    world = World()
+    world.work(10, choices=10)
+    # Calls become ten times as large, and b gets none of them for a while.
+    assert world.work(5, b=0) == {}
+    assert world.work(5) == {}
+
+
+def test_nothing_is_said_of_little_work_of_one_host_alone_or_of_long_ago() -> None:
+    assert World().work(2, b=0.1) == {}
+    world = World()
+    assert world.work(20, a=0, b=0.1, c=0) == {}
+    world = World()
+    assert world.work(10, b=0.1)
+    assert world.work(80, b=0) == {}
+
+
+def test_a_new_incarnation_begins_anew() -> None:
+    world = World()
+    assert world.work(10, b=0.1)
+    world.incarnations["b"] += 1
+    world.done["b"] = Work(0, 0, 0.0)
+    assert world.work(0.2) == {}
+    assert world.work(10) == {}
+
+
+def test_a_silent_host_has_next_to_no_speed_unless_all_are_silent() -> None:
+    world = World()
+    world.work(10, b=0.1)
+    assert world.paces.parts(SPEEDS, {"a"}) == {"a": 1e-6, "b": pytest.approx(0.1, rel=0.5)}
+    assert world.paces.parts(SPEEDS, {"b"}) == {"b": 1e-6}
+    assert world.paces.parts(SPEEDS, set(SPEEDS)) == {"b": pytest.approx(0.1, rel=0.5)}
+    world.paces.forget("b")
+    assert world.paces.parts(SPEEDS, ()) == {}
+
+
+def test_speeds_of_those_that_are_named_are_changed() -> None:
     hosts = [PoolHost(name=name, speed=speed) for name, speed in SPEEDS.items()]
-    slowed = heard(a=1.0, b=10.0, c=0.25).slowed(hosts)
-    assert [host.speed for host in slowed] == [1.0, 0.1, 4.0]
+    assert [host.speed for host in slowed(hosts, {"b": 0.1})] == [1.0, 0.1, 4.0]

@@ -9,21 +9,20 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.pictures import draw_kill, draw_rebalance, smoothed
+from benchmarks.pictures import draw_kill, draw_rebalance
 from benchmarks.svg import line_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def kill(seconds: float = 20.0) -> dict[str, Any]:
-    count = int((seconds + 6) / 0.05)
-    timeline = {"bucket_s": 0.05, "from_s": -3.0, "ended_s": seconds}
-    return {"timelines": {"kill": timeline | {"tokens_per_s": [30.0] * count}}}
+    timeline = {"piece_s": 0.5, "from_s": -8.0, "ended_s": seconds}
+    return {"worst_kill": timeline | {"longest_gap_s": [0.6] * int((seconds + 16) / 0.5)}}
 
 
 def rebalance(seconds: float = 6.0) -> dict[str, Any]:
     rates = [700.0] * 40 + [800.0] * int(2 * seconds) + [1100.0] * 40
-    moved = {"seconds": seconds, "moves": 38, "bucket_s": 0.5, "from_s": -20.0}
+    moved = {"seconds": seconds, "moves": 38, "piece_s": 0.5, "from_s": -20.0}
     return {"results": [{"way": "balanced"}, {"rebalance": moved | {"tokens_per_s": rates}}]}
 
 
@@ -95,8 +94,3 @@ def test_a_band_stands_where_the_axis_says(tmp_path: Path) -> None:
     # What is beyond the axis is cut, and words that have no room to the right go to the left.
     draw((9.9, 99.0, "quite a few words"))
     assert band_of(check_whole(path))[1] == 740
-
-
-def test_points_are_means_and_what_is_left_is_not_shown() -> None:
-    assert smoothed([1.0, 3.0, 5.0, 7.0, 9.0], 2) == [2.0, 6.0]
-    assert smoothed([1.0, 3.0], 1) == [1.0, 3.0]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.placement import ExpertKey, LayerKey
-from moesaic.cluster.residency import HostPolicy, LayerShape, QueuedCall, Residency
+from moesaic.cluster.residency import HostPolicy, LayerShape, QueuedCall, Residency, parts_of
 from moesaic.proto.errors import Busy, CallError, Expired, NotHere
 
 SHAPE = LayerShape(num_experts=8, hidden_size=16, dtype="float32")
@@ -197,3 +197,20 @@ def test_retries_and_hedges_are_declined_before_first_calls() -> None:
     assert isinstance(pool.admit(call(3, rows=1, attempt=1), 0.0), Busy)
     assert pool.admit(call(4, rows=3), 0.0) is None
     assert isinstance(pool.admit(call(5, rows=1), 0.0), Busy)
+
+
+def test_each_call_of_a_computation_has_its_part_of_the_time() -> None:
+    small, large = call(1, rows=1), call(2, router="s", rows=3)
+    unused = replace(call(3, router="t"), ids=np.array([[-1, -1]], dtype=np.int32))
+    # One choice in each row, and one more for each call.
+    assert parts_of(600, [small, large]) == [200, 400]
+    assert parts_of(77, [small]) == [77]
+    assert parts_of(10, [unused]) == [10]
+
+
+@given(rows=st.lists(st.integers(1, 50), min_size=1, max_size=9), batch_us=st.integers(0, 10**9))
+def test_parts_of_a_computation_are_the_whole(rows: list[int], batch_us: int) -> None:
+    batch = [call(seq, router=f"r{seq}", rows=count) for seq, count in enumerate(rows)]
+    parts = parts_of(batch_us, batch)
+    assert sum(parts) == batch_us
+    assert min(parts) >= 0
