@@ -46,7 +46,7 @@ def draw_rebalance(skew: dict[str, Any], path: Path) -> None:
         x_label="seconds since the rebalance began",
         y_label="tokens/s",
         x=middles(moved, "tokens_per_s"),
-        lines={"of all streams": moved["tokens_per_s"]},
+        lines={"of all routers": moved["tokens_per_s"]},
         y_from=0.0,
         band=(0.0, moved["seconds"], f"{moved['moves']} replicas move"),
     )

@@ -33,7 +33,6 @@ from .placement import (
     Number,
     Placement,
     every_expert,
-    experts_of,
 )
 from .plan import Plan, PoolHost, Wishes
 from .policy import ControlPolicy
@@ -75,6 +74,8 @@ class Control(Members):
         self._target: dict[LayerKey, LayerPlacement] | None = None
         self._target_version = 0
         self._wanted: dict[str, list[ExpertKey]] = {}
+        self._parts: dict[str, float] = {}
+        self._parts_for: object = None
         self._asked: MakePlan | None = None
         self._published_for: object = None
         self._nothing_pending = False
@@ -141,16 +142,6 @@ class Control(Members):
     def state(self) -> object:
         """Changes with the hosts that are seen, the target and the models."""
         return self.view.version, self._target_version, tuple(self.models.values())
-
-    def wanted(self, host: str) -> list[ExpertKey]:
-        if host not in self._wanted:
-            self._wanted[host] = experts_of(self._target or {}, host)
-        return self._wanted[host]
-
-    def is_free(self, host: str, now: float) -> bool:
-        """Whether a retired host holds nothing, gets nothing, and no router knows it any more."""
-        idle = host in self.view.retiring and self.view.empty(host) and not self.wanted(host)
-        return idle and self.view.is_known(host) and self.publisher.has_left(host, now)
 
     def missing(self) -> dict[ExpertKey, str]:
         """Experts that no host holds now, and why."""
@@ -287,7 +278,7 @@ class Control(Members):
             models=self._awake(),
             hosts=[
                 replace(host, speed=host.speed * (rate or 1.0))
-                for host in slowed(hosts, self.view.parts)
+                for host in slowed(hosts, self.parts())
             ],
             current=dict(self._target) if self._target is not None else self._standing(),
             loads=self.loads.forecast(),
@@ -312,9 +303,9 @@ class Control(Members):
         self.changes.rolled_back(change, now)
 
     def _adopt(self, found: Plan, now: float) -> None:
+        self._planned_for = self._key(now)  # before hosts have anything to load for it
         self._aim(dict(found.layers))
         self.unplaced = found.unplaced
-        self._planned_for = self._key(now)
         self.loader.reset()
 
     def _aim(self, target: dict[LayerKey, LayerPlacement]) -> None:
@@ -323,7 +314,7 @@ class Control(Members):
         self._wanted.clear()
 
     def _key(self, now: float) -> object:
-        usable, parts = self.view.usable(now), tuple(sorted(self.view.parts.items()))
+        usable, parts = self.view.usable(now), tuple(sorted(self.parts().items()))
         return usable, parts, tuple(self._awake()), self.wishes, self.leaving
 
     def _unused(self) -> int:

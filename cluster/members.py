@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from .loading import Loader
 from .observed import View
 from .operations import forgotten
-from .placement import ExpertKey, ModelShape
+from .paces import SILENT
+from .placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, experts_of
 from .plan import PoolHost, Wishes
 from .publishing import Publisher
+
+# A host that lacks a larger part of what it is to hold gets no traffic yet.
+_LOADING = 0.5
 
 
 class Members:
@@ -22,9 +24,14 @@ class Members:
     wishes: Wishes
     models: dict[str, ModelShape]
     unplaced: tuple[ExpertKey, ...]
+    _target: dict[LayerKey, LayerPlacement] | None
+    _wanted: dict[str, list[ExpertKey]]
+    _parts: dict[str, float]
+    _parts_for: object
 
-    def wanted(self, host: str) -> Sequence[ExpertKey]:
-        """What the target gives ``host``."""
+    @property
+    def state(self) -> object:
+        """Changes with what hosts hold, the target and the models."""
         raise NotImplementedError
 
     def add_host(self, host: PoolHost) -> None:
@@ -46,6 +53,31 @@ class Members:
         self.publisher.forget(name)
         self.loader.forget(name)
         self.wishes = forgotten(self.wishes, name)
+
+    def wanted(self, host: str) -> list[ExpertKey]:
+        """What a host is to hold."""
+        if host not in self._wanted:
+            self._wanted[host] = experts_of(self._target or {}, host)
+        return self._wanted[host]
+
+    def parts(self) -> dict[str, float]:
+        """Of its speed that a host is planned with, if that is not all of it: by its pace, and next
+        to none while it has yet to load most of what it is to hold, as behind a restart."""
+        if self._parts_for != self.state:
+            self._parts_for = self.state
+            lacking = {
+                host: len(self.loader.lacking(host, self.wanted(host))) / len(self.wanted(host))
+                for host in self.view.seen
+                if self.wanted(host)
+            }
+            loading = [host for host, part in lacking.items() if part > _LOADING]
+            self._parts = dict.fromkeys(loading, SILENT) if len(loading) < len(lacking) else {}
+        return self.view.parts | self._parts
+
+    def is_free(self, host: str, now: float) -> bool:
+        """Whether a retired host holds nothing, gets nothing, and no router knows it any more."""
+        idle = host in self.view.retiring and self.view.empty(host) and not self.wanted(host)
+        return idle and self.view.is_known(host) and self.publisher.has_left(host, now)
 
     @property
     def leaving(self) -> frozenset[str]:

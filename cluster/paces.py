@@ -24,7 +24,7 @@ _SLOW, _WELL, _WRONG = 1 / 3, 1 / 2, 1.5
 _LEAST_BATCHES, _LEAST_BUSY_S, _LONGEST_S = 4, 0.5, 60.0
 # The part of its speed that a silent host is planned with: its shares come to nothing where another
 # replica stands.
-_SILENT = 1e-6
+SILENT = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Paces:
         found = {host: part for host, part in self._slow.items() if host in speeds}
         # If nobody answers, it is probably we who were late.
         if not speeds.keys() <= set(silent):
-            found |= {host: _SILENT for host in silent if host in speeds}
+            found |= {host: SILENT for host in silent if host in speeds}
         return found
 
     def _latest(self, host: str) -> tuple[float, float] | None:

@@ -111,3 +111,37 @@ def text_in_background(client: Client, model: str, tokens: int) -> Iterator[Call
         yield result
     finally:
         thread.join(120)
+
+
+@contextmanager
+def asking(
+    client: Client, model: str, tokens: int, wanted: str, *, clients: int = 2
+) -> Iterator[list[str]]:
+    """Each client asks one request after the other, until the end; texts that are not as wanted,
+    and errors, are in the list."""
+    wrong: list[str] = []
+    done = 0
+    stop = threading.Event()
+
+    def ask() -> None:
+        nonlocal done
+        while not stop.is_set():
+            try:
+                text = text_of(client, model, tokens)
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+            done += 1
+            if text != wanted:
+                wrong.append(text)
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield wrong
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert done > clients
+    assert not any(thread.is_alive() for thread in threads)

@@ -7,11 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from moesaic import Client
 from moesaic.actors.ray_border import CONTROLLER, namespace_of
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
-from tests.helpers.live import ON_RAY, hosts_of, running, text_of, wait_until
+from tests.helpers.live import ON_RAY, asking, hosts_of, running, text_of, wait_until
 from tests.integration.conftest import save_model
 
 MODEL = "m"
@@ -52,44 +50,13 @@ def client(pool: Cluster) -> Iterator[Client]:
         yield client
 
 
-@contextmanager
-def stream_of_requests(client: Client, wanted: str) -> Iterator[list[str]]:
-    """Requests one after the other, until the end; what was not as wanted is in the list."""
-    wrong: list[str] = []
-    done = 0
-    stop = threading.Event()
-
-    def ask() -> None:
-        nonlocal done
-        while not stop.is_set():
-            try:
-                text = text_of(client, MODEL, TOKENS)
-            except Exception as error:
-                text = f"{type(error).__name__}: {error}"
-            done += 1
-            if text != wanted:
-                wrong.append(text)
-
-    threads = [threading.Thread(target=ask) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield wrong
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(60)
-    assert done > 2
-    assert not any(thread.is_alive() for thread in threads)
-
-
 def held(cluster: Cluster) -> dict[str, int]:
     return {name: host.get("experts", 0) for name, host in hosts_of(cluster).items()}
 
 
 def test_two_to_four_to_two_under_load(pool: Cluster, client: Client) -> None:
     wanted = text_of(client, MODEL, TOKENS)
-    with stream_of_requests(client, wanted) as wrong:
+    with asking(client, MODEL, TOKENS, wanted) as wrong:
         up = pool.scale(4, timeout_s=60)
         assert (up["phase"], up["coming"], up["leaving"]) == ("done", ["host-2", "host-3"], [])
         # New hosts are put to use by themselves.

@@ -478,6 +478,30 @@ def test_a_silent_host_stays_in_the_placement_and_its_traffic_goes_to_others() -
     assert world.published[-1].layers == before.layers
 
 
+def test_a_host_that_came_back_gets_traffic_when_it_has_loaded_most_of_its_experts() -> None:
+    world = started(3, replicas=2)
+    before = world.published[-1]
+    world.kill("h0")
+    world.tick()
+    world.restart("h0")
+
+    def others_shares() -> list[float]:
+        """Of each expert, what its host beside h0 was planned to get."""
+        assert world.control._target is not None
+        return [
+            sum(r.share for r in replicas if r.host != "h0")
+            for layer in world.control._target.values()
+            for replicas in layer.replicas
+        ]
+
+    for _ in range(3):
+        world.tick()
+    assert len(world.hosts["h0"].loading) > 2
+    assert min(others_shares()) > 0.999
+    finish(world)
+    assert world.published[-1].layers == before.layers
+
+
 def test_all_hosts_silent_at_once_change_nothing() -> None:
     world = started(3, replicas=2)
     before = len(world.published)
