@@ -22,6 +22,8 @@ from ..cluster.operations import (
 )
 from ..cluster.placement import ExpertKey
 from ..cluster.plan import Plan, Wishes
+from ..cluster.policy import moves_of
+from ..cluster.spec_text import bytes_of
 from ..proto.errors import ClusterError
 from .term import keep_wishes
 
@@ -35,14 +37,14 @@ class Operations:
     _control: Control
     _namespace: str
 
-    async def plan(self, budget: int | None = None) -> dict[str, Any]:
+    async def plan(self, budget: int | str | None = None) -> dict[str, Any]:
         """What a rebalance would do now; nothing is changed."""
-        asked = self._control.plan_for(time.monotonic(), budget=budget)
+        asked = self._control.plan_for(time.monotonic(), budget=self._moves(budget))
         return self._describe(await asyncio.to_thread(asked.run))
 
-    async def rebalance(self, budget: int | None, who: str) -> dict[str, Any]:
+    async def rebalance(self, budget: int | str | None, who: str) -> dict[str, Any]:
         """Carry out the plan that is best now. Gives the change; `change` says how it goes on."""
-        asked = self._control.plan_for(time.monotonic(), budget=budget)
+        asked = self._control.plan_for(time.monotonic(), budget=self._moves(budget))
         found = await asyncio.to_thread(asked.run)
         now = time.monotonic()
         if not self._control.fits(asked, now):
@@ -123,6 +125,15 @@ class Operations:
             bytes_per_s=self._control.policy.bytes_per_s,
             unprotected_now=len(self._control.unprotected()),
         )
+
+    def _moves(self, budget: int | str | None) -> int | None:
+        """Replicas, where bytes may be given."""
+        if not isinstance(budget, str):
+            return budget
+        try:
+            return moves_of(bytes_of(budget), list(self._control.models.values()))
+        except ValueError as error:
+            raise ClusterError(f"budget: {error}") from error
 
     def _change(self, number: int | None) -> Change:
         change = self._control.changes.find(number)

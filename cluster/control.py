@@ -328,7 +328,7 @@ class Control(Members):
         return sum(len(r) for layer in (self._target or {}).values() for r in layer.replicas)
 
     def _budget(self) -> int:
-        return max(1, int(self.policy.budget * self._replicas()))
+        return self.policy.moves(self._replicas(), self._awake())
 
     def _awake(self) -> list[ModelShape]:
         return self.sleep.awake(self.models.values())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .placement import ModelShape
 from .plan import Policy
 
 
@@ -15,8 +17,22 @@ class ControlPolicy:
     auto: bool = True  # whether it balances by itself
     every_s: float = 10.0
     budget: float = 0.05  # part of all replicas that one balancing may load
+    budget_bytes: int | None = None  # that it may load; counts in the place of the part
     gone_s: float = 30.0  # a host that is away for so long is planned around
     lease_s: float = 10.0  # a router that is silent for so long holds nothing up
     bytes_per_s: float = 200e6  # that one host loads in the background
     batch_bytes: int = 64 << 20
     retry_s: float = 5.0  # behind a load that failed
+
+    def moves(self, replicas: int, models: Sequence[ModelShape]) -> int:
+        """How many of ``replicas`` one balancing may load."""
+        if self.budget_bytes is not None:
+            return moves_of(self.budget_bytes, models)
+        return max(1, int(self.budget * replicas))
+
+
+def moves_of(budget_bytes: int, models: Sequence[ModelShape]) -> int:
+    """How many replicas so many bytes are for sure: experts count as the largest ones. One may
+    always be loaded, or nothing would ever be."""
+    largest = max((shape.expert_bytes for shape in models), default=0)
+    return max(1, budget_bytes // max(1, largest))

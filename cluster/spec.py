@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..proto.errors import SpecError
 from .emulation import Emulation
@@ -21,13 +29,14 @@ from .plan import Policy
 from .policy import ControlPolicy
 from .residency import HostPolicy
 from .scaling_spec import AutoscaleSpec, Cost
-from .spec_text import StrictLoader, problems
+from .spec_text import StrictLoader, bytes_of, part_or_bytes, problems
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Threads = Annotated[int, Field(ge=1)] | Literal["auto"]
 Address = Annotated[str, Field(min_length=1)]
+Budget = Annotated[float | str, PlainValidator(part_or_bytes)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -186,15 +195,16 @@ class BalanceSpec(_Part):
 
     ``redundancy`` failure domains can be lost at once without losing an expert. A layer whose
     balancedness is below ``enough`` is improved up to ``target``, with at most ``budget`` of all
-    replicas loaded anew each time. A layer takes a further host for more load only than the part
-    ``fan_out`` of what the layer with the most load has on each host.
+    replicas loaded anew each time: a part of them, or bytes, as "4GB". A layer takes a further host
+    for more load only than the part ``fan_out`` of what the layer with the most load has on each
+    host.
     """
 
     auto: bool = True
     redundancy: int = Field(default=0, ge=0, le=64)
     enough: float = Field(default=0.95, gt=0, le=1)
     target: float = Field(default=0.98, gt=0, le=1)
-    budget: float = Field(default=0.05, gt=0, le=1)
+    budget: Budget = 0.05
     fan_out: float = Field(default=0.05, ge=0, le=1)
     every_s: Seconds = 10.0
     horizon_s: Seconds = 60.0
@@ -220,7 +230,8 @@ class BalanceSpec(_Part):
             ),
             auto=self.auto,
             every_s=self.every_s,
-            budget=self.budget,
+            budget=self.budget if isinstance(self.budget, float) else 1.0,
+            budget_bytes=bytes_of(self.budget) if isinstance(self.budget, str) else None,
             gone_s=self.gone_s,
             lease_s=self.lease_s,
             bytes_per_s=self.load_mb_per_s * 1e6,

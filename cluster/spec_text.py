@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections import defaultdict
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B")
+_POWERS = ("", "K", "M", "G", "T")
+
+
+def bytes_of(text: str) -> int:
+    """How many bytes "4GB" or "512 MiB" are. Raises ValueError."""
+    found = _SIZE.fullmatch(text.strip())
+    size = 0
+    if found is not None:
+        number, prefix, binary = found.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** _POWERS.index(prefix.upper()))
+    if size < 1:
+        raise ValueError(f"{text!r} is no number of bytes, as 4GB or 512MiB")
+    return size
+
+
+def part_or_bytes(value: Any) -> float | str:
+    """A number in (0, 1] or a text that `bytes_of` reads. Raises ValueError."""
+    if isinstance(value, str):
+        bytes_of(value)
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError("a part in (0, 1], or bytes, as 4GB, are expected")
+    return float(value)
 
 
 def problems(error: ValidationError, values: dict[Any, Any]) -> str:

@@ -57,13 +57,14 @@ class Operating(ABC):
             progress=progress or quiet,
         )
 
-    def plan(self, *, budget: int | None = None) -> dict[str, Any]:
+    def plan(self, *, budget: int | str | None = None) -> dict[str, Any]:
         """What `rebalance` would do now, as plain values: moves with reasons, bytes, seconds, and
         balancedness and protection before and after. ``budget`` is the most replicas that it may
-        load for balance; without it the spec's part of all replicas. Raises ClusterError."""
+        load for balance, or the most bytes ("4GB"); without it what the spec says. Raises
+        ClusterError."""
         return self._ask("plan", budget)
 
-    def rebalance(self, *, budget: int | None = None) -> dict[str, Any]:
+    def rebalance(self, *, budget: int | str | None = None) -> dict[str, Any]:
         """Carry out the plan that is best now, and give the change; `change` says how it goes on.
         Raises ClusterError."""
         return self._ask("rebalance", budget, getpass.getuser())

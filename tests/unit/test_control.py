@@ -3,7 +3,7 @@ shifting traffic and operators' wishes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -305,6 +305,23 @@ def counts(world: ControlWorld, seed: int) -> dict[LayerKey, np.ndarray]:
         for s, _ in world.models
         for layer, experts in s.experts.items()
     }
+
+
+def test_a_budget_in_bytes_is_as_many_replicas_as_are_sure_to_fit() -> None:
+    models = [replace(shape("m"), expert_bytes=300), replace(shape("n"), expert_bytes=1000)]
+    assert ControlPolicy(budget=0.5).moves(100, models) == 50
+    assert ControlPolicy(budget_bytes=4999).moves(100, models) == 4
+    assert ControlPolicy(budget_bytes=999).moves(100, models) == 1
+    assert ControlPolicy(budget_bytes=999).moves(100, models[:1]) == 3
+    world = ControlWorld(2, [(models[0], True)], policy=replace(POLICY, budget_bytes=700))
+    world.tick()
+    for name in world.hosts:
+        while world.hosts[name].loading:
+            world.load_one(name)
+    world.report("r0", counts(world, 0))
+    world.tick(seconds=2.0)
+    world.tick(seconds=2.0)
+    assert world.control.plan_for(world.now).policy.budget == 2
 
 
 # ---- random histories ---------------------------------------------------------------------------

@@ -201,6 +201,29 @@ def test_new_hosts_are_put_to_use_at_once_without_a_measured_load() -> None:
     assert (change.who, change.phase.value) == ("controller", "done")
 
 
+def test_spare_replicas_give_way_to_a_new_model_and_to_a_smaller_pool() -> None:
+    world = started(group(2, slots=8))
+    world.scale(4)
+    world.finish()
+    spare = sum(len(host.held) for host in world.hosts.values()) - 8
+    assert spare > 0, "old hosts keep what new ones got"
+    new = shape("n", experts=12)
+    world.on_disk.add("n")
+    world.control.add_model(new, on_disk=True)  # 32 slots for 8 and 24 experts
+    world.finish()
+    assert world.control.unplaced == ()
+    assert world.control.missing() == {}
+    with pytest.raises(ValueError, match="room for 24 experts, and 32 need it"):
+        world.scale(3)
+    smaller = started(group(2, slots=8))
+    smaller.scale(4)
+    smaller.finish()
+    smaller.scale(1)
+    smaller.finish()
+    assert stage(smaller) == "done"
+    assert smaller.control.missing() == {}
+
+
 def test_one_new_host_among_many_is_put_to_use() -> None:
     models = [(shape("m", experts=128, layers=1), True)]
     world = FleetWorld([group(32, max_count=40)], models)

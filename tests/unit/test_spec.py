@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.spec import Spec, load_spec, parse_spec
+from moesaic.cluster.spec_text import bytes_of
 from moesaic.proto.errors import SpecError
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +156,8 @@ MODEL = {"name": "m", "path": "p"}
 BAD: list[tuple[dict[Any, Any], str]] = [
     # values, how the message begins
     ({"name": ""}, "name: String should match"),
+    ({"balance": {"budget": 2}}, "balance.budget: a part in (0, 1], or bytes"),
+    ({"balance": {"budget": "4 apples"}}, "balance.budget: '4 apples' is no number of bytes"),
     ({"name": 3}, "name: Input should be a valid string (got 3)"),
     ({"name": "a/b"}, "name: String should match"),
     ({"name": "a\n"}, "name: String should match"),
@@ -221,6 +224,21 @@ BAD: list[tuple[dict[Any, Any], str]] = [
 def test_bad_values_fail_with_their_path(values: dict[Any, Any], words: str) -> None:
     with pytest.raises(SpecError, match="^my.yaml: " + re.escape(words)):
         parse_spec(values, source="my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1B", 1), ("4GB", 4 * 10**9), ("512 MiB", 512 << 20), ("1.5kB", 1500), (" 2TiB ", 2 << 40)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert bytes_of(text) == size
+    assert parse_spec({"balance": {"budget": text}}).balance.policy.budget_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "4", "GB", "-1GB", "0GB", "1e3B", "4GBs", "infB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="is no number of bytes"):
+        bytes_of(text)
 
 
 def test_every_mistake_is_named_at_once() -> None:

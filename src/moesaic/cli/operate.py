@@ -21,7 +21,8 @@ err = Console(stderr=True, highlight=False)
 NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")]
 BudgetOption = Annotated[
-    int | None, typer.Option(min=0, help="The most replicas that may be loaded for balance.")
+    str | None,
+    typer.Option(help='The most that may be loaded for balance: replicas, or bytes ("4GB").'),
 ]
 ModelOption = Annotated[
     str | None, typer.Option(help="The model; needed where several are served.")
@@ -52,7 +53,7 @@ def plan(
     name: NameOption = "local", budget: BudgetOption = None, as_json: JsonOption = False
 ) -> None:
     """Show what a rebalance would do: moves with reasons, bytes, seconds, before and after."""
-    found = connect(name).plan(budget=budget)
+    found = connect(name).plan(budget=_budget(budget))
     print_json(found) if as_json else _print_plan(found)
 
 
@@ -69,12 +70,13 @@ def rebalance(
     """Move replicas to where the load is, and wait until it is done."""
     cluster = connect(name)
     if not yes:
-        found = cluster.plan(budget=budget)
+        found = cluster.plan(budget=_budget(budget))
         _print_plan(found)
         if not found["moves"]:
             return
         typer.confirm("carry it out?", abort=True)
-    _carry_out(cluster, cluster.rebalance(budget=budget), timeout, as_json, watch=watch)
+    change = cluster.rebalance(budget=_budget(budget))
+    _carry_out(cluster, change, timeout, as_json, watch=watch)
 
 
 def rollback(
@@ -183,6 +185,19 @@ def scale(
             hosts, group, timeout_s=timeout, watch=lambda seen: line.update(_scaling_words(seen))
         )
     print_json(done) if as_json else out.print(_scaling_words(done))
+
+
+def _budget(text: str | None) -> int | str | None:
+    """Replicas as a number, bytes as they are."""
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    from ..cluster.spec_text import bytes_of
+
+    try:
+        bytes_of(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--budget") from error
+    return text
 
 
 # ---- what is printed -----------------------------------------------------------------------------
