@@ -6,7 +6,7 @@ from .loading import Loader
 from .observed import View
 from .operations import forgotten
 from .paces import SILENT
-from .placement import ExpertKey, LayerKey, LayerPlacement, experts_of
+from .placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, experts_of
 from .plan import PoolHost, Wishes
 from .publishing import Publisher
 
@@ -22,6 +22,8 @@ class Members:
     publisher: Publisher
     loader: Loader
     wishes: Wishes
+    models: dict[str, ModelShape]
+    _target_version: int
     _target: dict[LayerKey, LayerPlacement] | None
     _wanted: dict[str, list[ExpertKey]]
     _parts: dict[str, float]
@@ -29,8 +31,8 @@ class Members:
 
     @property
     def state(self) -> object:
-        """Changes with what hosts hold, the target and the models."""
-        raise NotImplementedError
+        """Changes with the hosts that are seen, what they hold, the target and the models."""
+        return self.view.version, self._target_version, tuple(self.models.values())
 
     def add_host(self, host: PoolHost) -> None:
         """A host that is to come; it is put to use as soon as it reports."""
