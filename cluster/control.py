@@ -138,11 +138,6 @@ class Control(Members):
         """Whether hosts have reported and a first plan was made."""
         return self._target is not None
 
-    @property
-    def state(self) -> object:
-        """Changes with the hosts that are seen, the target and the models."""
-        return self.view.version, self._target_version, tuple(self.models.values())
-
     def missing(self) -> dict[ExpertKey, str]:
         """Experts that no host holds now, and why."""
         return {

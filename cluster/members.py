@@ -24,6 +24,7 @@ class Members:
     wishes: Wishes
     models: dict[str, ModelShape]
     unplaced: tuple[ExpertKey, ...]
+    _target_version: int
     _target: dict[LayerKey, LayerPlacement] | None
     _wanted: dict[str, list[ExpertKey]]
     _parts: dict[str, float]
@@ -31,8 +32,8 @@ class Members:
 
     @property
     def state(self) -> object:
-        """Changes with what hosts hold, the target and the models."""
-        raise NotImplementedError
+        """Changes with the hosts that are seen, what they hold, the target and the models."""
+        return self.view.version, self._target_version, tuple(self.models.values())
 
     def add_host(self, host: PoolHost) -> None:
         """A host that is to come; it is put to use as soon as it reports."""

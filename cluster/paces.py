@@ -5,7 +5,7 @@ few as will do, so that one that becomes slow is known within seconds, however f
 still send to it. Small calls take more time for each choice than large ones, so paces of healthy
 hosts differ too, and are compared over the same seconds: only a host that is far behind the others
 counts as slow. One that does not answer counts as having next to no speed: its traffic goes to the
-other replicas in the shares that suit them, and nothing moves for that alone.
+other replicas in the shares that suit them.
 """
 
 from __future__ import annotations
