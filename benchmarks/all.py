@@ -11,6 +11,8 @@ from pathlib import Path
 
 BENCHMARKS: dict[str, list[str]] = {
     "planner": [],
+    "planner-growth": ["--growth"],
+    "recorded": [],
     "simulation": [],
     "transport": [],
     "layer": [],

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .balance import Split, split_below
+from .rebuild import rebuild
 from .steps import Found, Limits, Rooms, Step, together
 
 # How many experts and hosts are combined, and how many combinations are solved exactly: first a
@@ -107,7 +108,17 @@ class LayerSearch:
                     break
             if best is not None and best.step.gain_per_add >= least:
                 return best
-        return None
+        return self._anew(most_adds, least)
+
+    def _anew(self, most_adds: int, least: float) -> Found | None:
+        """All of the layer placed anew, if that is better by enough for each new replica."""
+        assert self.split is not None
+        step = rebuild(self.held_EH, self.load_E, self.speed_H, self.limits)
+        if step is None or len(step.adds) > most_adds:
+            return None
+        split = split_below(self._after(step), self.load_E, self._capacity_H)
+        found = Found(Step(step.adds, step.drops, self.split.excess - split.excess), split)
+        return found if found.step.gain > 0 and found.step.gain_per_add >= least else None
 
     def accept(self, found: Found) -> None:
         self.apply(found.step)
