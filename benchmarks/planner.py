@@ -7,8 +7,8 @@
 loads; balancedness is that of the new loads, after the change. `moved` is the part of all slots
 that gets other weights. `bound`: no placement with these slots is better. `with traffic`: replicas
 of a layer to which tokens go. Then hosts of two kinds, redundancy, and the cost of fan-out
-(`benchmarks/pools.py`). `--growth` instead measures how long plans take from small to large pools,
-and draws it. Recorded loads are in `benchmarks/recorded.py`.
+(`benchmarks/unlike_pools.py`). `--growth` instead measures how long plans take from small to large
+pools, and draws it. Recorded loads are in `benchmarks/recorded.py`.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Traffic:
         self.shift()
 
     def shift(self) -> None:
-        self._pace = float(self._rng.choice([0.3, 1.0, 1.0, 4.0]))
+        self._pace = float(self._rng.choice([0.5, 1.0, 2.0, 4.0]))
         for shape in self._settings.models:
             for layer, experts in shape.experts.items():
                 log_E = self._rng.normal(size=experts)

@@ -24,7 +24,7 @@ from moesaic.cluster.simulator.run import SeedRun, run_seed
 
 SEEDS, GROUPS = 200, 20
 # Short, so that two hundred seeds take less than a minute.
-FAULTS_S = 8.0
+FAULTS_S = 7.0
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
