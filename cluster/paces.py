@@ -21,7 +21,7 @@ from .plan import PoolHost
 # said stands until it is wrong by so much.
 _SLOW, _WELL, _WRONG = 1 / 3, 1 / 2, 1.5
 # Without so much work nothing is said, and what is older does not count.
-_LEAST_BATCHES, _LEAST_BUSY_S, _LONGEST_S = 4, 0.5, 60.0
+_LEAST_BATCHES, _LEAST_BUSY_S, _LONGEST_S = 2, 0.5, 60.0
 # The part of its speed that a silent host is planned with: its shares come to nothing where another
 # replica stands.
 SILENT = 1e-6
