@@ -12,6 +12,7 @@ from .quiet_import import import_quietly
 
 if TYPE_CHECKING:
     # Ray imports this module at the usual priority: it must not bring torch.
+    from ..cluster.emulation import Emulation
     from ..cluster.placement import ExpertKey, HostEntry
     from ..cluster.residency import HostPolicy
     from .host import HostReport, PlacedModel
@@ -54,6 +55,9 @@ class RayExpertHost:
 
     def release(self, keys: Sequence[ExpertKey], term: int = 0, eviction: int = 1) -> None:
         self._host.release(keys, term, eviction)
+
+    def emulate(self, device: Emulation | None) -> None:
+        self._host.emulate(device)
 
     def report(self, term: int | None = None, given_up: int = 0) -> HostReport:
         return self._host.report(term, given_up)

@@ -10,6 +10,8 @@ from .placement import ExpertKey, ModelShape
 
 # Slots beside a host's own, for replicas that have come while those they replace still serve.
 _STAGING = 4
+# A background load brings no more than what the rate allows in so long: few at once, then a rest.
+_BATCH_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,13 +27,13 @@ class Loader:
     """Hands out loads; remembers what failed."""
 
     def __init__(self, view: View, *, bytes_per_s: float, batch_bytes: int, retry_s: float) -> None:
-        """A host loads in the background no more than ``batch_bytes`` at once and, in the mean,
-        ``bytes_per_s``; what somebody waits for is not held back."""
+        """A host loads in the background ``bytes_per_s`` in the mean, and no more than
+        ``batch_bytes`` at once; what somebody waits for is not held back."""
         self.on_disk: set[str] = set()  # models with a checkpoint that hosts can read
         self.slots: dict[str, int] = {}
         self._view = view
         self._bytes_per_s = bytes_per_s
-        self._batch_bytes = batch_bytes
+        self._batch_bytes = min(batch_bytes, bytes_per_s * _BATCH_S)
         self._retry_s = retry_s
         self._not_before: dict[str, float] = {}
         self._failures: dict[ExpertKey, int] = {}
