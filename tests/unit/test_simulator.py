@@ -144,7 +144,7 @@ def test_planted_bugs_are_found(
     plant: Callable[[pytest.MonkeyPatch], None], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(monkeypatch)
-    done = first_violation(40)
+    done = first_violation(120)
     assert done.violation is not None
     assert done.violation.invariant == found, done.violation
     assert done.violation.message
