@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 from .observed import View
@@ -90,13 +91,16 @@ class Publisher:
         }
         acknowledged = list(self.routers(now).values())
         found: dict[str, list[ExpertKey]] = {}
+        going: Counter[ExpertKey] = Counter()
         for (key, host), number in self._retired.items():
             # Models that this controller does not know may have been put just now.
             known = LayerKey(key.model, key.layer) in target
-            spare = (key, host) not in wanted and len(self._view.holders(key)) > 1
-            spare = (known and spare) or key.model in asleep
+            # One holder stays, even if no target names it and its model is not placed yet.
+            last = len(self._view.holders(key)) - going[key] <= 1
+            spare = (known and (key, host) not in wanted and not last) or key.model in asleep
             if spare and all(ack is not None and ack >= number for ack in acknowledged):
                 found.setdefault(host, []).append(key)
+                going[key] += 1
         return found
 
     def _listened(self, now: float) -> float:
