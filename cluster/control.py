@@ -193,9 +193,9 @@ class Control(Members):
         # Step 5: let hosts forget what no router can ask for any more.
         if self._target is not None:
             evictable = self.publisher.evictable(target, now, self.sleep.asleep)
-            commands += [
-                Evict(host=host, keys=tuple(evictable[host])) for host in idle if host in evictable
-            ]
+            for host in [host for host in idle if host in evictable]:
+                commands.append(Evict(host=host, keys=tuple(evictable[host])))
+                self.view.forget(host, evictable[host])
             if self._nothing_pending:
                 self.changes.done(now)
         # Step 6: measure what the last change brought.

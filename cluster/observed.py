@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .paces import Paces, Work
 from .placement import ExpertKey, HostEntry, LayerKey, LayerPlacement, ModelShape, Replica
@@ -101,6 +101,11 @@ class View:
         speeds = {host: known.speed for host, known in self.hosts.items() if host in self._arrived}
         silent = {host for host in speeds if reports.get(host) is None}
         self.parts = self._paces.parts(speeds, silent)
+
+    def forget(self, host: str, keys: Collection[ExpertKey]) -> None:
+        """What a host was told to forget is not there any more, whenever it reports next."""
+        seen = self.seen[host]
+        self.seen[host] = replace(seen, holdings=without(seen.holdings, keys))
 
     def usable(self, now: float) -> frozenset[str]:
         """Hosts that live, or have not been away for long."""
