@@ -31,8 +31,10 @@ class RouterPolicy:
     hedge_least_s: float = 0.005  # but not before it is so old,
     hedge_share: float = 0.05  # and not for more than this part of all sends
     hedge_burst: float = 8.0  # hedges that can be saved up
-    avoid_s: float = 0.1  # for how long a host that was overtaken is avoided at least,
-    avoid_ages: float = 4.0  # and at least so many times as long as the call waited; doubles
+    avoid_s: float = 0.1  # for how long a host that was overtaken once is avoided; if it is again,
+    avoid_ages: float = (
+        4.0  # at least so many times as long as the call waited, and twice as before
+    )
     avoid_max_s: float = 5.0
     retry_share: float = 0.2  # part of all sends that may be retries; failing over is free
     retry_per_s: float = 10.0
@@ -122,9 +124,10 @@ class HostHealth:
         self._avoid_s = self._busy_s = 0.0
 
     def overtaken(self, now: float, age_s: float) -> None:
-        """Another replica answered a later call first, when this host's was ``age_s`` old. To try
-        the host again may cost as much again, so that is done for a part of the time only."""
-        least_s = max(self.policy.avoid_s, self.policy.avoid_ages * age_s)
+        """Another replica answered a later call first, when this host's was ``age_s`` old. Once is
+        chance; to try a host that does so again and again may cost as much again, so that is done
+        for a part of the time only."""
+        least_s = self.policy.avoid_ages * age_s if self._avoid_s else self.policy.avoid_s
         self._avoid_s = min(max(2 * self._avoid_s, least_s), self.policy.avoid_max_s)
         self.avoid_until = now + self._avoid_s
 

@@ -221,6 +221,7 @@ class ControlWorld:
         for key in command.keys:
             assert self.reported[command.host].holds(key)
             assert key not in self.control.wanted(command.host)
+            assert not self.control.view.holds(command.host, key), "it may not be published again"
             for router in self.routers.values():
                 # One whose lease has ended is told NotHere, and goes elsewhere inside its call.
                 if router.follows is not None and self.now - router.heard_at <= POLICY.lease_s:

@@ -270,12 +270,12 @@ def test_a_late_call_is_paid_for_once_on_however_many_hosts_its_replicas_stand()
     assert [hedging.may("m", 100, 0.1, now) for now in (1.0, 2.0, 3.0)] == [True, True, False]
 
 
-def test_a_host_is_avoided_for_as_long_as_trying_it_would_cost() -> None:
+def test_a_host_that_is_overtaken_again_is_avoided_for_as_long_as_trying_it_would_cost() -> None:
     health = HostHealth(entry("a"), RouterPolicy())
-    # Four times what its call waited, twice as long each time, and five seconds at most.
-    for now, until in ((10.0, 12.0), (12.0, 16.0), (20.0, 25.0)):
+    # A tenth once; then four times what its call waited, twice as before, and five at most.
+    for now, until in ((10.0, 10.1), (12.0, 14.0), (20.0, 24.0), (30.0, 35.0)):
         health.overtaken(now, 0.5)
-        assert health.avoid_until == until
+        assert health.avoid_until == pytest.approx(until)
     health.in_time()
-    health.overtaken(30.0, 0.001)
-    assert health.avoid_until == pytest.approx(30.1)
+    health.overtaken(40.0, 0.5)
+    assert health.avoid_until == pytest.approx(40.1)
