@@ -25,13 +25,21 @@ def middles(timeline: dict[str, Any], values: str) -> list[float]:
 
 def draw_kill(faults: dict[str, Any], path: Path) -> None:
     timeline = faults["worst_kill"]
+    # Where all texts have ended and prompts are read, nobody waits for a next token.
+    shown = [
+        (x, gap_s)
+        for x, gap_s in zip(
+            middles(timeline, "longest_gap_s"), timeline["longest_gap_s"], strict=True
+        )
+        if gap_s
+    ]
     line_chart(
         path,
         title="A host is killed, restarted by Ray, and loads its experts again",
         x_label="seconds since it was killed",
         y_label="seconds between two tokens",
-        x=middles(timeline, "longest_gap_s"),
-        lines={"of the stream that waits longest": timeline["longest_gap_s"]},
+        x=[x for x, _ in shown],
+        lines={"of the stream that waits longest": [gap_s for _, gap_s in shown]},
         y_from=0.0,
         band=(0.0, timeline["ended_s"], "until all replicas are there again"),
     )
