@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Planning a large pool anew takes most of it.
 OPERATION_S = 120.0
+# Between two looks at an operation that is waited for.
+LOOK_S = 0.2
 
 
 def quiet(step: str, done: int, total: int) -> None:
@@ -105,7 +107,7 @@ class Operating(ABC):
             drain = self.draining(host)
             if drain["phase"] != "draining" or time.monotonic() >= deadline:
                 return drain["experts"]
-            time.sleep(0.2)
+            time.sleep(LOOK_S)
 
     def draining(self, host: str) -> dict[str, Any]:
         """How a drain goes on: ``experts`` that are left, and a ``phase``: "draining", "done", or
@@ -126,19 +128,16 @@ class Operating(ABC):
     ) -> dict[str, Any]:
         """Wait until a change has ended, and give it as it ended; its ``phase`` says how. ``watch``
         is called again and again with what is still to come. Raises ClusterError."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            seen = self.change(change["id"])
-            if seen["phase"] != "loading":
-                return seen
-            if watch is not None:
-                watch(seen)
-            if time.monotonic() >= deadline:
-                raise ClusterError(
-                    f"change {change['id']}: {seen['pending']} replicas are still to come after "
-                    f"{timeout_s:g} s; it goes on, `moesaic history` shows it"
-                )
-            time.sleep(0.2)
+        return _until(
+            lambda: self.change(change["id"]),
+            ended=lambda seen: seen["phase"] != "loading",
+            late=lambda seen: (
+                f"change {change['id']}: {seen['pending']} replicas are still to come after "
+                f"{timeout_s:g} s; it goes on, `moesaic history` shows it"
+            ),
+            timeout_s=timeout_s,
+            watch=watch,
+        )
 
     def scale(
         self,
@@ -152,22 +151,41 @@ class Operating(ABC):
         notice. ``watch`` is called again and again with what is still to come. Gives how it ended:
         the hosts that came and left, and a ``phase``, "no room" where hosts wait for machines.
         Asked for again, it goes on waiting. Raises ClusterError."""
-        deadline = time.monotonic() + timeout_s
-        scaling = self._ask("scale", count, group, getpass.getuser())
-        while scaling["under_way"]:
-            if watch is not None:
-                watch(scaling)
-            if time.monotonic() >= deadline:
-                raise ClusterError(
-                    f"scaling {scaling['id']}: {scaling['phase']}, waits for "
-                    f"{', '.join(scaling['waits_for'])} after {timeout_s:g} s; it goes on"
-                )
-            time.sleep(0.2)
-            scaling = self._ask("scaling", scaling["id"])
-        return scaling
+        number = self._ask("scale", count, group, getpass.getuser())["id"]
+        return _until(
+            lambda: self._ask("scaling", number),
+            ended=lambda seen: not seen["under_way"],
+            late=lambda seen: (
+                f"scaling {number}: {seen['phase']}, waits for {', '.join(seen['waits_for'])} "
+                f"after {timeout_s:g} s; it goes on"
+            ),
+            timeout_s=timeout_s,
+            watch=watch,
+        )
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         from .actors.ray_border import ask, controller_of
 
         controller = controller_of(self._join())
         return ask(getattr(controller, method).remote(*arguments), OPERATION_S, method)
+
+
+def _until(
+    look: Callable[[], dict[str, Any]],
+    *,
+    ended: Callable[[dict[str, Any]], bool],
+    late: Callable[[dict[str, Any]], str],
+    timeout_s: float,
+    watch: Callable[[dict[str, Any]], None] | None,
+) -> dict[str, Any]:
+    """Look until what is seen has ended. Raises ClusterError, in the words of ``late``."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        seen = look()
+        if ended(seen):
+            return seen
+        if watch is not None:
+            watch(seen)
+        if time.monotonic() >= deadline:
+            raise ClusterError(late(seen))
+        time.sleep(LOOK_S)
