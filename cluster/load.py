@@ -130,15 +130,16 @@ def grown(before: np.ndarray | None, now: np.ndarray) -> np.ndarray:
     return now - before if same else now
 
 
-def has_shifted(counts_E: np.ndarray, rate_E: np.ndarray) -> bool:
-    """Whether choices come from another distribution than ``rate_E`` says: the total variation
-    between both, against its mean if they were drawn from it (normal approximation)."""
-    choices, rate = counts_E.sum(), rate_E.sum()
-    if not choices or not rate:
+def has_shifted(counts_E: np.ndarray, known_E: np.ndarray) -> bool:
+    """Whether choices come from another distribution than those ``known_E`` before: the total
+    variation between both, against its mean if they did not (normal approximation)."""
+    choices, known = float(counts_E.sum()), float(known_E.sum())
+    if not choices or not known:
         return False
-    part_E = rate_E / rate
-    distance = 0.5 * np.abs(counts_E / choices - part_E).sum()
-    chance = 0.5 * np.sqrt(2 / np.pi * part_E * (1 - part_E) / choices).sum()
+    distance = 0.5 * np.abs(counts_E / choices - known_E / known).sum()
+    # By both together: experts that few choices have missed are not impossible.
+    part_E = (counts_E + known_E) / (choices + known)
+    chance = 0.5 * np.sqrt(2 / np.pi * part_E * (1 - part_E) * (1 / choices + 1 / known)).sum()
     return bool(distance > _SHIFTED + _NOISE * chance)
 
 
@@ -179,7 +180,7 @@ class LoadTracker:
             if rates is None or rates.shape[1] != counts.size:
                 rates = np.zeros((len(HORIZONS_S), counts.size))
                 self._ages_s[key] = np.zeros(len(HORIZONS_S))
-            elif has_shifted(counts, rates[0]):
+            elif has_shifted(counts, rates[0] * min(self._ages_s[key][0], HORIZONS_S[0])):
                 # What was before tells what is usual, and nothing about what is now.
                 self._ages_s[key][:-1] = 0.0
                 self.shifted_at = now

@@ -91,20 +91,18 @@ def test_a_shift_is_seen_at_once_and_what_was_before_is_forgotten() -> None:
     assert usual[0] > 70, "what is usual stays"
 
 
-@pytest.mark.parametrize("choices", [8, 64, 512, 4096])
-def test_chance_is_no_shift(choices: int) -> None:
-    """Windows drawn from the same distribution, over an average of ten of them."""
+@pytest.mark.parametrize("experts", [8, 32, 256])
+@pytest.mark.parametrize("choices", [2, 8, 64, 512, 4096])
+def test_chance_is_no_shift(choices: int, experts: int) -> None:
+    """All windows are drawn from the same distribution, few choices of many experts too."""
     rng = np.random.default_rng(choices)
-    part_E = rng.dirichlet(np.ones(32))
+    part_E = rng.dirichlet(np.ones(experts))
     tracker = LoadTracker()
     tracker.advance(0.0)
-    seen = 0
     for second in range(1, 301):
         tell(tracker, *rng.multinomial(choices, part_E))
         tracker.advance(float(second))
-        # What one or two windows say may be far off.
-        seen += second > 5 and tracker.shifted_at == second
-    assert seen == 0
+    assert tracker.shifted_at is None
 
 
 def test_who_was_idle_has_not_shifted() -> None:
