@@ -97,7 +97,8 @@ class SimController(Process):
             self._early.append(lambda: self.hear_report(router, report, wait_s, respond))
             return
         now = self.clock.now
-        self.heard[router.name] = router.heard_at = now
+        self.heard[router.name] = now
+        router.is_heard(now)
         self.control.hear(report, now)
         self._waiting.append(_Waiting(report.number, respond, now + wait_s))
         self.reach(wait_s, f"{self.name}: a report ends", self._answer_reports)

@@ -6,7 +6,7 @@ nothing. The first one that is broken ends a run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +32,7 @@ from .facts import (
 from .host import SimHost
 
 if TYPE_CHECKING:
+    from .router import SimRouter
     from .world import World
 
 # A call may end so much later than its deadline, for the last event that it waits for.
@@ -194,17 +195,16 @@ class Invariants:
 
     def nobody_asks(self, fact: Released) -> str:
         """No router whose lease runs follows a placement that names what was evicted."""
-        lease_s, now = self._world.settings.control.lease_s, self._world.clock.now
-        for router in self._world.routers.values():
-            placement, heard_s = router.dispatcher.placement, now - router.heard_at
-            entry = placement.hosts.get(fact.host.host) if placement is not None else None
-            if placement is None or entry != fact.host.entry or heard_s > lease_s:
+        now = self._world.clock.now
+        for router, placement in self._leased(fact.seen):
+            if placement.hosts.get(fact.host.host) != fact.host.entry:
                 continue
             for key in fact.keys:
                 if _names(placement, key, fact.host.host):
                     return (
                         f"term {fact.by} looked {now - fact.seen:.3f} s ago and evicts {key} from "
-                        f"{fact.host.name}; {router.name}, heard {heard_s:.3f} s ago, follows "
+                        f"{fact.host.name}; {router.name}, heard {now - router.heard_at:.3f} s "
+                        "ago, follows "
                         f"{tuple(placement.number)}, which names it"
                     )
         return ""
@@ -237,7 +237,6 @@ class Invariants:
     def left_free(self, fact: HostEnded) -> str:
         """Another host holds what it held, or has died since the controller looked; and no router
         whose lease runs knows it."""
-        lease_s, now = self._world.settings.control.lease_s, self._world.clock.now
         seen = self._world.registry.let_go.get(fact.host.host)
         if seen is None:
             return f"{fact.host.name} is ended, and no controller let it go"
@@ -246,15 +245,24 @@ class Invariants:
             others = any(h.alive and h.holds(key) for h in self._world.hosts.values())
             if not others and not any(key in held for held in died):
                 return f"{fact.host.name} is ended with the last replica of {key}"
-        for router in self._world.routers.values():
-            placement, heard_s = router.dispatcher.placement, now - router.heard_at
-            entry = placement.hosts.get(fact.host.host) if placement is not None else None
-            if entry == fact.host.entry and heard_s <= lease_s:
+        for router, placement in self._leased(seen):
+            if placement.hosts.get(fact.host.host) == fact.host.entry:
+                heard_s = self._world.clock.now - router.heard_at
                 return (
                     f"{fact.host.name} is ended under {router.name}, heard {heard_s:.3f} s ago, "
                     "which knows it"
                 )
         return ""
+
+    def _leased(self, since: float) -> Iterator[tuple[SimRouter, Placement]]:
+        """Routers whose lease has run all the time since then, and what each follows. One that
+        woke up behind its lease may still be unheard when a controller decides."""
+        lease_s, now = self._world.settings.control.lease_s, self._world.clock.now
+        for router in self._world.routers.values():
+            placement = router.dispatcher.placement
+            if placement is None or now - router.heard_at > lease_s or router.leased_since > since:
+                continue
+            yield router, placement
 
     # ---- controllers ----------------------------------------------------------------------------
 

@@ -70,8 +70,9 @@ class SimRouter(Process):
         self.dispatcher = Dispatcher(self.policy)
         self.links = SimLinks(self, world, slots=self.policy.window)
         self.call: SimCall | None = None
-        # When a report of this router last reached any controller.
-        self.heard_at = -float("inf")
+        # When a report of this router last reached any controller, and since when its lease has
+        # run without a gap.
+        self.heard_at = self.leased_since = -float("inf")
         self._arrived: deque[tuple[Connection, frames.Frame | None]] = deque()
         self._reply: frames.Reply | None = None  # the one that is being handled
         self._placements: deque[Placement] = deque()
@@ -93,6 +94,12 @@ class SimRouter(Process):
         self.links.close()
 
     # ---- the thread that watches placements -----------------------------------------------------
+
+    def is_heard(self, now: float) -> None:
+        """A report has reached a controller."""
+        if now - self.heard_at > self.world.settings.control.lease_s:
+            self.leased_since = now
+        self.heard_at = now
 
     def _watch(self) -> None:
         if self._controller is None or not self._controller.alive:

@@ -221,13 +221,19 @@ def test_nothing_is_left(kind: str) -> None:
             round_trip(channel, session, 1, rows=2 * MIB // ROW_BYTES)
             send_call(channel, 2)
 
-    threads = threading.active_count()
-    use()  # gRPC opens what it keeps for the whole process
+    threads, times = threading.active_count(), 10
+    use()
     assert settles(lambda: threading.active_count() <= threads)
     before = open_things()
-    for _ in range(5):
+
+    def leaks() -> bool:
+        # gRPC opens a few things now and then that it keeps for the whole process; what a
+        # connection leaves behind it leaves each time.
+        return any(now - then >= times for now, then in zip(open_things(), before, strict=True))
+
+    for _ in range(times):
         use()
-    assert settles(lambda: open_things() == before), f"{open_things()}, before {before}"
+    assert settles(lambda: not leaks()), f"{open_things()}, before {before}"
 
 
 def test_a_reply_outlives_its_channel(kind: str) -> None:
