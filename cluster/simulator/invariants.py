@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..placement import ExpertKey, LayerKey, Number, Placement
+from . import call_invariants as calls
 from .controller import SimController
 from .facts import (
     Accepted,
@@ -34,9 +33,6 @@ from .host import SimHost
 if TYPE_CHECKING:
     from .router import SimRouter
     from .world import World
-
-# A call may end so much later than its deadline, for the last event that it waits for.
-_GRACE_S = 0.05
 
 
 class Invariants:
@@ -61,7 +57,7 @@ class Invariants:
             for name, wrong in self._of(fact):
                 if wrong:
                     return name, wrong
-        if wrong := self.calls_end():
+        if wrong := calls.end_in_time(self._world):
             return "every call ends by its deadline", wrong
         return None
 
@@ -69,21 +65,24 @@ class Invariants:
         match fact:
             case Accepted():
                 return [
-                    ("no choice is accepted twice", self.accepted_once(fact)),
-                    ("no slot is reused while its answer can come", self.read_its_own(fact)),
+                    ("no choice is accepted twice", calls.accepted_once(fact)),
+                    ("no slot is reused while its answer can come", calls.read_its_own(fact)),
                 ]
             case Ended():
                 return [
-                    ("no choice is lost or doubled", self.whole(fact)),
-                    ("no choice is lost before its time", self.lost_late(fact)),
+                    ("no choice is lost or doubled", calls.whole(fact)),
+                    (
+                        "no choice is lost before its time",
+                        calls.lost_late(fact, self._world.clock.now),
+                    ),
                 ]
             case Sent():
                 return [
-                    ("no slot is reused while its answer can come", self.slot_is_free(fact)),
+                    ("no slot is reused while its answer can come", calls.slot_is_free(fact)),
                     ("placement numbers only grow", self.host_sees_growing(fact)),
                 ]
             case Wrote():
-                return [("no slot is reused while its answer can come", self.wrote_own(fact))]
+                return [("no slot is reused while its answer can come", calls.wrote_own(fact))]
             case Computed():
                 return [("an evicted replica never computes", self.computes_what_it_holds(fact))]
             case Obeyed():
@@ -115,63 +114,6 @@ class Invariants:
                 ]
             case Followed():
                 return [("placement numbers only grow", self.follows_growing(fact))]
-
-    # ---- calls ----------------------------------------------------------------------------------
-
-    def accepted_once(self, fact: Accepted) -> str:
-        accepted = fact.call.accepted
-        if len(set(accepted)) == len(accepted):
-            return ""
-        return f"{fact.router.name}: choices {fact.choices.tolist()} again, by call {fact.seq}"
-
-    def whole(self, fact: Ended) -> str:
-        wanted = set(np.flatnonzero(fact.call.ids_TK.reshape(-1) >= 0).tolist())
-        accepted, lost = fact.call.accepted, fact.lost.tolist()
-        if sorted(accepted + lost) == sorted(wanted):
-            return ""
-        return f"{fact.router.name}: of {sorted(wanted)} accepted {accepted}, lost {lost}"
-
-    def lost_late(self, fact: Ended) -> str:
-        if fact.error:
-            return f"{fact.router.name}: refused for good: {fact.error}"
-        now, until_T = self._world.clock.now, fact.call.until_T
-        for choice in fact.lost.tolist():
-            early_s = float(until_T[choice // fact.call.ids_TK.shape[1]]) - now
-            if early_s > 0:
-                return f"{fact.router.name}: choice {choice} is lost {early_s:.3f} s too early"
-        return ""
-
-    def calls_end(self) -> str:
-        now = self._world.clock.now
-        for router in self._world.routers.values():
-            call = router.call
-            if call is None or router.frozen:
-                continue
-            if now > max(call.deadline, router.woke_at) + _GRACE_S:
-                return f"{router.name}: a call goes on {now - call.deadline:.3f} s too long"
-        return ""
-
-    # ---- slots ----------------------------------------------------------------------------------
-
-    def slot_is_free(self, fact: Sent) -> str:
-        if not fact.still_owed:
-            return ""
-        return (
-            f"{fact.connection.name}: call {fact.seq} goes into slot {fact.slot}, into which the "
-            f"host may still write the answer of {list(fact.still_owed)}"
-        )
-
-    def wrote_own(self, fact: Wrote) -> str:
-        if fact.used_for in (None, fact.seq):
-            return ""
-        return (
-            f"{fact.connection.name}: the answer to {fact.seq} was written into slot {fact.slot}, "
-            f"which call {fact.used_for} uses"
-        )
-
-    def read_its_own(self, fact: Accepted) -> str:
-        own = isinstance(fact.read, tuple) and fact.read[1] == fact.seq
-        return "" if own else f"{fact.router.name}: call {fact.seq} read {fact.read}"
 
     # ---- replicas -------------------------------------------------------------------------------
 

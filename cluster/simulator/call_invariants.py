@@ -1,0 +1,75 @@
+"""What holds of every call in a simulated pool: see `invariants.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .facts import Accepted, Ended, Sent, Wrote
+
+if TYPE_CHECKING:
+    from .world import World
+
+# A call may end so much later than its deadline, for the last event that it waits for.
+_GRACE_S = 0.05
+
+
+def accepted_once(fact: Accepted) -> str:
+    accepted = fact.call.accepted
+    if len(set(accepted)) == len(accepted):
+        return ""
+    return f"{fact.router.name}: choices {fact.choices.tolist()} again, by call {fact.seq}"
+
+
+def whole(fact: Ended) -> str:
+    wanted = set(np.flatnonzero(fact.call.ids_TK.reshape(-1) >= 0).tolist())
+    accepted, lost = fact.call.accepted, fact.lost.tolist()
+    if sorted(accepted + lost) == sorted(wanted):
+        return ""
+    return f"{fact.router.name}: of {sorted(wanted)} accepted {accepted}, lost {lost}"
+
+
+def lost_late(fact: Ended, now: float) -> str:
+    if fact.error:
+        return f"{fact.router.name}: refused for good: {fact.error}"
+    until_T = fact.call.until_T
+    for choice in fact.lost.tolist():
+        early_s = float(until_T[choice // fact.call.ids_TK.shape[1]]) - now
+        if early_s > 0:
+            return f"{fact.router.name}: choice {choice} is lost {early_s:.3f} s too early"
+    return ""
+
+
+def end_in_time(world: World) -> str:
+    now = world.clock.now
+    for router in world.routers.values():
+        call = router.call
+        if call is None or router.frozen:
+            continue
+        if now > max(call.deadline, router.woke_at) + _GRACE_S:
+            return f"{router.name}: a call goes on {now - call.deadline:.3f} s too long"
+    return ""
+
+
+def slot_is_free(fact: Sent) -> str:
+    if not fact.still_owed:
+        return ""
+    return (
+        f"{fact.connection.name}: call {fact.seq} goes into slot {fact.slot}, into which the "
+        f"host may still write the answer of {list(fact.still_owed)}"
+    )
+
+
+def wrote_own(fact: Wrote) -> str:
+    if fact.used_for in (None, fact.seq):
+        return ""
+    return (
+        f"{fact.connection.name}: the answer to {fact.seq} was written into slot {fact.slot}, "
+        f"which call {fact.used_for} uses"
+    )
+
+
+def read_its_own(fact: Accepted) -> str:
+    own = isinstance(fact.read, tuple) and fact.read[1] == fact.seq
+    return "" if own else f"{fact.router.name}: call {fact.seq} read {fact.read}"
