@@ -1,6 +1,6 @@
 """A plan in the making: what stands where, what is free, what has been decided so far.
 
-Shapes: E experts of one layer, H hosts.
+Shapes: E experts of one layer, H hosts, R experts that a domain holds.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Draft:
             for other, victim, host in drops:
                 self.searches[other].apply(Step((), ((victim, host),)))
             fits_H = np.arange(len(self.hosts)) == drops[0][2]
-        order = self._order(search, float(search.load_E[expert]), bare=bare)
+        order = self._order(search, expert)
         host = int(next(h for h in order if fits_H[h]))
         replaces = tuple(other.expert(victim) for other, victim, _ in drops)
         self.note(key, Step(((expert, host),)), kind, reason, replaces)
@@ -146,8 +146,9 @@ class Draft:
         self.use_H[search.is_light][host] += search.load_E[expert] / search.held_EH[expert].sum()
         return True
 
-    def _order(self, search: LayerSearch, load: float, *, bare: bool) -> np.ndarray:
+    def _order(self, search: LayerSearch, expert: int) -> np.ndarray:
         """Hosts for one more replica, the best first."""
+        load, bare = float(search.load_E[expert]), not search.held_EH[expert].any()
         layer_H = search.even_load()
         held_H = search.held_EH.sum(axis=0)
         # A fair part of each host first, so that layers that come later find room everywhere.
@@ -162,11 +163,25 @@ class Draft:
             (
                 -self.rooms.slots_H,
                 np.round(self.use_H[search.is_light] / self.speed_H, 9),
-                np.round(layer_H / self.speed_H, 9),
+                np.round((layer_H + self._inherited(search, expert)) / self.speed_H, 9),
                 far_H,
                 held_H >= quota_H,
             )
         )
+
+    def _inherited(self, search: LayerSearch, expert: int) -> np.ndarray:
+        """(H,): the load that each host would get besides its own if a domain were lost that holds
+        the expert; the largest over these domains. Replicas of what stands together are spread
+        by it, so that many hosts share what one leaves behind."""
+        found_H = np.zeros(len(self.hosts))
+        for domain in set(self.domains(search, expert)):
+            lost_H = self.domain_H == domain
+            held_RH = search.held_EH[search.held_EH[:, lost_H].any(axis=1)]
+            load_R = search.load_E[search.held_EH[:, lost_H].any(axis=1)]
+            now_R, left_R = held_RH.sum(axis=1), held_RH[:, ~lost_H].sum(axis=1)
+            more_R = load_R * np.where(left_R > 0, 1 / np.maximum(left_R, 1) - 1 / now_R, 0.0)
+            found_H = np.maximum(found_H, np.where(lost_H, 0.0, more_R @ held_RH))
+        return found_H
 
     def _cheapest_drop(
         self, expert_bytes: int, able_H: np.ndarray, *, bare: bool

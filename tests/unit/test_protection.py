@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from moesaic.cluster.balance import balancedness, even_split
 from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Replica
 from moesaic.cluster.plan import Plan, Policy, PoolHost, Wishes
 from moesaic.cluster.planner import plan
@@ -126,3 +127,38 @@ def test_pinned_experts_do_not_make_room(slots: int, unprotected: int) -> None:
     )
     assert len(found.unprotected) == unprotected
     assert [move.key.expert for move in found.moves] == [0] * (1 - unprotected)
+
+
+def after_a_loss(found: Plan, hosts: list[PoolHost]) -> list[tuple[float, float]]:
+    """For each host and layer, balancedness of the others once the host is gone: as routers go on
+    by the shares that they know, and with the best shares."""
+    names = [host.name for host in hosts]
+    parts = []
+    for layer in found.layers.values():
+        share_EH = np.zeros((len(layer.replicas), len(hosts)))
+        held_EH = np.zeros_like(share_EH, dtype=bool)
+        for expert, replicas in enumerate(layer.replicas):
+            for host, share in replicas:
+                held_EH[expert, names.index(host)] = True
+                share_EH[expert, names.index(host)] = share
+        for lost in range(len(hosts)):
+            left_EH, known_EH = np.delete(held_EH, lost, 1), np.delete(share_EH, lost, 1)
+            known_EH = np.where(known_EH.any(axis=1, keepdims=True), known_EH, left_EH)
+            going_on_H = (known_EH / known_EH.sum(axis=1, keepdims=True)).sum(axis=0)
+            speed_H = np.ones(len(hosts) - 1)
+            best_EH = even_split(left_EH, np.ones(len(left_EH)), speed_H)
+            parts.append(
+                (balancedness(going_on_H, speed_H), balancedness(best_EH.sum(axis=0), speed_H))
+            )
+    return parts
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_what_a_host_leaves_behind_is_shared_by_all_others(count: int) -> None:
+    """Were hosts each other's mirrors, one would get twice the load: 0.57 of 8 hosts."""
+    hosts = [PoolHost(name=f"h{n}") for n in range(count)]
+    shape = ModelShape(model=M, experts=dict.fromkeys(range(4), 8 * count))
+    found = plan(models=[shape], hosts=hosts, current={}, loads={}, policy=Policy(redundancy=1))
+    going_on, best = zip(*after_a_loss(found, hosts), strict=True)
+    assert min(going_on) > 0.7
+    assert min(best) > 0.95
