@@ -9,13 +9,14 @@ import numpy as np
 
 from .grouping import rank_within_expert
 from .layer_call import LayerCall
-from .placement import SHARE_STEPS, Placement
+from .levelling import level
+from .routes import SHARE_STEPS, Routes
 
 
 def choose_hosts(
     call: LayerCall,
     choices_n: np.ndarray,
-    placement: Placement,
+    routes: Routes,
     usable_H: np.ndarray,
     welcome_H: np.ndarray,
     *,
@@ -24,20 +25,21 @@ def choose_hosts(
     """For each choice the index of a usable host that holds its expert, or -1.
 
     The shares of the placement decide, in turns of ``split_rows`` choices of one expert. What they
-    give to a host that is not usable, or not ``welcome_H`` while another one is, goes elsewhere.
+    give to a host that is not usable, or not ``welcome_H`` while another one is, goes elsewhere;
+    and what makes one host busier than the others is handed on, in pieces of half as many choices.
     """
     if not usable_H.size:
         return np.full(choices_n.size, -1)  # nobody holds anything at the moment
-    table = placement.tables[call.key]
+    layer = routes.layer(call.key)
     ids_n = call.ids_N[choices_n]
     step_n = np.full(ids_n.size, call.rotation)
     if ids_n.size > split_rows:
         step_n += rank_within_expert(ids_n) // split_rows
-    host_n = table[ids_n, step_n % SHARE_STEPS].astype(np.int64)
-    open_EH = placement.holders[call.key] & usable_H
+    host_n = layer.table_ES[ids_n, step_n % SHARE_STEPS].astype(np.int64)
+    open_EH = layer.held_EH & usable_H
     for host, expert in call.avoid:
-        if host in placement.host_index:
-            open_EH[expert, placement.host_index[host]] = False
+        if host in routes.index:
+            open_EH[expert, routes.index[host]] = False
     first_EH = open_EH & welcome_H
     unserved = np.flatnonzero((host_n < 0) | ~first_EH[ids_n, host_n])
     for expert in np.unique(ids_n[unserved]):
@@ -46,4 +48,7 @@ def choose_hosts(
         if not others.size:
             others = np.flatnonzero(open_EH[expert])
         host_n[mine] = others[step_n[mine] % others.size] if others.size else -1
+    if not call.avoid and (host_n >= 0).all():
+        piece = max(split_rows // 2, 1)
+        level(host_n, ids_n.astype(np.int64), layer, usable_H & welcome_H, piece=piece)
     return host_n

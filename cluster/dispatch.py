@@ -294,8 +294,6 @@ class Dispatcher:
         # transformers marks choices that belong to nobody with the number of experts.
         inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
         call.waiting_N = call.waiting_N[inside]
-        if not placement.host_order:
-            return []  # every host is gone
         host_n = self._peers.choose(call, call.waiting_N, now)
         still = [call.waiting_N[host_n < 0]]
         commands: list[Command] = []

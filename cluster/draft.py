@@ -252,7 +252,9 @@ class Draft:
             before[key] = balancedness(self.load_before_H[key], self.speed_H, search.least)
             after[key] = balancedness(load_H, self.speed_H, search.least)
             share_EH = shares(flow_EH, search.held_EH, self.speed_H)
-            layers[key] = self._layer(key, search.held_EH, share_EH)
+            # What is gathered on few hosts stays there.
+            part_H = load_H if search.is_light and load_H.any() else self.speed_H
+            layers[key] = self._layer(key, search.held_EH, share_EH, part_H / part_H.sum())
             drops += [
                 (key.expert(int(expert)), self.names[host])
                 for expert, host in np.argwhere(self.stood[key] & ~search.held_EH)
@@ -279,7 +281,9 @@ class Draft:
                 found.append(move)
         return tuple(found)
 
-    def _layer(self, key: LayerKey, held_EH: np.ndarray, share_EH: np.ndarray) -> LayerPlacement:
+    def _layer(
+        self, key: LayerKey, held_EH: np.ndarray, share_EH: np.ndarray, part_H: np.ndarray
+    ) -> LayerPlacement:
         """The preferred replica has the largest share; among equals it rotates with expert and
         layer, so that small calls, which take preferred replicas alone, load all hosts alike."""
         count = len(self.names)
@@ -295,4 +299,5 @@ class Draft:
             replicas.append(
                 tuple(Replica(self.names[h], float(share_EH[expert, h])) for h in hosts)
             )
-        return LayerPlacement(tuple(replicas))
+        parts = tuple(zip(self.names, part_H.tolist(), strict=True))
+        return LayerPlacement(tuple(replicas), parts)

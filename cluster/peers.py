@@ -16,6 +16,7 @@ from .events import Command, Disconnect, Send
 from .health import HostHealth, HostState, RouterPolicy
 from .layer_call import LayerCall
 from .placement import Placement
+from .routes import Routes
 
 
 class Piece(NamedTuple):
@@ -50,11 +51,13 @@ class Peers:
         self.placement: Placement | None = None
         self.hosts: dict[str, HostHealth] = {}
         self._policy = policy
+        self._routes: Routes | None = None
 
     def place(self, placement: Placement) -> list[str]:
         """Follow ``placement``. Gives the hosts whose connections are over: another incarnation
         of each is placed."""
         self.placement = placement
+        self._routes = Routes(placement)
         over = []
         for name, health in list(self.hosts.items()):
             entry = placement.hosts.get(name)
@@ -88,25 +91,21 @@ class Peers:
     ) -> np.ndarray:
         """For each choice the number of a host that takes it now; -1 where there is none. Beside a
         host that is late, only those that were not late themselves. The call's layer is placed."""
-        assert self.placement is not None
-        healths = [self.hosts.get(name) for name in self.placement.host_order]
+        assert self._routes is not None
+        healths = [self.hosts.get(name) for name in self._routes.hosts]
         usable_H = np.array([h is not None and h.takes_calls(now) for h in healths], dtype=bool)
         welcome_H = np.array([h is not None and now >= h.avoid_until for h in healths], dtype=bool)
         if besides:
-            usable_H &= welcome_H & (np.array(self.placement.host_order) != besides)
+            usable_H &= welcome_H & (np.array(self._routes.hosts) != besides)
+        split_rows = self._policy.split_rows
         return choose_hosts(
-            call,
-            choices_n,
-            self.placement,
-            usable_H,
-            welcome_H,
-            split_rows=self._policy.split_rows,
+            call, choices_n, self._routes, usable_H, welcome_H, split_rows=split_rows
         )
 
     def pieces(self, call: LayerCall, choices_n: np.ndarray, host_n: np.ndarray) -> Iterator[Piece]:
         """The choices as sends to the hosts that were chosen for them."""
-        assert self.placement is not None
-        for index, name in enumerate(self.placement.host_order):
+        assert self._routes is not None
+        for index, name in enumerate(self._routes.hosts):
             mine = choices_n[host_n == index]
             if mine.size:
                 for token_t, choice_tk in call.pieces(name, mine):

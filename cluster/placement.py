@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
-
-import numpy as np
-
-# Entries of the table that turns shares into choices: shares are kept to within 1 / 64.
-SHARE_STEPS = 64
 
 
 class ExpertKey(NamedTuple):
@@ -62,6 +56,9 @@ class LayerPlacement:
     """One layer: for each expert its replicas, the preferred one first."""
 
     replicas: tuple[tuple[Replica, ...], ...]
+    # Hosts and the part of the layer's load that each is to have, in every call that is large
+    # enough; empty: the shares alone decide.
+    parts: tuple[tuple[str, float], ...] = ()
 
     def hosts(self, expert: int) -> tuple[str, ...]:
         return tuple(replica.host for replica in self.replicas[expert])
@@ -75,7 +72,7 @@ class LayerPlacement:
         shares = [r.share / total for r in kept] if total > 0 else [1 / len(names)] * len(names)
         replicas = list(self.replicas)
         replicas[expert] = tuple(map(Replica, names, shares))
-        return LayerPlacement(tuple(replicas))
+        return LayerPlacement(tuple(replicas), self.parts)
 
 
 @dataclass(frozen=True)
@@ -92,53 +89,6 @@ class Placement:
                 names = [replica.host for replica in replicas]
                 if len(set(names)) != len(names):
                     raise ValueError(f"{key.expert(expert)} stands twice on one host: {names}")
-
-    @cached_property
-    def host_order(self) -> tuple[str, ...]:
-        return tuple(
-            sorted({r.host for lp in self.layers.values() for e in lp.replicas for r in e})
-        )
-
-    @cached_property
-    def host_index(self) -> dict[str, int]:
-        return {host: i for i, host in enumerate(self.host_order)}
-
-    @cached_property
-    def tables(self) -> dict[LayerKey, np.ndarray]:
-        """For each layer (E, SHARE_STEPS) int16: the host's index for each step of the shares."""
-        return {
-            key: np.stack([self._steps(replicas) for replicas in layer.replicas])
-            for key, layer in self.layers.items()
-        }
-
-    @cached_property
-    def holders(self) -> dict[LayerKey, np.ndarray]:
-        """For each layer (E, hosts) bool: who holds what."""
-        found: dict[LayerKey, np.ndarray] = {}
-        for key, layer in self.layers.items():
-            held = np.zeros((len(layer.replicas), len(self.host_order)), dtype=bool)
-            for expert, replicas in enumerate(layer.replicas):
-                for replica in replicas:
-                    held[expert, self.host_index[replica.host]] = True
-            found[key] = held
-        return found
-
-    def _steps(self, replicas: Sequence[Replica]) -> np.ndarray:
-        """Smooth weighted round robin: any run of steps has nearly the shares of the whole."""
-        if not replicas:
-            return np.full(SHARE_STEPS, -1, dtype=np.int16)
-        shares = np.array([max(replica.share, 0.0) for replica in replicas])
-        shares = (
-            shares / shares.sum() if shares.sum() > 0 else np.full(len(shares), 1 / len(shares))
-        )
-        credit = np.zeros(len(replicas))
-        steps = np.empty(SHARE_STEPS, dtype=np.int16)
-        for step in range(SHARE_STEPS):
-            credit += shares
-            winner = int(np.argmax(credit))
-            credit[winner] -= 1.0
-            steps[step] = self.host_index[replicas[winner].host]
-        return steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

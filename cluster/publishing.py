@@ -63,7 +63,8 @@ class Publisher:
                     tuple(
                         self._ready(key.expert(e), replicas, before.replicas[e] if before else ())
                         for e, replicas in enumerate(layer.replicas)
-                    )
+                    ),
+                    layer.parts,
                 )
         hosts = self._view.entries()
         exact = frozenset(model for model, shape in models.items() if shape.exact)

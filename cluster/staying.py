@@ -60,5 +60,5 @@ def let_stay(
         where = LayerKey(key.model, key.layer)
         replicas = list(layers[where].replicas)
         replicas[key.expert] = tuple(Replica(host, 1 / len(names)) for host in names)
-        layers[where] = LayerPlacement(tuple(replicas))
+        layers[where] = replace(layers[where], replicas=tuple(replicas))
     return replace(found, layers=layers)

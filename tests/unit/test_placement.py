@@ -1,16 +1,14 @@
-"""Placements: spreading experts over hosts, shares as tables, and what a placement refuses."""
+"""Placements: spreading experts over hosts, and what a placement refuses."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.placement import (
-    SHARE_STEPS,
     ExpertKey,
     LayerKey,
     LayerPlacement,
@@ -116,46 +114,6 @@ def test_experts_of_all_hosts_are_all_replicas(
 
 def test_an_experts_name_for_people() -> None:
     assert str(ExpertKey("demo", 3, 7)) == "expert 7 of layer 3 of demo"
-
-
-# ---- shares -------------------------------------------------------------------------------------
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(weights=st.lists(st.floats(0.0, 10.0), min_size=1, max_size=6))
-def test_tables_keep_shares_to_within_one_step(weights: list[float]) -> None:
-    replicas = tuple(Replica(f"h{n}", weight) for n, weight in enumerate(weights))
-    placement = placed(replicas)
-    steps = placement.tables[KEY][0]
-    assert steps.shape == (SHARE_STEPS,) == (64,)
-    total = sum(weights)
-    for n, weight in enumerate(weights):
-        share = weight / total if total else 1 / len(weights)
-        given_steps = int((steps == placement.host_index[f"h{n}"]).sum())
-        assert abs(given_steps / 64 - share) <= 1 / 64 + 1e-9
-
-
-def test_a_run_of_steps_has_nearly_the_shares_of_the_whole() -> None:
-    """Small calls follow one another through the table: no replica may come in one lump."""
-    placement = placed((Replica("h0", 0.5), Replica("h1", 0.25), Replica("h2", 0.25)))
-    steps = placement.tables[KEY][0]
-    for start in range(0, 64, 8):
-        counts = np.bincount(steps[start : start + 8], minlength=3)
-        assert np.abs(counts - [4, 2, 2]).max() <= 1
-
-
-def test_an_expert_without_a_replica_has_a_table_of_nobody() -> None:
-    placement = placed((Replica("h0", 1.0),), ())
-    assert (placement.tables[KEY][1] == -1).all()
-    assert placement.holders[KEY].tolist() == [[True], [False]]
-
-
-def test_hosts_are_numbered_by_name_and_holders_agree_with_the_tables() -> None:
-    placement = placed((Replica("h2", 0.9), Replica("h0", 0.1)), (Replica("h1", 1.0),))
-    assert placement.host_order == ("h0", "h1", "h2")
-    assert placement.holders[KEY].tolist() == [[True, False, True], [False, True, False]]
-    assert set(placement.tables[KEY][0].tolist()) == {0, 2}
-    assert set(placement.tables[KEY][1].tolist()) == {1}
 
 
 # ---- what is refused ----------------------------------------------------------------------------
