@@ -301,22 +301,20 @@ class Dispatcher:
             if piece.health.room <= 0:
                 still.append(piece.choices)
                 continue
-            flight = self._send(call, piece, call.attempts, now)
-            size = flight.send.choices.size
-            flight.hedge_at = now + self._hedging.latencies.late_after_s(call.key.model, size)
             self._hedging.earn()
-            commands.append(flight.send)
+            commands.append(self._send(call, piece, call.attempts, now).send)
         call.waiting_N = np.sort(np.concatenate(still))
         return commands
 
     def _hedge(self, call: LayerCall, now: float) -> list[Command]:
-        """Send what is late to other replicas too, where every choice of it has one."""
+        """Send what is late to other replicas too, where every choice of it has one. What was sent
+        so counts like any other send once it is alone with its choices."""
         commands: list[Command] = []
         placed = self.placement is not None and call.key in self.placement.layers
         for flight in [f for f in call.live.values() if now >= f.hedge_at]:
             # If not now, then when it is twice as old.
             flight.hedge_at = now + max(now - flight.sent_at, self.policy.hedge_least_s)
-            if not placed:
+            if not placed or flight.hedges or flight.rival is not None:
                 continue
             choices = flight.send.choices
             host_n = self._peers.choose(call, choices, now, besides=flight.send.host)
@@ -328,7 +326,6 @@ class Dispatcher:
             age_s = now - flight.sent_at
             if not room or not self._hedging.may(call.key.model, choices.size, age_s, now):
                 continue
-            flight.hedge_at = float("inf")
             for piece in pieces:
                 hedge = self._send(call, piece, call.attempts + 1, now)
                 hedge.rival = flight.send.seq
@@ -342,6 +339,7 @@ class Dispatcher:
         send = piece.send(call, self._next_seq, timeout_s=expires - now, attempt=attempt)
         self._next_seq += 1
         piece.health.sent(send.seq)
-        flight = Flight(send, sent_at=now, expires=expires, hedge_at=float("inf"))
+        late_s = self._hedging.latencies.late_after_s(call.key.model, send.choices.size)
+        flight = Flight(send, sent_at=now, expires=expires, hedge_at=now + late_s)
         call.live[send.seq] = flight
         return flight

@@ -11,6 +11,8 @@ from .placement import HostEntry
 
 # Of the number of a call that was not given up.
 _WANTED = 0
+# Hosts of a higher rank come first; this is that of one that did nothing wrong.
+BEST_RANK = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,13 @@ class HostHealth:
 
     def takes_calls(self, now: float) -> bool:
         return self.state is HostState.UP and now >= self.busy_until
+
+    def rank(self, now: float) -> int:
+        """A host that lost races comes behind others, and last one that does not even answer
+        probes behind calls that were given up: it may be frozen."""
+        if self._quarantined:
+            return 0
+        return BEST_RANK if now >= self.avoid_until else 1
 
     @property
     def room(self) -> int:

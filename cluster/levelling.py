@@ -24,9 +24,9 @@ def level(
     host_n: np.ndarray, ids_n: np.ndarray, routes: LayerRoutes, open_H: np.ndarray, *, piece: int
 ) -> None:
     """Take choices from hosts that have more than their part of the call and give them to other
-    ``open_H`` hosts of their experts, in place; by turns, the host that has the most for its part first. An
-    expert's choices are not torn into pieces smaller than ``piece``, and so little is even. A
-    host's part of the call is by ``routes.part_H``, as far as hosts are open."""
+    ``open_H`` hosts of their experts, in place; by turns, the host that has the most for its part
+    first. Parts are ``routes.part_H``, as far as hosts are open. An expert's choices are not torn
+    into pieces smaller than ``piece``, and so much too much is even."""
     part_H = routes.part_H * open_H
     if not part_H.any():
         return

@@ -337,7 +337,7 @@ KINDS = (
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_history_keeps_every_expert_served_and_ends_whole(data: st.DataObject) -> None:
     hosts = data.draw(st.integers(1, 4), label="hosts")

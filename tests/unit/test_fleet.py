@@ -127,7 +127,7 @@ KINDS = (
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_history_of_sizes_keeps_every_expert_served(data: st.DataObject) -> None:
     world = FleetWorld([group(data.draw(st.integers(1, 3)))], [(shape("disk", experts=3), True)])

@@ -67,7 +67,7 @@ def test_a_hedge_that_is_slower_is_cancelled() -> None:
 def test_a_host_that_was_overtaken_is_avoided_for_a_while_and_then_tried_again() -> None:
     world = world_of()
     asked, _ = begin_on_one(world)
-    asked.frozen = True
+    asked.frozen = True  # for calls, but not for probes
     world.pass_time(USUAL_S * 1.1)
     for host in world.hosts.values():
         if host is not asked:
@@ -88,10 +88,55 @@ def test_a_host_that_was_overtaken_is_avoided_for_a_while_and_then_tried_again()
                 world.pass_to_next()
         assert world.dispatcher.outcome is not None
         assert world.dispatcher.outcome.ok
-        world.now += 0.02
+        world.pass_time(0.02)
+        if asked.pings:
+            world.pong(asked)
     gaps = np.diff(sorted({round(t, 1) for t in tried}))
     assert len(tried) < 12
     assert gaps.max() > 1.0, "ever more rarely"
+
+
+def test_a_host_that_does_not_answer_probes_is_not_tried_again() -> None:
+    world = world_of()
+    asked, other = begin_on_one(world)
+    world.pass_time(USUAL_S * 1.1)
+    world.answer(other, 0)
+    for _ in range(400):
+        world.begin(one_token(1))
+        assert len(asked.inbox) == 1
+        world.answer(other, 0)
+        world.pass_time(0.02)
+    world.pong(asked)
+    world.begin(one_token(2))
+    while not asked.inbox:
+        world.answer(other, 0)
+        world.begin(one_token(2))
+
+
+def test_what_a_hedge_is_left_alone_with_is_hedged_again() -> None:
+    """A late call goes to two hosts, one of them answers, and the other is frozen: the first host
+    was told to forget the call, and nobody may wait for the frozen one's deadline."""
+    world = world_of(hosts=3)
+    first, second, third = world.hosts.values()
+    even = (Replica(first.name, 1.0), Replica(second.name, 0.0))
+    odd = (Replica(first.name, 1.0), Replica(third.name, 0.0))
+    world.republish(LayerPlacement(tuple(odd if e % 2 else even for e in range(8))))
+    world.begin(one_token(2))
+    began = world.now
+    assert [len(host.inbox) for host in (first, second, third)] == [1, 0, 0]
+    world.pass_time(USUAL_S * 2.2)
+    assert [len(host.inbox) for host in (first, second, third)] == [1, 1, 1]
+    world.answer(second, 0)
+    assert first.inbox[0].seq in first.cancelled
+    while world.dispatcher.outcome is None:
+        world.pass_to_next()
+        if first.pings:
+            world.pong(first)
+        while first.inbox and first.inbox[0].seq not in first.cancelled:
+            world.answer(first, 0)
+    assert world.dispatcher.outcome.ok
+    assert world.now - began < POLICY.attempt_s / 4
+    world.check_whole()
 
 
 def test_without_another_replica_nothing_is_hedged() -> None:

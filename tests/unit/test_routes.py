@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.choosing import choose_hosts
+from moesaic.cluster.health import BEST_RANK
 from moesaic.cluster.layer_call import LayerCall
 from moesaic.cluster.levelling import level
 from moesaic.cluster.placement import (
@@ -163,8 +164,8 @@ def chosen(routes: Routes, ids_TK: np.ndarray, *, lost: int | None = None) -> np
         waiting_N=np.arange(ids_N.size),
     )
     open_H = np.arange(len(routes.hosts)) != lost
-    welcome_H = np.ones_like(open_H)
-    host_n = choose_hosts(call, call.waiting_N, routes, open_H, welcome_H, split_rows=SPLIT_ROWS)
+    rank_H = np.full(len(open_H), BEST_RANK)
+    host_n = choose_hosts(call, call.waiting_N, routes, open_H, rank_H, split_rows=SPLIT_ROWS)
     return np.bincount(host_n, minlength=len(routes.hosts))
 
 
