@@ -7,9 +7,10 @@ of, one after the other, twice, with other texts the second time. A forward pass
 routers choose. At each shift all ways see the domain's first windows; they are rated on those, and
 on the later ones, which nobody has seen. `--trace` writes what `moesaic simulate` replays.
 
-The model has 8 experts a layer, so a pool of 5 hosts with 2 slots for each layer: 1.25 slots an
-expert. A hot expert has more than one host's fair part, and then two or three of the ten slots are
-needed for it; `bound` says how far slots suffice at all.
+The model has 8 experts a layer. Two pools: 5 hosts with 2 slots for each layer (1.25 slots an
+expert), where a hot expert has more than one host's fair part, and then two or three of the ten
+slots are needed for it; and 4 hosts with 5 slots (2.5 slots an expert), as a pool has that keeps
+every expert through the loss of a host (`redundancy: 1`). `bound` says how far slots suffice at all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ ROW_TOKENS = 256  # a window has rows of several texts
 ROWS = 2
 CHARS = 8192  # of each text
 VISITS, WINDOWS, SEEN = 2, 4, 2  # windows of each visit to a domain; how many of them are seen
+POOLS = ((5, 2, 0), (4, 5, 1))  # (hosts, slots of each layer on each, redundancy)
 Row = dict[str, Any]
 
 
@@ -135,12 +138,15 @@ def shifts_of(trace: Trace, windows: int, seen: int) -> tuple[list[np.ndarray], 
     return list(count_VWLE[:, :seen].sum(axis=1)), list(count_VWLE[:, seen:].sum(axis=1))
 
 
-def compare(pool: Pool, seen: list[np.ndarray], later: list[np.ndarray]) -> list[Row]:
+def compare(
+    pool: Pool, redundancy: int, seen: list[np.ndarray], later: list[np.ndarray]
+) -> list[Row]:
+    thrifty, lavish = (replace(policy, redundancy=redundancy) for policy in (THRIFTY, LAVISH))
     ways: dict[str, list[Shift]] = {
         "nothing moves": static(pool, seen, split=False),
         "DeepSeek's rule": deepseek(pool, seen),
-        "ours, 5 % at most": ours(pool, seen, THRIFTY, BUDGET),
-        "ours, any number": ours(pool, seen, LAVISH),
+        "ours, 5 % at most": ours(pool, seen, thrifty, BUDGET),
+        "ours, any number": ours(pool, seen, lavish),
     }
     rows = []
     for way, found in ways.items():
@@ -162,8 +168,9 @@ def compare(pool: Pool, seen: list[np.ndarray], later: list[np.ndarray]) -> list
     ]  # fmt: skip
 
 
-def show(rows: list[Row], visits: list[str], console: Console) -> None:
-    table = Table("way", "mean", "worst layer", "moved per shift", "later: mean", "worst layer")
+def show(title: str, rows: list[Row], visits: list[str], console: Console) -> None:
+    columns = ("way", "mean", "worst layer", "moved per shift", "later: mean", "worst layer")
+    table = Table(*columns, title=title)
     for row in rows:
         table.add_row(
             row["way"],
@@ -194,13 +201,16 @@ def main() -> None:
     if arguments.trace:
         write_trace(arguments.trace, trace)
     first = next(iter(trace.counts.values()))
-    pool = Pool(layers=len(trace.counts), experts=first.shape[1], slots=2, hosts=5)
-    rows = compare(pool, *shifts_of(trace, WINDOWS, SEEN))
-    show(rows, visits, Console(width=130))
+    results: dict[str, list[Row]] = {}
+    for hosts, slots, redundancy in POOLS:
+        pool = Pool(layers=len(trace.counts), experts=first.shape[1], slots=slots, hosts=hosts)
+        title = f"{hosts} hosts with {slots} slots a layer, redundancy {redundancy}"
+        results[title] = compare(pool, redundancy, *shifts_of(trace, WINDOWS, SEEN))
+        show(title, results[title], visits, Console(width=130))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        results = {"title": "recorded loads", "visits": visits, "results": rows}
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        whole = {"title": "recorded loads", "visits": visits, "results": results}
+        arguments.json.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":
