@@ -10,7 +10,8 @@ on the later ones, which nobody has seen. `--trace` writes what `moesaic simulat
 The model has 8 experts a layer. Two pools: 5 hosts with 2 slots for each layer (1.25 slots an
 expert), where a hot expert has more than one host's fair part, and then two or three of the ten
 slots are needed for it; and 4 hosts with 5 slots (2.5 slots an expert), as a pool has that keeps
-every expert through the loss of a host (`redundancy: 1`). `bound` says how far slots suffice at all.
+every expert through the loss of a host (`redundancy: 1`). `bound` says how far slots suffice at
+all.
 """
 
 from __future__ import annotations
