@@ -13,7 +13,7 @@ import numpy as np
 
 from .choosing import choose_hosts
 from .events import Command, Disconnect, Send
-from .health import BEST_RANK, HostHealth, HostState, RouterPolicy
+from .health import HostHealth, HostState, RouterPolicy
 from .layer_call import LayerCall
 from .placement import Placement
 from .routes import Routes
@@ -90,13 +90,13 @@ class Peers:
         self, call: LayerCall, choices_n: np.ndarray, now: float, *, besides: str = ""
     ) -> np.ndarray:
         """For each choice the number of a host that takes it now; -1 where there is none. Beside a
-        host that is late, only those that were not late themselves. The call's layer is placed."""
+        host that is late, only those that answer probes. The call's layer is placed."""
         assert self._routes is not None
         healths = [self.hosts.get(name) for name in self._routes.hosts]
         usable_H = np.array([h is not None and h.takes_calls(now) for h in healths], dtype=bool)
         rank_H = np.array([0 if h is None else h.rank(now) for h in healths], dtype=np.int8)
         if besides:
-            usable_H &= (rank_H == BEST_RANK) & (np.array(self._routes.hosts) != besides)
+            usable_H &= (rank_H > 0) & (np.array(self._routes.hosts) != besides)
         split_rows = self._policy.split_rows
         return choose_hosts(call, choices_n, self._routes, usable_H, rank_H, split_rows=split_rows)
 

@@ -139,6 +139,17 @@ def test_what_a_hedge_is_left_alone_with_is_hedged_again() -> None:
     world.check_whole()
 
 
+def test_a_host_that_is_avoided_is_asked_when_another_one_is_late() -> None:
+    world = world_of()
+    asked, other = begin_on_one(world)
+    world.dispatcher.hosts[other.name].avoid_until = world.now + POLICY.avoid_max_s
+    world.pass_time(USUAL_S * 1.1)
+    assert len(other.inbox) == 1
+    world.answer(other, 0)
+    assert asked.inbox[0].seq in asked.cancelled
+    world.check_whole()
+
+
 def test_without_another_replica_nothing_is_hedged() -> None:
     world = world_of(replicas=1)
     asked, other = begin_on_one(world)
