@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 
 # So that a forgotten wake-up costs little.
 LONGEST_WAIT_S = 5.0
+# How long a report of the load waits for a call to end.
+HAND_OVER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,9 @@ class Router:
         self._calls = self._rows = 0
         self._lock = threading.RLock()
         self._placements: queue.SimpleQueue[Placement] = queue.SimpleQueue()
+        # Whoever has waited for the lock for long gets its report through the queue.
+        self._report_wanted = False
+        self._handed: queue.SimpleQueue[LoadReport] = queue.SimpleQueue()
         self._closed = False
 
     # ---- life -----------------------------------------------------------------------------------
@@ -144,22 +149,33 @@ class Router:
 
     def take_load(self) -> LoadReport:
         """What was counted since the last time, and the placement that is followed. Never waits
-        long: in the middle of a slow call the counts stay for the next time."""
-        counted = self._lock.acquire(timeout=0.05)
+        long: while one slow call follows the other, the next that ends hands its counts over."""
+        if self._handed.empty():
+            if self._lock.acquire(timeout=0.05):
+                try:
+                    if not self._closed:
+                        self._take_placements()
+                    return self._report()
+                finally:
+                    self._lock.release()
+            self._report_wanted = True
+        # A call that waits for its layer ends when the controller has heard of it.
+        unplaced = self._dispatcher.unplaced
         try:
-            if counted and not self._closed:
-                self._take_placements()
+            return self._handed.get(timeout=HAND_OVER_S if unplaced is None else 0)
+        except queue.Empty:
             placement = self._dispatcher.placement
             number = placement.number if placement is not None else None
-            unplaced = self._dispatcher.unplaced
             asked = () if unplaced is None else (unplaced,)
-            if not counted:
-                return LoadReport(router=self.name, number=number, unplaced=asked)
-            self._dispatcher.unplaced = None
-            return self._dispatcher.meter.take(self.name, number, asked)
-        finally:
-            if counted:
-                self._lock.release()
+            return LoadReport(router=self.name, number=number, unplaced=asked)
+
+    def _report(self) -> LoadReport:
+        """Under the lock."""
+        dispatcher = self._dispatcher
+        number = dispatcher.placement.number if dispatcher.placement is not None else None
+        asked = () if dispatcher.unplaced is None else (dispatcher.unplaced,)
+        dispatcher.unplaced = None
+        return dispatcher.meter.take(self.name, number, asked)
 
     def close(self) -> None:
         with self._lock:
@@ -212,6 +228,9 @@ class Router:
                 raise
             finally:
                 self._job = None
+                if self._report_wanted:
+                    self._report_wanted = False
+                    self._handed.put(self._report())
             if self.batch.dead:
                 out_TH[[row for row in self.batch.dead if row < job.tokens]] = 0.0
             return out_TH.to(device=x_TH.device, dtype=x_TH.dtype)

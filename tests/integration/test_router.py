@@ -23,6 +23,7 @@ from moesaic.actors import host_loop
 from moesaic.actors.host import ExpertHost
 from moesaic.actors.router import Router
 from moesaic.actors.transport.connect import TransportChoice
+from moesaic.cluster.emulation import Emulation
 from moesaic.cluster.health import RouterPolicy
 from moesaic.cluster.placement import (
     ExpertKey,
@@ -491,3 +492,34 @@ def test_a_router_without_hosts_says_what_it_waits_for() -> None:
             router.wait_ready(0.1, [KEY])
     finally:
         router.close()
+
+
+def test_load_is_reported_while_one_slow_call_follows_the_other(folder: Path) -> None:
+    """The router's lock is hardly ever free then; the controller would plan by old counts."""
+
+    def choices(router: Router) -> int:
+        return sum(int(counts.sum()) for counts in router.take_load().counts.values())
+
+    with serving(folder) as pool, in_background() as start:
+        router, call = pool.router(), inputs(8)
+        for host in pool.hosts:
+            host.emulate(Emulation(call_us=80_000))
+        over, ended = threading.Event(), list[int]()
+
+        def calls() -> None:
+            while not over.is_set():
+                router.forward(KEY, *call)
+                ended.append(call[1].numel())
+
+        running = start(calls)
+        counted = []
+        for _ in range(5):
+            seen = len(ended)
+            assert settles(lambda seen=seen: len(ended) >= seen + 2)
+            counted.append(choices(router))
+        over.set()
+        running.result(10)
+        assert all(counted), counted
+        # What was handed over meanwhile, and what came behind it.
+        counted += [choices(router), choices(router)]
+        assert sum(counted) == sum(ended)
