@@ -134,7 +134,6 @@ class Router:
 
     def stats(self) -> RouterStats:
         dispatcher = self._dispatcher
-        placement = dispatcher.placement
         return RouterStats(
             calls=self._calls,
             rows=self._rows,
@@ -143,7 +142,7 @@ class Router:
             hedges=dispatcher.hedges,
             overtakings=dispatcher.overtakings,
             rows_lost=self.batch.lost,
-            placement=placement.number if placement else Number(0, 0),
+            placement=self._number or Number(0, 0),
             hosts={name: host.state.value for name, host in list(dispatcher.hosts.items())},
         )
 
@@ -164,18 +163,19 @@ class Router:
         try:
             return self._handed.get(timeout=HAND_OVER_S if unplaced is None else 0)
         except queue.Empty:
-            placement = self._dispatcher.placement
-            number = placement.number if placement is not None else None
             asked = () if unplaced is None else (unplaced,)
-            return LoadReport(router=self.name, number=number, unplaced=asked)
+            return LoadReport(router=self.name, number=self._number, unplaced=asked)
 
     def _report(self) -> LoadReport:
         """Under the lock."""
-        dispatcher = self._dispatcher
-        number = dispatcher.placement.number if dispatcher.placement is not None else None
-        asked = () if dispatcher.unplaced is None else (dispatcher.unplaced,)
-        dispatcher.unplaced = None
-        return dispatcher.meter.take(self.name, number, asked)
+        unplaced, self._dispatcher.unplaced = self._dispatcher.unplaced, None
+        asked = () if unplaced is None else (unplaced,)
+        return self._dispatcher.meter.take(self.name, self._number, asked)
+
+    @property
+    def _number(self) -> Number | None:
+        placement = self._dispatcher.placement
+        return None if placement is None else placement.number
 
     def close(self) -> None:
         with self._lock:
