@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,6 +45,7 @@ from ..proto.wire import DTYPE_TO_WIRE
 from .batch_rows import BatchRows
 from .job import LayerJob, check_shapes
 from .links import Links
+from .router_stats import RouterStats
 from .transport.connect import TransportChoice
 
 log = logging.getLogger(__name__)
@@ -54,19 +54,6 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 5.0
 # How long a report of the load waits for a call to end.
 HAND_OVER_S = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterStats:
-    calls: int
-    rows: int
-    retries: int
-    ejections: int
-    hedges: int  # sends that repeated a late one,
-    overtakings: int  # and were answered before it
-    rows_lost: int
-    placement: Number
-    hosts: dict[str, str]
 
 
 class Router:
