@@ -85,7 +85,7 @@ def test_shifts_between_domains() -> None:
     assert len(seen) == len(later) == 8
     total = sum(load.sum() for load in seen) + sum(load.sum() for load in later)
     assert total == sum(counts.sum() for counts in trace.counts.values())
-    rows = {row["way"]: row for row in compare(POOL, seen, later)}
+    rows = {row["way"]: row for row in compare(POOL, 0, seen, later)}
     still, theirs = rows["nothing moves"], rows["DeepSeek's rule"]
     few, many, limit = rows["ours, 5 % at most"], rows["ours, any number"], rows["bound"]
     assert few["moved"] <= BUDGET
