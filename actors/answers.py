@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -17,12 +18,14 @@ from .http_responses import (
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatLogprobs,
     Completion,
     CompletionChoice,
     Moesaic,
+    TextLogprobs,
     Usage,
 )
-from .served import Piece
+from .served import Piece, Told
 
 Numbered = AsyncGenerator[tuple[int, Piece], None]  # (choice, piece)
 
@@ -48,6 +51,7 @@ class TextAnswers:
     def __init__(self, answer_id: str, model: str, prompt_tokens: int) -> None:
         self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
         self._prompt_tokens = prompt_tokens
+        self._characters: dict[int, int] = {}
 
     def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]:
         yield Completion(
@@ -78,14 +82,20 @@ class TextAnswers:
         return CompletionChoice(
             index=index,
             text=text,
-            logprobs=None,
+            logprobs=TextLogprobs.of(piece.logprobs, self._offset(index, piece)),
             finish_reason=piece.finish_reason,
             moesaic=Moesaic.of(piece.dropped),
         )
 
+    def _offset(self, index: int, piece: Piece) -> int:
+        """Characters of this choice's tokens before this piece's."""
+        before = self._characters.get(index, 0)
+        self._characters[index] = before + sum(len(one.chosen.text) for one in piece.logprobs)
+        return before
+
 
 class ChatAnswers:
-    """``/v1/chat/completions``; always one choice."""
+    """``/v1/chat/completions``; one choice for each ``n``."""
 
     def __init__(self, answer_id: str, model: str, prompt_tokens: int) -> None:
         self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
@@ -94,8 +104,9 @@ class ChatAnswers:
     def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]:
         if is_first:
             yield self._chunk(index, ChatDelta(role="assistant", content=""))
-        if piece.text:
-            yield self._chunk(index, ChatDelta(content=piece.text))
+        logprobs = ChatLogprobs.of(piece.logprobs)
+        if piece.text or logprobs is not None:
+            yield self._chunk(index, ChatDelta(content=piece.text), logprobs=logprobs)
         if piece.finish_reason is not None:
             yield self._chunk(index, ChatDelta(), piece)
 
@@ -112,6 +123,7 @@ class ChatAnswers:
             ChatChoice(
                 index=index,
                 message=ChatAnswer(content=text),
+                logprobs=ChatLogprobs.of(piece.logprobs),
                 finish_reason=piece.finish_reason,
                 moesaic=Moesaic.of(piece.dropped),
             )
@@ -120,11 +132,18 @@ class ChatAnswers:
         usage = Usage.of(self._prompt_tokens, sum(piece.tokens for piece in last))
         return ChatCompletion(**self._base, choices=choices, usage=usage)
 
-    def _chunk(self, index: int, delta: ChatDelta, last: Piece | None = None) -> ChatChunk:
+    def _chunk(
+        self,
+        index: int,
+        delta: ChatDelta,
+        last: Piece | None = None,
+        *,
+        logprobs: ChatLogprobs | None = None,
+    ) -> ChatChunk:
         choice = ChatChunkChoice(
             index=index,
             delta=delta,
-            logprobs=None,
+            logprobs=logprobs,
             finish_reason=last.finish_reason if last else None,
             moesaic=Moesaic.of(last.dropped if last else None),
         )
@@ -166,11 +185,13 @@ async def merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> Numbered:
 async def collect(pieces: Numbered, choices: int, answers: Answers) -> BaseModel:
     """The whole answer."""
     texts: list[list[str]] = [[] for _ in range(choices)]
+    told: list[list[Told]] = [[] for _ in range(choices)]
     last = [Piece("", 0)] * choices
     async with aclosing(pieces):
         async for index, piece in pieces:
             texts[index].append(piece.text)
-            last[index] = piece
+            told[index] += piece.logprobs
+            last[index] = replace(piece, logprobs=tuple(told[index]))
     return answers.whole(["".join(parts) for parts in texts], last)
 
 

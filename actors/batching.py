@@ -44,12 +44,12 @@ from transformers.generation.continuous_batching.scheduler import (
 
 from ..cluster.missing import RowGroups
 from ..proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel
-from .sampling import is_greedy, sample
+from .sampling import RequestSampler, choose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .engine import EngineConfig, Sampling
+    from .engine import EngineConfig
     from .streams import Streams
 
 logger = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ class BatchingLoop(ContinuousBatchingManager):
                 # The step wrote wrong keys and values: no later prompt may find these blocks.
                 request.complete_blocks = {}
                 processor.scheduler.set_request_cancellation(request.state.request_id)
-        self.streams.fail(self._faults)
+        self.streams.post(self._faults)
 
     def _keep_to_themselves(self) -> None:
         """What was computed without some experts is of no use to later prompts."""
@@ -276,19 +276,23 @@ class BatchingLoop(ContinuousBatchingManager):
         finite_R = scores_RV.gather(1, tokens_R[:, None])[:, 0].isfinite().tolist()
         # Rows beyond the requests that have a new token are padding.
         live = [r.state.request_id for r in self._requests_in_batch() if r.has_new_token]
-        sampled: list[tuple[int, Sampling]] = []
+        rows: list[int] = []
+        samplers: list[RequestSampler] = []
         for row, (request_id, finite) in enumerate(zip(live, finite_R, strict=False)):
-            sampling = self.streams.sampling(request_id)
+            sampler = self.streams.sampler(request_id)
             if not finite:
                 self._faults.setdefault(
                     request_id, InternalError("the model's logits are not finite")
                 )
-            elif sampling is not None and not is_greedy(sampling):
-                sampled.append((row, sampling))
-        if sampled:
-            rows, samplings = zip(*sampled, strict=True)
+            elif sampler is not None and not sampler.trivial:
+                rows.append(row)
+                samplers.append(sampler)
+        if rows:
             rows_S = torch.tensor(rows, device=scores.device)
-            tokens_R[rows_S] = sample(scores_RV[rows_S], samplings, self._generator)
+            tokens_S = choose(scores_RV[rows_S], samplers, self._generator)
+            tokens_R[rows_S] = tokens_S
+            for row, sampler, token in zip(rows, samplers, tokens_S.tolist(), strict=True):
+                sampler.chose(token, scores_RV[row])
         output_ids[0, : tokens_R.size(0)].copy_(tokens_R)
 
     def _requests_in_batch(self) -> list[FutureRequestState]:

@@ -13,7 +13,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from ..cluster.missing import WAIT, Dropped, MissingExpert, RowGroups
 from ..proto.errors import Busy, EngineError, MoesaicError, RequestError
@@ -34,7 +34,23 @@ class Sampling:
     max_tokens: int
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
+    top_k: int = 0  # 0: of all tokens
+    min_p: float = 0.0  # tokens with less than this part of the likeliest one's probability are out
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added)
+    seed: int | None = None
+    logprobs: int | None = None  # how many of the likeliest tokens are told, too; None: none are
     missing: MissingExpert = WAIT
+
+
+class TokenLogprob(NamedTuple):
+    """One generated token, by the model's own distribution: before bias, penalties, temperature."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens, the first one first
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +60,7 @@ class Delta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     dropped: Dropped | None = None  # what the request went without so far
+    logprobs: tuple[TokenLogprob, ...] = ()  # one for each token, if they were asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +72,9 @@ class Limits:
     max_requests: int
     vocab_size: int
 
-    def check(self, prompt_ids: Sequence[int], max_tokens: int) -> None:
-        """Raises RequestError that names ``prompt`` or ``max_tokens``."""
-        prompt_tokens = len(prompt_ids)
+    def check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        """Raises RequestError that names ``prompt``, ``max_tokens`` or ``logit_bias``."""
+        prompt_tokens, max_tokens = len(prompt_ids), sampling.max_tokens
         if prompt_tokens < 1:
             raise RequestError("the prompt is empty", param="prompt")
         if prompt_tokens > self.max_prompt_tokens:
@@ -73,12 +90,15 @@ class Limits:
                 f"{prompt_tokens + max_tokens}; {self.max_total_tokens} are possible",
                 param="max_tokens",
             )
-        for token_id in (min(prompt_ids), max(prompt_ids)):
-            if not 0 <= token_id < self.vocab_size:
-                raise RequestError(
-                    f"token id {token_id} is not in the vocabulary (0 to {self.vocab_size - 1})",
-                    param="prompt",
-                )
+        biased = [token_id for token_id, _ in sampling.logit_bias]
+        for param, token_ids in (("prompt", prompt_ids), ("logit_bias", biased)):
+            for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
+                if not 0 <= token_id < self.vocab_size:
+                    raise RequestError(
+                        f"{param}: token id {token_id} is not in the vocabulary "
+                        f"(0 to {self.vocab_size - 1})",
+                        param=param,
+                    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +200,7 @@ class TransformersEngine:
         loop = self._admit(prompt_ids, sampling)
         # A caller may use an id twice; the loop must not see it twice.
         key = f"{request_id}#{next(self._ids)}"
-        stream = loop.streams.open(key, sampling)
+        stream = loop.streams.open(key, sampling, prompt_ids)
         finished = False
         try:
             if not loop.submit(key, prompt_ids, sampling.max_tokens):
@@ -206,7 +226,7 @@ class TransformersEngine:
 
     def _admit(self, prompt_ids: Sequence[int], sampling: Sampling) -> BatchingLoop:
         loop = self._running()
-        self.limits.check(prompt_ids, sampling.max_tokens)
+        self.limits.check(prompt_ids, sampling)
         if len(loop.streams) >= self.limits.max_requests:
             raise Busy(f"{len(loop.streams)} requests are running or waiting; try again later")
         return loop

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 from ..cluster.missing import Dropped
 from ..proto.errors import MoesaicError
+from .served import TokenText, Told
 
 
 class ErrorBody(BaseModel):
@@ -74,9 +77,74 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+# What stands in JSON for a probability of zero, as in OpenAI's API.
+_NEVER = -9999.0
+
+
+def _number(logprob: float) -> float:
+    return max(logprob, _NEVER)
+
+
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+    @classmethod
+    def of(cls, one: TokenText) -> TokenLogprob:
+        return cls(
+            token=one.text, logprob=_number(one.logprob), bytes=list(one.text.encode("utf-8"))
+        )
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChosenLogprob]
+    refusal: None = None
+
+    @classmethod
+    def of(cls, told: Sequence[Told]) -> ChatLogprobs | None:
+        if not told:
+            return None
+        return cls(
+            content=[
+                ChosenLogprob(
+                    **TokenLogprob.of(one.chosen).model_dump(),
+                    top_logprobs=[TokenLogprob.of(other) for other in one.top],
+                )
+                for one in told
+            ]
+        )
+
+
+class TextLogprobs(BaseModel):
+    """Of a completion; offsets count characters from the begin of the answer."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+    @classmethod
+    def of(cls, told: Sequence[Told], offset: int) -> TextLogprobs | None:
+        if not told:
+            return None
+        lengths = [len(one.chosen.text) for one in told]
+        return cls(
+            tokens=[one.chosen.text for one in told],
+            token_logprobs=[_number(one.chosen.logprob) for one in told],
+            top_logprobs=[
+                {other.text: _number(other.logprob) for other in one.top} for one in told
+            ],
+            text_offset=list(accumulate(lengths[:-1], initial=offset)),
+        )
+
+
 class _Choice(BaseModel):
     index: int
-    logprobs: None = None
     finish_reason: str | None
     moesaic: Moesaic | None = None  # only where there is something to say
 
@@ -90,6 +158,7 @@ class _Choice(BaseModel):
 
 class CompletionChoice(_Choice):
     text: str
+    logprobs: TextLogprobs | None = None
 
 
 class Completion(BaseModel):
@@ -111,6 +180,7 @@ class ChatAnswer(BaseModel):
 
 class ChatChoice(_Choice):
     message: ChatAnswer
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -129,6 +199,7 @@ class ChatDelta(BaseModel):
 
 class ChatChunkChoice(_Choice):
     delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatChunk(BaseModel):

@@ -12,7 +12,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     ValidationError,
@@ -20,37 +19,31 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, from_json
 
-from ..cluster.missing import MissingExpert
 from ..proto.errors import RequestError
+from .http_sampling import MAX_CHOICES, SamplingOptions, Strict
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
 MAX_PROMPTS = 64
+MAX_LOGPROBS = 20
 
 # What OpenAI's API has and this one does not: the values that mean "not used".
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
-    "n": (1,),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
-    "seed": (),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -66,10 +59,6 @@ _IGNORED = (
 )
 # Parts of an assistant's message that clients send back as they got them.
 _EMPTY_IN_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 def _one_or_more_stops(value: Any) -> Any:
@@ -93,41 +82,15 @@ def _check_stops(stops: list[str]) -> list[str]:
     return stops
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class MissingExpertOptions(_Strict):
-    """``moesaic``: what is to happen when an expert is not to be had."""
-
-    missing_expert: Literal["wait", "fail", "drop"] = "wait"
-    wait_s: Annotated[float, Field(ge=0, le=3600)] | None = None
-    max_dropped: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    @model_validator(mode="after")
-    def _fitting(self) -> MissingExpertOptions:
-        if self.max_dropped is not None and self.missing_expert != "drop":
-            raise PydanticCustomError(
-                "max_dropped", "max_dropped belongs to missing_expert='drop' alone"
-            )
-        return self
-
-    @property
-    def wish(self) -> MissingExpert:
-        return MissingExpert(
-            mode=self.missing_expert,
-            wait_s=self.wait_s,
-            most_dropped=1.0 if self.max_dropped is None else self.max_dropped,
-        )
-
-
-class _Generation(_Strict):
+class _Generation(SamplingOptions):
     """What both kinds of request have."""
 
     model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # None: 1, as in OpenAI's API
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: (
         Annotated[list[str], BeforeValidator(_one_or_more_stops), AfterValidator(_check_stops)]
@@ -135,7 +98,6 @@ class _Generation(_Strict):
     ) = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    moesaic: MissingExpertOptions = MissingExpertOptions()
 
     @property
     def include_usage(self) -> bool:
@@ -170,6 +132,21 @@ def _check_prompt(value: Any) -> list[str] | list[list[int]]:
 
 class CompletionRequest(_Generation):
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_check_prompt)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def told(self) -> int | None:
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> CompletionRequest:
+        if len(self.prompt) * self.choices > MAX_CHOICES:
+            raise PydanticCustomError(
+                "n",
+                "{prompts} prompts and n={n} make more than {most} choices",
+                {"prompts": len(self.prompt), "n": self.choices, "most": MAX_CHOICES},
+            )
+        return self
 
 
 def _check_content(value: Any) -> str:
@@ -197,7 +174,7 @@ def _drop_empty(value: Any) -> Any:
     return {k: v for k, v in value.items() if v or k not in _EMPTY_IN_MESSAGE}
 
 
-class _Message(_Strict):
+class _Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, PlainValidator(_check_content)]
     name: str | None = None
@@ -208,6 +185,18 @@ class ChatRequest(_Generation):
         list[Annotated[_Message, BeforeValidator(_drop_empty)]], Field(min_length=1)
     ]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _top_of_some(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs belongs to logprobs=true alone")
+        return self
+
+    @property
+    def told(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def token_budget(self) -> int | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -81,15 +82,11 @@ def _add_generation(app: FastAPI, models: Mapping[str, ServedModel], max_body_by
             await model.encode(prompt) if isinstance(prompt, str) else prompt
             for prompt in asked.prompt
         ]
-        sampling = _sampling(asked, asked.max_tokens or COMPLETION_MAX_TOKENS)
+        sampling = asked.sampling(asked.max_tokens or COMPLETION_MAX_TOKENS)
         for prompt_ids in prompts:
-            model.limits.check(prompt_ids, sampling.max_tokens)
+            model.limits.check(prompt_ids, sampling)
         identity = request_id(request)
-        stops = asked.stop or ()
-        streams = [
-            model.stream(f"{identity}-{n}", prompt_ids, sampling, stops, continues_text=True)
-            for n, prompt_ids in enumerate(prompts)
-        ]
+        streams = _streams(model, identity, asked, prompts, sampling, continues_text=True)
         answers = TextAnswers(f"cmpl-{identity}", model.id, sum(map(len, prompts)))
         return await _respond(request, asked, streams, answers)
 
@@ -100,18 +97,46 @@ def _add_generation(app: FastAPI, models: Mapping[str, ServedModel], max_body_by
         model = _find(models, asked.model)
         prompt_ids = await model.encode_chat([(m.role, m.content) for m in asked.messages])
         budget = asked.token_budget or _rest(model.limits, len(prompt_ids))
-        sampling = _sampling(asked, budget)
+        sampling = asked.sampling(budget)
         try:
-            model.limits.check(prompt_ids, sampling.max_tokens)
+            model.limits.check(prompt_ids, sampling)
         except RequestError as error:
             error.param = {"prompt": "messages"}.get(error.param or "", error.param)
             raise
         identity = request_id(request)
-        stream = model.stream(
-            identity, prompt_ids, sampling, asked.stop or (), continues_text=False
-        )
+        streams = _streams(model, identity, asked, [prompt_ids], sampling, continues_text=False)
         answers = ChatAnswers(f"chatcmpl-{identity}", model.id, len(prompt_ids))
-        return await _respond(request, asked, [stream], answers)
+        return await _respond(request, asked, streams, answers)
+
+
+def _streams(
+    model: ServedModel,
+    identity: str,
+    asked: Asked,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    continues_text: bool,
+) -> list[AsyncGenerator[Piece, None]]:
+    """The texts of all choices, those of the first prompt first."""
+    return [
+        model.stream(
+            f"{identity}-{prompt * asked.choices + n}",
+            prompt_ids,
+            _nth(sampling, n),
+            asked.stop or (),
+            continues_text=continues_text,
+        )
+        for prompt, prompt_ids in enumerate(prompts)
+        for n in range(asked.choices)
+    ]
+
+
+def _nth(sampling: Sampling, n: int) -> Sampling:
+    """With one seed all choices would be the same text."""
+    if sampling.seed is None or not n:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + n) % 2**63)
 
 
 async def _respond(
@@ -171,15 +196,6 @@ def _find(models: Mapping[str, ServedModel], model_id: str) -> ServedModel:
 def _card(model: ServedModel) -> ModelCard:
     return ModelCard(
         id=model.id, created=model.created, max_model_len=model.limits.max_total_tokens
-    )
-
-
-def _sampling(asked: Asked, max_tokens: int) -> Sampling:
-    return Sampling(
-        max_tokens=max_tokens,
-        temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
-        missing=asked.moesaic.wish,
     )
 
 

@@ -1,6 +1,9 @@
-"""Choosing tokens by chance.
+"""Choosing tokens: what requests ask for, applied to the model's logits.
 
-Shape suffixes: S = rows, V = vocabulary.
+The order is vLLM's, so that both engines mean the same: bias, penalties (repetition, frequency,
+presence), temperature, `min_p`, `top_k`, `top_p`.
+
+Shape suffixes: R = rows, S = rows of one call, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -10,29 +13,136 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .engine import Sampling
+from .engine import Sampling, TokenLogprob
 
 # Below this a temperature is greedy: dividing by it would overflow fp32.
 MIN_TEMPERATURE = 1e-5
 
 
-def is_greedy(sampling: Sampling) -> bool:
-    return sampling.temperature < MIN_TEMPERATURE
+class RequestSampler:
+    """What one request's next token depends on, besides the logits."""
+
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
+        self.sampling = sampling
+        self.greedy = sampling.temperature < MIN_TEMPERATURE
+        self.plain = not (
+            sampling.logit_bias
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+            or sampling.repetition_penalty != 1
+        )
+        self.told: list[TokenLogprob] = []  # and not sent yet
+        self._prompt_ids = prompt_ids
+        self._generated: dict[int, int] = {}  # token -> how often
+        self._generator: torch.Generator | None = None
+
+    @property
+    def trivial(self) -> bool:
+        """Whether its token is that of the largest logit, and nothing more is asked for."""
+        return self.greedy and self.plain and self.sampling.logprobs is None
+
+    def chose(self, token: int, logits_V: Tensor) -> None:
+        if not self.plain:
+            self._generated[token] = self._generated.get(token, 0) + 1
+        if self.sampling.logprobs is not None:
+            logprobs_V = torch.log_softmax(logits_V, dim=-1)
+            values, ids = logprobs_V.topk(min(self.sampling.logprobs, logprobs_V.numel()))
+            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+            self.told.append(TokenLogprob(token, float(logprobs_V[token]), top))
+
+    def tell(self, tokens: int) -> tuple[TokenLogprob, ...]:
+        """Of the next tokens that are sent."""
+        told, self.told = tuple(self.told[:tokens]), self.told[tokens:]
+        return told
+
+    def adjust(self, logits_V: Tensor) -> Tensor:
+        """Logits with bias and penalties: OpenAI's frequency and presence penalties by the tokens
+        generated so far; the repetition penalty (Keskar et al., "CTRL", 2019) by those of the
+        prompt, too."""
+        one = self.sampling
+        adjusted_V = logits_V.clone()
+        device = logits_V.device
+        if one.logit_bias:
+            ids, biases = zip(*one.logit_bias, strict=True)
+            adjusted_V[torch.tensor(ids, device=device)] += torch.tensor(
+                biases, dtype=logits_V.dtype, device=device
+            )
+        if one.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*self._prompt_ids, *self._generated}), device=device)
+            score = adjusted_V[seen]
+            adjusted_V[seen] = torch.where(
+                score > 0, score / one.repetition_penalty, score * one.repetition_penalty
+            )
+        if self._generated and (one.frequency_penalty or one.presence_penalty):
+            ids = torch.tensor(list(self._generated), device=device)
+            counts = torch.tensor(
+                list(self._generated.values()), dtype=logits_V.dtype, device=device
+            )
+            adjusted_V[ids] -= one.frequency_penalty * counts + one.presence_penalty
+        return adjusted_V
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """The request's own, where it has a seed: its texts do not depend on who else is there."""
+        if self.sampling.seed is not None and self._generator is None:
+            self._generator = torch.Generator(device).manual_seed(self.sampling.seed)
+        return self._generator
 
 
-def sample(logits_SV: Tensor, samplings: Sequence[Sampling], generator: torch.Generator) -> Tensor:
-    """One token per row, ``(S,)``: temperature first, then the smallest set that holds top_p."""
-    temperature_S, top_p_S = torch.tensor(
-        [(one.temperature, one.top_p) for one in samplings],
-        dtype=torch.float32,
-        device=logits_SV.device,
-    ).unbind(dim=1)
+def choose(
+    logits_RV: Tensor, samplers: Sequence[RequestSampler], generator: torch.Generator
+) -> Tensor:
+    """One token for each row, ``(R,)``."""
+    rows = [row for row, one in enumerate(samplers) if not one.plain]
+    if rows:
+        logits_RV = logits_RV.clone()
+        for row in rows:
+            logits_RV[row] = samplers[row].adjust(logits_RV[row])
+    tokens_R = logits_RV.argmax(dim=-1)
+    drawn = [row for row, one in enumerate(samplers) if not one.greedy]
+    if drawn:
+        rows_S = torch.tensor(drawn, device=logits_RV.device)
+        chosen = [samplers[row] for row in drawn]
+        tokens_R[rows_S] = _draw(logits_RV[rows_S], chosen, generator)
+    return tokens_R
+
+
+def _draw(
+    logits_SV: Tensor, samplers: Sequence[RequestSampler], generator: torch.Generator
+) -> Tensor:
+    """Each row's token by chance, ``(S,)``."""
+    kept_SV = _kept(logits_SV, [one.sampling for one in samplers])
+    # The largest of p / e, e exponential, is a draw from p (Gumbel's trick); every row has noise of
+    # its own, so a row with a seed draws the same in any company.
+    noise_SV = torch.empty_like(kept_SV).exponential_(generator=generator)
+    for row, one in enumerate(samplers):
+        own = one.generator(kept_SV.device)
+        if own is not None:
+            noise_SV[row].exponential_(generator=own)
+    return (kept_SV / noise_SV).argmax(dim=-1)
+
+
+def _kept(logits_SV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """(S, V): probabilities, 0 for tokens that are out."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=logits_SV.device)[:, None]
+
+    temperature_S1 = column([one.temperature for one in samplings])
     shifted_SV = logits_SV - logits_SV.amax(dim=-1, keepdim=True)
-    probs_SV = torch.softmax(shifted_SV / temperature_S[:, None], dim=-1)
-    if all(one.top_p >= 1 for one in samplings):  # spares the sort
-        return torch.multinomial(probs_SV, 1, generator=generator)[:, 0]
+    probs_SV = torch.softmax(shifted_SV / temperature_S1, dim=-1)
+    if any(one.min_p > 0 for one in samplings):
+        least_S1 = column([one.min_p for one in samplings]) * probs_SV.amax(dim=-1, keepdim=True)
+        probs_SV = probs_SV.masked_fill(probs_SV < least_S1, 0.0)
+    if all(one.top_p >= 1 and not one.top_k for one in samplings):  # spares the sort
+        return probs_SV
     sorted_SV, order_SV = probs_SV.sort(dim=-1, descending=True)
+    vocabulary = probs_SV.shape[-1]
+    place_V = torch.arange(vocabulary, device=logits_SV.device)
+    sorted_SV = sorted_SV.masked_fill(
+        place_V >= column([one.top_k or vocabulary for one in samplings]), 0.0
+    )
+    # The smallest set that holds top_p of what is left.
+    total_S1 = sorted_SV.sum(dim=-1, keepdim=True)
     before_SV = sorted_SV.cumsum(dim=-1) - sorted_SV
-    kept_SV = sorted_SV.masked_fill(before_SV >= top_p_S[:, None], 0.0)
-    picked_S1 = torch.multinomial(kept_SV, 1, generator=generator)
-    return order_SV.gather(1, picked_S1)[:, 0]
+    out_SV = before_SV >= column([one.top_p for one in samplings]) * total_S1
+    return torch.zeros_like(probs_SV).scatter(1, order_SV, sorted_SV.masked_fill(out_SV, 0.0))

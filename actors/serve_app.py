@@ -36,7 +36,7 @@ from ..proto.errors import (
     RequestError,
     from_wire,
 )
-from .engine import Delta, Engine, FinishReason, Limits, Sampling
+from .engine import Delta, Engine, FinishReason, Limits, Sampling, TokenLogprob
 from .ingress import create_app
 from .served import ServedModel
 
@@ -78,7 +78,8 @@ class Failure:
 
 
 # A plain tuple is three times cheaper to pickle than a Delta, and there is one per token.
-Item = tuple[tuple[int, ...], FinishReason | None, Dropped | None] | Failure
+Tokens = tuple[tuple[int, ...], FinishReason | None, Dropped | None, tuple[TokenLogprob, ...]]
+Item = Tokens | Failure
 
 
 @serve.deployment(name="Trunk", max_ongoing_requests=MAX_ONGOING, graceful_shutdown_timeout_s=15)
@@ -95,7 +96,7 @@ class Trunk:
         try:
             async with aclosing(self._engine.generate(request_id, prompt_ids, sampling)) as deltas:
                 async for delta in deltas:
-                    yield delta.token_ids, delta.finish_reason, delta.dropped
+                    yield delta.token_ids, delta.finish_reason, delta.dropped, delta.logprobs
         except MoesaicError as error:
             yield Failure.of(error)
         except Exception as error:

@@ -10,11 +10,12 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from itertools import repeat
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..cluster.missing import Dropped
 from ..proto.errors import RequestError
-from .engine import Delta, FinishReason, Limits, Sampling
+from .engine import Delta, FinishReason, Limits, Sampling, TokenLogprob
 from .text import Detokenizer, StopSearch
 
 if TYPE_CHECKING:
@@ -29,6 +30,21 @@ class Generate(Protocol):
     ) -> AsyncGenerator[Delta, None]: ...
 
 
+class TokenText(NamedTuple):
+    """A token's own text, and its log-probability."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One generated token with the likeliest ones."""
+
+    chosen: TokenText
+    top: tuple[TokenText, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Text that may be sent now, and the tokens generated so far."""
@@ -37,6 +53,7 @@ class Piece:
     tokens: int
     finish_reason: FinishReason | None = None
     dropped: Dropped | None = None  # experts that it went without
+    logprobs: tuple[Told, ...] = ()  # of the tokens since the last piece
 
 
 class ServedModel:
@@ -89,23 +106,32 @@ class ServedModel:
         """
         detokenizer = Detokenizer(self._decode, context=prompt_ids if continues_text else ())
         search = StopSearch(stops)
-        tokens = 0
+        tokens, told = 0, list[Told]()
         async with aclosing(self._generate(request_id, prompt_ids, sampling)) as deltas:
             async for delta in deltas:
                 tokens += len(delta.token_ids)
+                told += map(self._told, delta.logprobs, repeat(sampling.logprobs or 0))
                 text = detokenizer.push(delta.token_ids)
                 if delta.finish_reason is not None:
                     text += detokenizer.flush()
                 text, stopped = search.push(text)
                 if stopped:
-                    yield Piece(text, tokens, "stop", delta.dropped)
+                    yield Piece(text, tokens, "stop", delta.dropped, tuple(told))
                     return
                 if delta.finish_reason is not None:
                     text += search.flush()
-                    yield Piece(text, tokens, delta.finish_reason, delta.dropped)
+                    yield Piece(text, tokens, delta.finish_reason, delta.dropped, tuple(told))
                     return
                 if text:
-                    yield Piece(text, tokens)
+                    yield Piece(text, tokens, logprobs=tuple(told))
+                    told.clear()
+
+    def _told(self, one: TokenLogprob, most: int) -> Told:
+        def text(token_id: int, logprob: float) -> TokenText:
+            return TokenText(self._decode([token_id], special=True), logprob)
+
+        top = tuple(text(*other) for other in one.top[:most])
+        return Told(text(one.token_id, one.logprob), top)
 
     def _check_length(self, characters: int, param: str) -> None:
         possible = self.limits.max_prompt_tokens * self._longest_token
@@ -138,9 +164,9 @@ class ServedModel:
         )
         return list(encoded.input_ids)
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
+    def _decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         text = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)
         return text

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from ..cluster.missing import WAIT, Dropped, MissingExpert
 from ..proto.errors import EngineError, MoesaicError
-from .engine import Delta, FinishReason, Sampling
+from .engine import Delta, FinishReason, Sampling, TokenLogprob
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput
+
+    from .sampling import RequestSampler
 
 logger = logging.getLogger(__name__)
 
@@ -21,16 +23,19 @@ logger = logging.getLogger(__name__)
 class Stream:
     """One request on its way from the loop's thread to its caller's event loop."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
         self.sampling = sampling
+        self.prompt_ids = prompt_ids
         self.loop = asyncio.get_running_loop()
         # The loop's thread alone:
         self.sent = 0
         self.ended = False
         self.dropped: Dropped | None = None
+        self.sampler: RequestSampler | None = None
         # The event loop alone:
         self._ready = asyncio.Event()
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._finish: FinishReason | None = None
         self._dropped: Dropped | None = None
         self._error: MoesaicError | None = None
@@ -38,6 +43,7 @@ class Stream:
     def push(self, event: Delta | MoesaicError) -> None:
         if isinstance(event, Delta):
             self._tokens += event.token_ids
+            self._logprobs += event.logprobs
             self._finish = event.finish_reason
             self._dropped = event.dropped
         else:
@@ -50,8 +56,9 @@ class Stream:
             await self._ready.wait()
         if self._error and not self._tokens:
             raise copy.copy(self._error)  # many requests may share it; a raise writes to it
-        delta = Delta(tuple(self._tokens), self._finish, self._dropped)
+        delta = Delta(tuple(self._tokens), self._finish, self._dropped, tuple(self._logprobs))
         self._tokens.clear()
+        self._logprobs.clear()
         if not self._error:
             self._ready.clear()
         return delta
@@ -71,17 +78,21 @@ class Streams:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, request_id: str, sampling: Sampling) -> Stream:
-        stream = self._open[request_id] = Stream(sampling)
+    def open(self, request_id: str, sampling: Sampling, prompt_ids: Sequence[int]) -> Stream:
+        stream = self._open[request_id] = Stream(sampling, prompt_ids)
         self._impatient += sampling.missing != WAIT
         return stream
 
     def close(self, request_id: str) -> None:
         self._impatient -= self._open.pop(request_id).sampling.missing != WAIT
 
-    def sampling(self, request_id: str) -> Sampling | None:
+    def sampler(self, request_id: str) -> RequestSampler | None:
         stream = self._open.get(request_id)
-        return stream.sampling if stream else None
+        if stream is not None and stream.sampler is None:
+            from .sampling import RequestSampler
+
+            stream.sampler = RequestSampler(stream.sampling, stream.prompt_ids)
+        return stream.sampler if stream else None
 
     @property
     def some_do_not_wait(self) -> bool:
@@ -101,13 +112,10 @@ class Streams:
         return stream.dropped if stream else None
 
     def deliver(self, outputs: Sequence[GenerationOutput]) -> None:
-        self._post({output.request_id: self._event(output) for output in outputs})
-
-    def fail(self, errors: Mapping[str, MoesaicError]) -> None:
-        self._post(errors)
+        self.post({output.request_id: self._event(output) for output in outputs})
 
     def fail_all(self, error: MoesaicError) -> None:
-        self._post(dict.fromkeys(list(self._open), error))
+        self.post(dict.fromkeys(list(self._open), error))
 
     def _event(self, output: GenerationOutput) -> Delta | MoesaicError:
         stream = self._open.get(output.request_id)
@@ -115,13 +123,14 @@ class Streams:
             return EngineError(f"the engine failed: {output.error}")
         new = tuple(output.generated_tokens[stream.sent :])
         stream.sent += len(new)
+        told = () if stream.sampler is None else stream.sampler.tell(len(new))
         if not output.is_finished():
-            return Delta(new, None, stream.dropped)
+            return Delta(new, None, stream.dropped, told)
         if new and new[-1] in self._eos_token_ids:
-            return Delta(new[:-1], "stop", stream.dropped)
-        return Delta(new, "length", stream.dropped)
+            return Delta(new[:-1], "stop", stream.dropped, told[:-1])
+        return Delta(new, "length", stream.dropped, told)
 
-    def _post(self, events: Mapping[str, Delta | MoesaicError]) -> None:
+    def post(self, events: Mapping[str, Delta | MoesaicError]) -> None:
         """Hands events to their event loops, one wake-up per loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Delta | MoesaicError]]] = {}
         for request_id, event in events.items():

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from moesaic.actors.engine import Sampling, TransformersEngine
 from moesaic.client import Client
@@ -103,6 +104,82 @@ def test_chat_whole_and_streamed(official: openai.OpenAI, service: Service) -> N
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].usage == whole.usage
     assert len(chunks) > 10
+
+
+def test_several_choices_have_seeds_of_their_own(official: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 1.5}
+    several = official.completions.create(**asked, prompt=["the", "quick"], n=3, seed=40)
+    texts = [choice.text for choice in several.choices]
+    assert [choice.index for choice in several.choices] == list(range(6))
+    assert len(set(texts)) == 6
+    assert several.usage is not None
+    assert several.usage.completion_tokens == 6 * 12
+    for prompt, first in (("the", 0), ("quick", 3)):
+        for n in range(3):
+            one = official.completions.create(**asked, prompt=prompt, seed=40 + n)
+            assert one.choices[0].text == texts[first + n]
+
+
+def test_log_probabilities_in_both_forms(official: openai.OpenAI, service: Service) -> None:
+    ids = chat_ids()
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 6, "temperature": 0}
+    whole = official.chat.completions.create(
+        **asked, messages=MESSAGES, logprobs=True, top_logprobs=3
+    )
+    found = whole.choices[0].logprobs
+    assert found is not None
+    assert found.content is not None
+    tokens = reference(service.model, ids, 6)
+    with torch.inference_mode():
+        logits = service.model(torch.tensor([[*ids, *tokens[:-1]]])).logits[0, len(ids) - 1 :]
+    want = torch.log_softmax(logits.float(), dim=-1)
+    for place, (one, token) in enumerate(zip(found.content, tokens, strict=True)):
+        assert one.token == TOKENIZER.decode([token])
+        assert one.logprob == pytest.approx(float(want[place, token]), abs=1e-4)
+        assert one.bytes == list(one.token.encode())
+        best = want[place].topk(3)
+        assert [other.logprob for other in one.top_logprobs] == pytest.approx(
+            best.values.tolist(), abs=1e-4
+        )
+    streamed = [
+        one
+        for chunk in official.chat.completions.create(
+            **asked, messages=MESSAGES, logprobs=True, top_logprobs=3, stream=True
+        )
+        for choice in chunk.choices
+        if choice.logprobs is not None
+        for one in choice.logprobs.content or ()
+    ]
+    assert [one.token for one in streamed] == [one.token for one in found.content]
+    text = official.completions.create(**asked, prompt=ids, logprobs=2).choices[0]
+    assert text.logprobs is not None
+    assert text.logprobs.tokens == [one.token for one in found.content]
+    assert text.logprobs.text_offset == [sum(map(len, text.logprobs.tokens[:n])) for n in range(6)]
+    assert text.logprobs.top_logprobs is not None
+    assert all(1 <= len(top) <= 2 for top in text.logprobs.top_logprobs)
+
+
+def test_several_chat_choices_streamed(official: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny", "messages": MESSAGES, "max_tokens": 10, "n": 2, "seed": 3
+    }  # fmt: skip
+    whole = official.chat.completions.create(**asked)
+    texts = ["", ""]
+    for chunk in official.chat.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert texts[0] != texts[1]
+
+
+def test_a_bias_and_a_penalty_change_greedy_texts(official: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "the", "max_tokens": 8, "temperature": 0}
+    only = official.completions.create(**asked, logit_bias={"70": 100})
+    assert only.choices[0].text == TOKENIZER.decode([70] * 8)
+    varied = official.completions.create(
+        **asked, logit_bias={"70": 50, "71": 50}, frequency_penalty=2
+    )
+    assert set(varied.choices[0].text) == set(TOKENIZER.decode([70, 71]))
 
 
 async def test_official_async_client_many_at_once(service: Service) -> None:

@@ -12,6 +12,7 @@ from openai.resources.chat import Completions as ChatResource
 from openai.resources.completions import Completions as CompletionsResource
 
 from moesaic.actors import http_responses
+from moesaic.actors.engine import Sampling
 from moesaic.actors.http_schema import (
     _IGNORED,
     _UNSUPPORTED,
@@ -70,6 +71,31 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
     assert chat(messages=[back]).messages[0].content == "hi"
 
 
+def test_sampling_is_as_asked_for_and_openais_otherwise() -> None:
+    assert completion().sampling(5) == Sampling(max_tokens=5, temperature=1.0)
+    asked = completion(
+        temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, repetition_penalty=1.1, seed=-4, n=2,
+        frequency_penalty=-1, presence_penalty=2, logit_bias={"7": 3, "0": -100},
+    )  # fmt: skip
+    assert asked.choices == 2
+    assert asked.sampling(5) == Sampling(
+        max_tokens=5, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, repetition_penalty=1.1,
+        seed=-4, frequency_penalty=-1, presence_penalty=2, logit_bias=((7, 3.0), (0, -100.0)),
+    )  # fmt: skip
+    assert completion(top_k=-1).sampling(5).top_k == 0
+
+
+def test_logprobs_in_both_forms() -> None:
+    assert completion().told is None
+    assert completion(logprobs=0).told == 0
+    assert completion(logprobs=3).sampling(1).logprobs == 3
+    assert chat(logprobs=False).told is None
+    assert chat(logprobs=True).told == 0
+    assert chat(logprobs=True, top_logprobs=4).told == 4
+    with pytest.raises(RequestError, match="top_logprobs belongs to logprobs=true alone"):
+        chat(top_logprobs=2)
+
+
 def test_both_names_of_the_budget() -> None:
     assert chat(max_tokens=5).token_budget == 5
     assert chat(max_completion_tokens=6).token_budget == 6
@@ -120,8 +146,23 @@ def test_every_parameter_of_the_official_client_is_known(resource: Any, kind: An
         ({**COMPLETION, "stop": [1]}, "stop[0]", "valid string (got 1)"),
         ({**COMPLETION, "stream": "yes"}, "stream", "valid boolean"),
         ({**COMPLETION, "stream_options": {"x": 1}}, "stream_options.x", "unknown parameter"),
-        ({**COMPLETION, "n": 2}, "n", "n=2 is not supported"),
-        ({**COMPLETION, "n": True}, "n", "n=True is not supported"),
+        ({**COMPLETION, "n": 0}, "n", "greater than or equal to 1 (got 0)"),
+        ({**COMPLETION, "n": True}, "n", "valid integer (got True)"),
+        ({**COMPLETION, "n": 65}, "n", "less than or equal to 64 (got 65)"),
+        ({**COMPLETION, "n": 33, "prompt": ["a", "b"]}, "", "2 prompts and n=33 make more than 64"),
+        ({**COMPLETION, "logprobs": 21}, "logprobs", "less than or equal to 20 (got 21)"),
+        ({**COMPLETION, "logprobs": True}, "logprobs", "valid integer (got True)"),
+        ({**COMPLETION, "seed": 1.5}, "seed", "valid integer (got 1.5)"),
+        ({**COMPLETION, "seed": 2**63}, "seed", "less than"),
+        ({**COMPLETION, "top_k": -2}, "top_k", "greater than or equal to -1 (got -2)"),
+        ({**COMPLETION, "min_p": 1.1}, "min_p", "less than or equal to 1 (got 1.1)"),
+        ({**COMPLETION, "repetition_penalty": 0}, "repetition_penalty", "greater than 0 (got 0)"),
+        ({**COMPLETION, "frequency_penalty": 2.1}, "frequency_penalty", "less than or equal to 2"),
+        ({**COMPLETION, "presence_penalty": "1"}, "presence_penalty", "valid number (got '1')"),
+        ({**COMPLETION, "logit_bias": [1]}, "logit_bias", "must map at most 1024 token ids"),
+        ({**COMPLETION, "logit_bias": {"a": 1}}, "logit_bias", "has 'a': 1; token ids and numbers"),
+        ({**COMPLETION, "logit_bias": {"1": True}}, "logit_bias", "has '1': True; token ids"),
+        ({**COMPLETION, "logit_bias": {"1": 101}}, "logit_bias", "has 101; -100 to 100"),
         ({**COMPLETION, "prompt": []}, "prompt", "must be a string"),
         ({**COMPLETION, "prompt": [1, "a"]}, "prompt", "must be a string"),
         ({**COMPLETION, "prompt": [[1], []]}, "prompt", "none of them empty"),
