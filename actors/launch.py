@@ -30,7 +30,7 @@ from ..models.source import resolve_model
 from ..models.trunk import expert_bytes, experts_layers, meta_model, read_config
 from ..proto.errors import ClusterError
 from .controller import Controller
-from .endpoint import check_port, end_endpoint, start_endpoint
+from .endpoint import check_engine, check_port, end_endpoint, start_endpoint
 from .keeper import HostKeeper, HostStarter
 from .ray_border import CONTROLLER, ask, namespace_of, start_ray
 from .store import ModelRef
@@ -71,6 +71,7 @@ def launch(spec: Spec, progress: Progress) -> Launched:
     Raises CheckpointError, UnsupportedModel and ClusterError; whatever had started is ended first.
     """
     if spec.endpoint is not None:
+        check_engine(spec)
         check_port(spec.endpoint.host, spec.endpoint.port)
     refs, shapes = {}, {}
     for model in spec.models:

@@ -104,7 +104,7 @@ class ExpertStore:
         layer_key = LayerKey(key.model, key.layer)
         if layer_key not in self._forms:
             self._forms[layer_key] = model.checkpoint.form(key.layer)
-            if layer.module.has_post_expert_norm:
+            if layer.has_post_norm:
                 layer.module.to(self.device)
         return self._keep(key, weights)
 

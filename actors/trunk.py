@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..cluster.health import RouterPolicy
 from ..cluster.placement import LayerKey, Placement
+from ..cluster.spec import EngineKind
 from ..models.trunk import (
     ExpertsLayer,
     connect_experts,
@@ -91,16 +92,15 @@ class TrunkConfig:
     policy: RouterPolicy = field(default_factory=RouterPolicy)
     transport: TransportChoice = "auto"
     engine: EngineConfig = field(default_factory=EngineConfig)
+    engine_kind: EngineKind = "transformers"
     start_s: float = 120.0
 
 
-class PoolTrunk:
-    """A model connected to the pool; `close` disconnects it and frees everything."""
+class PoolLink:
+    """A router that follows the cluster's placements; both end with `close`."""
 
-    def __init__(
-        self, config: TrunkConfig, model: PreTrainedModel, layers: list[ExpertsLayer]
-    ) -> None:
-        self.model = model
+    def __init__(self, config: TrunkConfig, layers: Sequence[int]) -> None:
+        """Waits until ``layers`` of the model are placed. Raises ClusterError."""
         self.router = Router(
             name=config.name,
             node=ray.get_runtime_context().get_node_id(),
@@ -110,19 +110,33 @@ class PoolTrunk:
         self._watch: PlacementWatch | None = None
         try:
             self._watch = PlacementWatch(config.namespace, self.router)
-            wanted = [LayerKey(config.model.name, layer.layer) for layer in layers]
+            wanted = [LayerKey(config.model.name, layer) for layer in layers]
             self.router.wait_ready(config.start_s, wanted)
         except BaseException:
             self.close()
             raise
+
+    def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self.router.close()
+
+
+class PoolTrunk:
+    """A model connected to the pool; `close` disconnects it and frees everything."""
+
+    def __init__(
+        self, config: TrunkConfig, model: PreTrainedModel, layers: list[ExpertsLayer]
+    ) -> None:
+        self.model = model
+        self._link = PoolLink(config, [layer.layer for layer in layers])
+        self.router = self._link.router
         connect_experts(model, layers, lambda layer: self.router.experts(config.model.name, layer))
         self._hook = model.register_forward_pre_hook(lambda *_: self.router.begin_step())
 
     def close(self) -> None:
         disconnect_experts(self.model)
-        if self._watch is not None:
-            self._watch.close()
-        self.router.close()
+        self._link.close()
 
 
 def open_trunk(config: TrunkConfig) -> PoolTrunk:
@@ -161,6 +175,10 @@ def engine_factory(config: TrunkConfig) -> Callable[[], Engine]:
     def build() -> Engine:
         # Each replica is a router of its own to the controller.
         own = replace(config, name=f"{config.name}-{secrets.token_hex(3)}")
+        if config.engine_kind == "vllm":
+            from .vllm_engine import VllmEngine
+
+            return VllmEngine(own)
         return _PoolEngine(open_trunk(own), config.engine)
 
     return build

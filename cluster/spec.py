@@ -38,6 +38,7 @@ Threads = Annotated[int, Field(ge=1)] | Literal["auto"]
 Address = Annotated[str, Field(min_length=1)]
 Budget = Annotated[float | str, PlainValidator(part_or_bytes)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+EngineKind = Literal["transformers", "vllm"]
 
 
 class _Part(BaseModel):
@@ -172,7 +173,7 @@ class TrunkSpec(Resources):
     ``min_replicas`` and ``max_replicas`` of them, so that each has about ``target_requests``; with
     ``min_replicas: 0`` the first request starts one."""
 
-    engine: Literal["transformers"] = "transformers"
+    engine: EngineKind = "transformers"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: Threads = "auto"
     max_requests: int = Field(default=32, ge=1, le=4096)

@@ -76,12 +76,17 @@ class ExpertsLayer:
     def up_name(self) -> str:
         return "gate_up_proj" if self.module.has_gate else "up_proj"
 
+    @property
+    def has_post_norm(self) -> bool:
+        """Older transformers know of none."""
+        return getattr(self.module, "has_post_expert_norm", False)
+
     def form(self) -> ExpertForm:
         module: Any = self.module
         return ExpertForm(
             transposed=module.is_transposed,
             activate=module._apply_gate if module.has_gate else module.act_fn,
-            post_norm=module.post_expert_norm if module.has_post_expert_norm else None,
+            post_norm=module.post_expert_norm if self.has_post_norm else None,
         )
 
 

@@ -209,7 +209,7 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"ray": {"address": "head:99999"}}, "ray.address: 'head:99999' is neither"),
     ({"network": {"bind": ""}}, "network.bind: String should have at least 1 character"),
     ({"network": {"transport": "tcp"}}, "network.transport: Input should be 'auto', 'shm' or 'gr"),
-    ({"trunk": {"engine": "vllm"}}, "trunk.engine: Input should be 'transformers'"),
+    ({"trunk": {"engine": "sglang"}}, "trunk.engine: Input should be 'transformers'"),
     ({"trunk": {"cache_tokens": 1}}, "trunk.cache_tokens: Input should be greater than"),
     ({"trunk": {"threads": -1}}, "trunk.threads: Input should be greater than or equal to 1"),
     ({"endpoint": {"port": 65_536}}, "endpoint.port: Input should be less than or equal to 65535"),

@@ -1,0 +1,59 @@
+"""Greedy texts over the pool are those of vLLM with its own experts; fp32, one case a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.architectures import tiny_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytest.importorskip("vllm")
+
+ROOT = Path(__file__).parents[2]
+TOKENS = 24
+# vLLM's attention on CPUs wants heads of 32 numbers or more.
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+ARCHITECTURES = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "glm4_moe", "dots1"),
+    *("ernie4_5_moe", "hunyuan_v1_moe", "minimax_m2", "gpt_oss", "deepseek_v2", "deepseek_v3"),
+)
+
+
+def texts(way: str, folder: Path, *arguments: str) -> list[list[int]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.with_vllm.texts", way, str(folder), str(TOKENS), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_same_texts_as_with_its_own_experts(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(
+        architecture,
+        vocab_size=320,
+        max_position_embeddings=512,
+        **SIZES,
+    )
+    model.generation_config.eos_token_id = None
+    model.config.get_text_config().eos_token_id = None
+    model.save_pretrained(tmp_path)
+    alone = texts("alone", tmp_path)
+    assert texts("pool", tmp_path, "2") == alone

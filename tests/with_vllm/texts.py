@@ -1,0 +1,95 @@
+"""Greedy texts of a folder's model as JSON on standard output, by vLLM alone or over a pool.
+
+    python -m tests.with_vllm.texts alone|pool FOLDER TOKENS [HOSTS]
+
+A process of its own, since vLLM keeps what it has set up until its process ends.
+"""
+
+# vLLM is optional.
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PROMPTS = [[5, 7, 11, 13], [3], list(range(20, 60)), [9, 8, 7, 6, 5, 4, 3, 2], [100] * 17]
+
+
+def alone(folder: Path, tokens: int) -> list[list[int]]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=str(folder),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=256,
+        kv_cache_memory_bytes=1 << 28,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        generation_config="vllm",
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    answers = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], sampling, use_tqdm=False)
+    return [list(answer.outputs[0].token_ids) for answer in answers]
+
+
+def pooled(folder: Path, tokens: int, hosts: int) -> list[list[int]]:
+    from moesaic.actors.engine import EngineConfig, Sampling
+    from moesaic.actors.host import local_hosts
+    from moesaic.actors.router import Router
+    from moesaic.actors.store import ModelRef
+    from moesaic.actors.trunk import TrunkConfig
+    from moesaic.actors.vllm_engine import VllmEngine
+    from moesaic.models.trunk import experts_layers, meta_model, read_config
+    from tests.helpers.pools import place
+
+    class Link:
+        def __init__(self, config: TrunkConfig, layers: Sequence[int]) -> None:
+            self.router = Router(name="test", node="here", transport="shm")
+            self.router.place(placement)
+            self.router.wait_ready(10.0)
+
+        def close(self) -> None:
+            self.router.close()
+
+    layers = experts_layers(meta_model(read_config(folder)))
+    ref = ModelRef(name="m", dtype="float32", path=str(folder))
+    config = TrunkConfig(namespace="", model=ref, name="test", engine=EngineConfig(num_blocks=64))
+    with local_hosts(hosts) as running:
+        placement = place(layers, running, ref, replicas=hosts)
+        engine = VllmEngine(config, Link)  # pyright: ignore[reportArgumentType]
+        engine.start()
+
+        async def one(number: int, ids: list[int]) -> list[int]:
+            found: list[int] = []
+            async for delta in engine.generate(str(number), ids, Sampling(max_tokens=tokens)):
+                found += delta.token_ids
+            return found
+
+        async def everything() -> list[list[int]]:
+            return await asyncio.gather(*(one(n, ids) for n, ids in enumerate(PROMPTS)))
+
+        try:
+            return asyncio.run(everything())
+        finally:
+            engine.close()
+
+
+def main() -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    way, folder, tokens = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    hosts = int(sys.argv[4]) if len(sys.argv) > 4 else 2
+    texts = alone(folder, tokens) if way == "alone" else pooled(folder, tokens, hosts)
+    print(json.dumps(texts))
+
+
+if __name__ == "__main__":
+    main()
