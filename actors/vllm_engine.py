@@ -84,12 +84,17 @@ class VllmEngine:
         self.streams = Streams(self._eos)
         self._requests = Requests(self.streams)
         self._link = self._connect(self._config, layers)
+        router = self._link.router
         try:
             with in_pool(self._layer):
                 self._llm = self._build()
+            runner: Any = self._llm.model_executor.driver_worker.model_runner
+            self._requests.watch(runner, router.begin_step)
+            self._warm_up()
         except BaseException:
             self._link.close()
             raise
+        router.batch.owned_by(self._requests)
         model = self._llm.model_config
         self._limits = Limits(
             max_prompt_tokens=model.max_model_len - 1,
@@ -97,10 +102,6 @@ class VllmEngine:
             max_requests=self._engine_config.max_requests + self._engine_config.max_waiting,
             vocab_size=model.get_vocab_size(),
         )
-        router = self._link.router
-        self._requests.watch(self._llm.model_executor.driver_worker.model_runner, router.begin_step)
-        router.batch.owned_by(self._requests)
-        self._warm_up()
         self._thread = threading.Thread(target=self._run, name="vllm-loop", daemon=True)
         self._thread.start()
 
@@ -177,6 +178,8 @@ class VllmEngine:
     ) -> AsyncGenerator[Delta, None]:
         """See ``Engine.generate``."""
         self.limits.check(prompt_ids, sampling)
+        if not self._healthy:
+            raise EngineError(f"the engine has ended: {self._last_error}")
         if len(self.streams) >= self.limits.max_requests:
             raise Busy(f"{len(self.streams)} requests are running or waiting; try again later")
         key = f"{request_id}#{next(self._ids)}"
@@ -200,7 +203,7 @@ class VllmEngine:
     def _raise_if_stalled(self) -> None:
         """Waiting behind others is no fault of the engine's; standing still is."""
         stalled_s = time.monotonic() - self._beat
-        if stalled_s >= self._engine_config.stall_timeout_s or not self._healthy:
+        if stalled_s >= self._engine_config.stall_timeout_s:
             raise EngineError(f"the engine made no step for {stalled_s:.0f} s")
 
     # ---- the loop -------------------------------------------------------------------------------
