@@ -138,14 +138,6 @@ class Control(Members):
         """Whether hosts have reported and a first plan was made."""
         return self._target is not None
 
-    def missing(self) -> dict[ExpertKey, str]:
-        """Experts that no host holds now, and why."""
-        return {
-            key: "loading" if key.model in self.loader.on_disk else "lost: its model was in memory"
-            for key in every_expert(self._awake())
-            if not self.view.holders(key)
-        }
-
     def unprotected(self) -> list[ExpertKey]:
         """Experts that the loss of one failure domain would take away."""
         return [key for key in every_expert(self._awake()) if len(self.view.domains(key)) == 1]
@@ -324,9 +316,6 @@ class Control(Members):
 
     def _budget(self) -> int:
         return self.policy.moves(self._replicas(), self._awake())
-
-    def _awake(self) -> list[ModelShape]:
-        return self.sleep.awake(self.models.values())
 
     def _standing(self) -> dict[LayerKey, LayerPlacement]:
         """Where a controller that starts anew begins."""

@@ -6,9 +6,17 @@ from .loading import Loader
 from .observed import View
 from .operations import forgotten
 from .paces import SILENT
-from .placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, experts_of
+from .placement import (
+    ExpertKey,
+    LayerKey,
+    LayerPlacement,
+    ModelShape,
+    every_expert,
+    experts_of,
+)
 from .plan import PoolHost, Wishes
 from .publishing import Publisher
+from .sleep import Sleep
 
 # A host that lacks a larger part of what it is to hold gets no traffic yet.
 _LOADING = 0.5
@@ -21,6 +29,7 @@ class Members:
     view: View
     publisher: Publisher
     loader: Loader
+    sleep: Sleep
     wishes: Wishes
     models: dict[str, ModelShape]
     unplaced: tuple[ExpertKey, ...]
@@ -75,10 +84,22 @@ class Members:
             self._parts = dict.fromkeys(loading, SILENT) if len(loading) < len(lacking) else {}
         return self.view.parts | self._parts
 
+    def missing(self) -> dict[ExpertKey, str]:
+        """Experts that no host holds now, and why."""
+        return {
+            key: "loading" if key.model in self.loader.on_disk else "lost: its model was in memory"
+            for key in every_expert(self._awake())
+            if not self.view.holders(key)
+        }
+
     def is_free(self, host: str, now: float) -> bool:
         """Whether a retired host holds nothing, gets nothing, and no router knows it any more."""
         idle = host in self.view.retiring and self.view.empty(host) and not self.wanted(host)
-        return idle and self.view.is_known(host) and self.publisher.has_left(host, now)
+        # One that was never seen is still to come, or has been frozen since before this controller
+        # began, and then it may hold what nobody else does.
+        if not idle or (self.view.never_seen(host) and self.missing()):
+            return False
+        return self.view.is_known(host) and self.publisher.has_left(host, now)
 
     @property
     def leaving(self) -> frozenset[str]:
@@ -97,3 +118,6 @@ class Members:
                     f"no other host has room for {len(stuck)} of its experts ({size / 1e6:,.1f} MB)"
                 )
         return words
+
+    def _awake(self) -> list[ModelShape]:
+        return self.sleep.awake(self.models.values())

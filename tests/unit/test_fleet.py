@@ -17,7 +17,7 @@ from moesaic.cluster.orders import Publish
 from moesaic.cluster.placement import LayerKey, ModelShape
 from moesaic.cluster.plan import PoolHost, Wishes
 from moesaic.cluster.room import lack
-from tests.unit.test_control import POLICY, ControlWorld, SimHost, counts, shape
+from tests.helpers.control_world import POLICY, ControlWorld, SimHost, counts, shape
 
 # Only hands scale, where a test does not say otherwise.
 BY_HAND = ScalePolicy(up_after_s=1e9, down_after_s=1e9)
@@ -342,6 +342,31 @@ def test_a_host_that_froze_stays_while_it_may_hold_the_last_replica() -> None:
             while name != leaving and host.loading:
                 world.load_one(name)
     assert leaving not in world.hosts
+
+
+def test_a_host_that_a_new_controller_never_saw_stays_while_it_may_hold_the_last_replica() -> None:
+    world = FleetWorld([group(3)], [(shape("m"), True), (shape("n"), True)])
+    world.finish()
+    (leaving,) = world.scale(2)
+    only = set(world.hosts[leaving].held)
+    assert {key.model for key in only} == {"m", "n"}
+    world.take_over()
+
+    def rounds(number: int, loaded: set[str]) -> None:
+        for _ in range(number):
+            world.tick(frozenset({leaving}))
+            for name in world.routers:
+                world.report(name)
+            for name, host in list(world.hosts.items()):
+                while host.loading and host.loading[0][0].model in loaded:
+                    world.load_one(name)
+
+    rounds(20, {"m"})
+    assert {layer.model for layer in world.published[-1].layers} == {"m"}
+    assert leaving in world.hosts
+    rounds(40, {"m", "n"})
+    assert leaving not in world.hosts
+    assert only <= {key for host in world.hosts.values() for key in host.held}
 
 
 def test_a_host_whose_experts_find_no_room_serves_on_and_leaves_when_there_is_some() -> None:

@@ -13,7 +13,7 @@ from moesaic.cluster.dispatch import Dispatcher
 from moesaic.cluster.health import RouterPolicy
 from moesaic.cluster.load import LoadReport
 from moesaic.cluster.placement import LayerKey, LayerPlacement, Number, Placement
-from tests.unit.test_control import POLICY, ControlWorld, shape
+from tests.helpers.control_world import POLICY, ControlWorld, shape
 
 IDLE_S = 20.0
 KEY = LayerKey("sleepy", 0)

@@ -1,0 +1,303 @@
+"""Hosts, routers and a planner around the controller's state machine; the clock is the test's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moesaic.cluster.control import Control, ControlPolicy
+from moesaic.cluster.load import HostTimes, LoadReport
+from moesaic.cluster.loading import Load
+from moesaic.cluster.observed import Observation
+from moesaic.cluster.orders import Evict, MakePlan, Publish
+from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape, Placement
+from moesaic.cluster.plan import Policy, PoolHost, Wishes
+
+POLICY = ControlPolicy(
+    balance=Policy(enough=0.9, target=0.95, horizon_s=1e9),
+    every_s=2.0,
+    budget=1.0,
+    gone_s=5.0,
+    lease_s=4.0,
+    retry_s=1.0,
+    bytes_per_s=1e12,
+)
+
+
+@dataclass
+class SimHost:
+    """One host: what it holds, and the load that it has begun and not finished."""
+
+    name: str
+    incarnation: int = 1
+    alive: bool = True
+    held: set[ExpertKey] = field(default_factory=set)
+    loading: list[tuple[ExpertKey, str | None]] = field(default_factory=list)  # (key, peer)
+
+    @property
+    def address(self) -> str:
+        return f"{self.name}#{self.incarnation}"
+
+    def observe(self) -> Observation:
+        holdings: dict[LayerKey, set[int]] = {}
+        for key in self.held:
+            holdings.setdefault(LayerKey(key.model, key.layer), set()).add(key.expert)
+        entry = HostEntry(
+            host=self.name,
+            incarnation=self.incarnation,
+            node="n",
+            shm_address="",
+            grpc_address=self.address,
+        )
+        return Observation(entry=entry, holdings=holdings, loading=bool(self.loading))
+
+
+@dataclass
+class SimRouter:
+    """A router that follows what it was given, and may be slow to hear of more."""
+
+    name: str
+    follows: Placement | None = None
+    heard_at: float = 0.0
+
+
+class ControlWorld:
+    """Carries out what a `Control` says, and checks it against what it was told."""
+
+    def __init__(
+        self,
+        hosts: int,
+        models: list[tuple[ModelShape, bool]],
+        *,
+        policy: ControlPolicy = POLICY,
+        slots: int | None = None,
+    ) -> None:
+        """``models`` are (shape, whether it is on disk); the others are put by a trunk."""
+        self.pool = [PoolHost(name=f"h{n}", slots=slots) for n in range(hosts)]
+        self.hosts = {host.name: SimHost(host.name) for host in self.pool}
+        self.routers = {f"r{n}": SimRouter(f"r{n}") for n in range(2)}
+        self.models = models
+        self.policy = policy
+        self.on_disk = {shape.model for shape, on_disk in models if on_disk}
+        self.reported: dict[str, Observation] = {}
+        self.published: list[Placement] = []
+        self.evicted = 0
+        self.term = 0
+        self.now = 100.0
+        self.wishes = Wishes()
+        self.asked: MakePlan | None = None
+        self.planner_is_slow = False
+        self.take_over()
+
+    def take_over(self) -> None:
+        """The controller dies; another one starts anew, under a higher term."""
+        self.term += 1
+        self.asked = None
+        self.reported.clear()
+        self.control = self.new_control()
+        self.control.wishes = self.wishes
+        for shape, on_disk in self.models:
+            if on_disk:
+                self.control.add_model(shape, on_disk=True)
+        if any(host.held for host in self.hosts.values()):
+            for shape, on_disk in self.models:
+                if not on_disk:
+                    self.control.add_model(shape, on_disk=False)
+
+    def new_control(self) -> Control:
+        return Control(self.pool, term=self.term, policy=self.policy)
+
+    def put_models_in_memory(self) -> None:
+        """What a trunk does that attaches a model."""
+        for shape, on_disk in self.models:
+            if not on_disk:
+                self.control.add_model(shape, on_disk=False)
+                for name, host in self.hosts.items():
+                    wanted = self.control.wanted(name)
+                    host.held |= {key for key in wanted if key.model == shape.model}
+
+    # ---- what may happen ------------------------------------------------------------------------
+
+    def kill(self, name: str) -> None:
+        host = self.hosts[name]
+        host.alive, host.held, host.loading = False, set(), []
+
+    def restart(self, name: str) -> None:
+        host = self.hosts[name]
+        if not host.alive:
+            host.alive, host.incarnation = True, host.incarnation + 1
+
+    def load_one(self, name: str) -> None:
+        """One expert of a host's load arrives, or the load fails because its peer is gone."""
+        host = self.hosts[name]
+        if not host.loading:
+            return
+        key, peer = host.loading.pop(0)
+        holders = [h for h in self.hosts.values() if h.alive and key in h.held]
+        if peer is None or peer in [holder.address for holder in holders]:
+            host.held.add(key)
+        else:
+            self.fail_load(name, [key])
+
+    def fail_load(self, name: str, also: list[ExpertKey] | None = None) -> None:
+        host = self.hosts[name]
+        keys = [key for key, _ in host.loading] + (also or [])
+        host.loading.clear()
+        if keys:
+            self.control.load_failed(name, keys, "broken", self.now)
+
+    def report(self, name: str, counts: dict[LayerKey, np.ndarray] | None = None) -> None:
+        """A router hears of the last placement, and says so."""
+        router = self.routers[name]
+        if self.published:
+            router.follows = self.published[-1]
+        router.heard_at = self.now
+        number = None if router.follows is None else router.follows.number
+        times = {"h0": HostTimes(calls=1, choices=1000, busy_s=1.0)} if counts else {}
+        self.control.hear(
+            LoadReport(router=name, number=number, counts=counts or {}, hosts=times), self.now
+        )
+
+    def tick(self, late: frozenset[str] = frozenset(), seconds: float = 0.5) -> bool:
+        """One round; the ``late`` hosts do not answer in time. True if anything was decided."""
+        self.now += seconds
+        reports = {
+            name: host.observe() if host.alive else None
+            for name, host in self.hosts.items()
+            if name not in late
+        }
+        for name, observation in reports.items():
+            if observation is None:
+                self.reported.pop(name, None)
+            else:
+                self.reported[name] = observation
+        commands = self.control.tick(reports, self.now)
+        for command in commands:
+            match command:
+                case MakePlan():
+                    self.asked = command
+                case Load():
+                    assert command.host not in late, "a load for a host that did not answer"
+                    self._begin_load(command)
+                case Publish(placement=placement):
+                    self._check(placement)
+                    self.published.append(placement)
+                case Evict():
+                    self._evict(command)
+        if not self.planner_is_slow:
+            self.answer()
+        return any(not isinstance(one, MakePlan) or not one.balance for one in commands)
+
+    def answer(self) -> None:
+        """The planner comes to its end."""
+        if self.asked is not None:
+            asked, self.asked = self.asked, None
+            self.control.planned(asked, asked.run(), self.now)
+
+    # ---- checks ---------------------------------------------------------------------------------
+
+    def _begin_load(self, command: Load) -> None:
+        seen = self.reported[command.host]
+        assert not seen.loading, "a second load at the same time"
+        assert len(set(command.keys)) == len(command.keys) > 0
+        for key in command.keys:
+            assert not seen.holds(key), "a load of what is there"
+            assert key in self.control.wanted(command.host)
+            peer = command.peers.get(key)
+            addresses = [o.entry.grpc_address for o in self.reported.values() if o.holds(key)]
+            assert peer in addresses if peer is not None else key.model in self.on_disk
+        host = self.hosts[command.host]
+        host.loading = [(key, command.peers.get(key)) for key in command.keys]
+
+    def _evict(self, command: Evict) -> None:
+        host = self.hosts[command.host]
+        for key in command.keys:
+            assert self.reported[command.host].holds(key)
+            assert key not in self.control.wanted(command.host)
+            assert not self.control.view.holds(command.host, key), "it may not be published again"
+            for router in self.routers.values():
+                # One whose lease has ended is told NotHere, and goes elsewhere inside its call.
+                if router.follows is not None and self.now - router.heard_at <= POLICY.lease_s:
+                    layer = router.follows.layers.get(LayerKey(key.model, key.layer))
+                    assert layer is None or command.host not in layer.hosts(key.expert), (
+                        "evicted under a router that still asks for it"
+                    )
+            host.held.discard(key)
+            self.evicted += 1
+            others = [o for n, o in self.reported.items() if n != command.host and o.holds(key)]
+            assert others or key.model in self.control.sleep.asleep, "the last replica"
+
+    def _check(self, placement: Placement) -> None:
+        if self.published:
+            assert placement.number > self.published[-1].number
+        assert placement.number.term == self.term
+        view = self.control.view
+        entries = {
+            name: seen.entry
+            for name, seen in self.reported.items()
+            if name not in view.retiring
+            # One that is to leave is told of while it holds something, and is heard.
+            or (name in view.seen and (seen.loading or any(True for _ in seen.experts())))
+        }
+        assert dict(placement.hosts) == entries, "hosts that live, as they last reported"
+        for key, layer in placement.layers.items():
+            for expert, replicas in enumerate(layer.replicas):
+                one = key.expert(expert)
+                for replica in replicas:
+                    assert self.reported[replica.host].holds(one), "named before it is ready"
+                holders = [name for name, o in self.reported.items() if o.holds(one)]
+                assert bool(replicas) == bool(holders), "somebody has it, and nobody is told"
+                if replicas:
+                    assert sum(r.share for r in replicas) >= 0
+
+    def settle(self) -> None:
+        """No more faults: everybody lives, answers in time, and finishes its loads."""
+        self.control.policy = ControlPolicy(auto=False, gone_s=POLICY.gone_s)
+        self.planner_is_slow = False
+        self.answer()
+        for name in self.hosts:
+            self.restart(name)
+        quiet = 0
+        for _ in range(200):
+            acted = self.tick()
+            for name in self.routers:
+                self.report(name)
+            for name, host in self.hosts.items():
+                while host.loading:
+                    self.load_one(name)
+            quiet = 0 if acted else quiet + 1
+            if quiet * 0.5 > POLICY.lease_s:
+                return
+        raise AssertionError("the controller still acts although nothing happens")
+
+    def every(self) -> set[ExpertKey]:
+        return {
+            ExpertKey(shape.model, layer, expert)
+            for shape, _ in self.models
+            for layer, experts in shape.experts.items()
+            for expert in range(experts)
+        }
+
+    def lost(self) -> set[ExpertKey]:
+        """Experts of models in memory that nobody has any more."""
+        held = {key for host in self.hosts.values() for key in host.held}
+        return {key for key in self.every() - held if key.model not in self.on_disk}
+
+
+def shape(model: str, *, replicas: int = 1, experts: int = 4, layers: int = 2) -> ModelShape:
+    return ModelShape(
+        model=model,
+        experts=dict.fromkeys(range(layers), experts),
+        replicas=replicas,
+        expert_bytes=1,
+    )
+
+
+def counts(world: ControlWorld, seed: int) -> dict[LayerKey, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        LayerKey(s.model, layer): (1000 * np.exp(1.5 * rng.normal(size=experts))).astype(np.int64)
+        for s, _ in world.models
+        for layer, experts in s.experts.items()
+    }
