@@ -25,7 +25,7 @@ from .http_responses import (
     TextLogprobs,
     Usage,
 )
-from .served import Piece, Told
+from .served import Piece, TokenChoice
 
 Numbered = AsyncGenerator[tuple[int, Piece], None]  # (choice, piece)
 
@@ -185,13 +185,13 @@ async def merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> Numbered:
 async def collect(pieces: Numbered, choices: int, answers: Answers) -> BaseModel:
     """The whole answer."""
     texts: list[list[str]] = [[] for _ in range(choices)]
-    told: list[list[Told]] = [[] for _ in range(choices)]
+    logprobs: list[list[TokenChoice]] = [[] for _ in range(choices)]
     last = [Piece("", 0)] * choices
     async with aclosing(pieces):
         async for index, piece in pieces:
             texts[index].append(piece.text)
-            told[index] += piece.logprobs
-            last[index] = replace(piece, logprobs=tuple(told[index]))
+            logprobs[index] += piece.logprobs
+            last[index] = replace(piece, logprobs=tuple(logprobs[index]))
     return answers.whole(["".join(parts) for parts in texts], last)
 
 

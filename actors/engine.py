@@ -41,7 +41,9 @@ class Sampling:
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added)
     seed: int | None = None
-    logprobs: int | None = None  # how many of the likeliest tokens are told, too; None: none are
+    logprobs: int | None = (
+        None  # likeliest tokens that are given beside each; None: no log-probabilities
+    )
     missing: MissingExpert = WAIT
 
 
@@ -143,7 +145,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Sizes of the transformers engine; None: 8,192 cached tokens on a CPU, on CUDA what fits."""
+    """Sizes of an engine; None: 8,192 cached tokens on a CPU, on CUDA what fits."""
 
     page_size: int = 32  # tokens per KV page
     num_blocks: int | None = None  # pages per layer

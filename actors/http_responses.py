@@ -10,7 +10,7 @@ from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 from ..cluster.missing import Dropped
 from ..proto.errors import MoesaicError
-from .served import TokenText, Told
+from .served import TokenChoice, TokenText
 
 
 class ErrorBody(BaseModel):
@@ -106,8 +106,8 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
     @classmethod
-    def of(cls, told: Sequence[Told]) -> ChatLogprobs | None:
-        if not told:
+    def of(cls, choices: Sequence[TokenChoice]) -> ChatLogprobs | None:
+        if not choices:
             return None
         return cls(
             content=[
@@ -115,7 +115,7 @@ class ChatLogprobs(BaseModel):
                     **TokenLogprob.of(one.chosen).model_dump(),
                     top_logprobs=[TokenLogprob.of(other) for other in one.top],
                 )
-                for one in told
+                for one in choices
             ]
         )
 
@@ -129,15 +129,15 @@ class TextLogprobs(BaseModel):
     text_offset: list[int]
 
     @classmethod
-    def of(cls, told: Sequence[Told], offset: int) -> TextLogprobs | None:
-        if not told:
+    def of(cls, choices: Sequence[TokenChoice], offset: int) -> TextLogprobs | None:
+        if not choices:
             return None
-        lengths = [len(one.chosen.text) for one in told]
+        lengths = [len(one.chosen.text) for one in choices]
         return cls(
-            tokens=[one.chosen.text for one in told],
-            token_logprobs=[_number(one.chosen.logprob) for one in told],
+            tokens=[one.chosen.text for one in choices],
+            token_logprobs=[_number(one.chosen.logprob) for one in choices],
             top_logprobs=[
-                {other.text: _number(other.logprob) for other in one.top} for one in told
+                {other.text: _number(other.logprob) for other in one.top} for one in choices
             ],
             text_offset=list(accumulate(lengths[:-1], initial=offset)),
         )

@@ -90,8 +90,8 @@ class SamplingOptions(Strict):
         return self.n or 1
 
     @property
-    def told(self) -> int | None:
-        """How many of the likeliest tokens are told beside each; None: nothing is."""
+    def top_tokens(self) -> int | None:
+        """How many of the likeliest tokens are given beside each; None: no log-probabilities."""
         return None
 
     def sampling(self, max_tokens: int) -> Sampling:
@@ -111,6 +111,6 @@ class SamplingOptions(Strict):
             presence_penalty=said(self.presence_penalty, 0.0),
             logit_bias=self.logit_bias or (),
             seed=self.seed,
-            logprobs=self.told,
+            logprobs=self.top_tokens,
             missing=self.moesaic.wish,
         )

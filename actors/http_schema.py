@@ -135,7 +135,7 @@ class CompletionRequest(_Generation):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
-    def told(self) -> int | None:
+    def top_tokens(self) -> int | None:
         return self.logprobs
 
     @model_validator(mode="after")
@@ -195,7 +195,7 @@ class ChatRequest(_Generation):
         return self
 
     @property
-    def told(self) -> int | None:
+    def top_tokens(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property

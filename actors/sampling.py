@@ -31,7 +31,7 @@ class RequestSampler:
             or sampling.frequency_penalty
             or sampling.repetition_penalty != 1
         )
-        self.told: list[TokenLogprob] = []  # and not sent yet
+        self._logprobs: list[TokenLogprob] = []  # of tokens that were not sent yet
         self._prompt_ids = prompt_ids
         self._generated: dict[int, int] = {}  # token -> how often
         self._generator: torch.Generator | None = None
@@ -48,12 +48,12 @@ class RequestSampler:
             logprobs_V = torch.log_softmax(logits_V, dim=-1)
             values, ids = logprobs_V.topk(min(self.sampling.logprobs, logprobs_V.numel()))
             top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-            self.told.append(TokenLogprob(token, float(logprobs_V[token]), top))
+            self._logprobs.append(TokenLogprob(token, float(logprobs_V[token]), top))
 
-    def tell(self, tokens: int) -> tuple[TokenLogprob, ...]:
-        """Of the next tokens that are sent."""
-        told, self.told = tuple(self.told[:tokens]), self.told[tokens:]
-        return told
+    def take_logprobs(self, tokens: int) -> tuple[TokenLogprob, ...]:
+        """Those of the next tokens that are sent."""
+        taken, self._logprobs = tuple(self._logprobs[:tokens]), self._logprobs[tokens:]
+        return taken
 
     def adjust(self, logits_V: Tensor) -> Tensor:
         """Logits with bias and penalties: OpenAI's frequency and presence penalties by the tokens

@@ -38,7 +38,7 @@ class TokenText(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class TokenChoice:
     """One generated token with the likeliest ones."""
 
     chosen: TokenText
@@ -53,7 +53,7 @@ class Piece:
     tokens: int
     finish_reason: FinishReason | None = None
     dropped: Dropped | None = None  # experts that it went without
-    logprobs: tuple[Told, ...] = ()  # of the tokens since the last piece
+    logprobs: tuple[TokenChoice, ...] = ()  # of the tokens since the last piece
 
 
 class ServedModel:
@@ -106,32 +106,32 @@ class ServedModel:
         """
         detokenizer = Detokenizer(self._decode, context=prompt_ids if continues_text else ())
         search = StopSearch(stops)
-        tokens, told = 0, list[Told]()
+        tokens, logprobs = 0, list[TokenChoice]()
         async with aclosing(self._generate(request_id, prompt_ids, sampling)) as deltas:
             async for delta in deltas:
                 tokens += len(delta.token_ids)
-                told += map(self._told, delta.logprobs, repeat(sampling.logprobs or 0))
+                logprobs += map(self._choice_of, delta.logprobs, repeat(sampling.logprobs or 0))
                 text = detokenizer.push(delta.token_ids)
                 if delta.finish_reason is not None:
                     text += detokenizer.flush()
                 text, stopped = search.push(text)
                 if stopped:
-                    yield Piece(text, tokens, "stop", delta.dropped, tuple(told))
+                    yield Piece(text, tokens, "stop", delta.dropped, tuple(logprobs))
                     return
                 if delta.finish_reason is not None:
                     text += search.flush()
-                    yield Piece(text, tokens, delta.finish_reason, delta.dropped, tuple(told))
+                    yield Piece(text, tokens, delta.finish_reason, delta.dropped, tuple(logprobs))
                     return
                 if text:
-                    yield Piece(text, tokens, logprobs=tuple(told))
-                    told.clear()
+                    yield Piece(text, tokens, logprobs=tuple(logprobs))
+                    logprobs.clear()
 
-    def _told(self, one: TokenLogprob, most: int) -> Told:
+    def _choice_of(self, one: TokenLogprob, most: int) -> TokenChoice:
         def text(token_id: int, logprob: float) -> TokenText:
             return TokenText(self._decode([token_id], special=True), logprob)
 
         top = tuple(text(*other) for other in one.top[:most])
-        return Told(text(one.token_id, one.logprob), top)
+        return TokenChoice(text(one.token_id, one.logprob), top)
 
     def _check_length(self, characters: int, param: str) -> None:
         possible = self.limits.max_prompt_tokens * self._longest_token

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from ..cluster.missing import WAIT, Dropped, MissingExpert
 from ..proto.errors import EngineError, MoesaicError
 from .engine import Delta, FinishReason, Sampling, TokenLogprob
+from .sampling import RequestSampler
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput
 
-    from .sampling import RequestSampler
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,6 @@ class Streams:
     def sampler(self, request_id: str) -> RequestSampler | None:
         stream = self._open.get(request_id)
         if stream is not None and stream.sampler is None:
-            from .sampling import RequestSampler
-
             stream.sampler = RequestSampler(stream.sampling, stream.prompt_ids)
         return stream.sampler if stream else None
 
@@ -123,12 +121,12 @@ class Streams:
             return EngineError(f"the engine failed: {output.error}")
         new = tuple(output.generated_tokens[stream.sent :])
         stream.sent += len(new)
-        told = () if stream.sampler is None else stream.sampler.tell(len(new))
+        logprobs = () if stream.sampler is None else stream.sampler.take_logprobs(len(new))
         if not output.is_finished():
-            return Delta(new, None, stream.dropped, told)
+            return Delta(new, None, stream.dropped, logprobs)
         if new and new[-1] in self._eos_token_ids:
-            return Delta(new[:-1], "stop", stream.dropped, told[:-1])
-        return Delta(new, "length", stream.dropped, told)
+            return Delta(new[:-1], "stop", stream.dropped, logprobs[:-1])
+        return Delta(new, "length", stream.dropped, logprobs)
 
     def post(self, events: Mapping[str, Delta | MoesaicError]) -> None:
         """Hands events to their event loops, one wake-up per loop."""

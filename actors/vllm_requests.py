@@ -127,10 +127,10 @@ def parameters(sampling: Sampling, eos_token_ids: Sequence[int]) -> Any:
 
 def _delta(output: Any, streams: Streams, key: str) -> Delta:
     tokens, dropped = tuple(output.token_ids), streams.dropped(key)
-    told = tuple(map(_logprob, tokens, output.logprobs or ()))
+    logprobs = tuple(map(_logprob, tokens, output.logprobs or ()))
     if output.finish_reason == "stop":  # without the token that ends the text
-        return Delta(tokens[:-1], "stop", dropped, told[: len(tokens) - 1])
-    return Delta(tokens, "length" if output.finish_reason else None, dropped, told)
+        return Delta(tokens[:-1], "stop", dropped, logprobs[: len(tokens) - 1])
+    return Delta(tokens, "length" if output.finish_reason else None, dropped, logprobs)
 
 
 def _logprob(token: int, found: Mapping[int, Any]) -> TokenLogprob:

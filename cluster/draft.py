@@ -176,8 +176,8 @@ class Draft:
         found_H = np.zeros(len(self.hosts))
         for domain in set(self.domains(search, expert)):
             lost_H = self.domain_H == domain
-            held_RH = search.held_EH[search.held_EH[:, lost_H].any(axis=1)]
-            load_R = search.load_E[search.held_EH[:, lost_H].any(axis=1)]
+            here_E = search.held_EH[:, lost_H].any(axis=1)
+            held_RH, load_R = search.held_EH[here_E], search.load_E[here_E]
             now_R, left_R = held_RH.sum(axis=1), held_RH[:, ~lost_H].sum(axis=1)
             more_R = load_R * np.where(left_R > 0, 1 / np.maximum(left_R, 1) - 1 / now_R, 0.0)
             found_H = np.maximum(found_H, np.where(lost_H, 0.0, more_R @ held_RH))

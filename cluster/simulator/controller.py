@@ -98,7 +98,7 @@ class SimController(Process):
             return
         now = self.clock.now
         self.heard[router.name] = now
-        router.is_heard(now)
+        router.was_heard(now)
         self.control.hear(report, now)
         self._waiting.append(_Waiting(report.number, respond, now + wait_s))
         self.reach(wait_s, f"{self.name}: a report ends", self._answer_reports)

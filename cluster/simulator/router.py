@@ -95,7 +95,7 @@ class SimRouter(Process):
 
     # ---- the thread that watches placements -----------------------------------------------------
 
-    def is_heard(self, now: float) -> None:
+    def was_heard(self, now: float) -> None:
         """A report has reached a controller."""
         if now - self.heard_at > self.world.settings.control.lease_s:
             self.leased_since = now

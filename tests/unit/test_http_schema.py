@@ -86,12 +86,12 @@ def test_sampling_is_as_asked_for_and_openais_otherwise() -> None:
 
 
 def test_logprobs_in_both_forms() -> None:
-    assert completion().told is None
-    assert completion(logprobs=0).told == 0
+    assert completion().top_tokens is None
+    assert completion(logprobs=0).top_tokens == 0
     assert completion(logprobs=3).sampling(1).logprobs == 3
-    assert chat(logprobs=False).told is None
-    assert chat(logprobs=True).told == 0
-    assert chat(logprobs=True, top_logprobs=4).told == 4
+    assert chat(logprobs=False).top_tokens is None
+    assert chat(logprobs=True).top_tokens == 0
+    assert chat(logprobs=True, top_logprobs=4).top_tokens == 4
     with pytest.raises(RequestError, match="top_logprobs belongs to logprobs=true alone"):
         chat(top_logprobs=2)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -78,9 +80,23 @@ def test_hosts_are_numbered_by_name_and_holders_agree_with_the_tables() -> None:
 # ---- levelling ----------------------------------------------------------------------------------
 
 
+class Drawn(NamedTuple):
+    """A call; every choice is with a holder of its expert."""
+
+    routes: LayerRoutes
+    ids_n: np.ndarray
+    host_n: np.ndarray
+    open_H: np.ndarray
+
+
+def levelled(drawn: Drawn) -> np.ndarray:
+    host_n = drawn.host_n.copy()
+    level(host_n, drawn.ids_n, drawn.routes, drawn.open_H, piece=PIECE)
+    return host_n
+
+
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[LayerRoutes, np.ndarray, np.ndarray, np.ndarray]:
-    """(routes, ids_n, host_n, open_H); every choice is with a holder of its expert."""
+def calls(draw: st.DrawFn) -> Drawn:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     experts, hosts = draw(st.integers(1, 24)), draw(st.integers(1, 8))
     held_EH = rng.random((experts, hosts)) < draw(st.floats(0.0, 1.0))
@@ -90,17 +106,16 @@ def calls(draw: st.DrawFn) -> tuple[LayerRoutes, np.ndarray, np.ndarray, np.ndar
     table_ES = np.zeros((experts, SHARE_STEPS), dtype=np.int16)
     open_H = rng.random(hosts) < 0.8
     part_H = rng.dirichlet(np.ones(hosts)) * (rng.random(hosts) < 0.9)
-    return LayerRoutes(table_ES, held_EH, part_H), ids_n, host_n, open_H
+    return Drawn(LayerRoutes(table_ES, held_EH, part_H), ids_n, host_n, open_H)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(drawn=calls())
 def test_levelling_takes_from_the_busy_and_gives_to_holders_that_take_calls(
-    drawn: tuple[LayerRoutes, np.ndarray, np.ndarray, np.ndarray],
+    drawn: Drawn,
 ) -> None:
     routes, ids_n, before_n, open_H = drawn
-    host_n = before_n.copy()
-    level(host_n, ids_n, routes, open_H, piece=PIECE)
+    host_n = levelled(drawn)
     moved = host_n != before_n
     assert routes.held_EH[ids_n, host_n].all()
     assert open_H[host_n[moved]].all()
@@ -124,11 +139,10 @@ def test_levelling_takes_from_the_busy_and_gives_to_holders_that_take_calls(
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(drawn=calls())
 def test_no_expert_is_torn_into_small_pieces(
-    drawn: tuple[LayerRoutes, np.ndarray, np.ndarray, np.ndarray],
+    drawn: Drawn,
 ) -> None:
     routes, ids_n, before_n, open_H = drawn
-    host_n = before_n.copy()
-    level(host_n, ids_n, routes, open_H, piece=PIECE)
+    host_n = levelled(drawn)
     hosts = len(open_H)
 
     def pieces(host_n: np.ndarray) -> np.ndarray:

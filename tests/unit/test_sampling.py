@@ -138,10 +138,10 @@ def test_log_probabilities_are_the_models_own() -> None:
     sampler = RequestSampler(asked(temperature=0.0, logprobs=2, logit_bias=((7, 100.0),)), ())
     (token,) = choose(LOGITS_V[None], [sampler], torch.Generator()).tolist()
     sampler.chose(token, LOGITS_V)
-    (told,) = sampler.tell(5)
+    (found,) = sampler.take_logprobs(5)
     want_V = torch.log_softmax(LOGITS_V, dim=0).tolist()
-    assert told.token_id == 7
-    assert told.logprob == pytest.approx(want_V[7])
-    assert [id_ for id_, _ in told.top] == [0, 1]
-    assert [value for _, value in told.top] == pytest.approx(want_V[:2])
-    assert sampler.tell(5) == ()
+    assert found.token_id == 7
+    assert found.logprob == pytest.approx(want_V[7])
+    assert [id_ for id_, _ in found.top] == [0, 1]
+    assert [value for _, value in found.top] == pytest.approx(want_V[:2])
+    assert sampler.take_logprobs(5) == ()
