@@ -13,6 +13,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "planner": [],
     "planner-growth": ["--growth"],
     "recorded": [],
+    "levelling": [],
     "simulation": [],
     "transport": [],
     "layer": [],

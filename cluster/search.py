@@ -190,9 +190,12 @@ class LayerSearch:
         hosts = [int(h) for h in np.argsort(-slack_H)[:width] if open_H[h]]
         fits_H = self.rooms.fits(self.expert_bytes)
         droppable_EH = self.limits.droppable(self.held_EH)
+        # What is cold may go to where load has no room, and slots are free.
+        spare_H = np.where(fits_H & ~open_H, self.rooms.slots_H, 0)
+        targets = hosts + [int(h) for h in np.argsort(-spare_H)[:_VICTIMS] if spare_H[h] > 0]
         for host in hosts:
             for victim, room, loss in self._openings(
-                host, fits_H, droppable_EH, over_H, slack_H, hosts
+                host, fits_H, droppable_EH, slack_H, targets
             ):
                 for expert in experts:
                     if self.held_EH[expert, host] or expert in (v for v, _ in victim.drops):
@@ -221,11 +224,11 @@ class LayerSearch:
         host: int,
         fits_H: np.ndarray,
         droppable_EH: np.ndarray,
-        over_H: np.ndarray,
         slack_H: np.ndarray,
-        hosts: list[int],
+        targets: list[int],
     ) -> Iterator[tuple[Step, float, float]]:
-        """Ways to a slot on ``host``: (what it takes, load that fits then, load that is lost)."""
+        """Ways to a slot on ``host``, some with a cold expert that goes to one of ``targets``:
+        (what it takes, load that fits then, load that is lost)."""
         slack = float(slack_H[host])
         if fits_H[host]:
             yield Step(()), slack, 0.0
@@ -240,7 +243,7 @@ class LayerSearch:
             self.held_EH[:, host] & ~droppable_EH[:, host] & ~self.limits.pinned_EH[:, host]
         )
         for expert in cold[np.argsort(self.load_E[cold])][:2].tolist():
-            for other in hosts:
+            for other in targets:
                 if self.held_EH[expert, other] or not self.limits.may_change_place(
                     self.held_EH[expert], host, other
                 ):

@@ -223,6 +223,22 @@ def test_balancing_never_takes_protection_away(seed: int) -> None:
         current = dict(found.layers)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_spare_slots_under_hot_hosts_help_to_balance(first: bool) -> None:
+    """Protection fills the hosts with little load, and leaves slots where nothing more should go:
+    what is cold goes there, and makes room for what is hot."""
+    hosts = pool(16, slots=20)
+    load_E = 1.0 / np.arange(1, 129)
+    policy = Policy(redundancy=1, enough=0.95, target=0.97, horizon_s=EVER)
+    arguments: dict[str, Any] = {"models": [shape(1, 128)], "hosts": hosts, "policy": policy}
+    loads = {LayerKey(M, 0): load_E}
+    current = {} if first else dict(plan(current={}, loads={}, **arguments).layers)
+    found = plan(current=current, loads=loads, **arguments)
+    check(found, hosts, current)
+    assert not found.unprotected
+    assert found.after[LayerKey(M, 0)] >= 0.95
+
+
 def test_what_is_unprotected_is_named_with_the_memory_it_would_take() -> None:
     hosts = pool(2, 12)
     load = np.arange(1.0, 17.0)
