@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from ..cluster.missing import RowGroups, RowWishes
+from ..cluster.placement import ExpertKey
 from ..proto.errors import BadExpert, ExpertUnavailable, MoesaicError
 from .job import LayerJob
 
@@ -37,7 +38,8 @@ class RowOwner(Protocol):
 class BatchRows:
     """What a router tells the engine of its trunk, and hears from it."""
 
-    def __init__(self, router: str) -> None:
+    def __init__(self, router: str, has: Callable[[list[ExpertKey]], bool]) -> None:
+        """``has``: whether all of some experts are to be had now."""
         self.on_lost: Lost | None = None
         self.on_dropped: Dropped | None = None
         # What the rows of the batch in flight want when experts are missing; None: all wait.
@@ -46,6 +48,7 @@ class BatchRows:
         # Rows that the layers still to come in this forward pass need not compute.
         self.dead: set[int] = set()
         self._router = router
+        self._has = has
 
     def owned_by(self, owner: RowOwner) -> None:
         self.on_lost = owner.fail_rows
@@ -57,8 +60,8 @@ class BatchRows:
         self.dead.clear()
 
     def wishes(self, tokens: int, deadline_s: float) -> RowWishes | None:
-        groups = self.groups()
-        return RowWishes(groups, tokens, deadline_s) if groups else None
+        """None where nobody knows whose rows they are: then all wait until the deadline."""
+        return None if self.on_lost is None else RowWishes(self.groups(), tokens, deadline_s)
 
     def lose(self, rows: list[int], error: MoesaicError) -> None:
         """Raises ``error`` where nobody is there to be told."""
@@ -74,8 +77,11 @@ class BatchRows:
         if dropped and self.on_dropped is not None:
             self.on_dropped(dropped)
         if lost:
-            names = job.names(lost_n[np.isin(lost_n // job.top_k, lost)])
-            self.lose(lost, ExpertUnavailable(f"{names}: no replica for as long as was waited"))
+            mine_n = lost_n[np.isin(lost_n // job.top_k, lost)]
+            keys = job.experts(mine_n)
+            error = ExpertUnavailable(f"{job.names(mine_n)}: no replica for as long as was waited")
+            error.is_back = lambda: self._has(keys)
+            self.lose(lost, error)
 
     def report_bad(self, job: LayerJob) -> None:
         """Values that are not finite: told to an engine, passed on to anybody else."""

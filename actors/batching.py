@@ -224,12 +224,12 @@ class BatchingLoop(ContinuousBatchingManager):
         self._barren_restarts = 0
 
     def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
-        """See ``TransformersEngine.fail_rows``; the first error of a request counts."""
+        """See `TransformersEngine.fail_rows`; the first error of a request counts."""
         for _, request_id in self._owners(rows):
             self._faults.setdefault(request_id, error)
 
     def row_groups(self) -> RowGroups | None:
-        """See ``TransformersEngine.row_groups``."""
+        """See `TransformersEngine.row_groups`."""
         if not self._in_forward or not self.streams.some_do_not_wait:
             return None
         return [
@@ -238,7 +238,7 @@ class BatchingLoop(ContinuousBatchingManager):
         ]
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
-        """See ``TransformersEngine.drop_rows``."""
+        """See `TransformersEngine.drop_rows`."""
         for row, request_id in self._owners(sorted(dropped)):
             self.streams.drop(request_id, dropped[row])
 
@@ -280,6 +280,8 @@ class BatchingLoop(ContinuousBatchingManager):
         samplers: list[RequestSampler] = []
         for row, (request_id, finite) in enumerate(zip(live, finite_R, strict=False)):
             sampler = self.streams.sampler(request_id)
+            if request_id in self._faults:
+                continue  # what it gets here is not its token: it draws none
             if not finite:
                 self._faults.setdefault(
                     request_id, InternalError("the model's logits are not finite")

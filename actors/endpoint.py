@@ -100,7 +100,8 @@ def _engine_config(spec: Spec) -> EngineConfig:
         max_batch_tokens=spec.trunk.max_batch_tokens,
         max_requests=spec.trunk.max_requests,
         max_waiting=spec.trunk.max_waiting,
-        # A step may wait for an expert in one layer after the other.
+        park_s=spec.timeouts.expert_s,
+        # A step may wait for a slow host in one layer after the other.
         stall_timeout_s=2 * spec.timeouts.expert_s + 60.0,
     )
 

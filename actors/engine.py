@@ -1,28 +1,15 @@
-"""The trunk's engine: token ids in, token ids out, many requests at once.
-
-``Engine`` is the seam between the service (tokenizers, HTTP, Ray) and what runs the model; nothing
-here knows about either side. ``TransformersEngine`` is the first implementation.
-
-Two threads meet here: the engine's loop steps the model; callers live in asyncio. The loop's thread
-only ever posts to a stream (``streams.py``), and only the caller adds and removes streams.
+"""The seam between the service (tokenizers, HTTP, Ray) and what runs a trunk's model: token ids
+in, token ids out, many requests at once. Nothing here knows about either side, or needs torch.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from ..cluster.missing import WAIT, Dropped, MissingExpert, RowGroups
-from ..proto.errors import Busy, EngineError, MoesaicError, RequestError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from .batching import BatchingLoop
-    from .streams import Stream
+from ..cluster.missing import WAIT, Dropped, MissingExpert
+from ..proto.errors import RequestError
 
 FinishReason = Literal["stop", "length"]
 
@@ -109,6 +96,7 @@ class EngineStats:
 
     running: int = 0
     waiting: int = 0
+    parked: int = 0  # of these, outside of the queue: for experts that nobody has at the moment
     restarts: int = 0  # after a failed step
     last_error: str | None = None
     steps: int = 0
@@ -153,129 +141,6 @@ class EngineConfig:
     max_batch_tokens: int = 512  # per step: bounds how long a prefill delays the others
     max_requests: int = 32  # per step
     max_waiting: int = 256  # beyond those that run
+    park_s: float = 60.0  # how long a request waits for an expert that nobody has
     stall_timeout_s: float = 120.0  # no step for so long: requests end with EngineError
     close_timeout_s: float = 10.0
-
-
-class TransformersEngine:
-    """Continuous batching by transformers' own manager (``batching.BatchingLoop``)."""
-
-    def __init__(self, model: PreTrainedModel, *, config: EngineConfig | None = None) -> None:
-        self._model = model
-        self._config = config or EngineConfig()
-        self._ids = itertools.count()
-        self._loop: BatchingLoop | None = None
-        self._limits: Limits | None = None
-
-    @property
-    def limits(self) -> Limits:
-        if self._limits is None:
-            raise EngineError("the engine was not started")
-        return self._limits
-
-    def start(self) -> None:
-        # torch and transformers are imported here only; a process of HTTP needs neither.
-        from .batching import BatchingLoop, eos_token_ids
-        from .streams import Streams
-
-        if self._loop is not None:
-            return
-        eos = eos_token_ids(self._model)
-        loop = BatchingLoop(self._model, self._config, eos, Streams(eos))
-        total = loop.allocate()
-        text_config = self._model.config.get_text_config()
-        positions = getattr(text_config, "max_position_embeddings", None)
-        if positions is not None:
-            total = min(total, int(positions))
-        self._limits = Limits(
-            max_prompt_tokens=total - 1,
-            max_total_tokens=total,
-            max_requests=self._config.max_requests + self._config.max_waiting,
-            vocab_size=int(text_config.vocab_size),
-        )
-        loop.start()
-        self._loop = loop
-
-    async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
-    ) -> AsyncGenerator[Delta, None]:
-        loop = self._admit(prompt_ids, sampling)
-        # A caller may use an id twice; the loop must not see it twice.
-        key = f"{request_id}#{next(self._ids)}"
-        stream = loop.streams.open(key, sampling, prompt_ids)
-        finished = False
-        try:
-            if not loop.submit(key, prompt_ids, sampling.max_tokens):
-                raise EngineError("the engine is restarting; send the request again")
-            while not finished:
-                delta = await self._next(loop, stream)
-                finished = delta.finish_reason is not None
-                yield delta
-        finally:
-            loop.streams.close(key)
-            if not finished:
-                loop.cancel_request(key)
-
-    async def _next(self, loop: BatchingLoop, stream: Stream) -> Delta:
-        while True:
-            try:
-                return await stream.next(self._config.stall_timeout_s)
-            except TimeoutError:
-                # Waiting behind others is no fault of the engine's; standing still is.
-                stalled_s = time.monotonic() - loop.last_beat
-                if stalled_s >= self._config.stall_timeout_s:
-                    raise EngineError(f"the engine made no step for {stalled_s:.0f} s") from None
-
-    def _admit(self, prompt_ids: Sequence[int], sampling: Sampling) -> BatchingLoop:
-        loop = self._running()
-        self.limits.check(prompt_ids, sampling)
-        if len(loop.streams) >= self.limits.max_requests:
-            raise Busy(f"{len(loop.streams)} requests are running or waiting; try again later")
-        return loop
-
-    def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
-        """Ends the requests that own these rows of the batch in flight, and only those.
-
-        To be called inside the model's forward, in its thread; ``rows`` index the flat ``(T, H)``
-        hidden states. After the step each request's generator raises ``error``.
-
-        The rows must hold finite numbers (zeros): a step's requests share one masked attention, in
-        which a row counts zero times for the others, and zero times NaN is NaN.
-        """
-        self._running().fail_rows(rows, error)
-
-    def row_groups(self) -> RowGroups | None:
-        """What the requests of the batch in flight want when experts are missing, in the order of
-        their rows; None if all of them wait. To be called as `fail_rows` is."""
-        return self._running().row_groups()
-
-    def drop_rows(self, dropped: Mapping[int, float]) -> None:
-        """These rows go without a part of their experts; to be called as `fail_rows` is."""
-        self._running().drop_rows(dropped)
-
-    def _running(self) -> BatchingLoop:
-        if self._loop is None:
-            raise EngineError("the engine is not running")
-        return self._loop
-
-    def stats(self) -> EngineStats:
-        loop = self._loop
-        if loop is None:
-            return EngineStats()
-        running = loop.running
-        beat_s = time.monotonic() - loop.last_beat
-        return EngineStats(
-            running=running,
-            waiting=max(0, len(loop.streams) - running),
-            restarts=loop.restarts,
-            last_error=loop.last_error,
-            steps=loop.steps,
-            seconds_since_beat=beat_s,
-            cache_free=loop.cache_free,
-            healthy=loop.healthy and beat_s < self._config.stall_timeout_s,
-        )
-
-    def close(self) -> None:
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            loop.close(self._config.close_timeout_s)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..cluster.events import Send
-from ..cluster.placement import LayerKey, Number, Placement
+from ..cluster.placement import ExpertKey, LayerKey, Number, Placement
 from ..proto.errors import CallError
 from ..proto.expert_pb2 import Frame, Reply
 from ..proto.wire import DTYPE_TO_WIRE, CallLayout, checksum
@@ -138,11 +138,15 @@ class LayerJob:
     def rows_of(self, choices: np.ndarray) -> list[int]:
         return np.unique(choices // self.top_k).tolist()
 
+    def experts(self, choices: np.ndarray) -> list[ExpertKey]:
+        ids = np.unique(self.ids_TK.reshape(-1)[choices])
+        return [self.key.expert(int(expert)) for expert in ids]
+
     def names(self, choices: np.ndarray, at_most: int = 4) -> str:
         """The experts of ``choices``, in words."""
-        ids = np.unique(self.ids_TK.reshape(-1)[choices])
-        experts = [str(self.key.expert(int(expert))) for expert in ids]
-        return ", ".join(experts[:at_most]) + (" and others" if experts[at_most:] else "")
+        experts = self.experts(choices)
+        more = " and others" if experts[at_most:] else ""
+        return ", ".join(map(str, experts[:at_most])) + more
 
 
 def check_shapes(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:

@@ -32,14 +32,9 @@ from ..cluster.events import (
 )
 from ..cluster.health import HostState, RouterPolicy
 from ..cluster.load import LoadReport
-from ..cluster.placement import LayerKey, Number, Placement
+from ..cluster.placement import ExpertKey, LayerKey, Number, Placement
 from ..models.trunk import PoolFunction
-from ..proto.errors import (
-    CallError,
-    ClusterError,
-    ExpertUnavailable,
-    from_wire,
-)
+from ..proto.errors import CallError, ClusterError, ExpertUnavailable, from_wire
 from ..proto.expert_pb2 import Frame
 from ..proto.wire import DTYPE_TO_WIRE
 from .batch_rows import BatchRows
@@ -74,7 +69,7 @@ class Router:
         """
         self.name = name
         self.policy = policy or RouterPolicy()
-        self.batch = BatchRows(name)
+        self.batch = BatchRows(name, self.has)
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
         self._links = Links(router=name, node=node, transport=transport, slots=self.policy.window)
@@ -118,6 +113,19 @@ class Router:
                     f"router {self.name}: not ready after {timeout_s:g} s: hosts {states}, "
                     f"{len(self._unplaced(layers))} of {len(layers)} layers not placed"
                 )
+
+    def has(self, experts: Sequence[ExpertKey]) -> bool:
+        """Whether every one of these experts has a host that takes calls now. Nobody else may be
+        computing: connections and probes go on meanwhile. Never waits."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._closed:
+                    self._wait(_now())
+                    keys = [LayerKey(key.model, key.layer) for key in experts]
+                    self._dispatcher.unplaced = next(iter(self._unplaced(keys)), None)
+            finally:
+                self._lock.release()
+        return all(self._dispatcher.peers.has(key, _now()) for key in experts)
 
     def stats(self) -> RouterStats:
         dispatcher = self._dispatcher

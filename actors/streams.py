@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..cluster.missing import WAIT, Dropped, MissingExpert
 from ..proto.errors import EngineError, MoesaicError
-from .engine import Delta, FinishReason, Sampling, TokenLogprob
+from .engine import Delta, FinishReason, TokenLogprob
 from .sampling import RequestSampler
 
 if TYPE_CHECKING:
@@ -23,15 +23,13 @@ logger = logging.getLogger(__name__)
 class Stream:
     """One request on its way from the loop's thread to its caller's event loop."""
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
-        self.sampling = sampling
-        self.prompt_ids = prompt_ids
+    def __init__(self, sampler: RequestSampler) -> None:
+        self.sampler = sampler
         self.loop = asyncio.get_running_loop()
         # The loop's thread alone:
         self.sent = 0
         self.ended = False
         self.dropped: Dropped | None = None
-        self.sampler: RequestSampler | None = None
         # The event loop alone:
         self._ready = asyncio.Event()
         self._tokens: list[int] = []
@@ -39,6 +37,10 @@ class Stream:
         self._finish: FinishReason | None = None
         self._dropped: Dropped | None = None
         self._error: MoesaicError | None = None
+
+    @property
+    def missing(self) -> MissingExpert:
+        return self.sampler.sampling.missing
 
     def push(self, event: Delta | MoesaicError) -> None:
         if isinstance(event, Delta):
@@ -78,18 +80,16 @@ class Streams:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, request_id: str, sampling: Sampling, prompt_ids: Sequence[int]) -> Stream:
-        stream = self._open[request_id] = Stream(sampling, prompt_ids)
-        self._impatient += sampling.missing != WAIT
+    def open(self, request_id: str, sampler: RequestSampler) -> Stream:
+        stream = self._open[request_id] = Stream(sampler)
+        self._impatient += stream.missing != WAIT
         return stream
 
     def close(self, request_id: str) -> None:
-        self._impatient -= self._open.pop(request_id).sampling.missing != WAIT
+        self._impatient -= self._open.pop(request_id).missing != WAIT
 
     def sampler(self, request_id: str) -> RequestSampler | None:
         stream = self._open.get(request_id)
-        if stream is not None and stream.sampler is None:
-            stream.sampler = RequestSampler(stream.sampling, stream.prompt_ids)
         return stream.sampler if stream else None
 
     @property
@@ -98,7 +98,7 @@ class Streams:
 
     def missing(self, request_id: str) -> MissingExpert:
         stream = self._open.get(request_id)
-        return stream.sampling.missing if stream else WAIT
+        return stream.missing if stream else WAIT
 
     def drop(self, request_id: str, part: float) -> None:
         stream = self._open.get(request_id)
@@ -121,7 +121,7 @@ class Streams:
             return EngineError(f"the engine failed: {output.error}")
         new = tuple(output.generated_tokens[stream.sent :])
         stream.sent += len(new)
-        logprobs = () if stream.sampler is None else stream.sampler.take_logprobs(len(new))
+        logprobs = stream.sampler.take_logprobs(len(new))
         if not output.is_finished():
             return Delta(new, None, stream.dropped, logprobs)
         if new and new[-1] in self._eos_token_ids:

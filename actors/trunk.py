@@ -32,11 +32,12 @@ from ..models.trunk import (
     read_config,
 )
 from ..proto.errors import ClusterError
-from .engine import Engine, EngineConfig, TransformersEngine
+from .engine import Engine, EngineConfig
 from .host import pick_device
 from .ray_border import CONTROLLER
 from .router import Router
 from .store import ModelRef
+from .transformers_engine import TransformersEngine
 from .transport.connect import TransportChoice
 
 log = logging.getLogger(__name__)

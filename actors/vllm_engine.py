@@ -19,6 +19,8 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ from transformers import GenerationConfig
 from ..models.trunk import experts_layers, meta_model, read_config
 from ..proto.errors import Busy, ClusterError, EngineError, InternalError
 from .engine import Delta, EngineConfig, EngineStats, Limits, Sampling
+from .parking import Parking
+from .sampling import RequestSampler
 from .streams import Streams
 from .trunk import PoolLink, TrunkConfig
 from .vllm_plugin import in_pool
@@ -68,6 +72,7 @@ class VllmEngine:
         self._steps = 0
         self._beat = time.monotonic()
         self._last_error: str | None = None
+        self._parking = Parking(config.engine.park_s, self._check)
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -178,15 +183,33 @@ class VllmEngine:
     ) -> AsyncGenerator[Delta, None]:
         """See ``Engine.generate``."""
         self.limits.check(prompt_ids, sampling)
-        if not self._healthy:
-            raise EngineError(f"the engine has ended: {self._last_error}")
-        if len(self.streams) >= self.limits.max_requests:
-            raise Busy(f"{len(self.streams)} requests are running or waiting; try again later")
-        key = f"{request_id}#{next(self._ids)}"
-        stream = self.streams.open(key, sampling, prompt_ids)
+        self._check()
+        requests = len(self.streams) + len(self._parking)
+        if requests >= self.limits.max_requests:
+            raise Busy(f"{requests} requests are running or waiting; try again later")
+
+        def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
+            generated, seed = sampling.max_tokens - left, sampling.seed
+            # vLLM keeps no state of requests that leave it: neither the place in the random
+            # numbers of a seed, which must not begin again, nor what was generated for penalties.
+            going_on = replace(
+                sampling, max_tokens=left, seed=None if seed is None else seed + generated
+            )
+            return self._attempt(f"{request_id}#{next(self._ids)}", tokens, going_on)
+
+        async with aclosing(self._parking.generate(attempt, prompt_ids, sampling)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _attempt(
+        self, key: str, tokens: list[int], sampling: Sampling
+    ) -> AsyncGenerator[Delta, None]:
+        """Until the request ends, or lacks an expert."""
+        self._check()
+        stream = self.streams.open(key, RequestSampler(sampling, tokens))
         finished = False
         try:
-            self._asked.put(lambda: self._add(key, list(prompt_ids), sampling))
+            self._asked.put(lambda: self._add(key, tokens, sampling))
             while not finished:
                 try:
                     delta = await stream.next(self._engine_config.stall_timeout_s)
@@ -199,6 +222,10 @@ class VllmEngine:
             self.streams.close(key)
             if not finished:
                 self._asked.put(lambda: self._abort([key]))
+
+    def _check(self) -> None:
+        if not self._healthy:
+            raise EngineError(f"the engine has ended: {self._last_error}")
 
     def _raise_if_stalled(self) -> None:
         """Waiting behind others is no fault of the engine's; standing still is."""
@@ -268,7 +295,8 @@ class VllmEngine:
         running, beat_s = len(scheduler.running), time.monotonic() - self._beat
         return EngineStats(
             running=running,
-            waiting=max(0, len(self.streams) - running),
+            waiting=max(0, len(self.streams) - running) + len(self._parking),
+            parked=len(self._parking),
             last_error=self._last_error,
             steps=self._steps,
             seconds_since_beat=beat_s,

@@ -23,9 +23,10 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.hosts import NODE, host_processes, place
 from benchmarks.measure import Comparison, report
-from moesaic.actors.engine import EngineConfig, Sampling, TransformersEngine
+from moesaic.actors.engine import EngineConfig, Sampling
 from moesaic.actors.router import Router
 from moesaic.actors.store import ModelRef
+from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.models.demo import demo_model
 from moesaic.models.trunk import (
     connect_experts,

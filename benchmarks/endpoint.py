@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 import moesaic
 from benchmarks.decode import CONFIG, prompts_of
 from benchmarks.measure import Comparison, report
-from moesaic.actors.engine import Sampling, TransformersEngine
+from moesaic.actors.engine import Sampling
+from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.models.demo import demo_model
 
 NEW_TOKENS = 32

@@ -55,7 +55,7 @@ class Dispatcher:
         self.ejections = 0
         self.hedges = 0  # sends that repeated a late one,
         self.overtakings = 0  # and were answered before it
-        self._peers = Peers(policy)
+        self.peers = Peers(policy)
         self._call: LayerCall | None = None
         self._next_seq = 1
         self._rotations: dict[LayerKey, int] = defaultdict(int)
@@ -71,17 +71,17 @@ class Dispatcher:
 
     @property
     def placement(self) -> Placement | None:
-        return self._peers.placement
+        return self.peers.placement
 
     @property
     def hosts(self) -> dict[str, HostHealth]:
-        return self._peers.hosts
+        return self.peers.hosts
 
     def place(self, placement: Placement, now: float) -> list[Command]:
         """Take a newer placement; an older or equal one is ignored."""
         if self.placement is not None and placement.number <= self.placement.number:
             return []
-        over = self._peers.place(placement)
+        over = self.peers.place(placement)
         for host in over:
             self._orphan(host)
         if self._call is not None:
@@ -115,7 +115,7 @@ class Dispatcher:
             rotation=self._rotations[key],
             ids_N=ids_N,
             waiting_N=np.flatnonzero(ids_N >= 0),
-            until_T=None if patience_T is None else now + patience_T,
+            patience_T=patience_T,
         )
         self.outcome = None
         layer = self.placement.layers.get(key) if self.placement is not None else None
@@ -166,7 +166,7 @@ class Dispatcher:
         commands: list[Command] = []
         if (call := self._running) is not None:
             commands += self._expire(call, now)
-        commands += self._peers.tick(now)
+        commands += self.peers.tick(now)
         if (call := self._running) is not None:
             if call.waiting_N.size and now >= call.hold_until:
                 commands += self._assign(call, now)
@@ -180,7 +180,7 @@ class Dispatcher:
         """The next moment at which `tick` has something to do, if no event comes before."""
         call = self._running
         waits = call is not None and call.waiting_N.size > 0
-        due = [self._peers.wake_at(now, work_waits=waits)]
+        due = [self.peers.wake_at(now, work_waits=waits)]
         if call is not None:
             due.append(call.wake_at(now))
         return min(due)
@@ -290,14 +290,16 @@ class Dispatcher:
         """Send the waiting choices that some host can take; the others go on waiting."""
         placement = self.placement
         if placement is None or call.key not in placement.layers:
+            call.nowhere(call.waiting_N, now)
             return []
         # transformers marks choices that belong to nobody with the number of experts.
         inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
         call.waiting_N = call.waiting_N[inside]
-        host_n = self._peers.choose(call, call.waiting_N, now)
+        host_n = self.peers.choose(call, call.waiting_N, now)
         still = [call.waiting_N[host_n < 0]]
+        call.nowhere(still[0], now)
         commands: list[Command] = []
-        for piece in self._peers.pieces(call, call.waiting_N, host_n):
+        for piece in self.peers.pieces(call, call.waiting_N, host_n):
             if piece.health.room <= 0:
                 still.append(piece.choices)
                 continue
@@ -317,10 +319,10 @@ class Dispatcher:
             if not placed or flight.hedges or flight.rival is not None:
                 continue
             choices = flight.send.choices
-            host_n = self._peers.choose(call, choices, now, besides=flight.send.host)
+            host_n = self.peers.choose(call, choices, now, besides=flight.send.host)
             if (host_n < 0).any():
                 continue
-            pieces = list(self._peers.pieces(call, choices, host_n))
+            pieces = list(self.peers.pieces(call, choices, host_n))
             asked = Counter(piece.health.entry.host for piece in pieces)
             room = all(self.hosts[host].room >= sends for host, sends in asked.items())
             age_s = now - flight.sent_at

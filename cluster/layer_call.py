@@ -13,6 +13,8 @@ from .events import Refused, Send
 from .grouping import rows_of
 from .placement import LayerKey
 
+_NONE = np.zeros(0, dtype=np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -50,7 +52,12 @@ class LayerCall:
     rotation: int
     ids_N: np.ndarray
     waiting_N: np.ndarray  # choices that no send carries, ascending
-    until_T: np.ndarray | None = None  # when each token waits no longer; None: at the deadline
+    # Seconds that each token waits for experts that nobody has; None: until the deadline.
+    patience_T: np.ndarray | None = None
+    # Those of the waiting that no host takes now, and since when there are any: the others wait for
+    # room on a host that has it.
+    nowhere_N: np.ndarray = field(default_factory=lambda: _NONE)
+    nowhere_since: float = 0.0
     gone: list[np.ndarray] = field(default_factory=list)  # choices that wait no longer
     live: dict[int, Flight] = field(default_factory=dict)  # by sequence number
     # Given up after a deadline; a late answer still counts if nobody else has its choices.
@@ -111,19 +118,32 @@ class LayerCall:
         self.waiting_N = np.setdiff1d(self.waiting_N, late.choices, assume_unique=True)
         return late
 
+    def nowhere(self, choices: np.ndarray, now: float) -> None:
+        """Of the waiting choices, no host takes these now."""
+        if not self.nowhere_N.size:
+            self.nowhere_since = now
+        self.nowhere_N = choices
+
     def lose_patience(self, now: float) -> None:
-        """Choices that wait, of tokens that do not any longer, are lost."""
-        if self.until_T is not None and self.waiting_N.size:
-            over_n = self.until_T[self.waiting_N // self.top_k] <= now
-            self.gone.append(self.waiting_N[over_n])
-            self.waiting_N = self.waiting_N[~over_n]
+        """Choices that nobody takes, of tokens that wait no longer, are lost."""
+        if self.nowhere_N.size:  # some may have been answered late since
+            self.nowhere_N = np.intersect1d(self.nowhere_N, self.waiting_N, assume_unique=True)
+        if self.patience_T is not None and self.nowhere_N.size:
+            over_n = self.nowhere_since + self._patience(self.nowhere_N) <= now
+            self.gone.append(self.nowhere_N[over_n])
+            self.waiting_N = np.setdiff1d(self.waiting_N, self.gone[-1], assume_unique=True)
+            self.nowhere_N = self.nowhere_N[~over_n]
+
+    def _patience(self, choices: np.ndarray) -> np.ndarray:
+        assert self.patience_T is not None
+        return self.patience_T[choices // self.top_k]
 
     def wake_at(self, now: float) -> float:
         """When something is due: an end of patience, a hedge, a retry that was held back."""
         due = [self.deadline]
         due += [min(flight.expires, flight.hedge_at) for flight in self.live.values()]
-        if self.waiting_N.size and self.until_T is not None:
-            due.append(float(self.until_T[self.waiting_N // self.top_k].min()))
+        if self.nowhere_N.size and self.patience_T is not None:
+            due.append(self.nowhere_since + float(self._patience(self.nowhere_N).min()))
         if self.waiting_N.size and self.hold_until > now:
             due.append(self.hold_until)
         return min(due)

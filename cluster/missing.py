@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-# Long enough for a host that is only busy for a moment.
+# How long a batch waits for an expert: long enough for a host that is only busy for a moment.
 SHORT_WAIT_S = 0.1
 
 
@@ -21,13 +21,14 @@ class MissingExpert:
     of the token's gate weights is small enough."""
 
     mode: Literal["wait", "fail", "drop"] = "wait"
-    wait_s: float | None = None  # None: the router's deadline to wait, SHORT_WAIT_S otherwise
+    wait_s: float | None = None  # None: the engine's time to wait, SHORT_WAIT_S otherwise
     most_dropped: float = 1.0  # part of a token's gate weights that may be left out of a layer
 
     def patience_s(self, deadline_s: float) -> float:
-        if self.wait_s is not None:
-            return min(self.wait_s, deadline_s)
-        return deadline_s if self.mode == "wait" else SHORT_WAIT_S
+        """Seconds that a row waits in its batch, which waits with it: one that may wait longer
+        (``wait``) does so outside."""
+        wait_s = SHORT_WAIT_S if self.wait_s is None else self.wait_s
+        return min(wait_s, deadline_s, SHORT_WAIT_S if self.mode == "wait" else wait_s)
 
 
 WAIT = MissingExpert()
@@ -54,16 +55,17 @@ class Judgement(NamedTuple):
 
 
 class RowWishes:
-    """The wishes of a batch's rows; those behind the last group wait."""
+    """The wishes of a batch's rows; those behind the last group wait, as all do without groups."""
 
-    def __init__(self, groups: RowGroups, tokens: int, deadline_s: float) -> None:
-        """A batch of other than the groups' rows cannot be told apart: all of it waits."""
-        self.patience_T = np.full(tokens, deadline_s)
+    def __init__(self, groups: RowGroups | None, tokens: int, deadline_s: float) -> None:
+        """A batch of other than the groups' rows cannot be told apart: all of it waits, and
+        together."""
+        known = groups or ()
+        apart = sum(rows for rows, _ in known) <= tokens
+        self.patience_T = np.full(tokens, WAIT.patience_s(deadline_s) if apart else deadline_s)
         self._most_T = np.full(tokens, -1.0)  # -1: nothing may be dropped
         start = 0
-        if sum(rows for rows, _ in groups) > tokens:
-            return
-        for rows, wish in groups:
+        for rows, wish in known if apart else ():
             mine = slice(start, start + rows)
             self.patience_T[mine] = wish.patience_s(deadline_s)
             self._most_T[mine] = wish.most_dropped if wish.mode == "drop" else -1.0

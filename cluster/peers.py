@@ -15,7 +15,7 @@ from .choosing import choose_hosts
 from .events import Command, Disconnect, Send
 from .health import HostHealth, HostState, RouterPolicy
 from .layer_call import LayerCall
-from .placement import Placement
+from .placement import ExpertKey, LayerKey, Placement
 from .routes import Routes
 
 
@@ -85,6 +85,15 @@ class Peers:
     def wake_at(self, now: float, *, work_waits: bool) -> float:
         due = (host.wake_at(now, work_waits=work_waits) for host in self.hosts.values())
         return min(due, default=float("inf"))
+
+    def has(self, expert: ExpertKey, now: float) -> bool:
+        """Whether some host that is placed for an expert takes calls now."""
+        layers = {} if self.placement is None else self.placement.layers
+        layer = layers.get(LayerKey(expert.model, expert.layer))
+        if layer is None or expert.expert >= len(layer.replicas):
+            return False
+        healths = (self.hosts.get(host) for host in layer.hosts(expert.expert))
+        return any(health is not None and health.takes_calls(now) for health in healths)
 
     def choose(
         self, call: LayerCall, choices_n: np.ndarray, now: float, *, besides: str = ""

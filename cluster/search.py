@@ -194,9 +194,7 @@ class LayerSearch:
         spare_H = np.where(fits_H & ~open_H, self.rooms.slots_H, 0)
         targets = hosts + [int(h) for h in np.argsort(-spare_H)[:_VICTIMS] if spare_H[h] > 0]
         for host in hosts:
-            for victim, room, loss in self._openings(
-                host, fits_H, droppable_EH, slack_H, targets
-            ):
+            for victim, room, loss in self._openings(host, fits_H, droppable_EH, slack_H, targets):
                 for expert in experts:
                     if self.held_EH[expert, host] or expert in (v for v, _ in victim.drops):
                         continue

@@ -25,6 +25,7 @@ MoesaicError
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 
@@ -109,10 +110,14 @@ class Corrupted(Retryable):
 
 
 class ExpertUnavailable(MoesaicError):
-    """No replica of an expert answered before the deadline; the message names the expert."""
+    """No replica of an expert answered before the deadline; the message names the expert.
+
+    ``is_back``, where a router in this process raised it: whether another try is worthwhile now.
+    """
 
     retryable = True
     http_status = 503
+    is_back: Callable[[], bool] | None = None
 
 
 class BadExpert(MoesaicError):

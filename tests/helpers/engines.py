@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from transformers import LlamaForCausalLM, MixtralForCausalLM
 
-from moesaic.actors.engine import Delta, Engine, EngineConfig, Sampling, TransformersEngine
+from moesaic.actors.engine import Delta, Engine, EngineConfig, Sampling
+from moesaic.actors.transformers_engine import TransformersEngine
 from tests.helpers.tiny import tiny_mixtral
 
 SMALL = EngineConfig(page_size=8, num_blocks=64, max_batch_tokens=32, max_requests=16)

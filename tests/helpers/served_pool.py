@@ -14,10 +14,11 @@ import httpx
 import uvicorn
 from transformers import PreTrainedModel
 
-from moesaic.actors.engine import EngineConfig, TransformersEngine
+from moesaic.actors.engine import EngineConfig
 from moesaic.actors.host import ExpertHost
 from moesaic.actors.ingress import create_app
 from moesaic.actors.served import ServedModel
+from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.cluster.health import RouterPolicy
 from moesaic.cluster.placement import ExpertKey
 from tests.helpers.architectures import tiny_model
@@ -28,6 +29,7 @@ MAX_BODY = 2**18
 DEADLINE_S = 20.0
 # A lost expert is given up soon, and a slow machine is not taken for a lost one.
 POLICY = RouterPolicy(deadline_s=2.0, attempt_s=1.5)
+PARK_S = 5.0
 
 
 def tiny_served_model() -> PreTrainedModel:
@@ -95,7 +97,8 @@ def _server(app: Any) -> Iterator[str]:
 def served_pool(folder: Path, *, hosts: int = 2, replicas: int = 1) -> Iterator[ServedPool]:
     with pool(folder, hosts=hosts, replicas=replicas, policy=POLICY) as base:
         engine = TransformersEngine(
-            base.trunk, config=EngineConfig(page_size=8, num_blocks=64, max_requests=8)
+            base.trunk,
+            config=EngineConfig(page_size=8, num_blocks=64, max_requests=8, park_s=PARK_S),
         )
         engine.start()
         # As the engine of a trunk on Ray does.

@@ -13,9 +13,10 @@ from typing import Any
 
 import uvicorn
 
-from moesaic.actors.engine import Delta, EngineConfig, Limits, Sampling, TransformersEngine
+from moesaic.actors.engine import Delta, EngineConfig, Limits, Sampling
 from moesaic.actors.ingress import create_app
 from moesaic.actors.served import ServedModel
+from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable
 from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
 

@@ -16,7 +16,8 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler, Scheduler
 
 from moesaic.actors.batching import BatchingLoop
-from moesaic.actors.engine import EngineConfig, Sampling, TransformersEngine
+from moesaic.actors.engine import EngineConfig, Sampling
+from moesaic.actors.transformers_engine import TransformersEngine
 from tests.helpers.tiny import tiny_mixtral
 
 

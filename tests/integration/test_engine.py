@@ -9,7 +9,8 @@ from contextlib import aclosing
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
-from moesaic.actors.engine import Delta, Engine, EngineConfig, Sampling, TransformersEngine
+from moesaic.actors.engine import Delta, Engine, EngineConfig, Sampling
+from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.proto.errors import Busy, EngineError, RequestError, UnsupportedModel
 from tests.helpers.engines import SMALL, deltas, reference, running, tokens, until_idle
 from tests.helpers.tiny import tiny_mixtral

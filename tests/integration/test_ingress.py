@@ -13,7 +13,8 @@ import openai
 import pytest
 import torch
 
-from moesaic.actors.engine import Sampling, TransformersEngine
+from moesaic.actors.engine import Sampling
+from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.client import Client
 from moesaic.proto.errors import ExpertUnavailable
 from tests.helpers.engines import reference

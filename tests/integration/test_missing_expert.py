@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +12,13 @@ import openai
 import pytest
 
 from moesaic.actors.host import ExpertHost
-from moesaic.cluster.placement import ExpertKey, Number, Placement
+from moesaic.cluster.placement import (
+    ExpertKey,
+    LayerKey,
+    LayerPlacement,
+    Number,
+    Placement,
+)
 from tests.helpers.served_pool import DEADLINE_S, ServedPool, save_served_model, served_pool
 
 PROMPT = [*range(5, 37)]
@@ -26,20 +32,32 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPool]:
 
 
 @contextmanager
-def without_experts(served: ServedPool) -> Iterator[list[ExpertKey]]:
-    """One host has forgotten its experts; at the end it holds them again."""
+def without_experts(served: ServedPool, only: int | None = None) -> Iterator[list[ExpertKey]]:
+    """One host has forgotten its experts, or the one with a number; at the end it holds them
+    again. The router is told, as by a controller."""
     host: ExpertHost = served.hosts[0]
     report = host.report()
     keys = [layer.expert(e) for layer, experts in report.holdings.items() for e in experts]
+    keys = sorted(keys) if only is None else sorted(keys)[only : only + 1]
+    before = served.pool.router._dispatcher.placement or served.pool.placement
     host.release(keys)
+    _place(served, {layer: _without(layer, one, keys) for layer, one in before.layers.items()})
     try:
         yield keys
     finally:
         host.load(report.models, keys)
-        # As a controller does: what was refused is asked for again.
-        current = served.pool.router._dispatcher.placement or served.pool.placement
-        number = Number(1, current.number.epoch + 1)
-        served.pool.router.place(Placement(number, current.hosts, current.layers))
+        _place(served, before.layers)
+
+
+def _without(layer: LayerKey, placed: LayerPlacement, keys: list[ExpertKey]) -> LayerPlacement:
+    replicas = [() if layer.expert(e) in keys else one for e, one in enumerate(placed.replicas)]
+    return LayerPlacement(tuple(replicas))
+
+
+def _place(served: ServedPool, layers: Mapping[LayerKey, LayerPlacement]) -> None:
+    current = served.pool.router._dispatcher.placement or served.pool.placement
+    number = Number(1, current.number.epoch + 1)
+    served.pool.router.place(Placement(number, current.hosts, layers))
 
 
 def ask(served: ServedPool, wish: dict[str, Any] | None, **more: Any) -> httpx.Response:

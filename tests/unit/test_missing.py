@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -14,12 +16,27 @@ DROP = MissingExpert(mode="drop", most_dropped=0.3)
 POLICY = RouterPolicy(deadline_s=30.0, attempt_s=1.0)
 
 
-def test_patience_is_the_routers_deadline_or_short_or_what_was_said() -> None:
-    soon = MissingExpert(wait_s=2.0)
-    groups = [(1, WAIT), (2, FAIL), (1, DROP), (1, soon), (1, MissingExpert(wait_s=99.0))]
-    wishes = RowWishes(groups, 8, 30.0)
+@pytest.mark.parametrize(
+    ("wish", "patience_s"),
+    [
+        (FAIL, SHORT_WAIT_S),
+        (DROP, SHORT_WAIT_S),
+        (MissingExpert(mode="fail", wait_s=2.0), 2.0),
+        (MissingExpert(mode="drop", wait_s=99.0), 30.0),
+        # Whoever waits does it outside of the batch.
+        (WAIT, SHORT_WAIT_S),
+        (MissingExpert(wait_s=2.0), SHORT_WAIT_S),
+        (MissingExpert(wait_s=0.01), 0.01),
+    ],
+)
+def test_patience_inside_a_batch(wish: MissingExpert, patience_s: float) -> None:
+    wishes = RowWishes([(1, FAIL), (2, wish)], 5, 30.0)
     short = SHORT_WAIT_S
-    assert wishes.patience_T.tolist() == [30.0, short, short, short, 2.0, 30.0, 30.0, 30.0]
+    assert wishes.patience_T.tolist() == [short, patience_s, patience_s, short, short]
+
+
+def test_without_groups_all_wait_outside() -> None:
+    assert RowWishes(None, 2, 30.0).patience_T.tolist() == [SHORT_WAIT_S] * 2
 
 
 def test_a_batch_that_is_not_the_groups_waits_as_a_whole() -> None:
@@ -65,6 +82,35 @@ def test_impatient_rows_are_lost_early_and_hold_nobody_up() -> None:
         world.pass_to_next()
     assert world.now == pytest.approx(0.5, abs=0.01)
     assert world.dispatcher.outcome.lost.tolist() == [0, 3]
+    world.check_whole()
+
+
+def test_patience_counts_from_when_nobody_has_the_expert() -> None:
+    world = World(placement(1, 1), POLICY)
+    (host,) = world.hosts.values()
+    world.welcome(host)
+    world.begin(np.array([[0], [1]], dtype=np.int32), patience_T=np.full(2, 0.1))
+    world.pass_time(0.9)
+    world.kill(host)
+    world.pass_time(0.05)
+    assert world.dispatcher.outcome is None
+    world.pass_time(0.1)
+    assert world.dispatcher.outcome is not None
+    assert world.dispatcher.outcome.lost.tolist() == [0, 1]
+
+
+def test_a_wait_for_room_on_a_host_that_has_the_expert_takes_no_patience() -> None:
+    world = World(placement(1, 1), replace(POLICY, window=1))
+    (host,) = world.hosts.values()
+    world.welcome(host)
+    world.begin(np.array([[0], [1]], dtype=np.int32), max_rows=1, patience_T=np.full(2, 0.1))
+    assert len(host.inbox) == 1, "the other choice waits for the window"
+    world.pass_time(0.5)
+    world.answer(host, 0)
+    world.pass_time(0.5)
+    world.answer(host, 0)
+    assert world.dispatcher.outcome is not None
+    assert world.dispatcher.outcome.ok
     world.check_whole()
 
 

@@ -1,0 +1,137 @@
+"""Requests that wait for an expert outside of the batch, over attempts that the test makes up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+import pytest
+
+from moesaic.actors.engine import Delta, Sampling
+from moesaic.actors.parking import Parking
+from moesaic.cluster.missing import MissingExpert
+from moesaic.proto.errors import EngineError, ExpertUnavailable
+
+PROMPT = [1, 2, 3]
+ASKED = Sampling(max_tokens=6)
+
+
+class Batch:
+    """Each attempt gives so many tokens and then lacks an expert, the last one ends."""
+
+    def __init__(self, *tokens: int, is_back: Callable[[], bool] | None = lambda: True) -> None:
+        self._tokens = list(tokens)
+        self._is_back = is_back
+        self.asked: list[tuple[list[int], int]] = []
+
+    async def attempt(self, tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
+        self.asked.append((list(tokens), left))
+        for _ in range(self._tokens.pop(0) if self._tokens else 0):
+            tokens.append(len(tokens) + 1)
+            yield Delta((tokens[-1],))
+        if self._tokens:
+            error = ExpertUnavailable("m: expert 3 of layer 1: no replica")
+            error.is_back = self._is_back
+            raise error
+        yield Delta((), "length")
+
+
+async def texts(parking: Parking, batch: Batch, asked: Sampling = ASKED) -> list[int]:
+    found: list[int] = []
+    async with aclosing(parking.generate(batch.attempt, PROMPT, asked)) as deltas:
+        async for delta in deltas:
+            found += delta.token_ids
+    return found
+
+
+def lot(wait_s: float = 5.0, check: Callable[[], object] = lambda: None) -> Parking:
+    return Parking(wait_s, check)
+
+
+async def test_it_goes_on_where_it_was() -> None:
+    batch = Batch(2, 0, 1, 3)
+    assert await texts(lot(), batch) == [4, 5, 6, 7, 8, 9]
+    assert batch.asked == [
+        ([1, 2, 3], 6),
+        ([1, 2, 3, 4, 5], 4),
+        ([1, 2, 3, 4, 5], 4),
+        ([1, 2, 3, 4, 5, 6], 3),
+    ]
+
+
+async def test_it_is_counted_while_it_waits_and_comes_back_when_the_expert_does() -> None:
+    there = False
+    batch, parking = Batch(1, 5, is_back=lambda: there), lot()
+    waiting = asyncio.create_task(texts(parking, batch))
+    while not parking:
+        await asyncio.sleep(0)
+    assert len(parking) == 1
+    assert len(batch.asked) == 1
+    there = True
+    assert await waiting == [4, 5, 6, 7, 8, 9]
+    assert len(parking) == 0
+
+
+async def test_it_waits_no_longer_than_it_may() -> None:
+    batch, parking = Batch(2, 1, is_back=lambda: False), lot(0.3)
+    with pytest.raises(ExpertUnavailable, match="expert 3"):
+        await texts(parking, batch)
+    assert len(parking) == 0
+    assert len(batch.asked) == 1
+
+
+async def test_an_expert_that_only_seems_to_be_back_does_not_hold_the_request_for_ever() -> None:
+    batch = Batch(*[0] * 100)
+    with pytest.raises(ExpertUnavailable):
+        await texts(lot(1.0), batch)
+    # Away for 0, 0.1, 0.2, 0.4 seconds.
+    assert 3 <= len(batch.asked) <= 5
+
+
+async def test_a_token_in_between_begins_the_wait_anew() -> None:
+    batch = Batch(*[1] * 6)
+    assert await texts(lot(0.2), batch) == [4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("asked", [MissingExpert(mode="fail"), MissingExpert(mode="drop")])
+async def test_who_does_not_wait_is_not_parked(asked: MissingExpert) -> None:
+    batch = Batch(1, 1)
+    with pytest.raises(ExpertUnavailable):
+        await texts(lot(), batch, Sampling(max_tokens=6, missing=asked))
+    assert len(batch.asked) == 1
+
+
+async def test_its_own_time_to_wait_counts() -> None:
+    batch = Batch(1, 1, is_back=lambda: False)
+    asked = Sampling(max_tokens=6, missing=MissingExpert(wait_s=0.15))
+    async with asyncio.timeout(3):
+        with pytest.raises(ExpertUnavailable):
+            await texts(lot(60.0), batch, asked)
+
+
+async def test_where_nobody_can_tell_whether_it_is_back_nobody_waits() -> None:
+    batch = Batch(1, 1, is_back=None)
+    with pytest.raises(ExpertUnavailable):
+        await texts(lot(), batch)
+
+
+async def test_an_engine_that_ends_takes_the_parked_with_it() -> None:
+    def ended() -> None:
+        raise EngineError("the engine has ended")
+
+    batch, parking = Batch(1, 1, is_back=lambda: False), lot(check=ended)
+    with pytest.raises(EngineError):
+        await texts(parking, batch)
+    assert len(parking) == 0
+
+
+async def test_who_goes_away_while_parked_is_forgotten() -> None:
+    parking = lot()
+    waiting = asyncio.create_task(texts(parking, Batch(1, 1, is_back=lambda: False)))
+    while not parking:
+        await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert len(parking) == 0
