@@ -46,18 +46,22 @@ class Answers(Protocol):
 
 
 class TextAnswers:
-    """``/v1/completions``; one choice per prompt."""
+    """``/v1/completions``; one choice for each prompt and ``n``."""
 
-    def __init__(self, answer_id: str, model: str, prompt_tokens: int) -> None:
+    def __init__(
+        self, answer_id: str, model: str, prompt_tokens: int, echoed: Sequence[str] = ()
+    ) -> None:
+        """``echoed``: for each choice the prompt's text, which the answer begins with; or none."""
         self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
         self._prompt_tokens = prompt_tokens
+        self._echoed = echoed
         self._characters: dict[int, int] = {}
 
     def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]:
         yield Completion(
             **self._base,
             object="text_completion",
-            choices=[self._choice(index, piece.text, piece)],
+            choices=[self._choice(index, self._echo(index, is_first) + piece.text, piece)],
         )
 
     def usage(self, tokens: int) -> BaseModel:
@@ -72,7 +76,7 @@ class TextAnswers:
         return Completion(
             **self._base,
             choices=[
-                self._choice(index, text, piece)
+                self._choice(index, self._echo(index, True) + text, piece)
                 for index, (text, piece) in enumerate(zip(texts, last, strict=True))
             ],
             usage=Usage.of(self._prompt_tokens, sum(piece.tokens for piece in last)),
@@ -86,6 +90,9 @@ class TextAnswers:
             finish_reason=piece.finish_reason,
             moesaic=Moesaic.of(piece.dropped),
         )
+
+    def _echo(self, index: int, is_first: bool) -> str:
+        return self._echoed[index] if self._echoed and is_first else ""
 
     def _offset(self, index: int, piece: Piece) -> int:
         """Characters of this choice's tokens before this piece's."""

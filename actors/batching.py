@@ -1,4 +1,5 @@
-"""The seam into transformers' continuous batching: every private name that we rely on is here.
+"""The seam into transformers' continuous batching: every private name that we rely on is here
+and in `scheduler.py`.
 
 ``tests/integration/test_batching_seam.py`` pins these names and the order of the calls, and fails
 loudly when transformers changes them:
@@ -35,16 +36,12 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
     GenerationOutput,
-    RequestState,
-)
-from transformers.generation.continuous_batching.scheduler import (
-    SCHEDULER_MAPPING,
-    FIFOScheduler,
 )
 
 from ..cluster.missing import RowGroups
 from ..proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel
 from .sampling import RequestSampler, choose
+from .scheduler import SCHEDULER, RankScheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,22 +68,6 @@ class _Router(OutputRouter):
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         self._streams.deliver(outputs)
-
-
-class _Scheduler(FIFOScheduler):
-    """transformers admits no new request after an eviction until one *finishes*.
-
-    When the running ones are cancelled instead, that never happens and the waiting ones starve.
-    """
-
-    def clear_cancelled_requests(self) -> list[RequestState]:
-        cancelled = super().clear_cancelled_requests()
-        if cancelled:
-            self.block_new_requests = False
-        return cancelled
-
-
-SCHEDULER_MAPPING["moesaic_fifo"] = _Scheduler
 
 
 class BatchingLoop(ContinuousBatchingManager):
@@ -201,6 +182,9 @@ class BatchingLoop(ContinuousBatchingManager):
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
         processor.model_runner._sample = self._sample
+        scheduler = processor.scheduler
+        assert isinstance(scheduler, RankScheduler)
+        scheduler.rank = self.streams.rank
         return processor
 
     def _generation_loop_body(
@@ -340,5 +324,5 @@ def _manager_config(config: EngineConfig, device: torch.device) -> ContinuousBat
         use_async_batching=False,
         # Would look for kernels on the hub; load the model with the attention that you want.
         auto_switch_to_flash=False,
-        scheduler_type="moesaic_fifo",
+        scheduler_type=SCHEDULER,
     )

@@ -63,7 +63,9 @@ def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
         serve.start(proxy_location="HeadOnly", http_options={"host": endpoint.host, "port": port})
         cold_start_s = spec.timeouts.start_s if spec.trunk.min_replicas == 0 else None
         status = _status_source(namespace)
-        app = build(trunks, tokenizers, status=status, cold_start_s=cold_start_s)
+        app = build(
+            trunks, tokenizers, status=status, cold_start_s=cold_start_s, limits=endpoint.limits
+        )
         serve.run(app, name=app_name(spec), route_prefix="/", blocking=False)
     except (RayError, RuntimeError, ValueError) as error:
         raise ClusterError(f"endpoint: {error}") from error

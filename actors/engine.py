@@ -5,13 +5,16 @@ in, token ids out, many requests at once. Nothing here knows about either side, 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 from ..cluster.missing import WAIT, Dropped, MissingExpert
+from ..cluster.spec import LimitSpec
 from ..proto.errors import RequestError
 
 FinishReason = Literal["stop", "length"]
+
+UNBOUNDED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +34,7 @@ class Sampling:
     logprobs: int | None = (
         None  # likeliest tokens that are given beside each; None: no log-probabilities
     )
+    priority: int = 0  # the smaller, the sooner it leaves the queue
     missing: MissingExpert = WAIT
 
 
@@ -60,6 +64,17 @@ class Limits:
     max_total_tokens: int
     max_requests: int
     vocab_size: int
+    max_answer_tokens: int = UNBOUNDED
+    request_s: float | None = None  # from its begin to its last token
+
+    def within(self, spec: LimitSpec) -> Limits:
+        """As far as the spec allows it."""
+        return replace(
+            self,
+            max_prompt_tokens=min(self.max_prompt_tokens, spec.prompt_tokens or UNBOUNDED),
+            max_answer_tokens=min(self.max_answer_tokens, spec.answer_tokens or UNBOUNDED),
+            request_s=spec.request_s,
+        )
 
     def check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Raises RequestError that names ``prompt``, ``max_tokens`` or ``logit_bias``."""
@@ -73,6 +88,11 @@ class Limits:
             )
         if max_tokens < 1:
             raise RequestError(f"max_tokens is {max_tokens}; it must be >= 1", param="max_tokens")
+        if max_tokens > self.max_answer_tokens:
+            raise RequestError(
+                f"max_tokens is {max_tokens}; {self.max_answer_tokens} are allowed here",
+                param="max_tokens",
+            )
         if prompt_tokens + max_tokens > self.max_total_tokens:
             raise RequestError(
                 f"prompt ({prompt_tokens} tokens) and max_tokens ({max_tokens}) make "
@@ -105,6 +125,26 @@ class EngineStats:
     healthy: bool = False  # False also when restarting does not help
 
 
+class Generate(Protocol):
+    """`Engine.generate`, here or in another process."""
+
+    def __call__(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
+    ) -> AsyncGenerator[Delta, None]:
+        """Yields until a Delta has a finish reason; closing the generator cancels the request.
+
+        ``already``: the answer's first tokens, where another trunk has generated them. They count
+        as the answer's, and are not given again.
+
+        Raises RequestError, Busy, EngineError (retryable), or what ended just this request.
+        """
+        ...
+
+
 class Engine(Protocol):
     """Runs requests of one model. All methods may be called from any thread with an event loop."""
 
@@ -115,14 +155,8 @@ class Engine(Protocol):
         """Allocates the cache and starts the loop; raises when the model cannot be batched."""
         ...
 
-    def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
-    ) -> AsyncGenerator[Delta, None]:
-        """Yields until a Delta has a finish reason; closing the generator cancels the request.
-
-        Raises RequestError, Busy, EngineError (retryable), or what ended just this request.
-        """
-        ...
+    @property
+    def generate(self) -> Generate: ...
 
     def stats(self) -> EngineStats: ...
 

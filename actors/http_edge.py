@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
@@ -18,6 +19,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..proto.errors import BodyTooLarge, InternalError, MoesaicError
+from .http_metrics import HttpMetrics
 from .http_responses import error_response
 
 logger = logging.getLogger(__name__)
@@ -135,11 +137,18 @@ def request_id(request: Request) -> str:
     return request.scope["state"]["request_id"]
 
 
-class Edge:
-    """ASGI middleware: gives each request an id, and each unexpected error a proper answer."""
+def began(request: Request) -> float:
+    """When it came, by `time.perf_counter`."""
+    return request.scope["state"]["began"]
 
-    def __init__(self, app: ASGIApp) -> None:
+
+class Edge:
+    """ASGI middleware: gives each request an id, each unexpected error a proper answer, and counts
+    the answers."""
+
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -147,7 +156,8 @@ class Edge:
             return
         asked = Request(scope).headers.get(_REQUEST_ID_HEADER, "")
         identity = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = identity
+        state = scope.setdefault("state", {})
+        state["request_id"], state["began"] = identity, time.perf_counter()
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -155,6 +165,9 @@ class Edge:
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)[_REQUEST_ID_HEADER] = identity
+                # A path that nobody serves is anybody's words.
+                route = scope.get("route")
+                self._metrics.answered(getattr(route, "path", "other"), message["status"])
             await send(message)
 
         try:

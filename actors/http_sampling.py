@@ -42,15 +42,16 @@ def _check_biases(value: Any) -> tuple[tuple[int, float], ...]:
 LogitBias = Annotated[tuple[tuple[int, float], ...], PlainValidator(_check_biases)]
 
 
-class MissingExpertOptions(Strict):
-    """``moesaic``: what is to happen when an expert is not to be had."""
+class MoesaicOptions(Strict):
+    """``moesaic``: what is to happen when an expert is not to be had, or a trunk is lost."""
 
+    resumable: bool = False
     missing_expert: Literal["wait", "fail", "drop"] = "wait"
     wait_s: Annotated[float, Field(ge=0, le=3600)] | None = None
     max_dropped: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
-    def _fitting(self) -> MissingExpertOptions:
+    def _fitting(self) -> MoesaicOptions:
         if self.max_dropped is not None and self.missing_expert != "drop":
             raise PydanticCustomError(
                 "max_dropped", "max_dropped belongs to missing_expert='drop' alone"
@@ -82,7 +83,9 @@ class SamplingOptions(Strict):
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    moesaic: MissingExpertOptions = MissingExpertOptions()
+    # vLLM's, too: of the requests that wait, those with the smallest number come first.
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    moesaic: MoesaicOptions = MoesaicOptions()
 
     @property
     def choices(self) -> int:
@@ -112,5 +115,6 @@ class SamplingOptions(Strict):
             logit_bias=self.logit_bias or (),
             seed=self.seed,
             logprobs=self.top_tokens,
+            priority=self.priority or 0,
             missing=self.moesaic.wish,
         )

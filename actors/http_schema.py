@@ -31,7 +31,6 @@ MAX_LOGPROBS = 20
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
@@ -133,13 +132,18 @@ def _check_prompt(value: Any) -> list[str] | list[list[int]]:
 class CompletionRequest(_Generation):
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_check_prompt)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = False
 
     @property
     def top_tokens(self) -> int | None:
         return self.logprobs
 
     @model_validator(mode="after")
-    def _not_too_many(self) -> CompletionRequest:
+    def _fitting(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise PydanticCustomError(
+                "echo", "echo with logprobs is not supported: a prompt's tokens have none here"
+            )
         if len(self.prompt) * self.choices > MAX_CHOICES:
             raise PydanticCustomError(
                 "n",

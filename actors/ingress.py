@@ -20,10 +20,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ..proto.errors import MoesaicError, RequestError, UnknownModel
-from .answers import Answers, ChatAnswers, TextAnswers, chunks, collect, merge
+from .answers import Answers, ChatAnswers, Numbered, TextAnswers, chunks, collect, merge
 from .engine import Limits, Sampling
 from .http_edge import (
     Edge,
+    began,
     error_answer,
     event_stream,
     json_response,
@@ -31,13 +32,13 @@ from .http_edge import (
     request_id,
     unless_disconnected,
 )
+from .http_metrics import CONTENT_TYPE, HttpMetrics
 from .http_responses import ModelCard, ModelList
 from .http_schema import ChatRequest, CompletionRequest, parse_request
 from .served import Piece, ServedModel
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 8 * 2**20
 # OpenAI's default for completions; a chat answer may fill what the context leaves.
 COMPLETION_MAX_TOKENS = 16
 STATUS_TIMEOUT_S = 5.0
@@ -48,14 +49,15 @@ Status = Callable[[], Awaitable[dict[str, Any]]]
 
 
 def create_app(
-    *, models: Mapping[str, ServedModel], status: Status, max_body_bytes: int = MAX_BODY_BYTES
+    *, models: Mapping[str, ServedModel], status: Status, max_body_bytes: int
 ) -> FastAPI:
     """``status()`` answers a dict whose ``healthy`` says whether requests can be served."""
     app = FastAPI(title="Moesaic", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Edge)
+    metrics = HttpMetrics()
+    app.add_middleware(Edge, metrics=metrics)
     _add_models(app, models)
-    _add_generation(app, models, max_body_bytes)
-    _add_status(app, status)
+    _add_generation(app, models, metrics, max_body_bytes)
+    _add_status(app, status, metrics)
     _add_errors(app)
     return app
 
@@ -71,7 +73,9 @@ def _add_models(app: FastAPI, models: Mapping[str, ServedModel]) -> None:
         return _card(_find(models, model_id))
 
 
-def _add_generation(app: FastAPI, models: Mapping[str, ServedModel], max_body_bytes: int) -> None:
+def _add_generation(
+    app: FastAPI, models: Mapping[str, ServedModel], metrics: HttpMetrics, max_body_bytes: int
+) -> None:
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
         body = await read_body(request, max_body_bytes)
@@ -82,13 +86,22 @@ def _add_generation(app: FastAPI, models: Mapping[str, ServedModel], max_body_by
             await model.encode(prompt) if isinstance(prompt, str) else prompt
             for prompt in asked.prompt
         ]
-        sampling = asked.sampling(asked.max_tokens or COMPLETION_MAX_TOKENS)
+        sampling = asked.sampling(
+            asked.max_tokens or min(COMPLETION_MAX_TOKENS, model.limits.max_answer_tokens)
+        )
         for prompt_ids in prompts:
             model.limits.check(prompt_ids, sampling)
         identity = request_id(request)
         streams = _streams(model, identity, asked, prompts, sampling, continues_text=True)
-        answers = TextAnswers(f"cmpl-{identity}", model.id, sum(map(len, prompts)))
-        return await _respond(request, asked, streams, answers)
+        echoed = [
+            prompt if isinstance(prompt, str) else model.decode(prompt)
+            for prompt in (asked.prompt if asked.echo else ())
+            for _ in range(asked.choices)
+        ]
+        tokens = sum(map(len, prompts))
+        answers = TextAnswers(f"cmpl-{identity}", model.id, tokens, echoed)
+        pieces = metrics.watch(model.id, tokens, began(request), merge(streams))
+        return await _respond(request, asked, pieces, len(streams), answers)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -106,7 +119,8 @@ def _add_generation(app: FastAPI, models: Mapping[str, ServedModel], max_body_by
         identity = request_id(request)
         streams = _streams(model, identity, asked, [prompt_ids], sampling, continues_text=False)
         answers = ChatAnswers(f"chatcmpl-{identity}", model.id, len(prompt_ids))
-        return await _respond(request, asked, streams, answers)
+        pieces = metrics.watch(model.id, len(prompt_ids), began(request), merge(streams))
+        return await _respond(request, asked, pieces, len(streams), answers)
 
 
 def _streams(
@@ -126,6 +140,7 @@ def _streams(
             _nth(sampling, n),
             asked.stop or (),
             continues_text=continues_text,
+            resumable=asked.moesaic.resumable,
         )
         for prompt, prompt_ids in enumerate(prompts)
         for n in range(asked.choices)
@@ -140,21 +155,16 @@ def _nth(sampling: Sampling, n: int) -> Sampling:
 
 
 async def _respond(
-    request: Request,
-    asked: Asked,
-    streams: Sequence[AsyncGenerator[Piece, None]],
-    answers: Answers,
+    request: Request, asked: Asked, pieces: Numbered, choices: int, answers: Answers
 ) -> Response:
-    pieces = merge(streams)
     if asked.stream:
         return await event_stream(
-            request, chunks(pieces, len(streams), answers, include_usage=asked.include_usage)
+            request, chunks(pieces, choices, answers, include_usage=asked.include_usage)
         )
-    whole = await unless_disconnected(request, collect(pieces, len(streams), answers))
-    return json_response(whole)
+    return json_response(await unless_disconnected(request, collect(pieces, choices, answers)))
 
 
-def _add_status(app: FastAPI, status: Status) -> None:
+def _add_status(app: FastAPI, status: Status, metrics: HttpMetrics) -> None:
     @app.get("/status")
     async def get_status() -> dict[str, Any]:
         return await asyncio.wait_for(status(), STATUS_TIMEOUT_S)
@@ -168,6 +178,16 @@ def _add_status(app: FastAPI, status: Status) -> None:
             logger.exception("no status")
             healthy = False
         return JSONResponse({"healthy": healthy}, status_code=200 if healthy else 503)
+
+    @app.get("/metrics")
+    async def get_metrics() -> Response:
+        try:
+            engines = (await asyncio.wait_for(status(), STATUS_TIMEOUT_S)).get("models", {})
+        except Exception:
+            # What the endpoint counts itself is there all the same.
+            logger.exception("no status")
+            engines = {}
+        return Response(metrics.text(engines), media_type=CONTENT_TYPE)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -200,5 +220,5 @@ def _card(model: ServedModel) -> ModelCard:
 
 
 def _rest(limits: Limits, prompt_tokens: int) -> int:
-    """What the context leaves for an answer; at least 1, so that the prompt is found at fault."""
-    return max(1, limits.max_total_tokens - prompt_tokens)
+    """What the limits leave for an answer; at least 1, so that the prompt is found at fault."""
+    return max(1, min(limits.max_total_tokens - prompt_tokens, limits.max_answer_tokens))

@@ -42,14 +42,21 @@ class Parking:
         return self._parked
 
     async def generate(
-        self, attempt: Attempt, prompt_ids: Sequence[int], sampling: Sampling
+        self,
+        attempt: Attempt,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
     ) -> AsyncGenerator[Delta, None]:
         """What the attempts yield, as if there were one. Raises ExpertUnavailable when the wait
         for one expert after the other, without a token in between, takes too long."""
-        tokens = list(prompt_ids)
+        tokens = [*prompt_ids, *already]
         stay = _Stay(self._patience_s(sampling))
         while True:
             left = sampling.max_tokens - (len(tokens) - len(prompt_ids))
+            if left <= 0:  # its last token was given before
+                yield Delta((), "length")
+                return
             try:
                 async with aclosing(attempt(tokens.copy(), left)) as deltas:
                     async for delta in deltas:

@@ -8,6 +8,7 @@ Shape suffixes: R = rows, S = rows of one call, V = vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,10 @@ MIN_TEMPERATURE = 1e-5
 class RequestSampler:
     """What one request's next token depends on, besides the logits."""
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt_ids: Sequence[int], already: Sequence[int] = ()
+    ) -> None:
+        """``already``: tokens that were generated before."""
         self.sampling = sampling
         self.greedy = sampling.temperature < MIN_TEMPERATURE
         self.plain = not (
@@ -33,7 +37,8 @@ class RequestSampler:
         )
         self._logprobs: list[TokenLogprob] = []  # of tokens that were not sent yet
         self._prompt_ids = prompt_ids
-        self._generated: dict[int, int] = {}  # token -> how often
+        self._generated = Counter(() if self.plain else already)  # token -> how often
+        self._position = len(already)
         self._generator: torch.Generator | None = None
 
     @property
@@ -42,8 +47,9 @@ class RequestSampler:
         return self.greedy and self.plain and self.sampling.logprobs is None
 
     def chose(self, token: int, logits_V: Tensor) -> None:
+        self._position += 1
         if not self.plain:
-            self._generated[token] = self._generated.get(token, 0) + 1
+            self._generated[token] += 1
         if self.sampling.logprobs is not None:
             logprobs_V = torch.log_softmax(logits_V, dim=-1)
             values, ids = logprobs_V.topk(min(self.sampling.logprobs, logprobs_V.numel()))
@@ -68,7 +74,8 @@ class RequestSampler:
                 biases, dtype=logits_V.dtype, device=device
             )
         if one.repetition_penalty != 1:
-            seen = torch.tensor(sorted({*self._prompt_ids, *self._generated}), device=device)
+            ids = sorted({*self._prompt_ids, *self._generated})
+            seen = torch.tensor(ids, dtype=torch.long, device=device)
             score = adjusted_V[seen]
             adjusted_V[seen] = torch.where(
                 score > 0, score / one.repetition_penalty, score * one.repetition_penalty
@@ -82,10 +89,24 @@ class RequestSampler:
         return adjusted_V
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """The request's own, where it has a seed: its texts do not depend on who else is there."""
-        if self.sampling.seed is not None and self._generator is None:
-            self._generator = torch.Generator(device).manual_seed(self.sampling.seed)
-        return self._generator
+        """The request's own, where it has a seed: its texts depend neither on who else is there
+        nor on where it began (a request may go on in another trunk)."""
+        if self.sampling.seed is None:
+            return None
+        if self._generator is None:
+            self._generator = torch.Generator(device)
+        return self._generator.manual_seed(seed_at(self.sampling.seed, self._position))
+
+
+def seed_at(seed: int, position: int) -> int:
+    """The seed of the random numbers for one token of a request: SplitMix64 (Steele, Lea, Flood,
+    "Fast splittable pseudorandom number generators", 2014), so that neighbours have nothing in
+    common. 0 to 2^63 - 1."""
+    mask = 2**64 - 1
+    mixed = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+    return (mixed ^ (mixed >> 31)) >> 1
 
 
 def choose(

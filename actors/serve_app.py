@@ -28,6 +28,7 @@ from ray.serve.handle import (
 )
 
 from ..cluster.missing import Dropped
+from ..cluster.spec import LimitSpec
 from ..proto.errors import (
     Busy,
     EngineError,
@@ -91,10 +92,15 @@ class Trunk:
         self._engine.start()
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int],
     ) -> AsyncGenerator[Item, None]:
+        generated = self._engine.generate(request_id, prompt_ids, sampling, already)
         try:
-            async with aclosing(self._engine.generate(request_id, prompt_ids, sampling)) as deltas:
+            async with aclosing(generated) as deltas:
                 async for delta in deltas:
                     yield delta.token_ids, delta.finish_reason, delta.dropped, delta.logprobs
         except MoesaicError as error:
@@ -132,11 +138,15 @@ class TrunkClient:
         self._stream = handle.options(stream=True)
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
     ) -> AsyncGenerator[Delta, None]:
         items = cast(
             "DeploymentResponseGenerator[Item]",
-            self._stream.generate.remote(request_id, list(prompt_ids), sampling),
+            self._stream.generate.remote(request_id, list(prompt_ids), sampling, list(already)),
         )
         finished = False
         patience_s = self._cold_start_s or PATIENCE_S
@@ -206,17 +216,20 @@ class Ingress:
         tokenizers: dict[str, Callable[[], PreTrainedTokenizerBase]],
         status: StatusSource | None,
         cold_start_s: float | None,
+        limits: LimitSpec,
     ) -> None:
+        self._limits = limits
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
         self._tokenizers = tokenizers
         self._more_status = status
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        models = {
-            name: ServedModel(name, self._tokenizers[name](), await trunk.limits(), trunk.generate)
-            for name, trunk in self._trunks.items()
-        }
-        return create_app(models=models, status=self._status)
+        models = {}
+        for name, trunk in self._trunks.items():
+            limits = (await trunk.limits()).within(self._limits)
+            models[name] = ServedModel(name, self._tokenizers[name](), limits, trunk.generate)
+        max_body_bytes = int(self._limits.body_mb * 1e6)
+        return create_app(models=models, status=self._status, max_body_bytes=max_body_bytes)
 
     async def _status(self) -> dict[str, Any]:
         stats = await asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
@@ -234,10 +247,12 @@ def build(
     *,
     status: StatusSource | None = None,
     cold_start_s: float | None = None,
+    limits: LimitSpec | None = None,
 ) -> Application:
     """The application for ``serve.run``: model names -> ``Trunk.bind(engine_factory)``.
 
     ``status`` is called in the ingress; what it answers is merged into ``/status``. With
     ``cold_start_s`` trunks may scale to zero, and take so long to come back.
     """
-    return Ingress.bind(dict(trunks), dict(tokenizers), status, cold_start_s)
+    limits = limits or LimitSpec()
+    return Ingress.bind(dict(trunks), dict(tokenizers), status, cold_start_s, limits)

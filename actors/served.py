@@ -11,23 +11,16 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..cluster.missing import Dropped
-from ..proto.errors import RequestError
-from .engine import Delta, FinishReason, Limits, Sampling, TokenLogprob
+from ..proto.errors import Expired, RequestError
+from .engine import Delta, FinishReason, Generate, Limits, Sampling, TokenLogprob
+from .resuming import resuming
 from .text import Detokenizer, StopSearch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class Generate(Protocol):
-    """``Engine.generate``, here or in another process."""
-
-    def __call__(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
-    ) -> AsyncGenerator[Delta, None]: ...
 
 
 class TokenText(NamedTuple):
@@ -98,8 +91,11 @@ class ServedModel:
         stops: Sequence[str],
         *,
         continues_text: bool,
+        resumable: bool = False,
     ) -> AsyncGenerator[Piece, None]:
         """Text as it is generated; the last piece has a finish reason.
+
+        ``resumable``: it goes on in another trunk if its own is lost.
 
         ``continues_text``: the text goes on from the prompt's (a completion), so a space between
         them belongs to it; otherwise it stands for itself (a chat answer).
@@ -107,7 +103,14 @@ class ServedModel:
         detokenizer = Detokenizer(self._decode, context=prompt_ids if continues_text else ())
         search = StopSearch(stops)
         tokens, logprobs = 0, list[TokenChoice]()
-        async with aclosing(self._generate(request_id, prompt_ids, sampling)) as deltas:
+        generated = (
+            resuming(self._generate, request_id, prompt_ids, sampling)
+            if resumable
+            else self._generate(request_id, prompt_ids, sampling)
+        )
+        if self.limits.request_s is not None:
+            generated = within(generated, self.limits.request_s)
+        async with aclosing(generated) as deltas:
             async for delta in deltas:
                 tokens += len(delta.token_ids)
                 logprobs += map(self._choice_of, delta.logprobs, repeat(sampling.logprobs or 0))
@@ -125,6 +128,9 @@ class ServedModel:
                 if text:
                     yield Piece(text, tokens, logprobs=tuple(logprobs))
                     logprobs.clear()
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._decode(token_ids)
 
     def _choice_of(self, one: TokenLogprob, most: int) -> TokenChoice:
         def text(token_id: int, logprob: float) -> TokenText:
@@ -170,3 +176,22 @@ class ServedModel:
         )
         assert isinstance(text, str)
         return text
+
+
+async def within(
+    deltas: AsyncGenerator[Delta, None], seconds: float
+) -> AsyncGenerator[Delta, None]:
+    """The same, if the last comes within so many seconds. Raises Expired."""
+    until = asyncio.get_running_loop().time() + seconds
+    async with aclosing(deltas):
+        while True:
+            try:
+                async with asyncio.timeout_at(until):
+                    delta = await anext(deltas)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise Expired(
+                    f"the request took longer than {seconds:g} s (endpoint.limits.request_s)"
+                ) from None
+            yield delta

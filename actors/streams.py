@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..cluster.missing import WAIT, Dropped, MissingExpert
 from ..proto.errors import EngineError, MoesaicError
-from .engine import Delta, FinishReason, TokenLogprob
+from .engine import UNBOUNDED, Delta, FinishReason, TokenLogprob
 from .sampling import RequestSampler
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 class Stream:
     """One request on its way from the loop's thread to its caller's event loop."""
 
-    def __init__(self, sampler: RequestSampler) -> None:
+    def __init__(self, sampler: RequestSampler, arrival: int) -> None:
         self.sampler = sampler
+        self.rank = sampler.sampling.priority, arrival
         self.loop = asyncio.get_running_loop()
         # The loop's thread alone:
         self.sent = 0
@@ -80,8 +81,9 @@ class Streams:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, request_id: str, sampler: RequestSampler) -> Stream:
-        stream = self._open[request_id] = Stream(sampler)
+    def open(self, request_id: str, sampler: RequestSampler, arrival: int) -> Stream:
+        """``arrival``: the request's number, by which those of one priority wait."""
+        stream = self._open[request_id] = Stream(sampler, arrival)
         self._impatient += stream.missing != WAIT
         return stream
 
@@ -91,6 +93,11 @@ class Streams:
     def sampler(self, request_id: str) -> RequestSampler | None:
         stream = self._open.get(request_id)
         return stream.sampler if stream else None
+
+    def rank(self, request_id: str) -> tuple[int, int]:
+        """The smaller, the sooner it leaves the queue; cancelled ones at once."""
+        stream = self._open.get(request_id)
+        return stream.rank if stream else (-UNBOUNDED, 0)
 
     @property
     def some_do_not_wait(self) -> bool:

@@ -28,7 +28,7 @@ class TransformersEngine:
     def __init__(self, model: PreTrainedModel, *, config: EngineConfig | None = None) -> None:
         self._model = model
         self._config = config or EngineConfig()
-        self._ids = itertools.count()
+        self._ids, self._arrivals = itertools.count(), itertools.count()
         self._parking = Parking(self._config.park_s, self._running)
         self._loop: BatchingLoop | None = None
         self._limits: Limits | None = None
@@ -59,26 +59,33 @@ class TransformersEngine:
         self._loop = loop
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
     ) -> AsyncGenerator[Delta, None]:
+        """See `Engine.generate`."""
         self._admit(prompt_ids, sampling)
-        sampler = RequestSampler(sampling, prompt_ids)
+        sampler = RequestSampler(sampling, prompt_ids, already)
+        arrival = next(self._arrivals)
 
         def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
-            return self._attempt(request_id, tokens, left, sampler)
+            # A caller may use an id twice; the loop must not see it twice.
+            key = f"{request_id}#{next(self._ids)}"
+            return self._attempt(key, tokens, left, sampler, arrival)
 
-        async with aclosing(self._parking.generate(attempt, prompt_ids, sampling)) as deltas:
+        parking = self._parking.generate(attempt, prompt_ids, sampling, already)
+        async with aclosing(parking) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def _attempt(
-        self, request_id: str, tokens: list[int], left: int, sampler: RequestSampler
+        self, key: str, tokens: list[int], left: int, sampler: RequestSampler, arrival: int
     ) -> AsyncGenerator[Delta, None]:
         """Until the request ends, or lacks an expert."""
         loop = self._running()
-        # A caller may use an id twice; the loop must not see it twice.
-        key = f"{request_id}#{next(self._ids)}"
-        stream = loop.streams.open(key, sampler)
+        stream = loop.streams.open(key, sampler, arrival)
         finished = False
         try:
             if not loop.submit(key, tokens, left):

@@ -31,7 +31,7 @@ from ..models.trunk import experts_layers, meta_model, read_config
 from ..proto.errors import Busy, ClusterError, EngineError, InternalError
 from .engine import Delta, EngineConfig, EngineStats, Limits, Sampling
 from .parking import Parking
-from .sampling import RequestSampler
+from .sampling import RequestSampler, seed_at
 from .streams import Streams
 from .trunk import PoolLink, TrunkConfig
 from .vllm_plugin import in_pool
@@ -67,7 +67,7 @@ class VllmEngine:
         self._path = Path(config.model.path)
         self._config, self._connect = config, connect
         self._engine_config: EngineConfig = config.engine
-        self._ids = itertools.count()
+        self._ids, self._arrivals = itertools.count(), itertools.count()
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._steps = 0
         self._beat = time.monotonic()
@@ -132,6 +132,7 @@ class VllmEngine:
             # What was computed without some experts must not be found by later prompts.
             enable_prefix_caching=False,
             async_scheduling=False,
+            scheduling_policy="priority",
             disable_log_stats=True,
             generation_config="vllm",
             seed=0,
@@ -179,37 +180,43 @@ class VllmEngine:
         return self._limits
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
     ) -> AsyncGenerator[Delta, None]:
-        """See ``Engine.generate``."""
+        """See `Engine.generate`."""
         self.limits.check(prompt_ids, sampling)
         self._check()
         requests = len(self.streams) + len(self._parking)
         if requests >= self.limits.max_requests:
             raise Busy(f"{requests} requests are running or waiting; try again later")
 
+        arrival = next(self._arrivals)
+
         def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
-            generated, seed = sampling.max_tokens - left, sampling.seed
+            going_on, generated = replace(sampling, max_tokens=left), sampling.max_tokens - left
             # vLLM keeps no state of requests that leave it: neither the place in the random
             # numbers of a seed, which must not begin again, nor what was generated for penalties.
-            going_on = replace(
-                sampling, max_tokens=left, seed=None if seed is None else seed + generated
-            )
-            return self._attempt(f"{request_id}#{next(self._ids)}", tokens, going_on)
+            if sampling.seed is not None and generated:
+                going_on = replace(going_on, seed=seed_at(sampling.seed, generated))
+            return self._attempt(f"{request_id}#{next(self._ids)}", tokens, going_on, arrival)
 
-        async with aclosing(self._parking.generate(attempt, prompt_ids, sampling)) as deltas:
+        parking = self._parking.generate(attempt, prompt_ids, sampling, already)
+        async with aclosing(parking) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def _attempt(
-        self, key: str, tokens: list[int], sampling: Sampling
+        self, key: str, tokens: list[int], sampling: Sampling, arrival: int
     ) -> AsyncGenerator[Delta, None]:
         """Until the request ends, or lacks an expert."""
         self._check()
-        stream = self.streams.open(key, RequestSampler(sampling, tokens))
+        stream = self.streams.open(key, RequestSampler(sampling, tokens), arrival)
         finished = False
         try:
-            self._asked.put(lambda: self._add(key, tokens, sampling))
+            self._asked.put(lambda: self._add(key, tokens, sampling, arrival))
             while not finished:
                 try:
                     delta = await stream.next(self._engine_config.stall_timeout_s)
@@ -261,10 +268,17 @@ class VllmEngine:
             return True
         return False
 
-    def _add(self, key: str, prompt_ids: list[int], sampling: Sampling) -> None:
+    def _add(self, key: str, prompt_ids: list[int], sampling: Sampling, arrival: int) -> None:
         try:
             asked = parameters(sampling, self._eos)
-            theirs = self._llm.add_request(key, {"prompt_token_ids": prompt_ids}, asked)
+            # Those of one priority wait by the time of their arrival; any number will do.
+            theirs = self._llm.add_request(
+                key,
+                {"prompt_token_ids": prompt_ids},
+                asked,
+                arrival_time=float(arrival),
+                priority=sampling.priority,
+            )
         except (ValueError, TypeError) as error:
             self.streams.post({key: InternalError(f"vLLM refuses the request: {error}")})
             return

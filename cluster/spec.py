@@ -239,11 +239,22 @@ class BalanceSpec(_Part):
         )
 
 
+class LimitSpec(_Part):
+    """What one request may ask for, beside what its model and the cache allow: tokens of its prompt
+    and of an answer, seconds to its last token, megabytes of its body."""
+
+    prompt_tokens: int | None = Field(default=None, ge=1)
+    answer_tokens: int | None = Field(default=None, ge=1)
+    request_s: Seconds | None = None
+    body_mb: float = Field(default=8.0, gt=0, le=1024)
+
+
 class EndpointSpec(_Part):
     """The HTTP endpoint; port 0 takes a free one."""
 
     host: Address = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
+    limits: LimitSpec = LimitSpec()
 
 
 class TimeoutSpec(_Part):

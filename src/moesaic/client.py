@@ -37,9 +37,10 @@ Prompt = str | Sequence[int]
 Json = dict[str, Any]
 
 
-class MissingExpertOptions(TypedDict, total=False):
-    """What is to happen when an expert is not to be had."""
+class MoesaicOptions(TypedDict, total=False):
+    """What is to happen when an expert is not to be had, or a trunk is lost."""
 
+    resumable: bool  # the answer goes on in another trunk
     missing_expert: Literal["wait", "fail", "drop"]  # "wait" where nothing is said
     wait_s: float  # before it fails or goes on without
     max_dropped: float  # part of a token's gate weights that may be left out in a layer
@@ -53,7 +54,7 @@ class Options(TypedDict, total=False):
     temperature: float  # 0 to 2; 0: always the best token
     top_p: float
     stop: str | list[str]
-    moesaic: MissingExpertOptions
+    moesaic: MoesaicOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

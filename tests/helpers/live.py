@@ -81,7 +81,9 @@ def wait_whole(cluster: Cluster) -> None:
 
 
 @contextmanager
-def text_in_background(client: Client, model: str, tokens: int) -> Iterator[Callable[[], str]]:
+def text_in_background(
+    client: Client, model: str, tokens: int, **more: Any
+) -> Iterator[Callable[[], str]]:
     """A streamed completion that runs while the test does harm; gives its text at the end."""
     pieces: list[str] = []
     first = threading.Event()
@@ -89,7 +91,7 @@ def text_in_background(client: Client, model: str, tokens: int) -> Iterator[Call
 
     def stream() -> None:
         try:
-            for chunk in client.stream_complete(TEXT, **greedy(model, tokens)):
+            for chunk in client.stream_complete(TEXT, **greedy(model, tokens), **more):
                 pieces.append(chunk.text)
                 first.set()
         except BaseException as error:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
@@ -17,6 +17,7 @@ from moesaic.actors.engine import Delta, EngineConfig, Limits, Sampling
 from moesaic.actors.ingress import create_app
 from moesaic.actors.served import ServedModel
 from moesaic.actors.transformers_engine import TransformersEngine
+from moesaic.cluster.spec import LimitSpec
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable
 from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
 
@@ -33,7 +34,11 @@ class Script:
         self.sampling: Sampling | None = None
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
     ) -> AsyncGenerator[Delta, None]:
         self.sampling = sampling
         asked = TOKENIZER.decode(list(prompt_ids))
@@ -66,11 +71,15 @@ class Service:
     script: Script
     model: Any
     healthy: bool = True
+    more_status: dict[str, Any] = field(default_factory=dict)
 
     async def status(self) -> dict[str, Any]:
         if not self.healthy:
             raise EngineError("the trunk is gone")
-        return {"healthy": True, "running": self.engine.stats().running}
+        return {"healthy": True, "running": self.engine.stats().running, **self.more_status}
+
+
+LIMITS = LimitSpec(prompt_tokens=20, answer_tokens=10, request_s=0.5)
 
 
 @contextmanager
@@ -87,6 +96,7 @@ def running_service() -> Iterator[Service]:
             ServedModel("tiny", TOKENIZER, engine.limits, engine.generate),
             ServedModel("org/script", TOKENIZER, limits, script.generate),
             ServedModel("plain", tiny_tokenizer(chat=False), limits, script.generate),
+            ServedModel("limited", TOKENIZER, limits.within(LIMITS), script.generate),
         ]
         app = create_app(
             models={one.id: one for one in served}, status=service.status, max_body_bytes=MAX_BODY

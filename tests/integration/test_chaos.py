@@ -129,6 +129,14 @@ def test_a_router_that_wakes_late_finds_its_way(pool: Cluster, client: Client) -
     wait_whole(pool)
 
 
+def test_a_resumable_stream_goes_on_behind_a_killed_trunk(pool: Cluster, client: Client) -> None:
+    expected = text_of(client, MODEL, 400)
+    trunk = trunk_process()
+    with text_in_background(client, MODEL, 400, moesaic={"resumable": True}) as result:
+        trunk.kill()
+        assert result() == expected
+
+
 def test_a_killed_trunk_ends_its_streams_with_an_error_that_says_try_again(
     pool: Cluster, client: Client
 ) -> None:

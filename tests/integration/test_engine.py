@@ -142,6 +142,31 @@ async def test_cancelling_all_that_run_frees_those_that_were_evicted(
     assert found == [reference(model, [7 + n], 47) for n in evicted]
 
 
+async def test_those_that_wait_go_by_priority_and_then_by_arrival(
+    model: MixtralForCausalLM,
+) -> None:
+    ended: list[int] = []
+
+    async def ask(engine: Engine, n: int, priority: int) -> None:
+        asked = Sampling(max_tokens=3, priority=priority)
+        async with aclosing(engine.generate("r", [5, n], asked)) as deltas:
+            async for _ in deltas:
+                pass
+        ended.append(n)
+
+    with running(model, EngineConfig(max_requests=1)) as engine:
+        loop = engine._loop
+        assert loop is not None
+        with loop.pause():
+            asked = [
+                asyncio.create_task(ask(engine, n, priority))
+                for n, priority in enumerate((0, 5, 0, -1, 5))
+            ]
+            await asyncio.sleep(0)  # each submits its request at its first step
+        await asyncio.gather(*asked)
+    assert ended == [3, 0, 2, 1, 4]
+
+
 async def test_too_many_requests_are_refused_and_the_others_served(
     model: MixtralForCausalLM,
 ) -> None:

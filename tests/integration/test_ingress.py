@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic.actors.engine import Sampling
 from moesaic.actors.transformers_engine import TransformersEngine
@@ -20,6 +21,7 @@ from moesaic.proto.errors import ExpertUnavailable
 from tests.helpers.engines import reference
 from tests.helpers.service import TEXT, TOKENIZER, Service, running_service
 
+MODELS = ["tiny", "org/script", "plain", "limited"]
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
 
 
@@ -62,7 +64,7 @@ def wait_until_idle(engine: TransformersEngine) -> None:
 
 
 def test_models(official: openai.OpenAI) -> None:
-    assert [model.id for model in official.models.list()] == ["tiny", "org/script", "plain"]
+    assert [model.id for model in official.models.list()] == MODELS
     assert official.models.retrieve("org/script").owned_by == "moesaic"
     with pytest.raises(openai.NotFoundError, match="'nope' does not exist"):
         official.models.retrieve("nope")
@@ -348,7 +350,7 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event(
 def test_our_own_client(service: Service) -> None:
     with Client(service.url) as client:
         assert client.health()
-        assert [model.id for model in client.models()] == ["tiny", "org/script", "plain"]
+        assert [model.id for model in client.models()] == MODELS
         answer = client.complete("x", model="org/script", max_tokens=500)
         assert (answer.text, answer.finish_reason) == (TEXT, "stop")
         chunks = list(client.stream_chat("x", model="org/script"))
@@ -356,6 +358,104 @@ def test_our_own_client(service: Service) -> None:
         assert chunks[-1].usage is not None
         with pytest.raises(ExpertUnavailable):
             list(client.stream_complete("lost", model="org/script", max_tokens=99))
+
+
+def test_an_echo_begins_with_the_prompt(official: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "org/script", "max_tokens": 5, "echo": True}
+    for prompt, words in (("the fox", "the fox"), (TOKENIZER("the fox").input_ids, "the fox")):
+        plain = official.completions.create(
+            model="org/script", prompt=prompt, max_tokens=5, n=2
+        ).choices
+        whole = official.completions.create(prompt=prompt, n=2, **asked).choices
+        assert [one.text for one in whole] == [words + one.text for one in plain]
+        stream = official.completions.create(prompt=prompt, stream=True, **asked)
+        assert "".join(chunk.choices[0].text for chunk in stream) == words + plain[0].text
+    with pytest.raises(openai.BadRequestError, match="echo with logprobs"):
+        official.completions.create(prompt="the", logprobs=1, **asked)
+
+
+def metrics_of(http: httpx.Client) -> dict[str, float]:
+    answer = http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        f"{sample.name}{sorted(sample.labels.items())}": sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_what_was_done(http: httpx.Client, official: openai.OpenAI) -> None:
+    before = metrics_of(http)
+    prompt = TOKENIZER("the quick").input_ids
+    official.completions.create(model="org/script", prompt=prompt, max_tokens=5, n=2)
+    list(official.completions.create(model="org/script", prompt=prompt, max_tokens=5, stream=True))
+    with pytest.raises(openai.APIStatusError):
+        official.completions.create(model="org/script", prompt="lost", max_tokens=99)
+    assert http.post("/v1/completions", json={"model": "none"}).status_code == 400
+    assert http.get("/no/such/page").status_code == 404
+    after = metrics_of(http)
+
+    def grown(name: str, **labels: str) -> float:
+        key = f"moesaic_{name}{sorted(labels.items())}"
+        return after.get(key, 0.0) - before.get(key, 0.0)
+
+    def of_model(name: str) -> float:
+        return grown(name, model="org/script")
+
+    assert grown("choices_total", model="org/script", reason="length") == 3
+    assert grown("choices_total", model="org/script", reason="ExpertUnavailable") == 1
+    assert of_model("generated_tokens_total") == 3 * 5 + 10
+    assert of_model("prompt_tokens_total") == 2 * len(prompt) + len(TOKENIZER("lost").input_ids)
+    assert of_model("first_token_seconds_count") == 4
+    assert of_model("between_tokens_seconds_count") > 0
+    assert of_model("request_seconds_count") == 3
+    assert after["moesaic_requests_open[('model', 'org/script')]"] == 0
+    assert grown("http_answers_total", path="/v1/completions", status="200") == 2
+    assert grown("http_answers_total", path="/v1/completions", status="400") == 1
+    assert grown("http_answers_total", path="other", status="404") == 1
+
+
+def test_the_state_of_the_engines_is_among_the_metrics(
+    http: httpx.Client, service: Service
+) -> None:
+    stats = {"running": 3, "parked": 1, "healthy": True, "last_error": None}
+    service.more_status = {"models": {"tiny": stats}}
+    try:
+        found = metrics_of(http)
+    finally:
+        service.more_status = {}
+    assert found["moesaic_engine_running[('model', 'tiny')]"] == 3
+    assert found["moesaic_engine_parked[('model', 'tiny')]"] == 1
+    assert found["moesaic_engine_healthy[('model', 'tiny')]"] == 1
+    service.healthy = False
+    try:
+        assert any(name.startswith("moesaic_http_answers") for name in metrics_of(http))
+    finally:
+        service.healthy = True
+
+
+def test_limits_of_the_spec(http: httpx.Client) -> None:
+    """`limited`: 20 tokens of a prompt, 10 of an answer, half a second."""
+
+    def ask(**body: Any) -> httpx.Response:
+        return http.post("/v1/completions", json={"model": "limited", "prompt": "the", **body})
+
+    assert ask().json()["usage"]["completion_tokens"] == 10
+    assert ask(max_tokens=10).status_code == 200
+    for body, param in (
+        ({"max_tokens": 11}, "max_tokens"),
+        ({"prompt": [5] * 21, "max_tokens": 1}, "prompt"),
+    ):
+        refused = ask(**body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == param
+    chat = {"model": "limited", "messages": MESSAGES}
+    answer = http.post("/v1/chat/completions", json=chat).json()
+    assert answer["usage"]["completion_tokens"] == 10
+    late = ask(prompt="wait")
+    assert late.status_code == 504
+    assert late.json()["error"]["code"] == "Expired"
+    assert "request_s" in late.json()["error"]["message"]
 
 
 def test_health_and_status(http: httpx.Client, service: Service) -> None:

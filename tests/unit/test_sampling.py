@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from scipy.stats import chisquare
 
 from moesaic.actors.engine import Sampling
-from moesaic.actors.sampling import RequestSampler, choose
+from moesaic.actors.sampling import RequestSampler, choose, seed_at
 
 LOGITS_V = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -1.0, -2.0, -8.0])
 DRAWS = 20_000
@@ -70,12 +71,14 @@ def test_tokens_are_drawn_from_what_was_asked_for(values: dict[str, Any]) -> Non
     )
 
 
-def texts(samplings: Sequence[Sampling], steps: int = 12) -> list[list[int]]:
+def texts(
+    samplings: Sequence[Sampling], steps: int = 12, already: Sequence[int] = ()
+) -> list[list[int]]:
     """Each request's tokens, all in one batch; the logits depend on the request's own tokens."""
-    samplers = [RequestSampler(one, ()) for one in samplings]
+    samplers = [RequestSampler(one, (), already) for one in samplings]
     generator = torch.Generator().manual_seed(int(torch.randint(1 << 30, ())))
-    found: list[list[int]] = [[] for _ in samplers]
-    for step in range(steps):
+    found = [list(already) for _ in samplers]
+    for step in range(len(already), steps):
         rows = [torch.roll(LOGITS_V, step + sum(tokens)) for tokens in found]
         tokens_R = choose(torch.stack(rows), samplers, generator).tolist()
         for tokens, sampler, token in zip(found, samplers, tokens_R, strict=True):
@@ -92,6 +95,29 @@ def test_a_seed_gives_the_same_text_alone_and_in_company() -> None:
         company = [*others[:place], mine, *others[place:]]
         assert texts(company)[place] == alone
     assert texts([replace(mine, seed=8)])[0] != alone
+
+
+def test_a_text_that_goes_on_elsewhere_is_the_same() -> None:
+    for one in (
+        asked(seed=7, temperature=1.3),
+        asked(temperature=0.0, frequency_penalty=1.5),
+        asked(seed=3, presence_penalty=1.0, repetition_penalty=1.5),
+    ):
+        (whole,) = texts([one], steps=24)
+        assert texts([one], steps=24, already=whole[:10]) == [whole]
+
+
+def test_the_random_numbers_of_a_seed_have_nothing_in_common_from_token_to_token() -> None:
+    """Neither those of one seed at all places, nor those of all seeds at one."""
+    for pairs in ([(5, n) for n in range(2000)], [(n, 5) for n in range(2000)]):
+        drawn = []
+        for seed, position in pairs:
+            generator = torch.Generator().manual_seed(seed_at(seed, position))
+            drawn.append(int(torch.randint(10, (), generator=generator)))
+        assert chisquare(np.bincount(drawn, minlength=10)).pvalue > 1e-3
+        both = np.bincount([10 * a + b for a, b in pairwise(drawn)], minlength=100)
+        assert chisquare(both).pvalue > 1e-3
+    assert all(0 <= seed_at(seed, 3) < 2**63 for seed in (-(2**63), -1, 0, 2**63 - 1))
 
 
 def test_a_greedy_request_takes_the_largest_logit_whatever_else_is_asked_for() -> None:
