@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from .http_responses import (
+    Called,
     ChatAnswer,
     ChatChoice,
     ChatChunk,
@@ -26,6 +27,7 @@ from .http_responses import (
     Usage,
 )
 from .served import Piece, TokenChoice
+from .tools import ToolCall
 
 Numbered = AsyncGenerator[tuple[int, Piece], None]  # (choice, piece)
 
@@ -107,6 +109,7 @@ class ChatAnswers:
     def __init__(self, answer_id: str, model: str, prompt_tokens: int) -> None:
         self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
         self._prompt_tokens = prompt_tokens
+        self._calls: dict[int, int] = {}  # of tools, sent so far for each choice
 
     def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]:
         if is_first:
@@ -114,6 +117,10 @@ class ChatAnswers:
         logprobs = ChatLogprobs.of(piece.logprobs)
         if piece.text or logprobs is not None:
             yield self._chunk(index, ChatDelta(content=piece.text), logprobs=logprobs)
+        if piece.calls:
+            first = self._calls.get(index, 0)
+            self._calls[index] = first + len(piece.calls)
+            yield self._chunk(index, ChatDelta(tool_calls=Called.of(piece.calls, first)))
         if piece.finish_reason is not None:
             yield self._chunk(index, ChatDelta(), piece)
 
@@ -129,7 +136,10 @@ class ChatAnswers:
         choices = [
             ChatChoice(
                 index=index,
-                message=ChatAnswer(content=text),
+                message=ChatAnswer(
+                    content=text if text or not piece.calls else None,
+                    tool_calls=Called.of(piece.calls),
+                ),
                 logprobs=ChatLogprobs.of(piece.logprobs),
                 finish_reason=piece.finish_reason,
                 moesaic=Moesaic.of(piece.dropped),
@@ -193,12 +203,14 @@ async def collect(pieces: Numbered, choices: int, answers: Answers) -> BaseModel
     """The whole answer."""
     texts: list[list[str]] = [[] for _ in range(choices)]
     logprobs: list[list[TokenChoice]] = [[] for _ in range(choices)]
+    calls: list[list[ToolCall]] = [[] for _ in range(choices)]
     last = [Piece("", 0)] * choices
     async with aclosing(pieces):
         async for index, piece in pieces:
             texts[index].append(piece.text)
             logprobs[index] += piece.logprobs
-            last[index] = replace(piece, logprobs=tuple(logprobs[index]))
+            calls[index] += piece.calls
+            last[index] = replace(piece, logprobs=tuple(logprobs[index]), calls=tuple(calls[index]))
     return answers.whole(["".join(parts) for parts in texts], last)
 
 

@@ -34,6 +34,7 @@ class Sampling:
     logprobs: int | None = (
         None  # likeliest tokens that are given beside each; None: no log-probabilities
     )
+    json_schema: str | None = None  # that the answer is to have, in JSON; None: any text
     priority: int = 0  # the smaller, the sooner it leaves the queue
     missing: MissingExpert = WAIT
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 from ..cluster.missing import Dropped
 from ..proto.errors import MoesaicError
 from .served import TokenChoice, TokenText
+from .tools import ToolCall
 
 
 class ErrorBody(BaseModel):
@@ -143,6 +144,16 @@ class TextLogprobs(BaseModel):
         )
 
 
+def _without_none(
+    one: BaseModel, serialize: SerializerFunctionWrapHandler, name: str
+) -> dict[str, Any]:
+    """A field that is not there where there is nothing to say."""
+    found: dict[str, Any] = serialize(one)
+    if found.get(name) is None:
+        found.pop(name, None)
+    return found
+
+
 class _Choice(BaseModel):
     index: int
     finish_reason: str | None
@@ -150,10 +161,7 @@ class _Choice(BaseModel):
 
     @model_serializer(mode="wrap")
     def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        found: dict[str, Any] = serialize(self)
-        if self.moesaic is None:
-            found.pop("moesaic", None)
-        return found
+        return _without_none(self, serialize, "moesaic")
 
 
 class CompletionChoice(_Choice):
@@ -172,10 +180,45 @@ class Completion(BaseModel):
     usage: Usage | None = None
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str
+
+
+class Called(BaseModel):
+    """A call of a tool; ``index`` only in streams."""
+
+    index: int | None = None
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    @classmethod
+    def of(cls, calls: Sequence[ToolCall], first: int | None = None) -> list[Called] | None:
+        """``first``: the number of the first of them in a stream."""
+        return [
+            cls(
+                index=None if first is None else first + n,
+                id=call.id,
+                function=CalledFunction(name=call.name, arguments=call.arguments),
+            )
+            for n, call in enumerate(calls)
+        ] or None
+
+    @model_serializer(mode="wrap")
+    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(self, serialize, "index")
+
+
 class ChatAnswer(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[Called] | None = None
+
+    @model_serializer(mode="wrap")
+    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(self, serialize, "tool_calls")
 
 
 class ChatChoice(_Choice):
@@ -195,6 +238,7 @@ class ChatCompletion(BaseModel):
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[Called] | None = None
 
 
 class ChatChunkChoice(_Choice):

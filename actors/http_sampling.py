@@ -97,6 +97,11 @@ class SamplingOptions(Strict):
         """How many of the likeliest tokens are given beside each; None: no log-probabilities."""
         return None
 
+    @property
+    def json_schema(self) -> str | None:
+        """The JSON schema of the answer, in JSON; None: any text."""
+        return None
+
     def sampling(self, max_tokens: int) -> Sampling:
         """OpenAI's defaults for what was not said."""
 
@@ -115,6 +120,7 @@ class SamplingOptions(Strict):
             logit_bias=self.logit_bias or (),
             seed=self.seed,
             logprobs=self.top_tokens,
+            json_schema=self.json_schema,
             priority=self.priority or 0,
             missing=self.moesaic.wish,
         )

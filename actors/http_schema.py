@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError, from_json
 
 from ..proto.errors import RequestError
 from .http_sampling import MAX_CHOICES, SamplingOptions, Strict
+from .http_tools import Call, JsonSchema, Tools
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
@@ -35,14 +36,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -179,9 +176,33 @@ def _drop_empty(value: Any) -> Any:
 
 
 class _Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(_check_content)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, PlainValidator(_check_content)] | None = None
     name: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _fitting(self) -> _Message:
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("content", "a message needs content, or tool_calls")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "tool_calls belong to role='assistant' alone")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise PydanticCustomError(
+                "tool_call_id", "tool_call_id belongs to role='tool', which needs it"
+            )
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return message
 
 
 class ChatRequest(_Generation):
@@ -191,6 +212,21 @@ class ChatRequest(_Generation):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: JsonSchema = None
+
+    @property
+    def json_schema(self) -> str | None:
+        return self.response_format
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """As chat templates take them."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.for_template() for tool in self.tools or ()]
 
     @model_validator(mode="after")
     def _top_of_some(self) -> ChatRequest:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -108,7 +108,9 @@ def _add_generation(
         body = await read_body(request, max_body_bytes)
         asked = await asyncio.to_thread(parse_request, ChatRequest, body)
         model = _find(models, asked.model)
-        prompt_ids = await model.encode_chat([(m.role, m.content) for m in asked.messages])
+        tools = asked.offered_tools
+        messages = [message.for_template() for message in asked.messages]
+        prompt_ids = await model.encode_chat(messages, tools)
         budget = asked.token_budget or _rest(model.limits, len(prompt_ids))
         sampling = asked.sampling(budget)
         try:
@@ -117,7 +119,10 @@ def _add_generation(
             error.param = {"prompt": "messages"}.get(error.param or "", error.param)
             raise
         identity = request_id(request)
-        streams = _streams(model, identity, asked, [prompt_ids], sampling, continues_text=False)
+        calls = "none" if not tools else "one" if asked.parallel_tool_calls is False else "many"
+        streams = _streams(
+            model, identity, asked, [prompt_ids], sampling, continues_text=False, calls=calls
+        )
         answers = ChatAnswers(f"chatcmpl-{identity}", model.id, len(prompt_ids))
         pieces = metrics.watch(model.id, len(prompt_ids), began(request), merge(streams))
         return await _respond(request, asked, pieces, len(streams), answers)
@@ -131,6 +136,7 @@ def _streams(
     sampling: Sampling,
     *,
     continues_text: bool,
+    calls: Literal["none", "one", "many"] = "none",
 ) -> list[AsyncGenerator[Piece, None]]:
     """The texts of all choices, those of the first prompt first."""
     return [
@@ -141,6 +147,7 @@ def _streams(
             asked.stop or (),
             continues_text=continues_text,
             resumable=asked.moesaic.resumable,
+            calls=calls,
         )
         for prompt, prompt_ids in enumerate(prompts)
         for n in range(asked.choices)

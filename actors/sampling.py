@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .engine import Sampling, TokenLogprob
+from .grammar import Grammar
 
 # Below this a temperature is greedy: dividing by it would overflow fp32.
 MIN_TEMPERATURE = 1e-5
@@ -24,13 +25,19 @@ class RequestSampler:
     """What one request's next token depends on, besides the logits."""
 
     def __init__(
-        self, sampling: Sampling, prompt_ids: Sequence[int], already: Sequence[int] = ()
+        self,
+        sampling: Sampling,
+        prompt_ids: Sequence[int],
+        already: Sequence[int] = (),
+        grammar: Grammar | None = None,
     ) -> None:
-        """``already``: tokens that were generated before."""
+        """``already``: tokens that were generated before; ``grammar`` knows of them."""
         self.sampling = sampling
+        self._grammar = grammar
         self.greedy = sampling.temperature < MIN_TEMPERATURE
         self.plain = not (
-            sampling.logit_bias
+            grammar is not None
+            or sampling.logit_bias
             or sampling.presence_penalty
             or sampling.frequency_penalty
             or sampling.repetition_penalty != 1
@@ -48,6 +55,8 @@ class RequestSampler:
 
     def chose(self, token: int, logits_V: Tensor) -> None:
         self._position += 1
+        if self._grammar is not None:
+            self._grammar.take(token)
         if not self.plain:
             self._generated[token] += 1
         if self.sampling.logprobs is not None:
@@ -62,9 +71,9 @@ class RequestSampler:
         return taken
 
     def adjust(self, logits_V: Tensor) -> Tensor:
-        """Logits with bias and penalties: OpenAI's frequency and presence penalties by the tokens
-        generated so far; the repetition penalty (Keskar et al., "CTRL", 2019) by those of the
-        prompt, too."""
+        """Logits with bias and penalties, without tokens that may not come next. OpenAI's frequency
+        and presence penalties go by the tokens generated so far; the repetition penalty (Keskar et
+        al., "CTRL", 2019) by those of the prompt, too."""
         one = self.sampling
         adjusted_V = logits_V.clone()
         device = logits_V.device
@@ -86,6 +95,9 @@ class RequestSampler:
                 list(self._generated.values()), dtype=logits_V.dtype, device=device
             )
             adjusted_V[ids] -= one.frequency_penalty * counts + one.presence_penalty
+        if self._grammar is not None:
+            allowed_V = torch.from_numpy(self._grammar.allowed()).to(device)
+            adjusted_V.masked_fill_(~allowed_V, -torch.inf)
         return adjusted_V
 
     def generator(self, device: torch.device) -> torch.Generator | None:

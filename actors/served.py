@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..cluster.missing import Dropped
 from ..proto.errors import Expired, RequestError
 from .engine import Delta, FinishReason, Generate, Limits, Sampling, TokenLogprob
 from .resuming import resuming
 from .text import Detokenizer, StopSearch
+from .tools import ToolCall, ToolSearch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,9 +45,10 @@ class Piece:
 
     text: str
     tokens: int
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
     dropped: Dropped | None = None  # experts that it went without
     logprobs: tuple[TokenChoice, ...] = ()  # of the tokens since the last piece
+    calls: tuple[ToolCall, ...] = ()  # complete since the last piece
 
 
 class ServedModel:
@@ -73,15 +75,20 @@ class ServedModel:
         self._check_length(len(prompt), "prompt")
         return await asyncio.to_thread(self._encode, prompt)
 
-    async def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Token ids of ``(role, text)`` messages in the model's chat template."""
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Token ids of messages (role, content, ...) in the model's chat template, which is told
+        of ``tools``."""
         if not self._tokenizer.chat_template:
             raise RequestError(
                 f"the model {self.id!r} has no chat template; use /v1/completions",
                 param="messages",
             )
-        self._check_length(sum(len(text) for _, text in messages), "messages")
-        return await asyncio.to_thread(self._encode_chat, messages)
+        if tools and "tools" not in str(self._tokenizer.chat_template):
+            raise RequestError(f"the chat template of {self.id!r} knows no tools", param="tools")
+        self._check_length(sum(len(message["content"]) for message in messages), "messages")
+        return await asyncio.to_thread(self._encode_chat, messages, tools)
 
     async def stream(
         self,
@@ -92,6 +99,7 @@ class ServedModel:
         *,
         continues_text: bool,
         resumable: bool = False,
+        calls: Literal["none", "one", "many"] = "none",
     ) -> AsyncGenerator[Piece, None]:
         """Text as it is generated; the last piece has a finish reason.
 
@@ -99,9 +107,11 @@ class ServedModel:
 
         ``continues_text``: the text goes on from the prompt's (a completion), so a space between
         them belongs to it; otherwise it stands for itself (a chat answer).
+
+        ``calls``: how many calls of tools are looked for in the text.
         """
         detokenizer = Detokenizer(self._decode, context=prompt_ids if continues_text else ())
-        search = StopSearch(stops)
+        search, tools, called = StopSearch(stops), ToolSearch(), False
         tokens, logprobs = 0, list[TokenChoice]()
         generated = (
             resuming(self._generate, request_id, prompt_ids, sampling)
@@ -118,16 +128,22 @@ class ServedModel:
                 if delta.finish_reason is not None:
                     text += detokenizer.flush()
                 text, stopped = search.push(text)
-                if stopped:
-                    yield Piece(text, tokens, "stop", delta.dropped, tuple(logprobs))
-                    return
-                if delta.finish_reason is not None:
+                reason = "stop" if stopped else delta.finish_reason
+                if reason is not None and not stopped:
                     text += search.flush()
-                    yield Piece(text, tokens, delta.finish_reason, delta.dropped, tuple(logprobs))
-                    return
-                if text:
-                    yield Piece(text, tokens, logprobs=tuple(logprobs))
+                text, found = tools.push(text) if calls != "none" else (text, [])
+                called = called or bool(found)
+                if calls == "one" and found:
+                    text, found, reason = "", found[:1], "stop"
+                elif reason is not None:
+                    text += tools.flush()
+                if text or found or reason is not None:
+                    said = "tool_calls" if called and reason == "stop" else reason
+                    dropped = delta.dropped if reason is not None else None
+                    yield Piece(text, tokens, said, dropped, tuple(logprobs), tuple(found))
                     logprobs.clear()
+                if reason is not None:
+                    return
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._decode(token_ids)
@@ -151,12 +167,15 @@ class ServedModel:
     def _encode(self, prompt: str) -> list[int]:
         return list(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
-    def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def _encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    ) -> list[int]:
         from jinja2 import TemplateError
 
         try:
             text = self._tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
                 add_generation_prompt=True,
                 tokenize=False,
             )

@@ -88,7 +88,6 @@ class StopSearch:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self._longest = max(map(len, self._stops), default=0)
 
     def push(self, text: str) -> tuple[str, bool]:
         """``(text that may be sent, whether a stop string was found)``; the latter ends it."""
@@ -99,7 +98,7 @@ class StopSearch:
         if ends:
             self._held = ""
             return text[: min(ends)[1]], True
-        safe = len(text) - self._possible_start(text)
+        safe = len(text) - possible_start(text, self._stops)
         self._held = text[safe:]
         return text[:safe], False
 
@@ -108,10 +107,12 @@ class StopSearch:
         held, self._held = self._held, ""
         return held
 
-    def _possible_start(self, text: str) -> int:
-        """Length of the longest end of ``text`` that begins a stop string."""
-        for length in range(min(len(text), self._longest - 1), 0, -1):
-            end = text[len(text) - length :]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
+
+def possible_start(text: str, marks: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` that begins one of ``marks``, and is none of them."""
+    longest = max(map(len, marks), default=0)
+    for length in range(min(len(text), longest - 1), 0, -1):
+        end = text[len(text) - length :]
+        if any(mark.startswith(end) for mark in marks):
+            return length
+    return 0

@@ -6,17 +6,19 @@ only ever posts to a stream (``streams.py``), and only the caller adds and remov
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cluster.missing import RowGroups
-from ..proto.errors import Busy, EngineError, MoesaicError
+from ..proto.errors import Busy, EngineError, MoesaicError, RequestError
 from .batching import BatchingLoop, eos_token_ids
 from .engine import Delta, EngineConfig, EngineStats, Limits, Sampling
+from .grammar import Grammar, Grammars
 from .parking import Parking
 from .sampling import RequestSampler
 from .streams import Stream, Streams
@@ -25,8 +27,17 @@ from .streams import Stream, Streams
 class TransformersEngine:
     """Continuous batching by transformers' own manager (``batching.BatchingLoop``)."""
 
-    def __init__(self, model: PreTrainedModel, *, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        config: EngineConfig | None = None,
+        tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
+    ) -> None:
+        """Without ``tokenizer`` it cannot give answers of a JSON schema."""
         self._model = model
+        self._tokenizer = tokenizer
+        self._grammars: Grammars | None = None
         self._config = config or EngineConfig()
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._parking = Parking(self._config.park_s, self._running)
@@ -55,6 +66,8 @@ class TransformersEngine:
             max_requests=self._config.max_requests + self._config.max_waiting,
             vocab_size=int(text_config.vocab_size),
         )
+        if self._tokenizer is not None:
+            self._grammars = Grammars(self._tokenizer, self._limits.vocab_size, eos)
         loop.start()
         self._loop = loop
 
@@ -67,7 +80,8 @@ class TransformersEngine:
     ) -> AsyncGenerator[Delta, None]:
         """See `Engine.generate`."""
         self._admit(prompt_ids, sampling)
-        sampler = RequestSampler(sampling, prompt_ids, already)
+        grammar = await self._grammar(sampling, already)
+        sampler = RequestSampler(sampling, prompt_ids, already, grammar)
         arrival = next(self._arrivals)
 
         def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
@@ -79,6 +93,14 @@ class TransformersEngine:
         async with aclosing(parking) as deltas:
             async for delta in deltas:
                 yield delta
+
+    async def _grammar(self, sampling: Sampling, already: Sequence[int]) -> Grammar | None:
+        if sampling.json_schema is None:
+            return None
+        if self._grammars is None:
+            raise RequestError("response_format: not with this engine", param="response_format")
+        # A large schema takes a second.
+        return await asyncio.to_thread(self._grammars.begin, sampling.json_schema, already)
 
     async def _attempt(
         self, key: str, tokens: list[int], left: int, sampler: RequestSampler, arrival: int

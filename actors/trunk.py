@@ -17,7 +17,7 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cluster.health import RouterPolicy
 from ..cluster.placement import LayerKey, Placement
@@ -158,8 +158,13 @@ def open_trunk(config: TrunkConfig) -> PoolTrunk:
 class _PoolEngine(TransformersEngine):
     """The transformers engine over a trunk of the pool, which it owns."""
 
-    def __init__(self, trunk: PoolTrunk, config: EngineConfig) -> None:
-        super().__init__(trunk.model, config=config)
+    def __init__(
+        self,
+        trunk: PoolTrunk,
+        config: EngineConfig,
+        tokenizer: Callable[[], PreTrainedTokenizerBase],
+    ) -> None:
+        super().__init__(trunk.model, config=config, tokenizer=tokenizer)
         self._trunk = trunk
         trunk.router.batch.owned_by(self)
 
@@ -180,6 +185,10 @@ def engine_factory(config: TrunkConfig) -> Callable[[], Engine]:
             from .vllm_engine import VllmEngine
 
             return VllmEngine(own)
-        return _PoolEngine(open_trunk(own), config.engine)
+        return _PoolEngine(
+            open_trunk(own),
+            config.engine,
+            lambda: AutoTokenizer.from_pretrained(config.model.path),
+        )
 
     return build

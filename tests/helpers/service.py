@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
+from transformers import PreTrainedTokenizerFast
 
 from moesaic.actors.engine import Delta, EngineConfig, Limits, Sampling
 from moesaic.actors.ingress import create_app
@@ -26,10 +27,28 @@ TEXT = "the quick brown fox jumps over the lazy dog. Größe 🙂 日本語 and 
 MAX_BODY = 2**20
 
 
+CALLING = (
+    'Let me see. <tool_call>{"name": "weather", "arguments": {"city": "Köln"}}</tool_call>\n'
+    '<tool_call>{"name": "time", "arguments": {}}</tool_call>'
+)
+
+
+def tool_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    template = tokenizer.chat_template
+    assert isinstance(template, str)
+    told = "{% if tools %}tools: {{ tools | tojson }}{% endif %}"
+    calls = "{{ m.tool_calls | tojson if m.tool_calls else '' }}"
+    tokenizer.chat_template = told + template.replace("{{ m.content }}", "{{ m.content }}" + calls)
+    return tokenizer
+
+
 class Script:
     """A model that answers a fixed text; its prompt can ask for trouble."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str = TEXT) -> None:
+        self.text = text
+        self.prompt = ""
         self.cancelled = 0
         self.sampling: Sampling | None = None
 
@@ -41,13 +60,13 @@ class Script:
         already: Sequence[int] = (),
     ) -> AsyncGenerator[Delta, None]:
         self.sampling = sampling
-        asked = TOKENIZER.decode(list(prompt_ids))
+        asked = self.prompt = str(TOKENIZER.decode(list(prompt_ids)))
         if "busy" in asked:
             raise Busy("too many requests")
         if "broken" in asked:
             raise KeyError("a defect")
         try:
-            for n, token_id in enumerate(TOKENIZER(TEXT).input_ids):
+            for n, token_id in enumerate(TOKENIZER(self.text).input_ids):
                 if "wait" in asked:
                     await asyncio.sleep(60)
                 if "lost" in asked and n == 10:
@@ -72,6 +91,7 @@ class Service:
     model: Any
     healthy: bool = True
     more_status: dict[str, Any] = field(default_factory=dict)
+    tools: Script = field(default_factory=lambda: Script(CALLING))
 
     async def status(self) -> dict[str, Any]:
         if not self.healthy:
@@ -96,6 +116,7 @@ def running_service() -> Iterator[Service]:
             ServedModel("tiny", TOKENIZER, engine.limits, engine.generate),
             ServedModel("org/script", TOKENIZER, limits, script.generate),
             ServedModel("plain", tiny_tokenizer(chat=False), limits, script.generate),
+            ServedModel("tools", tool_tokenizer(), limits, service.tools.generate),
             ServedModel("limited", TOKENIZER, limits.within(LIMITS), script.generate),
         ]
         app = create_app(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
+import jsonschema
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
@@ -13,7 +17,7 @@ from moesaic.actors.engine import Delta, Engine, EngineConfig, Sampling
 from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.proto.errors import Busy, EngineError, RequestError, UnsupportedModel
 from tests.helpers.engines import SMALL, deltas, reference, running, tokens, until_idle
-from tests.helpers.tiny import tiny_mixtral
+from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
 
 PROMPTS = [[(7 * n + 3 * k) % 300 + 3 for k in range(1 + 5 * n % 37)] for n in range(16)]
 
@@ -275,3 +279,46 @@ def test_an_engine_that_was_not_started_says_so() -> None:
     with pytest.raises(EngineError, match="not started"):
         _ = engine.limits
     assert engine.stats().healthy is False
+
+
+async def test_answers_of_a_json_schema_alone_and_together() -> None:
+    """A random model says what the schema leaves it to say; the others are not touched."""
+    model = tiny_mixtral(eos_token_id=2)
+    tokenizer = tiny_tokenizer()
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 4}, "ok": {"type": "boolean"}},
+        "required": ["name", "ok"],
+        "additionalProperties": False,
+    }
+    plain = [PROMPTS[1], PROMPTS[2]]
+    engine = TransformersEngine(model, tokenizer=lambda: tokenizer)
+    engine.start()
+
+    async def answer(prompt: Sequence[int], asked: Sampling) -> str:
+        async with aclosing(engine.generate("r", prompt, asked)) as deltas:
+            found = [delta async for delta in deltas]
+        assert found[-1].finish_reason == "stop"
+        ids = [token for delta in found for token in delta.token_ids]
+        return str(tokenizer.decode(ids))
+
+    asked = [
+        Sampling(max_tokens=100, temperature=t, seed=n, json_schema=json.dumps(schema))
+        for n, t in enumerate((0.0, 1.0, 1.0))
+    ]
+    try:
+        alone = [await answer(PROMPTS[0], one) for one in asked]
+        together = await asyncio.gather(
+            *(answer(PROMPTS[0], one) for one in asked), *(tokens(engine, ids, 8) for ids in plain)
+        )
+        with pytest.raises(RequestError, match="response_format"):
+            await answer(PROMPTS[0], replace(asked[0], json_schema='{"type": "nothing"}'))
+    finally:
+        engine.close()
+    assert list(together[:3]) == alone
+    assert list(together[3:]) == [reference(model, ids, 8) for ids in plain]
+    for text in alone:
+        jsonschema.validate(json.loads(text), schema)
+    with running(model) as without, pytest.raises(RequestError, match="not with this engine"):
+        async with aclosing(without.generate("r", [5], asked[0])) as deltas:
+            await anext(deltas)

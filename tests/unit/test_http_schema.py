@@ -178,14 +178,19 @@ def test_bad_completions(body: dict[str, Any], param: str, message: str) -> None
     assert caught.value.param == param
 
 
+CALLS = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
 @pytest.mark.parametrize(
     ("messages", "param", "message"),
     [
         ([], "messages", "at least 1 item"),
         ("hi", "messages", "valid list"),
-        ([{"role": "user"}], "messages[0].content", "missing parameter"),
+        ([{"role": "user"}], "messages[0]", "needs content, or tool_calls"),
         ([{"role": "robot", "content": "x"}], "messages[0].role", "(got 'robot')"),
-        ([{"role": "tool", "content": "x"}], "messages[0].role", "(got 'tool')"),
+        ([{"role": "tool", "content": "x"}], "messages[0]", "role='tool', which needs it"),
+        ([{"role": "user", "content": "x", "tool_call_id": "a"}], "messages[0]", "role='tool'"),
+        ([{"role": "user", "tool_calls": CALLS}], "messages[0]", "role='assistant' alone"),
         ([{"role": "user", "content": 5}], "messages[0].content", "string or a list of text parts"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
@@ -197,8 +202,8 @@ def test_bad_completions(body: dict[str, Any], param: str, message: str) -> None
         ([{"role": "user", "content": "x", "y": 1}], "messages[0].y", "unknown parameter"),
         (
             [{"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}],
-            "messages[0].tool_calls",
-            "unknown parameter",
+            "messages[0].tool_calls[0].id",
+            "valid string",
         ),
     ],
 )
@@ -234,3 +239,73 @@ def test_every_error_has_an_answer(code: str) -> None:
     body = http_responses.error_response(error).error
     assert (body.message, body.code) == ("why", code)
     assert body.type in {"invalid_request_error", "rate_limit_error", "server_error"}
+
+
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "weather", "description": "now", "parameters": {"type": "object"}},
+}
+
+
+def test_tools_as_templates_take_them() -> None:
+    assert chat(tools=[WEATHER]).offered_tools == [WEATHER]
+    assert chat(tools=[WEATHER], tool_choice="none").offered_tools == []
+    assert chat(tools=[], tool_choice="auto").offered_tools == []
+    messages = [
+        {"role": "user", "content": "how is it?"},
+        {"role": "assistant", "content": None, "tool_calls": CALLS},
+        {"role": "tool", "content": "rain", "tool_call_id": "a"},
+    ]
+    asked = [message.for_template() for message in chat(messages=messages).messages]
+    assert asked[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+    assert asked[2] == {"role": "tool", "content": "rain", "tool_call_id": "a"}
+
+
+@pytest.mark.parametrize(
+    ("tools", "param"),
+    [
+        ([{"type": "retrieval"}], "tools[0].type"),
+        ([{"type": "function", "function": {"name": "a b"}}], "tools[0].function.name"),
+        ([{"type": "function", "function": {"name": "f", "strict": True}}],
+         "tools[0].function.strict"),
+        ([WEATHER] * 129, "tools"),
+    ],
+)  # fmt: skip
+def test_bad_tools(tools: Any, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(tools=tools)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+def test_a_tool_that_must_be_called_is_refused(choice: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(tools=[WEATHER], tool_choice=choice)
+    assert caught.value.param == "tool_choice"
+
+
+def test_the_form_of_an_answer() -> None:
+    assert chat().json_schema is None
+    assert chat(response_format={"type": "text"}).json_schema is None
+    assert chat(response_format={"type": "json_object"}).json_schema == '{"type": "object"}'
+    named = {"name": "x", "schema": {"enum": [1]}, "strict": True}
+    asked = chat(response_format={"type": "json_schema", "json_schema": named})
+    assert asked.json_schema == '{"enum": [1]}'
+    assert asked.sampling(5).json_schema == '{"enum": [1]}'
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "json_object",
+        {"type": "xml"},
+        {"type": "json_object", "schema": {}},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        {"type": "json_schema", "json_schema": {"schema": {}, "unknown": 1}},
+    ],
+)
+def test_a_form_that_is_none_is_refused(form: Any) -> None:
+    with pytest.raises(RequestError, match="response_format") as caught:
+        chat(response_format=form)
+    assert caught.value.param == "response_format"
