@@ -22,7 +22,7 @@ test-vllm:  ## the engine over vLLM, in an environment of its own (3.4 GB)
 	@.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	@.venv-vllm/bin/pip install -q --disable-pip-version-check -e . pytest pytest-asyncio \
 		pytest-timeout hypothesis
-	@.venv-vllm/bin/python -m pytest -m vllm -W default tests/with_vllm $(ARGS)
+	@.venv-vllm/bin/python -m pytest -m vllm -W default --disable-warnings tests/with_vllm $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

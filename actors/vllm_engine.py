@@ -12,6 +12,7 @@ Shape suffixes: T = tokens of a batch.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import os
@@ -25,11 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from ..models.trunk import experts_layers, meta_model, read_config
 from ..proto.errors import Busy, ClusterError, EngineError, InternalError
 from .engine import Delta, EngineConfig, EngineStats, Limits, Sampling
+from .grammar import Grammars
 from .parking import Parking
 from .sampling import RequestSampler, seed_at
 from .streams import Streams
@@ -107,6 +109,9 @@ class VllmEngine:
             max_requests=self._engine_config.max_requests + self._engine_config.max_waiting,
             vocab_size=model.get_vocab_size(),
         )
+        self._grammars = Grammars(
+            lambda: AutoTokenizer.from_pretrained(path), self._limits.vocab_size, self._eos
+        )
         self._thread = threading.Thread(target=self._run, name="vllm-loop", daemon=True)
         self._thread.start()
 
@@ -119,7 +124,10 @@ class VllmEngine:
         arguments = EngineArgs(
             model=str(self._path),
             dtype=config.model.dtype,
-            skip_tokenizer_init=True,
+            # It needs one for answers of a JSON schema alone.
+            skip_tokenizer_init=not (self._path / "tokenizer.json").exists(),
+            # As `grammar.py` has it.
+            structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
             # The pool's call is Python; nothing around it is captured in a graph.
             enforce_eager=True,
             max_num_seqs=sizes.max_requests,
@@ -189,6 +197,9 @@ class VllmEngine:
         """See `Engine.generate`."""
         self.limits.check(prompt_ids, sampling)
         self._check()
+        if sampling.json_schema is not None:
+            # vLLM finds out in a step, which ends with it for everybody.
+            await asyncio.to_thread(self._grammars.begin, sampling.json_schema)
         requests = len(self.streams) + len(self._parking)
         if requests >= self.limits.max_requests:
             raise Busy(f"{requests} requests are running or waiting; try again later")

@@ -105,9 +105,11 @@ class Requests:
 def parameters(sampling: Sampling, eos_token_ids: Sequence[int]) -> Any:
     """What vLLM is asked for."""
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    schema = sampling.json_schema
     return SamplingParams(
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
