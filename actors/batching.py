@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .engine import EngineConfig
-    from .streams import Streams
+    from .streams import Stream, Streams
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +114,11 @@ class BatchingLoop(ContinuousBatchingManager):
         )
         self._generation_thread.start()
 
-    def submit(self, request_id: str, prompt_ids: Sequence[int], max_tokens: int) -> bool:
-        """Whether the loop took the request; it does not while it restarts or closes."""
+    def submit(self, request_id: str, stream: Stream, tokens: Sequence[int], left: int) -> bool:
+        """Whether the loop took the request; it does not while it restarts or closes. ``tokens``:
+        the prompt and what was generated; ``left``: how many more there may be."""
         taken = self.add_request(
-            list(prompt_ids), request_id=request_id, max_new_tokens=max_tokens, streaming=True
+            list(tokens), request_id=request_id, max_new_tokens=left, streaming=True
         )
         # Looked at last: whatever was queued before `close` began is failed by the loop's end.
         return taken is not None and not self._closing.is_set()

@@ -43,7 +43,7 @@ class RequestSampler:
             or sampling.repetition_penalty != 1
         )
         self._logprobs: list[TokenLogprob] = []  # of tokens that were not sent yet
-        self._prompt_ids = prompt_ids
+        self.prompt_ids = prompt_ids
         self._generated = Counter(() if self.plain else already)  # token -> how often
         self._position = len(already)
         self._generator: torch.Generator | None = None
@@ -83,7 +83,7 @@ class RequestSampler:
                 biases, dtype=logits_V.dtype, device=device
             )
         if one.repetition_penalty != 1:
-            ids = sorted({*self._prompt_ids, *self._generated})
+            ids = sorted({*self.prompt_ids, *self._generated})
             seen = torch.tensor(ids, dtype=torch.long, device=device)
             score = adjusted_V[seen]
             adjusted_V[seen] = torch.where(

@@ -1,4 +1,5 @@
-"""transformers as a trunk's engine: its continuous batching, over `batching.BatchingLoop`.
+"""transformers as a trunk's engine: its continuous batching (`batching.BatchingLoop`), and cohorts
+(`cohorts.CohortLoop`) for models that it cannot take.
 
 Two threads meet here: the engine's loop steps the model; callers live in asyncio. The loop's thread
 only ever posts to a stream (``streams.py``), and only the caller adds and removes streams.
@@ -8,24 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cluster.missing import RowGroups
-from ..proto.errors import Busy, EngineError, MoesaicError, RequestError
+from ..proto.errors import Busy, EngineError, MoesaicError, RequestError, UnsupportedModel
 from .batching import BatchingLoop, eos_token_ids
+from .cohorts import CohortLoop
 from .engine import Delta, EngineConfig, EngineStats, Limits, Sampling
 from .grammar import Grammar, Grammars
 from .parking import Parking
 from .sampling import RequestSampler
 from .streams import Stream, Streams
 
+logger = logging.getLogger(__name__)
+
+Loop = BatchingLoop | CohortLoop
+
+# Of configurations whose keys and values may have other sizes than transformers' paged cache takes
+# them to have: it accepts the model, and its first step fails (multi-head latent attention).
+_SUSPECT = ("kv_lora_rank", "v_head_dim")
+
 
 class TransformersEngine:
-    """Continuous batching by transformers' own manager (``batching.BatchingLoop``)."""
+    """Requests in batches: continuous ones by transformers' own manager, or cohorts."""
 
     def __init__(
         self,
@@ -41,7 +53,7 @@ class TransformersEngine:
         self._config = config or EngineConfig()
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._parking = Parking(self._config.park_s, self._running)
-        self._loop: BatchingLoop | None = None
+        self._loop: Loop | None = None
         self._limits: Limits | None = None
 
     @property
@@ -54,8 +66,7 @@ class TransformersEngine:
         if self._loop is not None:
             return
         eos = eos_token_ids(self._model)
-        loop = BatchingLoop(self._model, self._config, eos, Streams(eos))
-        total = loop.allocate()
+        loop, total = self._make_loop(eos)
         text_config = self._model.config.get_text_config()
         positions = getattr(text_config, "max_position_embeddings", None)
         if positions is not None:
@@ -68,8 +79,50 @@ class TransformersEngine:
         )
         if self._tokenizer is not None:
             self._grammars = Grammars(self._tokenizer, self._limits.vocab_size, eos)
-        loop.start()
         self._loop = loop
+
+    def _make_loop(self, eos: Sequence[int]) -> tuple[Loop, int]:
+        """Continuous batching where transformers can; and the tokens that one request can have."""
+        model, attention = self._model, self._model.config._attn_implementation
+        if not model.config.is_encoder_decoder:
+            try:
+                continuous = BatchingLoop(model, self._config, eos, Streams(eos))
+                total = continuous.allocate()
+                continuous.start()
+                if any(hasattr(model.config.get_text_config(), name) for name in _SUSPECT):
+                    self._probe(continuous)
+                return continuous, total
+            except UnsupportedModel as error:
+                # It may have begun to change the model.
+                model.set_attn_implementation(attention or "eager")
+                logger.warning("requests run in cohorts: %s", error)
+        cohorts = CohortLoop(model, self._config, eos, Streams(eos))
+        cohorts.start()
+        return cohorts, cohorts.allocate()
+
+    def _probe(self, loop: BatchingLoop) -> None:
+        """Two tokens, to see whether the steps work. Raises UnsupportedModel."""
+
+        async def probe() -> None:
+            sampler = RequestSampler(Sampling(max_tokens=2), [0])
+            stream = loop.streams.open("probe", sampler, 0)
+            try:
+                loop.submit("probe", stream, [0], 2)
+                while (await self._next(loop, stream)).finish_reason is None:
+                    continue
+            finally:
+                loop.streams.close("probe")
+
+        # A thread, because whoever starts an engine may be inside an event loop.
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                thread.submit(asyncio.run, probe()).result()
+            except EngineError as error:
+                loop.close(self._config.close_timeout_s)
+                raise UnsupportedModel(f"continuous batching fails: {error}") from None
+            except MoesaicError as error:
+                # Experts may be missing now; that says nothing of the model.
+                logger.warning("the engine was not tried out: %s", error)
 
     async def generate(
         self,
@@ -110,7 +163,7 @@ class TransformersEngine:
         stream = loop.streams.open(key, sampler, arrival)
         finished = False
         try:
-            if not loop.submit(key, tokens, left):
+            if not loop.submit(key, stream, tokens, left):
                 raise EngineError("the engine is restarting; send the request again")
             while not finished:
                 delta = await self._next(loop, stream)
@@ -121,7 +174,7 @@ class TransformersEngine:
             if not finished:
                 loop.cancel_request(key)
 
-    async def _next(self, loop: BatchingLoop, stream: Stream) -> Delta:
+    async def _next(self, loop: Loop, stream: Stream) -> Delta:
         while True:
             try:
                 return await stream.next(self._config.stall_timeout_s)
@@ -157,7 +210,7 @@ class TransformersEngine:
         """These rows go without a part of their experts; to be called as `fail_rows` is."""
         self._running().drop_rows(dropped)
 
-    def _running(self) -> BatchingLoop:
+    def _running(self) -> Loop:
         if self._loop is None:
             raise EngineError("the engine is not running")
         return self._loop

@@ -120,7 +120,8 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         config, sizes = self._config, self._engine_config
-        tokens = (sizes.num_blocks or 256) * sizes.page_size
+        blocks = sizes.num_blocks or 256
+        tokens = blocks * sizes.page_size
         arguments = EngineArgs(
             model=str(self._path),
             dtype=config.model.dtype,
@@ -133,7 +134,8 @@ class VllmEngine:
             max_num_seqs=sizes.max_requests,
             max_num_batched_tokens=max(sizes.max_batch_tokens, sizes.max_requests),
             max_model_len=_longest(self._path, tokens),
-            num_gpu_blocks_override=None if sizes.num_blocks is None else tokens // sizes.page_size,
+            # vLLM keeps one block for itself.
+            num_gpu_blocks_override=None if sizes.num_blocks is None else blocks + 1,
             block_size=sizes.page_size,
             # Blocks are counted above; this is what they are compared with.
             kv_cache_memory_bytes=None if sizes.num_blocks is None else 1 << 42,

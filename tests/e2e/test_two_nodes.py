@@ -122,6 +122,7 @@ def report_of(namespaces: list[tuple[str, str]], tmp_path: Path, *words: str) ->
         )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_hosts_on_two_nodes(namespaces: list[tuple[str, str]], tmp_path: Path) -> None:
     report = report_of(namespaces, tmp_path)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import LlamaForCausalLM, MixtralForCausalLM
 
+from moesaic.actors.batching import BatchingLoop
 from moesaic.actors.engine import Delta, Engine, EngineConfig, Sampling
 from moesaic.actors.transformers_engine import TransformersEngine
 from tests.helpers.tiny import tiny_mixtral
@@ -56,6 +57,13 @@ def reference(
         eos_token_id=None,
     )
     return whole[0, len(prompt) :].tolist()
+
+
+def continuous(engine: TransformersEngine) -> BatchingLoop:
+    """Its loop, inside."""
+    loop = engine._loop
+    assert isinstance(loop, BatchingLoop)
+    return loop
 
 
 async def until_idle(engine: TransformersEngine) -> None:

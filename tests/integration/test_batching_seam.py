@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler,
 from moesaic.actors.batching import BatchingLoop
 from moesaic.actors.engine import EngineConfig, Sampling
 from moesaic.actors.transformers_engine import TransformersEngine
+from tests.helpers.engines import continuous
 from tests.helpers.tiny import tiny_mixtral
 
 
@@ -95,7 +96,7 @@ async def test_the_order_of_calls_in_a_step(monkeypatch: pytest.MonkeyPatch) -> 
     note(BatchingLoop, "_sample")
     engine = TransformersEngine(model)
     engine.start()
-    router = engine._loop.output_router  # pyright: ignore[reportOptionalMemberAccess]
+    router = continuous(engine).output_router
     note(router, "deliver_batch")
     try:
         async for _ in engine.generate("a", [5, 6], Sampling(max_tokens=1)):
@@ -119,8 +120,7 @@ async def test_rows_are_in_the_order_of_the_requests() -> None:
     model = tiny_mixtral()
     engine = TransformersEngine(model)
     engine.start()
-    loop = engine._loop
-    assert loop is not None
+    loop = continuous(engine)
 
     def look(module: MixtralForCausalLM, args: Any, kwargs: dict[str, Any]) -> None:
         rows = [(r.state.request_id, r.query_length) for r in loop._requests_in_batch()]

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import jsonschema
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 
 from moesaic.actors.engine import Delta, Engine, EngineConfig, Sampling
 from moesaic.actors.transformers_engine import TransformersEngine
-from moesaic.proto.errors import Busy, EngineError, RequestError, UnsupportedModel
-from tests.helpers.engines import SMALL, deltas, reference, running, tokens, until_idle
+from moesaic.proto.errors import Busy, EngineError, RequestError
+from tests.helpers.engines import SMALL, continuous, deltas, reference, running, tokens, until_idle
 from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
 
 PROMPTS = [[(7 * n + 3 * k) % 300 + 3 for k in range(1 + 5 * n % 37)] for n in range(16)]
@@ -129,8 +129,8 @@ async def test_cancelling_all_that_run_frees_those_that_were_evicted(
     config = EngineConfig(page_size=8, num_blocks=6, max_batch_tokens=16, max_requests=8)
     with running(model, config) as engine:
         first = [asyncio.ensure_future(tokens(engine, [7 + n], 47)) for n in range(6)]
-        loop = engine._loop
-        assert loop is not None and loop.batch_processor is not None
+        loop = continuous(engine)
+        assert loop.batch_processor is not None
         scheduler = loop.batch_processor.scheduler
         async with asyncio.timeout(10):
             while not scheduler.block_new_requests:
@@ -159,8 +159,7 @@ async def test_those_that_wait_go_by_priority_and_then_by_arrival(
         ended.append(n)
 
     with running(model, EngineConfig(max_requests=1)) as engine:
-        loop = engine._loop
-        assert loop is not None
+        loop = continuous(engine)
         with loop.pause():
             asked = [
                 asyncio.create_task(ask(engine, n, priority))
@@ -237,22 +236,6 @@ def test_an_event_loop_that_ends_early_harms_nobody(model: MixtralForCausalLM) -
     with running(model) as engine:
         asyncio.run(abandon(engine))
         assert asyncio.run(tokens(engine, [5, 6])) == reference(model, [5, 6])
-
-
-def test_a_model_that_cannot_be_batched_is_refused_at_the_start() -> None:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    model = LlamaForCausalLM(config)
-    model.config.layer_types = ["linear_attention"]
-    engine = TransformersEngine(model)
-    with pytest.raises(UnsupportedModel, match="linear_attention"):
-        engine.start()
-    engine.close()
 
 
 async def test_close_leaves_no_thread_and_ends_what_runs(model: MixtralForCausalLM) -> None:

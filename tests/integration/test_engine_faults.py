@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from moesaic.actors.engine import EngineConfig, Sampling
 from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.proto.errors import EngineError, ExpertUnavailable, InternalError
-from tests.helpers.engines import deltas, reference, running, tokens, until_idle
+from tests.helpers.engines import continuous, deltas, reference, running, tokens, until_idle
 from tests.helpers.tiny import tiny_mixtral
 
 BAD_TOKEN = 300  # a prompt token whose rows the faulty experts fail
@@ -151,7 +151,7 @@ async def test_an_exception_in_the_model_ends_what_runs_and_the_engine_restarts(
     expected = reference(model, [5, 6, 7])
     experts(fail_once)
     with running(model) as engine:
-        thread = engine._loop._generation_thread  # pyright: ignore[reportOptionalMemberAccess]
+        thread = continuous(engine)._generation_thread
         results = await asyncio.gather(
             *(tokens(engine, [5, n], 40) for n in range(20)), return_exceptions=True
         )
@@ -165,7 +165,7 @@ async def test_an_exception_in_the_model_ends_what_runs_and_the_engine_restarts(
         assert engine.stats().last_error == "RuntimeError: boom"
         assert engine.stats().healthy
         assert await tokens(engine, [5, 6, 7]) == expected
-        assert engine._loop._generation_thread is thread  # pyright: ignore[reportOptionalMemberAccess]
+        assert continuous(engine)._generation_thread is thread
         assert thread is not None and thread.is_alive()
 
 
@@ -236,7 +236,7 @@ async def test_a_step_that_stands_still_ends_its_requests(
     async with asyncio.timeout(10):
         while not engine.stats().running:
             await asyncio.sleep(0.001)
-    loop = engine._loop
+    loop = continuous(engine)
     with pytest.raises(EngineError, match="did not stop within"):
         engine.close()
     with pytest.raises(EngineError):

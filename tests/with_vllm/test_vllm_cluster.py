@@ -47,7 +47,7 @@ def spec(folder: Path, replicas: int) -> dict[str, Any]:
         "name": f"vllm-{replicas}-{os.getpid()}",
         "models": [{"name": "m", "path": str(folder), "replicas": replicas}],
         "hosts": [{"count": 2, "threads": 1}],
-        "trunk": {"engine": "vllm", "threads": 1, "cache_tokens": 1024},
+        "trunk": {"engine": "vllm", "threads": 1, "cache_tokens": 512},
         "endpoint": {"port": 0},
     }
 
