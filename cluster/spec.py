@@ -6,6 +6,7 @@ has a default that works on one machine, apart from the models.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +30,7 @@ from .plan import Policy
 from .policy import ControlPolicy
 from .residency import HostPolicy
 from .scaling_spec import AutoscaleSpec, Cost
-from .spec_text import StrictLoader, bytes_of, part_or_bytes, problems
+from .spec_text import StrictLoader, bytes_of, overridden, part_or_bytes, problems
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -317,7 +318,8 @@ def parse_spec(values: Any, *, source: str = "spec") -> Spec:
 
 
 def load_spec(path: str | Path) -> Spec:
-    """The spec in a YAML file. Raises SpecError."""
+    """The spec in a YAML file, with overrides from the environment (`spec_text.overridden`). Raises
+    SpecError."""
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -327,4 +329,8 @@ def load_spec(path: str | Path) -> Spec:
         values = yaml.load(text, Loader=StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    try:
+        values = overridden(values, os.environ)
+    except ValueError as error:
+        raise SpecError(str(error)) from error
     return parse_spec(values, source=str(file))

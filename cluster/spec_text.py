@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B")
 _POWERS = ("", "K", "M", "G", "T")
+_OVERRIDE = "MOESAIC__"
 
 
 def bytes_of(text: str) -> int:
@@ -34,6 +36,34 @@ def part_or_bytes(value: Any) -> float | str:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError("a part in (0, 1], or bytes, as 4GB, are expected")
     return float(value)
+
+
+def overridden(values: Any, environment: Mapping[str, str]) -> Any:
+    """A spec's plain values with those of the environment: ``MOESAIC__ENDPOINT__PORT=9000``, and
+    ``MOESAIC__HOSTS__0__COUNT=4`` in a list. Values are YAML. Raises ValueError."""
+    for name, text in sorted(environment.items()):
+        if not name.startswith(_OVERRIDE):
+            continue
+        keys = name.removeprefix(_OVERRIDE).lower().split("__")
+        try:
+            values = _with(values, keys, yaml.load(text, Loader=StrictLoader))
+        except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
+    return values
+
+
+def _with(values: Any, keys: list[str], new: Any) -> Any:
+    if not keys:
+        return new
+    if isinstance(values, list):
+        at = int(keys[0])
+        if not 0 <= at < len(values):
+            raise IndexError(f"there are {len(values)} entries")
+        return [_with(old, keys[1:], new) if n == at else old for n, old in enumerate(values)]
+    if values is not None and not isinstance(values, dict):
+        raise TypeError(f"{values!r} has no key {keys[0]!r}")
+    values = values or {}
+    return {**values, keys[0]: _with(values.get(keys[0]), keys[1:], new)}
 
 
 def problems(error: ValidationError, values: dict[Any, Any]) -> str:

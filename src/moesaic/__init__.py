@@ -16,7 +16,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .client import Client
+    from .client import AsyncClient, Client
     from .cluster.spec import Spec
     from .handle import Cluster, connect, up
     from .models.upcycle import upcycle
@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 __all__ = [
+    "AsyncClient",
     "Client",
     "Cluster",
     "MoesaicError",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncClient": "client",
     "Client": "client",
     "Cluster": "handle",
     "MoesaicError": "proto.errors",

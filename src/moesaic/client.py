@@ -1,98 +1,60 @@
-"""A client of the HTTP endpoint: needs httpx, and neither Ray nor torch.
+"""Clients of the HTTP endpoint: they need httpx, and neither Ray nor torch.
 
 Example:
 
     with Client("http://127.0.0.1:8000") as client:
         for chunk in client.stream_chat("What is a mosaic?"):
             print(chunk.text, end="")
+
+    async with AsyncClient("http://127.0.0.1:8000") as client:
+        print((await client.chat("What is a mosaic?")).text)
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Self, Unpack
 
 import httpx
 
-from .proto.errors import (
-    ClusterError,
-    EngineError,
-    Expired,
-    InternalError,
-    MoesaicError,
-    RequestError,
-    from_wire,
+from .calls import (
+    CONNECT_TIMEOUT_S,
+    READ_TIMEOUT_S,
+    RETRIES,
+    Answer,
+    Call,
+    Chunk,
+    Events,
+    Json,
+    Message,
+    Model,
+    Options,
+    Prompt,
+    Tries,
+    Usage,
+    chat,
+    checked,
+    completion,
+    mapping_errors,
+    models,
+    only,
+    raise_error,
 )
+from .proto.errors import ClusterError, Expired, MoesaicError
 
-CONNECT_TIMEOUT_S = 5.0
-# From one byte to the next: the first token may wait behind other requests.
-READ_TIMEOUT_S = 300.0
-
-Message = Mapping[str, str]  # {"role": ..., "content": ...}
-Prompt = str | Sequence[int]
-Json = dict[str, Any]
-
-
-class MoesaicOptions(TypedDict, total=False):
-    """What is to happen when an expert is not to be had, or a trunk is lost."""
-
-    resumable: bool  # the answer goes on in another trunk
-    missing_expert: Literal["wait", "fail", "drop"]  # "wait" where nothing is said
-    wait_s: float  # before it fails or goes on without
-    max_dropped: float  # part of a token's gate weights that may be left out in a layer
-
-
-class Options(TypedDict, total=False):
-    """What a request may say beside its prompt; the endpoint's defaults are OpenAI's."""
-
-    model: str  # may be left out where the endpoint serves one
-    max_tokens: int
-    temperature: float  # 0 to 2; 0: always the best token
-    top_p: float
-    stop: str | list[str]
-    moesaic: MoesaicOptions
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Model:
-    id: str
-    max_tokens: int  # prompt and answer together
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Usage:
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    text: str
-    finish_reason: str  # "stop" or "length"
-    usage: Usage
-    model: str
-    id: str
-    max_dropped: float = 0.0  # largest part of a token's gate weights that a layer went without
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
-    """New text; the last chunks of a stream have the finish reason and the usage."""
-
-    text: str = ""
-    finish_reason: str | None = None
-    usage: Usage | None = None
-    max_dropped: float = 0.0  # with the finish reason: see Answer
+__all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Model", "Options", "Usage"]
 
 
 class Client:
     """Talks to one endpoint; every call raises errors of ``proto.errors`` and has a timeout.
 
-    Closing a stream's iterator before its end cancels the request.
+    What may succeed when it is sent again is sent again, ``retries`` times, with pauses drawn at
+    random; a stream only if nothing of it was given out. Closing a stream's iterator before its end
+    cancels the request.
     """
 
     def __init__(
@@ -100,9 +62,11 @@ class Client:
         base_url: str,
         *,
         timeout_s: float = READ_TIMEOUT_S,
+        retries: int = RETRIES,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._only_model: str | None = None
+        self._retries = retries
         self._http = httpx.Client(
             base_url=base_url,
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
@@ -124,8 +88,7 @@ class Client:
         self._http.close()
 
     def models(self) -> list[Model]:
-        cards = self._get("/v1/models")["data"]
-        return [Model(id=card["id"], max_tokens=card["max_model_len"]) for card in cards]
+        return models(self._get("/v1/models"))
 
     def status(self) -> Json:
         return self._get("/status")
@@ -138,136 +101,184 @@ class Client:
             return False
 
     def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
-        body = self._body(options, prompt=_plain(prompt))
-        return self._answer("/v1/completions", body, lambda choice: choice["text"])
+        return self._answer(completion(prompt, options, self._model(options)))
 
     def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Answer:
         """``messages``: a conversation, or the text of one user's message."""
-        body = self._body(options, messages=_conversation(messages))
-        return self._answer(
-            "/v1/chat/completions", body, lambda choice: choice["message"]["content"]
-        )
+        return self._answer(chat(messages, options, self._model(options)))
 
     def stream_complete(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Chunk]:
-        body = self._body(options, prompt=_plain(prompt))
-        return self._stream("/v1/completions", body, lambda choice: choice["text"])
+        return self._stream(completion(prompt, options, self._model(options)))
 
     def stream_chat(
         self, messages: str | Sequence[Message], **options: Unpack[Options]
     ) -> Iterator[Chunk]:
-        body = self._body(options, messages=_conversation(messages))
-        return self._stream(
-            "/v1/chat/completions", body, lambda choice: choice["delta"].get("content") or ""
-        )
+        return self._stream(chat(messages, options, self._model(options)))
 
-    def _body(self, options: Options, **content: Any) -> Json:
-        return {"model": options.get("model") or self._default_model(), **content, **options}
-
-    def _default_model(self) -> str:
+    def _model(self, options: Options) -> str:
+        if "model" in options:
+            return options["model"]
         if self._only_model is None:
-            names = [model.id for model in self.models()]
-            if len(names) != 1:
-                raise RequestError(f"name one of the models: {', '.join(names)}", param="model")
-            self._only_model = names[0]
+            self._only_model = only([model.id for model in self.models()])
         return self._only_model
 
     def _get(self, path: str, *, accept: Sequence[int] = (200,)) -> Json:
-        with _mapping_errors():
-            return _checked(self._http.get(path), accept)
+        with mapping_errors():
+            return checked(self._http.get(path), accept)
 
-    def _answer(self, path: str, body: Json, text: Callable[[Json], str]) -> Answer:
-        with _mapping_errors():
-            found = _checked(self._http.post(path, json=body))
-        choice = found["choices"][0]
-        return Answer(
-            text=text(choice),
-            finish_reason=choice["finish_reason"],
-            usage=_usage(found["usage"]),
-            model=found["model"],
-            id=found["id"],
-            max_dropped=_max_dropped(choice),
-        )
+    def _answer(self, call: Call) -> Answer:
+        tries = Tries(self._retries)
+        while True:
+            try:
+                with mapping_errors():
+                    return call.answer(checked(self._http.post(call.path, json=call.body)))
+            except MoesaicError as error:
+                time.sleep(tries.pause_s(error))
 
-    def _stream(self, path: str, body: Json, text: Callable[[Json], str]) -> Iterator[Chunk]:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-        with _mapping_errors(), self._http.stream("POST", path, json=body) as response:
+    def _stream(self, call: Call) -> Iterator[Chunk]:
+        tries, begun = Tries(self._retries), False
+        while True:
+            try:
+                for chunk in self._stream_once(call):
+                    begun = True
+                    yield chunk
+                return
+            except MoesaicError as error:
+                if begun:
+                    raise
+                time.sleep(tries.pause_s(error))
+
+    def _stream_once(self, call: Call) -> Iterator[Chunk]:
+        events = Events()
+        with (
+            mapping_errors(),
+            self._http.stream("POST", call.path, json=call.streamed()) as response,
+        ):
             if response.status_code != 200:
                 response.read()
-            _raise_error(response, (200,))
-            for event in _events(response):
-                for choice in event["choices"]:
-                    yield Chunk(
-                        text=text(choice),
-                        finish_reason=choice["finish_reason"],
-                        max_dropped=_max_dropped(choice),
-                    )
-                if event.get("usage"):
-                    yield Chunk(usage=_usage(event["usage"]))
+            raise_error(response)
+            for line in response.iter_lines():
+                event = events.take(line)
+                if event is not None:
+                    yield from call.chunks(event)
+            events.end()
 
 
-def _max_dropped(choice: Json) -> float:
-    return choice.get("moesaic", {}).get("max_dropped", 0.0)
+class AsyncClient:
+    """The same for asyncio."""
 
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        timeout_s: float = READ_TIMEOUT_S,
+        retries: int = RETRIES,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._only_model: str | None = None
+        self._retries = retries
+        self._http = httpx.AsyncClient(
+            base_url=base_url,
+            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
+            transport=transport,
+            limits=httpx.Limits(max_connections=None),
+        )
 
-@contextmanager
-def _mapping_errors() -> Iterator[None]:
-    """The one place where httpx's errors become ours."""
-    try:
-        yield
-    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        raise ClusterError(f"the endpoint cannot be reached: {error}") from error
-    except httpx.TimeoutException as error:
-        raise Expired(f"the endpoint did not answer in time: {type(error).__name__}") from error
-    except httpx.TransportError as error:
-        raise EngineError(f"the connection was lost: {error}") from error
+    async def __aenter__(self) -> Self:
+        return self
 
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
 
-def _events(response: httpx.Response) -> Iterator[Json]:
-    """The JSON of each event; EngineError when the stream ends without ``[DONE]``."""
-    for line in response.iter_lines():
-        if not line.startswith("data:"):
-            continue
-        data = line.removeprefix("data:").strip()
-        if data == "[DONE]":
-            return
-        event = json.loads(data)
-        if "error" in event:
-            raise _error(event["error"])
-        yield event
-    raise EngineError("the stream ended before its end")
+    async def close(self) -> None:
+        await self._http.aclose()
 
+    async def models(self) -> list[Model]:
+        return models(await self._get("/v1/models"))
 
-def _checked(response: httpx.Response, accept: Sequence[int] = (200,)) -> Json:
-    _raise_error(response, accept)
-    return response.json()
+    async def status(self) -> Json:
+        return await self._get("/status")
 
+    async def health(self) -> bool:
+        """See `Client.health`."""
+        try:
+            return bool((await self._get("/healthz", accept=(200, 503))).get("healthy"))
+        except (ClusterError, Expired):
+            return False
 
-def _raise_error(response: httpx.Response, accept: Sequence[int]) -> None:
-    if response.status_code in accept:
-        return
-    try:
-        raise _error(response.json()["error"])
-    except (ValueError, KeyError, TypeError):
-        # Not from our endpoint: a proxy's page, say.
-        raise InternalError(f"HTTP {response.status_code}: {response.text[:200]}") from None
+    async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
+        return await self._answer(completion(prompt, options, await self._model(options)))
 
+    async def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Answer:
+        """See `Client.chat`."""
+        return await self._answer(chat(messages, options, await self._model(options)))
 
-def _error(body: Json) -> MoesaicError:
-    error = from_wire(str(body["code"]), str(body["message"]))
-    if isinstance(error, RequestError):
-        error.param = body.get("param")
-    return error
+    async def stream_complete(
+        self, prompt: Prompt, **options: Unpack[Options]
+    ) -> AsyncGenerator[Chunk, None]:
+        call = completion(prompt, options, await self._model(options))
+        async with aclosing(self._stream(call)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
+    async def stream_chat(
+        self, messages: str | Sequence[Message], **options: Unpack[Options]
+    ) -> AsyncGenerator[Chunk, None]:
+        call = chat(messages, options, await self._model(options))
+        async with aclosing(self._stream(call)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
-def _usage(body: Json) -> Usage:
-    return Usage(prompt_tokens=body["prompt_tokens"], completion_tokens=body["completion_tokens"])
+    async def _model(self, options: Options) -> str:
+        if "model" in options:
+            return options["model"]
+        if self._only_model is None:
+            self._only_model = only([model.id for model in await self.models()])
+        return self._only_model
 
+    async def _get(self, path: str, *, accept: Sequence[int] = (200,)) -> Json:
+        with mapping_errors():
+            return checked(await self._http.get(path), accept)
 
-def _plain(prompt: Prompt) -> str | list[int]:
-    return prompt if isinstance(prompt, str) else list(prompt)
+    async def _answer(self, call: Call) -> Answer:
+        tries = Tries(self._retries)
+        while True:
+            try:
+                with mapping_errors():
+                    found = await self._http.post(call.path, json=call.body)
+                    return call.answer(checked(found))
+            except MoesaicError as error:
+                await asyncio.sleep(tries.pause_s(error))
 
+    async def _stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
+        tries, begun = Tries(self._retries), False
+        while True:
+            try:
+                async with aclosing(self._stream_once(call)) as chunks:
+                    async for chunk in chunks:
+                        begun = True
+                        yield chunk
+                return
+            except MoesaicError as error:
+                if begun:
+                    raise
+                await asyncio.sleep(tries.pause_s(error))
 
-def _conversation(messages: str | Sequence[Message]) -> list[Json]:
-    if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    return [dict(message) for message in messages]
+    async def _stream_once(self, call: Call) -> AsyncGenerator[Chunk, None]:
+        events = Events()
+        with mapping_errors():
+            async with self._http.stream("POST", call.path, json=call.streamed()) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                raise_error(response)
+                async for line in response.aiter_lines():
+                    event = events.take(line)
+                    if event is not None:
+                        for chunk in call.chunks(event):
+                            yield chunk
+                events.end()

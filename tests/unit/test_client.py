@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from moesaic.client import Chunk, Client, Model, Usage
+from moesaic.client import AsyncClient, Chunk, Client, Model, Usage
 from moesaic.proto.errors import (
     ERRORS,
     Busy,
@@ -30,7 +30,7 @@ MODELS = {"data": [{"id": "demo", "max_model_len": 64}]}
 
 
 def client(handler: Handler) -> Client:
-    return Client("http://test", transport=httpx.MockTransport(handler))
+    return Client("http://test", retries=0, transport=httpx.MockTransport(handler))
 
 
 def always(status: int, body: Any) -> Handler:
@@ -227,3 +227,140 @@ def test_importing_the_client_needs_neither_ray_nor_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+CHOICE = {"index": 0, "text": "a", "finish_reason": "stop"}
+WHOLE = {"id": "c", "model": "demo", "choices": [CHOICE], "usage": USAGE}
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The longest pauses that were possible; none is made."""
+    most: list[float] = []
+    monkeypatch.setattr("random.uniform", lambda low, high: most.append(high) or 0.0)
+    return most
+
+
+def failing(times: int, code: str, then: Handler) -> tuple[Handler, list[str]]:
+    """Answers with an error so many times."""
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        if len(asked) <= times:
+            return httpx.Response(ERRORS[code].http_status, json=error(code))
+        return then(request)
+
+    return answer, asked
+
+
+def test_what_may_succeed_is_tried_again(no_pause: list[float]) -> None:
+    answer, asked = failing(2, "Busy", always(200, WHOLE))
+    with Client("http://test", transport=httpx.MockTransport(answer)) as c:
+        assert c.complete("x", model="demo").text == "a"
+    assert len(asked) == 3
+    assert no_pause == [0.5, 1.0]
+    answer, asked = failing(3, "EngineError", always(200, WHOLE))
+    with (
+        Client("http://test", transport=httpx.MockTransport(answer)) as c,
+        pytest.raises(EngineError),
+    ):
+        c.complete("x", model="demo")
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("code", ["RequestError", "InternalError", "Expired", "BadExpert"])
+def test_what_cannot_succeed_is_not(code: str, no_pause: list[float]) -> None:
+    answer, asked = failing(1, code, always(200, WHOLE))
+    with (
+        Client("http://test", transport=httpx.MockTransport(answer)) as c,
+        pytest.raises(ERRORS[code]),
+    ):
+        c.complete("x", model="demo")
+    assert len(asked) == 1
+
+
+def test_a_stream_is_tried_again_only_before_its_first_chunk(no_pause: list[float]) -> None:
+    event = {"choices": [{"index": 0, "text": "a", "finish_reason": None}]}
+    answer, asked = failing(1, "Busy", lambda request: sse(event))
+    with Client("http://test", transport=httpx.MockTransport(answer)) as c:
+        assert [chunk.text for chunk in c.stream_complete("x", model="demo")] == ["a"]
+    assert len(asked) == 2
+    answer, asked = failing(0, "Busy", lambda request: sse(event, done=False))
+    with Client("http://test", transport=httpx.MockTransport(answer)) as c:
+        stream = c.stream_complete("x", model="demo")
+        next(stream)
+        with pytest.raises(EngineError):
+            next(stream)
+    assert len(asked) == 1
+
+
+# ---- asyncio ------------------------------------------------------------------------------------
+
+
+def later(handler: Handler, retries: int = 0) -> AsyncClient:
+    return AsyncClient("http://test", retries=retries, transport=httpx.MockTransport(handler))
+
+
+async def test_async_answers() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        match request.url.path:
+            case "/v1/models":
+                return httpx.Response(200, json=MODELS)
+            case "/status":
+                return httpx.Response(200, json={"healthy": True})
+            case "/healthz":
+                return httpx.Response(503, json={"healthy": False})
+            case "/v1/chat/completions":
+                message = {"role": "assistant", "content": "Hi"}
+                choice = {"message": message, "finish_reason": "stop"}
+                return httpx.Response(200, json={**WHOLE, "choices": [choice]})
+        return httpx.Response(200, json=WHOLE)
+
+    async with later(answer) as c:
+        assert await c.models() == [Model(id="demo", max_tokens=64)]
+        assert await c.status() == {"healthy": True}
+        assert await c.health() is False
+        assert (await c.complete([1, 2])).text == "a"
+        assert (await c.chat("Hello", temperature=0)).text == "Hi"
+
+
+async def test_async_streams_retries_and_errors(no_pause: list[float]) -> None:
+    event = {"choices": [{"index": 0, "text": "a", "finish_reason": None}]}
+    answer, asked = failing(1, "Busy", lambda request: sse(event, {"choices": [], "usage": USAGE}))
+    async with later(answer, retries=1) as c:
+        found = [chunk async for chunk in c.stream_complete("x", model="demo")]
+    assert [chunk.text for chunk in found] == ["a", ""]
+    assert found[-1].usage == Usage(prompt_tokens=3, completion_tokens=2)
+    assert len(asked) == 2
+    delta = {"choices": [{"index": 0, "delta": {"content": "b"}, "finish_reason": None}]}
+    async with later(lambda request: sse(delta, done=False), retries=5) as c:
+        stream = c.stream_chat("x", model="demo")
+        assert (await anext(stream)).text == "b"
+        with pytest.raises(EngineError, match="before its end"):
+            await anext(stream)
+    answer, asked = failing(1, "Busy", always(200, WHOLE))
+    async with later(answer, retries=1) as c:
+        assert (await c.complete("x", model="demo")).text == "a"
+    async with later(always(400, error("RequestError", "prompt"))) as c:
+        with pytest.raises(RequestError) as caught:
+            await c.complete("x", model="demo")
+    assert caught.value.param == "prompt"
+
+
+async def test_closing_an_async_stream_closes_the_connection() -> None:
+    closed = []
+
+    class Endless(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            while True:
+                yield b'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
+
+        async def aclose(self) -> None:
+            closed.append(True)
+
+    async with later(lambda request: httpx.Response(200, stream=Endless())) as c:
+        stream = c.stream_complete("x", model="demo")
+        await anext(stream)
+        await stream.aclose()
+        assert closed == [True]

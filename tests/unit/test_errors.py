@@ -8,7 +8,7 @@ import re
 import pytest
 
 from moesaic.actors.http_responses import error_response
-from moesaic.client import _error
+from moesaic.calls import error_of
 from moesaic.proto import errors
 from moesaic.proto.errors import (
     ERRORS,
@@ -72,7 +72,7 @@ def test_errors_cross_http_as_themselves(cls: type[MoesaicError]) -> None:
     error = cls("prompt: too long")
     if isinstance(error, RequestError):
         error.param = "prompt"
-    again = _error(error_response(error).model_dump()["error"])
+    again = error_of(error_response(error).model_dump()["error"])
     assert type(again) is cls
     assert str(again) == "prompt: too long"
     if isinstance(again, RequestError):

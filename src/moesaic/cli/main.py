@@ -11,16 +11,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..proto.errors import MoesaicError
-from . import operate, watch
+from . import about, operate, watch
 from .simulate import simulate
 
 app = typer.Typer(
     name="moesaic",
     help="Elastic expert parallelism on Ray for Mixture-of-Experts models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -102,6 +102,32 @@ def chat(
 
 
 @app.command()
+def complete(
+    prompt: Annotated[list[str], typer.Argument(help="The text that is to go on.")],
+    name: NameOption = "local",
+    url: Annotated[str | None, typer.Option(help="An endpoint, in place of a cluster.")] = None,
+    model: Annotated[str | None, typer.Option(help="The first one served, if not given.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same text each time.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The answer, as JSON.")] = False,
+) -> None:
+    """Let a model go on with a text; it appears as it is made."""
+    from .talk import go_on
+
+    go_on(
+        " ".join(prompt),
+        name=name,
+        url=url,
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def upcycle(
     dense: Annotated[str, typer.Argument(help="A llama or mistral folder, or a GGUF file.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -141,6 +167,7 @@ def upcycle(
     err.print(f"wrote {folder}")
 
 
+about.register(app)
 operate.register(app)
 watch.register(app)
 app.command()(simulate)
@@ -152,7 +179,8 @@ def main(argv: list[str] | None = None) -> int:
         result: Any = app(args=argv, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except MoesaicError as error:
-        err.print(f"[red]error:[/red] {error}", highlight=False)
+        # Not wrapped: whoever searches in it finds what it says.
+        err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except typer.Abort:
         return 130

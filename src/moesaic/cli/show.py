@@ -97,7 +97,7 @@ def print_status(values: dict[str, Any]) -> None:
                 f"emulated device, by up to {1e3 * host['worst_overrun_s']:.1f} ms[/yellow]"
             )
     models = Table(
-        "model", "dtype", "layers", "experts", "replicas", "missing", "running", "waiting"
+        "model", "dtype", "layers", "experts", "replicas", "missing", "running", "waiting", "parked"
     )
     engines = values.get("models", {})
     for model in cluster.get("models", []):
@@ -111,6 +111,7 @@ def print_status(values: dict[str, Any]) -> None:
             str(model["missing_experts"]),
             str(engine.get("running", "")),
             str(engine.get("waiting", "")),
+            str(engine.get("parked", "")),
         )
     out.print(models)
     _print_balance(cluster)

@@ -1,0 +1,243 @@
+"""What both clients of the endpoint say and understand, without a socket: bodies, answers, events,
+errors, and when a call is worth another try."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import httpx
+
+from .proto.errors import (
+    ClusterError,
+    EngineError,
+    Expired,
+    InternalError,
+    MoesaicError,
+    RequestError,
+    from_wire,
+)
+
+CONNECT_TIMEOUT_S = 5.0
+# From one byte to the next: the first token may wait behind other requests.
+READ_TIMEOUT_S = 300.0
+RETRIES = 2
+# The pause before another try is drawn from 0 to this, doubled with each.
+_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+Prompt = str | Sequence[int]
+Json = dict[str, Any]
+
+
+class MoesaicOptions(TypedDict, total=False):
+    """What is to happen when an expert is not to be had, or a trunk is lost."""
+
+    resumable: bool  # the answer goes on in another trunk
+    missing_expert: Literal["wait", "fail", "drop"]  # "wait" where nothing is said
+    wait_s: float  # before it fails or goes on without
+    max_dropped: float  # part of a token's gate weights that may be left out in a layer
+
+
+class Options(TypedDict, total=False):
+    """What a request may say beside its prompt; the endpoint's defaults are OpenAI's."""
+
+    model: str  # may be left out where the endpoint serves one
+    max_tokens: int
+    temperature: float  # 0 to 2; 0: always the best token
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: dict[str, float]  # token id -> what is added
+    seed: int
+    stop: str | list[str]
+    priority: int  # of the requests that wait, the smallest first
+    response_format: Json  # of chats: {"type": "json_object"}, or a schema
+    moesaic: MoesaicOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    id: str
+    max_tokens: int  # prompt and answer together
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    text: str
+    finish_reason: str  # "stop" or "length"
+    usage: Usage
+    model: str
+    id: str
+    max_dropped: float = 0.0  # largest part of a token's gate weights that a layer went without
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """New text; the last chunks of a stream have the finish reason and the usage."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    max_dropped: float = 0.0  # with the finish reason: see Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request for text."""
+
+    path: str
+    body: Json
+    whole: Callable[[Json], str]  # the text of a choice,
+    piece: Callable[[Json], str]  # and of one in a stream
+
+    def streamed(self) -> Json:
+        return {**self.body, "stream": True, "stream_options": {"include_usage": True}}
+
+    def answer(self, found: Json) -> Answer:
+        choice = found["choices"][0]
+        return Answer(
+            text=self.whole(choice),
+            finish_reason=choice["finish_reason"],
+            usage=_usage(found["usage"]),
+            model=found["model"],
+            id=found["id"],
+            max_dropped=_max_dropped(choice),
+        )
+
+    def chunks(self, event: Json) -> Iterator[Chunk]:
+        for choice in event["choices"]:
+            yield Chunk(
+                text=self.piece(choice),
+                finish_reason=choice["finish_reason"],
+                max_dropped=_max_dropped(choice),
+            )
+        if event.get("usage"):
+            yield Chunk(usage=_usage(event["usage"]))
+
+
+def completion(prompt: Prompt, options: Options, model: str) -> Call:
+    text: Callable[[Json], str] = lambda choice: choice["text"]  # noqa: E731
+    plain = prompt if isinstance(prompt, str) else list(prompt)
+    return Call("/v1/completions", {**options, "model": model, "prompt": plain}, text, text)
+
+
+def chat(messages: str | Sequence[Message], options: Options, model: str) -> Call:
+    """``messages``: a conversation, or the text of one user's message."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return Call(
+        "/v1/chat/completions",
+        {**options, "model": model, "messages": [dict(message) for message in messages]},
+        lambda choice: choice["message"]["content"] or "",
+        lambda choice: choice["delta"].get("content") or "",
+    )
+
+
+def models(found: Json) -> list[Model]:
+    return [Model(id=card["id"], max_tokens=card["max_model_len"]) for card in found["data"]]
+
+
+def only(names: Sequence[str]) -> str:
+    if len(names) != 1:
+        raise RequestError(f"name one of the models: {', '.join(names)}", param="model")
+    return names[0]
+
+
+class Events:
+    """The JSON of a stream's lines."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def take(self, line: str) -> Json | None:
+        """None for a line that says nothing. Raises the error that an event has."""
+        if not line.startswith("data:"):
+            return None
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
+            self.done = True
+            return None
+        event = json.loads(data)
+        if "error" in event:
+            raise error_of(event["error"])
+        return event
+
+    def end(self) -> None:
+        if not self.done:
+            raise EngineError("the stream ended before its end")
+
+
+class Tries:
+    """Whether a call that failed is made again, and after which pause: only what may succeed when
+    it is sent again, and with jitter, so that those who failed together do not come back so."""
+
+    def __init__(self, retries: int) -> None:
+        self._left = retries
+        self._made = 0
+
+    def pause_s(self, error: MoesaicError) -> float:
+        """Raises ``error`` when there is no other try. What took too long is not begun again."""
+        if not error.retryable or isinstance(error, Expired) or self._left <= 0:
+            raise error
+        self._left -= 1
+        most_s = min(_PAUSE_S * 2**self._made, _LONGEST_PAUSE_S)
+        self._made += 1
+        return random.uniform(0, most_s)
+
+
+@contextmanager
+def mapping_errors() -> Iterator[None]:
+    """The one place where httpx's errors become ours."""
+    try:
+        yield
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise ClusterError(f"the endpoint cannot be reached: {error}") from error
+    except httpx.TimeoutException as error:
+        raise Expired(f"the endpoint did not answer in time: {type(error).__name__}") from error
+    except httpx.TransportError as error:
+        raise EngineError(f"the connection was lost: {error}") from error
+
+
+def checked(response: httpx.Response, accept: Sequence[int] = (200,)) -> Json:
+    raise_error(response, accept)
+    return response.json()
+
+
+def raise_error(response: httpx.Response, accept: Sequence[int] = (200,)) -> None:
+    """Raises what the endpoint answered, if it is an error. The body must have been read."""
+    if response.status_code in accept:
+        return
+    try:
+        raise error_of(response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        # Not from our endpoint: a proxy's page, say.
+        raise InternalError(f"HTTP {response.status_code}: {response.text[:200]}") from None
+
+
+def error_of(body: Json) -> MoesaicError:
+    error = from_wire(str(body["code"]), str(body["message"]))
+    if isinstance(error, RequestError):
+        error.param = body.get("param")
+    return error
+
+
+def _max_dropped(choice: Json) -> float:
+    return choice.get("moesaic", {}).get("max_dropped", 0.0)
+
+
+def _usage(body: Json) -> Usage:
+    return Usage(prompt_tokens=body["prompt_tokens"], completion_tokens=body["completion_tokens"])
