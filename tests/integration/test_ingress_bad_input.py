@@ -26,7 +26,7 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     ("completions", {**TINY, "model": "nope"}, 404, "model", "there are: tiny, org/script"),
     ("completions", {**TINY, "model": "../../etc/passwd"}, 404, "model", "does not exist"),
     ("completions", {**TINY, "colour": 1}, 400, "colour", "unknown parameter 'colour'"),
-    ("completions", {**TINY, "echo": True}, 400, "echo", "echo=True is not supported"),
+    ("completions", {**TINY, "suffix": "x"}, 400, "suffix", "suffix='x' is not supported"),
     ("completions", {**TINY, "temperature": 3}, 400, "temperature", "(got 3)"),
     ("completions", {**TINY, "top_p": 0}, 400, "top_p", "(got 0)"),
     ("completions", {**TINY, "max_tokens": -1}, 400, "max_tokens", "(got -1)"),
