@@ -36,7 +36,11 @@ class ScriptedEngine:
         pass
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
     ) -> AsyncGenerator[Delta, None]:
         self.running += 1
         try:
