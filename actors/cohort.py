@@ -144,7 +144,7 @@ def together(
         alike = not model.config.is_encoder_decoder or (
             len(request.generated) == len(requests[0].generated)
         )
-        alike &= pads or request.tokens == longest
+        alike &= pads or request.tokens == requests[0].tokens
         if count and (not alike or longest * (count + 1) > most_tokens):
             return count
     return len(requests)

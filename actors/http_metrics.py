@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from ..proto.errors import MoesaicError
+from ..proto.errors import InternalError, MoesaicError
 from .answers import Numbered
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -88,8 +88,8 @@ class HttpMetrics:
                             self._ended.labels(model, piece.finish_reason).inc()
                         yield index, piece
             reason = ""
-        except MoesaicError as error:
-            reason = error.code
+        except Exception as error:
+            reason = error.code if isinstance(error, MoesaicError) else InternalError.__name__
             raise
         finally:
             if reason:

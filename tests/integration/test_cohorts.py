@@ -14,8 +14,10 @@ import pytest
 import torch
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
+from moesaic.actors.cohort import Asked, together
 from moesaic.actors.cohorts import CohortLoop
 from moesaic.actors.engine import EngineConfig, Sampling
+from moesaic.actors.sampling import RequestSampler
 from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.cluster.missing import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, MoesaicError
@@ -84,6 +86,27 @@ async def test_an_encoder_and_a_decoder() -> None:
     expected = [by_generate(model, prompt) for prompt in PROMPTS]
     with running(model) as engine:
         assert await texts(engine, Sampling(max_tokens=TOKENS)) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "pads", "expected"),
+    [
+        ([5, 7, 3], 100, True, 3),
+        ([5, 7, 3], 14, True, 2),
+        ([5, 7, 3], 4, True, 1),
+        ([5, 7, 5], 100, False, 1),
+        ([5, 5, 7], 100, False, 2),
+        ([7, 5], 100, False, 1),
+    ],
+)
+def test_who_may_be_one_cohort(
+    mla: Any, tokens: list[int], most: int, pads: bool, expected: int
+) -> None:
+    asked = Sampling(max_tokens=1)
+    requests = [
+        Asked(str(n), [1] * count, 1, RequestSampler(asked, [1])) for n, count in enumerate(tokens)
+    ]
+    assert together(mla, requests, most, pads=pads) == expected
 
 
 @pytest.fixture(scope="module")
