@@ -79,7 +79,9 @@ class BatchRows:
         if lost:
             mine_n = lost_n[np.isin(lost_n // job.top_k, lost)]
             keys = job.experts(mine_n)
-            error = ExpertUnavailable(f"{job.names(mine_n)}: no replica for as long as was waited")
+            error = ExpertUnavailable(
+                f"{job.names(mine_n)}: no replica answered for as long as was waited"
+            )
             error.is_back = lambda: self._has(keys)
             self.lose(lost, error)
 
