@@ -115,6 +115,8 @@ class Cohort:
                 input_ids=ids_RT, attention_mask=mask_RT, return_dict=True
             )
             start = model.generation_config.decoder_start_token_id
+            if start is None:
+                start = model.config.decoder_start_token_id
             ids_RT = torch.tensor([[start, *r.generated] for r in self.requests], device=device)
         else:
             texts = [[*r.prompt_ids, *r.generated] for r in self.requests]

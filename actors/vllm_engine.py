@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +32,11 @@ from ..proto.errors import Busy, ClusterError, EngineError, InternalError
 from .engine import Delta, EngineConfig, EngineStats, Limits, Sampling
 from .grammar import Grammars
 from .parking import Parking
-from .sampling import RequestSampler, seed_at
+from .sampling import RequestSampler
 from .streams import Streams
 from .trunk import PoolLink, TrunkConfig
 from .vllm_plugin import in_pool
-from .vllm_requests import Requests, parameters
+from .vllm_requests import Requests, going_on, parameters
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -209,12 +208,8 @@ class VllmEngine:
         arrival = next(self._arrivals)
 
         def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
-            going_on, generated = replace(sampling, max_tokens=left), sampling.max_tokens - left
-            # vLLM keeps no state of requests that leave it: neither the place in the random
-            # numbers of a seed, which must not begin again, nor what was generated for penalties.
-            if sampling.seed is not None and generated:
-                going_on = replace(going_on, seed=seed_at(sampling.seed, generated))
-            return self._attempt(f"{request_id}#{next(self._ids)}", tokens, going_on, arrival)
+            asked = going_on(sampling, left)
+            return self._attempt(f"{request_id}#{next(self._ids)}", tokens, asked, arrival)
 
         parking = self._parking.generate(attempt, prompt_ids, sampling, already)
         async with aclosing(parking) as deltas:

@@ -9,12 +9,14 @@ from __future__ import annotations
 # pyright: reportMissingImports=false
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 from ..cluster.missing import RowGroups
-from ..proto.errors import InternalError, MoesaicError
+from ..proto.errors import InternalError, Interrupted, MoesaicError
 from .engine import Delta, Sampling, TokenLogprob
+from .sampling import seed_at
 from .streams import Streams
 
 
@@ -100,6 +102,20 @@ class Requests:
             owner = bisect_right(ends, row)
             if owner < len(groups):
                 yield row, groups[owner][0]
+
+
+def going_on(sampling: Sampling, left: int) -> Sampling:
+    """What a request asks for that may still get ``left`` tokens. vLLM keeps no state of requests
+    that leave it: neither the place in the random numbers of a seed, which must not begin again,
+    nor what was generated for penalties. Raises Interrupted where that cannot be."""
+    generated = sampling.max_tokens - left
+    if not generated:
+        return sampling
+    if sampling.json_schema is not None:
+        # Its grammar would begin anew behind the half of the answer that was given.
+        raise Interrupted("vLLM cannot go on inside an answer of a JSON schema; send it again")
+    seed = None if sampling.seed is None else seed_at(sampling.seed, generated)
+    return replace(sampling, max_tokens=left, seed=seed)
 
 
 def parameters(sampling: Sampling, eos_token_ids: Sequence[int]) -> Any:

@@ -14,7 +14,8 @@ MoesaicError
 |   |-- Busy                 a bounded queue is full
 |   |-- Expired              the deadline passed before the work was done
 |   |-- HostLost             a host's connection ended
-|   `-- Corrupted            bytes changed on the way
+|   |-- Corrupted            bytes changed on the way
+|   `-- Interrupted          an answer cannot go on where it was
 |-- ExpertUnavailable        no replica of an expert answered before the deadline
 |-- BadExpert                an expert produced values that are not finite
 |-- EngineError              the trunk's engine failed or was restarted
@@ -107,6 +108,10 @@ class HostLost(Retryable):
 
 class Corrupted(Retryable):
     """A call or an answer is not what was sent: its checksum says so."""
+
+
+class Interrupted(Retryable):
+    """An answer stopped, and cannot go on where it was: it must be asked for again, whole."""
 
 
 class ExpertUnavailable(MoesaicError):

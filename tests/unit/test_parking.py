@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
 from moesaic.actors.engine import Delta, Sampling
 from moesaic.actors.parking import Parking
+from moesaic.actors.vllm_requests import going_on
 from moesaic.cluster.missing import MissingExpert
-from moesaic.proto.errors import EngineError, ExpertUnavailable
+from moesaic.proto.errors import EngineError, ExpertUnavailable, Interrupted
 
 PROMPT = [1, 2, 3]
 ASKED = Sampling(max_tokens=6)
@@ -135,3 +137,17 @@ async def test_who_goes_away_while_parked_is_forgotten() -> None:
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert len(parking) == 0
+
+
+def test_what_goes_on_in_vllm() -> None:
+    asked = Sampling(max_tokens=6, temperature=1.0, seed=5)
+    assert going_on(asked, 6) == asked
+    later = going_on(asked, 4)
+    assert later.max_tokens == 4
+    assert later.seed not in (None, 5)
+    assert going_on(replace(asked, seed=None), 4).seed is None
+    shaped = replace(asked, json_schema="{}")
+    assert going_on(shaped, 6) == shaped
+    with pytest.raises(Interrupted) as caught:
+        going_on(shaped, 4)
+    assert caught.value.retryable
