@@ -11,13 +11,15 @@ activation, down-projection, bias, optional norm, then the choice's weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from . import fused
 
 # With `exact` every matrix product has this many rows: a row's bits depend on the number of rows
 # in the product, but not on its place among them (measured; a test keeps it).
@@ -41,13 +43,14 @@ class ExpertForm:
 class ExpertWeights:
     """One expert: up (2I or I, H) and down (H, I), or both transposed if the form says so.
 
-    The matrices may be packed (`pack`).
+    The matrices may be packed (`pack`); ``fused`` names the activation if vLLM's kernel takes them.
     """
 
     up: Tensor
     down: Tensor
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    fused: str | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         named = {
@@ -82,27 +85,32 @@ class Kernel(Protocol):
 
 
 def pack(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
-    """The same expert with its matrices in oneDNN's own layout, of the same size.
+    """The same expert with its matrices in the layout of the kernel that takes them, as large.
 
-    A plain matrix is brought into it at every product (measured with few rows: 1.5 to 2 times
-    slower). `unpack` is the way back, to the bit.
+    That is vLLM's where it is installed and knows the form, and else oneDNN's, into which a plain
+    matrix is brought at every product (measured with few rows: 1.5 to 2 times slower). `unpack` is
+    the way back, to the bit.
     """
-
-    def packed(matrix: Tensor) -> Tensor:
-        plain = matrix.t().contiguous() if form.transposed else matrix
-        return torch.ops.mkldnn._reorder_linear_weight(plain, 1)
-
-    return replace(expert, up=packed(expert.up), down=packed(expert.down))
+    up, down = (m.t().contiguous() if form.transposed else m for m in (expert.up, expert.down))
+    if expert.up_bias is None and expert.down_bias is None and fused.takes(up, down):
+        activation = fused.activation_of(form.activate)
+        if activation is not None:
+            return ExpertWeights(fused.pack(up), fused.pack(down), fused=activation)
+    up, down = (torch.ops.mkldnn._reorder_linear_weight(matrix, 1) for matrix in (up, down))
+    return replace(expert, up=up, down=down)
 
 
 def unpack(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
     def plain(matrix: Tensor) -> Tensor:
-        if not matrix.is_mkldnn:
+        if expert.fused is not None:
+            dense = fused.unpack(matrix)
+        elif matrix.is_mkldnn:
+            dense = matrix.to_dense()
+        else:
             return matrix
-        dense = matrix.to_dense()
         return dense.t().contiguous() if form.transposed else dense
 
-    return replace(expert, up=plain(expert.up), down=plain(expert.down))
+    return replace(expert, up=plain(expert.up), down=plain(expert.down), fused=None)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -130,20 +138,34 @@ def _product(x_RI: Tensor, matrix: Tensor, bias: Tensor | None, transposed: bool
 
 def expert_ffn(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
     """One expert on its rows: (R, H) -> (R, H) in the expert's dtype, not weighted."""
-    up_R = _product(x_RH, expert.up, expert.up_bias, form.transposed)
-    y_RH = _product(form.activate(up_R), expert.down, expert.down_bias, form.transposed)
+    if expert.fused is not None:
+        y_RH = fused.ffn(x_RH, expert.up, expert.down, expert.fused)
+    else:
+        up_R = _product(x_RH, expert.up, expert.up_bias, form.transposed)
+        y_RH = _product(form.activate(up_R), expert.down, expert.down_bias, form.transposed)
     return y_RH if form.post_norm is None else form.post_norm(y_RH)
 
 
-def _choices_by_expert(ids_TK: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
-    """For each expert that is used, in order of its number: (expert, choices in N on ``device``).
+class _Choices(NamedTuple):
+    """The choices that are used, sorted by expert: their places in N, experts and rows of each."""
 
-    ``ids_TK`` may stay on the CPU: its values steer Python.
-    """
+    order_N: Tensor
+    experts: list[int]
+    rows: list[int]
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """(expert, its choices in N)."""
+        return zip(self.experts, self.order_N.split(self.rows), strict=True)
+
+
+def _choices(ids_TK: Tensor, device: torch.device) -> _Choices:
+    """The order is on ``device``; ``ids_TK`` may stay on the CPU: its values steer Python."""
     sorted_N, order_N = torch.sort(ids_TK.reshape(-1), stable=True)
-    experts, counts = torch.unique_consecutive(sorted_N, return_counts=True)
-    pieces = torch.split(order_N.to(device), counts.tolist())
-    return [(e, piece) for e, piece in zip(experts.tolist(), pieces, strict=True) if e >= 0]
+    found, counts = torch.unique_consecutive(sorted_N, return_counts=True)
+    experts, rows = found.tolist(), counts.tolist()
+    if experts and experts[0] < 0:
+        order_N, experts, rows = order_N[rows[0] :], experts[1:], rows[1:]
+    return _Choices(order_N.to(device), experts, rows)
 
 
 def loop_kernel(
@@ -154,15 +176,15 @@ def loop_kernel(
     weights_TK: Tensor,
     out_TH: Tensor,
 ) -> None:
-    """One matrix product for each expert: the fastest on CPUs, where products do not overlap."""
-    top_k = ids_TK.shape[1]
-    weights_N = weights_TK.reshape(-1)
-    out_TH.zero_()
-    for expert, choice_R in _choices_by_expert(ids_TK, x_TH.device):
-        token_R = choice_R if top_k == 1 else choice_R // top_k
-        y_RH = expert_ffn(form, experts[expert], x_TH.index_select(0, token_R)).float()
-        y_RH.mul_(weights_N.index_select(0, choice_R).unsqueeze(-1))
-        out_TH.index_add_(0, token_R, y_RH)
+    """One expert after another: the fastest on CPUs, where products do not overlap."""
+    order_N, used, rows = _choices(ids_TK, x_TH.device)
+    token_N = order_N // ids_TK.shape[1]
+    x_NH = x_TH.index_select(0, token_N)
+    # Experts of few rows are over in microseconds: what can be done for all at once, is.
+    pieces = zip(used, x_NH.split(rows), strict=True)
+    y_NH = torch.cat([expert_ffn(form, experts[e], x_RH) for e, x_RH in pieces] or [x_NH]).float()
+    y_NH.mul_(weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(-1))
+    out_TH.zero_().index_add_(0, token_N, y_NH)
 
 
 def reference_kernel(
@@ -191,14 +213,13 @@ def grouped_kernel(
     out_TH: Tensor,
 ) -> None:
     """All experts in two grouped matrix products, for CUDA; works on CPU too."""
-    groups = _choices_by_expert(ids_TK, x_TH.device)
+    device = x_TH.device
+    order_N, numbers, rows = _choices(ids_TK, device)
     out_TH.zero_()
-    if not groups:
+    if not numbers:
         return
-    device, top_k = x_TH.device, ids_TK.shape[1]
-    used = [experts[expert] for expert, _ in groups]
-    choice_N = torch.cat([choice for _, choice in groups])
-    sizes = torch.tensor([choice.numel() for _, choice in groups], dtype=torch.int32)
+    used = [experts[expert] for expert in numbers]
+    sizes = torch.tensor(rows, dtype=torch.int32)
     offsets_E = sizes.cumsum(0, dtype=torch.int32).to(device)
     sizes = sizes.to(device)
 
@@ -212,12 +233,12 @@ def grouped_kernel(
         stacked_bias = torch.stack([bias for bias in biases if bias is not None])
         return out + stacked_bias.repeat_interleave(sizes, dim=0)
 
-    token_N = choice_N // top_k
+    token_N = order_N // ids_TK.shape[1]
     up_N = product(x_TH.index_select(0, token_N), [e.up for e in used], [e.up_bias for e in used])
     y_NH = product(form.activate(up_N), [e.down for e in used], [e.down_bias for e in used])
     if form.post_norm is not None:
         y_NH = form.post_norm(y_NH)
-    y_NH = y_NH.float() * weights_TK.reshape(-1).index_select(0, choice_N).unsqueeze(-1)
+    y_NH = y_NH.float() * weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(-1)
     out_TH.index_add_(0, token_N, y_NH)
 
 
@@ -249,7 +270,7 @@ def exact_rows(
     out_NH = out_TKH.view(-1, hidden)
     out_NH.zero_()
     tile = torch.zeros(TILE_ROWS, hidden, dtype=x_TH.dtype, device=x_TH.device)
-    for expert, choice_R in _choices_by_expert(ids_TK, x_TH.device):
+    for expert, choice_R in _choices(ids_TK, x_TH.device).pieces():
         for piece in choice_R.split(TILE_ROWS):
             rows = piece.numel()
             tile[:rows] = x_TH.index_select(0, piece // top_k)
@@ -272,7 +293,7 @@ def bad_experts(
         return []
     finite_T = torch.isfinite(x_TH.float()).all(dim=1)
     guilty = []
-    for expert, choice_R in _choices_by_expert(ids_TK, x_TH.device):
+    for expert, choice_R in _choices(ids_TK, x_TH.device).pieces():
         token_R = choice_R // ids_TK.shape[1]
         rows = x_TH.index_select(0, token_R[finite_T.index_select(0, token_R)])
         if rows.shape[0] and not bool(
