@@ -90,7 +90,7 @@ class TextAnswers:
             text=text,
             logprobs=TextLogprobs.of(piece.logprobs, self._offset(index, piece)),
             finish_reason=piece.finish_reason,
-            moesaic=Moesaic.of(piece.dropped),
+            moesaic=Moesaic.of(piece),
         )
 
     def _echo(self, index: int, is_first: bool) -> str:
@@ -142,7 +142,7 @@ class ChatAnswers:
                 ),
                 logprobs=ChatLogprobs.of(piece.logprobs),
                 finish_reason=piece.finish_reason,
-                moesaic=Moesaic.of(piece.dropped),
+                moesaic=Moesaic.of(piece),
             )
             for index, (text, piece) in enumerate(zip(texts, last, strict=True))
         ]
@@ -162,7 +162,7 @@ class ChatAnswers:
             delta=delta,
             logprobs=logprobs,
             finish_reason=last.finish_reason if last else None,
-            moesaic=Moesaic.of(last.dropped if last else None),
+            moesaic=Moesaic.of(last),
         )
         return ChatChunk(**self._base, object="chat.completion.chunk", choices=[choice])
 

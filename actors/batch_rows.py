@@ -42,7 +42,7 @@ class BatchRows:
         """``has``: whether all of some experts are to be had now."""
         self.on_lost: Lost | None = None
         self.on_dropped: Dropped | None = None
-        # What the rows of the batch in flight want when experts are missing; None: all wait.
+        # What the rows of the batch in flight want of the experts; None: nothing in particular.
         self.groups: Callable[[], RowGroups | None] = lambda: None
         self.lost = 0
         # Rows that the layers still to come in this forward pass need not compute.

@@ -203,7 +203,7 @@ class BatchingLoop(ContinuousBatchingManager):
             self._in_forward = False
         if self._faults:
             self._drop_faulted()
-        if self.streams.some_do_not_wait:
+        if self.streams.some_wish:
             self._keep_to_themselves()
         self.steps += 1
         self._barren_restarts = 0
@@ -215,10 +215,10 @@ class BatchingLoop(ContinuousBatchingManager):
 
     def row_groups(self) -> RowGroups | None:
         """See `TransformersEngine.row_groups`."""
-        if not self._in_forward or not self.streams.some_do_not_wait:
+        if not self._in_forward or not self.streams.some_wish:
             return None
         return [
-            (request.query_length, self.streams.missing(request.state.request_id))
+            (request.query_length, self.streams.wish(request.state.request_id))
             for request in self._requests_in_batch()
         ]
 
@@ -250,7 +250,7 @@ class BatchingLoop(ContinuousBatchingManager):
     def _keep_to_themselves(self) -> None:
         """What was computed without some experts is of no use to later prompts."""
         for request in self._requests_in_batch():
-            if self.streams.dropped(request.state.request_id) is not None:
+            if not self.streams.is_whole(request.state.request_id):
                 request.complete_blocks = {}
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:

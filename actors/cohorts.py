@@ -237,9 +237,9 @@ class CohortLoop:
     def row_groups(self) -> RowGroups | None:
         """See `TransformersEngine.row_groups`."""
         cohort = self._current
-        if cohort is None or not self.streams.some_do_not_wait:
+        if cohort is None or not self.streams.some_wish:
             return None
-        return [(cohort.rows_each, self.streams.missing(one.key)) for one in cohort.requests]
+        return [(cohort.rows_each, self.streams.wish(one.key)) for one in cohort.requests]
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
         """See `TransformersEngine.drop_rows`."""

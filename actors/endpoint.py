@@ -15,9 +15,11 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig
 
-from ..cluster.spec import Spec
+from ..cluster.spec import ModelSpec, Spec
+from ..models.describe import experts_per_token
+from ..models.trunk import read_config
 from ..proto.errors import ClusterError
-from .engine import EngineConfig
+from .engine import EngineConfig, ExpertBounds
 from .ray_border import CONTROLLER, actor_options, namespace_of
 from .serve_app import Trunk, build
 from .store import ModelRef
@@ -64,7 +66,15 @@ def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
         cold_start_s = spec.timeouts.start_s if spec.trunk.min_replicas == 0 else None
         status = _status_source(namespace)
         app = build(
-            trunks, tokenizers, status=status, cold_start_s=cold_start_s, limits=endpoint.limits
+            trunks,
+            tokenizers,
+            status=status,
+            cold_start_s=cold_start_s,
+            limits=endpoint.limits,
+            experts={
+                model.name: expert_bounds(model, Path(models[model.name].path or ""))
+                for model in spec.models
+            },
         )
         serve.run(app, name=app_name(spec), route_prefix="/", blocking=False)
     except (RayError, RuntimeError, ValueError) as error:
@@ -105,6 +115,20 @@ def _engine_config(spec: Spec) -> EngineConfig:
         park_s=spec.timeouts.expert_s,
         # A step may wait for a slow host in one layer after the other.
         stall_timeout_s=2 * spec.timeouts.expert_s + 60.0,
+    )
+
+
+def expert_bounds(model: ModelSpec, folder: Path) -> ExpertBounds:
+    """Raises ClusterError for numbers that the model in ``folder`` does not have."""
+    most = experts_per_token(read_config(folder))
+    for name in ("experts_per_token", "min_experts_per_token"):
+        value = getattr(model, name)
+        if value is not None and most is not None and value > most:
+            raise ClusterError(
+                f"models.{name}: {value}, but {model.name!r} has {most} experts for a token"
+            )
+    return ExpertBounds(
+        most=most, default=model.experts_per_token, least=model.min_experts_per_token
     )
 
 

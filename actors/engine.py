@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
-from ..cluster.missing import WAIT, Dropped, MissingExpert
+from ..cluster.missing import WAIT, Dropped, MissingExpert, RowWish
 from ..cluster.spec import LimitSpec
 from ..proto.errors import RequestError
 
@@ -37,6 +37,11 @@ class Sampling:
     json_schema: str | None = None  # that the answer is to have, in JSON; None: any text
     priority: int = 0  # the smaller, the sooner it leaves the queue
     missing: MissingExpert = WAIT
+    experts_per_token: int | None = None  # None: as many as the model's gates choose
+
+    @property
+    def wish(self) -> RowWish:
+        return RowWish(self.missing, self.experts_per_token)
 
 
 class TokenLogprob(NamedTuple):
@@ -58,6 +63,30 @@ class Delta:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertBounds:
+    """How many experts a model's tokens may have."""
+
+    most: int | None = None  # the model's own number; None: not known
+    default: int | None = None  # where a request says nothing; None: the model's own
+    least: int | None = None  # that a request may ask for; None: none but the default
+
+    def granted(self, asked: int | None) -> int | None:
+        """The number for a request that asks for ``asked``. Raises RequestError."""
+        if asked is None:
+            return self.default
+        usual = self.default or self.most
+        least, most = self.least or usual, self.most or usual
+        if least is None or asked < least or (most is not None and asked > most):
+            allowed = "none" if least is None else f"{least} to {most or 'what the model has'}"
+            raise RequestError(
+                f"moesaic.experts_per_token is {asked}; allowed here: {allowed} "
+                "(models.min_experts_per_token in the cluster's spec)",
+                param="moesaic.experts_per_token",
+            )
+        return asked
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """What one request may ask for, in tokens, and how many requests are admitted at once."""
 
@@ -66,6 +95,7 @@ class Limits:
     max_requests: int
     vocab_size: int
     max_answer_tokens: int = UNBOUNDED
+    experts: ExpertBounds = ExpertBounds()
     request_s: float | None = None  # from its begin to its last token
 
     def within(self, spec: LimitSpec) -> Limits:

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
-from ..cluster.missing import Dropped
 from ..proto.errors import MoesaicError
-from .served import TokenChoice, TokenText
+from .served import Piece, TokenChoice, TokenText
 from .tools import ToolCall
 
 
@@ -39,6 +38,14 @@ def error_response(error: MoesaicError) -> ErrorResponse:
     )
 
 
+def _without_none(
+    one: BaseModel, serialize: SerializerFunctionWrapHandler, *names: str
+) -> dict[str, Any]:
+    """Fields that are not there where there is nothing to say."""
+    found: dict[str, Any] = serialize(one)
+    return {key: value for key, value in found.items() if key not in names or value is not None}
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
@@ -52,17 +59,28 @@ class Usage(BaseModel):
 
 
 class Moesaic(BaseModel):
-    """What the answer went without: the largest part of a token's gate weights in one layer, and
-    for how many tokens of a layer each anything was left out."""
+    """What the answer went without: how many experts each token had, if they were not the model's
+    own number; the largest part of a token's gate weights in one layer that was left out since
+    experts were not to be had, and for how many tokens of a layer each anything was."""
 
-    max_dropped: float
-    times_dropped: int
+    experts_per_token: int | None = None
+    max_dropped: float | None = None
+    times_dropped: int | None = None
 
     @classmethod
-    def of(cls, dropped: Dropped | None) -> Moesaic | None:
-        if dropped is None:
+    def of(cls, piece: Piece | None) -> Moesaic | None:
+        if piece is None or (piece.dropped is None and piece.experts_per_token is None):
             return None
-        return cls(max_dropped=round(dropped.largest, 6), times_dropped=dropped.times)
+        dropped = piece.dropped
+        return cls(
+            experts_per_token=piece.experts_per_token,
+            max_dropped=None if dropped is None else round(dropped.largest, 6),
+            times_dropped=None if dropped is None else dropped.times,
+        )
+
+    @model_serializer(mode="wrap")
+    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(self, serialize, *type(self).model_fields)
 
 
 class ModelCard(BaseModel):
@@ -142,16 +160,6 @@ class TextLogprobs(BaseModel):
             ],
             text_offset=list(accumulate(lengths[:-1], initial=offset)),
         )
-
-
-def _without_none(
-    one: BaseModel, serialize: SerializerFunctionWrapHandler, name: str
-) -> dict[str, Any]:
-    """A field that is not there where there is nothing to say."""
-    found: dict[str, Any] = serialize(one)
-    if found.get(name) is None:
-        found.pop(name, None)
-    return found
 
 
 class _Choice(BaseModel):

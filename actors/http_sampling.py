@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 from pydantic_core import PydanticCustomError
 
 from ..cluster.missing import MissingExpert
-from .engine import Sampling
+from .engine import ExpertBounds, Sampling
 
 MAX_CHOICES = 64  # prompts times n
 MAX_BIASES = 1024
@@ -43,8 +43,10 @@ LogitBias = Annotated[tuple[tuple[int, float], ...], PlainValidator(_check_biase
 
 
 class MoesaicOptions(Strict):
-    """``moesaic``: what is to happen when an expert is not to be had, or a trunk is lost."""
+    """``moesaic``: how many experts a token has, and what is to happen when one is not to be had,
+    or a trunk is lost."""
 
+    experts_per_token: Annotated[int, Field(ge=1)] | None = None
     resumable: bool = False
     missing_expert: Literal["wait", "fail", "drop"] = "wait"
     wait_s: Annotated[float, Field(ge=0, le=3600)] | None = None
@@ -102,8 +104,8 @@ class SamplingOptions(Strict):
         """The JSON schema of the answer, in JSON; None: any text."""
         return None
 
-    def sampling(self, max_tokens: int) -> Sampling:
-        """OpenAI's defaults for what was not said."""
+    def sampling(self, max_tokens: int, experts: ExpertBounds) -> Sampling:
+        """OpenAI's defaults for what was not said. Raises RequestError."""
 
         def said(value: float | None, default: float) -> float:
             return default if value is None else value
@@ -123,4 +125,5 @@ class SamplingOptions(Strict):
             json_schema=self.json_schema,
             priority=self.priority or 0,
             missing=self.moesaic.wish,
+            experts_per_token=experts.granted(self.moesaic.experts_per_token),
         )

@@ -87,7 +87,8 @@ def _add_generation(
             for prompt in asked.prompt
         ]
         sampling = asked.sampling(
-            asked.max_tokens or min(COMPLETION_MAX_TOKENS, model.limits.max_answer_tokens)
+            asked.max_tokens or min(COMPLETION_MAX_TOKENS, model.limits.max_answer_tokens),
+            model.limits.experts,
         )
         for prompt_ids in prompts:
             model.limits.check(prompt_ids, sampling)
@@ -112,7 +113,7 @@ def _add_generation(
         messages = [message.for_template() for message in asked.messages]
         prompt_ids = await model.encode_chat(messages, tools)
         budget = asked.token_budget or _rest(model.limits, len(prompt_ids))
-        sampling = asked.sampling(budget)
+        sampling = asked.sampling(budget, model.limits.experts)
         try:
             model.limits.check(prompt_ids, sampling)
         except RequestError as error:

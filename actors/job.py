@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..cluster.events import Send
+from ..cluster.missing import largest_choices
 from ..cluster.placement import ExpertKey, LayerKey, Number, Placement
 from ..proto.errors import CallError
 from ..proto.expert_pb2 import Frame, Reply
@@ -53,6 +54,12 @@ class LayerJob:
         if rows:
             ids[[row for row in rows if row < self.tokens]] = -1
         self.ids_TK = ids
+
+    def keep_largest(self, most_T: np.ndarray) -> None:
+        """Compute at most so many choices of each row, before anything is sent."""
+        weights_TK = self.weights_N.reshape(self.ids_TK.shape)
+        self.ids_TK, weights_TK = largest_choices(self.ids_TK, weights_TK, most_T)
+        self.weights_N = weights_TK.reshape(-1)
 
     def layout(self, rows: int, top_k: int) -> CallLayout:
         return CallLayout.of(rows, self.hidden, top_k, self.dtype, self.exact)

@@ -30,7 +30,7 @@ from ..models.source import resolve_model
 from ..models.trunk import expert_bytes, experts_layers, meta_model, read_config
 from ..proto.errors import ClusterError
 from .controller import Controller
-from .endpoint import check_engine, check_port, end_endpoint, start_endpoint
+from .endpoint import check_engine, check_port, end_endpoint, expert_bounds, start_endpoint
 from .keeper import HostKeeper, HostStarter
 from .ray_border import CONTROLLER, ask, namespace_of, start_ray
 from .store import ModelRef
@@ -99,6 +99,7 @@ def launch(spec: Spec, progress: Progress) -> Launched:
 def describe(model: ModelSpec, progress: Progress) -> tuple[ModelRef, ModelShape]:
     """Find a model's folder and what placing it needs. Raises CheckpointError, UnsupportedModel."""
     path = resolve_model(model.path, progress=progress)
+    expert_bounds(model, path)
     layers = experts_layers(meta_model(read_config(path)))
     ref = ModelRef(name=model.name, dtype=model.dtype, path=str(path))
     return ref, ModelShape(

@@ -237,6 +237,8 @@ class Router:
         max_rows = self._rows_per_call(job)
         wishes = self.batch.wishes(job.tokens, self.policy.deadline_s)
         patience_T = None if wishes is None else wishes.patience_T
+        if wishes is not None and wishes.experts_T is not None:
+            job.keep_largest(wishes.experts_T)
         begun = dispatcher.begin(
             job.key, job.ids_TK, max_rows=max_rows, now=_now(), patience_T=patience_T
         )

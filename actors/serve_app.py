@@ -14,7 +14,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI
@@ -37,7 +37,7 @@ from ..proto.errors import (
     RequestError,
     from_wire,
 )
-from .engine import Delta, Engine, FinishReason, Limits, Sampling, TokenLogprob
+from .engine import Delta, Engine, ExpertBounds, FinishReason, Limits, Sampling, TokenLogprob
 from .ingress import create_app
 from .served import ServedModel
 
@@ -217,8 +217,10 @@ class Ingress:
         status: StatusSource | None,
         cold_start_s: float | None,
         limits: LimitSpec,
+        experts: Mapping[str, ExpertBounds],
     ) -> None:
         self._limits = limits
+        self._experts = experts
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
         self._tokenizers = tokenizers
         self._more_status = status
@@ -227,6 +229,7 @@ class Ingress:
         models = {}
         for name, trunk in self._trunks.items():
             limits = (await trunk.limits()).within(self._limits)
+            limits = replace(limits, experts=self._experts.get(name, limits.experts))
             models[name] = ServedModel(name, self._tokenizers[name](), limits, trunk.generate)
         max_body_bytes = int(self._limits.body_mb * 1e6)
         return create_app(models=models, status=self._status, max_body_bytes=max_body_bytes)
@@ -248,6 +251,7 @@ def build(
     status: StatusSource | None = None,
     cold_start_s: float | None = None,
     limits: LimitSpec | None = None,
+    experts: Mapping[str, ExpertBounds] | None = None,
 ) -> Application:
     """The application for ``serve.run``: model names -> ``Trunk.bind(engine_factory)``.
 
@@ -255,4 +259,6 @@ def build(
     ``cold_start_s`` trunks may scale to zero, and take so long to come back.
     """
     limits = limits or LimitSpec()
-    return Ingress.bind(dict(trunks), dict(tokenizers), status, cold_start_s, limits)
+    return Ingress.bind(
+        dict(trunks), dict(tokenizers), status, cold_start_s, limits, dict(experts or {})
+    )

@@ -47,6 +47,7 @@ class Piece:
     tokens: int
     finish_reason: FinishReason | Literal["tool_calls"] | None = None
     dropped: Dropped | None = None  # experts that it went without
+    experts_per_token: int | None = None  # where it was not the model's own number
     logprobs: tuple[TokenChoice, ...] = ()  # of the tokens since the last piece
     calls: tuple[ToolCall, ...] = ()  # complete since the last piece
 
@@ -139,8 +140,16 @@ class ServedModel:
                     text += tools.flush()
                 if text or found or reason is not None:
                     said = "tool_calls" if called and reason == "stop" else reason
-                    dropped = delta.dropped if reason is not None else None
-                    yield Piece(text, tokens, said, dropped, tuple(logprobs), tuple(found))
+                    last = reason is not None
+                    yield Piece(
+                        text,
+                        tokens,
+                        said,
+                        dropped=delta.dropped if last else None,
+                        experts_per_token=sampling.experts_per_token if last else None,
+                        logprobs=tuple(logprobs),
+                        calls=tuple(found),
+                    )
                     logprobs.clear()
                 if reason is not None:
                     return

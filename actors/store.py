@@ -165,7 +165,7 @@ class ExpertStore:
         if can_pack(self.device, weights.up.dtype):
             kept = pack(self._forms[layer_key], weights)
         else:
-            kept = ExpertWeights(**{n: t.to(self.device) for n, t in weights.tensors().items()})
+            kept = ExpertWeights.of({n: t.to(self.device) for n, t in weights.tensors().items()})
         with self._lock:
             self._experts.setdefault(layer_key, {})[key.expert] = kept
         return self._models[key.model].shape(key.layer)
@@ -189,7 +189,7 @@ def _checked(
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
             raise CallError(f"{key}: {name} was put as {tensor.dtype}, its model is {dtype}")
-    return ExpertWeights(**tensors)
+    return ExpertWeights.of(tensors)
 
 
 def shared_parameters(layer: ExpertsLayer) -> dict[str, torch.nn.Parameter]:

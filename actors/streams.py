@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..cluster.missing import WAIT, Dropped, MissingExpert
+from ..cluster.missing import NO_WISH, Dropped, RowWish
 from ..proto.errors import EngineError, MoesaicError
 from .engine import UNBOUNDED, Delta, FinishReason, TokenLogprob
 from .sampling import RequestSampler
@@ -40,8 +40,8 @@ class Stream:
         self._error: MoesaicError | None = None
 
     @property
-    def missing(self) -> MissingExpert:
-        return self.sampler.sampling.missing
+    def wish(self) -> RowWish:
+        return self.sampler.sampling.wish
 
     def push(self, event: Delta | MoesaicError) -> None:
         if isinstance(event, Delta):
@@ -75,7 +75,7 @@ class Streams:
 
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
         self._open: dict[str, Stream] = {}
-        self._impatient = 0  # those that do not just wait for experts
+        self._wishing = 0
         self._eos_token_ids = frozenset(eos_token_ids)
 
     def __len__(self) -> int:
@@ -84,11 +84,11 @@ class Streams:
     def open(self, request_id: str, sampler: RequestSampler, arrival: int) -> Stream:
         """``arrival``: the request's number, by which those of one priority wait."""
         stream = self._open[request_id] = Stream(sampler, arrival)
-        self._impatient += stream.missing != WAIT
+        self._wishing += stream.wish != NO_WISH
         return stream
 
     def close(self, request_id: str) -> None:
-        self._impatient -= self._open.pop(request_id).missing != WAIT
+        self._wishing -= self._open.pop(request_id).wish != NO_WISH
 
     def sampler(self, request_id: str) -> RequestSampler | None:
         stream = self._open.get(request_id)
@@ -100,12 +100,18 @@ class Streams:
         return stream.rank if stream else (-UNBOUNDED, 0)
 
     @property
-    def some_do_not_wait(self) -> bool:
-        return self._impatient > 0
+    def some_wish(self) -> bool:
+        """Whether any request wants something in particular of the experts."""
+        return self._wishing > 0
 
-    def missing(self, request_id: str) -> MissingExpert:
+    def wish(self, request_id: str) -> RowWish:
         stream = self._open.get(request_id)
-        return stream.missing if stream else WAIT
+        return stream.wish if stream else NO_WISH
+
+    def is_whole(self, request_id: str) -> bool:
+        """Whether it has had all the experts that its tokens chose."""
+        stream = self._open.get(request_id)
+        return stream is None or (stream.dropped is None and stream.wish.experts_per_token is None)
 
     def drop(self, request_id: str, part: float) -> None:
         stream = self._open.get(request_id)

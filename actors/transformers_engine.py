@@ -202,8 +202,8 @@ class TransformersEngine:
         self._running().fail_rows(rows, error)
 
     def row_groups(self) -> RowGroups | None:
-        """What the requests of the batch in flight want when experts are missing, in the order of
-        their rows; None if all of them wait. To be called as `fail_rows` is."""
+        """What the requests of the batch in flight want of the experts, in the order of their
+        rows; None if nothing in particular. To be called as `fail_rows` is."""
         return self._running().row_groups()
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:

@@ -80,9 +80,9 @@ class Requests:
             self.faults.setdefault(key, error)
 
     def row_groups(self) -> RowGroups | None:
-        if self._rows is None or not self._streams.some_do_not_wait:
+        if self._rows is None or not self._streams.some_wish:
             return None
-        return [(rows, self._streams.missing(key)) for key, rows in self._groups()]
+        return [(rows, self._streams.wish(key)) for key, rows in self._groups()]
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
         for row, key in self._owners(sorted(dropped)):

@@ -1,4 +1,5 @@
-"""What a request wants when an expert is not to be had, and what that means for a batch.
+"""What a request wants of the experts: how many for a token, and what is to happen when one is not
+to be had; and what that means for a batch.
 
 Shape suffixes: T = tokens, K = choices of a token, N = T * K choices flattened.
 """
@@ -13,6 +14,7 @@ import numpy as np
 
 # How long a batch waits for an expert: long enough for a host that is only busy for a moment.
 SHORT_WAIT_S = 0.1
+_ALL = 1 << 30  # experts: more than any token has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +35,19 @@ class MissingExpert:
 
 WAIT = MissingExpert()
 
+
+@dataclass(frozen=True, slots=True)
+class RowWish:
+    """What a request wants of the experts of its rows."""
+
+    missing: MissingExpert = WAIT
+    experts_per_token: int | None = None  # None: as many as the gate chose
+
+
+NO_WISH = RowWish()
+
 # Rows of a batch, request by request: (how many, what their request wants).
-RowGroups = Sequence[tuple[int, MissingExpert]]
+RowGroups = Sequence[tuple[int, RowWish]]
 
 
 class Dropped(NamedTuple):
@@ -55,20 +68,26 @@ class Judgement(NamedTuple):
 
 
 class RowWishes:
-    """The wishes of a batch's rows; those behind the last group wait, as all do without groups."""
+    """The wishes of a batch's rows; those behind the last group have none."""
 
     def __init__(self, groups: RowGroups | None, tokens: int, deadline_s: float) -> None:
         """A batch of other than the groups' rows cannot be told apart: all of it waits, and
-        together."""
+        together, and has all its experts."""
         known = groups or ()
         apart = sum(rows for rows, _ in known) <= tokens
         self.patience_T = np.full(tokens, WAIT.patience_s(deadline_s) if apart else deadline_s)
         self._most_T = np.full(tokens, -1.0)  # -1: nothing may be dropped
+        self.experts_T: np.ndarray | None = None  # None: nobody wants fewer than there are
         start = 0
         for rows, wish in known if apart else ():
             mine = slice(start, start + rows)
-            self.patience_T[mine] = wish.patience_s(deadline_s)
-            self._most_T[mine] = wish.most_dropped if wish.mode == "drop" else -1.0
+            missing = wish.missing
+            self.patience_T[mine] = missing.patience_s(deadline_s)
+            self._most_T[mine] = missing.most_dropped if missing.mode == "drop" else -1.0
+            if wish.experts_per_token is not None:
+                if self.experts_T is None:
+                    self.experts_T = np.full(tokens, _ALL)
+                self.experts_T[mine] = wish.experts_per_token
             start += rows
 
     def judge(self, lost_n: np.ndarray, weights_N: np.ndarray, top_k: int) -> Judgement:
@@ -85,3 +104,21 @@ class RowWishes:
             else:
                 lost.append(row)
         return Judgement(dropped, lost)
+
+
+def largest_choices(
+    ids_TK: np.ndarray, weights_TK: np.ndarray, most_T: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each token's ``most_T`` choices of the largest weights; the others become -1.
+
+    What is kept is scaled to the sum of all: where a gate's weights add up to the same for every
+    token, that is what it would have given had it chosen so few.
+    """
+    size_TK = np.abs(weights_TK)
+    order_TK = np.argsort(-size_TK, axis=1, kind="stable")
+    rank_TK = np.empty_like(order_TK)
+    np.put_along_axis(rank_TK, order_TK, np.arange(ids_TK.shape[1])[None], axis=1)
+    kept_TK = rank_TK < most_T[:, None]
+    whole_T, part_T = size_TK.sum(axis=1), np.where(kept_TK, size_TK, 0).sum(axis=1)
+    scale_T = np.divide(whole_T, part_T, out=np.ones_like(whole_T), where=part_T > 0)
+    return np.where(kept_TK, ids_TK, -1), weights_TK * scale_T[:, None]

@@ -78,7 +78,9 @@ class Resources(_Part):
 
 class ModelSpec(_Part):
     """One model: a folder, a hub id, or ``demo``. Its experts leave the hosts when nobody has asked
-    for it for ``idle_s``, and come back with the first call."""
+    for it for ``idle_s``, and come back with the first call. ``experts_per_token`` takes fewer
+    experts than the model's own number where a request says nothing, and a request may ask for as
+    few as ``min_experts_per_token``: quicker, and of less quality."""
 
     name: Name
     path: str = Field(min_length=1)
@@ -86,6 +88,15 @@ class ModelSpec(_Part):
     replicas: int = Field(default=1, ge=1, le=1024)
     exact: bool = False
     idle_s: Annotated[float, Field(ge=1, le=31_536_000)] | None = None
+    experts_per_token: int | None = Field(default=None, ge=1)
+    min_experts_per_token: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ModelSpec:
+        least, usual = self.min_experts_per_token, self.experts_per_token
+        if least is not None and usual is not None and least > usual:
+            raise ValueError("min_experts_per_token <= experts_per_token must hold")
+        return self
 
 
 class HostGroup(Resources):

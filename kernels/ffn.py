@@ -52,6 +52,11 @@ class ExpertWeights:
     down_bias: Tensor | None = None
     fused: str | None = None
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> ExpertWeights:
+        """The way back from `tensors`; they are not packed."""
+        return cls(tensors["up"], tensors["down"], tensors.get("up_bias"), tensors.get("down_bias"))
+
     def tensors(self) -> dict[str, Tensor]:
         named = {
             "up": self.up,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from .trunk import expert_bytes, experts_layers, meta_model, read_config
 
@@ -38,6 +39,13 @@ class Described:
         return max(replicas, math.ceil(replicas * sum(self.layers.values()) / room))
 
 
+def experts_per_token(config: PretrainedConfig) -> int | None:
+    """How many experts the model's gates choose; None if it has a name that is not known here."""
+    text = config.get_text_config()
+    named = (getattr(text, name, None) for name in _TOP_K)
+    return next((value for value in named if isinstance(value, int)), None)
+
+
 def describe(folder: Path, dtype: torch.dtype) -> Described:
     """Raises CheckpointError and UnsupportedModel."""
     config = read_config(folder)
@@ -46,13 +54,11 @@ def describe(folder: Path, dtype: torch.dtype) -> Described:
     sizes = {layer.layer: expert_bytes(layer, dtype) for layer in found}
     experts = sum(layer.num_experts * sizes[layer.layer] for layer in found)
     whole = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    text = config.get_text_config()
-    named = (getattr(text, name, None) for name in _TOP_K)
     return Described(
         architecture=config.model_type,
         dtype=str(dtype).removeprefix("torch."),
         layers={layer.layer: layer.num_experts for layer in found},
-        top_k=next((int(value) for value in named if isinstance(value, int)), None),
+        top_k=experts_per_token(config),
         expert_bytes=max(sizes.values()),
         experts_bytes=experts,
         trunk_bytes=whole - experts,

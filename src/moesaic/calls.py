@@ -35,7 +35,10 @@ Json = dict[str, Any]
 
 
 class MoesaicOptions(TypedDict, total=False):
-    """What is to happen when an expert is not to be had, or a trunk is lost."""
+    """How many experts a token has, and what is to happen when one is not to be had, or a trunk is
+    lost."""
+
+    experts_per_token: int  # fewer than the model's own number, if the cluster's spec allows it
 
     resumable: bool  # the answer goes on in another trunk
     missing_expert: Literal["wait", "fail", "drop"]  # "wait" where nothing is said
@@ -83,6 +86,7 @@ class Answer:
     model: str
     id: str
     max_dropped: float = 0.0  # largest part of a token's gate weights that a layer went without
+    experts_per_token: int | None = None  # where it was not the model's own number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +96,9 @@ class Chunk:
     text: str = ""
     finish_reason: str | None = None
     usage: Usage | None = None
-    max_dropped: float = 0.0  # with the finish reason: see Answer
+    # With the finish reason: see Answer.
+    max_dropped: float = 0.0
+    experts_per_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,7 @@ class Call:
             usage=_usage(found["usage"]),
             model=found["model"],
             id=found["id"],
-            max_dropped=_max_dropped(choice),
+            **_experts(choice),
         )
 
     def chunks(self, event: Json) -> Iterator[Chunk]:
@@ -123,7 +129,7 @@ class Call:
             yield Chunk(
                 text=self.piece(choice),
                 finish_reason=choice["finish_reason"],
-                max_dropped=_max_dropped(choice),
+                **_experts(choice),
             )
         if event.get("usage"):
             yield Chunk(usage=_usage(event["usage"]))
@@ -235,8 +241,13 @@ def error_of(body: Json) -> MoesaicError:
     return error
 
 
-def _max_dropped(choice: Json) -> float:
-    return choice.get("moesaic", {}).get("max_dropped", 0.0)
+def _experts(choice: Json) -> Json:
+    """What an answer says of its experts."""
+    said = choice.get("moesaic", {})
+    return {
+        "max_dropped": said.get("max_dropped", 0.0),
+        "experts_per_token": said.get("experts_per_token"),
+    }
 
 
 def _usage(body: Json) -> Usage:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import httpx
 import uvicorn
 from transformers import PreTrainedModel
 
-from moesaic.actors.engine import EngineConfig
+from moesaic.actors.engine import EngineConfig, ExpertBounds
 from moesaic.actors.host import ExpertHost
 from moesaic.actors.ingress import create_app
 from moesaic.actors.served import ServedModel
@@ -94,7 +94,9 @@ def _server(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def served_pool(folder: Path, *, hosts: int = 2, replicas: int = 1) -> Iterator[ServedPool]:
+def served_pool(
+    folder: Path, *, hosts: int = 2, replicas: int = 1, experts: ExpertBounds | None = None
+) -> Iterator[ServedPool]:
     with pool(folder, hosts=hosts, replicas=replicas, policy=POLICY) as base:
         engine = TransformersEngine(
             base.trunk,
@@ -103,7 +105,8 @@ def served_pool(folder: Path, *, hosts: int = 2, replicas: int = 1) -> Iterator[
         engine.start()
         # As the engine of a trunk on Ray does.
         base.router.batch.owned_by(engine)
-        served = ServedModel("m", tiny_tokenizer(), engine.limits, engine.generate)
+        limits = replace(engine.limits, experts=experts or ExpertBounds())
+        served = ServedModel("m", tiny_tokenizer(), limits, engine.generate)
 
         async def status() -> dict[str, Any]:
             return {"healthy": engine.stats().healthy}

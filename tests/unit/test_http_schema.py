@@ -12,7 +12,7 @@ from openai.resources.chat import Completions as ChatResource
 from openai.resources.completions import Completions as CompletionsResource
 
 from moesaic.actors import http_responses
-from moesaic.actors.engine import Sampling
+from moesaic.actors.engine import ExpertBounds, Sampling
 from moesaic.actors.http_schema import (
     _IGNORED,
     _UNSUPPORTED,
@@ -72,23 +72,23 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
 
 
 def test_sampling_is_as_asked_for_and_openais_otherwise() -> None:
-    assert completion().sampling(5) == Sampling(max_tokens=5, temperature=1.0)
+    assert completion().sampling(5, ExpertBounds()) == Sampling(max_tokens=5, temperature=1.0)
     asked = completion(
         temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, repetition_penalty=1.1, seed=-4, n=2,
         frequency_penalty=-1, presence_penalty=2, logit_bias={"7": 3, "0": -100},
     )  # fmt: skip
     assert asked.choices == 2
-    assert asked.sampling(5) == Sampling(
+    assert asked.sampling(5, ExpertBounds()) == Sampling(
         max_tokens=5, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, repetition_penalty=1.1,
         seed=-4, frequency_penalty=-1, presence_penalty=2, logit_bias=((7, 3.0), (0, -100.0)),
     )  # fmt: skip
-    assert completion(top_k=-1).sampling(5).top_k == 0
+    assert completion(top_k=-1).sampling(5, ExpertBounds()).top_k == 0
 
 
 def test_logprobs_in_both_forms() -> None:
     assert completion().top_tokens is None
     assert completion(logprobs=0).top_tokens == 0
-    assert completion(logprobs=3).sampling(1).logprobs == 3
+    assert completion(logprobs=3).sampling(1, ExpertBounds()).logprobs == 3
     assert chat(logprobs=False).top_tokens is None
     assert chat(logprobs=True).top_tokens == 0
     assert chat(logprobs=True, top_logprobs=4).top_tokens == 4
@@ -291,7 +291,7 @@ def test_the_form_of_an_answer() -> None:
     named = {"name": "x", "schema": {"enum": [1]}, "strict": True}
     asked = chat(response_format={"type": "json_schema", "json_schema": named})
     assert asked.json_schema == '{"enum": [1]}'
-    assert asked.sampling(5).json_schema == '{"enum": [1]}'
+    assert asked.sampling(5, ExpertBounds()).json_schema == '{"enum": [1]}'
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moesaic.cluster.health import RouterPolicy
-from moesaic.cluster.missing import SHORT_WAIT_S, WAIT, Dropped, MissingExpert, RowWishes
+from moesaic.cluster.missing import (
+    SHORT_WAIT_S,
+    WAIT,
+    Dropped,
+    MissingExpert,
+    RowWish,
+    RowWishes,
+    largest_choices,
+)
 from tests.helpers.worlds import World, placement
 
 FAIL = MissingExpert(mode="fail")
@@ -30,7 +40,7 @@ POLICY = RouterPolicy(deadline_s=30.0, attempt_s=1.0)
     ],
 )
 def test_patience_inside_a_batch(wish: MissingExpert, patience_s: float) -> None:
-    wishes = RowWishes([(1, FAIL), (2, wish)], 5, 30.0)
+    wishes = RowWishes([(1, RowWish(FAIL)), (2, RowWish(wish))], 5, 30.0)
     short = SHORT_WAIT_S
     assert wishes.patience_T.tolist() == [short, patience_s, patience_s, short, short]
 
@@ -40,19 +50,19 @@ def test_without_groups_all_wait_outside() -> None:
 
 
 def test_a_batch_that_is_not_the_groups_waits_as_a_whole() -> None:
-    assert RowWishes([(4, FAIL)], 3, 30.0).patience_T.tolist() == [30.0] * 3
+    assert RowWishes([(4, RowWish(FAIL))], 3, 30.0).patience_T.tolist() == [30.0] * 3
 
 
 def test_only_a_small_part_of_the_gate_weights_is_dropped() -> None:
     weights = np.array([[0.8, 0.2], [0.6, 0.4], [0.8, 0.2], [0.0, 0.0]], dtype=np.float32)
-    wishes = RowWishes([(2, DROP), (1, FAIL), (1, DROP)], 4, 30.0)
+    wishes = RowWishes([(2, RowWish(DROP)), (1, RowWish(FAIL)), (1, RowWish(DROP))], 4, 30.0)
     dropped, lost = wishes.judge(np.array([1, 3, 5, 7]), weights.reshape(-1), 2)
     assert dropped == pytest.approx({0: 0.2})
     assert lost == [1, 2, 3]
 
 
 def test_the_cap_holds_for_all_missing_experts_of_a_token_together() -> None:
-    wishes = RowWishes([(1, DROP)], 1, 30.0)
+    wishes = RowWishes([(1, RowWish(DROP))], 1, 30.0)
     weights = np.array([0.6, 0.2, 0.2], dtype=np.float32)
     assert wishes.judge(np.array([1]), weights, 3).dropped == pytest.approx({0: 0.2})
     assert wishes.judge(np.array([1, 2]), weights, 3).lost == [0]
@@ -125,3 +135,46 @@ def test_a_patient_row_gets_its_expert_when_it_is_back() -> None:
     assert world.dispatcher.outcome is not None
     assert world.dispatcher.outcome.lost.tolist() == [0]
     world.check_whole()
+
+
+# ---- fewer experts ------------------------------------------------------------------------------
+
+
+def test_only_rows_that_ask_have_fewer_experts() -> None:
+    few = RowWish(experts_per_token=1)
+    assert RowWishes([(1, RowWish(FAIL)), (2, RowWish())], 3, 30.0).experts_T is None
+    experts_T = RowWishes([(1, RowWish()), (2, few)], 4, 30.0).experts_T
+    assert experts_T is not None
+    assert experts_T[1:3].tolist() == [1, 1]
+    assert experts_T[0] > 1000
+    assert experts_T[3] > 1000
+    # A batch that cannot be told apart is computed whole.
+    assert RowWishes([(4, few)], 3, 30.0).experts_T is None
+
+
+@given(
+    tokens=st.integers(1, 6), top_k=st.integers(1, 6), seed=st.integers(0, 2**31), most=st.data()
+)
+def test_the_largest_choices_take_the_weight_of_all(
+    tokens: int, top_k: int, seed: int, most: st.DataObject
+) -> None:
+    rng = np.random.default_rng(seed)
+    ids_TK = np.argsort(rng.random((tokens, 9)), axis=1)[:, :top_k].astype(np.int32)
+    weights_TK = rng.random((tokens, top_k), dtype=np.float32)
+    most_T = np.array(most.draw(st.lists(st.integers(1, 8), min_size=tokens, max_size=tokens)))
+    kept_TK, scaled_TK = largest_choices(ids_TK, weights_TK, most_T)
+    for token, few in enumerate(most_T):
+        used = kept_TK[token] >= 0
+        largest = np.argsort(-weights_TK[token], kind="stable")[:few]
+        assert np.flatnonzero(used).tolist() == sorted(largest.tolist())
+        assert (kept_TK[token][used] == ids_TK[token][used]).all()
+        assert scaled_TK[token][used].sum() == pytest.approx(weights_TK[token].sum(), rel=1e-5)
+        if few >= top_k:
+            assert (scaled_TK[token] == weights_TK[token]).all()
+
+
+def test_a_token_whose_weights_are_all_zero_stays_so() -> None:
+    ids_TK, weights_TK = np.array([[3, 1]]), np.zeros((1, 2), dtype=np.float32)
+    kept_TK, scaled_TK = largest_choices(ids_TK, weights_TK, np.array([1]))
+    assert kept_TK.tolist() == [[3, -1]]
+    assert scaled_TK.tolist() == [[0, 0]]

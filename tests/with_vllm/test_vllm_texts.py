@@ -25,7 +25,23 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
-ARCHITECTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "ernie4_5_moe")
+# vLLM builds these experts of `intermediate_size`, where transformers has another name for it.
+_ONE_SIZE = {"intermediate_size": 48, "moe_intermediate_size": 48}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "olmoe": {},
+    "granitemoe": {},
+    "granitemoeshared": {},
+    "ernie4_5_moe": {},
+    "glm4_moe": {},
+    "exaone_moe": {},
+    "cohere2_moe": {},
+    "lfm2_moe": {},
+    "hunyuan_v1_moe": _ONE_SIZE,
+    "flex_olmo": _ONE_SIZE,
+}
 
 
 def texts(way: str, folder: Path, *arguments: str) -> list[list[int]]:
@@ -48,6 +64,7 @@ def test_the_same_texts_as_with_its_own_experts(architecture: str, tmp_path: Pat
         vocab_size=320,
         max_position_embeddings=512,
         **SIZES,
+        **ARCHITECTURES[architecture],
     )
     model.generation_config.eos_token_id = None
     model.config.get_text_config().eos_token_id = None
