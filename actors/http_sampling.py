@@ -39,7 +39,15 @@ def _check_biases(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), float(bias)) for token, bias in value.items())
 
 
-LogitBias = Annotated[tuple[tuple[int, float], ...], PlainValidator(_check_biases)]
+LogitBias = Annotated[
+    tuple[tuple[int, float], ...],
+    PlainValidator(
+        _check_biases,
+        json_schema_input_type=dict[
+            Annotated[str, Field(pattern="^[0-9]+$")], Annotated[float, Field(ge=-100, le=100)]
+        ],
+    ),
+]
 
 
 class MoesaicOptions(Strict):
@@ -80,9 +88,7 @@ class SamplingOptions(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_check_biases)] | None = (
-        None
-    )
+    logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     # vLLM's, too: of the requests that wait, those with the smallest number come first.

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError, from_json
+from typing_extensions import TypedDict
 
 from ..proto.errors import RequestError
 from .http_sampling import MAX_CHOICES, SamplingOptions, Strict
@@ -78,6 +79,17 @@ def _check_stops(stops: list[str]) -> list[str]:
     return stops
 
 
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+_Stops = Annotated[
+    list[str],
+    BeforeValidator(
+        _one_or_more_stops,
+        json_schema_input_type=_Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)],
+    ),
+    AfterValidator(_check_stops),
+]
+
+
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
@@ -88,10 +100,7 @@ class _Generation(SamplingOptions):
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: (
-        Annotated[list[str], BeforeValidator(_one_or_more_stops), AfterValidator(_check_stops)]
-        | None
-    ) = None
+    stop: _Stops | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -126,8 +135,22 @@ def _check_prompt(value: Any) -> list[str] | list[list[int]]:
     )
 
 
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Several = Field(min_length=1, max_length=MAX_PROMPTS)
+_Prompts = Annotated[
+    list[str] | list[list[int]],
+    PlainValidator(
+        _check_prompt,
+        json_schema_input_type=str
+        | Annotated[list[str], _Several]
+        | _Ids
+        | Annotated[list[_Ids], _Several],
+    ),
+]
+
+
 class CompletionRequest(_Generation):
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_check_prompt)]
+    prompt: _Prompts
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = False
 
@@ -150,6 +173,11 @@ class CompletionRequest(_Generation):
         return self
 
 
+class TextPart(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
 def _check_content(value: Any) -> str:
     """A message's text: a string, or text parts that are joined."""
     if isinstance(value, str):
@@ -169,21 +197,26 @@ def _check_content(value: Any) -> str:
     return "".join(texts)
 
 
+_Content = Annotated[
+    str, PlainValidator(_check_content, json_schema_input_type=str | list[TextPart])
+]
+
+
 def _drop_empty(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {k: v for k, v in value.items() if v or k not in _EMPTY_IN_MESSAGE}
 
 
-class _Message(Strict):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, PlainValidator(_check_content)] | None = None
+    content: _Content | None = None
     name: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
-    def _fitting(self) -> _Message:
+    def _fitting(self) -> Message:
         if self.content is None and not self.tool_calls:
             raise PydanticCustomError("content", "a message needs content, or tool_calls")
         if self.tool_calls and self.role != "assistant":
@@ -206,9 +239,7 @@ class _Message(Strict):
 
 
 class ChatRequest(_Generation):
-    messages: Annotated[
-        list[Annotated[_Message, BeforeValidator(_drop_empty)]], Field(min_length=1)
-    ]
+    messages: Annotated[list[Annotated[Message, BeforeValidator(_drop_empty)]], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

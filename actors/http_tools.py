@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from .http_sampling import Strict
 
@@ -32,7 +33,7 @@ class Tool(Strict):
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 
 
-class _Called(Strict):
+class FunctionCall(Strict):
     name: str
     arguments: str
 
@@ -42,7 +43,7 @@ class Call(Strict):
 
     id: str
     type: Literal["function"] = "function"
-    function: _Called
+    function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
         """Templates write arguments as JSON themselves."""
@@ -78,4 +79,18 @@ def _schema_of(value: Any) -> str | None:
     return json.dumps(named["schema"])
 
 
-JsonSchema = Annotated[str | None, PlainValidator(_schema_of)]
+class NamedSchema(TypedDict):
+    schema: dict[str, Any]
+    name: NotRequired[str]
+    description: NotRequired[str]
+    strict: NotRequired[bool | None]
+
+
+class ResponseFormat(TypedDict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NotRequired[NamedSchema]
+
+
+JsonSchema = Annotated[
+    str | None, PlainValidator(_schema_of, json_schema_input_type=ResponseFormat | None)
+]

@@ -33,7 +33,8 @@ from .http_edge import (
     unless_disconnected,
 )
 from .http_metrics import CONTENT_TYPE, HttpMetrics
-from .http_responses import ModelCard, ModelList
+from .http_openapi import document, errors, generation
+from .http_responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
 from .http_schema import ChatRequest, CompletionRequest, parse_request
 from .served import Piece, ServedModel
 
@@ -52,7 +53,9 @@ def create_app(
     *, models: Mapping[str, ServedModel], status: Status, max_body_bytes: int
 ) -> FastAPI:
     """``status()`` answers a dict whose ``healthy`` says whether requests can be served."""
-    app = FastAPI(title="Moesaic", docs_url=None, redoc_url=None, openapi_url=None)
+    # Pages that show the document would load their scripts from elsewhere.
+    app = FastAPI(docs_url=None, redoc_url=None)
+    document(app)
     metrics = HttpMetrics()
     app.add_middleware(Edge, metrics=metrics)
     _add_models(app, models)
@@ -68,7 +71,7 @@ def _add_models(app: FastAPI, models: Mapping[str, ServedModel]) -> None:
         return ModelList(data=[_card(model) for model in models.values()])
 
     # A hub id has a slash.
-    @app.get("/v1/models/{model_id:path}")
+    @app.get("/v1/models/{model_id:path}", openapi_extra={"responses": errors()})
     async def get_model(model_id: str) -> ModelCard:
         return _card(_find(models, model_id))
 
@@ -76,7 +79,9 @@ def _add_models(app: FastAPI, models: Mapping[str, ServedModel]) -> None:
 def _add_generation(
     app: FastAPI, models: Mapping[str, ServedModel], metrics: HttpMetrics, max_body_bytes: int
 ) -> None:
-    @app.post("/v1/completions")
+    @app.post(
+        "/v1/completions", openapi_extra=generation(CompletionRequest, Completion, Completion)
+    )
     async def complete(request: Request) -> Response:
         body = await read_body(request, max_body_bytes)
         # Off the event loop, as encoding is: a body may have megabytes.
@@ -104,7 +109,9 @@ def _add_generation(
         pieces = metrics.watch(model.id, tokens, began(request), merge(streams))
         return await _respond(request, asked, pieces, len(streams), answers)
 
-    @app.post("/v1/chat/completions")
+    @app.post(
+        "/v1/chat/completions", openapi_extra=generation(ChatRequest, ChatCompletion, ChatChunk)
+    )
     async def chat(request: Request) -> Response:
         body = await read_body(request, max_body_bytes)
         asked = await asyncio.to_thread(parse_request, ChatRequest, body)

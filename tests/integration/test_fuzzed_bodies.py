@@ -15,7 +15,7 @@ from moesaic.actors.http_schema import ChatRequest, CompletionRequest
 from tests.helpers.service import running_service
 
 FUZZ = settings(
-    max_examples=250,
+    max_examples=120,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
