@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .quantised import quantisation_of
 from .trunk import expert_bytes, experts_layers, meta_model, read_config
 
 # What a host takes besides its experts: Python, torch, transformers.
@@ -19,7 +20,8 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_expe
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
     architecture: str
-    dtype: str
+    dtype: str  # the pool's, in which all sizes are: hosts and trunk hold no other
+    quantised: str | None  # what the checkpoint is quantised with; it is dequantised when read
     layers: dict[int, int]  # with experts: layer -> number of experts
     top_k: int | None  # None: the configuration has a name for it that is not known here
     expert_bytes: int  # the largest expert's
@@ -47,10 +49,12 @@ def describe(folder: Path, dtype: torch.dtype) -> Described:
     experts = sum(layer.num_experts * sizes[layer.layer] for layer in found)
     whole = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     text = config.get_text_config()
+    quantisation = quantisation_of(config, folder)
     named = (getattr(text, name, None) for name in _TOP_K)
     return Described(
         architecture=config.model_type,
         dtype=str(dtype).removeprefix("torch."),
+        quantised=str(quantisation) if quantisation else None,
         layers={layer.layer: layer.num_experts for layer in found},
         top_k=next((int(value) for value in named if isinstance(value, int)), None),
         expert_bytes=max(sizes.values()),
