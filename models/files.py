@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..proto.errors import CheckpointError
 
@@ -62,3 +63,18 @@ def open_weights(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged or truncated: {error}") from error
+
+
+def read_tensor(file: Path, key: str, expert: int | None = None) -> Tensor:
+    """A tensor of a safetensors file; with ``expert`` its slice [expert : expert + 1], and no more
+    is read. Raises CheckpointError."""
+    with open_weights(file) as opened:
+        try:
+            if expert is None:
+                return opened.get_tensor(key)
+            tensor = opened.get_slice(key)[expert : expert + 1]
+        except (SafetensorError, OSError, IndexError) as error:
+            raise CheckpointError(f"{file}: {key}: {error}") from error
+    if not tensor.shape[0]:
+        raise CheckpointError(f"{file}: {key} has no expert {expert}")
+    return tensor

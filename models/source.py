@@ -32,7 +32,8 @@ def resolve_model(path: str, *, progress: Callable[[str, int, int], None] | None
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=_WANTED))
+        # Folders hold the same weights in other forms, as gpt-oss's `original`.
+        return Path(snapshot_download(path, allow_patterns=_WANTED, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"path: {path!r} is no folder here, and the hub does not give it: "

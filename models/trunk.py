@@ -25,6 +25,7 @@ from transformers.integrations.moe import ExpertsInterface
 from ..kernels.ffn import ExpertForm
 from ..proto.errors import CheckpointError, UnsupportedModel
 from .files import weight_files
+from .quantised import pretrained, quantisation_of
 
 IMPLEMENTATION = "moesaic"
 # What transformers raises for values that make no model.
@@ -130,20 +131,17 @@ def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """The configuration of a model folder. Raises CheckpointError if there is none to be read."""
+    """The configuration of a model folder. Raises CheckpointError if there is none to be read, and
+    UnsupportedModel for a quantisation that is not known."""
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; give the folder of a Hugging Face model")
     try:
         # Code of the model's own is never run, and nobody is asked whether it may.
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+    except (*_CANNOT_BUILD, OSError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(f"{path}/config.json: {text}") from error
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedModel(
-            f"{path}/config.json: quantization_config: quantised weights are not supported; give "
-            "the model in float32, bfloat16 or float16"
-        )
+    quantisation_of(config, path)
     return config
 
 
@@ -219,7 +217,7 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
     weight_files(path)  # transformers would follow any file name, and read pickles
     try:
         loaded: Any = _trunk_class(config).from_pretrained(
-            path,
+            **pretrained(path, config),
             config=config,
             dtype=dtype,
             experts_implementation=IMPLEMENTATION,

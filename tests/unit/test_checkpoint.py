@@ -265,7 +265,7 @@ EXPERTS_DAMAGED: list[tuple[str, str, Damage, str]] = [
     ("fused-flat", "granitemoe", edit(r"1\..*input_linear", lambda t: t[:, 0]), "has shape (32,)"),
     ("int8", "mixtral", edit(r"experts\.5\.w2", lambda t: t.to(torch.int8)), "torch.int8; quant"),
     ("fp8", "gpt_oss", edit(r"experts", lambda t: t.to(torch.float8_e4m3fn)), "quantised"),
-    ("quantised", "mixtral", config(quantization_config={"quant_method": "fp8"}), "quantised"),
+    ("quantised", "mixtral", config(quantization_config={"quant_method": "gptq"}), "'gptq' is not"),
 ]
 
 
@@ -298,7 +298,7 @@ TRUNK_DAMAGED: list[tuple[str, Damage, str]] = [
     ),
     ("fewer-experts", config(num_local_experts=4), "gate.weight has shape (8, 32)"),
     ("more-experts", config(num_local_experts=9), "gate.weight has shape (8, 32)"),
-    ("quantised", config(quantization_config={"quant_method": "awq", "bits": 4}), "quantised"),
+    ("quantised", config(quantization_config={"quant_method": "awq"}), "'awq' is not supported"),
 ]
 
 

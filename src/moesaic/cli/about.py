@@ -75,8 +75,9 @@ def inspect_model(
     table = Table(show_header=False, box=None)
     numbers = sorted(set(found.layers.values()))
     each = f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,}"
-    for name, words in {
+    rows = {
         "architecture": found.architecture,
+        "checkpoint": found.quantised and f"{found.quantised}, held as {found.dtype}",
         "layers with experts": f"{len(found.layers)}, {each} experts each",
         "experts of a token": "?" if found.top_k is None else str(found.top_k),
         "one expert": f"{_size(found.expert_bytes)} in {found.dtype}",
@@ -84,8 +85,10 @@ def inspect_model(
         "trunk": _size(found.trunk_bytes),
         f"hosts with {memory}": f"{hosts} for {replicas} "
         + ("replica" if replicas == 1 else "replicas") + " of each expert",
-    }.items():  # fmt: skip
-        table.add_row(name, words)
+    }  # fmt: skip
+    for name, words in rows.items():
+        if words:
+            table.add_row(name, words)
     out.print(table)
 
 
