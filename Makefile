@@ -3,14 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+QUICK := "not slow and not cuda and not vllm"
 
 .PHONY: up test test-all test-vllm lint types bench proto clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
 
+# Unit tests share no process and no port, so they run side by side; pytest ends with 5 where ARGS
+# leave none.
 test: $(READY)  ## all tests that take less than minutes
-	@$(BIN)/python -m pytest -m "not slow and not cuda and not vllm" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m $(QUICK) tests/unit $(ARGS) || test $$? = 5
+	@$(BIN)/python -m pytest -m $(QUICK) --ignore tests/unit tests $(ARGS) || test $$? = 5
 
 test-all: $(READY)  ## the slow ones too
 	@$(BIN)/python -m pytest -m "not vllm" $(ARGS)
