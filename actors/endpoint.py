@@ -113,6 +113,7 @@ def _engine_config(spec: Spec) -> EngineConfig:
         max_batch_tokens=spec.trunk.max_batch_tokens,
         max_requests=spec.trunk.max_requests,
         max_waiting=spec.trunk.max_waiting,
+        compiled=spec.trunk.compiled,
         park_s=spec.timeouts.expert_s,
         # A step may wait for a slow host in one layer after the other.
         stall_timeout_s=2 * spec.timeouts.expert_s + 60.0,

@@ -209,3 +209,4 @@ class EngineConfig:
     park_s: float = 60.0  # how long a request waits for an expert that nobody has
     stall_timeout_s: float = 120.0  # no step for so long: requests end with EngineError
     close_timeout_s: float = 10.0
+    compiled: bool = False  # vLLM alone: compile what is around the experts

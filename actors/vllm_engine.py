@@ -128,8 +128,8 @@ class VllmEngine:
             skip_tokenizer_init=not (self._path / "tokenizer.json").exists(),
             # As `grammar.py` has it.
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
-            # The pool's call is Python; nothing around it is captured in a graph.
-            enforce_eager=True,
+            # Compiled code calls the pool as an operator of its own.
+            enforce_eager=not sizes.compiled,
             max_num_seqs=sizes.max_requests,
             max_num_batched_tokens=max(sizes.max_batch_tokens, sizes.max_requests),
             max_model_len=_longest(self._path, tokens),

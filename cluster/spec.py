@@ -183,9 +183,10 @@ class HostGroup(Resources):
 class TrunkSpec(Resources):
     """The process that holds a model's trunk, and the batch it runs. Serve keeps between
     ``min_replicas`` and ``max_replicas`` of them, so that each has about ``target_requests``; with
-    ``min_replicas: 0`` the first request starts one."""
+    ``min_replicas: 0`` the first request starts one. ``compiled``: by vLLM, around the experts."""
 
     engine: EngineKind = "transformers"
+    compiled: bool = False
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: Threads = "auto"
     max_requests: int = Field(default=32, ge=1, le=4096)
@@ -200,6 +201,8 @@ class TrunkSpec(Resources):
     def _ordered(self) -> TrunkSpec:
         if self.min_replicas > self.max_replicas:
             raise ValueError("min_replicas <= max_replicas must hold")
+        if self.compiled and self.engine != "vllm":
+            raise ValueError("compiled belongs to engine: vllm alone")
         return self
 
 

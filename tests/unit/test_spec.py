@@ -192,6 +192,12 @@ BAD: list[tuple[dict[Any, Any], str]] = [
         {"trunk": {"min_replicas": 2, "max_replicas": 1}},
         "trunk: min_replicas <= max_replicas must hold",
     ),
+    ({"trunk": {"compiled": True}}, "trunk: compiled belongs to engine: vllm alone"),
+    (
+        {"models": [{**MODEL, "experts_per_token": 2, "min_experts_per_token": 3}]},
+        "models.0: min_experts_per_token <= experts_per_token must hold",
+    ),
+    ({"models": [{**MODEL, "experts_per_token": 0}]}, "models.0.experts_per_token"),
     ({"models": [{"name": "m", "path": "p", "idle_s": 0}]}, "models.0.idle_s: "),
     ({"autoscale": {"high": 1.5}}, "autoscale.high: "),
     ({"hosts": [{"device": "gpu"}]}, "hosts.0.device: String should match"),

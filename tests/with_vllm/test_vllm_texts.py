@@ -71,3 +71,5 @@ def test_the_same_texts_as_with_its_own_experts(architecture: str, tmp_path: Pat
     model.save_pretrained(tmp_path)
     alone = texts("alone", tmp_path)
     assert texts("pool", tmp_path, "2") == alone
+    if architecture == "mixtral":
+        assert texts("compiled", tmp_path, "2") == alone

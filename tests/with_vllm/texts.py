@@ -1,6 +1,6 @@
 """Greedy texts of a folder's model as JSON on standard output, by vLLM alone or over a pool.
 
-    python -m tests.with_vllm.texts alone|pool FOLDER TOKENS [HOSTS]
+    python -m tests.with_vllm.texts alone|pool|compiled FOLDER TOKENS [HOSTS]
 
 A process of its own, since vLLM keeps what it has set up until its process ends.
 """
@@ -39,7 +39,7 @@ def alone(folder: Path, tokens: int) -> list[list[int]]:
     return [list(answer.outputs[0].token_ids) for answer in answers]
 
 
-def pooled(folder: Path, tokens: int, hosts: int) -> list[list[int]]:
+def pooled(folder: Path, tokens: int, hosts: int, *, compiled: bool) -> list[list[int]]:
     from moesaic.actors.engine import EngineConfig, Sampling
     from moesaic.actors.host import local_hosts
     from moesaic.actors.router import Router
@@ -60,7 +60,8 @@ def pooled(folder: Path, tokens: int, hosts: int) -> list[list[int]]:
 
     layers = experts_layers(meta_model(read_config(folder)))
     ref = ModelRef(name="m", dtype="float32", path=str(folder))
-    config = TrunkConfig(namespace="", model=ref, name="test", engine=EngineConfig(num_blocks=64))
+    sizes = EngineConfig(num_blocks=64, compiled=compiled)
+    config = TrunkConfig(namespace="", model=ref, name="test", engine=sizes)
     with local_hosts(hosts) as running:
         placement = place(layers, running, ref, replicas=hosts)
         engine = VllmEngine(config, Link)  # pyright: ignore[reportArgumentType]
@@ -87,7 +88,10 @@ def main() -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     way, folder, tokens = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     hosts = int(sys.argv[4]) if len(sys.argv) > 4 else 2
-    texts = alone(folder, tokens) if way == "alone" else pooled(folder, tokens, hosts)
+    if way == "alone":
+        texts = alone(folder, tokens)
+    else:
+        texts = pooled(folder, tokens, hosts, compiled=way == "compiled")
     print(json.dumps(texts))
 
 
