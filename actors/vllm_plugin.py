@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..proto.errors import UnsupportedModel
@@ -26,6 +27,20 @@ from ..proto.errors import UnsupportedModel
 LayerOf = Callable[[int], Callable[[Tensor, Tensor, Tensor], Tensor]]
 
 _layer_of: LayerOf | None = None
+# The functions of the model that was built here, by layer.
+_layers: dict[int, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+
+
+@torch.library.custom_op("moesaic::experts", mutates_args=())
+def _experts(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Tensor:
+    """An operator, so that a compiler does not look inside: it would keep for good what a layer
+    answered when it was traced."""
+    return _layers[layer](x_TH, ids_TK, weights_TK)
+
+
+@_experts.register_fake
+def _(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Tensor:
+    return torch.empty_like(x_TH)
 
 
 @contextmanager
@@ -34,6 +49,7 @@ def in_pool(layer_of: LayerOf) -> Iterator[None]:
     global _layer_of
     assert _layer_of is None, "one model at a time"
     _layer_of = layer_of
+    _layers.clear()
     try:
         register()
         yield
@@ -96,7 +112,7 @@ def _pooled(base: Any) -> type:
                     x * topk_weights.to(x.dtype),
                     topk_weights.new_ones(topk_weights.shape),
                 )
-            return layer.pool(x, topk_ids, topk_weights)
+            return _experts(x, topk_ids, topk_weights, layer.number)
 
     class PoolExperts(base):
         """Routed experts without weights."""
@@ -105,7 +121,8 @@ def _pooled(base: Any) -> type:
             super().__init__(layer_name, *arguments, **named)
             if _layer_of is None:
                 raise UnsupportedModel(f"{layer_name}: no pool for its experts in this process")
-            self.pool = _layer_of(layer_number(layer_name))
+            self.number = layer_number(layer_name)
+            _layers[self.number] = _layer_of(self.number)
 
         def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
             return PoolMethod(moe_config)
