@@ -1,4 +1,4 @@
-"""Both transports behind one face, and hosts and routers in processes that can be killed.
+"""All transports behind one face, and hosts and routers in processes that can be killed.
 
 python -m tests.helpers.transports host shm
 python -m tests.helpers.transports router grpc ADDRESS
@@ -28,7 +28,7 @@ from moesaic.proto.errors import HostLost, NotHere
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
 from moesaic.proto.wire import WIRE_VERSION, CallLayout
 
-KINDS = ("shm", "grpc")
+KINDS = ("shm", "grpc", "group")
 DEADLINE_S = 20.0
 SLOT_BYTES = 40 << 20
 HIDDEN = 16
@@ -43,7 +43,8 @@ def channel_to(
 ) -> Channel:
     if kind == "shm":
         return ShmChannel("host", address, router=router, slots=slots, slot_bytes=slot_bytes)
-    return GrpcChannel("host", address, router=router, slot_bytes=slot_bytes)
+    group = "gloo" if kind == "group" else ""
+    return GrpcChannel("host", address, router=router, slot_bytes=slot_bytes, group=group)
 
 
 def readable(side: Channel | Session | Listener, timeout_s: float = DEADLINE_S) -> bool:

@@ -22,7 +22,6 @@ from torch import Tensor
 from moesaic.actors import host_loop
 from moesaic.actors.host import ExpertHost
 from moesaic.actors.router import Router
-from moesaic.actors.transport.connect import TransportChoice
 from moesaic.cluster.emulation import Emulation
 from moesaic.cluster.health import RouterPolicy
 from moesaic.cluster.placement import (
@@ -34,6 +33,7 @@ from moesaic.cluster.placement import (
     Replica,
 )
 from moesaic.cluster.residency import HostPolicy
+from moesaic.cluster.transports import TransportChoice
 from moesaic.proto.errors import CallError, ClusterError, ExpertUnavailable, MoesaicError
 from tests.helpers.served_pool import held
 from tests.helpers.serving import (

@@ -208,7 +208,7 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"ray": {"address": "nowhere"}}, "ray.address: 'nowhere' is neither 'local', 'auto' nor host"),
     ({"ray": {"address": "head:99999"}}, "ray.address: 'head:99999' is neither"),
     ({"network": {"bind": ""}}, "network.bind: String should have at least 1 character"),
-    ({"network": {"transport": "tcp"}}, "network.transport: Input should be 'auto', 'shm' or 'gr"),
+    ({"network": {"transport": "tcp"}}, "network.transport: Input should be 'auto', 'shm', 'grpc' or 'gr"),
     ({"trunk": {"engine": "sglang"}}, "trunk.engine: Input should be 'transformers'"),
     ({"trunk": {"cache_tokens": 1}}, "trunk.cache_tokens: Input should be greater than"),
     ({"trunk": {"threads": -1}}, "trunk.threads: Input should be greater than or equal to 1"),
