@@ -36,6 +36,8 @@ HOST_RANK, ROUTER_RANK = 0, 1
 _dist: Any = distributed
 # Of the operation that only ends the others.
 _ABORT_TAG = 1
+# torch's own errors are RuntimeErrors.
+_FAILURES = (RuntimeError, OSError, ValueError)
 _NCCL_POLL_S = 20e-6
 _ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 _CLEAN_UP_ONLY = "2"
@@ -85,23 +87,23 @@ class Pair:
     def open(self, bind: str) -> str:
         """Listen on ``bind``, an IP, for the other side; gives the address to `join`."""
         family = socket.AF_INET6 if ":" in bind else socket.AF_INET
-        with self._lost_if_failing(), socket.socket(family, socket.SOCK_STREAM) as listening:
-            listening.bind((bind, 0))
-            listening.listen()
-            port = listening.getsockname()[1]
-            # The store owns a descriptor that it is given, and would listen everywhere without.
-            self._store = _store(bind, port, listen_fd=os.dup(listening.fileno()))
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as listening:
+                listening.bind((bind, 0))
+                listening.listen()
+                port = listening.getsockname()[1]
+                # The store owns a descriptor that it is given, and without listens everywhere.
+                self._store = _store(bind, port, listen_fd=os.dup(listening.fileno()))
+        except _FAILURES as error:
+            raise self._lost(error) from error
         return f"{bind}:{port}"
 
     def join(self, rank: int, address: str) -> None:
         """Wait for the other side and connect. Raises HostLost after `MEET_TIMEOUT_S`."""
-        host, _, port = address.rpartition(":")
-        with self._lost_if_failing():
-            store = self._store or _store(host, int(port))
-            if self._backend == "nccl":
-                group: _Group = _Nccl(store, rank, self.device)
-            else:
-                group = _Gloo(store, rank, host if rank == HOST_RANK else _address_towards(host))
+        try:
+            group = self._connect(rank, address)
+        except _FAILURES as error:
+            raise self._lost(error) from error
         self._store = None
         with self._lock:
             if not self._aborted:
@@ -109,6 +111,7 @@ class Pair:
                 self._met.set()
                 return
         group.abort()
+        del group
         raise HostLost(f"{self.peer}: the group was aborted")
 
     def buffer(self, size: int) -> Tensor:
@@ -116,17 +119,19 @@ class Pair:
 
     def send(self, piece: Tensor) -> None:
         """Wait until the other side takes ``piece``. Raises HostLost, and aborts the pair."""
-        group = self._connected()
-        with self._lost_if_failing():
-            group.send(piece)
+        try:
+            self._connected().send(piece)
+        except _FAILURES as error:
+            raise self._lost(error) from error
 
     def receive(self, size: int) -> Tensor:
         """The next ``size`` bytes. Raises HostLost, and aborts the pair."""
         whole = self.buffer(size)
-        group = self._connected()
-        with self._lost_if_failing():
+        try:
             for piece in pieces(whole):
-                group.receive(piece)
+                self._connected().receive(piece)
+        except _FAILURES as error:
+            raise self._lost(error) from error
         return whole
 
     def abort(self) -> None:
@@ -134,9 +139,16 @@ class Pair:
         with self._lock:
             self._aborted = True
             self._met.set()
-            group, self._group = self._group, None
+            group, self._group, self._store = self._group, None, None
         if group is not None:
             group.abort()
+
+    def _connect(self, rank: int, address: str) -> _Group:
+        host, _, port = address.rpartition(":")
+        store = self._store or _store(host, int(port))
+        if self._backend == "nccl":
+            return _Nccl(store, rank, self.device)
+        return _Gloo(store, rank, host if rank == HOST_RANK else _address_towards(host))
 
     def _connected(self) -> _Group:
         """Of a router's calls, the first may be sent while the two still meet."""
@@ -146,15 +158,13 @@ class Pair:
             raise HostLost(f"{self.peer}: there is no group")
         return group
 
-    @contextlib.contextmanager
-    def _lost_if_failing(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, OSError, ValueError) as error:  # torch's errors are RuntimeErrors
-            self.abort()
-            # In one line, without the frames of C++ that torch appends.
-            reason = str(error).partition("\n")[0]
-            raise HostLost(f"{self.peer}: {self._backend}: {reason}") from error
+    def _lost(self, error: Exception) -> HostLost:
+        self.abort()
+        # Whoever keeps the error is not to keep what the group's frames hold with it.
+        error.__traceback__ = None
+        # In one line, without the frames of C++ that torch appends.
+        reason = str(error).partition("\n")[0]
+        return HostLost(f"{self.peer}: {self._backend}: {reason}")
 
 
 def pieces(payload: Tensor) -> Iterator[Tensor]:

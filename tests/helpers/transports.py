@@ -2,12 +2,15 @@
 
 python -m tests.helpers.transports host shm
 python -m tests.helpers.transports router grpc ADDRESS
+python -m tests.helpers.transports serve FOLDER NAME
+python -m tests.helpers.transports pair PIECES
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import select
 import signal
 import subprocess
@@ -15,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,6 +26,7 @@ from torch import Tensor
 
 from moesaic.actors.transport.base import Channel, Inbound, Listener, Session
 from moesaic.actors.transport.grpc_stream import GrpcChannel, GrpcListener
+from moesaic.actors.transport.pair import HOST_RANK, PIECE_BYTES, Pair
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
 from moesaic.cluster.placement import ExpertKey
 from moesaic.proto.errors import HostLost, NotHere
@@ -273,9 +278,41 @@ def run_router(kind: str, address: str) -> None:
     sys.stdin.read()
 
 
+def run_serve(folder: str, name: str) -> None:
+    """An expert host that holds the whole model in ``folder``; prints where it is as JSON."""
+    from moesaic.actors.host import ExpertHost
+    from moesaic.actors.store import ModelRef
+    from moesaic.cluster.placement import ModelShape, every_expert
+    from moesaic.models.trunk import experts_layers, meta_model, read_config
+
+    layers = experts_layers(meta_model(read_config(Path(folder))))
+    shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
+    host = ExpertHost(name, node="here", device="cpu", threads=1)
+    ref = ModelRef(name="m", dtype="float32", path=folder)
+    host.load([(ref, shape)], list(every_expert([shape])))
+    print(json.dumps(asdict(host.entry())), flush=True)
+    sys.stdin.read()
+    host.close()
+
+
+def run_pair(count: int) -> None:
+    """The host's side of a pair, which takes only so many pieces."""
+    pair = Pair("router", "gloo", torch.device("cpu"))
+    address = pair.open("127.0.0.1")
+    print(address, flush=True)
+    pair.join(HOST_RANK, address)
+    for _ in range(count):
+        pair.receive(PIECE_BYTES)
+    sys.stdin.read()
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["host", kind]:
             run_host(kind)
         case ["router", kind, address]:
             run_router(kind, address)
+        case ["serve", folder, name]:
+            run_serve(folder, name)
+        case ["pair", count]:
+            run_pair(int(count))
