@@ -59,7 +59,7 @@ class Hello(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., router: _Optional[str] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., group: _Optional[str] = ..., device_memory: _Optional[_Union[DeviceMemory, _Mapping]] = ...) -> None: ...
 
 class DeviceMemory(_message.Message):
-    __slots__ = ("device", "handle", "offset", "counter_handle", "counter_offset", "event_handle", "event_needed", "call_events", "reply_events")
+    __slots__ = ("device", "handle", "offset", "counter_handle", "counter_offset", "event_handle", "event_needed")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
@@ -67,8 +67,6 @@ class DeviceMemory(_message.Message):
     COUNTER_OFFSET_FIELD_NUMBER: _ClassVar[int]
     EVENT_HANDLE_FIELD_NUMBER: _ClassVar[int]
     EVENT_NEEDED_FIELD_NUMBER: _ClassVar[int]
-    CALL_EVENTS_FIELD_NUMBER: _ClassVar[int]
-    REPLY_EVENTS_FIELD_NUMBER: _ClassVar[int]
     device: str
     handle: bytes
     offset: int
@@ -76,9 +74,7 @@ class DeviceMemory(_message.Message):
     counter_offset: int
     event_handle: bytes
     event_needed: bool
-    call_events: _containers.RepeatedScalarFieldContainer[bytes]
-    reply_events: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, device: _Optional[str] = ..., handle: _Optional[bytes] = ..., offset: _Optional[int] = ..., counter_handle: _Optional[bytes] = ..., counter_offset: _Optional[int] = ..., event_handle: _Optional[bytes] = ..., event_needed: _Optional[bool] = ..., call_events: _Optional[_Iterable[bytes]] = ..., reply_events: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    def __init__(self, device: _Optional[str] = ..., handle: _Optional[bytes] = ..., offset: _Optional[int] = ..., counter_handle: _Optional[bytes] = ..., counter_offset: _Optional[int] = ..., event_handle: _Optional[bytes] = ..., event_needed: _Optional[bool] = ...) -> None: ...
 
 class Rendezvous(_message.Message):
     __slots__ = ("store_address",)

@@ -23,9 +23,14 @@ def connect(
 ) -> Channel:
     """A channel to ``entry``; ``device`` is the router's. Does not wait for the host. Raises
     HostLost."""
-    if transport == "shm":
+    if transport in ("shm", "cuda"):
         return ShmChannel(
-            entry.host, entry.shm_address, router=router, slots=slots, slot_bytes=SLOT_BYTES
+            entry.host,
+            entry.shm_address,
+            router=router,
+            slots=slots,
+            slot_bytes=SLOT_BYTES,
+            device=device if transport == "cuda" else None,
         )
     from .grpc_stream import GrpcChannel
 

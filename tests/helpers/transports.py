@@ -2,7 +2,7 @@
 
 python -m tests.helpers.transports host shm
 python -m tests.helpers.transports router grpc ADDRESS
-python -m tests.helpers.transports serve FOLDER NAME
+python -m tests.helpers.transports serve FOLDER NAME DEVICE
 python -m tests.helpers.transports pair PIECES
 """
 
@@ -278,7 +278,7 @@ def run_router(kind: str, address: str) -> None:
     sys.stdin.read()
 
 
-def run_serve(folder: str, name: str) -> None:
+def run_serve(folder: str, name: str, device: str) -> None:
     """An expert host that holds the whole model in ``folder``; prints where it is as JSON."""
     from moesaic.actors.host import ExpertHost
     from moesaic.actors.store import ModelRef
@@ -287,7 +287,7 @@ def run_serve(folder: str, name: str) -> None:
 
     layers = experts_layers(meta_model(read_config(Path(folder))))
     shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
-    host = ExpertHost(name, node="here", device="cpu", threads=1)
+    host = ExpertHost(name, node="here", device=device, threads=1)
     ref = ModelRef(name="m", dtype="float32", path=folder)
     host.load([(ref, shape)], list(every_expert([shape])))
     print(json.dumps(asdict(host.entry())), flush=True)
@@ -312,7 +312,7 @@ if __name__ == "__main__":
             run_host(kind)
         case ["router", kind, address]:
             run_router(kind, address)
-        case ["serve", folder, name]:
-            run_serve(folder, name)
+        case ["serve", folder, name, device]:
+            run_serve(folder, name, device)
         case ["pair", count]:
             run_pair(int(count))

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +15,7 @@ import moesaic
 from tests.helpers.live import ON_RAY, hosts_of
 from tests.integration.conftest import save_model
 
-pytestmark = ON_RAY
+pytestmark = [*ON_RAY, pytest.mark.slow]
 
 
 def test_texts_over_groups_are_those_of_plain_transformers(tmp_path: Path) -> None:
@@ -32,7 +33,7 @@ def test_texts_over_groups_are_those_of_plain_transformers(tmp_path: Path) -> No
     wanted = plain.generate(prompt, max_new_tokens=12, do_sample=False)
     with moesaic.up(spec) as cluster:
         trunk: Any = cluster.from_pretrained("m")
-        router = trunk.pool_trunk.router
+        router = cluster._trunks[0].router
         assert torch.equal(trunk.generate(prompt, max_new_tokens=12, do_sample=False), wanted)
         assert set(router.stats().transports.values()) == {"gloo"}
         os.kill(hosts_of(cluster)["host-0"]["pid"], signal.SIGKILL)

@@ -211,6 +211,29 @@ def test_a_host_that_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
         side.close()
 
 
+@pytest.mark.cuda
+def test_a_pair_over_nccl() -> None:
+    """NCCL has no two ranks on one GPU."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    host = Pair("router", "nccl", torch.device("cuda:0"))
+    router = Pair("host", "nccl", torch.device("cuda:1"))
+    address = host.open(LOOPBACK)
+    payload = random_bytes(2 * PIECE_BYTES + 5)
+    with ThreadPoolExecutor(2) as pool:
+        joining = pool.submit(host.join, HOST_RANK, address)
+        router.join(ROUTER_RANK, address)
+        joining.result(DEADLINE_S)
+        sending = pool.submit(send, host, payload.to("cuda:0"))
+        assert torch.equal(router.receive(payload.numel()).cpu(), payload)
+        sending.result(DEADLINE_S)
+        waiting = pool.submit(router.receive, 1)
+        host.abort()
+        router.abort()
+        with pytest.raises(HostLost):
+            waiting.result(DEADLINE_S)
+
+
 # ---- routers ------------------------------------------------------------------------------------
 
 
@@ -231,7 +254,7 @@ def test_answers_are_those_of_shared_memory(folder: Path, exact: bool) -> None:
 def with_another(pool: Hosts, folder: Path) -> Iterator[tuple[Popen[str], str, Placement]]:
     """A host in a process of its own, and a placement with every expert there and, behind it, on
     the pool's only host."""
-    with process("serve", str(folder), "other") as (child, line):
+    with process("serve", str(folder), "other", "cpu") as (child, line):
         entry = HostEntry(**json.loads(line))
         hosts = {**pool.placement.hosts, entry.host: entry}
         (here,) = pool.placement.hosts
