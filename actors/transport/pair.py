@@ -220,7 +220,7 @@ class _Nccl:
     """Written for CUDA and not run by the tests of a machine without: see docs/design.md."""
 
     def __init__(self, store: Any, rank: int, device: torch.device) -> None:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
         self._device = device
         self._peer = 1 - rank
         # A communicator for each direction: the operations of one run one after the other, so two
