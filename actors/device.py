@@ -44,8 +44,8 @@ def pick_device(device: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """`cpu`, or the UUID of the GPU, which is the same in every process."""
-    if device.type == "cpu":
+    """The UUID of a CUDA device, which is the same in every process; `cpu` for any other."""
+    if device.type != "cuda":
         return CPU
     return str(torch.cuda.get_device_properties(device).uuid)
 

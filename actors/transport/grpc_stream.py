@@ -208,6 +208,8 @@ class GrpcChannel:
 
     def _accept(self, kind: str, frame: Frame) -> bool:
         if kind == "rendezvous" and self._pair is not None:
+            if self._pair.joined:
+                raise CallError("rendezvous: the group is there already")
             self._pair.join(ROUTER_RANK, frame.rendezvous.store_address)
             return False
         if kind == "welcome":

@@ -35,6 +35,7 @@ from moesaic.proto.wire import WIRE_VERSION, CallLayout
 
 KINDS = ("shm", "grpc", "group")
 DEADLINE_S = 20.0
+START_S = 60.0  # of a process that imports torch and transformers, where others want the cores
 SLOT_BYTES = 40 << 20
 HIDDEN = 16
 
@@ -234,7 +235,7 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     assert child.stdin is not None
     assert child.stdout is not None
     try:
-        ready = select.select([child.stdout], [], [], DEADLINE_S)[0]
+        ready = select.select([child.stdout], [], [], START_S)[0]
         assert ready, "the process did not start"
         yield child, child.stdout.readline().strip()
     finally:

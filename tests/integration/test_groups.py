@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.actors import links
 from moesaic.actors.router import Router
 from moesaic.actors.transport import pair as pairs
 from moesaic.actors.transport.grpc_session import GrpcSession
@@ -32,7 +33,7 @@ from moesaic.cluster.placement import (
     Placement,
     Replica,
 )
-from moesaic.proto.errors import CallError, HostLost
+from moesaic.proto.errors import CallError, ClusterError, HostLost
 from tests.helpers.serving import (
     KEY,
     PATIENT,
@@ -45,8 +46,10 @@ from tests.helpers.serving import (
 from tests.helpers.transports import (
     DEADLINE_S,
     accept,
+    answer,
     channel_to,
     connected,
+    hear,
     hear_end,
     listen,
     open_things,
@@ -181,11 +184,14 @@ def test_nobody_comes_to_the_store(hasty: None) -> None:
     assert settles(lambda: all(a <= b + 1 for a, b in zip(open_things(), before, strict=True)))
 
 
-def test_backends_that_cannot_be_had() -> None:
+def test_backends_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CallError, match="group: no backend 'mpi' here"):
         Pair("host", "mpi", CPU)
     with pytest.raises(HostLost, match="group: n"):
         GrpcChannel("host", "127.0.0.1:1", router="router", group="nccl")
+    monkeypatch.setattr(links, "backends", lambda: ())
+    with pytest.raises(ClusterError, match="transport: 'group' needs"):
+        Router(name="router", node="here", transport="group")
 
 
 def test_twenty_connections_leave_nothing() -> None:
@@ -198,6 +204,20 @@ def test_twenty_connections_leave_nothing() -> None:
     for _ in range(20):
         use()
     assert settles(lambda: all(a <= b + 4 for a, b in zip(open_things(), before, strict=True)))
+
+
+def test_a_frozen_router_does_not_hold_up_its_host(hasty: None) -> None:
+    listener = listen("group")
+    with process("router", "group", listener.address) as (child, _):
+        session = accept(listener)
+        call = hear(session, 2)[1]
+        child.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        answer(session, call)
+        assert time.monotonic() - began < SHORT_S
+        assert "gloo: " in str(hear_end(session))
+        session.close()
+    listener.close()
 
 
 def test_a_host_that_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
