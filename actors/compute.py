@@ -45,6 +45,9 @@ def compute(
     """One grouped computation for all calls. Raises CallError for an answer that does not fit."""
     tensors = [pending.layout.call_tensors(pending.payload) for pending in pendings]
     form, experts = store.layer(key)
+    if any(x.device.type != "cpu" for x, _, _ in tensors):
+        # Calls came through device memory; kernels are told by the CPU where tokens go.
+        tensors = [(x.to(store.device), ids.cpu(), w.to(store.device)) for x, ids, w in tensors]
     if len(pendings) == 1:
         x_TH, ids_TK, weights_TK = tensors[0]
     else:
@@ -55,7 +58,7 @@ def compute(
     buffers = [p.session.reply_buffer(p.frame, p.layout) for p in pendings]
     replies = [p.layout.reply_tensor(b) for p, b in zip(pendings, buffers, strict=True)]
     # A single call is computed straight into the place of its answer.
-    direct = len(pendings) == 1 and store.device.type == "cpu"
+    direct = len(pendings) == 1 and buffers[0].device == store.device
     shape = (*ids_TK.shape, x_TH.shape[1]) if exact else x_TH.shape
     out = replies[0] if direct else torch.empty(shape, device=store.device)
     run = exact_rows if exact else kernel_for(store.device)

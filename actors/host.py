@@ -25,7 +25,7 @@ from ..cluster.emulation import Emulation
 from ..cluster.fence import Fence
 from ..cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape
 from ..cluster.residency import HostPolicy, LayerShape, Residency
-from .device import LoopStats
+from .device import LoopStats, device_name, pick_device
 from .host_loop import HostLoop
 from .store import SHARED, ExpertStore, ModelRef
 from .transport.base import Listener
@@ -71,13 +71,6 @@ class HostReport:
         }
 
 
-def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA where this process may use it."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
 class ExpertHost:
     """One incarnation of a host."""
 
@@ -105,13 +98,14 @@ class ExpertHost:
         self._fence = Fence()
         self._fence_lock = threading.Lock()
         shm = ShmListener()
-        grpc = GrpcListener(f"{bind}:0", weights=_Weights(self))
+        grpc = GrpcListener(f"{bind}:0", weights=_Weights(self), device=self._store.device)
         self._entry = HostEntry(
             host=name,
             incarnation=self.incarnation,
             node=node,
             shm_address=shm.address,
             grpc_address=grpc.address,
+            device=device_name(self._store.device),
         )
         listeners: list[Listener] = [shm, grpc]
         self._loop = HostLoop(name, self._store, self._residency, listeners)

@@ -329,7 +329,7 @@ def _queued(call: Call, router: str, ids_TK: Tensor, now: float) -> QueuedCall:
         incarnation=call.incarnation,
         version=call.version,
         attempt=call.attempt,
-        ids=ids_TK.numpy(),
+        ids=ids_TK.cpu().numpy(),
     )
 
 

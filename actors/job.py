@@ -1,8 +1,8 @@
 """The tensors of one layer's call in a router: what is sent of them, and how the answers add up.
 
-On the CPU and in numpy: rows are only copied and added here, and torch would share even that out
-over threads, which would have to wait for cores that the hosts are computing on (measured: four
-times slower at 512 tokens).
+On the CPU, apart from calls that go into device memory, and in numpy: rows are only copied and
+added here, and torch would share even that out over threads, which would have to wait for cores
+that the hosts are computing on (measured: four times slower at 512 tokens).
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token, N = T * K choices flattened,
 t and k = rows and columns of one send.
@@ -10,6 +10,7 @@ t and k = rows and columns of one send.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import numpy as np
@@ -41,7 +42,7 @@ class LayerJob:
         self.key = key
         self.exact = placement is not None and key.model in placement.exact
         self.dtype = x_TH.dtype
-        self._x_TH = _as_numpy(x_TH.detach().to("cpu").contiguous())
+        self._given_TH = x_TH.detach().contiguous()
         self.tokens, self.hidden = x_TH.shape
         self.top_k = ids_TK.shape[1]
         self._number = placement.number if placement else Number(0, 0)
@@ -60,6 +61,10 @@ class LayerJob:
         weights_TK = self.weights_N.reshape(self.ids_TK.shape)
         self.ids_TK, weights_TK = largest_choices(self.ids_TK, weights_TK, most_T)
         self.weights_N = weights_TK.reshape(-1)
+
+    @functools.cached_property
+    def _on_cpu(self) -> np.ndarray:
+        return _as_numpy(self._given_TH.to("cpu"))
 
     def layout(self, rows: int, top_k: int) -> CallLayout:
         return CallLayout.of(rows, self.hidden, top_k, self.dtype, self.exact)
@@ -86,22 +91,39 @@ class LayerJob:
     def write(self, send: Send, frame: Frame, layout: CallLayout, buffer: Tensor) -> None:
         """Put the tensors of ``send`` into ``buffer`` (uint8), without a copy in between, and their
         checksum into ``frame``."""
+        if buffer.device.type != "cpu":
+            self.write_on_device(send, layout, buffer)
+            return
         x_tH, ids_tk, weights_tk = map(_as_numpy, layout.call_tensors(buffer))
         if layout.rows == self.tokens:
-            x_tH[...] = self._x_TH
+            x_tH[...] = self._on_cpu
         else:
-            np.take(self._x_TH, send.token_t, axis=0, out=x_tH, mode="clip")
+            np.take(self._on_cpu, send.token_t, axis=0, out=x_tH, mode="clip")
         ids_tk[...] = send.ids_tk
         # An unused choice (-1) takes some weight; hosts skip it by its id.
         np.take(self.weights_N, send.choice_tk, out=weights_tk, mode="wrap")
         frame.call.checksum = checksum(send.seq, buffer[: layout.call_bytes])
+
+    def write_on_device(self, send: Send, layout: CallLayout, buffer: Tensor) -> None:
+        """The same on whatever device ``buffer`` is, which hidden states do not leave for it."""
+        x_tH, ids_tk, weights_tk = layout.call_tensors(buffer)
+        x_TH = self._given_TH.to(buffer.device)
+        if layout.rows == self.tokens:
+            x_tH.copy_(x_TH)
+        else:
+            token_t = torch.from_numpy(send.token_t).to(buffer.device)
+            torch.index_select(x_TH, 0, token_t, out=x_tH)
+        ids_tk.copy_(torch.from_numpy(send.ids_tk))
+        weights_tk.copy_(torch.from_numpy(np.take(self.weights_N, send.choice_tk, mode="wrap")))
 
     # ---- receiving ------------------------------------------------------------------------------
 
     def accept(self, send: Send, reply: Reply, payload: Tensor) -> None:
         """Take the answer to ``send`` out of ``payload`` (uint8), which is free afterwards."""
         rows, top_k = send.choice_tk.shape
-        part = self.layout(rows, top_k).reply_tensor(payload).numpy().copy()
+        y_tH = self.layout(rows, top_k).reply_tensor(payload)
+        # Either way a copy, as the payload ends.
+        part = y_tH.numpy().copy() if y_tH.device.type == "cpu" else y_tH.cpu().numpy()
         self._parts.append((send, part))
         if reply.bad_experts:
             broken_t = ~np.isfinite(part.reshape(rows, -1)).all(axis=1)

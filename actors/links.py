@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import select
+import time
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from ..cluster.events import Event, HostDown, HostUp, Ponged, Refused, Replied
 from ..cluster.placement import HostEntry
-from ..proto.errors import Corrupted, HostLost
+from ..cluster.transports import Transport, TransportChoice, Transports
+from ..proto.errors import ClusterError, Corrupted, HostLost
 from ..proto.expert_pb2 import Frame, Reply
 from ..proto.wire import CallLayout, checksum
+from .device import device_name
 from .transport.base import Channel, Inbound
-from .transport.connect import TransportChoice, connect
+from .transport.connect import connect
+from .transport.pair import backends
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +31,25 @@ class Links:
     A host that turns out to be gone is never an exception here: it is heard as `HostDown`.
     """
 
-    def __init__(self, *, router: str, node: str, transport: TransportChoice, slots: int) -> None:
+    def __init__(
+        self,
+        *,
+        router: str,
+        node: str,
+        transport: TransportChoice,
+        slots: int,
+        device: torch.device,
+    ) -> None:
+        """Raises ClusterError when this process cannot have such a ``transport``."""
+        if transport == "group" and not backends():
+            raise ClusterError(
+                "transport: 'group' needs torch.distributed, which this build of torch lacks; "
+                "'grpc' reaches the same hosts"
+            )
         self._router = router
-        self._node = node
-        self._transport: TransportChoice = transport
+        self._device = device
+        self._choice = Transports(transport, node=node, device=device_name(device))
+        self._used: dict[str, tuple[HostEntry, Transport]] = {}
         self._slots = slots
         self._channels: dict[str, Channel] = {}
         self._by_fd: dict[int, Channel] = {}
@@ -54,16 +74,19 @@ class Links:
 
     def connect(self, entry: HostEntry) -> None:
         self.disconnect(entry.host)
+        transport = self._choice.choose(entry, time.monotonic())
+        self._used[entry.host] = entry, transport
         try:
             channel = connect(
                 entry,
+                transport,
                 router=self._router,
-                node=self._node,
-                choice=self._transport,
+                device=self._device,
                 # A reply's slot is free only behind its event, which may send the next call.
                 slots=self._slots + 1,
             )
         except HostLost as lost:
+            self._transport_lost(entry.host)
             self._down(entry.host, lost)
             return
         self._channels[entry.host] = self._by_fd[channel.fileno()] = channel
@@ -71,9 +94,11 @@ class Links:
 
     def disconnect(self, host: str) -> None:
         channel = self._channels.pop(host, None)
-        self._max_rows.pop(host, None)
+        welcomed = self._max_rows.pop(host, None) is not None
         if channel is None:
             return
+        if not welcomed:
+            self._transport_lost(host)  # the host did not say Welcome in time
         for key in [key for key in self._replies if key[0] == host]:
             del self._replies[key]
         del self._by_fd[channel.fileno()]
@@ -82,8 +107,19 @@ class Links:
 
     def _down(self, host: str, reason: HostLost) -> None:
         log.info("router %s: host %s: %s", self._router, host, reason)
+        if host in self._channels:
+            self._transport_lost(host)
         self.disconnect(host)
         self._lost.append(HostDown(host))
+
+    def _transport_lost(self, host: str) -> None:
+        entry, transport = self._used[host]
+        self._choice.lost(entry, transport, time.monotonic())
+
+    @property
+    def transports(self) -> dict[str, Transport]:
+        """What each connected host is reached by."""
+        return {host: self._used[host][1] for host in list(self._channels)}
 
     def take_lost(self) -> list[HostDown]:
         """The hosts that were found to be gone since the last call."""

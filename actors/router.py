@@ -33,6 +33,7 @@ from ..cluster.events import (
 from ..cluster.health import HostState, RouterPolicy
 from ..cluster.load import LoadReport
 from ..cluster.placement import ExpertKey, LayerKey, Number, Placement
+from ..cluster.transports import TransportChoice
 from ..models.trunk import PoolFunction
 from ..proto.errors import CallError, ClusterError, ExpertUnavailable, from_wire
 from ..proto.expert_pb2 import Frame
@@ -41,7 +42,6 @@ from .batch_rows import BatchRows
 from .job import LayerJob, check_shapes
 from .links import Links
 from .router_stats import RouterStats
-from .transport.connect import TransportChoice
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 5.0
 # How long a report of the load waits for a call to end.
 HAND_OVER_S = 1.0
+_CPU = torch.device("cpu")
 
 
 class Router:
@@ -61,18 +62,20 @@ class Router:
         node: str,
         policy: RouterPolicy | None = None,
         transport: TransportChoice = "auto",
+        device: torch.device = _CPU,
         refresh: Callable[[], None] | None = None,
     ) -> None:
-        """``node`` is this process's Ray node: hosts on it are reached over shared memory.
-
-        ``refresh`` is called when a host lacks what the placement says; it must not block.
+        """``node`` is this process's Ray node, ``device`` where its tensors are: what hosts are
+        reached by depends on both. ``refresh`` is called when a host lacks what the placement says;
+        it must not block.
         """
         self.name = name
         self.policy = policy or RouterPolicy()
         self.batch = BatchRows(name, self.has)
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
-        self._links = Links(router=name, node=node, transport=transport, slots=self.policy.window)
+        slots = self.policy.window
+        self._links = Links(router=name, node=node, transport=transport, slots=slots, device=device)
         self._job: LayerJob | None = None
         self._calls = self._rows = 0
         self._lock = threading.RLock()
@@ -139,6 +142,7 @@ class Router:
             rows_lost=self.batch.lost,
             placement=self._number or Number(0, 0),
             hosts={name: host.state.value for name, host in list(dispatcher.hosts.items())},
+            transports=self._links.transports,
         )
 
     def take_load(self) -> LoadReport:
@@ -307,13 +311,9 @@ class Router:
             case Disconnect(host):
                 self._links.disconnect(host)
             case Cancel(host, seq):
-                frame = Frame()
-                frame.cancel.seq = seq
-                self._links.send(host, frame)
+                self._links.send(host, Frame(cancel={"seq": seq}))
             case Probe(host, number):
-                frame = Frame()
-                frame.ping.seq = number
-                self._links.send(host, frame)
+                self._links.send(host, Frame(ping={"seq": number}))
             case Free(host, seq):
                 self._links.free(host, seq)
             case Refresh():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..cluster.placement import Number
+from ..cluster.transports import Transport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,3 +19,4 @@ class RouterStats:
     rows_lost: int
     placement: Number
     hosts: dict[str, str]
+    transports: dict[str, Transport]  # of the hosts that are connected

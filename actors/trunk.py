@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..cluster.health import RouterPolicy
 from ..cluster.placement import LayerKey, Placement
 from ..cluster.spec import EngineKind
+from ..cluster.transports import TransportChoice
 from ..models.trunk import (
     ExpertsLayer,
     connect_experts,
@@ -32,13 +33,12 @@ from ..models.trunk import (
     read_config,
 )
 from ..proto.errors import ClusterError
+from .device import pick_device
 from .engine import Engine, EngineConfig
-from .host import pick_device
 from .ray_border import CONTROLLER
 from .router import Router
 from .store import ModelRef
 from .transformers_engine import TransformersEngine
-from .transport.connect import TransportChoice
 
 log = logging.getLogger(__name__)
 
@@ -100,13 +100,17 @@ class TrunkConfig:
 class PoolLink:
     """A router that follows the cluster's placements; both end with `close`."""
 
-    def __init__(self, config: TrunkConfig, layers: Sequence[int]) -> None:
-        """Waits until ``layers`` of the model are placed. Raises ClusterError."""
+    def __init__(
+        self, config: TrunkConfig, layers: Sequence[int], device: torch.device | None = None
+    ) -> None:
+        """Waits until ``layers`` of the model are placed. ``device`` is where its tensors are, if
+        not where the config says. Raises ClusterError."""
         self.router = Router(
             name=config.name,
             node=ray.get_runtime_context().get_node_id(),
             policy=config.policy,
             transport=config.transport,
+            device=device or pick_device(config.device),
         )
         self._watch: PlacementWatch | None = None
         try:
@@ -130,7 +134,7 @@ class PoolTrunk:
         self, config: TrunkConfig, model: PreTrainedModel, layers: list[ExpertsLayer]
     ) -> None:
         self.model = model
-        self._link = PoolLink(config, [layer.layer for layer in layers])
+        self._link = PoolLink(config, [layer.layer for layer in layers], model.device)
         self.router = self._link.router
         connect_experts(model, layers, lambda layer: self.router.experts(config.model.name, layer))
         self._hook = model.register_forward_pre_hook(lambda *_: self.router.begin_step())

@@ -44,6 +44,7 @@ class HostEntry:
     node: str  # hosts and routers on one node share memory
     shm_address: str  # abstract Unix socket
     grpc_address: str  # host:port
+    device: str = "cpu"  # or the UUID of its GPU
 
 
 class Replica(NamedTuple):

@@ -31,6 +31,7 @@ from .policy import ControlPolicy
 from .residency import HostPolicy
 from .scaling_spec import AutoscaleSpec, Cost
 from .spec_text import StrictLoader, bytes_of, overridden, part_or_bytes, problems
+from .transports import TransportChoice
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -61,10 +62,24 @@ class RaySpec(_Part):
 
 
 class NetworkSpec(_Part):
-    """Where hosts listen for gRPC: an address, or ``node`` for each node's own."""
+    """Where hosts listen for gRPC and for groups: an address, or ``node`` for each node's own.
+
+    ``transport``: ``shm`` is memory of one machine, ``grpc`` goes everywhere, with ``group``
+    torch.distributed carries tensors (NCCL between GPUs, else gloo), ``device`` keeps them on GPUs;
+    ``auto`` is ``shm`` on one machine and ``grpc`` between two.
+    """
 
     bind: Address = "127.0.0.1"
-    transport: Literal["auto", "shm", "grpc"] = "auto"
+    transport: TransportChoice = "auto"
+
+    @model_validator(mode="after")
+    def _groups_need_an_address(self) -> NetworkSpec:
+        if self.transport == "group" and self.bind in ("0.0.0.0", "::", "[::]"):
+            raise ValueError(
+                f"transport: a group meets at an address, and bind: {self.bind!r} is none to reach "
+                "a host by; give one, or 'node' for each node's own"
+            )
+        return self
 
 
 class Resources(_Part):

@@ -19,7 +19,7 @@ BFLOAT16: DType
 FLOAT16: DType
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "welcome", "call", "reply", "refusal", "cancel", "ping", "pong", "backward")
+    __slots__ = ("hello", "welcome", "call", "reply", "refusal", "cancel", "ping", "pong", "backward", "rendezvous")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class Frame(_message.Message):
     PING_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    RENDEZVOUS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     welcome: Welcome
     call: Call
@@ -38,19 +39,48 @@ class Frame(_message.Message):
     ping: Ping
     pong: Pong
     backward: Backward
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ...) -> None: ...
+    rendezvous: Rendezvous
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., rendezvous: _Optional[_Union[Rendezvous, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("wire_version", "router", "slots", "slot_bytes")
+    __slots__ = ("wire_version", "router", "slots", "slot_bytes", "group", "device_memory")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MEMORY_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     router: str
     slots: int
     slot_bytes: int
-    def __init__(self, wire_version: _Optional[int] = ..., router: _Optional[str] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
+    group: str
+    device_memory: DeviceMemory
+    def __init__(self, wire_version: _Optional[int] = ..., router: _Optional[str] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., group: _Optional[str] = ..., device_memory: _Optional[_Union[DeviceMemory, _Mapping]] = ...) -> None: ...
+
+class DeviceMemory(_message.Message):
+    __slots__ = ("device", "handle", "offset", "counter_handle", "counter_offset", "event_handle", "event_needed")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_HANDLE_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    EVENT_HANDLE_FIELD_NUMBER: _ClassVar[int]
+    EVENT_NEEDED_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    handle: bytes
+    offset: int
+    counter_handle: bytes
+    counter_offset: int
+    event_handle: bytes
+    event_needed: bool
+    def __init__(self, device: _Optional[str] = ..., handle: _Optional[bytes] = ..., offset: _Optional[int] = ..., counter_handle: _Optional[bytes] = ..., counter_offset: _Optional[int] = ..., event_handle: _Optional[bytes] = ..., event_needed: _Optional[bool] = ...) -> None: ...
+
+class Rendezvous(_message.Message):
+    __slots__ = ("store_address",)
+    STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    store_address: str
+    def __init__(self, store_address: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("wire_version", "host", "incarnation", "max_rows")

@@ -1,29 +1,38 @@
-"""Which transport reaches a host."""
+"""A connection to a host over any of the transports."""
 
 from __future__ import annotations
 
-from typing import Literal
+import torch
 
 from ...cluster.placement import HostEntry
+from ...cluster.transports import Transport
 from .base import Channel
 from .shm import ShmChannel
 
-TransportChoice = Literal["auto", "shm", "grpc"]
 SLOT_BYTES = 8 << 20
+_CPU = torch.device("cpu")
 
 
 def connect(
-    entry: HostEntry, *, router: str, node: str, choice: TransportChoice, slots: int
+    entry: HostEntry,
+    transport: Transport,
+    *,
+    router: str,
+    slots: int,
+    device: torch.device = _CPU,
 ) -> Channel:
-    """A channel to ``entry``: shared memory on one node, gRPC to others, or as ``choice`` says.
-
-    Does not wait for the host. Raises HostLost.
-    """
-    shared = entry.node == node if choice == "auto" else choice == "shm"
-    if shared:
+    """A channel to ``entry``; ``device`` is the router's. Does not wait for the host. Raises
+    HostLost."""
+    if transport in ("shm", "cuda"):
         return ShmChannel(
-            entry.host, entry.shm_address, router=router, slots=slots, slot_bytes=SLOT_BYTES
+            entry.host,
+            entry.shm_address,
+            router=router,
+            slots=slots,
+            slot_bytes=SLOT_BYTES,
+            device=device if transport == "cuda" else None,
         )
     from .grpc_stream import GrpcChannel
 
-    return GrpcChannel(entry.host, entry.grpc_address, router=router)
+    group = "" if transport == "grpc" else transport
+    return GrpcChannel(entry.host, entry.grpc_address, router=router, group=group, device=device)

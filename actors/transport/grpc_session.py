@@ -14,15 +14,28 @@ from ...proto.expert_pb2 import Frame
 from ...proto.wire import MAX_PAYLOAD_BYTES, CallLayout
 from .base import Inbound, check_version
 from .grpc_border import CLOSE_S, Threads, from_grpc, to_grpc
-from .grpc_queues import STALL_S, Inbox, Outbox
+from .grpc_inbox import STALL_S, Inbox
+from .grpc_outbox import Outbox
+from .pair import HOST_RANK, Pair
 
 
 class GrpcSession:
     """A host's side of one connection, which is one RPC."""
 
-    def __init__(self, context: grpc.ServicerContext, max_held_bytes: int) -> None:
+    def __init__(
+        self,
+        context: grpc.ServicerContext,
+        max_held_bytes: int,
+        *,
+        bind: str,
+        device: torch.device,
+    ) -> None:
+        """``bind`` is where a group of the two sides would meet, ``device`` what NCCL would use."""
         self.router = ""
         self._context = context
+        self._bind = bind
+        self._device = device
+        self._pair: Pair | None = None
         self._max_held_bytes = max_held_bytes
         self._over = threading.Event()
         moved = threading.Event()
@@ -46,11 +59,17 @@ class GrpcSession:
         return self._inbox.receive()
 
     def reply_buffer(self, frame: Frame, layout: CallLayout) -> Tensor:
+        if self._pair is not None:
+            return self._pair.buffer(layout.reply_bytes)
         return torch.empty(layout.reply_bytes, dtype=torch.uint8)
 
     def send_reply(self, frame: Frame, buffer: Tensor) -> None:
         self._inbox.check_open()
-        self._outbox.send_tensors("reply", frame, buffer.numpy().data[: frame.reply.payload_bytes])
+        payload = buffer[: frame.reply.payload_bytes]
+        if self._pair is not None:
+            self._outbox.send_beside(frame, payload)
+        else:
+            self._outbox.send_tensors("reply", frame, payload.numpy().data)
 
     def send(self, frame: Frame) -> None:
         self._inbox.check_open()
@@ -64,6 +83,7 @@ class GrpcSession:
         self._outbox.finish()
         if not gone and not self._over.wait(CLOSE_S):
             self._context.cancel()
+        self._abort_pair()
         self._inbox.close()
 
     # ---- gRPC's threads -------------------------------------------------------------------------
@@ -85,7 +105,24 @@ class GrpcSession:
             if not frame.hello.router:
                 raise CallError("router: a Hello without the router's name")
             self.router = self._inbox.peer = frame.hello.router
+            if frame.hello.group:
+                self._meet(frame.hello.group)
         return True
+
+    def _meet(self, backend: str) -> None:
+        """Make a group with the router; the Hello is heard behind it, and the Welcome sent."""
+        self._pair = Pair(self.router, backend, self._device)
+        self._inbox.carry(self._pair)
+        self._outbox.carry(self._pair, self._inbox.end)
+        frame = Frame()
+        frame.rendezvous.store_address = self._pair.open(self._bind)
+        # The owner sends nothing before it has heard the Hello.
+        self._outbox.send(frame)
+        self._pair.join(HOST_RANK, frame.rendezvous.store_address)
+
+    def _abort_pair(self) -> None:
+        if self._pair is not None:
+            self._pair.abort()
 
     def _full(self) -> bool:
         """Whether to ask the router for no more; one that takes nothing either is given up."""
@@ -104,6 +141,7 @@ class GrpcSession:
             end = from_grpc(error, self._inbox.peer)
         finally:
             self._inbox.end(end)
+            self._abort_pair()
             if isinstance(self._inbox.error, CallError):
                 code, details = to_grpc(self._inbox.error)
                 self._context.set_code(code)

@@ -13,6 +13,10 @@ What is in flight is bounded, and every wait has an end:
   taken and the calls that the host's loop has not taken exceed ``max_held_bytes`` together.
 - Beyond these bounds a side that has taken nothing for `STALL_S`, though something waits for it,
   is lost: HostLost, and the connection ends. Within them a frozen side is a matter of deadlines.
+
+With a group (`pair.py`) the stream carries frames alone, and gRPC's threads send and receive the
+tensors that each announces: the writing thread behind its frame, the reading one before the next.
+So frames keep their order, nobody else waits, and the end of the stream is the end of the pair.
 """
 
 from __future__ import annotations
@@ -22,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import grpc
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +41,11 @@ from .grpc_border import (
     close_channel,
     from_grpc,
 )
-from .grpc_queues import STALL_S, Inbox, Outbox
+from .grpc_inbox import STALL_S, Inbox
+from .grpc_outbox import Outbox
 from .grpc_session import GrpcSession
 from .mailbox import Mailbox
+from .pair import ROUTER_RANK, Pair
 from .weights import WeightsStore, add_weights
 
 # The generated stubs would parse messages whole; here they stay bytes.
@@ -48,6 +53,7 @@ SERVICE, METHOD = "moesaic.v1.Experts", "Dispatch"
 # Connections of routers and transfers of weights that one host takes at a time.
 MAX_RPCS = 256
 _MAX_WAITING_FRAMES = 4096
+_CPU = torch.device("cpu")
 
 
 class GrpcChannel:
@@ -61,11 +67,19 @@ class GrpcChannel:
         router: str,
         max_inflight_bytes: int = 256 << 20,
         slot_bytes: int = 64 << 20,
+        group: str = "",
+        device: torch.device = _CPU,
     ) -> None:
         """Connect without waiting; the host's Welcome arrives as the first frame.
 
-        When nobody listens at ``address``, `receive` says so with HostLost.
+        ``group`` is the backend that carries tensors, if any, and ``device`` what NCCL uses. When
+        nobody listens at ``address``, or no group comes about, `receive` says so with HostLost.
+        Raises HostLost when this side cannot have the group.
         """
+        try:
+            self._pair = Pair(host, group, device) if group else None
+        except CallError as error:
+            raise HostLost(str(error)) from error
         self._host = host
         self._slot_bytes = slot_bytes
         self._max_inflight_bytes = max_inflight_bytes
@@ -74,19 +88,23 @@ class GrpcChannel:
         self._inflight: dict[int, tuple[int, int | None]] = {}
         # Each is written by one thread alone; the difference is in flight.
         self._sent_bytes = self._answered_bytes = 0
-        self._scratch = np.empty(CHUNK_BYTES, dtype=np.uint8)
+        self._scratch = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
         moved = threading.Event()
         self._outbox = Outbox(moved)
         self._inbox = Inbox(
             host,
             moved,
-            kinds=("welcome", "reply", "refusal", "pong"),
+            kinds=("welcome", "reply", "refusal", "pong", *(("rendezvous",) if group else ())),
             max_payload_bytes=slot_bytes,
             accept=self._accept,
         )
         hello = Frame()
         hello.hello.wire_version = WIRE_VERSION
         hello.hello.router = router
+        hello.hello.group = group
+        if self._pair is not None:
+            self._inbox.carry(self._pair)
+            self._outbox.carry(self._pair, self._inbox.end)
         self._outbox.send(hello)
         self._grpc = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stream = self._grpc.stream_stream(f"/{SERVICE}/{METHOD}")(self._outbox)
@@ -115,11 +133,19 @@ class GrpcChannel:
             self._refuse(call.seq)
             return
         # Small calls are copied when they are sent, so they can all use the same warm memory.
-        buffer = self._scratch[:size] if size <= CHUNK_BYTES else np.empty(size, dtype=np.uint8)
-        write(torch.from_numpy(buffer))
+        if self._pair is not None:
+            buffer = self._pair.buffer(size)
+        elif size <= CHUNK_BYTES:
+            buffer = self._scratch[:size]
+        else:
+            buffer = torch.empty(size, dtype=torch.uint8)
+        write(buffer)
         self._sent_bytes += size
         self._inflight[call.seq] = (size, layout.reply_bytes if kind == "call" else None)
-        self._outbox.send_tensors(kind, frame, buffer.data)
+        if self._pair is not None:
+            self._outbox.send_beside(frame, buffer)
+        else:
+            self._outbox.send_tensors(kind, frame, buffer.numpy().data)
 
     def send(self, frame: Frame) -> None:
         self._inbox.check_open()
@@ -145,6 +171,8 @@ class GrpcChannel:
         self._inbox.end(error)
         self._outbox.finish()
         self._stream.cancel()
+        if self._pair is not None:
+            self._pair.abort()
         self._answered.set()
 
     def _has_room(self, size: int) -> bool:
@@ -179,8 +207,15 @@ class GrpcChannel:
     # ---- gRPC's threads -------------------------------------------------------------------------
 
     def _accept(self, kind: str, frame: Frame) -> bool:
+        if kind == "rendezvous" and self._pair is not None:
+            if self._pair.joined:
+                raise CallError("rendezvous: the group is there already")
+            self._pair.join(ROUTER_RANK, frame.rendezvous.store_address)
+            return False
         if kind == "welcome":
             check_version(frame.welcome.wire_version, self._host)
+            if self._pair is not None and not self._pair.joined:
+                raise CallError("group: the host said Welcome without one")
         if kind not in ("reply", "refusal"):
             return True
         seq = frame.reply.seq if kind == "reply" else frame.refusal.seq
@@ -215,11 +250,14 @@ class GrpcListener:
         *,
         weights: WeightsStore | None = None,
         max_held_bytes: int = 256 << 20,
+        device: torch.device = _CPU,
     ) -> None:
-        """``bind`` is ip:port, port 0 for any. Raises ClusterError when it cannot be had."""
+        """``bind`` is ip:port, port 0 for any; ``device`` is what NCCL would use. Raises
+        ClusterError when the address cannot be had."""
         self._sessions: Mailbox[Session] = Mailbox()
         self._threads = Threads("grpc")
         self._max_held_bytes = max_held_bytes
+        self._device = device
         dispatch = grpc.stream_stream_rpc_method_handler(self._dispatch)
         self._server = grpc.server(
             self._threads,  # pyright: ignore[reportArgumentType]  # gRPC submits, and no more
@@ -234,7 +272,8 @@ class GrpcListener:
         except RuntimeError as error:
             self._sessions.close()
             raise ClusterError(f"bind: cannot listen on {bind}: {error}") from error
-        self._address = f"{bind.rpartition(':')[0]}:{port}"
+        self._ip = bind.rpartition(":")[0]
+        self._address = f"{self._ip}:{port}"
         self._server.start()
 
     @property
@@ -258,7 +297,9 @@ class GrpcListener:
     def _dispatch(
         self, messages: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[bytes]:
-        session = GrpcSession(context, self._max_held_bytes)
+        session = GrpcSession(
+            context, self._max_held_bytes, bind=self._ip.strip("[]"), device=self._device
+        )
         replies = session.serve(messages, self._threads)
         self._sessions.put(session)
         return replies

@@ -1,4 +1,4 @@
-"""Shared memory between processes of one machine.
+"""Shared memory between processes of one machine: the host's, or a GPU's (`cuda_memory.py`).
 
 The router makes an anonymous memfd of equal slots and passes it over a Unix SOCK_SEQPACKET socket
 in an abstract address; the socket is also the doorbell and, by its end, the death notice. Nothing
@@ -25,6 +25,7 @@ from ...proto.errors import CallError, HostLost, InternalError
 from ...proto.expert_pb2 import Frame, Hello
 from ...proto.wire import ALIGNMENT_BYTES, WIRE_VERSION, CallLayout
 from .base import Inbound, Session, call_of, check_version
+from .cuda_memory import CudaMemory, open_shared, share
 from .seqpacket import FrameSocket, close_all, same_user
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -41,6 +42,9 @@ class _Memory:
         # torch.frombuffer does not, and reading it then kills the process.
         whole = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
         self.slots = list(whole.view(slots, slot_bytes).unbind())
+
+    def written(self) -> None:
+        """Every process sees host memory as it is."""
 
     def close(self) -> None:
         self.slots.clear()
@@ -60,41 +64,57 @@ class ShmChannel:
     """A router's side of one connection."""
 
     def __init__(
-        self, host: str, address: str, *, router: str, slots: int, slot_bytes: int
+        self,
+        host: str,
+        address: str,
+        *,
+        router: str,
+        slots: int,
+        slot_bytes: int,
+        device: torch.device | None = None,
     ) -> None:
         """Connect without waiting; the host's Welcome arrives as the first frame.
 
-        Raises HostLost when nobody listens at ``address``.
+        The slots are memory of ``device``, a GPU, or else of the host. Raises HostLost when nobody
+        listens at ``address``.
         """
         self._host = host
         self._slot_bytes = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         # seq -> slot and size of the answer where that is known, until answered and released
         self._calls: dict[int, tuple[int, int | None]] = {}
         self._free = list(range(slots))
-        fd = os.memfd_create("moesaic", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        hello = Frame()
+        hello.hello.wire_version = WIRE_VERSION
+        hello.hello.router = router
+        hello.hello.slots = slots
+        hello.hello.slot_bytes = self._slot_bytes
+        memory: _Memory | CudaMemory | None = None
+        fds: list[int] = []
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            os.ftruncate(fd, slots * self._slot_bytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             sock.setblocking(False)
             sock.connect("\0" + address)
             if not same_user(sock):
                 raise HostLost(f"{address}: held by another user")
-            hello = Frame()
-            hello.hello.wire_version = WIRE_VERSION
-            hello.hello.router = router
-            hello.hello.slots = slots
-            hello.hello.slot_bytes = self._slot_bytes
-            socket.send_fds(sock, [hello.SerializeToString()], [fd])
-            self._memory = _Memory(fd, slots, self._slot_bytes)
-        except OSError as error:
+            if device is not None:
+                memory, described = share(device, slots, self._slot_bytes)
+                hello.hello.device_memory.CopyFrom(described)
+            else:
+                fds.append(os.memfd_create("moesaic", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+                os.ftruncate(fds[0], slots * self._slot_bytes)
+                fcntl.fcntl(fds[0], fcntl.F_ADD_SEALS, _SEALS)
+                memory = _Memory(fds[0], slots, self._slot_bytes)
+            socket.send_fds(sock, [hello.SerializeToString()], fds)
+        except (OSError, HostLost) as error:
             sock.close()
+            if memory is not None:
+                memory.close()
+            if isinstance(error, HostLost):
+                raise
             raise HostLost(f"{host}: cannot connect over shared memory: {error}") from error
-        except HostLost:
-            sock.close()
-            raise
         finally:
-            os.close(fd)
+            close_all(fds)
+        self._memory = memory
         self._sock = FrameSocket(sock)
 
     @property
@@ -117,6 +137,7 @@ class ShmChannel:
         # The most recently used slot first: its pages are mapped and warm.
         slot = self._free[-1]
         write(self._memory.slots[slot])
+        self._memory.written()
         self._free.pop()
         self._calls[call.seq] = (slot, layout.reply_bytes if frame.HasField("call") else None)
         call.slot = slot
@@ -164,7 +185,7 @@ class ShmSession:
     def __init__(self, sock: socket.socket) -> None:
         self.router = ""
         self._sock = FrameSocket(sock)
-        self._memory: _Memory | None = None
+        self._memory: _Memory | CudaMemory | None = None
         self._slot_bytes = 0
 
     @property
@@ -185,6 +206,8 @@ class ShmSession:
         return slot[start : start + layout.reply_bytes]
 
     def send_reply(self, frame: Frame, buffer: Tensor) -> None:
+        if self._memory is not None:
+            self._memory.written()
         self._sock.send(frame)
 
     def send(self, frame: Frame) -> None:
@@ -208,16 +231,20 @@ class ShmSession:
         return Inbound(frame, slots[call.slot][: call.payload_bytes])
 
     def _greet(self) -> list[Inbound]:
-        """The first datagram: Hello, with the router's memory."""
+        """The first datagram: Hello, with the router's memory or how to open it."""
         frame, fds = self._sock.receive_first()
         if frame is None:
             return []
         hello = frame.hello
         try:
             _check(hello.wire_version, repr(hello.router))
-            if not fds or not _sane(hello) or not _sealed(fds[0], hello):
+            on_gpu = hello.HasField("device_memory")
+            if not _sane(hello) or not (on_gpu or (fds and _sealed(fds[0], hello))):
                 raise HostLost(f"{hello.router!r}: Hello without a sealed memfd of its slots")
-            self._memory = _Memory(fds[0], hello.slots, hello.slot_bytes)
+            if on_gpu:
+                self._memory = open_shared(hello)
+            else:
+                self._memory = _Memory(fds[0], hello.slots, hello.slot_bytes)
         except OSError as error:
             raise HostLost(f"{hello.router!r}: its memory cannot be mapped: {error}") from error
         finally:

@@ -13,9 +13,9 @@ import torch
 from moesaic.actors.host import ExpertHost, local_hosts
 from moesaic.actors.router import Router
 from moesaic.actors.store import ModelRef
-from moesaic.actors.transport.connect import TransportChoice
 from moesaic.cluster.health import RouterPolicy
 from moesaic.cluster.placement import ModelShape, Number, Placement, experts_of, spread
+from moesaic.cluster.transports import TransportChoice
 from moesaic.models.trunk import (
     ExpertsLayer,
     connect_experts,

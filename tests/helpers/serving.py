@@ -16,10 +16,10 @@ from torch import Tensor
 from moesaic.actors.host import ExpertHost, local_hosts
 from moesaic.actors.router import Router
 from moesaic.actors.store import ModelRef
-from moesaic.actors.transport.connect import TransportChoice
 from moesaic.cluster.health import RouterPolicy
 from moesaic.cluster.placement import LayerKey, ModelShape, Placement
 from moesaic.cluster.residency import HostPolicy
+from moesaic.cluster.transports import TransportChoice
 from moesaic.kernels.ffn import ExpertForm, ExpertWeights, reference_kernel
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.trunk import ExpertsLayer, experts_layers, meta_model, read_config
@@ -31,7 +31,7 @@ KEY = LayerKey("m", LAYER)
 # Long where a test must not depend on it, short where it waits for it.
 PATIENT = RouterPolicy(deadline_s=30.0, attempt_s=10.0)
 HASTY = RouterPolicy(deadline_s=1.0, attempt_s=1.0)
-KINDS: tuple[TransportChoice, ...] = ("shm", "grpc")
+KINDS: tuple[TransportChoice, ...] = ("shm", "grpc", "group")
 
 
 def save_model(folder: Path) -> Path:

@@ -1,13 +1,16 @@
-"""Both transports behind one face, and hosts and routers in processes that can be killed.
+"""All transports behind one face, and hosts and routers in processes that can be killed.
 
 python -m tests.helpers.transports host shm
 python -m tests.helpers.transports router grpc ADDRESS
+python -m tests.helpers.transports serve FOLDER NAME DEVICE
+python -m tests.helpers.transports pair PIECES
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import select
 import signal
 import subprocess
@@ -15,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,14 +26,16 @@ from torch import Tensor
 
 from moesaic.actors.transport.base import Channel, Inbound, Listener, Session
 from moesaic.actors.transport.grpc_stream import GrpcChannel, GrpcListener
+from moesaic.actors.transport.pair import HOST_RANK, PIECE_BYTES, Pair
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
 from moesaic.cluster.placement import ExpertKey
 from moesaic.proto.errors import HostLost, NotHere
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
 from moesaic.proto.wire import WIRE_VERSION, CallLayout
 
-KINDS = ("shm", "grpc")
+KINDS = ("shm", "grpc", "group")
 DEADLINE_S = 20.0
+START_S = 60.0  # of a process that imports torch and transformers, where others want the cores
 SLOT_BYTES = 40 << 20
 HIDDEN = 16
 
@@ -43,7 +49,8 @@ def channel_to(
 ) -> Channel:
     if kind == "shm":
         return ShmChannel("host", address, router=router, slots=slots, slot_bytes=slot_bytes)
-    return GrpcChannel("host", address, router=router, slot_bytes=slot_bytes)
+    group = "gloo" if kind == "group" else ""
+    return GrpcChannel("host", address, router=router, slot_bytes=slot_bytes, group=group)
 
 
 def readable(side: Channel | Session | Listener, timeout_s: float = DEADLINE_S) -> bool:
@@ -228,7 +235,7 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     assert child.stdin is not None
     assert child.stdout is not None
     try:
-        ready = select.select([child.stdout], [], [], DEADLINE_S)[0]
+        ready = select.select([child.stdout], [], [], START_S)[0]
         assert ready, "the process did not start"
         yield child, child.stdout.readline().strip()
     finally:
@@ -272,9 +279,41 @@ def run_router(kind: str, address: str) -> None:
     sys.stdin.read()
 
 
+def run_serve(folder: str, name: str, device: str) -> None:
+    """An expert host that holds the whole model in ``folder``; prints where it is as JSON."""
+    from moesaic.actors.host import ExpertHost
+    from moesaic.actors.store import ModelRef
+    from moesaic.cluster.placement import ModelShape, every_expert
+    from moesaic.models.trunk import experts_layers, meta_model, read_config
+
+    layers = experts_layers(meta_model(read_config(Path(folder))))
+    shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
+    host = ExpertHost(name, node="here", device=device, threads=1)
+    ref = ModelRef(name="m", dtype="float32", path=folder)
+    host.load([(ref, shape)], list(every_expert([shape])))
+    print(json.dumps(asdict(host.entry())), flush=True)
+    sys.stdin.read()
+    host.close()
+
+
+def run_pair(count: int) -> None:
+    """The host's side of a pair, which takes only so many pieces."""
+    pair = Pair("router", "gloo", torch.device("cpu"))
+    address = pair.open("127.0.0.1")
+    print(address, flush=True)
+    pair.join(HOST_RANK, address)
+    for _ in range(count):
+        pair.receive(PIECE_BYTES)
+    sys.stdin.read()
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["host", kind]:
             run_host(kind)
         case ["router", kind, address]:
             run_router(kind, address)
+        case ["serve", folder, name, device]:
+            run_serve(folder, name, device)
+        case ["pair", count]:
+            run_pair(int(count))

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from moesaic.actors import host_loop
 from moesaic.actors.store import ModelRef
-from moesaic.actors.transport.connect import TransportChoice, connect
+from moesaic.actors.transport.connect import connect
 from moesaic.actors.transport.weights import get_weights, put_weights
 from moesaic.cluster.placement import ExpertKey, LayerKey, ModelShape
 from moesaic.cluster.spec import load_spec, parse_spec
+from moesaic.cluster.transports import Transport
 from moesaic.models.files import INDEX_FILE, SINGLE_FILE
 from moesaic.proto.errors import (
     ERRORS,
@@ -139,7 +140,7 @@ ASKED = {"model": "m", "prompt": [5, 6], "max_tokens": 2}
 
 def ask(
     served: ServedPool,
-    transport: TransportChoice,
+    transport: Transport,
     *,
     ids: tuple[int, int] | None = None,
     x_TH: Tensor | None = None,
@@ -178,7 +179,7 @@ def ask(
         if "checksum" not in fields:
             call.checksum = checksum(call.seq, buffer[: call.payload_bytes])
 
-    channel = connect(host.entry(), router="bad", node="here", choice=transport, slots=4)
+    channel = connect(host.entry(), transport, router="bad", slots=4)
     with closing(channel):
         assert hear(channel)[0].frame.HasField("welcome")
         with held(host):
@@ -191,7 +192,7 @@ def ask(
         return heard.frame.reply, layout.reply_tensor(heard.payload).clone()
 
 
-def wire(transport: TransportChoice = "shm", **fields: Any) -> Act:
+def wire(transport: Transport = "shm", **fields: Any) -> Act:
     return lambda served: ask(served, transport, **fields)
 
 
@@ -212,7 +213,7 @@ def garbage(served: ServedPool) -> None:
 
 
 def no_frame_for_hosts(served: ServedPool) -> None:
-    channel = connect(served.hosts[0].entry(), router="bad", node="here", choice="shm", slots=1)
+    channel = connect(served.hosts[0].entry(), "shm", router="bad", slots=1)
     with closing(channel):
         hear(channel)
         frame = Frame()
@@ -222,7 +223,7 @@ def no_frame_for_hosts(served: ServedPool) -> None:
 
 
 def backward(served: ServedPool) -> None:
-    channel = connect(served.hosts[0].entry(), router="bad", node="here", choice="shm", slots=1)
+    channel = connect(served.hosts[0].entry(), "shm", router="bad", slots=1)
     with closing(channel):
         hear(channel)
         frame = Frame()
@@ -401,7 +402,7 @@ def test_a_good_call_on_the_same_path_is_answered(served: ServedPool) -> None:
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
 def test_hidden_states_that_are_not_finite_accuse_no_expert(
-    served: ServedPool, transport: TransportChoice
+    served: ServedPool, transport: Transport
 ) -> None:
     x_TH = torch.ones(2, HIDDEN)
     x_TH[0, 3] = torch.nan
@@ -539,7 +540,7 @@ def test_a_router_that_is_dropped_while_it_speaks(
     """Its end and its frame arrive in the same round of the host's loop."""
     host = served.hosts[0]
     loop = host._loop
-    channel = connect(host.entry(), router="gone", node="here", choice="shm", slots=1)
+    channel = connect(host.entry(), "shm", router="gone", slots=1)
     with closing(channel):
         hear(channel)
         (session,) = [s for s in loop._sessions.values() if s.router == "gone"]

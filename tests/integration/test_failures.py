@@ -17,10 +17,10 @@ from torch import Tensor
 
 from moesaic.actors import host_loop
 from moesaic.actors.router import Router
-from moesaic.actors.transport.connect import TransportChoice
 from moesaic.actors.transport.grpc_session import GrpcSession
 from moesaic.actors.transport.shm import ShmSession
 from moesaic.cluster.placement import Number, Placement
+from moesaic.cluster.transports import TransportChoice
 from tests.helpers.proxy import Proxy, proxied
 from tests.helpers.served_pool import held
 from tests.helpers.serving import (
@@ -35,7 +35,7 @@ from tests.helpers.serving import (
 )
 from tests.helpers.transports import settles
 
-SESSIONS = {"shm": ShmSession, "grpc": GrpcSession}
+SESSIONS = {"shm": ShmSession, "grpc": GrpcSession, "group": GrpcSession}
 # Calls after which it is known how long answers take.
 LEARNING = 40
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.actors.transport.connect import TransportChoice
+from moesaic.cluster.transports import TransportChoice
 from tests.helpers.architectures import ARCHITECTURES, tiny_model
 from tests.helpers.pools import pool
 

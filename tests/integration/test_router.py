@@ -22,7 +22,6 @@ from torch import Tensor
 from moesaic.actors import host_loop
 from moesaic.actors.host import ExpertHost
 from moesaic.actors.router import Router
-from moesaic.actors.transport.connect import TransportChoice
 from moesaic.cluster.emulation import Emulation
 from moesaic.cluster.health import RouterPolicy
 from moesaic.cluster.placement import (
@@ -34,6 +33,7 @@ from moesaic.cluster.placement import (
     Replica,
 )
 from moesaic.cluster.residency import HostPolicy
+from moesaic.cluster.transports import TransportChoice
 from moesaic.proto.errors import CallError, ClusterError, ExpertUnavailable, MoesaicError
 from tests.helpers.served_pool import held
 from tests.helpers.serving import (
@@ -43,6 +43,7 @@ from tests.helpers.serving import (
     KEY,
     KINDS,
     LAYER,
+    Hosts,
     assert_right,
     inputs,
     save_model,
@@ -466,20 +467,24 @@ def test_an_interrupted_call_leaves_the_router_usable(folder: Path) -> None:
 
 @pytest.mark.parametrize("transport", KINDS)
 def test_closing_frees_descriptors_and_threads(folder: Path, transport: TransportChoice) -> None:
+    def use(pool: Hosts) -> None:
+        router = pool.router(transport=transport)
+        x, ids, weights = inputs(4)
+        router.forward(KEY, x, ids, weights)
+        router.close()
+        router.close()
+        with pytest.raises(ClusterError, match="closed"):
+            router.forward(KEY, x, ids, weights)
+
     def round_trip() -> None:
         with serving(folder) as pool:
             inside = open_things()
             for _ in range(3):
-                router = pool.router(transport=transport)
-                x, ids, weights = inputs(4)
-                router.forward(KEY, x, ids, weights)
-                router.close()
-                router.close()
-                with pytest.raises(ClusterError, match="closed"):
-                    router.forward(KEY, x, ids, weights)
+                use(pool)
             assert settles(lambda: open_things() <= inside), "a router leaves something behind"
 
-    round_trip()  # what libraries open once
+    with serving(folder) as pool:
+        use(pool)  # what libraries open once
     before = open_things()
     round_trip()
     assert settles(lambda: open_things() <= before), "a host leaves something behind"

@@ -13,6 +13,7 @@ import grpc
 import pytest
 import torch
 
+from moesaic.actors.transport import pair
 from moesaic.actors.transport.base import Listener
 from moesaic.actors.transport.grpc_border import from_grpc
 from moesaic.actors.transport.grpc_stream import METHOD, SERVICE
@@ -40,8 +41,8 @@ SLOT = 4096
 @pytest.fixture(autouse=True, scope="module")
 def nothing_is_left() -> Iterator[None]:
     """However many peers misbehave, they cost no descriptor and no thread."""
-    with survivor("grpc"), survivor("shm"):
-        pass  # gRPC opens what it keeps for the whole process
+    with survivor("grpc"), survivor("shm"), survivor("group"):
+        pass  # gRPC and gloo open what they keep for the whole process
     before = open_things()
     yield
     assert settles(lambda: all(a <= b for a, b in zip(open_things(), before, strict=True)))
@@ -64,8 +65,19 @@ def survivor(kind: str) -> Iterator[Listener]:
         side.close()
 
 
-def hello(*, version: int = WIRE_VERSION, slots: int = 2, slot_bytes: int = SLOT) -> bytes:
+def hello(
+    *,
+    version: int = WIRE_VERSION,
+    slots: int = 2,
+    slot_bytes: int = SLOT,
+    group: str = "",
+    handle: bytes = b"",
+) -> bytes:
     frame = Frame()
+    frame.hello.group = group
+    if handle:
+        memory = frame.hello.device_memory
+        memory.device, memory.handle, memory.counter_handle = "no such GPU", handle, b"name"
     frame.hello.wire_version, frame.hello.router = version, "bad"
     frame.hello.slots, frame.hello.slot_bytes = slots, slot_bytes
     return frame.SerializeToString()
@@ -153,6 +165,8 @@ SHM_GREETINGS = {
     "too many slots": (hello(slots=1 << 31), memfd),
     "slots that are not aligned": (hello(slot_bytes=100), lambda: memfd(200)),
     "another version": (hello(version=WIRE_VERSION + 1), memfd),
+    "device memory that is no handle": (hello(handle=b"short"), None),
+    "device memory of another GPU": (hello(handle=b"h" * 64), None),
     "too long": (b"\0" * (1 << 16), memfd),
 }
 
@@ -241,6 +255,8 @@ GRPC_STREAMS = {
     "no Hello": ([call(1)], "before Hello"),
     "two Hellos": ([hello(), hello()], "after Hello"),
     "another version": ([hello(version=WIRE_VERSION + 1)], "wire_version"),
+    "a group of no backend": ([hello(group="mpi")], "group: no backend 'mpi'"),
+    "a group without CUDA": ([hello(group="nccl")], "group: n"),
     "a host's frame": ([hello(), b"\x12\x00"], "welcome"),
     "fewer bytes": ([hello(), call(1, payload_bytes=9, payload=b"12345678")], "payload_bytes"),
     "more bytes": ([hello(), call(1, payload_bytes=7, payload=b"12345678")], "payload_bytes"),
@@ -288,6 +304,17 @@ def test_grpc_streams(case: str) -> None:
         error = raw.error()
         assert isinstance(error, CallError)
         assert reason in str(error)
+        session.close()
+        raw.close()
+
+
+def test_group_that_nobody_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "MEET_TIMEOUT_S", 0.3)
+    with survivor("grpc") as listener:
+        raw = RawStream(listener.address)
+        raw.send(hello(group="gloo"))
+        session = accept(listener)
+        assert "gloo: " in str(hear_end(session))
         session.close()
         raw.close()
 

@@ -1,4 +1,4 @@
-"""What both transports promise, through their common interface."""
+"""What all transports promise, through their common interface."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
         some(
             name=NAMES,
             ray=some(address=st.sampled_from(["local", "auto", "head.example:6379", "[::1]:6379"])),
-            network=some(bind=TEXTS, transport=st.sampled_from(["auto", "shm", "grpc"])),
+            network=some(bind=TEXTS, transport=st.sampled_from(["auto", "shm", "grpc", "group"])),
             trunk=some(
                 **RESOURCES,
                 device=DEVICES,
@@ -214,7 +214,10 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"ray": {"address": "nowhere"}}, "ray.address: 'nowhere' is neither 'local', 'auto' nor host"),
     ({"ray": {"address": "head:99999"}}, "ray.address: 'head:99999' is neither"),
     ({"network": {"bind": ""}}, "network.bind: String should have at least 1 character"),
-    ({"network": {"transport": "tcp"}}, "network.transport: Input should be 'auto', 'shm' or 'gr"),
+    (
+        {"network": {"transport": "tcp"}},
+        "network.transport: Input should be 'auto', 'shm', 'grpc' or 'gr",
+    ),
     ({"trunk": {"engine": "sglang"}}, "trunk.engine: Input should be 'transformers'"),
     ({"trunk": {"cache_tokens": 1}}, "trunk.cache_tokens: Input should be greater than"),
     ({"trunk": {"threads": -1}}, "trunk.threads: Input should be greater than or equal to 1"),

@@ -1,15 +1,11 @@
-"""The two ends of one side of a stream, between its owner's thread and gRPC's threads.
+"""Frames from the other side of a stream, between a reading thread and its owner's thread.
 
-`Outbox` is the iterator that gRPC's writing thread runs through. `Inbox` puts arriving messages
-together in a reading thread, so that the owner wakes once, for whole frames.
+The reading thread puts arriving messages together, so that the owner wakes once, for whole frames.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
@@ -19,115 +15,16 @@ from torch import Tensor
 
 from ...proto.errors import CallError, HostLost, MoesaicError
 from ...proto.expert_pb2 import Call, Frame, Reply
-from ...proto.wire import CHUNK_BYTES, MAX_PAYLOAD_BYTES
+from ...proto.wire import MAX_PAYLOAD_BYTES
 from .base import Inbound
-from .grpc_codec import PARTS, decode, encode
+from .grpc_codec import PARTS, decode
 from .mailbox import Mailbox
+from .pair import Pair
 
 # A side that has taken nothing for so long, beyond the bounds of what may wait for it, is lost.
 STALL_S = 2.0
 # What a frame counts for beside its tensors, so that a flood of small ones is bounded too.
 _FRAME_BYTES = 16 << 10
-
-# What is left of a large frame: its kind, and frame and chunk of each message.
-_Turn = tuple[str, deque[tuple[Frame, memoryview]]]
-
-
-class Outbox:
-    """Frames to the other side; the chunks of several large ones take turns.
-
-    Sent by one thread, iterated by one other.
-    """
-
-    def __init__(self, moved: threading.Event) -> None:
-        """``moved`` is set whenever something has left."""
-        self._new: queue.SimpleQueue[bytes | _Turn | None] = queue.SimpleQueue()
-        self._turns: deque[bytes | _Turn] = deque()
-        self._finishing = False
-        self.thread: threading.Thread | None = None  # the one that iterates
-        self._moved = moved
-        self._moved_at = 0.0
-        # Each is written by one thread alone; the difference still waits.
-        self._queued_bytes = self._left_bytes = 0
-
-    @property
-    def unsent_bytes(self) -> int:
-        return self._queued_bytes - self._left_bytes
-
-    def stalled_s(self) -> float:
-        """Seconds for which the other side has taken nothing although something waits."""
-        return time.monotonic() - self._moved_at if self.unsent_bytes else 0.0
-
-    def send(self, frame: Frame) -> None:
-        """Send a frame without tensors."""
-        message = frame.SerializeToString()
-        self._put(message, len(message))
-
-    def send_tensors(self, kind: str, frame: Frame, payload: memoryview) -> None:
-        """Send a call, backward or reply.
-
-        A ``payload`` of more than CHUNK_BYTES must not change any more; others are copied.
-        """
-        if len(payload) <= CHUNK_BYTES:
-            message = encode(kind, frame, payload)
-            self._put(message, len(message))
-        else:
-            self._put((kind, deque(_chunks(kind, frame, payload))), len(payload))
-
-    def finish(self) -> None:
-        """The stream ends behind what was sent before. Callable from any thread."""
-        self._new.put(None)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        turn = self._next_turn()
-        if isinstance(turn, bytes):
-            message, size = turn, len(turn)
-        else:
-            kind, chunks = turn
-            frame, chunk = chunks.popleft()
-            if chunks:
-                self._turns.append(turn)
-            message, size = encode(kind, frame, chunk), len(chunk)
-        self._left_bytes += size
-        self._moved_at = time.monotonic()
-        if not self._moved.is_set():
-            self._moved.set()
-        return message
-
-    def _put(self, turn: bytes | _Turn, size: int) -> None:
-        if self._queued_bytes == self._left_bytes:
-            self._moved_at = time.monotonic()
-        self._queued_bytes += size
-        self._new.put(turn)
-
-    def _next_turn(self) -> bytes | _Turn:
-        turns = self._turns
-        while not self._finishing and (not turns or not self._new.empty()):
-            if self.thread is None:
-                self.thread = threading.current_thread()
-            turn = self._new.get()
-            if turn is None:
-                self._finishing = True
-            else:
-                turns.append(turn)
-        if not turns:
-            raise StopIteration
-        return turns.popleft()
-
-
-def _chunks(kind: str, frame: Frame, payload: memoryview) -> Iterator[tuple[Frame, memoryview]]:
-    first = PARTS[kind](frame)
-    first.more = True
-    yield frame, payload[:CHUNK_BYTES]
-    for start in range(CHUNK_BYTES, len(payload), CHUNK_BYTES):
-        rest = Frame()
-        part = PARTS[kind](rest)
-        part.seq = first.seq
-        part.more = start + CHUNK_BYTES < len(payload)
-        yield rest, payload[start : start + CHUNK_BYTES]
 
 
 @dataclass(slots=True)
@@ -167,6 +64,7 @@ class Inbox:
         self._mail: Mailbox[_Heard] = Mailbox()
         self._partial: dict[int, _Partial] = {}
         self._partial_bytes = 0
+        self._pair: Pair | None = None
         # Each is written by one thread alone; the difference waits for the owner.
         self._heard_bytes = self._taken_bytes = 0
 
@@ -214,6 +112,10 @@ class Inbox:
     def close(self) -> None:
         self._mail.close()
 
+    def carry(self, pair: Pair) -> None:
+        """From now on ``pair`` carries the tensors; the reading thread waits for them."""
+        self._pair = pair
+
     # ---- the reading thread ---------------------------------------------------------------------
 
     def read(self, messages: Iterator[bytes], full: Callable[[], bool]) -> None:
@@ -226,6 +128,8 @@ class Inbox:
                 self._hear(message)
             except CallError as error:
                 self.end(CallError(f"{self.peer}: {error}"))
+            except HostLost as lost:
+                self.end(lost)
             while full() and self.error is None:
                 self._moved.clear()
                 if full():
@@ -246,7 +150,9 @@ class Inbox:
                 self._deliver(kind, frame, None)
             return
         part = part_of(frame)
-        if part.more or part.seq in self._partial:
+        if self._pair is not None:
+            self._deliver(kind, frame, self._fetch(self._pair, kind, part, payload))
+        elif part.more or part.seq in self._partial:
             self._hear_chunk(kind, frame, part, payload)
         elif len(payload) != part.payload_bytes:
             raise CallError(
@@ -255,6 +161,16 @@ class Inbox:
             )
         else:
             self._deliver(kind, frame, bytearray(payload))
+
+    def _fetch(
+        self, pair: Pair, kind: str, part: Call | Reply, payload: bytes | memoryview
+    ) -> Tensor:
+        if len(payload) or part.more or part.payload_bytes > self._max_payload_bytes:
+            raise CallError(
+                f"payload_bytes: {part.payload_bytes} announced for {kind} {part.seq}, at most "
+                f"{self._max_payload_bytes} may come, and over the group alone"
+            )
+        return pair.receive(part.payload_bytes)
 
     def _hear_chunk(
         self, kind: str, frame: Frame, part: Call | Reply, payload: bytes | memoryview
@@ -291,7 +207,7 @@ class Inbox:
         partial = self._partial[part.seq] = _Partial(kind, frame, np.empty(size, dtype=np.uint8))
         return partial
 
-    def _deliver(self, kind: str, frame: Frame, payload: bytearray | np.ndarray | None) -> None:
+    def _deliver(self, kind: str, frame: Frame, payload: _Payload | None) -> None:
         if self._accept(kind, frame):
             self._heard_bytes += _FRAME_BYTES + (0 if payload is None else len(payload))
             self._mail.put((frame, payload, self._heard_bytes))
@@ -299,12 +215,13 @@ class Inbox:
 
 # Frame, payload, and all that was heard until then. The owner makes tensors of payloads: torch's
 # code is warm in its thread and cold in the reading one.
-_Heard = tuple[Frame, bytearray | np.ndarray | None, int]
+_Payload = bytearray | np.ndarray | Tensor
+_Heard = tuple[Frame, _Payload | None, int]
 
 
-def _tensor(payload: bytearray | np.ndarray | None) -> Tensor | None:
-    if payload is None:
-        return None
+def _tensor(payload: _Payload | None) -> Tensor | None:
+    if payload is None or isinstance(payload, Tensor):
+        return payload
     if not len(payload):
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(payload, dtype=torch.uint8)

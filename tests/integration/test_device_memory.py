@@ -1,0 +1,114 @@
+"""Slots in device memory, and what becomes of them where there is no GPU.
+
+Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.actors import links
+from moesaic.actors.job import LayerJob
+from moesaic.actors.router import Router
+from moesaic.cluster.events import Send
+from moesaic.cluster.placement import (
+    ExpertKey,
+    HostEntry,
+    LayerPlacement,
+    Number,
+    Placement,
+    Replica,
+)
+from tests.helpers.serving import (
+    KEY,
+    LAYER,
+    PATIENT,
+    assert_right,
+    inputs,
+    save_model,
+    serving,
+)
+from tests.helpers.transports import DEADLINE_S, process, settles
+
+KEY_0 = ExpertKey("m", LAYER, 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def router_on_cuda() -> Router:
+    return Router(name="test", node="here", policy=PATIENT, device=torch.device("cuda"))
+
+
+def test_device_memory_that_cannot_be_had_falls_back_to_the_hosts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As between processes of GPUs where CUDA declines: here there is none."""
+    if torch.cuda.is_available():
+        pytest.skip("CUDA would not decline")
+    monkeypatch.setattr(links, "device_name", lambda _: "GPU-1")
+    with serving(folder) as pool, closing(router_on_cuda()) as router:
+        hosts = {n: replace(e, device="GPU-1") for n, e in pool.placement.hosts.items()}
+        router.place(Placement(Number(1, 2), hosts, pool.placement.layers))
+        router.wait_ready(DEADLINE_S)
+        assert router.stats().transports == dict.fromkeys(hosts, "shm")
+        x, ids, weights = inputs(40)
+        assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
+
+
+def test_a_call_is_written_on_a_device_as_on_the_cpu() -> None:
+    x, ids, weights = inputs(9, 3)
+    job = LayerJob(KEY, None, x, ids, weights)
+    for rows in (range(9), [1, 4, 8]):
+        token_t = np.array(rows)
+        choice_tk = token_t[:, None] * 3 + np.array([0, 2])
+        choice_tk[0, 1] = -1
+        sent = Send("h", 1, 5, 1.0, 0, token_t, choice_tk, ids_of(ids, choice_tk))
+        frame, layout = job.frame(sent)
+        on_cpu, on_device = (torch.zeros(layout.call_bytes, dtype=torch.uint8) for _ in range(2))
+        job.write(sent, frame, layout, on_cpu)
+        job.write_on_device(sent, layout, on_device)
+        assert torch.equal(on_cpu, on_device)
+
+
+def ids_of(ids_TK: Tensor, choice_tk: np.ndarray) -> np.ndarray:
+    flat = ids_TK.reshape(-1).numpy()
+    return np.where(choice_tk >= 0, flat[choice_tk], -1).astype(np.int32)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("exact", [False, True])
+def test_device_memory_between_processes(folder: Path, exact: bool) -> None:
+    """CUDA IPC has no way between two owners in one process: the host is another."""
+    with (
+        serving(folder, hosts=1, exact=exact) as pool,
+        process("serve", str(folder), "other", "cuda") as (child, line),
+        closing(router_on_cuda()) as router,
+    ):
+        entry = HostEntry(**json.loads(line))
+        there = (Replica(entry.host, 1.0),)
+        layers = {
+            key: LayerPlacement((there,) * len(layer.replicas))
+            for key, layer in pool.placement.layers.items()
+        }
+        hosts = {entry.host: entry}
+        router.place(Placement(Number(1, 2), hosts, layers, pool.placement.exact))
+        router.wait_ready(DEADLINE_S)
+        assert router.stats().transports == {entry.host: "cuda"}
+        for tokens in (1, 7, 300):
+            x, ids, weights = inputs(tokens, seed=tokens)
+            given = router.forward(KEY, x.cuda(), ids.cuda(), weights.cuda())
+            expected = pool.answer(x, ids, weights)
+            torch.testing.assert_close(given.cpu(), expected, atol=1e-3, rtol=1e-3)
+        child.kill()
+        assert settles(lambda: not router.has([KEY_0]))
