@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 Loop = BatchingLoop | CohortLoop
 
 # Of configurations whose keys and values may have other sizes than transformers' paged cache takes
-# them to have: it accepts the model, and its first step fails (multi-head latent attention).
-_SUSPECT = ("kv_lora_rank", "v_head_dim")
+# them to have: it accepts the model, and its first step fails (multi-head latent attention, mixture
+# of attention).
+_SUSPECT = ("kv_lora_rank", "v_head_dim", "kv_channels")
 
 
 class TransformersEngine:

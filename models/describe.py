@@ -13,7 +13,10 @@ from .trunk import expert_bytes, experts_layers, meta_model, read_config
 # What a host takes besides its experts: Python, torch, transformers.
 HOST_BYTES = 400_000_000
 # Names that configurations have for the experts of one token.
-_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
+_TOP_K = (
+    *("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token"),
+    "moe_top_k",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +50,9 @@ def describe(folder: Path, dtype: torch.dtype) -> Described:
     experts = sum(layer.num_experts * sizes[layer.layer] for layer in found)
     whole = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     text = config.get_text_config()
-    named = (getattr(text, name, None) for name in _TOP_K)
+    # Switch Transformers' adapter says 1 itself; DBRX has a configuration of its own for the FFN.
+    sayers = (found[0].module, text, getattr(text, "ffn_config", None))
+    named = (getattr(sayer, name, None) for sayer in sayers for name in _TOP_K)
     return Described(
         architecture=config.model_type,
         dtype=str(dtype).removeprefix("torch."),

@@ -2,9 +2,8 @@
 
 A trunk is the unmodified transformers class. Its experts modules are dispatched through
 transformers' experts interface (`experts_implementation="moesaic"`), hold no weights, and carry a
-`pool` attribute: the callable that computes their layer in the pool.
-
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+`pool` attribute: the callable that computes their layer in the pool. Architectures that do not use
+the interface are brought to it by adapters (`adapters.py`).
 """
 
 from __future__ import annotations
@@ -18,48 +17,28 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from ..kernels.ffn import ExpertForm
 from ..proto.errors import CheckpointError, UnsupportedModel
+from .adapters import adapt
 from .files import weight_files
+from .in_pool import IMPLEMENTATION, PoolFunction
 
-IMPLEMENTATION = "moesaic"
 # What transformers raises for values that make no model.
 _CANNOT_BUILD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-# (x_TH, ids_TK, weights_TK) -> y_TH
-PoolFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class _InPool(torch.autograd.Function):
-    """The pool's answer as a node of the graph, so that a backward pass cannot miss it silently."""
-
-    @staticmethod
-    def forward(ctx: Any, pool: PoolFunction, x_TH: Tensor, ids_TK: Tensor, w_TK: Tensor) -> Tensor:
-        return pool(x_TH, ids_TK, w_TK)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise UnsupportedModel(
-            "backward through experts in the pool: training is not supported in this version; "
-            "call the model under torch.no_grad()"
-        )
-
-
-def _experts_forward(module: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    pool = getattr(module, "pool", None)
-    if pool is None:
-        raise UnsupportedModel(
-            f"{type(module).__name__}: experts_implementation is {IMPLEMENTATION!r}, but the model "
-            "is attached to no pool; use Cluster.attach or Cluster.from_pretrained"
-        )
-    return _InPool.apply(pool, x_TH, ids_TK, weights_TK)  # pyright: ignore[reportReturnType]
-
-
-ExpertsInterface.register(IMPLEMENTATION, _experts_forward)
+# Types of models that transformers computes wrongly, and how.
+BROKEN = {
+    "nllb-moe": "transformers reads the gate's one-hot mask as expert numbers, so only experts 0 "
+    "and 1 are ever asked and its texts are wrong, in a pool or out of one; use a dense NLLB",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +70,8 @@ class ExpertsLayer:
 
 
 def is_experts_module(module: nn.Module) -> bool:
-    """True for every class under transformers' `use_experts_implementation`."""
+    """True for every class under transformers' `use_experts_implementation`, and every adapter's
+    experts."""
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
 
 
@@ -119,8 +99,9 @@ def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
     if not found:
         raise UnsupportedModel(
             f"{type(model).__name__}: no experts module of this architecture dispatches through "
-            "transformers' experts interface, so its experts cannot be served from a pool; "
-            "models of the Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss ... families can"
+            "transformers' experts interface, and it has no adapter, so its experts cannot be "
+            "served from a pool; models of the Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss ... "
+            "families can"
         )
     numbers = _layer_numbers([name for name, _ in found])
     return [
@@ -157,15 +138,20 @@ def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of ``config`` on the meta device: shapes and forms, no memory."""
-    _causal_class(config)
+    """The model of ``config`` on the meta device: shapes and forms, no memory.
+
+    Raises CheckpointError and UnsupportedModel.
+    """
+    auto, _ = _generating_class(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto.from_config(config, trust_remote_code=False)
+            adapt(model)
     except _CANNOT_BUILD as error:
         raise CheckpointError(
             f"config.json: no model of type {config.model_type!r} can be built of it: {error}"
         ) from error
+    return model
 
 
 def strip_experts(model: nn.Module) -> None:
@@ -179,20 +165,27 @@ def strip_experts(model: nn.Module) -> None:
                 submodule._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
 
 
-def _causal_class(config: PretrainedConfig) -> Any:
+def _generating_class(config: PretrainedConfig) -> tuple[Any, type[PreTrainedModel]]:
+    """transformers' automatic class for models that give a text, and the one of ``config``."""
+    if config.model_type in BROKEN:
+        raise UnsupportedModel(f"model_type: {config.model_type!r}: {BROKEN[config.model_type]}")
+    encodes = getattr(config, "is_encoder_decoder", False)
+    auto: Any = AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
+        return auto, auto._model_mapping[type(config)]
     except KeyError:
         raise UnsupportedModel(
-            f"model_type: {config.model_type!r} is no causal language model of transformers"
+            f"model_type: {config.model_type!r} is no causal language model of transformers, and "
+            "no encoder with a decoder"
         ) from None
 
 
 def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    base = _causal_class(config)
+    _, base = _generating_class(config)
 
     def init(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
+        adapt(self)
         strip_experts(self)
 
     # The module's name keeps transformers' heuristics on a class's source file working; unexpected
@@ -203,7 +196,10 @@ def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         {
             "__init__": init,
             "__module__": base.__module__,
-            "_keys_to_ignore_on_load_unexpected": [r"experts\.", r"(input|output)_linear\."],
+            "_keys_to_ignore_on_load_unexpected": [
+                *(base._keys_to_ignore_on_load_unexpected or ()),
+                *(r"experts\.", r"(input|output)_linear\."),
+            ],
         },
     )
 
@@ -215,12 +211,13 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
     UnsupportedModel.
     """
     config = read_config(path)
-    experts_layers(meta_model(config))
+    built = meta_model(config)
+    experts_layers(built)
     weight_files(path)  # transformers would follow any file name, and read pickles
     try:
         loaded: Any = _trunk_class(config).from_pretrained(
             path,
-            config=config,
+            config=built.config,  # of a model of text and images the text's
             dtype=dtype,
             experts_implementation=IMPLEMENTATION,
             output_loading_info=True,
