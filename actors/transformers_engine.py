@@ -35,6 +35,8 @@ Loop = BatchingLoop | CohortLoop
 # them to have: it accepts the model, and its first step fails (multi-head latent attention, mixture
 # of attention).
 _SUSPECT = ("kv_lora_rank", "v_head_dim", "kv_channels")
+# Of configurations whose attention transformers' paged one would compute as another, in silence.
+_NOT_PAGED = ("attn_logit_softcapping",)
 
 
 class TransformersEngine:
@@ -85,12 +87,14 @@ class TransformersEngine:
     def _make_loop(self, eos: Sequence[int]) -> tuple[Loop, int]:
         """Continuous batching where transformers can; and the tokens that one request can have."""
         model, attention = self._model, self._model.config._attn_implementation
-        if not model.config.is_encoder_decoder:
+        text_config = model.config.get_text_config()
+        paged = not any(getattr(text_config, name, None) for name in _NOT_PAGED)
+        if paged and not model.config.is_encoder_decoder:
             try:
                 continuous = BatchingLoop(model, self._config, eos, Streams(eos))
                 total = continuous.allocate()
                 continuous.start()
-                if any(hasattr(model.config.get_text_config(), name) for name in _SUSPECT):
+                if any(hasattr(text_config, name) for name in _SUSPECT):
                     self._probe(continuous)
                 return continuous, total
             except UnsupportedModel as error:

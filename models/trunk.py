@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from .in_pool import IMPLEMENTATION, PoolFunction
 
 # What transformers raises for values that make no model.
 _CANNOT_BUILD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# Types of models that transformers lacks -> our module that makes it know them.
+OWN = {"grok-1": "grok1"}
 # Types of models that transformers computes wrongly, and how.
 BROKEN = {
     "nllb-moe": "transformers reads the gate's one-hot mask as expert numbers, so only experts 0 "
@@ -115,6 +118,8 @@ def read_config(path: Path) -> PretrainedConfig:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; give the folder of a Hugging Face model")
     try:
+        values, _ = PretrainedConfig.get_config_dict(path)
+        _know(values.get("model_type") if isinstance(values, dict) else None)
         # Code of the model's own is never run, and nobody is asked whether it may.
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
@@ -128,12 +133,18 @@ def read_config(path: Path) -> PretrainedConfig:
     return config
 
 
+def _know(model_type: Any) -> None:
+    if isinstance(model_type, str) and model_type in OWN:
+        import_module(f".{OWN[model_type]}", __package__)
+
+
 def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
     """The configuration that ``PretrainedConfig.to_dict`` described."""
     rest = dict(values)
     model_type = rest.pop("model_type", None)
     if not model_type:
         raise UnsupportedModel("model_type: missing from the model's configuration")
+    _know(model_type)
     return AutoConfig.for_model(model_type, **rest)
 
 

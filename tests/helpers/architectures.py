@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     PretrainedConfig,
 )
+
+from moesaic.models.trunk import config_from_dict
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -243,9 +244,16 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "jetmoe": _L8 | {"kv_channels": 8, "num_attention_heads": 4},
 }
 
+# The same for those that transformers lacks (models/grok1.py).
+OWN: dict[str, dict[str, Any]] = {
+    # A cap that is reached.
+    "grok-1": _E8 | {"max_attn_value": 0.5, "embedding_multiplier_scale": 5.0},
+}
+
 
 def tiny_config(name: str, **overrides: Any) -> PretrainedConfig:
-    return AutoConfig.for_model(name, **(_COMMON | (ARCHITECTURES | ADAPTED)[name] | overrides))
+    own = (ARCHITECTURES | ADAPTED | OWN)[name]
+    return config_from_dict({"model_type": name} | _COMMON | own | overrides)
 
 
 def tiny_model(

@@ -1,5 +1,5 @@
-"""Architectures with an adapter, from a saved checkpoint through a pool: logits and texts are those
-of plain transformers, alone and 16 at a time.
+"""Architectures with an adapter, and those of our own, from a saved checkpoint through a pool:
+logits and texts are those of the plain model, alone and 16 at a time.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 """
@@ -15,12 +15,16 @@ from torch import Tensor
 
 from moesaic.actors.engine import Sampling
 from moesaic.models.adapters import PoolExperts
-from tests.helpers.architectures import ADAPTED, tiny_model
+from moesaic.models.in_pool import PoolFunction
+from moesaic.models.trunk import connect_experts
+from tests.helpers.architectures import ADAPTED, OWN, tiny_model
 from tests.helpers.engines import running
 from tests.helpers.pools import Pool, pool
 from tests.helpers.serving import assert_right
 from tests.integration.test_cohorts import PROMPTS, TOKENS, by_generate, texts, unending
 from tests.integration.test_parity import PROMPT
+
+NAMES = sorted(ADAPTED | OWN)
 
 
 def saved(folder: Path, name: str, **overrides: Any) -> Any:
@@ -43,16 +47,17 @@ def logits(model: Any, ids: Tensor = PROMPT) -> Tensor:
 def recorded(served: Pool) -> list[Tensor]:
     """The ids (T, K) of every call to the pool from now on."""
     asked: list[Tensor] = []
-    module: Any
-    for module in served.trunk.modules():
-        if isinstance(module, PoolExperts):
-            pool = module.pool
 
-            def noting(x_TH: Tensor, ids_TK: Tensor, w_TK: Tensor, pool: Any = pool) -> Tensor:
-                asked.append(ids_TK)
-                return pool(x_TH, ids_TK, w_TK)
+    def noting(layer: int) -> PoolFunction:
+        compute = served.router.experts("m", layer)
 
-            module.pool = noting
+        def note(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+            asked.append(ids_TK)
+            return compute(x_TH, ids_TK, weights_TK)
+
+        return note
+
+    connect_experts(served.trunk, served.layers, noting)
     return asked
 
 
@@ -63,11 +68,12 @@ def swap_experts(served: Pool) -> None:
             experts[first], experts[first + 1] = experts[first + 1], experts[first]
 
 
-@pytest.mark.parametrize("name", sorted(ADAPTED))
-async def test_every_adapted_architecture(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+async def test_every_architecture(name: str, tmp_path: Path) -> None:
     model = saved(tmp_path, name)
     with torch.no_grad(), pool(tmp_path, hosts=1) as served:
-        assert any(isinstance(module, PoolExperts) for module in served.trunk.modules())
+        adapted = any(isinstance(module, PoolExperts) for module in served.trunk.modules())
+        assert adapted == (name in ADAPTED)
         expected = logits(model)
         assert_right(logits(served.trunk), expected)
         assert served.router.stats().calls == len(served.layers)
@@ -80,7 +86,7 @@ async def test_every_adapted_architecture(name: str, tmp_path: Path) -> None:
         assert float((logits(served.trunk) - expected).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("name", sorted(ADAPTED))
+@pytest.mark.parametrize("name", NAMES)
 def test_in_bfloat16(name: str, tmp_path: Path) -> None:
     model = saved(tmp_path, name, dtype=torch.bfloat16)
     with torch.no_grad(), pool(tmp_path, dtype=torch.bfloat16, transport="grpc") as served:
