@@ -35,8 +35,9 @@ Loop = BatchingLoop | CohortLoop
 # them to have: it accepts the model, and its first step fails (multi-head latent attention, mixture
 # of attention).
 _SUSPECT = ("kv_lora_rank", "v_head_dim", "kv_channels")
-# Of configurations whose attention transformers' paged one would compute as another, in silence.
-_NOT_PAGED = ("attn_logit_softcapping",)
+# Of configurations that transformers' packed batches would compute as others, in silence: a cap on
+# attention logits, experts with so much room for each sequence.
+_NOT_PACKED = ("attn_logit_softcapping", "router_capacity_factor_eval")
 
 
 class TransformersEngine:
@@ -88,8 +89,8 @@ class TransformersEngine:
         """Continuous batching where transformers can; and the tokens that one request can have."""
         model, attention = self._model, self._model.config._attn_implementation
         text_config = model.config.get_text_config()
-        paged = not any(getattr(text_config, name, None) for name in _NOT_PAGED)
-        if paged and not model.config.is_encoder_decoder:
+        packs = not any(getattr(text_config, name, None) for name in _NOT_PACKED)
+        if packs and not model.config.is_encoder_decoder:
             try:
                 continuous = BatchingLoop(model, self._config, eos, Streams(eos))
                 total = continuous.allocate()

@@ -170,7 +170,7 @@ class Checkpoint:
         else:
             try:
                 tensor = self._convert(source.converter, collected, target)
-            except (RuntimeError, ValueError, IndexError) as error:
+            except (RuntimeError, ValueError, LookupError) as error:
                 raise CheckpointError(
                     f"{self.path}: expert {expert} of {target}: the tensors on disk do not make "
                     f"it: {shapes}: {error}"

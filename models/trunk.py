@@ -36,7 +36,9 @@ from .in_pool import IMPLEMENTATION, PoolFunction
 # What transformers raises for values that make no model.
 _CANNOT_BUILD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Types of models that transformers lacks -> our module that makes it know them.
-OWN = {"grok-1": "grok1"}
+OWN = {"grok-1": "grok1", "openmoe": "openmoe"}
+# What such models call themselves in ``architectures``, where their model_type is another's.
+_OWN_BY_ARCHITECTURE = {"OpenMoeForCausalLM": "openmoe"}
 # Types of models that transformers computes wrongly, and how.
 BROKEN = {
     "nllb-moe": "transformers reads the gate's one-hot mask as expert numbers, so only experts 0 "
@@ -118,10 +120,10 @@ def read_config(path: Path) -> PretrainedConfig:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; give the folder of a Hugging Face model")
     try:
-        values, _ = PretrainedConfig.get_config_dict(path)
-        _know(values.get("model_type") if isinstance(values, dict) else None)
-        # Code of the model's own is never run, and nobody is asked whether it may.
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = _own_config(path)
+        if config is None:
+            # Code of the model's own is never run, and nobody is asked whether it may.
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(f"{path}/config.json: {text}") from error
@@ -133,9 +135,14 @@ def read_config(path: Path) -> PretrainedConfig:
     return config
 
 
-def _know(model_type: Any) -> None:
-    if isinstance(model_type, str) and model_type in OWN:
-        import_module(f".{OWN[model_type]}", __package__)
+def _own_config(path: Path) -> PretrainedConfig | None:
+    """The configuration of a model that transformers lacks; None for any other."""
+    values, _ = PretrainedConfig.get_config_dict(path)
+    if not isinstance(values, dict):
+        return None
+    architectures = values.get("architectures") or [None]
+    own = _OWN_BY_ARCHITECTURE.get(str(architectures[0]), str(values.get("model_type")))
+    return config_from_dict(values | {"model_type": own}) if own in OWN else None
 
 
 def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
@@ -144,7 +151,8 @@ def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
     model_type = rest.pop("model_type", None)
     if not model_type:
         raise UnsupportedModel("model_type: missing from the model's configuration")
-    _know(model_type)
+    if model_type in OWN:
+        import_module(f".{OWN[model_type]}", __package__)
     return AutoConfig.for_model(model_type, **rest)
 
 

@@ -244,10 +244,13 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "jetmoe": _L8 | {"kv_channels": 8, "num_attention_heads": 4},
 }
 
-# The same for those that transformers lacks (models/grok1.py).
+# The same for those that transformers lacks (models/grok1.py, models/openmoe.py).
 OWN: dict[str, dict[str, Any]] = {
     # A cap that is reached.
     "grok-1": _E8 | {"max_attn_value": 0.5, "embedding_multiplier_scale": 5.0},
+    # The first layer is dense; experts have room for a quarter of a text's tokens.
+    "openmoe": _E8
+    | {"moe_layer_interval": 2, "router_capacity_factor_eval": 1.0, "router_min_capacity": 1},
 }
 
 

@@ -23,8 +23,8 @@ from tests.unit.test_checkpoint import Damage, checkpoint, config, edit, read_al
 IDS = torch.randint(3, 90, (11,), generator=torch.Generator().manual_seed(1))
 
 
-def rms(x_SH: Tensor, scale_H: Tensor) -> Tensor:
-    return x_SH * torch.rsqrt(x_SH.square().mean(-1, keepdim=True) + 1e-5) * scale_H
+def rms(x_SH: Tensor, scale_H: Tensor, eps: float = 1e-5) -> Tensor:
+    return x_SH * torch.rsqrt(x_SH.square().mean(-1, keepdim=True) + eps) * scale_H
 
 
 def rotated(x_SND: Tensor) -> Tensor:
