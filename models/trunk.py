@@ -273,6 +273,12 @@ def disconnect_experts(model: nn.Module) -> None:
             del module.pool
 
 
+def passes(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose forward is a pass over a batch of its own: the model, and its encoder,
+    which generation runs before it."""
+    return [model, model.get_encoder()] if model.config.is_encoder_decoder else [model]
+
+
 def expert_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of an experts module that have one slice for each expert."""
     for name in (layer.up_name, "down_proj", f"{layer.up_name}_bias", "down_proj_bias"):

@@ -20,7 +20,9 @@ from moesaic.models.trunk import connect_experts
 from tests.helpers.architectures import ADAPTED, OWN, tiny_model
 from tests.helpers.engines import running
 from tests.helpers.pools import Pool, pool
+from tests.helpers.served_pool import served_pool
 from tests.helpers.serving import assert_right
+from tests.helpers.tiny import tiny_tokenizer
 from tests.integration.test_cohorts import PROMPTS, TOKENS, by_generate, texts, unending
 from tests.integration.test_parity import PROMPT
 
@@ -113,3 +115,21 @@ def test_llama4_with_several_choices(tmp_path: Path) -> None:
         asked = recorded(served)
         assert_right(logits(served.trunk), logits(model))
         assert [tuple(ids_TK.shape) for ids_TK in asked] == [(PROMPT.numel(), 1)] * 3
+
+
+def test_an_encoder_begins_a_pass_of_its_own(tmp_path: Path) -> None:
+    """Rows that were lost in a decoder's step are none of the next encoder's."""
+    model = saved(tmp_path, "switch_transformers")
+    with torch.no_grad(), pool(tmp_path) as served:
+        served.router.batch.dead.add(0)
+        found = served.trunk.get_encoder()(input_ids=PROMPT).last_hidden_state
+        assert_right(found, model.get_encoder()(input_ids=PROMPT).last_hidden_state)
+
+
+def test_an_encoder_and_a_decoder_behind_the_endpoint(tmp_path: Path) -> None:
+    model = saved(tmp_path, "switch_transformers", vocab_size=320)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    with served_pool(tmp_path) as served:
+        expected = tokenizer.decode(by_generate(model, PROMPTS[3]), skip_special_tokens=True)
+        assert served.text(PROMPTS[3], TOKENS) == expected
