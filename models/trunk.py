@@ -29,7 +29,7 @@ from transformers import (
 
 from ..kernels.ffn import ExpertForm
 from ..proto.errors import CheckpointError, UnsupportedModel
-from .adapters import adapt
+from .adapters import PoolExperts, adapt
 from .files import weight_files
 from .in_pool import IMPLEMENTATION, PoolFunction
 
@@ -171,6 +171,12 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             f"config.json: no model of type {config.model_type!r} can be built of it: {error}"
         ) from error
     return model
+
+
+def is_unmodified(model: PreTrainedModel) -> bool:
+    """Whether transformers alone made it: no class of ours, and no adapter in it."""
+    ours = any(isinstance(module, PoolExperts) for module in model.modules())
+    return not ours and type(model).__module__.startswith("transformers.")
 
 
 def strip_experts(model: nn.Module) -> None:

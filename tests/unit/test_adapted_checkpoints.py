@@ -14,8 +14,18 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, NllbMoeConfig
 
 from moesaic.actors.attach import attach_model
+from moesaic.actors.store import ModelRef
+from moesaic.actors.trunk import TrunkConfig
+from moesaic.actors.vllm_engine import VllmEngine
 from moesaic.models.describe import describe
-from moesaic.models.trunk import BROKEN, experts_layers, is_experts_module, meta_model, read_config
+from moesaic.models.trunk import (
+    BROKEN,
+    experts_layers,
+    is_experts_module,
+    is_unmodified,
+    meta_model,
+    read_config,
+)
 from moesaic.proto.errors import CheckpointError, MoesaicError, UnsupportedModel
 from tests.helpers.architectures import ADAPTED, tiny_model
 from tests.unit.test_checkpoint import (
@@ -216,12 +226,23 @@ def test_a_model_in_memory_is_told_to_come_from_a_folder() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["llama4_text", "grok-1"])
+def test_vllm_is_not_asked_for_them(name: str, tmp_path: Path) -> None:
+    """Its layers may call their experts in other ways; nobody has compared them."""
+    saved(tmp_path, name)
+    ref = ModelRef(name="m", dtype="float32", path=str(tmp_path))
+    engine = VllmEngine(TrunkConfig(namespace="", name="t", model=ref))
+    with pytest.raises(UnsupportedModel, match=f"engine: vllm has no {name}; use transformers"):
+        engine.start()
+
+
 def test_a_model_that_is_left_alone() -> None:
     """Those that dispatch through the interface have no adapter."""
     plain = meta_model(tiny_model("mixtral").config)
     experts = [module for module in plain.modules() if is_experts_module(module)]
     assert {type(module).__module__.partition(".")[0] for module in experts} == {"transformers"}
     assert len(experts_layers(plain)) == 2
+    assert is_unmodified(plain)
 
 
 def test_the_text_of_a_llama_4_of_text_and_images(tmp_path: Path) -> None:
