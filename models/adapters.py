@@ -182,7 +182,7 @@ class Llama4Moe(nn.Module):
         return y_TH, logits_TE
 
 
-class JetMoe(nn.Module):
+class JetMoeMoe(nn.Module):
     """JetMoE (arXiv 2404.07413): the feed-forward experts. Its attention is a mixture as well;
     that stays in the trunk, where keys and values are."""
 
@@ -221,7 +221,7 @@ ADAPTERS: dict[str, Callable[[Any], nn.Module]] = {
     "DbrxExperts": DbrxExperts,
     "LongcatFlashExperts": LongcatFlashExperts,
     "Llama4TextMoe": Llama4Moe,
-    "JetMoeMoE": JetMoe,
+    "JetMoeMoE": JetMoeMoe,
 }
 
 

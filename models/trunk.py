@@ -35,6 +35,8 @@ from .in_pool import IMPLEMENTATION, PoolFunction
 
 # What transformers raises for values that make no model.
 _CANNOT_BUILD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# What it raises for values that make no configuration.
+_CANNOT_READ = (ArithmeticError, KeyError, OSError, TypeError, ValueError)
 # Types of models that transformers lacks -> our module that makes it know them.
 OWN = {"grok-1": "grok1", "openmoe": "openmoe"}
 # What such models call themselves in ``architectures``, where their model_type is another's.
@@ -124,7 +126,7 @@ def read_config(path: Path) -> PretrainedConfig:
         if config is None:
             # Code of the model's own is never run, and nobody is asked whether it may.
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+    except (*_CANNOT_READ, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(f"{path}/config.json: {text}") from error
     if getattr(config, "quantization_config", None):

@@ -245,6 +245,13 @@ def test_a_model_that_is_left_alone() -> None:
     assert is_unmodified(plain)
 
 
+def test_zero_compute_experts_have_no_tensors_as_published(tmp_path: Path) -> None:
+    saved(tmp_path, "longcat_flash")
+    remove(r"mlp\.experts\.(8|9|10|11)\.")(tmp_path)
+    read_all(tmp_path)
+    trunk_of(tmp_path)
+
+
 def test_the_text_of_a_llama_4_of_text_and_images(tmp_path: Path) -> None:
     """As its checkpoints are published; those of the text alone have other names."""
     from transformers import Llama4Config, Llama4ForConditionalGeneration

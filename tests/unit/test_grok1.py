@@ -153,9 +153,10 @@ def test_described(tmp_path: Path) -> None:
         (remove(r"1\.post_moe_norm"), r"lacks model\.layers\.1\.post_moe_norm\.weight"),
         (remove(r"1\.moe_block\.gate"), r"lacks model\.layers\.1\.moe_block\.gate\.weight"),
         (config(num_experts=-8), "model of type 'grok-1'"),
+        (config(num_attention_heads=0, head_dim=None), "config.json: .*zero"),
         (config(hidden_act="nosuchact"), "nosuchact"),
     ],
-    ids=["half", "rows", "norm", "gate", "negative", "activation"],
+    ids=["half", "rows", "norm", "gate", "negative", "heads", "activation"],
 )
 def test_damage(damage: Damage, words: str, tmp_path: Path) -> None:
     saved(tmp_path)
