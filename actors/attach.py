@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..cluster.placement import ExpertKey, ModelShape
+from ..models.adapters import needs_adapter
+from ..models.in_pool import IMPLEMENTATION
 from ..models.trunk import (
-    IMPLEMENTATION,
     ExpertsLayer,
     expert_bytes,
     expert_parameters,
@@ -40,6 +41,11 @@ def attach_model(
     Until everything is in the pool the model is left as it was. Raises UnsupportedModel and
     ClusterError.
     """
+    if needs_adapter(model):
+        raise UnsupportedModel(
+            f"{type(model).__name__}: experts of this architecture are served from its checkpoint "
+            "only; save it with save_pretrained and use Cluster.from_pretrained"
+        )
     layers = experts_layers(model)
     dtypes = {p.dtype for layer in layers for _, p in expert_parameters(layer)}
     dtype = next(iter(dtypes))

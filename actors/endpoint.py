@@ -18,7 +18,7 @@ from ray.serve.config import AutoscalingConfig
 from ..cluster.spec import ModelSpec, Spec
 from ..models.describe import experts_per_token
 from ..models.quantised import quantisation_of
-from ..models.trunk import read_config
+from ..models.trunk import experts_layers, meta_model, read_config
 from ..proto.errors import ClusterError, UnsupportedModel
 from .engine import EngineConfig, ExpertBounds
 from .ray_border import CONTROLLER, actor_options, namespace_of
@@ -122,7 +122,8 @@ def _engine_config(spec: Spec) -> EngineConfig:
 
 def expert_bounds(model: ModelSpec, folder: Path) -> ExpertBounds:
     """Raises ClusterError for numbers that the model in ``folder`` does not have."""
-    most = experts_per_token(read_config(folder))
+    config = read_config(folder)
+    most = experts_per_token(config, experts_layers(meta_model(config))[0])
     for name in ("experts_per_token", "min_experts_per_token"):
         value = getattr(model, name)
         if value is not None and most is not None and value > most:

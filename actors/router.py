@@ -34,7 +34,7 @@ from ..cluster.health import HostState, RouterPolicy
 from ..cluster.load import LoadReport
 from ..cluster.placement import ExpertKey, LayerKey, Number, Placement
 from ..cluster.transports import TransportChoice
-from ..models.trunk import PoolFunction
+from ..models.in_pool import PoolFunction
 from ..proto.errors import CallError, ClusterError, ExpertUnavailable, from_wire
 from ..proto.expert_pb2 import Frame
 from ..proto.wire import DTYPE_TO_WIRE

@@ -32,8 +32,12 @@ logger = logging.getLogger(__name__)
 Loop = BatchingLoop | CohortLoop
 
 # Of configurations whose keys and values may have other sizes than transformers' paged cache takes
-# them to have: it accepts the model, and its first step fails (multi-head latent attention).
-_SUSPECT = ("kv_lora_rank", "v_head_dim")
+# them to have: it accepts the model, and its first step fails (multi-head latent attention, mixture
+# of attention).
+_SUSPECT = ("kv_lora_rank", "v_head_dim", "kv_channels")
+# Of configurations that transformers' packed batches would compute as others, in silence: a cap on
+# attention logits, experts with so much room for each sequence.
+_NOT_PACKED = ("attn_logit_softcapping", "router_capacity_factor_eval")
 
 
 class TransformersEngine:
@@ -84,12 +88,14 @@ class TransformersEngine:
     def _make_loop(self, eos: Sequence[int]) -> tuple[Loop, int]:
         """Continuous batching where transformers can; and the tokens that one request can have."""
         model, attention = self._model, self._model.config._attn_implementation
-        if not model.config.is_encoder_decoder:
+        text_config = model.config.get_text_config()
+        packs = not any(getattr(text_config, name, None) for name in _NOT_PACKED)
+        if packs and not model.config.is_encoder_decoder:
             try:
                 continuous = BatchingLoop(model, self._config, eos, Streams(eos))
                 total = continuous.allocate()
                 continuous.start()
-                if any(hasattr(model.config.get_text_config(), name) for name in _SUSPECT):
+                if any(hasattr(text_config, name) for name in _SUSPECT):
                     self._probe(continuous)
                 return continuous, total
             except UnsupportedModel as error:

@@ -30,6 +30,7 @@ from ..models.trunk import (
     experts_layers,
     load_trunk,
     meta_model,
+    passes,
     read_config,
 )
 from ..proto.errors import ClusterError
@@ -137,7 +138,8 @@ class PoolTrunk:
         self._link = PoolLink(config, [layer.layer for layer in layers], model.device)
         self.router = self._link.router
         connect_experts(model, layers, lambda layer: self.router.experts(config.model.name, layer))
-        self._hook = model.register_forward_pre_hook(lambda *_: self.router.begin_step())
+        for module in passes(model):
+            module.register_forward_pre_hook(lambda *_: self.router.begin_step())
 
     def close(self) -> None:
         disconnect_experts(self.model)

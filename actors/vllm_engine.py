@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from ..models.trunk import experts_layers, meta_model, read_config
-from ..proto.errors import Busy, ClusterError, EngineError, InternalError
+from ..models.trunk import experts_layers, is_unmodified, meta_model, read_config
+from ..proto.errors import Busy, ClusterError, EngineError, InternalError, UnsupportedModel
 from .engine import Delta, EngineConfig, EngineStats, Limits, Sampling
 from .grammar import Grammars
 from .parking import Parking
@@ -81,11 +81,16 @@ class VllmEngine:
 
     def start(self) -> None:
         """Build the trunk and start the loop. Raises UnsupportedModel and ClusterError."""
-        os.environ.update(_ENVIRONMENT)
         path = self._path
+        meta = meta_model(read_config(path))
+        if not is_unmodified(meta):
+            raise UnsupportedModel(
+                f"engine: vllm has no {meta.config.model_type}; use transformers"
+            )
+        layers = [layer.layer for layer in experts_layers(meta)]
+        os.environ.update(_ENVIRONMENT)
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
-        layers = [layer.layer for layer in experts_layers(meta_model(read_config(path)))]
         self._eos = _eos_token_ids(path)
         self.streams = Streams(self._eos)
         self._requests = Requests(self.streams)

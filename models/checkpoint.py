@@ -3,8 +3,9 @@
 Where an expert lies on disk is not written down here for each architecture. transformers knows,
 for every architecture, how the names on disk map to the names in memory and which operations
 (stack, concatenate, transpose, ...) lie between; we run those very operations on one expert's
-tensors. Two families cover the field: a tensor for each expert and projection, and fused tensors
-whose first dimension is the expert.
+tensors. Adapted architectures bring theirs (`adapters.py`). Two families cover the field: a tensor
+for each expert and projection, and fused tensors whose first dimension is the expert, or has so
+many rows for each.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers.core_model_loading import (
 
 from ..kernels.ffn import ExpertForm, ExpertWeights
 from ..proto.errors import CheckpointError
+from .adapters import SplitRows, conversions
 from .quantised import stored_tensors
 from .trunk import ExpertsLayer, expert_parameters, experts_layers, meta_model
 
@@ -49,6 +51,12 @@ class _Source:
             isinstance(op, MergeModulelist) for op in self.converter.operations
         )
 
+    @property
+    def rows(self) -> int:
+        """Of one expert in a fused tensor's first dimension."""
+        operations = self.converter.operations if self.converter is not None else ()
+        return next((op.rows for op in operations if isinstance(op, SplitRows)), 1)
+
 
 class Checkpoint:
     """The experts of one model, in a folder of safetensors files.
@@ -68,7 +76,7 @@ class Checkpoint:
         self._sources = self._find_sources()
 
     def _find_sources(self) -> dict[str, _Source]:
-        transforms = get_model_conversion_mapping(self.model)
+        transforms = [*get_model_conversion_mapping(self.model), *conversions(self.model)]
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         by_pattern = {p: c for c in converters for p in c.source_patterns}
@@ -153,14 +161,15 @@ class Checkpoint:
                     raise CheckpointError(f"{self.path}: no tensor of expert {expert} for {target}")
                 collected[pattern] = [self._tensor(key, None)]
             else:
-                collected[pattern] = [self._tensor(source.keys[pattern, None], expert)]
+                key = source.keys[pattern, None]
+                collected[pattern] = [self._tensor(key, expert, source.rows)]
         shapes = {pattern: tuple(found[0].shape) for pattern, found in collected.items()}
         if source.converter is None:
             (tensor,) = collected[patterns[0]]
         else:
             try:
                 tensor = self._convert(source.converter, collected, target)
-            except (RuntimeError, ValueError, IndexError) as error:
+            except (RuntimeError, ValueError, LookupError) as error:
                 raise CheckpointError(
                     f"{self.path}: expert {expert} of {target}: the tensors on disk do not make "
                     f"it: {shapes}: {error}"
@@ -184,10 +193,10 @@ class Checkpoint:
             (tensor,) = tensor
         return tensor
 
-    def _tensor(self, key: str, expert: int | None) -> Tensor:
-        """A tensor on disk, dequantised; of a fused one the slice [expert : expert + 1]."""
+    def _tensor(self, key: str, expert: int | None, rows: int = 1) -> Tensor:
+        """A tensor on disk, dequantised; of a fused one the expert's ``rows``."""
         stored = self._tensors[key]
-        tensor = stored.read(expert)
+        tensor = stored.read(expert, rows)
         if tensor.dtype not in _PLAIN_DTYPES:
             raise CheckpointError(
                 f"{stored.file}: {key} is {tensor.dtype}; quantised weights are read where "

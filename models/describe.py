@@ -10,12 +10,15 @@ import torch
 from transformers import PretrainedConfig
 
 from .quantised import quantisation_of
-from .trunk import expert_bytes, experts_layers, meta_model, read_config
+from .trunk import ExpertsLayer, expert_bytes, experts_layers, meta_model, read_config
 
 # What a host takes besides its experts: Python, torch, transformers.
 HOST_BYTES = 400_000_000
 # Names that configurations have for the experts of one token.
-_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
+_TOP_K = (
+    *("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token"),
+    "moe_top_k",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +44,12 @@ class Described:
         return max(replicas, math.ceil(replicas * sum(self.layers.values()) / room))
 
 
-def experts_per_token(config: PretrainedConfig) -> int | None:
+def experts_per_token(config: PretrainedConfig, layer: ExpertsLayer) -> int | None:
     """How many experts the model's gates choose; None if it has a name that is not known here."""
     text = config.get_text_config()
-    named = (getattr(text, name, None) for name in _TOP_K)
+    # Switch Transformers' adapter says 1 itself; DBRX has a configuration of its own for the FFN.
+    sayers = (layer.module, text, getattr(text, "ffn_config", None))
+    named = (getattr(sayer, name, None) for sayer in sayers for name in _TOP_K)
     return next((value for value in named if isinstance(value, int)), None)
 
 
@@ -62,7 +67,7 @@ def describe(folder: Path, dtype: torch.dtype) -> Described:
         dtype=str(dtype).removeprefix("torch."),
         quantised=str(quantisation) if quantisation else None,
         layers={layer.layer: layer.num_experts for layer in found},
-        top_k=experts_per_token(config),
+        top_k=experts_per_token(config, found[0]),
         expert_bytes=max(sizes.values()),
         experts_bytes=experts,
         trunk_bytes=whole - experts,

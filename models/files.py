@@ -65,14 +65,14 @@ def open_weights(file: Path) -> Any:
         raise CheckpointError(f"{file}: damaged or truncated: {error}") from error
 
 
-def read_tensor(file: Path, key: str, expert: int | None = None) -> Tensor:
-    """A tensor of a safetensors file; with ``expert`` its slice [expert : expert + 1], and no more
-    is read. Raises CheckpointError."""
+def read_tensor(file: Path, key: str, expert: int | None = None, rows: int = 1) -> Tensor:
+    """A tensor of a safetensors file; of one that holds ``rows`` for each expert those of
+    ``expert``, and no more is read. Raises CheckpointError."""
     with open_weights(file) as opened:
         try:
             if expert is None:
                 return opened.get_tensor(key)
-            tensor = opened.get_slice(key)[expert : expert + 1]
+            tensor = opened.get_slice(key)[expert * rows : (expert + 1) * rows]
         except (SafetensorError, OSError, IndexError) as error:
             raise CheckpointError(f"{file}: {key}: {error}") from error
     if not tensor.shape[0]:

@@ -121,12 +121,14 @@ class StoredTensor:
         """All of it; so transformers reads what a state dict has not read yet."""
         return self.read()
 
-    def read(self, expert: int | None = None) -> Tensor:
-        """The whole, or the slice [expert : expert + 1] of one whose first dimension is the expert:
-        float32 if it was quantised, else what is on disk. Raises CheckpointError."""
-        values = read_tensor(self.file, self.key, expert)
+    def read(self, expert: int | None = None, rows: int = 1) -> Tensor:
+        """The whole, or the ``rows`` of an expert in one that holds so many for each: float32 if it
+        was quantised, else what is on disk. Raises CheckpointError."""
+        values = read_tensor(self.file, self.key, expert, rows)
         if self.quantisation is None:
             return values
+        if self.scales is not None and rows != 1:
+            raise self._error("is quantised, and has many rows for each expert; that is not read")
         if self.scales is None:
             if values.dtype in _CODES:
                 raise self._error(f"is {values.dtype}, and has no scales")

@@ -2,9 +2,8 @@
 
 A trunk is the unmodified transformers class. Its experts modules are dispatched through
 transformers' experts interface (`experts_implementation="moesaic"`), hold no weights, and carry a
-`pool` attribute: the callable that computes their layer in the pool.
-
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+`pool` attribute: the callable that computes their layer in the pool. Architectures that do not use
+the interface are brought to it by adapters (`adapters.py`).
 """
 
 from __future__ import annotations
@@ -12,55 +11,40 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from ..kernels.ffn import ExpertForm
 from ..proto.errors import CheckpointError, UnsupportedModel
+from .adapters import PoolExperts, adapt
 from .files import weight_files
+from .in_pool import IMPLEMENTATION, PoolFunction
 from .quantised import pretrained, quantisation_of
 
-IMPLEMENTATION = "moesaic"
 # What transformers raises for values that make no model.
 _CANNOT_BUILD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-# (x_TH, ids_TK, weights_TK) -> y_TH
-PoolFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class _InPool(torch.autograd.Function):
-    """The pool's answer as a node of the graph, so that a backward pass cannot miss it silently."""
-
-    @staticmethod
-    def forward(ctx: Any, pool: PoolFunction, x_TH: Tensor, ids_TK: Tensor, w_TK: Tensor) -> Tensor:
-        return pool(x_TH, ids_TK, w_TK)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise UnsupportedModel(
-            "backward through experts in the pool: training is not supported in this version; "
-            "call the model under torch.no_grad()"
-        )
-
-
-def _experts_forward(module: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    pool = getattr(module, "pool", None)
-    if pool is None:
-        raise UnsupportedModel(
-            f"{type(module).__name__}: experts_implementation is {IMPLEMENTATION!r}, but the model "
-            "is attached to no pool; use Cluster.attach or Cluster.from_pretrained"
-        )
-    return _InPool.apply(pool, x_TH, ids_TK, weights_TK)  # pyright: ignore[reportReturnType]
-
-
-ExpertsInterface.register(IMPLEMENTATION, _experts_forward)
+# Types of models that transformers lacks -> our module that makes it know them.
+OWN = {"grok-1": "grok1", "openmoe": "openmoe"}
+# What such models call themselves in ``architectures``, where their model_type is another's.
+_OWN_BY_ARCHITECTURE = {"OpenMoeForCausalLM": "openmoe"}
+# Types of models that transformers computes wrongly, and how.
+BROKEN = {
+    "nllb-moe": "transformers reads the gate's one-hot mask as expert numbers, so only experts 0 "
+    "and 1 are ever asked and its texts are wrong, in a pool or out of one; use a dense NLLB",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +76,8 @@ class ExpertsLayer:
 
 
 def is_experts_module(module: nn.Module) -> bool:
-    """True for every class under transformers' `use_experts_implementation`."""
+    """True for every class under transformers' `use_experts_implementation`, and every adapter's
+    experts."""
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
 
 
@@ -120,8 +105,9 @@ def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
     if not found:
         raise UnsupportedModel(
             f"{type(model).__name__}: no experts module of this architecture dispatches through "
-            "transformers' experts interface, so its experts cannot be served from a pool; "
-            "models of the Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss ... families can"
+            "transformers' experts interface, and it has no adapter, so its experts cannot be "
+            "served from a pool; models of the Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss ... "
+            "families can"
         )
     numbers = _layer_numbers([name for name, _ in found])
     return [
@@ -136,13 +122,25 @@ def read_config(path: Path) -> PretrainedConfig:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; give the folder of a Hugging Face model")
     try:
-        # Code of the model's own is never run, and nobody is asked whether it may.
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = _own_config(path)
+        if config is None:
+            # Code of the model's own is never run, and nobody is asked whether it may.
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (*_CANNOT_BUILD, OSError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(f"{path}/config.json: {text}") from error
     quantisation_of(config, path)
     return config
+
+
+def _own_config(path: Path) -> PretrainedConfig | None:
+    """The configuration of a model that transformers lacks; None for any other."""
+    values, _ = PretrainedConfig.get_config_dict(path)
+    if not isinstance(values, dict):
+        return None
+    architectures = values.get("architectures") or [None]
+    own = _OWN_BY_ARCHITECTURE.get(str(architectures[0]), str(values.get("model_type")))
+    return config_from_dict(values | {"model_type": own}) if own in OWN else None
 
 
 def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
@@ -151,19 +149,32 @@ def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
     model_type = rest.pop("model_type", None)
     if not model_type:
         raise UnsupportedModel("model_type: missing from the model's configuration")
+    if model_type in OWN:
+        import_module(f".{OWN[model_type]}", __package__)
     return AutoConfig.for_model(model_type, **rest)
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of ``config`` on the meta device: shapes and forms, no memory."""
-    _causal_class(config)
+    """The model of ``config`` on the meta device: shapes and forms, no memory.
+
+    Raises CheckpointError and UnsupportedModel.
+    """
+    auto, _ = _generating_class(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto.from_config(config, trust_remote_code=False)
+            adapt(model)
     except _CANNOT_BUILD as error:
         raise CheckpointError(
             f"config.json: no model of type {config.model_type!r} can be built of it: {error}"
         ) from error
+    return model
+
+
+def is_unmodified(model: PreTrainedModel) -> bool:
+    """Whether transformers alone made it: no class of ours, and no adapter in it."""
+    ours = any(isinstance(module, PoolExperts) for module in model.modules())
+    return not ours and type(model).__module__.startswith("transformers.")
 
 
 def strip_experts(model: nn.Module) -> None:
@@ -177,20 +188,27 @@ def strip_experts(model: nn.Module) -> None:
                 submodule._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
 
 
-def _causal_class(config: PretrainedConfig) -> Any:
+def _generating_class(config: PretrainedConfig) -> tuple[Any, type[PreTrainedModel]]:
+    """transformers' automatic class for models that give a text, and the one of ``config``."""
+    if config.model_type in BROKEN:
+        raise UnsupportedModel(f"model_type: {config.model_type!r}: {BROKEN[config.model_type]}")
+    encodes = getattr(config, "is_encoder_decoder", False)
+    auto: Any = AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
+        return auto, auto._model_mapping[type(config)]
     except KeyError:
         raise UnsupportedModel(
-            f"model_type: {config.model_type!r} is no causal language model of transformers"
+            f"model_type: {config.model_type!r} is no causal language model of transformers, and "
+            "no encoder with a decoder"
         ) from None
 
 
 def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    base = _causal_class(config)
+    _, base = _generating_class(config)
 
     def init(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
+        adapt(self)
         strip_experts(self)
 
     # The module's name keeps transformers' heuristics on a class's source file working; unexpected
@@ -201,7 +219,10 @@ def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         {
             "__init__": init,
             "__module__": base.__module__,
-            "_keys_to_ignore_on_load_unexpected": [r"experts\.", r"(input|output)_linear\."],
+            "_keys_to_ignore_on_load_unexpected": [
+                *(base._keys_to_ignore_on_load_unexpected or ()),
+                *(r"experts\.", r"(input|output)_linear\."),
+            ],
         },
     )
 
@@ -213,12 +234,13 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
     UnsupportedModel.
     """
     config = read_config(path)
-    experts_layers(meta_model(config))
+    built = meta_model(config)
+    experts_layers(built)
     weight_files(path)  # transformers would follow any file name, and read pickles
     try:
         loaded: Any = _trunk_class(config).from_pretrained(
             **pretrained(path, config),
-            config=config,
+            config=built.config,  # of a model of text and images the text's
             dtype=dtype,
             experts_implementation=IMPLEMENTATION,
             output_loading_info=True,
@@ -253,6 +275,12 @@ def disconnect_experts(model: nn.Module) -> None:
     for module in model.modules():
         if is_experts_module(module) and hasattr(module, "pool"):
             del module.pool
+
+
+def passes(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose forward is a pass over a batch of its own: the model, and its encoder,
+    which generation runs before it."""
+    return [model, model.get_encoder()] if model.config.is_encoder_decoder else [model]
 
 
 def expert_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,11 +1,18 @@
-"""Small random models of the architectures that use transformers' experts interface."""
+"""Small random models: of the architectures that use transformers' experts interface, and of those
+that are brought to it by adapters of ours."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+)
+
+from moesaic.models.trunk import config_from_dict
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -196,8 +203,60 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+# The same for those with an adapter (models/adapters.py).
+ADAPTED: dict[str, dict[str, Any]] = {
+    "switch_transformers": _E8
+    | {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 3,
+        "decoder_start_token_id": 0,
+    },
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": 32,
+            "ffn_hidden_size": 24,
+            "moe_num_experts": 8,
+            "moe_top_k": 2,
+        },
+    },
+    # The first layer is dense.
+    "llama4_text": _L8
+    | {"num_experts_per_tok": 1, "intermediate_size_mlp": 48, "moe_layers": [1]}
+    | {"attention_chunk_size": 16, "no_rope_layers": [1, 0]},
+    "longcat_flash": _MLA
+    | {
+        "num_hidden_layers": 4,  # two attentions in each of two layers
+        "num_experts_per_tok": 3,
+        "zero_expert_num": 4,
+    },
+    "jetmoe": _L8 | {"kv_channels": 8, "num_attention_heads": 4},
+}
+
+# The same for those that transformers lacks (models/grok1.py, models/openmoe.py).
+OWN: dict[str, dict[str, Any]] = {
+    # A cap that is reached.
+    "grok-1": _E8 | {"max_attn_value": 0.5, "embedding_multiplier_scale": 5.0},
+    # The first layer is dense; experts have room for a quarter of a text's tokens.
+    "openmoe": _E8
+    | {"moe_layer_interval": 2, "router_capacity_factor_eval": 1.0, "router_min_capacity": 1},
+}
+
+
 def tiny_config(name: str, **overrides: Any) -> PretrainedConfig:
-    return AutoConfig.for_model(name, **(_COMMON | ARCHITECTURES[name] | overrides))
+    own = (ARCHITECTURES | ADAPTED | OWN)[name]
+    return config_from_dict({"model_type": name} | _COMMON | own | overrides)
 
 
 def tiny_model(
@@ -205,7 +264,9 @@ def tiny_model(
 ) -> Any:
     """A model with weights large enough that a wrong expert shows in the logits."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides))
+    config = tiny_config(name, **overrides)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -22,6 +22,7 @@ from moesaic.models.trunk import (
     experts_layers,
     load_trunk,
     meta_model,
+    passes,
     read_config,
 )
 
@@ -85,7 +86,8 @@ def pool(
             router.wait_ready(10.0)
             trunk = load_trunk(path, dtype=dtype, device=torch.device("cpu"))
             connect_experts(trunk, layers, lambda layer: router.experts("m", layer))
-            trunk.register_forward_pre_hook(lambda *_: router.begin_step())
+            for module in passes(trunk):
+                module.register_forward_pre_hook(lambda *_: router.begin_step())
             yield Pool(
                 hosts=running, router=router, trunk=trunk, placement=placement, layers=layers
             )

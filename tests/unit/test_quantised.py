@@ -134,8 +134,8 @@ def test_only_one_experts_bytes_are_read(
     folder, _ = form(name)
     read: dict[str, int] = {}
 
-    def spy(file: Path, key: str, expert: int | None = None) -> Tensor:
-        tensor = read_tensor(file, key, expert)
+    def spy(file: Path, key: str, expert: int | None = None, rows: int = 1) -> Tensor:
+        tensor = read_tensor(file, key, expert, rows)
         read[key] = read.get(key, 0) + tensor.nbytes
         return tensor
 
