@@ -134,8 +134,8 @@ def check_engine(spec: Spec) -> None:
         )
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ClusterError when ``port`` is taken; 0 never is."""
+def check_port(part: str, host: str, port: int) -> None:
+    """Raises ClusterError when the ``port`` of this part of the spec is taken; 0 never is."""
     if port == 0:
         return
     with socket.socket() as probe:
@@ -144,7 +144,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ClusterError(
-                f"endpoint.port: {host}:{port} is not free ({error.strerror}); "
+                f"{part}.port: {host}:{port} is not free ({error.strerror}); "
                 "choose another one, or 0 for any"
             ) from error
 
