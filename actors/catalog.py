@@ -44,9 +44,11 @@ class Catalog:
 
     def find(self, model: str) -> ModelInfo:
         """Raises UnknownModel, and ClusterError like `all`."""
+        # Whoever names a known model waits for nobody who does not.
+        if (found := self._models.get(model)) is not None:
+            return found
         with self._lock:
-            if model not in self._models:
-                self._refresh()
+            self._refresh()
             if model not in self._models:
                 known = ", ".join(sorted(self._models)) or "no model"
                 raise UnknownModel(f"model: {model!r} is not served; {known} is", param="model")

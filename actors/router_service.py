@@ -106,14 +106,17 @@ class _Servicer(RouterServicer):
     def __init__(self, calls: MergedCalls, catalog: Catalog, policy: ServicePolicy) -> None:
         self._calls = calls
         self._catalog = catalog
-        self._policy = policy
+        self._call_s = policy.call_s
+        # Its answer has to find room, too.
+        self._max_call_bytes = min(policy.max_call_bytes, policy.merge.max_bytes // 2)
 
     def Compute(  # noqa: N802
         self, request_iterator: Iterator[ComputeRequest], context: grpc.ServicerContext
     ) -> Iterator[ComputeReply]:
         with aborting(context):
             left_s = self._time_left(context)
-            first = next(request_iterator, None)
+            with self._calls.announcing(left_s, context.cancel):
+                first = next(request_iterator, None)
             if first is None or not first.HasField("head"):
                 raise CallError("head: the first message of a call does not say what it is")
             head = first.head
@@ -140,18 +143,15 @@ class _Servicer(RouterServicer):
         self, request: ModelsRequest, context: grpc.ServicerContext
     ) -> ModelsReply:
         with aborting(context):
-            return ModelsReply(
-                models=self._catalog.all(), max_call_bytes=self._policy.max_call_bytes
-            )
-        raise AssertionError("aborting raises")
+            return ModelsReply(models=self._catalog.all(), max_call_bytes=self._max_call_bytes)
 
     def _time_left(self, context: grpc.ServicerContext) -> float:
         left_s = context.time_remaining()
         if left_s is None:
-            return self._policy.call_s
+            return self._call_s
         if left_s <= 0:
             raise Expired("the call's time was over when it came")
-        return min(left_s, self._policy.call_s)
+        return min(left_s, self._call_s)
 
     def _check_head(self, head: ComputeHead) -> tuple[RouterLayout, LayerInfo]:
         """Raises CallError and UnknownModel."""
@@ -170,11 +170,10 @@ class _Servicer(RouterServicer):
             raise CallError(f"hidden: {head.hidden}, but {head.model} has {layer.hidden}")
         if head.top_k > layer.max_top_k:
             raise CallError(f"top_k: {head.top_k} choices of {layer.experts} experts")
-        most = min(self._policy.max_call_bytes, self._policy.merge.max_bytes // 2)
-        if layout.call_bytes > most:
+        if layout.call_bytes > self._max_call_bytes:
             raise CallError(
                 f"rows: {head.rows} rows take {layout.call_bytes:,} bytes, a call may have "
-                f"{most:,}; send fewer rows in one call"
+                f"{self._max_call_bytes:,}; send fewer rows in one call"
             )
         return layout, layer
 

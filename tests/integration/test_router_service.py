@@ -330,14 +330,15 @@ def test_a_call_that_is_too_late_is_not_computed(folder: Path) -> None:
         assert served.service.report()["rows"] == 2 + 5
 
 
-def test_who_never_sends_is_cut_when_its_time_is_up(folder: Path) -> None:
-    """Without a deadline of its own, and with a head and no tensors."""
+@pytest.mark.parametrize("heads", [0, 1])
+def test_who_never_sends_is_cut_when_its_time_is_up(folder: Path, heads: int) -> None:
+    """Without a deadline of its own, and without tensors."""
     policy = ServicePolicy(call_s=0.3)
     with router_service(folder, policy=policy) as served:
         waiting = threading.Event()
 
         def requests() -> Iterator[ComputeRequest]:
-            yield ComputeRequest(head=head_of(inputs(4)))
+            yield from [ComputeRequest(head=head_of(inputs(4)))] * heads
             waiting.wait(30)
 
         with grpc.insecure_channel(served.service.address) as channel:

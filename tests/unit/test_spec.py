@@ -87,6 +87,7 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
                 cache_tokens=st.integers(64, 1 << 28),
             ),
             endpoint=st.none() | some(host=TEXTS, port=st.integers(0, 65_535)),
+            router=st.none() | some(host=TEXTS, port=st.integers(0, 65_535), call_s=SECONDS),
             autoscale=some(
                 up_after_s=SECONDS,
                 down_after_s=SECONDS,
