@@ -52,6 +52,7 @@ class Ticket:
     cut: Callable[[], object]  # ends the client's connection with this call
     over: threading.Event = field(default_factory=threading.Event)
     error: MoesaicError | None = None
+    lacks: str = ""  # which expert nobody had when it was last tried
     x_TH: Tensor = field(default_factory=lambda: torch.empty(0))
     ids_TK: Tensor = field(default_factory=lambda: torch.empty(0))
     weights_TK: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -170,6 +171,8 @@ class MergedCalls:
             self._merger.ready(ticket.number)
             self._changed.notify()
         if not ticket.over.wait(timeout_s):
+            if ticket.lacks:
+                raise ExpertUnavailable(ticket.lacks)
             raise Expired("the call's time was over before it was computed")
         if ticket.error is not None:
             raise ticket.error
@@ -247,12 +250,12 @@ class MergedCalls:
                     ends += self._merger.failed(piece, failure.code, str(failure))
                 else:
                     ticket.out_TH[torch.from_numpy(piece.rows_n)] = y_BH[start : start + rows]
-                    ends += self._outcome(piece, start, now)
+                    ends += self._outcome(piece, ticket, start, now)
                 start += rows
             self._merger.batch_over(batch, now)
             self._tell(ends)
 
-    def _outcome(self, piece: Piece, start: int, now: float) -> list[End]:
+    def _outcome(self, piece: Piece, ticket: Ticket, start: int, now: float) -> list[End]:
         """What became of a piece whose rows begin at ``start`` in the merged call."""
         lacking = np.zeros(piece.rows_n.size, dtype=bool)
         lacks = ""
@@ -263,6 +266,7 @@ class MergedCalls:
             if mine:
                 lacking[mine] = True
                 lacks = str(error)
+        ticket.lacks = lacks
         return self._merger.computed(piece, piece.rows_n[lacking], lacks, now)
 
     def _tell(self, over: Iterable[End | Cut]) -> None:

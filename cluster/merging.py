@@ -60,6 +60,7 @@ class Call:
     deadline: float
     phase: Phase = Phase.ARRIVING
     not_before: float = 0.0
+    lacks: str = ""  # which expert nobody had when it was last tried
     was_cut: bool = False
     todo_n: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
@@ -237,6 +238,7 @@ class Merger:
         self.stats.rows += piece.rows_n.size - lacking_n.size
         call.phase = Phase.WAITING
         call.todo_n = np.sort(np.concatenate([call.todo_n, lacking_n]))
+        call.lacks = lacks
         if lacking_n.size:
             call.not_before = now + self.policy.away_s
             self.stats.parked += 1
@@ -281,8 +283,11 @@ class Merger:
                     call.was_cut = True
                     self.stats.expired += 1
                     yield Cut(call.number)
+                continue
+            self.stats.expired += 1
+            if call.lacks:
+                yield self._end(call, "ExpertUnavailable", call.lacks)
             else:
-                self.stats.expired += 1
                 yield self._end(call, "Expired", "the call's time was over before its turn came")
 
     def _end(self, call: Call, code: str, message: str) -> End:

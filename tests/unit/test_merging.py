@@ -311,6 +311,15 @@ def test_rows_that_lack_an_expert_are_tried_again_and_hold_up_nobody() -> None:
     assert world.merger.computed(again, NOTHING, "", world.now) == [End(number)]
 
 
+def test_what_lacked_an_expert_until_the_end_says_so() -> None:
+    world = World(away_s=0.5)
+    number, _ = world.arrive("a", time_s=2.0)
+    (piece,) = world.batch().pieces
+    assert world.merger.computed(piece, np.array([0]), "expert 7", world.now) == []
+    world.now = 2.0  # others were in its way
+    assert world.take() == ([End(number, "ExpertUnavailable", "expert 7")], None)
+
+
 def test_without_time_for_another_try_the_expert_is_named() -> None:
     world = World(away_s=0.5)
     number, _ = world.arrive("a", time_s=0.4)
