@@ -39,7 +39,7 @@ bench: $(READY)  ## every benchmark: tables on the screen, JSON in benchmarks/re
 
 proto: $(READY)  ## regenerate the code of proto/
 	@$(BIN)/python -m grpc_tools.protoc -Imoesaic/proto=proto --python_out=src --pyi_out=src \
-		--grpc_python_out=src moesaic/proto/expert.proto
+		--grpc_python_out=src moesaic/proto/expert.proto moesaic/proto/router.proto
 
 # torch first and alone: a CPU build on a disk or mirror that pip knows is taken for the pinned
 # version, and nothing that comes later replaces it.

@@ -31,6 +31,7 @@ from ..proto.errors import ClusterError, MoesaicError, Superseded
 from .host import HostReport
 from .operations import Operations
 from .overview import Overview
+from .router_process import ServiceWatch
 from .store import ModelRef
 from .term import claim_term, kept_asleep, kept_fleet, kept_wishes
 
@@ -55,7 +56,9 @@ class Controller(Operations, Overview):
         models: Sequence[tuple[ModelRef, ModelShape]],
         policy: ControlPolicy,
         autoscale: AutoscaleSpec,
+        router: tuple[str, float] | None = None,
     ) -> None:
+        """``router``: the router service's address, and how long its start may take."""
         super().__init__()
         self._namespace = namespace
         self._term = claim_term(namespace)
@@ -85,6 +88,7 @@ class Controller(Operations, Overview):
         self._tick_error = self._plan_error = ""
         self._planning: asyncio.Task[None] | None = None
         self._watchdog = Watchdog(self._control, time.monotonic())
+        self._service = None if router is None else ServiceWatch(namespace, *router)
         self._loop = asyncio.get_running_loop().create_task(self._run())
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 

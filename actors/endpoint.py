@@ -174,8 +174,8 @@ def check_weights(spec: Spec, model: ModelRef) -> None:
         )
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ClusterError when ``port`` is taken; 0 never is."""
+def check_port(part: str, host: str, port: int) -> None:
+    """Raises ClusterError when the ``port`` of this part of the spec is taken; 0 never is."""
     if port == 0:
         return
     with socket.socket() as probe:
@@ -184,7 +184,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ClusterError(
-                f"endpoint.port: {host}:{port} is not free ({error.strerror}); "
+                f"{part}.port: {host}:{port} is not free ({error.strerror}); "
                 "choose another one, or 0 for any"
             ) from error
 

@@ -40,6 +40,7 @@ from .endpoint import (
 )
 from .keeper import HostKeeper, HostStarter
 from .ray_border import CONTROLLER, ask, namespace_of, start_ray
+from .router_process import service_address, start_router_service
 from .store import ModelRef
 from .term import forget_all, forget_last
 
@@ -58,11 +59,15 @@ class Launched:
     keeper: HostKeeper
     groups: list[PlacementGroup] = field(default_factory=list)
     url: str | None = None
+    router: str | None = None  # host:port of the router service
+    router_service: Any = None
     owns_ray: bool = False
 
     def close(self) -> None:
         if self.url is not None:
             end_endpoint(self.spec)
+        if self.router_service is not None:
+            ray.kill(self.router_service, no_restart=True)
         ray.kill(self.controller, no_restart=True)
         self.keeper.close()
         forget_all(self.namespace)
@@ -79,7 +84,9 @@ def launch(spec: Spec, progress: Progress) -> Launched:
     """
     if spec.endpoint is not None:
         check_engine(spec)
-        check_port(spec.endpoint.host, spec.endpoint.port)
+        check_port("endpoint", spec.endpoint.host, spec.endpoint.port)
+    if spec.router is not None:
+        check_port("router", spec.router.host, spec.router.port)
     refs, shapes = {}, {}
     for model in spec.models:
         refs[model.name], shapes[model.name] = describe(model, progress)
@@ -91,6 +98,12 @@ def launch(spec: Spec, progress: Progress) -> Launched:
     try:
         launched = _start_actors(spec, refs, shapes, owns_ray)
         _wait_loaded(launched, progress)
+        if launched.router is not None:
+            progress("starting the router service", 0, 1)
+            launched.router_service = start_router_service(
+                spec, launched.namespace, launched.router
+            )
+            progress("starting the router service", 1, 1)
         if spec.endpoint is not None and refs:
             progress("starting the endpoint", 0, 1)
             launched.url = start_endpoint(spec, refs)
@@ -141,6 +154,7 @@ def _start_actors(
         name: starter.start(name, group, strategy)
         for (name, group), strategy in zip(first.desired().items(), strategies, strict=True)
     }
+    router = service_address(spec)
     controller = (
         ray.remote(Controller)
         .options(
@@ -159,6 +173,7 @@ def _start_actors(
             [(refs[name], shapes[name]) for name in refs],
             spec.balance.policy,
             spec.autoscale,
+            None if router is None else (router, spec.timeouts.start_s),
         )
     )
     return Launched(
@@ -168,6 +183,7 @@ def _start_actors(
         models=dict(refs),
         keeper=HostKeeper(starter, controller, hosts),
         groups=groups,
+        router=router,
         owns_ray=owns_ray,
     )
 

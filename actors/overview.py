@@ -16,6 +16,7 @@ from ..cluster.watchdog import Vitals, Watchdog
 from .host import HostReport
 from .metrics import PoolMetrics
 from .ray_border import cluster_of
+from .router_process import ServiceWatch
 from .sizing import Sizing
 from .store import ModelRef
 
@@ -34,6 +35,7 @@ class Overview(Sizing):
     _namespace: str
     _plan_error: str
     _reports: dict[str, HostReport]
+    _service: ServiceWatch | None
     _states: dict[str, str]
     _term: int
     _tick_error: str
@@ -61,6 +63,7 @@ class Overview(Sizing):
                 name: None if number is None else list(number)
                 for name, number in self._control.publisher.routers(time.monotonic()).items()
             },
+            "router_service": None if self._service is None else self._service.describe(),
             "balance": self._balance_status(),
             "size": self._size_status(time.monotonic()),
             "hosts": [self._host_status(host, no_room) for host in self._control.view.hosts],

@@ -29,6 +29,7 @@ from .health import RouterPolicy
 from .plan import Policy
 from .policy import ControlPolicy
 from .residency import HostPolicy
+from .router_spec import RouterSpec
 from .scaling_spec import AutoscaleSpec, Cost
 from .spec_text import StrictLoader, bytes_of, overridden, part_or_bytes, problems
 from .transports import TransportChoice
@@ -309,6 +310,7 @@ class Spec(_Part):
     hosts: Annotated[tuple[HostGroup, ...], Field(strict=False)] = (HostGroup(),)
     trunk: TrunkSpec = TrunkSpec()
     endpoint: EndpointSpec | None = EndpointSpec()
+    router: RouterSpec | None = None
     timeouts: TimeoutSpec = TimeoutSpec()
     balance: BalanceSpec = BalanceSpec()
     autoscale: AutoscaleSpec = AutoscaleSpec()

@@ -91,9 +91,10 @@ class NotHere(Retryable):
 
 
 class Busy(Retryable):
-    """A bounded queue is full; send again later or elsewhere."""
+    """A bounded queue is full; send again later or elsewhere: after ``retry_after_s``, if known."""
 
     http_status = 429
+    retry_after_s: float | None = None
 
 
 class Expired(Retryable):

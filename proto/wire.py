@@ -14,15 +14,10 @@ import xxhash
 
 from .errors import CallError
 from .expert_pb2 import BFLOAT16, FLOAT16, FLOAT32, Call, DType
+from .limits import MAX_HIDDEN, MAX_PAYLOAD_BYTES, MAX_TOP_K
 
 WIRE_VERSION = 2
 ALIGNMENT_BYTES = 64
-# What one frame of a stream may carry; larger tensors travel in several.
-CHUNK_BYTES = 1 << 20
-# No honest call comes near these; they bound what a broken peer can make a host allocate.
-MAX_PAYLOAD_BYTES = 1 << 30
-MAX_HIDDEN = 1 << 17
-MAX_TOP_K = 1 << 10
 
 DTYPE_TO_WIRE: dict[torch.dtype, DType] = {
     torch.float32: FLOAT32,

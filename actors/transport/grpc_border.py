@@ -22,14 +22,18 @@ from ...proto.errors import (
     Busy,
     CallError,
     ClusterError,
+    EngineError,
+    ExpertUnavailable,
     Expired,
     HostLost,
     InternalError,
     MoesaicError,
     NotHere,
+    Retryable,
+    UnknownModel,
     from_wire,
 )
-from ...proto.wire import CHUNK_BYTES
+from ...proto.limits import CHUNK_BYTES
 
 # How long closing waits for threads, and for a last frame to leave.
 CLOSE_S = 0.5
@@ -75,13 +79,19 @@ _FROM_STATUS: dict[grpc.StatusCode, type[MoesaicError]] = {
 }
 # The first class that fits decides; the receiver reads the code in the details.
 _TO_STATUS: tuple[tuple[type[MoesaicError], grpc.StatusCode], ...] = (
+    (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (BadInput, grpc.StatusCode.INVALID_ARGUMENT),
     (NotHere, grpc.StatusCode.NOT_FOUND),
     (Busy, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Expired, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (HostLost, grpc.StatusCode.UNAVAILABLE),
+    (Retryable, grpc.StatusCode.UNAVAILABLE),
+    (ExpertUnavailable, grpc.StatusCode.UNAVAILABLE),
+    (EngineError, grpc.StatusCode.UNAVAILABLE),
+    (ClusterError, grpc.StatusCode.FAILED_PRECONDITION),
     (MoesaicError, grpc.StatusCode.INTERNAL),
 )
+# gRPC's own name (proposal A6): trailing metadata with the milliseconds until another try.
+_PUSHBACK = "grpc-retry-pushback-ms"
 
 
 def from_grpc(error: grpc.RpcError, peer: str) -> MoesaicError:
@@ -91,8 +101,18 @@ def from_grpc(error: grpc.RpcError, peer: str) -> MoesaicError:
     status, details = error.code(), error.details() or ""
     code, colon, message = details.partition(": ")
     if colon and code in ERRORS:
-        return from_wire(code, f"{peer}: {message}")
+        known = from_wire(code, f"{peer}: {message}")
+        if isinstance(known, Busy):
+            known.retry_after_s = _pushback_s(error)
+        return known
     return _FROM_STATUS.get(status, InternalError)(f"{peer}: {status.name}: {details}")
+
+
+def _pushback_s(call: grpc.Call) -> float | None:
+    for name, value in call.trailing_metadata() or ():
+        if name == _PUSHBACK and str(value).isdecimal():
+            return int(value) / 1e3
+    return None
 
 
 def to_grpc(error: Exception) -> tuple[grpc.StatusCode, str]:
@@ -113,6 +133,9 @@ def aborting(context: grpc.ServicerContext) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, MoesaicError):
             log.exception("gRPC: a defect in answering %s", context.peer())
+        if isinstance(error, Busy) and error.retry_after_s is not None:
+            pause = (_PUSHBACK, str(int(error.retry_after_s * 1e3)))
+            context.set_trailing_metadata((pause,))
         context.abort(*to_grpc(error))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...proto.errors import CallError, HostLost, MoesaicError
 from ...proto.expert_pb2 import Call, Frame, Reply
-from ...proto.wire import MAX_PAYLOAD_BYTES
+from ...proto.limits import MAX_PAYLOAD_BYTES
 from .base import Inbound
 from .grpc_codec import PARTS, decode
 from .mailbox import Mailbox

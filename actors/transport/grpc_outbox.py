@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...proto.errors import HostLost, MoesaicError
 from ...proto.expert_pb2 import Frame
-from ...proto.wire import CHUNK_BYTES
+from ...proto.limits import CHUNK_BYTES
 from .grpc_codec import PARTS, encode
 from .pair import Pair, pieces
 

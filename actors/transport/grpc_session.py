@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...proto.errors import CallError, HostLost, MoesaicError
 from ...proto.expert_pb2 import Frame
-from ...proto.wire import MAX_PAYLOAD_BYTES, CallLayout
+from ...proto.limits import MAX_PAYLOAD_BYTES
+from ...proto.wire import CallLayout
 from .base import Inbound, check_version
 from .grpc_border import CLOSE_S, Threads, from_grpc, to_grpc
 from .grpc_inbox import STALL_S, Inbox

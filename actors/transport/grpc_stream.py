@@ -31,7 +31,8 @@ from torch import Tensor
 
 from ...proto.errors import CallError, ClusterError, Expired, HostLost, MoesaicError
 from ...proto.expert_pb2 import Call, Frame
-from ...proto.wire import CHUNK_BYTES, WIRE_VERSION, CallLayout
+from ...proto.limits import CHUNK_BYTES
+from ...proto.wire import WIRE_VERSION, CallLayout
 from .base import Inbound, Session, call_of, check_version
 from .grpc_border import (
     CHANNEL_OPTIONS,

@@ -20,7 +20,7 @@ from ...cluster.placement import ExpertKey
 from ...proto.errors import CallError
 from ...proto.expert_pb2 import PutWeightsResult, WeightsChunk, WeightsKey
 from ...proto.expert_pb2_grpc import WeightsServicer, WeightsStub, add_WeightsServicer_to_server
-from ...proto.wire import CHUNK_BYTES
+from ...proto.limits import CHUNK_BYTES
 from .grpc_border import CHANNEL_OPTIONS, CLOSE_S, aborting, close_channel, from_grpc
 
 # The experts of the largest models have half a gigabyte.

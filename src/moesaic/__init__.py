@@ -6,8 +6,11 @@
         client = moesaic.Client(cluster.url)
         print(client.chat("Hello!").text)
 
+    with moesaic.connect("moesaic://127.0.0.1:8001") as router:  # where the spec has `router`
+        y_TH = router.experts("demo", 0)(x_TH, ids_TK, weights_TK)
+
 Nothing heavy is imported before it is used: a program that only speaks HTTP loads neither Ray nor
-torch.
+torch, and one that only speaks to a router service needs numpy and gRPC alone.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .client import AsyncClient, Client
     from .cluster.spec import Spec
-    from .handle import Cluster, connect, up
+    from .connecting import connect
+    from .handle import Cluster, up
     from .models.upcycle import upcycle
     from .proto.errors import MoesaicError
+    from .router_client import RouterClient
     from .traces import read_trace, write_trace
 
 # Read once, when torch is loaded: a trunk and its hosts take turns on the same cores, and threads
@@ -33,6 +38,7 @@ __all__ = [
     "Client",
     "Cluster",
     "MoesaicError",
+    "RouterClient",
     "Spec",
     "connect",
     "read_trace",
@@ -46,8 +52,9 @@ _HOMES = {
     "Client": "client",
     "Cluster": "handle",
     "MoesaicError": "proto.errors",
+    "RouterClient": "router_client",
     "Spec": "cluster.spec",
-    "connect": "handle",
+    "connect": "connecting",
     "read_trace": "traces",
     "up": "handle",
     "upcycle": "models.upcycle",

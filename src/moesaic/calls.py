@@ -1,10 +1,9 @@
-"""What both clients of the endpoint say and understand, without a socket: bodies, answers, events,
-errors, and when a call is worth another try."""
+"""What both clients of the endpoint say and understand, without a socket: bodies, answers, events
+and errors."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +24,6 @@ from .proto.errors import (
 CONNECT_TIMEOUT_S = 5.0
 # From one byte to the next: the first token may wait behind other requests.
 READ_TIMEOUT_S = 300.0
-RETRIES = 2
-# The pause before another try is drawn from 0 to this, doubled with each.
-_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 Prompt = str | Sequence[int]
@@ -185,24 +181,6 @@ class Events:
     def end(self) -> None:
         if not self.done:
             raise EngineError("the stream ended before its end")
-
-
-class Tries:
-    """Whether a call that failed is made again, and after which pause: only what may succeed when
-    it is sent again, and with jitter, so that those who failed together do not come back so."""
-
-    def __init__(self, retries: int) -> None:
-        self._left = retries
-        self._made = 0
-
-    def pause_s(self, error: MoesaicError) -> float:
-        """Raises ``error`` when there is no other try. What took too long is not begun again."""
-        if not error.retryable or isinstance(error, Expired) or self._left <= 0:
-            raise error
-        self._left -= 1
-        most_s = min(_PAUSE_S * 2**self._made, _LONGEST_PAUSE_S)
-        self._made += 1
-        return random.uniform(0, most_s)
 
 
 @contextmanager

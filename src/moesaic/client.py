@@ -24,7 +24,6 @@ import httpx
 from .calls import (
     CONNECT_TIMEOUT_S,
     READ_TIMEOUT_S,
-    RETRIES,
     Answer,
     Call,
     Chunk,
@@ -34,7 +33,6 @@ from .calls import (
     Model,
     Options,
     Prompt,
-    Tries,
     Usage,
     chat,
     checked,
@@ -45,6 +43,7 @@ from .calls import (
     raise_error,
 )
 from .proto.errors import ClusterError, Expired, MoesaicError
+from .tries import RETRIES, Tries
 
 __all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Model", "Options", "Usage"]
 

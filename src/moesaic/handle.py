@@ -58,6 +58,7 @@ def up(spec: Spec | Mapping[str, Any] | str | Path, *, progress: Progress | None
         embedded=launched.owns_ray,
         url=launched.url,
         ray_token=_ray_token() if launched.owns_ray else None,
+        router=launched.router,
     )
     return Cluster(session, launched)
 
@@ -106,6 +107,12 @@ class Cluster(Operating):
     def url(self) -> str | None:
         """The endpoint's address, or None if the spec has none."""
         return self._session.url
+
+    @property
+    def router(self) -> str | None:
+        """The router service's address for `moesaic.connect`, or None if the spec has none."""
+        address = self._session.router
+        return None if address is None else f"moesaic://{address}"
 
     def status(self) -> dict[str, Any]:
         """Hosts, models and the placement as plain values. Raises ClusterError."""

@@ -12,7 +12,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from moesaic import Client, MoesaicError
+from moesaic import Client, MoesaicError, RouterClient
 from moesaic.handle import Cluster
 from tests.helpers.architectures import tiny_model
 from tests.helpers.live import (
@@ -137,3 +137,28 @@ def test_serving_goes_on_without_the_controller(cluster: Cluster) -> None:
     wait_until(back)
     assert cluster.status()["placement"][0] > term
     assert {m["name"] for m in cluster.status()["models"]} >= {"mixtral", "memory"}
+
+
+def test_the_router_service_answers_and_comes_back(
+    cluster: Cluster, model_folders: dict[str, Path]
+) -> None:
+    """Its clients see nothing of a restart: they try again."""
+    assert cluster.router is not None
+    plain: Any = AutoModelForCausalLM.from_pretrained(model_folders["mixtral"]).eval()
+    moe = plain.model.layers[1].mlp
+    hidden = torch.randn(6, plain.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        _, weights, ids = moe.gate(hidden)
+        expected = moe(hidden[None])[0]
+
+    def state() -> dict[str, Any]:
+        return cluster.status()["router_service"]
+
+    with RouterClient(cluster.router, timeout_s=60.0, retries=30) as client:
+        assert {model.name for model in client.models()} >= {"mixtral", "once"}
+        experts = client.experts("mixtral", 1)
+        torch.testing.assert_close(experts(hidden, ids, weights), expected, atol=1e-5, rtol=1e-5)
+        wait_until(lambda: state()["state"] == "up" and state()["calls"] == 1)
+        os.kill(state()["pid"], signal.SIGKILL)
+        torch.testing.assert_close(experts(hidden, ids, weights), expected, atol=1e-5, rtol=1e-5)
+        wait_until(lambda: state()["state"] == "up")

@@ -19,7 +19,8 @@ from moesaic.actors.transport.grpc_border import from_grpc
 from moesaic.actors.transport.grpc_stream import METHOD, SERVICE
 from moesaic.proto.errors import CallError, ClusterError, MoesaicError
 from moesaic.proto.expert_pb2 import Frame
-from moesaic.proto.wire import CHUNK_BYTES, MAX_PAYLOAD_BYTES, WIRE_VERSION
+from moesaic.proto.limits import CHUNK_BYTES, MAX_PAYLOAD_BYTES
+from moesaic.proto.wire import WIRE_VERSION
 from tests.helpers.transports import (
     DEADLINE_S,
     KINDS,

@@ -16,9 +16,9 @@ from moesaic.actors.transport.grpc_outbox import Outbox
 from moesaic.actors.transport.mailbox import Mailbox
 from moesaic.proto.errors import CallError, HostLost
 from moesaic.proto.expert_pb2 import FLOAT32, Call, Frame
+from moesaic.proto.limits import CHUNK_BYTES
 from moesaic.proto.wire import (
     ALIGNMENT_BYTES,
-    CHUNK_BYTES,
     DTYPE_TO_WIRE,
     MAX_HIDDEN,
     MAX_PAYLOAD_BYTES,

@@ -38,6 +38,8 @@ def run_foreground(path: Path, progress_fd: int) -> None:
         cluster = up(spec, progress=interruptible)
     with cluster:
         print_address(spec.name, cluster.url, [model.name for model in spec.models])
+        if cluster.router is not None:
+            out.print(f"router service: {cluster.router}")
         if progress_fd < 0:
             err.print("Ctrl-C ends it.")
         stop.wait()

@@ -76,6 +76,10 @@ def print_status(values: dict[str, Any]) -> None:
     out.print(f"cluster [bold]{values['name']}[/bold]  {values['url'] or '(no endpoint)'}")
     if placement:
         out.print(f"placement: term {placement[0]}, epoch {placement[1]}")
+    service = cluster.get("router_service")
+    if service:
+        calls = f", {service['calls']:,} calls" if "calls" in service else ""
+        out.print(f"router service moesaic://{service['address']}  {service['state']}{calls}")
     hosts = Table("host", "state", "device", "experts", "weights", "memory", "calls", "queue")
     for host in cluster.get("hosts", []):
         hosts.add_row(

@@ -1,0 +1,161 @@
+"""What stands around the router service: its catalog of models, and the controller's eye on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError, RayTaskError
+
+from moesaic.actors import catalog, router_process
+from moesaic.actors.catalog import Catalog, describe_model
+from moesaic.actors.router_process import ServiceWatch
+from moesaic.actors.store import ModelRef
+from moesaic.cluster.placement import ModelShape
+from moesaic.proto.errors import ClusterError, InternalError, UnknownModel
+from tests.helpers.architectures import tiny_model
+
+REF = ModelRef(name="m", dtype="bfloat16", config=tiny_model("mixtral").config.to_dict())
+SHAPE = ModelShape(model="m", experts={0: 8, 1: 8}, exact=True)
+
+
+# ---- the catalog --------------------------------------------------------------------------------
+
+
+def test_a_model_is_described_from_its_configuration() -> None:
+    model = describe_model(REF, SHAPE)
+    assert (model.name, model.dtype, model.exact) == ("m", 2, True)
+    assert [(one.layer, one.experts, one.hidden, one.max_top_k) for one in model.layers] == [
+        (0, 8, 32, 8),
+        (1, 8, 32, 8),
+    ]
+
+
+def test_models_that_come_are_found_and_known_ones_outlive_the_controller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catalog, "LOOK_S", 0.0)
+    served: list[tuple[ModelRef, ModelShape]] = []
+    away = False
+
+    def look() -> list[tuple[ModelRef, ModelShape]]:
+        if away:
+            raise ClusterError("no controller")
+        return served
+
+    known = Catalog(look)
+    with pytest.raises(UnknownModel, match="'m' is not served; no model is"):
+        known.find("m")
+    served.append((REF, SHAPE))
+    found = known.find("m")
+    away = True
+    assert known.find("m") is found
+    assert known.all() == [found]
+    with pytest.raises(UnknownModel, match="'other' is not served; m is"):
+        known.find("other")
+    with pytest.raises(ClusterError, match="no controller"):
+        Catalog(look).find("m")
+
+
+def test_who_names_a_known_model_waits_for_nobody() -> None:
+    known = Catalog(lambda: [(REF, SHAPE)])
+    found = known.find("m")
+    with known._lock:  # somebody asks the controller for another one
+        assert known.find("m") is found
+
+
+# ---- the watch ----------------------------------------------------------------------------------
+
+
+class Actor:
+    """The service's handle; `answer` is what it does when it is asked."""
+
+    def __init__(self, answer: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+        self.answer = answer
+        self.report = self
+
+    def remote(self) -> Awaitable[dict[str, Any]]:
+        return self.answer()
+
+
+async def up() -> dict[str, Any]:
+    return {"calls": 3}
+
+
+async def silent() -> dict[str, Any]:
+    await asyncio.sleep(60)
+    return {}
+
+
+async def defect() -> dict[str, Any]:
+    raise RayTaskError("report", "trace", InternalError("computes nothing any more"))
+
+
+async def gone() -> dict[str, Any]:
+    raise RayActorError
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each time that the service was ended: for good or not."""
+    seen: list[bool] = []
+    monkeypatch.setattr(
+        router_process.ray, "kill", lambda actor, no_restart: seen.append(no_restart)
+    )
+    monkeypatch.setattr(router_process, "LOOK_S", 1e9)  # tests look themselves
+    monkeypatch.setattr(router_process, "ASK_S", 0.01)
+    return seen
+
+
+async def watching(monkeypatch: pytest.MonkeyPatch, actor: Actor) -> ServiceWatch:
+    monkeypatch.setattr(router_process.ray, "get_actor", lambda name, namespace: actor)
+    watch = ServiceWatch("n", "127.0.0.1:1", start_s=1e9)
+    watch._task.cancel()
+    return watch
+
+
+async def test_a_service_that_answers_is_shown(
+    monkeypatch: pytest.MonkeyPatch, killed: list[bool]
+) -> None:
+    watch = await watching(monkeypatch, Actor(up))
+    assert watch.describe() == {"address": "127.0.0.1:1", "state": "starting"}
+    await watch._look()
+    assert watch.describe() == {"address": "127.0.0.1:1", "state": "up", "calls": 3}
+    assert not killed
+
+
+@pytest.mark.parametrize(("answer", "ended"), [(defect, True), (gone, False)])
+async def test_one_with_a_defect_is_ended_so_that_ray_starts_another(
+    monkeypatch: pytest.MonkeyPatch,
+    killed: list[bool],
+    answer: Callable[[], Awaitable[dict[str, Any]]],
+    ended: bool,
+) -> None:
+    actor = Actor(up)
+    watch = await watching(monkeypatch, actor)
+    await watch._look()
+    actor.answer = answer
+    await watch._look()
+    assert watch.describe() == {"address": "127.0.0.1:1", "state": "restarting"}
+    assert killed == [False] * ended
+
+
+async def test_a_frozen_one_is_ended_and_one_that_starts_is_not(
+    monkeypatch: pytest.MonkeyPatch, killed: list[bool]
+) -> None:
+    monkeypatch.setattr(router_process, "SILENT_S", 0.0)
+    actor = Actor(silent)
+    watch = await watching(monkeypatch, actor)
+    await watch._look()
+    assert watch.describe()["state"] == "starting"
+    actor.answer = up
+    await watch._look()
+    actor.answer = silent
+    await watch._look()
+    assert watch.describe()["state"] == "restarting"
+    assert killed == [False]
+    # It has all its time to start again.
+    await watch._look()
+    assert killed == [False]
