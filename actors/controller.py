@@ -28,9 +28,11 @@ from ..cluster.policy import ControlPolicy
 from ..cluster.scaling_spec import AutoscaleSpec
 from ..cluster.watchdog import Watchdog
 from ..proto.errors import ClusterError, MoesaicError, Superseded
+from .announcing import announce
 from .host import HostReport
 from .operations import Operations
 from .overview import Overview
+from .ray_border import cluster_of
 from .store import ModelRef
 from .term import claim_term, kept_asleep, kept_fleet, kept_wishes
 
@@ -57,6 +59,7 @@ class Controller(Operations, Overview):
         autoscale: AutoscaleSpec,
     ) -> None:
         super().__init__()
+        announce("controller", "controller", cluster_of(namespace))
         self._namespace = namespace
         self._term = claim_term(namespace)
         self._fleet = Fleet(

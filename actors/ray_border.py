@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 # Before ray is imported: no usage reports.
@@ -116,6 +117,13 @@ def check_reachable(address: str) -> None:
 
 def ray_address() -> str:
     return ray.get_runtime_context().gcs_address
+
+
+def log_folder() -> str:
+    """Where the processes on this node leave what they print."""
+    # Of what is initialised already; Ray has no other public name for it.
+    context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
+    return str(Path(context.address_info["session_dir"], "logs"))
 
 
 def namespace_of(name: str) -> str:

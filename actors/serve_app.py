@@ -15,7 +15,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fastapi import FastAPI
 from ray import serve
@@ -37,8 +37,10 @@ from ..proto.errors import (
     RequestError,
     from_wire,
 )
+from .announcing import announce
 from .engine import Delta, Engine, FinishReason, Limits, Sampling, TokenLogprob
 from .ingress import create_app
+from .ray_border import cluster_of
 from .served import ServedModel
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class Trunk:
     """Owns an Engine; ``engine_factory`` is called in the replica's process."""
 
     def __init__(self, engine_factory: Callable[[], Engine]) -> None:
+        _announce("trunk")
         self._engine = engine_factory()
         self._engine.start()
 
@@ -218,6 +221,7 @@ class Ingress:
         cold_start_s: float | None,
         limits: LimitSpec,
     ) -> None:
+        _announce("ingress")
         self._limits = limits
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
         self._tokenizers = tokenizers
@@ -239,6 +243,15 @@ class Ingress:
             more = await self._more_status()
             answer = {**more, "healthy": answer["healthy"] and more.get("healthy", True)}
         return {**answer, "models": models}
+
+
+def _announce(kind: Literal["trunk", "ingress"]) -> None:
+    try:
+        replica = serve.get_replica_context()
+    except RayServeException:
+        return  # not in a replica: a test's own process
+    name = replica.deployment.removeprefix("Trunk-") if kind == "trunk" else kind
+    announce(kind, name, cluster_of(replica.app_name))
 
 
 def build(

@@ -157,6 +157,19 @@ def only(names: Sequence[str]) -> str:
     return names[0]
 
 
+def address(text: str) -> httpx.URL:
+    """Raises RequestError where it cannot be an endpoint's."""
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in ("http", "https") or not url.host:
+        raise RequestError(
+            f"{text!r} is no address of an endpoint, as http://127.0.0.1:8000", param="base_url"
+        )
+    return url
+
+
 class Events:
     """The JSON of a stream's lines."""
 

@@ -36,6 +36,7 @@ from .calls import (
     Prompt,
     Tries,
     Usage,
+    address,
     chat,
     checked,
     completion,
@@ -68,7 +69,7 @@ class Client:
         self._only_model: str | None = None
         self._retries = retries
         self._http = httpx.Client(
-            base_url=base_url,
+            base_url=address(base_url),
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             transport=transport,
         )
@@ -178,7 +179,7 @@ class AsyncClient:
         self._only_model: str | None = None
         self._retries = retries
         self._http = httpx.AsyncClient(
-            base_url=base_url,
+            base_url=address(base_url),
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             transport=transport,
             limits=httpx.Limits(max_connections=None),

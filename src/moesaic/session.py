@@ -26,6 +26,7 @@ class Session:
     embedded: bool  # Ray belongs to the cluster, and stays on loopback
     url: str | None
     ray_token: str | None = None  # with which an embedded Ray lets others in
+    logs: str | None = None  # the folder of Ray's logs on this machine
 
     @property
     def alive(self) -> bool:
@@ -48,7 +49,13 @@ def _file(name: str) -> Path:
 
 
 def write_session(
-    *, name: str, ray_address: str, embedded: bool, url: str | None, ray_token: str | None = None
+    *,
+    name: str,
+    ray_address: str,
+    embedded: bool,
+    url: str | None,
+    ray_token: str | None = None,
+    logs: str | None = None,
 ) -> Session:
     """Announce the cluster that this process owns."""
     session = Session(
@@ -59,6 +66,7 @@ def write_session(
         embedded=embedded,
         url=url,
         ray_token=ray_token,
+        logs=logs,
     )
     file = _file(name)
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
