@@ -3,12 +3,15 @@ errors, and when a call is worth another try."""
 
 from __future__ import annotations
 
+import base64
 import json
 import random
+import sys
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 import httpx
 
@@ -29,8 +32,11 @@ RETRIES = 2
 # The pause before another try is drawn from 0 to this, doubled with each.
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 
+Found = TypeVar("Found", covariant=True)
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 Prompt = str | Sequence[int]
+Texts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+PoolingKind = Literal["last", "mean"]
 Json = dict[str, Any]
 
 
@@ -86,6 +92,13 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Embeddings:
+    vectors: list[list[float]]  # one for each text
+    prompt_tokens: int  # of all texts
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
     """New text; the last chunks of a stream have the finish reason and the usage."""
 
@@ -93,6 +106,16 @@ class Chunk:
     finish_reason: str | None = None
     usage: Usage | None = None
     max_dropped: float = 0.0  # with the finish reason: see Answer
+
+
+class Asks(Protocol[Found]):
+    """One request with one answer."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def body(self) -> Json: ...
+    def answer(self, found: Json) -> Found: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +150,35 @@ class Call:
             )
         if event.get("usage"):
             yield Chunk(usage=_usage(event["usage"]))
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingCall:
+    """One request for vectors."""
+
+    body: Json
+    path: str = "/v1/embeddings"
+
+    def answer(self, found: Json) -> Embeddings:
+        vectors = [_floats(one["embedding"]) for one in found["data"]]
+        tokens = found["usage"]["prompt_tokens"]
+        return Embeddings(vectors=vectors, prompt_tokens=tokens, model=found["model"])
+
+
+def embeddings(texts: Texts, pooling: PoolingKind, normalize: bool, model: str) -> EmbeddingCall:
+    plain = texts if isinstance(texts, str) else list(texts)
+    options = {"pooling": pooling, "normalize": normalize}
+    # A third of the bytes of numbers in JSON, and no rounding.
+    body = {"model": model, "input": plain, "encoding_format": "base64", "moesaic": options}
+    return EmbeddingCall(body)
+
+
+def _floats(text: str) -> list[float]:
+    """Of base64 of little-endian float32."""
+    found = array("f", base64.b64decode(text))
+    if sys.byteorder == "big":
+        found.byteswap()
+    return found.tolist()
 
 
 def completion(prompt: Prompt, options: Options, model: str) -> Call:

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypeVar, Unpack
 
 import httpx
 
@@ -26,20 +26,25 @@ from .calls import (
     READ_TIMEOUT_S,
     RETRIES,
     Answer,
+    Asks,
     Call,
     Chunk,
+    Embeddings,
     Events,
     Json,
     Message,
     Model,
     Options,
+    PoolingKind,
     Prompt,
+    Texts,
     Tries,
     Usage,
     address,
     chat,
     checked,
     completion,
+    embeddings,
     mapping_errors,
     models,
     only,
@@ -47,7 +52,9 @@ from .calls import (
 )
 from .proto.errors import ClusterError, Expired, MoesaicError
 
-__all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Model", "Options", "Usage"]
+__all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Embeddings", "Model", "Options", "Usage"]
+
+T = TypeVar("T")
 
 
 class Client:
@@ -108,6 +115,20 @@ class Client:
         """``messages``: a conversation, or the text of one user's message."""
         return self._answer(chat(messages, options, self._model(options)))
 
+    def embeddings(
+        self,
+        texts: Texts,
+        *,
+        model: str | None = None,
+        pooling: PoolingKind = "last",
+        normalize: bool = True,
+    ) -> Embeddings:
+        """The last hidden state of a text, or of each of a list of texts, as a vector: that of
+        its last token, or with ``pooling="mean"`` the mean of all, and of length 1 unless
+        ``normalize`` is false. A text may be token ids. Raises MoesaicError."""
+        chosen = self._model({} if model is None else {"model": model})
+        return self._answer(embeddings(texts, pooling, normalize, chosen))
+
     def stream_complete(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Chunk]:
         return self._stream(completion(prompt, options, self._model(options)))
 
@@ -127,7 +148,7 @@ class Client:
         with mapping_errors():
             return checked(self._http.get(path), accept)
 
-    def _answer(self, call: Call) -> Answer:
+    def _answer(self, call: Asks[T]) -> T:
         tries = Tries(self._retries)
         while True:
             try:
@@ -219,6 +240,18 @@ class AsyncClient:
         """See `Client.chat`."""
         return await self._answer(chat(messages, options, await self._model(options)))
 
+    async def embeddings(
+        self,
+        texts: Texts,
+        *,
+        model: str | None = None,
+        pooling: PoolingKind = "last",
+        normalize: bool = True,
+    ) -> Embeddings:
+        """See `Client.embeddings`."""
+        chosen = await self._model({} if model is None else {"model": model})
+        return await self._answer(embeddings(texts, pooling, normalize, chosen))
+
     async def stream_complete(
         self, prompt: Prompt, **options: Unpack[Options]
     ) -> AsyncGenerator[Chunk, None]:
@@ -246,7 +279,7 @@ class AsyncClient:
         with mapping_errors():
             return checked(await self._http.get(path), accept)
 
-    async def _answer(self, call: Call) -> Answer:
+    async def _answer(self, call: Asks[T]) -> T:
         tries = Tries(self._retries)
         while True:
             try:

@@ -103,7 +103,7 @@ def served_pool(folder: Path, *, hosts: int = 2, replicas: int = 1) -> Iterator[
         engine.start()
         # As the engine of a trunk on Ray does.
         base.router.batch.owned_by(engine)
-        served = ServedModel("m", tiny_tokenizer(), engine.limits, engine.generate)
+        served = ServedModel("m", tiny_tokenizer(), engine.limits, engine.generate, engine.embed)
 
         async def status() -> dict[str, Any]:
             return {"healthy": engine.stats().healthy}

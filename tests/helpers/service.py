@@ -113,7 +113,7 @@ def running_service() -> Iterator[Service]:
         listener.bind(("127.0.0.1", 0))
         service = Service(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, script, model)
         served = [
-            ServedModel("tiny", TOKENIZER, engine.limits, engine.generate),
+            ServedModel("tiny", TOKENIZER, engine.limits, engine.generate, engine.embed),
             ServedModel("org/script", TOKENIZER, limits, script.generate),
             ServedModel("plain", tiny_tokenizer(chat=False), limits, script.generate),
             ServedModel("tools", tool_tokenizer(), limits, service.tools.generate),
