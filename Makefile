@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: up test test-all test-vllm lint types bench proto clean
+.PHONY: up test test-all test-vllm lint types bench proto spec clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
@@ -32,6 +32,9 @@ types: $(READY)
 
 bench: $(READY)  ## every benchmark: tables on the screen, JSON in benchmarks/results
 	@$(BIN)/python -m benchmarks.all $(ARGS)
+
+spec: $(READY)  ## regenerate docs/spec.md
+	@$(BIN)/moesaic spec docs > docs/spec.md
 
 proto: $(READY)  ## regenerate the code of proto/
 	@$(BIN)/python -m grpc_tools.protoc -Imoesaic/proto=proto --python_out=src --pyi_out=src \

@@ -12,6 +12,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .spec_words import with_words
+
 Micros = Annotated[float, Field(ge=0, le=60e6, allow_inf_nan=False)]
 
 
@@ -19,7 +21,9 @@ class Emulation(BaseModel):
     """A device, as a spec has it: microseconds for starting a batch, for each choice (a row and
     one of its experts), and for each expert whose weights the batch reads."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, json_schema_extra=with_words
+    )
 
     call_us: Micros = 0.0
     row_us: Micros = 0.0

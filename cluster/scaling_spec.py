@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .autoscaler import ScalePolicy
+from .spec_words import with_words
 
 Busy = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
@@ -20,7 +21,9 @@ class AutoscaleSpec(BaseModel):
     ``pending_s`` is shown as waiting for a machine.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, json_schema_extra=with_words
+    )
 
     high: Busy = 0.75
     low: Busy = 0.35

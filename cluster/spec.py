@@ -31,6 +31,7 @@ from .policy import ControlPolicy
 from .residency import HostPolicy
 from .scaling_spec import AutoscaleSpec, Cost
 from .spec_text import StrictLoader, bytes_of, overridden, part_or_bytes, problems
+from .spec_words import with_words
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -43,7 +44,9 @@ EngineKind = Literal["transformers", "vllm"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, json_schema_extra=with_words
+    )
 
 
 class RaySpec(_Part):

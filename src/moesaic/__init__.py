@@ -16,8 +16,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .about import inspect_model, versions
+    from .bench import measure_load
     from .client import AsyncClient, Client
-    from .cluster.spec import Spec
+    from .cluster.spec import Spec, load_spec
     from .handle import Cluster, connect, up
     from .models.upcycle import upcycle
     from .proto.errors import MoesaicError
@@ -35,9 +37,13 @@ __all__ = [
     "MoesaicError",
     "Spec",
     "connect",
+    "inspect_model",
+    "load_spec",
+    "measure_load",
     "read_trace",
     "up",
     "upcycle",
+    "versions",
     "write_trace",
 ]
 
@@ -48,9 +54,13 @@ _HOMES = {
     "MoesaicError": "proto.errors",
     "Spec": "cluster.spec",
     "connect": "handle",
+    "inspect_model": "about",
+    "load_spec": "cluster.spec",
+    "measure_load": "bench",
     "read_trace": "traces",
     "up": "handle",
     "upcycle": "models.upcycle",
+    "versions": "about",
     "write_trace": "traces",
 }
 

@@ -129,6 +129,7 @@ WRONG = [
     (["simulate", "--hosts", "1"], 2, "--hosts"),
     (["version", "--jsno"], 2, "--jsno"),
     (["spec", "schema", "x"], 2, "extra argument"),
+    (["spec", "docs", "x"], 2, "extra argument"),
     (["nothing-like-this"], 2, "No such command"),
 ]
 
