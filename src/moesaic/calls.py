@@ -71,18 +71,24 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
+    """A model that the endpoint serves."""
+
     id: str
     max_tokens: int  # prompt and answer together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
+    """Tokens of one request."""
+
     prompt_tokens: int
     completion_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
+    """A whole answer."""
+
     text: str
     finish_reason: str  # "stop" or "length"
     usage: Usage
@@ -93,6 +99,8 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Embeddings:
+    """Texts as vectors."""
+
     vectors: list[list[float]]  # one for each text
     prompt_tokens: int  # of all texts
     model: str
