@@ -59,19 +59,12 @@ SHOWN = [
     ("complete", ["hello", "--max-tokens", "3"]),
     ("record", ["trace", "--seconds", "1"]),
 ]
-ELSEWHERE = {  # what needs no cluster, or has one of its own
-    "up": "tests/integration/test_documents.py",
-    "down": "tests/integration/test_documents.py",
-    "inspect": "tests/unit/test_about.py",
-    "upcycle": "tests/unit/test_upcycle.py",
-    "simulate": "tests/unit/test_simulated_placements.py",
-    "spec check": "tests/unit/test_about.py",
-    "version": "tests/unit/test_about.py",
-}
+# What needs no cluster, or has one of its own; `up` and `down` are not run here.
+ELSEWHERE = {"up", "down", "inspect", "upcycle", "simulate", "spec check", "version"}
 
 
 def test_the_page_and_this_table_have_the_same_commands() -> None:
-    assert {command for command, _ in SHOWN} | ELSEWHERE.keys() == KEYS.keys()
+    assert {command for command, _ in SHOWN} | ELSEWHERE == KEYS.keys()
 
 
 @pytest.mark.parametrize(("command", "arguments"), SHOWN, ids=[command for command, _ in SHOWN])
