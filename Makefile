@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUICK := "not slow and not cuda and not vllm"
 
-.PHONY: up test test-all test-vllm lint types bench proto clean
+.PHONY: up test test-all test-vllm lint types bench proto spec docs clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
@@ -36,6 +36,13 @@ types: $(READY)
 
 bench: $(READY)  ## every benchmark: tables on the screen, JSON in benchmarks/results
 	@$(BIN)/python -m benchmarks.all $(ARGS)
+
+docs: $(READY)  ## pages of docs/ and of the docstrings, in build/docs; nothing is fetched
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
+spec: $(READY)  ## regenerate docs/spec.md
+	@$(BIN)/moesaic spec docs > docs/spec.md
 
 proto: $(READY)  ## regenerate the code of proto/
 	@$(BIN)/python -m grpc_tools.protoc -Imoesaic/proto=proto --python_out=src --pyi_out=src \

@@ -40,6 +40,7 @@ from transformers.generation.continuous_batching.requests import (
 
 from ..cluster.missing import RowGroups
 from ..proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel
+from .embedding import Encoder
 from .sampling import RequestSampler, choose
 from .scheduler import SCHEDULER, RankScheduler
 
@@ -79,6 +80,7 @@ class BatchingLoop(ContinuousBatchingManager):
         config: EngineConfig,
         eos_token_ids: Sequence[int],
         streams: Streams,
+        encoder: Encoder,
     ) -> None:
         with _refusing_unsupported():
             super().__init__(
@@ -87,6 +89,7 @@ class BatchingLoop(ContinuousBatchingManager):
                 _manager_config(config, model.device),
             )
         self.streams = streams
+        self._encoder = encoder
         self.output_router = _Router(streams)
         self._generator = torch.Generator(model.device)
         self._generator.seed()
@@ -122,6 +125,10 @@ class BatchingLoop(ContinuousBatchingManager):
         )
         # Looked at last: whatever was queued before `close` began is failed by the loop's end.
         return taken is not None and not self._closing.is_set()
+
+    def wake(self) -> None:
+        """The encoder has something to do."""
+        self._wake_up_loop.set()
 
     def close(self, timeout_s: float) -> None:
         """Raises EngineError when the thread is still inside a step after ``timeout_s``."""
@@ -192,7 +199,21 @@ class BatchingLoop(ContinuousBatchingManager):
         self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool
     ) -> bool:
         self.last_beat = time.monotonic()
+        if self._encoder.waits:
+            self._encode()
         return super()._generation_loop_body(batch_processor, bootstrapping)
+
+    def _encode(self) -> None:
+        own, paged = self._original_attn_impl, self.model.config._attn_implementation
+        if own is None or paged is None:
+            self._encoder.step()
+            return
+        # The paged one sees nothing but a paged cache.
+        self.model.set_attn_implementation(own)
+        try:
+            self._encoder.step()
+        finally:
+            self.model.set_attn_implementation(paged)
 
     def _generation_step(self) -> None:
         self._faults.clear()

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..cluster.missing import RowGroups
 from ..proto.errors import EngineError, InternalError, MoesaicError
 from .cohort import Asked, Cohort, together
+from .embedding import Encoder
 from .engine import Delta, EngineConfig
 from .sampling import choose
 from .streams import Stream, Streams
@@ -42,8 +43,10 @@ class CohortLoop:
         config: EngineConfig,
         eos_token_ids: Sequence[int],
         streams: Streams,
+        encoder: Encoder,
     ) -> None:
         self.streams = streams
+        self._encoder = encoder
         self.restarts = 0
         self.steps = 0
         self.last_error: str | None = None
@@ -93,6 +96,11 @@ class CohortLoop:
             if self._waiting.pop(request_id, None) is None:
                 self._cancelled.add(request_id)
 
+    def wake(self) -> None:
+        """The encoder has something to do."""
+        with self._changed:
+            self._changed.notify()
+
     def close(self, timeout_s: float) -> None:
         """Raises EngineError when the thread is still inside a step after ``timeout_s``."""
         with self._changed:
@@ -120,13 +128,15 @@ class CohortLoop:
         while not self._closing.is_set():
             self.last_beat = time.monotonic()
             self._drop_cancelled()
+            self._encoder.step()
             self._admit()
             for cohort in list(self._cohorts):
                 self._step_or_fail(cohort)
                 if not cohort.requests:
                     self._cohorts.remove(cohort)
             with self._changed:
-                if not self._cohorts and not self._waiting and not self._closing.is_set():
+                waits = self._cohorts or self._waiting or self._encoder.waits
+                if not waits and not self._closing.is_set():
                     self._changed.wait(_IDLE_S)
         self.streams.fail_all(EngineError("the engine was closed"))
 

@@ -28,9 +28,11 @@ from ..cluster.policy import ControlPolicy
 from ..cluster.scaling_spec import AutoscaleSpec
 from ..cluster.watchdog import Watchdog
 from ..proto.errors import ClusterError, MoesaicError, Superseded
+from .announcing import announce
 from .host import HostReport
 from .operations import Operations
 from .overview import Overview
+from .ray_border import cluster_of
 from .router_process import ServiceWatch
 from .store import ModelRef
 from .term import claim_term, kept_asleep, kept_fleet, kept_wishes
@@ -60,6 +62,7 @@ class Controller(Operations, Overview):
     ) -> None:
         """``router``: the router service's address, and how long its start may take."""
         super().__init__()
+        announce("controller", "controller", cluster_of(namespace))
         self._namespace = namespace
         self._term = claim_term(namespace)
         self._fleet = Fleet(

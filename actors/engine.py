@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from ..cluster.missing import WAIT, Dropped, MissingExpert, RowWish
-from ..cluster.spec import LimitSpec
+from ..cluster.serving_spec import LimitSpec
 from ..proto.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FinishReason = Literal["stop", "length"]
 
@@ -42,6 +45,15 @@ class Sampling:
     @property
     def wish(self) -> RowWish:
         return RowWish(self.missing, self.experts_per_token)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pooling:
+    """How the hidden states of a text become one vector: that of the ``last`` token, or the
+    ``mean`` of all; with ``normalize`` its length is 1."""
+
+    kind: Literal["last", "mean"] = "last"
+    normalize: bool = True
 
 
 class TokenLogprob(NamedTuple):
@@ -193,6 +205,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends the requests in flight with EngineError, the loop and its thread; repeatable."""
+        ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """An engine that can give vectors, beside what `Engine` has."""
+
+    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+        """(N, H) float32: the pooled last hidden state, behind the last norm, of each prompt.
+
+        Raises RequestError, Busy, EngineError (retryable), or what went wrong with a prompt.
+        """
         ...
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import ray
 from ray.util import get_node_ip_address
 
+from .announcing import announce
 from .quiet_import import import_quietly
 
 if TYPE_CHECKING:
@@ -22,8 +23,16 @@ class RayExpertHost:
     """`ExpertHost` on its node."""
 
     def __init__(
-        self, name: str, *, bind: str, device: str, policy: HostPolicy, threads: int
+        self,
+        name: str,
+        *,
+        cluster: str,
+        bind: str,
+        device: str,
+        policy: HostPolicy,
+        threads: int,
     ) -> None:
+        announce("host", name, cluster)
         # A host that comes back does so on cores that serve.
         import_quietly(".host", __package__)
         from .host import ExpertHost

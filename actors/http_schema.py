@@ -33,6 +33,7 @@ MAX_LOGPROBS = 20
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
+    "dimensions": (),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
@@ -109,7 +110,7 @@ class _Generation(SamplingOptions):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def _is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
@@ -117,7 +118,7 @@ def _check_prompt(value: Any) -> list[str] | list[list[int]]:
     """Every form of a prompt as a list of prompts."""
     if isinstance(value, str):
         return [value]
-    if _is_ids(value):
+    if is_ids(value):
         return [value]
     if isinstance(value, list) and value:
         if len(value) > MAX_PROMPTS:
@@ -126,7 +127,7 @@ def _check_prompt(value: Any) -> list[str] | list[list[int]]:
                 "has {count} prompts; at most {most} are allowed",
                 {"count": len(value), "most": MAX_PROMPTS},
             )
-        if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
+        if all(isinstance(item, str) for item in value) or all(map(is_ids, value)):
             return value
     raise PydanticCustomError(
         "prompt",
@@ -274,7 +275,7 @@ class ChatRequest(_Generation):
         return self.max_completion_tokens or self.max_tokens
 
 
-R = TypeVar("R", CompletionRequest, ChatRequest)
+R = TypeVar("R", bound=BaseModel)
 
 
 def parse_request(kind: type[R], body: bytes) -> R:

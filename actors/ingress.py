@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -32,6 +33,7 @@ from .http_edge import (
     request_id,
     unless_disconnected,
 )
+from .http_embeddings import add_embeddings
 from .http_metrics import CONTENT_TYPE, HttpMetrics
 from .http_openapi import document, errors, generation
 from .http_responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
@@ -60,6 +62,7 @@ def create_app(
     app.add_middleware(Edge, metrics=metrics)
     _add_models(app, models)
     _add_generation(app, models, metrics, max_body_bytes)
+    add_embeddings(app, partial(_find, models), max_body_bytes)
     _add_status(app, status, metrics)
     _add_errors(app)
     return app

@@ -50,6 +50,7 @@ class HostStarter:
             )
             .remote(
                 name,
+                cluster=self._spec.name,
                 bind=self._spec.network.bind,
                 device=wanted.device,
                 policy=wanted.policy,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..cluster.merging import Batch, Call, Cut, End, MergePolicy, Merger, Piece
-from ..cluster.missing import MissingExpert, RowGroups
+from ..cluster.missing import MissingExpert, RowGroups, RowWish
 from ..cluster.placement import LayerKey
 from ..proto.errors import (
     Busy,
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 _LONGEST_WAIT_S = 5.0
 # A merged call waits so long for an expert that nobody has, for a host that is busy for a moment;
 # rows that want it wait outside (`MergePolicy.away_s`), so that they hold up nobody else.
-_SHORT_WAIT = MissingExpert(mode="fail", wait_s=0.02)
+_SHORT_WAIT = RowWish(MissingExpert(mode="fail", wait_s=0.02))
 
 
 @dataclass(slots=True, eq=False)

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..cluster.control import Control
-from ..cluster.glance import HostCounters, HostRates, hottest
+from ..cluster.glance import HostCounters, HostRates, hottest, standing
+from ..cluster.operations import check_layer, check_model
 from ..cluster.placement import ModelShape
 from ..cluster.recording import LoadTotals
 from ..cluster.watchdog import Vitals, Watchdog
+from ..proto.errors import ClusterError
 from .host import HostReport
 from .metrics import PoolMetrics
 from .ray_border import cluster_of
@@ -114,6 +116,23 @@ class Overview(Sizing):
             "hosts": [self._host_glance(host) for host in control.view.hosts],
             "experts": hottest(rates, layers, count),
         }
+
+    async def experts(
+        self, model: str | None, layer: int | None, hot: int | None
+    ) -> list[dict[str, Any]]:
+        """See `Operating.experts`."""
+        control = self._control
+        try:
+            shapes = (
+                control.models.values() if model is None else [check_model(control.models, model)]
+            )
+            if layer is not None:
+                for shape in shapes:
+                    check_layer(shape, layer)
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        layers = {} if control.placement is None else control.placement.layers
+        return standing(layers, control.loads, control.wishes, model=model, layer=layer, hot=hot)
 
     async def totals(self) -> LoadTotals:
         """All counts since this controller's start."""

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 # Before ray is imported: no usage reports.
@@ -17,7 +18,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from ..cluster.spec import Resources, Spec
+from ..cluster.spec import Spec
+from ..cluster.spec_part import Resources
 from ..proto.errors import ClusterError, MoesaicError
 
 # Serve tells the driver of every step it takes; that Ray has a token by default is no warning.
@@ -116,6 +118,13 @@ def check_reachable(address: str) -> None:
 
 def ray_address() -> str:
     return ray.get_runtime_context().gcs_address
+
+
+def log_folder() -> str:
+    """Where the processes on this node leave what they print."""
+    # Of what is initialised already; Ray has no other public name for it.
+    context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
+    return str(Path(context.address_info["session_dir"], "logs"))
 
 
 def namespace_of(name: str) -> str:

@@ -15,7 +15,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from fastapi import FastAPI
 from ray import serve
@@ -28,7 +28,7 @@ from ray.serve.handle import (
 )
 
 from ..cluster.missing import Dropped
-from ..cluster.spec import LimitSpec
+from ..cluster.serving_spec import LimitSpec
 from ..proto.errors import (
     Busy,
     EngineError,
@@ -37,11 +37,24 @@ from ..proto.errors import (
     RequestError,
     from_wire,
 )
-from .engine import Delta, Engine, ExpertBounds, FinishReason, Limits, Sampling, TokenLogprob
+from .announcing import announce
+from .engine import (
+    Delta,
+    Embeds,
+    Engine,
+    ExpertBounds,
+    FinishReason,
+    Limits,
+    Pooling,
+    Sampling,
+    TokenLogprob,
+)
 from .ingress import create_app
+from .ray_border import cluster_of
 from .served import ServedModel
 
 if TYPE_CHECKING:
+    import numpy as np
     from ray.serve import Application
     from transformers import PreTrainedTokenizerBase
 
@@ -56,6 +69,7 @@ PATIENCE_S = 15.0
 # Building a trunk reads a checkpoint.
 START_TIMEOUT_S = 600.0
 
+T = TypeVar("T")
 StatusSource = Callable[[], Awaitable[dict[str, Any]]]
 
 
@@ -88,6 +102,7 @@ class Trunk:
     """Owns an Engine; ``engine_factory`` is called in the replica's process."""
 
     def __init__(self, engine_factory: Callable[[], Engine]) -> None:
+        _announce("trunk")
         self._engine = engine_factory()
         self._engine.start()
 
@@ -108,6 +123,18 @@ class Trunk:
         except Exception as error:
             logger.exception("unexpected error of the engine")
             yield Failure.of(InternalError(f"{type(error).__name__}: {error}"))
+
+    async def embed(self, prompts: list[list[int]], pooling: Pooling) -> np.ndarray | Failure:
+        try:
+            if not isinstance(self._engine, Embeds):
+                engine = type(self._engine).__name__
+                raise RequestError(f"embeddings: not with the {engine}", param="model")
+            return await self._engine.embed(prompts, pooling)
+        except MoesaicError as error:
+            return Failure.of(error)
+        except Exception as error:
+            logger.exception("unexpected error of the engine")
+            return Failure.of(InternalError(f"{type(error).__name__}: {error}"))
 
     async def limits(self) -> Limits:
         return self._engine.limits
@@ -169,9 +196,33 @@ class TrunkClient:
             if not finished:
                 items.cancel()
 
+    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+        """See `Embeds.embed`."""
+        asked = cast(
+            "DeploymentResponse[np.ndarray | Failure]",
+            self._handle.embed.remote([list(prompt) for prompt in prompts], pooling),
+        )
+        finished = False
+        try:
+            found = await self._patiently(_result(asked), self._cold_start_s or PATIENCE_S)
+            finished = True
+        except BackPressureError as error:
+            raise Busy(str(error)) from None
+        except (RayError, RayServeException) as error:
+            raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
+        finally:
+            if not finished:
+                asked.cancel()
+        if isinstance(found, Failure):
+            raise found.error()
+        return found
+
     async def _next(self, items: DeploymentResponseGenerator[Item], patience_s: float) -> Item:
+        return await self._patiently(items.__anext__(), patience_s)
+
+    async def _patiently(self, asked: Awaitable[T], patience_s: float) -> T:
         """Waits as long as the trunk answers questions: the request may be behind many others."""
-        waiting = asyncio.ensure_future(items.__anext__())
+        waiting = asyncio.ensure_future(asked)
         try:
             while True:
                 await asyncio.wait({waiting}, timeout=patience_s)
@@ -219,6 +270,7 @@ class Ingress:
         limits: LimitSpec,
         experts: Mapping[str, ExpertBounds],
     ) -> None:
+        _announce("ingress")
         self._limits = limits
         self._experts = experts
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
@@ -230,7 +282,9 @@ class Ingress:
         for name, trunk in self._trunks.items():
             limits = (await trunk.limits()).within(self._limits)
             limits = replace(limits, experts=self._experts.get(name, limits.experts))
-            models[name] = ServedModel(name, self._tokenizers[name](), limits, trunk.generate)
+            models[name] = ServedModel(
+                name, self._tokenizers[name](), limits, trunk.generate, trunk.embed
+            )
         max_body_bytes = int(self._limits.body_mb * 1e6)
         return create_app(models=models, status=self._status, max_body_bytes=max_body_bytes)
 
@@ -242,6 +296,19 @@ class Ingress:
             more = await self._more_status()
             answer = {**more, "healthy": answer["healthy"] and more.get("healthy", True)}
         return {**answer, "models": models}
+
+
+async def _result(asked: DeploymentResponse[T]) -> T:
+    return await asked
+
+
+def _announce(kind: Literal["trunk", "ingress"]) -> None:
+    try:
+        replica = serve.get_replica_context()
+    except RayServeException:
+        return  # not in a replica: a test's own process
+    name = replica.deployment.removeprefix("Trunk-") if kind == "trunk" else kind
+    announce(kind, name, cluster_of(replica.app_name))
 
 
 def build(

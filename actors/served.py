@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import repeat
@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..cluster.missing import Dropped
 from ..proto.errors import Expired, RequestError
-from .engine import Delta, FinishReason, Generate, Limits, Sampling, TokenLogprob
+from .engine import Delta, FinishReason, Generate, Limits, Pooling, Sampling, TokenLogprob
 from .resuming import resuming
 from .text import Detokenizer, StopSearch
 from .tools import ToolCall, ToolSearch
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
+
+    Embed = Callable[[Sequence[Sequence[int]], Pooling], Awaitable[np.ndarray]]
 
 
 class TokenText(NamedTuple):
@@ -56,13 +59,19 @@ class ServedModel:
     """A model's name, tokenizer and limits, and the way to its engine."""
 
     def __init__(
-        self, model_id: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, generate: Generate
+        self,
+        model_id: str,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        generate: Generate,
+        embed: Embed | None = None,
     ) -> None:
         self.id = model_id
         self.limits = limits
         self.created = int(time.time())  # seconds since 1970, as the API wants it
         self._tokenizer = tokenizer
         self._generate = generate
+        self._embed = embed
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
@@ -154,6 +163,16 @@ class ServedModel:
                 if reason is not None:
                     return
 
+    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+        """See `Embeds.embed`. Raises Expired beyond `limits.request_s`."""
+        if self._embed is None:
+            raise RequestError(f"the model {self.id!r} gives no embeddings", param="model")
+        try:
+            async with asyncio.timeout(self.limits.request_s):
+                return await self._embed(prompts, pooling)
+        except TimeoutError:
+            raise _too_long(self.limits.request_s) from None
+
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._decode(token_ids)
 
@@ -219,7 +238,9 @@ async def within(
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                raise Expired(
-                    f"the request took longer than {seconds:g} s (endpoint.limits.request_s)"
-                ) from None
+                raise _too_long(seconds) from None
             yield delta
+
+
+def _too_long(seconds: float | None) -> Expired:
+    return Expired(f"the request took longer than {seconds or 0:g} s (endpoint.limits.request_s)")

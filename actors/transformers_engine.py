@@ -8,6 +8,7 @@ only ever posts to a stream (``streams.py``), and only the caller adds and remov
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import logging
 import time
@@ -15,19 +16,24 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cluster.missing import RowGroups
 from ..proto.errors import Busy, EngineError, MoesaicError, RequestError, UnsupportedModel
 from .batching import BatchingLoop, eos_token_ids
 from .cohorts import CohortLoop
-from .engine import Delta, EngineConfig, EngineStats, Limits, Sampling
+from .embedding import Encoder
+from .engine import Delta, EngineConfig, EngineStats, Limits, Pooling, Sampling
 from .grammar import Grammar, Grammars
 from .parking import Parking
 from .sampling import RequestSampler
 from .streams import Stream, Streams
 
 logger = logging.getLogger(__name__)
+
+# What a text that only becomes a vector asks for.
+_NO_ANSWER = Sampling(max_tokens=1)
 
 Loop = BatchingLoop | CohortLoop
 
@@ -57,6 +63,8 @@ class TransformersEngine:
         self._config = config or EngineConfig()
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._parking = Parking(self._config.park_s, self._running)
+        self._encoder = Encoder(model, self._config.max_batch_tokens)
+        self._embedding = 0  # calls
         self._loop: Loop | None = None
         self._limits: Limits | None = None
 
@@ -92,7 +100,7 @@ class TransformersEngine:
         packs = not any(getattr(text_config, name, None) for name in _NOT_PACKED)
         if packs and not model.config.is_encoder_decoder:
             try:
-                continuous = BatchingLoop(model, self._config, eos, Streams(eos))
+                continuous = BatchingLoop(model, self._config, eos, Streams(eos), self._encoder)
                 total = continuous.allocate()
                 continuous.start()
                 if any(hasattr(text_config, name) for name in _SUSPECT):
@@ -102,7 +110,7 @@ class TransformersEngine:
                 # It may have begun to change the model.
                 model.set_attn_implementation(attention or "eager")
                 logger.warning("requests run in cohorts: %s", error)
-        cohorts = CohortLoop(model, self._config, eos, Streams(eos))
+        cohorts = CohortLoop(model, self._config, eos, Streams(eos), self._encoder)
         cohorts.start()
         return cohorts, cohorts.allocate()
 
@@ -185,14 +193,61 @@ class TransformersEngine:
             try:
                 return await stream.next(self._config.stall_timeout_s)
             except TimeoutError:
-                # Waiting behind others is no fault of the engine's; standing still is.
-                stalled_s = time.monotonic() - loop.last_beat
-                if stalled_s >= self._config.stall_timeout_s:
-                    raise EngineError(f"the engine made no step for {stalled_s:.0f} s") from None
+                self._check_beat(loop)
+
+    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+        """See `Embeds.embed`. A prompt that lacks an expert waits for it as requests do."""
+        for prompt_ids in prompts:
+            self.limits.check(prompt_ids, _NO_ANSWER)
+        self._check_room()
+        tasks = [asyncio.ensure_future(self._vector(one, pooling)) for one in prompts]
+        self._embedding += 1
+        try:
+            return np.stack(await asyncio.gather(*tasks))
+        finally:
+            self._embedding -= 1
+            for task in tasks:
+                task.cancel()
+
+    async def _vector(self, prompt_ids: Sequence[int], pooling: Pooling) -> np.ndarray:
+        found: list[np.ndarray] = []
+
+        async def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
+            found.append(await self._encoded(tokens, pooling))
+            yield Delta((), "length")
+
+        async with aclosing(self._parking.generate(attempt, prompt_ids, _NO_ANSWER)) as deltas:
+            async for _ in deltas:
+                pass
+        return found[-1]
+
+    async def _encoded(self, token_ids: Sequence[int], pooling: Pooling) -> np.ndarray:
+        loop = self._running()
+        vector = asyncio.wrap_future(self._encoder.submit(token_ids, pooling))
+        loop.wake()
+        try:
+            while True:
+                await asyncio.wait({vector}, timeout=self._config.stall_timeout_s)
+                if vector.done():
+                    return vector.result()
+                self._check_beat(loop)
+        except MoesaicError as error:
+            raise copy.copy(error) from None  # texts of one batch may share it
+        finally:
+            vector.cancel()
+
+    def _check_beat(self, loop: Loop) -> None:
+        """Waiting behind others is no fault of the engine's; standing still is."""
+        stalled_s = time.monotonic() - loop.last_beat
+        if stalled_s >= self._config.stall_timeout_s:
+            raise EngineError(f"the engine made no step for {stalled_s:.0f} s") from None
 
     def _admit(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         self.limits.check(prompt_ids, sampling)
-        requests = len(self._running().streams) + len(self._parking)
+        self._check_room()
+
+    def _check_room(self) -> None:
+        requests = len(self._running().streams) + len(self._parking) + self._embedding
         if requests >= self.limits.max_requests:
             raise Busy(f"{requests} requests are running or waiting; try again later")
 
@@ -205,12 +260,13 @@ class TransformersEngine:
         The rows must hold finite numbers (zeros): a step's requests share one masked attention, in
         which a row counts zero times for the others, and zero times NaN is NaN.
         """
-        self._running().fail_rows(rows, error)
+        owner = self._encoder if self._encoder.in_forward else self._running()
+        owner.fail_rows(rows, error)
 
     def row_groups(self) -> RowGroups | None:
         """What the requests of the batch in flight want of the experts, in the order of their
         rows; None if nothing in particular. To be called as `fail_rows` is."""
-        return self._running().row_groups()
+        return None if self._encoder.in_forward else self._running().row_groups()
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
         """These rows go without a part of their experts; to be called as `fail_rows` is."""
@@ -241,5 +297,6 @@ class TransformersEngine:
 
     def close(self) -> None:
         loop, self._loop = self._loop, None
+        self._encoder.close(EngineError("the engine was closed"))
         if loop is not None:
             loop.close(self._config.close_timeout_s)

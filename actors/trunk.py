@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cluster.health import RouterPolicy
 from ..cluster.placement import LayerKey, Placement
-from ..cluster.spec import EngineKind
+from ..cluster.serving_spec import EngineKind
 from ..cluster.transports import TransportChoice
 from ..models.trunk import (
     ExpertsLayer,

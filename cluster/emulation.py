@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from .spec_part import Part
 
 Micros = Annotated[float, Field(ge=0, le=60e6, allow_inf_nan=False)]
 
 
-class Emulation(BaseModel):
+class Emulation(Part):
     """A device, as a spec has it: microseconds for starting a batch, for each choice (a row and
     one of its experts), and for each expert whose weights the batch reads."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     call_us: Micros = 0.0
     row_us: Micros = 0.0

@@ -1,4 +1,4 @@
-"""What a live view shows: how busy hosts are, and which experts are hot."""
+"""What operators see: how busy hosts are, which experts are hot, and where each one stands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from .load import HORIZONS_S, LoadTracker
 from .placement import LayerKey, LayerPlacement
+from .plan import Wishes
 
 # Rates are means over so many seconds, or over what there is.
 _WINDOW_S = 5.0
@@ -82,3 +84,58 @@ def hottest(
         }
         for rate, key, expert in heapq.nlargest(count, each, key=lambda one: one[0])
     ]
+
+
+def standing(
+    layers: Mapping[LayerKey, LayerPlacement],
+    loads: LoadTracker,
+    wishes: Wishes,
+    *,
+    model: str | None = None,
+    layer: int | None = None,
+    hot: int | None = None,
+) -> list[dict[str, Any]]:
+    """Every expert of ``model`` and ``layer`` (None: of all): its replicas, its load and what
+    operators wish for it, in the order of its key; with ``hot`` those with the most choices per
+    second over the shortest horizon, the hottest first."""
+    rows = [
+        row
+        for key in sorted(layers)
+        if model in (None, key.model) and layer in (None, key.layer)
+        for row in _layer_standing(key, layers[key], loads, wishes)
+    ]
+    if hot is None:
+        return rows
+    shortest = _horizon(HORIZONS_S[0])
+    return heapq.nlargest(hot, rows, key=lambda row: row["choices_per_s"][shortest])
+
+
+def _layer_standing(
+    key: LayerKey, placed: LayerPlacement, loads: LoadTracker, wishes: Wishes
+) -> list[dict[str, Any]]:
+    none_E = np.zeros(len(placed.replicas))
+    rates = [loads.rate(key, horizon) for horizon in range(len(HORIZONS_S))]
+    rates = [none_E if rate_E is None or rate_E.size != none_E.size else rate_E for rate_E in rates]
+    whole = float(rates[0].sum())
+    return [
+        {
+            "model": key.model,
+            "layer": key.layer,
+            "expert": expert,
+            "replicas": [
+                {"host": replica.host, "share": round(replica.share, 4)} for replica in replicas
+            ],
+            "choices_per_s": {
+                _horizon(seconds): round(float(rate_E[expert]), 1)
+                for seconds, rate_E in zip(HORIZONS_S, rates, strict=True)
+            },
+            "layer_part": round(float(rates[0][expert]) / whole, 4) if whole else None,
+            "least_replicas": wishes.least.get(key.expert(expert), 1),
+            "pinned_to": sorted(wishes.pins.get(key.expert(expert), ())),
+        }
+        for expert, replicas in enumerate(placed.replicas)
+    ]
+
+
+def _horizon(seconds: float) -> str:
+    return f"{seconds:g}s"

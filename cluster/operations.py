@@ -11,17 +11,27 @@ from .placement import ExpertKey, LayerKey, ModelShape
 from .plan import Plan, Wishes
 
 
-def check_expert(models: Mapping[str, ModelShape], key: ExpertKey) -> None:
-    """Raises ValueError that names what is wrong with ``key``."""
-    shape = models.get(key.model)
-    if shape is None:
-        raise ValueError(f"model: {key.model!r} is none of {sorted(models)}")
-    if key.layer not in shape.experts:
+def check_model(models: Mapping[str, ModelShape], model: str) -> ModelShape:
+    """Raises ValueError."""
+    if model not in models:
+        raise ValueError(f"model: {model!r} is none of {sorted(models)}")
+    return models[model]
+
+
+def check_layer(shape: ModelShape, layer: int) -> None:
+    """Raises ValueError."""
+    if layer not in shape.experts:
         layers = sorted(shape.experts)
         raise ValueError(
-            f"layer: {key.layer} of {key.model} has no experts; layers {layers[0]} to {layers[-1]} "
+            f"layer: {layer} of {shape.model} has no experts; layers {layers[0]} to {layers[-1]} "
             "have"
         )
+
+
+def check_expert(models: Mapping[str, ModelShape], key: ExpertKey) -> None:
+    """Raises ValueError that names what is wrong with ``key``."""
+    shape = check_model(models, key.model)
+    check_layer(shape, key.layer)
     if not 0 <= key.expert < shape.experts[key.layer]:
         raise ValueError(f"expert: {key.expert} is not in 0 to {shape.experts[key.layer] - 1}")
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from .merging import MergePolicy
+from .spec_part import Address, Part, Seconds
 
 Megabytes = Annotated[float, Field(ge=0.001, le=1024)]
 
 
-class RouterSpec(BaseModel):
+class RouterSpec(Part):
     """The gRPC service for clients that bring hidden states; port 0 takes a free one.
 
     One call may have ``max_call_mb`` of tensors and take ``call_s`` seconds; ``max_calls`` calls
@@ -19,15 +20,13 @@ class RouterSpec(BaseModel):
     ``max_batch_rows``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    host: Address = "127.0.0.1"
     port: int = Field(default=8001, ge=0, le=65_535)
     max_batch_rows: int = Field(default=1024, ge=1, le=1 << 20)
     max_calls: int = Field(default=256, ge=1, le=4096)
     max_mb: float = Field(default=256.0, ge=0.002, le=1 << 16, allow_inf_nan=False)
     max_call_mb: Megabytes = 64.0
-    call_s: float = Field(default=60.0, gt=0, le=86_400, allow_inf_nan=False)
+    call_s: Seconds = 60.0
 
     @model_validator(mode="after")
     def _ordered(self) -> RouterSpec:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from .autoscaler import ScalePolicy
+from .spec_part import Part
 
 Busy = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Cost = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
-class AutoscaleSpec(BaseModel):
+class AutoscaleSpec(Part):
     """When hosts come and go, in groups whose ``min_count`` and ``max_count`` differ.
 
     ``high`` and ``low`` are parts of the time in which hosts compute. A host that is not up after
     ``pending_s`` is shown as waiting for a machine.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     high: Busy = 0.75
     low: Busy = 0.35

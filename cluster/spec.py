@@ -13,8 +13,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PlainValidator,
     ValidationError,
@@ -25,30 +23,22 @@ from pydantic import (
 from ..proto.errors import SpecError
 from .emulation import Emulation
 from .fleet import FleetGroup
-from .health import RouterPolicy
 from .plan import Policy
 from .policy import ControlPolicy
 from .residency import HostPolicy
 from .router_spec import RouterSpec
 from .scaling_spec import AutoscaleSpec, Cost
+from .serving_spec import EndpointSpec, TimeoutSpec, TrunkSpec
+from .spec_part import Address, Part, Resources, Seconds, Threads
 from .spec_text import StrictLoader, bytes_of, overridden, part_or_bytes, problems
 from .transports import TransportChoice
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Threads = Annotated[int, Field(ge=1)] | Literal["auto"]
-Address = Annotated[str, Field(min_length=1)]
 Budget = Annotated[float | str, PlainValidator(part_or_bytes)]
 Dtype = Literal["float32", "bfloat16", "float16"]
-EngineKind = Literal["transformers", "vllm"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class RaySpec(_Part):
+class RaySpec(Part):
     """Where Ray runs. ``local`` starts one inside the process of `moesaic up`."""
 
     address: str = "local"
@@ -62,7 +52,7 @@ class RaySpec(_Part):
         raise ValueError(f"{value!r} is neither 'local', 'auto' nor host:port")
 
 
-class NetworkSpec(_Part):
+class NetworkSpec(Part):
     """Where hosts listen for gRPC and for groups: an address, or ``node`` for each node's own.
 
     ``transport``: ``shm`` is memory of one machine, ``grpc`` goes everywhere, with ``group``
@@ -83,16 +73,7 @@ class NetworkSpec(_Part):
         return self
 
 
-class Resources(_Part):
-    """What one Ray actor asks for."""
-
-    num_cpus: Amount = 1
-    num_gpus: Amount = 0
-    resources: dict[str, Amount] = Field(default_factory=dict)
-    labels: dict[str, str] = Field(default_factory=dict)
-
-
-class ModelSpec(_Part):
+class ModelSpec(Part):
     """One model: a folder, a hub id, or ``demo``. Its experts leave the hosts when nobody has asked
     for it for ``idle_s``, and come back with the first call. ``experts_per_token`` takes fewer
     experts than the model's own number where a request says nothing, and a request may ask for as
@@ -196,33 +177,7 @@ class HostGroup(Resources):
         )
 
 
-class TrunkSpec(Resources):
-    """The process that holds a model's trunk, and the batch it runs. Serve keeps between
-    ``min_replicas`` and ``max_replicas`` of them, so that each has about ``target_requests``; with
-    ``min_replicas: 0`` the first request starts one. ``compiled``: by vLLM, around the experts."""
-
-    engine: EngineKind = "transformers"
-    compiled: bool = False
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    threads: Threads = "auto"
-    max_requests: int = Field(default=32, ge=1, le=4096)
-    max_waiting: int = Field(default=256, ge=0, le=1 << 20)
-    max_batch_tokens: int = Field(default=512, ge=1, le=1 << 20)
-    cache_tokens: int = Field(default=16_384, ge=64, le=1 << 28)
-    min_replicas: int = Field(default=1, ge=0, le=1024)
-    max_replicas: int = Field(default=1, ge=1, le=1024)
-    target_requests: float = Field(default=16.0, gt=0, le=4096)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> TrunkSpec:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError("min_replicas <= max_replicas must hold")
-        if self.compiled and self.engine != "vllm":
-            raise ValueError("compiled belongs to engine: vllm alone")
-        return self
-
-
-class BalanceSpec(_Part):
+class BalanceSpec(Part):
     """When experts move, and what a move may cost.
 
     ``redundancy`` failure domains can be lost at once without losing an expert. A layer whose
@@ -270,37 +225,7 @@ class BalanceSpec(_Part):
         )
 
 
-class LimitSpec(_Part):
-    """What one request may ask for, beside what its model and the cache allow: tokens of its prompt
-    and of an answer, seconds to its last token, megabytes of its body."""
-
-    prompt_tokens: int | None = Field(default=None, ge=1)
-    answer_tokens: int | None = Field(default=None, ge=1)
-    request_s: Seconds | None = None
-    body_mb: float = Field(default=8.0, gt=0, le=1024)
-
-
-class EndpointSpec(_Part):
-    """The HTTP endpoint; port 0 takes a free one."""
-
-    host: Address = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65_535)
-    limits: LimitSpec = LimitSpec()
-
-
-class TimeoutSpec(_Part):
-    """Deadlines in seconds. ``expert_s``: how long a call waits for an expert that is nowhere."""
-
-    expert_s: Seconds = 60.0
-    attempt_s: Seconds = 2.0
-    start_s: Seconds = 300.0
-
-    @property
-    def policy(self) -> RouterPolicy:
-        return RouterPolicy(deadline_s=self.expert_s, attempt_s=min(self.attempt_s, self.expert_s))
-
-
-class Spec(_Part):
+class Spec(Part):
     """A cluster."""
 
     name: Name = "local"

@@ -74,13 +74,17 @@ def upcycle(
     """Write the Mixtral made of ``dense`` to ``out``, a folder that transformers loads.
 
     ``dense``: a folder with config.json and safetensors (llama or mistral), or a GGUF file.
+
     ``noise``: each expert's weights get Gaussian noise of this many standard deviations of the
-        matrix they are in, so that no two experts are alike and a token sent to the wrong one
-        shows. Of a 135 M model 0.05 costs 2.5 to 5 % of perplexity; 0.2 breaks it.
+    matrix they are in, so that no two experts are alike and a token sent to the wrong one
+    shows. Of a 135 M model 0.05 costs 2.5 to 5 % of perplexity; 0.2 breaks it.
+
     ``gate``: ``random`` draws rows as Mixtral's own initialisation does; ``kmeans`` makes them
-        of ``texts``, corpus name -> texts (a ``str`` is the text, a ``Path`` a file to read), of
-        which at most ``tokens`` tokens each are read (see ``text_gates``).
+    of ``texts``, corpus name -> texts (a ``str`` is the text, a ``Path`` a file to read), of
+    which at most ``tokens`` tokens each are read (see ``text_gates``).
+
     ``seed``: same inputs and seed, same files, on one machine.
+
     ``progress``: called with (step, done, total); the steps are load, texts, gates and write.
 
     ``out`` appears complete or not at all; one that holds files is replaced only if ``overwrite``.

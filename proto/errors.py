@@ -1,27 +1,29 @@
-"""The one tree of errors; they cross the wire by name.
+"""The one tree of errors.
 
-MoesaicError
-|-- BadInput                 the caller's mistake: never retried
-|   |-- SpecError            the YAML spec
-|   |-- RequestError         an HTTP or SDK request
-|   |   |-- UnknownModel
-|   |   `-- BodyTooLarge
-|   |-- CallError            an expert call: shapes, dtypes, sizes
-|   |-- CheckpointError      a file: truncated, missing tensors, wrong shapes
-|   `-- UnsupportedModel     an architecture without the experts interface
-|-- Retryable                nothing is lost: the same call may succeed elsewhere or later
-|   |-- NotHere              this host does not hold the expert, or is another incarnation
-|   |-- Busy                 a bounded queue is full
-|   |-- Expired              the deadline passed before the work was done
-|   |-- HostLost             a host's connection ended
-|   |-- Corrupted            bytes changed on the way
-|   `-- Interrupted          an answer cannot go on where it was
-|-- ExpertUnavailable        no replica of an expert answered before the deadline
-|-- BadExpert                an expert produced values that are not finite
-|-- EngineError              the trunk's engine failed or was restarted
-|-- ClusterError             Ray, processes, ports: the pool could not be started or reached
-|   `-- Superseded           a newer controller rules
-`-- InternalError            a defect of ours
+They cross the wire by name::
+
+    MoesaicError
+    |-- BadInput                 the caller's mistake: never retried
+    |   |-- SpecError            the YAML spec
+    |   |-- RequestError         an HTTP or SDK request
+    |   |   |-- UnknownModel
+    |   |   `-- BodyTooLarge
+    |   |-- CallError            an expert call: shapes, dtypes, sizes
+    |   |-- CheckpointError      a file: truncated, missing tensors, wrong shapes
+    |   `-- UnsupportedModel     an architecture without the experts interface
+    |-- Retryable                nothing is lost: the same call may succeed elsewhere or later
+    |   |-- NotHere              this host does not hold the expert, or is another incarnation
+    |   |-- Busy                 a bounded queue is full
+    |   |-- Expired              the deadline passed before the work was done
+    |   |-- HostLost             a host's connection ended
+    |   |-- Corrupted            bytes changed on the way
+    |   `-- Interrupted          an answer cannot go on where it was
+    |-- ExpertUnavailable        no replica of an expert answered before the deadline
+    |-- BadExpert                an expert produced values that are not finite
+    |-- EngineError              the trunk's engine failed or was restarted
+    |-- ClusterError             Ray, processes, ports: the pool could not be started or reached
+    |   `-- Superseded           a newer controller rules
+    `-- InternalError            a defect of ours
 """
 
 from __future__ import annotations

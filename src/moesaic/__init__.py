@@ -19,8 +19,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .about import inspect_model, versions
+    from .bench import measure_load
     from .client import AsyncClient, Client
-    from .cluster.spec import Spec
+    from .cluster.spec import Spec, load_spec
     from .connecting import connect
     from .handle import Cluster, up
     from .models.upcycle import upcycle
@@ -41,9 +43,13 @@ __all__ = [
     "RouterClient",
     "Spec",
     "connect",
+    "inspect_model",
+    "load_spec",
+    "measure_load",
     "read_trace",
     "up",
     "upcycle",
+    "versions",
     "write_trace",
 ]
 
@@ -55,9 +61,13 @@ _HOMES = {
     "RouterClient": "router_client",
     "Spec": "cluster.spec",
     "connect": "connecting",
+    "inspect_model": "about",
+    "load_spec": "cluster.spec",
+    "measure_load": "bench",
     "read_trace": "traces",
     "up": "handle",
     "upcycle": "models.upcycle",
+    "versions": "about",
     "write_trace": "traces",
 }
 

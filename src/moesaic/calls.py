@@ -3,11 +3,14 @@ and errors."""
 
 from __future__ import annotations
 
+import base64
 import json
+import sys
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 import httpx
 
@@ -25,8 +28,11 @@ CONNECT_TIMEOUT_S = 5.0
 # From one byte to the next: the first token may wait behind other requests.
 READ_TIMEOUT_S = 300.0
 
+Found = TypeVar("Found", covariant=True)
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 Prompt = str | Sequence[int]
+Texts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+PoolingKind = Literal["last", "mean"]
 Json = dict[str, Any]
 
 
@@ -64,18 +70,24 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
+    """A model that the endpoint serves."""
+
     id: str
     max_tokens: int  # prompt and answer together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
+    """Tokens of one request."""
+
     prompt_tokens: int
     completion_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
+    """A whole answer."""
+
     text: str
     finish_reason: str  # "stop" or "length"
     usage: Usage
@@ -83,6 +95,15 @@ class Answer:
     id: str
     max_dropped: float = 0.0  # largest part of a token's gate weights that a layer went without
     experts_per_token: int | None = None  # where it was not the model's own number
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Embeddings:
+    """Texts as vectors."""
+
+    vectors: list[list[float]]  # one for each text
+    prompt_tokens: int  # of all texts
+    model: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +116,16 @@ class Chunk:
     # With the finish reason: see Answer.
     max_dropped: float = 0.0
     experts_per_token: int | None = None
+
+
+class Asks(Protocol[Found]):
+    """One request with one answer."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def body(self) -> Json: ...
+    def answer(self, found: Json) -> Found: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +162,35 @@ class Call:
             yield Chunk(usage=_usage(event["usage"]))
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddingCall:
+    """One request for vectors."""
+
+    body: Json
+    path: str = "/v1/embeddings"
+
+    def answer(self, found: Json) -> Embeddings:
+        vectors = [_floats(one["embedding"]) for one in found["data"]]
+        tokens = found["usage"]["prompt_tokens"]
+        return Embeddings(vectors=vectors, prompt_tokens=tokens, model=found["model"])
+
+
+def embeddings(texts: Texts, pooling: PoolingKind, normalize: bool, model: str) -> EmbeddingCall:
+    plain = texts if isinstance(texts, str) else list(texts)
+    options = {"pooling": pooling, "normalize": normalize}
+    # A third of the bytes of numbers in JSON, and no rounding.
+    body = {"model": model, "input": plain, "encoding_format": "base64", "moesaic": options}
+    return EmbeddingCall(body)
+
+
+def _floats(text: str) -> list[float]:
+    """Of base64 of little-endian float32."""
+    found = array("f", base64.b64decode(text))
+    if sys.byteorder == "big":
+        found.byteswap()
+    return found.tolist()
+
+
 def completion(prompt: Prompt, options: Options, model: str) -> Call:
     text: Callable[[Json], str] = lambda choice: choice["text"]  # noqa: E731
     plain = prompt if isinstance(prompt, str) else list(prompt)
@@ -157,6 +217,19 @@ def only(names: Sequence[str]) -> str:
     if len(names) != 1:
         raise RequestError(f"name one of the models: {', '.join(names)}", param="model")
     return names[0]
+
+
+def address(text: str) -> httpx.URL:
+    """Raises RequestError where it cannot be an endpoint's."""
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in ("http", "https") or not url.host:
+        raise RequestError(
+            f"{text!r} is no address of an endpoint, as http://127.0.0.1:8000", param="base_url"
+        )
+    return url
 
 
 class Events:

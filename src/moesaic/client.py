@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypeVar, Unpack
 
 import httpx
 
@@ -25,18 +25,24 @@ from .calls import (
     CONNECT_TIMEOUT_S,
     READ_TIMEOUT_S,
     Answer,
+    Asks,
     Call,
     Chunk,
+    Embeddings,
     Events,
     Json,
     Message,
     Model,
     Options,
+    PoolingKind,
     Prompt,
+    Texts,
     Usage,
+    address,
     chat,
     checked,
     completion,
+    embeddings,
     mapping_errors,
     models,
     only,
@@ -45,7 +51,9 @@ from .calls import (
 from .proto.errors import ClusterError, Expired, MoesaicError
 from .tries import RETRIES, Tries
 
-__all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Model", "Options", "Usage"]
+__all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Embeddings", "Model", "Options", "Usage"]
+
+T = TypeVar("T")
 
 
 class Client:
@@ -67,7 +75,7 @@ class Client:
         self._only_model: str | None = None
         self._retries = retries
         self._http = httpx.Client(
-            base_url=base_url,
+            base_url=address(base_url),
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             transport=transport,
         )
@@ -106,6 +114,20 @@ class Client:
         """``messages``: a conversation, or the text of one user's message."""
         return self._answer(chat(messages, options, self._model(options)))
 
+    def embeddings(
+        self,
+        texts: Texts,
+        *,
+        model: str | None = None,
+        pooling: PoolingKind = "last",
+        normalize: bool = True,
+    ) -> Embeddings:
+        """The last hidden state of a text, or of each of a list of texts, as a vector: that of
+        its last token, or with ``pooling="mean"`` the mean of all, and of length 1 unless
+        ``normalize`` is false. A text may be token ids. Raises MoesaicError."""
+        chosen = self._model({} if model is None else {"model": model})
+        return self._answer(embeddings(texts, pooling, normalize, chosen))
+
     def stream_complete(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Chunk]:
         return self._stream(completion(prompt, options, self._model(options)))
 
@@ -125,7 +147,7 @@ class Client:
         with mapping_errors():
             return checked(self._http.get(path), accept)
 
-    def _answer(self, call: Call) -> Answer:
+    def _answer(self, call: Asks[T]) -> T:
         tries = Tries(self._retries)
         while True:
             try:
@@ -177,7 +199,7 @@ class AsyncClient:
         self._only_model: str | None = None
         self._retries = retries
         self._http = httpx.AsyncClient(
-            base_url=base_url,
+            base_url=address(base_url),
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             transport=transport,
             limits=httpx.Limits(max_connections=None),
@@ -217,6 +239,18 @@ class AsyncClient:
         """See `Client.chat`."""
         return await self._answer(chat(messages, options, await self._model(options)))
 
+    async def embeddings(
+        self,
+        texts: Texts,
+        *,
+        model: str | None = None,
+        pooling: PoolingKind = "last",
+        normalize: bool = True,
+    ) -> Embeddings:
+        """See `Client.embeddings`."""
+        chosen = await self._model({} if model is None else {"model": model})
+        return await self._answer(embeddings(texts, pooling, normalize, chosen))
+
     async def stream_complete(
         self, prompt: Prompt, **options: Unpack[Options]
     ) -> AsyncGenerator[Chunk, None]:
@@ -244,7 +278,7 @@ class AsyncClient:
         with mapping_errors():
             return checked(await self._http.get(path), accept)
 
-    async def _answer(self, call: Call) -> Answer:
+    async def _answer(self, call: Asks[T]) -> T:
         tries = Tries(self._retries)
         while True:
             try:

@@ -7,14 +7,16 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from .cluster.spec import Spec, load_spec, parse_spec
+from .logs import Kind, LogLine, read_logs
 from .operating import Operating, quiet
 from .proto.errors import ClusterError
 from .session import Session, find_session, need_session, remove_session, write_session
@@ -49,7 +51,7 @@ def up(spec: Spec | Mapping[str, Any] | str | Path, *, progress: Progress | None
     if wanted.ray.address == "local":
         _stay_on_loopback()
     from .actors.launch import launch
-    from .actors.ray_border import ray_address
+    from .actors.ray_border import log_folder, ray_address
 
     launched = launch(wanted, progress or quiet)
     session = write_session(
@@ -59,6 +61,7 @@ def up(spec: Spec | Mapping[str, Any] | str | Path, *, progress: Progress | None
         url=launched.url,
         ray_token=_ray_token() if launched.owns_ray else None,
         router=launched.router,
+        logs=log_folder(),
     )
     return Cluster(session, launched)
 
@@ -119,6 +122,20 @@ class Cluster(Operating):
         from .actors.ray_border import ask, controller_of
 
         return ask(controller_of(self._join()).status.remote(), 10.0, "the controller's status")
+
+    def logs(
+        self,
+        kinds: Collection[Kind] = (),
+        *,
+        host: str | None = None,
+        tail: int = 100,
+        follow: bool = False,
+        stop: Event | None = None,
+    ) -> Iterator[LogLine]:
+        """What the cluster's processes on this machine printed: see `logs.read_logs`."""
+        return read_logs(
+            self._session, kinds, host=host, tail=tail, follow=follow, stop=stop or Event()
+        )
 
     # ---- models ---------------------------------------------------------------------------------
 

@@ -37,6 +37,15 @@ class Operating(ABC):
         to come. Rates are means over the last seconds. Raises ClusterError."""
         return self._ask("top", experts)
 
+    def experts(
+        self, model: str | None = None, layer: int | None = None, *, hot: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Every expert, or those of one model or layer, as plain values: ``replicas`` with their
+        hosts and shares, ``choices_per_s`` over 10, 60 and 600 seconds, ``layer_part`` (its part
+        of its layer's choices, None without any), ``least_replicas`` and ``pinned_to`` as operators
+        wish. With ``hot`` only so many, the hottest first. Raises ClusterError."""
+        return self._ask("experts", model, layer, hot)
+
     def record(
         self,
         seconds: float,

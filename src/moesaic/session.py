@@ -27,6 +27,7 @@ class Session:
     url: str | None
     ray_token: str | None = None  # with which an embedded Ray lets others in
     router: str | None = None  # host:port of the router service
+    logs: str | None = None  # the folder of Ray's logs on this machine
 
     @property
     def alive(self) -> bool:
@@ -56,6 +57,7 @@ def write_session(
     url: str | None,
     ray_token: str | None = None,
     router: str | None = None,
+    logs: str | None = None,
 ) -> Session:
     """Announce the cluster that this process owns."""
     session = Session(
@@ -67,6 +69,7 @@ def write_session(
         url=url,
         ray_token=ray_token,
         router=router,
+        logs=logs,
     )
     file = _file(name)
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -106,7 +106,7 @@ def served_pool(
         # As the engine of a trunk on Ray does.
         base.router.batch.owned_by(engine)
         limits = replace(engine.limits, experts=experts or ExpertBounds())
-        served = ServedModel("m", tiny_tokenizer(), limits, engine.generate)
+        served = ServedModel("m", tiny_tokenizer(), limits, engine.generate, engine.embed)
 
         async def status() -> dict[str, Any]:
             return {"healthy": engine.stats().healthy}

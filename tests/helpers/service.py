@@ -18,7 +18,7 @@ from moesaic.actors.engine import Delta, EngineConfig, Limits, Sampling
 from moesaic.actors.ingress import create_app
 from moesaic.actors.served import ServedModel
 from moesaic.actors.transformers_engine import TransformersEngine
-from moesaic.cluster.spec import LimitSpec
+from moesaic.cluster.serving_spec import LimitSpec
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable
 from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
 
@@ -113,7 +113,7 @@ def running_service() -> Iterator[Service]:
         listener.bind(("127.0.0.1", 0))
         service = Service(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, script, model)
         served = [
-            ServedModel("tiny", TOKENIZER, engine.limits, engine.generate),
+            ServedModel("tiny", TOKENIZER, engine.limits, engine.generate, engine.embed),
             ServedModel("org/script", TOKENIZER, limits, script.generate),
             ServedModel("plain", tiny_tokenizer(chat=False), limits, script.generate),
             ServedModel("tools", tool_tokenizer(), limits, service.tools.generate),

@@ -131,8 +131,7 @@ async def test_lengths_seeds_and_ends(mla: Any, engine: TransformersEngine) -> N
     seeded = Sampling(max_tokens=TOKENS, temperature=1.0, seed=5)
     alone = [await text(engine, prompt, seeded) for prompt in PROMPTS[:4]]
     assert (await texts(engine, seeded))[:4] == alone
-    # The last token is sent before its cohort is let go.
-    await until_idle(engine)
+    await until_idle(engine)  # the last cohort leaves after its last token was sent
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.cache_free) == (0, 0, 1.0)
 

@@ -30,7 +30,8 @@ def drawn_tree() -> dict[str, str | None]:
     """{class: parent} as the module's docstring draws it."""
     parents: dict[str, str | None] = {}
     above: list[str] = []
-    for line in (errors.__doc__ or "").splitlines():
+    for indented in (errors.__doc__ or "").splitlines():
+        line = indented.removeprefix("    ")
         found = re.match(r"^((?:[|`] {3}| {4})*)(?:\|-- |`-- )?(\w+)(?:  .*)?$", line)
         if not found or found[2] not in vars(errors):
             continue

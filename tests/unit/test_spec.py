@@ -222,7 +222,7 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"network": {"bind": ""}}, "network.bind: String should have at least 1 character"),
     (
         {"network": {"transport": "tcp"}},
-        "network.transport: Input should be 'auto', 'shm', 'grpc' or 'gr",
+        "network.transport: Input should be 'auto', 'shm', 'grpc', 'group' or 'device'",
     ),
     ({"trunk": {"engine": "sglang"}}, "trunk.engine: Input should be 'transformers'"),
     ({"trunk": {"cache_tokens": 1}}, "trunk.cache_tokens: Input should be greater than"),

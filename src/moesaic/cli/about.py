@@ -1,10 +1,9 @@
-"""`moesaic version`, `inspect`, `spec check` and `spec schema`: what needs no cluster."""
+"""`moesaic version`, `inspect` and `spec`: what needs no cluster."""
 
 from __future__ import annotations
 
-import platform
+import sys
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,16 +11,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..about import inspect_model as describe_model
+from ..about import versions
 from ..cluster.spec import Spec, load_spec
+from ..cluster.spec_page import spec_page
 from ..cluster.spec_text import bytes_of
 from .output import print_json
 
 out = Console(highlight=False)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")]
-_PACKAGES = ("moesaic", "ray", "torch", "transformers", "vllm", "grpcio", "protobuf")
 
-spec_app = typer.Typer(help="Check a spec, or print the schema of specs.", no_args_is_help=True)
+spec_app = typer.Typer(help="Check a spec, or print what a spec can say.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -32,12 +33,7 @@ def register(app: typer.Typer) -> None:
 
 def show_version(as_json: JsonOption = False) -> None:
     """Show the versions of Moesaic and of what it runs on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue  # vLLM is optional
+    found = versions()
     if as_json:
         print_json(found)
         return
@@ -55,16 +51,11 @@ def inspect_model(
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's experts, their sizes, and how many hosts they need."""
-    import torch
-
-    from ..models.describe import describe
-    from ..models.source import resolve_model
-
     try:
         memory_bytes = bytes_of(memory)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--memory") from None
-    found = describe(resolve_model(model), getattr(torch, dtype))
+    found = describe_model(model, dtype)
     try:
         hosts = found.hosts(memory_bytes, replicas)
     except ValueError as error:
@@ -111,6 +102,12 @@ def check_spec(
 def print_schema() -> None:
     """Print the JSON schema of specs, for editors."""
     print_json(Spec.model_json_schema())
+
+
+@spec_app.command("docs")
+def print_page() -> None:
+    """Print every key of a spec with its type, default, bounds and meaning, as Markdown."""
+    sys.stdout.write(spec_page())
 
 
 def _size(value: int) -> str:

@@ -1,10 +1,8 @@
-"""`moesaic`: the command line.
-
-Exit codes: 0 done, 1 an error, 2 wrong usage, 130 Ctrl-C.
-"""
+"""`moesaic`: the command line."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,12 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..proto.errors import MoesaicError
-from . import about, operate, watch
+from . import about, load, operate, talk, watch
+from .exit_codes import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE
+from .output import print_json
 from .simulate import simulate
 
 app = typer.Typer(
     name="moesaic",
     help="Elastic expert parallelism on Ray for Mixture-of-Experts models.",
+    epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -27,6 +28,7 @@ app = typer.Typer(
 err = Console(stderr=True)
 
 NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")]
 DEFAULT_SPEC = Path("deploy/local.yaml")
 
 
@@ -36,21 +38,25 @@ def up(
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Return when it answers; `down` ends it.")
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="How to reach it, as JSON, when it answers.")
+    ] = False,
     progress_fd: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Start a cluster and stay until Ctrl-C ends it."""
     from .run import run_detached, run_foreground
 
     if detach:
-        run_detached(spec)
+        run_detached(spec, as_json=as_json)
     else:
-        run_foreground(spec, progress_fd)
+        run_foreground(spec, progress_fd, as_json=as_json)
 
 
 @app.command()
 def down(
     name: NameOption = "local",
-    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait.")] = 60.0,
+    as_json: JsonOption = False,
 ) -> None:
     """End a running cluster."""
     from ..handle import connect
@@ -58,16 +64,15 @@ def down(
     cluster = connect(name)
     with err.status(f"ending cluster {name}"):
         cluster.down(timeout)
-    err.print(f"cluster {name} is down")
+    print_json({"name": name, "ended": True}) if as_json else err.print(f"cluster {name} is down")
 
 
 @app.command()
 def status(
     name: NameOption = "local",
-    as_json: Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show hosts, models, the placement and what is not protected."""
-    from .output import print_json
     from .show import print_status, read_status
 
     values = read_status(name)
@@ -75,56 +80,6 @@ def status(
         print_json(values)
     else:
         print_status(values)
-
-
-@app.command()
-def chat(
-    message: Annotated[
-        list[str] | None, typer.Argument(help="One message; without it, a conversation.")
-    ] = None,
-    name: NameOption = "local",
-    url: Annotated[str | None, typer.Option(help="An endpoint, in place of a cluster.")] = None,
-    model: Annotated[str | None, typer.Option(help="The first one served, if not given.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.0,
-) -> None:
-    """Talk to a model; the answer appears as it is made."""
-    from .talk import converse
-
-    converse(
-        " ".join(message) if message else None,
-        name=name,
-        url=url,
-        model=model,
-        max_tokens=max_tokens,
-        temperature=temperature,
-    )
-
-
-@app.command()
-def complete(
-    prompt: Annotated[list[str], typer.Argument(help="The text that is to go on.")],
-    name: NameOption = "local",
-    url: Annotated[str | None, typer.Option(help="An endpoint, in place of a cluster.")] = None,
-    model: Annotated[str | None, typer.Option(help="The first one served, if not given.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="The same text each time.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The answer, as JSON.")] = False,
-) -> None:
-    """Let a model go on with a text; it appears as it is made."""
-    from .talk import go_on
-
-    go_on(
-        " ".join(prompt),
-        name=name,
-        url=url,
-        model=model,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        as_json=as_json,
-    )
 
 
 @app.command()
@@ -141,6 +96,7 @@ def upcycle(
     seed: Annotated[int, typer.Option()] = 0,
     dtype: Annotated[str, typer.Option(help="Of the weights on disk.")] = "float32",
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds files.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Make a Mixture-of-Experts checkpoint out of a dense one (sparse upcycling)."""
     from ..models.upcycle import upcycle as make
@@ -164,10 +120,12 @@ def upcycle(
             overwrite=overwrite,
             progress=progress,
         )
-    err.print(f"wrote {folder}")
+    print_json({"folder": str(folder)}) if as_json else err.print(f"wrote {folder}")
 
 
 about.register(app)
+talk.register(app)
+load.register(app)
 operate.register(app)
 watch.register(app)
 app.command()(simulate)
@@ -177,22 +135,30 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; a mistake of the user's never shows a traceback."""
     try:
         result: Any = app(args=argv, standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        return result if isinstance(result, int) else DONE
     except MoesaicError as error:
-        # Not wrapped: whoever searches in it finds what it says.
-        err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
-    except typer.Abort:
-        return 130
-    except KeyboardInterrupt:
-        return 130
+        return _failed(error)
+    except BrokenPipeError:
+        # What is still in the buffer must not fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
+    except OSError as error:
+        return _failed(error)
+    except (typer.Abort, KeyboardInterrupt):
+        return INTERRUPTED
     except Exception as error:
         # Wrong usage, as typer knows it.
         show = getattr(error, "show", None)
         if show is None:
             raise
         show()
-        return int(getattr(error, "exit_code", 2))
+        return int(getattr(error, "exit_code", USAGE))
+
+
+def _failed(error: Exception) -> int:
+    # Not wrapped: whoever searches in it finds what it says.
+    err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    return FAILED
 
 
 def run() -> None:

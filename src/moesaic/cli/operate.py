@@ -68,6 +68,8 @@ def rebalance(
     as_json: JsonOption = False,
 ) -> None:
     """Move replicas to where the load is, and wait until it is done."""
+    if as_json and not yes:
+        raise typer.BadParameter("nobody can be asked: --yes is needed too", param_hint="--json")
     cluster = connect(name)
     if not yes:
         found = cluster.plan(budget=_budget(budget))

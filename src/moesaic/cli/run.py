@@ -12,16 +12,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..cluster.spec import load_spec
+from ..cluster.spec import Spec, load_spec
 from ..proto.errors import ClusterError
 from ..session import find_session, session_dir
+from .output import print_json
 from .progress import bars, lines
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
-def run_foreground(path: Path, progress_fd: int) -> None:
+def run_foreground(path: Path, progress_fd: int, *, as_json: bool = False) -> None:
     """Start the cluster, say how to reach it, stay until SIGINT or SIGTERM."""
     spec = load_spec(path)
     stop = threading.Event()
@@ -37,9 +38,7 @@ def run_foreground(path: Path, progress_fd: int) -> None:
 
         cluster = up(spec, progress=interruptible)
     with cluster:
-        print_address(spec.name, cluster.url, [model.name for model in spec.models])
-        if cluster.router is not None:
-            out.print(f"router service: {cluster.router}")
+        _show(spec, cluster.url, cluster.router, os.getpid(), as_json=as_json)
         if progress_fd < 0:
             err.print("Ctrl-C ends it.")
         stop.wait()
@@ -54,6 +53,18 @@ def _stop_on_signals(stop: threading.Event) -> None:
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+
+
+def _show(spec: Spec, url: str | None, router: str | None, pid: int, *, as_json: bool) -> None:
+    models = [model.name for model in spec.models]
+    if as_json:
+        found = {"name": spec.name, "url": url, "router": router, "models": models, "pid": pid}
+        print_json(found)
+        sys.stdout.flush()
+        return
+    print_address(spec.name, url, models)
+    if router is not None:
+        out.print(f"router service: {router}")
 
 
 def print_address(name: str, url: str | None, models: list[str]) -> None:
@@ -84,7 +95,7 @@ def _program() -> str:
     return str(called) if called.name == "moesaic" and os.sep in sys.argv[0] else "moesaic"
 
 
-def run_detached(path: Path) -> None:
+def run_detached(path: Path, *, as_json: bool = False) -> None:
     """Start the cluster in a process of its own, and return when it answers."""
     spec = load_spec(path)
     if find_session(spec.name) is not None:
@@ -114,7 +125,7 @@ def run_detached(path: Path) -> None:
     if session is None:
         child.wait(timeout=60)
         raise ClusterError(f"the cluster did not start; {log} ends with: {_last_line(log)}")
-    print_address(spec.name, session.url, [model.name for model in spec.models])
+    _show(spec, session.url, session.router, session.pid, as_json=as_json)
     end = "moesaic down" if spec.name == "local" else f"moesaic down --name {spec.name}"
     err.print(f"It runs in the background (process {session.pid}, log {log}); `{end}` ends it.")
 

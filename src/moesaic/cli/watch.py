@@ -2,29 +2,114 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from ..handle import connect
+from ..logs import KINDS, Kind
 from ..proto.errors import CheckpointError, ClusterError
 from ..traces import write_trace
 from .output import print_json
 from .progress import bars
 from .top import top
 
+screen = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
 
 
 def register(app: typer.Typer) -> None:
-    for command in (record, top):
+    for command in (experts, logs, record, top):
         app.command()(command)
+
+
+def experts(
+    model: Annotated[str | None, typer.Option(help="Of this model alone.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Of this layer alone.")] = None,
+    hot: Annotated[int | None, typer.Option(min=1, help="The hottest so many.")] = None,
+    name: NameOption = "local",
+    as_json: Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")] = False,
+) -> None:
+    """Show where experts stand, what load they have and what was wished for them."""
+    found = connect(name).experts(model, layer, hot=hot)
+    print_json(found) if as_json else _print_experts(found)
+
+
+def _print_experts(found: list[dict[str, Any]]) -> None:
+    if not found:
+        screen.print("no experts are placed")
+        return
+    table = Table("model", "layer", "expert", "replicas (share)")
+    for horizon in found[0]["choices_per_s"]:
+        table.add_column(f"choices/s, {horizon}", justify="right")
+    table.add_column("of its layer", justify="right")
+    table.add_column("wishes")
+    for row in found:
+        wishes = [f"pinned to {host}" for host in row["pinned_to"]]
+        if row["least_replicas"] > 1:
+            wishes.append(f"{row['least_replicas']} replicas")
+        table.add_row(
+            row["model"],
+            str(row["layer"]),
+            str(row["expert"]),
+            ", ".join(f"{one['host']} ({one['share']:.0%})" for one in row["replicas"]),
+            *(f"{rate:,.1f}" for rate in row["choices_per_s"].values()),
+            "" if row["layer_part"] is None else f"{row['layer_part']:.1%}",
+            ", ".join(wishes),
+        )
+    screen.print(table)
+
+
+def logs(
+    kinds: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"Whose: {', '.join(KINDS)}; without, those of all."),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Of this host alone.")] = None,
+    tail: Annotated[int, typer.Option(min=0, help="Last lines of each process.")] = 100,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what comes, until Ctrl-C.")
+    ] = False,
+    name: NameOption = "local",
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object for each line.")] = False,
+) -> None:
+    """Show what the cluster's processes on this machine printed, those of dead ones too."""
+    wanted: list[Kind] = [_kind(kind) for kind in kinds or ()]
+    with _until_ctrl_c() as stop:
+        lines = connect(name).logs(wanted, host=host, tail=tail, follow=follow, stop=stop)
+        for line in lines:
+            text = json.dumps(asdict(line)) if as_json else f"{line.name} {line.pid}: {line.text}"
+            print(text, flush=follow)
+            if stop.is_set():
+                return
+
+
+def _kind(text: str) -> Kind:
+    if text in KINDS:
+        return cast(Kind, text)
+    raise typer.BadParameter(f"{text!r} is none of {', '.join(KINDS)}", param_hint="KINDS")
+
+
+@contextmanager
+def _until_ctrl_c() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, in place of what it does otherwise."""
+    stop = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def record(
@@ -41,13 +126,8 @@ def record(
     if not out.resolve().parent.is_dir():
         raise CheckpointError(f"{out}: there is no folder {out.resolve().parent}")
     cluster = connect(name)
-    stop = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
-    try:
-        with bars(err) as progress:
-            trace = cluster.record(seconds, window, stop=stop, progress=progress)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with _until_ctrl_c() as stop, bars(err) as progress:
+        trace = cluster.record(seconds, window, stop=stop, progress=progress)
     if not trace.windows:
         raise ClusterError("nothing was recorded: no window had ended")
     write_trace(out, trace)

@@ -1,0 +1,120 @@
+"""The spec, key by key, as a page of Markdown: `moesaic spec docs`, which is docs/spec.md."""
+
+from __future__ import annotations
+
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from .spec import Spec
+
+_HEAD = """\
+# The spec
+
+One YAML file, checked whole before anything starts: unknown keys and impossible values fail with
+the key's path. `moesaic spec check FILE` reads one as `up` would, and `moesaic spec schema` prints
+the JSON schema for editors. This page is made of the code by `moesaic spec docs`.
+"""
+_TAIL = """\
+## From the environment
+
+Every key can be overridden: `MOESAIC__` and its path, with `__` between keys and an entry's number
+in a list. Values are YAML; they are checked with the rest, and a name that fits no key is an error.
+
+```sh
+MOESAIC__ENDPOINT__PORT=9000 MOESAIC__HOSTS__0__COUNT=4 moesaic spec check deploy/local.yaml
+```
+
+Whole parts can be given too, as `MOESAIC__BALANCE='{redundancy: 1}'`.
+"""
+_BOUNDS = {
+    "minimum": ">= {}",
+    "exclusiveMinimum": "> {}",
+    "maximum": "<= {}",
+    "exclusiveMaximum": "< {}",
+    "minLength": "{} characters or more",
+}
+
+
+def spec_page() -> str:
+    """The whole page."""
+    schema = Spec.model_json_schema()
+    parts = [_part(Spec, "", schema, schema["$defs"])]
+    parts += [
+        _part(model, path, schema["$defs"][model.__name__], schema["$defs"])
+        for path, model in _below(Spec, "")
+    ]
+    return "\n".join([_HEAD, *parts, _TAIL])
+
+
+def _below(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseModel]]]:
+    """(path, model) of the parts of a model, each before its own parts."""
+    found = []
+    for name, field in model.model_fields.items():
+        inner, many = _model_in(field.annotation)
+        if inner is not None:
+            here = f"{path}{name}{'[]' if many else ''}"
+            found += [(here, inner), *_below(inner, f"{here}.")]
+    return found
+
+
+def _model_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The model that an annotation has in it, and whether there may be many."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    for inner in get_args(annotation):
+        found, many = _model_in(inner)
+        if found is not None:
+            return found, many or get_origin(annotation) is tuple
+    return None, False
+
+
+def _part(model: type[BaseModel], path: str, schema: dict[str, Any], parts: dict[str, Any]) -> str:
+    lines = [f"## `{path}`" if path else "## The keys", ""]
+    lines += [*(model.__doc__ or "").replace("``", "`").split("\n\n"), ""]
+    lines = [" ".join(line.split()) for line in lines]
+    lines += ["| key | type | default | bounds | meaning |", "|---|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        said = schema["properties"][name]
+        default = "needed" if field.is_required() else _default(field)
+        cells = [f"`{name}`", _type(said, parts), default, _bounds(said), said["description"]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is not None and _model_in(field.annotation)[0] is not None:
+        return "see below" if value else "none"
+    return "`" + yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0] + "`"
+
+
+def _type(said: dict[str, Any], parts: dict[str, Any]) -> str:
+    if "$ref" in said:
+        return "mapping"
+    if "anyOf" in said:
+        return " or ".join(_type(one, parts) for one in said["anyOf"])
+    if "enum" in said or "const" in said:
+        return ", ".join(f"`{one}`" for one in said.get("enum", [said.get("const")]))
+    match said.get("type"):
+        case None:
+            return "number or string"  # whatever its own validator takes
+        case "array":
+            return f"list of {_type(said['items'], parts)}s"
+        case "object":
+            values = said.get("additionalProperties")
+            return "mapping" + (f" to {_type(values, parts)}s" if values else "")
+        case kind:
+            return str(kind)
+
+
+def _bounds(said: dict[str, Any]) -> str:
+    found = [words.format(said[key]) for key, words in _BOUNDS.items() if key in said]
+    if "pattern" in said:
+        found.append(f"`{said['pattern']}`")
+    for one in (*said.get("anyOf", ()), *([said["items"]] if "items" in said else ())):
+        if "$ref" not in one and (inner := _bounds(one)):
+            found.append(inner)
+    return ", ".join(found)

@@ -1,0 +1,36 @@
+"""What needs no cluster: versions, and what a model needs."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .models.describe import Described
+
+_PACKAGES = ("moesaic", "ray", "torch", "transformers", "vllm", "grpcio", "protobuf")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of Moesaic and of what it runs on, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue  # vLLM is optional
+    return found
+
+
+def inspect_model(
+    model: str, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+) -> Described:
+    """A model's experts and their sizes in the pool; ``model`` is a folder, a hub id, or ``demo``.
+    Raises CheckpointError and UnsupportedModel."""
+    import torch
+
+    from .models.describe import describe
+    from .models.source import resolve_model
+
+    return describe(resolve_model(model), getattr(torch, dtype))

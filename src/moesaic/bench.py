@@ -1,0 +1,159 @@
+"""A short load against an endpoint: so many requests at the same time, and how long tokens took."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from .calls import Options, only
+from .client import AsyncClient
+from .proto.errors import MoesaicError, RequestError
+
+# Every vocabulary has these ids, and in few do they mean anything special.
+_FIRST_ID, _LAST_ID = 32, 95
+_LEAST_REQUESTS = 8
+_EACH = 4  # requests for each that runs at the same time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Percentiles:
+    """Seconds, by nearest rank; None where nothing was measured."""
+
+    p50: float | None
+    p99: float | None
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Percentiles:
+        ranked = sorted(seconds)
+
+        def rank(part: float) -> float | None:
+            return ranked[math.ceil(part * len(ranked)) - 1] if ranked else None
+
+        return cls(p50=rank(0.5), p99=rank(0.99))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadResult:
+    """What came of the requests at one concurrency."""
+
+    concurrency: int
+    requests: int
+    errors: dict[str, int]  # code of the error -> how many requests ended with it
+    seconds: float  # from the first request to the last answer
+    prompt_tokens: int  # of the requests that were answered, as the endpoint counts
+    answer_tokens: int
+    answer_tokens_per_s: float
+    first_token_s: Percentiles
+    # Between two pieces of text: single tokens, but for characters that several tokens make.
+    between_tokens_s: Percentiles
+
+
+@dataclass(slots=True)
+class _Seen:
+    first_s: list[float] = field(default_factory=list)
+    between_s: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
+async def measure_load(
+    url: str,
+    *,
+    model: str | None = None,
+    concurrency: Sequence[int] = (1, 4, 16),
+    requests: int | None = None,
+    prompt_tokens: int = 32,
+    answer_tokens: int = 32,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[LoadResult]:
+    """Stream greedy completions of random prompts, so many at a time as each of ``concurrency``.
+
+    ``requests``: for each concurrency; without, four times as many, and 8 at least. The prompts
+    follow from ``seed`` alone. Answers may end before ``answer_tokens``, where the model ends them.
+    One request goes ahead, unmeasured. A request that fails is counted by its error's code and not
+    sent again. Raises RequestError for numbers that cannot be, UnknownModel, and ClusterError where
+    nothing answers at ``url``.
+    """
+    counts = {"concurrency": min(concurrency, default=0), "prompt_tokens": prompt_tokens}
+    counts |= {"answer_tokens": answer_tokens, "requests": 1 if requests is None else requests}
+    for name, count in counts.items():
+        if count < 1:
+            raise RequestError(f"{name}: {count} is below 1", param=name)
+    draw = random.Random(seed)
+
+    def prompt() -> list[int]:
+        return [draw.randint(_FIRST_ID, _LAST_ID) for _ in range(prompt_tokens)]
+
+    async with AsyncClient(url, retries=0) as client:
+        chosen = model or only([one.id for one in await client.models()])
+        options: Options = {"model": chosen, "max_tokens": answer_tokens, "temperature": 0.0}
+        await client.complete(prompt(), **options)
+        found = []
+        for many in concurrency:
+            prompts = [prompt() for _ in range(requests or max(_LEAST_REQUESTS, _EACH * many))]
+            found.append(await _measure(client, prompts, options, many, progress))
+    return found
+
+
+async def _measure(
+    client: AsyncClient,
+    prompts: list[list[int]],
+    options: Options,
+    many: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> LoadResult:
+    seen, left, done = _Seen(), iter(prompts), 0
+    began = time.perf_counter()
+
+    async def ask() -> None:
+        nonlocal done
+        for prompt in left:
+            await _ask(client, prompt, options, seen)
+            done += 1
+            if progress is not None:
+                progress(f"{many} at a time", done, len(prompts))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(many):
+            group.create_task(ask())
+    seconds = time.perf_counter() - began
+    return LoadResult(
+        concurrency=many,
+        requests=len(prompts),
+        errors=dict(sorted(seen.errors.items())),
+        seconds=seconds,
+        prompt_tokens=seen.prompt_tokens,
+        answer_tokens=seen.answer_tokens,
+        answer_tokens_per_s=seen.answer_tokens / seconds,
+        first_token_s=Percentiles.of(seen.first_s),
+        between_tokens_s=Percentiles.of(seen.between_s),
+    )
+
+
+async def _ask(client: AsyncClient, prompt: list[int], options: Options, seen: _Seen) -> None:
+    last: float | None = None
+    began = time.perf_counter()
+    try:
+        async with aclosing(client.stream_complete(prompt, **options)) as chunks:
+            async for chunk in chunks:
+                if chunk.usage is not None:
+                    seen.prompt_tokens += chunk.usage.prompt_tokens
+                    seen.answer_tokens += chunk.usage.completion_tokens
+                if not chunk.text:
+                    continue
+                now = time.perf_counter()
+                if last is None:
+                    seen.first_s.append(now - began)
+                else:
+                    seen.between_s.append(now - last)
+                last = now
+    except MoesaicError as error:
+        seen.errors[error.code] += 1

@@ -1,0 +1,161 @@
+"""What the processes of a cluster on this machine print. Ray keeps it in two files for each
+process, those of dead ones too: nobody has to be asked, so they can be read when nothing answers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Literal, get_args
+
+from .actors.announcing import announced
+from .proto.errors import ClusterError, RequestError
+from .session import Session, session_dir
+
+Kind = Literal["owner", "controller", "ingress", "trunk", "host"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+LOOK_S = 0.25
+# A process says what it is at the head of its log.
+_HEAD_BYTES = 1 << 14
+_BLOCK_BYTES = 1 << 16
+# Of one file: no more is read for its last lines, or between two looks.
+_MOST_BYTES = 1 << 23
+_RAYS = re.compile(rb":(job_id|actor_name|task_name):")
+_WORKER = re.compile(r"worker-(?P<worker>\w+)-\w+-(?P<pid>\d+)\.out")
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line that one process printed."""
+
+    kind: str  # owner (the process of `moesaic up -d`), controller, ingress, trunk, host
+    name: str  # of the host, or the trunk's model
+    pid: int
+    stream: str  # stdout or stderr
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: Path
+    kind: Kind
+    name: str
+    pid: int
+    stream: str
+
+    def line(self, text: bytes) -> LogLine:
+        said = text.decode(errors="replace").rstrip("\r")
+        return LogLine(self.kind, self.name, self.pid, self.stream, said)
+
+
+def read_logs(
+    session: Session,
+    kinds: Collection[Kind] = (),
+    *,
+    host: str | None = None,
+    tail: int,
+    follow: bool,
+    stop: Event,
+) -> Iterator[LogLine]:
+    """The last ``tail`` lines of each of a process's streams, one process after the other.
+
+    ``kinds``: of these alone; ``host``: of this host alone. With ``follow`` also what they print
+    from then on, and processes that come, until ``stop`` is set. Hosts on other machines have their
+    logs there. Raises RequestError for a kind or a number that cannot be, and ClusterError where
+    there are no such logs on this machine.
+    """
+    unknown = set(kinds) - set(KINDS)
+    if unknown:
+        raise RequestError(f"kinds: {min(unknown)!r} is none of {', '.join(KINDS)}")
+    if tail < 0:
+        raise RequestError(f"tail: {tail} is below 0")
+    if session.logs is None:
+        raise ClusterError(f"cluster {session.name!r}: it did not say where its logs are")
+    wanted = frozenset(["host"] if host is not None else kinds or KINDS)
+    files = _files(session, Path(session.logs), wanted, host)
+    if not files:
+        raise ClusterError(_nothing(session, Path(session.logs), wanted, host))
+    return _lines(session, files, wanted, host, tail, follow, stop)
+
+
+def _lines(
+    session: Session,
+    files: list[_File],
+    wanted: frozenset[str],
+    host: str | None,
+    tail: int,
+    follow: bool,
+    stop: Event,
+) -> Iterator[LogLine]:
+    read: dict[Path, int] = {}
+    for file in files:
+        texts, read[file.path] = _tail(file.path, tail)
+        yield from map(file.line, texts)
+    while follow and not stop.wait(LOOK_S):
+        for file in _files(session, Path(session.logs or ""), wanted, host):
+            texts, read[file.path] = _more(file.path, read.get(file.path, 0))
+            yield from map(file.line, texts)
+
+
+def _files(session: Session, folder: Path, kinds: frozenset[str], host: str | None) -> list[_File]:
+    """Kind by kind, and name by name."""
+    found: list[_File] = []
+    for out in folder.glob("worker-*.out"):
+        named = _WORKER.fullmatch(out.name)
+        with out.open("rb") as opened:
+            process = announced(opened.read(_HEAD_BYTES).decode(errors="replace"))
+        if named is None or process is None or process.cluster != session.name:
+            continue
+        if process.kind not in kinds or host not in (None, process.name):
+            continue
+        for path, stream in ((out, "stdout"), (out.with_suffix(".err"), "stderr")):
+            if path.exists():
+                found.append(_File(path, process.kind, process.name, int(named["pid"]), stream))
+    own = session_dir() / f"{session.name}.log"
+    if "owner" in kinds and own.exists():
+        found.append(_File(own, "owner", session.name, session.pid, "stderr"))
+    return sorted(found, key=lambda one: (KINDS.index(one.kind), one.name, one.pid, one.path))
+
+
+def _nothing(session: Session, folder: Path, kinds: frozenset[str], host: str | None) -> str:
+    if host is not None:
+        known = {file.name for file in _files(session, folder, frozenset(["host"]), None)}
+        there = ", ".join(sorted(known)) or "no host"
+        return f"host: no log of {host!r} is on this machine, but of {there}"
+    return f"there is no log of {', '.join(sorted(kinds))} on this machine"
+
+
+def _tail(path: Path, lines: int) -> tuple[list[bytes], int]:
+    """The last lines that are complete, and how far the file was read."""
+    with path.open("rb") as file:
+        end = at = file.seek(0, 2)
+        text = b""
+        while at and text.count(b"\n") <= lines and len(text) < _MOST_BYTES:
+            step = min(_BLOCK_BYTES, at)
+            at -= step
+            file.seek(at)
+            text = file.read(step) + text
+    whole = text.rfind(b"\n") + 1
+    found = _split(text[:whole])
+    return (found[-lines:] if lines else []), end - (len(text) - whole)
+
+
+def _more(path: Path, read: int) -> tuple[list[bytes], int]:
+    """The lines that have come since, and how far the file is read now."""
+    with path.open("rb") as file:
+        file.seek(read)
+        text = file.read(_MOST_BYTES)
+    whole = text.rfind(b"\n") + 1
+    if not whole and len(text) == _MOST_BYTES:
+        whole = len(text)  # a line that does not end
+    return _split(text[:whole]), read + whole
+
+
+def _split(text: bytes) -> list[bytes]:
+    """Without the lines that Ray writes for itself."""
+    lines = text.removesuffix(b"\n").split(b"\n") if text else []
+    return [line for line in lines if not _RAYS.match(line)]
