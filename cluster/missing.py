@@ -109,12 +109,13 @@ class RowWishes:
 def largest_choices(
     ids_TK: np.ndarray, weights_TK: np.ndarray, most_T: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each token's ``most_T`` choices of the largest weights; the others become -1.
+    """Each token's ``most_T`` choices of the largest weights; the others become -1, and those that
+    are -1 count for nothing.
 
     What is kept is scaled to the sum of all: where a gate's weights add up to the same for every
     token, that is what it would have given had it chosen so few.
     """
-    size_TK = np.abs(weights_TK)
+    size_TK = np.where(ids_TK < 0, 0, np.abs(weights_TK))
     order_TK = np.argsort(-size_TK, axis=1, kind="stable")
     rank_TK = np.empty_like(order_TK)
     np.put_along_axis(rank_TK, order_TK, np.arange(ids_TK.shape[1])[None], axis=1)

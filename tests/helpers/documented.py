@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ROOT / "docs" / "command-line.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"^    (moesaic .*)$", re.MULTILINE)
+_INLINE = re.compile(r"`(moesaic [^`]+)`")
 _NAME = re.compile(r"`([^`]+)`")
 
 
@@ -36,3 +41,23 @@ def json_keys() -> dict[str, set[str]]:
             base, *more = names(keys)
             found[command] = found[base] | set(more)
     return found
+
+
+def blocks(kind: str) -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for language, text in _BLOCK.findall(page.read_text()):
+            if language == kind:
+                yield page.name, text
+
+
+def written_commands() -> list[tuple[str, str]]:
+    """(page, command) of lines, of blocks, and in the middle of sentences."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        # What it does stands behind two spaces.
+        found += [(page.name, line.partition("  ")[0]) for line in _INDENTED.findall(text)]
+        found += [(page.name, line) for line in _INLINE.findall(text)]
+    for page, text in blocks("sh"):
+        found += [(page, line[line.index("moesaic ") :]) for line in text.splitlines()]
+    return list(dict.fromkeys(found))

@@ -1,10 +1,12 @@
-"""Every command that shows something, against one running cluster: text, and the JSON whose keys
-`docs/command-line.md` promises."""
+"""Every command against one running cluster: the JSON whose keys `docs/command-line.md` promises,
+and all that README and docs print, as printed, or with the reason why not."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from moesaic import Client
 from moesaic.cli.main import main
 from moesaic.handle import Cluster
-from tests.helpers.documented import json_keys
+from tests.helpers.documented import ROOT, json_keys, written_commands
 from tests.helpers.live import ON_RAY, hosts_of, running, text_of, wait_replaced
 from tests.integration.conftest import save_model
 
@@ -116,6 +118,62 @@ def test_a_short_load(pool: Cluster, capsys: Capture) -> None:
     wrong = ["bench", *LOAD, "--answer-tokens", "5000", "--name", pool.name]
     assert main(wrong) == 1
     assert "max_tokens (5000) make 5032; 512 are possible" in capsys.readouterr().err
+
+
+# ---- as they are written down --------------------------------------------------------------------
+
+NO_CLUSTER = {"inspect", "spec", "version", "--help", "COMMAND"}
+# What is typed in the place of a word in capitals.
+TYPED = {
+    "HOST": "host-1",
+    "LAYER": "0",
+    "EXPERT": "1",
+    "N": "2",
+    "I": "0",
+    "ID": "1",
+    "COMMAND": "status",
+    "FILE": str(ROOT / "deploy" / "local.yaml"),
+    "deploy/local.yaml": str(ROOT / "deploy" / "local.yaml"),
+}
+# What an endless or asking command needs beside what is printed.
+BESIDE = {
+    "moesaic top": ["--once"],
+    "moesaic rebalance": ["--yes"],
+    "moesaic record OUT": ["--seconds", "1"],
+    "moesaic complete ...": ["--max-tokens", "3"],
+    "moesaic chat ...": ["--max-tokens", "3"],
+}
+NOT_RUN = {
+    "moesaic up [SPEC]": "stays until Ctrl-C; see tests/e2e/test_up_and_down.py",
+    "moesaic up": "as above",
+    "moesaic down": "tests/e2e/test_up_and_down.py",
+    "moesaic chat": "a conversation: tests/unit/test_command_line.py",
+    "moesaic bench": "its defaults take minutes: test_a_short_load",
+    "moesaic simulate": "its defaults take minutes: tests/unit/test_traces.py",
+    "moesaic simulate --faults 1": "tests/unit/test_simulator.py runs the same seeds",
+    "moesaic upcycle DENSE OUT": "needs a dense model: tests/unit/test_upcycle.py",
+    "moesaic inspect": "the command's name, in a sentence",
+    "moesaic drain": "the command's name, in a sentence",
+    "moesaic record": "the command's name, in a sentence",
+}
+COMMANDS = sorted({re.sub(r'\[?"\.\.\."\]?', "...", text) for _, text in written_commands()})
+
+
+def test_the_reasons_are_for_commands_that_are_written() -> None:
+    assert set(NOT_RUN) | set(BESIDE) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in NOT_RUN])
+def test_a_written_command_runs(
+    pool: Cluster, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = {**TYPED, "MODEL": str(folder), "OUT": "trace", "...": "hello"}
+    words = [typed.get(word, word) for word in shlex.split(re.sub(r"[\[\]]", "", command))[1:]]
+    name = [] if NO_CLUSTER & {words[0], command.split()[1]} else ["--name", pool.name]
+    assert main([*words, *BESIDE.get(command, []), *name]) == 0
+    if words[0] == "drain":
+        pool.wait_for(pool.undrain(TYPED["HOST"]))
 
 
 def test_logs_of_a_host_that_died(pool: Cluster, capsys: Capture) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +14,14 @@ import yaml
 
 from moesaic.cli.main import app
 from moesaic.cluster.spec import parse_spec
+from tests.helpers.documented import blocks, written_commands
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_INDENTED = re.compile(r"^    (moesaic .*)$", re.MULTILINE)
-_INLINE = re.compile(r"`(moesaic [^`]+)`")
 # Stand for a value.
 _PLACEHOLDERS = {"N": "2", "I": "0", "ID": "1", "LAYER": "0", "EXPERT": "1", "COMMAND": "status"}
 
 
-def blocks(kind: str) -> Iterator[tuple[str, str]]:
-    for page in PAGES:
-        for language, text in _BLOCK.findall(page.read_text()):
-            if language == kind:
-                yield page.name, text
-
-
-def commands() -> list[tuple[str, str]]:
-    """(page, command) of lines, of blocks, and in the middle of sentences."""
-    found = []
-    for page in PAGES:
-        text = page.read_text()
-        # What it does stands behind two spaces.
-        found += [(page.name, line.partition("  ")[0]) for line in _INDENTED.findall(text)]
-        found += [(page.name, line) for line in _INLINE.findall(text)]
-    for page, text in blocks("sh"):
-        found += [(page, line[line.index("moesaic ") :]) for line in text.splitlines()]
-    return list(dict.fromkeys(found))
-
-
-@pytest.mark.parametrize(("page", "command"), commands())
+@pytest.mark.parametrize(("page", "command"), written_commands())
 def test_a_command_that_is_written_down_exists_with_its_options(page: str, command: str) -> None:
     words = shlex.split(re.sub(r"[\[\]]", "", command))[1:]
     node: Any = typer.main.get_command(app)
@@ -61,14 +37,15 @@ def test_a_command_that_is_written_down_exists_with_its_options(page: str, comma
 
 
 def test_commands_are_found() -> None:
-    found = {command for _, command in commands()}
+    found = {command for _, command in written_commands()}
     assert {"moesaic down", "moesaic logs controller trunk", "moesaic history"} <= found
     assert len(found) > 30
 
 
 @pytest.mark.parametrize(("page", "text"), list(blocks("yaml")))
 def test_a_spec_that_is_written_down_is_good(page: str, text: str) -> None:
-    assert parse_spec(yaml.safe_load(text), source=page).models
+    values = yaml.safe_load(text)
+    assert parse_spec(values, source=page).model_fields_set == values.keys()
 
 
 @pytest.mark.parametrize(("page", "text"), list(blocks("python")))

@@ -173,6 +173,15 @@ def test_the_largest_choices_take_the_weight_of_all(
             assert (scaled_TK[token] == weights_TK[token]).all()
 
 
+def test_choices_that_are_unused_count_for_nothing() -> None:
+    """LongCat's zero-compute experts are the trunk's, and keep their weights there."""
+    ids_TK = np.array([[-1, 4, 2, -1]])
+    weights_TK = np.array([[0.5, 0.1, 0.3, 0.1]], dtype=np.float32)
+    kept_TK, scaled_TK = largest_choices(ids_TK, weights_TK, np.array([1]))
+    assert kept_TK.tolist() == [[-1, -1, 2, -1]]
+    assert scaled_TK[0, 2] == pytest.approx(0.4)
+
+
 def test_a_token_whose_weights_are_all_zero_stays_so() -> None:
     ids_TK, weights_TK = np.array([[3, 1]]), np.zeros((1, 2), dtype=np.float32)
     kept_TK, scaled_TK = largest_choices(ids_TK, weights_TK, np.array([1]))
