@@ -1,4 +1,5 @@
-"""Greedy texts of a folder's model as JSON on standard output, by vLLM alone or over a pool.
+"""Greedy texts of a folder's model and their log-probabilities as JSON on standard output, by vLLM
+alone or over a pool.
 
     python -m tests.with_vllm.texts alone|pool|compiled FOLDER TOKENS [HOSTS]
 
@@ -17,10 +18,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# Of each prompt its tokens, and the log-probability of each.
+Texts = list[tuple[list[int], list[float]]]
 PROMPTS = [[5, 7, 11, 13], [3], list(range(20, 60)), [9, 8, 7, 6, 5, 4, 3, 2], [100] * 17]
 
 
-def alone(folder: Path, tokens: int) -> list[list[int]]:
+def alone(folder: Path, tokens: int) -> Texts:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -34,12 +37,20 @@ def alone(folder: Path, tokens: int) -> list[list[int]]:
         disable_log_stats=True,
         generation_config="vllm",
     )
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=1
+    )
     answers = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], sampling, use_tqdm=False)
-    return [list(answer.outputs[0].token_ids) for answer in answers]
+    found: Texts = []
+    for answer in answers:
+        output = answer.outputs[0]
+        ids = list(output.token_ids)
+        pairs = zip(ids, output.logprobs or (), strict=True)
+        found.append((ids, [float(one[token].logprob) for token, one in pairs]))
+    return found
 
 
-def pooled(folder: Path, tokens: int, hosts: int, *, compiled: bool) -> list[list[int]]:
+def pooled(folder: Path, tokens: int, hosts: int, *, compiled: bool) -> Texts:
     from moesaic.actors.engine import EngineConfig, Sampling
     from moesaic.actors.host import local_hosts
     from moesaic.actors.router import Router
@@ -67,13 +78,16 @@ def pooled(folder: Path, tokens: int, hosts: int, *, compiled: bool) -> list[lis
         engine = VllmEngine(config, Link)  # pyright: ignore[reportArgumentType]
         engine.start()
 
-        async def one(number: int, ids: list[int]) -> list[int]:
+        async def one(number: int, ids: list[int]) -> tuple[list[int], list[float]]:
+            asked = Sampling(max_tokens=tokens, logprobs=1)
             found: list[int] = []
-            async for delta in engine.generate(str(number), ids, Sampling(max_tokens=tokens)):
+            logprobs: list[float] = []
+            async for delta in engine.generate(str(number), ids, asked):
                 found += delta.token_ids
-            return found
+                logprobs += [one.logprob for one in delta.logprobs]
+            return found, logprobs
 
-        async def everything() -> list[list[int]]:
+        async def everything() -> Texts:
             return await asyncio.gather(*(one(n, ids) for n, ids in enumerate(PROMPTS)))
 
         try:
