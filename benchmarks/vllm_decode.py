@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def pool(folder: Path, dtype: str) -> Iterator[Run]:
 
     ref = ModelRef(name="demo", dtype=dtype, path=str(folder))
     layers = {one.layer: one.num_experts for one in experts_layers(meta_model(read_config(folder)))}
-    config = TrunkConfig(namespace="", model=ref, name="trunk", engine=CONFIG)
+    # As vLLM is by default.
+    sizes = replace(CONFIG, compiled=True)
+    config = TrunkConfig(namespace="", model=ref, name="trunk", engine=sizes)
     with host_processes(2, threads=1) as hosts:
         placement = place(hosts, ref, layers)
         engine = VllmEngine(config, Link)  # pyright: ignore[reportArgumentType]

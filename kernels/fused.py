@@ -56,7 +56,8 @@ def available() -> bool:
     if schema != _SCHEMA:
         log.warning("vLLM's kernels for CPUs are not used: they take %s", schema)
         return False
-    return True
+    # A process has to ask for tiles once; without, their first instruction would end it.
+    return torch.cpu._init_amx()
 
 
 def activation_of(activate: Callable[[Tensor], Tensor]) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from moesaic import Client
 from moesaic.handle import Cluster
 from tests.helpers.live import ON_RAY, asking, hosts_of, running, text_of, wait_until
@@ -20,6 +22,7 @@ def scalings(cluster: Cluster) -> list[dict[str, Any]]:
     return cluster.status()["size"]["events"]
 
 
+@pytest.mark.slow
 def test_hosts_come_and_go_with_the_load(tmp_path: Path) -> None:
     with (
         running(

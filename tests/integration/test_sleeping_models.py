@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import ray
 
 import moesaic
@@ -27,6 +28,7 @@ def new_term(cluster: Cluster) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_a_model_sleeps_and_its_first_request_wakes_it(tmp_path: Path) -> None:
     save_model(tmp_path / "sleepy", "mixtral")
     save_model(tmp_path / "other", "granitemoe")

@@ -5,6 +5,8 @@ Shape suffixes: T = tokens, K = choices of a token, H = hidden size, I = interme
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -95,6 +97,16 @@ def test_the_sum_of_experts(name: str, tokens: int, transposed: bool) -> None:
     reference_kernel(form, plain, x_TH, ids_TK, weights_TK, expected)
     loop_kernel(form, packed, x_TH, ids_TK, weights_TK, found)
     assert float((found - expected).abs().max()) <= 4e-2 * float(expected.abs().max())
+
+
+def test_the_first_call_of_a_process_has_its_tiles() -> None:
+    """The machine gives them to those that ask; whoever does not, dies of the first instruction."""
+    first = (
+        "import torch; from moesaic.kernels import fused; assert fused.available();"
+        "m = torch.ones(64, 64).bfloat16();"
+        "fused.ffn(m[:2], fused.pack(torch.cat([m, m])), fused.pack(m), 'silu')"
+    )
+    assert subprocess.run([sys.executable, "-c", first], timeout=60).returncode == 0
 
 
 def test_unpacking_gives_every_bit_back() -> None:
