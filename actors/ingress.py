@@ -121,7 +121,8 @@ def _add_generation(
         model = _find(models, asked.model)
         tools = asked.offered_tools
         messages = [message.for_template() for message in asked.messages]
-        prompt_ids = await model.encode_chat(messages, tools)
+        prompt = await model.encode_chat(messages, tools)
+        prompt_ids = prompt.token_ids
         budget = asked.token_budget or _rest(model.limits, len(prompt_ids))
         sampling = asked.sampling(budget, model.limits.experts)
         try:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..cluster.missing import Dropped
 from ..proto.errors import Expired, RequestError
+from .chat_template import ChatPrompt, ChatTemplate
 from .engine import Delta, FinishReason, Generate, Limits, Pooling, Sampling, TokenLogprob
 from .resuming import resuming
 from .text import Detokenizer, StopSearch
@@ -70,6 +71,7 @@ class ServedModel:
         self.limits = limits
         self.created = int(time.time())  # seconds since 1970, as the API wants it
         self._tokenizer = tokenizer
+        self._template = ChatTemplate(model_id, tokenizer)
         self._generate = generate
         self._embed = embed
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
@@ -86,19 +88,16 @@ class ServedModel:
         return await asyncio.to_thread(self._encode, prompt)
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> list[int]:
-        """Token ids of messages (role, content, ...) in the model's chat template, which is told
-        of ``tools``."""
-        if not self._tokenizer.chat_template:
-            raise RequestError(
-                f"the model {self.id!r} has no chat template; use /v1/completions",
-                param="messages",
-            )
-        if tools and "tools" not in str(self._tokenizer.chat_template):
-            raise RequestError(f"the chat template of {self.id!r} knows no tools", param="tools")
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
+        """Messages (role, content, ...) in the model's chat template, which is told of ``tools``
+        and of ``options``. Raises RequestError."""
+        self._template.check(tools)
         self._check_length(sum(len(message["content"]) for message in messages), "messages")
-        return await asyncio.to_thread(self._encode_chat, messages, tools)
+        return await asyncio.to_thread(self._encode_chat, messages, tools, options)
 
     async def stream(
         self,
@@ -196,26 +195,16 @@ class ServedModel:
         return list(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
     def _encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
-    ) -> list[int]:
-        from jinja2 import TemplateError
-
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except TemplateError as error:
-            # Templates refuse conversations in words of their own (roles must alternate, ...).
-            raise RequestError(
-                f"the chat template refuses the messages: {error}", param="messages"
-            ) from None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any] | None,
+    ) -> ChatPrompt:
+        rendered = self._template.render(messages, tools, options)
         encoded = self._tokenizer(
-            str(text), add_special_tokens=False, truncation=False, verbose=False
+            rendered.text, add_special_tokens=False, truncation=False, verbose=False
         )
-        return list(encoded.input_ids)
+        return ChatPrompt(list(encoded.input_ids), rendered.thinking)
 
     def _decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         text = self._tokenizer.decode(
