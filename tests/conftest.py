@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -26,3 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cuda" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def ray_only_where_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests that are not marked ``ray`` run side by side, and a Ray takes all cores."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and "ray" not in request.keywords:
+        assert not ray.is_initialized(), "this test starts Ray and lacks the mark `ray`"

@@ -16,11 +16,13 @@ from moesaic import Client
 from moesaic.session import session_dir
 from tests.integration.conftest import save_model
 
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = [
+    pytest.mark.ray,
     # Ray leaves sockets and log files to the garbage collector.
-    "ignore::ResourceWarning",
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-)
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 
 
 def leftovers() -> dict[str, set[str]]:

@@ -19,12 +19,15 @@ from moesaic.models.in_pool import PoolFunction
 from moesaic.models.trunk import connect_experts
 from tests.helpers.architectures import ADAPTED, OWN, tiny_model
 from tests.helpers.engines import running
+from tests.helpers.low_precision import assert_close_or_rerouted, in_float32
 from tests.helpers.pools import Pool, pool
 from tests.helpers.served_pool import served_pool
 from tests.helpers.serving import assert_right
 from tests.helpers.tiny import tiny_tokenizer
 from tests.integration.test_cohorts import PROMPTS, TOKENS, by_generate, texts, unending
 from tests.integration.test_parity import PROMPT
+
+pytestmark = pytest.mark.numeric
 
 NAMES = sorted(ADAPTED | OWN)
 
@@ -64,10 +67,13 @@ def recorded(served: Pool) -> list[Tensor]:
 
 
 def swap_experts(served: Pool) -> None:
-    for key in served.placement.layers:
-        experts = served.hosts[0]._store._experts[key]
-        for first in range(0, len(experts), 2):
-            experts[first], experts[first + 1] = experts[first + 1], experts[first]
+    """Neighbours on a host take each other's weights."""
+    for host in served.hosts:
+        for key in served.placement.layers:
+            experts = host._store._experts[key]
+            held = sorted(experts)
+            for one, other in zip(held[::2], held[1::2], strict=False):
+                experts[one], experts[other] = experts[other], experts[one]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -92,8 +98,11 @@ async def test_every_architecture(name: str, tmp_path: Path) -> None:
 def test_in_bfloat16(name: str, tmp_path: Path) -> None:
     model = saved(tmp_path, name, dtype=torch.bfloat16)
     with torch.no_grad(), pool(tmp_path, dtype=torch.bfloat16, transport="grpc") as served:
-        difference = (logits(served.trunk) - logits(model)).abs().max()
-        assert float(difference) <= 1e-1
+        plain, truth = logits(model), logits(in_float32(model))
+        assert_close_or_rerouted(logits(served.trunk), plain, truth, torch.bfloat16)
+        swap_experts(served)
+        with pytest.raises(AssertionError, match="tokens are off"):
+            assert_close_or_rerouted(logits(served.trunk), plain, truth, torch.bfloat16)
 
 
 # Tokens beyond Switch's capacity, and LongCat's zero-compute experts.

@@ -1,7 +1,7 @@
 """Logits and texts through the pool equal those of plain transformers.
 
-Tolerances, largest difference of logits of order 1: float32 1e-5, float16 2e-2, bfloat16 1e-1; the
-last two round partial sums once in another place than transformers does.
+In float32 the largest difference is 1e-5. In 16 bits partial sums are rounded in another place than
+in transformers, and a near tie may be routed otherwise: see ``tests.helpers.low_precision``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import torch
 
 from moesaic.cluster.transports import TransportChoice
 from tests.helpers.architectures import ARCHITECTURES, tiny_model
+from tests.helpers.low_precision import assert_close_or_rerouted, in_float32
 from tests.helpers.pools import pool
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+pytestmark = pytest.mark.numeric
+
 NAMES = sorted(ARCHITECTURES)
 # Their caches do not go through `generate` with random weights alike, or have none.
 PROMPT = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -60,14 +62,14 @@ def test_any_number_of_hosts_and_replicas(
         )
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe"])
 def test_every_dtype(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_model(name, dtype=dtype)
     model.save_pretrained(tmp_path)
     with torch.no_grad(), pool(tmp_path, dtype=dtype) as served:
-        difference = (served.trunk(PROMPT).logits - model(PROMPT).logits).abs().max()
-        assert float(difference) <= TOLERANCE[dtype]
+        given, plain = served.trunk(PROMPT).logits, model(PROMPT).logits
+        assert_close_or_rerouted(given, plain, in_float32(model)(PROMPT).logits, dtype)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])

@@ -11,6 +11,8 @@ from moesaic.cluster.transports import TransportChoice
 from tests.helpers.pools import pool
 from tests.helpers.quantising import FORMS
 
+pytestmark = pytest.mark.numeric
+
 PROMPT = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(1))
 
 

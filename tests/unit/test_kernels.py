@@ -39,6 +39,8 @@ from tests.helpers.forms import (
     transformers_experts,
 )
 
+pytestmark = pytest.mark.numeric
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 DTYPES = list(TOLERANCE)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
