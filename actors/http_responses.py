@@ -84,10 +84,13 @@ class Moesaic(BaseModel):
 
 
 class ModelCard(BaseModel):
+    """``root``: the model's own name, where ``id`` is an alias of it."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["moesaic"] = "moesaic"
+    root: str
     max_model_len: int
 
 
