@@ -211,6 +211,8 @@ class Called(BaseModel):
             cls(
                 index=None if first is None else first + n,
                 id=call.id,
+                # Said, since chunks leave out what is not: clients tell kinds of calls by it.
+                type="function",
                 function=CalledFunction(name=call.name, arguments=call.arguments),
             )
             for n, call in enumerate(calls)

@@ -398,12 +398,12 @@ def test_calls_of_tools_in_a_stream(official: openai.OpenAI) -> None:
     with official.chat.completions.stream(
         model="tools", messages=MESSAGES, tools=[WEATHER]
     ) as stream:
-        for _ in stream:
-            pass
+        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
         choice = stream.get_final_completion().choices[0]
     assert choice.finish_reason == "tool_calls"
     calls: Any = choice.message.tool_calls
     assert [one.function.name for one in calls] == ["weather", "time"]
+    assert [event.name for event in done] == ["weather", "time"]
 
 
 def test_a_template_without_tools_refuses_them(official: openai.OpenAI) -> None:
