@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUICK := "not slow and not cuda and not vllm"
 
-.PHONY: up test test-all test-numeric test-vllm lint types bench proto spec docs clean
+.PHONY: up test test-all test-numeric test-vllm test-clients lint types bench proto spec docs clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
@@ -34,6 +34,14 @@ test-vllm:  ## the engine over vLLM, in an environment of its own (3.4 GB)
 	@.venv-vllm/bin/pip install -q --disable-pip-version-check -e . pytest pytest-asyncio \
 		pytest-timeout hypothesis
 	@.venv-vllm/bin/python -m pytest -m vllm -W default --disable-warnings tests/with_vllm $(ARGS)
+
+# --confcutdir: the conftest.py above sets up libraries of the product, which are not there.
+test-clients: $(READY)  ## newest client libraries, in an environment of their own
+	@test -d .venv-clients || $(PYTHON) -m venv .venv-clients
+	@.venv-clients/bin/pip install -q -U --disable-pip-version-check openai langchain-openai \
+		litellm pytest pytest-asyncio pytest-timeout
+	@.venv-clients/bin/python -m pytest -W default --disable-warnings \
+		--confcutdir tests/with_clients tests/with_clients $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

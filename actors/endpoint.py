@@ -71,7 +71,8 @@ def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
             tokenizers,
             status=status,
             cold_start_s=cold_start_s,
-            limits=endpoint.limits,
+            endpoint=endpoint,
+            aliases={model.name: model.aliases for model in spec.models},
             experts={
                 model.name: expert_bounds(model, Path(models[model.name].path or ""))
                 for model in spec.models

@@ -7,13 +7,14 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.datastructures import MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -140,6 +141,19 @@ def request_id(request: Request) -> str:
 def began(request: Request) -> float:
     """When it came, by `time.perf_counter`."""
     return request.scope["state"]["began"]
+
+
+def allow_cors(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let pages of these origins use the endpoint from within a browser. To be called after Edge is
+    added, so that errors that Edge words have the headers, too."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        # Whatever a page asks to send: each client library has headers of its own (x-stainless-os).
+        allow_headers=("*",),
+        expose_headers=(_REQUEST_ID_HEADER, "retry-after"),
+    )
 
 
 class Edge:

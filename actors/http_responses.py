@@ -84,10 +84,13 @@ class Moesaic(BaseModel):
 
 
 class ModelCard(BaseModel):
+    """``root``: the model's own name, where ``id`` is an alias of it."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["moesaic"] = "moesaic"
+    root: str
     max_model_len: int
 
 
@@ -208,6 +211,8 @@ class Called(BaseModel):
             cls(
                 index=None if first is None else first + n,
                 id=call.id,
+                # Said, since chunks leave out what is not: clients tell kinds of calls by it.
+                type="function",
                 function=CalledFunction(name=call.name, arguments=call.arguments),
             )
             for n, call in enumerate(calls)

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from ..cluster.missing import MissingExpert
 from .engine import ExpertBounds, Sampling
+from .http_errors import misfit
 
 MAX_CHOICES = 64  # prompts times n
 MAX_BIASES = 1024
@@ -63,9 +64,7 @@ class MoesaicOptions(Strict):
     @model_validator(mode="after")
     def _fitting(self) -> MoesaicOptions:
         if self.max_dropped is not None and self.missing_expert != "drop":
-            raise PydanticCustomError(
-                "max_dropped", "max_dropped belongs to missing_expert='drop' alone"
-            )
+            raise misfit("max_dropped", "belongs to missing_expert='drop' alone", self.max_dropped)
         return self
 
     @property

@@ -18,9 +18,10 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError, from_json
-from typing_extensions import TypedDict
 
 from ..proto.errors import RequestError
+from .http_content import Content, without_hints
+from .http_errors import misfit, refused, short
 from .http_sampling import MAX_CHOICES, SamplingOptions, Strict
 from .http_tools import Call, JsonSchema, Tools
 
@@ -57,6 +58,11 @@ _IGNORED = (
 )
 # Parts of an assistant's message that clients send back as they got them.
 _EMPTY_IN_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+# Of OpenAI's API; what to send instead.
+_NOT_IN_MESSAGE = {
+    "audio": "",
+    "function_call": "; send tool_calls, and the result in a message with role='tool'",
+}
 
 
 def _one_or_more_stops(value: Any) -> Any:
@@ -162,74 +168,52 @@ class CompletionRequest(_Generation):
     @model_validator(mode="after")
     def _fitting(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
-            raise PydanticCustomError(
-                "echo", "echo with logprobs is not supported: a prompt's tokens have none here"
+            raise misfit(
+                "echo", "not together with logprobs: a prompt's tokens have none here", self.echo
             )
         if len(self.prompt) * self.choices > MAX_CHOICES:
-            raise PydanticCustomError(
-                "n",
-                "{prompts} prompts and n={n} make more than {most} choices",
-                {"prompts": len(self.prompt), "n": self.choices, "most": MAX_CHOICES},
+            raise misfit(
+                "n", f"with {len(self.prompt)} prompts at most {MAX_CHOICES} choices", self.choices
             )
         return self
-
-
-class TextPart(TypedDict):
-    type: Literal["text"]
-    text: str
-
-
-def _check_content(value: Any) -> str:
-    """A message's text: a string, or text parts that are joined."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise PydanticCustomError("content", "must be a string or a list of text parts")
-    texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise PydanticCustomError(
-                "content",
-                "has a part of type {kind}; only text parts are supported",
-                {"kind": repr(kind)},
-            )
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-_Content = Annotated[
-    str, PlainValidator(_check_content, json_schema_input_type=str | list[TextPart])
-]
 
 
 def _drop_empty(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {k: v for k, v in value.items() if v or k not in _EMPTY_IN_MESSAGE}
+    value = {k: v for k, v in value.items() if v or k not in _EMPTY_IN_MESSAGE}
+    for name, instead in _NOT_IN_MESSAGE.items():
+        if name in value:
+            raise misfit(name, f"is not supported{instead}", value[name])
+    return value
 
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: _Content | None = None
+    content: Content | None = None
     name: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
+    refusal: str | None = None
 
     @model_validator(mode="after")
     def _fitting(self) -> Message:
-        if self.content is None and not self.tool_calls:
-            raise PydanticCustomError("content", "a message needs content, or tool_calls")
+        if self.content is None and not self.tool_calls and not self.refusal:
+            raise misfit("content", "a message needs it, or tool_calls", None)
         if self.tool_calls and self.role != "assistant":
-            raise PydanticCustomError("tool_calls", "tool_calls belong to role='assistant' alone")
+            calls = [call.function.name for call in self.tool_calls]
+            raise misfit("tool_calls", "belong to role='assistant' alone", calls)
+        if self.refusal and self.role != "assistant":
+            raise misfit("refusal", "belongs to role='assistant' alone", self.refusal)
         if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise PydanticCustomError(
-                "tool_call_id", "tool_call_id belongs to role='tool', which needs it"
+            raise misfit(
+                "tool_call_id", "belongs to role='tool', which needs it", self.tool_call_id
             )
         return self
 
     def for_template(self) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        text = (self.content or "") + (self.refusal or "")
+        message: dict[str, Any] = {"role": self.role, "content": text}
         if self.name is not None:
             message["name"] = self.name
         if self.tool_call_id is not None:
@@ -260,10 +244,15 @@ class ChatRequest(_Generation):
             return []
         return [tool.for_template() for tool in self.tools or ()]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_hints(cls, body: Any) -> Any:
+        return without_hints(body)
+
     @model_validator(mode="after")
     def _top_of_some(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError("top_logprobs", "top_logprobs belongs to logprobs=true alone")
+            raise misfit("top_logprobs", "belongs to logprobs=true alone", self.top_logprobs)
         return self
 
     @property
@@ -291,38 +280,14 @@ def parse_request(kind: type[R], body: bytes) -> R:
         value = data.pop(name, None)
         if value is not None and not any(_same(value, allowed) for allowed in neutral):
             raise RequestError(
-                f"{name}={_short(value)} is not supported by this service", param=name
+                f"{name}={short(value)} is not supported by this service", param=name
             )
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _first(error, kind) from None
+        raise refused(error) from None
 
 
 def _same(value: Any, allowed: Any) -> bool:
     # In Python 1 == True and 0 == False; in JSON they differ.
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
-
-
-def _first(error: ValidationError, kind: type[BaseModel]) -> RequestError:
-    """One clear message out of pydantic's list: the first wrong field."""
-    first = error.errors(include_url=False)[0]
-    path = ""
-    for step in first["loc"]:
-        # Names of union members and of validators are no part of the request.
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif step.isidentifier() or not path:
-            path += f".{step}" if path else step
-    if first["type"] == "extra_forbidden":
-        return RequestError(f"unknown parameter {path!r}", param=path)
-    if first["type"] == "missing":
-        return RequestError(f"missing parameter {path!r}", param=path)
-    value = first["input"]
-    said = first["msg"][0].lower() + first["msg"][1:]
-    return RequestError(f"{path}: {said} (got {_short(value)})", param=path)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -25,6 +25,7 @@ from .answers import Answers, ChatAnswers, Numbered, TextAnswers, chunks, collec
 from .engine import Limits, Sampling
 from .http_edge import (
     Edge,
+    allow_cors,
     began,
     error_answer,
     event_stream,
@@ -52,14 +53,27 @@ Status = Callable[[], Awaitable[dict[str, Any]]]
 
 
 def create_app(
-    *, models: Mapping[str, ServedModel], status: Status, max_body_bytes: int
+    *,
+    models: Mapping[str, ServedModel],
+    status: Status,
+    max_body_bytes: int,
+    aliases: Mapping[str, Sequence[str]] | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
-    """``status()`` answers a dict whose ``healthy`` says whether requests can be served."""
+    """``status()`` answers a dict whose ``healthy`` says whether requests can be served.
+    ``aliases``: more names, by model. ``cors_origins``: see `EndpointSpec`."""
     # Pages that show the document would load their scripts from elsewhere.
     app = FastAPI(docs_url=None, redoc_url=None)
     document(app)
     metrics = HttpMetrics()
     app.add_middleware(Edge, metrics=metrics)
+    if cors_origins:
+        allow_cors(app, cors_origins)
+    models = {
+        name: model
+        for own, model in models.items()
+        for name in (own, *(aliases or {}).get(own, ()))
+    }
     _add_models(app, models)
     _add_generation(app, models, metrics, max_body_bytes)
     add_embeddings(app, partial(_find, models), max_body_bytes)
@@ -71,12 +85,12 @@ def create_app(
 def _add_models(app: FastAPI, models: Mapping[str, ServedModel]) -> None:
     @app.get("/v1/models")
     async def list_models() -> ModelList:
-        return ModelList(data=[_card(model) for model in models.values()])
+        return ModelList(data=[_card(name, model) for name, model in models.items()])
 
     # A hub id has a slash.
     @app.get("/v1/models/{model_id:path}", openapi_extra={"responses": errors()})
     async def get_model(model_id: str) -> ModelCard:
-        return _card(_find(models, model_id))
+        return _card(model_id, _find(models, model_id))
 
 
 def _add_generation(
@@ -232,9 +246,12 @@ def _find(models: Mapping[str, ServedModel], model_id: str) -> ServedModel:
     return models[model_id]
 
 
-def _card(model: ServedModel) -> ModelCard:
+def _card(name: str, model: ServedModel) -> ModelCard:
     return ModelCard(
-        id=model.id, created=model.created, max_model_len=model.limits.max_total_tokens
+        id=name,
+        created=model.created,
+        root=model.id,
+        max_model_len=model.limits.max_total_tokens,
     )
 
 

@@ -28,7 +28,7 @@ from ray.serve.handle import (
 )
 
 from ..cluster.missing import Dropped
-from ..cluster.serving_spec import LimitSpec
+from ..cluster.serving_spec import EndpointSpec
 from ..proto.errors import (
     Busy,
     EngineError,
@@ -267,11 +267,13 @@ class Ingress:
         tokenizers: dict[str, Callable[[], PreTrainedTokenizerBase]],
         status: StatusSource | None,
         cold_start_s: float | None,
-        limits: LimitSpec,
+        endpoint: EndpointSpec,
+        aliases: Mapping[str, Sequence[str]],
         experts: Mapping[str, ExpertBounds],
     ) -> None:
         _announce("ingress")
-        self._limits = limits
+        self._endpoint = endpoint
+        self._aliases = aliases
         self._experts = experts
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
         self._tokenizers = tokenizers
@@ -280,13 +282,18 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         models = {}
         for name, trunk in self._trunks.items():
-            limits = (await trunk.limits()).within(self._limits)
+            limits = (await trunk.limits()).within(self._endpoint.limits)
             limits = replace(limits, experts=self._experts.get(name, limits.experts))
             models[name] = ServedModel(
                 name, self._tokenizers[name](), limits, trunk.generate, trunk.embed
             )
-        max_body_bytes = int(self._limits.body_mb * 1e6)
-        return create_app(models=models, status=self._status, max_body_bytes=max_body_bytes)
+        return create_app(
+            models=models,
+            status=self._status,
+            max_body_bytes=int(self._endpoint.limits.body_mb * 1e6),
+            aliases=self._aliases,
+            cors_origins=self._endpoint.cors_origins,
+        )
 
     async def _status(self) -> dict[str, Any]:
         stats = await asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
@@ -317,15 +324,22 @@ def build(
     *,
     status: StatusSource | None = None,
     cold_start_s: float | None = None,
-    limits: LimitSpec | None = None,
+    endpoint: EndpointSpec | None = None,
+    aliases: Mapping[str, Sequence[str]] | None = None,
     experts: Mapping[str, ExpertBounds] | None = None,
 ) -> Application:
     """The application for ``serve.run``: model names -> ``Trunk.bind(engine_factory)``.
 
     ``status`` is called in the ingress; what it answers is merged into ``/status``. With
-    ``cold_start_s`` trunks may scale to zero, and take so long to come back.
+    ``cold_start_s`` trunks may scale to zero, and take so long to come back. ``aliases``: more
+    names, by model.
     """
-    limits = limits or LimitSpec()
     return Ingress.bind(
-        dict(trunks), dict(tokenizers), status, cold_start_s, limits, dict(experts or {})
+        dict(trunks),
+        dict(tokenizers),
+        status,
+        cold_start_s,
+        endpoint or EndpointSpec(),
+        dict(aliases or {}),
+        dict(experts or {}),
     )

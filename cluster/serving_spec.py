@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from .health import RouterPolicy
 from .spec_part import Address, Part, Resources, Seconds, Threads
@@ -48,12 +49,42 @@ class LimitSpec(Part):
     body_mb: float = Field(default=8.0, gt=0, le=1024)
 
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9]\d{0,4})?")
+_OWN_PORTS = {"http": ":80", "https": ":443"}
+
+
+def _origin(value: str) -> str:
+    """Origins are compared letter by letter, so it must be what browsers send."""
+    if value == "*":
+        return value
+    found = _ORIGIN.fullmatch(value)
+    if found is None:
+        raise ValueError(
+            "an origin as browsers send it is expected: scheme://host or scheme://host:port in "
+            "small letters, without a path or a slash at its end; or '*' alone"
+        )
+    if found[2] and found[2] == _OWN_PORTS.get(value.partition(":")[0]):
+        raise ValueError(f"browsers leave out {found[2]}, the port of the scheme itself")
+    return value
+
+
 class EndpointSpec(Part):
-    """The HTTP endpoint; port 0 takes a free one."""
+    """The HTTP endpoint; port 0 takes a free one. Pages of ``cors_origins`` may use it from within
+    a browser, as `https://chat.example` or `http://localhost:3000`; with `*` every page that the
+    browser's user opens may, also where the endpoint listens on loopback only."""
 
     host: Address = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
+    cors_origins: Annotated[
+        tuple[Annotated[str, AfterValidator(_origin)], ...], Field(strict=False)
+    ] = ()
     limits: LimitSpec = LimitSpec()
+
+    @model_validator(mode="after")
+    def _all_or_some(self) -> EndpointSpec:
+        if "*" in self.cors_origins and len(self.cors_origins) > 1:
+            raise ValueError("cors_origins: '*' are all origins; it stands alone")
+        return self
 
 
 class TimeoutSpec(Part):

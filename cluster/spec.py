@@ -34,6 +34,9 @@ from .spec_text import StrictLoader, bytes_of, overridden, part_or_bytes, proble
 from .transports import TransportChoice
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+# Hub ids have a slash. No part begins with a dot: clients would resolve "/../" in a URL.
+_WORD = r"[A-Za-z0-9][A-Za-z0-9._:-]*"
+ModelName = Annotated[str, Field(pattern=rf"^{_WORD}(/{_WORD})*$", max_length=128)]
 Budget = Annotated[float | str, PlainValidator(part_or_bytes)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -77,9 +80,11 @@ class ModelSpec(Part):
     """One model: a folder, a hub id, or ``demo``. Its experts leave the hosts when nobody has asked
     for it for ``idle_s``, and come back with the first call. ``experts_per_token`` takes fewer
     experts than the model's own number where a request says nothing, and a request may ask for as
-    few as ``min_experts_per_token``: quicker, and of less quality."""
+    few as ``min_experts_per_token``: quicker, and of less quality. Requests to the endpoint may use
+    one of its ``aliases``; answers have its name."""
 
-    name: Name
+    name: ModelName
+    aliases: Annotated[tuple[ModelName, ...], Field(strict=False)] = ()
     path: str = Field(min_length=1)
     dtype: Dtype = "float32"
     replicas: int = Field(default=1, ge=1, le=1024)
@@ -242,10 +247,7 @@ class Spec(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Spec:
-        names = [model.name for model in self.models]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"models: the name {twice[0]!r} stands twice")
+        self._check_names()
         if not self.hosts:
             raise ValueError("hosts: at least one group is needed")
         for model in self.models:
@@ -255,6 +257,17 @@ class Spec(Part):
                     f"but there are {self.num_hosts} hosts, and none holds one twice"
                 )
         return self
+
+    def _check_names(self) -> None:
+        """A request's name must say which model is meant."""
+        places: dict[str, str] = {}
+        for number, model in enumerate(self.models):
+            names = {f"models.{number}.name": model.name}
+            names |= {f"models.{number}.aliases.{n}": one for n, one in enumerate(model.aliases)}
+            for place, name in names.items():
+                if name in places:
+                    raise ValueError(f"{place}: {name!r} is taken: {places[name]}")
+                places[name] = place
 
     @property
     def num_hosts(self) -> int:

@@ -35,6 +35,7 @@ _BOUNDS = {
     "maximum": "<= {}",
     "exclusiveMaximum": "< {}",
     "minLength": "{} characters or more",
+    "maxLength": "{} characters or fewer",
 }
 
 

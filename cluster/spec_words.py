@@ -36,7 +36,8 @@ WORDS: dict[str, dict[str, str]] = {
         "alone; `group`: torch.distributed; `device`: GPUs' memory and NCCL, else as `auto`.",
     },
     "ModelSpec": {
-        "name": "What clients call it.",
+        "name": "What clients call it; a hub id has a slash.",
+        "aliases": "Other names that requests may use.",
         "path": "A folder, a hub id, or `demo`.",
         "dtype": "Of the trunk and of the experts.",
         "replicas": "Of each expert, every one on another host.",
@@ -86,6 +87,7 @@ WORDS: dict[str, dict[str, str]] = {
     "EndpointSpec": {
         "host": "Where it listens.",
         "port": "0 takes a free one.",
+        "cors_origins": "Whose pages may use it from within a browser; `*`: all.",
         "limits": "What one request may ask for.",
     },
     "RouterSpec": {

@@ -93,7 +93,7 @@ async def measure_load(
         return [draw.randint(_FIRST_ID, _LAST_ID) for _ in range(prompt_tokens)]
 
     async with AsyncClient(url, retries=0) as client:
-        chosen = model or only([one.id for one in await client.models()])
+        chosen = model or only(await client.models())
         options: Options = {"model": chosen, "max_tokens": answer_tokens, "temperature": 0.0}
         await client.complete(prompt(), **options)
         found = []

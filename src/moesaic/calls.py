@@ -74,6 +74,7 @@ class Model:
 
     id: str
     max_tokens: int  # prompt and answer together
+    alias_of: str | None = None  # the model's own name, where ``id`` is another one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,10 +211,19 @@ def chat(messages: str | Sequence[Message], options: Options, model: str) -> Cal
 
 
 def models(found: Json) -> list[Model]:
-    return [Model(id=card["id"], max_tokens=card["max_model_len"]) for card in found["data"]]
+    return [
+        Model(
+            id=card["id"],
+            max_tokens=card["max_model_len"],
+            alias_of=None if card.get("root", card["id"]) == card["id"] else card["root"],
+        )
+        for card in found["data"]
+    ]
 
 
-def only(names: Sequence[str]) -> str:
+def only(found: Sequence[Model]) -> str:
+    """The name of the one model. Raises RequestError where there are more, or none."""
+    names = [model.id for model in found if model.alias_of is None]
     if len(names) != 1:
         raise RequestError(f"name one of the models: {', '.join(names)}", param="model")
     return names[0]

@@ -140,7 +140,7 @@ class Client:
         if "model" in options:
             return options["model"]
         if self._only_model is None:
-            self._only_model = only([model.id for model in self.models()])
+            self._only_model = only(self.models())
         return self._only_model
 
     def _get(self, path: str, *, accept: Sequence[int] = (200,)) -> Json:
@@ -271,7 +271,7 @@ class AsyncClient:
         if "model" in options:
             return options["model"]
         if self._only_model is None:
-            self._only_model = only([model.id for model in await self.models()])
+            self._only_model = only(await self.models())
         return self._only_model
 
     async def _get(self, path: str, *, accept: Sequence[int] = (200,)) -> Json:

@@ -83,6 +83,13 @@ class Script:
             raise
 
 
+def scripted_models(*names: str, script: Script | None = None) -> dict[str, ServedModel]:
+    """Models that answer a fixed text; without names one, ``script``."""
+    limits = Limits(max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320)
+    generate = (script or Script()).generate
+    return {name: ServedModel(name, TOKENIZER, limits, generate) for name in names or ["script"]}
+
+
 @dataclass
 class Service:
     url: str

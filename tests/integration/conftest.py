@@ -14,13 +14,15 @@ from moesaic.handle import Cluster
 from tests.helpers.architectures import tiny_model
 from tests.helpers.tiny import tiny_tokenizer
 
-# Served by the shared cluster; `once` has one replica, the others two.
+# Served by the shared cluster; `org/once` has one replica, the others two.
 SERVED: dict[str, dict[str, Any]] = {
     "mixtral": {"num_experts_per_tok": 4},
     "gpt_oss": {},
     "granitemoe": {},
-    "once": {},
+    "org/once": {},
 }
+# Whose pages may use its endpoint.
+PAGE = "https://chat.example"
 
 
 def save_model(folder: Path, architecture: str, **overrides: Any) -> Path:
@@ -36,7 +38,7 @@ def save_model(folder: Path, architecture: str, **overrides: Any) -> Path:
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {
-        name: save_model(root / name, "mixtral" if name == "once" else name, **overrides)
+        name: save_model(root / name, "mixtral" if name == "org/once" else name, **overrides)
         for name, overrides in SERVED.items()
     }
 
@@ -46,12 +48,17 @@ def cluster(model_folders: dict[str, Path]) -> Iterator[Cluster]:
     spec = {
         "name": f"test-{os.getpid()}",
         "models": [
-            {"name": name, "path": str(path), "replicas": 1 if name == "once" else 2}
+            {
+                "name": name,
+                "path": str(path),
+                "replicas": 1 if name == "org/once" else 2,
+                "aliases": ["team/alias"] if name == "org/once" else [],
+            }
             for name, path in model_folders.items()
         ],
         "hosts": [{"count": 3}],
         "trunk": {"cache_tokens": 2048, "max_batch_tokens": 128, "threads": 1},
-        "endpoint": {"port": 0},
+        "endpoint": {"port": 0, "cors_origins": [PAGE]},
         "router": {"port": 0},
         "timeouts": {"expert_s": 30.0, "attempt_s": 1.0},
     }

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import ray
 import torch
@@ -24,6 +25,7 @@ from tests.helpers.live import (
     wait_until,
     wait_whole,
 )
+from tests.integration.conftest import PAGE
 
 PROMPT = torch.randint(3, 300, (1, 12), generator=torch.Generator().manual_seed(3))
 
@@ -68,10 +70,31 @@ def test_the_endpoint_answers_as_plain_transformers(
 def test_status_names_hosts_models_and_what_is_unprotected(cluster: Cluster) -> None:
     status = cluster.status()
     assert [host["host"] for host in status["hosts"]] == ["host-0", "host-1", "host-2"]
-    assert {model["name"] for model in status["models"]} >= {"mixtral", "once"}
+    assert {model["name"] for model in status["models"]} >= {"mixtral", "org/once"}
     assert status["unprotected_experts"] == 16
     assert status["missing_experts"] == []
     assert status["error"] == ""
+
+
+def test_a_name_with_a_slash_an_alias_and_a_page_in_a_browser(cluster: Cluster) -> None:
+    assert cluster.url is not None
+    with Client(cluster.url) as client:
+        cards = {model.id: model.alias_of for model in client.models()}
+        assert cards["team/alias"] == "org/once"
+        assert cards["org/once"] is None
+        assert text_of(client, "team/alias", 20) == text_of(client, "org/once", 20)
+        assert client.status()["models"]["org/once"]["healthy"]
+    for path in ("org/once", "org%2Fonce"):
+        assert httpx.get(f"{cluster.url}/v1/models/{path}").json()["id"] == "org/once"
+    assert cluster.from_pretrained("org/once").config.model_type == "mixtral"
+    assert {row["model"] for row in cluster.experts("org/once")} == {"org/once"}
+    assert {line.name for line in cluster.logs(["trunk"])} >= {"org/once", "mixtral"}
+    # Through the HTTP proxy, too.
+    headers = {"origin": PAGE, "access-control-request-method": "POST"}
+    asked = httpx.options(f"{cluster.url}/v1/chat/completions", headers=headers)
+    assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, PAGE)
+    wrong = httpx.post(f"{cluster.url}/v1/completions", headers={"origin": PAGE}, json={})
+    assert (wrong.status_code, wrong.headers["access-control-allow-origin"]) == (400, PAGE)
 
 
 def test_killed_hosts_change_no_token(cluster: Cluster) -> None:
@@ -110,9 +133,9 @@ def test_with_one_replica_requests_wait_for_the_restart(cluster: Cluster) -> Non
     assert cluster.url is not None
     wait_whole(cluster)
     with Client(cluster.url) as client:
-        expected = text_of(client, "once", 100)
+        expected = text_of(client, "org/once", 100)
         pid = hosts_of(cluster)["host-1"]["pid"]
-        with text_in_background(client, "once", 100) as result:
+        with text_in_background(client, "org/once", 100) as result:
             os.kill(pid, signal.SIGKILL)
             assert result() == expected
         wait_replaced(cluster, "host-1", pid)
@@ -155,7 +178,7 @@ def test_the_router_service_answers_and_comes_back(
         return cluster.status()["router_service"]
 
     with RouterClient(cluster.router, timeout_s=60.0, retries=30) as client:
-        assert {model.name for model in client.models()} >= {"mixtral", "once"}
+        assert {model.name for model in client.models()} >= {"mixtral", "org/once"}
         experts = client.experts("mixtral", 1)
         torch.testing.assert_close(experts(hidden, ids, weights), expected, atol=1e-5, rtol=1e-5)
         wait_until(lambda: state()["state"] == "up" and state()["calls"] == 1)

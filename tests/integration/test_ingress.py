@@ -398,12 +398,12 @@ def test_calls_of_tools_in_a_stream(official: openai.OpenAI) -> None:
     with official.chat.completions.stream(
         model="tools", messages=MESSAGES, tools=[WEATHER]
     ) as stream:
-        for _ in stream:
-            pass
+        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
         choice = stream.get_final_completion().choices[0]
     assert choice.finish_reason == "tool_calls"
     calls: Any = choice.message.tool_calls
     assert [one.function.name for one in calls] == ["weather", "time"]
+    assert [event.name for event in done] == ["weather", "time"]
 
 
 def test_a_template_without_tools_refuses_them(official: openai.OpenAI) -> None:
@@ -430,7 +430,7 @@ def test_an_echo_begins_with_the_prompt(official: openai.OpenAI) -> None:
         assert [one.text for one in whole] == [words + one.text for one in plain]
         stream = official.completions.create(prompt=prompt, stream=True, **asked)
         assert "".join(chunk.choices[0].text for chunk in stream) == words + plain[0].text
-    with pytest.raises(openai.BadRequestError, match="echo with logprobs"):
+    with pytest.raises(openai.BadRequestError, match="echo: not together with logprobs"):
         official.completions.create(prompt="the", logprobs=1, **asked)
 
 

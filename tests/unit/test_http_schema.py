@@ -71,6 +71,52 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
     assert chat(messages=[back]).messages[0].content == "hi"
 
 
+CACHED = {"cache_control": {"type": "ephemeral"}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "texts"),
+    [
+        ([{"role": "user", "content": [{"type": "text", "text": "a", **CACHED}]}], ["a"]),
+        ([{"role": "user", "content": "a", **CACHED}], ["a"]),
+        (
+            [{"role": "user", "content": [
+                {"type": "text", "text": "a", "prompt_cache_breakpoint": {"mode": "explicit"}},
+                {"type": "text", "text": "b", "annotations": [], "index": 1, "id": "lc_1"},
+            ]}],
+            ["ab"],
+        ),
+        ([{"role": "user", "content": []}, {"role": "user", "content": "a"}], ["", "a"]),
+        ([{"role": "assistant", "content": [
+            {"type": "text", "text": "I can't. "}, {"type": "refusal", "refusal": "no"}
+        ]}], ["I can't. no"]),
+        ([{"role": "assistant", "content": None, "refusal": "no"}], ["no"]),
+        ([{"role": "assistant", "content": "a", "refusal": None, "annotations": [{"type": "url"}],
+           "parsed": {"x": 1}, "provider_specific_fields": {"refusal": None}}], ["a"]),
+        ([{"role": "assistant", "content": [], "tool_calls": [
+            {"index": 0, "id": "a", "type": "function", "provider_specific_fields": {},
+             "function": {"name": "f", "arguments": "{}", "parsed_arguments": {}}}
+        ]}], [""]),
+        ([{"role": "tool", "tool_call_id": "a", "name": "f",
+           "content": [{"type": "text", "text": "x", **CACHED}], **CACHED}], ["x"]),
+        ([{"role": "user", "content": "a\0b", "name": "ann"}], ["a\0b"]),
+    ],
+)  # fmt: skip
+def test_what_clients_keep_in_messages_changes_nothing(messages: Any, texts: list[str]) -> None:
+    asked = [message.for_template() for message in chat(messages=messages).messages]
+    assert [message["content"] for message in asked] == texts
+    assert "cache_control" not in json.dumps(asked)
+    assert "index" not in json.dumps(asked)
+
+
+def test_hints_at_tools_change_nothing() -> None:
+    function = {"name": "f", "parameters": {"properties": {"cache_control": {}}}}
+    plain = chat(tools=[{"type": "function", "function": function}])
+    assert chat(tools=[{"type": "function", "function": {**function, **CACHED}, **CACHED}]) == plain
+    # A tool's own parameters are no hints, whatever their names are.
+    assert plain.offered_tools[0]["function"] == function
+
+
 def test_sampling_is_as_asked_for_and_openais_otherwise() -> None:
     assert completion().sampling(5, ExpertBounds()) == Sampling(max_tokens=5, temperature=1.0)
     asked = completion(
@@ -92,7 +138,7 @@ def test_logprobs_in_both_forms() -> None:
     assert chat(logprobs=False).top_tokens is None
     assert chat(logprobs=True).top_tokens == 0
     assert chat(logprobs=True, top_logprobs=4).top_tokens == 4
-    with pytest.raises(RequestError, match="top_logprobs belongs to logprobs=true alone"):
+    with pytest.raises(RequestError, match=r"^top_logprobs: belongs to .* \(got 2\)"):
         chat(top_logprobs=2)
 
 
@@ -149,7 +195,8 @@ def test_every_parameter_of_the_official_client_is_known(resource: Any, kind: An
         ({**COMPLETION, "n": 0}, "n", "greater than or equal to 1 (got 0)"),
         ({**COMPLETION, "n": True}, "n", "valid integer (got True)"),
         ({**COMPLETION, "n": 65}, "n", "less than or equal to 64 (got 65)"),
-        ({**COMPLETION, "n": 33, "prompt": ["a", "b"]}, "", "2 prompts and n=33 make more than 64"),
+        ({**COMPLETION, "n": 33, "prompt": ["a", "b"]}, "n", "n: with 2 prompts at most 64 choi"),
+        ({**COMPLETION, "echo": True, "logprobs": 1}, "echo", "echo: not together with logprobs"),
         ({**COMPLETION, "logprobs": 21}, "logprobs", "less than or equal to 20 (got 21)"),
         ({**COMPLETION, "logprobs": True}, "logprobs", "valid integer (got True)"),
         ({**COMPLETION, "seed": 1.5}, "seed", "valid integer (got 1.5)"),
@@ -178,6 +225,7 @@ def test_bad_completions(body: dict[str, Any], param: str, message: str) -> None
     assert caught.value.param == param
 
 
+TEXT = {"type": "text", "text": "x"}
 CALLS = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
 
@@ -186,19 +234,76 @@ CALLS = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": 
     [
         ([], "messages", "at least 1 item"),
         ("hi", "messages", "valid list"),
-        ([{"role": "user"}], "messages[0]", "needs content, or tool_calls"),
+        ([{"role": "user"}], "messages[0].content", "a message needs it, or tool_calls (got None)"),
         ([{"role": "robot", "content": "x"}], "messages[0].role", "(got 'robot')"),
-        ([{"role": "tool", "content": "x"}], "messages[0]", "role='tool', which needs it"),
-        ([{"role": "user", "content": "x", "tool_call_id": "a"}], "messages[0]", "role='tool'"),
-        ([{"role": "user", "tool_calls": CALLS}], "messages[0]", "role='assistant' alone"),
+        (
+            [{"role": "tool", "content": "x"}],
+            "messages[0].tool_call_id",
+            "role='tool', which needs it (got None)",
+        ),
+        (
+            [{"role": "user", "content": "x", "tool_call_id": "a"}],
+            "messages[0].tool_call_id",
+            "role='tool', which needs it (got 'a')",
+        ),
+        (
+            [{"role": "user", "tool_calls": CALLS}],
+            "messages[0].tool_calls",
+            "role='assistant' alone (got ['f'])",
+        ),
+        (
+            [{"role": "user", "content": "x", "refusal": "no"}],
+            "messages[0].refusal",
+            "role='assistant' alone (got 'no')",
+        ),
+        (
+            [{"role": "function", "name": "f", "content": "x"}],
+            "messages[0].role",
+            "'assistant' or 'tool' (got 'function')",
+        ),
+        (
+            [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}],
+            "messages[0].function_call",
+            "is not supported; send tool_calls",
+        ),
+        (
+            [{"role": "assistant", "content": "x", "audio": {"id": "a"}}],
+            "messages[0].audio",
+            "is not supported (got {'id': 'a'})",
+        ),
         ([{"role": "user", "content": 5}], "messages[0].content", "string or a list of text parts"),
         (
-            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-            "messages[0].content",
-            "part of type 'image_url'; only text parts",
+            [{"role": "user", "content": [TEXT, {"type": "image_url", "image_url": {}}]}],
+            "messages[0].content[1].type",
+            "are not supported; there are: text (got 'image_url')",
         ),
-        ([{"role": "user", "content": [{"type": "{x}"}]}], "messages[0].content", "'{x}'"),
-        ([{"role": "user", "content": ["x"]}], "messages[0].content", "part of type None"),
+        ([{"role": "user", "content": [{"type": "{x}"}]}], "messages[0].content[0].type", "'{x}'"),
+        ([{"role": "user", "content": [{"type": []}]}], "messages[0].content[0].type", "(got [])"),
+        (
+            [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}],
+            "messages[0].content[0].type",
+            "there are: text (got 'refusal')",
+        ),
+        (
+            [{"role": "assistant", "content": [{"type": "input_audio", "input_audio": {}}]}],
+            "messages[0].content[0].type",
+            "there are: text, refusal (got 'input_audio')",
+        ),
+        (
+            [{"role": "user", "content": ["x"]}],
+            "messages[0].content[0]",
+            'such as {"type": "text", "text": "..."} (got \'x\')',
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": None}]}],
+            "messages[0].content[0].text",
+            "must be a string (got None)",
+        ),
+        (
+            [{"role": "user", "content": [{**TEXT, "colour": 1}]}],
+            "messages[0].content[0].colour",
+            "is no key of a text part (got 1)",
+        ),
         ([{"role": "user", "content": "x", "y": 1}], "messages[0].y", "unknown parameter"),
         (
             [{"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}],

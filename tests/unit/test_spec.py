@@ -21,6 +21,12 @@ ROOT = Path(__file__).parents[2]
 # ---- any valid spec -----------------------------------------------------------------------------
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", fullmatch=True)
+MODEL_NAMES = NAMES | st.from_regex(
+    r"[A-Za-z0-9][A-Za-z0-9._:-]{0,20}/[A-Za-z0-9][A-Za-z0-9._:-]{0,20}", fullmatch=True
+)
+ORIGINS = st.from_regex(
+    r"(https?|app)://[a-z0-9][a-z0-9.-]{0,20}(:[1-9][0-9]{3,4})?", fullmatch=True
+)
 # Any text that YAML can carry, so that quoting is tested too.
 TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
 AMOUNTS = st.floats(0, 1000) | st.integers(0, 64)
@@ -70,8 +76,12 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
                 exact=st.booleans(),
             )
         )
-        for name in draw(st.lists(NAMES, max_size=3, unique=True))
+        for name in draw(st.lists(MODEL_NAMES, max_size=3, unique=True))
     ]
+    own = {model["name"] for model in models}
+    for model in models[:1]:
+        others = MODEL_NAMES.filter(lambda name: name not in own)
+        model["aliases"] = draw(st.lists(others, max_size=2, unique=True))
     rest = draw(
         some(
             name=NAMES,
@@ -86,7 +96,12 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
                 max_batch_tokens=st.integers(1, 1 << 20),
                 cache_tokens=st.integers(64, 1 << 28),
             ),
-            endpoint=st.none() | some(host=TEXTS, port=st.integers(0, 65_535)),
+            endpoint=st.none()
+            | some(
+                host=TEXTS,
+                port=st.integers(0, 65_535),
+                cors_origins=st.just(["*"]) | st.lists(ORIGINS, max_size=2),
+            ),
             router=st.none() | some(host=TEXTS, port=st.integers(0, 65_535), call_s=SECONDS),
             autoscale=some(
                 up_after_s=SECONDS,
@@ -180,7 +195,27 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"models": [MODEL | {"replicas": 1.5}]}, "models.0.replicas: Input should be a valid integer"),
     ({"models": [MODEL | {"replicas": 3}]}, "models: m wants 3 replicas of each expert, but ther"),
     ({"models": [MODEL | {"exact": "maybe"}]}, "models.0.exact: Input should be a valid boolean"),
-    ({"models": [MODEL, MODEL]}, "models: the name 'm' stands twice"),
+    ({"models": [MODEL, MODEL]}, "models.1.name: 'm' is taken: models.0.name"),
+    *(
+        ({"models": [MODEL | {"name": name}]}, "models.0.name: String should match")
+        for name in ("a/", "/a", "a//b", "a/../b", "a/.b", "a b", "a#b", "a%2Fb", "a?b")
+    ),
+    ({"models": [MODEL | {"name": "x" * 129}]}, "models.0.name: String should have at most 128"),
+    ({"models": [MODEL | {"aliases": "x"}]}, "models.0.aliases: Input should be a valid tuple"),
+    ({"models": [MODEL | {"aliases": ["a", "b/"]}]}, "models.0.aliases.1: String should match"),
+    ({"models": [MODEL | {"aliases": ["m"]}]}, "models.0.aliases.0: 'm' is taken: models.0.name"),
+    (
+        {"models": [MODEL | {"aliases": ["a", "a"]}]},
+        "models.0.aliases.1: 'a' is taken: models.0.aliases.0",
+    ),
+    (
+        {"models": [MODEL | {"aliases": ["a"]}, MODEL | {"name": "n", "aliases": ["b", "a"]}]},
+        "models.1.aliases.1: 'a' is taken: models.0.aliases.0",
+    ),
+    (
+        {"models": [MODEL | {"aliases": ["n"]}, MODEL | {"name": "n"}]},
+        "models.1.name: 'n' is taken: models.0.aliases.0",
+    ),
     ({"hosts": []}, "hosts: at least one group is needed"),
     ({"hosts": None}, "hosts: Input should be a valid tuple"),
     ({"hosts": [{}, {"count": 0}]}, "hosts.1.count: Input should be greater than or equal to 1"),
@@ -229,6 +264,35 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"trunk": {"threads": -1}}, "trunk.threads: Input should be greater than or equal to 1"),
     ({"endpoint": {"port": 65_536}}, "endpoint.port: Input should be less than or equal to 65535"),
     ({"endpoint": {"host": ""}}, "endpoint.host: String should have at least 1 character"),
+    ({"endpoint": {"cors_origins": "*"}}, "endpoint.cors_origins: Input should be a valid tuple"),
+    ({"endpoint": {"cors_origins": [1]}}, "endpoint.cors_origins.0: Input should be a valid str"),
+    *(
+        ({"endpoint": {"cors_origins": ["http://a", bad]}}, "endpoint.cors_origins.1: an origin as")
+        for bad in (
+            "",
+            "a.example",
+            "https://",
+            "https://a/",
+            "https://a/b",
+            "HTTPS://a",
+            "https://A",
+            "https://u@a",
+            "https://a:",
+            "https://a:0",
+            "https://*.a",
+            "null",
+            "https://ä",
+            "a:80",
+        )
+    ),
+    (
+        {"endpoint": {"cors_origins": ["https://a:443"]}},
+        "endpoint.cors_origins.0: browsers leave out :443, the port of the scheme itself (got",
+    ),
+    (
+        {"endpoint": {"cors_origins": ["*", "http://a"]}},
+        "endpoint: cors_origins: '*' are all origins; it stands alone",
+    ),
     ({"timeouts": {"expert_s": 0}}, "timeouts.expert_s: Input should be greater than 0 (got 0)"),
     ({"timeouts": {"attempt_s": float("nan")}}, "timeouts.attempt_s: Input should be a finite"),
     ({"timeouts": {"start_s": "soon"}}, "timeouts.start_s: Input should be a valid number"),
