@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Checkpoint
-from .describe import Described, describe
-from .trunk import read_config
+from .describe import Described, describe_model
+from .fitting import fit, some
+from .trunk import meta_model, read_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +35,22 @@ def check_folder(path: Path, *, dtype: torch.dtype) -> Inventory:
     and scales that nothing uses, with the names of as many as fit a line; UnsupportedModel for
     architectures and quantisations that are not served.
     """
-    checkpoint = Checkpoint(path, read_config(path), dtype=dtype)
-    files = {stored.file for stored in checkpoint._tensors.values()}
+    config = read_config(path)
+    model = meta_model(config)
+    described = describe_model(path, config, model, dtype)  # says it if there are no experts
+    fitting = fit(path, config, model)
+    fitting.check()
+    warnings = []
+    if fitting.surplus:
+        warnings.append(
+            f"the model has no use for {len(fitting.surplus)} tensors of the checkpoint, which are "
+            f"not read: {some(fitting.surplus)}"
+        )
     return Inventory(
         path=path,
-        described=describe(path, dtype),
-        tensors=len(checkpoint._tensors),
-        stored_bytes=sum(file.stat().st_size for file in files),
-        surplus=(),
-        warnings=(),
+        described=described,
+        tensors=sum(fitting.files.values()),
+        stored_bytes=sum(file.stat().st_size for file in fitting.files),
+        surplus=tuple(fitting.surplus),
+        warnings=tuple(warnings),
     )

@@ -30,9 +30,9 @@ from transformers import (
 from ..kernels.ffn import ExpertForm
 from ..proto.errors import CheckpointError, UnsupportedModel
 from .adapters import PoolExperts, adapt
-from .files import weight_files
+from .fitting import fit
 from .in_pool import IMPLEMENTATION, PoolFunction
-from .quantised import pretrained, quantisation_of
+from .quantised import forget, generation_config, quantisation_of
 
 # What transformers raises for values that make no model.
 _CANNOT_BUILD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -211,40 +211,42 @@ def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         adapt(self)
         strip_experts(self)
 
-    # The module's name keeps transformers' heuristics on a class's source file working; unexpected
-    # keys are the experts, which hosts read.
-    return type(
-        base.__name__,
-        (base,),
-        {
-            "__init__": init,
-            "__module__": base.__module__,
-            "_keys_to_ignore_on_load_unexpected": [
-                *(base._keys_to_ignore_on_load_unexpected or ()),
-                *(r"experts\.", r"(input|output)_linear\."),
-            ],
-        },
-    )
+    # The module's name keeps transformers' heuristics on a class's source file working.
+    return type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
 
 
 def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model in ``path`` without its routed experts, which are never read.
+
+    transformers gets the tensors that it is to read, each dequantised when it asks for it. Its own
+    ways to them are not taken: it would follow any file name, and read pickles; where there is a
+    GPU it keeps quantised weights as they are; and it loads codes without scales as weights.
 
     Attach it with `connect_experts` before the first call. Raises CheckpointError and
     UnsupportedModel.
     """
     config = read_config(path)
     built = meta_model(config)
-    experts_layers(built)
-    weight_files(path)  # transformers would follow any file name, and read pickles
+    experts = tuple(f"{layer.name}." for layer in experts_layers(built))
+    fitting = fit(path, config, built)
+    fitting.check()
+    tensors = {
+        name: fitting.tensors[name]
+        for target, source in fitting.sources.items()
+        if not target.startswith(experts)
+        for name in source.keys.values()
+    }
+    for part in (config, built.config):
+        forget(part)
     try:
         loaded: Any = _trunk_class(config).from_pretrained(
-            **pretrained(path, config),
+            None,
+            state_dict=tensors,
+            generation_config=generation_config(path),
             config=built.config,  # of a model of text and images the text's
             dtype=dtype,
             experts_implementation=IMPLEMENTATION,
             output_loading_info=True,
-            use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they can be named
         )
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
