@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..proto.errors import CheckpointError, UnsupportedModel
+from .gguf_parts import is_part, join_parts
 
 SUPPORTED = ("llama", "mistral")
 # What is copied beside the weights; config.json is written anew.
@@ -78,7 +79,7 @@ class DenseCheckpoint:
         if info["missing_keys"]:
             raise CheckpointError(
                 f"{self.path}: tensors are missing: {_some(info['missing_keys'])}; "
-                "the download or copy is incomplete"
+                "the download or copy is incomplete, or the file is one part of a model"
             )
         if info["unexpected_keys"]:
             raise UnsupportedModel(
@@ -111,28 +112,31 @@ class DenseCheckpoint:
                     shutil.copyfile(source, out / source.name)
 
 
-def open_dense(path: Path) -> DenseCheckpoint:
-    """The checkpoint at ``path``, or the reason why it cannot become a Mixtral."""
+@contextmanager
+def open_dense(path: Path) -> Iterator[DenseCheckpoint]:
+    """The checkpoint at ``path``, or the reason why it cannot become a Mixtral. A GGUF that is
+    split into parts is one file for as long as it is open."""
     if not path.exists():
         raise CheckpointError(
             f"dense: {path} does not exist; give a folder with config.json and *.safetensors or a "
             ".gguf file (a model of the Hugging Face hub: run `hf download NAME` first)"
         )
-    options: dict[str, Any] = {"local_files_only": True}
-    if path.is_file():
-        _check_gguf(path)
-        folder = path.parent
-        options["gguf_file"] = path.name
-    else:
-        _check_folder(path)
-        folder = path
-        options["use_safetensors"] = True
-    try:
-        config = AutoConfig.from_pretrained(folder, **options)
-    except (*READ_ERRORS, TypeError, StrictDataclassError) as exc:
-        raise CheckpointError(f"{path}: its configuration is not valid: {exc}") from exc
-    _check_representable(path, config)
-    return DenseCheckpoint(path=path, config=config, folder=folder, options=options)
+    with join_parts(path) if path.is_file() and is_part(path) else nullcontext(path) as whole:
+        options: dict[str, Any] = {"local_files_only": True}
+        if whole.is_file():
+            _check_gguf(whole)
+            folder = whole.parent
+            options["gguf_file"] = whole.name
+        else:
+            _check_folder(whole)
+            folder = whole
+            options["use_safetensors"] = True
+        try:
+            config = AutoConfig.from_pretrained(folder, **options)
+        except (*READ_ERRORS, TypeError, StrictDataclassError) as exc:
+            raise CheckpointError(f"{path}: its configuration is not valid: {exc}") from exc
+        _check_representable(path, config)
+        yield DenseCheckpoint(path=path, config=config, folder=folder, options=options)
 
 
 def _check_folder(path: Path) -> None:
@@ -162,6 +166,10 @@ def _check_folder(path: Path) -> None:
                 f"{file}: truncated or damaged: {exc}; copy or download it again"
             ) from exc
     if not files:
+        if parts := sorted(path.glob("*.gguf")):
+            raise CheckpointError(
+                f"dense: {path} has no *.safetensors; give its GGUF file, {parts[0]}"
+            )
         raise CheckpointError(
             f"dense: {path} has no *.safetensors; pickled weights are never read: load the model "
             "with transformers and save it again with save_pretrained"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .quantised import quantisation_of
 from .trunk import ExpertsLayer, expert_bytes, experts_layers, meta_model, read_config
@@ -56,7 +56,13 @@ def experts_per_token(config: PretrainedConfig, layer: ExpertsLayer) -> int | No
 def describe(folder: Path, dtype: torch.dtype) -> Described:
     """Raises CheckpointError and UnsupportedModel."""
     config = read_config(folder)
-    model = meta_model(config)
+    return describe_model(folder, config, meta_model(config), dtype)
+
+
+def describe_model(
+    folder: Path, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype
+) -> Described:
+    """The same of a model that is built, on the meta device, with its experts."""
     found = experts_layers(model)
     sizes = {layer.layer: expert_bytes(layer, dtype) for layer in found}
     experts = sum(layer.num_experts * sizes[layer.layer] for layer in found)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -13,33 +16,118 @@ from ..proto.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+# What safetensors calls the dtypes.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
+    "C64": torch.complex64,
+}
 
 
-def weight_files(path: Path) -> dict[str, str]:
-    """{tensor name: file name} of a model folder, whose files are whole.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file's header says of one tensor."""
 
-    Raises CheckpointError for a missing or malformed index, for file names that leave the folder,
-    and for files that are damaged, truncated or lack what the index says of them.
+    file: Path
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The tensors of a folder, whose files are whole."""
+
+    headers: dict[str, Header]
+    # Names that the index has and no file: (name -> where the index says they are). They only
+    # matter if the model needs them.
+    lost: dict[str, str] = field(default_factory=dict)
+
+
+def list_tensors(path: Path) -> Listing:
+    """What the safetensors headers in folder ``path`` say. Reads no tensor, and each header once.
+
+    As in transformers a `model.safetensors` goes before an index. Raises CheckpointError for a
+    missing or malformed index, for file names that leave the folder, for files that are damaged
+    or truncated, and for a numbered file that is missing where there is no index.
     """
-    if (path / INDEX_FILE).is_file():
-        names = _read_index(path / INDEX_FILE)
-        for file in sorted(set(names.values())):
-            if not (path / file).is_file():
-                raise CheckpointError(f"{path / file}: missing, though {INDEX_FILE} names it")
-            with open_weights(path / file) as opened:
-                held = set(opened.keys())
-            lacking = sorted(t for t, f in names.items() if f == file and t not in held)
-            if lacking:
-                raise CheckpointError(
-                    f"{path / file}: has no {lacking[0]}, though {INDEX_FILE} says so"
-                )
-        return names
-    if not (path / SINGLE_FILE).is_file():
+    index = _read_index(path / INDEX_FILE) if (path / INDEX_FILE).is_file() else None
+    if (path / SINGLE_FILE).is_file():
+        return Listing(_headers(path / SINGLE_FILE))
+    if index is not None:
+        headers: dict[str, Header] = {}
+        for file in sorted(set(index.values())):
+            if (path / file).is_file():
+                headers |= _headers(path / file)
+        lost = {name: file for name, file in index.items() if name not in headers}
+        return Listing(headers, lost)
+    return _list_numbered(path)
+
+
+def _list_numbered(path: Path) -> Listing:
+    """Numbered files without the index that should name them: each says what it holds."""
+    found = {file.name: match for file in path.glob("*") if (match := _SHARD.fullmatch(file.name))}
+    if not found:
+        raise CheckpointError(f"{path}: {_what_else(path)}")
+    parts = {int(match[1]) for match in found.values()}
+    counts = {int(match[2]) for match in found.values()}
+    missing = sorted(set(range(1, max(counts) + 1)) - parts)
+    if len(counts) > 1 or missing:
+        wrong = f"part {missing[0]} is missing" if missing else "some belong to another set"
         raise CheckpointError(
-            f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read"
+            f"{path}: no {INDEX_FILE}, and of the numbered files {wrong}; there is "
+            + ", ".join(sorted(found)[:3])
         )
-    with open_weights(path / SINGLE_FILE) as file:
-        return dict.fromkeys(file.keys(), SINGLE_FILE)
+    headers: dict[str, Header] = {}
+    for file in sorted(found):
+        headers |= _headers(path / file)
+    return Listing(headers)
+
+
+def _what_else(path: Path) -> str:
+    """Why a folder without weights is none, by what it holds instead."""
+    neither = f"neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read"
+    others = sorted(file.name for file in path.glob("*.safetensors"))
+    pickles = sorted(
+        file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(kind)
+    )
+    gguf = sorted(file.name for file in path.glob("*.gguf"))
+    if "adapter_model.safetensors" in others:
+        return (
+            "holds an adapter (adapter_model.safetensors), no model; merge it into its base model "
+            "and save that"
+        )
+    if others:
+        return f"{neither}, under these names; there is {', '.join(others[:3])}"
+    if pickles:
+        return (
+            f"{neither}, and {pickles[0]} is pickled; load it with transformers and save it with "
+            "save_pretrained, which writes safetensors"
+        )
+    if gguf:
+        return f"{neither}; {gguf[0]} is a GGUF file, which only `moesaic upcycle` reads"
+    return neither
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -55,6 +143,18 @@ def _read_index(index: Path) -> dict[str, str]:
                 "are read"
             )
     return names
+
+
+def _headers(file: Path) -> dict[str, Header]:
+    with open_weights(file) as opened:
+        found, keys = {}, opened.keys()
+        for key in keys:
+            part = opened.get_slice(key)
+            kind = part.get_dtype()
+            if kind not in _DTYPES:
+                raise CheckpointError(f"{file}: {key} is {kind}, a dtype that is not known here")
+            found[key] = Header(file, key, _DTYPES[kind], tuple(part.get_shape()))
+        return found
 
 
 def open_weights(file: Path) -> Any:

@@ -9,6 +9,7 @@ the interface are brought to it by adapters (`adapters.py`).
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,10 +30,10 @@ from transformers import (
 
 from ..kernels.ffn import ExpertForm
 from ..proto.errors import CheckpointError, UnsupportedModel
-from .adapters import PoolExperts, adapt
-from .files import weight_files
+from .adapters import ADAPTERS, PoolExperts, adapt
+from .fitting import fit
 from .in_pool import IMPLEMENTATION, PoolFunction
-from .quantised import pretrained, quantisation_of
+from .quantised import forget, generation_config, quantisation_of
 
 # What transformers raises for values that make no model.
 _CANNOT_BUILD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -45,6 +46,19 @@ BROKEN = {
     "nllb-moe": "transformers reads the gate's one-hot mask as expert numbers, so only experts 0 "
     "and 1 are ever asked and its texts are wrong, in a pool or out of one; use a dense NLLB",
 }
+# Names that configurations have for the number of experts, and for which layers have some.
+_COUNTS = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    *("num_routed_experts", "moe_num_primary_experts"),
+)
+_DENSE = (
+    *("first_k_dense_replace", "num_dense_layers", "dense_layers", "mlp_only_layers"),
+    *("decoder_sparse_step", "sparse_step", "encoder_sparse_step", "mlp_layer_types"),
+    *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "moe_layer_freq"),
+    *("moe_layers", "interleave_moe_layer_step", "expert_layer_period", "expert_layer_offset"),
+    *("layers_block_type", "enable_moe_block", "num_sparse_encoder_layers"),
+    "num_sparse_decoder_layers",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +110,35 @@ def _sizes(module: Any) -> tuple[int, int]:
     return down.shape[0], hidden
 
 
+def _why_no_experts(model: nn.Module) -> str:
+    """Of a model in which no experts module is: an architecture without any, or one whose
+    configuration asks for none."""
+    here = vars(sys.modules[type(model).__module__])
+    has_some = "use_experts_implementation" in here or "PoolExperts" in here
+    if not has_some and not ADAPTERS.keys() & here.keys():
+        return (
+            "no experts module of this architecture dispatches through transformers' experts "
+            "interface, and it has no adapter, so its experts cannot be served from a pool; models "
+            "of the Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss ... families can"
+        )
+    config: Any = model.config
+    text = config.get_text_config()
+    values = text.to_dict()
+    values |= {f"ffn_config.{n}": v for n, v in (values.get("ffn_config") or {}).items()}
+    none = next((n for n in values if n.rpartition(".")[2] in _COUNTS and not values[n]), None)
+    if none is not None:
+        return (
+            f"config.{none} is {values[none]}: the model has no experts, so there is nothing to "
+            "serve from a pool; serve it with transformers or vLLM alone"
+        )
+    layers = getattr(text, "num_hidden_layers", "all")
+    said = [f"{n}={values[n]}" for n in _DENSE if values.get(n) is not None]
+    return (
+        f"{', '.join(said) or 'config.json'} of {layers} layers: no sparse layer, so there are no "
+        "experts to serve from a pool; serve it with transformers or vLLM alone"
+    )
+
+
 def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
     """The experts modules of a model that still has its (possibly meta) expert parameters.
 
@@ -103,24 +146,22 @@ def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
     """
     found = [(name, m) for name, m in model.named_modules() if is_experts_module(m)]
     if not found:
-        raise UnsupportedModel(
-            f"{type(model).__name__}: no experts module of this architecture dispatches through "
-            "transformers' experts interface, and it has no adapter, so its experts cannot be "
-            "served from a pool; models of the Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss ... "
-            "families can"
-        )
+        raise UnsupportedModel(f"{type(model).__name__}: {_why_no_experts(model)}")
     numbers = _layer_numbers([name for name, _ in found])
-    return [
+    layers = [
         ExpertsLayer(number, name, module, *_sizes(module))
         for number, (name, module) in zip(numbers, found, strict=True)
     ]
+    if not all(layer.num_experts for layer in layers):
+        raise UnsupportedModel(f"{type(model).__name__}: {_why_no_experts(model)}")
+    return layers
 
 
 def read_config(path: Path) -> PretrainedConfig:
     """The configuration of a model folder. Raises CheckpointError if there is none to be read, and
     UnsupportedModel for a quantisation that is not known."""
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json; give the folder of a Hugging Face model")
+        raise CheckpointError(f"{path}: {_what_without_config(path)}")
     try:
         config = _own_config(path)
         if config is None:
@@ -131,6 +172,17 @@ def read_config(path: Path) -> PretrainedConfig:
         raise CheckpointError(f"{path}/config.json: {text}") from error
     quantisation_of(config, path)
     return config
+
+
+def _what_without_config(path: Path) -> str:
+    if (path / "adapter_config.json").is_file():
+        return (
+            "holds an adapter (adapter_config.json), no model; merge it into its base model and "
+            "give the folder of the result"
+        )
+    if gguf := sorted(file.name for file in path.glob("*.gguf")):
+        return f"no config.json; {gguf[0]} is a GGUF file, which only `moesaic upcycle` reads"
+    return "no config.json; give the folder of a Hugging Face model"
 
 
 def _own_config(path: Path) -> PretrainedConfig | None:
@@ -211,40 +263,42 @@ def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         adapt(self)
         strip_experts(self)
 
-    # The module's name keeps transformers' heuristics on a class's source file working; unexpected
-    # keys are the experts, which hosts read.
-    return type(
-        base.__name__,
-        (base,),
-        {
-            "__init__": init,
-            "__module__": base.__module__,
-            "_keys_to_ignore_on_load_unexpected": [
-                *(base._keys_to_ignore_on_load_unexpected or ()),
-                *(r"experts\.", r"(input|output)_linear\."),
-            ],
-        },
-    )
+    # The module's name keeps transformers' heuristics on a class's source file working.
+    return type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
 
 
 def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model in ``path`` without its routed experts, which are never read.
+
+    transformers gets the tensors that it is to read, each dequantised when it asks for it. Its own
+    ways to them are not taken: it would follow any file name, and read pickles; where there is a
+    GPU it keeps quantised weights as they are; and it loads codes without scales as weights.
 
     Attach it with `connect_experts` before the first call. Raises CheckpointError and
     UnsupportedModel.
     """
     config = read_config(path)
     built = meta_model(config)
-    experts_layers(built)
-    weight_files(path)  # transformers would follow any file name, and read pickles
+    experts = tuple(f"{layer.name}." for layer in experts_layers(built))
+    fitting = fit(path, config, built)
+    fitting.check()
+    tensors = {
+        name: fitting.tensors[name]
+        for target, source in fitting.sources.items()
+        if not target.startswith(experts)
+        for name in source.keys.values()
+    }
+    for part in (config, built.config):
+        forget(part)
     try:
         loaded: Any = _trunk_class(config).from_pretrained(
-            **pretrained(path, config),
+            None,
+            state_dict=tensors,
+            generation_config=generation_config(path),
             config=built.config,  # of a model of text and images the text's
             dtype=dtype,
             experts_implementation=IMPLEMENTATION,
             output_loading_info=True,
-            use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they can be named
         )
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:

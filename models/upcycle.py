@@ -91,38 +91,46 @@ def upcycle(
     Beside the dense model, only one shard of the new one (1 GiB) is in memory at a time.
     """
     _check_arguments(experts, top_k, noise, gate, texts, tokens, seed, dtype)
-    checkpoint = open_dense(Path(dense))
-    out = Path(out).absolute()
-    _check_out(out, checkpoint, overwrite)
-    report = progress or _silent
+    with open_dense(Path(dense)) as checkpoint:
+        out = Path(out).absolute()
+        _check_out(out, checkpoint, overwrite)
+        report = progress or _silent
 
-    report("load", 0, 1)
-    need_tokenizer = gate == "kmeans" or checkpoint.is_gguf
-    tokenizer = checkpoint.load_tokenizer() if need_tokenizer else None
-    model = checkpoint.load_model()
-    report("load", 1, 1)
+        report("load", 0, 1)
+        need_tokenizer = gate == "kmeans" or checkpoint.is_gguf
+        tokenizer = checkpoint.load_tokenizer() if need_tokenizer else None
+        model = checkpoint.load_model()
+        report("load", 1, 1)
 
-    config = _mixtral_config(model, experts, top_k, dtype)
-    _check_room(out, model, experts, DTYPES[dtype])
-    gate_seed, noise_seed = (int(state) for state in np.random.SeedSequence(seed).generate_state(2))
-    if texts is not None:
-        gates = gates_from_texts(
-            model, tokenizer, texts, experts=experts, tokens=tokens, seed=gate_seed, progress=report
+        config = _mixtral_config(model, experts, top_k, dtype)
+        _check_room(out, model, experts, DTYPES[dtype])
+        gate_seed, noise_seed = (
+            int(state) for state in np.random.SeedSequence(seed).generate_state(2)
         )
-    else:
-        gates = _random_gates(config, gate_seed)
+        if texts is not None:
+            gates = gates_from_texts(
+                model,
+                tokenizer,
+                texts,
+                experts=experts,
+                tokens=tokens,
+                seed=gate_seed,
+                progress=report,
+            )
+        else:
+            gates = _random_gates(config, gate_seed)
 
-    try:
-        with _published(out, overwrite) as folder:
-            config.save_pretrained(folder)
-            tensors = _tensors(model, gates, noise, noise_seed, report)
-            _write_shards(folder, tensors, DTYPES[dtype])
-            checkpoint.copy_side_files(folder, model, tokenizer)
-            card = _model_card(checkpoint.path.name, experts, top_k, noise, gate, seed, dtype)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as exc:
-        raise CheckpointError(f"out: cannot write {out}: {exc}") from exc
-    return out
+        try:
+            with _published(out, overwrite) as folder:
+                config.save_pretrained(folder)
+                tensors = _tensors(model, gates, noise, noise_seed, report)
+                _write_shards(folder, tensors, DTYPES[dtype])
+                checkpoint.copy_side_files(folder, model, tokenizer)
+                card = _model_card(checkpoint.path.name, experts, top_k, noise, gate, seed, dtype)
+                (folder / "README.md").write_text(card, encoding="utf-8")
+        except (OSError, SafetensorError) as exc:
+            raise CheckpointError(f"out: cannot write {out}: {exc}") from exc
+        return out
 
 
 def _silent(_step: str, _done: int, _total: int) -> None:

@@ -142,19 +142,24 @@ def nested(outer: str, **values: Any) -> Damage:
 
 DAMAGED: list[tuple[str, str, Damage, str]] = [
     # name, architecture, what is done to it, what the message says
-    ("one", "switch_transformers", remove(r"expert_3\.wi"), "no tensor of expert 3 for"),
+    ("one", "switch_transformers", remove(r"expert_3\.wi"), "experts.expert_3.wi.weight"),
     ("rows", "switch_transformers", edit(r"expert_3\.wo", lambda t: t[1:]), "shape (31, 48)"),
-    ("all", "switch_transformers", remove(r"expert_\d\.wo"), "no tensors for decoder.block.1"),
-    ("gate", "dbrx", remove(r"1\.ffn.*v1"), "shape (24, 32)"),
-    ("fewer", "dbrx", edit(r"1\.ffn.*w2", lambda t: t[:-24]), "w2 has no expert 7"),
-    ("torn", "dbrx", edit(r"1\.ffn.*w1", lambda t: t[:-1]), "do not make it"),
-    ("columns", "dbrx", edit(r"1\.ffn.*w2", lambda t: t[:, 1:]), "shape (31, 24)"),
+    ("all", "switch_transformers", remove(r"expert_\d\.wo"), "lacks decoder.block.1"),
+    ("gate", "dbrx", remove(r"1\.ffn.*v1"), "makes (8, 24, 32)"),
+    ("fewer", "dbrx", edit(r"1\.ffn.*w2", lambda t: t[:-24]), "makes (7, 32, 24)"),
+    ("torn", "dbrx", edit(r"1\.ffn.*w1", lambda t: t[:-1]), "do not make"),
+    ("columns", "dbrx", edit(r"1\.ffn.*w2", lambda t: t[:, 1:]), "shape (192, 31)"),
     ("none", "dbrx", nested("ffn_config", moe_num_experts=-1), "model of type 'dbrx'"),
-    ("halves", "llama4_text", edit(r"1\..*gate_up", lambda t: t[..., 1:]), "shape (32, 95)"),
-    ("gone", "llama4_text", remove(r"1\..*experts.down"), "no tensors for model.layers.1.feed"),
-    ("one", "longcat_flash", remove(r"1\..*experts\.3\.down"), "no tensor of expert 3 for"),
+    ("halves", "llama4_text", edit(r"1\..*gate_up", lambda t: t[..., 1:]), "shape (8, 32, 95)"),
+    ("gone", "llama4_text", remove(r"1\..*experts.down"), "lacks model.layers.1.feed"),
+    (
+        "one",
+        "longcat_flash",
+        remove(r"1\..*experts\.3\.down"),
+        "lacks model.layers.1.mlp.experts.3.d",
+    ),
     ("zero", "longcat_flash", config(n_routed_experts=0), "model of type 'longcat_flash'"),
-    ("fewer", "jetmoe", edit(r"1\.mlp\.input_linear", lambda t: t[:7]), "has no expert 7"),
+    ("fewer", "jetmoe", edit(r"1\.mlp\.input_linear", lambda t: t[:7]), "has shape (7, 96, 32)"),
     ("int8", "jetmoe", edit(r"1\.mlp\.output", lambda t: t.to(torch.int8)), "quantised"),
 ]
 

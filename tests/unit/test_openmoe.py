@@ -169,9 +169,12 @@ def test_the_published_sizes() -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (remove(r"experts\.wi_up"), "do not make it"),
-        (edit(r"experts\.wi_gate", lambda t: t[:7]), "has no expert 7"),
-        (edit(r"experts\.wo", lambda t: t[:, 1:]), r"has shape \(47, 32\)"),
+        (
+            remove(r"experts\.wi_up"),
+            r"lacks model\.layers\.1\.mlp\.experts\.gate_up_proj \(of .*wi_up",
+        ),
+        (edit(r"experts\.wi_gate", lambda t: t[:7]), r"wi_gate has shape \(7, 32, 96\)"),
+        (edit(r"experts\.wo", lambda t: t[:, 1:]), r"has shape \(8, 47, 32\)"),
         (remove(r"gate_weight"), r"lacks model\.layers\.1\.mlp\.gate_weight"),
         (remove(r"extra_mlp\.up"), r"lacks model\.layers\.1\.extra_mlp\.up_proj"),
         (config(router_topk=1), "router_topk: 1"),

@@ -30,7 +30,7 @@ from moesaic.cluster.spec import parse_spec
 from moesaic.models import quantised
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.describe import describe
-from moesaic.models.files import INDEX_FILE, SINGLE_FILE, read_tensor
+from moesaic.models.files import INDEX_FILE, SINGLE_FILE, list_tensors, read_tensor
 from moesaic.models.source import resolve_model
 from moesaic.models.trunk import experts_layers, load_trunk, read_config
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
@@ -191,7 +191,8 @@ def read_mxfp4(folder: Path, pairs: Tensor, scales: Tensor) -> Tensor:
     """One matrix (R, G, 16) as it is read."""
     save_file({"x_blocks": pairs, "x_scales": scales}, folder / SINGLE_FILE)
     config = MixtralConfig.from_dict({"quantization_config": {"quant_method": "mxfp4"}})
-    return quantised.stored_tensors(folder, config)["x"].read()
+    quantisation = quantised.quantisation_of(config, folder)
+    return quantised.stored_tensors(list_tensors(folder).headers, quantisation)["x"].read()
 
 
 EVERY_BYTE = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
@@ -296,9 +297,9 @@ DAMAGED: list[tuple[str, str, Damage, str]] = [
         "no-scales",
         "gpt-oss",
         remove(r"1\..*up_proj_scales"),
-        "up_proj_blocks is torch.uint8, and has",
+        "up_proj_blocks is torch.uint8, and there are no scales",
     ),
-    ("no-blocks", "gpt-oss", remove(r"1\..*up_proj_blocks"), "no tensors for model.layers.1"),
+    ("no-blocks", "gpt-oss", remove(r"1\..*up_proj_blocks"), "lacks model.layers.1"),
     ("nan", "gpt-oss", fill(r"1\..*down_proj_scales", 255), "down_proj_scales holds a scale"),
     (
         "too-large",
@@ -306,26 +307,36 @@ DAMAGED: list[tuple[str, str, Damage, str]] = [
         fill(r"1\..*down_proj_scales", 254),
         "blocks holds values that are not",
     ),
-    ("rows", "gpt-oss", edit(r"1\..*n_proj_scales", lambda t: t[:, 1:]), "needs (1, 64, 3)"),
+    ("rows", "gpt-oss", edit(r"1\..*n_proj_scales", lambda t: t[:, 1:]), "needs (8, 64, 3)"),
     (
         "groups",
         "gpt-oss",
         edit(r"1\..*n_proj_scales", lambda t: t[..., 1:]),
-        "has shape (1, 64, 2)",
+        "has shape (8, 64, 2)",
     ),
-    ("fewer", "gpt-oss", edit(r"1\..*n_proj_scales", lambda t: t[:7]), "has no expert 7"),
-    ("flat", "gpt-oss", edit(r"1\..*n_proj_scales", lambda t: t[0, 0, 0]), "down_proj_scales:"),
+    ("fewer", "gpt-oss", edit(r"1\..*n_proj_scales", lambda t: t[:7]), "has shape (7, 64, 3)"),
+    (
+        "flat",
+        "gpt-oss",
+        edit(r"1\..*n_proj_scales", lambda t: t[0, 0, 0]),
+        "down_proj_scales has shape ()",
+    ),
     ("floats", "gpt-oss", edit(r"n_proj_scales", lambda t: t.float()), "scales of torch.float32"),
-    ("codes", "gpt-oss", edit(r"n_proj_blocks", lambda t: t.to(torch.int8)), "is torch.int8 (1,"),
+    ("codes", "gpt-oss", edit(r"n_proj_blocks", lambda t: t.to(torch.int8)), "is torch.int8 (8,"),
     (
         "halves",
         "gpt-oss",
         edit(r"n_proj_blocks", lambda t: t[..., :8]),
         "64, 3, 8) instead of uint8",
     ),
-    ("smaller", "gpt-oss", edit(r"n_proj_(blo|sca)", lambda t: t[:, 1:]), "has shape (96, 63)"),
-    ("no-scale", "qwen3", remove(r"1\..*s\.3\.up.*scale"), "e4m3fn, and has no scales"),
-    ("no-weight", "qwen3", remove(r"1\..*s\.3\.up.*weight$"), "no tensor of expert 3 for"),
+    ("smaller", "gpt-oss", edit(r"n_proj_(blo|sca)", lambda t: t[:, 1:]), "has shape (8, 96, 63)"),
+    ("no-scale", "qwen3", remove(r"1\..*s\.3\.up.*scale"), "e4m3fn, and there are no scales"),
+    (
+        "no-weight",
+        "qwen3",
+        remove(r"1\..*s\.3\.up.*weight$"),
+        "lacks model.layers.1.mlp.experts.3.up_proj.weight",
+    ),
     ("trunk", "qwen3", remove(r"1\..*q_proj.*scale"), "q_proj.weight is torch.float8_e4m3fn, and"),
     ("trunk-rows", "qwen3", edit(r"1\..*o_proj.*scale", lambda t: t[1:]), "weight needs (2, 1)"),
     ("trunk-nan", "qwen3", fill(r"1\..*o_proj.*scale", math.nan), "weight_scale_inv holds a scale"),
@@ -352,13 +363,13 @@ DAMAGED: list[tuple[str, str, Damage, str]] = [
         "plain",
         "qwen3",
         edit(r"1\..*s\.3\.up.*weight$", lambda t: t.float()),
-        "though it has scales",
+        "nothing uses model.layers.1.mlp.experts.3.up_proj.weight_scale_inv",
     ),
     (
         "int-scale",
         "qwen3",
         edit(r"1\..*s\.3\.up.*scale", lambda t: t.int()),
-        "scales are floats or",
+        "scales of torch.int32 instead of floats or E8M0",
     ),
     (
         "e5m2",
@@ -395,14 +406,14 @@ DAMAGED: list[tuple[str, str, Damage, str]] = [
         "compressed",
         "qwen3",
         quantization(quant_method="compressed-tensors"),
-        "'compressed-tensors' is",
+        "quantization_config.format: None of compressed-tensors is not",
     ),
     ("no-method", "qwen3", quantization(quant_method=None), "quant_method: None is not supported"),
     (
         "format",
         "qwen3",
-        quantization(fmt="e5m2"),
-        "quantization_config.fmt: 'e5m2' is not supported",
+        quantization(fmt="e3m4"),
+        "quantization_config.fmt: 'e3m4' is not supported",
     ),
     (
         "block",
@@ -415,7 +426,12 @@ DAMAGED: list[tuple[str, str, Damage, str]] = [
     ("true", "qwen3", quantization(weight_block_size=[True, 1]), "[True, 1] is not two positive"),
     ("other-block", "qwen3", quantization(weight_block_size=[64, 64]), "needs (3, 3)"),
     ("number", "qwen3", replaced(8), "config.json: 'int' object has no"),
-    ("silent", "qwen3", replaced(None), "is torch.float8_e4m3fn; quantised weights are read where"),
+    (
+        "silent",
+        "qwen3",
+        replaced(None),
+        "are torch.float8_e4m3fn, which is no dtype of plain weights, and config.json",
+    ),
 ]
 
 

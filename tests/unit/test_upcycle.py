@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, TokenType
+from gguf.quants import quantize
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -34,6 +35,7 @@ from transformers import (
 )
 
 from moesaic.models import demo
+from moesaic.models.gguf_parts import join_parts
 from moesaic.models.text_gates import GATE_MARGIN, kmeans_gate
 from moesaic.models.upcycle import upcycle
 from moesaic.proto.errors import (
@@ -89,10 +91,11 @@ def make_dense(folder: Path, mistral: bool = False, **changes: Any) -> Path:
     return folder
 
 
-def make_gguf(path: Path, dense: Path, **fields: str) -> Path:
-    """The tiny llama as llama.cpp writes it: rotary halves interleaved, its own tensor names."""
+def make_gguf(path: Path, dense: Path, most: int = 0, /, **fields: str) -> Path:
+    """The tiny llama as llama.cpp writes it: rotary halves interleaved, its own tensor names; in
+    files of at most so many tensors if ``most`` is not 0."""
     config: Any = LlamaConfig.from_pretrained(dense)
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, "llama", split_max_tensors=most)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -383,6 +386,51 @@ def test_gguf(tmp_path: Path, dense: Path) -> None:
     assert load(out).generation_config.eos_token_id == SIZES["eos_token_id"]
 
 
+@pytest.mark.parametrize("given", [1, 3], ids=["first-part", "third-part"])
+def test_split_gguf(tmp_path: Path, dense: Path, given: int) -> None:
+    make_gguf(tmp_path / "tiny.gguf", dense, 8)
+    part = tmp_path / f"tiny-{given:05}-of-00003.gguf"
+    out = upcycle(part, tmp_path / "out", experts=2, noise=0.0)
+    torch.testing.assert_close(logits(load(out)), logits(load(dense)), rtol=0, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
+
+
+def test_parts_are_joined_as_if_they_had_never_been_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every field and tensor, quantised ones by their bytes; and the joined file does not stay."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    kinds = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16, GGMLQuantizationType.F32)
+    for path, most in ((tmp_path / "whole.gguf", 0), (tmp_path / "split.gguf", 2)):
+        writer = GGUFWriter(path, "llama", split_max_tensors=most)
+        writer.add_token_list(TOKENS)
+        writer.add_uint32("llama.a", 3)
+        writer.add_float32("llama.b", 0.5)
+        writer.add_bool("llama.c", True)
+        writer.add_array("llama.d", [1, 2, 3])
+        for number in range(5):
+            kind = kinds[number % 3]
+            values = np.arange(128, dtype=np.float32).reshape(2, 64) + number
+            writer.add_tensor(f"t{number}", quantize(values, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    with join_parts(tmp_path / "split-00002-of-00003.gguf") as joined:
+        one, other = GGUFReader(tmp_path / "whole.gguf"), GGUFReader(joined)
+        assert {n: f.contents() for n, f in one.fields.items()} == {
+            n: f.contents() for n, f in other.fields.items()
+        }
+        assert {n: f.types for n, f in one.fields.items()} == {
+            n: f.types for n, f in other.fields.items()
+        }
+        for mine, theirs in zip(one.tensors, other.tensors, strict=True):
+            assert (mine.name, mine.tensor_type) == (theirs.name, theirs.tensor_type)
+            assert mine.shape.tolist() == theirs.shape.tolist()
+            assert np.array_equal(mine.data, theirs.data)
+    assert not list(tmp_path.glob("moesaic-gguf-*"))
+
+
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 # -- errors ---------------------------------------------------------------------------------------
@@ -445,6 +493,43 @@ def not_gguf(dense: Path) -> Path:
 
 def scaled_gguf(dense: Path) -> Path:
     return make_gguf(dense / "x.gguf", dense, **{"llama.rope.scaling.type": "yarn"})
+
+
+def missing_part(dense: Path) -> Path:
+    make_gguf(dense / "x.gguf", dense, 8)
+    (dense / "x-00002-of-00003.gguf").unlink()
+    return dense / "x-00001-of-00003.gguf"
+
+
+def truncated_part(dense: Path) -> Path:
+    make_gguf(dense / "x.gguf", dense, 8)
+    part = dense / "x-00002-of-00003.gguf"
+    os.truncate(part, part.stat().st_size // 2)
+    return dense / "x-00001-of-00003.gguf"
+
+
+def exchanged_part(dense: Path) -> Path:
+    make_gguf(dense / "x.gguf", dense, 8)
+    shutil.copyfile(dense / "x-00003-of-00003.gguf", dense / "x-00002-of-00003.gguf")
+    return dense / "x-00001-of-00003.gguf"
+
+
+def foreign_part(dense: Path) -> Path:
+    make_gguf(dense / "x.gguf", dense, 8)
+    writer = GGUFWriter(dense / "y.gguf", "llama", split_max_tensors=1)
+    for number in range(3):
+        writer.add_tensor(f"t{number}", np.zeros(4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (dense / "y-00002-of-00003.gguf").rename(dense / "x-00002-of-00003.gguf")
+    return dense / "x-00001-of-00003.gguf"
+
+
+def folder_of_gguf(dense: Path) -> None:
+    make_gguf(dense / "x.gguf", dense)
+    (dense / "model.safetensors").unlink()
 
 
 KMEANS = {"gate": "kmeans"}
@@ -556,6 +641,21 @@ WRONG = {
     ),
     "not a GGUF": Wrong(error=CheckpointError, says="x.gguf is not a GGUF", damage=not_gguf),
     "truncated GGUF": Wrong(error=CheckpointError, says="tiny.gguf", damage=truncated_gguf),
+    "part missing": Wrong(
+        error=CheckpointError, says=r"of 3 parts x-00002-of-00003\.gguf is m", damage=missing_part
+    ),
+    "part truncated": Wrong(
+        error=CheckpointError, says=r"x-00002-of-00003\.gguf: trunc", damage=truncated_part
+    ),
+    "part of another number": Wrong(
+        error=CheckpointError, says=r"split\.no and split\.count are 2 and 3", damage=exchanged_part
+    ),
+    "part of another model": Wrong(
+        error=CheckpointError, says=r"hold \d+ tensors, split\.tensors", damage=foreign_part
+    ),
+    "folder of a GGUF": Wrong(
+        error=CheckpointError, says=r"give its GGUF file, .*x\.gguf", damage=folder_of_gguf
+    ),
     "scaled GGUF": Wrong(
         error=UnsupportedModel, says="rope.scaling.type: 'yarn'", damage=scaled_gguf
     ),
