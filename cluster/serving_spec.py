@@ -49,7 +49,8 @@ class LimitSpec(Part):
 
 
 class EndpointSpec(Part):
-    """The HTTP endpoint; port 0 takes a free one."""
+    """The HTTP endpoint; port 0 takes a free one, or that of a Serve that runs on the Ray already:
+    other addresses are refused then, as a Serve has one."""
 
     host: Address = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
