@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import RayServeException
 
 from ..cluster.spec import ModelSpec, Spec
 from ..models.describe import experts_per_token
@@ -23,23 +23,19 @@ from ..proto.errors import ClusterError, UnsupportedModel
 from .engine import EngineConfig, ExpertBounds
 from .ray_border import CONTROLLER, actor_options, namespace_of
 from .serve_app import Trunk, build
+from .serve_border import app_name, find_place, start_serve, wait_answers
 from .store import ModelRef
 from .trunk import TrunkConfig, engine_factory
 
 
-def app_name(spec: Spec) -> str:
-    return f"moesaic-{spec.name}"
-
-
 def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
-    """Serve ``models`` over HTTP, and wait until they answer; gives the address.
+    """Serve ``models`` over HTTP, and wait until they answer there; gives the address.
 
-    Raises ClusterError.
+    Raises ClusterError; what had started is left to `leave_serve`.
     """
     endpoint = spec.endpoint
     assert endpoint is not None
     namespace = namespace_of(spec.name)
-    port = endpoint.port or free_port(endpoint.host)
     threads = (os.cpu_count() or 1) if spec.trunk.threads == "auto" else spec.trunk.threads
     trunks = {}
     for name, ref in models.items():
@@ -63,7 +59,8 @@ def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
         trunks[name] = deployment.bind(engine_factory(config))
     tokenizers = {name: _tokenizer(Path(ref.path or "")) for name, ref in models.items()}
     try:
-        serve.start(proxy_location="HeadOnly", http_options={"host": endpoint.host, "port": port})
+        place = find_place(spec)
+        start_serve(place, spec.name)
         cold_start_s = spec.timeouts.start_s if spec.trunk.min_replicas == 0 else None
         status = _status_source(namespace)
         app = build(
@@ -78,15 +75,11 @@ def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
                 for model in spec.models
             },
         )
-        serve.run(app, name=app_name(spec), route_prefix="/", blocking=False)
-    except (RayError, RuntimeError, ValueError) as error:
+        serve.run(app, name=app_name(spec), route_prefix=place.prefix, blocking=False)
+    except (RayError, RayServeException, RuntimeError, ValueError) as error:
         raise ClusterError(f"endpoint: {error}") from error
-    return f"http://{endpoint.host}:{port}"
-
-
-def end_endpoint(spec: Spec) -> None:
-    """End the trunks and the ingress. What is left of Serve ends with an embedded Ray."""
-    serve.delete(app_name(spec))
+    wait_answers(place, list(models))
+    return place.url
 
 
 def _replicas(spec: Spec) -> dict[str, Any]:
@@ -173,24 +166,3 @@ def check_weights(spec: Spec, model: ModelRef) -> None:
             f"is quantised ({found}); take the engine transformers, or a checkpoint in float32, "
             "bfloat16 or float16"
         )
-
-
-def check_port(part: str, host: str, port: int) -> None:
-    """Raises ClusterError when the ``port`` of this part of the spec is taken; 0 never is."""
-    if port == 0:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ClusterError(
-                f"{part}.port: {host}:{port} is not free ({error.strerror}); "
-                "choose another one, or 0 for any"
-            ) from error
-
-
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]

@@ -7,6 +7,7 @@ end with it, whatever happens to it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import time
@@ -30,19 +31,16 @@ from ..models.source import resolve_model
 from ..models.trunk import expert_bytes, experts_layers, meta_model, read_config
 from ..proto.errors import ClusterError
 from .controller import Controller
-from .endpoint import (
-    check_engine,
-    check_port,
-    check_weights,
-    end_endpoint,
-    expert_bounds,
-    start_endpoint,
-)
+from .endpoint import check_engine, check_weights, expert_bounds, start_endpoint
 from .keeper import HostKeeper, HostStarter
-from .ray_border import CONTROLLER, ask, namespace_of, start_ray
+from .ports import check_port
+from .ray_border import CONTROLLER, ask, end_ray, namespace_of, start_ray
 from .router_process import service_address, start_router_service
+from .serve_border import find_place, leave_serve
 from .store import ModelRef
 from .term import forget_all, forget_last
+
+log = logging.getLogger(__name__)
 
 # (what is being done, done, of how many)
 Progress = Callable[[str, int, int], None]
@@ -58,14 +56,15 @@ class Launched:
     models: dict[str, ModelRef]
     keeper: HostKeeper
     groups: list[PlacementGroup] = field(default_factory=list)
+    serves: bool = False  # something of it may be on Serve
     url: str | None = None
     router: str | None = None  # host:port of the router service
     router_service: Any = None
     owns_ray: bool = False
 
     def close(self) -> None:
-        if self.url is not None:
-            end_endpoint(self.spec)
+        if self.serves:
+            leave_serve(self.spec, ray_ends=self.owns_ray)
         if self.router_service is not None:
             ray.kill(self.router_service, no_restart=True)
         ray.kill(self.controller, no_restart=True)
@@ -74,7 +73,7 @@ class Launched:
         for group in self.groups:
             remove_placement_group(group)
         if self.owns_ray:
-            ray.shutdown()
+            end_ray()
 
 
 def launch(spec: Spec, progress: Progress) -> Launched:
@@ -84,7 +83,9 @@ def launch(spec: Spec, progress: Progress) -> Launched:
     """
     if spec.endpoint is not None:
         check_engine(spec)
-        check_port("endpoint", spec.endpoint.host, spec.endpoint.port)
+        if spec.ray.address == "local" and not ray.is_initialized():
+            # On a Ray that runs, Serve may listen there, and serve this cluster too.
+            check_port("endpoint", spec.endpoint.host, spec.endpoint.port)
     if spec.router is not None:
         check_port("router", spec.router.host, spec.router.port)
     refs, shapes = {}, {}
@@ -92,10 +93,18 @@ def launch(spec: Spec, progress: Progress) -> Launched:
         refs[model.name], shapes[model.name] = describe(model, progress)
         check_weights(spec, refs[model.name])
     progress("starting Ray", 0, 1)
-    owns_ray = start_ray(spec)
+
+    def tried_again(why: str) -> None:
+        log.warning(why)
+        progress("starting Ray once more", 0, 1)
+
+    owns_ray = start_ray(spec, tried_again)
     progress("starting Ray", 1, 1)
     launched: Launched | None = None
     try:
+        check_name(spec)
+        if spec.endpoint is not None and refs:
+            find_place(spec)
         launched = _start_actors(spec, refs, shapes, owns_ray)
         _wait_loaded(launched, progress)
         if launched.router is not None:
@@ -106,13 +115,14 @@ def launch(spec: Spec, progress: Progress) -> Launched:
             progress("starting the router service", 1, 1)
         if spec.endpoint is not None and refs:
             progress("starting the endpoint", 0, 1)
+            launched.serves = True
             launched.url = start_endpoint(spec, refs)
             progress("starting the endpoint", 1, 1)
     except BaseException:
         if launched is not None:
             launched.close()
         elif owns_ray:
-            ray.shutdown()
+            end_ray()
         raise
     return launched
 
@@ -133,13 +143,17 @@ def describe(model: ModelSpec, progress: Progress) -> tuple[ModelRef, ModelShape
     )
 
 
+def check_name(spec: Spec) -> None:
+    """Raises ClusterError where a cluster of the same name is on this Ray."""
+    with contextlib.suppress(ValueError):
+        ray.get_actor(CONTROLLER, namespace=namespace_of(spec.name))
+        raise ClusterError(f"name: a cluster {spec.name!r} is running; `moesaic down` ends it")
+
+
 def _start_actors(
     spec: Spec, refs: Mapping[str, ModelRef], shapes: Mapping[str, ModelShape], owns_ray: bool
 ) -> Launched:
     namespace = namespace_of(spec.name)
-    with contextlib.suppress(ValueError):
-        ray.get_actor(CONTROLLER, namespace=namespace)
-        raise ClusterError(f"name: a cluster {spec.name!r} is running; `moesaic down` ends it")
     forget_last(namespace)
     groups: list[PlacementGroup] = []
     strategies = [

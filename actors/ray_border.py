@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ..cluster.spec import Spec
 from ..cluster.spec_part import Resources
 from ..proto.errors import ClusterError, MoesaicError
+from .embedded_ray import start_embedded
+from .joining import join
+
+log = logging.getLogger(__name__)
 
 # Serve tells the driver of every step it takes; that Ray has a token by default is no warning.
 logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -28,26 +33,39 @@ logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 
 CONTROLLER = "controller"
 EMBEDDED_STORE_BYTES = 128 << 20
-REACH_S = 5.0
 
 
-def start_ray(spec: Spec) -> bool:
-    """Connect to Ray, or start one in this process. True if it was started here."""
-    if ray.is_initialized():
+@dataclass(slots=True)
+class _Embedded:
+    """The Ray that this process started, if it did, and the clusters on it."""
+
+    clusters: int = 0
+
+
+_embedded = _Embedded()
+
+
+def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> bool:
+    """Connect to Ray, or start one in this process. True if it is this process's own: then it ends
+    with the last cluster on it, see `end_ray`.
+
+    ``said`` hears of a start that failed and is tried once more. Raises ClusterError.
+    """
+    namespace = namespace_of(spec.name)
+    if spec.ray.address != "local":
+        join_ray(spec.ray.address, spec.name)
         return False
-    check_reachable(spec.ray.address)
-    try:
-        if spec.ray.address != "local":
-            ray.init(
-                address=spec.ray.address, namespace=namespace_of(spec.name), log_to_driver=False
-            )
-            return False
+    if ray.is_initialized():
+        if not _embedded.clusters:
+            return False  # the program's own
+    else:
+        _embedded.clusters = 0
         wanted = sum(group.num_cpus * group.most for group in spec.hosts)
         trunks = spec.trunk.num_cpus * spec.trunk.max_replicas
         wanted += (trunks + 1) * max(1, len(spec.models))
-        ray.init(
-            address="local",
-            namespace=namespace_of(spec.name),
+        start_embedded(
+            said,
+            namespace=namespace,
             # Cores are shared by turns, not owned: what the spec asks for fits on any machine.
             num_cpus=math.ceil(wanted) + 4,
             include_dashboard=False,
@@ -55,9 +73,15 @@ def start_ray(spec: Spec) -> bool:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        raise ClusterError(f"ray.address: {spec.ray.address}: {error}") from error
+    _embedded.clusters += 1
     return True
+
+
+def end_ray() -> None:
+    """To be called once for each `start_ray` that gave True."""
+    _embedded.clusters -= 1
+    if _embedded.clusters == 0:
+        ray.shutdown()
 
 
 def ask(ref: Any, timeout_s: float, what: str) -> Any:
@@ -93,27 +117,12 @@ def join_ray(address: str, name: str) -> None:
     """Connect this process to a Ray that is running. Raises ClusterError."""
     if ray.is_initialized():
         return
-    check_reachable(address)
-    try:
-        ray.init(
-            address=address,
-            namespace=namespace_of(name),
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        raise ClusterError(f"ray.address: {address}: {error}") from error
-
-
-def check_reachable(address: str) -> None:
-    """Ray itself would try for minutes. Raises ClusterError where nothing listens at host:port."""
-    host, _, port = address.rpartition(":")
-    if not host:
-        return  # "auto" or "local"
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
-    except OSError as error:
-        raise ClusterError(f"ray.address: {address}: no Ray answers there ({error})") from error
+    join(
+        address,
+        namespace=namespace_of(name),
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
 
 
 def ray_address() -> str:

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..cluster.spec import Spec
 from ..proto.errors import ClusterError
-from .endpoint import free_port
+from .ports import free_port
 from .ray_border import ask, controller_of, thread_environment
 
 if TYPE_CHECKING:

@@ -69,9 +69,10 @@ def _origin(value: str) -> str:
 
 
 class EndpointSpec(Part):
-    """The HTTP endpoint; port 0 takes a free one. Pages of ``cors_origins`` may use it from within
-    a browser, as `https://chat.example` or `http://localhost:3000`; with `*` every page that the
-    browser's user opens may, also where the endpoint listens on loopback only."""
+    """The HTTP endpoint; port 0 takes a free one, or that of a Serve that runs on the Ray already:
+    other addresses are refused then, as a Serve has one. Pages of ``cors_origins`` may use it from
+    within a browser, as `https://chat.example` or `http://localhost:3000`; with `*` every page that
+    the browser's user opens may, also where the endpoint listens on loopback only."""
 
     host: Address = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)

@@ -87,11 +87,13 @@ def _stay_on_loopback() -> None:
 
 def _ray_token() -> str | None:
     """With what an embedded Ray of this process lets others in: Ray makes a token by itself."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    kept = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
     try:
-        kept = (Path.home() / ".ray" / "auth_token").read_text().strip()
+        return Path(kept).read_text().strip() or None
     except OSError:
-        kept = ""
-    return os.environ.get("RAY_AUTH_TOKEN") or kept or None
+        return None
 
 
 class Cluster(Operating):

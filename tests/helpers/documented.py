@@ -43,6 +43,16 @@ def json_keys() -> dict[str, set[str]]:
     return found
 
 
+def section(heading: str) -> dict[str, list[str]]:
+    """Language -> the blocks of a section of the README."""
+    _, _, behind = (ROOT / "README.md").read_text().partition(f"\n### {heading}\n")
+    assert behind, f"no heading {heading!r}"
+    found: dict[str, list[str]] = {}
+    for language, text in _BLOCK.findall(behind.partition("\n## ")[0]):
+        found.setdefault(language, []).append(text)
+    return found
+
+
 def blocks(kind: str) -> Iterator[tuple[str, str]]:
     for page in PAGES:
         for language, text in _BLOCK.findall(page.read_text()):

@@ -1,0 +1,112 @@
+"""A Ray inside this process: a start that fails leaves nothing behind, and is tried once more.
+
+A machine that is busy may be too slow for the 30 s that Ray gives its processes. Ray then raises
+an error and leaves those that it had started: they hold memory and ports until this process ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray._common.utils import get_default_ray_temp_dir
+
+from ..proto.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+TRIES = 2
+# The one of Ray's own waits for its processes that can be set; by default 30 s.
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")
+# Those whose words tell most come first.
+_LOGS = ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out")
+_TAIL_LINES = 5
+_END_S = 10.0
+
+
+def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) -> None:
+    """`ray.init` of a new Ray with these options.
+
+    ``said`` is told of a start that failed and is tried once more. Raises ClusterError with the
+    cause when that fails too.
+    """
+    for number in range(1, TRIES + 1):
+        before = _sessions()
+        try:
+            ray.init(address="local", **options)
+            return
+        except BaseException as error:
+            folders = sorted(_sessions() - before)
+            words = f"Ray did not start: {_reason(error)}{_last_words(folders)}"
+            end_sessions(folders)
+            # Of a start that failed late, when this process had connected already.
+            ray.shutdown()
+            if not isinstance(error, Exception):
+                raise
+            if number == TRIES:
+                raise ClusterError(f"ray.address: local: {words}") from error
+            said(f"{words}; it is tried once more")
+
+
+def _sessions() -> set[Path]:
+    """The folders of all Rays that this process started."""
+    return set(Path(get_default_ray_temp_dir()).glob(f"session_*_{os.getpid()}"))
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _last_words(folders: list[Path]) -> str:
+    """What the processes of a start that failed wrote last."""
+    for folder in folders:
+        for name in _LOGS:
+            with contextlib.suppress(OSError):
+                text = (folder / "logs" / name).read_text(errors="replace")
+                if lines := [line for line in text.splitlines() if line.strip()]:
+                    return f" {name} ends with:\n" + "\n".join(lines[-_TAIL_LINES:]) + "\n"
+    return " (none of its processes wrote a log)"
+
+
+def end_sessions(folders: list[Path]) -> None:
+    """End all processes of the Rays with these folders, and remove the folders.
+
+    They are found by the session's name in their command lines, which is unlike any other's, and
+    as children of those.
+    """
+    deadline = time.monotonic() + _END_S
+    while found := [one for folder in folders for one in processes_of(folder.name)]:
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(found, timeout=1.0)
+        if time.monotonic() > deadline:
+            left = ", ".join(str(process.pid) for process in found)
+            log.warning("processes of a Ray that did not start could not be ended: %s", left)
+            break
+    for folder in folders:
+        latest = folder.with_name("session_latest")
+        if latest.is_symlink() and latest.readlink() == folder:
+            latest.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def processes_of(session: str) -> list[psutil.Process]:
+    """Those that run for a session of Ray."""
+    named = re.compile(rf"\b{re.escape(session)}\b")
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if named.search(" ".join(process.cmdline())):
+                # Workers, the children of a raylet, call themselves otherwise.
+                found += [process, *process.children(recursive=True)]
+    return list(dict.fromkeys(found))

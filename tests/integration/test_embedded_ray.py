@@ -1,0 +1,143 @@
+"""A Ray inside this process that does not start: nothing of it is left, and one more try."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray._private import services
+
+from moesaic.actors import embedded_ray
+from moesaic.actors.embedded_ray import start_embedded
+from moesaic.proto.errors import ClusterError
+from tests.helpers.live import ON_RAY
+
+pytestmark = ON_RAY
+
+CHILD = [sys.executable, "-c", "import time; time.sleep(600)"]
+PARENT = "import subprocess, sys, time; subprocess.Popen(sys.argv[2:]); time.sleep(600)"
+
+
+@pytest.fixture
+def rays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(embedded_ray, "get_default_ray_temp_dir", lambda: str(tmp_path))
+    return tmp_path
+
+
+def starts(rays: Path, log: str, started: list[psutil.Process]) -> Callable[..., None]:
+    """`ray.init` that gives up, and leaves processes as Ray does: one named by its session, which
+    is stopped and has a child."""
+
+    def init(**options: Any) -> None:
+        folder = rays / f"session_2026-01-01_00-00-00_{len(started):06}_{os.getpid()}"
+        (folder / "logs").mkdir(parents=True)
+        (rays / "session_latest").unlink(missing_ok=True)
+        (rays / "session_latest").symlink_to(folder)
+        if log:
+            (folder / "logs" / "raylet.err").write_text(log)
+        command = [sys.executable, "-c", PARENT, f"--session-dir={folder}", *CHILD]
+        raylet = psutil.Process(subprocess.Popen(command).pid)
+        while not (children := raylet.children()):
+            pass
+        raylet.send_signal(signal.SIGSTOP)
+        started.extend([raylet, *children])
+        raise Exception("The current node timed out during startup.")
+
+    return init
+
+
+def ended(process: psutil.Process) -> bool:
+    """Or a zombie that waits for a parent that is not this process."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE and process.ppid() != os.getpid()
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_what_fails_twice_leaves_nothing_and_says_why(
+    rays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = rays / f"session_2026-01-01_00-00-00_999999_{os.getpid()}"
+    other.mkdir()
+    unlike = subprocess.Popen([*CHILD, str(other)])
+    started: list[psutil.Process] = []
+    said: list[str] = []
+    monkeypatch.setattr(ray, "init", starts(rays, "no memory\n", started))
+    try:
+        with pytest.raises(ClusterError) as caught:
+            start_embedded(said.append)
+        for words in (*said, str(caught.value)):
+            assert "timed out during startup" in words
+            assert "raylet.err ends with:\nno memory" in words
+        assert len(said) == 1
+        assert "tried once more" in said[0]
+        assert len(started) == 4
+        assert all(map(ended, started))
+        # What was there before is not its own.
+        assert list(rays.iterdir()) == [other]
+        assert unlike.poll() is None
+    finally:
+        unlike.kill()
+        unlike.wait()
+
+
+def test_a_start_that_is_interrupted_is_cleaned_up_and_not_tried_again(
+    rays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[psutil.Process] = []
+    real = starts(rays, "", started)
+
+    def init(**options: Any) -> None:
+        with pytest.raises(Exception, match="timed out"):
+            real()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(KeyboardInterrupt):
+        start_embedded()
+    assert len(started) == 2
+    assert all(map(ended, started))
+    assert list(rays.iterdir()) == []
+
+
+def test_a_raylet_that_hangs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own processes, but for a raylet that never writes a log."""
+    pid_file = tmp_path / "raylet.pid"
+    raylet = tmp_path / "raylet"
+    raylet.write_text(f"#!/bin/sh\necho $$ > {pid_file}\nsleep 600 &\nwait\n")
+    raylet.chmod(0o755)
+    real, get_node = services.RAYLET_EXECUTABLE, services.get_node
+    children = set(psutil.Process().children(recursive=True))
+
+    def impatient(*args: Any, **more: Any) -> Any:
+        """Ray itself waits for 30 s."""
+        if real == services.RAYLET_EXECUTABLE:
+            return get_node(*args, **more)
+        raise Exception("The current node timed out during startup.")
+
+    left: list[psutil.Process] = []
+
+    def said(why: str) -> None:
+        assert "timed out during startup" in why
+        left.extend(set(psutil.Process().children(recursive=True)) - children)
+        services.RAYLET_EXECUTABLE = real
+
+    monkeypatch.setattr(services, "RAYLET_EXECUTABLE", str(raylet))
+    monkeypatch.setattr(services, "get_node", impatient)
+    before = embedded_ray._sessions()
+    start_embedded(said, num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        assert left == []
+        assert not psutil.pid_exists(int(pid_file.read_text()))
+        assert len(embedded_ray._sessions() - before) == 1
+        assert ray.get(ray.remote(lambda: 7).remote()) == 7
+    finally:
+        ray.shutdown()

@@ -1,0 +1,233 @@
+"""Joining a Ray that runs: each reason why it cannot be has its own words, within seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import grpc
+import pytest
+import ray
+from ray.core.generated import gcs_service_pb2
+
+from moesaic.actors import joining
+from moesaic.actors.joining import join
+from moesaic.actors.ports import free_port
+from moesaic.proto.errors import ClusterError
+from tests.e2e.test_two_nodes import end_group
+from tests.helpers.apart import ray_environment
+from tests.helpers.documented import ROOT
+from tests.helpers.live import ON_RAY
+
+pytestmark = ON_RAY
+
+RAY = str(Path(sys.executable).parent / "ray")
+messages: Any = gcs_service_pb2
+Answer = Callable[[grpc.ServicerContext], Any]
+
+
+@contextmanager
+def gcs(answer: Answer | None) -> Iterator[str]:
+    """The address of a GCS that only says whether it lives; None: of another gRPC server."""
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    if answer is not None:
+
+        def check_alive(request: Any, context: grpc.ServicerContext) -> Any:
+            return answer(context)
+
+        method = grpc.unary_unary_rpc_method_handler(
+            check_alive,
+            request_deserializer=messages.CheckAliveRequest.FromString,
+            response_serializer=messages.CheckAliveReply.SerializeToString,
+        )
+        service = grpc.method_handlers_generic_handler(
+            "ray.rpc.NodeInfoGcsService", {"CheckAlive": method}
+        )
+        server.add_generic_rpc_handlers((service,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None)
+
+
+def wants_a_token(context: grpc.ServicerContext) -> Any:
+    context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+
+
+def sleeps(context: grpc.ServicerContext) -> Any:
+    time.sleep(1.0)
+    return messages.CheckAliveReply()
+
+
+def older(context: grpc.ServicerContext) -> Any:
+    return messages.CheckAliveReply(ray_version="2.9.3")
+
+
+def same(context: grpc.ServicerContext) -> Any:
+    return messages.CheckAliveReply(ray_version=ray.__version__)
+
+
+@pytest.fixture(autouse=True)
+def no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # Ray keeps what it found once, in this process.
+    monkeypatch.setattr(joining, "_show_token", lambda: None)
+    monkeypatch.setattr(joining, "ANSWER_S", 0.3)
+    return tmp_path
+
+
+def reason(address: str, init: Callable[..., Any] | None = None) -> str:
+    def never(**options: Any) -> None:
+        raise AssertionError("Ray is not to be asked")
+
+    with pytest.raises(ClusterError) as caught:
+        join(address, init or never)
+    assert str(caught.value).startswith(f"ray.address: {address}: ")
+    return str(caught.value)
+
+
+def test_no_token() -> None:
+    with gcs(wants_a_token) as address:
+        assert "wants a token, and this process has none; set RAY_AUTH_TOKEN" in reason(address)
+
+
+@pytest.mark.parametrize("source", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token"])
+def test_another_token(source: str, no_token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if source.startswith("RAY"):
+        monkeypatch.setenv(source, "abcd")
+    else:
+        (no_token / ".ray").mkdir()
+        (no_token / ".ray" / "auth_token").write_text("abcd")
+    with gcs(wants_a_token) as address:
+        said = reason(address)
+        assert "another token than" in said
+        assert source in said
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        assert "RAY_AUTH_MODE=disabled says that none is shown" in reason(address)
+
+
+def test_another_version_of_ray() -> None:
+    with gcs(older) as address:
+        assert f"Ray 2.9.3 runs there, and here is Ray {ray.__version__}" in reason(address)
+
+
+def test_another_version_of_python() -> None:
+    def init(**options: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Python: 3.9.1\n")
+
+    with gcs(same) as address:
+        assert "Version mismatch: The cluster was started with: Python: 3.9.1" in reason(
+            address, init
+        )
+
+
+def test_what_listens_is_not_ray() -> None:
+    with gcs(None) as address:
+        said = reason(address)
+        assert "does not answer as Ray does" in said
+        assert "6379 by default" in said
+
+
+def test_it_does_not_answer_in_time() -> None:
+    with gcs(sleeps) as address:
+        assert "does not answer within 0.3 s" in reason(address)
+
+
+def test_nobody_listens() -> None:
+    assert "no Ray answers there" in reason(f"127.0.0.1:{free_port('127.0.0.1')}")
+
+
+def test_no_ray_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(address: str) -> str | None:
+        return None
+
+    monkeypatch.setattr(joining, "canonicalize_bootstrap_address", find)
+    assert "no Ray runs on this machine; `ray start --head` starts one" in reason("auto")
+
+
+# ---- a real one ---------------------------------------------------------------------------------
+
+# Ray reads RAY_AUTH_MODE when it is imported, and keeps a token: one process for each.
+JOINER = """
+import json, os, sys, time
+from moesaic.actors.ray_border import join_ray
+from moesaic.proto.errors import ClusterError
+found = {}
+for what, token in json.loads(sys.argv[2]).items():
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.environ["RAY_AUTH_TOKEN"] = token
+        start = time.monotonic()
+        try:
+            join_ray(sys.argv[1], "t")
+            said = ""
+        except ClusterError as error:
+            said = str(error)
+        os.write(writer, json.dumps([said, time.monotonic() - start]).encode())
+        os._exit(0)
+    os.close(writer)
+    found[what] = json.loads(os.read(reader, 65536))
+print("REPORT " + json.dumps(found))
+"""
+
+
+def test_a_token_in_the_environment_is_enough(tmp_path: Path) -> None:
+    token = secrets.token_hex(32)
+    environment = {
+        name: value
+        for name, value in ray_environment(tmp_path).items()
+        if not name.startswith("RAY_AUTH")
+    } | {"HOME": str(tmp_path), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    log = tmp_path / "head.log"
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    with TemporaryDirectory(prefix="moe", dir="/tmp") as ray_dir, log.open("wb") as sink:
+        words = [
+            *("--head", "--block", "--node-ip-address=127.0.0.1", f"--port={address[10:]}"),
+            *("--include-dashboard=false", f"--temp-dir={ray_dir}", "--num-cpus=1"),
+            *("--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0"),
+            f"--ray-client-server-port={free_port('127.0.0.1')}",
+        ]
+        head = subprocess.Popen(
+            [RAY, "start", *words],
+            env=environment | {"RAY_AUTH_TOKEN": token},
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        )
+        try:
+            while "Ray runtime started" not in log.read_text():
+                assert head.poll() is None, log.read_text()
+                time.sleep(0.1)
+            tokens = {"right": token, "wrong": secrets.token_hex(32), "none": ""}
+            joiner = subprocess.run(
+                [sys.executable, "-c", JOINER, address, json.dumps(tokens)],
+                env=environment | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+        finally:
+            end_group(head)
+    report = re.search("^REPORT (.*)$", joiner.stdout, re.MULTILINE)
+    assert report, joiner.stdout + joiner.stderr
+    said = json.loads(report[1])
+    assert said["right"][0] == ""
+    assert "another token than RAY_AUTH_TOKEN here" in said["wrong"][0]
+    assert "this process has none" in said["none"][0]
+    assert max(said["wrong"][1], said["none"][1]) < joining.REACH_S + 10
