@@ -29,7 +29,7 @@ TRIES = 2
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")
 # Those whose words tell most come first.
 _LOGS = ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out")
-_TAIL_LINES = 5
+_TAIL_LINES = 3
 _END_S = 10.0
 
 
@@ -73,7 +73,7 @@ def _last_words(folders: list[Path]) -> str:
             with contextlib.suppress(OSError):
                 text = (folder / "logs" / name).read_text(errors="replace")
                 if lines := [line for line in text.splitlines() if line.strip()]:
-                    return f" {name} ends with:\n" + "\n".join(lines[-_TAIL_LINES:]) + "\n"
+                    return f" {name} ends with: " + " | ".join(lines[-_TAIL_LINES:])
     return " (none of its processes wrote a log)"
 
 

@@ -63,17 +63,19 @@ class Launched:
     owns_ray: bool = False
 
     def close(self) -> None:
-        if self.serves:
-            leave_serve(self.spec, ray_ends=self.owns_ray)
-        if self.router_service is not None:
-            ray.kill(self.router_service, no_restart=True)
-        ray.kill(self.controller, no_restart=True)
-        self.keeper.close()
-        forget_all(self.namespace)
-        for group in self.groups:
-            remove_placement_group(group)
-        if self.owns_ray:
-            end_ray()
+        """End all of it; what fails keeps nothing else from being ended."""
+        with contextlib.ExitStack() as last_first:
+            if self.owns_ray:
+                last_first.callback(end_ray)
+            for group in self.groups:
+                last_first.callback(remove_placement_group, group)
+            last_first.callback(forget_all, self.namespace)
+            last_first.callback(self.keeper.close)
+            last_first.callback(ray.kill, self.controller, no_restart=True)
+            if self.router_service is not None:
+                last_first.callback(ray.kill, self.router_service, no_restart=True)
+            if self.serves:
+                last_first.callback(leave_serve, self.spec, ray_ends=self.owns_ray)
 
 
 def launch(spec: Spec, progress: Progress) -> Launched:
@@ -119,10 +121,14 @@ def launch(spec: Spec, progress: Progress) -> Launched:
             launched.url = start_endpoint(spec, refs)
             progress("starting the endpoint", 1, 1)
     except BaseException:
-        if launched is not None:
-            launched.close()
-        elif owns_ray:
-            end_ray()
+        try:
+            if launched is not None:
+                launched.close()
+            elif owns_ray:
+                end_ray()
+        except Exception:
+            # Not what the caller is to hear of.
+            log.exception("not all that had started could be ended")
         raise
     return launched
 

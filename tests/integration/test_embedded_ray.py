@@ -70,13 +70,13 @@ def test_what_fails_twice_leaves_nothing_and_says_why(
     unlike = subprocess.Popen([*CHILD, str(other)])
     started: list[psutil.Process] = []
     said: list[str] = []
-    monkeypatch.setattr(ray, "init", starts(rays, "no memory\n", started))
+    monkeypatch.setattr(ray, "init", starts(rays, "no room\nno memory\n", started))
     try:
         with pytest.raises(ClusterError) as caught:
             start_embedded(said.append)
         for words in (*said, str(caught.value)):
             assert "timed out during startup" in words
-            assert "raylet.err ends with:\nno memory" in words
+            assert "raylet.err ends with: no room | no memory" in words
         assert len(said) == 1
         assert "tried once more" in said[0]
         assert len(started) == 4

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
 
+from moesaic.actors import launch, ray_border
 from moesaic.actors.host import ExpertHost
 from moesaic.actors.host_process import RayExpertHost
-from moesaic.actors.ray_border import join_ray, start_ray
+from moesaic.actors.ray_border import end_ray, join_ray, start_ray
 from moesaic.cluster.spec import parse_spec
 from moesaic.proto.errors import ClusterError
 
@@ -32,3 +34,65 @@ def test_ray_offers_what_a_host_does() -> None:
 
     # Its report looks after its health, and Ray ends it.
     assert public(RayExpertHost) == public(ExpertHost) - {"check_health", "close"}
+
+
+def test_an_embedded_ray_ends_with_the_last_cluster_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = parse_spec({"models": [{"name": "m", "path": "p"}]})
+    running = False
+
+    def start(said: object, **options: object) -> None:
+        nonlocal running
+        running = True
+
+    def end() -> None:
+        nonlocal running
+        running = False
+
+    monkeypatch.setattr(ray_border, "start_embedded", start)
+    monkeypatch.setattr(ray_border.ray, "shutdown", end)
+    monkeypatch.setattr(ray_border.ray, "is_initialized", lambda: running)
+    assert start_ray(spec)
+    assert start_ray(spec)
+    end_ray()
+    assert running
+    end_ray()
+    assert not running
+    # One that the program started, or that ended behind our back, is not counted.
+    running = True
+    assert not start_ray(spec)
+    running = False
+    assert start_ray(spec)
+    running = False
+    assert start_ray(spec)
+    end_ray()
+    assert not running
+
+
+def test_what_cannot_be_ended_keeps_nothing_else_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    class Keeper:
+        def close(self) -> None:
+            ended.append("hosts")
+
+    def fails(*_: object, **__: object) -> None:
+        raise ClusterError("Serve: no answer")
+
+    monkeypatch.setattr(launch, "leave_serve", fails)
+    monkeypatch.setattr(launch, "forget_all", lambda namespace: ended.append("store"))
+    monkeypatch.setattr(launch, "end_ray", lambda: ended.append("ray"))
+    monkeypatch.setattr(launch.ray, "kill", lambda actor, no_restart: ended.append(actor))
+    keeper: Any = Keeper()
+    launched = launch.Launched(
+        spec=parse_spec({"models": [{"name": "m", "path": "p"}]}),
+        namespace="n",
+        controller="controller",
+        models={},
+        keeper=keeper,
+        serves=True,
+        router_service="router",
+        owns_ray=True,
+    )
+    with pytest.raises(ClusterError, match="Serve: no answer"):
+        launched.close()
+    assert ended == ["router", "controller", "hosts", "store", "ray"]

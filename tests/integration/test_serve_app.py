@@ -24,6 +24,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from moesaic.actors import serve_app
+from moesaic.actors.embedded_ray import start_embedded
 from moesaic.actors.engine import Delta, Sampling
 from moesaic.actors.serve_app import Failure, Trunk, build
 from moesaic.client import Client
@@ -53,7 +54,9 @@ def url() -> Iterator[str]:
         port = probe.getsockname()[1]
     # The replicas import the factories from this folder.
     environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    start_embedded(
+        num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment
+    )
     try:
         serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
         factories = {"tiny": tiny_engine, "script": scripted_engine}

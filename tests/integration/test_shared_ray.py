@@ -63,11 +63,12 @@ def test_a_second_cluster_is_beside_the_first_or_refused_at_once(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     port, other = free_port(HOST), free_port(HOST)
+    steps: list[str] = []
     with moesaic.up(spec_of(folder, "one", host=HOST, port=port)) as one:
         assert one.url == f"http://{HOST}:{port}"
         for endpoint in ({"port": other}, {"host": "0.0.0.0"}):
             wanted = spec_of(folder, "two", **endpoint)
-            steps: list[str] = []
+            steps.clear()
             with pytest.raises(ClusterError, match=f"{HOST}:{port}; say `endpoint:"):
                 moesaic.up(wanted, progress=lambda step, done, of: steps.append(step))
             assert steps[-1] == "starting Ray"
