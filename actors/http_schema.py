@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from ..proto.errors import RequestError
 from .http_sampling import MAX_CHOICES, SamplingOptions, Strict
+from .http_template import TemplateOptions
 from .http_tools import Call, JsonSchema, Tools
 
 MAX_STOPS = 4
@@ -56,7 +57,15 @@ _IGNORED = (
     "user",
 )
 # Parts of an assistant's message that clients send back as they got them.
-_EMPTY_IN_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+_EMPTY_IN_MESSAGE = (
+    "annotations",
+    "audio",
+    "function_call",
+    "reasoning",
+    "reasoning_content",
+    "refusal",
+    "tool_calls",
+)
 
 
 def _one_or_more_stops(value: Any) -> Any:
@@ -215,10 +224,20 @@ class Message(Strict):
     name: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
+    # An earlier answer's thinking: DeepSeek's name for it, and OpenRouter's.
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @property
+    def thinking(self) -> str | None:
+        return self.reasoning_content or self.reasoning
 
     @model_validator(mode="after")
     def _fitting(self) -> Message:
-        if self.content is None and not self.tool_calls:
+        for name in ("reasoning_content", "reasoning"):
+            if getattr(self, name) and self.role != "assistant":
+                raise PydanticCustomError(name, f"{name} belongs to role='assistant' alone")
+        if self.content is None and not self.tool_calls and not self.thinking:
             raise PydanticCustomError("content", "a message needs content, or tool_calls")
         if self.tool_calls and self.role != "assistant":
             raise PydanticCustomError("tool_calls", "tool_calls belong to role='assistant' alone")
@@ -234,6 +253,8 @@ class Message(Strict):
             message["name"] = self.name
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
+        if self.thinking:
+            message["reasoning_content"] = self.thinking
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
@@ -248,6 +269,7 @@ class ChatRequest(_Generation):
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: JsonSchema = None
+    chat_template_kwargs: TemplateOptions | None = None
 
     @property
     def json_schema(self) -> str | None:

@@ -44,15 +44,11 @@ class Call(Strict):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = None  # of a call in a stream, which some clients keep
 
     def for_template(self) -> dict[str, Any]:
-        """Templates write arguments as JSON themselves."""
-        try:
-            arguments = json.loads(self.function.arguments)
-        except ValueError:
-            arguments = self.function.arguments
-        function = {"name": self.function.name, "arguments": arguments}
-        return {"id": self.id, "type": self.type, "function": function}
+        """Arguments stay the text that they are: templates differ in what they take."""
+        return self.model_dump(exclude={"index"})
 
 
 def _schema_of(value: Any) -> str | None:
