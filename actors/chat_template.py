@@ -81,10 +81,6 @@ class ChatTemplate:
         of a user can be rendered, or it does not reach the prompt. Takes milliseconds."""
         self.render([{"role": "user", "content": "Hello."}])
 
-    def check(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        """Raises RequestError where the model has no template, or it knows no tools."""
-        self._choose(tools)
-
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -210,9 +210,9 @@ def _mark(what: Lost, other: Lost | None = None) -> str:
 
 def _call(call: tuple[int, bool], mark: str, *, another: bool) -> dict[str, Any]:
     number, has_arguments = call
-    arguments = json.dumps({"moesaickey": f"{mark}value"}) if has_arguments else "{}"
-    function = {"name": f"{mark}name", "arguments": arguments}
-    # Kimi's templates write a call's id, and not its name.
+    # Another call differs in everything: Kimi's templates write its id, and not its name.
+    arguments = {"moesaickey": f"{mark}value"} if has_arguments or another else {}
+    function = {"name": f"{mark}name", "arguments": json.dumps(arguments)}
     identity = f"othr{number:05d}" if another else _identity(number)
     return {"id": identity, "type": "function", "function": function}
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, Any]]
 
+# Beyond any model's context; what a template writes is searched, and encoded.
+MAX_CHARS = 2**26
+
 
 class TemplateSource:
     """The text of a template, and what it makes of conversations."""
@@ -28,9 +31,16 @@ class TemplateSource:
         """The prompt's text. Raises RequestError, whatever the template does: it is a program that
         came with the model, and what it cannot render cannot be asked."""
         try:
-            return self._render(messages, tools, options or {})
+            text = self._render(messages, tools, options or {})
         except Exception as error:
             raise RequestError(_why(error), param="messages") from error
+        if len(text) > MAX_CHARS:
+            raise RequestError(
+                f"the chat template writes {len(text)} characters for these messages; at most "
+                f"{MAX_CHARS} are allowed",
+                param="messages",
+            )
+        return text
 
     def attempt(
         self, messages: Messages, tools: Messages = (), options: Mapping[str, Any] | None = None
