@@ -113,6 +113,11 @@ class ChatTemplate:
             )
         if isinstance(text, dict):
             text = self._named(text, bool(tools))
+        if not isinstance(text, str):
+            raise RequestError(
+                f"the chat template of {self._model_id!r} is no text (got {text!r:.60})",
+                param="messages",
+            )
         if text not in self._templates:
             self._templates[text] = _Template(self._tokenizer, text)
         template = self._templates[text]

@@ -14,19 +14,26 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from .template_form import TemplateForm, filled, json_object
 from .template_source import Messages, TemplateSource
 from .thinking import Thinking
+
+T = TypeVar("T")
 
 _KINDS_KEPT = 4096
 _TOOL = "moesaictool"
 
 _MARK = re.compile(r"moesaicthese\d{6,}c\d{4,}(?:value|name)?")
 
-# blank: nothing that could be seen; thought: nothing but thinking, which templates strip.
-Text = Literal["blank", "thought", "answer", "text"]
+# Where a template changes what it writes, each text costs a rendering to find; so the first and the
+# last are looked for, which is where templates make differences.
+_MOST_COMPARED = 32
+
+# blank: nothing that could be seen; thought: nothing but thinking, which templates strip of
+# answers; answer: thinking and more; marked: the end of thinking in what is no answer.
+Text = Literal["blank", "thought", "answer", "marked", "text"]
 
 
 class Turn(NamedTuple):
@@ -110,8 +117,10 @@ class Reach:
         content = message.get("content") or ""
         if not content.strip():
             return "blank"
-        if message["role"] != "assistant" or self._marks.end not in content:
+        if self._marks.end not in content:
             return "text"
+        if message["role"] != "assistant":
+            return "marked"
         return "answer" if content.rpartition(self._marks.end)[2].strip() else "thought"
 
     def _find(
@@ -134,10 +143,11 @@ class Reach:
         opened = self._is_open(found[marks[-1].end() if marks else 0 :])
         if tools and _TOOL not in found:
             return Finding(Lost(None), opened)
-        for lost, mark in _marks_of(turns):
+        missed = [lost for lost, mark in _marks_of(turns) if mark not in seen]
+        for lost in _ends(missed):
             # A template may change what it writes, so only one that writes the same without this
             # text leaves it out.
-            if mark not in seen and rendered(lost) == found:
+            if rendered(lost) == found:
                 return Finding(lost, opened)
         return Finding(None, opened)
 
@@ -147,7 +157,13 @@ class Reach:
         for index, turn in enumerate(turns):
             mark = _mark(Lost(index), other)
             thought = f"{self._marks.begin}\nmoesaicthought\n{self._marks.end}\n\n"
-            content = {"blank": "", "thought": thought, "answer": thought + mark, "text": mark}
+            content = {
+                "blank": "",
+                "thought": thought,
+                "answer": thought + mark,
+                "marked": mark + self._marks.end,
+                "text": mark,
+            }
             message: dict[str, Any] = {"role": turn.role, "content": content[turn.text]}
             if turn.reasons:
                 message |= reasoning("moesaicthought")
@@ -176,9 +192,9 @@ class Reach:
         rendered: str,
     ) -> Finding:
         opened = rendered.rstrip().endswith(self._marks.begin)
-        for index, (message, turn) in enumerate(zip(messages, turns, strict=True)):
-            if turn.text in ("blank", "thought"):
-                continue
+        said = [index for index, turn in enumerate(turns) if turn.text not in ("blank", "thought")]
+        for index in _ends(said):
+            message = messages[index]
             # Of the same length: a length alone is no text.
             length = len(message["content"])
             another = ("y" if message["content"].startswith("x") else "x") * length
@@ -186,6 +202,11 @@ class Reach:
             if self._source.attempt(self._form.fit(changed), tools, options) == rendered:
                 return Finding(Lost(index), opened)
         return Finding(None, opened)
+
+
+def _ends(found: Sequence[T]) -> Sequence[T]:
+    half = _MOST_COMPARED // 2
+    return found if len(found) <= _MOST_COMPARED else [*found[:half], *found[-half:]]
 
 
 def reasoning(text: str) -> dict[str, str]:
@@ -196,7 +217,7 @@ def reasoning(text: str) -> dict[str, str]:
 def _marks_of(turns: Sequence[Turn]) -> Iterator[tuple[Lost, str]]:
     """Each text that has to be found, and its mark."""
     for index, turn in enumerate(turns):
-        if turn.text in ("text", "answer"):
+        if turn.text not in ("blank", "thought"):
             yield Lost(index), _mark(Lost(index))
         for nth, (_, has_arguments) in enumerate(turn.calls):
             mark = _mark(Lost(index, nth))

@@ -72,6 +72,8 @@ def written(arguments: str) -> str:
         ("{{ {}['a']['b'] }}", "UndefinedError: 'dict object' has no attribute 'a'"),
         ("{{ raise_exception | tojson }}", "TypeError: Object of type function"),
         ("{{ namespace(__x=1) }}", "SecurityError"),
+        (7, "is no text (got 7)"),
+        ({"default": None}, "is no text (got None)"),
         ("", "has no chat template"),
         ({}, "has no chat template"),
         (None, "has no chat template"),
@@ -171,6 +173,9 @@ SEQUENCE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         # Answers of tools.
         ("{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}",
          [USER, {"role": "tool", "content": "rain", "tool_call_id": "a"}], 1),
+        # Thinking of what is no answer.
+        ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}",
+         [SYSTEM, {"role": "user", "content": "What is </think>?"}], 1),
         # How long a text is tells nothing of it.
         ("{% for m in messages %}{{ m.content | length }}{% endfor %}", [USER], 0),
         # Nothing at all.
@@ -193,6 +198,27 @@ def test_a_message_that_is_left_out_is_named(template: str, messages: Any, lost:
 def test_a_text_that_is_changed_has_reached_the_prompt(change: str) -> None:
     template = SEQUENCE.replace("m.content", f"m.content | {change}")
     assert chat_template(template).render([SYSTEM, USER, SAID, AGAIN]).text
+
+
+def test_long_conversations_of_a_template_that_changes_texts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rendered = 0
+    real = TemplateSource.render
+
+    def counted(self: TemplateSource, *args: Any) -> str:
+        nonlocal rendered
+        rendered += 1
+        return real(self, *args)
+
+    monkeypatch.setattr(TemplateSource, "render", counted)
+    template = "{% for m in messages[FROM:] %}{{ m.content | upper }}{% endfor %}"
+    chat_template(template.replace("FROM", "0")).render([USER, SAID] * 500)
+    assert rendered < 50
+    for start, lost in (("1", 0), ("-990", 0)):
+        with pytest.raises(RequestError) as caught:
+            chat_template(template.replace("FROM", start)).render([USER, SAID] * 500)
+        assert caught.value.param == f"messages[{lost}]"
 
 
 def test_a_template_that_reads_what_is_said() -> None:
