@@ -1,18 +1,26 @@
-"""A model's chat template: conversations to the text of a prompt."""
+"""A model's chat template: conversations to the text of a prompt.
+
+Each template is asked once, with small conversations of its own, in which form it takes messages
+(``template_form.py``) and which of them it leaves out (``template_reach.py``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from ..proto.errors import RequestError
+from .template_form import TemplateForm
+from .template_reach import Lost, Reach, reasoning
+from .template_source import TemplateSource
 from .thinking import Thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# The names of transformers' convention for tokenizers with several templates.
+_DEFAULT, _WITH_TOOLS = "default", "tool_use"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +41,45 @@ class Rendered:
     thinking: Thinking | None = None
 
 
+class _Template:
+    """One template, and what was found out about it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+        self.source = TemplateSource(tokenizer, text)
+        self.form = TemplateForm(self.source)
+        self.thinking = Thinking.of(text)
+        self.reach = Reach(self.source, self.form, self.thinking)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any] | None,
+    ) -> tuple[Rendered, Lost | None]:
+        offered = self.form.fit_tools(tools)
+        text = self.source.render(self.form.fit(messages), offered, options)
+        found = self.reach.look(messages, offered, options, text)
+        thinking = self.thinking and replace(self.thinking, opened=found.opened)
+        return Rendered(text, thinking), found.lost
+
+
 class ChatTemplate:
-    """The chat template of one tokenizer."""
+    """The chat template of one tokenizer, or its several named ones."""
 
     def __init__(self, model_id: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model_id = model_id
         self._tokenizer = tokenizer
+        self._templates: dict[str, _Template] = {}
 
-    def check(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        """Raises RequestError where the model has no template, or it knows no tools."""
-        if not self._tokenizer.chat_template:
-            raise RequestError(
-                f"the model {self._model_id!r} has no chat template; use /v1/completions",
-                param="messages",
-            )
-        if tools and "tools" not in str(self._tokenizer.chat_template):
-            raise RequestError(
-                f"the chat template of {self._model_id!r} knows no tools", param="tools"
-            )
+    @property
+    def exists(self) -> bool:
+        """Whether the model has any; without, it completes texts and answers no chats."""
+        return bool(self._tokenizer.chat_template)
+
+    def probe(self) -> None:
+        """Raises RequestError, with the template's own message, where not even one plain message
+        of a user can be rendered, or it does not reach the prompt. Takes milliseconds."""
+        self.render([{"role": "user", "content": "Hello."}])
 
     def render(
         self,
@@ -58,19 +87,101 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
     ) -> Rendered:
-        """The prompt's text. ``options`` are further variables of the template
-        (``chat_template_kwargs``). Raises RequestError where the template refuses."""
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                add_generation_prompt=True,
-                tokenize=False,
-                **(options or {}),
-            )
-        except TemplateError as error:
-            # Templates refuse conversations in words of their own (roles must alternate, ...).
+        """The prompt's text. A call's arguments are JSON text, as in the API; ``options`` are
+        further variables of the template (``chat_template_kwargs``). Raises RequestError where
+        the template refuses, fails, or leaves a message out."""
+        template = self._choose(tools)
+        spoken = [_with_reasoning(message) for message in messages]
+        rendered, lost = template.render(spoken, tools, options)
+        if lost is None:
+            return rendered
+        if _is_both(lost, messages):
+            try:
+                rendered, still_lost = template.render(_apart(spoken), tools, options)
+            except RequestError:
+                still_lost = lost  # what it refuses is not what was sent
+            if still_lost is None:
+                return rendered
+        raise self._lost(lost, messages)
+
+    def _choose(self, tools: Sequence[Mapping[str, Any]]) -> _Template:
+        text = self._tokenizer.chat_template
+        if not text:
             raise RequestError(
-                f"the chat template refuses the messages: {error}", param="messages"
-            ) from None
-        return Rendered(str(text))
+                f"the model {self._model_id!r} has no chat template; use /v1/completions",
+                param="messages",
+            )
+        if isinstance(text, dict):
+            text = self._named(text, bool(tools))
+        if not isinstance(text, str):
+            raise RequestError(
+                f"the chat template of {self._model_id!r} is no text (got {text!r:.60})",
+                param="messages",
+            )
+        if text not in self._templates:
+            self._templates[text] = _Template(self._tokenizer, text)
+        template = self._templates[text]
+        if tools and template.form.tools is None:
+            # One that fails for everything says so itself.
+            template.source.render(template.form.fit([{"role": "user", "content": "Hello."}]))
+            raise RequestError(
+                f"the chat template of {self._model_id!r} knows no tools", param="tools"
+            )
+        return template
+
+    def _named(self, templates: Mapping[str, str], with_tools: bool) -> str:
+        """As transformers chooses; where it has no choice, a template that can take its place."""
+        wanted = (_WITH_TOOLS, _DEFAULT) if with_tools else (_DEFAULT, _WITH_TOOLS)
+        for name in (*wanted, *(templates if len(templates) == 1 else ())):
+            if name in templates:
+                return templates[name]
+        raise RequestError(
+            f"the model {self._model_id!r} has the chat templates {sorted(templates)}, and none of "
+            f"them is {_DEFAULT!r} or {_WITH_TOOLS!r}",
+            param="messages",
+        )
+
+    def _lost(self, lost: Lost, messages: Sequence[Mapping[str, Any]]) -> RequestError:
+        template = f"the chat template of {self._model_id!r}"
+        if lost.at is None:
+            return RequestError(
+                f"{template} does not tell the model of tools in this conversation", param="tools"
+            )
+        path, message = f"messages[{lost.at}]", messages[lost.at]
+        role = message["role"]
+        if lost.call is not None:
+            path += f".tool_calls[{lost.call}]"
+            beside = " beside its text" if (message.get("content") or "").strip() else ""
+            what = f"a call of a message with the role {role!r}{beside}"
+        else:
+            beside = " beside tool_calls" if message.get("tool_calls") else ""
+            what = f"the text of a message with the role {role!r}{beside}"
+        return RequestError(
+            f"{path}: {template} leaves out {what} at this place; it would not reach the model",
+            param=path,
+        )
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = message.get("reasoning_content")
+    return {**message, **reasoning(text)} if text else message
+
+
+def _is_both(lost: Lost, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether what is lost stands in a message that has text and calls."""
+    if lost.at is None:
+        return False
+    message = messages[lost.at]
+    return bool(message.get("tool_calls") and (message.get("content") or "").strip())
+
+
+def _apart(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """With messages of their own for text and for calls, since many templates (Llama's, Mistral's,
+    DeepSeek's first) write only one of the two, and models send both."""
+    apart = list[Mapping[str, Any]]()
+    for message in messages:
+        if message.get("tool_calls") and (message.get("content") or "").strip():
+            apart.append({key: value for key, value in message.items() if key != "tool_calls"})
+            message = {"role": "assistant", "content": "", "tool_calls": message["tool_calls"]}
+        apart.append(message)
+    return apart

@@ -23,6 +23,7 @@ from ..proto.errors import RequestError
 from .http_content import Content, without_hints
 from .http_errors import misfit, refused, short
 from .http_sampling import MAX_CHOICES, SamplingOptions, Strict
+from .http_template import TemplateOptions
 from .http_tools import Call, JsonSchema, Tools
 
 MAX_STOPS = 4
@@ -57,7 +58,15 @@ _IGNORED = (
     "user",
 )
 # Parts of an assistant's message that clients send back as they got them.
-_EMPTY_IN_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+_EMPTY_IN_MESSAGE = (
+    "annotations",
+    "audio",
+    "function_call",
+    "reasoning",
+    "reasoning_content",
+    "refusal",
+    "tool_calls",
+)
 # Of OpenAI's API; what to send instead.
 _NOT_IN_MESSAGE = {
     "audio": "",
@@ -195,10 +204,21 @@ class Message(Strict):
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    # An earlier answer's thinking: DeepSeek's name for it, and OpenRouter's.
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @property
+    def thinking(self) -> str | None:
+        return self.reasoning_content or self.reasoning
 
     @model_validator(mode="after")
     def _fitting(self) -> Message:
-        if self.content is None and not self.tool_calls and not self.refusal:
+        if self.role != "assistant":
+            for name in ("reasoning_content", "reasoning"):
+                if value := getattr(self, name):
+                    raise misfit(name, "belongs to role='assistant' alone", value)
+        if self.content is None and not (self.tool_calls or self.refusal or self.thinking):
             raise misfit("content", "a message needs it, or tool_calls", None)
         if self.tool_calls and self.role != "assistant":
             calls = [call.function.name for call in self.tool_calls]
@@ -218,6 +238,8 @@ class Message(Strict):
             message["name"] = self.name
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
+        if self.thinking:
+            message["reasoning_content"] = self.thinking
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
@@ -232,6 +254,7 @@ class ChatRequest(_Generation):
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: JsonSchema = None
+    chat_template_kwargs: TemplateOptions | None = None
 
     @property
     def json_schema(self) -> str | None:

@@ -46,13 +46,8 @@ class Call(Strict):
     function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
-        """Templates write arguments as JSON themselves."""
-        try:
-            arguments = json.loads(self.function.arguments)
-        except ValueError:
-            arguments = self.function.arguments
-        function = {"name": self.function.name, "arguments": arguments}
-        return {"id": self.id, "type": self.type, "function": function}
+        """Arguments stay the text that they are: templates differ in what they take."""
+        return self.model_dump()
 
 
 def _schema_of(value: Any) -> str | None:

@@ -135,7 +135,7 @@ def _add_generation(
         model = _find(models, asked.model)
         tools = asked.offered_tools
         messages = [message.for_template() for message in asked.messages]
-        prompt = await model.encode_chat(messages, tools)
+        prompt = await model.encode_chat(messages, tools, asked.chat_template_kwargs)
         prompt_ids = prompt.token_ids
         budget = asked.token_budget or _rest(model.limits, len(prompt_ids))
         sampling = asked.sampling(budget, model.limits.experts)

@@ -95,8 +95,8 @@ class ServedModel:
     ) -> ChatPrompt:
         """Messages (role, content, ...) in the model's chat template, which is told of ``tools``
         and of ``options``. Raises RequestError."""
-        self._template.check(tools)
-        self._check_length(sum(len(message["content"]) for message in messages), "messages")
+        said = sum(len(message.get("content") or "") for message in messages)
+        self._check_length(said, "messages")
         return await asyncio.to_thread(self._encode_chat, messages, tools, options)
 
     async def stream(
@@ -201,6 +201,8 @@ class ServedModel:
         options: Mapping[str, Any] | None,
     ) -> ChatPrompt:
         rendered = self._template.render(messages, tools, options)
+        # Before it is encoded: a template may write far more than it was given.
+        self._check_length(len(rendered.text), "messages")
         encoded = self._tokenizer(
             rendered.text, add_special_tokens=False, truncation=False, verbose=False
         )

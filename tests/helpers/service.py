@@ -37,7 +37,7 @@ def tool_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer()
     template = tokenizer.chat_template
     assert isinstance(template, str)
-    told = "{% if tools %}tools: {{ tools | tojson }}{% endif %}"
+    told = "{% if tools %}tools: {{ tools | tojson }}{% endif %}{{ style or '' }}"
     calls = "{{ m.tool_calls | tojson if m.tool_calls else '' }}"
     tokenizer.chat_template = told + template.replace("{{ m.content }}", "{{ m.content }}" + calls)
     return tokenizer

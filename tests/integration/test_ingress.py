@@ -406,6 +406,15 @@ def test_calls_of_tools_in_a_stream(official: openai.OpenAI) -> None:
     assert [event.name for event in done] == ["weather", "time"]
 
 
+def test_variables_of_the_template(official: openai.OpenAI, service: Service) -> None:
+    official.chat.completions.create(
+        model="tools",
+        messages=MESSAGES,
+        extra_body={"chat_template_kwargs": {"style": "In rhymes."}},
+    )
+    assert service.tools.prompt.startswith("In rhymes.")
+
+
 def test_a_template_without_tools_refuses_them(official: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="knows no tools"):
         official.chat.completions.create(model="org/script", messages=MESSAGES, tools=[WEATHER])

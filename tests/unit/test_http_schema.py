@@ -362,7 +362,7 @@ def test_tools_as_templates_take_them() -> None:
         {"role": "tool", "content": "rain", "tool_call_id": "a"},
     ]
     asked = [message.for_template() for message in chat(messages=messages).messages]
-    assert asked[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+    assert asked[1]["tool_calls"] == CALLS  # templates differ in what they take for arguments
     assert asked[2] == {"role": "tool", "content": "rain", "tool_call_id": "a"}
 
 

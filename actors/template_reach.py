@@ -1,0 +1,250 @@
+"""Whether everything that a conversation says reaches the prompt.
+
+Templates leave messages out without a word: a system message that is not the first, answers of
+tools they do not know, text beside calls. So each kind of conversation (its roles in their order,
+what each message has, but not what it says) is rendered once with texts that are recognised, and
+what was found is kept: requests of the same kind cost nothing more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from .template_form import TemplateForm, filled, json_object
+from .template_source import Messages, TemplateSource
+from .thinking import Thinking
+
+T = TypeVar("T")
+
+_KINDS_KEPT = 4096
+_TOOL = "moesaictool"
+
+_MARK = re.compile(r"moesaicthese\d{6,}c\d{4,}(?:value|name)?")
+
+# Where a template changes what it writes, each text costs a rendering to find; so the first and the
+# last are looked for, which is where templates make differences.
+_MOST_COMPARED = 32
+
+# blank: nothing that could be seen; thought: nothing but thinking, which templates strip of
+# answers; answer: thinking and more; marked: the end of thinking in what is no answer.
+Text = Literal["blank", "thought", "answer", "marked", "text"]
+
+
+class Turn(NamedTuple):
+    """What a message has, whatever it says."""
+
+    role: str
+    text: Text
+    reasons: bool
+    named: bool
+    calls: tuple[tuple[int, bool], ...]  # each call's number, and whether it has arguments
+    answers: int | None  # the number of the call
+
+
+class Lost(NamedTuple):
+    """The text of ``messages[at]``, or one of its calls, or (``at`` None) the tools."""
+
+    at: int | None
+    call: int | None = None
+
+
+class Finding(NamedTuple):
+    lost: Lost | None = None
+    opened: bool = False  # the prompt ends inside of thinking
+
+
+class Reach:
+    """What one template leaves out, by kind of conversation."""
+
+    def __init__(
+        self, source: TemplateSource, form: TemplateForm, thinking: Thinking | None
+    ) -> None:
+        self._source = source
+        self._form = form
+        self._marks = thinking or Thinking()
+        self._found: OrderedDict[bytes, Finding] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def look(
+        self, messages: Messages, tools: Messages, options: Mapping[str, Any] | None, rendered: str
+    ) -> Finding:
+        """``rendered``: what the template made of this very conversation."""
+        turns = self._turns(messages)
+        named = json.dumps(options or {}, sort_keys=True)
+        kind = hashlib.blake2b(repr((turns, bool(tools), named)).encode(), digest_size=16).digest()
+        with self._lock:
+            if kind in self._found:
+                self._found.move_to_end(kind)
+                return self._found[kind]
+        finding = self._find(turns, bool(tools), options)
+        if finding is None:
+            # It depends on what the messages say; so they are asked for themselves.
+            finding = self._compare(messages, turns, tools, options, rendered)
+        with self._lock:
+            self._found[kind] = finding
+            while len(self._found) > _KINDS_KEPT:
+                self._found.popitem(last=False)
+        return finding
+
+    def _turns(self, messages: Messages) -> list[Turn]:
+        numbers: dict[str, int] = {}
+
+        def number(identity: str) -> int:
+            return numbers.setdefault(identity, len(numbers))
+
+        return [
+            Turn(
+                message["role"],
+                self._kind_of(message),
+                bool(message.get("reasoning_content")),
+                "name" in message,
+                tuple(
+                    (number(call["id"]), _has_arguments(call["function"].get("arguments")))
+                    for call in message.get("tool_calls") or ()
+                ),
+                number(message["tool_call_id"]) if "tool_call_id" in message else None,
+            )
+            for message in messages
+        ]
+
+    def _kind_of(self, message: Mapping[str, Any]) -> Text:
+        content = message.get("content") or ""
+        if not content.strip():
+            return "blank"
+        if self._marks.end not in content:
+            return "text"
+        if message["role"] != "assistant":
+            return "marked"
+        return "answer" if content.rpartition(self._marks.end)[2].strip() else "thought"
+
+    def _find(
+        self, turns: Sequence[Turn], tools: bool, options: Mapping[str, Any] | None
+    ) -> Finding | None:
+        """None where the template does not render such texts."""
+        offered = [filled({"type": "function", "function": {"name": _TOOL}})] if tools else []
+
+        def rendered(other: Lost | None = None) -> str | None:
+            fitted = self._form.fit(self._conversation(turns, other))
+            return self._source.attempt(fitted, offered, options)
+
+        found = rendered()
+        if found is None:
+            return None
+        marks = list(_MARK.finditer(found))
+        seen = {mark.group() for mark in marks}
+        # Whether the prompt ends inside of thinking: by what the template writes behind the last
+        # text, not by the whole prompt, in which anybody may have written a mark.
+        opened = self._is_open(found[marks[-1].end() if marks else 0 :])
+        if tools and _TOOL not in found:
+            return Finding(Lost(None), opened)
+        missed = [lost for lost, mark in _marks_of(turns) if mark not in seen]
+        for lost in _ends(missed):
+            # A template may change what it writes, so only one that writes the same without this
+            # text leaves it out.
+            if rendered(lost) == found:
+                return Finding(lost, opened)
+        return Finding(None, opened)
+
+    def _conversation(self, turns: Sequence[Turn], other: Lost | None) -> list[dict[str, Any]]:
+        """Such a conversation, with a mark for each text; ``other`` says what has another one."""
+        messages = list[dict[str, Any]]()
+        for index, turn in enumerate(turns):
+            mark = _mark(Lost(index), other)
+            thought = f"{self._marks.begin}\nmoesaicthought\n{self._marks.end}\n\n"
+            content = {
+                "blank": "",
+                "thought": thought,
+                "answer": thought + mark,
+                "marked": mark + self._marks.end,
+                "text": mark,
+            }
+            message: dict[str, Any] = {"role": turn.role, "content": content[turn.text]}
+            if turn.reasons:
+                message |= reasoning("moesaicthought")
+            if turn.named:
+                message["name"] = "moesaicname"
+            if turn.calls:
+                message["tool_calls"] = [
+                    _call(call, _mark(here, other), another=here == other)
+                    for nth, call in enumerate(turn.calls)
+                    for here in (Lost(index, nth),)
+                ]
+            if turn.answers is not None:
+                message["tool_call_id"] = _identity(turn.answers)
+            messages.append(message)
+        return messages
+
+    def _is_open(self, end: str) -> bool:
+        return end.rfind(self._marks.begin) > end.rfind(self._marks.end)
+
+    def _compare(
+        self,
+        messages: Messages,
+        turns: Sequence[Turn],
+        tools: Messages,
+        options: Mapping[str, Any] | None,
+        rendered: str,
+    ) -> Finding:
+        opened = rendered.rstrip().endswith(self._marks.begin)
+        said = [index for index, turn in enumerate(turns) if turn.text not in ("blank", "thought")]
+        for index in _ends(said):
+            message = messages[index]
+            # Of the same length: a length alone is no text.
+            length = len(message["content"])
+            another = ("y" if message["content"].startswith("x") else "x") * length
+            changed = [*messages[:index], {**message, "content": another}, *messages[index + 1 :]]
+            if self._source.attempt(self._form.fit(changed), tools, options) == rendered:
+                return Finding(Lost(index), opened)
+        return Finding(None, opened)
+
+
+def _ends(found: Sequence[T]) -> Sequence[T]:
+    half = _MOST_COMPARED // 2
+    return found if len(found) <= _MOST_COMPARED else [*found[:half], *found[-half:]]
+
+
+def reasoning(text: str) -> dict[str, str]:
+    """An earlier answer's thinking, under the names by which templates look for it."""
+    return {"reasoning_content": text, "reasoning": text, "thinking": text}
+
+
+def _marks_of(turns: Sequence[Turn]) -> Iterator[tuple[Lost, str]]:
+    """Each text that has to be found, and its mark."""
+    for index, turn in enumerate(turns):
+        if turn.text not in ("blank", "thought"):
+            yield Lost(index), _mark(Lost(index))
+        for nth, (_, has_arguments) in enumerate(turn.calls):
+            mark = _mark(Lost(index, nth))
+            yield Lost(index, nth), f"{mark}{'value' if has_arguments else 'name'}"
+
+
+def _mark(what: Lost, other: Lost | None = None) -> str:
+    kind = "other" if what == other else "these"
+    return f"moesaic{kind}{what.at:06d}c{0 if what.call is None else what.call + 1:04d}"
+
+
+def _call(call: tuple[int, bool], mark: str, *, another: bool) -> dict[str, Any]:
+    number, has_arguments = call
+    # Another call differs in everything: Kimi's templates write its id, and not its name.
+    arguments = {"moesaickey": f"{mark}value"} if has_arguments or another else {}
+    function = {"name": f"{mark}name", "arguments": json.dumps(arguments)}
+    identity = f"othr{number:05d}" if another else _identity(number)
+    return {"id": identity, "type": "function", "function": function}
+
+
+def _identity(number: int) -> str:
+    return f"call{number:05d}"
+
+
+def _has_arguments(given: Any) -> bool:
+    if given is None:
+        return False
+    if isinstance(given, str):
+        return given.strip() not in ("", "null") and json_object(given) != {}
+    return bool(given)
