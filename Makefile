@@ -39,7 +39,8 @@ test-vllm:  ## the engine over vLLM, in an environment of its own (3.4 GB)
 test-clients: $(READY)  ## newest client libraries, in an environment of their own
 	@test -d .venv-clients || $(PYTHON) -m venv .venv-clients
 	@.venv-clients/bin/pip install -q -U --disable-pip-version-check openai langchain-openai \
-		litellm pytest pytest-asyncio pytest-timeout
+		litellm pytest pytest-asyncio pytest-timeout 2>&1 \
+		| { grep -v '^WARNING: Location' || true; }
 	@.venv-clients/bin/python -m pytest -W default --disable-warnings \
 		--confcutdir tests/with_clients tests/with_clients $(ARGS)
 

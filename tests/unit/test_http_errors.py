@@ -127,7 +127,10 @@ def test_there_is_an_example_of_every_check() -> None:
         (file.name, node.lineno)
         for file, tree in schemas()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.cause is None
+        if isinstance(node, ast.Raise)
+        and isinstance(node.exc, ast.Call)
+        # What is no validator's names its field itself.
+        and ast.unparse(node.exc.func) != "RequestError"
     }
     assert len(raises) > 20
     lines: set[tuple[str, int]] = set()
@@ -144,10 +147,6 @@ def test_there_is_an_example_of_every_check() -> None:
     try:
         for asked, *_ in EXAMPLES:
             refusal(asked)
-        # Of the whole body, and of what OpenAI has and this service does not.
-        for body in (b"[]", b'{"suffix": "x"}'):
-            with pytest.raises(RequestError):
-                parse_request(CompletionRequest, body)
     finally:
         sys.settrace(before)
     assert sorted(raises - lines) == []

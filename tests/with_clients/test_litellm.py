@@ -102,7 +102,14 @@ def test_a_streamed_call_is_put_together(asked: dict[str, Any]) -> None:
 )
 def test_a_call_that_must_come(asked: dict[str, Any], choice: Any) -> None:
     answer: Any = litellm.completion(
-        TINY, user("hello"), tools=[UNIT], tool_choice=choice, seed=3, max_tokens=300, **asked
+        TINY,
+        user("hello"),
+        tools=[UNIT],
+        tool_choice=choice,
+        parallel_tool_calls=False,  # it would go on calling
+        seed=3,
+        max_tokens=300,
+        **asked,
     )
     for call in answer.choices[0].message.tool_calls:
         assert call.function.name == "set_unit"

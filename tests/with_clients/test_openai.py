@@ -260,6 +260,7 @@ def test_a_call_that_must_come(client: openai.OpenAI, choice: Any, stream: bool)
         "messages": user("hello"),
         "tools": [openai.pydantic_function_tool(SetUnit), openai.pydantic_function_tool(SetSize)],
         "tool_choice": choice,
+        "parallel_tool_calls": False,  # it would go on calling
         "seed": 7,
         "max_tokens": 300,
     }
