@@ -55,6 +55,13 @@ class Source:
     # (source pattern, expert or None if all are in one tensor) -> tensor name on disk
     keys: dict[tuple[str, int | None], str] = field(default_factory=dict)
     converter: WeightConverter | None = None
+    # (source pattern, name) of more tensors that a converter puts behind those, as parts of a table
+    further: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """All of them, on disk."""
+        return [*self.keys.values(), *(name for _, name in self.further)]
 
     @property
     def per_expert(self) -> bool:
@@ -152,6 +159,8 @@ def _map(
         # As in transformers the first one counts, where two are for the same place.
         if source.converter is converter and key not in source.keys:
             source.keys[key] = name
+        elif source.converter is converter is not None and number is None:
+            source.further.append((key[0], name))
         else:
             unused.append(name)
     return sources, unused
@@ -195,7 +204,7 @@ class _Comparison:
 
     def compare(self, target: str, source: Source) -> None:
         self.made.add(target)
-        if any(not self._sound(name, target) for name in source.keys.values()):
+        if any(not self._sound(name, target) for name in source.names):
             return
         if source.converter is None:
             (name,) = source.keys.values()
@@ -268,9 +277,11 @@ class _Comparison:
         collected: dict[str, list[Tensor]] = {}
         for pattern in source.patterns:
             mine = [(e or 0, name) for (p, e), name in source.keys.items() if p == pattern]
-            shapes = [self.tensors[name].shape for _, name in sorted(mine)]
+            ordered = [name for _, name in sorted(mine)]
+            ordered += [name for p, name in source.further if p == pattern]
+            shapes = [self.tensors[name].shape for name in ordered]
             collected[pattern] = [torch.empty(shape, device="meta") for shape in shapes]
-        names = list(source.keys.values())
+        names = source.names
         try:
             made = convert(source.converter, collected, target, self.model)
         except _NOT_CONVERTED as error:
@@ -350,7 +361,8 @@ def _missing(
     if not names:
         return []
     lost = sorted(set(listing.lost.values()))
-    said = f"; {INDEX_FILE} names {len(listing.lost)} tensors that {some(lost, 3)} "
+    count = f"{len(listing.lost)} tensor{'s' if len(listing.lost) > 1 else ''}"
+    said = f"; {INDEX_FILE} names {count} that {some(lost, 3)} "
     said += "do not have" if lost[1:] else "does not have"
     return [f"the checkpoint lacks {some(names)}{said if lost else ''}"]
 

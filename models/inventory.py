@@ -42,9 +42,10 @@ def check_folder(path: Path, *, dtype: torch.dtype) -> Inventory:
     fitting.check()
     warnings = []
     if fitting.surplus:
+        count = len(fitting.surplus)
         warnings.append(
-            f"the model has no use for {len(fitting.surplus)} tensors of the checkpoint, which are "
-            f"not read: {some(fitting.surplus)}"
+            f"the model has no use for {count} tensor{'s' if count > 1 else ''} of the checkpoint, "
+            f"which {'are' if count > 1 else 'is'} not read: {some(fitting.surplus)}"
         )
     return Inventory(
         path=path,

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -125,18 +126,23 @@ def _why_no_experts(model: nn.Module) -> str:
     text = config.get_text_config()
     values = text.to_dict()
     values |= {f"ffn_config.{n}": v for n, v in (values.get("ffn_config") or {}).items()}
-    none = next((n for n in values if n.rpartition(".")[2] in _COUNTS and not values[n]), None)
+    none = next((n for n in values if n.rpartition(".")[2] in _COUNTS and values[n] == 0), None)
     if none is not None:
         return (
             f"config.{none} is {values[none]}: the model has no experts, so there is nothing to "
             "serve from a pool; serve it with transformers or vLLM alone"
         )
     layers = getattr(text, "num_hidden_layers", "all")
-    said = [f"{n}={values[n]}" for n in _DENSE if values.get(n) is not None]
+    said = [f"{n}={_short(values[n])}" for n in _DENSE if values.get(n) is not None]
     return (
         f"{', '.join(said) or 'config.json'} of {layers} layers: no sparse layer, so there are no "
         "experts to serve from a pool; serve it with transformers or vLLM alone"
     )
+
+
+def _short(value: Any) -> str:
+    many = isinstance(value, list) and len(value) > 8
+    return f"[{', '.join(map(repr, value[:3]))}, ...]" if many else repr(value)
 
 
 def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
@@ -249,6 +255,11 @@ def _generating_class(config: PretrainedConfig) -> tuple[Any, type[PreTrainedMod
     try:
         return auto, auto._model_mapping[type(config)]
     except KeyError:
+        if type(config) in AutoModelForImageTextToText._model_mapping:
+            raise UnsupportedModel(
+                f"model_type: {config.model_type!r} is a model of images and text, and "
+                "transformers has no class that loads its text alone; only text is served"
+            ) from None
         raise UnsupportedModel(
             f"model_type: {config.model_type!r} is no causal language model of transformers, and "
             "no encoder with a decoder"
@@ -286,7 +297,7 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
         name: fitting.tensors[name]
         for target, source in fitting.sources.items()
         if not target.startswith(experts)
-        for name in source.keys.values()
+        for name in source.names
     }
     for part in (config, built.config):
         forget(part)

@@ -370,8 +370,8 @@ BAD_INDICES: list[tuple[str, str | bytes, str]] = [
     ("zero", index(a="x\0.safetensors"), "weight_map names"),
     ("null", index(a=None), "names 'None'"),
     ("number", index(a=3), "names '3'"),
-    ("gone", index(a="gone.safetensors"), "names 1 tensors that gone.safetensors does not have"),
-    ("lies", index(a="whole.safetensors"), "names 1 tensors that whole.safetensors does not have"),
+    ("gone", index(a="gone.safetensors"), "names 1 tensor that gone.safetensors does not have"),
+    ("lies", index(a="whole.safetensors"), "names 1 tensor that whole.safetensors does not have"),
     ("cut", index(t="short.safetensors"), "short.safetensors: damaged or truncated"),
     ("nothing", index(), "lacks"),
     ("no-json", "{", "not an index"),
@@ -449,4 +449,14 @@ def test_architectures_that_are_refused(model_type: str, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     for read in (read_all, trunk_of):
         with pytest.raises(UnsupportedModel, match=f"model_type: '{model_type}'"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "minimax_m3_vl", "aria"]
+)
+def test_models_of_images_and_text_without_a_text_class(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for read in (read_all, trunk_of):
+        with pytest.raises(UnsupportedModel, match=f"'{model_type}' is a model of images and text"):
             read(tmp_path)
