@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -38,7 +38,8 @@ from .http_metrics import CONTENT_TYPE, HttpMetrics
 from .http_openapi import document, errors, generation
 from .http_responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
 from .http_schema import ChatRequest, CompletionRequest, parse_request
-from .served import Piece, ServedModel
+from .served import Calls, Piece, ServedModel
+from .thinking import Thinking
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +134,9 @@ def _add_generation(
         identity = request_id(request)
         calls = "none" if not tools else "one" if asked.parallel_tool_calls is False else "many"
         streams = _streams(
-            model, identity, asked, [prompt_ids], sampling, continues_text=False, calls=calls
-        )
+            model, identity, asked, [prompt_ids], sampling,
+            continues_text=False, calls=calls, thinking=prompt.thinking,
+        )  # fmt: skip
         answers = ChatAnswers(f"chatcmpl-{identity}", model.id, len(prompt_ids))
         pieces = metrics.watch(model.id, len(prompt_ids), began(request), merge(streams))
         return await _respond(request, asked, pieces, len(streams), answers)
@@ -148,7 +150,8 @@ def _streams(
     sampling: Sampling,
     *,
     continues_text: bool,
-    calls: Literal["none", "one", "many"] = "none",
+    calls: Calls = "none",
+    thinking: Thinking | None = None,
 ) -> list[AsyncGenerator[Piece, None]]:
     """The texts of all choices, those of the first prompt first."""
     return [
@@ -160,6 +163,7 @@ def _streams(
             continues_text=continues_text,
             resumable=asked.moesaic.resumable,
             calls=calls,
+            thinking=thinking,
         )
         for prompt, prompt_ids in enumerate(prompts)
         for n in range(asked.choices)
