@@ -208,6 +208,7 @@ class Called(BaseModel):
             cls(
                 index=None if first is None else first + n,
                 id=call.id,
+                type="function",  # in so many words: chunks have what was set
                 function=CalledFunction(name=call.name, arguments=call.arguments),
             )
             for n, call in enumerate(calls)

@@ -38,8 +38,9 @@ from .http_metrics import CONTENT_TYPE, HttpMetrics
 from .http_openapi import document, errors, generation
 from .http_responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
 from .http_schema import ChatRequest, CompletionRequest, parse_request
-from .served import Calls, Piece, ServedModel
+from .served import Piece, ServedModel
 from .thinking import Thinking
+from .tools import Calls
 
 logger = logging.getLogger(__name__)
 
@@ -120,23 +121,29 @@ def _add_generation(
         body = await read_body(request, max_body_bytes)
         asked = await asyncio.to_thread(parse_request, ChatRequest, body)
         model = _find(models, asked.model)
-        tools = asked.offered_tools
         messages = [message.for_template() for message in asked.messages]
-        prompt = await model.encode_chat(messages, tools)
+        prompt = await model.encode_chat(messages, asked.offered_tools)
         prompt_ids = prompt.token_ids
         budget = asked.token_budget or _rest(model.limits, len(prompt_ids))
         sampling = asked.sampling(budget, model.limits.experts)
+        if sampling.form is not None:
+            sampling = replace(sampling, form=replace(sampling.form, thinking=prompt.thinking))
         try:
             model.limits.check(prompt_ids, sampling)
         except RequestError as error:
             error.param = {"prompt": "messages"}.get(error.param or "", error.param)
             raise
         identity = request_id(request)
-        calls = "none" if not tools else "one" if asked.parallel_tool_calls is False else "many"
         streams = _streams(
-            model, identity, asked, [prompt_ids], sampling,
-            continues_text=False, calls=calls, thinking=prompt.thinking,
-        )  # fmt: skip
+            model,
+            identity,
+            asked,
+            [prompt_ids],
+            sampling,
+            continues_text=False,
+            calls=asked.calls,
+            thinking=prompt.thinking,
+        )
         answers = ChatAnswers(f"chatcmpl-{identity}", model.id, len(prompt_ids))
         pieces = metrics.watch(model.id, len(prompt_ids), began(request), merge(streams))
         return await _respond(request, asked, pieces, len(streams), answers)

@@ -22,7 +22,7 @@ from .marked_text import MarkedText
 from .resuming import resuming
 from .text import Detokenizer, StopSearch
 from .thinking import Thinking
-from .tools import ToolCall
+from .tools import Calls, ToolCall
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     Embed = Callable[[Sequence[Sequence[int]], Pooling], Awaitable[np.ndarray]]
 
-# How many calls of tools are wanted: a named one ends an answer as text does.
-Calls = Literal["none", "one", "many", "named"]
 _MOST_CALLS: dict[Calls, int | None] = {"none": 0, "one": 1, "many": None, "named": 1}
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import secrets
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+
+# How many calls are wanted. An answer that is one of a named tool ends as text does.
+Calls = Literal["none", "one", "many", "named"]
 
 # Raw newlines in strings are no JSON, but models write them.
 _DECODER = json.JSONDecoder(strict=False)
