@@ -115,6 +115,8 @@ class ChatAnswers:
         if is_first:
             yield self._chunk(index, ChatDelta(role="assistant", content=""))
         logprobs = ChatLogprobs.of(piece.logprobs)
+        if piece.reasoning:
+            yield self._chunk(index, ChatDelta(reasoning_content=piece.reasoning))
         if piece.text or logprobs is not None:
             yield self._chunk(index, ChatDelta(content=piece.text), logprobs=logprobs)
         if piece.calls:
@@ -138,6 +140,7 @@ class ChatAnswers:
                 index=index,
                 message=ChatAnswer(
                     content=text if text or not piece.calls else None,
+                    reasoning_content=piece.reasoning or None,
                     tool_calls=Called.of(piece.calls),
                 ),
                 logprobs=ChatLogprobs.of(piece.logprobs),
@@ -204,13 +207,24 @@ async def collect(pieces: Numbered, choices: int, answers: Answers) -> BaseModel
     texts: list[list[str]] = [[] for _ in range(choices)]
     logprobs: list[list[TokenChoice]] = [[] for _ in range(choices)]
     calls: list[list[ToolCall]] = [[] for _ in range(choices)]
+    reasoning: list[list[str]] = [[] for _ in range(choices)]
     last = [Piece("", 0)] * choices
     async with aclosing(pieces):
         async for index, piece in pieces:
             texts[index].append(piece.text)
             logprobs[index] += piece.logprobs
             calls[index] += piece.calls
-            last[index] = replace(piece, logprobs=tuple(logprobs[index]), calls=tuple(calls[index]))
+            reasoning[index].append(piece.reasoning)
+            last[index] = piece
+    last = [
+        replace(
+            piece,
+            logprobs=tuple(logprobs[index]),
+            calls=tuple(calls[index]),
+            reasoning="".join(reasoning[index]),
+        )
+        for index, piece in enumerate(last)
+    ]
     return answers.whole(["".join(parts) for parts in texts], last)
 
 

@@ -301,6 +301,9 @@ class BatchingLoop(ContinuousBatchingManager):
             tokens_R[rows_S] = tokens_S
             for row, sampler, token in zip(rows, samplers, tokens_S.tolist(), strict=True):
                 sampler.chose(token, scores_RV[row])
+            for row, sampler in zip(rows, samplers, strict=True):
+                if (fault := sampler.fault) is not None:
+                    self._faults.setdefault(live[row], fault)
         output_ids[0, : tokens_R.size(0)].copy_(tokens_R)
 
     def _requests_in_batch(self) -> list[FutureRequestState]:

@@ -228,6 +228,8 @@ class CohortLoop:
             for row, sampler, token in zip(rows, samplers, chosen, strict=True):
                 sampler.chose(token, logits_RV[row])
                 tokens[row] = token
+                if (fault := sampler.fault) is not None:
+                    self._faults.setdefault(cohort.requests[row].key, fault)
         return tokens
 
     def _delta(self, request: Asked, token: int) -> Delta:

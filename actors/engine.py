@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkab
 from ..cluster.missing import WAIT, Dropped, MissingExpert, RowWish
 from ..cluster.serving_spec import LimitSpec
 from ..proto.errors import RequestError
+from .answer_form import AnswerForm
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,7 @@ class Sampling:
     logprobs: int | None = (
         None  # likeliest tokens that are given beside each; None: no log-probabilities
     )
-    json_schema: str | None = None  # that the answer is to have, in JSON; None: any text
+    form: AnswerForm | None = None  # that the answer is held to; None: any text
     priority: int = 0  # the smaller, the sooner it leaves the queue
     missing: MissingExpert = WAIT
     experts_per_token: int | None = None  # None: as many as the model's gates choose

@@ -224,14 +224,18 @@ class Called(BaseModel):
 
 
 class ChatAnswer(BaseModel):
+    """``reasoning_content``: what a model that thinks wrote before its answer, as DeepSeek's API
+    and vLLM name it."""
+
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning_content: str | None = None
     refusal: None = None
     tool_calls: list[Called] | None = None
 
     @model_serializer(mode="wrap")
     def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_none(self, serialize, "tool_calls")
+        return _without_none(self, serialize, "tool_calls", "reasoning_content")
 
 
 class ChatChoice(_Choice):
@@ -251,6 +255,7 @@ class ChatCompletion(BaseModel):
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[Called] | None = None
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 from pydantic_core import PydanticCustomError
 
 from ..cluster.missing import MissingExpert
+from .answer_form import AnswerForm
 from .engine import ExpertBounds, Sampling
 from .http_errors import misfit
 
@@ -105,8 +106,8 @@ class SamplingOptions(Strict):
         return None
 
     @property
-    def json_schema(self) -> str | None:
-        """The JSON schema of the answer, in JSON; None: any text."""
+    def form(self) -> AnswerForm | None:
+        """What the answer is held to; None: any text. Raises RequestError."""
         return None
 
     def sampling(self, max_tokens: int, experts: ExpertBounds) -> Sampling:
@@ -127,7 +128,7 @@ class SamplingOptions(Strict):
             logit_bias=self.logit_bias or (),
             seed=self.seed,
             logprobs=self.top_tokens,
-            json_schema=self.json_schema,
+            form=self.form,
             priority=self.priority or 0,
             missing=self.moesaic.wish,
             experts_per_token=experts.granted(self.moesaic.experts_per_token),

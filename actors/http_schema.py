@@ -15,16 +15,20 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError, from_json
 
 from ..proto.errors import RequestError
+from .answer_form import AnswerForm
 from .http_content import Content, without_hints
 from .http_errors import misfit, refused, short
 from .http_sampling import MAX_CHOICES, SamplingOptions, Strict
 from .http_template import TemplateOptions
-from .http_tools import Call, JsonSchema, Tools
+from .http_tools import Call, Choice, JsonSchema, Tool, ToolChoice, Tools
+from .tools import Calls
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
@@ -251,21 +255,77 @@ class ChatRequest(_Generation):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Tools | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Choice = None
     parallel_tool_calls: bool | None = None
     response_format: JsonSchema = None
     chat_template_kwargs: TemplateOptions | None = None
 
+    @field_validator("tool_choice")
+    @classmethod
+    def _of_the_tools(cls, choice: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
+        names = [tool.function.name for tool in info.data.get("tools") or ()]
+        if choice is None or "tools" not in info.data:  # the tools' own error is told
+            return choice
+        if not names and (choice.mode in ("required", "named") or choice.names):
+            raise PydanticCustomError("tool_choice", "is only allowed when tools are specified")
+        for name in choice.names or ():
+            if name not in names:
+                raise PydanticCustomError(
+                    "tool_choice",
+                    "names the function {name}; the tools are {names}",
+                    {"name": repr(name), "names": ", ".join(names)},
+                )
+        return choice
+
     @property
-    def json_schema(self) -> str | None:
-        return self.response_format
+    def _offered(self) -> list[tuple[int, Tool]]:
+        """The tools that the model is told of, with their numbers in the request."""
+        choice = self.tool_choice or ToolChoice()
+        allowed = choice.names if choice.mode != "named" else None
+        return [
+            (number, tool)
+            for number, tool in enumerate(self.tools or ())
+            if choice.mode != "none" and (allowed is None or tool.function.name in allowed)
+        ]
 
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
         """As chat templates take them."""
-        if self.tool_choice == "none":
-            return []
-        return [tool.for_template() for tool in self.tools or ()]
+        return [tool.for_template() for _, tool in self._offered]
+
+    @property
+    def calls(self) -> Calls:
+        """How many calls are wanted."""
+        if not self._offered:
+            return "none"
+        if self.tool_choice is not None and self.tool_choice.mode == "named":
+            return "named"
+        return "one" if self.parallel_tool_calls is False else "many"
+
+    @property
+    def form(self) -> AnswerForm | None:
+        choice = self.tool_choice or ToolChoice()
+        forced = choice.mode in ("required", "named")
+        tools = [
+            (number, tool)
+            for number, tool in self._offered
+            if choice.mode != "named" or tool.function.name in (choice.names or ())
+        ]
+        held = forced or self.response_format is not None
+        if not held and not any(tool.function.strict for _, tool in tools):
+            return None
+        return AnswerForm(
+            json_schema=None if forced else self.response_format,
+            tools=tuple(
+                tool.form(
+                    f"tools[{number}].function.parameters",
+                    held=forced or bool(tool.function.strict),
+                )
+                for number, tool in tools
+            ),
+            forced=forced,
+            many=self.calls not in ("one", "named"),
+        )
 
     @model_validator(mode="before")
     @classmethod

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from ..proto.errors import RequestError
+from .answer_form import ANY_OBJECT, ToolForm
 from .http_sampling import Strict
 
 MAX_TOOLS = 128
@@ -18,8 +21,7 @@ class Function(Strict):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    # Calls are not forced into the parameters' schema.
-    strict: Literal[False] | None = None
+    strict: bool | None = None  # calls are held to the parameters' schema
 
 
 class Tool(Strict):
@@ -29,8 +31,107 @@ class Tool(Strict):
     def for_template(self) -> dict[str, Any]:
         return self.model_dump(exclude={"function": {"strict"}}, exclude_none=True)
 
+    def form(self, param: str, *, held: bool) -> ToolForm:
+        """``held``: its arguments are held to its schema, which the request has at ``param``.
+        Raises RequestError where that is no object's."""
+        schema = self.function.parameters
+        if not held or not schema:
+            return ToolForm(name=self.function.name, schema=ANY_OBJECT, param=param)
+        kind = schema.get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise RequestError(
+                f"{param}: arguments are an object; got the type {kind!r}, where 'object' is "
+                "expected",
+                param=param,
+            )
+        text = json.dumps({**schema, "type": "object"})
+        return ToolForm(name=self.function.name, schema=text, param=param)
+
 
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """``tool_choice``: how calls are wanted, and of which tools; None: of all."""
+
+    mode: Literal["none", "auto", "required", "named"] = "auto"
+    names: tuple[str, ...] | None = None
+
+
+class NamedFunction(TypedDict):
+    name: str
+
+
+class NamedTool(TypedDict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedTools(TypedDict):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedChoice(TypedDict):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _choice_of(value: Any) -> ToolChoice | None:
+    if value is None or isinstance(value, str):
+        if value not in (None, "none", "auto", "required"):
+            raise _wrong_choice(f"is {value!r}; there are none, auto, required, and a function")
+        return None if value is None else ToolChoice(value)
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "function":
+        return ToolChoice("named", (_named(value),))
+    if kind != "allowed_tools":
+        raise _wrong_choice(
+            f"has the type {kind!r}; there are none, auto, required, "
+            '{"type": "function", "function": {"name": ...}} and the type allowed_tools'
+        )
+    allowed = value.get("allowed_tools")
+    if (
+        set(value) != {"type", "allowed_tools"}
+        or not isinstance(allowed, dict)
+        or set(allowed) != {"mode", "tools"}
+        or allowed["mode"] not in ("auto", "required")
+        or not isinstance(allowed["tools"], list)
+        or not allowed["tools"]
+    ):
+        raise _wrong_choice("needs allowed_tools with a mode (auto, required) and tools")
+    return ToolChoice(allowed["mode"], tuple(map(_named, allowed["tools"])))
+
+
+def _named(value: Any) -> str:
+    """The name in ``{"type": "function", "function": {"name": ...}}``."""
+    function = value.get("function") if isinstance(value, dict) else None
+    if (
+        not isinstance(function, dict)
+        or value.get("type") != "function"
+        or set(value) != {"type", "function"}
+        or set(function) != {"name"}
+        or not isinstance(function["name"], str)
+    ):
+        raise _wrong_choice('names a function as {"type": "function", "function": {"name": ...}}')
+    return function["name"]
+
+
+def _wrong_choice(why: str) -> PydanticCustomError:
+    return PydanticCustomError("tool_choice", "{why}", {"why": why})
+
+
+Choice = Annotated[
+    ToolChoice | None,
+    PlainValidator(
+        _choice_of,
+        json_schema_input_type=Literal["none", "auto", "required"]
+        | NamedTool
+        | AllowedChoice
+        | None,
+    ),
+]
 
 
 class FunctionCall(Strict):

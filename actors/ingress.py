@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -40,6 +40,8 @@ from .http_openapi import document, errors, generation
 from .http_responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
 from .http_schema import ChatRequest, CompletionRequest, parse_request
 from .served import Piece, ServedModel
+from .thinking import Thinking
+from .tools import Calls
 
 logger = logging.getLogger(__name__)
 
@@ -133,21 +135,28 @@ def _add_generation(
         body = await read_body(request, max_body_bytes)
         asked = await asyncio.to_thread(parse_request, ChatRequest, body)
         model = _find(models, asked.model)
-        tools = asked.offered_tools
         messages = [message.for_template() for message in asked.messages]
-        prompt = await model.encode_chat(messages, tools, asked.chat_template_kwargs)
+        prompt = await model.encode_chat(messages, asked.offered_tools, asked.chat_template_kwargs)
         prompt_ids = prompt.token_ids
         budget = asked.token_budget or _rest(model.limits, len(prompt_ids))
         sampling = asked.sampling(budget, model.limits.experts)
+        if sampling.form is not None:
+            sampling = replace(sampling, form=replace(sampling.form, thinking=prompt.thinking))
         try:
             model.limits.check(prompt_ids, sampling)
         except RequestError as error:
             error.param = {"prompt": "messages"}.get(error.param or "", error.param)
             raise
         identity = request_id(request)
-        calls = "none" if not tools else "one" if asked.parallel_tool_calls is False else "many"
         streams = _streams(
-            model, identity, asked, [prompt_ids], sampling, continues_text=False, calls=calls
+            model,
+            identity,
+            asked,
+            [prompt_ids],
+            sampling,
+            continues_text=False,
+            calls=asked.calls,
+            thinking=prompt.thinking,
         )
         answers = ChatAnswers(f"chatcmpl-{identity}", model.id, len(prompt_ids))
         pieces = metrics.watch(model.id, len(prompt_ids), began(request), merge(streams))
@@ -162,7 +171,8 @@ def _streams(
     sampling: Sampling,
     *,
     continues_text: bool,
-    calls: Literal["none", "one", "many"] = "none",
+    calls: Calls = "none",
+    thinking: Thinking | None = None,
 ) -> list[AsyncGenerator[Piece, None]]:
     """The texts of all choices, those of the first prompt first."""
     return [
@@ -174,6 +184,7 @@ def _streams(
             continues_text=continues_text,
             resumable=asked.moesaic.resumable,
             calls=calls,
+            thinking=thinking,
         )
         for prompt, prompt_ids in enumerate(prompts)
         for n in range(asked.choices)

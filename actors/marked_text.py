@@ -7,7 +7,10 @@ spelled with ordinary ones is ordinary text.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,24 @@ class MarkedText:
         start, end, step = part.indices(len(self))
         if step != 1:
             raise ValueError(f"a step of {step}; only contiguous parts can be taken")
-        clipped = ((max(s, start) - start, min(e, end) - start) for s, e in self.special)
-        return MarkedText(self.text[start:end], tuple((s, e) for s, e in clipped if s < e))
+        first = bisect_right(self.special, start, key=itemgetter(1))
+        last = bisect_left(self.special, end, key=itemgetter(0))
+        clipped = ((max(s, start), min(e, end)) for s, e in self.special[first:last])
+        return MarkedText(
+            self.text[start:end], tuple((s - start, e - start) for s, e in clipped if s < e)
+        )
+
+    @staticmethod
+    def joined(parts: Iterable[MarkedText]) -> MarkedText:
+        """All of them in one; many are joined in time that grows with their length."""
+        texts: list[str] = []
+        special: list[tuple[int, int]] = []
+        length = 0
+        for part in parts:
+            special += ((start + length, end + length) for start, end in part.special)
+            texts.append(part.text)
+            length += len(part)
+        return MarkedText("".join(texts), tuple(special))
 
     @property
     def visible(self) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..proto.errors import MoesaicError
 from .engine import Sampling, TokenLogprob
 from .grammar import Grammar
 
@@ -52,6 +53,11 @@ class RequestSampler:
     def trivial(self) -> bool:
         """Whether its token is that of the largest logit, and nothing more is asked for."""
         return self.greedy and self.plain and self.sampling.logprobs is None
+
+    @property
+    def fault(self) -> MoesaicError | None:
+        """Why no more tokens can be chosen for it."""
+        return None if self._grammar is None else self._grammar.fault
 
     def chose(self, token: int, logits_V: Tensor) -> None:
         self._position += 1

@@ -15,17 +15,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..cluster.missing import Dropped
 from ..proto.errors import Expired, RequestError
+from .answer_parser import AnswerParser
 from .chat_template import ChatPrompt, ChatTemplate
 from .engine import Delta, FinishReason, Generate, Limits, Pooling, Sampling, TokenLogprob
+from .marked_text import MarkedText
 from .resuming import resuming
 from .text import Detokenizer, StopSearch
-from .tools import ToolCall, ToolSearch
+from .thinking import Thinking
+from .tools import Calls, ToolCall
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     Embed = Callable[[Sequence[Sequence[int]], Pooling], Awaitable[np.ndarray]]
+
+_MOST_CALLS: dict[Calls, int | None] = {"none": 0, "one": 1, "many": None, "named": 1}
 
 
 class TokenText(NamedTuple):
@@ -54,6 +59,7 @@ class Piece:
     experts_per_token: int | None = None  # where it was not the model's own number
     logprobs: tuple[TokenChoice, ...] = ()  # of the tokens since the last piece
     calls: tuple[ToolCall, ...] = ()  # complete since the last piece
+    reasoning: str = ""  # text of the model's thinking that may be sent now
 
 
 class ServedModel:
@@ -108,7 +114,8 @@ class ServedModel:
         *,
         continues_text: bool,
         resumable: bool = False,
-        calls: Literal["none", "one", "many"] = "none",
+        calls: Calls = "none",
+        thinking: Thinking | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """Text as it is generated; the last piece has a finish reason.
 
@@ -117,10 +124,12 @@ class ServedModel:
         ``continues_text``: the text goes on from the prompt's (a completion), so a space between
         them belongs to it; otherwise it stands for itself (a chat answer).
 
-        ``calls``: how many calls of tools are looked for in the text.
+        ``calls``: how many calls of tools are looked for in the text. ``thinking``: what the chat
+        template knows of it.
         """
         detokenizer = Detokenizer(self._decode, context=prompt_ids if continues_text else ())
-        search, tools, called = StopSearch(stops), ToolSearch(), False
+        search, called = StopSearch(stops), False
+        parser = AnswerParser(thinking, most_calls=_MOST_CALLS[calls])
         tokens, logprobs = 0, list[TokenChoice]()
         generated = (
             resuming(self._generate, request_id, prompt_ids, sampling)
@@ -140,23 +149,27 @@ class ServedModel:
                 reason = "stop" if stopped else delta.finish_reason
                 if reason is not None and not stopped:
                     text += search.flush()
-                text, found = tools.push(text) if calls != "none" else (text, [])
-                called = called or bool(found)
-                if calls == "one" and found:
-                    text, found, reason = "", found[:1], "stop"
+                parsed = [parser.push(MarkedText(text))]
+                if parser.full:
+                    reason = "stop"
                 elif reason is not None:
-                    text += tools.flush()
-                if text or found or reason is not None:
-                    said = "tool_calls" if called and reason == "stop" else reason
+                    parsed.append(parser.flush())
+                text = "".join(one.content.visible for one in parsed)
+                thought = "".join(one.reasoning.visible for one in parsed)
+                found = tuple(call for one in parsed for call in one.calls)
+                called = called or bool(found)
+                if text or thought or found or reason is not None:
+                    ends_in_calls = called and reason == "stop" and calls != "named"
                     last = reason is not None
                     yield Piece(
                         text,
                         tokens,
-                        said,
+                        "tool_calls" if ends_in_calls else reason,
                         dropped=delta.dropped if last else None,
                         experts_per_token=sampling.experts_per_token if last else None,
                         logprobs=tuple(logprobs),
-                        calls=tuple(found),
+                        calls=found,
+                        reasoning=thought,
                     )
                     logprobs.clear()
                 if reason is not None:

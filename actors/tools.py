@@ -1,18 +1,21 @@
-"""Tools: what a chat template is told of them, and the calls in what the model answers.
+"""The form in which models call tools: JSON between ``<tool_call>`` and ``</tool_call>``.
 
-The form of calls is the one that templates of Qwen, Hermes and their like ask for: JSON between
-``<tool_call>`` and ``</tool_call>``. Other models' calls stay text.
+Templates of Qwen, Hermes and their like ask for it. Other models' calls stay text.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from .text import possible_start
+BEGIN, END = "<tool_call>", "</tool_call>"
 
-_BEGIN, _END = "<tool_call>", "</tool_call>"
+# How many calls are wanted. An answer that is one of a named tool ends as text does.
+Calls = Literal["none", "one", "many", "named"]
+
+# Raw newlines in strings are no JSON, but models write them.
+_DECODER = json.JSONDecoder(strict=False)
 
 
 class ToolCall(NamedTuple):
@@ -21,54 +24,58 @@ class ToolCall(NamedTuple):
     arguments: str  # JSON, as OpenAI has it
 
 
-class ToolSearch:
-    """Takes the calls out of a text that arrives in pieces; how it is cut makes no difference.
+def read_calls(text: str, *, marked: bool = True) -> list[ToolCall]:
+    """The calls that a JSON text makes, one or a list of them; none where it is anything else.
 
-    What stands between the marks and is no call stays in the text, marks and all.
+    ``marked``: it stands behind a mark of its own. Without one, what has no arguments is no call.
     """
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._inside = False
-
-    def push(self, text: str) -> tuple[str, list[ToolCall]]:
-        """``(text that is none, calls that are complete)``"""
-        self._held += text
-        out: list[str] = []
-        calls: list[ToolCall] = []
-        while True:
-            mark = _END if self._inside else _BEGIN
-            before, found, behind = self._held.partition(mark)
-            if not found:
-                break
-            if not self._inside:
-                out.append(before)
-            elif (call := _call(before)) is not None:
-                calls.append(call)
-            else:
-                out.append(_BEGIN + before + _END)
-            self._held, self._inside = behind, not self._inside
-        if not self._inside:
-            safe = len(self._held) - possible_start(self._held, (_BEGIN,))
-            out.append(self._held[:safe])
-            self._held = self._held[safe:]
-        return "".join(out), calls
-
-    def flush(self) -> str:
-        """What was held back, when the text ends."""
-        held = (_BEGIN if self._inside else "") + self._held
-        self._held, self._inside = "", False
-        return held
-
-
-def _call(text: str) -> ToolCall | None:
     try:
-        found = json.loads(text)
+        found, _ = _DECODER.raw_decode(text)
+        found = found if isinstance(found, list) else [found]
+        return [_call(one, marked=marked) for one in found]
     except ValueError:
-        return None
-    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
-        return None
-    arguments = found.get("arguments", found.get("parameters", {}))
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(f"call_{secrets.token_hex(12)}", found["name"], arguments)
+        return []
+
+
+def _call(found: Any, *, marked: bool) -> ToolCall:
+    """Raises ValueError where it is none."""
+    if isinstance(found, dict) and isinstance(found.get("function"), dict):
+        found = found["function"]  # as tools are told to the model
+    if not isinstance(found, dict):
+        raise ValueError("a call is an object")
+    name = found.get("name")
+    if not isinstance(name, str) or not name:
+        raise ValueError("a call has a name")
+    name.encode()  # half a surrogate pair is a ValueError
+    if not marked and not {"arguments", "parameters"} & found.keys():
+        raise ValueError("a call has arguments")
+    arguments = _arguments(found.get("arguments", found.get("parameters")))
+    return ToolCall(f"call_{secrets.token_hex(12)}", name, arguments)
+
+
+def _arguments(found: Any) -> str:
+    """As JSON. Raises ValueError for numbers that JSON does not have."""
+    if isinstance(found, str):
+        found = _decoded(found)
+    if isinstance(found, str):  # whatever it is, the client is to see it
+        text = found
+    else:
+        # No arguments are null, "" or, for some models, [].
+        text = json.dumps(found or {}, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can have only escaped
+        text = json.dumps(found, allow_nan=False)
+    return text
+
+
+def _decoded(text: str) -> Any:
+    """Arguments that are JSON in a string, also twice; ``text`` where they are none."""
+    found: Any = text.strip()
+    while isinstance(found, str) and found:
+        try:
+            found, _ = _DECODER.raw_decode(found)
+        except (ValueError, RecursionError):
+            return text
+        found = found.strip() if isinstance(found, str) else found
+    return (found or {}) if isinstance(found, dict) or not found else text

@@ -162,12 +162,16 @@ class TransformersEngine:
                 yield delta
 
     async def _grammar(self, sampling: Sampling, already: Sequence[int]) -> Grammar | None:
-        if sampling.json_schema is None:
+        if sampling.form is None:
             return None
         if self._grammars is None:
-            raise RequestError("response_format: not with this engine", param="response_format")
+            raise RequestError(
+                "response_format, strict tools and forced calls: not with this engine, which has "
+                "no tokenizer",
+                param="response_format",
+            )
         # A large schema takes a second.
-        return await asyncio.to_thread(self._grammars.begin, sampling.json_schema, already)
+        return await asyncio.to_thread(self._grammars.begin, sampling.form, already)
 
     async def _attempt(
         self, key: str, tokens: list[int], left: int, sampler: RequestSampler, arrival: int

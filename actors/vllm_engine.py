@@ -203,9 +203,9 @@ class VllmEngine:
         """See `Engine.generate`."""
         self.limits.check(prompt_ids, sampling)
         self._check()
-        if sampling.json_schema is not None:
+        if sampling.form is not None:
             # vLLM finds out in a step, which ends with it for everybody.
-            await asyncio.to_thread(self._grammars.begin, sampling.json_schema)
+            await asyncio.to_thread(self._grammars.begin, sampling.form)
         requests = len(self.streams) + len(self._parking)
         if requests >= self.limits.max_requests:
             raise Busy(f"{requests} requests are running or waiting; try again later")
@@ -283,7 +283,7 @@ class VllmEngine:
 
     def _add(self, key: str, prompt_ids: list[int], sampling: Sampling, arrival: int) -> None:
         try:
-            asked = parameters(sampling, self._eos)
+            asked = parameters(sampling, self._eos, self._grammars.text)
             # Those of one priority wait by the time of their arrival; any number will do.
             theirs = self._llm.add_request(
                 key,

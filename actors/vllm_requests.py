@@ -15,6 +15,7 @@ from typing import Any
 
 from ..cluster.missing import RowGroups
 from ..proto.errors import InternalError, Interrupted, MoesaicError
+from .answer_form import AnswerForm
 from .engine import Delta, Sampling, TokenLogprob
 from .sampling import seed_at
 from .streams import Streams
@@ -111,21 +112,39 @@ def going_on(sampling: Sampling, left: int) -> Sampling:
     generated = sampling.max_tokens - left
     if not generated:
         return sampling
-    if sampling.json_schema is not None:
+    if sampling.form is not None:
         # Its grammar would begin anew behind the half of the answer that was given.
-        raise Interrupted("vLLM cannot go on inside an answer of a JSON schema; send it again")
+        raise Interrupted(
+            "vLLM cannot go on inside an answer of a JSON schema, or with strict or forced calls "
+            "of tools; send it again"
+        )
     seed = None if sampling.seed is None else seed_at(sampling.seed, generated)
     return replace(sampling, max_tokens=left, seed=seed)
 
 
-def parameters(sampling: Sampling, eos_token_ids: Sequence[int]) -> Any:
-    """What vLLM is asked for."""
+def structure(form: AnswerForm, text: Callable[[AnswerForm], str]) -> dict[str, str]:
+    """vLLM's structured output of an answer's form, by the name of its parameter. ``text``: the
+    grammar of one that is more than a schema; vLLM's guidance backend takes Lark as it is."""
+    if form.schema_alone is not None:
+        return {"json": form.schema_alone}
+    return {"grammar": text(form)}
+
+
+def parameters(
+    sampling: Sampling,
+    eos_token_ids: Sequence[int],
+    grammar: Callable[[AnswerForm], str] | None = None,
+) -> Any:
+    """What vLLM is asked for. ``grammar``: of a form; needed where `Sampling.form` is there."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    schema = sampling.json_schema
+    structured = None
+    if sampling.form is not None:
+        assert grammar is not None
+        structured = StructuredOutputsParams(**structure(sampling.form, grammar))
     return SamplingParams(
-        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
+        structured_outputs=structured,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,

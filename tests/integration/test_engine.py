@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 from transformers import MixtralForCausalLM
 
+from moesaic.actors.answer_form import AnswerForm
 from moesaic.actors.engine import Delta, Engine, EngineConfig, Sampling
 from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.proto.errors import Busy, EngineError, RequestError
@@ -286,7 +287,9 @@ async def test_answers_of_a_json_schema_alone_and_together() -> None:
         return str(tokenizer.decode(ids))
 
     asked = [
-        Sampling(max_tokens=100, temperature=t, seed=n, json_schema=json.dumps(schema))
+        Sampling(
+            max_tokens=100, temperature=t, seed=n, form=AnswerForm(json_schema=json.dumps(schema))
+        )
         for n, t in enumerate((0.0, 1.0, 1.0))
     ]
     try:
@@ -295,7 +298,8 @@ async def test_answers_of_a_json_schema_alone_and_together() -> None:
             *(answer(PROMPTS[0], one) for one in asked), *(tokens(engine, ids, 8) for ids in plain)
         )
         with pytest.raises(RequestError, match="response_format"):
-            await answer(PROMPTS[0], replace(asked[0], json_schema='{"type": "nothing"}'))
+            wrong = AnswerForm(json_schema='{"type": "nothing"}')
+            await answer(PROMPTS[0], replace(asked[0], form=wrong))
     finally:
         engine.close()
     assert list(together[:3]) == alone

@@ -14,6 +14,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from moesaic.actors.answer_form import AnswerForm
 from moesaic.actors.engine import Sampling
 from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.client import Client
@@ -426,7 +427,7 @@ def test_the_form_of_an_answer_reaches_the_engine(
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1]}}}
     official.chat.completions.create(model="org/script", messages=MESSAGES, response_format=form)
     assert service.script.sampling is not None
-    assert service.script.sampling.json_schema == '{"enum": [1]}'
+    assert service.script.sampling.form == AnswerForm(json_schema='{"enum": [1]}')
 
 
 def test_an_echo_begins_with_the_prompt(official: openai.OpenAI) -> None:

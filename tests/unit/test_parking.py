@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from moesaic.actors.answer_form import AnswerForm
 from moesaic.actors.engine import Delta, Sampling
 from moesaic.actors.parking import Parking
 from moesaic.actors.vllm_requests import going_on
@@ -146,7 +147,7 @@ def test_what_goes_on_in_vllm() -> None:
     assert later.max_tokens == 4
     assert later.seed not in (None, 5)
     assert going_on(replace(asked, seed=None), 4).seed is None
-    shaped = replace(asked, json_schema="{}")
+    shaped = replace(asked, form=AnswerForm(json_schema="{}"))
     assert going_on(shaped, 6) == shaped
     with pytest.raises(Interrupted) as caught:
         going_on(shaped, 4)
