@@ -23,6 +23,8 @@ class MarkedText:
     def __add__(self, other: MarkedText) -> MarkedText:
         if not self.text:
             return other
+        if not other.text:
+            return self
         moved = ((start + len(self), end + len(self)) for start, end in other.special)
         return MarkedText(self.text + other.text, (*self.special, *moved))
 
@@ -31,12 +33,16 @@ class MarkedText:
         start, end, step = part.indices(len(self))
         if step != 1:
             raise ValueError(f"a step of {step}; only contiguous parts can be taken")
+        if not self.special:
+            return MarkedText(self.text[start:end])
         clipped = ((max(s, start) - start, min(e, end) - start) for s, e in self.special)
         return MarkedText(self.text[start:end], tuple((s, e) for s, e in clipped if s < e))
 
     @property
     def visible(self) -> str:
         """The text without special tokens."""
+        if not self.special:
+            return self.text
         pieces, at = [], 0
         for start, end in self.special:
             pieces.append(self.text[at:start])

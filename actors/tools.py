@@ -10,6 +10,7 @@ import json
 import secrets
 from typing import NamedTuple
 
+from .marked_text import MarkedText
 from .text import possible_start
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
@@ -28,36 +29,39 @@ class ToolSearch:
     """
 
     def __init__(self) -> None:
-        self._held = ""
+        self._held = MarkedText()  # from the begin mark on, where one was found
         self._inside = False
 
-    def push(self, text: str) -> tuple[str, list[ToolCall]]:
+    def push(self, text: MarkedText) -> tuple[MarkedText, list[ToolCall]]:
         """``(text that is none, calls that are complete)``"""
         self._held += text
-        out: list[str] = []
+        out = MarkedText()
         calls: list[ToolCall] = []
         while True:
-            mark = _END if self._inside else _BEGIN
-            before, found, behind = self._held.partition(mark)
-            if not found:
-                break
+            held = self._held.text
             if not self._inside:
-                out.append(before)
-            elif (call := _call(before)) is not None:
+                start = held.find(_BEGIN)
+                if start < 0:
+                    break
+                out += self._held[:start]
+                self._held, self._inside = self._held[start:], True
+                continue
+            end = held.find(_END, len(_BEGIN))
+            if end < 0:
+                return out, calls
+            if (call := _call(held[len(_BEGIN) : end])) is not None:
                 calls.append(call)
             else:
-                out.append(_BEGIN + before + _END)
-            self._held, self._inside = behind, not self._inside
-        if not self._inside:
-            safe = len(self._held) - possible_start(self._held, (_BEGIN,))
-            out.append(self._held[:safe])
-            self._held = self._held[safe:]
-        return "".join(out), calls
+                out += self._held[: end + len(_END)]
+            self._held, self._inside = self._held[end + len(_END) :], False
+        safe = len(self._held) - possible_start(self._held.text, (_BEGIN,))
+        out += self._held[:safe]
+        self._held = self._held[safe:]
+        return out, calls
 
-    def flush(self) -> str:
+    def flush(self) -> MarkedText:
         """What was held back, when the text ends."""
-        held = (_BEGIN if self._inside else "") + self._held
-        self._held, self._inside = "", False
+        held, self._held, self._inside = self._held, MarkedText(), False
         return held
 
 

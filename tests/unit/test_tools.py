@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moesaic.actors.marked_text import MarkedText
 from moesaic.actors.tools import ToolSearch
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
@@ -18,10 +19,10 @@ def found(*pieces: str) -> tuple[str, list[tuple[str, str]]]:
     search = ToolSearch()
     text, calls = "", []
     for piece in pieces:
-        more, some = search.push(piece)
-        text += more
+        more, some = search.push(MarkedText(piece))
+        text += more.text
         calls += [(call.name, call.arguments) for call in some]
-    return text + search.flush(), calls
+    return text + search.flush().text, calls
 
 
 def test_a_call_is_taken_out_of_the_text() -> None:
@@ -62,13 +63,22 @@ def test_what_is_no_call_stays_text(text: str) -> None:
 
 def test_text_is_sent_as_soon_as_it_can_be_no_call() -> None:
     search = ToolSearch()
-    assert search.push("a <tool") == ("a ", [])
-    assert search.push("box") == ("<toolbox", [])
+    assert search.push(MarkedText("a <tool")) == (MarkedText("a "), [])
+    assert search.push(MarkedText("box")) == (MarkedText("<toolbox"), [])
 
 
 def test_arguments_that_are_a_string_already_and_ids_of_their_own() -> None:
     search = ToolSearch()
     call = '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>'
-    _, calls = search.push(call + call)
+    _, calls = search.push(MarkedText(call + call))
     assert [json.loads(one.arguments) for one in calls] == [{"a": 1}] * 2
     assert calls[0].id != calls[1].id
+
+
+def test_marks_that_are_special_tokens() -> None:
+    search = ToolSearch()
+    begin, end = (MarkedText(mark, ((0, len(mark)),)) for mark in ("<tool_call>", "</tool_call>"))
+    call = MarkedText('{"name": "f"}')
+    text, calls = search.push(MarkedText("a ") + begin + call + end + begin + MarkedText("b") + end)
+    assert [one.name for one in calls] == ["f"]
+    assert text.visible == "a b"
