@@ -57,7 +57,6 @@ class TextAnswers:
         self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
         self._prompt_tokens = prompt_tokens
         self._echoed = echoed
-        self._characters: dict[int, int] = {}
 
     def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]:
         yield Completion(
@@ -88,19 +87,13 @@ class TextAnswers:
         return CompletionChoice(
             index=index,
             text=text,
-            logprobs=TextLogprobs.of(piece.logprobs, self._offset(index, piece)),
+            logprobs=TextLogprobs.of(piece.logprobs),
             finish_reason=piece.finish_reason,
             moesaic=Moesaic.of(piece),
         )
 
     def _echo(self, index: int, is_first: bool) -> str:
         return self._echoed[index] if self._echoed and is_first else ""
-
-    def _offset(self, index: int, piece: Piece) -> int:
-        """Characters of this choice's tokens before this piece's."""
-        before = self._characters.get(index, 0)
-        self._characters[index] = before + sum(len(one.chosen.text) for one in piece.logprobs)
-        return before
 
 
 class ChatAnswers:
@@ -236,7 +229,8 @@ async def chunks(
     async with aclosing(pieces):
         async for index, piece in pieces:
             for chunk in answers.chunks(index, piece, is_first=tokens[index] is None):
-                yield chunk
+                # With usage at the end, the others have the field, too.
+                yield chunk.model_copy(update={"usage": None}) if include_usage else chunk
             tokens[index] = piece.tokens
     if include_usage:
         yield answers.usage(sum(count or 0 for count in tokens))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, Literal
 
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
@@ -114,9 +113,7 @@ class TokenLogprob(BaseModel):
 
     @classmethod
     def of(cls, one: TokenText) -> TokenLogprob:
-        return cls(
-            token=one.text, logprob=_number(one.logprob), bytes=list(one.text.encode("utf-8"))
-        )
+        return cls(token=one.text, logprob=_number(one.logprob), bytes=list(one.bytes))
 
 
 class ChosenLogprob(TokenLogprob):
@@ -143,7 +140,7 @@ class ChatLogprobs(BaseModel):
 
 
 class TextLogprobs(BaseModel):
-    """Of a completion; offsets count characters from the begin of the answer."""
+    """Of a completion; offsets count characters from the begin of the generated text."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -151,18 +148,23 @@ class TextLogprobs(BaseModel):
     text_offset: list[int]
 
     @classmethod
-    def of(cls, choices: Sequence[TokenChoice], offset: int) -> TextLogprobs | None:
+    def of(cls, choices: Sequence[TokenChoice]) -> TextLogprobs | None:
         if not choices:
             return None
-        lengths = [len(one.chosen.text) for one in choices]
         return cls(
             tokens=[one.chosen.text for one in choices],
             token_logprobs=[_number(one.chosen.logprob) for one in choices],
-            top_logprobs=[
-                {other.text: _number(other.logprob) for other in one.top} for one in choices
-            ],
-            text_offset=list(accumulate(lengths[:-1], initial=offset)),
+            top_logprobs=[_by_text(one) for one in choices],
+            text_offset=[one.offset for one in choices],
         )
+
+
+def _by_text(choice: TokenChoice) -> dict[str, float]:
+    """The likeliest tokens and the one that was chosen; of two with the same text the likelier."""
+    found: dict[str, float] = {}
+    for one in (*choice.top, choice.chosen):
+        found[one.text] = max(_number(one.logprob), found.get(one.text, _NEVER))
+    return found
 
 
 class _Choice(BaseModel):

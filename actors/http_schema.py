@@ -334,7 +334,7 @@ class ChatRequest(_Generation):
 
     @model_validator(mode="after")
     def _top_of_some(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise misfit("top_logprobs", "belongs to logprobs=true alone", self.top_logprobs)
         return self
 

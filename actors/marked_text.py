@@ -26,6 +26,8 @@ class MarkedText:
     def __add__(self, other: MarkedText) -> MarkedText:
         if not self.text:
             return other
+        if not other.text:
+            return self
         moved = ((start + len(self), end + len(self)) for start, end in other.special)
         return MarkedText(self.text + other.text, (*self.special, *moved))
 
@@ -56,6 +58,8 @@ class MarkedText:
     @property
     def visible(self) -> str:
         """The text without special tokens."""
+        if not self.special:
+            return self.text
         pieces, at = [], 0
         for start, end in self.special:
             pieces.append(self.text[at:start])

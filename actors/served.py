@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..cluster.missing import Dropped
@@ -23,6 +22,7 @@ from .resuming import resuming
 from .text import Detokenizer, StopSearch
 from .thinking import Thinking
 from .tools import Calls, ToolCall
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,18 +34,21 @@ _MOST_CALLS: dict[Calls, int | None] = {"none": 0, "one": 1, "many": None, "name
 
 
 class TokenText(NamedTuple):
-    """A token's own text, and its log-probability."""
+    """What a token writes (see `text.Written`), and its log-probability."""
 
     text: str
+    bytes: bytes
     logprob: float
 
 
 @dataclass(frozen=True, slots=True)
 class TokenChoice:
-    """One generated token with the likeliest ones."""
+    """One generated token with the likeliest ones that could stand in its place."""
 
     chosen: TokenText
     top: tuple[TokenText, ...]
+    start: int  # characters before it, in the whole text
+    offset: int  # and in the text without special tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class ServedModel:
         self._template = ChatTemplate(model_id, tokenizer)
         self._generate = generate
         self._embed = embed
-        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self._vocabulary = Vocabulary(tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
             # Encoding would switch them off itself, and two threads that do so at the same time
@@ -91,7 +94,7 @@ class ServedModel:
     async def encode(self, prompt: str) -> list[int]:
         """Raises RequestError for a prompt that is certainly too long, before it is encoded."""
         self._check_length(len(prompt), "prompt")
-        return await asyncio.to_thread(self._encode, prompt)
+        return await asyncio.to_thread(self._vocabulary.encode, prompt)
 
     async def encode_chat(
         self,
@@ -126,11 +129,15 @@ class ServedModel:
 
         ``calls``: how many calls of tools are looked for in the text. ``thinking``: what the chat
         template knows of it.
+
+        Stop strings and calls are searched in the whole text; a client gets it without special
+        tokens. Log-probabilities come with the text of their tokens, and not at all where that is
+        behind a stop string.
         """
-        detokenizer = Detokenizer(self._decode, context=prompt_ids if continues_text else ())
+        detokenizer = Detokenizer(self._vocabulary, context=prompt_ids if continues_text else ())
         search, called = StopSearch(stops), False
         parser = AnswerParser(thinking, most_calls=_MOST_CALLS[calls])
-        tokens, logprobs = 0, list[TokenChoice]()
+        tokens, passed, logprobs = 0, 0, list[TokenChoice]()
         generated = (
             resuming(self._generate, request_id, prompt_ids, sampling)
             if resumable
@@ -141,37 +148,46 @@ class ServedModel:
         async with aclosing(generated) as deltas:
             async for delta in deltas:
                 tokens += len(delta.token_ids)
-                logprobs += map(self._choice_of, delta.logprobs, repeat(sampling.logprobs or 0))
-                text = detokenizer.push(delta.token_ids)
+                if delta.logprobs:
+                    text = MarkedText()
+                    for one in delta.logprobs:
+                        logprobs.append(_choice(detokenizer, one, sampling.logprobs or 0))
+                        text += detokenizer.push([one.token_id])
+                else:
+                    text = detokenizer.push(delta.token_ids)
                 if delta.finish_reason is not None:
                     text += detokenizer.flush()
                 text, stopped = search.push(text)
                 reason = "stop" if stopped else delta.finish_reason
                 if reason is not None and not stopped:
                     text += search.flush()
-                parsed = [parser.push(MarkedText(text))]
+                passed += len(text)
+                begun = logprobs
+                if stopped or reason is None:
+                    begun = [one for one in logprobs if one.start < passed]
+                parsed = [parser.push(text)]
                 if parser.full:
                     reason = "stop"
                 elif reason is not None:
                     parsed.append(parser.flush())
-                text = "".join(one.content.visible for one in parsed)
+                visible = "".join(one.content.visible for one in parsed)
                 thought = "".join(one.reasoning.visible for one in parsed)
                 found = tuple(call for one in parsed for call in one.calls)
                 called = called or bool(found)
-                if text or thought or found or reason is not None:
+                if visible or thought or found or reason is not None:
                     ends_in_calls = called and reason == "stop" and calls != "named"
                     last = reason is not None
                     yield Piece(
-                        text,
+                        visible,
                         tokens,
                         "tool_calls" if ends_in_calls else reason,
                         dropped=delta.dropped if last else None,
                         experts_per_token=sampling.experts_per_token if last else None,
-                        logprobs=tuple(logprobs),
+                        logprobs=tuple(begun),
                         calls=found,
                         reasoning=thought,
                     )
-                    logprobs.clear()
+                    logprobs = logprobs[len(begun) :]
                 if reason is not None:
                     return
 
@@ -186,26 +202,18 @@ class ServedModel:
             raise _too_long(self.limits.request_s) from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return self._decode(token_ids)
-
-    def _choice_of(self, one: TokenLogprob, most: int) -> TokenChoice:
-        def text(token_id: int, logprob: float) -> TokenText:
-            return TokenText(self._decode([token_id], special=True), logprob)
-
-        top = tuple(text(*other) for other in one.top[:most])
-        return TokenChoice(text(one.token_id, one.logprob), top)
+        """Without special tokens."""
+        known = [token_id for token_id in token_ids if token_id <= self._vocabulary.last]
+        return self._vocabulary.decode(known, visible=True)
 
     def _check_length(self, characters: int, param: str) -> None:
-        possible = self.limits.max_prompt_tokens * self._longest_token
+        possible = self.limits.max_prompt_tokens * self._vocabulary.longest_token
         if characters > possible:
             raise RequestError(
                 f"{param} has {characters} characters; {self.limits.max_prompt_tokens} tokens "
                 f"cannot hold more than {possible}",
                 param=param,
             )
-
-    def _encode(self, prompt: str) -> list[int]:
-        return list(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
     def _encode_chat(
         self,
@@ -221,12 +229,21 @@ class ServedModel:
         )
         return ChatPrompt(list(encoded.input_ids), rendered.thinking)
 
-    def _decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        text = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
-        return text
+
+def _choice(detokenizer: Detokenizer, one: TokenLogprob, most: int) -> TokenChoice:
+    """Of the token that comes next."""
+
+    def told(token_id: int, logprob: float) -> TokenText:
+        written = detokenizer.look(token_id)
+        return TokenText(written.text, written.bytes, logprob)
+
+    written = detokenizer.look(one.token_id)
+    return TokenChoice(
+        TokenText(written.text, written.bytes, one.logprob),
+        tuple(told(*other) for other in one.top[:most]),
+        written.start,
+        written.offset,
+    )
 
 
 async def within(

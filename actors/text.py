@@ -5,12 +5,17 @@ Two pure filters in a row:
     token ids -> Detokenizer -> text -> StopSearch -> text that may be sent
 
 ``Detokenizer`` holds back what may still be the beginning of a character, ``StopSearch`` what may
-still be the beginning of a stop string.
+still be the beginning of a stop string. Both know which characters special tokens wrote: these are
+searched as all others are, and hidden from the client afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .marked_text import MarkedText
+from .vocabulary import Vocabulary
 
 # A byte that does not (yet) make a character decodes to this one.
 _BROKEN = "\ufffd"
@@ -18,68 +23,146 @@ _BROKEN = "\ufffd"
 # still become one.
 _MAX_BROKEN_HELD = 3
 # Prompt tokens that are decoded again before the first generated one; more than one because
-# special tokens decode to nothing.
+# some write nothing.
 _CONTEXT_TOKENS = 8
+_NOTHING = MarkedText()
+
+
+class Written(NamedTuple):
+    """What one token writes where it stands.
+
+    ``text``: its characters; of a token that is a part of one, ``bytes:`` and its bytes as Python
+    prints them. ``bytes``: its own; those of all tokens make the text that a client gets, so that
+    special tokens have none. ``start``: characters before it in the whole text, ``offset``: in the
+    text without special tokens; of a token that is a part of a character, those before that.
+    """
+
+    text: str
+    bytes: bytes
+    start: int
+    offset: int
 
 
 class Detokenizer:
     """Decodes a growing list of token ids; the pieces add up to the decoded whole.
 
-    ``decode`` is the tokenizer's own and need not be additive: sentencepiece drops the space before
-    the first token, byte fallback joins neighbours. So each step decodes the tokens of the last
-    piece together with the new ones and gives out the difference.
+    The tokenizer's decoder need not be additive: sentencepiece drops the space before the first
+    token, byte fallback joins neighbours. So each step decodes the tokens of the last piece
+    together with the new ones and gives out the difference. Special tokens write their own text,
+    which no decoder changes, and end a character that lacks bytes; the ordinary text around them
+    is what it would be without them.
 
     ``context`` are ids that stand before the first one and are not given out: with them a
     sentencepiece completion starts with its space.
     """
 
-    def __init__(
-        self, decode: Callable[[Sequence[int]], str], *, context: Sequence[int] = ()
-    ) -> None:
-        self._decode = decode
+    def __init__(self, vocabulary: Vocabulary, *, context: Sequence[int] = ()) -> None:
+        self._vocabulary = vocabulary
+        self._decode = vocabulary.decode
+        self._special, self._last = vocabulary.special, vocabulary.last
         # Tokens of the last piece given out, then those whose text is not complete yet.
-        self._context = list(context[-_CONTEXT_TOKENS:])
-        self._context_text = decode(self._context) if self._context else ""
+        near = context[-_CONTEXT_TOKENS:]
+        self._context = [one for one in near if one <= self._last and one not in self._special]
+        self._context_text = self._decode(self._context) if self._context else ""
         self._pending: list[int] = []
-        self._sent = 0  # characters of the pending tokens' text that are already out
+        self._text = ""  # of the pending tokens
+        self._sent = 0  # characters of it that are already out
+        self._out = 0  # characters given out, and those of them that special tokens wrote
+        self._out_special = 0
 
-    def push(self, token_ids: Sequence[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> MarkedText:
         """The text that these tokens complete; empty while a character lacks bytes."""
-        return "".join(self._push_one(token_id) for token_id in token_ids)
+        text = _NOTHING
+        for token_id in token_ids:
+            mark = self._special.get(token_id)
+            if mark is not None:
+                text += self._push_special(token_id, mark)
+            elif token_id <= self._last and (piece := self._push_ordinary(token_id)):
+                text += MarkedText(piece)
+        return text
 
-    def flush(self) -> str:
+    def flush(self) -> MarkedText:
         """What was held back, at the end: broken characters come out as U+FFFD."""
-        rest = self._pending_text()[self._sent :]
-        self._pending, self._sent = [], 0
-        return rest
+        rest = self._text[self._sent :]
+        self._pending, self._text, self._sent = [], "", 0
+        self._out += len(rest)
+        return MarkedText(rest)
 
-    def _push_one(self, token_id: int) -> str:
+    def look(self, token_id: int) -> Written:
+        """What this token would write if it were pushed next."""
+        begin = self._out - self._sent  # of the pending tokens' text
+        mark = self._special.get(token_id)
+        if mark is not None:
+            start = begin + len(self._text)
+            return Written(mark, b"", start, start - self._out_special)
+        if token_id > self._last:
+            return Written("", b"", begin, begin - self._out_special)
+        before, tokens = self._text, [*self._pending, token_id]
+        after = self._behind_context(tokens)
+        if after is None:
+            after = self._decode(tokens)
+        # Broken characters at the end may become one, which then begins where they do.
+        kept = min(_alike(before, after), len(after.rstrip(_BROKEN)))
+        start, own = begin + kept, after[kept:]
+        if kept < len(before) or _BROKEN in own:
+            raw = self._vocabulary.own_bytes(token_id)
+            if raw is not None:
+                return Written(_readable(raw), raw, start, start - self._out_special)
+        return Written(own, own.encode("utf-8"), start, start - self._out_special)
+
+    def _push_ordinary(self, token_id: int) -> str:
         self._pending.append(token_id)
-        text = self._pending_text()
+        text = self._behind_context(self._pending)
+        if text is None:
+            self._context, self._context_text = [], ""
+            text = self._decode(self._pending)
+        self._text = text
         whole = len(text.rstrip(_BROKEN))
         end = max(whole, len(text) - _MAX_BROKEN_HELD)
         piece = text[self._sent : end]
+        self._out += len(piece)
         if text and whole == len(text):
-            self._context, self._pending, self._sent = self._pending, [], 0
+            self._context, self._pending, self._text, self._sent = self._pending, [], "", 0
             self._context_text = self._decode(self._context)
         else:
             self._sent = max(self._sent, end)
         return piece
 
-    def _pending_text(self) -> str:
-        if not self._pending:
-            return ""
-        text = self._decode([*self._context, *self._pending])
-        if text.startswith(self._context_text):
-            return text[len(self._context_text) :]
-        # Byte fallback decodes a run of byte tokens as one: a broken byte after good ones changes
-        # the text before it, which is already out. The run starts anew here.
-        self._context, self._context_text = [], ""
-        return self._decode(self._pending)
+    def _push_special(self, token_id: int, mark: str) -> MarkedText:
+        rest = _NOTHING
+        if len(self._text) > self._sent:
+            rest = self.flush()
+            # Behind it bytes begin anew, and a text's first space is not the first any more.
+            self._context, self._context_text = [token_id], self._decode([token_id])
+        self._out += len(mark)
+        self._out_special += len(mark)
+        return rest + MarkedText(mark, ((0, len(mark)),))
+
+    def _behind_context(self, token_ids: Sequence[int]) -> str | None:
+        """None where they change the context's text, which is already out. Byte fallback decodes a
+        run of byte tokens as one, so a broken byte behind good ones does; the run starts anew."""
+        text = self._decode([*self._context, *token_ids])
+        begin = self._context_text
+        return text[len(begin) :] if text.startswith(begin) else None
+
+
+def _alike(one: str, other: str) -> int:
+    """Characters from the begin on that are the same."""
+    pairs = zip(one, other, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _readable(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        # As OpenAI has it; with U+FFFD all parts of characters would look the same.
+        return f"bytes:{repr(raw)[2:-1]}"
 
 
 class StopSearch:
-    """Cuts a text that arrives in pieces before the stop string that is complete first.
+    """Cuts a text that arrives in pieces before the stop string that is complete first, in the
+    whole text or in what is left of it without special tokens.
 
     How the text is cut into pieces makes no difference. Of two stop strings that end at the same
     character the longer one counts.
@@ -87,25 +170,50 @@ class StopSearch:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self._held = _NOTHING
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: MarkedText) -> tuple[MarkedText, bool]:
         """``(text that may be sent, whether a stop string was found)``; the latter ends it."""
+        if not self._stops:
+            return text, False
         text = self._held + text
-        ends = [
-            (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
-        ]
-        if ends:
-            self._held = ""
-            return text[: min(ends)[1]], True
-        safe = len(text) - possible_start(text, self._stops)
+        safe = len(text) - possible_start(text.text, self._stops)
+        found = list(self._found(text.text))
+        if text.special:
+            visible, places = text.visible, _places(text)
+            found += ((places[end - 1] + 1, places[start]) for end, start in self._found(visible))
+            if length := possible_start(visible, self._stops):
+                safe = min(safe, places[-length])
+        if found:
+            self._held = _NOTHING
+            return text[: min(found)[1]], True
+        if safe == len(text):
+            self._held = _NOTHING
+            return text, False
         self._held = text[safe:]
         return text[:safe], False
 
-    def flush(self) -> str:
+    def flush(self) -> MarkedText:
         """What was held back, when the text ends without a stop string."""
-        held, self._held = self._held, ""
+        held, self._held = self._held, _NOTHING
         return held
+
+    def _found(self, text: str) -> Iterator[tuple[int, int]]:
+        """(end, start) of the first place of each stop string."""
+        for stop in self._stops:
+            if (start := text.find(stop)) >= 0:
+                yield start + len(stop), start
+
+
+def _places(text: MarkedText) -> list[int]:
+    """Where each of the visible characters stands."""
+    places: list[int] = []
+    at = 0
+    for start, end in text.special:
+        places += range(at, start)
+        at = end
+    places += range(at, len(text))
+    return places
 
 
 def possible_start(text: str, marks: Sequence[str]) -> int:

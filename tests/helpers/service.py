@@ -14,7 +14,14 @@ from typing import Any
 import uvicorn
 from transformers import PreTrainedTokenizerFast
 
-from moesaic.actors.engine import Delta, EngineConfig, Limits, Sampling
+from moesaic.actors.engine import (
+    Delta,
+    EngineConfig,
+    FinishReason,
+    Limits,
+    Sampling,
+    TokenLogprob,
+)
 from moesaic.actors.ingress import create_app
 from moesaic.actors.served import ServedModel
 from moesaic.actors.transformers_engine import TransformersEngine
@@ -65,6 +72,11 @@ class Script:
             raise Busy("too many requests")
         if "broken" in asked:
             raise KeyError("a defect")
+
+        def delta(token_id: int, finish: FinishReason | None = None) -> Delta:
+            one = TokenLogprob(token_id, -0.5, ((token_id, -0.5),))
+            return Delta((token_id,), finish, logprobs=() if sampling.logprobs is None else (one,))
+
         try:
             for n, token_id in enumerate(TOKENIZER(self.text).input_ids):
                 if "wait" in asked:
@@ -74,9 +86,9 @@ class Script:
                 if "bug" in asked and n == 10:
                     raise KeyError("a defect")
                 if n + 1 == sampling.max_tokens:
-                    yield Delta((token_id,), "length")
+                    yield delta(token_id, "length")
                     return
-                yield Delta((token_id,))
+                yield delta(token_id)
             yield Delta((), "stop")
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1

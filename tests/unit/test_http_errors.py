@@ -43,6 +43,14 @@ def part(one: Any, role: str = "user") -> tuple[type[BaseModel], dict[str, Any]]
     return message(role=role, content=[{"type": "text", "text": "y"}, one])
 
 
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def tool_choice(choice: Any, **more: Any) -> tuple[type[BaseModel], dict[str, Any]]:
+    return chat(tool_choice=choice, **{"tools": [named("f")], **more})
+
+
 def answer_form(form: Any) -> tuple[type[BaseModel], dict[str, Any]]:
     return chat(response_format=form)
 
@@ -85,6 +93,12 @@ EXAMPLES: list[tuple[tuple[type[BaseModel], dict[str, Any]], str, str]] = [
     (chat(chat_template_kwargs={"a-b": 1}), "chat_template_kwargs", "{'a-b': 1}"),
     (chat(chat_template_kwargs={"x": "y" * 9000}), "chat_template_kwargs", "{'x': 'yyyy"),
     (chat(top_logprobs=2), "top_logprobs", "2"),
+    (tool_choice("required", tools=[]), "tool_choice", "'required'"),
+    (tool_choice(named("g")), "tool_choice", "{'type': 'function'"),
+    (tool_choice("must"), "tool_choice", "'must'"),
+    (tool_choice({"type": "custom"}), "tool_choice", "{'type': 'custom'}"),
+    (tool_choice({"type": "allowed_tools"}), "tool_choice", "{'type': 'allowed_tools'}"),
+    (tool_choice({"type": "function"}), "tool_choice", "{'type': 'function'}"),
     (answer_form("json"), "response_format", "'json'"),
     (answer_form({"type": "xml"}), "response_format", "{'type': 'xml'}"),
     (answer_form({"type": "text", "x": 1}), "response_format", "{'type': 'text', 'x': 1}"),
