@@ -56,7 +56,7 @@ class TransformersEngine:
         config: EngineConfig | None = None,
         tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
     ) -> None:
-        """Without ``tokenizer`` it cannot give answers of a JSON schema."""
+        """Without ``tokenizer`` it cannot give answers of a given form."""
         self._model = model
         self._tokenizer = tokenizer
         self._grammars: Grammars | None = None

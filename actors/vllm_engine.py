@@ -129,7 +129,7 @@ class VllmEngine:
         arguments = EngineArgs(
             model=str(self._path),
             dtype=config.model.dtype,
-            # It needs one for answers of a JSON schema alone.
+            # It needs one for answers of a given form alone.
             skip_tokenizer_init=not (self._path / "tokenizer.json").exists(),
             # As `grammar.py` has it.
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},

@@ -19,6 +19,7 @@ from moesaic.actors.ingress import create_app
 from moesaic.actors.marked_text import MarkedText
 from moesaic.actors.served import ServedModel
 from moesaic.actors.transformers_engine import TransformersEngine
+from moesaic.proto.errors import RequestError
 from tests.helpers.engines import deltas
 from tests.helpers.service import tool_tokenizer
 from tests.helpers.tiny import tiny_mixtral
@@ -210,3 +211,12 @@ async def test_strict_calls_within_free_text(engine: Engine) -> None:
             found.append(call.name)
     assert set(found) == {"Weather", "Now"}
     assert text.strip()
+
+
+async def test_a_schema_that_becomes_too_large_ends_its_request_alone(engine: Engine) -> None:
+    """An answer that ended there would look complete."""
+    many = {f"p{n}": {"type": "string"} for n in range(3_000)}
+    form = AnswerForm(json_schema=json.dumps({"type": "object", "properties": many}))
+    with pytest.raises(RequestError, match="its grammar is too large"):
+        await deltas(engine, [5, 6, 7], Sampling(max_tokens=20, form=form))
+    assert await deltas(engine, [5, 6, 7], Sampling(max_tokens=2))
