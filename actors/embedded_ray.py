@@ -7,11 +7,14 @@ an error and leaves those that it had started: they hold memory and ports until 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import re
 import shutil
 import time
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,11 +53,20 @@ def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) ->
             end_sessions(folders)
             # Of a start that failed late, when this process had connected already.
             ray.shutdown()
+            _forget_processes(error)
             if not isinstance(error, Exception):
                 raise
             if number == TRIES:
                 raise ClusterError(f"ray.address: local: {words}") from error
             said(f"{words}; it is tried once more")
+
+
+def _forget_processes(error: BaseException) -> None:
+    """What Ray keeps of them hangs on the error, and would complain that they are running."""
+    traceback.clear_frames(error.__traceback__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def _sessions() -> set[Path]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_two_nodes import end_group, ip
+from tests.e2e.test_two_nodes import ip
 from tests.helpers.apart import need_namespaces, ray_environment
 from tests.helpers.documented import ROOT, section
 from tests.integration.conftest import save_model
@@ -64,6 +64,15 @@ class Machine:
         assert code.strip() == "0", f"{line}: {said}"
         return said
 
+    def end(self) -> None:
+        """The shell ends with its input, and with it, the first of its namespace, all else."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        finally:
+            self.process.kill()
+
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[list[Machine]]:
@@ -90,7 +99,7 @@ def machines(tmp_path: Path) -> Iterator[list[Machine]]:
         found = []
         for number, address in enumerate(ADDRESSES):
             machine = Machine(tmp_path / str(number), environment)
-            stack.callback(end_group, machine.process)
+            stack.callback(machine.end)
             machine.run("mkdir -p /tmp/ray && mount -t tmpfs ray /tmp/ray")
             ip("link", "set", links[number], "netns", str(machine.process.pid))
             machine.run(f"ip addr add {address}/24 dev {links[number]}")

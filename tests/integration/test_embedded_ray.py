@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -139,5 +140,10 @@ def test_a_raylet_that_hangs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not psutil.pid_exists(int(pid_file.read_text()))
         assert len(embedded_ray._sessions() - before) == 1
         assert ray.get(ray.remote(lambda: 7).remote()) == 7
+        # Nothing waits to be collected, and to warn of it in the middle of something else.
+        kept = [one for one in gc.get_objects() if issubclass(type(one), subprocess.Popen)]
+        assert not [
+            one for one in kept if one.returncode is None and not psutil.pid_exists(one.pid)
+        ]
     finally:
         ray.shutdown()
