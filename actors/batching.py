@@ -325,16 +325,6 @@ def _refusing_unsupported() -> Iterator[None]:
         raise UnsupportedModel(f"the model cannot be batched continuously: {error}") from error
 
 
-def eos_token_ids(model: PreTrainedModel) -> list[int]:
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
-    if eos is None:
-        return []
-    return [int(eos)] if isinstance(eos, int) else [int(token_id) for token_id in eos]
-
-
 def _manager_config(config: EngineConfig, device: torch.device) -> ContinuousBatchingConfig:
     on_cpu_default = 8192 // config.page_size if device.type == "cpu" else None
     return ContinuousBatchingConfig(

@@ -21,9 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cluster.missing import RowGroups
 from ..proto.errors import Busy, EngineError, MoesaicError, RequestError, UnsupportedModel
-from .batching import BatchingLoop, eos_token_ids
+from .batching import BatchingLoop
 from .cohorts import CohortLoop
 from .embedding import Encoder
+from .end_of_text import end_of_text
 from .engine import Delta, EngineConfig, EngineStats, Limits, Pooling, Sampling
 from .grammar import Grammar, Grammars
 from .parking import Parking
@@ -56,7 +57,9 @@ class TransformersEngine:
         config: EngineConfig | None = None,
         tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
     ) -> None:
-        """Without ``tokenizer`` it cannot give answers of a given form."""
+        """``tokenizer`` loads the model's, at the start and again for the first answer of a given
+        form: that takes a second, and to keep it would take tens of MB in every trunk. Without,
+        there are no such answers, and the configurations alone say what ends a text."""
         self._model = model
         self._tokenizer = tokenizer
         self._grammars: Grammars | None = None
@@ -77,7 +80,8 @@ class TransformersEngine:
     def start(self) -> None:
         if self._loop is not None:
             return
-        eos = eos_token_ids(self._model)
+        generation = getattr(self._model, "generation_config", None)
+        eos = end_of_text(self._model.config, generation, self._tokenizer)
         loop, total = self._make_loop(eos)
         text_config = self._model.config.get_text_config()
         positions = getattr(text_config, "max_position_embeddings", None)

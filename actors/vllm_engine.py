@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..models.trunk import experts_layers, is_unmodified, meta_model, read_config
 from ..proto.errors import Busy, ClusterError, EngineError, InternalError, UnsupportedModel
+from .end_of_text import end_of_text
 from .engine import Delta, EngineConfig, EngineStats, Limits, Sampling
 from .grammar import Grammars
 from .parking import Parking
@@ -91,7 +92,7 @@ class VllmEngine:
         os.environ.update(_ENVIRONMENT)
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
-        self._eos = _eos_token_ids(path)
+        self._eos = end_of_text(read_config(path), _generation_config(path), self._tokenizer)
         self.streams = Streams(self._eos)
         self._requests = Requests(self.streams)
         self._link = self._connect(self._config, layers)
@@ -113,11 +114,12 @@ class VllmEngine:
             max_requests=self._engine_config.max_requests + self._engine_config.max_waiting,
             vocab_size=model.get_vocab_size(),
         )
-        self._grammars = Grammars(
-            lambda: AutoTokenizer.from_pretrained(path), self._limits.vocab_size, self._eos
-        )
+        self._grammars = Grammars(self._tokenizer, self._limits.vocab_size, self._eos)
         self._thread = threading.Thread(target=self._run, name="vllm-loop", daemon=True)
         self._thread.start()
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self._path)
 
     def _build(self) -> LLMEngine:
         from vllm.engine.arg_utils import EngineArgs
@@ -332,15 +334,11 @@ class VllmEngine:
         )
 
 
-def _eos_token_ids(path: Path) -> list[int]:
-    """The tokens that end a text."""
+def _generation_config(path: Path) -> GenerationConfig | None:
     try:
-        found = GenerationConfig.from_pretrained(path).eos_token_id
+        return GenerationConfig.from_pretrained(path)
     except OSError:  # it has none of its own
-        found = getattr(read_config(path).get_text_config(), "eos_token_id", None)
-    if found is None:
-        return []
-    return [found] if isinstance(found, int) else list(found)
+        return None
 
 
 def _longest(path: Path, cached_tokens: int) -> int:

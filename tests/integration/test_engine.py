@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import jsonschema
 import pytest
-from transformers import MixtralForCausalLM
+from transformers import AddedToken, MixtralForCausalLM
 
 from moesaic.actors.answer_form import AnswerForm
+from moesaic.actors.cohorts import CohortLoop
 from moesaic.actors.engine import Delta, Engine, EngineConfig, Sampling
 from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.proto.errors import Busy, EngineError, RequestError
@@ -57,6 +58,41 @@ async def test_the_end_token_ends_and_is_not_given_out(model: MixtralForCausalLM
     assert ids == free[: free.index(end)]
     assert found[-1].finish_reason == "stop"
     assert on_the_last[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("cohorts", [False, True])
+@pytest.mark.parametrize("where", ["generation_config", "config", "tokenizer", "chat template"])
+async def test_a_text_ends_by_whatever_names_its_end(
+    model: MixtralForCausalLM, where: str, cohorts: bool
+) -> None:
+    free = reference(model, [5, 6, 7])
+    end, other = free[9], next(token for token in range(3, 300) if token not in free)
+    tokenizer = tiny_tokenizer(chat=False)
+    names = tokenizer.convert_ids_to_tokens([end, other])
+    ending = tiny_mixtral(eos_token_id=other)
+    if where == "generation_config":
+        ending.generation_config.eos_token_id = end
+    elif where == "config":
+        ending.config.eos_token_id = end
+    elif where == "tokenizer":
+        tokenizer.eos_token = names[0]
+    else:
+        tokenizer.eos_token = names[1]
+        tokenizer.add_tokens([AddedToken(names[0], special=True)])
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}END{% endfor %}".replace(
+            "END", names[0]
+        )
+    if cohorts:
+        ending.config.attn_logit_softcapping = 50.0  # no packed batches, then
+    engine = TransformersEngine(ending, config=SMALL, tokenizer=lambda: tokenizer)
+    engine.start()
+    try:
+        assert isinstance(engine._loop, CohortLoop) == cohorts
+        found = await deltas(engine, [5, 6, 7], Sampling(max_tokens=24))
+    finally:
+        engine.close()
+    assert [token for delta in found for token in delta.token_ids] == free[: free.index(end)]
+    assert found[-1].finish_reason == "stop"
 
 
 async def test_sampling_of_one_request_leaves_the_others_greedy(model: MixtralForCausalLM) -> None:
