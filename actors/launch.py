@@ -7,6 +7,7 @@ end with it, whatever happens to it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import time
@@ -25,24 +26,20 @@ from ray.util.scheduling_strategies import (
 
 from ..cluster.fleet import Fleet
 from ..cluster.placement import ModelShape
-from ..cluster.spec import HostGroup, ModelSpec, Spec
+from ..cluster.spec import HostGroup, Spec
 from ..models.source import resolve_model
-from ..models.trunk import expert_bytes, experts_layers, meta_model, read_config
 from ..proto.errors import ClusterError
 from .controller import Controller
-from .endpoint import (
-    check_engine,
-    check_port,
-    check_weights,
-    end_endpoint,
-    expert_bounds,
-    start_endpoint,
-)
+from .endpoint import end_endpoint, start_endpoint
+from .findings import raise_errors
 from .keeper import HostKeeper, HostStarter
+from .preflight import Preflight, bounds_of, preflight, shape_of
 from .ray_border import CONTROLLER, ask, namespace_of, start_ray
 from .router_process import service_address, start_router_service
 from .store import ModelRef
 from .term import forget_all, forget_last
+
+log = logging.getLogger(__name__)
 
 # (what is being done, done, of how many)
 Progress = Callable[[str, int, int], None]
@@ -77,20 +74,18 @@ class Launched:
             ray.shutdown()
 
 
-def launch(spec: Spec, progress: Progress) -> Launched:
-    """Start everything in ``spec`` and wait until it answers.
+def launch(spec: Spec, progress: Progress, warn: Callable[[str], None] = log.warning) -> Launched:
+    """Start everything in ``spec`` and wait until it answers. ``warn`` is told what is odd and
+    harmless.
 
     Raises CheckpointError, UnsupportedModel and ClusterError; whatever had started is ended first.
     """
-    if spec.endpoint is not None:
-        check_engine(spec)
-        check_port("endpoint", spec.endpoint.host, spec.endpoint.port)
-    if spec.router is not None:
-        check_port("router", spec.router.host, spec.router.port)
+    checked = _check(spec, progress, warn)
     refs, shapes = {}, {}
     for model in spec.models:
-        refs[model.name], shapes[model.name] = describe(model, progress)
-        check_weights(spec, refs[model.name])
+        folder, described = checked.folders[model.name], checked.described[model.name]
+        refs[model.name] = ModelRef(name=model.name, dtype=model.dtype, path=str(folder))
+        shapes[model.name] = shape_of(model, described)
     progress("starting Ray", 0, 1)
     owns_ray = start_ray(spec)
     progress("starting Ray", 1, 1)
@@ -106,7 +101,9 @@ def launch(spec: Spec, progress: Progress) -> Launched:
             progress("starting the router service", 1, 1)
         if spec.endpoint is not None and refs:
             progress("starting the endpoint", 0, 1)
-            launched.url = start_endpoint(spec, refs)
+            launched.url = start_endpoint(
+                spec, refs, {m.name: bounds_of(m, checked.described[m.name]) for m in spec.models}
+            )
             progress("starting the endpoint", 1, 1)
     except BaseException:
         if launched is not None:
@@ -117,20 +114,23 @@ def launch(spec: Spec, progress: Progress) -> Launched:
     return launched
 
 
-def describe(model: ModelSpec, progress: Progress) -> tuple[ModelRef, ModelShape]:
-    """Find a model's folder and what placing it needs. Raises CheckpointError, UnsupportedModel."""
-    path = resolve_model(model.path, progress=progress)
-    expert_bounds(model, path)
-    layers = experts_layers(meta_model(read_config(path)))
-    ref = ModelRef(name=model.name, dtype=model.dtype, path=str(path))
-    return ref, ModelShape(
-        model=model.name,
-        experts={layer.layer: layer.num_experts for layer in layers},
-        replicas=model.replicas,
-        exact=model.exact,
-        idle_s=model.idle_s,
-        expert_bytes=max(expert_bytes(layer, ref.torch_dtype) for layer in layers),
-    )
+def _check(spec: Spec, progress: Progress, warn: Callable[[str], None]) -> Preflight:
+    """Find everything that keeps the cluster from starting before anything is downloaded, and
+    again when all models are here. Raises one error with all of it."""
+    progress("checking the spec", 0, 1)
+    local = spec.ray.address == "local" and not ray.is_initialized()
+    checked = preflight(spec, local=local)
+    raise_errors(checked.findings)
+    absent = [model for model in spec.models if model.name not in checked.folders]
+    for model in absent:
+        resolve_model(model.path, progress=progress)
+    if absent:
+        checked = preflight(spec, local=local)
+        raise_errors(checked.findings)
+    for finding in checked.findings:
+        warn(f"{finding.severity}: {finding}")
+    progress("checking the spec", 1, 1)
+    return checked
 
 
 def _start_actors(

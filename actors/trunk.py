@@ -17,12 +17,13 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cluster.health import RouterPolicy
 from ..cluster.placement import LayerKey, Placement
 from ..cluster.serving_spec import EngineKind
 from ..cluster.transports import TransportChoice
+from ..models.tokenizer import read_tokenizer
 from ..models.trunk import (
     ExpertsLayer,
     connect_experts,
@@ -194,7 +195,7 @@ def engine_factory(config: TrunkConfig) -> Callable[[], Engine]:
         return _PoolEngine(
             open_trunk(own),
             config.engine,
-            lambda: AutoTokenizer.from_pretrained(config.model.path),
+            lambda: read_tokenizer(config.model.path or ""),
         )
 
     return build
