@@ -52,7 +52,7 @@ def check_model(
     from .models.source import resolve_model
 
     # Without a tokenizer an endpoint cannot serve it; a pool, a router service and the SDK do.
-    return check(resolve_model(model), getattr(torch, dtype), key=model, tokenizer="warning")
+    return check(resolve_model(model), getattr(torch, dtype), key="model", tokenizer="warning")
 
 
 def check_spec(spec: Spec) -> list[Finding]:
