@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig
 
 from ..cluster.spec import Spec
-from ..proto.errors import ClusterError
+from ..proto.errors import ClusterError, InternalError, NoAnswer, in_words
 from .engine import EngineConfig, ExpertBounds
-from .ray_border import CONTROLLER, actor_options, namespace_of
-from .serve_app import Trunk, build
+from .ray_border import CONTROLLER, actor_options, last_line, namespace_of
+from .serve_app import QUESTION_TIMEOUT_S, Trunk, build
 from .store import ModelRef
 from .trunk import TrunkConfig, engine_factory
+
+T = TypeVar("T")
 
 
 def app_name(spec: Spec) -> str:
@@ -127,10 +130,27 @@ def _tokenizer(path: Path) -> Callable[[], Any]:
 
 def _status_source(namespace: str) -> Callable[[], Any]:
     async def status() -> dict[str, Any]:
-        controller: Any = ray.get_actor(CONTROLLER, namespace=namespace)
-        return {"cluster": await controller.status.remote()}
+        try:
+            controller: Any = ray.get_actor(CONTROLLER, namespace=namespace)
+            return {"cluster": await answered(controller.status.remote())}
+        except ValueError:
+            raise NoAnswer("the controller is not there: it is being started anew") from None
 
     return status
+
+
+async def answered(asked: Awaitable[T]) -> T:
+    """What the controller answers. Raises NoAnswer where it takes too long or is restarted, and
+    InternalError for a defect of it."""
+    try:
+        async with asyncio.timeout(QUESTION_TIMEOUT_S):
+            return await asked
+    except TimeoutError:
+        raise NoAnswer(f"the controller did not answer within {QUESTION_TIMEOUT_S:g} s") from None
+    except RayTaskError as error:
+        raise InternalError(f"the controller: {in_words(error.cause)}") from error
+    except RayError as error:
+        raise NoAnswer(f"the controller is being started anew ({last_line(error)})") from error
 
 
 def free_port(host: str) -> int:

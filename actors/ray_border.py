@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ..cluster.spec import Spec
 from ..cluster.spec_part import Resources
-from ..proto.errors import ClusterError, MoesaicError
+from ..proto.errors import ClusterError, MoesaicError, in_words
 
 # Serve tells the driver of every step it takes; that Ray has a token by default is no warning.
 logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -70,7 +70,7 @@ def ask(ref: Any, timeout_s: float, what: str) -> Any:
         cause = error.cause
         if isinstance(cause, MoesaicError):
             raise cause from None
-        raise ClusterError(f"{what}: {cause!r}") from error
+        raise ClusterError(f"{what}: {in_words(cause)}") from error
     except RayError as error:
         raise ClusterError(f"{what}: {last_line(error)}") from error
 

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..cluster.spec import Spec
-from ..proto.errors import ClusterError
+from ..proto.errors import ClusterError, in_words
 from .endpoint import free_port
 from .ray_border import ask, controller_of, thread_environment
 
@@ -132,7 +132,7 @@ class ServiceWatch:
                 await self._look()
             except Exception as error:
                 # Shown in `status`, whatever it is; the next look begins anew.
-                self._state = f"unknown: {type(error).__name__}: {error}"
+                self._state = f"unknown: {in_words(error)}"
                 log.exception("the router service could not be looked at")
             await asyncio.sleep(LOOK_S)
 

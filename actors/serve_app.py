@@ -36,6 +36,7 @@ from ..proto.errors import (
     MoesaicError,
     RequestError,
     from_wire,
+    in_words,
 )
 from .announcing import announce
 from .engine import (
@@ -50,7 +51,7 @@ from .engine import (
     TokenLogprob,
 )
 from .ingress import create_app
-from .ray_border import cluster_of
+from .ray_border import cluster_of, last_line
 from .served import ServedModel
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Trunk:
             yield Failure.of(error)
         except Exception as error:
             logger.exception("unexpected error of the engine")
-            yield Failure.of(InternalError(f"{type(error).__name__}: {error}"))
+            yield Failure.of(InternalError(in_words(error)))
 
     async def embed(self, prompts: list[list[int]], pooling: Pooling) -> np.ndarray | Failure:
         try:
@@ -134,7 +135,7 @@ class Trunk:
             return Failure.of(error)
         except Exception as error:
             logger.exception("unexpected error of the engine")
-            return Failure.of(InternalError(f"{type(error).__name__}: {error}"))
+            return Failure.of(InternalError(in_words(error)))
 
     async def limits(self) -> Limits:
         return self._engine.limits
@@ -235,8 +236,15 @@ class TrunkClient:
             waiting.cancel()
 
     async def limits(self) -> Limits:
-        async with asyncio.timeout(START_TIMEOUT_S):
-            return await self._question("limits")
+        """Waits until the trunk has started."""
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                return await self._question("limits")
+        except TimeoutError:
+            text = f"the trunk did not start within {START_TIMEOUT_S:g} s"
+            raise EngineError(text) from None
+        except (RayError, RayServeException) as error:
+            raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
 
     async def stats(self) -> dict[str, Any]:
         """The trunk's statistics, or why there are none. A trunk that may sleep is not asked: the
@@ -249,8 +257,11 @@ class TrunkClient:
         try:
             async with asyncio.timeout(QUESTION_TIMEOUT_S):
                 return await self._question("stats")
-        except (RayError, RayServeException, TimeoutError) as error:
-            return {"healthy": False, "last_error": f"{type(error).__name__}: {error}"}
+        except TimeoutError:
+            why = f"the trunk did not answer within {QUESTION_TIMEOUT_S:g} s"
+        except (RayError, RayServeException) as error:
+            why = f"{type(error).__name__}: {last_line(error)}"
+        return {"healthy": False, "last_error": why}
 
     async def _question(self, method: str) -> Any:
         return await cast("DeploymentResponse[Any]", getattr(self._handle, method).remote())
@@ -289,13 +300,16 @@ class Ingress:
         return create_app(models=models, status=self._status, max_body_bytes=max_body_bytes)
 
     async def _status(self) -> dict[str, Any]:
-        stats = await asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
+        asked = asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
+        # All at the same time: each may take as long as one question may.
+        stats, more = await asyncio.gather(asked, self._more())
         models = dict(zip(self._trunks, stats, strict=True))
-        answer: dict[str, Any] = {"healthy": all(one["healthy"] for one in stats)}
-        if self._more_status is not None:
-            more = await self._more_status()
-            answer = {**more, "healthy": answer["healthy"] and more.get("healthy", True)}
+        healthy = all(one["healthy"] for one in stats) and more.get("healthy", True)
+        answer: dict[str, Any] = {**more, "healthy": healthy}
         return {**answer, "models": models}
+
+    async def _more(self) -> dict[str, Any]:
+        return {} if self._more_status is None else await self._more_status()
 
 
 async def _result(asked: DeploymentResponse[T]) -> T:

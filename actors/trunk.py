@@ -34,7 +34,7 @@ from ..models.trunk import (
     passes,
     read_config,
 )
-from ..proto.errors import ClusterError
+from ..proto.errors import ClusterError, in_words
 from .device import pick_device
 from .engine import Engine, EngineConfig
 from .ray_border import CONTROLLER
@@ -76,7 +76,7 @@ class PlacementWatch:
                 # Routing goes on with the last placement.
                 controller = None
                 if not self._stop.is_set():
-                    log.warning("no placements for now: %s", str(error).splitlines()[0])
+                    log.warning("no placements for now: %s", in_words(error).splitlines()[0])
                 self._stop.wait(0.5)
                 continue
             if placement is not None and not self._stop.is_set():

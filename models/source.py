@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..proto.errors import CheckpointError
+from ..proto.errors import CheckpointError, in_words
 from .files import INDEX_FILE, SINGLE_FILE
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -67,7 +67,7 @@ def resolve_model(path: str, *, progress: Callable[[str, int, int], None] | None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"path: {path!r} is no folder here, and the hub does not give it: "
-            f"{next(iter(str(error).splitlines()), '') or type(error).__name__}"
+            f"{in_words(error).splitlines()[0]}"
         ) from error
 
 
