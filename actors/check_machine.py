@@ -41,14 +41,17 @@ def check_engine(spec: Spec) -> Iterator[Finding]:
 # ---- ports --------------------------------------------------------------------------------------
 
 
-def check_ports(spec: Spec) -> Iterator[Finding]:
-    """Whether those of the endpoint and of the router service are free, and two."""
+def check_ports(spec: Spec, *, local: bool) -> Iterator[Finding]:
+    """Whether those of the endpoint and of the router service are free, and two. A Ray that runs
+    (not ``local``) may have a Serve that listens for the endpoint, and serves this cluster too."""
     wanted = [
         (part, asked.host, asked.port)
         for part, asked in (("endpoint", spec.endpoint), ("router", spec.router))
         if asked is not None
     ]
     for part, host, port in wanted:
+        if part == "endpoint" and not local:
+            continue
         try:
             check_port(part, host, port)
         except ClusterError as error:

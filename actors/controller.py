@@ -157,7 +157,7 @@ class Controller(Operations, Overview):
             for host, report in self._reports.items()
             for key in wanted[host]
         )
-        error = next(iter(self._errors.values()), "")
+        error = next((f"{host}: {why}" for host, why in self._errors.items()), "")
         lacking = self._control.unplaced
         if lacking and not error:
             error = f"{len(lacking)} experts find no room (the first: {lacking[0]}); give hosts "

@@ -14,12 +14,14 @@ import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import RayServeException
 
 from ..cluster.spec import Spec
 from ..proto.errors import ClusterError, InternalError, NoAnswer, in_words
 from .engine import EngineConfig, ExpertBounds
 from .ray_border import CONTROLLER, actor_options, last_line, namespace_of
 from .serve_app import QUESTION_TIMEOUT_S, Trunk, build
+from .start_failures import StartFailure, describe_failures
 from .store import ModelRef
 from .trunk import TrunkConfig, engine_factory
 
@@ -78,13 +80,31 @@ def start_endpoint(
         )
         serve.run(app, name=app_name(spec), route_prefix="/", blocking=False)
     except (RayError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"endpoint: {error}") from error
+        why = describe_failures(namespace) or _serves_words(spec) or str(error)
+        raise ClusterError(f"endpoint: {why}") from error
     return f"http://{endpoint.host}:{port}"
 
 
 def end_endpoint(spec: Spec) -> None:
     """End the trunks and the ingress. What is left of Serve ends with an embedded Ray."""
     serve.delete(app_name(spec))
+
+
+def _serves_words(spec: Spec) -> str:
+    """What Serve says of the first part that failed: a process that was killed could not tell why
+    itself."""
+    try:
+        deployments = serve.status().applications[app_name(spec)].deployments
+    except (RayError, RayServeException, RuntimeError, LookupError):
+        return ""
+    for name, one in sorted(deployments.items(), reverse=True):  # trunks before the ingress
+        if "FAIL" in one.status:
+            kind = "trunk" if name.startswith("Trunk-") else "ingress"
+            words = last_line(RuntimeError(one.message))
+            if "ActorDied" in words:
+                words = f"its process was killed or ended by itself ({words.rstrip('()')})"
+            return StartFailure(kind, name.removeprefix("Trunk-"), words).describe(spec.name)
+    return ""
 
 
 def _replicas(spec: Spec) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ..cluster.fleet import Fleet
 from ..cluster.placement import ModelShape
 from ..cluster.spec import HostGroup, Spec
 from ..models.source import resolve_model
-from ..proto.errors import ClusterError
+from ..proto.errors import ClusterError, MoesaicError
 from .controller import Controller
 from .endpoint import end_endpoint, start_endpoint
 from .findings import raise_errors
@@ -36,6 +36,7 @@ from .keeper import HostKeeper, HostStarter
 from .preflight import Preflight, bounds_of, preflight, shape_of
 from .ray_border import CONTROLLER, ask, namespace_of, start_ray
 from .router_process import service_address, start_router_service
+from .start_failures import describe_failures, log_of
 from .store import ModelRef
 from .term import forget_all, forget_last
 
@@ -74,9 +75,14 @@ class Launched:
             ray.shutdown()
 
 
-def launch(spec: Spec, progress: Progress, warn: Callable[[str], None] = log.warning) -> Launched:
+def launch(
+    spec: Spec,
+    progress: Progress,
+    warn: Callable[[str], None] = log.warning,
+    on_ray: Callable[[], None] = lambda: None,
+) -> Launched:
     """Start everything in ``spec`` and wait until it answers. ``warn`` is told what is odd and
-    harmless.
+    harmless; ``on_ray`` is called as soon as this process is connected to Ray.
 
     Raises CheckpointError, UnsupportedModel and ClusterError; whatever had started is ended first.
     """
@@ -91,6 +97,7 @@ def launch(spec: Spec, progress: Progress, warn: Callable[[str], None] = log.war
     progress("starting Ray", 1, 1)
     launched: Launched | None = None
     try:
+        on_ray()
         launched = _start_actors(spec, refs, shapes, owns_ray)
         _wait_loaded(launched, progress)
         if launched.router is not None:
@@ -105,11 +112,14 @@ def launch(spec: Spec, progress: Progress, warn: Callable[[str], None] = log.war
                 spec, refs, {m.name: bounds_of(m, checked.described[m.name]) for m in spec.models}
             )
             progress("starting the endpoint", 1, 1)
-    except BaseException:
+    except BaseException as error:
+        told = describe_failures(namespace_of(spec.name)) if isinstance(error, MoesaicError) else ""
         if launched is not None:
             launched.close()
         elif owns_ray:
             ray.shutdown()
+        if told and told not in str(error):
+            raise ClusterError(told) from error
         raise
     return launched
 
@@ -117,7 +127,6 @@ def launch(spec: Spec, progress: Progress, warn: Callable[[str], None] = log.war
 def _check(spec: Spec, progress: Progress, warn: Callable[[str], None]) -> Preflight:
     """Find everything that keeps the cluster from starting before anything is downloaded, and
     again when all models are here. Raises one error with all of it."""
-    progress("checking the spec", 0, 1)
     local = spec.ray.address == "local" and not ray.is_initialized()
     checked = preflight(spec, local=local)
     raise_errors(checked.findings)
@@ -129,7 +138,6 @@ def _check(spec: Spec, progress: Progress, warn: Callable[[str], None]) -> Prefl
         raise_errors(checked.findings)
     for finding in checked.findings:
         warn(f"{finding.severity}: {finding}")
-    progress("checking the spec", 1, 1)
     return checked
 
 
@@ -215,16 +223,24 @@ def _host_threads(spec: Spec) -> int:
 
 def _wait_loaded(launched: Launched, progress: Progress) -> None:
     deadline = time.monotonic() + launched.spec.timeouts.start_s
-    names = list(launched.keeper.hosts)
-    for index, (name, host) in enumerate(list(launched.keeper.hosts.items())):
-        progress("starting hosts", index, len(names))
-        ask(host.entry.remote(), max(0.1, deadline - time.monotonic()), f"{name}: start")
-    progress("starting hosts", len(names), len(names))
+    hosts = dict(launched.keeper.hosts)
+    asked = {host.entry.remote(): name for name, host in hosts.items()}
+    while asked:
+        progress("starting hosts", len(hosts) - len(asked), len(hosts))
+        # The first that fails is told at once, whoever still waits for a machine.
+        ready, rest = ray.wait(list(asked), timeout=max(0.1, deadline - time.monotonic()))
+        if not ready:
+            raise ClusterError(
+                f"timeouts.start_s: {', '.join(asked[ref] for ref in rest)} did not start within "
+                f"{launched.spec.timeouts.start_s:g} s; Ray has {ray.available_resources()} left"
+            )
+        ask(ready[0], 1.0, f"{asked.pop(ready[0])}: start")
+    progress("starting hosts", len(hosts), len(hosts))
     while launched.models:
         held, wanted, error = ask(launched.controller.progress.remote(), 10.0, "the controller")
         progress("loading experts", held, wanted)
         if error:
-            raise ClusterError(f"loading experts: {error}")
+            raise ClusterError(f"loading experts: {error}; {log_of('host', launched.spec.name)}")
         if held >= wanted > 0:
             return
         if time.monotonic() > deadline:

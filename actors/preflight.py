@@ -42,7 +42,7 @@ def preflight(spec: Spec, *, local: bool | None = None) -> Preflight:
         if described := found.described.get(model.name):
             shapes.append(shape_of(model, described))
     found.findings += check_engine(spec)
-    found.findings += check_ports(spec)
+    found.findings += check_ports(spec, local=local)
     found.findings += check_room(spec, shapes)
     if local:
         found.findings += check_local(spec, found.described)

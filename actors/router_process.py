@@ -16,6 +16,7 @@ from ..cluster.spec import Spec
 from ..proto.errors import ClusterError, in_words
 from .endpoint import free_port
 from .ray_border import ask, controller_of, thread_environment
+from .start_failures import telling
 
 if TYPE_CHECKING:
     from .router_service import RouterService
@@ -35,6 +36,10 @@ class RayRouterService:
     """`RouterService` with a router that follows the cluster's placements."""
 
     def __init__(self, spec: Spec, namespace: str, address: str) -> None:
+        with telling(namespace, "router", NAME):
+            self._open(spec, namespace, address)
+
+    def _open(self, spec: Spec, namespace: str, address: str) -> None:
         import torch
 
         from .catalog import Catalog

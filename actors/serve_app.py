@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -53,6 +53,7 @@ from .engine import (
 from .ingress import create_app
 from .ray_border import cluster_of, last_line
 from .served import ServedModel
+from .start_failures import telling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,14 +99,20 @@ Tokens = tuple[tuple[int, ...], FinishReason | None, Dropped | None, tuple[Token
 Item = Tokens | Failure
 
 
-@serve.deployment(name="Trunk", max_ongoing_requests=MAX_ONGOING, graceful_shutdown_timeout_s=15)
+# A start that fails does so again. Once a replica has served, Serve replaces it without end.
+@serve.deployment(
+    name="Trunk",
+    max_ongoing_requests=MAX_ONGOING,
+    graceful_shutdown_timeout_s=15,
+    max_constructor_retry_count=1,
+)
 class Trunk:
     """Owns an Engine; ``engine_factory`` is called in the replica's process."""
 
     def __init__(self, engine_factory: Callable[[], Engine]) -> None:
-        _announce("trunk")
-        self._engine = engine_factory()
-        self._engine.start()
+        with _starting("trunk"):
+            self._engine = engine_factory()
+            self._engine.start()
 
     async def generate(
         self,
@@ -267,7 +274,12 @@ class TrunkClient:
         return await cast("DeploymentResponse[Any]", getattr(self._handle, method).remote())
 
 
-@serve.deployment(name="Ingress", max_ongoing_requests=MAX_ONGOING, graceful_shutdown_timeout_s=15)
+@serve.deployment(
+    name="Ingress",
+    max_ongoing_requests=MAX_ONGOING,
+    graceful_shutdown_timeout_s=15,
+    max_constructor_retry_count=1,
+)
 @serve.ingress()
 class Ingress:
     """The HTTP app in a process of its own: tokenizers and text here, tokens from the trunks."""
@@ -281,7 +293,6 @@ class Ingress:
         limits: LimitSpec,
         experts: Mapping[str, ExpertBounds],
     ) -> None:
-        _announce("ingress")
         self._limits = limits
         self._experts = experts
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
@@ -289,15 +300,16 @@ class Ingress:
         self._more_status = status
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        models = {}
-        for name, trunk in self._trunks.items():
-            limits = (await trunk.limits()).within(self._limits)
-            limits = replace(limits, experts=self._experts.get(name, limits.experts))
-            models[name] = ServedModel(
-                name, self._tokenizers[name](), limits, trunk.generate, trunk.embed
-            )
+        with _starting("ingress"):
+            models = {name: await self._model(name, trunk) for name, trunk in self._trunks.items()}
         max_body_bytes = int(self._limits.body_mb * 1e6)
         return create_app(models=models, status=self._status, max_body_bytes=max_body_bytes)
+
+    async def _model(self, name: str, trunk: TrunkClient) -> ServedModel:
+        tokenizer = self._tokenizers[name]()
+        limits = (await trunk.limits()).within(self._limits)
+        limits = replace(limits, experts=self._experts.get(name, limits.experts))
+        return ServedModel(name, tokenizer, limits, trunk.generate, trunk.embed)
 
     async def _status(self) -> dict[str, Any]:
         asked = asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
@@ -316,13 +328,18 @@ async def _result(asked: DeploymentResponse[T]) -> T:
     return await asked
 
 
-def _announce(kind: Literal["trunk", "ingress"]) -> None:
+@contextmanager
+def _starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
+    """Around a replica's start: its log says whose it is, and its error is told."""
     try:
         replica = serve.get_replica_context()
     except RayServeException:
-        return  # not in a replica: a test's own process
+        yield  # not in a replica: a test's own process
+        return
     name = replica.deployment.removeprefix("Trunk-") if kind == "trunk" else kind
     announce(kind, name, cluster_of(replica.app_name))
+    with telling(replica.app_name, kind, name):
+        yield
 
 
 def build(

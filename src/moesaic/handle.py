@@ -20,7 +20,14 @@ from .cluster.spec import Spec, load_spec, parse_spec
 from .logs import Kind, LogLine, read_logs
 from .operating import Operating, quiet
 from .proto.errors import ClusterError
-from .session import Session, find_session, need_session, remove_session, write_session
+from .session import (
+    Session,
+    find_session,
+    need_session,
+    note_logs,
+    remove_session,
+    write_session,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +70,7 @@ def up(
     from .actors.launch import launch
     from .actors.ray_border import log_folder, ray_address
 
-    launched = launch(wanted, progress or quiet, warn)
+    launched = launch(wanted, progress or quiet, warn, lambda: note_logs(wanted.name, log_folder()))
     session = write_session(
         name=wanted.name,
         ray_address=ray_address(),

@@ -265,6 +265,8 @@ def test_ports(whole: Path) -> None:
             ("error", "router.port"),
         ]
         messages = [one.message for one in preflight(both).findings]
+        shared = spec_of(whole, endpoint={"port": port}, ray={"address": "auto"})
+        assert found(shared) == [], "Serve may be who listens there"
     assert messages[0].startswith(f"127.0.0.1:{port} is not free (Address already in use)")
     assert messages[2].startswith(f"{port} is the endpoint's, too")
     assert found(both) == [("error", "router.port")]
