@@ -39,7 +39,7 @@ from transformers.generation.continuous_batching.requests import (
 )
 
 from ..cluster.missing import RowGroups
-from ..proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel
+from ..proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel, in_words
 from .embedding import Encoder
 from .sampling import RequestSampler, choose
 from .scheduler import SCHEDULER, RankScheduler
@@ -178,7 +178,7 @@ class BatchingLoop(ContinuousBatchingManager):
     def _fail_all_remaining_requests(
         self, error: Exception, batch_processor: ContinuousBatchProcessor | None
     ) -> None:
-        self.last_error = None if self._closing.is_set() else f"{type(error).__name__}: {error}"
+        self.last_error = None if self._closing.is_set() else in_words(error)
         self.streams.fail_all(self._why_ended())
         super()._fail_all_remaining_requests(error, batch_processor)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..cluster.missing import RowGroups
-from ..proto.errors import EngineError, InternalError, MoesaicError
+from ..proto.errors import EngineError, InternalError, MoesaicError, in_words
 from .cohort import Asked, Cohort, together
 from .embedding import Encoder
 from .engine import Delta, EngineConfig
@@ -184,7 +184,7 @@ class CohortLoop:
                 return
             # Whatever it was, the other cohorts go on.
             logger.exception("a step of a cohort failed")
-            self.last_error = f"{type(error).__name__}: {error}"
+            self.last_error = in_words(error)
             self.restarts += 1
             self._failed += 1
             failed = EngineError(f"the engine failed ({self.last_error})")

@@ -27,7 +27,7 @@ from ..cluster.placement import LayerKey, ModelShape, Placement
 from ..cluster.policy import ControlPolicy
 from ..cluster.scaling_spec import AutoscaleSpec
 from ..cluster.watchdog import Watchdog
-from ..proto.errors import ClusterError, MoesaicError, Superseded
+from ..proto.errors import ClusterError, MoesaicError, Superseded, in_words
 from .announcing import announce
 from .host import HostReport
 from .operations import Operations
@@ -131,7 +131,11 @@ class Controller(Operations, Overview):
         if ref.path is None:
             for host in self._reports:
                 asked = self._handle(host).add_models.remote([(ref, shape)])
-                await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
+                try:
+                    await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
+                except TimeoutError:
+                    text = f"model {ref.name!r}: {host} did not answer for {REPORT_TIMEOUT_S:g} s"
+                    raise ClusterError(text) from None
         wanted = {
             host: [tuple(k) for k in self._control.wanted(host) if k.model == ref.name]
             for host in self._control.view.hosts
@@ -153,7 +157,7 @@ class Controller(Operations, Overview):
             for host, report in self._reports.items()
             for key in wanted[host]
         )
-        error = next(iter(self._errors.values()), "")
+        error = next((f"{host}: {why}" for host, why in self._errors.items()), "")
         lacking = self._control.unplaced
         if lacking and not error:
             error = f"{len(lacking)} experts find no room (the first: {lacking[0]}); give hosts "
@@ -170,7 +174,7 @@ class Controller(Operations, Overview):
             except Exception as error:
                 # Shown in `status`, whatever it is; the next tick starts from what the hosts
                 # report then.
-                self._tick_error = f"{type(error).__name__}: {error}"
+                self._tick_error = in_words(error)
                 log.exception("controller: a tick failed")
             self._watchdog.ticked(time.monotonic(), failed=bool(self._tick_error))
             self._ticks += 1
@@ -263,7 +267,7 @@ class Controller(Operations, Overview):
             self._plan_error = ""
         except Exception as error:
             # Shown in `status`, whatever it is; what stands goes on.
-            self._plan_error = f"planner: {type(error).__name__}: {error}"
+            self._plan_error = f"planner: {in_words(error)}"
             log.exception("controller: the planner failed")
         finally:
             self._watchdog.plan_ended(failed=found is None)
@@ -286,7 +290,7 @@ class Controller(Operations, Overview):
             self._errors.pop(host, None)
         except (RayTaskError, MoesaicError) as failure:
             cause = self._cause(failure)
-            error = self._errors[host] = f"{type(cause).__name__}: {cause}"
+            error = self._errors[host] = in_words(cause)
         except TimeoutError:
             error = self._errors[host] = f"a load took more than {LOAD_TIMEOUT_S:g} s"
         except (RayError, ValueError) as failure:
@@ -309,7 +313,7 @@ class Controller(Operations, Overview):
             await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
         except (RayTaskError, MoesaicError) as failure:
             cause = self._cause(failure)
-            self._errors[host] = f"{type(cause).__name__}: {cause}"
+            self._errors[host] = in_words(cause)
         except (RayError, ValueError, TimeoutError) as failure:
             # The next report says what it holds; what is left is evicted again.
             log.info("controller: host %s: eviction: %s", host, failure)

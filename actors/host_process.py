@@ -10,6 +10,8 @@ from ray.util import get_node_ip_address
 
 from .announcing import announce
 from .quiet_import import import_quietly
+from .ray_border import namespace_of
+from .start_failures import telling
 
 if TYPE_CHECKING:
     # Ray imports this module at the usual priority: it must not bring torch.
@@ -33,18 +35,19 @@ class RayExpertHost:
         threads: int,
     ) -> None:
         announce("host", name, cluster)
-        # A host that comes back does so on cores that serve.
-        import_quietly(".host", __package__)
-        from .host import ExpertHost
+        with telling(namespace_of(cluster), "host", name):
+            # A host that comes back does so on cores that serve.
+            import_quietly(".host", __package__)
+            from .host import ExpertHost
 
-        self._host = ExpertHost(
-            name,
-            node=ray.get_runtime_context().get_node_id(),
-            bind=get_node_ip_address() if bind == "node" else bind,
-            device=device,
-            policy=policy,
-            threads=threads,
-        )
+            self._host = ExpertHost(
+                name,
+                node=ray.get_runtime_context().get_node_id(),
+                bind=get_node_ip_address() if bind == "node" else bind,
+                device=device,
+                policy=policy,
+                threads=threads,
+            )
 
     def entry(self) -> HostEntry:
         return self._host.entry()

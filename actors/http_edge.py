@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..proto.errors import BodyTooLarge, InternalError, MoesaicError
+from ..proto.errors import BodyTooLarge, InternalError, MoesaicError, in_words
 from .http_metrics import HttpMetrics
 from .http_responses import error_response
 
@@ -131,7 +131,7 @@ class _EventStream(StreamingResponse):
 
 def _internal(error: Exception) -> InternalError:
     logger.error("unexpected error", exc_info=error)
-    return InternalError(f"{type(error).__name__}: {error}")
+    return InternalError(in_words(error))
 
 
 def request_id(request: Request) -> str:

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError
 
 from ..cluster.spec import Spec
+from ..proto.errors import in_words
 from .host_process import RayExpertHost
 from .ray_border import actor_options
 
@@ -90,7 +91,7 @@ class HostKeeper:
                 self._follow(desired)
             except RayError as error:
                 # Ray restarts the controller; hosts stay as they are.
-                log.info("no controller for now: %s", str(error).splitlines()[0])
+                log.info("no controller for now: %s", in_words(error).splitlines()[0])
             except Exception:
                 # Whatever it was: the next round begins anew.
                 log.exception("hosts could not be started or ended")

@@ -26,17 +26,18 @@ from ray.util.scheduling_strategies import (
 
 from ..cluster.fleet import Fleet
 from ..cluster.placement import ModelShape
-from ..cluster.spec import HostGroup, ModelSpec, Spec
+from ..cluster.spec import HostGroup, Spec
 from ..models.source import resolve_model
-from ..models.trunk import expert_bytes, experts_layers, meta_model, read_config
-from ..proto.errors import ClusterError
+from ..proto.errors import ClusterError, MoesaicError
 from .controller import Controller
-from .endpoint import check_engine, check_weights, expert_bounds, start_endpoint
+from .endpoint import start_endpoint
+from .findings import raise_errors
 from .keeper import HostKeeper, HostStarter
-from .ports import check_port
+from .preflight import Preflight, bounds_of, preflight, shape_of
 from .ray_border import CONTROLLER, ask, end_ray, namespace_of, start_ray
 from .router_process import service_address, start_router_service
 from .serve_border import find_place, leave_serve
+from .start_failures import describe_failures, log_of
 from .store import ModelRef
 from .term import forget_all, forget_last
 
@@ -78,22 +79,23 @@ class Launched:
                 last_first.callback(leave_serve, self.spec, ray_ends=self.owns_ray)
 
 
-def launch(spec: Spec, progress: Progress) -> Launched:
-    """Start everything in ``spec`` and wait until it answers.
+def launch(
+    spec: Spec,
+    progress: Progress,
+    warn: Callable[[str], None] = log.warning,
+    on_ray: Callable[[], None] = lambda: None,
+) -> Launched:
+    """Start everything in ``spec`` and wait until it answers. ``warn`` is told what is odd and
+    harmless; ``on_ray`` is called as soon as this process is connected to Ray.
 
     Raises CheckpointError, UnsupportedModel and ClusterError; whatever had started is ended first.
     """
-    if spec.endpoint is not None:
-        check_engine(spec)
-        if spec.ray.address == "local" and not ray.is_initialized():
-            # On a Ray that runs, Serve may listen there, and serve this cluster too.
-            check_port("endpoint", spec.endpoint.host, spec.endpoint.port)
-    if spec.router is not None:
-        check_port("router", spec.router.host, spec.router.port)
+    checked = _check(spec, progress, warn)
     refs, shapes = {}, {}
     for model in spec.models:
-        refs[model.name], shapes[model.name] = describe(model, progress)
-        check_weights(spec, refs[model.name])
+        folder, described = checked.folders[model.name], checked.described[model.name]
+        refs[model.name] = ModelRef(name=model.name, dtype=model.dtype, path=str(folder))
+        shapes[model.name] = shape_of(model, described)
     progress("starting Ray", 0, 1)
 
     def tried_again(why: str) -> None:
@@ -104,6 +106,7 @@ def launch(spec: Spec, progress: Progress) -> Launched:
     progress("starting Ray", 1, 1)
     launched: Launched | None = None
     try:
+        on_ray()
         check_name(spec)
         if spec.endpoint is not None and refs:
             find_place(spec)
@@ -118,9 +121,12 @@ def launch(spec: Spec, progress: Progress) -> Launched:
         if spec.endpoint is not None and refs:
             progress("starting the endpoint", 0, 1)
             launched.serves = True
-            launched.url = start_endpoint(spec, refs)
+            launched.url = start_endpoint(
+                spec, refs, {m.name: bounds_of(m, checked.described[m.name]) for m in spec.models}
+            )
             progress("starting the endpoint", 1, 1)
-    except BaseException:
+    except BaseException as error:
+        told = describe_failures(namespace_of(spec.name)) if isinstance(error, MoesaicError) else ""
         try:
             if launched is not None:
                 launched.close()
@@ -129,24 +135,27 @@ def launch(spec: Spec, progress: Progress) -> Launched:
         except Exception:
             # Not what the caller is to hear of.
             log.exception("not all that had started could be ended")
+        if told and told not in str(error):
+            raise ClusterError(told) from error
         raise
     return launched
 
 
-def describe(model: ModelSpec, progress: Progress) -> tuple[ModelRef, ModelShape]:
-    """Find a model's folder and what placing it needs. Raises CheckpointError, UnsupportedModel."""
-    path = resolve_model(model.path, progress=progress)
-    expert_bounds(model, path)
-    layers = experts_layers(meta_model(read_config(path)))
-    ref = ModelRef(name=model.name, dtype=model.dtype, path=str(path))
-    return ref, ModelShape(
-        model=model.name,
-        experts={layer.layer: layer.num_experts for layer in layers},
-        replicas=model.replicas,
-        exact=model.exact,
-        idle_s=model.idle_s,
-        expert_bytes=max(expert_bytes(layer, ref.torch_dtype) for layer in layers),
-    )
+def _check(spec: Spec, progress: Progress, warn: Callable[[str], None]) -> Preflight:
+    """Find everything that keeps the cluster from starting before anything is downloaded, and
+    again when all models are here. Raises one error with all of it."""
+    local = spec.ray.address == "local" and not ray.is_initialized()
+    checked = preflight(spec, local=local)
+    raise_errors(checked.findings)
+    absent = [model for model in spec.models if model.name not in checked.folders]
+    for model in absent:
+        resolve_model(model.path, progress=progress)
+    if absent:
+        checked = preflight(spec, local=local)
+        raise_errors(checked.findings)
+    for finding in checked.findings:
+        warn(f"{finding.severity}: {finding}")
+    return checked
 
 
 def check_name(spec: Spec) -> None:
@@ -235,16 +244,24 @@ def _host_threads(spec: Spec) -> int:
 
 def _wait_loaded(launched: Launched, progress: Progress) -> None:
     deadline = time.monotonic() + launched.spec.timeouts.start_s
-    names = list(launched.keeper.hosts)
-    for index, (name, host) in enumerate(list(launched.keeper.hosts.items())):
-        progress("starting hosts", index, len(names))
-        ask(host.entry.remote(), max(0.1, deadline - time.monotonic()), f"{name}: start")
-    progress("starting hosts", len(names), len(names))
+    hosts = dict(launched.keeper.hosts)
+    asked = {host.entry.remote(): name for name, host in hosts.items()}
+    while asked:
+        progress("starting hosts", len(hosts) - len(asked), len(hosts))
+        # The first that fails is told at once, whoever still waits for a machine.
+        ready, rest = ray.wait(list(asked), timeout=max(0.1, deadline - time.monotonic()))
+        if not ready:
+            raise ClusterError(
+                f"timeouts.start_s: {', '.join(asked[ref] for ref in rest)} did not start within "
+                f"{launched.spec.timeouts.start_s:g} s; Ray has {ray.available_resources()} left"
+            )
+        ask(ready[0], 1.0, f"{asked.pop(ready[0])}: start")
+    progress("starting hosts", len(hosts), len(hosts))
     while launched.models:
         held, wanted, error = ask(launched.controller.progress.remote(), 10.0, "the controller")
         progress("loading experts", held, wanted)
         if error:
-            raise ClusterError(f"loading experts: {error}")
+            raise ClusterError(f"loading experts: {error}; {log_of('host', launched.spec.name)}")
         if held >= wanted > 0:
             return
         if time.monotonic() > deadline:

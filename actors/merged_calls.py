@@ -32,6 +32,7 @@ from ..proto.errors import (
     InternalError,
     MoesaicError,
     from_wire,
+    in_words,
 )
 from .router import Router
 
@@ -238,7 +239,7 @@ class MergedCalls:
             failure = error
         except Exception as error:
             log.exception("a merged call of %s failed", batch.key)
-            failure = InternalError(f"{type(error).__name__}: {error}")
+            failure = InternalError(in_words(error))
         ends: list[End] = []
         now = time.monotonic()
         start = 0

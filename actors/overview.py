@@ -14,7 +14,7 @@ from ..cluster.operations import check_layer, check_model
 from ..cluster.placement import ModelShape
 from ..cluster.recording import LoadTotals
 from ..cluster.watchdog import Vitals, Watchdog
-from ..proto.errors import ClusterError
+from ..proto.errors import ClusterError, in_words
 from .host import HostReport
 from .metrics import PoolMetrics
 from .ray_border import cluster_of
@@ -155,7 +155,7 @@ class Overview(Sizing):
                 self._watch_error = ""
             except Exception as error:
                 # A figure that cannot be had stops nothing; it is shown, and tried again.
-                self._watch_error = f"watchdog: {type(error).__name__}: {error}"
+                self._watch_error = f"watchdog: {in_words(error)}"
                 log.exception("controller: the watchdog failed")
             await asyncio.sleep(WATCH_S)
 

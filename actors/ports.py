@@ -17,7 +17,7 @@ def check_port(part: str, host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ClusterError(
-                f"{part}.port: {host}:{port} is not free ({error.strerror}); "
+                f"{part}.port: {host}:{port} is not free ({error.strerror or error}); "
                 "choose another one, or 0 for any"
             ) from error
 

@@ -21,7 +21,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ..cluster.spec import Spec
 from ..cluster.spec_part import Resources
-from ..proto.errors import ClusterError, MoesaicError
+from ..proto.errors import ClusterError, MoesaicError, in_words
 from .embedded_ray import start_embedded
 from .joining import join
 
@@ -94,7 +94,7 @@ def ask(ref: Any, timeout_s: float, what: str) -> Any:
         cause = error.cause
         if isinstance(cause, MoesaicError):
             raise cause from None
-        raise ClusterError(f"{what}: {cause!r}") from error
+        raise ClusterError(f"{what}: {in_words(cause)}") from error
     except RayError as error:
         raise ClusterError(f"{what}: {last_line(error)}") from error
 

@@ -13,9 +13,10 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..cluster.spec import Spec
-from ..proto.errors import ClusterError
+from ..proto.errors import ClusterError, in_words
 from .ports import free_port
 from .ray_border import ask, controller_of, thread_environment
+from .start_failures import telling
 
 if TYPE_CHECKING:
     from .router_service import RouterService
@@ -35,6 +36,10 @@ class RayRouterService:
     """`RouterService` with a router that follows the cluster's placements."""
 
     def __init__(self, spec: Spec, namespace: str, address: str) -> None:
+        with telling(namespace, "router", NAME):
+            self._open(spec, namespace, address)
+
+    def _open(self, spec: Spec, namespace: str, address: str) -> None:
         import torch
 
         from .catalog import Catalog
@@ -132,7 +137,7 @@ class ServiceWatch:
                 await self._look()
             except Exception as error:
                 # Shown in `status`, whatever it is; the next look begins anew.
-                self._state = f"unknown: {type(error).__name__}: {error}"
+                self._state = f"unknown: {in_words(error)}"
                 log.exception("the router service could not be looked at")
             await asyncio.sleep(LOOK_S)
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -36,6 +36,7 @@ from ..proto.errors import (
     MoesaicError,
     RequestError,
     from_wire,
+    in_words,
 )
 from .announcing import announce
 from .engine import (
@@ -50,8 +51,9 @@ from .engine import (
     TokenLogprob,
 )
 from .ingress import create_app
-from .ray_border import cluster_of
+from .ray_border import cluster_of, last_line
 from .served import ServedModel
+from .start_failures import telling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,14 +99,20 @@ Tokens = tuple[tuple[int, ...], FinishReason | None, Dropped | None, tuple[Token
 Item = Tokens | Failure
 
 
-@serve.deployment(name="Trunk", max_ongoing_requests=MAX_ONGOING, graceful_shutdown_timeout_s=15)
+# A start that fails does so again. Once a replica has served, Serve replaces it without end.
+@serve.deployment(
+    name="Trunk",
+    max_ongoing_requests=MAX_ONGOING,
+    graceful_shutdown_timeout_s=15,
+    max_constructor_retry_count=1,
+)
 class Trunk:
     """Owns an Engine; ``engine_factory`` is called in the replica's process."""
 
     def __init__(self, engine_factory: Callable[[], Engine]) -> None:
-        _announce("trunk")
-        self._engine = engine_factory()
-        self._engine.start()
+        with _starting("trunk"):
+            self._engine = engine_factory()
+            self._engine.start()
 
     async def generate(
         self,
@@ -122,7 +130,7 @@ class Trunk:
             yield Failure.of(error)
         except Exception as error:
             logger.exception("unexpected error of the engine")
-            yield Failure.of(InternalError(f"{type(error).__name__}: {error}"))
+            yield Failure.of(InternalError(in_words(error)))
 
     async def embed(self, prompts: list[list[int]], pooling: Pooling) -> np.ndarray | Failure:
         try:
@@ -134,7 +142,7 @@ class Trunk:
             return Failure.of(error)
         except Exception as error:
             logger.exception("unexpected error of the engine")
-            return Failure.of(InternalError(f"{type(error).__name__}: {error}"))
+            return Failure.of(InternalError(in_words(error)))
 
     async def limits(self) -> Limits:
         return self._engine.limits
@@ -235,8 +243,15 @@ class TrunkClient:
             waiting.cancel()
 
     async def limits(self) -> Limits:
-        async with asyncio.timeout(START_TIMEOUT_S):
-            return await self._question("limits")
+        """Waits until the trunk has started."""
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                return await self._question("limits")
+        except TimeoutError:
+            text = f"the trunk did not start within {START_TIMEOUT_S:g} s"
+            raise EngineError(text) from None
+        except (RayError, RayServeException) as error:
+            raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
 
     async def stats(self) -> dict[str, Any]:
         """The trunk's statistics, or why there are none. A trunk that may sleep is not asked: the
@@ -249,14 +264,22 @@ class TrunkClient:
         try:
             async with asyncio.timeout(QUESTION_TIMEOUT_S):
                 return await self._question("stats")
-        except (RayError, RayServeException, TimeoutError) as error:
-            return {"healthy": False, "last_error": f"{type(error).__name__}: {error}"}
+        except TimeoutError:
+            why = f"the trunk did not answer within {QUESTION_TIMEOUT_S:g} s"
+        except (RayError, RayServeException) as error:
+            why = f"{type(error).__name__}: {last_line(error)}"
+        return {"healthy": False, "last_error": why}
 
     async def _question(self, method: str) -> Any:
         return await cast("DeploymentResponse[Any]", getattr(self._handle, method).remote())
 
 
-@serve.deployment(name="Ingress", max_ongoing_requests=MAX_ONGOING, graceful_shutdown_timeout_s=15)
+@serve.deployment(
+    name="Ingress",
+    max_ongoing_requests=MAX_ONGOING,
+    graceful_shutdown_timeout_s=15,
+    max_constructor_retry_count=1,
+)
 @serve.ingress()
 class Ingress:
     """The HTTP app in a process of its own: tokenizers and text here, tokens from the trunks."""
@@ -271,7 +294,6 @@ class Ingress:
         aliases: Mapping[str, Sequence[str]],
         experts: Mapping[str, ExpertBounds],
     ) -> None:
-        _announce("ingress")
         self._endpoint = endpoint
         self._aliases = aliases
         self._experts = experts
@@ -280,13 +302,8 @@ class Ingress:
         self._more_status = status
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        models = {}
-        for name, trunk in self._trunks.items():
-            limits = (await trunk.limits()).within(self._endpoint.limits)
-            limits = replace(limits, experts=self._experts.get(name, limits.experts))
-            models[name] = ServedModel(
-                name, self._tokenizers[name](), limits, trunk.generate, trunk.embed
-            )
+        with _starting("ingress"):
+            models = {name: await self._model(name, trunk) for name, trunk in self._trunks.items()}
         return create_app(
             models=models,
             status=self._status,
@@ -295,27 +312,41 @@ class Ingress:
             cors_origins=self._endpoint.cors_origins,
         )
 
+    async def _model(self, name: str, trunk: TrunkClient) -> ServedModel:
+        tokenizer = self._tokenizers[name]()
+        limits = (await trunk.limits()).within(self._endpoint.limits)
+        limits = replace(limits, experts=self._experts.get(name, limits.experts))
+        return ServedModel(name, tokenizer, limits, trunk.generate, trunk.embed)
+
     async def _status(self) -> dict[str, Any]:
-        stats = await asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
+        asked = asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
+        # All at the same time: each may take as long as one question may.
+        stats, more = await asyncio.gather(asked, self._more())
         models = dict(zip(self._trunks, stats, strict=True))
-        answer: dict[str, Any] = {"healthy": all(one["healthy"] for one in stats)}
-        if self._more_status is not None:
-            more = await self._more_status()
-            answer = {**more, "healthy": answer["healthy"] and more.get("healthy", True)}
+        healthy = all(one["healthy"] for one in stats) and more.get("healthy", True)
+        answer: dict[str, Any] = {**more, "healthy": healthy}
         return {**answer, "models": models}
+
+    async def _more(self) -> dict[str, Any]:
+        return {} if self._more_status is None else await self._more_status()
 
 
 async def _result(asked: DeploymentResponse[T]) -> T:
     return await asked
 
 
-def _announce(kind: Literal["trunk", "ingress"]) -> None:
+@contextmanager
+def _starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
+    """Around a replica's start: its log says whose it is, and its error is told."""
     try:
         replica = serve.get_replica_context()
     except RayServeException:
-        return  # not in a replica: a test's own process
+        yield  # not in a replica: a test's own process
+        return
     name = replica.deployment.removeprefix("Trunk-") if kind == "trunk" else kind
     announce(kind, name, cluster_of(replica.app_name))
+    with telling(replica.app_name, kind, name):
+        yield
 
 
 def build(

@@ -20,6 +20,7 @@ from ray.experimental.internal_kv import (
 
 from ..cluster.placement import ExpertKey
 from ..cluster.plan import Wishes
+from .start_failures import forget_start_failures
 
 _LATEST, _WISHES, _FLEET, _ASLEEP = "latest-term", "wishes", "fleet", "asleep"
 
@@ -80,6 +81,7 @@ def forget_last(namespace: str) -> None:
     """What a cluster of the same name left whose owner was killed."""
     for key in (_WISHES, _FLEET, _ASLEEP):
         _internal_kv_del(key, namespace=namespace)
+    forget_start_failures(namespace)
 
 
 def forget_all(namespace: str) -> None:

@@ -17,12 +17,13 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cluster.health import RouterPolicy
 from ..cluster.placement import LayerKey, Placement
 from ..cluster.serving_spec import EngineKind
 from ..cluster.transports import TransportChoice
+from ..models.tokenizer import read_tokenizer
 from ..models.trunk import (
     ExpertsLayer,
     connect_experts,
@@ -33,7 +34,7 @@ from ..models.trunk import (
     passes,
     read_config,
 )
-from ..proto.errors import ClusterError
+from ..proto.errors import ClusterError, in_words
 from .device import pick_device
 from .engine import Engine, EngineConfig
 from .ray_border import CONTROLLER
@@ -75,7 +76,7 @@ class PlacementWatch:
                 # Routing goes on with the last placement.
                 controller = None
                 if not self._stop.is_set():
-                    log.warning("no placements for now: %s", str(error).splitlines()[0])
+                    log.warning("no placements for now: %s", in_words(error).splitlines()[0])
                 self._stop.wait(0.5)
                 continue
             if placement is not None and not self._stop.is_set():
@@ -194,7 +195,7 @@ def engine_factory(config: TrunkConfig) -> Callable[[], Engine]:
         return _PoolEngine(
             open_trunk(own),
             config.engine,
-            lambda: AutoTokenizer.from_pretrained(config.model.path),
+            lambda: read_tokenizer(config.model.path or ""),
         )
 
     return build

@@ -28,7 +28,14 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..models.trunk import experts_layers, is_unmodified, meta_model, read_config
-from ..proto.errors import Busy, ClusterError, EngineError, InternalError, UnsupportedModel
+from ..proto.errors import (
+    Busy,
+    ClusterError,
+    EngineError,
+    InternalError,
+    UnsupportedModel,
+    in_words,
+)
 from .end_of_text import end_of_text
 from .engine import Delta, EngineConfig, EngineStats, Limits, Sampling
 from .grammar import Grammars
@@ -268,7 +275,7 @@ class VllmEngine:
             except Exception as error:
                 # Whatever it was, nobody may wait for it; Serve then replaces the trunk.
                 log.exception("vllm: a step failed")
-                self._last_error = f"{type(error).__name__}: {error}"
+                self._last_error = in_words(error)
                 self.streams.fail_all(EngineError(f"the engine failed: {self._last_error}"))
                 return
 

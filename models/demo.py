@@ -48,9 +48,7 @@ def demo_model(cache_dir: Path | None = None, progress: Progress | None = None) 
     """
     root = cache_dir or default_cache_dir()
     given = os.environ.get("MOESAIC_DEMO_GGUF")
-    stem, digest = (Path(given).stem, _digest(Path(given))) if given else ("", GGUF_SHA256)
-    stem = stem or Path(GGUF_NAME).stem
-    out = root / f"{stem}-{EXPERTS}x{TOP_K}-{digest[:8]}-v{VERSION}".lower()
+    out = _folder(root, given)
     if _complete(out):
         return out
     try:
@@ -70,6 +68,18 @@ def demo_model(cache_dir: Path | None = None, progress: Progress | None = None) 
             "with 2 GB free"
         ) from exc
     return out
+
+
+def made_demo() -> Path | None:
+    """The demo model's folder, if this machine has it already."""
+    out = _folder(default_cache_dir(), os.environ.get("MOESAIC_DEMO_GGUF"))
+    return out if _complete(out) else None
+
+
+def _folder(root: Path, given: str | None) -> Path:
+    stem, digest = (Path(given).stem, _digest(Path(given))) if given else ("", GGUF_SHA256)
+    stem = stem or Path(GGUF_NAME).stem
+    return root / f"{stem}-{EXPERTS}x{TOP_K}-{digest[:8]}-v{VERSION}".lower()
 
 
 def default_cache_dir() -> Path:

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..proto.errors import CheckpointError
+from ..proto.errors import CheckpointError, in_words
+from .files import INDEX_FILE, SINGLE_FILE
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_FETCH = "`moesaic inspect {path}` downloads and checks it, `moesaic up` does so when it starts"
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+# Folders hold the same weights in other forms, as gpt-oss's `original`.
+_IGNORED = ["*/*"]
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """Why a model that can be had is not in a folder of this machine."""
+
+    why: str
+
+
+def local_model(path: str) -> Path | NotYet:
+    """The folder of ``path`` if it is here already; nothing is made or downloaded.
+
+    Raises CheckpointError where `resolve_model` certainly would.
+    """
+    if path == "demo":
+        from .demo import made_demo
+
+        return made_demo() or NotYet("the demo model is made at the first start, in a minute")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    _check_hub_id(path, folder)
+    cached = _cached(path)
+    if cached is None:
+        return NotYet(f"{path!r} is not in the hub's cache here; {_FETCH.format(path=path)}")
+    if not _complete(cached):
+        return NotYet(f"{path!r} is in the hub's cache here in parts; {_FETCH.format(path=path)}")
+    return cached
 
 
 def resolve_model(path: str, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
@@ -24,18 +58,50 @@ def resolve_model(path: str, *, progress: Callable[[str, int, int], None] | None
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    if folder.exists() or not _HUB_ID.match(path) or path.startswith("."):
-        raise CheckpointError(
-            f"path: {path!r} is not a folder, not a hub id (owner/name), not demo"
-        )
+    _check_hub_id(path, folder)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        # Folders hold the same weights in other forms, as gpt-oss's `original`.
-        return Path(snapshot_download(path, allow_patterns=_WANTED, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(path, allow_patterns=_WANTED, ignore_patterns=_IGNORED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"path: {path!r} is no folder here, and the hub does not give it: "
-            f"{str(error).splitlines()[0]}"
+            f"{in_words(error).splitlines()[0]}"
         ) from error
+
+
+def _check_hub_id(path: str, folder: Path) -> None:
+    if folder.exists() or not _HUB_ID.match(path) or path.startswith("."):
+        raise CheckpointError(
+            f"path: {path!r} is not a folder, not a hub id (owner/name), not demo"
+        )
+
+
+def _cached(hub_id: str) -> Path | None:
+    """The folder of the newest snapshot that was downloaded here."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=_WANTED, ignore_patterns=_IGNORED, local_files_only=True
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a download has all weights: what is wrong in them is for others to say."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return (folder / SINGLE_FILE).is_file()
+    try:
+        named = json.loads(index.read_text())["weight_map"].values()
+        return all((folder / str(name)).is_file() for name in set(named))
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return True  # a broken index is named as such when it is read

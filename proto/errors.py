@@ -15,6 +15,7 @@ They cross the wire by name::
     |   |-- NotHere              this host does not hold the expert, or is another incarnation
     |   |-- Busy                 a bounded queue is full
     |   |-- Expired              the deadline passed before the work was done
+    |   |-- NoAnswer             a part of the cluster is too slow, or being restarted
     |   |-- HostLost             a host's connection ended
     |   |-- Corrupted            bytes changed on the way
     |   `-- Interrupted          an answer cannot go on where it was
@@ -29,14 +30,16 @@ They cross the wire by name::
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import ClassVar
 
 
 class MoesaicError(Exception):
-    """Base of every error that Moesaic raises on purpose.
+    """Something failed.
 
-    ``retryable`` says whether the same request may succeed when it is sent again;
-    ``http_status`` is what the endpoint answers with.
+    Base of every error that Moesaic raises on purpose. ``retryable`` says whether the same request
+    may succeed when it is sent again; ``http_status`` is what the endpoint answers with. The first
+    line of a class's docstring is what its errors say that were given no message.
     """
 
     retryable: ClassVar[bool] = False
@@ -46,17 +49,29 @@ class MoesaicError(Exception):
     def code(self) -> str:
         return type(self).__name__
 
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if text.strip() else _first_line(type(self))
+
 
 class BadInput(MoesaicError):
+    """What was given cannot be used."""
+
     http_status = 400
 
 
 class SpecError(BadInput):
-    """The spec has an unknown key or an impossible value; the message gives the key's path."""
+    """The spec has an unknown key or an impossible value.
+
+    The message gives the key's path.
+    """
 
 
 class RequestError(BadInput):
-    """An HTTP or SDK request is malformed; ``param`` names the field."""
+    """An HTTP or SDK request is malformed.
+
+    ``param`` names the field.
+    """
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -64,10 +79,14 @@ class RequestError(BadInput):
 
 
 class UnknownModel(RequestError):
+    """There is no such model."""
+
     http_status = 404
 
 
 class BodyTooLarge(RequestError):
+    """The body of a request has more bytes than are allowed."""
+
     http_status = 413
 
 
@@ -84,6 +103,8 @@ class UnsupportedModel(BadInput):
 
 
 class Retryable(MoesaicError):
+    """It did not work this time, and nothing is lost: send it again."""
+
     retryable = True
     http_status = 503
 
@@ -93,7 +114,10 @@ class NotHere(Retryable):
 
 
 class Busy(Retryable):
-    """A bounded queue is full; send again later or elsewhere: after ``retry_after_s``, if known."""
+    """A bounded queue is full; send it again later or elsewhere.
+
+    After ``retry_after_s``, if that is known.
+    """
 
     http_status = 429
     retry_after_s: float | None = None
@@ -103,6 +127,10 @@ class Expired(Retryable):
     """The deadline passed before the work was done; it was dropped, not computed."""
 
     http_status = 504
+
+
+class NoAnswer(Retryable):
+    """A part of the cluster did not answer in time; ask again."""
 
 
 class HostLost(Retryable):
@@ -118,9 +146,10 @@ class Interrupted(Retryable):
 
 
 class ExpertUnavailable(MoesaicError):
-    """No replica of an expert answered before the deadline; the message names the expert.
+    """No replica of an expert answered before the deadline.
 
-    ``is_back``, where a router in this process raised it: whether another try is worthwhile now.
+    The message names the expert. ``is_back``, where a router in this process raised it: whether
+    another try is worthwhile now.
     """
 
     retryable = True
@@ -129,7 +158,10 @@ class ExpertUnavailable(MoesaicError):
 
 
 class BadExpert(MoesaicError):
-    """An expert's output is not finite; the message names the expert."""
+    """An expert's output is not finite.
+
+    The message names the expert.
+    """
 
 
 class EngineError(MoesaicError):
@@ -148,7 +180,10 @@ class Superseded(ClusterError):
 
 
 class InternalError(MoesaicError):
-    """A defect of ours; the message holds the foreign error's text."""
+    """A defect of Moesaic's; its log has more.
+
+    The message holds the foreign error's text (`in_words`).
+    """
 
 
 def _tree(cls: type[MoesaicError]) -> dict[str, type[MoesaicError]]:
@@ -159,6 +194,24 @@ def _tree(cls: type[MoesaicError]) -> dict[str, type[MoesaicError]]:
 
 
 ERRORS: dict[str, type[MoesaicError]] = _tree(MoesaicError)
+
+
+def _first_line(cls: type[MoesaicError]) -> str:
+    return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+def in_words(error: BaseException) -> str:
+    """The type and the message of any exception: "KeyError: 'x'". One that has no message, as a
+    TimeoutError or a bare assertion, says where it was raised."""
+    name, text = type(error).__name__, str(error).strip()
+    if text:
+        return f"{name}: {text}"
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return name
+    return f"{name} in {PurePath(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
 
 
 def from_wire(code: str, message: str) -> MoesaicError:

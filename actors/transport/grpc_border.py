@@ -32,6 +32,7 @@ from ...proto.errors import (
     Retryable,
     UnknownModel,
     from_wire,
+    in_words,
 )
 from ...proto.limits import CHUNK_BYTES
 
@@ -118,7 +119,7 @@ def _pushback_s(call: grpc.Call) -> float | None:
 def to_grpc(error: Exception) -> tuple[grpc.StatusCode, str]:
     """Status and details of a failed RPC. A foreign exception is an InternalError."""
     if not isinstance(error, MoesaicError):
-        error = InternalError(f"{type(error).__name__}: {error}")
+        error = InternalError(in_words(error))
     status = next(status for cls, status in _TO_STATUS if isinstance(error, cls))
     return status, f"{error.code}: {error}"[:_DETAILS_CHARS]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...proto.errors import in_words
 from ..control import Control
 from ..fleet import Fleet
 from ..placement import ExpertKey
@@ -123,7 +124,7 @@ class World:
         except Exception as error:
             # Whatever it is: a real process would have failed here.
             self.lines += traceback.format_exc().splitlines()
-            self.fail("no process fails", f"{type(error).__name__}: {error}", event.what)
+            self.fail("no process fails", in_words(error), event.what)
             return
         facts, self._facts = self._facts, []
         broken = self.invariants.check(facts)

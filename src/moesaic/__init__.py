@@ -19,7 +19,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .about import inspect_model, versions
+    from .about import check_spec, inspect_model, versions
     from .bench import measure_load
     from .client import AsyncClient, Client
     from .cluster.spec import Spec, load_spec
@@ -42,6 +42,7 @@ __all__ = [
     "MoesaicError",
     "RouterClient",
     "Spec",
+    "check_spec",
     "connect",
     "inspect_model",
     "load_spec",
@@ -60,6 +61,7 @@ _HOMES = {
     "MoesaicError": "proto.errors",
     "RouterClient": "router_client",
     "Spec": "cluster.spec",
+    "check_spec": "about",
     "connect": "connecting",
     "inspect_model": "about",
     "load_spec": "cluster.spec",

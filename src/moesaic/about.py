@@ -7,6 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from .actors.check_model import CheckedModel
+    from .actors.findings import Finding
+    from .cluster.spec import Spec
     from .models.describe import Described
 
 _PACKAGES = ("moesaic", "ray", "torch", "transformers", "vllm", "grpcio", "protobuf")
@@ -34,3 +37,27 @@ def inspect_model(
     from .models.source import resolve_model
 
     return describe(resolve_model(model), getattr(torch, dtype))
+
+
+def check_model(
+    model: str, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+) -> CheckedModel:
+    """`inspect_model`, and all that is wrong with its folder: tensors, tokenizer, chat template.
+
+    Raises CheckpointError where there is no such model.
+    """
+    import torch
+
+    from .actors.check_model import check_model as check
+    from .models.source import resolve_model
+
+    # Without a tokenizer an endpoint cannot serve it; a pool, a router service and the SDK do.
+    return check(resolve_model(model), getattr(torch, dtype), key="model", tokenizer="warning")
+
+
+def check_spec(spec: Spec) -> list[Finding]:
+    """All that would keep `up` from starting ``spec``, as far as it can be known before; also what
+    is odd, and what could not be checked."""
+    from .actors.preflight import preflight
+
+    return preflight(spec).findings

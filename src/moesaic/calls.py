@@ -22,6 +22,7 @@ from .proto.errors import (
     MoesaicError,
     RequestError,
     from_wire,
+    in_words,
 )
 
 CONNECT_TIMEOUT_S = 5.0
@@ -272,11 +273,11 @@ def mapping_errors() -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        raise ClusterError(f"the endpoint cannot be reached: {error}") from error
+        raise ClusterError(f"the endpoint cannot be reached: {in_words(error)}") from error
     except httpx.TimeoutException as error:
         raise Expired(f"the endpoint did not answer in time: {type(error).__name__}") from error
     except httpx.TransportError as error:
-        raise EngineError(f"the connection was lost: {error}") from error
+        raise EngineError(f"the connection was lost: {in_words(error)}") from error
 
 
 def checked(response: httpx.Response, accept: Sequence[int] = (200,)) -> Json:

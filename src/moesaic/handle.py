@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -19,13 +20,22 @@ from .cluster.spec import Spec, load_spec, parse_spec
 from .logs import Kind, LogLine, read_logs
 from .operating import Operating, quiet
 from .proto.errors import ClusterError
-from .session import Session, find_session, need_session, remove_session, write_session
+from .session import (
+    Session,
+    find_session,
+    need_session,
+    note_logs,
+    remove_session,
+    write_session,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .actors.launch import Launched, Progress
     from .actors.trunk import PoolTrunk
+
+log = logging.getLogger(__name__)
 
 DOWN_TIMEOUT_S = 60.0
 
@@ -36,11 +46,18 @@ def _spec(spec: Spec | Mapping[str, Any] | str | Path) -> Spec:
     return parse_spec(dict(spec)) if isinstance(spec, Mapping) else load_spec(spec)
 
 
-def up(spec: Spec | Mapping[str, Any] | str | Path, *, progress: Progress | None = None) -> Cluster:
+def up(
+    spec: Spec | Mapping[str, Any] | str | Path,
+    *,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] = log.warning,
+) -> Cluster:
     """Start a cluster from a spec, its values, or a YAML file, and wait until it answers.
 
-    The calling process owns it: it ends with the process, with `Cluster.down`, or with the `with`
-    block. Raises SpecError, CheckpointError, UnsupportedModel and ClusterError.
+    All that can be checked is checked before anything starts (`check_spec`): errors are raised,
+    ``warn`` is told the rest. The calling process owns the cluster: it ends with the process, with
+    `Cluster.down`, or with the `with` block. Raises SpecError, CheckpointError, UnsupportedModel
+    and ClusterError.
     """
     wanted = _spec(spec)
     if find_session(wanted.name) is not None:
@@ -53,7 +70,7 @@ def up(spec: Spec | Mapping[str, Any] | str | Path, *, progress: Progress | None
     from .actors.launch import launch
     from .actors.ray_border import log_folder, ray_address
 
-    launched = launch(wanted, progress or quiet)
+    launched = launch(wanted, progress or quiet, warn, lambda: note_logs(wanted.name, log_folder()))
     session = write_session(
         name=wanted.name,
         ray_address=ray_address(),

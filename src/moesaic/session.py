@@ -108,3 +108,25 @@ def need_session(name: str) -> Session:
 
 def remove_session(name: str) -> None:
     _file(name).unlink(missing_ok=True)
+
+
+def note_logs(name: str, folder: str) -> None:
+    """Where the cluster's processes print, so that a start that fails can be read about."""
+    file = _file(name).with_suffix(".logs")
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file.write_text(folder)
+
+
+def logged_session(name: str) -> Session:
+    """The running cluster of that name, or what is left of the last one: its logs. Raises
+    ClusterError when there is neither."""
+    session = find_session(name)
+    if session is not None:
+        return session
+    try:
+        folder = _file(name).with_suffix(".logs").read_text()
+    except OSError:
+        return need_session(name)
+    return Session(
+        name=name, pid=0, started=0.0, ray_address="", embedded=True, url=None, logs=folder
+    )

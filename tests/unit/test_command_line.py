@@ -22,14 +22,15 @@ from moesaic.bench import Percentiles, measure_load
 from moesaic.cli import talk
 from moesaic.cli.exit_codes import EXIT_CODES
 from moesaic.cli.main import app, main
+from moesaic.cli.progress import Lines, read_lines
 from moesaic.client import Client
 from moesaic.cluster.glance import standing
 from moesaic.cluster.load import LoadReport, LoadTracker
 from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, Replica
 from moesaic.cluster.plan import Wishes
 from moesaic.logs import LogLine, read_logs
-from moesaic.proto.errors import ClusterError, RequestError
-from moesaic.session import Session, session_dir
+from moesaic.proto.errors import CheckpointError, ClusterError, RequestError
+from moesaic.session import Session, note_logs, session_dir
 from tests.helpers.documented import COMMANDS, rows
 
 Capture = pytest.CaptureFixture[str]
@@ -339,6 +340,28 @@ def test_logs_that_there_are_not(session: Session) -> None:
         read(session, "trunk")
     with pytest.raises(RequestError, match="'hots' is none of"):
         read(session, "hots")
+
+
+def test_logs_of_a_start_that_failed(session: Session, capsys: Capture) -> None:
+    note_logs("c", session.logs or "")
+    assert main(["logs", "host", "--tail", "1", "--name", "c"]) == 0
+    assert "host-0 9: again" in capsys.readouterr().out
+    assert main(["logs", "host", "--name", "d"]) == 1
+    assert "no cluster 'd' is running here" in capsys.readouterr().err
+
+
+def test_what_a_detached_start_tells_is_passed_on(tmp_path: Path) -> None:
+    shown: list[Any] = []
+    with (tmp_path / "pipe").open("w+") as pipe:
+        lines = Lines(pipe.fileno())
+        lines.report("starting Ray", 0, 1)
+        lines.warn("warning: models.0.path: no chat template")
+        lines.fail(CheckpointError("two\n  lines"))
+        pipe.seek(0)
+        failed = read_lines(pipe, lambda *step: shown.append(step), shown.append)
+    assert shown == [("starting Ray", 0, 1), "warning: models.0.path: no chat template"]
+    assert type(failed) is CheckpointError
+    assert str(failed) == "two\n  lines"
 
 
 def test_logs_are_followed_line_by_line(session: Session) -> None:

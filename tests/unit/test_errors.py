@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import pickle
 import re
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
 
+import grpc
+import httpx
 import pytest
 
+from moesaic.actors import ingress
+from moesaic.actors.http_edge import error_answer, event_stream
 from moesaic.actors.http_responses import error_response
-from moesaic.calls import error_of
+from moesaic.actors.serve_app import Failure
+from moesaic.actors.transport.grpc_border import from_grpc, to_grpc
+from moesaic.calls import error_of, mapping_errors
+from moesaic.cli import main as command_line
 from moesaic.proto import errors
 from moesaic.proto.errors import (
     ERRORS,
@@ -18,6 +30,7 @@ from moesaic.proto.errors import (
     RequestError,
     Retryable,
     from_wire,
+    in_words,
 )
 from moesaic.proto.expert_pb2 import Frame
 
@@ -105,6 +118,7 @@ STATUS = {
     "Busy": 429,
     "Expired": 504,
     "NotHere": 503,
+    "NoAnswer": 503,
     "HostLost": 503,
     "ExpertUnavailable": 503,
     "EngineError": 503,
@@ -127,3 +141,194 @@ def test_statuses_are_sane(cls: type[MoesaicError]) -> None:
         assert cls.retryable
     if cls.__name__ in STATUS:
         assert cls.http_status == STATUS[cls.__name__]
+
+
+# ---- no empty messages ---------------------------------------------------------------------------
+
+
+class _Ended(grpc.RpcError, grpc.Call):
+    """A failed RPC as a client sees it."""
+
+    def __init__(self, status: grpc.StatusCode, details: str) -> None:
+        self._said = status, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._said[0]
+
+    def details(self) -> str:
+        return self._said[1]
+
+    def trailing_metadata(self) -> Any:
+        return ()
+
+
+def _ended(error: MoesaicError) -> grpc.RpcError:
+    return _Ended(*to_grpc(error))  # pyright: ignore[reportAbstractUsage]
+
+
+class _Connected:
+    """What `event_stream` needs of a request whose client stays."""
+
+    async def receive(self) -> dict[str, str]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def _sse(error: Exception) -> dict[str, Any]:
+    """The event of an error behind the first chunk."""
+
+    async def chunks() -> AsyncGenerator[Any, None]:
+        yield error_response(InternalError("a chunk"))
+        raise error
+
+    request: Any = _Connected()
+    response = await event_stream(request, chunks())
+    lines = [line async for line in response.body_iterator]
+    return json.loads(str(lines[-1]).removeprefix("data: "))
+
+
+@pytest.mark.parametrize("message", ["", " ", "\n"])
+@every_class
+async def test_no_error_has_an_empty_message_at_any_border(
+    cls: type[MoesaicError],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = cls(message)
+    body = json.loads(bytes(error_answer(error).body))["error"]
+    event = (await _sse(error))["error"]
+    told = {
+        "itself": str(error),
+        "http": body["message"],
+        "sse": event["message"],
+        "sdk": str(error_of({**body, "message": message})),
+        "ray": str(Failure.of(error).error()),
+        "grpc": str(from_grpc(_ended(error), "peer")).removeprefix("peer: "),
+        "wire": str(from_wire(error.code, message)),
+    }
+
+    def run(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(command_line, "app", run)
+    assert command_line.main([]) == 1
+    told["command line"] = capsys.readouterr().err.removeprefix("error: ").strip()
+    words = (cls.__doc__ or "").partition("\n")[0]
+    assert told == dict.fromkeys(told, words)
+    assert len(words) > 15
+    assert words.endswith(".") and "``" not in words, "a sentence for whoever reads an error"
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), AssertionError(), OSError(), KeyError("x")])
+async def test_foreign_errors_have_words_at_every_border(error: Exception) -> None:
+    try:
+        raise error
+    except Exception as caught:
+        words = in_words(caught)
+    name = type(error).__name__
+    assert re.fullmatch(rf"{name}: 'x'|{name} in test_errors.py:\d+", words)
+    assert in_words(type(error)("x")).startswith(f"{name}: ")
+    assert in_words(TimeoutError()) == "TimeoutError"
+    assert (await _sse(error))["error"]["message"].startswith(name)
+    assert to_grpc(error)[1].startswith(f"InternalError: {name}")
+
+
+@pytest.mark.parametrize("kind", [httpx.ConnectError, httpx.ReadError, httpx.ReadTimeout])
+def test_connections_that_fail_without_a_word(kind: type[httpx.TransportError]) -> None:
+    with pytest.raises(MoesaicError) as caught, mapping_errors():
+        raise kind("")
+    assert not str(caught.value).endswith(": ")
+    assert kind.__name__ in str(caught.value)
+
+
+def test_an_error_of_the_system_without_a_word_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(**_: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(command_line, "app", run)
+    assert command_line.main([]) == 1
+    assert capsys.readouterr().err.startswith("error: OSError in test_errors.py:")
+
+
+def test_nobody_writes_a_foreign_error_that_may_be_empty() -> None:
+    """`in_words` says something for every exception; this form ends with nothing for a timeout."""
+    root = Path(errors.__file__).resolve().parents[1]
+    rooms = ("actors", "cluster", "kernels", "models", "proto", "src/moesaic")
+    form = re.compile(r"type\((\w+)\)\.__name__\}: \{\1\}")
+    files = [file for room in rooms for file in (root / room).rglob("*.py")]
+    assert len(files) > 100
+    assert [str(file) for file in files if form.search(file.read_text())] == []
+
+
+# ---- expected waits ------------------------------------------------------------------------------
+
+
+async def _status_of(status: Any) -> httpx.Response:
+    app = ingress.create_app(models={}, status=status, max_body_bytes=10)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        health = await client.get("/healthz")
+        assert (health.status_code, health.json()) == (503, {"healthy": False})
+        assert (await client.get("/metrics")).status_code == 200
+        return await client.get("/status")
+
+
+async def test_a_slow_cluster_is_no_defect_of_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "STATUS_TIMEOUT_S", 0.01)
+
+    async def never() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    answer = await _status_of(never)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"] == {
+        "message": "the cluster's status did not come within 0.01 s; ask again",
+        "type": "server_error",
+        "param": None,
+        "code": "NoAnswer",
+    }
+
+
+async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    from moesaic.actors import endpoint, serve_app
+
+    async def late() -> None:
+        await asyncio.Event().wait()
+
+    async def failing(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(endpoint, "QUESTION_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(serve_app, "QUESTION_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(serve_app, "START_TIMEOUT_S", 0.01)
+    with pytest.raises(
+        MoesaicError, match=r"the controller did not answer within 0\.01 s"
+    ) as caught:
+        await endpoint.answered(late())
+    assert caught.value.http_status == 503
+    with pytest.raises(MoesaicError, match="the controller is being started anew") as caught:
+        await endpoint.answered(failing(ActorDiedError()))
+    assert caught.value.http_status == 503
+    defect = RayTaskError("status", "trace", KeyError("x"))
+    with pytest.raises(InternalError, match="the controller: KeyError: 'x'"):
+        await endpoint.answered(failing(defect))
+
+    class Silent(serve_app.TrunkClient):
+        def __init__(self) -> None:
+            self._cold_start_s = None
+
+        async def _question(self, method: str) -> Any:
+            await late()
+
+    assert await Silent().stats() == {
+        "healthy": False,
+        "last_error": "the trunk did not answer within 0.01 s",
+    }
+    with pytest.raises(MoesaicError, match=r"the trunk did not start within 0\.01 s"):
+        await Silent().limits()

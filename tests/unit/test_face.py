@@ -30,7 +30,7 @@ IN_PYTHON = {
     "rollback": "moesaic:Cluster.rollback",
     "scale": "moesaic:Cluster.scale",
     "simulate": "moesaic.cluster.simulator.compare:compare",
-    "spec check": "moesaic:load_spec",
+    "spec check": "moesaic:check_spec",
     "spec docs": "moesaic.cluster.spec_page:spec_page",
     "spec schema": "moesaic:Spec.model_json_schema",
     "status": "moesaic:Cluster.status",

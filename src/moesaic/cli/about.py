@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from ..about import inspect_model as describe_model
-from ..about import versions
+from .. import about
+from ..actors.findings import Finding, errors_of, raise_errors, said
 from ..cluster.spec import Spec, load_spec
 from ..cluster.spec_page import spec_page
 from ..cluster.spec_text import bytes_of
+from ..proto.errors import SpecError
 from .output import print_json
+
+if TYPE_CHECKING:
+    from ..models.describe import Described
 
 out = Console(highlight=False)
 
@@ -33,7 +39,7 @@ def register(app: typer.Typer) -> None:
 
 def show_version(as_json: JsonOption = False) -> None:
     """Show the versions of Moesaic and of what it runs on."""
-    found = versions()
+    found = about.versions()
     if as_json:
         print_json(found)
         return
@@ -55,13 +61,24 @@ def inspect_model(
         memory_bytes = bytes_of(memory)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--memory") from None
-    found = describe_model(model, dtype)
+    checked = about.check_model(model, dtype)
+    if checked.described is None:
+        raise_errors(checked.findings)
+    found = cast("Described", checked.described)
     try:
         hosts = found.hosts(memory_bytes, replicas)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--memory") from None
     if as_json:
-        print_json({**asdict(found), "hosts": hosts, "memory_bytes": memory_bytes})
+        print_json(
+            {
+                **asdict(found),
+                "hosts": hosts,
+                "memory_bytes": memory_bytes,
+                "findings": _plain(checked.findings),
+            }
+        )
+        raise_errors(checked.findings)
         return
     table = Table(show_header=False, box=None)
     numbers = sorted(set(found.layers.values()))
@@ -81,21 +98,35 @@ def inspect_model(
         if words:
             table.add_row(name, words)
     out.print(table)
+    _print_findings([one for one in checked.findings if one.severity != "error"])
+    raise_errors(checked.findings)
 
 
 @spec_app.command("check")
 def check_spec(
     file: Annotated[Path, typer.Argument(help="A YAML file.")],
-    as_json: Annotated[bool, typer.Option("--json", help="The whole spec, as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The whole spec and the findings, as JSON.")
+    ] = False,
 ) -> None:
-    """Read a spec as `up` would, with overrides from the environment, and start nothing."""
+    """Check all that can be checked of a spec and its models before `up`, and start nothing."""
     spec = load_spec(file)
+    findings = about.check_spec(spec)
+    number = len(errors_of(findings))
     if as_json:
-        print_json(spec.model_dump(mode="json"))
-        return
-    models = ", ".join(model.name for model in spec.models) or "no models"
-    hosts = "host" if spec.num_hosts == 1 else "hosts"
-    out.print(f"{file} is a good spec: cluster {spec.name}, {spec.num_hosts} {hosts}, {models}")
+        print_json({**spec.model_dump(mode="json"), "findings": _plain(findings)})
+    else:
+        _print_findings(findings)
+        models = ", ".join(model.name for model in spec.models) or "no models"
+        hosts = "host" if spec.num_hosts == 1 else "hosts"
+        if not number:
+            what = "is a good spec" if not findings else "can be started"
+            rest = f" ({said(findings)})" if findings else ""
+            out.print(
+                f"{file} {what}{rest}: cluster {spec.name}, {spec.num_hosts} {hosts}, {models}"
+            )
+    if number:
+        raise SpecError(f"{file}: cannot be started: {said(findings)}")
 
 
 @spec_app.command("schema")
@@ -108,6 +139,23 @@ def print_schema() -> None:
 def print_page() -> None:
     """Print every key of a spec with its type, default, bounds and meaning, as Markdown."""
     sys.stdout.write(spec_page())
+
+
+def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    return [asdict(finding) for finding in findings]
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    """A line for each; on a terminal they are broken beside what they say, not below it."""
+    if not out.is_terminal:
+        for finding in findings:
+            print(f"{finding.severity}: {finding}")
+        return
+    table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
+    for finding in findings:
+        table.add_row(finding.severity, escape(str(finding)))
+    if findings:
+        out.print(table)
 
 
 def _size(value: int) -> str:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..proto.errors import MoesaicError
+from ..proto.errors import MoesaicError, in_words
 from . import about, load, operate, talk, watch
 from .exit_codes import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE
 from .output import print_json
@@ -157,8 +157,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _failed(error: Exception) -> int:
     # Not wrapped: whoever searches in it finds what it says.
-    err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    err.print(f"[red]error:[/red] {escape(_words(error))}", highlight=False, soft_wrap=True)
     return FAILED
+
+
+def _words(error: Exception) -> str:
+    text = str(error)
+    return text if text.strip() else in_words(error)
 
 
 def run() -> None:

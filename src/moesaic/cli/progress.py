@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..proto.errors import MoesaicError, from_wire
 
 # (what is being done, done, of how many)
 Report = Callable[[str, int, int], None]
@@ -34,14 +38,37 @@ def bars(console: Console) -> Iterator[Report]:
         yield report
 
 
-@contextmanager
-def lines(fd: int) -> Iterator[Report]:
-    """Progress as JSON lines on ``fd``, for a process that shows it."""
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Progress, warnings and the error that ends it, as JSON lines for a process that shows them
+    (`read_lines`)."""
 
-    def report(step: str, done: int, total: int) -> None:
-        os.write(fd, json.dumps([step, done, total]).encode() + b"\n")
+    fd: int
 
-    try:
-        yield report
-    finally:
-        os.close(fd)
+    def report(self, step: str, done: int, total: int) -> None:
+        self._write([step, done, total])
+
+    def warn(self, text: str) -> None:
+        self._write({"warning": text})
+
+    def fail(self, error: MoesaicError) -> None:
+        self._write({"code": error.code, "error": str(error)})
+
+    def _write(self, line: Any) -> None:
+        os.write(self.fd, json.dumps(line).encode() + b"\n")
+
+
+def read_lines(
+    lines: Iterable[str], report: Report, warn: Callable[[str], None]
+) -> MoesaicError | None:
+    """Pass on what `Lines` wrote; gives the error."""
+    failed = None
+    for line in lines:
+        match json.loads(line):
+            case {"warning": text}:
+                warn(text)
+            case {"code": code, "error": text}:
+                failed = from_wire(code, text)
+            case [step, done, total]:
+                report(step, done, total)
+    return failed

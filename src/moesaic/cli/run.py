@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 from ..cluster.spec import Spec, load_spec
-from ..proto.errors import ClusterError
+from ..proto.errors import ClusterError, MoesaicError
 from ..session import find_session, session_dir
 from .output import print_json
-from .progress import bars, lines
+from .progress import Lines, Report, bars, read_lines
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -29,14 +29,26 @@ def run_foreground(path: Path, progress_fd: int, *, as_json: bool = False) -> No
     _stop_on_signals(stop)
     from ..handle import up
 
-    with lines(progress_fd) if progress_fd >= 0 else bars(err) as progress:
-
-        def interruptible(step: str, done: int, total: int) -> None:
+    def interruptible(report: Report) -> Report:
+        def progress(step: str, done: int, total: int) -> None:
             if stop.is_set():
                 raise KeyboardInterrupt
-            progress(step, done, total)
+            report(step, done, total)
 
-        cluster = up(spec, progress=interruptible)
+        return progress
+
+    if progress_fd < 0:
+        with bars(err) as report:
+            cluster = up(spec, progress=interruptible(report), warn=_warn)
+    else:
+        lines = Lines(progress_fd)
+        try:
+            cluster = up(spec, progress=interruptible(lines.report), warn=lines.warn)
+        except MoesaicError as error:
+            lines.fail(error)
+            raise
+        finally:
+            os.close(progress_fd)
     with cluster:
         _show(spec, cluster.url, cluster.router, os.getpid(), as_json=as_json)
         if progress_fd < 0:
@@ -116,18 +128,24 @@ def run_detached(path: Path, *, as_json: bool = False) -> None:
     os.close(writer)
     try:
         with os.fdopen(reader) as steps, bars(err) as progress:
-            for line in steps:
-                progress(*json.loads(line))
+            failed = read_lines(steps, progress, _warn)
     except KeyboardInterrupt:
         child.terminate()
         raise
     session = find_session(spec.name)
+    if failed is not None:
+        child.wait(timeout=60)
+        raise failed
     if session is None:
         child.wait(timeout=60)
         raise ClusterError(f"the cluster did not start; {log} ends with: {_last_line(log)}")
     _show(spec, session.url, session.router, session.pid, as_json=as_json)
     end = "moesaic down" if spec.name == "local" else f"moesaic down --name {spec.name}"
     err.print(f"It runs in the background (process {session.pid}, log {log}); `{end}` ends it.")
+
+
+def _warn(text: str) -> None:
+    err.print(text, markup=False, soft_wrap=True)
 
 
 def _last_line(log: Path) -> str:

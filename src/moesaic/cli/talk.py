@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..client import Chunk, Client, Options
 from ..proto.errors import ClusterError, MoesaicError
@@ -163,7 +164,7 @@ def converse(talk: Conversation) -> None:
         except MoesaicError as error:
             if not sys.stdin.isatty():
                 raise
-            err.print(f"[red]error:[/red] {error}", markup=True, soft_wrap=True)
+            err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
 
 
 def _command(talk: Conversation, text: str) -> bool:

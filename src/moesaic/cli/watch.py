@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..handle import connect
-from ..logs import KINDS, Kind
+from ..logs import KINDS, Kind, read_logs
 from ..proto.errors import CheckpointError, ClusterError
+from ..session import logged_session
 from ..traces import write_trace
 from .output import print_json
 from .progress import bars
@@ -87,7 +88,8 @@ def logs(
     """Show what the cluster's processes on this machine printed, those of dead ones too."""
     wanted: list[Kind] = [_kind(kind) for kind in kinds or ()]
     with _until_ctrl_c() as stop:
-        lines = connect(name).logs(wanted, host=host, tail=tail, follow=follow, stop=stop)
+        session = logged_session(name)
+        lines = read_logs(session, wanted, host=host, tail=tail, follow=follow, stop=stop)
         for line in lines:
             text = json.dumps(asdict(line)) if as_json else f"{line.name} {line.pid}: {line.text}"
             print(text, flush=follow)

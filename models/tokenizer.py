@@ -1,0 +1,47 @@
+"""The tokenizer of a model's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..proto.errors import CheckpointError
+
+# Files that hold a vocabulary, beside those that a tokenizer's own class names.
+_VOCABULARIES = ("tokenizer.json", "tekken.json", "*.model", "*.tiktoken", "vocab.*")
+
+
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in ``folder``; code that lies there is not run.
+
+    Raises CheckpointError where it is missing or damaged. transformers makes some without any file:
+    such a one knows no words, and every prompt would be empty.
+    """
+    folder = Path(folder)
+    there = any(path.is_file() for pattern in _VOCABULARIES for path in folder.glob(pattern))
+    try:
+        found: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        # The libraries below raise whatever their parsers do.
+        if not there:
+            raise CheckpointError(_missing(folder)) from error
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be read: {type(error).__name__}: {_short(error)}"
+        ) from error
+    named = set(getattr(type(found), "vocab_files_names", {}).values())
+    if named and not there and not any((folder / name).is_file() for name in named):
+        raise CheckpointError(_missing(folder))
+    return found
+
+
+def _missing(folder: Path) -> str:
+    return (
+        f"{folder}: no tokenizer: there is no tokenizer.json, nor any other file of a vocabulary; "
+        "copy the files tokenizer* of the model's publisher into the folder"
+    )
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or "no further word"
