@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from moesaic.actors.endpoint import expert_bounds
 from moesaic.actors.engine import ExpertBounds, Sampling
+from moesaic.actors.preflight import bounds_of, check_experts
 from moesaic.cluster.spec import ModelSpec
-from moesaic.proto.errors import ClusterError, RequestError
+from moesaic.models.describe import describe
+from moesaic.proto.errors import RequestError
 from tests.helpers.served_pool import ServedPool, save_served_model, served_pool
 
 TOKENS = 8
@@ -125,10 +126,14 @@ def test_what_is_granted(bounds: ExpertBounds, asked: int | None, granted: int |
 
 
 def test_a_spec_of_more_than_the_model_has_is_refused(folder: Path) -> None:
+    described = describe(folder, torch.float32)
     spec = ModelSpec(name="m", path=str(folder), min_experts_per_token=1, experts_per_token=2)
-    assert expert_bounds(spec, folder) == ExpertBounds(most=2, default=2, least=1)
-    with pytest.raises(ClusterError, match=r"models\.experts_per_token: 3, but 'm' has 2 experts"):
-        expert_bounds(spec.model_copy(update={"experts_per_token": 3}), folder)
+    assert bounds_of(spec, described) == ExpertBounds(most=2, default=2, least=1)
+    assert list(check_experts(spec, described, "models.0")) == []
+    more = spec.model_copy(update={"experts_per_token": 3})
+    (found,) = check_experts(more, described, "models.0")
+    assert (found.severity, found.path) == ("error", "models.0.experts_per_token")
+    assert found.message == "3, but 'm' has 2 experts for a token"
 
 
 def test_the_default_is_the_specs(folder: Path) -> None:

@@ -23,10 +23,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from moesaic.actors.attach import expert_tensors
-from moesaic.actors.endpoint import check_weights
-from moesaic.actors.store import ModelRef
+from moesaic.actors.preflight import check_weights
 from moesaic.cli.main import main
-from moesaic.cluster.spec import parse_spec
+from moesaic.cluster.spec import ModelSpec, parse_spec
 from moesaic.models import quantised
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.describe import describe
@@ -678,8 +677,14 @@ def test_other_forms_beside_a_checkpoint_are_not_downloaded(
 
 def test_vllm_does_not_read_them(form: Form) -> None:
     folder, _ = form("gpt-oss")
-    plain = str(folder.with_name("m-plain"))
     spec = parse_spec({"name": "a", "hosts": [{"count": 1}], "trunk": {"engine": "vllm"}})
-    check_weights(spec, ModelRef(name="plain", dtype="float32", path=plain))
-    with pytest.raises(UnsupportedModel, match=r"trunk\.engine: vllm .* 'm', .*mxfp4"):
-        check_weights(spec, ModelRef(name="m", dtype="float32", path=str(folder)))
+    plain = ModelSpec(name="plain", path=str(folder.with_name("m-plain")))
+    assert not list(check_weights(spec, plain, describe(Path(plain.path), torch.float32)))
+    model = ModelSpec(name="m", path=str(folder))
+    (found,) = check_weights(spec, model, describe(folder, torch.float32))
+    assert (found.severity, found.path, found.code) == (
+        "error",
+        "trunk.engine",
+        "UnsupportedModel",
+    )
+    assert re.match("vllm does not read the trunk of model 'm', .*mxfp4", found.message)
