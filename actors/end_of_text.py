@@ -75,7 +75,10 @@ def _load(tokenizer: Callable[[], PreTrainedTokenizerBase] | None) -> Any:
         return tokenizer()
     except Exception as error:
         # Whatever is wrong with it, token ids can be served without; what needs it will say so.
-        log.warning("end of text: the configurations alone count, without a tokenizer: %s", error)
+        log.warning(
+            "end of text: the configurations alone count, without a tokenizer: %s",
+            str(error).partition("\n")[0] or type(error).__name__,
+        )
         return None
 
 
