@@ -23,10 +23,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from moesaic.actors.attach import expert_tensors
-from moesaic.actors.endpoint import check_weights
-from moesaic.actors.store import ModelRef
 from moesaic.cli.main import main
-from moesaic.cluster.spec import parse_spec
 from moesaic.models import quantised
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.describe import describe
@@ -462,12 +459,3 @@ def test_other_forms_beside_a_checkpoint_are_not_downloaded(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert str(resolve_model("openai/gpt-oss-20b")) == "model.safetensors+config.json"
-
-
-def test_vllm_does_not_read_them(form: Form) -> None:
-    folder, _ = form("gpt-oss")
-    plain = str(folder.with_name("m-plain"))
-    spec = parse_spec({"name": "a", "hosts": [{"count": 1}], "trunk": {"engine": "vllm"}})
-    check_weights(spec, ModelRef(name="plain", dtype="float32", path=plain))
-    with pytest.raises(UnsupportedModel, match=r"trunk\.engine: vllm .* 'm', .*mxfp4"):
-        check_weights(spec, ModelRef(name="m", dtype="float32", path=str(folder)))
