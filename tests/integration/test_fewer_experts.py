@@ -14,10 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.actors.engine import ExpertBounds, Sampling
-from moesaic.actors.preflight import bounds_of, check_experts
-from moesaic.cluster.spec import ModelSpec
-from moesaic.models.describe import describe
-from moesaic.proto.errors import RequestError
+from moesaic.actors.findings import raise_errors
+from moesaic.actors.preflight import bounds_of, preflight
+from moesaic.cluster.spec import parse_spec
+from moesaic.proto.errors import ClusterError, RequestError
 from tests.helpers.served_pool import ServedPool, save_served_model, served_pool
 
 TOKENS = 8
@@ -126,14 +126,13 @@ def test_what_is_granted(bounds: ExpertBounds, asked: int | None, granted: int |
 
 
 def test_a_spec_of_more_than_the_model_has_is_refused(folder: Path) -> None:
-    described = describe(folder, torch.float32)
-    spec = ModelSpec(name="m", path=str(folder), min_experts_per_token=1, experts_per_token=2)
-    assert bounds_of(spec, described) == ExpertBounds(most=2, default=2, least=1)
-    assert list(check_experts(spec, described, "models.0")) == []
-    more = spec.model_copy(update={"experts_per_token": 3})
-    (found,) = check_experts(more, described, "models.0")
-    assert (found.severity, found.path) == ("error", "models.0.experts_per_token")
-    assert found.message == "3, but 'm' has 2 experts for a token"
+    model = {"name": "m", "path": str(folder), "min_experts_per_token": 1, "experts_per_token": 2}
+    spec = parse_spec({"models": [model], "endpoint": {"port": 0}})
+    described = preflight(spec).described["m"]
+    assert bounds_of(spec.models[0], described) == ExpertBounds(most=2, default=2, least=1)
+    more = parse_spec({"models": [model | {"experts_per_token": 3}], "endpoint": {"port": 0}})
+    with pytest.raises(ClusterError, match=r"experts_per_token: 3, but 'm' has 2 experts"):
+        raise_errors(preflight(more).findings)
 
 
 def test_the_default_is_the_specs(folder: Path) -> None:

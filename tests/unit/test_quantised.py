@@ -23,9 +23,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from moesaic.actors.attach import expert_tensors
-from moesaic.actors.preflight import check_weights
 from moesaic.cli.main import main
-from moesaic.cluster.spec import ModelSpec, parse_spec
 from moesaic.models import quantised
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.describe import describe
@@ -673,18 +671,3 @@ def test_other_forms_beside_a_checkpoint_are_not_downloaded(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert str(resolve_model("openai/gpt-oss-20b")) == "model.safetensors+config.json"
-
-
-def test_vllm_does_not_read_them(form: Form) -> None:
-    folder, _ = form("gpt-oss")
-    spec = parse_spec({"name": "a", "hosts": [{"count": 1}], "trunk": {"engine": "vllm"}})
-    plain = ModelSpec(name="plain", path=str(folder.with_name("m-plain")))
-    assert not list(check_weights(spec, plain, describe(Path(plain.path), torch.float32)))
-    model = ModelSpec(name="m", path=str(folder))
-    (found,) = check_weights(spec, model, describe(folder, torch.float32))
-    assert (found.severity, found.path, found.code) == (
-        "error",
-        "trunk.engine",
-        "UnsupportedModel",
-    )
-    assert re.match("vllm does not read the trunk of model 'm', .*mxfp4", found.message)
