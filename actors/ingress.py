@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 # OpenAI's default for completions; a chat answer may fill what the context leaves.
 COMPLETION_MAX_TOKENS = 16
 # Its parts are asked at the same time, and each says more when it is late (`serve_app`).
-STATUS_TIMEOUT_S = 8.0
+STATUS_TIMEOUT_S = 6.0
 CLIENT_CLOSED_REQUEST = 499  # nginx's number: nobody receives it, logs do
 
 Asked = CompletionRequest | ChatRequest

@@ -293,6 +293,13 @@ async def test_a_slow_cluster_is_no_defect_of_the_endpoint(monkeypatch: pytest.M
     }
 
 
+def test_the_status_waits_a_little_longer_than_its_parts() -> None:
+    """So that they say what is late; clients and health checks often give up after 10 s."""
+    from moesaic.actors import serve_app
+
+    assert serve_app.QUESTION_TIMEOUT_S < ingress.STATUS_TIMEOUT_S <= 6.0
+
+
 async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError, RayTaskError
 
