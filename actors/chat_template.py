@@ -58,9 +58,8 @@ class _Template:
     ) -> tuple[Rendered, Lost | None]:
         offered = self.form.fit_tools(tools)
         text = self.source.render(self.form.fit(messages), offered, options)
-        found = self.reach.look(messages, offered, options, text)
-        thinking = self.thinking and replace(self.thinking, opened=found.opened)
-        return Rendered(text, thinking), found.lost
+        lost, opened = self.reach.look(messages, offered, options, text)
+        return Rendered(text, self.thinking and replace(self.thinking, opened=opened)), lost
 
 
 class ChatTemplate:

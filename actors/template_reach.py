@@ -23,6 +23,7 @@ from .thinking import Thinking
 T = TypeVar("T")
 
 _KINDS_KEPT = 4096
+_END_KEPT = 128  # characters
 _TOOL = "moesaictool"
 
 _MARK = re.compile(r"moesaicthese\d{6,}c\d{4,}(?:value|name)?")
@@ -55,8 +56,13 @@ class Lost(NamedTuple):
 
 
 class Finding(NamedTuple):
+    """What was found for one kind of conversation. ``opened``: a prompt that ends with ``end`` ends
+    inside of thinking; another end is looked at anew, since some templates (Nemotron's) open the
+    thinking or not by what a message says (``/no_think``)."""
+
     lost: Lost | None = None
-    opened: bool = False  # the prompt ends inside of thinking
+    opened: bool = False
+    end: str | None = None
 
 
 class Reach:
@@ -73,8 +79,17 @@ class Reach:
 
     def look(
         self, messages: Messages, tools: Messages, options: Mapping[str, Any] | None, rendered: str
+    ) -> tuple[Lost | None, bool]:
+        """What is left out of the prompt ``rendered``, which the template made of this very
+        conversation; and whether it ends inside of thinking."""
+        found = self._finding(messages, tools, options, rendered)
+        if found.end is not None and rendered.endswith(found.end):
+            return found.lost, found.opened
+        return found.lost, rendered.rstrip().endswith(self._marks.begin)
+
+    def _finding(
+        self, messages: Messages, tools: Messages, options: Mapping[str, Any] | None, rendered: str
     ) -> Finding:
-        """``rendered``: what the template made of this very conversation."""
         turns = self._turns(messages)
         named = json.dumps(options or {}, sort_keys=True)
         kind = hashlib.blake2b(repr((turns, bool(tools), named)).encode(), digest_size=16).digest()
@@ -140,16 +155,17 @@ class Reach:
         seen = {mark.group() for mark in marks}
         # Whether the prompt ends inside of thinking: by what the template writes behind the last
         # text, not by the whole prompt, in which anybody may have written a mark.
-        opened = self._is_open(found[marks[-1].end() if marks else 0 :])
+        behind = found[marks[-1].end() if marks else 0 :]
+        opened, end = self._is_open(behind), behind[-_END_KEPT:]
         if tools and _TOOL not in found:
-            return Finding(Lost(None), opened)
+            return Finding(Lost(None), opened, end)
         missed = [lost for lost, mark in _marks_of(turns) if mark not in seen]
         for lost in _ends(missed):
             # A template may change what it writes, so only one that writes the same without this
             # text leaves it out.
             if rendered(lost) == found:
-                return Finding(lost, opened)
-        return Finding(None, opened)
+                return Finding(lost, opened, end)
+        return Finding(None, opened, end)
 
     def _conversation(self, turns: Sequence[Turn], other: Lost | None) -> list[dict[str, Any]]:
         """Such a conversation, with a mark for each text; ``other`` says what has another one."""
@@ -191,7 +207,6 @@ class Reach:
         options: Mapping[str, Any] | None,
         rendered: str,
     ) -> Finding:
-        opened = rendered.rstrip().endswith(self._marks.begin)
         said = [index for index, turn in enumerate(turns) if turn.text not in ("blank", "thought")]
         for index in _ends(said):
             message = messages[index]
@@ -200,8 +215,8 @@ class Reach:
             another = ("y" if message["content"].startswith("x") else "x") * length
             changed = [*messages[:index], {**message, "content": another}, *messages[index + 1 :]]
             if self._source.attempt(self._form.fit(changed), tools, options) == rendered:
-                return Finding(Lost(index), opened)
-        return Finding(None, opened)
+                return Finding(Lost(index))
+        return Finding()
 
 
 def _ends(found: Sequence[T]) -> Sequence[T]:

@@ -366,6 +366,15 @@ def test_the_marks_of_thinking(template: str, thinking: Thinking | None) -> None
     assert chat_template(SEQUENCE + ends + template).render([USER]).thinking == thinking
 
 
+def test_thinking_that_is_opened_by_what_a_message_says() -> None:
+    """As Nemotron's templates do; requests of one kind differ in it."""
+    ends = "{{ '<think></think>' if '/no_think' in messages[0].content else '<think>\n' }}"
+    template = chat_template(SEQUENCE + ends)
+    for text, opened in (("Hi.", True), ("Hi. /no_think", False), ("What is <think>?", True)):
+        found = template.render([{"role": "user", "content": text}])
+        assert found.thinking == Thinking(opened=opened), found.text
+
+
 def served(template: str, prompt_tokens: int = 50) -> ServedModel:
     limits = Limits(
         max_prompt_tokens=prompt_tokens, max_total_tokens=64, max_requests=1, vocab_size=320
