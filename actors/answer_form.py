@@ -64,18 +64,32 @@ class _Lark:
         self._rules: list[str] = []
 
     def text(self) -> str:
-        start = " ".join([*self._thought(), self._answer()])
+        thinking, answer = self._form.thinking, self._answer()
+        if thinking is None:
+            start = answer
+        elif thinking.opened:
+            start = f"{self._thought(thinking)} {answer}"
+        else:
+            thought = f"{self._mark(thinking.begin)} {self._thought(thinking)} {answer}"
+            start = f"{thought} | {self._thoughtless(thinking, answer)}"
         return "\n".join(["%llguidance {}", f"start: {start}", *self._rules]) + "\n"
 
-    def _thought(self) -> list[str]:
-        thinking = self._form.thinking
-        if thinking is None:
-            return []
+    def _thought(self, thinking: Thinking) -> str:
         self._until("thought", thinking.end, past=(BEGIN, END))
         self._rules.append(r"NEWLINES: /\n{0,2}/")
-        if thinking.opened:
-            return ["thought", "NEWLINES"]
-        return [f"({self._mark(thinking.begin)} thought NEWLINES)?"]
+        return "thought NEWLINES"
+
+    def _thoughtless(self, thinking: Thinking, answer: str) -> str:
+        """An answer without thinking. Where it may be any text, it must not begin with the mark of
+        thinking, or the thinking would be such a text as well, and a mark of a call in it a call.
+        """
+        form = self._form
+        any_text = form.tools and not form.forced and form.json_schema is None
+        if not any_text or self._token_of(thinking.begin) is not None:
+            return answer
+        self._until("first", BEGIN, unlike=thinking.begin)
+        self._rules.append("other: UNLIKE")
+        return f"(first body {self._mark(END)} {answer} | other)"
 
     def _answer(self) -> str:
         form = self._form
@@ -105,15 +119,21 @@ class _Lark:
         self._rules.append(f'body_{number}: {json.dumps(before)} {arguments} "}}\\n"')
         return f"body_{number}"
 
-    def _until(self, rule: str, mark: str, past: Sequence[str] = ()) -> None:
+    def _until(
+        self, rule: str, mark: str, *, past: Sequence[str] = (), unlike: str | None = None
+    ) -> None:
         """Any text up to a mark, and the mark: as a special token, or as it is spelled. ``past``:
-        marks that may stand in the text, which holds no other special tokens."""
-        if "TEXT: /(?s:.*)/" not in self._rules:
-            self._rules.append("TEXT: /(?s:.*)/")
-        spelled = re.escape(mark).replace("/", r"\/")
-        self._rules.append(f"{rule}_spelled[lazy]: /(?s:.*){spelled}/")
+        marks that may stand in the text, which holds no other special tokens. ``unlike``: what the
+        text does not begin with."""
+        name, but = "TEXT", ""
+        if unlike is not None:
+            name, but = "UNLIKE", f" & ~/{_regex(unlike)}(?s:.*)/"
+        if (text := f"{name}: /(?s:.*)/{but}") not in self._rules:
+            self._rules.append(text)
+        self._rules.append(f"{rule.upper()}: /(?s:.*){_regex(mark)}/{but}")
+        self._rules.append(f"{rule}_spelled[lazy]: {rule.upper()}")
         token = self._token_of(mark)
-        end = f"{rule}_spelled" if token is None else f"({rule}_spelled | TEXT <[{token}]>)"
+        end = f"{rule}_spelled" if token is None else f"({rule}_spelled | {name} <[{token}]>)"
         tokens = [str(one) for other in past if (one := self._token_of(other)) is not None]
         some = f"(TEXT <[{','.join(tokens)}]>)* " if tokens else ""
         self._rules.append(f"{rule}: {some}{end}")
@@ -121,6 +141,11 @@ class _Lark:
     def _mark(self, mark: str) -> str:
         token = self._token_of(mark)
         return json.dumps(mark) if token is None else f"<[{token}]>"
+
+
+def _regex(text: str) -> str:
+    """That matches just this text, between slashes."""
+    return re.escape(text).replace("/", r"\/")
 
 
 def _json(schema: str, options: dict[str, Any]) -> str:

@@ -292,6 +292,11 @@ def test_a_forced_call_is_valid_whatever_is_drawn(
          [BAD, f"hi {BAD}", UNKNOWN, f"{GOOD}{BAD}", "hi <tool_call>x"]),
         (AnswerForm(tools=(WEATHER,), thinking=OPENED),
          ["hm</think>hi", f"hm\n</think>\n\n{GOOD}\n"], [f"hm</think>{BAD}"]),
+        (AnswerForm(tools=(WEATHER, NOW), thinking=KNOWN),
+         ["", "hi", "<", "<thin", f"<this{GOOD}", f"hi {GOOD}", GOOD, f"{GOOD}\n{GOOD} ok",
+          "<think>\nhm\n</think>\n\nhi", f"<think>\nhm</think>{GOOD}\n{GOOD} ok",
+          f"<think>\n<tool_call> or {BAD}?\n</think>\n\nhi {GOOD}"],
+         [BAD, f"hi {BAD}", f"<think>hm</think>{BAD}", "<think>\nhm"]),
         (AnswerForm(tools=(WEATHER,), json_schema='{"enum": ["red"]}'),
          ['"red"', GOOD, f"{GOOD}\n{GOOD}"], ["hi", BAD, f'"red"{GOOD}', ""]),
         (AnswerForm(json_schema='{"enum": ["red"]}', thinking=OPENED),
@@ -299,7 +304,7 @@ def test_a_forced_call_is_valid_whatever_is_drawn(
         (AnswerForm(json_schema='{"enum": ["red"]}', thinking=KNOWN),
          ['"red"', '<think>\nhm</think>\n"red"'], ['hm</think>"red"', "<think>"]),
     ],
-    ids=range(9),
+    ids=range(10),
 )  # fmt: skip
 def test_what_an_answer_may_be(
     marked: Marked, form: AnswerForm, good: list[str], bad: list[str]
@@ -322,7 +327,8 @@ def test_text_around_strict_calls_is_free_also_by_chance(marked: Marked) -> None
 
 def test_vllm_takes_the_same_grammar(marked: Marked) -> None:
     """Its guidance backend reads a grammar as Lark, and checks it without a tokenizer first."""
-    for form in (FORCED, replace(ONE, thinking=OPENED), AnswerForm(tools=(WEATHER,))):
+    free = AnswerForm(tools=(WEATHER,))
+    for form in (FORCED, replace(ONE, thinking=OPENED), free, replace(free, thinking=KNOWN)):
         asked = structure(form, marked.grammars.text)
         assert asked.keys() == {"grammar"}
         assert LLMatcher.validate_grammar(grammar_from("grammar", asked["grammar"])) == ""
