@@ -91,17 +91,24 @@ class ChatTemplate:
         the template refuses, fails, or leaves a message out."""
         template = self._choose(tools)
         spoken = [_with_reasoning(message) for message in messages]
-        rendered, lost = template.render(spoken, tools, options)
-        if lost is None:
-            return rendered
-        if _is_both(lost, messages):
-            try:
-                rendered, still_lost = template.render(_apart(spoken), tools, options)
-            except RequestError:
-                still_lost = lost  # what it refuses is not what was sent
-            if still_lost is None:
+        try:
+            rendered, lost = template.render(spoken, tools, options)
+        except RequestError as refused:
+            error, part = refused, any(map(_has_both, messages))
+        else:
+            if lost is None:
                 return rendered
-        raise self._lost(lost, messages)
+            error = self._lost(lost, messages)
+            part = lost.at is not None and _has_both(messages[lost.at])
+        if not part:
+            raise error
+        try:
+            rendered, lost = template.render(_apart(spoken), tools, options)
+        except RequestError:
+            raise error from None  # what it refuses now is not what was sent
+        if lost is not None:
+            raise error
+        return rendered
 
     def _choose(self, tools: Sequence[Mapping[str, Any]]) -> _Template:
         text = self._tokenizer.chat_template
@@ -166,20 +173,18 @@ def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, **reasoning(text)} if text else message
 
 
-def _is_both(lost: Lost, messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether what is lost stands in a message that has text and calls."""
-    if lost.at is None:
-        return False
-    message = messages[lost.at]
+def _has_both(message: Mapping[str, Any]) -> bool:
+    """Whether a message has text and calls."""
     return bool(message.get("tool_calls") and (message.get("content") or "").strip())
 
 
 def _apart(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """With messages of their own for text and for calls, since many templates (Llama's, Mistral's,
-    DeepSeek's first) write only one of the two, and models send both."""
+    """With messages of their own for text and for calls. Models send both in one message, but many
+    templates (Llama's, Mistral's, DeepSeek's first) write only one of the two, and gpt-oss's
+    refuses both beside thinking."""
     apart = list[Mapping[str, Any]]()
     for message in messages:
-        if message.get("tool_calls") and (message.get("content") or "").strip():
+        if _has_both(message):
             apart.append({key: value for key, value in message.items() if key != "tool_calls"})
             message = {"role": "assistant", "content": "", "tool_calls": message["tool_calls"]}
         apart.append(message)

@@ -228,8 +228,9 @@ def json_object(text: Any) -> dict[str, Any] | None:
 
     try:
         value = json.loads(text, parse_constant=refuse)
-        # Half of a surrogate pair can be escaped in JSON, and stands in no text.
-        _json(value).encode()
+        # Half of a surrogate pair can be escaped in JSON, and stands in no text; a number beyond
+        # all floats (1e400) is read as infinity, which JSON does not have.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

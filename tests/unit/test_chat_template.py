@@ -140,9 +140,10 @@ def test_none_is_not_written_where_text_is_empty() -> None:
     assert "None" not in text
 
 
-def test_arguments_that_hold_half_a_character() -> None:
-    # As a model's answer that was cut within an emoji.
-    given = '{"k": "\\ud83d"}'
+@pytest.mark.parametrize("value", ['"\\ud83d"', "1e400", "[-1e999]"])
+def test_arguments_that_json_alone_can_hold(value: str) -> None:
+    """Half a character, as of an answer that was cut within an emoji; numbers beyond all floats."""
+    given = f'{{"k": {value}}}'
     assert f"|f{given}|" in chat_template(written("{{ 'f' + a }}")).render(history(given)).text
     with pytest.raises(RequestError, match="is no JSON object"):
         chat_template(written("{{ a | tojson }}")).render(history(given))

@@ -79,6 +79,11 @@ CONVERSATIONS: dict[str, Sequence[Message]] = {
         answer("sun", identity="call_b2"),
     ],
     "call with text": [USER, calling(call(json.dumps(ARGUMENTS)), content="I look."), answer()],
+    "call with thinking and text": [
+        USER,
+        calling(call(json.dumps(ARGUMENTS)), content="I look.", reasoning_content="hm"),
+        answer(),
+    ],
     "call with thinking": [
         USER,
         calling(call(json.dumps(ARGUMENTS)), reasoning_content="hm"),
