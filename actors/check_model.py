@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
 
 from ..models.describe import Described, describe
+from ..models.generation import generation_config
 from ..models.inventory import check_folder
 from ..models.tokenizer import read_tokenizer
 from ..models.trunk import read_config
@@ -67,13 +67,10 @@ def _check_tensors(
 
 
 def _check_generation_config(folder: Path, key: str) -> Iterator[Finding]:
-    if not (folder / "generation_config.json").is_file():
-        return
     try:
-        GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        text = f"{folder}/generation_config.json: cannot be read: {_in_a_line(error)}"
-        yield finding_of(CheckpointError(text), key)
+        generation_config(folder)
+    except CheckpointError as error:
+        yield finding_of(error, key)
 
 
 def _check_tokenizer(folder: Path, key: str, severity: Severity) -> Iterator[Finding]:
@@ -81,6 +78,10 @@ def _check_tokenizer(folder: Path, key: str, severity: Severity) -> Iterator[Fin
         tokenizer = read_tokenizer(folder)
     except CheckpointError as error:
         yield Finding(severity=severity, path=key, message=str(error), code=error.code)
+        return
+    if problem := _encoding_problem(tokenizer):
+        code = CheckpointError.__name__
+        yield Finding(severity=severity, path=key, message=f"{folder}: {problem}", code=code)
         return
     yield from _check_vocabulary(folder, tokenizer, key, severity)
     if not tokenizer.chat_template:
@@ -93,16 +94,26 @@ def _check_tokenizer(folder: Path, key: str, severity: Severity) -> Iterator[Fin
         yield Finding(severity=severity, path=key, message=f"{folder}: {problem}", code=code)
 
 
+def _encoding_problem(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why a text does not become tokens; empty if it does."""
+    try:
+        ids = tokenizer(_SAID, add_special_tokens=False).input_ids
+    except Exception as error:
+        # A field of the wrong type shows only when it is used, as whatever it leads to.
+        return f"the tokenizer fails on {_SAID!r}: {_in_a_line(error)}"
+    return "" if ids else f"the tokenizer makes no token of {_SAID!r}; see its tokenizer.json"
+
+
 def _template_problem(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """Why chats are impossible with the tokenizer's template; empty if they are not."""
     try:
-        rendered = ChatTemplate(folder.name, tokenizer).render([{"role": "user", "content": _SAID}])
+        ChatTemplate(folder.name, tokenizer).render([{"role": "user", "content": _SAID}])
     except RequestError as error:
         return f"a message of a user alone: {' '.join(str(error).split())}"
     except Exception as error:
         # Templates are programs, and fail as such.
         return f"the chat template fails on a message of a user alone: {_in_a_line(error)}"
-    return "" if _SAID in rendered.text else "the chat template leaves out what a user says"
+    return ""
 
 
 def _check_vocabulary(

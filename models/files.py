@@ -16,6 +16,8 @@ from ..proto.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_LONGEST_NAME = 200  # no file system has names of more than 255 bytes
+_LFS = b"version https://git-lfs"
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 # What safetensors calls the dtypes.
 _DTYPES = {
@@ -72,17 +74,31 @@ def list_tensors(path: Path) -> Listing:
     missing or malformed index, for file names that leave the folder, for files that are damaged
     or truncated, and for a numbered file that is missing where there is no index.
     """
-    index = _read_index(path / INDEX_FILE) if (path / INDEX_FILE).is_file() else None
-    if (path / SINGLE_FILE).is_file():
+    index = _read_index(path / INDEX_FILE) if is_whole(path / INDEX_FILE) else None
+    if is_whole(path / SINGLE_FILE):
         return Listing(_headers(path / SINGLE_FILE))
     if index is not None:
         headers: dict[str, Header] = {}
         for file in sorted(set(index.values())):
-            if (path / file).is_file():
+            if is_whole(path / file):
                 headers |= _headers(path / file)
         lost = {name: file for name, file in index.items() if name not in headers}
         return Listing(headers, lost)
     return _list_numbered(path)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether there is such a file; False if there is nothing of its name. Raises CheckpointError
+    for what has the name of a file and is none: a link whose target is gone, or a folder."""
+    if file.is_file():
+        return True
+    if file.is_symlink():
+        raise CheckpointError(
+            f"{file}: a link to {file.readlink()}, which does not exist; download the file again"
+        )
+    if file.exists():
+        raise CheckpointError(f"{file}: not a file, but a folder or a device; download it again")
+    return False
 
 
 def _list_numbered(path: Path) -> Listing:
@@ -92,9 +108,10 @@ def _list_numbered(path: Path) -> Listing:
         raise CheckpointError(f"{path}: {_what_else(path)}")
     parts = {int(match[1]) for match in found.values()}
     counts = {int(match[2]) for match in found.values()}
-    missing = sorted(set(range(1, max(counts) + 1)) - parts)
+    # The first number that is not there; names may claim any number of parts.
+    missing = next((n for n in range(1, max(counts) + 1) if n not in parts), None)
     if len(counts) > 1 or missing:
-        wrong = f"part {missing[0]} is missing" if missing else "some belong to another set"
+        wrong = f"part {missing} is missing" if missing else "some belong to another set"
         raise CheckpointError(
             f"{path}: no {INDEX_FILE}, and of the numbered files {wrong}; there is "
             + ", ".join(sorted(found)[:3])
@@ -137,9 +154,11 @@ def _read_index(index: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: not an index of safetensors files: {error!r}") from error
     for file in sorted(set(names.values())):
-        if Path(file).name != file or "\0" in file or not file.endswith(".safetensors"):
+        plain = Path(file).name == file and file.isprintable() and len(file) <= _LONGEST_NAME
+        if not plain or not file.endswith(".safetensors"):
+            named = repr(file if len(file) <= _LONGEST_NAME else file[:40] + "...")
             raise CheckpointError(
-                f"{index}: weight_map names {file!r}; only *.safetensors files beside the index "
+                f"{index}: weight_map names {named}; only *.safetensors files beside the index "
                 "are read"
             )
     return names
@@ -162,7 +181,21 @@ def open_weights(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: damaged or truncated: {error}") from error
+        raise CheckpointError(
+            f"{file}: {lfs_pointer(file) or f'damaged or truncated: {error}; download it again'}"
+        ) from error
+
+
+def lfs_pointer(file: Path) -> str:
+    """What is wrong with a file that Git LFS has not fetched; empty for any other."""
+    try:
+        with file.open("rb") as opened:
+            begin = opened.read(len(_LFS))
+    except OSError:
+        return ""  # why it cannot be read is said by whoever needs it
+    if begin != _LFS:
+        return ""
+    return "only a pointer of Git LFS; `git lfs pull` in the folder fetches the file"
 
 
 def read_tensor(file: Path, key: str, expert: int | None = None, rows: int = 1) -> Tensor:

@@ -45,6 +45,9 @@ _OF_CODES = re.compile(
     r"|qweight|qzeros|g_idx|scales|biases)"
     r"|SCB|weight_format|(nested_)?(absmax|quant_map)|quant_state\..*)$"
 )
+# Of any method, as SmoothQuant's; beside a tensor that is read they change what that one means.
+# Elsewhere such a name may be a plain parameter's, as CLIP's logit_scale.
+_ANY_SCALE = re.compile(r"scales?($|_)|(^|_)zeros?($|_)")
 # What transformers' operations raise for shapes that do not go together.
 _NOT_CONVERTED = (RuntimeError, ValueError, LookupError)
 _SHOWN = 5  # names in a message; the rest is a number
@@ -139,7 +142,7 @@ def _fit(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> Fittin
     errors = [
         *_missing(_needed(missing, model), sources, listing, found.incomplete),
         *found.errors(),
-        *_unused_codes(unused, tensors, model),
+        *_unused_codes(unused, sources, tensors, model),
     ]
     surplus = [*(tensors[name].key for name in unused), *found.left]
     return Fitting(
@@ -388,15 +391,23 @@ def _missing(
 
 
 def _unused_codes(
-    unused: Sequence[str], tensors: dict[str, StoredTensor], model: PreTrainedModel
+    unused: Sequence[str],
+    sources: dict[str, Source],
+    tensors: dict[str, StoredTensor],
+    model: PreTrainedModel,
 ) -> list[str]:
     """Codes, scales and zero points that nothing uses: then something is quantised that is read as
     if it were not. What transformers ignores for this architecture is no part of the model."""
+    if not unused:
+        return []
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+    used = {name.rpartition(".")[0] for source in sources.values() for name in source.names}
     found = []
     for name in unused:
         stored = tensors[name]
-        if (stored.dtype in CODES or _OF_CODES.search(name)) and not any(
+        module, _, last = name.rpartition(".")
+        beside = module in used and _ANY_SCALE.search(last) is not None
+        if (stored.dtype in CODES or _OF_CODES.search(name) or beside) and not any(
             pattern.search(name) for pattern in ignored
         ):
             found.append(f"{stored.key} ({stored.values})")

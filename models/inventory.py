@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..proto.errors import CheckpointError
 from .describe import Described, describe_model
 from .fitting import fit, some
 from .trunk import meta_model, read_config
@@ -28,6 +29,16 @@ class Inventory:
     warnings: tuple[str, ...]  # sentences for people: what is odd, and harmless
 
 
+def _check_top_k(path: Path, described: Described) -> None:
+    """A gate chooses one expert at least, and no more than its layer has."""
+    experts = min(described.layers.values())
+    if described.top_k is not None and not 1 <= described.top_k <= experts:
+        raise CheckpointError(
+            f"{path}/config.json: {described.top_k} experts for each token, of layers that have "
+            f"{experts}; give a number from 1 to {experts}"
+        )
+
+
 def check_folder(path: Path, *, dtype: torch.dtype) -> Inventory:
     """Compare the safetensors headers of ``path`` with what its config.json needs in ``dtype``.
 
@@ -38,6 +49,7 @@ def check_folder(path: Path, *, dtype: torch.dtype) -> Inventory:
     config = read_config(path)
     model = meta_model(config)
     described = describe_model(path, config, model, dtype)  # says it if there are no experts
+    _check_top_k(path, described)
     fitting = fit(path, config, model)
     fitting.check()
     warnings = []

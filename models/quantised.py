@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..proto.errors import CheckpointError, UnsupportedModel
 from .files import Header, read_tensor
@@ -127,7 +127,7 @@ def _declared(field: str, values: Any, name: str) -> Quantisation:
             "float16"
         )
     kind = values.get("fmt") or "e4m3"
-    if kind not in _FP8:
+    if not isinstance(kind, str) or kind not in _FP8:
         raise UnsupportedModel(f"{field}.fmt: {kind!r} is not supported; 'e4m3' and 'e5m2' are")
     block = values.get("weight_block_size")
     where = f"{field}.weight_block_size"
@@ -170,7 +170,7 @@ def _compressed(field: str, values: Mapping[str, Any]) -> Quantisation:
         _refuse_other(f"{field}.format", values.get("format"), _FLOAT_QUANTIZED)
     for other in ("sparsity_config", "transform_config"):
         more = values.get(other) or {}
-        if more and more.get("format") != "dense":
+        if more and not (isinstance(more, Mapping) and more.get("format") == "dense"):
             raise UnsupportedModel(f"{field}.{other}: {more!r} is not read; only dense weights are")
     if len(found) > 1:
         raise UnsupportedModel(
@@ -282,10 +282,13 @@ class StoredTensor:
         if fp4 and (dtype != torch.uint8 or len(shape) < 3 or shape[-1] * 2 != _GROUP):
             raise self._error(f"is {self.values} instead of uint8 (..., rows, groups, 16)")
         fp4_pairs = dtype == torch.int8 and len(shape) > 1 and shape[-1] % 16 == 0
+        # With scales of floats int8 is no pair, but a number of its own.
+        fp4_pairs = fp4_pairs and self.scales.dtype in _E8M0
         if not fp4 and not fp4_pairs and (dtype != self.quantisation.dtype or len(shape) < 2):
             raise self._error(
                 f"is {self.values} instead of a {self.quantisation.dtype} matrix, or a torch.int8 "
-                f"one of FP4 pairs, though it has scales ({self.scales.key})"
+                f"one of FP4 pairs with scales E8M0, though it has scales of {self.scales.dtype} "
+                f"({self.scales.key})"
             )
         kinds = _E8M0 if fp4 or fp4_pairs else (*_E8M0, *_FLOATS)
         if self.scales.dtype not in kinds:
@@ -386,13 +389,3 @@ def forget(config: PretrainedConfig) -> None:
     for part in (config, config.get_text_config()):
         for name in FIELDS:
             vars(part).pop(name, None)
-
-
-def generation_config(path: Path) -> GenerationConfig:
-    """That of folder ``path``, as transformers finds it when it is given the folder: older models
-    have its fields in config.json."""
-    if (path / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(path)
-    return GenerationConfig.from_pretrained(
-        path, config_file_name="config.json", _from_model_config=True
-    )

@@ -30,14 +30,19 @@ from transformers import (
 )
 
 from ..kernels.ffn import ExpertForm
-from ..proto.errors import CheckpointError, UnsupportedModel
+from ..proto.errors import CheckpointError, UnsupportedModel, in_words
 from .adapters import ADAPTERS, PoolExperts, adapt
+from .files import is_whole
 from .fitting import fit
+from .generation import generation_config
 from .in_pool import IMPLEMENTATION, PoolFunction
-from .quantised import forget, generation_config, quantisation_of
+from .quantised import FIELDS, forget, quantisation_of
 
 # What transformers raises for values that make no model.
-_CANNOT_BUILD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_CANNOT_BUILD = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
 # Types of models that transformers lacks -> our module that makes it know them.
 OWN = {"grok-1": "grok1", "openmoe": "openmoe"}
 # What such models call themselves in ``architectures``, where their model_type is another's.
@@ -166,7 +171,7 @@ def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
 def read_config(path: Path) -> PretrainedConfig:
     """The configuration of a model folder. Raises CheckpointError if there is none to be read, and
     UnsupportedModel for a quantisation that is not known."""
-    if not (path / "config.json").is_file():
+    if not is_whole(path / "config.json"):
         raise CheckpointError(f"{path}: {_what_without_config(path)}")
     try:
         config = _own_config(path)
@@ -193,10 +198,15 @@ def _what_without_config(path: Path) -> str:
 
 def _own_config(path: Path) -> PretrainedConfig | None:
     """The configuration of a model that transformers lacks; None for any other."""
-    values, _ = PretrainedConfig.get_config_dict(path)
+    values: Any = PretrainedConfig._dict_from_json_file(path / "config.json")
     if not isinstance(values, dict):
-        return None
+        raise ValueError(f"holds {_short(values)} instead of an object with the model's fields")
+    for field in FIELDS:
+        if values.get(field) is not None and not isinstance(values[field], dict):
+            raise ValueError(f"{field}: {_short(values[field])} is not a mapping")
     architectures = values.get("architectures") or [None]
+    if not isinstance(architectures, list):
+        raise ValueError(f"architectures: {_short(architectures)} is not a list")
     own = _OWN_BY_ARCHITECTURE.get(str(architectures[0]), str(values.get("model_type")))
     return config_from_dict(values | {"model_type": own}) if own in OWN else None
 
@@ -224,9 +234,26 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             adapt(model)
     except _CANNOT_BUILD as error:
         raise CheckpointError(
-            f"config.json: no model of type {config.model_type!r} can be built of it: {error}"
+            f"config.json: no model of type {config.model_type!r} can be built of it: "
+            f"{_why_not_built(config, error)}"
         ) from error
     return model
+
+
+def _why_not_built(config: PretrainedConfig, error: Exception) -> str:
+    """With the fields whose value transformers has looked up in vain: of a KeyError its message
+    has the value alone."""
+    if not isinstance(error, KeyError) or not error.args:
+        return str(error) or in_words(error)
+    pending: list[tuple[str, Any]] = [("", config.to_dict())]
+    fields = []
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(f"{name}.{key}".lstrip("."), each) for key, each in value.items()]
+        elif value == error.args[0]:
+            fields.append(name)
+    return f"{', '.join(sorted(fields)) or 'it lacks'}: {error} is not known to transformers"
 
 
 def is_unmodified(model: PreTrainedModel) -> bool:

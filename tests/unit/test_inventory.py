@@ -294,6 +294,9 @@ LEFT: dict[str, Tensors] = {
     "scale-inv": {f"{EXPERT}.weight_scale_inv": torch.ones(1, 1)},
     "nvfp4": {f"{EXPERT}.weight_scale_2": torch.ones(1)},
     "activation": {f"{ATTENTION}.input_scale": torch.ones(1)},
+    "smooth": {f"{ATTENTION}.smooth_scale": torch.ones(32)},
+    "hqq": {f"{EXPERT}.scale": torch.ones(4, 32)},
+    "hqq-zero": {f"{EXPERT}.zero": torch.ones(4, 32)},
     "cache": {f"{ATTENTION[:-7]}.k_proj.k_scale": torch.ones(1)},
     "awq": {f"{EXPERT}.qzeros": torch.ones(1, 4, dtype=torch.int32)},
     "gptq": {f"{EXPERT}.g_idx": torch.ones(32, dtype=torch.int32)},
@@ -311,6 +314,14 @@ LEFT: dict[str, Tensors] = {
     "codes-of-what": {"model.layers.0.what.weight": torch.ones(4, 4).to(FP8)},
     "bytes-of-what": {"model.layers.0.what": torch.ones(4, 4, dtype=torch.uint8)},
 }
+
+
+def test_integers_with_scales_of_floats_are_no_pairs_of_fp4(tmp_path: Path) -> None:
+    tensors = saved(tmp_path)
+    name = f"{ATTENTION}.weight"
+    rewrite(tmp_path, tensors | {name: tensors[name].char(), f"{name}_scale": torch.ones(32, 1)})
+    configure(tmp_path, quantization_config={"quant_method": "fp8"})
+    refused(tmp_path, r"is torch\.int8 \(32, 32\) instead of a torch\.float8_e4m3fn matrix")
 
 
 @pytest.mark.parametrize("left", LEFT.values(), ids=LEFT.keys())
@@ -337,6 +348,9 @@ def test_scales_of_activations_and_caches_belong_to_declared_fp8(tmp_path: Path)
     load_everything(tmp_path)
 
 
+FLOATS = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -344,8 +358,11 @@ def test_scales_of_activations_and_caches_belong_to_declared_fp8(tmp_path: Path)
         ({"quantization_config": {"group_size": 64, "bits": 4}}, "as MLX quantises"),
         ({"compression_config": {"quant_method": "awq"}}, "compression_config.quant_method: 'awq'"),
         ({"quantization_config": {"quant_method": "modelopt"}}, "'modelopt' is not supported"),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": ["e4m3"]}}, "fmt: ['e4m3']"),
+        ({"quantization_config": FLOATS | {"transform_config": [1]}}, "transform_config: [1]"),
+        ({"quantization_config": FLOATS | {"sparsity_config": "x"}}, "sparsity_config: 'x'"),
     ],
-    ids=["mlx", "mlx-twice", "old-name", "modelopt"],
+    ids=["mlx", "mlx-twice", "old-name", "modelopt", "list", "transforms", "sparsity"],
 )
 def test_other_ways_are_refused_by_name(values: Any, words: str, tmp_path: Path) -> None:
     saved(tmp_path)
@@ -431,6 +448,25 @@ def test_numbered_files_without_an_index(tmp_path: Path) -> None:
     load_everything(tmp_path)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     refused(tmp_path, rf"no {INDEX_FILE}, and of the numbered files part 2 is missing")
+
+
+def test_a_name_may_claim_any_number_of_parts(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / SINGLE_FILE).rename(tmp_path / "model-00001-of-999999999999.safetensors")
+    with pytest.raises(CheckpointError, match="part 2 is missing"):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\x1b[31m", "a\nb"], ids=["long", "escape", "line"])
+def test_names_in_an_index_that_no_terminal_should_print(name: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / SINGLE_FILE).unlink()
+    index = {"weight_map": {"lm_head.weight": f"{name}.safetensors"}}
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="weight_map names") as raised:
+        check(tmp_path)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 400
 
 
 def test_the_single_file_goes_before_a_stale_index(tmp_path: Path) -> None:

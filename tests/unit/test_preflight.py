@@ -87,6 +87,41 @@ def _without(tensor: str) -> Callable[[Path], Any]:
     return change
 
 
+def _change(name: str, **values: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        file = folder / name
+        file.write_text(
+            json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values)
+        )
+
+    return change
+
+
+def _lost(name: str) -> Callable[[Path], Any]:
+    """A link into a cache whose blob is gone."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("../blobs/gone")
+
+    return change
+
+
+def _folder(name: str) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return change
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+EMPTY = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+FILES = (
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE = "chat_template.jinja"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -104,7 +139,34 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         _write(TEMPLATE, "{{ messages[7].content + 1 }}"),
         "message of a user alone",
     ),
-    "template-says-nothing": (_write(TEMPLATE, "<s>"), "leaves out what a user says"),
+    "template-says-nothing": (_write(TEMPLATE, "<s>"), "leaves out the text of a message"),
+    **{f"lost-{file}": (_lost(file), "which does not exist; download") for file in FILES},
+    **{f"folder-{file}": (_folder(file), f"{file}: not a file") for file in FILES},
+    **{f"null-{file}": (_write(file, "null"), file) for file in FILES[:3]},
+    **{f"lfs-{file}": (_write(file, LFS), "a pointer of Git LFS") for file in FILES[2:4]},
+    "tokenizer-panics": (
+        _change("tokenizer.json", normalizer=PANICS),
+        "the tokenizer cannot be read: PanicException",
+    ),
+    "tokenizer-fails": (
+        _change("tokenizer_config.json", model_max_length="x"),
+        "the tokenizer fails on 'Hello': TypeError",
+    ),
+    "tokenizer-of-no-words": (
+        _change("tokenizer.json", post_processor=EMPTY),
+        "the tokenizer makes no token of 'Hello'",
+    ),
+    "padding": (_change("config.json", pad_token_id=10**6), "Padding_idx must be within"),
+    "activation": (_change("config.json", hidden_act="nope"), "hidden_act: 'nope' is not known"),
+    "architectures": (_change("config.json", architectures=3), "architectures: 3 is not a list"),
+    "quantization": (_change("config.json", quantization_config="fp8"), "'fp8' is not a mapping"),
+    "no-expert": (_change("config.json", num_experts_per_tok=0), "0 experts for each token"),
+    "more-experts": (_change("config.json", num_experts_per_tok=5), "a number from 1 to 4"),
+    "end-of-text": (
+        _change("generation_config.json", eos_token_id=[2, "x"]),
+        "eos_token_id: [2, 'x'] is neither",
+    ),
+    "nested": (_write("generation_config.json", "[" * 200_000), "RecursionError"),
     "generation": (_write("generation_config.json", "[1"), "generation_config.json: cannot be"),
 }
 
@@ -368,7 +430,7 @@ def test_up_does_not_start_ray_where_an_error_is_found(
 ) -> None:
     from moesaic.actors import launch
 
-    def started(spec: Spec) -> bool:
+    def started(spec: Spec, tried_again: Callable[[str], None]) -> bool:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(launch, "start_ray", started)

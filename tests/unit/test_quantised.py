@@ -618,7 +618,7 @@ DAMAGED: list[tuple[str, str, Damage, str]] = [
     ("text", "qwen3", quantization(weight_block_size="128"), "'128' is not two positive"),
     ("true", "qwen3", quantization(weight_block_size=[True, 1]), "[True, 1] is not two positive"),
     ("other-block", "qwen3", quantization(weight_block_size=[64, 64]), "needs (3, 3)"),
-    ("number", "qwen3", replaced(8), "config.json: 'int' object has no"),
+    ("number", "qwen3", replaced(8), "quantization_config: 8 is not a mapping"),
     (
         "silent",
         "qwen3",
