@@ -10,11 +10,10 @@ QUICK := "not slow and not cuda and not vllm"
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
 
-# Tests without Ray share no process and no port, so they run side by side; pytest ends with 5 where
-# ARGS leave none.
+# Tests that share no process and no port run side by side; pytest ends with 5 where ARGS leave none.
 test: $(READY)  ## all tests that take less than minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m $(QUICK)" and not ray" $(ARGS) || test $$? = 5
-	@$(BIN)/python -m pytest -m $(QUICK)" and ray" $(ARGS) || test $$? = 5
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m $(QUICK)" and not alone" $(ARGS) || test $$? = 5
+	@$(BIN)/python -m pytest -m $(QUICK)" and alone" $(ARGS) || test $$? = 5
 
 # A sum rounds otherwise on another CPU, and a near tie may be decided otherwise: once more with the
 # fewest instructions that are supported.

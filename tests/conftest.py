@@ -36,9 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def ray_only_where_marked(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests that are not marked ``ray`` run side by side, and a Ray takes all cores."""
+def ray_runs_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests that are not marked ``alone`` run side by side, and a Ray takes all cores."""
     yield
     ray = sys.modules.get("ray")
-    if ray is not None and "ray" not in request.keywords:
-        assert not ray.is_initialized(), "this test starts Ray and lacks the mark `ray`"
+    if ray is not None and "alone" not in request.keywords:
+        assert not ray.is_initialized(), "this test starts Ray and lacks the mark `alone`"

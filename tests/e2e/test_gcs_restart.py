@@ -16,7 +16,7 @@ ADDRESS = "10.231.8.1"
 ADDRESSED = f'ip link set lo up && ip addr add {ADDRESS}/32 dev lo && exec "$@"'
 
 
-@pytest.mark.ray
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_restarted_gcs_is_not_noticed(tmp_path: Path) -> None:

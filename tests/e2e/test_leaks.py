@@ -17,7 +17,7 @@ from moesaic.session import session_dir
 from tests.integration.conftest import save_model
 
 pytestmark = [
-    pytest.mark.ray,
+    pytest.mark.alone,
     # Ray leaves sockets and log files to the garbage collector.
     pytest.mark.filterwarnings(
         "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"

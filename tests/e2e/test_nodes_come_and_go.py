@@ -13,7 +13,7 @@ from tests.helpers.apart import UNSHARE, need_namespaces, ray_environment, repor
 from tests.integration.conftest import save_model
 
 
-@pytest.mark.ray
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_node_comes_with_a_host_and_goes_with_it(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ PROMPTS = [
 ]
 
 pytestmark = [
-    pytest.mark.ray,
+    pytest.mark.alone,
     pytest.mark.filterwarnings(
         "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
     ),

@@ -122,7 +122,7 @@ def report_of(namespaces: list[tuple[str, str]], tmp_path: Path, *words: str) ->
         )
 
 
-@pytest.mark.ray
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_hosts_on_two_nodes(namespaces: list[tuple[str, str]], tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_hosts_on_two_nodes(namespaces: list[tuple[str, str]], tmp_path: Path) -
     assert all(calls > 0 for calls in report["calls"])
 
 
-@pytest.mark.ray
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_node_that_is_cut_off_changes_no_token(

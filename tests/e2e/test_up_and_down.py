@@ -18,7 +18,7 @@ from tests.helpers.documented import json_keys
 from tests.integration.conftest import save_model
 
 
-@pytest.mark.ray
+@pytest.mark.alone
 def test_what_is_printed_has_the_keys_of_the_page(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "mixtral")
     name = f"up{os.getpid()}"

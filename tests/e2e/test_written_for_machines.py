@@ -109,6 +109,7 @@ def machines(tmp_path: Path) -> Iterator[list[Machine]]:
         yield found
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_commands_run_as_they_are_printed(machines: list[Machine]) -> None:

@@ -21,7 +21,7 @@ TEXT = "the quick fox"
 
 # For modules whose tests start Ray.
 ON_RAY = [
-    pytest.mark.ray,
+    pytest.mark.alone,
     pytest.mark.timeout(300),
     # Ray leaves sockets and log files to the garbage collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

@@ -580,4 +580,4 @@ def test_a_defect_in_a_computation_is_an_error_of_its_calls(
     answer = served.complete(PROMPT)
     monkeypatch.undo()
     assert answer.status_code == 500
-    assert "AssertionError('drill')" in answer.json()["error"]["message"]
+    assert "AssertionError: drill" in answer.json()["error"]["message"]

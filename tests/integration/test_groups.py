@@ -59,6 +59,8 @@ from tests.helpers.transports import (
     welcome,
 )
 
+pytestmark = pytest.mark.alone  # frozen processes are noticed by the clock
+
 CPU = torch.device("cpu")
 LOOPBACK = "127.0.0.1"
 SHORT_S = 0.4

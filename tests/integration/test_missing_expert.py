@@ -149,7 +149,7 @@ def test_the_last_chunk_of_a_stream_says_it(served: ServedPool) -> None:
     [
         ({"missing_expert": "hope"}, "moesaic.missing_expert"),
         ({"wait_s": -1}, "moesaic.wait_s"),
-        ({"max_dropped": 0.5}, "moesaic"),
+        ({"max_dropped": 0.5}, "moesaic.max_dropped"),
         ({"missing_expert": "drop", "max_dropped": 2}, "moesaic.max_dropped"),
         ({"missing": "drop"}, "moesaic.missing"),
         ("drop", "moesaic"),

@@ -44,7 +44,7 @@ from tests.helpers.scripted import (
 from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
 
 # Ray's own processes are slow to start when others use the machine.
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
