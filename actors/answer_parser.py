@@ -72,6 +72,12 @@ class AnswerParser:
         """Whether all calls that are wanted were found; what follows is nothing."""
         return self._found > 0 and self._found == self._most_calls
 
+    @property
+    def unread(self) -> int:
+        """Characters of the text so far that were not judged yet; once it is full, those behind
+        the last call."""
+        return len(self._held) - self._at
+
     def push(self, text: MarkedText) -> Parsed:
         self._held, self._at = self._held[self._at :] + text, 0
         while not self.full and self._state():

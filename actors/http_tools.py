@@ -157,6 +157,8 @@ def _schema_of(value: Any) -> str | None:
     def wrong(why: str) -> PydanticCustomError:
         return PydanticCustomError("response_format", "{why}", {"why": why})
 
+    if value is None:
+        return None
     if not isinstance(value, dict):
         raise wrong("must be an object with a type")
     kind = value.get("type")

@@ -132,7 +132,7 @@ class ServedModel:
 
         Stop strings and calls are searched in the whole text; a client gets it without special
         tokens. Log-probabilities come with the text of their tokens, and not at all where that is
-        behind a stop string.
+        behind a stop string or behind the last call that is wanted.
         """
         detokenizer = Detokenizer(self._vocabulary, context=prompt_ids if continues_text else ())
         search, called = StopSearch(stops), False
@@ -162,14 +162,16 @@ class ServedModel:
                 if reason is not None and not stopped:
                     text += search.flush()
                 passed += len(text)
-                begun = logprobs
-                if stopped or reason is None:
-                    begun = [one for one in logprobs if one.start < passed]
                 parsed = [parser.push(text)]
+                cut = stopped or parser.full
                 if parser.full:
                     reason = "stop"
+                    passed -= parser.unread
                 elif reason is not None:
                     parsed.append(parser.flush())
+                begun = logprobs
+                if cut or reason is None:
+                    begun = [one for one in logprobs if one.start < passed]
                 visible = "".join(one.content.visible for one in parsed)
                 thought = "".join(one.reasoning.visible for one in parsed)
                 found = tuple(call for one in parsed for call in one.calls)

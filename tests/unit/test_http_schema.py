@@ -42,6 +42,14 @@ def test_the_least_that_is_needed() -> None:
     assert [(m.role, m.content) for m in chat().messages] == [("user", "x")]
 
 
+def test_null_is_the_same_as_absent() -> None:
+    """Many clients send all that they know."""
+    own = {"model", "messages", "prompt", "moesaic"}
+    nothing = dict.fromkeys((*_UNSUPPORTED, *_IGNORED))
+    assert chat(**nothing, **dict.fromkeys(ChatRequest.model_fields.keys() - own)).form is None
+    completion(**nothing, **dict.fromkeys(CompletionRequest.model_fields.keys() - own))
+
+
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
     [

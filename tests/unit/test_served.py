@@ -167,6 +167,18 @@ async def test_log_probabilities_are_those_of_the_text(
         assert len(one.top) == 2
 
 
+@pytest.mark.parametrize("step", [2, 400])
+async def test_log_probabilities_end_with_the_last_call_that_is_wanted(step: int) -> None:
+    """However many tokens came at a time."""
+    ids = ids_of(SPECIAL, f"I look. {CALL}\n{CALL} and so on")
+    one, many = [
+        choices_of(await pieces(served(SPECIAL, ids, step=n), logprobs=2, calls="one"))
+        for n in (1, step)
+    ]
+    assert one == many
+    assert one[-1].chosen.text.endswith("}")
+
+
 async def test_alternatives_are_written_where_the_token_stands() -> None:
     """At the begin of an answer sentencepiece drops the space, and nowhere else."""
     vocabulary = METASPACE.get_vocab()
