@@ -180,7 +180,7 @@ def read_config(path: Path) -> PretrainedConfig:
             # Code of the model's own is never run, and nobody is asked whether it may.
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (*_CANNOT_BUILD, OSError, StrictDataclassError) as error:
-        text = " ".join(str(error).split())
+        text = " ".join((str(error) or in_words(error)).split())
         raise CheckpointError(f"{path}/config.json: {text}") from error
     quantisation_of(config, path)
     return config
