@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..cluster.spec_part import Resources
 from ..models.describe import HOST_BYTES, Described
 from ..proto.errors import ClusterError
 from .findings import Finding, finding_of
-from .ports import check_port
+from .ports import check_address, check_port
 
 _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
@@ -52,6 +51,11 @@ def check_ports(spec: Spec, *, local: bool) -> Iterator[Finding]:
     ]
     for part, host, port in wanted:
         if part == "endpoint" and not local:
+            continue
+        try:
+            check_address(f"{part}.host", host)
+        except ClusterError as error:
+            yield finding_of(error, f"{part}.host")
             continue
         try:
             check_port(part, host, port)
@@ -100,21 +104,9 @@ def check_local(spec: Spec, models: Mapping[str, Described]) -> Iterator[Finding
     host = spec.network.bind
     if host != "node":
         try:
-            check_address(host)
+            check_address("network.bind", host)
         except ClusterError as error:
             yield finding_of(error, "network.bind")
-
-
-def check_address(host: str) -> None:
-    """Raises ClusterError where this machine does not have the address."""
-    try:
-        family = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family) as probe:
-            probe.bind((host.strip("[]"), 0))
-    except OSError as error:
-        raise ClusterError(
-            f"network.bind: {host!r} is no address of this machine ({error.strerror or error})"
-        ) from error
 
 
 def _check_resources(spec: Spec) -> Iterator[Finding]:

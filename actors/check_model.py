@@ -15,7 +15,7 @@ from ..models.generation import generation_config
 from ..models.inventory import check_folder
 from ..models.tokenizer import read_tokenizer
 from ..models.trunk import read_config
-from ..proto.errors import CheckpointError, MoesaicError, RequestError
+from ..proto.errors import CheckpointError, MoesaicError, RequestError, in_words
 from .chat_template import ChatTemplate
 from .findings import Finding, Severity, finding_of
 
@@ -144,4 +144,4 @@ def _check_vocabulary(
 
 
 def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+    return " ".join(in_words(error).split())[:400]

@@ -29,7 +29,9 @@ class Finding:
 
 def finding_of(error: MoesaicError, path: str) -> Finding:
     """An error that was raised while ``path`` was checked."""
+    # Errors name the key themselves: the whole, or its last part.
     message = " ".join(str(error).split()).removeprefix(f"{path}: ")
+    message = message.removeprefix(f"{path.rpartition('.')[2]}: ")
     return Finding(severity="error", path=path, message=message, code=error.code)
 
 

@@ -76,7 +76,9 @@ def check_experts(model: ModelSpec, described: Described, at: str) -> Iterator[F
     for name in ("experts_per_token", "min_experts_per_token"):
         value = getattr(model, name)
         if value is not None and most is not None and value > most:
-            text = f"{value}, but {model.name!r} has {most} experts for a token"
+            text = (
+                f"{value}, but {model.name!r} has {most} experts for a token; give {most} at most"
+            )
             yield Finding(severity="error", path=f"{at}.{name}", message=text)
 
 

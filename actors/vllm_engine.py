@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..models.generation import generation_config
 from ..models.trunk import experts_layers, is_unmodified, meta_model, read_config
 from ..proto.errors import (
     Busy,
@@ -99,7 +100,7 @@ class VllmEngine:
         os.environ.update(_ENVIRONMENT)
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
-        self._eos = end_of_text(read_config(path), _generation_config(path), self._tokenizer)
+        self._eos = end_of_text(read_config(path), generation_config(path), self._tokenizer)
         self.streams = Streams(self._eos)
         self._requests = Requests(self.streams)
         self._link = self._connect(self._config, layers)
@@ -339,13 +340,6 @@ class VllmEngine:
             cache_free=1.0 - scheduler.kv_cache_manager.usage,
             healthy=self._healthy and beat_s < self._engine_config.stall_timeout_s,
         )
-
-
-def _generation_config(path: Path) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:  # it has none of its own
-        return None
 
 
 def _longest(path: Path, cached_tokens: int) -> int:

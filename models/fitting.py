@@ -7,11 +7,9 @@ read what is found here, and `check_folder` says before anything starts what the
 
 from __future__ import annotations
 
-import gc
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,24 +110,6 @@ class Fitting:
 def fit(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> Fitting:
     """Compare the headers in folder ``path`` with ``model``, which is on the meta device with its
     adapters. Raises CheckpointError for files that are damaged."""
-    with _no_collection():
-        return _fit(path, config, model)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Of 100,000 tensors some 300,000 objects are made, none of them garbage: looking for some
-    takes a third of the time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-def _fit(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> Fitting:
     listing = list_tensors(path)
     quantisation = quantisation_of(config, path)
     tensors = stored_tensors(listing.headers, quantisation)

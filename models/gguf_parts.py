@@ -19,6 +19,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, Keys
 from gguf.constants import GGUFEndian
 
 from ..proto.errors import CheckpointError
+from .files import lfs_pointer
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _COUNT = Keys.Split.LLM_KV_SPLIT_COUNT
@@ -39,6 +40,8 @@ def join_parts(path: Path) -> Iterator[Path]:
     match = _PART.fullmatch(path.name)
     assert match is not None, path
     stem, count = match[1], int(match[3])
+    if not 1 <= int(match[2]) <= count:
+        raise CheckpointError(f"{path}: of {count} parts there is no number {int(match[2])}")
     files = [path.with_name(f"{stem}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -48,14 +51,20 @@ def join_parts(path: Path) -> Iterator[Path]:
         )
     readers = [_opened(file) for file in files]
     for number, (file, reader) in enumerate(zip(files, readers, strict=True)):
-        said = _number(reader, Keys.Split.LLM_KV_SPLIT_NO), _number(reader, _COUNT)
+        said = _value(reader, Keys.Split.LLM_KV_SPLIT_NO), _value(reader, _COUNT)
         if said != (number, count):
             raise CheckpointError(
                 f"{file}: split.no and split.count are {said[0]} and {said[1]}, its name says "
                 f"{number} and {count}; it belongs to another set of parts"
             )
+    # Parts after the first need not name it.
+    named = {_value(reader, Keys.General.ARCHITECTURE) for reader in readers} - {None}
+    if len(named) > 1:
+        raise CheckpointError(
+            f"{path}: its parts are of different architectures: {', '.join(sorted(named))}"
+        )
     held = sum(len(reader.tensors) for reader in readers)
-    wanted = _number(readers[0], Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
+    wanted = _value(readers[0], Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
     if held != wanted:
         raise CheckpointError(
             f"{path}: its parts hold {held} tensors, split.tensors.count says {wanted}; "
@@ -81,10 +90,11 @@ def _opened(file: Path) -> GGUFReader:
     try:
         return GGUFReader(file)
     except _READ_ERRORS as error:
-        raise CheckpointError(f"{file}: truncated or damaged GGUF: {error}") from error
+        why = lfs_pointer(file) or f"truncated or damaged GGUF: {error}"
+        raise CheckpointError(f"{file}: {why}") from error
 
 
-def _number(reader: GGUFReader, key: str) -> Any:
+def _value(reader: GGUFReader, key: str) -> Any:
     found = reader.get_field(key)
     return None if found is None else found.contents()
 
@@ -92,7 +102,7 @@ def _number(reader: GGUFReader, key: str) -> Any:
 def _write(whole: Path, readers: list[GGUFReader]) -> None:
     """Fields of the first part and tensors of all, which are copied file by file."""
     first = readers[0]
-    arch = str(_number(first, Keys.General.ARCHITECTURE))
+    arch = str(_value(first, Keys.General.ARCHITECTURE))
     writer = GGUFWriter(whole, arch, endianess=first.endianess or GGUFEndian.LITTLE)
     for name, field in first.fields.items():
         if name.startswith(("GGUF.", "split.")) or name == Keys.General.ARCHITECTURE:

@@ -8,6 +8,7 @@ the interface are brought to it by adapters (`adapters.py`).
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -179,7 +180,7 @@ def read_config(path: Path) -> PretrainedConfig:
             # Code of the model's own is never run, and nobody is asked whether it may.
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (*_CANNOT_BUILD, OSError, StrictDataclassError) as error:
-        text = " ".join(str(error).split())
+        text = " ".join((str(error) or in_words(error)).split())
         raise CheckpointError(f"{path}/config.json: {text}") from error
     quantisation_of(config, path)
     return config
@@ -198,9 +199,15 @@ def _what_without_config(path: Path) -> str:
 
 def _own_config(path: Path) -> PretrainedConfig | None:
     """The configuration of a model that transformers lacks; None for any other."""
-    values: Any = PretrainedConfig._dict_from_json_file(path / "config.json")
+    try:
+        values: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"not a valid JSON file: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"holds {_short(values)} instead of an object with the model's fields")
+        raise ValueError(
+            f"holds {_short(values)} instead of an object with model_type and the model's other "
+            "fields"
+        )
     for field in FIELDS:
         if values.get(field) is not None and not isinstance(values[field], dict):
             raise ValueError(f"{field}: {_short(values[field])} is not a mapping")

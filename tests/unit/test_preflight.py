@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from moesaic.actors import check_machine
 from moesaic.actors.check_machine import machine_memory
 from moesaic.actors.findings import Finding, raise_errors, said
+from moesaic.actors.ports import check_port
 from moesaic.actors.preflight import preflight
 from moesaic.cli.main import main
 from moesaic.cluster.spec import Spec, parse_spec
@@ -226,7 +227,12 @@ def test_tokens_without_an_embedding(folder: Path, tmp_path: Path) -> None:
 def test_a_path_to_nothing(path: str) -> None:
     one = only(spec_of(path))
     assert (one.severity, one.path) == ("error", "models.0.path")
-    assert "is not a folder, not a hub id" in one.message
+    assert one.message.startswith(f"{path!r} is not a folder, not a hub id")
+
+
+def test_a_path_to_a_file(whole: Path) -> None:
+    one = only(spec_of(whole / "config.json"))
+    assert one.message.endswith("is a file; give the folder that holds the model")
 
 
 def test_numbers_of_experts_that_the_model_does_not_have(whole: Path) -> None:
@@ -234,7 +240,7 @@ def test_numbers_of_experts_that_the_model_does_not_have(whole: Path) -> None:
     keys = ["models.0.experts_per_token", "models.0.min_experts_per_token"]
     checked = preflight(spec_of(whole, model=wanted))
     assert [one.path for one in checked.findings] == keys
-    assert checked.findings[0].message == "3, but 'm' has 2 experts for a token"
+    assert checked.findings[0].message == "3, but 'm' has 2 experts for a token; give 2 at most"
 
 
 # ---- a hub ---------------------------------------------------------------------------------------
@@ -341,6 +347,28 @@ def test_an_address_of_another_machine(whole: Path) -> None:
     assert (one.severity, one.path) == ("error", "network.bind")
     remote = spec_of(whole, network={"bind": "203.0.113.1"}, ray={"address": "auto"})
     assert found(remote) == [], "its hosts are elsewhere"
+
+
+@pytest.mark.parametrize("part", ["endpoint", "router"])
+def test_a_port_at_an_address_of_another_machine(part: str, whole: Path) -> None:
+    one = only(spec_of(whole, **{part: {"host": "203.0.113.1", "port": 8123}}))
+    assert (one.severity, one.path) == ("error", f"{part}.host")
+    assert one.message.startswith("'203.0.113.1' is no address of this machine")
+
+
+def test_a_port_of_ip_version_6() -> None:
+    with socket.socket(socket.AF_INET6) as taken:
+        try:
+            taken.bind(("::1", 0))
+        except OSError:
+            return  # a machine without it
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ClusterError, match="Address already in use"):
+            check_port("endpoint", "::1", port)
+    check_port("endpoint", "::1", port)
+    with pytest.raises(ClusterError, match=r"endpoint\.host: 'no\.such\.invalid' is no address"):
+        check_port("endpoint", "no.such.invalid", port)
 
 
 def test_devices_and_resources_that_a_local_ray_lacks(
