@@ -25,7 +25,7 @@ from ray.serve.context import _set_global_client
 
 from ..cluster.serving_spec import EndpointSpec
 from ..cluster.spec import Spec
-from ..proto.errors import ClusterError
+from ..proto.errors import ClusterError, in_words
 from .ports import check_port, free_port
 from .ray_border import CONTROLLER, ask, cluster_of, namespace_of
 
@@ -141,7 +141,7 @@ def _asked(client: httpx.Client, url: str, models: Collection[str]) -> str | Non
         answer = client.get(url)
         known = {str(one["id"]) for one in answer.raise_for_status().json()["data"]}
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return in_words(error)
     missing = set(models) - known
     return f"it serves {sorted(known)}" if missing else None
 

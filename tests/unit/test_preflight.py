@@ -104,7 +104,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         _write(TEMPLATE, "{{ messages[7].content + 1 }}"),
         "message of a user alone",
     ),
-    "template-says-nothing": (_write(TEMPLATE, "<s>"), "leaves out what a user says"),
+    "template-says-nothing": (_write(TEMPLATE, "<s>"), "leaves out the text of a message"),
     "generation": (_write("generation_config.json", "[1"), "generation_config.json: cannot be"),
 }
 
@@ -368,7 +368,7 @@ def test_up_does_not_start_ray_where_an_error_is_found(
 ) -> None:
     from moesaic.actors import launch
 
-    def started(spec: Spec) -> bool:
+    def started(*_: Any) -> bool:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(launch, "start_ray", started)
