@@ -22,8 +22,7 @@ from .findings import Finding, Severity, finding_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Said by a user, it has to come out of every chat template.
-_SAID = "Hello"
+# Tokens that one finding names.
 _NAMED = 3
 
 
@@ -84,14 +83,16 @@ def _check_tokenizer(folder: Path, key: str, severity: Severity) -> Iterator[Fin
         yield Finding(severity=severity, path=key, message=f"{folder}: {problem}", code=code)
         return
     yield from _check_vocabulary(folder, tokenizer, key, severity)
-    if not tokenizer.chat_template:
+    template = ChatTemplate(folder.name, tokenizer)
+    if not template.exists:
         text = f"{folder}: no chat template: /v1/completions can be used, chats are refused"
         yield Finding(severity="warning", path=key, message=text)
         return
-    problem = _template_problem(folder, tokenizer)
-    if problem:
-        code = CheckpointError.__name__
-        yield Finding(severity=severity, path=key, message=f"{folder}: {problem}", code=code)
+    try:
+        template.probe()
+    except RequestError as error:
+        wrong = f"{folder}: a message of a user alone: {' '.join(str(error).split())}"
+        yield Finding(severity=severity, path=key, message=wrong, code=CheckpointError.__name__)
 
 
 def _encoding_problem(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -102,18 +103,6 @@ def _encoding_problem(tokenizer: PreTrainedTokenizerBase) -> str:
         # A field of the wrong type shows only when it is used, as whatever it leads to.
         return f"the tokenizer fails on {_SAID!r}: {_in_a_line(error)}"
     return "" if ids else f"the tokenizer makes no token of {_SAID!r}; see its tokenizer.json"
-
-
-def _template_problem(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Why chats are impossible with the tokenizer's template; empty if they are not."""
-    try:
-        ChatTemplate(folder.name, tokenizer).render([{"role": "user", "content": _SAID}])
-    except RequestError as error:
-        return f"a message of a user alone: {' '.join(str(error).split())}"
-    except Exception as error:
-        # Templates are programs, and fail as such.
-        return f"the chat template fails on a message of a user alone: {_in_a_line(error)}"
-    return ""
 
 
 def _check_vocabulary(

@@ -126,7 +126,13 @@ def launch(
             )
             progress("starting the endpoint", 1, 1)
     except BaseException as error:
-        told = describe_failures(namespace_of(spec.name)) if isinstance(error, MoesaicError) else ""
+        told = ""
+        try:
+            if launched is not None:
+                # Before all that was kept of it is forgotten.
+                told = describe_failures(launched.namespace)
+        except Exception:
+            log.exception("it cannot be read which part failed")
         try:
             if launched is not None:
                 launched.close()
@@ -135,7 +141,7 @@ def launch(
         except Exception:
             # Not what the caller is to hear of.
             log.exception("not all that had started could be ended")
-        if told and told not in str(error):
+        if isinstance(error, MoesaicError) and told and told not in str(error):
             raise ClusterError(told) from error
         raise
     return launched

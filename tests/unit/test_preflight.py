@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from moesaic.models.tokenizer import read_tokenizer
 from moesaic.proto.errors import CheckpointError, ClusterError, UnsupportedModel
 from tests.helpers.architectures import tiny_model
 from tests.helpers.quantising import FORMS
+from tests.helpers.sparse import sparse_deepseek
 from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
 
 Capture = pytest.CaptureFixture[str]
@@ -458,7 +460,7 @@ def test_up_does_not_start_ray_where_an_error_is_found(
 ) -> None:
     from moesaic.actors import launch
 
-    def started(spec: Spec, tried_again: Callable[[str], None]) -> bool:
+    def started(*_: Any) -> bool:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(launch, "start_ray", started)
@@ -510,6 +512,24 @@ def test_spec_check_and_inspect(folder: Path, tmp_path: Path, capsys: Capture) -
     said_ = capsys.readouterr()
     assert json.loads(said_.out)["findings"][0]["severity"] == "error"
     assert "model.norm.weight" in said_.err
+
+
+def test_a_model_of_any_size_takes_seconds(tmp_path: Path) -> None:
+    """160 files of 90,000 tensors; CPU time, since other tests may run beside this one."""
+    sparse_deepseek(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = {"dtype": "bfloat16"}
+    spec = spec_of(tmp_path, model=model, hosts=[{"count": 64, "memory_gb": 40}])
+    began = time.process_time()
+    checked = preflight(spec)
+    assert time.process_time() - began < 5.0
+    # 1.3 TB in bfloat16 are more than this machine has, and 64 x 40 GB is room enough.
+    (one,) = checked.findings
+    assert (one.severity, one.path) == ("error", "hosts")
+    assert "the models' weights need 1,342.1 GB" in one.message
+    assert (
+        found(spec_of(tmp_path, model=model, hosts=[{"count": 64}], ray={"address": "auto"})) == []
+    )
 
 
 PROBE = """
