@@ -15,8 +15,8 @@ from .tools import BEGIN, END
 
 ANY_OBJECT = '{"type": "object"}'
 
-# One form of whitespace: a model that is not sure would fill its answer with it. Calls may have the
-# spaces that models are used to from their templates.
+# Whitespace is fixed, because a model that is unsure may generate it without end. Calls may have
+# the spaces that chat templates write, since models are trained on those.
 COMPACT: dict[str, Any] = {"whitespace_flexible": False}
 _SPACED = {**COMPACT, "item_separator": ", ?", "key_separator": ": ?"}
 

@@ -162,7 +162,8 @@ class AnswerParser:
         return self._go(partial(self._json, JsonEnd(), marked=True))
 
     def _say(self, text: MarkedText) -> None:
-        """Marks of calls that are none are shown, special tokens or not."""
+        """Text for the client; marks around what turned out to be no call are shown, even where
+        they are special tokens."""
         if text.special:
             marks = [mark.span() for mark in _CALL_MARK.finditer(text.text)]
             hidden = (one for one in text.special if not _within(one, marks))

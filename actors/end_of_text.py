@@ -89,8 +89,8 @@ def _ids(value: Any) -> list[int]:
 
 
 def _is_nobodys(token_id: int, config: PretrainedConfig, tokenizer: Any) -> bool:
-    """Whether it is there since the class of configurations has a default that nobody has changed:
-    the 2 of Llama's first tokenizer is a ``#`` to its third."""
+    """Whether the token is only the default of the configuration's class, and ordinary text to the
+    tokenizer: 2 ended texts in Llama's first tokenizer, and is ``#`` in its third."""
     if token_id not in _ids(getattr(type(config), "eos_token_id", None)):
         return False
     added = tokenizer.added_tokens_decoder
@@ -132,8 +132,8 @@ def _token_behind(text: str, said: str, added: Mapping[int, str]) -> int | None:
 
 
 def _inside_turn(tokenizer: Any, user: Mapping[str, Any], mark: str) -> bool:
-    """Whether a template writes it between an assistant's thinking, content and calls of tools,
-    too, as gpt-oss's does with its ``<|end|>``: it ends parts of an answer, not the answer."""
+    """Whether a template also writes the mark between an assistant's thinking, content and calls of
+    tools, as gpt-oss's does with its ``<|end|>``: it ends parts of an answer, not the answer."""
     thinking = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHT)
     call = {"type": "function", "function": {"name": _CALLED, "arguments": {}}, "id": "qz0000000"}
     thought = {"role": "assistant", "content": _SAID, **thinking}

@@ -24,7 +24,7 @@ _COMPLETE = ("NotStopped", "NoExtension", "NoExtensionBias", "EndOfSentence")
 
 
 class Grammar:
-    """One answer's, as far as it is generated."""
+    """The grammar of one answer, advanced by the tokens generated so far."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: int, eos_token_ids: Sequence[int]) -> None:
         self._matcher = matcher
@@ -40,13 +40,14 @@ class Grammar:
         return np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(bool)
 
     def take(self, token: int) -> None:
-        """A token was chosen."""
+        """Advances by a token that was chosen."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
 
     @property
     def fault(self) -> RequestError | None:
-        """What has ended the answer before it was complete: a schema whose check takes too much."""
+        """Why the answer ended before it was complete, if it did: checking the schema took too much
+        time or memory."""
         reason = self._matcher.stop_reason()
         if reason in _COMPLETE:
             return None
@@ -58,7 +59,7 @@ class Grammar:
 
 
 class Grammars:
-    """Of one model; the first use takes about a second."""
+    """The grammars of one model. The first use takes about a second."""
 
     def __init__(
         self,

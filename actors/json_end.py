@@ -13,8 +13,9 @@ _CLOSES = {"{": "}", "[": "]"}
 
 
 class JsonEnd:
-    """Finds the end of one JSON object or array, or that it is none, at the first character that
-    tells. Numbers, literals and escapes are left to the decoder that reads it afterwards."""
+    """Finds the end of one JSON object or array, and rejects other text at the first character
+    that cannot belong to one. Numbers, literals and escapes are left to the decoder that reads it
+    afterwards."""
 
     def __init__(self) -> None:
         self._closers: list[str] = []  # of what is open
