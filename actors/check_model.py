@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Tokens that one finding names.
 _NAMED = 3
+# A text that every tokenizer is tried with.
+_SAID = "Hello"
 
 
 @dataclass(frozen=True, slots=True)
