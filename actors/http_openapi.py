@@ -31,10 +31,17 @@ def generation(
 ) -> dict[str, Any]:
     """``openapi_extra`` of a path that takes ``request`` and answers whole, or in a stream of
     ``chunk``."""
+    # Of one event: before OpenAPI 3.2 there is no word for a schema of the whole stream.
     events = {
-        "description": f"`data:` lines, each a {chunk.__name__} or, as the last, an "
-        f"{ErrorResponse.__name__}; then `data: [DONE]`",
-        "type": "string",
+        "type": "object",
+        "required": ["data"],
+        "properties": {
+            "data": {
+                "type": "string",
+                "description": f"the JSON of a {chunk.__name__} or, of the last event, of an "
+                f"{ErrorResponse.__name__}; or `[DONE]`",
+            }
+        },
     }
     return {
         "requestBody": {"required": True, "content": _json(request)},

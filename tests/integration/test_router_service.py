@@ -371,7 +371,10 @@ def test_a_flood_is_refused_and_others_are_not(folder: Path) -> None:
     with router_service(folder, hosts=1, policy=policy) as served, in_background() as start:
         flood, modest = served.client(), served.client()
         with held(served.pool.hosts[0]):
-            floods = [start(served.ask, flood, inputs(2, seed=n)) for n in range(4)]
+            # What came together would be computed together, and none of it could be given up.
+            floods = [start(served.ask, flood, inputs(2))]
+            assert settles(lambda: sent(served.router) == 1)
+            floods += [start(served.ask, flood, inputs(2, seed=n)) for n in range(1, 4)]
             assert served.holds(4)
             call = start(served.ask, modest, inputs(3))
             assert settles(lambda: served.service.report()["refused"] == 1)
