@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -25,13 +26,16 @@ from ..cluster.emulation import Emulation
 from ..cluster.fence import Fence
 from ..cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape
 from ..cluster.residency import HostPolicy, LayerShape, Residency
+from ..cluster.transports import TransportChoice, groups_of
+from ..proto.errors import CallError, Forbidden
+from ..proto.keys import ClusterSecret, secret_of_process
 from .device import LoopStats, device_name, pick_device
-from .host_loop import HostLoop
+from .host_loop import HostLoop, check_fit
 from .store import SHARED, ExpertStore, ModelRef
 from .transport.base import Listener
 from .transport.grpc_stream import GrpcListener
 from .transport.shm import ShmListener
-from .transport.weights import get_weights
+from .transport.weights import Grant, get_weights
 
 # Of one expert from a peer.
 FETCH_TIMEOUT_S = 60.0
@@ -83,8 +87,12 @@ class ExpertHost:
         bind: str = "127.0.0.1",
         policy: HostPolicy | None = None,
         threads: int | None = None,
+        transport: TransportChoice = "auto",
+        secret: ClusterSecret | None = None,
     ) -> None:
-        """``bind`` is the address that gRPC listens on; ``threads`` those of one computation."""
+        """``bind`` is the address that gRPC listens on; ``threads`` those of one computation;
+        ``transport`` is what the spec says, and so which groups routers may ask for; ``secret`` is
+        the cluster's, None: this process's own."""
         if threads is not None:
             torch.set_num_threads(threads)
         self.name = name
@@ -97,8 +105,15 @@ class ExpertHost:
         self._load_lock = threading.Lock()
         self._fence = Fence()
         self._fence_lock = threading.Lock()
+        self._secret = secret or secret_of_process()
         shm = ShmListener()
-        grpc = GrpcListener(f"{bind}:0", weights=_Weights(self), device=self._store.device)
+        grpc = GrpcListener(
+            f"{bind}:0",
+            weights=_Weights(self),
+            device=self._store.device,
+            groups=groups_of(transport, device_name(self._store.device)),
+            fits=partial(check_fit, self._residency),
+        )
         self._entry = HostEntry(
             host=name,
             incarnation=self.incarnation,
@@ -203,8 +218,12 @@ class ExpertHost:
     def _fetch(self, key: ExpertKey, peer: str) -> LayerShape:
         if self._store.lacks_shared(LayerKey(key.model, key.layer)):
             shared = key._replace(expert=SHARED)
-            self._store.put(shared, get_weights(peer, shared, timeout_s=FETCH_TIMEOUT_S))
-        return self._store.put(key, get_weights(peer, key, timeout_s=FETCH_TIMEOUT_S))
+            self._store.put(shared, self._get(shared, peer))
+        return self._store.put(key, self._get(key, peer))
+
+    def _get(self, key: ExpertKey, peer: str) -> dict[str, Tensor]:
+        most = self._store.most_bytes(key)
+        return get_weights(peer, key, timeout_s=FETCH_TIMEOUT_S, max_bytes=most)
 
     def _hold(self, key: ExpertKey, shape: LayerShape, version: int) -> None:
         self._loop.call(lambda: self._residency.hold(key, shape, version=version))
@@ -223,14 +242,64 @@ class _Weights:
 
     def __init__(self, host: ExpertHost) -> None:
         self._host = host
+        # What is served does not change between the look and the deed; loads are not waited for.
+        self._putting = threading.Lock()
+
+    def most_bytes(self, key: ExpertKey) -> int:
+        return self._host._store.most_bytes(key)
+
+    def check_grant(self, key: ExpertKey, version: int, grant: Grant | None) -> None:
+        host = self._host
+        if grant is None or not host._secret.grants(
+            grant.proof, host.name, host.incarnation, key, version, grant.term
+        ):
+            raise Forbidden(
+                f"{_named(key)}, version {version}: the controller did not grant this to be put "
+                f"into incarnation {host.incarnation} of {host.name}"
+            )
+        with host._fence_lock:
+            host._fence.obey(grant.term)
 
     def get(self, key: ExpertKey) -> dict[str, Tensor]:
         return self._host._store.get(key)
 
     def put(self, key: ExpertKey, tensors: Mapping[str, Tensor], version: int) -> None:
-        shape = self._host._store.put(key, tensors)
-        if key.expert != SHARED:
-            self._host._hold(key, shape, version)
+        store = self._host._store
+        store.check(key, tensors)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise CallError(f"{_named(key)}: {name} has values that are not finite")
+        with self._putting:
+            if self._is_served(key):
+                if not _same(store.get(key), tensors):
+                    raise Forbidden(
+                        f"{_named(key)}: {self._host.name} serves other tensors under this name, "
+                        "and they are not replaced; give the model another name"
+                    )
+                return
+            shape = store.put(key, tensors)
+            if key.expert != SHARED:
+                self._host._hold(key, shape, version)
+
+    def _is_served(self, key: ExpertKey) -> bool:
+        residency = self._host._residency
+        if key.expert == SHARED:
+            layer = LayerKey(key.model, key.layer)
+            return residency.serves_layer(layer) and not self._host._store.lacks_shared(layer)
+        return residency.serves(key)
+
+
+def _named(key: ExpertKey) -> str:
+    if key.expert == SHARED:
+        return f"shared tensors of layer {key.layer} of {key.model}"
+    return str(key)
+
+
+def _same(held: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
+    return held.keys() == given.keys() and all(
+        held[name].dtype == given[name].dtype and torch.equal(held[name].cpu(), given[name])
+        for name in held
+    )
 
 
 @contextlib.contextmanager

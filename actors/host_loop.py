@@ -211,6 +211,8 @@ class HostLoop:
         call, payload = inbound.frame.call, inbound.payload
         router, now = _router_id(session), time.monotonic()
         try:
+            if inbound.refused is not None:
+                raise inbound.refused
             layout = CallLayout.of_call(call)
             if payload is None or payload.numel() < layout.call_bytes:
                 raise CallError(f"payload: {layout.call_bytes} bytes announced, not all arrived")
@@ -331,6 +333,18 @@ def _queued(call: Call, router: str, ids_TK: Tensor, now: float) -> QueuedCall:
         attempt=call.attempt,
         ids=ids_TK.cpu().numpy(),
     )
+
+
+def check_fit(residency: Residency, call: Call) -> None:
+    """Before the tensors of ``call`` are here. Raises CallError, see `Residency.misfit`."""
+    error = residency.misfit(
+        LayerKey(call.model, call.layer),
+        rows=call.rows,
+        hidden=call.hidden,
+        dtype=_dtype_name(call),
+    )
+    if error is not None:
+        raise error
 
 
 def _dtype_name(call: Call) -> str:

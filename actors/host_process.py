@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..cluster.emulation import Emulation
     from ..cluster.placement import ExpertKey, HostEntry
     from ..cluster.residency import HostPolicy
+    from ..cluster.transports import TransportChoice
     from .host import HostReport, PlacedModel
 
 
@@ -33,6 +34,7 @@ class RayExpertHost:
         device: str,
         policy: HostPolicy,
         threads: int,
+        transport: TransportChoice,
     ) -> None:
         announce("host", name, cluster)
         with telling(namespace_of(cluster), "host", name):
@@ -47,6 +49,7 @@ class RayExpertHost:
                 device=device,
                 policy=policy,
                 threads=threads,
+                transport=transport,
             )
 
     def entry(self) -> HostEntry:

@@ -56,6 +56,7 @@ class HostStarter:
                 device=wanted.device,
                 policy=wanted.policy,
                 threads=threads,
+                transport=self._spec.network.transport,
             )
         )
 

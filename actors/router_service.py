@@ -39,7 +39,7 @@ from ..proto.wire import DTYPE_FROM_WIRE
 from .catalog import Catalog
 from .merged_calls import MergedCalls
 from .router import Router
-from .transport.grpc_border import CLOSE_S, SERVER_OPTIONS, Threads, aborting
+from .transport.grpc_border import CLOSE_S, ROUTER_SERVICE_OPTIONS, Threads, aborting
 
 SERVICE = DESCRIPTOR.services_by_name["Router"].full_name
 # For each call that may be held so many are looked at, each by a thread, and refused with a reason;
@@ -70,7 +70,7 @@ class RouterService:
         self._threads = Threads("router-service")
         self._server = grpc.server(
             self._threads,  # pyright: ignore[reportArgumentType]  # gRPC submits, and no more
-            options=SERVER_OPTIONS,
+            options=ROUTER_SERVICE_OPTIONS,
             maximum_concurrent_rpcs=_LOOKED_AT * policy.merge.max_calls,
         )
         self._health = health.HealthServicer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from ..proto.errors import CallError, NotHere
 
 # In the place of an expert's number: the tensors that all experts of a layer share.
 SHARED = (1 << 32) - 1
+# More than the header of a safetensors file has for one tensor beside its name, and for itself.
+_HEADER_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,16 +111,39 @@ class ExpertStore:
                 layer.module.to(self.device)
         return self._keep(key, weights)
 
+    def most_bytes(self, key: ExpertKey) -> int:
+        """Of a safetensors file with what `put` takes. Raises NotHere and CallError."""
+        model, layer = self._layer(key)
+        if key.expert == SHARED:
+            shared = shared_parameters(layer)
+            sizes = {name: p.numel() * max(4, p.element_size()) for name, p in shared.items()}
+        else:
+            shapes = _shapes(layer)
+            item = model.ref.torch_dtype.itemsize
+            sizes = {name: math.prod(shape) * item for name, shape in shapes.items()}
+        # Each tensor has its name, dtype, shape and place in the file's header, which is JSON.
+        return sum(sizes.values()) + sum(map(len, sizes)) + _HEADER_BYTES * (1 + len(sizes))
+
     def put(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> LayerShape:
         """Keep an expert that was sent here. Raises CallError for tensors that do not fit."""
         model, layer = self._layer(key)
         layer_key = LayerKey(key.model, key.layer)
+        self.check(key, tensors)
         if key.expert == SHARED:
             _set_shared(layer, tensors, self.device)
             return model.shape(key.layer)
-        weights = _checked(key, layer, tensors, model.ref.torch_dtype)
+        weights = ExpertWeights.of(tensors)
         self._forms.setdefault(layer_key, layer.form())
         return self._keep(key, weights)
+
+    def check(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> None:
+        """Raises NotHere for a model, and CallError for an expert or tensors, that `put` would not
+        take."""
+        model, layer = self._layer(key)
+        if key.expert == SHARED:
+            _check_shared(layer, tensors)
+        else:
+            _check(key, layer, tensors, model.ref.torch_dtype)
 
     def get(self, key: ExpertKey) -> dict[str, Tensor]:
         """The tensors of an expert, as `put` takes them. Raises NotHere and CallError."""
@@ -171,9 +197,20 @@ class ExpertStore:
         return self._models[key.model].shape(key.layer)
 
 
-def _checked(
+def _check(
     key: ExpertKey, layer: ExpertsLayer, tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> ExpertWeights:
+) -> None:
+    shapes = _shapes(layer)
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if given != shapes:
+        raise CallError(f"{key}: tensors {given} were put, its model takes {shapes}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise CallError(f"{key}: {name} was put as {tensor.dtype}, its model is {dtype}")
+
+
+def _shapes(layer: ExpertsLayer) -> dict[str, tuple[int, ...]]:
+    """Of one expert's tensors, by the names that they have on the wire."""
     parameters = {n: p.shape[1:] for n, p in expert_parameters(layer)}
     up = layer.up_name
     wanted = {
@@ -182,14 +219,7 @@ def _checked(
         "up_bias": parameters.get(f"{up}_bias"),
         "down_bias": parameters.get("down_proj_bias"),
     }
-    shapes = {name: tuple(shape) for name, shape in wanted.items() if shape is not None}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if given != shapes:
-        raise CallError(f"{key}: tensors {given} were put, its model takes {shapes}")
-    for name, tensor in tensors.items():
-        if tensor.dtype != dtype:
-            raise CallError(f"{key}: {name} was put as {tensor.dtype}, its model is {dtype}")
-    return ExpertWeights.of(tensors)
+    return {name: tuple(shape) for name, shape in wanted.items() if shape is not None}
 
 
 def shared_parameters(layer: ExpertsLayer) -> dict[str, torch.nn.Parameter]:
@@ -198,11 +228,14 @@ def shared_parameters(layer: ExpertsLayer) -> dict[str, torch.nn.Parameter]:
     return {n: p for n, p in layer.module.named_parameters() if n not in own}
 
 
-def _set_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+def _check_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor]) -> None:
     wanted = {name: tuple(parameter.shape) for name, parameter in shared_parameters(layer).items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if given != wanted:
         raise CallError(f"layer {layer.layer}: shared tensors {given} were put, not {wanted}")
+
+
+def _set_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor], device: torch.device) -> None:
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         layer.module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(

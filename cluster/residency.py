@@ -115,6 +115,15 @@ class Residency:
         self._remove(call for call, _ in refused)
         return refused
 
+    def serves(self, key: ExpertKey) -> bool:
+        """From any thread."""
+        layer = self._layers.get(LayerKey(key.model, key.layer))
+        return layer is not None and key.expert in layer.versions
+
+    def serves_layer(self, key: LayerKey) -> bool:
+        """Whether any expert of it is here. From any thread."""
+        return key in self._layers
+
     def holdings(self) -> Mapping[LayerKey, list[int]]:
         return {key: sorted(layer.versions) for key, layer in sorted(self._layers.items())}
 
@@ -122,7 +131,9 @@ class Residency:
 
     def admit(self, call: QueuedCall, now: float) -> MoesaicError | None:
         """Queue a call, or say why it is refused."""
-        error = self._not_here(call) or self._malformed(call)
+        error = self._not_here(call) or self.misfit(
+            call.key, rows=call.rows, hidden=call.hidden, dtype=call.dtype
+        )
         if error is not None:
             return error
         if now >= call.expires_at:
@@ -212,18 +223,17 @@ class Residency:
                     )
         return None
 
-    def _malformed(self, call: QueuedCall) -> MoesaicError | None:
-        shape = self._layers[call.key].shape
-        if call.hidden != shape.hidden_size:
+    def misfit(self, key: LayerKey, *, rows: int, hidden: int, dtype: str) -> CallError | None:
+        """Why a call of these numbers is too large or of another model's form, as far as that can
+        be said before its tensors are here; of a layer that is not here nothing is known. From any
+        thread."""
+        layer = self._layers.get(key)
+        if layer is not None and hidden != layer.shape.hidden_size:
+            return CallError(f"hidden: {hidden}, but {key.model!r} has {layer.shape.hidden_size}")
+        if layer is not None and dtype != layer.shape.dtype:
+            return CallError(f"dtype: {dtype}, but {key.model!r} is held as {layer.shape.dtype}")
+        if rows > self.policy.max_rows:
             return CallError(
-                f"hidden: {call.hidden}, but {call.key.model!r} has {shape.hidden_size}"
-            )
-        if call.dtype != shape.dtype:
-            return CallError(
-                f"dtype: {call.dtype}, but {call.key.model!r} is held as {shape.dtype}"
-            )
-        if call.rows > self.policy.max_rows:
-            return CallError(
-                f"rows: {call.rows} exceed this host's {self.policy.max_rows} a call; send several"
+                f"rows: {rows} exceed this host's {self.policy.max_rows} a call; send several"
             )
         return None

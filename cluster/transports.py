@@ -16,6 +16,15 @@ PAUSE_S = 30.0
 _FALLBACK: dict[Transport, Transport] = {"cuda": "shm", "gloo": "grpc", "nccl": "grpc"}
 
 
+def groups_of(choice: TransportChoice, device: str) -> frozenset[Transport]:
+    """The backends of the groups that a host on ``device`` makes, where the spec says ``choice``:
+    what some router's `Transports` may choose for it."""
+    on_cuda = device != CPU
+    if choice == "group":
+        return frozenset({"gloo", "nccl"} if on_cuda else {"gloo"})
+    return frozenset({"nccl"} if choice == "device" and on_cuda else ())
+
+
 class Transports:
     """One router's choice. Shared memory and gRPC always do; what else was lost on a host is not
     used there for `PAUSE_S`. A host that starts anew begins without a past."""

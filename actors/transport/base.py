@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from ...proto.errors import CallError
+from ...proto.errors import CallError, MoesaicError
 from ...proto.expert_pb2 import Call, Frame
 from ...proto.wire import WIRE_VERSION, CallLayout
 
@@ -22,10 +22,13 @@ class Inbound(NamedTuple):
     """A frame and, for calls and replies, the bytes of its tensors (uint8).
 
     The bytes of a reply are valid until `Channel.release`; those of a call until it is answered.
+    A call that the transport has not kept, because it does not fit or there is no room for it,
+    comes with the error that it is to be ``refused`` with.
     """
 
     frame: Frame
     payload: Tensor | None = None
+    refused: MoesaicError | None = None
 
 
 def call_of(frame: Frame) -> Call:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from ...proto.errors import (
     from_wire,
     in_words,
 )
-from ...proto.limits import CHUNK_BYTES
+from ...proto.limits import CHUNK_BYTES, HELLO_S, MAX_CONNECTIONS
 
 # How long closing waits for threads, and for a last frame to leave.
 CLOSE_S = 0.5
@@ -61,10 +62,24 @@ CHANNEL_OPTIONS = [
     # A connection of its own for each channel: weights never stand before a token.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+# A process that is at the end of its descriptors fails in places that have nothing to do with its
+# peers, so connections have at most half of them.
+_CONNECTIONS = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 SERVER_OPTIONS = [
     *_OPTIONS,
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # From TCP's connection until HTTP/2's settings.
+    ("grpc.server_handshake_timeout_ms", int(HELLO_S * 1e3)),
+    ("grpc.max_allowed_incoming_connections", _CONNECTIONS),
+]
+# Clients of the router service keep a connection between their calls; members of the cluster make
+# one for each stream and transfer.
+ROUTER_SERVICE_OPTIONS = [*SERVER_OPTIONS, ("grpc.max_connection_idle_ms", 60_000)]
+HOST_OPTIONS = [
+    *SERVER_OPTIONS,
+    ("grpc.max_connection_idle_ms", int(HELLO_S * 1e3)),
+    ("grpc.max_concurrent_streams", 8),
 ]
 
 log = logging.getLogger(__name__)

@@ -6,17 +6,19 @@ The reading thread puts arriving messages together, so that the owner wakes once
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...proto.errors import CallError, HostLost, MoesaicError
+from ...proto.errors import Busy, CallError, HostLost, MoesaicError
 from ...proto.expert_pb2 import Call, Frame, Reply
-from ...proto.limits import MAX_PAYLOAD_BYTES
 from .base import Inbound
+from .budget import Share
 from .grpc_codec import PARTS, decode
 from .mailbox import Mailbox
 from .pair import Pair
@@ -33,7 +35,9 @@ class _Partial:
 
     kind: str
     frame: Frame
-    buffer: np.ndarray
+    size: int
+    buffer: np.ndarray | None  # None: it is refused, and its bytes are not kept
+    refused: MoesaicError | None
     filled: int = 0
     cancel: Frame | None = None  # heard meanwhile; follows its call
 
@@ -48,25 +52,40 @@ class Inbox:
         *,
         kinds: Container[str],
         max_payload_bytes: int,
+        max_arriving_bytes: int,
+        check: Callable[[str, Call | Reply], None],
         accept: Callable[[str, Frame], bool],
+        arriving: Share | None = None,
     ) -> None:
         """``moved`` is set whenever the owner has taken something.
 
-        ``kinds`` are those that the other side may send. ``accept`` sees each whole frame first: it
-        may decline it, or raise CallError to end the stream.
+        ``kinds`` are those that the other side may send. ``check`` sees the head of tensors before
+        any memory is given to them, and raises CallError where they are not of the size that they
+        must have: then a frame in chunks is delivered as refused, and with a pair, whose other side
+        sends on, the stream ends. ``accept`` sees each whole frame first: it may decline it, or
+        raise an error to end the stream.
+
+        Frames in chunks have at most ``max_arriving_bytes`` together until their owner takes them,
+        and find room in ``arriving``, or are refused as Busy.
         """
         self.peer = peer
         self.error: MoesaicError | None = None
         self._moved = moved
         self._kinds = kinds
         self._max_payload_bytes = max_payload_bytes
+        self._max_arriving_bytes = max_arriving_bytes
+        self._check = check
         self._accept = accept
+        self._arriving = arriving
+        # Of the frame that is arriving in chunks and moved last; None: there is none.
+        self.moved_at: float | None = None
         self._mail: Mailbox[_Heard] = Mailbox()
         self._partial: dict[int, _Partial] = {}
-        self._partial_bytes = 0
         self._pair: Pair | None = None
         # Each is written by one thread alone; the difference waits for the owner.
         self._heard_bytes = self._taken_bytes = 0
+        # Of them, those that have room in the budget.
+        self._lent_bytes = self._returned_bytes = 0
 
     def fileno(self) -> int:
         return self._mail.fileno()
@@ -86,12 +105,15 @@ class Inbox:
         ended = self.error is not None  # looked at first: what was heard before is taken below
         heard = self._mail.take()
         if heard:
-            self._taken_bytes = heard[-1][2]
+            last = heard[-1]
+            self._taken_bytes = last.heard_bytes
+            if last.lent_bytes != self._returned_bytes:
+                self._return(last.lent_bytes)
             if not self._moved.is_set():
                 self._moved.set()
         elif ended:
             self.check_open()
-        return [Inbound(frame, _tensor(payload)) for frame, payload, _ in heard]
+        return [Inbound(one.frame, _tensor(one.payload), one.refused) for one in heard]
 
     def check_open(self) -> None:
         """Raises HostLost when the stream has ended."""
@@ -100,7 +122,7 @@ class Inbox:
 
     def put(self, frame: Frame) -> None:
         """Deliver a frame that was made on this side."""
-        self._mail.put((frame, None, self._heard_bytes))
+        self._mail.put(_Heard(frame, None, None, self._heard_bytes, self._lent_bytes))
 
     def end(self, error: MoesaicError) -> None:
         """Nothing follows what was heard so far; the first reason counts. From any thread."""
@@ -111,6 +133,13 @@ class Inbox:
 
     def close(self) -> None:
         self._mail.close()
+        if self._arriving is not None:
+            self._arriving.close()
+
+    def _return(self, lent_bytes: int) -> None:
+        if self._arriving is not None:
+            self._arriving.give_back(lent_bytes - self._returned_bytes)
+        self._returned_bytes = lent_bytes
 
     def carry(self, pair: Pair) -> None:
         """From now on ``pair`` carries the tensors; the reading thread waits for them."""
@@ -126,10 +155,10 @@ class Inbox:
         for message in messages:
             try:
                 self._hear(message)
-            except CallError as error:
-                self.end(CallError(f"{self.peer}: {error}"))
             except HostLost as lost:
                 self.end(lost)
+            except MoesaicError as error:
+                self.end(type(error)(f"{self.peer}: {error}"))
             while full() and self.error is None:
                 self._moved.clear()
                 if full():
@@ -170,6 +199,7 @@ class Inbox:
                 f"payload_bytes: {part.payload_bytes} announced for {kind} {part.seq}, at most "
                 f"{self._max_payload_bytes} may come, and over the group alone"
             )
+        self._check(kind, part)
         return pair.receive(part.payload_bytes)
 
     def _hear_chunk(
@@ -180,43 +210,71 @@ class Inbox:
             partial = self._begin(kind, frame, part)
         elif part.payload_bytes or kind != partial.kind:
             raise CallError(f"seq: {part.seq} begins anew before its end")
-        size, end = partial.buffer.size, partial.filled + len(payload)
+        size, end = partial.size, partial.filled + len(payload)
         if end > size or (end < size) != part.more or not payload:
             raise CallError(
                 f"payload_bytes: {size} announced for {kind} {part.seq}, {end} arrived and "
                 f"{'more' if part.more else 'no more'} to come"
             )
-        partial.buffer.data[partial.filled : end] = payload
+        if partial.buffer is not None:
+            partial.buffer.data[partial.filled : end] = payload
         partial.filled = end
+        self.moved_at = time.monotonic()
         if not part.more:
             del self._partial[part.seq]
-            self._partial_bytes -= size
+            if not self._partial:
+                self.moved_at = None
             PARTS[kind](partial.frame).more = False
-            self._deliver(kind, partial.frame, partial.buffer)
+            if partial.buffer is not None:
+                self._lent_bytes += size
+            self._deliver(kind, partial.frame, partial.buffer, partial.refused)
             if partial.cancel is not None:
                 self._deliver("cancel", partial.cancel, None)
 
     def _begin(self, kind: str, frame: Frame, part: Call | Reply) -> _Partial:
         size = part.payload_bytes
-        if size > self._max_payload_bytes or self._partial_bytes + size > MAX_PAYLOAD_BYTES:
+        partial_bytes = sum(partial.size for partial in self._partial.values())
+        if size > self._max_payload_bytes or partial_bytes + size > self._max_arriving_bytes:
             raise CallError(
-                f"payload_bytes: {size} beside {self._partial_bytes} that are arriving; one may "
-                f"have {self._max_payload_bytes}, all {MAX_PAYLOAD_BYTES}"
+                f"payload_bytes: {size} beside {partial_bytes} that are arriving; one may "
+                f"have {self._max_payload_bytes}, all {self._max_arriving_bytes}"
             )
-        self._partial_bytes += size
-        partial = self._partial[part.seq] = _Partial(kind, frame, np.empty(size, dtype=np.uint8))
+        buffer, refused = None, None
+        try:
+            self._check(kind, part)
+            if self._arriving is not None:
+                self._arriving.take(size)
+            buffer = np.empty(size, dtype=np.uint8)
+        except (CallError, Busy) as error:
+            refused = error
+        partial = self._partial[part.seq] = _Partial(kind, frame, size, buffer, refused)
         return partial
 
-    def _deliver(self, kind: str, frame: Frame, payload: _Payload | None) -> None:
+    def _deliver(
+        self,
+        kind: str,
+        frame: Frame,
+        payload: _Payload | None,
+        refused: MoesaicError | None = None,
+    ) -> None:
         if self._accept(kind, frame):
             self._heard_bytes += _FRAME_BYTES + (0 if payload is None else len(payload))
-            self._mail.put((frame, payload, self._heard_bytes))
+            self._mail.put(_Heard(frame, payload, refused, self._heard_bytes, self._lent_bytes))
 
 
-# Frame, payload, and all that was heard until then. The owner makes tensors of payloads: torch's
-# code is warm in its thread and cold in the reading one.
+# The owner makes tensors of payloads: torch's code is warm in its thread and cold in the reading
+# one.
 _Payload = bytearray | np.ndarray | Tensor
-_Heard = tuple[Frame, _Payload | None, int]
+
+
+class _Heard(NamedTuple):
+    """A frame, and all that was heard and lent until then."""
+
+    frame: Frame
+    payload: _Payload | None
+    refused: MoesaicError | None
+    heard_bytes: int
+    lent_bytes: int
 
 
 def _tensor(payload: _Payload | None) -> Tensor | None:

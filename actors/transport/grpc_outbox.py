@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...proto.errors import HostLost, MoesaicError
+from ...proto.errors import HostLost, InternalError, MoesaicError
 from ...proto.expert_pb2 import Frame
 from ...proto.limits import CHUNK_BYTES
 from .grpc_codec import PARTS, encode
@@ -35,8 +35,10 @@ class Outbox:
     Sent by one thread, iterated by one other.
     """
 
-    def __init__(self, moved: threading.Event) -> None:
-        """``moved`` is set whenever something has left."""
+    def __init__(self, moved: threading.Event, at_end: Callable[[], None] = lambda: None) -> None:
+        """``moved`` is set whenever something has left; ``at_end`` is called before the iteration
+        ends, by the thread that iterates."""
+        self._at_end = at_end
         self._new: queue.SimpleQueue[bytes | _Turn | _Beside | None] = queue.SimpleQueue()
         self._turns: deque[bytes | _Turn | _Beside] = deque()
         self._pair: Pair | None = None
@@ -78,7 +80,16 @@ class Outbox:
         self._pair, self._lost = pair, lost
 
     def send_beside(self, frame: Frame, payload: Tensor) -> None:
-        """Send a call, backward or reply with the pair; ``payload`` must not change any more."""
+        """Send a call, backward or reply with the pair; ``payload`` must not change any more.
+
+        Raises InternalError for another size than the frame announces: torch ends the process of a
+        side that gets more than it expects."""
+        kind = frame.WhichOneof("kind") or ""
+        if PARTS[kind](frame).payload_bytes != payload.numel():
+            raise InternalError(
+                f"payload_bytes: {PARTS[kind](frame).payload_bytes} announced for a {kind} of "
+                f"{payload.numel()}"
+            )
         message = frame.SerializeToString()
         self._put(_Beside(message, payload), len(message) + payload.numel())
 
@@ -123,6 +134,7 @@ class Outbox:
                 self._left(piece.numel())
         except HostLost as lost:
             self._lost(lost)
+            self._at_end()
             raise StopIteration from lost
 
     def _put(self, turn: bytes | _Turn | _Beside, size: int) -> None:
@@ -142,6 +154,7 @@ class Outbox:
             else:
                 turns.append(turn)
         if not turns:
+            self._at_end()
             raise StopIteration
         return turns.popleft()
 

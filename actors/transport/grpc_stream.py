@@ -23,36 +23,51 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import grpc
 import torch
 from torch import Tensor
 
 from ...proto.errors import CallError, ClusterError, Expired, HostLost, MoesaicError
-from ...proto.expert_pb2 import Call, Frame
-from ...proto.limits import CHUNK_BYTES
+from ...proto.expert_pb2 import Call, Frame, Reply
+from ...proto.limits import (
+    CHUNK_BYTES,
+    HELLO_S,
+    MAX_ARRIVING_BYTES,
+    MAX_GETS,
+    MAX_INFLIGHT_BYTES,
+    MAX_PAYLOAD_BYTES,
+    MAX_PUTS,
+    MAX_ROUTERS,
+    MAX_SLOT_BYTES,
+    MAX_UNANNOUNCED,
+)
 from ...proto.wire import WIRE_VERSION, CallLayout
 from .base import Inbound, Session, call_of, check_version
+from .budget import Budget
 from .grpc_border import (
     CHANNEL_OPTIONS,
     CLOSE_S,
-    SERVER_OPTIONS,
+    HOST_OPTIONS,
     Threads,
+    aborting,
     close_channel,
     from_grpc,
 )
 from .grpc_inbox import STALL_S, Inbox
 from .grpc_outbox import Outbox
-from .grpc_session import GrpcSession
+from .grpc_session import GrpcSession, SessionTerms
 from .mailbox import Mailbox
 from .pair import ROUTER_RANK, Pair
+from .stalls import Stalls
 from .weights import WeightsStore, add_weights
 
 # The generated stubs would parse messages whole; here they stay bytes.
 SERVICE, METHOD = "moesaic.v1.Experts", "Dispatch"
-# Connections of routers and transfers of weights that one host takes at a time.
-MAX_RPCS = 256
+# What gRPC itself lets in. Each kind has a bound of its own below it and says so with a reason;
+# this one is for the threads of those that are on their way to be refused.
+MAX_RPCS = MAX_UNANNOUNCED + MAX_ROUTERS + MAX_PUTS + MAX_GETS + 128
 _MAX_WAITING_FRAMES = 4096
 _CPU = torch.device("cpu")
 
@@ -66,8 +81,8 @@ class GrpcChannel:
         address: str,
         *,
         router: str,
-        max_inflight_bytes: int = 256 << 20,
-        slot_bytes: int = 64 << 20,
+        max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
+        slot_bytes: int = MAX_SLOT_BYTES,
         group: str = "",
         device: torch.device = _CPU,
     ) -> None:
@@ -97,6 +112,8 @@ class GrpcChannel:
             moved,
             kinds=("welcome", "reply", "refusal", "pong", *(("rendezvous",) if group else ())),
             max_payload_bytes=slot_bytes,
+            max_arriving_bytes=MAX_PAYLOAD_BYTES,
+            check=self._check,
             accept=self._accept,
         )
         hello = Frame()
@@ -226,10 +243,15 @@ class GrpcChannel:
         self._answered_bytes += call_bytes
         if not self._answered.is_set():
             self._answered.set()
-        given = frame.reply.payload_bytes
-        if kind == "reply" and reply_bytes not in (None, given):
-            raise CallError(f"payload_bytes: reply {seq} has {given}, its call wants {reply_bytes}")
+        if kind == "reply":
+            _check_size(frame.reply, reply_bytes)
         return True
+
+    def _check(self, kind: str, part: Call | Reply) -> None:
+        """An answer has the size that its call wants; one that nobody waits for any more has no
+        more than a slot."""
+        _, wanted = self._inflight.get(part.seq, (0, None))
+        _check_size(part, wanted)
 
     def _read(self) -> None:
         end: MoesaicError = HostLost(f"{self._host}: the host closed the connection")
@@ -242,6 +264,13 @@ class GrpcChannel:
             self._end(end)
 
 
+def _check_size(reply: Call | Reply, wanted: int | None) -> None:
+    if wanted not in (None, reply.payload_bytes):
+        raise CallError(
+            f"payload_bytes: reply {reply.seq} has {reply.payload_bytes}, its call wants {wanted}"
+        )
+
+
 class GrpcListener:
     """A gRPC server with the streams of routers and, where the host has them, weights."""
 
@@ -252,29 +281,42 @@ class GrpcListener:
         weights: WeightsStore | None = None,
         max_held_bytes: int = 256 << 20,
         device: torch.device = _CPU,
+        groups: Collection[str] = (),
+        fits: Callable[[Call], None] = lambda _: None,
     ) -> None:
-        """``bind`` is ip:port, port 0 for any; ``device`` is what NCCL would use. Raises
+        """``bind`` is ip:port, port 0 for any; ``device`` is what NCCL would use, and ``groups``
+        are the backends that routers may ask for. ``fits`` raises CallError for a call that no
+        model takes; it is asked before memory is given to one in chunks, or in a group. Raises
         ClusterError when the address cannot be had."""
         self._sessions: Mailbox[Session] = Mailbox()
         self._threads = Threads("grpc")
-        self._max_held_bytes = max_held_bytes
-        self._device = device
+        self._stalls = Stalls()
+        self._unannounced = Budget(MAX_UNANNOUNCED, "connections that have not said Hello")
+        self._routers = Budget(MAX_ROUTERS, "routers")
         dispatch = grpc.stream_stream_rpc_method_handler(self._dispatch)
         self._server = grpc.server(
             self._threads,  # pyright: ignore[reportArgumentType]  # gRPC submits, and no more
             handlers=[grpc.method_handlers_generic_handler(SERVICE, {METHOD: dispatch})],
-            options=SERVER_OPTIONS,
+            options=HOST_OPTIONS,
             maximum_concurrent_rpcs=MAX_RPCS,
         )
         if weights is not None:
-            add_weights(self._server, weights)
+            add_weights(self._server, weights, self._stalls)
         try:
             port = self._server.add_insecure_port(bind)
         except RuntimeError as error:
             self._sessions.close()
             raise ClusterError(f"bind: cannot listen on {bind}: {error}") from error
-        self._ip = bind.rpartition(":")[0]
-        self._address = f"{self._ip}:{port}"
+        ip = bind.rpartition(":")[0]
+        self._address = f"{ip}:{port}"
+        self._terms = SessionTerms(
+            bind=ip.strip("[]"),
+            device=device,
+            groups=frozenset(groups),
+            max_held_bytes=max_held_bytes,
+            arriving=Budget(MAX_ARRIVING_BYTES, "bytes of calls that arrive"),
+            fits=fits,
+        )
         self._server.start()
 
     @property
@@ -290,6 +332,7 @@ class GrpcListener:
     def close(self) -> None:
         """Ends all connections; sessions that were accepted are still to be closed."""
         self._server.stop(CLOSE_S).wait(2 * CLOSE_S)
+        self._stalls.close()
         self._threads.join(CLOSE_S)
         for session in self._sessions.take():
             session.close()
@@ -298,9 +341,22 @@ class GrpcListener:
     def _dispatch(
         self, messages: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[bytes]:
-        session = GrpcSession(
-            context, self._max_held_bytes, bind=self._ip.strip("[]"), device=self._device
-        )
-        replies = session.serve(messages, self._threads)
+        with aborting(context), self._unannounced.holding():
+            session = GrpcSession(context, self._terms, lambda: self._admit(session, context))
+            replies = session.serve(messages, self._threads)
+            session.wait_for_hello(HELLO_S)
         self._sessions.put(session)
         return replies
+
+    def _admit(self, session: GrpcSession, context: grpc.ServicerContext) -> None:
+        """A router has said Hello, and has its place until the stream is over. Raises Busy."""
+        place = self._routers.share()
+        place.take(1)
+        self._stalls.watch(session)
+
+        def leave() -> None:
+            self._stalls.forget(session)
+            place.close()
+
+        if not context.add_callback(leave):
+            leave()

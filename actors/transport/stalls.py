@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 # A transfer that does not move for so long is ended.
 STILL_S = 5.0
@@ -19,26 +20,27 @@ _LOOK_S = 0.25
 log = logging.getLogger(__name__)
 
 
+class Watched(Protocol):
+    def end_if_late(self, now: float) -> bool:
+        """Whether it stood still for too long, and was ended for it."""
+        ...
+
+
 class Progress:
-    """When something moved last; None while nothing is awaited."""
+    """When a transfer moved last."""
 
-    __slots__ = ("_end", "limit_s", "moved_at")
+    __slots__ = ("_end", "_limit_s", "_moved_at")
 
-    def __init__(self, end: Callable[[], object], limit_s: float) -> None:
+    def __init__(self, end: Callable[[], object], limit_s: float, now: float) -> None:
         self._end = end
-        self.limit_s = limit_s
-        self.moved_at: float | None = None
+        self._limit_s = limit_s
+        self._moved_at = now
 
     def moved(self) -> None:
-        self.moved_at = time.monotonic()
-
-    def rests(self) -> None:
-        """Nothing is awaited from the other side."""
-        self.moved_at = None
+        self._moved_at = time.monotonic()
 
     def end_if_late(self, now: float) -> bool:
-        moved_at = self.moved_at
-        if moved_at is None or now - moved_at <= self.limit_s:
+        if now - self._moved_at <= self._limit_s:
             return False
         self._end()
         return True
@@ -48,34 +50,32 @@ class Stalls:
     """Its thread runs only while there is something to look at."""
 
     def __init__(self) -> None:
-        self._watched: set[Progress] = set()
+        self._watched: set[Watched] = set()
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def watching(self, end: Callable[[], object], limit_s: float | None = None) -> Iterator[Progress]:
-        """``end`` is called once when what the block waits for does not move for ``limit_s``."""
-        progress = self.watch(end, limit_s)
-        progress.moved()
+    def watching(self, end: Callable[[], object]) -> Iterator[Progress]:
+        """``end`` is called once when what the block waits for has not moved for `STILL_S`."""
+        progress = Progress(end, STILL_S, time.monotonic())
+        self.watch(progress)
         try:
             yield progress
         finally:
             self.forget(progress)
 
-    def watch(self, end: Callable[[], object], limit_s: float | None = None) -> Progress:
-        progress = Progress(end, STILL_S if limit_s is None else limit_s)
+    def watch(self, watched: Watched) -> None:
         with self._changed:
-            self._watched.add(progress)
+            self._watched.add(watched)
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="stalls", daemon=True)
                 self._thread.start()
             self._changed.notify()
-        return progress
 
-    def forget(self, progress: Progress) -> None:
+    def forget(self, watched: Watched) -> None:
         with self._changed:
-            self._watched.discard(progress)
+            self._watched.discard(watched)
 
     def close(self) -> None:
         with self._changed:
@@ -91,13 +91,13 @@ class Stalls:
                 if self._closed:
                     return
                 watched = list(self._watched)
-            for progress in watched:
+            for each in watched:
                 try:
-                    if progress.end_if_late(time.monotonic()):
-                        self.forget(progress)
+                    if each.end_if_late(time.monotonic()):
+                        self.forget(each)
                 except Exception:
                     # Whatever it is, the others are looked at.
                     log.exception("what stands still could not be ended")
-                    self.forget(progress)
+                    self.forget(each)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, _LOOK_S)

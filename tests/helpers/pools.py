@@ -13,8 +13,9 @@ import torch
 from moesaic.actors.host import ExpertHost, local_hosts
 from moesaic.actors.router import Router
 from moesaic.actors.store import ModelRef
+from moesaic.actors.transport.weights import Grant
 from moesaic.cluster.health import RouterPolicy
-from moesaic.cluster.placement import ModelShape, Number, Placement, experts_of, spread
+from moesaic.cluster.placement import ExpertKey, ModelShape, Number, Placement, experts_of, spread
 from moesaic.cluster.transports import TransportChoice
 from moesaic.models.trunk import (
     ExpertsLayer,
@@ -25,6 +26,7 @@ from moesaic.models.trunk import (
     passes,
     read_config,
 )
+from moesaic.proto.keys import secret_of_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,12 @@ def place(
     )
 
 
+def granted(host: ExpertHost, key: ExpertKey, *, version: int = 1, term: int = 0) -> Grant:
+    """What the controller of these hosts would give whoever is to put an expert."""
+    proof = secret_of_process().grant(host.name, host.incarnation, key, version, term)
+    return Grant(term, proof)
+
+
 @contextmanager
 def pool(
     path: Path,
@@ -78,7 +86,7 @@ def pool(
 ) -> Iterator[Pool]:
     layers = experts_layers(meta_model(read_config(path)))
     ref = ModelRef(name="m", dtype=str(dtype).removeprefix("torch."), path=str(path))
-    with local_hosts(hosts) as running:
+    with local_hosts(hosts, transport=transport) as running:
         placement = place(layers, running, ref, replicas=replicas, exact=exact)
         router = Router(name="test", node="here", transport=transport, policy=policy)
         try:

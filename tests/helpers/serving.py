@@ -100,7 +100,7 @@ def serving(
         for layer in checkpoint.layers
     }
     with ExitStack() as stack:
-        running = stack.enter_context(local_hosts(hosts, policy=policy))
+        running = stack.enter_context(local_hosts(hosts, policy=policy, transport="group"))
         placement = place(layers, running, ref, replicas=replicas, exact=exact)
         shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
         yield Hosts(running, placement, layers, expected, ref, shape, stack)

@@ -28,6 +28,7 @@ from moesaic.actors.transport.base import Channel, Inbound, Listener, Session
 from moesaic.actors.transport.grpc_stream import GrpcChannel, GrpcListener
 from moesaic.actors.transport.pair import HOST_RANK, PIECE_BYTES, Pair
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
+from moesaic.actors.transport.weights import Grant
 from moesaic.cluster.placement import ExpertKey
 from moesaic.proto.errors import HostLost, NotHere
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
@@ -41,7 +42,10 @@ HIDDEN = 16
 
 
 def listen(kind: str) -> Listener:
-    return ShmListener() if kind == "shm" else GrpcListener(weights=DictStore())
+    if kind == "shm":
+        return ShmListener()
+    groups = ("gloo", "nccl") if kind == "group" else ()
+    return GrpcListener(weights=DictStore(), groups=groups)
 
 
 def channel_to(
@@ -206,6 +210,14 @@ class DictStore:
         self.held: dict[ExpertKey, dict[str, Tensor]] = {}
         self.versions: dict[ExpertKey, int] = {}
         self.on_get: Callable[[], object] = lambda: None
+        self.most = 256 << 20
+
+    def most_bytes(self, key: ExpertKey) -> int:
+        return self.most
+
+    def check_grant(self, key: ExpertKey, version: int, grant: Grant | None) -> None:
+        if key.model != "model":
+            raise NotHere(f"model {key.model!r} is unknown to this host")
 
     def get(self, key: ExpertKey) -> Mapping[str, Tensor]:
         self.on_get()
@@ -214,8 +226,6 @@ class DictStore:
         return self.held[key]
 
     def put(self, key: ExpertKey, tensors: Mapping[str, Tensor], version: int) -> None:
-        if key.model != "model":
-            raise NotHere(f"model {key.model!r} is unknown to this host")
         self.held[key] = dict(tensors)
         self.versions[key] = version
 
@@ -288,7 +298,9 @@ def run_serve(folder: str, name: str, device: str) -> None:
 
     layers = experts_layers(meta_model(read_config(Path(folder))))
     shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
-    host = ExpertHost(name, node="here", device=device, threads=1)
+    # Routers of the tests reach it over all transports.
+    transport = "device" if device.startswith("cuda") else "group"
+    host = ExpertHost(name, node="here", device=device, threads=1, transport=transport)
     ref = ModelRef(name="m", dtype="float32", path=folder)
     host.load([(ref, shape)], list(every_expert([shape])))
     print(json.dumps(asdict(host.entry())), flush=True)

@@ -37,6 +37,7 @@ from moesaic.proto.errors import (
     Corrupted,
     ExpertUnavailable,
     Expired,
+    Forbidden,
     HostLost,
     MoesaicError,
     NotHere,
@@ -48,6 +49,7 @@ from moesaic.proto.errors import (
 )
 from moesaic.proto.expert_pb2 import BFLOAT16, FLOAT32, Frame, Reply
 from moesaic.proto.wire import DTYPE_FROM_WIRE, CallLayout, checksum
+from tests.helpers.pools import granted
 from tests.helpers.served_pool import (
     MAX_BODY,
     ServedPool,
@@ -245,7 +247,8 @@ def put(model: str = "m", layer: int = LAYER, expert: int = 1, **changed: Tensor
         tensors = host._store.get(ExpertKey("m", LAYER, 1)) | changed
         kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         key = ExpertKey(model, layer, expert)
-        put_weights(host.entry().grpc_address, key, kept, timeout_s=10)
+        grant = granted(host, key)
+        put_weights(host.entry().grpc_address, key, kept, timeout_s=10, grant=grant)
 
     return act
 
@@ -253,7 +256,7 @@ def put(model: str = "m", layer: int = LAYER, expert: int = 1, **changed: Tensor
 def get(model: str = "m", layer: int = LAYER, expert: int = 1) -> Act:
     def act(served: ServedPool) -> None:
         address = served.hosts[0].entry().grpc_address
-        get_weights(address, ExpertKey(model, layer, expert), timeout_s=10)
+        get_weights(address, ExpertKey(model, layer, expert), timeout_s=10, max_bytes=1 << 20)
 
     return act
 
@@ -354,6 +357,9 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("put-shape", put(down=torch.zeros(32, 47)), CallError, "'down': (32, 47)"),
     ("put-missing", put(down=None), CallError, "its model takes"),
     ("put-dtype", put(up=torch.zeros(96, 32).half()), CallError, "up was put as torch.float16"),
+    ("put-nan", put(up=torch.full((96, 32), torch.nan)), CallError, "up has values that are not f"),
+    ("put-other", put(up=torch.zeros(96, 32)), Forbidden, "serves other tensors under this name"),
+    ("put-large", put(up=torch.zeros(960, 320)), CallError, "total_bytes: 1"),
     ("put-expert", put(expert=8), CallError, "expert: 8 is none of layer 1 of 'm', which has 8"),
     ("put-expert-99", put(expert=99), CallError, "expert: 99 is none of layer 1 of 'm'"),
     ("put-layer", put(layer=77), CallError, "layer: 'm' has no experts in layer 77"),

@@ -13,11 +13,11 @@ import grpc
 import pytest
 import torch
 
-from moesaic.actors.transport import pair
+from moesaic.actors.transport import grpc_stream, pair
 from moesaic.actors.transport.base import Listener
 from moesaic.actors.transport.grpc_border import from_grpc
 from moesaic.actors.transport.grpc_stream import METHOD, SERVICE
-from moesaic.proto.errors import CallError, ClusterError, MoesaicError
+from moesaic.proto.errors import CallError, ClusterError, Expired, MoesaicError
 from moesaic.proto.expert_pb2 import Frame
 from moesaic.proto.limits import CHUNK_BYTES, MAX_PAYLOAD_BYTES
 from moesaic.proto.wire import WIRE_VERSION
@@ -103,7 +103,11 @@ def test_hosts_that_answer_in_another_size(kind: str, size: int) -> None:
     hear(session)
     frame = Frame()
     frame.reply.seq, frame.reply.payload_bytes = 1, size
-    session.send_reply(frame, torch.zeros(min(size, 4), dtype=torch.uint8))
+    if kind == "group":
+        # Torch is not told of it: nothing has been sent, and nothing is waited for.
+        session.send(frame)
+    else:
+        session.send_reply(frame, torch.zeros(min(size, 4), dtype=torch.uint8))
     assert "1" in str(hear_end(channel))
     for side in (channel, session, listener):
         side.close()
@@ -256,7 +260,8 @@ GRPC_STREAMS = {
     "no Hello": ([call(1)], "before Hello"),
     "two Hellos": ([hello(), hello()], "after Hello"),
     "another version": ([hello(version=WIRE_VERSION + 1)], "wire_version"),
-    "a group of no backend": ([hello(group="mpi")], "group: no backend 'mpi'"),
+    "a group that the spec does not ask for": ([hello(group="gloo")], "this host makes no groups"),
+    "a group of no backend": ([hello(group="mpi")], "asks for 'mpi'"),
     "a group without CUDA": ([hello(group="nccl")], "group: n"),
     "a host's frame": ([hello(), b"\x12\x00"], "welcome"),
     "fewer bytes": ([hello(), call(1, payload_bytes=9, payload=b"12345678")], "payload_bytes"),
@@ -293,25 +298,37 @@ GRPC_STREAMS = {
 }
 
 
+# Of these the host's loop hears nothing at all.
+NO_HELLO = {
+    "garbage",
+    "no Hello",
+    "another version",
+    "a group that the spec does not ask for",
+    "a group of no backend",
+}
+
+
 @pytest.mark.parametrize("case", GRPC_STREAMS)
 def test_grpc_streams(case: str) -> None:
     messages, reason = GRPC_STREAMS[case]
-    with survivor("grpc") as listener:
+    with survivor("group" if case == "a group without CUDA" else "grpc") as listener:
         raw = RawStream(listener.address)
         raw.send(*messages)
-        session = accept(listener)
-        lost = hear_end(session, frames=True)
-        assert reason in str(lost)
+        if case not in NO_HELLO:
+            session = accept(listener)
+            lost = hear_end(session, frames=True)
+            assert reason in str(lost)
+            session.close()
         error = raw.error()
         assert isinstance(error, CallError)
         assert reason in str(error)
-        session.close()
+        assert not listener.accept()
         raw.close()
 
 
 def test_group_that_nobody_joins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair, "MEET_TIMEOUT_S", 0.3)
-    with survivor("grpc") as listener:
+    with survivor("group") as listener:
         raw = RawStream(listener.address)
         raw.send(hello(group="gloo"))
         session = accept(listener)
@@ -338,13 +355,15 @@ def test_grpc_method_that_does_not_exist() -> None:
         raw.close()
 
 
-def test_grpc_router_that_says_nothing() -> None:
+def test_grpc_router_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_stream, "HELLO_S", 0.3)
     with survivor("grpc") as listener:
         raw = RawStream(listener.address)
-        session = accept(listener)
+        error = raw.error()
+        assert isinstance(error, Expired)
+        assert "hello: a router says it within 0.3 s" in str(error)
+        assert not listener.accept()
         raw.close()
-        hear_end(session, frames=True)
-        session.close()
 
 
 def test_not_even_http() -> None:

@@ -34,6 +34,7 @@ from tests.helpers.transports import DEADLINE_S, DictStore, open_things, process
 
 KEY = ExpertKey("model", 3, 5)
 MIB = 1 << 20
+MOST = 256 * MIB
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_put_and_get(address: str, store: DictStore, hidden: int) -> None:
     put_weights(address, KEY, tensors, version=9, timeout_s=DEADLINE_S)
     assert same(tensors, store.held[KEY])
     assert store.versions[KEY] == 9
-    assert same(tensors, get_weights(address, KEY, timeout_s=DEADLINE_S))
+    assert same(tensors, get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST))
 
 
 def test_views_travel_as_what_they_show(address: str, store: DictStore) -> None:
@@ -78,13 +79,13 @@ def test_views_travel_as_what_they_show(address: str, store: DictStore) -> None:
 
 def test_what_was_got_can_be_written_to(address: str, store: DictStore) -> None:
     store.held[KEY] = expert()
-    got = get_weights(address, KEY, timeout_s=DEADLINE_S)
+    got = get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
     got["up"].zero_()
 
 
 def test_unknown(address: str) -> None:
     with pytest.raises(NotHere, match=r"expert 5 of layer 3 of model"):
-        get_weights(address, KEY, timeout_s=DEADLINE_S)
+        get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
     with pytest.raises(NotHere, match="'other' is unknown"):
         put_weights(address, KEY._replace(model="other"), expert(), timeout_s=DEADLINE_S)
 
@@ -107,17 +108,17 @@ def test_a_defect_of_the_host(address: str, store: DictStore) -> None:
 
     store.on_get = fail
     with pytest.raises(InternalError, match=r"KeyError.*a defect"):
-        get_weights(address, KEY, timeout_s=DEADLINE_S)
+        get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
     store.on_get = lambda: None
     with pytest.raises(NotHere):
-        get_weights(address, KEY, timeout_s=DEADLINE_S)
+        get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
 
 
 def test_too_slow(address: str, store: DictStore) -> None:
     asked = threading.Event()
     store.on_get = lambda: asked.wait(DEADLINE_S)
     with pytest.raises(Expired):
-        get_weights(address, KEY, timeout_s=0.1)
+        get_weights(address, KEY, timeout_s=0.1, max_bytes=MOST)
     asked.set()
 
 
@@ -143,7 +144,7 @@ def test_nobody_there() -> None:
     listener = GrpcListener(weights=DictStore())
     listener.close()
     with pytest.raises(HostLost):
-        get_weights(listener.address, KEY, timeout_s=DEADLINE_S)
+        get_weights(listener.address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
     with pytest.raises(HostLost):
         put_weights(listener.address, KEY, expert(), timeout_s=DEADLINE_S)
 
@@ -151,16 +152,16 @@ def test_nobody_there() -> None:
 def test_a_host_without_weights() -> None:
     listener = GrpcListener()
     with pytest.raises(ClusterError):
-        get_weights(listener.address, KEY, timeout_s=DEADLINE_S)
+        get_weights(listener.address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
     listener.close()
 
 
 def test_nothing_is_left(address: str, store: DictStore) -> None:
     store.held[KEY] = expert()
-    get_weights(address, KEY, timeout_s=DEADLINE_S)
+    get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
     before = open_things()
     for _ in range(5):
-        get_weights(address, KEY, timeout_s=DEADLINE_S)
+        get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
         put_weights(address, KEY, expert(), timeout_s=DEADLINE_S)
     assert settles(lambda: all(a <= b for a, b in zip(open_things(), before, strict=True)))
 
@@ -227,5 +228,5 @@ def test_a_damaged_answer(store: DictStore, monkeypatch: pytest.MonkeyPatch) -> 
     for broken, reason in ((flipped, "crc32"), (cut, "total_bytes")):
         monkeypatch.setattr(weights, "_split", broken)
         with pytest.raises(CallError, match=reason):
-            get_weights(listener.address, KEY, timeout_s=DEADLINE_S)
+            get_weights(listener.address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
     listener.close()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.cluster.budget import Budget, Share
+from moesaic.actors.transport.budget import Budget, Share
 from moesaic.proto.errors import Busy
 
 MOST = 100

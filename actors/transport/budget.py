@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..proto.errors import Busy
+from ...proto.errors import Busy
 
 
 class Budget:
