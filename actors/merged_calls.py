@@ -76,8 +76,6 @@ class MergedCalls:
         self._merger = Merger(policy)
         self._numbers = count(1)
         self._tickets: dict[int, Ticket] = {}
-        # Of connections that have not said what they want: until when, and how they are ended.
-        self._unannounced: dict[int, tuple[float, Callable[[], object]]] = {}
         self._lost: list[tuple[Sequence[int], MoesaicError]] = []
         self._batch_rows = 0
         self._closed = False
@@ -109,19 +107,6 @@ class MergedCalls:
             }
 
     # ---- gRPC's threads -------------------------------------------------------------------------
-
-    @contextmanager
-    def announcing(self, timeout_s: float, cut: Callable[[], object]) -> Iterator[None]:
-        """A call's head is awaited; ``cut`` is called when the block takes longer."""
-        number = next(self._numbers)
-        with self._changed:
-            self._unannounced[number] = time.monotonic() + timeout_s, cut
-            self._changed.notify()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._unannounced.pop(number, None)
 
     @contextmanager
     def call(
@@ -210,22 +195,13 @@ class MergedCalls:
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
-                next_cut = self._cut_unannounced(now)
                 over, batch = self._merger.take(now)
                 self._tell(over)
                 if batch is not None:
                     return batch, [self._tickets[piece.number] for piece in batch.pieces]
-                due_s = min(self._merger.wake_at(now), next_cut) - now
+                due_s = self._merger.wake_at(now) - now
                 self._changed.wait(min(max(due_s, 0.0), _LONGEST_WAIT_S))
             return None
-
-    def _cut_unannounced(self, now: float) -> float:
-        """When the next is due. Under the lock."""
-        for number, (until, cut) in list(self._unannounced.items()):
-            if now >= until:
-                del self._unannounced[number]
-                cut()
-        return min((until for until, _ in self._unannounced.values()), default=float("inf"))
 
     def _compute(self, batch: Batch, tickets: list[Ticket]) -> None:
         self._lost.clear()

@@ -10,7 +10,7 @@ Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..cluster.merging import MergePolicy
 from ..cluster.placement import LayerKey
 from ..proto.errors import CallError, ClusterError, Expired
 from ..proto.expert_pb2 import DType
+from ..proto.limits import HELLO_S
 from ..proto.router_pb2 import (
     DESCRIPTOR,
     ComputeHead,
@@ -39,12 +40,16 @@ from ..proto.wire import DTYPE_FROM_WIRE
 from .catalog import Catalog
 from .merged_calls import MergedCalls
 from .router import Router
+from .transport.budget import Budget
 from .transport.grpc_border import CLOSE_S, ROUTER_SERVICE_OPTIONS, Threads, aborting
+from .transport.stalls import Stalls
 
 SERVICE = DESCRIPTOR.services_by_name["Router"].full_name
 # For each call that may be held so many are looked at, each by a thread, and refused with a reason;
 # what is beyond them gRPC refuses by itself.
 _LOOKED_AT = 4
+# Of them, those that have not said what they are, and so cannot have a place among the held ones.
+_SILENT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +90,9 @@ class RouterService:
         self._calls = MergedCalls(
             router, policy.merge, on_defect=self._health.enter_graceful_shutdown
         )
-        add_RouterServicer_to_server(_Servicer(self._calls, catalog, policy), self._server)
+        self._stalls = Stalls()
+        servicer = _Servicer(self._calls, catalog, policy, self._stalls)
+        add_RouterServicer_to_server(servicer, self._server)
         self._server.start()
         for service in ("", SERVICE):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -99,12 +106,18 @@ class RouterService:
         self._health.enter_graceful_shutdown()
         self._server.stop(CLOSE_S).wait(2 * CLOSE_S)
         self._calls.close()
+        self._stalls.close()
         self._threads.join(CLOSE_S)
 
 
 class _Servicer(RouterServicer):
-    def __init__(self, calls: MergedCalls, catalog: Catalog, policy: ServicePolicy) -> None:
+    def __init__(
+        self, calls: MergedCalls, catalog: Catalog, policy: ServicePolicy, stalls: Stalls
+    ) -> None:
         self._calls = calls
+        self._stalls = stalls
+        most = _SILENT * policy.merge.max_calls
+        self._unannounced = Budget(most, "calls that have not said what they are")
         self._catalog = catalog
         self._call_s = policy.call_s
         # Its answer has to find room, too.
@@ -115,7 +128,10 @@ class _Servicer(RouterServicer):
     ) -> Iterator[ComputeReply]:
         with aborting(context):
             left_s = self._time_left(context)
-            with self._calls.announcing(left_s, context.cancel):
+            with (
+                self._unannounced.holding(),
+                self._stalls.watching(context.cancel, min(left_s, HELLO_S)),
+            ):
                 first = next(request_iterator, None)
             if first is None or not first.HasField("head"):
                 raise CallError("head: the first message of a call does not say what it is")
@@ -131,13 +147,18 @@ class _Servicer(RouterServicer):
             ) as ticket:
                 if not context.add_callback(ticket.over.set):
                     return
-                data = gather(_parts(first, request_iterator), layout.call_bytes, head.crc32)
+                with self._stalls.watching(context.cancel) as progress:
+                    parts = _parts(first, request_iterator, progress.moved)
+                    data = gather(parts, layout.call_bytes, head.crc32)
                 ticket.x_TH, ticket.ids_TK, ticket.weights_TK = _tensors(layout, head, data)
                 _check_values(ticket.x_TH, ticket.ids_TK, ticket.weights_TK, head, layer)
                 y_TH = self._calls.compute(ticket, self._time_left(context))
                 if not context.is_active():
                     return
-                yield from _reply(y_TH)
+                with self._stalls.watching(context.cancel) as progress:
+                    for reply in _reply(y_TH):
+                        yield reply
+                        progress.moved()
 
     def Models(  # noqa: N802
         self, request: ModelsRequest, context: grpc.ServicerContext
@@ -178,11 +199,15 @@ class _Servicer(RouterServicer):
         return layout, layer
 
 
-def _parts(first: ComputeRequest, rest: Iterator[ComputeRequest]) -> Iterator[bytes]:
+def _parts(
+    first: ComputeRequest, rest: Iterator[ComputeRequest], moved: Callable[[], None]
+) -> Iterator[bytes]:
     yield first.data
     for request in rest:
         if request.HasField("head"):
             raise CallError("head: a second one in the same call")
+        if request.data:
+            moved()
         yield request.data
 
 

@@ -56,9 +56,12 @@ class Stalls:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def watching(self, end: Callable[[], object]) -> Iterator[Progress]:
-        """``end`` is called once when what the block waits for has not moved for `STILL_S`."""
-        progress = Progress(end, STILL_S, time.monotonic())
+    def watching(
+        self, end: Callable[[], object], limit_s: float | None = None
+    ) -> Iterator[Progress]:
+        """``end`` is called once when what the block waits for has not moved for ``limit_s``; None:
+        `STILL_S`."""
+        progress = Progress(end, STILL_S if limit_s is None else limit_s, time.monotonic())
         self.watch(progress)
         try:
             yield progress
