@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ...proto.errors import CallError, ClusterError, Expired, HostLost, MoesaicError
 from ...proto.expert_pb2 import Call, Frame, Reply
+from ...proto.expert_pb2_grpc import add_WeightsServicer_to_server
 from ...proto.limits import (
     CHUNK_BYTES,
     HELLO_S,
@@ -61,7 +62,7 @@ from .grpc_session import GrpcSession, SessionTerms
 from .mailbox import Mailbox
 from .pair import ROUTER_RANK, Pair
 from .stalls import Stalls
-from .weights import WeightsStore, add_weights
+from .weights import Weights, WeightsStore
 
 # The generated stubs would parse messages whole; here they stay bytes.
 SERVICE, METHOD = "moesaic.v1.Experts", "Dispatch"
@@ -301,7 +302,8 @@ class GrpcListener:
             maximum_concurrent_rpcs=MAX_RPCS,
         )
         if weights is not None:
-            add_weights(self._server, weights, self._stalls)
+            self._weights = Weights(weights, self._stalls)
+            add_WeightsServicer_to_server(self._weights, self._server)
         try:
             port = self._server.add_insecure_port(bind)
         except RuntimeError as error:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...cluster.placement import ExpertKey
 from ...proto.errors import Busy, CallError
 from ...proto.expert_pb2 import PutWeightsResult, WeightsChunk, WeightsKey
-from ...proto.expert_pb2_grpc import WeightsServicer, WeightsStub, add_WeightsServicer_to_server
+from ...proto.expert_pb2_grpc import WeightsServicer, WeightsStub
 from ...proto.limits import CHUNK_BYTES, MAX_GETS, MAX_PUTS, MAX_WEIGHTS_BYTES
 from .budget import Budget, Share
 from .grpc_border import CHANNEL_OPTIONS, CLOSE_S, aborting, close_channel, from_grpc
@@ -139,12 +139,9 @@ def _stub(address: str) -> Iterator[WeightsStub]:
         close_channel(channel, CLOSE_S)
 
 
-def add_weights(server: grpc.Server, store: WeightsStore, stalls: Stalls) -> None:
-    """Let ``server`` answer for ``store``."""
-    add_WeightsServicer_to_server(_Servicer(store, stalls), server)
+class Weights(WeightsServicer):
+    """A host's side: answers for ``store``."""
 
-
-class _Servicer(WeightsServicer):
     def __init__(self, store: WeightsStore, stalls: Stalls) -> None:
         self._store = store
         self._stalls = stalls

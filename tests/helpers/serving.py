@@ -91,7 +91,10 @@ def serving(
     replicas: int = 1,
     exact: bool = False,
     policy: HostPolicy | None = None,
+    transport: TransportChoice = "group",
 ) -> Iterator[Hosts]:
+    """Routers of the tests reach them over whichever transport they like, unless ``transport``
+    says what the spec does."""
     layers = experts_layers(meta_model(read_config(folder)))
     ref = ModelRef(name="m", dtype="float32", path=str(folder))
     checkpoint = Checkpoint(folder, read_config(folder), dtype=torch.float32)
@@ -100,7 +103,7 @@ def serving(
         for layer in checkpoint.layers
     }
     with ExitStack() as stack:
-        running = stack.enter_context(local_hosts(hosts, policy=policy, transport="group"))
+        running = stack.enter_context(local_hosts(hosts, policy=policy, transport=transport))
         placement = place(layers, running, ref, replicas=replicas, exact=exact)
         shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
         yield Hosts(running, placement, layers, expected, ref, shape, stack)
