@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -17,8 +17,11 @@ from ..models.trunk import (
     experts_layers,
     strip_experts,
 )
-from ..proto.errors import ClusterError, UnsupportedModel
+from ..proto.errors import UnsupportedModel
+from ..proto.keys import ClusterSecret
 from ..proto.wire import DTYPE_TO_WIRE
+from .cluster_secret import secret_of
+from .granting import VERSION, Granted
 from .ray_border import ask, controller_of
 from .store import SHARED, ModelRef, shared_parameters
 from .transport.weights import put_weights
@@ -67,27 +70,39 @@ def attach_model(
         expert_bytes=max(expert_bytes(layer, dtype) for layer in layers),
     )
     controller = controller_of(namespace)
-    wanted = ask(controller.add_model.remote(ref, shape), 60.0, "adding the model")
-    status = ask(controller.addresses.remote(), 10.0, "the hosts' addresses")
-    for host, keys in wanted.items():
-        if host not in status:
-            raise ClusterError(f"{host} is not up; its experts cannot be sent")
-        _send(status[host], [ExpertKey(*key) for key in keys], {la.layer: la for la in layers})
+    wanted: list[Granted] = ask(controller.add_model.remote(ref, shape), 60.0, "adding the model")
+    secret = secret_of(namespace)
+    by_number = {la.layer: la for la in layers}
+    for granted in wanted:
+        _send(granted, secret, by_number)
     strip_experts(model)
     model.set_experts_implementation(IMPLEMENTATION)
     return PoolTrunk(make_config(ref), model, layers)
 
 
-def _send(address: str, keys: list[ExpertKey], layers: dict[int, ExpertsLayer]) -> None:
+def _send(granted: Granted, secret: ClusterSecret, layers: Mapping[int, ExpertsLayer]) -> None:
+    proof = secret.proof("weights", granted.entry.target)
+
+    def put(key: ExpertKey, tensors: Mapping[str, torch.Tensor]) -> None:
+        put_weights(
+            granted.entry.grpc_address,
+            key,
+            tensors,
+            version=VERSION,
+            timeout_s=PUT_TIMEOUT_S,
+            grant=granted.grant(key),
+            proof=proof,
+        )
+
     done: set[int] = set()
-    for key in keys:
+    for key in granted.experts:
         layer = layers[key.layer]
         if key.layer not in done:
             done.add(key.layer)
             shared = {n: p.data.cpu() for n, p in shared_parameters(layer).items()}
             if shared:
-                put_weights(address, key._replace(expert=SHARED), shared, timeout_s=PUT_TIMEOUT_S)
-        put_weights(address, key, expert_tensors(layer, key.expert), timeout_s=PUT_TIMEOUT_S)
+                put(key._replace(expert=SHARED), shared)
+        put(key, expert_tensors(layer, key.expert))
 
 
 def expert_tensors(layer: ExpertsLayer, expert: int) -> dict[str, torch.Tensor]:

@@ -29,6 +29,8 @@ from ..cluster.scaling_spec import AutoscaleSpec
 from ..cluster.watchdog import Watchdog
 from ..proto.errors import ClusterError, MoesaicError, Superseded, in_words
 from .announcing import announce
+from .cluster_secret import secret_of
+from .granting import Granted, grant_all
 from .host import HostReport
 from .operations import Operations
 from .overview import Overview
@@ -114,8 +116,9 @@ class Controller(Operations, Overview):
                 return None
             return self._control.placement
 
-    async def add_model(self, ref: ModelRef, shape: ModelShape) -> dict[str, list[tuple]]:
-        """Serve one more model; gives what each host is to hold. Raises ClusterError."""
+    async def add_model(self, ref: ModelRef, shape: ModelShape) -> list[Granted]:
+        """Serve one more model; gives what each host is to hold, and the leave to put it there.
+        Raises ClusterError."""
         known = self._models.get(ref.name)
         if known is not None and known != (ref, shape):
             raise ClusterError(f"model {ref.name!r}: another model of this name is served")
@@ -136,18 +139,18 @@ class Controller(Operations, Overview):
                 except TimeoutError:
                     text = f"model {ref.name!r}: {host} did not answer for {REPORT_TIMEOUT_S:g} s"
                     raise ClusterError(text) from None
-        wanted = {
-            host: [tuple(k) for k in self._control.wanted(host) if k.model == ref.name]
-            for host in self._control.view.hosts
-        }
-        return {host: keys for host, keys in wanted.items() if keys}
+        secret = secret_of(self._namespace)
+        granted = []
+        for host in self._control.view.hosts:
+            keys = [key for key in self._control.wanted(host) if key.model == ref.name]
+            if keys and host not in self._reports:
+                raise ClusterError(f"{host} is not up; its experts cannot be sent")
+            if keys:
+                granted.append(grant_all(secret, self._reports[host].entry, keys, self._term))
+        return granted
 
     async def models(self) -> list[tuple[ModelRef, ModelShape]]:
         return list(self._models.values())
-
-    async def addresses(self) -> dict[str, str]:
-        """The gRPC address of every host that is up."""
-        return {host: report.entry.grpc_address for host, report in self._reports.items()}
 
     async def progress(self) -> tuple[int, int, str]:
         """(replicas held, replicas wanted, first load error) since the start."""

@@ -28,7 +28,7 @@ from ..cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape
 from ..cluster.residency import HostPolicy, LayerShape, Residency
 from ..cluster.transports import TransportChoice, groups_of
 from ..proto.errors import CallError, Forbidden
-from ..proto.keys import ClusterSecret, secret_of_process
+from ..proto.keys import ClusterSecret, secret_of_process, target
 from .device import LoopStats, device_name, pick_device
 from .host_loop import HostLoop, check_fit
 from .store import SHARED, ExpertStore, ModelRef
@@ -106,13 +106,16 @@ class ExpertHost:
         self._fence = Fence()
         self._fence_lock = threading.Lock()
         self._secret = secret or secret_of_process()
-        shm = ShmListener()
+        meant = target(name, self.incarnation)
+        shm = ShmListener(secret=self._secret, target=meant)
         grpc = GrpcListener(
             f"{bind}:0",
             weights=_Weights(self),
             device=self._store.device,
             groups=groups_of(transport, device_name(self._store.device)),
             fits=partial(check_fit, self._residency),
+            secret=self._secret,
+            target=meant,
         )
         self._entry = HostEntry(
             host=name,
@@ -133,14 +136,14 @@ class ExpertHost:
         self,
         models: Sequence[PlacedModel],
         keys: Sequence[ExpertKey],
-        peers: Mapping[ExpertKey, str] | None = None,
+        peers: Mapping[ExpertKey, HostEntry] | None = None,
         version: int = 1,
         term: int = 0,
     ) -> None:
         """Get experts and begin to serve each as it is ready.
 
-        A key in ``peers`` is fetched from the host with that gRPC address, any other one read from
-        its model's checkpoint. ``term`` is that of the controller that asks. Raises
+        A key in ``peers`` is fetched from that host, any other one read from its model's
+        checkpoint. ``term`` is that of the controller that asks. Raises
         CheckpointError, UnsupportedModel and HostLost, and Superseded for an old controller; what
         was loaded before stays.
         """
@@ -215,15 +218,22 @@ class ExpertHost:
     def close(self) -> None:
         self._loop.close()
 
-    def _fetch(self, key: ExpertKey, peer: str) -> LayerShape:
+    def _fetch(self, key: ExpertKey, peer: HostEntry) -> LayerShape:
+        proof = self._secret.proof("weights", peer.target)
+
+        def get(key: ExpertKey) -> dict[str, Tensor]:
+            return get_weights(
+                peer.grpc_address,
+                key,
+                timeout_s=FETCH_TIMEOUT_S,
+                max_bytes=self._store.most_bytes(key),
+                proof=proof,
+            )
+
         if self._store.lacks_shared(LayerKey(key.model, key.layer)):
             shared = key._replace(expert=SHARED)
-            self._store.put(shared, self._get(shared, peer))
-        return self._store.put(key, self._get(key, peer))
-
-    def _get(self, key: ExpertKey, peer: str) -> dict[str, Tensor]:
-        most = self._store.most_bytes(key)
-        return get_weights(peer, key, timeout_s=FETCH_TIMEOUT_S, max_bytes=most)
+            self._store.put(shared, get(shared))
+        return self._store.put(key, get(key))
 
     def _hold(self, key: ExpertKey, shape: LayerShape, version: int) -> None:
         self._loop.call(lambda: self._residency.hold(key, shape, version=version))

@@ -31,6 +31,9 @@ from .store import ExpertStore
 from .transport.base import Inbound, Listener, Session
 from .transport.mailbox import Mailbox
 
+# How often listeners look for connections that say nothing.
+_LOOK_S = 0.5
+
 log = logging.getLogger(__name__)
 
 
@@ -49,6 +52,7 @@ class HostLoop:
         self._pending: dict[tuple[str, int], PendingCall] = {}
         self._posted: Mailbox[Callable[[], None]] = Mailbox()
         self._epoll = select.epoll()
+        self._look_at = time.monotonic()
         self._stopping = False
         self._refused = 0
         self._device = Device(residency.policy.emulate)
@@ -145,11 +149,19 @@ class HostLoop:
                 for work in self._posted.take():
                     work()
             elif fd in accepting:
-                for session in accepting[fd].accept():
-                    self._sessions[session.fileno()] = session
-                    self._epoll.register(session.fileno(), select.EPOLLIN)
+                self._accept(accepting[fd])
             elif fd in self._sessions:  # it may have been dropped in this very round
                 self._hear_session(self._sessions[fd])
+        # Behind what was heard: who has said Hello meanwhile stays, however long a batch took.
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + _LOOK_S
+            for listener in self._listeners:
+                self._accept(listener)
+
+    def _accept(self, listener: Listener) -> None:
+        for session in listener.accept():
+            self._sessions[session.fileno()] = session
+            self._epoll.register(session.fileno(), select.EPOLLIN)
 
     def _hear_session(self, session: Session) -> None:
         try:

@@ -40,6 +40,7 @@ class RayExpertHost:
         with telling(namespace_of(cluster), "host", name):
             # A host that comes back does so on cores that serve.
             import_quietly(".host", __package__)
+            from .cluster_secret import secret_of
             from .host import ExpertHost
 
             self._host = ExpertHost(
@@ -50,6 +51,7 @@ class RayExpertHost:
                 policy=policy,
                 threads=threads,
                 transport=transport,
+                secret=secret_of(namespace_of(cluster)),
             )
 
     def entry(self) -> HostEntry:
@@ -59,7 +61,7 @@ class RayExpertHost:
         self,
         models: Sequence[PlacedModel],
         keys: Sequence[ExpertKey],
-        peers: Mapping[ExpertKey, str] | None = None,
+        peers: Mapping[ExpertKey, HostEntry] | None = None,
         *,
         term: int = 0,
     ) -> None:

@@ -29,6 +29,7 @@ from ..cluster.placement import ModelShape
 from ..cluster.spec import HostGroup, Spec
 from ..models.source import resolve_model
 from ..proto.errors import ClusterError, MoesaicError
+from .cluster_secret import make_secret
 from .controller import Controller
 from .endpoint import start_endpoint
 from .findings import raise_errors
@@ -84,9 +85,11 @@ def launch(
     progress: Progress,
     warn: Callable[[str], None] = log.warning,
     on_ray: Callable[[], None] = lambda: None,
+    router_key: str | None = None,
 ) -> Launched:
     """Start everything in ``spec`` and wait until it answers. ``warn`` is told what is odd and
-    harmless; ``on_ray`` is called as soon as this process is connected to Ray.
+    harmless; ``on_ray`` is called as soon as this process is connected to Ray. ``router_key`` opens
+    the router service; None: a new key.
 
     Raises CheckpointError, UnsupportedModel and ClusterError; whatever had started is ended first.
     """
@@ -110,6 +113,8 @@ def launch(
         check_name(spec)
         if spec.endpoint is not None and refs:
             find_place(spec)
+        forget_last(namespace_of(spec.name))
+        make_secret(namespace_of(spec.name), router_key)
         launched = _start_actors(spec, refs, shapes, owns_ray)
         _wait_loaded(launched, progress)
         if launched.router is not None:
@@ -175,7 +180,6 @@ def _start_actors(
     spec: Spec, refs: Mapping[str, ModelRef], shapes: Mapping[str, ModelShape], owns_ray: bool
 ) -> Launched:
     namespace = namespace_of(spec.name)
-    forget_last(namespace)
     groups: list[PlacementGroup] = []
     strategies = [
         strategy

@@ -16,6 +16,7 @@ from ..cluster.placement import HostEntry
 from ..cluster.transports import Transport, TransportChoice, Transports
 from ..proto.errors import ClusterError, Corrupted, HostLost
 from ..proto.expert_pb2 import Frame, Reply
+from ..proto.keys import ClusterSecret
 from ..proto.wire import CallLayout, checksum
 from .device import device_name
 from .transport.base import Channel, Inbound
@@ -39,6 +40,7 @@ class Links:
         transport: TransportChoice,
         slots: int,
         device: torch.device,
+        secret: ClusterSecret,
     ) -> None:
         """Raises ClusterError when this process cannot have such a ``transport``."""
         if transport == "group" and not backends():
@@ -47,6 +49,7 @@ class Links:
                 "'grpc' reaches the same hosts"
             )
         self._router = router
+        self._secret = secret
         self._device = device
         self._choice = Transports(transport, node=node, device=device_name(device))
         self._used: dict[str, tuple[HostEntry, Transport]] = {}
@@ -81,6 +84,7 @@ class Links:
                 entry,
                 transport,
                 router=self._router,
+                secret=self._secret,
                 device=self._device,
                 # A reply's slot is free only behind its event, which may send the next call.
                 slots=self._slots + 1,

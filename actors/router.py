@@ -37,6 +37,7 @@ from ..cluster.transports import TransportChoice
 from ..models.in_pool import PoolFunction
 from ..proto.errors import CallError, ClusterError, ExpertUnavailable, from_wire
 from ..proto.expert_pb2 import Frame
+from ..proto.keys import ClusterSecret, secret_of_process
 from ..proto.wire import DTYPE_TO_WIRE
 from .batch_rows import BatchRows
 from .job import LayerJob, check_shapes
@@ -64,10 +65,11 @@ class Router:
         transport: TransportChoice = "auto",
         device: torch.device = _CPU,
         refresh: Callable[[], None] | None = None,
+        secret: ClusterSecret | None = None,
     ) -> None:
         """``node`` is this process's Ray node, ``device`` where its tensors are: what hosts are
         reached by depends on both. ``refresh`` is called when a host lacks what the placement says;
-        it must not block.
+        it must not block. ``secret`` is the hosts' cluster's; None: this process's own.
         """
         self.name = name
         self.policy = policy or RouterPolicy()
@@ -75,7 +77,14 @@ class Router:
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
         slots = self.policy.window
-        self._links = Links(router=name, node=node, transport=transport, slots=slots, device=device)
+        self._links = Links(
+            router=name,
+            node=node,
+            transport=transport,
+            slots=slots,
+            device=device,
+            secret=secret or secret_of_process(),
+        )
         self._job: LayerJob | None = None
         self._calls = self._rows = 0
         self._lock = threading.RLock()

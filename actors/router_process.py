@@ -43,6 +43,7 @@ class RayRouterService:
         import torch
 
         from .catalog import Catalog
+        from .cluster_secret import router_key_of, secret_of
         from .router import Router
         from .trunk import PlacementWatch
 
@@ -52,19 +53,21 @@ class RayRouterService:
             node=ray.get_runtime_context().get_node_id(),
             policy=spec.timeouts.policy,
             transport=spec.network.transport,
+            secret=secret_of(namespace),
         )
         self._watch = PlacementWatch(namespace, router)
 
         def models() -> Any:
             return ask(controller_of(namespace).models.remote(), ASK_S, "the models")
 
-        self._service = _bind(router, Catalog(models), spec, address)
+        key = router_key_of(namespace)
+        self._service = _bind(router, Catalog(models), spec, address, key)
 
     def report(self) -> dict[str, Any]:
         return {"pid": os.getpid(), **self._service.report()}
 
 
-def _bind(router: Any, catalog: Any, spec: Spec, address: str) -> RouterService:
+def _bind(router: Any, catalog: Any, spec: Spec, address: str, key: str) -> RouterService:
     from .router_service import RouterService, ServicePolicy
 
     wanted = spec.router
@@ -75,7 +78,7 @@ def _bind(router: Any, catalog: Any, spec: Spec, address: str) -> RouterService:
     until = time.monotonic() + BIND_S
     while True:
         try:
-            return RouterService(router, catalog, bind=address, policy=policy)
+            return RouterService(router, catalog, key=key, bind=address, policy=policy)
         except ClusterError:
             if time.monotonic() >= until:
                 raise

@@ -14,25 +14,26 @@ from ..proto.router_pb2 import ComputeHead, ComputeReply, ComputeRequest, Models
 from ..proto.router_pb2_grpc import RouterStub
 from ..proto.router_wire import RouterLayout, chunks, gather
 from .transport.grpc_border import CHANNEL_OPTIONS, CLOSE_S, close_channel, from_grpc
+from .transport.interceptors import show_key
 
 
 class RouterChannel:
     """One connection to a router service; thread-safe. It is made with the first call, and made
     again where it was lost."""
 
-    def __init__(self, address: str) -> None:
-        """``address`` is host:port."""
+    def __init__(self, address: str, key: str) -> None:
+        """``address`` is host:port, ``key`` what the service asks for."""
         self._address = address
         self._closed = False
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._stub = RouterStub(self._channel)
+        self._stub = RouterStub(show_key(self._channel, key))
 
     def close(self) -> None:
         self._closed = True
         close_channel(self._channel, CLOSE_S)
 
     def models(self, timeout_s: float) -> ModelsReply:
-        """Raises Expired, HostLost and ClusterError."""
+        """Raises Unauthenticated, Expired, HostLost and ClusterError."""
         with self._mapped():
             return self._stub.Models(ModelsRequest(), timeout=timeout_s)
 

@@ -2,7 +2,7 @@
 
 It has a router like every trunk. Calls are checked here, whole, before any of them is merged with
 others (`merged_calls.py`), so that nobody's mistake costs anybody else anything. Beside it stand
-gRPC's own services for health and reflection.
+gRPC's own services for health and reflection. Everything but a look at the health asks for the key.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 """
@@ -42,9 +42,11 @@ from .merged_calls import MergedCalls
 from .router import Router
 from .transport.budget import Budget
 from .transport.grpc_border import CLOSE_S, ROUTER_SERVICE_OPTIONS, Threads, aborting
+from .transport.interceptors import ClientDoor, answered_at_once
 from .transport.stalls import Stalls
 
 SERVICE = DESCRIPTOR.services_by_name["Router"].full_name
+_CHECK = f"/{health.SERVICE_NAME}/Check"
 # For each call that may be held so many are looked at, each by a thread, and refused with a reason;
 # what is beyond them gRPC refuses by itself.
 _LOOKED_AT = 4
@@ -67,18 +69,21 @@ class RouterService:
         router: Router,
         catalog: Catalog,
         *,
+        key: str,
         bind: str = "127.0.0.1:0",
         policy: ServicePolicy | None = None,
     ) -> None:
-        """``bind`` is ip:port, port 0 for any. Raises ClusterError when it cannot be had."""
+        """Clients show ``key``. ``bind`` is ip:port, port 0 for any. Raises ClusterError when it
+        cannot be had."""
         policy = policy or ServicePolicy()
+        self._health = health.HealthServicer()
         self._threads = Threads("router-service")
         self._server = grpc.server(
             self._threads,  # pyright: ignore[reportArgumentType]  # gRPC submits, and no more
+            interceptors=[ClientDoor(key, {_CHECK: _anybodys_check(self._health)})],
             options=ROUTER_SERVICE_OPTIONS,
             maximum_concurrent_rpcs=_LOOKED_AT * policy.merge.max_calls,
         )
-        self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         known = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(known, self._server)
@@ -108,6 +113,19 @@ class RouterService:
         self._calls.close()
         self._stalls.close()
         self._threads.join(CLOSE_S)
+
+
+def _anybodys_check(servicer: health.HealthServicer) -> grpc.RpcMethodHandler:
+    """The state of the whole server, whatever service is asked for: a probe without the key need
+    not be waited for, so it cannot be slow."""
+
+    def check(requests: object, context: grpc.ServicerContext) -> health_pb2.HealthCheckResponse:
+        return servicer.Check(health_pb2.HealthCheckRequest(), context)
+
+    return grpc.stream_unary_rpc_method_handler(
+        answered_at_once(check),
+        response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+    )
 
 
 class _Servicer(RouterServicer):

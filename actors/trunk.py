@@ -35,6 +35,7 @@ from ..models.trunk import (
     read_config,
 )
 from ..proto.errors import ClusterError, in_words
+from .cluster_secret import secret_of
 from .device import pick_device
 from .engine import Engine, EngineConfig
 from .ray_border import CONTROLLER
@@ -113,6 +114,7 @@ class PoolLink:
             policy=config.policy,
             transport=config.transport,
             device=device or pick_device(config.device),
+            secret=secret_of(config.namespace),
         )
         self._watch: PlacementWatch | None = None
         try:

@@ -26,9 +26,12 @@ from moesaic.cluster.placement import (
     experts_of,
     spread,
 )
+from moesaic.proto.keys import ClusterSecret, secret_of_process
 
 NODE = "benchmark"
 START_S = 300.0
+# The hosts of a benchmark belong to its own process.
+_SECRET = "SECRET_OF_A_BENCHMARK"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,11 @@ class HostProcess:
 def host_processes(count: int, *, threads: int | None = None) -> Iterator[list[HostProcess]]:
     """``count`` hosts that share the machine's cores out evenly."""
     share = threads or max(1, (os.cpu_count() or 1) // count)
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(share)}
+    environment = os.environ | {
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": str(share),
+        _SECRET: secret_of_process().reveal().hex(),
+    }
     with ExitStack() as stack:
         started = []
         for index in range(count):
@@ -94,7 +101,9 @@ def place(
 
 
 def main(name: str, threads: int) -> None:
-    host = ExpertHost(name, node=NODE, threads=threads)
+    host = ExpertHost(
+        name, node=NODE, threads=threads, secret=ClusterSecret(bytes.fromhex(os.environ[_SECRET]))
+    )
     try:
         print(json.dumps(dataclasses.asdict(host.entry())), flush=True)
         for line in sys.stdin:

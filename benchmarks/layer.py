@@ -23,9 +23,10 @@ from benchmarks.measure import Comparison, compare, report
 from moesaic.actors.attach import expert_tensors
 from moesaic.actors.router import Router
 from moesaic.actors.store import ModelRef
-from moesaic.actors.transport.weights import put_weights
+from moesaic.actors.transport.weights import Grant, put_weights
 from moesaic.cluster.placement import ExpertKey
 from moesaic.models.trunk import ExpertsLayer
+from moesaic.proto.keys import secret_of_process
 
 HIDDEN, EXPERTS, TOP_K, HOSTS = 2048, 64, 8, 2
 TOKENS = (1, 8, 64, 512)
@@ -59,9 +60,17 @@ def measure(dtype: torch.dtype, *, intermediate: int, rounds: int) -> list[Compa
         placement = place(hosts, ref, {0: EXPERTS}, load=False)
         for expert in range(EXPERTS):
             (replica,) = placement.layers[("bench", 0)].replicas[expert]  # pyright: ignore[reportArgumentType]
-            address = placement.hosts[replica.host].grpc_address
-            tensors = expert_tensors(layer, expert)
-            put_weights(address, ExpertKey("bench", 0, expert), tensors, timeout_s=60.0)
+            host = placement.hosts[replica.host]
+            key = ExpertKey("bench", 0, expert)
+            secret = secret_of_process()
+            put_weights(
+                host.grpc_address,
+                key,
+                expert_tensors(layer, expert),
+                timeout_s=60.0,
+                grant=Grant(0, secret.grant(host.host, host.incarnation, key, 1, 0)),
+                proof=secret.proof("weights", host.target),
+            )
         router = Router(name="bench", node=NODE)
         router.place(placement)
         router.wait_ready(30.0)

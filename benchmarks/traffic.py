@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 import moesaic
+from moesaic.actors.cluster_secret import secret_of
 from moesaic.actors.ray_border import namespace_of
 from moesaic.actors.router import Router
 from moesaic.actors.trunk import PlacementWatch
@@ -215,8 +216,9 @@ def main(arguments: dict[str, Any]) -> None:
     traffic = Traffic(**arguments["traffic"])
     cluster = moesaic.connect(arguments["cluster"])
     node = cluster.status()["hosts"][0]["node"]
-    router = Router(name=f"traffic-{arguments['index']}", node=node)
-    watch = PlacementWatch(namespace_of(arguments["cluster"]), router)
+    namespace = namespace_of(arguments["cluster"])
+    router = Router(name=f"traffic-{arguments['index']}", node=node, secret=secret_of(namespace))
+    watch = PlacementWatch(namespace, router)
     stop = threading.Event()
     try:
         keys = [LayerKey(MODEL, layer) for layer in range(traffic.layers)]

@@ -37,12 +37,15 @@ from moesaic.actors.transport.grpc_stream import GrpcChannel, GrpcListener
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
 from moesaic.proto.errors import HostLost
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
+from moesaic.proto.keys import ClusterSecret, secret_of_process
 from moesaic.proto.wire import WIRE_VERSION, CallLayout
 
 SIZES = {"64 B": 64, "4 KB": 4 << 10, "64 KB": 64 << 10, "512 KB": 512 << 10, "4 MB": 4 << 20}
 TARGETS = {"shm": 3.0, "grpc": 1.5}
 DEADLINE_S = 30.0
 _HIDDEN = 16
+# Both sides of a comparison are one cluster.
+_SECRET = "SECRET_OF_A_BENCHMARK"
 _SLOT_BYTES = 16 << 20
 _BARE_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
@@ -214,7 +217,12 @@ def child(kind: str, *fds: int, anywhere: bool) -> Iterator[str]:
     command = [sys.executable, "-m", "benchmarks.transport", "--serve", kind, *map(str, fds)]
     command += ["--anywhere"] * anywhere
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=fds
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=fds,
+        env=os.environ | {_SECRET: secret_of_process().reveal().hex()},
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -235,15 +243,19 @@ def _half_of_the_cores(which: int) -> set[int]:
     return set(cores[which::2]) or set(cores)
 
 
+def _parents_secret() -> ClusterSecret:
+    return ClusterSecret(bytes.fromhex(os.environ[_SECRET]))
+
+
 def serve(kind: str, fds: list[int], *, anywhere: bool) -> None:
     torch.set_num_threads(1)
     if not anywhere:
         os.sched_setaffinity(0, _half_of_the_cores(1))
     match kind:
         case "shm":
-            serve_ours(ShmListener())
+            serve_ours(ShmListener(secret=_parents_secret()))
         case "grpc":
-            serve_ours(GrpcListener())
+            serve_ours(GrpcListener(secret=_parents_secret()))
         case "raw shm":
             print("ready", flush=True)
             RawShm(socket.socket(fileno=fds[0]), fds[1]).serve()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from .observed import View
-from .placement import ExpertKey, ModelShape
+from .placement import ExpertKey, HostEntry, ModelShape
 
 # Slots beside a host's own, for replicas that have come while those they replace still serve.
 _STAGING = 4
@@ -20,7 +20,7 @@ class Load:
 
     host: str
     keys: tuple[ExpertKey, ...]
-    peers: Mapping[ExpertKey, str]  # gRPC addresses; keys without one are read from disk
+    peers: Mapping[ExpertKey, HostEntry]  # keys without one are read from disk
 
 
 class Loader:
@@ -109,10 +109,10 @@ class Loader:
             batch.append(key)
         return batch
 
-    def _source(self, key: ExpertKey, host: str) -> str | None:
+    def _source(self, key: ExpertKey, host: str) -> HostEntry | None:
         """The peer to get an expert from; None for the checkpoint. After a failure another one."""
         holders = [name for name in self._view.holders(key) if name != host]
         failures = self._failures.get(key, 0)
         if not holders or (key.model in self.on_disk and failures % 2 == 0):
             return None
-        return self._view.seen[holders[(key.expert + failures) % len(holders)]].entry.grpc_address
+        return self._view.seen[holders[(key.expert + failures) % len(holders)]].entry

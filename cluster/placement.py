@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..proto.keys import target
+
 
 class ExpertKey(NamedTuple):
     model: str
@@ -45,6 +47,11 @@ class HostEntry:
     shm_address: str  # abstract Unix socket
     grpc_address: str  # host:port
     device: str = "cpu"  # or the UUID of its GPU
+
+    @property
+    def target(self) -> str:
+        """Who is meant by a proof for it."""
+        return target(self.host, self.incarnation)
 
 
 class Replica(NamedTuple):

@@ -121,7 +121,8 @@ class Listener(Protocol):
     def fileno(self) -> int: ...
 
     def accept(self) -> list[Session]:
-        """The routers that have connected since the last call; never blocks."""
+        """The routers that have connected since the last call; never blocks. To be called now and
+        then also when nothing is readable: it ends connections that have said nothing for long."""
         ...
 
     def close(self) -> None: ...

@@ -6,6 +6,7 @@ import torch
 
 from ...cluster.placement import HostEntry
 from ...cluster.transports import Transport
+from ...proto.keys import ClusterSecret, secret_of_process
 from .base import Channel
 from .shm import ShmChannel
 
@@ -19,10 +20,12 @@ def connect(
     *,
     router: str,
     slots: int,
+    secret: ClusterSecret | None = None,
     device: torch.device = _CPU,
 ) -> Channel:
-    """A channel to ``entry``; ``device`` is the router's. Does not wait for the host. Raises
-    HostLost."""
+    """A channel to ``entry`` of the cluster with that ``secret`` (None: this process); ``device``
+    is the router's. Does not wait for the host. Raises HostLost."""
+    secret = secret or secret_of_process()
     if transport in ("shm", "cuda"):
         return ShmChannel(
             entry.host,
@@ -30,9 +33,17 @@ def connect(
             router=router,
             slots=slots,
             slot_bytes=SLOT_BYTES,
+            proof=secret.proof("shm", entry.target),
             device=device if transport == "cuda" else None,
         )
     from .grpc_stream import GrpcChannel
 
     group = "" if transport == "grpc" else transport
-    return GrpcChannel(entry.host, entry.grpc_address, router=router, group=group, device=device)
+    return GrpcChannel(
+        entry.host,
+        entry.grpc_address,
+        router=router,
+        group=group,
+        device=device,
+        proof=secret.proof("experts", entry.target),
+    )

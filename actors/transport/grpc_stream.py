@@ -32,6 +32,7 @@ from torch import Tensor
 from ...proto.errors import CallError, ClusterError, Expired, HostLost, MoesaicError
 from ...proto.expert_pb2 import Call, Frame, Reply
 from ...proto.expert_pb2_grpc import add_WeightsServicer_to_server
+from ...proto.keys import ClusterSecret, secret_of_process
 from ...proto.limits import (
     CHUNK_BYTES,
     HELLO_S,
@@ -59,6 +60,7 @@ from .grpc_border import (
 from .grpc_inbox import STALL_S, Inbox
 from .grpc_outbox import Outbox
 from .grpc_session import GrpcSession, SessionTerms
+from .interceptors import HostDoor, show_proof
 from .mailbox import Mailbox
 from .pair import ROUTER_RANK, Pair
 from .stalls import Stalls
@@ -86,9 +88,11 @@ class GrpcChannel:
         slot_bytes: int = MAX_SLOT_BYTES,
         group: str = "",
         device: torch.device = _CPU,
+        proof: bytes | None = None,
     ) -> None:
         """Connect without waiting; the host's Welcome arrives as the first frame.
 
+        ``proof`` is what the host asks for; None: that of a listener of this process.
         ``group`` is the backend that carries tensors, if any, and ``device`` what NCCL uses. When
         nobody listens at ``address``, or no group comes about, `receive` says so with HostLost.
         Raises HostLost when this side cannot have the group.
@@ -126,7 +130,8 @@ class GrpcChannel:
             self._outbox.carry(self._pair, self._inbox.end)
         self._outbox.send(hello)
         self._grpc = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._stream = self._grpc.stream_stream(f"/{SERVICE}/{METHOD}")(self._outbox)
+        proven = show_proof(self._grpc, proof or secret_of_process().proof("experts", ""))
+        self._stream = proven.stream_stream(f"/{SERVICE}/{METHOD}")(self._outbox)
         self._reader = threading.Thread(target=self._read, name=f"from-{host}", daemon=True)
         self._reader.start()
 
@@ -284,11 +289,14 @@ class GrpcListener:
         device: torch.device = _CPU,
         groups: Collection[str] = (),
         fits: Callable[[Call], None] = lambda _: None,
+        secret: ClusterSecret | None = None,
+        target: str = "",
     ) -> None:
         """``bind`` is ip:port, port 0 for any; ``device`` is what NCCL would use, and ``groups``
         are the backends that routers may ask for. ``fits`` raises CallError for a call that no
-        model takes; it is asked before memory is given to one in chunks, or in a group. Raises
-        ClusterError when the address cannot be had."""
+        model takes; it is asked before memory is given to one in chunks, or in a group. Only
+        members of the cluster that has ``secret`` (None: this process) connect, and they must mean
+        ``target`` (`keys.target`). Raises ClusterError when the address cannot be had."""
         self._sessions: Mailbox[Session] = Mailbox()
         self._threads = Threads("grpc")
         self._stalls = Stalls()
@@ -298,6 +306,7 @@ class GrpcListener:
         self._server = grpc.server(
             self._threads,  # pyright: ignore[reportArgumentType]  # gRPC submits, and no more
             handlers=[grpc.method_handlers_generic_handler(SERVICE, {METHOD: dispatch})],
+            interceptors=[HostDoor(secret or secret_of_process(), target)],
             options=HOST_OPTIONS,
             maximum_concurrent_rpcs=MAX_RPCS,
         )

@@ -49,9 +49,7 @@ class FrameSocket:
             if not inbounds:
                 raise
             self._end = lost
-            # So that the descriptor is readable, whatever the reason was.
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
+            self.end()  # so that the descriptor is readable, whatever the reason was
         return inbounds
 
     def receive_first(self) -> tuple[Frame | None, list[int]]:
@@ -69,6 +67,12 @@ class FrameSocket:
         except HostLost:
             close_all(fds)
             raise
+
+    def end(self) -> None:
+        """Nothing is sent or received any more; what has arrived is still heard. The descriptor
+        becomes readable."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._sock.close()

@@ -5,16 +5,23 @@ in an abstract address; the socket is also the doorbell and, by its end, the dea
 has a name in any file system, so nothing is left when either side is killed. A slot holds one call
 and, behind it, the answer; it is free again only when its call was answered or the connection
 ended, so a host that froze and woke late cannot write into somebody else's answer.
+
+Abstract addresses are listed in /proc and can be reached by whoever shares the network namespace.
+So a host lets in its own user alone, hears only who shows the cluster's proof in the Hello, and
+before that maps and opens nothing. Who says nothing is sent away.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hmac
 import mmap
 import os
 import secrets
 import socket
+import time
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +30,8 @@ from torch import Tensor
 
 from ...proto.errors import CallError, HostLost, InternalError
 from ...proto.expert_pb2 import Frame, Hello
+from ...proto.keys import ClusterSecret, secret_of_process
+from ...proto.limits import HELLO_S, MAX_UNANNOUNCED
 from ...proto.wire import ALIGNMENT_BYTES, WIRE_VERSION, CallLayout
 from .base import Inbound, Session, call_of, check_version
 from .cuda_memory import CudaMemory, open_shared, share
@@ -72,8 +81,10 @@ class ShmChannel:
         slots: int,
         slot_bytes: int,
         device: torch.device | None = None,
+        proof: bytes | None = None,
     ) -> None:
-        """Connect without waiting; the host's Welcome arrives as the first frame.
+        """Connect without waiting; the host's Welcome arrives as the first frame. ``proof`` is what
+        the host asks for; None: that of a listener of this process.
 
         The slots are memory of ``device``, a GPU, or else of the host. Raises HostLost when nobody
         listens at ``address``.
@@ -88,6 +99,7 @@ class ShmChannel:
         hello.hello.router = router
         hello.hello.slots = slots
         hello.hello.slot_bytes = self._slot_bytes
+        hello.hello.proof = proof or secret_of_process().proof("shm", "")
         memory: _Memory | CudaMemory | None = None
         fds: list[int] = []
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -182,8 +194,10 @@ class ShmChannel:
 class ShmSession:
     """A host's side of one connection."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, proof: bytes) -> None:
+        """``proof`` is what the Hello has to show."""
         self.router = ""
+        self._proof = proof
         self._sock = FrameSocket(sock)
         self._memory: _Memory | CudaMemory | None = None
         self._slot_bytes = 0
@@ -192,8 +206,17 @@ class ShmSession:
     def slot_bytes(self) -> int:
         return self._slot_bytes
 
+    @property
+    def greeted(self) -> bool:
+        """Whether its Hello was heard, and was right."""
+        return self._memory is not None
+
     def fileno(self) -> int:
         return self._sock.fileno()
+
+    def end(self) -> None:
+        """Hear nothing any more: the end is received next."""
+        self._sock.end()
 
     def receive(self) -> list[Inbound]:
         return self._greet() if self._memory is None else self._sock.receive(self._take)
@@ -237,6 +260,9 @@ class ShmSession:
             return []
         hello = frame.hello
         try:
+            # First of all: of who is not of the cluster nothing is looked at.
+            if not hmac.compare_digest(hello.proof, self._proof):
+                raise HostLost("a Hello without the proof of this cluster for this host")
             _check(hello.wire_version, repr(hello.router))
             on_gpu = hello.HasField("device_memory")
             if not _sane(hello) or not (on_gpu or (fds and _sealed(fds[0], hello))):
@@ -279,9 +305,25 @@ def _sealed(fd: int, hello: Hello) -> bool:
 
 
 class ShmListener:
-    """An abstract Unix socket with a random name: nothing to unlink, nothing to guess."""
+    """An abstract Unix socket with a random name: nothing to unlink.
 
-    def __init__(self) -> None:
+    A Hello is due within `HELLO_S`, and at most `MAX_UNANNOUNCED` connections wait for theirs: when
+    there are more, the oldest leaves, as an honest router says Hello as soon as it has connected.
+    """
+
+    def __init__(
+        self,
+        *,
+        secret: ClusterSecret | None = None,
+        target: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Only members of the cluster that has ``secret`` (None: this process) are heard, and they
+        must mean ``target`` (`keys.target`). ``clock`` counts seconds."""
+        self._proof = (secret or secret_of_process()).proof("shm", target)
+        self._clock = clock
+        # Those that have said nothing, the oldest first, and until when they may.
+        self._silent: deque[tuple[float, ShmSession]] = deque()
         self._address = f"moesaic-{secrets.token_hex(16)}"
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self._sock.setblocking(False)
@@ -297,15 +339,27 @@ class ShmListener:
 
     def accept(self) -> list[Session]:
         sessions: list[Session] = []
-        while True:
+        while len(sessions) < MAX_UNANNOUNCED:  # then others are heard, too
             try:
                 sock, _ = self._sock.accept()
             except BlockingIOError:
-                return sessions
+                break
             if same_user(sock):
-                sessions.append(ShmSession(sock))
+                session = ShmSession(sock, self._proof)
+                self._silent.append((self._clock() + HELLO_S, session))
+                sessions.append(session)
             else:
                 sock.close()
+        self._send_away()
+        return sessions
+
+    def _send_away(self) -> None:
+        """End connections that have said nothing for too long, or are too many."""
+        now = self._clock()
+        waiting = [(due, one) for due, one in self._silent if not one.greeted and one.fileno() >= 0]
+        self._silent = deque(waiting)
+        while self._silent and (self._silent[0][0] <= now or len(self._silent) > MAX_UNANNOUNCED):
+            self._silent.popleft()[1].end()
 
     def close(self) -> None:
         self._sock.close()

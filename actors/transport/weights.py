@@ -25,9 +25,11 @@ from ...cluster.placement import ExpertKey
 from ...proto.errors import Busy, CallError
 from ...proto.expert_pb2 import PutWeightsResult, WeightsChunk, WeightsKey
 from ...proto.expert_pb2_grpc import WeightsServicer, WeightsStub
+from ...proto.keys import secret_of_process
 from ...proto.limits import CHUNK_BYTES, MAX_GETS, MAX_PUTS, MAX_WEIGHTS_BYTES
 from .budget import Budget, Share
 from .grpc_border import CHANNEL_OPTIONS, CLOSE_S, aborting, close_channel, from_grpc
+from .interceptors import show_proof
 from .stalls import Stalls
 
 # In the metadata of a Put; gRPC sends what ends with -bin as bytes.
@@ -76,18 +78,22 @@ def put_weights(
     version: int = 1,
     timeout_s: float,
     grant: Grant | None = None,
+    proof: bytes | None = None,
 ) -> None:
     """Give an expert to the host at ``address``; the host serves it when this returns. While the
-    host has no room for the transfer it is tried again.
+    host has no room for the transfer it is tried again. ``grant`` is the controller's; ``proof`` is
+    what the host asks for of everybody; None: that of a listener of this process.
 
-    Raises what the host's store raises, Expired, and HostLost when the host is gone.
+
+    Raises what the host's store raises, Unauthenticated, Expired, and HostLost when the host is
+    gone.
     """
     named = WeightsKey(model=key.model, layer=key.layer, expert=key.expert, version=version)
     data = _save(tensors)
     shown = [] if grant is None else [(_TERM, str(grant.term)), (_GRANT, grant.proof)]
 
     def put(left_s: float) -> None:
-        with _stub(address) as stub:
+        with _stub(address, proof) as stub:
             # As a future: the plain call would wait, beyond its deadline, for a chunk that is
             # stuck.
             stub.Put.future(_split(named, data), timeout=left_s, metadata=shown).result()
@@ -96,18 +102,23 @@ def put_weights(
 
 
 def get_weights(
-    address: str, key: ExpertKey, *, timeout_s: float, max_bytes: int
+    address: str,
+    key: ExpertKey,
+    *,
+    timeout_s: float,
+    max_bytes: int,
+    proof: bytes | None = None,
 ) -> dict[str, Tensor]:
-    """Copy an expert from the host at ``address``. While the host has no room for the transfer it
-    is tried again.
+    """Copy an expert from the host at ``address``; ``proof`` as in `put_weights`. While the host
+    has no room for the transfer it is tried again.
 
     Raises NotHere when the host lacks it, CallError when what is announced or arrives is larger
-    than ``max_bytes`` or damaged, Expired, and HostLost when the host is gone.
+    than ``max_bytes`` or damaged, Unauthenticated, Expired, and HostLost when the host is gone.
     """
     wanted = WeightsKey(model=key.model, layer=key.layer, expert=key.expert)
 
     def get(left_s: float) -> bytes:
-        with _stub(address) as stub:
+        with _stub(address, proof) as stub:
             chunks = stub.Get(wanted, timeout=left_s)
             return _join(_head(chunks), chunks, max_bytes)
 
@@ -128,11 +139,11 @@ def _until_there_is_room(transfer: Callable[[float], T], timeout_s: float) -> T:
 
 
 @contextlib.contextmanager
-def _stub(address: str) -> Iterator[WeightsStub]:
+def _stub(address: str, proof: bytes | None) -> Iterator[WeightsStub]:
     """A connection of its own: weights never stand before a token."""
     channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
     try:
-        yield WeightsStub(channel)
+        yield WeightsStub(show_proof(channel, proof or secret_of_process().proof("weights", "")))
     except grpc.RpcError as error:
         raise from_grpc(error, address) from error
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...proto.errors import CheckpointError, HostLost, MoesaicError
-from ..placement import ExpertKey
+from ..placement import ExpertKey, HostEntry
 from .network import Responder
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class _Order(NamedTuple):
     keys: Sequence[ExpertKey]
-    peers: Mapping[ExpertKey, str]  # by address; the others come from the checkpoint
+    peers: Mapping[ExpertKey, HostEntry]  # the others come from the checkpoint
     respond: Responder
 
 
@@ -29,7 +29,7 @@ class Fetching:
         self._orders: deque[_Order] = deque()
 
     def order(
-        self, keys: Sequence[ExpertKey], peers: Mapping[ExpertKey, str], respond: Responder
+        self, keys: Sequence[ExpertKey], peers: Mapping[ExpertKey, HostEntry], respond: Responder
     ) -> None:
         self._orders.append(_Order(keys, peers, respond))
         if len(self._orders) == 1:
@@ -52,7 +52,7 @@ class Fetching:
             if fails:
                 self._end(CheckpointError(f"{key}: cannot be read"))
             elif peer is not None and not host.world.has_weights(peer, key):
-                self._end(HostLost(f"{key}: {peer} does not give it"))
+                self._end(HostLost(f"{key}: {peer.host} does not give it"))
             else:
                 host.put(key)
                 self.missing -= 1

@@ -218,7 +218,7 @@ class SimHost(Process):
         self,
         models: Sequence[ModelShape],
         keys: Sequence[ExpertKey],
-        peers: Mapping[ExpertKey, str],
+        peers: Mapping[ExpertKey, HostEntry],
         term: int,
         respond: Responder,
     ) -> None:

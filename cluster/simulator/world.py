@@ -17,7 +17,7 @@ import numpy as np
 from ...proto.errors import in_words
 from ..control import Control
 from ..fleet import Fleet
-from ..placement import ExpertKey
+from ..placement import ExpertKey, HostEntry
 from .clock import Clock
 from .controller import SimController
 from .facts import Fact
@@ -152,10 +152,13 @@ class World:
     def make_control(self, fleet: Fleet, term: int) -> Control:
         return Control(fleet.pool_hosts(), term=term, policy=self.settings.control)
 
-    def has_weights(self, address: str, key: ExpertKey) -> bool:
+    def has_weights(self, peer: HostEntry, key: ExpertKey) -> bool:
         """Whether a peer gives an expert: it lives, answers, and is the one that was meant."""
         return any(
-            host.name == address and host.alive and not host.frozen and key in host.weights
+            host.entry.target == peer.target
+            and host.alive
+            and not host.frozen
+            and key in host.weights
             for host in self.hosts.values()
         )
 

@@ -9,7 +9,9 @@ def connect(target: str = "local") -> Any:
     """A `Cluster`, for the name of one that another process of this user owns on this machine; a
     `RouterClient`, for an address moesaic://host:port.
 
-    Raises ClusterError and, for an address that is none, RequestError.
+    The latter's key is in the session file of a cluster on this machine; for one elsewhere it is
+    MOESAIC_ROUTER_KEY of the environment. Raises ClusterError and, for an address that is none,
+    RequestError; without a key Unauthenticated.
     """
     if "://" in target:
         from .router_client import RouterClient

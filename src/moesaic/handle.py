@@ -20,6 +20,7 @@ from .cluster.spec import Spec, load_spec, parse_spec
 from .logs import Kind, LogLine, read_logs
 from .operating import Operating, quiet
 from .proto.errors import ClusterError
+from .router_keys import take_key
 from .session import (
     Session,
     find_session,
@@ -59,6 +60,8 @@ def up(
     `Cluster.down`, or with the `with` block. Raises SpecError, CheckpointError, UnsupportedModel
     and ClusterError.
     """
+    # Before anything is started that would inherit it.
+    router_key = take_key()
     wanted = _spec(spec)
     if find_session(wanted.name) is not None:
         raise ClusterError(
@@ -67,10 +70,17 @@ def up(
         )
     if wanted.ray.address == "local":
         _stay_on_loopback()
+    from .actors.cluster_secret import router_key_of
     from .actors.launch import launch
     from .actors.ray_border import log_folder, ray_address
 
-    launched = launch(wanted, progress or quiet, warn, lambda: note_logs(wanted.name, log_folder()))
+    launched = launch(
+        wanted,
+        progress or quiet,
+        warn,
+        lambda: note_logs(wanted.name, log_folder()),
+        router_key,
+    )
     session = write_session(
         name=wanted.name,
         ray_address=ray_address(),
@@ -78,6 +88,7 @@ def up(
         url=launched.url,
         ray_token=_ray_token() if launched.owns_ray else None,
         router=launched.router,
+        router_key=None if launched.router is None else router_key_of(launched.namespace),
         logs=log_folder(),
     )
     return Cluster(session, launched)
@@ -135,6 +146,12 @@ class Cluster(Operating):
         """The router service's address for `moesaic.connect`, or None if the spec has none."""
         address = self._session.router
         return None if address is None else f"moesaic://{address}"
+
+    @property
+    def router_key(self) -> str | None:
+        """What the router service asks its clients for; `moesaic.connect` on this machine finds it
+        by itself."""
+        return self._session.router_key
 
     def status(self) -> dict[str, Any]:
         """Hosts, models and the placement as plain values. Raises ClusterError."""

@@ -26,6 +26,7 @@ from .proto.errors import CallError, Expired, MoesaicError, RequestError, Unknow
 from .proto.expert_pb2 import DType
 from .proto.router_pb2 import ComputeHead, ModelsReply
 from .proto.router_wire import RouterLayout
+from .router_keys import key_for
 from .tries import RETRIES, Tries
 
 __all__ = ["RouterClient", "RouterLayer", "RouterModel"]
@@ -72,13 +73,22 @@ class RouterClient:
     again, ``retries`` times, with pauses drawn at random, as long as ``timeout_s`` allows."""
 
     def __init__(
-        self, target: str, *, timeout_s: float = TIMEOUT_S, retries: int = RETRIES
+        self,
+        target: str,
+        *,
+        key: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+        retries: int = RETRIES,
     ) -> None:
-        """``target`` is moesaic://host:port; the connection is made with the first call."""
+        """``target`` is moesaic://host:port; the connection is made with the first call. ``key`` is
+        what the service asks for; None: that of a cluster of this user on this machine, or else
+        MOESAIC_ROUTER_KEY of the environment. Raises RequestError, and Unauthenticated when there
+        is no key."""
         self._timeout_s = timeout_s
         self._retries = retries
         self._known: ModelsReply | None = None
-        self._channel = RouterChannel(_address(target))
+        address = _address(target)
+        self._channel = RouterChannel(address, key or key_for(address))
 
     def __enter__(self) -> Self:
         return self

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import psutil
 
 from .proto.errors import ClusterError
 
@@ -25,12 +24,15 @@ class Session:
     ray_address: str
     embedded: bool  # Ray belongs to the cluster, and stays on loopback
     url: str | None
-    ray_token: str | None = None  # with which an embedded Ray lets others in
+    ray_token: str | None = field(default=None, repr=False)  # lets others into an embedded Ray
     router: str | None = None  # host:port of the router service
+    router_key: str | None = field(default=None, repr=False)  # that it asks its clients for
     logs: str | None = None  # the folder of Ray's logs on this machine
 
     @property
     def alive(self) -> bool:
+        import psutil  # which a client of a router service elsewhere need not have
+
         try:
             return psutil.Process(self.pid).create_time() == self.started
         except psutil.NoSuchProcess:
@@ -57,9 +59,12 @@ def write_session(
     url: str | None,
     ray_token: str | None = None,
     router: str | None = None,
+    router_key: str | None = None,
     logs: str | None = None,
 ) -> Session:
     """Announce the cluster that this process owns."""
+    import psutil
+
     session = Session(
         name=name,
         pid=os.getpid(),
@@ -69,6 +74,7 @@ def write_session(
         url=url,
         ray_token=ray_token,
         router=router,
+        router_key=router_key,
         logs=logs,
     )
     file = _file(name)
@@ -94,6 +100,14 @@ def find_session(name: str) -> Session | None:
         file.unlink(missing_ok=True)
         return None
     return session
+
+
+def running_sessions() -> Iterator[Session]:
+    """Of all clusters of this user on this machine."""
+    for file in sorted(session_dir().glob("*.json")):
+        session = find_session(file.stem)
+        if session is not None:
+            yield session
 
 
 def need_session(name: str) -> Session:

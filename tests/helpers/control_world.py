@@ -33,7 +33,7 @@ class SimHost:
     incarnation: int = 1
     alive: bool = True
     held: set[ExpertKey] = field(default_factory=set)
-    loading: list[tuple[ExpertKey, str | None]] = field(default_factory=list)  # (key, peer)
+    loading: list[tuple[ExpertKey, HostEntry | None]] = field(default_factory=list)  # (key, peer)
 
     @property
     def address(self) -> str:
@@ -135,7 +135,7 @@ class ControlWorld:
             return
         key, peer = host.loading.pop(0)
         holders = [h for h in self.hosts.values() if h.alive and key in h.held]
-        if peer is None or peer in [holder.address for holder in holders]:
+        if peer is None or peer.target in [holder.observe().entry.target for holder in holders]:
             host.held.add(key)
         else:
             self.fail_load(name, [key])
@@ -205,8 +205,8 @@ class ControlWorld:
             assert not seen.holds(key), "a load of what is there"
             assert key in self.control.wanted(command.host)
             peer = command.peers.get(key)
-            addresses = [o.entry.grpc_address for o in self.reported.values() if o.holds(key)]
-            assert peer in addresses if peer is not None else key.model in self.on_disk
+            holders = [o.entry for o in self.reported.values() if o.holds(key)]
+            assert peer in holders if peer is not None else key.model in self.on_disk
         host = self.hosts[command.host]
         host.loading = [(key, command.peers.get(key)) for key in command.keys]
 

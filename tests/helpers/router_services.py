@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import torch
 from torch import Tensor
 
@@ -16,11 +17,13 @@ from moesaic import RouterClient
 from moesaic.actors.catalog import Catalog
 from moesaic.actors.router import Router
 from moesaic.actors.router_service import RouterService, ServicePolicy
+from moesaic.actors.transport.interceptors import show_key
 from moesaic.cluster.health import RouterPolicy
 from moesaic.proto.router_pb2 import ComputeHead
 from tests.helpers.serving import LAYER, PATIENT, Hosts, assert_right, inputs, serving
 from tests.helpers.transports import settles
 
+KEY = "a key of the tests"
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -37,8 +40,12 @@ class Served:
 
     def client(self, *, timeout_s: float = 30.0, retries: int = 0) -> RouterClient:
         """On a connection of its own."""
-        client = RouterClient(self.target, timeout_s=timeout_s, retries=retries)
+        client = RouterClient(self.target, key=KEY, timeout_s=timeout_s, retries=retries)
         return self.stack.enter_context(client)
+
+    def channel(self) -> grpc.Channel:
+        """For stubs of the test's own, with the key."""
+        return show_key(grpc.insecure_channel(self.service.address), KEY)
 
     def ask(self, client: RouterClient, given: Inputs, layer: int = LAYER) -> Tensor:
         return client.experts("m", layer)(*given)
@@ -81,7 +88,7 @@ def router_service(
         pool = stack.enter_context(serving(folder, hosts=hosts, replicas=replicas, exact=exact))
         router = pool.router(policy=routing)
         catalog = Catalog(lambda: [(pool.ref, pool.shape)])
-        service = RouterService(router, catalog, policy=policy)
+        service = RouterService(router, catalog, key=KEY, policy=policy)
         stack.callback(service.close)
         yield Served(pool, router, service, stack)
 

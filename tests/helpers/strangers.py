@@ -14,7 +14,7 @@ from moesaic.actors.transport.grpc_stream import METHOD, SERVICE
 from moesaic.cluster.placement import HostEntry
 from moesaic.proto.errors import MoesaicError
 from moesaic.proto.expert_pb2 import Frame
-from moesaic.proto.keys import Plane, secret_of_process, target
+from moesaic.proto.keys import Plane, secret_of_process
 from moesaic.proto.wire import WIRE_VERSION
 
 # What an HTTP/2 client says first: its preface and empty settings, and that it has heard ours.
@@ -24,8 +24,7 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 def shown(entry: HostEntry, plane: Plane) -> Metadata:
     """What a member of the cluster shows: a stranger may be one that has gone mad."""
-    meant = target(entry.host, entry.incarnation)
-    return (("moesaic-proof-bin", secret_of_process().proof(plane, meant)),)
+    return (("moesaic-proof-bin", secret_of_process().proof(plane, entry.target)),)
 
 
 @contextmanager

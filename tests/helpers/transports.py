@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import select
 import signal
 import subprocess
@@ -21,17 +22,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import grpc
 import torch
 from torch import Tensor
 
 from moesaic.actors.transport.base import Channel, Inbound, Listener, Session
 from moesaic.actors.transport.grpc_stream import GrpcChannel, GrpcListener
+from moesaic.actors.transport.interceptors import show_proof
 from moesaic.actors.transport.pair import HOST_RANK, PIECE_BYTES, Pair
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
 from moesaic.actors.transport.weights import Grant
 from moesaic.cluster.placement import ExpertKey
 from moesaic.proto.errors import HostLost, NotHere
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
+from moesaic.proto.keys import ClusterSecret, Plane, secret_of_process
 from moesaic.proto.wire import WIRE_VERSION, CallLayout
 
 KINDS = ("shm", "grpc", "group")
@@ -39,22 +43,40 @@ DEADLINE_S = 20.0
 START_S = 60.0  # of a process that imports torch and transformers, where others want the cores
 SLOT_BYTES = 40 << 20
 HIDDEN = 16
+# The processes of one test are one cluster.
+_SECRET_VARIABLE = "SECRET_OF_A_TEST"
+SECRET = (
+    ClusterSecret(bytes.fromhex(os.environ[_SECRET_VARIABLE]))
+    if _SECRET_VARIABLE in os.environ
+    else secret_of_process()
+)
 
 
 def listen(kind: str) -> Listener:
     if kind == "shm":
-        return ShmListener()
+        return ShmListener(secret=SECRET)
     groups = ("gloo", "nccl") if kind == "group" else ()
-    return GrpcListener(weights=DictStore(), groups=groups)
+    return GrpcListener(weights=DictStore(), groups=groups, secret=SECRET)
 
 
 def channel_to(
     kind: str, address: str, *, router: str = "router", slots: int = 4, slot_bytes: int = SLOT_BYTES
 ) -> Channel:
     if kind == "shm":
-        return ShmChannel("host", address, router=router, slots=slots, slot_bytes=slot_bytes)
+        proof = SECRET.proof("shm", "")
+        return ShmChannel(
+            "host", address, router=router, slots=slots, slot_bytes=slot_bytes, proof=proof
+        )
     group = "gloo" if kind == "group" else ""
-    return GrpcChannel("host", address, router=router, slot_bytes=slot_bytes, group=group)
+    proof = SECRET.proof("experts", "")
+    return GrpcChannel(
+        "host", address, router=router, slot_bytes=slot_bytes, group=group, proof=proof
+    )
+
+
+def member(address: str, plane: Plane = "experts") -> grpc.Channel:
+    """A bare channel to a listener of this process, with its proof."""
+    return show_proof(grpc.insecure_channel(address), SECRET.proof(plane, ""))
 
 
 def readable(side: Channel | Session | Listener, timeout_s: float = DEADLINE_S) -> bool:
@@ -241,6 +263,7 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env={**os.environ, _SECRET_VARIABLE: SECRET.reveal().hex()},
     )
     assert child.stdin is not None
     assert child.stdout is not None
@@ -300,7 +323,9 @@ def run_serve(folder: str, name: str, device: str) -> None:
     shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
     # Routers of the tests reach it over all transports.
     transport = "device" if device.startswith("cuda") else "group"
-    host = ExpertHost(name, node="here", device=device, threads=1, transport=transport)
+    host = ExpertHost(
+        name, node="here", device=device, threads=1, transport=transport, secret=SECRET
+    )
     ref = ModelRef(name="m", dtype="float32", path=folder)
     host.load([(ref, shape)], list(every_expert([shape])))
     print(json.dumps(asdict(host.entry())), flush=True)

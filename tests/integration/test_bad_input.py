@@ -48,6 +48,7 @@ from moesaic.proto.errors import (
     from_wire,
 )
 from moesaic.proto.expert_pb2 import BFLOAT16, FLOAT32, Frame, Reply
+from moesaic.proto.keys import secret_of_process
 from moesaic.proto.wire import DTYPE_FROM_WIRE, CallLayout, checksum
 from tests.helpers.pools import granted
 from tests.helpers.served_pool import (
@@ -247,16 +248,25 @@ def put(model: str = "m", layer: int = LAYER, expert: int = 1, **changed: Tensor
         tensors = host._store.get(ExpertKey("m", LAYER, 1)) | changed
         kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         key = ExpertKey(model, layer, expert)
-        grant = granted(host, key)
-        put_weights(host.entry().grpc_address, key, kept, timeout_s=10, grant=grant)
+        proof = secret_of_process().proof("weights", host.entry().target)
+        put_weights(
+            host.entry().grpc_address,
+            key,
+            kept,
+            timeout_s=10,
+            grant=granted(host, key),
+            proof=proof,
+        )
 
     return act
 
 
 def get(model: str = "m", layer: int = LAYER, expert: int = 1) -> Act:
     def act(served: ServedPool) -> None:
-        address = served.hosts[0].entry().grpc_address
-        get_weights(address, ExpertKey(model, layer, expert), timeout_s=10, max_bytes=1 << 20)
+        entry = served.hosts[0].entry()
+        proof = secret_of_process().proof("weights", entry.target)
+        key = ExpertKey(model, layer, expert)
+        get_weights(entry.grpc_address, key, timeout_s=10, max_bytes=1 << 20, proof=proof)
 
     return act
 

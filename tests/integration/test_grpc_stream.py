@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 
-import grpc
 import pytest
 import torch
 
@@ -28,6 +27,7 @@ from tests.helpers.transports import (
     hear,
     hear_end,
     layout_of,
+    member,
     process,
     readable,
     send_call,
@@ -140,7 +140,7 @@ class MuteRouter:
         self.sent = 0
         self._calls = calls
         self._layout = layout_of(rows_of(size))
-        self._channel = grpc.insecure_channel(address)
+        self._channel = member(address)
         self._stream = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._frames())
 
     def _frames(self) -> Iterator[bytes]:

@@ -43,8 +43,11 @@ from moesaic.proto.errors import (
 )
 from moesaic.proto.router_pb2 import ComputeRequest
 from moesaic.proto.router_pb2_grpc import RouterStub
+from moesaic.router_keys import VARIABLE
+from moesaic.session import write_session
+from tests.helpers.documented import blocks
 from tests.helpers.pools import pool
-from tests.helpers.router_services import Served, head_of, router_service
+from tests.helpers.router_services import KEY, Served, head_of, router_service
 from tests.helpers.served_pool import held
 from tests.helpers.serving import (
     EXPERTS,
@@ -57,7 +60,12 @@ from tests.helpers.serving import (
 )
 from tests.helpers.transports import open_things, settles
 
-README = Path(__file__).parents[2] / "README.md"
+ADDRESS = "127.0.0.1:8001"  # of the examples
+
+
+@pytest.fixture(autouse=True)
+def key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, KEY)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +116,9 @@ def test_bfloat16_comes_back_as_it_went(folder: Path) -> None:
         shape = {layer.layer: layer.num_experts for layer in running.layers}
         ref = running.hosts[0]._store._models["m"].ref  # as the pool was made
         catalog = Catalog(lambda: [(ref, ModelShape(model="m", experts=shape))])
-        service = RouterService(running.router, catalog)
+        service = RouterService(running.router, catalog, key=KEY)
         try:
-            with moesaic.RouterClient(f"moesaic://{service.address}") as client:
+            with moesaic.RouterClient(f"moesaic://{service.address}", key=KEY) as client:
                 (model,) = client.models()
                 assert model.dtype == "bfloat16"
                 given = client.experts("m", LAYER)(x, ids, weights.bfloat16().float())
@@ -183,12 +191,33 @@ with moesaic.connect(sys.argv[1]) as router:
 """
 
 
-def test_the_example_of_the_readme_runs(served: Served, capsys: pytest.CaptureFixture) -> None:
-    blocks = README.read_text().split("```python\n")[1:]
-    (example,) = (text for block in blocks if '"moesaic://' in (text := block.split("```")[0]))
-    example = example.replace("moesaic://127.0.0.1:8001", served.target)
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_example_of_the_readme_runs_on_the_clusters_machine(
+    served: Served, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The key is in the session file."""
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+    write_session(
+        name="x",
+        ray_address="",
+        embedded=True,
+        url=None,
+        router=served.service.address,
+        router_key=KEY,
+    )
+    (example,) = (
+        text for page, text in blocks("python") if page == "README.md" and ADDRESS in text
+    )
+    exec(compile(example.replace(ADDRESS, served.service.address), "README.md", "exec"), {})
     assert capsys.readouterr().out == f"(4, {HIDDEN}) float32\n"
+
+
+def test_the_example_for_other_languages_runs(
+    served: Served, capsys: pytest.CaptureFixture
+) -> None:
+    (example,) = (text for page, text in blocks("python") if page == "router.md")
+    exec(compile(example.replace(ADDRESS, served.service.address), "router.md", "exec"), {})
+    assert capsys.readouterr().out == "['m']\n"
 
 
 # ---- several clients ----------------------------------------------------------------------------
@@ -338,7 +367,7 @@ def test_who_never_sends_is_cut_when_its_time_is_up(folder: Path, heads: int) ->
             yield from [ComputeRequest(head=head_of(inputs(4)))] * heads
             waiting.wait(30)
 
-        with grpc.insecure_channel(served.service.address) as channel:
+        with served.channel() as channel:
             call = RouterStub(channel).Compute(requests())
             with pytest.raises(grpc.RpcError) as caught:
                 next(call)
@@ -393,13 +422,12 @@ def health_of(channel: grpc.Channel, service: str) -> str:
 
 
 def test_health_and_reflection_answer(folder: Path) -> None:
-    with (
-        router_service(folder) as served,
-        grpc.insecure_channel(served.service.address) as channel,
-    ):
+    with router_service(folder) as served, served.channel() as channel:
         assert health_of(channel, "") == health_of(channel, SERVICE) == "SERVING"
         listed = set(ProtoReflectionDescriptorDatabase(channel).get_services())
         assert {SERVICE, "grpc.health.v1.Health"} <= listed
+        with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
+            health_of(channel, "another")
 
 
 def test_a_defect_of_its_thread_is_known_at_once(
@@ -413,8 +441,8 @@ def test_a_defect_of_its_thread_is_known_at_once(
             served.ask(client, inputs(2))
         with pytest.raises(InternalError, match="computes nothing any more"):
             served.service.report()
-        with grpc.insecure_channel(served.service.address) as channel:
-            assert health_of(channel, SERVICE) == "NOT_SERVING"
+        with served.channel() as keyed, grpc.insecure_channel(served.service.address) as bare:
+            assert health_of(keyed, SERVICE) == health_of(bare, SERVICE) == "NOT_SERVING"
         with pytest.raises(HostLost):
             served.ask(client, inputs(2))
 

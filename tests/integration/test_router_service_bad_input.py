@@ -13,11 +13,12 @@ import torch
 
 from moesaic.actors.router_service import SERVICE, ServicePolicy
 from moesaic.actors.transport.grpc_border import from_grpc
+from moesaic.actors.transport.interceptors import show_key
 from moesaic.proto.errors import BadInput, CallError, Corrupted, MoesaicError, UnknownModel
 from moesaic.proto.limits import MAX_HIDDEN
 from moesaic.proto.router_pb2 import ComputeReply, ComputeRequest
 from moesaic.proto.router_pb2_grpc import RouterStub
-from tests.helpers.router_services import Inputs, Served, data_of, head_of, router_service
+from tests.helpers.router_services import KEY, Inputs, Served, data_of, head_of, router_service
 from tests.helpers.serving import HIDDEN, LAYER, inputs, save_model
 
 GIVEN = inputs(4)
@@ -39,7 +40,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def channel(served: Served) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(served.service.address) as one:
+    with show_key(grpc.insecure_channel(served.service.address), KEY) as one:
         yield one
 
 

@@ -515,7 +515,7 @@ def test_a_put_waits_for_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             tensors,
             timeout_s=DEADLINE_S,
             grant=granted(host, ONE),
-            **proof_of(host),
+            proof=proof_of(host),
         )
         assert host._residency.serves(ONE)
 
@@ -526,8 +526,10 @@ def test_a_fetch_that_is_larger_than_its_model_says(folder: Path) -> None:
         most = host._store.most_bytes(ONE)
         address = host.entry().grpc_address
         with pytest.raises(CallError, match="total_bytes"):
-            get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=most // 2, **proof_of(host))
-        get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=most, **proof_of(host))
+            get_weights(
+                address, ONE, timeout_s=DEADLINE_S, max_bytes=most // 2, proof=proof_of(host)
+            )
+        get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=most, proof=proof_of(host))
 
 
 @pytest.mark.parametrize("expert", range(EXPERTS))
@@ -545,5 +547,5 @@ def servicer(host: ExpertHost) -> weights.Weights:
     return listener._weights
 
 
-def proof_of(host: ExpertHost) -> dict[str, bytes]:
-    return {}
+def proof_of(host: ExpertHost) -> bytes:
+    return secret_of_process().proof("weights", host.entry().target)

@@ -24,12 +24,14 @@ from moesaic.proto.wire import WIRE_VERSION
 from tests.helpers.transports import (
     DEADLINE_S,
     KINDS,
+    SECRET,
     accept,
     channel_to,
     greet,
     hear,
     hear_end,
     listen,
+    member,
     open_things,
     round_trip,
     send_call,
@@ -81,6 +83,7 @@ def hello(
         memory.device, memory.handle, memory.counter_handle = "no such GPU", handle, b"name"
     frame.hello.wire_version, frame.hello.router = version, "bad"
     frame.hello.slots, frame.hello.slot_bytes = slots, slot_bytes
+    frame.hello.proof = SECRET.proof("shm", "")
     return frame.SerializeToString()
 
 
@@ -233,7 +236,7 @@ class RawStream:
     """A router that sends whatever bytes it likes."""
 
     def __init__(self, address: str, method: str = METHOD) -> None:
-        self._channel = grpc.insecure_channel(address)
+        self._channel = member(address)
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stream = self._channel.stream_stream(f"/{SERVICE}/{method}")(
             iter(self._queue.get, None), timeout=DEADLINE_S

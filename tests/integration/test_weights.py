@@ -30,7 +30,14 @@ from moesaic.proto.errors import (
 )
 from moesaic.proto.expert_pb2 import WeightsChunk, WeightsKey
 from moesaic.proto.expert_pb2_grpc import WeightsStub
-from tests.helpers.transports import DEADLINE_S, DictStore, open_things, process, settles
+from tests.helpers.transports import (
+    DEADLINE_S,
+    DictStore,
+    member,
+    open_things,
+    process,
+    settles,
+)
 
 KEY = ExpertKey("model", 3, 5)
 MIB = 1 << 20
@@ -181,7 +188,7 @@ def chunks_of(tensors: Mapping[str, Tensor], **head: int) -> list[WeightsChunk]:
 
 
 def put_error(address: str, chunks: list[WeightsChunk]) -> MoesaicError:
-    with grpc.insecure_channel(address) as channel:
+    with member(address, "weights") as channel:
         with pytest.raises(grpc.RpcError) as caught:
             WeightsStub(channel).Put(iter(chunks), timeout=DEADLINE_S)
         return from_grpc(caught.value, "host")

@@ -1,0 +1,46 @@
+"""The controller's leave to put a model's experts into the memory of hosts.
+
+Hosts take weights from nobody else: a grant names one expert, one incarnation of one host, and the
+controller's term, so it is worth nothing for anything else, nor when a newer controller rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..cluster.placement import ExpertKey, HostEntry
+from ..proto.keys import ClusterSecret
+from .store import SHARED
+from .transport.weights import Grant
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """What one host is to hold; beside each expert of a layer, what the layer's experts share."""
+
+    entry: HostEntry
+    term: int
+    proofs: Mapping[ExpertKey, bytes] = field(repr=False)
+
+    @property
+    def experts(self) -> list[ExpertKey]:
+        return [key for key in self.proofs if key.expert != SHARED]
+
+    def grant(self, key: ExpertKey) -> Grant:
+        return Grant(self.term, self.proofs[key])
+
+
+def grant_all(
+    secret: ClusterSecret, entry: HostEntry, keys: Iterable[ExpertKey], term: int
+) -> Granted:
+    proofs: dict[ExpertKey, bytes] = {}
+    for key in keys:
+        for granted in (key._replace(expert=SHARED), key):
+            if granted not in proofs:
+                proofs[granted] = secret.grant(
+                    entry.host, entry.incarnation, granted, VERSION, term
+                )
+    return Granted(entry, term, proofs)
