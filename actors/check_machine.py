@@ -92,6 +92,25 @@ def check_room(spec: Spec, shapes: Collection[ModelShape]) -> Iterator[Finding]:
         yield Finding(severity="warning", path="balance.redundancy", message=text)
 
 
+# ---- Ray's token --------------------------------------------------------------------------------
+
+
+def check_token(spec: Spec, *, local: bool) -> Iterator[Finding]:
+    """Whether Ray is to ask for one. Of a Ray that runs that shows when it is joined."""
+    if spec.ray.insecure:
+        text = (
+            "whoever reaches a port of a Ray without a token runs any program on all its "
+            "machines; leave it out, and give Ray a token"
+        )
+        yield Finding(severity="warning", path="ray.insecure", message=text)
+    elif local and (mode := os.environ.get("RAY_AUTH_MODE", "token")).lower() != "token":
+        yield _error(
+            "ray.address",
+            f"RAY_AUTH_MODE={mode} would start a Ray that asks for no token, so that every user of "
+            "this machine commands it; unset RAY_AUTH_MODE, or say `ray: {insecure: true}`",
+        )
+
+
 # ---- a Ray that starts here ---------------------------------------------------------------------
 
 

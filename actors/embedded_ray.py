@@ -24,6 +24,7 @@ import ray
 from ray._common.utils import get_default_ray_temp_dir
 
 from ..proto.errors import ClusterError
+from .ray_token import make_token
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) ->
     ``said`` is told of a start that failed and is tried once more. Raises ClusterError with the
     cause when that fails too.
     """
+    make_token()
     for number in range(1, TRIES + 1):
         before = _sessions()
         try:

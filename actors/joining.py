@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,6 +19,7 @@ from ray.core.generated import gcs_service_pb2
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from ..proto.errors import ClusterError
+from .ray_token import close_token, need_token, token_file
 
 REACH_S = 5.0
 ANSWER_S = 10.0
@@ -27,13 +27,18 @@ ANSWER_S = 10.0
 _OTHER_PORTS = "the dashboard's is 8265, the Ray client's 10001, and neither is meant"
 
 
-def join(address: str, init: Callable[..., Any] = ray.init, **options: Any) -> None:
-    """`ray.init` with the address of a Ray that runs. Raises ClusterError with the cause."""
+def join(
+    address: str, init: Callable[..., Any] = ray.init, *, insecure: bool, **options: Any
+) -> None:
+    """`ray.init` with the address of a Ray that runs. Raises ClusterError with the cause; one that
+    asks for no token is joined only if ``insecure``."""
     try:
+        close_token()
         _show_token()
         where = _find(address)
         check_reachable(where)
         _check_answer(where)
+        need_token(where, insecure=insecure)
         init(address=address, **options)
     except ClusterError as error:
         raise ClusterError(f"ray.address: {address}: {error}") from error.__cause__
@@ -119,4 +124,4 @@ def token_source() -> str | None:
         return "RAY_AUTH_TOKEN"
     if os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return "the file of RAY_AUTH_TOKEN_PATH"
-    return "~/.ray/auth_token" if (Path.home() / ".ray" / "auth_token").exists() else None
+    return "~/.ray/auth_token" if token_file().exists() else None

@@ -14,7 +14,7 @@ from ..cluster.spec import ModelSpec, Spec
 from ..models.describe import Described
 from ..models.source import NotYet, local_model
 from ..proto.errors import MoesaicError, UnsupportedModel
-from .check_machine import check_engine, check_local, check_ports, check_room
+from .check_machine import check_engine, check_local, check_ports, check_room, check_token
 from .check_model import check_model
 from .engine import ExpertBounds
 from .findings import Finding, finding_of
@@ -44,6 +44,7 @@ def preflight(spec: Spec, *, local: bool | None = None) -> Preflight:
     found.findings += check_engine(spec)
     found.findings += check_ports(spec, local=local)
     found.findings += check_room(spec, shapes)
+    found.findings += check_token(spec, local=local)
     if local:
         found.findings += check_local(spec, found.described)
     return found

@@ -24,6 +24,7 @@ from ..cluster.spec_part import Resources
 from ..proto.errors import ClusterError, MoesaicError, in_words
 from .embedded_ray import start_embedded
 from .joining import join
+from .ray_token import need_token
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +50,16 @@ def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> bool:
     """Connect to Ray, or start one in this process. True if it is this process's own: then it ends
     with the last cluster on it, see `end_ray`.
 
-    ``said`` hears of a start that failed and is tried once more. Raises ClusterError.
+    ``said`` hears of a start that failed and is tried once more. Raises ClusterError, also where
+    this process is on a Ray that asks for no token.
     """
     namespace = namespace_of(spec.name)
-    if spec.ray.address != "local":
-        join_ray(spec.ray.address, spec.name)
+    if spec.ray.address != "local" and not ray.is_initialized():
+        join_ray(spec.ray.address, spec.name, insecure=spec.ray.insecure)
         return False
     if ray.is_initialized():
-        if not _embedded.clusters:
+        _need_token(spec)
+        if spec.ray.address != "local" or not _embedded.clusters:
             return False  # the program's own
     else:
         _embedded.clusters = 0
@@ -73,8 +76,20 @@ def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> bool:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+        try:
+            _need_token(spec)
+        except ClusterError:
+            ray.shutdown()
+            raise
     _embedded.clusters += 1
     return True
+
+
+def _need_token(spec: Spec) -> None:
+    try:
+        need_token(ray_address(), insecure=spec.ray.insecure)
+    except ClusterError as error:
+        raise ClusterError(f"ray.address: {spec.ray.address}: {error}") from error.__cause__
 
 
 def end_ray() -> None:
@@ -113,12 +128,14 @@ def controller_of(namespace: str) -> Any:
         raise ClusterError(f"{namespace}: its controller is not there: {error}") from error
 
 
-def join_ray(address: str, name: str) -> None:
-    """Connect this process to a Ray that is running. Raises ClusterError."""
+def join_ray(address: str, name: str, *, insecure: bool = False) -> None:
+    """Connect this process to a Ray that is running. Raises ClusterError, also for one that asks
+    for no token, unless ``insecure``."""
     if ray.is_initialized():
         return
     join(
         address,
+        insecure=insecure,
         namespace=namespace_of(name),
         log_to_driver=False,
         logging_level=logging.WARNING,

@@ -52,6 +52,7 @@ from .engine import (
 )
 from .ingress import create_app
 from .ray_border import cluster_of, last_line
+from .replica_port import stay_on_node
 from .served import ServedModel
 from .start_failures import telling
 
@@ -343,6 +344,7 @@ def _starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
     except RayServeException:
         yield  # not in a replica: a test's own process
         return
+    stay_on_node()
     name = replica.deployment.removeprefix("Trunk-") if kind == "trunk" else kind
     announce(kind, name, cluster_of(replica.app_name))
     with telling(replica.app_name, kind, name):

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .autoscaler import Autoscaler, BusyMeter, GroupState, ScalePolicy
-from .control import Control
 from .plan import PoolHost
 from .room import lack
 from .scalings import Scaling, Scalings
+
+if TYPE_CHECKING:
+    from .control import Control
 
 _SHOWN = 10
 

@@ -42,9 +42,14 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class RaySpec(Part):
-    """Where Ray runs. ``local`` starts one inside the process of `moesaic up`."""
+    """Where Ray runs. ``local`` starts one inside the process of `moesaic up`.
+
+    Whoever reaches a Ray runs any program on all its machines, unless it asks for a token. One that
+    does not is refused; ``insecure: true`` takes it all the same.
+    """
 
     address: str = "local"
+    insecure: bool = False
 
     @field_validator("address")
     @classmethod

@@ -28,7 +28,8 @@ WORDS: dict[str, dict[str, str]] = {
         "router": "The gRPC service for clients that bring hidden states; without: none.",
     },
     "RaySpec": {
-        "address": "`local`: one inside the process of `up`; `auto` or host:port: one that runs."
+        "address": "`local`: one inside the process of `up`; `auto` or host:port: one that runs.",
+        "insecure": "`true`: a Ray without token authentication is taken, too (docs/security.md).",
     },
     "NetworkSpec": {
         "bind": "Where hosts listen for gRPC: an address, or `node`: each node's own.",

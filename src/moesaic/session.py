@@ -1,17 +1,60 @@
 """What a running cluster leaves for other processes of its user: who owns it and how to reach it.
 
-One small file for each cluster, readable by its user alone, gone when the cluster ends.
+One small file for each cluster, of its user alone (`private_files`), gone when the cluster ends.
+Who reads one connects to what it names, shows it Ray's token and may signal its owner: so its
+values are looked at first.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
 
+import psutil
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from .private_files import read_private, remove_private, write_private
 from .proto.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+
+def _address(value: str) -> str:
+    named = re.fullmatch(r"[\w.\-]+:(\d{1,5})|\[[\da-fA-F:.%\w]+\]:(\d{1,5})", value)
+    if named is None or not 0 < int(named[1] or named[2]) <= 65_535:
+        raise ValueError("not host:port")
+    return value
+
+
+def _url(value: str) -> str:
+    """http, a host and a port, perhaps a path: nothing that sends a request elsewhere."""
+    parts = urlsplit(value)
+    plain = re.fullmatch(r"(/[\w.\-~]*)*", parts.path) is not None
+    if parts.scheme != "http" or not plain or parts.query or parts.fragment:
+        raise ValueError("not http://host:port")
+    _address(parts.netloc)
+    return value
+
+
+def _absolute(value: str) -> str:
+    if not Path(value).is_absolute() or "\0" in value:
+        raise ValueError("not the absolute path of a folder")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+Url = Annotated[str, AfterValidator(_url)]
+Folder = Annotated[str, AfterValidator(_absolute)]
+# What goes into a header, or an environment, as it is.
+Secret = Annotated[str, Field(pattern=r"^[!-~]{1,4096}$")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,24 +62,44 @@ class Session:
     """A running cluster as its owner described it."""
 
     name: str
-    pid: int
-    started: float  # of the owning process, to tell it from a later one with the same pid
-    ray_address: str
+    pid: Annotated[int, Field(gt=0)]
+    # Of the owning process, to tell it from a later one with the same pid.
+    started: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    ray_address: Address
     embedded: bool  # Ray belongs to the cluster, and stays on loopback
-    url: str | None
-    ray_token: str | None = field(default=None, repr=False)  # lets others into an embedded Ray
-    router: str | None = None  # host:port of the router service
-    router_key: str | None = field(default=None, repr=False)  # that it asks its clients for
-    logs: str | None = None  # the folder of Ray's logs on this machine
+    url: Url | None
+    # With which an embedded Ray lets others in.
+    ray_token: Secret | None = field(default=None, repr=False)
+    ray_insecure: bool = False  # Ray lets in whoever has no token, as the spec says
+    router: Address | None = None  # of the router service
+    router_key: Secret | None = field(default=None, repr=False)  # that it asks its clients for
+    logs: Folder | None = None  # of Ray on this machine
 
     @property
     def alive(self) -> bool:
-        import psutil  # which a client of a router service elsewhere need not have
+        return self._owner() is not None
 
+    def end_owner(self) -> None:
+        """Let the owner end the cluster (SIGTERM), if it still runs."""
+        owner = self._owner()
+        if owner is not None:
+            try:
+                # psutil looks once more whether it is that process.
+                owner.send_signal(signal.SIGTERM)
+            except psutil.NoSuchProcess:
+                return
+
+    def _owner(self) -> psutil.Process | None:
+        """The process that started the cluster: one with its pid, start and user."""
         try:
-            return psutil.Process(self.pid).create_time() == self.started
-        except psutil.NoSuchProcess:
-            return False
+            process = psutil.Process(self.pid)
+            own = process.uids().real == os.getuid()
+            return process if own and process.create_time() == self.started else None
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return None
+
+
+_SESSION = TypeAdapter(Session)
 
 
 def session_dir() -> Path:
@@ -58,13 +121,13 @@ def write_session(
     embedded: bool,
     url: str | None,
     ray_token: str | None = None,
+    ray_insecure: bool = False,
     router: str | None = None,
     router_key: str | None = None,
     logs: str | None = None,
 ) -> Session:
-    """Announce the cluster that this process owns."""
-    import psutil
-
+    """Announce the cluster that this process owns. Raises ClusterError where that cannot be done
+    so that others of this machine neither read nor change it."""
     session = Session(
         name=name,
         pid=os.getpid(),
@@ -73,39 +136,53 @@ def write_session(
         embedded=embedded,
         url=url,
         ray_token=ray_token,
+        ray_insecure=ray_insecure,
         router=router,
         router_key=router_key,
         logs=logs,
     )
-    file = _file(name)
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    draft = file.with_suffix(f".{os.getpid()}")
-    draft.touch(mode=0o600)
-    draft.write_text(json.dumps(asdict(session)))
-    draft.replace(file)
+    write_private(_file(name), json.dumps(asdict(session)))
     return session
 
 
 def find_session(name: str) -> Session | None:
-    """The running cluster of that name, or None; what a dead one left is removed."""
+    """The running cluster of that name, or None; what a dead one left is removed.
+
+    Raises ClusterError where somebody else may have written what is there, or where it is not what
+    a cluster writes.
+    """
     file = _file(name)
     try:
-        session = Session(**json.loads(file.read_text()))
+        session = _SESSION.validate_json(read_private(file), strict=True)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
-        file.unlink(missing_ok=True)
-        return None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        raise ClusterError(_unlike(file, where, first["msg"])) from None
+    if session.name != name:
+        raise ClusterError(_unlike(file, "name", f"{session.name!r}, not {name!r}"))
     if not session.alive:
-        file.unlink(missing_ok=True)
+        remove_private(file)
         return None
     return session
 
 
+def _unlike(file: Path, where: str, why: str) -> str:
+    return (
+        f"{file}: {where}: {why}: this version of Moesaic does not write such a file; end what "
+        "runs under that name with the version that started it, or remove the file"
+    )
+
+
 def running_sessions() -> Iterator[Session]:
-    """Of all clusters of this user on this machine."""
+    """Of all clusters of this user on this machine; a file that is none of theirs is passed over."""
     for file in sorted(session_dir().glob("*.json")):
-        session = find_session(file.stem)
+        try:
+            session = find_session(file.stem)
+        except ClusterError as error:
+            log.warning("%s", error)
+            continue
         if session is not None:
             yield session
 
@@ -121,14 +198,21 @@ def need_session(name: str) -> Session:
 
 
 def remove_session(name: str) -> None:
-    _file(name).unlink(missing_ok=True)
+    remove_private(_file(name))
 
 
 def note_logs(name: str, folder: str) -> None:
     """Where the cluster's processes print, so that a start that fails can be read about."""
-    file = _file(name).with_suffix(".logs")
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file.write_text(folder)
+    write_private(_noted(name), folder)
+
+
+def _noted(name: str) -> Path:
+    return _file(name).with_name(f"{name}.logs")
+
+
+def owner_log(name: str) -> Path:
+    """What the owner of a cluster prints that was started in the background."""
+    return _file(name).with_name(f"{name}.log")
 
 
 def logged_session(name: str) -> Session:
@@ -138,9 +222,11 @@ def logged_session(name: str) -> Session:
     if session is not None:
         return session
     try:
-        folder = _file(name).with_suffix(".logs").read_text()
-    except OSError:
+        folder = _absolute(read_private(_noted(name)))
+    except FileNotFoundError:
         return need_session(name)
+    except ValueError as error:
+        raise ClusterError(f"{_noted(name)}: {error}; remove it") from None
     return Session(
         name=name, pid=0, started=0.0, ray_address="", embedded=True, url=None, logs=folder
     )

@@ -10,7 +10,6 @@ Shapes: W windows, E experts of a layer, H hosts.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.numpy import save
 from .cluster.placement import LayerKey
 from .cluster.recording import LoadTotals, Recorder
 from .cluster.trace import Trace
+from .private_files import replace_file
 from .proto.errors import CheckpointError, ClusterError, RequestError
 
 _VERSION = "1"
@@ -51,12 +51,10 @@ def write_trace(path: str | Path, trace: Trace) -> None:
         "window_s": repr(trace.window_s),
         "hosts": json.dumps(trace.hosts),
     }
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    data = save({n: np.ascontiguousarray(t) for n, t in tensors.items()}, metadata)
     try:
-        draft.write_bytes(save({n: np.ascontiguousarray(t) for n, t in tensors.items()}, metadata))
-        draft.replace(file)
+        replace_file(file, data)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise CheckpointError(f"{file}: cannot be written: {error.strerror}") from error
 
 

@@ -21,6 +21,7 @@ import pytest
 from tests.e2e.test_two_nodes import ip
 from tests.helpers.apart import need_namespaces, ray_environment
 from tests.helpers.documented import ROOT, section
+from tests.helpers.listening import documented
 from tests.integration.conftest import save_model
 
 ADDRESSES = ["10.0.0.1", "10.0.0.2"]
@@ -91,6 +92,7 @@ def machines(tmp_path: Path) -> Iterator[list[Machine]]:
         "MOESAIC__MODELS__0__PATH": str(save_model(tmp_path / "model", "mixtral")),
         "MOESAIC__TRUNK__CACHE_TOKENS": "1024",
         "MOESAIC__TRUNK__THREADS": "1",
+        "MOESAIC__ROUTER__PORT": "8001",
     }
     tag = secrets.token_hex(3)
     links = [f"moe{tag}{i}" for i in range(2)]
@@ -130,6 +132,13 @@ def test_the_commands_run_as_they_are_printed(machines: list[Machine]) -> None:
     # The other machine reaches the endpoint by the address that was printed.
     asked = "moesaic complete --url http://10.0.0.1:8000 --max-tokens 3 hello --json"
     assert json.loads(second.run(f"{asked} 2> /dev/null"))["usage"]["completion_tokens"] == 3
+    found = set()
+    for machine in machines:
+        told = machine.run("python -m tests.helpers.listening")
+        lines = [line for line in told.splitlines() if line.startswith("LISTENING ")]
+        found |= {tuple(one) for one in json.loads(lines[0].removeprefix("LISTENING "))}
+        assert oct((machine.home / ".ray" / "auth_token").stat().st_mode)[-3:] == "600"
+    assert found == documented("several machines")
     first.run(last)
     for machine in machines:
         machine.run("ray stop")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,9 +23,13 @@ import pytest
 import ray
 from ray.core.generated import gcs_service_pb2
 
-from moesaic.actors import joining
+from moesaic.actors import joining, ray_border
+from moesaic.actors.check_machine import check_token
 from moesaic.actors.joining import join
 from moesaic.actors.ports import free_port
+from moesaic.actors.ray_border import end_ray, start_ray
+from moesaic.actors.ray_token import make_token, need_token
+from moesaic.cluster.spec import parse_spec
 from moesaic.proto.errors import ClusterError
 from tests.e2e.test_two_nodes import end_group
 from tests.helpers.apart import ray_environment
@@ -91,12 +98,12 @@ def no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def reason(address: str, init: Callable[..., Any] | None = None) -> str:
+def reason(address: str, init: Callable[..., Any] | None = None, *, insecure: bool = True) -> str:
     def never(**options: Any) -> None:
         raise AssertionError("Ray is not to be asked")
 
     with pytest.raises(ClusterError) as caught:
-        join(address, init or never)
+        join(address, init or never, insecure=insecure)
     assert str(caught.value).startswith(f"ray.address: {address}: ")
     return str(caught.value)
 
@@ -158,6 +165,146 @@ def test_no_ray_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(joining, "canonicalize_bootstrap_address", find)
     assert "no Ray runs on this machine; `ray start --head` starts one" in reason("auto")
+
+
+# ---- one that asks for no token ------------------------------------------------------------------
+
+
+def asked_with_a_token_alone() -> Answer:
+    """This process shows no token, whatever it has (`no_token`): the first question stands for one
+    that does."""
+    asked = count()
+
+    def answer(context: grpc.ServicerContext) -> Any:
+        return wants_a_token(context) if next(asked) else same(context)
+
+    return answer
+
+
+def test_a_ray_without_a_token_is_refused_unless_the_spec_says_so() -> None:
+    joined: list[dict[str, Any]] = []
+    with gcs(same) as address:
+        said = reason(address, insecure=False)
+        assert "this Ray asks for no token" in said
+        assert "RAY_AUTH_MODE=token" in said
+        assert "`ray: {insecure: true}`" in said
+        join(address, lambda **options: joined.append(options), insecure=True)
+    with gcs(asked_with_a_token_alone()) as address:
+        join(address, lambda **options: joined.append(options), insecure=False)
+    assert len(joined) == 2
+    assert "insecure" not in joined[0]
+
+
+def test_what_cannot_be_told_is_refused() -> None:
+    def busy(context: grpc.ServicerContext) -> Any:
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy")
+
+    with gcs(busy) as address:
+        need_token(address, insecure=True)
+        with pytest.raises(ClusterError, match=r"cannot be told .*RESOURCE_EXHAUSTED"):
+            need_token(address, insecure=False)
+
+
+def test_a_program_that_is_on_a_ray_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own `ray.init`, or one that a cluster of it was let to use."""
+    monkeypatch.setattr(ray_border.ray, "is_initialized", lambda: True)
+    models = [{"name": "m", "path": "p"}]
+    with gcs(same) as address:
+        monkeypatch.setattr(ray_border, "ray_address", lambda: address)
+        for named in ("local", "auto", address):
+            spec = parse_spec({"models": models, "ray": {"address": named}})
+            with pytest.raises(ClusterError, match=f"{named}: this Ray asks for no token"):
+                start_ray(spec)
+            taken = {"address": named, "insecure": True}
+            assert not start_ray(parse_spec({"models": models, "ray": taken}))
+
+
+def test_an_embedded_ray_without_a_token_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = False
+
+    def run(to: bool) -> None:
+        nonlocal running
+        running = to
+
+    monkeypatch.setattr(ray_border, "start_embedded", lambda *_, **__: run(True))
+    monkeypatch.setattr(ray_border.ray, "shutdown", lambda: run(False))
+    monkeypatch.setattr(ray_border.ray, "is_initialized", lambda: running)
+    models = [{"name": "m", "path": "p"}]
+    with gcs(same) as address:
+        monkeypatch.setattr(ray_border, "ray_address", lambda: address)
+        with pytest.raises(ClusterError, match="asks for no token"):
+            start_ray(parse_spec({"models": models}))
+        assert not running
+        assert start_ray(parse_spec({"models": models, "ray": {"insecure": True}}))
+        end_ray()
+    assert not running
+
+
+def test_the_environment_is_not_to_switch_the_token_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(**ray_spec: Any) -> list[tuple[str, str]]:
+        spec = parse_spec({"models": [{"name": "m", "path": "p"}], "ray": ray_spec})
+        local = spec.ray.address == "local"
+        return [(one.severity, one.path) for one in check_token(spec, local=local)]
+
+    assert found() == []
+    for mode in ("disabled", "", "DISABLED"):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        assert found() == [("error", "ray.address")]
+        assert found(address="auto") == []  # shows when it is joined
+        assert found(insecure=True) == [("warning", "ray.insecure")]
+    monkeypatch.setenv("RAY_AUTH_MODE", "Token")
+    assert found() == []
+
+
+# ---- the token's file ----------------------------------------------------------------------------
+
+
+def test_the_token_that_is_made_is_its_users_alone(no_token: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_token()
+    finally:
+        os.umask(before)
+    file = no_token / ".ray" / "auth_token"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    made = file.read_text()
+    assert re.fullmatch("[0-9a-f]{64}", made)
+    make_token()
+    assert file.read_text() == made
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_token_that_others_could_read_is_taken_from_them(
+    no_token: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = no_token / ".ray" / "auth_token"
+    file.parent.mkdir()
+    file.write_text("abcd")
+    file.chmod(0o644)
+    with gcs(wants_a_token) as address:
+        reason(address)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert file.read_text() == "abcd"
+    assert f"{file} had mode 0644" in caplog.text
+    assert "abcd" not in caplog.text
+
+
+def test_no_token_is_made_where_there_is_one(
+    no_token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "RAY_AUTH_TOKEN": "abcd",
+        "RAY_AUTH_TOKEN_PATH": "/token",
+        "RAY_AUTH_MODE": "disabled",
+    }.items():
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            make_token()
+    assert list(no_token.iterdir()) == []
+    (no_token / ".ray").write_text("no folder")
+    with pytest.raises(ClusterError, match="let RAY_AUTH_TOKEN_PATH name"):
+        make_token()
 
 
 # ---- a real one ---------------------------------------------------------------------------------

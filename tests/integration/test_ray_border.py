@@ -49,6 +49,7 @@ def test_an_embedded_ray_ends_with_the_last_cluster_on_it(monkeypatch: pytest.Mo
         running = False
 
     monkeypatch.setattr(ray_border, "start_embedded", start)
+    monkeypatch.setattr(ray_border, "_need_token", lambda spec: None)
     monkeypatch.setattr(ray_border.ray, "shutdown", end)
     monkeypatch.setattr(ray_border.ray, "is_initialized", lambda: running)
     assert start_ray(spec)

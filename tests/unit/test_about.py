@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from jsonschema import Draft202012Validator
 
 import moesaic
+from moesaic import about
+from moesaic.actors import preflight
 from moesaic.cli.main import main
-from moesaic.cluster.spec import load_spec
+from moesaic.cluster.spec import load_spec, parse_spec
 from moesaic.models.describe import HOST_BYTES, describe
 from moesaic.models.trunk import expert_parameters, experts_layers
-from moesaic.proto.errors import SpecError
+from moesaic.proto.errors import CheckpointError, SpecError
 from tests.helpers.architectures import ARCHITECTURES, tiny_model
 
 Capture = pytest.CaptureFixture[str]
@@ -142,3 +146,19 @@ def test_a_wrong_override_is_named(
     with pytest.raises(SpecError) as caught:
         load_spec(spec)
     assert message in str(caught.value)
+
+
+def test_a_check_looks_for_no_garbage_and_does_so_again_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def looked(spec: Any) -> Any:
+        seen.append(gc.isenabled())
+        raise CheckpointError("broken")
+
+    monkeypatch.setattr(preflight, "preflight", looked)
+    with pytest.raises(CheckpointError):
+        about.check_spec(parse_spec({"models": [{"name": "m", "path": "p"}]}))
+    assert seen == [False]
+    assert gc.isenabled()

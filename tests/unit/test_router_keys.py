@@ -25,7 +25,14 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def announce(router: str | None, key: str | None = MADE, name: str = "x") -> None:
-    write_session(name=name, ray_address="", embedded=True, url=None, router=router, router_key=key)
+    write_session(
+        name=name,
+        ray_address="127.0.0.1:6379",
+        embedded=True,
+        url=None,
+        router=router,
+        router_key=key,
+    )
 
 
 def test_a_key_is_taken_out_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

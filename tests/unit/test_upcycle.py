@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, TokenType
@@ -34,7 +38,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moesaic.models import demo
+from moesaic.models import demo, demo_build
+from moesaic.models.demo_build import build_apart
 from moesaic.models.gguf_parts import join_parts
 from moesaic.models.text_gates import GATE_MARGIN, kmeans_gate
 from moesaic.models.upcycle import upcycle
@@ -716,34 +721,102 @@ def test_out_is_never_clobbered(
 # -- the demo model -------------------------------------------------------------------------------
 
 
-def test_demo_is_built_once_and_recovers(
-    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def small_demo(tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that a demo model of a tiny GGUF goes to."""
     monkeypatch.setenv("MOESAIC_DEMO_GGUF", str(make_gguf(tmp_path / "tiny.gguf", dense)))
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo, "TOKENS_PER_CORPUS", 100)
+    monkeypatch.setattr(demo_build, "END_S", 0.5)
+    return tmp_path / "cache"
+
+
+def processes() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def test_demo_is_built_once_and_recovers(small_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builds = []
 
-    def counted(*args: Any, **kwargs: Any) -> Path:
+    def counted(*args: Any, **kwargs: Any) -> None:
         builds.append(args)
-        leftover = next(cache.glob(".tiny*.partial"), None)
+        leftover = next(small_demo.glob(".tiny*.partial"), None)
         assert leftover is None
-        return upcycle(*args, **kwargs)
+        build_apart(*args, **kwargs)
 
-    monkeypatch.setattr(demo, "upcycle", counted)
-    monkeypatch.setattr(demo, "TOKENS_PER_CORPUS", 100)
-    cache = tmp_path / "cache"
+    monkeypatch.setattr(demo, "build_apart", counted)
+    steps: list[tuple[str, int, int]] = []
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: demo.demo_model(), range(2))
+        build = partial(demo.demo_model, progress=lambda *step: steps.append(step))
+        first, second = pool.map(lambda _: build(), range(2))
     assert first == second
     assert len(builds) == 1
     assert load(first).config.num_local_experts == demo.EXPERTS
+    assert [name for name, _ in groupby(steps, lambda step: step[0])] == [
+        "load",
+        "texts",
+        "gates",
+        "write",
+    ]
 
     # A build that was killed leaves a partial folder and no complete one.
     shutil.rmtree(first)
-    (cache / f".{first.name}.0123abcd.partial").mkdir()
+    (small_demo / f".{first.name}.0123abcd.partial").mkdir()
     assert demo.demo_model() == first
     assert len(builds) == 2
-    assert {path.name for path in cache.iterdir()} == {first.name, f"{first.name}.lock"}
+    assert {path.name for path in small_demo.iterdir()} == {first.name, f"{first.name}.lock"}
+
+
+def test_the_process_that_serves_the_demo_keeps_none_of_its_building(small_demo: Path) -> None:
+    """Not even torch is there."""
+    code = (
+        "import sys; from moesaic.models import demo; demo.TOKENS_PER_CORPUS = 100;"
+        "print(demo.demo_model()); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    made, kept = done.stdout.splitlines()
+    assert (Path(made) / "config.json").is_file()
+    assert kept == "[]"
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_build_that_is_interrupted_ends_and_leaves_nothing(small_demo: Path, hangs: bool) -> None:
+    before, seen = processes(), 0
+
+    def progress(step: str, done: int, total: int) -> None:
+        nonlocal seen
+        if step == "texts":
+            seen += 1
+            if hangs and seen == 1:
+                # It has no more to tell: Ctrl-C is noticed all the same.
+                (building,) = processes() - before
+                building.suspend()
+            else:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo_model(progress=progress)
+    assert processes() == before
+    assert [path.suffix for path in small_demo.iterdir()] == [".lock"]
+
+
+def test_a_build_that_fails_is_told_in_its_own_words(
+    small_demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(step: str, done: int, total: int) -> None:
+        for process in processes() - before:
+            process.kill()
+
+    before = processes()
+    with pytest.raises(CheckpointError, match="its process was killed, as the system does where"):
+        demo.demo_model(progress=killed)
+    monkeypatch.setattr(demo, "EXPERTS", 1)
+    with pytest.raises(BadInput, match="experts"):
+        demo.demo_model()
+    monkeypatch.setattr(demo, "EXPERTS", "many")
+    with pytest.raises(CheckpointError, match="the demo model: TypeError"):
+        demo.demo_model()
+    assert {path.suffix for path in small_demo.iterdir()} == {".lock"}
 
 
 def test_demo_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

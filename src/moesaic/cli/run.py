@@ -13,8 +13,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ..cluster.spec import Spec, load_spec
+from ..private_files import new_private
 from ..proto.errors import ClusterError, MoesaicError
-from ..session import find_session, session_dir
+from ..session import find_session, owner_log
 from .output import print_json
 from .progress import Lines, Report, bars, read_lines
 
@@ -112,11 +113,10 @@ def run_detached(path: Path, *, as_json: bool = False) -> None:
     spec = load_spec(path)
     if find_session(spec.name) is not None:
         raise ClusterError(f"name: a cluster {spec.name!r} is running; `moesaic down` ends it")
-    session_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
-    log = session_dir() / f"{spec.name}.log"
+    log = owner_log(spec.name)
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "moesaic.cli.main", "up", str(path)]
-    with log.open("wb") as sink:
+    with os.fdopen(new_private(log), "wb") as sink:
         child = subprocess.Popen(
             [*command, "--progress-fd", str(writer)],
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,157 @@
+"""Small files of one user: nobody else writes them, reads them, or has them written elsewhere.
+
+They lie in a folder of mode 0700. A file is made under a random name, never through a link, and
+takes its own name when it is whole. Before one is read, its kind, owner and mode are looked at on
+the open file, so that nothing can be put in its place between the look and the reading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .proto.errors import ClusterError
+
+_MOST_BYTES = 1 << 20
+_WRITTEN_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_OF_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def write_private(file: Path, text: str) -> None:
+    """Write ``file`` whole and at once, mode 0600; its folder is made where it is absent.
+
+    Raises ClusterError where the folder is not this user's alone, or cannot be written.
+    """
+    with _wrapped(file), _folder(file.parent, make=True) as folder:
+        _replace(folder, file.name, text.encode(), 0o600)
+
+
+def replace_file(file: Path, data: bytes) -> None:
+    """Write a file that the user named, whole and at once, in whatever folder it is: what others
+    may have put there under the name of the draft is neither followed nor written to. Its mode is
+    the one that the user's files have. Raises OSError."""
+    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _replace(folder, file.name, data, 0o666)
+    finally:
+        os.close(folder)
+
+
+def _replace(folder: int, name: str, data: bytes, mode: int) -> None:
+    draft = f".{secrets.token_hex(8)}.draft"
+    with os.fdopen(os.open(draft, _NEW, mode, dir_fd=folder), "wb") as opened:
+        try:
+            opened.write(data)
+            opened.flush()
+            os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft, dir_fd=folder)
+            raise
+
+
+def new_private(file: Path) -> int:
+    """A descriptor to write a new ``file`` with, mode 0600; one that is there goes first.
+
+    Raises ClusterError as `write_private` does.
+    """
+    with _wrapped(file), _folder(file.parent, make=True) as folder:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file.name, dir_fd=folder)
+        return os.open(file.name, _NEW, 0o600, dir_fd=folder)
+
+
+def read_private(file: Path) -> str:
+    """What is in ``file``. Raises FileNotFoundError where there is none, and ClusterError where
+    somebody else than this user may have written it, or may read it."""
+    with _wrapped(file), _folder(file.parent) as folder:
+        # A pipe in its place is not waited for.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        opened = os.open(file.name, flags, dir_fd=folder)
+        try:
+            found = os.fstat(opened)
+            if not stat.S_ISREG(found.st_mode):
+                raise ClusterError(f"{file}: it is no regular file; remove it")
+            _check_owner(file, found)
+            if found.st_mode & _OF_OTHERS:
+                raise ClusterError(
+                    f"{file}: its mode is {stat.S_IMODE(found.st_mode):04o}, so that others may "
+                    "know or have written what is in it; end the cluster that it belongs to, "
+                    "remove the file, and start the cluster anew"
+                )
+            if found.st_size > _MOST_BYTES:
+                raise ClusterError(f"{file}: {found.st_size} bytes, which no cluster writes")
+            return os.read(opened, _MOST_BYTES).decode(errors="replace")
+        finally:
+            os.close(opened)
+
+
+def is_own(file: Path) -> bool:
+    """Whether ``file`` is a regular one that nobody else than this user has written. Raises
+    ClusterError for a folder in which others may write."""
+    try:
+        found = file.lstat()
+        with _wrapped(file), _folder(file.parent):
+            own = found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode)
+            return own and not found.st_mode & _WRITTEN_BY_OTHERS
+    except FileNotFoundError:
+        return False
+
+
+def remove_private(file: Path) -> None:
+    """Remove ``file``, if it is there."""
+    with contextlib.suppress(FileNotFoundError), _wrapped(file), _folder(file.parent) as folder:
+        os.unlink(file.name, dir_fd=folder)
+
+
+@contextmanager
+def _folder(folder: Path, *, make: bool = False) -> Iterator[int]:
+    """A descriptor of ``folder``, which is this user's alone."""
+    if make:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(opened)
+        _check_owner(folder, found)
+        if found.st_mode & _WRITTEN_BY_OTHERS:
+            raise ClusterError(
+                f"{folder}: its mode is {stat.S_IMODE(found.st_mode):04o}, so that others may put "
+                f"files there; look at what is in it, and `chmod 700 {folder}`"
+            )
+        if make and found.st_mode & _OF_OTHERS:
+            os.fchmod(opened, 0o700)
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def _check_owner(path: Path, found: os.stat_result) -> None:
+    if found.st_uid != os.geteuid():
+        raise ClusterError(
+            f"{path}: it belongs to user {found.st_uid}, and this is user {os.geteuid()}; run as "
+            "that user, remove it, or let MOESAIC_CACHE name a folder of your own"
+        )
+
+
+@contextmanager
+def _wrapped(file: Path) -> Iterator[None]:
+    """Errors of the system as ours; that a file is absent is no error yet."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        links = [one for one in (file, file.parent) if one.is_symlink()]
+        if links:
+            raise ClusterError(
+                f"{links[0]}: it is a symbolic link, and none is followed there; remove it"
+            ) from error
+        raise ClusterError(
+            f"{file}: {error.strerror}; MOESAIC_CACHE names another folder for such files"
+        ) from error
