@@ -113,5 +113,5 @@ class Looks:
         if seen is not None:
             self._last[host] = seen
             # What a host has computed is not compared with the rest.
-            if seen == last and seen.work == last.work and not seen.loading:
+            if last is not None and seen == last and seen.work == last.work and not seen.loading:
                 self._quiet.add(host)
