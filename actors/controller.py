@@ -7,12 +7,13 @@ finds its view again in what the hosts hold.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
@@ -32,6 +33,7 @@ from .announcing import announce
 from .cluster_secret import secret_of
 from .granting import Granted, grant_all
 from .host import HostReport
+from .looks import Looks, Seen
 from .operations import Operations
 from .overview import Overview
 from .ray_border import cluster_of
@@ -42,9 +44,9 @@ from .term import claim_term, kept_asleep, kept_fleet, kept_wishes
 log = logging.getLogger(__name__)
 
 TICK_S = 0.2
+# While nothing happens.
+QUIET_TICK_S = 1.0
 REPORT_TIMEOUT_S = 2.0
-# So long the loop waits for a host; its answer counts when it comes.
-LATE_S = 1.0
 # Of one load command; a host that hangs in it is asked again, and shown with this error.
 LOAD_TIMEOUT_S = 600.0
 SETTLE_S = 60.0
@@ -66,6 +68,8 @@ class Controller(Operations, Overview):
         super().__init__()
         announce("controller", "controller", cluster_of(namespace))
         self._namespace = namespace
+        self._wake = asyncio.Event()  # something happened that the loop is not to sleep through
+        self._resized = asyncio.Event()
         self._term = claim_term(namespace)
         self._fleet = Fleet(
             groups, autoscale.policy, pending_s=autoscale.pending_s, kept=kept_fleet(namespace)
@@ -84,7 +88,7 @@ class Controller(Operations, Overview):
         self._reports: dict[str, HostReport] = {}
         self._states: dict[str, str] = {}
         self._errors: dict[str, str] = {}
-        self._looks: dict[str, asyncio.Task[Any]] = {}
+        self._looks = Looks(self._observe, self._wake.set)
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
         self._evictions: dict[str, int] = defaultdict(int)  # that have ended
@@ -171,6 +175,7 @@ class Controller(Operations, Overview):
 
     async def _run(self) -> None:
         while True:
+            self._wake.clear()
             try:
                 await self._tick()
                 self._tick_error = ""
@@ -182,10 +187,16 @@ class Controller(Operations, Overview):
             self._watchdog.ticked(time.monotonic(), failed=bool(self._tick_error))
             self._ticks += 1
             await asyncio.sleep(TICK_S)
+            if self._looks.quiet and self._control.is_quiet(time.monotonic()):
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), QUIET_TICK_S - TICK_S)
 
     async def _tick(self) -> None:
-        # Step 1: ask all hosts at once.
-        observed = await self._look()
+        # Step 1: hear all hosts.
+        observed = await self._looks.round(self._control.view.hosts)
+        for host in self._looks.late:
+            if not self._control.view.never_seen(host):
+                self._states[host] = "not answering"
         # Step 2: adopt models that only the hosts still know of.
         for report in self._reports.values():
             for ref, shape in report.models:
@@ -198,8 +209,7 @@ class Controller(Operations, Overview):
         # Step 3: decide, and act.
         commands = self._control.tick(observed, time.monotonic())
         for host in self._size(time.monotonic()):
-            if (look := self._looks.pop(host, None)) is not None:
-                look.cancel()
+            self._looks.forget(host)
             for known in (self._handles, self._reports, self._states, self._errors):
                 known.pop(host, None)
         for command in commands:
@@ -215,33 +225,18 @@ class Controller(Operations, Overview):
                     async with self._published:
                         self._published.notify_all()
 
-    async def _look(self) -> dict[str, Observation | None]:
-        """What hosts report, without those that are late. One that was late before is not waited
-        for, so that the others are seen to while it is frozen."""
-        for host in self._control.view.hosts:
-            if host not in self._looks:
-                look = asyncio.get_running_loop().create_task(self._observe(host))
-                self._looks[host] = look
-        usual = [t for h, t in self._looks.items() if self._states.get(h) != "not answering"]
-        if usual:
-            await asyncio.wait(usual, timeout=LATE_S)
-        ended = {host: look for host, look in self._looks.items() if look.done()}
-        for host in ended:
-            del self._looks[host]
-        for host in self._looks:
-            if not self._control.view.never_seen(host):
-                self._states[host] = "not answering"
-        found = {host: look.result() for host, look in ended.items()}
-        return {host: seen for host, seen in found.items() if seen != "late"}
-
-    async def _observe(self, host: str) -> Observation | Literal["late"] | None:
-        """What it reports; None if Ray says it is gone; "late" if it did not answer."""
+    async def _observe(self, host: str, wait_s: float) -> Seen:
+        """What it reports, after ``wait_s`` if that is what it said last."""
         if not await self._has_come(host):
             return "late"
         forgetting = self._evicts[host][0].keys if host in self._evicts else ()
+        last = self._reports.get(host)
+        known = None if last is None else last.revision
         try:
-            asked = self._handle(host).report.remote(self._term, self._evictions[host])
-            report: HostReport = await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
+            asked = self._handle(host).report.remote(
+                self._term, self._evictions[host], known=known, wait_s=wait_s
+            )
+            report: HostReport = await asyncio.wait_for(asked, wait_s + REPORT_TIMEOUT_S)
         except RayTaskError as failure:
             raise self._cause(failure) from failure
         except (TimeoutError, GetTimeoutError):
@@ -275,11 +270,13 @@ class Controller(Operations, Overview):
         finally:
             self._watchdog.plan_ended(failed=found is None)
             self._control.planned(command, found, time.monotonic())
+            self._wake.set()
 
     def _start_load(self, command: Load) -> None:
         host = command.host
         if host not in self._loads:
             self._loads[host] = asyncio.get_running_loop().create_task(self._load(command))
+            self._looks.anew(host)
 
     async def _load(self, command: Load) -> None:
         host = command.host
@@ -300,6 +297,7 @@ class Controller(Operations, Overview):
             log.info("controller: host %s ended while loading: %s", host, failure)
         finally:
             del self._loads[host]
+            self._looks.anew(host)
         if error:
             self._control.load_failed(host, command.keys, error, time.monotonic())
 
@@ -307,6 +305,7 @@ class Controller(Operations, Overview):
         if command.host not in self._evicts:
             loop = asyncio.get_running_loop()
             self._evicts[command.host] = command, loop.create_task(self._evict(command))
+            self._looks.anew(command.host)
 
     async def _evict(self, command: Evict) -> None:
         host = command.host
@@ -323,6 +322,7 @@ class Controller(Operations, Overview):
         finally:
             self._evictions[host] += 1
             del self._evicts[host]
+            self._looks.anew(host)
 
     def _cause(self, failure: Exception) -> Exception:
         """What a host raised; where a newer controller rules, this one leaves."""
@@ -337,3 +337,4 @@ class Controller(Operations, Overview):
     def _adopt(self, ref: ModelRef, shape: ModelShape) -> None:
         self._control.add_model(shape, on_disk=ref.path is not None)
         self._models[ref.name] = (ref, shape)
+        self._wake.set()

@@ -43,6 +43,11 @@ FETCH_TIMEOUT_S = 60.0
 # A model and how it is placed; hosts remember it for a controller that starts anew.
 PlacedModel = tuple[ModelRef, ModelShape]
 
+# Incarnation, changes of what is held, loaded and known, and batches computed.
+Revision = tuple[int, int, int]
+# How often a report that waits looks for batches.
+_LOOK_S = 0.2
+
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +56,7 @@ class HostReport:
     """What a host says of itself to the controller and to `status`."""
 
     entry: HostEntry
+    revision: Revision  # another one when anything but memory and queues has changed
     pid: int
     device: str
     holdings: Mapping[LayerKey, list[int]]
@@ -102,6 +108,8 @@ class ExpertHost:
         self._residency = Residency(policy or HostPolicy(), incarnation=self.incarnation)
         self._loading = 0
         self._models: dict[str, PlacedModel] = {}
+        self._changes = 0
+        self._changed = threading.Condition()
         self._load_lock = threading.Lock()
         self._fence = Fence()
         self._fence_lock = threading.Lock()
@@ -154,6 +162,7 @@ class ExpertHost:
             held = self._residency.holdings()
             wanted = [k for k in keys if k.expert not in held.get(LayerKey(k.model, k.layer), ())]
             self._loading = len(wanted)
+            self._note_change()
             try:
                 for key in wanted:
                     peer = (peers or {}).get(key)
@@ -163,6 +172,7 @@ class ExpertHost:
                     self._loading -= 1
             finally:
                 self._loading = 0
+                self._note_change()
                 _return_freed_memory()
 
     def add_models(self, models: Sequence[PlacedModel]) -> None:
@@ -170,6 +180,7 @@ class ExpertHost:
         for ref, shape in models:
             self._store.add_model(ref)
             self._models[ref.name] = (ref, shape)
+        self._note_change()
 
     def release(self, keys: Sequence[ExpertKey], term: int = 0, eviction: int = 1) -> None:
         """Stop serving experts and free their memory; queued calls for them are refused. Raises
@@ -181,6 +192,7 @@ class ExpertHost:
                 self._loop.release(keys)
 
         self._loop.call(forget)
+        self._note_change()
         for key in keys:
             self._store.drop(key)
         _return_freed_memory()
@@ -189,16 +201,29 @@ class ExpertHost:
         """Take as long as another device from now on, for experiments: a host that becomes slow."""
         self._loop.emulate(device)
 
-    def report(self, term: int | None = None, given_up: int = 0) -> HostReport:
+    def report(
+        self,
+        term: int | None = None,
+        given_up: int = 0,
+        *,
+        known: Revision | None = None,
+        wait_s: float = 0.0,
+    ) -> HostReport:
         """A controller gives its term, and the number of evictions that it does not wait for any
-        more: what is reported stays true until it orders something else. Raises Superseded."""
+        more: what is reported stays true until it orders something else. While the revision is
+        the one that is ``known``, the answer waits for another, but no longer than ``wait_s``.
+        Raises Superseded."""
+        if known is not None and wait_s > 0:
+            self._wait_for_change(known, wait_s)
         self.check_health()
+        revision = self._revision()
         with self._fence_lock:
             if term is not None:
                 self._fence.look(term, given_up)
             holdings = self._residency.holdings()
         return HostReport(
             entry=self._entry,
+            revision=revision,
             pid=os.getpid(),
             device=str(self._store.device),
             holdings=holdings,
@@ -237,6 +262,22 @@ class ExpertHost:
 
     def _hold(self, key: ExpertKey, shape: LayerShape, version: int) -> None:
         self._loop.call(lambda: self._residency.hold(key, shape, version=version))
+        self._note_change()
+
+    def _note_change(self) -> None:
+        with self._changed:
+            self._changes += 1
+            self._changed.notify_all()
+
+    def _revision(self) -> Revision:
+        return self.incarnation, self._changes, self._loop.stats().batches
+
+    def _wait_for_change(self, known: Revision, wait_s: float) -> None:
+        until = time.monotonic() + wait_s
+        with self._changed:
+            while self._revision() == known and (left_s := until - time.monotonic()) > 0:
+                self.check_health()
+                self._changed.wait(min(left_s, _LOOK_S))
 
 
 def _return_freed_memory() -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..cluster.placement import ExpertKey, HostEntry
     from ..cluster.residency import HostPolicy
     from ..cluster.transports import TransportChoice
-    from .host import HostReport, PlacedModel
+    from .host import HostReport, PlacedModel, Revision
 
 
 class RayExpertHost:
@@ -76,5 +76,12 @@ class RayExpertHost:
     def emulate(self, device: Emulation | None) -> None:
         self._host.emulate(device)
 
-    def report(self, term: int | None = None, given_up: int = 0) -> HostReport:
-        return self._host.report(term, given_up)
+    def report(
+        self,
+        term: int | None = None,
+        given_up: int = 0,
+        *,
+        known: Revision | None = None,
+        wait_s: float = 0.0,
+    ) -> HostReport:
+        return self._host.report(term, given_up, known=known, wait_s=wait_s)

@@ -22,8 +22,10 @@ from .ray_border import actor_options
 
 log = logging.getLogger(__name__)
 
-ASK_EVERY_S = 0.3
+# The controller answers at once when other hosts are wanted.
+ASK_WAIT_S = 2.0
 ASK_TIMEOUT_S = 5.0
+_PAUSE_S = 0.3
 
 
 class HostStarter:
@@ -45,7 +47,7 @@ class HostStarter:
                 name=name,
                 namespace=self._namespace,
                 max_restarts=-1,
-                max_concurrency=4,
+                max_concurrency=8,
                 scheduling_strategy=strategy,
                 **actor_options(wanted, threads),
             )
@@ -85,16 +87,20 @@ class HostKeeper:
         self.hosts.clear()
 
     def _run(self) -> None:
-        while not self._stop.wait(ASK_EVERY_S):
+        known: int | None = None
+        while not self._stop.wait(_PAUSE_S):
             try:
-                asked = self._controller.desired.remote()
-                desired: dict[str, int] = ray.get(asked, timeout=ASK_TIMEOUT_S)
-                self._follow(desired)
+                asked = self._controller.desired.remote(known, ASK_WAIT_S)
+                found: tuple[int, dict[str, int]] = ray.get(asked, timeout=ASK_TIMEOUT_S)
+                self._follow(found[1])
+                known = found[0]
             except RayError as error:
+                known = None  # a controller that starts anew counts anew
                 # Ray restarts the controller; hosts stay as they are.
                 log.info("no controller for now: %s", in_words(error).splitlines()[0])
             except Exception:
                 # Whatever it was: the next round begins anew.
+                known = None
                 log.exception("hosts could not be started or ended")
 
     def _follow(self, desired: Mapping[str, int]) -> None:

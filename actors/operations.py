@@ -36,6 +36,7 @@ class Operations:
 
     _control: Control
     _namespace: str
+    _wake: asyncio.Event  # the controller's loop
 
     async def plan(self, budget: int | str | None = None) -> dict[str, Any]:
         """What a rebalance would do now; nothing is changed."""
@@ -49,6 +50,7 @@ class Operations:
         now = time.monotonic()
         if not self._control.fits(asked, now):
             raise ClusterError("the pool changed while the plan was made; try again")
+        self._wake.set()
         return self._control.apply(found, now, who=who, why="asked for").describe(now)
 
     async def change(self, number: int | None = None) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class Operations:
         now = time.monotonic()
         change = self._change(number)
         self._control.roll_back(change, now)
+        self._wake.set()
         return change.describe(now)
 
     async def replicate(self, key: tuple[str, int, int], count: int, who: str) -> dict[str, Any]:
@@ -169,6 +172,7 @@ class Operations:
             if control.fits(asked, now):
                 change = control.apply(found, now, who=who, why=why)
                 change.errors += lacking(found)
+                self._wake.set()
                 return change.describe(now)
         raise ClusterError(f"{why}: the pool goes on changing; it is kept, and will be planned for")
 

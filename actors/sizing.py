@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
@@ -19,7 +20,7 @@ from .term import keep_asleep, keep_fleet, keep_wishes
 ARRIVAL_S = 60.0
 _FIRST_S = 0.5
 _RETRY_S = 0.2
-# The owner asks several times a second.
+# The owner asks every few seconds.
 _OWNER_LATE_S = 10.0
 
 
@@ -35,11 +36,17 @@ class Sizing:
     _kept_version: int
     _kept_asleep: frozenset[str]
     _owner_asked: float
+    _resized: asyncio.Event
+    _wake: asyncio.Event
 
-    async def desired(self) -> dict[str, int]:
-        """The group of every host that the owner is to have."""
+    async def desired(self, known: int | None, wait_s: float) -> tuple[int, dict[str, int]]:
+        """A number, and the group of every host that the owner is to have: when they are others
+        than those of the number ``known``, or after ``wait_s``."""
         self._owner_asked = time.monotonic()
-        return self._fleet.desired()
+        if known == self._fleet.version:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._resized.wait(), wait_s)
+        return self._fleet.version, self._fleet.desired()
 
     async def scale(self, count: int, group: int, who: str) -> dict[str, Any]:
         """Let a group have ``count`` hosts; `scaling` says how it goes on."""
@@ -49,6 +56,7 @@ class Sizing:
         except ValueError as error:
             raise ClusterError(str(error)) from error
         self._keep_fleet()
+        self._wake.set()
         return await self.scaling(scaling.id)
 
     async def scaling(self, number: int) -> dict[str, Any]:
@@ -91,6 +99,8 @@ class Sizing:
         if self._fleet.version != self._kept_version:
             keep_fleet(self._namespace, self._fleet.keep())
             self._kept_version = self._fleet.version
+            self._resized.set()
+            self._resized = asyncio.Event()
 
     def _keep_asleep(self) -> None:
         asleep = frozenset(self._control.sleep.asleep)

@@ -80,6 +80,7 @@ class Control(Members):
         self._published_for: object = None
         self._nothing_pending = False
         self._planned_for: object = None  # hosts, models and wishes of the target
+        self._planned_windows = 0
         self.planned_at: float | None = None  # when the planner last looked
         self._now: float | None = None
         self._rhythm = Rhythm(self.policy.every_s)
@@ -137,6 +138,12 @@ class Control(Members):
     def settled(self) -> bool:
         """Whether hosts have reported and a first plan was made."""
         return self._target is not None
+
+    def is_quiet(self, now: float) -> bool:
+        """Whether the next tick would find nothing to do if nobody said anything new until then,
+        but for what has a time of its own: leases, and when the balancer looks."""
+        settled = self._nothing_pending and self._asked is None
+        return settled and self.state == self._published_for and self._planned_for == self._key(now)
 
     def unprotected(self) -> list[ExpertKey]:
         """Experts that the loss of one failure domain would take away."""
@@ -210,7 +217,10 @@ class Control(Members):
             and self._rhythm.is_due(now, self.loads.shifted_at)
         ):
             self._rhythm.looked(now)
-            self._asked = self.plan_for(now)
+            # Without any load since the last plan the same would be best again.
+            if self.loads.windows != self._planned_windows:
+                self._planned_windows = self.loads.windows
+                self._asked = self.plan_for(now)
         return [] if self._asked is None else [self._asked]
 
     def planned(self, asked: MakePlan, found: Plan | None, now: float) -> None:

@@ -151,6 +151,7 @@ class LoadTracker:
         self._rates: dict[LayerKey, np.ndarray] = {}  # (horizons, E) choices per second
         self._since: float | None = None
         self._ages_s: dict[LayerKey, np.ndarray] = {}  # (horizons,) of the past that rates know
+        self.windows = 0  # that were closed and had choices in them
         self.shifted_at: float | None = None  # when the traffic of some layer became another
         # Since the start; nothing is ever taken out of them.
         self.totals: dict[LayerKey, np.ndarray] = {}
@@ -191,6 +192,7 @@ class LoadTracker:
             )
             rates += part[:, None] * (counts / window_s - rates)
             self._rates[key] = rates
+        self.windows += bool(self._counts)
         self._counts = {}
         return True
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
+import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +18,7 @@ from ..handle import Cluster, connect
 from ..proto.errors import ClusterError
 from ..session import find_session
 from .output import print_json
+from .stopping import until_ctrl_c
 
 out = Console(highlight=False)
 
@@ -34,15 +38,21 @@ def top(
         print_json(cluster.top(experts))
     elif once:
         out.print(frame(name, cluster.top(experts)))
-    elif out.is_terminal:
-        with Live(console=out, screen=True, auto_refresh=False) as live:
-            while True:
-                live.update(_look(name, cluster, experts), refresh=True)
-                time.sleep(interval)
     else:
-        while True:
-            out.print(_look(name, cluster, experts))
-            time.sleep(interval)
+        with until_ctrl_c() as stop:
+            _watch(lambda: _look(name, cluster, experts), interval, stop)
+        raise KeyboardInterrupt
+
+
+def _watch(look: Callable[[], RenderableType], interval_s: float, stop: threading.Event) -> None:
+    with contextlib.ExitStack() as shown:
+        show = out.print
+        if out.is_terminal:
+            live = shown.enter_context(Live(console=out, screen=True, auto_refresh=False))
+            show = partial(live.update, refresh=True)
+        while not stop.is_set():
+            show(look())
+            stop.wait(interval_s)
 
 
 def _look(name: str, cluster: Cluster, experts: int) -> RenderableType:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -22,6 +18,7 @@ from ..session import logged_session
 from ..traces import write_trace
 from .output import print_json
 from .progress import bars
+from .stopping import until_ctrl_c
 from .top import top
 
 screen = Console(highlight=False)
@@ -87,7 +84,7 @@ def logs(
 ) -> None:
     """Show what the cluster's processes on this machine printed, those of dead ones too."""
     wanted: list[Kind] = [_kind(kind) for kind in kinds or ()]
-    with _until_ctrl_c() as stop:
+    with until_ctrl_c() as stop:
         session = logged_session(name)
         lines = read_logs(session, wanted, host=host, tail=tail, follow=follow, stop=stop)
         for line in lines:
@@ -101,17 +98,6 @@ def _kind(text: str) -> Kind:
     if text in KINDS:
         return cast(Kind, text)
     raise typer.BadParameter(f"{text!r} is none of {', '.join(KINDS)}", param_hint="KINDS")
-
-
-@contextmanager
-def _until_ctrl_c() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, in place of what it does otherwise."""
-    stop = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def record(
@@ -128,7 +114,7 @@ def record(
     if not out.resolve().parent.is_dir():
         raise CheckpointError(f"{out}: there is no folder {out.resolve().parent}")
     cluster = connect(name)
-    with _until_ctrl_c() as stop, bars(err) as progress:
+    with until_ctrl_c() as stop, bars(err) as progress:
         trace = cluster.record(seconds, window, stop=stop, progress=progress)
     if not trace.windows:
         raise ClusterError("nothing was recorded: no window had ended")
