@@ -176,7 +176,7 @@ def _unlike(file: Path, where: str, why: str) -> str:
 
 
 def running_sessions() -> Iterator[Session]:
-    """Of all clusters of this user on this machine; a file that is none of theirs is passed over."""
+    """Of this user's clusters on this machine; a file that is none of theirs is passed over."""
     for file in sorted(session_dir().glob("*.json")):
         try:
             session = find_session(file.stem)
