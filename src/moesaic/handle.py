@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -71,16 +72,23 @@ def up(
     from .actors.ray_border import log_folder, ray_address
 
     launched = launch(wanted, progress or quiet, warn, lambda: note_logs(wanted.name, log_folder()))
-    session = write_session(
-        name=wanted.name,
-        ray_address=ray_address(),
-        embedded=launched.owns_ray,
-        url=launched.url,
-        ray_token=_ray_token() if launched.owns_ray else None,
-        router=launched.router,
-        logs=log_folder(),
-    )
-    return Cluster(session, launched)
+    try:
+        session = write_session(
+            name=wanted.name,
+            ray_address=ray_address(),
+            embedded=launched.owns_ray,
+            url=launched.url,
+            ray_token=_ray_token() if launched.owns_ray else None,
+            router=launched.router,
+            logs=log_folder(),
+            drain_s=wanted.drain_s,
+        )
+        return Cluster(session, launched)
+    except BaseException:
+        with ExitStack() as last_first:
+            last_first.callback(remove_session, wanted.name)
+            last_first.callback(launched.close)
+        raise
 
 
 def connect(name: str = "local") -> Cluster:
@@ -202,18 +210,32 @@ class Cluster(Operating):
         self._trunks.append(trunk)
         return trunk.model
 
-    def down(self, timeout_s: float = DOWN_TIMEOUT_S) -> None:
-        """End the cluster, or, from another process than its owner's, let its owner end it."""
-        for trunk in self._trunks:
-            trunk.close()
-        self._trunks.clear()
-        if self._launched is not None:
-            launched, self._launched = self._launched, None
-            try:
-                launched.close()
-            finally:
-                remove_session(self.name)
+    @property
+    def drain_s(self) -> float:
+        """Seconds that running answers have when the cluster ends: `endpoint.drain_s`."""
+        return self._session.drain_s
+
+    def down(
+        self, timeout_s: float | None = None, *, told: Callable[[str], None] = log.info
+    ) -> None:
+        """End the cluster, or, from another process than its owner's, let its owner end it.
+
+        New requests are refused at once; those that run have `drain_s`, and ``told`` hears in the
+        owner's process of them. ``timeout_s`` is for the other process: without, `drain_s` and a
+        minute. What fails, or is interrupted, keeps nothing else from being ended.
+        """
+        launched, self._launched = self._launched, None
+        with ExitStack() as last_first:
+            if launched is not None:
+                last_first.callback(remove_session, self.name)
+                last_first.callback(launched.close, self.drain_s, told)
+            for trunk in self._trunks:
+                last_first.callback(trunk.close)
+            self._trunks.clear()
+        if launched is not None:
             return
+        if timeout_s is None:
+            timeout_s = self.drain_s + DOWN_TIMEOUT_S
         if self._session.alive and self._session.pid != os.getpid():
             os.kill(self._session.pid, signal.SIGTERM)
             deadline = time.monotonic() + timeout_s

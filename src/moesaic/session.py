@@ -28,6 +28,7 @@ class Session:
     ray_token: str | None = None  # with which an embedded Ray lets others in
     router: str | None = None  # host:port of the router service
     logs: str | None = None  # the folder of Ray's logs on this machine
+    drain_s: float = 0.0  # seconds that running answers have when the cluster ends
 
     @property
     def alive(self) -> bool:
@@ -58,6 +59,7 @@ def write_session(
     ray_token: str | None = None,
     router: str | None = None,
     logs: str | None = None,
+    drain_s: float = 0.0,
 ) -> Session:
     """Announce the cluster that this process owns."""
     session = Session(
@@ -70,6 +72,7 @@ def write_session(
         ray_token=ray_token,
         router=router,
         logs=logs,
+        drain_s=drain_s,
     )
     file = _file(name)
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -108,6 +111,13 @@ def need_session(name: str) -> Session:
 
 def remove_session(name: str) -> None:
     _file(name).unlink(missing_ok=True)
+
+
+def remove_own_session(name: str) -> None:
+    """Only where this process owns the cluster."""
+    session = find_session(name)
+    if session is not None and session.pid == os.getpid():
+        remove_session(name)
 
 
 def note_logs(name: str, folder: str) -> None:
