@@ -33,7 +33,10 @@ class Session:
     @property
     def alive(self) -> bool:
         try:
-            return psutil.Process(self.pid).create_time() == self.started
+            process = psutil.Process(self.pid)
+            # One that has ended and that nobody has asked for yet owns nothing.
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            return process.create_time() == self.started and not ended
         except psutil.NoSuchProcess:
             return False
 

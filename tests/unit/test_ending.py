@@ -192,7 +192,11 @@ def test_what_cannot_be_ended_at_once_keeps_the_process_no_longer(
     monkeypatch.setattr("moesaic.cli.ends.AT_ONCE_S", 0.05)
     left: list[Any] = []
     forever = threading.Event()
-    with Ends(lambda: forever.wait() and None, leave=left.append) as ends:
+
+    def hangs() -> None:
+        forever.wait()
+
+    with Ends(hangs, leave=left.append) as ends:
         ends.only_ask()
         signal.signal(signal.SIGTERM, lambda signum, frame: None)
         for _ in range(2):
