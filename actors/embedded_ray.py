@@ -45,12 +45,12 @@ def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) ->
     """
     make_token()
     for number in range(1, TRIES + 1):
-        before = _sessions()
+        before = sessions()
         try:
             ray.init(address="local", **options)
             return
         except BaseException as error:
-            folders = sorted(_sessions() - before)
+            folders = sorted(sessions() - before)
             words = f"Ray did not start: {_reason(error)}{_last_words(folders)}"
             end_sessions(folders)
             # Of a start that failed late, when this process had connected already.
@@ -63,6 +63,22 @@ def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) ->
             said(f"{words}; it is tried once more")
 
 
+def end_embedded() -> None:
+    """`ray.shutdown` of the Ray that this process started, and of what that leaves: processes that
+    are frozen, and those that take longer than they may."""
+    running = processes_of(*(folder.name for folder in sessions()))
+    try:
+        ray.shutdown()
+    finally:
+        _, left = psutil.wait_procs(running, timeout=_END_S)
+        _kill(left)
+
+
+def kill_embedded() -> None:
+    """End all processes of Rays that this process started, at once."""
+    _kill_sessions([folder.name for folder in sessions()])
+
+
 def _forget_processes(error: BaseException) -> None:
     """What Ray keeps of them hangs on the error, and would complain that they are running."""
     traceback.clear_frames(error.__traceback__)
@@ -71,7 +87,7 @@ def _forget_processes(error: BaseException) -> None:
         gc.collect()
 
 
-def _sessions() -> set[Path]:
+def sessions() -> set[Path]:
     """The folders of all Rays that this process started."""
     return set(Path(get_default_ray_temp_dir()).glob(f"session_*_{os.getpid()}"))
 
@@ -97,16 +113,7 @@ def end_sessions(folders: list[Path]) -> None:
     They are found by the session's name in their command lines, which is unlike any other's, and
     as children of those.
     """
-    deadline = time.monotonic() + _END_S
-    while found := [one for folder in folders for one in processes_of(folder.name)]:
-        for process in found:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(found, timeout=1.0)
-        if time.monotonic() > deadline:
-            left = ", ".join(str(process.pid) for process in found)
-            log.warning("processes of a Ray that did not start could not be ended: %s", left)
-            break
+    _kill_sessions([folder.name for folder in folders])
     for folder in folders:
         latest = folder.with_name("session_latest")
         if latest.is_symlink() and latest.readlink() == folder:
@@ -114,10 +121,29 @@ def end_sessions(folders: list[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def processes_of(session: str) -> list[psutil.Process]:
-    """Those that run for a session of Ray."""
-    named = re.compile(rf"\b{re.escape(session)}\b")
-    found = []
+def _kill_sessions(names: list[str]) -> None:
+    deadline = time.monotonic() + _END_S
+    while found := processes_of(*names):
+        _kill(found)
+        if time.monotonic() > deadline:
+            left = ", ".join(str(process.pid) for process in found)
+            log.warning("processes of a Ray could not be ended: %s", left)
+            return
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=1.0)
+
+
+def processes_of(*sessions: str) -> list[psutil.Process]:
+    """Those that run for one of these sessions of Ray."""
+    if not sessions:
+        return []
+    named = re.compile(rf"\b({'|'.join(map(re.escape, sessions))})\b")
+    found: list[psutil.Process] = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if named.search(" ".join(process.cmdline())):

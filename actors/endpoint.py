@@ -19,7 +19,7 @@ from ..cluster.spec import Spec
 from ..proto.errors import ClusterError, InternalError, NoAnswer, in_words
 from .engine import EngineConfig, ExpertBounds
 from .ray_border import CONTROLLER, actor_options, last_line, namespace_of
-from .serve_app import QUESTION_TIMEOUT_S, Trunk, build
+from .serve_app import QUESTION_TIMEOUT_S, Trunk, build, ending_s
 from .serve_border import app_name, find_place, start_serve, wait_answers
 from .start_failures import StartFailure, describe_failures
 from .store import ModelRef
@@ -57,6 +57,7 @@ def start_endpoint(
         deployment = Trunk.options(
             name=f"Trunk-{name}",
             ray_actor_options=actor_options(spec.trunk, threads),
+            graceful_shutdown_timeout_s=ending_s(endpoint.drain_s),
             **_replicas(spec),
         )
         trunks[name] = deployment.bind(engine_factory(config))

@@ -16,13 +16,13 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ..proto.errors import MoesaicError, NoAnswer, RequestError, UnknownModel
 from .answers import Answers, ChatAnswers, Numbered, TextAnswers, chunks, collect, merge
 from .engine import Limits, Sampling
+from .health import Health, ModelHealth
 from .http_edge import (
     Edge,
     allow_cors,
@@ -35,6 +35,8 @@ from .http_edge import (
     unless_disconnected,
 )
 from .http_embeddings import add_embeddings
+from .http_gate import Gate, Gated
+from .http_health import add_health
 from .http_metrics import CONTENT_TYPE, HttpMetrics
 from .http_openapi import document, errors, generation
 from .http_responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
@@ -62,16 +64,23 @@ def create_app(
     max_body_bytes: int,
     aliases: Mapping[str, Sequence[str]] | None = None,
     cors_origins: Sequence[str] = (),
+    health: Mapping[str, ModelHealth] | None = None,
+    gate: Gate | None = None,
 ) -> FastAPI:
     """``status()`` answers a dict whose ``healthy`` says whether requests can be served.
-    ``aliases``: more names, by model. ``cors_origins``: see `EndpointSpec`."""
+    ``aliases``: more names, by model. ``cors_origins``: see `EndpointSpec`. ``health``: of models
+    that may be not ready. ``gate``: whoever holds it ends the app."""
     # Pages that show the document would load their scripts from elsewhere.
     app = FastAPI(docs_url=None, redoc_url=None)
     document(app)
     metrics = HttpMetrics()
+    gate = gate or Gate()
+    app.add_middleware(Gated, gate=gate)
     app.add_middleware(Edge, metrics=metrics)
     if cors_origins:
         allow_cors(app, cors_origins)
+    known = {name: ModelHealth() for name in models} | dict(health or {})
+    add_health(app, Health(known, aliases, leaving=lambda: gate.ending))
     models = {
         name: model
         for own, model in models.items()
@@ -221,16 +230,6 @@ def _add_status(app: FastAPI, status: Status, metrics: HttpMetrics) -> None:
     @app.get("/status", openapi_extra={"responses": errors()})
     async def get_status() -> dict[str, Any]:
         return await read_status()
-
-    @app.get("/healthz")
-    async def healthz() -> Response:
-        try:
-            healthy = bool((await read_status())["healthy"])
-        except Exception:
-            # Whatever keeps the status from coming, the answer to the question is no.
-            logger.exception("no status")
-            healthy = False
-        return JSONResponse({"healthy": healthy}, status_code=200 if healthy else 503)
 
     @app.get("/metrics")
     async def get_metrics() -> Response:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -82,9 +83,10 @@ class HostKeeper:
         """Start and end nothing any more, and end all hosts."""
         self._stop.set()
         self._thread.join(ASK_TIMEOUT_S + 5.0)
-        for host in self.hosts.values():
-            ray.kill(host, no_restart=True)
-        self.hosts.clear()
+        with ExitStack() as each:
+            for host in self.hosts.values():
+                each.callback(ray.kill, host, no_restart=True)
+            self.hosts.clear()
 
     def _run(self) -> None:
         known: int | None = None

@@ -29,15 +29,24 @@ from ..cluster.placement import ModelShape
 from ..cluster.spec import HostGroup, Spec
 from ..models.source import resolve_model
 from ..proto.errors import ClusterError, MoesaicError
+from .at_once import begins, is_over
 from .cluster_secret import make_secret
 from .controller import Controller
+from .draining import drain
 from .endpoint import start_endpoint
 from .findings import raise_errors
 from .keeper import HostKeeper, HostStarter
 from .preflight import Preflight, bounds_of, preflight, shape_of
-from .ray_border import CONTROLLER, ask, end_ray, namespace_of, start_ray
+from .ray_border import (
+    CONTROLLER,
+    ask,
+    end_ray,
+    namespace_of,
+    ray_ends_with_one,
+    start_ray,
+)
 from .router_process import service_address, start_router_service
-from .serve_border import find_place, leave_serve
+from .serve_border import app_name, find_place, leave_serve
 from .start_failures import describe_failures, log_of
 from .store import ModelRef
 from .term import forget_all, forget_last
@@ -54,30 +63,52 @@ class Launched:
 
     spec: Spec
     namespace: str
-    controller: Any
     models: dict[str, ModelRef]
-    keeper: HostKeeper
+    controller: Any = None
+    hosts: dict[str, Any] = field(default_factory=dict)  # until the keeper has them
+    keeper: HostKeeper | None = None
     groups: list[PlacementGroup] = field(default_factory=list)
+    begun: bool = False  # the cluster of this name on this Ray is this one
     serves: bool = False  # something of it may be on Serve
     url: str | None = None
     router: str | None = None  # host:port of the router service
     router_service: Any = None
     owns_ray: bool = False
 
-    def close(self) -> None:
-        """End all of it; what fails keeps nothing else from being ended."""
+    def close(self, drain_s: float | None = None, told: Callable[[str], None] = log.info) -> None:
+        """End all of it; what fails, or is interrupted, keeps nothing else from being ended.
+
+        With ``drain_s`` new requests are refused first, and what runs has so many seconds; ``told``
+        hears of it.
+        """
+        # Trunks and ingress end with their Ray, and refuse requests until then.
+        leaves_serve = self.serves and not (self.owns_ray and ray_ends_with_one())
         with contextlib.ExitStack() as last_first:
+            if self.begun:
+                last_first.callback(is_over, self.namespace)
             if self.owns_ray:
                 last_first.callback(end_ray)
             for group in self.groups:
                 last_first.callback(remove_placement_group, group)
-            last_first.callback(forget_all, self.namespace)
-            last_first.callback(self.keeper.close)
-            last_first.callback(ray.kill, self.controller, no_restart=True)
+            if self.begun:
+                last_first.callback(forget_all, self.namespace)
+            if self.keeper is not None:
+                last_first.callback(self.keeper.close)
+            for host in self.hosts.values():
+                last_first.callback(ray.kill, host, no_restart=True)
+            if self.controller is not None:
+                last_first.callback(ray.kill, self.controller, no_restart=True)
             if self.router_service is not None:
                 last_first.callback(ray.kill, self.router_service, no_restart=True)
-            if self.serves:
-                last_first.callback(leave_serve, self.spec, ray_ends=self.owns_ray)
+            if leaves_serve:
+                last_first.callback(leave_serve, self.spec)
+            if drain_s is not None:
+                drain(
+                    drain_s=drain_s,
+                    app=app_name(self.spec) if self.serves else None,
+                    router_service=self.router_service,
+                    told=told,
+                )
 
 
 def launch(
@@ -107,15 +138,19 @@ def launch(
 
     owns_ray = start_ray(spec, tried_again)
     progress("starting Ray", 1, 1)
-    launched: Launched | None = None
+    launched = Launched(
+        spec=spec, namespace=namespace_of(spec.name), models=refs, owns_ray=owns_ray
+    )
     try:
         on_ray()
         check_name(spec)
         if spec.endpoint is not None and refs:
             find_place(spec)
-        forget_last(namespace_of(spec.name))
-        make_secret(namespace_of(spec.name), router_key)
-        launched = _start_actors(spec, refs, shapes, owns_ray)
+        begins(launched.namespace)
+        launched.begun = True
+        forget_last(launched.namespace)
+        make_secret(launched.namespace, router_key)
+        _start_actors(launched, shapes)
         _wait_loaded(launched, progress)
         if launched.router is not None:
             progress("starting the router service", 0, 1)
@@ -133,16 +168,13 @@ def launch(
     except BaseException as error:
         told = ""
         try:
-            if launched is not None:
+            if launched.begun:
                 # Before all that was kept of it is forgotten.
                 told = describe_failures(launched.namespace)
         except Exception:
             log.exception("it cannot be read which part failed")
         try:
-            if launched is not None:
-                launched.close()
-            elif owns_ray:
-                end_ray()
+            launched.close()
         except Exception:
             # Not what the caller is to hear of.
             log.exception("not all that had started could be ended")
@@ -176,25 +208,21 @@ def check_name(spec: Spec) -> None:
         raise ClusterError(f"name: a cluster {spec.name!r} is running; `moesaic down` ends it")
 
 
-def _start_actors(
-    spec: Spec, refs: Mapping[str, ModelRef], shapes: Mapping[str, ModelShape], owns_ray: bool
-) -> Launched:
-    namespace = namespace_of(spec.name)
-    groups: list[PlacementGroup] = []
+def _start_actors(launched: Launched, shapes: Mapping[str, ModelShape]) -> None:
+    """Hosts and controller; what has started is in ``launched`` whatever fails."""
+    spec, namespace, refs = launched.spec, launched.namespace, launched.models
     strategies = [
         strategy
         for group in spec.hosts
-        for strategy in _strategies(group, groups, spec.timeouts.start_s)
+        for strategy in _strategies(group, launched.groups, spec.timeouts.start_s)
     ]
     fleet = [group.fleet for group in spec.hosts]
     first = Fleet(fleet, spec.autoscale.policy, pending_s=spec.autoscale.pending_s)
     starter = HostStarter(spec, namespace, _host_threads(spec))
-    hosts = {
-        name: starter.start(name, group, strategy)
-        for (name, group), strategy in zip(first.desired().items(), strategies, strict=True)
-    }
-    router = service_address(spec)
-    controller = (
+    for (name, group), strategy in zip(first.desired().items(), strategies, strict=True):
+        launched.hosts[name] = starter.start(name, group, strategy)
+    launched.router = router = service_address(spec)
+    launched.controller = (
         ray.remote(Controller)
         .options(
             name=CONTROLLER,
@@ -215,16 +243,8 @@ def _start_actors(
             None if router is None else (router, spec.timeouts.start_s),
         )
     )
-    return Launched(
-        spec=spec,
-        namespace=namespace,
-        controller=controller,
-        models=dict(refs),
-        keeper=HostKeeper(starter, controller, hosts),
-        groups=groups,
-        router=router,
-        owns_ray=owns_ray,
-    )
+    launched.keeper = HostKeeper(starter, launched.controller, launched.hosts)
+    launched.hosts = {}
 
 
 def _strategies(group: HostGroup, groups: list[PlacementGroup], start_s: float) -> list[Any]:
@@ -254,7 +274,9 @@ def _host_threads(spec: Spec) -> int:
 
 def _wait_loaded(launched: Launched, progress: Progress) -> None:
     deadline = time.monotonic() + launched.spec.timeouts.start_s
-    hosts = dict(launched.keeper.hosts)
+    keeper = launched.keeper
+    assert keeper is not None
+    hosts = dict(keeper.hosts)
     asked = {host.entry.remote(): name for name, host in hosts.items()}
     while asked:
         progress("starting hosts", len(hosts) - len(asked), len(hosts))

@@ -26,6 +26,7 @@ from ..cluster.missing import MissingExpert, RowGroups, RowWish
 from ..cluster.placement import LayerKey
 from ..proto.errors import (
     Busy,
+    Ending,
     ExpertUnavailable,
     Expired,
     HostLost,
@@ -79,6 +80,8 @@ class MergedCalls:
         self._lost: list[tuple[Sequence[int], MoesaicError]] = []
         self._batch_rows = 0
         self._closed = False
+        # Where nothing new is taken: ends what is held then, whatever the thread is computing.
+        self._late: threading.Timer | None = None
         self._defect: Exception | None = None
         # Guards the merger and the tickets, and wakes the thread.
         self._changed = threading.Condition()
@@ -86,10 +89,27 @@ class MergedCalls:
         self._thread = threading.Thread(target=self._run, name="merged-calls", daemon=True)
         self._thread.start()
 
+    def drain(self, drain_s: float) -> None:
+        """Takes nothing new; what is held ends with Ending if it is not over in so many seconds.
+        Called again it changes nothing."""
+        late = Ending("the service is ending, and the call took longer than it had")
+        with self._changed:
+            if self._late is None:
+                self._late = threading.Timer(drain_s, self._end_all, [late])
+                self._late.daemon = True
+                self._late.start()
+
+    @property
+    def running(self) -> int:
+        """Calls that are held."""
+        return len(self._tickets)
+
     def close(self) -> None:
         """Ends what is held with HostLost; waits for what is being computed."""
         with self._changed:
             self._closed = True
+            if self._late is not None:
+                self._late.cancel()
             self._changed.notify()
         self._thread.join(self._router.policy.deadline_s)
         self._end_all(HostLost("the router service was closed"))
@@ -137,6 +157,8 @@ class MergedCalls:
             self._tickets[ticket.number] = ticket
             if self._closed or self._defect is not None:
                 ticket.end(HostLost("the router service is closed"))
+            elif self._late is not None:
+                ticket.end(Ending())
             else:
                 self._tell(self._merger.arrive(asked, now))
                 self._changed.notify()  # its deadline may be the first

@@ -5,6 +5,7 @@ Ray types neither an actor's methods nor what they give: handles are Any.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -22,7 +23,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ..cluster.spec import Spec
 from ..cluster.spec_part import Resources
 from ..proto.errors import ClusterError, MoesaicError, in_words
-from .embedded_ray import start_embedded
+from .embedded_ray import end_embedded, start_embedded
 from .joining import join
 from .ray_token import need_token
 
@@ -92,11 +93,33 @@ def _need_token(spec: Spec) -> None:
         raise ClusterError(f"ray.address: {spec.ray.address}: {error}") from error.__cause__
 
 
+def ray_ends_with_one() -> bool:
+    """Whether the Ray of this process ends with the next `end_ray`."""
+    return _embedded.clusters == 1
+
+
 def end_ray() -> None:
     """To be called once for each `start_ray` that gave True."""
     _embedded.clusters -= 1
     if _embedded.clusters == 0:
-        ray.shutdown()
+        end_embedded()
+
+
+def kill_named(namespace: str, prefix: str = "") -> None:
+    """End all actors of a namespace whose names begin so; what fails keeps no other alive."""
+    known: Any = ray.util.list_named_actors(all_namespaces=True)
+    with contextlib.ExitStack() as each:
+        for actor in known:
+            if actor["namespace"] == namespace and actor["name"].startswith(prefix):
+                each.callback(_kill_one, actor["name"], namespace)
+
+
+def _kill_one(name: str, namespace: str) -> None:
+    try:
+        actor = ray.get_actor(name, namespace=namespace)
+    except ValueError:
+        return  # it has ended meanwhile
+    ray.kill(actor, no_restart=True)
 
 
 def ask(ref: Any, timeout_s: float, what: str) -> Any:

@@ -66,6 +66,14 @@ class RayRouterService:
     def report(self) -> dict[str, Any]:
         return {"pid": os.getpid(), **self._service.report()}
 
+    def drain(self, drain_s: float) -> int:
+        """See `RouterService.drain`."""
+        return self._service.drain(drain_s)
+
+    def running(self) -> int:
+        """Calls that are held."""
+        return self._service.running
+
 
 def _bind(router: Any, catalog: Any, spec: Spec, address: str, key: str) -> RouterService:
     from .router_service import RouterService, ServicePolicy

@@ -106,6 +106,18 @@ class RouterService:
         """Plain values for `status`. Raises InternalError when nothing is computed any more."""
         return {"address": self.address, **self._calls.stats()}
 
+    def drain(self, drain_s: float) -> int:
+        """Say that it serves no more, and refuse new calls; those that are held have so many
+        seconds. Gives how many there are."""
+        self._health.enter_graceful_shutdown()
+        self._calls.drain(drain_s)
+        return self._calls.running
+
+    @property
+    def running(self) -> int:
+        """Calls that are held."""
+        return self._calls.running
+
     def close(self) -> None:
         """Calls have `CLOSE_S` to end; what is left ends with a retryable error."""
         self._health.enter_graceful_shutdown()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from ray.serve.handle import (
 )
 
 from ..cluster.missing import Dropped
+from ..cluster.progress import STALLED_S, Heard, Progress
 from ..cluster.serving_spec import EndpointSpec
 from ..proto.errors import (
     Busy,
@@ -50,6 +52,8 @@ from .engine import (
     Sampling,
     TokenLogprob,
 )
+from .health import ModelHealth
+from .http_gate import Gate
 from .ingress import create_app
 from .ray_border import cluster_of, last_line
 from .replica_port import stay_on_node
@@ -63,12 +67,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The engine refuses with Busy before Serve queues anything.
+# The engine and the ingress's gate refuse with Busy before Serve queues anything: probes, and the
+# call that ends the ingress, always find room.
 MAX_ONGOING = 4096
 # Of one call that only asks: limits, statistics.
 QUESTION_TIMEOUT_S = 5.0
 # After so long without a token the trunk is asked whether it lives.
 PATIENCE_S = 15.0
+# Of an engine that was told to end.
+CLOSE_S = 15.0
 # Building a trunk reads a checkpoint.
 START_TIMEOUT_S = 600.0
 
@@ -100,17 +107,19 @@ Tokens = tuple[tuple[int, ...], FinishReason | None, Dropped | None, tuple[Token
 Item = Tokens | Failure
 
 
-# A start that fails does so again. Once a replica has served, Serve replaces it without end.
+# A start that fails does so again. Once a replica has served, Serve replaces it without end. How
+# long one that is to go may take, `ending_s` says.
 @serve.deployment(
     name="Trunk",
     max_ongoing_requests=MAX_ONGOING,
-    graceful_shutdown_timeout_s=15,
+    graceful_shutdown_wait_loop_s=0.2,
     max_constructor_retry_count=1,
 )
 class Trunk:
     """Owns an Engine; ``engine_factory`` is called in the replica's process."""
 
     def __init__(self, engine_factory: Callable[[], Engine]) -> None:
+        self._identity = uuid.uuid4().hex
         with _starting("trunk"):
             self._engine = engine_factory()
             self._engine.start()
@@ -151,6 +160,16 @@ class Trunk:
     async def stats(self) -> dict[str, Any]:
         return dataclasses.asdict(self._engine.stats())
 
+    async def heard(self) -> Heard:
+        """Of this replica's engine alone."""
+        stats = self._engine.stats()
+        return Heard(
+            trunk=self._identity,
+            steps=stats.steps,
+            busy=stats.running + stats.waiting > 0,
+            beats=stats.healthy and stats.seconds_since_beat < STALLED_S,
+        )
+
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         stats = self._engine.stats()
@@ -171,6 +190,7 @@ class TrunkClient:
         """With ``cold_start_s`` there may be no trunk: the first token may take so long."""
         self._cold_start_s = cold_start_s
         self._handle = handle
+        self._asked_serve: asyncio.Future[bool] | None = None
         self._stream = handle.options(stream=True)
 
     async def generate(
@@ -261,6 +281,28 @@ class TrunkClient:
             return {"healthy": True, "starts_with_the_first_request": True}
         return await self._ask_stats()
 
+    async def hear(self) -> Heard | None:
+        """See `health.Hears`. One that sleeps is not woken."""
+        if self._cold_start_s is not None and not await self._is_awake():
+            return None
+        asked = cast("DeploymentResponse[Heard]", self._handle.heard.remote())
+        try:
+            return await asked
+        except asyncio.CancelledError:
+            asked.cancel()
+            raise
+
+    async def _is_awake(self) -> bool:
+        if self._asked_serve is None or self._asked_serve.done():
+            # Serve may not answer: no more than one thread waits for it.
+            self._asked_serve = asyncio.ensure_future(asyncio.to_thread(self._runs))
+        return await asyncio.shield(self._asked_serve)
+
+    def _runs(self) -> bool:
+        handle = self._handle
+        found = serve.status().applications[handle.app_name].deployments[handle.deployment_name]
+        return any(count for state, count in found.replica_states.items() if state == "RUNNING")
+
     async def _ask_stats(self) -> dict[str, Any]:
         try:
             async with asyncio.timeout(QUESTION_TIMEOUT_S):
@@ -277,8 +319,8 @@ class TrunkClient:
 
 @serve.deployment(
     name="Ingress",
-    max_ongoing_requests=MAX_ONGOING,
-    graceful_shutdown_timeout_s=15,
+    max_ongoing_requests=2 * MAX_ONGOING,
+    graceful_shutdown_wait_loop_s=0.2,
     max_constructor_retry_count=1,
 )
 @serve.ingress()
@@ -299,6 +341,11 @@ class Ingress:
         self._aliases = aliases
         self._experts = experts
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
+        self._health = {
+            name: ModelHealth(Progress(wake_s=cold_start_s or 0.0), trunk.hear)
+            for name, trunk in self._trunks.items()
+        }
+        self._gate = Gate(MAX_ONGOING)
         self._tokenizers = tokenizers
         self._more_status = status
 
@@ -311,13 +358,25 @@ class Ingress:
             max_body_bytes=int(self._endpoint.limits.body_mb * 1e6),
             aliases=self._aliases,
             cors_origins=self._endpoint.cors_origins,
+            health=self._health,
+            gate=self._gate,
         )
+
+    async def drain(self, drain_s: float) -> int:
+        """Refuse new requests from now on; those that run have so many seconds. Gives how many."""
+        return self._gate.drain(drain_s)
+
+    async def running(self) -> int:
+        """Requests that are not over."""
+        return self._gate.running
 
     async def _model(self, name: str, trunk: TrunkClient) -> ServedModel:
         tokenizer = self._tokenizers[name]()
         limits = (await trunk.limits()).within(self._endpoint.limits)
         limits = replace(limits, experts=self._experts.get(name, limits.experts))
-        return ServedModel(name, tokenizer, limits, trunk.generate, trunk.embed)
+        health = self._health[name]
+        generate, embed = health.watch(trunk.generate), health.watch_embed(trunk.embed)
+        return ServedModel(name, tokenizer, limits, generate, embed)
 
     async def _status(self) -> dict[str, Any]:
         asked = asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
@@ -351,6 +410,11 @@ def _starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
         yield
 
 
+def ending_s(drain_s: float) -> float:
+    """What Serve gives a replica that is to go: its requests first, then its own end."""
+    return drain_s + CLOSE_S
+
+
 def build(
     trunks: Mapping[str, Application],
     tokenizers: Mapping[str, Callable[[], PreTrainedTokenizerBase]],
@@ -367,12 +431,13 @@ def build(
     ``cold_start_s`` trunks may scale to zero, and take so long to come back. ``aliases``: more
     names, by model.
     """
-    return Ingress.bind(
+    endpoint = endpoint or EndpointSpec()
+    return Ingress.options(graceful_shutdown_timeout_s=ending_s(endpoint.drain_s)).bind(
         dict(trunks),
         dict(tokenizers),
         status,
         cold_start_s,
-        endpoint or EndpointSpec(),
+        endpoint,
         dict(aliases or {}),
         dict(experts or {}),
     )

@@ -19,6 +19,7 @@ import httpx
 import ray
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX as _REPLICA
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _set_global_client
@@ -27,7 +28,7 @@ from ..cluster.serving_spec import EndpointSpec
 from ..cluster.spec import Spec
 from ..proto.errors import ClusterError, in_words
 from .ports import check_port, free_port
-from .ray_border import CONTROLLER, ask, cluster_of, namespace_of
+from .ray_border import CONTROLLER, ask, cluster_of, kill_named, namespace_of
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 ANSWER_S = 30.0
 ASK_S = 20.0
 END_S = 30.0
+# Nothing runs any more when an application is told to end; trunks close their engines.
+LEAVE_S = 20.0
 _LOOK_S = 0.2
 _ANYWHERE = ("0.0.0.0", "::")
 # In Ray's key-value store: the cluster that started Serve, so that it does not outlive all of them.
@@ -109,16 +112,30 @@ def start_serve(place: Place, name: str) -> None:
     _internal_kv_put(_STARTED_BY, name, overwrite=True, namespace=_STORE)
 
 
-def leave_serve(spec: Spec, *, ray_ends: bool = False) -> None:
-    """End the application of a cluster; and Serve itself, unless it ends with its Ray, if nothing
-    else is on it and it was started by a cluster: this one, or one that is gone."""
+def leave_serve(spec: Spec, *, patience_s: float = LEAVE_S) -> None:
+    """End the application of a cluster; and Serve itself, if nothing else is on it and it was
+    started by a cluster: this one, or one that is gone. What has not ended by itself within
+    ``patience_s`` is killed."""
     running = find_serve()
     if running is None:
         return
     if app_name(spec) in running.routes:
-        serve.delete(app_name(spec))
-    if not ray_ends:
-        _end_idle_serve(leaving=spec.name)
+        _end_app(app_name(spec), patience_s)
+    _end_idle_serve(leaving=spec.name)
+
+
+def _end_app(app: str, patience_s: float = LEAVE_S) -> None:
+    serve.delete(app, _blocking=False)
+    patient_until = time.monotonic() + patience_s
+    deadline = patient_until + END_S
+    while (running := find_serve()) is not None and app in running.routes:
+        now = time.monotonic()
+        if now > deadline:
+            raise ClusterError(f"the application {app!r} of Serve did not end within {END_S:g} s")
+        if now > patient_until:
+            # Serve was told to end them, and starts none instead.
+            kill_named(SERVE_NAMESPACE, f"{_REPLICA}{app}#")
+        time.sleep(_LOOK_S)
 
 
 def wait_answers(place: Place, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
@@ -253,7 +270,7 @@ def _end_orphans() -> None:
     for app in running.routes:
         if cluster_of(app) != app and not _has_controller(app):
             log.warning("the owner of cluster %s died; what it left on Serve ends", cluster_of(app))
-            serve.delete(app)
+            _end_app(app)
     _end_idle_serve()
 
 

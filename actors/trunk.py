@@ -126,9 +126,11 @@ class PoolLink:
             raise
 
     def close(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
-        self.router.close()
+        try:
+            if self._watch is not None:
+                self._watch.close()
+        finally:
+            self.router.close()
 
 
 class PoolTrunk:
@@ -145,8 +147,10 @@ class PoolTrunk:
             module.register_forward_pre_hook(lambda *_: self.router.begin_step())
 
     def close(self) -> None:
-        disconnect_experts(self.model)
-        self._link.close()
+        try:
+            disconnect_experts(self.model)
+        finally:
+            self._link.close()
 
 
 def open_trunk(config: TrunkConfig) -> PoolTrunk:

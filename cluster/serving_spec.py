@@ -80,6 +80,7 @@ class EndpointSpec(Part):
         tuple[Annotated[str, AfterValidator(_origin)], ...], Field(strict=False)
     ] = ()
     limits: LimitSpec = LimitSpec()
+    drain_s: float = Field(default=30.0, ge=0, le=86_400, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _all_or_some(self) -> EndpointSpec:

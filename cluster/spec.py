@@ -250,6 +250,11 @@ class Spec(Part):
     balance: BalanceSpec = BalanceSpec()
     autoscale: AutoscaleSpec = AutoscaleSpec()
 
+    @property
+    def drain_s(self) -> float:
+        """How long answers and calls may go on when the cluster ends."""
+        return (self.endpoint or EndpointSpec()).drain_s
+
     @model_validator(mode="after")
     def _consistent(self) -> Spec:
         self._check_names()

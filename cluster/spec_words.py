@@ -90,6 +90,8 @@ WORDS: dict[str, dict[str, str]] = {
         "port": "0 takes a free one.",
         "cors_origins": "Whose pages may use it from within a browser; `*`: all.",
         "limits": "What one request may ask for.",
+        "drain_s": "Seconds for running answers, and calls of the router service, when the cluster "
+        "ends; new ones are refused.",
     },
     "RouterSpec": {
         "host": "Where it listens.",

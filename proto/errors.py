@@ -18,6 +18,7 @@ They cross the wire by name::
     |   |-- Busy                 a bounded queue is full
     |   |-- Expired              the deadline passed before the work was done
     |   |-- NoAnswer             a part of the cluster is too slow, or being restarted
+    |   |-- Ending               the service ends, and takes nothing new
     |   |-- HostLost             a host's connection ended
     |   |-- Corrupted            bytes changed on the way
     |   `-- Interrupted          an answer cannot go on where it was
@@ -148,6 +149,10 @@ class Expired(Retryable):
 
 class NoAnswer(Retryable):
     """A part of the cluster did not answer in time; ask again."""
+
+
+class Ending(Retryable):
+    """The service is ending; send it again, elsewhere or later."""
 
 
 class HostLost(Retryable):

@@ -48,12 +48,14 @@ from .calls import (
     only,
     raise_error,
 )
-from .proto.errors import ClusterError, Expired, MoesaicError
+from .proto.errors import ClusterError, EngineError, Expired, MoesaicError
 from .tries import RETRIES, Tries
 
 __all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Embeddings", "Model", "Options", "Usage"]
 
 T = TypeVar("T")
+
+HEALTH_TIMEOUT_S = 10.0  # who does not say it soon is not well
 
 
 class Client:
@@ -100,11 +102,14 @@ class Client:
     def status(self) -> Json:
         return self._get("/status")
 
-    def health(self) -> bool:
-        """Whether the endpoint answers and says that it can serve."""
+    def health(self, model: str | None = None) -> bool:
+        """Whether the endpoint answers, and says that requests for ``model``, or for any of its
+        models, make progress: models that are idle or asleep are well."""
         try:
-            return bool(self._get("/healthz", accept=(200, 503)).get("healthy"))
-        except (ClusterError, Expired):
+            with mapping_errors():
+                asked = self._http.get("/readyz", params=_named(model), timeout=HEALTH_TIMEOUT_S)
+                return asked.status_code == 200
+        except (ClusterError, EngineError, Expired):
             return False
 
     def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
@@ -225,11 +230,15 @@ class AsyncClient:
     async def status(self) -> Json:
         return await self._get("/status")
 
-    async def health(self) -> bool:
+    async def health(self, model: str | None = None) -> bool:
         """See `Client.health`."""
         try:
-            return bool((await self._get("/healthz", accept=(200, 503))).get("healthy"))
-        except (ClusterError, Expired):
+            with mapping_errors():
+                asked = await self._http.get(
+                    "/readyz", params=_named(model), timeout=HEALTH_TIMEOUT_S
+                )
+                return asked.status_code == 200
+        except (ClusterError, EngineError, Expired):
             return False
 
     async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
@@ -315,3 +324,7 @@ class AsyncClient:
                         for chunk in call.chunks(event):
                             yield chunk
                 events.end()
+
+
+def _named(model: str | None) -> dict[str, str]:
+    return {} if model is None else {"model": model}

@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -91,11 +91,14 @@ def up(
             router=launched.router,
             router_key=None if launched.router is None else router_key_of(launched.namespace),
             logs=log_folder(),
+            drain_s=wanted.drain_s,
         )
+        return Cluster(session, launched)
     except BaseException:
-        launched.close()
+        with ExitStack() as last_first:
+            last_first.callback(remove_session, wanted.name)
+            last_first.callback(launched.close)
         raise
-    return Cluster(session, launched)
 
 
 def connect(name: str = "local") -> Cluster:
@@ -239,18 +242,32 @@ class Cluster(Operating):
         self._trunks.append(trunk)
         return trunk.model
 
-    def down(self, timeout_s: float = DOWN_TIMEOUT_S) -> None:
-        """End the cluster, or, from another process than its owner's, let its owner end it."""
-        for trunk in self._trunks:
-            trunk.close()
-        self._trunks.clear()
-        if self._launched is not None:
-            launched, self._launched = self._launched, None
-            try:
-                launched.close()
-            finally:
-                remove_session(self.name)
+    @property
+    def drain_s(self) -> float:
+        """Seconds that running answers have when the cluster ends: `endpoint.drain_s`."""
+        return self._session.drain_s
+
+    def down(
+        self, timeout_s: float | None = None, *, told: Callable[[str], None] = log.info
+    ) -> None:
+        """End the cluster, or, from another process than its owner's, let its owner end it.
+
+        New requests are refused at once; those that run have `drain_s`, and ``told`` hears in the
+        owner's process of them. ``timeout_s`` is for the other process: without, `drain_s` and a
+        minute. What fails, or is interrupted, keeps nothing else from being ended.
+        """
+        launched, self._launched = self._launched, None
+        with ExitStack() as last_first:
+            if launched is not None:
+                last_first.callback(remove_session, self.name)
+                last_first.callback(launched.close, self.drain_s, told)
+            for trunk in self._trunks:
+                last_first.callback(trunk.close)
+            self._trunks.clear()
+        if launched is not None:
             return
+        if timeout_s is None:
+            timeout_s = self.drain_s + DOWN_TIMEOUT_S
         if self._session.alive and self._session.pid != os.getpid():
             self._session.end_owner()
             deadline = time.monotonic() + timeout_s

@@ -74,6 +74,8 @@ class Session:
     router: Address | None = None  # of the router service
     router_key: Secret | None = field(default=None, repr=False)  # that it asks its clients for
     logs: Folder | None = None  # of Ray on this machine
+    # Seconds that running answers have when the cluster ends.
+    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @property
     def alive(self) -> bool:
@@ -94,7 +96,9 @@ class Session:
         try:
             process = psutil.Process(self.pid)
             own = process.uids().real == os.getuid()
-            return process if own and process.create_time() == self.started else None
+            # One that has ended and that nobody has asked for yet owns nothing.
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            return process if own and not ended and process.create_time() == self.started else None
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return None
 
@@ -125,6 +129,7 @@ def write_session(
     router: str | None = None,
     router_key: str | None = None,
     logs: str | None = None,
+    drain_s: float = 0.0,
 ) -> Session:
     """Announce the cluster that this process owns. Raises ClusterError where that cannot be done
     so that others of this machine neither read nor change it."""
@@ -140,6 +145,7 @@ def write_session(
         router=router,
         router_key=router_key,
         logs=logs,
+        drain_s=drain_s,
     )
     write_private(_file(name), json.dumps(asdict(session)))
     return session
@@ -199,6 +205,13 @@ def need_session(name: str) -> Session:
 
 def remove_session(name: str) -> None:
     remove_private(_file(name))
+
+
+def remove_own_session(name: str) -> None:
+    """Only where this process owns the cluster."""
+    session = find_session(name)
+    if session is not None and session.pid == os.getpid():
+        remove_session(name)
 
 
 def note_logs(name: str, folder: str) -> None:

@@ -13,7 +13,9 @@ from moesaic.proto.errors import ERRORS, RequestError
 
 CODES = sorted(ERRORS)
 # First token of a prompt: what to do. Above these: raise the error of that number in CODES.
-COUNT, WAIT, DIE, DEFECT = range(4)
+COUNT, WAIT, DIE, DEFECT, SLOWLY = range(5)
+# Of a token of SLOWLY.
+SLOW_S = 0.5
 ERROR, LATE_ERROR = 100, 200
 
 
@@ -31,6 +33,7 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.running = 0
+        self.steps = 0
 
     def start(self) -> None:
         pass
@@ -50,6 +53,9 @@ class ScriptedEngine:
             if what == DEFECT:
                 raise KeyError("a defect")
             for n in range(sampling.max_tokens):
+                if what == SLOWLY:
+                    await asyncio.sleep(SLOW_S)
+                self.steps += 1
                 yield Delta((40 + n % 50,), "length" if n + 1 == sampling.max_tokens else None)
                 if what == WAIT:
                     await asyncio.sleep(60)
@@ -62,7 +68,7 @@ class ScriptedEngine:
             self.running -= 1
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=self.running, healthy=True)
+        return EngineStats(running=self.running, steps=self.steps, healthy=True)
 
     def close(self) -> None:
         pass

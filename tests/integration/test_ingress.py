@@ -488,13 +488,18 @@ def test_limits_of_the_spec(http: httpx.Client) -> None:
     assert "request_s" in late.json()["error"]["message"]
 
 
-def test_health_and_status(http: httpx.Client, service: Service) -> None:
-    assert http.get("/healthz").status_code == 200
+def test_status_and_probes(http: httpx.Client, service: Service) -> None:
     assert http.get("/status").json() == {"healthy": True, "running": 0}
     service.healthy = False
     try:
-        assert http.get("/healthz").status_code == 503
         assert http.get("/status").status_code == 503
+        # Who cannot say how the cluster is may serve all the same.
+        for probe in ("/livez", "/startupz", "/readyz", "/readyz?model=org/script"):
+            for answer in (http.get(probe), http.head(probe)):
+                assert answer.status_code == 200
+                assert answer.headers["cache-control"] == "no-store"
+            assert http.get(probe).text == "ok\n"
     finally:
         service.healthy = True
-    assert http.get("/healthz").status_code == 200
+    unknown = http.get("/readyz?model=other")
+    assert (unknown.status_code, unknown.text) == (404, "unknown model\n")

@@ -80,6 +80,7 @@ def test_what_cannot_be_ended_keeps_nothing_else_running(monkeypatch: pytest.Mon
         raise ClusterError("Serve: no answer")
 
     monkeypatch.setattr(launch, "leave_serve", fails)
+    monkeypatch.setattr(launch, "drain", fails)
     monkeypatch.setattr(launch, "forget_all", lambda namespace: ended.append("store"))
     monkeypatch.setattr(launch, "end_ray", lambda: ended.append("ray"))
     monkeypatch.setattr(launch.ray, "kill", lambda actor, no_restart: ended.append(actor))
@@ -90,10 +91,11 @@ def test_what_cannot_be_ended_keeps_nothing_else_running(monkeypatch: pytest.Mon
         controller="controller",
         models={},
         keeper=keeper,
+        begun=True,
         serves=True,
         router_service="router",
         owns_ray=True,
     )
     with pytest.raises(ClusterError, match="Serve: no answer"):
-        launched.close()
+        launched.close(drain_s=1.0)
     assert ended == ["router", "controller", "hosts", "store", "ray"]

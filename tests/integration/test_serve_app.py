@@ -114,7 +114,6 @@ def test_status_holds_the_trunks_and_what_the_caller_adds(http: httpx.Client) ->
     assert status["healthy"] is True
     assert status["hosts"] == 3
     assert set(status["models"]) == {"tiny", "script"}
-    assert http.get("/healthz").status_code == 200
     assert http.get("/v1/models/tiny").json()["max_model_len"] == 4096
 
 
@@ -192,7 +191,7 @@ def test_a_trunk_that_dies_ends_its_streams_with_an_error_and_comes_back(
     deadline = time.monotonic() + 60
     while http.post("/v1/completions", json=script(COUNT)).status_code != 200:
         assert time.monotonic() < deadline
-    assert http.get("/healthz").status_code == 200
+    assert http.get("/readyz?model=script").status_code == 200
 
 
 def test_failures_keep_type_message_and_field() -> None:

@@ -54,6 +54,8 @@ def test_trunks_scale_to_zero_and_to_two(tmp_path: Path) -> None:
             "healthy": True,
             "starts_with_the_first_request": True,
         }
+        assert client.health()
+        assert client.health(MODEL)
         assert replicas(app) == 0
         wait_until(lambda: not cluster.status()["routers"])
         assert text_of(client, MODEL, 100) == wanted

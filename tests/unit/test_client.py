@@ -50,7 +50,7 @@ def test_models_status_and_health() -> None:
     answers = {
         "/v1/models": httpx.Response(200, json=MODELS),
         "/status": httpx.Response(200, json={"healthy": True, "hosts": 2}),
-        "/healthz": httpx.Response(503, json={"healthy": False}),
+        "/readyz": httpx.Response(503, text="no"),
     }
     with client(lambda request: answers[request.url.path]) as c:
         assert c.models() == [Model(id="demo", max_tokens=64)]
@@ -309,8 +309,8 @@ async def test_async_answers() -> None:
                 return httpx.Response(200, json=MODELS)
             case "/status":
                 return httpx.Response(200, json={"healthy": True})
-            case "/healthz":
-                return httpx.Response(503, json={"healthy": False})
+            case "/readyz":
+                return httpx.Response(503, text="no")
             case "/v1/chat/completions":
                 message = {"role": "assistant", "content": "Hi"}
                 choice = {"message": message, "finish_reason": "stop"}

@@ -55,14 +55,17 @@ def up(
 @app.command()
 def down(
     name: NameOption = "local",
-    timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait.")] = 60.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Seconds to wait; without: endpoint.drain_s and a minute."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """End a running cluster."""
     from ..handle import connect
 
     cluster = connect(name)
-    with err.status(f"ending cluster {name}"):
+    with err.status(f"ending cluster {name}: what runs has at most {cluster.drain_s:g} s"):
         cluster.down(timeout)
     print_json({"name": name, "ended": True}) if as_json else err.print(f"cluster {name} is down")
 

@@ -4,68 +4,92 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ..cluster.spec import Spec, load_spec
 from ..private_files import new_private
 from ..proto.errors import ClusterError, MoesaicError
-from ..session import find_session, owner_log
+from ..session import find_session, owner_log, remove_own_session
+from .ends import Ends
 from .output import print_json
 from .progress import Lines, Report, bars, read_lines
+
+if TYPE_CHECKING:
+    from ..handle import Cluster
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
 def run_foreground(path: Path, progress_fd: int, *, as_json: bool = False) -> None:
-    """Start the cluster, say how to reach it, stay until SIGINT or SIGTERM."""
+    """Start the cluster, say how to reach it, stay until SIGINT or SIGTERM, and let what runs come
+    to its end. A second signal ends it at once, in every phase."""
     spec = load_spec(path)
-    stop = threading.Event()
-    _stop_on_signals(stop)
+    with Ends(lambda: _end_at_once(spec)) as ends:
+        cluster: Cluster | None = None
+        try:
+            cluster = _start(spec, progress_fd, ends)
+            ends.only_ask()
+            _show(spec, cluster.url, cluster.router, os.getpid(), as_json=as_json)
+            if progress_fd < 0:
+                err.print("Ctrl-C ends it.")
+            ends.asked.wait()
+            err.print("ending ...")
+        except (KeyboardInterrupt, SystemExit):
+            # Ray's handler of SIGTERM raises the latter.
+            raise KeyboardInterrupt from None
+        finally:
+            ends.only_ask()
+            if cluster is not None:
+                cluster.down(told=_warn)
+            elif ends.asked.is_set():
+                # It may have been interrupted between two steps, so that nobody owned the last one.
+                _sweep(spec)
+
+
+def _start(spec: Spec, progress_fd: int, ends: Ends) -> Cluster:
     from ..handle import up
 
-    def interruptible(report: Report) -> Report:
+    def armed(report: Report) -> Report:
         def progress(step: str, done: int, total: int) -> None:
-            if stop.is_set():
-                raise KeyboardInterrupt
+            ends.arm()
             report(step, done, total)
 
         return progress
 
     if progress_fd < 0:
         with bars(err) as report:
-            cluster = up(spec, progress=interruptible(report), warn=_warn)
-    else:
-        lines = Lines(progress_fd)
-        try:
-            cluster = up(spec, progress=interruptible(lines.report), warn=lines.warn)
-        except MoesaicError as error:
-            lines.fail(error)
-            raise
-        finally:
-            os.close(progress_fd)
-    with cluster:
-        _show(spec, cluster.url, cluster.router, os.getpid(), as_json=as_json)
-        if progress_fd < 0:
-            err.print("Ctrl-C ends it.")
-        stop.wait()
-        err.print("ending ...")
-        # A second Ctrl-C must not leave half a cluster.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+            return up(spec, progress=armed(report), warn=_warn)
+    lines = Lines(progress_fd)
+    try:
+        return up(spec, progress=armed(lines.report), warn=lines.warn)
+    except MoesaicError as error:
+        lines.fail(error)
+        raise
+    finally:
+        os.close(progress_fd)
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
-    def on_signal(signum: int, frame: object) -> None:
-        stop.set()
+def _sweep(spec: Spec) -> None:
+    """What is left of a start."""
+    from ..actors.at_once import end_at_once
 
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    with ExitStack() as last_first:
+        # Behind the session: what of Ray is in this process may end it when its Ray is gone.
+        last_first.callback(end_at_once, spec)
+        last_first.callback(remove_own_session, spec.name)
+
+
+def _end_at_once(spec: Spec) -> None:
+    """In a thread beside one that may be anywhere, and that will not go on."""
+    err.print("ending at once")
+    _sweep(spec)
 
 
 def _show(spec: Spec, url: str | None, router: str | None, pid: int, *, as_json: bool) -> None:
@@ -130,7 +154,7 @@ def run_detached(path: Path, *, as_json: bool = False) -> None:
         with os.fdopen(reader) as steps, bars(err) as progress:
             failed = read_lines(steps, progress, _warn)
     except KeyboardInterrupt:
-        child.terminate()
+        _end(child)
         raise
     session = find_session(spec.name)
     if failed is not None:
@@ -142,6 +166,17 @@ def run_detached(path: Path, *, as_json: bool = False) -> None:
     _show(spec, session.url, session.router, session.pid, as_json=as_json)
     end = "moesaic down" if spec.name == "local" else f"moesaic down --name {spec.name}"
     err.print(f"It runs in the background (process {session.pid}, log {log}); `{end}` ends it.")
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Wait until a start that is given up has been undone; another Ctrl-C does not wait for that,
+    and a third one not for the process."""
+    child.terminate()
+    try:
+        child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
 
 
 def _warn(text: str) -> None:

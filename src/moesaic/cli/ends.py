@@ -1,0 +1,89 @@
+"""What SIGINT and SIGTERM do to the process that owns a cluster.
+
+The first one asks for an end: it interrupts a start, and ends a wait. The second one ends the
+process at once, whatever it is doing. Signals are counted by a thread, on the file descriptor that
+Python writes them to: the main thread may be inside of a library for long, and Ray takes SIGTERM
+over whenever it is initialised.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from .exit_codes import INTERRUPTED
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What ends at once may have to ask a Ray that is not its own.
+AT_ONCE_S = 20.0
+
+
+class Ends:
+    """As a context of the main thread."""
+
+    def __init__(
+        self, at_once: Callable[[], None], *, leave: Callable[[int], None] = os._exit
+    ) -> None:
+        """``at_once`` leaves nothing behind; it is called in another thread, and ``leave`` then."""
+        self._at_once = at_once
+        self._leave = leave
+        self.asked = threading.Event()
+        self._interrupts = True
+        self._handled = 0
+        self._before = {one: signal.getsignal(one) for one in SIGNALS}
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+
+    def __enter__(self) -> Self:
+        self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._count, name="signals", daemon=True).start()
+        self.arm()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        signal.set_wakeup_fd(self._fd_before)
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+        os.close(self._writer)
+
+    def arm(self) -> None:
+        """To be called again whenever Ray may have taken a signal over."""
+        for one in SIGNALS:
+            signal.signal(one, self._on_signal)
+
+    def only_ask(self) -> None:
+        """From now on the first signal interrupts nothing."""
+        self._interrupts = False
+        self.arm()
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        self._handled += 1
+        if self._handled > 1:
+            # The other thread is ending everything: nothing new begins here meanwhile.
+            time.sleep(2 * AT_ONCE_S)
+        elif self._interrupts:
+            raise KeyboardInterrupt
+
+    def _count(self) -> None:
+        with os.fdopen(self._reader, "rb", buffering=0) as reader:
+            while byte := reader.read(1):
+                if byte[0] not in SIGNALS:
+                    continue
+                if not self.asked.is_set():
+                    self.asked.set()
+                    continue
+                ending = threading.Thread(target=self._at_once, name="at-once", daemon=True)
+                ending.start()
+                ending.join(AT_ONCE_S)
+                self._leave(INTERRUPTED)
+                return

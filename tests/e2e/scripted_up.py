@@ -1,0 +1,17 @@
+"""`moesaic up` whose trunks do what their prompts say (`tests/helpers/scripted.py`).
+
+Run as a program by tests that need answers which take as long as they say.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from moesaic.actors import endpoint
+from moesaic.cli.main import main
+from tests.helpers.scripted import scripted_engine
+
+if __name__ == "__main__":
+    # What the trunks' processes are given to call.
+    endpoint.engine_factory = lambda config: scripted_engine
+    sys.exit(main(sys.argv[1:]))
