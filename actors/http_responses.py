@@ -26,7 +26,13 @@ class ErrorResponse(BaseModel):
 
 
 def error_response(error: MoesaicError) -> ErrorResponse:
-    kinds = {400: "invalid_request_error", 404: "invalid_request_error", 429: "rate_limit_error"}
+    kinds = {
+        400: "invalid_request_error",
+        401: "authentication_error",
+        403: "permission_error",
+        404: "invalid_request_error",
+        429: "rate_limit_error",
+    }
     return ErrorResponse(
         error=ErrorBody(
             message=str(error),

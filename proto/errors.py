@@ -10,7 +10,9 @@ They cross the wire by name::
     |   |   `-- BodyTooLarge
     |   |-- CallError            an expert call: shapes, dtypes, sizes
     |   |-- CheckpointError      a file: truncated, missing tensors, wrong shapes
-    |   `-- UnsupportedModel     an architecture without the experts interface
+    |   |-- UnsupportedModel     an architecture without the experts interface
+    |   |-- Unauthenticated      a peer or client shows no proof, or a wrong one, of who it is
+    |   `-- Forbidden            it may not do this
     |-- Retryable                nothing is lost: the same call may succeed elsewhere or later
     |   |-- NotHere              this host does not hold the expert, or is another incarnation
     |   |-- Busy                 a bounded queue is full
@@ -100,6 +102,21 @@ class CheckpointError(BadInput):
 
 class UnsupportedModel(BadInput):
     """The architecture does not dispatch its experts through transformers' experts interface."""
+
+
+class Unauthenticated(BadInput):
+    """A peer or a client did not prove that it may connect.
+
+    It shows no key or proof, or a wrong one.
+    """
+
+    http_status = 401
+
+
+class Forbidden(BadInput):
+    """Whoever asks for this may not have it."""
+
+    http_status = 403
 
 
 class Retryable(MoesaicError):

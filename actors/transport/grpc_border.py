@@ -25,11 +25,13 @@ from ...proto.errors import (
     EngineError,
     ExpertUnavailable,
     Expired,
+    Forbidden,
     HostLost,
     InternalError,
     MoesaicError,
     NotHere,
     Retryable,
+    Unauthenticated,
     UnknownModel,
     from_wire,
     in_words,
@@ -77,10 +79,14 @@ _FROM_STATUS: dict[grpc.StatusCode, type[MoesaicError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Busy,
     grpc.StatusCode.INVALID_ARGUMENT: CallError,
     grpc.StatusCode.UNIMPLEMENTED: ClusterError,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: Forbidden,
 }
 # The first class that fits decides; the receiver reads the code in the details.
 _TO_STATUS: tuple[tuple[type[MoesaicError], grpc.StatusCode], ...] = (
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (Forbidden, grpc.StatusCode.PERMISSION_DENIED),
     (BadInput, grpc.StatusCode.INVALID_ARGUMENT),
     (NotHere, grpc.StatusCode.NOT_FOUND),
     (Busy, grpc.StatusCode.RESOURCE_EXHAUSTED),

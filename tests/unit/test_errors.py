@@ -115,6 +115,8 @@ STATUS = {
     "RequestError": 400,
     "UnknownModel": 404,
     "BodyTooLarge": 413,
+    "Unauthenticated": 401,
+    "Forbidden": 403,
     "Busy": 429,
     "Expired": 504,
     "NotHere": 503,

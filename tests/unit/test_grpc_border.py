@@ -14,9 +14,11 @@ from moesaic.proto.errors import (
     Busy,
     ClusterError,
     Expired,
+    Forbidden,
     HostLost,
     InternalError,
     MoesaicError,
+    Unauthenticated,
 )
 
 # What gRPC's own clients and proxies take for worth another try, or for a matter of time.
@@ -25,7 +27,12 @@ WORTH_ANOTHER = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-MISTAKES = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
+MISTAKES = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+}
 
 
 class Failed(grpc.RpcError, grpc.Call):
@@ -90,6 +97,8 @@ def test_the_pause_of_busy_crosses() -> None:
         (grpc.StatusCode.DEADLINE_EXCEEDED, Expired),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, Busy),
         (grpc.StatusCode.UNIMPLEMENTED, ClusterError),
+        (grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
+        (grpc.StatusCode.PERMISSION_DENIED, Forbidden),
         (grpc.StatusCode.UNKNOWN, InternalError),
     ],
 )

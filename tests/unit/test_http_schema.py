@@ -353,7 +353,13 @@ def test_every_error_has_an_answer(code: str) -> None:
     error = ERRORS[code]("why")
     body = http_responses.error_response(error).error
     assert (body.message, body.code) == ("why", code)
-    assert body.type in {"invalid_request_error", "rate_limit_error", "server_error"}
+    assert body.type in {
+        "invalid_request_error",
+        "authentication_error",
+        "permission_error",
+        "rate_limit_error",
+        "server_error",
+    }
 
 
 WEATHER: dict[str, Any] = {
