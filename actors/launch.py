@@ -36,7 +36,7 @@ from .keeper import HostKeeper, HostStarter
 from .preflight import Preflight, bounds_of, preflight, shape_of
 from .ray_border import CONTROLLER, ask, end_ray, namespace_of, start_ray
 from .router_process import service_address, start_router_service
-from .serve_border import find_place, leave_serve
+from .serve_border import find_monitoring, find_place, leave_serve
 from .start_failures import describe_failures, log_of
 from .store import ModelRef
 from .term import forget_all, forget_last
@@ -59,6 +59,7 @@ class Launched:
     groups: list[PlacementGroup] = field(default_factory=list)
     serves: bool = False  # something of it may be on Serve
     url: str | None = None
+    monitoring: str | None = None  # the address of /status and /metrics
     router: str | None = None  # host:port of the router service
     router_service: Any = None
     owns_ray: bool = False
@@ -110,6 +111,7 @@ def launch(
         check_name(spec)
         if spec.endpoint is not None and refs:
             find_place(spec)
+            find_monitoring(spec)
         launched = _start_actors(spec, refs, shapes, owns_ray)
         _wait_loaded(launched, progress)
         if launched.router is not None:
@@ -121,7 +123,7 @@ def launch(
         if spec.endpoint is not None and refs:
             progress("starting the endpoint", 0, 1)
             launched.serves = True
-            launched.url = start_endpoint(
+            launched.url, launched.monitoring = start_endpoint(
                 spec, refs, {m.name: bounds_of(m, checked.described[m.name]) for m in spec.models}
             )
             progress("starting the endpoint", 1, 1)

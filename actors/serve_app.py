@@ -12,7 +12,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -28,7 +36,8 @@ from ray.serve.handle import (
 )
 
 from ..cluster.missing import Dropped
-from ..cluster.serving_spec import EndpointSpec
+from ..cluster.serving_spec import EndpointSpec, MonitoringSpec
+from ..cluster.web_guard import WebGuard
 from ..proto.errors import (
     Busy,
     EngineError,
@@ -50,14 +59,19 @@ from .engine import (
     Sampling,
     TokenLogprob,
 )
+from .http_bodies import BodyLimits
+from .http_metrics import HttpMetrics
+from .http_monitoring import monitoring_app
 from .ingress import create_app
-from .ray_border import cluster_of, last_line
+from .monitoring import monitoring
+from .ray_border import HEAD_NODE, cluster_of, last_line
 from .served import ServedModel
 from .start_failures import telling
 
 if TYPE_CHECKING:
     import numpy as np
     from ray.serve import Application
+    from starlette.types import StatelessLifespan
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -70,6 +84,8 @@ QUESTION_TIMEOUT_S = 5.0
 PATIENCE_S = 15.0
 # Building a trunk reads a checkpoint.
 START_TIMEOUT_S = 600.0
+
+_FULL = "the model's trunks have as many requests as they may; try again later"
 
 T = TypeVar("T")
 StatusSource = Callable[[], Awaitable[dict[str, Any]]]
@@ -129,7 +145,7 @@ class Trunk:
         except MoesaicError as error:
             yield Failure.of(error)
         except Exception as error:
-            logger.exception("unexpected error of the engine")
+            logger.exception("request %s: unexpected error of the engine", request_id)
             yield Failure.of(InternalError(in_words(error)))
 
     async def embed(self, prompts: list[list[int]], pooling: Pooling) -> np.ndarray | Failure:
@@ -196,8 +212,8 @@ class TrunkClient:
                 yield Delta(*item)
         except StopAsyncIteration:
             raise EngineError("the trunk's stream ended early") from None
-        except BackPressureError as error:
-            raise Busy(str(error)) from None
+        except BackPressureError:
+            raise Busy(_FULL) from None
         except (RayError, RayServeException) as error:
             raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
         finally:
@@ -214,8 +230,8 @@ class TrunkClient:
         try:
             found = await self._patiently(_result(asked), self._cold_start_s or PATIENCE_S)
             finished = True
-        except BackPressureError as error:
-            raise Busy(str(error)) from None
+        except BackPressureError:
+            raise Busy(_FULL) from None
         except (RayError, RayServeException) as error:
             raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
         finally:
@@ -274,11 +290,14 @@ class TrunkClient:
         return await cast("DeploymentResponse[Any]", getattr(self._handle, method).remote())
 
 
+# On the head node, where Serve's proxy is: monitoring can be asked where the endpoint can. It takes
+# no core of Ray's, which may have none to give there.
 @serve.deployment(
     name="Ingress",
     max_ongoing_requests=MAX_ONGOING,
     graceful_shutdown_timeout_s=15,
     max_constructor_retry_count=1,
+    ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
 )
 @serve.ingress()
 class Ingress:
@@ -293,8 +312,12 @@ class Ingress:
         endpoint: EndpointSpec,
         aliases: Mapping[str, Sequence[str]],
         experts: Mapping[str, ExpertBounds],
+        monitoring: MonitoringSpec | None,
+        own_hosts: Collection[str],
     ) -> None:
         self._endpoint = endpoint
+        self._monitoring = monitoring
+        self._own_hosts = own_hosts
         self._aliases = aliases
         self._experts = experts
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
@@ -304,13 +327,41 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         with _starting("ingress"):
             models = {name: await self._model(name, trunk) for name, trunk in self._trunks.items()}
+        endpoint, metrics = self._endpoint, HttpMetrics()
+        limits = endpoint.limits
         return create_app(
             models=models,
-            status=self._status,
-            max_body_bytes=int(self._endpoint.limits.body_mb * 1e6),
+            bodies=BodyLimits(
+                each_bytes=int(limits.body_mb * 1e6),
+                all_bytes=int(limits.bodies_mb * 1e6),
+                arrive_s=limits.body_s,
+            ),
             aliases=self._aliases,
-            cors_origins=self._endpoint.cors_origins,
+            cors_origins=endpoint.cors_origins,
+            guard=WebGuard.of(
+                endpoint.host,
+                allowed_hosts=endpoint.allowed_hosts,
+                origins=endpoint.cors_origins,
+                own=self._own_hosts,
+            ),
+            metrics=metrics,
+            lifespan=self._lifespan(metrics),
         )
+
+    def _lifespan(self, metrics: HttpMetrics) -> StatelessLifespan[FastAPI] | None:
+        """The monitoring server lives as long as the app does."""
+        at = self._monitoring
+        if at is None:
+            return None
+        app = monitoring_app(
+            status=self._status,
+            engines=self._engines,
+            metrics=metrics,
+            guard=WebGuard.of(
+                at.host, allowed_hosts=self._endpoint.allowed_hosts, own=self._own_hosts
+            ),
+        )
+        return lambda _: monitoring(app, at.host, at.port)
 
     async def _model(self, name: str, trunk: TrunkClient) -> ServedModel:
         tokenizer = self._tokenizers[name]()
@@ -318,12 +369,14 @@ class Ingress:
         limits = replace(limits, experts=self._experts.get(name, limits.experts))
         return ServedModel(name, tokenizer, limits, trunk.generate, trunk.embed)
 
+    async def _engines(self) -> dict[str, Any]:
+        stats = await asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
+        return dict(zip(self._trunks, stats, strict=True))
+
     async def _status(self) -> dict[str, Any]:
-        asked = asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
-        # All at the same time: each may take as long as one question may.
-        stats, more = await asyncio.gather(asked, self._more())
-        models = dict(zip(self._trunks, stats, strict=True))
-        healthy = all(one["healthy"] for one in stats) and more.get("healthy", True)
+        # Both at the same time: each may take as long as one question may.
+        models, more = await asyncio.gather(self._engines(), self._more())
+        healthy = all(one["healthy"] for one in models.values()) and more.get("healthy", True)
         answer: dict[str, Any] = {**more, "healthy": healthy}
         return {**answer, "models": models}
 
@@ -358,12 +411,15 @@ def build(
     endpoint: EndpointSpec | None = None,
     aliases: Mapping[str, Sequence[str]] | None = None,
     experts: Mapping[str, ExpertBounds] | None = None,
+    monitoring: MonitoringSpec | None = None,
+    own_hosts: Collection[str] = (),
 ) -> Application:
     """The application for ``serve.run``: model names -> ``Trunk.bind(engine_factory)``.
 
-    ``status`` is called in the ingress; what it answers is merged into ``/status``. With
-    ``cold_start_s`` trunks may scale to zero, and take so long to come back. ``aliases``: more
-    names, by model.
+    ``status`` is called in the ingress; what it answers is merged into ``/status``, which is at
+    the address ``monitoring`` and whose port must be given. With ``cold_start_s`` trunks may scale
+    to zero, and take so long to come back. ``aliases``: more names, by model. ``own_hosts``: names
+    by which the endpoint is told to be reached.
     """
     return Ingress.bind(
         dict(trunks),
@@ -373,4 +429,6 @@ def build(
         endpoint or EndpointSpec(),
         dict(aliases or {}),
         dict(experts or {}),
+        monitoring,
+        tuple(own_hosts),
     )

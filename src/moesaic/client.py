@@ -98,6 +98,8 @@ class Client:
         return models(self._get("/v1/models"))
 
     def status(self) -> Json:
+        """What the cluster says of itself: for a client of its monitoring address
+        (`Cluster.monitoring`); an endpoint does not tell."""
         return self._get("/status")
 
     def health(self) -> bool:
@@ -223,6 +225,7 @@ class AsyncClient:
         return models(await self._get("/v1/models"))
 
     async def status(self) -> Json:
+        """See `Client.status`."""
         return await self._get("/status")
 
     async def health(self) -> bool:

@@ -25,6 +25,7 @@ class Session:
     ray_address: str
     embedded: bool  # Ray belongs to the cluster, and stays on loopback
     url: str | None
+    monitoring: str | None = None  # the address of the endpoint's /status and /metrics
     ray_token: str | None = None  # with which an embedded Ray lets others in
     router: str | None = None  # host:port of the router service
     logs: str | None = None  # the folder of Ray's logs on this machine
@@ -55,6 +56,7 @@ def write_session(
     ray_address: str,
     embedded: bool,
     url: str | None,
+    monitoring: str | None = None,
     ray_token: str | None = None,
     router: str | None = None,
     logs: str | None = None,
@@ -67,6 +69,7 @@ def write_session(
         ray_address=ray_address,
         embedded=embedded,
         url=url,
+        monitoring=monitoring,
         ray_token=ray_token,
         router=router,
         logs=logs,
