@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from .http_connections import BoundedConnection
 from .ports import resolved
 
 logger = logging.getLogger(__name__)
@@ -19,8 +20,6 @@ logger = logging.getLogger(__name__)
 # Of a process that was just killed the port may be there for a moment longer.
 TRY_AGAIN_S = 0.5
 _BACKLOG = 64
-# Many for operators and their programs, few for a process that also serves.
-_CONNECTIONS = 64
 _KEEP_ALIVE_S = 5
 _END_S = 2.0
 
@@ -51,10 +50,9 @@ async def _serve(app: ASGIApp, host: str, port: int) -> None:
             app,
             lifespan="off",
             ws="none",
-            http="h11",  # which bounds what a head of a request may have
+            http=BoundedConnection,
             access_log=False,
             log_config=None,
-            limit_concurrency=_CONNECTIONS,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
             server_header=False,

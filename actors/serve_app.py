@@ -78,6 +78,9 @@ logger = logging.getLogger(__name__)
 
 # The engine refuses with Busy before Serve queues anything.
 MAX_ONGOING = 4096
+# The ingress refuses, in its own words, what it has no place for; beyond this Serve would let
+# requests wait in its proxy, without any bound.
+INGRESS_ONGOING = 2 * MAX_ONGOING
 # Of one call that only asks: limits, statistics.
 QUESTION_TIMEOUT_S = 5.0
 # After so long without a token the trunk is asked whether it lives.
@@ -294,7 +297,7 @@ class TrunkClient:
 # no core of Ray's, which may have none to give there.
 @serve.deployment(
     name="Ingress",
-    max_ongoing_requests=MAX_ONGOING,
+    max_ongoing_requests=INGRESS_ONGOING,
     graceful_shutdown_timeout_s=15,
     max_constructor_retry_count=1,
     ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},

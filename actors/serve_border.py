@@ -19,7 +19,7 @@ import ray
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
 from ray.serve.context import _set_global_client
 
 from ..cluster.serving_spec import EndpointSpec
@@ -27,6 +27,7 @@ from ..cluster.spec import Spec
 from ..cluster.web_guard import is_loopback
 from ..proto.errors import ClusterError, in_words
 from .ports import check_port, free_port
+from .proxy_door import HOOK, middlewares
 from .ray_border import CONTROLLER, HEAD_NODE, ask, cluster_of, namespace_of
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,13 @@ def start_serve(place: Place, name: str) -> None:
     """Start Serve for the cluster ``name``, unless it runs."""
     if place.serve_runs:
         return
-    serve.start(proxy_location="HeadOnly", http_options={"host": place.host, "port": place.port})
+    door = f"{middlewares.__module__}.{middlewares.__name__}"
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": place.host, "port": place.port},
+        # What the controller starts has its environment, and so has the proxy.
+        controller_options=ControllerOptions(runtime_env={"env_vars": {HOOK: door}}),
+    )
     _internal_kv_put(_STARTED_BY, name, overwrite=True, namespace=_STORE)
 
 

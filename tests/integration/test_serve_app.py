@@ -60,7 +60,8 @@ def url(monitoring: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # The replicas import the factories from this folder.
-    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
+    root = Path(__file__).parents[2]
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}}
     start_embedded(
         num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment
     )
