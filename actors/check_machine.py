@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ from ..proto.errors import ClusterError
 from .findings import Finding, finding_of
 from .ports import check_address, check_port
 
+_OWNERS = {"endpoint": "endpoint's", "router": "router service's"}
 _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
@@ -42,15 +44,14 @@ def check_engine(spec: Spec) -> Iterator[Finding]:
 
 
 def check_ports(spec: Spec, *, local: bool) -> Iterator[Finding]:
-    """Whether those of the endpoint and of the router service are free, and two. A Ray that runs
-    (not ``local``) may have a Serve that listens for the endpoint, and serves this cluster too."""
-    wanted = [
-        (part, asked.host, asked.port)
-        for part, asked in (("endpoint", spec.endpoint), ("router", spec.router))
-        if asked is not None
-    ]
+    """Whether those of the endpoint, of its monitoring and of the router service are free, and not
+    the same. A Ray that runs (not ``local``) may have its head node elsewhere, where the first two
+    are, and a Serve that listens for the endpoint, and serves this cluster too."""
+    asked = [("endpoint", spec.endpoint), ("router", spec.router)]
+    asked += [("monitoring", spec.monitoring)] if spec.endpoint is not None else []
+    wanted = [(part, one.host, one.port) for part, one in asked if one is not None]
     for part, host, port in wanted:
-        if part == "endpoint" and not local:
+        if part != "router" and not local:
             continue
         try:
             check_address(f"{part}.host", host)
@@ -61,9 +62,10 @@ def check_ports(spec: Spec, *, local: bool) -> Iterator[Finding]:
             check_port(part, host, port)
         except ClusterError as error:
             yield finding_of(error, f"{part}.port")
-    if len(wanted) == 2 and wanted[0][2] == wanted[1][2] != 0 and _overlap(*(w[1] for w in wanted)):
-        text = f"{wanted[1][2]} is the endpoint's, too; choose another one, or 0 for any"
-        yield _error("router.port", text)
+    for (first, host, port), (second, other, its_port) in combinations(wanted, 2):
+        if port == its_port != 0 and _overlap(host, other):
+            text = f"{port} is the {_OWNERS[first]}, too; choose another one, or 0 for any"
+            yield _error(f"{second}.port", text)
 
 
 def _overlap(one: str, other: str) -> bool:

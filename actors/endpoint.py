@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
+import threading
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import ray
 from ray import serve
@@ -15,12 +19,23 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
 
+from ..cluster.serving_spec import MonitoringSpec
 from ..cluster.spec import Spec
+from ..cluster.web_guard import is_loopback
 from ..proto.errors import ClusterError, InternalError, NoAnswer, in_words
 from .engine import EngineConfig, ExpertBounds
 from .ray_border import CONTROLLER, actor_options, last_line, namespace_of
 from .serve_app import QUESTION_TIMEOUT_S, Trunk, build, ending_s
-from .serve_border import app_name, find_place, start_serve, wait_answers
+from .serve_border import (
+    Place,
+    app_name,
+    find_monitoring,
+    find_place,
+    is_head_node,
+    start_serve,
+    wait_answers,
+    wait_monitored,
+)
 from .start_failures import StartFailure, describe_failures
 from .store import ModelRef
 from .trunk import TrunkConfig, engine_factory
@@ -28,11 +43,18 @@ from .trunk import TrunkConfig, engine_factory
 T = TypeVar("T")
 
 
+class Addresses(NamedTuple):
+    """Where an endpoint is, and its monitoring: None where this machine cannot reach it."""
+
+    url: str
+    monitoring: str | None
+
+
 def start_endpoint(
     spec: Spec, models: Mapping[str, ModelRef], experts: Mapping[str, ExpertBounds]
-) -> str:
-    """Serve ``models`` over HTTP, and wait until they answer there; gives the address.
-    ``experts``: how many a request may ask for.
+) -> Addresses:
+    """Serve ``models`` over HTTP, and wait until they answer there. ``experts``: how many a
+    request may ask for.
 
     Raises ClusterError; what had started is left to `leave_serve`.
     """
@@ -63,25 +85,34 @@ def start_endpoint(
         trunks[name] = deployment.bind(engine_factory(config))
     tokenizers = {name: _tokenizer(Path(ref.path or "")) for name, ref in models.items()}
     try:
-        place = find_place(spec)
+        place, watched = find_place(spec), find_monitoring(spec)
         start_serve(place, spec.name)
         cold_start_s = spec.timeouts.start_s if spec.trunk.min_replicas == 0 else None
-        status = _status_source(namespace)
         app = build(
             trunks,
             tokenizers,
-            status=status,
+            status=ControllerStatus(namespace),
             cold_start_s=cold_start_s,
             endpoint=endpoint,
             aliases={model.name: model.aliases for model in spec.models},
             experts=experts,
+            monitoring=watched and MonitoringSpec(host=watched.host, port=watched.port),
+            own_hosts=own_hosts(place, watched),
         )
         serve.run(app, name=app_name(spec), route_prefix=place.prefix, blocking=False)
     except (RayError, RayServeException, RuntimeError, ValueError) as error:
         why = describe_failures(namespace) or _serves_words(spec) or str(error)
         raise ClusterError(f"endpoint: {why}") from error
     wait_answers(place, list(models))
-    return place.url
+    if watched is None or (is_loopback(watched.host) and not is_head_node()):
+        return Addresses(place.url, None)
+    wait_monitored(watched, list(models))
+    return Addresses(place.url, watched.url)
+
+
+def own_hosts(*places: Place | None) -> set[str]:
+    """The hosts in the addresses that are printed and written down."""
+    return {urlsplit(place.url).hostname or "" for place in places if place is not None}
 
 
 def _serves_words(spec: Spec) -> str:
@@ -142,15 +173,65 @@ def _tokenizer(path: Path) -> Callable[[], Any]:
     return load
 
 
-def _status_source(namespace: str) -> Callable[[], Any]:
-    async def status() -> dict[str, Any]:
-        try:
-            controller: Any = ray.get_actor(CONTROLLER, namespace=namespace)
-            return {"cluster": await answered(controller.status.remote())}
-        except ValueError:
-            raise NoAnswer("the controller is not there: it is being started anew") from None
+class ControllerStatus:
+    """Asks a cluster's controller for its status. Ray's calls that look for an actor block, and do
+    so for long while its GCS is gone: a thread that does nothing else makes them."""
 
-    return status
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._controller: Any = None  # stays the same one when the controller is started anew
+        self._looking: asyncio.Future[Any] | None = None
+
+    def __reduce__(self) -> tuple[type[ControllerStatus], tuple[str]]:
+        return ControllerStatus, (self._namespace,)
+
+    async def __call__(self) -> dict[str, Any]:
+        controller = await self._find()
+        return {"cluster": await answered(controller.status.remote())}
+
+    async def _find(self) -> Any:
+        if self._controller is None:
+            if self._looking is None or self._looking.done():
+                self._looking = in_thread(self._look)
+            try:
+                async with asyncio.timeout(QUESTION_TIMEOUT_S):
+                    self._controller = await asyncio.shield(self._looking)
+            except TimeoutError:
+                text = f"Ray did not name the controller within {QUESTION_TIMEOUT_S:g} s"
+                raise NoAnswer(text) from None
+            except ValueError:
+                text = "the controller is not there: it is being started anew"
+                raise NoAnswer(text) from None
+        return self._controller
+
+    def _look(self) -> Any:
+        return ray.get_actor(CONTROLLER, namespace=self._namespace)
+
+
+def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    """What ``work`` gives, from a thread of its own: the event loop's are for what ends soon."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            told = partial(_set, found, work(), None)
+        except Exception as error:
+            told = partial(_set, found, None, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(told)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found
+
+
+def _set(found: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
+    if found.cancelled():
+        return
+    if error is None:
+        found.set_result(value)
+    else:
+        found.set_exception(error)
 
 
 async def answered(asked: Awaitable[T]) -> T:

@@ -110,6 +110,7 @@ class Limits:
     max_answer_tokens: int = UNBOUNDED
     experts: ExpertBounds = ExpertBounds()
     request_s: float | None = None  # from its begin to its last token
+    priorities: tuple[int, int] | None = None  # the least and the most; None: any
 
     def within(self, spec: LimitSpec) -> Limits:
         """As far as the spec allows it."""
@@ -118,10 +119,12 @@ class Limits:
             max_prompt_tokens=min(self.max_prompt_tokens, spec.prompt_tokens or UNBOUNDED),
             max_answer_tokens=min(self.max_answer_tokens, spec.answer_tokens or UNBOUNDED),
             request_s=spec.request_s,
+            priorities=(spec.min_priority, spec.max_priority),
         )
 
     def check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Raises RequestError that names ``prompt``, ``max_tokens`` or ``logit_bias``."""
+        """Raises RequestError that names ``prompt``, ``max_tokens``, ``priority`` or
+        ``logit_bias``."""
         prompt_tokens, max_tokens = len(prompt_ids), sampling.max_tokens
         if prompt_tokens < 1:
             raise RequestError("the prompt is empty", param="prompt")
@@ -143,6 +146,13 @@ class Limits:
                 f"{prompt_tokens + max_tokens}; {self.max_total_tokens} are possible",
                 param="max_tokens",
             )
+        if self.priorities is not None:
+            least, most = self.priorities
+            if not least <= sampling.priority <= most:
+                raise RequestError(
+                    f"priority is {sampling.priority}; {least} to {most} are allowed here",
+                    param="priority",
+                )
         biased = [token_id for token_id, _ in sampling.logit_bias]
         for param, token_ids in (("prompt", prompt_ids), ("logit_bias", biased)):
             for token_id in (min(token_ids), max(token_ids)) if token_ids else ():

@@ -1,4 +1,4 @@
-"""What every endpoint shares at the edge: bounded bodies, request ids, errors, SSE, disconnects."""
+"""What every path shares at the edge: who may ask, request ids, errors, SSE, disconnects."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..proto.errors import BodyTooLarge, InternalError, MoesaicError, in_words
+from ..cluster.web_guard import WebGuard
+from ..proto.errors import Forbidden, InternalError, MoesaicError, SlowBody
+from .http_health import is_probe
 from .http_metrics import HttpMetrics
-from .http_responses import error_response
+from .http_responses import ErrorResponse, error_response
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +40,31 @@ def json_response(content: BaseModel, status_code: int = 200) -> Response:
     )
 
 
-def error_answer(error: MoesaicError, *, status_code: int | None = None) -> Response:
-    status_code = status_code or error.http_status
-    response = json_response(error_response(error), status_code)
+def error_answer(
+    error: Exception, identity: str = "", *, status_code: int | None = None
+) -> Response:
+    """What the client of the request ``identity`` gets for an error; what it must not know of it
+    is logged under that id."""
+    told = _told(error, identity)
+    if status_code is None:
+        known = error if isinstance(error, MoesaicError) else InternalError()
+        status_code = known.http_status
+    response = json_response(told, status_code)
     if status_code in (429, 503):
         response.headers["Retry-After"] = str(RETRY_AFTER_S)
+    if isinstance(error, SlowBody):
+        # What is still to come of it would keep the connection.
+        response.headers["Connection"] = "close"
     return response
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Raises BodyTooLarge before more than ``max_bytes`` are in memory."""
-    declared = request.headers.get("content-length", "0")
-    body = bytearray()
-    if not declared.isdigit() or int(declared) > max_bytes:
-        raise BodyTooLarge(f"the body has {declared} bytes; {max_bytes} are allowed")
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise BodyTooLarge(f"the body has more than {max_bytes} bytes")
-    return bytes(body)
+def _told(error: Exception, identity: str) -> ErrorResponse:
+    if not isinstance(error, MoesaicError):
+        logger.error("request %s: unexpected error", identity, exc_info=error)
+        error = InternalError()
+    elif not error.for_clients:
+        logger.warning("request %s: %s: %s", identity, error.code, error)
+    return error_response(error, identity)
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -86,7 +94,7 @@ async def event_stream(
     request: Request, chunks: AsyncGenerator[BaseModel, None]
 ) -> StreamingResponse:
     """An SSE response; an error before the first chunk is raised, a later one is an event."""
-    events = _events(chunks)
+    events = _events(chunks, request_id(request))
     try:
         first = await unless_disconnected(request, anext(events))
     except BaseException:
@@ -95,7 +103,9 @@ async def event_stream(
     return _EventStream(first, events)
 
 
-async def _events(chunks: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str, None]:
+async def _events(
+    chunks: AsyncGenerator[BaseModel, None], identity: str
+) -> AsyncGenerator[str, None]:
     started = False
     async with aclosing(chunks):
         try:
@@ -105,8 +115,7 @@ async def _events(chunks: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str
         except Exception as error:
             if not started:
                 raise
-            known = error if isinstance(error, MoesaicError) else _internal(error)
-            yield f"data: {error_response(known).model_dump_json()}\n\n"
+            yield f"data: {_told(error, identity).model_dump_json()}\n\n"
             return
     yield "data: [DONE]\n\n"
 
@@ -129,13 +138,9 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _internal(error: Exception) -> InternalError:
-    logger.error("unexpected error", exc_info=error)
-    return InternalError(in_words(error))
-
-
 def request_id(request: Request) -> str:
-    return request.scope["state"]["request_id"]
+    """Empty where Edge does not stand before the app."""
+    return request.scope.get("state", {}).get("request_id", "")
 
 
 def began(request: Request) -> float:
@@ -144,8 +149,8 @@ def began(request: Request) -> float:
 
 
 def allow_cors(app: FastAPI, origins: Sequence[str]) -> None:
-    """Let pages of these origins use the endpoint from within a browser. To be called after Edge is
-    added, so that errors that Edge words have the headers, too."""
+    """Let pages of these origins use the endpoint from within a browser. To be called after Defects
+    is added, so that the errors that it words have the headers, too."""
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,
@@ -156,28 +161,49 @@ def allow_cors(app: FastAPI, origins: Sequence[str]) -> None:
     )
 
 
-class Edge:
-    """ASGI middleware: gives each request an id, each unexpected error a proper answer, and counts
-    the answers."""
+class Defects:
+    """ASGI middleware: gives each unexpected error a proper answer."""
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as error:
+            if scope["type"] != "http" or started:
+                raise
+            await error_answer(error, request_id(Request(scope)))(scope, receive, send)
+
+
+class Edge:
+    """ASGI middleware, the outermost: gives each request an id, refuses those that the guard does
+    not let in, and counts the answers."""
+
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics, guard: WebGuard) -> None:
         self._app = app
         self._metrics = metrics
+        self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asked = Request(scope).headers.get(_REQUEST_ID_HEADER, "")
+        request = Request(scope)
+        asked = request.headers.get(_REQUEST_ID_HEADER, "")
         identity = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"], state["began"] = identity, time.perf_counter()
-        started = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 MutableHeaders(scope=message)[_REQUEST_ID_HEADER] = identity
                 # A path that nobody serves is anybody's words.
                 route = scope.get("route")
@@ -185,8 +211,11 @@ class Edge:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
-        except Exception as error:
-            if started:
-                raise
-            await error_answer(_internal(error))(scope, receive, send_with_id)
+            headers = request.headers
+            # Kubernetes names the pod's address, and the answer tells nobody anything.
+            if not is_probe(scope):
+                self._guard.check(headers.getlist("host"), headers.getlist("origin"))
+        except Forbidden as error:
+            await error_answer(error, identity)(scope, receive, send_with_id)
+            return
+        await self._app(scope, receive, send_with_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,7 +15,8 @@ from pydantic_core import PydanticCustomError
 
 from ..proto.errors import RequestError
 from .engine import Pooling, Sampling
-from .http_edge import json_response, read_body, unless_disconnected
+from .http_bodies import Bodies
+from .http_edge import json_response, unless_disconnected
 from .http_sampling import Strict
 from .http_schema import is_ids, parse_request
 from .served import ServedModel
@@ -78,11 +80,10 @@ class EmbeddingList(BaseModel):
     usage: EmbeddingUsage
 
 
-def add_embeddings(app: FastAPI, find: Callable[[str], ServedModel], max_body_bytes: int) -> None:
+def add_embeddings(app: FastAPI, find: Callable[[str], ServedModel], bodies: Bodies) -> None:
     @app.post("/v1/embeddings")
     async def embed(request: Request) -> Response:
-        body = await read_body(request, max_body_bytes)
-        asked = await asyncio.to_thread(parse_request, EmbeddingRequest, body)
+        asked = await bodies.parsed(request, partial(parse_request, EmbeddingRequest))
         model = find(asked.model)
         try:
             prompts = [

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..proto.errors import Busy, Ending
 from .http_edge import error_answer
-from .http_health import PATHS
+from .http_health import is_probe
 from .http_responses import error_response
 
 # Beyond what all trunks take; more is a flood.
@@ -76,13 +76,13 @@ class Gated:
         self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _path(scope) in PATHS:
+        if scope["type"] != "http" or is_probe(scope):
             await self._app(scope, receive, send)
             return
         try:
             self._gate.check()
         except (Ending, Busy) as error:
-            await error_answer(error)(scope, receive, send)
+            await error_answer(error, _identity(scope))(scope, receive, send)
             return
         answer, request = _Answer(send), asyncio.timeout(None)
         try:
@@ -97,7 +97,7 @@ class Gated:
                 raise
             error = self._gate.too_late()
             if not answer.begun:
-                await error_answer(error)(scope, receive, send)
+                await error_answer(error, _identity(scope))(scope, receive, send)
             else:
                 await answer.end_with(error)
 
@@ -128,7 +128,5 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
 
 
-def _path(scope: Scope) -> str:
-    """Below the prefix at which the app is mounted."""
-    root = scope.get("root_path", "").rstrip("/")
-    return scope["path"].removeprefix(root) if root else scope["path"]
+def _identity(scope: Scope) -> str:
+    return scope.get("state", {}).get("request_id", "")

@@ -7,11 +7,19 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from starlette.responses import PlainTextResponse
+from starlette.types import Scope
 
 from ..proto.errors import UnknownModel
 from .health import Health
 
 PATHS = frozenset({"/livez", "/readyz", "/startupz"})
+
+
+def is_probe(scope: Scope) -> bool:
+    root = scope.get("root_path", "").rstrip("/")
+    # Below the prefix at which the app is mounted.
+    path = scope["path"].removeprefix(root) if root else scope["path"]
+    return scope["method"] in ("GET", "HEAD") and path in PATHS
 
 
 def add_health(app: FastAPI, health: Health) -> None:

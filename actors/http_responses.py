@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
-from ..proto.errors import MoesaicError
+from ..proto.errors import MoesaicError, words_for_client
 from .served import Piece, TokenChoice, TokenText
 from .tools import ToolCall
 
@@ -25,7 +25,11 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-def error_response(error: MoesaicError) -> ErrorResponse:
+def error_response(
+    error: MoesaicError, request_id: str = "", *, words: str | None = None
+) -> ErrorResponse:
+    """``words``: in place of what any client may be told (`words_for_client`)."""
+    words = words_for_client(error, request_id) if words is None else words
     kinds = {
         400: "invalid_request_error",
         401: "authentication_error",
@@ -35,7 +39,7 @@ def error_response(error: MoesaicError) -> ErrorResponse:
     }
     return ErrorResponse(
         error=ErrorBody(
-            message=str(error),
+            message=words,
             type=kinds.get(error.http_status, "server_error"),
             param=getattr(error, "param", None),
             code=error.code,

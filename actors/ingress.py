@@ -8,36 +8,36 @@ cancels the request in the engine.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import StatelessLifespan
 
-from ..proto.errors import MoesaicError, NoAnswer, RequestError, UnknownModel
+from ..cluster.web_guard import WebGuard
+from ..proto.errors import MoesaicError, RequestError, UnknownModel
 from .answers import Answers, ChatAnswers, Numbered, TextAnswers, chunks, collect, merge
 from .engine import Limits, Sampling
 from .health import Health, ModelHealth
+from .http_bodies import Bodies, BodyLimits
 from .http_edge import (
+    Defects,
     Edge,
     allow_cors,
     began,
     error_answer,
     event_stream,
     json_response,
-    read_body,
     request_id,
     unless_disconnected,
 )
 from .http_embeddings import add_embeddings
 from .http_gate import Gate, Gated
 from .http_health import add_health
-from .http_metrics import CONTENT_TYPE, HttpMetrics
+from .http_metrics import HttpMetrics
 from .http_openapi import document, errors, generation
 from .http_responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
 from .http_schema import ChatRequest, CompletionRequest, parse_request
@@ -45,51 +45,50 @@ from .served import Piece, ServedModel
 from .thinking import Thinking
 from .tools import Calls
 
-logger = logging.getLogger(__name__)
-
 # OpenAI's default for completions; a chat answer may fill what the context leaves.
 COMPLETION_MAX_TOKENS = 16
-# Its parts are asked at the same time, and each says more when it is late (`serve_app`).
-STATUS_TIMEOUT_S = 6.0
 CLIENT_CLOSED_REQUEST = 499  # nginx's number: nobody receives it, logs do
 
 Asked = CompletionRequest | ChatRequest
-Status = Callable[[], Awaitable[dict[str, Any]]]
 
 
 def create_app(
     *,
     models: Mapping[str, ServedModel],
-    status: Status,
-    max_body_bytes: int,
+    bodies: BodyLimits,
     aliases: Mapping[str, Sequence[str]] | None = None,
     cors_origins: Sequence[str] = (),
-    health: Mapping[str, ModelHealth] | None = None,
+    guard: WebGuard | None = None,
+    metrics: HttpMetrics | None = None,
+    lifespan: StatelessLifespan[FastAPI] | None = None,
+    health: Health | None = None,
     gate: Gate | None = None,
 ) -> FastAPI:
-    """``status()`` answers a dict whose ``healthy`` says whether requests can be served.
-    ``aliases``: more names, by model. ``cors_origins``: see `EndpointSpec`. ``health``: of models
-    that may be not ready. ``gate``: whoever holds it ends the app."""
+    """``aliases``: more names, by model. ``cors_origins``: see `EndpointSpec`. ``guard``: without,
+    every Host and Origin may ask. ``metrics`` has what is counted. ``health``: without, all models
+    are ready. ``gate``: whoever holds it ends the app."""
     # Pages that show the document would load their scripts from elsewhere.
-    app = FastAPI(docs_url=None, redoc_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan)
     document(app)
-    metrics = HttpMetrics()
+    metrics = metrics or HttpMetrics()
     gate = gate or Gate()
+    # The last that is added is the outermost.
     app.add_middleware(Gated, gate=gate)
-    app.add_middleware(Edge, metrics=metrics)
+    app.add_middleware(Defects)
     if cors_origins:
         allow_cors(app, cors_origins)
-    known = {name: ModelHealth() for name in models} | dict(health or {})
-    add_health(app, Health(known, aliases, leaving=lambda: gate.ending))
+    app.add_middleware(Edge, metrics=metrics, guard=guard or WebGuard(loopback=False))
+    ready = {name: ModelHealth() for name in models}
+    add_health(app, health or Health(ready, aliases, leaving=lambda: gate.ending))
     models = {
         name: model
         for own, model in models.items()
         for name in (own, *(aliases or {}).get(own, ()))
     }
     _add_models(app, models)
-    _add_generation(app, models, metrics, max_body_bytes)
-    add_embeddings(app, partial(_find, models), max_body_bytes)
-    _add_status(app, status, metrics)
+    held = Bodies(bodies)
+    _add_generation(app, models, metrics, held)
+    add_embeddings(app, partial(_find, models), held)
     _add_errors(app)
     return app
 
@@ -106,15 +105,13 @@ def _add_models(app: FastAPI, models: Mapping[str, ServedModel]) -> None:
 
 
 def _add_generation(
-    app: FastAPI, models: Mapping[str, ServedModel], metrics: HttpMetrics, max_body_bytes: int
+    app: FastAPI, models: Mapping[str, ServedModel], metrics: HttpMetrics, bodies: Bodies
 ) -> None:
     @app.post(
         "/v1/completions", openapi_extra=generation(CompletionRequest, Completion, Completion)
     )
     async def complete(request: Request) -> Response:
-        body = await read_body(request, max_body_bytes)
-        # Off the event loop, as encoding is: a body may have megabytes.
-        asked = await asyncio.to_thread(parse_request, CompletionRequest, body)
+        asked = await bodies.parsed(request, partial(parse_request, CompletionRequest))
         model = _find(models, asked.model)
         prompts = [
             await model.encode(prompt) if isinstance(prompt, str) else prompt
@@ -142,8 +139,7 @@ def _add_generation(
         "/v1/chat/completions", openapi_extra=generation(ChatRequest, ChatCompletion, ChatChunk)
     )
     async def chat(request: Request) -> Response:
-        body = await read_body(request, max_body_bytes)
-        asked = await asyncio.to_thread(parse_request, ChatRequest, body)
+        asked = await bodies.parsed(request, partial(parse_request, ChatRequest))
         model = _find(models, asked.model)
         messages = [message.for_template() for message in asked.messages]
         prompt = await model.encode_chat(messages, asked.offered_tools, asked.chat_template_kwargs)
@@ -218,34 +214,10 @@ async def _respond(
     return json_response(await unless_disconnected(request, collect(pieces, choices, answers)))
 
 
-def _add_status(app: FastAPI, status: Status, metrics: HttpMetrics) -> None:
-    async def read_status() -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(STATUS_TIMEOUT_S):
-                return await status()
-        except TimeoutError:
-            text = f"the cluster's status did not come within {STATUS_TIMEOUT_S:g} s; ask again"
-            raise NoAnswer(text) from None
-
-    @app.get("/status", openapi_extra={"responses": errors()})
-    async def get_status() -> dict[str, Any]:
-        return await read_status()
-
-    @app.get("/metrics")
-    async def get_metrics() -> Response:
-        try:
-            engines = (await read_status()).get("models", {})
-        except Exception:
-            # What the endpoint counts itself is there all the same.
-            logger.exception("no status")
-            engines = {}
-        return Response(metrics.text(engines), media_type=CONTENT_TYPE)
-
-
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(MoesaicError)
     async def on_error(request: Request, error: MoesaicError) -> Response:
-        return error_answer(error)
+        return error_answer(error, request_id(request))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:

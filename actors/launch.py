@@ -46,7 +46,7 @@ from .ray_border import (
     start_ray,
 )
 from .router_process import service_address, start_router_service
-from .serve_border import app_name, find_place, leave_serve
+from .serve_border import app_name, find_monitoring, find_place, leave_serve
 from .start_failures import describe_failures, log_of
 from .store import ModelRef
 from .term import forget_all, forget_last
@@ -71,6 +71,7 @@ class Launched:
     begun: bool = False  # the cluster of this name on this Ray is this one
     serves: bool = False  # something of it may be on Serve
     url: str | None = None
+    monitoring: str | None = None  # the address of /status and /metrics
     router: str | None = None  # host:port of the router service
     router_service: Any = None
     owns_ray: bool = False
@@ -146,6 +147,7 @@ def launch(
         check_name(spec)
         if spec.endpoint is not None and refs:
             find_place(spec)
+            find_monitoring(spec)
         begins(launched.namespace)
         launched.begun = True
         forget_last(launched.namespace)
@@ -161,7 +163,7 @@ def launch(
         if spec.endpoint is not None and refs:
             progress("starting the endpoint", 0, 1)
             launched.serves = True
-            launched.url = start_endpoint(
+            launched.url, launched.monitoring = start_endpoint(
                 spec, refs, {m.name: bounds_of(m, checked.described[m.name]) for m in spec.models}
             )
             progress("starting the endpoint", 1, 1)

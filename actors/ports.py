@@ -55,6 +55,7 @@ def resolved(key: str, host: str) -> tuple[int, str]:
 
 
 def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
+    family, address = resolved("host", host)
+    with socket.socket(family) as probe:
+        probe.bind((address, 0))
         return probe.getsockname()[1]

@@ -34,6 +34,8 @@ logging.getLogger("ray.serve").setLevel(logging.WARNING)
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 
 CONTROLLER = "controller"
+# The resource that the node of Ray's GCS has, and no other.
+HEAD_NODE = "node:__internal_head__"
 EMBEDDED_STORE_BYTES = 128 << 20
 
 

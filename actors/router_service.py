@@ -156,7 +156,7 @@ class _Servicer(RouterServicer):
     def Compute(  # noqa: N802
         self, request_iterator: Iterator[ComputeRequest], context: grpc.ServicerContext
     ) -> Iterator[ComputeReply]:
-        with aborting(context):
+        with aborting(context, outside=True):
             left_s = self._time_left(context)
             with (
                 self._unannounced.holding(),
@@ -193,7 +193,7 @@ class _Servicer(RouterServicer):
     def Models(  # noqa: N802
         self, request: ModelsRequest, context: grpc.ServicerContext
     ) -> ModelsReply:
-        with aborting(context):
+        with aborting(context, outside=True):
             return ModelsReply(models=self._catalog.all(), max_call_bytes=self._max_call_bytes)
 
     def _time_left(self, context: grpc.ServicerContext) -> float:

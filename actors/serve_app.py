@@ -13,7 +13,15 @@ import asyncio
 import dataclasses
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -30,7 +38,8 @@ from ray.serve.handle import (
 
 from ..cluster.missing import Dropped
 from ..cluster.progress import STALLED_S, Heard, Progress
-from ..cluster.serving_spec import EndpointSpec
+from ..cluster.serving_spec import EndpointSpec, MonitoringSpec
+from ..cluster.web_guard import WebGuard
 from ..proto.errors import (
     Busy,
     EngineError,
@@ -52,10 +61,14 @@ from .engine import (
     Sampling,
     TokenLogprob,
 )
-from .health import ModelHealth
+from .health import Health, ModelHealth
+from .http_bodies import BodyLimits
 from .http_gate import Gate
+from .http_metrics import HttpMetrics
+from .http_monitoring import monitoring_app
 from .ingress import create_app
-from .ray_border import cluster_of, last_line
+from .monitoring import monitoring
+from .ray_border import HEAD_NODE, cluster_of, last_line
 from .replica_port import stay_on_node
 from .served import ServedModel
 from .start_failures import telling
@@ -63,6 +76,7 @@ from .start_failures import telling
 if TYPE_CHECKING:
     import numpy as np
     from ray.serve import Application
+    from starlette.types import StatelessLifespan
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -70,6 +84,9 @@ logger = logging.getLogger(__name__)
 # The engine and the ingress's gate refuse with Busy before Serve queues anything: probes, and the
 # call that ends the ingress, always find room.
 MAX_ONGOING = 4096
+# The ingress refuses, in its own words, what it has no place for; beyond this Serve would let
+# requests wait in its proxy, without any bound.
+INGRESS_ONGOING = 2 * MAX_ONGOING
 # Of one call that only asks: limits, statistics.
 QUESTION_TIMEOUT_S = 5.0
 # After so long without a token the trunk is asked whether it lives.
@@ -78,6 +95,8 @@ PATIENCE_S = 15.0
 CLOSE_S = 15.0
 # Building a trunk reads a checkpoint.
 START_TIMEOUT_S = 600.0
+
+_FULL = "the model's trunks have as many requests as they may; try again later"
 
 T = TypeVar("T")
 StatusSource = Callable[[], Awaitable[dict[str, Any]]]
@@ -139,7 +158,7 @@ class Trunk:
         except MoesaicError as error:
             yield Failure.of(error)
         except Exception as error:
-            logger.exception("unexpected error of the engine")
+            logger.exception("request %s: unexpected error of the engine", request_id)
             yield Failure.of(InternalError(in_words(error)))
 
     async def embed(self, prompts: list[list[int]], pooling: Pooling) -> np.ndarray | Failure:
@@ -217,8 +236,8 @@ class TrunkClient:
                 yield Delta(*item)
         except StopAsyncIteration:
             raise EngineError("the trunk's stream ended early") from None
-        except BackPressureError as error:
-            raise Busy(str(error)) from None
+        except BackPressureError:
+            raise Busy(_FULL) from None
         except (RayError, RayServeException) as error:
             raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
         finally:
@@ -235,8 +254,8 @@ class TrunkClient:
         try:
             found = await self._patiently(_result(asked), self._cold_start_s or PATIENCE_S)
             finished = True
-        except BackPressureError as error:
-            raise Busy(str(error)) from None
+        except BackPressureError:
+            raise Busy(_FULL) from None
         except (RayError, RayServeException) as error:
             raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
         finally:
@@ -317,11 +336,14 @@ class TrunkClient:
         return await cast("DeploymentResponse[Any]", getattr(self._handle, method).remote())
 
 
+# On the head node, where Serve's proxy is: monitoring can be asked where the endpoint can. It takes
+# no core of Ray's, which may have none to give there.
 @serve.deployment(
     name="Ingress",
-    max_ongoing_requests=2 * MAX_ONGOING,
+    max_ongoing_requests=INGRESS_ONGOING,
     graceful_shutdown_wait_loop_s=0.2,
     max_constructor_retry_count=1,
+    ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
 )
 @serve.ingress()
 class Ingress:
@@ -336,8 +358,12 @@ class Ingress:
         endpoint: EndpointSpec,
         aliases: Mapping[str, Sequence[str]],
         experts: Mapping[str, ExpertBounds],
+        monitoring: MonitoringSpec | None,
+        own_hosts: Collection[str],
     ) -> None:
         self._endpoint = endpoint
+        self._monitoring = monitoring
+        self._own_hosts = own_hosts
         self._aliases = aliases
         self._experts = experts
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
@@ -352,13 +378,27 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         with _starting("ingress"):
             models = {name: await self._model(name, trunk) for name, trunk in self._trunks.items()}
+        endpoint, metrics = self._endpoint, HttpMetrics()
+        health = Health(self._health, self._aliases, leaving=lambda: self._gate.ending)
+        limits = endpoint.limits
         return create_app(
             models=models,
-            status=self._status,
-            max_body_bytes=int(self._endpoint.limits.body_mb * 1e6),
+            bodies=BodyLimits(
+                each_bytes=int(limits.body_mb * 1e6),
+                all_bytes=int(limits.bodies_mb * 1e6),
+                arrive_s=limits.body_s,
+            ),
             aliases=self._aliases,
-            cors_origins=self._endpoint.cors_origins,
-            health=self._health,
+            cors_origins=endpoint.cors_origins,
+            guard=WebGuard.of(
+                endpoint.host,
+                allowed_hosts=endpoint.allowed_hosts,
+                origins=endpoint.cors_origins,
+                own=self._own_hosts,
+            ),
+            metrics=metrics,
+            lifespan=self._lifespan(metrics, health),
+            health=health,
             gate=self._gate,
         )
 
@@ -370,6 +410,22 @@ class Ingress:
         """Requests that are not over."""
         return self._gate.running
 
+    def _lifespan(self, metrics: HttpMetrics, health: Health) -> StatelessLifespan[FastAPI] | None:
+        """The monitoring server lives as long as the app does."""
+        at = self._monitoring
+        if at is None:
+            return None
+        app = monitoring_app(
+            status=self._status,
+            engines=self._engines,
+            metrics=metrics,
+            health=health,
+            guard=WebGuard.of(
+                at.host, allowed_hosts=self._endpoint.allowed_hosts, own=self._own_hosts
+            ),
+        )
+        return lambda _: monitoring(app, at.host, at.port)
+
     async def _model(self, name: str, trunk: TrunkClient) -> ServedModel:
         tokenizer = self._tokenizers[name]()
         limits = (await trunk.limits()).within(self._endpoint.limits)
@@ -378,12 +434,14 @@ class Ingress:
         generate, embed = health.watch(trunk.generate), health.watch_embed(trunk.embed)
         return ServedModel(name, tokenizer, limits, generate, embed)
 
+    async def _engines(self) -> dict[str, Any]:
+        stats = await asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
+        return dict(zip(self._trunks, stats, strict=True))
+
     async def _status(self) -> dict[str, Any]:
-        asked = asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
-        # All at the same time: each may take as long as one question may.
-        stats, more = await asyncio.gather(asked, self._more())
-        models = dict(zip(self._trunks, stats, strict=True))
-        healthy = all(one["healthy"] for one in stats) and more.get("healthy", True)
+        # Both at the same time: each may take as long as one question may.
+        models, more = await asyncio.gather(self._engines(), self._more())
+        healthy = all(one["healthy"] for one in models.values()) and more.get("healthy", True)
         answer: dict[str, Any] = {**more, "healthy": healthy}
         return {**answer, "models": models}
 
@@ -424,12 +482,15 @@ def build(
     endpoint: EndpointSpec | None = None,
     aliases: Mapping[str, Sequence[str]] | None = None,
     experts: Mapping[str, ExpertBounds] | None = None,
+    monitoring: MonitoringSpec | None = None,
+    own_hosts: Collection[str] = (),
 ) -> Application:
     """The application for ``serve.run``: model names -> ``Trunk.bind(engine_factory)``.
 
-    ``status`` is called in the ingress; what it answers is merged into ``/status``. With
-    ``cold_start_s`` trunks may scale to zero, and take so long to come back. ``aliases``: more
-    names, by model.
+    ``status`` is called in the ingress; what it answers is merged into ``/status``, which is at
+    the address ``monitoring`` and whose port must be given. With ``cold_start_s`` trunks may scale
+    to zero, and take so long to come back. ``aliases``: more names, by model. ``own_hosts``: names
+    by which the endpoint is told to be reached.
     """
     endpoint = endpoint or EndpointSpec()
     return Ingress.options(graceful_shutdown_timeout_s=ending_s(endpoint.drain_s)).bind(
@@ -440,4 +501,6 @@ def build(
         endpoint,
         dict(aliases or {}),
         dict(experts or {}),
+        monitoring,
+        tuple(own_hosts),
     )

@@ -8,7 +8,6 @@ be up, it is asked.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import time
 from collections.abc import Collection
@@ -21,14 +20,16 @@ from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX as _REPLICA
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
 from ray.serve.context import _set_global_client
 
 from ..cluster.serving_spec import EndpointSpec
 from ..cluster.spec import Spec
+from ..cluster.web_guard import is_loopback
 from ..proto.errors import ClusterError, in_words
 from .ports import check_port, free_port
-from .ray_border import CONTROLLER, ask, cluster_of, kill_named, namespace_of
+from .proxy_door import HOOK, middlewares
+from .ray_border import CONTROLLER, HEAD_NODE, ask, cluster_of, kill_named, namespace_of
 
 log = logging.getLogger(__name__)
 
@@ -104,11 +105,28 @@ def find_place(spec: Spec) -> Place:
     return Place(running.http.host, running.http.port, prefix, serve_runs=True)
 
 
+def find_monitoring(spec: Spec) -> Place | None:
+    """Where an endpoint's monitoring is to be: on the head node, as the endpoint. Raises
+    ClusterError where its port is taken there."""
+    wanted = spec.monitoring
+    if wanted is None:
+        return None
+    if is_head_node():
+        check_port("monitoring", wanted.host, wanted.port)
+    return Place(wanted.host, wanted.port or free_port(wanted.host))
+
+
 def start_serve(place: Place, name: str) -> None:
     """Start Serve for the cluster ``name``, unless it runs."""
     if place.serve_runs:
         return
-    serve.start(proxy_location="HeadOnly", http_options={"host": place.host, "port": place.port})
+    door = f"{middlewares.__module__}.{middlewares.__name__}"
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": place.host, "port": place.port},
+        # What the controller starts has its environment, and so has the proxy.
+        controller_options=ControllerOptions(runtime_env={"env_vars": {HOOK: door}}),
+    )
     _internal_kv_put(_STARTED_BY, name, overwrite=True, namespace=_STORE)
 
 
@@ -136,6 +154,33 @@ def _end_app(app: str, patience_s: float = LEAVE_S) -> None:
             # Serve was told to end them, and starts none instead.
             kill_named(SERVE_NAMESPACE, f"{_REPLICA}{app}#")
         time.sleep(_LOOK_S)
+
+
+def wait_monitored(place: Place, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
+    """Raises ClusterError where the status of these models is not to be had in time. To be called
+    where the place can be reached."""
+    deadline = time.monotonic() + timeout_s
+    with httpx.Client(trust_env=False, timeout=10.0) as client:
+        while (found := _monitored(client, f"{place.url}/status", models)) is not None:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"monitoring: {place.url} does not answer within {timeout_s:g} s: {found}; is "
+                    "its port another program's?"
+                )
+            time.sleep(_LOOK_S)
+
+
+def _monitored(client: httpx.Client, url: str, models: Collection[str]) -> str | None:
+    """What is wrong with the answer."""
+    try:
+        answer = client.get(url)
+        if answer.status_code == 503:
+            return None  # one of ours: the controller may be slow
+        known = set(answer.raise_for_status().json()["models"])
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        return in_words(error)
+    missing = set(models) - known
+    return f"it has the models {sorted(known)}" if missing else None
 
 
 def wait_answers(place: Place, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
@@ -229,9 +274,9 @@ def _check(endpoint: EndpointSpec, name: str, running: Running) -> None:
 def _on_head_node(host: str) -> bool:
     """Whether Serve, which listens on Ray's head node, does so on this machine."""
     head = _head()
-    if head["NodeID"] == _this_node():
+    if is_head_node():
         return True
-    if _is_loopback(host):
+    if is_loopback(host):
         raise ClusterError(
             f"endpoint.host: {host} is for processes of one machine, and Serve listens on Ray's "
             f"head node ({head['NodeManagerAddress']}), which is another one than this; say "
@@ -240,18 +285,16 @@ def _on_head_node(host: str) -> bool:
     return False
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _head() -> dict[str, Any]:
     for node in ray.nodes():
-        if node["Alive"] and "node:__internal_head__" in node["Resources"]:
+        if node["Alive"] and HEAD_NODE in node["Resources"]:
             return node
     raise ClusterError("ray.address: this Ray has no head node")
+
+
+def is_head_node() -> bool:
+    """Whether this process is on Ray's head node."""
+    return _head()["NodeID"] == _this_node()
 
 
 def _this_node() -> str:

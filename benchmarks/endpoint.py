@@ -124,6 +124,7 @@ def spec(trunks: int) -> dict[str, Any]:
         "hosts": [{"count": 2}],
         "trunk": {"min_replicas": trunks, "max_replicas": trunks},
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
     }
 
 

@@ -152,10 +152,15 @@ async def texts_of(http: httpx.AsyncClient, prompts: list[list[int]]) -> list[st
     return [answer.json()["choices"][0]["text"] for answer in answers]
 
 
-async def soak(url: str, prompts: list[list[int]], streams: int, seconds: float) -> dict[str, Any]:
+async def soak(
+    url: str, monitoring: str, prompts: list[list[int]], streams: int, seconds: float
+) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=streams)
     timeout = httpx.Timeout(REQUEST_S)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=timeout) as http:
+    async with (
+        httpx.AsyncClient(base_url=url, limits=limits, timeout=timeout) as http,
+        httpx.AsyncClient(base_url=monitoring, timeout=timeout) as operator,
+    ):
         texts = await texts_of(http, prompts)
 
         async def phase(duration_s: float, seed: int) -> Seen:
@@ -167,12 +172,12 @@ async def soak(url: str, prompts: list[list[int]], streams: int, seconds: float)
             return seen
 
         await phase(WARM_S, 1)
-        await at_rest(http)
+        await at_rest(operator)
         before = resources()
         began = time.monotonic()
         seen = await phase(seconds, 2)
         took_s = time.monotonic() - began
-        rest = await at_rest(http)
+        rest = await at_rest(operator)
         after = resources()
         assert await texts_of(http, prompts) == texts
     grown = {
@@ -198,11 +203,11 @@ async def soak(url: str, prompts: list[list[int]], streams: int, seconds: float)
     }
 
 
-async def at_rest(http: httpx.AsyncClient) -> dict[str, Any]:
+async def at_rest(operator: httpx.AsyncClient) -> dict[str, Any]:
     """What the engine has left when nobody asks any more."""
     until = time.monotonic() + QUIET_S
     while True:
-        stats = (await http.get("/status")).json()["models"]["demo"]
+        stats = (await operator.get("/status")).json()["models"]["demo"]
         left = {key: stats[key] for key in ("running", "waiting", "parked")}
         if not any(left.values()) or time.monotonic() > until:
             return {**left, "restarts": stats["restarts"]}
@@ -221,10 +226,19 @@ def main() -> int:
         "models": [{"name": "demo", "path": "demo"}],
         "hosts": [{"count": 2, "threads": 1}],
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
     }
     prompts = prompts_of(demo_model())[:8]
     with moesaic.up(spec) as cluster:
-        found = asyncio.run(soak(cluster.url or "", prompts, args.streams, 60 * args.minutes))
+        found = asyncio.run(
+            soak(
+                cluster.url or "",
+                cluster.monitoring or "",
+                prompts,
+                args.streams,
+                60 * args.minutes,
+            )
+        )
     table = Table(title=f"{args.streams} streams for {args.minutes:g} minutes", show_header=False)
     for key, value in found.items():
         if key not in ("grown", "outcomes"):

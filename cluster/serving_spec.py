@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from .health import RouterPolicy
 from .spec_part import Address, Part, Resources, Seconds, Threads
+from .web_guard import is_host
 
 EngineKind = Literal["transformers", "vllm"]
 
@@ -39,14 +40,33 @@ class TrunkSpec(Resources):
         return self
 
 
+_PRIORITIES = 2**31
+
+
 class LimitSpec(Part):
     """What one request may ask for, beside what its model and the cache allow: tokens of its prompt
-    and of an answer, seconds to its last token, megabytes of its body."""
+    and of an answer, seconds to its last token, megabytes of its body and seconds for the body to
+    arrive, and a ``priority``. The bodies of all requests that arrive or are parsed may have
+    ``bodies_mb``; a request beyond them is told to come again later (503)."""
 
     prompt_tokens: int | None = Field(default=None, ge=1)
     answer_tokens: int | None = Field(default=None, ge=1)
     request_s: Seconds | None = None
     body_mb: float = Field(default=8.0, gt=0, le=1024)
+    body_s: Seconds = 30.0
+    bodies_mb: float = Field(default=64.0, gt=0, le=1 << 20)
+    min_priority: int = Field(default=0, ge=-_PRIORITIES, lt=_PRIORITIES)
+    max_priority: int = Field(default=_PRIORITIES - 1, ge=-_PRIORITIES, lt=_PRIORITIES)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LimitSpec:
+        if self.body_mb > self.bodies_mb:
+            raise ValueError("body_mb <= bodies_mb must hold: one body is among all of them")
+        if not self.min_priority <= 0 <= self.max_priority:
+            raise ValueError(
+                "min_priority <= 0 <= max_priority must hold: a request that says nothing has 0"
+            )
+        return self
 
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9]\d{0,4})?")
@@ -68,16 +88,31 @@ def _origin(value: str) -> str:
     return value
 
 
+def _allowed_host(value: str) -> str:
+    if value != "*" and not is_host(value):
+        raise ValueError(
+            "a name or an address as in http://NAME/ is expected, without a port (any will do); or "
+            "'*' alone"
+        )
+    return value
+
+
 class EndpointSpec(Part):
     """The HTTP endpoint; port 0 takes a free one, or that of a Serve that runs on the Ray already:
     other addresses are refused then, as a Serve has one. Pages of ``cors_origins`` may use it from
     within a browser, as `https://chat.example` or `http://localhost:3000`; with `*` every page that
-    the browser's user opens may, also where the endpoint listens on loopback only."""
+    the browser's user opens may, also where the endpoint listens on loopback only. There, requests
+    by other names than loopback's are refused (403), and so are those of pages of other sites;
+    ``allowed_hosts`` are more names by which it may be asked for, as `api.example` behind a proxy,
+    and where it does not listen on loopback the only ones beside its own, if any are given."""
 
     host: Address = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
     cors_origins: Annotated[
         tuple[Annotated[str, AfterValidator(_origin)], ...], Field(strict=False)
+    ] = ()
+    allowed_hosts: Annotated[
+        tuple[Annotated[str, AfterValidator(_allowed_host)], ...], Field(strict=False)
     ] = ()
     limits: LimitSpec = LimitSpec()
     drain_s: float = Field(default=30.0, ge=0, le=86_400, allow_inf_nan=False)
@@ -86,7 +121,17 @@ class EndpointSpec(Part):
     def _all_or_some(self) -> EndpointSpec:
         if "*" in self.cors_origins and len(self.cors_origins) > 1:
             raise ValueError("cors_origins: '*' are all origins; it stands alone")
+        if "*" in self.allowed_hosts and len(self.allowed_hosts) > 1:
+            raise ValueError("allowed_hosts: '*' are all hosts; it stands alone")
         return self
+
+
+class MonitoringSpec(Part):
+    """Where `/status` and `/metrics` are, for an endpoint's operators: on the machine that has the
+    endpoint (Ray's head node); port 0 takes a free one."""
+
+    host: Address = "127.0.0.1"
+    port: int = Field(default=8002, ge=0, le=65_535)
 
 
 class TimeoutSpec(Part):

@@ -28,7 +28,7 @@ from .policy import ControlPolicy
 from .residency import HostPolicy
 from .router_spec import RouterSpec
 from .scaling_spec import AutoscaleSpec, Cost
-from .serving_spec import EndpointSpec, TimeoutSpec, TrunkSpec
+from .serving_spec import EndpointSpec, MonitoringSpec, TimeoutSpec, TrunkSpec
 from .spec_part import Address, Part, Resources, Seconds, Threads
 from .spec_text import StrictLoader, bytes_of, overridden, part_or_bytes, problems
 from .transports import TransportChoice
@@ -245,6 +245,7 @@ class Spec(Part):
     hosts: Annotated[tuple[HostGroup, ...], Field(strict=False)] = (HostGroup(),)
     trunk: TrunkSpec = TrunkSpec()
     endpoint: EndpointSpec | None = EndpointSpec()
+    monitoring: MonitoringSpec | None = MonitoringSpec()
     router: RouterSpec | None = None
     timeouts: TimeoutSpec = TimeoutSpec()
     balance: BalanceSpec = BalanceSpec()

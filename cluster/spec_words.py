@@ -22,6 +22,7 @@ WORDS: dict[str, dict[str, str]] = {
         "hosts": "Groups of like hosts.",
         "trunk": "The processes that hold the models' trunks, one deployment for each model.",
         "endpoint": "The HTTP endpoint; `null`: none.",
+        "monitoring": "Where the endpoint's `/status` and `/metrics` are; `null`: nowhere.",
         "timeouts": "Deadlines.",
         "balance": "When experts move, and what a move may cost.",
         "autoscale": "When hosts come and go.",
@@ -89,9 +90,14 @@ WORDS: dict[str, dict[str, str]] = {
         "host": "Where it listens.",
         "port": "0 takes a free one.",
         "cors_origins": "Whose pages may use it from within a browser; `*`: all.",
+        "allowed_hosts": "Further names by which it may be asked for; `*`: all.",
         "limits": "What one request may ask for.",
         "drain_s": "Seconds for running answers, and calls of the router service, when the cluster "
         "ends; new ones are refused.",
+    },
+    "MonitoringSpec": {
+        "host": "Where it listens.",
+        "port": "0 takes a free one.",
     },
     "RouterSpec": {
         "host": "Where it listens.",
@@ -107,6 +113,10 @@ WORDS: dict[str, dict[str, str]] = {
         "answer_tokens": "Of one answer; without: what the model and the cache allow.",
         "request_s": "Seconds to its last token; without: any.",
         "body_mb": "Megabytes of its body.",
+        "body_s": "Seconds for its body to arrive.",
+        "bodies_mb": "Megabytes of the bodies of all requests that arrive or are parsed.",
+        "min_priority": "The smallest that it may ask for: it goes before those that say nothing.",
+        "max_priority": "The largest that it may ask for.",
     },
     "TimeoutSpec": {
         "expert_s": "How long a call waits for an expert that is nowhere.",

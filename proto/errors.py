@@ -21,7 +21,9 @@ They cross the wire by name::
     |   |-- Ending               the service ends, and takes nothing new
     |   |-- HostLost             a host's connection ended
     |   |-- Corrupted            bytes changed on the way
-    |   `-- Interrupted          an answer cannot go on where it was
+    |   |-- Interrupted          an answer cannot go on where it was
+    |   |-- Overloaded           the endpoint holds as many requests, or bytes of them, as it may
+    |   `-- SlowBody             the body of a request did not arrive in time
     |-- ExpertUnavailable        no replica of an expert answered before the deadline
     |-- BadExpert                an expert produced values that are not finite
     |-- EngineError              the trunk's engine failed or was restarted
@@ -43,10 +45,14 @@ class MoesaicError(Exception):
     Base of every error that Moesaic raises on purpose. ``retryable`` says whether the same request
     may succeed when it is sent again; ``http_status`` is what the endpoint answers with. The first
     line of a class's docstring is what its errors say that were given no message.
+
+    ``for_clients``: its messages are written for clients outside of the cluster. Those of all other
+    classes may name hosts, addresses, files and classes, and stay in the logs (`words_for_client`).
     """
 
     retryable: ClassVar[bool] = False
     http_status: ClassVar[int] = 500
+    for_clients: ClassVar[bool] = False
 
     @property
     def code(self) -> str:
@@ -76,6 +82,8 @@ class RequestError(BadInput):
     ``param`` names the field.
     """
 
+    for_clients = True
+
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
@@ -96,6 +104,8 @@ class BodyTooLarge(RequestError):
 class CallError(BadInput):
     """An expert call has wrong shapes, dtypes or sizes; nothing was computed."""
 
+    for_clients = True
+
 
 class CheckpointError(BadInput):
     """A checkpoint is truncated, incomplete or of another shape than its configuration."""
@@ -111,12 +121,14 @@ class Unauthenticated(BadInput):
     It shows no key or proof, or a wrong one.
     """
 
+    for_clients = True
     http_status = 401
 
 
 class Forbidden(BadInput):
     """Whoever asks for this may not have it."""
 
+    for_clients = True
     http_status = 403
 
 
@@ -137,6 +149,7 @@ class Busy(Retryable):
     After ``retry_after_s``, if that is known.
     """
 
+    for_clients = True
     http_status = 429
     retry_after_s: float | None = None
 
@@ -144,6 +157,7 @@ class Busy(Retryable):
 class Expired(Retryable):
     """The deadline passed before the work was done; it was dropped, not computed."""
 
+    for_clients = True
     http_status = 504
 
 
@@ -153,6 +167,8 @@ class NoAnswer(Retryable):
 
 class Ending(Retryable):
     """The service is ending; send it again, elsewhere or later."""
+
+    for_clients = True
 
 
 class HostLost(Retryable):
@@ -166,6 +182,21 @@ class Corrupted(Retryable):
 class Interrupted(Retryable):
     """An answer stopped, and cannot go on where it was: it must be asked for again, whole."""
 
+    for_clients = True
+
+
+class Overloaded(Retryable):
+    """The endpoint holds as many requests, or bytes of them, as it may; send it again later."""
+
+    for_clients = True
+
+
+class SlowBody(Retryable):
+    """The body of a request did not arrive in time."""
+
+    http_status = 408
+    for_clients = True
+
 
 class ExpertUnavailable(MoesaicError):
     """No replica of an expert answered before the deadline.
@@ -174,6 +205,7 @@ class ExpertUnavailable(MoesaicError):
     another try is worthwhile now.
     """
 
+    for_clients = True
     retryable = True
     http_status = 503
     is_back: Callable[[], bool] | None = None
@@ -184,6 +216,8 @@ class BadExpert(MoesaicError):
 
     The message names the expert.
     """
+
+    for_clients = True
 
 
 class EngineError(MoesaicError):
@@ -220,6 +254,15 @@ ERRORS: dict[str, type[MoesaicError]] = _tree(MoesaicError)
 
 def _first_line(cls: type[MoesaicError]) -> str:
     return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+def words_for_client(error: MoesaicError, request_id: str = "") -> str:
+    """What a client outside of the cluster is told: the message, where it was written for clients,
+    else what the class says in general and the id by which the log has the message."""
+    if error.for_clients:
+        return str(error)
+    general = _first_line(type(error))
+    return f"{general} (request {request_id})" if request_id else general
 
 
 def in_words(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import logging
 import resource
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import ParamSpec, TypeVar
@@ -36,6 +37,7 @@ from ...proto.errors import (
     UnknownModel,
     from_wire,
     in_words,
+    words_for_client,
 )
 from ...proto.limits import CHUNK_BYTES, HELLO_S, MAX_CONNECTIONS
 
@@ -146,19 +148,30 @@ def to_grpc(error: Exception) -> tuple[grpc.StatusCode, str]:
 
 
 @contextlib.contextmanager
-def aborting(context: grpc.ServicerContext) -> Iterator[None]:
-    """End the RPC with the status of whatever is raised inside."""
+def aborting(context: grpc.ServicerContext, *, outside: bool = False) -> Iterator[None]:
+    """End the RPC with the status of whatever is raised inside. A caller from ``outside`` of the
+    cluster is told nothing of its inside: an id, under which the log has the rest."""
     try:
         yield
     except grpc.RpcError:
         raise  # the caller has gone; there is nobody to tell
     except Exception as error:
+        request_id = uuid.uuid4().hex if outside else ""
         if not isinstance(error, MoesaicError):
-            log.exception("gRPC: a defect in answering %s", context.peer())
+            log.exception("gRPC: request %s of %s: a defect", request_id, context.peer())
+        elif outside and not error.for_clients:
+            log.warning("gRPC: request %s: %s: %s", request_id, error.code, error)
         if isinstance(error, Busy) and error.retry_after_s is not None:
             pause = (_PUSHBACK, str(int(error.retry_after_s * 1e3)))
             context.set_trailing_metadata((pause,))
-        context.abort(*to_grpc(error))
+        context.abort(*(to_client(error, request_id) if outside else to_grpc(error)))
+
+
+def to_client(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str]:
+    """`to_grpc` for a client outside of the cluster."""
+    known = error if isinstance(error, MoesaicError) else InternalError()
+    status, _ = to_grpc(known)
+    return status, f"{known.code}: {words_for_client(known, request_id)}"[:_DETAILS_CHARS]
 
 
 def close_channel(channel: grpc.Channel, timeout_s: float) -> None:

@@ -100,6 +100,8 @@ class Client:
         return models(self._get("/v1/models"))
 
     def status(self) -> Json:
+        """What the cluster says of itself: for a client of its monitoring address
+        (`Cluster.monitoring`); an endpoint does not tell."""
         return self._get("/status")
 
     def health(self, model: str | None = None) -> bool:
@@ -228,6 +230,7 @@ class AsyncClient:
         return models(await self._get("/v1/models"))
 
     async def status(self) -> Json:
+        """See `Client.status`."""
         return await self._get("/status")
 
     async def health(self, model: str | None = None) -> bool:

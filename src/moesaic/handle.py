@@ -86,6 +86,7 @@ def up(
             ray_address=ray_address(),
             embedded=launched.owns_ray,
             url=launched.url,
+            monitoring=launched.monitoring,
             ray_token=_ray_token() if launched.owns_ray else None,
             ray_insecure=wanted.ray.insecure,
             router=launched.router,
@@ -163,6 +164,12 @@ class Cluster(Operating):
     def url(self) -> str | None:
         """The endpoint's address, or None if the spec has none."""
         return self._session.url
+
+    @property
+    def monitoring(self) -> str | None:
+        """The address of ``/status`` and ``/metrics``, or None where there is none that this
+        machine can reach."""
+        return self._session.monitoring
 
     @property
     def router(self) -> str | None:

@@ -68,6 +68,7 @@ class Session:
     ray_address: Address
     embedded: bool  # Ray belongs to the cluster, and stays on loopback
     url: Url | None
+    monitoring: Url | None = None  # of the endpoint: /status and /metrics
     # With which an embedded Ray lets others in.
     ray_token: Secret | None = field(default=None, repr=False)
     ray_insecure: bool = False  # Ray lets in whoever has no token, as the spec says
@@ -124,6 +125,7 @@ def write_session(
     ray_address: str,
     embedded: bool,
     url: str | None,
+    monitoring: str | None = None,
     ray_token: str | None = None,
     ray_insecure: bool = False,
     router: str | None = None,
@@ -140,6 +142,7 @@ def write_session(
         ray_address=ray_address,
         embedded=embedded,
         url=url,
+        monitoring=monitoring,
         ray_token=ray_token,
         ray_insecure=ray_insecure,
         router=router,

@@ -40,6 +40,7 @@ def main(folder: str, temp_dir: str, address: str) -> None:
         "hosts": [{"count": 2}],
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
         "balance": {"auto": False, "lease_s": 2},
     }
     report = {}

@@ -61,6 +61,7 @@ def one_round(folder: Path) -> None:
         "hosts": [{"count": 2}],
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
         "router": {"port": 0},
     }
     with moesaic.up(spec) as cluster, Client(cluster.url or "") as client:

@@ -44,6 +44,7 @@ def cluster() -> Iterator[Cluster]:
         "models": [{"name": "demo", "path": "demo", "dtype": "float32", "replicas": 1}],
         "hosts": [{"count": 2}],
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
     }
     with moesaic.up(spec) as running:
         yield running

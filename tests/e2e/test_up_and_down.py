@@ -31,6 +31,7 @@ def test_what_is_printed_has_the_keys_of_the_page(tmp_path: Path) -> None:
                 "hosts": [{"count": 1, "threads": 1}],
                 "trunk": {"cache_tokens": 1024, "threads": 1},
                 "endpoint": {"port": 0},
+                "monitoring": {"port": 0},
             }
         )
     )

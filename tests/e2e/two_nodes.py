@@ -27,6 +27,7 @@ def main(folder: str, cut: str = "") -> None:
         "hosts": [{"count": 2, "spread": "STRICT_SPREAD", "labels": {}}],
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
     }
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain: Any = AutoModelForCausalLM.from_pretrained(folder).eval()

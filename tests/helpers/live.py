@@ -37,6 +37,7 @@ def running(what: str, model: Path, **spec: Any) -> Iterator[Cluster]:
         "models": [{"name": "m", "path": str(model)}],
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
         **spec,
     }
     settings["balance"] = {"auto": False, **spec.get("balance", {})}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from moesaic.actors.engine import EngineConfig, ExpertBounds
 from moesaic.actors.host import ExpertHost
+from moesaic.actors.http_bodies import BodyLimits
 from moesaic.actors.ingress import create_app
 from moesaic.actors.served import ServedModel
 from moesaic.actors.transformers_engine import TransformersEngine
@@ -26,6 +27,7 @@ from tests.helpers.pools import Pool, pool
 from tests.helpers.tiny import tiny_tokenizer
 
 MAX_BODY = 2**18
+BODIES = BodyLimits(each_bytes=MAX_BODY, all_bytes=32 * MAX_BODY, arrive_s=30.0)
 DEADLINE_S = 20.0
 # A lost expert is given up soon, and a slow machine is not taken for a lost one.
 POLICY = RouterPolicy(deadline_s=2.0, attempt_s=1.5)
@@ -108,10 +110,7 @@ def served_pool(
         limits = replace(engine.limits, experts=experts or ExpertBounds())
         served = ServedModel("m", tiny_tokenizer(), limits, engine.generate, engine.embed)
 
-        async def status() -> dict[str, Any]:
-            return {"healthy": engine.stats().healthy}
-
-        app = create_app(models={"m": served}, status=status, max_body_bytes=MAX_BODY)
+        app = create_app(models={"m": served}, bodies=BODIES)
         try:
             with _server(app) as url, httpx.Client(base_url=url, timeout=DEADLINE_S) as http:
                 yield ServedPool(pool=base, engine=engine, http=http, folder=folder)

@@ -22,16 +22,24 @@ from moesaic.actors.engine import (
     Sampling,
     TokenLogprob,
 )
+from moesaic.actors.health import Health, ModelHealth
+from moesaic.actors.http_bodies import BodyLimits
+from moesaic.actors.http_metrics import HttpMetrics
+from moesaic.actors.http_monitoring import monitoring_app
 from moesaic.actors.ingress import create_app
+from moesaic.actors.monitoring import monitoring
+from moesaic.actors.ports import free_port
 from moesaic.actors.served import ServedModel
 from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.cluster.serving_spec import LimitSpec
+from moesaic.cluster.web_guard import WebGuard
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable
 from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 TEXT = "the quick brown fox jumps over the lazy dog. Größe 🙂 日本語 and Paris."
 MAX_BODY = 2**20
+BODIES = BodyLimits(each_bytes=MAX_BODY, all_bytes=8 * MAX_BODY, arrive_s=30.0)
 
 
 CALLING = (
@@ -105,6 +113,7 @@ def scripted_models(*names: str, script: Script | None = None) -> dict[str, Serv
 @dataclass
 class Service:
     url: str
+    monitoring: str
     engine: TransformersEngine
     script: Script
     model: Any
@@ -116,6 +125,9 @@ class Service:
         if not self.healthy:
             raise EngineError("the trunk is gone")
         return {"healthy": True, "running": self.engine.stats().running, **self.more_status}
+
+    async def engines(self) -> dict[str, Any]:
+        return (await self.status()).get("models", {})
 
 
 LIMITS = LimitSpec(prompt_tokens=20, answer_tokens=10, request_s=0.5)
@@ -130,7 +142,8 @@ def running_service() -> Iterator[Service]:
     limits = Limits(max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        service = Service(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, script, model)
+        url, port = f"http://127.0.0.1:{listener.getsockname()[1]}", free_port("127.0.0.1")
+        service = Service(url, f"http://127.0.0.1:{port}", engine, script, model)
         served = [
             ServedModel("tiny", TOKENIZER, engine.limits, engine.generate, engine.embed),
             ServedModel("org/script", TOKENIZER, limits, script.generate),
@@ -138,10 +151,24 @@ def running_service() -> Iterator[Service]:
             ServedModel("tools", tool_tokenizer(), limits, service.tools.generate),
             ServedModel("limited", TOKENIZER, limits.within(LIMITS), script.generate),
         ]
-        app = create_app(
-            models={one.id: one for one in served}, status=service.status, max_body_bytes=MAX_BODY
+        metrics, guard = HttpMetrics(), WebGuard.of("127.0.0.1")
+        health = Health({one.id: ModelHealth() for one in served})
+        watched = monitoring_app(
+            status=service.status,
+            engines=service.engines,
+            metrics=metrics,
+            guard=guard,
+            health=health,
         )
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
+        app = create_app(
+            models={one.id: one for one in served},
+            bodies=BODIES,
+            guard=guard,
+            metrics=metrics,
+            health=health,
+            lifespan=lambda _: monitoring(watched, "127.0.0.1", port),
+        )
+        config = uvicorn.Config(app, log_level="warning", ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

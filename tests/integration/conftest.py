@@ -59,6 +59,7 @@ def cluster(model_folders: dict[str, Path]) -> Iterator[Cluster]:
         "hosts": [{"count": 3}],
         "trunk": {"cache_tokens": 2048, "max_batch_tokens": 128, "threads": 1},
         "endpoint": {"port": 0, "cors_origins": [PAGE]},
+        "monitoring": {"port": 0},
         "router": {"port": 0},
         "timeouts": {"expert_s": 30.0, "attempt_s": 1.0},
     }

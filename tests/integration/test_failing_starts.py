@@ -71,6 +71,7 @@ def start(folder: Path, **more: Any) -> str:
         "hosts": [{"count": 1, "num_cpus": 0.1}],
         "trunk": {"num_cpus": 0.1, "threads": 1, "cache_tokens": 1024},
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
         **more,
     }
     with pytest.raises(ClusterError) as caught:

@@ -21,7 +21,7 @@ from moesaic.actors.served import ServedModel
 from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.proto.errors import RequestError
 from tests.helpers.engines import deltas
-from tests.helpers.service import tool_tokenizer
+from tests.helpers.service import BODIES, tool_tokenizer
 from tests.helpers.tiny import tiny_mixtral
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
@@ -68,12 +68,8 @@ async def client(engine: Engine) -> AsyncIterator[openai.AsyncOpenAI]:
         tokenizer=lambda: TEXT_MARKS,
     )
     text_marks.start()
-
-    async def status() -> dict[str, Any]:
-        return {"healthy": True}
-
     served = ServedModel("tiny", TEXT_MARKS, text_marks.limits, text_marks.generate)
-    app = create_app(models={"tiny": served}, status=status, max_body_bytes=2**20)
+    app = create_app(models={"tiny": served}, bodies=BODIES)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     web: Any = httpx.AsyncClient(transport=transport, base_url="http://tiny", timeout=60)
     async with openai.AsyncOpenAI(

@@ -38,6 +38,12 @@ def http(service: Service) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
+def operator(service: Service) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service.monitoring, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
 def official(service: Service) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
         base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=30
@@ -310,7 +316,6 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event(
 
 def test_our_own_client(service: Service) -> None:
     with Client(service.url) as client:
-        assert client.health()
         assert [model.id for model in client.models()] == MODELS
         answer = client.complete("x", model="org/script", max_tokens=500)
         assert (answer.text, answer.finish_reason) == (TEXT, "stop")
@@ -404,8 +409,8 @@ def test_an_echo_begins_with_the_prompt(official: openai.OpenAI) -> None:
         official.completions.create(prompt="the", logprobs=1, **asked)
 
 
-def metrics_of(http: httpx.Client) -> dict[str, float]:
-    answer = http.get("/metrics")
+def metrics_of(operator: httpx.Client) -> dict[str, float]:
+    answer = operator.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     return {
         f"{sample.name}{sorted(sample.labels.items())}": sample.value
@@ -414,8 +419,10 @@ def metrics_of(http: httpx.Client) -> dict[str, float]:
     }
 
 
-def test_metrics_count_what_was_done(http: httpx.Client, official: openai.OpenAI) -> None:
-    before = metrics_of(http)
+def test_metrics_count_what_was_done(
+    http: httpx.Client, operator: httpx.Client, official: openai.OpenAI
+) -> None:
+    before = metrics_of(operator)
     prompt = TOKENIZER("the quick").input_ids
     official.completions.create(model="org/script", prompt=prompt, max_tokens=5, n=2)
     list(official.completions.create(model="org/script", prompt=prompt, max_tokens=5, stream=True))
@@ -423,7 +430,7 @@ def test_metrics_count_what_was_done(http: httpx.Client, official: openai.OpenAI
         official.completions.create(model="org/script", prompt="lost", max_tokens=99)
     assert http.post("/v1/completions", json={"model": "none"}).status_code == 400
     assert http.get("/no/such/page").status_code == 404
-    after = metrics_of(http)
+    after = metrics_of(operator)
 
     def grown(name: str, **labels: str) -> float:
         key = f"moesaic_{name}{sorted(labels.items())}"
@@ -446,12 +453,12 @@ def test_metrics_count_what_was_done(http: httpx.Client, official: openai.OpenAI
 
 
 def test_the_state_of_the_engines_is_among_the_metrics(
-    http: httpx.Client, service: Service
+    operator: httpx.Client, service: Service
 ) -> None:
     stats = {"running": 3, "parked": 1, "healthy": True, "last_error": None}
     service.more_status = {"models": {"tiny": stats}}
     try:
-        found = metrics_of(http)
+        found = metrics_of(operator)
     finally:
         service.more_status = {}
     assert found["moesaic_engine_running[('model', 'tiny')]"] == 3
@@ -459,7 +466,7 @@ def test_the_state_of_the_engines_is_among_the_metrics(
     assert found["moesaic_engine_healthy[('model', 'tiny')]"] == 1
     service.healthy = False
     try:
-        assert any(name.startswith("moesaic_http_answers") for name in metrics_of(http))
+        assert any(name.startswith("moesaic_http_answers") for name in metrics_of(operator))
     finally:
         service.healthy = True
 
@@ -488,14 +495,33 @@ def test_limits_of_the_spec(http: httpx.Client) -> None:
     assert "request_s" in late.json()["error"]["message"]
 
 
-def test_status_and_probes(http: httpx.Client, service: Service) -> None:
-    assert http.get("/status").json() == {"healthy": True, "running": 0}
+def test_status_and_metrics_are_elsewhere(
+    http: httpx.Client, operator: httpx.Client, service: Service
+) -> None:
+    assert operator.get("/status").json() == {"healthy": True, "running": 0}
     service.healthy = False
     try:
-        assert http.get("/status").status_code == 503
+        answer = operator.get("/status")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["message"] == "the trunk is gone", "operators hear all"
+    finally:
+        service.healthy = True
+    for path in ("/status", "/metrics"):
+        assert http.get(path).status_code == 404
+        # Nor does a page hear of it whose name was made to lead here.
+        foreign = operator.get(path, headers={"host": "evil.example"})
+        assert (foreign.status_code, foreign.json()["error"]["code"]) == (403, "Forbidden")
+        assert operator.get(path, headers={"origin": "https://evil.example"}).status_code == 403
+    assert operator.get("/nothing").status_code == 404
+
+
+def test_probes(http: httpx.Client, operator: httpx.Client, service: Service) -> None:
+    service.healthy = False
+    try:
+        assert operator.get("/status").status_code == 503
         # Who cannot say how the cluster is may serve all the same.
         for probe in ("/livez", "/startupz", "/readyz", "/readyz?model=org/script"):
-            for answer in (http.get(probe), http.head(probe)):
+            for answer in (http.get(probe), http.head(probe), operator.get(probe)):
                 assert answer.status_code == 200
                 assert answer.headers["cache-control"] == "no-store"
             assert http.get(probe).text == "ok\n"

@@ -15,7 +15,7 @@ from moesaic.actors.engine import Delta, Limits, Sampling, TokenLogprob
 from moesaic.actors.ingress import create_app
 from moesaic.actors.served import ServedModel
 from moesaic.actors.thinking import Thinking
-from tests.helpers.service import tool_tokenizer
+from tests.helpers.service import BODIES, tool_tokenizer
 
 TOKENIZER = tool_tokenizer()
 LIMITS = Limits(max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320)
@@ -60,10 +60,7 @@ def model() -> Thinks:
 
 @pytest.fixture
 async def client(model: Thinks) -> AsyncIterator[openai.AsyncOpenAI]:
-    async def status() -> dict[str, Any]:
-        return {"healthy": True}
-
-    app = create_app(models={"m": model}, status=status, max_body_bytes=2**20)
+    app = create_app(models={"m": model}, bodies=BODIES)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     web: Any = httpx.AsyncClient(transport=transport, base_url="http://tiny", timeout=60)
     async with openai.AsyncOpenAI(

@@ -26,9 +26,11 @@ from ray.serve.config import HTTPOptions
 from moesaic.actors import serve_app
 from moesaic.actors.embedded_ray import start_embedded
 from moesaic.actors.engine import Delta, Sampling
+from moesaic.actors.ports import free_port
 from moesaic.actors.serve_app import Failure, Trunk, build
 from moesaic.client import Client
-from moesaic.proto.errors import ERRORS, EngineError, RequestError, UnknownModel
+from moesaic.cluster.serving_spec import MonitoringSpec
+from moesaic.proto.errors import ERRORS, EngineError, RequestError, UnknownModel, words_for_client
 from tests.helpers.engines import reference, tiny_engine
 from tests.helpers.scripted import (
     CODES,
@@ -48,12 +50,18 @@ pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def monitoring() -> str:
+    return f"http://127.0.0.1:{free_port('127.0.0.1')}"
+
+
+@pytest.fixture(scope="module")
+def url(monitoring: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # The replicas import the factories from this folder.
-    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
+    root = Path(__file__).parents[2]
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}}
     start_embedded(
         num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment
     )
@@ -64,7 +72,9 @@ def url() -> Iterator[str]:
             name: Trunk.options(name=f"Trunk-{name}").bind(factory)
             for name, factory in factories.items()
         }
-        serve.run(build(trunks, dict.fromkeys(trunks, tiny_tokenizer), status=more_status))
+        watched = MonitoringSpec(port=int(monitoring.rpartition(":")[2]))
+        tokenizers = dict.fromkeys(trunks, tiny_tokenizer)
+        serve.run(build(trunks, tokenizers, status=more_status, monitoring=watched))
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
@@ -77,13 +87,19 @@ def http(url: str) -> Iterator[httpx.Client]:
         yield client
 
 
-def running(http: httpx.Client, model: str) -> int:
-    return http.get("/status").json()["models"][model]["running"]
+@pytest.fixture
+def operator(url: str, monitoring: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=monitoring, timeout=60) as client:
+        yield client
 
 
-def wait_until_idle(http: httpx.Client, model: str) -> None:
+def running(operator: httpx.Client, model: str) -> int:
+    return operator.get("/status").json()["models"][model]["running"]
+
+
+def wait_until_idle(operator: httpx.Client, model: str) -> None:
     deadline = time.monotonic() + 20
-    while running(http, model):
+    while running(operator, model):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -105,15 +121,19 @@ def test_text_through_all_processes(url: str) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected
     assert len(chunks) > 5
     with Client(url) as ours:
-        assert ours.health()
         assert len(list(ours.stream_chat("hi", model="tiny", max_tokens=20, temperature=0))) > 5
 
 
-def test_status_holds_the_trunks_and_what_the_caller_adds(http: httpx.Client) -> None:
-    status = http.get("/status").json()
+def test_status_holds_the_trunks_and_what_the_caller_adds(
+    http: httpx.Client, operator: httpx.Client
+) -> None:
+    status = operator.get("/status").json()
     assert status["healthy"] is True
     assert status["hosts"] == 3
     assert set(status["models"]) == {"tiny", "script"}
+    assert 'moesaic_engine_running{model="tiny"} 0.0' in operator.get("/metrics").text
+    for path in ("/status", "/metrics"):
+        assert http.get(path).status_code == 404, "the endpoint does not tell"
     assert http.get("/v1/models/tiny").json()["max_model_len"] == 4096
 
 
@@ -123,7 +143,9 @@ def test_every_error_crosses_with_its_type(http: httpx.Client, code: str) -> Non
     answer = http.post("/v1/completions", json=script(ERROR + number))
     assert answer.status_code == ERRORS[code].http_status
     error = answer.json()["error"]
-    assert (error["code"], error["message"]) == (code, f"this is {code}")
+    told = (error["message"], error["code"])
+    words = words_for_client(ERRORS[code](f"this is {code}"), answer.headers["x-request-id"])
+    assert told == (words, code)
     assert error["param"] == ("prompt" if issubclass(ERRORS[code], RequestError) else None)
     answer = http.post("/v1/completions", json=script(LATE_ERROR + number, stream=True))
     assert answer.status_code == 200
@@ -136,11 +158,12 @@ def test_a_defect_in_the_trunk_is_an_answer_too(http: httpx.Client) -> None:
     answer = http.post("/v1/completions", json=script(DEFECT))
     assert answer.status_code == 500
     assert answer.json()["error"]["code"] == "InternalError"
+    assert "KeyError" not in answer.text and "a defect" not in answer.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_cancels_its_request_in_the_engine(
-    url: str, http: httpx.Client, stream: bool
+    url: str, stream: bool, operator: httpx.Client
 ) -> None:
     body = {"model": "tiny", "prompt": "the", "max_tokens": 4000, "temperature": 0}
     with httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=0.5)) as leaving:
@@ -148,15 +171,15 @@ def test_a_client_that_goes_away_cancels_its_request_in_the_engine(
             with leaving.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
                 lines = answer.iter_lines()
                 next(lines)
-                assert running(http, "tiny") == 1
+                assert running(operator, "tiny") == 1
         else:
             with pytest.raises(httpx.ReadTimeout):
                 leaving.post("/v1/completions", json=body)
-    wait_until_idle(http, "tiny")
-    assert http.get("/status").json()["models"]["tiny"]["steps"] < 4000
+    wait_until_idle(operator, "tiny")
+    assert operator.get("/status").json()["models"]["tiny"]["steps"] < 4000
 
 
-def test_going_away_while_the_engine_is_silent(url: str, http: httpx.Client) -> None:
+def test_going_away_while_the_engine_is_silent(url: str, operator: httpx.Client) -> None:
     with httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=0.5)) as leaving:
         with pytest.raises(httpx.ReadTimeout):
             leaving.post("/v1/completions", json=script(WAIT))
@@ -165,7 +188,7 @@ def test_going_away_while_the_engine_is_silent(url: str, http: httpx.Client) -> 
             leaving.stream("POST", "/v1/completions", json=script(WAIT, stream=True)) as answer,
         ):
             list(answer.iter_lines())
-    wait_until_idle(http, "script")
+    wait_until_idle(operator, "script")
 
 
 def test_many_at_once(http: httpx.Client) -> None:
@@ -187,6 +210,7 @@ def test_a_trunk_that_dies_ends_its_streams_with_an_error_and_comes_back(
     assert answer.status_code == 200
     events = answer.text.strip().split("\n\n")
     assert '"code":"EngineError"' in events[-1]
+    assert "Actor" not in events[-1], "Ray's words are not for clients"
     assert len(events) > 1
     deadline = time.monotonic() + 60
     while http.post("/v1/completions", json=script(COUNT)).status_code != 200:

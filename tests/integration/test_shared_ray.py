@@ -50,6 +50,7 @@ def spec_of(folder: Path, name: str, **endpoint: Any) -> dict[str, Any]:
         "hosts": [{"count": 1, "num_cpus": 0.1}],
         "trunk": {"cache_tokens": 1024, "threads": 1, "num_cpus": 0.1},
         "endpoint": endpoint,
+        "monitoring": {"port": 0},
         "balance": {"auto": False},
     }
 

@@ -41,6 +41,7 @@ def test_a_model_sleeps_and_its_first_request_wakes_it(tmp_path: Path) -> None:
         "hosts": [{"count": 2, "threads": 1}],
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
         "balance": {"lease_s": 3},
     }
     with moesaic.up(spec) as cluster, Client(cluster.url or "") as client:

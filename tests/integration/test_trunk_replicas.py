@@ -41,6 +41,7 @@ def test_trunks_scale_to_zero_and_to_two(tmp_path: Path) -> None:
             "target_requests": 1,
         },
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
         "autoscale": {"up_after_s": 1, "down_after_s": 5},
         "balance": {"lease_s": 3},
     }

@@ -9,8 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from moesaic.actors.http_bodies import BodyLimits
 from moesaic.actors.ingress import create_app
 from moesaic.cluster.spec import parse_spec
+from moesaic.cluster.web_guard import WebGuard
 from tests.helpers.service import scripted_models
 
 PAGE, OTHER = "https://chat.example", "https://elsewhere.example"
@@ -23,18 +25,24 @@ ASKED_HEADERS = (
 
 
 def ask(
-    method: str, path: str, *, origins: Sequence[str], origin: str | None = PAGE, **more: Any
+    method: str,
+    path: str,
+    *,
+    origins: Sequence[str],
+    origin: str | None = PAGE,
+    listens: str = "0.0.0.0",
+    **more: Any,
 ) -> httpx.Response:
-    async def status() -> dict[str, Any]:
-        raise RuntimeError("a defect")
-
     async def asked() -> httpx.Response:
         app = create_app(
-            models=scripted_models(), status=status, max_body_bytes=1000, cors_origins=origins
+            models=scripted_models(),
+            bodies=BodyLimits(each_bytes=1000, all_bytes=10_000, arrive_s=5.0),
+            cors_origins=origins,
+            guard=WebGuard.of(listens, origins=origins),
         )
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         headers = {**({} if origin is None else {"origin": origin}), **more.pop("headers", {})}
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             return await http.request(method, path, headers=headers, **more)
 
     return asyncio.run(asked())
@@ -78,7 +86,12 @@ def test_a_browser_may_send_what_clients_send(path: str) -> None:
             {"json": {**CHAT, "messages": [{"role": "user", "content": "busy"}]}},
             429,
         ),
-        ("GET", "/status", {}, 500),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"json": {**CHAT, "messages": [{"role": "user", "content": "broken"}]}},
+            500,
+        ),
     ],
 )
 def test_a_page_may_read_every_answer(
@@ -112,6 +125,23 @@ def test_without_the_key_nothing_is_said_of_origins() -> None:
     assert [answer.status_code for answer in answers] == [405, 200]
     for answer in answers:
         assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_on_loopback_pages_of_other_origins_do_not_even_ask() -> None:
+    """A browser keeps an answer from them; what they ask for would be done all the same."""
+    here: dict[str, Any] = {"origins": [PAGE], "listens": "127.0.0.1"}
+    for other in (OTHER, "null", f"{PAGE}:8443"):
+        for asked in (
+            ask("POST", "/v1/chat/completions", origin=other, json=CHAT, **here),
+            ask("OPTIONS", "/v1/chat/completions", origin=other, **here),
+            ask("GET", "/v1/models", origin=other, **here),
+        ):
+            assert (asked.status_code, asked.json()["error"]["code"]) == (403, "Forbidden")
+            assert asked.headers["x-request-id"]
+            assert "access-control-allow-origin" not in asked.headers
+    honest = ask("POST", "/v1/chat/completions", json=CHAT, **here)
+    assert (honest.status_code, honest.headers["access-control-allow-origin"]) == (200, PAGE)
+    assert ask("GET", "/v1/models", origin="null", origins=["*"], listens="::1").status_code == 200
 
 
 def test_a_star_is_every_origin() -> None:

@@ -8,19 +8,21 @@ import pickle
 import re
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import httpx
 import pytest
 
-from moesaic.actors import ingress
+from moesaic.actors import http_monitoring
 from moesaic.actors.http_edge import error_answer, event_stream
+from moesaic.actors.http_metrics import HttpMetrics
 from moesaic.actors.http_responses import error_response
 from moesaic.actors.serve_app import Failure
 from moesaic.actors.transport.grpc_border import from_grpc, to_grpc
 from moesaic.calls import error_of, mapping_errors
 from moesaic.cli import main as command_line
+from moesaic.cluster.web_guard import WebGuard
 from moesaic.proto import errors
 from moesaic.proto.errors import (
     ERRORS,
@@ -36,6 +38,12 @@ from moesaic.proto.expert_pb2 import Frame
 
 ALL = sorted(ERRORS.items())
 NAMES = [name for name, _ in ALL]
+
+
+def general_words(cls: type[MoesaicError]) -> str:
+    return (cls.__doc__ or "").partition("\n")[0]
+
+
 every_class = pytest.mark.parametrize("cls", [cls for _, cls in ALL], ids=NAMES)
 
 
@@ -88,7 +96,7 @@ def test_errors_cross_http_as_themselves(cls: type[MoesaicError]) -> None:
         error.param = "prompt"
     again = error_of(error_response(error).model_dump()["error"])
     assert type(again) is cls
-    assert str(again) == "prompt: too long"
+    assert str(again) == ("prompt: too long" if cls.for_clients else general_words(cls))
     if isinstance(again, RequestError):
         assert again.param == "prompt"
 
@@ -137,9 +145,9 @@ def test_statuses_are_sane(cls: type[MoesaicError]) -> None:
         assert 400 <= cls.http_status < 500, "the caller's mistake"
         assert cls.http_status not in (408, 429), "not one that goes away by itself"
     else:
-        assert cls.http_status == 429 or 500 <= cls.http_status < 600
+        assert cls.http_status in (408, 429) or 500 <= cls.http_status < 600
     # Clients (and the openai package) retry by status; both must say the same.
-    assert cls.retryable == (cls.http_status in (429, 503, 504))
+    assert cls.retryable == (cls.http_status in (408, 429, 503, 504))
     if issubclass(cls, Retryable):
         assert cls.retryable
     if cls.__name__ in STATUS:
@@ -171,6 +179,8 @@ def _ended(error: MoesaicError) -> grpc.RpcError:
 
 class _Connected:
     """What `event_stream` needs of a request whose client stays."""
+
+    scope: ClassVar[dict[str, Any]] = {"state": {"request_id": "the-id"}}
 
     async def receive(self) -> dict[str, str]:
         await asyncio.Event().wait()
@@ -204,7 +214,7 @@ async def test_no_error_has_an_empty_message_at_any_border(
     told = {
         "itself": str(error),
         "http": body["message"],
-        "sse": event["message"],
+        "sse": event["message"].removesuffix(" (request the-id)"),
         "sdk": str(error_of({**body, "message": message})),
         "ray": str(Failure.of(error).error()),
         "grpc": str(from_grpc(_ended(error), "peer")).removeprefix("peer: "),
@@ -217,7 +227,7 @@ async def test_no_error_has_an_empty_message_at_any_border(
     monkeypatch.setattr(command_line, "app", run)
     assert command_line.main([]) == 1
     told["command line"] = capsys.readouterr().err.removeprefix("error: ").strip()
-    words = (cls.__doc__ or "").partition("\n")[0]
+    words = general_words(cls)
     assert told == dict.fromkeys(told, words)
     assert len(words) > 15
     assert words.endswith(".") and "``" not in words, "a sentence for whoever reads an error"
@@ -233,7 +243,8 @@ async def test_foreign_errors_have_words_at_every_border(error: Exception) -> No
     assert re.fullmatch(rf"{name}: 'x'|{name} in test_errors.py:\d+", words)
     assert in_words(type(error)("x")).startswith(f"{name}: ")
     assert in_words(TimeoutError()) == "TimeoutError"
-    assert (await _sse(error))["error"]["message"].startswith(name)
+    told = (await _sse(error))["error"]["message"]
+    assert told == f"{general_words(InternalError)} (request the-id)"
     assert to_grpc(error)[1].startswith(f"InternalError: {name}")
 
 
@@ -266,27 +277,65 @@ def test_nobody_writes_a_foreign_error_that_may_be_empty() -> None:
     assert [str(file) for file in files if form.search(file.read_text())] == []
 
 
+# ---- what clients are told -----------------------------------------------------------------------
+
+INSIDE = "10.0.0.7:5123: ActorDiedError in /srv/moesaic/actors/host.py:12, actor 3f2a"
+
+
+@pytest.mark.parametrize("cls", [*(cls for _, cls in ALL), KeyError, OSError])
+async def test_what_is_of_the_inside_reaches_the_log_and_no_client(
+    cls: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    public = issubclass(cls, MoesaicError) and cls.for_clients
+    body = json.loads(bytes(error_answer(cls(INSIDE), "the-id").body))["error"]
+    event = (await _sse(cls(INSIDE)))["error"]
+    assert body == event
+    assert body["code"] == (cls.__name__ if issubclass(cls, MoesaicError) else "InternalError")
+    if public:
+        assert body["message"] == INSIDE
+        assert not caplog.records
+        return
+    for word in ("10.0.0.7", "5123", "ActorDied", "/srv", ".py", "3f2a", "KeyError", "OSError"):
+        assert word not in str(body)
+    assert body["message"].endswith(" (request the-id)")
+    assert len(caplog.records) == 2
+    for record in caplog.records:
+        logged = record.getMessage() + str(record.exc_info and record.exc_info[1])
+        assert "request the-id" in logged and "10.0.0.7" in logged
+
+
+# What is written for clients; whoever adds to it looks at every message of the class.
+FOR_CLIENTS = {
+    "BadExpert", "BodyTooLarge", "Busy", "CallError", "Ending", "ExpertUnavailable", "Expired",
+    "Forbidden", "Interrupted", "Overloaded", "RequestError", "SlowBody", "Unauthenticated",
+    "UnknownModel",
+}  # fmt: skip
+
+
+def test_which_errors_are_written_for_clients() -> None:
+    assert {name for name, cls in ALL if cls.for_clients} == FOR_CLIENTS
+
+
 # ---- expected waits ------------------------------------------------------------------------------
 
 
-async def _status_of(status: Any) -> httpx.Response:
-    app = ingress.create_app(models={}, status=status, max_body_bytes=10)
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        # Whether models progress is another question.
-        assert (await client.get("/readyz")).status_code == 200
-        assert (await client.get("/metrics")).status_code == 200
-        return await client.get("/status")
-
-
-async def test_a_slow_cluster_is_no_defect_of_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingress, "STATUS_TIMEOUT_S", 0.01)
+async def test_a_slow_cluster_is_no_defect_of_the_endpoint(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(http_monitoring, "STATUS_TIMEOUT_S", 0.01)
 
     async def never() -> dict[str, Any]:
         await asyncio.Event().wait()
         raise AssertionError
 
-    answer = await _status_of(never)
+    app = http_monitoring.monitoring_app(
+        status=never, engines=never, metrics=HttpMetrics(), guard=WebGuard.of("127.0.0.1")
+    )
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        metrics = await client.get("/metrics")
+        answer = await client.get("/status")
+    assert (metrics.status_code, "moesaic_requests_open" in metrics.text) == (200, True)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"] == {
         "message": "the cluster's status did not come within 0.01 s; ask again",
@@ -294,13 +343,16 @@ async def test_a_slow_cluster_is_no_defect_of_the_endpoint(monkeypatch: pytest.M
         "param": None,
         "code": "NoAnswer",
     }
+    # One line in the log says so.
+    (line,) = [record for record in caplog.records if record.name.startswith("moesaic")]
+    assert line.exc_info is None and "did not come" in line.getMessage()
 
 
 def test_the_status_waits_a_little_longer_than_its_parts() -> None:
     """So that they say what is late; clients and health checks often give up after 10 s."""
     from moesaic.actors import serve_app
 
-    assert serve_app.QUESTION_TIMEOUT_S < ingress.STATUS_TIMEOUT_S <= 6.0
+    assert serve_app.QUESTION_TIMEOUT_S < http_monitoring.STATUS_TIMEOUT_S <= 6.0
 
 
 async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:

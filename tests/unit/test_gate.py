@@ -14,7 +14,7 @@ from moesaic.actors.engine import Delta, Limits, Sampling
 from moesaic.actors.http_gate import Gate
 from moesaic.actors.ingress import create_app
 from moesaic.actors.served import ServedModel
-from tests.helpers.service import TOKENIZER
+from tests.helpers.service import BODIES, TOKENIZER
 
 ASKED: dict[str, Any] = {"model": "m", "prompt": "the", "max_tokens": 5}
 LIMITS = Limits(max_prompt_tokens=100, max_total_tokens=200, max_requests=8, vocab_size=320)
@@ -49,11 +49,7 @@ class Served:
         self.slow = Slow()
         self.gate = Gate(most)
         model = ServedModel("m", TOKENIZER, LIMITS, self.slow.generate)
-
-        async def status() -> dict[str, Any]:
-            return {"healthy": True}
-
-        app = create_app(models={"m": model}, status=status, max_body_bytes=1000, gate=self.gate)
+        app = create_app(models={"m": model}, bodies=BODIES, gate=self.gate)
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
     def ask(self, **more: Any) -> asyncio.Task[httpx.Response]:

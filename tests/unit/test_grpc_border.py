@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from moesaic.actors.transport.grpc_border import from_grpc, to_grpc
+from moesaic.actors.transport.grpc_border import aborting, from_grpc, to_client, to_grpc
 from moesaic.proto.errors import (
     ERRORS,
     BadInput,
@@ -110,3 +110,51 @@ def test_what_grpc_says_itself_has_a_class(
 
 def test_a_foreign_error_is_a_defect_of_ours() -> None:
     assert to_grpc(KeyError("x")) == (grpc.StatusCode.INTERNAL, "InternalError: KeyError: 'x'")
+
+
+class _Call:
+    """A call of a client, as far as `aborting` knows it."""
+
+    def __init__(self) -> None:
+        self.ended: tuple[grpc.StatusCode, str] | None = None
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def abort(self, status: grpc.StatusCode, details: str) -> None:
+        self.ended = status, details
+
+
+INSIDE = "10.0.0.7:5123: ActorDiedError in /srv/moesaic/actors/host.py:12"
+
+
+@pytest.mark.parametrize("cls", [*ERRORS.values(), KeyError])
+def test_a_client_outside_of_the_cluster_hears_nothing_of_its_inside(
+    cls: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    for outside in (True, False):
+        call: Any = _Call()
+        caplog.clear()
+        with aborting(call, outside=outside):
+            raise cls(INSIDE)
+        assert call.ended is not None
+        status, details = call.ended
+        assert status == to_grpc(cls(INSIDE))[0]
+        if not outside or (issubclass(cls, MoesaicError) and cls.for_clients):
+            assert INSIDE in details, "hosts and routers hear all"
+            continue
+        assert not any(
+            word in details for word in ("10.0.0.7", "5123", "ActorDied", "/srv", "KeyE")
+        )
+        (record,) = caplog.records
+        told = details.rpartition("(request ")[2].removesuffix(")")
+        assert len(told) == 32 and told in record.getMessage(), "the log has it, by the id"
+        assert INSIDE in (record.exc_text or "") + record.getMessage()
+        assert from_grpc(Failed(status, details), "peer").retryable == getattr(
+            cls, "retryable", False
+        )
+
+
+def test_words_for_clients_are_told_whole() -> None:
+    busy = to_client(Busy("8 calls are held"), "id")
+    assert busy == (grpc.StatusCode.RESOURCE_EXHAUSTED, "Busy: 8 calls are held")

@@ -351,7 +351,7 @@ def test_bodies_that_are_not_a_json_object(body: bytes) -> None:
 @pytest.mark.parametrize("code", sorted(ERRORS))
 def test_every_error_has_an_answer(code: str) -> None:
     error = ERRORS[code]("why")
-    body = http_responses.error_response(error).error
+    body = http_responses.error_response(error, words="why").error
     assert (body.message, body.code) == ("why", code)
     assert body.type in {
         "invalid_request_error",

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from moesaic.actors.announcing import Process, announce, announced
+from moesaic.actors.http_metrics import HttpMetrics
 from moesaic.actors.ingress import create_app
 from moesaic.calls import models, only
 from moesaic.proto.errors import RequestError
-from tests.helpers.service import scripted_models
+from tests.helpers.service import BODIES, scripted_models
 
 HUB = "Qwen/Qwen3-30B-A3B"
 ALIASES = {HUB: ["gpt-4o", "team/chat"]}
 
 
+METRICS = HttpMetrics()
+
+
 @pytest.fixture
 def http() -> Iterator[TestClient]:
-    async def status() -> dict[str, Any]:
-        return {"healthy": True}
-
     served = scripted_models(HUB, "other")
-    app = create_app(models=served, status=status, max_body_bytes=10_000, aliases=ALIASES)
+    app = create_app(models=served, bodies=BODIES, aliases=ALIASES, metrics=METRICS)
     with TestClient(app) as client:
         yield client
 
@@ -66,7 +66,7 @@ def test_the_answer_has_the_models_own_name(http: TestClient, name: str) -> None
     assert http.post("/v1/completions", json={"model": name, "prompt": "x"}).json()["model"] == HUB
     events = http.post("/v1/chat/completions", json={**chat, "stream": True}).text.split("\n\n")
     assert all(f'"model":"{HUB}"' in event for event in events[:-2])
-    metrics = http.get("/metrics").text
+    metrics = METRICS.text({}).decode()
     assert f'moesaic_generated_tokens_total{{model="{HUB}"}}' in metrics
     assert 'model="gpt-4o"' not in metrics
 

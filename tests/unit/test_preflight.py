@@ -50,7 +50,8 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 def spec_of(folder: Path | str, **more: Any) -> Spec:
     model = {"name": "m", "path": str(folder), **more.pop("model", {})}
-    return parse_spec({"name": "a", "models": [model], "endpoint": {"port": 0}, **more})
+    free = {"endpoint": {"port": 0}, "monitoring": {"port": 0}}
+    return parse_spec({"name": "a", "models": [model], **free, **more})
 
 
 def found(spec: Spec) -> list[tuple[str, str]]:
@@ -340,6 +341,11 @@ def test_ports(whole: Path) -> None:
     assert messages[0].startswith(f"127.0.0.1:{port} is not free (Address already in use)")
     assert messages[2].startswith(f"{port} is the endpoint's, too")
     assert found(both) == [("error", "router.port")]
+    watched = spec_of(whole, monitoring={"port": port}, router={"port": port})
+    assert found(watched) == [("error", "monitoring.port")]
+    assert preflight(watched).findings[0].message.startswith(f"{port} is the router service's, too")
+    unwatched = spec_of(whole, endpoint=None, monitoring={"port": port}, router={"port": port})
+    assert found(unwatched) == [], "without an endpoint nobody listens there"
     apart = {"endpoint": {"port": port}, "router": {"port": port, "host": "127.0.0.2"}}
     assert found(spec_of(whole, **apart)) == []
 

@@ -27,6 +27,9 @@ MODEL_NAMES = NAMES | st.from_regex(
 ORIGINS = st.from_regex(
     r"(https?|app)://[a-z0-9][a-z0-9.-]{0,20}(:[1-9][0-9]{3,4})?", fullmatch=True
 )
+HOSTS = st.from_regex(
+    r"[a-z0-9]([a-z0-9.-]{0,20}[a-z0-9])?", fullmatch=True
+) | st.ip_addresses().map(str)
 # Any text that YAML can carry, so that quoting is tested too.
 TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
 AMOUNTS = st.floats(0, 1000) | st.integers(0, 64)
@@ -101,7 +104,15 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
                 host=TEXTS,
                 port=st.integers(0, 65_535),
                 cors_origins=st.just(["*"]) | st.lists(ORIGINS, max_size=2),
+                allowed_hosts=st.just(["*"]) | st.lists(HOSTS, max_size=2),
+                limits=some(
+                    body_s=SECONDS,
+                    bodies_mb=st.floats(8.0, 1 << 20),
+                    min_priority=st.integers(-(2**31), 0),
+                    max_priority=st.integers(0, 2**31 - 1),
+                ),
             ),
+            monitoring=st.none() | some(host=TEXTS, port=st.integers(0, 65_535)),
             router=st.none() | some(host=TEXTS, port=st.integers(0, 65_535), call_s=SECONDS),
             autoscale=some(
                 up_after_s=SECONDS,
@@ -175,6 +186,16 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"balance": {"budget": 2}}, "balance.budget: a part in (0, 1], or bytes"),
     ({"balance": {"budget": "4 apples"}}, "balance.budget: '4 apples' is no number of bytes"),
     ({"name": 3}, "name: Input should be a valid string (got 3)"),
+    ({"monitoring": {"port": -1}}, "monitoring.port: Input should be greater than or equal to 0"),
+    ({"endpoint": {"limits": {"body_s": 0}}}, "endpoint.limits.body_s: Input should be greater"),
+    (
+        {"endpoint": {"limits": {"body_mb": 65}}},
+        "endpoint.limits: body_mb <= bodies_mb must hold: one body is among all of them",
+    ),
+    (
+        {"endpoint": {"limits": {"min_priority": 1}}},
+        "endpoint.limits: min_priority <= 0 <= max_priority must hold",
+    ),
     ({"router": True}, "router: Input should be a valid dictionary"),
     ({"router": {"port": 65_536}}, "router.port: Input should be less than or equal to 65535"),
     ({"router": {"max_calls": 0}}, "router.max_calls: Input should be greater than"),

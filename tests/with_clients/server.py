@@ -14,7 +14,6 @@ import socket
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
 
 import uvicorn
 
@@ -23,7 +22,7 @@ from moesaic.actors.ingress import create_app
 from moesaic.actors.served import ServedModel
 from moesaic.actors.transformers_engine import TransformersEngine
 from moesaic.proto.errors import Busy, ExpertUnavailable, MoesaicError
-from tests.helpers.service import tool_tokenizer
+from tests.helpers.service import BODIES, tool_tokenizer
 from tests.helpers.tiny import tiny_mixtral
 
 TOKENIZER = tool_tokenizer()
@@ -111,10 +110,6 @@ def busy_at_first() -> Generate:
     return generate
 
 
-async def status() -> dict[str, Any]:
-    return {"healthy": True}
-
-
 def main() -> None:
     engine = TransformersEngine(
         tiny_mixtral(max_positions=4096, eos_token_id=END),
@@ -134,8 +129,7 @@ def main() -> None:
     }
     app = create_app(
         models=served,
-        status=status,
-        max_body_bytes=2**20,
+        bodies=BODIES,
         aliases={"org/scripted": ["scripted"], "org/tiny": ["tiny"]},
     )
     with socket.socket() as listener:

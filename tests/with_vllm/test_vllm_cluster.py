@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 
 import moesaic
+from moesaic.client import Client
 from tests.helpers.architectures import tiny_model
 from tests.helpers.live import hosts_of, wait_until
 from tests.helpers.tiny import tiny_tokenizer
@@ -49,6 +50,7 @@ def spec(folder: Path, replicas: int) -> dict[str, Any]:
         "hosts": [{"count": 2, "threads": 1}],
         "trunk": {"engine": "vllm", "threads": 1, "cache_tokens": 512},
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
     }
 
 
@@ -79,14 +81,19 @@ def test_a_request_that_lacks_an_expert_is_parked_and_schemas_are_kept_to(tmp_pa
     with (
         moesaic.up(spec(saved(tmp_path), 1)) as cluster,
         httpx.Client(base_url=cluster.url or "", timeout=120) as http,
+        Client(cluster.monitoring or "") as operator,
     ):
+
+        def engine(key: str) -> int:
+            return operator.status()["models"]["m"][key]
+
         long = {**ASKED, "max_tokens": 400, "logit_bias": {"2": -100}}
         wanted = http.post("/v1/completions", json=long).json()["choices"][0]["text"]
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(http.post, "/v1/completions", json=long)
-            wait_until(lambda: http.get("/status").json()["models"]["m"]["running"] == 1)
+            wait_until(lambda: engine("running") == 1)
             os.kill(next(iter(hosts_of(cluster).values()))["pid"], signal.SIGKILL)
-            wait_until(lambda: http.get("/status").json()["models"]["m"]["parked"] == 1)
+            wait_until(lambda: engine("parked") == 1)
             assert waiting.result(120).json()["choices"][0]["text"] == wanted
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
         chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100}

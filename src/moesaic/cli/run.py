@@ -15,7 +15,7 @@ from rich.console import Console
 from ..cluster.spec import Spec, load_spec
 from ..private_files import new_private
 from ..proto.errors import ClusterError, MoesaicError
-from ..session import find_session, owner_log, remove_own_session
+from ..session import Session, find_session, owner_log, remove_own_session
 from .ends import Ends
 from .output import print_json
 from .progress import Lines, Report, bars, read_lines
@@ -36,7 +36,7 @@ def run_foreground(path: Path, progress_fd: int, *, as_json: bool = False) -> No
         try:
             cluster = _start(spec, progress_fd, ends)
             ends.only_ask()
-            _show(spec, cluster.url, cluster.router, os.getpid(), as_json=as_json)
+            _show(spec, cluster, os.getpid(), as_json=as_json)
             if progress_fd < 0:
                 err.print("Ctrl-C ends it.")
             ends.asked.wait()
@@ -92,16 +92,25 @@ def _end_at_once(spec: Spec) -> None:
     _sweep(spec)
 
 
-def _show(spec: Spec, url: str | None, router: str | None, pid: int, *, as_json: bool) -> None:
+def _show(spec: Spec, running: Cluster | Session, pid: int, *, as_json: bool) -> None:
     models = [model.name for model in spec.models]
     if as_json:
-        found = {"name": spec.name, "url": url, "router": router, "models": models, "pid": pid}
+        found = {
+            "name": spec.name,
+            "url": running.url,
+            "monitoring": running.monitoring,
+            "router": running.router,
+            "models": models,
+            "pid": pid,
+        }
         print_json(found)
         sys.stdout.flush()
         return
-    print_address(spec.name, url, models)
-    if router is not None:
-        out.print(f"router service: {router}")
+    print_address(spec.name, running.url, models)
+    if running.monitoring is not None:
+        out.print(f"monitoring: {running.monitoring}/status, /metrics")
+    if running.router is not None:
+        out.print(f"router service: {running.router}")
 
 
 def print_address(name: str, url: str | None, models: list[str]) -> None:
@@ -163,7 +172,7 @@ def run_detached(path: Path, *, as_json: bool = False) -> None:
     if session is None:
         child.wait(timeout=60)
         raise ClusterError(f"the cluster did not start; {log} ends with: {_last_line(log)}")
-    _show(spec, session.url, session.router, session.pid, as_json=as_json)
+    _show(spec, session, session.pid, as_json=as_json)
     end = "moesaic down" if spec.name == "local" else f"moesaic down --name {spec.name}"
     err.print(f"It runs in the background (process {session.pid}, log {log}); `{end}` ends it.")
 

@@ -15,12 +15,14 @@ out = Console(highlight=False)
 
 
 def read_status(name: str) -> dict[str, Any]:
-    """The cluster's own words; over HTTP where it has an endpoint, which is quicker."""
+    """The cluster's own words; over HTTP where it has an endpoint that is monitored, which is
+    quicker, and says more."""
     session = need_session(name)
-    if session.url is not None:
-        with Client(session.url) as client:
-            return {"name": name, "url": session.url, **client.status()}
-    return {"name": name, "url": None, "cluster": connect(name).status()}
+    found = {"name": name, "url": session.url, "monitoring": session.monitoring}
+    if session.monitoring is not None:
+        with Client(session.monitoring) as client:
+            return {**found, **client.status()}
+    return {**found, "cluster": connect(name).status()}
 
 
 def _bytes(value: int) -> str:
@@ -74,6 +76,8 @@ def print_status(values: dict[str, Any]) -> None:
     cluster = values.get("cluster", {})
     placement = cluster.get("placement")
     out.print(f"cluster [bold]{values['name']}[/bold]  {values['url'] or '(no endpoint)'}")
+    if values.get("monitoring"):
+        out.print(f"monitoring: {values['monitoring']}/status, /metrics")
     if placement:
         out.print(f"placement: term {placement[0]}, epoch {placement[1]}")
     service = cluster.get("router_service")

@@ -1,0 +1,172 @@
+"""The server of the monitoring address: its port is free behind it, and is waited for before it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from typing import Any
+
+import httpx
+import pytest
+
+from moesaic.actors import endpoint, monitoring
+from moesaic.actors.http_metrics import HttpMetrics
+from moesaic.actors.http_monitoring import monitoring_app
+from moesaic.actors.ports import free_port
+from moesaic.cluster.web_guard import WebGuard
+from moesaic.proto.errors import MoesaicError, NoAnswer
+
+HERE = "127.0.0.1"
+
+
+async def status() -> dict[str, Any]:
+    return {"healthy": True}
+
+
+async def engines() -> dict[str, Any]:
+    return {"m": {"running": 2, "healthy": True}}
+
+
+APP = monitoring_app(status=status, engines=engines, metrics=HttpMetrics(), guard=WebGuard.of(HERE))
+
+
+async def answers(port: int, path: str = "/status", host: str = HERE) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as http:
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    return await http.get(path)
+                except httpx.ConnectError:
+                    await asyncio.sleep(0.02)
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HERE, port))
+        except OSError:
+            return False
+    return True
+
+
+async def test_it_lives_as_long_as_its_owner() -> None:
+    port = free_port(HERE)
+    for _ in range(3):
+        async with monitoring.monitoring(APP, HERE, port):
+            assert (await answers(port)).json() == {"healthy": True}
+            metrics = await answers(port, "/metrics")
+            assert 'moesaic_engine_running{model="m"} 2.0' in metrics.text
+            assert not is_free(port)
+        assert is_free(port)
+
+
+async def test_its_port_is_free_when_its_owner_fails_or_is_cancelled() -> None:
+    port = free_port(HERE)
+    with pytest.raises(KeyError):
+        async with monitoring.monitoring(APP, HERE, port):
+            await answers(port)
+            raise KeyError
+    assert is_free(port)
+
+    async def owner() -> None:
+        async with monitoring.monitoring(APP, HERE, port):
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(owner())
+    await answers(port)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert is_free(port)
+
+
+async def test_a_client_that_stays_does_not_keep_it() -> None:
+    port = free_port(HERE)
+    async with monitoring.monitoring(APP, HERE, port):
+        await answers(port)
+        held = [await asyncio.open_connection(HERE, port) for _ in range(5)]
+        for _, writer in held:
+            writer.write(b"GET /status HTTP/1.1\r\nHost: localhost\r\n")
+    assert is_free(port)
+    for _, writer in held:
+        writer.close()
+
+
+async def test_a_port_that_is_taken_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(monitoring, "TRY_AGAIN_S", 0.02)
+    caplog.set_level(logging.WARNING, logger=monitoring.__name__)
+    with socket.create_server((HERE, 0)) as other:
+        port = other.getsockname()[1]
+        async with monitoring.monitoring(APP, HERE, port):
+            await asyncio.sleep(0.2)
+            (told,) = [one for one in caplog.records if one.name == monitoring.__name__]
+            assert "monitoring.port: cannot listen" in told.getMessage()
+            other.close()
+            assert (await answers(port)).status_code == 200
+    assert is_free(port)
+
+
+async def test_names_and_addresses_of_both_families() -> None:
+    for host, asked in (("localhost", "localhost"), ("::1", "[::1]")):
+        port = free_port(host)
+        async with monitoring.monitoring(APP, host, port):
+            assert (await answers(port, host=asked)).status_code == 200
+
+
+# ---- what the controller is asked ----------------------------------------------------------------
+
+
+async def test_a_ray_that_does_not_answer_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, calls = threading.Event(), []
+
+    def get_actor(name: str, namespace: str) -> Any:
+        calls.append((name, namespace))
+        go_on.wait(10)
+        raise ValueError(name)
+
+    monkeypatch.setattr(endpoint.ray, "get_actor", get_actor)
+    monkeypatch.setattr(endpoint, "QUESTION_TIMEOUT_S", 0.05)
+    asks = endpoint.ControllerStatus("moesaic-x")
+    beats = 0
+
+    async def beat() -> None:
+        nonlocal beats
+        while True:
+            await asyncio.sleep(0.005)
+            beats += 1
+
+    beating = asyncio.create_task(beat())
+    for _ in range(3):
+        with pytest.raises(NoAnswer, match=r"did not name the controller within 0\.05 s"):
+            await asks()
+    beating.cancel()
+    assert beats >= 10, "the event loop goes on"
+    assert calls == [("controller", "moesaic-x")], "one thread waits, however often it is asked"
+    go_on.set()
+    monkeypatch.setattr(endpoint, "QUESTION_TIMEOUT_S", 5.0)
+    with pytest.raises(MoesaicError, match="the controller is not there"):
+        await asks()
+
+
+async def test_the_controller_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+
+    class Controller:
+        class status:  # noqa: N801
+            @staticmethod
+            async def remote() -> dict[str, Any]:
+                return {"hosts": []}
+
+    def get_actor(name: str, namespace: str) -> Any:
+        looked.append(name)
+        return Controller
+
+    monkeypatch.setattr(endpoint.ray, "get_actor", get_actor)
+    asks = endpoint.ControllerStatus("moesaic-x")
+    for _ in range(3):
+        assert await asks() == {"cluster": {"hosts": []}}
+    assert len(looked) == 1
