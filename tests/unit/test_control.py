@@ -241,7 +241,7 @@ def test_experts_in_memory_come_back_from_a_peer_or_are_named_as_lost() -> None:
     world.tick()
     world.restart("h1")
     world.tick()
-    assert {peer for _, peer in world.hosts["h1"].loading} == {"h0#1"}
+    assert {peer and peer.target for _, peer in world.hosts["h1"].loading} == {"h0@1"}
     world.settle()
     missing = world.control.missing()
     assert set(missing) == gone
