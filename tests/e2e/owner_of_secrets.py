@@ -12,7 +12,6 @@ import os
 import sys
 import urllib.request
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ray.util import state as ray_state
 
 import moesaic
 from moesaic.actors.cluster_secret import secret_of
-from moesaic.actors.ray_border import controller_of, namespace_of
+from moesaic.actors.ray_border import ask, controller_of, namespace_of
 from moesaic.proto.errors import MoesaicError
 from moesaic.proto.keys import SECRET_BYTES, ClusterSecret
 from moesaic.session import need_session
@@ -66,7 +65,7 @@ def told(cluster: Any) -> dict[str, Any]:
             found[f"/{path}"] = read(f"{cluster.url}/{path}")
     for name in LISTS:
         listed = getattr(ray_state, name)(detail=True, limit=1000)
-        found[name] = [repr(asdict(one)) for one in listed]
+        found[name] = [repr(one) for one in listed]
     found["named actors"] = ray.util.list_named_actors(all_namespaces=True)
     found["serve"] = repr(serve.status())
     with moesaic.RouterClient(cluster.router, key="another-key-of-the-tests") as client:
@@ -74,7 +73,7 @@ def told(cluster: Any) -> dict[str, Any]:
     found["proofs"] = {}
     namespace = namespace_of(NAME)
     secret, controller = secret_of(namespace), controller_of(namespace)
-    for host, entry in ray.get(controller.entries.remote()).items():
+    for host, entry in ask(controller.entries.remote(), 10.0, "hosts").items():
         for plane in ("experts", "weights", "shm"):
             found["proofs"][f"{host} {plane}"] = secret.proof(plane, entry.target).hex()
     return found
@@ -82,7 +81,7 @@ def told(cluster: Any) -> dict[str, Any]:
 
 def main(folder: str, out: str) -> None:
     logging.basicConfig(level=logging.DEBUG)
-    ClusterSecret.new = classmethod(lambda cls: cls(SECRET))  # pyright: ignore[reportAttributeAccessIssue]
+    ClusterSecret.new = lambda: ClusterSecret(SECRET)
     ray.init(
         include_dashboard=True,
         namespace=namespace_of(NAME),

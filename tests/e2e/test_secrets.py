@@ -1,5 +1,5 @@
-"""The cluster's secret, proofs and the router service's key are where the documents say, and nowhere
-else: not in arguments, environments, logs, reports, errors, or in what Ray tells."""
+"""The cluster's secret, proofs and the router service's key are where the documents say, and
+nowhere else: not in arguments, environments, logs, reports, errors, or in what Ray tells."""
 
 from __future__ import annotations
 
