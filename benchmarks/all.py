@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "faults_throughput": [],
     "scale": [],
     "overload": [],
+    "strangers": [],
     "soak": [],
 }
 

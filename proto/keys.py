@@ -96,6 +96,16 @@ class ClusterSecret:
         raise TypeError("a cluster's secret is not pickled: it is read from Ray's key-value store")
 
 
+def shown(proof: bytes) -> bytes:
+    """What who connects over a network shows of a proof, which itself stays unsaid."""
+    return hmac.digest(proof, b"shown", "sha256")
+
+
+def answer(proof: bytes) -> bytes:
+    """What who is meant answers, so that an impostor, who hears no more than `shown`, cannot."""
+    return hmac.digest(proof, b"answer", "sha256")
+
+
 @functools.cache
 def secret_of_process() -> ClusterSecret:
     """For hosts and routers that are made in one process, without a cluster."""

@@ -60,7 +60,7 @@ from .grpc_border import (
 from .grpc_inbox import STALL_S, Inbox
 from .grpc_outbox import Outbox
 from .grpc_session import GrpcSession, SessionTerms
-from .interceptors import HostDoor, show_proof
+from .interceptors import HostDoor, check_answer, show_proof
 from .mailbox import Mailbox
 from .pair import ROUTER_RANK, Pair
 from .stalls import Stalls
@@ -130,7 +130,8 @@ class GrpcChannel:
             self._outbox.carry(self._pair, self._inbox.end)
         self._outbox.send(hello)
         self._grpc = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        proven = show_proof(self._grpc, proof or secret_of_process().proof("experts", ""))
+        self._proof = proof or secret_of_process().proof("experts", "")
+        proven = show_proof(self._grpc, self._proof)
         self._stream = proven.stream_stream(f"/{SERVICE}/{METHOD}")(self._outbox)
         self._reader = threading.Thread(target=self._read, name=f"from-{host}", daemon=True)
         self._reader.start()
@@ -262,10 +263,13 @@ class GrpcChannel:
     def _read(self) -> None:
         end: MoesaicError = HostLost(f"{self._host}: the host closed the connection")
         try:
+            check_answer(self._stream, self._proof)
             # Replies are bounded by the calls in flight, and hearing them is what makes room.
             self._inbox.read(self._stream, full=lambda: len(self._inbox) > _MAX_WAITING_FRAMES)
         except grpc.RpcError as error:
             end = from_grpc(error, self._host)
+        except HostLost as impostor:
+            end = HostLost(f"{self._host}: {impostor}")
         finally:
             self._end(end)
 

@@ -3,12 +3,15 @@
 A client's side shows what it has, in the metadata of each RPC; a server's side looks at it before
 anything else happens. Who shows nothing, or something wrong, is answered by gRPC's own thread: no
 handler runs, no thread of the server is taken, and it counts for nothing in
-``maximum_concurrent_rpcs``. This is the one place that knows what is shown, and by whom.
+``maximum_concurrent_rpcs``. A host answers with its own side of the proof, in its first metadata,
+and is sent and believed nothing before: an impostor at the port of one that died cannot. This is
+the one place that knows what is shown, and by whom.
 """
 
 from __future__ import annotations
 
 import hmac
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,12 +19,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import grpc
 
-from ...proto.errors import MoesaicError, Unauthenticated
-from ...proto.keys import ClusterSecret, same_key
+from ...proto.errors import HostLost, MoesaicError, Unauthenticated
+from ...proto.keys import ClusterSecret, answer, same_key, shown
 from .grpc_border import to_grpc
 
 # gRPC sends what ends with -bin as bytes.
-_PROOF = "moesaic-proof-bin"
+_PROOF, _ANSWER = "moesaic-proof-bin", "moesaic-answer-bin"
 # HTTP's own header and scheme for a key that opens for whoever has it (RFC 6750).
 _KEY, _SCHEME = "authorization", "bearer"
 # What each service of a host is called on the wire and in `ClusterSecret.proof`.
@@ -78,9 +81,57 @@ class _Showing(
         return continuation(_CallDetails(client_call_details, self._shown), request_iterator)
 
 
+class _Proving(_Showing):
+    """Shows a proof, and waits for the host's answer to it before anything is sent or received.
+    But in a stream both ways its reader is to call `check_answer`; and where a stream has one
+    response, it is to be a future, or nobody could wait for the answer before the end."""
+
+    def __init__(self, proof: bytes) -> None:
+        super().__init__(_PROOF, shown(proof))
+        self._proof = proof
+
+    def intercept_unary_stream(
+        self, continuation: Any, client_call_details: grpc.ClientCallDetails, request: Any
+    ) -> Any:
+        call = super().intercept_unary_stream(continuation, client_call_details, request)
+        check_answer(call, self._proof)
+        return call
+
+    def intercept_stream_unary(
+        self, continuation: Any, client_call_details: grpc.ClientCallDetails, request_iterator: Any
+    ) -> Any:
+        decided, proven = threading.Event(), False
+
+        def once_proven() -> Iterator[Any]:
+            decided.wait()
+            if proven:
+                yield from request_iterator
+
+        try:
+            details = client_call_details
+            call = super().intercept_stream_unary(continuation, details, once_proven())
+            check_answer(call, self._proof)
+            proven = True
+        finally:
+            decided.set()
+        return call
+
+
+def check_answer(call: Any, proof: bytes) -> None:
+    """Wait until a host has answered to ``proof``, or the RPC has ended with an error, which is
+    heard next. Raises HostLost when somebody else is there."""
+    given = dict(call.initial_metadata() or ()).get(_ANSWER)
+    if given is not None and hmac.compare_digest(given, answer(proof)):
+        return
+    if given is None and call.code() is not grpc.StatusCode.OK:
+        return
+    call.cancel()
+    raise HostLost("who answers there has no proof to be the host that is meant")
+
+
 def show_proof(channel: grpc.Channel, proof: bytes) -> grpc.Channel:
-    """``channel`` to a host, showing it ``proof`` (`ClusterSecret.proof`)."""
-    return grpc.intercept_channel(channel, _Showing(_PROOF, proof))
+    """``channel`` to a host that knows ``proof`` (`ClusterSecret.proof`), too."""
+    return grpc.intercept_channel(channel, _Proving(proof))
 
 
 def show_key(channel: grpc.Channel, key: str) -> grpc.Channel:
@@ -136,15 +187,42 @@ class _Door(grpc.ServerInterceptor, ABC):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
         details: Any = handler_call_details  # its attributes are not declared
-        if self._admits(details.method, dict(details.invocation_metadata)):
-            return continuation(handler_call_details)
-        return self._otherwise(details.method)
+        method: str = details.method
+        if self._admits(method, dict(details.invocation_metadata)):
+            return self._opened(method, continuation(handler_call_details))
+        return self._otherwise(method)
 
     @abstractmethod
-    def _admits(self, method: str, shown: Mapping[str, str | bytes]) -> bool: ...
+    def _admits(self, method: str, metadata: Mapping[str, str | bytes]) -> bool: ...
+
+    def _opened(
+        self, method: str, handler: grpc.RpcMethodHandler | None
+    ) -> grpc.RpcMethodHandler | None:
+        return handler
 
     def _otherwise(self, method: str) -> grpc.RpcMethodHandler:
         return self._refusing
+
+
+def _answering(handler: Any, given: bytes) -> grpc.RpcMethodHandler:
+    """``handler``, which says ``given`` before anything else. Streamed messages stay as they are:
+    nothing is done for each."""
+
+    def first(behaviour: Callable[[Any, grpc.ServicerContext], T]) -> Any:
+        def run(request: Any, context: grpc.ServicerContext) -> T:
+            context.send_initial_metadata(((_ANSWER, given),))
+            return behaviour(request, context)
+
+        return run
+
+    codec = handler.request_deserializer, handler.response_serializer
+    if handler.stream_stream is not None:
+        return grpc.stream_stream_rpc_method_handler(first(handler.stream_stream), *codec)
+    if handler.stream_unary is not None:
+        return grpc.stream_unary_rpc_method_handler(first(handler.stream_unary), *codec)
+    if handler.unary_stream is not None:
+        return grpc.unary_stream_rpc_method_handler(first(handler.unary_stream), *codec)
+    return grpc.unary_unary_rpc_method_handler(first(handler.unary_unary), *codec)
 
 
 class HostDoor(_Door):
@@ -162,12 +240,23 @@ class HostDoor(_Door):
             _WEIGHTS: secret.proof("weights", target),
         }
 
-    def _admits(self, method: str, shown: Mapping[str, str | bytes]) -> bool:
-        given = shown.get(_PROOF)
-        wanted = next((p for name, p in self._proofs.items() if method.startswith(name)), None)
+    def _proof(self, method: str) -> bytes | None:
+        return next((p for name, p in self._proofs.items() if method.startswith(name)), None)
+
+    def _admits(self, method: str, metadata: Mapping[str, str | bytes]) -> bool:
+        given, proof = metadata.get(_PROOF), self._proof(method)
         return (
-            wanted is not None and isinstance(given, bytes) and hmac.compare_digest(given, wanted)
+            proof is not None
+            and isinstance(given, bytes)
+            and hmac.compare_digest(given, shown(proof))
         )
+
+    def _opened(
+        self, method: str, handler: grpc.RpcMethodHandler | None
+    ) -> grpc.RpcMethodHandler | None:
+        proof = self._proof(method)
+        assert proof is not None
+        return None if handler is None else _answering(handler, answer(proof))
 
 
 class ClientDoor(_Door):
@@ -183,8 +272,8 @@ class ClientDoor(_Door):
         self._key = key
         self._open_to_all = dict(open_to_all)
 
-    def _admits(self, method: str, shown: Mapping[str, str | bytes]) -> bool:
-        scheme, _, given = str(shown.get(_KEY, "")).partition(" ")
+    def _admits(self, method: str, metadata: Mapping[str, str | bytes]) -> bool:
+        scheme, _, given = str(metadata.get(_KEY, "")).partition(" ")
         return scheme.lower() == _SCHEME and same_key(given.strip(), self._key)
 
     def _otherwise(self, method: str) -> grpc.RpcMethodHandler:

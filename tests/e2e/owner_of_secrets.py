@@ -23,7 +23,7 @@ import moesaic
 from moesaic.actors.cluster_secret import secret_of
 from moesaic.actors.ray_border import ask, controller_of, namespace_of
 from moesaic.proto.errors import MoesaicError
-from moesaic.proto.keys import SECRET_BYTES, ClusterSecret
+from moesaic.proto.keys import SECRET_BYTES, ClusterSecret, shown
 from moesaic.session import need_session
 
 SECRET = b"the-secret-of-a-cluster-in-bytes"
@@ -75,7 +75,9 @@ def told(cluster: Any) -> dict[str, Any]:
     secret, controller = secret_of(namespace), controller_of(namespace)
     for host, entry in ask(controller.entries.remote(), 10.0, "hosts").items():
         for plane in ("experts", "weights", "shm"):
-            found["proofs"][f"{host} {plane}"] = secret.proof(plane, entry.target).hex()
+            proof = secret.proof(plane, entry.target)
+            found["proofs"][f"{host} {plane}"] = proof.hex()
+            found["proofs"][f"{host} {plane}, as it is shown"] = shown(proof).hex()
     return found
 
 

@@ -88,7 +88,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         assert owner.stdout.readline() == b"ready\n", output.read_text()[-3000:]
         found = json.loads(told.read_text())
         proofs = {what: bytes.fromhex(text) for what, text in found.pop("proofs").items()}
-        assert len(proofs) == 2 * 3
+        assert len(proofs) == 2 * 3 * 2
         marks = Marks(SECRET, ROUTER_KEY, proofs)
         yield Running(psutil.Process(owner.pid), found, output, cache, marks)
     finally:

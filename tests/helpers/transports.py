@@ -85,10 +85,12 @@ def readable(side: Channel | Session | Listener, timeout_s: float = DEADLINE_S) 
     return bool(poll.poll(timeout_s * 1000))
 
 
-def hear(side: Channel | Session, count: int = 1) -> list[Inbound]:
+def hear(
+    side: Channel | Session, count: int = 1, *, timeout_s: float = DEADLINE_S
+) -> list[Inbound]:
     """Exactly ``count`` frames, in the order in which they arrived."""
     heard: list[Inbound] = []
-    until = time.monotonic() + DEADLINE_S
+    until = time.monotonic() + timeout_s
     while len(heard) < count:
         assert readable(side, until - time.monotonic()), f"only {len(heard)} of {count} arrived"
         heard += side.receive()

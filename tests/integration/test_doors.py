@@ -7,11 +7,14 @@ import contextlib
 import os
 import socket
 import threading
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import pytest
+import safetensors.torch
 import torch
 
 from moesaic.actors.host import ExpertHost, local_hosts
@@ -25,10 +28,10 @@ from moesaic.actors.transport.shm import ShmChannel, ShmListener
 from moesaic.actors.transport.weights import get_weights, put_weights
 from moesaic.cluster.placement import ExpertKey
 from moesaic.cluster.transports import Transport
-from moesaic.proto.errors import HostLost, Unauthenticated
+from moesaic.proto.errors import Expired, HostLost, Unauthenticated
 from moesaic.proto.expert_pb2 import Frame, WeightsChunk, WeightsKey
 from moesaic.proto.expert_pb2_grpc import WeightsStub
-from moesaic.proto.keys import ClusterSecret, target
+from moesaic.proto.keys import ClusterSecret, Plane, answer, shown, target
 from moesaic.proto.limits import HELLO_S, MAX_UNANNOUNCED
 from moesaic.proto.wire import WIRE_VERSION
 from tests.helpers.transports import (
@@ -47,6 +50,7 @@ OURS, THEIRS = ClusterSecret.new(), ClusterSecret.new()
 MEANT = target("host", 7)
 KEY = ExpertKey("model", 0, 0)
 MOST = 1 << 20
+PLANES: tuple[Plane, ...] = ("experts", "weights", "shm")
 
 # What a stranger may show at the door of experts.
 SHOWN: dict[str, Callable[[grpc.Channel], grpc.Channel]] = {
@@ -172,6 +176,87 @@ def test_strangers_take_no_thread_and_no_place(monkeypatch: pytest.MonkeyPatch) 
             assert listener._server._state.active_rpc_count == 2  # pyright: ignore[reportAttributeAccessIssue]
         never.set()
     listener.close()
+
+
+# ---- impostors -----------------------------------------------------------------------------------
+
+
+class Impostor:
+    """Listens where a host did, and lets in whoever comes."""
+
+    def __init__(self, metadata: tuple[tuple[str, bytes], ...]) -> None:
+        self.heard: list[bytes] = []
+        self._metadata = metadata
+        self._server = grpc.server(ThreadPoolExecutor(4), handlers=[self])  # pyright: ignore[reportArgumentType]
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def service(self, details: Any) -> grpc.RpcMethodHandler:
+        answers = {"Dispatch": self.welcome(), "Put": b"", "Get": self.weights()}
+        said = answers[details.method.rpartition("/")[2]]
+
+        def everything(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            context.send_initial_metadata(self._metadata)
+            if details.method.endswith("Dispatch"):
+                self.heard.append(next(messages))
+                yield said
+            self.heard += messages
+            if not details.method.endswith("Dispatch"):
+                yield said
+
+        return grpc.stream_stream_rpc_method_handler(everything)
+
+    def welcome(self) -> bytes:
+        frame = Frame()
+        frame.welcome.wire_version, frame.welcome.incarnation = WIRE_VERSION, 7
+        return frame.SerializeToString()
+
+    def weights(self) -> bytes:
+        data = safetensors.torch.save({"up": torch.full((3,), float("nan"))})
+        key = WeightsKey(model=KEY.model, layer=KEY.layer, expert=KEY.expert)
+        crc32 = zlib.crc32(data)
+        return WeightsChunk(
+            key=key, total_bytes=len(data), crc32=crc32, data=data
+        ).SerializeToString()
+
+    def close(self) -> None:
+        self._server.stop(None).wait(DEADLINE_S)
+
+
+# All that an impostor can know: what routers show it, and the proofs of hosts of its own.
+ANSWERS: dict[str, bytes | None] = {
+    "nothing": None,
+    "what it was shown": shown(OURS.proof("experts", MEANT)),
+    "the answer of another cluster": answer(THEIRS.proof("experts", MEANT)),
+    "the answer of an earlier start": answer(OURS.proof("experts", target("host", 6))),
+}
+
+
+@pytest.mark.parametrize("given", ANSWERS)
+def test_an_impostor_is_told_nothing_and_believed_nothing(given: str) -> None:
+    value = ANSWERS[given]
+    impostor = Impostor(() if value is None else (("moesaic-answer-bin", value),))
+    try:
+        proof = OURS.proof("experts", MEANT)
+        channel = GrpcChannel("host", impostor.address, router="r", proof=proof)
+        with (
+            pytest.raises(AssertionError, match="only 0 of 1")
+            if value is None
+            else (pytest.raises(HostLost, match="no proof"))
+        ):
+            hear(channel, timeout_s=2.0)
+        channel.close()
+        proof = OURS.proof("weights", MEANT)
+        with pytest.raises((HostLost, Expired)):
+            get_weights(impostor.address, KEY, timeout_s=2.0, proof=proof)
+        with pytest.raises((HostLost, Expired)):
+            secret = {"up": torch.full((64,), 3.25)}
+            put_weights(impostor.address, KEY, secret, timeout_s=2.0, proof=proof)
+        hidden = torch.full((64,), 3.25).numpy().tobytes()
+        assert not any(hidden in message for message in impostor.heard), "weights were sent"
+        assert not any(OURS.proof(plane, MEANT) in b"".join(impostor.heard) for plane in PLANES)
+    finally:
+        impostor.close()
 
 
 # ---- shared memory -------------------------------------------------------------------------------

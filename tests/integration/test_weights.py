@@ -190,7 +190,7 @@ def chunks_of(tensors: Mapping[str, Tensor], **head: int) -> list[WeightsChunk]:
 def put_error(address: str, chunks: list[WeightsChunk]) -> MoesaicError:
     with member(address, "weights") as channel:
         with pytest.raises(grpc.RpcError) as caught:
-            WeightsStub(channel).Put(iter(chunks), timeout=DEADLINE_S)
+            WeightsStub(channel).Put.future(iter(chunks), timeout=DEADLINE_S).result()
         return from_grpc(caught.value, "host")
 
 

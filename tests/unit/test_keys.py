@@ -14,8 +14,10 @@ from moesaic.proto.keys import (
     SECRET_BYTES,
     ClusterSecret,
     Plane,
+    answer,
     same_key,
     secret_of_process,
+    shown,
     target,
 )
 
@@ -77,6 +79,7 @@ def test_nothing_derived_is_another_derived() -> None:
     secret = ClusterSecret(VALUE)
     place = target("h", 1)
     derived = [secret.proof(plane, place) for plane in PLANES]
+    derived += [made(proof) for proof in derived for made in (shown, answer)]
     derived += [secret.grant("h", 1, KEY, 1, 1), bytes.fromhex(secret.router_key), VALUE]
     assert len(set(derived)) == len(derived)
 
