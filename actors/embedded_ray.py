@@ -12,16 +12,19 @@ import logging
 import os
 import re
 import shutil
+import stat
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import psutil
 import ray
-from ray._common.utils import get_default_ray_temp_dir
+from ray._common.utils import get_default_system_temp_dir
 
 from ..proto.errors import ClusterError
 from .ray_token import make_token
@@ -47,7 +50,7 @@ def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) ->
     for number in range(1, TRIES + 1):
         before = sessions()
         try:
-            ray.init(address="local", **options)
+            ray.init(address="local", _temp_dir=str(_ray_folder()), **options)
             return
         except BaseException as error:
             folders = sorted(sessions() - before)
@@ -89,7 +92,30 @@ def _forget_processes(error: BaseException) -> None:
 
 def sessions() -> set[Path]:
     """The folders of all Rays that this process started."""
-    return set(Path(get_default_ray_temp_dir()).glob(f"session_*_{os.getpid()}"))
+    return set(_ray_folder().glob(f"session_*_{os.getpid()}"))
+
+
+@cache
+def _ray_folder() -> Path:
+    """Where this process's Rays leave their sockets, logs and packages. Ray lets all users of the
+    machine write there, so it lies in a folder which no other user can enter. It has a short name:
+    those of sockets may have 107 characters."""
+    above = Path(get_default_system_temp_dir())
+    private = above / f"moesaic-{os.geteuid()}"
+    try:
+        with contextlib.suppress(FileExistsError):
+            private.mkdir(mode=0o700)
+        found = private.lstat()
+        own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        if not own or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            # Somebody else was first.
+            private = Path(mkdtemp(prefix="moesaic-", dir=above))
+    except OSError as error:
+        raise ClusterError(
+            f"ray.address: local: Ray's folder cannot be made in {above} ({error.strerror}); let "
+            "RAY_TMPDIR name another one"
+        ) from error
+    return private / "ray"
 
 
 def _reason(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray._common.network_utils import build_address
+from ray._common import network_utils
 from ray.serve._private import replica
 
 ANYWHERE = "[::]"
@@ -34,4 +34,7 @@ class _OnNode:
 
     def __call__(self, server: Any, address: str) -> int:
         host, _, port = address.rpartition(":")
-        return self._opens(server, build_address(self.at, port) if host == ANYWHERE else address)
+        network: Any = network_utils
+        if host == ANYWHERE:
+            address = network.build_address(self.at, port)
+        return self._opens(server, address)

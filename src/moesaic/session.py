@@ -9,74 +9,43 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import signal
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-import psutil
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from .private_files import read_private, remove_private, write_private
 from .proto.errors import ClusterError
 
+if TYPE_CHECKING:
+    import psutil
+
 log = logging.getLogger(__name__)
-
-
-def _address(value: str) -> str:
-    named = re.fullmatch(r"[\w.\-]+:(\d{1,5})|\[[\da-fA-F:.%\w]+\]:(\d{1,5})", value)
-    if named is None or not 0 < int(named[1] or named[2]) <= 65_535:
-        raise ValueError("not host:port")
-    return value
-
-
-def _url(value: str) -> str:
-    """http, a host and a port, perhaps a path: nothing that sends a request elsewhere."""
-    parts = urlsplit(value)
-    plain = re.fullmatch(r"(/[\w.\-~]*)*", parts.path) is not None
-    if parts.scheme != "http" or not plain or parts.query or parts.fragment:
-        raise ValueError("not http://host:port")
-    _address(parts.netloc)
-    return value
-
-
-def _absolute(value: str) -> str:
-    if not Path(value).is_absolute() or "\0" in value:
-        raise ValueError("not the absolute path of a folder")
-    return value
-
-
-Address = Annotated[str, AfterValidator(_address)]
-Url = Annotated[str, AfterValidator(_url)]
-Folder = Annotated[str, AfterValidator(_absolute)]
-# What goes into a header, or an environment, as it is.
-Secret = Annotated[str, Field(pattern=r"^[!-~]{1,4096}$")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """A running cluster as its owner described it."""
+    """A running cluster as its owner described it. Its values have these types, and the forms of
+    `_FORMS`, when they are read."""
 
     name: str
-    pid: Annotated[int, Field(gt=0)]
-    # Of the owning process, to tell it from a later one with the same pid.
-    started: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    ray_address: Address
+    pid: int
+    started: float  # of the owning process, to tell it from a later one with the same pid
+    ray_address: str
     embedded: bool  # Ray belongs to the cluster, and stays on loopback
-    url: Url | None
-    monitoring: Url | None = None  # of the endpoint: /status and /metrics
-    # With which an embedded Ray lets others in.
-    ray_token: Secret | None = field(default=None, repr=False)
-    ray_insecure: bool = False  # Ray lets in whoever has no token, as the spec says
-    router: Address | None = None  # of the router service
-    router_key: Secret | None = field(default=None, repr=False)  # that it asks its clients for
-    logs: Folder | None = None  # of Ray on this machine
-    # Seconds that running answers have when the cluster ends.
-    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    url: str | None
+    monitoring: str | None = None  # the address of the endpoint's /status and /metrics
+    ray_token: str | None = field(default=None, repr=False)  # lets others into an embedded Ray
+    ray_insecure: bool = False  # Ray lets in who has no token, too, as the spec says
+    router: str | None = None  # host:port of the router service
+    router_key: str | None = field(default=None, repr=False)  # that it asks its clients for
+    logs: str | None = None  # the folder of Ray's logs on this machine
+    drain_s: float = 0.0  # seconds that running answers have when the cluster ends
 
     @property
     def alive(self) -> bool:
@@ -84,6 +53,8 @@ class Session:
 
     def end_owner(self) -> None:
         """Let the owner end the cluster (SIGTERM), if it still runs."""
+        import psutil
+
         owner = self._owner()
         if owner is not None:
             try:
@@ -94,17 +65,90 @@ class Session:
 
     def _owner(self) -> psutil.Process | None:
         """The process that started the cluster: one with its pid, start and user."""
+        import psutil  # which a client of a router service elsewhere need not have
+
         try:
             process = psutil.Process(self.pid)
             own = process.uids().real == os.getuid()
             # One that has ended and that nobody has asked for yet owns nothing.
             ended = process.status() == psutil.STATUS_ZOMBIE
-            return process if own and not ended and process.create_time() == self.started else None
+            same = own and process.create_time() == self.started and not ended
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return None
+        return process if same else None
 
 
-_SESSION = TypeAdapter(Session)
+# ---- what a file may say ------------------------------------------------------------------------
+
+
+def _address(value: str) -> bool:
+    named = re.fullmatch(r"[\w.\-]+:(\d{1,5})|\[[\da-fA-F:.%\w]+\]:(\d{1,5})", value)
+    return named is not None and 0 < int(named[1] or named[2]) <= 65_535
+
+
+def _url(value: str) -> bool:
+    """http, a host and a port, perhaps a path: nothing that sends a request elsewhere."""
+    try:
+        parts = urlsplit(value)
+    except ValueError:
+        return False
+    plain = re.fullmatch(r"(/[\w.\-~]*)*", parts.path) is not None
+    rest = parts.query or parts.fragment
+    return parts.scheme == "http" and _address(parts.netloc) and plain and not rest
+
+
+def _secret(value: str) -> bool:
+    """What goes into a header, or an environment, as it is."""
+    return re.fullmatch(r"[!-~]{1,4096}", value) is not None
+
+
+def _folder(value: str) -> bool:
+    return Path(value).is_absolute() and "\0" not in value
+
+
+_Form = tuple[Callable[[Any], bool], str]
+_FORMS: dict[str, _Form] = {
+    "pid": (lambda pid: pid > 0, "the number of a process"),
+    "started": (lambda started: math.isfinite(started) and started >= 0, "a time"),
+    "ray_address": (_address, "host:port"),
+    "url": (_url, "http://host:port"),
+    "monitoring": (_url, "http://host:port"),
+    "router": (_address, "host:port"),
+    "ray_token": (_secret, "a token"),
+    "router_key": (_secret, "a key"),
+    "drain_s": (lambda seconds: math.isfinite(seconds) and seconds >= 0, "seconds"),
+    "logs": (_folder, "the absolute path of a folder"),
+}
+_TYPES = {"str": str, "int": int, "float": (float, int), "bool": bool, "None": type(None)}
+
+
+def _parsed(text: str, name: str) -> Session:
+    """Raises ValueError with what is wrong. Keys that are not known are of a later version."""
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    known = {one.name: str(one.type).split(" | ") for one in fields(Session)}
+    secret = {one.name for one in fields(Session) if not one.repr}
+    values = {key: value for key, value in values.items() if key in known}
+    for key, value in values.items():
+        right = any(
+            isinstance(value, _TYPES[one]) and (one == "bool" or not isinstance(value, bool))
+            for one in known[key]
+        )
+        fits, form = _FORMS.get(key, (lambda _: True, " or ".join(known[key])))
+        if not right or (value is not None and not fits(value)):
+            raise ValueError(
+                f"{key}: {'what it says' if key in secret else repr(value)} is not {form}"
+            )
+    if values.get("name") != name:
+        raise ValueError(f"name: {values.get('name')!r} is not {name!r}")
+    try:
+        return Session(**values)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+# ---- the files ----------------------------------------------------------------------------------
 
 
 def session_dir() -> Path:
@@ -135,6 +179,8 @@ def write_session(
 ) -> Session:
     """Announce the cluster that this process owns. Raises ClusterError where that cannot be done
     so that others of this machine neither read nor change it."""
+    import psutil
+
     session = Session(
         name=name,
         pid=os.getpid(),
@@ -162,26 +208,18 @@ def find_session(name: str) -> Session | None:
     """
     file = _file(name)
     try:
-        session = _SESSION.validate_json(read_private(file), strict=True)
+        session = _parsed(read_private(file), name)
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "all of it"
-        raise ClusterError(_unlike(file, where, first["msg"])) from None
-    if session.name != name:
-        raise ClusterError(_unlike(file, "name", f"{session.name!r}, not {name!r}"))
+    except ValueError as error:
+        raise ClusterError(
+            f"{file}: {error}: this version of Moesaic does not write such a file; end what runs "
+            "under that name with the version that started it, or remove the file"
+        ) from None
     if not session.alive:
         remove_private(file)
         return None
     return session
-
-
-def _unlike(file: Path, where: str, why: str) -> str:
-    return (
-        f"{file}: {where}: {why}: this version of Moesaic does not write such a file; end what "
-        "runs under that name with the version that started it, or remove the file"
-    )
 
 
 def running_sessions() -> Iterator[Session]:
@@ -238,11 +276,11 @@ def logged_session(name: str) -> Session:
     if session is not None:
         return session
     try:
-        folder = _absolute(read_private(_noted(name)))
+        folder = read_private(_noted(name))
     except FileNotFoundError:
         return need_session(name)
-    except ValueError as error:
-        raise ClusterError(f"{_noted(name)}: {error}; remove it") from None
+    if not _folder(folder):
+        raise ClusterError(f"{_noted(name)}: not the absolute path of a folder; remove it")
     return Session(
         name=name, pid=0, started=0.0, ray_address="", embedded=True, url=None, logs=folder
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +30,7 @@ PARENT = "import subprocess, sys, time; subprocess.Popen(sys.argv[2:]); time.sle
 
 @pytest.fixture
 def rays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(embedded_ray, "get_default_ray_temp_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(embedded_ray, "_ray_folder", lambda: tmp_path)
     return tmp_path
 
 
@@ -109,6 +110,35 @@ def test_a_start_that_is_interrupted_is_cleaned_up_and_not_tried_again(
     assert list(rays.iterdir()) == []
 
 
+def test_rays_folder_is_in_one_that_no_other_user_enters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded_ray, "get_default_system_temp_dir", lambda: str(tmp_path))
+    folder = embedded_ray._ray_folder.__wrapped__
+    private = tmp_path / f"moesaic-{os.geteuid()}"
+    assert folder() == folder() == private / "ray"
+    assert mode(private) == 0o700
+    # Where another user was first, whatever he made is left alone.
+    private.chmod(0o755)
+    first, second = folder(), folder()
+    assert first != second
+    private.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    private.symlink_to(tmp_path / "elsewhere")
+    for found in (first, second, folder()):
+        assert found.parent.parent == tmp_path
+        assert found.parent != private
+        assert mode(found.parent) == 0o700
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    monkeypatch.setattr(embedded_ray, "get_default_system_temp_dir", lambda: "/proc/no")
+    with pytest.raises(ClusterError, match="let RAY_TMPDIR name another one"):
+        folder()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
 def test_a_raylet_that_hangs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own processes, but for a raylet that never writes a log."""
     pid_file = tmp_path / "raylet.pid"
@@ -140,6 +170,10 @@ def test_a_raylet_that_hangs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not psutil.pid_exists(int(pid_file.read_text()))
         assert len(embedded_ray._sessions() - before) == 1
         assert ray.get(ray.remote(lambda: 7).remote()) == 7
+        # Its sockets and logs are behind a door.
+        (session,) = embedded_ray._sessions() - before
+        assert {entry.name for entry in session.iterdir()} > {"sockets", "logs"}
+        assert mode(session.parents[1]) == 0o700
         # Nothing waits to be collected, and to warn of it in the middle of something else.
         kept = [one for one in gc.get_objects() if issubclass(type(one), subprocess.Popen)]
         assert not [

@@ -198,6 +198,15 @@ def test_what_belongs_to_another_user_is_refused(monkeypatch: pytest.MonkeyPatch
         assert f"{session_dir()}: it belongs to user {me}" in reason()
 
 
+def test_a_client_needs_no_more_than_the_standard_library_to_read_one() -> None:
+    code = (
+        "import sys; from moesaic.session import find_session; assert find_session('c') is None;"
+        "print(sorted({'psutil', 'pydantic', 'numpy', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -253,6 +262,10 @@ def test_what_is_no_json_is_told_and_kept() -> None:
     announce()
     file().write_text("{")
     assert "remove the file" in reason()
+    file().write_text("[]")
+    assert "it is no JSON object" in reason()
+    file().write_text('{"name": "c"}')
+    assert "missing" in reason()
     file().write_bytes(b"\xff" * 10)
     assert "remove the file" in reason()
     with file().open("wb") as opened:
@@ -261,7 +274,8 @@ def test_what_is_no_json_is_told_and_kept() -> None:
 
 
 def test_the_token_is_in_no_text_of_a_session() -> None:
-    assert "ab12" not in repr(announce())
+    assert "ab12" not in repr(announce(ray_token="ab12 and more"))
+    assert "ab12" not in reason()
 
 
 def test_logs_of_a_start_are_read_with_the_same_care() -> None:
@@ -323,7 +337,7 @@ def owned(process: psutil.Process, **more: Any) -> Session:
     values = json.loads(file().read_text())
     values |= {"pid": process.pid, "started": process.create_time(), **more}
     file().write_text(json.dumps(values))
-    return session._SESSION.validate_json(file().read_text(), strict=True)
+    return session._parsed(file().read_text(), "c")
 
 
 def test_down_signals_the_owner(process: psutil.Process) -> None:
