@@ -78,7 +78,10 @@ def test_inspect(tmp_path: Path, capsys: Capture) -> None:
     assert "not a folder" in capsys.readouterr().err
 
 
-SPEC = "name: a\nmodels: [{name: m, path: demo}]\nhosts: [{count: 2}]\nendpoint: {port: 0}\nmonitoring: {port: 0}\n"
+SPEC = (
+    "name: a\nmodels: [{name: m, path: demo}]\nhosts: [{count: 2}]\n"
+    "endpoint: {port: 0}\nmonitoring: {port: 0}\n"
+)
 
 
 @pytest.fixture
