@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from ..cluster.serving_spec import LimitSpec
 from ..proto.errors import BodyTooLarge, Overloaded, SlowBody
 
 T = TypeVar("T")
@@ -36,6 +37,14 @@ class BodyLimits:
     all_bytes: int
     arrive_s: float
     most: int = MOST_ARRIVING
+
+    @classmethod
+    def of(cls, spec: LimitSpec) -> BodyLimits:
+        return cls(
+            each_bytes=int(spec.body_mb * 1e6),
+            all_bytes=int(spec.bodies_mb * 1e6),
+            arrive_s=spec.body_s,
+        )
 
 
 @dataclass(slots=True, eq=False)

@@ -84,9 +84,6 @@ logger = logging.getLogger(__name__)
 # The engine and the ingress's gate refuse with Busy before Serve queues anything: probes, and the
 # call that ends the ingress, always find room.
 MAX_ONGOING = 4096
-# The ingress refuses, in its own words, what it has no place for; beyond this Serve would let
-# requests wait in its proxy, without any bound.
-INGRESS_ONGOING = 2 * MAX_ONGOING
 # Of one call that only asks: limits, statistics.
 QUESTION_TIMEOUT_S = 5.0
 # After so long without a token the trunk is asked whether it lives.
@@ -340,7 +337,7 @@ class TrunkClient:
 # no core of Ray's, which may have none to give there.
 @serve.deployment(
     name="Ingress",
-    max_ongoing_requests=INGRESS_ONGOING,
+    max_ongoing_requests=2 * MAX_ONGOING,
     graceful_shutdown_wait_loop_s=0.2,
     max_constructor_retry_count=1,
     ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
@@ -380,14 +377,9 @@ class Ingress:
             models = {name: await self._model(name, trunk) for name, trunk in self._trunks.items()}
         endpoint, metrics = self._endpoint, HttpMetrics()
         health = Health(self._health, self._aliases, leaving=lambda: self._gate.ending)
-        limits = endpoint.limits
         return create_app(
             models=models,
-            bodies=BodyLimits(
-                each_bytes=int(limits.body_mb * 1e6),
-                all_bytes=int(limits.bodies_mb * 1e6),
-                arrive_s=limits.body_s,
-            ),
+            bodies=BodyLimits.of(endpoint.limits),
             aliases=self._aliases,
             cors_origins=endpoint.cors_origins,
             guard=WebGuard.of(

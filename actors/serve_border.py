@@ -111,8 +111,10 @@ def find_monitoring(spec: Spec) -> Place | None:
     wanted = spec.monitoring
     if wanted is None:
         return None
-    if is_head_node():
-        check_port("monitoring", wanted.host, wanted.port)
+    if not is_head_node():
+        # A port that is free here is likely to be so there; the ingress waits for it if not.
+        return Place(wanted.host, wanted.port or free_port("localhost"))
+    check_port("monitoring", wanted.host, wanted.port)
     return Place(wanted.host, wanted.port or free_port(wanted.host))
 
 

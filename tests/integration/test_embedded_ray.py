@@ -163,15 +163,15 @@ def test_a_raylet_that_hangs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(services, "RAYLET_EXECUTABLE", str(raylet))
     monkeypatch.setattr(services, "get_node", impatient)
-    before = embedded_ray._sessions()
+    before = embedded_ray.sessions()
     start_embedded(said, num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         assert left == []
         assert not psutil.pid_exists(int(pid_file.read_text()))
-        assert len(embedded_ray._sessions() - before) == 1
+        assert len(embedded_ray.sessions() - before) == 1
         assert ray.get(ray.remote(lambda: 7).remote()) == 7
         # Its sockets and logs are behind a door.
-        (session,) = embedded_ray._sessions() - before
+        (session,) = embedded_ray.sessions() - before
         assert {entry.name for entry in session.iterdir()} > {"sockets", "logs"}
         assert mode(session.parents[1]) == 0o700
         # Nothing waits to be collected, and to warn of it in the middle of something else.

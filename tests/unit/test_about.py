@@ -83,8 +83,8 @@ def test_inspect(tmp_path: Path, capsys: Capture) -> None:
 
 
 SPEC = (
-    "name: a\nmodels: [{name: m, path: demo}]\nhosts: [{count: 2}]\nendpoint: {port: 0}\n"
-    "monitoring: {port: 0}\n"
+    "name: a\nmodels: [{name: m, path: demo}]\nhosts: [{count: 2}]\n"
+    "endpoint: {port: 0}\nmonitoring: {port: 0}\n"
 )
 
 
