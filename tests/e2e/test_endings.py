@@ -211,7 +211,8 @@ def test_what_takes_longer_ends_with_an_event(folder: Path, tmp_path: Path) -> N
         with Client(running.url) as client:
             stream = client.stream_complete([SLOWLY], model="m", max_tokens=300)
             next(stream)
-            running.process.send_signal(signal.SIGINT)
+            # As a terminal sends Ctrl-C: to all of the group.
+            os.killpg(running.process.pid, signal.SIGINT)
             with pytest.raises(Ending, match="drain_s"):
                 list(stream)
         streamed, other = (one.result(60) for one in answers)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.actors import launch, ray_border
+from moesaic.actors import at_once, launch, ray_border
 from moesaic.actors.host import ExpertHost
 from moesaic.actors.host_process import RayExpertHost
 from moesaic.actors.ray_border import end_ray, join_ray, start_ray
@@ -99,3 +99,17 @@ def test_what_cannot_be_ended_keeps_nothing_else_running(monkeypatch: pytest.Mon
     with pytest.raises(ClusterError, match="Serve: no answer"):
         launched.close(drain_s=1.0)
     assert ended == ["router", "controller", "hosts", "store", "ray"]
+
+
+def test_a_start_that_never_began_forgets_nothing_of_another_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of the same name is on the Ray: the start is refused, and undone."""
+    forgotten: list[str] = []
+    monkeypatch.setattr(launch, "forget_all", forgotten.append)
+    monkeypatch.setattr(at_once, "forget_all", forgotten.append)
+    spec = parse_spec({"name": "taken", "ray": {"address": "auto"}, "models": []})
+    launch.Launched(spec=spec, namespace="moesaic-taken", models={}).close()
+    monkeypatch.setattr(at_once.ray, "is_initialized", lambda: True)
+    at_once.end_at_once(spec)
+    assert forgotten == []
