@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import socket
 import threading
 import time
 import zlib
@@ -166,6 +168,34 @@ def test_routers_have_places_of_their_own(folder: Path, monkeypatch: pytest.Monk
         one.newcomer_is_served()
         for stream in (*seconds, one_more):
             stream.close()
+
+
+def test_a_loop_without_descriptors_goes_on(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever took them: what cannot be accepted now is no reason to leave."""
+    with honest(folder) as one:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        address = "\0" + one.host.entry().shm_address
+        with ExitStack() as stack:
+            silent = [
+                stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                for _ in range(3)
+            ]
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free_descriptor(), hard))
+            for each in silent:
+                each.settimeout(DEADLINE_S)
+                each.connect(address)
+            answers = one.answers
+            assert settles(lambda: one.answers > answers + 20)
+            assert one.host._loop.alive
+            assert "cannot accept a connection" in caplog.text
+        over_shm = one.pool.router(transport="shm")
+        over_shm.forward(KEY, *one.given)
+
+
+def lowest_free_descriptor() -> int:
+    with Path("/dev/null").open() as one:
+        return one.fileno()
 
 
 # ---- groups -------------------------------------------------------------------------------------
