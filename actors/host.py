@@ -115,7 +115,7 @@ class ExpertHost:
         self._fence_lock = threading.Lock()
         self._secret = secret or secret_of_process()
         meant = target(name, self.incarnation)
-        shm = ShmListener(secret=self._secret, target=meant)
+        shm = ShmListener(secret=self._secret, target=meant, device_memory=transport == "device")
         grpc = GrpcListener(
             f"{bind}:0",
             weights=_Weights(self),

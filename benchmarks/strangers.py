@@ -45,7 +45,7 @@ from moesaic.actors.router import Router
 from moesaic.actors.store import ModelRef
 from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey
 from moesaic.proto.expert_pb2 import WeightsChunk, WeightsKey
-from moesaic.proto.keys import secret_of_process
+from moesaic.proto.keys import secret_of_process, shown
 from moesaic.proto.limits import CHUNK_BYTES
 
 MODEL, EXPERTS, TOP_K, TOKENS = "m", 8, 2, 8
@@ -94,7 +94,7 @@ def sayings(entry: HostEntry) -> dict[str, str]:
     """For each kind of stranger what it says, in hexadecimal."""
     secret = secret_of_process()
 
-    def shown(proof: bytes) -> str:
+    def text(proof: bytes) -> str:
         return base64.b64encode(proof).decode().rstrip("=")
 
     key = ExpertKey(MODEL, 0, 0)
@@ -107,15 +107,15 @@ def sayings(entry: HostEntry) -> dict[str, str]:
         "silent TCP": b"",
         "silent HTTP/2": HELLO,
         "half a Hello": HELLO
-        + headers(DISPATCH, moesaic_proof_bin=shown(secret.proof("experts", entry.target)))
+        + headers(DISPATCH, moesaic_proof_bin=text(shown(secret.proof("experts", entry.target))))
         + message(b"\x0a\x40", CHUNK_BYTES),
-        "wrong proof": HELLO + headers(DISPATCH, moesaic_proof_bin=shown(bytes(32))) + message(b""),
+        "wrong proof": HELLO + headers(DISPATCH, moesaic_proof_bin=text(bytes(32))) + message(b""),
         "oversized Put": HELLO
         + headers(
             PUT,
-            moesaic_proof_bin=shown(secret.proof("weights", entry.target)),
+            moesaic_proof_bin=text(shown(secret.proof("weights", entry.target))),
             moesaic_term="0",
-            moesaic_grant_bin=shown(secret.grant(entry.host, entry.incarnation, key, 1, 0)),
+            moesaic_grant_bin=text(secret.grant(entry.host, entry.incarnation, key, 1, 0)),
         )
         + message(chunk.SerializeToString()),
     }

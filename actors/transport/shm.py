@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hmac
+import logging
 import mmap
 import os
 import secrets
@@ -37,7 +38,11 @@ from .base import Inbound, Session, call_of, check_version
 from .cuda_memory import CudaMemory, open_shared, share
 from .seqpacket import FrameSocket, close_all, same_user
 
+log = logging.getLogger(__name__)
+
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+# Of accept(2): no room for a descriptor now, or the other side has gone already.
+_TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
 MAX_SLOTS = 1024
 MAX_SLOT_BYTES = 1 << 30
 
@@ -194,8 +199,10 @@ class ShmChannel:
 class ShmSession:
     """A host's side of one connection."""
 
-    def __init__(self, sock: socket.socket, proof: bytes) -> None:
-        """``proof`` is what the Hello has to show."""
+    def __init__(self, sock: socket.socket, proof: bytes, *, device_memory: bool = False) -> None:
+        """``proof`` is what the Hello has to show; ``device_memory`` whether it may bring slots on
+        a GPU."""
+        self._device_memory = device_memory
         self.router = ""
         self._proof = proof
         self._sock = FrameSocket(sock)
@@ -265,6 +272,11 @@ class ShmSession:
                 raise HostLost("a Hello without the proof of this cluster for this host")
             _check(hello.wire_version, repr(hello.router))
             on_gpu = hello.HasField("device_memory")
+            if on_gpu and not self._device_memory:
+                raise HostLost(
+                    f"{hello.router!r}: slots in device memory, for which network.transport of the "
+                    "cluster's spec does not ask"
+                )
             if not _sane(hello) or not (on_gpu or (fds and _sealed(fds[0], hello))):
                 raise HostLost(f"{hello.router!r}: Hello without a sealed memfd of its slots")
             if on_gpu:
@@ -316,10 +328,13 @@ class ShmListener:
         *,
         secret: ClusterSecret | None = None,
         target: str = "",
+        device_memory: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Only members of the cluster that has ``secret`` (None: this process) are heard, and they
-        must mean ``target`` (`keys.target`). ``clock`` counts seconds."""
+        must mean ``target`` (`keys.target`). ``device_memory``: whether the spec asks for slots on
+        a GPU, which are opened for nobody otherwise. ``clock`` counts seconds."""
+        self._device_memory = device_memory
         self._proof = (secret or secret_of_process()).proof("shm", target)
         self._clock = clock
         # Those that have said nothing, the oldest first, and until when they may.
@@ -344,8 +359,16 @@ class ShmListener:
                 sock, _ = self._sock.accept()
             except BlockingIOError:
                 break
+            except OSError as error:
+                if error.errno not in _TRANSIENT:
+                    raise
+                # Whoever holds the descriptors that this process lacks: those that say nothing
+                # are the first to go, and the loop goes on.
+                log.warning("shared memory: cannot accept a connection: %s", error)
+                self._send_away(keep=0)
+                return sessions
             if same_user(sock):
-                session = ShmSession(sock, self._proof)
+                session = ShmSession(sock, self._proof, device_memory=self._device_memory)
                 self._silent.append((self._clock() + HELLO_S, session))
                 sessions.append(session)
             else:
@@ -353,12 +376,12 @@ class ShmListener:
         self._send_away()
         return sessions
 
-    def _send_away(self) -> None:
-        """End connections that have said nothing for too long, or are too many."""
+    def _send_away(self, keep: int = MAX_UNANNOUNCED) -> None:
+        """End connections that have said nothing for too long, or are more than ``keep``."""
         now = self._clock()
         waiting = [(due, one) for due, one in self._silent if not one.greeted and one.fileno() >= 0]
         self._silent = deque(waiting)
-        while self._silent and (self._silent[0][0] <= now or len(self._silent) > MAX_UNANNOUNCED):
+        while self._silent and (self._silent[0][0] <= now or len(self._silent) > keep):
             self._silent.popleft()[1].end()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import grpc
 from moesaic.actors.transport.grpc_border import from_grpc
 from moesaic.actors.transport.grpc_stream import METHOD, SERVICE
 from moesaic.cluster.placement import HostEntry
+from moesaic.proto import keys
 from moesaic.proto.errors import MoesaicError
 from moesaic.proto.expert_pb2 import Frame
 from moesaic.proto.keys import Plane, secret_of_process
@@ -24,7 +25,8 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 def shown(entry: HostEntry, plane: Plane) -> Metadata:
     """What a member of the cluster shows: a stranger may be one that has gone mad."""
-    return (("moesaic-proof-bin", secret_of_process().proof(plane, entry.target)),)
+    proof = secret_of_process().proof(plane, entry.target)
+    return (("moesaic-proof-bin", keys.shown(proof)),)
 
 
 @contextmanager
