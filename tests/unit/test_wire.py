@@ -189,6 +189,8 @@ def test_chunks_come_together_again(sizes: list[int]) -> None:
         moved,
         kinds=("call",),
         max_payload_bytes=MAX_PAYLOAD_BYTES,
+        max_arriving_bytes=MAX_PAYLOAD_BYTES,
+        check=lambda kind, part: None,
         accept=lambda kind, frame: True,
     )
     for seq, size in enumerate(sizes):
@@ -255,6 +257,8 @@ def test_what_was_heard_before_the_end_comes_first() -> None:
         threading.Event(),
         kinds=("call",),
         max_payload_bytes=100,
+        max_arriving_bytes=100,
+        check=lambda kind, part: None,
         accept=lambda kind, frame: True,
     )
     good = encode("call", frame_of("call", 1, 4), memoryview(b"1234"))
