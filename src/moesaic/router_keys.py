@@ -1,6 +1,7 @@
 """The key of a router service: where `up` takes it from, and where `connect` finds it.
 
-Like all of the client it imports neither Ray nor torch.
+Like all of the client it imports neither Ray nor torch; and where this user has no cluster on this
+machine, nothing beyond the standard library.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import os
 from urllib.parse import urlsplit
 
+from .places import session_dir
 from .proto.errors import ClusterError, Unauthenticated
-from .session import running_sessions
 
 VARIABLE = "MOESAIC_ROUTER_KEY"
 _LEAST, _MOST = 16, 512  # characters
@@ -39,16 +40,25 @@ def take_key() -> str | None:
 def key_for(address: str) -> str:
     """What the service at ``address`` (host:port) asks for: by the session file of a cluster of
     this machine, or else by the environment. Raises Unauthenticated when neither has it."""
-    for session in running_sessions():
-        if session.router is not None and session.router_key and _same(session.router, address):
-            return session.router_key
-    key = os.environ.get(VARIABLE) or _taken
+    key = _announced(address) or os.environ.get(VARIABLE) or _taken
     if key is None:
         raise Unauthenticated(
             f"{VARIABLE}: it is not set, and no cluster of this user on this machine has a router "
             f"service at {address}; the key of one elsewhere is in the session file there"
         )
     return key
+
+
+def _announced(address: str) -> str | None:
+    """The key of a cluster of this machine."""
+    if not any(session_dir().glob("*.json")):
+        return None
+    from .session import running_sessions
+
+    for session in running_sessions():
+        if session.router is not None and _same(session.router, address):
+            return session.router_key
+    return None
 
 
 def _same(listens: str, asked: str) -> bool:

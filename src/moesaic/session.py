@@ -6,12 +6,18 @@ One small file for each cluster, readable by its user alone, gone when the clust
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import psutil
+
+from .places import session_dir
 from .proto.errors import ClusterError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,18 +37,10 @@ class Session:
 
     @property
     def alive(self) -> bool:
-        import psutil  # which a client of a router service elsewhere need not have
-
         try:
             return psutil.Process(self.pid).create_time() == self.started
         except psutil.NoSuchProcess:
             return False
-
-
-def session_dir() -> Path:
-    base = os.environ.get("MOESAIC_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    root = Path(base) if base else Path.home() / ".cache"
-    return (root if os.environ.get("MOESAIC_CACHE") else root / "moesaic") / "run"
 
 
 def _file(name: str) -> Path:
@@ -63,8 +61,6 @@ def write_session(
     logs: str | None = None,
 ) -> Session:
     """Announce the cluster that this process owns."""
-    import psutil
-
     session = Session(
         name=name,
         pid=os.getpid(),
@@ -105,7 +101,11 @@ def find_session(name: str) -> Session | None:
 def running_sessions() -> Iterator[Session]:
     """Of all clusters of this user on this machine."""
     for file in sorted(session_dir().glob("*.json")):
-        session = find_session(file.stem)
+        try:
+            session = find_session(file.stem)
+        except ClusterError as error:
+            log.warning("a session file is left out: %s", error)
+            continue
         if session is not None:
             yield session
 
