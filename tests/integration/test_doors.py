@@ -251,7 +251,7 @@ def test_an_impostor_is_told_nothing_and_believed_nothing(given: str) -> None:
         channel.close()
         proof = OURS.proof("weights", MEANT)
         with pytest.raises((HostLost, Expired)):
-            get_weights(impostor.address, KEY, timeout_s=2.0, proof=proof)
+            get_weights(impostor.address, KEY, timeout_s=2.0, max_bytes=MOST, proof=proof)
         with pytest.raises((HostLost, Expired)):
             secret = {"up": torch.full((64,), 3.25)}
             put_weights(impostor.address, KEY, secret, timeout_s=2.0, proof=proof)
