@@ -20,6 +20,7 @@ from ray import serve
 from ray.util import state as ray_state
 
 import moesaic
+from moesaic.actors import ray_border
 from moesaic.actors.cluster_secret import secret_of
 from moesaic.actors.ray_border import ask, controller_of, namespace_of
 from moesaic.proto.errors import MoesaicError
@@ -64,7 +65,8 @@ def told(cluster: Any) -> dict[str, Any]:
         with contextlib.suppress(OSError):
             found[f"/{path}"] = read(f"{cluster.url}/{path}")
     for name in LISTS:
-        listed = getattr(ray_state, name)(detail=True, limit=1000)
+        # Of tasks and objects it tells no more than it has room for.
+        listed = getattr(ray_state, name)(detail=True, limit=1000, raise_on_missing_output=False)
         found[name] = [repr(one) for one in listed]
     found["named actors"] = ray.util.list_named_actors(all_namespaces=True)
     found["serve"] = repr(serve.status())
@@ -84,13 +86,13 @@ def told(cluster: Any) -> dict[str, Any]:
 def main(folder: str, out: str) -> None:
     logging.basicConfig(level=logging.DEBUG)
     ClusterSecret.new = lambda: ClusterSecret(SECRET)
-    ray.init(
-        include_dashboard=True,
-        namespace=namespace_of(NAME),
-        num_cpus=8,
-        log_to_driver=False,
-        object_store_memory=128 << 20,
-    )
+    # Ray's state API is the dashboard's.
+    start = ray_border.start_embedded
+
+    def with_dashboard(said: Callable[[str], None], **options: Any) -> None:
+        start(said, **{**options, "include_dashboard": True})
+
+    ray_border.start_embedded = with_dashboard
     spec = {
         "name": NAME,
         "models": [{"name": "m", "path": folder, "replicas": 2}],

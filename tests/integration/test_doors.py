@@ -10,6 +10,8 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -26,7 +28,7 @@ from moesaic.actors.transport.grpc_stream import METHOD, SERVICE, GrpcChannel, G
 from moesaic.actors.transport.interceptors import show_key, show_proof
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
 from moesaic.actors.transport.weights import get_weights, put_weights
-from moesaic.cluster.placement import ExpertKey
+from moesaic.cluster.placement import ExpertKey, LayerKey
 from moesaic.cluster.transports import Transport
 from moesaic.proto.errors import Expired, HostLost, Unauthenticated
 from moesaic.proto.expert_pb2 import Frame, WeightsChunk, WeightsKey
@@ -34,6 +36,7 @@ from moesaic.proto.expert_pb2_grpc import WeightsStub
 from moesaic.proto.keys import ClusterSecret, Plane, answer, shown, target
 from moesaic.proto.limits import HELLO_S, MAX_UNANNOUNCED
 from moesaic.proto.wire import WIRE_VERSION
+from tests.helpers.serving import save_model, serving
 from tests.helpers.transports import (
     DEADLINE_S,
     DictStore,
@@ -248,7 +251,7 @@ def test_an_impostor_is_told_nothing_and_believed_nothing(given: str) -> None:
         channel.close()
         proof = OURS.proof("weights", MEANT)
         with pytest.raises((HostLost, Expired)):
-            get_weights(impostor.address, KEY, timeout_s=2.0, max_bytes=1 << 20, proof=proof)
+            get_weights(impostor.address, KEY, timeout_s=2.0, max_bytes=MOST, proof=proof)
         with pytest.raises((HostLost, Expired)):
             secret = {"up": torch.full((64,), 3.25)}
             put_weights(impostor.address, KEY, secret, timeout_s=2.0, proof=proof)
@@ -415,10 +418,27 @@ def test_a_host_sends_away_who_says_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         assert settles(lambda: routers(host) == 1)
 
 
-def test_a_peer_that_started_anew_is_not_the_one_that_was_meant() -> None:
-    """A fetch names the start of the host that it means, not only its address."""
-    with local_hosts(1, secret=OURS) as (host,):
-        entry = host.entry()
-        before = OURS.proof("weights", target(entry.host, entry.incarnation - 1))
+def test_an_expert_comes_from_the_start_of_a_peer_that_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address alone may be another one's by now."""
+    with serving(save_model(tmp_path)) as pool:
+        giver, taker = pool.hosts
+        layer, (expert, *_) = next(iter(giver.report().holdings.items()))
+        key = layer.expert(expert)
+        assert not holds(taker, key)
+
+        def from_disk(key: ExpertKey) -> None:
+            raise AssertionError(f"{key} is read from the checkpoint")
+
+        monkeypatch.setattr(taker._store, "load", from_disk)
+        earlier = replace(giver.entry(), incarnation=giver.incarnation - 1)
         with pytest.raises(Unauthenticated):
-            get_weights(entry.grpc_address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST, proof=before)
+            taker.load([(pool.ref, pool.shape)], [key], {key: earlier})
+        assert not holds(taker, key)
+        taker.load([(pool.ref, pool.shape)], [key], {key: giver.entry()})
+        assert holds(taker, key)
+
+
+def holds(host: ExpertHost, key: ExpertKey) -> bool:
+    return key.expert in host.report().holdings.get(LayerKey(key.model, key.layer), ())

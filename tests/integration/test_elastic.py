@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from moesaic import Client
+from moesaic.actors.cluster_secret import make_secret, router_key_of, secret_of
 from moesaic.actors.ray_border import CONTROLLER, namespace_of
 from moesaic.actors.term import claim_term, forget_all, keep_wishes, kept_wishes
 from moesaic.cluster.plan import Wishes
@@ -155,6 +156,20 @@ def test_terms_only_grow_and_are_forgotten_with_their_cluster(pool: Cluster) -> 
     assert kept_wishes("other").leaving == {"h"}
     forget_all("other")
     assert kept_wishes("other") == Wishes()
+
+
+def test_a_secret_is_new_for_each_cluster_and_goes_with_it(pool: Cluster) -> None:
+    first = make_secret("other")
+    assert secret_of("other").reveal() == first.reveal()
+    assert router_key_of("other") == first.router_key
+    second = make_secret("other", "a key of the user")
+    assert second.reveal() != first.reveal()
+    assert secret_of("other").reveal() == second.reveal()
+    assert router_key_of("other") == "a key of the user"
+    forget_all("other")
+    for read in (secret_of, router_key_of):
+        with pytest.raises(ClusterError, match="its secret is not in Ray's key-value store"):
+            read("other")
 
 
 def test_an_old_controller_is_refused_by_hosts(pool: Cluster) -> None:

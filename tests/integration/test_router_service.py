@@ -152,7 +152,10 @@ def test_a_call_that_is_too_large_goes_in_several(folder: Path) -> None:
         assert served.service.report()["calls"] == -(-200 // (10_000 // (HIDDEN * 4 + 2 * 8)))
 
 
-def test_a_client_needs_neither_ray_nor_torch(served: Served) -> None:
+def test_a_client_needs_neither_ray_nor_torch(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))  # no cluster of this machine
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", THIN, served.target],
         capture_output=True,

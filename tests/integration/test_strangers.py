@@ -19,13 +19,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from moesaic.actors.host import ExpertHost
+from moesaic.actors import attach
+from moesaic.actors.granting import grant_all
+from moesaic.actors.host import ExpertHost, local_hosts
 from moesaic.actors.router import Router
+from moesaic.actors.store import ModelRef
 from moesaic.actors.transport import grpc_session, grpc_stream, stalls, weights
 from moesaic.actors.transport.grpc_border import from_grpc
 from moesaic.actors.transport.pair import Pair
 from moesaic.actors.transport.weights import Grant, get_weights, put_weights
-from moesaic.cluster.placement import ExpertKey
+from moesaic.cluster.placement import ExpertKey, ModelShape, every_expert
+from moesaic.models.trunk import experts_layers
 from moesaic.proto.errors import (
     Busy,
     CallError,
@@ -40,6 +44,7 @@ from moesaic.proto.expert_pb2_grpc import WeightsStub
 from moesaic.proto.keys import ClusterSecret, secret_of_process
 from moesaic.proto.limits import CHUNK_BYTES, HELLO_S
 from moesaic.proto.wire import CallLayout
+from tests.helpers.architectures import tiny_model
 from tests.helpers.pools import granted
 from tests.helpers.serving import EXPERTS, HIDDEN, KEY, LAYER, Hosts, inputs, save_model, serving
 from tests.helpers.strangers import HTTP2_HELLO, Stream, connections, ended, hello, shown
@@ -581,3 +586,27 @@ def servicer(host: ExpertHost) -> weights.Weights:
 
 def proof_of(host: ExpertHost) -> bytes:
     return secret_of_process().proof("weights", host.entry().target)
+
+
+def test_attached_experts_are_put_with_the_controllers_grants() -> None:
+    model = tiny_model("mixtral")
+    layers = {layer.layer: layer for layer in experts_layers(model)}
+    shape = ModelShape(model="memory", experts={n: la.num_experts for n, la in layers.items()})
+    ref = ModelRef(name="memory", dtype="float32", config=model.config.to_dict())
+    secret, keys = secret_of_process(), list(every_expert([shape]))
+    with local_hosts(1) as (host,):
+        host.add_models([(ref, shape)])
+        granted_keys = grant_all(secret, host.entry(), keys, term=3)
+        assert granted_keys.experts == keys
+        for _ in range(2):  # a second time nothing changes
+            attach._send(granted_keys, secret, layers)
+        assert {(k.model, k.layer, e) for k, es in host.report().holdings.items() for e in es} == {
+            tuple(key) for key in keys
+        }
+        for key in keys:
+            wanted = attach.expert_tensors(layers[key.layer], key.expert)
+            held = host._store.get(key)
+            assert all(torch.equal(held[name], tensor) for name, tensor in wanted.items())
+        host.report(term=4)
+        with pytest.raises(Superseded):
+            attach._send(granted_keys, secret, layers)
