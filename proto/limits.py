@@ -14,7 +14,7 @@ MAX_TOP_K = 1 << 10
 # From the beginning of a connection until its Hello, or until it has asked for anything at all.
 HELLO_S = 2.0
 # Connections that have not said Hello, and those of routers.
-MAX_UNANNOUNCED = 128
+MAX_UNANNOUNCED = 64
 MAX_ROUTERS = 256
 # Transfers of weights, in each direction.
 MAX_PUTS = MAX_GETS = 8

@@ -16,6 +16,7 @@ from typing import Protocol
 # A transfer that does not move for so long is ended.
 STILL_S = 5.0
 _LOOK_S = 0.25
+_FROZEN_S = 4 * _LOOK_S
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +89,23 @@ class Stalls:
             self._thread.join()
 
     def _run(self) -> None:
+        looked_at = patient_until = time.monotonic()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._watched or self._closed)
+                if not self._watched and not self._closed:
+                    self._changed.wait_for(lambda: self._watched or self._closed)
+                    looked_at = time.monotonic()
                 if self._closed:
                     return
                 watched = list(self._watched)
-            for each in watched:
+            now = time.monotonic()
+            if now - looked_at > _FROZEN_S:
+                # This process stood still itself: what has come meanwhile is still to be heard.
+                patient_until = now + STILL_S
+            looked_at = now
+            for each in watched if now >= patient_until else ():
                 try:
-                    if each.end_if_late(time.monotonic()):
+                    if each.end_if_late(now):
                         self.forget(each)
                 except Exception:
                     # Whatever it is, the others are looked at.

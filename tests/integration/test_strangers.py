@@ -139,11 +139,13 @@ def test_streams_that_say_no_hello_end_and_lock_nobody_out(
     """More of them than a host has places for: the first ones end in time, others at once."""
     monkeypatch.setattr(grpc_stream, "MAX_UNANNOUNCED", 20)
     with honest(folder) as one, ExitStack() as stack:
+        began = time.monotonic()
         streams = []
         for _ in range(60):
             streams.append(Stream(one.host.entry()))
             stack.callback(streams[-1].close)
         errors = [stream.error() for stream in streams]
+        assert time.monotonic() - began < HELLO_S + 8.0
         kinds = {type(error) for error in errors}
         assert kinds == {Expired, Busy}, kinds
         late = [str(error) for error in errors if isinstance(error, Expired)]
