@@ -333,13 +333,15 @@ print("REPORT " + json.dumps(found))
 """
 
 
-def test_a_token_in_the_environment_is_enough(tmp_path: Path) -> None:
-    token = secrets.token_hex(32)
-    environment = {
+@contextmanager
+def head_node(tmp_path: Path, **environment: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """The address of a Ray that `ray start` started, and an environment without a token."""
+    without = {
         name: value
         for name, value in ray_environment(tmp_path).items()
         if not name.startswith("RAY_AUTH")
     } | {"HOME": str(tmp_path), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    without |= {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     log = tmp_path / "head.log"
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
     with TemporaryDirectory(prefix="moe", dir="/tmp") as ray_dir, log.open("wb") as sink:
@@ -351,7 +353,7 @@ def test_a_token_in_the_environment_is_enough(tmp_path: Path) -> None:
         ]
         head = subprocess.Popen(
             [RAY, "start", *words],
-            env=environment | {"RAY_AUTH_TOKEN": token},
+            env=without | environment,
             stdout=sink,
             stderr=sink,
             start_new_session=True,
@@ -360,21 +362,66 @@ def test_a_token_in_the_environment_is_enough(tmp_path: Path) -> None:
             while "Ray runtime started" not in log.read_text():
                 assert head.poll() is None, log.read_text()
                 time.sleep(0.1)
-            tokens = {"right": token, "wrong": secrets.token_hex(32), "none": ""}
-            joiner = subprocess.run(
-                [sys.executable, "-c", JOINER, address, json.dumps(tokens)],
-                env=environment | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
-            )
+            yield address, without
         finally:
             end_group(head)
+
+
+def said_by(code: str, environment: dict[str, str], *words: str) -> dict[str, Any]:
+    joiner = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     report = re.search("^REPORT (.*)$", joiner.stdout, re.MULTILINE)
     assert report, joiner.stdout + joiner.stderr
-    said = json.loads(report[1])
+    return json.loads(report[1])
+
+
+def test_a_token_in_the_environment_is_enough(tmp_path: Path) -> None:
+    token = secrets.token_hex(32)
+    tokens = {"right": token, "wrong": secrets.token_hex(32), "none": ""}
+    with head_node(tmp_path, RAY_AUTH_TOKEN=token) as (address, environment):
+        said = said_by(JOINER, environment, address, json.dumps(tokens))
     assert said["right"][0] == ""
     assert "another token than RAY_AUTH_TOKEN here" in said["wrong"][0]
     assert "this process has none" in said["none"][0]
     assert max(said["wrong"][1], said["none"][1]) < joining.REACH_S + 10
+
+
+# The program's own `ray.init` comes first, and both have a token that this Ray does not ask for.
+STARTER = """
+import json, sys
+import ray
+from moesaic.actors.ray_border import start_ray
+from moesaic.cluster.spec import parse_spec
+from moesaic.proto.errors import ClusterError
+said = {}
+def tried(what, **ray_spec):
+    spec = {"models": [{"name": "m", "path": "p"}], "ray": {"address": sys.argv[1], **ray_spec}}
+    try:
+        start_ray(parse_spec(spec))
+        said[what] = ""
+    except ClusterError as error:
+        said[what] = str(error)
+tried("joined")
+assert not ray.is_initialized()
+tried("joined insecurely", insecure=True)
+ray.shutdown()
+ray.init(address=sys.argv[1], log_to_driver=False)
+tried("its own")
+tried("its own, insecurely", insecure=True)
+print("REPORT " + json.dumps(said))
+"""
+
+
+def test_a_real_ray_that_asks_for_no_token(tmp_path: Path) -> None:
+    with head_node(tmp_path, RAY_AUTH_MODE="disabled") as (address, environment):
+        shown = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        said = said_by(STARTER, environment | shown, address)
+    assert said["joined insecurely"] == said["its own, insecurely"] == ""
+    for what in ("joined", "its own"):
+        assert said[what].startswith(f"ray.address: {address}: this Ray asks for no token")
