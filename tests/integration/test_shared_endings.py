@@ -39,17 +39,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def shared_ray() -> Iterator[None]:
     """One that no cluster started, and none ends."""
-    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
-    start_embedded(
-        num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env=environment
-    )
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(endpoint, "engine_factory", lambda config: scripted_engine)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
+        patched.setattr(endpoint, "engine_factory", lambda config: scripted_engine)
+        start_embedded(num_cpus=8, include_dashboard=False, log_to_driver=False)
+        try:
             yield
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+        finally:
+            serve.shutdown()
+            ray.shutdown()
 
 
 def spec_of(folder: Path, name: str) -> dict[str, Any]:
