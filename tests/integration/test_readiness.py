@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def scripted(folder: Path, **spec: Any) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        patched.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
         patched.setattr(endpoint, "engine_factory", lambda config: scripted_engine)
         with running("ready", folder, hosts=[{"count": 1, "threads": 1}], **spec) as cluster:
             yield cluster

@@ -39,17 +39,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def shared_ray() -> Iterator[None]:
     """One that no cluster started, and none ends."""
-    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
-    start_embedded(
-        num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env=environment
-    )
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(endpoint, "engine_factory", lambda config: scripted_engine)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
+        patched.setattr(endpoint, "engine_factory", lambda config: scripted_engine)
+        start_embedded(num_cpus=8, include_dashboard=False, log_to_driver=False)
+        try:
             yield
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+        finally:
+            serve.shutdown()
+            ray.shutdown()
 
 
 def spec_of(folder: Path, name: str) -> dict[str, Any]:
@@ -92,6 +90,9 @@ def test_draining_one_leaves_the_other_alone(folder: Path) -> None:
         ThreadPoolExecutor(3) as threads,
     ):
         goes = moesaic.up(spec_of(folder, "goes"))
+        # It is below a prefix, and so are its probes.
+        assert goes.url != stays.url
+        assert works(goes)
         ending = threads.submit(slow_answer, goes, 8.0)
         going_on = threads.submit(slow_answer, stays, 14.0)
         time.sleep(1.5)
@@ -103,6 +104,9 @@ def test_draining_one_leaves_the_other_alone(folder: Path) -> None:
                     f"{goes.url}/v1/completions",
                     json={"model": "m", "prompt": [COUNT], "max_tokens": 1},
                 )
+                if answer.status_code == 503 and 503 not in statuses:
+                    assert http.get(f"{goes.url}/livez").status_code == 200
+                    assert http.get(f"{goes.url}/readyz").status_code == 503
                 statuses.add(answer.status_code)
                 assert works(stays)
                 time.sleep(0.1)
@@ -120,8 +124,9 @@ def test_draining_one_leaves_the_other_alone(folder: Path) -> None:
 
 def test_ending_one_at_once_leaves_the_other_alone(folder: Path) -> None:
     with moesaic.up(spec_of(folder, "stays")) as stays:
+        dies = moesaic.up(spec_of(folder, "dies"))
+        # As a process says it that has joined the Ray.
         wanted = parse_spec(spec_of(folder, "dies") | {"ray": {"address": "auto"}})
-        dies = moesaic.up(wanted)
         keeper: Any = dies._launched
         keeper.keeper._stop.set()
         began = time.monotonic()
