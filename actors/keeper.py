@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # The controller answers at once when other hosts are wanted.
 ASK_WAIT_S = 2.0
 ASK_TIMEOUT_S = 5.0
-_PAUSE_S = 0.3
+PAUSE_S = 0.3
 
 
 class HostStarter:
@@ -90,7 +90,7 @@ class HostKeeper:
 
     def _run(self) -> None:
         known: int | None = None
-        while not self._stop.wait(_PAUSE_S):
+        while not self._stop.wait(PAUSE_S):
             try:
                 asked = self._controller.desired.remote(known, ASK_WAIT_S)
                 found: tuple[int, dict[str, int]] = ray.get(asked, timeout=ASK_TIMEOUT_S)

