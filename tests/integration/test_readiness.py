@@ -27,7 +27,7 @@ from moesaic.actors.health import HEAR_S
 from moesaic.actors.ray_border import controller_of, namespace_of
 from moesaic.cluster.progress import STALLED_S
 from moesaic.handle import Cluster
-from moesaic.proto.errors import EngineError, MoesaicError
+from moesaic.proto.errors import ClusterError, EngineError, MoesaicError
 from tests.helpers.live import ON_RAY, hosts_of, running, text_in_background, text_of, wait_until
 from tests.helpers.scripted import COUNT, SLOWLY, WAIT, scripted_engine
 from tests.integration.conftest import save_model
@@ -190,7 +190,14 @@ def test_the_controller_says_nothing_of_it(cluster: Cluster) -> None:
             assert client.complete([COUNT], model=MODEL, max_tokens=2).usage.completion_tokens == 2
     ray.kill(controller_of(namespace), no_restart=False)
     stays_ready(cluster, 5.0)
-    wait_until(lambda: bool(cluster.status()["hosts"]))
+
+    def is_back() -> bool:
+        try:
+            return bool(cluster.status()["hosts"])
+        except ClusterError:
+            return False  # being started anew
+
+    wait_until(is_back)
 
 
 def test_hosts_that_die_and_freeze_are_replaced_and_nobody_is_told(folder: Path) -> None:
