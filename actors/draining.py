@@ -84,7 +84,7 @@ def _wait(draining: Draining, actors: dict[str, Any], told: Callable[[str], None
             return
         for part in draining.parts:
             try:
-                running = ray.get(actors[part].running.remote(), timeout=_ANSWER_S)
+                running: Any = ray.get(actors[part].running.remote(), timeout=_ANSWER_S)
                 draining.heard(part, running, time.monotonic())
             except (RayError, RayServeException, TimeoutError) as error:
                 # Waited for until it has been silent for long, or is gone.

@@ -99,7 +99,7 @@ class Gated:
             if not answer.begun:
                 await error_answer(error, _identity(scope))(scope, receive, send)
             else:
-                await answer.end_with(error)
+                await answer.end_with(error, _identity(scope))
 
 
 class _Answer:
@@ -120,11 +120,15 @@ class _Answer:
             self._over = not message.get("more_body", False)
         await self._send(message)
 
-    async def end_with(self, error: Ending) -> None:
+    async def end_with(self, error: Ending, identity: str) -> None:
         """One more event, where the answer is a stream of them: each of its messages is whole."""
         if self._over:
             return
-        event = f"data: {error_response(error).model_dump_json()}\n\n" if self._streams else ""
+        event = (
+            f"data: {error_response(error, identity).model_dump_json()}\n\n"
+            if self._streams
+            else ""
+        )
         await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
 
 

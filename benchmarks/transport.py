@@ -119,7 +119,8 @@ def serve_ours(listener: Listener) -> None:
 
 
 def _answer(session: Session) -> None:
-    for frame, payload in session.receive():
+    for inbound in session.receive():
+        frame, payload = inbound.frame, inbound.payload
         answer = Frame()
         if payload is None:
             answer.welcome.wire_version = WIRE_VERSION

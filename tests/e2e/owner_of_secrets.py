@@ -5,7 +5,6 @@ python -m tests.e2e.owner_of_secrets MODEL_FOLDER OUT
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -61,9 +60,7 @@ def told(cluster: Any) -> dict[str, Any]:
     """What everybody may ask of the cluster and of Ray, by the name of the question."""
     found: dict[str, Any] = {"status": cluster.status(), "session": repr(need_session(NAME))}
     for path in ("status", "metrics"):
-        # Wherever they are served.
-        with contextlib.suppress(OSError):
-            found[f"/{path}"] = read(f"{cluster.url}/{path}")
+        found[f"/{path}"] = read(f"{cluster.monitoring}/{path}")
     for name in LISTS:
         # Of tasks and objects it tells no more than it has room for.
         listed = getattr(ray_state, name)(detail=True, limit=1000, raise_on_missing_output=False)
@@ -99,6 +96,7 @@ def main(folder: str, out: str) -> None:
         "hosts": [{"count": 2, "threads": 1}],
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0},
+        "monitoring": {"port": 0},
         "router": {"port": 0},
     }
     with moesaic.up(spec) as cluster:
