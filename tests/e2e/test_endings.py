@@ -80,6 +80,7 @@ def starting(
         "hosts": [{"count": 1, "threads": 1}],
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0, "drain_s": drain_s},
+        "monitoring": {"port": 0},
         **spec,
     }
     file.write_text(yaml.safe_dump(values))

@@ -57,6 +57,7 @@ def spec_of(folder: Path, name: str) -> dict[str, Any]:
         "hosts": [{"count": 1, "num_cpus": 0.1, "threads": 1}],
         "trunk": {"threads": 1, "num_cpus": 0.1},
         "endpoint": {"port": 0, "drain_s": 30},
+        "monitoring": {"port": 0},
         "router": {"port": 0},
         "balance": {"auto": False},
     }
