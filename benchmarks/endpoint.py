@@ -125,7 +125,6 @@ def spec(trunks: int) -> dict[str, Any]:
         "trunk": {"min_replicas": trunks, "max_replicas": trunks},
         "endpoint": {"port": 0},
         "monitoring": {"port": 0},
-        "monitoring": {"port": 0},
     }
 
 

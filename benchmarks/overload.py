@@ -169,7 +169,6 @@ def main() -> None:
         "trunk": {"max_requests": given.requests, "max_waiting": 2 * given.requests},
         "endpoint": {"port": 0},
         "monitoring": {"port": 0},
-        "monitoring": {"port": 0},
         "balance": {"auto": False},
     }
     with moesaic.up(spec) as cluster:

@@ -227,7 +227,6 @@ def main() -> int:
         "hosts": [{"count": 2, "threads": 1}],
         "endpoint": {"port": 0},
         "monitoring": {"port": 0},
-        "monitoring": {"port": 0},
     }
     prompts = prompts_of(demo_model())[:8]
     with moesaic.up(spec) as cluster:
