@@ -70,9 +70,7 @@ class Session:
         try:
             process = psutil.Process(self.pid)
             own = process.uids().real == os.getuid()
-            # One that has ended and that nobody has asked for yet owns nothing.
-            ended = process.status() == psutil.STATUS_ZOMBIE
-            same = own and process.create_time() == self.started and not ended
+            same = own and process.create_time() == self.started
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return None
         return process if same else None
