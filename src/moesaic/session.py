@@ -70,7 +70,9 @@ class Session:
         try:
             process = psutil.Process(self.pid)
             own = process.uids().real == os.getuid()
-            same = own and process.create_time() == self.started
+            # One that has ended and that nobody has asked for yet owns nothing.
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            same = own and process.create_time() == self.started and not ended
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return None
         return process if same else None
