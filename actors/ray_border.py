@@ -82,7 +82,7 @@ def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> bool:
         try:
             _need_token(spec)
         except ClusterError:
-            ray.shutdown()
+            end_embedded()
             raise
     _embedded.clusters += 1
     return True
