@@ -48,7 +48,7 @@ class Progress:
 
 
 class Stalls:
-    """Its thread runs only while there is something to look at."""
+    """Its thread begins with the first that is watched, and sleeps while there is nothing."""
 
     def __init__(self) -> None:
         self._watched: set[Watched] = set()

@@ -23,7 +23,7 @@ from moesaic.proto.router_pb2 import ComputeHead
 from tests.helpers.serving import LAYER, PATIENT, Hosts, assert_right, inputs, serving
 from tests.helpers.transports import settles
 
-KEY = "a key of the tests"
+KEY = "a-key-of-the-tests"
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 

@@ -587,7 +587,7 @@ def test_a_router_that_is_dropped_while_it_speaks(
 
 
 def test_a_defect_in_a_computation_is_an_error_of_its_calls(
-    served: ServedPool, monkeypatch: pytest.MonkeyPatch
+    served: ServedPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("drill")
@@ -596,4 +596,7 @@ def test_a_defect_in_a_computation_is_an_error_of_its_calls(
     answer = served.complete(PROMPT)
     monkeypatch.undo()
     assert answer.status_code == 500
-    assert "AssertionError: drill" in answer.json()["error"]["message"]
+    told, identity = answer.json()["error"]["message"], answer.headers["x-request-id"]
+    assert "drill" not in told
+    assert identity in told
+    assert re.search(f"{identity}.*AssertionError: drill", caplog.text), "the log has the cause"

@@ -478,6 +478,7 @@ def test_closing_frees_descriptors_and_threads(folder: Path, transport: Transpor
 
     def round_trip() -> None:
         with serving(folder) as pool:
+            use(pool)  # what a host starts with its first router
             inside = open_things()
             for _ in range(3):
                 use(pool)

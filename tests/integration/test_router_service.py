@@ -202,7 +202,7 @@ def test_the_example_of_the_readme_runs_on_the_clusters_machine(
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
     write_session(
         name="x",
-        ray_address="",
+        ray_address="127.0.0.1:6379",
         embedded=True,
         url=None,
         router=served.service.address,
