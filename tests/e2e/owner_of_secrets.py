@@ -21,7 +21,7 @@ from ray.util import state as ray_state
 import moesaic
 from moesaic.actors import ray_border
 from moesaic.actors.cluster_secret import secret_of
-from moesaic.actors.ray_border import ask, controller_of, namespace_of
+from moesaic.actors.ray_border import ask, namespace_of
 from moesaic.proto.errors import MoesaicError
 from moesaic.proto.keys import SECRET_BYTES, ClusterSecret, shown
 from moesaic.session import need_session
@@ -63,7 +63,13 @@ def told(cluster: Any) -> dict[str, Any]:
         found[f"/{path}"] = read(f"{cluster.monitoring}/{path}")
     for name in LISTS:
         # Of tasks and objects it tells no more than it has room for.
-        listed = getattr(ray_state, name)(detail=True, limit=1000, raise_on_missing_output=False)
+        listed = getattr(ray_state, name)(
+            # Of this Ray: others may run on the machine.
+            address=ray_border.ray_address(),
+            detail=True,
+            limit=1000,
+            raise_on_missing_output=False,
+        )
         found[name] = [repr(one) for one in listed]
     found["named actors"] = ray.util.list_named_actors(all_namespaces=True)
     found["serve"] = repr(serve.status())
@@ -71,8 +77,10 @@ def told(cluster: Any) -> dict[str, Any]:
         found["another key"] = refused(client.models)
     found["proofs"] = {}
     namespace = namespace_of(NAME)
-    secret, controller = secret_of(namespace), controller_of(namespace)
-    for host, entry in ask(controller.entries.remote(), 10.0, "hosts").items():
+    secret = secret_of(namespace)
+    for host in (one["host"] for one in found["status"]["hosts"]):
+        actor: Any = ray.get_actor(host, namespace=namespace)
+        entry = ask(actor.entry.remote(), 10.0, host)
         for plane in ("experts", "weights", "shm"):
             proof = secret.proof(plane, entry.target)
             found["proofs"][f"{host} {plane}"] = proof.hex()
