@@ -225,6 +225,7 @@ def test_what_takes_longer_ends_with_an_event(folder: Path, tmp_path: Path) -> N
         nothing_is_left(running)
 
 
+@pytest.mark.slow
 def test_down_of_another_process_waits_for_what_runs(folder: Path, tmp_path: Path) -> None:
     tokens = round(8 / SLOW_S)
     router = {"router": {"port": 0}}
@@ -244,7 +245,9 @@ def test_down_of_another_process_waits_for_what_runs(folder: Path, tmp_path: Pat
         nothing_is_left(running)
 
 
-@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "again", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_second_signal_ends_at_once(folder: Path, tmp_path: Path, again: signal.Signals) -> None:
     with up(folder, tmp_path) as running, ThreadPoolExecutor(2) as threads:
         answers = answers_running(running.url, 2, threads, 300)

@@ -88,14 +88,17 @@ def same(context: grpc.ServicerContext) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     # Ray keeps what it found once, in this process.
     monkeypatch.setattr(joining, "_show_token", lambda: None)
     monkeypatch.setattr(joining, "ANSWER_S", 0.3)
-    return tmp_path
+    yield tmp_path
+    # Ray would show later Rays of this process a token of these tests.
+    raylet: Any = ray._raylet
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def reason(address: str, init: Callable[..., Any] | None = None, *, insecure: bool = True) -> str:

@@ -123,6 +123,7 @@ def test_draining_one_leaves_the_other_alone(folder: Path) -> None:
         assert works(stays)
 
 
+@pytest.mark.slow
 def test_ending_one_at_once_leaves_the_other_alone(folder: Path) -> None:
     with moesaic.up(spec_of(folder, "stays")) as stays:
         dies = moesaic.up(spec_of(folder, "dies"))
