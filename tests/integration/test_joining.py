@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 import pytest
 import ray
+import ray._raylet
 from ray.core.generated import gcs_service_pb2
 
 from moesaic.actors import joining, ray_border
