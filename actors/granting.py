@@ -1,7 +1,7 @@
-"""The controller's leave to put a model's experts into the memory of hosts.
+"""The controller's grants, without which a host refuses weights that are put into its memory.
 
-Hosts take weights from nobody else: a grant names one expert, one incarnation of one host, and the
-controller's term, so it is worth nothing for anything else, nor when a newer controller rules.
+A grant names one expert, one incarnation of one host, and the controller's term. A host refuses it
+for anything else, and once a newer controller rules.
 """
 
 from __future__ import annotations

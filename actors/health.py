@@ -2,8 +2,8 @@
 
 The ingress sees its own requests and their tokens; that is enough, unless a long prompt takes many
 steps before its first token, or work was lost. Only then the trunk is asked, with a deadline, and
-beside the probes: a probe is answered at once from what is known. A trunk that nobody waits for is
-never asked, so that one that sleeps goes on sleeping.
+beside the probes: a probe is answered at once from what is known. A trunk without pending requests
+is never asked, so that a sleeping model goes on sleeping.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Hears(Protocol):
     """Asks a model's trunks, which may be frozen or gone."""
 
     async def __call__(self) -> Heard | None:
-        """What one of them says, or None where there is none, because nobody asked for it. Raises
-        MoesaicError where none answers."""
+        """What one trunk says of itself, or None while the model has no trunk because it sleeps.
+        Raises MoesaicError where no trunk answers."""
         ...
 
 

@@ -212,7 +212,7 @@ class Edge:
 
         try:
             headers = request.headers
-            # Kubernetes names the pod's address, and the answer tells nobody anything.
+            # A kubelet's probe has the pod's address as its Host, and the answer holds no secret.
             if not is_probe(scope):
                 self._guard.check(headers.getlist("host"), headers.getlist("origin"))
         except Forbidden as error:

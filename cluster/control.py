@@ -140,8 +140,8 @@ class Control(Members):
         return self._target is not None
 
     def is_quiet(self, now: float) -> bool:
-        """Whether the next tick would find nothing to do if nobody said anything new until then,
-        but for what has a time of its own: leases, and when the balancer looks."""
+        """Whether a tick without new reports would do nothing, leases that end and the balancer's
+        regular look aside."""
         settled = self._nothing_pending and self._asked is None
         return settled and self.state == self._published_for and self._planned_for == self._key(now)
 

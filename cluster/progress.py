@@ -60,7 +60,7 @@ class Progress:
         if lost or self._stalled(now):
             self._doubted = True
         if self._wake_s and not self._pending:
-            # Its trunk may be gone because nobody asks for it, and asking would keep it from that.
+            # The model may have been scaled to zero, and a question would start its trunk again.
             self._doubted = False
 
     def heard(self, heard: Heard, now: float) -> None:

@@ -255,8 +255,8 @@ class GrpcChannel:
         return True
 
     def _check(self, kind: str, part: Call | Reply) -> None:
-        """An answer has the size that its call wants; one that nobody waits for any more has no
-        more than a slot."""
+        """Raises CallError for a reply of another size than its call wants. A reply to a call that
+        was given up may have at most the size of a slot."""
         _, wanted = self._inflight.get(part.seq, (0, None))
         _check_size(part, wanted)
 

@@ -82,9 +82,12 @@ class _Showing(
 
 
 class _Proving(_Showing):
-    """Shows a proof, and waits for the host's answer to it before anything is sent or received.
-    But in a stream both ways its reader is to call `check_answer`; and where a stream has one
-    response, it is to be a future, or nobody could wait for the answer before the end."""
+    """Shows a proof, and waits for the host's answer to it before it sends or receives anything.
+
+    A stream in both directions is the exception: its reader calls `check_answer`. A client stream
+    with one response must be called as a future: a plain call blocks until the response, and the
+    answer could not be checked before.
+    """
 
     def __init__(self, proof: bytes) -> None:
         super().__init__(_PROOF, shown(proof))

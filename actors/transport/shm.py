@@ -333,7 +333,7 @@ class ShmListener:
     ) -> None:
         """Only members of the cluster that has ``secret`` (None: this process) are heard, and they
         must mean ``target`` (`keys.target`). ``device_memory``: whether the spec asks for slots on
-        a GPU, which are opened for nobody otherwise. ``clock`` counts seconds."""
+        a GPU; without it the host opens none. ``clock`` counts seconds."""
         self._device_memory = device_memory
         self._proof = (secret or secret_of_process()).proof("shm", target)
         self._clock = clock
