@@ -48,6 +48,7 @@ class GrpcSession:
         self._terms = terms
         self._admit = admit
         self._pair: Pair | None = None
+        self._closing = False  # on this side, and it ends the pair
         self._greeted = threading.Event()  # or ended before
         self._over = threading.Event()
         moved = threading.Event()
@@ -94,10 +95,13 @@ class GrpcSession:
         """Waits for what was sent to go out, but no longer than `CLOSE_S`, and not if the router is
         gone. The listener owns the threads."""
         gone = self._inbox.error is not None
+        self._closing = not gone
         self._inbox.end(HostLost(f"{self.router}: closed on this side"))
         self._outbox.finish()
         if not gone and not self._over.wait(CLOSE_S):
             self._context.cancel()
+        elif not gone and self._pair is not None:
+            self._pair.linger(CLOSE_S)
         self._abort_pair()
         self._inbox.close()
 
@@ -198,7 +202,8 @@ class GrpcSession:
         finally:
             self._inbox.end(end)
             self._greeted.set()
-            self._abort_pair()
+            if not self._closing:
+                self._abort_pair()
             self._outbox.finish()
 
     def _say_why(self) -> None:

@@ -59,6 +59,8 @@ class _Group(Protocol):
 
     def receive(self, piece: Tensor) -> None: ...
 
+    def linger(self, timeout_s: float) -> None: ...
+
     def abort(self) -> None: ...
 
 
@@ -133,6 +135,13 @@ class Pair:
         except _FAILURES as error:
             raise self._lost(error) from error
         return whole
+
+    def linger(self, timeout_s: float) -> None:
+        """Wait until the other side has ended the pair, so that it has what was sent last: a send
+        is over when the bytes are on their way. `abort` follows."""
+        group = self._group
+        if group is not None:
+            group.linger(timeout_s)
 
     def abort(self) -> None:
         """End what waits, here and, if it is alive, on the other side. From any thread."""
@@ -209,11 +218,14 @@ class _Gloo:
     def receive(self, piece: Tensor) -> None:
         self._group.recv([piece], self._peer, 0).wait(timedelta(seconds=OP_TIMEOUT_S))
 
-    def abort(self) -> None:
+    def linger(self, timeout_s: float) -> None:
         nothing = torch.empty(1, dtype=torch.uint8)
-        with contextlib.suppress(RuntimeError):  # it times out, or the group has failed before
+        with contextlib.suppress(RuntimeError):  # it times out, or the other side has closed
             waiting = self._group.recv([nothing], self._peer, _ABORT_TAG)
-            waiting.wait(timedelta(milliseconds=1))
+            waiting.wait(timedelta(seconds=timeout_s))
+
+    def abort(self) -> None:
+        self.linger(0.001)
 
 
 class _Nccl:
@@ -255,6 +267,9 @@ class _Nccl:
                 raise RuntimeError(f"timed out after {OP_TIMEOUT_S:g} s")
             time.sleep(_NCCL_POLL_S)
         work.wait()
+
+    def linger(self, timeout_s: float) -> None:
+        """Nothing: NCCL does not say when the other side has closed."""
 
     def abort(self) -> None:
         for group in (self._out, self._in):
