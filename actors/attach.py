@@ -7,25 +7,21 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import PreTrainedModel
 
-from ..cluster.placement import ExpertKey, ModelShape
+from ..cluster.placement import ExpertKey, ModelRef, ModelShape
 from ..models.adapters import needs_adapter
+from ..models.experts_layers import ExpertsLayer, expert_bytes, expert_parameters, experts_layers
 from ..models.in_pool import IMPLEMENTATION
-from ..models.trunk import (
-    ExpertsLayer,
-    expert_bytes,
-    expert_parameters,
-    experts_layers,
-    strip_experts,
-)
+from ..models.trunk import strip_experts
 from ..proto.errors import UnsupportedModel
 from ..proto.keys import ClusterSecret
 from ..proto.wire import DTYPE_TO_WIRE
 from .cluster_secret import secret_of
 from .granting import VERSION, Granted
+from .pool_link import TrunkConfig
 from .ray_border import ask, controller_of
-from .store import SHARED, ModelRef, shared_parameters
+from .store import SHARED, shared_parameters
 from .transport.weights import put_weights
-from .trunk import PoolTrunk, TrunkConfig
+from .trunk import PoolTrunk
 
 PUT_TIMEOUT_S = 60.0
 

@@ -12,7 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..cluster.missing import RowGroups, RowWishes
+from ..cluster.expert_options import RowGroups
+from ..cluster.missing import RowWishes
 from ..cluster.placement import ExpertKey
 from ..proto.errors import BadExpert, ExpertUnavailable, MoesaicError
 from .job import LayerJob

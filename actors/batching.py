@@ -38,7 +38,7 @@ from transformers.generation.continuous_batching.requests import (
     GenerationOutput,
 )
 
-from ..cluster.missing import RowGroups
+from ..cluster.expert_options import RowGroups
 from ..proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel, in_words
 from .embedding import Encoder
 from .sampling import RequestSampler, choose

@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..cluster.placement import ModelShape
-from ..models.trunk import config_from_dict, experts_layers, meta_model, read_config
+from ..cluster.placement import ModelRef, ModelShape
+from ..models.config import config_from_dict, read_config, torch_dtype
+from ..models.experts_layers import experts_layers
+from ..models.trunk import meta_model
 from ..proto.errors import ClusterError, UnknownModel
 from ..proto.expert_pb2 import DType
 from ..proto.limits import MAX_TOP_K
 from ..proto.router_pb2 import LayerInfo, ModelInfo
 from ..proto.wire import DTYPE_TO_WIRE
-from .store import ModelRef
 
 log = logging.getLogger(__name__)
 
@@ -84,5 +85,5 @@ def describe_model(ref: ModelRef, shape: ModelShape) -> ModelInfo:
         )
         for layer in experts_layers(meta_model(config))
     ]
-    dtype = DType.Name(DTYPE_TO_WIRE[ref.torch_dtype])
+    dtype = DType.Name(DTYPE_TO_WIRE[torch_dtype(ref.dtype)])
     return ModelInfo(name=ref.name, dtype=dtype, exact=shape.exact, layers=layers)

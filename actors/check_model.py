@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..models.config import read_config
 from ..models.describe import Described, describe
 from ..models.generation import generation_config
 from ..models.inventory import check_folder
 from ..models.tokenizer import read_tokenizer
-from ..models.trunk import read_config
 from ..proto.errors import CheckpointError, MoesaicError, RequestError, in_words
 from .chat_template import ChatTemplate
 from .findings import Finding, Severity, finding_of

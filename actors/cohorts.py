@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..cluster.missing import RowGroups
+from ..cluster.expert_options import RowGroups
 from ..proto.errors import EngineError, InternalError, MoesaicError, in_words
 from .cohort import Asked, Cohort, together
 from .embedding import Encoder

@@ -18,13 +18,14 @@ from typing import Any
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from ..cluster.control import Control
-from ..cluster.fleet import Fleet, FleetGroup
-from ..cluster.load import LoadReport
+from ..cluster.fleet import Fleet
+from ..cluster.load_meter import LoadReport
 from ..cluster.loading import Load
 from ..cluster.observed import Observation, without
 from ..cluster.orders import Evict, MakePlan, Publish
 from ..cluster.paces import Work
-from ..cluster.placement import LayerKey, ModelShape, Placement
+from ..cluster.placement import LayerKey, ModelRef, ModelShape, Placement
+from ..cluster.plan import FleetGroup
 from ..cluster.policy import ControlPolicy
 from ..cluster.scaling_spec import AutoscaleSpec
 from ..cluster.watchdog import Watchdog
@@ -38,7 +39,6 @@ from .operations import Operations
 from .overview import Overview
 from .ray_border import cluster_of
 from .router_process import ServiceWatch
-from .store import ModelRef
 from .term import claim_term, kept_asleep, kept_fleet, kept_wishes
 
 log = logging.getLogger(__name__)

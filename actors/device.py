@@ -8,11 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ..cluster.emulation import Emulation
 from ..cluster.residency import QueuedCall
-from ..cluster.transports import CPU
 
 # Linux wakes a sleeper some 50 us late, and much later where others want the core: the end of a
 # wait is spent yielding.
@@ -34,20 +31,6 @@ class LoopStats:
     overruns: int = 0
     worst_overrun_s: float = 0.0
     late_s: float = 0.0
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA where this process may use it."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
-def device_name(device: torch.device) -> str:
-    """The UUID of a CUDA device, which is the same in every process; `cpu` for any other."""
-    if device.type != "cuda":
-        return CPU
-    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 class Device:

@@ -19,11 +19,13 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
 
+from ..cluster.placement import ModelRef
 from ..cluster.serving_spec import MonitoringSpec
 from ..cluster.spec import Spec
 from ..cluster.web_guard import is_loopback
 from ..proto.errors import ClusterError, InternalError, NoAnswer, in_words
 from .engine import EngineConfig, ExpertBounds
+from .pool_link import TrunkConfig
 from .ray_border import CONTROLLER, actor_options, last_line, namespace_of
 from .serve_app import QUESTION_TIMEOUT_S, Trunk, build, ending_s
 from .serve_border import (
@@ -37,8 +39,7 @@ from .serve_border import (
     wait_monitored,
 )
 from .start_failures import StartFailure, describe_failures
-from .store import ModelRef
-from .trunk import TrunkConfig, engine_factory
+from .trunk import engine_factory
 
 T = TypeVar("T")
 

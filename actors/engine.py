@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
-from ..cluster.missing import WAIT, Dropped, MissingExpert, RowWish
+from ..cluster.expert_options import WAIT, MissingExpert, RowWish
+from ..cluster.missing import Dropped
 from ..cluster.serving_spec import LimitSpec
 from ..proto.errors import RequestError
 from .answer_form import AnswerForm

@@ -24,14 +24,15 @@ from torch import Tensor
 
 from ..cluster.emulation import Emulation
 from ..cluster.fence import Fence
-from ..cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape
+from ..cluster.placement import ExpertKey, HostEntry, LayerKey, ModelRef, ModelShape
 from ..cluster.residency import HostPolicy, LayerShape, Residency
 from ..cluster.transports import TransportChoice, groups_of
 from ..proto.errors import CallError, Forbidden
 from ..proto.keys import ClusterSecret, secret_of_process, target
-from .device import LoopStats, device_name, pick_device
+from .device import LoopStats
+from .devices import device_name, pick_device
 from .host_loop import HostLoop, check_fit
-from .store import SHARED, ExpertStore, ModelRef
+from .store import SHARED, ExpertStore
 from .transport.base import Listener
 from .transport.grpc_stream import GrpcListener
 from .transport.shm import ShmListener

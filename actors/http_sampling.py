@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..cluster.missing import MissingExpert
+from ..cluster.expert_options import MissingExpert
 from .answer_form import AnswerForm
 from .engine import ExpertBounds, Sampling
 from .http_errors import misfit

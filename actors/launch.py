@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from ..cluster.fleet import Fleet
-from ..cluster.placement import ModelShape
+from ..cluster.placement import ModelRef, ModelShape
 from ..cluster.spec import HostGroup, Spec
 from ..models.source import resolve_model
 from ..proto.errors import ClusterError, MoesaicError
@@ -48,7 +48,6 @@ from .ray_border import (
 from .router_process import service_address, start_router_service
 from .serve_border import app_name, find_monitoring, find_place, leave_serve
 from .start_failures import describe_failures, log_of
-from .store import ModelRef
 from .term import forget_all, forget_last
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from ..proto.errors import ClusterError, Corrupted, HostLost
 from ..proto.expert_pb2 import Frame, Reply
 from ..proto.keys import ClusterSecret
 from ..proto.wire import CallLayout, checksum
-from .device import device_name
+from .devices import device_name
 from .transport.base import Channel, Inbound
 from .transport.connect import connect
 from .transport.pair import backends

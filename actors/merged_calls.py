@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cluster.expert_options import MissingExpert, RowGroups, RowWish
 from ..cluster.merging import Batch, Call, Cut, End, MergePolicy, Merger, Piece
-from ..cluster.missing import MissingExpert, RowGroups, RowWish
 from ..cluster.placement import LayerKey
 from ..proto.errors import (
     Busy,

@@ -11,7 +11,7 @@ from typing import Any
 from ..cluster.control import Control
 from ..cluster.glance import HostCounters, HostRates, hottest, standing
 from ..cluster.operations import check_layer, check_model
-from ..cluster.placement import ModelShape
+from ..cluster.placement import ModelRef, ModelShape
 from ..cluster.recording import LoadTotals
 from ..cluster.watchdog import Vitals, Watchdog
 from ..proto.errors import ClusterError, in_words
@@ -20,7 +20,6 @@ from .metrics import PoolMetrics
 from .ray_border import cluster_of
 from .router_process import ServiceWatch
 from .sizing import Sizing
-from .store import ModelRef
 
 log = logging.getLogger(__name__)
 

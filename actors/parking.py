@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
-from ..cluster.missing import SHORT_WAIT_S
+from ..cluster.expert_options import SHORT_WAIT_S
 from ..proto.errors import ExpertUnavailable
 from .engine import Delta, Sampling
 

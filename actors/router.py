@@ -30,9 +30,10 @@ from ..cluster.events import (
     Refresh,
     Send,
 )
-from ..cluster.health import HostState, RouterPolicy
-from ..cluster.load import LoadReport
+from ..cluster.health import HostState
+from ..cluster.load_meter import LoadReport
 from ..cluster.placement import ExpertKey, LayerKey, Number, Placement
+from ..cluster.router_policy import RouterPolicy
 from ..cluster.transports import TransportChoice
 from ..models.in_pool import PoolFunction
 from ..proto.errors import CallError, ClusterError, ExpertUnavailable, from_wire

@@ -44,8 +44,8 @@ class RayRouterService:
 
         from .catalog import Catalog
         from .cluster_secret import router_key_of, secret_of
+        from .pool_link import PlacementWatch
         from .router import Router
-        from .trunk import PlacementWatch
 
         torch.set_num_threads(1)  # rows are only copied here
         router = Router(

@@ -5,46 +5,24 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cluster.placement import ExpertKey, LayerKey
+from ..cluster.placement import ExpertKey, LayerKey, ModelRef
 from ..cluster.residency import LayerShape
 from ..kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
 from ..models.checkpoint import Checkpoint
-from ..models.trunk import (
-    ExpertsLayer,
-    config_from_dict,
-    expert_parameters,
-    experts_layers,
-    meta_model,
-    read_config,
-)
+from ..models.config import config_from_dict, read_config, torch_dtype
+from ..models.experts_layers import ExpertsLayer, expert_parameters, experts_layers
+from ..models.trunk import meta_model
 from ..proto.errors import CallError, NotHere
 
 # In the place of an expert's number: the tensors that all experts of a layer share.
 SHARED = (1 << 32) - 1
 # More than the header of a safetensors file has for one tensor beside its name, and for itself.
 _HEADER_BYTES = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRef:
-    """A model as hosts need to know it: a folder of safetensors, or a configuration whose weights
-    are put through the weights channel."""
-
-    name: str
-    dtype: str
-    path: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
 
 
 class _Model:
@@ -55,7 +33,7 @@ class _Model:
         self.checkpoint: Checkpoint | None = None
         if ref.path is not None:
             path = Path(ref.path)
-            self.checkpoint = Checkpoint(path, read_config(path), dtype=ref.torch_dtype)
+            self.checkpoint = Checkpoint(path, read_config(path), dtype=torch_dtype(ref.dtype))
             self.layers = self.checkpoint.layers
         else:
             # The forms stay alive through their modules, which the model owns.
@@ -119,7 +97,7 @@ class ExpertStore:
             sizes = {name: p.numel() * max(4, p.element_size()) for name, p in shared.items()}
         else:
             shapes = _shapes(layer)
-            item = model.ref.torch_dtype.itemsize
+            item = torch_dtype(model.ref.dtype).itemsize
             sizes = {name: math.prod(shape) * item for name, shape in shapes.items()}
         # Each tensor has its name, dtype, shape and place in the file's header, which is JSON.
         return sum(sizes.values()) + sum(map(len, sizes)) + _HEADER_BYTES * (1 + len(sizes))
@@ -143,7 +121,7 @@ class ExpertStore:
         if key.expert == SHARED:
             _check_shared(layer, tensors)
         else:
-            _check(key, layer, tensors, model.ref.torch_dtype)
+            _check(key, layer, tensors, torch_dtype(model.ref.dtype))
 
     def get(self, key: ExpertKey) -> dict[str, Tensor]:
         """The tensors of an expert, as `put` takes them. Raises NotHere and CallError."""

@@ -8,7 +8,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..cluster.missing import NO_WISH, Dropped, RowWish
+from ..cluster.expert_options import NO_WISH, RowWish
+from ..cluster.missing import Dropped
 from ..proto.errors import EngineError, MoesaicError
 from .engine import UNBOUNDED, Delta, FinishReason, TokenLogprob
 from .sampling import RequestSampler

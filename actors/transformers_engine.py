@@ -19,7 +19,7 @@ from contextlib import aclosing
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cluster.missing import RowGroups
+from ..cluster.expert_options import RowGroups
 from ..proto.errors import Busy, EngineError, MoesaicError, RequestError, UnsupportedModel
 from .batching import BatchingLoop
 from .cohorts import CohortLoop

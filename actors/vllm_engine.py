@@ -27,8 +27,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..models.config import read_config
+from ..models.experts_layers import experts_layers
 from ..models.generation import generation_config
-from ..models.trunk import experts_layers, is_unmodified, meta_model, read_config
+from ..models.trunk import is_unmodified, meta_model
 from ..proto.errors import (
     Busy,
     ClusterError,
@@ -41,9 +43,9 @@ from .end_of_text import end_of_text
 from .engine import Delta, EngineConfig, EngineStats, Limits, Sampling
 from .grammar import Grammars
 from .parking import Parking
+from .pool_link import PoolLink, TrunkConfig
 from .sampling import RequestSampler
 from .streams import Streams
-from .trunk import PoolLink, TrunkConfig
 from .vllm_plugin import in_pool
 from .vllm_requests import Requests, going_on, parameters
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from ..cluster.missing import RowGroups
+from ..cluster.expert_options import RowGroups
 from ..proto.errors import InternalError, Interrupted, MoesaicError
 from .answer_form import AnswerForm
 from .engine import Delta, Sampling, TokenLogprob

@@ -25,16 +25,12 @@ from benchmarks.hosts import NODE, host_processes, place
 from benchmarks.measure import Comparison, report
 from moesaic.actors.engine import EngineConfig, Sampling
 from moesaic.actors.router import Router
-from moesaic.actors.store import ModelRef
 from moesaic.actors.transformers_engine import TransformersEngine
+from moesaic.cluster.placement import ModelRef
+from moesaic.models.config import read_config
 from moesaic.models.demo import demo_model
-from moesaic.models.trunk import (
-    connect_experts,
-    experts_layers,
-    load_trunk,
-    meta_model,
-    read_config,
-)
+from moesaic.models.experts_layers import experts_layers
+from moesaic.models.trunk import connect_experts, load_trunk, meta_model
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 BATCHES = (1, 8, 32)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesaic.actors.host import ExpertHost
-from moesaic.actors.store import ModelRef
 from moesaic.cluster.placement import (
     ExpertKey,
     HostEntry,
+    ModelRef,
     ModelShape,
     Number,
     Placement,

@@ -22,10 +22,9 @@ from benchmarks.hosts import NODE, host_processes, place
 from benchmarks.measure import Comparison, compare, report
 from moesaic.actors.attach import expert_tensors
 from moesaic.actors.router import Router
-from moesaic.actors.store import ModelRef
 from moesaic.actors.transport.weights import Grant, put_weights
-from moesaic.cluster.placement import ExpertKey
-from moesaic.models.trunk import ExpertsLayer
+from moesaic.cluster.placement import ExpertKey, ModelRef
+from moesaic.models.experts_layers import ExpertsLayer
 from moesaic.proto.keys import secret_of_process
 
 HIDDEN, EXPERTS, TOP_K, HOSTS = 2048, 64, 8, 2

@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic.cluster.choosing import choose_hosts
-from moesaic.cluster.health import BEST_RANK, RouterPolicy
+from moesaic.cluster.health import BEST_RANK
 from moesaic.cluster.layer_call import LayerCall
 from moesaic.cluster.placement import HostEntry, LayerKey, LayerPlacement, Number, Placement
 from moesaic.cluster.plan import PoolHost
 from moesaic.cluster.planner import plan
+from moesaic.cluster.router_policy import RouterPolicy
 from moesaic.cluster.routes import Routes
 
 from .measure import write_json

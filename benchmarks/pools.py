@@ -10,9 +10,10 @@ from typing import Any
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moesaic.actors.engine import Engine, EngineConfig
+from moesaic.actors.pool_link import TrunkConfig
 from moesaic.actors.ray_border import namespace_of
-from moesaic.actors.store import ModelRef
-from moesaic.actors.trunk import TrunkConfig, engine_factory
+from moesaic.actors.trunk import engine_factory
+from moesaic.cluster.placement import ModelRef
 from moesaic.cluster.spec import parse_spec
 from moesaic.models.source import resolve_model
 

@@ -36,7 +36,7 @@ from benchmarks.traffic import MODEL, Drivers, Steps, Traffic, driving, exponent
 from moesaic.actors import launch
 from moesaic.actors.controller import Controller
 from moesaic.actors.ray_border import ask, controller_of, namespace_of
-from moesaic.cluster.load import LoadReport
+from moesaic.cluster.load_meter import LoadReport
 from moesaic.handle import Cluster
 
 # Slots beside those that all experts need once.

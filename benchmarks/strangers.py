@@ -42,8 +42,7 @@ from benchmarks.hosts import NODE, HostProcess, host_processes, place
 from benchmarks.measure import write_json
 from benchmarks.pools import HIDDEN, save_tiny_model
 from moesaic.actors.router import Router
-from moesaic.actors.store import ModelRef
-from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey
+from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey, ModelRef
 from moesaic.proto.expert_pb2 import WeightsChunk, WeightsKey
 from moesaic.proto.keys import secret_of_process, shown
 from moesaic.proto.limits import CHUNK_BYTES

@@ -28,9 +28,9 @@ import torch
 
 import moesaic
 from moesaic.actors.cluster_secret import secret_of
+from moesaic.actors.pool_link import PlacementWatch
 from moesaic.actors.ray_border import namespace_of
 from moesaic.actors.router import Router
-from moesaic.actors.trunk import PlacementWatch
 from moesaic.cluster.balance import balancedness
 from moesaic.cluster.placement import LayerKey, LayerPlacement
 

@@ -81,11 +81,13 @@ def alone(folder: Path, dtype: str, *, eager: bool) -> Iterator[Run]:
 
 @contextmanager
 def pool(folder: Path, dtype: str) -> Iterator[Run]:
+    from moesaic.actors.pool_link import TrunkConfig
     from moesaic.actors.router import Router
-    from moesaic.actors.store import ModelRef
-    from moesaic.actors.trunk import TrunkConfig
     from moesaic.actors.vllm_engine import VllmEngine
-    from moesaic.models.trunk import experts_layers, meta_model, read_config
+    from moesaic.cluster.placement import ModelRef
+    from moesaic.models.config import read_config
+    from moesaic.models.experts_layers import experts_layers
+    from moesaic.models.trunk import meta_model
 
     class Link:
         def __init__(self, config: TrunkConfig, layers: Sequence[int]) -> None:

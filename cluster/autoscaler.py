@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .load import HostTimes
+from .load_meter import HostTimes
 
 # Hosts report with their routers' calls, about once a second.
 _WINDOW_S = 2.0

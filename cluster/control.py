@@ -19,7 +19,8 @@ from dataclasses import replace
 
 from .changes import Change, Changes
 from .effect import EffectMeter
-from .load import LoadReport, LoadTracker
+from .load import LoadTracker
+from .load_meter import LoadReport
 from .loading import Loader
 from .members import Members
 from .observed import Observation, View

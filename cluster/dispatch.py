@@ -32,12 +32,13 @@ from .events import (
     Replied,
     Send,
 )
-from .health import HostHealth, RouterPolicy
+from .health import HostHealth
 from .hedging import Budget, Hedging, Latencies
 from .layer_call import Flight, LayerCall, Outcome
-from .load import LoadMeter
+from .load_meter import LoadMeter
 from .peers import Peers, Piece
 from .placement import LayerKey, Placement
+from .router_policy import RouterPolicy
 
 # Refusals after which another replica or a later moment may serve the same choices.
 _RETRYABLE = ("NotHere", "Busy", "Expired", "HostLost", "Corrupted")

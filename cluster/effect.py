@@ -17,7 +17,8 @@ import numpy as np
 from .balance import balancedness
 from .changes import Change, Effect, Phase
 from .fan_out import least_use
-from .load import HostTimes, LoadTracker, grown
+from .load import LoadTracker, grown
+from .load_meter import HostTimes
 from .placement import LayerKey, LayerPlacement, Placement
 from .plan import PoolHost
 

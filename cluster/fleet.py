@@ -9,11 +9,10 @@ new name was never used before.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .autoscaler import Autoscaler, BusyMeter, GroupState, ScalePolicy
-from .plan import PoolHost
+from .plan import FleetGroup, PoolHost
 from .room import lack
 from .scalings import Scaling, Scalings
 
@@ -21,31 +20,6 @@ if TYPE_CHECKING:
     from .control import Control
 
 _SHOWN = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetGroup:
-    """Like hosts, as the spec has them."""
-
-    count: int  # at the start
-    min_count: int
-    max_count: int
-    cost_per_hour: float = 1.0
-    slots: int | None = None
-    memory_bytes: int | None = None
-    speed: float = 1.0
-    domain: str = ""
-    fixed: bool = False  # a placement group: its number of hosts cannot change
-    needs: str = ""  # what a host takes of its machine, in words
-
-    def pool_host(self, name: str) -> PoolHost:
-        return PoolHost(
-            name=name,
-            slots=self.slots,
-            memory_bytes=self.memory_bytes,
-            speed=self.speed,
-            domain=self.domain,
-        )
 
 
 class Fleet:

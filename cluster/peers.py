@@ -13,9 +13,10 @@ import numpy as np
 
 from .choosing import choose_hosts
 from .events import Command, Disconnect, Send
-from .health import HostHealth, HostState, RouterPolicy
+from .health import HostHealth, HostState
 from .layer_call import LayerCall
 from .placement import ExpertKey, LayerKey, Placement
+from .router_policy import RouterPolicy
 from .routes import Routes
 
 

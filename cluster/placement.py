@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..proto.keys import target
 
@@ -151,3 +151,14 @@ def experts_of(layers: Mapping[LayerKey, LayerPlacement], host: str) -> list[Exp
         for expert in range(len(layer.replicas))
         if host in layer.hosts(expert)
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """A model as hosts need to know it: a folder of safetensors, or a configuration whose weights
+    are put through the weights channel."""
+
+    name: str
+    dtype: str
+    path: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)

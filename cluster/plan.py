@@ -77,3 +77,28 @@ class Plan:
     @property
     def move_bytes(self) -> int:
         return sum(move.expert_bytes for move in self.moves)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetGroup:
+    """Like hosts, as the spec has them."""
+
+    count: int  # at the start
+    min_count: int
+    max_count: int
+    cost_per_hour: float = 1.0
+    slots: int | None = None
+    memory_bytes: int | None = None
+    speed: float = 1.0
+    domain: str = ""
+    fixed: bool = False  # a placement group: its number of hosts cannot change
+    needs: str = ""  # what a host takes of its machine, in words
+
+    def pool_host(self, name: str) -> PoolHost:
+        return PoolHost(
+            name=name,
+            slots=self.slots,
+            memory_bytes=self.memory_bytes,
+            speed=self.speed,
+            domain=self.domain,
+        )

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .load import HostTimes, grown
+from .load import grown
+from .load_meter import HostTimes
 from .placement import LayerKey
 from .trace import Trace
 

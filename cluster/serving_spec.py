@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from .health import RouterPolicy
+from .router_policy import RouterPolicy
 from .spec_part import Address, Part, Resources, Seconds, Threads
 from .web_guard import is_host
 

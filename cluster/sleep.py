@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
-from .load import LoadReport
+from .load_meter import LoadReport
 from .placement import ModelShape
 
 

@@ -21,15 +21,13 @@ from pydantic import (
 )
 
 from ..proto.errors import SpecError
-from .emulation import Emulation
-from .fleet import FleetGroup
-from .plan import Policy
+from .plan import FleetGroup, Policy
 from .policy import ControlPolicy
 from .residency import HostPolicy
 from .router_spec import RouterSpec
 from .scaling_spec import AutoscaleSpec, Cost
 from .serving_spec import EndpointSpec, MonitoringSpec, TimeoutSpec, TrunkSpec
-from .spec_part import Address, Part, Resources, Seconds, Threads
+from .spec_part import Address, EmulationSpec, Part, Resources, Seconds, Threads
 from .spec_text import StrictLoader, bytes_of, overridden, part_or_bytes, problems
 from .transports import TransportChoice
 
@@ -131,7 +129,7 @@ class HostGroup(Resources):
     max_rows: int = Field(default=512, ge=1, le=65_536)
     max_batch_rows: int = Field(default=1024, ge=1, le=1 << 20)
     max_queue_rows: int = Field(default=16_384, ge=1, le=1 << 24)
-    emulate: Emulation | None = None
+    emulate: EmulationSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -183,7 +181,7 @@ class HostGroup(Resources):
             max_rows=self.max_rows,
             max_batch_rows=self.max_batch_rows,
             max_queue_rows=self.max_queue_rows,
-            emulate=self.emulate,
+            emulate=self.emulate.emulation() if self.emulate is not None else None,
         )
 
 

@@ -67,7 +67,7 @@ WORDS: dict[str, dict[str, str]] = {
         "max_queue_rows": "Rows that wait; calls beyond are refused.",
         "emulate": "Let each batch take the time of another device.",
     },
-    "Emulation": {
+    "EmulationSpec": {
         "call_us": "Microseconds for starting a batch.",
         "row_us": "Microseconds for each row of each expert.",
         "expert_us": "Microseconds for each expert that a batch reads.",

@@ -18,8 +18,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..kernels.ffn import ExpertForm, ExpertWeights
 from ..proto.errors import CheckpointError
+from .experts_layers import ExpertsLayer, expert_parameters, experts_layers
 from .fitting import Source, convert, fit
-from .trunk import ExpertsLayer, expert_parameters, experts_layers, meta_model
+from .trunk import meta_model
 
 # Anything else is quantised, and means something only together with its scales.
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

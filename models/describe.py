@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .config import read_config
+from .experts_layers import ExpertsLayer, expert_bytes, experts_layers
 from .quantised import quantisation_of
-from .trunk import ExpertsLayer, expert_bytes, experts_layers, meta_model, read_config
+from .trunk import meta_model
 
 # What a host takes besides its experts: Python, torch, transformers.
 HOST_BYTES = 400_000_000

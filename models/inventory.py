@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from ..proto.errors import CheckpointError
+from .config import read_config
 from .describe import Described, describe_model
 from .fitting import fit, some
-from .trunk import meta_model, read_config
+from .trunk import meta_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ...proto.errors import MoesaicError, Superseded
 from ..changes import Change
 from ..control import Control
-from ..load import LoadReport
+from ..load_meter import LoadReport
 from ..loading import Load
 from ..observed import Observation, without
 from ..orders import Evict, MakePlan, Publish

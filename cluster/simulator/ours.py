@@ -13,12 +13,13 @@ import numpy as np
 
 from ..autoscaler import ScalePolicy
 from ..control import Control, ControlPolicy
-from ..fleet import Fleet, FleetGroup
-from ..load import HostTimes, LoadReport
+from ..fleet import Fleet
+from ..load_meter import HostTimes, LoadReport
 from ..loading import Load
 from ..observed import Observation
 from ..orders import Evict, MakePlan, Publish
 from ..placement import ExpertKey, HostEntry, LayerKey, LayerPlacement, experts_of
+from ..plan import FleetGroup
 from .queues import Queues
 from .ways import Counts, Pool, Served, shares_of
 

@@ -31,7 +31,7 @@ from ..events import (
     Replied,
     Send,
 )
-from ..load import LoadReport
+from ..load_meter import LoadReport
 from ..placement import LayerKey, Number, Placement
 from . import frames
 from .clock import Process

@@ -8,10 +8,9 @@ import numpy as np
 
 from ..autoscaler import ScalePolicy
 from ..control import ControlPolicy
-from ..fleet import FleetGroup
-from ..health import RouterPolicy
 from ..placement import ModelShape
-from ..plan import Policy
+from ..plan import FleetGroup, Policy
+from ..router_policy import RouterPolicy
 
 _EXPERT_BYTES = 1_000_000
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..missing import SHORT_WAIT_S
+from ..expert_options import SHORT_WAIT_S
 from ..placement import LayerKey, Placement
 from .settings import Settings
 

@@ -307,7 +307,7 @@ class Cluster(Operating):
         return namespace_of(self.name)
 
     def _trunk_config(self, namespace: str, ref: Any) -> Any:
-        from .actors.trunk import TrunkConfig
+        from .actors.pool_link import TrunkConfig
 
         spec = self._launched.spec if self._launched is not None else Spec(name=self.name)
         return TrunkConfig(

@@ -12,7 +12,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from moesaic.models.trunk import config_from_dict
+from moesaic.models.config import config_from_dict
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moesaic.cluster.control import Control, ControlPolicy
-from moesaic.cluster.load import HostTimes, LoadReport
+from moesaic.cluster.load_meter import HostTimes, LoadReport
 from moesaic.cluster.loading import Load
 from moesaic.cluster.observed import Observation
 from moesaic.cluster.orders import Evict, MakePlan, Publish

@@ -12,20 +12,21 @@ import torch
 
 from moesaic.actors.host import ExpertHost, local_hosts
 from moesaic.actors.router import Router
-from moesaic.actors.store import ModelRef
 from moesaic.actors.transport.weights import Grant
-from moesaic.cluster.health import RouterPolicy
-from moesaic.cluster.placement import ExpertKey, ModelShape, Number, Placement, experts_of, spread
-from moesaic.cluster.transports import TransportChoice
-from moesaic.models.trunk import (
-    ExpertsLayer,
-    connect_experts,
-    experts_layers,
-    load_trunk,
-    meta_model,
-    passes,
-    read_config,
+from moesaic.cluster.placement import (
+    ExpertKey,
+    ModelRef,
+    ModelShape,
+    Number,
+    Placement,
+    experts_of,
+    spread,
 )
+from moesaic.cluster.router_policy import RouterPolicy
+from moesaic.cluster.transports import TransportChoice
+from moesaic.models.config import read_config
+from moesaic.models.experts_layers import ExpertsLayer, experts_layers
+from moesaic.models.trunk import connect_experts, load_trunk, meta_model, passes
 from moesaic.proto.keys import secret_of_process
 
 

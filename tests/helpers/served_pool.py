@@ -20,8 +20,8 @@ from moesaic.actors.http_bodies import BodyLimits
 from moesaic.actors.ingress import create_app
 from moesaic.actors.served import ServedModel
 from moesaic.actors.transformers_engine import TransformersEngine
-from moesaic.cluster.health import RouterPolicy
 from moesaic.cluster.placement import ExpertKey
+from moesaic.cluster.router_policy import RouterPolicy
 from tests.helpers.architectures import tiny_model
 from tests.helpers.pools import Pool, pool
 from tests.helpers.tiny import tiny_tokenizer

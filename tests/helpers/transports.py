@@ -317,9 +317,10 @@ def run_router(kind: str, address: str) -> None:
 def run_serve(folder: str, name: str, device: str) -> None:
     """An expert host that holds the whole model in ``folder``; prints where it is as JSON."""
     from moesaic.actors.host import ExpertHost
-    from moesaic.actors.store import ModelRef
-    from moesaic.cluster.placement import ModelShape, every_expert
-    from moesaic.models.trunk import experts_layers, meta_model, read_config
+    from moesaic.cluster.placement import ModelRef, ModelShape, every_expert
+    from moesaic.models.config import read_config
+    from moesaic.models.experts_layers import experts_layers
+    from moesaic.models.trunk import meta_model
 
     layers = experts_layers(meta_model(read_config(Path(folder))))
     shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})

@@ -23,7 +23,6 @@ from moesaic.cluster.events import (
     Replied,
     Send,
 )
-from moesaic.cluster.health import RouterPolicy
 from moesaic.cluster.placement import (
     HostEntry,
     LayerKey,
@@ -33,6 +32,7 @@ from moesaic.cluster.placement import (
     Placement,
     spread,
 )
+from moesaic.cluster.router_policy import RouterPolicy
 
 KEY = LayerKey("m", 0)
 

@@ -22,10 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesaic.actors import host_loop
-from moesaic.actors.store import ModelRef
 from moesaic.actors.transport.connect import connect
 from moesaic.actors.transport.weights import get_weights, put_weights
-from moesaic.cluster.placement import ExpertKey, LayerKey, ModelShape
+from moesaic.cluster.placement import ExpertKey, LayerKey, ModelRef, ModelShape
 from moesaic.cluster.spec import load_spec, parse_spec
 from moesaic.cluster.transports import Transport
 from moesaic.models.files import INDEX_FILE, SINGLE_FILE

@@ -19,7 +19,7 @@ from moesaic.actors.cohorts import CohortLoop
 from moesaic.actors.engine import EngineConfig, Sampling
 from moesaic.actors.sampling import RequestSampler
 from moesaic.actors.transformers_engine import TransformersEngine
-from moesaic.cluster.missing import MissingExpert
+from moesaic.cluster.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, MoesaicError
 from tests.helpers.architectures import ARCHITECTURES, tiny_model
 from tests.helpers.engines import running, until_idle

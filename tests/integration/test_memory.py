@@ -42,9 +42,10 @@ from pathlib import Path
 from typing import Any
 import moesaic
 from moesaic.actors.host import ExpertHost
-from moesaic.actors.store import ModelRef
-from moesaic.cluster.placement import ExpertKey, ModelShape
-from moesaic.models.trunk import experts_layers, meta_model, read_config
+from moesaic.cluster.placement import ExpertKey, ModelRef, ModelShape
+from moesaic.models.config import read_config
+from moesaic.models.experts_layers import experts_layers
+from moesaic.models.trunk import meta_model
 layers = experts_layers(meta_model(read_config(Path(sys.argv[1]))))
 host = ExpertHost("host", node="here", device="cpu", threads=1)
 before = psutil.Process().memory_info().rss

@@ -23,7 +23,6 @@ from moesaic.actors import host_loop
 from moesaic.actors.host import ExpertHost
 from moesaic.actors.router import Router
 from moesaic.cluster.emulation import Emulation
-from moesaic.cluster.health import RouterPolicy
 from moesaic.cluster.placement import (
     ExpertKey,
     LayerKey,
@@ -33,6 +32,7 @@ from moesaic.cluster.placement import (
     Replica,
 )
 from moesaic.cluster.residency import HostPolicy
+from moesaic.cluster.router_policy import RouterPolicy
 from moesaic.cluster.transports import TransportChoice
 from moesaic.proto.errors import CallError, ClusterError, ExpertUnavailable, MoesaicError
 from tests.helpers.served_pool import held

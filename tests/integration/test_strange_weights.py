@@ -18,12 +18,11 @@ from torch import Tensor
 from moesaic.actors import attach
 from moesaic.actors.granting import grant_all
 from moesaic.actors.host import ExpertHost, local_hosts
-from moesaic.actors.store import ModelRef
 from moesaic.actors.transport import grpc_stream, stalls, weights
 from moesaic.actors.transport.grpc_border import from_grpc
 from moesaic.actors.transport.weights import Grant, get_weights, put_weights
-from moesaic.cluster.placement import ExpertKey, ModelShape, every_expert
-from moesaic.models.trunk import experts_layers
+from moesaic.cluster.placement import ExpertKey, ModelRef, ModelShape, every_expert
+from moesaic.models.experts_layers import experts_layers
 from moesaic.proto.errors import (
     Busy,
     CallError,

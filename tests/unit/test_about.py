@@ -17,7 +17,7 @@ from moesaic.actors import preflight
 from moesaic.cli.main import main
 from moesaic.cluster.spec import load_spec, parse_spec
 from moesaic.models.describe import HOST_BYTES, describe
-from moesaic.models.trunk import expert_parameters, experts_layers
+from moesaic.models.experts_layers import expert_parameters, experts_layers
 from moesaic.proto.errors import CheckpointError, SpecError
 from tests.helpers.architectures import ARCHITECTURES, tiny_model
 

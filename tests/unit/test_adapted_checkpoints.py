@@ -14,18 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, NllbMoeConfig
 
 from moesaic.actors.attach import attach_model
-from moesaic.actors.store import ModelRef
-from moesaic.actors.trunk import TrunkConfig
+from moesaic.actors.pool_link import TrunkConfig
 from moesaic.actors.vllm_engine import VllmEngine
+from moesaic.cluster.placement import ModelRef
+from moesaic.models.config import read_config
 from moesaic.models.describe import describe
-from moesaic.models.trunk import (
-    BROKEN,
-    experts_layers,
-    is_experts_module,
-    is_unmodified,
-    meta_model,
-    read_config,
-)
+from moesaic.models.experts_layers import experts_layers, is_experts_module
+from moesaic.models.trunk import BROKEN, is_unmodified, meta_model
 from moesaic.proto.errors import CheckpointError, MoesaicError, UnsupportedModel
 from tests.helpers.architectures import ADAPTED, tiny_model
 from tests.unit.test_checkpoint import (

@@ -9,7 +9,7 @@ from benchmarks.eplb_control import EplbControl, EplbPlan
 from benchmarks.faults import Request, Round, gaps, longest, quiet_gaps, timeline, wrong_texts
 from benchmarks.traffic import MODEL, Traffic, balance_of, exponent_for
 from moesaic.cluster.control import Control, ControlPolicy
-from moesaic.cluster.load import HostTimes, LoadReport
+from moesaic.cluster.load_meter import HostTimes, LoadReport
 from moesaic.cluster.observed import Observation
 from moesaic.cluster.orders import MakePlan
 from moesaic.cluster.placement import HostEntry, LayerKey, ModelShape, spread

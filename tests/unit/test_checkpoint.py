@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from moesaic.actors.attach import expert_tensors
 from moesaic.models import files
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.config import read_config
+from moesaic.models.experts_layers import experts_layers, is_experts_module
 from moesaic.models.files import INDEX_FILE, SINGLE_FILE, list_tensors
-from moesaic.models.trunk import experts_layers, is_experts_module, load_trunk, read_config
+from moesaic.models.trunk import load_trunk
 from moesaic.proto.errors import CheckpointError, MoesaicError, UnsupportedModel
 from tests.helpers.architectures import tiny_model
 

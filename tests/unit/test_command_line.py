@@ -25,7 +25,8 @@ from moesaic.cli.main import app, main
 from moesaic.cli.progress import Lines, read_lines
 from moesaic.client import Client
 from moesaic.cluster.glance import standing
-from moesaic.cluster.load import LoadReport, LoadTracker
+from moesaic.cluster.load import LoadTracker
+from moesaic.cluster.load_meter import LoadReport
 from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, Replica
 from moesaic.cluster.plan import Wishes
 from moesaic.logs import LogLine, read_logs

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from moesaic.cluster.dispatch import Dispatcher
 from moesaic.cluster.events import Connect, Disconnect, HostUp, Ponged, Probe, Send
-from moesaic.cluster.health import HostState, RouterPolicy
+from moesaic.cluster.health import HostState
 from moesaic.cluster.placement import LayerPlacement, Replica
+from moesaic.cluster.router_policy import RouterPolicy
 from tests.helpers.worlds import KEY, World, placement
 
 POLICY = RouterPolicy(deadline_s=30.0, attempt_s=1.0, window=4, split_rows=2)

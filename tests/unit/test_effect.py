@@ -7,7 +7,8 @@ import pytest
 
 from moesaic.cluster.changes import Change, Changes
 from moesaic.cluster.effect import EffectMeter, balancedness_under
-from moesaic.cluster.load import HostTimes, LoadReport, LoadTracker
+from moesaic.cluster.load import LoadTracker
+from moesaic.cluster.load_meter import HostTimes, LoadReport
 from moesaic.cluster.placement import LayerKey, LayerPlacement, Number, Placement, Replica
 from moesaic.cluster.plan import Plan, PoolHost
 

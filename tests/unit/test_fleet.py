@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from moesaic.cluster.autoscaler import ScalePolicy
 from moesaic.cluster.control import Control
-from moesaic.cluster.fleet import Fleet, FleetGroup
-from moesaic.cluster.load import HostTimes, LoadReport
+from moesaic.cluster.fleet import Fleet
+from moesaic.cluster.load_meter import HostTimes, LoadReport
 from moesaic.cluster.orders import Publish
 from moesaic.cluster.placement import LayerKey, ModelShape
-from moesaic.cluster.plan import PoolHost, Wishes
+from moesaic.cluster.plan import FleetGroup, PoolHost, Wishes
 from moesaic.cluster.room import lack
 from tests.helpers.control_world import POLICY, ControlWorld, SimHost, counts, shape
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from moesaic.models import files, fitting
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.config import read_config
 from moesaic.models.files import INDEX_FILE, SINGLE_FILE
 from moesaic.models.inventory import Inventory, check_folder
-from moesaic.models.trunk import load_trunk, read_config
+from moesaic.models.trunk import load_trunk
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
 from tests.helpers.architectures import ARCHITECTURES, tiny_config, tiny_model
 from tests.helpers.quantising import FORMS

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.cluster.dispatch import Dispatcher
-from moesaic.cluster.health import RouterPolicy
-from moesaic.cluster.load import HostTimes, LoadMeter, LoadReport, LoadTracker
+from moesaic.cluster.load import LoadTracker
+from moesaic.cluster.load_meter import HostTimes, LoadMeter, LoadReport
 from moesaic.cluster.placement import LayerKey, ModelShape, Number, Placement, spread
+from moesaic.cluster.router_policy import RouterPolicy
 
 KEY = LayerKey("m", 0)
 

@@ -9,16 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.cluster.health import RouterPolicy
-from moesaic.cluster.missing import (
-    SHORT_WAIT_S,
-    WAIT,
-    Dropped,
-    MissingExpert,
-    RowWish,
-    RowWishes,
-    largest_choices,
-)
+from moesaic.cluster.expert_options import SHORT_WAIT_S, WAIT, MissingExpert, RowWish
+from moesaic.cluster.missing import Dropped, RowWishes, largest_choices
+from moesaic.cluster.router_policy import RouterPolicy
 from tests.helpers.worlds import World, placement
 
 FAIL = MissingExpert(mode="fail")

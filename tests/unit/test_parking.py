@@ -13,7 +13,7 @@ from moesaic.actors.answer_form import AnswerForm
 from moesaic.actors.engine import Delta, Sampling
 from moesaic.actors.parking import Parking
 from moesaic.actors.vllm_requests import going_on
-from moesaic.cluster.missing import MissingExpert
+from moesaic.cluster.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, Interrupted
 
 PROMPT = [1, 2, 3]

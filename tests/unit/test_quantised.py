@@ -26,10 +26,12 @@ from moesaic.actors.attach import expert_tensors
 from moesaic.cli.main import main
 from moesaic.models import quantised
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.config import read_config
 from moesaic.models.describe import describe
+from moesaic.models.experts_layers import experts_layers
 from moesaic.models.files import INDEX_FILE, SINGLE_FILE, list_tensors, read_tensor
 from moesaic.models.source import resolve_model
-from moesaic.models.trunk import experts_layers, load_trunk, read_config
+from moesaic.models.trunk import load_trunk
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
 from tests.helpers.architectures import tiny_model
 from tests.helpers.quantising import (

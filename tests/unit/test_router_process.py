@@ -12,8 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from moesaic.actors import catalog, router_process
 from moesaic.actors.catalog import Catalog, describe_model
 from moesaic.actors.router_process import ServiceWatch
-from moesaic.actors.store import ModelRef
-from moesaic.cluster.placement import ModelShape
+from moesaic.cluster.placement import ModelRef, ModelShape
 from moesaic.proto.errors import ClusterError, InternalError, UnknownModel
 from tests.helpers.architectures import tiny_model
 

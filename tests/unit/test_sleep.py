@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from moesaic.cluster.control import Control
 from moesaic.cluster.dispatch import Dispatcher
-from moesaic.cluster.health import RouterPolicy
-from moesaic.cluster.load import LoadReport
+from moesaic.cluster.load_meter import LoadReport
 from moesaic.cluster.placement import LayerKey, LayerPlacement, Number, Placement
+from moesaic.cluster.router_policy import RouterPolicy
 from tests.helpers.control_world import POLICY, ControlWorld, shape
 
 IDLE_S = 20.0

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from moesaic.cli.main import main
-from moesaic.cluster.load import HostTimes, LoadReport, LoadTracker
+from moesaic.cluster.load import LoadTracker
+from moesaic.cluster.load_meter import HostTimes, LoadReport
 from moesaic.cluster.placement import LayerKey
 from moesaic.cluster.recording import LoadTotals, Recorder
 from moesaic.cluster.trace import Trace

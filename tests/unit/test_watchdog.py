@@ -9,7 +9,7 @@ from rich.console import Console
 from moesaic.cli.top import frame
 from moesaic.cluster.control import Control
 from moesaic.cluster.glance import HostCounters, HostRates, hottest
-from moesaic.cluster.load import LoadReport
+from moesaic.cluster.load_meter import LoadReport
 from moesaic.cluster.observed import Observation
 from moesaic.cluster.placement import (
     HostEntry,

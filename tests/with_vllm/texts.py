@@ -53,11 +53,13 @@ def alone(folder: Path, tokens: int) -> Texts:
 def pooled(folder: Path, tokens: int, hosts: int, *, compiled: bool) -> Texts:
     from moesaic.actors.engine import EngineConfig, Sampling
     from moesaic.actors.host import local_hosts
+    from moesaic.actors.pool_link import TrunkConfig
     from moesaic.actors.router import Router
-    from moesaic.actors.store import ModelRef
-    from moesaic.actors.trunk import TrunkConfig
     from moesaic.actors.vllm_engine import VllmEngine
-    from moesaic.models.trunk import experts_layers, meta_model, read_config
+    from moesaic.cluster.placement import ModelRef
+    from moesaic.models.config import read_config
+    from moesaic.models.experts_layers import experts_layers
+    from moesaic.models.trunk import meta_model
     from tests.helpers.pools import place
 
     class Link:
