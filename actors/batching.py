@@ -1,5 +1,4 @@
-"""The seam into transformers' continuous batching: every private name that we rely on is here
-and in `scheduler.py`.
+"""The seam into transformers' continuous batching: every private name that we rely on is here.
 
 ``tests/integration/test_batching_seam.py`` pins these names and the order of the calls, and fails
 loudly when transformers changes them:
@@ -17,7 +16,7 @@ import logging
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -36,19 +35,46 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
     GenerationOutput,
+    RequestState,
 )
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from ..cluster.expert_options import RowGroups
 from ..proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel, in_words
 from .embedding import Encoder
 from .sampling import RequestSampler, choose
-from .scheduler import SCHEDULER, RankScheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .engine import EngineConfig
     from .streams import Stream, Streams
+
+
+SCHEDULER = "moesaic"
+
+
+class RankScheduler(FIFOScheduler):
+    """The waiting requests by their rank.
+
+    transformers admits no new request after an eviction until one *finishes*. When the running
+    ones are cancelled instead, that never happens and the waiting ones starve.
+    """
+
+    rank: Callable[[str], tuple[int, int]]  # of a request; the smaller, the sooner
+
+    def _get_waiting_candidates(self) -> list[RequestState]:
+        return sorted(super()._get_waiting_candidates(), key=lambda one: self.rank(one.request_id))
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        cancelled = super().clear_cancelled_requests()
+        if cancelled:
+            self.block_new_requests = False
+        return cancelled
+
+
+SCHEDULER_MAPPING[SCHEDULER] = RankScheduler
+
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from ..cluster.paces import Work
 from ..cluster.placement import LayerKey, ModelRef, ModelShape, Placement
 from ..cluster.plan import FleetGroup
 from ..cluster.policy import ControlPolicy
-from ..cluster.scaling_spec import AutoscaleSpec
+from ..cluster.spec_part import AutoscaleSpec
 from ..cluster.watchdog import Watchdog
 from ..proto.errors import ClusterError, MoesaicError, Superseded, in_words
 from .announcing import announce

@@ -20,8 +20,8 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
 
 from ..cluster.placement import ModelRef
-from ..cluster.serving_spec import MonitoringSpec
 from ..cluster.spec import Spec
+from ..cluster.spec_part import MonitoringSpec
 from ..cluster.web_guard import is_loopback
 from ..proto.errors import ClusterError, InternalError, NoAnswer, in_words
 from .engine import EngineConfig, ExpertBounds

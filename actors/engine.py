@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkab
 
 from ..cluster.expert_options import WAIT, MissingExpert, RowWish
 from ..cluster.missing import Dropped
-from ..cluster.serving_spec import LimitSpec
+from ..cluster.spec_part import LimitSpec
 from ..proto.errors import RequestError
 from .answer_form import AnswerForm
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from ..cluster.serving_spec import LimitSpec
+from ..cluster.spec_part import LimitSpec
 from ..proto.errors import BodyTooLarge, Overloaded, SlowBody
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from ..cluster.control import Control
 from ..cluster.glance import HostCounters, HostRates, hottest, standing
 from ..cluster.operations import check_layer, check_model
 from ..cluster.placement import ModelRef, ModelShape
-from ..cluster.recording import LoadTotals
+from ..cluster.trace import LoadTotals
 from ..cluster.watchdog import Vitals, Watchdog
 from ..proto.errors import ClusterError, in_words
 from .host import HostReport

@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from ..cluster.placement import LayerKey, ModelRef, Placement
 from ..cluster.router_policy import RouterPolicy
-from ..cluster.serving_spec import EngineKind
+from ..cluster.spec_part import EngineKind
 from ..cluster.transports import TransportChoice
 from ..proto.errors import in_words
 from .cluster_secret import secret_of

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from ..cluster.health import HostState
 from ..cluster.load_meter import LoadReport
 from ..cluster.placement import ExpertKey, LayerKey, Number, Placement
 from ..cluster.router_policy import RouterPolicy
-from ..cluster.transports import TransportChoice
+from ..cluster.transports import Transport, TransportChoice
 from ..models.in_pool import PoolFunction
 from ..proto.errors import CallError, ClusterError, ExpertUnavailable, from_wire
 from ..proto.expert_pb2 import Frame
@@ -43,7 +44,21 @@ from ..proto.wire import DTYPE_TO_WIRE
 from .batch_rows import BatchRows
 from .job import LayerJob, check_shapes
 from .links import Links
-from .router_stats import RouterStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterStats:
+    calls: int
+    rows: int
+    retries: int
+    ejections: int
+    hedges: int  # sends that repeated a late one,
+    overtakings: int  # and were answered before it
+    rows_lost: int
+    placement: Number
+    hosts: dict[str, str]
+    transports: dict[str, Transport]  # of the hosts that are connected
+
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from ray.serve.handle import (
 
 from ..cluster.missing import Dropped
 from ..cluster.progress import STALLED_S, Heard, Progress
-from ..cluster.serving_spec import EndpointSpec, MonitoringSpec
+from ..cluster.spec_part import EndpointSpec, MonitoringSpec
 from ..cluster.web_guard import WebGuard
 from ..proto.errors import (
     Busy,

@@ -23,8 +23,8 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
 from ray.serve.context import _set_global_client
 
-from ..cluster.serving_spec import EndpointSpec
 from ..cluster.spec import Spec
+from ..cluster.spec_part import EndpointSpec
 from ..cluster.web_guard import is_loopback
 from ..proto.errors import ClusterError, in_words
 from .ports import check_port, free_port

@@ -22,9 +22,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cluster.choosing import choose_hosts
 from moesaic.cluster.health import BEST_RANK
 from moesaic.cluster.layer_call import LayerCall
+from moesaic.cluster.levelling import choose_hosts
 from moesaic.cluster.placement import HostEntry, LayerKey, LayerPlacement, Number, Placement
 from moesaic.cluster.plan import PoolHost
 from moesaic.cluster.planner import plan

@@ -36,9 +36,8 @@ from .placement import (
     every_expert,
 )
 from .plan import Plan, PoolHost, Wishes
-from .policy import ControlPolicy
+from .policy import ControlPolicy, Rhythm
 from .publishing import Publisher
-from .rhythm import Rhythm
 from .room import with_room
 from .sleep import Sleep
 

@@ -11,7 +11,7 @@ from .loading import Load
 from .placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Placement
 from .plan import Plan, Policy, PoolHost, Wishes
 from .planner import plan
-from .staying import let_stay
+from .room import let_stay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

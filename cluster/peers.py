@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .choosing import choose_hosts
 from .events import Command, Disconnect, Send
 from .health import HostHealth, HostState
 from .layer_call import LayerCall
+from .levelling import choose_hosts
 from .placement import ExpertKey, LayerKey, Placement
 from .router_policy import RouterPolicy
 from .routes import Routes

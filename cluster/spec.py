@@ -24,10 +24,21 @@ from ..proto.errors import SpecError
 from .plan import FleetGroup, Policy
 from .policy import ControlPolicy
 from .residency import HostPolicy
-from .router_spec import RouterSpec
-from .scaling_spec import AutoscaleSpec, Cost
-from .serving_spec import EndpointSpec, MonitoringSpec, TimeoutSpec, TrunkSpec
-from .spec_part import Address, EmulationSpec, Part, Resources, Seconds, Threads
+from .spec_part import (
+    Address,
+    AutoscaleSpec,
+    Cost,
+    EmulationSpec,
+    EndpointSpec,
+    MonitoringSpec,
+    Part,
+    Resources,
+    RouterSpec,
+    Seconds,
+    Threads,
+    TimeoutSpec,
+    TrunkSpec,
+)
 from .spec_text import StrictLoader, bytes_of, overridden, part_or_bytes, problems
 from .transports import TransportChoice
 

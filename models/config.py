@@ -94,7 +94,7 @@ def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
     if not model_type:
         raise UnsupportedModel("model_type: missing from the model's configuration")
     if model_type in OWN:
-        import_module(f".{OWN[model_type]}", __package__)
+        import_module(f"..architectures.{OWN[model_type]}", __package__)
     return AutoConfig.for_model(model_type, **rest)
 
 

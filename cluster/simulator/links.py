@@ -8,8 +8,7 @@ from ...proto.errors import InternalError
 from ..events import HostDown, Send
 from ..placement import HostEntry, LayerKey, Number
 from .facts import Sent
-from .frames import CallFrame, Frame, Hello, Refusal, Reply
-from .network import Connection
+from .network import CallFrame, Connection, Frame, Hello, Refusal, Reply
 
 if TYPE_CHECKING:
     from .router import SimRouter

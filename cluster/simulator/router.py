@@ -33,11 +33,11 @@ from ..events import (
 )
 from ..load_meter import LoadReport
 from ..placement import LayerKey, Number, Placement
-from . import frames
+from . import network
 from .clock import Process
 from .facts import Accepted, Ended, Followed
 from .links import SimLinks
-from .network import Answered, Connection, Result
+from .network import Answered, Connection, Frame, Pong, Refusal, Reply, Result, Welcome
 
 if TYPE_CHECKING:
     from .controller import SimController
@@ -73,8 +73,8 @@ class SimRouter(Process):
         # When a report of this router last reached any controller, and since when its lease has
         # run without a gap.
         self.heard_at = self.leased_since = -float("inf")
-        self._arrived: deque[tuple[Connection, frames.Frame | None]] = deque()
-        self._reply: frames.Reply | None = None  # the one that is being handled
+        self._arrived: deque[tuple[Connection, Frame | None]] = deque()
+        self._reply: Reply | None = None  # the one that is being handled
         self._placements: deque[Placement] = deque()
         self._controller: SimController | None = None
         self._stopping = False
@@ -145,7 +145,7 @@ class SimRouter(Process):
 
     # ---- the thread that computes ---------------------------------------------------------------
 
-    def hear(self, connection: Connection, frame: frames.Frame) -> None:
+    def hear(self, connection: Connection, frame: Frame) -> None:
         self._arrived.append((connection, frame))
         if self.call is not None:
             self._turn()
@@ -200,10 +200,10 @@ class SimRouter(Process):
                 self._execute(())
             elif self.links.received(channel, frame):
                 heard = True
-                if isinstance(frame, frames.Reply):
+                if isinstance(frame, Reply):
                     self._reply = frame
                 self._execute(self.dispatcher.handle(_event(host, frame), self.clock.now))
-                if isinstance(frame, frames.Reply):
+                if isinstance(frame, Reply):
                     # Taken by now, or wanted by nobody any more.
                     channel.release(frame.seq)
         self._take_placements()
@@ -267,26 +267,26 @@ class SimRouter(Process):
             case Disconnect(host):
                 self.links.disconnect(host)
             case Cancel(host, seq):
-                self.links.send(host, frames.Cancel(seq))
+                self.links.send(host, network.Cancel(seq))
             case Probe(host, number):
-                self.links.send(host, frames.Ping(number))
+                self.links.send(host, network.Ping(number))
             case Free(host, seq):
                 self.links.free(host, seq)
             case Refresh():
                 pass  # as in a trunk: the next placement comes by itself
 
 
-def _event(host: str, frame: frames.Frame) -> Event:
+def _event(host: str, frame: Frame) -> Event:
     match frame:
-        case frames.Reply(seq=seq, sound=True):
+        case Reply(seq=seq, sound=True):
             return Replied(host, seq)
-        case frames.Reply(seq=seq):
+        case Reply(seq=seq):
             return Refused(host, seq, Corrupted.__name__, "its tensors have another checksum")
-        case frames.Refusal(seq=seq, code=code, message=message):
+        case Refusal(seq=seq, code=code, message=message):
             return Refused(host, seq, code, message)
-        case frames.Pong(number):
+        case Pong(number):
             return Ponged(host, number)
-        case frames.Welcome(incarnation):
+        case Welcome(incarnation):
             return HostUp(host, incarnation)
         case _:
             raise AssertionError(f"{host} sent {frame}, as no host does")

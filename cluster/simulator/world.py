@@ -11,6 +11,7 @@ import hashlib
 import traceback
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,19 +19,40 @@ from ...proto.errors import in_words
 from ..control import Control
 from ..fleet import Fleet
 from ..placement import ExpertKey, HostEntry
+from ..plan import Wishes
 from .clock import Clock
 from .controller import SimController
 from .facts import Fact
 from .faults import Faults
 from .host import SimHost
-from .invariants import Invariants
+from .invariants import Invariants, unsettled
 from .network import Connection, Network
 from .owner import SimOwner
-from .registry import Registry
 from .router import SimRouter
 from .settings import Settings, draw
-from .settled import unsettled
 from .traffic import Traffic
+
+if TYPE_CHECKING:
+    from .controller import SimController
+
+
+class Registry:
+    """Never fails; single operations are atomic, sequences of them are not."""
+
+    def __init__(self) -> None:
+        self.controller: SimController | None = None
+        self.latest_term = 0
+        self.wishes = Wishes()
+        self.fleet = ""  # as JSON
+        self.let_go: dict[str, float] = {}  # hosts that may end; when their reports were asked for
+        self._terms: set[int] = set()
+
+    def put_term(self, term: int) -> bool:
+        """Put if absent; whether it was."""
+        absent = term not in self._terms
+        self._terms.add(term)
+        return absent
+
 
 # Seconds: before faults begin, and until everything has to stand again behind them.
 WARM_UP_S = 2.0

@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .cluster.placement import LayerKey
-from .cluster.recording import LoadTotals, Recorder
-from .cluster.trace import Trace
+from .cluster.trace import LoadTotals, Recorder, Trace
 from .private_files import replace_file
 from .proto.errors import CheckpointError, ClusterError, RequestError
 

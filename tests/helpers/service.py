@@ -31,7 +31,7 @@ from moesaic.actors.monitoring import monitoring
 from moesaic.actors.ports import free_port
 from moesaic.actors.served import ServedModel
 from moesaic.actors.transformers_engine import TransformersEngine
-from moesaic.cluster.serving_spec import LimitSpec
+from moesaic.cluster.spec_part import LimitSpec
 from moesaic.cluster.web_guard import WebGuard
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable
 from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer

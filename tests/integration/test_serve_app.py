@@ -29,7 +29,7 @@ from moesaic.actors.engine import Delta, Sampling
 from moesaic.actors.ports import free_port
 from moesaic.actors.serve_app import Failure, Trunk, build
 from moesaic.client import Client
-from moesaic.cluster.serving_spec import MonitoringSpec
+from moesaic.cluster.spec_part import MonitoringSpec
 from moesaic.proto.errors import ERRORS, EngineError, RequestError, UnknownModel, words_for_client
 from tests.helpers.engines import reference, tiny_engine
 from tests.helpers.scripted import (

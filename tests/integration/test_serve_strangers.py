@@ -25,7 +25,7 @@ from moesaic.actors.embedded_ray import start_embedded
 from moesaic.actors.ports import free_port
 from moesaic.actors.serve_app import Trunk, build
 from moesaic.actors.serve_border import Place, start_serve
-from moesaic.cluster.serving_spec import EndpointSpec, LimitSpec, MonitoringSpec
+from moesaic.cluster.spec_part import EndpointSpec, LimitSpec, MonitoringSpec
 from tests.helpers.scripted import COUNT, WAIT, scripted_engine
 from tests.helpers.tiny import tiny_tokenizer
 

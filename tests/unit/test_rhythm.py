@@ -6,7 +6,7 @@ import numpy as np
 
 from moesaic.cluster.balance import balancedness
 from moesaic.cluster.placement import LayerKey, ModelShape
-from moesaic.cluster.rhythm import Rhythm
+from moesaic.cluster.policy import Rhythm
 from moesaic.cluster.simulator.compare import control_policy, pool_of
 from moesaic.cluster.simulator.ours import Ours
 

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.choosing import choose_hosts
 from moesaic.cluster.health import BEST_RANK
 from moesaic.cluster.layer_call import LayerCall
-from moesaic.cluster.levelling import level
+from moesaic.cluster.levelling import choose_hosts, level
 from moesaic.cluster.placement import (
     LayerKey,
     LayerPlacement,

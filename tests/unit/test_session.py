@@ -138,7 +138,7 @@ def test_a_draft_that_cannot_be_finished_is_not_left(monkeypatch: pytest.MonkeyP
 
 
 def test_a_trace_is_not_written_through_a_link(tmp_path: Path) -> None:
-    from moesaic.cluster.recording import Recorder
+    from moesaic.cluster.trace import Recorder
 
     victim = tmp_path / "victim"
     victim.write_text("precious")

@@ -24,8 +24,8 @@ from moesaic.cluster.simulator.compare import (
 from moesaic.cluster.simulator.loads import day, drifting
 from moesaic.cluster.simulator.ours import Elastic
 from moesaic.cluster.simulator.queues import Queues
-from moesaic.cluster.simulator.registry import Registry
 from moesaic.cluster.simulator.ways import Eplb, Static
+from moesaic.cluster.simulator.world import Registry
 from moesaic.cluster.trace import Trace
 from moesaic.traces import write_trace
 

@@ -18,8 +18,8 @@ from moesaic.cluster.health import HostHealth
 from moesaic.cluster.placement import ExpertKey, Number, Replica
 from moesaic.cluster.publishing import Publisher
 from moesaic.cluster.simulator.controller import SimController
-from moesaic.cluster.simulator.frames import Cancel, Frame
 from moesaic.cluster.simulator.links import SimLinks
+from moesaic.cluster.simulator.network import Cancel, Frame
 from moesaic.cluster.simulator.run import SeedRun, run_seed
 
 SEEDS, GROUPS = 200, 20

@@ -17,8 +17,7 @@ from moesaic.cli.main import main
 from moesaic.cluster.load import LoadTracker
 from moesaic.cluster.load_meter import HostTimes, LoadReport
 from moesaic.cluster.placement import LayerKey
-from moesaic.cluster.recording import LoadTotals, Recorder
-from moesaic.cluster.trace import Trace
+from moesaic.cluster.trace import LoadTotals, Recorder, Trace
 from moesaic.proto.errors import CheckpointError, ClusterError, RequestError
 from moesaic.traces import read_trace, record, write_trace
 
