@@ -23,14 +23,14 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.hosts import NODE, host_processes, place
 from benchmarks.measure import Comparison, report
-from moesaic.actors.engine import EngineConfig, Sampling
-from moesaic.actors.router import Router
-from moesaic.actors.transformers_engine import TransformersEngine
+from moesaic.actors.engine.engine import EngineConfig, Sampling
+from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.router.router import Router
 from moesaic.cluster.placement import ModelRef
-from moesaic.models.config import read_config
-from moesaic.models.demo import demo_model
-from moesaic.models.experts_layers import experts_layers
-from moesaic.models.trunk import connect_experts, load_trunk, meta_model
+from moesaic.models.trunk.config import read_config
+from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.trunk import connect_experts, load_trunk, meta_model
+from moesaic.models.upcycling.demo import demo_model
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 BATCHES = (1, 8, 32)

@@ -27,9 +27,9 @@ from transformers.utils import logging as transformers_logging
 import moesaic
 from benchmarks.decode import CONFIG, prompts_of
 from benchmarks.measure import Comparison, report
-from moesaic.actors.engine import Sampling
-from moesaic.actors.transformers_engine import TransformersEngine
-from moesaic.models.demo import demo_model
+from moesaic.actors.engine.engine import Sampling
+from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.models.upcycling.demo import demo_model
 
 NEW_TOKENS = 32
 CONCURRENCY = (1, 8, 32)

@@ -1,8 +1,9 @@
 """A controller that balances by DeepSeek's rule, to compare with; everything else is ours.
 
-Every `balance.every_s` it takes the placement of `cluster/eplb.py` for the same forecast that our
-planner gets, with as many slots for each layer, and our own loader, publisher and evictions carry
-it out. While it moves, its hosts may hold twice their slots: it changes nearly all of them at once.
+Every `balance.every_s` it takes the placement of `cluster/comparison/eplb.py` for the same forecast
+that our planner gets, with as many slots for each layer, and our own loader, publisher and
+evictions carry it out. While it moves, its hosts may hold twice their slots: it changes nearly all
+of them at once.
 
 Shapes: E experts of one layer, H hosts.
 """
@@ -14,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.actors import controller as controller_module
-from moesaic.actors.controller import Controller
-from moesaic.cluster.control import Control
-from moesaic.cluster.effect import balancedness_under
-from moesaic.cluster.eplb import eplb
-from moesaic.cluster.orders import MakePlan
+from moesaic.actors.controller import controller as controller_module
+from moesaic.actors.controller.controller import Controller
+from moesaic.cluster.comparison.eplb import eplb
+from moesaic.cluster.control.change_impact import balancedness_under
+from moesaic.cluster.control.commands import MakePlan
+from moesaic.cluster.control.control import Control
 from moesaic.cluster.placement import LayerPlacement, Replica
-from moesaic.cluster.plan import Move, Plan
+from moesaic.cluster.planner.plan import Move, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

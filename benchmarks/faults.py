@@ -32,7 +32,7 @@ import moesaic
 from benchmarks.decode import prompts_of
 from benchmarks.measure import write_json
 from benchmarks.pools import engine_over
-from moesaic.actors.engine import Engine, Sampling
+from moesaic.actors.engine.engine import Engine, Sampling
 from moesaic.handle import Cluster
 from moesaic.models.source import resolve_model
 from moesaic.proto.errors import MoesaicError

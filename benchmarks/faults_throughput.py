@@ -36,8 +36,8 @@ import moesaic
 from benchmarks.measure import write_json
 from benchmarks.pools import EXPERT_BYTES, HIDDEN, save_tiny_model
 from benchmarks.traffic import MODEL, Drivers, Steps, Traffic, driving
-from moesaic.actors.ray_border import namespace_of
-from moesaic.cluster.emulation import Emulation
+from moesaic.actors.runtime.ray_border import namespace_of
+from moesaic.cluster.host.emulation import Emulation
 from moesaic.handle import Cluster
 
 KINDS = ("kill", "freeze", "slow")

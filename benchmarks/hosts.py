@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from moesaic.actors.host import ExpertHost
+from moesaic.actors.host.host import ExpertHost
 from moesaic.cluster.placement import (
     ExpertKey,
     HostEntry,

@@ -22,14 +22,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cluster.health import BEST_RANK
-from moesaic.cluster.layer_call import LayerCall
-from moesaic.cluster.levelling import choose_hosts
 from moesaic.cluster.placement import HostEntry, LayerKey, LayerPlacement, Number, Placement
-from moesaic.cluster.plan import PoolHost
-from moesaic.cluster.planner import plan
-from moesaic.cluster.router_policy import RouterPolicy
-from moesaic.cluster.routes import Routes
+from moesaic.cluster.planner.plan import PoolHost
+from moesaic.cluster.planner.planner import plan
+from moesaic.cluster.routing.assignment import choose_hosts
+from moesaic.cluster.routing.host_health import BEST_RANK
+from moesaic.cluster.routing.layer_call import LayerCall
+from moesaic.cluster.routing.policy import RouterPolicy
+from moesaic.cluster.routing.routes import Routes
 
 from .measure import write_json
 from .placing import LAVISH, MODEL, Pool

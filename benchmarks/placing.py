@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moesaic.cluster.balance import balancedness, best_balancedness, even_split
-from moesaic.cluster.eplb import changed_slots, eplb
+from moesaic.cluster.comparison.eplb import changed_slots, eplb
 from moesaic.cluster.placement import LayerKey, LayerPlacement, ModelShape
-from moesaic.cluster.plan import Plan, Policy, PoolHost
-from moesaic.cluster.planner import plan
+from moesaic.cluster.planner.balance import balancedness, best_balancedness, even_split
+from moesaic.cluster.planner.plan import Plan, Policy, PoolHost
+from moesaic.cluster.planner.planner import plan
 
 MODEL = "m"
 # What the planner is told with a budget, and where any number of moves is allowed.

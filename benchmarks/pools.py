@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moesaic.actors.engine import Engine, EngineConfig
-from moesaic.actors.pool_link import TrunkConfig
-from moesaic.actors.ray_border import namespace_of
-from moesaic.actors.trunk import engine_factory
+from moesaic.actors.engine.engine import Engine, EngineConfig
+from moesaic.actors.router.pool_link import TrunkConfig
+from moesaic.actors.runtime.ray_border import namespace_of
+from moesaic.actors.trunk.trunk import engine_factory
 from moesaic.cluster.placement import ModelRef
-from moesaic.cluster.spec import parse_spec
+from moesaic.cluster.spec.spec import parse_spec
 from moesaic.models.source import resolve_model
 
 HIDDEN, INTERMEDIATE = 32, 32

@@ -31,9 +31,9 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moesaic.cluster.load.trace import Trace
 from moesaic.cluster.placement import LayerKey
-from moesaic.cluster.trace import Trace
-from moesaic.models.demo import demo_model, demo_texts
+from moesaic.models.upcycling.demo import demo_model, demo_texts
 from moesaic.traces import write_trace
 
 from .placing import (

@@ -25,8 +25,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cluster.simulator.compare import Figures, shifting_day
-from moesaic.cluster.simulator.ours import Elastic
+from moesaic.cluster.comparison.compare import Figures, shifting_day
+from moesaic.cluster.comparison.elastic_placement import Elastic
 from moesaic.cluster.simulator.run import SeedRun, run_seed
 
 from .svg import line_chart

@@ -33,10 +33,10 @@ from benchmarks.eplb_control import EplbController
 from benchmarks.measure import write_json
 from benchmarks.pools import EXPERT_BYTES, HIDDEN, save_tiny_model
 from benchmarks.traffic import MODEL, Drivers, Steps, Traffic, driving, exponent_for
-from moesaic.actors import launch
-from moesaic.actors.controller import Controller
-from moesaic.actors.ray_border import ask, controller_of, namespace_of
-from moesaic.cluster.load_meter import LoadReport
+from moesaic.actors.controller.controller import Controller
+from moesaic.actors.runtime.ray_border import ask, controller_of, namespace_of
+from moesaic.actors.serve import launch
+from moesaic.cluster.load.meter import LoadReport
 from moesaic.handle import Cluster
 
 # Slots beside those that all experts need once.

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moesaic
-from moesaic.models.demo import demo_model
+from moesaic.models.upcycling.demo import demo_model
 
 from .decode import prompts_of
 from .measure import write_json

@@ -41,7 +41,7 @@ from rich.table import Table
 from benchmarks.hosts import NODE, HostProcess, host_processes, place
 from benchmarks.measure import write_json
 from benchmarks.pools import HIDDEN, save_tiny_model
-from moesaic.actors.router import Router
+from moesaic.actors.router.router import Router
 from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey, ModelRef
 from moesaic.proto.expert_pb2 import WeightsChunk, WeightsKey
 from moesaic.proto.keys import secret_of_process, shown

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 import moesaic
-from moesaic.actors.cluster_secret import secret_of
-from moesaic.actors.pool_link import PlacementWatch
-from moesaic.actors.ray_border import namespace_of
-from moesaic.actors.router import Router
-from moesaic.cluster.balance import balancedness
+from moesaic.actors.router.pool_link import PlacementWatch
+from moesaic.actors.router.router import Router
+from moesaic.actors.runtime.cluster_secret import secret_of
+from moesaic.actors.runtime.ray_border import namespace_of
 from moesaic.cluster.placement import LayerKey, LayerPlacement
+from moesaic.cluster.planner.balance import balancedness
 
 MODEL = "skew"
 START_S = 120.0

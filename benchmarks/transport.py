@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks.measure import Comparison, compare, report
 from moesaic.actors.transport.base import Channel, Listener, Session
-from moesaic.actors.transport.grpc_stream import GrpcChannel, GrpcListener
+from moesaic.actors.transport.grpc.stream import GrpcChannel, GrpcListener
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
 from moesaic.proto.errors import HostLost
 from moesaic.proto.expert_pb2 import FLOAT32, Frame

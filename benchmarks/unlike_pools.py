@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.cluster.balance import balancedness, even_split
 from moesaic.cluster.placement import LayerKey, ModelShape
-from moesaic.cluster.plan import Plan, PoolHost
-from moesaic.cluster.planner import plan
+from moesaic.cluster.planner.balance import balancedness, even_split
+from moesaic.cluster.planner.plan import Plan, PoolHost
+from moesaic.cluster.planner.planner import plan
 
 from .placing import BUDGET, LAVISH, THRIFTY, Pool, Shift, bound, drifting, ours, rated
 

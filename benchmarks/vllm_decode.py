@@ -29,8 +29,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.actors.engine import Delta, Engine, EngineConfig, Sampling
-from moesaic.models.demo import demo_model
+from moesaic.actors.engine.engine import Delta, Engine, EngineConfig, Sampling
+from moesaic.models.upcycling.demo import demo_model
 
 from .hosts import NODE, host_processes, place
 from .measure import write_json
@@ -81,13 +81,13 @@ def alone(folder: Path, dtype: str, *, eager: bool) -> Iterator[Run]:
 
 @contextmanager
 def pool(folder: Path, dtype: str) -> Iterator[Run]:
-    from moesaic.actors.pool_link import TrunkConfig
-    from moesaic.actors.router import Router
-    from moesaic.actors.vllm_engine import VllmEngine
+    from moesaic.actors.engine.vllm.engine import VllmEngine
+    from moesaic.actors.router.pool_link import TrunkConfig
+    from moesaic.actors.router.router import Router
     from moesaic.cluster.placement import ModelRef
-    from moesaic.models.config import read_config
-    from moesaic.models.experts_layers import experts_layers
-    from moesaic.models.trunk import meta_model
+    from moesaic.models.trunk.config import read_config
+    from moesaic.models.trunk.experts_layers import experts_layers
+    from moesaic.models.trunk.trunk import meta_model
 
     class Link:
         def __init__(self, config: TrunkConfig, layers: Sequence[int]) -> None:
@@ -118,7 +118,7 @@ def transformers(folder: Path, dtype: str) -> Iterator[Run]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from moesaic.actors.transformers_engine import TransformersEngine
+    from moesaic.actors.engine.transformers.engine import TransformersEngine
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     engine = TransformersEngine(model, config=CONFIG)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..proto.errors import CheckpointError, in_words
-from .files import INDEX_FILE, SINGLE_FILE
+from .folder.files import INDEX_FILE, SINGLE_FILE
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _FETCH = "`moesaic inspect {path}` downloads and checks it, `moesaic up` does so when it starts"
@@ -31,7 +31,7 @@ def local_model(path: str) -> Path | NotYet:
     Raises CheckpointError where `resolve_model` certainly would.
     """
     if path == "demo":
-        from .demo import made_demo
+        from .upcycling.demo import made_demo
 
         return made_demo() or NotYet("the demo model is made at the first start, in a minute")
     folder = Path(path).expanduser()
@@ -52,7 +52,7 @@ def resolve_model(path: str, *, progress: Callable[[str, int, int], None] | None
     Raises CheckpointError that says what was tried.
     """
     if path == "demo":
-        from .demo import demo_model
+        from .upcycling.demo import demo_model
 
         return demo_model(progress=progress)
     folder = Path(path).expanduser()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .facts import Accepted, Ended, Sent, Wrote
+from .trace_events import Accepted, Ended, Sent, Wrote
 
 if TYPE_CHECKING:
     from .world import World

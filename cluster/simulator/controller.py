@@ -1,5 +1,5 @@
-"""A simulated controller process: the shell of `actors/controller.py` and `actors/term.py` around
-the same `Control` and planner."""
+"""A simulated controller process: the shell of `actors/controller/controller.py` and
+`actors/runtime/durable_state.py` around the same `Control` and planner."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...proto.errors import MoesaicError, Superseded
-from ..changes import Change
-from ..control import Control
-from ..fleet import Fleet
-from ..load_meter import LoadReport
-from ..loading import Load
-from ..observed import Observation, without
-from ..orders import Evict, MakePlan, Publish
+from ..control.changes import Change
+from ..control.commands import Evict, MakePlan, Publish
+from ..control.control import Control
+from ..control.loading import Load
+from ..control.pool_view import Observation, without
+from ..load.meter import LoadReport
 from ..placement import ExpertKey, ModelShape, Number
-from ..plan import Wishes
+from ..planner.plan import Wishes
+from ..scaling.fleet import Fleet
 from .clock import Process
-from .facts import Claimed, Published, Sized
 from .host import SimReport
 from .network import Answered, Failed, Responder, Result, TimedOut
+from .trace_events import Claimed, Published, Sized
 
 if TYPE_CHECKING:
     from .router import SimRouter

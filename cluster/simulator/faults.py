@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from ..operations import drained, pinned, replicated, undrained, unpinned
+from ..control.operations import drained, pinned, replicated, undrained, unpinned
 from ..placement import ExpertKey
-from ..plan import Wishes
+from ..planner.plan import Wishes
 from .clock import Process
 from .network import Weather
 

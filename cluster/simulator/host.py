@@ -1,5 +1,5 @@
-"""A simulated expert host: the shell of `actors/host.py` and `actors/host_loop.py` around the same
-`Residency`."""
+"""A simulated expert host: the shell of `actors/host/host.py` and `actors/host/host_loop.py` around
+the same `Residency`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...proto.errors import CallError, CheckpointError, Corrupted, HostLost, MoesaicError
-from ..fence import Fence
-from ..paces import Work
+from ..control.host_speed import Work
+from ..host.fence import Fence
+from ..host.residency import HostPolicy, LayerShape, QueuedCall, Residency, parts_of
 from ..placement import ExpertKey, HostEntry, LayerKey, ModelShape
-from ..residency import HostPolicy, LayerShape, QueuedCall, Residency, parts_of
 from .clock import Process
-from .facts import Computed, Obeyed, Released, Wrote
 from .network import (
     CallFrame,
     Cancel,
@@ -28,6 +27,7 @@ from .network import (
     Responder,
     Welcome,
 )
+from .trace_events import Computed, Obeyed, Released, Wrote
 
 if TYPE_CHECKING:
     from .world import World

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..changes import Phase
-from ..control import Control
+from ..control.changes import Phase
+from ..control.control import Control
 from ..placement import ExpertKey, LayerKey, Number, Placement
-from ..room import lack
+from ..planner.capacity import lack
 from . import call_invariants as calls
 from .controller import SimController
-from .facts import (
+from .host import SimHost
+from .trace_events import (
     Accepted,
     Claimed,
     Computed,
@@ -32,7 +33,6 @@ from .facts import (
     Sized,
     Wrote,
 )
-from .host import SimHost
 
 if TYPE_CHECKING:
     from .router import SimRouter

@@ -1,6 +1,6 @@
 """The process that owns a simulated cluster: it starts and ends hosts as the controller wants them.
 
-The shell of `actors/keeper.py`; Ray is the world.
+The shell of `actors/controller/host_provisioner.py`; Ray is the world.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .clock import Process
-from .facts import HostEnded, HostStarted
 from .host import SimHost
 from .network import Answered, Responder, Result
+from .trace_events import HostEnded, HostStarted
 
 if TYPE_CHECKING:
     from .world import World

@@ -1,5 +1,5 @@
-"""A simulated trunk process: the shells of `actors/router.py` and `actors/trunk.py` around the same
-`Dispatcher`, and a model that makes calls.
+"""A simulated trunk process: the shells of `actors/router/router.py` and `actors/trunk/trunk.py`
+around the same `Dispatcher`, and a model that makes calls.
 
 Shape suffixes: T = tokens, K = choices of a token.
 """
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...proto.errors import Corrupted
-from ..dispatch import Dispatcher
-from ..events import (
+from ..load.meter import LoadReport
+from ..placement import LayerKey, Number, Placement
+from ..routing.dispatch import Dispatcher
+from ..routing.events import (
     Accept,
     Cancel,
     Command,
@@ -31,13 +33,11 @@ from ..events import (
     Replied,
     Send,
 )
-from ..load_meter import LoadReport
-from ..placement import LayerKey, Number, Placement
 from . import network
 from .clock import Process
-from .facts import Accepted, Ended, Followed
-from .links import SimLinks
+from .connections import SimLinks
 from .network import Answered, Connection, Frame, Pong, Refusal, Reply, Result, Welcome
+from .trace_events import Accepted, Ended, Followed
 
 if TYPE_CHECKING:
     from .controller import SimController

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..autoscaler import ScalePolicy
-from ..control import ControlPolicy
+from ..control.control import ControlPolicy
 from ..placement import ModelShape
-from ..plan import FleetGroup, Policy
-from ..router_policy import RouterPolicy
+from ..planner.plan import FleetGroup, Policy
+from ..routing.policy import RouterPolicy
+from ..scaling.autoscaler import ScalePolicy
 
 _EXPERT_BYTES = 1_000_000
 

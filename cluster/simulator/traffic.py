@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..expert_options import SHORT_WAIT_S
 from ..placement import LayerKey, Placement
+from ..routing.expert_options import SHORT_WAIT_S
 from .settings import Settings
 
 _TOP_K = 2

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...proto.errors import in_words
-from ..control import Control
-from ..fleet import Fleet
+from ..control.control import Control
 from ..placement import ExpertKey, HostEntry
-from ..plan import Wishes
+from ..planner.plan import Wishes
+from ..scaling.fleet import Fleet
 from .clock import Clock
 from .controller import SimController
-from .facts import Fact
 from .faults import Faults
 from .host import SimHost
 from .invariants import Invariants, unsettled
@@ -30,6 +29,7 @@ from .network import Connection, Network
 from .owner import SimOwner
 from .router import SimRouter
 from .settings import Settings, draw
+from .trace_events import Fact
 from .traffic import Traffic
 
 if TYPE_CHECKING:

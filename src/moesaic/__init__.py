@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from .about import check_spec, inspect_model, versions
     from .bench import measure_load
     from .client import AsyncClient, Client
-    from .cluster.spec import Spec, load_spec
+    from .cluster.spec.spec import Spec, load_spec
     from .connecting import connect
     from .handle import Cluster, up
-    from .models.upcycle import upcycle
+    from .models.upcycling.upcycle import upcycle
     from .proto.errors import MoesaicError
     from .router_client import RouterClient
     from .traces import read_trace, write_trace
@@ -60,15 +60,15 @@ _HOMES = {
     "Cluster": "handle",
     "MoesaicError": "proto.errors",
     "RouterClient": "router_client",
-    "Spec": "cluster.spec",
+    "Spec": "cluster.spec.spec",
     "check_spec": "about",
     "connect": "connecting",
     "inspect_model": "about",
-    "load_spec": "cluster.spec",
+    "load_spec": "cluster.spec.spec",
     "measure_load": "bench",
     "read_trace": "traces",
     "up": "handle",
-    "upcycle": "models.upcycle",
+    "upcycle": "models.upcycling.upcycle",
     "versions": "about",
     "write_trace": "traces",
 }

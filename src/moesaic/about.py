@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from .actors.check_model import CheckedModel
-    from .actors.findings import Finding
-    from .cluster.spec import Spec
-    from .models.describe import Described
+    from .actors.preflight.check_model import CheckedModel
+    from .actors.preflight.findings import Finding
+    from .cluster.spec.spec import Spec
+    from .models.trunk.describe import Described
 
 _PACKAGES = ("moesaic", "ray", "torch", "transformers", "vllm", "grpcio", "protobuf")
 
@@ -36,8 +36,8 @@ def inspect_model(
     Raises CheckpointError and UnsupportedModel."""
     import torch
 
-    from .models.describe import describe
     from .models.source import resolve_model
+    from .models.trunk.describe import describe
 
     return describe(resolve_model(model), getattr(torch, dtype))
 
@@ -52,7 +52,7 @@ def check_model(
     with _uncollected():
         import torch
 
-        from .actors.check_model import check_model as check
+        from .actors.preflight.check_model import check_model as check
         from .models.source import resolve_model
 
         # Without a tokenizer an endpoint cannot serve it; a pool, a router service and the SDK do.
@@ -63,7 +63,7 @@ def check_spec(spec: Spec) -> list[Finding]:
     """All that would keep `up` from starting ``spec``, as far as it can be known before; also what
     is odd, and what could not be checked."""
     with _uncollected():
-        from .actors.preflight import preflight
+        from .actors.preflight.preflight import preflight
 
         return preflight(spec).findings
 

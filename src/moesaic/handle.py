@@ -15,25 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from .cluster.spec import Spec, load_spec, parse_spec
+from .cluster.spec.spec import Spec, load_spec, parse_spec
 from .logs import Kind, LogLine, read_logs
 from .operating import Operating, quiet
 from .proto.errors import ClusterError
 from .router_keys import take_key
-from .session import (
-    Session,
-    find_session,
-    need_session,
-    note_logs,
-    remove_session,
-    write_session,
-)
+from .session import Session, find_session, need_session, note_logs, remove_session, write_session
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .actors.launch import Launched, Progress
-    from .actors.trunk import PoolTrunk
+    from .actors.serve.launch import Launched, Progress
+    from .actors.trunk.trunk import PoolTrunk
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +62,9 @@ def up(
         )
     if wanted.ray.address == "local":
         _stay_on_loopback()
-    from .actors.cluster_secret import router_key_of
-    from .actors.launch import launch
-    from .actors.ray_border import log_folder, ray_address
+    from .actors.runtime.cluster_secret import router_key_of
+    from .actors.runtime.ray_border import log_folder, ray_address
+    from .actors.serve.launch import launch
 
     launched = launch(
         wanted,
@@ -185,7 +178,7 @@ class Cluster(Operating):
 
     def status(self) -> dict[str, Any]:
         """Hosts, models and the placement as plain values. Raises ClusterError."""
-        from .actors.ray_border import ask, controller_of
+        from .actors.runtime.ray_border import ask, controller_of
 
         return ask(controller_of(self._join()).status.remote(), 10.0, "the controller's status")
 
@@ -210,8 +203,8 @@ class Cluster(Operating):
 
         An ordinary transformers model: call it, `generate` with it. Raises ClusterError.
         """
-        from .actors.ray_border import ask, controller_of
-        from .actors.trunk import open_trunk
+        from .actors.runtime.ray_border import ask, controller_of
+        from .actors.trunk.trunk import open_trunk
 
         namespace = self._join()
         served = ask(controller_of(namespace).models.remote(), 10.0, "the models")
@@ -235,7 +228,7 @@ class Cluster(Operating):
         Its experts' weights are sent to the hosts and freed here. Raises UnsupportedModel for an
         architecture without the experts interface, and ClusterError.
         """
-        from .actors.attach import attach_model
+        from .actors.trunk.attach import attach_model
 
         namespace = self._join()
         trunk = attach_model(
@@ -299,7 +292,7 @@ class Cluster(Operating):
 
     def _join(self) -> str:
         """Connect this process to the cluster's Ray; gives the namespace."""
-        from .actors.ray_border import join_ray, namespace_of
+        from .actors.runtime.ray_border import join_ray, namespace_of
 
         session = self._session
         with _shown(session.ray_token):
@@ -307,7 +300,7 @@ class Cluster(Operating):
         return namespace_of(self.name)
 
     def _trunk_config(self, namespace: str, ref: Any) -> Any:
-        from .actors.pool_link import TrunkConfig
+        from .actors.router.pool_link import TrunkConfig
 
         spec = self._launched.spec if self._launched is not None else Spec(name=self.name)
         return TrunkConfig(

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import Literal, get_args
 
-from .actors.announcing import announced
+from .actors.runtime.process_labels import announced
 from .private_files import is_own
 from .proto.errors import ClusterError, RequestError
 from .session import Session, owner_log

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .proto.errors import ClusterError
 
 if TYPE_CHECKING:
-    from .actors.launch import Progress
-    from .cluster.trace import Trace
+    from .actors.serve.launch import Progress
+    from .cluster.load.trace import Trace
 
 # Planning a large pool anew takes most of it.
 OPERATION_S = 120.0
@@ -56,7 +56,7 @@ class Operating(ABC):
     ) -> Trace:
         """The load of the next ``seconds``, window by window; `write_trace` keeps it. It ends
         early when ``stop`` is set. Raises RequestError and ClusterError."""
-        from .actors.ray_border import ask, controller_of
+        from .actors.runtime.ray_border import ask, controller_of
         from .traces import record
 
         namespace = self._join()
@@ -173,7 +173,7 @@ class Operating(ABC):
         )
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        from .actors.ray_border import ask, controller_of
+        from .actors.runtime.ray_border import ask, controller_of
 
         controller = controller_of(self._join())
         return ask(getattr(controller, method).remote(*arguments), OPERATION_S, method)

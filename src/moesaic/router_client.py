@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from .actors.router_rpc import RouterChannel
+from .actors.router_service.client_channel import RouterChannel
 from .proto.errors import CallError, Expired, MoesaicError, RequestError, UnknownModel
 from .proto.expert_pb2 import DType
 from .proto.router_pb2 import ComputeHead, ModelsReply

@@ -19,9 +19,9 @@ from ray import serve
 from ray.util import state as ray_state
 
 import moesaic
-from moesaic.actors import ray_border
-from moesaic.actors.cluster_secret import secret_of
-from moesaic.actors.ray_border import ask, namespace_of
+from moesaic.actors.runtime import ray_border
+from moesaic.actors.runtime.cluster_secret import secret_of
+from moesaic.actors.runtime.ray_border import ask, namespace_of
 from moesaic.proto.errors import MoesaicError
 from moesaic.proto.keys import SECRET_BYTES, ClusterSecret, shown
 from moesaic.session import need_session

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 
-from moesaic.actors import endpoint
+from moesaic.actors.serve import deploy
 from moesaic.cli.main import main
 from tests.helpers.scripted import scripted_engine
 
 if __name__ == "__main__":
     # What the trunks' processes are given to call.
-    endpoint.engine_factory = lambda config: scripted_engine
+    deploy.engine_factory = lambda config: scripted_engine
     sys.exit(main(sys.argv[1:]))

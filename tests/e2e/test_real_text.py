@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moesaic
 from moesaic.handle import Cluster
-from moesaic.models.demo import demo_model
+from moesaic.models.upcycling.demo import demo_model
 
 PROMPTS = [
     "What is a mosaic?",

@@ -12,7 +12,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from moesaic.models.config import config_from_dict
+from moesaic.models.trunk.config import config_from_dict
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -203,7 +203,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-# The same for those with an adapter (models/adapters.py).
+# The same for those with an adapter (models/trunk/adapters.py).
 ADAPTED: dict[str, dict[str, Any]] = {
     "switch_transformers": _E8
     | {
@@ -244,7 +244,7 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "jetmoe": _L8 | {"kv_channels": 8, "num_attention_heads": 4},
 }
 
-# The same for those that transformers lacks (models/grok1.py, models/openmoe.py).
+# The same for those that transformers lacks (`models/architectures/`).
 OWN: dict[str, dict[str, Any]] = {
     # A cap that is reached.
     "grok-1": _E8 | {"max_attn_value": 0.5, "embedding_multiplier_scale": 5.0},

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moesaic.cluster.control import Control, ControlPolicy
-from moesaic.cluster.load_meter import HostTimes, LoadReport
-from moesaic.cluster.loading import Load
-from moesaic.cluster.observed import Observation
-from moesaic.cluster.orders import Evict, MakePlan, Publish
+from moesaic.cluster.control.commands import Evict, MakePlan, Publish
+from moesaic.cluster.control.control import Control, ControlPolicy
+from moesaic.cluster.control.loading import Load
+from moesaic.cluster.control.pool_view import Observation
+from moesaic.cluster.load.meter import HostTimes, LoadReport
 from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape, Placement
-from moesaic.cluster.plan import Policy, PoolHost, Wishes
+from moesaic.cluster.planner.plan import Policy, PoolHost, Wishes
 
 POLICY = ControlPolicy(
     balance=Policy(enough=0.9, target=0.95, horizon_s=1e9),

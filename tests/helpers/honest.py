@@ -13,10 +13,10 @@ import grpc
 import torch
 from torch import Tensor
 
-from moesaic.actors.host import ExpertHost
-from moesaic.actors.router import Router
-from moesaic.actors.transport import weights
-from moesaic.actors.transport.grpc_border import from_grpc
+from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.router.router import Router
+from moesaic.actors.transport.grpc import weights
+from moesaic.actors.transport.grpc.border import from_grpc
 from moesaic.cluster.placement import ExpertKey
 from moesaic.proto.expert_pb2 import WeightsKey
 from moesaic.proto.expert_pb2_grpc import WeightsStub

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from moesaic.actors.host import ExpertHost, local_hosts
-from moesaic.actors.router import Router
-from moesaic.actors.transport.weights import Grant
+from moesaic.actors.host.host import ExpertHost, local_hosts
+from moesaic.actors.router.router import Router
+from moesaic.actors.transport.grpc.weights import Grant
 from moesaic.cluster.placement import (
     ExpertKey,
     ModelRef,
@@ -22,11 +22,11 @@ from moesaic.cluster.placement import (
     experts_of,
     spread,
 )
-from moesaic.cluster.router_policy import RouterPolicy
-from moesaic.cluster.transports import TransportChoice
-from moesaic.models.config import read_config
-from moesaic.models.experts_layers import ExpertsLayer, experts_layers
-from moesaic.models.trunk import connect_experts, load_trunk, meta_model, passes
+from moesaic.cluster.routing.policy import RouterPolicy
+from moesaic.cluster.routing.transports import TransportChoice
+from moesaic.models.trunk.config import read_config
+from moesaic.models.trunk.experts_layers import ExpertsLayer, experts_layers
+from moesaic.models.trunk.trunk import connect_experts, load_trunk, meta_model, passes
 from moesaic.proto.keys import secret_of_process
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from moesaic import RouterClient
-from moesaic.actors.catalog import Catalog
-from moesaic.actors.router import Router
-from moesaic.actors.router_service import RouterService, ServicePolicy
-from moesaic.actors.transport.interceptors import show_key
-from moesaic.cluster.router_policy import RouterPolicy
+from moesaic.actors.router.router import Router
+from moesaic.actors.router_service.catalog import Catalog
+from moesaic.actors.router_service.service import RouterService, ServicePolicy
+from moesaic.actors.transport.grpc.interceptors import show_key
+from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.proto.router_pb2 import ComputeHead
 from tests.helpers.serving import LAYER, PATIENT, Hosts, assert_right, inputs, serving
 from tests.helpers.transports import settles

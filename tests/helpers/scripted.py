@@ -8,7 +8,7 @@ import signal
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from moesaic.actors.engine import Delta, EngineStats, Limits, Sampling
+from moesaic.actors.engine.engine import Delta, EngineStats, Limits, Sampling
 from moesaic.proto.errors import ERRORS, RequestError
 
 CODES = sorted(ERRORS)

@@ -14,14 +14,14 @@ import httpx
 import uvicorn
 from transformers import PreTrainedModel
 
-from moesaic.actors.engine import EngineConfig, ExpertBounds
-from moesaic.actors.host import ExpertHost
-from moesaic.actors.http_bodies import BodyLimits
-from moesaic.actors.ingress import create_app
-from moesaic.actors.served import ServedModel
-from moesaic.actors.transformers_engine import TransformersEngine
+from moesaic.actors.endpoint.http.bodies import BodyLimits
+from moesaic.actors.endpoint.ingress import create_app
+from moesaic.actors.engine.engine import EngineConfig, ExpertBounds
+from moesaic.actors.engine.served_model import ServedModel
+from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.host.host import ExpertHost
 from moesaic.cluster.placement import ExpertKey
-from moesaic.cluster.router_policy import RouterPolicy
+from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.architectures import tiny_model
 from tests.helpers.pools import Pool, pool
 from tests.helpers.tiny import tiny_tokenizer

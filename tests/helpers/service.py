@@ -14,7 +14,13 @@ from typing import Any
 import uvicorn
 from transformers import PreTrainedTokenizerFast
 
-from moesaic.actors.engine import (
+from moesaic.actors.endpoint.http.bodies import BodyLimits
+from moesaic.actors.endpoint.http.health import Health, ModelHealth
+from moesaic.actors.endpoint.http.metrics import HttpMetrics
+from moesaic.actors.endpoint.http.monitoring_app import monitoring_app
+from moesaic.actors.endpoint.http.monitoring_server import monitoring
+from moesaic.actors.endpoint.ingress import create_app
+from moesaic.actors.engine.engine import (
     Delta,
     EngineConfig,
     FinishReason,
@@ -22,17 +28,11 @@ from moesaic.actors.engine import (
     Sampling,
     TokenLogprob,
 )
-from moesaic.actors.health import Health, ModelHealth
-from moesaic.actors.http_bodies import BodyLimits
-from moesaic.actors.http_metrics import HttpMetrics
-from moesaic.actors.http_monitoring import monitoring_app
-from moesaic.actors.ingress import create_app
-from moesaic.actors.monitoring import monitoring
-from moesaic.actors.ports import free_port
-from moesaic.actors.served import ServedModel
-from moesaic.actors.transformers_engine import TransformersEngine
-from moesaic.cluster.spec_part import LimitSpec
-from moesaic.cluster.web_guard import WebGuard
+from moesaic.actors.engine.served_model import ServedModel
+from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.runtime.ports import free_port
+from moesaic.cluster.service.web_guard import WebGuard
+from moesaic.cluster.spec.parts import LimitSpec
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable
 from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
 

@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moesaic.actors.host import ExpertHost, local_hosts
-from moesaic.actors.router import Router
+from moesaic.actors.host.host import ExpertHost, local_hosts
+from moesaic.actors.router.router import Router
+from moesaic.cluster.host.residency import HostPolicy
 from moesaic.cluster.placement import LayerKey, ModelRef, ModelShape, Placement
-from moesaic.cluster.residency import HostPolicy
-from moesaic.cluster.router_policy import RouterPolicy
-from moesaic.cluster.transports import TransportChoice
+from moesaic.cluster.routing.policy import RouterPolicy
+from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.kernels.ffn import ExpertForm, ExpertWeights, reference_kernel
-from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.config import read_config
-from moesaic.models.experts_layers import ExpertsLayer, experts_layers
-from moesaic.models.trunk import meta_model
+from moesaic.models.trunk.checkpoint import Checkpoint
+from moesaic.models.trunk.config import read_config
+from moesaic.models.trunk.experts_layers import ExpertsLayer, experts_layers
+from moesaic.models.trunk.trunk import meta_model
 from tests.helpers.architectures import tiny_model
 from tests.helpers.pools import place
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from moesaic.models.config import config_from_dict
-from moesaic.models.files import INDEX_FILE
-from moesaic.models.trunk import meta_model
+from moesaic.models.folder.files import INDEX_FILE
+from moesaic.models.trunk.config import config_from_dict
+from moesaic.models.trunk.trunk import meta_model
 
 SIZES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 

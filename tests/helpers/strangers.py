@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import grpc
 
-from moesaic.actors.transport.grpc_border import from_grpc
-from moesaic.actors.transport.grpc_stream import METHOD, SERVICE
+from moesaic.actors.transport.grpc.border import from_grpc
+from moesaic.actors.transport.grpc.stream import METHOD, SERVICE
 from moesaic.cluster.placement import HostEntry
 from moesaic.proto import keys
 from moesaic.proto.errors import MoesaicError

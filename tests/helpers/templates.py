@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from moesaic.actors.chat_template import ChatTemplate
+from moesaic.actors.text.chat_template import ChatTemplate
 from tests.helpers.tiny import tiny_tokenizer
 
 FOLDER = Path(__file__).parent / "chat_templates"

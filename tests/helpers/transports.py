@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.transport.base import Channel, Inbound, Listener, Session
-from moesaic.actors.transport.grpc_stream import GrpcChannel, GrpcListener
-from moesaic.actors.transport.interceptors import show_proof
-from moesaic.actors.transport.pair import HOST_RANK, PIECE_BYTES, Pair
+from moesaic.actors.transport.grpc.interceptors import show_proof
+from moesaic.actors.transport.grpc.stream import GrpcChannel, GrpcListener
+from moesaic.actors.transport.grpc.weights import Grant
+from moesaic.actors.transport.process_group import HOST_RANK, PIECE_BYTES, Pair
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
-from moesaic.actors.transport.weights import Grant
 from moesaic.cluster.placement import ExpertKey
 from moesaic.proto.errors import HostLost, NotHere
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
@@ -316,11 +316,11 @@ def run_router(kind: str, address: str) -> None:
 
 def run_serve(folder: str, name: str, device: str) -> None:
     """An expert host that holds the whole model in ``folder``; prints where it is as JSON."""
-    from moesaic.actors.host import ExpertHost
+    from moesaic.actors.host.host import ExpertHost
     from moesaic.cluster.placement import ModelRef, ModelShape, every_expert
-    from moesaic.models.config import read_config
-    from moesaic.models.experts_layers import experts_layers
-    from moesaic.models.trunk import meta_model
+    from moesaic.models.trunk.config import read_config
+    from moesaic.models.trunk.experts_layers import experts_layers
+    from moesaic.models.trunk.trunk import meta_model
 
     layers = experts_layers(meta_model(read_config(Path(folder))))
     shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})

@@ -6,8 +6,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moesaic.cluster.dispatch import Dispatcher
-from moesaic.cluster.events import (
+from moesaic.cluster.placement import (
+    HostEntry,
+    LayerKey,
+    LayerPlacement,
+    ModelShape,
+    Number,
+    Placement,
+    spread,
+)
+from moesaic.cluster.routing.dispatch import Dispatcher
+from moesaic.cluster.routing.events import (
     Accept,
     Cancel,
     Command,
@@ -23,16 +32,7 @@ from moesaic.cluster.events import (
     Replied,
     Send,
 )
-from moesaic.cluster.placement import (
-    HostEntry,
-    LayerKey,
-    LayerPlacement,
-    ModelShape,
-    Number,
-    Placement,
-    spread,
-)
-from moesaic.cluster.router_policy import RouterPolicy
+from moesaic.cluster.routing.policy import RouterPolicy
 
 KEY = LayerKey("m", 0)
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.actors.engine import Sampling
-from moesaic.models.adapters import PoolExperts
-from moesaic.models.in_pool import PoolFunction
-from moesaic.models.trunk import connect_experts
+from moesaic.actors.engine.engine import Sampling
+from moesaic.models.trunk.adapters import PoolExperts
+from moesaic.models.trunk.in_pool import PoolFunction
+from moesaic.models.trunk.trunk import connect_experts
 from tests.helpers.architectures import ADAPTED, OWN, tiny_model
 from tests.helpers.engines import running
 from tests.helpers.low_precision import assert_close_or_rerouted, in_float32

@@ -21,13 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moesaic.actors import host_loop
-from moesaic.actors.transport.connect import connect
-from moesaic.actors.transport.weights import get_weights, put_weights
+from moesaic.actors.host import host_loop
+from moesaic.actors.router.connect import connect
+from moesaic.actors.transport.grpc.weights import get_weights, put_weights
 from moesaic.cluster.placement import ExpertKey, LayerKey, ModelRef, ModelShape
-from moesaic.cluster.spec import load_spec, parse_spec
-from moesaic.cluster.transports import Transport
-from moesaic.models.files import INDEX_FILE, SINGLE_FILE
+from moesaic.cluster.routing.transports import Transport
+from moesaic.cluster.spec.spec import load_spec, parse_spec
+from moesaic.models.folder.files import INDEX_FILE, SINGLE_FILE
 from moesaic.proto.errors import (
     ERRORS,
     BodyTooLarge,

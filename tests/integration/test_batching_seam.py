@@ -15,9 +15,9 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler, Scheduler
 
-from moesaic.actors.batching import BatchingLoop
-from moesaic.actors.engine import EngineConfig, Sampling
-from moesaic.actors.transformers_engine import TransformersEngine
+from moesaic.actors.engine.engine import EngineConfig, Sampling
+from moesaic.actors.engine.transformers.continuous_batching import BatchingLoop
+from moesaic.actors.engine.transformers.engine import TransformersEngine
 from tests.helpers.engines import continuous
 from tests.helpers.tiny import tiny_mixtral
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-from moesaic.actors.cohort import Asked, together
-from moesaic.actors.cohorts import CohortLoop
-from moesaic.actors.engine import EngineConfig, Sampling
-from moesaic.actors.sampling import RequestSampler
-from moesaic.actors.transformers_engine import TransformersEngine
-from moesaic.cluster.expert_options import MissingExpert
+from moesaic.actors.engine.engine import EngineConfig, Sampling
+from moesaic.actors.engine.sampling import RequestSampler
+from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.engine.transformers.static_batch import Asked, together
+from moesaic.actors.engine.transformers.static_batching import CohortLoop
+from moesaic.cluster.routing.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, MoesaicError
 from tests.helpers.architectures import ARCHITECTURES, tiny_model
 from tests.helpers.engines import running, until_idle

@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.actors import links
-from moesaic.actors.job import LayerJob
-from moesaic.actors.router import Router
-from moesaic.cluster.events import Send
+from moesaic.actors.router import connections
+from moesaic.actors.router.layer_tensors import LayerJob
+from moesaic.actors.router.router import Router
 from moesaic.cluster.placement import (
     ExpertKey,
     HostEntry,
@@ -27,6 +26,7 @@ from moesaic.cluster.placement import (
     Placement,
     Replica,
 )
+from moesaic.cluster.routing.events import Send
 from tests.helpers.serving import (
     KEY,
     LAYER,
@@ -56,7 +56,7 @@ def test_device_memory_that_cannot_be_had_falls_back_to_the_hosts(
     """As between processes of GPUs where CUDA declines: here there is none."""
     if torch.cuda.is_available():
         pytest.skip("CUDA would not decline")
-    monkeypatch.setattr(links, "device_name", lambda _: "GPU-1")
+    monkeypatch.setattr(connections, "device_name", lambda _: "GPU-1")
     with serving(folder) as pool, closing(router_on_cuda()) as router:
         hosts = {n: replace(e, device="GPU-1") for n, e in pool.placement.hosts.items()}
         router.place(Placement(Number(1, 2), hosts, pool.placement.layers))

@@ -19,17 +19,18 @@ import pytest
 import safetensors.torch
 import torch
 
-from moesaic.actors.host import ExpertHost, local_hosts
-from moesaic.actors.transport import grpc_stream, shm
+from moesaic.actors.host.host import ExpertHost, local_hosts
+from moesaic.actors.router.connect import connect
+from moesaic.actors.transport import shm
 from moesaic.actors.transport.base import Channel, Session
-from moesaic.actors.transport.connect import connect
-from moesaic.actors.transport.grpc_border import from_grpc
-from moesaic.actors.transport.grpc_stream import METHOD, SERVICE, GrpcChannel, GrpcListener
-from moesaic.actors.transport.interceptors import show_key, show_proof
+from moesaic.actors.transport.grpc import stream as grpc_stream
+from moesaic.actors.transport.grpc.border import from_grpc
+from moesaic.actors.transport.grpc.interceptors import show_key, show_proof
+from moesaic.actors.transport.grpc.stream import METHOD, SERVICE, GrpcChannel, GrpcListener
+from moesaic.actors.transport.grpc.weights import get_weights, put_weights
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
-from moesaic.actors.transport.weights import get_weights, put_weights
 from moesaic.cluster.placement import ExpertKey, LayerKey
-from moesaic.cluster.transports import Transport
+from moesaic.cluster.routing.transports import Transport
 from moesaic.proto.errors import Expired, HostLost, Unauthenticated
 from moesaic.proto.expert_pb2 import Frame, WeightsChunk, WeightsKey
 from moesaic.proto.expert_pb2_grpc import WeightsStub

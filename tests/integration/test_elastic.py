@@ -15,10 +15,10 @@ import ray
 from ray.exceptions import RayTaskError
 
 from moesaic import Client
-from moesaic.actors.cluster_secret import make_secret, router_key_of, secret_of
-from moesaic.actors.ray_border import CONTROLLER, namespace_of
-from moesaic.actors.term import claim_term, forget_all, keep_wishes, kept_wishes
-from moesaic.cluster.plan import Wishes
+from moesaic.actors.runtime.cluster_secret import make_secret, router_key_of, secret_of
+from moesaic.actors.runtime.durable_state import claim_term, forget_all, keep_wishes, kept_wishes
+from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
+from moesaic.cluster.planner.plan import Wishes
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
 from tests.helpers.live import ON_RAY, hosts_of, running, text_in_background, text_of, wait_until

@@ -17,8 +17,8 @@ import pytest
 import ray
 from ray._private import services
 
-from moesaic.actors import embedded_ray
-from moesaic.actors.embedded_ray import start_embedded
+from moesaic.actors.runtime import embedded_ray
+from moesaic.actors.runtime.embedded_ray import start_embedded
 from moesaic.proto.errors import ClusterError
 from tests.helpers.live import ON_RAY
 

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moesaic import AsyncClient, Client
-from moesaic.actors.engine import EngineConfig, Pooling, Sampling
-from moesaic.actors.serve_app import Failure, Trunk
+from moesaic.actors.engine.engine import EngineConfig, Pooling, Sampling
+from moesaic.actors.serve.serve_app import Failure, Trunk
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable, RequestError
 from tests.helpers.architectures import tiny_model
 from tests.helpers.engines import running, tokens

@@ -14,7 +14,7 @@ from ray import serve
 from safetensors.torch import load_file, save_file
 
 import moesaic
-from moesaic.actors import endpoint
+from moesaic.actors.serve import deploy
 from moesaic.cli.main import main
 from moesaic.proto.errors import ClusterError
 from tests.helpers.architectures import tiny_model
@@ -111,7 +111,7 @@ def test_the_ingress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return load
 
-    monkeypatch.setattr(endpoint, "_tokenizer", tokenizer)
+    monkeypatch.setattr(deploy, "_tokenizer", tokenizer)
     said = start(folder)
     words = "endpoint: the ingress did not start: KeyError: 'a word that is not there'"
     assert said.startswith(words)
@@ -123,7 +123,7 @@ def test_a_trunk_that_is_killed_cannot_tell_why_itself(
     def factory(_: Any) -> Callable[[], Any]:
         return lambda: os._exit(1)
 
-    monkeypatch.setattr(endpoint, "engine_factory", factory)
+    monkeypatch.setattr(deploy, "engine_factory", factory)
     said = start(folder)
     words = (
         "endpoint: the trunk of model 'm' did not start: its process was killed or ended by itself"

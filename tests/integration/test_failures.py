@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from moesaic.actors import host_loop
-from moesaic.actors.router import Router
-from moesaic.actors.transport.grpc_session import GrpcSession
+from moesaic.actors.host import host_loop
+from moesaic.actors.router.router import Router
+from moesaic.actors.transport.grpc.session import GrpcSession
 from moesaic.actors.transport.shm import ShmSession
 from moesaic.cluster.placement import Number, Placement
-from moesaic.cluster.transports import TransportChoice
+from moesaic.cluster.routing.transports import TransportChoice
 from tests.helpers.proxy import Proxy, proxied
 from tests.helpers.served_pool import held
 from tests.helpers.serving import (

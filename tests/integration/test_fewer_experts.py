@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from moesaic.actors.engine import ExpertBounds, Sampling
-from moesaic.actors.findings import raise_errors
-from moesaic.actors.preflight import bounds_of, preflight
-from moesaic.cluster.spec import parse_spec
+from moesaic.actors.engine.engine import ExpertBounds, Sampling
+from moesaic.actors.preflight.findings import raise_errors
+from moesaic.actors.preflight.preflight import bounds_of, preflight
+from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import ClusterError, RequestError
 from tests.helpers.served_pool import ServedPool, save_served_model, served_pool
 

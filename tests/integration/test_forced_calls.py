@@ -12,13 +12,13 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from moesaic.actors.answer_form import AnswerForm, ToolForm
-from moesaic.actors.answer_parser import AnswerParser
-from moesaic.actors.engine import Engine, EngineConfig, Sampling
-from moesaic.actors.ingress import create_app
-from moesaic.actors.marked_text import MarkedText
-from moesaic.actors.served import ServedModel
-from moesaic.actors.transformers_engine import TransformersEngine
+from moesaic.actors.endpoint.ingress import create_app
+from moesaic.actors.engine.engine import Engine, EngineConfig, Sampling
+from moesaic.actors.engine.served_model import ServedModel
+from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.text.answer_form import AnswerForm, ToolForm
+from moesaic.actors.text.answer_parser import AnswerParser
+from moesaic.actors.text.marked_text import MarkedText
 from moesaic.proto.errors import RequestError
 from tests.helpers.engines import deltas
 from tests.helpers.service import BODIES, tool_tokenizer

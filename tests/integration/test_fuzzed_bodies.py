@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moesaic.actors.http_schema import ChatRequest, CompletionRequest
+from moesaic.actors.endpoint.openai.requests import ChatRequest, CompletionRequest
 from tests.helpers.service import running_service
 
 FUZZ = settings(

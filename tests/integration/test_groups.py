@@ -19,20 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.actors import links
-from moesaic.actors.router import Router
-from moesaic.actors.transport import pair as pairs
-from moesaic.actors.transport.grpc_session import GrpcSession
-from moesaic.actors.transport.grpc_stream import GrpcChannel
-from moesaic.actors.transport.pair import HOST_RANK, PIECE_BYTES, ROUTER_RANK, Pair
-from moesaic.cluster import transports
-from moesaic.cluster.placement import (
-    HostEntry,
-    LayerPlacement,
-    Number,
-    Placement,
-    Replica,
-)
+from moesaic.actors.router import connections
+from moesaic.actors.router.router import Router
+from moesaic.actors.transport import process_group as pairs
+from moesaic.actors.transport.grpc.session import GrpcSession
+from moesaic.actors.transport.grpc.stream import GrpcChannel
+from moesaic.actors.transport.process_group import HOST_RANK, PIECE_BYTES, ROUTER_RANK, Pair
+from moesaic.cluster.placement import HostEntry, LayerPlacement, Number, Placement, Replica
+from moesaic.cluster.routing import transports
 from moesaic.proto.errors import CallError, ClusterError, HostLost
 from tests.helpers.serving import (
     KEY,
@@ -191,7 +185,7 @@ def test_backends_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         Pair("host", "mpi", CPU)
     with pytest.raises(HostLost, match="group: n"):
         GrpcChannel("host", "127.0.0.1:1", router="router", group="nccl")
-    monkeypatch.setattr(links, "backends", lambda: ())
+    monkeypatch.setattr(connections, "backends", lambda: ())
     with pytest.raises(ClusterError, match="transport: 'group' needs"):
         Router(name="router", node="here", transport="group")
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moesaic.actors.transport import grpc_session, grpc_stream
-from moesaic.actors.transport.grpc_stream import METHOD, SERVICE, GrpcChannel, GrpcListener
+from moesaic.actors.transport.grpc import session as grpc_session
+from moesaic.actors.transport.grpc import stream as grpc_stream
+from moesaic.actors.transport.grpc.stream import METHOD, SERVICE, GrpcChannel, GrpcListener
 from moesaic.proto.errors import ClusterError, HostLost
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
 from moesaic.proto.wire import WIRE_VERSION

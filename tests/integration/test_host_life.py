@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from moesaic.actors.host import local_hosts
+from moesaic.actors.host.host import local_hosts
 from tests.helpers.live import wait_until
 
 

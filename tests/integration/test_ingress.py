@@ -13,9 +13,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moesaic.actors.answer_form import AnswerForm
-from moesaic.actors.engine import Sampling
-from moesaic.actors.transformers_engine import TransformersEngine
+from moesaic.actors.engine.engine import Sampling
+from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.client import Client
 from moesaic.proto.errors import ExpertUnavailable
 from tests.helpers.engines import reference

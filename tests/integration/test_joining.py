@@ -24,13 +24,13 @@ import ray
 import ray._raylet
 from ray.core.generated import gcs_service_pb2
 
-from moesaic.actors import joining, ray_border
-from moesaic.actors.check_machine import check_token
-from moesaic.actors.joining import join
-from moesaic.actors.ports import free_port
-from moesaic.actors.ray_border import end_ray, start_ray
-from moesaic.actors.ray_token import make_token, need_token
-from moesaic.cluster.spec import parse_spec
+from moesaic.actors.preflight.check_machine import check_token
+from moesaic.actors.runtime import joining, ray_border
+from moesaic.actors.runtime.joining import join
+from moesaic.actors.runtime.ports import free_port
+from moesaic.actors.runtime.ray_border import end_ray, start_ray
+from moesaic.actors.runtime.ray_token import make_token, need_token
+from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import ClusterError
 from tests.e2e.test_two_nodes import end_group
 from tests.helpers.apart import ray_environment
@@ -316,7 +316,7 @@ def test_no_token_is_made_where_there_is_one(
 # Ray reads RAY_AUTH_MODE when it is imported, and keeps a token: one process for each.
 JOINER = """
 import json, os, sys, time
-from moesaic.actors.ray_border import join_ray
+from moesaic.actors.runtime.ray_border import join_ray
 from moesaic.proto.errors import ClusterError
 found = {}
 for what, token in json.loads(sys.argv[2]).items():
@@ -400,7 +400,7 @@ def test_a_token_in_the_environment_is_enough(tmp_path: Path) -> None:
 STARTER = """
 import json, sys
 import ray
-from moesaic.actors.ray_border import start_ray
+from moesaic.actors.runtime.ray_border import start_ray
 from moesaic.cluster.spec import parse_spec
 from moesaic.proto.errors import ClusterError
 said = {}

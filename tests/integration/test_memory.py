@@ -29,7 +29,7 @@ import json, sys, psutil, torch
 from pathlib import Path
 from typing import Any
 import moesaic
-from moesaic.models.trunk import load_trunk
+from moesaic.models.trunk.trunk import load_trunk
 before = psutil.Process().memory_info().rss
 trunk = load_trunk(Path(sys.argv[1]), dtype=torch.float32, device=torch.device("cpu"))
 bytes_ = sum(p.nbytes for p in trunk.parameters())
@@ -41,11 +41,11 @@ import json, sys, psutil
 from pathlib import Path
 from typing import Any
 import moesaic
-from moesaic.actors.host import ExpertHost
+from moesaic.actors.host.host import ExpertHost
 from moesaic.cluster.placement import ExpertKey, ModelRef, ModelShape
-from moesaic.models.config import read_config
-from moesaic.models.experts_layers import experts_layers
-from moesaic.models.trunk import meta_model
+from moesaic.models.trunk.config import read_config
+from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.trunk import meta_model
 layers = experts_layers(meta_model(read_config(Path(sys.argv[1]))))
 host = ExpertHost("host", node="here", device="cpu", threads=1)
 before = psutil.Process().memory_info().rss

@@ -11,14 +11,8 @@ import httpx
 import openai
 import pytest
 
-from moesaic.actors.host import ExpertHost
-from moesaic.cluster.placement import (
-    ExpertKey,
-    LayerKey,
-    LayerPlacement,
-    Number,
-    Placement,
-)
+from moesaic.actors.host.host import ExpertHost
+from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, Number, Placement
 from tests.helpers.served_pool import DEADLINE_S, ServedPool, save_served_model, served_pool
 
 PROMPT = [*range(5, 37)]

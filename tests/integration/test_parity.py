@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.cluster.transports import TransportChoice
+from moesaic.cluster.routing.transports import TransportChoice
 from tests.helpers.architectures import ARCHITECTURES, tiny_model
 from tests.helpers.low_precision import assert_close_or_rerouted, in_float32
 from tests.helpers.pools import pool

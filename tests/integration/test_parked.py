@@ -8,8 +8,8 @@ from contextlib import aclosing
 
 import pytest
 
-from moesaic.actors.engine import Sampling
-from moesaic.cluster.expert_options import MissingExpert
+from moesaic.actors.engine.engine import Sampling
+from moesaic.cluster.routing.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable
 from tests.helpers.served_pool import PARK_S, ServedPool, save_served_model, served_pool
 from tests.integration.test_missing_expert import without_experts

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.cluster.transports import TransportChoice
+from moesaic.cluster.routing.transports import TransportChoice
 from tests.helpers.pools import pool
 from tests.helpers.quantising import FORMS
 

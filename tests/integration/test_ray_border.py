@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from moesaic.actors import at_once, launch, ray_border
-from moesaic.actors.host import ExpertHost
-from moesaic.actors.host_process import RayExpertHost
-from moesaic.actors.ray_border import end_ray, join_ray, start_ray
-from moesaic.cluster.spec import parse_spec
+from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.host.host_actor import RayExpertHost
+from moesaic.actors.runtime import ray_border
+from moesaic.actors.runtime.ray_border import end_ray, join_ray, start_ray
+from moesaic.actors.serve import end_at_once, launch
+from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import ClusterError
 
 
@@ -107,9 +108,9 @@ def test_a_start_that_never_began_forgets_nothing_of_another_cluster(
     """One of the same name is on the Ray: the start is refused, and undone."""
     forgotten: list[str] = []
     monkeypatch.setattr(launch, "forget_all", forgotten.append)
-    monkeypatch.setattr(at_once, "forget_all", forgotten.append)
+    monkeypatch.setattr(end_at_once, "forget_all", forgotten.append)
     spec = parse_spec({"name": "taken", "ray": {"address": "auto"}, "models": []})
     launch.Launched(spec=spec, namespace="moesaic-taken", models={}).close()
-    monkeypatch.setattr(at_once.ray, "is_initialized", lambda: True)
-    at_once.end_at_once(spec)
+    monkeypatch.setattr(end_at_once.ray, "is_initialized", lambda: True)
+    end_at_once.end_at_once(spec)
     assert forgotten == []

@@ -22,10 +22,10 @@ import pytest
 import ray
 
 from moesaic import Client
-from moesaic.actors import endpoint
-from moesaic.actors.health import HEAR_S
-from moesaic.actors.ray_border import controller_of, namespace_of
-from moesaic.cluster.progress import STALLED_S
+from moesaic.actors.endpoint.http.health import HEAR_S
+from moesaic.actors.runtime.ray_border import controller_of, namespace_of
+from moesaic.actors.serve import deploy
+from moesaic.cluster.service.progress import STALLED_S
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError, EngineError, MoesaicError
 from tests.helpers.live import ON_RAY, hosts_of, running, text_in_background, text_of, wait_until
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scripted(folder: Path, **spec: Any) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
-        patched.setattr(endpoint, "engine_factory", lambda config: scripted_engine)
+        patched.setattr(deploy, "engine_factory", lambda config: scripted_engine)
         with running("ready", folder, hosts=[{"count": 1, "threads": 1}], **spec) as cluster:
             yield cluster
 

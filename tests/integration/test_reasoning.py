@@ -9,12 +9,12 @@ import httpx
 import openai
 import pytest
 
-from moesaic.actors.answer_form import AnswerForm
-from moesaic.actors.chat_template import ChatPrompt
-from moesaic.actors.engine import Delta, Limits, Sampling, TokenLogprob
-from moesaic.actors.ingress import create_app
-from moesaic.actors.served import ServedModel
-from moesaic.actors.thinking import Thinking
+from moesaic.actors.endpoint.ingress import create_app
+from moesaic.actors.engine.engine import Delta, Limits, Sampling, TokenLogprob
+from moesaic.actors.engine.served_model import ServedModel
+from moesaic.actors.text.answer_form import AnswerForm
+from moesaic.actors.text.chat_template import ChatPrompt
+from moesaic.actors.text.thinking import Thinking
 from tests.helpers.service import BODIES, tool_tokenizer
 
 TOKENIZER = tool_tokenizer()

@@ -19,10 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.actors import host_loop
-from moesaic.actors.host import ExpertHost
-from moesaic.actors.router import Router
-from moesaic.cluster.emulation import Emulation
+from moesaic.actors.host import host_loop
+from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.router.router import Router
+from moesaic.cluster.host.emulation import Emulation
+from moesaic.cluster.host.residency import HostPolicy
 from moesaic.cluster.placement import (
     ExpertKey,
     LayerKey,
@@ -31,9 +32,8 @@ from moesaic.cluster.placement import (
     Placement,
     Replica,
 )
-from moesaic.cluster.residency import HostPolicy
-from moesaic.cluster.router_policy import RouterPolicy
-from moesaic.cluster.transports import TransportChoice
+from moesaic.cluster.routing.policy import RouterPolicy
+from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.proto.errors import CallError, ClusterError, ExpertUnavailable, MoesaicError
 from tests.helpers.served_pool import held
 from tests.helpers.serving import (

@@ -24,10 +24,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 import moesaic
-from moesaic.actors.catalog import Catalog
-from moesaic.actors.host import ExpertHost
-from moesaic.actors.router_service import SERVICE, RouterService, ServicePolicy
-from moesaic.cluster.merging import MergePolicy
+from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.router_service.catalog import Catalog
+from moesaic.actors.router_service.service import SERVICE, RouterService, ServicePolicy
+from moesaic.cluster.batching.batch_queue import MergePolicy
 from moesaic.cluster.placement import ExpertKey, LayerKey, ModelShape, Number, Placement
 from moesaic.proto.errors import (
     BadExpert,

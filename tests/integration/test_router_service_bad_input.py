@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from moesaic.actors.router_service import SERVICE, ServicePolicy
-from moesaic.actors.transport.grpc_border import from_grpc
-from moesaic.actors.transport.interceptors import show_key
+from moesaic.actors.router_service.service import SERVICE, ServicePolicy
+from moesaic.actors.transport.grpc.border import from_grpc
+from moesaic.actors.transport.grpc.interceptors import show_key
 from moesaic.proto.errors import BadInput, CallError, Corrupted, MoesaicError, UnknownModel
 from moesaic.proto.limits import MAX_HIDDEN
 from moesaic.proto.router_pb2 import ComputeReply, ComputeRequest

@@ -14,9 +14,9 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
 from moesaic import RouterClient
-from moesaic.actors.router_service import ServicePolicy
-from moesaic.actors.transport.grpc_border import from_grpc
-from moesaic.cluster.merging import MergePolicy
+from moesaic.actors.router_service.service import ServicePolicy
+from moesaic.actors.transport.grpc.border import from_grpc
+from moesaic.cluster.batching.batch_queue import MergePolicy
 from moesaic.proto.errors import Unauthenticated
 from moesaic.proto.keys import secret_of_process, target
 from moesaic.proto.router_pb2 import ComputeRequest, ModelsRequest

@@ -18,7 +18,7 @@ import pytest
 import ray
 
 from moesaic import Client
-from moesaic.actors.ray_border import CONTROLLER, namespace_of
+from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
 from tests.helpers.live import ON_RAY, asking, hosts_of, running, text_of, wait_until

@@ -23,13 +23,13 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
-from moesaic.actors import serve_app
-from moesaic.actors.embedded_ray import start_embedded
-from moesaic.actors.engine import Delta, Sampling
-from moesaic.actors.ports import free_port
-from moesaic.actors.serve_app import Failure, Trunk, build
+from moesaic.actors.engine.engine import Delta, Sampling
+from moesaic.actors.runtime.embedded_ray import start_embedded
+from moesaic.actors.runtime.ports import free_port
+from moesaic.actors.serve import serve_app
+from moesaic.actors.serve.serve_app import Failure, Trunk, build
 from moesaic.client import Client
-from moesaic.cluster.spec_part import MonitoringSpec
+from moesaic.cluster.spec.parts import MonitoringSpec
 from moesaic.proto.errors import ERRORS, EngineError, RequestError, UnknownModel, words_for_client
 from tests.helpers.engines import reference, tiny_engine
 from tests.helpers.scripted import (

@@ -21,11 +21,11 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 import ray
 from ray import serve
 
-from moesaic.actors.embedded_ray import start_embedded
-from moesaic.actors.ports import free_port
-from moesaic.actors.serve_app import Trunk, build
-from moesaic.actors.serve_border import Place, start_serve
-from moesaic.cluster.spec_part import EndpointSpec, LimitSpec, MonitoringSpec
+from moesaic.actors.runtime.embedded_ray import start_embedded
+from moesaic.actors.runtime.ports import free_port
+from moesaic.actors.serve.serve_app import Trunk, build
+from moesaic.actors.serve.serve_border import Place, start_serve
+from moesaic.cluster.spec.parts import EndpointSpec, LimitSpec, MonitoringSpec
 from tests.helpers.scripted import COUNT, WAIT, scripted_engine
 from tests.helpers.tiny import tiny_tokenizer
 

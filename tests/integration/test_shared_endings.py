@@ -16,12 +16,12 @@ from ray import serve
 
 import moesaic
 from moesaic import Client
-from moesaic.actors import endpoint
-from moesaic.actors.at_once import end_at_once
-from moesaic.actors.embedded_ray import start_embedded
-from moesaic.actors.ray_border import namespace_of
-from moesaic.actors.serve_border import find_serve
-from moesaic.cluster.spec import parse_spec
+from moesaic.actors.runtime.embedded_ray import start_embedded
+from moesaic.actors.runtime.ray_border import namespace_of
+from moesaic.actors.serve import deploy
+from moesaic.actors.serve.end_at_once import end_at_once
+from moesaic.actors.serve.serve_border import find_serve
+from moesaic.cluster.spec.spec import parse_spec
 from moesaic.handle import Cluster
 from moesaic.session import remove_session
 from tests.helpers.live import ON_RAY, wait_until
@@ -41,7 +41,7 @@ def shared_ray() -> Iterator[None]:
     """One that no cluster started, and none ends."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
-        patched.setattr(endpoint, "engine_factory", lambda config: scripted_engine)
+        patched.setattr(deploy, "engine_factory", lambda config: scripted_engine)
         start_embedded(num_cpus=8, include_dashboard=False, log_to_driver=False)
         try:
             yield

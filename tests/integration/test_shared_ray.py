@@ -14,10 +14,10 @@ from ray import serve
 
 import moesaic
 from moesaic import Client
-from moesaic.actors.embedded_ray import start_embedded
-from moesaic.actors.ports import free_port
-from moesaic.actors.ray_border import controller_of, namespace_of
-from moesaic.actors.serve_border import find_serve
+from moesaic.actors.runtime.embedded_ray import start_embedded
+from moesaic.actors.runtime.ports import free_port
+from moesaic.actors.runtime.ray_border import controller_of, namespace_of
+from moesaic.actors.serve.serve_border import find_serve
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
 from moesaic.session import remove_session

@@ -11,7 +11,7 @@ import ray
 
 import moesaic
 from moesaic import Client
-from moesaic.actors.ray_border import CONTROLLER, namespace_of
+from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
 from tests.helpers.live import ON_RAY, hosts_of, text_of, wait_until

@@ -15,22 +15,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from moesaic.actors import attach
-from moesaic.actors.granting import grant_all
-from moesaic.actors.host import ExpertHost, local_hosts
-from moesaic.actors.transport import grpc_stream, stalls, weights
-from moesaic.actors.transport.grpc_border import from_grpc
-from moesaic.actors.transport.weights import Grant, get_weights, put_weights
+from moesaic.actors.host.host import ExpertHost, local_hosts
+from moesaic.actors.host.weight_grants import grant_all
+from moesaic.actors.transport.grpc import stalls, weights
+from moesaic.actors.transport.grpc import stream as grpc_stream
+from moesaic.actors.transport.grpc.border import from_grpc
+from moesaic.actors.transport.grpc.weights import Grant, get_weights, put_weights
+from moesaic.actors.trunk import attach
 from moesaic.cluster.placement import ExpertKey, ModelRef, ModelShape, every_expert
-from moesaic.models.experts_layers import experts_layers
-from moesaic.proto.errors import (
-    Busy,
-    CallError,
-    Forbidden,
-    HostLost,
-    MoesaicError,
-    Superseded,
-)
+from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.proto.errors import Busy, CallError, Forbidden, HostLost, MoesaicError, Superseded
 from moesaic.proto.expert_pb2 import WeightsChunk, WeightsKey
 from moesaic.proto.expert_pb2_grpc import WeightsStub
 from moesaic.proto.keys import ClusterSecret, secret_of_process

@@ -13,15 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.actors.host import ExpertHost
-from moesaic.actors.transport import grpc_session, grpc_stream, stalls
-from moesaic.actors.transport.pair import Pair
-from moesaic.proto.errors import (
-    Busy,
-    CallError,
-    Expired,
-    HostLost,
-)
+from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.transport.grpc import session as grpc_session
+from moesaic.actors.transport.grpc import stalls
+from moesaic.actors.transport.grpc import stream as grpc_stream
+from moesaic.actors.transport.process_group import Pair
+from moesaic.proto.errors import Busy, CallError, Expired, HostLost
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
 from moesaic.proto.limits import CHUNK_BYTES, HELLO_S
 from moesaic.proto.wire import CallLayout

@@ -13,10 +13,11 @@ import grpc
 import pytest
 import torch
 
-from moesaic.actors.transport import grpc_stream, pair
+from moesaic.actors.transport import process_group
 from moesaic.actors.transport.base import Listener
-from moesaic.actors.transport.grpc_border import from_grpc
-from moesaic.actors.transport.grpc_stream import METHOD, SERVICE
+from moesaic.actors.transport.grpc import stream as grpc_stream
+from moesaic.actors.transport.grpc.border import from_grpc
+from moesaic.actors.transport.grpc.stream import METHOD, SERVICE
 from moesaic.proto.errors import CallError, ClusterError, Expired, MoesaicError
 from moesaic.proto.expert_pb2 import Frame
 from moesaic.proto.limits import CHUNK_BYTES, MAX_PAYLOAD_BYTES
@@ -330,7 +331,7 @@ def test_grpc_streams(case: str) -> None:
 
 
 def test_group_that_nobody_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair, "MEET_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(process_group, "MEET_TIMEOUT_S", 0.3)
     with survivor("group") as listener:
         raw = RawStream(listener.address)
         raw.send(hello(group="gloo"))

@@ -139,7 +139,7 @@ def test_two_routers(kind: str) -> None:
 
 def test_the_host_closes_behind_its_last_answer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Half a second, by default, may be too short for a group on a busy machine.
-    monkeypatch.setattr("moesaic.actors.transport.grpc_session.CLOSE_S", 30.0)
+    monkeypatch.setattr("moesaic.actors.transport.grpc.session.CLOSE_S", 30.0)
     with connected(kind) as (_, channel, session):
         rows = 4 * MIB // ROW_BYTES
         send_call(channel, 1, rows)

@@ -14,10 +14,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from moesaic.actors.transport import weights
-from moesaic.actors.transport.grpc_border import from_grpc
-from moesaic.actors.transport.grpc_stream import GrpcListener
-from moesaic.actors.transport.weights import get_weights, put_weights
+from moesaic.actors.transport.grpc import weights
+from moesaic.actors.transport.grpc.border import from_grpc
+from moesaic.actors.transport.grpc.stream import GrpcListener
+from moesaic.actors.transport.grpc.weights import get_weights, put_weights
 from moesaic.cluster.placement import ExpertKey
 from moesaic.proto.errors import (
     CallError,

@@ -13,11 +13,11 @@ from jsonschema import Draft202012Validator
 
 import moesaic
 from moesaic import about
-from moesaic.actors import preflight
+from moesaic.actors.preflight import preflight
 from moesaic.cli.main import main
-from moesaic.cluster.spec import load_spec, parse_spec
-from moesaic.models.describe import HOST_BYTES, describe
-from moesaic.models.experts_layers import expert_parameters, experts_layers
+from moesaic.cluster.spec.spec import load_spec, parse_spec
+from moesaic.models.trunk.describe import HOST_BYTES, describe
+from moesaic.models.trunk.experts_layers import expert_parameters, experts_layers
 from moesaic.proto.errors import CheckpointError, SpecError
 from tests.helpers.architectures import ARCHITECTURES, tiny_model
 

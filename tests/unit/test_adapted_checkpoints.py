@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, NllbMoeConfig
 
-from moesaic.actors.attach import attach_model
-from moesaic.actors.pool_link import TrunkConfig
-from moesaic.actors.vllm_engine import VllmEngine
+from moesaic.actors.engine.vllm.engine import VllmEngine
+from moesaic.actors.router.pool_link import TrunkConfig
+from moesaic.actors.trunk.attach import attach_model
 from moesaic.cluster.placement import ModelRef
-from moesaic.models.config import read_config
-from moesaic.models.describe import describe
-from moesaic.models.experts_layers import experts_layers, is_experts_module
-from moesaic.models.trunk import BROKEN, is_unmodified, meta_model
+from moesaic.models.trunk.config import read_config
+from moesaic.models.trunk.describe import describe
+from moesaic.models.trunk.experts_layers import experts_layers, is_experts_module
+from moesaic.models.trunk.trunk import BROKEN, is_unmodified, meta_model
 from moesaic.proto.errors import CheckpointError, MoesaicError, UnsupportedModel
 from tests.helpers.architectures import ADAPTED, tiny_model
 from tests.unit.test_checkpoint import (

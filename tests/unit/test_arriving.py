@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.actors.transport.budget import Budget
-from moesaic.actors.transport.grpc_inbox import Inbox
+from moesaic.actors.transport.grpc.inbox import Inbox
 from moesaic.proto.errors import CallError
 from moesaic.proto.expert_pb2 import Call, Frame, Reply
 

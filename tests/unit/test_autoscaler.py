@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.autoscaler import (
+from moesaic.cluster.load.meter import HostTimes
+from moesaic.cluster.scaling.autoscaler import (
     Autoscaler,
     BusyMeter,
     Decision,
@@ -17,7 +18,6 @@ from moesaic.cluster.autoscaler import (
     PoolLoad,
     ScalePolicy,
 )
-from moesaic.cluster.load_meter import HostTimes
 
 POLICY = ScalePolicy(high=0.75, low=0.35, up_after_s=10.0, down_after_s=60.0, cooldown_s=30.0)
 STEP_S = 2.0

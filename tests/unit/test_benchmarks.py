@@ -8,12 +8,12 @@ import pytest
 from benchmarks.eplb_control import EplbControl, EplbPlan
 from benchmarks.faults import Request, Round, gaps, longest, quiet_gaps, timeline, wrong_texts
 from benchmarks.traffic import MODEL, Traffic, balance_of, exponent_for
-from moesaic.cluster.control import Control, ControlPolicy
-from moesaic.cluster.load_meter import HostTimes, LoadReport
-from moesaic.cluster.observed import Observation
-from moesaic.cluster.orders import MakePlan
+from moesaic.cluster.control.commands import MakePlan
+from moesaic.cluster.control.control import Control, ControlPolicy
+from moesaic.cluster.control.pool_view import Observation
+from moesaic.cluster.load.meter import HostTimes, LoadReport
 from moesaic.cluster.placement import HostEntry, LayerKey, ModelShape, spread
-from moesaic.cluster.plan import PoolHost
+from moesaic.cluster.planner.plan import PoolHost
 
 TRAFFIC = Traffic(
     layers=2, experts=32, top_k=2, tokens=64, hidden=4, exponent=1.0, shift_s=10.0, shifts=2

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from moesaic.actors.engine import Limits
-from moesaic.actors.served import ServedModel
-from moesaic.actors.template_source import TemplateSource
-from moesaic.actors.thinking import Thinking
+from moesaic.actors.engine.engine import Limits
+from moesaic.actors.engine.served_model import ServedModel
+from moesaic.actors.text.template_source import TemplateSource
+from moesaic.actors.text.thinking import Thinking
 from moesaic.proto.errors import RequestError
 from tests.helpers.templates import FAMILIES, chat_template, tokenizer_with
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.actors.chat_template import ChatTemplate
-from moesaic.actors.thinking import Thinking
+from moesaic.actors.text.chat_template import ChatTemplate
+from moesaic.actors.text.thinking import Thinking
 from moesaic.proto.errors import RequestError
 from tests.helpers.templates import FAMILIES, family
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moesaic.actors.attach import expert_tensors
-from moesaic.models import files
-from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.config import read_config
-from moesaic.models.experts_layers import experts_layers, is_experts_module
-from moesaic.models.files import INDEX_FILE, SINGLE_FILE, list_tensors
-from moesaic.models.trunk import load_trunk
+from moesaic.actors.trunk.attach import expert_tensors
+from moesaic.models.folder import files
+from moesaic.models.folder.files import INDEX_FILE, SINGLE_FILE, list_tensors
+from moesaic.models.trunk.checkpoint import Checkpoint
+from moesaic.models.trunk.config import read_config
+from moesaic.models.trunk.experts_layers import experts_layers, is_experts_module
+from moesaic.models.trunk.trunk import load_trunk
 from moesaic.proto.errors import CheckpointError, MoesaicError, UnsupportedModel
 from tests.helpers.architectures import tiny_model
 

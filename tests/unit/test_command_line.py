@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 import typer.main
 
-from moesaic.actors.announcing import announce, announced
+from moesaic.actors.runtime.process_labels import announce, announced
 from moesaic.bench import Percentiles, measure_load
 from moesaic.cli import talk
 from moesaic.cli.exit_codes import EXIT_CODES
 from moesaic.cli.main import app, main
 from moesaic.cli.progress import Lines, read_lines
 from moesaic.client import Client
-from moesaic.cluster.glance import standing
-from moesaic.cluster.load import LoadTracker
-from moesaic.cluster.load_meter import LoadReport
+from moesaic.cluster.control.status_views import standing
+from moesaic.cluster.load.meter import LoadReport
+from moesaic.cluster.load.tracker import LoadTracker
 from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, Replica
-from moesaic.cluster.plan import Wishes
+from moesaic.cluster.planner.plan import Wishes
 from moesaic.logs import LogLine, read_logs
 from moesaic.proto.errors import CheckpointError, ClusterError, RequestError
 from moesaic.session import Session, note_logs, session_dir

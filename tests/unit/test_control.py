@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.changes import Phase
-from moesaic.cluster.control import ControlPolicy
-from moesaic.cluster.loading import Loader
-from moesaic.cluster.paces import SILENT
+from moesaic.cluster.control.changes import Phase
+from moesaic.cluster.control.control import ControlPolicy
+from moesaic.cluster.control.host_speed import SILENT
+from moesaic.cluster.control.loading import Loader
 from moesaic.cluster.placement import ExpertKey, LayerKey, Number, Placement
-from moesaic.cluster.plan import PoolHost, Wishes
+from moesaic.cluster.planner.plan import PoolHost, Wishes
 from tests.helpers.control_world import POLICY, ControlWorld, counts, shape
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from moesaic.actors.http_bodies import BodyLimits
-from moesaic.actors.ingress import create_app
-from moesaic.cluster.spec import parse_spec
-from moesaic.cluster.web_guard import WebGuard
+from moesaic.actors.endpoint.http.bodies import BodyLimits
+from moesaic.actors.endpoint.ingress import create_app
+from moesaic.cluster.service.web_guard import WebGuard
+from moesaic.cluster.spec.spec import parse_spec
 from tests.helpers.service import scripted_models
 
 PAGE, OTHER = "https://chat.example", "https://elsewhere.example"

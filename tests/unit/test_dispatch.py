@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.dispatch import Dispatcher
-from moesaic.cluster.events import Connect, Disconnect, HostUp, Ponged, Probe, Send
-from moesaic.cluster.health import HostState
 from moesaic.cluster.placement import LayerPlacement, Replica
-from moesaic.cluster.router_policy import RouterPolicy
+from moesaic.cluster.routing.dispatch import Dispatcher
+from moesaic.cluster.routing.events import Connect, Disconnect, HostUp, Ponged, Probe, Send
+from moesaic.cluster.routing.host_health import HostState
+from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.worlds import KEY, World, placement
 
 POLICY = RouterPolicy(deadline_s=30.0, attempt_s=1.0, window=4, split_rows=2)

@@ -13,7 +13,7 @@ import typer.main
 import yaml
 
 from moesaic.cli.main import app
-from moesaic.cluster.spec import parse_spec
+from moesaic.cluster.spec.spec import parse_spec
 from tests.helpers.documented import blocks, written_commands
 
 ROOT = Path(__file__).parents[2]

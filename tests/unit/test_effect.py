@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moesaic.cluster.changes import Change, Changes
-from moesaic.cluster.effect import EffectMeter, balancedness_under
-from moesaic.cluster.load import LoadTracker
-from moesaic.cluster.load_meter import HostTimes, LoadReport
+from moesaic.cluster.control.change_impact import EffectMeter, balancedness_under
+from moesaic.cluster.control.changes import Change, Changes
+from moesaic.cluster.load.meter import HostTimes, LoadReport
+from moesaic.cluster.load.tracker import LoadTracker
 from moesaic.cluster.placement import LayerKey, LayerPlacement, Number, Placement, Replica
-from moesaic.cluster.plan import Plan, PoolHost
+from moesaic.cluster.planner.plan import Plan, PoolHost
 
 KEY = LayerKey("m", 0)
 HOSTS = [PoolHost(name="a"), PoolHost(name="b")]

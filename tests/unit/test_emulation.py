@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.actors import device
-from moesaic.actors.device import Device
-from moesaic.cluster.emulation import Emulation
+from moesaic.actors.host import device
+from moesaic.actors.host.device import Device
+from moesaic.cluster.host.emulation import Emulation
+from moesaic.cluster.host.residency import QueuedCall
 from moesaic.cluster.placement import LayerKey
-from moesaic.cluster.residency import QueuedCall
-from moesaic.cluster.spec import parse_spec
+from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import SpecError
 
 

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AddedToken, GenerationConfig, MixtralConfig, PreTrainedTokenizerFast
 
-from moesaic.actors.end_of_text import end_of_text
+from moesaic.actors.engine.end_of_text import end_of_text
 from tests.helpers.tiny import tiny_tokenizer
 
 NAMES = [

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.actors import keeper as keeper_file
-from moesaic.actors.keeper import HostKeeper
+from moesaic.actors.controller import host_provisioner as keeper_file
+from moesaic.actors.controller.host_provisioner import HostKeeper
 from moesaic.cli.ends import Ends
 from moesaic.cli.exit_codes import INTERRUPTED
-from moesaic.cluster.ending import FLUSH_S, GRACE_S, SILENT_S, Draining
+from moesaic.cluster.service.draining import FLUSH_S, GRACE_S, SILENT_S, Draining
 from moesaic.handle import Cluster
 from moesaic.session import Session
 

@@ -14,15 +14,15 @@ import grpc
 import httpx
 import pytest
 
-from moesaic.actors import http_monitoring
-from moesaic.actors.http_edge import error_answer, event_stream
-from moesaic.actors.http_metrics import HttpMetrics
-from moesaic.actors.http_responses import error_response
-from moesaic.actors.serve_app import Failure
-from moesaic.actors.transport.grpc_border import from_grpc, to_grpc
+from moesaic.actors.endpoint.http import monitoring_app
+from moesaic.actors.endpoint.http.edge import error_answer, event_stream
+from moesaic.actors.endpoint.http.metrics import HttpMetrics
+from moesaic.actors.endpoint.openai.responses import error_response
+from moesaic.actors.serve.serve_app import Failure
+from moesaic.actors.transport.grpc.border import from_grpc, to_grpc
 from moesaic.calls import error_of, mapping_errors
 from moesaic.cli import main as command_line
-from moesaic.cluster.web_guard import WebGuard
+from moesaic.cluster.service.web_guard import WebGuard
 from moesaic.proto import errors
 from moesaic.proto.errors import (
     ERRORS,
@@ -322,13 +322,13 @@ def test_which_errors_are_written_for_clients() -> None:
 async def test_a_slow_cluster_is_no_defect_of_the_endpoint(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(http_monitoring, "STATUS_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(monitoring_app, "STATUS_TIMEOUT_S", 0.01)
 
     async def never() -> dict[str, Any]:
         await asyncio.Event().wait()
         raise AssertionError
 
-    app = http_monitoring.monitoring_app(
+    app = monitoring_app.monitoring_app(
         status=never, engines=never, metrics=HttpMetrics(), guard=WebGuard.of("127.0.0.1")
     )
     transport = httpx.ASGITransport(app)
@@ -350,15 +350,15 @@ async def test_a_slow_cluster_is_no_defect_of_the_endpoint(
 
 def test_the_status_waits_a_little_longer_than_its_parts() -> None:
     """So that they say what is late; clients and health checks often give up after 10 s."""
-    from moesaic.actors import serve_app
+    from moesaic.actors.serve import serve_app
 
-    assert serve_app.QUESTION_TIMEOUT_S < http_monitoring.STATUS_TIMEOUT_S <= 6.0
+    assert serve_app.QUESTION_TIMEOUT_S < monitoring_app.STATUS_TIMEOUT_S <= 6.0
 
 
 async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError, RayTaskError
 
-    from moesaic.actors import endpoint, serve_app
+    from moesaic.actors.serve import deploy, serve_app
 
     async def late() -> None:
         await asyncio.Event().wait()
@@ -366,20 +366,20 @@ async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPat
     async def failing(error: Exception) -> None:
         raise error
 
-    monkeypatch.setattr(endpoint, "QUESTION_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(deploy, "QUESTION_TIMEOUT_S", 0.01)
     monkeypatch.setattr(serve_app, "QUESTION_TIMEOUT_S", 0.01)
     monkeypatch.setattr(serve_app, "START_TIMEOUT_S", 0.01)
     with pytest.raises(
         MoesaicError, match=r"the controller did not answer within 0\.01 s"
     ) as caught:
-        await endpoint.answered(late())
+        await deploy.answered(late())
     assert caught.value.http_status == 503
     with pytest.raises(MoesaicError, match="the controller is being started anew") as caught:
-        await endpoint.answered(failing(ActorDiedError()))
+        await deploy.answered(failing(ActorDiedError()))
     assert caught.value.http_status == 503
     defect = RayTaskError("status", "trace", KeyError("x"))
     with pytest.raises(InternalError, match="the controller: KeyError: 'x'"):
-        await endpoint.answered(failing(defect))
+        await deploy.answered(failing(defect))
 
     class Silent(serve_app.TrunkClient):
         def __init__(self) -> None:

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.balance import balancedness, even_split
-from moesaic.cluster.effect import balancedness_under
-from moesaic.cluster.fan_out import gather, least_use
+from moesaic.cluster.control.change_impact import balancedness_under
 from moesaic.cluster.placement import LayerKey, LayerPlacement, ModelShape, Replica
-from moesaic.cluster.plan import Plan, Policy, PoolHost
-from moesaic.cluster.planner import plan
+from moesaic.cluster.planner.balance import balancedness, even_split
+from moesaic.cluster.planner.consolidation import gather, least_use
+from moesaic.cluster.planner.plan import Plan, Policy, PoolHost
+from moesaic.cluster.planner.planner import plan
 
 BIG, SMALL = "big", "small"
 POLICY = Policy(fan_out=0.1, horizon_s=1e9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.cluster.fence import Fence
+from moesaic.cluster.host.fence import Fence
 from moesaic.proto.errors import Expired, Superseded
 
 

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.autoscaler import ScalePolicy
-from moesaic.cluster.control import Control
-from moesaic.cluster.fleet import Fleet
-from moesaic.cluster.load_meter import HostTimes, LoadReport
-from moesaic.cluster.orders import Publish
+from moesaic.cluster.control.commands import Publish
+from moesaic.cluster.control.control import Control
+from moesaic.cluster.load.meter import HostTimes, LoadReport
 from moesaic.cluster.placement import LayerKey, ModelShape
-from moesaic.cluster.plan import FleetGroup, PoolHost, Wishes
-from moesaic.cluster.room import lack
+from moesaic.cluster.planner.capacity import lack
+from moesaic.cluster.planner.plan import FleetGroup, PoolHost, Wishes
+from moesaic.cluster.scaling.autoscaler import ScalePolicy
+from moesaic.cluster.scaling.fleet import Fleet
 from tests.helpers.control_world import POLICY, ControlWorld, SimHost, counts, shape
 
 # Only hands scale, where a test does not say otherwise.

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from moesaic.actors.engine import Delta, Limits, Sampling
-from moesaic.actors.http_gate import Gate
-from moesaic.actors.ingress import create_app
-from moesaic.actors.served import ServedModel
+from moesaic.actors.endpoint.http.gate import Gate
+from moesaic.actors.endpoint.ingress import create_app
+from moesaic.actors.engine.engine import Delta, Limits, Sampling
+from moesaic.actors.engine.served_model import ServedModel
 from tests.helpers.service import BODIES, TOKENIZER
 
 ASKED: dict[str, Any] = {"model": "m", "prompt": "the", "max_tokens": 5}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from moesaic.models.gguf_parts import join_parts
+from moesaic.models.upcycling.gguf_parts import join_parts
 from moesaic.proto.errors import CheckpointError
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

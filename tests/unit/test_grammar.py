@@ -13,14 +13,14 @@ import torch
 from llguidance import LLMatcher, grammar_from
 from transformers import PreTrainedTokenizerFast
 
-from moesaic.actors.answer_form import AnswerForm, ToolForm
-from moesaic.actors.answer_parser import AnswerParser
-from moesaic.actors.engine import Sampling
-from moesaic.actors.grammar import Grammars
-from moesaic.actors.marked_text import MarkedText
-from moesaic.actors.sampling import RequestSampler, choose
-from moesaic.actors.thinking import Thinking
-from moesaic.actors.vllm_requests import structure
+from moesaic.actors.engine.engine import Sampling
+from moesaic.actors.engine.grammar import Grammars
+from moesaic.actors.engine.sampling import RequestSampler, choose
+from moesaic.actors.engine.vllm.requests import structure
+from moesaic.actors.text.answer_form import AnswerForm, ToolForm
+from moesaic.actors.text.answer_parser import AnswerParser
+from moesaic.actors.text.marked_text import MarkedText
+from moesaic.actors.text.thinking import Thinking
 from moesaic.proto.errors import RequestError
 from tests.helpers.tiny import tiny_tokenizer
 

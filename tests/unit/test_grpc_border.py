@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from moesaic.actors.transport.grpc_border import aborting, from_grpc, to_client, to_grpc
+from moesaic.actors.transport.grpc.border import aborting, from_grpc, to_client, to_grpc
 from moesaic.proto.errors import (
     ERRORS,
     BadInput,

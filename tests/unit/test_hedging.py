@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesaic.cluster.events import Send
-from moesaic.cluster.health import HostHealth
-from moesaic.cluster.hedging import Budget, Hedging, Latencies
 from moesaic.cluster.placement import LayerPlacement, Placement, Replica
-from moesaic.cluster.router_policy import RouterPolicy
+from moesaic.cluster.routing.events import Send
+from moesaic.cluster.routing.hedging import Budget, Hedging, Latencies
+from moesaic.cluster.routing.host_health import HostHealth
+from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.worlds import KEY, SimHost, World, entry, placement
 
 POLICY = RouterPolicy(deadline_s=30.0, attempt_s=2.0, hedge_least_s=0.001)

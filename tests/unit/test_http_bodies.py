@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from moesaic.actors.http_bodies import Bodies, BodyLimits
+from moesaic.actors.endpoint.http.bodies import Bodies, BodyLimits
 from moesaic.proto.errors import BodyTooLarge, MoesaicError, Overloaded, SlowBody
 
 LIMITS = BodyLimits(each_bytes=100, all_bytes=300, arrive_s=60.0, most=10)

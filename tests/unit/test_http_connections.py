@@ -13,8 +13,8 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from moesaic.actors.http_connections import BoundedConnection, ConnectionLimits
-from moesaic.actors.monitoring import _Server
+from moesaic.actors.endpoint.http.connections import BoundedConnection, ConnectionLimits
+from moesaic.actors.endpoint.http.monitoring_server import _Server
 
 HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 LARGE = b"x" * (32 << 20)  # more than sockets buffer

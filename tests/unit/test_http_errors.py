@@ -14,23 +14,15 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, model_validator
 
-from moesaic.actors import http_schema
-from moesaic.actors.http_embeddings import EmbeddingRequest
-from moesaic.actors.http_errors import misfit
-from moesaic.actors.http_schema import ChatRequest, CompletionRequest, parse_request
+from moesaic.actors.endpoint.embeddings import EmbeddingRequest
+from moesaic.actors.endpoint.openai import requests
+from moesaic.actors.endpoint.openai.refusals import misfit
+from moesaic.actors.endpoint.openai.requests import ChatRequest, CompletionRequest, parse_request
 from moesaic.proto.errors import RequestError
 
-ACTORS = Path(http_schema.__file__).resolve().parent
+OPENAI = Path(requests.__file__).resolve().parent
 # They check no fields of a request.
-OTHERS = {
-    "http_bodies.py",
-    "http_edge.py",
-    "http_errors.py",
-    "http_gate.py",
-    "http_metrics.py",
-    "http_monitoring.py",
-    "http_openapi.py",
-}
+OTHERS = {"answers.py", "refusals.py", "openapi.py"}
 USER: dict[str, Any] = {"role": "user", "content": "x"}
 CALL = {"id": "a", "function": {"name": "f", "arguments": "{}"}}
 
@@ -139,7 +131,7 @@ def test_a_refusal_begins_with_the_field_and_ends_with_the_value(
 
 
 def schemas() -> Iterator[tuple[Path, ast.Module]]:
-    for file in sorted(ACTORS.glob("http_*.py")):
+    for file in [*sorted(OPENAI.glob("*.py")), OPENAI.parent / "embeddings.py"]:
         if file.name not in OTHERS:
             yield file, ast.parse(file.read_text())
 
@@ -159,7 +151,7 @@ def test_there_is_an_example_of_every_check() -> None:
 
     def trace(frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
         file = Path(frame.f_code.co_filename)
-        if not file.name.startswith("http_"):
+        if file.parent.name not in ("openai", "endpoint"):
             return None
         lines.add((file.name, frame.f_lineno))
         return trace

@@ -12,16 +12,16 @@ import pytest
 from openai.resources.chat import Completions as ChatResource
 from openai.resources.completions import Completions as CompletionsResource
 
-from moesaic.actors import http_responses
-from moesaic.actors.answer_form import ANY_OBJECT, AnswerForm, ToolForm
-from moesaic.actors.engine import ExpertBounds, Sampling
-from moesaic.actors.http_schema import (
+from moesaic.actors.endpoint.openai import responses
+from moesaic.actors.endpoint.openai.requests import (
     _IGNORED,
     _UNSUPPORTED,
     ChatRequest,
     CompletionRequest,
     parse_request,
 )
+from moesaic.actors.engine.engine import ExpertBounds, Sampling
+from moesaic.actors.text.answer_form import ANY_OBJECT, AnswerForm, ToolForm
 from moesaic.proto.errors import ERRORS, RequestError
 
 COMPLETION = {"model": "m", "prompt": "x"}
@@ -351,7 +351,7 @@ def test_bodies_that_are_not_a_json_object(body: bytes) -> None:
 @pytest.mark.parametrize("code", sorted(ERRORS))
 def test_every_error_has_an_answer(code: str) -> None:
     error = ERRORS[code]("why")
-    body = http_responses.error_response(error, words="why").error
+    body = responses.error_response(error, words="why").error
     assert (body.message, body.code) == ("why", code)
     assert body.type in {
         "invalid_request_error",

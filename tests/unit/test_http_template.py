@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from moesaic.actors.http_schema import ChatRequest, parse_request
-from moesaic.actors.http_template import MAX_OPTIONS, MAX_OPTIONS_CHARS
+from moesaic.actors.endpoint.openai.requests import ChatRequest, parse_request
+from moesaic.actors.endpoint.openai.template_options import MAX_OPTIONS, MAX_OPTIONS_CHARS
 from moesaic.proto.errors import RequestError
 
 USER = {"role": "user", "content": "hi"}

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moesaic.models import files, fitting
-from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.config import read_config
-from moesaic.models.files import INDEX_FILE, SINGLE_FILE
-from moesaic.models.inventory import Inventory, check_folder
-from moesaic.models.trunk import load_trunk
+from moesaic.models.folder import files
+from moesaic.models.folder.files import INDEX_FILE, SINGLE_FILE
+from moesaic.models.trunk import fitting
+from moesaic.models.trunk.checkpoint import Checkpoint
+from moesaic.models.trunk.config import read_config
+from moesaic.models.trunk.inventory import Inventory, check_folder
+from moesaic.models.trunk.trunk import load_trunk
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
 from tests.helpers.architectures import ARCHITECTURES, tiny_config, tiny_model
 from tests.helpers.quantising import FORMS

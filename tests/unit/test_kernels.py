@@ -30,7 +30,7 @@ from moesaic.kernels.ffn import (
     reference_kernel,
     unpack,
 )
-from moesaic.models.experts_layers import ExpertsLayer, expert_parameters, is_experts_module
+from moesaic.models.trunk.experts_layers import ExpertsLayer, expert_parameters, is_experts_module
 from tests.helpers.forms import (
     HIDDEN,
     KINDS,

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.cluster.dispatch import Dispatcher
-from moesaic.cluster.load import LoadTracker
-from moesaic.cluster.load_meter import HostTimes, LoadMeter, LoadReport
+from moesaic.cluster.load.meter import HostTimes, LoadMeter, LoadReport
+from moesaic.cluster.load.tracker import LoadTracker
 from moesaic.cluster.placement import LayerKey, ModelShape, Number, Placement, spread
-from moesaic.cluster.router_policy import RouterPolicy
+from moesaic.cluster.routing.dispatch import Dispatcher
+from moesaic.cluster.routing.policy import RouterPolicy
 
 KEY = LayerKey("m", 0)
 

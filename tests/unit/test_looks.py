@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from moesaic.actors.looks import LATE_S, QUIET_WAIT_S, Looks, Seen
-from moesaic.cluster.observed import Observation
-from moesaic.cluster.paces import Work
+from moesaic.actors.controller.host_polling import LATE_S, QUIET_WAIT_S, Looks, Seen
+from moesaic.cluster.control.host_speed import Work
+from moesaic.cluster.control.pool_view import Observation
 from moesaic.cluster.placement import HostEntry, LayerKey
 
 ENTRY = HostEntry(
@@ -52,7 +52,7 @@ class Hosts:
 @pytest.fixture
 def hosts(monkeypatch: pytest.MonkeyPatch) -> Hosts:
     # A round waits by the loop's clock, everything else by the test's.
-    monkeypatch.setattr("moesaic.actors.looks.LATE_S", 0.01)
+    monkeypatch.setattr("moesaic.actors.controller.host_polling.LATE_S", 0.01)
     hosts = Hosts()
     hosts.says = {"a": EMPTY, "b": EMPTY}
     return hosts

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from moesaic.cluster.merging import (
+from moesaic.cluster.batching.batch_queue import (
     Batch,
     Call,
     Cut,

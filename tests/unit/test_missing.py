@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.cluster.expert_options import SHORT_WAIT_S, WAIT, MissingExpert, RowWish
-from moesaic.cluster.missing import Dropped, RowWishes, largest_choices
-from moesaic.cluster.router_policy import RouterPolicy
+from moesaic.cluster.routing.expert_fallback import Dropped, RowWishes, largest_choices
+from moesaic.cluster.routing.expert_options import SHORT_WAIT_S, WAIT, MissingExpert, RowWish
+from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.worlds import World, placement
 
 FAIL = MissingExpert(mode="fail")

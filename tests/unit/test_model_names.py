@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 from fastapi.testclient import TestClient
 
-from moesaic.actors.announcing import Process, announce, announced
-from moesaic.actors.http_metrics import HttpMetrics
-from moesaic.actors.ingress import create_app
+from moesaic.actors.endpoint.http.metrics import HttpMetrics
+from moesaic.actors.endpoint.ingress import create_app
+from moesaic.actors.runtime.process_labels import Process, announce, announced
 from moesaic.calls import models, only
 from moesaic.proto.errors import RequestError
 from tests.helpers.service import BODIES, scripted_models

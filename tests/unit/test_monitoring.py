@@ -11,11 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
-from moesaic.actors import endpoint, monitoring
-from moesaic.actors.http_metrics import HttpMetrics
-from moesaic.actors.http_monitoring import monitoring_app
-from moesaic.actors.ports import free_port
-from moesaic.cluster.web_guard import WebGuard
+from moesaic.actors.endpoint.http import monitoring_server
+from moesaic.actors.endpoint.http.metrics import HttpMetrics
+from moesaic.actors.endpoint.http.monitoring_app import monitoring_app
+from moesaic.actors.runtime.ports import free_port
+from moesaic.actors.serve import deploy
+from moesaic.cluster.service.web_guard import WebGuard
 from moesaic.proto.errors import MoesaicError, NoAnswer
 
 HERE = "127.0.0.1"
@@ -55,7 +56,7 @@ def is_free(port: int) -> bool:
 async def test_it_lives_as_long_as_its_owner() -> None:
     port = free_port(HERE)
     for _ in range(3):
-        async with monitoring.monitoring(APP, HERE, port):
+        async with monitoring_server.monitoring(APP, HERE, port):
             assert (await answers(port)).json() == {"healthy": True}
             metrics = await answers(port, "/metrics")
             assert 'moesaic_engine_running{model="m"} 2.0' in metrics.text
@@ -66,13 +67,13 @@ async def test_it_lives_as_long_as_its_owner() -> None:
 async def test_its_port_is_free_when_its_owner_fails_or_is_cancelled() -> None:
     port = free_port(HERE)
     with pytest.raises(KeyError):
-        async with monitoring.monitoring(APP, HERE, port):
+        async with monitoring_server.monitoring(APP, HERE, port):
             await answers(port)
             raise KeyError
     assert is_free(port)
 
     async def owner() -> None:
-        async with monitoring.monitoring(APP, HERE, port):
+        async with monitoring_server.monitoring(APP, HERE, port):
             await asyncio.Event().wait()
 
     task = asyncio.create_task(owner())
@@ -84,7 +85,7 @@ async def test_its_port_is_free_when_its_owner_fails_or_is_cancelled() -> None:
 
 async def test_a_client_that_stays_does_not_keep_it() -> None:
     port = free_port(HERE)
-    async with monitoring.monitoring(APP, HERE, port):
+    async with monitoring_server.monitoring(APP, HERE, port):
         await answers(port)
         held = [await asyncio.open_connection(HERE, port) for _ in range(5)]
         for _, writer in held:
@@ -97,13 +98,13 @@ async def test_a_client_that_stays_does_not_keep_it() -> None:
 async def test_a_port_that_is_taken_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(monitoring, "TRY_AGAIN_S", 0.02)
-    caplog.set_level(logging.WARNING, logger=monitoring.__name__)
+    monkeypatch.setattr(monitoring_server, "TRY_AGAIN_S", 0.02)
+    caplog.set_level(logging.WARNING, logger=monitoring_server.__name__)
     with socket.create_server((HERE, 0)) as other:
         port = other.getsockname()[1]
-        async with monitoring.monitoring(APP, HERE, port):
+        async with monitoring_server.monitoring(APP, HERE, port):
             await asyncio.sleep(0.2)
-            (told,) = [one for one in caplog.records if one.name == monitoring.__name__]
+            (told,) = [one for one in caplog.records if one.name == monitoring_server.__name__]
             assert "monitoring.port: cannot listen" in told.getMessage()
             other.close()
             assert (await answers(port)).status_code == 200
@@ -113,7 +114,7 @@ async def test_a_port_that_is_taken_is_waited_for(
 async def test_names_and_addresses_of_both_families() -> None:
     for host, asked in (("localhost", "localhost"), ("::1", "[::1]")):
         port = free_port(host)
-        async with monitoring.monitoring(APP, host, port):
+        async with monitoring_server.monitoring(APP, host, port):
             assert (await answers(port, host=asked)).status_code == 200
 
 
@@ -128,9 +129,9 @@ async def test_a_ray_that_does_not_answer_holds_nothing_up(monkeypatch: pytest.M
         go_on.wait(10)
         raise ValueError(name)
 
-    monkeypatch.setattr(endpoint.ray, "get_actor", get_actor)
-    monkeypatch.setattr(endpoint, "QUESTION_TIMEOUT_S", 0.05)
-    asks = endpoint.ControllerStatus("moesaic-x")
+    monkeypatch.setattr(deploy.ray, "get_actor", get_actor)
+    monkeypatch.setattr(deploy, "QUESTION_TIMEOUT_S", 0.05)
+    asks = deploy.ControllerStatus("moesaic-x")
     beats = 0
 
     async def beat() -> None:
@@ -147,7 +148,7 @@ async def test_a_ray_that_does_not_answer_holds_nothing_up(monkeypatch: pytest.M
     assert beats >= 10, "the event loop goes on"
     assert calls == [("controller", "moesaic-x")], "one thread waits, however often it is asked"
     go_on.set()
-    monkeypatch.setattr(endpoint, "QUESTION_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(deploy, "QUESTION_TIMEOUT_S", 5.0)
     with pytest.raises(MoesaicError, match="the controller is not there"):
         await asks()
 
@@ -165,8 +166,8 @@ async def test_the_controller_is_looked_up_once(monkeypatch: pytest.MonkeyPatch)
         looked.append(name)
         return Controller
 
-    monkeypatch.setattr(endpoint.ray, "get_actor", get_actor)
-    asks = endpoint.ControllerStatus("moesaic-x")
+    monkeypatch.setattr(deploy.ray, "get_actor", get_actor)
+    asks = deploy.ControllerStatus("moesaic-x")
     for _ in range(3):
         assert await asks() == {"cluster": {"hosts": []}}
     assert len(looked) == 1

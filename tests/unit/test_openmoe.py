@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moesaic.models.config import config_from_dict
-from moesaic.models.describe import describe
-from moesaic.models.experts_layers import experts_layers
-from moesaic.models.trunk import load_trunk, meta_model
+from moesaic.models.trunk.config import config_from_dict
+from moesaic.models.trunk.describe import describe
+from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.trunk import load_trunk, meta_model
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
 from tests.helpers.architectures import tiny_model
 from tests.unit.test_checkpoint import (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moesaic.cluster.operations import pinned, replicated, unmet, unpinned
+from moesaic.cluster.control.operations import pinned, replicated, unmet, unpinned
 from moesaic.cluster.placement import ExpertKey, LayerKey, ModelShape
-from moesaic.cluster.plan import Plan, Policy, PoolHost, Wishes
-from moesaic.cluster.planner import plan
+from moesaic.cluster.planner.plan import Plan, Policy, PoolHost, Wishes
+from moesaic.cluster.planner.planner import plan
 
 SHAPE = ModelShape(model="m", experts={0: 4}, expert_bytes=1)
 KEY = ExpertKey("m", 0, 1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.cluster.paces import Paces, Work, slowed
-from moesaic.cluster.plan import PoolHost
+from moesaic.cluster.control.host_speed import Paces, Work, slowed
+from moesaic.cluster.planner.plan import PoolHost
 
 SPEEDS = {"a": 1.0, "b": 1.0, "c": 4.0}
 TICK_S = 0.2

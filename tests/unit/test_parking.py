@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from moesaic.actors.answer_form import AnswerForm
-from moesaic.actors.engine import Delta, Sampling
-from moesaic.actors.parking import Parking
-from moesaic.actors.vllm_requests import going_on
-from moesaic.cluster.expert_options import MissingExpert
+from moesaic.actors.engine.engine import Delta, Sampling
+from moesaic.actors.engine.expert_wait import Parking
+from moesaic.actors.engine.vllm.requests import going_on
+from moesaic.actors.text.answer_form import AnswerForm
+from moesaic.cluster.routing.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, Interrupted
 
 PROMPT = [1, 2, 3]

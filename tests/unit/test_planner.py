@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.balance import balancedness, best_balancedness, even_split, pour
-from moesaic.cluster.eplb import changed_slots, eplb, eplb_host_load
+from moesaic.cluster.comparison.eplb import changed_slots, eplb, eplb_host_load
 from moesaic.cluster.placement import (
     ExpertKey,
     LayerKey,
@@ -20,8 +19,9 @@ from moesaic.cluster.placement import (
     Replica,
     spread,
 )
-from moesaic.cluster.plan import Plan, Policy, PoolHost, Wishes
-from moesaic.cluster.planner import plan
+from moesaic.cluster.planner.balance import balancedness, best_balancedness, even_split, pour
+from moesaic.cluster.planner.plan import Plan, Policy, PoolHost, Wishes
+from moesaic.cluster.planner.planner import plan
 
 M = "m"
 EVER = 1e9  # loads that last so long pay for any move

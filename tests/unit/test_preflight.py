@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moesaic.actors import check_machine
-from moesaic.actors.check_machine import machine_memory
-from moesaic.actors.findings import Finding, raise_errors, said
-from moesaic.actors.ports import check_port
-from moesaic.actors.preflight import preflight
+from moesaic.actors.preflight import check_machine
+from moesaic.actors.preflight.check_machine import machine_memory
+from moesaic.actors.preflight.findings import Finding, raise_errors, said
+from moesaic.actors.preflight.preflight import preflight
+from moesaic.actors.runtime.ports import check_port
 from moesaic.cli.main import main
-from moesaic.cluster.spec import Spec, parse_spec
-from moesaic.models.tokenizer import read_tokenizer
+from moesaic.cluster.spec.spec import Spec, parse_spec
+from moesaic.models.folder.tokenizer import read_tokenizer
 from moesaic.proto.errors import CheckpointError, ClusterError, UnsupportedModel
 from tests.helpers.architectures import tiny_model
 from tests.helpers.quantising import FORMS
@@ -464,7 +464,7 @@ def test_all_errors_are_told_at_once(folder: Path) -> None:
 def test_up_does_not_start_ray_where_an_error_is_found(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moesaic.actors import launch
+    from moesaic.actors.serve import launch
 
     def started(*_: Any) -> bool:
         raise AssertionError("Ray was started")

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from moesaic.actors.engine import Limits
-from moesaic.actors.ingress import create_app
-from moesaic.actors.served import ServedModel
-from moesaic.cluster.spec_part import LimitSpec
+from moesaic.actors.endpoint.ingress import create_app
+from moesaic.actors.engine.engine import Limits
+from moesaic.actors.engine.served_model import ServedModel
+from moesaic.cluster.spec.parts import LimitSpec
 from tests.helpers.service import BODIES, TOKENIZER, Script
 
 WIDE = Limits(max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320)

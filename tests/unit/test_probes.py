@@ -10,11 +10,11 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from moesaic.actors import health as health_file
-from moesaic.actors.engine import Delta, Pooling, Sampling
-from moesaic.actors.health import Health, ModelHealth
-from moesaic.actors.http_health import add_health
-from moesaic.cluster.progress import STALLED_S, Heard, Progress
+from moesaic.actors.endpoint.http import health as health_file
+from moesaic.actors.endpoint.http.health import Health, ModelHealth
+from moesaic.actors.endpoint.http.probes import add_health
+from moesaic.actors.engine.engine import Delta, Pooling, Sampling
+from moesaic.cluster.service.progress import STALLED_S, Heard, Progress
 from moesaic.proto.errors import Busy, EngineError, UnknownModel
 
 ASKED = Sampling(max_tokens=9)

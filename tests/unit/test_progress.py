@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moesaic.cluster.progress import ASK_AFTER_S, STALLED_S, Heard, Progress
+from moesaic.cluster.service.progress import ASK_AFTER_S, STALLED_S, Heard, Progress
 
 
 def heard(steps: int = 0, *, busy: bool = True, beats: bool = True, trunk: str = "a") -> Heard:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.balance import balancedness, even_split
 from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Replica
-from moesaic.cluster.plan import Plan, Policy, PoolHost, Wishes
-from moesaic.cluster.planner import plan
+from moesaic.cluster.planner.balance import balancedness, even_split
+from moesaic.cluster.planner.plan import Plan, Policy, PoolHost, Wishes
+from moesaic.cluster.planner.planner import plan
 
 M = "m"
 

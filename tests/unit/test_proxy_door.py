@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http import auto
 
-from moesaic.actors import proxy_door
-from moesaic.actors.http_connections import BoundedConnection
+from moesaic.actors.endpoint.http import proxy_door
+from moesaic.actors.endpoint.http.connections import BoundedConnection
 
 RAYS = {
     "/no/app": (404, "Path '/no/app' not found. Ping http://.../-/routes for available routes."),

@@ -22,16 +22,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-from moesaic.actors.attach import expert_tensors
+from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cli.main import main
-from moesaic.models import quantised
-from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.config import read_config
-from moesaic.models.describe import describe
-from moesaic.models.experts_layers import experts_layers
-from moesaic.models.files import INDEX_FILE, SINGLE_FILE, list_tensors, read_tensor
+from moesaic.models.folder import quantised
+from moesaic.models.folder.files import INDEX_FILE, SINGLE_FILE, list_tensors, read_tensor
 from moesaic.models.source import resolve_model
-from moesaic.models.trunk import load_trunk
+from moesaic.models.trunk.checkpoint import Checkpoint
+from moesaic.models.trunk.config import read_config
+from moesaic.models.trunk.describe import describe
+from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.trunk import load_trunk
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
 from tests.helpers.architectures import tiny_model
 from tests.helpers.quantising import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.actors.quiet_import import NICER, import_quietly
+from moesaic.actors.runtime.low_priority_import import NICER, import_quietly
 
 PRIORITY_OF_ITS_THREAD = """
 import os, threading
@@ -37,5 +37,5 @@ def test_an_import_that_fails_says_so() -> None:
 
 def test_ray_does_not_import_torch_with_the_actor_of_a_host() -> None:
     """It would do so at the usual priority."""
-    code = "import sys, moesaic.actors.host_process; sys.exit('torch' in sys.modules)"
+    code = "import sys, moesaic.actors.host.host_actor; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

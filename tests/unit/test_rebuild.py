@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from benchmarks.placing import BUDGET, LAVISH, MODEL, THRIFTY, Pool, deepseek, ours, rated
 from benchmarks.recorded import compare, shifts_of
+from moesaic.cluster.load.trace import Trace
 from moesaic.cluster.placement import LayerKey
-from moesaic.cluster.rebuild import rebuild
-from moesaic.cluster.steps import Limits
-from moesaic.cluster.trace import Trace
+from moesaic.cluster.planner.greedy_repack import rebuild
+from moesaic.cluster.planner.moves import Limits
 
 
 def limits(experts: int, hosts: int) -> Limits:

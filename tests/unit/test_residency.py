@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesaic.cluster.host.residency import HostPolicy, LayerShape, QueuedCall, Residency, parts_of
 from moesaic.cluster.placement import ExpertKey, LayerKey
-from moesaic.cluster.residency import HostPolicy, LayerShape, QueuedCall, Residency, parts_of
 from moesaic.proto.errors import Busy, CallError, Expired, NotHere
 
 SHAPE = LayerShape(num_experts=8, hidden_size=16, dtype="float32")

@@ -7,9 +7,9 @@ from contextlib import aclosing
 
 import pytest
 
-from moesaic.actors.engine import Delta, Sampling
-from moesaic.actors.resuming import resuming
-from moesaic.cluster.missing import Dropped
+from moesaic.actors.engine.engine import Delta, Sampling
+from moesaic.actors.engine.resuming import resuming
+from moesaic.cluster.routing.expert_fallback import Dropped
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable, MoesaicError
 
 PROMPT = [1, 2, 3]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesaic.cluster.balance import balancedness
+from moesaic.cluster.comparison.compare import control_policy, pool_of
+from moesaic.cluster.comparison.elastic_placement import Ours
+from moesaic.cluster.control.policy import Rhythm
 from moesaic.cluster.placement import LayerKey, ModelShape
-from moesaic.cluster.policy import Rhythm
-from moesaic.cluster.simulator.compare import control_policy, pool_of
-from moesaic.cluster.simulator.ours import Ours
+from moesaic.cluster.planner.balance import balancedness
 
 
 def test_it_looks_every_so_often() -> None:

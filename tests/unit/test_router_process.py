@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from moesaic.actors import catalog, router_process
-from moesaic.actors.catalog import Catalog, describe_model
-from moesaic.actors.router_process import ServiceWatch
+from moesaic.actors.router_service import catalog, service_actor
+from moesaic.actors.router_service.catalog import Catalog, describe_model
+from moesaic.actors.router_service.service_actor import ServiceWatch
 from moesaic.cluster.placement import ModelRef, ModelShape
 from moesaic.proto.errors import ClusterError, InternalError, UnknownModel
 from tests.helpers.architectures import tiny_model
@@ -101,15 +101,15 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each time that the service was ended: for good or not."""
     seen: list[bool] = []
     monkeypatch.setattr(
-        router_process.ray, "kill", lambda actor, no_restart: seen.append(no_restart)
+        service_actor.ray, "kill", lambda actor, no_restart: seen.append(no_restart)
     )
-    monkeypatch.setattr(router_process, "LOOK_S", 1e9)  # tests look themselves
-    monkeypatch.setattr(router_process, "ASK_S", 0.01)
+    monkeypatch.setattr(service_actor, "LOOK_S", 1e9)  # tests look themselves
+    monkeypatch.setattr(service_actor, "ASK_S", 0.01)
     return seen
 
 
 async def watching(monkeypatch: pytest.MonkeyPatch, actor: Actor) -> ServiceWatch:
-    monkeypatch.setattr(router_process.ray, "get_actor", lambda name, namespace: actor)
+    monkeypatch.setattr(service_actor.ray, "get_actor", lambda name, namespace: actor)
     watch = ServiceWatch("n", "127.0.0.1:1", start_s=1e9)
     watch._task.cancel()
     return watch
@@ -144,7 +144,7 @@ async def test_one_with_a_defect_is_ended_so_that_ray_starts_another(
 async def test_a_frozen_one_is_ended_and_one_that_starts_is_not(
     monkeypatch: pytest.MonkeyPatch, killed: list[bool]
 ) -> None:
-    monkeypatch.setattr(router_process, "SILENT_S", 0.0)
+    monkeypatch.setattr(service_actor, "SILENT_S", 0.0)
     actor = Actor(silent)
     watch = await watching(monkeypatch, actor)
     await watch._look()

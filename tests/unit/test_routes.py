@@ -9,9 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.health import BEST_RANK
-from moesaic.cluster.layer_call import LayerCall
-from moesaic.cluster.levelling import choose_hosts, level
 from moesaic.cluster.placement import (
     LayerKey,
     LayerPlacement,
@@ -20,9 +17,12 @@ from moesaic.cluster.placement import (
     Placement,
     Replica,
 )
-from moesaic.cluster.plan import Policy, PoolHost
-from moesaic.cluster.planner import plan
-from moesaic.cluster.routes import SHARE_STEPS, LayerRoutes, Routes
+from moesaic.cluster.planner.plan import Policy, PoolHost
+from moesaic.cluster.planner.planner import plan
+from moesaic.cluster.routing.assignment import choose_hosts, level
+from moesaic.cluster.routing.host_health import BEST_RANK
+from moesaic.cluster.routing.layer_call import LayerCall
+from moesaic.cluster.routing.routes import SHARE_STEPS, LayerRoutes, Routes
 from tests.helpers.worlds import entry
 
 KEY = LayerKey("m", 0)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from moesaic.actors.engine import Sampling
-from moesaic.actors.sampling import RequestSampler, choose, seed_at
+from moesaic.actors.engine.engine import Sampling
+from moesaic.actors.engine.sampling import RequestSampler, choose, seed_at
 
 LOGITS_V = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -1.0, -2.0, -8.0])
 DRAWS = 20_000

@@ -8,9 +8,9 @@ import httpx
 import pytest
 from ray.serve.config import HTTPOptions, ProxyLocation
 
-from moesaic.actors import serve_border
-from moesaic.actors.serve_border import Place, Running, find_place, wait_answers
-from moesaic.cluster.spec import Spec, parse_spec
+from moesaic.actors.serve import serve_border
+from moesaic.actors.serve.serve_border import Place, Running, find_place, wait_answers
+from moesaic.cluster.spec.spec import Spec, parse_spec
 from moesaic.proto.errors import ClusterError
 
 THEIRS = HTTPOptions(host="127.0.0.1", port=8111)

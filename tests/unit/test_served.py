@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from moesaic.actors.engine import Delta, Limits, Sampling, TokenLogprob
-from moesaic.actors.served import Piece, ServedModel, TokenChoice
+from moesaic.actors.engine.engine import Delta, Limits, Sampling, TokenLogprob
+from moesaic.actors.engine.served_model import Piece, ServedModel, TokenChoice
 from moesaic.proto.errors import EngineError
 from tests.helpers.tiny import sentencepiece_like_tokenizer, tiny_tokenizer
 

@@ -138,7 +138,7 @@ def test_a_draft_that_cannot_be_finished_is_not_left(monkeypatch: pytest.MonkeyP
 
 
 def test_a_trace_is_not_written_through_a_link(tmp_path: Path) -> None:
-    from moesaic.cluster.trace import Recorder
+    from moesaic.cluster.load.trace import Recorder
 
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -375,7 +375,7 @@ def test_down_waits_for_the_owner_and_says_so(
 def test_rays_token_is_shown_and_not_left_to_other_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from moesaic.actors import ray_border
+    from moesaic.actors.runtime import ray_border
 
     seen: list[tuple[str | None, str | None, bool]] = []
 

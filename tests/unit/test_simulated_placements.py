@@ -11,9 +11,7 @@ import pytest
 
 from benchmarks.svg import line_chart, nice_ticks
 from moesaic.cli.main import main
-from moesaic.cluster.placement import LayerKey, ModelShape
-from moesaic.cluster.simulator import run
-from moesaic.cluster.simulator.compare import (
+from moesaic.cluster.comparison.compare import (
     Figures,
     compare,
     control_policy,
@@ -21,12 +19,14 @@ from moesaic.cluster.simulator.compare import (
     pool_of,
     shifting_day,
 )
-from moesaic.cluster.simulator.loads import day, drifting
-from moesaic.cluster.simulator.ours import Elastic
-from moesaic.cluster.simulator.queues import Queues
-from moesaic.cluster.simulator.ways import Eplb, Static
+from moesaic.cluster.comparison.elastic_placement import Elastic
+from moesaic.cluster.comparison.loads import day, drifting
+from moesaic.cluster.comparison.placement_strategies import Eplb, Static
+from moesaic.cluster.comparison.queues import Queues
+from moesaic.cluster.load.trace import Trace
+from moesaic.cluster.placement import LayerKey, ModelShape
+from moesaic.cluster.simulator import run
 from moesaic.cluster.simulator.world import Registry
-from moesaic.cluster.trace import Trace
 from moesaic.traces import write_trace
 
 SHAPE = ModelShape(model="m", experts={0: 16, 1: 16}, expert_bytes=1_000_000)

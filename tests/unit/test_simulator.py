@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from moesaic.cluster.control import Control
-from moesaic.cluster.fence import Fence
-from moesaic.cluster.fleet import Fleet
-from moesaic.cluster.health import HostHealth
+from moesaic.cluster.control.control import Control
+from moesaic.cluster.control.publishing import Publisher
+from moesaic.cluster.host.fence import Fence
 from moesaic.cluster.placement import ExpertKey, Number, Replica
-from moesaic.cluster.publishing import Publisher
+from moesaic.cluster.routing.host_health import HostHealth
+from moesaic.cluster.scaling.fleet import Fleet
+from moesaic.cluster.simulator.connections import SimLinks
 from moesaic.cluster.simulator.controller import SimController
-from moesaic.cluster.simulator.links import SimLinks
 from moesaic.cluster.simulator.network import Cancel, Frame
 from moesaic.cluster.simulator.run import SeedRun, run_seed
 

@@ -8,11 +8,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.control import Control
-from moesaic.cluster.dispatch import Dispatcher
-from moesaic.cluster.load_meter import LoadReport
+from moesaic.cluster.control.control import Control
+from moesaic.cluster.load.meter import LoadReport
 from moesaic.cluster.placement import LayerKey, LayerPlacement, Number, Placement
-from moesaic.cluster.router_policy import RouterPolicy
+from moesaic.cluster.routing.dispatch import Dispatcher
+from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.control_world import POLICY, ControlWorld, shape
 
 IDLE_S = 20.0

@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.spec import Spec, load_spec, parse_spec
-from moesaic.cluster.spec_text import bytes_of
+from moesaic.cluster.spec.spec import Spec, load_spec, parse_spec
+from moesaic.cluster.spec.text import bytes_of
 from moesaic.proto.errors import SpecError
 
 ROOT = Path(__file__).parents[2]

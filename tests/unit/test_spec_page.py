@@ -9,9 +9,9 @@ import pytest
 from pydantic import BaseModel
 
 from moesaic.cli.main import main
-from moesaic.cluster.spec import Spec, parse_spec
-from moesaic.cluster.spec_page import _below, spec_page
-from moesaic.cluster.spec_words import WORDS
+from moesaic.cluster.spec.page import _below, spec_page
+from moesaic.cluster.spec.spec import Spec, parse_spec
+from moesaic.cluster.spec.words import WORDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "spec.md"
 

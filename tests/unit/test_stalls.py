@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from moesaic.actors.transport import stalls
-from moesaic.actors.transport.stalls import Stalls
+from moesaic.actors.transport.grpc import stalls
+from moesaic.actors.transport.grpc.stalls import Stalls
 
 LIMIT_S = 0.1
 

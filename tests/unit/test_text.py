@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from moesaic.actors.marked_text import MarkedText
-from moesaic.actors.text import Detokenizer, StopSearch, Written
-from moesaic.actors.vocabulary import Vocabulary
+from moesaic.actors.text.detokenizer import Detokenizer, StopSearch, Written
+from moesaic.actors.text.marked_text import MarkedText
+from moesaic.actors.text.vocabulary import Vocabulary
 from tests.helpers.tiny import sentencepiece_like_tokenizer, tiny_tokenizer
 
 BYTE_LEVEL = tiny_tokenizer()

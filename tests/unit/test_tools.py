@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moesaic.actors.answer_parser import AnswerParser
-from moesaic.actors.json_end import MOST_DEPTH, JsonEnd
-from moesaic.actors.marked_text import MarkedText
-from moesaic.actors.thinking import Thinking
-from moesaic.actors.tools import BEGIN, END, read_calls
+from moesaic.actors.text.answer_parser import AnswerParser
+from moesaic.actors.text.json_end import MOST_DEPTH, JsonEnd
+from moesaic.actors.text.marked_text import MarkedText
+from moesaic.actors.text.thinking import Thinking
+from moesaic.actors.text.tool_calls import BEGIN, END, read_calls
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 OTHER = '<tool_call>{"name": "time", "parameters": {}}</tool_call>'

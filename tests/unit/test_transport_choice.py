@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moesaic.cluster.placement import HostEntry
-from moesaic.cluster.transports import PAUSE_S, Transport, TransportChoice, Transports
+from moesaic.cluster.routing.transports import PAUSE_S, Transport, TransportChoice, Transports
 
 
 def entry(node: str = "a", device: str = "cpu", incarnation: int = 1) -> HostEntry:

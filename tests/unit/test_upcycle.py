@@ -38,11 +38,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moesaic.models import demo, demo_build
-from moesaic.models.demo_build import build_apart
-from moesaic.models.gguf_parts import join_parts
-from moesaic.models.text_gates import GATE_MARGIN, kmeans_gate
-from moesaic.models.upcycle import upcycle
+from moesaic.models.upcycling import demo, demo_build
+from moesaic.models.upcycling.demo_build import build_apart
+from moesaic.models.upcycling.gguf_parts import join_parts
+from moesaic.models.upcycling.text_gates import GATE_MARGIN, kmeans_gate
+from moesaic.models.upcycling.upcycle import upcycle
 from moesaic.proto.errors import (
     BadInput,
     CheckpointError,
@@ -355,7 +355,7 @@ def test_tokenizer_chat_template_and_generation_config_come_along(
 
 def test_dtype_and_shards(tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = upcycle(dense, tmp_path / "whole", dtype="bfloat16")
-    monkeypatch.setattr("moesaic.models.upcycle.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("moesaic.models.upcycling.upcycle.SHARD_BYTES", 50_000)
     split = upcycle(dense, tmp_path / "split", dtype="bfloat16")
     shards = sorted(split.glob("model-*-of-*.safetensors"))
     assert len(shards) > 2
@@ -701,13 +701,13 @@ def test_out_is_never_clobbered(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("moesaic.models.upcycle.save_file", fail)
+        patch.setattr("moesaic.models.upcycling.upcycle.save_file", fail)
         with pytest.raises(CheckpointError, match=r"out: cannot write .*No space left"):
             upcycle(dense, out, overwrite=True)
     assert (out / "mine.txt").read_text() == "keep"
 
     with monkeypatch.context() as patch:
-        patch.setattr("moesaic.models.upcycle.SHARD_BYTES", 1)
+        patch.setattr("moesaic.models.upcycling.upcycle.SHARD_BYTES", 1)
         patch.setattr("shutil.disk_usage", lambda _p: shutil._ntuple_diskusage(9, 9, 0))
         with pytest.raises(BadInput, match=r"needs .* GB free"):
             upcycle(dense, tmp_path / "other")
@@ -770,7 +770,7 @@ def test_demo_is_built_once_and_recovers(small_demo: Path, monkeypatch: pytest.M
 def test_the_process_that_serves_the_demo_keeps_none_of_its_building(small_demo: Path) -> None:
     """Not even torch is there."""
     code = (
-        "import sys; from moesaic.models import demo; demo.TOKENS_PER_CORPUS = 100;"
+        "import sys; from moesaic.models.upcycling import demo; demo.TOKENS_PER_CORPUS = 100;"
         "print(demo.demo_model()); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

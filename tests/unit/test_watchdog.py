@@ -7,19 +7,13 @@ import pytest
 from rich.console import Console
 
 from moesaic.cli.top import frame
-from moesaic.cluster.control import Control
-from moesaic.cluster.glance import HostCounters, HostRates, hottest
-from moesaic.cluster.load_meter import LoadReport
-from moesaic.cluster.observed import Observation
-from moesaic.cluster.placement import (
-    HostEntry,
-    LayerKey,
-    LayerPlacement,
-    ModelShape,
-    Replica,
-)
-from moesaic.cluster.plan import PoolHost
-from moesaic.cluster.watchdog import Vitals, Watchdog
+from moesaic.cluster.control.control import Control
+from moesaic.cluster.control.pool_view import Observation
+from moesaic.cluster.control.status_views import HostCounters, HostRates, hottest
+from moesaic.cluster.control.watchdog import Vitals, Watchdog
+from moesaic.cluster.load.meter import LoadReport
+from moesaic.cluster.placement import HostEntry, LayerKey, LayerPlacement, ModelShape, Replica
+from moesaic.cluster.planner.plan import PoolHost
 
 KEY = LayerKey("m", 0)
 

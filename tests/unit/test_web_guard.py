@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.cluster.spec import parse_spec
-from moesaic.cluster.web_guard import WebGuard, host_of, is_host, is_loopback
+from moesaic.cluster.service.web_guard import WebGuard, host_of, is_host, is_loopback
+from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import Forbidden, SpecError
 
 HERE = WebGuard.of("127.0.0.1")

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.actors.transport.grpc_codec import PARTS, decode, encode
-from moesaic.actors.transport.grpc_inbox import Inbox
-from moesaic.actors.transport.grpc_outbox import Outbox
+from moesaic.actors.transport.grpc.codec import PARTS, decode, encode
+from moesaic.actors.transport.grpc.inbox import Inbox
+from moesaic.actors.transport.grpc.outbox import Outbox
 from moesaic.actors.transport.mailbox import Mailbox
 from moesaic.proto.errors import CallError, HostLost
 from moesaic.proto.expert_pb2 import FLOAT32, Call, Frame

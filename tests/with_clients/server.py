@@ -17,10 +17,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 import uvicorn
 
-from moesaic.actors.engine import Delta, EngineConfig, Generate, Limits, Sampling
-from moesaic.actors.ingress import create_app
-from moesaic.actors.served import ServedModel
-from moesaic.actors.transformers_engine import TransformersEngine
+from moesaic.actors.endpoint.ingress import create_app
+from moesaic.actors.engine.engine import Delta, EngineConfig, Generate, Limits, Sampling
+from moesaic.actors.engine.served_model import ServedModel
+from moesaic.actors.engine.transformers.engine import TransformersEngine
 from moesaic.proto.errors import Busy, ExpertUnavailable, MoesaicError
 from tests.helpers.service import BODIES, tool_tokenizer
 from tests.helpers.tiny import tiny_mixtral

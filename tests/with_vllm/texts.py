@@ -51,15 +51,15 @@ def alone(folder: Path, tokens: int) -> Texts:
 
 
 def pooled(folder: Path, tokens: int, hosts: int, *, compiled: bool) -> Texts:
-    from moesaic.actors.engine import EngineConfig, Sampling
-    from moesaic.actors.host import local_hosts
-    from moesaic.actors.pool_link import TrunkConfig
-    from moesaic.actors.router import Router
-    from moesaic.actors.vllm_engine import VllmEngine
+    from moesaic.actors.engine.engine import EngineConfig, Sampling
+    from moesaic.actors.engine.vllm.engine import VllmEngine
+    from moesaic.actors.host.host import local_hosts
+    from moesaic.actors.router.pool_link import TrunkConfig
+    from moesaic.actors.router.router import Router
     from moesaic.cluster.placement import ModelRef
-    from moesaic.models.config import read_config
-    from moesaic.models.experts_layers import experts_layers
-    from moesaic.models.trunk import meta_model
+    from moesaic.models.trunk.config import read_config
+    from moesaic.models.trunk.experts_layers import experts_layers
+    from moesaic.models.trunk.trunk import meta_model
     from tests.helpers.pools import place
 
     class Link:

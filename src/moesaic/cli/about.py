@@ -14,15 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import about
-from ..actors.findings import Finding, errors_of, raise_errors, said
-from ..cluster.spec import Spec, load_spec
-from ..cluster.spec_page import spec_page
-from ..cluster.spec_text import bytes_of
+from ..actors.preflight.findings import Finding, errors_of, raise_errors, said
+from ..cluster.spec.page import spec_page
+from ..cluster.spec.spec import Spec, load_spec
+from ..cluster.spec.text import bytes_of
 from ..proto.errors import SpecError
 from .output import print_json
 
 if TYPE_CHECKING:
-    from ..models.describe import Described
+    from ..models.trunk.describe import Described
 
 out = Console(highlight=False)
 

@@ -102,7 +102,7 @@ def upcycle(
     as_json: JsonOption = False,
 ) -> None:
     """Make a Mixture-of-Experts checkpoint out of a dense one (sparse upcycling)."""
-    from ..models.upcycle import upcycle as make
+    from ..models.upcycling.upcycle import upcycle as make
     from .progress import bars
 
     if gate not in ("random", "kmeans"):

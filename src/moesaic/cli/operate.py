@@ -193,7 +193,7 @@ def _budget(text: str | None) -> int | str | None:
     """Replicas as a number, bytes as they are."""
     if text is None or text.isdecimal():
         return None if text is None else int(text)
-    from ..cluster.spec_text import bytes_of
+    from ..cluster.spec.text import bytes_of
 
     try:
         bytes_of(text)

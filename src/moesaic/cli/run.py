@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..cluster.spec import Spec, load_spec
+from ..cluster.spec.spec import Spec, load_spec
 from ..private_files import new_private
 from ..proto.errors import ClusterError, MoesaicError
 from ..session import Session, find_session, owner_log, remove_own_session
@@ -78,7 +78,7 @@ def _start(spec: Spec, progress_fd: int, ends: Ends) -> Cluster:
 
 def _sweep(spec: Spec) -> None:
     """What is left of a start."""
-    from ..actors.at_once import end_at_once
+    from ..actors.serve.end_at_once import end_at_once
 
     with ExitStack() as last_first:
         # Behind the session: what of Ray is in this process may end it when its Ray is gone.

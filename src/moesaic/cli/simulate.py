@@ -16,11 +16,11 @@ from rich.table import Table
 from .operate import JsonOption
 
 if TYPE_CHECKING:
+    from ..cluster.comparison.compare import Figures
+    from ..cluster.comparison.elastic_placement import Elastic
+    from ..cluster.load.trace import Trace
     from ..cluster.placement import ModelShape
-    from ..cluster.simulator.compare import Figures
-    from ..cluster.simulator.ours import Elastic
     from ..cluster.simulator.run import SeedRun
-    from ..cluster.trace import Trace
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -90,7 +90,7 @@ def simulate(
     promises under random faults."""
     if faults is not None:
         return _check_seeds(faults, seeds, seconds, as_json)
-    from ..cluster.simulator.compare import compare, control_policy, host_speed, pool_of
+    from ..cluster.comparison.compare import compare, control_policy, host_speed, pool_of
 
     loads = _read(trace) if trace is not None else None
     if loads is None:
@@ -157,7 +157,7 @@ def _make(
 ) -> Trace:
     import numpy as np
 
-    from ..cluster.simulator.loads import day, drifting
+    from ..cluster.comparison.loads import day, drifting
 
     rng = np.random.default_rng(seed)
     if day_long:
@@ -189,8 +189,8 @@ def _elastic(
     spec: Path | None, min_hosts: int | None, max_hosts: int | None, start_s: float, count: int
 ) -> Elastic | None:
     """How the pool may grow and shrink; None where nothing is said of that."""
-    from ..cluster.simulator.ours import Elastic
-    from ..cluster.spec import Spec, load_spec
+    from ..cluster.comparison.elastic_placement import Elastic
+    from ..cluster.spec.spec import Spec, load_spec
 
     if spec is None and min_hosts is None and max_hosts is None:
         return None

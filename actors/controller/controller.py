@@ -1,0 +1,340 @@
+"""The controller actor: observes hosts, lets them load, publishes placements.
+
+A thin shell around `cluster/control/control.py`. While it is down serving goes on; Ray restarts it,
+and it finds its view again in what the hosts hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from ...cluster.control.commands import Evict, MakePlan, Publish
+from ...cluster.control.control import Control
+from ...cluster.control.host_speed import Work
+from ...cluster.control.loading import Load
+from ...cluster.control.policy import ControlPolicy
+from ...cluster.control.pool_view import Observation, without
+from ...cluster.control.watchdog import Watchdog
+from ...cluster.load.meter import LoadReport
+from ...cluster.placement import LayerKey, ModelRef, ModelShape, Placement
+from ...cluster.planner.plan import FleetGroup
+from ...cluster.scaling.fleet import Fleet
+from ...cluster.spec.parts import AutoscaleSpec
+from ...proto.errors import ClusterError, MoesaicError, Superseded, in_words
+from ..host.host import HostReport
+from ..host.weight_grants import Granted, grant_all
+from ..router_service.service_actor import ServiceWatch
+from ..runtime.cluster_secret import secret_of
+from ..runtime.durable_state import claim_term, kept_asleep, kept_fleet, kept_wishes
+from ..runtime.process_labels import announce
+from ..runtime.ray_border import cluster_of
+from .host_polling import Looks, Seen
+from .operations import Operations
+from .overview import Overview
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.2
+# While nothing happens.
+QUIET_TICK_S = 1.0
+REPORT_TIMEOUT_S = 2.0
+# Of one load command; a host that hangs in it is asked again, and shown with this error.
+LOAD_TIMEOUT_S = 600.0
+SETTLE_S = 60.0
+
+
+class Controller(Operations, Overview):
+    """Runs as an asyncio Ray actor."""
+
+    def __init__(
+        self,
+        namespace: str,
+        groups: Sequence[FleetGroup],
+        models: Sequence[tuple[ModelRef, ModelShape]],
+        policy: ControlPolicy,
+        autoscale: AutoscaleSpec,
+        router: tuple[str, float] | None = None,
+    ) -> None:
+        """``router``: the router service's address, and how long its start may take."""
+        super().__init__()
+        announce("controller", "controller", cluster_of(namespace))
+        self._namespace = namespace
+        self._wake = asyncio.Event()  # something happened that the loop is not to sleep through
+        self._resized = asyncio.Event()
+        self._term = claim_term(namespace)
+        self._fleet = Fleet(
+            groups, autoscale.policy, pending_s=autoscale.pending_s, kept=kept_fleet(namespace)
+        )
+        self._control = Control(self._fleet.pool_hosts(), term=self._term, policy=policy)
+        self._fleet.take_over(self._control)
+        self._control.wishes = kept_wishes(namespace)
+        self._kept_asleep = kept_asleep(namespace)
+        self._control.sleep.asleep |= self._kept_asleep
+        self._arriving: dict[str, asyncio.Task[bool]] = {}
+        self._kept_version, self._owner_asked = -1, time.monotonic()
+        self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
+        for ref, shape in models:
+            self._adopt(ref, shape)
+        self._handles: dict[str, Any] = {}
+        self._reports: dict[str, HostReport] = {}
+        self._states: dict[str, str] = {}
+        self._errors: dict[str, str] = {}
+        self._looks = Looks(self._observe, self._wake.set)
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
+        self._evictions: dict[str, int] = defaultdict(int)  # that have ended
+        self._published = asyncio.Condition()
+        self._ticks = 0
+        self._tick_error = self._plan_error = ""
+        self._planning: asyncio.Task[None] | None = None
+        self._watchdog = Watchdog(self._control, time.monotonic())
+        self._service = None if router is None else ServiceWatch(namespace, *router)
+        self._loop = asyncio.get_running_loop().create_task(self._run())
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    # ---- what others ask ------------------------------------------------------------------------
+
+    async def report(self, report: LoadReport, wait_s: float) -> Placement | None:
+        """A router's report. Gives a placement newer than the one it follows, as soon as there is
+        one, or None after ``wait_s``."""
+        self._control.hear(report, time.monotonic())
+        after = report.number
+
+        def newer() -> bool:
+            placement = self._control.placement
+            return placement is not None and (after is None or placement.number > after)
+
+        async with self._published:
+            try:
+                await asyncio.wait_for(self._published.wait_for(newer), wait_s)
+            except TimeoutError:
+                return None
+            return self._control.placement
+
+    async def add_model(self, ref: ModelRef, shape: ModelShape) -> list[Granted]:
+        """Serve one more model; gives what each host is to hold, and the leave to put it there.
+        Raises ClusterError."""
+        known = self._models.get(ref.name)
+        if known is not None and known != (ref, shape):
+            raise ClusterError(f"model {ref.name!r}: another model of this name is served")
+        deadline = time.monotonic() + SETTLE_S
+        while not self._control.settled:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"model {ref.name!r}: the hosts are not up after {SETTLE_S:g} s")
+            await asyncio.sleep(TICK_S)
+        try:
+            self._adopt(ref, shape)
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        if ref.path is None:
+            for host in self._reports:
+                asked = self._handle(host).add_models.remote([(ref, shape)])
+                try:
+                    await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
+                except TimeoutError:
+                    text = f"model {ref.name!r}: {host} did not answer for {REPORT_TIMEOUT_S:g} s"
+                    raise ClusterError(text) from None
+        secret = secret_of(self._namespace)
+        granted = []
+        for host in self._control.view.hosts:
+            keys = [key for key in self._control.wanted(host) if key.model == ref.name]
+            if keys and host not in self._reports:
+                raise ClusterError(f"{host} is not up; its experts cannot be sent")
+            if keys:
+                granted.append(grant_all(secret, self._reports[host].entry, keys, self._term))
+        return granted
+
+    async def models(self) -> list[tuple[ModelRef, ModelShape]]:
+        return list(self._models.values())
+
+    async def progress(self) -> tuple[int, int, str]:
+        """(replicas held, replicas wanted, first load error) since the start."""
+        wanted = {host: self._control.wanted(host) for host in self._control.view.hosts}
+        held = sum(
+            key.expert in report.holdings.get(LayerKey(key.model, key.layer), ())
+            for host, report in self._reports.items()
+            for key in wanted[host]
+        )
+        error = next((f"{host}: {why}" for host, why in self._errors.items()), "")
+        lacking = self._control.unplaced
+        if lacking and not error:
+            error = f"{len(lacking)} experts find no room (the first: {lacking[0]}); give hosts "
+            error += "more slots or memory, or add hosts"
+        return held, sum(map(len, wanted.values())), error
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                await self._tick()
+                self._tick_error = ""
+            except Exception as error:
+                # Shown in `status`, whatever it is; the next tick starts from what the hosts
+                # report then.
+                self._tick_error = in_words(error)
+                log.exception("controller: a tick failed")
+            self._watchdog.ticked(time.monotonic(), failed=bool(self._tick_error))
+            self._ticks += 1
+            await asyncio.sleep(TICK_S)
+            if self._looks.quiet and self._control.is_quiet(time.monotonic()):
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), QUIET_TICK_S - TICK_S)
+
+    async def _tick(self) -> None:
+        # Step 1: hear all hosts.
+        observed = await self._looks.round(self._control.view.hosts)
+        for host in self._looks.late:
+            if not self._control.view.never_seen(host):
+                self._states[host] = "not answering"
+        # Step 2: adopt models that only the hosts still know of.
+        for report in self._reports.values():
+            for ref, shape in report.models:
+                if ref.name not in self._models:
+                    try:
+                        self._adopt(ref, shape)
+                    except ValueError as error:
+                        # The other models go on.
+                        self._errors[report.entry.host] = str(error)
+        # Step 3: decide, and act.
+        commands = self._control.tick(observed, time.monotonic())
+        for host in self._size(time.monotonic()):
+            self._looks.forget(host)
+            for known in (self._handles, self._reports, self._states, self._errors):
+                known.pop(host, None)
+        for command in commands:
+            match command:
+                case Load():
+                    self._start_load(command)
+                case Evict():
+                    self._start_evict(command)
+                case MakePlan():
+                    self._planning = asyncio.get_running_loop().create_task(self._plan(command))
+                case Publish(placement=placement):
+                    log.info("controller: placement %s", tuple(placement.number))
+                    async with self._published:
+                        self._published.notify_all()
+
+    async def _observe(self, host: str, wait_s: float) -> Seen:
+        """What it reports, after ``wait_s`` if that is what it said last."""
+        if not await self._has_come(host):
+            return "late"
+        forgetting = self._evicts[host][0].keys if host in self._evicts else ()
+        last = self._reports.get(host)
+        known = None if last is None else last.revision
+        try:
+            asked = self._handle(host).report.remote(
+                self._term, self._evictions[host], known=known, wait_s=wait_s
+            )
+            report: HostReport = await asyncio.wait_for(asked, wait_s + REPORT_TIMEOUT_S)
+        except RayTaskError as failure:
+            raise self._cause(failure) from failure
+        except (TimeoutError, GetTimeoutError):
+            self._states[host] = "not answering"
+            return "late"
+        except (RayActorError, ValueError) as error:
+            self._states[host] = "restarting" if "unavailable" in str(error).lower() else "gone"
+            self._handles.pop(host, None)
+            self._reports.pop(host, None)
+            return None
+        self._reports[host] = report
+        self._states[host] = "loading" if report.loading else "up"
+        return Observation(
+            entry=report.entry,
+            holdings=without(report.holdings, forgetting),
+            loading=report.loading > 0 or host in self._loads or host in self._evicts,
+            work=Work(report.loop.batches, report.loop.choices, report.loop.busy_s),
+        )
+
+    async def _plan(self, command: MakePlan) -> None:
+        """In a thread of its own: a large pool takes seconds, and ticks go on."""
+        found = None
+        self._watchdog.plan_began(time.monotonic())
+        try:
+            found = await asyncio.to_thread(command.run)
+            self._plan_error = ""
+        except Exception as error:
+            # Shown in `status`, whatever it is; what stands goes on.
+            self._plan_error = f"planner: {in_words(error)}"
+            log.exception("controller: the planner failed")
+        finally:
+            self._watchdog.plan_ended(failed=found is None)
+            self._control.planned(command, found, time.monotonic())
+            self._wake.set()
+
+    def _start_load(self, command: Load) -> None:
+        host = command.host
+        if host not in self._loads:
+            self._loads[host] = asyncio.get_running_loop().create_task(self._load(command))
+            self._looks.anew(host)
+
+    async def _load(self, command: Load) -> None:
+        host = command.host
+        refs = [self._models[name] for name in sorted({key.model for key in command.keys})]
+        error = ""
+        try:
+            asked = self._handle(host).load.remote(
+                refs, command.keys, dict(command.peers), term=self._term
+            )
+            await asyncio.wait_for(asked, LOAD_TIMEOUT_S)
+            self._errors.pop(host, None)
+        except (RayTaskError, MoesaicError) as failure:
+            cause = self._cause(failure)
+            error = self._errors[host] = in_words(cause)
+        except TimeoutError:
+            error = self._errors[host] = f"a load took more than {LOAD_TIMEOUT_S:g} s"
+        except (RayError, ValueError) as failure:
+            log.info("controller: host %s ended while loading: %s", host, failure)
+        finally:
+            del self._loads[host]
+            self._looks.anew(host)
+        if error:
+            self._control.load_failed(host, command.keys, error, time.monotonic())
+
+    def _start_evict(self, command: Evict) -> None:
+        if command.host not in self._evicts:
+            loop = asyncio.get_running_loop()
+            self._evicts[command.host] = command, loop.create_task(self._evict(command))
+            self._looks.anew(command.host)
+
+    async def _evict(self, command: Evict) -> None:
+        host = command.host
+        try:
+            order = command.keys, self._term, self._evictions[host] + 1
+            asked = self._handle(host).release.remote(*order)
+            await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
+        except (RayTaskError, MoesaicError) as failure:
+            cause = self._cause(failure)
+            self._errors[host] = in_words(cause)
+        except (RayError, ValueError, TimeoutError) as failure:
+            # The next report says what it holds; what is left is evicted again.
+            log.info("controller: host %s: eviction: %s", host, failure)
+        finally:
+            self._evictions[host] += 1
+            del self._evicts[host]
+            self._looks.anew(host)
+
+    def _cause(self, failure: Exception) -> Exception:
+        """What a host raised; where a newer controller rules, this one leaves."""
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, Superseded):
+            log.critical("controller of term %d: %s; leaving", self._term, cause)
+            os._exit(1)
+        return cause
+
+    # ---- small parts ----------------------------------------------------------------------------
+
+    def _adopt(self, ref: ModelRef, shape: ModelShape) -> None:
+        self._control.add_model(shape, on_disk=ref.path is not None)
+        self._models[ref.name] = (ref, shape)
+        self._wake.set()

@@ -1,0 +1,116 @@
+"""Expert hosts as Ray actors, and the thread of the cluster's owner that starts and ends them.
+
+The controller decides which hosts there are; the process that owns the cluster makes it so, so that
+every host ends with it. To Ray's own autoscaler an actor that waits for a machine is demand, and a
+machine without actors is idle: nothing else has to be said for nodes to come and go.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ...cluster.spec.spec import Spec
+from ...proto.errors import in_words
+from ..host.host_actor import RayExpertHost
+from ..runtime.ray_border import actor_options
+
+log = logging.getLogger(__name__)
+
+# The controller answers at once when other hosts are wanted.
+ASK_WAIT_S = 2.0
+ASK_TIMEOUT_S = 5.0
+PAUSE_S = 0.3
+
+
+class HostStarter:
+    """Starts the hosts of one cluster."""
+
+    def __init__(self, spec: Spec, namespace: str, threads: int) -> None:
+        """``threads`` are those of a host whose group says ``auto``."""
+        self._spec = spec
+        self._namespace = namespace
+        self._threads = threads
+
+    def start(self, name: str, group: int, strategy: Any = "SPREAD") -> Any:
+        """The handle of a new actor; it may have to wait for a machine."""
+        wanted = self._spec.hosts[group]
+        threads = self._threads if wanted.threads == "auto" else wanted.threads
+        return (
+            ray.remote(RayExpertHost)
+            .options(
+                name=name,
+                namespace=self._namespace,
+                max_restarts=-1,
+                max_concurrency=8,
+                scheduling_strategy=strategy,
+                **actor_options(wanted, threads),
+            )
+            .remote(
+                name,
+                cluster=self._spec.name,
+                bind=self._spec.network.bind,
+                device=wanted.device,
+                policy=wanted.policy,
+                threads=threads,
+                transport=self._spec.network.transport,
+            )
+        )
+
+
+class HostKeeper:
+    """Asks the controller which hosts there should be, and starts and ends them.
+
+    The thread goes on whatever fails; should it end all the same, the controller sees that nobody
+    asks any more, and `status` says so.
+    """
+
+    def __init__(self, starter: HostStarter, controller: Any, hosts: Mapping[str, Any]) -> None:
+        self.hosts = dict(hosts)
+        self._starter = starter
+        self._controller = controller
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="host-keeper", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Start and end nothing any more, and end all hosts."""
+        self._stop.set()
+        self._thread.join(ASK_TIMEOUT_S + 5.0)
+        with ExitStack() as each:
+            for host in self.hosts.values():
+                each.callback(ray.kill, host, no_restart=True)
+            self.hosts.clear()
+
+    def _run(self) -> None:
+        known: int | None = None
+        while not self._stop.wait(PAUSE_S):
+            try:
+                asked = self._controller.desired.remote(known, ASK_WAIT_S)
+                found: tuple[int, dict[str, int]] = ray.get(asked, timeout=ASK_TIMEOUT_S)
+                self._follow(found[1])
+                known = found[0]
+            except RayError as error:
+                known = None  # a controller that starts anew counts anew
+                # Ray restarts the controller; hosts stay as they are.
+                log.info("no controller for now: %s", in_words(error).splitlines()[0])
+            except Exception:
+                # Whatever it was: the next round begins anew.
+                known = None
+                log.exception("hosts could not be started or ended")
+
+    def _follow(self, desired: Mapping[str, int]) -> None:
+        for name in self.hosts.keys() - desired.keys():
+            ray.kill(self.hosts.pop(name), no_restart=True)
+            log.info("ended %s", name)
+        for name in sorted(desired.keys() - self.hosts.keys()):
+            if self._stop.is_set():
+                return
+            self.hosts[name] = self._starter.start(name, desired[name])
+            log.info("started %s", name)

@@ -1,0 +1,216 @@
+"""The controller's face for whoever watches: status, live view, totals and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ...cluster.control.control import Control
+from ...cluster.control.operations import check_layer, check_model
+from ...cluster.control.status_views import HostCounters, HostRates, hottest, standing
+from ...cluster.control.watchdog import Vitals, Watchdog
+from ...cluster.load.trace import LoadTotals
+from ...cluster.placement import ModelRef, ModelShape
+from ...proto.errors import ClusterError, in_words
+from ..host.host import HostReport
+from ..router_service.service_actor import ServiceWatch
+from ..runtime.ray_border import cluster_of
+from .metrics import PoolMetrics
+from .sizing import Sizing
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 1.0
+
+
+class Overview(Sizing):
+    """What `Controller` inherits for `status`, `top` and recordings."""
+
+    _control: Control
+    _errors: dict[str, str]
+    _loop: asyncio.Task[None]
+    _models: dict[str, tuple[ModelRef, ModelShape]]
+    _namespace: str
+    _plan_error: str
+    _reports: dict[str, HostReport]
+    _service: ServiceWatch | None
+    _states: dict[str, str]
+    _term: int
+    _tick_error: str
+    _ticks: int
+    _watchdog: Watchdog
+    _watch_error = ""
+
+    def __init__(self) -> None:
+        self._rates = HostRates()
+
+    async def status(self) -> dict[str, Any]:
+        """Plain values for people and JSON."""
+        placement = self._control.placement
+        missing, no_room = self._control.missing(), self._control.no_room()
+        vitals = self._vitals(time.monotonic())
+        return {
+            "placement": list(placement.number) if placement else None,
+            "tick_age_s": round(vitals.tick_age_s, 3),
+            "ticks": self._ticks,
+            "error": self._tick_error or self._plan_error or self._watch_error,
+            "warnings": vitals.warnings(),
+            "watchdog": vitals.describe(),
+            "term": self._term,
+            "routers": {
+                name: None if number is None else list(number)
+                for name, number in self._control.publisher.routers(time.monotonic()).items()
+            },
+            "router_service": None if self._service is None else self._service.describe(),
+            "balance": self._balance_status(),
+            "size": self._size_status(time.monotonic()),
+            "hosts": [self._host_status(host, no_room) for host in self._control.view.hosts],
+            "models": [
+                {
+                    "name": name,
+                    "path": ref.path,
+                    "dtype": ref.dtype,
+                    "replicas": shape.replicas,
+                    "exact": shape.exact,
+                    "layers": len(shape.experts),
+                    "experts": sum(shape.experts.values()),
+                    "asleep": name in self._control.sleep.asleep,
+                    "missing_experts": sum(1 for key in missing if key.model == name),
+                }
+                for name, (ref, shape) in self._models.items()
+            ],
+            "missing_experts": [f"{key}: {why}" for key, why in list(missing.items())[:10]],
+            "unprotected_experts": len(self._control.unprotected()),
+        }
+
+    async def top(self, count: int) -> dict[str, Any]:
+        """What is going on now, with the ``count`` hottest experts."""
+        now = time.monotonic()
+        control, vitals = self._control, self._vitals(now)
+        placement = control.placement
+        layers = {} if placement is None else placement.layers
+        rates = {key: rate for key in layers if (rate := control.loads.rate(key)) is not None}
+        return {
+            "placement": list(placement.number) if placement else None,
+            "routers": len(control.publisher.routers(now)),
+            "moves_pending": vitals.moves_pending,
+            "missing_experts": vitals.missing_experts,
+            "unprotected_experts": vitals.unprotected_experts,
+            "warnings": vitals.warnings(),
+            "error": self._tick_error or self._plan_error or self._watch_error,
+            "models": [
+                {
+                    "model": model,
+                    "choices_per_s": round(
+                        sum(float(r.sum()) for key, r in rates.items() if key.model == model), 1
+                    ),
+                    "balancedness_mean": _rounded(self._watchdog.balancedness.get(model), 0),
+                    "balancedness_worst": _rounded(self._watchdog.balancedness.get(model), 1),
+                }
+                for model in sorted(control.models)
+            ],
+            "hosts": [self._host_glance(host) for host in control.view.hosts],
+            "experts": hottest(rates, layers, count),
+        }
+
+    async def experts(
+        self, model: str | None, layer: int | None, hot: int | None
+    ) -> list[dict[str, Any]]:
+        """See `Operating.experts`."""
+        control = self._control
+        try:
+            shapes = (
+                control.models.values() if model is None else [check_model(control.models, model)]
+            )
+            if layer is not None:
+                for shape in shapes:
+                    check_layer(shape, layer)
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        layers = {} if control.placement is None else control.placement.layers
+        return standing(layers, control.loads, control.wishes, model=model, layer=layer, hot=hot)
+
+    async def totals(self) -> LoadTotals:
+        """All counts since this controller's start."""
+        loads = self._control.loads
+        return LoadTotals(term=self._term, counts=loads.totals, hosts=loads.hosts)
+
+    # ---- watching -------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Beside the loop, so that metrics tell of a loop that stands still."""
+        metrics: PoolMetrics | None = None
+        while True:
+            now = time.monotonic()
+            try:
+                metrics = metrics or PoolMetrics(cluster_of(self._namespace))
+                self._rates.note(
+                    {host: _counters(report) for host, report in self._reports.items()}, now
+                )
+                metrics.set(self._vitals(now))
+                self._watch_error = ""
+            except Exception as error:
+                # A figure that cannot be had stops nothing; it is shown, and tried again.
+                self._watch_error = f"watchdog: {in_words(error)}"
+                log.exception("controller: the watchdog failed")
+            await asyncio.sleep(WATCH_S)
+
+    def _vitals(self, now: float) -> Vitals:
+        hosts = self._control.view.hosts
+        return self._watchdog.vitals([self._states.get(host, "starting") for host in hosts], now)
+
+    # ---- parts ----------------------------------------------------------------------------------
+
+    def _host_glance(self, host: str) -> dict[str, Any]:
+        report = self._reports.get(host)
+        return {
+            "host": host,
+            "state": self._states.get(host, "starting"),
+            "experts": 0 if report is None else sum(map(len, report.holdings.values())),
+            "queued_rows": 0 if report is None else report.loop.queued_rows,
+            **(self._rates.of(host) or {"calls_per_s": 0.0, "rows_per_s": 0.0, "busy": 0.0}),
+        }
+
+    def _balance_status(self) -> dict[str, Any]:
+        now = time.monotonic()
+        control = self._control
+        last = control.changes.all[-1] if control.changes.all else None
+        return {
+            "auto": control.policy.auto,
+            "plan_age_s": None
+            if control.planned_at is None
+            else round(now - control.planned_at, 1),
+            "moves_pending": control.pending(),
+            "leaving": sorted(control.leaving),
+            "last_change": None if last is None else last.describe(now),
+        }
+
+    def _host_status(self, host: str, no_room: Mapping[str, str]) -> dict[str, Any]:
+        status: dict[str, Any] = {"host": host, "state": self._states.get(host, "starting")}
+        waiting = self._fleet.waiting(host, time.monotonic())
+        if waiting is not None:
+            status["waiting"] = waiting
+        if host in no_room:
+            status["waiting"] = f"it is to leave; {no_room[host]}"
+        report = self._reports.get(host)
+        if report is not None:
+            status |= report.describe()
+        if host in self._errors:
+            status["error"] = self._errors[host]
+        return status
+
+
+def _counters(report: HostReport) -> HostCounters:
+    return HostCounters(
+        incarnation=report.entry.incarnation,
+        calls=report.loop.calls,
+        rows=report.loop.rows,
+        busy_s=report.loop.busy_s,
+    )
+
+
+def _rounded(figures: tuple[float, float] | None, which: int) -> float | None:
+    return None if figures is None else round(figures[which], 4)

@@ -1,0 +1,156 @@
+"""Bodies of requests: how many bytes of them are held at a time, of one and of all, and for how
+long one may take to arrive.
+
+A body counts with the bytes that came, not with those that were announced, from the first of them
+until it has been parsed: to announce much and send nothing takes no room from anybody. Where there
+is no room left, the body that has been arriving for the longest time has to go, if it has taken
+longer than clients do that send what they have. So bodies that are held back cost their senders
+the connection, and no other client its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from ....cluster.spec.parts import LimitSpec
+from ....proto.errors import BodyTooLarge, Overloaded, SlowBody
+
+T = TypeVar("T")
+
+# So many bodies may be arriving, below what Serve lets the ingress have (`serve_app.MAX_ONGOING`).
+MOST_ARRIVING = 1024
+# Behind this a body may have to go.
+_PROMPT_S = 1.0
+# Parsed one after the other: values of Python take many times the bytes of their JSON.
+_LARGE_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BodyLimits:
+    each_bytes: int
+    all_bytes: int
+    arrive_s: float
+    most: int = MOST_ARRIVING
+
+    @classmethod
+    def of(cls, spec: LimitSpec) -> BodyLimits:
+        return cls(
+            each_bytes=int(spec.body_mb * 1e6),
+            all_bytes=int(spec.bodies_mb * 1e6),
+            arrive_s=spec.body_s,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Body:
+    began: float
+    deadline: asyncio.Timeout
+    size: int = 0
+    pushed_out: bool = False
+
+
+class Bodies:
+    """Those of one server."""
+
+    def __init__(self, limits: BodyLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._arriving: dict[_Body, None] = {}  # the oldest first
+        self._held_bytes = 0
+        self._large = asyncio.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        return self._held_bytes
+
+    async def parsed(self, request: Request, parse: Callable[[bytes], T]) -> T:
+        """What ``parse`` makes of the body, in a thread.
+
+        Raises BodyTooLarge before more than one body's bytes are in memory, Overloaded before more
+        than those of all are, SlowBody, and what ``parse`` raises.
+        """
+        declared = request.headers.get("content-length", "0")
+        most = self._limits.each_bytes
+        if not (declared.isascii() and declared.isdigit()) or int(declared) > most:
+            raise BodyTooLarge(f"the body has {declared} bytes; {most} are allowed")
+        body = _Body(self._clock(), asyncio.timeout(self._limits.arrive_s))
+        self._admit(body, int(declared))
+        try:
+            data = await self._read(request, body)
+            if len(data) <= _LARGE_BYTES:
+                return await asyncio.to_thread(parse, data)
+            async with self._large:
+                return await asyncio.to_thread(parse, data)
+        finally:
+            self._let_go(body)
+
+    async def _read(self, request: Request, body: _Body) -> bytes:
+        data = bytearray()
+        try:
+            async with body.deadline:
+                async for chunk in request.stream():
+                    self._take(body, len(chunk))
+                    data += chunk
+        except TimeoutError:
+            if body.pushed_out:
+                raise self._overloaded() from None
+            raise SlowBody(
+                f"the body did not arrive within {self._limits.arrive_s:g} s "
+                "(endpoint.limits.body_s)"
+            ) from None
+        finally:
+            self._arriving.pop(body, None)
+        return bytes(data)
+
+    def _admit(self, body: _Body, declared: int) -> None:
+        self._make_room(declared, bodies=1)
+        self._arriving[body] = None
+
+    def _take(self, body: _Body, new: int) -> None:
+        if body.size + new > self._limits.each_bytes:
+            raise BodyTooLarge(f"the body has more than {self._limits.each_bytes} bytes")
+        self._make_room(new, keep=body)
+        body.size += new
+        self._held_bytes += new
+
+    def _make_room(self, new: int, *, bodies: int = 0, keep: _Body | None = None) -> None:
+        """Raises Overloaded where there is none to be had."""
+        now, limits = self._clock(), self._limits
+
+        def lacks() -> bool:
+            full = len(self._arriving) + bodies > limits.most
+            return full or self._held_bytes + new > limits.all_bytes
+
+        for old in list(self._arriving) if lacks() else ():
+            if now - old.began < _PROMPT_S:
+                break
+            # Those that hold nothing make room for a body, and none for bytes.
+            if old is not keep and (old.size or len(self._arriving) + bodies > limits.most):
+                self._push_out(old)
+                if not lacks():
+                    break
+        if lacks():
+            raise self._overloaded()
+
+    def _push_out(self, body: _Body) -> None:
+        body.pushed_out = True
+        del self._arriving[body]
+        self._let_go(body)
+        if not body.deadline.expired():
+            body.deadline.reschedule(0.0)
+
+    def _let_go(self, body: _Body) -> None:
+        self._held_bytes -= body.size
+        body.size = 0
+
+    def _overloaded(self) -> Overloaded:
+        return Overloaded(
+            "the endpoint holds as many bodies of requests as it may (endpoint.limits.bodies_mb); "
+            "send it again later"
+        )

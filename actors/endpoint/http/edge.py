@@ -1,0 +1,221 @@
+"""What every path shares at the edge: who may ask, request ids, errors, SSE, disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ....cluster.service.web_guard import WebGuard
+from ....proto.errors import Forbidden, InternalError, MoesaicError, SlowBody
+from ..openai.responses import ErrorResponse, error_response
+from .metrics import HttpMetrics
+from .probes import is_probe
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1
+_REQUEST_ID_HEADER = "x-request-id"
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+T = TypeVar("T")
+
+
+def json_response(content: BaseModel, status_code: int = 200) -> Response:
+    return Response(
+        content.model_dump_json(), status_code=status_code, media_type="application/json"
+    )
+
+
+def error_answer(
+    error: Exception, identity: str = "", *, status_code: int | None = None
+) -> Response:
+    """What the client of the request ``identity`` gets for an error; what it must not know of it
+    is logged under that id."""
+    told = _told(error, identity)
+    if status_code is None:
+        known = error if isinstance(error, MoesaicError) else InternalError()
+        status_code = known.http_status
+    response = json_response(told, status_code)
+    if status_code in (429, 503):
+        response.headers["Retry-After"] = str(RETRY_AFTER_S)
+    if isinstance(error, SlowBody):
+        # What is still to come of it would keep the connection.
+        response.headers["Connection"] = "close"
+    return response
+
+
+def _told(error: Exception, identity: str) -> ErrorResponse:
+    if not isinstance(error, MoesaicError):
+        logger.error("request %s: unexpected error", identity, exc_info=error)
+        error = InternalError()
+    elif not error.for_clients:
+        logger.warning("request %s: %s: %s", identity, error.code, error)
+    return error_response(error, identity)
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled when the client goes away (ClientDisconnect).
+
+    The body must have been read.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnect(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+async def event_stream(
+    request: Request, chunks: AsyncGenerator[BaseModel, None]
+) -> StreamingResponse:
+    """An SSE response; an error before the first chunk is raised, a later one is an event."""
+    events = _events(chunks, request_id(request))
+    try:
+        first = await unless_disconnected(request, anext(events))
+    except BaseException:
+        await events.aclose()
+        raise
+    return _EventStream(first, events)
+
+
+async def _events(
+    chunks: AsyncGenerator[BaseModel, None], identity: str
+) -> AsyncGenerator[str, None]:
+    started = False
+    async with aclosing(chunks):
+        try:
+            async for chunk in chunks:
+                yield f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+                started = True
+        except Exception as error:
+            if not started:
+                raise
+            yield f"data: {_told(error, identity).model_dump_json()}\n\n"
+            return
+    yield "data: [DONE]\n\n"
+
+
+class _EventStream(StreamingResponse):
+    def __init__(self, first: str, events: AsyncGenerator[str, None]) -> None:
+        self._first, self._events = first, events
+        # Proxies (nginx) would otherwise collect the pieces.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._body(), media_type="text/event-stream", headers=headers)
+
+    async def _body(self) -> AsyncGenerator[str, None]:
+        yield self._first
+        async for event in self._events:
+            yield event
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Closed here and not by the garbage collector: closing cancels the request in the engine.
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+def request_id(request: Request) -> str:
+    """Empty where Edge does not stand before the app."""
+    return request.scope.get("state", {}).get("request_id", "")
+
+
+def began(request: Request) -> float:
+    """When it came, by `time.perf_counter`."""
+    return request.scope["state"]["began"]
+
+
+def allow_cors(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let pages of these origins use the endpoint from within a browser. To be called after Defects
+    is added, so that the errors that it words have the headers, too."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        # Whatever a page asks to send: each client library has headers of its own (x-stainless-os).
+        allow_headers=("*",),
+        expose_headers=(_REQUEST_ID_HEADER, "retry-after"),
+    )
+
+
+class Defects:
+    """ASGI middleware: gives each unexpected error a proper answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as error:
+            if scope["type"] != "http" or started:
+                raise
+            await error_answer(error, request_id(Request(scope)))(scope, receive, send)
+
+
+class Edge:
+    """ASGI middleware, the outermost: gives each request an id, refuses those that the guard does
+    not let in, and counts the answers."""
+
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics, guard: WebGuard) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        asked = request.headers.get(_REQUEST_ID_HEADER, "")
+        identity = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"], state["began"] = identity, time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[_REQUEST_ID_HEADER] = identity
+                # A path that nobody serves is anybody's words.
+                route = scope.get("route")
+                self._metrics.answered(getattr(route, "path", "other"), message["status"])
+            await send(message)
+
+        try:
+            headers = request.headers
+            # A kubelet's probe has the pod's address as its Host, and the answer holds no secret.
+            if not is_probe(scope):
+                self._guard.check(headers.getlist("host"), headers.getlist("origin"))
+        except Forbidden as error:
+            await error_answer(error, identity)(scope, receive, send_with_id)
+            return
+        await self._app(scope, receive, send_with_id)

@@ -1,0 +1,136 @@
+"""Which requests run, how many may, and how they end when the service does.
+
+As ASGI middleware, so that every request counts, whatever it is doing: reading its body, waiting
+for a token, or sending. One that is not over when its time is gets an answer all the same: a status
+if it has none yet, an event if it is a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ....proto.errors import Busy, Ending
+from ..openai.responses import error_response
+from .edge import error_answer
+from .probes import is_probe
+
+# Beyond what all trunks take; more is a flood.
+MOST = 4096
+
+
+class Gate:
+    """The requests of one app. To be used in the app's own event loop."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self._running: set[asyncio.Timeout] = set()
+        self._drain_s: float | None = None
+
+    @property
+    def running(self) -> int:
+        """Requests that are not over; probes do not count."""
+        return len(self._running)
+
+    @property
+    def ending(self) -> bool:
+        """Whether new requests are refused for good."""
+        return self._drain_s is not None
+
+    def drain(self, drain_s: float) -> int:
+        """Refuse new requests from now on; those that run have so many seconds. Gives how many
+        there are. Called again it changes nothing."""
+        if self._drain_s is None:
+            self._drain_s = drain_s
+            until = asyncio.get_running_loop().time() + drain_s
+            for request in self._running:
+                request.reschedule(until)
+        return self.running
+
+    def check(self) -> None:
+        """Raises Ending and Busy where a new request is refused."""
+        if self.ending:
+            raise Ending()
+        if len(self._running) >= self._most:
+            raise Busy(f"{self._most} requests are running or waiting; try again later")
+
+    def enter(self, request: asyncio.Timeout) -> None:
+        self._running.add(request)
+
+    def leave(self, request: asyncio.Timeout) -> None:
+        self._running.discard(request)
+
+    def too_late(self) -> Ending:
+        return Ending(
+            f"the service is ending, and this took longer than the {self._drain_s or 0:g} s that "
+            "were left (endpoint.drain_s); send it again, elsewhere or later"
+        )
+
+
+class Gated:
+    """The middleware. Probes pass: they ask about the gate itself."""
+
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+        self._app = app
+        self._gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_probe(scope):
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._gate.check()
+        except (Ending, Busy) as error:
+            await error_answer(error, _identity(scope))(scope, receive, send)
+            return
+        answer, request = _Answer(send), asyncio.timeout(None)
+        try:
+            async with request:
+                self._gate.enter(request)
+                try:
+                    await self._app(scope, receive, answer.send)
+                finally:
+                    self._gate.leave(request)
+        except TimeoutError:
+            if not request.expired():
+                raise
+            error = self._gate.too_late()
+            if not answer.begun:
+                await error_answer(error, _identity(scope))(scope, receive, send)
+            else:
+                await answer.end_with(error, _identity(scope))
+
+
+class _Answer:
+    """How far an answer is."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = False
+        self._over = False
+        self._streams = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begun = True
+            kinds = [value for name, value in message["headers"] if name == b"content-type"]
+            self._streams = any(kind.startswith(b"text/event-stream") for kind in kinds)
+        elif message["type"] == "http.response.body":
+            self._over = not message.get("more_body", False)
+        await self._send(message)
+
+    async def end_with(self, error: Ending, identity: str) -> None:
+        """One more event, where the answer is a stream of them: each of its messages is whole."""
+        if self._over:
+            return
+        event = (
+            f"data: {error_response(error, identity).model_dump_json()}\n\n"
+            if self._streams
+            else ""
+        )
+        await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
+
+
+def _identity(scope: Scope) -> str:
+    return scope.get("state", {}).get("request_id", "")

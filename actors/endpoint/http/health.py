@@ -1,0 +1,160 @@
+"""What probes are told: whether this process lives, has started, and whether its models progress.
+
+The ingress sees its own requests and their tokens; that is enough, unless a long prompt takes many
+steps before its first token, or work was lost. Only then the trunk is asked, with a deadline, and
+beside the probes: a probe is answered at once from what is known. A trunk without pending requests
+is never asked, so that a sleeping model goes on sleeping.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Protocol
+
+from ....cluster.service.progress import Heard, Progress
+from ....proto.errors import EngineError, UnknownModel
+from ...engine.engine import Delta, Generate, Pooling, Sampling
+
+if TYPE_CHECKING:
+    import numpy as np
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+HEAR_S = 2.0
+
+
+class Hears(Protocol):
+    """Asks a model's trunks, which may be frozen or gone."""
+
+    async def __call__(self) -> Heard | None:
+        """What one trunk says of itself, or None while the model has no trunk because it sleeps.
+        Raises MoesaicError where no trunk answers."""
+        ...
+
+
+class ModelHealth:
+    """Of one model: stands before its engine, and notes what goes in and comes out."""
+
+    def __init__(
+        self,
+        progress: Progress | None = None,
+        hear: Hears | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Without ``hear`` tokens alone are progress."""
+        self._progress = progress or Progress()
+        self._hear = hear
+        self._clock = clock
+        self._looking: asyncio.Task[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._progress.is_ready(self._clock())
+
+    def watch(self, generate: Generate) -> Generate:
+        """The same, watched."""
+
+        async def watched(
+            request_id: str,
+            prompt_ids: Sequence[int],
+            sampling: Sampling,
+            already: Sequence[int] = (),
+        ) -> AsyncGenerator[Delta, None]:
+            progress, clock = self._progress, self._clock
+            self._began()
+            lost = False
+            try:
+                async with aclosing(generate(request_id, prompt_ids, sampling, already)) as deltas:
+                    async for delta in deltas:
+                        progress.moved(clock())
+                        yield delta
+            except EngineError:
+                lost = True
+                raise
+            finally:
+                progress.ended(clock(), lost=lost)
+
+        return watched
+
+    def watch_embed(
+        self, embed: Callable[[Sequence[Sequence[int]], Pooling], Awaitable[np.ndarray]]
+    ) -> Callable[[Sequence[Sequence[int]], Pooling], Awaitable[np.ndarray]]:
+        """The same, watched."""
+
+        async def watched(prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+            self._began()
+            lost = False
+            try:
+                found = await embed(prompts, pooling)
+                self._progress.moved(self._clock())
+                return found
+            except EngineError:
+                lost = True
+                raise
+            finally:
+                self._progress.ended(self._clock(), lost=lost)
+
+        return watched
+
+    def _began(self) -> None:
+        self._progress.began(self._clock())
+        if self._hear is not None and (self._looking is None or self._looking.done()):
+            self._looking = asyncio.create_task(self._look(self._hear))
+
+    async def _look(self, hear: Hears) -> None:
+        """Ask the trunks as long as it is in question whether they make progress."""
+        while self._progress.in_question:
+            await asyncio.sleep(LOOK_S)
+            if not self._progress.wants_to_hear(self._clock()):
+                continue
+            try:
+                async with asyncio.timeout(HEAR_S):
+                    heard = await hear()
+            except Exception as error:
+                # Nothing was heard, whatever it was: that is no progress, and shows in `is_ready`.
+                logger.info("a trunk was asked and did not answer: %r", error)
+                continue
+            if heard is None:
+                self._progress.waking(self._clock())
+            else:
+                self._progress.heard(heard, self._clock())
+
+
+class Health:
+    """The answers of one process. Nothing here waits for another one."""
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelHealth],
+        aliases: Mapping[str, Collection[str]] | None = None,
+        *,
+        leaving: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``aliases``: more names, by model. ``leaving``: whether new requests are refused."""
+        self._models = {
+            name: health
+            for own, health in models.items()
+            for name in (own, *(aliases or {}).get(own, ()))
+        }
+        self._leaving = leaving
+
+    async def live(self) -> bool:
+        """Whether this process answers: if it does, it does."""
+        return True
+
+    async def started(self) -> bool:
+        """Whether all models have been up once: there is no ingress before."""
+        return True
+
+    async def ready(self, model: str | None = None) -> bool:
+        """Whether a request for ``model``, or for any, would make progress. Raises UnknownModel."""
+        if model is not None and model not in self._models:
+            raise UnknownModel("there is no such model", param="model")
+        asked = self._models.values() if model is None else (self._models[model],)
+        return not self._leaving() and all(one.is_ready for one in asked)

@@ -1,0 +1,106 @@
+"""What the endpoint did, as Prometheus scrapes it (`/metrics`): counts, latencies, and the state of
+the engines behind it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Mapping
+from contextlib import aclosing
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from ....proto.errors import InternalError, MoesaicError
+from ..openai.answers import Numbered
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_FIRST_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+_BETWEEN_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_WHOLE_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+# Fields of `EngineStats`, and what they say.
+_ENGINE = {
+    "running": "requests in the batch",
+    "waiting": "requests that wait for the batch",
+    "parked": "of these, for experts that nobody has",
+    "restarts": "restarts of the engine behind failed steps",
+    "steps": "steps of the engine",
+    "cache_free": "free part of the KV cache",
+    "healthy": "1 if the trunk answers and its engine runs",
+}
+
+
+class HttpMetrics:
+    """Of one ingress."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+
+        def counter(name: str, words: str, *labels: str) -> Counter:
+            return Counter(f"moesaic_{name}", words, labels, registry=registry)
+
+        def histogram(name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(
+                f"moesaic_{name}", words, ("model",), buckets=buckets, registry=registry
+            )
+
+        self._answers = counter("http_answers", "HTTP answers by status", "path", "status")
+        self._ended = counter("choices", "choices by how they ended", "model", "reason")
+        self._prompt = counter("prompt_tokens", "tokens of prompts", "model")
+        self._generated = counter("generated_tokens", "tokens of answers", "model")
+        self._first = histogram("first_token_seconds", "to a choice's first token", _FIRST_S)
+        self._between = histogram("between_tokens_seconds", "from one to the next", _BETWEEN_S)
+        self._whole = histogram("request_seconds", "to the end of a request", _WHOLE_S)
+        self._open = Gauge(
+            "moesaic_requests_open", "requests being answered", ("model",), registry=registry
+        )
+        self._engine = {
+            name: Gauge(f"moesaic_engine_{name}", words, ("model",), registry=registry)
+            for name, words in _ENGINE.items()
+        }
+
+    def answered(self, path: str, status: int) -> None:
+        self._answers.labels(path, status).inc()
+
+    async def watch(
+        self, model: str, prompt_tokens: int, began: float, pieces: Numbered
+    ) -> Numbered:
+        """Hand ``pieces`` on. ``began``: when the request came, by `time.perf_counter`."""
+        self._prompt.labels(model).inc(prompt_tokens)
+        first, between = self._first.labels(model), self._between.labels(model)
+        heard_at: dict[int, float] = {}
+        tokens: Tally[int] = Tally()
+        reason = "abandoned"  # unless something else is said
+        try:
+            with self._open.labels(model).track_inprogress():
+                async with aclosing(pieces):
+                    async for index, piece in pieces:
+                        now, new = time.perf_counter(), piece.tokens - tokens[index]
+                        if new and index in heard_at:
+                            between.observe((now - heard_at[index]) / new)
+                        elif new:
+                            first.observe(now - began)
+                        if new:
+                            heard_at[index], tokens[index] = now, piece.tokens
+                        if piece.finish_reason is not None:
+                            self._ended.labels(model, piece.finish_reason).inc()
+                        yield index, piece
+            reason = ""
+        except Exception as error:
+            reason = error.code if isinstance(error, MoesaicError) else InternalError.__name__
+            raise
+        finally:
+            if reason:
+                self._ended.labels(model, reason).inc()
+            self._generated.labels(model).inc(tokens.total())
+            self._whole.labels(model).observe(time.perf_counter() - began)
+
+    def text(self, engines: Mapping[str, Mapping[str, Any]]) -> bytes:
+        """``engines``: what each model's engine says of itself."""
+        for model, stats in engines.items():
+            for name, gauge in self._engine.items():
+                if name in stats:
+                    gauge.labels(model).set(float(stats[name]))
+        return generate_latest(self._registry)

@@ -1,0 +1,109 @@
+"""What an endpoint's operators ask: `/status` and `/metrics`, as an app for an address of its own.
+
+Its answers have the cluster's own words, with names of hosts and their addresses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ....cluster.service.web_guard import WebGuard
+from ....proto.errors import Forbidden, MoesaicError, NoAnswer, RequestError
+from ..openai.responses import error_response
+from .edge import RETRY_AFTER_S, Defects, json_response
+from .health import Health
+from .metrics import CONTENT_TYPE, HttpMetrics
+from .probes import add_health
+
+logger = logging.getLogger(__name__)
+
+# Its parts are asked at the same time, and each says more when it is late (`serve_app`).
+STATUS_TIMEOUT_S = 6.0
+
+Status = Callable[[], Awaitable[dict[str, Any]]]
+
+
+def monitoring_app(
+    *,
+    status: Status,
+    engines: Status,
+    metrics: HttpMetrics,
+    guard: WebGuard,
+    health: Health | None = None,
+) -> FastAPI:
+    """``status()`` answers what the cluster says of itself, and whether it is ``healthy``.
+    ``engines()``: by model what its engine says of itself. ``health``: what probes are told, which
+    are answered at the endpoint, too."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Defects)
+    app.add_middleware(_Guarded, guard=guard)
+
+    if health is not None:
+        add_health(app, health)
+
+    @app.get("/status")
+    async def get_status() -> dict[str, Any]:
+        return await _in_time(status())
+
+    @app.get("/metrics")
+    async def get_metrics() -> Response:
+        try:
+            found = await _in_time(engines())
+        except MoesaicError as error:
+            # What the endpoint counts itself is there all the same.
+            logger.warning("metrics without the engines: %s: %s", error.code, error)
+            found = {}
+        return Response(metrics.text(found), media_type=CONTENT_TYPE)
+
+    @app.exception_handler(MoesaicError)
+    @app.exception_handler(HTTPException)
+    async def on_error(request: Request, error: Exception) -> Response:
+        return _answer(error)
+
+    return app
+
+
+async def _in_time(asked: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(STATUS_TIMEOUT_S):
+            return await asked
+    except TimeoutError:
+        text = f"the cluster's status did not come within {STATUS_TIMEOUT_S:g} s; ask again"
+        raise NoAnswer(text) from None
+
+
+def _answer(error: Exception) -> Response:
+    status_code = None
+    if isinstance(error, HTTPException):
+        status_code, error = error.status_code, RequestError(error.detail)
+    assert isinstance(error, MoesaicError)
+    told = error_response(error, words=str(error))
+    response = json_response(told, status_code or error.http_status)
+    if response.status_code in (429, 503):
+        response.headers["Retry-After"] = str(RETRY_AFTER_S)
+    return response
+
+
+class _Guarded:
+    """ASGI middleware: lets in whom the guard does."""
+
+    def __init__(self, app: ASGIApp, guard: WebGuard) -> None:
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            headers = Request(scope).headers
+            try:
+                self._guard.check(headers.getlist("host"), headers.getlist("origin"))
+            except Forbidden as error:
+                app = _answer(error)
+        await app(scope, receive, send)

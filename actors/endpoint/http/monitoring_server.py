@@ -1,0 +1,91 @@
+"""The server of an endpoint's monitoring address: in the ingress's process and on its event loop,
+so that it has the ingress's counts, ends with it, and answers whatever became of the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncGenerator, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from ...runtime.ports import resolved
+from .connections import BoundedConnection
+
+logger = logging.getLogger(__name__)
+
+# Of a process that was just killed the port may be there for a moment longer.
+TRY_AGAIN_S = 0.5
+_BACKLOG = 64
+_KEEP_ALIVE_S = 5
+_END_S = 2.0
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the process's own affair."""
+        yield
+
+
+@contextlib.asynccontextmanager
+async def monitoring(app: ASGIApp, host: str, port: int) -> AsyncGenerator[None, None]:
+    """Serve ``app`` at the address. Where the port is taken it is tried again until it is free:
+    requests are served meanwhile."""
+    serving = asyncio.create_task(_serve(app, host, port), name="monitoring")
+    try:
+        yield
+    finally:
+        serving.cancel()
+        # It has words of its own for what went wrong.
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+async def _serve(app: ASGIApp, host: str, port: int) -> None:
+    with await _listen(host, port) as listener:
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            http=BoundedConnection,
+            access_log=False,
+            log_config=None,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=1,
+            server_header=False,
+        )
+        server = _Server(config)
+        task = asyncio.create_task(server.serve([listener]))
+        try:
+            await asyncio.shield(task)
+        except Exception:
+            logger.exception("monitoring.port: the server at %s:%d ended", host, port)
+        finally:
+            server.should_exit = True
+            server.force_exit = True
+            await asyncio.wait({task}, timeout=_END_S)
+
+
+async def _listen(host: str, port: int) -> socket.socket:
+    family, address = resolved("monitoring.host", host)
+    told = False
+    while True:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address, port))
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            listener.close()
+            if not told:
+                logger.warning(
+                    "monitoring.port: cannot listen on %s:%d (%s); it is tried again",
+                    host, port, error.strerror or error,
+                )  # fmt: skip
+            told = True
+            await asyncio.sleep(TRY_AGAIN_S)
+        else:
+            return listener

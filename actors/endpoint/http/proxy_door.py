@@ -1,0 +1,87 @@
+"""What stands in Ray Serve's HTTP proxy before any request reaches an ingress: bounded connections,
+and answers in place of Ray's own pages, which have its words for what is inside.
+
+Ray calls `middlewares` in the proxy's process, since the Serve that a cluster starts is told to
+(`serve_border.start_serve`). A Serve that others started has none of this.
+"""
+
+from __future__ import annotations
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http import auto
+
+from ....proto.errors import Expired, InternalError, MoesaicError, NoAnswer, RequestError
+from .connections import BoundedConnection
+from .edge import error_answer
+
+# The variable that Ray reads.
+HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+# Tells which applications there are.
+_ROUTES = "/-/routes"
+# With them a client would decide how long Ray waits, and whether it notices that the client left.
+_NOT_FOR_CLIENTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
+
+
+def middlewares() -> list[Middleware]:
+    """The hook itself. uvicorn's protocol can be chosen nowhere else: Ray leaves it to `auto`."""
+    auto.AutoHTTPProtocol = BoundedConnection
+    return [Middleware(ProxyDoor)]
+
+
+class ProxyDoor:
+    """ASGI middleware around Ray's proxy."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["path"].rstrip("/") == _ROUTES:
+            refused = RequestError(f"{scope['method']} {_ROUTES}: Not Found")
+            await error_answer(refused, status_code=404)(scope, receive, send)
+            return
+        scope["headers"] = [one for one in scope["headers"] if one[0] not in _NOT_FOR_CLIENTS]
+        await self._app(scope, receive, _Answer(scope, receive, send).send)
+
+
+class _Answer:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._replaced = False
+
+    async def send(self, message: Message) -> None:
+        if self._replaced:
+            return
+        if message["type"] == "http.response.start" and _is_rays(message):
+            self._replaced = True
+            status = message["status"]
+            answer = error_answer(_error(self._scope, status), status_code=status)
+            await answer(self._scope, self._receive, self._send)
+            return
+        await self._send(message)
+
+
+def _is_rays(message: Message) -> bool:
+    """Whether it is a page of the proxy's own: frameworks say how long their pages are."""
+    headers = dict(message.get("headers", ()))
+    kind = bytes(headers.get(b"content-type", b""))
+    return (
+        message["status"] >= 400
+        and kind.startswith(b"text/plain")
+        and b"content-length" not in headers
+    )
+
+
+def _error(scope: Scope, status: int) -> MoesaicError:
+    match status:
+        case 404:
+            return RequestError(f"{scope['method']} {scope['path'][:200]}: Not Found")
+        case 408:
+            return Expired("the request took longer than it may")
+        case 429 | 503:
+            return NoAnswer()
+        case _:
+            return InternalError()

@@ -1,0 +1,251 @@
+"""The OpenAI-compatible HTTP endpoint, as a FastAPI app that knows nothing of Ray.
+
+The life of a request: read (bounded) -> parse -> encode -> generate -> text -> JSON or SSE.
+Headers are sent with the first piece of text, so that whatever fails before it has a status of its
+own; what fails later is an SSE event. A client that goes away closes the generator, and that
+cancels the request in the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import StatelessLifespan
+
+from ...cluster.service.web_guard import WebGuard
+from ...proto.errors import MoesaicError, RequestError, UnknownModel
+from ..engine.engine import Limits, Sampling
+from ..engine.served_model import Piece, ServedModel
+from ..text.thinking import Thinking
+from ..text.tool_calls import Calls
+from .embeddings import add_embeddings
+from .http.bodies import Bodies, BodyLimits
+from .http.edge import (
+    Defects,
+    Edge,
+    allow_cors,
+    began,
+    error_answer,
+    event_stream,
+    json_response,
+    request_id,
+    unless_disconnected,
+)
+from .http.gate import Gate, Gated
+from .http.health import Health, ModelHealth
+from .http.metrics import HttpMetrics
+from .http.probes import add_health
+from .openai.answers import Answers, ChatAnswers, Numbered, TextAnswers, chunks, collect, merge
+from .openai.openapi import document, errors, generation
+from .openai.requests import ChatRequest, CompletionRequest, parse_request
+from .openai.responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
+
+# OpenAI's default for completions; a chat answer may fill what the context leaves.
+COMPLETION_MAX_TOKENS = 16
+CLIENT_CLOSED_REQUEST = 499  # nginx's number: nobody receives it, logs do
+
+Asked = CompletionRequest | ChatRequest
+
+
+def create_app(
+    *,
+    models: Mapping[str, ServedModel],
+    bodies: BodyLimits,
+    aliases: Mapping[str, Sequence[str]] | None = None,
+    cors_origins: Sequence[str] = (),
+    guard: WebGuard | None = None,
+    metrics: HttpMetrics | None = None,
+    lifespan: StatelessLifespan[FastAPI] | None = None,
+    health: Health | None = None,
+    gate: Gate | None = None,
+) -> FastAPI:
+    """``aliases``: more names, by model. ``cors_origins``: see `EndpointSpec`. ``guard``: without,
+    every Host and Origin may ask. ``metrics`` has what is counted. ``health``: without, all models
+    are ready. ``gate``: whoever holds it ends the app."""
+    # Pages that show the document would load their scripts from elsewhere.
+    app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan)
+    document(app)
+    metrics = metrics or HttpMetrics()
+    gate = gate or Gate()
+    # The last that is added is the outermost.
+    app.add_middleware(Gated, gate=gate)
+    app.add_middleware(Defects)
+    if cors_origins:
+        allow_cors(app, cors_origins)
+    app.add_middleware(Edge, metrics=metrics, guard=guard or WebGuard(loopback=False))
+    ready = {name: ModelHealth() for name in models}
+    add_health(app, health or Health(ready, aliases, leaving=lambda: gate.ending))
+    models = {
+        name: model
+        for own, model in models.items()
+        for name in (own, *(aliases or {}).get(own, ()))
+    }
+    _add_models(app, models)
+    held = Bodies(bodies)
+    _add_generation(app, models, metrics, held)
+    add_embeddings(app, partial(_find, models), held)
+    _add_errors(app)
+    return app
+
+
+def _add_models(app: FastAPI, models: Mapping[str, ServedModel]) -> None:
+    @app.get("/v1/models")
+    async def list_models() -> ModelList:
+        return ModelList(data=[_card(name, model) for name, model in models.items()])
+
+    # A hub id has a slash.
+    @app.get("/v1/models/{model_id:path}", openapi_extra={"responses": errors()})
+    async def get_model(model_id: str) -> ModelCard:
+        return _card(model_id, _find(models, model_id))
+
+
+def _add_generation(
+    app: FastAPI, models: Mapping[str, ServedModel], metrics: HttpMetrics, bodies: Bodies
+) -> None:
+    @app.post(
+        "/v1/completions", openapi_extra=generation(CompletionRequest, Completion, Completion)
+    )
+    async def complete(request: Request) -> Response:
+        asked = await bodies.parsed(request, partial(parse_request, CompletionRequest))
+        model = _find(models, asked.model)
+        prompts = [
+            await model.encode(prompt) if isinstance(prompt, str) else prompt
+            for prompt in asked.prompt
+        ]
+        sampling = asked.sampling(
+            asked.max_tokens or min(COMPLETION_MAX_TOKENS, model.limits.max_answer_tokens),
+            model.limits.experts,
+        )
+        for prompt_ids in prompts:
+            model.limits.check(prompt_ids, sampling)
+        identity = request_id(request)
+        streams = _streams(model, identity, asked, prompts, sampling, continues_text=True)
+        echoed = [
+            prompt if isinstance(prompt, str) else model.decode(prompt)
+            for prompt in (asked.prompt if asked.echo else ())
+            for _ in range(asked.choices)
+        ]
+        tokens = sum(map(len, prompts))
+        answers = TextAnswers(f"cmpl-{identity}", model.id, tokens, echoed)
+        pieces = metrics.watch(model.id, tokens, began(request), merge(streams))
+        return await _respond(request, asked, pieces, len(streams), answers)
+
+    @app.post(
+        "/v1/chat/completions", openapi_extra=generation(ChatRequest, ChatCompletion, ChatChunk)
+    )
+    async def chat(request: Request) -> Response:
+        asked = await bodies.parsed(request, partial(parse_request, ChatRequest))
+        model = _find(models, asked.model)
+        messages = [message.for_template() for message in asked.messages]
+        prompt = await model.encode_chat(messages, asked.offered_tools, asked.chat_template_kwargs)
+        prompt_ids = prompt.token_ids
+        budget = asked.token_budget or _rest(model.limits, len(prompt_ids))
+        sampling = asked.sampling(budget, model.limits.experts)
+        if sampling.form is not None:
+            sampling = replace(sampling, form=replace(sampling.form, thinking=prompt.thinking))
+        try:
+            model.limits.check(prompt_ids, sampling)
+        except RequestError as error:
+            error.param = {"prompt": "messages"}.get(error.param or "", error.param)
+            raise
+        identity = request_id(request)
+        streams = _streams(
+            model,
+            identity,
+            asked,
+            [prompt_ids],
+            sampling,
+            continues_text=False,
+            calls=asked.calls,
+            thinking=prompt.thinking,
+        )
+        answers = ChatAnswers(f"chatcmpl-{identity}", model.id, len(prompt_ids))
+        pieces = metrics.watch(model.id, len(prompt_ids), began(request), merge(streams))
+        return await _respond(request, asked, pieces, len(streams), answers)
+
+
+def _streams(
+    model: ServedModel,
+    identity: str,
+    asked: Asked,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    continues_text: bool,
+    calls: Calls = "none",
+    thinking: Thinking | None = None,
+) -> list[AsyncGenerator[Piece, None]]:
+    """The texts of all choices, those of the first prompt first."""
+    return [
+        model.stream(
+            f"{identity}-{prompt * asked.choices + n}",
+            prompt_ids,
+            _nth(sampling, n),
+            asked.stop or (),
+            continues_text=continues_text,
+            resumable=asked.moesaic.resumable,
+            calls=calls,
+            thinking=thinking,
+        )
+        for prompt, prompt_ids in enumerate(prompts)
+        for n in range(asked.choices)
+    ]
+
+
+def _nth(sampling: Sampling, n: int) -> Sampling:
+    """With one seed all choices would be the same text."""
+    if sampling.seed is None or not n:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + n) % 2**63)
+
+
+async def _respond(
+    request: Request, asked: Asked, pieces: Numbered, choices: int, answers: Answers
+) -> Response:
+    if asked.stream:
+        return await event_stream(
+            request, chunks(pieces, choices, answers, include_usage=asked.include_usage)
+        )
+    return json_response(await unless_disconnected(request, collect(pieces, choices, answers)))
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(MoesaicError)
+    async def on_error(request: Request, error: MoesaicError) -> Response:
+        return error_answer(error, request_id(request))
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        refused = RequestError(f"{request.method} {request.url.path}: {error.detail}")
+        return error_answer(refused, status_code=error.status_code)
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _find(models: Mapping[str, ServedModel], model_id: str) -> ServedModel:
+    if model_id not in models:
+        raise UnknownModel(
+            f"the model {model_id!r} does not exist; there are: {', '.join(models)}", param="model"
+        )
+    return models[model_id]
+
+
+def _card(name: str, model: ServedModel) -> ModelCard:
+    return ModelCard(
+        id=name,
+        created=model.created,
+        root=model.id,
+        max_model_len=model.limits.max_total_tokens,
+    )
+
+
+def _rest(limits: Limits, prompt_tokens: int) -> int:
+    """What the limits leave for an answer; at least 1, so that the prompt is found at fault."""
+    return max(1, min(limits.max_total_tokens - prompt_tokens, limits.max_answer_tokens))

@@ -1,0 +1,236 @@
+"""Pieces of text as OpenAI's JSON: whole answers, and the chunks of streamed ones."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from ...engine.served_model import Piece, TokenChoice
+from ...text.tool_calls import ToolCall
+from .responses import (
+    Called,
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    Completion,
+    CompletionChoice,
+    Moesaic,
+    TextLogprobs,
+    Usage,
+)
+
+Numbered = AsyncGenerator[tuple[int, Piece], None]  # (choice, piece)
+
+
+class Answers(Protocol):
+    """How one endpoint words its answers.
+
+    A chunk is sent with the fields that were set, so chunks name all that must be there, null too.
+    """
+
+    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]: ...
+
+    def usage(self, tokens: int) -> BaseModel:
+        """The extra last chunk of ``stream_options.include_usage``."""
+        ...
+
+    def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel: ...
+
+
+class TextAnswers:
+    """``/v1/completions``; one choice for each prompt and ``n``."""
+
+    def __init__(
+        self, answer_id: str, model: str, prompt_tokens: int, echoed: Sequence[str] = ()
+    ) -> None:
+        """``echoed``: for each choice the prompt's text, which the answer begins with; or none."""
+        self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
+        self._prompt_tokens = prompt_tokens
+        self._echoed = echoed
+
+    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]:
+        yield Completion(
+            **self._base,
+            object="text_completion",
+            choices=[self._choice(index, self._echo(index, is_first) + piece.text, piece)],
+        )
+
+    def usage(self, tokens: int) -> BaseModel:
+        return Completion(
+            **self._base,
+            object="text_completion",
+            choices=[],
+            usage=Usage.of(self._prompt_tokens, tokens),
+        )
+
+    def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
+        return Completion(
+            **self._base,
+            choices=[
+                self._choice(index, self._echo(index, True) + text, piece)
+                for index, (text, piece) in enumerate(zip(texts, last, strict=True))
+            ],
+            usage=Usage.of(self._prompt_tokens, sum(piece.tokens for piece in last)),
+        )
+
+    def _choice(self, index: int, text: str, piece: Piece) -> CompletionChoice:
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=TextLogprobs.of(piece.logprobs),
+            finish_reason=piece.finish_reason,
+            moesaic=Moesaic.of(piece),
+        )
+
+    def _echo(self, index: int, is_first: bool) -> str:
+        return self._echoed[index] if self._echoed and is_first else ""
+
+
+class ChatAnswers:
+    """``/v1/chat/completions``; one choice for each ``n``."""
+
+    def __init__(self, answer_id: str, model: str, prompt_tokens: int) -> None:
+        self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
+        self._prompt_tokens = prompt_tokens
+        self._calls: dict[int, int] = {}  # of tools, sent so far for each choice
+
+    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]:
+        if is_first:
+            yield self._chunk(index, ChatDelta(role="assistant", content=""))
+        logprobs = ChatLogprobs.of(piece.logprobs)
+        if piece.reasoning:
+            yield self._chunk(index, ChatDelta(reasoning_content=piece.reasoning))
+        if piece.text or logprobs is not None:
+            yield self._chunk(index, ChatDelta(content=piece.text), logprobs=logprobs)
+        if piece.calls:
+            first = self._calls.get(index, 0)
+            self._calls[index] = first + len(piece.calls)
+            yield self._chunk(index, ChatDelta(tool_calls=Called.of(piece.calls, first)))
+        if piece.finish_reason is not None:
+            yield self._chunk(index, ChatDelta(), piece)
+
+    def usage(self, tokens: int) -> BaseModel:
+        return ChatChunk(
+            **self._base,
+            object="chat.completion.chunk",
+            choices=[],
+            usage=Usage.of(self._prompt_tokens, tokens),
+        )
+
+    def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
+        choices = [
+            ChatChoice(
+                index=index,
+                message=ChatAnswer(
+                    content=text if text or not piece.calls else None,
+                    reasoning_content=piece.reasoning or None,
+                    tool_calls=Called.of(piece.calls),
+                ),
+                logprobs=ChatLogprobs.of(piece.logprobs),
+                finish_reason=piece.finish_reason,
+                moesaic=Moesaic.of(piece),
+            )
+            for index, (text, piece) in enumerate(zip(texts, last, strict=True))
+        ]
+        usage = Usage.of(self._prompt_tokens, sum(piece.tokens for piece in last))
+        return ChatCompletion(**self._base, choices=choices, usage=usage)
+
+    def _chunk(
+        self,
+        index: int,
+        delta: ChatDelta,
+        last: Piece | None = None,
+        *,
+        logprobs: ChatLogprobs | None = None,
+    ) -> ChatChunk:
+        choice = ChatChunkChoice(
+            index=index,
+            delta=delta,
+            logprobs=logprobs,
+            finish_reason=last.finish_reason if last else None,
+            moesaic=Moesaic.of(last),
+        )
+        return ChatChunk(**self._base, object="chat.completion.chunk", choices=[choice])
+
+
+async def merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> Numbered:
+    """The pieces of all choices as they come; the first error ends them all."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for piece in only:
+                yield 0, piece
+        return
+    queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue(maxsize=len(streams))
+
+    async def pump(index: int, stream: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for piece in stream:
+                    await queue.put((index, piece))
+        except Exception as error:
+            await queue.put((index, error))
+
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        unfinished = len(streams)
+        while unfinished:
+            index, piece = await queue.get()
+            if isinstance(piece, Exception):
+                raise piece
+            unfinished -= piece.finish_reason is not None
+            yield index, piece
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def collect(pieces: Numbered, choices: int, answers: Answers) -> BaseModel:
+    """The whole answer."""
+    texts: list[list[str]] = [[] for _ in range(choices)]
+    logprobs: list[list[TokenChoice]] = [[] for _ in range(choices)]
+    calls: list[list[ToolCall]] = [[] for _ in range(choices)]
+    reasoning: list[list[str]] = [[] for _ in range(choices)]
+    last = [Piece("", 0)] * choices
+    async with aclosing(pieces):
+        async for index, piece in pieces:
+            texts[index].append(piece.text)
+            logprobs[index] += piece.logprobs
+            calls[index] += piece.calls
+            reasoning[index].append(piece.reasoning)
+            last[index] = piece
+    last = [
+        replace(
+            piece,
+            logprobs=tuple(logprobs[index]),
+            calls=tuple(calls[index]),
+            reasoning="".join(reasoning[index]),
+        )
+        for index, piece in enumerate(last)
+    ]
+    return answers.whole(["".join(parts) for parts in texts], last)
+
+
+async def chunks(
+    pieces: Numbered, choices: int, answers: Answers, *, include_usage: bool
+) -> AsyncGenerator[BaseModel, None]:
+    """The same in pieces."""
+    tokens: list[int | None] = [None] * choices
+    async with aclosing(pieces):
+        async for index, piece in pieces:
+            for chunk in answers.chunks(index, piece, is_first=tokens[index] is None):
+                # With usage at the end, the others have the field, too.
+                yield chunk.model_copy(update={"usage": None}) if include_usage else chunk
+            tokens[index] = piece.tokens
+    if include_usage:
+        yield answers.usage(sum(count or 0 for count in tokens))

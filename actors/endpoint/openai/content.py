@@ -1,0 +1,88 @@
+"""What a message says: its parts, and what clients keep beside them that changes no answer.
+
+Clients put hints for other services into messages (`cache_control`), and send earlier answers back
+with what their own library added to them. Such keys are known by name and ignored; any other
+unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import PlainValidator, ValidationInfo
+from typing_extensions import TypedDict
+
+from .refusals import misfit
+
+_CACHE = ("cache_control", "prompt_cache_breakpoint")  # LiteLLM's and OpenRouter's, and OpenAI's
+_HINTS: dict[str, tuple[str, ...]] = {
+    # `parsed`: what openai's `parse` made of the text. What is not text in an answer has a place
+    # in `annotations` (OpenAI) and `provider_specific_fields` (LiteLLM).
+    "messages.*": (*_CACHE, "annotations", "parsed", "provider_specific_fields"),
+    # LangChain keeps those of streamed parts.
+    "messages.*.content.*": (*_CACHE, "annotations", "citations", "id", "index"),
+    # `index`: of a call in a stream.
+    "messages.*.tool_calls.*": (*_CACHE, "index", "extra_content", "provider_specific_fields"),
+    "messages.*.tool_calls.*.function": ("parsed_arguments", "provider_specific_fields"),
+    "tools.*": _CACHE,
+    "tools.*.function": _CACHE,
+}
+
+
+def without_hints(value: Any, path: str = "") -> Any:
+    """A chat request's body without the hints in it."""
+    if isinstance(value, list):
+        return [without_hints(one, f"{path}.*") for one in value]
+    if not isinstance(value, dict):
+        return value
+    dropped = _HINTS.get(path, ())
+    return {
+        key: without_hints(one, f"{path}.{key}" if path else str(key))
+        for key, one in value.items()
+        if key not in dropped
+    }
+
+
+class TextPart(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(TypedDict):
+    """Of an assistant alone."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+def _check_content(value: Any, message: ValidationInfo) -> str:
+    """A message's text: a string, or text parts that are joined."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise misfit("", "must be a string or a list of text parts", value)
+    kinds = ("text", "refusal") if message.data.get("role") == "assistant" else ("text",)
+    return "".join(_text_of(part, f"[{n}]", kinds) for n, part in enumerate(value))
+
+
+def _text_of(part: Any, path: str, kinds: tuple[str, ...]) -> str:
+    if not isinstance(part, dict):
+        raise misfit(path, 'must be a part such as {"type": "text", "text": "..."}', part)
+    kind = part.get("type")
+    if kind not in kinds:
+        raise misfit(
+            f"{path}.type",
+            f"parts of this type are not supported; there are: {', '.join(kinds)}",
+            kind,
+        )
+    if not isinstance(part.get(kind), str):
+        raise misfit(f"{path}.{kind}", "must be a string", part.get(kind))
+    if more := sorted(set(part) - {"type", kind}):
+        raise misfit(f"{path}.{more[0]}", f"is no key of a {kind} part", part[more[0]])
+    return part[kind]
+
+
+Content = Annotated[
+    str,
+    PlainValidator(_check_content, json_schema_input_type=str | list[TextPart | RefusalPart]),
+]

@@ -1,0 +1,285 @@
+"""The OpenAI-compatible responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
+
+from ....proto.errors import MoesaicError, words_for_client
+from ...engine.served_model import Piece, TokenChoice, TokenText
+from ...text.tool_calls import ToolCall
+
+
+class ErrorBody(BaseModel):
+    """``code`` names the class in ``proto.errors``, so that a client can raise the same one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorBody
+
+
+def error_response(
+    error: MoesaicError, request_id: str = "", *, words: str | None = None
+) -> ErrorResponse:
+    """``words``: in place of what any client may be told (`words_for_client`)."""
+    words = words_for_client(error, request_id) if words is None else words
+    kinds = {
+        400: "invalid_request_error",
+        401: "authentication_error",
+        403: "permission_error",
+        404: "invalid_request_error",
+        429: "rate_limit_error",
+    }
+    return ErrorResponse(
+        error=ErrorBody(
+            message=words,
+            type=kinds.get(error.http_status, "server_error"),
+            param=getattr(error, "param", None),
+            code=error.code,
+        )
+    )
+
+
+def _without_none(
+    one: BaseModel, serialize: SerializerFunctionWrapHandler, *names: str
+) -> dict[str, Any]:
+    """Fields that are not there where there is nothing to say."""
+    found: dict[str, Any] = serialize(one)
+    return {key: value for key, value in found.items() if key not in names or value is not None}
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, prompt: int, completion: int) -> Usage:
+        return cls(
+            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+        )
+
+
+class Moesaic(BaseModel):
+    """What the answer went without: how many experts each token had, if they were not the model's
+    own number; the largest part of a token's gate weights in one layer that was left out since
+    experts were not to be had, and for how many tokens of a layer each anything was."""
+
+    experts_per_token: int | None = None
+    max_dropped: float | None = None
+    times_dropped: int | None = None
+
+    @classmethod
+    def of(cls, piece: Piece | None) -> Moesaic | None:
+        if piece is None or (piece.dropped is None and piece.experts_per_token is None):
+            return None
+        dropped = piece.dropped
+        return cls(
+            experts_per_token=piece.experts_per_token,
+            max_dropped=None if dropped is None else round(dropped.largest, 6),
+            times_dropped=None if dropped is None else dropped.times,
+        )
+
+    @model_serializer(mode="wrap")
+    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(self, serialize, *type(self).model_fields)
+
+
+class ModelCard(BaseModel):
+    """``root``: the model's own name, where ``id`` is an alias of it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["moesaic"] = "moesaic"
+    root: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+# What stands in JSON for a probability of zero, as in OpenAI's API.
+_NEVER = -9999.0
+
+
+def _number(logprob: float) -> float:
+    return max(logprob, _NEVER)
+
+
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+    @classmethod
+    def of(cls, one: TokenText) -> TokenLogprob:
+        return cls(token=one.text, logprob=_number(one.logprob), bytes=list(one.bytes))
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChosenLogprob]
+    refusal: None = None
+
+    @classmethod
+    def of(cls, choices: Sequence[TokenChoice]) -> ChatLogprobs | None:
+        if not choices:
+            return None
+        return cls(
+            content=[
+                ChosenLogprob(
+                    **TokenLogprob.of(one.chosen).model_dump(),
+                    top_logprobs=[TokenLogprob.of(other) for other in one.top],
+                )
+                for one in choices
+            ]
+        )
+
+
+class TextLogprobs(BaseModel):
+    """Of a completion; offsets count characters from the begin of the generated text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+    @classmethod
+    def of(cls, choices: Sequence[TokenChoice]) -> TextLogprobs | None:
+        if not choices:
+            return None
+        return cls(
+            tokens=[one.chosen.text for one in choices],
+            token_logprobs=[_number(one.chosen.logprob) for one in choices],
+            top_logprobs=[_by_text(one) for one in choices],
+            text_offset=[one.offset for one in choices],
+        )
+
+
+def _by_text(choice: TokenChoice) -> dict[str, float]:
+    """The likeliest tokens and the one that was chosen; of two with the same text the likelier."""
+    found: dict[str, float] = {}
+    for one in (*choice.top, choice.chosen):
+        found[one.text] = max(_number(one.logprob), found.get(one.text, _NEVER))
+    return found
+
+
+class _Choice(BaseModel):
+    index: int
+    finish_reason: str | None
+    moesaic: Moesaic | None = None  # only where there is something to say
+
+    @model_serializer(mode="wrap")
+    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(self, serialize, "moesaic")
+
+
+class CompletionChoice(_Choice):
+    text: str
+    logprobs: TextLogprobs | None = None
+
+
+class Completion(BaseModel):
+    """A whole answer, or one chunk of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str
+
+
+class Called(BaseModel):
+    """A call of a tool; ``index`` only in streams."""
+
+    index: int | None = None
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    @classmethod
+    def of(cls, calls: Sequence[ToolCall], first: int | None = None) -> list[Called] | None:
+        """``first``: the number of the first of them in a stream."""
+        return [
+            cls(
+                index=None if first is None else first + n,
+                id=call.id,
+                # Said, since chunks leave out what is not: clients tell kinds of calls by it.
+                type="function",
+                function=CalledFunction(name=call.name, arguments=call.arguments),
+            )
+            for n, call in enumerate(calls)
+        ] or None
+
+    @model_serializer(mode="wrap")
+    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(self, serialize, "index")
+
+
+class ChatAnswer(BaseModel):
+    """``reasoning_content``: what a model that thinks wrote before its answer, as DeepSeek's API
+    and vLLM name it."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    reasoning_content: str | None = None
+    refusal: None = None
+    tool_calls: list[Called] | None = None
+
+    @model_serializer(mode="wrap")
+    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(self, serialize, "tool_calls", "reasoning_content")
+
+
+class ChatChoice(_Choice):
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Called] | None = None
+
+
+class ChatChunkChoice(_Choice):
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None

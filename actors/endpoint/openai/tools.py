@@ -1,0 +1,194 @@
+"""What a chat request says of tools, and of the form of its answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field, PlainValidator
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
+
+from ....proto.errors import RequestError
+from ...text.answer_form import ANY_OBJECT, ToolForm
+from .sampling import Strict
+
+MAX_TOOLS = 128
+
+
+class Function(Strict):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None  # calls are held to the parameters' schema
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"function": {"strict"}}, exclude_none=True)
+
+    def form(self, param: str, *, held: bool) -> ToolForm:
+        """``held``: its arguments are held to its schema, which the request has at ``param``.
+        Raises RequestError where that is no object's."""
+        schema = self.function.parameters
+        if not held or not schema:
+            return ToolForm(name=self.function.name, schema=ANY_OBJECT, param=param)
+        kind = schema.get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise RequestError(
+                f"{param}: arguments are an object; got the type {kind!r}, where 'object' is "
+                "expected",
+                param=param,
+            )
+        text = json.dumps({**schema, "type": "object"})
+        return ToolForm(name=self.function.name, schema=text, param=param)
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """``tool_choice``: how calls are wanted, and of which tools; None: of all."""
+
+    mode: Literal["none", "auto", "required", "named"] = "auto"
+    names: tuple[str, ...] | None = None
+
+
+class NamedFunction(TypedDict):
+    name: str
+
+
+class NamedTool(TypedDict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedTools(TypedDict):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedChoice(TypedDict):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _choice_of(value: Any) -> ToolChoice | None:
+    if value is None or isinstance(value, str):
+        if value not in (None, "none", "auto", "required"):
+            raise _wrong_choice(f"is {value!r}; there are none, auto, required, and a function")
+        return None if value is None else ToolChoice(value)
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "function":
+        return ToolChoice("named", (_named(value),))
+    if kind != "allowed_tools":
+        raise _wrong_choice(
+            f"has the type {kind!r}; there are none, auto, required, "
+            '{"type": "function", "function": {"name": ...}} and the type allowed_tools'
+        )
+    allowed = value.get("allowed_tools")
+    if (
+        set(value) != {"type", "allowed_tools"}
+        or not isinstance(allowed, dict)
+        or set(allowed) != {"mode", "tools"}
+        or allowed["mode"] not in ("auto", "required")
+        or not isinstance(allowed["tools"], list)
+        or not allowed["tools"]
+    ):
+        raise _wrong_choice("needs allowed_tools with a mode (auto, required) and tools")
+    return ToolChoice(allowed["mode"], tuple(map(_named, allowed["tools"])))
+
+
+def _named(value: Any) -> str:
+    """The name in ``{"type": "function", "function": {"name": ...}}``."""
+    function = value.get("function") if isinstance(value, dict) else None
+    if (
+        not isinstance(function, dict)
+        or value.get("type") != "function"
+        or set(value) != {"type", "function"}
+        or set(function) != {"name"}
+        or not isinstance(function["name"], str)
+    ):
+        raise _wrong_choice('names a function as {"type": "function", "function": {"name": ...}}')
+    return function["name"]
+
+
+def _wrong_choice(why: str) -> PydanticCustomError:
+    return PydanticCustomError("tool_choice", "{why}", {"why": why})
+
+
+Choice = Annotated[
+    ToolChoice | None,
+    PlainValidator(
+        _choice_of,
+        json_schema_input_type=Literal["none", "auto", "required"]
+        | NamedTool
+        | AllowedChoice
+        | None,
+    ),
+]
+
+
+class FunctionCall(Strict):
+    name: str
+    arguments: str
+
+
+class Call(Strict):
+    """A call that the model made earlier, as clients send it back."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+    def for_template(self) -> dict[str, Any]:
+        """Arguments stay the text that they are: templates differ in what they take."""
+        return self.model_dump()
+
+
+def _schema_of(value: Any) -> str | None:
+    """``response_format`` as a JSON schema in JSON; None: any text."""
+
+    def wrong(why: str) -> PydanticCustomError:
+        return PydanticCustomError("response_format", "{why}", {"why": why})
+
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise wrong("must be an object with a type")
+    kind = value.get("type")
+    wanted = {"type", "json_schema"} if kind == "json_schema" else {"type"}
+    if kind not in ("text", "json_object", "json_schema"):
+        raise wrong(f"has the type {kind!r}; there are text, json_object and json_schema")
+    if set(value) != wanted:
+        raise wrong(f"of type {kind} has the keys {sorted(wanted)}, and no others")
+    if kind != "json_schema":
+        return None if kind == "text" else '{"type": "object"}'
+    named = value["json_schema"]
+    if not isinstance(named, dict) or not isinstance(named.get("schema"), dict):
+        raise wrong("needs a json_schema object with a schema")
+    if unknown := set(named) - {"name", "description", "schema", "strict"}:
+        raise wrong(f"has the unknown keys {sorted(unknown)} in json_schema")
+    return json.dumps(named["schema"])
+
+
+class NamedSchema(TypedDict):
+    schema: dict[str, Any]
+    name: NotRequired[str]
+    description: NotRequired[str]
+    strict: NotRequired[bool | None]
+
+
+class ResponseFormat(TypedDict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NotRequired[NamedSchema]
+
+
+JsonSchema = Annotated[
+    str | None, PlainValidator(_schema_of, json_schema_input_type=ResponseFormat | None)
+]

@@ -1,0 +1,248 @@
+"""The seam between the service (tokenizers, HTTP, Ray) and what runs a trunk's model: token ids
+in, token ids out, many requests at once. Nothing here knows about either side, or needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+
+from ...cluster.routing.expert_fallback import Dropped
+from ...cluster.routing.expert_options import WAIT, MissingExpert, RowWish
+from ...cluster.spec.parts import LimitSpec
+from ...proto.errors import RequestError
+from ..text.answer_form import AnswerForm
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FinishReason = Literal["stop", "length"]
+
+UNBOUNDED = 2**62
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How one request's tokens are chosen; the values were checked by the caller."""
+
+    max_tokens: int
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: of all tokens
+    min_p: float = 0.0  # tokens with less than this part of the likeliest one's probability are out
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added)
+    seed: int | None = None
+    logprobs: int | None = (
+        None  # likeliest tokens that are given beside each; None: no log-probabilities
+    )
+    form: AnswerForm | None = None  # that the answer is held to; None: any text
+    priority: int = 0  # the smaller, the sooner it leaves the queue
+    missing: MissingExpert = WAIT
+    experts_per_token: int | None = None  # None: as many as the model's gates choose
+
+    @property
+    def wish(self) -> RowWish:
+        return RowWish(self.missing, self.experts_per_token)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pooling:
+    """How the hidden states of a text become one vector: that of the ``last`` token, or the
+    ``mean`` of all; with ``normalize`` its length is 1."""
+
+    kind: Literal["last", "mean"] = "last"
+    normalize: bool = True
+
+
+class TokenLogprob(NamedTuple):
+    """One generated token, by the model's own distribution: before bias, penalties, temperature."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens, the first one first
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens of a request, without the end-of-text token; the last one says why it ended."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    dropped: Dropped | None = None  # what the request went without so far
+    logprobs: tuple[TokenLogprob, ...] = ()  # one for each token, if they were asked for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertBounds:
+    """How many experts a model's tokens may have."""
+
+    most: int | None = None  # the model's own number; None: not known
+    default: int | None = None  # where a request says nothing; None: the model's own
+    least: int | None = None  # that a request may ask for; None: none but the default
+
+    def granted(self, asked: int | None) -> int | None:
+        """The number for a request that asks for ``asked``. Raises RequestError."""
+        if asked is None:
+            return self.default
+        usual = self.default or self.most
+        least, most = self.least or usual, self.most or usual
+        if least is None or asked < least or (most is not None and asked > most):
+            allowed = "none" if least is None else f"{least} to {most or 'what the model has'}"
+            raise RequestError(
+                f"moesaic.experts_per_token is {asked}; allowed here: {allowed} "
+                "(models.min_experts_per_token in the cluster's spec)",
+                param="moesaic.experts_per_token",
+            )
+        return asked
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one request may ask for, in tokens, and how many requests are admitted at once."""
+
+    max_prompt_tokens: int
+    max_total_tokens: int
+    max_requests: int
+    vocab_size: int
+    max_answer_tokens: int = UNBOUNDED
+    experts: ExpertBounds = ExpertBounds()
+    request_s: float | None = None  # from its begin to its last token
+    priorities: tuple[int, int] | None = None  # the least and the most; None: any
+
+    def within(self, spec: LimitSpec) -> Limits:
+        """As far as the spec allows it."""
+        return replace(
+            self,
+            max_prompt_tokens=min(self.max_prompt_tokens, spec.prompt_tokens or UNBOUNDED),
+            max_answer_tokens=min(self.max_answer_tokens, spec.answer_tokens or UNBOUNDED),
+            request_s=spec.request_s,
+            priorities=(spec.min_priority, spec.max_priority),
+        )
+
+    def check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        """Raises RequestError that names ``prompt``, ``max_tokens``, ``priority`` or
+        ``logit_bias``."""
+        prompt_tokens, max_tokens = len(prompt_ids), sampling.max_tokens
+        if prompt_tokens < 1:
+            raise RequestError("the prompt is empty", param="prompt")
+        if prompt_tokens > self.max_prompt_tokens:
+            raise RequestError(
+                f"the prompt has {prompt_tokens} tokens; {self.max_prompt_tokens} are possible",
+                param="prompt",
+            )
+        if max_tokens < 1:
+            raise RequestError(f"max_tokens is {max_tokens}; it must be >= 1", param="max_tokens")
+        if max_tokens > self.max_answer_tokens:
+            raise RequestError(
+                f"max_tokens is {max_tokens}; {self.max_answer_tokens} are allowed here",
+                param="max_tokens",
+            )
+        if prompt_tokens + max_tokens > self.max_total_tokens:
+            raise RequestError(
+                f"prompt ({prompt_tokens} tokens) and max_tokens ({max_tokens}) make "
+                f"{prompt_tokens + max_tokens}; {self.max_total_tokens} are possible",
+                param="max_tokens",
+            )
+        if self.priorities is not None:
+            least, most = self.priorities
+            if not least <= sampling.priority <= most:
+                raise RequestError(
+                    f"priority is {sampling.priority}; {least} to {most} are allowed here",
+                    param="priority",
+                )
+        biased = [token_id for token_id, _ in sampling.logit_bias]
+        for param, token_ids in (("prompt", prompt_ids), ("logit_bias", biased)):
+            for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
+                if not 0 <= token_id < self.vocab_size:
+                    raise RequestError(
+                        f"{param}: token id {token_id} is not in the vocabulary "
+                        f"(0 to {self.vocab_size - 1})",
+                        param=param,
+                    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """A snapshot; the defaults are those of an engine that is not running."""
+
+    running: int = 0
+    waiting: int = 0
+    parked: int = 0  # of these, outside of the queue: for experts that nobody has at the moment
+    restarts: int = 0  # after a failed step
+    last_error: str | None = None
+    steps: int = 0
+    seconds_since_beat: float = 0.0  # since the loop last looked for work
+    cache_free: float = 1.0  # share of the KV cache, 0..1
+    healthy: bool = False  # False also when restarting does not help
+
+
+class Generate(Protocol):
+    """`Engine.generate`, here or in another process."""
+
+    def __call__(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
+    ) -> AsyncGenerator[Delta, None]:
+        """Yields until a Delta has a finish reason; closing the generator cancels the request.
+
+        ``already``: the answer's first tokens, where another trunk has generated them. They count
+        as the answer's, and are not given again.
+
+        Raises RequestError, Busy, EngineError (retryable), or what ended just this request.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """Runs requests of one model. All methods may be called from any thread with an event loop."""
+
+    @property
+    def limits(self) -> Limits: ...
+
+    def start(self) -> None:
+        """Allocates the cache and starts the loop; raises when the model cannot be batched."""
+        ...
+
+    @property
+    def generate(self) -> Generate: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None:
+        """Ends the requests in flight with EngineError, the loop and its thread; repeatable."""
+        ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """An engine that can give vectors, beside what `Engine` has."""
+
+    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+        """(N, H) float32: the pooled last hidden state, behind the last norm, of each prompt.
+
+        Raises RequestError, Busy, EngineError (retryable), or what went wrong with a prompt.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Sizes of an engine; None: 8,192 cached tokens on a CPU, on CUDA what fits."""
+
+    page_size: int = 32  # tokens per KV page
+    num_blocks: int | None = None  # pages per layer
+    cache_memory_fraction: float = 0.5  # of what is free, where num_blocks is None
+    max_batch_tokens: int = 512  # per step: bounds how long a prefill delays the others
+    max_requests: int = 32  # per step
+    max_waiting: int = 256  # beyond those that run
+    park_s: float = 60.0  # how long a request waits for an expert that nobody has
+    stall_timeout_s: float = 120.0  # no step for so long: requests end with EngineError
+    close_timeout_s: float = 10.0
+    compiled: bool = False  # vLLM alone: compile what is around the experts

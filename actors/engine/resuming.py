@@ -1,0 +1,67 @@
+"""Streams that go on in another trunk when theirs is lost, for requests that ask for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from ...cluster.routing.expert_fallback import Dropped
+from ...proto.errors import Busy, EngineError
+from .engine import Delta, Generate, Sampling
+
+logger = logging.getLogger(__name__)
+
+# How long a request without a token in between is tried again: Serve starts trunks anew.
+RESUME_S = 120.0
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
+
+
+async def resuming(
+    generate: Generate,
+    request_id: str,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    resume_s: float = RESUME_S,
+) -> AsyncGenerator[Delta, None]:
+    """What ``generate`` yields; if its trunk is lost, the request is sent again with the tokens
+    that were generated, and goes on behind them. Raises EngineError when no trunk gives another
+    token within ``resume_s`` seconds."""
+    already: list[int] = []
+    before: Dropped | None = None  # what was dropped in trunks that are lost
+    until: float | None = None
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        dropped = None
+        try:
+            async with aclosing(generate(request_id, prompt_ids, sampling, already.copy())) as some:
+                async for delta in some:
+                    if delta.token_ids:
+                        already += delta.token_ids
+                        until, pause_s = None, _FIRST_PAUSE_S
+                    dropped = delta.dropped
+                    yield replace(delta, dropped=_both(before, dropped))
+            return
+        except (EngineError, Busy) as error:
+            # A trunk that is full refuses new requests; this one was admitted.
+            if isinstance(error, Busy) and until is None:
+                raise
+            now = time.monotonic()
+            until = until or now + resume_s
+            if now + pause_s >= until:
+                raise
+            logger.warning("request %s goes on elsewhere: %s", request_id, error)
+        before = _both(before, dropped)
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _both(one: Dropped | None, other: Dropped | None) -> Dropped | None:
+    if one is None or other is None:
+        return one or other
+    return Dropped(max(one.largest, other.largest), one.times + other.times)

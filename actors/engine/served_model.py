@@ -1,0 +1,269 @@
+"""One served model: prompts to token ids, and an engine's token ids back to text.
+
+Between HTTP (``ingress.py``) and an engine, wherever that runs; knows neither of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ...cluster.routing.expert_fallback import Dropped
+from ...proto.errors import Expired, RequestError
+from ..text.answer_parser import AnswerParser
+from ..text.chat_template import ChatPrompt, ChatTemplate
+from ..text.detokenizer import Detokenizer, StopSearch
+from ..text.marked_text import MarkedText
+from ..text.thinking import Thinking
+from ..text.tool_calls import Calls, ToolCall
+from ..text.vocabulary import Vocabulary
+from .engine import Delta, FinishReason, Generate, Limits, Pooling, Sampling, TokenLogprob
+from .resuming import resuming
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    Embed = Callable[[Sequence[Sequence[int]], Pooling], Awaitable[np.ndarray]]
+
+_MOST_CALLS: dict[Calls, int | None] = {"none": 0, "one": 1, "many": None, "named": 1}
+
+
+class TokenText(NamedTuple):
+    """What a token writes (see `text.Written`), and its log-probability."""
+
+    text: str
+    bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChoice:
+    """One generated token with the likeliest ones that could stand in its place."""
+
+    chosen: TokenText
+    top: tuple[TokenText, ...]
+    start: int  # characters before it, in the whole text
+    offset: int  # and in the text without special tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that may be sent now, and the tokens generated so far."""
+
+    text: str
+    tokens: int
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
+    dropped: Dropped | None = None  # experts that it went without
+    experts_per_token: int | None = None  # where it was not the model's own number
+    logprobs: tuple[TokenChoice, ...] = ()  # of the tokens since the last piece
+    calls: tuple[ToolCall, ...] = ()  # complete since the last piece
+    reasoning: str = ""  # text of the model's thinking that may be sent now
+
+
+class ServedModel:
+    """A model's name, tokenizer and limits, and the way to its engine."""
+
+    def __init__(
+        self,
+        model_id: str,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        generate: Generate,
+        embed: Embed | None = None,
+    ) -> None:
+        self.id = model_id
+        self.limits = limits
+        self.created = int(time.time())  # seconds since 1970, as the API wants it
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(model_id, tokenizer)
+        self._generate = generate
+        self._embed = embed
+        self._vocabulary = Vocabulary(tokenizer)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            # Encoding would switch them off itself, and two threads that do so at the same time
+            # get "Already borrowed" from the Rust side.
+            backend.no_truncation()
+            backend.no_padding()
+
+    async def encode(self, prompt: str) -> list[int]:
+        """Raises RequestError for a prompt that is certainly too long, before it is encoded."""
+        self._check_length(len(prompt), "prompt")
+        return await asyncio.to_thread(self._vocabulary.encode, prompt)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
+        """Messages (role, content, ...) in the model's chat template, which is told of ``tools``
+        and of ``options``. Raises RequestError."""
+        said = sum(len(message.get("content") or "") for message in messages)
+        self._check_length(said, "messages")
+        return await asyncio.to_thread(self._encode_chat, messages, tools, options)
+
+    async def stream(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        stops: Sequence[str],
+        *,
+        continues_text: bool,
+        resumable: bool = False,
+        calls: Calls = "none",
+        thinking: Thinking | None = None,
+    ) -> AsyncGenerator[Piece, None]:
+        """Text as it is generated; the last piece has a finish reason.
+
+        ``resumable``: it goes on in another trunk if its own is lost.
+
+        ``continues_text``: the text goes on from the prompt's (a completion), so a space between
+        them belongs to it; otherwise it stands for itself (a chat answer).
+
+        ``calls``: how many calls of tools are looked for in the text. ``thinking``: what the chat
+        template knows of it.
+
+        Stop strings and calls are searched in the whole text; a client gets it without special
+        tokens. Log-probabilities come with the text of their tokens, and not at all where that is
+        behind a stop string or behind the last call that is wanted.
+        """
+        detokenizer = Detokenizer(self._vocabulary, context=prompt_ids if continues_text else ())
+        search, called = StopSearch(stops), False
+        parser = AnswerParser(thinking, most_calls=_MOST_CALLS[calls])
+        tokens, passed, logprobs = 0, 0, list[TokenChoice]()
+        generated = (
+            resuming(self._generate, request_id, prompt_ids, sampling)
+            if resumable
+            else self._generate(request_id, prompt_ids, sampling)
+        )
+        if self.limits.request_s is not None:
+            generated = within(generated, self.limits.request_s)
+        async with aclosing(generated) as deltas:
+            async for delta in deltas:
+                tokens += len(delta.token_ids)
+                if delta.logprobs:
+                    text = MarkedText()
+                    for one in delta.logprobs:
+                        logprobs.append(_choice(detokenizer, one, sampling.logprobs or 0))
+                        text += detokenizer.push([one.token_id])
+                else:
+                    text = detokenizer.push(delta.token_ids)
+                if delta.finish_reason is not None:
+                    text += detokenizer.flush()
+                text, stopped = search.push(text)
+                reason = "stop" if stopped else delta.finish_reason
+                if reason is not None and not stopped:
+                    text += search.flush()
+                passed += len(text)
+                parsed = [parser.push(text)]
+                cut = stopped or parser.full
+                if parser.full:
+                    reason = "stop"
+                    passed -= parser.unread
+                elif reason is not None:
+                    parsed.append(parser.flush())
+                begun = logprobs
+                if cut or reason is None:
+                    begun = [one for one in logprobs if one.start < passed]
+                visible = "".join(one.content.visible for one in parsed)
+                thought = "".join(one.reasoning.visible for one in parsed)
+                found = tuple(call for one in parsed for call in one.calls)
+                called = called or bool(found)
+                if visible or thought or found or reason is not None:
+                    ends_in_calls = called and reason == "stop" and calls != "named"
+                    last = reason is not None
+                    yield Piece(
+                        visible,
+                        tokens,
+                        "tool_calls" if ends_in_calls else reason,
+                        dropped=delta.dropped if last else None,
+                        experts_per_token=sampling.experts_per_token if last else None,
+                        logprobs=tuple(begun),
+                        calls=found,
+                        reasoning=thought,
+                    )
+                    logprobs = logprobs[len(begun) :]
+                if reason is not None:
+                    return
+
+    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+        """See `Embeds.embed`. Raises Expired beyond `limits.request_s`."""
+        if self._embed is None:
+            raise RequestError(f"the model {self.id!r} gives no embeddings", param="model")
+        try:
+            async with asyncio.timeout(self.limits.request_s):
+                return await self._embed(prompts, pooling)
+        except TimeoutError:
+            raise _too_long(self.limits.request_s) from None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Without special tokens."""
+        known = [token_id for token_id in token_ids if token_id <= self._vocabulary.last]
+        return self._vocabulary.decode(known, visible=True)
+
+    def _check_length(self, characters: int, param: str) -> None:
+        possible = self.limits.max_prompt_tokens * self._vocabulary.longest_token
+        if characters > possible:
+            raise RequestError(
+                f"{param} has {characters} characters; {self.limits.max_prompt_tokens} tokens "
+                f"cannot hold more than {possible}",
+                param=param,
+            )
+
+    def _encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any] | None,
+    ) -> ChatPrompt:
+        rendered = self._template.render(messages, tools, options)
+        # Before it is encoded: a template may write far more than it was given.
+        self._check_length(len(rendered.text), "messages")
+        encoded = self._tokenizer(
+            rendered.text, add_special_tokens=False, truncation=False, verbose=False
+        )
+        return ChatPrompt(list(encoded.input_ids), rendered.thinking)
+
+
+def _choice(detokenizer: Detokenizer, one: TokenLogprob, most: int) -> TokenChoice:
+    """Of the token that comes next."""
+
+    def told(token_id: int, logprob: float) -> TokenText:
+        written = detokenizer.look(token_id)
+        return TokenText(written.text, written.bytes, logprob)
+
+    written = detokenizer.look(one.token_id)
+    return TokenChoice(
+        TokenText(written.text, written.bytes, one.logprob),
+        tuple(told(*other) for other in one.top[:most]),
+        written.start,
+        written.offset,
+    )
+
+
+async def within(
+    deltas: AsyncGenerator[Delta, None], seconds: float
+) -> AsyncGenerator[Delta, None]:
+    """The same, if the last comes within so many seconds. Raises Expired."""
+    until = asyncio.get_running_loop().time() + seconds
+    async with aclosing(deltas):
+        while True:
+            try:
+                async with asyncio.timeout_at(until):
+                    delta = await anext(deltas)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise _too_long(seconds) from None
+            yield delta
+
+
+def _too_long(seconds: float | None) -> Expired:
+    return Expired(f"the request took longer than {seconds or 0:g} s (endpoint.limits.request_s)")

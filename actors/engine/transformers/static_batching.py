@@ -1,0 +1,269 @@
+"""Batching for models that transformers' continuous batching cannot take: multi-head latent
+attention, linear-attention hybrids, encoder-decoder.
+
+Requests that come together run as one padded batch (`Cohort`), and the cohorts take turns, a token
+each; nobody joins one that runs. Simple and right rather than fast: vLLM has most of these.
+
+Shape suffixes: R = requests of a cohort, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ....cluster.routing.expert_options import RowGroups
+from ....proto.errors import EngineError, InternalError, MoesaicError, in_words
+from ..embedding import Encoder
+from ..engine import Delta, EngineConfig
+from ..sampling import choose
+from ..streams import Stream, Streams
+from .static_batch import Asked, Cohort, together
+
+logger = logging.getLogger(__name__)
+
+# Failed steps in a row, after which the engine is not healthy.
+MAX_FAILED = 3
+_IDLE_S = 0.5
+_DEFAULT_TOKENS = 8192  # in the caches of all requests
+
+
+class CohortLoop:
+    """A thread that steps the cohorts. The same face as `batching.BatchingLoop`'s."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: EngineConfig,
+        eos_token_ids: Sequence[int],
+        streams: Streams,
+        encoder: Encoder,
+    ) -> None:
+        self.streams = streams
+        self._encoder = encoder
+        self.restarts = 0
+        self.steps = 0
+        self.last_error: str | None = None
+        self.last_beat = time.monotonic()
+        self._model = model
+        self._config = config
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._generator = torch.Generator(model.device)
+        self._generator.seed()
+        self._cache_tokens = (config.num_blocks or 0) * config.page_size or _DEFAULT_TOKENS
+        self._failed = 0
+        self._pads = True
+        self._closing = threading.Event()
+        # The lock is for these three; the rest is the thread's.
+        self._changed = threading.Condition()
+        self._waiting: dict[str, Asked] = {}
+        self._cancelled: set[str] = set()
+        self._cohorts: list[Cohort] = []
+        self._current: Cohort | None = None  # whose forward runs
+        self._faults: dict[str, MoesaicError] = {}
+        self._thread = threading.Thread(target=self._run, name="moesaic-engine", daemon=True)
+
+    # ---- the owner's threads --------------------------------------------------------------------
+
+    def allocate(self) -> int:
+        """The tokens that one request can have, alone."""
+        return self._cache_tokens
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request_id: str, stream: Stream, tokens: Sequence[int], left: int) -> bool:
+        """Whether the loop took the request. ``tokens``: the prompt and what was generated."""
+        prompt = len(stream.sampler.prompt_ids)
+        request = Asked(
+            request_id, tokens[:prompt], left, stream.sampler, generated=list(tokens[prompt:])
+        )
+        with self._changed:
+            if self._closing.is_set():
+                return False
+            self._waiting[request_id] = request
+            self._changed.notify()
+        return True
+
+    def cancel_request(self, request_id: str) -> None:
+        with self._changed:
+            if self._waiting.pop(request_id, None) is None:
+                self._cancelled.add(request_id)
+
+    def wake(self) -> None:
+        """The encoder has something to do."""
+        with self._changed:
+            self._changed.notify()
+
+    def close(self, timeout_s: float) -> None:
+        """Raises EngineError when the thread is still inside a step after ``timeout_s``."""
+        with self._changed:
+            self._closing.set()
+            self._changed.notify()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise EngineError(f"the engine's loop did not stop within {timeout_s} s")
+
+    @property
+    def running(self) -> int:
+        return sum(len(cohort.requests) for cohort in self._cohorts)
+
+    @property
+    def cache_free(self) -> float:
+        return 1.0 - self._reserved() / self._cache_tokens
+
+    @property
+    def healthy(self) -> bool:
+        return self._thread.is_alive() and self._failed < MAX_FAILED
+
+    # ---- the loop's thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self.last_beat = time.monotonic()
+            self._drop_cancelled()
+            self._encoder.step()
+            self._admit()
+            for cohort in list(self._cohorts):
+                self._step_or_fail(cohort)
+                if not cohort.requests:
+                    self._cohorts.remove(cohort)
+            with self._changed:
+                waits = self._cohorts or self._waiting or self._encoder.waits
+                if not waits and not self._closing.is_set():
+                    self._changed.wait(_IDLE_S)
+        self.streams.fail_all(EngineError("the engine was closed"))
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, set()
+        if cancelled:
+            for cohort in self._cohorts:
+                cohort.keep([n for n, r in enumerate(cohort.requests) if r.key not in cancelled])
+            self._cohorts = [cohort for cohort in self._cohorts if cohort.requests]
+
+    def _reserved(self) -> int:
+        return sum(r.most_tokens for cohort in self._cohorts for r in cohort.requests)
+
+    def _admit(self) -> None:
+        """Those that wait and find room, as one more cohort."""
+        with self._changed:
+            ranked = sorted(self._waiting.values(), key=lambda one: self.streams.rank(one.key))
+            room = self._cache_tokens - self._reserved()
+            fitting: list[Asked] = []
+            for request in ranked[: self._config.max_requests - self.running]:
+                room -= request.most_tokens
+                if room < 0:
+                    break
+                fitting.append(request)
+            if not fitting:
+                return
+            most = self._config.max_batch_tokens
+            count = together(self._model, fitting, most, pads=self._pads)
+            for request in fitting[:count]:
+                del self._waiting[request.key]
+        self._cohorts.append(Cohort(self._model, fitting[:count]))
+
+    def _step_or_fail(self, cohort: Cohort) -> None:
+        try:
+            self._step(cohort)
+            self._failed = 0
+        except Exception as error:
+            if cohort.is_first_padded:
+                # Some models cannot take texts of several lengths.
+                logger.warning("texts are not padded any more: %s: %s", type(error).__name__, error)
+                self._pads = False
+                self._cohorts += [Cohort(self._model, [one]) for one in cohort.requests]
+                cohort.keep([])
+                return
+            # Whatever it was, the other cohorts go on.
+            logger.exception("a step of a cohort failed")
+            self.last_error = in_words(error)
+            self.restarts += 1
+            self._failed += 1
+            failed = EngineError(f"the engine failed ({self.last_error})")
+            self.streams.post({request.key: failed for request in cohort.requests})
+            cohort.keep([])
+
+    def _step(self, cohort: Cohort) -> None:
+        self._faults.clear()
+        self._current = cohort
+        try:
+            with torch.no_grad():
+                logits_RV = cohort.forward()
+        finally:
+            self._current = None
+        tokens = self._choose(cohort, logits_RV)
+        cohort.take(tokens)
+        deltas = {
+            request.key: self._delta(request, token)
+            for request, token in zip(cohort.requests, tokens, strict=True)
+            if request.key not in self._faults
+        }
+        self.streams.post({**deltas, **self._faults})
+        going_on = {key for key, delta in deltas.items() if delta.finish_reason is None}
+        cohort.keep([n for n, r in enumerate(cohort.requests) if r.key in going_on])
+        self.steps += 1
+
+    def _choose(self, cohort: Cohort, logits_RV: Tensor) -> list[int]:
+        tokens = logits_RV.argmax(dim=-1).tolist()
+        rows: list[int] = []
+        for row, request in enumerate(cohort.requests):
+            if request.key in self._faults:
+                continue
+            # argmax takes a NaN for the largest.
+            if not bool(logits_RV[row, tokens[row]].isfinite()):
+                self._faults[request.key] = InternalError("the model's logits are not finite")
+            elif not request.sampler.trivial:
+                rows.append(row)
+        if rows:
+            samplers = [cohort.requests[row].sampler for row in rows]
+            chosen = choose(logits_RV[rows], samplers, self._generator).tolist()
+            for row, sampler, token in zip(rows, samplers, chosen, strict=True):
+                sampler.chose(token, logits_RV[row])
+                tokens[row] = token
+                if (fault := sampler.fault) is not None:
+                    self._faults.setdefault(cohort.requests[row].key, fault)
+        return tokens
+
+    def _delta(self, request: Asked, token: int) -> Delta:
+        dropped = self.streams.dropped(request.key)
+        logprobs = request.sampler.take_logprobs(1)
+        if token in self._eos_token_ids:
+            return Delta((), "stop", dropped)
+        return Delta((token,), None if request.left else "length", dropped, logprobs)
+
+    # ---- rows of the batch in flight ------------------------------------------------------------
+
+    def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
+        """See `TransformersEngine.fail_rows`; the first error of a request counts."""
+        for _, key in self._owners(rows):
+            self._faults.setdefault(key, error)
+
+    def row_groups(self) -> RowGroups | None:
+        """See `TransformersEngine.row_groups`."""
+        cohort = self._current
+        if cohort is None or not self.streams.some_wish:
+            return None
+        return [(cohort.rows_each, self.streams.wish(one.key)) for one in cohort.requests]
+
+    def drop_rows(self, dropped: Mapping[int, float]) -> None:
+        """See `TransformersEngine.drop_rows`."""
+        for row, key in self._owners(sorted(dropped)):
+            self.streams.drop(key, dropped[row])
+
+    def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """(row, id of its request)"""
+        cohort = self._current
+        if cohort is None:
+            raise InternalError("a row was reported outside of the model's forward")
+        for row in rows:
+            owner = row // cohort.rows_each
+            if owner < len(cohort.requests):
+                yield row, cohort.requests[owner].key

@@ -1,0 +1,350 @@
+"""vLLM as a trunk's engine: its scheduler, cache, attention and sampling over the pool's experts.
+
+vLLM runs inside this process (its engine core has none of its own), so that the router that its
+layers ask is the one that knows whose rows a batch has. One thread adds, steps and aborts; what is
+asked of it goes through a queue.
+
+Shape suffixes: T = tokens of a batch.
+"""
+
+# vLLM is optional.
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ....models.folder.generation import generation_config
+from ....models.trunk.config import read_config
+from ....models.trunk.experts_layers import experts_layers
+from ....models.trunk.trunk import is_unmodified, meta_model
+from ....proto.errors import (
+    Busy,
+    ClusterError,
+    EngineError,
+    InternalError,
+    UnsupportedModel,
+    in_words,
+)
+from ...router.pool_link import PoolLink, TrunkConfig
+from ..end_of_text import end_of_text
+from ..engine import Delta, EngineConfig, EngineStats, Limits, Sampling
+from ..expert_wait import Parking
+from ..grammar import Grammars
+from ..sampling import RequestSampler
+from ..streams import Streams
+from .plugin import in_pool
+from .requests import Requests, going_on, parameters
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+log = logging.getLogger(__name__)
+
+# How long the loop sleeps at most while nobody asks for anything.
+_IDLE_S = 0.5
+# Read by vLLM when it is imported. Its core is to live in this process; hosts share the machine's
+# cores, so it must not pin its threads.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VllmEngine:
+    """One model's trunk in vLLM. Owns its link to the pool."""
+
+    def __init__(
+        self,
+        config: TrunkConfig,
+        connect: Callable[[TrunkConfig, Sequence[int]], PoolLink] = PoolLink,
+    ) -> None:
+        if config.model.path is None:
+            raise ClusterError(f"model {config.model.name!r}: vLLM reads trunks from folders alone")
+        self._path = Path(config.model.path)
+        self._config, self._connect = config, connect
+        self._engine_config: EngineConfig = config.engine
+        self._ids, self._arrivals = itertools.count(), itertools.count()
+        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._steps = 0
+        self._beat = time.monotonic()
+        self._last_error: str | None = None
+        self._parking = Parking(config.engine.park_s, self._check)
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    # ---- life -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Build the trunk and start the loop. Raises UnsupportedModel and ClusterError."""
+        path = self._path
+        meta = meta_model(read_config(path))
+        if not is_unmodified(meta):
+            raise UnsupportedModel(
+                f"engine: vllm has no {meta.config.model_type}; use transformers"
+            )
+        layers = [layer.layer for layer in experts_layers(meta)]
+        os.environ.update(_ENVIRONMENT)
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
+        self._eos = end_of_text(read_config(path), generation_config(path), self._tokenizer)
+        self.streams = Streams(self._eos)
+        self._requests = Requests(self.streams)
+        self._link = self._connect(self._config, layers)
+        router = self._link.router
+        try:
+            with in_pool(self._layer):
+                self._llm = self._build()
+            runner: Any = self._llm.model_executor.driver_worker.model_runner
+            self._requests.watch(runner, router.begin_step)
+            self._warm_up()
+        except BaseException:
+            self._link.close()
+            raise
+        router.batch.owned_by(self._requests)
+        model = self._llm.model_config
+        self._limits = Limits(
+            max_prompt_tokens=model.max_model_len - 1,
+            max_total_tokens=model.max_model_len,
+            max_requests=self._engine_config.max_requests + self._engine_config.max_waiting,
+            vocab_size=model.get_vocab_size(),
+        )
+        self._grammars = Grammars(self._tokenizer, self._limits.vocab_size, self._eos)
+        self._thread = threading.Thread(target=self._run, name="vllm-loop", daemon=True)
+        self._thread.start()
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self._path)
+
+    def _build(self) -> LLMEngine:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        config, sizes = self._config, self._engine_config
+        blocks = sizes.num_blocks or 256
+        tokens = blocks * sizes.page_size
+        arguments = EngineArgs(
+            model=str(self._path),
+            dtype=config.model.dtype,
+            # It needs one for answers of a given form alone.
+            skip_tokenizer_init=not (self._path / "tokenizer.json").exists(),
+            # As `grammar.py` has it.
+            structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
+            # Compiled code calls the pool as an operator of its own.
+            enforce_eager=not sizes.compiled,
+            max_num_seqs=sizes.max_requests,
+            max_num_batched_tokens=max(sizes.max_batch_tokens, sizes.max_requests),
+            max_model_len=_longest(self._path, tokens),
+            # vLLM keeps one block for itself.
+            num_gpu_blocks_override=None if sizes.num_blocks is None else blocks + 1,
+            block_size=sizes.page_size,
+            # Blocks are counted above; this is what they are compared with.
+            kv_cache_memory_bytes=None if sizes.num_blocks is None else 1 << 42,
+            # What was computed without some experts must not be found by later prompts.
+            enable_prefix_caching=False,
+            async_scheduling=False,
+            scheduling_policy="priority",
+            disable_log_stats=True,
+            generation_config="vllm",
+            seed=0,
+        )
+        return LLMEngine.from_engine_args(arguments)
+
+    def _warm_up(self) -> None:
+        """Compile now what vLLM compiles at its first use."""
+        for asked in (
+            Sampling(max_tokens=2),
+            Sampling(max_tokens=2, temperature=1.0, top_p=0.9, top_k=5, min_p=0.1, logprobs=1),
+        ):
+            self._llm.add_request("warm-up", {"prompt_token_ids": [0]}, parameters(asked, ()))
+            while self._llm.has_unfinished_requests():
+                self._llm.step()
+
+    def _layer(self, layer: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]:
+        compute = self._link.router.experts(self._config.model.name, layer)
+
+        def ask(x_TH: torch.Tensor, ids_TK: torch.Tensor, w_TK: torch.Tensor) -> torch.Tensor:
+            # vLLM tries how much memory a batch takes with one that nobody asked for.
+            if not self._requests.in_forward:
+                return torch.zeros_like(x_TH)
+            return compute(x_TH, ids_TK, w_TK)
+
+        return ask
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._asked.put(None)
+        if self._thread is not None:
+            self._thread.join(self._engine_config.close_timeout_s)
+            self.streams.fail_all(EngineError("the engine was closed"))
+            self._llm.engine_core.shutdown()
+            self._link.close()
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> Limits:
+        if self._thread is None:
+            raise EngineError("the engine was not started")
+        return self._limits
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
+    ) -> AsyncGenerator[Delta, None]:
+        """See `Engine.generate`."""
+        self.limits.check(prompt_ids, sampling)
+        self._check()
+        if sampling.form is not None:
+            # vLLM finds out in a step, which ends with it for everybody.
+            await asyncio.to_thread(self._grammars.begin, sampling.form)
+        requests = len(self.streams) + len(self._parking)
+        if requests >= self.limits.max_requests:
+            raise Busy(f"{requests} requests are running or waiting; try again later")
+
+        arrival = next(self._arrivals)
+
+        def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
+            asked = going_on(sampling, left)
+            return self._attempt(f"{request_id}#{next(self._ids)}", tokens, asked, arrival)
+
+        parking = self._parking.generate(attempt, prompt_ids, sampling, already)
+        async with aclosing(parking) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _attempt(
+        self, key: str, tokens: list[int], sampling: Sampling, arrival: int
+    ) -> AsyncGenerator[Delta, None]:
+        """Until the request ends, or lacks an expert."""
+        self._check()
+        stream = self.streams.open(key, RequestSampler(sampling, tokens), arrival)
+        finished = False
+        try:
+            self._asked.put(lambda: self._add(key, tokens, sampling, arrival))
+            while not finished:
+                try:
+                    delta = await stream.next(self._engine_config.stall_timeout_s)
+                except TimeoutError:
+                    self._raise_if_stalled()
+                    continue
+                finished = delta.finish_reason is not None
+                yield delta
+        finally:
+            self.streams.close(key)
+            if not finished:
+                self._asked.put(lambda: self._abort([key]))
+
+    def _check(self) -> None:
+        if not self._healthy:
+            raise EngineError(f"the engine has ended: {self._last_error}")
+
+    def _raise_if_stalled(self) -> None:
+        """Waiting behind others is no fault of the engine's; standing still is."""
+        stalled_s = time.monotonic() - self._beat
+        if stalled_s >= self._engine_config.stall_timeout_s:
+            raise EngineError(f"the engine made no step for {stalled_s:.0f} s")
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._beat = time.monotonic()
+            try:
+                if not self._take_asked(wait=not self._llm.has_unfinished_requests()):
+                    return
+                if self._llm.has_unfinished_requests():
+                    self._step()
+            except Exception as error:
+                # Whatever it was, nobody may wait for it; Serve then replaces the trunk.
+                log.exception("vllm: a step failed")
+                self._last_error = in_words(error)
+                self.streams.fail_all(EngineError(f"the engine failed: {self._last_error}"))
+                return
+
+    def _take_asked(self, *, wait: bool) -> bool:
+        """Do what is asked; False when the loop is to end."""
+        try:
+            asked = self._asked.get(timeout=_IDLE_S) if wait else self._asked.get_nowait()
+            while asked is not None:
+                asked()
+                asked = self._asked.get_nowait()
+        except queue.Empty:
+            return True
+        return False
+
+    def _add(self, key: str, prompt_ids: list[int], sampling: Sampling, arrival: int) -> None:
+        try:
+            asked = parameters(sampling, self._eos, self._grammars.text)
+            # Those of one priority wait by the time of their arrival; any number will do.
+            theirs = self._llm.add_request(
+                key,
+                {"prompt_token_ids": prompt_ids},
+                asked,
+                arrival_time=float(arrival),
+                priority=sampling.priority,
+            )
+        except (ValueError, TypeError) as error:
+            self.streams.post({key: InternalError(f"vLLM refuses the request: {error}")})
+            return
+        self._requests.added(key, theirs)
+
+    def _abort(self, keys: Sequence[str]) -> None:
+        self._llm.abort_request(self._requests.ended(keys), internal=True)
+
+    def _step(self) -> None:
+        faults = self._requests.faults
+        faults.clear()
+        outputs = self._llm.step()
+        self._steps += 1
+        self.streams.post({**self._requests.deltas(outputs), **faults})
+        if faults:
+            self._abort(list(faults))
+
+    # ---- what is seen of it ---------------------------------------------------------------------
+
+    @property
+    def _healthy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive() and not self._closed
+
+    def stats(self) -> EngineStats:
+        if self._thread is None:
+            return EngineStats()
+        scheduler: Any = self._llm.engine_core.engine_core.scheduler
+        running, beat_s = len(scheduler.running), time.monotonic() - self._beat
+        return EngineStats(
+            running=running,
+            waiting=max(0, len(self.streams) - running) + len(self._parking),
+            parked=len(self._parking),
+            last_error=self._last_error,
+            steps=self._steps,
+            seconds_since_beat=beat_s,
+            cache_free=1.0 - scheduler.kv_cache_manager.usage,
+            healthy=self._healthy and beat_s < self._engine_config.stall_timeout_s,
+        )
+
+
+def _longest(path: Path, cached_tokens: int) -> int:
+    """Tokens of one request: what the model knows positions for, if the cache has room."""
+    positions = getattr(read_config(path).get_text_config(), "max_position_embeddings", None)
+    return cached_tokens if positions is None else min(cached_tokens, int(positions))

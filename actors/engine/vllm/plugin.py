@@ -1,0 +1,144 @@
+"""The seam into vLLM: routed experts that are computed in the pool. A `vllm.general_plugins`.
+
+vLLM builds each MoE layer around a `RoutedExperts`, which may be replaced from outside. In a
+process that is a trunk (`in_pool`) every one of them holds no weights and asks the pool; in any
+other process the plug-in does nothing. Every name of vLLM's that is relied on is here or in
+`vllm_engine.py`, and `tests/with_vllm` shows that they are as expected.
+
+Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+"""
+
+# vLLM is optional.
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....proto.errors import UnsupportedModel
+
+# The function that computes the n-th layer of the model, by its index among decoder layers.
+LayerOf = Callable[[int], Callable[[Tensor, Tensor, Tensor], Tensor]]
+
+_layer_of: LayerOf | None = None
+# The functions of the model that was built here, by layer.
+_layers: dict[int, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+
+
+@torch.library.custom_op("moesaic::experts", mutates_args=())
+def _experts(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Tensor:
+    """An operator, so that a compiler does not look inside: it would keep for good what a layer
+    answered when it was traced."""
+    return _layers[layer](x_TH, ids_TK, weights_TK)
+
+
+@_experts.register_fake
+def _(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Tensor:
+    return torch.empty_like(x_TH)
+
+
+@contextmanager
+def in_pool(layer_of: LayerOf) -> Iterator[None]:
+    """Models that vLLM builds here have their experts in the pool."""
+    global _layer_of
+    assert _layer_of is None, "one model at a time"
+    _layer_of = layer_of
+    _layers.clear()
+    try:
+        register()
+        yield
+    finally:
+        _layer_of = None
+
+
+def register() -> None:
+    """What vLLM calls in each of its processes, maybe several times."""
+    if _layer_of is None:
+        return
+    from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    for base in (RoutedExperts, *_below(RoutedExperts)):
+        if base.__name__ not in op_registry_oot:
+            PluggableLayer.register_oot(_pooled(base), name=base.__name__)
+
+
+def _below(base: type) -> Iterator[type]:
+    """Architectures have subclasses of their own, which differ in how they load weights."""
+    for one in base.__subclasses__():
+        yield one
+        yield from _below(one)
+
+
+def _pooled(base: Any) -> type:
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+    class PoolMethod(FusedMoEMethodBase):
+        """Asks the pool. There are no weights to create, load or quantise."""
+
+        def create_weights(self, layer: Any, *_: Any, **__: Any) -> None:
+            pass
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            pass
+
+        def get_fused_moe_quant_config(self, layer: Any) -> None:
+            return None
+
+        def maybe_roundup_sizes(self, hidden: int, intermediate: int, *_: Any) -> tuple[int, int]:
+            return hidden, intermediate
+
+        @property
+        def is_monolithic(self) -> bool:
+            return False
+
+        def apply(
+            self,
+            layer: Any,
+            x: Tensor,
+            topk_weights: Tensor,
+            topk_ids: Tensor,
+            shared_experts: Any = None,
+            shared_experts_input: Tensor | None = None,
+        ) -> Tensor:
+            if layer.apply_router_weight_on_input:
+                x, topk_weights = (
+                    x * topk_weights.to(x.dtype),
+                    topk_weights.new_ones(topk_weights.shape),
+                )
+            return _experts(x, topk_ids, topk_weights, layer.number)
+
+    class PoolExperts(base):
+        """Routed experts without weights."""
+
+        def __init__(self, layer_name: str, *arguments: Any, **named: Any) -> None:
+            super().__init__(layer_name, *arguments, **named)
+            if _layer_of is None:
+                raise UnsupportedModel(f"{layer_name}: no pool for its experts in this process")
+            self.number = layer_number(layer_name)
+            _layers[self.number] = _layer_of(self.number)
+
+        def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
+            return PoolMethod(moe_config)
+
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[str]:
+            """They stay in the checkpoint: hosts read them from there."""
+            for name, _ in weights:
+                yield name
+
+    PoolExperts.__name__ = f"Pool{base.__name__}"
+    return PoolExperts
+
+
+def layer_number(layer_name: str) -> int:
+    """``model.layers.3.mlp.experts`` is layer 3. Raises UnsupportedModel."""
+    numbers = re.findall(r"\.(\d+)(?=\.)", f"{layer_name}.")
+    if not numbers:
+        raise UnsupportedModel(f"{layer_name}: the layer has no number")
+    return int(numbers[-1])

@@ -1,0 +1,177 @@
+"""Requests inside vLLM: their names there and here, what they ask for, and whose rows a batch has.
+
+Used by the thread that steps vLLM alone.
+"""
+
+from __future__ import annotations
+
+# vLLM is optional.
+# pyright: reportMissingImports=false
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+from ....cluster.routing.expert_options import RowGroups
+from ....proto.errors import InternalError, Interrupted, MoesaicError
+from ...text.answer_form import AnswerForm
+from ..engine import Delta, Sampling, TokenLogprob
+from ..sampling import seed_at
+from ..streams import Streams
+
+
+class Requests:
+    """A `RowOwner`: tells a router whose rows the forward pass has that runs."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self.faults: dict[str, MoesaicError] = {}  # of this step, by our name of the request
+        self._ours: dict[str, str] = {}  # by vLLM's own name
+        self._theirs: dict[str, str] = {}
+        self._rows: Mapping[str, int] | None = None  # in the forward pass that runs
+        self._input_batch: Any = None
+
+    def watch(self, runner: Any, begin: Callable[[], None]) -> None:
+        """Know which requests have rows in each forward pass of vLLM's model runner, and how many;
+        ``begin`` is called before each."""
+        execute = runner.execute_model
+
+        def watched(scheduled: Any, *arguments: Any, **named: Any) -> Any:
+            begin()
+            self._rows = scheduled.num_scheduled_tokens
+            try:
+                return execute(scheduled, *arguments, **named)
+            finally:
+                self._rows = None
+
+        self._input_batch = runner.input_batch
+        runner.execute_model = watched
+
+    @property
+    def in_forward(self) -> bool:
+        return self._rows is not None
+
+    def added(self, key: str, theirs: str) -> None:
+        self._ours[theirs], self._theirs[key] = key, theirs
+
+    def ended(self, keys: Sequence[str]) -> list[str]:
+        """Forget requests; gives vLLM's names of those that it still has."""
+        names = [self._theirs.pop(key) for key in keys if key in self._theirs]
+        for name in names:
+            del self._ours[name]
+        return names
+
+    def deltas(self, outputs: Sequence[Any]) -> dict[str, Delta]:
+        """What a step brought, by our names; requests with a fault left out."""
+        found = {}
+        for output in outputs:
+            key = output.request_id
+            if key in self._theirs and key not in self.faults:
+                found[key] = _delta(output.outputs[0], self._streams, key)
+                if output.finished:
+                    self.ended([key])
+        return found
+
+    # ---- rows -----------------------------------------------------------------------------------
+
+    def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
+        """The first error of a request counts."""
+        for _, key in self._owners(rows):
+            self.faults.setdefault(key, error)
+
+    def row_groups(self) -> RowGroups | None:
+        if self._rows is None or not self._streams.some_wish:
+            return None
+        return [(rows, self._streams.wish(key)) for key, rows in self._groups()]
+
+    def drop_rows(self, dropped: Mapping[int, float]) -> None:
+        for row, key in self._owners(sorted(dropped)):
+            self._streams.drop(key, dropped[row])
+
+    def _groups(self) -> list[tuple[str, int]]:
+        """(request, rows) in the order of the batch's rows."""
+        if self._rows is None:
+            raise InternalError("a row was reported outside of the model's forward")
+        names = self._input_batch.req_ids
+        return [(self._ours.get(name, ""), self._rows[name]) for name in names]
+
+    def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
+        groups = self._groups()
+        ends = list(accumulate(count for _, count in groups))
+        for row in rows:
+            owner = bisect_right(ends, row)
+            if owner < len(groups):
+                yield row, groups[owner][0]
+
+
+def going_on(sampling: Sampling, left: int) -> Sampling:
+    """What a request asks for that may still get ``left`` tokens. vLLM keeps no state of requests
+    that leave it: neither the place in the random numbers of a seed, which must not begin again,
+    nor what was generated for penalties. Raises Interrupted where that cannot be."""
+    generated = sampling.max_tokens - left
+    if not generated:
+        return sampling
+    if sampling.form is not None:
+        # Its grammar would begin anew behind the half of the answer that was given.
+        raise Interrupted(
+            "vLLM cannot go on inside an answer of a JSON schema, or with strict or forced calls "
+            "of tools; send it again"
+        )
+    seed = None if sampling.seed is None else seed_at(sampling.seed, generated)
+    return replace(sampling, max_tokens=left, seed=seed)
+
+
+def structure(form: AnswerForm, text: Callable[[AnswerForm], str]) -> dict[str, str]:
+    """vLLM's structured output of an answer's form, by the name of its parameter. ``text``: the
+    grammar of one that is more than a schema; vLLM's guidance backend takes Lark as it is."""
+    if form.schema_alone is not None:
+        return {"json": form.schema_alone}
+    return {"grammar": text(form)}
+
+
+def parameters(
+    sampling: Sampling,
+    eos_token_ids: Sequence[int],
+    grammar: Callable[[AnswerForm], str] | None = None,
+) -> Any:
+    """What vLLM is asked for. ``grammar``: of a form; needed where `Sampling.form` is there."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    structured = None
+    if sampling.form is not None:
+        assert grammar is not None
+        structured = StructuredOutputsParams(**structure(sampling.form, grammar))
+    return SamplingParams(
+        structured_outputs=structured,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias=dict(sampling.logit_bias) or None,
+        seed=sampling.seed,
+        logprobs=sampling.logprobs,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(eos_token_ids),
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _delta(output: Any, streams: Streams, key: str) -> Delta:
+    tokens, dropped = tuple(output.token_ids), streams.dropped(key)
+    logprobs = tuple(map(_logprob, tokens, output.logprobs or ()))
+    if output.finish_reason == "stop":  # without the token that ends the text
+        return Delta(tokens[:-1], "stop", dropped, logprobs[: len(tokens) - 1])
+    return Delta(tokens, "length" if output.finish_reason else None, dropped, logprobs)
+
+
+def _logprob(token: int, found: Mapping[int, Any]) -> TokenLogprob:
+    """``found``: the likeliest tokens and the one that was chosen, with their ranks."""
+    ranked = sorted(found.items(), key=lambda item: item[1].rank)
+    top = tuple((other, one.logprob) for other, one in ranked)
+    return TokenLogprob(token, found[token].logprob, top)

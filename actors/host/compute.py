@@ -1,0 +1,85 @@
+"""The computation of one batch: calls of several routers merged, and each one's answer.
+
+Shape suffixes: T = tokens (of merged calls), H = hidden size, K = choices of a token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...cluster.placement import LayerKey
+from ...kernels.ffn import bad_experts, exact_rows, kernel_for
+from ...proto.expert_pb2 import Frame
+from ...proto.wire import CallLayout
+from ..transport.base import Session
+from .weight_store import ExpertStore
+
+
+@dataclass(slots=True)
+class PendingCall:
+    """The tensors of a queued call and where its answer goes."""
+
+    session: Session
+    frame: Frame
+    layout: CallLayout
+    payload: Tensor
+    arrived: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """``buffer`` (uint8) holds the reply's tensors; ``bad`` are experts that were not finite."""
+
+    buffer: Tensor
+    bad: list[int]
+
+
+def compute(
+    store: ExpertStore, key: LayerKey, pendings: Sequence[PendingCall], *, exact: bool
+) -> list[Answer]:
+    """One grouped computation for all calls. Raises CallError for an answer that does not fit."""
+    tensors = [pending.layout.call_tensors(pending.payload) for pending in pendings]
+    form, experts = store.layer(key)
+    if any(x.device.type != "cpu" for x, _, _ in tensors):
+        # Calls came through device memory; kernels are told by the CPU where tokens go.
+        tensors = [(x.to(store.device), ids.cpu(), w.to(store.device)) for x, ids, w in tensors]
+    if len(pendings) == 1:
+        x_TH, ids_TK, weights_TK = tensors[0]
+    else:
+        x_TH = torch.cat([x for x, _, _ in tensors])
+        ids_TK = _stack([ids for _, ids, _ in tensors], fill=-1)
+        weights_TK = _stack([weights for _, _, weights in tensors], fill=0)
+    x_TH, weights_TK = x_TH.to(store.device), weights_TK.to(store.device)
+    buffers = [p.session.reply_buffer(p.frame, p.layout) for p in pendings]
+    replies = [p.layout.reply_tensor(b) for p, b in zip(pendings, buffers, strict=True)]
+    # A single call is computed straight into the place of its answer.
+    direct = len(pendings) == 1 and buffers[0].device == store.device
+    shape = (*ids_TK.shape, x_TH.shape[1]) if exact else x_TH.shape
+    out = replies[0] if direct else torch.empty(shape, device=store.device)
+    run = exact_rows if exact else kernel_for(store.device)
+    run(form, experts, x_TH, ids_TK, weights_TK, out)
+    ends = list(itertools.accumulate(pending.layout.rows for pending in pendings))
+    answers = []
+    for pending, end, reply, buffer in zip(pendings, ends, replies, buffers, strict=True):
+        mine = slice(end - pending.layout.rows, end)
+        if not direct:
+            reply.copy_(out[mine, : pending.layout.top_k] if exact else out[mine])
+        bad = bad_experts(form, experts, x_TH[mine], ids_TK[mine], reply)
+        answers.append(Answer(buffer, bad))
+    return answers
+
+
+def _stack(parts: list[Tensor], fill: float) -> Tensor:
+    """Calls of different numbers of choices under one another, padded to the largest."""
+    top_k = max(part.shape[1] for part in parts)
+    stacked = parts[0].new_full((sum(part.shape[0] for part in parts), top_k), fill)
+    start = 0
+    for part in parts:
+        stacked[start : start + part.shape[0], : part.shape[1]] = part
+        start += part.shape[0]
+    return stacked

@@ -1,0 +1,93 @@
+"""Devices by name, and a host's own as its loop sees it: what it did, for how long, and its
+emulated time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...cluster.host.emulation import Emulation
+from ...cluster.host.residency import QueuedCall
+
+# Linux wakes a sleeper some 50 us late, and much later where others want the core: the end of a
+# wait is spent yielding.
+_FINE_S = 200e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopStats:
+    calls: int
+    rows: int
+    choices: int  # rows, and for each of them its experts
+    batches: int
+    refused: int
+    queued_rows: int
+    busy_s: float
+    routers: int
+    # Of an emulated device: batches whose arithmetic took longer than the device would have, by
+    # how much at most, and by how much its answers came late in all.
+    overruns: int = 0
+    worst_overrun_s: float = 0.0
+    late_s: float = 0.0
+
+
+class Device:
+    """Counts batches and their seconds; an emulated one holds answers back until it would have
+    them. Used by the loop's thread, which sleeps meanwhile: the device is busy."""
+
+    def __init__(self, emulation: Emulation | None) -> None:
+        self._emulation = emulation
+        self._calls = self._rows = self._choices = self._batches = self._overruns = 0
+        self._busy_s = self._worst_overrun_s = self._late_s = 0.0
+
+    def emulate(self, emulation: Emulation | None) -> None:
+        """Be another device from the next batch on."""
+        self._emulation = emulation
+
+    def finish(self, batch: Sequence[QueuedCall], began: float) -> float:
+        """A batch that began at ``began`` is computed; gives the seconds that it took the device,
+        and returns when they are over."""
+        busy_s = time.monotonic() - began
+        if self._emulation is not None:
+            busy_s = self._emulate(self._emulation.batch_s([q.ids for q in batch]), began, busy_s)
+        self._batches += 1
+        self._calls += len(batch)
+        self._rows += sum(queued.rows for queued in batch)
+        self._choices += sum(int((queued.ids >= 0).sum()) for queued in batch)
+        self._busy_s += busy_s
+        return busy_s
+
+    def stats(self, *, refused: int, queued_rows: int, routers: int) -> LoopStats:
+        return LoopStats(
+            calls=self._calls,
+            rows=self._rows,
+            choices=self._choices,
+            batches=self._batches,
+            refused=refused,
+            queued_rows=queued_rows,
+            busy_s=self._busy_s,
+            routers=routers,
+            overruns=self._overruns,
+            worst_overrun_s=self._worst_overrun_s,
+            late_s=self._late_s,
+        )
+
+    def _emulate(self, emulated_s: float, began: float, computed_s: float) -> float:
+        excess_s = computed_s - emulated_s
+        if excess_s > 0:
+            self._overruns += 1
+            self._worst_overrun_s = max(self._worst_overrun_s, excess_s)
+        else:
+            _wait_until(began + emulated_s)
+        self._late_s += time.monotonic() - began - emulated_s
+        return max(computed_s, emulated_s)
+
+
+def _wait_until(end: float) -> None:
+    while (left_s := end - time.monotonic()) > 0:
+        if left_s > _FINE_S:
+            time.sleep(left_s - _FINE_S)
+        else:
+            os.sched_yield()

@@ -1,0 +1,367 @@
+"""An expert host: memory for some replicas, one device, one dispatch endpoint.
+
+`ExpertHost` is a plain class, so that tests and benchmarks can run one in their own process;
+`actors/serve/launch.py` makes Ray actors of it. Ray calls it for control only: tokens come through
+the transports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from ...cluster.host.emulation import Emulation
+from ...cluster.host.fence import Fence
+from ...cluster.host.residency import HostPolicy, LayerShape, Residency
+from ...cluster.placement import ExpertKey, HostEntry, LayerKey, ModelRef, ModelShape
+from ...cluster.routing.transports import TransportChoice, groups_of
+from ...proto.errors import CallError, Forbidden
+from ...proto.keys import ClusterSecret, secret_of_process, target
+from ..runtime.devices import device_name, pick_device
+from ..transport.base import Listener
+from ..transport.grpc.stream import GrpcListener
+from ..transport.grpc.weights import Grant, get_weights
+from ..transport.shm import ShmListener
+from .device import LoopStats
+from .host_loop import HostLoop, check_fit
+from .weight_store import SHARED, ExpertStore
+
+# Of one expert from a peer.
+FETCH_TIMEOUT_S = 60.0
+
+# A model and how it is placed; hosts remember it for a controller that starts anew.
+PlacedModel = tuple[ModelRef, ModelShape]
+
+# Incarnation, changes of what is held, loaded and known, and batches computed.
+Revision = tuple[int, int, int]
+# How often a report that waits looks for batches.
+_LOOK_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostReport:
+    """What a host says of itself to the controller and to `status`."""
+
+    entry: HostEntry
+    revision: Revision  # another one when anything but memory and queues has changed
+    pid: int
+    device: str
+    holdings: Mapping[LayerKey, list[int]]
+    models: Sequence[PlacedModel]
+    loading: int  # experts still to be loaded
+    weight_bytes: int
+    rss_bytes: int
+    loop: LoopStats
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for people and JSON."""
+        return {
+            "incarnation": self.entry.incarnation,
+            "node": self.entry.node,
+            "pid": self.pid,
+            "device": self.device,
+            "experts": sum(map(len, self.holdings.values())),
+            "loading": self.loading,
+            "weight_bytes": self.weight_bytes,
+            "rss_bytes": self.rss_bytes,
+            **asdict(self.loop),
+        }
+
+
+class ExpertHost:
+    """One incarnation of a host."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        node: str,
+        device: str = "auto",
+        bind: str = "127.0.0.1",
+        policy: HostPolicy | None = None,
+        threads: int | None = None,
+        transport: TransportChoice = "auto",
+        secret: ClusterSecret | None = None,
+    ) -> None:
+        """``bind`` is the address that gRPC listens on; ``threads`` those of one computation;
+        ``transport`` is what the spec says, and so which groups routers may ask for; ``secret`` is
+        the cluster's, None: this process's own."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.name = name
+        self.incarnation = time.time_ns()
+        self._node = node
+        self._store = ExpertStore(pick_device(device))
+        self._residency = Residency(policy or HostPolicy(), incarnation=self.incarnation)
+        self._loading = 0
+        self._models: dict[str, PlacedModel] = {}
+        self._changes = 0
+        self._changed = threading.Condition()
+        self._load_lock = threading.Lock()
+        self._fence = Fence()
+        self._fence_lock = threading.Lock()
+        self._secret = secret or secret_of_process()
+        meant = target(name, self.incarnation)
+        shm = ShmListener(secret=self._secret, target=meant, device_memory=transport == "device")
+        grpc = GrpcListener(
+            f"{bind}:0",
+            weights=_Weights(self),
+            device=self._store.device,
+            groups=groups_of(transport, device_name(self._store.device)),
+            fits=partial(check_fit, self._residency),
+            secret=self._secret,
+            target=meant,
+        )
+        self._entry = HostEntry(
+            host=name,
+            incarnation=self.incarnation,
+            node=node,
+            shm_address=shm.address,
+            grpc_address=grpc.address,
+            device=device_name(self._store.device),
+        )
+        listeners: list[Listener] = [shm, grpc]
+        self._loop = HostLoop(name, self._store, self._residency, listeners)
+        self._loop.start()
+
+    def entry(self) -> HostEntry:
+        return self._entry
+
+    def load(
+        self,
+        models: Sequence[PlacedModel],
+        keys: Sequence[ExpertKey],
+        peers: Mapping[ExpertKey, HostEntry] | None = None,
+        version: int = 1,
+        term: int = 0,
+    ) -> None:
+        """Get experts and begin to serve each as it is ready.
+
+        A key in ``peers`` is fetched from that host, any other one read from its model's
+        checkpoint. ``term`` is that of the controller that asks. Raises
+        CheckpointError, UnsupportedModel and HostLost, and Superseded for an old controller; what
+        was loaded before stays.
+        """
+        with self._fence_lock:
+            self._fence.obey(term)
+        with self._load_lock:
+            self.add_models(models)
+            held = self._residency.holdings()
+            wanted = [k for k in keys if k.expert not in held.get(LayerKey(k.model, k.layer), ())]
+            self._loading = len(wanted)
+            self._note_change()
+            try:
+                for key in wanted:
+                    peer = (peers or {}).get(key)
+                    self._hold(
+                        key, self._fetch(key, peer) if peer else self._store.load(key), version
+                    )
+                    self._loading -= 1
+            finally:
+                self._loading = 0
+                self._note_change()
+                _return_freed_memory()
+
+    def add_models(self, models: Sequence[PlacedModel]) -> None:
+        """Get to know models whose weights will be loaded or put."""
+        for ref, shape in models:
+            self._store.add_model(ref)
+            self._models[ref.name] = (ref, shape)
+        self._note_change()
+
+    def release(self, keys: Sequence[ExpertKey], term: int = 0, eviction: int = 1) -> None:
+        """Stop serving experts and free their memory; queued calls for them are refused. Raises
+        Superseded for an old controller, and Expired for an eviction that it has given up."""
+
+        def forget() -> None:
+            with self._fence_lock:
+                self._fence.evict(term, eviction)
+                self._loop.release(keys)
+
+        self._loop.call(forget)
+        self._note_change()
+        for key in keys:
+            self._store.drop(key)
+        _return_freed_memory()
+
+    def emulate(self, device: Emulation | None) -> None:
+        """Take as long as another device from now on, for experiments: a host that becomes slow."""
+        self._loop.emulate(device)
+
+    def report(
+        self,
+        term: int | None = None,
+        given_up: int = 0,
+        *,
+        known: Revision | None = None,
+        wait_s: float = 0.0,
+    ) -> HostReport:
+        """A controller gives its term, and the number of evictions that it does not wait for any
+        more: what is reported stays true until it orders something else. While the revision is
+        the one that is ``known``, the answer waits for another, but no longer than ``wait_s``.
+        Raises Superseded."""
+        if known is not None and wait_s > 0:
+            self._wait_for_change(known, wait_s)
+        self.check_health()
+        revision = self._revision()
+        with self._fence_lock:
+            if term is not None:
+                self._fence.look(term, given_up)
+            holdings = self._residency.holdings()
+        return HostReport(
+            entry=self._entry,
+            revision=revision,
+            pid=os.getpid(),
+            device=str(self._store.device),
+            holdings=holdings,
+            models=list(self._models.values()),
+            loading=self._loading,
+            weight_bytes=self._store.nbytes,
+            rss_bytes=psutil.Process().memory_info().rss,
+            loop=self._loop.stats(),
+        )
+
+    def check_health(self) -> None:
+        """Ends the process if its loop has failed: Ray starts it anew."""
+        if self._loop.failure is not None:
+            log.critical("host %s: its loop is gone (%r); leaving", self.name, self._loop.failure)
+            os._exit(1)
+
+    def close(self) -> None:
+        self._loop.close()
+
+    def _fetch(self, key: ExpertKey, peer: HostEntry) -> LayerShape:
+        proof = self._secret.proof("weights", peer.target)
+
+        def get(key: ExpertKey) -> dict[str, Tensor]:
+            return get_weights(
+                peer.grpc_address,
+                key,
+                timeout_s=FETCH_TIMEOUT_S,
+                max_bytes=self._store.most_bytes(key),
+                proof=proof,
+            )
+
+        if self._store.lacks_shared(LayerKey(key.model, key.layer)):
+            shared = key._replace(expert=SHARED)
+            self._store.put(shared, get(shared))
+        return self._store.put(key, get(key))
+
+    def _hold(self, key: ExpertKey, shape: LayerShape, version: int) -> None:
+        self._loop.call(lambda: self._residency.hold(key, shape, version=version))
+        self._note_change()
+
+    def _note_change(self) -> None:
+        with self._changed:
+            self._changes += 1
+            self._changed.notify_all()
+
+    def _revision(self) -> Revision:
+        return self.incarnation, self._changes, self._loop.stats().batches
+
+    def _wait_for_change(self, known: Revision, wait_s: float) -> None:
+        until = time.monotonic() + wait_s
+        with self._changed:
+            while self._revision() == known and (left_s := until - time.monotonic()) > 0:
+                self.check_health()
+                self._changed.wait(min(left_s, _LOOK_S))
+
+
+def _return_freed_memory() -> None:
+    """Give freed weights back to the system, and the copies made while loading, which come to half
+    of their size, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class _Weights:
+    """The weights channel's view of a host."""
+
+    def __init__(self, host: ExpertHost) -> None:
+        self._host = host
+        # What is served does not change between the look and the deed; loads are not waited for.
+        self._putting = threading.Lock()
+
+    def most_bytes(self, key: ExpertKey) -> int:
+        return self._host._store.most_bytes(key)
+
+    def check_grant(self, key: ExpertKey, version: int, grant: Grant | None) -> None:
+        host = self._host
+        if grant is None or not host._secret.grants(
+            grant.proof, host.name, host.incarnation, key, version, grant.term
+        ):
+            raise Forbidden(
+                f"{_named(key)}, version {version}: the controller did not grant this to be put "
+                f"into incarnation {host.incarnation} of {host.name}"
+            )
+        with host._fence_lock:
+            host._fence.obey(grant.term)
+
+    def get(self, key: ExpertKey) -> dict[str, Tensor]:
+        return self._host._store.get(key)
+
+    def put(self, key: ExpertKey, tensors: Mapping[str, Tensor], version: int) -> None:
+        store = self._host._store
+        store.check(key, tensors)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise CallError(f"{_named(key)}: {name} has values that are not finite")
+        with self._putting:
+            if self._is_served(key):
+                if not _same(store.get(key), tensors):
+                    raise Forbidden(
+                        f"{_named(key)}: {self._host.name} serves other tensors under this name, "
+                        "and they are not replaced; give the model another name"
+                    )
+                return
+            shape = store.put(key, tensors)
+            if key.expert != SHARED:
+                self._host._hold(key, shape, version)
+
+    def _is_served(self, key: ExpertKey) -> bool:
+        residency = self._host._residency
+        if key.expert == SHARED:
+            layer = LayerKey(key.model, key.layer)
+            return residency.serves_layer(layer) and not self._host._store.lacks_shared(layer)
+        return residency.serves(key)
+
+
+def _named(key: ExpertKey) -> str:
+    if key.expert == SHARED:
+        return f"shared tensors of layer {key.layer} of {key.model}"
+    return str(key)
+
+
+def _same(held: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
+    return held.keys() == given.keys() and all(
+        held[name].dtype == given[name].dtype and torch.equal(held[name].cpu(), given[name])
+        for name in held
+    )
+
+
+@contextlib.contextmanager
+def local_hosts(count: int, *, node: str = "here", device: str = "cpu", **options: object):
+    """Hosts as threads of this process, real transports included; closed at the end."""
+    hosts: list[ExpertHost] = []
+    try:
+        for index in range(count):
+            hosts.append(ExpertHost(f"host-{index}", node=node, device=device, **options))  # pyright: ignore[reportArgumentType]
+        yield hosts
+    finally:
+        for host in hosts:
+            host.close()

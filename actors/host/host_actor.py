@@ -1,0 +1,87 @@
+"""An expert host as a Ray actor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import ray
+from ray.util import get_node_ip_address
+
+from ..runtime.low_priority_import import import_quietly
+from ..runtime.process_labels import announce
+from ..runtime.ray_border import namespace_of
+from ..runtime.start_failures import telling
+
+if TYPE_CHECKING:
+    # Ray imports this module at the usual priority: it must not bring torch.
+    from ...cluster.host.emulation import Emulation
+    from ...cluster.host.residency import HostPolicy
+    from ...cluster.placement import ExpertKey, HostEntry
+    from ...cluster.routing.transports import TransportChoice
+    from .host import HostReport, PlacedModel, Revision
+
+
+class RayExpertHost:
+    """`ExpertHost` on its node."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        cluster: str,
+        bind: str,
+        device: str,
+        policy: HostPolicy,
+        threads: int,
+        transport: TransportChoice,
+    ) -> None:
+        announce("host", name, cluster)
+        with telling(namespace_of(cluster), "host", name):
+            # A host that comes back does so on cores that serve.
+            import_quietly(".host", __package__)
+            from ..runtime.cluster_secret import secret_of
+            from .host import ExpertHost
+
+            self._host = ExpertHost(
+                name,
+                node=ray.get_runtime_context().get_node_id(),
+                bind=get_node_ip_address() if bind == "node" else bind,
+                device=device,
+                policy=policy,
+                threads=threads,
+                transport=transport,
+                secret=secret_of(namespace_of(cluster)),
+            )
+
+    def entry(self) -> HostEntry:
+        return self._host.entry()
+
+    def load(
+        self,
+        models: Sequence[PlacedModel],
+        keys: Sequence[ExpertKey],
+        peers: Mapping[ExpertKey, HostEntry] | None = None,
+        *,
+        term: int = 0,
+    ) -> None:
+        self._host.load(models, keys, peers, term=term)
+
+    def add_models(self, models: Sequence[PlacedModel]) -> None:
+        self._host.add_models(models)
+
+    def release(self, keys: Sequence[ExpertKey], term: int = 0, eviction: int = 1) -> None:
+        self._host.release(keys, term, eviction)
+
+    def emulate(self, device: Emulation | None) -> None:
+        self._host.emulate(device)
+
+    def report(
+        self,
+        term: int | None = None,
+        given_up: int = 0,
+        *,
+        known: Revision | None = None,
+        wait_s: float = 0.0,
+    ) -> HostReport:
+        return self._host.report(term, given_up, known=known, wait_s=wait_s)

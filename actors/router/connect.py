@@ -1,0 +1,49 @@
+"""A connection to a host over any of the transports."""
+
+from __future__ import annotations
+
+import torch
+
+from ...cluster.placement import HostEntry
+from ...cluster.routing.transports import Transport
+from ...proto.keys import ClusterSecret, secret_of_process
+from ..transport.base import Channel
+from ..transport.shm import ShmChannel
+
+SLOT_BYTES = 8 << 20
+_CPU = torch.device("cpu")
+
+
+def connect(
+    entry: HostEntry,
+    transport: Transport,
+    *,
+    router: str,
+    slots: int,
+    secret: ClusterSecret | None = None,
+    device: torch.device = _CPU,
+) -> Channel:
+    """A channel to ``entry`` of the cluster with that ``secret`` (None: this process); ``device``
+    is the router's. Does not wait for the host. Raises HostLost."""
+    secret = secret or secret_of_process()
+    if transport in ("shm", "cuda"):
+        return ShmChannel(
+            entry.host,
+            entry.shm_address,
+            router=router,
+            slots=slots,
+            slot_bytes=SLOT_BYTES,
+            proof=secret.proof("shm", entry.target),
+            device=device if transport == "cuda" else None,
+        )
+    from ..transport.grpc.stream import GrpcChannel
+
+    group = "" if transport == "grpc" else transport
+    return GrpcChannel(
+        entry.host,
+        entry.grpc_address,
+        router=router,
+        group=group,
+        device=device,
+        proof=secret.proof("experts", entry.target),
+    )

@@ -1,0 +1,228 @@
+"""A router's connections to its hosts: frames out, events in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ...cluster.placement import HostEntry
+from ...cluster.routing.events import Event, HostDown, HostUp, Ponged, Refused, Replied
+from ...cluster.routing.transports import Transport, TransportChoice, Transports
+from ...proto.errors import ClusterError, Corrupted, HostLost
+from ...proto.expert_pb2 import Frame, Reply
+from ...proto.keys import ClusterSecret
+from ...proto.wire import CallLayout, checksum
+from ..runtime.devices import device_name
+from ..transport.base import Channel, Inbound
+from ..transport.process_group import backends
+from .connect import connect
+
+log = logging.getLogger(__name__)
+
+
+class Links:
+    """All channels of one router, waited for at once. Used under the router's lock.
+
+    A host that turns out to be gone is never an exception here: it is heard as `HostDown`.
+    """
+
+    def __init__(
+        self,
+        *,
+        router: str,
+        node: str,
+        transport: TransportChoice,
+        slots: int,
+        device: torch.device,
+        secret: ClusterSecret,
+    ) -> None:
+        """Raises ClusterError when this process cannot have such a ``transport``."""
+        if transport == "group" and not backends():
+            raise ClusterError(
+                "transport: 'group' needs torch.distributed, which this build of torch lacks; "
+                "'grpc' reaches the same hosts"
+            )
+        self._router = router
+        self._secret = secret
+        self._device = device
+        self._choice = Transports(transport, node=node, device=device_name(device))
+        self._used: dict[str, tuple[HostEntry, Transport]] = {}
+        self._slots = slots
+        self._channels: dict[str, Channel] = {}
+        self._by_fd: dict[int, Channel] = {}
+        self._max_rows: dict[str, int] = {}
+        self._replies: dict[tuple[str, int], Inbound] = {}
+        self._lost: list[HostDown] = []
+        self._epoll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._bell, select.EPOLLIN)
+
+    def close(self) -> None:
+        for host in list(self._channels):
+            self.disconnect(host)
+        self._epoll.close()
+        os.close(self._bell)
+
+    def ring(self) -> None:
+        """End the wait of another thread in `events`."""
+        os.eventfd_write(self._bell, 1)
+
+    # ---- connections ----------------------------------------------------------------------------
+
+    def connect(self, entry: HostEntry) -> None:
+        self.disconnect(entry.host)
+        transport = self._choice.choose(entry, time.monotonic())
+        self._used[entry.host] = entry, transport
+        try:
+            channel = connect(
+                entry,
+                transport,
+                router=self._router,
+                secret=self._secret,
+                device=self._device,
+                # A reply's slot is free only behind its event, which may send the next call.
+                slots=self._slots + 1,
+            )
+        except HostLost as lost:
+            self._transport_lost(entry.host)
+            self._down(entry.host, lost)
+            return
+        self._channels[entry.host] = self._by_fd[channel.fileno()] = channel
+        self._epoll.register(channel.fileno(), select.EPOLLIN)
+
+    def disconnect(self, host: str) -> None:
+        channel = self._channels.pop(host, None)
+        welcomed = self._max_rows.pop(host, None) is not None
+        if channel is None:
+            return
+        if not welcomed:
+            self._transport_lost(host)  # the host did not say Welcome in time
+        for key in [key for key in self._replies if key[0] == host]:
+            del self._replies[key]
+        del self._by_fd[channel.fileno()]
+        self._epoll.unregister(channel.fileno())
+        channel.close()
+
+    def _down(self, host: str, reason: HostLost) -> None:
+        log.info("router %s: host %s: %s", self._router, host, reason)
+        if host in self._channels:
+            self._transport_lost(host)
+        self.disconnect(host)
+        self._lost.append(HostDown(host))
+
+    def _transport_lost(self, host: str) -> None:
+        entry, transport = self._used[host]
+        self._choice.lost(entry, transport, time.monotonic())
+
+    @property
+    def transports(self) -> dict[str, Transport]:
+        """What each connected host is reached by."""
+        return {host: self._used[host][1] for host in list(self._channels)}
+
+    def take_lost(self) -> list[HostDown]:
+        """The hosts that were found to be gone since the last call."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    @property
+    def slot_bytes(self) -> int:
+        """What one call may take on every connection."""
+        return min((c.slot_bytes for c in self._channels.values()), default=1 << 20)
+
+    @property
+    def max_rows(self) -> int | None:
+        """What every host takes in one call."""
+        return min(self._max_rows.values(), default=None)
+
+    # ---- out ------------------------------------------------------------------------------------
+
+    def send(self, host: str, frame: Frame) -> None:
+        """Send a frame without tensors; to a host without connection, nothing."""
+        channel = self._channels.get(host)
+        if channel is None:
+            return
+        try:
+            channel.send(frame)
+        except HostLost as lost:
+            self._down(host, lost)
+
+    def send_call(
+        self, host: str, frame: Frame, layout: CallLayout, write: Callable[[Tensor], None]
+    ) -> None:
+        channel = self._channels.get(host)
+        try:
+            if channel is None:
+                raise HostLost("no connection")
+            channel.send_call(frame, layout, write)
+        except HostLost as lost:
+            self._down(host, lost)
+
+    def free(self, host: str, seq: int) -> None:
+        """No answer to this call is wanted or expected any more."""
+        channel = self._channels.get(host)
+        if channel is not None:
+            channel.release(seq)
+
+    # ---- in -------------------------------------------------------------------------------------
+
+    def events(self, timeout_s: float) -> Iterator[Event]:
+        """What happens until ``timeout_s``, or at once what has happened."""
+        # Above the kernel's millisecond, so that a deadline has passed when the wait ends.
+        for fd, _ in self._epoll.poll(timeout_s + 0.0005 if timeout_s > 0 else 0.0):
+            if fd == self._bell:
+                os.eventfd_read(self._bell)
+            elif fd in self._by_fd:
+                yield from self._hear(self._by_fd[fd])
+
+    def _hear(self, channel: Channel) -> Iterator[Event]:
+        try:
+            arrived = channel.receive()
+        except HostLost as lost:
+            self._down(channel.host, lost)
+            return
+        for inbound in arrived:
+            event = self._event(channel.host, inbound)
+            if event is not None:
+                yield event
+            if isinstance(event, Replied):
+                # Taken by now, or wanted by nobody any more.
+                self._replies.pop((event.host, event.seq), None)
+                if self._channels.get(event.host) is channel:
+                    channel.release(event.seq)
+
+    def reply(self, host: str, seq: int) -> tuple[Reply, Tensor]:
+        """The reply that was heard last, while its event is being handled."""
+        inbound = self._replies[host, seq]
+        assert inbound.payload is not None
+        return inbound.frame.reply, inbound.payload
+
+    def _event(self, host: str, inbound: Inbound) -> Event | None:
+        frame = inbound.frame
+        match frame.WhichOneof("kind"):
+            case "reply":
+                reply = frame.reply
+                assert inbound.payload is not None
+                if checksum(reply.seq, inbound.payload) != reply.checksum:
+                    self.free(host, reply.seq)
+                    message = f"the answer to call {reply.seq} of {host} has another checksum"
+                    log.warning("router %s: %s", self._router, message)
+                    return Refused(host, reply.seq, Corrupted.__name__, message)
+                self._replies[host, reply.seq] = inbound
+                return Replied(host, reply.seq)
+            case "refusal":
+                refusal = frame.refusal
+                return Refused(host, refusal.seq, refusal.code, refusal.message)
+            case "pong":
+                return Ponged(host, frame.pong.seq)
+            case "welcome":
+                self._max_rows[host] = max(1, frame.welcome.max_rows)
+                return HostUp(host, frame.welcome.incarnation)
+            case kind:
+                log.warning("router %s: host %s sent %r, as no host does", self._router, host, kind)
+                return None

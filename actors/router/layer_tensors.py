@@ -1,0 +1,195 @@
+"""The tensors of one layer's call in a router: what is sent of them, and how the answers add up.
+
+On the CPU, apart from calls that go into device memory, and in numpy: rows are only copied and
+added here, and torch would share even that out over threads, which would have to wait for cores
+that the hosts are computing on (measured: four times slower at 512 tokens).
+
+Shape suffixes: T = tokens, H = hidden size, K = choices of a token, N = T * K choices flattened,
+t and k = rows and columns of one send.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cluster.placement import ExpertKey, LayerKey, Number, Placement
+from ...cluster.routing.events import Send
+from ...cluster.routing.expert_fallback import largest_choices
+from ...proto.errors import CallError
+from ...proto.expert_pb2 import Frame, Reply
+from ...proto.wire import DTYPE_TO_WIRE, CallLayout, checksum
+
+
+class LayerJob:
+    """One call of one layer."""
+
+    def __init__(
+        self,
+        key: LayerKey,
+        placement: Placement | None,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        *,
+        without: Iterable[int] = (),
+    ) -> None:
+        """``without``: rows that nothing is computed for."""
+        self.key = key
+        self.exact = placement is not None and key.model in placement.exact
+        self.dtype = x_TH.dtype
+        self._given_TH = x_TH.detach().contiguous()
+        self.tokens, self.hidden = x_TH.shape
+        self.top_k = ids_TK.shape[1]
+        self._number = placement.number if placement else Number(0, 0)
+        self.weights_N = weights_TK.detach().to("cpu", torch.float32).reshape(-1).numpy()
+        self._parts: list[tuple[Send, np.ndarray]] = []
+        # Rows that an expert made not finite, by expert.
+        self.bad_rows: dict[int, list[int]] = {}
+        ids = ids_TK.to(device="cpu", dtype=torch.int32, copy=True).numpy()
+        rows = list(without)
+        if rows:
+            ids[[row for row in rows if row < self.tokens]] = -1
+        self.ids_TK = ids
+
+    def keep_largest(self, most_T: np.ndarray) -> None:
+        """Compute at most so many choices of each row, before anything is sent."""
+        weights_TK = self.weights_N.reshape(self.ids_TK.shape)
+        self.ids_TK, weights_TK = largest_choices(self.ids_TK, weights_TK, most_T)
+        self.weights_N = weights_TK.reshape(-1)
+
+    @functools.cached_property
+    def _on_cpu(self) -> np.ndarray:
+        return _as_numpy(self._given_TH.to("cpu"))
+
+    def layout(self, rows: int, top_k: int) -> CallLayout:
+        return CallLayout.of(rows, self.hidden, top_k, self.dtype, self.exact)
+
+    # ---- sending --------------------------------------------------------------------------------
+
+    def frame(self, send: Send) -> tuple[Frame, CallLayout]:
+        rows, top_k = send.choice_tk.shape
+        layout = self.layout(rows, top_k)
+        frame = Frame()
+        call = frame.call
+        call.seq = send.seq
+        call.model, call.layer = self.key
+        call.term, call.epoch = self._number
+        call.incarnation = send.incarnation
+        call.timeout_us = max(0, int(send.timeout_s * 1e6))
+        call.rows, call.hidden, call.top_k = rows, self.hidden, top_k
+        call.dtype = DTYPE_TO_WIRE[self.dtype]
+        call.exact = self.exact
+        call.payload_bytes = layout.call_bytes
+        call.attempt = send.attempt
+        return frame, layout
+
+    def write(self, send: Send, frame: Frame, layout: CallLayout, buffer: Tensor) -> None:
+        """Put the tensors of ``send`` into ``buffer`` (uint8), without a copy in between, and their
+        checksum into ``frame``."""
+        if buffer.device.type != "cpu":
+            self.write_on_device(send, layout, buffer)
+            return
+        x_tH, ids_tk, weights_tk = map(_as_numpy, layout.call_tensors(buffer))
+        if layout.rows == self.tokens:
+            x_tH[...] = self._on_cpu
+        else:
+            np.take(self._on_cpu, send.token_t, axis=0, out=x_tH, mode="clip")
+        ids_tk[...] = send.ids_tk
+        # An unused choice (-1) takes some weight; hosts skip it by its id.
+        np.take(self.weights_N, send.choice_tk, out=weights_tk, mode="wrap")
+        frame.call.checksum = checksum(send.seq, buffer[: layout.call_bytes])
+
+    def write_on_device(self, send: Send, layout: CallLayout, buffer: Tensor) -> None:
+        """The same on whatever device ``buffer`` is, which hidden states do not leave for it."""
+        x_tH, ids_tk, weights_tk = layout.call_tensors(buffer)
+        x_TH = self._given_TH.to(buffer.device)
+        if layout.rows == self.tokens:
+            x_tH.copy_(x_TH)
+        else:
+            token_t = torch.from_numpy(send.token_t).to(buffer.device)
+            torch.index_select(x_TH, 0, token_t, out=x_tH)
+        ids_tk.copy_(torch.from_numpy(send.ids_tk))
+        weights_tk.copy_(torch.from_numpy(np.take(self.weights_N, send.choice_tk, mode="wrap")))
+
+    # ---- receiving ------------------------------------------------------------------------------
+
+    def accept(self, send: Send, reply: Reply, payload: Tensor) -> None:
+        """Take the answer to ``send`` out of ``payload`` (uint8), which is free afterwards."""
+        rows, top_k = send.choice_tk.shape
+        y_tH = self.layout(rows, top_k).reply_tensor(payload)
+        # Either way a copy, as the payload ends.
+        part = y_tH.numpy().copy() if y_tH.device.type == "cpu" else y_tH.cpu().numpy()
+        self._parts.append((send, part))
+        if reply.bad_experts:
+            broken_t = ~np.isfinite(part.reshape(rows, -1)).all(axis=1)
+            for expert in reply.bad_experts:
+                hit_t = (send.ids_tk == expert).any(axis=1) & broken_t
+                self.bad_rows.setdefault(expert, []).extend(send.token_t[hit_t].tolist())
+
+    def combine(self) -> Tensor:
+        """The sum of all answers (T, H), float32, in an order that does not depend on arrival."""
+        return torch.from_numpy(self._combine_exact() if self.exact else self._combine_parts())
+
+    def _combine_exact(self) -> np.ndarray:
+        y_NH = np.zeros((self.tokens * self.top_k, self.hidden), dtype=np.float32)
+        for send, part_tkH in self._parts:
+            y_NH[send.choices] = part_tkH[send.choice_tk >= 0]
+        y_TKH = y_NH.reshape(self.tokens, self.top_k, self.hidden)
+        out_TH = y_TKH[:, 0].copy()
+        for k in range(1, self.top_k):
+            out_TH += y_TKH[:, k]
+        return out_TH
+
+    def _combine_parts(self) -> np.ndarray:
+        self._parts.sort(key=lambda part: (part[0].host, part[0].choice_tk[0, 0]))
+        out_TH: np.ndarray | None = None
+        for send, part_tH in self._parts:
+            whole = send.token_t.size == self.tokens
+            if out_TH is None and whole:
+                out_TH = part_tH
+                continue
+            if out_TH is None:
+                out_TH = self._zeros()
+            if whole:
+                out_TH += part_tH
+            else:
+                out_TH[send.token_t] += part_tH  # a row stands once in a send
+        return self._zeros() if out_TH is None else out_TH
+
+    def _zeros(self) -> np.ndarray:
+        return np.zeros((self.tokens, self.hidden), dtype=np.float32)
+
+    def rows_of(self, choices: np.ndarray) -> list[int]:
+        return np.unique(choices // self.top_k).tolist()
+
+    def experts(self, choices: np.ndarray) -> list[ExpertKey]:
+        ids = np.unique(self.ids_TK.reshape(-1)[choices])
+        return [self.key.expert(int(expert)) for expert in ids]
+
+    def names(self, choices: np.ndarray, at_most: int = 4) -> str:
+        """The experts of ``choices``, in words."""
+        experts = self.experts(choices)
+        more = " and others" if experts[at_most:] else ""
+        return ", ".join(map(str, experts[:at_most])) + more
+
+
+def check_shapes(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+    """Raises CallError."""
+    if x_TH.dim() != 2:
+        raise CallError(f"hidden states: shape {tuple(x_TH.shape)}; (tokens, hidden) is expected")
+    for name, tensor in (("ids", ids_TK), ("weights", weights_TK)):
+        if tensor.dim() != 2 or tensor.shape != (x_TH.shape[0], ids_TK.shape[-1]):
+            raise CallError(
+                f"{name}: shape {tuple(tensor.shape)} for {x_TH.shape[0]} tokens; ids and weights "
+                "are both (tokens, choices)"
+            )
+
+
+def _as_numpy(tensor: Tensor) -> np.ndarray:
+    """The same memory; of types that numpy lacks, as integers of their size."""
+    return tensor.view(torch.int16).numpy() if tensor.itemsize == 2 else tensor.numpy()

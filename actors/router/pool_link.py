@@ -1,0 +1,113 @@
+"""A process's link to its pool: a router that follows the controller's placements."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayError
+
+from ...cluster.placement import LayerKey, ModelRef, Placement
+from ...cluster.routing.policy import RouterPolicy
+from ...cluster.routing.transports import TransportChoice
+from ...cluster.spec.parts import EngineKind
+from ...proto.errors import in_words
+from ..engine.engine import EngineConfig
+from ..runtime.cluster_secret import secret_of
+from ..runtime.devices import pick_device
+from ..runtime.ray_border import CONTROLLER
+from .router import Router
+
+log = logging.getLogger(__name__)
+
+# How long the controller may keep a report that changes nothing.
+WATCH_S = 1.0
+
+
+class PlacementWatch:
+    """A thread that tells the controller what its router counted and follows, and hands every new
+    placement to the router; the controller may come and go."""
+
+    def __init__(self, namespace: str, router: Router) -> None:
+        self._namespace = namespace
+        self._router = router
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="placement-watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        # The thread may be in a long poll; it is a daemon and touches nothing once it has ended.
+        self._thread.join(0.1)
+
+    def _run(self) -> None:
+        controller: Any = None
+        while not self._stop.is_set():
+            try:
+                if controller is None:
+                    controller = ray.get_actor(CONTROLLER, namespace=self._namespace)
+                asked: Any = controller.report.remote(self._router.take_load(), WATCH_S)
+                placement: Placement | None = ray.get(asked, timeout=WATCH_S + 5.0)  # pyright: ignore[reportAssignmentType]
+            except (RayError, GetTimeoutError, ValueError) as error:
+                # Routing goes on with the last placement.
+                controller = None
+                if not self._stop.is_set():
+                    log.warning("no placements for now: %s", in_words(error).splitlines()[0])
+                self._stop.wait(0.5)
+                continue
+            if placement is not None and not self._stop.is_set():
+                self._router.place(placement)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrunkConfig:
+    """What a process needs to open a trunk of the cluster; picklable."""
+
+    namespace: str
+    model: ModelRef
+    name: str
+    device: str = "auto"
+    threads: int | None = None
+    policy: RouterPolicy = field(default_factory=RouterPolicy)
+    transport: TransportChoice = "auto"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine_kind: EngineKind = "transformers"
+    start_s: float = 120.0
+
+
+class PoolLink:
+    """A router that follows the cluster's placements; both end with `close`."""
+
+    def __init__(
+        self, config: TrunkConfig, layers: Sequence[int], device: torch.device | None = None
+    ) -> None:
+        """Waits until ``layers`` of the model are placed. ``device`` is where its tensors are, if
+        not where the config says. Raises ClusterError."""
+        self.router = Router(
+            name=config.name,
+            node=ray.get_runtime_context().get_node_id(),
+            policy=config.policy,
+            transport=config.transport,
+            device=device or pick_device(config.device),
+            secret=secret_of(config.namespace),
+        )
+        self._watch: PlacementWatch | None = None
+        try:
+            self._watch = PlacementWatch(config.namespace, self.router)
+            wanted = [LayerKey(config.model.name, layer) for layer in layers]
+            self.router.wait_ready(config.start_s, wanted)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        try:
+            if self._watch is not None:
+                self._watch.close()
+        finally:
+            self.router.close()

@@ -1,0 +1,373 @@
+"""The router: the library in every trunk process that computes experts' layers in the pool.
+
+A thin shell around `cluster/routing/dispatch.py`: the calling thread itself sends, waits for all
+hosts at once and adds the answers up, so that no call passes through another thread.
+
+Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...cluster.load.meter import LoadReport
+from ...cluster.placement import ExpertKey, LayerKey, Number, Placement
+from ...cluster.routing.dispatch import Dispatcher
+from ...cluster.routing.events import (
+    Accept,
+    Cancel,
+    Command,
+    Connect,
+    Disconnect,
+    Free,
+    Probe,
+    Refresh,
+    Send,
+)
+from ...cluster.routing.host_health import HostState
+from ...cluster.routing.policy import RouterPolicy
+from ...cluster.routing.transports import Transport, TransportChoice
+from ...models.trunk.in_pool import PoolFunction
+from ...proto.errors import CallError, ClusterError, ExpertUnavailable, from_wire
+from ...proto.expert_pb2 import Frame
+from ...proto.keys import ClusterSecret, secret_of_process
+from ...proto.wire import DTYPE_TO_WIRE
+from .connections import Links
+from .layer_tensors import LayerJob, check_shapes
+from .row_attribution import BatchRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterStats:
+    calls: int
+    rows: int
+    retries: int
+    ejections: int
+    hedges: int  # sends that repeated a late one,
+    overtakings: int  # and were answered before it
+    rows_lost: int
+    placement: Number
+    hosts: dict[str, str]
+    transports: dict[str, Transport]  # of the hosts that are connected
+
+
+log = logging.getLogger(__name__)
+
+# So that a forgotten wake-up costs little.
+LONGEST_WAIT_S = 5.0
+# How long a report of the load waits for a call to end.
+HAND_OVER_S = 1.0
+_CPU = torch.device("cpu")
+
+
+class Router:
+    """Computes experts' layers on the hosts of a placement. One call at a time; thread-safe."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        node: str,
+        policy: RouterPolicy | None = None,
+        transport: TransportChoice = "auto",
+        device: torch.device = _CPU,
+        refresh: Callable[[], None] | None = None,
+        secret: ClusterSecret | None = None,
+    ) -> None:
+        """``node`` is this process's Ray node, ``device`` where its tensors are: what hosts are
+        reached by depends on both. ``refresh`` is called when a host lacks what the placement says;
+        it must not block. ``secret`` is the hosts' cluster's; None: this process's own.
+        """
+        self.name = name
+        self.policy = policy or RouterPolicy()
+        self.batch = BatchRows(name, self.has)
+        self._refresh = refresh
+        self._dispatcher = Dispatcher(self.policy)
+        slots = self.policy.window
+        self._links = Links(
+            router=name,
+            node=node,
+            transport=transport,
+            slots=slots,
+            device=device,
+            secret=secret or secret_of_process(),
+        )
+        self._job: LayerJob | None = None
+        self._calls = self._rows = 0
+        self._lock = threading.RLock()
+        self._placements: queue.SimpleQueue[Placement] = queue.SimpleQueue()
+        # Whoever has waited for the lock for long gets its report through the queue.
+        self._report_wanted = False
+        self._handed: queue.SimpleQueue[LoadReport] = queue.SimpleQueue()
+        self._closed = False
+
+    # ---- life -----------------------------------------------------------------------------------
+
+    def place(self, placement: Placement) -> None:
+        """Follow ``placement`` from the next send on. From any thread; never waits long."""
+        self._placements.put(placement)
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._closed:
+                    self._take_placements()
+            finally:
+                self._lock.release()
+        else:
+            # Whoever holds the lock waits for the bell, too.
+            self._links.ring()
+
+    def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
+        """Wait until ``layers`` are placed and every host takes calls. Raises ClusterError."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                if self._ready(layers):
+                    return
+                self._dispatcher.unplaced = next(iter(self._unplaced(layers)), None)
+                # Short, so that `place` gets the lock.
+                self._wait(min(deadline, time.monotonic() + 0.05))
+            if time.monotonic() >= deadline:
+                states = {h: s.state.value for h, s in self._dispatcher.hosts.items()}
+                raise ClusterError(
+                    f"router {self.name}: not ready after {timeout_s:g} s: hosts {states}, "
+                    f"{len(self._unplaced(layers))} of {len(layers)} layers not placed"
+                )
+
+    def has(self, experts: Sequence[ExpertKey]) -> bool:
+        """Whether every one of these experts has a host that takes calls now. Nobody else may be
+        computing: connections and probes go on meanwhile. Never waits."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._closed:
+                    self._wait(_now())
+                    keys = [LayerKey(key.model, key.layer) for key in experts]
+                    self._dispatcher.unplaced = next(iter(self._unplaced(keys)), None)
+            finally:
+                self._lock.release()
+        return all(self._dispatcher.peers.has(key, _now()) for key in experts)
+
+    def stats(self) -> RouterStats:
+        dispatcher = self._dispatcher
+        return RouterStats(
+            calls=self._calls,
+            rows=self._rows,
+            retries=dispatcher.retries,
+            ejections=dispatcher.ejections,
+            hedges=dispatcher.hedges,
+            overtakings=dispatcher.overtakings,
+            rows_lost=self.batch.lost,
+            placement=self._number or Number(0, 0),
+            hosts={name: host.state.value for name, host in list(dispatcher.hosts.items())},
+            transports=self._links.transports,
+        )
+
+    def take_load(self) -> LoadReport:
+        """What was counted since the last time, and the placement that is followed. Never waits
+        long: while one slow call follows the other, the next that ends hands its counts over."""
+        if self._handed.empty():
+            if self._lock.acquire(timeout=0.05):
+                try:
+                    if not self._closed:
+                        self._take_placements()
+                    return self._report()
+                finally:
+                    self._lock.release()
+            self._report_wanted = True
+        # A call that waits for its layer ends when the controller has heard of it.
+        unplaced = self._dispatcher.unplaced
+        try:
+            return self._handed.get(timeout=HAND_OVER_S if unplaced is None else 0)
+        except queue.Empty:
+            asked = () if unplaced is None else (unplaced,)
+            return LoadReport(router=self.name, number=self._number, unplaced=asked)
+
+    def _report(self) -> LoadReport:
+        """Under the lock."""
+        unplaced, self._dispatcher.unplaced = self._dispatcher.unplaced, None
+        asked = () if unplaced is None else (unplaced,)
+        return self._dispatcher.meter.take(self.name, self._number, asked)
+
+    @property
+    def _number(self) -> Number | None:
+        placement = self._dispatcher.placement
+        return None if placement is None else placement.number
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._links.close()
+
+    # ---- computing ------------------------------------------------------------------------------
+
+    def experts(self, model: str, layer: int) -> PoolFunction:
+        """The function that computes one layer of one model in the pool."""
+        key = LayerKey(model, layer)
+
+        def compute(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+            return self.forward(key, x_TH, ids_TK, weights_TK)
+
+        return compute
+
+    def begin_step(self) -> None:
+        """A trunk starts a forward pass: rows that were lost in the last one are forgotten."""
+        self.batch.begin_step()
+
+    @torch.no_grad()
+    def forward(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts: (T, H) in x's dtype and on its device.
+
+        A choice outside [0, experts) is skipped. Raises ExpertUnavailable, naming the expert, when
+        no replica answered in time, unless `batch.on_lost` is set; then those rows are zero.
+        """
+        if x_TH.shape[0] == 0:
+            return x_TH.clone()
+        if x_TH.dtype not in DTYPE_TO_WIRE:
+            known = ", ".join(str(dtype) for dtype in DTYPE_TO_WIRE)
+            raise CallError(f"dtype: hidden states are {x_TH.dtype}, the wire knows {known}")
+        check_shapes(x_TH, ids_TK, weights_TK)
+        with self._lock:
+            if self._closed:
+                raise ClusterError(f"router {self.name}: closed")
+            self._take_placements()
+            placement = self._dispatcher.placement
+            job = LayerJob(key, placement, x_TH, ids_TK, weights_TK, without=self.batch.dead)
+            self._job = job
+            try:
+                self._run(job)
+                out_TH = job.combine()
+                if job.bad_rows:
+                    self.batch.report_bad(job)
+            except BaseException:
+                self._execute(self._dispatcher.abandon(_now()))
+                raise
+            finally:
+                self._job = None
+                if self._report_wanted:
+                    self._report_wanted = False
+                    self._handed.put(self._report())
+            if self.batch.dead:
+                out_TH[[row for row in self.batch.dead if row < job.tokens]] = 0.0
+            return out_TH.to(device=x_TH.device, dtype=x_TH.dtype)
+
+    def _run(self, job: LayerJob) -> None:
+        self._calls += 1
+        self._rows += job.tokens
+        dispatcher = self._dispatcher
+        max_rows = self._rows_per_call(job)
+        wishes = self.batch.wishes(job.tokens, self.policy.deadline_s)
+        patience_T = None if wishes is None else wishes.patience_T
+        if wishes is not None and wishes.experts_T is not None:
+            job.keep_largest(wishes.experts_T)
+        begun = dispatcher.begin(
+            job.key, job.ids_TK, max_rows=max_rows, now=_now(), patience_T=patience_T
+        )
+        self._execute(begun)
+        while dispatcher.outcome is None:
+            self._wait(dispatcher.wake_at(_now()))
+        outcome = dispatcher.outcome
+        if outcome.ok:
+            return
+        if outcome.error is not None:
+            error = from_wire(outcome.error.code, outcome.error.message)
+        elif wishes is not None:
+            self.batch.go_without(job, wishes, outcome.lost)
+            return
+        else:
+            error = ExpertUnavailable(
+                f"{job.names(outcome.lost)}: no replica answered within "
+                f"{self.policy.deadline_s:g} s"
+            )
+        self.batch.lose(job.rows_of(outcome.lost), error)
+
+    def _rows_per_call(self, job: LayerJob) -> int:
+        """Rows that fit in one call to every host, whatever choices they bring."""
+        one = job.layout(1, job.top_k).slot_bytes
+        fit = self._links.slot_bytes // one
+        if fit < 1:
+            raise CallError(
+                f"hidden: one row of {job.hidden} with {job.top_k} choices takes {one} bytes, "
+                f"a call may have {self._links.slot_bytes}"
+            )
+        return min(fit, self._links.max_rows or fit)
+
+    # ---- the state machine's shell --------------------------------------------------------------
+
+    def _execute(self, commands: Iterable[Command]) -> None:
+        todo = deque(commands)
+        while True:
+            for lost in self._links.take_lost():
+                todo.extend(self._dispatcher.handle(lost, _now()))
+            if not todo:
+                return
+            self._do(todo.popleft())
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Send():
+                job = self._job
+                assert job is not None
+                frame, layout = job.frame(command)
+                self._links.send_call(
+                    command.host,
+                    frame,
+                    layout,
+                    lambda buffer: job.write(command, frame, layout, buffer),
+                )
+            case Accept(send):
+                assert self._job is not None
+                reply, payload = self._links.reply(send.host, send.seq)
+                self._job.accept(send, reply, payload)
+                choices = int((send.choice_tk >= 0).sum())
+                meter = self._dispatcher.meter
+                took_us = reply.queued_us, reply.busy_us, reply.batch_us
+                meter.answered(send.host, choices, *took_us)
+            case Connect(entry):
+                self._links.connect(entry)
+            case Disconnect(host):
+                self._links.disconnect(host)
+            case Cancel(host, seq):
+                self._links.send(host, Frame(cancel={"seq": seq}))
+            case Probe(host, number):
+                self._links.send(host, Frame(ping={"seq": number}))
+            case Free(host, seq):
+                self._links.free(host, seq)
+            case Refresh():
+                if self._refresh is not None:
+                    self._refresh()
+
+    def _wait(self, until: float) -> None:
+        """Hear what comes until ``until``, and let the state machine act on it and on time."""
+        timeout_s = min(max(0.0, until - _now()), LONGEST_WAIT_S)
+        heard = False
+        for event in self._links.events(timeout_s):
+            heard = True
+            self._execute(self._dispatcher.handle(event, _now()))
+        self._take_placements()
+        self._execute(() if heard else self._dispatcher.tick(_now()))
+
+    def _take_placements(self) -> None:
+        while not self._placements.empty():
+            self._execute(self._dispatcher.place(self._placements.get_nowait(), _now()))
+
+    def _unplaced(self, layers: Sequence[LayerKey]) -> list[LayerKey]:
+        placement = self._dispatcher.placement
+        return [key for key in layers if placement is None or key not in placement.layers]
+
+    def _ready(self, layers: Sequence[LayerKey]) -> bool:
+        hosts = self._dispatcher.hosts.values()
+        up = bool(hosts) and all(host.state is HostState.UP for host in hosts)
+        return up and not self._unplaced(layers)
+
+
+def _now() -> float:
+    return time.monotonic()

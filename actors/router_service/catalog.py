@@ -1,0 +1,89 @@
+"""The models that a router service computes, as its clients are told of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ...cluster.placement import ModelRef, ModelShape
+from ...models.trunk.config import config_from_dict, read_config, torch_dtype
+from ...models.trunk.experts_layers import experts_layers
+from ...models.trunk.trunk import meta_model
+from ...proto.errors import ClusterError, UnknownModel
+from ...proto.expert_pb2 import DType
+from ...proto.limits import MAX_TOP_K
+from ...proto.router_pb2 import LayerInfo, ModelInfo
+from ...proto.wire import DTYPE_TO_WIRE
+
+log = logging.getLogger(__name__)
+
+# Models come while a cluster runs (`Cluster.attach`); who names one that is not known makes the
+# catalog look again, but not more often.
+LOOK_S = 1.0
+
+Served = Iterable[tuple[ModelRef, ModelShape]]
+
+
+class Catalog:
+    """What is served, kept between looks. From any thread."""
+
+    def __init__(self, look: Callable[[], Served]) -> None:
+        """``look`` gives all models, or raises ClusterError."""
+        self._look = look
+        self._lock = threading.Lock()
+        self._models: dict[str, ModelInfo] = {}
+        self._looked_at = float("-inf")
+
+    def all(self) -> list[ModelInfo]:
+        """Raises ClusterError when nobody could ever be asked."""
+        with self._lock:
+            self._refresh()
+            return list(self._models.values())
+
+    def find(self, model: str) -> ModelInfo:
+        """Raises UnknownModel, and ClusterError like `all`."""
+        # Whoever names a known model waits for nobody who does not.
+        if (found := self._models.get(model)) is not None:
+            return found
+        with self._lock:
+            self._refresh()
+            if model not in self._models:
+                known = ", ".join(sorted(self._models)) or "no model"
+                raise UnknownModel(f"model: {model!r} is not served; {known} is", param="model")
+            return self._models[model]
+
+    def _refresh(self) -> None:
+        if time.monotonic() < self._looked_at + LOOK_S:
+            return
+        try:
+            found = list(self._look())
+        except ClusterError as error:
+            # The controller comes back; what was known until then still holds.
+            if self._looked_at == float("-inf"):
+                raise
+            log.info("the catalog stays as it is: %s", error)
+        else:
+            self._models = {
+                ref.name: self._models.get(ref.name) or describe_model(ref, shape)
+                for ref, shape in found
+            }
+        self._looked_at = time.monotonic()
+
+
+def describe_model(ref: ModelRef, shape: ModelShape) -> ModelInfo:
+    """Raises CheckpointError and UnsupportedModel."""
+    config = read_config(Path(ref.path)) if ref.path else config_from_dict(dict(ref.config))
+    layers = [
+        LayerInfo(
+            layer=layer.layer,
+            experts=layer.num_experts,
+            hidden=layer.hidden_size,
+            max_top_k=min(layer.num_experts, MAX_TOP_K),
+        )
+        for layer in experts_layers(meta_model(config))
+    ]
+    dtype = DType.Name(DTYPE_TO_WIRE[torch_dtype(ref.dtype)])
+    return ModelInfo(name=ref.name, dtype=dtype, exact=shape.exact, layers=layers)

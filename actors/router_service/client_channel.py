@@ -1,0 +1,83 @@
+"""A client's side of the router service, in bytes. Imports neither Ray nor torch, and a test keeps
+it so: `moesaic.RouterClient` is made of this."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+
+from ...proto.errors import ClusterError
+from ...proto.router_pb2 import (
+    ComputeHead,
+    ComputeReply,
+    ComputeRequest,
+    ModelsReply,
+    ModelsRequest,
+)
+from ...proto.router_pb2_grpc import RouterStub
+from ...proto.router_wire import RouterLayout, chunks, gather
+from ..transport.grpc.border import CHANNEL_OPTIONS, CLOSE_S, close_channel, from_grpc
+from ..transport.grpc.interceptors import show_key
+
+
+class RouterChannel:
+    """One connection to a router service; thread-safe. It is made with the first call, and made
+    again where it was lost."""
+
+    def __init__(self, address: str, key: str) -> None:
+        """``address`` is host:port, ``key`` what the service asks for."""
+        self._address = address
+        self._closed = False
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = RouterStub(show_key(self._channel, key))
+
+    def close(self) -> None:
+        self._closed = True
+        close_channel(self._channel, CLOSE_S)
+
+    def models(self, timeout_s: float) -> ModelsReply:
+        """Raises Unauthenticated, Expired, HostLost and ClusterError."""
+        with self._mapped():
+            return self._stub.Models(ModelsRequest(), timeout=timeout_s)
+
+    def compute(self, head: ComputeHead, data: memoryview, timeout_s: float) -> bytearray:
+        """The bytes of the answer to a call. Sets the checksum of ``head``.
+
+        Raises what the service answered, Expired and HostLost.
+        """
+        head.crc32 = zlib.crc32(data)
+        layout = RouterLayout.of(head)
+        with self._mapped():
+            replies = self._stub.Compute(_requests(head, data), timeout=timeout_s)
+            try:
+                first: ComputeReply = next(replies)
+                return gather(_parts(first, replies), layout.reply_bytes, first.crc32)
+            except StopIteration:
+                raise ClusterError(f"{self._address}: an answer without an answer") from None
+            finally:
+                replies.cancel()  # where it did not come to its end; nothing otherwise
+
+    @contextmanager
+    def _mapped(self) -> Iterator[None]:
+        try:
+            if self._closed:
+                raise ClusterError(f"{self._address}: this client is closed")
+            yield
+        except grpc.RpcError as error:
+            raise from_grpc(error, self._address) from error
+        except ValueError as error:  # gRPC's word for a channel that was closed in the middle
+            raise ClusterError(f"{self._address}: {error}") from error
+
+
+def _requests(head: ComputeHead, data: memoryview) -> Iterator[ComputeRequest]:
+    for at, part in enumerate(chunks(data)):
+        yield ComputeRequest(head=None if at else head, data=part)
+
+
+def _parts(first: ComputeReply, rest: Iterator[ComputeReply]) -> Iterator[bytes]:
+    yield first.data
+    for reply in rest:
+        yield reply.data

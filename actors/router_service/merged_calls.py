@@ -1,0 +1,307 @@
+"""The calls that a router service holds, and the one thread that computes them, merged.
+
+A thin shell around `cluster/batching/batch_queue.py`. gRPC's threads bring calls and wait for their
+outcome; the thread here owns the router.
+
+Shape suffixes: T = tokens of a call, H = hidden size, K = choices of a token, B = rows of a merged
+call, n = some rows of one call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cluster.batching.batch_queue import Batch, Call, Cut, End, MergePolicy, Merger, Piece
+from ...cluster.placement import LayerKey
+from ...cluster.routing.expert_options import MissingExpert, RowGroups, RowWish
+from ...proto.errors import (
+    Busy,
+    Ending,
+    ExpertUnavailable,
+    Expired,
+    HostLost,
+    InternalError,
+    MoesaicError,
+    from_wire,
+    in_words,
+)
+from ..router.router import Router
+
+log = logging.getLogger(__name__)
+
+# So that a forgotten wake-up costs little.
+_LONGEST_WAIT_S = 5.0
+# A merged call waits so long for an expert that nobody has, for a host that is busy for a moment;
+# rows that want it wait outside (`MergePolicy.away_s`), so that they hold up nobody else.
+_SHORT_WAIT = RowWish(MissingExpert(mode="fail", wait_s=0.02))
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One call and, when ``over`` is set, its outcome."""
+
+    number: int
+    cut: Callable[[], object]  # ends the client's connection with this call
+    over: threading.Event = field(default_factory=threading.Event)
+    error: MoesaicError | None = None
+    lacks: str = ""  # which expert nobody had when it was last tried
+    x_TH: Tensor = field(default_factory=lambda: torch.empty(0))
+    ids_TK: Tensor = field(default_factory=lambda: torch.empty(0))
+    weights_TK: Tensor = field(default_factory=lambda: torch.empty(0))
+    out_TH: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def end(self, error: MoesaicError | None) -> None:
+        self.error = error
+        self.over.set()
+
+
+class MergedCalls:
+    """Computes what clients ask for. `close` leaves the router to its owner."""
+
+    def __init__(
+        self, router: Router, policy: MergePolicy, *, on_defect: Callable[[], object]
+    ) -> None:
+        """``on_defect`` is called when nothing is computed any more."""
+        self._router = router
+        self._on_defect = on_defect
+        self._merger = Merger(policy)
+        self._numbers = count(1)
+        self._tickets: dict[int, Ticket] = {}
+        self._lost: list[tuple[Sequence[int], MoesaicError]] = []
+        self._batch_rows = 0
+        self._closed = False
+        # Where nothing new is taken: ends what is held then, whatever the thread is computing.
+        self._late: threading.Timer | None = None
+        self._defect: Exception | None = None
+        # Guards the merger and the tickets, and wakes the thread.
+        self._changed = threading.Condition()
+        router.batch.owned_by(self)
+        self._thread = threading.Thread(target=self._run, name="merged-calls", daemon=True)
+        self._thread.start()
+
+    def drain(self, drain_s: float) -> None:
+        """Takes nothing new; what is held ends with Ending if it is not over in so many seconds.
+        Called again it changes nothing."""
+        late = Ending("the service is ending, and the call took longer than it had")
+        with self._changed:
+            if self._late is None:
+                self._late = threading.Timer(drain_s, self._end_all, [late])
+                self._late.daemon = True
+                self._late.start()
+
+    @property
+    def running(self) -> int:
+        """Calls that are held."""
+        return len(self._tickets)
+
+    def close(self) -> None:
+        """Ends what is held with HostLost; waits for what is being computed."""
+        with self._changed:
+            self._closed = True
+            if self._late is not None:
+                self._late.cancel()
+            self._changed.notify()
+        self._thread.join(self._router.policy.deadline_s)
+        self._end_all(HostLost("the router service was closed"))
+
+    def stats(self) -> dict[str, int]:
+        """Raises InternalError when the thread has ended by a defect."""
+        if self._defect is not None:
+            raise InternalError(f"the router service computes nothing any more: {self._defect!r}")
+        with self._changed:
+            stats = self._merger.stats
+            return {
+                **{name: getattr(stats, name) for name in stats.__slots__},
+                "held_calls": self._merger.held_calls,
+                "held_bytes": self._merger.held_bytes,
+            }
+
+    # ---- gRPC's threads -------------------------------------------------------------------------
+
+    @contextmanager
+    def call(
+        self,
+        client: str,
+        key: LayerKey,
+        *,
+        rows: int,
+        size_bytes: int,
+        timeout_s: float,
+        cut: Callable[[], object],
+    ) -> Iterator[Ticket]:
+        """One call, held until the block ends. Raises Busy when it finds no room.
+
+        ``size_bytes`` are those of its tensors and of its answer.
+        """
+        now = time.monotonic()
+        with self._changed:
+            ticket = Ticket(next(self._numbers), cut)
+            asked = Call(
+                number=ticket.number,
+                client=client,
+                key=key,
+                rows=rows,
+                size_bytes=size_bytes,
+                deadline=now + timeout_s,
+            )
+            self._tickets[ticket.number] = ticket
+            if self._closed or self._defect is not None:
+                ticket.end(HostLost("the router service is closed"))
+            elif self._late is not None:
+                ticket.end(Ending())
+            else:
+                self._tell(self._merger.arrive(asked, now))
+                self._changed.notify()  # its deadline may be the first
+        try:
+            if ticket.error is not None:
+                raise ticket.error
+            yield ticket
+        finally:
+            with self._changed:
+                del self._tickets[ticket.number]
+                self._merger.leave(ticket.number)
+
+    def compute(self, ticket: Ticket, timeout_s: float) -> Tensor:
+        """The answer (T, H) in x's dtype, once its tensors are in ``ticket``. Raises Expired and
+        what the router raises."""
+        ticket.out_TH = torch.empty_like(ticket.x_TH)
+        with self._changed:
+            self._merger.ready(ticket.number)
+            self._changed.notify()
+        if not ticket.over.wait(timeout_s):
+            if ticket.lacks:
+                raise ExpertUnavailable(ticket.lacks)
+            raise Expired("the call's time was over before it was computed")
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.out_TH
+
+    # ---- what the router asks whoever owns its rows ---------------------------------------------
+
+    def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
+        self._lost.append((rows, error))
+
+    def row_groups(self) -> RowGroups:
+        return [(self._batch_rows, _SHORT_WAIT)]
+
+    def drop_rows(self, dropped: Mapping[int, float]) -> None:
+        raise AssertionError(f"no call goes without an expert: {dropped}")
+
+    # ---- the thread -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                taken = self._next()
+                if taken is None:
+                    return
+                self._compute(*taken)
+        except Exception as defect:
+            self._defect = defect
+            log.exception("the router service computes nothing any more")
+            self._end_all(InternalError(f"a defect: {defect!r}"))
+            self._on_defect()
+
+    def _next(self) -> tuple[Batch, list[Ticket]] | None:
+        """Waits for work; None when there is to be no more."""
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                over, batch = self._merger.take(now)
+                self._tell(over)
+                if batch is not None:
+                    return batch, [self._tickets[piece.number] for piece in batch.pieces]
+                due_s = self._merger.wake_at(now) - now
+                self._changed.wait(min(max(due_s, 0.0), _LONGEST_WAIT_S))
+            return None
+
+    def _compute(self, batch: Batch, tickets: list[Ticket]) -> None:
+        self._lost.clear()
+        self._batch_rows = sum(piece.rows_n.size for piece in batch.pieces)
+        failure: MoesaicError | None = None
+        y_BH: Tensor | None = None
+        try:
+            self._router.begin_step()
+            y_BH = self._router.forward(batch.key, *_merge(batch.pieces, tickets))
+        except MoesaicError as error:
+            failure = error
+        except Exception as error:
+            log.exception("a merged call of %s failed", batch.key)
+            failure = InternalError(in_words(error))
+        ends: list[End] = []
+        now = time.monotonic()
+        start = 0
+        with self._changed:
+            for piece, ticket in zip(batch.pieces, tickets, strict=True):
+                rows = piece.rows_n.size
+                if y_BH is None:
+                    assert failure is not None
+                    ends += self._merger.failed(piece, failure.code, str(failure))
+                else:
+                    ticket.out_TH[torch.from_numpy(piece.rows_n)] = y_BH[start : start + rows]
+                    ends += self._outcome(piece, ticket, start, now)
+                start += rows
+            self._merger.batch_over(batch, now)
+            self._tell(ends)
+
+    def _outcome(self, piece: Piece, ticket: Ticket, start: int, now: float) -> list[End]:
+        """What became of a piece whose rows begin at ``start`` in the merged call."""
+        lacking = np.zeros(piece.rows_n.size, dtype=bool)
+        lacks = ""
+        for rows, error in self._lost:
+            mine = [row - start for row in rows if 0 <= row - start < piece.rows_n.size]
+            if mine and not isinstance(error, ExpertUnavailable):
+                return self._merger.failed(piece, error.code, str(error))
+            if mine:
+                lacking[mine] = True
+                lacks = str(error)
+        ticket.lacks = lacks
+        return self._merger.computed(piece, piece.rows_n[lacking], lacks, now)
+
+    def _tell(self, over: Iterable[End | Cut]) -> None:
+        """Under the lock."""
+        for event in over:
+            ticket = self._tickets.get(event.number)
+            if ticket is None:
+                continue
+            if isinstance(event, Cut):
+                ticket.cut()
+                continue
+            error = from_wire(event.code, event.message) if event.code else None
+            if isinstance(error, Busy):
+                error.retry_after_s = event.retry_after_s
+            ticket.end(error)
+
+    def _end_all(self, error: MoesaicError) -> None:
+        with self._changed:
+            for ticket in self._tickets.values():
+                if not ticket.over.is_set():
+                    ticket.end(error)
+
+
+def _merge(pieces: Sequence[Piece], tickets: Sequence[Ticket]) -> tuple[Tensor, Tensor, Tensor]:
+    """x_BH, ids_BK and weights_BK; who has fewer choices has unused ones besides."""
+    rows = [torch.from_numpy(piece.rows_n) for piece in pieces]
+    if len(pieces) == 1 and rows[0].numel() == tickets[0].x_TH.shape[0]:
+        (alone,) = tickets
+        return alone.x_TH, alone.ids_TK, alone.weights_TK
+    x_BH = torch.cat([t.x_TH[n] for t, n in zip(tickets, rows, strict=True)])
+    most = max(ticket.ids_TK.shape[1] for ticket in tickets)
+    ids_BK = torch.full((x_BH.shape[0], most), -1, dtype=torch.int32)
+    weights_BK = torch.zeros(ids_BK.shape)
+    start = 0
+    for ticket, row_n in zip(tickets, rows, strict=True):
+        here = slice(start, start + row_n.numel()), slice(ticket.ids_TK.shape[1])
+        ids_BK[here], weights_BK[here] = ticket.ids_TK[row_n], ticket.weights_TK[row_n]
+        start += row_n.numel()
+    return x_BH, ids_BK, weights_BK

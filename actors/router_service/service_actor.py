@@ -1,0 +1,182 @@
+"""The router service as a Ray actor: how it is started, and how the controller watches it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ...cluster.spec.spec import Spec
+from ...proto.errors import ClusterError, in_words
+from ..runtime.ports import free_port
+from ..runtime.ray_border import ask, controller_of, thread_environment
+from ..runtime.start_failures import telling
+
+if TYPE_CHECKING:
+    from .service import RouterService
+
+log = logging.getLogger(__name__)
+
+NAME = "router-service"
+LOOK_S = 1.0
+ASK_S = 5.0
+# A service that has been up and says nothing for so long is frozen, and started anew.
+SILENT_S = 30.0
+# A successor finds the port taken as long as its predecessor's sockets end.
+BIND_S = 20.0
+
+
+class RayRouterService:
+    """`RouterService` with a router that follows the cluster's placements."""
+
+    def __init__(self, spec: Spec, namespace: str, address: str) -> None:
+        with telling(namespace, "router", NAME):
+            self._open(spec, namespace, address)
+
+    def _open(self, spec: Spec, namespace: str, address: str) -> None:
+        import torch
+
+        from ..router.pool_link import PlacementWatch
+        from ..router.router import Router
+        from ..runtime.cluster_secret import router_key_of, secret_of
+        from .catalog import Catalog
+
+        torch.set_num_threads(1)  # rows are only copied here
+        router = Router(
+            name=NAME,
+            node=ray.get_runtime_context().get_node_id(),
+            policy=spec.timeouts.policy,
+            transport=spec.network.transport,
+            secret=secret_of(namespace),
+        )
+        self._watch = PlacementWatch(namespace, router)
+
+        def models() -> Any:
+            return ask(controller_of(namespace).models.remote(), ASK_S, "the models")
+
+        key = router_key_of(namespace)
+        self._service = _bind(router, Catalog(models), spec, address, key)
+
+    def report(self) -> dict[str, Any]:
+        return {"pid": os.getpid(), **self._service.report()}
+
+    def drain(self, drain_s: float) -> int:
+        """See `RouterService.drain`."""
+        return self._service.drain(drain_s)
+
+    def running(self) -> int:
+        """Calls that are held."""
+        return self._service.running
+
+
+def _bind(router: Any, catalog: Any, spec: Spec, address: str, key: str) -> RouterService:
+    from .service import RouterService, ServicePolicy
+
+    wanted = spec.router
+    assert wanted is not None
+    policy = ServicePolicy(
+        merge=wanted.policy, max_call_bytes=wanted.max_call_bytes, call_s=wanted.call_s
+    )
+    until = time.monotonic() + BIND_S
+    while True:
+        try:
+            return RouterService(router, catalog, key=key, bind=address, policy=policy)
+        except ClusterError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.2)
+
+
+def service_address(spec: Spec) -> str | None:
+    """Where the service is to listen; it stays there when it is started anew."""
+    if spec.router is None:
+        return None
+    return f"{spec.router.host}:{spec.router.port or free_port(spec.router.host)}"
+
+
+def start_router_service(spec: Spec, namespace: str, address: str) -> Any:
+    """The actor's handle, once it answers. Raises ClusterError."""
+    actor: Any = (
+        ray.remote(RayRouterService)
+        .options(
+            name=NAME,
+            namespace=namespace,
+            max_restarts=-1,
+            num_cpus=0,
+            # Beside its owner, whose address the spec names.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=False
+            ),
+            runtime_env={"env_vars": thread_environment(1)},
+        )
+        .remote(spec, namespace, address)
+    )
+    try:
+        ask(actor.report.remote(), spec.timeouts.start_s, "router: start")
+    except BaseException:
+        ray.kill(actor, no_restart=True)
+        raise
+    return actor
+
+
+class ServiceWatch:
+    """The controller's eye on the service: what `status` shows of it. Ray starts one that died
+    anew; one that is frozen, or computes nothing any more, is ended so that Ray does."""
+
+    def __init__(self, namespace: str, address: str, start_s: float) -> None:
+        """``start_s``: how long a start may take."""
+        self._namespace = namespace
+        self._address = address
+        self._start_s = start_s
+        self._state = "starting"
+        self._report: dict[str, Any] = {}
+        self._heard_at = time.monotonic()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._report, "address": self._address, "state": self._state}
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._look()
+            except Exception as error:
+                # Shown in `status`, whatever it is; the next look begins anew.
+                self._state = f"unknown: {in_words(error)}"
+                log.exception("the router service could not be looked at")
+            await asyncio.sleep(LOOK_S)
+
+    async def _look(self) -> None:
+        try:
+            actor: Any = ray.get_actor(NAME, namespace=self._namespace)
+        except ValueError:
+            return  # not yet, or no more
+        try:
+            self._report = await asyncio.wait_for(actor.report.remote(), ASK_S)
+        except RayTaskError as defect:
+            self._end(actor, str(defect.cause))
+        except TimeoutError:
+            patience_s = SILENT_S if self._report else self._start_s
+            if time.monotonic() - self._heard_at > patience_s:
+                self._end(actor, f"no answer for {patience_s:g} s")
+        except RayActorError:
+            self._restarting()
+        else:
+            self._state = "up"
+            self._heard_at = time.monotonic()
+
+    def _end(self, actor: Any, why: str) -> None:
+        log.warning("the router service is started anew: %s", why)
+        ray.kill(actor, no_restart=False)
+        self._restarting()
+
+    def _restarting(self) -> None:
+        self._state = "restarting"
+        self._report = {}
+        self._heard_at = time.monotonic()

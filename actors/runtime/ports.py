@@ -1,0 +1,61 @@
+"""Ports of this machine: whether one is free, and any that is."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from ...proto.errors import ClusterError
+
+
+def check_port(part: str, host: str, port: int) -> None:
+    """Raises ClusterError when the ``port`` of this part of the spec is taken; 0 never is. Whether
+    this machine has the address at all is for `check_address` to say."""
+    if port == 0:
+        return
+    family, address = resolved(f"{part}.host", host)
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise ClusterError(
+                f"{part}.port: {host}:{port} is not free ({error.strerror or error}); "
+                "choose another one, or 0 for any"
+            ) from error
+
+
+def check_address(key: str, host: str) -> None:
+    """Raises ClusterError where this machine does not have the address that ``key`` names."""
+    family, address = resolved(key, host)
+    with socket.socket(family) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            raise ClusterError(
+                f"{key}: {host!r} is no address of this machine ({error.strerror or error})"
+            ) from error
+
+
+def resolved(key: str, host: str) -> tuple[int, str]:
+    """Its family, and its address without brackets. Raises ClusterError where there is none."""
+    plain = host.strip("[]")
+    try:
+        number = ipaddress.ip_address(plain)
+    except ValueError:
+        pass  # a name
+    else:
+        return (socket.AF_INET if number.version == 4 else socket.AF_INET6), plain
+    try:
+        return socket.getaddrinfo(plain, 0, type=socket.SOCK_STREAM)[0][0], plain
+    except OSError as error:
+        raise ClusterError(
+            f"{key}: {host!r} is no address ({error.strerror or error}); give one of this machine"
+        ) from error
+
+
+def free_port(host: str) -> int:
+    family, address = resolved("host", host)
+    with socket.socket(family) as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,207 @@
+"""Ray as this project uses it: starting and joining it, and its errors as ours.
+
+Ray types neither an actor's methods nor what they give: handles are Any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before ray is imported: no usage reports.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from ...cluster.spec.parts import Resources
+from ...cluster.spec.spec import Spec
+from ...proto.errors import ClusterError, MoesaicError, in_words
+from .embedded_ray import end_embedded, start_embedded
+from .joining import join
+from .ray_token import need_token
+
+log = logging.getLogger(__name__)
+
+# Serve tells the driver of every step it takes; that Ray has a token by default is no warning.
+logging.getLogger("ray.serve").setLevel(logging.WARNING)
+logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+
+CONTROLLER = "controller"
+# The resource that the node of Ray's GCS has, and no other.
+HEAD_NODE = "node:__internal_head__"
+EMBEDDED_STORE_BYTES = 128 << 20
+
+
+@dataclass(slots=True)
+class _Embedded:
+    """The Ray that this process started, if it did, and the clusters on it."""
+
+    clusters: int = 0
+
+
+_embedded = _Embedded()
+
+
+def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> bool:
+    """Connect to Ray, or start one in this process. True if it is this process's own: then it ends
+    with the last cluster on it, see `end_ray`.
+
+    ``said`` hears of a start that failed and is tried once more. Raises ClusterError, also where
+    this process is on a Ray that asks for no token.
+    """
+    namespace = namespace_of(spec.name)
+    if spec.ray.address != "local" and not ray.is_initialized():
+        join_ray(spec.ray.address, spec.name, insecure=spec.ray.insecure)
+        return False
+    if ray.is_initialized():
+        _need_token(spec)
+        if spec.ray.address != "local" or not _embedded.clusters:
+            return False  # the program's own
+    else:
+        _embedded.clusters = 0
+        wanted = sum(group.num_cpus * group.most for group in spec.hosts)
+        trunks = spec.trunk.num_cpus * spec.trunk.max_replicas
+        wanted += (trunks + 1) * max(1, len(spec.models))
+        start_embedded(
+            said,
+            namespace=namespace,
+            # Cores are shared by turns, not owned: what the spec asks for fits on any machine.
+            num_cpus=math.ceil(wanted) + 4,
+            include_dashboard=False,
+            object_store_memory=EMBEDDED_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+        try:
+            _need_token(spec)
+        except ClusterError:
+            end_embedded()
+            raise
+    _embedded.clusters += 1
+    return True
+
+
+def _need_token(spec: Spec) -> None:
+    try:
+        need_token(ray_address(), insecure=spec.ray.insecure)
+    except ClusterError as error:
+        raise ClusterError(f"ray.address: {spec.ray.address}: {error}") from error.__cause__
+
+
+def ray_ends_with_one() -> bool:
+    """Whether the Ray of this process ends with the next `end_ray`."""
+    return _embedded.clusters == 1
+
+
+def end_ray() -> None:
+    """To be called once for each `start_ray` that gave True."""
+    _embedded.clusters -= 1
+    if _embedded.clusters == 0:
+        end_embedded()
+
+
+def kill_named(namespace: str, prefix: str = "") -> None:
+    """End all actors of a namespace whose names begin so; what fails keeps no other alive."""
+    known: Any = ray.util.list_named_actors(all_namespaces=True)
+    with contextlib.ExitStack() as each:
+        for actor in known:
+            if actor["namespace"] == namespace and actor["name"].startswith(prefix):
+                each.callback(_kill_one, actor["name"], namespace)
+
+
+def _kill_one(name: str, namespace: str) -> None:
+    try:
+        actor = ray.get_actor(name, namespace=namespace)
+    except ValueError:
+        return  # it has ended meanwhile
+    ray.kill(actor, no_restart=True)
+
+
+def ask(ref: Any, timeout_s: float, what: str) -> Any:
+    """`ray.get` with Ray's errors as ours; a MoesaicError of the other side comes as itself."""
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except GetTimeoutError:
+        raise ClusterError(f"{what}: no answer within {timeout_s:g} s") from None
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, MoesaicError):
+            raise cause from None
+        raise ClusterError(f"{what}: {in_words(cause)}") from error
+    except RayError as error:
+        raise ClusterError(f"{what}: {last_line(error)}") from error
+
+
+def last_line(error: Exception) -> str:
+    """Ray's messages end with what happened, behind a trace of the other process."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def controller_of(namespace: str) -> Any:
+    """Raises ClusterError when the cluster's controller is not there."""
+    try:
+        return ray.get_actor(CONTROLLER, namespace=namespace)
+    except ValueError as error:
+        raise ClusterError(f"{namespace}: its controller is not there: {error}") from error
+
+
+def join_ray(address: str, name: str, *, insecure: bool = False) -> None:
+    """Connect this process to a Ray that is running. Raises ClusterError, also for one that asks
+    for no token, unless ``insecure``."""
+    if ray.is_initialized():
+        return
+    join(
+        address,
+        insecure=insecure,
+        namespace=namespace_of(name),
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+
+
+def ray_address() -> str:
+    return ray.get_runtime_context().gcs_address
+
+
+def log_folder() -> str:
+    """Where the processes on this node leave what they print."""
+    # Of what is initialised already; Ray has no other public name for it.
+    context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
+    return str(Path(context.address_info["session_dir"], "logs"))
+
+
+def namespace_of(name: str) -> str:
+    return f"moesaic-{name}"
+
+
+def cluster_of(namespace: str) -> str:
+    """The cluster's name again."""
+    return namespace.removeprefix("moesaic-")
+
+
+def actor_options(wanted: Resources, threads: int) -> dict[str, Any]:
+    return {
+        "num_cpus": wanted.num_cpus,
+        "num_gpus": wanted.num_gpus,
+        "resources": dict(wanted.resources),
+        "label_selector": dict(wanted.labels),
+        "runtime_env": {"env_vars": thread_environment(threads)},
+    }
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Set before torch is imported: processes take turns on the cores, none spins on them."""
+    return {
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }

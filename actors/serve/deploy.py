@@ -1,0 +1,249 @@
+"""The endpoint of a cluster: one trunk deployment for each model, and the ingress before them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import ray
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import RayServeException
+
+from ...cluster.placement import ModelRef
+from ...cluster.service.web_guard import is_loopback
+from ...cluster.spec.parts import MonitoringSpec
+from ...cluster.spec.spec import Spec
+from ...proto.errors import ClusterError, InternalError, NoAnswer, in_words
+from ..engine.engine import EngineConfig, ExpertBounds
+from ..router.pool_link import TrunkConfig
+from ..runtime.ray_border import CONTROLLER, actor_options, last_line, namespace_of
+from ..runtime.start_failures import StartFailure, describe_failures
+from ..trunk.trunk import engine_factory
+from .serve_app import QUESTION_TIMEOUT_S, Trunk, build, ending_s
+from .serve_border import (
+    Place,
+    app_name,
+    find_monitoring,
+    find_place,
+    is_head_node,
+    start_serve,
+    wait_answers,
+    wait_monitored,
+)
+
+T = TypeVar("T")
+
+
+class Addresses(NamedTuple):
+    """Where an endpoint is, and its monitoring: None where this machine cannot reach it."""
+
+    url: str
+    monitoring: str | None
+
+
+def start_endpoint(
+    spec: Spec, models: Mapping[str, ModelRef], experts: Mapping[str, ExpertBounds]
+) -> Addresses:
+    """Serve ``models`` over HTTP, and wait until they answer there. ``experts``: how many a
+    request may ask for.
+
+    Raises ClusterError; what had started is left to `leave_serve`.
+    """
+    endpoint = spec.endpoint
+    assert endpoint is not None
+    namespace = namespace_of(spec.name)
+    threads = (os.cpu_count() or 1) if spec.trunk.threads == "auto" else spec.trunk.threads
+    trunks = {}
+    for name, ref in models.items():
+        config = TrunkConfig(
+            namespace=namespace,
+            model=ref,
+            name=f"trunk-{name}",
+            device=spec.trunk.device,
+            threads=threads,
+            policy=spec.timeouts.policy,
+            transport=spec.network.transport,
+            engine=_engine_config(spec),
+            engine_kind=spec.trunk.engine,
+            start_s=spec.timeouts.start_s,
+        )
+        deployment = Trunk.options(
+            name=f"Trunk-{name}",
+            ray_actor_options=actor_options(spec.trunk, threads),
+            graceful_shutdown_timeout_s=ending_s(endpoint.drain_s),
+            **_replicas(spec),
+        )
+        trunks[name] = deployment.bind(engine_factory(config))
+    tokenizers = {name: _tokenizer(Path(ref.path or "")) for name, ref in models.items()}
+    try:
+        place, watched = find_place(spec), find_monitoring(spec)
+        start_serve(place, spec.name)
+        cold_start_s = spec.timeouts.start_s if spec.trunk.min_replicas == 0 else None
+        app = build(
+            trunks,
+            tokenizers,
+            status=ControllerStatus(namespace),
+            cold_start_s=cold_start_s,
+            endpoint=endpoint,
+            aliases={model.name: model.aliases for model in spec.models},
+            experts=experts,
+            monitoring=watched and MonitoringSpec(host=watched.host, port=watched.port),
+            own_hosts=own_hosts(place, watched),
+        )
+        serve.run(app, name=app_name(spec), route_prefix=place.prefix, blocking=False)
+    except (RayError, RayServeException, RuntimeError, ValueError) as error:
+        why = describe_failures(namespace) or _serves_words(spec) or str(error)
+        raise ClusterError(f"endpoint: {why}") from error
+    wait_answers(place, list(models))
+    if watched is None or (is_loopback(watched.host) and not is_head_node()):
+        return Addresses(place.url, None)
+    wait_monitored(watched, list(models))
+    return Addresses(place.url, watched.url)
+
+
+def own_hosts(*places: Place | None) -> set[str]:
+    """The hosts in the addresses that are printed and written down."""
+    return {urlsplit(place.url).hostname or "" for place in places if place is not None}
+
+
+def _serves_words(spec: Spec) -> str:
+    """What Serve says of the first part that failed: a process that was killed could not tell why
+    itself."""
+    try:
+        deployments = serve.status().applications[app_name(spec)].deployments
+    except (RayError, RayServeException, RuntimeError, LookupError):
+        return ""
+    for name, one in sorted(deployments.items(), reverse=True):  # trunks before the ingress
+        if "FAIL" in one.status:
+            kind = "trunk" if name.startswith("Trunk-") else "ingress"
+            words = last_line(RuntimeError(one.message))
+            if "ActorDied" in words:
+                words = f"its process was killed or ended by itself ({words.rstrip('()')})"
+            return StartFailure(kind, name.removeprefix("Trunk-"), words).describe(spec.name)
+    return ""
+
+
+def _replicas(spec: Spec) -> dict[str, Any]:
+    trunk, scale = spec.trunk, spec.autoscale
+    if trunk.min_replicas == trunk.max_replicas:
+        return {"num_replicas": trunk.max_replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=trunk.min_replicas,
+            # The ingress asks each trunk for its limits before it serves.
+            initial_replicas=max(1, trunk.min_replicas),
+            max_replicas=trunk.max_replicas,
+            target_ongoing_requests=trunk.target_requests,
+            upscale_delay_s=scale.up_after_s,
+            downscale_delay_s=scale.down_after_s,
+        )
+    }
+
+
+def _engine_config(spec: Spec) -> EngineConfig:
+    page = 32
+    return EngineConfig(
+        page_size=page,
+        num_blocks=math.ceil(spec.trunk.cache_tokens / page),
+        max_batch_tokens=spec.trunk.max_batch_tokens,
+        max_requests=spec.trunk.max_requests,
+        max_waiting=spec.trunk.max_waiting,
+        compiled=spec.trunk.compiled,
+        park_s=spec.timeouts.expert_s,
+        # A step may wait for a slow host in one layer after the other.
+        stall_timeout_s=2 * spec.timeouts.expert_s + 60.0,
+    )
+
+
+def _tokenizer(path: Path) -> Callable[[], Any]:
+    def load() -> Any:
+        from ...models.folder.tokenizer import read_tokenizer
+
+        return read_tokenizer(path)
+
+    return load
+
+
+class ControllerStatus:
+    """Asks a cluster's controller for its status. Ray's calls that look for an actor block, and do
+    so for long while its GCS is gone: a thread that does nothing else makes them."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._controller: Any = None  # stays the same one when the controller is started anew
+        self._looking: asyncio.Future[Any] | None = None
+
+    def __reduce__(self) -> tuple[type[ControllerStatus], tuple[str]]:
+        return ControllerStatus, (self._namespace,)
+
+    async def __call__(self) -> dict[str, Any]:
+        controller = await self._find()
+        return {"cluster": await answered(controller.status.remote())}
+
+    async def _find(self) -> Any:
+        if self._controller is None:
+            if self._looking is None or self._looking.done():
+                self._looking = in_thread(self._look)
+            try:
+                async with asyncio.timeout(QUESTION_TIMEOUT_S):
+                    self._controller = await asyncio.shield(self._looking)
+            except TimeoutError:
+                text = f"Ray did not name the controller within {QUESTION_TIMEOUT_S:g} s"
+                raise NoAnswer(text) from None
+            except ValueError:
+                text = "the controller is not there: it is being started anew"
+                raise NoAnswer(text) from None
+        return self._controller
+
+    def _look(self) -> Any:
+        return ray.get_actor(CONTROLLER, namespace=self._namespace)
+
+
+def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    """What ``work`` gives, from a thread of its own: the event loop's are for what ends soon."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            told = partial(_set, found, work(), None)
+        except Exception as error:
+            told = partial(_set, found, None, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(told)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found
+
+
+def _set(found: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
+    if found.cancelled():
+        return
+    if error is None:
+        found.set_result(value)
+    else:
+        found.set_exception(error)
+
+
+async def answered(asked: Awaitable[T]) -> T:
+    """What the controller answers. Raises NoAnswer where it takes too long or is restarted, and
+    InternalError for a defect of it."""
+    try:
+        async with asyncio.timeout(QUESTION_TIMEOUT_S):
+            return await asked
+    except TimeoutError:
+        raise NoAnswer(f"the controller did not answer within {QUESTION_TIMEOUT_S:g} s") from None
+    except RayTaskError as error:
+        raise InternalError(f"the controller: {in_words(error.cause)}") from error
+    except RayError as error:
+        raise NoAnswer(f"the controller is being started anew ({last_line(error)})") from error

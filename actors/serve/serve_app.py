@@ -1,0 +1,498 @@
+"""The Ray shell of the service: two Serve deployments, and the only border where errors cross.
+
+    HTTP proxy -> Ingress (tokenizers, text, SSE) -> handle, streaming -> Trunk (an Engine)
+
+Errors cross as values: Ray would wrap an exception in a class of its own and log a traceback per
+refused request. ``Trunk.generate`` yields the parts of a Delta or ``Failure``;
+``TrunkClient`` raises the error again, and turns Ray's own errors into EngineError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import uuid
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import (
+    DeploymentHandle,
+    DeploymentResponse,
+    DeploymentResponseGenerator,
+)
+
+from ...cluster.routing.expert_fallback import Dropped
+from ...cluster.service.progress import STALLED_S, Heard, Progress
+from ...cluster.service.web_guard import WebGuard
+from ...cluster.spec.parts import EndpointSpec, MonitoringSpec
+from ...proto.errors import (
+    Busy,
+    EngineError,
+    InternalError,
+    MoesaicError,
+    RequestError,
+    from_wire,
+    in_words,
+)
+from ..endpoint.http.bodies import BodyLimits
+from ..endpoint.http.gate import Gate
+from ..endpoint.http.health import Health, ModelHealth
+from ..endpoint.http.metrics import HttpMetrics
+from ..endpoint.http.monitoring_app import monitoring_app
+from ..endpoint.http.monitoring_server import monitoring
+from ..endpoint.ingress import create_app
+from ..engine.engine import (
+    Delta,
+    Embeds,
+    Engine,
+    ExpertBounds,
+    FinishReason,
+    Limits,
+    Pooling,
+    Sampling,
+    TokenLogprob,
+)
+from ..engine.served_model import ServedModel
+from ..runtime.process_labels import announce
+from ..runtime.ray_border import HEAD_NODE, cluster_of, last_line
+from ..runtime.start_failures import telling
+from .replica_port import stay_on_node
+
+if TYPE_CHECKING:
+    import numpy as np
+    from ray.serve import Application
+    from starlette.types import StatelessLifespan
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# The engine and the ingress's gate refuse with Busy before Serve queues anything: probes, and the
+# call that ends the ingress, always find room.
+MAX_ONGOING = 4096
+# Of one call that only asks: limits, statistics.
+QUESTION_TIMEOUT_S = 5.0
+# After so long without a token the trunk is asked whether it lives.
+PATIENCE_S = 15.0
+# Of an engine that was told to end.
+CLOSE_S = 15.0
+# Building a trunk reads a checkpoint.
+START_TIMEOUT_S = 600.0
+
+_FULL = "the model's trunks have as many requests as they may; try again later"
+
+T = TypeVar("T")
+StatusSource = Callable[[], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A MoesaicError on its way through Ray."""
+
+    code: str
+    message: str
+    param: str | None
+
+    @classmethod
+    def of(cls, error: MoesaicError) -> Failure:
+        return cls(error.code, str(error), getattr(error, "param", None))
+
+    def error(self) -> MoesaicError:
+        error = from_wire(self.code, self.message)
+        if isinstance(error, RequestError):
+            error.param = self.param
+        return error
+
+
+# A plain tuple is three times cheaper to pickle than a Delta, and there is one per token.
+Tokens = tuple[tuple[int, ...], FinishReason | None, Dropped | None, tuple[TokenLogprob, ...]]
+Item = Tokens | Failure
+
+
+# A start that fails does so again. Once a replica has served, Serve replaces it without end. How
+# long one that is to go may take, `ending_s` says.
+@serve.deployment(
+    name="Trunk",
+    max_ongoing_requests=MAX_ONGOING,
+    graceful_shutdown_wait_loop_s=0.2,
+    max_constructor_retry_count=1,
+)
+class Trunk:
+    """Owns an Engine; ``engine_factory`` is called in the replica's process."""
+
+    def __init__(self, engine_factory: Callable[[], Engine]) -> None:
+        self._identity = uuid.uuid4().hex
+        with _starting("trunk"):
+            self._engine = engine_factory()
+            self._engine.start()
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int],
+    ) -> AsyncGenerator[Item, None]:
+        generated = self._engine.generate(request_id, prompt_ids, sampling, already)
+        try:
+            async with aclosing(generated) as deltas:
+                async for delta in deltas:
+                    yield delta.token_ids, delta.finish_reason, delta.dropped, delta.logprobs
+        except MoesaicError as error:
+            yield Failure.of(error)
+        except Exception as error:
+            logger.exception("request %s: unexpected error of the engine", request_id)
+            yield Failure.of(InternalError(in_words(error)))
+
+    async def embed(self, prompts: list[list[int]], pooling: Pooling) -> np.ndarray | Failure:
+        try:
+            if not isinstance(self._engine, Embeds):
+                engine = type(self._engine).__name__
+                raise RequestError(f"embeddings: not with the {engine}", param="model")
+            return await self._engine.embed(prompts, pooling)
+        except MoesaicError as error:
+            return Failure.of(error)
+        except Exception as error:
+            logger.exception("unexpected error of the engine")
+            return Failure.of(InternalError(in_words(error)))
+
+    async def limits(self) -> Limits:
+        return self._engine.limits
+
+    async def stats(self) -> dict[str, Any]:
+        return dataclasses.asdict(self._engine.stats())
+
+    async def heard(self) -> Heard:
+        """Of this replica's engine alone."""
+        stats = self._engine.stats()
+        return Heard(
+            trunk=self._identity,
+            steps=stats.steps,
+            busy=stats.running + stats.waiting > 0,
+            beats=stats.healthy and stats.seconds_since_beat < STALLED_S,
+        )
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        stats = self._engine.stats()
+        if not stats.healthy:
+            raise EngineError(f"the engine is not healthy: {stats.last_error}")
+
+    def __del__(self) -> None:
+        # Serve's word for shutdown; also runs when the constructor failed.
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()
+
+
+class TrunkClient:
+    """A trunk's ``Engine.generate`` in another process; the one class that maps Ray's errors."""
+
+    def __init__(self, handle: DeploymentHandle, cold_start_s: float | None = None) -> None:
+        """With ``cold_start_s`` there may be no trunk: the first token may take so long."""
+        self._cold_start_s = cold_start_s
+        self._handle = handle
+        self._asked_serve: asyncio.Future[bool] | None = None
+        self._stream = handle.options(stream=True)
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        already: Sequence[int] = (),
+    ) -> AsyncGenerator[Delta, None]:
+        items = cast(
+            "DeploymentResponseGenerator[Item]",
+            self._stream.generate.remote(request_id, list(prompt_ids), sampling, list(already)),
+        )
+        finished = False
+        patience_s = self._cold_start_s or PATIENCE_S
+        try:
+            while not finished:
+                item = await self._next(items, patience_s)
+                patience_s = PATIENCE_S
+                if isinstance(item, Failure):
+                    finished = True
+                    raise item.error()
+                finished = item[1] is not None
+                yield Delta(*item)
+        except StopAsyncIteration:
+            raise EngineError("the trunk's stream ended early") from None
+        except BackPressureError:
+            raise Busy(_FULL) from None
+        except (RayError, RayServeException) as error:
+            raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
+        finally:
+            if not finished:
+                items.cancel()
+
+    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+        """See `Embeds.embed`."""
+        asked = cast(
+            "DeploymentResponse[np.ndarray | Failure]",
+            self._handle.embed.remote([list(prompt) for prompt in prompts], pooling),
+        )
+        finished = False
+        try:
+            found = await self._patiently(_result(asked), self._cold_start_s or PATIENCE_S)
+            finished = True
+        except BackPressureError:
+            raise Busy(_FULL) from None
+        except (RayError, RayServeException) as error:
+            raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
+        finally:
+            if not finished:
+                asked.cancel()
+        if isinstance(found, Failure):
+            raise found.error()
+        return found
+
+    async def _next(self, items: DeploymentResponseGenerator[Item], patience_s: float) -> Item:
+        return await self._patiently(items.__anext__(), patience_s)
+
+    async def _patiently(self, asked: Awaitable[T], patience_s: float) -> T:
+        """Waits as long as the trunk answers questions: the request may be behind many others."""
+        waiting = asyncio.ensure_future(asked)
+        try:
+            while True:
+                await asyncio.wait({waiting}, timeout=patience_s)
+                if waiting.done():
+                    return waiting.result()
+                stats = await self._ask_stats()
+                if not stats["healthy"]:
+                    raise EngineError(f"the trunk does not answer: {stats['last_error']}")
+        finally:
+            waiting.cancel()
+
+    async def limits(self) -> Limits:
+        """Waits until the trunk has started."""
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                return await self._question("limits")
+        except TimeoutError:
+            text = f"the trunk did not start within {START_TIMEOUT_S:g} s"
+            raise EngineError(text) from None
+        except (RayError, RayServeException) as error:
+            raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
+
+    async def stats(self) -> dict[str, Any]:
+        """The trunk's statistics, or why there are none. A trunk that may sleep is not asked: the
+        question would keep it awake."""
+        if self._cold_start_s is not None:
+            return {"healthy": True, "starts_with_the_first_request": True}
+        return await self._ask_stats()
+
+    async def hear(self) -> Heard | None:
+        """See `health.Hears`. One that sleeps is not woken."""
+        if self._cold_start_s is not None and not await self._is_awake():
+            return None
+        asked = cast("DeploymentResponse[Heard]", self._handle.heard.remote())
+        try:
+            return await asked
+        except asyncio.CancelledError:
+            asked.cancel()
+            raise
+
+    async def _is_awake(self) -> bool:
+        if self._asked_serve is None or self._asked_serve.done():
+            # Serve may not answer: no more than one thread waits for it.
+            self._asked_serve = asyncio.ensure_future(asyncio.to_thread(self._runs))
+        return await asyncio.shield(self._asked_serve)
+
+    def _runs(self) -> bool:
+        handle = self._handle
+        found = serve.status().applications[handle.app_name].deployments[handle.deployment_name]
+        return any(count for state, count in found.replica_states.items() if state == "RUNNING")
+
+    async def _ask_stats(self) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(QUESTION_TIMEOUT_S):
+                return await self._question("stats")
+        except TimeoutError:
+            why = f"the trunk did not answer within {QUESTION_TIMEOUT_S:g} s"
+        except (RayError, RayServeException) as error:
+            why = f"{type(error).__name__}: {last_line(error)}"
+        return {"healthy": False, "last_error": why}
+
+    async def _question(self, method: str) -> Any:
+        return await cast("DeploymentResponse[Any]", getattr(self._handle, method).remote())
+
+
+# On the head node, where Serve's proxy is: monitoring can be asked where the endpoint can. It takes
+# no core of Ray's, which may have none to give there.
+@serve.deployment(
+    name="Ingress",
+    max_ongoing_requests=2 * MAX_ONGOING,
+    graceful_shutdown_wait_loop_s=0.2,
+    max_constructor_retry_count=1,
+    ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
+)
+@serve.ingress()
+class Ingress:
+    """The HTTP app in a process of its own: tokenizers and text here, tokens from the trunks."""
+
+    def __init__(
+        self,
+        trunks: dict[str, DeploymentHandle],
+        tokenizers: dict[str, Callable[[], PreTrainedTokenizerBase]],
+        status: StatusSource | None,
+        cold_start_s: float | None,
+        endpoint: EndpointSpec,
+        aliases: Mapping[str, Sequence[str]],
+        experts: Mapping[str, ExpertBounds],
+        monitoring: MonitoringSpec | None,
+        own_hosts: Collection[str],
+    ) -> None:
+        self._endpoint = endpoint
+        self._monitoring = monitoring
+        self._own_hosts = own_hosts
+        self._aliases = aliases
+        self._experts = experts
+        self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
+        self._health = {
+            name: ModelHealth(Progress(wake_s=cold_start_s or 0.0), trunk.hear)
+            for name, trunk in self._trunks.items()
+        }
+        self._gate = Gate(MAX_ONGOING)
+        self._tokenizers = tokenizers
+        self._more_status = status
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        with _starting("ingress"):
+            models = {name: await self._model(name, trunk) for name, trunk in self._trunks.items()}
+        endpoint, metrics = self._endpoint, HttpMetrics()
+        health = Health(self._health, self._aliases, leaving=lambda: self._gate.ending)
+        return create_app(
+            models=models,
+            bodies=BodyLimits.of(endpoint.limits),
+            aliases=self._aliases,
+            cors_origins=endpoint.cors_origins,
+            guard=WebGuard.of(
+                endpoint.host,
+                allowed_hosts=endpoint.allowed_hosts,
+                origins=endpoint.cors_origins,
+                own=self._own_hosts,
+            ),
+            metrics=metrics,
+            lifespan=self._lifespan(metrics, health),
+            health=health,
+            gate=self._gate,
+        )
+
+    async def drain(self, drain_s: float) -> int:
+        """Refuse new requests from now on; those that run have so many seconds. Gives how many."""
+        return self._gate.drain(drain_s)
+
+    async def running(self) -> int:
+        """Requests that are not over."""
+        return self._gate.running
+
+    def _lifespan(self, metrics: HttpMetrics, health: Health) -> StatelessLifespan[FastAPI] | None:
+        """The monitoring server lives as long as the app does."""
+        at = self._monitoring
+        if at is None:
+            return None
+        app = monitoring_app(
+            status=self._status,
+            engines=self._engines,
+            metrics=metrics,
+            health=health,
+            guard=WebGuard.of(
+                at.host, allowed_hosts=self._endpoint.allowed_hosts, own=self._own_hosts
+            ),
+        )
+        return lambda _: monitoring(app, at.host, at.port)
+
+    async def _model(self, name: str, trunk: TrunkClient) -> ServedModel:
+        tokenizer = self._tokenizers[name]()
+        limits = (await trunk.limits()).within(self._endpoint.limits)
+        limits = replace(limits, experts=self._experts.get(name, limits.experts))
+        health = self._health[name]
+        generate, embed = health.watch(trunk.generate), health.watch_embed(trunk.embed)
+        return ServedModel(name, tokenizer, limits, generate, embed)
+
+    async def _engines(self) -> dict[str, Any]:
+        stats = await asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
+        return dict(zip(self._trunks, stats, strict=True))
+
+    async def _status(self) -> dict[str, Any]:
+        # Both at the same time: each may take as long as one question may.
+        models, more = await asyncio.gather(self._engines(), self._more())
+        healthy = all(one["healthy"] for one in models.values()) and more.get("healthy", True)
+        answer: dict[str, Any] = {**more, "healthy": healthy}
+        return {**answer, "models": models}
+
+    async def _more(self) -> dict[str, Any]:
+        return {} if self._more_status is None else await self._more_status()
+
+
+async def _result(asked: DeploymentResponse[T]) -> T:
+    return await asked
+
+
+@contextmanager
+def _starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
+    """Around a replica's start: its log says whose it is, and its error is told."""
+    try:
+        replica = serve.get_replica_context()
+    except RayServeException:
+        yield  # not in a replica: a test's own process
+        return
+    stay_on_node()
+    name = replica.deployment.removeprefix("Trunk-") if kind == "trunk" else kind
+    announce(kind, name, cluster_of(replica.app_name))
+    with telling(replica.app_name, kind, name):
+        yield
+
+
+def ending_s(drain_s: float) -> float:
+    """What Serve gives a replica that is to go: its requests first, then its own end."""
+    return drain_s + CLOSE_S
+
+
+def build(
+    trunks: Mapping[str, Application],
+    tokenizers: Mapping[str, Callable[[], PreTrainedTokenizerBase]],
+    *,
+    status: StatusSource | None = None,
+    cold_start_s: float | None = None,
+    endpoint: EndpointSpec | None = None,
+    aliases: Mapping[str, Sequence[str]] | None = None,
+    experts: Mapping[str, ExpertBounds] | None = None,
+    monitoring: MonitoringSpec | None = None,
+    own_hosts: Collection[str] = (),
+) -> Application:
+    """The application for ``serve.run``: model names -> ``Trunk.bind(engine_factory)``.
+
+    ``status`` is called in the ingress; what it answers is merged into ``/status``, which is at
+    the address ``monitoring`` and whose port must be given. With ``cold_start_s`` trunks may scale
+    to zero, and take so long to come back. ``aliases``: more names, by model. ``own_hosts``: names
+    by which the endpoint is told to be reached.
+    """
+    endpoint = endpoint or EndpointSpec()
+    return Ingress.options(graceful_shutdown_timeout_s=ending_s(endpoint.drain_s)).bind(
+        dict(trunks),
+        dict(tokenizers),
+        status,
+        cold_start_s,
+        endpoint,
+        dict(aliases or {}),
+        dict(experts or {}),
+        monitoring,
+        tuple(own_hosts),
+    )

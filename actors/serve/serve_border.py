@@ -1,0 +1,338 @@
+"""Serve as this project uses it: a service of Ray that other programs, and clusters, may share.
+
+A Ray has one Serve, which listens at one address for all applications and tells them apart by the
+prefix of the path. Whoever starts it chooses the address; what others ask for later is ignored. So
+it is compared with the spec before anything of a cluster starts, and once the endpoint is said to
+be up, it is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX as _REPLICA
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
+from ray.serve.context import _set_global_client
+
+from ...cluster.service.web_guard import is_loopback
+from ...cluster.spec.parts import EndpointSpec
+from ...cluster.spec.spec import Spec
+from ...proto.errors import ClusterError, in_words
+from ..endpoint.http.proxy_door import HOOK, middlewares
+from ..runtime.ports import check_port, free_port
+from ..runtime.ray_border import CONTROLLER, HEAD_NODE, ask, cluster_of, kill_named, namespace_of
+
+log = logging.getLogger(__name__)
+
+# Behind the start of all its deployments.
+ANSWER_S = 30.0
+ASK_S = 20.0
+END_S = 30.0
+# Nothing runs any more when an application is told to end; trunks close their engines.
+LEAVE_S = 20.0
+_LOOK_S = 0.2
+_ANYWHERE = ("0.0.0.0", "::")
+# In Ray's key-value store: the cluster that started Serve, so that it does not outlive all of them.
+_STORE, _STARTED_BY = "moesaic", "serve-started-by"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the endpoint of a cluster is, or is to be."""
+
+    host: str
+    port: int
+    prefix: str = "/"
+    serve_runs: bool = False
+
+    @property
+    def url(self) -> str:
+        host = head_address() if self.host in _ANYWHERE else self.host
+        host = f"[{host}]" if ":" in host else host
+        return f"http://{host}:{self.port}{self.prefix.rstrip('/')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The Serve of a Ray."""
+
+    http: HTTPOptions
+    location: ProxyLocation | None
+    routes: dict[str, str | None]  # of each application its prefix; None: over HTTP it has none
+
+    @property
+    def applications(self) -> str:
+        return ", ".join(sorted(self.routes)) or "none"
+
+
+def app_name(spec: Spec) -> str:
+    """Its trunks and its ingress learn the cluster's name from it."""
+    return namespace_of(spec.name)
+
+
+def find_place(spec: Spec) -> Place:
+    """Where the endpoint can be on the Ray that this process is connected to.
+
+    What clusters whose owners died left on Serve is ended first. Raises ClusterError where Serve
+    runs and does not fit the spec.
+    """
+    endpoint = spec.endpoint
+    assert endpoint is not None
+    _end_orphans()
+    running = find_serve()
+    if running is None:
+        if _on_head_node(endpoint.host):
+            check_port("endpoint", endpoint.host, endpoint.port)
+        return Place(endpoint.host, endpoint.port or free_port(endpoint.host))
+    _check(endpoint, spec.name, running)
+    _on_head_node(endpoint.host)
+    prefix = "/" if "/" not in running.routes.values() else f"/{spec.name}"
+    others = {route: app for app, route in running.routes.items() if app != app_name(spec)}
+    if prefix in others:
+        raise ClusterError(
+            f"name: the application {others[prefix]!r} of Serve on this Ray is at {prefix} already"
+        )
+    assert running.http.host is not None
+    return Place(running.http.host, running.http.port, prefix, serve_runs=True)
+
+
+def find_monitoring(spec: Spec) -> Place | None:
+    """Where an endpoint's monitoring is to be: on the head node, as the endpoint. Raises
+    ClusterError where its port is taken there."""
+    wanted = spec.monitoring
+    if wanted is None:
+        return None
+    if not is_head_node():
+        # A port that is free here is likely to be so there; the ingress waits for it if not.
+        return Place(wanted.host, wanted.port or free_port("localhost"))
+    check_port("monitoring", wanted.host, wanted.port)
+    return Place(wanted.host, wanted.port or free_port(wanted.host))
+
+
+def start_serve(place: Place, name: str) -> None:
+    """Start Serve for the cluster ``name``, unless it runs."""
+    if place.serve_runs:
+        return
+    door = f"{middlewares.__module__}.{middlewares.__name__}"
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": place.host, "port": place.port},
+        # What the controller starts has its environment, and so has the proxy.
+        controller_options=ControllerOptions(runtime_env={"env_vars": {HOOK: door}}),
+    )
+    _internal_kv_put(_STARTED_BY, name, overwrite=True, namespace=_STORE)
+
+
+def leave_serve(spec: Spec, *, patience_s: float = LEAVE_S) -> None:
+    """End the application of a cluster; and Serve itself, if nothing else is on it and it was
+    started by a cluster: this one, or one that is gone. What has not ended by itself within
+    ``patience_s`` is killed."""
+    running = find_serve()
+    if running is None:
+        return
+    if app_name(spec) in running.routes:
+        _end_app(app_name(spec), patience_s)
+    _end_idle_serve(leaving=spec.name)
+
+
+def _end_app(app: str, patience_s: float = LEAVE_S) -> None:
+    serve.delete(app, _blocking=False)
+    patient_until = time.monotonic() + patience_s
+    deadline = patient_until + END_S
+    while (running := find_serve()) is not None and app in running.routes:
+        now = time.monotonic()
+        if now > deadline:
+            raise ClusterError(f"the application {app!r} of Serve did not end within {END_S:g} s")
+        if now > patient_until:
+            # Serve was told to end them, and starts none instead.
+            kill_named(SERVE_NAMESPACE, f"{_REPLICA}{app}#")
+        time.sleep(_LOOK_S)
+
+
+def wait_monitored(place: Place, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
+    """Raises ClusterError where the status of these models is not to be had in time. To be called
+    where the place can be reached."""
+    deadline = time.monotonic() + timeout_s
+    with httpx.Client(trust_env=False, timeout=10.0) as client:
+        while (found := _monitored(client, f"{place.url}/status", models)) is not None:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"monitoring: {place.url} does not answer within {timeout_s:g} s: {found}; is "
+                    "its port another program's?"
+                )
+            time.sleep(_LOOK_S)
+
+
+def _monitored(client: httpx.Client, url: str, models: Collection[str]) -> str | None:
+    """What is wrong with the answer."""
+    try:
+        answer = client.get(url)
+        if answer.status_code == 503:
+            return None  # one of ours: the controller may be slow
+        known = set(answer.raise_for_status().json()["models"])
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        return in_words(error)
+    missing = set(models) - known
+    return f"it has the models {sorted(known)}" if missing else None
+
+
+def wait_answers(place: Place, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
+    """Raises ClusterError when these models are not answered for at the address in time."""
+    deadline = time.monotonic() + timeout_s
+    # A proxy of the network is not asked for what is said to be here.
+    with httpx.Client(trust_env=False, timeout=5.0) as client:
+        while (found := _asked(client, f"{place.url}/v1/models", models)) is not None:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"endpoint: {place.url} does not answer for {', '.join(models)} within "
+                    f"{timeout_s:g} s: {found}"
+                )
+            time.sleep(_LOOK_S)
+
+
+def _asked(client: httpx.Client, url: str, models: Collection[str]) -> str | None:
+    """What is wrong with the answer."""
+    try:
+        answer = client.get(url)
+        known = {str(one["id"]) for one in answer.raise_for_status().json()["data"]}
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        return in_words(error)
+    missing = set(models) - known
+    return f"it serves {sorted(known)}" if missing else None
+
+
+def find_serve() -> Running | None:
+    """The Serve of the Ray that this process is connected to. Ray has no public name for it."""
+    controller = _controller()
+    if controller is None:
+        return None
+    http = ask(controller.get_http_config.remote(), ASK_S, "Serve's options")
+    details = ask(controller.get_serve_instance_details.remote(), ASK_S, "Serve's applications")
+    location = details.get("proxy_location")
+    return Running(
+        http=http,
+        location=ProxyLocation(location) if location else None,
+        routes={
+            name: application.get("route_prefix")
+            for name, application in details["applications"].items()
+        },
+    )
+
+
+def _controller() -> Any:
+    """Not the handle that Serve keeps in this process: others may have ended what it is of."""
+    try:
+        return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _end_serve() -> None:
+    """`serve.shutdown`, which waits for a call that its controller does not live to answer: Ray
+    prints that on stdout."""
+    ask(_controller().graceful_shutdown.remote(wait=False), ASK_S, "Serve's end")
+    deadline = time.monotonic() + END_S
+    while _controller() is not None:
+        if time.monotonic() > deadline:
+            raise ClusterError(f"Serve did not end within {END_S:g} s")
+        time.sleep(_LOOK_S)
+    _set_global_client(None)
+
+
+def _check(endpoint: EndpointSpec, name: str, running: Running) -> None:
+    http = running.http
+    here = f"Serve on this Ray runs already (applications: {running.applications}) and"
+    own = "give the cluster a Ray of its own"
+    if running.location == ProxyLocation.Disabled or http.host is None:
+        raise ClusterError(f"endpoint: {here} has no HTTP; {own}, or end Serve")
+    asked = (endpoint.host, endpoint.port or http.port)
+    if asked != (http.host, http.port):
+        path = "" if "/" not in running.routes.values() else f", where this cluster is at /{name}"
+        key = "host" if endpoint.host != http.host else "port"
+        raise ClusterError(
+            f"endpoint.{key}: {getattr(endpoint, key)}, but {here} has one address for all of them,"
+            f" {http.host}:{http.port}; say `endpoint: {{host: {http.host}, port: {http.port}}}`"
+            f"{path}, or {own}"
+        )
+    if http.ssl_certfile:
+        raise ClusterError(f"endpoint: {here} speaks TLS alone; {own}, or end Serve")
+    most_s, limit_s = http.request_timeout_s, endpoint.limits.request_s
+    if most_s is not None and (limit_s is None or limit_s > most_s):
+        raise ClusterError(
+            f"endpoint.limits.request_s: {limit_s}, but {here} ends every request after "
+            f"{most_s:g} s; say so (`request_s: {most_s:g}`), or {own}"
+        )
+
+
+def _on_head_node(host: str) -> bool:
+    """Whether Serve, which listens on Ray's head node, does so on this machine."""
+    head = _head()
+    if is_head_node():
+        return True
+    if is_loopback(host):
+        raise ClusterError(
+            f"endpoint.host: {host} is for processes of one machine, and Serve listens on Ray's "
+            f"head node ({head['NodeManagerAddress']}), which is another one than this; say "
+            "`host: 0.0.0.0`, or start the cluster on that node"
+        )
+    return False
+
+
+def _head() -> dict[str, Any]:
+    for node in ray.nodes():
+        if node["Alive"] and HEAD_NODE in node["Resources"]:
+            return node
+    raise ClusterError("ray.address: this Ray has no head node")
+
+
+def is_head_node() -> bool:
+    """Whether this process is on Ray's head node."""
+    return _head()["NodeID"] == _this_node()
+
+
+def _this_node() -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
+def head_address() -> str:
+    return _head()["NodeManagerAddress"]
+
+
+def _end_orphans() -> None:
+    """Applications of clusters whose controller is gone, and a Serve that only they used."""
+    running = find_serve()
+    if running is None:
+        return
+    for app in running.routes:
+        if cluster_of(app) != app and not _has_controller(app):
+            log.warning("the owner of cluster %s died; what it left on Serve ends", cluster_of(app))
+            _end_app(app)
+    _end_idle_serve()
+
+
+def _end_idle_serve(leaving: str | None = None) -> None:
+    running = find_serve()
+    started_by = _internal_kv_get(_STARTED_BY, namespace=_STORE)
+    if running is None or running.routes or not started_by:
+        return
+    name = started_by.decode()
+    if name == leaving or not _has_controller(namespace_of(name)):
+        _end_serve()
+        _internal_kv_put(_STARTED_BY, b"", overwrite=True, namespace=_STORE)
+
+
+def _has_controller(namespace: str) -> bool:
+    try:
+        ray.get_actor(CONTROLLER, namespace=namespace)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,283 @@
+"""Who may connect over gRPC: one interceptor on each side of every connection.
+
+A client's side shows what it has, in the metadata of each RPC; a server's side looks at it before
+anything else happens. Who shows nothing, or something wrong, is answered by gRPC's own thread: no
+handler runs, no thread of the server is taken, and it counts for nothing in
+``maximum_concurrent_rpcs``. A host answers with its own side of the proof, in its first metadata,
+and is sent and believed nothing before: an impostor at the port of one that died cannot. This is
+the one place that knows what is shown, and by whom.
+"""
+
+from __future__ import annotations
+
+import hmac
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+import grpc
+
+from ....proto.errors import HostLost, MoesaicError, Unauthenticated
+from ....proto.keys import ClusterSecret, answer, same_key, shown
+from .border import to_grpc
+
+# gRPC sends what ends with -bin as bytes.
+_PROOF, _ANSWER = "moesaic-proof-bin", "moesaic-answer-bin"
+# HTTP's own header and scheme for a key that opens for whoever has it (RFC 6750).
+_KEY, _SCHEME = "authorization", "bearer"
+# What each service of a host is called on the wire and in `ClusterSecret.proof`.
+_EXPERTS, _WEIGHTS = "/moesaic.v1.Experts/", "/moesaic.v1.Weights/"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+# ---- a client's side -----------------------------------------------------------------------------
+
+
+class _CallDetails(grpc.ClientCallDetails):
+    """Those of another call, with one more entry of metadata."""
+
+    def __init__(self, of: grpc.ClientCallDetails, shown: tuple[str, str | bytes]) -> None:
+        self.method = of.method
+        self.timeout = of.timeout
+        self.metadata = (*(of.metadata or ()), shown)
+        self.credentials = of.credentials
+        self.wait_for_ready = of.wait_for_ready
+        self.compression = of.compression
+
+
+class _Showing(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
+    """Adds one entry to the metadata of every RPC; it costs nothing for each message."""
+
+    def __init__(self, name: str, value: str | bytes) -> None:
+        self._shown = name, value
+
+    def intercept_unary_unary(
+        self, continuation: Any, client_call_details: grpc.ClientCallDetails, request: Any
+    ) -> Any:
+        return continuation(_CallDetails(client_call_details, self._shown), request)
+
+    def intercept_unary_stream(
+        self, continuation: Any, client_call_details: grpc.ClientCallDetails, request: Any
+    ) -> Any:
+        return continuation(_CallDetails(client_call_details, self._shown), request)
+
+    def intercept_stream_unary(
+        self, continuation: Any, client_call_details: grpc.ClientCallDetails, request_iterator: Any
+    ) -> Any:
+        return continuation(_CallDetails(client_call_details, self._shown), request_iterator)
+
+    def intercept_stream_stream(
+        self, continuation: Any, client_call_details: grpc.ClientCallDetails, request_iterator: Any
+    ) -> Any:
+        return continuation(_CallDetails(client_call_details, self._shown), request_iterator)
+
+
+class _Proving(_Showing):
+    """Shows a proof, and waits for the host's answer to it before it sends or receives anything.
+
+    A stream in both directions is the exception: its reader calls `check_answer`. A client stream
+    with one response must be called as a future: a plain call blocks until the response, and the
+    answer could not be checked before.
+    """
+
+    def __init__(self, proof: bytes) -> None:
+        super().__init__(_PROOF, shown(proof))
+        self._proof = proof
+
+    def intercept_unary_stream(
+        self, continuation: Any, client_call_details: grpc.ClientCallDetails, request: Any
+    ) -> Any:
+        call = super().intercept_unary_stream(continuation, client_call_details, request)
+        check_answer(call, self._proof)
+        return call
+
+    def intercept_stream_unary(
+        self, continuation: Any, client_call_details: grpc.ClientCallDetails, request_iterator: Any
+    ) -> Any:
+        decided, proven = threading.Event(), False
+
+        def once_proven() -> Iterator[Any]:
+            decided.wait()
+            if proven:
+                yield from request_iterator
+
+        try:
+            details = client_call_details
+            call = super().intercept_stream_unary(continuation, details, once_proven())
+            check_answer(call, self._proof)
+            proven = True
+        finally:
+            decided.set()
+        return call
+
+
+def check_answer(call: Any, proof: bytes) -> None:
+    """Wait until a host has answered to ``proof``, or the RPC has ended with an error, which is
+    heard next. Raises HostLost when somebody else is there."""
+    given = dict(call.initial_metadata() or ()).get(_ANSWER)
+    if given is not None and hmac.compare_digest(given, answer(proof)):
+        return
+    if given is None and call.code() is not grpc.StatusCode.OK:
+        return
+    call.cancel()
+    raise HostLost("who answers there has no proof to be the host that is meant")
+
+
+def show_proof(channel: grpc.Channel, proof: bytes) -> grpc.Channel:
+    """``channel`` to a host that knows ``proof`` (`ClusterSecret.proof`), too."""
+    return grpc.intercept_channel(channel, _Proving(proof))
+
+
+def show_key(channel: grpc.Channel, key: str) -> grpc.Channel:
+    """``channel`` to a router service, showing it ``key``."""
+    return grpc.intercept_channel(channel, _Showing(_KEY, f"Bearer {key}"))
+
+
+# ---- a server's side -----------------------------------------------------------------------------
+
+
+class _AtOnce(ThreadPoolExecutor):
+    """Runs what it is given where it is given, in gRPC's own thread: for answers that wait for
+    nothing. It never starts a thread; gRPC wants this class of a behaviour's own executor."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        done: Future[T] = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+_at_once = _AtOnce(max_workers=1)
+
+
+def answered_at_once(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    """A gRPC behaviour that waits for nothing, not even for a message: it runs without a thread and
+    without counting as a concurrent RPC."""
+    behaviour.experimental_thread_pool = _at_once  # pyright: ignore[reportFunctionMemberAccess]
+    return behaviour
+
+
+def _refusing(error: MoesaicError) -> grpc.RpcMethodHandler:
+    """A handler, whatever the method, that says ``error`` before it has heard anything."""
+    status, details = to_grpc(error)
+
+    def refuse(messages: Iterator[bytes], context: grpc.ServicerContext) -> None:
+        context.abort(status, details)
+
+    return grpc.stream_stream_rpc_method_handler(answered_at_once(refuse))
+
+
+class _Door(grpc.ServerInterceptor, ABC):
+    """Lets in whom `_admits` admits."""
+
+    def __init__(self, refusal: str) -> None:
+        self._refusing = _refusing(Unauthenticated(refusal))
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        details: Any = handler_call_details  # its attributes are not declared
+        method: str = details.method
+        if self._admits(method, dict(details.invocation_metadata)):
+            return self._opened(method, continuation(handler_call_details))
+        return self._otherwise(method)
+
+    @abstractmethod
+    def _admits(self, method: str, metadata: Mapping[str, str | bytes]) -> bool: ...
+
+    def _opened(
+        self, method: str, handler: grpc.RpcMethodHandler | None
+    ) -> grpc.RpcMethodHandler | None:
+        return handler
+
+    def _otherwise(self, method: str) -> grpc.RpcMethodHandler:
+        return self._refusing
+
+
+def _answering(handler: Any, given: bytes) -> grpc.RpcMethodHandler:
+    """``handler``, which says ``given`` before anything else. Streamed messages stay as they are:
+    nothing is done for each."""
+
+    def first(behaviour: Callable[[Any, grpc.ServicerContext], T]) -> Any:
+        def run(request: Any, context: grpc.ServicerContext) -> T:
+            context.send_initial_metadata(((_ANSWER, given),))
+            return behaviour(request, context)
+
+        return run
+
+    codec = handler.request_deserializer, handler.response_serializer
+    if handler.stream_stream is not None:
+        return grpc.stream_stream_rpc_method_handler(first(handler.stream_stream), *codec)
+    if handler.stream_unary is not None:
+        return grpc.stream_unary_rpc_method_handler(first(handler.stream_unary), *codec)
+    if handler.unary_stream is not None:
+        return grpc.unary_stream_rpc_method_handler(first(handler.unary_stream), *codec)
+    return grpc.unary_unary_rpc_method_handler(first(handler.unary_unary), *codec)
+
+
+class HostDoor(_Door):
+    """Admits the members of a host's own cluster that mean this host: for each service there is a
+    proof of its own, and nothing else is there."""
+
+    def __init__(self, secret: ClusterSecret, target: str) -> None:
+        """``target`` is who is meant (`keys.target`)."""
+        super().__init__(
+            "proof: it is missing, of another cluster, or for another host or start of it; only "
+            "members of the cluster reach its hosts"
+        )
+        self._proofs = {
+            _EXPERTS: secret.proof("experts", target),
+            _WEIGHTS: secret.proof("weights", target),
+        }
+
+    def _proof(self, method: str) -> bytes | None:
+        return next((p for name, p in self._proofs.items() if method.startswith(name)), None)
+
+    def _admits(self, method: str, metadata: Mapping[str, str | bytes]) -> bool:
+        given, proof = metadata.get(_PROOF), self._proof(method)
+        return (
+            proof is not None
+            and isinstance(given, bytes)
+            and hmac.compare_digest(given, shown(proof))
+        )
+
+    def _opened(
+        self, method: str, handler: grpc.RpcMethodHandler | None
+    ) -> grpc.RpcMethodHandler | None:
+        proof = self._proof(method)
+        assert proof is not None
+        return None if handler is None else _answering(handler, answer(proof))
+
+
+class ClientDoor(_Door):
+    """Admits clients that show the key. ``open_to_all`` answers others, for each of its methods."""
+
+    def __init__(self, key: str, open_to_all: Mapping[str, grpc.RpcMethodHandler]) -> None:
+        """What ``open_to_all`` holds is to be `answered_at_once`: who has no key may say as slowly
+        as he likes what he wants."""
+        super().__init__(
+            "authorization: the router service asks for its key, as `Bearer KEY`; it is in the "
+            "session file of a cluster on this machine, and elsewhere MOESAIC_ROUTER_KEY names it"
+        )
+        self._key = key
+        self._open_to_all = dict(open_to_all)
+
+    def _admits(self, method: str, metadata: Mapping[str, str | bytes]) -> bool:
+        scheme, _, given = str(metadata.get(_KEY, "")).partition(" ")
+        return scheme.lower() == _SCHEME and same_key(given.strip(), self._key)
+
+    def _otherwise(self, method: str) -> grpc.RpcMethodHandler:
+        return self._open_to_all.get(method, self._refusing)

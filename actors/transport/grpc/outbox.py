@@ -1,0 +1,171 @@
+"""Frames to the other side of a stream, between its owner's thread and gRPC's writing thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ....proto.errors import HostLost, InternalError, MoesaicError
+from ....proto.expert_pb2 import Frame
+from ....proto.limits import CHUNK_BYTES
+from ..process_group import Pair, pieces
+from .codec import PARTS, encode
+
+# What is left of a large frame: its kind, and frame and chunk of each message.
+_Turn = tuple[str, deque[tuple[Frame, memoryview]]]
+
+
+class _Beside(NamedTuple):
+    """A frame whose tensors a pair carries."""
+
+    message: bytes
+    payload: Tensor
+
+
+class Outbox:
+    """The iterator that gRPC's writing thread runs through; the chunks of several large frames take
+    turns.
+
+    Sent by one thread, iterated by one other.
+    """
+
+    def __init__(self, moved: threading.Event, at_end: Callable[[], None] = lambda: None) -> None:
+        """``moved`` is set whenever something has left; ``at_end`` is called before the iteration
+        ends, by the thread that iterates."""
+        self._at_end = at_end
+        self._new: queue.SimpleQueue[bytes | _Turn | _Beside | None] = queue.SimpleQueue()
+        self._turns: deque[bytes | _Turn | _Beside] = deque()
+        self._pair: Pair | None = None
+        self._lost: Callable[[MoesaicError], None] = lambda _: None
+        self._beside: Tensor | None = None  # its frame has left, and it follows
+        self._finishing = False
+        self.thread: threading.Thread | None = None  # the one that iterates
+        self._moved = moved
+        self._moved_at = 0.0
+        # Each is written by one thread alone; the difference still waits.
+        self._queued_bytes = self._left_bytes = 0
+
+    @property
+    def unsent_bytes(self) -> int:
+        return self._queued_bytes - self._left_bytes
+
+    def stalled_s(self) -> float:
+        """Seconds for which the other side has taken nothing although something waits."""
+        return time.monotonic() - self._moved_at if self.unsent_bytes else 0.0
+
+    def send(self, frame: Frame) -> None:
+        """Send a frame without tensors."""
+        message = frame.SerializeToString()
+        self._put(message, len(message))
+
+    def send_tensors(self, kind: str, frame: Frame, payload: memoryview) -> None:
+        """Send a call, backward or reply.
+
+        A ``payload`` of more than CHUNK_BYTES must not change any more; others are copied.
+        """
+        if len(payload) <= CHUNK_BYTES:
+            message = encode(kind, frame, payload)
+            self._put(message, len(message))
+        else:
+            self._put((kind, deque(_chunks(kind, frame, payload))), len(payload))
+
+    def carry(self, pair: Pair, lost: Callable[[MoesaicError], None]) -> None:
+        """From now on ``pair`` carries the tensors; ``lost`` hears that it cannot."""
+        self._pair, self._lost = pair, lost
+
+    def send_beside(self, frame: Frame, payload: Tensor) -> None:
+        """Send a call, backward or reply with the pair; ``payload`` must not change any more.
+
+        Raises InternalError for another size than the frame announces: torch ends the process of a
+        side that gets more than it expects."""
+        kind = frame.WhichOneof("kind") or ""
+        if PARTS[kind](frame).payload_bytes != payload.numel():
+            raise InternalError(
+                f"payload_bytes: {PARTS[kind](frame).payload_bytes} announced for a {kind} of "
+                f"{payload.numel()}"
+            )
+        message = frame.SerializeToString()
+        self._put(_Beside(message, payload), len(message) + payload.numel())
+
+    def finish(self) -> None:
+        """The stream ends behind what was sent before. Callable from any thread."""
+        self._new.put(None)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._beside is not None:
+            self._ship(self._beside)
+            self._beside = None
+        turn = self._next_turn()
+        if isinstance(turn, bytes):
+            message, size = turn, len(turn)
+        elif isinstance(turn, _Beside):
+            message, size = turn.message, len(turn.message)
+            self._beside = turn.payload
+        else:
+            kind, chunks = turn
+            frame, chunk = chunks.popleft()
+            if chunks:
+                self._turns.append(turn)
+            message, size = encode(kind, frame, chunk), len(chunk)
+        self._left(size)
+        return message
+
+    def _left(self, size: int) -> None:
+        self._left_bytes += size
+        self._moved_at = time.monotonic()
+        if not self._moved.is_set():
+            self._moved.set()
+
+    def _ship(self, payload: Tensor) -> None:
+        """Behind its frame, which gRPC has sent when it asks for the next."""
+        assert self._pair is not None
+        try:
+            for piece in pieces(payload):
+                self._pair.send(piece)
+                self._left(piece.numel())
+        except HostLost as lost:
+            self._lost(lost)
+            self._at_end()
+            raise StopIteration from lost
+
+    def _put(self, turn: bytes | _Turn | _Beside, size: int) -> None:
+        if self._queued_bytes == self._left_bytes:
+            self._moved_at = time.monotonic()
+        self._queued_bytes += size
+        self._new.put(turn)
+
+    def _next_turn(self) -> bytes | _Turn | _Beside:
+        turns = self._turns
+        while not self._finishing and (not turns or not self._new.empty()):
+            if self.thread is None:
+                self.thread = threading.current_thread()
+            turn = self._new.get()
+            if turn is None:
+                self._finishing = True
+            else:
+                turns.append(turn)
+        if not turns:
+            self._at_end()
+            raise StopIteration
+        return turns.popleft()
+
+
+def _chunks(kind: str, frame: Frame, payload: memoryview) -> Iterator[tuple[Frame, memoryview]]:
+    first = PARTS[kind](frame)
+    first.more = True
+    yield frame, payload[:CHUNK_BYTES]
+    for start in range(CHUNK_BYTES, len(payload), CHUNK_BYTES):
+        rest = Frame()
+        part = PARTS[kind](rest)
+        part.seq = first.seq
+        part.more = start + CHUNK_BYTES < len(payload)
+        yield rest, payload[start : start + CHUNK_BYTES]

@@ -1,0 +1,215 @@
+"""A host's side of a gRPC stream; `grpc_stream.py` says how streams behave."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import grpc
+import torch
+from torch import Tensor
+
+from ....proto.errors import CallError, Expired, HostLost, MoesaicError
+from ....proto.expert_pb2 import Call, Frame, Reply
+from ....proto.limits import MAX_INFLIGHT_BYTES, MAX_SLOT_BYTES
+from ....proto.wire import CallLayout
+from ..base import Inbound, check_version
+from ..budget import Budget
+from ..process_group import HOST_RANK, Pair
+from . import stalls
+from .border import CLOSE_S, Threads, from_grpc, to_grpc
+from .inbox import STALL_S, Inbox
+from .outbox import Outbox
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionTerms:
+    """What a host grants each of its routers."""
+
+    bind: str  # where a group of the two sides meets
+    device: torch.device  # what NCCL uses
+    groups: Collection[str]  # backends of those that the cluster's spec asks for
+    max_held_bytes: int
+    arriving: Budget  # bytes of calls in chunks, of all routers
+    fits: Callable[[Call], None]  # raises CallError for a call that no model here takes
+
+
+class GrpcSession:
+    """A host's side of one connection, which is one RPC."""
+
+    def __init__(
+        self, context: grpc.ServicerContext, terms: SessionTerms, admit: Callable[[], None]
+    ) -> None:
+        """``admit`` hears that the router has said Hello, and raises Busy when there are too many.
+        Until then nothing is opened for it."""
+        self.router = ""
+        self._context = context
+        self._terms = terms
+        self._admit = admit
+        self._pair: Pair | None = None
+        self._closing = False  # on this side, and it ends the pair
+        self._greeted = threading.Event()  # or ended before
+        self._over = threading.Event()
+        moved = threading.Event()
+        self._outbox = Outbox(moved, self._say_why)
+        self._inbox = Inbox(
+            context.peer(),
+            moved,
+            kinds=("hello", "call", "backward", "cancel", "ping"),
+            max_payload_bytes=MAX_SLOT_BYTES,
+            max_arriving_bytes=MAX_INFLIGHT_BYTES,
+            check=self._check,
+            accept=self._accept,
+            arriving=terms.arriving.share(),
+        )
+
+    @property
+    def slot_bytes(self) -> int:
+        return MAX_SLOT_BYTES
+
+    def fileno(self) -> int:
+        return self._inbox.fileno()
+
+    def receive(self) -> list[Inbound]:
+        return self._inbox.receive()
+
+    def reply_buffer(self, frame: Frame, layout: CallLayout) -> Tensor:
+        if self._pair is not None:
+            return self._pair.buffer(layout.reply_bytes)
+        return torch.empty(layout.reply_bytes, dtype=torch.uint8)
+
+    def send_reply(self, frame: Frame, buffer: Tensor) -> None:
+        self._inbox.check_open()
+        payload = buffer[: frame.reply.payload_bytes]
+        if self._pair is not None:
+            self._outbox.send_beside(frame, payload)
+        else:
+            self._outbox.send_tensors("reply", frame, payload.numpy().data)
+
+    def send(self, frame: Frame) -> None:
+        self._inbox.check_open()
+        self._outbox.send(frame)
+
+    def close(self) -> None:
+        """Waits for what was sent to go out, but no longer than `CLOSE_S`, and not if the router is
+        gone. The listener owns the threads."""
+        gone = self._inbox.error is not None
+        self._closing = not gone
+        self._inbox.end(HostLost(f"{self.router}: closed on this side"))
+        self._outbox.finish()
+        if not gone and not self._over.wait(CLOSE_S):
+            self._context.cancel()
+        elif not gone and self._pair is not None:
+            self._pair.linger(CLOSE_S)
+        self._abort_pair()
+        self._inbox.close()
+
+    # ---- gRPC's threads -------------------------------------------------------------------------
+
+    def serve(self, messages: Iterator[bytes], threads: Threads) -> Iterator[bytes]:
+        """Begin to read; what is returned is written by the thread that gRPC gave this RPC."""
+        if not self._context.add_callback(self._over.set):
+            self._over.set()
+        threads.submit(self._read, messages)
+        return self._outbox
+
+    def wait_for_hello(self, timeout_s: float) -> None:
+        """Raises Expired when none comes in time, and what ended the stream before it came."""
+        if not self._greeted.wait(timeout_s):
+            late = Expired(f"hello: a router says it within {timeout_s:g} s; none came")
+            self._inbox.end(late)
+        if not self.router:
+            self._inbox.close()
+            assert self._inbox.error is not None
+            raise self._inbox.error
+
+    def end_if_late(self, now: float) -> bool:
+        """A call has begun to arrive, and nothing more of it comes: its bytes are freed with the
+        connection. From any thread; see `Stalls`."""
+        moved_at = self._inbox.moved_at
+        if moved_at is None or now - moved_at <= stalls.STILL_S:
+            return False
+        self._inbox.end(HostLost(f"{self.router}: a call stood still for {stalls.STILL_S:g} s"))
+        self._context.cancel()
+        return True
+
+    def _accept(self, kind: str, frame: Frame) -> bool:
+        if (kind == "hello") == bool(self.router):
+            raise CallError(
+                f"a frame of kind {kind!r} {'after' if self.router else 'before'} Hello"
+            )
+        if kind == "hello":
+            check_version(frame.hello.wire_version, frame.hello.router)
+            if not frame.hello.router:
+                raise CallError("router: a Hello without the router's name")
+            group = frame.hello.group
+            if group and group not in self._terms.groups:
+                raise CallError(
+                    f"group: {frame.hello.router} asks for {group!r}; this host makes "
+                    f"{' or '.join(sorted(self._terms.groups)) or 'no groups'}, as "
+                    "network.transport of the cluster's spec says"
+                )
+            self._admit()
+            self.router = self._inbox.peer = frame.hello.router
+            self._greeted.set()
+            if group:
+                self._meet(group)
+        return True
+
+    def _check(self, kind: str, part: Call | Reply) -> None:
+        """The sizes of a call follow from its numbers, and those from a model and a slot."""
+        if not isinstance(part, Call) or kind != "call":
+            return  # a backward one: the host's loop refuses it whole
+        layout = CallLayout.of_call(part)
+        if layout.slot_bytes > self.slot_bytes:
+            raise CallError(
+                f"rows: call and answer take {layout.slot_bytes} bytes, a slot has "
+                f"{self.slot_bytes}; send fewer rows in one call"
+            )
+        self._terms.fits(part)
+
+    def _meet(self, backend: str) -> None:
+        """Make a group with the router; the Hello is heard behind it, and the Welcome sent."""
+        self._pair = Pair(self.router, backend, self._terms.device)
+        self._inbox.carry(self._pair)
+        self._outbox.carry(self._pair, self._inbox.end)
+        frame = Frame()
+        frame.rendezvous.store_address = self._pair.open(self._terms.bind)
+        # The owner sends nothing before it has heard the Hello.
+        self._outbox.send(frame)
+        self._pair.join(HOST_RANK, frame.rendezvous.store_address)
+
+    def _abort_pair(self) -> None:
+        if self._pair is not None:
+            self._pair.abort()
+
+    def _full(self) -> bool:
+        """Whether to ask the router for no more; one that takes nothing either is given up."""
+        if self._inbox.waiting_bytes + self._outbox.unsent_bytes <= self._terms.max_held_bytes:
+            return False
+        if self._outbox.stalled_s() > STALL_S:
+            self._inbox.end(HostLost(f"{self.router}: has taken nothing for {STALL_S:g} s"))
+            self._context.cancel()
+        return True
+
+    def _read(self, messages: Iterator[bytes]) -> None:
+        end: MoesaicError = HostLost(f"{self._inbox.peer}: the router closed the connection")
+        try:
+            self._inbox.read(messages, full=self._full)
+        except grpc.RpcError as error:
+            end = from_grpc(error, self._inbox.peer)
+        finally:
+            self._inbox.end(end)
+            self._greeted.set()
+            if not self._closing:
+                self._abort_pair()
+            self._outbox.finish()
+
+    def _say_why(self) -> None:
+        """The stream ends; its status is the router's mistake, if there was one."""
+        error = self._inbox.error
+        if error is not None and not isinstance(error, HostLost):
+            code, details = to_grpc(error)
+            self._context.set_code(code)
+            self._context.set_details(details)

@@ -1,0 +1,266 @@
+"""Weights between hosts, and from a trunk to a host: on connections of their own.
+
+An expert travels as the bytes of one safetensors file, in chunks, with its size and checksum in
+front. Nothing is believed before both are right, and nothing is kept of what is larger than the
+expert that is named: that is known from its model. Who puts an expert shows the controller's grant
+for it (`ClusterSecret.grant`). The transfers of a host are bounded in number, each direction by
+itself, and in bytes, all together; one that stands still ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, Protocol, TypeVar
+
+import grpc
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ....cluster.placement import ExpertKey
+from ....proto.errors import Busy, CallError
+from ....proto.expert_pb2 import PutWeightsResult, WeightsChunk, WeightsKey
+from ....proto.expert_pb2_grpc import WeightsServicer, WeightsStub
+from ....proto.keys import secret_of_process
+from ....proto.limits import CHUNK_BYTES, MAX_GETS, MAX_PUTS, MAX_WEIGHTS_BYTES
+from ..budget import Budget, Share
+from .border import CHANNEL_OPTIONS, CLOSE_S, aborting, close_channel, from_grpc
+from .interceptors import show_proof
+from .stalls import Stalls
+
+# In the metadata of a Put; gRPC sends what ends with -bin as bytes.
+_GRANT, _TERM = "moesaic-grant-bin", "moesaic-term"
+# Between two tries at a host that takes no further transfer for now.
+_PAUSE_S = 0.05
+
+T = TypeVar("T")
+
+
+class Grant(NamedTuple):
+    """The leave of the controller of ``term`` to put one expert into one host's memory."""
+
+    term: int
+    proof: bytes  # `ClusterSecret.grant`
+
+
+class WeightsStore(Protocol):
+    """What a host does with weights; called by gRPC's threads, several at a time."""
+
+    def most_bytes(self, key: ExpertKey) -> int:
+        """The most that a file of this expert may have. Raises NotHere when the model is unknown,
+        and CallError when it has no such expert."""
+        ...
+
+    def check_grant(self, key: ExpertKey, version: int, grant: Grant | None) -> None:
+        """Raises Forbidden when the controller did not grant this, and Superseded when a newer one
+        rules."""
+        ...
+
+    def get(self, key: ExpertKey) -> Mapping[str, Tensor]:
+        """Raises NotHere."""
+        ...
+
+    def put(self, key: ExpertKey, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Raises NotHere when the model is unknown, CallError when the tensors do not fit it or
+        are not finite, and Forbidden where they would replace others that are being served."""
+        ...
+
+
+def put_weights(
+    address: str,
+    key: ExpertKey,
+    tensors: Mapping[str, Tensor],
+    *,
+    version: int = 1,
+    timeout_s: float,
+    grant: Grant | None = None,
+    proof: bytes | None = None,
+) -> None:
+    """Give an expert to the host at ``address``; the host serves it when this returns. While the
+    host has no room for the transfer it is tried again. ``grant`` is the controller's; ``proof`` is
+    what the host asks for of everybody; None: that of a listener of this process.
+
+
+    Raises what the host's store raises, Unauthenticated, Expired, and HostLost when the host is
+    gone.
+    """
+    named = WeightsKey(model=key.model, layer=key.layer, expert=key.expert, version=version)
+    data = _save(tensors)
+    shown = [] if grant is None else [(_TERM, str(grant.term)), (_GRANT, grant.proof)]
+
+    def put(left_s: float) -> None:
+        with _stub(address, proof) as stub:
+            # As a future: the plain call would wait, beyond its deadline, for a chunk that is
+            # stuck.
+            stub.Put.future(_split(named, data), timeout=left_s, metadata=shown).result()
+
+    _until_there_is_room(put, timeout_s)
+
+
+def get_weights(
+    address: str,
+    key: ExpertKey,
+    *,
+    timeout_s: float,
+    max_bytes: int,
+    proof: bytes | None = None,
+) -> dict[str, Tensor]:
+    """Copy an expert from the host at ``address``; ``proof`` as in `put_weights`. While the host
+    has no room for the transfer it is tried again.
+
+    Raises NotHere when the host lacks it, CallError when what is announced or arrives is larger
+    than ``max_bytes`` or damaged, Unauthenticated, Expired, and HostLost when the host is gone.
+    """
+    wanted = WeightsKey(model=key.model, layer=key.layer, expert=key.expert)
+
+    def get(left_s: float) -> bytes:
+        with _stub(address, proof) as stub:
+            chunks = stub.Get(wanted, timeout=left_s)
+            return _join(_head(chunks), chunks, max_bytes)
+
+    return _load(_until_there_is_room(get, timeout_s))
+
+
+def _until_there_is_room(transfer: Callable[[float], T], timeout_s: float) -> T:
+    """Raises Busy when there is none until ``timeout_s``."""
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            return transfer(max(until - time.monotonic(), 1e-3))
+        except Busy:
+            pause_s = _PAUSE_S * (1 + random.random())
+            if time.monotonic() + pause_s >= until:
+                raise
+        time.sleep(pause_s)
+
+
+@contextlib.contextmanager
+def _stub(address: str, proof: bytes | None) -> Iterator[WeightsStub]:
+    """A connection of its own: weights never stand before a token."""
+    channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    try:
+        yield WeightsStub(show_proof(channel, proof or secret_of_process().proof("weights", "")))
+    except grpc.RpcError as error:
+        raise from_grpc(error, address) from error
+    finally:
+        close_channel(channel, CLOSE_S)
+
+
+class Weights(WeightsServicer):
+    """A host's side: answers for ``store``."""
+
+    def __init__(self, store: WeightsStore, stalls: Stalls) -> None:
+        self._store = store
+        self._stalls = stalls
+        self._puts = Budget(MAX_PUTS, "weights that are put")
+        self._gets = Budget(MAX_GETS, "weights that are fetched")
+        self._bytes = Budget(MAX_WEIGHTS_BYTES, "bytes of weights on their way")
+
+    def Put(  # noqa: N802
+        self, request_iterator: Iterator[WeightsChunk], context: grpc.ServicerContext
+    ) -> PutWeightsResult:
+        with aborting(context), self._puts.holding(), self._room() as room:
+            with self._stalls.watching(context.cancel) as progress:
+                head = _head(request_iterator)
+                key = ExpertKey(head.key.model, head.key.layer, head.key.expert)
+                self._store.check_grant(key, head.key.version, _shown(context))
+                most = self._store.most_bytes(key)
+                data = _join(head, request_iterator, most, moved=progress.moved, take=room.take)
+            self._store.put(key, _load(data), head.key.version)
+            return PutWeightsResult(bytes=len(data))
+
+    def Get(  # noqa: N802
+        self, request: WeightsKey, context: grpc.ServicerContext
+    ) -> Iterator[WeightsChunk]:
+        with aborting(context), self._gets.holding(), self._room() as room:
+            key = ExpertKey(request.model, request.layer, request.expert)
+            room.take(self._store.most_bytes(key))
+            data = _save(self._store.get(key))
+            with self._stalls.watching(context.cancel) as progress:
+                for chunk in _split(request, data):
+                    yield chunk
+                    progress.moved()
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[Share]:
+        share = self._bytes.share()
+        try:
+            yield share
+        finally:
+            share.close()
+
+
+def _shown(context: grpc.ServicerContext) -> Grant | None:
+    shown = dict(context.invocation_metadata() or ())
+    term, proof = shown.get(_TERM), shown.get(_GRANT)
+    if not isinstance(proof, bytes) or not str(term).isdecimal():
+        return None
+    return Grant(int(str(term)), proof)
+
+
+def _save(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+
+
+def _load(data: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise CallError(f"weights: not a safetensors file: {error}") from error
+
+
+def _split(key: WeightsKey, data: bytes) -> Iterator[WeightsChunk]:
+    yield WeightsChunk(
+        key=key, total_bytes=len(data), crc32=zlib.crc32(data), data=data[:CHUNK_BYTES]
+    )
+    for start in range(CHUNK_BYTES, len(data), CHUNK_BYTES):
+        yield WeightsChunk(data=data[start : start + CHUNK_BYTES])
+
+
+def _head(chunks: Iterator[WeightsChunk]) -> WeightsChunk:
+    """The first chunk. Raises CallError when it does not say what follows."""
+    head = next(chunks, None)
+    if head is None or not head.HasField("key"):
+        raise CallError("key: the first chunk of weights does not name an expert")
+    return head
+
+
+def _join(
+    head: WeightsChunk,
+    rest: Iterator[WeightsChunk],
+    max_bytes: int,
+    *,
+    moved: Callable[[], None] = lambda: None,
+    take: Callable[[int], None] = lambda _: None,
+) -> bytes:
+    """The bytes of a whole file. Raises CallError when they are not as announced, and what
+    ``take`` raises when there is no room for them, before anything is kept."""
+    total = head.total_bytes
+    if total > max_bytes:
+        raise CallError(
+            f"total_bytes: {total} of weights; this expert's have {max_bytes} at most, as its "
+            "model says"
+        )
+    take(total)
+    parts, size, crc32 = [], 0, 0
+    chunk: WeightsChunk | None = head
+    while chunk is not None:
+        size += len(chunk.data)
+        if size > total or not chunk.data:
+            raise CallError(
+                f"total_bytes: {total} of weights announced, {size} arrived so far, "
+                f"{len(chunk.data)} in the last chunk"
+            )
+        parts.append(chunk.data)
+        crc32 = zlib.crc32(chunk.data, crc32)
+        moved()
+        chunk = next(rest, None)
+    if size < total:
+        raise CallError(f"total_bytes: {total} of weights announced, {size} arrived")
+    if crc32 != head.crc32:
+        raise CallError(f"crc32: weights have {crc32:#x}, {head.crc32:#x} was announced")
+    return b"".join(parts)

@@ -1,0 +1,116 @@
+"""Moving the experts of a model in memory into the pool, over the weights channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from ...cluster.placement import ExpertKey, ModelRef, ModelShape
+from ...models.trunk.adapters import needs_adapter
+from ...models.trunk.experts_layers import (
+    ExpertsLayer,
+    expert_bytes,
+    expert_parameters,
+    experts_layers,
+)
+from ...models.trunk.in_pool import IMPLEMENTATION
+from ...models.trunk.trunk import strip_experts
+from ...proto.errors import UnsupportedModel
+from ...proto.keys import ClusterSecret
+from ...proto.wire import DTYPE_TO_WIRE
+from ..host.weight_grants import VERSION, Granted
+from ..host.weight_store import SHARED, shared_parameters
+from ..router.pool_link import TrunkConfig
+from ..runtime.cluster_secret import secret_of
+from ..runtime.ray_border import ask, controller_of
+from ..transport.grpc.weights import put_weights
+from .trunk import PoolTrunk
+
+PUT_TIMEOUT_S = 60.0
+
+
+def attach_model(
+    model: PreTrainedModel,
+    *,
+    namespace: str,
+    name: str,
+    replicas: int,
+    exact: bool,
+    make_config: Callable[[ModelRef], TrunkConfig],
+) -> PoolTrunk:
+    """Send the experts, free them here, and connect the model.
+
+    Until everything is in the pool the model is left as it was. Raises UnsupportedModel and
+    ClusterError.
+    """
+    if needs_adapter(model):
+        raise UnsupportedModel(
+            f"{type(model).__name__}: experts of this architecture are served from its checkpoint "
+            "only; save it with save_pretrained and use Cluster.from_pretrained"
+        )
+    layers = experts_layers(model)
+    dtypes = {p.dtype for layer in layers for _, p in expert_parameters(layer)}
+    dtype = next(iter(dtypes))
+    if len(dtypes) > 1 or dtype not in DTYPE_TO_WIRE:
+        raise UnsupportedModel(f"dtype: experts of {sorted(map(str, dtypes))} cannot be served")
+    if not model._can_set_experts_implementation():
+        raise UnsupportedModel(
+            f"{type(model).__name__}: transformers would silently ignore another implementation "
+            "of its experts"
+        )
+    ref = ModelRef(
+        name=name, dtype=str(dtype).removeprefix("torch."), config=model.config.to_dict()
+    )
+    shape = ModelShape(
+        model=name,
+        experts={layer.layer: layer.num_experts for layer in layers},
+        replicas=replicas,
+        exact=exact,
+        expert_bytes=max(expert_bytes(layer, dtype) for layer in layers),
+    )
+    controller = controller_of(namespace)
+    wanted: list[Granted] = ask(controller.add_model.remote(ref, shape), 60.0, "adding the model")
+    secret = secret_of(namespace)
+    by_number = {la.layer: la for la in layers}
+    for granted in wanted:
+        _send(granted, secret, by_number)
+    strip_experts(model)
+    model.set_experts_implementation(IMPLEMENTATION)
+    return PoolTrunk(make_config(ref), model, layers)
+
+
+def _send(granted: Granted, secret: ClusterSecret, layers: Mapping[int, ExpertsLayer]) -> None:
+    proof = secret.proof("weights", granted.entry.target)
+
+    def put(key: ExpertKey, tensors: Mapping[str, torch.Tensor]) -> None:
+        put_weights(
+            granted.entry.grpc_address,
+            key,
+            tensors,
+            version=VERSION,
+            timeout_s=PUT_TIMEOUT_S,
+            grant=granted.grant(key),
+            proof=proof,
+        )
+
+    done: set[int] = set()
+    for key in granted.experts:
+        layer = layers[key.layer]
+        if key.layer not in done:
+            done.add(key.layer)
+            shared = {n: p.data.cpu() for n, p in shared_parameters(layer).items()}
+            if shared:
+                put(key._replace(expert=SHARED), shared)
+        put(key, expert_tensors(layer, key.expert))
+
+
+def expert_tensors(layer: ExpertsLayer, expert: int) -> dict[str, torch.Tensor]:
+    """One expert of a model in memory, as `ExpertStore.put` takes it."""
+    up = layer.up_name
+    wire = {up: "up", "down_proj": "down", f"{up}_bias": "up_bias", "down_proj_bias": "down_bias"}
+    return {
+        wire[name]: parameter.data[expert].cpu().contiguous()
+        for name, parameter in expert_parameters(layer)
+    }

@@ -1,0 +1,107 @@
+"""A trunk in this process: a model without its experts, and the router to them.
+
+Used inside the Serve replica that serves a model, and by `Cluster.from_pretrained` and
+`Cluster.attach` in a user's own process.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...models.folder.tokenizer import read_tokenizer
+from ...models.trunk.config import read_config, torch_dtype
+from ...models.trunk.experts_layers import ExpertsLayer, experts_layers
+from ...models.trunk.trunk import (
+    connect_experts,
+    disconnect_experts,
+    load_trunk,
+    meta_model,
+    passes,
+)
+from ...proto.errors import ClusterError
+from ..engine.engine import Engine, EngineConfig
+from ..engine.transformers.engine import TransformersEngine
+from ..router.pool_link import PoolLink, TrunkConfig
+from ..runtime.devices import pick_device
+
+
+class PoolTrunk:
+    """A model connected to the pool; `close` disconnects it and frees everything."""
+
+    def __init__(
+        self, config: TrunkConfig, model: PreTrainedModel, layers: list[ExpertsLayer]
+    ) -> None:
+        self.model = model
+        self._link = PoolLink(config, [layer.layer for layer in layers], model.device)
+        self.router = self._link.router
+        connect_experts(model, layers, lambda layer: self.router.experts(config.model.name, layer))
+        for module in passes(model):
+            module.register_forward_pre_hook(lambda *_: self.router.begin_step())
+
+    def close(self) -> None:
+        try:
+            disconnect_experts(self.model)
+        finally:
+            self._link.close()
+
+
+def open_trunk(config: TrunkConfig) -> PoolTrunk:
+    """Load a trunk from its folder and connect it. Raises CheckpointError and ClusterError."""
+    if config.model.path is None:
+        raise ClusterError(
+            f"model {config.model.name!r} was attached from memory; its trunk lives in the process "
+            "that attached it"
+        )
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    path = Path(config.model.path)
+    layers = experts_layers(meta_model(read_config(path)))
+    model = load_trunk(
+        path, dtype=torch_dtype(config.model.dtype), device=pick_device(config.device)
+    )
+    return PoolTrunk(config, model, layers)
+
+
+class _PoolEngine(TransformersEngine):
+    """The transformers engine over a trunk of the pool, which it owns."""
+
+    def __init__(
+        self,
+        trunk: PoolTrunk,
+        config: EngineConfig,
+        tokenizer: Callable[[], PreTrainedTokenizerBase],
+    ) -> None:
+        super().__init__(trunk.model, config=config, tokenizer=tokenizer)
+        self._trunk = trunk
+        trunk.router.batch.owned_by(self)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._trunk.close()
+
+
+def engine_factory(config: TrunkConfig) -> Callable[[], Engine]:
+    """For `serve_app.Trunk`: builds the engine in the replica's own process."""
+
+    def build() -> Engine:
+        # Each replica is a router of its own to the controller.
+        own = replace(config, name=f"{config.name}-{secrets.token_hex(3)}")
+        if config.engine_kind == "vllm":
+            from ..engine.vllm.engine import VllmEngine
+
+            return VllmEngine(own)
+        return _PoolEngine(
+            open_trunk(own),
+            config.engine,
+            lambda: read_tokenizer(config.model.path or ""),
+        )
+
+    return build

@@ -1,0 +1,148 @@
+"""What operators can ask of a placement, and plans in words that people and programs read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..placement import ExpertKey, LayerKey, ModelShape
+from ..planner.plan import Plan, Wishes
+
+
+def check_model(models: Mapping[str, ModelShape], model: str) -> ModelShape:
+    """Raises ValueError."""
+    if model not in models:
+        raise ValueError(f"model: {model!r} is none of {sorted(models)}")
+    return models[model]
+
+
+def check_layer(shape: ModelShape, layer: int) -> None:
+    """Raises ValueError."""
+    if layer not in shape.experts:
+        layers = sorted(shape.experts)
+        raise ValueError(
+            f"layer: {layer} of {shape.model} has no experts; layers {layers[0]} to {layers[-1]} "
+            "have"
+        )
+
+
+def check_expert(models: Mapping[str, ModelShape], key: ExpertKey) -> None:
+    """Raises ValueError that names what is wrong with ``key``."""
+    shape = check_model(models, key.model)
+    check_layer(shape, key.layer)
+    if not 0 <= key.expert < shape.experts[key.layer]:
+        raise ValueError(f"expert: {key.expert} is not in 0 to {shape.experts[key.layer] - 1}")
+
+
+def check_host(hosts: Collection[str], host: str) -> None:
+    """Raises ValueError."""
+    if host not in hosts:
+        raise ValueError(f"host: {host!r} is none of {', '.join(sorted(hosts))}")
+
+
+def replicated(wishes: Wishes, key: ExpertKey, count: int, hosts: Collection[str]) -> Wishes:
+    """At least ``count`` replicas from now on; 1 takes the wish back. Raises ValueError."""
+    if not 1 <= count <= len(hosts):
+        raise ValueError(f"replicas: {count} is not in 1 to {len(hosts)}, the number of hosts")
+    least = {k: n for k, n in wishes.least.items() if k != key}
+    return replace(wishes, least=least | ({key: count} if count > 1 else {}))
+
+
+def pinned(wishes: Wishes, key: ExpertKey, host: str) -> Wishes:
+    pins = wishes.pins.get(key, frozenset()) | {host}
+    return replace(wishes, pins={**wishes.pins, key: pins})
+
+
+def unpinned(wishes: Wishes, key: ExpertKey, host: str) -> Wishes:
+    left = wishes.pins.get(key, frozenset()) - {host}
+    others = {k: v for k, v in wishes.pins.items() if k != key}
+    return replace(wishes, pins=others | ({key: left} if left else {}))
+
+
+def drained(wishes: Wishes, host: str, hosts: Collection[str]) -> Wishes:
+    """``host`` is to hold nothing from now on. Raises ValueError if it is the last one."""
+    leaving = wishes.leaving | {host}
+    if not set(hosts) - leaving:
+        raise ValueError(f"host: {host} is the last one; its experts have nowhere to go")
+    return replace(wishes, leaving=leaving)
+
+
+def undrained(wishes: Wishes, host: str) -> Wishes:
+    return replace(wishes, leaving=wishes.leaving - {host})
+
+
+def forgotten(wishes: Wishes, host: str) -> Wishes:
+    """Without whatever names a host that was removed."""
+    pins = {key: hosts - {host} for key, hosts in wishes.pins.items()}
+    return replace(
+        wishes,
+        pins={key: hosts for key, hosts in pins.items() if hosts},
+        leaving=wishes.leaving - {host},
+    )
+
+
+def unmet(plan: Plan, wishes: Wishes, key: ExpertKey) -> list[str]:
+    """What is wished for an expert and what a plan does not grant, in words."""
+    hosts = plan.layers[LayerKey(key.model, key.layer)].hosts(key.expert)
+    least = wishes.least.get(key, 1)
+    found = []
+    if len(hosts) < least:
+        found.append(f"{key}: room for {len(hosts)} of {least} replicas")
+    lacking = sorted(wishes.pins.get(key, frozenset()) - set(hosts))
+    if lacking:
+        found.append(f"{key}: no room on {', '.join(lacking)}")
+    return found
+
+
+def describe(plan: Plan, *, bytes_per_s: float, unprotected_now: int) -> dict[str, Any]:
+    """A plan as plain values; ``bytes_per_s`` is how fast one host loads."""
+    per_host: dict[str, int] = defaultdict(int)
+    for move in plan.moves:
+        per_host[move.host] += move.expert_bytes
+    layers = [
+        {
+            "model": key.model,
+            "layer": key.layer,
+            "balancedness_before": round(plan.before[key], 4),
+            "balancedness_after": round(plan.after[key], 4),
+        }
+        for key in plan.layers
+    ]
+    return {
+        "moves": [
+            {
+                "model": move.key.model,
+                "layer": move.key.layer,
+                "expert": move.key.expert,
+                "host": move.host,
+                "kind": move.kind,
+                "reason": move.reason,
+                "bytes": move.expert_bytes,
+                "replaces": [str(key) for key in move.replaces],
+            }
+            for move in plan.moves
+        ],
+        "drops": [{"expert": str(key), "host": host} for key, host in plan.drops],
+        "bytes": plan.move_bytes,
+        "expected_s": round(max(per_host.values(), default=0) / bytes_per_s, 1),
+        "balancedness_before": _summary(list(plan.before.values())),
+        "balancedness_after": _summary(list(plan.after.values())),
+        "layers": layers,
+        "unprotected_before": unprotected_now,
+        "unprotected_after": _alone(plan),
+        "unplaced": [str(key) for key in plan.unplaced],
+        "lacking_bytes": plan.lacking_bytes,
+    }
+
+
+def _summary(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"mean": round(sum(values) / len(values), 4), "worst": round(min(values), 4)}
+
+
+def _alone(plan: Plan) -> int:
+    """Experts with one replica, which the loss of its host would take away."""
+    return sum(len(e) == 1 for layer in plan.layers.values() for e in layer.replicas)

@@ -1,0 +1,154 @@
+"""Whether the controller does its work, in figures and in words.
+
+The figures are metrics and stand in `status`; the words name whatever stands still.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .change_impact import balancedness_under
+from .control import Control
+
+# A controller looks around several times a second, and waits 2 s for a host that does not answer.
+TICK_STALLED_S = 5.0
+# The largest shift of a large pool takes the planner about as long.
+PLANNER_SLOW_S = 30.0
+PLANNER_FAILURES = 2  # in a row
+# Replicas come in small batches at a bounded rate; so long without any is no rate.
+MOVES_STALLED_S = 30.0
+_LOOK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vitals:
+    """Ages in seconds; None for what has not happened yet."""
+
+    tick_age_s: float
+    plan_age_s: float | None  # since the planner was last asked
+    planning_s: float  # for how long it has been at work
+    plan_failures: int  # in a row
+    move_age_s: float | None  # since a replica that was planned last arrived
+    moves_pending: int
+    missing_experts: int
+    unprotected_experts: int
+    balancedness_mean: float | None  # over all layers with load, under the published shares
+    balancedness_worst: float | None
+    term: int
+    epoch: int
+    failing: bool  # whether the last tick or the last plan ended with an error
+    hosts: dict[str, int]  # state -> how many
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for people and JSON."""
+        return {
+            name: round(value, 3) if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
+
+    def warnings(self) -> list[str]:
+        """What stands still, in words."""
+        found = []
+        if self.tick_age_s > TICK_STALLED_S:
+            found.append(f"the controller has stood still for {self.tick_age_s:.0f} s")
+        if self.planning_s > PLANNER_SLOW_S:
+            found.append(f"the planner has been at work for {self.planning_s:.0f} s")
+        if self.plan_failures >= PLANNER_FAILURES:
+            found.append(f"the planner has failed {self.plan_failures} times in a row")
+        if self.moves_pending and (self.move_age_s or 0.0) > MOVES_STALLED_S:
+            found.append(
+                f"{self.moves_pending} replicas are to come, and none has come for "
+                f"{self.move_age_s:.0f} s"
+            )
+        return found
+
+
+class Watchdog:
+    """Looks at a `Control` from outside."""
+
+    def __init__(self, control: Control, now: float) -> None:
+        self._control = control
+        self._ticked_at = now
+        self._failing = False
+        self._planning_since: float | None = None
+        self._plan_failures = 0
+        # When a planned replica arrived last, or since when some are to come.
+        self._moved_at: float | None = None
+        self._looked_at: float | None = None
+        self._seen_state: object = None
+        self._pending = self._missing = self._unprotected = 0
+        self.balancedness: dict[str, tuple[float, float]] = {}  # of each model: mean, worst layer
+        self._overall: tuple[float, float] | None = None
+
+    # ---- what it is told ------------------------------------------------------------------------
+
+    def ticked(self, now: float, *, failed: bool) -> None:
+        self._ticked_at, self._failing = now, failed
+
+    def plan_began(self, now: float) -> None:
+        self._planning_since = now
+
+    def plan_ended(self, *, failed: bool) -> None:
+        self._planning_since = None
+        self._plan_failures = self._plan_failures + 1 if failed else 0
+
+    # ---- what it sees ---------------------------------------------------------------------------
+
+    def vitals(self, states: Iterable[str], now: float) -> Vitals:
+        """``states`` are those of the hosts."""
+        self._look(now)
+        control, since = self._control, self._planning_since
+        return Vitals(
+            tick_age_s=now - self._ticked_at,
+            plan_age_s=_age(control.planned_at, now),
+            planning_s=0.0 if since is None else now - since,
+            plan_failures=self._plan_failures,
+            move_age_s=_age(self._moved_at, now),
+            moves_pending=self._pending,
+            missing_experts=self._missing,
+            unprotected_experts=self._unprotected,
+            balancedness_mean=None if self._overall is None else self._overall[0],
+            balancedness_worst=None if self._overall is None else self._overall[1],
+            term=control.number.term,
+            epoch=control.number.epoch,
+            failing=self._failing or self._plan_failures > 0,
+            hosts=dict(sorted(Counter(states).items())),
+        )
+
+    def _look(self, now: float) -> None:
+        """Count experts where anything has changed, and balance once a second: in a large pool
+        both take milliseconds."""
+        control = self._control
+        if control.state != self._seen_state:
+            self._seen_state = control.state
+            before, self._pending = self._pending, control.pending()
+            if self._pending < before or (self._pending and not before):
+                self._moved_at = now
+            self._missing = len(control.missing())
+            self._unprotected = len(control.unprotected())
+        if self._looked_at is None or now - self._looked_at >= _LOOK_S:
+            self._looked_at = now
+            self._balance(now)
+
+    def _balance(self, now: float) -> None:
+        placement, loads = self._control.placement, self._control.loads
+        layers = {} if placement is None else placement.layers
+        rates = {key: rate for key in layers if (rate := loads.rate(key)) is not None}
+        fan_out = self._control.policy.balance.fan_out
+        found = balancedness_under(layers, rates, self._control.staying(now), fan_out)
+        by_model: dict[str, list[float]] = {}
+        for key, value in found.items():
+            by_model.setdefault(key.model, []).append(value)
+        self.balancedness = {model: _figures(values) for model, values in by_model.items()}
+        self._overall = _figures(list(found.values())) if found else None
+
+
+def _figures(values: list[float]) -> tuple[float, float]:
+    return sum(values) / len(values), min(values)
+
+
+def _age(moment: float | None, now: float) -> float | None:
+    return None if moment is None else now - moment

@@ -1,0 +1,239 @@
+"""The host's state machine: what it holds, what is queued, and what is computed next.
+
+Calls are admitted or refused before anything is computed. Whenever the device is free, `next_batch`
+takes the queued calls for one layer, from all routers, as one computation; nothing waits for more
+to arrive. Which layer comes next is decided by start-time fair queueing over routers (Goyal et
+al., SIGCOMM 1996), so that one router's large prefill delays another's decode step by one batch
+at most.
+
+No clock, no sockets, no tensors: `actors/host/host.py` brings those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from ...proto.errors import Busy, CallError, Expired, MoesaicError, NotHere
+from ..placement import ExpertKey, LayerKey
+from .emulation import Emulation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPolicy:
+    """Limits of one host, in rows (tokens of calls), and the device that it pretends to have."""
+
+    max_rows: int = 512  # of one call
+    max_batch_rows: int = 1024  # of one merged computation
+    max_queue_rows: int = 16384  # refused as Busy beyond it; retries and hedges beyond half
+    emulate: Emulation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """What the calls of one layer must look like."""
+
+    num_experts: int
+    hidden_size: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QueuedCall:
+    """One call as the host's decisions need it; the tensors stay with the shell."""
+
+    router: str
+    seq: int
+    key: LayerKey
+    rows: int
+    hidden: int
+    dtype: str
+    exact: bool
+    expires_at: float
+    incarnation: int
+    version: int
+    attempt: int = 0  # of its router's layer call: sends that came to nothing before
+    ids: np.ndarray  # int32, -1 where a choice is unused
+
+
+def parts_of(batch_us: int, batch: Sequence[QueuedCall]) -> list[int]:
+    """The time of one computation shared out to its calls by their choices; all together they are
+    the whole."""
+    # One more, so that a call of unused choices alone is no special case.
+    done_C = np.cumsum([1 + int((call.ids >= 0).sum()) for call in batch])
+    ends = [batch_us * int(done) // int(done_C[-1]) for done in done_C]
+    return [end - start for start, end in pairwise([0, *ends])]
+
+
+@dataclass(slots=True)
+class _Layer:
+    shape: LayerShape
+    # True for experts held; the last entry answers for the id -1.
+    held: np.ndarray
+    versions: dict[int, int] = field(default_factory=dict)
+
+
+class Residency:
+    """The experts of one host and its bounded queue."""
+
+    def __init__(self, policy: HostPolicy, *, incarnation: int) -> None:
+        self.policy = policy
+        self.incarnation = incarnation
+        self.queued_rows = 0
+        self._layers: dict[LayerKey, _Layer] = {}
+        self._queue: list[QueuedCall] = []
+        # Fair queueing: each router's virtual time in rows, and that of the last batch.
+        self._virtual: dict[str, float] = {}
+        self._now_virtual = 0.0
+
+    # ---- experts --------------------------------------------------------------------------------
+
+    def hold(self, key: ExpertKey, shape: LayerShape, *, version: int) -> None:
+        """From now on calls for this expert are admitted: its weights are ready."""
+        layer_key = LayerKey(key.model, key.layer)
+        layer = self._layers.get(layer_key)
+        if layer is None:
+            held = np.zeros(shape.num_experts + 1, dtype=bool)
+            held[-1] = True
+            layer = self._layers[layer_key] = _Layer(shape, held)
+        layer.held[key.expert] = True
+        layer.versions[key.expert] = version
+
+    def release(self, keys: Iterable[ExpertKey]) -> list[tuple[QueuedCall, MoesaicError]]:
+        """Forget experts. Gives the queued calls that need one of them, with their refusals."""
+        for key in keys:
+            layer = self._layers.get(LayerKey(key.model, key.layer))
+            if layer is not None and key.expert in layer.versions:
+                layer.held[key.expert] = False
+                del layer.versions[key.expert]
+                if not layer.versions:
+                    del self._layers[LayerKey(key.model, key.layer)]
+        refused = [(call, e) for call in self._queue if (e := self._not_here(call)) is not None]
+        self._remove(call for call, _ in refused)
+        return refused
+
+    def serves(self, key: ExpertKey) -> bool:
+        """From any thread."""
+        layer = self._layers.get(LayerKey(key.model, key.layer))
+        return layer is not None and key.expert in layer.versions
+
+    def serves_layer(self, key: LayerKey) -> bool:
+        """Whether any expert of it is here. From any thread."""
+        return key in self._layers
+
+    def holdings(self) -> Mapping[LayerKey, list[int]]:
+        return {key: sorted(layer.versions) for key, layer in sorted(self._layers.items())}
+
+    # ---- calls ----------------------------------------------------------------------------------
+
+    def admit(self, call: QueuedCall, now: float) -> MoesaicError | None:
+        """Queue a call, or say why it is refused."""
+        error = self._not_here(call) or self.misfit(
+            call.key, rows=call.rows, hidden=call.hidden, dtype=call.dtype
+        )
+        if error is not None:
+            return error
+        if now >= call.expires_at:
+            return Expired(f"call {call.seq}: its deadline passed on the way")
+        most = self.policy.max_queue_rows
+        if self.queued_rows + call.rows > most or (call.attempt and self.queued_rows > most // 2):
+            return Busy(
+                f"queue: {self.queued_rows} of {most} rows wait, {call.rows} more are too many; "
+                "send again later or to another replica"
+            )
+        self._queue.append(call)
+        self.queued_rows += call.rows
+        self._virtual.setdefault(call.router, self._now_virtual)
+        return None
+
+    def cancel(self, router: str, seq: int) -> None:
+        """Forget a queued call; one that is being computed is answered all the same."""
+        self._remove([c for c in self._queue if c.router == router and c.seq == seq])
+
+    def router_gone(self, router: str) -> None:
+        self._remove([c for c in self._queue if c.router == router])
+        self._virtual.pop(router, None)
+
+    def next_batch(
+        self, now: float
+    ) -> tuple[list[QueuedCall], list[tuple[QueuedCall, MoesaicError]]]:
+        """(calls to compute together, expired calls to refuse); both empty when idle."""
+        expired = [
+            (c, Expired(f"call {c.seq}: waited beyond its deadline and was not computed"))
+            for c in self._queue
+            if now >= c.expires_at
+        ]
+        self._remove(call for call, _ in expired)
+        if not self._queue:
+            return [], list(expired)
+        lead = min(self._queue, key=self._start_time)
+        batch, rows = [lead], lead.rows
+        for call in self._queue:
+            fits = rows + call.rows <= self.policy.max_batch_rows
+            alike = call.key == lead.key and call.exact == lead.exact and call.dtype == lead.dtype
+            if call is not lead and alike and fits:
+                batch.append(call)
+                rows += call.rows
+        self._now_virtual = self._start_time(lead)
+        for call in batch:
+            self._virtual[call.router] = self._start_time(call) + call.rows
+        self._remove(batch)
+        return batch, list(expired)
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    def _start_time(self, call: QueuedCall) -> float:
+        # A router that was idle starts at the present, so that it cannot save up credit.
+        return max(self._virtual[call.router], self._now_virtual)
+
+    def _remove(self, calls: Iterable[QueuedCall]) -> None:
+        gone = {id(call) for call in calls}
+        if gone:
+            self._queue = [call for call in self._queue if id(call) not in gone]
+            self.queued_rows = sum(call.rows for call in self._queue)
+
+    def _not_here(self, call: QueuedCall) -> MoesaicError | None:
+        if call.incarnation != self.incarnation:
+            return NotHere(
+                f"incarnation: the call means {call.incarnation}, this host is {self.incarnation}"
+            )
+        layer = self._layers.get(call.key)
+        if layer is None:
+            return NotHere(f"no expert of layer {call.key.layer} of {call.key.model!r} is here")
+        highest, lowest = int(call.ids.max(initial=-1)), int(call.ids.min(initial=0))
+        if highest >= layer.shape.num_experts or lowest < -1:
+            beyond = highest if highest >= layer.shape.num_experts else lowest
+            return CallError(
+                f"ids: {beyond} is no expert of layer "
+                f"{call.key.layer} of {call.key.model!r}, which has {layer.shape.num_experts}"
+            )
+        here = layer.held[call.ids]
+        if not here.all():
+            missing = int(call.ids[~here][0])
+            return NotHere(f"{call.key.expert(missing)} is not on this host")
+        if call.version:
+            for expert in np.unique(call.ids[call.ids >= 0]).tolist():
+                if layer.versions[expert] != call.version:
+                    return NotHere(
+                        f"{call.key.expert(expert)} has version {layer.versions[expert]} here, "
+                        f"the call means {call.version}"
+                    )
+        return None
+
+    def misfit(self, key: LayerKey, *, rows: int, hidden: int, dtype: str) -> CallError | None:
+        """Why a call of these numbers is too large or of another model's form, as far as that can
+        be said before its tensors are here; of a layer that is not here nothing is known. From any
+        thread."""
+        layer = self._layers.get(key)
+        if layer is not None and hidden != layer.shape.hidden_size:
+            return CallError(f"hidden: {hidden}, but {key.model!r} has {layer.shape.hidden_size}")
+        if layer is not None and dtype != layer.shape.dtype:
+            return CallError(f"dtype: {dtype}, but {key.model!r} is held as {layer.shape.dtype}")
+        if rows > self.policy.max_rows:
+            return CallError(
+                f"rows: {rows} exceed this host's {self.policy.max_rows} a call; send several"
+            )
+        return None

@@ -1,0 +1,108 @@
+"""What a router counts of its load, and reports to the controller.
+
+A router counts each choice of a token once, when its layer's call begins: padding is no load, and
+neither are retries. Of the hosts' answers it sums up how long calls queued and were computed.
+
+Shape suffixes: E = experts of a layer, N = choices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..placement import LayerKey, Number
+
+
+@dataclass(slots=True)
+class HostTimes:
+    """What answers of one host said, summed up."""
+
+    calls: int = 0
+    choices: int = 0
+    queued_s: float = 0.0
+    busy_s: float = 0.0  # the calls' own parts of computations,
+    batch_s: float = 0.0  # and those computations as wholes, once for each call
+
+    def add(self, other: HostTimes) -> None:
+        self.calls += other.calls
+        self.choices += other.choices
+        self.queued_s += other.queued_s
+        self.busy_s += other.busy_s
+        self.batch_s += other.batch_s
+
+    def since(self, before: HostTimes | None) -> HostTimes:
+        """What has come to it."""
+        was = before or HostTimes()
+        return HostTimes(
+            calls=self.calls - was.calls,
+            choices=self.choices - was.choices,
+            queued_s=self.queued_s - was.queued_s,
+            busy_s=self.busy_s - was.busy_s,
+            batch_s=self.batch_s - was.batch_s,
+        )
+
+    def part(self, n: int, parts: int) -> HostTimes:
+        """The ``n``-th of ``parts`` even parts; all together they are the whole."""
+        return HostTimes(
+            calls=self.calls * (n + 1) // parts - self.calls * n // parts,
+            choices=self.choices * (n + 1) // parts - self.choices * n // parts,
+            queued_s=self.queued_s / parts,
+            busy_s=self.busy_s / parts,
+            batch_s=self.batch_s / parts,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """One router's counts since its last report, and the placement that it follows."""
+
+    router: str
+    number: Number | None
+    counts: Mapping[LayerKey, np.ndarray] = field(default_factory=dict)  # (E,) int64 each
+    hosts: Mapping[str, HostTimes] = field(default_factory=dict)
+    unplaced: tuple[LayerKey, ...] = ()  # asked for, and in no placement
+
+
+class LoadMeter:
+    """A router's counters. Used under the router's lock."""
+
+    def __init__(self) -> None:
+        self._counts: dict[LayerKey, np.ndarray] = {}
+        self._hosts: dict[str, HostTimes] = {}
+
+    def count(self, key: LayerKey, ids_N: np.ndarray, experts: int) -> None:
+        """Count choices; ids outside of [0, experts) belong to nobody."""
+        found = np.bincount(ids_N[(ids_N >= 0) & (ids_N < experts)], minlength=experts)
+        counts = self._counts.get(key)
+        if counts is None:
+            self._counts[key] = found
+        else:
+            counts += found
+
+    def answered(
+        self, host: str, choices: int, queued_us: int, busy_us: int, batch_us: int
+    ) -> None:
+        times = self._hosts.get(host)
+        if times is None:
+            times = self._hosts[host] = HostTimes()
+        times.calls += 1
+        times.choices += choices
+        times.queued_s += queued_us * 1e-6
+        times.busy_s += busy_us * 1e-6
+        times.batch_s += batch_us * 1e-6
+
+    def take(
+        self, router: str, number: Number | None, unplaced: tuple[LayerKey, ...] = ()
+    ) -> LoadReport:
+        """Everything since the last time."""
+        report = LoadReport(
+            router=router,
+            number=number,
+            counts=self._counts,
+            hosts=self._hosts,
+            unplaced=unplaced,
+        )
+        self._counts, self._hosts = {}, {}
+        return report

@@ -1,0 +1,116 @@
+"""How every expert comes to stand in enough failure domains.
+
+Where an expert has no room in any domain that it lacks, others make room: replicas change their
+hosts one after the other, along a path that ends where a slot is free or can be spared. An expert
+stays without protection only if there is no such path.
+
+Shapes: E experts of one layer, H hosts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from ..placement import LayerKey
+from .moves import Step
+from .plan_builder import Draft
+from .search import LayerSearch
+
+
+class _Hop(NamedTuple):
+    """A replica that changes its host."""
+
+    key: LayerKey
+    expert: int
+    source: int
+    target: int
+
+
+def protect(draft: Draft) -> None:
+    """Replicas for experts that too few domains hold, the rarest and hottest first."""
+    # What has failed fails again, until something changes.
+    hopeless: set[tuple[frozenset[int], int]] = set()
+    for key, expert in draft.unprotected():
+        search = draft.searches[key]
+        while len(taken := frozenset(draft.domains(search, expert))) <= draft.policy.redundancy:
+            if (taken, search.expert_bytes) in hopeless:
+                break
+            fresh_H = ~np.isin(draft.domain_H, list(taken))
+            if not _add(draft, key, expert, fresh_H):
+                hopeless.add((taken, search.expert_bytes))
+                break
+            hopeless.clear()
+
+
+def _add(draft: Draft, key: LayerKey, expert: int, among_H: np.ndarray) -> bool:
+    reason = "its last domain must not be the only one"
+    if draft.add(key, expert, "protect", reason, among_H=among_H):
+        return True
+    for hop in _path(draft, draft.searches[key].expert_bytes, among_H):
+        if not _move(draft, hop):
+            return False
+    return draft.add(key, expert, "protect", reason, among_H=among_H)
+
+
+def _path(draft: Draft, expert_bytes: int, wanted_H: np.ndarray) -> list[_Hop]:
+    """The shortest way to a slot on one of the hosts, the move that comes first at the head;
+    empty if there is none."""
+    searches = {k: s for k, s in draft.searches.items() if s.expert_bytes == expert_bytes}
+    ends_H = draft.rooms.fits(expert_bytes)
+    for search in searches.values():
+        ends_H |= search.limits.droppable(search.held_EH).any(axis=0)
+    if not ends_H.any():
+        return []
+    reached: dict[int, _Hop | None] = {int(host): None for host in np.flatnonzero(wanted_H)}
+    queue = deque(reached)
+    while queue:
+        source = queue.popleft()
+        for key, search in searches.items():
+            able_EH = _may_go(search, source)
+            for target in np.flatnonzero(able_EH.any(axis=0)).tolist():
+                if target in reached:
+                    continue
+                expert = int(np.argmax(able_EH[:, target]))
+                reached[target] = hop = _Hop(key, expert, source, target)
+                if ends_H[target]:
+                    return _back(reached, hop)
+                queue.append(target)
+    return []
+
+
+def _back(reached: dict[int, _Hop | None], last: _Hop) -> list[_Hop]:
+    hops: list[_Hop] = []
+    hop: _Hop | None = last
+    while hop is not None:
+        hops.append(hop)
+        hop = reached[hop.source]
+    return hops
+
+
+def _may_go(search: LayerSearch, source: int) -> np.ndarray:
+    """(E, H): experts that are as protected as before when they go from ``source`` to a host."""
+    limits = search.limits
+    in_domain_EH = np.stack(
+        [search.held_EH[:, limits.domain_H == domain].sum(axis=1) for domain in limits.domain_H],
+        axis=1,
+    )
+    same_H = limits.domain_H == limits.domain_H[source]
+    apart_EH = same_H | (in_domain_EH == 0) | (in_domain_EH[:, [source]] > 1)
+    movable_E = search.held_EH[:, source] & ~limits.pinned_EH[:, source]
+    return movable_E[:, None] & ~search.held_EH & apart_EH
+
+
+def _move(draft: Draft, hop: _Hop) -> bool:
+    """Carry out one hop; False if an earlier one has made it impossible."""
+    search = draft.searches[hop.key]
+    if not _may_go(search, hop.source)[hop.expert, hop.target]:
+        return False
+    among_H = np.arange(len(draft.hosts)) == hop.target
+    reason = "it makes room for an expert whose last domain must not be the only one"
+    if not draft.add(hop.key, hop.expert, "protect", reason, among_H=among_H):
+        return False
+    search.apply(Step((), ((hop.expert, hop.source),)))
+    return True

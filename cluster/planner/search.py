@@ -1,0 +1,298 @@
+"""The search for better replicas of one layer, a move at a time.
+
+The level that a layer is to stay below gives every host a capacity. What does not fit (`excess`)
+is what the search takes away: the prices of the linear program tell which hosts are *over*, in the
+sense that nothing more can leave them, and which have room. A move puts a replica of an expert
+whose replicas are all over onto a host with room. Where that host has no slot left, something
+there gives way: a replica whose load others can take, or a cold expert that goes elsewhere.
+Estimates rank the moves, and linear programs decide between the best of them.
+
+Shapes: E experts of one layer, H hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .balance import Split, split_below
+from .greedy_repack import rebuild
+from .moves import Found, Limits, Rooms, Step, together
+
+# How many experts and hosts are combined, and how many combinations are solved exactly: first a
+# few, and many where these lead nowhere.
+_WIDTHS = ((8, 5), (16, 40))
+_VICTIMS = 3
+# A step takes away at least this part of what a layer has in excess, or of what one host carries,
+# for each replica that it adds, or the search ends.
+_LEAST_PART = 0.02
+# Hosts for which one step at a time is looked for; in larger pools several are taken together.
+_HOSTS_PER_STEP = 32
+# Excess below this part of the layer's load counts as none.
+_NOTHING = 1e-6
+
+
+class LayerSearch:
+    """One layer's replicas while they are being improved."""
+
+    def __init__(
+        self,
+        held_EH: np.ndarray,
+        load_E: np.ndarray,
+        speed_H: np.ndarray,
+        *,
+        rooms: Rooms,
+        expert_bytes: int,
+        limits: Limits,
+        least: float = 0.0,
+    ) -> None:
+        self.held_EH = held_EH
+        self.load_E = load_E
+        self.speed_H = speed_H
+        self.limits = limits
+        self.rooms = rooms
+        self.expert_bytes = expert_bytes
+        self.least = least  # load / speed that need not be spread over more hosts
+        self.split: Split | None = None
+        self._capacity_H = speed_H
+
+    @property
+    def excess_part(self) -> float:
+        """Excess as a part of the layer's load."""
+        assert self.split is not None
+        total = float(self.load_E.sum())
+        part = self.split.excess / total if total else 0.0
+        return part if part > _NOTHING else 0.0
+
+    @property
+    def is_light(self) -> bool:
+        """Whether the layer has too little load to be spread over all hosts."""
+        return float(self.load_E.sum() / self.speed_H.sum()) < self.least
+
+    def even_load(self) -> np.ndarray:
+        """(H,): the hosts' loads if every expert's were split evenly."""
+        copies_E = np.maximum(self.held_EH.sum(axis=1, keepdims=True), 1)
+        return (self.held_EH / copies_E).T @ self.load_E
+
+    def aim(self, balancedness: float) -> float:
+        """Search for this balancedness from now on; gives the part of the load in excess of it."""
+        level = max(self.load_E.sum() / self.speed_H.sum() / balancedness, self.least)
+        self._capacity_H = np.maximum(level * self.speed_H, 1e-300)
+        self.split = split_below(self.held_EH, self.load_E, self._capacity_H)
+        return self.excess_part
+
+    def apply(self, step: Step) -> None:
+        """Carry out a step, without looking at the split."""
+        for expert, host in step.drops:
+            self.held_EH[expert, host] = False
+            self.rooms.give(host, self.expert_bytes)
+        for expert, host in step.adds:
+            self.held_EH[expert, host] = True
+            self.rooms.take(host, self.expert_bytes)
+
+    def improve(self, most_adds: int) -> Found | None:
+        """The best step with at most ``most_adds`` new replicas, for `accept`; None without one."""
+        assert self.split is not None
+        before = self.split.excess
+        least = _LEAST_PART * min(before, float(self._capacity_H.mean()))
+        for width, exact in _WIDTHS:
+            best: Found | None = None
+            for step in self._ranked(max(width, len(self.speed_H) // 16), exact, most_adds):
+                split = split_below(self._after(step), self.load_E, self._capacity_H)
+                found = Found(Step(step.adds, step.drops, before - split.excess), split)
+                if best is None or found.step.gain_per_add > best.step.gain_per_add:
+                    best = found
+                if found.step.gain > (0.5 if len(step.adds) > 2 else 0.7) * step.gain:
+                    best = found
+                    break
+            if best is not None and best.step.gain_per_add >= least:
+                return best
+        return self._anew(most_adds, least)
+
+    def _anew(self, most_adds: int, least: float) -> Found | None:
+        """All of the layer placed anew, if that is better by enough for each new replica."""
+        assert self.split is not None
+        step = rebuild(self.held_EH, self.load_E, self.speed_H, self.limits)
+        if step is None or len(step.adds) > most_adds:
+            return None
+        split = split_below(self._after(step), self.load_E, self._capacity_H)
+        found = Found(Step(step.adds, step.drops, self.split.excess - split.excess), split)
+        return found if found.step.gain > 0 and found.step.gain_per_add >= least else None
+
+    def accept(self, found: Found) -> None:
+        self.apply(found.step)
+        self.split = found.split
+
+    def wanted_hosts(self) -> list[int]:
+        """Full hosts that could take load, those with the most room for it first."""
+        assert self.split is not None
+        slack_H = self._capacity_H - self.split.flow_EH.sum(axis=0)
+        able_H = (self.split.price_H <= 0.5) & (slack_H > 0)
+        able_H &= ~self.rooms.fits(self.expert_bytes)
+        return [int(h) for h in np.argsort(-slack_H)[:4] if able_H[h]]
+
+    def lend(self, host: int) -> Found | None:
+        """Drop the replica on ``host`` that carries least, if the layer stays as balanced as it
+        is. Gives what `take_back` needs to undo it."""
+        assert self.split is not None
+        droppable_E = self.limits.droppable(self.held_EH)[:, host]
+        if not droppable_E.any():
+            return None
+        flow_E = np.where(droppable_E, self.split.flow_EH[:, host], np.inf)
+        step = Step((), ((int(np.argmin(flow_E)), host),))
+        split = split_below(self._after(step), self.load_E, self._capacity_H)
+        if split.excess > self.split.excess + _NOTHING * self.load_E.sum():
+            return None
+        undo = Found(Step(step.drops), self.split)
+        self.accept(Found(step, split))
+        return undo
+
+    def take_back(self, undo: Found) -> None:
+        self.accept(undo)
+
+    def _after(self, step: Step) -> np.ndarray:
+        held_EH = self.held_EH.copy()
+        for where in step.drops:
+            held_EH[where] = False
+        for where in step.adds:
+            held_EH[where] = True
+        return held_EH
+
+    # ---- candidates -----------------------------------------------------------------------------
+
+    def _ranked(self, width: int, exact: int, most_adds: int) -> Iterator[Step]:
+        """The first ``exact`` by their estimates that do not only differ in what gives way; in a
+        large pool first many of them together."""
+        steps = (step for step in self._steps(width) if len(step.adds) <= most_adds)
+        ranked = sorted(steps, key=lambda step: -step.gain_per_add)
+        bundle = together(ranked, min(most_adds, len(self.speed_H) // _HOSTS_PER_STEP))
+        if bundle is not None:
+            yield bundle
+        seen: set[tuple[int, int]] = set()
+        for step in ranked:
+            if step.adds[0] not in seen:
+                seen.add(step.adds[0])
+                yield step
+                if len(seen) == exact:
+                    return
+
+    def _steps(self, width: int) -> Iterator[Step]:
+        split = self.split
+        assert split is not None
+        flow_EH = split.flow_EH
+        over_H = split.price_H > 0.5
+        slack_H = np.maximum(self._capacity_H - flow_EH.sum(axis=0), 0.0)
+        slack_H[over_H] = 0.0
+        open_H = ~over_H & (slack_H > 0)
+        gives_E = self._gives(over_H)
+        experts = [int(e) for e in np.argsort(-gives_E)[:width] if gives_E[e] > 0]
+        hosts = [int(h) for h in np.argsort(-slack_H)[:width] if open_H[h]]
+        fits_H = self.rooms.fits(self.expert_bytes)
+        droppable_EH = self.limits.droppable(self.held_EH)
+        # What is cold may go to where load has no room, and slots are free.
+        spare_H = np.where(fits_H & ~open_H, self.rooms.slots_H, 0)
+        targets = hosts + [int(h) for h in np.argsort(-spare_H)[:_VICTIMS] if spare_H[h] > 0]
+        for host in hosts:
+            for victim, room, loss in self._openings(host, fits_H, droppable_EH, slack_H, targets):
+                for expert in experts:
+                    if self.held_EH[expert, host] or expert in (v for v, _ in victim.drops):
+                        continue
+                    gain = min(gives_E[expert], room) - loss
+                    if gain > 0:
+                        adds = ((expert, host), *victim.adds)
+                        yield Step(adds, victim.drops, float(gain))
+        yield from self._swaps(over_H, slack_H, hosts)
+
+    def _gives(self, over_H: np.ndarray) -> np.ndarray:
+        """(E,): what each expert could take away from hosts that are over, at most."""
+        split = self.split
+        assert split is not None
+        stuck_E = ~(self.held_EH & ~over_H).any(axis=1) & self.held_EH.any(axis=1)
+        hot_H = split.excess_H > 0
+        direct_E = np.minimum(
+            (split.flow_EH * hot_H).sum(axis=1), (self.held_EH * split.excess_H).sum(axis=1)
+        )
+        # Over other hosts that are over, along replicas that they share, usually less arrives.
+        indirect_E = 0.5 * np.minimum(split.flow_EH.sum(axis=1), split.excess)
+        return np.where(stuck_E, np.maximum(direct_E, indirect_E), 0.0)
+
+    def _openings(
+        self,
+        host: int,
+        fits_H: np.ndarray,
+        droppable_EH: np.ndarray,
+        slack_H: np.ndarray,
+        targets: list[int],
+    ) -> Iterator[tuple[Step, float, float]]:
+        """Ways to a slot on ``host``, some with a cold expert that goes to one of ``targets``:
+        (what it takes, load that fits then, load that is lost)."""
+        slack = float(slack_H[host])
+        if fits_H[host]:
+            yield Step(()), slack, 0.0
+            return
+        assert self.split is not None
+        flow_E = self.split.flow_EH[:, host]
+        # A replica whose load the expert's other hosts take.
+        for expert, lost in self._spare(host, droppable_EH, slack_H):
+            yield Step((), ((expert, host),)), slack + float(flow_E[expert]), lost
+        # A cold expert that goes to another host, in the place of a spare replica there.
+        cold = np.flatnonzero(
+            self.held_EH[:, host] & ~droppable_EH[:, host] & ~self.limits.pinned_EH[:, host]
+        )
+        for expert in cold[np.argsort(self.load_E[cold])][:2].tolist():
+            for other in targets:
+                if self.held_EH[expert, other] or not self.limits.may_change_place(
+                    self.held_EH[expert], host, other
+                ):
+                    continue
+                moved, room = float(flow_E[expert]), slack + float(flow_E[expert])
+                short = max(moved - float(slack_H[other]), 0.0)
+                if fits_H[other]:
+                    yield Step(((expert, other),), ((expert, host),)), room, short
+                    continue
+                for spare, lost in self._spare(other, droppable_EH, slack_H)[:1]:
+                    if spare != expert:
+                        drops = ((expert, host), (spare, other))
+                        yield Step(((expert, other),), drops), room, lost + short
+
+    def _spare(
+        self, host: int, droppable_EH: np.ndarray, slack_H: np.ndarray
+    ) -> list[tuple[int, float]]:
+        """Replicas on ``host`` that may go, the least missed first: (expert, load without room)."""
+        assert self.split is not None
+        experts = np.flatnonzero(droppable_EH[:, host])
+        others_NH = self.held_EH[experts].copy()
+        others_NH[:, host] = False
+        flow_N = self.split.flow_EH[experts, host]
+        lost_N = np.maximum(flow_N - (others_NH * slack_H).sum(axis=1), 0.0)
+        # Hot experts that stand twice are what lets load wander without moves: cold ones go first.
+        order = np.lexsort((self.load_E[experts], lost_N))[:_VICTIMS]
+        return [(int(experts[i]), float(lost_N[i])) for i in order]
+
+    def _swaps(self, over_H: np.ndarray, slack_H: np.ndarray, hosts: list[int]) -> Iterator[Step]:
+        """Two experts with one replica each change places."""
+        split = self.split
+        assert split is not None
+        single_E = (self.held_EH.sum(axis=1) == 1) & ~self.limits.pinned_EH.any(axis=1)
+        hot = np.argsort(-split.excess_H)[:2]
+        for source in hot[split.excess_H[hot] > 0].tolist():
+            here = np.flatnonzero(self.held_EH[:, source] & single_E)
+            for target in hosts[:4]:
+                there = np.flatnonzero(self.held_EH[:, target] & single_E)
+                if not len(here) or not len(there):
+                    continue
+                moved = self.load_E[here][:, None] - self.load_E[there][None, :]
+                fits = float(min(split.excess_H[source], slack_H[target]))
+                # More than fits is of no use, and what is too much for the target is lost.
+                gain = np.minimum(moved, split.excess_H[source]) - np.maximum(
+                    moved - slack_H[target], 0.0
+                )
+                best = np.unravel_index(int(np.argmax(gain)), gain.shape)
+                if fits > 0 and gain[best] > 0:
+                    up, down = int(here[best[0]]), int(there[best[1]])
+                    yield Step(
+                        ((up, target), (down, source)),
+                        ((up, source), (down, target)),
+                        float(gain[best]),
+                    )

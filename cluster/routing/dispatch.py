@@ -1,0 +1,348 @@
+"""The router's state machine: events in, commands out.
+
+One layer's call (dispatch, combine) is scattered over hosts, and every choice (a token and one of
+its experts) is accepted from exactly one answer. A host that dies, freezes or refuses is replaced
+by another replica inside the call; a send that is late goes to another replica too, and the first
+answer counts. Choices whose experts are nowhere to be had wait for a host or a placement until the
+call's deadline, and are then reported as lost.
+
+No clock, no sockets, no threads, no tensors: `actors/router/router.py` brings those.
+
+Shape suffixes: T = tokens, K = choices of a token, N = T * K choices flattened, E = experts,
+t and k = rows and columns of one send.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from ..load.meter import LoadMeter
+from ..placement import LayerKey, Placement
+from .events import (
+    Accept,
+    Cancel,
+    Command,
+    Disconnect,
+    Event,
+    HostDown,
+    HostUp,
+    Ponged,
+    Refresh,
+    Refused,
+    Replied,
+    Send,
+)
+from .hedging import Budget, Hedging, Latencies
+from .host_health import HostHealth
+from .host_registry import Peers, Piece
+from .layer_call import Flight, LayerCall, Outcome
+from .policy import RouterPolicy
+
+# Refusals after which another replica or a later moment may serve the same choices.
+_RETRYABLE = ("NotHere", "Busy", "Expired", "HostLost", "Corrupted")
+# Those that take nothing of the budget of retries: the host lacks the expert, or is gone.
+_UNPAID = ("NotHere", "HostLost")
+
+
+class Dispatcher:
+    """All hosts as one router sees them, and at most one layer's call in progress."""
+
+    def __init__(self, policy: RouterPolicy) -> None:
+        self.policy = policy
+        self.outcome: Outcome | None = None
+        self.retries = 0  # sends that another one had to replace
+        self.ejections = 0
+        self.hedges = 0  # sends that repeated a late one,
+        self.overtakings = 0  # and were answered before it
+        self.peers = Peers(policy)
+        self._call: LayerCall | None = None
+        self._next_seq = 1
+        self._rotations: dict[LayerKey, int] = defaultdict(int)
+        self.meter = LoadMeter()
+        self._retrying = Budget(
+            share=policy.retry_share, per_s=policy.retry_per_s, most=policy.retry_burst
+        )
+        budget = Budget(share=policy.hedge_share, per_s=0.0, most=policy.hedge_burst)
+        latencies = Latencies(policy.hedge_quantile, policy.hedge_least_s)
+        self._hedging = Hedging(latencies, budget, self._retrying)
+        # The layer that was asked for last, if no placement names it: its model may be asleep.
+        self.unplaced: LayerKey | None = None
+
+    @property
+    def placement(self) -> Placement | None:
+        return self.peers.placement
+
+    @property
+    def hosts(self) -> dict[str, HostHealth]:
+        return self.peers.hosts
+
+    def place(self, placement: Placement, now: float) -> list[Command]:
+        """Take a newer placement; an older or equal one is ignored."""
+        if self.placement is not None and placement.number <= self.placement.number:
+            return []
+        over = self.peers.place(placement)
+        for host in over:
+            self._orphan(host)
+        if self._call is not None:
+            self._call.avoid.clear()
+            self._call.apart.clear()
+            if self.outcome is None and self._call.key not in placement.layers:
+                self.unplaced = self._call.key
+        return [*map(Disconnect, over), *self.tick(now)]
+
+    # ---- one call -------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        key: LayerKey,
+        ids_TK: np.ndarray,
+        *,
+        max_rows: int,
+        now: float,
+        patience_T: np.ndarray | None = None,
+    ) -> list[Command]:
+        """Start a layer's call. Ids are int32; those outside of [0, experts) are unused choices.
+        ``patience_T``: seconds that each token waits for experts that nobody has at the moment."""
+        assert self._call is None or self.outcome is not None, "one call at a time"
+        ids_N = ids_TK.reshape(-1)
+        self._rotations[key] += 1
+        self._call = LayerCall(
+            key=key,
+            top_k=ids_TK.shape[1],
+            max_rows=max_rows,
+            deadline=now + self.policy.deadline_s,
+            rotation=self._rotations[key],
+            ids_N=ids_N,
+            waiting_N=np.flatnonzero(ids_N >= 0),
+            patience_T=patience_T,
+        )
+        self.outcome = None
+        layer = self.placement.layers.get(key) if self.placement is not None else None
+        self.unplaced = key if layer is None else None
+        if layer is not None:
+            self.meter.count(key, ids_N, len(layer.replicas))
+        return self.tick(now)
+
+    def abandon(self, now: float) -> list[Command]:
+        """The caller was interrupted, nobody knows where: its call ends, and so do the connections
+        on which something is under way."""
+        call = self._running
+        if call is None:
+            return []
+        self._end(call, now)
+        busy = [name for name, health in self.hosts.items() if health.occupied]
+        for name in busy:
+            self.hosts[name].went_down(now)
+        return [Disconnect(name) for name in busy]
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        commands: list[Command] = []
+        health = self.hosts.get(event.host)
+        if health is None:
+            return commands
+        match event:
+            case HostUp(host, incarnation):
+                if incarnation == health.entry.incarnation:
+                    health.came_up()
+                else:
+                    commands.append(Disconnect(host))
+                    health.went_down(now)
+            case HostDown(host):
+                health.went_down(now)
+                self._orphan(host)
+            case Ponged(_, number):
+                commands += health.ponged(number)
+            case Replied(_, seq):
+                health.heard(seq)
+                commands += self._accept(seq, now)
+            case Refused(_, seq, _, _):
+                health.heard(seq)
+                commands += self._refused(event, health, now)
+        return commands + self.tick(now)
+
+    def tick(self, now: float) -> list[Command]:
+        """Whatever is due at ``now``: deadlines, hedges, probes, connections, waiting choices."""
+        commands: list[Command] = []
+        if (call := self._running) is not None:
+            commands += self._expire(call, now)
+        commands += self.peers.tick(now)
+        if (call := self._running) is not None:
+            if call.waiting_N.size and now >= call.hold_until:
+                commands += self._assign(call, now)
+            call.lose_patience(now)
+            commands += self._hedge(call, now)
+            if not call.waiting_N.size and not call.live:
+                self.outcome = call.ended()
+        return commands
+
+    def wake_at(self, now: float) -> float:
+        """The next moment at which `tick` has something to do, if no event comes before."""
+        call = self._running
+        waits = call is not None and call.waiting_N.size > 0
+        due = [self.peers.wake_at(now, work_waits=waits)]
+        if call is not None:
+            due.append(call.wake_at(now))
+        return min(due)
+
+    # ---- what becomes of sends ------------------------------------------------------------------
+
+    @property
+    def _running(self) -> LayerCall | None:
+        return self._call if self.outcome is None else None
+
+    def _orphan(self, host: str) -> None:
+        """What was sent to ``host`` will not be answered: its choices wait again."""
+        call = self._running
+        if call is not None:
+            for seq in [seq for seq, flight in call.live.items() if flight.send.host == host]:
+                self.retries += call.take(seq)
+            for seq in [s for s, send in call.given_up.items() if send.host == host]:
+                del call.given_up[seq]
+
+    def _accept(self, seq: int, now: float) -> list[Command]:
+        call = self._running
+        if call is None:
+            return []
+        flight = call.live.get(seq)
+        if flight is None:
+            late = call.take_late(seq)
+            return [] if late is None else [Accept(late)]
+        choices = flight.send.choices
+        self._hedging.latencies.learn(call.key.model, choices.size, now - flight.sent_at)
+        commands: list[Command] = [Accept(flight.send)]
+        if flight.rival is not None:
+            self.overtakings += 1
+            late = call.live[flight.rival]
+            beaten = late.send
+            self.hosts[beaten.host].overtaken(now, now - late.sent_at)
+            call.take(seq)
+            call.take(beaten.seq, answered=choices)
+            commands.append(self._cancel(beaten, now))
+            return commands
+        if not flight.hedges:
+            self.hosts[flight.send.host].in_time()
+        return commands + [self._cancel(send, now) for send in call.end(seq)]
+
+    def _refused(self, event: Refused, health: HostHealth, now: float) -> list[Command]:
+        call = self._running
+        if call is None or event.seq not in call.live:
+            return []
+        flight = call.live[event.seq]
+        if event.code not in _RETRYABLE:
+            return self._fail(call, flight, event, now)
+        waits = call.take(event.seq)
+        if waits and event.code not in _UNPAID:
+            self._pay(call, 1, now)
+        self.retries += waits
+        if event.code == "Busy":
+            health.was_busy(now)
+        if event.code == "NotHere":
+            call.not_here(flight.send)
+            return [Refresh()]
+        return []
+
+    def _fail(self, call: LayerCall, flight: Flight, event: Refused, now: float) -> list[Command]:
+        """Any other host would say the same."""
+        if flight.rival is not None:
+            call.take(event.seq)
+            return []
+        call.failed.append((flight.send, event))
+        return [self._cancel(send, now) for send in call.end(event.seq)]
+
+    def _cancel(self, send: Send, now: float) -> Command:
+        self.hosts[send.host].give_up(send.seq, now)
+        return Cancel(send.host, send.seq)
+
+    def _pay(self, call: LayerCall, sends: int, now: float) -> None:
+        call.attempts += 1
+        call.hold_until = max(call.hold_until, now + self._retrying.owe(sends, now))
+
+    def _end(self, call: LayerCall, now: float) -> list[Command]:
+        """Whatever has no answer yet gets none."""
+        sends = call.stop()
+        self.outcome = call.ended()
+        return [self._cancel(send, now) for send in sends]
+
+    def _expire(self, call: LayerCall, now: float) -> list[Command]:
+        if now >= call.deadline:
+            return self._end(call, now)
+        late = {f.send.host for f in call.live.values() if now >= f.expires}
+        commands: list[Command] = []
+        for host in sorted(late):
+            # The whole host is suspect, so that its other calls need not miss a deadline each.
+            self.hosts[host].eject(now)
+            self.ejections += 1
+            sends = [f.send for f in call.live.values() if f.send.host == host]
+            again = sum(call.take(send.seq) for send in sends)
+            call.given_up.update((send.seq, send) for send in sends)
+            commands += [self._cancel(send, now) for send in sends]
+            self.retries += again
+            if again:
+                self._pay(call, again, now)
+        if late:
+            call.misses += 1
+        return commands
+
+    # ---- sending --------------------------------------------------------------------------------
+
+    def _assign(self, call: LayerCall, now: float) -> list[Command]:
+        """Send the waiting choices that some host can take; the others go on waiting."""
+        placement = self.placement
+        if placement is None or call.key not in placement.layers:
+            call.nowhere(call.waiting_N, now)
+            return []
+        # transformers marks choices that belong to nobody with the number of experts.
+        inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
+        call.waiting_N = call.waiting_N[inside]
+        host_n = self.peers.choose(call, call.waiting_N, now)
+        still = [call.waiting_N[host_n < 0]]
+        call.nowhere(still[0], now)
+        commands: list[Command] = []
+        for piece in self.peers.pieces(call, call.waiting_N, host_n):
+            if piece.health.room <= 0:
+                still.append(piece.choices)
+                continue
+            self._hedging.earn()
+            commands.append(self._send(call, piece, call.attempts, now).send)
+        call.waiting_N = np.sort(np.concatenate(still))
+        return commands
+
+    def _hedge(self, call: LayerCall, now: float) -> list[Command]:
+        """Send what is late to other replicas too, where every choice of it has one. What was sent
+        so counts like any other send once it is alone with its choices."""
+        commands: list[Command] = []
+        placed = self.placement is not None and call.key in self.placement.layers
+        for flight in [f for f in call.live.values() if now >= f.hedge_at]:
+            # If not now, then when it is twice as old.
+            flight.hedge_at = now + max(now - flight.sent_at, self.policy.hedge_least_s)
+            if not placed or flight.hedges or flight.rival is not None:
+                continue
+            choices = flight.send.choices
+            host_n = self.peers.choose(call, choices, now, besides=flight.send.host)
+            if (host_n < 0).any():
+                continue
+            pieces = list(self.peers.pieces(call, choices, host_n))
+            asked = Counter(piece.health.entry.host for piece in pieces)
+            room = all(self.hosts[host].room >= sends for host, sends in asked.items())
+            age_s = now - flight.sent_at
+            if not room or not self._hedging.may(call.key.model, choices.size, age_s, now):
+                continue
+            for piece in pieces:
+                hedge = self._send(call, piece, call.attempts + 1, now)
+                hedge.rival = flight.send.seq
+                flight.hedges.add(hedge.send.seq)
+                commands.append(hedge.send)
+            self.hedges += len(pieces)
+        return commands
+
+    def _send(self, call: LayerCall, piece: Piece, attempt: int, now: float) -> Flight:
+        expires = min(now + self.policy.attempt_s * 2**call.misses, call.deadline)
+        send = piece.send(call, self._next_seq, timeout_s=expires - now, attempt=attempt)
+        self._next_seq += 1
+        piece.health.sent(send.seq)
+        late_s = self._hedging.latencies.late_after_s(call.key.model, send.choices.size)
+        flight = Flight(send, sent_at=now, expires=expires, hedge_at=now + late_s)
+        call.live[send.seq] = flight
+        return flight

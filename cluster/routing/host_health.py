@@ -1,0 +1,147 @@
+"""One host as one router sees it: connected, suspected, gone, and what still occupies its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..placement import HostEntry
+from .events import Command, Connect, Disconnect, Free, Probe
+from .policy import RouterPolicy
+
+# Of the number of a call that was not given up.
+_WANTED = 0
+# Hosts of a higher rank come first; this is that of one that did nothing wrong.
+BEST_RANK = 2
+
+
+class HostState(Enum):
+    # Asked to connect; no Welcome yet.
+    CONNECTING = "connecting"
+    # Takes calls.
+    UP = "up"
+    # Missed a deadline: gets probes, no calls, until it answers anything at all.
+    EJECTED = "ejected"
+    # No connection; tried again after a while.
+    DOWN = "down"
+    # Left the placement: finishes what it has, gets nothing new.
+    LEAVING = "leaving"
+
+
+@dataclass(slots=True)
+class HostHealth:
+    """The life of one incarnation of one host on one router's connection."""
+
+    entry: HostEntry
+    policy: RouterPolicy
+    state: HostState = HostState.DOWN
+    # Calls that were sent and neither answered nor ended with the connection. One that was given
+    # up stays: its slot may still be written to, until the probe of this number is answered.
+    occupied: dict[int, int] = field(default_factory=dict)
+    busy_until: float = 0.0
+    avoid_until: float = 0.0  # it lost races: others come first
+    _busy_s: float = 0.0
+    _avoid_s: float = 0.0
+    _act_at: float = 0.0  # next probe, attempt to connect, or end of the wait for a Welcome
+    _probe_s: float = 0.0
+    _probes: int = 0
+
+    def takes_calls(self, now: float) -> bool:
+        return self.state is HostState.UP and now >= self.busy_until
+
+    def rank(self, now: float) -> int:
+        """A host that lost races comes behind others, and last one that does not even answer
+        probes behind calls that were given up: it may be frozen."""
+        if self._quarantined:
+            return 0
+        return BEST_RANK if now >= self.avoid_until else 1
+
+    @property
+    def room(self) -> int:
+        return self.policy.window - len(self.occupied)
+
+    def sent(self, seq: int) -> None:
+        self.occupied[seq] = _WANTED
+
+    def heard(self, seq: int) -> None:
+        """The call was answered or refused."""
+        self.occupied.pop(seq, None)
+        self.came_up()
+
+    def give_up(self, seq: int, now: float) -> None:
+        """Nobody waits for the answer any more; it may come all the same."""
+        if seq in self.occupied:
+            if self.state in (HostState.UP, HostState.LEAVING) and not self._quarantined:
+                self._probe_s = self.policy.probe_s
+                self._act_at = now + self._probe_s
+            self.occupied[seq] = self._probes + 1
+
+    def ponged(self, number: int) -> Iterator[Command]:
+        """A connection keeps its order: what was given up before this probe was sent is not
+        going to be answered behind it."""
+        self.came_up()
+        for seq in [s for s, probe in self.occupied.items() if _WANTED < probe <= number]:
+            del self.occupied[seq]
+            yield Free(self.entry.host, seq)
+
+    def came_up(self) -> None:
+        if self.state is not HostState.LEAVING:
+            self.state = HostState.UP
+
+    def went_down(self, now: float) -> None:
+        self.occupied.clear()
+        if self.state is not HostState.LEAVING:
+            self.state = HostState.DOWN
+            self._act_at = now + self.policy.reconnect_s
+
+    def eject(self, now: float) -> None:
+        if self.state is HostState.UP:
+            self.state = HostState.EJECTED
+            self._probe_s = self.policy.probe_s
+            self._act_at = now
+
+    def in_time(self) -> None:
+        """It answered before anybody else was asked."""
+        self._avoid_s = self._busy_s = 0.0
+
+    def overtaken(self, now: float, age_s: float) -> None:
+        """Another replica answered a later call first, when this host's was ``age_s`` old. Once is
+        chance; to try a host that does so again and again may cost as much again, so that is done
+        for a part of the time only."""
+        least_s = self.policy.avoid_ages * age_s if self._avoid_s else self.policy.avoid_s
+        self._avoid_s = min(max(2 * self._avoid_s, least_s), self.policy.avoid_max_s)
+        self.avoid_until = now + self._avoid_s
+
+    def was_busy(self, now: float) -> None:
+        self._busy_s = min(max(2 * self._busy_s, self.policy.busy_s), self.policy.busy_max_s)
+        self.busy_until = now + self._busy_s
+
+    def wake_at(self, now: float, *, work_waits: bool) -> float:
+        """When this host needs a tick: infinity if nothing is due by itself."""
+        if self.state in (HostState.CONNECTING, HostState.EJECTED, HostState.DOWN):
+            return self._act_at
+        due = self._act_at if self._quarantined else float("inf")
+        if work_waits and self.state is HostState.UP and self.busy_until > now:
+            due = min(due, self.busy_until)
+        return due
+
+    def tick(self, now: float) -> Iterator[Command]:
+        if now < self._act_at:
+            return
+        if self.state is HostState.DOWN:
+            self.state = HostState.CONNECTING
+            self._act_at = now + self.policy.connect_s
+            yield Connect(self.entry)
+        elif self.state is HostState.CONNECTING:
+            yield Disconnect(self.entry.host)
+            self.went_down(now)
+        elif self.state is HostState.EJECTED or self._quarantined:
+            self._probes += 1
+            yield Probe(self.entry.host, self._probes)
+            self._act_at = now + self._probe_s
+            self._probe_s = min(2 * self._probe_s, self.policy.probe_max_s)
+
+    @property
+    def _quarantined(self) -> bool:
+        return any(self.occupied.values())

@@ -1,0 +1,120 @@
+"""The hosts of a placement as one router knows them, and which of them a choice may go to.
+
+Shape suffixes: H = hosts in the placement's order, n = choices, t and k = rows and columns of one
+send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ..placement import ExpertKey, LayerKey, Placement
+from .assignment import choose_hosts
+from .events import Command, Disconnect, Send
+from .host_health import HostHealth, HostState
+from .layer_call import LayerCall
+from .policy import RouterPolicy
+from .routes import Routes
+
+
+class Piece(NamedTuple):
+    """Choices that go to one host in one send."""
+
+    health: HostHealth
+    token_t: np.ndarray
+    choice_tk: np.ndarray
+
+    @property
+    def choices(self) -> np.ndarray:
+        return self.choice_tk[self.choice_tk >= 0]
+
+    def send(self, call: LayerCall, seq: int, *, timeout_s: float, attempt: int) -> Send:
+        ids_tk = np.where(self.choice_tk >= 0, call.ids_N[self.choice_tk], -1)
+        return Send(
+            host=self.health.entry.host,
+            incarnation=self.health.entry.incarnation,
+            seq=seq,
+            timeout_s=timeout_s,
+            attempt=attempt,
+            token_t=self.token_t,
+            choice_tk=self.choice_tk,
+            ids_tk=ids_tk.astype(np.int32),
+        )
+
+
+class Peers:
+    """Follows placements; keeps each host's health."""
+
+    def __init__(self, policy: RouterPolicy) -> None:
+        self.placement: Placement | None = None
+        self.hosts: dict[str, HostHealth] = {}
+        self._policy = policy
+        self._routes: Routes | None = None
+
+    def place(self, placement: Placement) -> list[str]:
+        """Follow ``placement``. Gives the hosts whose connections are over: another incarnation
+        of each is placed."""
+        self.placement = placement
+        self._routes = Routes(placement)
+        over = []
+        for name, health in list(self.hosts.items()):
+            entry = placement.hosts.get(name)
+            if entry is None:
+                health.state = HostState.LEAVING
+            elif entry != health.entry:
+                over.append(name)
+                del self.hosts[name]
+        for name, entry in placement.hosts.items():
+            known = self.hosts.get(name)
+            if known is None:
+                self.hosts[name] = HostHealth(entry, self._policy)
+            elif known.state is HostState.LEAVING:
+                known.state = HostState.UP
+        return over
+
+    def tick(self, now: float) -> Iterator[Command]:
+        """Probes, connections, and farewells of hosts that left the placement."""
+        for name, health in list(self.hosts.items()):
+            yield from health.tick(now)
+            if health.state is HostState.LEAVING and not health.occupied:
+                yield Disconnect(name)
+                del self.hosts[name]
+
+    def wake_at(self, now: float, *, work_waits: bool) -> float:
+        due = (host.wake_at(now, work_waits=work_waits) for host in self.hosts.values())
+        return min(due, default=float("inf"))
+
+    def has(self, expert: ExpertKey, now: float) -> bool:
+        """Whether some host that is placed for an expert takes calls now."""
+        layers = {} if self.placement is None else self.placement.layers
+        layer = layers.get(LayerKey(expert.model, expert.layer))
+        if layer is None or expert.expert >= len(layer.replicas):
+            return False
+        healths = (self.hosts.get(host) for host in layer.hosts(expert.expert))
+        return any(health is not None and health.takes_calls(now) for health in healths)
+
+    def choose(
+        self, call: LayerCall, choices_n: np.ndarray, now: float, *, besides: str = ""
+    ) -> np.ndarray:
+        """For each choice the number of a host that takes it now; -1 where there is none. Beside a
+        host that is late, only those that answer probes. The call's layer is placed."""
+        assert self._routes is not None
+        healths = [self.hosts.get(name) for name in self._routes.hosts]
+        usable_H = np.array([h is not None and h.takes_calls(now) for h in healths], dtype=bool)
+        rank_H = np.array([0 if h is None else h.rank(now) for h in healths], dtype=np.int8)
+        if besides:
+            usable_H &= (rank_H > 0) & (np.array(self._routes.hosts) != besides)
+        split_rows = self._policy.split_rows
+        return choose_hosts(call, choices_n, self._routes, usable_H, rank_H, split_rows=split_rows)
+
+    def pieces(self, call: LayerCall, choices_n: np.ndarray, host_n: np.ndarray) -> Iterator[Piece]:
+        """The choices as sends to the hosts that were chosen for them."""
+        assert self._routes is not None
+        for index, name in enumerate(self._routes.hosts):
+            mine = choices_n[host_n == index]
+            if mine.size:
+                for token_t, choice_tk in call.pieces(name, mine):
+                    yield Piece(self.hosts[name], token_t, choice_tk)

@@ -1,0 +1,86 @@
+"""What a router looks up in a placement, as arrays; a layer's are made when it is first asked for.
+
+Shape suffixes: E = experts of a layer, H = hosts of the placement by name, S = SHARE_STEPS,
+R = replicas of the expert that has the most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..placement import LayerKey, LayerPlacement, Placement
+
+# Entries of the table that turns shares into choices: shares are kept to within 1 / 64.
+SHARE_STEPS = 64
+
+
+@dataclass(frozen=True)
+class LayerRoutes:
+    """One layer."""
+
+    table_ES: np.ndarray  # int16: the host for each step of the shares, -1 without one
+    held_EH: np.ndarray  # bool
+    part_H: np.ndarray  # of the layer's load, that each host is to have; all 0: by shares alone
+
+    @cached_property
+    def movable(self) -> list[list[tuple[int, list[int]]]]:
+        """For each host the experts that others hold too, with those."""
+        found: list[list[tuple[int, list[int]]]] = [[] for _ in self.part_H]
+        for expert in np.flatnonzero(self.held_EH.sum(axis=1) > 1).tolist():
+            hosts = np.flatnonzero(self.held_EH[expert]).tolist()
+            for host in hosts:
+                found[host].append((expert, [other for other in hosts if other != host]))
+        return found
+
+
+class Routes:
+    def __init__(self, placement: Placement) -> None:
+        layers = placement.layers.values()
+        self.hosts = sorted({r.host for layer in layers for e in layer.replicas for r in e})
+        self.index = {host: i for i, host in enumerate(self.hosts)}
+        self._placement = placement
+        self._layers: dict[LayerKey, LayerRoutes] = {}
+
+    def layer(self, key: LayerKey) -> LayerRoutes:
+        found = self._layers.get(key)
+        if found is None:
+            found = self._layers[key] = self._make(self._placement.layers[key])
+        return found
+
+    def _make(self, layer: LayerPlacement) -> LayerRoutes:
+        held_EH = np.zeros((len(layer.replicas), len(self.hosts)), dtype=bool)
+        most = max((len(replicas) for replicas in layer.replicas), default=0)
+        host_ER = np.full((len(layer.replicas), max(most, 1)), -1, dtype=np.int16)
+        share_ER = np.zeros(host_ER.shape)
+        for expert, replicas in enumerate(layer.replicas):
+            for place, (host, share) in enumerate(replicas):
+                held_EH[expert, self.index[host]] = True
+                host_ER[expert, place] = self.index[host]
+                share_ER[expert, place] = max(share, 0.0)
+        part_H = np.zeros(len(self.hosts))
+        for host, part in layer.parts:
+            if host in self.index:
+                part_H[self.index[host]] = part
+        return LayerRoutes(_turns(host_ER, share_ER), held_EH, part_H)
+
+
+def _turns(host_ER: np.ndarray, share_ER: np.ndarray) -> np.ndarray:
+    """Smooth weighted round robin: any run of steps has nearly the shares of the whole. Replicas
+    without any share take even ones."""
+    there_ER = host_ER >= 0
+    none_E = share_ER.sum(axis=1) == 0
+    share_ER = np.where(none_E[:, None], there_ER, share_ER)
+    total_E = share_ER.sum(axis=1)
+    share_ER = share_ER / np.where(total_E > 0, total_E, 1.0)[:, None]
+    experts = np.arange(len(host_ER))
+    credit_ER = np.where(there_ER, 0.0, -np.inf)
+    table_ES = np.empty((len(host_ER), SHARE_STEPS), dtype=np.int16)
+    for step in range(SHARE_STEPS):
+        credit_ER += share_ER
+        winner_E = np.argmax(credit_ER, axis=1)
+        credit_ER[experts, winner_E] -= 1.0
+        table_ES[:, step] = host_ER[experts, winner_E]
+    return table_ES

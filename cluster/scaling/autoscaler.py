@@ -1,0 +1,254 @@
+"""How many hosts a pool should have: a state machine over how busy they are.
+
+It grows when hosts are too busy, or calls wait longer for them than they are computed, and shrinks
+when the pool would do its work with one host less and stay below the middle of the two marks. That
+gap is the hysteresis: what one decision did can never ask for the opposite one. Both need their
+condition to last, and every decision is followed by a rest.
+
+The clock and all observations are arguments; which host leaves is `cluster/scaling/fleet.py`'s
+choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..load.meter import HostTimes
+
+# Hosts report with their routers' calls, about once a second.
+_WINDOW_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalePolicy:
+    """When hosts come and go. Busy is the part of its time in which a host computes."""
+
+    high: float = 0.75
+    low: float = 0.35
+    up_after_s: float = 15.0
+    down_after_s: float = 120.0
+    cooldown_s: float = 60.0
+    max_cost_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high <= 1:
+            raise ValueError(f"low, high: {self.low}, {self.high}; 0 < low < high <= 1")
+
+    @property
+    def aim(self) -> float:
+        """How busy hosts should be behind a decision."""
+        return (self.low + self.high) / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupState:
+    """A group of like hosts. Those that leave count in none but ``leaving``."""
+
+    min_count: int
+    max_count: int
+    cost_per_hour: float
+    speed: float
+    up: int
+    pending: int = 0
+    stuck: int = 0  # of those pending, the ones that nobody has room for
+    leaving: int = 0
+    keep: str = ""  # why no host may leave; empty if one may
+
+    @property
+    def count(self) -> int:
+        return self.up + self.pending
+
+    @property
+    def scales(self) -> bool:
+        return self.min_count != self.max_count
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLoad:
+    """Of the hosts that are up, over the last seconds."""
+
+    busy: float  # the mean part of their time in which they compute, weighted by speed
+    waiting: float  # how long calls wait, as a multiple of how long they are computed
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A group should have ``count`` hosts."""
+
+    group: int
+    count: int
+    reason: str
+
+
+class BusyMeter:
+    """Turns the sums that routers report into how busy hosts are."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, HostTimes] = {}
+        self._since: float | None = None
+
+    def measure(
+        self, totals: Mapping[str, HostTimes], speeds: Mapping[str, float], now: float
+    ) -> PoolLoad | None:
+        """The load of the hosts in ``speeds`` since the last time; None while that is too short
+        ago. ``totals`` only grow."""
+        if self._since is not None and now - self._since < _WINDOW_S:
+            return None
+        before, since = self._before, self._since
+        self._before = {
+            host: HostTimes(queued_s=times.queued_s, busy_s=times.busy_s, batch_s=times.batch_s)
+            for host, times in totals.items()
+        }
+        self._since = now
+        if since is None or not speeds:
+            return None
+        work = queued_s = batch_s = 0.0
+        for host, speed in speeds.items():
+            new, old = totals.get(host, HostTimes()), before.get(host, HostTimes())
+            host_busy_s = max(0.0, new.busy_s - old.busy_s)
+            # What a second's reports tell may have been computed before it.
+            work += speed * min(1.0, host_busy_s / (now - since))
+            # Against the whole computation: a call that waits for the one before it to end waits
+            # as long as it is computed, with however many others it is.
+            batch_s += max(0.0, new.batch_s - old.batch_s)
+            queued_s += max(0.0, new.queued_s - old.queued_s)
+        return PoolLoad(work / sum(speeds.values()), queued_s / batch_s if batch_s else 0.0)
+
+
+@dataclass(slots=True)
+class _Mark:
+    """A condition on a smoothed value that has to last."""
+
+    after_s: float
+    value: float | None = None
+    since: float | None = None
+    _at: float = 0.0
+
+    def note(self, value: float, now: float) -> float:
+        if self.value is None or self.after_s <= 0:
+            self.value = value
+        else:
+            part = 1 - math.exp(-(now - self._at) / (self.after_s / 2))
+            self.value += part * (value - self.value)
+        self._at = now
+        return self.value
+
+    def lasts(self, true: bool, now: float) -> bool:
+        if not true:
+            self.since = None
+            return False
+        self.since = now if self.since is None else self.since
+        return now - self.since >= self.after_s
+
+    def reset(self) -> None:
+        self.value = self.since = None
+
+
+class Autoscaler:
+    """Observations go in, counts of hosts come out."""
+
+    def __init__(self, policy: ScalePolicy) -> None:
+        self.policy = policy
+        self.held = ""  # why nothing is done although something should be
+        self.load: PoolLoad | None = None
+        self._up = _Mark(policy.up_after_s)
+        self._down = _Mark(policy.down_after_s)
+        self._waits = _Mark(policy.up_after_s)
+        self._rest_until = -math.inf
+
+    def rest(self, now: float) -> None:
+        """Somebody changed the number of hosts: look at what it brings before going on."""
+        self._rest_until = now + self.policy.cooldown_s
+        for mark in (self._up, self._down, self._waits):
+            mark.reset()
+
+    def decide(
+        self, groups: Sequence[GroupState], load: PoolLoad | None, now: float
+    ) -> list[Decision]:
+        """What to change now, usually nothing. ``load`` is None where nothing new is known."""
+        if load is None or not any(group.scales for group in groups):
+            return []
+        self.load = load
+        busy = self._up.note(load.busy, now)
+        calm = self._down.note(load.busy, now)
+        waiting = self._waits.note(load.waiting, now)
+        queues = waiting > 1 and busy > self.policy.low
+        hot = self._up.lasts(busy >= self.policy.high or queues, now)
+        idle = self._down.lasts(calm <= self.policy.low and not queues, now)
+        self.held = ""
+        if now < self._rest_until:
+            return []
+        decisions: list[Decision] = []
+        if hot:
+            why = (
+                f"hosts are {busy:.0%} busy, above {self.policy.high:.0%}"
+                if busy >= self.policy.high
+                else f"calls wait {waiting:.1f} times as long as they are computed"
+            )
+            decisions = self._grow(
+                groups, busy, f"{why}, for {now - (self._up.since or now):.0f} s"
+            )
+        elif idle:
+            why = f"hosts are {calm:.0%} busy, below {self.policy.low:.0%}"
+            why += f", for {now - (self._down.since or now):.0f} s"
+            decisions = self._shrink(groups, calm, why)
+        if decisions:
+            self.rest(now)
+        return decisions
+
+    def _grow(self, groups: Sequence[GroupState], busy: float, why: str) -> list[Decision]:
+        counts = [group.count for group in groups]
+        # Hosts that wait for a machine in vain do not count, so that another group may help out.
+        capacity = sum((g.count - g.stuck) * g.speed for g in groups)
+        needed = busy * sum(g.up * g.speed for g in groups) / self.policy.aim
+        if capacity >= needed and any(g.pending > g.stuck for g in groups):
+            self.held = "hosts that will do are on their way"
+            return []
+        cost = sum((g.count + g.leaving) * g.cost_per_hour for g in groups)
+        limit = self.policy.max_cost_per_hour
+        added = 0
+        for index in sorted(range(len(groups)), key=lambda i: _cost(groups[i])):
+            group = groups[index]
+            # At most twice as many at once: the measure is of the hosts that there are.
+            while group.scales and counts[index] < group.max_count and not group.stuck:
+                if added and (capacity >= needed or added >= sum(g.count for g in groups)):
+                    break
+                if limit is not None and cost + group.cost_per_hour > limit:
+                    break
+                counts[index] += 1
+                added += 1
+                capacity += group.speed
+                cost += group.cost_per_hour
+        if not added:
+            dear = "" if limit is None else f", or one more host costs more than {limit:g} an hour"
+            self.held = f"{why}; all groups are at their max_count or wait for machines{dear}"
+        return [
+            Decision(index, count, why)
+            for index, count in enumerate(counts)
+            if count != groups[index].count
+        ]
+
+    def _shrink(self, groups: Sequence[GroupState], busy: float, why: str) -> list[Decision]:
+        if any(group.leaving for group in groups):
+            return []  # one after the other: each drain shows what it costs
+        capacity = sum(g.up * g.speed for g in groups)
+        kept = ""
+        for index in sorted(range(len(groups)), key=lambda i: -_cost(groups[i])):
+            group = groups[index]
+            if not group.scales or group.count <= group.min_count:
+                continue
+            if group.keep:
+                kept = group.keep
+                continue
+            left = capacity - (group.speed if not group.pending else 0.0)
+            if left <= 0 or busy * capacity / left > self.policy.aim:
+                continue
+            return [Decision(index, group.count - 1, why)]
+        self.held = f"{why}; {kept}" if kept else ""
+        return []
+
+
+def _cost(group: GroupState) -> float:
+    return group.cost_per_hour / group.speed

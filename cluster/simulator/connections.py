@@ -1,0 +1,126 @@
+"""A simulated router's connections: `actors/router/connections.py` and its channels' slots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...proto.errors import InternalError
+from ..placement import HostEntry, LayerKey, Number
+from ..routing.events import HostDown, Send
+from .network import CallFrame, Connection, Frame, Hello, Refusal, Reply
+from .trace_events import Sent
+
+if TYPE_CHECKING:
+    from .router import SimRouter
+    from .world import World
+
+
+class SimChannel:
+    """One connection's slots: taken by a call, free when it was answered or the line ended."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.calls: dict[int, int] = {}  # seq -> slot
+        self._free = list(range(len(connection.slots)))
+
+    def take(self, seq: int) -> int:
+        if not self._free:
+            raise InternalError(f"{self.connection.name}: a call more than there are slots")
+        slot = self.calls[seq] = self._free.pop()
+        return slot
+
+    def release(self, seq: int) -> None:
+        slot = self.calls.pop(seq, None)
+        if slot is not None:
+            self._free.append(slot)
+
+
+class SimLinks:
+    """All channels of one router."""
+
+    def __init__(self, router: SimRouter, world: World, *, slots: int) -> None:
+        self.channels: dict[str, SimChannel] = {}
+        self._router = router
+        self._world = world
+        self._slots = slots
+        self._lost: list[HostDown] = []
+
+    def connect(self, entry: HostEntry) -> None:
+        self.disconnect(entry.host)
+        host = self._world.hosts.get(entry.host)
+        if host is None or not host.alive or host.incarnation != entry.incarnation:
+            self._lost.append(HostDown(entry.host))
+            return
+        connection = self._world.network.connect(self._router, host, self._slots + 1)
+        self.channels[entry.host] = SimChannel(connection)
+        connection.send(host, Hello())
+
+    def disconnect(self, host: str) -> None:
+        channel = self.channels.pop(host, None)
+        if channel is not None:
+            channel.connection.close(by=self._router)
+
+    def close(self) -> None:
+        for host in list(self.channels):
+            self.disconnect(host)
+
+    def take_lost(self) -> list[HostDown]:
+        lost, self._lost = self._lost, []
+        return lost
+
+    def down(self, host: str) -> None:
+        self.disconnect(host)
+        self._lost.append(HostDown(host))
+
+    def send(self, host: str, frame: Frame) -> None:
+        channel = self.channels.get(host)
+        if channel is not None:
+            channel.connection.send(channel.connection.host, frame)
+
+    def send_call(self, send: Send, key: LayerKey, number: Number) -> None:
+        channel = self.channels.get(send.host)
+        if channel is None or not channel.connection.open:
+            self.down(send.host)
+            return
+        connection, slot = channel.connection, channel.take(send.seq)
+        owed = tuple(seq for seq, used in connection.unanswered.items() if used == slot)
+        self._world.tell(Sent(self._router, connection, send.seq, slot, number, owed))
+        connection.unanswered[send.seq] = slot
+        frame = CallFrame(
+            seq=send.seq,
+            slot=slot,
+            key=key,
+            number=number,
+            incarnation=send.incarnation,
+            timeout_s=send.timeout_s,
+            rows=len(send.token_t),
+            attempt=send.attempt,
+            ids_n=send.ids_tk.reshape(-1),
+        )
+        connection.send(connection.host, frame)
+
+    def free(self, host: str, seq: int) -> None:
+        """No answer to this call is wanted or expected any more."""
+        channel = self.channels.get(host)
+        if channel is not None:
+            channel.release(seq)
+
+    def channel_of(self, connection: Connection) -> SimChannel | None:
+        """None behind a disconnect: what still comes on it is nobody's."""
+        for channel in self.channels.values():
+            if channel.connection is connection:
+                return channel
+        return None
+
+    def received(self, channel: SimChannel, frame: Frame) -> bool:
+        """Whether a frame means anything; an answer that comes twice does not."""
+        if isinstance(frame, Reply) and frame.seq not in channel.calls:
+            return False
+        if isinstance(frame, Refusal) or (isinstance(frame, Reply) and not frame.sound):
+            channel.release(frame.seq)
+        return True
+
+    def read(self, host: str, seq: int) -> object:
+        """What stands in the slot of a reply that is being handled."""
+        channel = self.channels[host]
+        return channel.connection.slots[channel.calls[seq]]

@@ -1,0 +1,103 @@
+"""The configuration of a model's folder, as transformers reads it or as our own classes do."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    PretrainedConfig,
+)
+
+from ...proto.errors import CheckpointError, UnsupportedModel, in_words
+from ..folder.files import is_whole
+from ..folder.quantised import FIELDS, quantisation_of
+
+# What transformers raises for values that make no model.
+CANNOT_BUILD = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+
+
+# Types of models that transformers lacks -> our module that makes it know them.
+OWN = {"grok-1": "grok1", "openmoe": "openmoe"}
+
+
+# What such models call themselves in ``architectures``, where their model_type is another's.
+_OWN_BY_ARCHITECTURE = {"OpenMoeForCausalLM": "openmoe"}
+
+
+def short(value: Any) -> str:
+    many = isinstance(value, list) and len(value) > 8
+    return f"[{', '.join(map(repr, value[:3]))}, ...]" if many else repr(value)
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """The configuration of a model folder. Raises CheckpointError if there is none to be read, and
+    UnsupportedModel for a quantisation that is not known."""
+    if not is_whole(path / "config.json"):
+        raise CheckpointError(f"{path}: {_what_without_config(path)}")
+    try:
+        config = _own_config(path)
+        if config is None:
+            # Code of the model's own is never run, and nobody is asked whether it may.
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (*CANNOT_BUILD, OSError, StrictDataclassError) as error:
+        text = " ".join((str(error) or in_words(error)).split())
+        raise CheckpointError(f"{path}/config.json: {text}") from error
+    quantisation_of(config, path)
+    return config
+
+
+def _what_without_config(path: Path) -> str:
+    if (path / "adapter_config.json").is_file():
+        return (
+            "holds an adapter (adapter_config.json), no model; merge it into its base model and "
+            "give the folder of the result"
+        )
+    if gguf := sorted(file.name for file in path.glob("*.gguf")):
+        return f"no config.json; {gguf[0]} is a GGUF file, which only `moesaic upcycle` reads"
+    return "no config.json; give the folder of a Hugging Face model"
+
+
+def _own_config(path: Path) -> PretrainedConfig | None:
+    """The configuration of a model that transformers lacks; None for any other."""
+    try:
+        values: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"not a valid JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"holds {short(values)} instead of an object with model_type and the model's other "
+            "fields"
+        )
+    for field in FIELDS:
+        if values.get(field) is not None and not isinstance(values[field], dict):
+            raise ValueError(f"{field}: {short(values[field])} is not a mapping")
+    architectures = values.get("architectures") or [None]
+    if not isinstance(architectures, list):
+        raise ValueError(f"architectures: {short(architectures)} is not a list")
+    own = _OWN_BY_ARCHITECTURE.get(str(architectures[0]), str(values.get("model_type")))
+    return config_from_dict(values | {"model_type": own}) if own in OWN else None
+
+
+def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
+    """The configuration that ``PretrainedConfig.to_dict`` described."""
+    rest = dict(values)
+    model_type = rest.pop("model_type", None)
+    if not model_type:
+        raise UnsupportedModel("model_type: missing from the model's configuration")
+    if model_type in OWN:
+        import_module(f"..architectures.{OWN[model_type]}", __package__)
+    return AutoConfig.for_model(model_type, **rest)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that a spec calls ``name``."""
+    return getattr(torch, name)

@@ -1,0 +1,82 @@
+"""What a model's experts need, read from its configuration alone: no weights are touched."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..folder.quantised import quantisation_of
+from .config import read_config
+from .experts_layers import ExpertsLayer, expert_bytes, experts_layers
+from .trunk import meta_model
+
+# What a host takes besides its experts: Python, torch, transformers.
+HOST_BYTES = 400_000_000
+# Names that configurations have for the experts of one token.
+_TOP_K = (
+    *("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token"),
+    "moe_top_k",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    architecture: str
+    dtype: str  # the pool's, in which all sizes are: hosts and trunk hold no other
+    quantised: str | None  # what the checkpoint is quantised with; it is dequantised when read
+    layers: dict[int, int]  # with experts: layer -> number of experts
+    top_k: int | None  # None: the configuration has a name for it that is not known here
+    expert_bytes: int  # the largest expert's
+    experts_bytes: int  # all of them, once
+    trunk_bytes: int
+
+    def hosts(self, memory_bytes: int, replicas: int = 1) -> int:
+        """How many hosts with so much memory hold every expert ``replicas`` times. Raises
+        ValueError when one expert does not fit."""
+        room = (memory_bytes - HOST_BYTES) // self.expert_bytes
+        if room < 1:
+            raise ValueError(
+                f"a host with {memory_bytes:,} bytes has no room for an expert of "
+                f"{self.expert_bytes:,} beside the {HOST_BYTES:,} that it takes itself"
+            )
+        return max(replicas, math.ceil(replicas * sum(self.layers.values()) / room))
+
+
+def experts_per_token(config: PretrainedConfig, layer: ExpertsLayer) -> int | None:
+    """How many experts the model's gates choose; None if it has a name that is not known here."""
+    text = config.get_text_config()
+    # Switch Transformers' adapter says 1 itself; DBRX has a configuration of its own for the FFN.
+    sayers = (layer.module, text, getattr(text, "ffn_config", None))
+    named = (getattr(sayer, name, None) for sayer in sayers for name in _TOP_K)
+    return next((value for value in named if isinstance(value, int)), None)
+
+
+def describe(folder: Path, dtype: torch.dtype) -> Described:
+    """Raises CheckpointError and UnsupportedModel."""
+    config = read_config(folder)
+    return describe_model(folder, config, meta_model(config), dtype)
+
+
+def describe_model(
+    folder: Path, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype
+) -> Described:
+    """The same of a model that is built, on the meta device, with its experts."""
+    found = experts_layers(model)
+    sizes = {layer.layer: expert_bytes(layer, dtype) for layer in found}
+    experts = sum(layer.num_experts * sizes[layer.layer] for layer in found)
+    whole = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    quantisation = quantisation_of(config, folder)
+    return Described(
+        architecture=config.model_type,
+        dtype=str(dtype).removeprefix("torch."),
+        quantised=str(quantisation) if quantisation else None,
+        layers={layer.layer: layer.num_experts for layer in found},
+        top_k=experts_per_token(config, found[0]),
+        expert_bytes=max(sizes.values()),
+        experts_bytes=experts,
+        trunk_bytes=whole - experts,
+    )

@@ -1,0 +1,142 @@
+"""The experts modules of a model, and what a host must know of each."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels.ffn import ExpertForm
+from ...proto.errors import UnsupportedModel
+from .adapters import ADAPTERS
+from .config import short
+
+# Names that configurations have for the number of experts, and for which layers have some.
+_COUNTS = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    *("num_routed_experts", "moe_num_primary_experts"),
+)
+
+
+_DENSE = (
+    *("first_k_dense_replace", "num_dense_layers", "dense_layers", "mlp_only_layers"),
+    *("decoder_sparse_step", "sparse_step", "encoder_sparse_step", "mlp_layer_types"),
+    *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "moe_layer_freq"),
+    *("moe_layers", "interleave_moe_layer_step", "expert_layer_period", "expert_layer_offset"),
+    *("layers_block_type", "enable_moe_block", "num_sparse_encoder_layers"),
+    "num_sparse_decoder_layers",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsLayer:
+    """One experts module of a model and what a host must know of it."""
+
+    layer: int
+    name: str
+    module: nn.Module
+    num_experts: int
+    hidden_size: int
+
+    @property
+    def up_name(self) -> str:
+        return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    @property
+    def has_post_norm(self) -> bool:
+        """Older transformers know of none."""
+        return getattr(self.module, "has_post_expert_norm", False)
+
+    def form(self) -> ExpertForm:
+        module: Any = self.module
+        return ExpertForm(
+            transposed=module.is_transposed,
+            activate=module._apply_gate if module.has_gate else module.act_fn,
+            post_norm=module.post_expert_norm if self.has_post_norm else None,
+        )
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """True for every class under transformers' `use_experts_implementation`, and every adapter's
+    experts."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
+
+
+def _layer_numbers(names: list[str]) -> list[int]:
+    """The number that people know a layer by, its index among decoder layers, if it is unique."""
+    numbers = [[int(n) for n in re.findall(r"\.(\d+)(?=\.|$)", name)] for name in names]
+    last = [found[-1] if found else -1 for found in numbers]
+    unique = len(set(last)) == len(last) and min(last, default=-1) >= 0
+    return last if unique else list(range(len(names)))
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """(number of experts, hidden size) from the parameters' shapes, which configs name freely."""
+    down = module.down_proj
+    hidden = down.shape[2] if module.is_transposed else down.shape[1]
+    return down.shape[0], hidden
+
+
+def _why_no_experts(model: nn.Module) -> str:
+    """Of a model in which no experts module is: an architecture without any, or one whose
+    configuration asks for none."""
+    here = vars(sys.modules[type(model).__module__])
+    has_some = "use_experts_implementation" in here or "PoolExperts" in here
+    if not has_some and not ADAPTERS.keys() & here.keys():
+        return (
+            "no experts module of this architecture dispatches through transformers' experts "
+            "interface, and it has no adapter, so its experts cannot be served from a pool; models "
+            "of the Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss ... families can"
+        )
+    config: Any = model.config
+    text = config.get_text_config()
+    values = text.to_dict()
+    values |= {f"ffn_config.{n}": v for n, v in (values.get("ffn_config") or {}).items()}
+    none = next((n for n in values if n.rpartition(".")[2] in _COUNTS and values[n] == 0), None)
+    if none is not None:
+        return (
+            f"config.{none} is {values[none]}: the model has no experts, so there is nothing to "
+            "serve from a pool; serve it with transformers or vLLM alone"
+        )
+    layers = getattr(text, "num_hidden_layers", "all")
+    said = [f"{n}={short(values[n])}" for n in _DENSE if values.get(n) is not None]
+    return (
+        f"{', '.join(said) or 'config.json'} of {layers} layers: no sparse layer, so there are no "
+        "experts to serve from a pool; serve it with transformers or vLLM alone"
+    )
+
+
+def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
+    """The experts modules of a model that still has its (possibly meta) expert parameters.
+
+    Raises UnsupportedModel if there are none.
+    """
+    found = [(name, m) for name, m in model.named_modules() if is_experts_module(m)]
+    if not found:
+        raise UnsupportedModel(f"{type(model).__name__}: {_why_no_experts(model)}")
+    numbers = _layer_numbers([name for name, _ in found])
+    layers = [
+        ExpertsLayer(number, name, module, *_sizes(module))
+        for number, (name, module) in zip(numbers, found, strict=True)
+    ]
+    if not all(layer.num_experts for layer in layers):
+        raise UnsupportedModel(f"{type(model).__name__}: {_why_no_experts(model)}")
+    return layers
+
+
+def expert_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of an experts module that have one slice for each expert."""
+    for name in (layer.up_name, "down_proj", f"{layer.up_name}_bias", "down_proj_bias"):
+        parameter = layer.module._parameters.get(name)
+        if parameter is not None:
+            yield name, parameter
+
+
+def expert_bytes(layer: ExpertsLayer, dtype: torch.dtype) -> int:
+    """Memory of one expert of a layer."""
+    return sum(p[0].numel() for _, p in expert_parameters(layer)) * dtype.itemsize

@@ -1,0 +1,70 @@
+"""What a model's folder holds, compared with what its configuration needs: from headers alone.
+
+No tensor is read, so that a model of any size takes seconds: `moesaic spec check`, `inspect` and
+`up` ask before anything starts, and hosts and trunk ask the same when they load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...proto.errors import CheckpointError
+from .config import read_config
+from .describe import Described, describe_model
+from .fitting import fit, some
+from .trunk import meta_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """A folder whose tensors make its model."""
+
+    path: Path
+    described: Described  # what `describe` says of the folder
+    tensors: int  # in the files
+    stored_bytes: int  # of the files
+    surplus: tuple[str, ...]  # names on disk of tensors that the model has no use for
+    warnings: tuple[str, ...]  # sentences for people: what is odd, and harmless
+
+
+def _check_top_k(path: Path, described: Described) -> None:
+    """A gate chooses one expert at least, and no more than its layer has."""
+    experts = min(described.layers.values())
+    if described.top_k is not None and not 1 <= described.top_k <= experts:
+        raise CheckpointError(
+            f"{path}/config.json: {described.top_k} experts for each token, of layers that have "
+            f"{experts}; give a number from 1 to {experts}"
+        )
+
+
+def check_folder(path: Path, *, dtype: torch.dtype) -> Inventory:
+    """Compare the safetensors headers of ``path`` with what its config.json needs in ``dtype``.
+
+    Raises CheckpointError for tensors that are missing, have another shape or dtype, or are codes
+    and scales that nothing uses, with the names of as many as fit a line; UnsupportedModel for
+    architectures and quantisations that are not served.
+    """
+    config = read_config(path)
+    model = meta_model(config)
+    described = describe_model(path, config, model, dtype)  # says it if there are no experts
+    _check_top_k(path, described)
+    fitting = fit(path, config, model)
+    fitting.check()
+    warnings = []
+    if fitting.surplus:
+        count = len(fitting.surplus)
+        warnings.append(
+            f"the model has no use for {count} tensor{'s' if count > 1 else ''} of the checkpoint, "
+            f"which {'are' if count > 1 else 'is'} not read: {some(fitting.surplus)}"
+        )
+    return Inventory(
+        path=path,
+        described=described,
+        tensors=sum(fitting.files.values()),
+        stored_bytes=sum(file.stat().st_size for file in fitting.files),
+        surplus=tuple(fitting.surplus),
+        warnings=tuple(warnings),
+    )
