@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from .calls import Options, only
 from .client import AsyncClient
+from .openai_wire import Options, only
 from .proto.errors import MoesaicError, RequestError
 
 # Every vocabulary has these ids, and in few do they mean anything special.

@@ -21,7 +21,7 @@ from typing import Self, TypeVar, Unpack
 
 import httpx
 
-from .calls import (
+from .openai_wire import (
     CONNECT_TIMEOUT_S,
     READ_TIMEOUT_S,
     Answer,
@@ -49,7 +49,7 @@ from .calls import (
     raise_error,
 )
 from .proto.errors import ClusterError, EngineError, Expired, MoesaicError
-from .tries import RETRIES, Tries
+from .retry import RETRIES, Tries
 
 __all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Embeddings", "Model", "Options", "Usage"]
 

@@ -26,8 +26,8 @@ from .proto.errors import CallError, Expired, MoesaicError, RequestError, Unknow
 from .proto.expert_pb2 import DType
 from .proto.router_pb2 import ComputeHead, ModelsReply
 from .proto.router_wire import RouterLayout
+from .retry import RETRIES, Tries
 from .router_keys import key_for
-from .tries import RETRIES, Tries
 
 __all__ = ["RouterClient", "RouterLayer", "RouterModel"]
 

@@ -23,12 +23,12 @@ import yaml
 
 from moesaic import Client
 from moesaic.proto.errors import Ending
+from tests.helpers.paths import ROOT
 from tests.helpers.scripted import SLOW_S, SLOWLY
 from tests.integration.conftest import save_model
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT)))}
 IN_RAM = Path("/dev/shm")
 

@@ -20,8 +20,9 @@ import pytest
 
 from tests.e2e.test_two_nodes import ip
 from tests.helpers.apart import need_namespaces, ray_environment
-from tests.helpers.documented import ROOT, section
+from tests.helpers.documented import section
 from tests.helpers.listening import documented
+from tests.helpers.paths import ROOT
 from tests.integration.conftest import save_model
 
 ADDRESSES = ["10.0.0.1", "10.0.0.2"]

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.paths import ROOT
+
 # The kernel ends everything in it when the driver ends.
 UNSHARE = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
 DRIVER_S = 300.0
@@ -44,7 +46,7 @@ def report_of_driver(command: Sequence[str], environment: dict[str, str]) -> dic
     driver = subprocess.run(
         command,
         env=environment,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=DRIVER_S,

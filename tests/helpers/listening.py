@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import psutil
 
-from tests.helpers.documented import ROOT, rows
+from tests.helpers.documented import rows
+from tests.helpers.paths import ROOT
 
 # The first that fits its command line or title says what a process is.
 KINDS = {

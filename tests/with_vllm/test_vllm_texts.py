@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from tests.helpers.architectures import tiny_model
+from tests.helpers.paths import ROOT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 pytest.importorskip("vllm")
 
-ROOT = Path(__file__).parents[2]
 TOKENS = 24
 # vLLM's attention on CPUs wants heads of 32 numbers or more.
 SIZES: dict[str, Any] = {

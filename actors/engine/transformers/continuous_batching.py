@@ -1,7 +1,7 @@
 """The seam into transformers' continuous batching: every private name that we rely on is here.
 
-``tests/integration/test_batching_seam.py`` pins these names and the order of the calls, and fails
-loudly when transformers changes them:
+``tests/integration/engine/test_batching_seam.py`` pins these names and the order of the calls, and
+fails loudly when transformers changes them:
 
     loop body:  prepare_next_batch -> _generation_step -> update_batch -> output_router
     step:       model forward (our router may call fail_rows) -> model_runner._sample

@@ -2,7 +2,7 @@
 
 Any model that can generate goes this way: its own `prepare_inputs_for_generation`, its own cache,
 its encoder if it has one. The private names of transformers that this relies on are here alone;
-``tests/integration/test_cohorts.py`` compares the texts with `generate`'s.
+``tests/integration/engine/test_static_batching.py`` compares the texts with `generate`'s.
 
 Shape suffixes: R = requests, T = tokens of the padded batch, V = vocabulary.
 """

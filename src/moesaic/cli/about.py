@@ -19,7 +19,7 @@ from ..cluster.spec.page import spec_page
 from ..cluster.spec.spec import Spec, load_spec
 from ..cluster.spec.text import bytes_of
 from ..proto.errors import SpecError
-from .output import print_json
+from .terminal import print_json
 
 if TYPE_CHECKING:
     from ..models.trunk.describe import Described

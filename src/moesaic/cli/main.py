@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..proto.errors import MoesaicError, in_words
-from . import about, load, operate, talk, watch
+from . import about, bench, chat, operate, watch
 from .exit_codes import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE
-from .output import print_json
 from .simulate import simulate
+from .terminal import print_json
 
 app = typer.Typer(
     name="moesaic",
@@ -127,8 +127,8 @@ def upcycle(
 
 
 about.register(app)
-talk.register(app)
-load.register(app)
+chat.register(app)
+bench.register(app)
 operate.register(app)
 watch.register(app)
 app.command()(simulate)

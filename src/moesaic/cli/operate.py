@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..handle import Cluster, connect
 from ..proto.errors import ClusterError
-from .output import print_json
+from .terminal import print_json
 from .top import frame
 
 out = Console(highlight=False)

@@ -17,8 +17,8 @@ from ..private_files import new_private
 from ..proto.errors import ClusterError, MoesaicError
 from ..session import Session, find_session, owner_log, remove_own_session
 from .ends import Ends
-from .output import print_json
 from .progress import Lines, Report, bars, read_lines
+from .terminal import print_json
 
 if TYPE_CHECKING:
     from ..handle import Cluster

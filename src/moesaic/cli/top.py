@@ -17,8 +17,7 @@ from rich.text import Text
 from ..handle import Cluster, connect
 from ..proto.errors import ClusterError
 from ..session import find_session
-from .output import print_json
-from .stopping import until_ctrl_c
+from .terminal import print_json, until_ctrl_c
 
 out = Console(highlight=False)
 

@@ -16,9 +16,8 @@ from ..logs import KINDS, Kind, read_logs
 from ..proto.errors import CheckpointError, ClusterError
 from ..session import logged_session
 from ..traces import write_trace
-from .output import print_json
 from .progress import bars
-from .stopping import until_ctrl_c
+from .terminal import print_json, until_ctrl_c
 from .top import top
 
 screen = Console(highlight=False)

@@ -1,0 +1,229 @@
+"""`moesaic chat` and `moesaic complete`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from contextlib import closing
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ..client import Chunk, Client, Options
+from ..proto.errors import ClusterError, MoesaicError
+from ..session import need_session
+from .terminal import print_json
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
+UrlOption = Annotated[str | None, typer.Option(help="An endpoint, in place of a cluster.")]
+ModelOption = Annotated[str | None, typer.Option(help="The first one served, if not given.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, max=2.0)]
+SeedOption = Annotated[int | None, typer.Option(help="The same text each time.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="The whole answer, as JSON.")]
+
+BLOCK = '"""'
+HELP = f"""\
+/system TEXT  say how the model is to answer; without a text, nothing any more
+/reset        begin anew; the system prompt stays
+/help         this
+/exit         end, as Ctrl-D does
+A line that ends with \\ goes on in the next one; {BLOCK} begins and ends a text of many lines.
+Ctrl-C stops an answer, or drops what was typed."""
+
+
+def register(app: typer.Typer) -> None:
+    for command in (chat, complete):
+        app.command()(command)
+
+
+def chat(
+    message: Annotated[
+        list[str] | None, typer.Argument(help="One message; without it, a conversation.")
+    ] = None,
+    name: NameOption = "local",
+    url: UrlOption = None,
+    model: ModelOption = None,
+    system: Annotated[str | None, typer.Option(help="How the model is to answer.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to a model; the answer appears as it is made."""
+    if as_json and not message:
+        raise typer.BadParameter("a message is needed", param_hint="--json")
+    options: Options = {"max_tokens": max_tokens, "temperature": temperature}
+    if seed is not None:
+        options["seed"] = seed
+    url = url_of(name, url)
+    with Client(url) as client:
+        options["model"] = model or _first_model(client)
+        talk = Conversation(client, options, system)
+        if message and as_json:
+            asked = [*talk.messages, {"role": "user", "content": " ".join(message)}]
+            print_json(asdict(client.chat(asked, **options)))
+        elif message:
+            talk.say(" ".join(message))
+        else:
+            if sys.stdin.isatty():
+                err.print(f"[dim]{options['model']} at {url}; /help says what there is[/dim]")
+            converse(talk)
+
+
+def complete(
+    prompt: Annotated[list[str], typer.Argument(help="The text that is to go on.")],
+    name: NameOption = "local",
+    url: UrlOption = None,
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a model go on with a text; it appears as it is made."""
+    options: Options = {"max_tokens": max_tokens, "temperature": temperature}
+    if seed is not None:
+        options["seed"] = seed
+    text = " ".join(prompt)
+    with Client(url_of(name, url)) as client:
+        options["model"] = model or _first_model(client)
+        if as_json:
+            print_json(asdict(client.complete(text, **options)))
+            return
+        for chunk in client.stream_complete(text, **options):
+            _show(chunk)
+        out.print()
+
+
+class Conversation:
+    """What was said so far, and how the model is to answer."""
+
+    def __init__(self, client: Client, options: Options, system: str | None) -> None:
+        self._client = client
+        self._options = options
+        self.messages: list[dict[str, str]] = []
+        self.instruct(system or "")
+
+    def instruct(self, system: str) -> None:
+        """Another system prompt; empty: none."""
+        said = [one for one in self.messages if one["role"] != "system"]
+        self.messages = [{"role": "system", "content": system}, *said] if system else said
+
+    def reset(self) -> None:
+        self.messages = [one for one in self.messages if one["role"] == "system"]
+
+    def say(self, text: str) -> None:
+        """Print the answer as it comes. What failed, or was stopped before its first word, is not
+        kept. Raises MoesaicError and KeyboardInterrupt."""
+        asked = {"role": "user", "content": text}
+        pieces: list[str] = []
+        try:
+            chunks = self._client.stream_chat([*self.messages, asked], **self._options)
+            # Closed at once when it is stopped: that ends the request.
+            with closing(chunks):  # pyright: ignore[reportArgumentType]  (it is a generator)
+                for chunk in chunks:
+                    pieces.append(chunk.text)
+                    _show(chunk)
+        except KeyboardInterrupt:
+            self._keep(asked, pieces)
+            raise
+        self._keep(asked, pieces)
+        out.print()
+
+    def _keep(self, asked: dict[str, str], pieces: list[str]) -> None:
+        if text := "".join(pieces):
+            self.messages += [asked, {"role": "assistant", "content": text}]
+
+
+def converse(talk: Conversation) -> None:
+    """Until /exit or the end of the input. Without a terminal a failed answer ends it: nobody is
+    there to ask again. Raises MoesaicError then."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  (lines can be edited, and come back)
+    while True:
+        try:
+            text = _read()
+            if text.startswith("/") and "\n" not in text:
+                if not _command(talk, text):
+                    return
+            elif text.strip():
+                talk.say(text)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            err.print("\n[dim](stopped; /exit or Ctrl-D ends)[/dim]")
+        except MoesaicError as error:
+            if not sys.stdin.isatty():
+                raise
+            err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+
+
+def _command(talk: Conversation, text: str) -> bool:
+    """Whether the conversation goes on."""
+    command, _, rest = text.strip().partition(" ")
+    match command:
+        case "/exit" | "/quit":
+            return False
+        case "/system":
+            talk.instruct(rest.strip())
+        case "/reset":
+            talk.reset()
+        case "/help":
+            err.print(HELP, markup=False)
+        case _:
+            err.print(f"there is no {command}; /help says what there is", markup=False)
+    return True
+
+
+def _read() -> str:
+    """One message, which may have many lines. Raises EOFError where there is none."""
+    line = _line("you> ")
+    if line.strip() == BLOCK:
+        lines: list[str] = []
+        while (line := _line("...> ")).strip() != BLOCK:
+            lines.append(line)
+        return "\n".join(lines)
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1].removesuffix("\\")
+        lines.append(_line("...> "))
+    return "\n".join(lines)
+
+
+def _line(prompt: str) -> str:
+    if not sys.stdin.isatty():
+        return input()
+    if sys.stdout.isatty():
+        return input(prompt)
+    # The answers go into a file: the prompt must not.
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    return input()
+
+
+def _show(chunk: Chunk) -> None:
+    out.print(chunk.text, end="", markup=False, soft_wrap=True)
+
+
+def url_of(name: str, url: str | None) -> str:
+    """``url``, or that of the cluster. Raises ClusterError."""
+    found = url or need_session(name).url
+    if found is None:
+        raise ClusterError(f"cluster {name!r} has no endpoint in its spec")
+    return found
+
+
+def _first_model(client: Client) -> str:
+    models = client.models()
+    if not models:
+        raise ClusterError("the endpoint serves no model")
+    return models[0].id
