@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -170,6 +171,21 @@ def test_the_table_of_arrows_has_no_cycle() -> None:
     for folder, below in allowed_arrows().items():
         assert set(below) <= seen, f"{folder} stands above what it imports"
         seen.add(folder)
+
+
+def test_the_map_has_a_line_for_every_folder_and_names_what_exists() -> None:
+    text = (ROOT / "docs" / "structure.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    for folder in {folder_of(file) for room in ROOMS for file in files(room)}:
+        above, _, name = folder.rpartition("/")
+        assert any(
+            line.startswith(f"| `{folder}/`")
+            or (line.startswith(f"| `{above}/`") and f"`{name}/`" in line)
+            for line in lines
+        ), folder
+    named = re.findall(r"`((?:\w+/)+\w+\.(?:py|proto))`", text)
+    assert len(named) > 30
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 def test_only_the_face_imports_the_face() -> None:
