@@ -21,11 +21,11 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from benchmarks.hosts import NODE, host_processes, place
 from benchmarks.measure import Comparison, compare, report
 from moesaic.actors.router.router import Router
-from moesaic.actors.transport.grpc.weights import Grant, put_weights
+from moesaic.actors.transport.grpc.weights import put_weights
 from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cluster.placement import ExpertKey, ModelRef
 from moesaic.models.trunk.experts_layers import ExpertsLayer
-from moesaic.proto.keys import secret_of_process
+from moesaic.proto.keys import Grant, secret_of_process
 
 HIDDEN, EXPERTS, TOP_K, HOSTS = 2048, 64, 8, 2
 TOKENS = (1, 8, 64, 512)

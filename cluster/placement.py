@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 from ..proto.keys import target
 
+# In the place of an expert's number: the tensors that all experts of a layer share.
+SHARED = (1 << 32) - 1
+
 
 class ExpertKey(NamedTuple):
     model: str

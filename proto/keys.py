@@ -12,7 +12,7 @@ import functools
 import hashlib
 import hmac
 import secrets
-from typing import Final, Literal, NoReturn
+from typing import Final, Literal, NamedTuple, NoReturn
 
 SECRET_BYTES: Final = 32
 # What a connection is for.
@@ -115,3 +115,10 @@ def secret_of_process() -> ClusterSecret:
 def same_key(given: str, wanted: str) -> bool:
     """Whether a client's key is the right one; the time that it takes tells nothing of either."""
     return hmac.compare_digest(*(key.encode(errors="surrogatepass") for key in (given, wanted)))
+
+
+class Grant(NamedTuple):
+    """The leave of the controller of ``term`` to put one expert into one host's memory."""
+
+    term: int
+    proof: bytes  # `ClusterSecret.grant`

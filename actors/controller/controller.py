@@ -30,7 +30,7 @@ from ...cluster.planner.plan import FleetGroup
 from ...cluster.scaling.fleet import Fleet
 from ...cluster.spec.parts import AutoscaleSpec
 from ...proto.errors import ClusterError, MoesaicError, Superseded, in_words
-from ..host.host import HostReport
+from ..host.report import HostReport
 from ..host.weight_grants import Granted, grant_all
 from ..router_service.service_actor import ServiceWatch
 from ..runtime.cluster_secret import secret_of

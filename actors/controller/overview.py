@@ -15,7 +15,7 @@ from ...cluster.control.watchdog import Vitals, Watchdog
 from ...cluster.load.trace import LoadTotals
 from ...cluster.placement import ModelRef, ModelShape
 from ...proto.errors import ClusterError, in_words
-from ..host.host import HostReport
+from ..host.report import HostReport
 from ..router_service.service_actor import ServiceWatch
 from ..runtime.ray_border import cluster_of
 from .metrics import PoolMetrics

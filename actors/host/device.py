@@ -6,31 +6,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.residency import QueuedCall
+from .report import LoopStats
 
 # Linux wakes a sleeper some 50 us late, and much later where others want the core: the end of a
 # wait is spent yielding.
 _FINE_S = 200e-6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopStats:
-    calls: int
-    rows: int
-    choices: int  # rows, and for each of them its experts
-    batches: int
-    refused: int
-    queued_rows: int
-    busy_s: float
-    routers: int
-    # Of an emulated device: batches whose arithmetic took longer than the device would have, by
-    # how much at most, and by how much its answers came late in all.
-    overruns: int = 0
-    worst_overrun_s: float = 0.0
-    late_s: float = 0.0
 
 
 class Device:

@@ -14,9 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import psutil
 import torch
@@ -25,61 +23,27 @@ from torch import Tensor
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.fence import Fence
 from ...cluster.host.residency import HostPolicy, LayerShape, Residency
-from ...cluster.placement import ExpertKey, HostEntry, LayerKey, ModelRef, ModelShape
+from ...cluster.placement import SHARED, ExpertKey, HostEntry, LayerKey
 from ...cluster.routing.transports import TransportChoice, groups_of
 from ...proto.errors import CallError, Forbidden
-from ...proto.keys import ClusterSecret, secret_of_process, target
+from ...proto.keys import ClusterSecret, Grant, secret_of_process, target
 from ..runtime.devices import device_name, pick_device
 from ..transport.base import Listener
 from ..transport.grpc.stream import GrpcListener
-from ..transport.grpc.weights import Grant, get_weights
+from ..transport.grpc.weights import get_weights
 from ..transport.shm import ShmListener
-from .device import LoopStats
 from .host_loop import HostLoop, check_fit
-from .weight_store import SHARED, ExpertStore
+from .report import HostReport, PlacedModel, Revision
+from .weight_store import ExpertStore
 
 # Of one expert from a peer.
 FETCH_TIMEOUT_S = 60.0
 
-# A model and how it is placed; hosts remember it for a controller that starts anew.
-PlacedModel = tuple[ModelRef, ModelShape]
 
-# Incarnation, changes of what is held, loaded and known, and batches computed.
-Revision = tuple[int, int, int]
 # How often a report that waits looks for batches.
 _LOOK_S = 0.2
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostReport:
-    """What a host says of itself to the controller and to `status`."""
-
-    entry: HostEntry
-    revision: Revision  # another one when anything but memory and queues has changed
-    pid: int
-    device: str
-    holdings: Mapping[LayerKey, list[int]]
-    models: Sequence[PlacedModel]
-    loading: int  # experts still to be loaded
-    weight_bytes: int
-    rss_bytes: int
-    loop: LoopStats
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values for people and JSON."""
-        return {
-            "incarnation": self.entry.incarnation,
-            "node": self.entry.node,
-            "pid": self.pid,
-            "device": self.device,
-            "experts": sum(map(len, self.holdings.values())),
-            "loading": self.loading,
-            "weight_bytes": self.weight_bytes,
-            "rss_bytes": self.rss_bytes,
-            **asdict(self.loop),
-        }
 
 
 class ExpertHost:

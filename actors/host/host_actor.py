@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ...cluster.host.residency import HostPolicy
     from ...cluster.placement import ExpertKey, HostEntry
     from ...cluster.routing.transports import TransportChoice
-    from .host import HostReport, PlacedModel, Revision
+    from .report import HostReport, PlacedModel, Revision
 
 
 class RayExpertHost:

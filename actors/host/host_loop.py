@@ -28,7 +28,8 @@ from ...proto.wire import WIRE_VERSION, CallLayout, checksum
 from ..transport.base import Inbound, Listener, Session
 from ..transport.mailbox import Mailbox
 from .compute import Answer, PendingCall, compute
-from .device import Device, LoopStats
+from .device import Device
+from .report import LoopStats
 from .weight_store import ExpertStore
 
 # How often listeners look for connections that say nothing.

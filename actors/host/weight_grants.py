@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ...cluster.placement import ExpertKey, HostEntry
-from ...proto.keys import ClusterSecret
-from ..transport.grpc.weights import Grant
-from .weight_store import SHARED
+from ...cluster.placement import SHARED, ExpertKey, HostEntry
+from ...proto.keys import ClusterSecret, Grant
 
 VERSION = 1
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...cluster.host.residency import LayerShape
-from ...cluster.placement import ExpertKey, LayerKey, ModelRef
+from ...cluster.placement import SHARED, ExpertKey, LayerKey, ModelRef
 from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
 from ...models.trunk.checkpoint import Checkpoint
 from ...models.trunk.config import config_from_dict, read_config, torch_dtype
@@ -19,8 +19,6 @@ from ...models.trunk.experts_layers import ExpertsLayer, expert_parameters, expe
 from ...models.trunk.trunk import meta_model
 from ...proto.errors import CallError, NotHere
 
-# In the place of an expert's number: the tensors that all experts of a layer share.
-SHARED = (1 << 32) - 1
 # More than the header of a safetensors file has for one tensor beside its name, and for itself.
 _HEADER_BYTES = 256
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import PreTrainedModel
 
-from ...cluster.placement import ExpertKey, ModelRef, ModelShape
+from ...cluster.placement import SHARED, ExpertKey, ModelRef, ModelShape
 from ...models.trunk.adapters import needs_adapter
 from ...models.trunk.experts_layers import (
     ExpertsLayer,
@@ -21,7 +21,7 @@ from ...proto.errors import UnsupportedModel
 from ...proto.keys import ClusterSecret
 from ...proto.wire import DTYPE_TO_WIRE
 from ..host.weight_grants import VERSION, Granted
-from ..host.weight_store import SHARED, shared_parameters
+from ..host.weight_store import shared_parameters
 from ..router.pool_link import TrunkConfig
 from ..runtime.cluster_secret import secret_of
 from ..runtime.ray_border import ask, controller_of

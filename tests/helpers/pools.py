@@ -12,7 +12,6 @@ import torch
 
 from moesaic.actors.host.host import ExpertHost, local_hosts
 from moesaic.actors.router.router import Router
-from moesaic.actors.transport.grpc.weights import Grant
 from moesaic.cluster.placement import (
     ExpertKey,
     ModelRef,
@@ -27,7 +26,7 @@ from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.models.trunk.config import read_config
 from moesaic.models.trunk.experts_layers import ExpertsLayer, experts_layers
 from moesaic.models.trunk.trunk import connect_experts, load_trunk, meta_model, passes
-from moesaic.proto.keys import secret_of_process
+from moesaic.proto.keys import Grant, secret_of_process
 
 
 @dataclass(frozen=True, kw_only=True)

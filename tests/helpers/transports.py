@@ -29,13 +29,12 @@ from torch import Tensor
 from moesaic.actors.transport.base import Channel, Inbound, Listener, Session
 from moesaic.actors.transport.grpc.interceptors import show_proof
 from moesaic.actors.transport.grpc.stream import GrpcChannel, GrpcListener
-from moesaic.actors.transport.grpc.weights import Grant
 from moesaic.actors.transport.process_group import HOST_RANK, PIECE_BYTES, Pair
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
 from moesaic.cluster.placement import ExpertKey
 from moesaic.proto.errors import HostLost, NotHere
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
-from moesaic.proto.keys import ClusterSecret, Plane, secret_of_process
+from moesaic.proto.keys import ClusterSecret, Grant, Plane, secret_of_process
 from moesaic.proto.wire import WIRE_VERSION, CallLayout
 
 KINDS = ("shm", "grpc", "group")

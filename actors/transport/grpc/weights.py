@@ -14,7 +14,7 @@ import random
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 import safetensors.torch
@@ -25,7 +25,7 @@ from ....cluster.placement import ExpertKey
 from ....proto.errors import Busy, CallError
 from ....proto.expert_pb2 import PutWeightsResult, WeightsChunk, WeightsKey
 from ....proto.expert_pb2_grpc import WeightsServicer, WeightsStub
-from ....proto.keys import secret_of_process
+from ....proto.keys import Grant, secret_of_process
 from ....proto.limits import CHUNK_BYTES, MAX_GETS, MAX_PUTS, MAX_WEIGHTS_BYTES
 from ..budget import Budget, Share
 from .border import CHANNEL_OPTIONS, CLOSE_S, aborting, close_channel, from_grpc
@@ -38,13 +38,6 @@ _GRANT, _TERM = "moesaic-grant-bin", "moesaic-term"
 _PAUSE_S = 0.05
 
 T = TypeVar("T")
-
-
-class Grant(NamedTuple):
-    """The leave of the controller of ``term`` to put one expert into one host's memory."""
-
-    term: int
-    proof: bytes  # `ClusterSecret.grant`
 
 
 class WeightsStore(Protocol):

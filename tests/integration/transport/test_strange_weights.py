@@ -20,14 +20,14 @@ from moesaic.actors.host.weight_grants import grant_all
 from moesaic.actors.transport.grpc import stalls, weights
 from moesaic.actors.transport.grpc import stream as grpc_stream
 from moesaic.actors.transport.grpc.border import from_grpc
-from moesaic.actors.transport.grpc.weights import Grant, get_weights, put_weights
+from moesaic.actors.transport.grpc.weights import get_weights, put_weights
 from moesaic.actors.trunk import attach
 from moesaic.cluster.placement import ExpertKey, ModelRef, ModelShape, every_expert
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.proto.errors import Busy, CallError, Forbidden, HostLost, MoesaicError, Superseded
 from moesaic.proto.expert_pb2 import WeightsChunk, WeightsKey
 from moesaic.proto.expert_pb2_grpc import WeightsStub
-from moesaic.proto.keys import ClusterSecret, secret_of_process
+from moesaic.proto.keys import ClusterSecret, Grant, secret_of_process
 from moesaic.proto.limits import CHUNK_BYTES
 from tests.helpers.architectures import tiny_model
 from tests.helpers.honest import ONE, fetched, honest
