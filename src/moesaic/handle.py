@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from .cluster.spec.spec import Spec, load_spec, parse_spec
 from .logs import Kind, LogLine, read_logs
 from .operating import Operating, quiet
 from .proto.errors import ClusterError
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from .actors.serve.launch import Launched, Progress
     from .actors.trunk.trunk import PoolTrunk
+    from .cluster.spec.spec import Spec
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ DOWN_TIMEOUT_S = 60.0
 
 
 def _spec(spec: Spec | Mapping[str, Any] | str | Path) -> Spec:
+    from .cluster.spec.spec import Spec, load_spec, parse_spec
+
     if isinstance(spec, Spec):
         return spec
     return parse_spec(dict(spec)) if isinstance(spec, Mapping) else load_spec(spec)
@@ -301,6 +303,7 @@ class Cluster(Operating):
 
     def _trunk_config(self, namespace: str, ref: Any) -> Any:
         from .actors.router.pool_link import TrunkConfig
+        from .cluster.spec.spec import Spec
 
         spec = self._launched.spec if self._launched is not None else Spec(name=self.name)
         return TrunkConfig(

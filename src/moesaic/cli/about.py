@@ -15,9 +15,6 @@ from rich.table import Table
 
 from .. import about
 from ..actors.preflight.findings import Finding, errors_of, raise_errors, said
-from ..cluster.spec.page import spec_page
-from ..cluster.spec.spec import Spec, load_spec
-from ..cluster.spec.text import bytes_of
 from ..proto.errors import SpecError
 from .terminal import print_json
 
@@ -57,6 +54,8 @@ def inspect_model(
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's experts, their sizes, and how many hosts they need."""
+    from ..cluster.spec.text import bytes_of
+
     try:
         memory_bytes = bytes_of(memory)
     except ValueError as error:
@@ -110,6 +109,8 @@ def check_spec(
     ] = False,
 ) -> None:
     """Check all that can be checked of a spec and its models before `up`, and start nothing."""
+    from ..cluster.spec.spec import load_spec
+
     spec = load_spec(file)
     findings = about.check_spec(spec)
     number = len(errors_of(findings))
@@ -132,12 +133,16 @@ def check_spec(
 @spec_app.command("schema")
 def print_schema() -> None:
     """Print the JSON schema of specs, for editors."""
+    from ..cluster.spec.spec import Spec
+
     print_json(Spec.model_json_schema())
 
 
 @spec_app.command("docs")
 def print_page() -> None:
     """Print every key of a spec with its type, default, bounds and meaning, as Markdown."""
+    from ..cluster.spec.page import spec_page
+
     sys.stdout.write(spec_page())
 
 

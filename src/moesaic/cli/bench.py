@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..bench import LoadResult, measure_load
 from .chat import ModelOption, NameOption, UrlOption, url_of
 from .progress import bars
 from .terminal import print_json
+
+if TYPE_CHECKING:
+    from ..bench import LoadResult
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -40,6 +42,8 @@ def bench(
 ) -> int:
     """Load an endpoint for a moment and show how long tokens take."""
     many = _numbers(concurrency)
+    from ..bench import measure_load
+
     with bars(err) as progress:
         found = asyncio.run(
             measure_load(

@@ -6,16 +6,18 @@ import contextlib
 import sys
 from contextlib import closing
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..client import Chunk, Client, Options
 from ..proto.errors import ClusterError, MoesaicError
 from ..session import need_session
 from .terminal import print_json
+
+if TYPE_CHECKING:
+    from ..client import Chunk, Client, Options
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -62,6 +64,8 @@ def chat(
     if seed is not None:
         options["seed"] = seed
     url = url_of(name, url)
+    from ..client import Client
+
     with Client(url) as client:
         options["model"] = model or _first_model(client)
         talk = Conversation(client, options, system)
@@ -91,6 +95,8 @@ def complete(
     if seed is not None:
         options["seed"] = seed
     text = " ".join(prompt)
+    from ..client import Client
+
     with Client(url_of(name, url)) as client:
         options["model"] = model or _first_model(client)
         if as_json:

@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..client import Client
 from ..handle import connect
 from ..session import need_session
 
@@ -20,6 +19,8 @@ def read_status(name: str) -> dict[str, Any]:
     session = need_session(name)
     found = {"name": name, "url": session.url, "monitoring": session.monitoring}
     if session.monitoring is not None:
+        from ..client import Client
+
         with Client(session.monitoring) as client:
             return {**found, **client.status()}
     return {**found, "cluster": connect(name).status()}

@@ -15,7 +15,6 @@ from ..handle import connect
 from ..logs import KINDS, Kind, read_logs
 from ..proto.errors import CheckpointError, ClusterError
 from ..session import logged_session
-from ..traces import write_trace
 from .progress import bars
 from .terminal import print_json, until_ctrl_c
 from .top import top
@@ -117,6 +116,8 @@ def record(
         trace = cluster.record(seconds, window, stop=stop, progress=progress)
     if not trace.windows:
         raise ClusterError("nothing was recorded: no window had ended")
+    from ..traces import write_trace
+
     write_trace(out, trace)
     choices = int(sum(counts.sum() for counts in trace.counts.values()))
     if as_json:

@@ -230,7 +230,9 @@ class _Terminal(io.StringIO):
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Endpoint:
     found = Endpoint()
     transport = httpx.MockTransport(found)
-    monkeypatch.setattr(chat, "Client", lambda url: Client(url, retries=0, transport=transport))
+    monkeypatch.setattr(
+        "moesaic.client.Client", lambda url: Client(url, retries=0, transport=transport)
+    )
     return found
 
 
