@@ -22,6 +22,7 @@ import grpc
 import pytest
 import ray
 import ray._raylet
+from ray._private.authentication_test_utils import reset_auth_token_state
 from ray.core.generated import gcs_service_pb2
 
 from moesaic.actors.preflight.check_machine import check_token
@@ -89,17 +90,18 @@ def same(context: grpc.ServicerContext) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    # Ray keeps what it found once, in this process.
-    monkeypatch.setattr(joining, "_show_token", lambda: None)
-    monkeypatch.setattr(joining, "ANSWER_S", 0.3)
-    yield tmp_path
-    # Ray would show later Rays of this process a token of these tests.
-    raylet: Any = ray._raylet
-    raylet.AuthenticationTokenLoader.instance().reset_cache()
+def no_token(tmp_path: Path) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+            patched.delenv(name, raising=False)
+        patched.setenv("HOME", str(tmp_path))
+        patched.setattr(joining, "_show_token", lambda: None)
+        patched.setattr(joining, "ANSWER_S", 0.3)
+        # Ray reads once in a process whether it shows a token, and which: what Rays of earlier
+        # tests have shown is nothing to these, and theirs nothing to later ones.
+        reset_auth_token_state()
+        yield tmp_path
+    reset_auth_token_state()
 
 
 def reason(address: str, init: Callable[..., Any] | None = None, *, insecure: bool = True) -> str:

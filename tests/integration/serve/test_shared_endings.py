@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -114,7 +115,8 @@ def test_draining_one_leaves_the_other_alone(folder: Path) -> None:
                 time.sleep(0.1)
         down.result()
         assert ending.result(30) == round(8.0 / SLOW_S)
-        assert said[0].startswith("ending: 1 answer is still running, at most ")
+        # The slow one, and perhaps one of those above.
+        assert re.match("ending: (1 answer is|2 answers are) still running, at most ", said[0])
         assert said[-1] == "ending: nothing is running any more"
         # Before it began, while it drained, and when Serve had forgotten it.
         assert statuses <= {200, 503, 404}
