@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.hosts import NODE, host_processes, place
 from benchmarks.measure import Comparison, report
 from moesaic.actors.engine.engine import EngineConfig, Sampling
-from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.router.router import Router
 from moesaic.cluster.placement import ModelRef
 from moesaic.models.trunk.config import read_config

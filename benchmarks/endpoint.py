@@ -28,7 +28,7 @@ import moesaic
 from benchmarks.decode import CONFIG, prompts_of
 from benchmarks.measure import Comparison, report
 from moesaic.actors.engine.engine import Sampling
-from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.models.upcycling.demo import demo_model
 
 NEW_TOKENS = 32

@@ -138,7 +138,7 @@ class Pool:
 
     @contextmanager
     def _slow(self, host: str) -> Iterator[None]:
-        slower = {name: SLOW * us for name, us in self._emulated.model_dump().items()}
+        slower = {name: SLOW * us for name, us in asdict(self._emulated).items()}
         self._emulate(host, Emulation(**slower))
         try:
             yield
@@ -258,7 +258,7 @@ def main() -> None:
         spec = {
             "name": f"faults-throughput-{os.getpid()}",
             "models": [{"name": MODEL, "path": str(folder / "model")}],
-            "hosts": [{"count": given.hosts, "device": "cpu", "emulate": emulated.model_dump()}],
+            "hosts": [{"count": given.hosts, "device": "cpu", "emulate": asdict(emulated)}],
             "endpoint": None,
             "balance": {
                 "redundancy": 1,

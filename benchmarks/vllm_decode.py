@@ -81,7 +81,7 @@ def alone(folder: Path, dtype: str, *, eager: bool) -> Iterator[Run]:
 
 @contextmanager
 def pool(folder: Path, dtype: str) -> Iterator[Run]:
-    from moesaic.actors.engine.vllm.engine import VllmEngine
+    from moesaic.actors.engine.vllm_backend.engine import VllmEngine
     from moesaic.actors.router.pool_link import TrunkConfig
     from moesaic.actors.router.router import Router
     from moesaic.cluster.placement import ModelRef
@@ -118,7 +118,7 @@ def transformers(folder: Path, dtype: str) -> Iterator[Run]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from moesaic.actors.engine.transformers.engine import TransformersEngine
+    from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     engine = TransformersEngine(model, config=CONFIG)

@@ -26,7 +26,7 @@ from ...models.trunk.trunk import (
 )
 from ...proto.errors import ClusterError
 from ..engine.engine import Engine, EngineConfig
-from ..engine.transformers.engine import TransformersEngine
+from ..engine.transformers_backend.engine import TransformersEngine
 from ..router.pool_link import PoolLink, TrunkConfig
 from ..runtime.devices import pick_device
 
@@ -95,7 +95,7 @@ def engine_factory(config: TrunkConfig) -> Callable[[], Engine]:
         # Each replica is a router of its own to the controller.
         own = replace(config, name=f"{config.name}-{secrets.token_hex(3)}")
         if config.engine_kind == "vllm":
-            from ..engine.vllm.engine import VllmEngine
+            from ..engine.vllm_backend.engine import VllmEngine
 
             return VllmEngine(own)
         return _PoolEngine(

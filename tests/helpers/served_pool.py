@@ -18,7 +18,7 @@ from moesaic.actors.endpoint.http.bodies import BodyLimits
 from moesaic.actors.endpoint.ingress import create_app
 from moesaic.actors.engine.engine import EngineConfig, ExpertBounds
 from moesaic.actors.engine.served_model import ServedModel
-from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.host.host import ExpertHost
 from moesaic.cluster.placement import ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy

@@ -29,7 +29,7 @@ from moesaic.actors.engine.engine import (
     TokenLogprob,
 )
 from moesaic.actors.engine.served_model import ServedModel
-from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.runtime.ports import free_port
 from moesaic.cluster.service.web_guard import WebGuard
 from moesaic.cluster.spec.parts import LimitSpec

@@ -20,7 +20,7 @@ import uvicorn
 from moesaic.actors.endpoint.ingress import create_app
 from moesaic.actors.engine.engine import Delta, EngineConfig, Generate, Limits, Sampling
 from moesaic.actors.engine.served_model import ServedModel
-from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.proto.errors import Busy, ExpertUnavailable, MoesaicError
 from tests.helpers.service import BODIES, tool_tokenizer
 from tests.helpers.tiny import tiny_mixtral

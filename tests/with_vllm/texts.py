@@ -52,7 +52,7 @@ def alone(folder: Path, tokens: int) -> Texts:
 
 def pooled(folder: Path, tokens: int, hosts: int, *, compiled: bool) -> Texts:
     from moesaic.actors.engine.engine import EngineConfig, Sampling
-    from moesaic.actors.engine.vllm.engine import VllmEngine
+    from moesaic.actors.engine.vllm_backend.engine import VllmEngine
     from moesaic.actors.host.host import local_hosts
     from moesaic.actors.router.pool_link import TrunkConfig
     from moesaic.actors.router.router import Router

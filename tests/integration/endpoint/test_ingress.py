@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic.actors.engine.engine import Sampling
-from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.client import Client
 from moesaic.proto.errors import ExpertUnavailable

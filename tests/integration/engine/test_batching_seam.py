@@ -16,8 +16,8 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler, Scheduler
 
 from moesaic.actors.engine.engine import EngineConfig, Sampling
-from moesaic.actors.engine.transformers.continuous_batching import BatchingLoop
-from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.engine.transformers_backend.continuous_batching import BatchingLoop
+from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from tests.helpers.engines import continuous
 from tests.helpers.tiny import tiny_mixtral
 

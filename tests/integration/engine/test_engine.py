@@ -14,8 +14,8 @@ import pytest
 from transformers import AddedToken, MixtralForCausalLM
 
 from moesaic.actors.engine.engine import Delta, Engine, EngineConfig, Sampling
-from moesaic.actors.engine.transformers.engine import TransformersEngine
-from moesaic.actors.engine.transformers.static_batching import CohortLoop
+from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
+from moesaic.actors.engine.transformers_backend.static_batching import CohortLoop
 from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.proto.errors import Busy, EngineError, RequestError
 from tests.helpers.engines import SMALL, continuous, deltas, reference, running, tokens, until_idle

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moesaic.actors.engine.engine import EngineConfig, Sampling
-from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.proto.errors import EngineError, ExpertUnavailable, InternalError
 from tests.helpers.engines import continuous, deltas, reference, running, tokens, until_idle
 from tests.helpers.tiny import tiny_mixtral

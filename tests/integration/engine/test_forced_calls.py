@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from moesaic.actors.endpoint.ingress import create_app
 from moesaic.actors.engine.engine import Engine, EngineConfig, Sampling
 from moesaic.actors.engine.served_model import ServedModel
-from moesaic.actors.engine.transformers.engine import TransformersEngine
+from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.text.answer_form import AnswerForm, ToolForm
 from moesaic.actors.text.answer_parser import AnswerParser
 from moesaic.actors.text.marked_text import MarkedText

@@ -16,9 +16,9 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 
 from moesaic.actors.engine.engine import EngineConfig, Sampling
 from moesaic.actors.engine.sampling import RequestSampler
-from moesaic.actors.engine.transformers.engine import TransformersEngine
-from moesaic.actors.engine.transformers.static_batch import Asked, together
-from moesaic.actors.engine.transformers.static_batching import CohortLoop
+from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
+from moesaic.actors.engine.transformers_backend.static_batch import Asked, together
+from moesaic.actors.engine.transformers_backend.static_batching import CohortLoop
 from moesaic.cluster.routing.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, MoesaicError
 from tests.helpers.architectures import ARCHITECTURES, tiny_model

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, NllbMoeConfig
 
-from moesaic.actors.engine.vllm.engine import VllmEngine
+from moesaic.actors.engine.vllm_backend.engine import VllmEngine
 from moesaic.actors.router.pool_link import TrunkConfig
 from moesaic.actors.trunk.attach import attach_model
 from moesaic.cluster.placement import ModelRef

@@ -11,7 +11,7 @@ import pytest
 
 from moesaic.actors.engine.engine import Delta, Sampling
 from moesaic.actors.engine.expert_wait import Parking
-from moesaic.actors.engine.vllm.requests import going_on
+from moesaic.actors.engine.vllm_backend.requests import going_on
 from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.cluster.routing.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, Interrupted

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from moesaic.actors.engine.engine import Sampling
 from moesaic.actors.engine.grammar import Grammars
 from moesaic.actors.engine.sampling import RequestSampler, choose
-from moesaic.actors.engine.vllm.requests import structure
+from moesaic.actors.engine.vllm_backend.requests import structure
 from moesaic.actors.text.answer_form import AnswerForm, ToolForm
 from moesaic.actors.text.answer_parser import AnswerParser
 from moesaic.actors.text.marked_text import MarkedText
