@@ -17,7 +17,7 @@ from ...cluster.control.pool_view import Observation
 
 # An answer that is later than this is not waited for; it counts when it comes.
 LATE_S = 1.0
-QUIET_WAIT_S = 2.0
+QUIET_WAIT_S = 6.0
 
 # None: Ray says that the host is gone. "late": it did not answer.
 Seen = Observation | Literal["late"] | None

@@ -24,8 +24,8 @@ from ..runtime.ray_border import actor_options
 log = logging.getLogger(__name__)
 
 # The controller answers at once when other hosts are wanted.
-ASK_WAIT_S = 2.0
-ASK_TIMEOUT_S = 5.0
+ASK_WAIT_S = 10.0
+ASK_TIMEOUT_S = 13.0
 PAUSE_S = 0.3
 
 
@@ -76,13 +76,15 @@ class HostKeeper:
         self._starter = starter
         self._controller = controller
         self._stop = threading.Event()
+        self._turn = threading.Event()  # the controller has answered, or the keeper is closed
         self._thread = threading.Thread(target=self._run, name="host-keeper", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Start and end nothing any more, and end all hosts."""
         self._stop.set()
-        self._thread.join(ASK_TIMEOUT_S + 5.0)
+        self._turn.set()
+        self._thread.join(ASK_TIMEOUT_S)
         with ExitStack() as each:
             for host in self.hosts.values():
                 each.callback(ray.kill, host, no_restart=True)
@@ -92,8 +94,14 @@ class HostKeeper:
         known: int | None = None
         while not self._stop.wait(PAUSE_S):
             try:
+                self._turn.clear()
                 asked = self._controller.desired.remote(known, ASK_WAIT_S)
-                found: tuple[int, dict[str, int]] = ray.get(asked, timeout=ASK_TIMEOUT_S)
+                asked.future().add_done_callback(lambda _: self._turn.set())
+                if not self._stop.is_set():
+                    self._turn.wait(ASK_TIMEOUT_S)
+                if self._stop.is_set():
+                    return
+                found: tuple[int, dict[str, int]] = ray.get(asked, timeout=0)
                 self._follow(found[1])
                 known = found[0]
             except RayError as error:

@@ -18,12 +18,14 @@ from ...proto.errors import ClusterError, in_words
 from ..host.report import HostReport
 from ..router_service.service_actor import ServiceWatch
 from ..runtime.ray_border import cluster_of
+from .host_polling import Looks
 from .metrics import PoolMetrics
 from .sizing import Sizing
 
 log = logging.getLogger(__name__)
 
 WATCH_S = 1.0
+QUIET_WATCH_S = 5.0
 
 
 class Overview(Sizing):
@@ -31,6 +33,7 @@ class Overview(Sizing):
 
     _control: Control
     _errors: dict[str, str]
+    _looks: Looks
     _loop: asyncio.Task[None]
     _models: dict[str, tuple[ModelRef, ModelShape]]
     _namespace: str
@@ -143,8 +146,13 @@ class Overview(Sizing):
     async def _watch(self) -> None:
         """Beside the loop, so that metrics tell of a loop that stands still."""
         metrics: PoolMetrics | None = None
+        watched_at = -QUIET_WATCH_S
         while True:
             now = time.monotonic()
+            if self._looks.quiet and now - watched_at < QUIET_WATCH_S:
+                await asyncio.sleep(WATCH_S)
+                continue
+            watched_at = now
             try:
                 metrics = metrics or PoolMetrics(cluster_of(self._namespace))
                 self._rates.note(

@@ -21,7 +21,7 @@ ARRIVAL_S = 60.0
 _FIRST_S = 0.5
 _RETRY_S = 0.2
 # The owner asks every few seconds.
-_OWNER_LATE_S = 10.0
+_OWNER_LATE_S = 20.0
 
 
 class Sizing:

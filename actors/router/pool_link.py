@@ -25,8 +25,11 @@ from .router import Router
 
 log = logging.getLogger(__name__)
 
-# How long the controller may keep a report that changes nothing.
+# How long the controller may keep a report that changes nothing, and one of a router that has
+# nothing to do: less than the lease of routers (`ControlPolicy.lease_s`).
 WATCH_S = 1.0
+QUIET_WATCH_S = 6.0
+_ANSWER_S = 5.0
 
 
 class PlacementWatch:
@@ -42,6 +45,7 @@ class PlacementWatch:
 
     def close(self) -> None:
         self._stop.set()
+        self._router.stirred.set()
         # The thread may be in a long poll; it is a daemon and touches nothing once it has ended.
         self._thread.join(0.1)
 
@@ -51,8 +55,7 @@ class PlacementWatch:
             try:
                 if controller is None:
                     controller = ray.get_actor(CONTROLLER, namespace=self._namespace)
-                asked: Any = controller.report.remote(self._router.take_load(), WATCH_S)
-                placement: Placement | None = ray.get(asked, timeout=WATCH_S + 5.0)  # pyright: ignore[reportAssignmentType]
+                placement = self._report(controller)
             except (RayError, GetTimeoutError, ValueError) as error:
                 # Routing goes on with the last placement.
                 controller = None
@@ -62,6 +65,28 @@ class PlacementWatch:
                 continue
             if placement is not None and not self._stop.is_set():
                 self._router.place(placement)
+
+    def _report(self, controller: Any) -> Placement | None:
+        """A newer placement, if there is one. A router that has nothing to do waits for long, and
+        speaks again at once when it has: then nobody waits for the answer to what it said before.
+        """
+        stirred = self._router.stirred
+        stirred.clear()
+        report = self._router.take_load()
+        if report.counts or report.unplaced:
+            asked = controller.report.remote(report, WATCH_S)
+            return ray.get(asked, timeout=WATCH_S + _ANSWER_S)
+        asked = controller.report.remote(report, QUIET_WATCH_S)
+        asked.future().add_done_callback(lambda _: stirred.set())
+        if not self._stop.is_set():
+            stirred.wait(QUIET_WATCH_S + _ANSWER_S)
+        if self._stop.is_set() or (stirred.is_set() and not _is_answered(asked)):
+            return None
+        return ray.get(asked, timeout=0)
+
+
+def _is_answered(asked: Any) -> bool:
+    return bool(ray.wait([asked], timeout=0)[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

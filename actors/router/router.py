@@ -107,6 +107,8 @@ class Router:
         self._placements: queue.SimpleQueue[Placement] = queue.SimpleQueue()
         # Whoever has waited for the lock for long gets its report through the queue.
         self._report_wanted = False
+        # There is something to report: set when calls begin and layers are asked for.
+        self.stirred = threading.Event()
         self._handed: queue.SimpleQueue[LoadReport] = queue.SimpleQueue()
         self._closed = False
 
@@ -132,7 +134,7 @@ class Router:
             with self._lock:
                 if self._ready(layers):
                     return
-                self._dispatcher.unplaced = next(iter(self._unplaced(layers)), None)
+                self._ask_for(layers)
                 # Short, so that `place` gets the lock.
                 self._wait(min(deadline, time.monotonic() + 0.05))
             if time.monotonic() >= deadline:
@@ -149,8 +151,7 @@ class Router:
             try:
                 if not self._closed:
                     self._wait(_now())
-                    keys = [LayerKey(key.model, key.layer) for key in experts]
-                    self._dispatcher.unplaced = next(iter(self._unplaced(keys)), None)
+                    self._ask_for([LayerKey(key.model, key.layer) for key in experts])
             finally:
                 self._lock.release()
         return all(self._dispatcher.peers.has(key, _now()) for key in experts)
@@ -196,6 +197,12 @@ class Router:
         asked = () if unplaced is None else (unplaced,)
         return self._dispatcher.meter.take(self.name, self._number, asked)
 
+    def _ask_for(self, layers: Sequence[LayerKey]) -> None:
+        """Let the next report name a layer that no placement has, if one of these is."""
+        self._dispatcher.unplaced = next(iter(self._unplaced(layers)), None)
+        if self._dispatcher.unplaced is not None:
+            self.stirred.set()
+
     @property
     def _number(self) -> Number | None:
         placement = self._dispatcher.placement
@@ -235,6 +242,8 @@ class Router:
             known = ", ".join(str(dtype) for dtype in DTYPE_TO_WIRE)
             raise CallError(f"dtype: hidden states are {x_TH.dtype}, the wire knows {known}")
         check_shapes(x_TH, ids_TK, weights_TK)
+        if not self.stirred.is_set():
+            self.stirred.set()
         with self._lock:
             if self._closed:
                 raise ClusterError(f"router {self.name}: closed")
