@@ -101,7 +101,7 @@ class Placement:
             for expert, replicas in enumerate(layer.replicas):
                 names = [replica.host for replica in replicas]
                 if len(set(names)) != len(names):
-                    raise ValueError(f"{key.expert(expert)} stands twice on one host: {names}")
+                    raise ValueError(f"{key.expert(expert)} has two replicas on one host: {names}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

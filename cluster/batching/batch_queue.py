@@ -83,7 +83,7 @@ class Cut(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Rows of a call that go into a merged one."""
+    """Rows of a call that become part of a merged call."""
 
     number: int
     rows_n: np.ndarray
@@ -163,6 +163,7 @@ class Merger:
 
         def weight(client: str) -> tuple[int, bool]:
             calls = self._clients[client].values()
+            # The larger is refused; among equals the newcomer's client.
             held = len(calls) if too_many else sum(call.size_bytes for call in calls)
             return held, client == newcomer.client
 
@@ -216,7 +217,7 @@ class Merger:
 
     def _pieces(self, offers: list[list[Call]]) -> Iterator[Piece]:
         most = self.policy.max_batch_rows
-        offers = offers[:most]
+        offers = offers[:most]  # so that each client gets a row at least
         wants = [sum(call.todo_n.size for call in calls) for calls in offers]
         for calls, share in zip(offers, fair_shares(wants, most), strict=True):
             left = share
@@ -289,7 +290,7 @@ class Merger:
             if call.lacks:
                 yield self._end(call, "ExpertUnavailable", call.lacks)
             else:
-                yield self._end(call, "Expired", "the call's time was over before its turn came")
+                yield self._end(call, "Expired", "the call's deadline passed before its turn")
 
     def _end(self, call: Call, code: str, message: str) -> End:
         self.leave(call.number)

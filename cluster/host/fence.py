@@ -38,4 +38,4 @@ class Fence:
         """Accept the eviction of this number; raise Superseded or Expired if it is not valid."""
         self.obey(term)
         if number <= self._given_up:
-            raise Expired(f"eviction {number}: its controller does not wait for it any more")
+            raise Expired(f"eviction {number}: its controller no longer waits for it")

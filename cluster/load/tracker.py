@@ -97,6 +97,7 @@ class LoadTracker:
                 rates = np.zeros((len(HORIZONS_S), counts.size))
                 self._ages_s[key] = np.zeros(len(HORIZONS_S))
             elif has_shifted(counts, rates[0] * min(self._ages_s[key][0], HORIZONS_S[0])):
+                # (The rates times the seconds that they cover are the known sample's counts.)
                 # The shorter averages start anew; the longest goes on, as it is the usual load.
                 self._ages_s[key][:-1] = 0.0
                 self.shifted_at = now

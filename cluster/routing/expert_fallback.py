@@ -46,8 +46,9 @@ class RowWishes:
         known = groups or ()
         apart = sum(rows for rows, _ in known) <= tokens
         self.patience_T = np.full(tokens, WAIT.patience_s(deadline_s) if apart else deadline_s)
-        self._most_T = np.full(tokens, -1.0)  # -1: nothing may be dropped
-        self.experts_T: np.ndarray | None = None  # None: nobody wants fewer than there are
+        # Largest fraction of the gate weights that each row may lose; -1: none, not even 0.
+        self._most_T = np.full(tokens, -1.0)
+        self.experts_T: np.ndarray | None = None  # experts per token; None: no row sets it
         start = 0
         for rows, wish in known if apart else ():
             mine = slice(start, start + rows)
@@ -87,7 +88,7 @@ def largest_choices(
     """
     size_TK = np.where(ids_TK < 0, 0, np.abs(weights_TK))
     order_TK = np.argsort(-size_TK, axis=1, kind="stable")
-    rank_TK = np.empty_like(order_TK)
+    rank_TK = np.empty_like(order_TK)  # inverse of the sort: each expert's place in the order
     np.put_along_axis(rank_TK, order_TK, np.arange(ids_TK.shape[1])[None], axis=1)
     kept_TK = rank_TK < most_T[:, None]
     whole_T, part_T = size_TK.sum(axis=1), np.where(kept_TK, size_TK, 0).sum(axis=1)

@@ -17,7 +17,7 @@ BEST_RANK = 2
 
 
 class HostState(Enum):
-    # Asked to connect; no Welcome yet.
+    # The router is connecting; the host has not sent Welcome yet.
     CONNECTING = "connecting"
     # Takes calls.
     UP = "up"

@@ -131,6 +131,7 @@ class _Mark:
         if self.value is None or self.after_s <= 0:
             self.value = value
         else:
+            # Exponential smoothing; half of `after_s` is its time constant.
             part = 1 - math.exp(-(now - self._at) / (self.after_s / 2))
             self.value += part * (value - self.value)
         self._at = now
@@ -175,6 +176,8 @@ class Autoscaler:
         busy = self._up.note(load.busy, now)
         calm = self._down.note(load.busy, now)
         waiting = self._waits.note(load.waiting, now)
+        # Waiting calls ask for hosts only if hosts are not nearly idle; a few calls that happen to
+        # collide on an idle pool are no reason to grow.
         queues = waiting > 1 and busy > self.policy.low
         hot = self._up.lasts(busy >= self.policy.high or queues, now)
         idle = self._down.lasts(calm <= self.policy.low and not queues, now)
@@ -245,6 +248,7 @@ class Autoscaler:
             if group.keep:
                 kept = group.keep
                 continue
+            # Hosts that are not up leave first, and `capacity` does not contain them.
             left = capacity - (group.speed if not group.pending else 0.0)
             if left <= 0 or busy * capacity / left > self.policy.aim:
                 continue

@@ -1,4 +1,4 @@
-"""The history of the pool's size: who changed it and why, which hosts it concerned, how it ended."""
+"""The history of the pool's size: who changed it and why, which hosts it concerned, its outcome."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ class BalanceSpec(Part):
 
 
 class Spec(Part):
-    """A cluster."""
+    """The whole spec of one cluster."""
 
     name: Name = "local"
     ray: RaySpec = RaySpec()
