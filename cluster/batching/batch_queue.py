@@ -3,8 +3,8 @@
 When the router is free, rows that wait for the same layer become one call; no row waits for others
 to arrive. Clients take turns to choose the layer. All clients that wait for this layer share the
 rows of the merged call evenly (max-min fairness), so that a large call is split and does not block
-small ones. When the service holds too much, the client that holds most loses its newest call (as in
-longest queue drop, Suter et al. 1998), so that a client that floods is the one that is refused.
+small ones. When the service holds too much, the client that holds most loses its newest call, so
+that a client that floods the service is refused itself (longest queue drop, Suter et al. 1998).
 
 The clock is an argument. Sockets, threads and tensors are in `actors/router_service/service.py`.
 

@@ -168,7 +168,7 @@ class Dispatcher:
         return commands + self.tick(now)
 
     def tick(self, now: float) -> list[Command]:
-        """Do what is due at ``now``: deadlines, hedges, probes, connections, waiting rows."""
+        """Do what is due at ``now``: deadlines, hedges, probes, waiting assignments."""
         commands: list[Command] = []
         if (call := self._running) is not None:
             commands += self._expire(call, now)

@@ -32,5 +32,5 @@ class RouterPolicy:
     avoid_max_s: float = 5.0
     # Fraction of all sends that may be retries; those after NotHere and HostLost are not counted.
     retry_share: float = 0.2
-    retry_per_s: float = 10.0  # retries per second beside that fraction
+    retry_per_s: float = 10.0  # retries per second in addition to that fraction
     retry_burst: float = 20.0  # retries that can be saved up

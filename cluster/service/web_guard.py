@@ -78,7 +78,7 @@ class WebGuard:
     """The rule of one server; without ``loopback`` and ``hosts`` everything may pass."""
 
     loopback: bool  # the server listens on loopback only
-    hosts: frozenset[str] = frozenset()  # allowed in the Host header, beside loopback's names
+    hosts: frozenset[str] = frozenset()  # allowed in the Host header, besides loopback's names
     origins: frozenset[str] = frozenset()  # their pages may send requests; `*`: all
 
     @classmethod
@@ -92,7 +92,7 @@ class WebGuard:
     ) -> WebGuard:
         """Make the rule of a server on the address ``listens``.
 
-        ``own`` are names of the server itself, which are allowed beside ``allowed_hosts``.
+        ``own`` are names of the server itself, which are allowed besides ``allowed_hosts``.
         """
         hosts = {*allowed_hosts, *(own if allowed_hosts else ())}
         return cls(

@@ -166,7 +166,7 @@ _PRIORITIES = 2**31
 
 
 class LimitSpec(Part):
-    """Limits of one request, beside those of its model and of the key-value cache.
+    """Limits of one request, in addition to those of its model and of the key-value cache.
 
     ``bodies_mb`` limits the bodies of all requests that arrive or are parsed at the same time; a
     request beyond it is refused with 503 and can be sent again later.
