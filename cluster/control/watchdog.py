@@ -61,7 +61,7 @@ class Vitals:
             found.append(f"the planner has failed {self.plan_failures} times in a row")
         if self.moves_pending and (self.move_age_s or 0.0) > MOVES_STALLED_S:
             found.append(
-                f"{self.moves_pending} replicas are to come, and none has come for "
+                f"{self.moves_pending} planned replicas are missing, and none has arrived for "
                 f"{self.move_age_s:.0f} s"
             )
         return found

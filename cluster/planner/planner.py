@@ -95,14 +95,17 @@ def _chain(draft: Draft) -> None:
     }
     if not fresh or hosts < 2 or draft.policy.redundancy:
         return
+    # How many replicas fit on each host, counted with the largest expert of the new layers.
     most = max(draft.searches[key].expert_bytes for key in fresh)
     free_H = (
         draft.rooms.slots_H
         if not most
         else np.minimum(draft.rooms.slots_H, draft.rooms.bytes_H // most)
     )
+    # Without bounds there is no number of spare slots.
     if free_H.max() >= UNLIMITED // max(most, 1):
         return
+    # What is left for each new layer after the first replica of every expert that lacks one.
     spare = (int(free_H.sum()) - sum(lacking.values())) // len(fresh)
     host = 0
     for key in fresh:

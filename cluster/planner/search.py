@@ -37,7 +37,7 @@ _VICTIMS = 3
 # For each replica that it adds, a step must remove at least this fraction of the layer's excess, or
 # of the mean capacity of a host if that is smaller; otherwise the search ends.
 _LEAST_PART = 0.02
-# In large pools one step joins several independent ones: one added replica for each so many hosts.
+# In large pools one step joins several independent ones, up to one new replica for this many hosts.
 _HOSTS_PER_STEP = 32
 # An excess below this fraction of the layer's load counts as zero.
 _NOTHING = 1e-6
@@ -147,7 +147,7 @@ class LayerSearch:
         return [int(h) for h in np.argsort(-slack_H)[:4] if able_H[h]]
 
     def lend(self, host: int) -> Found | None:
-        """Drop the replica on ``host`` with the least load, unless the layer's excess grows.
+        """Drop the replica on ``host`` that carries least and may go, unless the excess grows.
 
         Returns what `take_back` needs to undo it, or None if nothing was dropped.
         """

@@ -20,7 +20,7 @@ def accepted_once(fact: Accepted) -> str:
     accepted = fact.call.accepted
     if len(set(accepted)) == len(accepted):
         return ""
-    return f"{fact.router.name}: choices {fact.choices.tolist()} again, by call {fact.seq}"
+    return f"{fact.router.name}: assignments {fact.choices.tolist()} again, by call {fact.seq}"
 
 
 def whole(fact: Ended) -> str:
@@ -40,7 +40,7 @@ def lost_late(fact: Ended, now: float) -> str:
     for choice in fact.lost.tolist():
         early_s = float(until_T[choice // fact.call.ids_TK.shape[1]]) - now
         if early_s > 0:
-            return f"{fact.router.name}: choice {choice} is lost {early_s:.3f} s too early"
+            return f"{fact.router.name}: assignment {choice} is lost {early_s:.3f} s too early"
     return ""
 
 

@@ -100,7 +100,7 @@ class SimLinks:
         connection.send(connection.host, frame)
 
     def free(self, host: str, seq: int) -> None:
-        """Release the slot of a call, whose answer nobody wants or expects any more."""
+        """Release the slot of a call whose answer is neither wanted nor expected any more."""
         channel = self.channels.get(host)
         if channel is not None:
             channel.release(seq)

@@ -70,14 +70,14 @@ class Invariants:
         match fact:
             case Accepted():
                 return [
-                    ("no choice is accepted twice", calls.accepted_once(fact)),
+                    ("no assignment is accepted twice", calls.accepted_once(fact)),
                     ("no slot is reused while its answer can come", calls.read_its_own(fact)),
                 ]
             case Ended():
                 return [
-                    ("no choice is lost or doubled", calls.whole(fact)),
+                    ("no assignment is lost or doubled", calls.whole(fact)),
                     (
-                        "no choice is lost before its time",
+                        "no assignment is lost before its time",
                         calls.lost_late(fact, self._world.clock.now),
                     ),
                 ]
@@ -104,7 +104,7 @@ class Invariants:
                     ("the number of hosts is within its bounds", self.not_too_many(fact)),
                 ]
             case HostEnded():
-                return [("a host that leaves is needed by nobody", self.left_free(fact))]
+                return [("nobody needs a host that leaves", self.left_free(fact))]
             case Sized():
                 return [("the number of hosts is within its bounds", self.sized_within(fact))]
             case Claimed():
