@@ -1,4 +1,4 @@
-"""The controller's face for whoever watches: status, live view, totals and metrics."""
+"""The controller's methods for observers: status, live view, totals and metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WATCH_S = 1.0
 
 
 class Overview(Sizing):
-    """What `Controller` inherits for `status`, `top` and recordings."""
+    """The methods of `Controller` for `status`, `top` and recordings."""
 
     _control: Control
     _errors: dict[str, str]
@@ -48,7 +48,7 @@ class Overview(Sizing):
         self._rates = HostRates()
 
     async def status(self) -> dict[str, Any]:
-        """Plain values for people and JSON."""
+        """Return the whole status as plain values, for people and JSON."""
         placement = self._control.placement
         missing, no_room = self._control.missing(), self._control.no_room()
         vitals = self._vitals(time.monotonic())
@@ -87,7 +87,7 @@ class Overview(Sizing):
         }
 
     async def top(self, count: int) -> dict[str, Any]:
-        """What is going on now, with the ``count`` hottest experts."""
+        """Return the current load and the ``count`` hottest experts."""
         now = time.monotonic()
         control, vitals = self._control, self._vitals(now)
         placement = control.placement
@@ -119,7 +119,7 @@ class Overview(Sizing):
     async def experts(
         self, model: str | None, layer: int | None, hot: int | None
     ) -> list[dict[str, Any]]:
-        """See `Operating.experts`."""
+        """Return the experts as `Operating.experts` describes them."""
         control = self._control
         try:
             shapes = (
@@ -134,14 +134,14 @@ class Overview(Sizing):
         return standing(layers, control.loads, control.wishes, model=model, layer=layer, hot=hot)
 
     async def totals(self) -> LoadTotals:
-        """All counts since this controller's start."""
+        """Return all counts since this controller's start."""
         loads = self._control.loads
         return LoadTotals(term=self._term, counts=loads.totals, hosts=loads.hosts)
 
     # ---- watching -------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Beside the loop, so that metrics tell of a loop that stands still."""
+        """Export metrics in a task of its own, so that they show a stuck loop."""
         metrics: PoolMetrics | None = None
         while True:
             now = time.monotonic()
@@ -153,7 +153,7 @@ class Overview(Sizing):
                 metrics.set(self._vitals(now))
                 self._watch_error = ""
             except Exception as error:
-                # A figure that cannot be had stops nothing; it is shown, and tried again.
+                # A failure here must not stop the controller. `status` shows it; try again.
                 self._watch_error = f"watchdog: {in_words(error)}"
                 log.exception("controller: the watchdog failed")
             await asyncio.sleep(WATCH_S)
@@ -194,7 +194,7 @@ class Overview(Sizing):
         if waiting is not None:
             status["waiting"] = waiting
         if host in no_room:
-            status["waiting"] = f"it is to leave; {no_room[host]}"
+            status["waiting"] = f"draining; {no_room[host]}"
         report = self._reports.get(host)
         if report is not None:
             status |= report.describe()
