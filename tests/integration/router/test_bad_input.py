@@ -388,7 +388,7 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("file-config", load(config("{")), CheckpointError, "config.json"),
     ("file-dense", load(config('{"model_type": "llama"}')), UnsupportedModel, "experts interface"),
     ("file-gone", load(shutil.rmtree), CheckpointError, "no config.json"),
-    ("file-expert", load(nothing, expert=99), CallError, "expert: 99 is none of layer 1 of 'bad'"),
+    ("file-expert", load(nothing, expert=99), CallError, "expert: 99 is not in layer 1 of 'bad'"),
     ("file-layer", load(nothing, layer=77), CallError, "'bad' has no experts in layer 77"),
 ]
 
