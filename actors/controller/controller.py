@@ -196,7 +196,7 @@ class Controller(Operations, Overview):
                     await asyncio.wait_for(self._wake.wait(), QUIET_TICK_S - TICK_S)
 
     async def _tick(self) -> None:
-        # Step 1: hear all hosts.
+        # Step 1: get the reports of all hosts.
         observed = await self._looks.round(self._control.view.hosts)
         for host in self._looks.late:
             if not self._control.view.never_seen(host):
@@ -210,7 +210,7 @@ class Controller(Operations, Overview):
                     except ValueError as error:
                         # This model is left out; the others are served.
                         self._errors[report.entry.host] = str(error)
-        # Step 3: decide, and act.
+        # Step 3: decide, and carry out the commands.
         commands = self._control.tick(observed, time.monotonic())
         for host in self._size(time.monotonic()):
             self._looks.forget(host)

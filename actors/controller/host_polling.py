@@ -19,7 +19,7 @@ from ...cluster.control.pool_view import Observation
 LATE_S = 1.0
 QUIET_WAIT_S = 2.0
 
-# None: Ray says that the host is gone. "late": it did not answer.
+# None: Ray reports the host as dead. "late": the host did not answer in time.
 Seen = Observation | Literal["late"] | None
 # (host, how long it may hold back an answer that would say nothing new)
 Ask = Callable[[str, float], Awaitable[Seen]]
@@ -85,7 +85,7 @@ class Looks:
         return found
 
     def anew(self, host: str) -> None:
-        """Discard the host's report, because an order to the host began or ended; then wake up."""
+        """Discard the host's last report, as an order to it began or ended; wake the controller."""
         self.forget(host)
         self._heard()
 

@@ -44,8 +44,7 @@ def compute(
 ) -> list[Answer]:
     """Answer all calls with one grouped computation.
 
-    ``exact`` asks for one row per assignment instead of one sum per token. Raises CallError if an
-    answer does not fit into its slot.
+    ``exact`` asks for one row per assignment instead of one sum per token.
     """
     tensors = [pending.layout.call_tensors(pending.payload) for pending in pendings]
     form, experts = store.layer(key)

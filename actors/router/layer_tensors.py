@@ -57,7 +57,7 @@ class LayerJob:
         self.ids_TK = ids
 
     def keep_largest(self, most_T: np.ndarray) -> None:
-        """Limit each row to its ``most_T[t]`` largest gate weights; call it before any send."""
+        """Keep only each row's ``most_T`` choices of the largest weights; call before any send."""
         weights_TK = self.weights_N.reshape(self.ids_TK.shape)
         self.ids_TK, weights_TK = largest_choices(self.ids_TK, weights_TK, most_T)
         self.weights_N = weights_TK.reshape(-1)
@@ -153,8 +153,8 @@ class LayerJob:
 
     def _combine_parts(self) -> np.ndarray:
         # Each host answered with one sum per row of its send. Sorting makes the order of additions
-        # independent of the order of arrival. The first part that has all rows is added to in
-        # place, which saves a zeroed array.
+        # independent of the order of arrival. If the first part has all rows, it becomes the sum
+        # itself, which saves a zeroed array and one addition.
         self._parts.sort(key=lambda part: (part[0].host, part[0].choice_tk[0, 0]))
         out_TH: np.ndarray | None = None
         for send, part_tH in self._parts:

@@ -65,7 +65,7 @@ class _Group(Protocol):
 
 
 class Pair:
-    """One side of a pair: the host calls `open`, both `join`, `send`, `receive` and `abort`."""
+    """One side of a pair: the host calls `open`, both `join`, then use it until `abort`."""
 
     def __init__(self, peer: str, backend: str, device: torch.device) -> None:
         """Connect to nobody yet. Raises CallError if ``device`` cannot use ``backend`` here."""

@@ -121,7 +121,7 @@ class GrpcSession:
     def wait_for_hello(self, timeout_s: float) -> None:
         """Wait for the Hello. Raises Expired if it is late, or the error that ended the stream."""
         if not self._greeted.wait(timeout_s):
-            late = Expired(f"hello: a router says it within {timeout_s:g} s; none came")
+            late = Expired(f"hello: none came within {timeout_s:g} s of connecting")
             self._inbox.end(late)
         if not self.router:
             self._inbox.close()
