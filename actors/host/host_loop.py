@@ -309,7 +309,7 @@ class HostLoop:
     ) -> None:
         if answer.bad:
             log.error(
-                "host %s: not finite: %s",
+                "host %s: experts whose output is not finite: %s",
                 self.name,
                 [str(queued.key.expert(e)) for e in answer.bad],
             )

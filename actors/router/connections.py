@@ -46,7 +46,7 @@ class Links:
         if transport == "group" and not backends():
             raise ClusterError(
                 "transport: 'group' needs torch.distributed, which this build of torch lacks; "
-                "'grpc' reaches the same hosts"
+                "use 'grpc', which reaches the same hosts"
             )
         self._router = router
         self._secret = secret

@@ -200,7 +200,7 @@ class MergedCalls:
         return [(self._batch_rows, _SHORT_WAIT)]
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
-        raise AssertionError(f"no call goes without an expert: {dropped}")
+        raise AssertionError(f"calls of the router service drop no experts: {dropped}")
 
     # ---- the thread -----------------------------------------------------------------------------
 
