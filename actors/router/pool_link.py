@@ -25,16 +25,19 @@ from .router import Router
 
 log = logging.getLogger(__name__)
 
-# How long the controller may keep a report that changes nothing, and one of a router that has
-# nothing to do: less than the lease of routers (`ControlPolicy.lease_s`).
+# How long the controller may hold its answer to a report while there is no newer placement: of a
+# router with load, and of one that has nothing to do (less than `ControlPolicy.lease_s`).
 WATCH_S = 1.0
 QUIET_WATCH_S = 6.0
 _ANSWER_S = 5.0
 
 
 class PlacementWatch:
-    """A thread that tells the controller what its router counted and follows, and hands every new
-    placement to the router; the controller may come and go."""
+    """A thread that keeps a router and the controller in touch.
+
+    It reports the load that the router counted and the placement that it follows, and hands every
+    new placement to the router. It survives restarts of the controller.
+    """
 
     def __init__(self, namespace: str, router: Router) -> None:
         self._namespace = namespace
@@ -57,10 +60,13 @@ class PlacementWatch:
                     controller = ray.get_actor(CONTROLLER, namespace=self._namespace)
                 placement = self._report(controller)
             except (RayError, GetTimeoutError, ValueError) as error:
-                # Routing goes on with the last placement.
+                # The router keeps using its last placement until the controller is back.
                 controller = None
                 if not self._stop.is_set():
-                    log.warning("no placements for now: %s", in_words(error).splitlines()[0])
+                    log.warning(
+                        "controller unreachable, keeping the last placement: %s",
+                        in_words(error).splitlines()[0],
+                    )
                 self._stop.wait(0.5)
                 continue
             if placement is not None and not self._stop.is_set():
@@ -91,7 +97,7 @@ def _is_answered(asked: Any) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkConfig:
-    """What a process needs to open a trunk of the cluster; picklable."""
+    """Everything that a process needs to open a trunk of the cluster; picklable."""
 
     namespace: str
     model: ModelRef
@@ -106,13 +112,15 @@ class TrunkConfig:
 
 
 class PoolLink:
-    """A router that follows the cluster's placements; both end with `close`."""
+    """A router and the `PlacementWatch` that feeds it; `close` ends both."""
 
     def __init__(
         self, config: TrunkConfig, layers: Sequence[int], device: torch.device | None = None
     ) -> None:
-        """Waits until ``layers`` of the model are placed. ``device`` is where its tensors are, if
-        not where the config says. Raises ClusterError."""
+        """Start the router, and wait until ``layers`` of the model are placed.
+
+        ``device`` is where the trunk's tensors are (None: as ``config`` says). Raises ClusterError.
+        """
         self.router = Router(
             name=config.name,
             node=ray.get_runtime_context().get_node_id(),

@@ -369,11 +369,11 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("put-nan", put(up=torch.full((96, 32), torch.nan)), CallError, "up has values that are not f"),
     ("put-other", put(up=torch.zeros(96, 32)), Forbidden, "serves other tensors under this name"),
     ("put-large", put(up=torch.zeros(960, 320)), CallError, "total_bytes: 1"),
-    ("put-expert", put(expert=8), CallError, "expert: 8 is none of layer 1 of 'm', which has 8"),
-    ("put-expert-99", put(expert=99), CallError, "expert: 99 is none of layer 1 of 'm'"),
+    ("put-expert", put(expert=8), CallError, "expert: 8 is not in layer 1 of 'm', which has 8"),
+    ("put-expert-99", put(expert=99), CallError, "expert: 99 is not in layer 1 of 'm'"),
     ("put-layer", put(layer=77), CallError, "layer: 'm' has no experts in layer 77"),
     ("put-model", put(model="n"), NotHere, "model 'n' is unknown to this host"),
-    ("get-expert", get(expert=99), CallError, "expert: 99 is none of layer 1 of 'm'"),
+    ("get-expert", get(expert=99), CallError, "expert: 99 is not in layer 1 of 'm'"),
     ("get-shared", get(layer=77, expert=2**32 - 1), CallError, "no experts in layer 77"),
     ("get-model", get(model="../m"), NotHere, "model '../m' is unknown to this host"),
     ("file-truncated", load(truncate), CheckpointError, "model.safetensors: damaged or truncated"),
@@ -388,7 +388,7 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("file-config", load(config("{")), CheckpointError, "config.json"),
     ("file-dense", load(config('{"model_type": "llama"}')), UnsupportedModel, "experts interface"),
     ("file-gone", load(shutil.rmtree), CheckpointError, "no config.json"),
-    ("file-expert", load(nothing, expert=99), CallError, "expert: 99 is none of layer 1 of 'bad'"),
+    ("file-expert", load(nothing, expert=99), CallError, "expert: 99 is not in layer 1 of 'bad'"),
     ("file-layer", load(nothing, layer=77), CallError, "'bad' has no experts in layer 77"),
 ]
 
