@@ -382,7 +382,7 @@ def test_variables_of_the_template(official: openai.OpenAI, service: Service) ->
 
 
 def test_a_template_without_tools_refuses_them(official: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="knows no tools"):
+    with pytest.raises(openai.BadRequestError, match="does not support tools"):
         official.chat.completions.create(model="org/script", messages=MESSAGES, tools=[WEATHER])
 
 
