@@ -174,6 +174,7 @@ class Encoder:
     def _owners(self, rows: Sequence[int]) -> Iterator[int]:
         """Yield the texts of those rows that are not padding."""
         for row in rows:
+            # Rows count through the padded batch, (R, T): row = text x T + token.
             owner, token = divmod(row, self._rows_each)
             if owner < len(self._batch) and token < len(self._batch[owner].token_ids):
                 yield owner

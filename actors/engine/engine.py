@@ -145,20 +145,21 @@ class Limits:
             raise RequestError("the prompt is empty", param="prompt")
         if prompt_tokens > self.max_prompt_tokens:
             raise RequestError(
-                f"the prompt has {prompt_tokens} tokens; {self.max_prompt_tokens} are possible",
+                f"the prompt has {prompt_tokens} tokens; at most {self.max_prompt_tokens} are "
+                "possible",
                 param="prompt",
             )
         if max_tokens < 1:
             raise RequestError(f"max_tokens is {max_tokens}; it must be >= 1", param="max_tokens")
         if max_tokens > self.max_answer_tokens:
             raise RequestError(
-                f"max_tokens is {max_tokens}; {self.max_answer_tokens} are allowed here",
+                f"max_tokens is {max_tokens}; at most {self.max_answer_tokens} are allowed here",
                 param="max_tokens",
             )
         if prompt_tokens + max_tokens > self.max_total_tokens:
             raise RequestError(
                 f"prompt ({prompt_tokens} tokens) and max_tokens ({max_tokens}) make "
-                f"{prompt_tokens + max_tokens}; {self.max_total_tokens} are possible",
+                f"{prompt_tokens + max_tokens}; at most {self.max_total_tokens} are possible",
                 param="max_tokens",
             )
         if self.priorities is not None:

@@ -39,6 +39,7 @@ class Grammar:
         """
         if self._matcher.is_stopped():  # complete, or failed
             return self._end_V
+        # One bit for each token, the least significant bit of each byte first.
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(bool)
 

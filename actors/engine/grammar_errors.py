@@ -45,7 +45,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r".*recursion limit exceeded.*", "it is nested too deeply; flatten it, or use $ref"),
     (r".*(?P<what>too big|too large|too complex|too many|limit|max is).*",
      "its grammar is too large; use fewer or shorter alternatives, patterns and bounds"),
-    (r"(?P<what>.*not disjoint)", "{what}; use patterns of which no key meets two"),
+    (r"(?P<what>.*not disjoint)", "{what}; use patterns so that no key matches two of them"),
 )  # fmt: skip
 # Errors that no single part of a schema causes.
 _OF_THE_WHOLE = re.compile("recursion limit|too big|too large|too complex|limit for this grammar")
@@ -118,7 +118,7 @@ def explained(schema: dict[str, Any], error: str, check: Check) -> str:
     named = [one for one in patterns if check({"type": "string", "pattern": one})] or patterns
     why = found["why"].strip()
     shown = ", ".join(map(_short, named))
-    return f"{where}the pattern {shown} cannot be used: {why}; write it without"
+    return f"{where}the pattern {shown} cannot be used: {why}; rewrite it without"
 
 
 def in_words(error: str) -> str:

@@ -177,6 +177,8 @@ class ServedModel:
                     passed -= parser.unread
                 elif reason is not None:
                     parsed.append(parser.flush())
+                # Log-probabilities of tokens that begin in the text that has passed the search. At
+                # an ordinary end all the rest, also those of tokens without text.
                 begun = logprobs
                 if cut or reason is None:
                     begun = [one for one in logprobs if one.start < passed]
@@ -207,7 +209,7 @@ class ServedModel:
         Raises Expired after `limits.request_s`.
         """
         if self._embed is None:
-            raise RequestError(f"the model {self.id!r} gives no embeddings", param="model")
+            raise RequestError(f"the model {self.id!r} has no embeddings", param="model")
         try:
             async with asyncio.timeout(self.limits.request_s):
                 return await self._embed(prompts, pooling)

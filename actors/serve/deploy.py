@@ -206,7 +206,7 @@ class ControllerStatus:
                 async with asyncio.timeout(QUESTION_TIMEOUT_S):
                     self._controller = await asyncio.shield(self._looking)
             except TimeoutError:
-                text = f"Ray did not name the controller within {QUESTION_TIMEOUT_S:g} s"
+                text = f"Ray did not find the controller within {QUESTION_TIMEOUT_S:g} s"
                 raise NoAnswer(text) from None
             except ValueError:
                 text = "the controller is not there; it is being restarted"

@@ -93,7 +93,7 @@ CLOSE_S = 15.0
 # Building a trunk reads a checkpoint, which may be large.
 START_TIMEOUT_S = 600.0
 
-_FULL = "the model's trunks are full: they have as many requests as they may; try again later"
+_FULL = "the model's trunks have as many requests as they can take; try again later"
 
 T = TypeVar("T")
 StatusSource = Callable[[], Awaitable[dict[str, Any]]]
@@ -162,7 +162,7 @@ class Trunk:
         try:
             if not isinstance(self._engine, Embeds):
                 engine = type(self._engine).__name__
-                raise RequestError(f"embeddings: not with the {engine}", param="model")
+                raise RequestError(f"embeddings: not supported by the {engine}", param="model")
             return await self._engine.embed(prompts, pooling)
         except MoesaicError as error:
             return Failure.of(error)

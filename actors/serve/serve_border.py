@@ -103,7 +103,7 @@ def find_place(spec: Spec) -> Place:
     others = {route: app for app, route in running.routes.items() if app != app_name(spec)}
     if prefix in others:
         raise ClusterError(
-            f"name: the application {others[prefix]!r} of Serve on this Ray is at {prefix} already"
+            f"name: Serve on this Ray already has the application {others[prefix]!r} at {prefix}"
         )
     assert running.http.host is not None
     return Place(running.http.host, running.http.port, prefix, serve_runs=True)
@@ -176,8 +176,8 @@ def wait_monitored(place: Place, models: Collection[str], timeout_s: float = ANS
         while (found := _monitored(client, f"{place.url}/status", models)) is not None:
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"monitoring: {place.url} does not answer within {timeout_s:g} s: {found}; is "
-                    "its port another program's?"
+                    f"monitoring: {place.url} does not answer within {timeout_s:g} s: {found}; "
+                    "does another program use its port?"
                 )
             time.sleep(_LOOK_S)
 
@@ -272,23 +272,23 @@ def _check(endpoint: EndpointSpec, name: str, running: Running) -> None:
     here = f"Serve on this Ray runs already (applications: {running.applications}) and"
     own = "give the cluster a Ray of its own"
     if running.location == ProxyLocation.Disabled or http.host is None:
-        raise ClusterError(f"endpoint: {here} has no HTTP; {own}, or end Serve")
+        raise ClusterError(f"endpoint: {here} serves no HTTP; {own}, or end Serve")
     asked = (endpoint.host, endpoint.port or http.port)
     if asked != (http.host, http.port):
         path = "" if "/" not in running.routes.values() else f", where this cluster is at /{name}"
         key = "host" if endpoint.host != http.host else "port"
         raise ClusterError(
             f"endpoint.{key}: {getattr(endpoint, key)}, but {here} has one address for all of them,"
-            f" {http.host}:{http.port}; say `endpoint: {{host: {http.host}, port: {http.port}}}`"
+            f" {http.host}:{http.port}; set `endpoint: {{host: {http.host}, port: {http.port}}}`"
             f"{path}, or {own}"
         )
     if http.ssl_certfile:
-        raise ClusterError(f"endpoint: {here} speaks TLS alone; {own}, or end Serve")
+        raise ClusterError(f"endpoint: {here} only speaks TLS; {own}, or end Serve")
     most_s, limit_s = http.request_timeout_s, endpoint.limits.request_s
     if most_s is not None and (limit_s is None or limit_s > most_s):
         raise ClusterError(
             f"endpoint.limits.request_s: {limit_s}, but {here} ends every request after "
-            f"{most_s:g} s; say so (`request_s: {most_s:g}`), or {own}"
+            f"{most_s:g} s; set `request_s: {most_s:g}`, or {own}"
         )
 
 

@@ -162,7 +162,8 @@ class ChatTemplate:
         template = f"the chat template of {self._model_id!r}"
         if lost.at is None:
             return RequestError(
-                f"{template} does not tell the model of tools in this conversation", param="tools"
+                f"{template} does not tell the model about tools in this conversation",
+                param="tools",
             )
         path, message = f"messages[{lost.at}]", messages[lost.at]
         role = message["role"]

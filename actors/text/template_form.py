@@ -189,7 +189,10 @@ class TemplateForm:
         return first != self._source.attempt([{"role": "user", "content": form(_OTHER_USER)}])
 
     def _histories(self) -> Iterator[Sequence[dict[str, Any]]]:
-        """What may follow a call: some templates demand a certain order, some know no answers."""
+        """Yield what may follow a call.
+
+        Some templates require a certain order; some do not support answers of tools.
+        """
         answer = self._say("tool", _ANSWER)
         yield (answer,)
         yield (answer, self._say("assistant", _ANSWER), self._user)

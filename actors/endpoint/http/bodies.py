@@ -77,7 +77,7 @@ class Bodies:
         declared = request.headers.get("content-length", "0")
         most = self._limits.each_bytes
         if not (declared.isascii() and declared.isdigit()) or int(declared) > most:
-            raise BodyTooLarge(f"the body has {declared} bytes; {most} are allowed")
+            raise BodyTooLarge(f"the body has {declared} bytes; at most {most} are allowed")
         body = _Body(self._clock(), asyncio.timeout(self._limits.arrive_s))
         self._admit(body, int(declared))
         try:

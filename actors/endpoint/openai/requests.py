@@ -186,7 +186,7 @@ class CompletionRequest(_Generation):
             )
         if len(self.prompt) * self.choices > MAX_CHOICES:
             raise misfit(
-                "n", f"with {len(self.prompt)} prompts at most {MAX_CHOICES} choices", self.choices
+                "n", f"{len(self.prompt)} prompts x n exceed {MAX_CHOICES} choices", self.choices
             )
         return self
 

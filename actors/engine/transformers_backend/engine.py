@@ -180,8 +180,8 @@ class TransformersEngine:
             return None
         if self._grammars is None:
             raise RequestError(
-                "response_format, strict tools and forced calls: not with this engine, which has "
-                "no tokenizer",
+                "response_format, strict tools and forced calls: not supported by this engine, "
+                "which has no tokenizer",
                 param="response_format",
             )
         # In a thread, since a large schema takes a second.

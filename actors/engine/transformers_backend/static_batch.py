@@ -121,6 +121,7 @@ class Cohort:
         else:
             texts = [[*r.prompt_ids, *r.generated] for r in self.requests]
             ids_RT, mask_RT = _padded(texts, device, left=True)
+            # A text's first token has position 0, whatever padding is to its left.
             if "position_ids" in self._named:
                 self._kwargs["position_ids"] = (mask_RT.cumsum(-1) - 1).clamp(min=0)
             if "attention_mask" in self._named and not bool(mask_RT.all()):

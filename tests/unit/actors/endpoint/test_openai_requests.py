@@ -205,7 +205,7 @@ def test_every_parameter_of_the_official_client_is_known(resource: Any, kind: An
         ({**COMPLETION, "n": 0}, "n", "greater than or equal to 1 (got 0)"),
         ({**COMPLETION, "n": True}, "n", "valid integer (got True)"),
         ({**COMPLETION, "n": 65}, "n", "less than or equal to 64 (got 65)"),
-        ({**COMPLETION, "n": 33, "prompt": ["a", "b"]}, "n", "n: with 2 prompts at most 64 choi"),
+        ({**COMPLETION, "n": 33, "prompt": ["a", "b"]}, "n", "n: 2 prompts x n exceed 64 choices"),
         ({**COMPLETION, "echo": True, "logprobs": 1}, "echo", "echo: not allowed with logprobs"),
         ({**COMPLETION, "logprobs": 21}, "logprobs", "less than or equal to 20 (got 21)"),
         ({**COMPLETION, "logprobs": True}, "logprobs", "valid integer (got True)"),
@@ -244,7 +244,11 @@ CALLS = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": 
     [
         ([], "messages", "at least 1 item"),
         ("hi", "messages", "valid list"),
-        ([{"role": "user"}], "messages[0].content", "a message needs content or tool_calls (got None)"),
+        (
+            [{"role": "user"}],
+            "messages[0].content",
+            "a message needs content or tool_calls (got None)",
+        ),
         ([{"role": "robot", "content": "x"}], "messages[0].role", "(got 'robot')"),
         (
             [{"role": "tool", "content": "x"}],

@@ -50,9 +50,9 @@ def test_the_place_beside_others(serve_with: Any) -> None:
 
 REFUSED: list[tuple[HTTPOptions, dict[str, Any], str]] = [
     (THEIRS, {"port": 8121}, "endpoint.port: 8121, but Serve on this Ray runs already"),
-    (THEIRS, {"port": 8121}, "say `endpoint: {host: 127.0.0.1, port: 8111}`, where .* at /two"),
+    (THEIRS, {"port": 8121}, "set `endpoint: {host: 127.0.0.1, port: 8111}`, where .* at /two"),
     (THEIRS, {"host": "0.0.0.0", "port": 0}, "endpoint.host: 0.0.0.0, but"),
-    (HTTPOptions(host=None), {"port": 0}, "endpoint: .* has no HTTP"),
+    (HTTPOptions(host=None), {"port": 0}, "endpoint: .* serves no HTTP"),
     (
         HTTPOptions(host="127.0.0.1", port=8111, request_timeout_s=20.0),
         {"port": 0},
@@ -77,7 +77,7 @@ def test_what_does_not_fit(
 
 def test_a_serve_without_proxies(serve_with: Any) -> None:
     serve_with(THEIRS, {}, ProxyLocation.Disabled)
-    with pytest.raises(ClusterError, match="has no HTTP"):
+    with pytest.raises(ClusterError, match="serves no HTTP"):
         find_place(spec(port=8111))
 
 

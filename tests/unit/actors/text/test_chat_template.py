@@ -310,7 +310,7 @@ def test_tools_that_do_not_reach_the_prompt_are_refused(template: Any) -> None:
 def test_tools_that_are_told_of_in_some_conversations_only() -> None:
     template = SEQUENCE + "{% if messages[-1].role == 'user' %}{{ tools | tojson }}{% endif %}"
     assert "weather" in chat_template(template).render([USER], [TOOL]).text
-    with pytest.raises(RequestError, match="does not tell the model of tools") as caught:
+    with pytest.raises(RequestError, match="does not tell the model about tools") as caught:
         chat_template(template).render([USER, SAID], [TOOL])
     assert caught.value.param == "tools"
 
