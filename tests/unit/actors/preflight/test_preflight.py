@@ -209,7 +209,7 @@ def test_a_model_without_a_template_completes(folder: Path) -> None:
     _remove(TEMPLATE)(folder)
     one = only(spec_of(folder))
     assert (one.severity, one.path) == ("warning", "models.0.path")
-    assert "/v1/completions can be used" in one.message
+    assert "/v1/completions works" in one.message
 
 
 def test_tokens_without_an_embedding(folder: Path, tmp_path: Path) -> None:
