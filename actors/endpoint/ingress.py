@@ -68,7 +68,7 @@ def create_app(
 
     ``aliases`` has more names for each model; ``cors_origins``: see `EndpointSpec`. Without
     ``guard`` every Host and Origin is allowed; without ``health`` all models count as ready.
-    ``metrics`` collects counts and latencies. ``gate``: whoever holds it can drain the app.
+    ``metrics`` collects counts and latencies. The caller can drain the app through ``gate``.
     """
     # No documentation pages: they would load their scripts from other sites.
     app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan)

@@ -45,9 +45,9 @@ def check_engine(spec: Spec) -> Iterator[Finding]:
 def check_ports(spec: Spec, *, local: bool) -> Iterator[Finding]:
     """Check that the ports of endpoint, monitoring and router service are free and differ.
 
-    A Ray that runs already (not ``local``) may have its head node, and with it endpoint and
-    monitoring, on another machine. Its Serve may already listen at the endpoint's port and
-    serve this cluster, too.
+    The first two are only checked for a Ray that starts here (``local``). A Ray that runs
+    already may have its head node, where they are, on another machine. Or its Serve may already
+    listen at the endpoint's port and serve this cluster, too.
     """
     asked = [("endpoint", spec.endpoint), ("router", spec.router)]
     asked += [("monitoring", spec.monitoring)] if spec.endpoint is not None else []

@@ -1,9 +1,9 @@
 """Bind the port that Ray Serve opens in each replica to the address of its node.
 
-Serve opens it for calls between deployments that bypass Ray's actors, which ours never make. Behind
-Ray's token it unpickles whatever it receives. It listens on all interfaces of the machine, even
-where Ray itself stays on loopback. Ray has no option for that, so the one function that opens the
-port is replaced in the replicas' processes.
+Serve opens it for calls between deployments that bypass Ray's actors, which ours never make. The
+port asks for Ray's token, and then unpickles whatever it receives. It listens on all interfaces of
+the machine, even where Ray itself stays on loopback. Ray has no option for that, so the one
+function that opens the port is replaced in the replicas' processes.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class AnswerParser:
         self._found = 0
         self._held, self._at = _NOTHING, 0  # the text, and how much of it was taken
         self._ended = False  # no more text will come
-        self._content: list[MarkedText] = []  # for the next `Parsed`, as are these:
+        self._content: list[MarkedText] = []  # these three: what the next `Parsed` has
         self._reasoning: list[MarkedText] = []
         self._calls: list[ToolCall] = []
         # Spaces that are content if text follows, and dropped if a call does; None within text.

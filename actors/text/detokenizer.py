@@ -4,9 +4,9 @@ Two pure filters in a row:
 
     token ids -> Detokenizer -> text -> StopSearch -> text that may be sent
 
-``Detokenizer`` holds back what may be the beginning of a character, ``StopSearch`` what may be the
-beginning of a stop string. Both know which characters special tokens wrote: these are searched like
-all others, and hidden from the client afterwards.
+`Detokenizer` holds back what may be the beginning of a character. `StopSearch` holds back what may
+be the beginning of a stop string. Both know which characters special tokens wrote: these are
+searched like all others, and hidden from the client afterwards.
 """
 
 from __future__ import annotations

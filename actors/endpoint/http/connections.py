@@ -77,7 +77,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._end()
-        elif not self._has_request():  # False where the client had sent the next request already
+        elif not self._has_request():  # otherwise the client has sent its next request already
             self._is_idle()
 
     def handle_websocket_upgrade(self) -> None:

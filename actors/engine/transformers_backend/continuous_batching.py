@@ -195,7 +195,7 @@ class BatchingLoop(ContinuousBatchingManager):
             # For requests that were submitted after transformers had emptied its queues.
             self.streams.fail_all(self._why_ended())
             # Cleared before `_closing` is checked: `close` sets `_closing` before it asks for the
-            # stop, so a stop that is cleared here has set `_closing` already.
+            # stop, so if this clears a stop, `_closing` is set already.
             self.background_thread_status.clear()
             if self._closing.is_set():
                 return
