@@ -203,11 +203,7 @@ class TrunkClient:
     """Calls a trunk's engine from another process; the one class that maps Ray's errors."""
 
     def __init__(self, handle: DeploymentHandle, cold_start_s: float | None = None) -> None:
-        """Create a client of the trunks behind ``handle``.
-
-        ``cold_start_s`` is set where the model may have no trunk; the first token may take
-        that long.
-        """
+        """Create a client; with ``cold_start_s`` the first token may wait that long for a trunk."""
         self._cold_start_s = cold_start_s
         self._handle = handle
         self._asked_serve: asyncio.Future[bool] | None = None
@@ -270,11 +266,7 @@ class TrunkClient:
         return await self._patiently(items.__anext__(), patience_s)
 
     async def _patiently(self, asked: Awaitable[T], patience_s: float) -> T:
-        """Wait for ``asked`` as long as the trunk answers questions: the request may be queued.
-
-        Asks for statistics every ``patience_s`` seconds. Raises EngineError if the trunk
-        does not answer.
-        """
+        """Wait for ``asked``, maybe queued; check every ``patience_s`` that the trunk is alive."""
         waiting = asyncio.ensure_future(asked)
         try:
             while True:
@@ -299,19 +291,13 @@ class TrunkClient:
             raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
 
     async def stats(self) -> dict[str, Any]:
-        """Return the trunk's statistics, or why there are none.
-
-        A trunk that may scale to zero is not asked: the question would keep it running.
-        """
+        """Return the trunk's statistics, or why there are none; do not wake one that may sleep."""
         if self._cold_start_s is not None:
             return {"healthy": True, "starts_with_the_first_request": True}
         return await self._ask_stats()
 
     async def hear(self) -> Heard | None:
-        """Return what a trunk reports (`health.Hears`); None while the model sleeps.
-
-        The question does not wake a sleeping model.
-        """
+        """Return what a trunk reports (`health.Hears`); None, without waking it, if it sleeps."""
         if self._cold_start_s is not None and not await self._is_awake():
             return None
         asked = cast("DeploymentResponse[Heard]", self._handle.heard.remote())
@@ -346,8 +332,8 @@ class TrunkClient:
         return await cast("DeploymentResponse[Any]", getattr(self._handle, method).remote())
 
 
-# The ingress runs on the head node, where Serve's proxy is, so that monitoring has the same address
-# as the endpoint. It reserves no core, since Ray may have none left there.
+# The ingress runs on the head node, where Serve's proxy is, so that monitoring can be reached from
+# where the endpoint can. It reserves no core, since Ray may have none left there.
 @serve.deployment(
     name="Ingress",
     max_ongoing_requests=2 * MAX_ONGOING,
@@ -408,10 +394,7 @@ class Ingress:
         )
 
     async def drain(self, drain_s: float) -> int:
-        """Refuse new requests from now on, and give running ones ``drain_s`` seconds.
-
-        Returns how many run.
-        """
+        """Refuse new requests, give running ones ``drain_s`` seconds, and return how many run."""
         return self._gate.drain(drain_s)
 
     async def running(self) -> int:
@@ -496,10 +479,10 @@ def build(
     """Return the application for ``serve.run``.
 
     ``trunks`` maps model names to ``Trunk.bind(engine_factory)``. ``status`` is called in the
-    ingress; its answer is merged into ``/status``, which is served at the address
-    ``monitoring``, whose port must be set. With ``cold_start_s`` trunks may scale to zero and
-    take that long to come back. ``aliases`` has more names for each model. ``own_hosts`` are
-    the host names by which clients are told to reach the endpoint.
+    ingress; its answer is merged into ``/status``, which is at the address ``monitoring``,
+    whose port must be set. With ``cold_start_s`` trunks may scale to zero and take that long to
+    come back. ``aliases``: more names, by model. ``own_hosts``: host names by which clients are
+    told to reach the endpoint.
     """
     endpoint = endpoint or EndpointSpec()
     return Ingress.options(graceful_shutdown_timeout_s=ending_s(endpoint.drain_s)).bind(
