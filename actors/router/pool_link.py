@@ -73,8 +73,10 @@ class PlacementWatch:
                 self._router.place(placement)
 
     def _report(self, controller: Any) -> Placement | None:
-        """A newer placement, if there is one. A router that has nothing to do waits for long, and
-        speaks again at once when it has: then nobody waits for the answer to what it said before.
+        """Report what was counted, and return a newer placement if there is one.
+
+        A router that has nothing to report waits for long. It reports again at once when a call
+        begins, and then ignores the answer to the report before.
         """
         stirred = self._router.stirred
         stirred.clear()

@@ -148,7 +148,7 @@ def test_logprobs_in_both_forms() -> None:
     assert chat(logprobs=False).top_tokens is None
     assert chat(logprobs=True).top_tokens == 0
     assert chat(logprobs=True, top_logprobs=4).top_tokens == 4
-    with pytest.raises(RequestError, match=r"^top_logprobs: belongs to .* \(got 2\)"):
+    with pytest.raises(RequestError, match=r"^top_logprobs: is only allowed with .* \(got 2\)"):
         chat(top_logprobs=2)
 
 
