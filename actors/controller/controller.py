@@ -76,9 +76,9 @@ class Controller(Operations, Overview):
         )
         self._control = Control(self._fleet.pool_hosts(), term=self._term, policy=policy)
         self._fleet.take_over(self._control)
-        self._control.wishes = kept_wishes(namespace)
+        self._control.wish(kept_wishes(namespace))
         self._kept_asleep = kept_asleep(namespace)
-        self._control.sleep.asleep |= self._kept_asleep
+        self._control.sleep.keep_asleep(self._kept_asleep)
         self._arriving: dict[str, asyncio.Task[bool]] = {}
         self._kept_version, self._owner_asked = -1, time.monotonic()
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}

@@ -170,7 +170,7 @@ class Operations:
         if wishes == control.wishes and last is not None and last.why == why:
             return last.describe(time.monotonic())  # the same request again
         keep_wishes(self._namespace, wishes)
-        control.wishes = wishes
+        control.wish(wishes)
         deadline = time.monotonic() + PLAN_S
         while (now := time.monotonic()) < deadline:
             asked = control.plan_for_all(now)

@@ -105,7 +105,7 @@ class Sizing:
             self._resized = asyncio.Event()
 
     def _keep_asleep(self) -> None:
-        asleep = frozenset(self._control.sleep.asleep)
+        asleep = self._control.sleep.asleep
         if asleep != self._kept_asleep:
             keep_asleep(self._namespace, asleep)
             self._kept_asleep = asleep

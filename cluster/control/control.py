@@ -37,21 +37,24 @@ from ..planner.plan import Plan, PoolHost, Wishes
 from .change_impact import EffectMeter
 from .changes import Change, Changes
 from .commands import Command, Evict, MakePlan, Publish
-from .host_speed import slowed
+from .host_speed import SILENT, slowed
 from .idle_models import Sleep
 from .loading import Loader
-from .membership import Members
+from .membership import Membership
 from .policy import ControlPolicy, Rhythm
 from .pool_view import Observation, View
 from .publishing import Publisher
+from .target import Target
 
 # A plan without moves is adopted for its shares if the balancedness of a layer grows by this much.
 _WORTH = 0.02
 # The planner's horizon for filling a new host: the host will stay, so all its loads pay.
 _FOR_GOOD_S = 1e9
+# A host that lacks a larger fraction of its wanted experts gets next to no traffic yet.
+_LOADING = 0.5
 
 
-class Control(Members):
+class Control:
     """The only writer of placements."""
 
     def __init__(
@@ -69,15 +72,10 @@ class Control(Members):
         self.loads = LoadTracker()
         self.changes = Changes()
         self.effects = EffectMeter(self.policy.every_s, self.policy.balance.fan_out)
-        # What operators want; the next tick plans for it.
-        self.wishes = Wishes()
-        # Experts for which no host had room in the last plan.
-        self.unplaced: tuple[ExpertKey, ...] = ()
+        self._target = Target()
+        self.members = Membership(self.view, self.publisher, self.loader, self._target)
         self.models: dict[str, ModelShape] = {}
         self.sleep = Sleep()
-        self._target: dict[LayerKey, LayerPlacement] | None = None
-        self._target_version = 0
-        self._wanted: dict[str, list[ExpertKey]] = {}
         self._parts: dict[str, float] = {}
         self._parts_for: object = None
         self._asked: MakePlan | None = None
@@ -100,7 +98,7 @@ class Control(Members):
             )
         before = dict(self.models)
         self.models[shape.model] = shape
-        if self._target is not None and self._now is not None:
+        if self.settled and self._now is not None:
             found = self.plan_for(self._now, budget=0).run()
             lacking = [key for key in found.unplaced if key.model == shape.model]
             if lacking:
@@ -119,6 +117,10 @@ class Control(Members):
         self.sleep.hear(report, now)
         self.publisher.acknowledged(report.router, report.number, now)
 
+    def wish(self, wishes: Wishes) -> None:
+        """Take what operators want; the next tick plans for it."""
+        self.members.wishes = wishes
+
     def load_failed(self, host: str, keys: Sequence[ExpertKey], error: str, now: float) -> None:
         """Take note of a load that ended without all of its replicas.
 
@@ -127,7 +129,7 @@ class Control(Members):
         """
         for key in self.loader.failed(host, keys, now):
             if self.view.holders(key):
-                self._give_up(key, host)
+                self._target.give_up(key, host, self.view.holders(key))
                 self._rhythm.rest(now)
                 self.changes.failed(f"{key} on {host}: {error}", now)
 
@@ -144,7 +146,64 @@ class Control(Members):
     @property
     def settled(self) -> bool:
         """Whether hosts have reported and a first plan was made."""
-        return self._target is not None
+        return self._target.layers is not None
+
+    @property
+    def wishes(self) -> Wishes:
+        """What operators want; `wish` changes it."""
+        return self.members.wishes
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Hosts that must become empty: drained by operators, or retired."""
+        return self.members.leaving
+
+    @property
+    def unplaced(self) -> tuple[ExpertKey, ...]:
+        """Experts for which no host had room in the last plan."""
+        return self._target.unplaced
+
+    @property
+    def state(self) -> object:
+        """A value that changes with the hosts seen, what they hold, the target and the models."""
+        return self.view.version, self._target.version, tuple(self.models.values())
+
+    def wanted(self, host: str) -> list[ExpertKey]:
+        """Return the experts that the target places on a host."""
+        return self._target.wanted(host)
+
+    def missing(self) -> dict[ExpertKey, str]:
+        """Return the experts that no host holds now, and why."""
+        return {
+            key: "loading" if key.model in self.loader.on_disk else "lost: its model was in memory"
+            for key in every_expert(self._awake())
+            if not self.view.holders(key)
+        }
+
+    def is_free(self, host: str, now: float) -> bool:
+        """Return whether a retired host holds nothing, gets nothing, and no router uses it."""
+        return self.members.is_free(host, now, experts_are_missing=bool(self.missing()))
+
+    def no_room(self) -> dict[str, str]:
+        """Return the leaving hosts that cannot leave, with the reason as text."""
+        return self.members.no_room(self.models)
+
+    def parts(self) -> dict[str, float]:
+        """Return the speed factor of each host that is planned with less than its full speed.
+
+        It is below 1 for slow hosts, and near 0 for silent hosts and while a host still has to load
+        most of its wanted experts, for example after a restart.
+        """
+        if self._parts_for != self.state:
+            self._parts_for = self.state
+            lacking = {
+                host: len(self.loader.lacking(host, self.wanted(host))) / len(self.wanted(host))
+                for host in self.view.seen
+                if self.wanted(host)
+            }
+            loading = [host for host, part in lacking.items() if part > _LOADING]
+            self._parts = dict.fromkeys(loading, SILENT) if len(loading) < len(lacking) else {}
+        return self.view.parts | self._parts
 
     def is_quiet(self, now: float) -> bool:
         """Return whether a tick without new reports would do nothing.
@@ -160,7 +219,9 @@ class Control(Members):
 
     def staying(self, now: float) -> list[PoolHost]:
         """Return the hosts that are usable and not leaving."""
-        return [self.view.hosts[name] for name in sorted(self.view.usable(now) - self.leaving)]
+        return [
+            self.view.hosts[name] for name in sorted(self.view.usable(now) - self.members.leaving)
+        ]
 
     def pending(self) -> int:
         """Return how many replicas of the target still have to be loaded."""
@@ -187,7 +248,9 @@ class Control(Members):
         )
         # Step 2: ask for a plan if the last one is outdated, or if the balance is due for a check.
         commands: list[Command] = self._replan(now)
-        target = self._target if self._target is not None else self._standing()
+        target = self._target.layers
+        if target is None:
+            target = self._standing()
         # Step 3: let idle hosts load what they lack.
         idle = [h for h, seen in self.view.seen.items() if h in reports and not seen.loading]
         appeared = [model for model in self.models if self.publisher.appeared(model)]
@@ -203,7 +266,7 @@ class Control(Members):
             self._published_for = self.state
             self._nothing_pending = not self.pending()
         # Step 5: let hosts evict what no router can ask for any more.
-        if self._target is not None:
+        if self.settled:
             evictable = self.publisher.evictable(target, now, self.sleep.asleep)
             for host in [host for host in idle if host in evictable]:
                 commands.append(Evict(host=host, keys=tuple(evictable[host])))
@@ -220,10 +283,10 @@ class Control(Members):
     def _replan(self, now: float) -> list[Command]:
         """Ask for a plan, if one is needed and none is being made."""
         usable = self.view.usable(now)
-        started = self._target is not None or usable <= self.view.seen.keys()
+        started = self.settled or usable <= self.view.seen.keys()
         # Nothing to do while a plan is being made, before the first reports of all hosts, and while
         # all hosts are leaving.
-        if self._asked is not None or not started or not usable - self.leaving:
+        if self._asked is not None or not started or not usable - self.members.leaving:
             return []
         if self._planned_for != self._key(now):
             self._asked = self.plan_for_all(now)
@@ -248,14 +311,14 @@ class Control(Members):
             gain = max((found.after[k] - found.before[k] for k in found.after), default=0.0)
             if found.moves or gain > _WORTH:
                 self.apply(found, now, who="balancer", why="load")
-        elif self._target is not None and found.moves:
+        elif self.settled and found.moves:
             self.apply(found, now, who="controller", why="hosts, models or wishes")
         else:
             self._adopt(found, now)
 
     def fits(self, asked: MakePlan, now: float) -> bool:
         """Return whether nothing has changed that a plan was made for, except the load."""
-        return (asked.key, asked.version) == (self._key(now), self._target_version)
+        return (asked.key, asked.version) == (self._key(now), self._target.version)
 
     def plan_for_all(self, now: float) -> MakePlan:
         """Make the command for a plan that meets all requirements and fills new hosts only.
@@ -276,7 +339,7 @@ class Control(Members):
             [self.view.hosts[name] for name in sorted(self.view.usable(now))],
             self.models.values(),
             redundancy=self.policy.balance.redundancy,
-            leaving=self.leaving,
+            leaving=self.members.leaving,
             held={name: len(self.wanted(name)) for name in self.view.hosts},
         )
         self.loader.slots = {host.name: host.slots for host in hosts if host.slots is not None}
@@ -291,7 +354,7 @@ class Control(Members):
             # One idle host among many lowers the balancedness by only 1 / hosts, which the usual
             # aim tolerates. A quarter of that makes the planner fill it.
             even = max(policy.target, 1 - 0.25 / len(hosts))
-            part = math.ceil(self._replicas() / len(hosts)) * fill
+            part = math.ceil(self._target.replicas() / len(hosts)) * fill
             policy = replace(policy, budget=part, enough=even, target=even, horizon_s=_FOR_GOOD_S)
         return MakePlan(
             models=self._awake(),
@@ -299,24 +362,24 @@ class Control(Members):
                 replace(host, speed=host.speed * (rate or 1.0))
                 for host in slowed(hosts, self.parts())
             ],
-            current=dict(self._target) if self._target is not None else self._standing(),
+            current=self._standing() if self._target.layers is None else dict(self._target.layers),
             loads=self.loads.forecast(),
             policy=policy,
-            wishes=replace(self.wishes, leaving=self.leaving),
+            wishes=replace(self.wishes, leaving=self.members.leaving),
             key=self._key(now),
-            version=self._target_version,
+            version=self._target.version,
             balance=budget is None,
         )
 
     def apply(self, found: Plan, now: float, *, who: str, why: str) -> Change:
         """Make a plan the target, and record it as a change."""
-        change = self.changes.begin(found, self._target or {}, now, who=who, why=why)
+        change = self.changes.begin(found, self._target.layers or {}, now, who=who, why=why)
         self._adopt(found, now)
         return change
 
     def roll_back(self, change: Change, now: float) -> None:
         """Return to the target from before a change; the next tick plans what no longer fits."""
-        self._aim(dict(change.layers_before))
+        self._target.aim(dict(change.layers_before))
         self._planned_for = None
         self._rhythm.rest(now)
         self.changes.rolled_back(change, now)
@@ -324,43 +387,28 @@ class Control(Members):
     def _adopt(self, found: Plan, now: float) -> None:
         # The key depends on what hosts have yet to load, so it is taken before the target changes.
         self._planned_for = self._key(now)
-        self._aim(dict(found.layers))
-        self.unplaced = found.unplaced
+        self._target.aim(dict(found.layers))
+        self._target.unplaced = found.unplaced
         self.loader.reset()
-
-    def _aim(self, target: dict[LayerKey, LayerPlacement]) -> None:
-        self._target = target
-        self._target_version += 1
-        self._wanted.clear()
 
     def _key(self, now: float) -> object:
         """Return everything but the load that a plan depends on, to compare it with later."""
         usable, parts = self.view.usable(now), tuple(sorted(self.parts().items()))
-        return usable, parts, tuple(self._awake()), self.wishes, self.leaving
+        return usable, parts, tuple(self._awake()), self.wishes, self.members.leaving
 
     def _unused(self) -> int:
         """Return how many hosts are present and empty, with nothing planned for them yet."""
-        if self._target is None:
+        if not self.settled:
             return 0
-        there = self.view.seen.keys() - self.leaving
+        there = self.view.seen.keys() - self.members.leaving
         return sum(self.view.empty(host) and not self.wanted(host) for host in there)
 
-    def _replicas(self) -> int:
-        return sum(len(r) for layer in (self._target or {}).values() for r in layer.replicas)
+    def _awake(self) -> list[ModelShape]:
+        return self.sleep.awake(self.models.values())
 
     def _budget(self) -> int:
-        return self.policy.moves(self._replicas(), self._awake())
+        return self.policy.moves(self._target.replicas(), self._awake())
 
     def _standing(self) -> dict[LayerKey, LayerPlacement]:
         """Return what hosts hold, from which a new controller begins."""
         return self.view.standing(list(self.models.values()))
-
-    def _give_up(self, key: ExpertKey, host: str) -> None:
-        """Take a replica that cannot be loaded out of the target."""
-        layer_key = LayerKey(key.model, key.layer)
-        layer = (self._target or {}).get(layer_key)
-        if self._target is None or layer is None or host not in layer.hosts(key.expert):
-            return
-        # If it was the expert's only replica in the target, the present holders take its place.
-        left = layer.without(key.expert, host, otherwise=self.view.holders(key))
-        self._aim({**self._target, layer_key: left})

@@ -15,15 +15,24 @@ class Sleep:
     """
 
     def __init__(self) -> None:
-        self.asleep: set[str] = set()
+        self._asleep: set[str] = set()
         self._asked_at: dict[str, float] = {}
+
+    @property
+    def asleep(self) -> frozenset[str]:
+        """The models that are asleep."""
+        return frozenset(self._asleep)
+
+    def keep_asleep(self, models: Iterable[str]) -> None:
+        """Let models sleep that did so under the controller before this one."""
+        self._asleep.update(models)
 
     def hear(self, report: LoadReport, now: float) -> None:
         """Wake the models for which a router has counted load or waits for experts."""
         asked = {key.model for key, counts in report.counts.items() if counts.any()}
         for model in asked | {key.model for key in report.unplaced}:
             self._asked_at[model] = now
-            self.asleep.discard(model)
+            self._asleep.discard(model)
 
     def advance(
         self,
@@ -36,13 +45,13 @@ class Sleep:
         """Let models sleep that had no call for ``idle_s``, counted from their first placement."""
         for shape in models:
             name = shape.model
-            if shape.idle_s is None or name not in on_disk or name in self.asleep:
+            if shape.idle_s is None or name not in on_disk or name in self._asleep:
                 continue
             if not appeared(name):
                 self._asked_at[name] = now
             elif now - self._asked_at.setdefault(name, now) >= shape.idle_s:
-                self.asleep.add(name)
+                self._asleep.add(name)
 
     def awake(self, models: Iterable[ModelShape]) -> list[ModelShape]:
         """Return the models that are not asleep."""
-        return [shape for shape in models if shape.model not in self.asleep]
+        return [shape for shape in models if shape.model not in self._asleep]

@@ -63,7 +63,7 @@ class Fleet:
     def take_over(self, control: Control) -> None:
         """Tell a new `Control` which of its hosts are leaving."""
         for name in self._retired:
-            control.retire_host(name)
+            control.members.retire(name)
 
     def desired(self) -> dict[str, int]:
         """Return the hosts that should exist now, each with its group."""
@@ -166,22 +166,22 @@ class Fleet:
         back = back[: max(0, count - before)]
         for name in back:
             self._retired.remove(name)
-            control.keep_host(name)
+            control.members.keep(name)
         fresh = [self._name() for _ in range(count - before - len(back))]
         for name in fresh:
             self._group_of[name] = group
-            control.add_host(self.groups[group].pool_host(name))
+            control.members.add(self.groups[group].pool_host(name))
         leavers = self._leavers(control, group)[: max(0, before - count)]
         for name in leavers:
             self._retired.append(name)
-            control.retire_host(name)
+            control.members.retire(name)
         self.version += 1
         return self.scalings.begin(
             group, before, count, who=who, why=why, coming=back + fresh, leaving=leavers, now=now
         )
 
     def _remove(self, control: Control, name: str) -> None:
-        control.remove_host(name)
+        control.members.remove(name)
         self._retired.remove(name)
         self._asked_at.pop(name, None)
         del self._group_of[name]

@@ -121,7 +121,7 @@ class SimController(Process):
         self.sizing = Sizing(self)
         self.control = self.world.make_control(self.sizing.fleet, term)
         self.sizing.fleet.take_over(self.control)
-        self.control.wishes = self.world.registry.wishes
+        self.control.wish(self.world.registry.wishes)
         for shape in self.world.settings.models:
             if shape.model not in self.world.settings.in_memory:
                 self.control.add_model(shape, on_disk=True)
@@ -163,7 +163,8 @@ class SimController(Process):
     def wish(self, change: Callable[[Wishes], Wishes]) -> None:
         """Carry out an operator's wish, and keep it for later controllers. Raises ValueError."""
         assert self.control is not None
-        self.control.wishes = self.world.registry.wishes = change(self.control.wishes)
+        self.world.registry.wishes = change(self.control.wishes)
+        self.control.wish(self.world.registry.wishes)
 
     def roll_back(self) -> Change | None:
         """Carry out an operator's rollback of the last change."""

@@ -96,7 +96,7 @@ class ControlWorld:
         self.asked = None
         self.reported.clear()
         self.control = self.new_control()
-        self.control.wishes = self.wishes
+        self.control.wish(self.wishes)
         for shape, on_disk in self.models:
             if on_disk:
                 self.control.add_model(shape, on_disk=True)

@@ -64,7 +64,9 @@ class MoesaicOptions(Strict):
     @model_validator(mode="after")
     def _fitting(self) -> MoesaicOptions:
         if self.max_dropped is not None and self.missing_expert != "drop":
-            raise misfit("max_dropped", "is only allowed with missing_expert='drop'", self.max_dropped)
+            raise misfit(
+                "max_dropped", "is only allowed with missing_expert='drop'", self.max_dropped
+            )
         return self
 
     @property

@@ -83,9 +83,10 @@ def test_any_history_keeps_every_expert_served_and_ends_whole(data: st.DataObjec
             world.restart(name)
         elif kind == "wish":
             leaving = frozenset({name}) if hosts > 1 and data.draw(st.booleans()) else frozenset()
-            world.wishes = world.control.wishes = Wishes(
+            world.wishes = Wishes(
                 least={ExpertKey("disk", 0, 0): data.draw(counts_)}, leaving=leaving
             )
+            world.control.wish(world.wishes)
         else:
             world.take_over()
     world.settle()
@@ -310,7 +311,7 @@ def test_a_change_says_behind_its_end_what_it_brought() -> None:
 
 def test_a_change_without_load_behind_it_has_no_effect_to_show() -> None:
     world = started(2, replicas=1, slots=8)
-    world.control.wishes = Wishes(least={ExpertKey("m", 0, 0): 2})
+    world.control.wish(Wishes(least={ExpertKey("m", 0, 0): 2}))
     finish(world, 40)
     described = world.control.changes.all[0].describe(world.now)
     assert (described["phase"], described["measured"]) == ("done", None)
@@ -326,7 +327,7 @@ def test_old_replicas_stay_until_every_live_router_follows_the_new_placement() -
     world = started(2, replicas=1, slots=4)
     pass_lease(world)
     victim = world.control.wanted("h1")
-    world.control.wishes = Wishes(leaving=frozenset({"h1"}))
+    world.control.wish(Wishes(leaving=frozenset({"h1"})))
     world.pool = [PoolHost(name=f"h{n}", slots=16) for n in range(2)]
     world.control.view.hosts = {host.name: host for host in world.pool}
     for _ in range(4):
@@ -352,7 +353,7 @@ def test_a_silent_router_holds_evictions_up_no_longer_than_its_lease() -> None:
     world = started(2, replicas=1)
     pass_lease(world)
     world.report("r1")
-    world.control.wishes = Wishes(leaving=frozenset({"h1"}))
+    world.control.wish(Wishes(leaving=frozenset({"h1"})))
     for _ in range(4):
         world.tick(seconds=0.1)
         for host in world.hosts.values():
@@ -369,7 +370,7 @@ def test_a_controller_that_was_frozen_gives_routers_time_to_say_that_they_live()
     pass_lease(world)
     world.report("r0")
     world.report("r1")
-    world.control.wishes = Wishes(leaving=frozenset({"h1"}))
+    world.control.wish(Wishes(leaving=frozenset({"h1"})))
     for _ in range(4):
         world.tick(seconds=0.1)
         for host in world.hosts.values():
@@ -386,7 +387,7 @@ def test_a_controller_that_was_frozen_gives_routers_time_to_say_that_they_live()
 
 def test_a_controller_whose_rounds_are_slow_evicts_all_the_same() -> None:
     world = started(2, replicas=1)
-    world.control.wishes = Wishes(leaving=frozenset({"h1"}))
+    world.control.wish(Wishes(leaving=frozenset({"h1"})))
     for _ in range(8):
         world.tick(seconds=2 * POLICY.lease_s)
         for name, host in world.hosts.items():

@@ -39,7 +39,7 @@ class SleepyWorld(ControlWorld):
 
     def new_control(self) -> Control:
         control = super().new_control()
-        control.sleep.asleep |= self.asleep_kept
+        control.sleep.keep_asleep(self.asleep_kept)
         return control
 
     def finish(self, rounds: int, seconds: float = 0.5) -> None:

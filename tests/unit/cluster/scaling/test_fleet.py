@@ -165,13 +165,15 @@ def test_any_history_of_sizes_keeps_every_expert_served(data: st.DataObject) -> 
             world.restart(name)
         elif kind == "drain":
             leaving = frozenset({name}) if data.draw(st.booleans()) else frozenset()
-            world.wishes = world.control.wishes = Wishes(leaving=leaving)
+            world.wishes = Wishes(leaving=leaving)
+            world.control.wish(world.wishes)
         elif kind == "machines":
             world.machines_come = not world.machines_come
         else:
             world.take_over()
     world.machines_come = True
-    world.wishes = world.control.wishes = Wishes()
+    world.wishes = Wishes()
+    world.control.wish(world.wishes)
     world.start_hosts()
     wanted = len(world.fleet.staying(0))
     world.settle()
@@ -254,7 +256,8 @@ def test_one_that_is_not_up_leaves_first_then_one_that_is_drained() -> None:
     assert world.scale(3) == ["host-3"]
     world.finish()
     assert stage(world) == "done"
-    world.wishes = world.control.wishes = Wishes(leaving=frozenset({"host-0"}))
+    world.wishes = Wishes(leaving=frozenset({"host-0"}))
+    world.control.wish(world.wishes)
     world.tick()
     assert world.scale(2) == ["host-0"]
     world.finish()
