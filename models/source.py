@@ -66,7 +66,7 @@ def resolve_model(path: str, *, progress: Callable[[str, int, int], None] | None
         return Path(snapshot_download(path, allow_patterns=_WANTED, ignore_patterns=_IGNORED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"path: {path!r} is no folder here, and the hub does not give it: "
+            f"path: {path!r} is not a folder here, and cannot be downloaded from the hub: "
             f"{in_words(error).splitlines()[0]}"
         ) from error
 

@@ -193,7 +193,7 @@ class OpenMoeModel(OpenMoePreTrainedModel, LlamaModel):
 
 class OpenMoeForCausalLM(OpenMoePreTrainedModel, LlamaForCausalLM):
     def __init__(self, config: OpenMoeConfig) -> None:
-        """Build the model. Raises ValueError for values that are not those of the published code."""
+        """Build the model. Raises ValueError for values that the published code does not have."""
         for name, wanted in (("hidden_act", "swiglu"), ("mlp_gated", True), ("router_topk", TOP_K)):
             if (given := getattr(config, name)) != wanted:
                 raise ValueError(f"{name}: {given!r}; of OpenMoE only {wanted!r} is known here")

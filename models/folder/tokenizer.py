@@ -60,4 +60,4 @@ def _missing(folder: Path) -> str:
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or "no further word"
+    return " ".join(str(error).split())[:300] or "no further message"

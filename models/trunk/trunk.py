@@ -110,8 +110,8 @@ def _generating_class(config: PretrainedConfig) -> tuple[Any, type[PreTrainedMod
                 "transformers has no class that loads its text alone; only text is served"
             ) from None
         raise UnsupportedModel(
-            f"model_type: {config.model_type!r} is no causal language model of transformers, and "
-            "no encoder with a decoder"
+            f"model_type: {config.model_type!r} is neither a causal language model nor an "
+            "encoder-decoder of transformers"
         ) from None
 
 

@@ -128,7 +128,7 @@ def _nothing(session: Session, folder: Path, kinds: frozenset[str], host: str | 
     if host is not None:
         known = {file.name for file in _files(session, folder, frozenset(["host"]), None)}
         there = ", ".join(sorted(known)) or "no host"
-        return f"host: no log of {host!r} is on this machine, but of {there}"
+        return f"host: this machine has no log of {host!r}; it has logs of {there}"
     return f"there is no log of {', '.join(sorted(kinds))} on this machine"
 
 

@@ -239,7 +239,7 @@ def address(text: str) -> httpx.URL:
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host:
         raise RequestError(
-            f"{text!r} is no address of an endpoint, as http://127.0.0.1:8000", param="base_url"
+            f"{text!r} is not an endpoint's address, like http://127.0.0.1:8000", param="base_url"
         )
     return url
 

@@ -82,7 +82,7 @@ def read_private(file: Path) -> str:
         try:
             found = os.fstat(opened)
             if not stat.S_ISREG(found.st_mode):
-                raise ClusterError(f"{file}: it is no regular file; remove it")
+                raise ClusterError(f"{file}: it is not a regular file; remove it")
             _check_owner(file, found)
             if found.st_mode & _OF_OTHERS:
                 raise ClusterError(

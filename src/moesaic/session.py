@@ -131,7 +131,7 @@ def _parsed(text: str, name: str) -> Session:
     """
     values = json.loads(text)
     if not isinstance(values, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     known = {one.name: str(one.type).split(" | ") for one in fields(Session)}
     secret = {one.name for one in fields(Session) if not one.repr}
     values = {key: value for key, value in values.items() if key in known}

@@ -59,7 +59,7 @@ def write_trace(path: str | Path, trace: Trace) -> None:
 def read_trace(path: str | Path) -> Trace:
     """Read the trace in a file.
 
-    Raises CheckpointError if it is truncated, inconsistent, or no trace.
+    Raises CheckpointError if it is truncated, inconsistent, or not a trace.
     """
     file = Path(path)
     try:
@@ -67,8 +67,8 @@ def read_trace(path: str | Path) -> Trace:
             metadata = opened.metadata() or {}
             if metadata.get("moesaic_trace") != _VERSION:
                 raise CheckpointError(
-                    f"{file}: no trace: moesaic_trace is {metadata.get('moesaic_trace')!r} in its "
-                    f"metadata, not {_VERSION!r}"
+                    f"{file}: not a trace: moesaic_trace is {metadata.get('moesaic_trace')!r} in "
+                    f"its metadata, not {_VERSION!r}"
                 )
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         return _parse(metadata, tensors)
@@ -77,14 +77,14 @@ def read_trace(path: str | Path) -> Trace:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: no trace, or a broken one: {error}") from error
+        raise CheckpointError(f"{file}: not a trace, or a broken one: {error}") from error
 
 
 def _parse(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Trace:
     """Make a trace of a file's contents. Raises ValueError, KeyError and TypeError."""
     hosts = json.loads(metadata["hosts"])
     if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
-        raise ValueError(f"hosts: {hosts!r} is no list of names")
+        raise ValueError(f"hosts: {hosts!r} is not a list of names")
     windows = len(np.atleast_1d(tensors["choices"]))
     for name, dtype in _HOSTS.items():
         _check(name, tensors[name], (windows, len(hosts)), dtype)

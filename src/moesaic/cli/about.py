@@ -122,7 +122,7 @@ def check_spec(
         models = ", ".join(model.name for model in spec.models) or "no models"
         hosts = "host" if spec.num_hosts == 1 else "hosts"
         if not number:
-            what = "is a good spec" if not findings else "can be started"
+            what = "is valid" if not findings else "can be started"
             rest = f" ({said(findings)})" if findings else ""
             out.print(
                 f"{file} {what}{rest}: cluster {spec.name}, {spec.num_hosts} {hosts}, {models}"

@@ -261,7 +261,7 @@ def _print_plan(found: dict[str, Any]) -> None:
         out.print("no model is served")
         return
     if found["moves"]:
-        moves = Table("expert", "to", "in the place of", "size", "why")
+        moves = Table("expert", "to", "replaces", "size", "why")
         for move in found["moves"]:
             moves.add_row(
                 f"{move['model']} layer {move['layer']} expert {move['expert']}",

@@ -108,7 +108,7 @@ def record(
 ) -> None:
     """Record the load of all experts and hosts, for `simulate`; Ctrl-C ends it early."""
     if out.exists() and not force:
-        raise CheckpointError(f"{out}: is there already; --force replaces it")
+        raise CheckpointError(f"{out}: already exists; --force replaces it")
     if not out.resolve().parent.is_dir():
         raise CheckpointError(f"{out}: there is no folder {out.resolve().parent}")
     cluster = connect(name)
