@@ -1,7 +1,7 @@
 """Placements: which hosts hold which experts, and what share of its tokens each replica gets.
 
-A placement is immutable and numbered by (term, epoch). It also says how to reach each host, so
-that a router needs nothing else; a host that restarts appears as a new incarnation in a new epoch.
+A placement is immutable and numbered by (term, epoch). It contains the addresses of the hosts, so
+that a router needs nothing else. A host that restarts gets a new incarnation in a new epoch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..proto.keys import target
 
-# In the place of an expert's number: the tensors that all experts of a layer share.
+# Used instead of an expert's number for the tensors that all experts of a layer share.
 SHARED = (1 << 32) - 1
 
 
@@ -34,7 +34,7 @@ class LayerKey(NamedTuple):
 
 
 class Number(NamedTuple):
-    """Placement number: a new controller claims a higher term, each publication a higher epoch."""
+    """A placement's number: each controller claims a higher term, each publication an epoch."""
 
     term: int
     epoch: int
@@ -42,18 +42,18 @@ class Number(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostEntry:
-    """One start of one host and how to reach it."""
+    """One incarnation of a host and its addresses."""
 
     host: str
     incarnation: int
     node: str  # hosts and routers on one node share memory
     shm_address: str  # abstract Unix socket
     grpc_address: str  # host:port
-    device: str = "cpu"  # or the UUID of its GPU
+    device: str = "cpu"  # "cpu" or the UUID of its GPU
 
     @property
     def target(self) -> str:
-        """Who is meant by a proof for it."""
+        """The host's identity in proofs of the cluster's secret, so that none fits another host."""
         return target(self.host, self.incarnation)
 
 
@@ -64,19 +64,21 @@ class Replica(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerPlacement:
-    """One layer: for each expert its replicas, the preferred one first."""
+    """The replicas of each expert of one layer, the preferred replica first."""
 
     replicas: tuple[tuple[Replica, ...], ...]
-    # Hosts and the part of the layer's load that each is to have, in every call that is large
-    # enough; empty: the shares alone decide.
+    # (host, its planned part of the layer's load): routers aim at these parts in every large call.
+    # Empty: only the shares decide.
     parts: tuple[tuple[str, float], ...] = ()
 
     def hosts(self, expert: int) -> tuple[str, ...]:
         return tuple(replica.host for replica in self.replicas[expert])
 
     def without(self, expert: int, host: str, *, otherwise: Sequence[str]) -> LayerPlacement:
-        """The same without one replica; the others take its share, and if there is none, those
-        ``otherwise``."""
+        """Return this layer without one replica, whose share the expert's other replicas take.
+
+        If there is no other replica, the hosts ``otherwise`` get replicas with even shares.
+        """
         kept = [r for r in self.replicas[expert] if r.host != host]
         names = [r.host for r in kept] or otherwise
         total = sum(r.share for r in kept)
@@ -91,7 +93,7 @@ class Placement:
     number: Number
     hosts: Mapping[str, HostEntry]
     layers: Mapping[LayerKey, LayerPlacement]
-    # Models whose calls answer one row for each choice, summed in the order of the choices.
+    # Exact models: hosts answer one row per assignment, and routers add them in a fixed order.
     exact: frozenset[str] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
@@ -99,26 +101,26 @@ class Placement:
             for expert, replicas in enumerate(layer.replicas):
                 names = [replica.host for replica in replicas]
                 if len(set(names)) != len(names):
-                    raise ValueError(f"{key.expert(expert)} stands twice on one host: {names}")
+                    raise ValueError(f"{key.expert(expert)} has two replicas on one host: {names}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What placing a model needs to know of it."""
+    """The properties of a model that placing its experts depends on."""
 
     model: str
     experts: Mapping[int, int]  # layer -> number of experts
     replicas: int = 1
     exact: bool = False
     expert_bytes: int = 0  # memory of one expert on a host
-    idle_s: float | None = None  # it falls asleep when nobody asks for it for so long; None: never
+    idle_s: float | None = None  # seconds without a request until it falls asleep; None: never
 
 
 def spread(models: Iterable[ModelShape], hosts: Sequence[str]) -> dict[LayerKey, LayerPlacement]:
-    """The first placement: experts dealt out evenly, replicas on neighbouring hosts, even shares.
+    """Return a first placement: experts dealt out evenly, replicas on the next hosts, even shares.
 
-    The preferred replica rotates with the expert's number and the layer's, so that small calls,
-    which take preferred replicas alone, load all hosts alike.
+    Expert e of layer l has its preferred replica on host (e + l) mod H, and further replicas on the
+    hosts after it. So the preferred replicas of each layer are spread over all hosts.
 
     Raises ValueError when a model wants more replicas than there are hosts.
     """
@@ -147,7 +149,7 @@ def every_expert(models: Iterable[ModelShape]) -> Iterator[ExpertKey]:
 
 
 def experts_of(layers: Mapping[LayerKey, LayerPlacement], host: str) -> list[ExpertKey]:
-    """What ``host`` holds, layer by layer."""
+    """Return the experts that ``host`` holds, layer by layer."""
     return [
         key.expert(expert)
         for key, layer in sorted(layers.items())
@@ -158,8 +160,10 @@ def experts_of(layers: Mapping[LayerKey, LayerPlacement], host: str) -> list[Exp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRef:
-    """A model as hosts need to know it: a folder of safetensors, or a configuration whose weights
-    are put through the weights channel."""
+    """A model as hosts load it.
+
+    It is a folder of safetensors, or a configuration whose weights arrive on the weights channel.
+    """
 
     name: str
     dtype: str

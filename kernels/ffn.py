@@ -1,12 +1,12 @@
-"""Expert feed-forward networks: what a host computes for one call or several merged ones.
+"""Expert feed-forward networks: the arithmetic of a host for one call or several merged ones.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token, N = T * K choices flattened,
 R = rows of one expert, I = intermediate size, E = experts held.
 
-Every kernel has one signature (`Kernel`) and stands in `KERNELS`. `reference` is the plain
-statement of the arithmetic and the oracle of the tests. The arithmetic of one expert is that of
-transformers' experts interface (transformers/integrations/moe.py): up-projection, bias, gate or
-activation, down-projection, bias, optional norm, then the choice's weight.
+All kernels have the same signature (`Kernel`) and are listed in `KERNELS`. `reference` states the
+arithmetic in its plainest form; tests compare the others with it. One expert computes what
+transformers' experts interface defines (transformers/integrations/moe.py): up-projection, bias,
+gate or activation, down-projection, bias, optional norm, and then the choice's weight.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.nn.functional import linear
 
 from . import fused
 
-# With `exact` every matrix product has this many rows: a row's bits depend on the number of rows
-# in the product, but not on its place among them (measured; a test keeps it).
+# With `exact`, every matrix product has this many rows. The bits of a row's result depend on the
+# number of rows in the product, but not on the row's position (measured; a test checks it).
 TILE_ROWS = 16
 
 
@@ -30,8 +30,8 @@ TILE_ROWS = 16
 class ExpertForm:
     """What the experts of one layer have in common, apart from their weights.
 
-    ``activate`` takes the up-projection's output, (R, 2I) of gated experts and (R, I) of others,
-    and gives (R, I). ``post_norm`` maps (R, H) to (R, H) behind the down-projection.
+    ``activate`` maps the up-projection's output, (R, 2I) for gated experts and (R, I) for others,
+    to (R, I). ``post_norm`` maps (R, H) to (R, H) after the down-projection.
     """
 
     transposed: bool
@@ -54,7 +54,7 @@ class ExpertWeights:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> ExpertWeights:
-        """The way back from `tensors`; they are not packed."""
+        """Make an expert from the result of `tensors`, of matrices that are not packed."""
         return cls(tensors["up"], tensors["down"], tensors.get("up_bias"), tensors.get("down_bias"))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -90,11 +90,11 @@ class Kernel(Protocol):
 
 
 def pack(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
-    """The same expert with its matrices in the layout of the kernel that takes them, as large.
+    """Return the expert with its matrices in the layout of the kernel that will compute it.
 
-    That is vLLM's where it is installed and knows the form, and else oneDNN's, into which a plain
-    matrix is brought at every product (measured with few rows: 1.5 to 2 times slower). `unpack` is
-    the way back, to the bit.
+    This is vLLM's layout if vLLM is installed and supports the form, otherwise oneDNN's. oneDNN
+    would convert a plain matrix in every product (measured with few rows: 1.5 to 2 times slower).
+    The size stays the same, and `unpack` restores the same bits.
     """
     up, down = (m.t().contiguous() if form.transposed else m for m in (expert.up, expert.down))
     if expert.up_bias is None and expert.down_bias is None and fused.takes(up, down):
@@ -119,7 +119,7 @@ def unpack(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """oneDNN takes the 16-bit types only on CPUs that compute in them."""
+    """Return whether oneDNN packs ``dtype`` here; 16-bit types need a CPU that computes in them."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     match dtype:
@@ -142,7 +142,7 @@ def _product(x_RI: Tensor, matrix: Tensor, bias: Tensor | None, transposed: bool
 
 
 def expert_ffn(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
-    """One expert on its rows: (R, H) -> (R, H) in the expert's dtype, not weighted."""
+    """Compute one expert on its rows: (R, H) -> (R, H) in the expert's dtype, not weighted."""
     if expert.fused is not None:
         y_RH = fused.ffn(x_RH, expert.up, expert.down, expert.fused)
     else:
@@ -152,19 +152,24 @@ def expert_ffn(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
 
 
 class _Choices(NamedTuple):
-    """The choices that are used, sorted by expert: their places in N, experts and rows of each."""
+    """The used choices, sorted by expert: their indices in N, the experts, and rows of each."""
 
     order_N: Tensor
     experts: list[int]
     rows: list[int]
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """(expert, its choices in N)."""
+        """Yield (expert, indices in N of the choices that name it)."""
         return zip(self.experts, self.order_N.split(self.rows), strict=True)
 
 
 def _choices(ids_TK: Tensor, device: torch.device) -> _Choices:
-    """The order is on ``device``; ``ids_TK`` may stay on the CPU: its values steer Python."""
+    """Group the choices by expert; the order is moved to ``device``.
+
+    ``ids_TK`` is best on the CPU, because Python needs its values.
+    """
+    # A stable sort keeps the choices of one expert in the order of their tokens. Unused choices
+    # (-1) sort first and are cut off.
     sorted_N, order_N = torch.sort(ids_TK.reshape(-1), stable=True)
     found, counts = torch.unique_consecutive(sorted_N, return_counts=True)
     experts, rows = found.tolist(), counts.tolist()
@@ -181,11 +186,12 @@ def loop_kernel(
     weights_TK: Tensor,
     out_TH: Tensor,
 ) -> None:
-    """One expert after another: the fastest on CPUs, where products do not overlap."""
+    """Compute one expert after another: the fastest on CPUs, where products do not overlap."""
     order_N, used, rows = _choices(ids_TK, x_TH.device)
     token_N = order_N // ids_TK.shape[1]
     x_NH = x_TH.index_select(0, token_N)
-    # Experts of few rows are over in microseconds: what can be done for all at once, is.
+    # An expert with few rows takes microseconds, so gathering rows, weighting and adding up are
+    # done once for all experts: gather (T, H) -> (N, H), multiply, scatter-add (N, H) -> (T, H).
     pieces = zip(used, x_NH.split(rows), strict=True)
     y_NH = torch.cat([expert_ffn(form, experts[e], x_RH) for e, x_RH in pieces] or [x_NH]).float()
     y_NH.mul_(weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(-1))
@@ -200,7 +206,7 @@ def reference_kernel(
     weights_TK: Tensor,
     out_TH: Tensor,
 ) -> None:
-    """Token by token and choice by choice, as the definition reads."""
+    """Compute token by token and choice by choice, as the definition reads."""
     out_TH.zero_()
     for t, row in enumerate(ids_TK.tolist()):
         for k, expert in enumerate(row):
@@ -217,7 +223,7 @@ def grouped_kernel(
     weights_TK: Tensor,
     out_TH: Tensor,
 ) -> None:
-    """All experts in two grouped matrix products, for CUDA; works on CPU too."""
+    """Compute all experts in two grouped matrix products, for CUDA; it also runs on CPUs."""
     device = x_TH.device
     order_N, numbers, rows = _choices(ids_TK, device)
     out_TH.zero_()
@@ -225,6 +231,7 @@ def grouped_kernel(
         return
     used = [experts[expert] for expert in numbers]
     sizes = torch.tensor(rows, dtype=torch.int32)
+    # grouped_mm multiplies rows [offsets[e - 1], offsets[e]) by the matrix of expert e.
     offsets_E = sizes.cumsum(0, dtype=torch.int32).to(device)
     sizes = sizes.to(device)
 
@@ -268,7 +275,7 @@ def exact_rows(
 ) -> None:
     """Write weight * expert(x) of each choice, float32, zero where a choice is unused.
 
-    A row's bits depend on its own input alone: every product has `TILE_ROWS` rows.
+    A row's bits depend on its own input only, because every product has `TILE_ROWS` rows.
     """
     top_k, hidden = ids_TK.shape[1], x_TH.shape[1]
     weights_N = weights_TK.reshape(-1)
@@ -278,6 +285,7 @@ def exact_rows(
     for expert, choice_R in _choices(ids_TK, x_TH.device).pieces():
         for piece in choice_R.split(TILE_ROWS):
             rows = piece.numel()
+            # Rows after the first ``rows`` are zeros or leftovers; their results are dropped.
             tile[:rows] = x_TH.index_select(0, piece // top_k)
             y_RH = expert_ffn(form, experts[expert], tile)[:rows].float()
             out_NH[piece] = y_RH * weights_N.index_select(0, piece).unsqueeze(-1)
@@ -290,9 +298,9 @@ def bad_experts(
     ids_TK: Tensor,
     out: Tensor,
 ) -> list[int]:
-    """The experts that made ``out`` ((T, H) or (T, K, H)) not finite from finite rows of x.
+    """Return the experts that made ``out`` ((T, H) or (T, K, H)) not finite from finite rows.
 
-    The common case costs one sum: it is finite only if all its terms are.
+    The common case costs one sum, which is finite only if all its terms are.
     """
     if bool(torch.isfinite(out.sum())):
         return []

@@ -1,7 +1,7 @@
-"""The controller actor: observes hosts, lets them load, publishes placements.
+"""The controller actor: it observes hosts, makes them load experts and publishes placements.
 
-A thin shell around `cluster/control/control.py`. While it is down serving goes on; Ray restarts it,
-and it finds its view again in what the hosts hold.
+It is a thin shell around `cluster/control/control.py`. Serving goes on while it is down. Ray
+restarts it, and it rebuilds its view from what the hosts report.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from .overview import Overview
 log = logging.getLogger(__name__)
 
 TICK_S = 0.2
-# While nothing happens.
+# The longest time between two ticks while nothing happens.
 QUIET_TICK_S = 1.0
 REPORT_TIMEOUT_S = 2.0
-# Of one load command; a host that hangs in it is asked again, and shown with this error.
+# Time limit for one load command. A host that hangs is asked again, and `status` shows the error.
 LOAD_TIMEOUT_S = 600.0
 SETTLE_S = 60.0
 
 
 class Controller(Operations, Overview):
-    """Runs as an asyncio Ray actor."""
+    """The controller of one cluster; it runs as an asyncio Ray actor."""
 
     def __init__(
         self,
@@ -64,11 +64,11 @@ class Controller(Operations, Overview):
         autoscale: AutoscaleSpec,
         router: tuple[str, float] | None = None,
     ) -> None:
-        """``router``: the router service's address, and how long its start may take."""
+        """Start the control loop; ``router``: the router service's address and start time limit."""
         super().__init__()
         announce("controller", "controller", cluster_of(namespace))
         self._namespace = namespace
-        self._wake = asyncio.Event()  # something happened that the loop is not to sleep through
+        self._wake = asyncio.Event()  # set when the loop should tick soon
         self._resized = asyncio.Event()
         self._term = claim_term(namespace)
         self._fleet = Fleet(
@@ -91,7 +91,7 @@ class Controller(Operations, Overview):
         self._looks = Looks(self._observe, self._wake.set)
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
-        self._evictions: dict[str, int] = defaultdict(int)  # that have ended
+        self._evictions: dict[str, int] = defaultdict(int)  # count of ended ones, by host
         self._published = asyncio.Condition()
         self._ticks = 0
         self._tick_error = self._plan_error = ""
@@ -101,11 +101,13 @@ class Controller(Operations, Overview):
         self._loop = asyncio.get_running_loop().create_task(self._run())
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
-    # ---- what others ask ------------------------------------------------------------------------
+    # ---- called by others -----------------------------------------------------------------------
 
     async def report(self, report: LoadReport, wait_s: float) -> Placement | None:
-        """A router's report. Gives a placement newer than the one it follows, as soon as there is
-        one, or None after ``wait_s``."""
+        """Take a router's report; return a placement newer than the one that the router uses.
+
+        Wait for such a placement, and return None if there is none after ``wait_s``.
+        """
         self._control.hear(report, time.monotonic())
         after = report.number
 
@@ -121,8 +123,10 @@ class Controller(Operations, Overview):
             return self._control.placement
 
     async def add_model(self, ref: ModelRef, shape: ModelShape) -> list[Granted]:
-        """Serve one more model; gives what each host is to hold, and the leave to put it there.
-        Raises ClusterError."""
+        """Serve one more model; return the experts that each host is to hold, with their grants.
+
+        Raises ClusterError.
+        """
         known = self._models.get(ref.name)
         if known is not None and known != (ref, shape):
             raise ClusterError(f"model {ref.name!r}: another model of this name is served")
@@ -157,7 +161,7 @@ class Controller(Operations, Overview):
         return list(self._models.values())
 
     async def progress(self) -> tuple[int, int, str]:
-        """(replicas held, replicas wanted, first load error) since the start."""
+        """Return (replicas held, replicas wanted, first load error)."""
         wanted = {host: self._control.wanted(host) for host in self._control.view.hosts}
         held = sum(
             key.expert in report.holdings.get(LayerKey(key.model, key.layer), ())
@@ -167,7 +171,7 @@ class Controller(Operations, Overview):
         error = next((f"{host}: {why}" for host, why in self._errors.items()), "")
         lacking = self._control.unplaced
         if lacking and not error:
-            error = f"{len(lacking)} experts find no room (the first: {lacking[0]}); give hosts "
+            error = f"{len(lacking)} experts find no room (first: {lacking[0]}); give hosts "
             error += "more slots or memory, or add hosts"
         return held, sum(map(len, wanted.values())), error
 
@@ -180,8 +184,8 @@ class Controller(Operations, Overview):
                 await self._tick()
                 self._tick_error = ""
             except Exception as error:
-                # Shown in `status`, whatever it is; the next tick starts from what the hosts
-                # report then.
+                # `status` shows the error, whatever it is. The next tick starts afresh from the
+                # hosts' reports.
                 self._tick_error = in_words(error)
                 log.exception("controller: a tick failed")
             self._watchdog.ticked(time.monotonic(), failed=bool(self._tick_error))
@@ -192,21 +196,21 @@ class Controller(Operations, Overview):
                     await asyncio.wait_for(self._wake.wait(), QUIET_TICK_S - TICK_S)
 
     async def _tick(self) -> None:
-        # Step 1: hear all hosts.
+        # Step 1: get the reports of all hosts.
         observed = await self._looks.round(self._control.view.hosts)
         for host in self._looks.late:
             if not self._control.view.never_seen(host):
                 self._states[host] = "not answering"
-        # Step 2: adopt models that only the hosts still know of.
+        # Step 2: adopt models that only the hosts know, after a restart of this controller.
         for report in self._reports.values():
             for ref, shape in report.models:
                 if ref.name not in self._models:
                     try:
                         self._adopt(ref, shape)
                     except ValueError as error:
-                        # The other models go on.
+                        # This model is left out; the others are served.
                         self._errors[report.entry.host] = str(error)
-        # Step 3: decide, and act.
+        # Step 3: decide, and carry out the commands.
         commands = self._control.tick(observed, time.monotonic())
         for host in self._size(time.monotonic()):
             self._looks.forget(host)
@@ -226,7 +230,7 @@ class Controller(Operations, Overview):
                         self._published.notify_all()
 
     async def _observe(self, host: str, wait_s: float) -> Seen:
-        """What it reports, after ``wait_s`` if that is what it said last."""
+        """Ask a host for its report; the host waits up to ``wait_s`` for something new."""
         if not await self._has_come(host):
             return "late"
         forgetting = self._evicts[host][0].keys if host in self._evicts else ()
@@ -257,14 +261,14 @@ class Controller(Operations, Overview):
         )
 
     async def _plan(self, command: MakePlan) -> None:
-        """In a thread of its own: a large pool takes seconds, and ticks go on."""
+        """Run the planner in its own thread: a large pool takes seconds, and ticks go on."""
         found = None
         self._watchdog.plan_began(time.monotonic())
         try:
             found = await asyncio.to_thread(command.run)
             self._plan_error = ""
         except Exception as error:
-            # Shown in `status`, whatever it is; what stands goes on.
+            # `status` shows the error, whatever it is. The current placement stays in use.
             self._plan_error = f"planner: {in_words(error)}"
             log.exception("controller: the planner failed")
         finally:
@@ -292,7 +296,7 @@ class Controller(Operations, Overview):
             cause = self._cause(failure)
             error = self._errors[host] = in_words(cause)
         except TimeoutError:
-            error = self._errors[host] = f"a load took more than {LOAD_TIMEOUT_S:g} s"
+            error = self._errors[host] = f"loading experts took more than {LOAD_TIMEOUT_S:g} s"
         except (RayError, ValueError) as failure:
             log.info("controller: host %s ended while loading: %s", host, failure)
         finally:
@@ -317,7 +321,7 @@ class Controller(Operations, Overview):
             cause = self._cause(failure)
             self._errors[host] = in_words(cause)
         except (RayError, ValueError, TimeoutError) as failure:
-            # The next report says what it holds; what is left is evicted again.
+            # The host's next report says what it still holds; that is evicted again.
             log.info("controller: host %s: eviction: %s", host, failure)
         finally:
             self._evictions[host] += 1
@@ -325,10 +329,10 @@ class Controller(Operations, Overview):
             self._looks.anew(host)
 
     def _cause(self, failure: Exception) -> Exception:
-        """What a host raised; where a newer controller rules, this one leaves."""
+        """Return the error that a host raised; end this process if a newer controller rules."""
         cause = getattr(failure, "cause", failure)
         if isinstance(cause, Superseded):
-            log.critical("controller of term %d: %s; leaving", self._term, cause)
+            log.critical("controller of term %d: %s; exiting", self._term, cause)
             os._exit(1)
         return cause
 

@@ -1,8 +1,8 @@
-"""When the controller looks at its hosts: often at those that change, seldom at those that do not.
+"""When the controller asks its hosts for reports: long polls for hosts that do not change.
 
-A host that said the same twice is asked to answer only when something has changed, or after
-`QUIET_WAIT_S`. Until then its last words stand, and a host that dies ends the question at once. So
-a pool that nothing happens to costs next to nothing, and changes are still heard of immediately.
+A host that reported the same twice is asked to answer only when something has changed, or after
+`QUIET_WAIT_S`. Until then its last report counts; if the host dies, the open question ends at once.
+So an idle pool costs next to nothing, and the controller still learns of changes immediately.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Literal
 
 from ...cluster.control.pool_view import Observation
 
-# An answer that is later than this is not waited for; it counts when it comes.
+# A round does not wait longer than this for an answer. A later answer counts when it comes.
 LATE_S = 1.0
-QUIET_WAIT_S = 2.0
+QUIET_WAIT_S = 6.0
 
-# None: Ray says that the host is gone. "late": it did not answer.
+# None: Ray reports the host as dead. "late": the host did not answer in time.
 Seen = Observation | Literal["late"] | None
-# (host, for how long it may keep an answer that would say nothing new)
+# (host, how long it may hold back an answer that would say nothing new)
 Ask = Callable[[str, float], Awaitable[Seen]]
 
 
@@ -33,12 +33,12 @@ class _Look:
 
 
 class Looks:
-    """The questions to all hosts of a pool; one at a time is open to each."""
+    """The controller's questions to all hosts of a pool, at most one open question per host."""
 
     def __init__(
         self, ask: Ask, heard: Callable[[], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``heard`` is called when a host has answered."""
+        """Ask nobody yet; ``heard`` is called whenever a host has answered."""
         self._ask = ask
         self._heard = heard
         self._clock = clock
@@ -51,15 +51,15 @@ class Looks:
 
     @property
     def quiet(self) -> bool:
-        """Whether every host has said the same twice."""
+        """Whether every host's last two reports were the same."""
         return self._hosts <= self._quiet
 
     async def round(self, hosts: Collection[str]) -> dict[str, Observation | None]:
-        """What each host says, or has said last where that stands; without those that are late."""
+        """Return each host's new report, or the last one if it still counts; omit late hosts."""
         self._hosts = set(hosts)
         for host in self._hosts - self._open.keys():
             self._begin(host)
-        # Those that were late before are not waited for, so that the others are seen to meanwhile.
+        # Do not wait again for hosts that were late, so that a frozen host delays one round only.
         prompt = [
             look.asked
             for host, look in self._open.items()
@@ -79,13 +79,13 @@ class Looks:
                 found[host] = self._last[host]
             else:
                 self._note(host, "late")
-        # So that a change of theirs is heard of before the next round.
+        # Ask quiet hosts anew at once, so that a change wakes the controller before its next round.
         for host in self._quiet & self._hosts - self._open.keys():
             self._begin(host)
         return found
 
     def anew(self, host: str) -> None:
-        """An order to the host began or ended: what it said before does not count any more."""
+        """Discard the host's last report, as an order to it began or ended; wake the controller."""
         self.forget(host)
         self._heard()
 
@@ -112,6 +112,6 @@ class Looks:
         self.late.discard(host)
         if seen is not None:
             self._last[host] = seen
-            # What a host has computed is not compared with the rest.
+            # `Observation` leaves its `work` out of ==, so it is compared by itself.
             if last is not None and seen == last and seen.work == last.work and not seen.loading:
                 self._quiet.add(host)

@@ -1,8 +1,8 @@
 """Expert hosts as Ray actors, and the thread of the cluster's owner that starts and ends them.
 
-The controller decides which hosts there are; the process that owns the cluster makes it so, so that
-every host ends with it. To Ray's own autoscaler an actor that waits for a machine is demand, and a
-machine without actors is idle: nothing else has to be said for nodes to come and go.
+The controller decides which hosts there are. The owner starts and ends them, so that every host
+ends with the owner. Ray's own autoscaler counts an actor that waits for a machine as demand and a
+machine without actors as idle, so it adds and removes nodes without being asked.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ..runtime.ray_border import actor_options
 
 log = logging.getLogger(__name__)
 
-# The controller answers at once when other hosts are wanted.
-ASK_WAIT_S = 2.0
-ASK_TIMEOUT_S = 5.0
+# How long the controller may hold back an answer that changes nothing.
+ASK_WAIT_S = 10.0
+ASK_TIMEOUT_S = 13.0
 PAUSE_S = 0.3
 
 
@@ -33,13 +33,13 @@ class HostStarter:
     """Starts the hosts of one cluster."""
 
     def __init__(self, spec: Spec, namespace: str, threads: int) -> None:
-        """``threads`` are those of a host whose group says ``auto``."""
+        """Start nothing yet; a host whose group says ``threads: auto`` gets ``threads``."""
         self._spec = spec
         self._namespace = namespace
         self._threads = threads
 
     def start(self, name: str, group: int, strategy: Any = "SPREAD") -> Any:
-        """The handle of a new actor; it may have to wait for a machine."""
+        """Start a host, and return its actor's handle; the actor may wait for a machine."""
         wanted = self._spec.hosts[group]
         threads = self._threads if wanted.threads == "auto" else wanted.threads
         return (
@@ -67,8 +67,8 @@ class HostStarter:
 class HostKeeper:
     """Asks the controller which hosts there should be, and starts and ends them.
 
-    The thread goes on whatever fails; should it end all the same, the controller sees that nobody
-    asks any more, and `status` says so.
+    The thread survives every error. If it ended all the same, the controller would notice that
+    nobody asks any more, and `status` would say so.
     """
 
     def __init__(self, starter: HostStarter, controller: Any, hosts: Mapping[str, Any]) -> None:
@@ -76,13 +76,15 @@ class HostKeeper:
         self._starter = starter
         self._controller = controller
         self._stop = threading.Event()
+        self._turn = threading.Event()  # the controller has answered, or the keeper is closed
         self._thread = threading.Thread(target=self._run, name="host-keeper", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Start and end nothing any more, and end all hosts."""
+        """End all hosts, and stop following the controller."""
         self._stop.set()
-        self._thread.join(ASK_TIMEOUT_S + 5.0)
+        self._turn.set()
+        self._thread.join(ASK_TIMEOUT_S)
         with ExitStack() as each:
             for host in self.hosts.values():
                 each.callback(ray.kill, host, no_restart=True)
@@ -92,16 +94,22 @@ class HostKeeper:
         known: int | None = None
         while not self._stop.wait(PAUSE_S):
             try:
+                self._turn.clear()
                 asked = self._controller.desired.remote(known, ASK_WAIT_S)
-                found: tuple[int, dict[str, int]] = ray.get(asked, timeout=ASK_TIMEOUT_S)
+                asked.future().add_done_callback(lambda _: self._turn.set())
+                if not self._stop.is_set():
+                    self._turn.wait(ASK_TIMEOUT_S)
+                if self._stop.is_set():
+                    return
+                found: tuple[int, dict[str, int]] = ray.get(asked, timeout=0)
                 self._follow(found[1])
                 known = found[0]
             except RayError as error:
-                known = None  # a controller that starts anew counts anew
+                known = None  # a restarted controller numbers its answers anew
                 # Ray restarts the controller; hosts stay as they are.
-                log.info("no controller for now: %s", in_words(error).splitlines()[0])
+                log.info("controller unreachable: %s", in_words(error).splitlines()[0])
             except Exception:
-                # Whatever it was: the next round begins anew.
+                # Whatever failed, the next round asks for the whole list again.
                 known = None
                 log.exception("hosts could not be started or ended")
 

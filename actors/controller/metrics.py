@@ -1,4 +1,4 @@
-"""The controller's metrics, as Ray exports them: `ray_moesaic_...`, once a second."""
+"""The controller's metrics. Ray exports them as `ray_moesaic_...`, once a second."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from ray.util.metrics import Gauge
 
 from ...cluster.control.watchdog import Vitals
 
-# Name, and what it says; each is a field of `Vitals`. What has no value yet is not exported.
+# Name and description; each name is a field of `Vitals`. Fields that are None are not exported.
 _FIGURES = {
     "tick_age_s": "seconds since the controller's last tick",
     "plan_age_s": "seconds since the planner was last asked",
-    "planning_s": "seconds that the planner has been at work",
-    "plan_failures": "plans that failed, in a row",
+    "planning_s": "seconds that the running plan has taken so far",
+    "plan_failures": "plans that failed in a row",
     "move_age_s": "seconds since a planned replica last arrived",
-    "moves_pending": "replicas that are planned and not there yet",
+    "moves_pending": "replicas that are planned and not loaded yet",
     "missing_experts": "experts that no host holds",
-    "unprotected_experts": "experts that the loss of one failure domain takes away",
-    "balancedness_mean": "mean over layers of load / speed of all hosts, by that of the busiest",
-    "balancedness_worst": "the same of the worst layer",
+    "unprotected_experts": "experts that are lost if one failure domain is lost",
+    "balancedness_mean": "mean balancedness of the layers (1: hosts are evenly loaded)",
+    "balancedness_worst": "balancedness of the worst layer",
     "term": "the controller's term",
-    "epoch": "the epoch of its last placement",
+    "epoch": "the epoch of the controller's last placement",
     "failing": "1 if the last tick or the last plan ended with an error",
 }
 
 
 class PoolMetrics:
-    """Gauges with the cluster's name as a tag."""
+    """The gauges of one cluster, with its name as a tag."""
 
     def __init__(self, cluster: str) -> None:
         tags = {"cluster": cluster}
@@ -44,7 +44,7 @@ class PoolMetrics:
             value = getattr(vitals, name)
             if value is not None:
                 gauge.set(float(value))
-        # A state that nobody is in any more would stay as it was.
+        # Set states without hosts to 0; otherwise their gauges would keep the last value.
         self._states |= vitals.hosts.keys()
         for state in self._states:
             self._hosts.set(vitals.hosts.get(state, 0), tags={"state": state})

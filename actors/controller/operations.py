@@ -1,4 +1,4 @@
-"""The controller's face for operators: plans, changes and wishes, as plain values."""
+"""The controller's methods for operators: plans, changes and wishes, as plain values."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from ...cluster.spec.text import bytes_of
 from ...proto.errors import ClusterError
 from ..runtime.durable_state import keep_wishes
 
-# For how long a wish is planned for anew where the pool changes meanwhile.
+# How long to retry the plan for a wish if the pool changes while the plan is made.
 PLAN_S = 60.0
 
 
 class Operations:
-    """What `Controller` inherits for the command line and the SDK. Errors are ClusterError."""
+    """The methods of `Controller` for the command line and the SDK. Errors are ClusterError."""
 
     _control: Control
     _namespace: str
     _wake: asyncio.Event  # the controller's loop
 
     async def plan(self, budget: int | str | None = None) -> dict[str, Any]:
-        """What a rebalance would do now; nothing is changed."""
+        """Return what a rebalance would do now, without changing anything."""
         asked = self._control.plan_for(time.monotonic(), budget=self._moves(budget))
         return self._describe(await asyncio.to_thread(asked.run))
 
     async def rebalance(self, budget: int | str | None, who: str) -> dict[str, Any]:
-        """Carry out the plan that is best now. Gives the change; `change` says how it goes on."""
+        """Make a plan and carry it out; return the change. `change` tells of its progress."""
         asked = self._control.plan_for(time.monotonic(), budget=self._moves(budget))
         found = await asyncio.to_thread(asked.run)
         now = time.monotonic()
@@ -54,7 +54,7 @@ class Operations:
         return self._control.apply(found, now, who=who, why="asked for").describe(now)
 
     async def change(self, number: int | None = None) -> dict[str, Any]:
-        """One change, or the last one, and how many replicas are still to come."""
+        """Return one change (None: the last one), and how many replicas are not loaded yet."""
         described = self._change(number).describe(time.monotonic())
         return described | {"pending": self._control.pending()}
 
@@ -63,7 +63,7 @@ class Operations:
         return [change.describe(now) for change in self._control.changes.all]
 
     async def rollback(self, number: int | None = None) -> dict[str, Any]:
-        """Back to what stood before a change, or before the last one."""
+        """Restore the placement from before a change (None: before the last one)."""
         now = time.monotonic()
         change = self._change(number)
         self._control.roll_back(change, now)
@@ -110,8 +110,10 @@ class Operations:
         )
 
     async def draining(self, host: str) -> dict[str, Any]:
-        """How many experts a host holds, and whether its drain is done, going on, or without
-        room."""
+        """Return how many experts a host still holds, and the phase of its drain.
+
+        The phase "no room" means that other hosts lack room for its experts.
+        """
         seen = self._control.view.seen.get(self._host(host))
         experts = sum(1 for _ in seen.experts()) if seen is not None else 0
         lacking = self._control.no_room().get(host, "")
@@ -130,7 +132,7 @@ class Operations:
         )
 
     def _moves(self, budget: int | str | None) -> int | None:
-        """Replicas, where bytes may be given."""
+        """Return a budget as a number of replicas; a text such as "8 GiB" counts bytes."""
         if not isinstance(budget, str):
             return budget
         try:
@@ -142,7 +144,9 @@ class Operations:
         change = self._control.changes.find(number)
         if change is None:
             known = [str(change.id) for change in self._control.changes.all]
-            raise ClusterError(f"change: {number or 'any'} is none of {', '.join(known) or 'none'}")
+            raise ClusterError(
+                f"change: {number or 'any'} is unknown; known: {', '.join(known) or 'none'}"
+            )
         return change
 
     async def _wish(
@@ -152,8 +156,11 @@ class Operations:
         why: str,
         lacking: Callable[[Plan], list[str]] = lambda _: [],
     ) -> dict[str, Any]:
-        """Keep a wish, plan for it, and give the change that carries it out. ``lacking`` says what
-        of it a plan does not grant; it stays, and is granted when there is room."""
+        """Store a wish, plan for it, and return the change that carries it out.
+
+        ``lacking`` lists the parts of the wish that a plan cannot fulfil. They stay stored, and
+        are fulfilled when there is room.
+        """
         control = self._control
         try:
             wishes = make(control.wishes)
@@ -161,7 +168,7 @@ class Operations:
             raise ClusterError(str(error)) from error
         last = control.changes.find(None)
         if wishes == control.wishes and last is not None and last.why == why:
-            return last.describe(time.monotonic())  # asked for again
+            return last.describe(time.monotonic())  # the same request again
         keep_wishes(self._namespace, wishes)
         control.wishes = wishes
         deadline = time.monotonic() + PLAN_S
@@ -174,7 +181,7 @@ class Operations:
                 change.errors += lacking(found)
                 self._wake.set()
                 return change.describe(now)
-        raise ClusterError(f"{why}: the pool goes on changing; it is kept, and will be planned for")
+        raise ClusterError(f"{why}: the pool keeps changing; the wish is stored and planned later")
 
     def _expert(self, key: tuple[str, int, int]) -> ExpertKey:
         expert = ExpertKey(*key)

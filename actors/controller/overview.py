@@ -1,4 +1,4 @@
-"""The controller's face for whoever watches: status, live view, totals and metrics."""
+"""The controller's methods for observers: status, live view, totals and metrics."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from ...proto.errors import ClusterError, in_words
 from ..host.report import HostReport
 from ..router_service.service_actor import ServiceWatch
 from ..runtime.ray_border import cluster_of
+from .host_polling import Looks
 from .metrics import PoolMetrics
 from .sizing import Sizing
 
 log = logging.getLogger(__name__)
 
 WATCH_S = 1.0
+QUIET_WATCH_S = 5.0
 
 
 class Overview(Sizing):
-    """What `Controller` inherits for `status`, `top` and recordings."""
+    """The methods of `Controller` for `status`, `top` and recordings."""
 
     _control: Control
     _errors: dict[str, str]
+    _looks: Looks
     _loop: asyncio.Task[None]
     _models: dict[str, tuple[ModelRef, ModelShape]]
     _namespace: str
@@ -48,7 +51,7 @@ class Overview(Sizing):
         self._rates = HostRates()
 
     async def status(self) -> dict[str, Any]:
-        """Plain values for people and JSON."""
+        """Return the whole status as plain values, for people and JSON."""
         placement = self._control.placement
         missing, no_room = self._control.missing(), self._control.no_room()
         vitals = self._vitals(time.monotonic())
@@ -87,7 +90,7 @@ class Overview(Sizing):
         }
 
     async def top(self, count: int) -> dict[str, Any]:
-        """What is going on now, with the ``count`` hottest experts."""
+        """Return the current load and the ``count`` hottest experts."""
         now = time.monotonic()
         control, vitals = self._control, self._vitals(now)
         placement = control.placement
@@ -119,7 +122,7 @@ class Overview(Sizing):
     async def experts(
         self, model: str | None, layer: int | None, hot: int | None
     ) -> list[dict[str, Any]]:
-        """See `Operating.experts`."""
+        """Return the experts as `Operating.experts` describes them."""
         control = self._control
         try:
             shapes = (
@@ -134,17 +137,22 @@ class Overview(Sizing):
         return standing(layers, control.loads, control.wishes, model=model, layer=layer, hot=hot)
 
     async def totals(self) -> LoadTotals:
-        """All counts since this controller's start."""
+        """Return all counts since this controller's start."""
         loads = self._control.loads
         return LoadTotals(term=self._term, counts=loads.totals, hosts=loads.hosts)
 
     # ---- watching -------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Beside the loop, so that metrics tell of a loop that stands still."""
+        """Export metrics in a task of its own, so that they show a stuck loop."""
         metrics: PoolMetrics | None = None
+        watched_at = -QUIET_WATCH_S
         while True:
             now = time.monotonic()
+            if self._looks.quiet and now - watched_at < QUIET_WATCH_S:
+                await asyncio.sleep(WATCH_S)
+                continue
+            watched_at = now
             try:
                 metrics = metrics or PoolMetrics(cluster_of(self._namespace))
                 self._rates.note(
@@ -153,7 +161,7 @@ class Overview(Sizing):
                 metrics.set(self._vitals(now))
                 self._watch_error = ""
             except Exception as error:
-                # A figure that cannot be had stops nothing; it is shown, and tried again.
+                # A failure here must not stop the controller. `status` shows it; try again.
                 self._watch_error = f"watchdog: {in_words(error)}"
                 log.exception("controller: the watchdog failed")
             await asyncio.sleep(WATCH_S)
@@ -194,7 +202,7 @@ class Overview(Sizing):
         if waiting is not None:
             status["waiting"] = waiting
         if host in no_room:
-            status["waiting"] = f"it is to leave; {no_room[host]}"
+            status["waiting"] = f"draining; {no_room[host]}"
         report = self._reports.get(host)
         if report is not None:
             status |= report.describe()

@@ -1,4 +1,4 @@
-"""The controller's part in the pool's size: it decides, and the cluster's owner starts and ends."""
+"""The controller's part in the pool's size: it decides, the owner starts and ends hosts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ...proto.errors import ClusterError
 from ..runtime.durable_state import keep_asleep, keep_fleet, keep_wishes
 from ..runtime.ray_border import last_line
 
-# Of one question to a host that is still to come; it is asked again.
+# Time limit for one question to a host that has not started yet; afterwards it is asked again.
 ARRIVAL_S = 60.0
 _FIRST_S = 0.5
 _RETRY_S = 0.2
-# The owner asks every few seconds.
-_OWNER_LATE_S = 10.0
+# The owner asks every few seconds; a pause longer than this is shown as a problem.
+_OWNER_LATE_S = 20.0
 
 
 class Sizing:
-    """What `Controller` inherits. Errors are ClusterError."""
+    """The methods of `Controller` that concern the pool's size. Errors are ClusterError."""
 
     _control: Control
     _fleet: Fleet
@@ -40,8 +40,10 @@ class Sizing:
     _wake: asyncio.Event
 
     async def desired(self, known: int | None, wait_s: float) -> tuple[int, dict[str, int]]:
-        """A number, and the group of every host that the owner is to have: when they are others
-        than those of the number ``known``, or after ``wait_s``."""
+        """Return a version number and the group of every host that the owner should run.
+
+        While the version is ``known``, wait up to ``wait_s`` for another one.
+        """
         self._owner_asked = time.monotonic()
         if known == self._fleet.version:
             with contextlib.suppress(TimeoutError):
@@ -49,7 +51,7 @@ class Sizing:
         return self._fleet.version, self._fleet.desired()
 
     async def scale(self, count: int, group: int, who: str) -> dict[str, Any]:
-        """Let a group have ``count`` hosts; `scaling` says how it goes on."""
+        """Set a group's size to ``count`` hosts; `scaling` tells of the progress."""
         now = time.monotonic()
         try:
             scaling = self._fleet.scale(self._control, group, count, who=who, now=now)
@@ -60,11 +62,11 @@ class Sizing:
         return await self.scaling(scaling.id)
 
     async def scaling(self, number: int) -> dict[str, Any]:
-        """One change of the pool's size, and how many experts are still on hosts that leave."""
+        """Return one change of the pool's size, and how many experts its leaving hosts hold."""
         scaling = self._fleet.scalings.find(number)
         if scaling is None:
             raise ClusterError(
-                f"scaling: {number} is not known to this controller, which may be a new one; "
+                f"scaling: {number} is unknown to this controller, which may have restarted; "
                 "`moesaic status` shows the hosts"
             )
         now = time.monotonic()
@@ -81,7 +83,7 @@ class Sizing:
     # ---- parts ----------------------------------------------------------------------------------
 
     def _size(self, now: float) -> list[str]:
-        """Behind every tick of the controller; gives the hosts that were removed."""
+        """Update the pool's size after a tick; return the hosts that were removed."""
         before = self._fleet.desired().keys()
         self._fleet.tick(self._control, now)
         self._keep_fleet()
@@ -109,14 +111,15 @@ class Sizing:
             self._kept_asleep = asleep
 
     async def _has_come(self, host: str) -> bool:
-        """Whether a host can be asked: ticks do not wait for one that may have no machine yet."""
+        """Return whether a host is running; ticks do not wait for hosts without a machine."""
         if not self._control.view.never_seen(host):
             return True
         asked = self._arriving.get(host)
         if asked is None:
             asked = asyncio.get_running_loop().create_task(self._arrive(host))
             self._arriving[host] = asked
-            # To a controller that starts anew all hosts that live answer within the same tick.
+            # After a restart of the controller, this lets all running hosts answer within the
+            # same tick.
             await asyncio.wait({asked}, timeout=_FIRST_S)
         if not asked.done():
             return False
@@ -127,9 +130,9 @@ class Sizing:
         try:
             await asyncio.wait_for(self._handle(host).entry.remote(), ARRIVAL_S)
         except (RayError, ValueError, TimeoutError) as error:
-            # Not started by the owner yet, or it died while it started.
+            # The owner has not started the host yet, or the host died while starting.
             if isinstance(error, RayActorError):
-                self._errors[host] = f"it died while it started: {last_line(error)}"
+                self._errors[host] = f"the host died while starting: {last_line(error)}"
             self._handles.pop(host, None)
             await asyncio.sleep(_RETRY_S)
             return False
@@ -137,7 +140,7 @@ class Sizing:
         return True
 
     def _handle(self, host: str) -> Any:
-        # Ray types no actor's methods.
+        # `Any`, because Ray has no types for the methods of actors.
         if host not in self._handles:
             self._handles[host] = ray.get_actor(host, namespace=self._namespace)
         return self._handles[host]

@@ -1,4 +1,4 @@
-"""`/v1/embeddings`: OpenAI's form, with how the vectors are made under ``moesaic``."""
+"""`/v1/embeddings`: OpenAI's format, and options for the pooling under ``moesaic``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .http.edge import json_response, unless_disconnected
 from .openai.requests import is_ids, parse_request
 from .openai.sampling import Strict
 
-MAX_INPUTS = 2048  # as OpenAI
+MAX_INPUTS = 2048  # OpenAI's limit
 _NO_ANSWER = Sampling(max_tokens=1)
 
 
 def _check_input(value: Any) -> list[str] | list[list[int]]:
-    """Every form of an input as a list of texts."""
+    """Return any form of an input as a list: of texts, or of lists of token ids."""
     many = [value] if isinstance(value, str) or is_ids(value) else value
     if isinstance(many, list) and many:
         if len(many) > MAX_INPUTS:
@@ -45,7 +45,7 @@ def _check_input(value: Any) -> list[str] | list[list[int]]:
 
 
 class PoolingOptions(Strict):
-    """``moesaic``: how a text's hidden states become its vector."""
+    """``moesaic``: how the hidden states of a text become one vector."""
 
     pooling: Literal["last", "mean"] = "last"
     normalize: bool = True

@@ -1,8 +1,8 @@
 """The OpenAI-compatible HTTP endpoint, as a FastAPI app that knows nothing of Ray.
 
 The life of a request: read (bounded) -> parse -> encode -> generate -> text -> JSON or SSE.
-Headers are sent with the first piece of text, so that whatever fails before it has a status of its
-own; what fails later is an SSE event. A client that goes away closes the generator, and that
+Response headers are sent with the first piece of text, so that an error before it gets a status of
+its own; a later error is an SSE event. When a client disconnects, its generator is closed, which
 cancels the request in the engine.
 """
 
@@ -45,9 +45,9 @@ from .openai.openapi import document, errors, generation
 from .openai.requests import ChatRequest, CompletionRequest, parse_request
 from .openai.responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
 
-# OpenAI's default for completions; a chat answer may fill what the context leaves.
+# OpenAI's default for completions. A chat answer may fill the rest of the context by default.
 COMPLETION_MAX_TOKENS = 16
-CLIENT_CLOSED_REQUEST = 499  # nginx's number: nobody receives it, logs do
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; only logs show it, the client has gone
 
 Asked = CompletionRequest | ChatRequest
 
@@ -64,15 +64,18 @@ def create_app(
     health: Health | None = None,
     gate: Gate | None = None,
 ) -> FastAPI:
-    """``aliases``: more names, by model. ``cors_origins``: see `EndpointSpec`. ``guard``: without,
-    every Host and Origin may ask. ``metrics`` has what is counted. ``health``: without, all models
-    are ready. ``gate``: whoever holds it ends the app."""
-    # Pages that show the document would load their scripts from elsewhere.
+    """Create the endpoint's app.
+
+    ``aliases`` has more names for each model; ``cors_origins``: see `EndpointSpec`. Without
+    ``guard`` every Host and Origin is allowed; without ``health`` all models count as ready.
+    ``metrics`` collects counts and latencies. The caller can drain the app through ``gate``.
+    """
+    # No documentation pages: they would load their scripts from other sites.
     app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan)
     document(app)
     metrics = metrics or HttpMetrics()
     gate = gate or Gate()
-    # The last that is added is the outermost.
+    # The middleware that is added last is the outermost.
     app.add_middleware(Gated, gate=gate)
     app.add_middleware(Defects)
     if cors_origins:
@@ -98,7 +101,7 @@ def _add_models(app: FastAPI, models: Mapping[str, ServedModel]) -> None:
     async def list_models() -> ModelList:
         return ModelList(data=[_card(name, model) for name, model in models.items()])
 
-    # A hub id has a slash.
+    # `:path`, since ids of models on a hub contain a slash.
     @app.get("/v1/models/{model_id:path}", openapi_extra={"responses": errors()})
     async def get_model(model_id: str) -> ModelCard:
         return _card(model_id, _find(models, model_id))
@@ -180,7 +183,7 @@ def _streams(
     calls: Calls = "none",
     thinking: Thinking | None = None,
 ) -> list[AsyncGenerator[Piece, None]]:
-    """The texts of all choices, those of the first prompt first."""
+    """Return one stream of text per choice, those of the first prompt first."""
     return [
         model.stream(
             f"{identity}-{prompt * asked.choices + n}",
@@ -198,7 +201,7 @@ def _streams(
 
 
 def _nth(sampling: Sampling, n: int) -> Sampling:
-    """With one seed all choices would be the same text."""
+    """Give each choice its own seed: with the same seed all choices would be the same text."""
     if sampling.seed is None or not n:
         return sampling
     return replace(sampling, seed=(sampling.seed + n) % 2**63)
@@ -247,5 +250,8 @@ def _card(name: str, model: ServedModel) -> ModelCard:
 
 
 def _rest(limits: Limits, prompt_tokens: int) -> int:
-    """What the limits leave for an answer; at least 1, so that the prompt is found at fault."""
+    """Return the tokens that the limits leave for an answer.
+
+    At least 1, so that for a prompt that is too long the check blames the prompt.
+    """
     return max(1, min(limits.max_total_tokens - prompt_tokens, limits.max_answer_tokens))

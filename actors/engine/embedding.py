@@ -1,8 +1,8 @@
-"""Texts as vectors: forward passes of a trunk outside of its continuous batch.
+"""Turn texts into vectors, by forward passes of a trunk outside its continuous batch.
 
 They run in the engine's own thread, between two of its steps, so that the model has one user at a
-time; texts that wait are one padded batch. A causal model's rows do not see what stands behind
-them, so texts are padded on the right and need no mask.
+time. Texts that wait form one padded batch. In a causal model a token does not see those after it,
+so texts are padded on the right and need no mask.
 
 Shape suffixes: R = texts, T = tokens of the padded batch, H = hidden size.
 """
@@ -39,12 +39,15 @@ class Encoder:
     """The texts that wait, and the batch in flight."""
 
     def __init__(self, model: PreTrainedModel, most_tokens: int) -> None:
-        """``most_tokens``: of one padded batch; a longer text is one alone."""
+        """Create an encoder whose padded batches have at most ``most_tokens``.
+
+        A longer text is a batch of its own.
+        """
         self.in_forward = False
         self._model: Any = model
         self._most_tokens = most_tokens
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        # The lock is for these two; the rest is the loop's thread's.
+        # The lock guards these two; only the loop's thread uses the rest.
         self._lock = threading.Lock()
         self._waiting: deque[_Text] = deque()
         self._closed: MoesaicError | None = None
@@ -53,7 +56,10 @@ class Encoder:
         self._faults: dict[int, MoesaicError] = {}
 
     def submit(self, token_ids: Sequence[int], pooling: Pooling) -> Future[np.ndarray]:
-        """The vector, (H,) float32, in time. Raises RequestError for a model that has none."""
+        """Queue a text and return a future of its vector, (H,) float32.
+
+        Raises RequestError for a model that has no hidden state of a text.
+        """
         if self._model.config.is_encoder_decoder or self._model.base_model is self._model:
             raise RequestError(
                 f"{type(self._model).__name__} has no last hidden state of a text", param="model"
@@ -70,7 +76,7 @@ class Encoder:
         return bool(self._waiting)
 
     def close(self, error: MoesaicError) -> None:
-        """Whoever waits gets ``error``."""
+        """Give ``error`` to all waiting texts and to later ones."""
         with self._lock:
             self._closed = error
             left, self._waiting = list(self._waiting), deque()
@@ -81,7 +87,7 @@ class Encoder:
     # ---- the loop's thread ----------------------------------------------------------------------
 
     def step(self) -> None:
-        """One batch of those that wait, if there are any. Raises nothing."""
+        """Compute one batch of the waiting texts, if there are any. Raises nothing."""
         self._batch = self._take()
         if not self._batch:
             return
@@ -96,7 +102,7 @@ class Encoder:
                 else:
                     text.vector.set_result(vector_H)
         except Exception as error:
-            # Whatever it was, requests of the continuous batch go on.
+            # Any error: the requests of the continuous batch must continue.
             logger.exception("texts could not be encoded")
             failed = EngineError(f"the engine failed ({in_words(error)})")
             for text in self._batch:
@@ -119,7 +125,7 @@ class Encoder:
         return taken
 
     def _forward(self) -> Tensor:
-        """(R, T, H): what the last norm gives."""
+        """Return (R, T, H): the hidden states after the last norm."""
         longest = max(len(text.token_ids) for text in self._batch)
         ids_RT = torch.zeros(len(self._batch), longest, dtype=torch.long)
         for row, text in enumerate(self._batch):
@@ -131,7 +137,7 @@ class Encoder:
             found.append(output.last_hidden_state)
 
         more = {"logits_to_keep": 1} if self._keeps else {}
-        # Through the whole model, whose hooks tell the router that a step begins.
+        # The whole model is called, since its hooks tell the router that a step begins.
         hook = self._model.base_model.register_forward_hook(keep)
         self.in_forward = True
         try:
@@ -143,7 +149,7 @@ class Encoder:
         return found[-1]
 
     def _pooled(self, row: int, hidden_TH: Tensor) -> np.ndarray:
-        """Raises what went wrong with the text."""
+        """Return the vector of a text, (H,); raise what went wrong with it."""
         if row in self._faults:
             raise self._faults[row]
         pooling = self._batch[row].pooling
@@ -158,13 +164,17 @@ class Encoder:
     # ---- rows of the batch in flight ------------------------------------------------------------
 
     def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
-        """See `TransformersEngine.fail_rows`; the first error of a text counts."""
+        """Fail the texts that own ``rows``; see `TransformersEngine.fail_rows`.
+
+        The first error of a text counts.
+        """
         for text in self._owners(rows):
             self._faults.setdefault(text, error)
 
     def _owners(self, rows: Sequence[int]) -> Iterator[int]:
-        """The texts of rows that are no padding."""
+        """Yield the texts of those rows that are not padding."""
         for row in rows:
+            # Rows count through the padded batch, (R, T): row = text x T + token.
             owner, token = divmod(row, self._rows_each)
             if owner < len(self._batch) and token < len(self._batch[owner].token_ids):
                 yield owner

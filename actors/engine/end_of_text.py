@@ -1,9 +1,8 @@
-"""The tokens that end a model's text, by everything that names one.
+"""The tokens that end a model's text, collected from every source that names one.
 
-``generation_config.json``, ``config.json`` and the tokenizer each may name other ones, and
-checkpoints are published in which only one of them has it right. Where a chat template writes none
-of those, the token that it writes behind an answer ends the text, too: that is what a model has
-learnt to say there.
+``generation_config.json``, ``config.json`` and the tokenizer may each name different ones, and in
+some published checkpoints only one of them is right. If a chat template writes none of those, the
+token that it writes after an answer ends the text, too: the model was trained to write it there.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Texts of the messages that a template is tried with; nothing that a template would change.
+# Texts of the messages that templates are tried with; no template changes such words.
 _ASKED, _THOUGHT, _SAID, _CALLED = "askedqz", "thoughtqz", "saidqz", "calledqz"
 
 
@@ -26,8 +25,10 @@ def end_of_text(
     generation: GenerationConfig | None,
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None,
 ) -> list[int]:
-    """Their ids, in order. ``tokenizer`` loads the model's; without, only the configurations
-    count. What is left out is logged with the reason; nothing here keeps an engine from starting.
+    """Return the ids of the tokens that end a text, in order.
+
+    ``tokenizer`` loads the model's; with None only the configurations count. Ids that are left
+    out are logged with the reason. Nothing here keeps an engine from starting.
     """
     loaded = _load(tokenizer)
     text_config = config.get_text_config()
@@ -60,7 +61,7 @@ def end_of_text(
         turn_end = _turn_end(loaded, frozenset(named))
         if turn_end is not None and turn_end < size:
             log.info(
-                "end of text: the chat template writes none of %s; %r, which it writes behind an "
+                "end of text: the chat template writes none of %s; %r, which it writes after an "
                 "answer, ends it",
                 sorted(named), loaded.convert_ids_to_tokens(turn_end),
             )  # fmt: skip
@@ -74,9 +75,9 @@ def _load(tokenizer: Callable[[], PreTrainedTokenizerBase] | None) -> Any:
     try:
         return tokenizer()
     except Exception as error:
-        # Whatever is wrong with it, token ids can be served without; what needs it will say so.
+        # Token ids can be served without a tokenizer. Whatever else needs one raises its own error.
         log.warning(
-            "end of text: the configurations alone count, without a tokenizer: %s",
+            "end of text: only the configurations count, since the tokenizer does not load: %s",
             str(error).partition("\n")[0] or type(error).__name__,
         )
         return None
@@ -89,20 +90,25 @@ def _ids(value: Any) -> list[int]:
 
 
 def _is_nobodys(token_id: int, config: PretrainedConfig, tokenizer: Any) -> bool:
-    """Whether the token is only the default of the configuration's class, and ordinary text to the
-    tokenizer: 2 ended texts in Llama's first tokenizer, and is ``#`` in its third."""
+    """Return whether the id is only the default of the configuration's class, and ordinary text.
+
+    For example 2 ended texts in Llama's first tokenizer, and is ``#`` in its third.
+    """
     if token_id not in _ids(getattr(type(config), "eos_token_id", None)):
         return False
     added = tokenizer.added_tokens_decoder
     return token_id not in added and token_id not in tokenizer.all_special_ids
 
 
-# ---- what a chat template writes behind an answer -----------------------------------------------
+# ---- what a chat template writes after an answer ------------------------------------------------
 
 
 def _turn_end(tokenizer: Any, named: frozenset[int]) -> int | None:
-    """The token that a chat template writes behind an assistant's content; None where it writes
-    one of ``named``, or none, or one that does not end the assistant's turn."""
+    """Return the token that a chat template writes after an assistant's content.
+
+    Returns None where the template writes one of ``named``, or no token, or one that does not
+    end the assistant's turn.
+    """
     if not tokenizer.chat_template:
         return None
     user, again = ({"role": "user", "content": text} for text in (_ASKED, _ASKED + "again"))
@@ -113,7 +119,7 @@ def _turn_end(tokenizer: Any, named: frozenset[int]) -> int | None:
     texts = [last, _render(tokenizer, [user, answer, again]) or ""]
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        # The first one begins the text, and may be the one that ends it as well.
+        # The first token begins the text; in some vocabularies the same token also ends it.
         if named.intersection(ids[1:]):
             return None
     added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
@@ -132,8 +138,11 @@ def _token_behind(text: str, said: str, added: Mapping[int, str]) -> int | None:
 
 
 def _inside_turn(tokenizer: Any, user: Mapping[str, Any], mark: str) -> bool:
-    """Whether a template also writes the mark between an assistant's thinking, content and calls of
-    tools, as gpt-oss's does with its ``<|end|>``: it ends parts of an answer, not the answer."""
+    """Return whether a template also writes the mark inside an assistant's turn.
+
+    gpt-oss's does so with its ``<|end|>``, between thinking, content and tool calls: there the
+    mark ends parts of an answer, not the answer.
+    """
     thinking = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHT)
     call = {"type": "function", "function": {"name": _CALLED, "arguments": {}}, "id": "qz0000000"}
     thought = {"role": "assistant", "content": _SAID, **thinking}
@@ -155,7 +164,7 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str | None
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     except Exception as error:
-        # Templates fail in every way that a program can.
+        # A template is a program and may raise anything.
         log.info("end of text: the chat template does not render %s: %s", messages, error)
         return None
     return str(text)

@@ -1,5 +1,7 @@
-"""The seam between the service (tokenizers, HTTP, Ray) and what runs a trunk's model: token ids
-in, token ids out, many requests at once. Nothing here knows about either side, or needs torch.
+"""The interface between the service (tokenizers, HTTP, Ray) and what runs a trunk's model.
+
+Token ids go in and token ids come out, for many requests at once. Nothing here knows about either
+side, or needs torch.
 """
 
 from __future__ import annotations
@@ -24,23 +26,23 @@ UNBOUNDED = 2**62
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How one request's tokens are chosen; the values were checked by the caller."""
+    """How one request's tokens are chosen; the caller has checked the values."""
 
     max_tokens: int
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
-    top_k: int = 0  # 0: of all tokens
-    min_p: float = 0.0  # tokens with less than this part of the likeliest one's probability are out
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0  # least probability of a token, as a part of the likeliest token's
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added)
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
     seed: int | None = None
     logprobs: int | None = (
-        None  # likeliest tokens that are given beside each; None: no log-probabilities
+        None  # how many likeliest tokens to list for each token; None: no log-probabilities
     )
-    form: AnswerForm | None = None  # that the answer is held to; None: any text
-    priority: int = 0  # the smaller, the sooner it leaves the queue
+    form: AnswerForm | None = None  # that the answer must have; None: any text
+    priority: int = 0  # requests with a smaller number leave the queue sooner
     missing: MissingExpert = WAIT
     experts_per_token: int | None = None  # None: as many as the model's gates choose
 
@@ -51,19 +53,25 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pooling:
-    """How the hidden states of a text become one vector: that of the ``last`` token, or the
-    ``mean`` of all; with ``normalize`` its length is 1."""
+    """How the hidden states of a text become one vector.
+
+    ``kind``: the state of the ``last`` token, or the ``mean`` of all. With ``normalize`` the
+    vector's length is 1.
+    """
 
     kind: Literal["last", "mean"] = "last"
     normalize: bool = True
 
 
 class TokenLogprob(NamedTuple):
-    """One generated token, by the model's own distribution: before bias, penalties, temperature."""
+    """One generated token's log-probability under the model's own distribution.
+
+    That is the distribution before bias, penalties and temperature.
+    """
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...]  # the likeliest tokens, the first one first
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability), the likeliest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +80,23 @@ class Delta:
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
-    dropped: Dropped | None = None  # what the request went without so far
-    logprobs: tuple[TokenLogprob, ...] = ()  # one for each token, if they were asked for
+    dropped: Dropped | None = None  # gate weights left out of the request so far
+    logprobs: tuple[TokenLogprob, ...] = ()  # one for each token, if requested
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertBounds:
     """How many experts a model's tokens may have."""
 
-    most: int | None = None  # the model's own number; None: not known
-    default: int | None = None  # where a request says nothing; None: the model's own
-    least: int | None = None  # that a request may ask for; None: none but the default
+    most: int | None = None  # the model's own number; None: unknown
+    default: int | None = None  # for requests that name no number; None: the model's own
+    least: int | None = None  # the least that a request may name; None: only the default
 
     def granted(self, asked: int | None) -> int | None:
-        """The number for a request that asks for ``asked``. Raises RequestError."""
+        """Return the number of experts for a request that asks for ``asked``.
+
+        Raises RequestError where it is out of bounds.
+        """
         if asked is None:
             return self.default
         usual = self.default or self.most
@@ -110,11 +121,11 @@ class Limits:
     vocab_size: int
     max_answer_tokens: int = UNBOUNDED
     experts: ExpertBounds = ExpertBounds()
-    request_s: float | None = None  # from its begin to its last token
-    priorities: tuple[int, int] | None = None  # the least and the most; None: any
+    request_s: float | None = None  # from a request's start to its last token
+    priorities: tuple[int, int] | None = None  # (smallest, largest); None: any
 
     def within(self, spec: LimitSpec) -> Limits:
-        """As far as the spec allows it."""
+        """Return these limits, lowered where the spec allows less."""
         return replace(
             self,
             max_prompt_tokens=min(self.max_prompt_tokens, spec.prompt_tokens or UNBOUNDED),
@@ -124,27 +135,31 @@ class Limits:
         )
 
     def check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Raises RequestError that names ``prompt``, ``max_tokens``, ``priority`` or
-        ``logit_bias``."""
+        """Check a request against the limits.
+
+        Raises RequestError that names ``prompt``, ``max_tokens``, ``priority`` or
+        ``logit_bias``.
+        """
         prompt_tokens, max_tokens = len(prompt_ids), sampling.max_tokens
         if prompt_tokens < 1:
             raise RequestError("the prompt is empty", param="prompt")
         if prompt_tokens > self.max_prompt_tokens:
             raise RequestError(
-                f"the prompt has {prompt_tokens} tokens; {self.max_prompt_tokens} are possible",
+                f"the prompt has {prompt_tokens} tokens; at most {self.max_prompt_tokens} are "
+                "possible",
                 param="prompt",
             )
         if max_tokens < 1:
             raise RequestError(f"max_tokens is {max_tokens}; it must be >= 1", param="max_tokens")
         if max_tokens > self.max_answer_tokens:
             raise RequestError(
-                f"max_tokens is {max_tokens}; {self.max_answer_tokens} are allowed here",
+                f"max_tokens is {max_tokens}; at most {self.max_answer_tokens} are allowed here",
                 param="max_tokens",
             )
         if prompt_tokens + max_tokens > self.max_total_tokens:
             raise RequestError(
                 f"prompt ({prompt_tokens} tokens) and max_tokens ({max_tokens}) make "
-                f"{prompt_tokens + max_tokens}; {self.max_total_tokens} are possible",
+                f"{prompt_tokens + max_tokens}; at most {self.max_total_tokens} are possible",
                 param="max_tokens",
             )
         if self.priorities is not None:
@@ -167,21 +182,21 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """A snapshot; the defaults are those of an engine that is not running."""
+    """A snapshot of an engine; the defaults describe one that is not running."""
 
     running: int = 0
     waiting: int = 0
-    parked: int = 0  # of these, outside of the queue: for experts that nobody has at the moment
-    restarts: int = 0  # after a failed step
+    parked: int = 0  # included in waiting: outside the queue, for an expert that no host has now
+    restarts: int = 0  # after failed steps
     last_error: str | None = None
     steps: int = 0
     seconds_since_beat: float = 0.0  # since the loop last looked for work
     cache_free: float = 1.0  # share of the KV cache, 0..1
-    healthy: bool = False  # False also when restarting does not help
+    healthy: bool = False  # False also when restarts do not help
 
 
 class Generate(Protocol):
-    """`Engine.generate`, here or in another process."""
+    """The signature of `Engine.generate`, here or in another process."""
 
     def __call__(
         self,
@@ -190,24 +205,26 @@ class Generate(Protocol):
         sampling: Sampling,
         already: Sequence[int] = (),
     ) -> AsyncGenerator[Delta, None]:
-        """Yields until a Delta has a finish reason; closing the generator cancels the request.
+        """Yield new tokens until a Delta has a finish reason.
 
-        ``already``: the answer's first tokens, where another trunk has generated them. They count
-        as the answer's, and are not given again.
+        Closing the generator cancels the request. ``already`` has the answer's first tokens
+        where another trunk has generated them. They count towards the answer, and are not
+        yielded again.
 
-        Raises RequestError, Busy, EngineError (retryable), or what ended just this request.
+        Raises RequestError, Busy, EngineError (retryable), or an error that ended only this
+        request.
         """
         ...
 
 
 class Engine(Protocol):
-    """Runs requests of one model. All methods may be called from any thread with an event loop."""
+    """Runs requests of one model; any thread with an event loop may call any method."""
 
     @property
     def limits(self) -> Limits: ...
 
     def start(self) -> None:
-        """Allocates the cache and starts the loop; raises when the model cannot be batched."""
+        """Allocate the cache and start the loop; raise when the model cannot be batched."""
         ...
 
     @property
@@ -216,33 +233,37 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None:
-        """Ends the requests in flight with EngineError, the loop and its thread; repeatable."""
+        """End the requests in flight with EngineError, then the loop and its thread; repeatable."""
         ...
 
 
 @runtime_checkable
 class Embeds(Protocol):
-    """An engine that can give vectors, beside what `Engine` has."""
+    """An engine that can also turn texts into vectors."""
 
     async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
-        """(N, H) float32: the pooled last hidden state, behind the last norm, of each prompt.
+        """Return (N, H) float32: for each prompt the pooled hidden states after the last norm.
 
-        Raises RequestError, Busy, EngineError (retryable), or what went wrong with a prompt.
+        Raises RequestError, Busy, EngineError (retryable), or what went wrong with a
+        prompt.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Sizes of an engine; None: 8,192 cached tokens on a CPU, on CUDA what fits."""
+    """Sizes and timeouts of an engine.
+
+    ``num_blocks`` None: 8,192 cached tokens on a CPU; on CUDA as many as fit.
+    """
 
     page_size: int = 32  # tokens per KV page
     num_blocks: int | None = None  # pages per layer
-    cache_memory_fraction: float = 0.5  # of what is free, where num_blocks is None
-    max_batch_tokens: int = 512  # per step: bounds how long a prefill delays the others
+    cache_memory_fraction: float = 0.5  # of the free memory, where num_blocks is None
+    max_batch_tokens: int = 512  # per step: bounds how long a prefill delays other requests
     max_requests: int = 32  # per step
-    max_waiting: int = 256  # beyond those that run
-    park_s: float = 60.0  # how long a request waits for an expert that nobody has
-    stall_timeout_s: float = 120.0  # no step for so long: requests end with EngineError
+    max_waiting: int = 256  # in addition to those that run
+    park_s: float = 60.0  # how long a request waits for an expert that no host has
+    stall_timeout_s: float = 120.0  # after this long without a step requests fail with EngineError
     close_timeout_s: float = 10.0
-    compiled: bool = False  # vLLM alone: compile what is around the experts
+    compiled: bool = False  # vLLM only: compile the layers around the experts

@@ -1,9 +1,9 @@
-"""Requests that wait, outside of the batch, for an expert that nobody has at the moment.
+"""Requests that wait outside the batch for an expert that no host has at the moment.
 
-A batch is computed together, so whoever waits inside it holds the others up. The map from rows to
-requests is the engine's (`RowOwner`): a row whose expert is not to be had ends its request's
-attempt with ExpertUnavailable, and the request begins anew, with the tokens that it has, once the
-expert is back.
+A batch is computed together, so a request that waited inside it would hold up the others. A row
+whose expert is missing ends its request's attempt with ExpertUnavailable; the engine (`RowOwner`)
+knows which request a row belongs to. The request starts again, with the tokens that it has, once
+the expert is back.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from ...cluster.routing.expert_options import SHORT_WAIT_S
 from ...proto.errors import ExpertUnavailable
 from .engine import Delta, Sampling
 
-# The tokens of one attempt: (prompt and what was generated so far, how many more).
+# One attempt's generator, from (prompt and tokens generated so far, how many more tokens).
 Attempt = Callable[[list[int], int], AsyncGenerator[Delta, None]]
 
-# Of one request, between looks whether the expert is back; of many together about as often.
+# Interval at which a request checks whether its expert is back. With many parked requests it grows,
+# so that all together make about _LOOKS_AT_ONCE checks in that time.
 _LOOK_S = 0.02
 _LOOKS_AT_ONCE = 8
-# An expert that seems to be there and is not: its request stays away for twice as long each time,
-# since each attempt holds the others up for a moment.
+# Each attempt holds up the batch for a moment. So a request whose expert seems to be back, but is
+# missing again, stays away twice as long each time, at most this long.
 _LONGEST_AWAY_S = 2.0
 
 
@@ -32,8 +33,11 @@ class Parking:
     """The parked requests of one engine."""
 
     def __init__(self, wait_s: float, check: Callable[[], object]) -> None:
-        """A request waits ``wait_s`` at most, or what it asks for; ``check()`` raises when the
-        engine has ended."""
+        """Create the parking of an engine.
+
+        A request waits at most ``wait_s``, or less if it asks for less. ``check()`` raises
+        when the engine has ended.
+        """
         self._wait_s = wait_s
         self._check = check
         self._parked = 0
@@ -48,13 +52,16 @@ class Parking:
         sampling: Sampling,
         already: Sequence[int] = (),
     ) -> AsyncGenerator[Delta, None]:
-        """What the attempts yield, as if there were one. Raises ExpertUnavailable when the wait
-        for one expert after the other, without a token in between, takes too long."""
+        """Yield the tokens of all attempts as one stream.
+
+        Raises ExpertUnavailable when a request waits too long, for one expert or several,
+        without a token in between.
+        """
         tokens = [*prompt_ids, *already]
         stay = _Stay(self._patience_s(sampling))
         while True:
             left = sampling.max_tokens - (len(tokens) - len(prompt_ids))
-            if left <= 0:  # its last token was given before
+            if left <= 0:  # the last attempt gave all its tokens
                 yield Delta((), "length")
                 return
             try:
@@ -90,7 +97,7 @@ class Parking:
 
 
 class _Stay:
-    """How long a request that gets no token has been parked."""
+    """How long a request has been parked since its last token."""
 
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
@@ -98,9 +105,12 @@ class _Stay:
         self.until = float("inf")
 
     def begin(self) -> float:
-        """Seconds to stay away at least: nothing the first time."""
+        """Return the seconds to stay away at least.
+
+        0 the first time, then twice as long each time, up to _LONGEST_AWAY_S.
+        """
         if self.until == float("inf"):
-            # The batch has waited before.
+            # The row has already waited SHORT_WAIT_S inside the batch.
             self.until = time.monotonic() + self._patience_s - SHORT_WAIT_S
             return 0.0
         self._away_s = min(max(2 * self._away_s, SHORT_WAIT_S), _LONGEST_AWAY_S)

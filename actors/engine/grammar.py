@@ -1,4 +1,4 @@
-"""Answers of a given form (`AnswerForm`): which tokens may come next, by llguidance.
+"""Hold answers to a form (`AnswerForm`): which tokens may come next, by llguidance.
 
 Shape suffixes: V = vocabulary.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-# How llguidance says that a text is complete; anything else that stops it is a fault.
+# llguidance's reasons for stopping at a complete text; any other reason is a fault.
 _COMPLETE = ("NotStopped", "NoExtension", "NoExtensionBias", "EndOfSentence")
 
 
@@ -33,21 +33,27 @@ class Grammar:
         self._end_V[list(eos_token_ids)] = True
 
     def allowed(self) -> np.ndarray:
-        """(V,) bool: tokens that may come next; where the answer is complete those that end it."""
-        if self._matcher.is_stopped():  # also if it has failed
+        """Return (V,) bool: the tokens that may come next.
+
+        Once the answer is complete these are the tokens that end it.
+        """
+        if self._matcher.is_stopped():  # complete, or failed
             return self._end_V
+        # One bit for each token, the least significant bit of each byte first.
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(bool)
 
     def take(self, token: int) -> None:
-        """Advances by a token that was chosen."""
+        """Advance the grammar by a token that was chosen."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
 
     @property
     def fault(self) -> RequestError | None:
-        """Why the answer ended before it was complete, if it did: checking the schema took too much
-        time or memory."""
+        """Why the answer ended before it was complete, or None.
+
+        llguidance stops when checking the schema takes too much time or memory.
+        """
         reason = self._matcher.stop_reason()
         if reason in _COMPLETE:
             return None
@@ -59,7 +65,7 @@ class Grammar:
 
 
 class Grammars:
-    """The grammars of one model. The first use takes about a second."""
+    """The grammars of one model; the first use takes about a second."""
 
     def __init__(
         self,
@@ -74,22 +80,24 @@ class Grammars:
         self._loaded: tuple[LLTokenizer, dict[str, int]] | None = None
 
     def begin(self, form: AnswerForm, already: Sequence[int] = ()) -> Grammar:
-        """For an answer of this form, whose first tokens are ``already`` there. Raises RequestError
-        that says what is wrong with it."""
+        """Return the grammar of an answer of this form that already has the tokens ``already``.
+
+        Raises RequestError that says what is wrong with the form.
+        """
         from llguidance import LLMatcher
 
         text = self.text(form)
         matcher = LLMatcher(self._tokenizer()[0], text, log_level=0)
         if matcher.is_error():
             raise refusal(form, matcher.get_error(), self._check)
-        matcher.compute_bitmask()  # the first takes longest, and may show that it is too much
+        matcher.compute_bitmask()  # the first mask takes longest, and may exceed the limits
         if matcher.is_error():
             raise refusal(form, matcher.get_error(), self._check)
         matcher.try_consume_tokens(list(already))
         return Grammar(matcher, self._vocabulary, self._eos_token_ids)
 
     def text(self, form: AnswerForm) -> str:
-        """The grammar, as llguidance reads it. Raises RequestError."""
+        """Return the grammar in llguidance's syntax. Raises RequestError."""
         if not self._eos_token_ids:
             raise _refused("this model has no token that ends a text")
         check_size(form)
@@ -101,7 +109,7 @@ class Grammars:
             raise refusal(form, str(error), self._check) from None
 
     def _check(self, schema: dict[str, Any]) -> str:
-        """What is wrong with a schema; "" for nothing."""
+        """Return what is wrong with a schema; "" for nothing."""
         from llguidance import LLMatcher
 
         try:
@@ -112,7 +120,7 @@ class Grammars:
         return messages[0] if is_error else ""
 
     def _special(self, mark: str) -> int | None:
-        """The id of a mark that is one special token to llguidance."""
+        """Return the id of a mark if llguidance knows it as one special token."""
         tokenizer, ids = self._tokenizer()
         token = ids.get(mark)
         if token is None or token >= self._vocabulary or not tokenizer.is_special_token(token):
@@ -120,7 +128,7 @@ class Grammars:
         return token
 
     def _tokenizer(self) -> tuple[LLTokenizer, dict[str, int]]:
-        """llguidance's, and the ids of all tokens."""
+        """Return llguidance's tokenizer, and the ids of all tokens."""
         from llguidance.hf import from_tokenizer
 
         with self._lock:
@@ -133,13 +141,13 @@ class Grammars:
                         eos_token=self._eos_token_ids,
                     )
                 except ValueError as error:
-                    raise _refused(f"not with this model's tokenizer: {error}") from None
+                    raise _refused(f"this model's tokenizer does not fit: {error}") from None
                 self._loaded = found, tokenizer.get_vocab()
             return self._loaded
 
 
 def _of_schema(schema: str | dict[str, Any]) -> str:
-    """Raises ValueError where it is no JSON object."""
+    """Return the grammar of a JSON schema. Raises ValueError where it is not a JSON object."""
     from llguidance import LLMatcher
 
     return LLMatcher.grammar_from_json_schema(schema, overrides=COMPACT)  # pyright: ignore[reportArgumentType]
@@ -147,6 +155,6 @@ def _of_schema(schema: str | dict[str, Any]) -> str:
 
 def _refused(why: str) -> RequestError:
     return RequestError(
-        f"response_format, strict tools and forced calls cannot be had: {why}",
+        f"response_format, strict tools and forced calls are not available: {why}",
         param="response_format",
     )

@@ -1,4 +1,4 @@
-"""What is wrong with a schema that no grammar can be made of: where, and what to do about it."""
+"""Explain why a schema cannot become a grammar: which part is wrong, and what to do about it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from ...proto.errors import RequestError
 from ..text.answer_form import AnswerForm
 
-# Of a schema: what keeps it from being a grammar, in llguidance's words; "" where nothing does.
+# Takes a schema and returns llguidance's error for it, or "".
 Check = Callable[[dict[str, Any]], str]
 
-# Of the schemas of one request, in JSON, together. Each step of a batch waits for every grammar in
-# it, and much larger ones take seconds or gigabytes.
+# For all schemas of one request together, as JSON. Each step of a batch waits for every grammar in
+# it, and much larger schemas take seconds or gigabytes.
 MOST_CHARACTERS = 200_000
 MOST_REPEATS = 10_000
 _REPEATS = ("minItems", "maxItems", "minProperties", "maxProperties")
 
-# How many parts of a schema are looked at for the one at fault.
+# How many parts of a schema are checked to find the one at fault.
 _MOST_LOOKS = 500
-# Keys whose values are schemas by name, and schemas or lists of them. What else a schema holds
-# (enum, const, default, ...) is data.
+# Keys whose values map names to schemas, and keys whose values are schemas or lists of them. All
+# other values (enum, const, default, ...) are data.
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SCHEMAS = (
     "additionalProperties", "items", "prefixItems", "additionalItems", "contains", "propertyNames",
@@ -30,7 +30,7 @@ _SCHEMAS = (
     "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
 
-# llguidance's words -> ours, and what to do.
+# Pattern of llguidance's message -> our message, with what to do.
 _WORDS: tuple[tuple[str, str], ...] = (
     (r"Unimplemented keys: \[(?P<what>.*)\]", "{what} cannot be enforced; leave it out"),
     (r"Unknown format: (?P<what>.*)", "the format {what!r} is not known; use a pattern instead"),
@@ -39,22 +39,22 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"oneOf constraints are not supported.*",
      "oneOf whose alternatives may overlap cannot be enforced; use anyOf"),
     (r"Resource '(?P<what>.*)' is not present in a registry.*",
-     "{what} is not in the schema, and nothing is fetched; put what it names into $defs"),
+     "{what} is not in the schema, and references are not fetched; put its target into $defs"),
     (r"Pointer '(?P<what>.*)' does not exist", "#{what} is not in the schema; correct the $ref"),
     (r"Unsatisfiable schema: (?P<what>.*)", "no answer can meet it: {what}; correct the schema"),
     (r".*recursion limit exceeded.*", "it is nested too deeply; flatten it, or use $ref"),
     (r".*(?P<what>too big|too large|too complex|too many|limit|max is).*",
      "its grammar is too large; use fewer or shorter alternatives, patterns and bounds"),
-    (r"(?P<what>.*not disjoint)", "{what}; use patterns of which no key meets two"),
+    (r"(?P<what>.*not disjoint)", "{what}; use patterns so that no key matches two of them"),
 )  # fmt: skip
-# Errors that belong to no part in particular.
+# Errors that no single part of a schema causes.
 _OF_THE_WHOLE = re.compile("recursion limit|too big|too large|too complex|limit for this grammar")
 
 Place = tuple[str, str, str]  # the request's parameter, its place in it, and the schema there
 
 
 def check_size(form: AnswerForm) -> None:
-    """Raises RequestError for schemas that would take too much time or memory."""
+    """Raise RequestError for schemas that would take too much time or memory."""
     places = _places(form)
     characters = sum(len(text) for _, _, text in places)
     if characters > MOST_CHARACTERS:
@@ -82,33 +82,33 @@ def _places(form: AnswerForm) -> list[Place]:
 
 
 def refusal(form: AnswerForm, error: str, raw_check: Check) -> RequestError:
-    """``error``: llguidance's for the whole grammar."""
+    """Return the error for a form; ``error`` is llguidance's message about the whole grammar."""
     error, check = _reason(error), lambda schema: _reason(raw_check(schema))
     places = _places(form)
     for param, place, text in places:
         try:
             schema = json.loads(text)
         except ValueError as wrong:
-            return RequestError(f"{place}: it is no JSON: {wrong}", param=param)
+            return RequestError(f"{place}: it is not valid JSON: {wrong}", param=param)
         if not isinstance(schema, dict):
             return RequestError(
-                f"{place}: a schema is an object; got {_short(schema)}", param=param
+                f"{place}: a schema must be a JSON object (got {_short(schema)})", param=param
             )
         if fault := check(schema):
             return RequestError(f"{place}: {explained(schema, fault, check)}", param=param)
-    # Each can be had, but not all together.
+    # Each schema works alone; only all of them together do not.
     names = " and ".join(place for _, place, _ in places)
     return RequestError(f"{names}: {in_words(error)}", param=places[0][0])
 
 
 def _reason(error: str) -> str:
-    """Without the references that led to it: a part has the same reason as the whole."""
+    """Remove the references that led to the error, so that a part's reason equals the whole's."""
     lines = error.splitlines()
     return "\n".join(line for line in lines if not line.startswith("  while processing "))
 
 
 def explained(schema: dict[str, Any], error: str, check: Check) -> str:
-    """``error`` of ``schema``, with the part of it that is at fault."""
+    """Return ``error`` in our words, with the path of the part of ``schema`` that is at fault."""
     path, part = _locate(schema, error, check)
     where = ".".join(path) + ": " if path else ""
     found = re.match(r"regex parse error:.*^error: (?P<why>.*)", error, re.DOTALL | re.MULTILINE)
@@ -118,11 +118,11 @@ def explained(schema: dict[str, Any], error: str, check: Check) -> str:
     named = [one for one in patterns if check({"type": "string", "pattern": one})] or patterns
     why = found["why"].strip()
     shown = ", ".join(map(_short, named))
-    return f"{where}the pattern {shown} cannot be used: {why}; write it without"
+    return f"{where}the pattern {shown} cannot be used: {why}; rewrite it without"
 
 
 def in_words(error: str) -> str:
-    """An error of llguidance's, with what to do about it."""
+    """Return llguidance's error in our words, with what to do about it."""
     line = next(
         (line.strip() for line in error.splitlines() if line.strip()), "no reason was given"
     )
@@ -134,7 +134,7 @@ def in_words(error: str) -> str:
 
 
 def _locate(schema: dict[str, Any], error: str, check: Check) -> tuple[list[str], dict[str, Any]]:
-    """The innermost part that has the same error, and the way to it."""
+    """Return the path to the innermost part that has the same error, and that part."""
     path: list[str] = []
     part, looks = schema, 0
     if _OF_THE_WHOLE.search(error):

@@ -1,4 +1,4 @@
-"""Streams that go on in another trunk when theirs is lost, for requests that ask for it."""
+"""Continue a stream in another trunk when its own is lost, for requests that ask for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .engine import Delta, Generate, Sampling
 
 logger = logging.getLogger(__name__)
 
-# How long a request without a token in between is tried again: Serve starts trunks anew.
+# How long a request is sent again without getting a token; Serve restarts trunks meanwhile.
 RESUME_S = 120.0
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
@@ -29,11 +29,13 @@ async def resuming(
     *,
     resume_s: float = RESUME_S,
 ) -> AsyncGenerator[Delta, None]:
-    """What ``generate`` yields; if its trunk is lost, the request is sent again with the tokens
-    that were generated, and goes on behind them. Raises EngineError when no trunk gives another
-    token within ``resume_s`` seconds."""
+    """Yield what ``generate`` yields; if its trunk is lost, continue in another one.
+
+    The request is sent again with the tokens that were generated, and continues after them.
+    Raises EngineError when no trunk gives another token within ``resume_s`` seconds.
+    """
     already: list[int] = []
-    before: Dropped | None = None  # what was dropped in trunks that are lost
+    before: Dropped | None = None  # what the lost trunks dropped
     until: float | None = None
     pause_s = _FIRST_PAUSE_S
     while True:
@@ -48,14 +50,14 @@ async def resuming(
                     yield replace(delta, dropped=_both(before, dropped))
             return
         except (EngineError, Busy) as error:
-            # A trunk that is full refuses new requests; this one was admitted.
+            # A full trunk refuses new requests; once admitted, a request tries another trunk.
             if isinstance(error, Busy) and until is None:
                 raise
             now = time.monotonic()
             until = until or now + resume_s
             if now + pause_s >= until:
                 raise
-            logger.warning("request %s goes on elsewhere: %s", request_id, error)
+            logger.warning("request %s continues in another trunk: %s", request_id, error)
         before = _both(before, dropped)
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -1,7 +1,7 @@
-"""Choosing tokens: what requests ask for, applied to the model's logits.
+"""Choose tokens: apply what requests ask for to the model's logits.
 
-The order is vLLM's, so that both engines mean the same: bias, penalties (repetition, frequency,
-presence), temperature, `min_p`, `top_k`, `top_p`.
+The order is vLLM's, so that both engines give the same results: bias, penalties (repetition,
+frequency, presence), temperature, `min_p`, `top_k`, `top_p`.
 
 Shape suffixes: R = rows, S = rows of one call, V = vocabulary.
 """
@@ -18,12 +18,12 @@ from ...proto.errors import MoesaicError
 from .engine import Sampling, TokenLogprob
 from .grammar import Grammar
 
-# Below this a temperature is greedy: dividing by it would overflow fp32.
+# Lower temperatures count as greedy: dividing logits by them would overflow fp32.
 MIN_TEMPERATURE = 1e-5
 
 
 class RequestSampler:
-    """What one request's next token depends on, besides the logits."""
+    """What one request's next token depends on besides the logits."""
 
     def __init__(
         self,
@@ -32,7 +32,11 @@ class RequestSampler:
         already: Sequence[int] = (),
         grammar: Grammar | None = None,
     ) -> None:
-        """``already``: tokens that were generated before; ``grammar`` knows of them."""
+        """Create a sampler.
+
+        ``already`` has tokens that were generated before; ``grammar`` has already been
+        advanced by them.
+        """
         self.sampling = sampling
         self._grammar = grammar
         self.greedy = sampling.temperature < MIN_TEMPERATURE
@@ -43,7 +47,7 @@ class RequestSampler:
             or sampling.frequency_penalty
             or sampling.repetition_penalty != 1
         )
-        self._logprobs: list[TokenLogprob] = []  # of tokens that were not sent yet
+        self._logprobs: list[TokenLogprob] = []  # of tokens that are not sent yet
         self.prompt_ids = prompt_ids
         self._generated = Counter(() if self.plain else already)  # token -> how often
         self._position = len(already)
@@ -51,12 +55,12 @@ class RequestSampler:
 
     @property
     def trivial(self) -> bool:
-        """Whether its token is that of the largest logit, and nothing more is asked for."""
+        """Whether the request takes the token with the largest logit and needs nothing more."""
         return self.greedy and self.plain and self.sampling.logprobs is None
 
     @property
     def fault(self) -> MoesaicError | None:
-        """Why no more tokens can be chosen for it."""
+        """Why no more tokens can be chosen for the request, or None."""
         return None if self._grammar is None else self._grammar.fault
 
     def chose(self, token: int, logits_V: Tensor) -> None:
@@ -72,14 +76,16 @@ class RequestSampler:
             self._logprobs.append(TokenLogprob(token, float(logprobs_V[token]), top))
 
     def take_logprobs(self, tokens: int) -> tuple[TokenLogprob, ...]:
-        """Those of the next tokens that are sent."""
+        """Remove and return the log-probabilities of the next ``tokens`` tokens that are sent."""
         taken, self._logprobs = tuple(self._logprobs[:tokens]), self._logprobs[tokens:]
         return taken
 
     def adjust(self, logits_V: Tensor) -> Tensor:
-        """Logits with bias and penalties, without tokens that may not come next. OpenAI's frequency
-        and presence penalties go by the tokens generated so far; the repetition penalty (Keskar et
-        al., "CTRL", 2019) by those of the prompt, too."""
+        """Return the logits, (V,), with bias and penalties; -inf where the grammar forbids a token.
+
+        OpenAI's frequency and presence penalties count the tokens generated so far; the
+        repetition penalty (Keskar et al., "CTRL", 2019) also counts those of the prompt.
+        """
         one = self.sampling
         adjusted_V = logits_V.clone()
         device = logits_V.device
@@ -107,8 +113,11 @@ class RequestSampler:
         return adjusted_V
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """The request's own, where it has a seed: its texts depend neither on who else is there
-        nor on where it began (a request may go on in another trunk)."""
+        """Return the request's own generator of random numbers if it has a seed.
+
+        So its text depends neither on the other requests of the batch nor on where it
+        began: a request may continue in another trunk.
+        """
         if self.sampling.seed is None:
             return None
         if self._generator is None:
@@ -117,9 +126,11 @@ class RequestSampler:
 
 
 def seed_at(seed: int, position: int) -> int:
-    """The seed of the random numbers for one token of a request: SplitMix64 (Steele, Lea, Flood,
-    "Fast splittable pseudorandom number generators", 2014), so that neighbours have nothing in
-    common. 0 to 2^63 - 1."""
+    """Return the seed of the random numbers for one token of a request, 0 to 2^63 - 1.
+
+    SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014), so
+    that seeds of neighbouring positions are unrelated.
+    """
     mask = 2**64 - 1
     mixed = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -130,7 +141,7 @@ def seed_at(seed: int, position: int) -> int:
 def choose(
     logits_RV: Tensor, samplers: Sequence[RequestSampler], generator: torch.Generator
 ) -> Tensor:
-    """One token for each row, ``(R,)``."""
+    """Return one token for each row, ``(R,)``."""
     rows = [row for row, one in enumerate(samplers) if not one.plain]
     if rows:
         logits_RV = logits_RV.clone()
@@ -148,10 +159,11 @@ def choose(
 def _draw(
     logits_SV: Tensor, samplers: Sequence[RequestSampler], generator: torch.Generator
 ) -> Tensor:
-    """Each row's token by chance, ``(S,)``."""
+    """Return a random token for each row, ``(S,)``."""
     kept_SV = _kept(logits_SV, [one.sampling for one in samplers])
-    # The largest of p / e, e exponential, is a draw from p (Gumbel's trick); every row has noise of
-    # its own, so a row with a seed draws the same in any company.
+    # argmax of p / e with e ~ Exp(1) is a draw from p: the Gumbel-max trick, since -log(e) is
+    # Gumbel noise that is added to log(p). Each row has noise of its own, so that a row with a seed
+    # draws the same token whichever other rows the batch has.
     noise_SV = torch.empty_like(kept_SV).exponential_(generator=generator)
     for row, one in enumerate(samplers):
         own = one.generator(kept_SV.device)
@@ -161,7 +173,7 @@ def _draw(
 
 
 def _kept(logits_SV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """(S, V): probabilities, 0 for tokens that are out."""
+    """Return probabilities, (S, V), with 0 for tokens that min_p, top_k or top_p exclude."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits_SV.device)[:, None]
@@ -180,7 +192,8 @@ def _kept(logits_SV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     sorted_SV = sorted_SV.masked_fill(
         place_V >= column([one.top_k or vocabulary for one in samplings]), 0.0
     )
-    # The smallest set that holds top_p of what is left.
+    # top_p of what min_p and top_k left: a token stays if the likelier ones before it together
+    # have less than top_p of the total.
     total_S1 = sorted_SV.sum(dim=-1, keepdim=True)
     before_SV = sorted_SV.cumsum(dim=-1) - sorted_SV
     out_SV = before_SV >= column([one.top_p for one in samplings]) * total_S1

@@ -1,6 +1,7 @@
-"""One served model: prompts to token ids, and an engine's token ids back to text.
+"""One served model: turns prompts into token ids, and an engine's token ids back into text.
 
-Between HTTP (``ingress.py``) and an engine, wherever that runs; knows neither of them.
+It stands between HTTP (``ingress.py``) and an engine, wherever that runs, and knows neither of
+them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _MOST_CALLS: dict[Calls, int | None] = {"none": 0, "one": 1, "many": None, "name
 
 
 class TokenText(NamedTuple):
-    """What a token writes (see `text.Written`), and its log-probability."""
+    """The text of a token (see `detokenizer.Written`) and its log-probability."""
 
     text: str
     bytes: bytes
@@ -43,30 +44,30 @@ class TokenText(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenChoice:
-    """One generated token with the likeliest ones that could stand in its place."""
+    """One generated token, with the likeliest alternatives."""
 
     chosen: TokenText
     top: tuple[TokenText, ...]
-    start: int  # characters before it, in the whole text
-    offset: int  # and in the text without special tokens
+    start: int  # characters before it in the whole text
+    offset: int  # characters before it in the text without special tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that may be sent now, and the tokens generated so far."""
+    """Text that may be sent now, and the number of tokens generated so far."""
 
     text: str
     tokens: int
     finish_reason: FinishReason | Literal["tool_calls"] | None = None
-    dropped: Dropped | None = None  # experts that it went without
+    dropped: Dropped | None = None  # gate weights left out because experts were missing
     experts_per_token: int | None = None  # where it was not the model's own number
     logprobs: tuple[TokenChoice, ...] = ()  # of the tokens since the last piece
-    calls: tuple[ToolCall, ...] = ()  # complete since the last piece
+    calls: tuple[ToolCall, ...] = ()  # completed since the last piece
     reasoning: str = ""  # text of the model's thinking that may be sent now
 
 
 class ServedModel:
-    """A model's name, tokenizer and limits, and the way to its engine."""
+    """A model's name, tokenizer and limits, and the functions that call its engine."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class ServedModel:
     ) -> None:
         self.id = model_id
         self.limits = limits
-        self.created = int(time.time())  # seconds since 1970, as the API wants it
+        self.created = int(time.time())  # Unix time, as the API requires
         self._tokenizer = tokenizer
         self._template = ChatTemplate(model_id, tokenizer)
         self._generate = generate
@@ -86,13 +87,17 @@ class ServedModel:
         self._vocabulary = Vocabulary(tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            # Encoding would switch them off itself, and two threads that do so at the same time
-            # get "Already borrowed" from the Rust side.
+            # Switched off once here: otherwise each encoding switches them off, and two threads
+            # that do so at the same time get "Already borrowed" from the Rust library.
             backend.no_truncation()
             backend.no_padding()
 
     async def encode(self, prompt: str) -> list[int]:
-        """Raises RequestError for a prompt that is certainly too long, before it is encoded."""
+        """Return the prompt's token ids.
+
+        Raises RequestError, before encoding, for a prompt whose length shows that it is too
+        long.
+        """
         self._check_length(len(prompt), "prompt")
         return await asyncio.to_thread(self._vocabulary.encode, prompt)
 
@@ -102,8 +107,10 @@ class ServedModel:
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
-        """Messages (role, content, ...) in the model's chat template, which is told of ``tools``
-        and of ``options``. Raises RequestError."""
+        """Return messages (role, content, ...) as a prompt, made by the model's chat template.
+
+        ``tools`` and ``options`` are passed to the template. Raises RequestError.
+        """
         said = sum(len(message.get("content") or "") for message in messages)
         self._check_length(said, "messages")
         return await asyncio.to_thread(self._encode_chat, messages, tools, options)
@@ -120,19 +127,20 @@ class ServedModel:
         calls: Calls = "none",
         thinking: Thinking | None = None,
     ) -> AsyncGenerator[Piece, None]:
-        """Text as it is generated; the last piece has a finish reason.
+        """Yield text as it is generated; the last piece has a finish reason.
 
-        ``resumable``: it goes on in another trunk if its own is lost.
+        ``continues_text``: the text continues the prompt (a completion), so a space between
+        the two belongs to it; otherwise it stands for itself (a chat answer).
 
-        ``continues_text``: the text goes on from the prompt's (a completion), so a space between
-        them belongs to it; otherwise it stands for itself (a chat answer).
+        ``resumable``: the request continues in another trunk if its own is lost.
 
-        ``calls``: how many calls of tools are looked for in the text. ``thinking``: what the chat
-        template knows of it.
+        ``calls``: how many tool calls are looked for in the text. ``thinking``: the marks
+        of thinking in the chat template.
 
-        Stop strings and calls are searched in the whole text; a client gets it without special
-        tokens. Log-probabilities come with the text of their tokens, and not at all where that is
-        behind a stop string or behind the last call that is wanted.
+        Stop strings and calls are searched for in the whole text; the client gets the text
+        without special tokens. Log-probabilities are sent with the text of their tokens;
+        those of tokens after a stop string, or after the last call that is wanted, are not
+        sent.
         """
         detokenizer = Detokenizer(self._vocabulary, context=prompt_ids if continues_text else ())
         search, called = StopSearch(stops), False
@@ -169,6 +177,8 @@ class ServedModel:
                     passed -= parser.unread
                 elif reason is not None:
                     parsed.append(parser.flush())
+                # Log-probabilities of tokens that begin in the text that has passed the search. At
+                # an ordinary end all the rest, also those of tokens without text.
                 begun = logprobs
                 if cut or reason is None:
                     begun = [one for one in logprobs if one.start < passed]
@@ -194,9 +204,12 @@ class ServedModel:
                     return
 
     async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
-        """See `Embeds.embed`. Raises Expired beyond `limits.request_s`."""
+        """Return one vector per prompt; see `Embeds.embed`.
+
+        Raises Expired after `limits.request_s`.
+        """
         if self._embed is None:
-            raise RequestError(f"the model {self.id!r} gives no embeddings", param="model")
+            raise RequestError(f"the model {self.id!r} has no embeddings", param="model")
         try:
             async with asyncio.timeout(self.limits.request_s):
                 return await self._embed(prompts, pooling)
@@ -204,7 +217,7 @@ class ServedModel:
             raise _too_long(self.limits.request_s) from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Without special tokens."""
+        """Return the text of tokens, without special tokens."""
         known = [token_id for token_id in token_ids if token_id <= self._vocabulary.last]
         return self._vocabulary.decode(known, visible=True)
 
@@ -224,7 +237,7 @@ class ServedModel:
         options: Mapping[str, Any] | None,
     ) -> ChatPrompt:
         rendered = self._template.render(messages, tools, options)
-        # Before it is encoded: a template may write far more than it was given.
+        # Checked before encoding, since a template may write far more than it was given.
         self._check_length(len(rendered.text), "messages")
         encoded = self._tokenizer(
             rendered.text, add_special_tokens=False, truncation=False, verbose=False
@@ -233,7 +246,7 @@ class ServedModel:
 
 
 def _choice(detokenizer: Detokenizer, one: TokenLogprob, most: int) -> TokenChoice:
-    """Of the token that comes next."""
+    """Return the token that the detokenizer gets next, with its text and alternatives."""
 
     def told(token_id: int, logprob: float) -> TokenText:
         written = detokenizer.look(token_id)
@@ -251,7 +264,7 @@ def _choice(detokenizer: Detokenizer, one: TokenLogprob, most: int) -> TokenChoi
 async def within(
     deltas: AsyncGenerator[Delta, None], seconds: float
 ) -> AsyncGenerator[Delta, None]:
-    """The same, if the last comes within so many seconds. Raises Expired."""
+    """Yield ``deltas`` if the last comes within ``seconds`` in all, else raise Expired."""
     until = asyncio.get_running_loop().time() + seconds
     async with aclosing(deltas):
         while True:

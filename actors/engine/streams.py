@@ -1,4 +1,4 @@
-"""Tokens on their way from the engine's thread to the event loops of those who asked for them."""
+"""Hand tokens from the engine's thread to the event loops of the requests' callers."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 class Stream:
-    """One request on its way from the loop's thread to its caller's event loop."""
+    """One request's tokens on their way from the loop's thread to its caller's event loop."""
 
     def __init__(self, sampler: RequestSampler, arrival: int) -> None:
         self.sampler = sampler
         self.rank = sampler.sampling.priority, arrival
         self.loop = asyncio.get_running_loop()
-        # The loop's thread alone:
+        # Used by the loop's thread only:
         self.sent = 0
         self.ended = False
         self.dropped: Dropped | None = None
-        # The event loop alone:
+        # Used by the event loop only:
         self._ready = asyncio.Event()
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -55,11 +55,14 @@ class Stream:
         self._ready.set()
 
     async def next(self, timeout_s: float) -> Delta:
-        """All tokens since the last call; raises TimeoutError, or the error after the tokens."""
+        """Return all tokens since the last call.
+
+        Raises TimeoutError, or the request's error once all its tokens have been returned.
+        """
         async with asyncio.timeout(timeout_s):
             await self._ready.wait()
         if self._error and not self._tokens:
-            raise copy.copy(self._error)  # many requests may share it; a raise writes to it
+            raise copy.copy(self._error)  # requests may share it, and raising changes it
         delta = Delta(tuple(self._tokens), self._finish, self._dropped, tuple(self._logprobs))
         self._tokens.clear()
         self._logprobs.clear()
@@ -71,7 +74,8 @@ class Stream:
 class Streams:
     """The requests in flight, by the loop's own ids.
 
-    Callers open and close them; the rest is for the loop's thread, and never blocks.
+    Callers open and close streams; the loop's thread calls all other methods, which never
+    block.
     """
 
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
@@ -83,7 +87,11 @@ class Streams:
         return len(self._open)
 
     def open(self, request_id: str, sampler: RequestSampler, arrival: int) -> Stream:
-        """``arrival``: the request's number, by which those of one priority wait."""
+        """Open a stream.
+
+        Of requests with the same priority the one with the smallest ``arrival`` leaves the
+        queue first.
+        """
         stream = self._open[request_id] = Stream(sampler, arrival)
         self._wishing += stream.wish != NO_WISH
         return stream
@@ -96,13 +104,16 @@ class Streams:
         return stream.sampler if stream else None
 
     def rank(self, request_id: str) -> tuple[int, int]:
-        """The smaller, the sooner it leaves the queue; cancelled ones at once."""
+        """Return the key by which requests leave the queue, smallest first.
+
+        Cancelled requests come before all others.
+        """
         stream = self._open.get(request_id)
         return stream.rank if stream else (-UNBOUNDED, 0)
 
     @property
     def some_wish(self) -> bool:
-        """Whether any request wants something in particular of the experts."""
+        """Whether any open request has wishes about experts."""
         return self._wishing > 0
 
     def wish(self, request_id: str) -> RowWish:
@@ -110,7 +121,7 @@ class Streams:
         return stream.wish if stream else NO_WISH
 
     def is_whole(self, request_id: str) -> bool:
-        """Whether it has had all the experts that its tokens chose."""
+        """Return whether the request has had all experts that its tokens chose."""
         stream = self._open.get(request_id)
         return stream is None or (stream.dropped is None and stream.wish.experts_per_token is None)
 
@@ -143,7 +154,7 @@ class Streams:
         return Delta(new, "length", stream.dropped, logprobs)
 
     def post(self, events: Mapping[str, Delta | MoesaicError]) -> None:
-        """Hands events to their event loops, one wake-up per loop."""
+        """Hand events to their event loops, with one wake-up for each loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Delta | MoesaicError]]] = {}
         for request_id, event in events.items():
             stream = self._open.get(request_id)
@@ -155,7 +166,7 @@ class Streams:
             try:
                 loop.call_soon_threadsafe(_push_all, batch)
             except RuntimeError:
-                # Only a closed event loop refuses; nobody is left there to read.
+                # Only a closed event loop refuses, and then no reader is left.
                 logger.warning("the event loop of %d requests is closed", len(batch))
 
 

@@ -1,4 +1,4 @@
-"""The computation of one batch: calls of several routers merged, and each one's answer.
+"""The computation of one batch: it merges calls of several routers and splits the result.
 
 Shape suffixes: T = tokens (of merged calls), H = hidden size, K = choices of a token.
 """
@@ -33,7 +33,7 @@ class PendingCall:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``buffer`` (uint8) holds the reply's tensors; ``bad`` are experts that were not finite."""
+    """A reply's tensors in ``buffer`` (uint8); ``bad``: experts whose output was not finite."""
 
     buffer: Tensor
     bad: list[int]
@@ -42,11 +42,15 @@ class Answer:
 def compute(
     store: ExpertStore, key: LayerKey, pendings: Sequence[PendingCall], *, exact: bool
 ) -> list[Answer]:
-    """One grouped computation for all calls. Raises CallError for an answer that does not fit."""
+    """Answer all calls with one grouped computation.
+
+    ``exact`` asks for one row per assignment instead of one sum per token.
+    """
     tensors = [pending.layout.call_tensors(pending.payload) for pending in pendings]
     form, experts = store.layer(key)
     if any(x.device.type != "cpu" for x, _, _ in tensors):
-        # Calls came through device memory; kernels are told by the CPU where tokens go.
+        # Calls came through device memory. Kernels take ids on the CPU, where they sort tokens by
+        # expert.
         tensors = [(x.to(store.device), ids.cpu(), w.to(store.device)) for x, ids, w in tensors]
     if len(pendings) == 1:
         x_TH, ids_TK, weights_TK = tensors[0]
@@ -57,7 +61,7 @@ def compute(
     x_TH, weights_TK = x_TH.to(store.device), weights_TK.to(store.device)
     buffers = [p.session.reply_buffer(p.frame, p.layout) for p in pendings]
     replies = [p.layout.reply_tensor(b) for p, b in zip(pendings, buffers, strict=True)]
-    # A single call is computed straight into the place of its answer.
+    # A single call is computed straight into its reply buffer, which saves a copy.
     direct = len(pendings) == 1 and buffers[0].device == store.device
     shape = (*ids_TK.shape, x_TH.shape[1]) if exact else x_TH.shape
     out = replies[0] if direct else torch.empty(shape, device=store.device)
@@ -75,7 +79,7 @@ def compute(
 
 
 def _stack(parts: list[Tensor], fill: float) -> Tensor:
-    """Calls of different numbers of choices under one another, padded to the largest."""
+    """Concatenate the rows of calls; pad their choices with ``fill`` to the largest K."""
     top_k = max(part.shape[1] for part in parts)
     stacked = parts[0].new_full((sum(part.shape[0] for part in parts), top_k), fill)
     start = 0

@@ -1,5 +1,4 @@
-"""Devices by name, and a host's own as its loop sees it: what it did, for how long, and its
-emulated time."""
+"""A host's device as its loop sees it: work done, busy seconds, and emulated time."""
 
 from __future__ import annotations
 
@@ -11,14 +10,17 @@ from ...cluster.host.emulation import Emulation
 from ...cluster.host.residency import QueuedCall
 from .report import LoopStats
 
-# Linux wakes a sleeper some 50 us late, and much later where others want the core: the end of a
-# wait is spent yielding.
+# Linux wakes a sleeping thread about 50 us late, and much later on a busy core. So the last part
+# of a wait yields the core in a loop instead of sleeping.
 _FINE_S = 200e-6
 
 
 class Device:
-    """Counts batches and their seconds; an emulated one holds answers back until it would have
-    them. Used by the loop's thread, which sleeps meanwhile: the device is busy."""
+    """Counts batches and their seconds; an emulated device also delays each batch's answers.
+
+    The delay lasts until the emulated device would be done. The loop's thread sleeps for so long,
+    because the device counts as busy.
+    """
 
     def __init__(self, emulation: Emulation | None) -> None:
         self._emulation = emulation
@@ -26,12 +28,14 @@ class Device:
         self._busy_s = self._worst_overrun_s = self._late_s = 0.0
 
     def emulate(self, emulation: Emulation | None) -> None:
-        """Be another device from the next batch on."""
+        """Emulate another device from the next batch on."""
         self._emulation = emulation
 
     def finish(self, batch: Sequence[QueuedCall], began: float) -> float:
-        """A batch that began at ``began`` is computed; gives the seconds that it took the device,
-        and returns when they are over."""
+        """Count a computed batch that began at ``began``, and return its seconds on the device.
+
+        With an emulated device, this sleeps until those seconds are over.
+        """
         busy_s = time.monotonic() - began
         if self._emulation is not None:
             busy_s = self._emulate(self._emulation.batch_s([q.ids for q in batch]), began, busy_s)

@@ -1,8 +1,8 @@
 """An expert host: memory for some replicas, one device, one dispatch endpoint.
 
 `ExpertHost` is a plain class, so that tests and benchmarks can run one in their own process;
-`actors/serve/launch.py` makes Ray actors of it. Ray calls it for control only: tokens come through
-the transports.
+`host_actor.py` makes a Ray actor of it. Ray calls it for control only: tokens arrive through the
+transports.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from .host_loop import HostLoop, check_fit
 from .report import HostReport, PlacedModel, Revision
 from .weight_store import ExpertStore
 
-# Of one expert from a peer.
+# Time limit for fetching one expert from a peer.
 FETCH_TIMEOUT_S = 60.0
 
 
-# How often a report that waits looks for batches.
+# How often a waiting report checks for new batches, which notify nobody.
 _LOOK_S = 0.2
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,12 @@ class ExpertHost:
         transport: TransportChoice = "auto",
         secret: ClusterSecret | None = None,
     ) -> None:
-        """``bind`` is the address that gRPC listens on; ``threads`` those of one computation;
-        ``transport`` is what the spec says, and so which groups routers may ask for; ``secret`` is
-        the cluster's, None: this process's own."""
+        """Start the host, without any expert.
+
+        ``bind`` is the address that gRPC listens on. ``threads`` is the number of threads of one
+        computation. ``transport`` is the value in the spec; it decides which process groups routers
+        may ask for. ``secret`` is the cluster's secret (None: that of this process).
+        """
         if threads is not None:
             torch.set_num_threads(threads)
         self.name = name
@@ -113,12 +116,12 @@ class ExpertHost:
         version: int = 1,
         term: int = 0,
     ) -> None:
-        """Get experts and begin to serve each as it is ready.
+        """Load experts, and begin to serve each of them as soon as it is ready.
 
-        A key in ``peers`` is fetched from that host, any other one read from its model's
-        checkpoint. ``term`` is that of the controller that asks. Raises
-        CheckpointError, UnsupportedModel and HostLost, and Superseded for an old controller; what
-        was loaded before stays.
+        A key in ``peers`` is fetched from that host; any other one is read from its model's
+        checkpoint. ``term`` is the term of the controller that asks. Raises CheckpointError,
+        UnsupportedModel and HostLost, and Superseded for an old controller; experts that were
+        loaded before the error stay.
         """
         with self._fence_lock:
             self._fence.obey(term)
@@ -141,15 +144,18 @@ class ExpertHost:
                 _return_freed_memory()
 
     def add_models(self, models: Sequence[PlacedModel]) -> None:
-        """Get to know models whose weights will be loaded or put."""
+        """Register models whose weights will be loaded or put."""
         for ref, shape in models:
             self._store.add_model(ref)
             self._models[ref.name] = (ref, shape)
         self._note_change()
 
     def release(self, keys: Sequence[ExpertKey], term: int = 0, eviction: int = 1) -> None:
-        """Stop serving experts and free their memory; queued calls for them are refused. Raises
-        Superseded for an old controller, and Expired for an eviction that it has given up."""
+        """Stop serving experts, refuse queued calls for them and free their memory.
+
+        Raises Superseded for an old controller, and Expired for an eviction that the controller
+        has given up.
+        """
 
         def forget() -> None:
             with self._fence_lock:
@@ -163,7 +169,7 @@ class ExpertHost:
         _return_freed_memory()
 
     def emulate(self, device: Emulation | None) -> None:
-        """Take as long as another device from now on, for experiments: a host that becomes slow."""
+        """Emulate the speed of another device from now on, e.g. a host that becomes slow."""
         self._loop.emulate(device)
 
     def report(
@@ -174,10 +180,13 @@ class ExpertHost:
         known: Revision | None = None,
         wait_s: float = 0.0,
     ) -> HostReport:
-        """A controller gives its term, and the number of evictions that it does not wait for any
-        more: what is reported stays true until it orders something else. While the revision is
-        the one that is ``known``, the answer waits for another, but no longer than ``wait_s``.
-        Raises Superseded."""
+        """Return the state of this host, for a controller or for `status`.
+
+        A controller gives its ``term`` and the number of evictions that it has ``given_up``
+        waiting for. The host refuses these from then on, so the report stays true until the
+        controller orders something else. While the revision is ``known``, the answer waits for
+        another one, at most ``wait_s``. Raises Superseded.
+        """
         if known is not None and wait_s > 0:
             self._wait_for_change(known, wait_s)
         self.check_health()
@@ -200,9 +209,9 @@ class ExpertHost:
         )
 
     def check_health(self) -> None:
-        """Ends the process if its loop has failed: Ray starts it anew."""
+        """End the process if its loop has failed; Ray then restarts it."""
         if self._loop.failure is not None:
-            log.critical("host %s: its loop is gone (%r); leaving", self.name, self._loop.failure)
+            log.critical("host %s: its loop failed (%r); exiting", self.name, self._loop.failure)
             os._exit(1)
 
     def close(self) -> None:
@@ -246,8 +255,10 @@ class ExpertHost:
 
 
 def _return_freed_memory() -> None:
-    """Give freed weights back to the system, and the copies made while loading, which come to half
-    of their size, where the C library can (glibc)."""
+    """Return the heap's free memory to the system, if the C library can do so (glibc).
+
+    This covers released weights and the copies made while loading, which take half their size.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -258,7 +269,8 @@ class _Weights:
 
     def __init__(self, host: ExpertHost) -> None:
         self._host = host
-        # What is served does not change between the look and the deed; loads are not waited for.
+        # Two puts must not interleave between the check of what is served and the store. A
+        # separate lock, so that puts do not wait for loads.
         self._putting = threading.Lock()
 
     def most_bytes(self, key: ExpertKey) -> int:
@@ -270,8 +282,8 @@ class _Weights:
             grant.proof, host.name, host.incarnation, key, version, grant.term
         ):
             raise Forbidden(
-                f"{_named(key)}, version {version}: the controller did not grant this to be put "
-                f"into incarnation {host.incarnation} of {host.name}"
+                f"{_named(key)}, version {version}: the controller did not grant this put into "
+                f"incarnation {host.incarnation} of {host.name}"
             )
         with host._fence_lock:
             host._fence.obey(grant.term)
@@ -289,8 +301,8 @@ class _Weights:
             if self._is_served(key):
                 if not _same(store.get(key), tensors):
                     raise Forbidden(
-                        f"{_named(key)}: {self._host.name} serves other tensors under this name, "
-                        "and they are not replaced; give the model another name"
+                        f"{_named(key)}: {self._host.name} serves other tensors under this name "
+                        "and does not replace them; give the model another name"
                     )
                 return
             shape = store.put(key, tensors)
@@ -320,7 +332,7 @@ def _same(held: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
 
 @contextlib.contextmanager
 def local_hosts(count: int, *, node: str = "here", device: str = "cpu", **options: object):
-    """Hosts as threads of this process, real transports included; closed at the end."""
+    """Run hosts as threads of this process, with real transports; close them at the end."""
     hosts: list[ExpertHost] = []
     try:
         for index in range(count):

@@ -14,7 +14,7 @@ from ..runtime.ray_border import namespace_of
 from ..runtime.start_failures import telling
 
 if TYPE_CHECKING:
-    # Ray imports this module at the usual priority: it must not bring torch.
+    # Ray imports this module at normal priority, so it must not import torch.
     from ...cluster.host.emulation import Emulation
     from ...cluster.host.residency import HostPolicy
     from ...cluster.placement import ExpertKey, HostEntry
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RayExpertHost:
-    """`ExpertHost` on its node."""
+    """The Ray actor that runs an `ExpertHost` on its node."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class RayExpertHost:
     ) -> None:
         announce("host", name, cluster)
         with telling(namespace_of(cluster), "host", name):
-            # A host that comes back does so on cores that serve.
+            # A restarting host shares its cores with processes that serve: low priority.
             import_quietly(".host", __package__)
             from ..runtime.cluster_secret import secret_of
             from .host import ExpertHost

@@ -1,8 +1,8 @@
-"""The thread of an expert host that hears routers, computes, and answers.
+"""The thread of an expert host that receives calls from routers, computes and answers them.
 
-A thin shell around `cluster/host/residency.py`: one thread waits for all routers at once, queues
-what arrived, computes the next batch, and looks again. Weights are loaded elsewhere and announced
-with `post`.
+It is a thin shell around `cluster/host/residency.py`. The thread waits for all routers at once,
+queues what arrived, computes the next batch, and starts over. Other threads load weights, and
+announce them with `post`.
 
 Shape suffixes: T = tokens (of merged calls), H = hidden size, K = choices of a token.
 """
@@ -32,14 +32,14 @@ from .device import Device
 from .report import LoopStats
 from .weight_store import ExpertStore
 
-# How often listeners look for connections that say nothing.
+# How often listeners check for connections that have sent nothing.
 _LOOK_S = 0.5
 
 log = logging.getLogger(__name__)
 
 
 class HostLoop:
-    """Owns the sessions and the queue of one host; `start` and `close` are its life."""
+    """Owns the sessions and the queue of one host; it runs from `start` to `close`."""
 
     def __init__(
         self, name: str, store: ExpertStore, residency: Residency, listeners: list[Listener]
@@ -71,8 +71,10 @@ class HostLoop:
         self._posted.put(work)
 
     def call(self, work: Callable[[], None], timeout_s: float = 30.0) -> None:
-        """`post`, and wait until it ran. Raises what it raises, and InternalError if the loop
-        does not answer."""
+        """Run ``work`` as `post` does, and wait until it is done.
+
+        Raises what ``work`` raises, and InternalError if the loop does not run it in time.
+        """
         done: Future[None] = Future()
 
         def run() -> None:
@@ -97,7 +99,7 @@ class HostLoop:
         )
 
     def emulate(self, emulation: Emulation | None) -> None:
-        """Take the time of another device from the next batch on; None: the time that it takes."""
+        """Emulate the speed of another device from the next batch on; None: stop emulating."""
         self.call(lambda: self._device.emulate(emulation))
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -111,7 +113,7 @@ class HostLoop:
             self._free()
 
     def release(self, keys: Sequence[ExpertKey]) -> None:
-        """Forget experts and refuse the queued calls for them; on the loop's thread only."""
+        """Forget experts and refuse the queued calls for them; call on the loop's thread only."""
         for queued, error in self._residency.release(keys):
             self._answer_with(queued, error)
 
@@ -151,9 +153,10 @@ class HostLoop:
                     work()
             elif fd in accepting:
                 self._accept(accepting[fd])
-            elif fd in self._sessions:  # it may have been dropped in this very round
+            elif fd in self._sessions:  # it may have been dropped earlier in this round
                 self._hear_session(self._sessions[fd])
-        # Behind what was heard: who has said Hello meanwhile stays, however long a batch took.
+        # After the frames: a router whose Hello arrived during a long batch must not be dropped
+        # for being silent.
         if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + _LOOK_S
             for listener in self._listeners:
@@ -196,7 +199,8 @@ class HostLoop:
                 self._residency.cancel(router, frame.cancel.seq)
                 pending = self._pending.pop((router, frame.cancel.seq), None)
                 if pending is not None:
-                    # The router may use the slot again once it hears that nothing is written.
+                    # The router may reuse the slot only when it knows that the host does not
+                    # write into it any more.
                     error = HostLost(f"call {frame.cancel.seq}: cancelled by its router")
                     self._refuse(session, frame.cancel.seq, error)
             case "ping":
@@ -210,7 +214,7 @@ class HostLoop:
     def _welcome(self, session: Session, frame: Frame) -> None:
         if frame.hello.wire_version != WIRE_VERSION:
             raise HostLost(
-                f"{session.router}: speaks version {frame.hello.wire_version} of the wire, "
+                f"wire_version: {session.router} speaks {frame.hello.wire_version}, "
                 f"this host {WIRE_VERSION}"
             )
         welcome = Frame()
@@ -228,7 +232,7 @@ class HostLoop:
                 raise inbound.refused
             layout = CallLayout.of_call(call)
             if payload is None or payload.numel() < layout.call_bytes:
-                raise CallError(f"payload: {layout.call_bytes} bytes announced, not all arrived")
+                raise CallError(f"payload: fewer than the announced {layout.call_bytes} bytes came")
             if layout.slot_bytes > session.slot_bytes:
                 raise CallError(
                     f"rows: call and answer take {layout.slot_bytes} bytes, a slot has "
@@ -263,14 +267,14 @@ class HostLoop:
         batch, expired = self._residency.next_batch(now)
         for queued, error in expired:
             self._answer_with(queued, error)
-        # A refusal may have shown that a router is gone, and its calls with it.
+        # Sending a refusal above may have dropped a router, and its calls with it.
         batch = [queued for queued in batch if (queued.router, queued.seq) in self._pending]
         if not batch:
             return
         try:
             self._compute(batch, now)
         except Exception as error:
-            # Whatever it is, it ends these calls and not the host.
+            # Whatever went wrong, only these calls fail; the host keeps running.
             log.exception("host %s: computing %s failed", self.name, batch[0].key)
             why = error if isinstance(error, MoesaicError) else InternalError(in_words(error))
             for queued in batch:
@@ -305,7 +309,7 @@ class HostLoop:
     ) -> None:
         if answer.bad:
             log.error(
-                "host %s: not finite: %s",
+                "host %s: experts whose output is not finite: %s",
                 self.name,
                 [str(queued.key.expert(e)) for e in answer.bad],
             )
@@ -327,7 +331,7 @@ class HostLoop:
 
 
 def _router_id(session: Session) -> str:
-    # Two connections of one router are two queues: sequence numbers belong to a connection.
+    # Sequence numbers are per connection, so two connections of one router are told apart.
     return f"{session.router}#{session.fileno()}"
 
 
@@ -349,7 +353,10 @@ def _queued(call: Call, router: str, ids_TK: Tensor, now: float) -> QueuedCall:
 
 
 def check_fit(residency: Residency, call: Call) -> None:
-    """Before the tensors of ``call`` are here. Raises CallError, see `Residency.misfit`."""
+    """Check the sizes of ``call`` before its tensors arrive. Raises CallError.
+
+    See `Residency.misfit`.
+    """
     error = residency.misfit(
         LayerKey(call.model, call.layer),
         rows=call.rows,

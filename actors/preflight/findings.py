@@ -1,4 +1,4 @@
-"""What is found before a cluster is started, and how it is told."""
+"""Findings of the checks before a cluster starts, and how they are reported."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 
 from ...proto.errors import ClusterError, MoesaicError, from_wire
 
-# error: it cannot start, or not serve. warning: it does, and something is odd. unchecked: it could
-# not be looked at from here, and shows later.
+# error: the cluster cannot start or serve. warning: it can, but something is odd. unchecked: this
+# cannot be checked from here, and shows later.
 Severity = Literal["error", "warning", "unchecked"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "unchecked")
 
@@ -19,17 +19,17 @@ class Finding:
     """One thing that is wrong with a spec, or odd, or could not be checked."""
 
     severity: Severity
-    path: str  # the spec's key, as models.0.path
+    path: str  # the spec's key, for example models.0.path
     message: str  # one sentence: what is wrong, and what to do
-    code: str = ClusterError.__name__  # of an error: its class in proto.errors
+    code: str = ClusterError.__name__  # for errors: the class in proto.errors
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}"
 
 
 def finding_of(error: MoesaicError, path: str) -> Finding:
-    """An error that was raised while ``path`` was checked."""
-    # Errors name the key themselves: the whole, or its last part.
+    """Return the finding for an error that was raised while ``path`` was checked."""
+    # An error may begin with the key itself, or with its last part.
     message = " ".join(str(error).split()).removeprefix(f"{path}: ")
     message = message.removeprefix(f"{path.rpartition('.')[2]}: ")
     return Finding(severity="error", path=path, message=message, code=error.code)
@@ -40,8 +40,10 @@ def errors_of(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def raise_errors(findings: Sequence[Finding]) -> None:
-    """Raises one error with all of those in ``findings``: of their class, where they have the same
-    one, else ClusterError."""
+    """Raise one error that lists all errors in ``findings``, if there are any.
+
+    It has their class if they all have the same, else it is a ClusterError.
+    """
     found = errors_of(findings)
     if not found:
         return
@@ -54,7 +56,7 @@ def raise_errors(findings: Sequence[Finding]) -> None:
 
 
 def said(findings: Iterable[Finding]) -> str:
-    """How many of each kind, as "1 error, 2 warnings, 1 unchecked"; "no problem" of none."""
+    """Return the number of each kind, as "1 error, 2 warnings, 1 unchecked", or "no problem"."""
     numbers = dict.fromkeys(SEVERITIES, 0)
     for finding in findings:
         numbers[finding.severity] += 1

@@ -1,5 +1,8 @@
-"""Everything that can be checked before a cluster is started: `up` does it first, and `moesaic spec
-check` does nothing else. Ray is not imported, nothing is downloaded, no tensor is read."""
+"""Check everything that can be checked before a cluster starts.
+
+`up` does this first, and `moesaic spec check` does nothing else. It imports no Ray, downloads
+nothing, and reads no tensor.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from .findings import Finding, finding_of
 
 @dataclass(slots=True)
 class Preflight:
-    """What `preflight` found, and what it learned of the models that it could look at."""
+    """The findings, and what was learned about the models that could be checked."""
 
     findings: list[Finding] = field(default_factory=list)
     folders: dict[str, Path] = field(default_factory=dict)
@@ -30,9 +33,10 @@ class Preflight:
 
 
 def preflight(spec: Spec, *, local: bool | None = None) -> Preflight:
-    """Check all of ``spec``; what is wrong is in the findings, and nothing is raised for it.
+    """Check all of ``spec``; problems become findings, and are not raised.
 
-    ``local``: whether its processes will be on this machine; by default if the spec says so.
+    ``local``: whether the cluster's processes will be on this machine; None: if the spec says
+    so.
     """
     local = spec.ray.address == "local" if local is None else local
     found = Preflight()
@@ -72,24 +76,22 @@ def _check_model(found: Preflight, spec: Spec, model: ModelSpec, at: str) -> Non
 
 
 def check_experts(model: ModelSpec, described: Described, at: str) -> Iterator[Finding]:
-    """Whether a token may have as many experts as the spec says."""
+    """Check that the spec asks for no more experts per token than the model has."""
     most = described.top_k
     for name in ("experts_per_token", "min_experts_per_token"):
         value = getattr(model, name)
         if value is not None and most is not None and value > most:
-            text = (
-                f"{value}, but {model.name!r} has {most} experts for a token; give {most} at most"
-            )
+            text = f"{value}, but {model.name!r} has {most} experts per token; set at most {most}"
             yield Finding(severity="error", path=f"{at}.{name}", message=text)
 
 
 def check_weights(spec: Spec, model: ModelSpec, described: Described) -> Iterator[Finding]:
-    """Whether the engine of the trunks reads the model's weights."""
+    """Check that the engine of the trunks can read the model's weights."""
     if spec.endpoint is None or spec.trunk.engine != "vllm" or described.quantised is None:
         return
     text = (
-        f"vllm does not read the trunk of model {model.name!r}, whose checkpoint is quantised "
-        f"({described.quantised}); take the engine transformers, or a checkpoint in float32, "
+        f"vllm cannot read the trunk of model {model.name!r}, whose checkpoint is quantised "
+        f"({described.quantised}); set `engine: transformers`, or use a checkpoint in float32, "
         "bfloat16 or float16"
     )
     code = UnsupportedModel.__name__
@@ -97,14 +99,14 @@ def check_weights(spec: Spec, model: ModelSpec, described: Described) -> Iterato
 
 
 def bounds_of(model: ModelSpec, described: Described) -> ExpertBounds:
-    """How many experts requests may ask for."""
+    """Return how many experts per token requests may ask for."""
     return ExpertBounds(
         most=described.top_k, default=model.experts_per_token, least=model.min_experts_per_token
     )
 
 
 def shape_of(model: ModelSpec, described: Described) -> ModelShape:
-    """What placing a model needs."""
+    """Return what the planner needs to place a model."""
     return ModelShape(
         model=model.name,
         experts=described.layers,

@@ -1,4 +1,4 @@
-"""A connection to a host over any of the transports."""
+"""Opens a connection to a host over any of the transports."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ def connect(
     secret: ClusterSecret | None = None,
     device: torch.device = _CPU,
 ) -> Channel:
-    """A channel to ``entry`` of the cluster with that ``secret`` (None: this process); ``device``
-    is the router's. Does not wait for the host. Raises HostLost."""
+    """Return a channel to the host ``entry``, without waiting for the host.
+
+    ``secret`` is the secret of the host's cluster (None: that of this process); ``device`` is the
+    router's. Raises HostLost.
+    """
     secret = secret or secret_of_process()
     if transport in ("shm", "cuda"):
         return ShmChannel(

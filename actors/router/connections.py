@@ -1,4 +1,4 @@
-"""A router's connections to its hosts: frames out, events in."""
+"""A router's connections to its hosts: they send frames and turn what arrives into events."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 
 class Links:
-    """All channels of one router, waited for at once. Used under the router's lock.
+    """All channels of one router, polled together. Callers hold the router's lock.
 
-    A host that turns out to be gone is never an exception here: it is heard as `HostDown`.
+    A lost host never raises an exception here: it is reported as a `HostDown` event.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class Links:
         device: torch.device,
         secret: ClusterSecret,
     ) -> None:
-        """Raises ClusterError when this process cannot have such a ``transport``."""
+        """Check that this process can use ``transport``. Raises ClusterError if it cannot."""
         if transport == "group" and not backends():
             raise ClusterError(
                 "transport: 'group' needs torch.distributed, which this build of torch lacks; "
-                "'grpc' reaches the same hosts"
+                "use 'grpc', which reaches the same hosts"
             )
         self._router = router
         self._secret = secret
@@ -70,7 +70,7 @@ class Links:
         os.close(self._bell)
 
     def ring(self) -> None:
-        """End the wait of another thread in `events`."""
+        """Wake up another thread that is waiting in `events`."""
         os.eventfd_write(self._bell, 1)
 
     # ---- connections ----------------------------------------------------------------------------
@@ -86,7 +86,8 @@ class Links:
                 router=self._router,
                 secret=self._secret,
                 device=self._device,
-                # A reply's slot is free only behind its event, which may send the next call.
+                # One slot more than calls in flight: a reply's slot is released only after its
+                # event was handled, and handling it may already send the next call.
                 slots=self._slots + 1,
             )
         except HostLost as lost:
@@ -102,7 +103,7 @@ class Links:
         if channel is None:
             return
         if not welcomed:
-            self._transport_lost(host)  # the host did not say Welcome in time
+            self._transport_lost(host)  # the host did not send Welcome in time
         for key in [key for key in self._replies if key[0] == host]:
             del self._replies[key]
         del self._by_fd[channel.fileno()]
@@ -122,28 +123,28 @@ class Links:
 
     @property
     def transports(self) -> dict[str, Transport]:
-        """What each connected host is reached by."""
+        """The transport in use for each connected host."""
         return {host: self._used[host][1] for host in list(self._channels)}
 
     def take_lost(self) -> list[HostDown]:
-        """The hosts that were found to be gone since the last call."""
+        """Return the hosts that were found to be lost since the last call of this method."""
         lost, self._lost = self._lost, []
         return lost
 
     @property
     def slot_bytes(self) -> int:
-        """What one call may take on every connection."""
+        """The bytes that one call may take on any of the connections."""
         return min((c.slot_bytes for c in self._channels.values()), default=1 << 20)
 
     @property
     def max_rows(self) -> int | None:
-        """What every host takes in one call."""
+        """The rows that every host accepts in one call; None while no host is connected."""
         return min(self._max_rows.values(), default=None)
 
     # ---- out ------------------------------------------------------------------------------------
 
     def send(self, host: str, frame: Frame) -> None:
-        """Send a frame without tensors; to a host without connection, nothing."""
+        """Send a frame without tensors; do nothing if the host is not connected."""
         channel = self._channels.get(host)
         if channel is None:
             return
@@ -164,7 +165,7 @@ class Links:
             self._down(host, lost)
 
     def free(self, host: str, seq: int) -> None:
-        """No answer to this call is wanted or expected any more."""
+        """Release a call's slot, as no answer to it is wanted or expected any more."""
         channel = self._channels.get(host)
         if channel is not None:
             channel.release(seq)
@@ -172,8 +173,9 @@ class Links:
     # ---- in -------------------------------------------------------------------------------------
 
     def events(self, timeout_s: float) -> Iterator[Event]:
-        """What happens until ``timeout_s``, or at once what has happened."""
-        # Above the kernel's millisecond, so that a deadline has passed when the wait ends.
+        """Yield events that already happened, or wait up to ``timeout_s`` for the first ones."""
+        # epoll counts whole milliseconds. The half millisecond makes sure that a deadline has
+        # passed when the wait ends.
         for fd, _ in self._epoll.poll(timeout_s + 0.0005 if timeout_s > 0 else 0.0):
             if fd == self._bell:
                 os.eventfd_read(self._bell)
@@ -191,13 +193,13 @@ class Links:
             if event is not None:
                 yield event
             if isinstance(event, Replied):
-                # Taken by now, or wanted by nobody any more.
+                # The caller has copied the reply by now, or nobody wants it any more.
                 self._replies.pop((event.host, event.seq), None)
                 if self._channels.get(event.host) is channel:
                     channel.release(event.seq)
 
     def reply(self, host: str, seq: int) -> tuple[Reply, Tensor]:
-        """The reply that was heard last, while its event is being handled."""
+        """Return the reply to call ``seq``; valid only while its event is being handled."""
         inbound = self._replies[host, seq]
         assert inbound.payload is not None
         return inbound.frame.reply, inbound.payload
@@ -210,7 +212,7 @@ class Links:
                 assert inbound.payload is not None
                 if checksum(reply.seq, inbound.payload) != reply.checksum:
                     self.free(host, reply.seq)
-                    message = f"the answer to call {reply.seq} of {host} has another checksum"
+                    message = f"call {reply.seq}: the reply of {host} does not match its checksum"
                     log.warning("router %s: %s", self._router, message)
                     return Refused(host, reply.seq, Corrupted.__name__, message)
                 self._replies[host, reply.seq] = inbound
@@ -224,5 +226,5 @@ class Links:
                 self._max_rows[host] = max(1, frame.welcome.max_rows)
                 return HostUp(host, frame.welcome.incarnation)
             case kind:
-                log.warning("router %s: host %s sent %r, as no host does", self._router, host, kind)
+                log.warning("router %s: host %s sent an unexpected %r", self._router, host, kind)
                 return None

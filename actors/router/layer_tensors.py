@@ -1,8 +1,8 @@
-"""The tensors of one layer's call in a router: what is sent of them, and how the answers add up.
+"""The tensors of one layer's call in a router: slicing them for each host, adding up the answers.
 
-On the CPU, apart from calls that go into device memory, and in numpy: rows are only copied and
-added here, and torch would share even that out over threads, which would have to wait for cores
-that the hosts are computing on (measured: four times slower at 512 tokens).
+This code runs on the CPU and in numpy, except for calls that go into device memory. It only copies
+and adds rows. torch would split even that over threads, which then wait for cores that the hosts
+compute on (measured: four times slower at 512 tokens).
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token, N = T * K choices flattened,
 t and k = rows and columns of one send.
@@ -38,7 +38,7 @@ class LayerJob:
         *,
         without: Iterable[int] = (),
     ) -> None:
-        """``without``: rows that nothing is computed for."""
+        """Take the call's tensors; nothing is computed for the rows in ``without``."""
         self.key = key
         self.exact = placement is not None and key.model in placement.exact
         self.dtype = x_TH.dtype
@@ -48,7 +48,7 @@ class LayerJob:
         self._number = placement.number if placement else Number(0, 0)
         self.weights_N = weights_TK.detach().to("cpu", torch.float32).reshape(-1).numpy()
         self._parts: list[tuple[Send, np.ndarray]] = []
-        # Rows that an expert made not finite, by expert.
+        # For each faulty expert, the rows that have values that are not finite because of it.
         self.bad_rows: dict[int, list[int]] = {}
         ids = ids_TK.to(device="cpu", dtype=torch.int32, copy=True).numpy()
         rows = list(without)
@@ -57,7 +57,7 @@ class LayerJob:
         self.ids_TK = ids
 
     def keep_largest(self, most_T: np.ndarray) -> None:
-        """Compute at most so many choices of each row, before anything is sent."""
+        """Keep only each row's ``most_T`` choices of the largest weights; call before any send."""
         weights_TK = self.weights_N.reshape(self.ids_TK.shape)
         self.ids_TK, weights_TK = largest_choices(self.ids_TK, weights_TK, most_T)
         self.weights_N = weights_TK.reshape(-1)
@@ -89,8 +89,10 @@ class LayerJob:
         return frame, layout
 
     def write(self, send: Send, frame: Frame, layout: CallLayout, buffer: Tensor) -> None:
-        """Put the tensors of ``send`` into ``buffer`` (uint8), without a copy in between, and their
-        checksum into ``frame``."""
+        """Write the tensors of ``send`` into ``buffer`` (uint8) and their checksum into ``frame``.
+
+        Rows are gathered straight into the buffer, without a temporary copy.
+        """
         if buffer.device.type != "cpu":
             self.write_on_device(send, layout, buffer)
             return
@@ -100,12 +102,13 @@ class LayerJob:
         else:
             np.take(self._on_cpu, send.token_t, axis=0, out=x_tH, mode="clip")
         ids_tk[...] = send.ids_tk
-        # An unused choice (-1) takes some weight; hosts skip it by its id.
+        # An unused choice (-1) wraps around to some other weight, which does no harm: hosts skip
+        # the choice because its id is -1.
         np.take(self.weights_N, send.choice_tk, out=weights_tk, mode="wrap")
         frame.call.checksum = checksum(send.seq, buffer[: layout.call_bytes])
 
     def write_on_device(self, send: Send, layout: CallLayout, buffer: Tensor) -> None:
-        """The same on whatever device ``buffer`` is, which hidden states do not leave for it."""
+        """Write the tensors of ``send`` into device memory, without moving rows through the CPU."""
         x_tH, ids_tk, weights_tk = layout.call_tensors(buffer)
         x_TH = self._given_TH.to(buffer.device)
         if layout.rows == self.tokens:
@@ -119,10 +122,10 @@ class LayerJob:
     # ---- receiving ------------------------------------------------------------------------------
 
     def accept(self, send: Send, reply: Reply, payload: Tensor) -> None:
-        """Take the answer to ``send`` out of ``payload`` (uint8), which is free afterwards."""
+        """Copy the answer to ``send`` out of ``payload`` (uint8), which is free afterwards."""
         rows, top_k = send.choice_tk.shape
         y_tH = self.layout(rows, top_k).reply_tensor(payload)
-        # Either way a copy, as the payload ends.
+        # Both branches copy, because the payload's memory is reused after this call.
         part = y_tH.numpy().copy() if y_tH.device.type == "cpu" else y_tH.cpu().numpy()
         self._parts.append((send, part))
         if reply.bad_experts:
@@ -132,10 +135,13 @@ class LayerJob:
                 self.bad_rows.setdefault(expert, []).extend(send.token_t[hit_t].tolist())
 
     def combine(self) -> Tensor:
-        """The sum of all answers (T, H), float32, in an order that does not depend on arrival."""
+        """Add up all answers to (T, H) float32, in an order that does not depend on arrival."""
         return torch.from_numpy(self._combine_exact() if self.exact else self._combine_parts())
 
     def _combine_exact(self) -> np.ndarray:
+        # Hosts answered with one row per assignment. Scatter the rows to (N, H) and add up the K
+        # choices of each token one after the other: floating-point addition is not associative,
+        # so a fixed order makes the sum independent of which host computed which choice.
         y_NH = np.zeros((self.tokens * self.top_k, self.hidden), dtype=np.float32)
         for send, part_tkH in self._parts:
             y_NH[send.choices] = part_tkH[send.choice_tk >= 0]
@@ -146,6 +152,9 @@ class LayerJob:
         return out_TH
 
     def _combine_parts(self) -> np.ndarray:
+        # Each host answered with one sum per row of its send. Sorting makes the order of additions
+        # independent of the order of arrival. If the first part has all rows, it becomes the sum
+        # itself, which saves a zeroed array and one addition.
         self._parts.sort(key=lambda part: (part[0].host, part[0].choice_tk[0, 0]))
         out_TH: np.ndarray | None = None
         for send, part_tH in self._parts:
@@ -158,7 +167,8 @@ class LayerJob:
             if whole:
                 out_TH += part_tH
             else:
-                out_TH[send.token_t] += part_tH  # a row stands once in a send
+                # Fancy indexing adds once per distinct index: a row occurs only once in a send.
+                out_TH[send.token_t] += part_tH
         return self._zeros() if out_TH is None else out_TH
 
     def _zeros(self) -> np.ndarray:
@@ -172,14 +182,14 @@ class LayerJob:
         return [self.key.expert(int(expert)) for expert in ids]
 
     def names(self, choices: np.ndarray, at_most: int = 4) -> str:
-        """The experts of ``choices``, in words."""
+        """Name the experts of ``choices`` for an error message."""
         experts = self.experts(choices)
         more = " and others" if experts[at_most:] else ""
         return ", ".join(map(str, experts[:at_most])) + more
 
 
 def check_shapes(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
-    """Raises CallError."""
+    """Check that the shapes fit together. Raises CallError."""
     if x_TH.dim() != 2:
         raise CallError(f"hidden states: shape {tuple(x_TH.shape)}; (tokens, hidden) is expected")
     for name, tensor in (("ids", ids_TK), ("weights", weights_TK)):
@@ -191,5 +201,5 @@ def check_shapes(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:
-    """The same memory; of types that numpy lacks, as integers of their size."""
+    """Return a view of the same memory; 16-bit floats become int16, as numpy lacks bfloat16."""
     return tensor.view(torch.int16).numpy() if tensor.itemsize == 2 else tensor.numpy()

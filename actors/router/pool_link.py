@@ -25,13 +25,19 @@ from .router import Router
 
 log = logging.getLogger(__name__)
 
-# How long the controller may keep a report that changes nothing.
+# How long the controller may hold its answer to a report while there is no newer placement: of a
+# router with load, and of one that has nothing to do (less than `ControlPolicy.lease_s`).
 WATCH_S = 1.0
+QUIET_WATCH_S = 6.0
+_ANSWER_S = 5.0
 
 
 class PlacementWatch:
-    """A thread that tells the controller what its router counted and follows, and hands every new
-    placement to the router; the controller may come and go."""
+    """A thread that keeps a router and the controller in touch.
+
+    It reports the load that the router counted and the placement that it follows, and hands every
+    new placement to the router. It survives restarts of the controller.
+    """
 
     def __init__(self, namespace: str, router: Router) -> None:
         self._namespace = namespace
@@ -42,6 +48,7 @@ class PlacementWatch:
 
     def close(self) -> None:
         self._stop.set()
+        self._router.stirred.set()
         # The thread may be in a long poll; it is a daemon and touches nothing once it has ended.
         self._thread.join(0.1)
 
@@ -51,22 +58,48 @@ class PlacementWatch:
             try:
                 if controller is None:
                     controller = ray.get_actor(CONTROLLER, namespace=self._namespace)
-                asked: Any = controller.report.remote(self._router.take_load(), WATCH_S)
-                placement: Placement | None = ray.get(asked, timeout=WATCH_S + 5.0)  # pyright: ignore[reportAssignmentType]
+                placement = self._report(controller)
             except (RayError, GetTimeoutError, ValueError) as error:
-                # Routing goes on with the last placement.
+                # The router keeps using its last placement until the controller is back.
                 controller = None
                 if not self._stop.is_set():
-                    log.warning("no placements for now: %s", in_words(error).splitlines()[0])
+                    log.warning(
+                        "controller unreachable, keeping the last placement: %s",
+                        in_words(error).splitlines()[0],
+                    )
                 self._stop.wait(0.5)
                 continue
             if placement is not None and not self._stop.is_set():
                 self._router.place(placement)
 
+    def _report(self, controller: Any) -> Placement | None:
+        """Report what was counted, and return a newer placement if there is one.
+
+        A router that has nothing to report waits for long. It reports again at once when a call
+        begins, and then ignores the answer to the report before.
+        """
+        stirred = self._router.stirred
+        stirred.clear()
+        report = self._router.take_load()
+        if report.counts or report.unplaced:
+            asked = controller.report.remote(report, WATCH_S)
+            return ray.get(asked, timeout=WATCH_S + _ANSWER_S)
+        asked = controller.report.remote(report, QUIET_WATCH_S)
+        asked.future().add_done_callback(lambda _: stirred.set())
+        if not self._stop.is_set():
+            stirred.wait(QUIET_WATCH_S + _ANSWER_S)
+        if self._stop.is_set() or (stirred.is_set() and not _is_answered(asked)):
+            return None
+        return ray.get(asked, timeout=0)
+
+
+def _is_answered(asked: Any) -> bool:
+    return bool(ray.wait([asked], timeout=0)[0])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkConfig:
-    """What a process needs to open a trunk of the cluster; picklable."""
+    """Everything that a process needs to open a trunk of the cluster; picklable."""
 
     namespace: str
     model: ModelRef
@@ -81,13 +114,15 @@ class TrunkConfig:
 
 
 class PoolLink:
-    """A router that follows the cluster's placements; both end with `close`."""
+    """A router and the `PlacementWatch` that feeds it; `close` ends both."""
 
     def __init__(
         self, config: TrunkConfig, layers: Sequence[int], device: torch.device | None = None
     ) -> None:
-        """Waits until ``layers`` of the model are placed. ``device`` is where its tensors are, if
-        not where the config says. Raises ClusterError."""
+        """Start the router, and wait until ``layers`` of the model are placed.
+
+        ``device`` is where the trunk's tensors are (None: as ``config`` says). Raises ClusterError.
+        """
         self.router = Router(
             name=config.name,
             node=ray.get_runtime_context().get_node_id(),

@@ -1,7 +1,7 @@
 """The router: the library in every trunk process that computes experts' layers in the pool.
 
-A thin shell around `cluster/routing/dispatch.py`: the calling thread itself sends, waits for all
-hosts at once and adds the answers up, so that no call passes through another thread.
+It is a thin shell around `cluster/routing/dispatch.py`. The calling thread itself sends the calls,
+waits for all hosts at once and adds the answers up, so a call is never handed to another thread.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 """
@@ -52,8 +52,8 @@ class RouterStats:
     rows: int
     retries: int
     ejections: int
-    hedges: int  # sends that repeated a late one,
-    overtakings: int  # and were answered before it
+    hedges: int  # sends that repeated a late one
+    overtakings: int  # hedges that were answered before the send that they repeated
     rows_lost: int
     placement: Number
     hosts: dict[str, str]
@@ -62,15 +62,15 @@ class RouterStats:
 
 log = logging.getLogger(__name__)
 
-# So that a forgotten wake-up costs little.
+# Limits the damage if a wake-up is ever missed.
 LONGEST_WAIT_S = 5.0
-# How long a report of the load waits for a call to end.
+# How long a load report waits for the running call to end.
 HAND_OVER_S = 1.0
 _CPU = torch.device("cpu")
 
 
 class Router:
-    """Computes experts' layers on the hosts of a placement. One call at a time; thread-safe."""
+    """Computes experts' layers on the hosts of a placement, one call at a time; thread-safe."""
 
     def __init__(
         self,
@@ -83,9 +83,12 @@ class Router:
         refresh: Callable[[], None] | None = None,
         secret: ClusterSecret | None = None,
     ) -> None:
-        """``node`` is this process's Ray node, ``device`` where its tensors are: what hosts are
-        reached by depends on both. ``refresh`` is called when a host lacks what the placement says;
-        it must not block. ``secret`` is the hosts' cluster's; None: this process's own.
+        """Create a router that waits for its first placement.
+
+        ``node`` is this process's Ray node and ``device`` is where its tensors are; both decide
+        which transport reaches a host. ``refresh`` is called when a host lacks an expert that the
+        placement promises; it must not block. ``secret`` is the secret of the hosts' cluster (None:
+        that of this process).
         """
         self.name = name
         self.policy = policy or RouterPolicy()
@@ -105,15 +108,18 @@ class Router:
         self._calls = self._rows = 0
         self._lock = threading.RLock()
         self._placements: queue.SimpleQueue[Placement] = queue.SimpleQueue()
-        # Whoever has waited for the lock for long gets its report through the queue.
+        # Set when `take_load` gave up waiting for the lock: the running call then puts the report
+        # into the queue when it ends.
         self._report_wanted = False
+        # There is something to report: set when calls begin and layers are asked for.
+        self.stirred = threading.Event()
         self._handed: queue.SimpleQueue[LoadReport] = queue.SimpleQueue()
         self._closed = False
 
     # ---- life -----------------------------------------------------------------------------------
 
     def place(self, placement: Placement) -> None:
-        """Follow ``placement`` from the next send on. From any thread; never waits long."""
+        """Use ``placement`` from the next send on. Any thread may call this; it hardly blocks."""
         self._placements.put(placement)
         if self._lock.acquire(blocking=False):
             try:
@@ -122,18 +128,18 @@ class Router:
             finally:
                 self._lock.release()
         else:
-            # Whoever holds the lock waits for the bell, too.
+            # The thread that holds the lock also polls the bell, and takes the placement then.
             self._links.ring()
 
     def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
-        """Wait until ``layers`` are placed and every host takes calls. Raises ClusterError."""
+        """Wait until ``layers`` are placed and every host accepts calls. Raises ClusterError."""
         deadline = time.monotonic() + timeout_s
         while True:
             with self._lock:
                 if self._ready(layers):
                     return
-                self._dispatcher.unplaced = next(iter(self._unplaced(layers)), None)
-                # Short, so that `place` gets the lock.
+                self._ask_for(layers)
+                # Short waits, so that other threads get the lock in between.
                 self._wait(min(deadline, time.monotonic() + 0.05))
             if time.monotonic() >= deadline:
                 states = {h: s.state.value for h, s in self._dispatcher.hosts.items()}
@@ -143,14 +149,16 @@ class Router:
                 )
 
     def has(self, experts: Sequence[ExpertKey]) -> bool:
-        """Whether every one of these experts has a host that takes calls now. Nobody else may be
-        computing: connections and probes go on meanwhile. Never waits."""
+        """Return whether each of these experts has a host that accepts calls now; never waits.
+
+        If no call is running, this also handles what arrived, so that connections and probes make
+        progress.
+        """
         if self._lock.acquire(blocking=False):
             try:
                 if not self._closed:
                     self._wait(_now())
-                    keys = [LayerKey(key.model, key.layer) for key in experts]
-                    self._dispatcher.unplaced = next(iter(self._unplaced(keys)), None)
+                    self._ask_for([LayerKey(key.model, key.layer) for key in experts])
             finally:
                 self._lock.release()
         return all(self._dispatcher.peers.has(key, _now()) for key in experts)
@@ -171,8 +179,11 @@ class Router:
         )
 
     def take_load(self) -> LoadReport:
-        """What was counted since the last time, and the placement that is followed. Never waits
-        long: while one slow call follows the other, the next that ends hands its counts over."""
+        """Return the load counted since the last report, and the number of the placement in use.
+
+        It waits little longer than `HAND_OVER_S`: if slow calls keep the lock, the next one that
+        ends hands the counts over.
+        """
         if self._handed.empty():
             if self._lock.acquire(timeout=0.05):
                 try:
@@ -182,7 +193,8 @@ class Router:
                 finally:
                     self._lock.release()
             self._report_wanted = True
-        # A call that waits for its layer ends when the controller has heard of it.
+        # A call that waits for an unplaced layer ends only after the controller has heard of that
+        # layer. So do not wait for the call; report the layer without counts.
         unplaced = self._dispatcher.unplaced
         try:
             return self._handed.get(timeout=HAND_OVER_S if unplaced is None else 0)
@@ -191,10 +203,16 @@ class Router:
             return LoadReport(router=self.name, number=self._number, unplaced=asked)
 
     def _report(self) -> LoadReport:
-        """Under the lock."""
+        """Take the counts and the unplaced layer; the caller holds the lock."""
         unplaced, self._dispatcher.unplaced = self._dispatcher.unplaced, None
         asked = () if unplaced is None else (unplaced,)
         return self._dispatcher.meter.take(self.name, self._number, asked)
+
+    def _ask_for(self, layers: Sequence[LayerKey]) -> None:
+        """Let the next report name a layer that no placement has, if one of these is."""
+        self._dispatcher.unplaced = next(iter(self._unplaced(layers)), None)
+        if self._dispatcher.unplaced is not None:
+            self.stirred.set()
 
     @property
     def _number(self) -> Number | None:
@@ -210,7 +228,7 @@ class Router:
     # ---- computing ------------------------------------------------------------------------------
 
     def experts(self, model: str, layer: int) -> PoolFunction:
-        """The function that computes one layer of one model in the pool."""
+        """Return the function that computes one layer of one model in the pool."""
         key = LayerKey(model, layer)
 
         def compute(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -219,22 +237,25 @@ class Router:
         return compute
 
     def begin_step(self) -> None:
-        """A trunk starts a forward pass: rows that were lost in the last one are forgotten."""
+        """Start a forward pass: forget the rows that were lost in the last one."""
         self.batch.begin_step()
 
     @torch.no_grad()
     def forward(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts: (T, H) in x's dtype and on its device.
+        """Return the weighted sum of the chosen experts: (T, H) in x's dtype and on its device.
 
-        A choice outside [0, experts) is skipped. Raises ExpertUnavailable, naming the expert, when
-        no replica answered in time, unless `batch.on_lost` is set; then those rows are zero.
+        A choice outside [0, experts) is skipped. If no replica of an expert answered in time, the
+        call raises ExpertUnavailable with the expert's name; if `batch.on_lost` is set, the
+        affected rows are zero instead.
         """
         if x_TH.shape[0] == 0:
             return x_TH.clone()
         if x_TH.dtype not in DTYPE_TO_WIRE:
             known = ", ".join(str(dtype) for dtype in DTYPE_TO_WIRE)
-            raise CallError(f"dtype: hidden states are {x_TH.dtype}, the wire knows {known}")
+            raise CallError(f"dtype: hidden states are {x_TH.dtype}; use one of {known}")
         check_shapes(x_TH, ids_TK, weights_TK)
+        if not self.stirred.is_set():
+            self.stirred.set()
         with self._lock:
             if self._closed:
                 raise ClusterError(f"router {self.name}: closed")
@@ -290,13 +311,13 @@ class Router:
         self.batch.lose(job.rows_of(outcome.lost), error)
 
     def _rows_per_call(self, job: LayerJob) -> int:
-        """Rows that fit in one call to every host, whatever choices they bring."""
+        """Return how many rows fit in one call to any host, even if all choices go to it."""
         one = job.layout(1, job.top_k).slot_bytes
         fit = self._links.slot_bytes // one
         if fit < 1:
             raise CallError(
                 f"hidden: one row of {job.hidden} with {job.top_k} choices takes {one} bytes, "
-                f"a call may have {self._links.slot_bytes}"
+                f"and a call may have at most {self._links.slot_bytes}"
             )
         return min(fit, self._links.max_rows or fit)
 
@@ -346,7 +367,7 @@ class Router:
                     self._refresh()
 
     def _wait(self, until: float) -> None:
-        """Hear what comes until ``until``, and let the state machine act on it and on time."""
+        """Wait for events until ``until``, and let the state machine handle them and timeouts."""
         timeout_s = min(max(0.0, until - _now()), LONGEST_WAIT_S)
         heard = False
         for event in self._links.events(timeout_s):

@@ -1,7 +1,7 @@
-"""The rows of a trunk's batch: what they want, and which are left without a result.
+"""The rows of a trunk's batch: their requests' options, and which rows end without a result.
 
-A trunk's engine knows which request each row belongs to; a router used by itself has no engine,
-and then a row without a result is an error of the whole call.
+A trunk's engine knows which request each row belongs to. A router that is used without an engine
+cannot tell, so one row without a result fails the whole call.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .layer_tensors import LayerJob
 
 log = logging.getLogger(__name__)
 
-# (rows of the batch, why they have no result); their values are zero.
+# Called with rows of the batch and why they have no result; their values are zero.
 Lost = Callable[[list[int], MoesaicError], None]
-# Row of the batch -> part of its gate weights that was left out.
+# Called with a map from row of the batch to the share of its gate weights that was left out.
 Dropped = Callable[[dict[int, float]], None]
 
 
 class RowOwner(Protocol):
-    """An engine: knows whose row is whose while its model's forward runs."""
+    """An engine: it knows which request each row belongs to while its model's forward runs."""
 
     def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None: ...
 
@@ -37,16 +37,16 @@ class RowOwner(Protocol):
 
 
 class BatchRows:
-    """What a router tells the engine of its trunk, and hears from it."""
+    """The exchange between a router and its trunk's engine about the rows of the batch."""
 
     def __init__(self, router: str, has: Callable[[list[ExpertKey]], bool]) -> None:
-        """``has``: whether all of some experts are to be had now."""
+        """Set up without an engine; ``has`` says whether all of the given experts are available."""
         self.on_lost: Lost | None = None
         self.on_dropped: Dropped | None = None
-        # What the rows of the batch in flight want of the experts; None: nothing in particular.
+        # Returns the expert options of the rows in flight; None: all have the defaults.
         self.groups: Callable[[], RowGroups | None] = lambda: None
         self.lost = 0
-        # Rows that the layers still to come in this forward pass need not compute.
+        # Rows that the remaining layers of this forward pass need not compute.
         self.dead: set[int] = set()
         self._router = router
         self._has = has
@@ -57,15 +57,15 @@ class BatchRows:
         self.on_dropped = owner.drop_rows
 
     def begin_step(self) -> None:
-        """A forward pass starts: rows that were lost in the last one are forgotten."""
+        """Start a forward pass: forget the rows that were lost in the last one."""
         self.dead.clear()
 
     def wishes(self, tokens: int, deadline_s: float) -> RowWishes | None:
-        """None where nobody knows whose rows they are: then all wait until the deadline."""
+        """Return the rows' wishes; None without an engine: all rows wait until the deadline."""
         return None if self.on_lost is None else RowWishes(self.groups(), tokens, deadline_s)
 
     def lose(self, rows: list[int], error: MoesaicError) -> None:
-        """Raises ``error`` where nobody is there to be told."""
+        """Tell the engine that ``rows`` failed with ``error``; without an engine, raise it."""
         self.lost += len(rows)
         if self.on_lost is None:
             raise error
@@ -73,7 +73,7 @@ class BatchRows:
         self.on_lost(rows, error)
 
     def go_without(self, job: LayerJob, wishes: RowWishes, lost_n: np.ndarray) -> None:
-        """Every row that lacks experts gets what its request wants for this case."""
+        """Drop or fail each row that lacks experts, as its request's options say."""
         dropped, lost = wishes.judge(lost_n, job.weights_N, job.top_k)
         if dropped and self.on_dropped is not None:
             self.on_dropped(dropped)
@@ -81,13 +81,13 @@ class BatchRows:
             mine_n = lost_n[np.isin(lost_n // job.top_k, lost)]
             keys = job.experts(mine_n)
             error = ExpertUnavailable(
-                f"{job.names(mine_n)}: no replica answered for as long as was waited"
+                f"{job.names(mine_n)}: no replica answered in the time that the request allows"
             )
             error.is_back = lambda: self._has(keys)
             self.lose(lost, error)
 
     def report_bad(self, job: LayerJob) -> None:
-        """Values that are not finite: told to an engine, passed on to anybody else."""
+        """Report rows that are not finite to the engine; without an engine, pass them on."""
         rows = sorted({row for rows in job.bad_rows.values() for row in rows})
         names = ", ".join(str(job.key.expert(expert)) for expert in sorted(job.bad_rows))
         error = BadExpert(f"{names}: output is not finite")

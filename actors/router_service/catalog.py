@@ -1,4 +1,4 @@
-"""The models that a router service computes, as its clients are told of them."""
+"""The models that a router service computes, in the form that its clients see."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from ...proto.wire import DTYPE_TO_WIRE
 
 log = logging.getLogger(__name__)
 
-# Models come while a cluster runs (`Cluster.attach`); who names one that is not known makes the
-# catalog look again, but not more often.
+# Models can be added while a cluster runs (`Cluster.attach`). A request for an unknown model
+# refreshes the catalog, but not more often than this.
 LOOK_S = 1.0
 
 Served = Iterable[tuple[ModelRef, ModelShape]]
 
 
 class Catalog:
-    """What is served, kept between looks. From any thread."""
+    """A cache of the served models; thread-safe."""
 
     def __init__(self, look: Callable[[], Served]) -> None:
-        """``look`` gives all models, or raises ClusterError."""
+        """Make an empty catalog; ``look`` returns all models, or raises ClusterError."""
         self._look = look
         self._lock = threading.Lock()
         self._models: dict[str, ModelInfo] = {}
         self._looked_at = float("-inf")
 
     def all(self) -> list[ModelInfo]:
-        """Raises ClusterError when nobody could ever be asked."""
+        """Return all models. Raises ClusterError if they could never be read so far."""
         with self._lock:
             self._refresh()
             return list(self._models.values())
 
     def find(self, model: str) -> ModelInfo:
-        """Raises UnknownModel, and ClusterError like `all`."""
-        # Whoever names a known model waits for nobody who does not.
+        """Return a model by its name. Raises UnknownModel, and ClusterError like `all`."""
+        # Without the lock, so that calls for known models do not wait for a refresh.
         if (found := self._models.get(model)) is not None:
             return found
         with self._lock:
@@ -61,10 +61,10 @@ class Catalog:
         try:
             found = list(self._look())
         except ClusterError as error:
-            # The controller comes back; what was known until then still holds.
+            # The controller is restarting; the models that are known stay valid meanwhile.
             if self._looked_at == float("-inf"):
                 raise
-            log.info("the catalog stays as it is: %s", error)
+            log.info("the catalog was not refreshed: %s", error)
         else:
             self._models = {
                 ref.name: self._models.get(ref.name) or describe_model(ref, shape)
@@ -74,7 +74,7 @@ class Catalog:
 
 
 def describe_model(ref: ModelRef, shape: ModelShape) -> ModelInfo:
-    """Raises CheckpointError and UnsupportedModel."""
+    """Describe a model's dtype and layers. Raises CheckpointError and UnsupportedModel."""
     config = read_config(Path(ref.path)) if ref.path else config_from_dict(dict(ref.config))
     layers = [
         LayerInfo(

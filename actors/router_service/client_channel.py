@@ -1,5 +1,7 @@
-"""A client's side of the router service, in bytes. Imports neither Ray nor torch, and a test keeps
-it so: `moesaic.RouterClient` is made of this."""
+"""A client's side of the router service, in bytes; `moesaic.RouterClient` is built on it.
+
+It imports neither Ray nor torch; a test checks this.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,13 @@ from ..transport.grpc.interceptors import show_key
 
 
 class RouterChannel:
-    """One connection to a router service; thread-safe. It is made with the first call, and made
-    again where it was lost."""
+    """One connection to a router service; thread-safe.
+
+    The first call opens the connection, and a later one reopens it if it was lost.
+    """
 
     def __init__(self, address: str, key: str) -> None:
-        """``address`` is host:port, ``key`` what the service asks for."""
+        """Prepare a connection to ``address`` (host:port) that shows ``key`` to the service."""
         self._address = address
         self._closed = False
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -39,14 +43,14 @@ class RouterChannel:
         close_channel(self._channel, CLOSE_S)
 
     def models(self, timeout_s: float) -> ModelsReply:
-        """Raises Unauthenticated, Expired, HostLost and ClusterError."""
+        """Ask for the models. Raises Unauthenticated, Expired, HostLost and ClusterError."""
         with self._mapped():
             return self._stub.Models(ModelsRequest(), timeout=timeout_s)
 
     def compute(self, head: ComputeHead, data: memoryview, timeout_s: float) -> bytearray:
-        """The bytes of the answer to a call. Sets the checksum of ``head``.
+        """Send a call, and return the bytes of its answer. Sets the checksum of ``head``.
 
-        Raises what the service answered, Expired and HostLost.
+        Raises the error that the service answered, Expired and HostLost.
         """
         head.crc32 = zlib.crc32(data)
         layout = RouterLayout.of(head)
@@ -56,9 +60,11 @@ class RouterChannel:
                 first: ComputeReply = next(replies)
                 return gather(_parts(first, replies), layout.reply_bytes, first.crc32)
             except StopIteration:
-                raise ClusterError(f"{self._address}: an answer without an answer") from None
+                raise ClusterError(
+                    f"{self._address}: the server closed the stream without sending a reply"
+                ) from None
             finally:
-                replies.cancel()  # where it did not come to its end; nothing otherwise
+                replies.cancel()  # ends an unfinished stream; does nothing to a finished one
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
@@ -68,7 +74,7 @@ class RouterChannel:
             yield
         except grpc.RpcError as error:
             raise from_grpc(error, self._address) from error
-        except ValueError as error:  # gRPC's word for a channel that was closed in the middle
+        except ValueError as error:  # gRPC raises this if the channel was closed meanwhile
             raise ClusterError(f"{self._address}: {error}") from error
 
 

@@ -1,7 +1,7 @@
-"""The calls that a router service holds, and the one thread that computes them, merged.
+"""The calls that a router service holds, and the one thread that merges and computes them.
 
-A thin shell around `cluster/batching/batch_queue.py`. gRPC's threads bring calls and wait for their
-outcome; the thread here owns the router.
+It is a thin shell around `cluster/batching/batch_queue.py`. gRPC's threads bring calls and wait for
+their outcome; the thread here owns the router.
 
 Shape suffixes: T = tokens of a call, H = hidden size, K = choices of a token, B = rows of a merged
 call, n = some rows of one call.
@@ -39,22 +39,23 @@ from ..router.router import Router
 
 log = logging.getLogger(__name__)
 
-# So that a forgotten wake-up costs little.
+# Limits the damage if a wake-up is ever missed.
 _LONGEST_WAIT_S = 5.0
-# A merged call waits so long for an expert that nobody has, for a host that is busy for a moment;
-# rows that want it wait outside (`MergePolicy.away_s`), so that they hold up nobody else.
+# How long a merged call waits for an expert without an available replica; enough for a host that is
+# busy for a moment. After it, the rows of that expert wait in the queue (`MergePolicy.away_s`), so
+# that they do not hold up other calls.
 _SHORT_WAIT = RowWish(MissingExpert(mode="fail", wait_s=0.02))
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One call and, when ``over`` is set, its outcome."""
+    """One call and, once ``over`` is set, its outcome."""
 
     number: int
     cut: Callable[[], object]  # ends the client's connection with this call
     over: threading.Event = field(default_factory=threading.Event)
     error: MoesaicError | None = None
-    lacks: str = ""  # which expert nobody had when it was last tried
+    lacks: str = ""  # the error about the expert that was unavailable at the last attempt
     x_TH: Tensor = field(default_factory=lambda: torch.empty(0))
     ids_TK: Tensor = field(default_factory=lambda: torch.empty(0))
     weights_TK: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -66,12 +67,12 @@ class Ticket:
 
 
 class MergedCalls:
-    """Computes what clients ask for. `close` leaves the router to its owner."""
+    """Computes the calls of clients. `close` does not close the router, which its owner does."""
 
     def __init__(
         self, router: Router, policy: MergePolicy, *, on_defect: Callable[[], object]
     ) -> None:
-        """``on_defect`` is called when nothing is computed any more."""
+        """Start the thread; ``on_defect`` is called if a defect ends it."""
         self._router = router
         self._on_defect = on_defect
         self._merger = Merger(policy)
@@ -80,7 +81,7 @@ class MergedCalls:
         self._lost: list[tuple[Sequence[int], MoesaicError]] = []
         self._batch_rows = 0
         self._closed = False
-        # Where nothing new is taken: ends what is held then, whatever the thread is computing.
+        # Set while draining: it ends the remaining calls in time, whatever the thread computes.
         self._late: threading.Timer | None = None
         self._defect: Exception | None = None
         # Guards the merger and the tickets, and wakes the thread.
@@ -90,9 +91,11 @@ class MergedCalls:
         self._thread.start()
 
     def drain(self, drain_s: float) -> None:
-        """Takes nothing new; what is held ends with Ending if it is not over in so many seconds.
-        Called again it changes nothing."""
-        late = Ending("the service is ending, and the call took longer than it had")
+        """Refuse new calls; end held ones with Ending if they take longer than ``drain_s``.
+
+        A second call changes nothing.
+        """
+        late = Ending("the service is ending, and the call took longer than the time left")
         with self._changed:
             if self._late is None:
                 self._late = threading.Timer(drain_s, self._end_all, [late])
@@ -101,11 +104,11 @@ class MergedCalls:
 
     @property
     def running(self) -> int:
-        """Calls that are held."""
+        """The number of calls that are held."""
         return len(self._tickets)
 
     def close(self) -> None:
-        """Ends what is held with HostLost; waits for what is being computed."""
+        """Wait for the running computation, then end all held calls with HostLost."""
         with self._changed:
             self._closed = True
             if self._late is not None:
@@ -115,7 +118,7 @@ class MergedCalls:
         self._end_all(HostLost("the router service was closed"))
 
     def stats(self) -> dict[str, int]:
-        """Raises InternalError when the thread has ended by a defect."""
+        """Return counts for `status`. Raises InternalError if a defect has ended the thread."""
         if self._defect is not None:
             raise InternalError(f"the router service computes nothing any more: {self._defect!r}")
         with self._changed:
@@ -139,9 +142,9 @@ class MergedCalls:
         timeout_s: float,
         cut: Callable[[], object],
     ) -> Iterator[Ticket]:
-        """One call, held until the block ends. Raises Busy when it finds no room.
+        """Hold one call until the block ends. Raises Busy if there is no room for it.
 
-        ``size_bytes`` are those of its tensors and of its answer.
+        ``size_bytes`` counts its tensors and its answer.
         """
         now = time.monotonic()
         with self._changed:
@@ -161,7 +164,7 @@ class MergedCalls:
                 ticket.end(Ending())
             else:
                 self._tell(self._merger.arrive(asked, now))
-                self._changed.notify()  # its deadline may be the first
+                self._changed.notify()  # its deadline may be the earliest now
         try:
             if ticket.error is not None:
                 raise ticket.error
@@ -172,8 +175,10 @@ class MergedCalls:
                 self._merger.leave(ticket.number)
 
     def compute(self, ticket: Ticket, timeout_s: float) -> Tensor:
-        """The answer (T, H) in x's dtype, once its tensors are in ``ticket``. Raises Expired and
-        what the router raises."""
+        """Wait for the answer (T, H) in x's dtype; the tensors are in ``ticket``.
+
+        Raises Expired and what the router raises.
+        """
         ticket.out_TH = torch.empty_like(ticket.x_TH)
         with self._changed:
             self._merger.ready(ticket.number)
@@ -181,12 +186,12 @@ class MergedCalls:
         if not ticket.over.wait(timeout_s):
             if ticket.lacks:
                 raise ExpertUnavailable(ticket.lacks)
-            raise Expired("the call's time was over before it was computed")
+            raise Expired("the call's deadline passed before it was computed")
         if ticket.error is not None:
             raise ticket.error
         return ticket.out_TH
 
-    # ---- what the router asks whoever owns its rows ---------------------------------------------
+    # ---- called by the router, as `RowOwner` ----------------------------------------------------
 
     def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
         self._lost.append((rows, error))
@@ -195,7 +200,7 @@ class MergedCalls:
         return [(self._batch_rows, _SHORT_WAIT)]
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
-        raise AssertionError(f"no call goes without an expert: {dropped}")
+        raise AssertionError(f"calls of the router service drop no experts: {dropped}")
 
     # ---- the thread -----------------------------------------------------------------------------
 
@@ -213,7 +218,7 @@ class MergedCalls:
             self._on_defect()
 
     def _next(self) -> tuple[Batch, list[Ticket]] | None:
-        """Waits for work; None when there is to be no more."""
+        """Wait for the next merged call; return None once this object is closed."""
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
@@ -255,7 +260,7 @@ class MergedCalls:
             self._tell(ends)
 
     def _outcome(self, piece: Piece, ticket: Ticket, start: int, now: float) -> list[End]:
-        """What became of a piece whose rows begin at ``start`` in the merged call."""
+        """Report the outcome of a piece, whose rows begin at ``start`` in the merged call."""
         lacking = np.zeros(piece.rows_n.size, dtype=bool)
         lacks = ""
         for rows, error in self._lost:
@@ -269,7 +274,7 @@ class MergedCalls:
         return self._merger.computed(piece, piece.rows_n[lacking], lacks, now)
 
     def _tell(self, over: Iterable[End | Cut]) -> None:
-        """Under the lock."""
+        """End or cut the calls that the merger names; the caller holds the lock."""
         for event in over:
             ticket = self._tickets.get(event.number)
             if ticket is None:
@@ -290,7 +295,7 @@ class MergedCalls:
 
 
 def _merge(pieces: Sequence[Piece], tickets: Sequence[Ticket]) -> tuple[Tensor, Tensor, Tensor]:
-    """x_BH, ids_BK and weights_BK; who has fewer choices has unused ones besides."""
+    """Merge pieces to x_BH, ids_BK and weights_BK; pad calls with fewer choices by unused ones."""
     rows = [torch.from_numpy(piece.rows_n) for piece in pieces]
     if len(pieces) == 1 and rows[0].numel() == tickets[0].x_TH.shape[0]:
         (alone,) = tickets

@@ -1,8 +1,8 @@
 """The router service: experts' layers over gRPC, for clients without Ray and torch.
 
-It has a router like every trunk. Calls are checked here, whole, before any of them is merged with
-others (`merged_calls.py`), so that nobody's mistake costs anybody else anything. Beside it stand
-gRPC's own services for health and reflection. Everything but a look at the health asks for the key.
+It has a router like every trunk. It checks each call completely before merging it with others
+(`merged_calls.py`), so that a client's mistake affects no other client. The same server has gRPC's
+own services for health and reflection. Everything but a health check requires the key.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 """
@@ -47,22 +47,22 @@ from .merged_calls import MergedCalls
 
 SERVICE = DESCRIPTOR.services_by_name["Router"].full_name
 _CHECK = f"/{health.SERVICE_NAME}/Check"
-# For each call that may be held so many are looked at, each by a thread, and refused with a reason;
-# what is beyond them gRPC refuses by itself.
+# RPCs that the server handles, each in a thread, per call that may be held. It refuses calls beyond
+# the held ones with a reason; gRPC itself refuses RPCs beyond this number.
 _LOOKED_AT = 4
-# Of them, those that have not said what they are, and so cannot have a place among the held ones.
+# The part of these that may still be without a head, so that they cannot have a place yet.
 _SILENT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServicePolicy:
     merge: MergePolicy = field(default_factory=MergePolicy)
-    max_call_bytes: int = 64 << 20  # of one call's tensors
-    call_s: float = 60.0  # the most time that a call may take, whatever its deadline
+    max_call_bytes: int = 64 << 20  # limit for one call's tensors
+    call_s: float = 60.0  # longest time that a call may take, whatever its deadline
 
 
 class RouterService:
-    """A gRPC server over a router, which stays its owner's."""
+    """A gRPC server over a router; it does not close the router, which its owner does."""
 
     def __init__(
         self,
@@ -73,8 +73,10 @@ class RouterService:
         bind: str = "127.0.0.1:0",
         policy: ServicePolicy | None = None,
     ) -> None:
-        """Clients show ``key``. ``bind`` is ip:port, port 0 for any. Raises ClusterError when it
-        cannot be had."""
+        """Serve clients that show ``key``, at ``bind`` (ip:port; port 0: any free one).
+
+        Raises ClusterError if this process cannot listen on ``bind``.
+        """
         policy = policy or ServicePolicy()
         self._health = health.HealthServicer()
         self._threads = Threads("router-service")
@@ -103,23 +105,25 @@ class RouterService:
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     def report(self) -> dict[str, Any]:
-        """Plain values for `status`. Raises InternalError when nothing is computed any more."""
+        """Return plain values for `status`. Raises InternalError if a defect ended the service."""
         return {"address": self.address, **self._calls.stats()}
 
     def drain(self, drain_s: float) -> int:
-        """Say that it serves no more, and refuse new calls; those that are held have so many
-        seconds. Gives how many there are."""
+        """Report the service as not serving, refuse new calls, and return how many are held.
+
+        The held calls have ``drain_s`` seconds to finish.
+        """
         self._health.enter_graceful_shutdown()
         self._calls.drain(drain_s)
         return self._calls.running
 
     @property
     def running(self) -> int:
-        """Calls that are held."""
+        """The number of calls that are held."""
         return self._calls.running
 
     def close(self) -> None:
-        """Calls have `CLOSE_S` to end; what is left ends with a retryable error."""
+        """Stop serving; calls that have not finished after `CLOSE_S` get a retryable error."""
         self._health.enter_graceful_shutdown()
         self._server.stop(CLOSE_S).wait(2 * CLOSE_S)
         self._calls.close()
@@ -128,8 +132,11 @@ class RouterService:
 
 
 def _anybodys_check(servicer: health.HealthServicer) -> grpc.RpcMethodHandler:
-    """The state of the whole server, whatever service is asked for: a probe without the key need
-    not be waited for, so it cannot be slow."""
+    """Return a handler for health checks of clients without the key.
+
+    It does not read the request, so a slow client cannot hold a thread. It reports the state of
+    the whole server, whatever service the request names.
+    """
 
     def check(requests: object, context: grpc.ServicerContext) -> health_pb2.HealthCheckResponse:
         return servicer.Check(health_pb2.HealthCheckRequest(), context)
@@ -150,7 +157,7 @@ class _Servicer(RouterServicer):
         self._unannounced = Budget(most, "calls that have not said what they are")
         self._catalog = catalog
         self._call_s = policy.call_s
-        # Its answer has to find room, too.
+        # Half of the room, because the answer needs as much as the call.
         self._max_call_bytes = min(policy.max_call_bytes, policy.merge.max_bytes // 2)
 
     def Compute(  # noqa: N802
@@ -164,7 +171,7 @@ class _Servicer(RouterServicer):
             ):
                 first = next(request_iterator, None)
             if first is None or not first.HasField("head"):
-                raise CallError("head: the first message of a call does not say what it is")
+                raise CallError("head: the first message of a call has none")
             head = first.head
             layout, layer = self._check_head(head)
             with self._calls.call(
@@ -201,11 +208,14 @@ class _Servicer(RouterServicer):
         if left_s is None:
             return self._call_s
         if left_s <= 0:
-            raise Expired("the call's time was over when it came")
+            raise Expired("the call's deadline had passed when it arrived")
         return min(left_s, self._call_s)
 
     def _check_head(self, head: ComputeHead) -> tuple[RouterLayout, LayerInfo]:
-        """Raises CallError and UnknownModel."""
+        """Check a call's head against its model and the limits.
+
+        Raises CallError and UnknownModel.
+        """
         layout = RouterLayout.of(head)
         model = self._catalog.find(head.model)
         if head.dtype != model.dtype:
@@ -235,7 +245,7 @@ def _parts(
     yield first.data
     for request in rest:
         if request.HasField("head"):
-            raise CallError("head: a second one in the same call")
+            raise CallError("head: only the first message of a call may have one")
         if request.data:
             moved()
         yield request.data
@@ -244,7 +254,7 @@ def _parts(
 def _tensors(
     layout: RouterLayout, head: ComputeHead, data: bytearray
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (x_TH, ids_TK, weights_TK) of a call's bytes."""
+    """Return views (x_TH, ids_TK, weights_TK) of a call's bytes."""
     whole = torch.frombuffer(data, dtype=torch.uint8)
     ids = whole[: layout.weights_offset].view(torch.int32)
     weights = whole[layout.weights_offset : layout.x_offset].view(torch.float32)
@@ -256,7 +266,10 @@ def _tensors(
 def _check_values(
     x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, head: ComputeHead, layer: LayerInfo
 ) -> None:
-    """Raises CallError. A value that is not finite would look like an expert's defect."""
+    """Check ids and values: one that is not finite would look like an expert's defect.
+
+    Raises CallError.
+    """
     wrong_TK = (ids_TK < -1) | (ids_TK > layer.experts)
     if wrong_TK.any():
         row, column = wrong_TK.nonzero()[0].tolist()
@@ -276,4 +289,4 @@ def _reply(y_TH: Tensor) -> Iterator[ComputeReply]:
     crc32 = zlib.crc32(data)
     for part in chunks(data):
         yield ComputeReply(crc32=crc32, data=part)
-        crc32 = 0  # the first message alone has it
+        crc32 = 0  # only the first message has the checksum

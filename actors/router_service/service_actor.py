@@ -1,4 +1,4 @@
-"""The router service as a Ray actor: how it is started, and how the controller watches it."""
+"""The router service as a Ray actor: its start, and the controller's watch over it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 NAME = "router-service"
 LOOK_S = 1.0
 ASK_S = 5.0
-# A service that has been up and says nothing for so long is frozen, and started anew.
+# A service that was up and has not answered for this long counts as frozen and is restarted.
 SILENT_S = 30.0
-# A successor finds the port taken as long as its predecessor's sockets end.
+# How long a restarted service retries to listen while its predecessor's sockets still close.
 BIND_S = 20.0
 
 
 class RayRouterService:
-    """`RouterService` with a router that follows the cluster's placements."""
+    """The Ray actor: a `RouterService` with a router that follows the cluster's placements."""
 
     def __init__(self, spec: Spec, namespace: str, address: str) -> None:
         with telling(namespace, "router", NAME):
@@ -47,7 +47,7 @@ class RayRouterService:
         from ..runtime.cluster_secret import router_key_of, secret_of
         from .catalog import Catalog
 
-        torch.set_num_threads(1)  # rows are only copied here
+        torch.set_num_threads(1)  # this process only copies rows
         router = Router(
             name=NAME,
             node=ray.get_runtime_context().get_node_id(),
@@ -67,11 +67,11 @@ class RayRouterService:
         return {"pid": os.getpid(), **self._service.report()}
 
     def drain(self, drain_s: float) -> int:
-        """See `RouterService.drain`."""
+        """Drain the service; see `RouterService.drain`."""
         return self._service.drain(drain_s)
 
     def running(self) -> int:
-        """Calls that are held."""
+        """Return the number of calls that are held."""
         return self._service.running
 
 
@@ -94,14 +94,14 @@ def _bind(router: Any, catalog: Any, spec: Spec, address: str, key: str) -> Rout
 
 
 def service_address(spec: Spec) -> str | None:
-    """Where the service is to listen; it stays there when it is started anew."""
+    """Return the address of the service, which it keeps when it is restarted; None: no service."""
     if spec.router is None:
         return None
     return f"{spec.router.host}:{spec.router.port or free_port(spec.router.host)}"
 
 
 def start_router_service(spec: Spec, namespace: str, address: str) -> Any:
-    """The actor's handle, once it answers. Raises ClusterError."""
+    """Start the service, and return its actor's handle once it answers. Raises ClusterError."""
     actor: Any = (
         ray.remote(RayRouterService)
         .options(
@@ -109,7 +109,7 @@ def start_router_service(spec: Spec, namespace: str, address: str) -> Any:
             namespace=namespace,
             max_restarts=-1,
             num_cpus=0,
-            # Beside its owner, whose address the spec names.
+            # On the node of the owner, because the spec names an address of that node.
             scheduling_strategy=NodeAffinitySchedulingStrategy(
                 ray.get_runtime_context().get_node_id(), soft=False
             ),
@@ -126,11 +126,14 @@ def start_router_service(spec: Spec, namespace: str, address: str) -> Any:
 
 
 class ServiceWatch:
-    """The controller's eye on the service: what `status` shows of it. Ray starts one that died
-    anew; one that is frozen, or computes nothing any more, is ended so that Ray does."""
+    """The controller's watch over the service; `status` shows the result.
+
+    Ray restarts a service that died. The watch kills one that is frozen or computes nothing any
+    more, so that Ray restarts it too.
+    """
 
     def __init__(self, namespace: str, address: str, start_s: float) -> None:
-        """``start_s``: how long a start may take."""
+        """Begin to watch the service; ``start_s``: how long its start may take."""
         self._namespace = namespace
         self._address = address
         self._start_s = start_s
@@ -147,16 +150,16 @@ class ServiceWatch:
             try:
                 await self._look()
             except Exception as error:
-                # Shown in `status`, whatever it is; the next look begins anew.
+                # `status` shows the error, whatever it is; the next look tries again.
                 self._state = f"unknown: {in_words(error)}"
-                log.exception("the router service could not be looked at")
+                log.exception("the router service could not be checked")
             await asyncio.sleep(LOOK_S)
 
     async def _look(self) -> None:
         try:
             actor: Any = ray.get_actor(NAME, namespace=self._namespace)
         except ValueError:
-            return  # not yet, or no more
+            return  # it has not started yet, or has ended
         try:
             self._report = await asyncio.wait_for(actor.report.remote(), ASK_S)
         except RayTaskError as defect:
@@ -172,7 +175,7 @@ class ServiceWatch:
             self._heard_at = time.monotonic()
 
     def _end(self, actor: Any, why: str) -> None:
-        log.warning("the router service is started anew: %s", why)
+        log.warning("restarting the router service: %s", why)
         ray.kill(actor, no_restart=False)
         self._restarting()
 

@@ -1,8 +1,8 @@
-"""Terms of controllers, what operators asked for, which hosts there are and which models sleep, in
-Ray's key-value store.
+"""State in Ray's key-value store: controllers' terms, wishes, the fleet and sleeping models.
 
-A term is claimed by putting its key if it is absent, so that no two controllers ever have the
-same; a later one is higher, even where the store was lost, because it is no lower than the clock.
+A controller claims a term by writing its key only if it is absent, so no two controllers ever have
+the same term. A later term is higher, even if the store was lost, because a term is at least the
+clock's seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LATEST, _WISHES, _FLEET, _ASLEEP = "latest-term", "wishes", "fleet", "asleep"
 
 
 def claim_term(namespace: str) -> int:
-    """A term that nobody else has or had."""
+    """Claim a term that no other controller has or had."""
     latest = _internal_kv_get(_LATEST, namespace=namespace)
     term = max(int(latest or 0) + 1, int(time.time()))
     while _internal_kv_put(f"term-{term}", b"", overwrite=False, namespace=namespace):
@@ -36,7 +36,7 @@ def claim_term(namespace: str) -> int:
 
 
 def keep_wishes(namespace: str, wishes: Wishes) -> None:
-    """For a controller that starts anew."""
+    """Store the operators' wishes for a restarted controller."""
     value = {
         "least": [[*key, count] for key, count in wishes.least.items()],
         "pins": [[*key, sorted(hosts)] for key, hosts in wishes.pins.items()],
@@ -58,7 +58,7 @@ def kept_wishes(namespace: str) -> Wishes:
 
 
 def keep_fleet(namespace: str, value: dict[str, Any]) -> None:
-    """`Fleet.keep`, for a controller that starts anew."""
+    """Store the result of `Fleet.keep` for a restarted controller."""
     _internal_kv_put(_FLEET, json.dumps(value), overwrite=True, namespace=namespace)
 
 
@@ -68,7 +68,7 @@ def kept_fleet(namespace: str) -> dict[str, Any] | None:
 
 
 def keep_asleep(namespace: str, models: Collection[str]) -> None:
-    """The models that nobody asks for."""
+    """Store which models sleep, for a restarted controller."""
     _internal_kv_put(_ASLEEP, json.dumps(sorted(models)), overwrite=True, namespace=namespace)
 
 
@@ -78,12 +78,12 @@ def kept_asleep(namespace: str) -> frozenset[str]:
 
 
 def forget_last(namespace: str) -> None:
-    """What a cluster of the same name left whose owner was killed."""
+    """Delete what an earlier cluster of this name left because its owner was killed."""
     for key in (_WISHES, _FLEET, _ASLEEP):
         _internal_kv_del(key, namespace=namespace)
     forget_start_failures(namespace)
 
 
 def forget_all(namespace: str) -> None:
-    """The cluster has ended."""
+    """Delete all that the cluster stored, once it has ended."""
     _internal_kv_del("", del_by_prefix=True, namespace=namespace)

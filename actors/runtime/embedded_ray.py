@@ -1,7 +1,8 @@
-"""A Ray inside this process: a start that fails leaves nothing behind, and is tried once more.
+"""A Ray that this process starts: a failed start is cleaned up, and tried once more.
 
-A machine that is busy may be too slow for the 30 s that Ray gives its processes. Ray then raises
-an error and leaves those that it had started: they hold memory and ports until this process ends.
+A busy machine may be too slow for the 30 s in which Ray expects its processes to start. Ray then
+raises an error and leaves the processes that it had started; they hold memory and ports until this
+process ends.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ from .ray_token import make_token
 log = logging.getLogger(__name__)
 
 TRIES = 2
-# The one of Ray's own waits for its processes that can be set; by default 30 s.
+# The only one of Ray's waits for its processes that can be set; its default is 30 s.
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")
-# Those whose words tell most come first.
+# Log files to quote after a failed start, the most telling first.
 _LOGS = ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out")
 _TAIL_LINES = 3
 _END_S = 10.0
 
 
 def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) -> None:
-    """`ray.init` of a new Ray with these options.
+    """Start a new Ray with `ray.init` and these options.
 
-    ``said`` is told of a start that failed and is tried once more. Raises ClusterError with the
-    cause when that fails too.
+    ``said`` is called with a message if a start failed and is tried once more. Raises ClusterError
+    with the cause if the last attempt fails too.
     """
     make_token()
     for number in range(1, TRIES + 1):
@@ -56,7 +57,7 @@ def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) ->
             folders = sorted(sessions() - before)
             words = f"Ray did not start: {_reason(error)}{_last_words(folders)}"
             end_sessions(folders)
-            # Of a start that failed late, when this process had connected already.
+            # A start that failed late may have connected this process already.
             ray.shutdown()
             _forget_processes(error)
             if not isinstance(error, Exception):
@@ -67,8 +68,7 @@ def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) ->
 
 
 def end_embedded() -> None:
-    """`ray.shutdown` of the Ray that this process started, and of what that leaves: processes that
-    are frozen, and those that take longer than they may."""
+    """Shut down the Ray that this process started, and kill processes that do not end in time."""
     running = processes_of(*(folder.name for folder in sessions()))
     try:
         ray.shutdown()
@@ -78,12 +78,12 @@ def end_embedded() -> None:
 
 
 def kill_embedded() -> None:
-    """End all processes of Rays that this process started, at once."""
+    """Kill all processes of Rays that this process started."""
     _kill_sessions([folder.name for folder in sessions()])
 
 
 def _forget_processes(error: BaseException) -> None:
-    """What Ray keeps of them hangs on the error, and would complain that they are running."""
+    """Free Ray's process objects, which the error keeps alive, without their warnings."""
     traceback.clear_frames(error.__traceback__)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
@@ -91,15 +91,17 @@ def _forget_processes(error: BaseException) -> None:
 
 
 def sessions() -> set[Path]:
-    """The folders of all Rays that this process started."""
+    """Return the folders of all Rays that this process started."""
     return set(_ray_folder().glob(f"session_*_{os.getpid()}"))
 
 
 @cache
 def _ray_folder() -> Path:
-    """Where this process's Rays leave their sockets, logs and packages. Ray lets all users of the
-    machine write there, so it lies in a folder which no other user can enter. It has a short name:
-    those of sockets may have 107 characters."""
+    """Return the folder for sockets, logs and packages of this process's Rays.
+
+    Ray lets all users of the machine write there, so it lies in a folder that no other user can
+    enter. Its name is short, because the path of a socket may have only 107 characters.
+    """
     above = Path(get_default_system_temp_dir())
     private = above / f"moesaic-{os.geteuid()}"
     try:
@@ -108,12 +110,12 @@ def _ray_folder() -> Path:
         found = private.lstat()
         own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
         if not own or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            # Somebody else was first.
+            # Another user has made a folder of this name, or others can enter it.
             private = Path(mkdtemp(prefix="moesaic-", dir=above))
     except OSError as error:
         raise ClusterError(
-            f"ray.address: local: Ray's folder cannot be made in {above} ({error.strerror}); let "
-            "RAY_TMPDIR name another one"
+            f"ray.address: local: Ray's folder cannot be made in {above} ({error.strerror}); set "
+            "RAY_TMPDIR to another one"
         ) from error
     return private / "ray"
 
@@ -123,7 +125,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _last_words(folders: list[Path]) -> str:
-    """What the processes of a start that failed wrote last."""
+    """Quote the last lines of the logs of a failed start."""
     for folder in folders:
         for name in _LOGS:
             with contextlib.suppress(OSError):
@@ -136,8 +138,8 @@ def _last_words(folders: list[Path]) -> str:
 def end_sessions(folders: list[Path]) -> None:
     """End all processes of the Rays with these folders, and remove the folders.
 
-    They are found by the session's name in their command lines, which is unlike any other's, and
-    as children of those.
+    The processes are those with the session's unique name in their command lines, and all children
+    of these.
     """
     _kill_sessions([folder.name for folder in folders])
     for folder in folders:
@@ -165,7 +167,7 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def processes_of(*sessions: str) -> list[psutil.Process]:
-    """Those that run for one of these sessions of Ray."""
+    """Return the processes that run for one of these sessions of Ray."""
     if not sessions:
         return []
     named = re.compile(rf"\b({'|'.join(map(re.escape, sessions))})\b")
@@ -173,6 +175,6 @@ def processes_of(*sessions: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if named.search(" ".join(process.cmdline())):
-                # Workers, the children of a raylet, call themselves otherwise.
+                # Workers are children of a raylet and rename themselves, without the session.
                 found += [process, *process.children(recursive=True)]
     return list(dict.fromkeys(found))

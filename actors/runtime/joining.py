@@ -1,5 +1,7 @@
-"""Whether a Ray that runs can be joined, and if not, why: Ray itself tries for long, and then says
-no more than that it failed."""
+"""Joins a running Ray, or says why it cannot be joined.
+
+Ray itself tries for a long time, and then reports only that it failed.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,17 @@ from .ray_token import close_token, need_token, token_file
 
 REACH_S = 5.0
 ANSWER_S = 10.0
-# What a head node listens at besides, and users take for its address.
+# Other ports of a head node, which users mistake for its address.
 _OTHER_PORTS = "the dashboard's is 8265, the Ray client's 10001, and neither is meant"
 
 
 def join(
     address: str, init: Callable[..., Any] = ray.init, *, insecure: bool, **options: Any
 ) -> None:
-    """`ray.init` with the address of a Ray that runs. Raises ClusterError with the cause; one that
-    asks for no token is joined only if ``insecure``."""
+    """Connect to a running Ray with `ray.init`. Raises ClusterError with the cause.
+
+    A Ray that asks for no token is joined only if ``insecure``.
+    """
     try:
         close_token()
         _show_token()
@@ -43,30 +47,33 @@ def join(
     except ClusterError as error:
         raise ClusterError(f"ray.address: {address}: {error}") from error.__cause__
     except Exception as error:
-        # Ray raises what it likes.
+        # Ray raises errors of many types here.
         words = " ".join(str(error).split()) or type(error).__name__
         raise ClusterError(f"ray.address: {address}: {words}") from error
 
 
 def _show_token() -> None:
-    """Have Ray show the token that it finds. By itself it does so only where nobody said whether
-    there is one (RAY_AUTH_MODE) and the address is `auto`; a Ray without one does not mind."""
+    """Make Ray's client show the token that it finds.
+
+    By itself it does so only if RAY_AUTH_MODE is unset and the address is `auto`. A Ray that asks
+    for no token ignores it.
+    """
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _find(address: str) -> str:
-    """host:port of the GCS."""
+    """Return host:port of the GCS."""
     found = canonicalize_bootstrap_address(address)
     if found is None:
         raise ClusterError(
-            "no Ray runs on this machine; `ray start --head` starts one, and RAY_ADDRESS=host:port "
-            "names one elsewhere"
+            "no Ray runs on this machine; `ray start --head` starts one; for one elsewhere, set "
+            "RAY_ADDRESS=host:port"
         )
     return found
 
 
 def check_reachable(address: str) -> None:
-    """Raises ClusterError where nothing listens at host:port."""
+    """Check that something listens at host:port. Raises ClusterError if not."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
@@ -88,7 +95,7 @@ def _check_answer(address: str) -> None:
     if answer.ray_version != ray.__version__:
         raise ClusterError(
             f"Ray {answer.ray_version} runs there, and here is Ray {ray.__version__}; install the "
-            "same on all machines"
+            "same version on all machines"
         )
 
 
@@ -103,11 +110,11 @@ def _refused(error: grpc.RpcError) -> str:
             )
         if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
             return (
-                f"this Ray wants a token, and RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} says "
-                "that none is shown; unset it"
+                f"this Ray wants a token, and RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} keeps "
+                "this process from showing one; unset it"
             )
         return (
-            f"this Ray has another token than {source} here; copy the one of its head node "
+            f"this Ray has another token than {source} here; copy the token of its head node "
             "(`ray get-auth-token` prints it)"
         )
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -119,7 +126,7 @@ def _refused(error: grpc.RpcError) -> str:
 
 
 def token_source() -> str | None:
-    """Where Ray finds a token, in its order."""
+    """Return where Ray finds a token, in the order in which Ray looks; None: nowhere."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
     if os.environ.get("RAY_AUTH_TOKEN_PATH"):

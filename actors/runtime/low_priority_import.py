@@ -1,4 +1,4 @@
-"""Imports that leave the cores to others."""
+"""Imports at a low priority, which leave the cores to processes that serve."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import os
 import sys
 import threading
 
-# As `nice` has it, beside the process's own, which Ray lets begin at 15 of 19.
+# Added to the process's own niceness; Ray starts its workers with 15, and the maximum is 19.
 NICER = 10
 
 
 def import_quietly(module: str, package: str | None = None) -> None:
-    """Import a module, which may take seconds of computing, at a low priority.
+    """Import a module at a low priority, as an import may take seconds of computing.
 
-    On Linux threads have priorities of their own, and nobody may raise one again: so a thread does
-    it that ends with it. Raises what the import raises.
+    On Linux each thread has its own priority, and a process may not raise it again. So a thread of
+    its own does the import and then ends. Raises what the import raises.
     """
     failures: list[BaseException] = []
 
@@ -31,6 +31,6 @@ def import_quietly(module: str, package: str | None = None) -> None:
 
     thread = threading.Thread(target=run, name=f"import {module}")
     thread.start()
-    thread.join()  # whoever started the process has a deadline for it
+    thread.join()  # without a timeout: the starter of this process has a deadline for it
     if failures:
         raise failures[0]

@@ -1,4 +1,4 @@
-"""Ports of this machine: whether one is free, and any that is."""
+"""Ports and addresses of this machine: checks that they can be used, and a free port."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from ...proto.errors import ClusterError
 
 
 def check_port(part: str, host: str, port: int) -> None:
-    """Raises ClusterError when the ``port`` of this part of the spec is taken; 0 never is. Whether
-    this machine has the address at all is for `check_address` to say."""
+    """Check that the ``port`` of this part of the spec is free; 0 always is. Raises ClusterError.
+
+    `check_address` checks that this machine has the address.
+    """
     if port == 0:
         return
     family, address = resolved(f"{part}.host", host)
@@ -26,7 +28,7 @@ def check_port(part: str, host: str, port: int) -> None:
 
 
 def check_address(key: str, host: str) -> None:
-    """Raises ClusterError where this machine does not have the address that ``key`` names."""
+    """Check that this machine has the address of the spec's ``key``. Raises ClusterError."""
     family, address = resolved(key, host)
     with socket.socket(family) as probe:
         try:
@@ -38,7 +40,7 @@ def check_address(key: str, host: str) -> None:
 
 
 def resolved(key: str, host: str) -> tuple[int, str]:
-    """Its family, and its address without brackets. Raises ClusterError where there is none."""
+    """Return family and address of a host, without brackets. Raises ClusterError if unknown."""
     plain = host.strip("[]")
     try:
         number = ipaddress.ip_address(plain)

@@ -1,5 +1,7 @@
-"""What each process of a cluster says of itself on its stdout, so that its log files are found
-among those of Ray's other workers, also when it is dead."""
+"""The line that each process of a cluster prints first, by which its log files are found.
+
+It tells them from those of Ray's other workers, even after the process has died.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ _SAID = re.compile(r"^moesaic: (host|controller|trunk|ingress) (\S+) of (\S+)$",
 
 
 class Process(NamedTuple):
-    """A part of a cluster."""
+    """One process of a cluster."""
 
     kind: Kind
     name: str
@@ -20,12 +22,12 @@ class Process(NamedTuple):
 
 
 def announce(kind: Kind, name: str, cluster: str) -> None:
-    """To be called once, as soon as the process knows what it is."""
+    """Print the line; call this once, as soon as the process knows what it is."""
     print(f"moesaic: {kind} {name} of {cluster}", flush=True)
 
 
 def announced(text: str) -> Process | None:
-    """Whose the log is that begins with ``text``; None: not one of ours."""
+    """Return the process whose log begins with ``text``; None: it is not one of a cluster."""
     found = _SAID.search(text)
     if found is None:
         return None

@@ -1,6 +1,6 @@
-"""Ray as this project uses it: starting and joining it, and its errors as ours.
+"""The border to Ray: starting and joining it, and the translation of its errors.
 
-Ray types neither an actor's methods nor what they give: handles are Any.
+Handles are Any, because Ray types neither an actor's methods nor their results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before ray is imported: no usage reports.
+# Must be set before ray is imported: it turns usage reports off.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
@@ -29,19 +29,19 @@ from .ray_token import need_token
 
 log = logging.getLogger(__name__)
 
-# Serve tells the driver of every step it takes; that Ray has a token by default is no warning.
+# Serve logs every step to the driver, and Ray warns that it uses a token by default.
 logging.getLogger("ray.serve").setLevel(logging.WARNING)
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 
 CONTROLLER = "controller"
-# The resource that the node of Ray's GCS has, and no other.
+# The resource that only the node of Ray's GCS has.
 HEAD_NODE = "node:__internal_head__"
 EMBEDDED_STORE_BYTES = 128 << 20
 
 
 @dataclass(slots=True)
 class _Embedded:
-    """The Ray that this process started, if it did, and the clusters on it."""
+    """The Ray that this process started, if it did: the number of clusters on it."""
 
     clusters: int = 0
 
@@ -50,11 +50,11 @@ _embedded = _Embedded()
 
 
 def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> bool:
-    """Connect to Ray, or start one in this process. True if it is this process's own: then it ends
-    with the last cluster on it, see `end_ray`.
+    """Connect to Ray, or start one from this process; return True if it is this process's own.
 
-    ``said`` hears of a start that failed and is tried once more. Raises ClusterError, also where
-    this process is on a Ray that asks for no token.
+    This process's own Ray ends with the last cluster on it, see `end_ray`. ``said`` is called with
+    a message if a start failed and is tried once more. Raises ClusterError, also if this process is
+    connected to a Ray that asks for no token.
     """
     namespace = namespace_of(spec.name)
     if spec.ray.address != "local" and not ray.is_initialized():
@@ -63,7 +63,7 @@ def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> bool:
     if ray.is_initialized():
         _need_token(spec)
         if spec.ray.address != "local" or not _embedded.clusters:
-            return False  # the program's own
+            return False  # the program started or joined it
     else:
         _embedded.clusters = 0
         wanted = sum(group.num_cpus * group.most for group in spec.hosts)
@@ -72,7 +72,7 @@ def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> bool:
         start_embedded(
             said,
             namespace=namespace,
-            # Cores are shared by turns, not owned: what the spec asks for fits on any machine.
+            # Processes share the cores in turns, so the spec fits on a machine with fewer cores.
             num_cpus=math.ceil(wanted) + 4,
             include_dashboard=False,
             object_store_memory=EMBEDDED_STORE_BYTES,
@@ -96,19 +96,19 @@ def _need_token(spec: Spec) -> None:
 
 
 def ray_ends_with_one() -> bool:
-    """Whether the Ray of this process ends with the next `end_ray`."""
+    """Return whether the Ray of this process ends with the next `end_ray`."""
     return _embedded.clusters == 1
 
 
 def end_ray() -> None:
-    """To be called once for each `start_ray` that gave True."""
+    """End a cluster's use of this process's Ray; call once per `start_ray` that returned True."""
     _embedded.clusters -= 1
     if _embedded.clusters == 0:
         end_embedded()
 
 
 def kill_named(namespace: str, prefix: str = "") -> None:
-    """End all actors of a namespace whose names begin so; what fails keeps no other alive."""
+    """End all actors of a namespace with this prefix; a failure does not spare the others."""
     known: Any = ray.util.list_named_actors(all_namespaces=True)
     with contextlib.ExitStack() as each:
         for actor in known:
@@ -125,7 +125,7 @@ def _kill_one(name: str, namespace: str) -> None:
 
 
 def ask(ref: Any, timeout_s: float, what: str) -> Any:
-    """`ray.get` with Ray's errors as ours; a MoesaicError of the other side comes as itself."""
+    """Call `ray.get`, and translate Ray's errors; raise the other side's MoesaicError itself."""
     try:
         return ray.get(ref, timeout=timeout_s)
     except GetTimeoutError:
@@ -140,13 +140,13 @@ def ask(ref: Any, timeout_s: float, what: str) -> Any:
 
 
 def last_line(error: Exception) -> str:
-    """Ray's messages end with what happened, behind a trace of the other process."""
+    """Return an error's last line, as Ray's messages say there what happened, after a trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def controller_of(namespace: str) -> Any:
-    """Raises ClusterError when the cluster's controller is not there."""
+    """Return the handle of the cluster's controller. Raises ClusterError if there is none."""
     try:
         return ray.get_actor(CONTROLLER, namespace=namespace)
     except ValueError as error:
@@ -154,8 +154,10 @@ def controller_of(namespace: str) -> Any:
 
 
 def join_ray(address: str, name: str, *, insecure: bool = False) -> None:
-    """Connect this process to a Ray that is running. Raises ClusterError, also for one that asks
-    for no token, unless ``insecure``."""
+    """Connect this process to a running Ray. Raises ClusterError.
+
+    A Ray that asks for no token is an error too, unless ``insecure``.
+    """
     if ray.is_initialized():
         return
     join(
@@ -172,8 +174,8 @@ def ray_address() -> str:
 
 
 def log_folder() -> str:
-    """Where the processes on this node leave what they print."""
-    # Of what is initialised already; Ray has no other public name for it.
+    """Return the folder with the output of Ray's processes on this node."""
+    # Ray is initialised already; this call is the only public way to its context.
     context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
     return str(Path(context.address_info["session_dir"], "logs"))
 
@@ -183,7 +185,7 @@ def namespace_of(name: str) -> str:
 
 
 def cluster_of(namespace: str) -> str:
-    """The cluster's name again."""
+    """Return the cluster's name, the inverse of `namespace_of`."""
     return namespace.removeprefix("moesaic-")
 
 
@@ -198,7 +200,7 @@ def actor_options(wanted: Resources, threads: int) -> dict[str, Any]:
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """Set before torch is imported: processes take turns on the cores, none spins on them."""
+    """Return environment variables, for before torch's import, that let processes share cores."""
     return {
         "OMP_WAIT_POLICY": "passive",
         "OMP_NUM_THREADS": str(threads),

@@ -1,7 +1,7 @@
-"""Ray's token: without one, whoever reaches a port of Ray runs any program on all its machines.
+"""Ray's token: without one, anyone who reaches a port of Ray can run programs on all its machines.
 
-So a Ray that asks for none is refused, unless the spec says `ray: {insecure: true}`, and the file
-that the token is in is kept from other users of the machine.
+So a Ray that asks for no token is refused, unless the spec says `ray: {insecure: true}`, and other
+users of the machine cannot read the token's file.
 """
 
 from __future__ import annotations
@@ -32,29 +32,31 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def need_token(address: str, *, insecure: bool) -> None:
-    """Ask the GCS at host:port without a token. Raises ClusterError where it answers, or where it
-    cannot be told, unless ``insecure``."""
+    """Check that the GCS at host:port refuses a question without a token.
+
+    Raises ClusterError if it answers, or if that cannot be determined, unless ``insecure``.
+    """
     if insecure:
         return
     code = _asked_without(address)
     if code is grpc.StatusCode.OK:
         raise ClusterError(
-            "this Ray asks for no token, so that whoever reaches one of its ports runs any "
-            "program on all its machines; start it anew with one (`ray get-auth-token --generate` "
-            "once, RAY_AUTH_MODE=token for `ray start` on each machine), or say "
-            "`ray: {insecure: true}`"
+            "this Ray asks for no token, so anyone who reaches one of its ports can run any "
+            "program on all its machines; restart it with a token (`ray get-auth-token --generate` "
+            "once, RAY_AUTH_MODE=token for `ray start` on each machine), or set "
+            "`ray: {insecure: true}` in the spec"
         )
     if code is not grpc.StatusCode.UNAUTHENTICATED:
         raise ClusterError(
-            f"it cannot be told whether this Ray asks for a token ({code.name}); try again, or say "
-            "`ray: {insecure: true}`"
+            f"cannot determine whether this Ray asks for a token ({code.name}); try again, or set "
+            "`ray: {insecure: true}` in the spec"
         )
 
 
 def _asked_without(address: str) -> grpc.StatusCode:
     messages: Any = gcs_service_pb2
     options = [("grpc.enable_http_proxy", 0)]
-    # As Ray's own, but for the interceptor that shows the token.
+    # The same as Ray's own channel, but without the interceptor that shows the token.
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         chain, key, roots = load_certs_from_env()
         credentials = grpc.ssl_channel_credentials(roots, key, chain)
@@ -76,8 +78,10 @@ def _asked_without(address: str) -> grpc.StatusCode:
 
 
 def make_token() -> None:
-    """Make a token for the Rays of this user, unless there is one. Ray does so itself, but where
-    each user of the machine can read it. Raises ClusterError."""
+    """Make a token for the Rays of this user, unless there is one. Raises ClusterError.
+
+    Ray would make one itself, but in a file that all users of the machine can read.
+    """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
@@ -89,7 +93,7 @@ def make_token() -> None:
         if not file.exists():
             with os.fdopen(os.open(draft, _NEW, 0o600), "w") as opened:
                 opened.write(generate_new_authentication_token())
-            # Another process may have been first.
+            # Another process may have made the file meanwhile; then its token is used.
             with contextlib.suppress(FileExistsError):
                 os.link(draft, file)
             draft.unlink()
@@ -97,26 +101,26 @@ def make_token() -> None:
             raylet.AuthenticationTokenLoader.instance().reset_cache()
     except OSError as error:
         raise ClusterError(
-            f"Ray's token cannot be kept in {file} ({error.strerror}); let RAY_AUTH_TOKEN_PATH "
-            "name a file that has one"
+            f"Ray's token cannot be stored in {file} ({error.strerror}); set RAY_AUTH_TOKEN_PATH "
+            "to a file that has one"
         ) from error
     close_token()
 
 
 def close_token() -> None:
-    """Take the user's token from others, who could read what `ray get-auth-token` has made."""
+    """Make the token's file private, as `ray get-auth-token` lets other users read it."""
     file = token_file()
     try:
         opened = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return  # There is none, or Ray will say why it cannot be read.
+        return  # there is no file, or Ray will say why it cannot be read
     try:
         found = os.fstat(opened)
         if found.st_uid == os.geteuid() and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             os.fchmod(opened, 0o600)
             log.warning(
-                "%s had mode %04o, and has 0600 now: who can read it commands this user's Rays; "
-                "where others may have read it, remove it and start them anew",
+                "%s had mode %04o, and has 0600 now: anyone who can read it controls this user's "
+                "Rays; if others may have read it, remove it and restart them",
                 file,
                 stat.S_IMODE(found.st_mode),
             )
@@ -125,5 +129,5 @@ def close_token() -> None:
 
 
 def token_file() -> Path:
-    """Where Ray keeps the token of a user."""
+    """Return the file in which Ray keeps a user's token."""
     return Path.home() / ".ray" / "auth_token"

@@ -1,8 +1,7 @@
-"""Why a part of a cluster did not start, in its own words.
+"""Records of why a part of a cluster did not start, with the part's own error.
 
-Ray and Serve tell whoever waits for a process that it failed, and of its error a traceback at most.
-So each part leaves its error in Ray's key-value store, and the process that starts the cluster
-reads it there.
+Ray and Serve report only that a process failed, with a traceback at most. So each part stores its
+error in Ray's key-value store, and the process that starts the cluster reads it there.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ...proto.errors import in_words
 from .ray_border import cluster_of
 
 PartKind = Literal["host", "trunk", "router", "ingress"]
-# What comes later fails because of what comes first.
+# A part that comes later here may have failed because an earlier one did.
 _ORDER: tuple[PartKind, ...] = ("host", "trunk", "router", "ingress")
 _PREFIX = "failed-start-"
 
@@ -54,7 +53,7 @@ class StartFailure:
                 return "the ingress"
 
     def describe(self, cluster: str) -> str:
-        """A sentence with the way to its log."""
+        """Say in a sentence why the part did not start, and which command shows its log."""
         said = f"{self.part} did not start: {self.words}"
         if self.kind == "router":
             return said
@@ -63,14 +62,14 @@ class StartFailure:
 
 
 def log_of(what: str, cluster: str) -> str:
-    """Where to read on."""
+    """Name the command that shows the log of ``what``."""
     name = "" if cluster == "local" else f" --name {cluster}"
     return f"`moesaic logs {what}{name}` has more"
 
 
 @contextmanager
 def telling(namespace: str, kind: PartKind, name: str) -> Iterator[None]:
-    """Around what a part does to start: leaves what it raises for `start_failures`."""
+    """Run a part's start in this block; an error is stored for `start_failures` and raised."""
     try:
         yield
     except Exception as error:
@@ -79,13 +78,13 @@ def telling(namespace: str, kind: PartKind, name: str) -> Iterator[None]:
         try:
             _internal_kv_put(key, value, overwrite=True, namespace=namespace)
         except (RayError, ConnectionError, RuntimeError):
-            # Ray says the rest of it.
-            log.exception("it cannot be told why %s %s of %s failed", kind, name, namespace)
+            # The cause itself is raised below, so Ray logs it.
+            log.exception("cannot store why %s %s of %s failed", kind, name, namespace)
         raise
 
 
 def start_failures(namespace: str) -> list[StartFailure]:
-    """What `telling` has left, causes first."""
+    """Return what `telling` has stored, likely causes first."""
     found = []
     for key in _internal_kv_list(_PREFIX, namespace=namespace):
         value = _internal_kv_get(key, namespace=namespace)
@@ -99,7 +98,7 @@ def forget_start_failures(namespace: str) -> None:
 
 
 def describe_failures(namespace: str) -> str:
-    """A sentence for the first cause of each kind; empty if nothing was told."""
+    """Describe the first failure of the earliest kind, and count its like; empty if none."""
     told = start_failures(namespace)
     first = [one for one in told if one.kind == told[0].kind]
     more = f" ({len(first) - 1} more failed like it)" if len(first) > 1 else ""

@@ -1,4 +1,4 @@
-"""The endpoint of a cluster: one trunk deployment for each model, and the ingress before them."""
+"""Deploy the endpoint of a cluster: one trunk deployment per model, and the ingress."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ T = TypeVar("T")
 
 
 class Addresses(NamedTuple):
-    """Where an endpoint is, and its monitoring: None where this machine cannot reach it."""
+    """Where clients reach the endpoint and its monitoring.
+
+    ``monitoring`` is None where this machine cannot reach it.
+    """
 
     url: str
     monitoring: str | None
@@ -54,10 +57,10 @@ class Addresses(NamedTuple):
 def start_endpoint(
     spec: Spec, models: Mapping[str, ModelRef], experts: Mapping[str, ExpertBounds]
 ) -> Addresses:
-    """Serve ``models`` over HTTP, and wait until they answer there. ``experts``: how many a
-    request may ask for.
+    """Serve ``models`` over HTTP, and wait until they answer there.
 
-    Raises ClusterError; what had started is left to `leave_serve`.
+    ``experts`` bounds how many experts per token a request may ask for. Raises ClusterError;
+    the caller then ends what had started with `leave_serve`.
     """
     endpoint = spec.endpoint
     assert endpoint is not None
@@ -112,13 +115,15 @@ def start_endpoint(
 
 
 def own_hosts(*places: Place | None) -> set[str]:
-    """The hosts in the addresses that are printed and written down."""
+    """Return the hosts in the addresses that are printed and written to the session file."""
     return {urlsplit(place.url).hostname or "" for place in places if place is not None}
 
 
 def _serves_words(spec: Spec) -> str:
-    """What Serve says of the first part that failed: a process that was killed could not tell why
-    itself."""
+    """Return Serve's message for the first deployment that failed, or "".
+
+    A process that was killed cannot report why itself.
+    """
     try:
         deployments = serve.status().applications[app_name(spec)].deployments
     except (RayError, RayServeException, RuntimeError, LookupError):
@@ -140,7 +145,7 @@ def _replicas(spec: Spec) -> dict[str, Any]:
     return {
         "autoscaling_config": AutoscalingConfig(
             min_replicas=trunk.min_replicas,
-            # The ingress asks each trunk for its limits before it serves.
+            # One even where trunks may scale to zero: the ingress reads each trunk's limits first.
             initial_replicas=max(1, trunk.min_replicas),
             max_replicas=trunk.max_replicas,
             target_ongoing_requests=trunk.target_requests,
@@ -160,7 +165,7 @@ def _engine_config(spec: Spec) -> EngineConfig:
         max_waiting=spec.trunk.max_waiting,
         compiled=spec.trunk.compiled,
         park_s=spec.timeouts.expert_s,
-        # A step may wait for a slow host in one layer after the other.
+        # A step may wait for a slow host in several layers, one after the other.
         stall_timeout_s=2 * spec.timeouts.expert_s + 60.0,
     )
 
@@ -175,12 +180,15 @@ def _tokenizer(path: Path) -> Callable[[], Any]:
 
 
 class ControllerStatus:
-    """Asks a cluster's controller for its status. Ray's calls that look for an actor block, and do
-    so for long while its GCS is gone: a thread that does nothing else makes them."""
+    """Asks a cluster's controller for its status.
+
+    Ray's call that looks up an actor blocks, for long while Ray's GCS is down, so it has a
+    thread of its own.
+    """
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
-        self._controller: Any = None  # stays the same one when the controller is started anew
+        self._controller: Any = None  # this handle stays valid when Ray restarts the controller
         self._looking: asyncio.Future[Any] | None = None
 
     def __reduce__(self) -> tuple[type[ControllerStatus], tuple[str]]:
@@ -198,10 +206,10 @@ class ControllerStatus:
                 async with asyncio.timeout(QUESTION_TIMEOUT_S):
                     self._controller = await asyncio.shield(self._looking)
             except TimeoutError:
-                text = f"Ray did not name the controller within {QUESTION_TIMEOUT_S:g} s"
+                text = f"Ray did not find the controller within {QUESTION_TIMEOUT_S:g} s"
                 raise NoAnswer(text) from None
             except ValueError:
-                text = "the controller is not there: it is being started anew"
+                text = "the controller is not there; it is being restarted"
                 raise NoAnswer(text) from None
         return self._controller
 
@@ -210,7 +218,7 @@ class ControllerStatus:
 
 
 def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
-    """What ``work`` gives, from a thread of its own: the event loop's are for what ends soon."""
+    """Run ``work`` in a new thread; the event loop's pool of threads is for short work."""
     loop = asyncio.get_running_loop()
     found: asyncio.Future[T] = loop.create_future()
 
@@ -236,8 +244,11 @@ def _set(found: asyncio.Future[Any], value: Any, error: Exception | None) -> Non
 
 
 async def answered(asked: Awaitable[T]) -> T:
-    """What the controller answers. Raises NoAnswer where it takes too long or is restarted, and
-    InternalError for a defect of it."""
+    """Return the controller's answer.
+
+    Raises NoAnswer where it takes too long or is being restarted, and InternalError where it
+    failed.
+    """
     try:
         async with asyncio.timeout(QUESTION_TIMEOUT_S):
             return await asked
@@ -246,4 +257,4 @@ async def answered(asked: Awaitable[T]) -> T:
     except RayTaskError as error:
         raise InternalError(f"the controller: {in_words(error.cause)}") from error
     except RayError as error:
-        raise NoAnswer(f"the controller is being started anew ({last_line(error)})") from error
+        raise NoAnswer(f"the controller is being restarted ({last_line(error)})") from error

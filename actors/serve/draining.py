@@ -1,5 +1,8 @@
-"""Ending without cutting anything off: the ingress and the router service refuse what is new, and
-what runs has its time. A thin shell around `cluster/service/draining.py`."""
+"""Drain the ingress and the router service before a cluster ends.
+
+Both refuse new requests, and running ones get time to finish. A thin shell around
+`cluster/service/draining.py`.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +23,28 @@ from ..runtime.ray_border import ask
 
 log = logging.getLogger(__name__)
 
-# To begin with: a worker of Ray may have to start first.
+# For the first answer: Ray may have to start a worker process first.
 BEGIN_S = 20.0
 LOOK_S = 0.2
 _ANSWER_S = 5.0
 
 
 class IngressEnd:
-    """Runs as a Ray actor: what Serve leaves in a process that calls its applications ends with
-    it, and not with the one that owns the cluster."""
+    """Calls the ingress from a Ray actor of its own.
+
+    Serve starts threads and handles in a process that calls its applications. They end with
+    this actor, and do not stay in the owner's process.
+    """
 
     def __init__(self, app: str) -> None:
         self._ingress: Any = serve.get_app_handle(app)
 
     def drain(self, drain_s: float) -> int:
-        """See `serve_app.Ingress.drain`."""
+        """Return how many requests run; see `serve_app.Ingress.drain`."""
         return self._ingress.drain.remote(drain_s).result(timeout_s=_ANSWER_S)
 
     def running(self) -> int:
-        """See `serve_app.Ingress.running`."""
+        """Return how many requests run; see `serve_app.Ingress.running`."""
         return self._ingress.running.remote().result(timeout_s=_ANSWER_S)
 
 
@@ -49,9 +55,11 @@ def drain(
     router_service: Any,
     told: Callable[[str], None],
 ) -> None:
-    """Let the application ``app`` of Serve and the router service, where there are such, refuse
-    what is new, and wait for what runs: at most ``drain_s`` and a few seconds. ``told`` hears of
-    it, line by line. What does not answer is not waited for."""
+    """Refuse new requests, and wait at most ``drain_s`` and a few seconds for running ones.
+
+    ``app`` is the cluster's Serve application; it and ``router_service`` may be None. ``told``
+    receives the progress line by line. What does not answer is not waited for.
+    """
     draining = Draining(drain_s, time.monotonic())
     with ExitStack() as last_first:
         parts: dict[str, tuple[Kind, Any]] = {}
@@ -67,7 +75,7 @@ def drain(
             try:
                 running = ask(ref, max(0.1, until - time.monotonic()), f"{part}: end")
             except ClusterError as error:
-                told(f"ending: {part} does not answer, and ends at once ({error})")
+                told(f"ending: {part} does not answer and is ended at once ({error})")
                 continue
             now = time.monotonic()
             draining.expect(part, parts[part][0], now)
@@ -87,6 +95,6 @@ def _wait(draining: Draining, actors: dict[str, Any], told: Callable[[str], None
                 running: Any = ray.get(actors[part].running.remote(), timeout=_ANSWER_S)
                 draining.heard(part, running, time.monotonic())
             except (RayError, RayServeException, TimeoutError) as error:
-                # Waited for until it has been silent for long, or is gone.
-                log.info("%s does not say what runs: %r", part, error)
+                # `Draining` stops waiting for it when it has been silent for too long.
+                log.info("%s does not report what still runs: %r", part, error)
         time.sleep(LOOK_S)

@@ -1,6 +1,6 @@
-"""Ending a cluster of this process at once, whatever the process is doing: starting it, ending it.
+"""End a cluster of this process at once, even while it is starting or ending.
 
-Nothing is asked and nothing is waited for. May be called in any thread, and again.
+It asks nothing and waits for nothing. Any thread may call it, also several times.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from ..runtime.embedded_ray import kill_embedded
 from ..runtime.ray_border import kill_named, namespace_of
 from .serve_border import leave_serve
 
-# Namespaces in which this process started something, or was about to: others' are left alone.
+# Namespaces in which this process started something, or was about to. Clusters of other owners may
+# be on the same Ray and are left alone.
 _begun: set[str] = set()
 
 
 def begins(namespace: str) -> None:
-    """From now on what is in ``namespace`` is this process's own."""
+    """Note that this process owns what is in ``namespace`` from now on."""
     _begun.add(namespace)
 
 
 def is_over(namespace: str) -> None:
-    """Nothing of it is left."""
+    """Note that nothing is left in ``namespace``."""
     _begun.discard(namespace)
 
 
 def end_at_once(spec: Spec) -> None:
-    """Leave no process of the cluster, and nothing of it on a Ray that is not its own."""
+    """Kill all processes of the cluster, and remove its state from a Ray that others share."""
     if spec.ray.address == "local":
         kill_embedded()
         return

@@ -1,7 +1,7 @@
-"""Starting and ending a cluster on Ray: hosts, controller, trunks, ingress.
+"""Start and end a cluster on Ray: hosts, controller, trunks, ingress.
 
-The one place that turns a spec into Ray actors. The process that calls `launch` owns them: they
-end with it, whatever happens to it.
+This is the one place that turns a spec into Ray actors. The process that calls `launch` owns them:
+they end with it, even when it is killed.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ from .serve_border import app_name, find_monitoring, find_place, leave_serve
 
 log = logging.getLogger(__name__)
 
-# (what is being done, done, of how many)
+# (step, how many are done, of how many)
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(slots=True)
 class Launched:
-    """What `launch` started; `close` ends all of it."""
+    """The actors and resources that `launch` started; `close` ends all of them."""
 
     spec: Spec
     namespace: str
     models: dict[str, ModelRef]
     controller: Any = None
-    hosts: dict[str, Any] = field(default_factory=dict)  # until the keeper has them
+    hosts: dict[str, Any] = field(default_factory=dict)  # until the keeper takes them over
     keeper: HostKeeper | None = None
     groups: list[PlacementGroup] = field(default_factory=list)
-    begun: bool = False  # the cluster of this name on this Ray is this one
-    serves: bool = False  # something of it may be on Serve
+    begun: bool = False  # this cluster owns the namespace of its name
+    serves: bool = False  # some of its deployments may be on Serve
     url: str | None = None
     monitoring: str | None = None  # the address of /status and /metrics
     router: str | None = None  # host:port of the router service
@@ -76,12 +76,12 @@ class Launched:
     owns_ray: bool = False
 
     def close(self, drain_s: float | None = None, told: Callable[[str], None] = log.info) -> None:
-        """End all of it; what fails, or is interrupted, keeps nothing else from being ended.
+        """End all actors and release all resources, even when ending one fails or is interrupted.
 
-        With ``drain_s`` new requests are refused first, and what runs has so many seconds; ``told``
-        hears of it.
+        With ``drain_s`` new requests are refused first, and running ones have that many
+        seconds to finish; ``told`` receives the progress line by line.
         """
-        # Trunks and ingress end with their Ray, and refuse requests until then.
+        # A Ray of the cluster's own takes trunks and ingress along when it ends.
         leaves_serve = self.serves and not (self.owns_ray and ray_ends_with_one())
         with contextlib.ExitStack() as last_first:
             if self.begun:
@@ -118,11 +118,12 @@ def launch(
     on_ray: Callable[[], None] = lambda: None,
     router_key: str | None = None,
 ) -> Launched:
-    """Start everything in ``spec`` and wait until it answers. ``warn`` is told what is odd and
-    harmless; ``on_ray`` is called as soon as this process is connected to Ray. ``router_key`` opens
-    the router service; None: a new key.
+    """Start everything in ``spec`` and wait until it answers.
 
-    Raises CheckpointError, UnsupportedModel and ClusterError; whatever had started is ended first.
+    ``warn`` receives findings that are odd but harmless. ``on_ray`` is called as soon as this
+    process is connected to Ray. ``router_key`` opens the router service; None makes a new key.
+
+    Raises CheckpointError, UnsupportedModel and ClusterError, after ending what had started.
     """
     checked = _check(spec, progress, warn)
     refs, shapes = {}, {}
@@ -170,15 +171,15 @@ def launch(
         told = ""
         try:
             if launched.begun:
-                # Before all that was kept of it is forgotten.
+                # `close` deletes these records, so they are read first.
                 told = describe_failures(launched.namespace)
         except Exception:
-            log.exception("it cannot be read which part failed")
+            log.exception("cannot read which part of the cluster failed")
         try:
             launched.close()
         except Exception:
-            # Not what the caller is to hear of.
-            log.exception("not all that had started could be ended")
+            # Logged only: the caller gets the first error, which is the cause.
+            log.exception("could not end everything that had started")
         if isinstance(error, MoesaicError) and told and told not in str(error):
             raise ClusterError(told) from error
         raise
@@ -186,8 +187,10 @@ def launch(
 
 
 def _check(spec: Spec, progress: Progress, warn: Callable[[str], None]) -> Preflight:
-    """Find everything that keeps the cluster from starting before anything is downloaded, and
-    again when all models are here. Raises one error with all of it."""
+    """Check the spec before anything is downloaded, and again when all models are local.
+
+    Raises one error that lists every problem that keeps the cluster from starting.
+    """
     local = spec.ray.address == "local" and not ray.is_initialized()
     checked = preflight(spec, local=local)
     raise_errors(checked.findings)
@@ -203,14 +206,14 @@ def _check(spec: Spec, progress: Progress, warn: Callable[[str], None]) -> Prefl
 
 
 def check_name(spec: Spec) -> None:
-    """Raises ClusterError where a cluster of the same name is on this Ray."""
+    """Raise ClusterError if a cluster of the same name runs on this Ray."""
     with contextlib.suppress(ValueError):
         ray.get_actor(CONTROLLER, namespace=namespace_of(spec.name))
         raise ClusterError(f"name: a cluster {spec.name!r} is running; `moesaic down` ends it")
 
 
 def _start_actors(launched: Launched, shapes: Mapping[str, ModelShape]) -> None:
-    """Hosts and controller; what has started is in ``launched`` whatever fails."""
+    """Start hosts and controller; if one fails, ``launched`` has what had started."""
     spec, namespace, refs = launched.spec, launched.namespace, launched.models
     strategies = [
         strategy
@@ -230,7 +233,7 @@ def _start_actors(launched: Launched, shapes: Mapping[str, ModelShape]) -> None:
             namespace=namespace,
             max_restarts=-1,
             num_cpus=0,
-            # Beside its owner, so that a node of hosts that is lost takes nothing else along.
+            # On the owner's node, so that losing a node of hosts does not end the controller.
             scheduling_strategy=NodeAffinitySchedulingStrategy(
                 ray.get_runtime_context().get_node_id(), soft=True
             ),
@@ -249,7 +252,10 @@ def _start_actors(launched: Launched, shapes: Mapping[str, ModelShape]) -> None:
 
 
 def _strategies(group: HostGroup, groups: list[PlacementGroup], start_s: float) -> list[Any]:
-    """The scheduling strategy of each host of a group; a new placement group joins ``groups``."""
+    """Return one scheduling strategy per host of a group.
+
+    Appends the placement group, where one is made, to ``groups``.
+    """
     if group.spread == "none":
         return ["SPREAD"] * group.count
     bundle = {"CPU": group.num_cpus, "GPU": group.num_gpus, **group.resources}
@@ -267,7 +273,7 @@ def _strategies(group: HostGroup, groups: list[PlacementGroup], start_s: float) 
 
 
 def _host_threads(spec: Spec) -> int:
-    """An even share of a node's cores for each of the hosts on it."""
+    """Return each host's share of a node's cores, if hosts are spread evenly."""
     nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
     per_node = math.ceil(spec.num_hosts / nodes)
     return max(1, (os.cpu_count() or 1) // per_node)
@@ -281,7 +287,7 @@ def _wait_loaded(launched: Launched, progress: Progress) -> None:
     asked = {host.entry.remote(): name for name, host in hosts.items()}
     while asked:
         progress("starting hosts", len(hosts) - len(asked), len(hosts))
-        # The first that fails is told at once, whoever still waits for a machine.
+        # A host that fails is reported at once, even while others still wait for a machine.
         ready, rest = ray.wait(list(asked), timeout=max(0.1, deadline - time.monotonic()))
         if not ready:
             raise ClusterError(

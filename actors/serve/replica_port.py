@@ -1,9 +1,9 @@
-"""The port that Ray Serve opens in each of its replicas: at the address of its node alone.
+"""Bind the port that Ray Serve opens in each replica to the address of its node.
 
-Serve opens it for calls between deployments that go past Ray's actors, which ours do not. It asks
-for Ray's token and then unpickles what it is sent; and it listens on all interfaces of the machine,
-also where Ray itself stays on loopback. Ray has no option for that, so the one function that opens
-it is replaced in the replicas' processes.
+Serve opens it for calls between deployments that bypass Ray's actors, which ours never make. The
+port asks for Ray's token, and then unpickles whatever it receives. It listens on all interfaces of
+the machine, even where Ray itself stays on loopback. Ray has no option for that, so the one
+function that opens the port is replaced in the replicas' processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ANYWHERE = "[::]"
 
 
 def stay_on_node() -> None:
-    """To be called in a replica before it is initialised."""
+    """Replace Serve's function in this process; call it before the replica is initialised."""
     serves: Any = replica
     opens = serves.add_port_to_grpc_server
     if getattr(opens, "at", None) is None:
@@ -26,7 +26,7 @@ def stay_on_node() -> None:
 
 
 class _OnNode:
-    """``opens`` a port of a gRPC server, at one address in place of all."""
+    """Opens a gRPC server's port with ``opens``: at the address ``at``, not on all interfaces."""
 
     def __init__(self, opens: Any, at: str) -> None:
         self._opens = opens

@@ -1,10 +1,10 @@
-"""The Ray shell of the service: two Serve deployments, and the only border where errors cross.
+"""Wrap the service in two Ray Serve deployments, and carry errors across their border.
 
     HTTP proxy -> Ingress (tokenizers, text, SSE) -> handle, streaming -> Trunk (an Engine)
 
-Errors cross as values: Ray would wrap an exception in a class of its own and log a traceback per
-refused request. ``Trunk.generate`` yields the parts of a Delta or ``Failure``;
-``TrunkClient`` raises the error again, and turns Ray's own errors into EngineError.
+Errors cross as values: Ray would wrap an exception in a class of its own and log a traceback for
+every refused request. `Trunk.generate` yields the parts of a Delta, or a `Failure`; `TrunkClient`
+raises the original error again, and turns Ray's own errors into EngineError.
 """
 
 from __future__ import annotations
@@ -81,19 +81,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The engine and the ingress's gate refuse with Busy before Serve queues anything: probes, and the
-# call that ends the ingress, always find room.
+# Above what the engine and the ingress's gate admit: they refuse with Busy before Serve queues
+# anything, so that probes and the call that drains the ingress always get through.
 MAX_ONGOING = 4096
-# Of one call that only asks: limits, statistics.
+# For one call that reads limits or statistics.
 QUESTION_TIMEOUT_S = 5.0
-# After so long without a token the trunk is asked whether it lives.
+# After this long without a token the client asks the trunk whether it is alive.
 PATIENCE_S = 15.0
-# Of an engine that was told to end.
+# For an engine to close.
 CLOSE_S = 15.0
-# Building a trunk reads a checkpoint.
+# Building a trunk reads a checkpoint, which may be large.
 START_TIMEOUT_S = 600.0
 
-_FULL = "the model's trunks have as many requests as they may; try again later"
+_FULL = "the model's trunks have as many requests as they can take; try again later"
 
 T = TypeVar("T")
 StatusSource = Callable[[], Awaitable[dict[str, Any]]]
@@ -101,7 +101,7 @@ StatusSource = Callable[[], Awaitable[dict[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A MoesaicError on its way through Ray."""
+    """A MoesaicError as a value, so that it can cross Ray."""
 
     code: str
     message: str
@@ -123,8 +123,8 @@ Tokens = tuple[tuple[int, ...], FinishReason | None, Dropped | None, tuple[Token
 Item = Tokens | Failure
 
 
-# A start that fails does so again. Once a replica has served, Serve replaces it without end. How
-# long one that is to go may take, `ending_s` says.
+# One attempt per start, since a start that failed would fail again. A replica that has served
+# once is always replaced. `start_endpoint` sets the shutdown timeout (`ending_s`).
 @serve.deployment(
     name="Trunk",
     max_ongoing_requests=MAX_ONGOING,
@@ -132,7 +132,7 @@ Item = Tokens | Failure
     max_constructor_retry_count=1,
 )
 class Trunk:
-    """Owns an Engine; ``engine_factory`` is called in the replica's process."""
+    """Owns an Engine, which ``engine_factory`` makes in the replica's process."""
 
     def __init__(self, engine_factory: Callable[[], Engine]) -> None:
         self._identity = uuid.uuid4().hex
@@ -162,7 +162,7 @@ class Trunk:
         try:
             if not isinstance(self._engine, Embeds):
                 engine = type(self._engine).__name__
-                raise RequestError(f"embeddings: not with the {engine}", param="model")
+                raise RequestError(f"embeddings: not supported by the {engine}", param="model")
             return await self._engine.embed(prompts, pooling)
         except MoesaicError as error:
             return Failure.of(error)
@@ -177,7 +177,7 @@ class Trunk:
         return dataclasses.asdict(self._engine.stats())
 
     async def heard(self) -> Heard:
-        """Of this replica's engine alone."""
+        """Return the state of this replica's engine alone."""
         stats = self._engine.stats()
         return Heard(
             trunk=self._identity,
@@ -187,23 +187,23 @@ class Trunk:
         )
 
     def check_health(self) -> None:
-        """Serve replaces the replica when this raises."""
+        """Raise EngineError when the engine is not healthy; Serve then replaces the replica."""
         stats = self._engine.stats()
         if not stats.healthy:
             raise EngineError(f"the engine is not healthy: {stats.last_error}")
 
     def __del__(self) -> None:
-        # Serve's word for shutdown; also runs when the constructor failed.
+        # Serve calls this at shutdown; Python also does when the constructor failed.
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.close()
 
 
 class TrunkClient:
-    """A trunk's ``Engine.generate`` in another process; the one class that maps Ray's errors."""
+    """Calls a trunk's engine from another process; the one class that maps Ray's errors."""
 
     def __init__(self, handle: DeploymentHandle, cold_start_s: float | None = None) -> None:
-        """With ``cold_start_s`` there may be no trunk: the first token may take so long."""
+        """Create a client; with ``cold_start_s`` the first token may wait that long for a trunk."""
         self._cold_start_s = cold_start_s
         self._handle = handle
         self._asked_serve: asyncio.Future[bool] | None = None
@@ -242,7 +242,7 @@ class TrunkClient:
                 items.cancel()
 
     async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
-        """See `Embeds.embed`."""
+        """Return one vector per prompt; see `Embeds.embed`."""
         asked = cast(
             "DeploymentResponse[np.ndarray | Failure]",
             self._handle.embed.remote([list(prompt) for prompt in prompts], pooling),
@@ -266,7 +266,7 @@ class TrunkClient:
         return await self._patiently(items.__anext__(), patience_s)
 
     async def _patiently(self, asked: Awaitable[T], patience_s: float) -> T:
-        """Waits as long as the trunk answers questions: the request may be behind many others."""
+        """Wait for ``asked``, maybe queued; check every ``patience_s`` that the trunk is alive."""
         waiting = asyncio.ensure_future(asked)
         try:
             while True:
@@ -280,7 +280,7 @@ class TrunkClient:
             waiting.cancel()
 
     async def limits(self) -> Limits:
-        """Waits until the trunk has started."""
+        """Return the engine's limits; wait until the trunk has started."""
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 return await self._question("limits")
@@ -291,14 +291,13 @@ class TrunkClient:
             raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
 
     async def stats(self) -> dict[str, Any]:
-        """The trunk's statistics, or why there are none. A trunk that may sleep is not asked: the
-        question would keep it awake."""
+        """Return the trunk's statistics, or why there are none; do not wake one that may sleep."""
         if self._cold_start_s is not None:
             return {"healthy": True, "starts_with_the_first_request": True}
         return await self._ask_stats()
 
     async def hear(self) -> Heard | None:
-        """See `health.Hears`. One that sleeps is not woken."""
+        """Return what a trunk reports (`health.Hears`); None, without waking it, if it sleeps."""
         if self._cold_start_s is not None and not await self._is_awake():
             return None
         asked = cast("DeploymentResponse[Heard]", self._handle.heard.remote())
@@ -310,7 +309,7 @@ class TrunkClient:
 
     async def _is_awake(self) -> bool:
         if self._asked_serve is None or self._asked_serve.done():
-            # Serve may not answer: no more than one thread waits for it.
+            # Serve may never answer, so at most one thread waits for it.
             self._asked_serve = asyncio.ensure_future(asyncio.to_thread(self._runs))
         return await asyncio.shield(self._asked_serve)
 
@@ -333,8 +332,8 @@ class TrunkClient:
         return await cast("DeploymentResponse[Any]", getattr(self._handle, method).remote())
 
 
-# On the head node, where Serve's proxy is: monitoring can be asked where the endpoint can. It takes
-# no core of Ray's, which may have none to give there.
+# The ingress runs on the head node, where Serve's proxy is, so that monitoring can be reached from
+# where the endpoint can. It reserves no core, since Ray may have none left there.
 @serve.deployment(
     name="Ingress",
     max_ongoing_requests=2 * MAX_ONGOING,
@@ -344,7 +343,7 @@ class TrunkClient:
 )
 @serve.ingress()
 class Ingress:
-    """The HTTP app in a process of its own: tokenizers and text here, tokens from the trunks."""
+    """The HTTP app in a process of its own: it has tokenizers and text, trunks send it tokens."""
 
     def __init__(
         self,
@@ -395,15 +394,15 @@ class Ingress:
         )
 
     async def drain(self, drain_s: float) -> int:
-        """Refuse new requests from now on; those that run have so many seconds. Gives how many."""
+        """Refuse new requests, give running ones ``drain_s`` seconds, and return how many run."""
         return self._gate.drain(drain_s)
 
     async def running(self) -> int:
-        """Requests that are not over."""
+        """Return how many requests are not over."""
         return self._gate.running
 
     def _lifespan(self, metrics: HttpMetrics, health: Health) -> StatelessLifespan[FastAPI] | None:
-        """The monitoring server lives as long as the app does."""
+        """Return a lifespan that runs the monitoring server as long as the app, or None."""
         at = self._monitoring
         if at is None:
             return None
@@ -431,7 +430,7 @@ class Ingress:
         return dict(zip(self._trunks, stats, strict=True))
 
     async def _status(self) -> dict[str, Any]:
-        # Both at the same time: each may take as long as one question may.
+        # At the same time, since each may take QUESTION_TIMEOUT_S.
         models, more = await asyncio.gather(self._engines(), self._more())
         healthy = all(one["healthy"] for one in models.values()) and more.get("healthy", True)
         answer: dict[str, Any] = {**more, "healthy": healthy}
@@ -447,7 +446,7 @@ async def _result(asked: DeploymentResponse[T]) -> T:
 
 @contextmanager
 def _starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
-    """Around a replica's start: its log says whose it is, and its error is told."""
+    """Label a replica's log with its name while it starts, and record the error if it fails."""
     try:
         replica = serve.get_replica_context()
     except RayServeException:
@@ -461,7 +460,7 @@ def _starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
 
 
 def ending_s(drain_s: float) -> float:
-    """What Serve gives a replica that is to go: its requests first, then its own end."""
+    """Return a replica's shutdown timeout: its requests finish first, then its engine closes."""
     return drain_s + CLOSE_S
 
 
@@ -477,12 +476,13 @@ def build(
     monitoring: MonitoringSpec | None = None,
     own_hosts: Collection[str] = (),
 ) -> Application:
-    """The application for ``serve.run``: model names -> ``Trunk.bind(engine_factory)``.
+    """Return the application for ``serve.run``.
 
-    ``status`` is called in the ingress; what it answers is merged into ``/status``, which is at
-    the address ``monitoring`` and whose port must be given. With ``cold_start_s`` trunks may scale
-    to zero, and take so long to come back. ``aliases``: more names, by model. ``own_hosts``: names
-    by which the endpoint is told to be reached.
+    ``trunks`` maps model names to ``Trunk.bind(engine_factory)``. ``status`` is called in the
+    ingress; its answer is merged into ``/status``, which is at the address ``monitoring``,
+    whose port must be set. With ``cold_start_s`` trunks may scale to zero and take that long to
+    come back. ``aliases``: more names, by model. ``own_hosts``: host names by which clients are
+    told to reach the endpoint.
     """
     endpoint = endpoint or EndpointSpec()
     return Ingress.options(graceful_shutdown_timeout_s=ending_s(endpoint.drain_s)).bind(

@@ -1,9 +1,9 @@
-"""Serve as this project uses it: a service of Ray that other programs, and clusters, may share.
+"""Use Ray Serve, a service that one Ray has once and that other clusters and programs may share.
 
-A Ray has one Serve, which listens at one address for all applications and tells them apart by the
-prefix of the path. Whoever starts it chooses the address; what others ask for later is ignored. So
-it is compared with the spec before anything of a cluster starts, and once the endpoint is said to
-be up, it is asked.
+Serve listens at one address for all applications and tells them apart by their path prefix. Whoever
+starts Serve chooses that address; Serve ignores what others ask for later. So its options are
+compared with the spec before anything of a cluster starts, and the endpoint is asked once Serve
+says that it is up.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ from ..runtime.ray_border import CONTROLLER, HEAD_NODE, ask, cluster_of, kill_na
 
 log = logging.getLogger(__name__)
 
-# Behind the start of all its deployments.
+# Time for the endpoint to answer after all its deployments have started.
 ANSWER_S = 30.0
 ASK_S = 20.0
 END_S = 30.0
-# Nothing runs any more when an application is told to end; trunks close their engines.
+# Time for an application to end. Its requests are over by then; trunks still close their engines.
 LEAVE_S = 20.0
 _LOOK_S = 0.2
 _ANYWHERE = ("0.0.0.0", "::")
-# In Ray's key-value store: the cluster that started Serve, so that it does not outlive all of them.
+# In Ray's key-value store: the cluster that started Serve. The last cluster to leave ends a Serve
+# that a cluster started.
 _STORE, _STARTED_BY = "moesaic", "serve-started-by"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the endpoint of a cluster is, or is to be."""
+    """The address at which the endpoint of a cluster is, or will be."""
 
     host: str
     port: int
@@ -63,11 +64,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """The Serve of a Ray."""
+    """The state of the Serve that runs on a Ray."""
 
     http: HTTPOptions
     location: ProxyLocation | None
-    routes: dict[str, str | None]  # of each application its prefix; None: over HTTP it has none
+    routes: dict[str, str | None]  # application -> path prefix; None: not reachable over HTTP
 
     @property
     def applications(self) -> str:
@@ -75,15 +76,18 @@ class Running:
 
 
 def app_name(spec: Spec) -> str:
-    """Its trunks and its ingress learn the cluster's name from it."""
+    """Return the name of the cluster's Serve application.
+
+    Trunks and ingress read the cluster's name in it.
+    """
     return namespace_of(spec.name)
 
 
 def find_place(spec: Spec) -> Place:
-    """Where the endpoint can be on the Ray that this process is connected to.
+    """Return where the endpoint can be on the Ray that this process is connected to.
 
-    What clusters whose owners died left on Serve is ended first. Raises ClusterError where Serve
-    runs and does not fit the spec.
+    First ends the applications of clusters whose owners died. Raises ClusterError where Serve
+    runs with options that do not fit the spec.
     """
     endpoint = spec.endpoint
     assert endpoint is not None
@@ -99,20 +103,22 @@ def find_place(spec: Spec) -> Place:
     others = {route: app for app, route in running.routes.items() if app != app_name(spec)}
     if prefix in others:
         raise ClusterError(
-            f"name: the application {others[prefix]!r} of Serve on this Ray is at {prefix} already"
+            f"name: Serve on this Ray already has the application {others[prefix]!r} at {prefix}"
         )
     assert running.http.host is not None
     return Place(running.http.host, running.http.port, prefix, serve_runs=True)
 
 
 def find_monitoring(spec: Spec) -> Place | None:
-    """Where an endpoint's monitoring is to be: on the head node, as the endpoint. Raises
-    ClusterError where its port is taken there."""
+    """Return where the monitoring will be: on the head node, like the endpoint.
+
+    Raises ClusterError where its port is taken there.
+    """
     wanted = spec.monitoring
     if wanted is None:
         return None
     if not is_head_node():
-        # A port that is free here is likely to be so there; the ingress waits for it if not.
+        # A port that is free here is probably free on the head node; if not, the ingress waits.
         return Place(wanted.host, wanted.port or free_port("localhost"))
     check_port("monitoring", wanted.host, wanted.port)
     return Place(wanted.host, wanted.port or free_port(wanted.host))
@@ -126,16 +132,18 @@ def start_serve(place: Place, name: str) -> None:
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": place.host, "port": place.port},
-        # What the controller starts has its environment, and so has the proxy.
+        # The proxy inherits the environment of Serve's controller, which starts it.
         controller_options=ControllerOptions(runtime_env={"env_vars": {HOOK: door}}),
     )
     _internal_kv_put(_STARTED_BY, name, overwrite=True, namespace=_STORE)
 
 
 def leave_serve(spec: Spec, *, patience_s: float = LEAVE_S) -> None:
-    """End the application of a cluster; and Serve itself, if nothing else is on it and it was
-    started by a cluster: this one, or one that is gone. What has not ended by itself within
-    ``patience_s`` is killed."""
+    """End the cluster's application, and Serve itself where nothing needs it any more.
+
+    Serve ends if it has no other application and was started by this cluster, or by one that is
+    gone. Replicas that have not ended within ``patience_s`` are killed.
+    """
     running = find_serve()
     if running is None:
         return
@@ -153,27 +161,29 @@ def _end_app(app: str, patience_s: float = LEAVE_S) -> None:
         if now > deadline:
             raise ClusterError(f"the application {app!r} of Serve did not end within {END_S:g} s")
         if now > patient_until:
-            # Serve was told to end them, and starts none instead.
+            # Serve does not replace these replicas, since their application is being deleted.
             kill_named(SERVE_NAMESPACE, f"{_REPLICA}{app}#")
         time.sleep(_LOOK_S)
 
 
 def wait_monitored(place: Place, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
-    """Raises ClusterError where the status of these models is not to be had in time. To be called
-    where the place can be reached."""
+    """Wait until ``/status`` has these models; raise ClusterError where it does not in time.
+
+    Call it only where this machine can reach ``place``.
+    """
     deadline = time.monotonic() + timeout_s
     with httpx.Client(trust_env=False, timeout=10.0) as client:
         while (found := _monitored(client, f"{place.url}/status", models)) is not None:
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"monitoring: {place.url} does not answer within {timeout_s:g} s: {found}; is "
-                    "its port another program's?"
+                    f"monitoring: {place.url} does not answer within {timeout_s:g} s: {found}; "
+                    "does another program use its port?"
                 )
             time.sleep(_LOOK_S)
 
 
 def _monitored(client: httpx.Client, url: str, models: Collection[str]) -> str | None:
-    """What is wrong with the answer."""
+    """Return what is wrong with the answer, or None."""
     try:
         answer = client.get(url)
         if answer.status_code == 503:
@@ -186,9 +196,9 @@ def _monitored(client: httpx.Client, url: str, models: Collection[str]) -> str |
 
 
 def wait_answers(place: Place, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
-    """Raises ClusterError when these models are not answered for at the address in time."""
+    """Wait until the endpoint lists these models; raise ClusterError where it does not in time."""
     deadline = time.monotonic() + timeout_s
-    # A proxy of the network is not asked for what is said to be here.
+    # trust_env=False: a proxy of the network must not answer in place of this machine.
     with httpx.Client(trust_env=False, timeout=5.0) as client:
         while (found := _asked(client, f"{place.url}/v1/models", models)) is not None:
             if time.monotonic() > deadline:
@@ -200,7 +210,7 @@ def wait_answers(place: Place, models: Collection[str], timeout_s: float = ANSWE
 
 
 def _asked(client: httpx.Client, url: str, models: Collection[str]) -> str | None:
-    """What is wrong with the answer."""
+    """Return what is wrong with the answer, or None."""
     try:
         answer = client.get(url)
         known = {str(one["id"]) for one in answer.raise_for_status().json()["data"]}
@@ -211,7 +221,10 @@ def _asked(client: httpx.Client, url: str, models: Collection[str]) -> str | Non
 
 
 def find_serve() -> Running | None:
-    """The Serve of the Ray that this process is connected to. Ray has no public name for it."""
+    """Return the Serve of the Ray that this process is connected to, or None.
+
+    Ray has no public call for it.
+    """
     controller = _controller()
     if controller is None:
         return None
@@ -229,7 +242,10 @@ def find_serve() -> Running | None:
 
 
 def _controller() -> Any:
-    """Not the handle that Serve keeps in this process: others may have ended what it is of."""
+    """Return Serve's controller, or None.
+
+    Serve caches a handle in this process, but another process may have ended that controller.
+    """
     try:
         return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
@@ -237,8 +253,11 @@ def _controller() -> Any:
 
 
 def _end_serve() -> None:
-    """`serve.shutdown`, which waits for a call that its controller does not live to answer: Ray
-    prints that on stdout."""
+    """End Serve.
+
+    `serve.shutdown` would wait for a call that its controller does not live to answer, and Ray
+    prints that error on stdout.
+    """
     ask(_controller().graceful_shutdown.remote(wait=False), ASK_S, "Serve's end")
     deadline = time.monotonic() + END_S
     while _controller() is not None:
@@ -253,35 +272,38 @@ def _check(endpoint: EndpointSpec, name: str, running: Running) -> None:
     here = f"Serve on this Ray runs already (applications: {running.applications}) and"
     own = "give the cluster a Ray of its own"
     if running.location == ProxyLocation.Disabled or http.host is None:
-        raise ClusterError(f"endpoint: {here} has no HTTP; {own}, or end Serve")
+        raise ClusterError(f"endpoint: {here} serves no HTTP; {own}, or end Serve")
     asked = (endpoint.host, endpoint.port or http.port)
     if asked != (http.host, http.port):
         path = "" if "/" not in running.routes.values() else f", where this cluster is at /{name}"
         key = "host" if endpoint.host != http.host else "port"
         raise ClusterError(
             f"endpoint.{key}: {getattr(endpoint, key)}, but {here} has one address for all of them,"
-            f" {http.host}:{http.port}; say `endpoint: {{host: {http.host}, port: {http.port}}}`"
+            f" {http.host}:{http.port}; set `endpoint: {{host: {http.host}, port: {http.port}}}`"
             f"{path}, or {own}"
         )
     if http.ssl_certfile:
-        raise ClusterError(f"endpoint: {here} speaks TLS alone; {own}, or end Serve")
+        raise ClusterError(f"endpoint: {here} only speaks TLS; {own}, or end Serve")
     most_s, limit_s = http.request_timeout_s, endpoint.limits.request_s
     if most_s is not None and (limit_s is None or limit_s > most_s):
         raise ClusterError(
             f"endpoint.limits.request_s: {limit_s}, but {here} ends every request after "
-            f"{most_s:g} s; say so (`request_s: {most_s:g}`), or {own}"
+            f"{most_s:g} s; set `request_s: {most_s:g}`, or {own}"
         )
 
 
 def _on_head_node(host: str) -> bool:
-    """Whether Serve, which listens on Ray's head node, does so on this machine."""
+    """Return whether Serve, which listens on Ray's head node, listens on this machine.
+
+    Raises ClusterError where ``host`` is loopback and the head node is another machine.
+    """
     head = _head()
     if is_head_node():
         return True
     if is_loopback(host):
         raise ClusterError(
-            f"endpoint.host: {host} is for processes of one machine, and Serve listens on Ray's "
-            f"head node ({head['NodeManagerAddress']}), which is another one than this; say "
+            f"endpoint.host: {host} is reached from one machine only, and Serve listens on Ray's "
+            f"head node ({head['NodeManagerAddress']}), which is not this machine; set "
             "`host: 0.0.0.0`, or start the cluster on that node"
         )
     return False
@@ -295,7 +317,7 @@ def _head() -> dict[str, Any]:
 
 
 def is_head_node() -> bool:
-    """Whether this process is on Ray's head node."""
+    """Return whether this process is on Ray's head node."""
     return _head()["NodeID"] == _this_node()
 
 
@@ -308,13 +330,13 @@ def head_address() -> str:
 
 
 def _end_orphans() -> None:
-    """Applications of clusters whose controller is gone, and a Serve that only they used."""
+    """End applications of clusters whose controller is gone, and a Serve that only they used."""
     running = find_serve()
     if running is None:
         return
     for app in running.routes:
         if cluster_of(app) != app and not _has_controller(app):
-            log.warning("the owner of cluster %s died; what it left on Serve ends", cluster_of(app))
+            log.warning("the owner of cluster %s died; ending its applications", cluster_of(app))
             _end_app(app)
     _end_idle_serve()
 

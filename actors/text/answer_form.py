@@ -1,5 +1,7 @@
-"""What an answer is held to: JSON of a schema, calls of tools, or either; and that as a grammar of
-llguidance, in its variant of Lark (https://github.com/guidance-ai/llguidance, docs/syntax.md).
+"""The form that an answer must have (JSON of a schema, tool calls, or either), and its grammar.
+
+The grammar is in llguidance's variant of Lark (https://github.com/guidance-ai/llguidance,
+docs/syntax.md).
 """
 
 from __future__ import annotations
@@ -15,29 +17,28 @@ from .tool_calls import BEGIN, END
 
 ANY_OBJECT = '{"type": "object"}'
 
-# Whitespace is fixed, because a model that is unsure may generate it without end. Calls may have
-# the spaces that chat templates write, since models are trained on those.
+# Whitespace is fixed, because an unsure model may generate it without end. Calls may have the
+# spaces that chat templates write, since models are trained on those.
 COMPACT: dict[str, Any] = {"whitespace_flexible": False}
 _SPACED = {**COMPACT, "item_separator": ", ?", "key_separator": ": ?"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolForm:
-    """A tool that may be called; ``schema``: of its arguments, in JSON."""
+    """A tool that may be called; ``schema`` is that of its arguments, in JSON."""
 
     name: str
     schema: str = ANY_OBJECT
-    param: str = "tools"  # where the request has the schema
+    param: str = "tools"  # the schema's place in the request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerForm:
-    """``json_schema``: of a text that is no call, in JSON; None: any text.
+    """The form of an answer.
 
-    ``tools``: a call must be one of these. ``forced``: the answer is nothing but calls.
-    ``many``: it may have several.
-
-    ``thinking``: what may come before all this.
+    ``json_schema``: the schema, in JSON, of a text that is not a call; None: any text.
+    ``tools``: calls must be of these. ``forced``: the answer consists of calls only. ``many``:
+    it may have several calls. ``thinking``: what may come before all this.
     """
 
     json_schema: str | None = None
@@ -48,12 +49,12 @@ class AnswerForm:
 
     @property
     def schema_alone(self) -> str | None:
-        """The schema, where there is nothing else to it."""
+        """The schema, where the form has nothing else."""
         return None if self.tools or self.thinking is not None else self.json_schema
 
 
 def lark(form: AnswerForm, token_of: Callable[[str], int | None]) -> str:
-    """The grammar. ``token_of``: the id of a mark that is one special token."""
+    """Return the grammar; ``token_of`` gives the id of a mark that is one special token."""
     return _Lark(form, token_of).text()
 
 
@@ -80,8 +81,10 @@ class _Lark:
         return "thought NEWLINES"
 
     def _thoughtless(self, thinking: Thinking, answer: str) -> str:
-        """An answer without thinking. Where it may be any text, it must not begin with the mark of
-        thinking, or the thinking would be such a text as well, and a mark of a call in it a call.
+        """Return the rule of an answer without thinking.
+
+        Where it may be any text, it must not begin with the mark of thinking. Otherwise
+        thinking would match as such a text as well, and a call's mark in it as a call.
         """
         form = self._form
         any_text = form.tools and not form.forced and form.json_schema is None
@@ -122,9 +125,11 @@ class _Lark:
     def _until(
         self, rule: str, mark: str, *, past: Sequence[str] = (), unlike: str | None = None
     ) -> None:
-        """Any text up to a mark, and the mark: as a special token, or as it is spelled. ``past``:
-        marks that may stand in the text, which holds no other special tokens. ``unlike``: what the
-        text does not begin with."""
+        """Add a rule for any text up to a mark and that mark, as a special token or as spelled.
+
+        ``past``: marks that may stand in the text, which holds no other special tokens.
+        ``unlike``: what the text must not begin with.
+        """
         name, but = "TEXT", ""
         if unlike is not None:
             name, but = "UNLIKE", f" & ~/{_regex(unlike)}(?s:.*)/"
@@ -144,10 +149,10 @@ class _Lark:
 
 
 def _regex(text: str) -> str:
-    """That matches just this text, between slashes."""
+    """Return a pattern, for use between slashes, that matches just this text."""
     return re.escape(text).replace("/", r"\/")
 
 
 def _json(schema: str, options: dict[str, Any]) -> str:
-    # What a request says of these options does not count.
+    # Replaces "x-guidance" in a request's schema, which must not set these options.
     return "%json " + json.dumps({**json.loads(schema), "x-guidance": options})

@@ -1,11 +1,11 @@
-"""An answer, as a model writes it, in its parts: thinking, calls of tools, and the rest.
+"""Split an answer, as a model writes it, into thinking, tool calls, and content.
 
-Calls are read where they stand: the JSON behind ``<tool_call>`` ends where it is complete, whatever
-marks stand in its strings. What stands behind the mark and is no call stays in the text, marks and
-all. Nothing within thinking is a call.
+A call is JSON after ``<tool_call>``, and ends where that JSON is complete, whatever marks stand in
+its strings. If no call follows the mark, the text stays content, marks included. Nothing within
+thinking is a call.
 
-Newlines next to the marks of thinking belong to them, as chat templates write them; so do spaces
-around calls that have no text beside them.
+Newlines next to the marks of thinking belong to the marks, as chat templates write them. So do
+spaces around calls that have no text next to them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .tool_calls import BEGIN, END, ToolCall, read_calls
 
 _NOTHING = MarkedText()
 _CALL_MARK = re.compile(f"{re.escape(BEGIN)}|{re.escape(END)}")
-_BETWEEN_CALLS = re.compile(r"[ \t\r\n,]*")  # of one pair of marks
+_BETWEEN_CALLS = re.compile(r"[ \t\r\n,]*")  # between the calls in one pair of marks
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What may be sent now."""
+    """The parts of the answer that may be sent now."""
 
     content: MarkedText = _NOTHING
     reasoning: MarkedText = _NOTHING
@@ -38,29 +38,34 @@ class Parsed:
 
 
 class AnswerParser:
-    """Takes a text in pieces; how it is cut makes no difference.
+    """Parses a text that arrives in pieces; how it is cut makes no difference.
 
-    Each state is a method that takes what it can from the held text, and says whether it got on;
-    where it did not, more text is needed. The whole costs time in proportion to the text.
+    Each state is a method that takes what it can from the held text and returns whether it made
+    progress; if not, it needs more text. The total time is proportional to the length of the
+    text.
     """
 
     def __init__(self, thinking: Thinking | None = None, *, most_calls: int | None = 0) -> None:
-        """``thinking``: None where the template knows none; then that of a model which thinks all
-        the same stays in the content. ``most_calls``: 0 for none, None for any number."""
+        """Create a parser.
+
+        ``thinking`` is None where the template has no marks of thinking; if the model
+        thinks anyway, its thinking stays in the content. ``most_calls``: 0 for none, None
+        for any number.
+        """
         self._thinking = thinking or Thinking()
         self._splits = thinking is not None
         self._most_calls = most_calls
         self._found = 0
         self._held, self._at = _NOTHING, 0  # the text, and how much of it was taken
         self._ended = False  # no more text will come
-        self._content: list[MarkedText] = []  # of the text that is taken now
+        self._content: list[MarkedText] = []  # these three: what the next `Parsed` has
         self._reasoning: list[MarkedText] = []
         self._calls: list[ToolCall] = []
-        # Spaces that are content if text follows, and nothing if a call does; None inside of text.
+        # Spaces that are content if text follows, and dropped if a call does; None within text.
         self._gap: MarkedText | None = _NOTHING
-        self._in_doubt = False  # behind a mark of thinking inside of the text
-        self._kept: list[MarkedText] = []  # text of which is not known yet what it is
-        self._tail = ""  # the last characters of it
+        self._in_doubt = False  # after a mark that begins thinking, within the content
+        self._kept: list[MarkedText] = []  # text that may still be a call or thinking
+        self._tail = ""  # its last characters, which may begin a mark
         marks = (BEGIN, self._thinking.begin, self._thinking.end)
         self._marks = (*marks, END)
         self._mark = re.compile("|".join(map(re.escape, marks)))
@@ -69,13 +74,15 @@ class AnswerParser:
 
     @property
     def full(self) -> bool:
-        """Whether all calls that are wanted were found; what follows is nothing."""
+        """Whether all calls that are wanted were found; what follows is dropped."""
         return self._found > 0 and self._found == self._most_calls
 
     @property
     def unread(self) -> int:
-        """Characters of the text so far that were not judged yet; once it is full, those behind
-        the last call."""
+        """The number of characters that are not parsed yet.
+
+        Once the parser is full, these are the characters after the last call.
+        """
         return len(self._held) - self._at
 
     def push(self, text: MarkedText) -> Parsed:
@@ -91,14 +98,14 @@ class AnswerParser:
         return parsed
 
     def flush(self) -> Parsed:
-        """What was held back, when the text ends."""
+        """Parse what was held back, once the text has ended."""
         self._ended = True
         return self.push(_NOTHING)
 
     # ---- thinking -------------------------------------------------------------------------------
 
     def _begin(self) -> bool:
-        """The answer may begin with thinking."""
+        """Take the beginning of the answer, which may be thinking."""
         begin = self._thinking.begin
         rest = self._held.text.lstrip()
         if rest != begin and begin.startswith(rest) and not self._ended:
@@ -162,8 +169,11 @@ class AnswerParser:
         return self._go(partial(self._json, JsonEnd(), marked=True))
 
     def _say(self, text: MarkedText) -> None:
-        """Text for the client; marks around what turned out to be no call are shown, even where
-        they are special tokens."""
+        """Take text for the client.
+
+        Marks around what turned out not to be a call are shown, even where they are special
+        tokens.
+        """
         if text.special:
             marks = [mark.span() for mark in _CALL_MARK.finditer(text.text)]
             hidden = (one for one in text.special if not _within(one, marks))
@@ -177,8 +187,11 @@ class AnswerParser:
         self._content.append(text)
 
     def _doubt(self) -> bool:
-        """At the mark of a call, behind one of thinking inside of the text: if that has an end,
-        this is no call; if it has none, it was no thinking."""
+        """Decide about a mark of a call that follows a mark of thinking within the content.
+
+        If that thinking has an end, the mark is no call; if it has none, it was no
+        thinking.
+        """
         end, text = self._thinking.end, self._tail + self._rest()
         found = text.find(end)
         if found >= 0:
@@ -196,7 +209,7 @@ class AnswerParser:
     # ---- calls ----------------------------------------------------------------------------------
 
     def _json(self, json: JsonEnd, *, marked: bool) -> bool:
-        """``marked``: behind a mark; otherwise behind a call."""
+        """Take the JSON of a call: after a mark where ``marked``, otherwise after another call."""
         try:
             end = json.push(self._held.text, self._at)
         except ValueError:
@@ -219,7 +232,7 @@ class AnswerParser:
         return self._go(self._after_call)
 
     def _no_call(self, *, marked: bool) -> bool:
-        """There may be one further on, behind a mark of its own."""
+        """Return to text; a call may still follow, after a mark of its own."""
         if self._kept:
             self._restore()
         if marked:
@@ -235,7 +248,7 @@ class AnswerParser:
         text = self._held.text
         behind = _skip(text, self._at)
         if len(text) - behind < len(END) and END.startswith(text[behind:]) and not self._ended:
-            return False  # also nothing at all
+            return False  # also if nothing follows yet
         if text.startswith(END, behind):
             self._take(behind + len(END) - self._at)
         elif text.startswith(("{", "["), behind):
@@ -257,23 +270,23 @@ class AnswerParser:
         return self._held[self._at - characters : self._at]
 
     def _keep(self) -> None:
-        """The whole rest, to be judged with what follows."""
+        """Keep the whole rest until the text after it shows what it is."""
         self._kept.append(self._take(len(self._held) - self._at))
 
     def _restore(self) -> None:
-        """What was kept is text that was not taken."""
+        """Put back what was kept, as text that was not taken."""
         self._held = MarkedText.joined([*self._kept, self._held[self._at :]])
         self._kept, self._at = [], 0
 
 
 def _within(one: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a range lies in one of ``spans``, which are in order."""
+    """Return whether the range ``one`` lies within one of ``spans``, which are in order."""
     before = bisect_right(spans, one[0], key=itemgetter(0))
     return before > 0 and one[1] <= spans[before - 1][1]
 
 
 def _skip(text: str, at: int) -> int:
-    """Where what may stand between calls ends."""
+    """Return the index after what may stand between calls."""
     found = _BETWEEN_CALLS.match(text, at)
     assert found is not None
     return found.end()

@@ -1,7 +1,7 @@
-"""A model's chat template: conversations to the text of a prompt.
+"""Render conversations as the text of a prompt, with a model's chat template.
 
-Each template is asked once, with small conversations of its own, in which form it takes messages
-(``template_form.py``) and which of them it leaves out (``template_reach.py``).
+Each template is probed once, with small conversations: in which form it takes messages
+(``template_form.py``), and which of them it leaves out (``template_reach.py``).
 """
 
 from __future__ import annotations
@@ -19,30 +19,35 @@ from .thinking import Thinking
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The names of transformers' convention for tokenizers with several templates.
+# transformers' names for the templates of a tokenizer that has several.
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation, ready for the model; ``thinking`` is None where its template knows none."""
+    """A conversation as token ids.
+
+    ``thinking`` is None where the template has no marks of thinking.
+    """
 
     token_ids: list[int]
     thinking: Thinking | None = None
 
     def __len__(self) -> int:
-        """Its tokens."""
+        """Return the number of tokens."""
         return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
+    """The text of a prompt; ``thinking`` as in `ChatPrompt`."""
+
     text: str
     thinking: Thinking | None = None
 
 
 class _Template:
-    """One template, and what was found out about it."""
+    """One template, and what probing it showed."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         self.source = TemplateSource(tokenizer, text)
@@ -72,12 +77,15 @@ class ChatTemplate:
 
     @property
     def exists(self) -> bool:
-        """Whether the model has any; without, it completes texts and answers no chats."""
+        """Whether the model has a template; without one it completes texts and answers no chats."""
         return bool(self._tokenizer.chat_template)
 
     def probe(self) -> None:
-        """Raises RequestError, with the template's own message, where not even one plain message
-        of a user can be rendered, or it does not reach the prompt. Takes milliseconds."""
+        """Render one plain message of a user, to see whether the template works.
+
+        Takes milliseconds. Raises RequestError, with the template's own message, where the
+        template fails or leaves the message out.
+        """
         self.render([{"role": "user", "content": "Hello."}])
 
     def render(
@@ -86,9 +94,12 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
     ) -> Rendered:
-        """The prompt's text. A call's arguments are JSON text, as in the API; ``options`` are
-        further variables of the template (``chat_template_kwargs``). Raises RequestError where
-        the template refuses, fails, or leaves a message out."""
+        """Return the prompt's text.
+
+        The arguments of a call are JSON text, as in the API. ``options`` are further
+        variables of the template (``chat_template_kwargs``). Raises RequestError where the
+        template refuses, fails, or leaves a message out.
+        """
         template = self._choose(tools)
         spoken = [_with_reasoning(message) for message in messages]
         try:
@@ -105,7 +116,7 @@ class ChatTemplate:
         try:
             rendered, lost = template.render(_apart(spoken), tools, options)
         except RequestError:
-            raise error from None  # what it refuses now is not what was sent
+            raise error from None  # the first error is about the messages as they were sent
         if lost is not None:
             raise error
         return rendered
@@ -121,29 +132,29 @@ class ChatTemplate:
             text = self._named(text, bool(tools))
         if not isinstance(text, str):
             raise RequestError(
-                f"the chat template of {self._model_id!r} is no text (got {text!r:.60})",
+                f"the chat template of {self._model_id!r} is not a text (got {text!r:.60})",
                 param="messages",
             )
         if text not in self._templates:
             self._templates[text] = _Template(self._tokenizer, text)
         template = self._templates[text]
         if tools and template.form.tools is None:
-            # One that fails for everything says so itself.
+            # A template that fails for every conversation raises its own error here.
             template.source.render(template.form.fit([{"role": "user", "content": "Hello."}]))
             raise RequestError(
-                f"the chat template of {self._model_id!r} knows no tools", param="tools"
+                f"the chat template of {self._model_id!r} does not support tools", param="tools"
             )
         return template
 
     def _named(self, templates: Mapping[str, str], with_tools: bool) -> str:
-        """As transformers chooses; where it has no choice, a template that can take its place."""
+        """Choose as transformers does; where neither of its names exists, the only template."""
         wanted = (_WITH_TOOLS, _DEFAULT) if with_tools else (_DEFAULT, _WITH_TOOLS)
         for name in (*wanted, *(templates if len(templates) == 1 else ())):
             if name in templates:
                 return templates[name]
         raise RequestError(
-            f"the model {self._model_id!r} has the chat templates {sorted(templates)}, and none of "
-            f"them is {_DEFAULT!r} or {_WITH_TOOLS!r}",
+            f"the model {self._model_id!r} has the chat templates {sorted(templates)}, but none "
+            f"is named {_DEFAULT!r} or {_WITH_TOOLS!r}",
             param="messages",
         )
 
@@ -151,7 +162,8 @@ class ChatTemplate:
         template = f"the chat template of {self._model_id!r}"
         if lost.at is None:
             return RequestError(
-                f"{template} does not tell the model of tools in this conversation", param="tools"
+                f"{template} does not tell the model about tools in this conversation",
+                param="tools",
             )
         path, message = f"messages[{lost.at}]", messages[lost.at]
         role = message["role"]
@@ -174,14 +186,16 @@ def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _has_both(message: Mapping[str, Any]) -> bool:
-    """Whether a message has text and calls."""
+    """Return whether a message has text and calls."""
     return bool(message.get("tool_calls") and (message.get("content") or "").strip())
 
 
 def _apart(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """With messages of their own for text and for calls. Models send both in one message, but many
-    templates (Llama's, Mistral's, DeepSeek's first) write only one of the two, and gpt-oss's
-    refuses both beside thinking."""
+    """Return the messages with text and calls in messages of their own.
+
+    Models send both in one message. But many templates (Llama's, Mistral's, DeepSeek's first)
+    write only one of the two, and gpt-oss's refuses both together with thinking.
+    """
     apart = list[Mapping[str, Any]]()
     for message in messages:
         if _has_both(message):

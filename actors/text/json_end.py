@@ -1,30 +1,34 @@
-"""Where a JSON object or array ends in a text that arrives in pieces, read once."""
+"""Find where a JSON object or array ends in a text that arrives in pieces, reading it once."""
 
 from __future__ import annotations
 
 import re
 
-# Deeper ones are no arguments of a function; Python's own decoder ends at about a thousand.
+# Arguments of functions are not nested deeper. Python's own decoder fails at about a thousand.
 MOST_DEPTH = 100
 _SPACE = " \t\r\n"
-_PLAIN = re.compile(r'[^"\\]*')  # of a string; also raw newlines, which models write
+_PLAIN = re.compile(r'[^"\\]*')  # part of a string; includes raw newlines, which models write
 _SCALAR = re.compile(r"[A-Za-z0-9+.\-]*")
 _CLOSES = {"{": "}", "[": "]"}
 
 
 class JsonEnd:
-    """Finds the end of one JSON object or array, and rejects other text at the first character
-    that cannot belong to one. Numbers, literals and escapes are left to the decoder that reads it
-    afterwards."""
+    """Finds the end of one JSON object or array.
+
+    It rejects other text at the first character that cannot belong to one. Numbers, literals
+    and escapes are left to the decoder that reads the text afterwards.
+    """
 
     def __init__(self) -> None:
-        self._closers: list[str] = []  # of what is open
+        self._closers: list[str] = []  # closing brackets still to come, the next one last
         self._expects = "value"
         self._in_string = self._escaped = self._in_scalar = False
 
     def push(self, text: str, at: int = 0) -> int | None:
-        """Reads on in ``text[at:]``. The index in ``text`` behind the end; None where it goes on.
-        Raises ValueError where it is no JSON."""
+        """Read ``text[at:]``, and return the index in ``text`` after the end.
+
+        Returns None where the JSON continues. Raises ValueError where it is not JSON.
+        """
         while at < len(text):
             if self._in_string:
                 at = self._string(text, at)
@@ -53,7 +57,7 @@ class JsonEnd:
         return at
 
     def _take(self, one: str) -> None:
-        """A character outside of strings and scalars."""
+        """Take a character outside strings and scalars."""
         expects = self._expects
         if expects in ("value", "first value") and one in _CLOSES:
             if len(self._closers) == MOST_DEPTH:
@@ -79,7 +83,7 @@ class JsonEnd:
 
 
 def _found(pattern: re.Pattern[str], text: str, at: int) -> int:
-    """Where a pattern that matches anything ends."""
+    """Return where the match ends of a pattern that matches everywhere."""
     found = pattern.match(text, at)
     assert found is not None
     return found.end()

@@ -1,8 +1,8 @@
-"""Text in which the characters of special tokens are known.
+"""Text that records which of its characters special tokens wrote.
 
-What searches an answer (stop strings, calls of tools, thinking) sees the whole text; what a client
-gets is what is left without special tokens. A text that merely looks like a special token and was
-spelled with ordinary ones is ordinary text.
+Searches in an answer (stop strings, tool calls, thinking) see the whole text; the client gets what
+is left without special tokens. Text that only looks like a special token, but was spelled with
+ordinary ones, is ordinary text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from operator import itemgetter
 
 @dataclass(frozen=True, slots=True)
 class MarkedText:
-    """``special``: the ranges ``[start, end)`` of ``text`` that special tokens wrote, in order."""
+    """A text; ``special`` has the ranges ``[start, end)`` that special tokens wrote, in order."""
 
     text: str = ""
     special: tuple[tuple[int, int], ...] = ()
@@ -32,7 +32,7 @@ class MarkedText:
         return MarkedText(self.text + other.text, (*self.special, *moved))
 
     def __getitem__(self, part: slice) -> MarkedText:
-        """A part without a step; a special range that is cut stays special on both sides."""
+        """Return a part without a step; a special range that is cut stays special on both sides."""
         start, end, step = part.indices(len(self))
         if step != 1:
             raise ValueError(f"a step of {step}; only contiguous parts can be taken")
@@ -45,7 +45,7 @@ class MarkedText:
 
     @staticmethod
     def joined(parts: Iterable[MarkedText]) -> MarkedText:
-        """All of them in one; many are joined in time that grows with their length."""
+        """Return all parts as one text, in time proportional to its length."""
         texts: list[str] = []
         special: list[tuple[int, int]] = []
         length = 0

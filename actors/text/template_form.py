@@ -1,8 +1,8 @@
-"""The form in which one chat template takes messages, calls of tools and tools.
+"""The form in which one chat template takes messages, tool calls and tools.
 
-Templates agree on little: some join a call's arguments as a string, some need a mapping; some know
-the role ``developer``; some write calls only where the content is none. Each question is put to
-the template once, with a small conversation whose texts are recognised in what it writes.
+Templates differ: some join a call's arguments as a string, some need a mapping; some know the role
+``developer``; some write calls only where the content is None. Each question is tried once, with a
+small conversation whose texts are recognised in what the template writes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from typing import Any, Literal
 from ...proto.errors import RequestError
 from .template_source import Messages, TemplateSource
 
-_USER, _OTHER_USER = "moesaicuser1", "moesaicuser2"  # of one length: a length is no text
+# Of the same length: a template that only writes a text's length would not pass on the text.
+_USER, _OTHER_USER = "moesaicuser1", "moesaicuser2"
 _SYSTEM, _ANSWER = "moesaicsystem", "moesaicanswer"
 _TOOL = "moesaictool"
-# Arguments that show how each kind of value is written.
+# Arguments that show how a template writes each kind of value.
 _KEY, _VALUE, _FLAG = "moesaickey", "moesaicvalue", "moesaicflag"
 _NESTED, _INNER, _LEAF = "moesaicnested", "moesaicinner", "moesaicleaf"
 _ARGUMENTS = {_KEY: _VALUE, _FLAG: True, _NESTED: {_INNER: _LEAF}}
 _WORDS = (_KEY, _VALUE, _FLAG, _NESTED, _INNER, _LEAF)
-# Python's repr of a mapping or of a truth value, and JSON within a JSON string.
+# Wrong ways to write them: Python's repr of a mapping or a bool, and JSON within a JSON string.
 _WRONG = re.compile(rf"'(?:{_KEY}|{_FLAG}|{_NESTED}|{_INNER})'|{_FLAG}[^\w=]\W*True|\\+\"{_KEY}")
 _SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
@@ -37,12 +38,12 @@ Blank = Literal["empty", "null", "absent"]
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """How an earlier call of a tool is handed over.
+    """How a template takes an earlier tool call.
 
     ``arguments``: as a mapping; as JSON text; or as a mapping from names to texts, where values
-    that are no strings are JSON. ``takes_text``: text that is no JSON object is written as it is.
-    ``blank``: the content of a message that has calls and no text. ``short_ids``: ids need nine
-    letters and digits, as Mistral's do.
+    other than strings are JSON. ``takes_text``: text that is not a JSON object is written as it
+    is. ``blank``: the content of a message that has calls and no text. ``short_ids``: ids need
+    nine letters and digits, as Mistral's do.
     """
 
     arguments: Arguments = "mapping"
@@ -52,7 +53,7 @@ class CallForm:
 
 
 class TemplateForm:
-    """What one template was found to want; the answers are worked out when first needed."""
+    """What one template needs; each property is found out when it is first used."""
 
     def __init__(self, source: TemplateSource) -> None:
         self._source = source
@@ -66,8 +67,11 @@ class TemplateForm:
 
     @cached_property
     def developer(self) -> Literal["developer", "system"]:
-        """The role under which the template takes a developer's message. A template that writes
-        any role's name without knowing this one would show the model a role it never saw."""
+        """The role under which the template takes a developer's message.
+
+        A template that writes the name of any role, but does not know this one, would show
+        the model a role that it was never trained on.
+        """
         if "developer" in self._source.text:
             rendered = self._source.attempt([self._say("developer", _SYSTEM), self._user])
             if rendered is not None and _SYSTEM in rendered:
@@ -76,8 +80,11 @@ class TemplateForm:
 
     @cached_property
     def tools(self) -> Literal["given", "filled"] | None:
-        """How tools are handed over: ``filled`` with an empty description and empty parameters
-        where they have none; None: the template does not tell the model of them."""
+        """How the template takes tools.
+
+        ``filled``: with an empty description and empty parameters where they have none.
+        None: the template does not tell the model about tools.
+        """
         bare = {"type": "function", "function": {"name": _TOOL}}
         full = filled(bare)
         for messages in ([self._user], [self._say("system", _SYSTEM), self._user]):
@@ -102,8 +109,10 @@ class TemplateForm:
         return CallForm()
 
     def fit(self, messages: Messages) -> list[dict[str, Any]]:
-        """The conversation in the template's form. Raises RequestError for arguments of a call
-        that it cannot take."""
+        """Return the conversation in the template's form.
+
+        Raises RequestError for arguments of a call that the template cannot take.
+        """
         fitted = list[dict[str, Any]]()
         for index, message in enumerate(messages):
             one = dict(message)
@@ -139,7 +148,7 @@ class TemplateForm:
         return {**call, "id": self._id(call["id"]), "function": function}
 
     def _arguments(self, given: Any, path: str) -> Any:
-        """A call's arguments, JSON text as in the API, in the template's form."""
+        """Return a call's arguments, JSON text as in the API, in the template's form."""
         if given is None or (isinstance(given, str) and given.strip() in ("", "null")):
             given = "{}"
         value = given if isinstance(given, Mapping) else json_object(given)
@@ -147,7 +156,7 @@ class TemplateForm:
             if self.calls.takes_text:
                 return given
             raise RequestError(
-                f"{path} is no JSON object, and the chat template takes nothing else "
+                f"{path} is not a JSON object, and the chat template takes nothing else "
                 f"(got {_short(given)})",
                 param=path,
             )
@@ -162,7 +171,7 @@ class TemplateForm:
     def _id(self, given: str) -> str:
         if not self.calls.short_ids or _SHORT_ID.fullmatch(given):
             return given
-        # The same for a call and for its answer.
+        # A hash, so that a call and its answer get the same id.
         return hashlib.blake2b(given.encode(), digest_size=8).hexdigest()[:9]
 
     @property
@@ -180,7 +189,10 @@ class TemplateForm:
         return first != self._source.attempt([{"role": "user", "content": form(_OTHER_USER)}])
 
     def _histories(self) -> Iterator[Sequence[dict[str, Any]]]:
-        """What may follow a call: some templates demand a certain order, some know no answers."""
+        """Yield what may follow a call.
+
+        Some templates require a certain order; some do not support answers of tools.
+        """
         answer = self._say("tool", _ANSWER)
         yield (answer,)
         yield (answer, self._say("assistant", _ANSWER), self._user)
@@ -206,7 +218,7 @@ class TemplateForm:
 
 
 def _forms() -> Iterator[CallForm]:
-    """Every form that is tried, the most usual first."""
+    """Yield every form that is tried, the most usual first."""
     ids: tuple[bool, ...] = (False, True)
     blanks: tuple[Blank, ...] = ("empty", "null", "absent")
     arguments: tuple[Arguments, ...] = ("mapping", "text", "values")
@@ -221,15 +233,15 @@ def _well_written(rendered: str, arguments: Arguments) -> bool:
 
 
 def json_object(text: Any) -> dict[str, Any] | None:
-    """What the text holds, if it is a JSON object that can be written as text again."""
+    """Return the JSON object in ``text``; None if there is none that can be written as text."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
 
     try:
         value = json.loads(text, parse_constant=refuse)
-        # Half of a surrogate pair can be escaped in JSON, and stands in no text; a number beyond
-        # all floats (1e400) is read as infinity, which JSON does not have.
+        # JSON can escape half of a surrogate pair, which no text can hold. A number beyond all
+        # floats (1e400) is read as infinity, which JSON does not have.
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError):
         return None
@@ -237,7 +249,7 @@ def json_object(text: Any) -> dict[str, Any] | None:
 
 
 def filled(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool with everything that a function may leave out: no description, no parameters."""
+    """Return the tool with the keys that a function may leave out: description and parameters."""
     function = {"description": "", **tool["function"]}
     parameters = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
     return {**tool, "function": {**function, "parameters": parameters}}

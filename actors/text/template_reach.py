@@ -1,9 +1,9 @@
-"""Whether everything that a conversation says reaches the prompt.
+"""Check whether everything that a conversation says reaches the prompt.
 
-Templates leave messages out without a word: a system message that is not the first, answers of
-tools they do not know, text beside calls. So each kind of conversation (its roles in their order,
-what each message has, but not what it says) is rendered once with texts that are recognised, and
-what was found is kept: requests of the same kind cost nothing more.
+Templates silently leave messages out: a system message that is not the first, answers of tools that
+they do not know, text next to calls. So each kind of conversation (its roles in their order, and
+what each message has, but not what it says) is rendered once with texts that can be recognised. The
+finding is kept, so that further requests of the same kind cost nothing.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _TOOL = "moesaictool"
 
 _MARK = re.compile(r"moesaicthese\d{6,}c\d{4,}(?:value|name)?")
 
-# Where a template changes what it writes, each text costs a rendering to find; so the first and the
-# last are looked for, which is where templates make differences.
+# If a template changes the texts that it writes, each text costs one more rendering. So only the
+# first and the last texts are checked, since templates treat those differently.
 _MOST_COMPARED = 32
 
-# blank: nothing that could be seen; thought: nothing but thinking, which templates strip of
-# answers; answer: thinking and more; marked: the end of thinking in what is no answer.
+# blank: no visible text; thought: only thinking, which templates strip from answers; answer:
+# thinking and more; marked: a mark that ends thinking, in a message that is not an answer.
 Text = Literal["blank", "thought", "answer", "marked", "text"]
 
 
 class Turn(NamedTuple):
-    """What a message has, whatever it says."""
+    """The structure of a message, whatever it says."""
 
     role: str
     text: Text
@@ -49,16 +49,21 @@ class Turn(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """The text of ``messages[at]``, or one of its calls, or (``at`` None) the tools."""
+    """What was left out: the text of ``messages[at]``, one of its calls, or the tools.
+
+    ``at`` is None for the tools.
+    """
 
     at: int | None
     call: int | None = None
 
 
 class Finding(NamedTuple):
-    """What was found for one kind of conversation. ``opened``: a prompt that ends with ``end`` ends
-    inside of thinking; another end is looked at anew, since some templates (Nemotron's) open the
-    thinking or not by what a message says (``/no_think``)."""
+    """What was found for one kind of conversation.
+
+    ``opened``: a prompt that ends with ``end`` ends within thinking. A prompt with another end
+    is looked at again, since in some templates (Nemotron's) a message decides (``/no_think``).
+    """
 
     lost: Lost | None = None
     opened: bool = False
@@ -80,8 +85,10 @@ class Reach:
     def look(
         self, messages: Messages, tools: Messages, options: Mapping[str, Any] | None, rendered: str
     ) -> tuple[Lost | None, bool]:
-        """What is left out of the prompt ``rendered``, which the template made of this very
-        conversation; and whether it ends inside of thinking."""
+        """Return what is missing in the prompt ``rendered``, and whether it ends within thinking.
+
+        ``rendered`` must be what the template made of this conversation.
+        """
         found = self._finding(messages, tools, options, rendered)
         if found.end is not None and rendered.endswith(found.end):
             return found.lost, found.opened
@@ -99,7 +106,7 @@ class Reach:
                 return self._found[kind]
         finding = self._find(turns, bool(tools), options)
         if finding is None:
-            # It depends on what the messages say; so they are asked for themselves.
+            # The template does not render our texts, so the messages themselves are compared.
             finding = self._compare(messages, turns, tools, options, rendered)
         with self._lock:
             self._found[kind] = finding
@@ -141,7 +148,7 @@ class Reach:
     def _find(
         self, turns: Sequence[Turn], tools: bool, options: Mapping[str, Any] | None
     ) -> Finding | None:
-        """None where the template does not render such texts."""
+        """Return the finding for such turns; None where the template does not render our texts."""
         offered = [filled({"type": "function", "function": {"name": _TOOL}})] if tools else []
 
         def rendered(other: Lost | None = None) -> str | None:
@@ -153,22 +160,25 @@ class Reach:
             return None
         marks = list(_MARK.finditer(found))
         seen = {mark.group() for mark in marks}
-        # Whether the prompt ends inside of thinking: by what the template writes behind the last
-        # text, not by the whole prompt, in which anybody may have written a mark.
+        # Whether the prompt ends within thinking: only the part after the last text counts, since
+        # users may write such marks in messages.
         behind = found[marks[-1].end() if marks else 0 :]
         opened, end = self._is_open(behind), behind[-_END_KEPT:]
         if tools and _TOOL not in found:
             return Finding(Lost(None), opened, end)
         missed = [lost for lost, mark in _marks_of(turns) if mark not in seen]
         for lost in _ends(missed):
-            # A template may change what it writes, so only one that writes the same without this
-            # text leaves it out.
+            # A template may have changed the text instead of leaving it out. It was left out only
+            # if the prompt stays the same with another text in its place.
             if rendered(lost) == found:
                 return Finding(lost, opened, end)
         return Finding(None, opened, end)
 
     def _conversation(self, turns: Sequence[Turn], other: Lost | None) -> list[dict[str, Any]]:
-        """Such a conversation, with a mark for each text; ``other`` says what has another one."""
+        """Return such a conversation, with a mark for each text.
+
+        The text of ``other`` gets a different mark.
+        """
         messages = list[dict[str, Any]]()
         for index, turn in enumerate(turns):
             mark = _mark(Lost(index), other)
@@ -210,7 +220,7 @@ class Reach:
         said = [index for index, turn in enumerate(turns) if turn.text not in ("blank", "thought")]
         for index in _ends(said):
             message = messages[index]
-            # Of the same length: a length alone is no text.
+            # Of the same length: a template that only writes the length would not pass on the text.
             length = len(message["content"])
             another = ("y" if message["content"].startswith("x") else "x") * length
             changed = [*messages[:index], {**message, "content": another}, *messages[index + 1 :]]
@@ -225,12 +235,12 @@ def _ends(found: Sequence[T]) -> Sequence[T]:
 
 
 def reasoning(text: str) -> dict[str, str]:
-    """An earlier answer's thinking, under the names by which templates look for it."""
+    """Return an earlier answer's thinking under all the names by which templates look for it."""
     return {"reasoning_content": text, "reasoning": text, "thinking": text}
 
 
 def _marks_of(turns: Sequence[Turn]) -> Iterator[tuple[Lost, str]]:
-    """Each text that has to be found, and its mark."""
+    """Yield each text that must reach the prompt, with its mark."""
     for index, turn in enumerate(turns):
         if turn.text not in ("blank", "thought"):
             yield Lost(index), _mark(Lost(index))
@@ -246,7 +256,7 @@ def _mark(what: Lost, other: Lost | None = None) -> str:
 
 def _call(call: tuple[int, bool], mark: str, *, another: bool) -> dict[str, Any]:
     number, has_arguments = call
-    # Another call differs in everything: Kimi's templates write its id, and not its name.
+    # Another call differs in everything, also in its id: Kimi's templates write only that.
     arguments = {"moesaickey": f"{mark}value"} if has_arguments or another else {}
     function = {"name": f"{mark}name", "arguments": json.dumps(arguments)}
     identity = f"othr{number:05d}" if another else _identity(number)

@@ -1,4 +1,4 @@
-"""One Jinja template of a tokenizer: rendered as transformers does, failing in one way."""
+"""Render one Jinja template of a tokenizer as transformers does; failures are RequestErrors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, Any]]
 
-# Beyond any model's context; what a template writes is searched, and encoded.
+# More than any model's context holds. What a template writes is searched and encoded.
 MAX_CHARS = 2**26
 
 
 class TemplateSource:
-    """The text of a template, and what it makes of conversations."""
+    """The text of a template, and the function that renders conversations with it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         self.text = text
@@ -28,8 +28,11 @@ class TemplateSource:
     def render(
         self, messages: Messages, tools: Messages = (), options: Mapping[str, Any] | None = None
     ) -> str:
-        """The prompt's text. Raises RequestError, whatever the template does: it is a program that
-        came with the model, and what it cannot render cannot be asked."""
+        """Return the prompt's text. Raises RequestError for whatever the template does.
+
+        A template is a program that came with the model; a conversation that it cannot
+        render is refused.
+        """
         try:
             text = self._render(messages, tools, options or {})
         except Exception as error:
@@ -45,7 +48,7 @@ class TemplateSource:
     def attempt(
         self, messages: Messages, tools: Messages = (), options: Mapping[str, Any] | None = None
     ) -> str | None:
-        """The same; None where the template fails."""
+        """Return the prompt's text, or None where the template fails."""
         try:
             return self.render(messages, tools, options)
         except RequestError:
@@ -59,7 +62,7 @@ class TemplateSource:
         offered: list[Any] | None = [dict(tool) for tool in tools] or None
         own = type(self._tokenizer).apply_chat_template
         if own is not PreTrainedTokenizerBase.apply_chat_template:
-            # Some models' code brings a tokenizer that writes conversations in its own way.
+            # The code of some models has a tokenizer that renders conversations in its own way.
             text = self._tokenizer.apply_chat_template(
                 conversation,
                 tools=offered,
@@ -69,8 +72,8 @@ class TemplateSource:
                 **options,
             )
             return str(text)
-        # Not through apply_chat_template, which removes whatever is None: DeepSeek's first
-        # templates write calls of tools only where the content is.
+        # Not through apply_chat_template, which removes values that are None: DeepSeek's first
+        # templates write tool calls only where the content is None.
         rendered, _ = render_jinja_template(
             conversations=[conversation],  # pyright: ignore[reportArgumentType]
             tools=offered,
@@ -86,7 +89,7 @@ def _why(error: Exception) -> str:
     if isinstance(error, TemplateSyntaxError):
         return f"the chat template has a syntax error in line {error.lineno}: {error.message}"
     if type(error) is TemplateError:
-        # Templates refuse conversations in words of their own (roles must alternate, ...).
+        # A template's own reason for refusing, such as "roles must alternate".
         said = said or "it gives no reason"
         return f"the chat template refuses the messages: {said}"
     name = type(error).__name__

@@ -1,11 +1,11 @@
-"""How a model's thinking is told from its answer."""
+"""The marks that separate a model's thinking from its answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What models write around their thinking: Qwen, DeepSeek, GLM and most others; Command A;
-# Mistral's Magistral; Seed-OSS; Kimi-VL.
+# Marks around thinking, in this order: Qwen, DeepSeek, GLM and most others; Command A; Mistral's
+# Magistral; Seed-OSS; Kimi-VL.
 _MARKS = (
     ("<think>", "</think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
@@ -19,7 +19,7 @@ _MARKS = (
 class Thinking:
     """The marks of a chat template whose model thinks before it answers.
 
-    ``opened``: the prompt ends inside of the thinking, so the answer begins with it and holds no
+    ``opened``: the prompt ends within thinking, so the answer begins with it and has no
     ``begin``.
     """
 
@@ -29,8 +29,8 @@ class Thinking:
 
     @classmethod
     def of(cls, template: str) -> Thinking | None:
-        """The marks that a template's text names; None where it names none that are known."""
-        # DeepSeek's first template strips thinking, and does not open it.
+        """Return the marks that a template's text has; None where it has no known ones."""
+        # Only `end` is looked for: DeepSeek's first template strips thinking, but does not open it.
         for begin, end in _MARKS:
             if end in template:
                 return cls(begin, end)

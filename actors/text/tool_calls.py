@@ -1,6 +1,6 @@
 """The form in which models call tools: JSON between ``<tool_call>`` and ``</tool_call>``.
 
-Templates of Qwen, Hermes and their like ask for it. Other models' calls stay text.
+Templates of Qwen, Hermes and similar models ask for it. Calls in other forms stay text.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ from typing import Any, Literal, NamedTuple
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
-# How many calls are wanted. An answer that is one of a named tool ends as text does.
+# How many calls are wanted. "named": one, of a tool that the request names; OpenAI's API gives such
+# an answer the finish reason of a text.
 Calls = Literal["none", "one", "many", "named"]
 
-# Raw newlines in strings are no JSON, but models write them.
+# Not strict: models write raw newlines in strings, which JSON does not allow.
 _DECODER = json.JSONDecoder(strict=False)
 
 
 class ToolCall(NamedTuple):
     id: str
     name: str
-    arguments: str  # JSON, as OpenAI has it
+    arguments: str  # JSON, as in OpenAI's API
 
 
 def read_calls(text: str, *, marked: bool = True) -> list[ToolCall]:
-    """The calls that a JSON text makes, one or a list of them; none where it is anything else.
+    """Return the calls in a JSON text, one or a list of them; none where it is anything else.
 
-    ``marked``: it stands behind a mark of its own. Without one, what has no arguments is no call.
+    ``marked``: the text follows a mark of its own. Without one, an object without arguments is
+    no call.
     """
     try:
         found, _ = _DECODER.raw_decode(text)
@@ -38,15 +40,15 @@ def read_calls(text: str, *, marked: bool = True) -> list[ToolCall]:
 
 
 def _call(found: Any, *, marked: bool) -> ToolCall:
-    """Raises ValueError where it is none."""
+    """Return one call. Raises ValueError where ``found`` is none."""
     if isinstance(found, dict) and isinstance(found.get("function"), dict):
-        found = found["function"]  # as tools are told to the model
+        found = found["function"]  # models may repeat the form in which tools are described
     if not isinstance(found, dict):
         raise ValueError("a call is an object")
     name = found.get("name")
     if not isinstance(name, str) or not name:
         raise ValueError("a call has a name")
-    name.encode()  # half a surrogate pair is a ValueError
+    name.encode()  # raises ValueError for half a surrogate pair
     if not marked and not {"arguments", "parameters"} & found.keys():
         raise ValueError("a call has arguments")
     arguments = _arguments(found.get("arguments", found.get("parameters")))
@@ -54,23 +56,23 @@ def _call(found: Any, *, marked: bool) -> ToolCall:
 
 
 def _arguments(found: Any) -> str:
-    """As JSON. Raises ValueError for numbers that JSON does not have."""
+    """Return arguments as JSON. Raises ValueError for numbers that JSON does not have."""
     if isinstance(found, str):
         found = _decoded(found)
-    if isinstance(found, str):  # whatever it is, the client is to see it
+    if isinstance(found, str):  # not JSON; the client gets it as it is
         text = found
     else:
-        # No arguments are null, "" or, for some models, [].
+        # Models write missing arguments as null, "" or [].
         text = json.dumps(found or {}, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can have only escaped
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON must escape
         text = json.dumps(found, allow_nan=False)
     return text
 
 
 def _decoded(text: str) -> Any:
-    """Arguments that are JSON in a string, also twice; ``text`` where they are none."""
+    """Return arguments that are JSON in a string, maybe encoded twice; else ``text``."""
     found: Any = text.strip()
     while isinstance(found, str) and found:
         try:

@@ -14,9 +14,10 @@ _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Vocabulary:
-    """``special``: the text of each special token, which clients do not see, by its id.
+    """The tokens of one tokenizer.
 
-    A token is special by its id, not by its text: the same text spelled with ordinary tokens is
+    ``special`` has the text of each special token, which clients do not see, by its id. A token
+    is special because of its id, not its text: the same text spelled with ordinary tokens is
     ordinary.
     """
 
@@ -24,12 +25,12 @@ class Vocabulary:
         self._tokenizer = tokenizer
         ids = tokenizer.get_vocab()
         self.longest_token = max(map(len, ids), default=1)  # characters
-        # A model's vocabulary may be larger; what its tokenizer does not know writes nothing.
+        # A model's vocabulary may be larger; tokens that the tokenizer lacks write nothing.
         self.last = max(ids.values(), default=-1)
         self.special = special_tokens(tokenizer)
 
     def decode(self, token_ids: Sequence[int], *, visible: bool = False) -> str:
-        """The text of tokens up to ``last``; special ones are left out where it is ``visible``."""
+        """Return the text of tokens up to ``last``; where ``visible``, without special tokens."""
         text = self._tokenizer.decode(
             list(token_ids),
             skip_special_tokens=visible,
@@ -39,8 +40,11 @@ class Vocabulary:
         return text
 
     def own_bytes(self, token_id: int) -> bytes | None:
-        """What an ordinary token stands for that need not be whole characters; None where the
-        vocabulary does not say it (its tokens are whole characters then)."""
+        """Return the bytes of an ordinary token, which need not be whole characters.
+
+        Returns None where the vocabulary does not tell; its tokens are whole characters
+        then.
+        """
         name = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(name, str):
             return None
@@ -53,7 +57,7 @@ class Vocabulary:
 
     @cached_property
     def prefix(self) -> list[int]:
-        """What the tokenizer puts before every text by itself: mostly the begin of text, if any."""
+        """The tokens that the tokenizer puts before every text: mostly one that begins a text."""
         bare = self._ids("a", special=False)
         whole = self._ids("a", special=True)
         for start in range(len(whole) - len(bare) + 1):
@@ -62,8 +66,10 @@ class Vocabulary:
         return []
 
     def encode(self, text: str) -> list[int]:
-        """With the tokens that the tokenizer adds by itself. Where the text begins with them
-        already, they are there once."""
+        """Return the text's tokens, with those that the tokenizer adds by itself.
+
+        Where the text itself begins with those, they are not added twice.
+        """
         ids = self._ids(text, special=True)
         size = len(self.prefix)
         twice = size > 0 and ids[size : 2 * size] == self.prefix
@@ -75,7 +81,7 @@ class Vocabulary:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The text of each special token, by its id."""
+    """Return the text of each special token, by its id."""
     special = {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -87,8 +93,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Byte-level vocabularies write each byte as one character: printable ones as themselves, the
-    others, in their order, as those from U+0100 on."""
+    """Map the characters of byte-level vocabularies to bytes.
+
+    Such vocabularies write each byte as one character: printable bytes as themselves, the
+    others, in their order, as the characters from U+0100 on.
+    """
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {

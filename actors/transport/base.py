@@ -1,9 +1,9 @@
-"""The one interface of all transports: frames with tensors, never blocking.
+"""The interface of all transports: they carry frames with tensors, and receiving never blocks.
 
 A router holds a `Channel` to each host; a host holds a `Session` for each router, made by a
 `Listener`. Each has a file descriptor that becomes readable when there is something to receive or
-the other side is gone, so that one thread can wait for all of them. Nothing here decides anything:
-`cluster/` does.
+the other side is gone, so that one thread can wait for all of them. Transports decide nothing: the
+decisions are in `cluster/`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Inbound(NamedTuple):
     """A frame and, for calls and replies, the bytes of its tensors (uint8).
 
     The bytes of a reply are valid until `Channel.release`; those of a call until it is answered.
-    A call that the transport has not kept, because it does not fit or there is no room for it,
-    comes with the error that it is to be ``refused`` with.
+    ``refused`` is set for a call whose tensors the transport discarded, because they do not fit or
+    there was no room: the host answers the call with this error.
     """
 
     frame: Frame
@@ -32,18 +32,18 @@ class Inbound(NamedTuple):
 
 
 def call_of(frame: Frame) -> Call:
-    """The call of a call frame, or the one that a backward frame wraps."""
+    """Return the call of a call frame, or the one that a backward frame wraps."""
     return frame.backward.call if frame.HasField("backward") else frame.call
 
 
 def check_version(theirs: int, peer: str) -> None:
-    """Raises CallError when a Hello or Welcome speaks another version of the wire."""
+    """Check the wire version of a Hello or Welcome. Raises CallError for another version."""
     if theirs != WIRE_VERSION:
         raise CallError(f"wire_version: {peer} speaks {theirs}, this side {WIRE_VERSION}")
 
 
 class Channel(Protocol):
-    """A router's connection to one host. Used by one thread at a time."""
+    """A router's connection to one host, used by one thread at a time."""
 
     @property
     def host(self) -> str: ...
@@ -56,30 +56,30 @@ class Channel(Protocol):
     def fileno(self) -> int: ...
 
     def send_call(self, frame: Frame, layout: CallLayout, write: Callable[[Tensor], None]) -> None:
-        """Send a call whose tensors ``write`` puts into the buffer that it is given.
+        """Send a call; ``write`` writes its tensors into the buffer that it is given.
 
         The call announces its ``payload_bytes``; the transport may set fields of its own. Raises
-        HostLost when the connection has ended and CallError when ``layout`` exceeds `slot_bytes`.
+        HostLost if the connection has ended, and CallError if ``layout`` exceeds `slot_bytes`.
         """
         ...
 
     def send(self, frame: Frame) -> None:
-        """Send a frame without tensors. Raises HostLost when the connection has ended."""
+        """Send a frame without tensors. Raises HostLost if the connection has ended."""
         ...
 
     def receive(self) -> list[Inbound]:
-        """All frames that have arrived, Welcome first. Raises HostLost behind the last."""
+        """Return all frames that have arrived, Welcome first. Raises HostLost after the last."""
         ...
 
     def release(self, seq: int) -> None:
-        """The bytes of the reply to ``seq`` are no longer needed."""
+        """Give up the bytes of the reply to ``seq``, and any wait for it."""
         ...
 
     def close(self) -> None: ...
 
 
 class Session(Protocol):
-    """A host's connection to one router. Used by the host's loop alone."""
+    """A host's connection to one router, used by the host's loop alone."""
 
     router: str
 
@@ -91,17 +91,17 @@ class Session(Protocol):
     def fileno(self) -> int: ...
 
     def receive(self) -> list[Inbound]:
-        """All frames that have arrived, Hello first. Raises HostLost behind the last."""
+        """Return all frames that have arrived, Hello first. Raises HostLost after the last."""
         ...
 
     def reply_buffer(self, frame: Frame, layout: CallLayout) -> Tensor:
-        """At least ``layout.reply_bytes`` bytes (uint8) to compute the answer of a call into."""
+        """Return a buffer (uint8) of ``layout.reply_bytes`` or more for the answer of a call."""
         ...
 
     def send_reply(self, frame: Frame, buffer: Tensor) -> None:
-        """Send a reply whose ``payload_bytes`` are in ``buffer``, of `reply_buffer`.
+        """Send a reply whose ``payload_bytes`` are in ``buffer``, which `reply_buffer` returned.
 
-        The buffer is the transport's from now on. Raises HostLost.
+        The transport owns the buffer from now on. Raises HostLost.
         """
         ...
 
@@ -113,7 +113,7 @@ class Session(Protocol):
 
 
 class Listener(Protocol):
-    """Where routers connect to a host."""
+    """The endpoint of a host that routers connect to."""
 
     @property
     def address(self) -> str: ...
@@ -121,8 +121,11 @@ class Listener(Protocol):
     def fileno(self) -> int: ...
 
     def accept(self) -> list[Session]:
-        """The routers that have connected since the last call; never blocks. To be called now and
-        then also when nothing is readable: it ends connections that have said nothing for long."""
+        """Return the routers that have connected since the last call; never block.
+
+        Call it now and then even when nothing is readable: it ends connections that have sent
+        nothing for too long.
+        """
         ...
 
     def close(self) -> None: ...

@@ -1,7 +1,7 @@
-"""How much of one thing many may hold together: bytes that arrive, connections of one kind.
+"""Limits on what many peers hold together, e.g. bytes that arrive or connections of one kind.
 
-What is taken is given back by closing the share that took it, whatever happens in between, so a
-peer that is lost in the middle of a message costs nothing.
+Closing a share gives back all that it took, whatever happened in between, so a peer that is lost in
+the middle of a message leaks nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from ...proto.errors import Busy
 
 
 class Budget:
-    """Used by many threads at once."""
+    """A limit that all its shares together must not exceed; thread-safe."""
 
     def __init__(self, most: int, what: str) -> None:
-        """``what`` stands in the error of whoever finds no room: "bytes of weights"."""
+        """Allow ``most`` in all; the Busy error names ``what``, e.g. "bytes of weights"."""
         self.most = most
         self._what = what
         self._held = 0
@@ -32,7 +32,7 @@ class Budget:
 
     @contextmanager
     def holding(self, size: int = 1) -> Iterator[None]:
-        """Raises Busy when there is no room for ``size`` more."""
+        """Hold ``size`` during the block. Raises Busy if there is no room for it."""
         share = self.share()
         share.take(size)
         try:
@@ -44,7 +44,8 @@ class Budget:
         with self._lock:
             if share.closed:
                 size = 0
-            # What is larger than the whole has to go alone, or it never could.
+            # A request larger than the whole budget is granted if nothing else is held; otherwise
+            # it would never be granted.
             elif size > 0 and self._held and self._held + size > self.most:
                 raise Busy(
                     f"{self._what}: {self._held} of {self.most} are in use, {size} more are too "
@@ -60,7 +61,7 @@ class Budget:
 
 
 class Share:
-    """What one holder has of a budget. Behind `close` it takes nothing any more."""
+    """The part of a budget that one holder has; once closed, it takes nothing any more."""
 
     __slots__ = ("_budget", "closed", "held")
 
@@ -70,13 +71,13 @@ class Share:
         self.closed = False
 
     def take(self, size: int) -> None:
-        """Raises Busy when there is no room for ``size`` more."""
+        """Take ``size`` more. Raises Busy if there is no room for it."""
         self._budget._move(self, size)
 
     def give_back(self, size: int) -> None:
-        """Some of what was taken."""
+        """Give back ``size`` of what was taken."""
         self._budget._move(self, -min(size, self.held))
 
     def close(self) -> None:
-        """Give everything back. Callable again."""
+        """Give everything back; a second call does nothing."""
         self._budget._close(self)

@@ -1,11 +1,11 @@
 """Slots in device memory that a router shares with a host on the same node (CUDA IPC).
 
-The counterpart of a memfd in shm.py: the router allocates, the host opens. What goes over the
-socket are handles as CUDA and torch give them, in a message whose fields are checked; nothing is
-pickled. Each side waits for its own stream before it rings, so that the event of one process never
-holds up another one's loop.
+This is the counterpart of a memfd in shm.py: the router allocates, the host opens. The socket
+carries handles as CUDA and torch make them, in a message whose fields are checked; nothing is
+pickled. Each side waits for its own stream before it sends the frame, so that the event of one
+process never holds up the loop of another.
 
-Not run by the tests of a machine without CUDA: docs/design.md says what that leaves open.
+Machines without CUDA cannot test this file: docs/design.md says what that leaves open.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from ...proto.errors import HostLost
 from ...proto.expert_pb2 import DeviceMemory, Hello
 
-# cudaIpcMemHandle_t and cudaIpcEventHandle_t; torch may put a byte with the kind of allocation
-# before the former, and its count of users has a name.
+# Size of cudaIpcMemHandle_t and of cudaIpcEventHandle_t. torch may put one byte with the kind of
+# allocation before the former. torch's reference counter is a shared-memory file with a name.
 _HANDLE_BYTES = 64
 _MAX_NAME_BYTES = 256
 
@@ -30,20 +30,20 @@ class CudaMemory:
         self._device = whole.device
 
     def written(self) -> None:
-        """Wait until what this thread has written is there for every process."""
+        """Wait until all processes can see what this thread has written."""
         torch.cuda.current_stream(self._device).synchronize()
 
     def close(self) -> None:
-        self.slots.clear()  # whoever still reads an answer keeps the memory by its view
+        self.slots.clear()  # a view that is still in use keeps the memory alive
 
 
 def share(device: torch.device, slots: int, slot_bytes: int) -> tuple[CudaMemory, DeviceMemory]:
-    """Allocate on ``device`` and describe it for the host. Raises HostLost where CUDA declines."""
+    """Allocate slots on ``device`` and describe them for the host. Raises HostLost on failure."""
     try:
         whole = torch.empty(slots * slot_bytes, dtype=torch.uint8, device=device)
         shared = whole.untyped_storage()._share_cuda_()
         uuid = torch.cuda.get_device_properties(whole.device).uuid
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises the latter
         raise HostLost(f"cuda: this process cannot share memory of {device}: {error}") from error
     _, handle, _, offset, counter_handle, counter_offset, event_handle, event_needed = shared
     return CudaMemory(whole, slots), DeviceMemory(
@@ -58,7 +58,7 @@ def share(device: torch.device, slots: int, slot_bytes: int) -> tuple[CudaMemory
 
 
 def open_shared(hello: Hello) -> CudaMemory:
-    """The slots that a router's ``hello`` describes. Raises HostLost when there are none."""
+    """Open the slots that a router's ``hello`` describes. Raises HostLost if that fails."""
     memory = hello.device_memory
     _check(memory)
     device = _by_uuid(memory.device)
@@ -88,12 +88,12 @@ def _check(memory: DeviceMemory) -> None:
         ("counter_handle", memory.counter_handle, range(1, _MAX_NAME_BYTES)),
     ):
         if fits is not None and len(given) not in fits:
-            raise HostLost(f"device_memory.{name}: {len(given)} bytes are not one of CUDA's")
+            raise HostLost(f"device_memory.{name}: {len(given)} bytes are not a handle of CUDA")
 
 
 def _by_uuid(uuid: str) -> torch.device:
-    """GPUs are numbered differently in every process; their UUIDs are not."""
+    """Find a GPU by its UUID, as every process may number GPUs differently."""
     for index in range(torch.cuda.device_count()):
         if str(torch.cuda.get_device_properties(index).uuid) == uuid:
             return torch.device("cuda", index)
-    raise HostLost(f"device_memory.device: GPU {uuid!r} is none that this process may use")
+    raise HostLost(f"device_memory.device: this process cannot use GPU {uuid!r}")

@@ -1,4 +1,4 @@
-"""A queue between threads that one can wait for together with sockets."""
+"""A queue between threads with a file descriptor, so that epoll can wait for it and for sockets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Mailbox(Generic[T]):
-    """A queue whose descriptor is readable while something is in it, and for ever when it ended.
+    """A queue whose descriptor is readable while it has items, and always once it has ended.
 
-    Any thread puts, one thread takes. There is no lock on the way, so that the taker, woken up,
-    never finds the putter still holding one.
+    Any thread puts, one thread takes. Neither takes a lock while items pass, so the taker that was
+    woken up never waits for a lock that the putter still holds.
     """
 
     def __init__(self) -> None:
@@ -40,8 +40,8 @@ class Mailbox(Generic[T]):
             if self._fd >= 0:
                 os.eventfd_read(self._fd)
         except BlockingIOError:
-            pass  # nothing was signalled since the last time
-        # In this order: whatever is put after this line signals anew.
+            pass  # nothing was signalled since the last call
+        # Reset the flag before taking items: an item that is put after this line signals anew.
         self._signalled = False
         items = [self._items.popleft() for _ in range(len(self._items))]
         if self._ended:
@@ -59,7 +59,7 @@ class Mailbox(Generic[T]):
 
     def _signal(self) -> None:
         self._signalled = True
-        # Against `close` alone: afterwards the number may be another file's.
+        # The lock guards against `close` only: after it, the same number may be another file.
         with self._fd_lock:
             if self._fd >= 0:
                 os.eventfd_write(self._fd, 1)

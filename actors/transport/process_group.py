@@ -1,12 +1,12 @@
-"""A process group of two, one router and one host: it carries the bytes of tensors, nothing else.
+"""A process group of one router and one host, which carries only the bytes of tensors.
 
-What is carried is announced in order by the frames of a gRPC stream (`grpc_stream.py`), and both
-sides send and receive in that order. torch's default process group is not touched: a pair has a
-TCPStore of its own, which is new for every connection, so bytes of an older one cannot get here.
+The frames of a gRPC stream (`grpc/stream.py`) announce what the group carries, and both sides send
+and receive in that order. torch's default process group is not touched. Each pair has a TCPStore of
+its own, made anew for every connection, so bytes of an older connection cannot arrive here.
 
-Every operation has a deadline, and behind one that misses it the pair is of no use any more. Gloo
-has no way to end operations that wait, `abort` and `shutdown` included (torch 2.13); but one that
-times out closes all connections of its group, and so ends the others.
+Every operation has a deadline; a pair is unusable once an operation has missed it. Gloo cannot end
+waiting operations, not even with `abort` and `shutdown` (torch 2.13). But an operation that times
+out closes all connections of its group, which ends the others too.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torch import Tensor, distributed
 
 from ...proto.errors import CallError, HostLost
 
-# A peer that does not take or give a piece for so long is lost.
+# A peer that has not sent or received one piece within this time is lost.
 OP_TIMEOUT_S = 5.0
-# From the announcement of the store until both sides are connected.
+# Time limit from the announcement of the store until both sides are connected.
 MEET_TIMEOUT_S = 2.0
-# What one operation carries at most, so that its deadline does not depend on the tensor's size.
+# Upper bound for one operation, so that its deadline does not depend on the tensor's size.
 PIECE_BYTES = 8 << 20
 HOST_RANK, ROUTER_RANK = 0, 1
-# Its classes are not in its stubs.
+# torch's stubs lack the classes that are used here.
 _dist: Any = distributed
-# Of the operation that only ends the others.
+# Tag of the receive operation that serves only to end the others by timing out.
 _ABORT_TAG = 1
 # torch's own errors are RuntimeErrors.
 _FAILURES = (RuntimeError, OSError, ValueError)
@@ -45,7 +45,7 @@ _environment = threading.Lock()
 
 
 def backends() -> tuple[str, ...]:
-    """The backends that this build of torch has."""
+    """Return the backends that this build of torch has."""
     if not distributed.is_available():
         return ()
     had = {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()}
@@ -53,7 +53,7 @@ def backends() -> tuple[str, ...]:
 
 
 class _Group(Protocol):
-    """A connected group. ``send`` and ``receive`` are used by one thread each, ``abort`` by any."""
+    """A connected group: one thread calls ``send``, one ``receive``, and any may ``abort``."""
 
     def send(self, piece: Tensor) -> None: ...
 
@@ -65,10 +65,10 @@ class _Group(Protocol):
 
 
 class Pair:
-    """One side of a pair: `open` (host) and `join`, then `send` and `receive` until `abort`."""
+    """One side of a pair: the host calls `open`, both `join`, then use it until `abort`."""
 
     def __init__(self, peer: str, backend: str, device: torch.device) -> None:
-        """Raises CallError when ``backend`` cannot be had here on ``device``."""
+        """Connect to nobody yet. Raises CallError if ``device`` cannot use ``backend`` here."""
         if backend not in backends():
             raise CallError(f"group: no backend {backend!r} here, only {', '.join(backends())}")
         if backend == "nccl" and device.type != "cuda":
@@ -87,14 +87,15 @@ class Pair:
         return self._group is not None
 
     def open(self, bind: str) -> str:
-        """Listen on ``bind``, an IP, for the other side; gives the address to `join`."""
+        """Listen on ``bind``, an IP, for the other side; return the address to `join`."""
         family = socket.AF_INET6 if ":" in bind else socket.AF_INET
         try:
             with socket.socket(family, socket.SOCK_STREAM) as listening:
                 listening.bind((bind, 0))
                 listening.listen()
                 port = listening.getsockname()[1]
-                # The store owns a descriptor that it is given, and without listens everywhere.
+                # Given a descriptor, the store owns it; without one it would listen on every
+                # interface.
                 self._store = _store(bind, port, listen_fd=os.dup(listening.fileno()))
         except _FAILURES as error:
             raise self._lost(error) from error
@@ -127,7 +128,7 @@ class Pair:
             raise self._lost(error) from error
 
     def receive(self, size: int) -> Tensor:
-        """The next ``size`` bytes. Raises HostLost, and aborts the pair."""
+        """Wait for the next ``size`` bytes. Raises HostLost, and aborts the pair."""
         whole = self.buffer(size)
         try:
             for piece in pieces(whole):
@@ -137,14 +138,16 @@ class Pair:
         return whole
 
     def linger(self, timeout_s: float) -> None:
-        """Wait until the other side has ended the pair, so that it has what was sent last: a send
-        is over when the bytes are on their way. `abort` follows."""
+        """Wait until the other side has ended the pair, before `abort`.
+
+        A send returns when the bytes are on their way; this makes sure that the last ones arrive.
+        """
         group = self._group
         if group is not None:
             group.linger(timeout_s)
 
     def abort(self) -> None:
-        """End what waits, here and, if it is alive, on the other side. From any thread."""
+        """End waiting operations here and, if it is alive, on the other side. From any thread."""
         with self._lock:
             self._aborted = True
             self._met.set()
@@ -160,24 +163,24 @@ class Pair:
         return _Gloo(store, rank, host if rank == HOST_RANK else _address_towards(host))
 
     def _connected(self) -> _Group:
-        """Of a router's calls, the first may be sent while the two still meet."""
+        """Wait for the group, as a router may send its first call while both sides still meet."""
         self._met.wait(MEET_TIMEOUT_S)
         group = self._group
         if group is None:
-            raise HostLost(f"{self.peer}: there is no group")
+            raise HostLost(f"{self.peer}: there is no group with this peer")
         return group
 
     def _lost(self, error: Exception) -> HostLost:
         self.abort()
-        # Whoever keeps the error is not to keep what the group's frames hold with it.
+        # Drop the traceback: a caller that keeps the error would keep the group alive through it.
         error.__traceback__ = None
-        # In one line, without the frames of C++ that torch appends.
+        # Keep the first line only: torch appends C++ stack frames.
         reason = str(error).partition("\n")[0]
         return HostLost(f"{self.peer}: {self._backend}: {reason}")
 
 
 def pieces(payload: Tensor) -> Iterator[Tensor]:
-    """Of ``payload`` (uint8), in the order in which they travel; none of an empty one."""
+    """Yield ``payload`` (uint8) in pieces, in the order of sending; none if it is empty."""
     for start in range(0, payload.numel(), PIECE_BYTES):
         yield payload[start : start + PIECE_BYTES]
 
@@ -195,7 +198,7 @@ def _store(host: str, port: int, listen_fd: int | None = None) -> Any:
 
 
 def _address_towards(host: str) -> str:
-    """The IP of this machine that ``host`` sees; nothing is sent."""
+    """Return the IP of this machine that ``host`` sees; nothing is sent."""
     family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as sock:
         sock.connect(address)
@@ -205,9 +208,9 @@ def _address_towards(host: str) -> str:
 class _Gloo:
     def __init__(self, store: Any, rank: int, bind: str) -> None:
         options = _dist.ProcessGroupGloo._Options()
-        # A device of its own: its thread and its sockets end with the group.
+        # A gloo device for this group alone: its thread and its sockets end with the group.
         options._devices = [_dist.ProcessGroupGloo.create_device(hostname=bind, lazy_init=False)]
-        options._threads = 1  # for collectives, which there are none of
+        options._threads = 1  # these serve collectives, which are not used
         options._timeout = timedelta(seconds=MEET_TIMEOUT_S)
         self._group = _dist.ProcessGroupGloo(store, rank, 2, options)
         self._peer = 1 - rank
@@ -220,27 +223,29 @@ class _Gloo:
 
     def linger(self, timeout_s: float) -> None:
         nothing = torch.empty(1, dtype=torch.uint8)
-        with contextlib.suppress(RuntimeError):  # it times out, or the other side has closed
+        # Nothing is ever sent with this tag: the receive times out, or the other side closes.
+        with contextlib.suppress(RuntimeError):
             waiting = self._group.recv([nothing], self._peer, _ABORT_TAG)
             waiting.wait(timedelta(seconds=timeout_s))
 
     def abort(self) -> None:
+        # The receive times out, and with that gloo closes all connections of the group.
         self.linger(0.001)
 
 
 class _Nccl:
-    """Written for CUDA and not run by the tests of a machine without: see docs/design.md."""
+    """The group over NCCL. Machines without CUDA cannot test it: see docs/design.md."""
 
     def __init__(self, store: Any, rank: int, device: torch.device) -> None:
         torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
         self._device = device
         self._peer = 1 - rank
-        # A communicator for each direction: the operations of one run one after the other, so two
-        # sides that send before they receive would wait for ever.
+        # One communicator for each direction: the operations of a communicator run one after the
+        # other, so two sides that both send before they receive would deadlock.
         with _without_teardown():
             groups = [self._make(_dist.PrefixStore(n, store), rank) for n in ("answers", "calls")]
         self._out, self._in = groups if rank == HOST_RANK else reversed(groups)
-        # The first operation connects, which takes as long as it takes; not in the midst of calls.
+        # The first operation connects, which can be slow: do it now, not during a call.
         first = torch.zeros(1, dtype=torch.uint8, device=device)
         for receives in (rank == HOST_RANK, rank != HOST_RANK):
             (self.receive if receives else self.send)(first)
@@ -248,11 +253,11 @@ class _Nccl:
     def _make(self, store: Any, rank: int) -> Any:
         nccl = _dist.ProcessGroupNCCL
         options = nccl.Options()
-        options._timeout = timedelta(seconds=2 * OP_TIMEOUT_S)  # ours comes first
+        options._timeout = timedelta(seconds=2 * OP_TIMEOUT_S)  # `_finish` times out first
         return nccl(store, rank, 2, options)
 
     def send(self, piece: Tensor) -> None:
-        # What is in the buffer was written on the stream of another thread.
+        # Another thread wrote the buffer, on a stream of its own.
         torch.cuda.synchronize(self._device)
         self._finish(self._out.send([piece], self._peer, 0))
 
@@ -260,7 +265,7 @@ class _Nccl:
         self._finish(self._in.recv([piece], self._peer, 0))
 
     def _finish(self, work: Any) -> None:
-        """`Work.wait` would only order streams; what is announced as received must be there."""
+        """Wait until the operation is complete on the device; `Work.wait` only orders streams."""
         until = time.monotonic() + OP_TIMEOUT_S
         while not work.is_completed():
             if time.monotonic() > until:
@@ -269,7 +274,7 @@ class _Nccl:
         work.wait()
 
     def linger(self, timeout_s: float) -> None:
-        """Nothing: NCCL does not say when the other side has closed."""
+        """Do nothing, as NCCL does not tell when the other side has closed."""
 
     def abort(self) -> None:
         for group in (self._out, self._in):
@@ -278,8 +283,10 @@ class _Nccl:
 
 @contextlib.contextmanager
 def _without_teardown() -> Iterator[None]:
-    """By default torch ends the whole process when a peer of an NCCL group is lost; groups read
-    this as they are made. What the user has set stays."""
+    """Keep torch from ending the whole process when a peer of an NCCL group is lost.
+
+    Groups read this environment variable when they are made. A value that the user set stays.
+    """
     with _environment:
         if _ERROR_HANDLING in os.environ:
             yield

@@ -18,7 +18,7 @@ _DATAGRAM_BYTES = 1 << 16
 
 
 class FrameSocket:
-    """A SEQPACKET socket that maps every way in which the other side can be gone to HostLost."""
+    """A SEQPACKET socket that reports every loss of the other side as HostLost."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -36,7 +36,7 @@ class FrameSocket:
             raise HostLost(f"shared-memory socket: {error}") from error
 
     def receive(self, take: Callable[[Frame], Inbound | None]) -> list[Inbound]:
-        """What ``take`` makes of the frames that have arrived. Raises HostLost behind the last."""
+        """Apply ``take`` to all frames that have arrived. Raises HostLost after the last."""
         inbounds: list[Inbound] = []
         try:
             if self._end is not None:
@@ -49,11 +49,11 @@ class FrameSocket:
             if not inbounds:
                 raise
             self._end = lost
-            self.end()  # so that the descriptor is readable, whatever the reason was
+            self.end()  # makes the descriptor readable, so that the caller comes back for the error
         return inbounds
 
     def receive_first(self) -> tuple[Frame | None, list[int]]:
-        """The first frame, if it has arrived, and the descriptors that came with it."""
+        """Return the first frame, if it has arrived, and the descriptors that came with it."""
         try:
             data, fds, _, _ = socket.recv_fds(
                 self._sock, _DATAGRAM_BYTES, 1, socket.MSG_CMSG_CLOEXEC
@@ -69,8 +69,10 @@ class FrameSocket:
             raise
 
     def end(self) -> None:
-        """Nothing is sent or received any more; what has arrived is still heard. The descriptor
-        becomes readable."""
+        """Shut the connection down; frames that have arrived can still be received.
+
+        The descriptor becomes readable.
+        """
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
@@ -84,7 +86,7 @@ class FrameSocket:
             except BlockingIOError:
                 return None
             except ConnectionResetError:
-                continue  # the other side left frames of ours unread; its own are still here
+                continue  # the other side closed with frames of ours unread; read on for its own
             except OSError as error:
                 raise HostLost(f"shared-memory socket: {error}") from error
 

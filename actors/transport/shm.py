@@ -1,14 +1,14 @@
-"""Shared memory between processes of one machine: the host's, or a GPU's (`cuda_memory.py`).
+"""Shared memory between processes of one machine: main memory, or a GPU's (`cuda_memory.py`).
 
 The router makes an anonymous memfd of equal slots and passes it over a Unix SOCK_SEQPACKET socket
-in an abstract address; the socket is also the doorbell and, by its end, the death notice. Nothing
-has a name in any file system, so nothing is left when either side is killed. A slot holds one call
-and, behind it, the answer; it is free again only when its call was answered or the connection
-ended, so a host that froze and woke late cannot write into somebody else's answer.
+with an abstract address. The socket also carries the frames, and its end tells that the other side
+died. Nothing has a name in any file system, so nothing is left when either side is killed. A slot
+holds one call, followed by its answer. It is free again only when its call was answered or the
+connection ended, so a host that froze and woke up late cannot overwrite another call's answer.
 
-Abstract addresses are listed in /proc and can be reached by whoever shares the network namespace.
-So a host lets in its own user alone, hears only who shows the cluster's proof in the Hello, and
-before that maps and opens nothing. Who says nothing is sent away.
+Abstract addresses are listed in /proc, and every process in the same network namespace can connect
+to them. So a host accepts only processes of its own user, and maps and opens nothing before the
+Hello has shown the cluster's proof. It ends connections that send no Hello.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .seqpacket import FrameSocket, close_all, same_user
 log = logging.getLogger(__name__)
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-# Of accept(2): no room for a descriptor now, or the other side has gone already.
+# Errors of accept(2) that pass: no descriptor or memory is free, or the other side has left.
 _TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
 MAX_SLOTS = 1024
 MAX_SLOT_BYTES = 1 << 30
@@ -52,25 +52,25 @@ class _Memory:
 
     def __init__(self, fd: int, slots: int, slot_bytes: int) -> None:
         self._map = mmap.mmap(fd, slots * slot_bytes)
-        # Through numpy, whose arrays keep the mapping from being closed under them; a tensor of
-        # torch.frombuffer does not, and reading it then kills the process.
+        # numpy arrays keep the mapping from being closed while they exist. A tensor made by
+        # torch.frombuffer does not, and reading it after the close kills the process.
         whole = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
         self.slots = list(whole.view(slots, slot_bytes).unbind())
 
     def written(self) -> None:
-        """Every process sees host memory as it is."""
+        """Do nothing, as every process sees writes to main memory at once."""
 
     def close(self) -> None:
         self.slots.clear()
         try:
             self._map.close()
         except BufferError:
-            # Somebody still reads an answer; the mapping goes with the last view of it.
+            # An answer is still in use; the mapping ends with its last view.
             return
 
 
 def _reply_start(slot_bytes: int, reply_bytes: int) -> int:
-    """An answer ends its slot, and its start is aligned."""
+    """Return the aligned offset of an answer, which is placed at the end of its slot."""
     return (slot_bytes - reply_bytes) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
 
 
@@ -88,15 +88,15 @@ class ShmChannel:
         device: torch.device | None = None,
         proof: bytes | None = None,
     ) -> None:
-        """Connect without waiting; the host's Welcome arrives as the first frame. ``proof`` is what
-        the host asks for; None: that of a listener of this process.
+        """Connect without waiting; the host's Welcome arrives as the first frame.
 
-        The slots are memory of ``device``, a GPU, or else of the host. Raises HostLost when nobody
-        listens at ``address``.
+        ``proof`` is what the host asks for (None: the proof for a listener of this process). The
+        slots are in the memory of ``device``, a GPU (None: in main memory). Raises HostLost if
+        nobody listens at ``address``.
         """
         self._host = host
         self._slot_bytes = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        # seq -> slot and size of the answer where that is known, until answered and released
+        # seq -> (slot, size of the answer if it is known), until the call is released
         self._calls: dict[int, tuple[int, int | None]] = {}
         self._free = list(range(slots))
         hello = Frame()
@@ -112,7 +112,7 @@ class ShmChannel:
             sock.setblocking(False)
             sock.connect("\0" + address)
             if not same_user(sock):
-                raise HostLost(f"{address}: held by another user")
+                raise HostLost(f"{address}: the listening process belongs to another user")
             if device is not None:
                 memory, described = share(device, slots, self._slot_bytes)
                 hello.hello.device_memory.CopyFrom(described)
@@ -150,8 +150,8 @@ class ShmChannel:
         if layout.slot_bytes > self._slot_bytes:
             raise CallError(f"rows: {layout.slot_bytes} bytes exceed a slot of {self._slot_bytes}")
         if not self._free:
-            raise InternalError(f"{self._host}: a call more than there are slots")
-        # The most recently used slot first: its pages are mapped and warm.
+            raise InternalError(f"{self._host}: more calls in flight than slots")
+        # Reuse the most recently used slot: its pages are mapped and in the cache.
         slot = self._free[-1]
         write(self._memory.slots[slot])
         self._memory.written()
@@ -189,9 +189,9 @@ class ShmChannel:
         seq, size = frame.reply.seq, frame.reply.payload_bytes
         slot, wanted = self._calls.get(seq, (None, None))
         if slot is None:
-            return None  # answered twice: the first answer counts
+            return None  # the call was answered before, or given up
         if size > self._slot_bytes or wanted not in (None, size):
-            raise HostLost(f"{self._host}: reply {seq} has {size} bytes, its call wants {wanted}")
+            raise HostLost(f"{self._host}: reply {seq} has {size} bytes, expected {wanted}")
         start = _reply_start(self._slot_bytes, size)
         return Inbound(frame, self._memory.slots[slot][start : start + size])
 
@@ -200,8 +200,10 @@ class ShmSession:
     """A host's side of one connection."""
 
     def __init__(self, sock: socket.socket, proof: bytes, *, device_memory: bool = False) -> None:
-        """``proof`` is what the Hello has to show; ``device_memory`` whether it may bring slots on
-        a GPU."""
+        """Take over an accepted socket whose Hello must show ``proof``.
+
+        ``device_memory`` says whether the Hello may bring slots on a GPU.
+        """
         self._device_memory = device_memory
         self.router = ""
         self._proof = proof
@@ -215,21 +217,21 @@ class ShmSession:
 
     @property
     def greeted(self) -> bool:
-        """Whether its Hello was heard, and was right."""
+        """Whether a valid Hello has arrived."""
         return self._memory is not None
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
     def end(self) -> None:
-        """Hear nothing any more: the end is received next."""
+        """Shut the connection down; the next `receive` raises HostLost."""
         self._sock.end()
 
     def receive(self) -> list[Inbound]:
         return self._greet() if self._memory is None else self._sock.receive(self._take)
 
     def reply_buffer(self, frame: Frame, layout: CallLayout) -> Tensor:
-        """The end of the call's own slot, behind its tensors."""
+        """Return the end of the call's own slot, which follows the call's tensors."""
         assert self._memory is not None
         start = _reply_start(self._slot_bytes, layout.reply_bytes)
         slot = self._memory.slots[call_of(frame).slot]
@@ -261,24 +263,24 @@ class ShmSession:
         return Inbound(frame, slots[call.slot][: call.payload_bytes])
 
     def _greet(self) -> list[Inbound]:
-        """The first datagram: Hello, with the router's memory or how to open it."""
+        """Receive the Hello: it brings the router's memory, or says how to open it."""
         frame, fds = self._sock.receive_first()
         if frame is None:
             return []
         hello = frame.hello
         try:
-            # First of all: of who is not of the cluster nothing is looked at.
+            # The proof comes first: nothing else that a stranger sends is looked at.
             if not hmac.compare_digest(hello.proof, self._proof):
-                raise HostLost("a Hello without the proof of this cluster for this host")
+                raise HostLost("Hello: it lacks this cluster's proof for this host")
             _check(hello.wire_version, repr(hello.router))
             on_gpu = hello.HasField("device_memory")
             if on_gpu and not self._device_memory:
                 raise HostLost(
-                    f"{hello.router!r}: slots in device memory, for which network.transport of the "
-                    "cluster's spec does not ask"
+                    f"{hello.router!r}: it has slots in device memory, which network.transport of "
+                    "the cluster's spec does not allow"
                 )
             if not _sane(hello) or not (on_gpu or (fds and _sealed(fds[0], hello))):
-                raise HostLost(f"{hello.router!r}: Hello without a sealed memfd of its slots")
+                raise HostLost(f"{hello.router!r}: its Hello has no sealed memfd of its slots")
             if on_gpu:
                 self._memory = open_shared(hello)
             else:
@@ -305,7 +307,7 @@ def _sane(hello: Hello) -> bool:
 
 
 def _sealed(fd: int, hello: Hello) -> bool:
-    """A memfd that could shrink would turn a router's mistake into this host's SIGBUS."""
+    """Check that the memfd has its size and cannot shrink, which would give this host a SIGBUS."""
     if os.fstat(fd).st_size != hello.slots * hello.slot_bytes:
         return False
     try:
@@ -317,10 +319,11 @@ def _sealed(fd: int, hello: Hello) -> bool:
 
 
 class ShmListener:
-    """An abstract Unix socket with a random name: nothing to unlink.
+    """An abstract Unix socket with a random name, so that there is no file to unlink.
 
-    A Hello is due within `HELLO_S`, and at most `MAX_UNANNOUNCED` connections wait for theirs: when
-    there are more, the oldest leaves, as an honest router says Hello as soon as it has connected.
+    A connection must send its Hello within `HELLO_S`, and at most `MAX_UNANNOUNCED` connections may
+    be without one. If there are more, the oldest is ended: an honest router sends its Hello as soon
+    as it has connected.
     """
 
     def __init__(
@@ -331,13 +334,15 @@ class ShmListener:
         device_memory: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Only members of the cluster that has ``secret`` (None: this process) are heard, and they
-        must mean ``target`` (`keys.target`). ``device_memory``: whether the spec asks for slots on
-        a GPU; without it the host opens none. ``clock`` counts seconds."""
+        """Listen for members of the cluster that has ``secret`` (None: that of this process).
+
+        Their proof must be for ``target`` (`keys.target`). ``device_memory`` says whether the spec
+        asks for slots on a GPU; if not, the host opens none. ``clock`` counts seconds.
+        """
         self._device_memory = device_memory
         self._proof = (secret or secret_of_process()).proof("shm", target)
         self._clock = clock
-        # Those that have said nothing, the oldest first, and until when they may.
+        # (deadline of the Hello, session) of connections without a Hello, the oldest first.
         self._silent: deque[tuple[float, ShmSession]] = deque()
         self._address = f"moesaic-{secrets.token_hex(16)}"
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -354,7 +359,7 @@ class ShmListener:
 
     def accept(self) -> list[Session]:
         sessions: list[Session] = []
-        while len(sessions) < MAX_UNANNOUNCED:  # then others are heard, too
+        while len(sessions) < MAX_UNANNOUNCED:  # a flood must not keep the loop from its routers
             try:
                 sock, _ = self._sock.accept()
             except BlockingIOError:
@@ -362,8 +367,8 @@ class ShmListener:
             except OSError as error:
                 if error.errno not in _TRANSIENT:
                     raise
-                # Whoever holds the descriptors that this process lacks: those that say nothing
-                # are the first to go, and the loop goes on.
+                # This process may be out of descriptors: end all connections without a Hello to
+                # free some, and go on.
                 log.warning("shared memory: cannot accept a connection: %s", error)
                 self._send_away(keep=0)
                 return sessions
@@ -377,7 +382,7 @@ class ShmListener:
         return sessions
 
     def _send_away(self, keep: int = MAX_UNANNOUNCED) -> None:
-        """End connections that have said nothing for too long, or are more than ``keep``."""
+        """End connections whose Hello is overdue, and the oldest beyond ``keep`` without one."""
         now = self._clock()
         waiting = [(due, one) for due, one in self._silent if not one.greeted and one.fileno() >= 0]
         self._silent = deque(waiting)

@@ -1,4 +1,4 @@
-"""Moving the experts of a model in memory into the pool, over the weights channel."""
+"""Moves the experts of a model in memory into the pool, over the weights channel."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def attach_model(
     exact: bool,
     make_config: Callable[[ModelRef], TrunkConfig],
 ) -> PoolTrunk:
-    """Send the experts, free them here, and connect the model.
+    """Send the experts to the pool, free them in this process, and connect the model.
 
-    Until everything is in the pool the model is left as it was. Raises UnsupportedModel and
+    The model stays as it was until all experts are in the pool. Raises UnsupportedModel and
     ClusterError.
     """
     if needs_adapter(model):
         raise UnsupportedModel(
-            f"{type(model).__name__}: experts of this architecture are served from its checkpoint "
-            "only; save it with save_pretrained and use Cluster.from_pretrained"
+            f"{type(model).__name__}: experts of this architecture can only be served from a "
+            "checkpoint; save it with save_pretrained and use Cluster.from_pretrained"
         )
     layers = experts_layers(model)
     dtypes = {p.dtype for layer in layers for _, p in expert_parameters(layer)}
@@ -57,8 +57,8 @@ def attach_model(
         raise UnsupportedModel(f"dtype: experts of {sorted(map(str, dtypes))} cannot be served")
     if not model._can_set_experts_implementation():
         raise UnsupportedModel(
-            f"{type(model).__name__}: transformers would silently ignore another implementation "
-            "of its experts"
+            f"{type(model).__name__}: transformers cannot replace the implementation of this "
+            "model's experts"
         )
     ref = ModelRef(
         name=name, dtype=str(dtype).removeprefix("torch."), config=model.config.to_dict()
@@ -107,7 +107,7 @@ def _send(granted: Granted, secret: ClusterSecret, layers: Mapping[int, ExpertsL
 
 
 def expert_tensors(layer: ExpertsLayer, expert: int) -> dict[str, torch.Tensor]:
-    """One expert of a model in memory, as `ExpertStore.put` takes it."""
+    """Return one expert of a model in memory, in the form that `ExpertStore.put` accepts."""
     up = layer.up_name
     wire = {up: "up", "down_proj": "down", f"{up}_bias": "up_bias", "down_proj_bias": "down_bias"}
     return {

@@ -1,7 +1,7 @@
 """A trunk in this process: a model without its experts, and the router to them.
 
-Used inside the Serve replica that serves a model, and by `Cluster.from_pretrained` and
-`Cluster.attach` in a user's own process.
+The Serve replica of a model has one, and `Cluster.from_pretrained` and `Cluster.attach` make one in
+the user's own process.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def open_trunk(config: TrunkConfig) -> PoolTrunk:
     """Load a trunk from its folder and connect it. Raises CheckpointError and ClusterError."""
     if config.model.path is None:
         raise ClusterError(
-            f"model {config.model.name!r} was attached from memory; its trunk lives in the process "
-            "that attached it"
+            f"model {config.model.name!r} was attached from memory; only the process that attached "
+            "it has its trunk"
         )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -89,10 +89,10 @@ class _PoolEngine(TransformersEngine):
 
 
 def engine_factory(config: TrunkConfig) -> Callable[[], Engine]:
-    """For `serve_app.Trunk`: builds the engine in the replica's own process."""
+    """Return a function for `serve_app.Trunk` that builds the engine in the replica's process."""
 
     def build() -> Engine:
-        # Each replica is a router of its own to the controller.
+        # The controller tells routers apart by name, so each replica needs a name of its own.
         own = replace(config, name=f"{config.name}-{secrets.token_hex(3)}")
         if config.engine_kind == "vllm":
             from ..engine.vllm_backend.engine import VllmEngine

@@ -1,13 +1,12 @@
-"""The router service's state machine: calls of clients in, merged calls of one layer out.
+"""The router service's state machine: it merges calls of many clients into one call per layer.
 
-Whatever waits for the same layer when the router is free becomes one call of it; nothing waits for
-more to arrive. Clients take turns: the one whose turn it is names the layer, and all that wait for
-it share the rows of the merged call evenly (max-min fairness), so that a large call goes in pieces
-and never stands before small ones. When more is held than may be, the client that holds most loses
-its newest call (as in longest queue drop, Suter et al. 1998), so that one that floods refuses
-itself.
+When the router is free, rows that wait for the same layer become one call; no row waits for others
+to arrive. Clients take turns to choose the layer. All clients that wait for this layer share the
+rows of the merged call evenly (max-min fairness), so that a large call is split and does not block
+small ones. When the service holds too much, the client that holds most loses its newest call, so
+that a client that floods the service is refused itself (longest queue drop, Suter et al. 1998).
 
-No clock, no sockets, no threads, no tensors: `actors/router_service/service.py` brings those.
+The clock is an argument. Sockets, threads and tensors are in `actors/router_service/service.py`.
 
 Shape suffixes: n = some rows of one call.
 """
@@ -23,34 +22,34 @@ import numpy as np
 
 from ..placement import LayerKey
 
-# What is said to whoever was refused: not before, and not after.
+# Limits of the time after which a refused client is told to try again.
 _LEAST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 5.0
-# Weight of the last merged call in their average time.
+# Weight of the last merged call in the moving average of their times.
 _LAST = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergePolicy:
     max_batch_rows: int = 1024  # of one merged call
-    max_calls: int = 256  # held at a time: arriving, waiting, computed, leaving
-    max_bytes: int = 256 << 20  # of their tensors, and of their answers
-    away_s: float = 0.1  # before rows whose experts nobody has are tried again
+    max_calls: int = 256  # held at a time, in any phase
+    max_bytes: int = 256 << 20  # of their tensors and of their answers
+    away_s: float = 0.1  # before rows whose expert no host could compute are tried again
 
 
 class Phase(Enum):
-    # Its tensors are on their way.
+    # Its tensors are being received.
     ARRIVING = "arriving"
-    # Some of its rows wait for their turn.
+    # Some of its rows wait to be computed.
     WAITING = "waiting"
     # Some of its rows are being computed.
     COMPUTING = "computing"
-    # It was answered; its answer is on its way.
+    # Its answer is being sent.
     LEAVING = "leaving"
 
 
 @dataclass(slots=True, kw_only=True)
 class Call:
-    """One call of one client; ``size_bytes`` are those of its tensors and of its answer."""
+    """One call of one client; ``size_bytes`` counts its tensors and its answer."""
 
     number: int
     client: str
@@ -60,7 +59,7 @@ class Call:
     deadline: float
     phase: Phase = Phase.ARRIVING
     not_before: float = 0.0
-    lacks: str = ""  # which expert nobody had when it was last tried
+    lacks: str = ""  # which expert no host could compute when it was last tried
     was_cut: bool = False
     todo_n: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
@@ -69,7 +68,7 @@ class Call:
 
 
 class End(NamedTuple):
-    """A call has its outcome: all its rows, or the error of this code and message."""
+    """The outcome of a call: all its rows, or an error with this code and message."""
 
     number: int
     code: str = ""
@@ -78,13 +77,13 @@ class End(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """The time of a call is up, and only the other side could end it: its connection is cut."""
+    """Cut the connection of a call that missed its deadline while its client was to act."""
 
     number: int
 
 
 class Piece(NamedTuple):
-    """Rows of a call that go into a merged one."""
+    """Rows of a call that become part of a merged call."""
 
     number: int
     rows_n: np.ndarray
@@ -99,22 +98,22 @@ class Batch(NamedTuple):
 
 @dataclass(slots=True)
 class MergeStats:
-    calls: int = 0  # that were answered
-    rows: int = 0  # computed
+    calls: int = 0  # calls that were answered
+    rows: int = 0  # rows that were computed
     batches: int = 0
     merged: int = 0  # batches with rows of several calls
     refused: int = 0
     expired: int = 0
-    parked: int = 0  # times that rows had to wait for an expert
+    parked: int = 0  # how often rows had to wait for an expert
 
 
 class Merger:
-    """All calls that a router service holds. Each ends once: by `End`, or because it left."""
+    """All calls that a router service holds; each ends once, with an `End` or by leaving."""
 
     def __init__(self, policy: MergePolicy) -> None:
         self.policy = policy
         self.stats = MergeStats()
-        # The first client has the next turn; calls of each in the order of their arrival.
+        # The first client has the next turn; each has its calls in the order of arrival.
         self._clients: dict[str, dict[int, Call]] = {}
         self._calls: dict[int, Call] = {}
         self._bytes = 0
@@ -132,7 +131,7 @@ class Merger:
     # ---- calls come and go ----------------------------------------------------------------------
 
     def arrive(self, call: Call, now: float) -> list[End]:
-        """A call is announced. Somebody's newest call may be refused for it: its own, say."""
+        """Add an announced call; return calls that are refused for it, perhaps itself."""
         self._calls[call.number] = call
         self._clients.setdefault(call.client, {})[call.number] = call
         self._bytes += call.size_bytes
@@ -142,14 +141,14 @@ class Merger:
         return ends
 
     def ready(self, number: int) -> None:
-        """All its tensors are here."""
+        """Let a call wait for its turn: all its tensors have arrived."""
         call = self._calls.get(number)
         if call is not None and call.phase is Phase.ARRIVING:
             call.phase = Phase.WAITING
             call.todo_n = np.arange(call.rows)
 
     def leave(self, number: int) -> None:
-        """Nothing of it is wanted or held any more. Leaving twice is leaving once."""
+        """Forget a call; calling this twice has no further effect."""
         call = self._calls.pop(number, None)
         if call is None:
             return
@@ -164,11 +163,13 @@ class Merger:
 
         def weight(client: str) -> tuple[int, bool]:
             calls = self._clients[client].values()
+            # The larger is refused; among equals the newcomer's client.
             held = len(calls) if too_many else sum(call.size_bytes for call in calls)
             return held, client == newcomer.client
 
         heaviest = max(self._clients, key=weight)
-        # What has been computed in part, or is not yet here to be told, is not given up.
+        # A call of which a part was computed is kept, and so is one whose client is still sending
+        # and would not read the refusal.
         droppable = [
             call
             for call in self._clients[heaviest].values()
@@ -182,13 +183,12 @@ class Merger:
         return End(
             victim.number,
             "Busy",
-            f"the router service holds {what}, and of these this client most; try again in "
-            f"{pause_s:g} s",
+            f"queue full ({what}); this client holds the largest share; try again in {pause_s:g} s",
             pause_s,
         )
 
     def _pause_s(self) -> float:
-        """How long what waits takes to be computed, about."""
+        """Estimate how long computing all waiting rows takes."""
         rows = sum(call.todo_n.size for call in self._calls.values())
         pause_s = self._batch_s * rows / self.policy.max_batch_rows
         return round(min(max(pause_s, _LEAST_PAUSE_S), _LONGEST_PAUSE_S), 3)
@@ -196,7 +196,7 @@ class Merger:
     # ---- merged calls ---------------------------------------------------------------------------
 
     def take(self, now: float) -> tuple[list[End | Cut], Batch | None]:
-        """The router is free: what is too late ends, and what is to be computed next."""
+        """Return the calls that expired, and the next batch for a router that is free now."""
         over = list(self._expire(now))
         calls = (call for mine in self._clients.values() for call in mine.values())
         first = next((call for call in calls if call.can_go(now)), None)
@@ -204,7 +204,7 @@ class Merger:
             return over, None
         client = first.client
         others = [name for name in self._clients if name != client]
-        # The others come first the next time.
+        # This client goes to the end of the turns.
         self._clients[client] = self._clients.pop(client)
         offers = []
         for name in (client, *others):
@@ -217,7 +217,7 @@ class Merger:
 
     def _pieces(self, offers: list[list[Call]]) -> Iterator[Piece]:
         most = self.policy.max_batch_rows
-        offers = offers[:most]
+        offers = offers[:most]  # so that each client gets a row at least
         wants = [sum(call.todo_n.size for call in calls) for calls in offers]
         for calls, share in zip(offers, fair_shares(wants, most), strict=True):
             left = share
@@ -230,8 +230,10 @@ class Merger:
                 yield Piece(call.number, rows_n)
 
     def computed(self, piece: Piece, lacking_n: np.ndarray, lacks: str, now: float) -> list[End]:
-        """The rows of ``piece`` are there, but for those that lack an expert: ``lacks`` says which.
-        They are tried again until there is no time for it."""
+        """Note that ``piece`` was computed, except rows ``lacking_n`` that miss an expert.
+
+        ``lacks`` names the expert. These rows are tried again as long as the deadline allows.
+        """
         call = self._calls.get(piece.number)
         if call is None:
             return []
@@ -242,7 +244,7 @@ class Merger:
         if lacking_n.size:
             call.not_before = now + self.policy.away_s
             self.stats.parked += 1
-            # So that the answer is there in time, too.
+            # The next try needs time for its answer as well.
             if call.not_before + self.policy.away_s >= call.deadline:
                 return [self._end(call, "ExpertUnavailable", lacks)]
         elif not call.todo_n.size:
@@ -256,7 +258,7 @@ class Merger:
         return [] if call is None else [self._end(call, code, message)]
 
     def batch_over(self, batch: Batch, now: float) -> None:
-        """Behind what became of its pieces."""
+        """Note the end of a batch; call this after `computed` and `failed` of its pieces."""
         took_s = now - self._began
         self._batch_s = (
             took_s if not self._batch_s else self._batch_s + _LAST * (took_s - self._batch_s)
@@ -267,7 +269,7 @@ class Merger:
     # ---- time -----------------------------------------------------------------------------------
 
     def wake_at(self, now: float) -> float:
-        """When `take` has something to do by itself; infinity: never."""
+        """Return when `take` has something to do without an event; infinity if never."""
         due = [float("inf")]
         for call in self._calls.values():
             if not call.was_cut:
@@ -288,7 +290,7 @@ class Merger:
             if call.lacks:
                 yield self._end(call, "ExpertUnavailable", call.lacks)
             else:
-                yield self._end(call, "Expired", "the call's time was over before its turn came")
+                yield self._end(call, "Expired", "the call's deadline passed before its turn")
 
     def _end(self, call: Call, code: str, message: str) -> End:
         self.leave(call.number)
@@ -296,9 +298,12 @@ class Merger:
 
 
 def fair_shares(wants: Sequence[int], most: int) -> list[int]:
-    """``most`` shared out so that nobody gets more than it wants, and nobody could get more without
-    somebody who has no more than it getting less. With ``most`` >= the number of ``wants`` each
-    gets at least 1."""
+    """Divide ``most`` by max-min fairness: raising a share would lower one that is not larger.
+
+    No share is above its want. If ``most`` >= the number of ``wants``, each share is at least 1.
+    """
+    # In ascending order of wants, each gets what it wants, or an even part of the rest if that is
+    # less; what small wants leave over goes to the larger ones.
     shares = [0] * len(wants)
     left = most
     by_want = sorted(range(len(wants)), key=wants.__getitem__)

@@ -1,6 +1,6 @@
-"""Placements side by side: on the same loads, with the same hosts, on a virtual clock.
+"""Compare placement strategies on the same loads, with the same hosts, on a virtual clock.
 
-Shapes: W windows, H hosts.
+Shapes: W windows of a trace, H hosts.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from .placement_strategies import Eplb, Pool, Static, Way
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """How one way did; the first windows, in which all learn, are left out of all figures."""
+    """The results of one strategy; the first windows, in which all learn, do not count."""
 
     way: str
     balancedness_mean: float  # over windows and layers
     balancedness_worst: float  # of any layer in any window
     moved_slots: int
     moved_bytes: int
-    slo_violations: int  # windows in which some host's queue took longer than the SLO
+    slo_violations: int  # windows in which the delay of some host's queue exceeded the SLO
     windows: int
-    host_hours: float  # from asking for a host to its end
-    cost: float  # of these
+    host_hours: float  # from the request for a host to its end
+    cost: float  # of the host hours
     scale_events: int  # changes of the number of hosts
-    balancedness_W: tuple[float, ...]  # mean over layers, of all windows
-    moved_W: tuple[int, ...]  # slots, of all windows
-    hosts_W: tuple[float, ...]  # in the mean of each window
+    # These have all windows, the first ones too.
+    balancedness_W: tuple[float, ...]  # mean over layers
+    moved_W: tuple[int, ...]  # slots
+    hosts_W: tuple[float, ...]  # mean number of hosts in each window
 
 
 def compare(
@@ -49,8 +50,11 @@ def compare(
     ticks: int = 20,
     elastic: Elastic | None = None,
 ) -> list[Figures]:
-    """Static placement, DeepSeek's every ``every`` windows, ours, and where ``elastic`` is given
-    ours with the autoscaler. Raises ValueError if a layer has more experts than slots."""
+    """Run the static placement, EPLB every ``every`` windows, and ours over a trace.
+
+    With ``elastic``, ours with the autoscaler runs too. Raises ValueError if a layer has more
+    experts than slots.
+    """
     ways: list[Way] = [Static(pool), Eplb(pool, every=every), Ours(pool, policy, ticks=ticks)]
     if elastic is not None:
         ways.append(Ours(pool, policy, ticks=ticks, elastic=elastic))
@@ -61,7 +65,7 @@ def compare(
 
 
 def control_policy(pool: Pool, *, every_s: float, budget: float, redundancy: int) -> ControlPolicy:
-    """The controller's, with the times of a trace."""
+    """Return the controller's policy with the times of a trace."""
     return ControlPolicy(
         balance=Policy(
             redundancy=redundancy,
@@ -82,7 +86,10 @@ def pool_of(
     choices_per_s: float,
     load_bytes_per_s: float,
 ) -> Pool:
-    """Equal hosts with ``slots`` for each layer. Raises ValueError."""
+    """Make a pool of equal hosts with ``slots`` for each layer.
+
+    Raises ValueError if these are too few for a layer's experts.
+    """
     layers = sum(len(shape.experts) for shape in shapes)
     return Pool(
         hosts=tuple(PoolHost(name=f"host-{h}", slots=slots * layers) for h in range(hosts)),
@@ -94,8 +101,11 @@ def pool_of(
 
 
 def host_speed(trace: Trace, hosts: int, utilisation: float) -> float:
-    """Choices per second of one host: as recorded, or so that ``hosts`` are busy for a part
-    ``utilisation`` of the time."""
+    """Return the assignments per second that one host computes.
+
+    As recorded in the trace; a trace without hosts gets a speed at which ``hosts`` hosts are busy
+    for a fraction ``utilisation`` of the time.
+    """
     busy_s = float(trace.busy_s_WH.sum())
     if busy_s > 0:
         return float(trace.choices_WH.sum()) / busy_s
@@ -115,9 +125,12 @@ def shifting_day(
     swing: float = 0.3,
     elastic: Elastic | None = None,
 ) -> tuple[list[float], list[Figures]]:
-    """(hours, figures): a day of traffic that shifts between four domains; DeepSeek's rule once an
-    hour, ours whenever it pays, and the autoscaler within ``elastic``. ``hosts`` of a pool that
-    stays are busy for a part ``utilisation`` of the day."""
+    """Compare the strategies on a day of traffic that shifts between four domains of traffic.
+
+    Returns (the hour at which each window begins, figures). EPLB runs once an hour, ours whenever a
+    move pays, and the autoscaler within ``elastic``. In a pool of fixed size, ``hosts`` hosts are
+    busy for a fraction ``utilisation`` of the day.
+    """
     shape = ModelShape(
         model="m", experts=dict.fromkeys(range(layers), experts), expert_bytes=44_000_000
     )

@@ -1,4 +1,4 @@
-"""The real controller, planner and autoscaler, over simulated hosts that load as fast as they may.
+"""Our strategy: the real controller, planner and autoscaler over simulated hosts.
 
 Shapes: E experts of a layer, H hosts that are up.
 """
@@ -32,8 +32,8 @@ class Elastic:
 
     min_hosts: int
     max_hosts: int
-    start_s: float = 60.0  # from asking for a host until it reports
-    cost_per_hour: float = 1.0  # of one host
+    start_s: float = 60.0  # from the request for a host to its first report
+    cost_per_hour: float = 1.0  # cost of one host
     policy: ScalePolicy = field(default_factory=ScalePolicy)
 
     def __post_init__(self) -> None:
@@ -46,14 +46,14 @@ class Elastic:
 
 @dataclass(slots=True)
 class _Host:
-    """What a host holds, and the load that it has begun."""
+    """A simulated host: the experts that it holds, and those that it is loading."""
 
     name: str
     up_at: float
     held: set[ExpertKey] = field(default_factory=set)
     loading: tuple[ExpertKey, ...] = ()
     done_at: float = 0.0
-    seen: Observation | None = None  # until something changes
+    seen: Observation | None = None  # its report, kept until something changes
 
     def observe(self) -> Observation:
         if self.seen is None:
@@ -68,14 +68,19 @@ class _Host:
 
 
 class Ours:
-    """Ticks through each window; what a tick decides takes the time that its bytes take, and a host
-    that it asks for the time that hosts take to start."""
+    """Runs the controller in ticks through each window.
+
+    A load takes the time that its bytes take, and a new host the time that hosts take to start.
+    """
 
     def __init__(
         self, pool: Pool, policy: ControlPolicy, *, ticks: int, elastic: Elastic | None = None
     ) -> None:
-        """``ticks`` of the controller in a window. Without ``elastic`` the hosts stay as they
-        are. Raises ValueError if it allows no pool that holds all experts."""
+        """Run the controller ``ticks`` times in a window, with the hosts that ``elastic`` allows.
+
+        Without ``elastic`` the number of hosts is fixed. Raises ValueError if it allows no pool
+        that holds all experts.
+        """
         self.name = "ours" if elastic is None else "ours, autoscaled"
         count = len(pool.hosts)
         bounds = elastic or Elastic(min_hosts=count, max_hosts=count)
@@ -114,7 +119,7 @@ class Ours:
         scalings = self._scalings()
         tick_s = window_s / self._ticks
         for tick in range(self._ticks):
-            # Whole choices that add up to the window's.
+            # Each tick's part, in whole assignments that add up to the window's.
             part = {
                 key: count_E * (tick + 1) // self._ticks - count_E * tick // self._ticks
                 for key, count_E in counts.items()
@@ -174,19 +179,19 @@ class Ours:
         self._index()
 
     def _follow(self) -> None:
-        """What the cluster's owner does: start and end hosts."""
+        """Start and end hosts as the fleet wants, like the owner of a cluster."""
         desired = self._fleet.desired()
         self._hosts = {name: host for name, host in self._hosts.items() if name in desired}
         for name in desired.keys() - self._hosts.keys():
             self._hosts[name] = _Host(name, self._now + self._start_s)
 
     def _index(self) -> None:
-        """The part of each expert's load that goes to each host that is up."""
+        """Update the hosts that are up, and the fraction of each expert's load that each gets."""
         self._up = [name for name, host in self._hosts.items() if self._now >= host.up_at]
         self._share_EH = {key: shares_of(layer, self._up) for key, layer in self._layers.items()}
 
     def _report(self, counts: Mapping[LayerKey, np.ndarray], computed_H: np.ndarray) -> None:
-        """What routers would count and hear from hosts since the last tick."""
+        """Report to the controller what routers would have counted since the last tick."""
         times = {
             host: HostTimes(calls=1, choices=int(computed), busy_s=computed / self._speed)
             for host, computed in zip(self._up, computed_H.tolist(), strict=True)
@@ -197,7 +202,7 @@ class Ours:
         self._control.hear(report, self._now)
 
     def _scalings(self) -> int:
-        """Changes of the pool's size so far."""
+        """Return how many changes of the pool's size there were so far."""
         past = self._fleet.scalings.all
         return past[-1].id if past else 0
 

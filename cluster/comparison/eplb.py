@@ -1,10 +1,12 @@
-"""The expert-parallel load balancer of DeepSeek-V3, for comparison.
+"""The expert-parallel load balancer (EPLB) of DeepSeek-V3, for comparison.
 
-Our own statement of the global rule in the DeepSeek-V3 technical report (section 3.4.2) and in the
-README of DeepSeek's EPLB: the spare replicas go one by one to the expert with the largest load per
-replica; then the replicas, heaviest first, go each to the least loaded host that has a slot left.
-Traffic is split evenly over the replicas of an expert. Nothing of what stood before counts, and an
-expert may stand twice on one host.
+Our own implementation of the global rule in the DeepSeek-V3 technical report (section 3.4.2) and in
+the README of DeepSeek's EPLB. The spare replicas go one by one to the expert with the largest load
+per replica. Then the replicas, the heaviest first, go each to the least loaded host with a free
+slot. Traffic is split evenly over the replicas of an expert. The previous placement does not
+matter, and an expert may stand twice on one host.
+
+Shapes: E experts of one layer, H hosts.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import numpy as np
 
 
 def eplb(load_E: np.ndarray, hosts: int, slots: int) -> np.ndarray:
-    """copies_EH: how many replicas of each expert stand on each of ``hosts`` with ``slots`` each.
+    """Return copies_EH: how many replicas of each expert stand on each host.
 
-    Raises ValueError when the experts do not fit.
+    There are ``hosts`` hosts, each with ``slots``. Raises ValueError if the experts do not fit.
     """
     experts = len(load_E)
     if hosts * slots < experts:
@@ -45,10 +47,10 @@ def eplb(load_E: np.ndarray, hosts: int, slots: int) -> np.ndarray:
 
 
 def eplb_host_load(copies_EH: np.ndarray, load_E: np.ndarray) -> np.ndarray:
-    """(H,): load of each host with every expert's load split evenly over its replicas."""
+    """Return each host's load, (H,), if every expert's is split evenly over its replicas."""
     return (load_E / copies_EH.sum(axis=1)) @ copies_EH
 
 
 def changed_slots(before_EH: np.ndarray, after_EH: np.ndarray) -> int:
-    """Slots that get other weights than they had."""
+    """Return how many slots get other weights than they had."""
     return int(np.maximum(after_EH - before_EH, 0).sum())

@@ -1,4 +1,4 @@
-"""Loads to compare placements on: generated ones, as traces.
+"""Generate loads, as traces, on which placement strategies can be compared.
 
 Shapes: W windows, E experts of a layer, D domains of traffic (code, chat, ...).
 """
@@ -25,10 +25,10 @@ def drifting(
     choices_per_s: float,
     rng: np.random.Generator,
 ) -> Trace:
-    """Log-normal loads that drift from window to window, each layer's alone:
-    log-load' = sqrt(1 - drift^2) log-load + drift * noise, both of deviation ``sigma``.
+    """Generate log-normal loads that drift from window to window, independently for each layer.
 
-    ``choices_per_s`` are those of one layer.
+    The log of the loads is an autoregressive process of standard deviation ``sigma``:
+    log-load' = sqrt(1 - drift^2) log-load + drift * noise. ``choices_per_s``: of one layer.
     """
     counts = {}
     for key, experts in _layers(shapes):
@@ -55,9 +55,11 @@ def day(
     rng: np.random.Generator,
     swing: float = 0.3,
 ) -> Trace:
-    """Traffic of several domains whose shares move smoothly over 24 hours, each with hot experts
-    of its own (log-normal, ``sigma``); the whole is a part ``swing`` above the mean at its height
-    and as much below it twelve hours later."""
+    """Generate traffic of several domains whose shares move smoothly over 24 hours.
+
+    Each domain has its own hot experts (log-normal loads of deviation ``sigma``). The total load is
+    a fraction ``swing`` above the mean at its peak, and as much below it twelve hours later.
+    """
     time_W = np.arange(windows) * window_s
     phase_WD = 2 * np.pi * (time_W[:, None] / _DAY_S - np.arange(domains) / domains)
     share_WD = np.exp(1.5 * np.cos(phase_WD))
@@ -80,7 +82,7 @@ def _layers(shapes: Sequence[ModelShape]) -> list[tuple[LayerKey, int]]:
 
 
 def _trace(counts: dict[LayerKey, np.ndarray], window_s: float, windows: int) -> Trace:
-    """Without hosts: nobody has served these loads yet."""
+    """Make a trace without hosts, since nobody has served these loads."""
     none_WH = np.zeros((windows, 0))
     return Trace(
         window_s=window_s,

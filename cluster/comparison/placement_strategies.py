@@ -1,6 +1,6 @@
-"""Ways to place experts, to be compared on the same loads: never moved, and DeepSeek's.
+"""Placement strategies to compare on the same loads: a static placement, and DeepSeek's EPLB.
 
-`ours.py` has the third one.
+`elastic_placement.py` has ours.
 
 Shapes: E experts of a layer, H hosts.
 """
@@ -18,18 +18,18 @@ from ..planner.plan import PoolHost
 from .eplb import changed_slots, eplb
 from .queues import Queues
 
-Counts = Mapping[LayerKey, np.ndarray]  # (E,) choices of one window
+Counts = Mapping[LayerKey, np.ndarray]  # (E,) assignments of one window, by layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """What all ways have to work with."""
+    """The hosts and models that all strategies have."""
 
     hosts: tuple[PoolHost, ...]
     shapes: tuple[ModelShape, ...]
-    slots: int  # of each layer on each host
-    choices_per_s: float  # that a host of speed 1 computes
-    load_bytes_per_s: float  # of one host
+    slots: int  # slots for each layer on each host
+    choices_per_s: float  # assignments per second that a host of speed 1 computes
+    load_bytes_per_s: float  # how fast one host loads experts
 
     def __post_init__(self) -> None:
         most = max(experts for shape in self.shapes for experts in shape.experts.values())
@@ -41,14 +41,14 @@ class Pool:
 
     @property
     def speeds(self) -> np.ndarray:
-        """Choices per second."""
+        """Assignments per second that each host computes, (H,)."""
         return np.array([host.speed for host in self.hosts]) * self.choices_per_s
 
     def expert_bytes(self, key: LayerKey) -> int:
         return next(shape.expert_bytes for shape in self.shapes if shape.model == key.model)
 
     def even(self) -> dict[LayerKey, LayerPlacement]:
-        """Where all begin: as many replicas of every expert as fit, dealt out in turn."""
+        """Return the initial placement: as many replicas of every expert as fit, round robin."""
         layers: dict[LayerKey, LayerPlacement] = {}
         for shape in self.shapes:
             for layer, experts in shape.experts.items():
@@ -62,7 +62,7 @@ class Pool:
 
 
 def shares_of(layer: LayerPlacement, hosts: Sequence[str]) -> np.ndarray:
-    """(E, H): the part of each expert's load that goes to each host."""
+    """Return the fraction of each expert's load that goes to each host, (E, H)."""
     index = {host: h for h, host in enumerate(hosts)}
     share_EH = np.zeros((len(layer.replicas), len(hosts)))
     for expert, replicas in enumerate(layer.replicas):
@@ -73,27 +73,29 @@ def shares_of(layer: LayerPlacement, hosts: Sequence[str]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """One window, and the hosts that were up in it."""
+    """The result of one window; H are the hosts that were up in it."""
 
-    load_H: Mapping[LayerKey, np.ndarray]  # choices that came to each host, by layer
-    room_H: np.ndarray  # choices that each could have computed while it was up
-    delay_s: float  # the longest that a host's queue took
-    host_s: float  # of all hosts, from asking for one to its end
+    load_H: Mapping[LayerKey, np.ndarray]  # assignments that came to each host, by layer
+    room_H: np.ndarray  # assignments that each host could have computed while it was up
+    delay_s: float  # the longest delay of a host's queue
+    host_s: float  # host-seconds of all hosts, each from the request for it to its end
     moved_slots: int = 0
     moved_bytes: int = 0
     scalings: int = 0  # changes of the number of hosts
 
 
 class Way(Protocol):
+    """A placement strategy."""
+
     name: str
 
     def serve(self, counts: Counts, window_s: float) -> Served:
-        """Serve one window with what stands, and learn from it."""
+        """Serve one window with the current placement, and learn from it."""
         ...
 
 
 class _Fixed:
-    """Hosts that never change."""
+    """A strategy whose hosts never change."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -121,7 +123,7 @@ class _Fixed:
 
 
 class Static(_Fixed):
-    """Even spread; nothing ever moves."""
+    """The initial, even placement; nothing ever moves."""
 
     name = "static"
 
@@ -135,8 +137,10 @@ class Static(_Fixed):
 
 
 class Eplb(_Fixed):
-    """DeepSeek's rule every so many windows, on the loads since the last time. What it places
-    serves once the last host has loaded its part; until then what stood before does."""
+    """EPLB every so many windows, on the loads since the last time.
+
+    The new placement serves once the last host has loaded its part; the old one serves until then.
+    """
 
     def __init__(self, pool: Pool, *, every: int) -> None:
         super().__init__(pool)
@@ -151,6 +155,7 @@ class Eplb(_Fixed):
         self._windows = 0
 
     def serve(self, counts: Counts, window_s: float) -> Served:
+        # The fraction of this window in which the old placement still serves.
         part = min(1.0, self._left_s / window_s) if self._next_EH else 1.0
         load_H = {}
         for key, count_E in counts.items():
@@ -168,6 +173,7 @@ class Eplb(_Fixed):
         return self._served(load_H, window_s, *self._rebalance())
 
     def _rebalance(self) -> tuple[int, int]:
+        """Make the next placement; return (slots, bytes) that it moves."""
         pool, moved, moved_bytes = self._pool, 0, 0
         bytes_H = np.zeros(len(pool.hosts))
         for key, before_EH in self._copies_EH.items():
@@ -183,4 +189,5 @@ class Eplb(_Fixed):
 
 
 def _spread(count_E: np.ndarray, copies_EH: np.ndarray) -> np.ndarray:
+    """Return each host's load, (H,), if every expert's is split evenly over its replicas."""
     return (count_E / copies_EH.sum(axis=1)) @ copies_EH

@@ -1,4 +1,4 @@
-"""Hosts as queues of fluid: what one cannot compute at once waits.
+"""Hosts as fluid queues: the load that a host cannot compute at once waits.
 
 Shape: H hosts.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Queues:
-    """The choices that wait at each host, by its name."""
+    """The assignments that wait at each host, by its name."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, float] = {}
@@ -19,9 +19,11 @@ class Queues:
     def advance(
         self, hosts: Sequence[str], arrived_H: np.ndarray, speed_H: np.ndarray, seconds: float
     ) -> tuple[float, np.ndarray]:
-        """(seconds that the longest queue takes now, (H,) choices that were computed), behind
-        ``seconds`` in which ``arrived_H`` came evenly. Hosts that are not named any more are gone;
-        what waited at one of them counts for nothing from then on."""
+        """Let ``seconds`` pass in which ``arrived_H`` assignments arrive.
+
+        Returns (seconds that the longest queue then takes, assignments computed by each host (H,)).
+        Hosts that are no longer named are gone, and what waited there is dropped.
+        """
         waiting_H = np.array([self._waiting.get(host, 0.0) for host in hosts]) + arrived_H
         computed_H = np.minimum(waiting_H, speed_H * seconds)
         waiting_H -= computed_H

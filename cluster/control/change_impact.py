@@ -1,8 +1,8 @@
-"""What a change of the placement brought, measured behind its end.
+"""Measure the effect of a change of the placement.
 
-The load that is counted in the seconds behind a change is put under the shares from before it and
-under those that it brought: it is the same load, so the difference is the change's own. Beside it
-stand the choices that each host answered, before and behind, which no model is needed for.
+The load counted in the seconds after a change is evaluated twice, under the shares from before it
+and under the new ones. The load is the same, so the change alone makes the difference. In addition
+the assignments that each host answered before and after are recorded; these are plain counts.
 
 Shapes: E experts of one layer, H hosts.
 """
@@ -22,9 +22,9 @@ from ..planner.consolidation import least_use
 from ..planner.plan import PoolHost
 from .changes import Change, Effect, Phase
 
-# Routers report once a second: shorter windows say nothing.
+# Routers report once a second, so shorter windows say nothing.
 _LEAST_S = 1.0
-# Changes of which something stands.
+# Phases of changes that were carried out, at least in part.
 _STANDS = (Phase.DONE, Phase.FAILED)
 
 
@@ -34,8 +34,10 @@ def balancedness_under(
     hosts: Sequence[PoolHost],
     fan_out: float = 0.0,
 ) -> dict[LayerKey, float]:
-    """Balancedness over ``hosts`` of each layer that has load, as the shares split it, with the
-    policy's ``fan_out``."""
+    """Return the balancedness of each layer with load, split by the shares over ``hosts``.
+
+    ``fan_out`` is that of the planner's policy.
+    """
     index = {host.name: h for h, host in enumerate(hosts)}
     speed_H = np.array([host.speed for host in hosts])
     found = {}
@@ -55,7 +57,7 @@ def balancedness_under(
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """Totals of the load at one moment."""
+    """The counters of the load at one moment."""
 
     at: float
     counts: Mapping[LayerKey, np.ndarray]
@@ -77,7 +79,7 @@ class _Reading:
 
 
 class EffectMeter:
-    """Watches the last change, and tells it what it brought."""
+    """Watches the last change, and sets its effect."""
 
     def __init__(self, window_s: float, fan_out: float = 0.0) -> None:
         self._window_s = max(window_s, _LEAST_S)
@@ -85,8 +87,9 @@ class EffectMeter:
         self._older: _Reading | None = None
         self._newer: _Reading | None = None
         self._seen: Change | None = None
-        self._over = False  # its window has passed
-        # Of the change that is seen: choices of hosts before it, and the totals at its end.
+        self._over = False  # whether its window has passed
+        # For the change in `_seen`: assignments/s of hosts before it, the counters at its end, and
+        # the placement that it led to.
         self._before: dict[str, float] = {}
         self._ended: _Reading | None = None
         self._brought: Placement | None = None
@@ -99,9 +102,9 @@ class EffectMeter:
         hosts: Sequence[PoolHost],
         now: float,
     ) -> None:
-        """``published`` is what stands: of a change that failed in part, what came of it."""
+        """Advance by one tick; ``published`` is the placement that the last change led to."""
         if last is not self._seen:
-            # The next change ends the measuring of the one before.
+            # A new change ends the measurement of the one before.
             self._close(loads, hosts, now)
             self._seen, self._ended, self._over = last, None, False
             self._before = self._lately(loads, now)
@@ -115,13 +118,14 @@ class EffectMeter:
             self._older, self._newer = self._newer, _Reading.of(loads, now)
 
     def _lately(self, loads: LoadTracker, now: float) -> dict[str, float]:
-        """Choices per second of each host, over one window or two."""
+        """Return each host's assignments per second over the last one or two windows."""
         since = self._older or self._newer
         if since is None or now - since.at < _LEAST_S:
             return {}
         return since.choices_per_s(_Reading.of(loads, now))
 
     def _close(self, loads: LoadTracker, hosts: Sequence[PoolHost], now: float) -> None:
+        """End the measurement and set the effect, if there was enough time and load."""
         change, ended, brought = self._seen, self._ended, self._brought
         if self._over or change is None or ended is None or brought is None:
             return

@@ -1,4 +1,4 @@
-"""The history of placements: who changed what, why, what it was to bring and what it brought."""
+"""The history of changes: who changed the placement, why, and its predicted and measured effect."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ _KEPT = 100
 
 
 class Phase(Enum):
-    LOADING = "loading"  # replicas are on their way to their hosts
-    DONE = "done"  # everything that was planned stands
-    FAILED = "failed"  # some replicas could not be loaded; the others stand
+    """The phase of a change."""
+
+    LOADING = "loading"  # hosts are loading the planned replicas
+    DONE = "done"  # all planned replicas are there
+    FAILED = "failed"  # some replicas could not be loaded; the others are there
     SUPERSEDED = "superseded"  # a later change began before this one was done
-    ROLLED_BACK = "rolled back"  # an operator went back to what stood before
+    ROLLED_BACK = "rolled back"  # an operator returned to the placement from before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
-    """What a change brought, measured over the ``seconds`` behind its end."""
+    """The effect of a change, measured over the ``seconds`` after its end."""
 
     seconds: float
-    before: Mapping[LayerKey, float]  # balancedness of the load then under the shares from before
-    after: Mapping[LayerKey, float]  # and under those that the change brought
-    choices_before: Mapping[str, float]  # per second that each host answered, before the change
-    choices_after: Mapping[str, float]
+    before: Mapping[LayerKey, float]  # balancedness of that load under the shares before the change
+    after: Mapping[LayerKey, float]  # balancedness of the same load under the new shares
+    choices_before: Mapping[str, float]  # assignments/s that each host answered before the change
+    choices_after: Mapping[str, float]  # the same after it
 
 
 @dataclass(slots=True, kw_only=True)
 class Change:
-    """One plan that was carried out, or is being."""
+    """One plan that has been or is being carried out."""
 
     id: int
     who: str
@@ -45,7 +47,7 @@ class Change:
     phase: Phase = Phase.LOADING
     ended: float | None = None
     errors: list[str] = field(default_factory=list)
-    effect: Effect | None = None  # unless the next change came at once, or there was no load
+    effect: Effect | None = None  # None: not measured yet, or superseded too soon, or no load
 
     def describe(self, now: float) -> dict[str, Any]:
         """Plain values for people and JSON."""
@@ -84,7 +86,7 @@ def _mean(values: list[float]) -> float | None:
 
 
 class Changes:
-    """The last changes, the newest last."""
+    """The most recent changes, the newest last."""
 
     def __init__(self) -> None:
         self.all: list[Change] = []
@@ -99,6 +101,7 @@ class Changes:
         who: str,
         why: str,
     ) -> Change:
+        """Record a new change; one that is still loading is superseded."""
         self._end(Phase.SUPERSEDED, now)
         change = Change(
             id=self._next, who=who, why=why, began=now, plan=plan, layers_before=layers_before
@@ -108,11 +111,12 @@ class Changes:
         return change
 
     def done(self, now: float) -> None:
+        """End the current change: everything that could be loaded is there."""
         errors = bool(self.all) and bool(self.all[-1].errors)
         self._end(Phase.FAILED if errors else Phase.DONE, now)
 
     def failed(self, error: str, now: float) -> None:
-        """Part of the change that is under way could not be carried out."""
+        """Record that part of the current change could not be carried out."""
         if self.all and self.all[-1].phase is Phase.LOADING:
             self.all[-1].errors.append(error)
 
@@ -121,7 +125,7 @@ class Changes:
         change.phase, change.ended = Phase.ROLLED_BACK, now
 
     def find(self, number: int | None) -> Change | None:
-        """The change with this id, or the last one."""
+        """Return the change with this id, or the last one for None; None if there is none."""
         found = [change for change in self.all if number in (None, change.id)]
         return found[-1] if found else None
 

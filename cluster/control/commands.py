@@ -1,4 +1,7 @@
-"""What the controller's state machine says; `actors/controller/controller.py` is its shell."""
+"""The commands of the controller's state machine.
+
+`actors/controller/controller.py` carries them out.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ from .loading import Load
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publish:
+    """Send a placement to all routers."""
+
     placement: Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evict:
-    """Nobody sends calls for ``keys`` to ``host`` any more: it can forget them."""
+    """Let ``host`` drop ``keys``: no router sends calls for them to it any more."""
 
     host: str
     keys: tuple[ExpertKey, ...]
@@ -37,11 +42,12 @@ class MakePlan:
     loads: Mapping[LayerKey, np.ndarray]
     policy: Policy
     wishes: Wishes
-    key: object  # what the plan is for; it is of no use for anything else,
-    version: int  # nor for another target than this one
-    balance: bool  # whether only a gain makes it worth while
+    key: object  # hosts, models and wishes that it is for; if they change, the plan is void
+    version: int  # the target that it starts from; if that changes, the plan is void
+    balance: bool  # whether the plan is adopted only if it gains balance
 
     def run(self) -> Plan:
+        """Run the planner; experts without room elsewhere stay on leaving hosts."""
         found = plan(
             models=self.models,
             hosts=self.hosts,

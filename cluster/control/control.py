@@ -1,14 +1,18 @@
 """The controller's state machine: reports go in; loads, placements and evictions come out.
 
-It keeps one *target*, a plan's layers, and takes the pool there: replicas that the target names and
-nobody holds are loaded; what is ready is published, with what stood before in the place of what is
-not; replicas that neither the target nor the published placement names are evicted once every live
-router has acknowledged a placement without them, or its lease has ended.
+It has one *target*, the layers of a plan, and moves the pool to it in three ways:
 
-It decides by what hosts really hold, never by what it asked for, so a controller that starts anew
-picks up where the last one ended, and a load that fails or hangs changes nothing that is shown.
+- Replicas that the target names and no host holds are loaded.
+- The replicas that are ready are published. Those that served before stay in the placement until
+  the ones that replace them are ready.
+- Replicas that neither the target nor the published placement names are evicted. This waits until
+  each live router has acknowledged a placement without them, or its lease has ended.
 
-No Ray, and the clock is an argument: `actors/controller/controller.py` brings both.
+It decides by what hosts report, never by what it asked for. So a new controller continues where the
+last one ended, and a load that fails or hangs changes nothing in what is published.
+
+It does not use Ray, and takes the time as an argument; `actors/controller/controller.py` is the
+shell around it.
 """
 
 from __future__ import annotations
@@ -41,14 +45,14 @@ from .policy import ControlPolicy, Rhythm
 from .pool_view import Observation, View
 from .publishing import Publisher
 
-# A plan without moves is taken for its shares if some layer gains so much.
+# A plan without moves is adopted for its shares if the balancedness of a layer grows by this much.
 _WORTH = 0.02
-# For how long a new host is taken to stay: what it loads pays.
+# The planner's horizon for filling a new host: the host will stay, so all its loads pay.
 _FOR_GOOD_S = 1e9
 
 
 class Control(Members):
-    """The one writer of placements."""
+    """The only writer of placements."""
 
     def __init__(
         self, hosts: Sequence[PoolHost], *, term: int, policy: ControlPolicy | None = None
@@ -65,9 +69,9 @@ class Control(Members):
         self.loads = LoadTracker()
         self.changes = Changes()
         self.effects = EffectMeter(self.policy.every_s, self.policy.balance.fan_out)
-        # What operators want; planned for at the next tick.
+        # What operators want; the next tick plans for it.
         self.wishes = Wishes()
-        # Experts for which no host has room.
+        # Experts for which no host had room in the last plan.
         self.unplaced: tuple[ExpertKey, ...] = ()
         self.models: dict[str, ModelShape] = {}
         self.sleep = Sleep()
@@ -81,14 +85,14 @@ class Control(Members):
         self._nothing_pending = False
         self._planned_for: object = None  # hosts, models and wishes of the target
         self._planned_windows = 0
-        self.planned_at: float | None = None  # when the planner last looked
+        self.planned_at: float | None = None  # when the planner was last asked
         self._now: float | None = None
         self._rhythm = Rhythm(self.policy.every_s)
 
-    # ---- what others say ------------------------------------------------------------------------
+    # ---- input ----------------------------------------------------------------------------------
 
     def add_model(self, shape: ModelShape, *, on_disk: bool) -> None:
-        """Serve a model from now on. Raises ValueError when it cannot be placed."""
+        """Serve a model from now on. Raises ValueError if it cannot be placed."""
         if not 1 <= shape.replicas <= len(self.view.hosts):
             raise ValueError(
                 f"models.{shape.model}.replicas: {shape.replicas} replicas of an expert need as "
@@ -110,21 +114,24 @@ class Control(Members):
             self.loader.on_disk.add(shape.model)
 
     def hear(self, report: LoadReport, now: float) -> None:
-        """A router says what it counted and which placement it follows."""
+        """Take note of a router's report: what it counted, and which placement it follows."""
         self.loads.hear(report)
         self.sleep.hear(report, now)
         self.publisher.acknowledged(report.router, report.number, now)
 
     def load_failed(self, host: str, keys: Sequence[ExpertKey], error: str, now: float) -> None:
-        """A load ended without its replicas. Another source is tried next; a replica that fails
-        again is taken back out of the target, if its expert can do without."""
+        """Take note of a load that ended without all of its replicas.
+
+        The next attempt uses another source. A replica that fails again leaves the target, unless
+        no host holds its expert.
+        """
         for key in self.loader.failed(host, keys, now):
             if self.view.holders(key):
                 self._give_up(key, host)
                 self._rhythm.rest(now)
                 self.changes.failed(f"{key} on {host}: {error}", now)
 
-    # ---- what others ask ------------------------------------------------------------------------
+    # ---- queries --------------------------------------------------------------------------------
 
     @property
     def number(self) -> Number:
@@ -140,29 +147,35 @@ class Control(Members):
         return self._target is not None
 
     def is_quiet(self, now: float) -> bool:
-        """Whether a tick without new reports would do nothing, leases that end and the balancer's
-        regular look aside."""
+        """Return whether a tick without new reports would do nothing.
+
+        Except for leases that end and for the periodic check of the balance.
+        """
         settled = self._nothing_pending and self._asked is None
         return settled and self.state == self._published_for and self._planned_for == self._key(now)
 
     def unprotected(self) -> list[ExpertKey]:
-        """Experts that the loss of one failure domain would take away."""
+        """Return the experts that would be lost with one failure domain."""
         return [key for key in every_expert(self._awake()) if len(self.view.domains(key)) == 1]
 
     def staying(self, now: float) -> list[PoolHost]:
-        """Hosts that are to hold experts."""
+        """Return the hosts that are usable and not leaving."""
         return [self.view.hosts[name] for name in sorted(self.view.usable(now) - self.leaving)]
 
     def pending(self) -> int:
-        """Replicas that the target names and that are still to come."""
+        """Return how many replicas of the target still have to be loaded."""
         return sum(len(self.loader.lacking(h, self.wanted(h))) for h in self.view.hosts)
 
     # ---- one round ------------------------------------------------------------------------------
 
     def tick(self, reports: Mapping[str, Observation | None], now: float) -> list[Command]:
-        """One round. A host that is missing from ``reports`` did not answer in time and is left
-        as it was, routers see for themselves; None stands for a host that Ray says is gone."""
-        # Step 1: take note of who lives, and of the load.
+        """Run one round: take in the hosts' reports, and return what has to be done.
+
+        None stands for a host that Ray says is gone. A host that is missing from ``reports`` did
+        not answer in time, and its last report stays valid: routers detect by themselves that it
+        does not answer.
+        """
+        # Step 1: take note of the hosts that are alive, and of the load.
         self._now = now
         self.view.note(reports, now)
         self.loads.advance(now)
@@ -172,10 +185,10 @@ class Control(Members):
             appeared=self.publisher.appeared,
             now=now,
         )
-        # Step 2: plan anew where the last plan does not fit any more, or balance.
+        # Step 2: ask for a plan if the last one is outdated, or if the balance is due for a check.
         commands: list[Command] = self._replan(now)
         target = self._target if self._target is not None else self._standing()
-        # Step 3: let hosts get what they lack.
+        # Step 3: let idle hosts load what they lack.
         idle = [h for h, seen in self.view.seen.items() if h in reports and not seen.loading]
         appeared = [model for model in self.models if self.publisher.appeared(model)]
         for host in idle:
@@ -183,13 +196,13 @@ class Control(Members):
                 host, self.wanted(host), models=self.models, appeared=appeared, now=now
             )
             commands += [load] if load is not None else []
-        # Step 4: publish what is ready, if it is not what was published last.
+        # Step 4: publish what is ready, if that has changed.
         if self.state != self._published_for:
             placement = self.publisher.publish(target, self.models)
             commands += [Publish(placement=placement)] if placement is not None else []
             self._published_for = self.state
             self._nothing_pending = not self.pending()
-        # Step 5: let hosts forget what no router can ask for any more.
+        # Step 5: let hosts evict what no router can ask for any more.
         if self._target is not None:
             evictable = self.publisher.evictable(target, now, self.sleep.asleep)
             for host in [host for host in idle if host in evictable]:
@@ -197,7 +210,7 @@ class Control(Members):
                 self.view.forget(host, evictable[host])
             if self._nothing_pending:
                 self.changes.done(now)
-        # Step 6: measure what the last change brought.
+        # Step 6: measure the effect of the last change.
         last = self.changes.find(None)
         self.effects.tick(last, self.placement, self.loads, self.staying(now), now)
         return commands
@@ -205,10 +218,13 @@ class Control(Members):
     # ---- step 2: the target ---------------------------------------------------------------------
 
     def _replan(self, now: float) -> list[Command]:
+        """Ask for a plan, if one is needed and none is being made."""
         usable = self.view.usable(now)
         started = self._target is not None or usable <= self.view.seen.keys()
+        # Nothing to do while a plan is being made, before the first reports of all hosts, and while
+        # all hosts are leaving.
         if self._asked is not None or not started or not usable - self.leaving:
-            return []  # a plan is being made, hosts are to come, or all leave: what stands goes on
+            return []
         if self._planned_for != self._key(now):
             self._asked = self.plan_for_all(now)
         elif (
@@ -217,17 +233,17 @@ class Control(Members):
             and self._rhythm.is_due(now, self.loads.shifted_at)
         ):
             self._rhythm.looked(now)
-            # Without any load since the last plan the same would be best again.
+            # Without new load since the last plan, the planner would find the same again.
             if self.loads.windows != self._planned_windows:
                 self._planned_windows = self.loads.windows
                 self._asked = self.plan_for(now)
         return [] if self._asked is None else [self._asked]
 
     def planned(self, asked: MakePlan, found: Plan | None, now: float) -> None:
-        """The planner's answer to a `MakePlan`; None if it failed."""
+        """Take the planner's answer to a `MakePlan`; None if it failed."""
         self._asked = None
         if found is None or not self.fits(asked, now):
-            return  # the next tick asks anew
+            return  # the next tick asks again
         if asked.balance:
             gain = max((found.after[k] - found.before[k] for k in found.after), default=0.0)
             if found.moves or gain > _WORTH:
@@ -238,17 +254,22 @@ class Control(Members):
             self._adopt(found, now)
 
     def fits(self, asked: MakePlan, now: float) -> bool:
-        """Whether nothing has changed that a plan was asked for."""
+        """Return whether nothing has changed that a plan was made for, except the load."""
         return (asked.key, asked.version) == (self._key(now), self._target_version)
 
     def plan_for_all(self, now: float) -> MakePlan:
-        """The question how everything can be placed as it has to be, whatever the balance."""
+        """Make the command for a plan that meets all requirements and fills new hosts only.
+
+        It contains no other moves for balance.
+        """
         return self.plan_for(now, budget=0, fill=self._unused())
 
     def plan_for(self, now: float, *, budget: int | None = None, fill: int = 0) -> MakePlan:
-        """The question what would be best now; ``budget`` is that of moves for balance, the
-        policy's part of all replicas if it is not given. With ``fill``, so many new hosts are
-        to get their part, whether it pays or not."""
+        """Make the command for the best plan now.
+
+        ``budget`` is the number of moves for balance; None: the policy's. With ``fill``, the plan
+        gives so many new, empty hosts their part of the replicas, whether the moves pay or not.
+        """
         self.planned_at = now
         rate = self.loads.choices_per_busy_s()
         hosts = with_room(
@@ -262,12 +283,13 @@ class Control(Members):
         most = self._budget() if budget is None else budget
         policy = replace(
             self.policy.balance,
-            # Without a measure of the hosts' work nothing can be said to pay.
+            # Until hosts have been measured at work, nobody can say whether a move pays.
             budget=most if rate is not None else 0,
             load_bytes_per_s=self.policy.bytes_per_s,
         )
         if fill:
-            # Of many hosts an idle one costs little balance; it would be left as it is.
+            # One idle host among many lowers the balancedness by only 1 / hosts, which the usual
+            # aim tolerates. A quarter of that makes the planner fill it.
             even = max(policy.target, 1 - 0.25 / len(hosts))
             part = math.ceil(self._replicas() / len(hosts)) * fill
             policy = replace(policy, budget=part, enough=even, target=even, horizon_s=_FOR_GOOD_S)
@@ -287,20 +309,21 @@ class Control(Members):
         )
 
     def apply(self, found: Plan, now: float, *, who: str, why: str) -> Change:
-        """Take the pool to a plan."""
+        """Make a plan the target, and record it as a change."""
         change = self.changes.begin(found, self._target or {}, now, who=who, why=why)
         self._adopt(found, now)
         return change
 
     def roll_back(self, change: Change, now: float) -> None:
-        """Back to the target from before a change; what does not fit any more is planned anew."""
+        """Return to the target from before a change; the next tick plans what no longer fits."""
         self._aim(dict(change.layers_before))
         self._planned_for = None
         self._rhythm.rest(now)
         self.changes.rolled_back(change, now)
 
     def _adopt(self, found: Plan, now: float) -> None:
-        self._planned_for = self._key(now)  # before hosts have anything to load for it
+        # The key depends on what hosts have yet to load, so it is taken before the target changes.
+        self._planned_for = self._key(now)
         self._aim(dict(found.layers))
         self.unplaced = found.unplaced
         self.loader.reset()
@@ -311,11 +334,12 @@ class Control(Members):
         self._wanted.clear()
 
     def _key(self, now: float) -> object:
+        """Return everything but the load that a plan depends on, to compare it with later."""
         usable, parts = self.view.usable(now), tuple(sorted(self.parts().items()))
         return usable, parts, tuple(self._awake()), self.wishes, self.leaving
 
     def _unused(self) -> int:
-        """Hosts that are there and that nothing was planned for yet."""
+        """Return how many hosts are present and empty, with nothing planned for them yet."""
         if self._target is None:
             return 0
         there = self.view.seen.keys() - self.leaving
@@ -328,14 +352,15 @@ class Control(Members):
         return self.policy.moves(self._replicas(), self._awake())
 
     def _standing(self) -> dict[LayerKey, LayerPlacement]:
-        """Where a controller that starts anew begins."""
+        """Return what hosts hold, from which a new controller begins."""
         return self.view.standing(list(self.models.values()))
 
     def _give_up(self, key: ExpertKey, host: str) -> None:
+        """Take a replica that cannot be loaded out of the target."""
         layer_key = LayerKey(key.model, key.layer)
         layer = (self._target or {}).get(layer_key)
         if self._target is None or layer is None or host not in layer.hosts(key.expert):
             return
-        # Somebody must stay: who holds it now.
+        # If it was the expert's only replica in the target, the present holders take its place.
         left = layer.without(key.expert, host, otherwise=self.view.holders(key))
         self._aim({**self._target, layer_key: left})

@@ -1,11 +1,11 @@
-"""Hosts that are slower than they should be, or silent: what the planner is told of their speed.
+"""Detect hosts that are slow (stragglers) or silent, and correct the speed they are planned with.
 
-Hosts report what their devices have done. The pace of a host is that of its last computations, as
-few as will do, so that one that becomes slow is known within seconds, however few calls routers
-still send to it. Small calls take more time for each choice than large ones, so paces of healthy
-hosts differ too, and are compared over the same seconds: only a host that is far behind the others
-counts as slow. One that does not answer counts as having next to no speed: its traffic goes to the
-other replicas in the shares that suit them.
+Hosts report what their devices have done. A host's pace, in assignments per second of work, is
+taken over its last few computations, so that a slowdown shows within seconds, even if routers send
+few calls to the host by then. Small calls take more time per assignment than large ones, so the
+paces of healthy hosts differ too. They are therefore compared over the same seconds, and only a
+host that is much slower than the others counts as slow. A host that does not answer is planned with
+next to no speed, so that its traffic goes to other replicas.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from statistics import median
 
 from ..planner.plan import PoolHost
 
-# Below this part of the others' pace a host is slow, above the other it no longer is; what was
-# said stands until it is wrong by so much.
+# A host whose pace falls below _SLOW of the others' median counts as slow, until it exceeds _WELL
+# of it. The factor stated for it changes only if it is off by more than _WRONG, so that small
+# variations cause no new plans.
 _SLOW, _WELL, _WRONG = 1 / 3, 1 / 2, 1.5
-# Without so much work nothing is said, and what is older does not count.
+# A pace needs at least so many batches and seconds of work; older work than _LONGEST_S is ignored.
 _LEAST_BATCHES, _LEAST_BUSY_S, _LONGEST_S = 2, 0.5, 60.0
-# The part of its speed that a silent host is planned with: its shares come to nothing where another
-# replica stands.
+# The speed factor of a silent host: its share becomes nearly zero where another replica exists.
 SILENT = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a host's device has done since it started."""
+    """The work of a host's device since the host started."""
 
     batches: int
     choices: int
@@ -38,19 +38,22 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
+    """The work of one incarnation of a host, as reported at one moment."""
+
     at: float
     incarnation: int
     work: Work
 
 
 class Paces:
-    """Choices per second of work of each host, over its last computations."""
+    """The pace of each host over its last computations, in assignments per second of work."""
 
     def __init__(self) -> None:
         self._marks: dict[str, deque[_Mark]] = {}
         self._slow: dict[str, float] = {}
 
     def note(self, host: str, incarnation: int, work: Work, now: float) -> None:
+        """Take note of a host's report."""
         marks = self._marks.setdefault(host, deque())
         if marks and marks[-1].incarnation != incarnation:
             marks.clear()
@@ -65,7 +68,10 @@ class Paces:
         self._slow.pop(host, None)
 
     def parts(self, speeds: Mapping[str, float], silent: Collection[str]) -> dict[str, float]:
-        """The part of its speed that each slow or silent host has; others are not named."""
+        """Return the speed factor, below 1, of each slow or silent host; others are left out.
+
+        ``speeds``: the nominal speed of each host.
+        """
         latest = {host: found for host in speeds if (found := self._latest(host)) is not None}
         paces = {host: pace / speeds[host] for host, (_, pace) in latest.items()}
         usual = median(paces.values()) if len(paces) > 1 else 0.0
@@ -79,13 +85,13 @@ class Paces:
             elif not stated / _WRONG <= part <= stated * _WRONG:
                 self._slow[host] = part
         found = {host: part for host, part in self._slow.items() if host in speeds}
-        # If nobody answers, it is probably we who were late.
+        # If no host answers, this process was probably too slow to ask.
         if not speeds.keys() <= set(silent):
             found |= {host: SILENT for host in silent if host in speeds}
         return found
 
     def _latest(self, host: str) -> tuple[float, float] | None:
-        """(since when, pace) of as few of the last computations as will do."""
+        """Return (start, pace) of the shortest sufficient run of last computations, or None."""
         marks = self._marks.get(host) or deque()
         for mark in reversed(marks):
             done = _since(mark, marks[-1])
@@ -94,7 +100,7 @@ class Paces:
         return None
 
     def _part(self, host: str, since: float, speeds: Mapping[str, float]) -> float:
-        """A host's pace as a part of the others', over the same seconds."""
+        """Return a host's pace / the median of all hosts' over the same seconds, at equal speed."""
         paces, until = {}, self._marks[host][-1].at
         for other, speed in speeds.items():
             marks = [mark for mark in self._marks.get(other, ()) if mark.at <= until]
@@ -107,10 +113,11 @@ class Paces:
 
 
 def _since(first: _Mark, last: _Mark) -> Work:
+    """Return the work between two reports."""
     was, now = first.work, last.work
     return Work(now.batches - was.batches, now.choices - was.choices, now.busy_s - was.busy_s)
 
 
 def slowed(hosts: Sequence[PoolHost], parts: Mapping[str, float]) -> list[PoolHost]:
-    """The hosts with the speeds that they really have."""
+    """Return the hosts with their speeds multiplied by the speed factors ``parts``."""
     return [replace(host, speed=host.speed * parts.get(host.name, 1.0)) for host in hosts]

@@ -1,4 +1,4 @@
-"""Models that nobody asks for: their experts leave the hosts, and come back with the first call."""
+"""Idle models: their experts leave the hosts, and come back with the next call."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from ..placement import ModelShape
 
 
 class Sleep:
-    """Which models are asleep. One that was put into memory never is: nobody could wake it."""
+    """Tracks which models are asleep.
+
+    A model without a checkpoint, put into memory, never sleeps: nobody could load it again.
+    """
 
     def __init__(self) -> None:
         self.asleep: set[str] = set()
         self._asked_at: dict[str, float] = {}
 
     def hear(self, report: LoadReport, now: float) -> None:
-        """Whatever a router counted, or waits for, is asked for."""
+        """Wake the models for which a router has counted load or waits for experts."""
         asked = {key.model for key, counts in report.counts.items() if counts.any()}
         for model in asked | {key.model for key in report.unplaced}:
             self._asked_at[model] = now
@@ -30,7 +33,7 @@ class Sleep:
         appeared: Callable[[str], bool],
         now: float,
     ) -> None:
-        """Models that nobody has asked for long enough fall asleep; not before they were there."""
+        """Let models sleep that had no call for ``idle_s``, counted from their first placement."""
         for shape in models:
             name = shape.model
             if shape.idle_s is None or name not in on_disk or name in self.asleep:
@@ -41,4 +44,5 @@ class Sleep:
                 self.asleep.add(name)
 
     def awake(self, models: Iterable[ModelShape]) -> list[ModelShape]:
+        """Return the models that are not asleep."""
         return [shape for shape in models if shape.model not in self.asleep]

@@ -1,4 +1,4 @@
-"""What each host is to load next, from where, and how fast."""
+"""Decide what each host loads next, from where, and how fast."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from ..placement import ExpertKey, HostEntry, ModelShape
 from .pool_view import View
 
-# Slots beside a host's own, for replicas that have come while those they replace still serve.
+# Extra slots of a host, for new replicas while those that they replace still serve.
 _STAGING = 4
-# A background load brings no more than what the rate allows in so long: few at once, then a rest.
+# A background load brings at most what the rate allows in this time; then the host pauses.
 _BATCH_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Let ``host`` get ``keys``: from a checkpoint, or from the peers that are named."""
+    """Let ``host`` load ``keys``, from the checkpoint or from the named peers."""
 
     host: str
     keys: tuple[ExpertKey, ...]
@@ -24,11 +24,14 @@ class Load:
 
 
 class Loader:
-    """Hands out loads; remembers what failed."""
+    """Gives out loads, and remembers which ones failed."""
 
     def __init__(self, view: View, *, bytes_per_s: float, batch_bytes: int, retry_s: float) -> None:
-        """A host loads in the background ``bytes_per_s`` in the mean, and no more than
-        ``batch_bytes`` at once; what somebody waits for is not held back."""
+        """Bound background loads of a host to ``bytes_per_s``, and each to ``batch_bytes``.
+
+        Experts that a request may be waiting for are not bounded. After a failure a host loads
+        nothing for ``retry_s`` seconds.
+        """
         self.on_disk: set[str] = set()  # models with a checkpoint that hosts can read
         self.slots: dict[str, int] = {}
         self._view = view
@@ -39,15 +42,15 @@ class Loader:
         self._failures: dict[ExpertKey, int] = {}
 
     def reset(self) -> None:
-        """A new target: old failures say nothing about it."""
+        """Forget all failures, because there is a new target."""
         self._failures.clear()
 
     def forget(self, host: str) -> None:
-        """A host was removed."""
+        """Forget a host that was removed."""
         self._not_before.pop(host, None)
 
     def failed(self, host: str, keys: Sequence[ExpertKey], now: float) -> list[ExpertKey]:
-        """A load ended without its replicas. Gives those that had failed before."""
+        """Take note of a load that failed; return its replicas that had failed before."""
         self._not_before[host] = now + self._retry_s
         again = []
         for key in keys:
@@ -66,7 +69,11 @@ class Loader:
         appeared: Collection[str],
         now: float,
     ) -> Load | None:
-        """The next load of an idle host. Models that have not ``appeared`` are waited for."""
+        """Return the next load of an idle host, or None.
+
+        Experts that no host holds, and those of models that have not ``appeared`` in a placement
+        yet, are urgent: they are loaded first and at full speed.
+        """
         if now < self._not_before.get(host, 0.0):
             return None
         lacking = self.lacking(host, wanted)
@@ -83,8 +90,10 @@ class Loader:
         return Load(host=host, keys=tuple(keys), peers=peers)
 
     def lacking(self, host: str, wanted: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """What ``host`` is still to get. What only memory held and nobody holds any more will never
-        come, so nothing waits for it."""
+        """Return the ``wanted`` experts that ``host`` lacks and can still get.
+
+        An expert that has no checkpoint and that no host holds is lost, so it is left out.
+        """
         return [
             key
             for key in wanted
@@ -95,11 +104,14 @@ class Loader:
     def _batch(
         self, host: str, lacking: list[ExpertKey], wanted: int, models: Mapping[str, ModelShape]
     ) -> list[ExpertKey]:
-        """As many as one background load may bring: few bytes at once, and no more replicas than
-        there is room for until those that they replace are evicted."""
+        """Return the experts of one background load.
+
+        It is bounded in bytes, and to the replicas that fit until those that they replace are
+        evicted.
+        """
         held = sum(1 for _ in self._view.seen[host].experts())
-        # A target can name more than a host has slots now, where these are an even part of what
-        # models need and hosts came back.
+        # If the slots are computed (`with_room`), they shrink when hosts come back, and the target
+        # may name more experts than the host now has slots.
         room = max(0, max(self.slots.get(host, held), wanted) + _STAGING - held)
         room_bytes, batch = self._batch_bytes, []
         for key in lacking[:room]:
@@ -110,7 +122,10 @@ class Loader:
         return batch
 
     def _source(self, key: ExpertKey, host: str) -> HostEntry | None:
-        """The peer to get an expert from; None for the checkpoint. After a failure another one."""
+        """Return the peer to load an expert from, or None for the checkpoint.
+
+        After each failure it is another source, by turns the checkpoint and a peer if both exist.
+        """
         holders = [name for name in self._view.holders(key) if name != host]
         failures = self._failures.get(key, 0)
         if not holders or (key.model in self.on_disk and failures % 2 == 0):

@@ -1,4 +1,4 @@
-"""Hosts that come to a pool and leave it: what `Control` inherits."""
+"""Hosts that join a pool and leave it: the part of `Control` that it inherits."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from .operations import forgotten
 from .pool_view import View
 from .publishing import Publisher
 
-# A host that lacks a larger part of what it is to hold gets no traffic yet.
+# A host that lacks a larger fraction of its wanted experts gets next to no traffic yet.
 _LOADING = 0.5
 
 
 class Members:
-    """A host that leaves is retired first: drained, then taken out of placements, and free as soon
-    as every live router has acknowledged one without it, or its lease has ended."""
+    """Membership of the pool.
+
+    A host that leaves is retired first: it is drained, then taken out of placements. It is free as
+    soon as each live router has acknowledged a placement without it, or its lease has ended.
+    """
 
     view: View
     publisher: Publisher
@@ -34,38 +37,42 @@ class Members:
 
     @property
     def state(self) -> object:
-        """Changes with the hosts that are seen, what they hold, the target and the models."""
+        """A value that changes with the hosts seen, what they hold, the target and the models."""
         return self.view.version, self._target_version, tuple(self.models.values())
 
     def add_host(self, host: PoolHost) -> None:
-        """A host that is to come; it is put to use as soon as it reports."""
+        """Announce a new host; it is used as soon as it reports."""
         self.view.add(host)
 
     def retire_host(self, name: str) -> None:
-        """Drain a host, so that `remove_host` may follow; `keep_host` takes it back."""
+        """Drain a host, so that `remove_host` may follow; `keep_host` revokes it."""
         self.view.retiring.add(name)
-        self.view.version += 1  # an empty one leaves placements at once
+        self.view.version += 1  # an empty host leaves placements at once
 
     def keep_host(self, name: str) -> None:
+        """Keep a host that was retired."""
         self.view.retiring.discard(name)
-        self.view.version += 1  # routers are to hear of it again
+        self.view.version += 1  # the next placement names it to routers again
 
     def remove_host(self, name: str) -> None:
-        """Forget a host that `Control.is_free` says nobody needs."""
+        """Forget a host that is free according to `is_free`."""
         self.view.remove(name)
         self.publisher.forget(name)
         self.loader.forget(name)
         self.wishes = forgotten(self.wishes, name)
 
     def wanted(self, host: str) -> list[ExpertKey]:
-        """What a host is to hold."""
+        """Return the experts that the target places on a host."""
         if host not in self._wanted:
             self._wanted[host] = experts_of(self._target or {}, host)
         return self._wanted[host]
 
     def parts(self) -> dict[str, float]:
-        """Of its speed that a host is planned with, if that is not all of it: by its pace, and next
-        to none while it has yet to load most of what it is to hold, as behind a restart."""
+        """Return the speed factor of each host that is planned with less than its full speed.
+
+        It is below 1 for slow hosts, and near 0 for silent hosts and while a host still has to load
+        most of its wanted experts, for example after a restart.
+        """
         if self._parts_for != self.state:
             self._parts_for = self.state
             lacking = {
@@ -78,7 +85,7 @@ class Members:
         return self.view.parts | self._parts
 
     def missing(self) -> dict[ExpertKey, str]:
-        """Experts that no host holds now, and why."""
+        """Return the experts that no host holds now, and why."""
         return {
             key: "loading" if key.model in self.loader.on_disk else "lost: its model was in memory"
             for key in every_expert(self._awake())
@@ -86,22 +93,24 @@ class Members:
         }
 
     def is_free(self, host: str, now: float) -> bool:
-        """Whether a retired host holds nothing, gets nothing, and no router knows it any more."""
+        """Return whether a retired host holds nothing, gets nothing, and no router uses it."""
         idle = host in self.view.retiring and self.view.empty(host) and not self.wanted(host)
-        # One that was never seen is still to come, or has been frozen since before this controller
-        # began, and then it may hold what nobody else does.
+        # A host that was never seen is either still starting, or has been frozen since before this
+        # controller began. In the latter case it may hold the experts that are missing.
         if not idle or (self.view.never_seen(host) and self.missing()):
             return False
         return self.view.is_known(host) and self.publisher.has_left(host, now)
 
     @property
     def leaving(self) -> frozenset[str]:
-        """Hosts that are to hold nothing, drained by operators or on their way out."""
+        """Hosts that must become empty: drained by operators, or retired."""
         return self.wishes.leaving | self.view.retiring
 
     def no_room(self) -> dict[str, str]:
-        """Hosts that cannot leave, with what is lacking in words: they go on serving the experts
-        for which no other host has room, and leave when there is some."""
+        """Return the leaving hosts that cannot leave, with the reason as text.
+
+        They go on serving the experts for which no other host has room, and leave once there is.
+        """
         unplaced, words = set(self.unplaced), {}
         for host in sorted(self.leaving & self.view.hosts.keys()):
             stuck = unplaced.intersection(self.wanted(host))

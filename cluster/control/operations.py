@@ -1,4 +1,4 @@
-"""What operators can ask of a placement, and plans in words that people and programs read."""
+"""Operators' wishes for a placement, and plans as plain values for people and programs."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from ..planner.plan import Plan, Wishes
 
 
 def check_model(models: Mapping[str, ModelShape], model: str) -> ModelShape:
-    """Raises ValueError."""
+    """Return the model's shape. Raises ValueError if there is no such model."""
     if model not in models:
         raise ValueError(f"model: {model!r} is none of {sorted(models)}")
     return models[model]
 
 
 def check_layer(shape: ModelShape, layer: int) -> None:
-    """Raises ValueError."""
+    """Raise ValueError if a layer has no experts."""
     if layer not in shape.experts:
         layers = sorted(shape.experts)
         raise ValueError(
-            f"layer: {layer} of {shape.model} has no experts; layers {layers[0]} to {layers[-1]} "
-            "have"
+            f"layer: {layer} of {shape.model} has no experts; choose one of layers {layers[0]} to "
+            f"{layers[-1]}"
         )
 
 
 def check_expert(models: Mapping[str, ModelShape], key: ExpertKey) -> None:
-    """Raises ValueError that names what is wrong with ``key``."""
+    """Raise ValueError that says what is wrong if ``key`` does not exist."""
     shape = check_model(models, key.model)
     check_layer(shape, key.layer)
     if not 0 <= key.expert < shape.experts[key.layer]:
@@ -37,13 +37,13 @@ def check_expert(models: Mapping[str, ModelShape], key: ExpertKey) -> None:
 
 
 def check_host(hosts: Collection[str], host: str) -> None:
-    """Raises ValueError."""
+    """Raise ValueError if there is no such host."""
     if host not in hosts:
         raise ValueError(f"host: {host!r} is none of {', '.join(sorted(hosts))}")
 
 
 def replicated(wishes: Wishes, key: ExpertKey, count: int, hosts: Collection[str]) -> Wishes:
-    """At least ``count`` replicas from now on; 1 takes the wish back. Raises ValueError."""
+    """Wish for at least ``count`` replicas; 1 revokes the wish. Raises ValueError on bad counts."""
     if not 1 <= count <= len(hosts):
         raise ValueError(f"replicas: {count} is not in 1 to {len(hosts)}, the number of hosts")
     least = {k: n for k, n in wishes.least.items() if k != key}
@@ -51,18 +51,20 @@ def replicated(wishes: Wishes, key: ExpertKey, count: int, hosts: Collection[str
 
 
 def pinned(wishes: Wishes, key: ExpertKey, host: str) -> Wishes:
+    """Wish that ``host`` always holds the expert."""
     pins = wishes.pins.get(key, frozenset()) | {host}
     return replace(wishes, pins={**wishes.pins, key: pins})
 
 
 def unpinned(wishes: Wishes, key: ExpertKey, host: str) -> Wishes:
+    """Revoke a pin."""
     left = wishes.pins.get(key, frozenset()) - {host}
     others = {k: v for k, v in wishes.pins.items() if k != key}
     return replace(wishes, pins=others | ({key: left} if left else {}))
 
 
 def drained(wishes: Wishes, host: str, hosts: Collection[str]) -> Wishes:
-    """``host`` is to hold nothing from now on. Raises ValueError if it is the last one."""
+    """Wish that ``host`` becomes empty. Raises ValueError if no other host would be left."""
     leaving = wishes.leaving | {host}
     if not set(hosts) - leaving:
         raise ValueError(f"host: {host} is the last one; its experts have nowhere to go")
@@ -70,11 +72,12 @@ def drained(wishes: Wishes, host: str, hosts: Collection[str]) -> Wishes:
 
 
 def undrained(wishes: Wishes, host: str) -> Wishes:
+    """Revoke a drain."""
     return replace(wishes, leaving=wishes.leaving - {host})
 
 
 def forgotten(wishes: Wishes, host: str) -> Wishes:
-    """Without whatever names a host that was removed."""
+    """Remove all wishes that name a host, which was removed."""
     pins = {key: hosts - {host} for key, hosts in wishes.pins.items()}
     return replace(
         wishes,
@@ -84,7 +87,7 @@ def forgotten(wishes: Wishes, host: str) -> Wishes:
 
 
 def unmet(plan: Plan, wishes: Wishes, key: ExpertKey) -> list[str]:
-    """What is wished for an expert and what a plan does not grant, in words."""
+    """Return a text for each wish for an expert that a plan does not grant."""
     hosts = plan.layers[LayerKey(key.model, key.layer)].hosts(key.expert)
     least = wishes.least.get(key, 1)
     found = []
@@ -97,7 +100,7 @@ def unmet(plan: Plan, wishes: Wishes, key: ExpertKey) -> list[str]:
 
 
 def describe(plan: Plan, *, bytes_per_s: float, unprotected_now: int) -> dict[str, Any]:
-    """A plan as plain values; ``bytes_per_s`` is how fast one host loads."""
+    """Describe a plan in plain values; ``bytes_per_s`` is how fast one host loads."""
     per_host: dict[str, int] = defaultdict(int)
     for move in plan.moves:
         per_host[move.host] += move.expert_bytes
@@ -144,5 +147,5 @@ def _summary(values: list[float]) -> dict[str, float] | None:
 
 
 def _alone(plan: Plan) -> int:
-    """Experts with one replica, which the loss of its host would take away."""
+    """Return how many experts have one replica, so that they are lost with its host."""
     return sum(len(e) == 1 for layer in plan.layers.values() for e in layer.replicas)

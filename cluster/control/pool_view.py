@@ -1,4 +1,4 @@
-"""What the controller sees: hosts as they reported, and since when the others are away."""
+"""The controller's view of the pool: hosts as they reported, and since when others are away."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .host_speed import Paces, Work
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One host as it reported: one incarnation and the experts it can compute."""
+    """A host's report: its incarnation, and the experts that it can compute."""
 
     entry: HostEntry
     holdings: Mapping[LayerKey, Collection[int]]
     loading: bool
-    work: Work | None = field(default=None, compare=False)  # None: not told
+    work: Work | None = field(default=None, compare=False)  # None: not reported
 
     def holds(self, key: ExpertKey) -> bool:
         return key.expert in self.holdings.get(LayerKey(key.model, key.layer), ())
@@ -31,7 +31,7 @@ class Observation:
 def without(
     holdings: Mapping[LayerKey, Collection[int]], keys: Collection[ExpertKey]
 ) -> dict[LayerKey, frozenset[int]]:
-    """What a host holds beside ``keys``, which it may be forgetting at this moment."""
+    """Return the holdings of a host without ``keys``, which it may be dropping right now."""
     gone = set(keys)
     return {
         layer: frozenset(expert for expert in experts if layer.expert(expert) not in gone)
@@ -43,27 +43,28 @@ class View:
     """All hosts of a pool, by their last reports."""
 
     def __init__(self, hosts: Sequence[PoolHost], *, gone_s: float) -> None:
-        """A host that is away for ``gone_s`` seconds is planned around."""
+        """Start without reports; a host away for ``gone_s`` seconds is no longer usable."""
         self.hosts = {host.name: host for host in hosts}
         self.seen: dict[str, Observation] = {}
-        self.retiring: set[str] = set()  # hosts that are being taken out of the pool
-        self.version = 0  # grows with whatever is seen to have changed
-        # Of its speed that each slow or silent host has.
+        self.retiring: set[str] = set()  # hosts that are leaving the pool
+        self.version = 0  # grows with every change of the view
+        # The speed factor of each slow or silent host.
         self.parts: dict[str, float] = {}
         self._paces = Paces()
         self._gone_s = gone_s
         self._away_since: dict[str, float] = {}
         self._arrived: set[str] = set()
         self._heard_at: dict[str, float] = {}
-        self._lost: dict[str, Observation] = {}  # hosts that are to leave and do not answer
+        self._lost: dict[str, Observation] = {}  # retiring hosts that no longer answer
         self._now = 0.0
 
     def add(self, host: PoolHost) -> None:
-        """A host that is to come; nothing is planned for it before it has reported."""
+        """Announce a new host; nothing is planned for it before it has reported."""
         self.hosts[host.name] = host
         self._away_since[host.name] = -math.inf
 
     def remove(self, host: str) -> None:
+        """Forget a host that left the pool."""
         del self.hosts[host]
         self.seen.pop(host, None)
         self._away_since.pop(host, None)
@@ -75,11 +76,11 @@ class View:
         self.version += 1
 
     def note(self, reports: Mapping[str, Observation | None], now: float) -> None:
-        """None stands for a host that is gone; one that is missing did not answer in time."""
+        """Take in reports: None is a host that is gone; a missing one did not answer in time."""
         self._now = now
         for host, observation in reports.items():
             if host not in self.hosts:
-                continue  # it was removed while it answered
+                continue  # it was removed after it was asked
             self._heard_at[host] = now
             self._lost.pop(host, None)
             if self.seen.get(host) != observation:
@@ -103,12 +104,12 @@ class View:
         self.parts = self._paces.parts(speeds, silent)
 
     def forget(self, host: str, keys: Collection[ExpertKey]) -> None:
-        """What a host was told to forget is not there any more, whenever it reports next."""
+        """Remove what a host was told to evict, without waiting for its next report."""
         seen = self.seen[host]
         self.seen[host] = replace(seen, holdings=without(seen.holdings, keys))
 
     def usable(self, now: float) -> frozenset[str]:
-        """Hosts that live, or have not been away for long."""
+        """Return the hosts that are alive, or have not been away for ``gone_s`` yet."""
         return frozenset(
             host
             for host in self.hosts
@@ -116,28 +117,30 @@ class View:
         )
 
     def never_seen(self, host: str) -> bool:
-        """Whether a host has not reported once."""
+        """Return whether a host has never reported."""
         return host not in self._arrived
 
     def empty(self, host: str) -> bool:
-        """Whether a host holds nothing, or nothing that others do not hold if it does not answer,
-        and nothing is on its way to it."""
+        """Return whether a host holds and loads nothing.
+
+        If it does not answer: whether other hosts hold all that it held.
+        """
         seen, lost = self.seen.get(host), self._lost.get(host)
         if seen is None:
             return lost is None or all(self.holders(key) for key in lost.experts())
         return not (seen.loading or any(True for _ in seen.experts()))
 
     def is_known(self, host: str) -> bool:
-        """Whether what is known of a host is of the last round."""
+        """Return whether a host reported in the last round, or is known to be gone."""
         return host not in self.seen or self._heard_at.get(host) == self._now
 
     def _is_lost(self, host: str) -> bool:
-        """Whether a host that is to leave has been silent for long, and nothing needs it."""
+        """Return whether a retiring host is silent for ``gone_s``, and others hold all it held."""
         silent = self._now - self._heard_at.get(host, self._now) >= self._gone_s
         return silent and all(len(self.holders(key)) > 1 for key in self.seen[host].experts())
 
     def entries(self) -> dict[str, HostEntry]:
-        """Hosts that routers are to connect to."""
+        """Return the hosts that routers may connect to."""
         return {
             host: seen.entry
             for host, seen in self.seen.items()
@@ -145,6 +148,7 @@ class View:
         }
 
     def holders(self, key: ExpertKey) -> list[str]:
+        """Return the hosts that hold an expert."""
         return [host for host, seen in self.seen.items() if seen.holds(key)]
 
     def holds(self, host: str, key: ExpertKey) -> bool:
@@ -152,11 +156,11 @@ class View:
         return seen is not None and seen.holds(key)
 
     def domains(self, key: ExpertKey) -> set[str]:
-        """Failure domains in which an expert is alive."""
+        """Return the failure domains in which a host holds an expert."""
         return {self.hosts[host].domain or host for host in self.holders(key)}
 
     def standing(self, models: Sequence[ModelShape]) -> dict[LayerKey, LayerPlacement]:
-        """What hosts hold, with even shares."""
+        """Return a placement of what hosts hold, with even shares."""
         layers = {}
         for shape in models:
             for layer, experts in shape.experts.items():

@@ -1,4 +1,4 @@
-"""From the target and what hosts hold to placements, and to what hosts may forget."""
+"""Derive from the target and the hosts' holdings what to publish and what hosts may evict."""
 
 from __future__ import annotations
 
@@ -12,43 +12,47 @@ Target = Mapping[LayerKey, LayerPlacement]
 
 
 class Publisher:
-    """Knows what was published, to which routers it has come, and what was taken out of it."""
+    """Tracks what was published, which routers acknowledged it, and what has left it since."""
 
     def __init__(self, view: View, *, term: int, lease_s: float) -> None:
-        """A router that is silent for ``lease_s`` seconds holds no eviction up."""
+        """Start with nothing published; a router silent for ``lease_s`` s delays no eviction."""
         self.number = Number(term, 0)
         self.placement: Placement | None = None
         self._view = view
         self._lease_s = lease_s
-        # Leases run while the controller listens. One that was frozen has heard nobody, so what
-        # passes between two rounds counts for a third of a lease at most.
+        # Leases are measured in the time that the controller has listened. A controller that was
+        # frozen has heard no router, so the time between two rounds counts for at most a third of a
+        # lease.
         self._listened_s = 0.0
         self._looked: float | None = None
         self._since_s: float | None = None
         self._routers: dict[str, tuple[Number | None, float]] = {}
-        # Replicas that are held and not published, with the number that is to be acknowledged.
+        # Replicas that hosts hold and the placement does not name, each with the number of the
+        # first placement without it: once acknowledged, no router can ask for the replica.
         self._retired: dict[tuple[ExpertKey, str], Number] = {}
-        # The last placement that told routers of each host.
+        # The last placement that named each host.
         self._told: dict[str, Number] = {}
 
     def acknowledged(self, router: str, number: Number | None, now: float) -> None:
+        """Take note of the placement that a router follows; this renews its lease."""
         self._routers[router] = (number, self._listened(now))
 
     def routers(self, now: float) -> dict[str, Number | None]:
-        """Live routers, and the placement that each follows."""
+        """Return the live routers, and the number of the placement that each follows."""
         over_s = self._listened(now) - self._lease_s
         self._routers = {r: v for r, v in self._routers.items() if v[1] >= over_s}
         return {name: number for name, (number, _) in self._routers.items()}
 
     def appeared(self, model: str) -> bool:
+        """Return whether the published placement has a model."""
         return self.placement is not None and any(k.model == model for k in self.placement.layers)
 
     def publish(self, target: Target, models: Mapping[str, ModelShape]) -> Placement | None:
-        """The placement of what is ready; None if it is what was published last."""
+        """Publish a placement of what is ready; None if that is what was published last."""
         whole = {model: self._whole(model, target) for model in models}
         layers = {}
         for key, layer in target.items():
-            # A model appears when every expert of it can be computed; later some may be away.
+            # A model appears once hosts hold all of its experts. Later some may be missing.
             if self.appeared(key.model) or whole.get(key.model):
                 before = self.placement.layers.get(key) if self.placement is not None else None
                 layers[key] = LayerPlacement(
@@ -73,8 +77,11 @@ class Publisher:
     def evictable(
         self, target: Target, now: float, asleep: Collection[str] = ()
     ) -> dict[str, list[ExpertKey]]:
-        """What each host holds that neither the target nor any live router's placement names. The
-        last replica of an expert stays, unless its model is ``asleep``."""
+        """Return for each host the replicas that neither the target nor any live router needs.
+
+        A router needs what its placement names. The last replica of an expert stays, unless its
+        model is ``asleep``.
+        """
         if not self._knows_routers(now) or self.placement is None:
             return {}
         named, wanted = _named(self.placement.layers), _named(target)
@@ -86,9 +93,9 @@ class Publisher:
         found: dict[str, list[ExpertKey]] = {}
         going: Counter[ExpertKey] = Counter()
         for (key, host), number in self._retired.items():
-            # Models that this controller does not know may have been put just now.
+            # The target does not know models that somebody is just loading into hosts.
             known = LayerKey(key.model, key.layer) in target
-            # One holder stays, even if no target names it and its model is not placed yet.
+            # One holder of each expert stays, even if no target names it.
             last = len(self._view.holders(key)) - going[key] <= 1
             spare = (known and (key, host) not in wanted and not last) or key.model in asleep
             if spare and all(ack is not None and ack >= number for ack in acknowledged):
@@ -97,25 +104,30 @@ class Publisher:
         return found
 
     def _listened(self, now: float) -> float:
+        """Return for how many seconds the controller has listened to routers."""
         passed_s = 0.0 if self._looked is None else now - self._looked
         return self._listened_s + min(passed_s, self._lease_s / 3)
 
     def has_left(self, host: str, now: float) -> bool:
-        """Whether no live router follows a placement that tells of ``host``."""
+        """Return whether no live router follows a placement that names ``host``."""
         if not self._knows_routers(now):
             return False
         if self.placement is not None and host in self.placement.hosts:
             return False
-        # What an earlier controller told of it is over with any placement of this one.
+        # If this controller never named it, an earlier one may have; any placement of this term
+        # replaces those.
         told = self._told.get(host, Number(self.number.term, 0))
         return all(ack is not None and ack > told for ack in self.routers(now).values())
 
     def forget(self, host: str) -> None:
-        """A host was removed."""
+        """Forget a host that was removed."""
         self._told.pop(host, None)
 
     def _knows_routers(self, now: float) -> bool:
-        """Behind a change of controllers, routers get a lease's time to say that they live."""
+        """Return whether all live routers have had the time to report.
+
+        After a change of controllers, this takes one lease.
+        """
         self._listened_s, self._looked = self._listened(now), now
         self._since_s = self._listened_s if self._since_s is None else self._since_s
         return self._listened_s - self._since_s >= self._lease_s
@@ -123,19 +135,22 @@ class Publisher:
     def _ready(
         self, key: ExpertKey, target: tuple[Replica, ...], before: tuple[Replica, ...]
     ) -> tuple[Replica, ...]:
-        """The target's replicas that are ready; until all are, those that stood before help."""
+        """Return the target's replicas that are ready, with earlier replicas until all are."""
         ready = tuple(r for r in target if self._view.holds(r.host, key))
         if len(ready) == len(target) > 0:
             return ready
         named = {r.host for r in target}
         stood = [r.host for r in before if r.host not in named and self._view.holds(r.host, key)]
         if not ready and not stood:
-            # What nobody planned but somebody has, as behind a change of controllers.
+            # Use any host that holds the expert though no plan says so, for example after a change
+            # of controllers.
             stood = self._view.holders(key)
+        # The earlier replicas share what the ready ones leave.
         left = max(0.0, 1.0 - sum(r.share for r in ready))
         return ready + tuple(Replica(host, left / len(stood)) for host in stood)
 
     def _whole(self, model: str, target: Target) -> bool:
+        """Return whether hosts hold every expert of a model."""
         return all(
             self._view.holders(key.expert(expert))
             for key, layer in target.items()
@@ -145,6 +160,7 @@ class Publisher:
 
 
 def _named(layers: Target) -> set[tuple[ExpertKey, str]]:
+    """Return all replicas of a placement as (expert, host)."""
     return {
         (key.expert(expert), replica.host)
         for key, layer in layers.items()

@@ -1,4 +1,4 @@
-"""What operators see: how busy hosts are, which experts are hot, and where each one stands."""
+"""Views for operators: how busy hosts are, which experts are hot, and which hosts hold them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..load.tracker import HORIZONS_S, LoadTracker
 from ..placement import LayerKey, LayerPlacement
 from ..planner.plan import Wishes
 
-# Rates are means over so many seconds, or over what there is.
+# Rates are means over so many seconds, or over the time since the first reading.
 _WINDOW_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostCounters:
-    """What one incarnation of a host has done since its start."""
+    """Counters of one incarnation of a host since its start."""
 
     incarnation: int
     calls: int
@@ -29,13 +29,13 @@ class HostCounters:
 
 
 class HostRates:
-    """Counters of hosts, read now and then, as rates."""
+    """Turns readings of the hosts' counters into rates."""
 
     def __init__(self) -> None:
         self._read: dict[str, deque[tuple[float, HostCounters]]] = {}
 
     def note(self, counters: Mapping[str, HostCounters], now: float) -> None:
-        """A reading of all hosts that are known; others are forgotten."""
+        """Take in a reading of all known hosts; forget all others."""
         for host in self._read.keys() - counters.keys():
             del self._read[host]
         for host, found in counters.items():
@@ -47,8 +47,10 @@ class HostRates:
                 read.popleft()
 
     def of(self, host: str) -> dict[str, float] | None:
-        """Calls and rows per second, and the part of the time that its device was busy; None
-        before there are two readings."""
+        """Return calls/s, rows/s and the busy fraction of a host's device.
+
+        None before there are two readings.
+        """
         read = self._read.get(host, ())
         if len(read) < 2:
             return None
@@ -66,11 +68,11 @@ def hottest(
     layers: Mapping[LayerKey, LayerPlacement],
     count: int,
 ) -> list[dict[str, Any]]:
-    """The ``count`` experts with the most choices per second, and the hosts that they stand on."""
+    """Return the ``count`` experts with the most assignments/s, and the hosts that hold them."""
     each = (
         (float(rate), key, expert)
         for key, rate_E in rates.items()
-        # No more than `count` of one layer can be among them.
+        # At most `count` experts of one layer can be among them.
         for expert in np.argsort(-rate_E, kind="stable")[:count].tolist()
         if (rate := rate_E[expert]) > 0
     )
@@ -95,9 +97,11 @@ def standing(
     layer: int | None = None,
     hot: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Every expert of ``model`` and ``layer`` (None: of all): its replicas, its load and what
-    operators wish for it, in the order of its key; with ``hot`` those with the most choices per
-    second over the shortest horizon, the hottest first."""
+    """Return each expert's replicas, load and wishes, for ``model`` and ``layer`` (None: all).
+
+    In the order of their keys. With ``hot``, only so many experts: those with the most assignments
+    per second over the shortest horizon, the hottest first.
+    """
     rows = [
         row
         for key in sorted(layers)

@@ -1,6 +1,6 @@
-"""Whether the controller does its work, in figures and in words.
+"""Health of the controller, as figures and as warnings.
 
-The figures are metrics and stand in `status`; the words name whatever stands still.
+The figures are metrics and part of `status`; each warning names something that makes no progress.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from typing import Any
 from .change_impact import balancedness_under
 from .control import Control
 
-# A controller looks around several times a second, and waits 2 s for a host that does not answer.
+# A controller ticks several times a second, and waits 2 s for a host that does not answer.
 TICK_STALLED_S = 5.0
-# The largest shift of a large pool takes the planner about as long.
+# The planner needs about this long for the largest shift of the load in a large pool.
 PLANNER_SLOW_S = 30.0
 PLANNER_FAILURES = 2  # in a row
-# Replicas come in small batches at a bounded rate; so long without any is no rate.
+# Replicas arrive in small batches at a bounded rate. The slowest rate that makes sense brings one
+# sooner than this.
 MOVES_STALLED_S = 30.0
 _LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vitals:
-    """Ages in seconds; None for what has not happened yet."""
+    """The controller's figures; ages are in seconds, and None if the event has not happened yet."""
 
     tick_age_s: float
     plan_age_s: float | None  # since the planner was last asked
-    planning_s: float  # for how long it has been at work
+    planning_s: float  # how long it has been at work on the current plan; 0 if there is none
     plan_failures: int  # in a row
-    move_age_s: float | None  # since a replica that was planned last arrived
+    move_age_s: float | None  # since a planned replica last arrived
     moves_pending: int
     missing_experts: int
     unprotected_experts: int
@@ -50,7 +51,7 @@ class Vitals:
         }
 
     def warnings(self) -> list[str]:
-        """What stands still, in words."""
+        """Return a text for each thing that makes no progress."""
         found = []
         if self.tick_age_s > TICK_STALLED_S:
             found.append(f"the controller has stood still for {self.tick_age_s:.0f} s")
@@ -60,14 +61,14 @@ class Vitals:
             found.append(f"the planner has failed {self.plan_failures} times in a row")
         if self.moves_pending and (self.move_age_s or 0.0) > MOVES_STALLED_S:
             found.append(
-                f"{self.moves_pending} replicas are to come, and none has come for "
+                f"{self.moves_pending} planned replicas are missing, and none has arrived for "
                 f"{self.move_age_s:.0f} s"
             )
         return found
 
 
 class Watchdog:
-    """Looks at a `Control` from outside."""
+    """Observes a `Control` from outside."""
 
     def __init__(self, control: Control, now: float) -> None:
         self._control = control
@@ -75,7 +76,7 @@ class Watchdog:
         self._failing = False
         self._planning_since: float | None = None
         self._plan_failures = 0
-        # When a planned replica arrived last, or since when some are to come.
+        # When a planned replica last arrived, or when some were planned after there were none.
         self._moved_at: float | None = None
         self._looked_at: float | None = None
         self._seen_state: object = None
@@ -83,9 +84,10 @@ class Watchdog:
         self.balancedness: dict[str, tuple[float, float]] = {}  # of each model: mean, worst layer
         self._overall: tuple[float, float] | None = None
 
-    # ---- what it is told ------------------------------------------------------------------------
+    # ---- input ----------------------------------------------------------------------------------
 
     def ticked(self, now: float, *, failed: bool) -> None:
+        """Take note of a tick of the controller."""
         self._ticked_at, self._failing = now, failed
 
     def plan_began(self, now: float) -> None:
@@ -95,10 +97,10 @@ class Watchdog:
         self._planning_since = None
         self._plan_failures = self._plan_failures + 1 if failed else 0
 
-    # ---- what it sees ---------------------------------------------------------------------------
+    # ---- output ---------------------------------------------------------------------------------
 
     def vitals(self, states: Iterable[str], now: float) -> Vitals:
-        """``states`` are those of the hosts."""
+        """Return the figures; ``states`` are those of the hosts."""
         self._look(now)
         control, since = self._control, self._planning_since
         return Vitals(
@@ -119,8 +121,10 @@ class Watchdog:
         )
 
     def _look(self, now: float) -> None:
-        """Count experts where anything has changed, and balance once a second: in a large pool
-        both take milliseconds."""
+        """Count experts if anything has changed, and compute the balance once a second.
+
+        In a large pool both take milliseconds.
+        """
         control = self._control
         if control.state != self._seen_state:
             self._seen_state = control.state
@@ -147,6 +151,7 @@ class Watchdog:
 
 
 def _figures(values: list[float]) -> tuple[float, float]:
+    """Return the mean and the minimum."""
     return sum(values) / len(values), min(values)
 
 

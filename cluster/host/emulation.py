@@ -1,7 +1,7 @@
-"""Devices that are not there: how long one would take for a batch.
+"""Emulated devices: how long a device that is not there would take for a batch.
 
-For experiments with more hosts than cores. Transport, queues and failures stay real; the
-arithmetic is done, and the rest of the device's time is waited (`actors/host/device.py`).
+They are for experiments with more hosts than cores. Transport, queues, failures and the arithmetic
+stay real; the host then waits for the rest of the device's time (`actors/host/device.py`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Emulation:
-    """A device: microseconds for starting a batch, for each choice (a row and one of its experts),
-    and for each expert whose weights the batch reads."""
+    """The time that an emulated device takes for a batch, in microseconds."""
 
-    call_us: float = 0.0
-    row_us: float = 0.0
-    expert_us: float = 0.0
+    call_us: float = 0.0  # to start a batch
+    row_us: float = 0.0  # for each assignment (a row and one of its experts)
+    expert_us: float = 0.0  # for each expert whose weights the batch reads
 
     def batch_s(self, ids: Sequence[np.ndarray]) -> float:
-        """Seconds for the calls of one batch with these choices; -1 is none."""
+        """Return the seconds for one batch; ``ids`` are its calls' expert ids, -1 for padding."""
         used_N = np.concatenate([one.reshape(-1) for one in ids])
         used_N = used_N[used_N >= 0]
         touched = np.unique(used_N).size

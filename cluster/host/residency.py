@@ -1,12 +1,11 @@
-"""The host's state machine: what it holds, what is queued, and what is computed next.
+"""The host's state machine: which experts it holds, which calls wait, and what it computes next.
 
-Calls are admitted or refused before anything is computed. Whenever the device is free, `next_batch`
-takes the queued calls for one layer, from all routers, as one computation; nothing waits for more
-to arrive. Which layer comes next is decided by start-time fair queueing over routers (Goyal et
-al., SIGCOMM 1996), so that one router's large prefill delays another's decode step by one batch
-at most.
+A call is admitted or refused before anything is computed. Whenever the device is free, `next_batch`
+takes queued calls for one layer, from all routers, as one computation; it does not wait for more
+calls to arrive. Start-time fair queueing over routers decides which layer comes next (Goyal et al.,
+SIGCOMM 1996), so that one router's large prefill delays another's decode step by at most one batch.
 
-No clock, no sockets, no tensors: `actors/host/host.py` brings those.
+The clock is an argument. Sockets and tensors are in `actors/host/host.py`.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from .emulation import Emulation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostPolicy:
-    """Limits of one host, in rows (tokens of calls), and the device that it pretends to have."""
+    """Limits of one host, in rows (tokens of calls), and the device that it emulates, if any."""
 
     max_rows: int = 512  # of one call
-    max_batch_rows: int = 1024  # of one merged computation
-    max_queue_rows: int = 16384  # refused as Busy beyond it; retries and hedges beyond half
+    max_batch_rows: int = 1024  # of one computation
+    max_queue_rows: int = 16384  # more are refused as Busy; retries and hedges beyond half of it
     emulate: Emulation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """What the calls of one layer must look like."""
+    """The shape and dtype that all calls of one layer must have."""
 
     num_experts: int
     hidden_size: int
@@ -43,7 +42,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QueuedCall:
-    """One call as the host's decisions need it; the tensors stay with the shell."""
+    """The data of a call that the host's decisions depend on; the shell keeps its tensors."""
 
     router: str
     seq: int
@@ -55,14 +54,14 @@ class QueuedCall:
     expires_at: float
     incarnation: int
     version: int
-    attempt: int = 0  # of its router's layer call: sends that came to nothing before
-    ids: np.ndarray  # int32, -1 where a choice is unused
+    attempt: int = 0  # failed sends before it in its router's layer call
+    ids: np.ndarray  # int32 expert ids, -1 as padding
 
 
 def parts_of(batch_us: int, batch: Sequence[QueuedCall]) -> list[int]:
-    """The time of one computation shared out to its calls by their choices; all together they are
-    the whole."""
-    # One more, so that a call of unused choices alone is no special case.
+    """Split the time of a computation over its calls by their assignments; the sum is exact."""
+    # Cumulative sums are rounded rather than the parts, so that the parts add up to the whole. The
+    # 1 keeps the divisor positive when all calls are padding. Shape (calls,).
     done_C = np.cumsum([1 + int((call.ids >= 0).sum()) for call in batch])
     ends = [batch_us * int(done) // int(done_C[-1]) for done in done_C]
     return [end - start for start, end in pairwise([0, *ends])]
@@ -71,7 +70,7 @@ def parts_of(batch_us: int, batch: Sequence[QueuedCall]) -> list[int]:
 @dataclass(slots=True)
 class _Layer:
     shape: LayerShape
-    # True for experts held; the last entry answers for the id -1.
+    # bool (experts + 1,): which experts are held. Index -1 is padding, whose entry is True.
     held: np.ndarray
     versions: dict[int, int] = field(default_factory=dict)
 
@@ -85,14 +84,15 @@ class Residency:
         self.queued_rows = 0
         self._layers: dict[LayerKey, _Layer] = {}
         self._queue: list[QueuedCall] = []
-        # Fair queueing: each router's virtual time in rows, and that of the last batch.
+        # Fair queueing: the virtual time of each router and of the last batch, in rows. A router's
+        # advances by the rows that it gets computed; the call with the smallest one is next.
         self._virtual: dict[str, float] = {}
         self._now_virtual = 0.0
 
     # ---- experts --------------------------------------------------------------------------------
 
     def hold(self, key: ExpertKey, shape: LayerShape, *, version: int) -> None:
-        """From now on calls for this expert are admitted: its weights are ready."""
+        """Admit calls for this expert from now on: its weights are ready."""
         layer_key = LayerKey(key.model, key.layer)
         layer = self._layers.get(layer_key)
         if layer is None:
@@ -103,7 +103,7 @@ class Residency:
         layer.versions[key.expert] = version
 
     def release(self, keys: Iterable[ExpertKey]) -> list[tuple[QueuedCall, MoesaicError]]:
-        """Forget experts. Gives the queued calls that need one of them, with their refusals."""
+        """Release experts; return the queued calls that need one of them, with their refusals."""
         for key in keys:
             layer = self._layers.get(LayerKey(key.model, key.layer))
             if layer is not None and key.expert in layer.versions:
@@ -116,12 +116,12 @@ class Residency:
         return refused
 
     def serves(self, key: ExpertKey) -> bool:
-        """From any thread."""
+        """Return whether this expert is held; may be called from any thread."""
         layer = self._layers.get(LayerKey(key.model, key.layer))
         return layer is not None and key.expert in layer.versions
 
     def serves_layer(self, key: LayerKey) -> bool:
-        """Whether any expert of it is here. From any thread."""
+        """Return whether any expert of the layer is held; may be called from any thread."""
         return key in self._layers
 
     def holdings(self) -> Mapping[LayerKey, list[int]]:
@@ -130,7 +130,7 @@ class Residency:
     # ---- calls ----------------------------------------------------------------------------------
 
     def admit(self, call: QueuedCall, now: float) -> MoesaicError | None:
-        """Queue a call, or say why it is refused."""
+        """Queue a call and return None, or return the reason for refusing it."""
         error = self._not_here(call) or self.misfit(
             call.key, rows=call.rows, hidden=call.hidden, dtype=call.dtype
         )
@@ -141,7 +141,7 @@ class Residency:
         most = self.policy.max_queue_rows
         if self.queued_rows + call.rows > most or (call.attempt and self.queued_rows > most // 2):
             return Busy(
-                f"queue: {self.queued_rows} of {most} rows wait, {call.rows} more are too many; "
+                f"queue: {self.queued_rows} of {most} rows wait, no room for {call.rows} more; "
                 "send again later or to another replica"
             )
         self._queue.append(call)
@@ -150,7 +150,7 @@ class Residency:
         return None
 
     def cancel(self, router: str, seq: int) -> None:
-        """Forget a queued call; one that is being computed is answered all the same."""
+        """Remove a queued call; one that is already being computed is answered all the same."""
         self._remove([c for c in self._queue if c.router == router and c.seq == seq])
 
     def router_gone(self, router: str) -> None:
@@ -160,7 +160,7 @@ class Residency:
     def next_batch(
         self, now: float
     ) -> tuple[list[QueuedCall], list[tuple[QueuedCall, MoesaicError]]]:
-        """(calls to compute together, expired calls to refuse); both empty when idle."""
+        """Return (calls to compute together, expired calls to refuse); both empty when idle."""
         expired = [
             (c, Expired(f"call {c.seq}: waited beyond its deadline and was not computed"))
             for c in self._queue
@@ -186,7 +186,7 @@ class Residency:
     # ---- steps ----------------------------------------------------------------------------------
 
     def _start_time(self, call: QueuedCall) -> float:
-        # A router that was idle starts at the present, so that it cannot save up credit.
+        # An idle router starts at the current virtual time, so that it cannot save up credit.
         return max(self._virtual[call.router], self._now_virtual)
 
     def _remove(self, calls: Iterable[QueuedCall]) -> None:
@@ -198,7 +198,7 @@ class Residency:
     def _not_here(self, call: QueuedCall) -> MoesaicError | None:
         if call.incarnation != self.incarnation:
             return NotHere(
-                f"incarnation: the call means {call.incarnation}, this host is {self.incarnation}"
+                f"incarnation: the call is for {call.incarnation}, this host is {self.incarnation}"
             )
         layer = self._layers.get(call.key)
         if layer is None:
@@ -219,14 +219,16 @@ class Residency:
                 if layer.versions[expert] != call.version:
                     return NotHere(
                         f"{call.key.expert(expert)} has version {layer.versions[expert]} here, "
-                        f"the call means {call.version}"
+                        f"the call is for {call.version}"
                     )
         return None
 
     def misfit(self, key: LayerKey, *, rows: int, hidden: int, dtype: str) -> CallError | None:
-        """Why a call of these numbers is too large or of another model's form, as far as that can
-        be said before its tensors are here; of a layer that is not here nothing is known. From any
-        thread."""
+        """Return why a call is too large or does not fit the model, or None.
+
+        This is checked before the call's tensors arrive. For a layer that is not held only the
+        number of rows is checked. May be called from any thread.
+        """
         layer = self._layers.get(key)
         if layer is not None and hidden != layer.shape.hidden_size:
             return CallError(f"hidden: {hidden}, but {key.model!r} has {layer.shape.hidden_size}")
@@ -234,6 +236,6 @@ class Residency:
             return CallError(f"dtype: {dtype}, but {key.model!r} is held as {layer.shape.dtype}")
         if rows > self.policy.max_rows:
             return CallError(
-                f"rows: {rows} exceed this host's {self.policy.max_rows} a call; send several"
+                f"rows: {rows} exceed this host's {self.policy.max_rows} per call; split the call"
             )
         return None

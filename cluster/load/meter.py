@@ -1,9 +1,10 @@
-"""What a router counts of its load, and reports to the controller.
+"""A router's counters of its load, which it reports to the controller.
 
-A router counts each choice of a token once, when its layer's call begins: padding is no load, and
-neither are retries. Of the hosts' answers it sums up how long calls queued and were computed.
+A router counts each assignment once, when its layer's call begins; padding and retries do not
+count. From the hosts' answers it sums up how long calls were queued and computed.
 
-Shape suffixes: E = experts of a layer, N = choices."""
+Shape suffixes: E = experts of a layer, N = assignments.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +18,13 @@ from ..placement import LayerKey, Number
 
 @dataclass(slots=True)
 class HostTimes:
-    """What answers of one host said, summed up."""
+    """Sums of what the answers of one host report."""
 
     calls: int = 0
-    choices: int = 0
+    choices: int = 0  # assignments
     queued_s: float = 0.0
-    busy_s: float = 0.0  # the calls' own parts of computations,
-    batch_s: float = 0.0  # and those computations as wholes, once for each call
+    busy_s: float = 0.0  # each call's part of the time of its batch
+    batch_s: float = 0.0  # the whole time of each call's batch, added once for each call
 
     def add(self, other: HostTimes) -> None:
         self.calls += other.calls
@@ -33,7 +34,7 @@ class HostTimes:
         self.batch_s += other.batch_s
 
     def since(self, before: HostTimes | None) -> HostTimes:
-        """What has come to it."""
+        """Return the difference to an earlier reading; None stands for zeros."""
         was = before or HostTimes()
         return HostTimes(
             calls=self.calls - was.calls,
@@ -44,7 +45,7 @@ class HostTimes:
         )
 
     def part(self, n: int, parts: int) -> HostTimes:
-        """The ``n``-th of ``parts`` even parts; all together they are the whole."""
+        """Return the ``n``-th of ``parts`` even parts; integers are split so that they add up."""
         return HostTimes(
             calls=self.calls * (n + 1) // parts - self.calls * n // parts,
             choices=self.choices * (n + 1) // parts - self.choices * n // parts,
@@ -56,24 +57,24 @@ class HostTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """One router's counts since its last report, and the placement that it follows."""
+    """One router's counts since its last report, and the number of its placement."""
 
     router: str
     number: Number | None
     counts: Mapping[LayerKey, np.ndarray] = field(default_factory=dict)  # (E,) int64 each
     hosts: Mapping[str, HostTimes] = field(default_factory=dict)
-    unplaced: tuple[LayerKey, ...] = ()  # asked for, and in no placement
+    unplaced: tuple[LayerKey, ...] = ()  # layers that were called and are not in the placement
 
 
 class LoadMeter:
-    """A router's counters. Used under the router's lock."""
+    """A router's counters; used under the router's lock."""
 
     def __init__(self) -> None:
         self._counts: dict[LayerKey, np.ndarray] = {}
         self._hosts: dict[str, HostTimes] = {}
 
     def count(self, key: LayerKey, ids_N: np.ndarray, experts: int) -> None:
-        """Count choices; ids outside of [0, experts) belong to nobody."""
+        """Count assignments; ids outside [0, experts) are padding."""
         found = np.bincount(ids_N[(ids_N >= 0) & (ids_N < experts)], minlength=experts)
         counts = self._counts.get(key)
         if counts is None:
@@ -96,7 +97,7 @@ class LoadMeter:
     def take(
         self, router: str, number: Number | None, unplaced: tuple[LayerKey, ...] = ()
     ) -> LoadReport:
-        """Everything since the last time."""
+        """Return everything since the last report, and start from zero."""
         report = LoadReport(
             router=router,
             number=number,

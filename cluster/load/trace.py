@@ -1,11 +1,11 @@
-"""Recorded load: what the experts of a pool were asked for, window by window.
+"""Recorded load: how many assignments each expert of a pool had, window by window.
 
-`moesaic record` writes traces and `moesaic simulate` replays them; the file is written and read in
-`src/moesaic/traces.py`. A trace comes of the controller's running totals, as their differences.
-A controller that starts anew begins its totals at zero, under a higher term; what routers counted
-between the last reading and its predecessor's end is lost, and no count is ever negative.
+`moesaic record` writes traces and `moesaic simulate` replays them; `src/moesaic/traces.py` has the
+file format. A window is the difference of two readings of the controller's running totals. A new
+controller starts its totals at zero, with a higher term. What routers counted between the last
+reading and the end of its predecessor is lost, and no count becomes negative.
 
-Shapes: W windows, E experts of a layer, H hosts.
+Shape suffixes: W = windows, E = experts of a layer, H = hosts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .tracker import grown
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trace:
-    """Counts of choices, and what the hosts said of their work, of equally long windows."""
+    """Counts of assignments and times of hosts in windows of equal length."""
 
     window_s: float
-    counts: Mapping[LayerKey, np.ndarray]  # (W, E) int64 choices of each layer
+    counts: Mapping[LayerKey, np.ndarray]  # (W, E) int64 assignments of each layer
     hosts: tuple[str, ...]
-    choices_WH: np.ndarray  # (W, H) int64 choices that hosts answered
+    choices_WH: np.ndarray  # (W, H) int64 assignments that hosts answered
     busy_s_WH: np.ndarray  # (W, H) float64 seconds of computing
-    queued_s_WH: np.ndarray  # (W, H) float64 seconds that calls waited, summed up
+    queued_s_WH: np.ndarray  # (W, H) float64 seconds that calls waited, summed over calls
 
     def __post_init__(self) -> None:
         windows = len(self.choices_WH)
@@ -46,7 +46,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadTotals:
-    """Everything that one controller heard of the load since its start."""
+    """The sums of all load reports that one controller received since its start."""
 
     term: int
     counts: Mapping[LayerKey, np.ndarray] = field(default_factory=dict)  # (E,) int64 each
@@ -60,7 +60,7 @@ class _Window:
 
 
 class Recorder:
-    """Takes readings of the totals; gives the trace of the windows between them."""
+    """Collects readings of the totals, and makes a trace of the windows between them."""
 
     def __init__(self, window_s: float, first: LoadTotals) -> None:
         self._window_s = window_s
@@ -68,8 +68,11 @@ class Recorder:
         self._windows: list[_Window] = []
 
     def add(self, totals: LoadTotals, windows: int = 1) -> None:
-        """The next reading, ``windows`` windows behind the last one: several when the controller
-        was away in between; they share evenly in what was counted."""
+        """Add a reading that was taken ``windows`` windows after the last one.
+
+        There are several if the controller was not reachable in between. They get even parts of
+        what was counted.
+        """
         before = self._last if self._last.term == totals.term else LoadTotals(term=totals.term)
         self._last = totals
         counts = {key: grown(before.counts.get(key), now) for key, now in totals.counts.items()}
@@ -83,7 +86,7 @@ class Recorder:
             )
 
     def trace(self) -> Trace:
-        """Layers and hosts that appeared on the way have zeros before."""
+        """Return the trace; layers and hosts that appeared later have zeros in earlier windows."""
         sizes: dict[LayerKey, int] = {}
         for window in self._windows:
             for key, found in window.counts.items():

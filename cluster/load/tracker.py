@@ -1,9 +1,9 @@
-"""Load: what routers count, and what the controller makes of it.
+"""The controller's view of the load: rates, shifts and forecasts from the routers' counts.
 
-A router counts each choice of a token once, when its layer's call begins: padding is no load, and
-neither are retries. Of the hosts' answers it sums up how long calls queued and were computed.
+Rates are exponential moving averages over several horizons. The forecast, which placements are
+planned for, extrapolates them.
 
-Shape suffixes: E = experts of a layer, N = choices.
+Shape suffixes: E = experts of a layer.
 """
 
 from __future__ import annotations
@@ -13,52 +13,62 @@ import numpy as np
 from ..placement import LayerKey
 from .meter import HostTimes, LoadReport
 
-# Over how many seconds rates are averaged: what happens now, lately, and usually.
+# Time constants of the averages: the load now, in the last minute, and usually.
 HORIZONS_S = (10.0, 60.0, 600.0)
-# A layer's traffic has shifted where so large a part of its choices goes elsewhere than lately,
-# beside _NOISE times what chance alone makes of as many choices.
+# A layer's traffic has shifted if the distance between its old and new distribution is larger than
+# _SHIFTED plus _NOISE times the mean distance of two samples of the same distribution.
 _SHIFTED = 0.05
 _NOISE = 2.0
-# How far ahead, in parts of the difference between now and lately, the forecast looks.
+# The forecast adds this fraction of the difference between the two shorter averages.
 _TREND = 0.5
 
 
 def _added(known: np.ndarray | None, counts: np.ndarray) -> np.ndarray:
-    """A new array: who was given the old one keeps its numbers."""
+    """Return the sum as a new array, as others may still hold the old one."""
     same = known is not None and known.shape == counts.shape
     return known + counts if same else counts.astype(np.int64)
 
 
 def grown(before: np.ndarray | None, now: np.ndarray) -> np.ndarray:
-    """What has come to a total; a model of another form under the same name began at zero."""
+    """Return what was added to a total.
+
+    If the shape differs or a count fell, another model took the name, and its total began at zero.
+    """
     same = before is not None and before.shape == now.shape and bool((before <= now).all())
     return now - before if same else now
 
 
 def has_shifted(counts_E: np.ndarray, known_E: np.ndarray) -> bool:
-    """Whether choices come from another distribution than those ``known_E`` before: the total
-    variation between both, against its mean if they did not (normal approximation)."""
+    """Return whether assignments come from another distribution over experts than ``known_E``.
+
+    It compares the total variation distance of the two samples with its mean for two samples of
+    one distribution.
+    """
     choices, known = float(counts_E.sum()), float(known_E.sum())
     if not choices or not known:
         return False
     distance = 0.5 * np.abs(counts_E / choices - known_E / known).sum()
-    # By both together: experts that few choices have missed are not impossible.
+    # Probability of each expert, estimated from both samples, so that an expert without assignments
+    # in a small sample does not count as impossible.
     part_E = (counts_E + known_E) / (choices + known)
+    # Under one distribution the difference of the two frequencies of an expert is about normal with
+    # variance p (1 - p) (1/n + 1/m). The mean of |X| for a normal X is sqrt(2/pi) times its
+    # standard deviation; half the sum over experts is the mean distance.
     chance = 0.5 * np.sqrt(2 / np.pi * part_E * (1 - part_E) * (1 / choices + 1 / known)).sum()
     return bool(distance > _SHIFTED + _NOISE * chance)
 
 
 class LoadTracker:
-    """The controller's view: rates of all routers together, over several horizons."""
+    """Rates of all routers together, averaged over several horizons."""
 
     def __init__(self) -> None:
         self._counts: dict[LayerKey, np.ndarray] = {}
-        self._rates: dict[LayerKey, np.ndarray] = {}  # (horizons, E) choices per second
+        self._rates: dict[LayerKey, np.ndarray] = {}  # (horizons, E) assignments per second
         self._since: float | None = None
-        self._ages_s: dict[LayerKey, np.ndarray] = {}  # (horizons,) of the past that rates know
-        self.windows = 0  # that were closed and had choices in them
-        self.shifted_at: float | None = None  # when the traffic of some layer became another
-        # Since the start; nothing is ever taken out of them.
+        self._ages_s: dict[LayerKey, np.ndarray] = {}  # (horizons,) seconds that each rate covers
+        self.windows = 0  # closed windows with assignments in them
+        self.shifted_at: float | None = None  # when the traffic of some layer last shifted
+        # Sums since the start; they only grow.
         self.totals: dict[LayerKey, np.ndarray] = {}
         self.hosts: dict[str, HostTimes] = {}
 
@@ -70,7 +80,7 @@ class LoadTracker:
             self.hosts.setdefault(host, HostTimes()).add(times)
 
     def advance(self, now: float, *, least_s: float = 1.0) -> bool:
-        """Close the window if it is ``least_s`` old; True if it was."""
+        """Close the window if it is at least ``least_s`` old; return whether it was."""
         if self._since is None:
             self._since = now
         window_s = now - self._since
@@ -87,11 +97,13 @@ class LoadTracker:
                 rates = np.zeros((len(HORIZONS_S), counts.size))
                 self._ages_s[key] = np.zeros(len(HORIZONS_S))
             elif has_shifted(counts, rates[0] * min(self._ages_s[key][0], HORIZONS_S[0])):
-                # What was before tells what is usual, and nothing about what is now.
+                # (The rates times the seconds that they cover are the known sample's counts.)
+                # The shorter averages start anew; the longest goes on, as it is the usual load.
                 self._ages_s[key][:-1] = 0.0
                 self.shifted_at = now
             self._ages_s[key] += window_s
-            # Young averages are plain means.
+            # Weight of this window (horizons,): that of an exponential moving average, but at least
+            # window / age, which makes an average younger than its horizon a plain mean.
             part = np.maximum(
                 window_s / self._ages_s[key], 1 - np.exp(-window_s / np.array(HORIZONS_S))
             )
@@ -102,20 +114,23 @@ class LoadTracker:
         return True
 
     def rate(self, key: LayerKey, horizon: int = 0) -> np.ndarray | None:
-        """(E,) choices per second over `HORIZONS_S[horizon]`; None before anything was counted."""
+        """Return (E,) assignments per second over `HORIZONS_S[horizon]`; None if none came yet."""
         rates = self._rates.get(key)
         return None if rates is None else rates[horizon]
 
     def forecast(self) -> dict[LayerKey, np.ndarray]:
-        """(E,) choices per second of each layer, shortly: the trend of the last minute goes on,
-        and what is rare now keeps a little of what it usually has."""
+        """Return the expected (E,) assignments per second of each layer in the near future.
+
+        The trend of the last minute continues. Each expert gets at least 5 % of its usual rate, so
+        that one that is rare at the moment is not forgotten.
+        """
         return {
             key: np.maximum(rates[0] + _TREND * (rates[0] - rates[1]), 0.05 * rates[2])
             for key, rates in self._rates.items()
         }
 
     def choices_per_busy_s(self) -> float | None:
-        """What one host computes in a second of work, in the mean over all; None if unknown."""
+        """Return assignments per second of computing, the mean of all hosts; None if unknown."""
         busy_s = sum(times.busy_s for times in self.hosts.values())
         choices = sum(times.choices for times in self.hosts.values())
         return choices / busy_s if busy_s > 0 and choices else None

@@ -1,11 +1,16 @@
-"""How evenly a layer's load can be split over the replicas that stand, as linear programs.
+"""Split a layer's load over the replicas of a placement as evenly as possible, by linear programs.
 
-A split says which part of each expert's load goes to which of its hosts. Two questions are asked of
-it: how low the busiest host can be (`even_split`), and, while a better placement is searched, how
-much load does not fit below a given level (`split_below`), with the prices that say why.
+A split says how much of each expert's load goes to each of its hosts. There are two programs:
+`even_split` minimises load / speed of the busiest host, and `split_below`, for the search for a
+better placement, minimises the load above given capacities and also says which hosts cause it.
 
-Shapes: E experts of one layer, H hosts. Loads in tokens per second or any other unit of work,
-speeds in the same unit per second, relative ones too.
+Both route flow from experts to the hosts that hold them: as many variables as replicas, one
+equation for each expert (its flows add up to its load) and one inequality for each host. Experts
+with one replica leave no choice, so their load becomes a constant of their host (`_Forced`).
+
+Shapes: E experts of one layer, H hosts, N replicas of the experts that have several, V variables of
+a linear program. Loads are assignments per second or any other unit of work; speeds are in the same
+unit, and may be relative.
 """
 
 from __future__ import annotations
@@ -16,19 +21,19 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 
-# Rounds of smoothing behind the linear program; each takes load off the busier hosts of an expert.
+# Rounds of smoothing after the linear program; each takes load off the busier hosts of an expert.
 _SMOOTHING_ROUNDS = 4
-# Hosts that differ by less than this part are even.
+# Hosts whose load / speed differs by less than this fraction of the mean count as even.
 _LEVEL = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Loads on replicas, and what does not fit."""
+    """The load of each replica, and the load that does not fit."""
 
-    flow_EH: np.ndarray
-    excess_H: np.ndarray  # above the host's capacity
-    # 1 where one more unit of capacity would take one unit of excess away, else 0
+    flow_EH: np.ndarray  # load of each expert on each host
+    excess_H: np.ndarray  # load above the host's capacity
+    # 1 where one more unit of capacity would remove one unit of excess, else 0
     price_H: np.ndarray
 
     @property
@@ -38,13 +43,13 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class _Forced:
-    """The part of a split that is decided: experts with one replica."""
+    """The part of a split that leaves no choice: experts with one replica."""
 
-    base_H: np.ndarray
-    flow_EH: np.ndarray
-    free_E: np.ndarray  # numbers of experts with several replicas
-    row_N: np.ndarray  # for each of their replicas: the expert's place in free_E,
-    host_N: np.ndarray  # and the host
+    base_H: np.ndarray  # their load on each host
+    flow_EH: np.ndarray  # the same by expert
+    free_E: np.ndarray  # indices of the experts with load and several replicas
+    row_N: np.ndarray  # for each replica of these: the position of its expert in free_E
+    host_N: np.ndarray  # and its host
 
 
 def _forced(held_EH: np.ndarray, load_E: np.ndarray) -> _Forced:
@@ -62,7 +67,12 @@ def _solve(
     over_VH: csr_matrix,
     bound_H: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(variables, prices of hosts); the first variables are the loads of replicas."""
+    """Minimise ``cost_V`` @ x and return (x, the price of each host).
+
+    The first N of the variables x >= 0 are the loads of replicas; the others belong to the caller.
+    ``over_VH``, an (H, V) matrix, @ x <= ``bound_H`` holds for the hosts. A host's price is the
+    dual value of its row: by how much the minimum falls if its bound grows by one.
+    """
     replicas = len(forced.row_N)
     whole = csr_matrix(
         (np.ones(replicas), (forced.row_N, np.arange(replicas))),
@@ -82,7 +92,11 @@ def _solve(
 
 
 def split_below(held_EH: np.ndarray, load_E: np.ndarray, capacity_H: np.ndarray) -> Split:
-    """The split with the least load above ``capacity_H``. Experts without replica are left out."""
+    """Return the split with the least load above ``capacity_H``; skip experts without a replica.
+
+    The program: minimise sum(excess_h), where base_h + sum_e(flow_eh) - excess_h <= capacity_h. All
+    its coefficients are those of a network flow, so the prices are 0 or 1.
+    """
     forced = _forced(held_EH, load_E)
     replicas, hosts = len(forced.row_N), len(capacity_H)
     if not replicas:
@@ -106,10 +120,10 @@ def split_below(held_EH: np.ndarray, load_E: np.ndarray, capacity_H: np.ndarray)
 
 
 def even_split(held_EH: np.ndarray, load_E: np.ndarray, speed_H: np.ndarray) -> np.ndarray:
-    """flow_EH with the least possible load / speed on the busiest host.
+    """Return flow_EH with the least possible load / speed on the busiest host.
 
-    Among such splits it is one that loads the others evenly too, so that loads may drift a little
-    without harm. Experts without load are shared out by their hosts' speeds.
+    The program: minimise t, where base_h + sum_e(flow_eh) <= t * speed_h. It leaves the other hosts
+    open, so `_smooth` evens them out afterwards: then the load may drift a little without harm.
     """
     forced = _forced(held_EH, load_E)
     replicas, hosts = len(forced.row_N), len(speed_H)
@@ -139,7 +153,11 @@ def _smooth(
     load_E: np.ndarray,
     speed_H: np.ndarray,
 ) -> None:
-    """Level each expert's hosts in turn; no host of it rises above the highest of them."""
+    """Split each expert's load anew in turn, given the others' loads; changes ``flow_EH``.
+
+    `pour` never lifts a host of the expert above the one that was the busiest of them, so the
+    optimum of the linear program is kept.
+    """
     load_H = flow_EH.sum(axis=0)
     if np.ptp(load_H / speed_H) <= _LEVEL * load_H.sum() / speed_H.sum():
         return
@@ -153,18 +171,26 @@ def _smooth(
 
 
 def pour(amount: float, level_N: np.ndarray, width_N: np.ndarray) -> np.ndarray:
-    """Pour ``amount`` into vessels so that their fillings / widths become as equal as they can."""
+    """Return how much of ``amount`` goes to each vessel if the lowest are filled up evenly, (N,).
+
+    Water-filling: a vessel is a host, its width the speed, its level the load so far, and its
+    height load / speed. (Boyd and Vandenberghe, "Convex Optimization", 2004, example 5.2.)
+    """
     height_N = level_N / width_N
     order = np.argsort(height_N)
     widths, levels = np.cumsum(width_N[order]), np.cumsum(level_N[order])
-    # With the n lowest vessels in use the surface stands at surfaces[n - 1].
+    # If only the n lowest vessels get water, they all end at the height surfaces[n - 1].
     surfaces = (amount + levels) / widths
+    # The first n for which that is no higher than the next vessel; all of them if there is none.
     used = int(np.argmax(np.r_[surfaces[:-1] <= height_N[order][1:], True]))
     return np.maximum(surfaces[used] * width_N - level_N, 0.0)
 
 
 def shares(flow_EH: np.ndarray, held_EH: np.ndarray, speed_H: np.ndarray) -> np.ndarray:
-    """(E, H): the part of each expert's load on each of its hosts; rows with replicas sum to 1."""
+    """Return the fraction of each expert's load on each host, (E, H); rows with replicas sum to 1.
+
+    Experts without load are split by the speeds of their hosts.
+    """
     total_E = flow_EH.sum(axis=1, keepdims=True)
     by_speed = held_EH * speed_H
     even = by_speed / np.maximum(by_speed.sum(axis=1, keepdims=True), 1e-300)
@@ -172,9 +198,9 @@ def shares(flow_EH: np.ndarray, held_EH: np.ndarray, speed_H: np.ndarray) -> np.
 
 
 def balancedness(load_H: np.ndarray, speed_H: np.ndarray, least: float = 0.0) -> float:
-    """All load / all speed, divided by the load / speed of the busiest host; 1 without load.
+    """Return total load / total speed, divided by load / speed of the busiest host; 1 without load.
 
-    What is below ``least`` counts as that: so little need not be spread over all hosts.
+    A mean below ``least`` counts as ``least``: so little load need not be spread over all hosts.
     """
     busiest = float((load_H / speed_H).max())
     if not busiest > 0:
@@ -183,11 +209,13 @@ def balancedness(load_H: np.ndarray, speed_H: np.ndarray, least: float = 0.0) ->
 
 
 def best_balancedness(load_E: np.ndarray, slots_H: np.ndarray, speed_H: np.ndarray) -> float:
-    """A bound: no placement with ``slots_H`` replicas on the hosts is balanced better.
+    """Return an upper bound: no placement with ``slots_H`` slots has a higher balancedness.
 
-    At a level t of load / speed an expert needs at least as many replicas as the fastest hosts
-    take to carry it, and all experts together at most the slots there are.
+    If no host is to exceed a level of load / speed, an expert needs at least as many replicas as
+    the fastest hosts need to carry it, and all experts together must not need more than the slots
+    of all hosts. Bisection finds the lowest level that meets this necessary condition.
     """
+    # carried_H[n]: the speed of the n fastest hosts together, so (H + 1,).
     carried_H = np.r_[0.0, np.cumsum(np.sort(speed_H)[::-1])]
     ideal = load_E.sum() / speed_H.sum()
     if not ideal:

@@ -1,8 +1,8 @@
-"""Room for experts: what hosts without bounds of their own get, how few hosts will do, and what
-becomes of experts on leaving hosts for which there is no room elsewhere.
+"""Capacity for experts: default slots, whether hosts suffice, and experts that cannot leave.
 
-A plan puts nothing on hosts that leave, so what fits nowhere else would stand nowhere in it; and
-when such a host died, nobody would load it again. Such experts stay where they are (`let_stay`).
+A plan puts nothing on hosts that are leaving. An expert on such a host that fits nowhere else would
+have no replica in the plan, and nobody would load it again if the host died. `let_stay` keeps such
+experts where they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from ..placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Replica
 from .plan import Plan, PoolHost
 
-# Room beside what models need, for replicas of hot experts, where a host's slots are not given.
+# A host without given slots gets its even part of what models need times this factor; the rest is
+# for additional replicas of hot experts.
 _HEADROOM = 1.25
 
 
@@ -28,8 +29,11 @@ def with_room(
     leaving: Collection[str],
     held: Mapping[str, int],
 ) -> list[PoolHost]:
-    """Hosts without slots and memory get an even part of what models need, and some more; never
-    less than what they have (``held``), so that a pool that grew can still exchange replicas."""
+    """Return the hosts, with slots for those that state neither slots nor memory.
+
+    These get an even part of what the models need, and some more. They never get fewer slots than
+    they hold replicas (``held``), so that a pool that grew can still exchange replicas.
+    """
     needed = sum(_copies(shape, redundancy) for shape in models)
     staying = max(1, sum(host.name not in leaving for host in hosts))
     slots = int(np.ceil(_HEADROOM * needed / staying)) + 1
@@ -42,7 +46,7 @@ def with_room(
 
 
 def lack(hosts: Sequence[PoolHost], models: Collection[ModelShape], *, redundancy: int) -> str:
-    """Why ``hosts`` alone cannot hold the models; empty if they can."""
+    """Return why ``hosts`` alone cannot hold the models; empty if they can."""
     if not hosts:
         return "no host would be left"
     most = max((shape.replicas for shape in models), default=1)
@@ -53,7 +57,7 @@ def lack(hosts: Sequence[PoolHost], models: Collection[ModelShape], *, redundanc
         return f"balance.redundancy {redundancy} needs {redundancy + 1} failure domains"
     if any(host.slots is None and host.memory_bytes is None for host in hosts):
         return ""
-    # Each host's room in experts of the largest kind: less than there is, never more.
+    # Count the room in experts of the largest size: that underestimates it, never the reverse.
     expert_bytes = max((shape.expert_bytes for shape in models), default=0)
     room = sum(_room(host, expert_bytes) for host in hosts)
     needed = sum(_copies(shape, redundancy) for shape in models)
@@ -81,9 +85,12 @@ def let_stay(
     leaving: frozenset[str],
     current: Mapping[LayerKey, LayerPlacement],
 ) -> Plan:
-    """The plan with its unplaced experts on the hosts that are to leave: where they stand, or else
-    where most is free. They are named as unplaced all the same, and leave with the next plan that
-    has room for them."""
+    """Return the plan with its unplaced experts on hosts that are leaving.
+
+    An expert stays where it is; one that is nowhere goes to the leaving host that holds the fewest
+    unplaced experts. The plan still names them as unplaced, and the next plan with room for them
+    moves them.
+    """
     there = {host.name: host for host in hosts if host.name in leaving}
     if not found.unplaced or not there:
         return found

@@ -1,8 +1,8 @@
-"""Over how many hosts the traffic of a layer goes.
+"""Consolidate the load of a layer on fewer hosts and fewer replicas.
 
-Each host that a call of a layer touches costs a message, and each replica that takes a part of an
-expert's tokens reads the expert's weights once more, however few tokens come. So load is gathered
-on fewer hosts and replicas, up to a level of load / speed below which evenness is worth nothing.
+Each host that a layer's call touches costs a message. Each replica that takes part of an expert's
+tokens reads the expert's weights once more, however few tokens they are. So load is gathered on
+fewer hosts and replicas, up to a level of load / speed below which evenness is worth nothing.
 
 Shapes: E experts of one layer, H hosts.
 """
@@ -15,13 +15,15 @@ import numpy as np
 
 from .balance import pour
 
-# By this part the busiest host may be above the mean for the sake of fewer replicas with traffic.
+# The busiest host may exceed the mean by this fraction if fewer replicas then have traffic.
 _EASE = 0.005
 
 
 def least_use(loads: Iterable[np.ndarray], speed_H: np.ndarray, part: float) -> float:
-    """Load / speed of one layer on one host that is too little to be spread over more hosts:
-    ``part`` of what the layer with the most load of all has on each host in the mean."""
+    """Return the load / speed of a layer on a host up to which it is not spread over more hosts.
+
+    It is ``part`` of the mean load / speed of the layer with the most load.
+    """
     heaviest = max((float(load_E.sum()) for load_E in loads), default=0.0)
     return part * heaviest / float(speed_H.sum())
 
@@ -33,11 +35,12 @@ def gather(
     least: float,
     use_H: np.ndarray,
 ) -> np.ndarray:
-    """The loads ``flow_EH`` of replicas ``held_EH`` on fewer hosts and replicas.
+    """Return the loads ``flow_EH`` of the replicas ``held_EH`` on fewer hosts and replicas, (E, H).
 
-    Hosts are spared as far as the others stay below ``least`` (load / speed), those with the most
-    ``use_H``, which other layers make of them, first. Replicas are spared as far as no host rises
-    above the busiest one, ``least``, or a little above the mean.
+    First whole hosts are freed of this layer while the others stay below ``least`` (load / speed);
+    the hosts that other layers use most (``use_H``, load / speed) come first. Then single replicas
+    are freed, the smallest load first, while no host exceeds the largest of three levels: the
+    busiest host's now, ``least``, and a little above the mean.
     """
     gathered_EH = flow_EH.copy()
     load_H = gathered_EH.sum(axis=0)
@@ -66,7 +69,7 @@ def _spare_host(
     most_H: np.ndarray,
     speed_H: np.ndarray,
 ) -> None:
-    """Take all load off a host, and its replicas out of ``open_EH``, or leave it as it is."""
+    """Take all load off a host and its replicas out of ``open_EH``, or change nothing."""
     tried_EH, tried_H = flow_EH.copy(), load_H.copy()
     for expert in np.flatnonzero(flow_EH[:, host] > 0):
         others = np.flatnonzero(open_EH[expert])
@@ -85,7 +88,10 @@ def _hand_over(
     most_H: np.ndarray,
     speed_H: np.ndarray,
 ) -> bool:
-    """Give what an expert has on one host to the ``others``; False if they have no room for it."""
+    """Give an expert's load on ``host`` to the ``others``; return False if they lack room.
+
+    ``most_H`` is the highest load of each host.
+    """
     amount = float(flow_EH[expert, host])
     others = others[others != host]
     if amount > np.maximum(most_H[others] - load_H[others], 0.0).sum():

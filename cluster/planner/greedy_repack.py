@@ -1,7 +1,9 @@
-"""One layer placed anew, for where a search by single moves ends before it is balanced.
+"""Place one layer from scratch, for when the search by single steps ends in a local optimum.
 
-The rule is DeepSeek's (`eplb.py`) for hosts with slots and speeds of their own, and no expert twice
-on a host. Hosts that are alike then exchange their parts so that most of what stood stays.
+The rule is that of DeepSeek's EPLB (`cluster/comparison/eplb.py`): replicate the experts with the
+most load per replica, then pack the replicas greedily, the heaviest first. Here hosts may differ in
+slots and speed, and no host holds an expert twice. Since hosts with equal slots and speed are
+interchangeable, the new contents are then assigned to them so that most replicas need not move.
 
 Shapes: E experts of one layer, H hosts.
 """
@@ -19,8 +21,11 @@ from .moves import Limits, Step
 def rebuild(
     held_EH: np.ndarray, load_E: np.ndarray, speed_H: np.ndarray, limits: Limits
 ) -> Step | None:
-    """The step to a placement with as many replicas on each host; None where the limits forbid it,
-    or the rule finds no place for one."""
+    """Return the step to the new placement, with as many replicas on each host as now.
+
+    None if the placement would violate ``limits``, if an expert finds no slot, or if nothing would
+    change.
+    """
     slots_H = held_EH.sum(axis=0)
     placed_EH = _place(_copies(load_E, int(slots_H.sum()), len(speed_H)), load_E, slots_H, speed_H)
     if placed_EH is None:
@@ -34,7 +39,11 @@ def rebuild(
 
 
 def _copies(load_E: np.ndarray, slots: int, hosts: int) -> np.ndarray:
-    """Replicas of each expert, when each spare one goes to the largest load per replica."""
+    """Return the number of replicas of each expert, (E,), at most one on each host.
+
+    Every expert gets one, and each spare slot goes to the expert with the largest load per replica.
+    That minimises the largest load per replica, since only another replica there can lower it.
+    """
     copies_E = np.ones(len(load_E), dtype=np.int64)
     heap = [(-float(load), expert) for expert, load in enumerate(load_E)]
     heapq.heapify(heap)
@@ -51,6 +60,11 @@ def _copies(load_E: np.ndarray, slots: int, hosts: int) -> np.ndarray:
 def _place(
     copies_E: np.ndarray, load_E: np.ndarray, slots_H: np.ndarray, speed_H: np.ndarray
 ) -> np.ndarray | None:
+    """Pack the replicas into the hosts' slots, (E, H) bool; None if an expert finds no slot.
+
+    The heaviest replica goes first, each to the host whose load / speed is the lowest with it.
+    (Longest processing time first: Graham, "Bounds on Multiprocessing Timing Anomalies", 1969.)
+    """
     placed_EH = np.zeros((len(load_E), len(speed_H)), dtype=bool)
     left_H, load_H = slots_H.copy(), np.zeros(len(speed_H))
     part_E = load_E / copies_E
@@ -71,10 +85,15 @@ def _place(
 def _matched(
     placed_EH: np.ndarray, held_EH: np.ndarray, slots_H: np.ndarray, speed_H: np.ndarray
 ) -> np.ndarray:
-    """Columns of hosts that are alike, permuted to agree most with what is held."""
+    """Permute the columns of interchangeable hosts so that the most replicas stay in place.
+
+    This is an assignment problem: the profit of giving host i the contents planned for host j is
+    the number of experts that i holds already.
+    """
     matched_EH = placed_EH.copy()
     for slots, speed in set(zip(slots_H.tolist(), speed_H.tolist(), strict=True)):
         alike = np.flatnonzero((slots_H == slots) & (speed_H == speed))
+        # same[i, j]: experts that host i holds and that were placed on host j.
         same = held_EH[:, alike].T.astype(np.int64) @ placed_EH[:, alike].astype(np.int64)
         rows, columns = linear_sum_assignment(-same)
         matched_EH[:, alike[rows]] = placed_EH[:, alike[columns]]
@@ -82,6 +101,7 @@ def _matched(
 
 
 def _allowed(placed_EH: np.ndarray, limits: Limits) -> bool:
+    """Return whether pins, numbers of replicas and failure domains are as ``limits`` demand."""
     if (limits.pinned_EH & ~placed_EH).any() or (placed_EH.sum(axis=1) < limits.least_E).any():
         return False
     every = range(int(limits.domain_H.max()) + 1)

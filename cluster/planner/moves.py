@@ -1,4 +1,7 @@
-"""What a search for replicas counts with: free room, limits, and the steps it may take."""
+"""The terms of a search for replicas: free capacity of hosts, limits, and steps.
+
+Shapes: E experts of one layer, H hosts.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class Rooms:
         self.bytes_H = bytes_H
 
     def fits(self, expert_bytes: int) -> np.ndarray:
-        """(H,) bool"""
+        """Return which hosts have room for one replica, (H,) bool."""
         return (self.slots_H >= 1) & (self.bytes_H >= expert_bytes)
 
     def take(self, host: int, expert_bytes: int) -> None:
@@ -31,11 +34,11 @@ class Rooms:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Replicas to add and to drop, in this order, as (expert, host)."""
+    """Replicas to add and replicas to drop, each as (expert, host)."""
 
     adds: tuple[tuple[int, int], ...]
     drops: tuple[tuple[int, int], ...] = ()
-    gain: float = 0.0  # load that it takes off hosts that are over: estimated, then exact
+    gain: float = 0.0  # the excess that it removes: first an estimate, then exact
 
     @property
     def gain_per_add(self) -> float:
@@ -44,7 +47,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A step that was solved exactly, and where it leads."""
+    """A step with its exact gain, and the split that it leads to."""
 
     step: Step
     split: Split
@@ -52,15 +55,18 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What no step may break."""
+    """The conditions that no step may violate."""
 
-    domain_H: np.ndarray  # number of each host's failure domain
-    domains: int  # in how many an expert with more may be left
-    least_E: np.ndarray  # replicas that each expert keeps
-    pinned_EH: np.ndarray  # replicas that stay
+    domain_H: np.ndarray  # index of each host's failure domain
+    domains: int  # an expert in this many failure domains, or in fewer, must not leave one
+    least_E: np.ndarray  # the lower bound of each expert's replicas
+    pinned_EH: np.ndarray  # replicas that operators pinned, bool
 
     def may_change_place(self, held_H: np.ndarray, source: int, target: int) -> bool:
-        """Whether an expert is protected as before when a replica goes to another host."""
+        """Return whether an expert stays protected if its replica on ``source`` goes to ``target``.
+
+        It may end in fewer failure domains than before, but not in fewer than `domains`.
+        """
         domains = set(self.domain_H[held_H].tolist())
         others = held_H.copy()
         others[source] = False
@@ -68,13 +74,19 @@ class Limits:
         return len(after) >= min(self.domains, len(domains))
 
     def droppable(self, held_EH: np.ndarray, *, bare: bool = False) -> np.ndarray:
-        """(E, H): replicas that may go, one at a time; with ``bare`` all that others stand for."""
+        """Return which replicas may be dropped, one at a time, (E, H) bool.
+
+        ``bare``: an expert without any replica needs the slot, so every replica that is neither
+        pinned nor the last of its expert may go, protected or not.
+        """
         if bare:
             return held_EH & (held_EH.sum(axis=1) > 1)[:, None] & ~self.pinned_EH
         count = int(self.domain_H.max()) + 1
         by_domain = np.zeros((len(held_EH), count), dtype=np.int64)
         for host, domain in enumerate(self.domain_H):
             by_domain[:, domain] += held_EH[:, host]
+        # Replicas that are the only one of their expert in their domain; experts that are in no
+        # more domains than they need; experts with more replicas than they must keep.
         alone_EH = by_domain[:, self.domain_H] == 1
         few_E = (by_domain > 0).sum(axis=1) <= self.domains
         more_E = held_EH.sum(axis=1) > self.least_E
@@ -82,7 +94,10 @@ class Limits:
 
 
 def together(ranked: list[Step], most_adds: int) -> Step | None:
-    """Steps that have neither experts nor hosts in common, as one; None unless there are two."""
+    """Join steps that share neither experts nor hosts into one; None if fewer than two fit.
+
+    ``ranked`` are taken in order while the joint step adds at most ``most_adds`` replicas.
+    """
     adds: list[tuple[int, int]] = []
     drops: list[tuple[int, int]] = []
     experts: set[int] = set()

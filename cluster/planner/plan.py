@@ -1,4 +1,4 @@
-"""What the planner is told, and what it answers."""
+"""The planner's inputs (hosts, policy, operators' wishes) and its result, the plan."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ class PoolHost:
     """A host that may hold replicas."""
 
     name: str
-    slots: int | None = None  # None: as many as fit into its memory
-    memory_bytes: int | None = None  # None: as many as it has slots
-    speed: float = 1.0  # load per second that it computes; relative to the others will do
-    domain: str = ""  # what fails together; the host alone when empty
+    slots: int | None = None  # None: as many replicas as fit into its memory
+    memory_bytes: int | None = None  # None: only its slots bound it
+    speed: float = 1.0  # load that it computes per second; may be relative to the other hosts
+    domain: str = ""  # its failure domain; empty: it fails alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What a placement is to achieve and what a change may cost."""
+    """What a placement must achieve, and what a change may cost."""
 
-    redundancy: int = 0  # failure domains whose loss leaves every expert alive
-    enough: float = 0.95  # a layer balanced so well is left alone,
-    target: float = 0.98  # one that is not is improved up to here
+    redundancy: int = 0  # so many failure domains can be lost without losing an expert
+    enough: float = 0.95  # a layer with this balancedness or more keeps its replicas
+    target: float = 0.98  # a layer with less is improved up to this balancedness
     budget: int | None = None  # replicas that one plan may load for balance; None: any number
-    horizon_s: float = 60.0  # for how long a load is trusted to last
-    load_bytes_per_s: float = 200e6  # how fast hosts load
-    # A layer takes a further host for more load only than this part of what the layer with the most
-    # load of all has on each host: every host costs each of its calls a message. 0: none is spared.
+    horizon_s: float = 60.0  # how long the load is assumed to last; moves must pay within it
+    load_bytes_per_s: float = 200e6  # how fast a host loads experts
+    # A layer uses one more host only if each of its hosts has more than this fraction of the mean
+    # load per host of the busiest layer, because every host costs each call a message. 0: every
+    # layer uses all hosts.
     fan_out: float = 0.05
 
     def __post_init__(self) -> None:
@@ -46,14 +47,16 @@ class Policy:
 class Wishes:
     """What operators asked for."""
 
-    least: Mapping[ExpertKey, int] = field(default_factory=dict)  # replicas at least
-    pins: Mapping[ExpertKey, frozenset[str]] = field(default_factory=dict)  # hosts that hold it
-    leaving: frozenset[str] = frozenset()  # hosts that are to hold nothing
+    least: Mapping[ExpertKey, int] = field(default_factory=dict)  # minimum number of replicas
+    pins: Mapping[ExpertKey, frozenset[str]] = field(
+        default_factory=dict
+    )  # hosts that must hold it
+    leaving: frozenset[str] = frozenset()  # hosts that must become empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """One replica to be loaded, and what leaves its host for it."""
+    """One replica to load, and the replicas that are dropped to make room for it."""
 
     key: ExpertKey
     host: str
@@ -65,14 +68,16 @@ class Move:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
+    """A new placement of every layer, and what changes from the current one."""
+
     layers: Mapping[LayerKey, LayerPlacement]
     moves: tuple[Move, ...]
-    drops: tuple[tuple[ExpertKey, str], ...]  # replicas that leave, beside those of hosts that left
-    before: Mapping[LayerKey, float]  # balancedness of the load under the shares that stood
-    after: Mapping[LayerKey, float]
-    unplaced: tuple[ExpertKey, ...]  # no room anywhere
-    unprotected: tuple[ExpertKey, ...]
-    lacking_bytes: int  # memory that protecting them would take
+    drops: tuple[tuple[ExpertKey, str], ...]  # (expert, host) on hosts that remain
+    before: Mapping[LayerKey, float]  # balancedness of the load under the current shares
+    after: Mapping[LayerKey, float]  # balancedness of the same load under the planned shares
+    unplaced: tuple[ExpertKey, ...]  # experts for which no host has room
+    unprotected: tuple[ExpertKey, ...]  # experts in fewer failure domains than the policy demands
+    lacking_bytes: int  # memory for one more replica of each of these
 
     @property
     def move_bytes(self) -> int:
@@ -81,9 +86,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetGroup:
-    """Like hosts, as the spec has them."""
+    """A group of identical hosts, as the spec declares it."""
 
-    count: int  # at the start
+    count: int  # hosts at the start
     min_count: int
     max_count: int
     cost_per_hour: float = 1.0
@@ -91,8 +96,8 @@ class FleetGroup:
     memory_bytes: int | None = None
     speed: float = 1.0
     domain: str = ""
-    fixed: bool = False  # a placement group: its number of hosts cannot change
-    needs: str = ""  # what a host takes of its machine, in words
+    fixed: bool = False  # a Ray placement group: its number of hosts cannot change
+    needs: str = ""  # what a host needs of its machine, as text
 
     def pool_host(self, name: str) -> PoolHost:
         return PoolHost(

@@ -1,6 +1,6 @@
-"""A plan in the making: what stands where, what is free, what has been decided so far.
+"""The draft of a plan: which host holds what, what is free, and the moves decided so far.
 
-Shapes: E experts of one layer, H hosts, R experts that a domain holds.
+Shapes: E experts of one layer, H hosts, R experts that stand in one failure domain.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ UNLIMITED = np.iinfo(np.int64).max // 4
 
 
 def _known(loads: Mapping[LayerKey, np.ndarray], key: LayerKey) -> np.ndarray | None:
-    """(E,) float; None for a layer that has no load yet."""
+    """Return a layer's load, (E,) float; None if it has no load yet."""
     load_E = loads.get(key)
     return None if load_E is None or not load_E.any() else load_E.astype(float)
 
 
 class Draft:
+    """All layers of a pool while the planner changes them; `result` makes the plan."""
+
     def __init__(
         self,
         models: Sequence[ModelShape],
@@ -37,7 +39,7 @@ class Draft:
     ) -> None:
         self.hosts = [host for host in hosts if host.name not in wishes.leaving]
         if not self.hosts:
-            raise ValueError("hosts: there is none to place experts on")
+            raise ValueError("hosts: there is none left to place experts on")
         self.names = [host.name for host in self.hosts]
         self.index = {name: i for i, name in enumerate(self.names)}
         self.speed_H = np.array([host.speed for host in self.hosts], dtype=float)
@@ -58,13 +60,13 @@ class Draft:
         for shape in models:
             for layer, experts in sorted(shape.experts.items()):
                 self._add_layer(shape, LayerKey(shape.model, layer), experts, loads)
-        # Each layer's part of the slots of a host.
+        # quota_H: each layer's even part of a host's slots, those that it uses now included.
         free_H = self.rooms.slots_H + sum(s.held_EH.sum(axis=0) for s in self.searches.values())
         self.quota_H = np.ceil(free_H / max(len(self.searches), 1))
-        # What stood, on hosts that are left.
+        # The replicas of the current placement, on hosts that are not leaving.
         self.stood = {key: search.held_EH.copy() for key, search in self.searches.items()}
-        # By layers with much and with little load: what is even among the former after they were
-        # balanced says nothing of the latter.
+        # Load of each host, separately for light layers and for all others: the others are balanced
+        # afterwards, so their load now does not say where light layers should go, and vice versa.
         self.use_H = {light: np.zeros(len(self.hosts)) for light in (False, True)}
         for search in self.searches.values():
             self.use_H[search.is_light] += search.even_load()
@@ -80,7 +82,7 @@ class Draft:
     ) -> None:
         held_EH = np.zeros((experts, len(self.hosts)), dtype=bool)
         before_H = np.zeros(len(self.hosts))
-        # Nobody knows how much a layer without load will have: it is spread over all hosts.
+        # The load that a layer without load will have is unknown, so it is spread over all hosts.
         known = _known(loads, key)
         load_E = np.ones(experts) if known is None else known
         for expert, replicas in enumerate(self.current.get(key, LayerPlacement(())).replicas):
@@ -124,14 +126,18 @@ class Draft:
         *,
         among_H: np.ndarray | None = None,
     ) -> bool:
-        """Put a replica on the host with the least load of those with room; False without one."""
+        """Put a replica of an expert on the best host with room; return False if there is none.
+
+        ``among_H``, (H,) bool, are the hosts that may get it; None: all. If none of them has room,
+        a replica that can be spared is dropped to make room.
+        """
         search = self.searches[key]
         able_H = ~search.held_EH[expert] & (True if among_H is None else among_H)
         fits_H = self.rooms.fits(search.expert_bytes) & able_H
         bare = not search.held_EH[expert].any()
         drops: tuple[tuple[LayerKey, int, int], ...] = ()
         if not fits_H.any():
-            # That an expert lives counts more than that another one is protected.
+            # An expert without any replica counts more than the protection of another one.
             drops = self._cheapest_drop(search.expert_bytes, able_H, bare=bare)
             if not drops:
                 return False
@@ -147,18 +153,25 @@ class Draft:
         return True
 
     def _order(self, search: LayerSearch, expert: int) -> np.ndarray:
-        """Hosts for one more replica, the best first."""
+        """Return the hosts, (H,) indices, in the order of preference for one more replica.
+
+        The keys, the weightiest first: hosts below the layer's quota; for light layers, hosts that
+        they use already; the layer's load / speed, as it would be after the loss of a domain; the
+        load / speed of all layers of the same class; the number of free slots.
+        """
         load, bare = float(search.load_E[expert]), not search.held_EH[expert].any()
         layer_H = search.even_load()
         held_H = search.held_EH.sum(axis=0)
-        # A fair part of each host first, so that layers that come later find room everywhere.
+        # No layer exceeds its quota while another host is below it, so that layers that are placed
+        # later find room everywhere.
         quota_H = self.quota_H
-        # Those with so little load that they stay on the hosts that they have.
+        # A light layer takes a new host only when the hosts that it has are full to its level.
         far_H = np.zeros(len(self.hosts), dtype=bool)
         if search.is_light:
             far_H = (held_H == 0) | ((layer_H + load) / self.speed_H > search.least)
-            # What is gathered must leave room for what protects it.
+            # First replicas, gathered on few hosts, must leave slots for those that protect them.
             quota_H = np.ceil(quota_H / (self.policy.redundancy + 1)) if bare else quota_H
+        # np.lexsort sorts by its last key first.
         return np.lexsort(
             (
                 -self.rooms.slots_H,
@@ -170,15 +183,20 @@ class Draft:
         )
 
     def _inherited(self, search: LayerSearch, expert: int) -> np.ndarray:
-        """(H,): the load that each host would get besides its own if a domain were lost that holds
-        the expert; the largest over these domains. Replicas of what stands together are spread
-        by it, so that many hosts share what one leaves behind."""
+        """Return the most load that each host would inherit if a domain of the expert were lost.
+
+        (H,), the maximum over the failure domains that hold the expert. If a domain is lost, each
+        expert in it splits its load evenly over its remaining replicas. Preferring hosts that would
+        inherit little spreads the replicas of experts that stand together, so that many hosts share
+        the load that one of them leaves.
+        """
         found_H = np.zeros(len(self.hosts))
         for domain in set(self.domains(search, expert)):
             lost_H = self.domain_H == domain
             here_E = search.held_EH[:, lost_H].any(axis=1)
             held_RH, load_R = search.held_EH[here_E], search.load_E[here_E]
             now_R, left_R = held_RH.sum(axis=1), held_RH[:, ~lost_H].sum(axis=1)
+            # What each remaining replica of an expert has after the loss, less what it has now.
             more_R = load_R * np.where(left_R > 0, 1 / np.maximum(left_R, 1) - 1 / now_R, 0.0)
             found_H = np.maximum(found_H, np.where(lost_H, 0.0, more_R @ held_RH))
         return found_H
@@ -186,7 +204,10 @@ class Draft:
     def _cheapest_drop(
         self, expert_bytes: int, able_H: np.ndarray, *, bare: bool
     ) -> tuple[tuple[LayerKey, int, int], ...]:
-        """A spare replica, the one with the least load of all, whose slot would be enough."""
+        """Return the droppable replica with the least load whose slot and bytes are enough.
+
+        As ((layer, expert, host),), or () if there is none. ``bare``: see `Limits.droppable`.
+        """
         best: tuple[float, LayerKey, int, int] | None = None
         for key, search in self.searches.items():
             if (search.expert_bytes < expert_bytes) or not able_H.any():
@@ -206,6 +227,7 @@ class Draft:
         reason: str,
         replaces: tuple[ExpertKey, ...] = (),
     ) -> None:
+        """Record a move for each replica that a step adds; the caller applies the step."""
         for expert, host in step.adds:
             gone = tuple(key.expert(e) for e, h in step.drops if h == host)
             self.moves.append(
@@ -220,10 +242,11 @@ class Draft:
             )
 
     def domains(self, search: LayerSearch, expert: int) -> list[int]:
+        """Return the failure domain of each replica of an expert."""
         return [int(d) for d in self.domain_H[search.held_EH[expert]]]
 
     def unprotected(self) -> list[tuple[LayerKey, int]]:
-        """Placed experts in too few domains, the rarest and hottest first."""
+        """Return the experts with replicas in too few domains, the rarest and hottest first."""
         need = min(self.policy.redundancy + 1, len(set(self.domain_H.tolist())))
         found = [
             (len(set(self.domains(search, expert))), -search.load_E[expert], key, expert)
@@ -233,12 +256,13 @@ class Draft:
         return [(key, expert) for count, _, key, expert in sorted(found) if 0 < count < need]
 
     def result(self) -> Plan:
+        """Return the plan: the placement with its shares, its net moves, and its balancedness."""
         layers: dict[LayerKey, LayerPlacement] = {}
         before: dict[LayerKey, float] = {}
         after: dict[LayerKey, float] = {}
         drops: list[tuple[ExpertKey, str]] = []
         use_H = np.zeros(len(self.hosts))
-        # Those with much load first: the others follow what these leave.
+        # Light layers come last: they use hosts that the others leave idle.
         for key, search in sorted(self.searches.items(), key=lambda one: one[1].is_light):
             flow_EH = gather(
                 even_split(search.held_EH, search.load_E, self.speed_H),
@@ -252,7 +276,7 @@ class Draft:
             before[key] = balancedness(self.load_before_H[key], self.speed_H, search.least)
             after[key] = balancedness(load_H, self.speed_H, search.least)
             share_EH = shares(flow_EH, search.held_EH, self.speed_H)
-            # What is gathered on few hosts stays there.
+            # Routers level calls to these parts; a gathered layer must stay on its few hosts.
             part_H = load_H if search.is_light and load_H.any() else self.speed_H
             layers[key] = self._layer(key, search.held_EH, share_EH, part_H / part_H.sum())
             drops += [
@@ -272,7 +296,7 @@ class Draft:
         )
 
     def _net_moves(self) -> tuple[Move, ...]:
-        """Without replicas that were there before, or that a later step took away again."""
+        """Return the moves whose replicas are new and were not dropped again by a later step."""
         last = {(move.key, move.host): move for move in self.moves}
         found = []
         for (key, host), move in last.items():
@@ -284,8 +308,11 @@ class Draft:
     def _layer(
         self, key: LayerKey, held_EH: np.ndarray, share_EH: np.ndarray, part_H: np.ndarray
     ) -> LayerPlacement:
-        """The preferred replica has the largest share; among equals it rotates with expert and
-        layer, so that small calls, which take preferred replicas alone, load all hosts alike."""
+        """Make a layer's placement, the preferred replica of each expert first.
+
+        The preferred replica has the largest share. Among equal shares it rotates with expert and
+        layer, because small calls use only preferred replicas and must load all hosts alike.
+        """
         count = len(self.names)
         replicas = []
         for expert in range(len(held_EH)):

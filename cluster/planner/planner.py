@@ -1,9 +1,10 @@
-"""The planner: from loads, hosts and the placement that stands to a better one, and the way there.
+"""The planner: a pure function from loads, hosts and the current placement to a better one.
 
-A pure function. It works in the order of what matters: every expert lives, every expert survives
-the loss of hosts, what operators asked for stands, and then layers that are not balanced enough are
-improved, the worst first, as far as the budget goes and moves pay for their bytes. A layer that is
-balanced enough keeps its replicas; only the shares of its traffic follow the load.
+It pursues four aims in the order of their weight: every expert has a replica; every expert survives
+the loss of as many failure domains as the policy says; operators' wishes are granted; layers that
+are not balanced enough are improved, the worst first, within the budget and as long as each move
+saves more time than its bytes cost. A layer that is balanced enough keeps its replicas, and only
+its shares follow the load.
 
 Shapes: E experts of one layer, H hosts.
 """
@@ -22,7 +23,7 @@ from .plan_builder import UNLIMITED, Draft
 from .protection import protect
 from .search import LayerSearch
 
-# Balancedness that all layers reach before any goes on.
+# Intermediate aims: all layers reach each of these balancednesses before any is improved further.
 _LADDER = (0.6, 0.8)
 
 
@@ -35,30 +36,32 @@ def plan(
     policy: Policy,
     wishes: Wishes | None = None,
 ) -> Plan:
-    """A placement for ``loads``: (E,) of each layer, in the unit of the hosts' speeds.
+    """Plan a placement for ``loads``, an array (E,) for each layer in the unit of hosts' speeds.
 
     Hosts that are gone are simply missing from ``hosts``. Layers without load count as evenly
-    loaded. Raises ValueError when there is no host to place on.
+    loaded. Raises ValueError if no host is left to place experts on.
     """
     draft = Draft(models, hosts, current, loads, policy, wishes or Wishes())
-    # Step 1: every expert lives somewhere.
+    # Step 1: give every expert a replica.
     _place(draft)
-    # Step 2: every expert survives what the policy says, and operators have their way.
+    # Step 2: protect every expert as the policy says, and grant operators' wishes.
     protect(draft)
     _grant(draft)
-    # Step 3: layers that are not balanced enough, the worst first.
+    # Step 3: improve the layers that are not balanced enough, the worst first.
     _balance(draft)
     return draft.result()
 
 
 def _place(draft: Draft) -> None:
+    """Give every expert without a replica one, or note it as unplaced."""
     _chain(draft)
     missing = [
         (key, int(expert))
         for key, search in draft.searches.items()
         for expert in np.flatnonzero(~search.held_EH.any(axis=1))
     ]
-    # Each layer's heaviest first; a layer's experts spread by that layer's load alone.
+    # Layer by layer, since a layer's experts are spread by that layer's load alone; the heaviest
+    # expert first, as in longest-processing-time-first scheduling.
     missing.sort(key=lambda one: (one[0], -draft.searches[one[0]].load_E[one[1]]))
     for key, expert in missing:
         known = draft.current.get(key)
@@ -67,16 +70,20 @@ def _place(draft: Draft) -> None:
         elif any(r.host in draft.wishes.leaving for r in known.replicas[expert]):
             kind, why = "drain", "its host is leaving"
         else:
-            kind, why = "restore", "nobody holds it"
+            kind, why = "restore", "no host holds it"
         if not draft.add(key, expert, kind, why):
             draft.unplaced.append(key.expert(expert))
 
 
 def _chain(draft: Draft) -> None:
-    """Where there is more room than new layers need, their hottest experts stand several
-    times, on neighbours in a ring of hosts: load can then be handed on all around it, and later
-    shifts cost few moves. (Jordan and Graves, "Principles on the Benefits of Manufacturing Process
-    Flexibility", 1995: a long chain is worth nearly as much as full flexibility.)"""
+    """Place the hottest experts of new layers several times, as a chain around the ring of hosts.
+
+    This uses the slots that new layers do not need. Each hot expert stands on neighbouring hosts,
+    and the next one begins on the last of these, so any host can hand load on around the whole
+    ring, and later shifts of the load cost few moves. (Jordan and Graves, "Principles on the
+    Benefits of Manufacturing Process Flexibility", 1995: a long chain is worth nearly as much as
+    full flexibility.)
+    """
     hosts = len(draft.hosts)
     fresh = [
         key
@@ -88,14 +95,17 @@ def _chain(draft: Draft) -> None:
     }
     if not fresh or hosts < 2 or draft.policy.redundancy:
         return
+    # How many replicas fit on each host, counted with the largest expert of the new layers.
     most = max(draft.searches[key].expert_bytes for key in fresh)
     free_H = (
         draft.rooms.slots_H
         if not most
         else np.minimum(draft.rooms.slots_H, draft.rooms.bytes_H // most)
     )
+    # Without bounds there is no number of spare slots.
     if free_H.max() >= UNLIMITED // max(most, 1):
         return
+    # What is left for each new layer after the first replica of every expert that lacks one.
     spare = (int(free_H.sum()) - sum(lacking.values())) // len(fresh)
     host = 0
     for key in fresh:
@@ -105,15 +115,17 @@ def _chain(draft: Draft) -> None:
                 step = Step(((expert, (host + place) % hosts),))
                 if draft.rooms.fits(search.expert_bytes)[(host + place) % hosts]:
                     kind = "spare" if place else "place"
-                    draft.note(key, step, kind, f"{key.model} is new, and this expert hot")
+                    draft.note(key, step, kind, f"{key.model} is new, and this expert is hot")
                     search.apply(step)
-            # The next one begins where this one ends, which links them.
+            # The next expert begins on the last host of this one, which links the two.
             host += copies - 1
 
 
 def _copies(load_E: np.ndarray, spare: int) -> list[tuple[int, int]]:
-    """(expert, replicas) of those with several, when each spare one goes to the expert with
-    the largest load per replica."""
+    """Return (expert, number of replicas) for the experts with several, the hottest first.
+
+    Each of the ``spare`` replicas goes to the expert with the largest load per replica.
+    """
     copies_E = np.ones(len(load_E), dtype=np.int64)
     heap = [(-float(load), expert) for expert, load in enumerate(load_E)]
     heapq.heapify(heap)
@@ -125,28 +137,37 @@ def _copies(load_E: np.ndarray, spare: int) -> list[tuple[int, int]]:
 
 
 def _grant(draft: Draft) -> None:
+    """Add the replicas that operators pinned, and those that experts lack to their minimum."""
     for key, search in draft.searches.items():
         for expert, host in np.argwhere(search.limits.pinned_EH & ~search.held_EH):
             among_H = np.arange(len(draft.hosts)) == host
-            draft.add(key, int(expert), "wish", "it is pinned there", among_H=among_H)
+            draft.add(
+                key, int(expert), "wish", "an operator pinned it to this host", among_H=among_H
+            )
         lacking_E = search.limits.least_E - search.held_EH.sum(axis=1)
         for expert in np.flatnonzero((lacking_E > 0) & search.held_EH.any(axis=1)):
             for _ in range(int(lacking_E[expert])):
                 least = search.limits.least_E[expert]
-                if not draft.add(key, int(expert), "wish", f"{least} replicas are asked for"):
+                if not draft.add(key, int(expert), "wish", f"it needs at least {least} replicas"):
                     break
 
 
 def _balance(draft: Draft) -> None:
+    """Improve the layers below the policy's ``enough``, step by step up to its ``target``."""
     lacking = [key for key, s in draft.searches.items() if s.aim(draft.policy.enough) > 0]
     budget = UNLIMITED if draft.policy.budget is None else draft.policy.budget
-    # The busiest hosts of all layers first: a low aim leaves only them in excess.
+    # Low aims first: under them only the busiest hosts have excess, so the budget goes to the worst
+    # hosts of all layers before any layer is perfected.
     for aim in (*(aim for aim in _LADDER if aim < draft.policy.target), draft.policy.target):
         budget = _climb(draft, lacking, aim, budget)
 
 
 def _climb(draft: Draft, keys: list[LayerKey], aim: float, budget: int) -> int:
-    """Improve layers up to ``aim``; gives what is left of the budget."""
+    """Improve the layers up to ``aim``, and return what is left of the budget.
+
+    Each round takes one step in the layer with the largest excess. A layer for which no step pays
+    is not looked at again under this aim.
+    """
     heap = [(-draft.searches[key].aim(aim), key) for key in keys]
     heapq.heapify(heap)
     while heap and heap[0][0] < 0 and budget > 0:
@@ -163,24 +184,31 @@ def _climb(draft: Draft, keys: list[LayerKey], aim: float, budget: int) -> int:
 
 
 def _reason(draft: Draft, search: LayerSearch, step: Step) -> str:
+    """Say which host exceeds its capacity most, and how much of the excess the step removes."""
     assert search.split is not None
     hot = int(np.argmax(search.split.excess_H / draft.speed_H))
     part = 100 / float(search.load_E.sum())
     return (
-        f"{draft.names[hot]} has {part * search.split.excess_H[hot]:.1f} % of the layer's load "
-        f"too much; this takes {part * step.gain:.1f} % off such hosts"
+        f"{draft.names[hot]} exceeds its target by {part * search.split.excess_H[hot]:.1f} % of "
+        f"the layer's load; this takes {part * step.gain:.1f} % off such hosts"
     )
 
 
 def _pays(draft: Draft, search: LayerSearch, step: Step) -> bool:
-    """Whether the host-seconds that a step saves, while the load lasts, exceed
-    those of loading."""
+    """Return whether a step saves at least as many host-seconds as loading its replicas takes.
+
+    Saved: gain / mean speed, for the ``horizon_s`` that the load is assumed to last. Loading:
+    bytes / bytes per second.
+    """
     saved_s = step.gain / float(draft.speed_H.mean()) * draft.policy.horizon_s
     return saved_s >= len(step.adds) * search.expert_bytes / draft.policy.load_bytes_per_s
 
 
 def _displace(draft: Draft, key: LayerKey, search: LayerSearch, budget: int) -> Found | None:
-    """A step into a slot that another model does not need."""
+    """Find a step that uses a slot which a colder layer of another model can spare.
+
+    The other layer's replica is already dropped when a step is returned, and is put back otherwise.
+    """
     for host in search.wanted_hosts():
         for other in _colder(draft, key, search):
             lent = other.lend(host)
@@ -194,7 +222,7 @@ def _displace(draft: Draft, key: LayerKey, search: LayerSearch, budget: int) -> 
 
 
 def _colder(draft: Draft, key: LayerKey, search: LayerSearch) -> Iterator[LayerSearch]:
-    """Layers of other models with less load, the coldest first."""
+    """Yield up to four layers of other models with less load, the coldest first."""
     others = [
         (float(other.load_E.sum()), other_key)
         for other_key, other in draft.searches.items()

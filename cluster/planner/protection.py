@@ -1,8 +1,9 @@
-"""How every expert comes to stand in enough failure domains.
+"""Place every expert in enough failure domains.
 
-Where an expert has no room in any domain that it lacks, others make room: replicas change their
-hosts one after the other, along a path that ends where a slot is free or can be spared. An expert
-stays without protection only if there is no such path.
+An expert may find no free slot in any further domain. Then others make room: replicas move from
+host to host along a path that ends at a slot that is free or holds a replica that can be dropped,
+like an augmenting path in bipartite matching. An expert stays unprotected only if there is no such
+path.
 
 Shapes: E experts of one layer, H hosts.
 """
@@ -21,7 +22,7 @@ from .search import LayerSearch
 
 
 class _Hop(NamedTuple):
-    """A replica that changes its host."""
+    """A replica that moves from one host to another."""
 
     key: LayerKey
     expert: int
@@ -30,8 +31,9 @@ class _Hop(NamedTuple):
 
 
 def protect(draft: Draft) -> None:
-    """Replicas for experts that too few domains hold, the rarest and hottest first."""
-    # What has failed fails again, until something changes.
+    """Add replicas of experts that stand in too few domains, the rarest and hottest first."""
+    # (domains, size) for which no slot was found: the search would fail again until a replica was
+    # added somewhere.
     hopeless: set[tuple[frozenset[int], int]] = set()
     for key, expert in draft.unprotected():
         search = draft.searches[key]
@@ -46,7 +48,8 @@ def protect(draft: Draft) -> None:
 
 
 def _add(draft: Draft, key: LayerKey, expert: int, among_H: np.ndarray) -> bool:
-    reason = "its last domain must not be the only one"
+    """Add a replica on one of the hosts ``among_H``, (H,) bool; return False if nothing helps."""
+    reason = "it stands in too few failure domains"
     if draft.add(key, expert, "protect", reason, among_H=among_H):
         return True
     for hop in _path(draft, draft.searches[key].expert_bytes, among_H):
@@ -56,8 +59,12 @@ def _add(draft: Draft, key: LayerKey, expert: int, among_H: np.ndarray) -> bool:
 
 
 def _path(draft: Draft, expert_bytes: int, wanted_H: np.ndarray) -> list[_Hop]:
-    """The shortest way to a slot on one of the hosts, the move that comes first at the head;
-    empty if there is none."""
+    """Return the shortest chain of moves that frees a slot on one of the hosts ``wanted_H``.
+
+    Breadth-first search over hosts, from the wanted ones: there is an edge from a host to each host
+    that one of its replicas of this size may move to. The chain is in the order in which it is
+    carried out, so the move into the free slot comes first. It is empty if there is no path.
+    """
     searches = {k: s for k, s in draft.searches.items() if s.expert_bytes == expert_bytes}
     ends_H = draft.rooms.fits(expert_bytes)
     for search in searches.values():
@@ -82,6 +89,7 @@ def _path(draft: Draft, expert_bytes: int, wanted_H: np.ndarray) -> list[_Hop]:
 
 
 def _back(reached: dict[int, _Hop | None], last: _Hop) -> list[_Hop]:
+    """Follow the path from its last hop back to the wanted host."""
     hops: list[_Hop] = []
     hop: _Hop | None = last
     while hop is not None:
@@ -91,8 +99,13 @@ def _back(reached: dict[int, _Hop | None], last: _Hop) -> list[_Hop]:
 
 
 def _may_go(search: LayerSearch, source: int) -> np.ndarray:
-    """(E, H): experts that are as protected as before when they go from ``source`` to a host."""
+    """Return which experts may move from ``source`` to which hosts, (E, H) bool.
+
+    An expert must stay in as many failure domains as before: the target is in the same domain, in
+    one that the expert is not in yet, or the expert has another replica in the source's domain.
+    """
     limits = search.limits
+    # in_domain_EH[e, h]: replicas of expert e in the failure domain of host h.
     in_domain_EH = np.stack(
         [search.held_EH[:, limits.domain_H == domain].sum(axis=1) for domain in limits.domain_H],
         axis=1,
@@ -104,12 +117,12 @@ def _may_go(search: LayerSearch, source: int) -> np.ndarray:
 
 
 def _move(draft: Draft, hop: _Hop) -> bool:
-    """Carry out one hop; False if an earlier one has made it impossible."""
+    """Carry out one hop; return False if an earlier one has made it impossible."""
     search = draft.searches[hop.key]
     if not _may_go(search, hop.source)[hop.expert, hop.target]:
         return False
     among_H = np.arange(len(draft.hosts)) == hop.target
-    reason = "it makes room for an expert whose last domain must not be the only one"
+    reason = "it makes room for an expert that stands in too few failure domains"
     if not draft.add(hop.key, hop.expert, "protect", reason, among_H=among_H):
         return False
     search.apply(Step((), ((hop.expert, hop.source),)))

@@ -1,13 +1,22 @@
-"""The search for better replicas of one layer, a move at a time.
+"""Search for better replicas of one layer, one step at a time.
 
-The level that a layer is to stay below gives every host a capacity. What does not fit (`excess`)
-is what the search takes away: the prices of the linear program tell which hosts are *over*, in the
-sense that nothing more can leave them, and which have room. A move puts a replica of an expert
-whose replicas are all over onto a host with room. Where that host has no slot left, something
-there gives way: a replica whose load others can take, or a cold expert that goes elsewhere.
-Estimates rank the moves, and linear programs decide between the best of them.
+The aim is a balancedness, and with it a level: the load / speed that no host may exceed. Level
+times speed is a host's capacity. The load that no split fits below the capacities is the layer's
+*excess*; each step must reduce it.
 
-Shapes: E experts of one layer, H hosts.
+The linear program of `balance.split_below` also gives a price for each host, by how much one more
+unit of capacity there would reduce the excess: 1 or 0. A host with price 1 is *over*. By
+complementary slackness no expert with load on such a host has a replica on a host with price 0, so
+the hosts that are over can hand load only to each other. They are the bottleneck (in terms of
+network flows, one side of a minimum cut), and only a new replica of one of their experts on a host
+with price 0 and slack helps.
+
+So a step adds a replica of an expert whose replicas are all on hosts that are over to a host with
+slack. If that host has no free slot, the step drops a replica there whose load other replicas can
+take, or moves a cold expert to another host. Estimates rank the steps, and one linear program each
+decides between the best.
+
+Shapes: E experts of one layer, H hosts, N replicas of several experts on one host.
 """
 
 from __future__ import annotations
@@ -20,21 +29,22 @@ from .balance import Split, split_below
 from .greedy_repack import rebuild
 from .moves import Found, Limits, Rooms, Step, together
 
-# How many experts and hosts are combined, and how many combinations are solved exactly: first a
-# few, and many where these lead nowhere.
+# Rounds of the search: (how many experts are combined with as many hosts, how many of the resulting
+# steps are solved exactly). The second, wider round runs only if the first finds nothing.
 _WIDTHS = ((8, 5), (16, 40))
+# How many replicas of a host are considered for dropping.
 _VICTIMS = 3
-# A step takes away at least this part of what a layer has in excess, or of what one host carries,
-# for each replica that it adds, or the search ends.
+# For each replica that it adds, a step must remove at least this fraction of the layer's excess, or
+# of the mean capacity of a host if that is smaller; otherwise the search ends.
 _LEAST_PART = 0.02
-# Hosts for which one step at a time is looked for; in larger pools several are taken together.
+# In large pools one step joins several independent ones, up to one new replica for this many hosts.
 _HOSTS_PER_STEP = 32
-# Excess below this part of the layer's load counts as none.
+# An excess below this fraction of the layer's load counts as zero.
 _NOTHING = 1e-6
 
 
 class LayerSearch:
-    """One layer's replicas while they are being improved."""
+    """The replicas of one layer while the planner improves them."""
 
     def __init__(
         self,
@@ -53,13 +63,13 @@ class LayerSearch:
         self.limits = limits
         self.rooms = rooms
         self.expert_bytes = expert_bytes
-        self.least = least  # load / speed that need not be spread over more hosts
+        self.least = least  # load / speed of a host up to which evenness is worth nothing
         self.split: Split | None = None
         self._capacity_H = speed_H
 
     @property
     def excess_part(self) -> float:
-        """Excess as a part of the layer's load."""
+        """Excess as a fraction of the layer's load."""
         assert self.split is not None
         total = float(self.load_E.sum())
         part = self.split.excess / total if total else 0.0
@@ -71,19 +81,20 @@ class LayerSearch:
         return float(self.load_E.sum() / self.speed_H.sum()) < self.least
 
     def even_load(self) -> np.ndarray:
-        """(H,): the hosts' loads if every expert's were split evenly."""
+        """Return the load of each host (H,) if every expert's load is split evenly."""
         copies_E = np.maximum(self.held_EH.sum(axis=1, keepdims=True), 1)
         return (self.held_EH / copies_E).T @ self.load_E
 
     def aim(self, balancedness: float) -> float:
-        """Search for this balancedness from now on; gives the part of the load in excess of it."""
+        """Search for this balancedness from now on, and return `excess_part` under it."""
+        # Balancedness is mean / busiest, so mean / balancedness bounds the busiest host.
         level = max(self.load_E.sum() / self.speed_H.sum() / balancedness, self.least)
         self._capacity_H = np.maximum(level * self.speed_H, 1e-300)
         self.split = split_below(self.held_EH, self.load_E, self._capacity_H)
         return self.excess_part
 
     def apply(self, step: Step) -> None:
-        """Carry out a step, without looking at the split."""
+        """Carry out a step without updating the split."""
         for expert, host in step.drops:
             self.held_EH[expert, host] = False
             self.rooms.give(host, self.expert_bytes)
@@ -92,7 +103,7 @@ class LayerSearch:
             self.rooms.take(host, self.expert_bytes)
 
     def improve(self, most_adds: int) -> Found | None:
-        """The best step with at most ``most_adds`` new replicas, for `accept`; None without one."""
+        """Return the best step with at most ``most_adds`` new replicas, or None; see `accept`."""
         assert self.split is not None
         before = self.split.excess
         least = _LEAST_PART * min(before, float(self._capacity_H.mean()))
@@ -103,6 +114,8 @@ class LayerSearch:
                 found = Found(Step(step.adds, step.drops, before - split.excess), split)
                 if best is None or found.step.gain_per_add > best.step.gain_per_add:
                     best = found
+                # Steps come in the order of their estimates. One that keeps most of its estimate
+                # is good enough, and the linear programs of the others are saved.
                 if found.step.gain > (0.5 if len(step.adds) > 2 else 0.7) * step.gain:
                     best = found
                     break
@@ -111,7 +124,7 @@ class LayerSearch:
         return self._anew(most_adds, least)
 
     def _anew(self, most_adds: int, least: float) -> Found | None:
-        """All of the layer placed anew, if that is better by enough for each new replica."""
+        """Return a step that rebuilds the whole layer, if it gains enough per new replica."""
         assert self.split is not None
         step = rebuild(self.held_EH, self.load_E, self.speed_H, self.limits)
         if step is None or len(step.adds) > most_adds:
@@ -121,11 +134,12 @@ class LayerSearch:
         return found if found.step.gain > 0 and found.step.gain_per_add >= least else None
 
     def accept(self, found: Found) -> None:
+        """Carry out a step, and take over the split that it leads to."""
         self.apply(found.step)
         self.split = found.split
 
     def wanted_hosts(self) -> list[int]:
-        """Full hosts that could take load, those with the most room for it first."""
+        """Return hosts without a free slot that could take load, the most slack first."""
         assert self.split is not None
         slack_H = self._capacity_H - self.split.flow_EH.sum(axis=0)
         able_H = (self.split.price_H <= 0.5) & (slack_H > 0)
@@ -133,8 +147,10 @@ class LayerSearch:
         return [int(h) for h in np.argsort(-slack_H)[:4] if able_H[h]]
 
     def lend(self, host: int) -> Found | None:
-        """Drop the replica on ``host`` that carries least, if the layer stays as balanced as it
-        is. Gives what `take_back` needs to undo it."""
+        """Drop the replica on ``host`` that carries least and may go, unless the excess grows.
+
+        Returns what `take_back` needs to undo it, or None if nothing was dropped.
+        """
         assert self.split is not None
         droppable_E = self.limits.droppable(self.held_EH)[:, host]
         if not droppable_E.any():
@@ -149,6 +165,7 @@ class LayerSearch:
         return undo
 
     def take_back(self, undo: Found) -> None:
+        """Undo a `lend`."""
         self.accept(undo)
 
     def _after(self, step: Step) -> np.ndarray:
@@ -162,8 +179,11 @@ class LayerSearch:
     # ---- candidates -----------------------------------------------------------------------------
 
     def _ranked(self, width: int, exact: int, most_adds: int) -> Iterator[Step]:
-        """The first ``exact`` by their estimates that do not only differ in what gives way; in a
-        large pool first many of them together."""
+        """Yield the ``exact`` steps with the best estimates, for an exact solution.
+
+        Of steps that add the same replica and differ only in what makes room for it, the best is
+        taken. In a large pool the first step joins many independent ones.
+        """
         steps = (step for step in self._steps(width) if len(step.adds) <= most_adds)
         ranked = sorted(steps, key=lambda step: -step.gain_per_add)
         bundle = together(ranked, min(most_adds, len(self.speed_H) // _HOSTS_PER_STEP))
@@ -178,6 +198,11 @@ class LayerSearch:
                     return
 
     def _steps(self, width: int) -> Iterator[Step]:
+        """Yield steps with estimated gains for the best ``width`` experts and hosts.
+
+        The gain of a new replica is at most what the expert can give (`_gives`) and what the host
+        can take (its slack), less the load that loses its room in what is dropped or moved.
+        """
         split = self.split
         assert split is not None
         flow_EH = split.flow_EH
@@ -190,7 +215,7 @@ class LayerSearch:
         hosts = [int(h) for h in np.argsort(-slack_H)[:width] if open_H[h]]
         fits_H = self.rooms.fits(self.expert_bytes)
         droppable_EH = self.limits.droppable(self.held_EH)
-        # What is cold may go to where load has no room, and slots are free.
+        # A cold expert may also go to a host that has no slack but free slots.
         spare_H = np.where(fits_H & ~open_H, self.rooms.slots_H, 0)
         targets = hosts + [int(h) for h in np.argsort(-spare_H)[:_VICTIMS] if spare_H[h] > 0]
         for host in hosts:
@@ -205,15 +230,21 @@ class LayerSearch:
         yield from self._swaps(over_H, slack_H, hosts)
 
     def _gives(self, over_H: np.ndarray) -> np.ndarray:
-        """(E,): what each expert could take away from hosts that are over, at most."""
+        """Estimate how much excess a new replica of each expert could remove at most, (E,)."""
         split = self.split
         assert split is not None
+        # Only experts whose replicas are all on hosts that are over: the others have a replica
+        # with room already, and the linear program has used it.
         stuck_E = ~(self.held_EH & ~over_H).any(axis=1) & self.held_EH.any(axis=1)
         hot_H = split.excess_H > 0
+        # The load that leaves hosts with excess directly: no more than the expert has there, and
+        # no more than is in excess there.
         direct_E = np.minimum(
             (split.flow_EH * hot_H).sum(axis=1), (self.held_EH * split.excess_H).sum(axis=1)
         )
-        # Over other hosts that are over, along replicas that they share, usually less arrives.
+        # A host may have price 1 without excess. An expert that leaves it makes room there for
+        # load from hosts with excess, along replicas that they share; half is a rule of thumb,
+        # since only part of that load can follow.
         indirect_E = 0.5 * np.minimum(split.flow_EH.sum(axis=1), split.excess)
         return np.where(stuck_E, np.maximum(direct_E, indirect_E), 0.0)
 
@@ -225,18 +256,22 @@ class LayerSearch:
         slack_H: np.ndarray,
         targets: list[int],
     ) -> Iterator[tuple[Step, float, float]]:
-        """Ways to a slot on ``host``, some with a cold expert that goes to one of ``targets``:
-        (what it takes, load that fits then, load that is lost)."""
+        """Yield the ways to get a free slot on ``host``.
+
+        Each is (the step that frees the slot, the slack of ``host`` after it, the load that
+        finds no room elsewhere because of it). A step may move a cold expert to one of ``targets``.
+        """
         slack = float(slack_H[host])
         if fits_H[host]:
             yield Step(()), slack, 0.0
             return
         assert self.split is not None
         flow_E = self.split.flow_EH[:, host]
-        # A replica whose load the expert's other hosts take.
+        # Way 1: drop a replica whose load the expert's other hosts take.
         for expert, lost in self._spare(host, droppable_EH, slack_H):
             yield Step((), ((expert, host),)), slack + float(flow_E[expert]), lost
-        # A cold expert that goes to another host, in the place of a spare replica there.
+        # Way 2: move a cold expert that must not be dropped to another host: into a free slot, or
+        # into that of a replica that can be dropped there.
         cold = np.flatnonzero(
             self.held_EH[:, host] & ~droppable_EH[:, host] & ~self.limits.pinned_EH[:, host]
         )
@@ -259,19 +294,24 @@ class LayerSearch:
     def _spare(
         self, host: int, droppable_EH: np.ndarray, slack_H: np.ndarray
     ) -> list[tuple[int, float]]:
-        """Replicas on ``host`` that may go, the least missed first: (expert, load without room)."""
+        """Return replicas on ``host`` that can be dropped, as (expert, load that loses its room).
+
+        At most `_VICTIMS`, those that lose the least first.
+        """
         assert self.split is not None
         experts = np.flatnonzero(droppable_EH[:, host])
         others_NH = self.held_EH[experts].copy()
         others_NH[:, host] = False
         flow_N = self.split.flow_EH[experts, host]
+        # What the slack of the expert's other hosts cannot take is lost.
         lost_N = np.maximum(flow_N - (others_NH * slack_H).sum(axis=1), 0.0)
-        # Hot experts that stand twice are what lets load wander without moves: cold ones go first.
+        # At equal losses cold experts go first: the second replicas of hot ones let later shifts
+        # of the load be balanced without moves.
         order = np.lexsort((self.load_E[experts], lost_N))[:_VICTIMS]
         return [(int(experts[i]), float(lost_N[i])) for i in order]
 
     def _swaps(self, over_H: np.ndarray, slack_H: np.ndarray, hosts: list[int]) -> Iterator[Step]:
-        """Two experts with one replica each change places."""
+        """Yield steps that exchange two experts that have one replica each."""
         split = self.split
         assert split is not None
         single_E = (self.held_EH.sum(axis=1) == 1) & ~self.limits.pinned_EH.any(axis=1)
@@ -282,9 +322,11 @@ class LayerSearch:
                 there = np.flatnonzero(self.held_EH[:, target] & single_E)
                 if not len(here) or not len(there):
                     continue
+                # moved[i, j]: load that leaves `source` if here[i] and there[j] change places.
                 moved = self.load_E[here][:, None] - self.load_E[there][None, :]
                 fits = float(min(split.excess_H[source], slack_H[target]))
-                # More than fits is of no use, and what is too much for the target is lost.
+                # No more than the source's excess can be gained, and load above the target's
+                # slack becomes excess there.
                 gain = np.minimum(moved, split.excess_H[source]) - np.maximum(
                     moved - slack_H[target], 0.0
                 )

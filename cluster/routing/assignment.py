@@ -1,10 +1,11 @@
-"""Which host computes which choice of a call.
+"""Choose the host that computes each assignment of a call.
 
-A call's choices are dealt out by the planner's shares (`choose_hosts`). What a host then has above
-its part of a large call goes to other replicas (`level`): a layer waits for its busiest host, call
-by call, and the planner's shares are right in the mean only.
+First the planner's shares deal the assignments out to replicas (`choose_hosts`). Then hosts with
+more than their part of a large call pass the excess on to other replicas (`level`). The second step
+is needed because each call of a layer waits for its busiest host, and the shares are right only on
+average over many calls.
 
-Shape suffixes: E = experts of the layer, H = hosts in the placement's order, n = choices.
+Shape suffixes: E = experts of the layer, H = hosts in the placement's order, n = assignments.
 """
 
 from __future__ import annotations
@@ -28,26 +29,29 @@ def choose_hosts(
     *,
     split_rows: int,
 ) -> np.ndarray:
-    """For each choice the index of a usable host that holds its expert, or -1.
+    """Return for each assignment the index of a usable host that holds its expert, or -1.
 
-    The shares of the placement decide, in turns of ``split_rows`` choices of one expert. What they
-    give to a host that is not usable, or not of the best rank, goes to the usable ones of the best
-    rank that there is. What makes one host busier than others is handed on, in pieces of half as
-    many choices.
+    The placement's shares choose the host for each run of ``split_rows`` assignments of one expert.
+    If that host is not usable, or not of the best rank, the run goes to usable hosts of the highest
+    rank available. Then `level` evens out the load of hosts, in pieces of half a run.
     """
     if not usable_H.size:
-        return np.full(choices_n.size, -1)  # nobody holds anything at the moment
+        return np.full(choices_n.size, -1)  # no host is placed at the moment
     layer = routes.layer(call.key)
     ids_n = call.ids_N[choices_n]
+    # Shape (n,): the step of the shares' round robin (`LayerRoutes.table_ES`). It advances with
+    # every call, and within a call after each run of `split_rows` assignments of one expert. Small
+    # calls keep each expert's rows together on one replica.
     step_n = np.full(ids_n.size, call.rotation)
     if ids_n.size > split_rows:
         step_n += rank_within_expert(ids_n) // split_rows
     host_n = layer.table_ES[ids_n, step_n % SHARE_STEPS].astype(np.int64)
-    open_EH = layer.held_EH & usable_H
+    open_EH = layer.held_EH & usable_H  # replicas that can take calls
     for host, expert in call.avoid:
         if host in routes.index:
             open_EH[expert, routes.index[host]] = False
     first_EH = open_EH & (rank_H == BEST_RANK)
+    # Their shares name no host, or one that is not to be used while there is a better one.
     unserved = np.flatnonzero((host_n < 0) | ~first_EH[ids_n, host_n])
     for expert in np.unique(ids_n[unserved]):
         mine = unserved[ids_n[unserved] == expert]
@@ -61,27 +65,31 @@ def choose_hosts(
     return host_n
 
 
-# Pieces that may move in one call, for each host.
+# Moves of pieces in one call are limited to this number for each host of the placement.
 _MOST = 4
 
 
 def level(
     host_n: np.ndarray, ids_n: np.ndarray, routes: LayerRoutes, open_H: np.ndarray, *, piece: int
 ) -> None:
-    """Take choices from hosts that have more than their part of the call and give them to other
-    ``open_H`` hosts of their experts, in place; by turns, the host that has the most for its part
-    first. Parts are ``routes.part_H``, as far as hosts are open. An expert's choices are not torn
-    into pieces smaller than ``piece``, and so much too much is even."""
+    """Move assignments from hosts with more than their part of the call to other replicas.
+
+    Changes ``host_n`` in place. Parts are ``routes.part_H``, scaled to the ``open_H`` hosts. It is
+    greedy: each step relieves the host with the most assignments relative to its part, by its
+    largest possible move. An expert's assignments on a host are not split into pieces smaller than
+    ``piece``, and an excess below ``piece`` is left alone.
+    """
     part_H = routes.part_H * open_H
     if not part_H.any():
         return
     hosts = len(part_H)
-    wanted_H = part_H * (host_n.size / part_H.sum())
+    wanted_H = part_H * (host_n.size / part_H.sum())  # sums to n, like rows_H
     rows_H = np.bincount(host_n, minlength=hosts)
     if (rows_H - wanted_H).max() < piece:
         return
-    # Plain numbers from here: what follows looks at few of them, one by one.
+    # Python numbers from here: the loop reads single elements, which is slow on numpy arrays.
     rows, wanted = rows_H.tolist(), wanted_H.tolist()
+    # (E * H,): assignments of each expert on each host, at index expert * H + host.
     mine_of = np.bincount(ids_n * hosts + host_n, minlength=routes.held_EH.size).tolist()
     busy = {host for host in range(hosts) if rows[host] - wanted[host] >= piece}
     moves: list[tuple[int, int, int, int]] = []
@@ -95,7 +103,9 @@ def level(
             for other in others:
                 if wanted[other] <= 0:
                     continue
-                # No further than to where both have the same part of what they are to have.
+                # `both` is the ratio rows / wanted of the two hosts together. Moving until `host`
+                # is at that ratio evens them out, as `other` is at the same one then. Below a ratio
+                # of 1 `host` would have less than its part, so it stops there.
                 both = (rows[host] + rows[other]) / (wanted[host] + wanted[other])
                 amount = min(mine, rows[host] - wanted[host] * max(1.0, both))
                 if amount >= best:
@@ -104,6 +114,7 @@ def level(
             busy.discard(host)
             continue
         expert, other, mine = found
+        # If less than a piece would stay behind, all of the expert's assignments move.
         amount = mine if mine - best < piece else int(best)
         rows[host] -= amount
         rows[other] += amount

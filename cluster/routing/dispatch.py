@@ -1,14 +1,14 @@
-"""The router's state machine: events in, commands out.
+"""The router's state machine takes events and returns commands.
 
-One layer's call (dispatch, combine) is scattered over hosts, and every choice (a token and one of
-its experts) is accepted from exactly one answer. A host that dies, freezes or refuses is replaced
-by another replica inside the call; a send that is late goes to another replica too, and the first
-answer counts. Choices whose experts are nowhere to be had wait for a host or a placement until the
-call's deadline, and are then reported as lost.
+It splits one layer's call over the hosts. Every assignment (a token and one of its experts; in
+names: `choice`) is accepted from exactly one answer. When a host dies, freezes or refuses, another
+replica takes over its assignments within the call. A late send goes to a second replica as well,
+and the first answer counts. If no host can compute an assignment, it waits for a host or a new
+placement until the call's deadline; then it is reported as lost.
 
-No clock, no sockets, no threads, no tensors: `actors/router/router.py` brings those.
+The clock is an argument. Sockets, threads and tensors are in `actors/router/router.py`.
 
-Shape suffixes: T = tokens, K = choices of a token, N = T * K choices flattened, E = experts,
+Shape suffixes: T = tokens, K = experts of a token, N = T * K assignments flattened, E = experts,
 t and k = rows and columns of one send.
 """
 
@@ -40,22 +40,22 @@ from .host_registry import Peers, Piece
 from .layer_call import Flight, LayerCall, Outcome
 from .policy import RouterPolicy
 
-# Refusals after which another replica or a later moment may serve the same choices.
+# After these refusals, another replica or a later attempt may still serve the same assignments.
 _RETRYABLE = ("NotHere", "Busy", "Expired", "HostLost", "Corrupted")
-# Those that take nothing of the budget of retries: the host lacks the expert, or is gone.
+# Retries after these are not charged to the retry budget: the host lacks the expert or is gone.
 _UNPAID = ("NotHere", "HostLost")
 
 
 class Dispatcher:
-    """All hosts as one router sees them, and at most one layer's call in progress."""
+    """State of one router: the hosts that it knows and at most one layer's call in progress."""
 
     def __init__(self, policy: RouterPolicy) -> None:
         self.policy = policy
         self.outcome: Outcome | None = None
-        self.retries = 0  # sends that another one had to replace
+        self.retries = 0  # sends whose assignments had to be sent again
         self.ejections = 0
-        self.hedges = 0  # sends that repeated a late one,
-        self.overtakings = 0  # and were answered before it
+        self.hedges = 0  # sends that repeated a late one
+        self.overtakings = 0  # hedges that were answered before the late send
         self.peers = Peers(policy)
         self._call: LayerCall | None = None
         self._next_seq = 1
@@ -67,7 +67,7 @@ class Dispatcher:
         budget = Budget(share=policy.hedge_share, per_s=0.0, most=policy.hedge_burst)
         latencies = Latencies(policy.hedge_quantile, policy.hedge_least_s)
         self._hedging = Hedging(latencies, budget, self._retrying)
-        # The layer that was asked for last, if no placement names it: its model may be asleep.
+        # The layer of the last call if the placement lacks it; its model may be asleep.
         self.unplaced: LayerKey | None = None
 
     @property
@@ -79,7 +79,7 @@ class Dispatcher:
         return self.peers.hosts
 
     def place(self, placement: Placement, now: float) -> list[Command]:
-        """Take a newer placement; an older or equal one is ignored."""
+        """Switch to a newer placement; ignore an older or equal one."""
         if self.placement is not None and placement.number <= self.placement.number:
             return []
         over = self.peers.place(placement)
@@ -103,8 +103,11 @@ class Dispatcher:
         now: float,
         patience_T: np.ndarray | None = None,
     ) -> list[Command]:
-        """Start a layer's call. Ids are int32; those outside of [0, experts) are unused choices.
-        ``patience_T``: seconds that each token waits for experts that nobody has at the moment."""
+        """Start a layer's call.
+
+        Ids are int32; ids outside [0, experts) mark unused assignments. ``patience_T`` has the
+        seconds that each token waits for an expert that no host can compute at the moment.
+        """
         assert self._call is None or self.outcome is not None, "one call at a time"
         ids_N = ids_TK.reshape(-1)
         self._rotations[key] += 1
@@ -126,8 +129,10 @@ class Dispatcher:
         return self.tick(now)
 
     def abandon(self, now: float) -> list[Command]:
-        """The caller was interrupted, nobody knows where: its call ends, and so do the connections
-        on which something is under way."""
+        """End the call of a caller that was interrupted at an unknown point.
+
+        Connections with a send or an answer under way are closed, as their state is unknown.
+        """
         call = self._running
         if call is None:
             return []
@@ -163,7 +168,7 @@ class Dispatcher:
         return commands + self.tick(now)
 
     def tick(self, now: float) -> list[Command]:
-        """Whatever is due at ``now``: deadlines, hedges, probes, connections, waiting choices."""
+        """Do what is due at ``now``: deadlines, hedges, probes, waiting assignments."""
         commands: list[Command] = []
         if (call := self._running) is not None:
             commands += self._expire(call, now)
@@ -178,7 +183,7 @@ class Dispatcher:
         return commands
 
     def wake_at(self, now: float) -> float:
-        """The next moment at which `tick` has something to do, if no event comes before."""
+        """Return the next moment at which `tick` has something to do if no event comes first."""
         call = self._running
         waits = call is not None and call.waiting_N.size > 0
         due = [self.peers.wake_at(now, work_waits=waits)]
@@ -193,7 +198,7 @@ class Dispatcher:
         return self._call if self.outcome is None else None
 
     def _orphan(self, host: str) -> None:
-        """What was sent to ``host`` will not be answered: its choices wait again."""
+        """Let the assignments in flight to ``host`` wait again: it will not answer them."""
         call = self._running
         if call is not None:
             for seq in [seq for seq, flight in call.live.items() if flight.send.host == host]:
@@ -213,6 +218,8 @@ class Dispatcher:
         self._hedging.latencies.learn(call.key.model, choices.size, now - flight.sent_at)
         commands: list[Command] = [Accept(flight.send)]
         if flight.rival is not None:
+            # A hedge was faster than the send that it repeats, which is cancelled now. What neither
+            # this answer nor another hedge covers waits again.
             self.overtakings += 1
             late = call.live[flight.rival]
             beaten = late.send
@@ -244,7 +251,7 @@ class Dispatcher:
         return []
 
     def _fail(self, call: LayerCall, flight: Flight, event: Refused, now: float) -> list[Command]:
-        """Any other host would say the same."""
+        """Fail the assignments of ``flight``, which every host would refuse; only drop a hedge."""
         if flight.rival is not None:
             call.take(event.seq)
             return []
@@ -256,11 +263,12 @@ class Dispatcher:
         return Cancel(send.host, send.seq)
 
     def _pay(self, call: LayerCall, sends: int, now: float) -> None:
+        # Retries are charged in any case; over budget they are held back until it allows them.
         call.attempts += 1
         call.hold_until = max(call.hold_until, now + self._retrying.owe(sends, now))
 
     def _end(self, call: LayerCall, now: float) -> list[Command]:
-        """Whatever has no answer yet gets none."""
+        """End the call; assignments that have no answer yet are lost."""
         sends = call.stop()
         self.outcome = call.ended()
         return [self._cancel(send, now) for send in sends]
@@ -271,7 +279,8 @@ class Dispatcher:
         late = {f.send.host for f in call.live.values() if now >= f.expires}
         commands: list[Command] = []
         for host in sorted(late):
-            # The whole host is suspect, so that its other calls need not miss a deadline each.
+            # One missed deadline makes the whole host suspect: all its sends go elsewhere now,
+            # rather than each after its own deadline.
             self.hosts[host].eject(now)
             self.ejections += 1
             sends = [f.send for f in call.live.values() if f.send.host == host]
@@ -288,12 +297,12 @@ class Dispatcher:
     # ---- sending --------------------------------------------------------------------------------
 
     def _assign(self, call: LayerCall, now: float) -> list[Command]:
-        """Send the waiting choices that some host can take; the others go on waiting."""
+        """Send the waiting assignments that some host can take; the others go on waiting."""
         placement = self.placement
         if placement is None or call.key not in placement.layers:
             call.nowhere(call.waiting_N, now)
             return []
-        # transformers marks choices that belong to nobody with the number of experts.
+        # transformers marks unused assignments with the number of experts as their id.
         inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
         call.waiting_N = call.waiting_N[inside]
         host_n = self.peers.choose(call, call.waiting_N, now)
@@ -310,12 +319,14 @@ class Dispatcher:
         return commands
 
     def _hedge(self, call: LayerCall, now: float) -> list[Command]:
-        """Send what is late to other replicas too, where every choice of it has one. What was sent
-        so counts like any other send once it is alone with its choices."""
+        """Repeat late sends on other replicas, if each of their assignments has one.
+
+        A hedge becomes an ordinary send when the send that it repeats ends without an answer.
+        """
         commands: list[Command] = []
         placed = self.placement is not None and call.key in self.placement.layers
         for flight in [f for f in call.live.values() if now >= f.hedge_at]:
-            # If not now, then when it is twice as old.
+            # If it cannot be hedged now, look again when it is twice as old.
             flight.hedge_at = now + max(now - flight.sent_at, self.policy.hedge_least_s)
             if not placed or flight.hedges or flight.rival is not None:
                 continue

@@ -1,6 +1,6 @@
-"""What a router's state machine hears and says; `actors/router/router.py` is its shell.
+"""Events and commands of the router's state machine; `actors/router/router.py` carries them out.
 
-Shape suffixes: t = rows of one send, k = choices of a row that go to this host.
+Shape suffixes: t = rows of one send, k = assignments of a row that go to this host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..placement import HostEntry
 
 @dataclass(frozen=True, slots=True)
 class HostUp:
-    """A host said Welcome on a new connection."""
+    """A host accepted a new connection: it sent Welcome."""
 
     host: str
     incarnation: int
@@ -24,14 +24,14 @@ class HostUp:
 
 @dataclass(frozen=True, slots=True)
 class HostDown:
-    """A connection ended, or could not be made; whatever was on it gets no answer."""
+    """A connection ended or could not be made; calls on it get no answer."""
 
     host: str
 
 
 @dataclass(frozen=True, slots=True)
 class Replied:
-    """A host answered a call; the values stay with the shell until it is told to accept them."""
+    """A host answered a call; the shell keeps the values until it is told to accept them."""
 
     host: str
     seq: int
@@ -39,7 +39,7 @@ class Replied:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A host declined a call before computing it; ``code`` is a name of proto/errors.py."""
+    """A host refused a call before computing it; ``code`` is a class name in proto/errors.py."""
 
     host: str
     seq: int
@@ -49,7 +49,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Ponged:
-    """A host answered the probe of this number, and with it all that it was sent before."""
+    """A host answered the probe of this number; no answer to an earlier call can follow."""
 
     host: str
     number: int
@@ -72,13 +72,13 @@ class Disconnect:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Send:
-    """One call to one host. ``choice_tk`` numbers the choices t * K + k, -1 where there is none."""
+    """One call to one host; ``choice_tk`` has assignment numbers t * K + k, or -1 as padding."""
 
     host: str
     incarnation: int
     seq: int
     timeout_s: float
-    attempt: int  # how many sends of its call came to nothing before; a hedge is one more
+    attempt: int  # failed sends of its layer call before it; one more in a hedge
     token_t: np.ndarray
     choice_tk: np.ndarray
     ids_tk: np.ndarray
@@ -90,7 +90,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Accept:
-    """The answer to this send belongs to the result; every choice is accepted exactly once."""
+    """Add the answer to this send to the result; every assignment is accepted exactly once."""
 
     send: Send
 
@@ -109,7 +109,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """Nothing will be heard of this call any more: its slot can be used again."""
+    """Reuse the slot of this call: no answer to it can arrive any more."""
 
     host: str
     seq: int
@@ -117,7 +117,7 @@ class Free:
 
 @dataclass(frozen=True, slots=True)
 class Refresh:
-    """A host no longer holds what the placement says: ask for a newer one."""
+    """Ask for a newer placement: a host no longer holds what this one says."""
 
 
 Command = Connect | Disconnect | Send | Accept | Cancel | Probe | Free | Refresh

@@ -1,7 +1,9 @@
-"""What a request wants of the experts: how many for a token, and what is to happen when one is not
-to be had; and what that means for a batch.
+"""Requests' options for experts, applied to the rows of a batch.
 
-Shape suffixes: T = tokens, K = choices of a token, N = T * K choices flattened.
+The options (`expert_options.py`) say how many experts a token gets, and what happens to a row if
+one of its experts is missing.
+
+Shape suffixes: T = tokens, K = experts of a token, N = T * K assignments flattened.
 """
 
 from __future__ import annotations
@@ -12,37 +14,41 @@ import numpy as np
 
 from .expert_options import WAIT, RowGroups
 
-_ALL = 1 << 30  # experts: more than any token has
+_ALL = 1 << 30  # more experts than any token has
 
 
 class Dropped(NamedTuple):
-    """Experts that a request went without."""
+    """Experts that were left out of a request's rows."""
 
-    largest: float  # part of one token's gate weights in one layer
-    times: int  # tokens of one layer each
+    largest: float  # largest fraction of a token's gate weights left out in one layer
+    times: int  # number of (token, layer) pairs that lacked an expert
 
     def and_then(self, part: float) -> Dropped:
         return Dropped(max(self.largest, part), self.times + 1)
 
 
 class Judgement(NamedTuple):
-    """What becomes of the rows that lack a choice."""
+    """What happens to the rows with an assignment that was not computed."""
 
-    dropped: dict[int, float]  # row -> part of its gate weights that is left out
-    lost: list[int]
+    dropped: dict[int, float]  # row -> fraction of its gate weights that is left out
+    lost: list[int]  # rows that cannot go on without it
 
 
 class RowWishes:
-    """The wishes of a batch's rows; those behind the last group have none."""
+    """The options of each row of a batch; rows after the last group have the defaults."""
 
     def __init__(self, groups: RowGroups | None, tokens: int, deadline_s: float) -> None:
-        """A batch of other than the groups' rows cannot be told apart: all of it waits, and
-        together, and has all its experts."""
+        """Apply the groups' options to ``tokens`` rows.
+
+        If the groups have more rows than the batch, rows cannot be told apart: all wait until the
+        deadline, and have all their experts.
+        """
         known = groups or ()
         apart = sum(rows for rows, _ in known) <= tokens
         self.patience_T = np.full(tokens, WAIT.patience_s(deadline_s) if apart else deadline_s)
-        self._most_T = np.full(tokens, -1.0)  # -1: nothing may be dropped
-        self.experts_T: np.ndarray | None = None  # None: nobody wants fewer than there are
+        # Largest fraction of the gate weights that each row may lose; -1: none, not even 0.
+        self._most_T = np.full(tokens, -1.0)
+        self.experts_T: np.ndarray | None = None  # experts per token; None: no row sets it
         start = 0
         for rows, wish in known if apart else ():
             mine = slice(start, start + rows)
@@ -56,7 +62,7 @@ class RowWishes:
             start += rows
 
     def judge(self, lost_n: np.ndarray, weights_N: np.ndarray, top_k: int) -> Judgement:
-        """``lost_n``: numbers of choices without an answer."""
+        """Decide which rows go on without the lost assignments, whose numbers ``lost_n`` has."""
         weights_TK = np.abs(weights_N.reshape(-1, top_k))
         missing_TK = np.zeros(weights_TK.shape, dtype=bool)
         missing_TK.reshape(-1)[lost_n] = True
@@ -74,15 +80,15 @@ class RowWishes:
 def largest_choices(
     ids_TK: np.ndarray, weights_TK: np.ndarray, most_T: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each token's ``most_T`` choices of the largest weights; the others become -1, and those that
-    are -1 count for nothing.
+    """Keep each token's ``most_T`` experts with the largest weights; return new (ids, weights).
 
-    What is kept is scaled to the sum of all: where a gate's weights add up to the same for every
-    token, that is what it would have given had it chosen so few.
+    The ids of the others become -1; ids that are -1 already count as weight 0. The kept weights are
+    scaled so that their sum stays the same. For gates whose weights have the same sum for every
+    token, this is what the gate would have returned with a smaller top-k.
     """
     size_TK = np.where(ids_TK < 0, 0, np.abs(weights_TK))
     order_TK = np.argsort(-size_TK, axis=1, kind="stable")
-    rank_TK = np.empty_like(order_TK)
+    rank_TK = np.empty_like(order_TK)  # inverse of the sort: each expert's place in the order
     np.put_along_axis(rank_TK, order_TK, np.arange(ids_TK.shape[1])[None], axis=1)
     kept_TK = rank_TK < most_T[:, None]
     whole_T, part_T = size_TK.sum(axis=1), np.where(kept_TK, size_TK, 0).sum(axis=1)

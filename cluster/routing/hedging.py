@@ -1,8 +1,8 @@
-"""When an answer is late, and what asking again may cost.
+"""Decide when a send is late and may be hedged, within budgets for hedges and retries.
 
-A call that is later than nearly all calls of its size were is sent to another replica too (Dean and
-Barroso, "The Tail at Scale", 2013). Budgets bound what that adds, and what retries add, to a part
-of all sends, so that a pool that is slow because it is full does not get more to do.
+A send that is older than nearly all answers of its size took is repeated on another replica (Dean
+and Barroso, "The Tail at Scale", 2013). Budgets limit hedges and retries to a fraction of all
+sends, so that a pool that is slow because it is overloaded does not get even more to do.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# Answers of one size that are remembered, and without how many nothing can be said.
+# Answers of one size that are remembered, and the least number for an estimate.
 _KEPT, _LEAST = 128, 16
-# So many times as old as a late call, one is taken for lost.
+# A send is taken for lost at this multiple of the age at which it is late.
 _LOST = 4
 
 
@@ -26,13 +26,14 @@ class _Seen:
 
 
 class Latencies:
-    """Learns how long answers take, by model and size of the call."""
+    """Answer times by model and size of the send, and from them when a send is late."""
 
     def __init__(self, quantile: float, least_s: float) -> None:
-        """A call is late after the ``quantile`` of its like, but not before ``least_s``."""
+        """Set the ``quantile`` of answer times, and ``least_s``, after which a send is late."""
         self._quantile = quantile
         self._least_s = least_s
-        # The size is the number of bits of the number of choices.
+        # By model, then by size. A size is the bit length of the number of assignments, so that a
+        # class has answers of numbers within a factor of two.
         self._seen: dict[str, dict[int, _Seen]] = {}
 
     def learn(self, model: str, choices: int, took_s: float) -> None:
@@ -45,8 +46,11 @@ class Latencies:
             seen.late_after_s = max(late_s, self._least_s)
 
     def late_after_s(self, model: str, choices: int) -> float:
-        """Seconds; infinity before anything is known. A size that was not seen takes no longer
-        than a larger one, and no longer than a smaller one times the difference in size."""
+        """Return the age in seconds at which a send is late; infinity if nothing is known.
+
+        A size without an estimate takes that of the next larger known size, else that of the
+        largest smaller one, scaled with the number of assignments.
+        """
         sizes = self._seen.get(model, {})
         size = choices.bit_length()
         seen = sizes.get(size)
@@ -67,10 +71,10 @@ class Latencies:
 
 
 class Budget:
-    """Something that may be done for a part of all sends, and ``per_s`` times a second besides."""
+    """A token bucket: each send adds ``share`` tokens, each second ``per_s``."""
 
     def __init__(self, *, share: float, per_s: float, most: float) -> None:
-        """``most`` is what can be saved up; it is there at the start."""
+        """Start with a full bucket of ``most`` tokens, which it never exceeds."""
         self._share = share
         self._per_s = per_s
         self._most = self._left = most
@@ -80,7 +84,7 @@ class Budget:
         self._left = min(self._most, self._left + sends * self._share)
 
     def spend(self, sends: int, now: float) -> bool:
-        """Whether it is allowed now; then it is taken off."""
+        """Take ``sends`` tokens if there are as many; return whether there were."""
         self._advance(now)
         if self._left < sends:
             return False
@@ -88,7 +92,7 @@ class Budget:
         return True
 
     def owe(self, sends: int, now: float) -> float:
-        """Take it off in any case; gives how many seconds to hold it back, 0 if it was there."""
+        """Take ``sends`` tokens, into debt if need be; return the seconds until it is repaid."""
         self._advance(now)
         self._left -= sends
         return max(0.0, -self._left / self._per_s)
@@ -100,8 +104,10 @@ class Budget:
 
 
 class Hedging:
-    """Whether a late call may go to other replicas too: by the budget of hedges, or, when it is
-    too late to be only slow, by that of retries."""
+    """Whether a late send may be repeated on other replicas.
+
+    The budget of hedges pays, or that of retries once the send is so late that it may be lost.
+    """
 
     def __init__(self, latencies: Latencies, budget: Budget, retrying: Budget) -> None:
         self.latencies = latencies
@@ -109,12 +115,15 @@ class Hedging:
         self._retrying = retrying
 
     def earn(self) -> None:
-        """A call was sent for the first time."""
+        """Add the share of one ordinary send to both budgets."""
         self._budget.earn(1)
         self._retrying.earn(1)
 
     def may(self, model: str, choices: int, age_s: float, now: float) -> bool:
-        """Paid for once, on however many hosts the replicas stand: the work is that of one call."""
+        """Pay for one hedge if a budget allows it; return whether the send may be repeated.
+
+        A hedge that is split over several hosts costs as much as one: its work is that of one send.
+        """
         if self._budget.spend(1, now):
             return True
         lost = age_s >= _LOST * self.latencies.late_after_s(model, choices)

@@ -1,4 +1,4 @@
-"""One host as one router sees it: connected, suspected, gone, and what still occupies its slots."""
+"""One host as one router sees it: its state, its rank, and the calls that occupy its slots."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from ..placement import HostEntry
 from .events import Command, Connect, Disconnect, Free, Probe
 from .policy import RouterPolicy
 
-# Of the number of a call that was not given up.
+# In `HostHealth.occupied`: the call was not given up.
 _WANTED = 0
-# Hosts of a higher rank come first; this is that of one that did nothing wrong.
+# Hosts of a higher rank are preferred; this is the rank of a host without any failures.
 BEST_RANK = 2
 
 
 class HostState(Enum):
-    # Asked to connect; no Welcome yet.
+    # The router is connecting; the host has not sent Welcome yet.
     CONNECTING = "connecting"
     # Takes calls.
     UP = "up"
-    # Missed a deadline: gets probes, no calls, until it answers anything at all.
+    # Missed a deadline: gets probes but no calls until it answers something.
     EJECTED = "ejected"
-    # No connection; tried again after a while.
+    # No connection; the router tries again after a while.
     DOWN = "down"
-    # Left the placement: finishes what it has, gets nothing new.
+    # Left the placement: finishes its calls and gets no new ones.
     LEAVING = "leaving"
 
 
 @dataclass(slots=True)
 class HostHealth:
-    """The life of one incarnation of one host on one router's connection."""
+    """One incarnation of one host on one router's connection."""
 
     entry: HostEntry
     policy: RouterPolicy
     state: HostState = HostState.DOWN
-    # Calls that were sent and neither answered nor ended with the connection. One that was given
-    # up stays: its slot may still be written to, until the probe of this number is answered.
+    # Sequence numbers of calls that were sent and not answered. The value of a call that was given
+    # up is a probe's number: the host may still write to the call's slot until it answers that.
     occupied: dict[int, int] = field(default_factory=dict)
     busy_until: float = 0.0
-    avoid_until: float = 0.0  # it lost races: others come first
+    avoid_until: float = 0.0  # other hosts are preferred: hedges overtook its answers
     _busy_s: float = 0.0
     _avoid_s: float = 0.0
-    _act_at: float = 0.0  # next probe, attempt to connect, or end of the wait for a Welcome
+    _act_at: float = 0.0  # next probe or attempt to connect, or end of the wait for a Welcome
     _probe_s: float = 0.0
     _probes: int = 0
 
@@ -51,8 +51,11 @@ class HostHealth:
         return self.state is HostState.UP and now >= self.busy_until
 
     def rank(self, now: float) -> int:
-        """A host that lost races comes behind others, and last one that does not even answer
-        probes behind calls that were given up: it may be frozen."""
+        """Return the host's rank, 0 to `BEST_RANK`; hosts of a higher rank get calls first.
+
+        Rank 1: hedges overtook its answers lately. Rank 0: a call was given up, and no probe after
+        it was answered yet, so that the host may be frozen.
+        """
         if self._quarantined:
             return 0
         return BEST_RANK if now >= self.avoid_until else 1
@@ -65,12 +68,12 @@ class HostHealth:
         self.occupied[seq] = _WANTED
 
     def heard(self, seq: int) -> None:
-        """The call was answered or refused."""
+        """Free the slot of a call that was answered or refused."""
         self.occupied.pop(seq, None)
         self.came_up()
 
     def give_up(self, seq: int, now: float) -> None:
-        """Nobody waits for the answer any more; it may come all the same."""
+        """Mark a call whose answer nobody waits for; it may arrive all the same."""
         if seq in self.occupied:
             if self.state in (HostState.UP, HostState.LEAVING) and not self._quarantined:
                 self._probe_s = self.policy.probe_s
@@ -78,8 +81,10 @@ class HostHealth:
             self.occupied[seq] = self._probes + 1
 
     def ponged(self, number: int) -> Iterator[Command]:
-        """A connection keeps its order: what was given up before this probe was sent is not
-        going to be answered behind it."""
+        """Free the slots of calls that were given up before this probe was sent.
+
+        A connection keeps its order, so that no answer to them can follow that to the probe.
+        """
         self.came_up()
         for seq in [s for s, probe in self.occupied.items() if _WANTED < probe <= number]:
             del self.occupied[seq]
@@ -102,13 +107,15 @@ class HostHealth:
             self._act_at = now
 
     def in_time(self) -> None:
-        """It answered before anybody else was asked."""
+        """Forget delays of the past: the host answered before a hedge was sent."""
         self._avoid_s = self._busy_s = 0.0
 
     def overtaken(self, now: float, age_s: float) -> None:
-        """Another replica answered a later call first, when this host's was ``age_s`` old. Once is
-        chance; to try a host that does so again and again may cost as much again, so that is done
-        for a part of the time only."""
+        """Avoid the host for a while: a hedge overtook its send, which was ``age_s`` old.
+
+        Once may be chance. If it repeats, the pause doubles and is a multiple of ``age_s``, so that
+        trying a slow host costs only a fraction of the time.
+        """
         least_s = self.policy.avoid_ages * age_s if self._avoid_s else self.policy.avoid_s
         self._avoid_s = min(max(2 * self._avoid_s, least_s), self.policy.avoid_max_s)
         self.avoid_until = now + self._avoid_s
@@ -118,7 +125,7 @@ class HostHealth:
         self.busy_until = now + self._busy_s
 
     def wake_at(self, now: float, *, work_waits: bool) -> float:
-        """When this host needs a tick: infinity if nothing is due by itself."""
+        """Return when this host needs a tick; infinity if nothing is due by itself."""
         if self.state in (HostState.CONNECTING, HostState.EJECTED, HostState.DOWN):
             return self._act_at
         due = self._act_at if self._quarantined else float("inf")

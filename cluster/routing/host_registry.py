@@ -1,7 +1,7 @@
-"""The hosts of a placement as one router knows them, and which of them a choice may go to.
+"""The hosts of a placement as one router knows them, and the choice among them for assignments.
 
-Shape suffixes: H = hosts in the placement's order, n = choices, t and k = rows and columns of one
-send.
+Shape suffixes: H = hosts in the placement's order, n = assignments, t and k = rows and columns of
+one send.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .routes import Routes
 
 
 class Piece(NamedTuple):
-    """Choices that go to one host in one send."""
+    """Assignments that go to one host in one send."""
 
     health: HostHealth
     token_t: np.ndarray
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 
 class Peers:
-    """Follows placements; keeps each host's health."""
+    """The current placement and the health of each of its hosts."""
 
     def __init__(self, policy: RouterPolicy) -> None:
         self.placement: Placement | None = None
@@ -55,8 +55,10 @@ class Peers:
         self._routes: Routes | None = None
 
     def place(self, placement: Placement) -> list[str]:
-        """Follow ``placement``. Gives the hosts whose connections are over: another incarnation
-        of each is placed."""
+        """Follow ``placement``; return the hosts that it names with another incarnation.
+
+        Their old connections are to be closed.
+        """
         self.placement = placement
         self._routes = Routes(placement)
         over = []
@@ -76,7 +78,7 @@ class Peers:
         return over
 
     def tick(self, now: float) -> Iterator[Command]:
-        """Probes, connections, and farewells of hosts that left the placement."""
+        """Yield due probes and connections, and disconnect idle hosts that left the placement."""
         for name, health in list(self.hosts.items()):
             yield from health.tick(now)
             if health.state is HostState.LEAVING and not health.occupied:
@@ -88,7 +90,7 @@ class Peers:
         return min(due, default=float("inf"))
 
     def has(self, expert: ExpertKey, now: float) -> bool:
-        """Whether some host that is placed for an expert takes calls now."""
+        """Return whether some host that is placed for the expert takes calls now."""
         layers = {} if self.placement is None else self.placement.layers
         layer = layers.get(LayerKey(expert.model, expert.layer))
         if layer is None or expert.expert >= len(layer.replicas):
@@ -99,8 +101,11 @@ class Peers:
     def choose(
         self, call: LayerCall, choices_n: np.ndarray, now: float, *, besides: str = ""
     ) -> np.ndarray:
-        """For each choice the number of a host that takes it now; -1 where there is none. Beside a
-        host that is late, only those that answer probes. The call's layer is placed."""
+        """Return for each assignment the index of a host that takes it now, or -1.
+
+        ``besides`` is the late host when a hedge is planned: it and hosts of rank 0 are left out.
+        The placement must contain the call's layer.
+        """
         assert self._routes is not None
         healths = [self.hosts.get(name) for name in self._routes.hosts]
         usable_H = np.array([h is not None and h.takes_calls(now) for h in healths], dtype=bool)
@@ -111,7 +116,7 @@ class Peers:
         return choose_hosts(call, choices_n, self._routes, usable_H, rank_H, split_rows=split_rows)
 
     def pieces(self, call: LayerCall, choices_n: np.ndarray, host_n: np.ndarray) -> Iterator[Piece]:
-        """The choices as sends to the hosts that were chosen for them."""
+        """Yield the assignments as sends to the hosts that were chosen for them."""
         assert self._routes is not None
         for index, name in enumerate(self._routes.hosts):
             mine = choices_n[host_n == index]

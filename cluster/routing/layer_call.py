@@ -1,6 +1,9 @@
-"""One layer's call in progress, as the router's state machine sees it, and how it ended.
+"""One layer's call in progress, and its outcome: bookkeeping of the router's state machine.
 
-Shape suffixes: N = T * K choices flattened, n = some of them.
+An assignment (a token and one of its experts) is numbered t * K + k, for K experts of each token.
+Names call it `choice`; arrays of choices hold these numbers.
+
+Shape suffixes: N = T * K assignments flattened, n = some of them.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ _NONE = np.zeros(0, dtype=np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a call ended. ``lost`` are the choices (numbers in N) that nobody computed in time."""
+    """How a call ended; ``lost`` has the assignments that no host computed in time, ascending."""
 
     lost: np.ndarray
     error: Refused | None = None  # a refusal that no other host would answer differently
@@ -35,15 +38,19 @@ class Flight:
     send: Send
     sent_at: float
     expires: float
-    hedge_at: float  # when another replica is asked, too
-    rival: int | None = None  # the send in flight whose choices this one repeats
-    hedges: set[int] = field(default_factory=set)  # sends in flight that repeat some of its choices
+    hedge_at: float  # when it is repeated on another replica
+    rival: int | None = None  # in a hedge: the late send in flight that it repeats
+    hedges: set[int] = field(default_factory=set)  # hedges in flight; each repeats a part of it
 
 
 @dataclass(slots=True)
 class LayerCall:
-    """One layer's call in progress. Every choice waits, is in flight, was accepted or has failed;
-    what is in flight a second time, as a hedge, counts once."""
+    """One layer's call in progress.
+
+    Every assignment is in one of these states: waiting (``waiting_N``), in flight (``live``),
+    accepted, failed (``failed``) or given up (``gone``). An assignment that is in flight twice, in
+    a send and in its hedge, counts once.
+    """
 
     key: LayerKey
     top_k: int
@@ -51,34 +58,35 @@ class LayerCall:
     deadline: float
     rotation: int
     ids_N: np.ndarray
-    waiting_N: np.ndarray  # choices that no send carries, ascending
-    # Seconds that each token waits for experts that nobody has; None: until the deadline.
+    waiting_N: np.ndarray  # assignments that are not in flight, ascending
+    # Seconds that each token waits for a missing expert; None: until the deadline.
     patience_T: np.ndarray | None = None
-    # Those of the waiting that no host takes now, and since when there are any: the others wait for
-    # room on a host that has it.
+    # Waiting assignments with no available replica, and since when there are any. The other waiting
+    # assignments have one, and wait until it has room for another call.
     nowhere_N: np.ndarray = field(default_factory=lambda: _NONE)
     nowhere_since: float = 0.0
-    gone: list[np.ndarray] = field(default_factory=list)  # choices that wait no longer
+    gone: list[np.ndarray] = field(default_factory=list)  # assignments whose patience ended
     live: dict[int, Flight] = field(default_factory=dict)  # by sequence number
-    # Given up after a deadline; a late answer still counts if nobody else has its choices.
+    # Sends that missed their deadline. A late answer still counts while all its assignments wait.
     given_up: dict[int, Send] = field(default_factory=dict)
     avoid: set[tuple[str, int]] = field(default_factory=set)  # (host, expert) refused
-    # Hosts that lack one of several experts: asked for each by itself, to learn which.
+    # Hosts that refused a send because they lack one of its experts. They get one send for each
+    # expert from now on, which shows which one they lack.
     apart: set[str] = field(default_factory=set)
     # Refused for a reason that holds for every host.
     failed: list[tuple[Send, Refused]] = field(default_factory=list)
-    misses: int = 0
-    attempts: int = 0  # sends that came to nothing, other than through the loss of a host
-    hold_until: float = 0.0  # no retry before: the budget is spent
+    misses: int = 0  # times that sends missed their deadline
+    attempts: int = 0  # sends that failed for another reason than the loss of a host
+    hold_until: float = 0.0  # no retry before this moment: the retry budget is spent
 
     def ended(self) -> Outcome:
-        """What became of it, once nothing is under way any more."""
+        """Return the outcome; call it when nothing is in flight any more."""
         lost = [self.waiting_N, *self.gone, *(send.choices for send, _ in self.failed)]
         error = self.failed[0][1] if self.failed else None
         return Outcome(np.sort(np.concatenate(lost)), error)
 
     def pieces(self, host: str, mine: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The choices ``mine`` as the rows of one send to ``host`` or of several."""
+        """Return the assignments ``mine`` as the rows of one or several sends to ``host``."""
         if host not in self.apart:
             return rows_of(mine, self.top_k, self.max_rows)
         ids_n = self.ids_N[mine]
@@ -89,12 +97,19 @@ class LayerCall:
         self.waiting_N = np.sort(np.concatenate([self.waiting_N, choices]))
 
     def take(self, seq: int, answered: np.ndarray | None = None) -> bool:
-        """Take a send that gets no answer, or one too late, out of flight. What nobody else
-        carries, and is not in ``answered``, waits again; False if that is nothing."""
+        """Take a send without a useful answer out of flight; return whether any of it waits again.
+
+        Its assignments wait again, except those in ``answered`` and those that one of its hedges
+        carries. All arrays here are int64 of shape (n,), and hold assignment numbers.
+        """
         flight = self.live.pop(seq)
         if flight.rival is not None:
+            # A hedge: the send that it repeats is still in flight and carries all its assignments.
             self.live[flight.rival].hedges.discard(seq)
             return False
+        # An original send: its hedges are disjoint and at first cover it. Each hedge in flight now
+        # becomes an ordinary send, the only one with its assignments. The set difference leaves
+        # what neither they nor the answer cover, such as parts whose hedge was taken before.
         carried = [] if answered is None else [answered]
         for hedge in flight.hedges:
             self.live[hedge].rival = None
@@ -107,11 +122,14 @@ class LayerCall:
         return left.size > 0
 
     def end(self, seq: int) -> list[Send]:
-        """A send needs no more answers: it is out of flight, and so are its hedges, given back."""
+        """Take a send and its hedges out of flight; return the hedges, to be cancelled."""
         return [self.live.pop(hedge).send for hedge in sorted(self.live.pop(seq).hedges)]
 
     def take_late(self, seq: int) -> Send | None:
-        """A send that was given up and is answered now, if nobody else has its choices."""
+        """Return a send that was given up and is answered now, or None if the answer is useless.
+
+        It is useful while all its assignments still wait: an answer is accepted as a whole.
+        """
         late = self.given_up.pop(seq, None)
         if late is None or not np.isin(late.choices, self.waiting_N).all():
             return None
@@ -119,14 +137,14 @@ class LayerCall:
         return late
 
     def nowhere(self, choices: np.ndarray, now: float) -> None:
-        """Of the waiting choices, no host takes these now."""
+        """Note which of the waiting assignments have no available replica now."""
         if not self.nowhere_N.size:
             self.nowhere_since = now
         self.nowhere_N = choices
 
     def lose_patience(self, now: float) -> None:
-        """Choices that nobody takes, of tokens that wait no longer, are lost."""
-        if self.nowhere_N.size:  # some may have been answered late since
+        """Give up assignments that have no available replica and whose token waits no longer."""
+        if self.nowhere_N.size:  # a late answer may have served some of them since
             self.nowhere_N = np.intersect1d(self.nowhere_N, self.waiting_N, assume_unique=True)
         if self.patience_T is not None and self.nowhere_N.size:
             over_n = self.nowhere_since + self._patience(self.nowhere_N) <= now
@@ -139,7 +157,7 @@ class LayerCall:
         return self.patience_T[choices // self.top_k]
 
     def wake_at(self, now: float) -> float:
-        """When something is due: an end of patience, a hedge, a retry that was held back."""
+        """Return when the next deadline, hedge, end of patience or held-back retry is due."""
         due = [self.deadline]
         due += [min(flight.expires, flight.hedge_at) for flight in self.live.values()]
         if self.nowhere_N.size and self.patience_T is not None:
@@ -149,15 +167,20 @@ class LayerCall:
         return min(due)
 
     def stop(self) -> list[Send]:
-        """Nothing is in flight any more; gives what was."""
+        """Take everything out of flight and return the sends; their assignments wait again."""
         sends = [flight.send for flight in self.live.values()]
+        # A send and its hedges share assignments: `unique` counts each once.
         pending = [send.choices for send in sends]
         self.waiting_N = np.unique(np.concatenate([self.waiting_N, *pending]))
         self.live.clear()
         return sends
 
     def not_here(self, send: Send) -> None:
-        """A host lacks an expert of ``send``; which, it says only when asked for one alone."""
+        """Note that the host lacks an expert of ``send``.
+
+        The refusal does not say which. If the send has several, the host gets one send for each
+        expert from now on (`apart`).
+        """
         experts = np.unique(self.ids_N[send.choices])
         if experts.size == 1:
             self.avoid.add((send.host, int(experts[0])))

@@ -1,4 +1,4 @@
-"""How patient a router is with its hosts, and what it may hold in flight."""
+"""Time limits of a router, and limits on its sends, retries and hedges."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from dataclasses import dataclass
 class RouterPolicy:
     """Deadlines and limits of a router; times in seconds."""
 
-    deadline_s: float = 60.0  # one layer's call, waiting for a restart included
-    attempt_s: float = 2.0  # first try of one send; doubles with every miss of the same call
-    window: int = 8  # calls on one connection, quarantined ones included
+    deadline_s: float = 60.0  # of one layer's call, including the wait for a host to restart
+    attempt_s: float = 2.0  # of one send; doubles each time that sends of its call miss it
+    window: int = 8  # calls on one connection, including those given up but not yet freed
     split_rows: int = 16  # an expert with fewer tokens is not split over its replicas
     probe_s: float = 0.05  # first interval between probes of an ejected host; doubles
     probe_max_s: float = 2.0
     connect_s: float = 2.0  # from Connect to Welcome
     reconnect_s: float = 0.2  # between attempts to connect
-    busy_s: float = 0.005  # before a host that was busy is asked again; doubles
+    busy_s: float = 0.005  # before a host that refused as Busy gets calls again; doubles
     busy_max_s: float = 0.5
-    hedge_quantile: float = 0.99  # a send later than so many of its size goes to another replica,
-    hedge_least_s: float = 0.005  # but not before it is so old,
-    hedge_share: float = 0.05  # and not for more than this part of all sends
+    # A send is repeated on another replica once it is older than this quantile of the answer times
+    # of its size, and than hedge_least_s.
+    hedge_quantile: float = 0.99
+    hedge_least_s: float = 0.005
+    hedge_share: float = 0.05  # largest fraction of all sends that may be hedged
     hedge_burst: float = 8.0  # hedges that can be saved up
-    avoid_s: float = 0.1  # for how long a host that was overtaken once is avoided; if it is again,
-    avoid_ages: float = (
-        4.0  # at least so many times as long as the call waited, and twice as before
-    )
+    # A host whose send was overtaken by a hedge is avoided for avoid_s. If that happens again, the
+    # time doubles, and is at least avoid_ages times as long as the overtaken send waited.
+    avoid_s: float = 0.1
+    avoid_ages: float = 4.0
     avoid_max_s: float = 5.0
-    retry_share: float = 0.2  # part of all sends that may be retries; failing over is free
-    retry_per_s: float = 10.0
-    retry_burst: float = 20.0
+    # Fraction of all sends that may be retries; those after NotHere and HostLost are not counted.
+    retry_share: float = 0.2
+    retry_per_s: float = 10.0  # retries per second in addition to that fraction
+    retry_burst: float = 20.0  # retries that can be saved up

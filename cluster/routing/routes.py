@@ -1,4 +1,4 @@
-"""What a router looks up in a placement, as arrays; a layer's are made when it is first asked for.
+"""A placement as arrays for a router; those of a layer are made when it is first used.
 
 Shape suffixes: E = experts of a layer, H = hosts of the placement by name, S = SHARE_STEPS,
 R = replicas of the expert that has the most.
@@ -13,21 +13,21 @@ import numpy as np
 
 from ..placement import LayerKey, LayerPlacement, Placement
 
-# Entries of the table that turns shares into choices: shares are kept to within 1 / 64.
+# Length of the round robin of one expert's replicas: shares are exact to within 1 / 64.
 SHARE_STEPS = 64
 
 
 @dataclass(frozen=True)
 class LayerRoutes:
-    """One layer."""
+    """The replicas of one layer as arrays."""
 
-    table_ES: np.ndarray  # int16: the host for each step of the shares, -1 without one
-    held_EH: np.ndarray  # bool
-    part_H: np.ndarray  # of the layer's load, that each host is to have; all 0: by shares alone
+    table_ES: np.ndarray  # int16: the host at each step of an expert's round robin, -1: no replica
+    held_EH: np.ndarray  # bool: the host has a replica of the expert
+    part_H: np.ndarray  # planned part of the layer's load on each host; all 0: only shares count
 
     @cached_property
     def movable(self) -> list[list[tuple[int, list[int]]]]:
-        """For each host the experts that others hold too, with those."""
+        """For each host, its experts that other hosts hold too, each with those hosts."""
         found: list[list[tuple[int, list[int]]]] = [[] for _ in self.part_H]
         for expert in np.flatnonzero(self.held_EH.sum(axis=1) > 1).tolist():
             hosts = np.flatnonzero(self.held_EH[expert]).tolist()
@@ -68,8 +68,12 @@ class Routes:
 
 
 def _turns(host_ER: np.ndarray, share_ER: np.ndarray) -> np.ndarray:
-    """Smooth weighted round robin: any run of steps has nearly the shares of the whole. Replicas
-    without any share take even ones."""
+    """Return the hosts (E, S) of a smooth weighted round robin over each expert's replicas.
+
+    Any run of steps has nearly the shares of the whole. An expert without shares gets even ones.
+    """
+    # Each step adds every replica's share to its credit; the replica with the most credit gets the
+    # step and pays 1 for it. Shares sum to 1, so that credits stay near 0 (the algorithm of nginx).
     there_ER = host_ER >= 0
     none_E = share_ER.sum(axis=1) == 0
     share_ER = np.where(none_E[:, None], there_ER, share_ER)

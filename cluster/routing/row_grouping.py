@@ -1,6 +1,6 @@
-"""Arithmetic of dispatch: which choices go where, and as which rows.
+"""Arithmetic of dispatch: ranks of assignments within an expert, and assignments as rows of a send.
 
-Shape suffixes: n = choices, numbered t * K + k, t and k = rows and columns of one send.
+Shape suffixes: n = assignments, numbered t * K + k, t and k = rows and columns of one send.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def _starts_of_runs(values: np.ndarray) -> np.ndarray:
-    """True where a value differs from the one before it; ``values`` is not empty."""
+    """Return True where a value differs from the one before it; ``values`` is not empty."""
     starts = np.empty(values.size, dtype=bool)
     starts[0] = True
     np.not_equal(values[1:], values[:-1], out=starts[1:])
@@ -17,7 +17,9 @@ def _starts_of_runs(values: np.ndarray) -> np.ndarray:
 
 
 def rank_within_expert(ids_n: np.ndarray) -> np.ndarray:
-    """For each choice, how many choices of the same expert stand before it."""
+    """Return for each assignment how many assignments of the same expert come before it."""
+    # A stable sort makes one run of each expert. The rank is the position within the run: the
+    # position minus that of the run's start, which a running maximum carries forward.
     order = np.argsort(ids_n, kind="stable")
     first = _starts_of_runs(ids_n[order])
     position = np.arange(ids_n.size)
@@ -27,7 +29,10 @@ def rank_within_expert(ids_n: np.ndarray) -> np.ndarray:
 
 
 def rows_of(choices: np.ndarray, top_k: int, max_rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ascending choices as rows: (token_t, choice_tk padded with -1), at most max_rows each."""
+    """Return ascending assignments as rows (token_t, choice_tk), split after ``max_rows`` rows.
+
+    One row has all assignments of one token; choice_tk is padded with -1 on the right.
+    """
     token_n = choices // top_k
     first = _starts_of_runs(token_n)
     row_n = np.cumsum(first) - 1

@@ -1,4 +1,4 @@
-"""Which transport a router uses to each host, and what it falls back to when one is lost."""
+"""Choose the transport from a router to each host, and the fallback when one is lost."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from typing import Literal
 
 from ..placement import HostEntry
 
-# `device`: between GPUs what does not leave them, else as `auto`, which keeps to what was tested.
+# `device`: transports that keep tensors on GPUs, between two GPUs; else the same as `auto`.
 TransportChoice = Literal["auto", "shm", "grpc", "group", "device"]
 # `cuda` is device memory on one node; `gloo` and `nccl` are groups of torch.distributed.
 Transport = Literal["shm", "cuda", "grpc", "gloo", "nccl"]
 CPU = "cpu"
-# For how long a host is reached by the fallback, counted from the last loss.
+# For how long the fallback is used to a host, counted from the last loss.
 PAUSE_S = 30.0
 _FALLBACK: dict[Transport, Transport] = {"cuda": "shm", "gloo": "grpc", "nccl": "grpc"}
 
 
 def groups_of(choice: TransportChoice, device: str) -> frozenset[Transport]:
-    """The backends of the groups that a host on ``device`` makes, where the spec says ``choice``:
-    what some router's `Transports` may choose for it."""
+    """Return the torch.distributed backends that a host on ``device`` must offer groups for.
+
+    These are the ones that the `Transports` of some router may choose under ``choice``.
+    """
     on_cuda = device != CPU
     if choice == "group":
         return frozenset({"gloo", "nccl"} if on_cuda else {"gloo"})
@@ -26,11 +28,14 @@ def groups_of(choice: TransportChoice, device: str) -> frozenset[Transport]:
 
 
 class Transports:
-    """One router's choice. Shared memory and gRPC always do; what else was lost on a host is not
-    used there for `PAUSE_S`. A host that starts anew begins without a past."""
+    """One router's choice of transport for each host.
+
+    Shared memory and gRPC are always available. Another transport that was lost on a host is not
+    used there for `PAUSE_S`; a new incarnation of the host starts without that history.
+    """
 
     def __init__(self, choice: TransportChoice, *, node: str, device: str = CPU) -> None:
-        """``device`` is the router's own, as in `HostEntry.device`."""
+        """Choose for a router on ``node``, whose own ``device`` is as in `HostEntry.device`."""
         self._choice: TransportChoice = choice
         self._node = node
         self._device = device
@@ -44,9 +49,9 @@ class Transports:
         return best
 
     def lost(self, entry: HostEntry, transport: Transport, now: float) -> None:
-        """A connection ended that was not ended on this side, or was never made."""
+        """Note that a connection failed to be made, or ended and this side did not end it."""
         if transport in _FALLBACK:
-            # What was lost on older incarnations does not matter any more.
+            # Losses of older incarnations do not matter any more.
             for key in [key for key in self._lost_at if key[0] == entry.host]:
                 if key[1] != entry.incarnation:
                     del self._lost_at[key]
@@ -55,7 +60,7 @@ class Transports:
     def _best(self, entry: HostEntry) -> Transport:
         both_cuda = CPU not in (entry.device, self._device)
         if self._choice == "group":
-            # NCCL has no two ranks on one GPU.
+            # NCCL does not support two ranks on one GPU.
             return "nccl" if both_cuda and entry.device != self._device else "gloo"
         if self._choice in ("shm", "grpc"):
             return self._choice

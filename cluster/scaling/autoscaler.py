@@ -1,12 +1,11 @@
-"""How many hosts a pool should have: a state machine over how busy they are.
+"""The autoscaler decides from how busy hosts are how many a pool should have.
 
-It grows when hosts are too busy, or calls wait longer for them than they are computed, and shrinks
-when the pool would do its work with one host less and stay below the middle of the two marks. That
-gap is the hysteresis: what one decision did can never ask for the opposite one. Both need their
-condition to last, and every decision is followed by a rest.
+It adds hosts when they are too busy, or when calls wait longer than they are computed. It removes a
+host when the others could do the work and stay below the middle between ``low`` and ``high``. This
+gap is the hysteresis: a decision cannot cause the opposite one. Both conditions must last for a
+while, and a pause follows each decision.
 
-The clock and all observations are arguments; which host leaves is `cluster/scaling/fleet.py`'s
-choice.
+The clock and all observations are arguments. `cluster/scaling/fleet.py` chooses which host leaves.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from dataclasses import dataclass
 
 from ..load.meter import HostTimes
 
-# Hosts report with their routers' calls, about once a second.
+# Routers report the hosts' times about once a second.
 _WINDOW_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalePolicy:
-    """When hosts come and go. Busy is the part of its time in which a host computes."""
+    """When hosts are added and removed; "busy" is the fraction of time in which a host computes."""
 
     high: float = 0.75
     low: float = 0.35
@@ -38,13 +37,13 @@ class ScalePolicy:
 
     @property
     def aim(self) -> float:
-        """How busy hosts should be behind a decision."""
+        """How busy hosts should be after a decision."""
         return (self.low + self.high) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupState:
-    """A group of like hosts. Those that leave count in none but ``leaving``."""
+    """A group of identical hosts; those that leave count only in ``leaving``."""
 
     min_count: int
     max_count: int
@@ -52,7 +51,7 @@ class GroupState:
     speed: float
     up: int
     pending: int = 0
-    stuck: int = 0  # of those pending, the ones that nobody has room for
+    stuck: int = 0  # pending hosts that no machine has had room for
     leaving: int = 0
     keep: str = ""  # why no host may leave; empty if one may
 
@@ -67,15 +66,15 @@ class GroupState:
 
 @dataclass(frozen=True, slots=True)
 class PoolLoad:
-    """Of the hosts that are up, over the last seconds."""
+    """The load of the hosts that are up, over the last seconds."""
 
-    busy: float  # the mean part of their time in which they compute, weighted by speed
-    waiting: float  # how long calls wait, as a multiple of how long they are computed
+    busy: float  # mean fraction of time in which they compute, weighted by speed
+    waiting: float  # time that calls wait / time of the computations that they are part of
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A group should have ``count`` hosts."""
+    """The number of hosts that a group should have."""
 
     group: int
     count: int
@@ -83,7 +82,7 @@ class Decision:
 
 
 class BusyMeter:
-    """Turns the sums that routers report into how busy hosts are."""
+    """Computes from the sums that routers report how busy hosts are."""
 
     def __init__(self) -> None:
         self._before: dict[str, HostTimes] = {}
@@ -92,8 +91,10 @@ class BusyMeter:
     def measure(
         self, totals: Mapping[str, HostTimes], speeds: Mapping[str, float], now: float
     ) -> PoolLoad | None:
-        """The load of the hosts in ``speeds`` since the last time; None while that is too short
-        ago. ``totals`` only grow."""
+        """Return the load of the hosts in ``speeds`` since the last measurement.
+
+        ``totals`` are sums that only grow. Returns None if the last measurement is too recent.
+        """
         if self._since is not None and now - self._since < _WINDOW_S:
             return None
         before, since = self._before, self._since
@@ -108,10 +109,10 @@ class BusyMeter:
         for host, speed in speeds.items():
             new, old = totals.get(host, HostTimes()), before.get(host, HostTimes())
             host_busy_s = max(0.0, new.busy_s - old.busy_s)
-            # What a second's reports tell may have been computed before it.
+            # A report may contain computations from before this window, hence the limit of 1.
             work += speed * min(1.0, host_busy_s / (now - since))
-            # Against the whole computation: a call that waits for the one before it to end waits
-            # as long as it is computed, with however many others it is.
+            # Waits are compared with whole batches: a call that waits for one batch like its own
+            # has a ratio of 1, however many calls share the batch.
             batch_s += max(0.0, new.batch_s - old.batch_s)
             queued_s += max(0.0, new.queued_s - old.queued_s)
         return PoolLoad(work / sum(speeds.values()), queued_s / batch_s if batch_s else 0.0)
@@ -119,7 +120,7 @@ class BusyMeter:
 
 @dataclass(slots=True)
 class _Mark:
-    """A condition on a smoothed value that has to last."""
+    """A smoothed value, and since when a condition on it holds without a break."""
 
     after_s: float
     value: float | None = None
@@ -130,6 +131,7 @@ class _Mark:
         if self.value is None or self.after_s <= 0:
             self.value = value
         else:
+            # Exponential smoothing; half of `after_s` is its time constant.
             part = 1 - math.exp(-(now - self._at) / (self.after_s / 2))
             self.value += part * (value - self.value)
         self._at = now
@@ -147,11 +149,11 @@ class _Mark:
 
 
 class Autoscaler:
-    """Observations go in, counts of hosts come out."""
+    """Decides from observations how many hosts each group should have."""
 
     def __init__(self, policy: ScalePolicy) -> None:
         self.policy = policy
-        self.held = ""  # why nothing is done although something should be
+        self.held = ""  # why nothing is changed although the load asks for it
         self.load: PoolLoad | None = None
         self._up = _Mark(policy.up_after_s)
         self._down = _Mark(policy.down_after_s)
@@ -159,7 +161,7 @@ class Autoscaler:
         self._rest_until = -math.inf
 
     def rest(self, now: float) -> None:
-        """Somebody changed the number of hosts: look at what it brings before going on."""
+        """Pause after any change of the number of hosts, to observe its effect first."""
         self._rest_until = now + self.policy.cooldown_s
         for mark in (self._up, self._down, self._waits):
             mark.reset()
@@ -167,13 +169,15 @@ class Autoscaler:
     def decide(
         self, groups: Sequence[GroupState], load: PoolLoad | None, now: float
     ) -> list[Decision]:
-        """What to change now, usually nothing. ``load`` is None where nothing new is known."""
+        """Return what to change now, usually nothing; ``load`` is None if nothing was measured."""
         if load is None or not any(group.scales for group in groups):
             return []
         self.load = load
         busy = self._up.note(load.busy, now)
         calm = self._down.note(load.busy, now)
         waiting = self._waits.note(load.waiting, now)
+        # Waiting calls ask for hosts only if hosts are not nearly idle; a few calls that happen to
+        # collide on an idle pool are no reason to grow.
         queues = waiting > 1 and busy > self.policy.low
         hot = self._up.lasts(busy >= self.policy.high or queues, now)
         idle = self._down.lasts(calm <= self.policy.low and not queues, now)
@@ -200,18 +204,20 @@ class Autoscaler:
 
     def _grow(self, groups: Sequence[GroupState], busy: float, why: str) -> list[Decision]:
         counts = [group.count for group in groups]
-        # Hosts that wait for a machine in vain do not count, so that another group may help out.
+        # Speeds: `capacity` is that of hosts that are up or coming, `needed` is what makes them
+        # `aim` busy. Stuck hosts do not count, so that another group can grow in their place.
         capacity = sum((g.count - g.stuck) * g.speed for g in groups)
         needed = busy * sum(g.up * g.speed for g in groups) / self.policy.aim
         if capacity >= needed and any(g.pending > g.stuck for g in groups):
-            self.held = "hosts that will do are on their way"
+            self.held = "enough hosts are already starting"
             return []
         cost = sum((g.count + g.leaving) * g.cost_per_hour for g in groups)
         limit = self.policy.max_cost_per_hour
         added = 0
         for index in sorted(range(len(groups)), key=lambda i: _cost(groups[i])):
             group = groups[index]
-            # At most twice as many at once: the measure is of the hosts that there are.
+            # At most double the pool in one decision: saturated hosts measure as 100 % busy, which
+            # does not show how many more are needed.
             while group.scales and counts[index] < group.max_count and not group.stuck:
                 if added and (capacity >= needed or added >= sum(g.count for g in groups)):
                     break
@@ -232,7 +238,7 @@ class Autoscaler:
 
     def _shrink(self, groups: Sequence[GroupState], busy: float, why: str) -> list[Decision]:
         if any(group.leaving for group in groups):
-            return []  # one after the other: each drain shows what it costs
+            return []  # one host at a time, so that the effect of each drain is seen
         capacity = sum(g.up * g.speed for g in groups)
         kept = ""
         for index in sorted(range(len(groups)), key=lambda i: -_cost(groups[i])):
@@ -242,6 +248,7 @@ class Autoscaler:
             if group.keep:
                 kept = group.keep
                 continue
+            # Hosts that are not up leave first, and `capacity` does not contain them.
             left = capacity - (group.speed if not group.pending else 0.0)
             if left <= 0 or busy * capacity / left > self.policy.aim:
                 continue

@@ -1,9 +1,9 @@
-"""Which hosts a pool has, by name: what operators and the autoscaler want, and how far it is.
+"""The named hosts of a pool: which ones operators and the autoscaler want, and which are there.
 
-`Fleet` decides and never starts or ends a host itself: the process that owns the cluster asks for
-`desired` and does it. A host that leaves stays desired until it is drained and no router knows it.
-Growing again takes back hosts that are on their way out before it names new ones; the number in a
-new name was never used before.
+`Fleet` only decides. The cluster's owner asks for `desired`, and starts and ends hosts accordingly.
+A host that leaves stays desired until it is drained and no router knows it. If a group grows again,
+hosts that are leaving are taken back before new ones are named. A new name has a number that was
+never used before.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ class Fleet:
         pending_s: float,
         kept: Mapping[str, Any] | None = None,
     ) -> None:
-        """``kept`` is what `keep` gave another controller; a host that is not up after
-        ``pending_s`` waits for room that nobody has, and is shown so."""
+        """Start with the groups' hosts, or with ``kept``, which `keep` gave another controller.
+
+        A host that is not up after ``pending_s`` is shown as waiting for a machine.
+        """
         self.groups = tuple(groups)
         self.autoscaler = Autoscaler(policy)
         self.scalings = Scalings()
@@ -55,20 +57,20 @@ class Fleet:
                     self._group_of[self._name()] = index
 
     def pool_hosts(self) -> list[PoolHost]:
-        """All hosts, for a new `Control`."""
+        """Return all hosts, for a new `Control`."""
         return [self.groups[group].pool_host(name) for name, group in self._group_of.items()]
 
     def take_over(self, control: Control) -> None:
-        """Tell a new `Control` which of its hosts are on their way out."""
+        """Tell a new `Control` which of its hosts are leaving."""
         for name in self._retired:
             control.retire_host(name)
 
     def desired(self) -> dict[str, int]:
-        """The group of every host that there should be now."""
+        """Return the hosts that should exist now, each with its group."""
         return dict(self._group_of)
 
     def keep(self) -> dict[str, Any]:
-        """For a controller that starts anew, as plain values."""
+        """Return the state as plain values, for a controller that starts anew."""
         return {"hosts": self._group_of, "retired": self._retired, "next": self._next}
 
     def staying(self, group: int) -> list[str]:
@@ -77,7 +79,7 @@ class Fleet:
     # ---- one round ------------------------------------------------------------------------------
 
     def tick(self, control: Control, now: float) -> None:
-        """Behind a tick of ``control``: let the autoscaler decide, and hosts go that are free."""
+        """Let the autoscaler decide, and remove drained hosts; call after a tick of ``control``."""
         for name in self._group_of:
             if name in control.view.seen:
                 self._asked_at.pop(name, None)
@@ -99,14 +101,14 @@ class Fleet:
         )
 
     def scale(self, control: Control, group: int, count: int, *, who: str, now: float) -> Scaling:
-        """Give a group ``count`` hosts. Raises ValueError that names what is wrong."""
+        """Set the number of hosts of a group; raise ValueError that names what is wrong."""
         if not 0 <= group < len(self.groups):
             raise ValueError(f"group: {group} is not in 0 to {len(self.groups) - 1}")
         most = self.groups[group].max_count
         if not 1 <= count <= most:
             raise ValueError(f"count: {count} is not in 1 to {most}, hosts.{group}.max_count")
         if self.groups[group].fixed:
-            raise ValueError(f"group: {group} is a placement group (spread), which is fixed")
+            raise ValueError(f"group: {group} is a placement group (spread) and has a fixed size")
         if count == len(self.staying(group)):
             return self.scalings.same(group, count, who, now)
         excess = len(self.staying(group)) - count
@@ -120,7 +122,7 @@ class Fleet:
     # ---- what is shown --------------------------------------------------------------------------
 
     def waiting(self, name: str, now: float) -> str | None:
-        """Why a host is not up yet, in words; None if it is, or was."""
+        """Return in words why a host is not up yet; None if it is or was."""
         since = self._asked_at.get(name)
         if since is None:
             return None
@@ -134,7 +136,7 @@ class Fleet:
         return list(self._retired)
 
     def describe(self, now: float) -> dict[str, Any]:
-        """Plain values for people and JSON."""
+        """Return plain values for people and JSON."""
         load = self.autoscaler.load
         return {
             "groups": [
@@ -159,7 +161,7 @@ class Fleet:
         self, control: Control, group: int, count: int, who: str, why: str, now: float
     ) -> Scaling:
         before = len(self.staying(group))
-        # Those taken back have their experts still: the last to be drained first.
+        # Hosts that are leaving may still have their experts, most likely the one retired last.
         back = [n for n in reversed(self._retired) if self._group_of[n] == group]
         back = back[: max(0, count - before)]
         for name in back:
@@ -186,8 +188,11 @@ class Fleet:
         self.version += 1
 
     def _leavers(self, control: Control, group: int) -> list[str]:
-        """A group's hosts, those first whose leaving costs least: not up, drained already, with
-        the fewest experts; among equals the newest."""
+        """Return a group's hosts in the order in which they should leave, the cheapest first.
+
+        First come hosts that are not up, then drained ones, then those with the fewest experts;
+        among equals the newest.
+        """
         ages = {name: age for age, name in enumerate(self._group_of)}
 
         def cost(name: str) -> tuple[bool, bool, int, int]:
@@ -199,7 +204,7 @@ class Fleet:
         return sorted(self.staying(group), key=cost)
 
     def _lack(self, control: Control, leavers: Sequence[str]) -> str:
-        """Why these cannot leave."""
+        """Return why these hosts cannot leave; empty if they can."""
         left = [
             host
             for name, host in control.view.hosts.items()

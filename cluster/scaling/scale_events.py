@@ -1,4 +1,4 @@
-"""The history of the pool's size: who changed it, why, which hosts came and went, how it ended."""
+"""The history of the pool's size: who changed it and why, which hosts it concerned, its outcome."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _KEPT = 50
 
 
 class Stage(Enum):
-    STARTING = "starting"  # hosts are on their way
-    DRAINING = "draining"  # experts leave hosts that are to go
+    STARTING = "starting"  # new hosts are starting
+    DRAINING = "draining"  # experts are moved off hosts that are to leave
     DONE = "done"
-    # Hosts wait for machines, or their experts for room on others; it goes on when there is some.
+    # New hosts wait for machines, or experts of leaving hosts for room elsewhere.
     WAITING = "no room"
     SUPERSEDED = "superseded"  # the same group was scaled again before this was done
 
@@ -24,7 +24,7 @@ _UNDER_WAY = (Stage.STARTING, Stage.DRAINING)
 
 @dataclass(slots=True, kw_only=True)
 class Scaling:
-    """One group's way from one number of hosts to another."""
+    """One change of the number of hosts of a group."""
 
     id: int
     group: int
@@ -37,10 +37,10 @@ class Scaling:
     leaving: list[str] = field(default_factory=list)
     stage: Stage = Stage.STARTING
     ended: float | None = None
-    waits_for: list[str] = field(default_factory=list)  # hosts that are still to come, or to go
+    waits_for: list[str] = field(default_factory=list)  # hosts that have yet to come or leave
 
     def describe(self, now: float) -> dict[str, Any]:
-        """Plain values for people and JSON."""
+        """Return plain values for people and JSON."""
         return {
             "id": self.id,
             "group": self.group,
@@ -59,7 +59,7 @@ class Scaling:
 
 
 class Scalings:
-    """The last ones, the newest last."""
+    """The last changes, the newest at the end."""
 
     def __init__(self) -> None:
         self.all: list[Scaling] = []
@@ -96,11 +96,13 @@ class Scalings:
         return scaling
 
     def same(self, group: int, count: int, who: str, now: float) -> Scaling:
-        """Nothing is to change: the one that is under way to this number, or one that is done."""
+        """Return the running change to this number, or a new one that is already done."""
         for one in self._open():
             if (one.group, one.count) == (group, count):
                 return one
-        done = self.begin(group, count, count, who=who, why="asked for, and so it is", now=now)
+        done = self.begin(
+            group, count, count, who=who, why="requested; already at this size", now=now
+        )
         done.stage, done.ended = Stage.DONE, now
         return done
 
@@ -116,8 +118,11 @@ class Scalings:
         full: Collection[str] = (),
         now: float,
     ) -> None:
-        """Note which hosts are ``up``, which are still ``there``, which wait for a machine, and
-        for whose experts others have no room (``full``)."""
+        """Update all changes that are under way.
+
+        ``up`` and ``there`` name hosts that are up and that still exist. ``late`` hosts wait for a
+        machine; for experts of ``full`` hosts there is no room elsewhere.
+        """
         for one in self._open():
             coming = [name for name in one.coming if name not in up]
             leaving = [name for name in one.leaving if name in there]

@@ -1,4 +1,4 @@
-"""How a cluster ends: how long it waits for what runs, and what it says meanwhile."""
+"""Drain a cluster at its end: how long it waits for running work, and what it tells meanwhile."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["answer", "call"]
-# Behind `drain_s`, when the ingress and the router service end the rest themselves.
+# Wait this much longer than `drain_s`, after which the ingress and the router service end their
+# remaining work by themselves.
 GRACE_S = 5.0
-# So long Serve's proxy has for the end of an answer that has left the ingress.
+# Time for Serve's proxy to send the end of an answer that has left the ingress.
 FLUSH_S = 1.0
-# A part that does not answer for so long is not waited for.
+# A part that is silent for longer is not waited for.
 SILENT_S = 10.0
 _NEWS_S = 1.0
 
@@ -23,23 +24,23 @@ class _Part:
 
 
 class Draining:
-    """Which parts are waited for. Moments are seconds of any steady clock."""
+    """The parts that the cluster waits for; times are seconds of any monotonic clock."""
 
     def __init__(self, drain_s: float, now: float) -> None:
         self._drain_s = drain_s
         self._began_at = now
         self._parts: dict[str, _Part] = {}
-        self._ended_at: float | None = None  # what ran last
+        self._ended_at: float | None = None  # when a part last had nothing running any more
         self._told: list[str] = []
         self._told_at = float("-inf")
 
     def expect(self, part: str, kind: Kind, now: float) -> None:
-        """This part was told to refuse what is new."""
+        """Wait for this part from now on: it was told to refuse new work."""
         self._parts[part] = _Part(kind, 0, now)
         self._began_at = now
 
     def heard(self, part: str, running: int, now: float) -> None:
-        """So many answers or calls run there."""
+        """Note how many answers or calls this part still runs."""
         one = self._parts[part]
         if one.running and not running:
             self._ended_at = now
@@ -47,14 +48,14 @@ class Draining:
 
     @property
     def parts(self) -> list[str]:
-        """Those that are waited for."""
+        """The parts that the cluster waits for."""
         return list(self._parts)
 
     def waits(self, now: float) -> bool:
-        """Whether the cluster goes on for what runs."""
+        """Return whether the cluster still waits for running work."""
         for part, one in list(self._parts.items()):
             if now - one.heard_at > SILENT_S:
-                del self._parts[part]  # it is frozen or gone, and what ran there
+                del self._parts[part]  # it is frozen or gone, and its work is lost
         if now - self._began_at > self._drain_s + GRACE_S:
             return False
         if any(one.running for one in self._parts.values()):
@@ -62,7 +63,7 @@ class Draining:
         return self._ended_at is not None and now - self._ended_at < FLUSH_S
 
     def news(self, now: float) -> str | None:
-        """A line for people, where it is another one than before; at most one a second."""
+        """Return a line for people if it has changed, at most once a second; else None."""
         counts: dict[Kind, int] = {"answer": self._count("answer"), "call": self._count("call")}
         words = [_counted(count, kind) for kind, count in counts.items() if count]
         if words == self._told or (words and now - self._told_at < _NEWS_S):

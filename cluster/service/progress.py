@@ -1,66 +1,65 @@
-"""Whether a model makes progress, as those see it who wait for its answers.
+"""Decide from the outside whether a model makes progress, for readiness checks.
 
-A model is ready unless work is pending and no step was made for `STALLED_S`. So one that is idle or
-asleep is ready, and so is one that is full as long as its steps go on. Work that ended because its
-trunk was lost, or while no step was made, leaves the model in doubt: until somebody sees a step or
-an engine with room, that counts as pending work. Otherwise a frozen trunk would seem well whenever
-its callers had given up.
+A model is ready unless work is pending and its engine made no step for `STALLED_S`. So an idle or
+sleeping model is ready, and so is a full one whose steps go on. If work ended because a trunk was
+lost, or while no step was made, the model is in doubt. That counts as pending work until a step or
+an idle engine is seen; otherwise a frozen trunk would look ready once its callers had given up.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Longer than any step of a healthy engine; requests are parked outside of the steps.
+# Longer than any step of a healthy engine; parked requests wait outside of steps.
 STALLED_S = 10.0
-# Without a token for so long the engine is asked: a long prompt takes many steps before its first.
+# Ask the engine after this time without a token: a long prompt takes many steps before its first.
 ASK_AFTER_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
-    """What the engine of one trunk says of itself."""
+    """What the engine of one trunk reports about itself."""
 
-    trunk: str  # tells a model's trunks apart, those that were lost too
-    steps: int  # since it began
-    busy: bool  # requests run or wait, parked ones too
-    beats: bool  # it is healthy, and its loop looked for work not long ago
+    trunk: str  # identifies this start of a trunk, also among those that were lost
+    steps: int  # since its start
+    busy: bool  # it has requests: running, waiting or parked
+    beats: bool  # it is healthy, and its loop looked for work lately
 
 
 class Progress:
-    """Of one model. Moments are seconds of any steady clock."""
+    """The progress of one model; times are seconds of any monotonic clock."""
 
     def __init__(self, *, wake_s: float = 0.0, stalled_s: float = STALLED_S) -> None:
-        """``wake_s``: how long a trunk may take to start where the model may be without one."""
+        """Set ``wake_s``, the time that a trunk may take to start; 0 if there always is one."""
         self._wake_s = wake_s
         self._stalled_s = stalled_s
         self._pending = 0
         self._doubted = False
-        # Since when nothing moved, and since when there has been work without a pause.
+        # When the last progress was seen, and when work began after the last time without any.
         self._moved_at = self._began_at = float("-inf")
         self._steps: dict[str, int] = {}
 
     # ---- what it is told ------------------------------------------------------------------------
 
     def began(self, now: float) -> None:
-        """A request is on its way to a trunk."""
+        """Note that a request was sent to a trunk."""
         if not self.in_question:
             self._moved_at = self._began_at = now
             self._steps.clear()
         self._pending += 1
 
     def moved(self, now: float) -> None:
-        """A token, or an answer, came."""
+        """Note that a token or an answer arrived."""
         self._moved_at = now
         self._doubted = False
 
     def ended(self, now: float, *, lost: bool = False) -> None:
-        """A request is over, whatever became of it; ``lost``: its trunk was lost, or failed."""
+        """Note that a request ended; ``lost`` says that its trunk was lost or failed."""
         self._pending -= 1
         if lost or self._stalled(now):
             self._doubted = True
         if self._wake_s and not self._pending:
-            # The model may have been scaled to zero, and a question would start its trunk again.
+            # The model may have no trunk now, and asking its engine would start one.
             self._doubted = False
 
     def heard(self, heard: Heard, now: float) -> None:
@@ -71,7 +70,7 @@ class Progress:
             self.moved(now)
 
     def waking(self, now: float) -> None:
-        """There is no trunk, and one is being started."""
+        """Note that there is no trunk and one is being started."""
         if now - self._began_at < self._wake_s:
             self._moved_at = now
 
@@ -79,14 +78,14 @@ class Progress:
 
     @property
     def in_question(self) -> bool:
-        """Work is pending, or was lost."""
+        """Whether work is pending or was lost."""
         return self._pending > 0 or self._doubted
 
     def is_ready(self, now: float) -> bool:
         return not (self.in_question and self._stalled(now))
 
     def wants_to_hear(self, now: float) -> bool:
-        """Whether the engine is to be asked now."""
+        """Return whether to ask the engine now."""
         return self.in_question and now - self._moved_at >= ASK_AFTER_S
 
     def _stalled(self, now: float) -> bool:

@@ -1,8 +1,8 @@
-"""Which pages of a browser may send requests to an HTTP server: judged by their Host and Origin.
+"""Decide by Host and Origin headers which web pages may send requests to an HTTP server.
 
-A browser on this machine reaches what listens on loopback, and carries out what any page asks of
-it. A page whose name was made to resolve to 127.0.0.1 (DNS rebinding) is found out by its Host
-header, a page of another site that sends a request (CSRF) by its Origin.
+A browser on this machine can reach servers on loopback, and sends the requests of any page that is
+open in it. The Host header exposes a page whose name resolves to 127.0.0.1 (DNS rebinding). The
+Origin header exposes a page of another site that sends a request (CSRF).
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ _ORIGIN = re.compile(rf"https?://{_NAME}(?::\d{{1,5}})?", re.ASCII)
 
 
 def host_of(authority: str) -> str | None:
-    """The host in a Host header (`name`, `name:port`, `[address]:port`), in small letters and
-    without brackets; None where it is no such thing."""
+    """Return the host in a Host header, in lower case and without brackets; None if malformed.
+
+    The header is `name`, `name:port` or `[address]:port`.
+    """
     return _host(_AUTHORITY.fullmatch(authority.lower()))
 
 
 def _origin_host(origin: str) -> str | None:
-    """The same of an http or https Origin, and None of any other."""
+    """Return the host in an http or https Origin, as `host_of` does; None for any other."""
     return _host(_ORIGIN.fullmatch(origin.lower()))
 
 
@@ -42,7 +44,7 @@ def _host(found: re.Match[str] | None) -> str | None:
 
 
 def is_host(value: str) -> bool:
-    """Whether ``value`` is a name, or an address with or without brackets, and has no port."""
+    """Return whether ``value`` is a name, or an address with or without brackets, without port."""
     try:
         ipaddress.ip_address(_plain(value))
     except ValueError:
@@ -51,8 +53,10 @@ def is_host(value: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, as an address with or without brackets or as a name, is always this machine:
-    `localhost`, 127.0.0.0/8 and ::1."""
+    """Return whether a host is always this machine: `localhost`, 127.0.0.0/8 or ::1.
+
+    The host is a name, or an address with or without brackets.
+    """
     plain = _plain(host)
     try:
         return ipaddress.ip_address(plain).is_loopback
@@ -61,7 +65,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _plain(host: str) -> str:
-    """A host as `host_of` words it."""
+    """Return a host in the form of `host_of`."""
     plain = host.removeprefix("[").removesuffix("]").lower()
     try:
         return str(ipaddress.ip_address(plain))
@@ -71,11 +75,11 @@ def _plain(host: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebGuard:
-    """The rule of one server. Without ``loopback`` and without ``hosts`` there is none."""
+    """The rule of one server; without ``loopback`` and ``hosts`` everything may pass."""
 
-    loopback: bool  # it listens there, and nowhere else
-    hosts: frozenset[str] = frozenset()  # by which it may be asked for, beside loopback's names
-    origins: frozenset[str] = frozenset()  # whose pages may send requests; `*`: all
+    loopback: bool  # the server listens on loopback only
+    hosts: frozenset[str] = frozenset()  # allowed in the Host header, besides loopback's names
+    origins: frozenset[str] = frozenset()  # their pages may send requests; `*`: all
 
     @classmethod
     def of(
@@ -86,8 +90,10 @@ class WebGuard:
         origins: Collection[str] = (),
         own: Collection[str] = (),
     ) -> WebGuard:
-        """``listens``: the address of the server. ``own``: further names that it is told to be
-        reached by."""
+        """Make the rule of a server on the address ``listens``.
+
+        ``own`` are names of the server itself, which are allowed besides ``allowed_hosts``.
+        """
         hosts = {*allowed_hosts, *(own if allowed_hosts else ())}
         return cls(
             loopback=is_loopback(listens),
@@ -96,15 +102,15 @@ class WebGuard:
         )
 
     def check(self, hosts: Sequence[str], origins: Sequence[str]) -> None:
-        """Raises Forbidden. ``hosts`` and ``origins``: all headers of these names of a request."""
+        """Check all Host and all Origin headers of a request; raise Forbidden."""
         if not self.loopback and not self.hosts:
             return
         host = host_of(hosts[0]) if len(hosts) == 1 else None
         if "*" not in self.hosts and not self._known(host):
             said = ", ".join(hosts) or "none"
             raise Forbidden(
-                f"Host: {said[:100]!r} is not a name of this server; `endpoint.allowed_hosts` of "
-                "the cluster's spec allows more"
+                f"Host: {said[:100]!r} is not a name of this server; add it to "
+                "`endpoint.allowed_hosts` of the cluster's spec to allow it"
             )
         if self.loopback and origins:
             self._check_origin(origins, host)
@@ -116,9 +122,10 @@ class WebGuard:
         if "*" in self.origins or (len(origins) == 1 and origins[0] in self.origins):
             return
         site = _origin_host(origins[0]) if len(origins) == 1 else None
-        # Sites have no ports: a page of this machine, or of the name by which this was asked for.
+        # A site includes all ports of a host. Allowed are pages of this machine, and those of the
+        # host that the request was sent to.
         if site is None or not (is_loopback(site) or site == host):
             raise Forbidden(
-                f"Origin: {', '.join(origins)[:100]!r} is another site; `endpoint.cors_origins` of "
-                "the cluster's spec allows pages to send requests"
+                f"Origin: {', '.join(origins)[:100]!r} is another site; add it to "
+                "`endpoint.cors_origins` of the cluster's spec to allow its requests"
             )

@@ -1,4 +1,4 @@
-"""A virtual clock, its queue of events, and processes that can be frozen, woken and killed."""
+"""A virtual clock with its queue of events, and processes that can be frozen, woken and killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Act = Callable[[], None]
 
 class Event(NamedTuple):
     when: float
-    order: int  # events of one moment happen in the order in which they were scheduled
+    order: int  # events at the same time happen in the order in which they were scheduled
     what: str
     act: Act
 
@@ -33,7 +33,7 @@ class Clock:
         self.at(self.now + delay_s, what, act)
 
     def next(self) -> Event:
-        """The next event; the clock is set to its moment. Some process always has a timer."""
+        """Return the next event, and set the clock to its time; there always is a timer."""
         event = heapq.heappop(self._queue)
         self.now = event.when
         self.happened += 1
@@ -41,8 +41,10 @@ class Clock:
 
 
 class Process:
-    """One life of one process: frozen, it keeps what reaches it until it is woken; killed, it
-    never does anything again."""
+    """One start of a process.
+
+    While it is frozen, it keeps what reaches it until it is woken. Once killed, it does nothing.
+    """
 
     def __init__(self, name: str, clock: Clock) -> None:
         self.name = name
@@ -56,11 +58,11 @@ class Process:
         self._watchers = 0
 
     def reach(self, delay_s: float, what: str, act: Act) -> None:
-        """``act`` on this process in ``delay_s``, or when it is woken after that."""
+        """Run ``act`` on this process in ``delay_s`` seconds, or when it is woken after that."""
         self.clock.after(delay_s, what, lambda: self._run(what, act))
 
     def alarm(self, timer: str, when: float, act: Act) -> None:
-        """One of this process's timers, set anew."""
+        """Set one of this process's timers; this replaces its earlier setting."""
         number = self._timers[timer] = self._timers.get(timer, 0) + 1
 
         def ring() -> None:
@@ -87,7 +89,7 @@ class Process:
             notice()
 
     def on_death(self, notice: Act) -> Callable[[], object]:
-        """Call ``notice`` when this process dies; gives a function that takes this back."""
+        """Call ``notice`` when this process dies; return a function that revokes this."""
         self._watchers += 1
         number = self._watchers
         self._on_death[number] = notice

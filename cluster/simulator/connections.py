@@ -1,4 +1,4 @@
-"""A simulated router's connections: `actors/router/connections.py` and its channels' slots."""
+"""The connections of a simulated router and their slots, as in `actors/router/connections.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SimChannel:
-    """One connection's slots: taken by a call, free when it was answered or the line ended."""
+    """The slots of one connection: a call takes one until it is answered."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -100,20 +100,20 @@ class SimLinks:
         connection.send(connection.host, frame)
 
     def free(self, host: str, seq: int) -> None:
-        """No answer to this call is wanted or expected any more."""
+        """Release the slot of a call whose answer is neither wanted nor expected any more."""
         channel = self.channels.get(host)
         if channel is not None:
             channel.release(seq)
 
     def channel_of(self, connection: Connection) -> SimChannel | None:
-        """None behind a disconnect: what still comes on it is nobody's."""
+        """Return the channel of a connection; None after a disconnect, to ignore late frames."""
         for channel in self.channels.values():
             if channel.connection is connection:
                 return channel
         return None
 
     def received(self, channel: SimChannel, frame: Frame) -> bool:
-        """Whether a frame means anything; an answer that comes twice does not."""
+        """Return whether a frame has to be handled: not if it is a repeated reply."""
         if isinstance(frame, Reply) and frame.seq not in channel.calls:
             return False
         if isinstance(frame, Refusal) or (isinstance(frame, Reply) and not frame.sound):
@@ -121,6 +121,6 @@ class SimLinks:
         return True
 
     def read(self, host: str, seq: int) -> object:
-        """What stands in the slot of a reply that is being handled."""
+        """Return the contents of the slot of a reply that is being handled."""
         channel = self.channels[host]
         return channel.connection.slots[channel.calls[seq]]

@@ -1,5 +1,8 @@
-"""A simulated controller process: the shell of `actors/controller/controller.py` and
-`actors/runtime/durable_state.py` around the same `Control` and planner."""
+"""A simulated controller process around the real `Control` and planner.
+
+It takes the place of the shells `actors/controller/controller.py` and
+`actors/runtime/durable_state.py`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Sizing:
-    """The real `Fleet` and autoscaler of one controller, and what it keeps for its successor."""
+    """The real `Fleet` and autoscaler of one controller, and the state kept for its successor."""
 
     def __init__(self, controller: SimController) -> None:
         settings, registry = controller.world.settings, controller.world.registry
@@ -44,13 +47,13 @@ class Sizing:
         self._kept_version = -1
 
     def scale(self, control: Control, group: int, count: int) -> None:
-        """An operator's. Raises ValueError."""
+        """Carry out an operator's request for a size. Raises ValueError."""
         now = self._controller.clock.now
         self.fleet.scale(control, group, count, who="operator", now=now)
         self._keep()
 
     def tick(self, control: Control, now: float) -> None:
-        """Behind every tick of the controller."""
+        """Run after every tick of the controller."""
         before = self.fleet.desired().keys()
         self.fleet.tick(control, now)
         self._keep()
@@ -68,7 +71,7 @@ class Sizing:
 
 @dataclass(slots=True)
 class _Waiting:
-    """A router's report that is answered as soon as there is a newer placement."""
+    """A router's report, answered as soon as there is a newer placement or at ``until``."""
 
     after: Number | None
     respond: Responder
@@ -76,7 +79,7 @@ class _Waiting:
 
 
 class SimController(Process):
-    """One life of the controller; another one may believe that it is over."""
+    """One start of the controller; a second one may run at the same time (`second_controller`)."""
 
     def __init__(self, name: str, world: World) -> None:
         super().__init__(name, world.clock)
@@ -86,11 +89,11 @@ class SimController(Process):
         # When each router's last report came.
         self.heard: dict[str, float] = {}
         self._answers: dict[str, SimReport | str | None] = {}
-        self.asked_at = 0.0  # when it asked for the reports that it decides by
+        self.asked_at = 0.0  # when it asked for the reports on which it decides
         self._observed: dict[str, Observation | None] = {}
         self._loads: set[str] = set()
         self._evicts: dict[str, tuple[ExpertKey, ...]] = {}
-        self._evictions: dict[str, int] = defaultdict(int)  # that have ended
+        self._evictions: dict[str, int] = defaultdict(int)  # number of the last that ended, by host
         self._asked: set[str] = set()
         self._waiting: list[_Waiting] = []
         self._early: list[Callable[[], None]] = []
@@ -99,7 +102,7 @@ class SimController(Process):
     # ---- its term -------------------------------------------------------------------------------
 
     def _step(self, act: Callable[[], None]) -> None:
-        """One more operation on the key-value store."""
+        """Do one more operation on the key-value store."""
         self.reach(self.world.network.delay(), f"{self.name}: claims", act)
 
     def _claim(self) -> None:
@@ -126,11 +129,12 @@ class SimController(Process):
             act()
         self._tick()
 
-    # ---- what others ask ------------------------------------------------------------------------
+    # ---- remote calls ---------------------------------------------------------------------------
 
     def hear_report(
         self, router: SimRouter, report: LoadReport, wait_s: float, respond: Responder
     ) -> None:
+        """Take a router's report; answer with a newer placement, or with None after ``wait_s``."""
         if self.control is None:
             self._early.append(lambda: self.hear_report(router, report, wait_s, respond))
             return
@@ -157,11 +161,12 @@ class SimController(Process):
         self._waiting = still
 
     def wish(self, change: Callable[[Wishes], Wishes]) -> None:
-        """An operator's; kept for a controller that starts anew. Raises ValueError."""
+        """Carry out an operator's wish, and keep it for later controllers. Raises ValueError."""
         assert self.control is not None
         self.control.wishes = self.world.registry.wishes = change(self.control.wishes)
 
     def roll_back(self) -> Change | None:
+        """Carry out an operator's rollback of the last change."""
         assert self.control is not None
         change = self.control.changes.find(None)
         if change is not None:
@@ -169,12 +174,12 @@ class SimController(Process):
         return change
 
     def scale(self, group: int, count: int) -> None:
-        """An operator's. Raises ValueError."""
+        """Carry out an operator's request for a size. Raises ValueError."""
         assert self.control is not None
         self.sizing.scale(self.control, group, count)
 
     def desired(self, respond: Responder) -> None:
-        """For the cluster's owner."""
+        """Tell the owner which hosts there have to be."""
         if self.control is None:
             self._early.append(lambda: self.desired(respond))
         else:
@@ -224,7 +229,7 @@ class SimController(Process):
             case TimedOut():
                 self._answers[host] = "late"
             case _ if self.control is not None and self.control.view.never_seen(host):
-                self._answers[host] = "late"  # it is still to come
+                self._answers[host] = "late"  # it is still starting
             case _:
                 self._answers[host] = self._observed[host] = None
         if len(self._answers) == len(self._asked):
@@ -233,12 +238,12 @@ class SimController(Process):
     def _decide(self) -> None:
         control, now = self.control, self.clock.now
         assert control is not None
-        # Step 2: adopt models that only the hosts still know of.
+        # Step 2: adopt models that only the hosts still know.
         for report in self._answers.values():
             if isinstance(report, SimReport):
                 for shape in report.models:
                     self.adopt(shape)
-        # Step 3: decide, and act.
+        # Step 3: decide, and carry out the commands.
         observed = {h: self._observed[h] for h, seen in self._answers.items() if seen != "late"}
         commands = control.tick(observed, now)
         self.sizing.tick(control, now)
@@ -330,11 +335,11 @@ class SimController(Process):
         )
 
     def leave(self) -> None:
-        """A newer controller rules."""
+        """End this controller, because a newer one has taken over."""
         self.world.log(f"{self.name} leaves: a newer controller rules")
         self.world.controller_ends(self)
 
 
 def _names(keys: Sequence[ExpertKey]) -> str:
-    """Short, and in their order, so that the log of a seed shows whether it is always the same."""
+    """Name experts briefly and in their order, so that two logs of a seed can be compared."""
     return ", ".join(f"{key.model}/{key.layer}/{key.expert}" for key in keys)

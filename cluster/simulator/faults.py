@@ -1,7 +1,7 @@
-"""Faults and operators' wishes, in random order: what may go wrong in a pool, and how long it does.
+"""Faults and operators' wishes at random times: what may go wrong in a pool, and for how long.
 
-Each seed has only some of the kinds ("Swarm Testing", Groce et al., ISSTA 2012): rare combinations
-come up more often than when everything happens everywhere.
+Each seed uses only some of the kinds ("Swarm Testing", Groce et al., ISSTA 2012): rare combinations
+then come up more often than if every run had all kinds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Seconds between two faults, in the mean.
+# Mean seconds between two faults.
 _EVERY_S = 0.6
 
 
@@ -46,7 +46,7 @@ class Faults:
         self._later()
 
     def stop(self) -> None:
-        """Everything lives, answers and is heard from now on."""
+        """End all faults: every process runs and answers, and the network loses nothing."""
         self.active = False
         self._bad_loads = self._bad_plans = self._no_machines = False
         world = self._world
@@ -71,10 +71,10 @@ class Faults:
             self._world.network.tally.count(name)
         self._later()
 
-    # ---- what others ask ------------------------------------------------------------------------
+    # ---- questions of processes -----------------------------------------------------------------
 
     def load(self, mean_s: float) -> tuple[float, bool]:
-        """(seconds that one expert takes, whether it fails)."""
+        """Return (the seconds that loading one expert takes, whether it fails)."""
         took_s = float(self._rng.exponential(mean_s))
         if self._bad_loads and self._rng.random() < 0.1:
             self._world.network.tally.count("load hangs")
@@ -85,7 +85,7 @@ class Faults:
         return took_s, fails
 
     def start_s(self, mean_s: float) -> float:
-        """Seconds until a new host lives."""
+        """Return the seconds until a new host is up."""
         late_s = float(self._rng.uniform(1.0, 8.0)) if self._no_machines else 0.0
         return late_s + float(self._rng.exponential(mean_s))
 
@@ -205,7 +205,7 @@ class Faults:
         return True
 
     def _wish(self) -> bool:
-        """An operator asks the controller that Ray knows, if it answers."""
+        """Let an operator make a random wish to the controller that Ray knows, if it answers."""
         world, rng = self._world, self._rng
         controller = world.registry.controller
         if controller is None or controller.control is None or controller.frozen:
@@ -233,7 +233,7 @@ class Faults:
         return True
 
     def _scale(self) -> bool:
-        """An operator gives a group another number of hosts."""
+        """Let an operator change the number of hosts of a group."""
         controller = self._world.registry.controller
         if controller is None or controller.control is None or controller.frozen:
             return False

@@ -1,5 +1,7 @@
-"""A simulated expert host: the shell of `actors/host/host.py` and `actors/host/host_loop.py` around
-the same `Residency`."""
+"""A simulated expert host around the real `Residency`.
+
+It takes the place of the shells `actors/host/host.py` and `actors/host/host_loop.py`.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +36,18 @@ if TYPE_CHECKING:
 
 
 class _Order(NamedTuple):
+    """A controller's order to load experts."""
+
     keys: Sequence[ExpertKey]
-    peers: Mapping[ExpertKey, HostEntry]  # the others come from the checkpoint
+    peers: Mapping[ExpertKey, HostEntry]  # keys without a peer are read from the checkpoint
     respond: Responder
 
 
 class Fetching:
-    """The orders of one host. An expert that comes serves at once."""
+    """The load orders of one host, one after the other; each expert serves once it is loaded."""
 
     def __init__(self, host: SimHost) -> None:
-        self.missing = 0  # experts of the order that is being carried out
+        self.missing = 0  # experts that the current order still has to load
         self._host = host
         self._orders: deque[_Order] = deque()
 
@@ -91,7 +95,7 @@ _HIDDEN, _DTYPE = 4, "float32"
 
 @dataclass(frozen=True, slots=True)
 class SimReport:
-    """What `HostReport` says, as far as the controller's decisions need it."""
+    """The part of a `HostReport` on which the controller decides."""
 
     entry: HostEntry
     holdings: Mapping[LayerKey, list[int]]
@@ -102,6 +106,8 @@ class SimReport:
 
 @dataclass(slots=True)
 class _Pending:
+    """A call that was admitted and is not answered yet."""
+
     connection: Connection
     frame: CallFrame
     arrived: float
@@ -156,7 +162,7 @@ class SimHost(Process):
         self.post(lambda: self._drop(connection))
 
     def post(self, work: Callable[[], None]) -> None:
-        """Run between two batches."""
+        """Run ``work`` between two batches."""
         self._arrived.append(work)
         self._turn()
 
@@ -181,7 +187,7 @@ class SimHost(Process):
                 self.sessions[session] = connection
                 connection.send(connection.router, Welcome(self.incarnation))
             case _ if session not in self.sessions:
-                pass  # what was on its way when the line was cut
+                pass  # it was under way when the connection was cut
             case CallFrame():
                 self._on_call(connection, frame)
             case Cancel(seq):
@@ -295,7 +301,7 @@ class SimHost(Process):
         self._models |= {shape.model: shape for shape in models}
 
     def put(self, key: ExpertKey) -> None:
-        """Weights have come."""
+        """Take in the weights of an expert, and serve it."""
         self.weights.add(key)
         experts = self._models[key.model].experts[key.layer]
         shape = LayerShape(num_experts=experts, hidden_size=_HIDDEN, dtype=_DTYPE)
@@ -322,6 +328,7 @@ class SimHost(Process):
         self.post(forget)
 
     def _obeys(self, ask: Callable[[], None], term: int, order: str, respond: Responder) -> bool:
+        """Return whether the fence lets an order of this term pass; else respond with its error."""
         try:
             ask()
         except MoesaicError as error:

@@ -1,8 +1,8 @@
-"""What holds in a simulated pool after every event, whatever fails and in whatever order.
+"""Invariants of a simulated pool: they hold after every event, whatever fails in whatever order.
 
-Each check is a function of one kind of fact, or of the whole world; it gives what is wrong, or
-nothing. The first one that is broken ends a run. `unsettled` says when the pool stands again: every
-call has ended, and everything is where the target wants it.
+Each check is a function of one kind of fact, or of the whole world. It returns what is wrong, or an
+empty string. The first violation ends a run. `unsettled` says whether the pool has settled: every
+call has ended, and every replica is where the target wants it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Invariants:
-    """Keeps what the checks must remember of earlier events."""
+    """The checks, with what they must remember of earlier events."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -49,14 +49,15 @@ class Invariants:
         self._followed: dict[str, Number] = {}
         self._seen_by_host: dict[tuple[str, str], Number] = {}
         self._obeyed: dict[str, int] = {}
-        self._names: set[str] = set()  # of all hosts that were started
-        self._deaths: list[tuple[float, frozenset[ExpertKey]]] = []  # when, and what was held
+        self._names: set[str] = set()  # of all hosts that were ever started
+        self._deaths: list[tuple[float, frozenset[ExpertKey]]] = []  # (time, experts held)
 
     def died(self, host: SimHost) -> None:
+        """Take note of a host that dies with what it holds."""
         self._deaths.append((self._world.clock.now, frozenset(host.weights)))
 
     def check(self, facts: Sequence[Fact]) -> tuple[str, str] | None:
-        """(invariant, what is wrong) of the first that is broken."""
+        """Return (invariant, what is wrong) of the first violation; None if there is none."""
         for fact in facts:
             for name, wrong in self._of(fact):
                 if wrong:
@@ -69,14 +70,14 @@ class Invariants:
         match fact:
             case Accepted():
                 return [
-                    ("no choice is accepted twice", calls.accepted_once(fact)),
+                    ("no assignment is accepted twice", calls.accepted_once(fact)),
                     ("no slot is reused while its answer can come", calls.read_its_own(fact)),
                 ]
             case Ended():
                 return [
-                    ("no choice is lost or doubled", calls.whole(fact)),
+                    ("no assignment is lost or doubled", calls.whole(fact)),
                     (
-                        "no choice is lost before its time",
+                        "no assignment is lost before its time",
                         calls.lost_late(fact, self._world.clock.now),
                     ),
                 ]
@@ -103,7 +104,7 @@ class Invariants:
                     ("the number of hosts is within its bounds", self.not_too_many(fact)),
                 ]
             case HostEnded():
-                return [("a host that leaves is needed by nobody", self.left_free(fact))]
+                return [("nobody needs a host that leaves", self.left_free(fact))]
             case Sized():
                 return [("the number of hosts is within its bounds", self.sized_within(fact))]
             case Claimed():
@@ -127,7 +128,7 @@ class Invariants:
         return f"{fact.host.name}: experts {list(fact.lacking)} of {fact.key}, without weights"
 
     def leaves_one(self, fact: Released) -> str:
-        """Another host holds what was evicted, or has died since the controller looked."""
+        """Check that another host holds what was evicted, or died after the controller looked."""
         died = [held for when, held in self._deaths if when >= fact.seen]
         for key in fact.keys:
             others = [
@@ -140,7 +141,7 @@ class Invariants:
         return ""
 
     def nobody_asks(self, fact: Released) -> str:
-        """No router whose lease runs follows a placement that names what was evicted."""
+        """Check that no router with a valid lease follows a placement naming what was evicted."""
         now = self._world.clock.now
         for router, placement in self._leased(fact.seen):
             if placement.hosts.get(fact.host.host) != fact.host.entry:
@@ -181,8 +182,11 @@ class Invariants:
         return ""
 
     def left_free(self, fact: HostEnded) -> str:
-        """Another host holds what it held, or has died since the controller looked; and no router
-        whose lease runs knows it."""
+        """Check that nobody needs a host that was ended.
+
+        Another host holds what it held, or has died since the controller looked. No router with a
+        valid lease follows a placement that names it.
+        """
         seen = self._world.registry.let_go.get(fact.host.host)
         if seen is None:
             return f"{fact.host.name} is ended, and no controller let it go"
@@ -201,8 +205,11 @@ class Invariants:
         return ""
 
     def _leased(self, since: float) -> Iterator[tuple[SimRouter, Placement]]:
-        """Routers whose lease has run all the time since then, and what each follows. One that
-        woke up behind its lease may still be unheard when a controller decides."""
+        """Yield the routers whose lease has been valid ever since then, and what each follows.
+
+        A router that woke up after its lease had ended does not count: a controller may decide
+        before it hears of it.
+        """
         lease_s, now = self._world.settings.control.lease_s, self._world.clock.now
         for router in self._world.routers.values():
             placement = router.dispatcher.placement
@@ -231,7 +238,7 @@ class Invariants:
         self._published[number.term] = number
         if last is None or last < number:
             return ""
-        return f"{fact.controller.name} publishes {tuple(number)} behind {tuple(last)}"
+        return f"{fact.controller.name} publishes {tuple(number)} after {tuple(last)}"
 
     def obeys_the_newest(self, fact: Obeyed) -> str:
         newest = self._obeyed.get(fact.host.name, 0)
@@ -241,7 +248,7 @@ class Invariants:
         return f"{fact.host.name}: {fact.order} of term {fact.term}, after term {newest}"
 
     def names_ready(self, fact: Published) -> str:
-        """The newest controller's replicas are there, or their process has died."""
+        """Check that each replica the newest controller names is there, or its host has died."""
         if fact.controller.term < max(self._terms):
             return ""
         for key, host in _replicas(fact.placement):
@@ -256,7 +263,7 @@ class Invariants:
         return ""
 
     def names_living(self, fact: Published) -> str:
-        """What the controller saw somewhere is published somewhere."""
+        """Check that every expert that the controller saw on a host is published with a replica."""
         control = fact.controller.control
         assert control is not None
         for key, layer in fact.placement.layers.items():
@@ -280,7 +287,7 @@ class Invariants:
         self._seen_by_host[where] = fact.number
         if last is None or last <= fact.number:
             return ""
-        return f"{where[1]} sees {tuple(fact.number)} of {where[0]} behind {tuple(last)}"
+        return f"{where[1]} sees {tuple(fact.number)} of {where[0]} after {tuple(last)}"
 
 
 def _names(placement: Placement, key: ExpertKey, host: str) -> bool:
@@ -297,12 +304,12 @@ def _replicas(placement: Placement) -> list[tuple[ExpertKey, str]]:
     ]
 
 
-# Nothing is loaded, published or evicted for so many seconds.
+# The pool can only count as settled if nothing was published or evicted for this many seconds.
 _QUIET_S = 0.8
 
 
 def unsettled(world: World) -> str:
-    """Why the pool does not stand yet; empty when it does."""
+    """Return why the pool has not settled yet; empty if it has."""
     controller = world.registry.controller
     if len(world.controllers) != 1 or controller is None or controller.control is None:
         return f"{len(world.controllers)} controllers"
@@ -335,7 +342,7 @@ def _size_lacks(world: World, controller: SimController) -> str:
     no_room = lack(
         left, list(control.models.values()), redundancy=control.policy.balance.redundancy
     )
-    # Where too much is drained, those that leave have nowhere to leave their experts.
+    # If too many hosts are drained, the others have no room for the experts of those that leave.
     if fleet.retired() and not no_room:
         return f"{fleet.retired()} are still to leave"
     return ""
@@ -351,7 +358,8 @@ def _target_lacks(world: World, control: Control) -> str:
             for expert in range(experts):
                 key = ExpertKey(shape.model, layer, expert)
                 alive = any(host.holds(key) for host in world.hosts.values())
-                # The controller says so where there is no room, as when too much is drained.
+                # The controller names experts for which there is no room (`unplaced`), for example
+                # while too many hosts are drained.
                 if not alive and key not in control.unplaced and not _gone_for_good(world, key):
                     return f"nobody holds {key}"
     last = control.changes.all[-1] if control.changes.all else None
@@ -361,7 +369,7 @@ def _target_lacks(world: World, control: Control) -> str:
 
 
 def _gone_for_good(world: World, key: ExpertKey) -> bool:
-    """Its model was in memory alone, and every replica has died."""
+    """Return whether an expert is lost: it has no checkpoint, and no host holds it."""
     return key.model in world.settings.in_memory and not any(
         host.holds(key) for host in world.hosts.values()
     )

@@ -1,10 +1,10 @@
 """Messages between simulated processes: connections of routers and hosts, and remote calls.
 
-A connection is an ordered stream, as a socket is: what is delayed delays what comes behind it.
-Answers on it can be lost or come twice, as when a host fails between computing and answering;
-calls can be lost whole. Remote calls stand for Ray's: each goes by itself.
+A connection is an ordered stream, like a socket: a delayed frame delays all frames after it. Calls
+on it can be lost. Answers can be lost or come twice, as if a host failed between computing and
+answering. Remote calls stand for Ray's, so they may overtake each other.
 
-Shape suffixes: n = choices of one call.
+Shape suffixes: n = assignments of one call.
 """
 
 from __future__ import annotations
@@ -87,25 +87,26 @@ class Refusal:
 Frame = Hello | Welcome | CallFrame | Cancel | Ping | Pong | Reply | Refusal
 
 
-# What may vanish from a stream without its end; a Cancel that did would be a broken transport.
+# Frames that may be lost while the connection goes on. A Cancel is never lost: that would be a bug
+# of the transport, not a fault.
 _MAY_BE_LOST = (CallFrame, Reply, Refusal, Ping, Pong)
 _MAY_COME_TWICE = (Reply, Refusal, Pong)
 
 
 @dataclass(slots=True)
 class Weather:
-    """What the network does to messages; probabilities of each message."""
+    """The faults of the network: the probability of each for a message."""
 
-    delay_s: float = 0.0005
+    delay_s: float = 0.0005  # mean; not a probability
     lost: float = 0.0
     repeated: float = 0.0
     corrupted: float = 0.0
-    late: float = 0.0  # delayed a hundred times as long
+    late: float = 0.0  # delayed a hundred times longer
 
 
 @dataclass(slots=True)
 class Tally:
-    """How often each kind of fault happened."""
+    """Counts how often each kind of fault happened."""
 
     faults: dict[str, int] = field(default_factory=dict)
 
@@ -114,7 +115,7 @@ class Tally:
 
 
 class End(Protocol):
-    """One end of a connection: a process that hears frames."""
+    """One end of a connection: a process that receives frames."""
 
     @property
     def process(self) -> Process: ...
@@ -125,14 +126,14 @@ class End(Protocol):
 
 
 class Connection:
-    """Between one router and one incarnation of one host, with the slots that they share."""
+    """A connection of a router and one incarnation of a host, with the slots that they share."""
 
     def __init__(self, number: int, router: End, host: End, network: Network, slots: int) -> None:
         self.number = number
         self.router, self.host = router, host
         self.open = True
-        self.slots: list[object] = [None] * slots  # what was last written where
-        # seq -> slot of calls that the host has or will get, and has not answered or refused
+        self.slots: list[object] = [None] * slots  # what was last written into each
+        # seq -> slot of the calls that the host has or will get, and has not answered or refused.
         self.unanswered: dict[int, int] = {}
         self._network = network
         self._clear_at = {id(router): 0.0, id(host): 0.0}
@@ -142,7 +143,7 @@ class Connection:
         return f"{self.router.process.name}~{self.host.process.name}#{self.number}"
 
     def send(self, to: End, frame: Frame) -> None:
-        """Frames to a peer whose connection has ended are nobody's."""
+        """Send a frame, with the faults of the network; drop it if the connection has ended."""
         if not self.open:
             return
         weather, tally = self._network.weather, self._network.tally
@@ -162,8 +163,10 @@ class Connection:
             self._deliver(to, f"{self.name}: {frame}", lambda: to.hear(self, frame))
 
     def close(self, by: End | None) -> None:
-        """One side leaves, or nobody's fault cuts the line: each other end hears it, behind what
-        was on its way."""
+        """End the connection; ``by`` is the end that left, or None for a fault of the network.
+
+        The other ends hear of it after all frames that are under way.
+        """
         if self.open:
             self.open = False
             for end in (self.router, self.host):
@@ -184,7 +187,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """``error`` was raised by the callee; None stands for a callee that is gone."""
+    """The callee raised ``error``; None stands for a callee that is gone."""
 
     error: Exception | None
 
@@ -195,11 +198,13 @@ class TimedOut:
 
 
 Result = Answered | Failed | TimedOut
-# Given to a callee, to be called once with a value or an exception.
+# A callee gets one of these, and calls it once with a value or an exception.
 Responder = Callable[[object], None]
 
 
 class Network:
+    """All connections and remote calls of a world, and the faults that they suffer."""
+
     def __init__(self, clock: Clock, rng: np.random.Generator) -> None:
         self.clock = clock
         self.weather = Weather()
@@ -212,7 +217,7 @@ class Network:
         return probability > 0 and self._rng.random() < probability
 
     def delay(self) -> float:
-        """Exponential, so that messages overtake one another."""
+        """Return the delay of a message: exponential, so that messages can overtake each other."""
         delay_s = -self.weather.delay_s * math.log(1.0 - self._rng.random())
         return delay_s * 100 if self.happens(self.weather.late) else delay_s
 
@@ -232,7 +237,7 @@ class Network:
         *,
         timeout_s: float,
     ) -> None:
-        """A remote call: ``handle`` runs at the callee, ``done`` once at the caller."""
+        """Make a remote call: ``handle`` runs at the callee, and ``done`` once at the caller."""
         finished = False
 
         def finish(result: Result) -> None:

@@ -1,6 +1,6 @@
-"""The process that owns a simulated cluster: it starts and ends hosts as the controller wants them.
+"""The owner of a simulated cluster: it starts and ends hosts as the controller wants them.
 
-The shell of `actors/controller/host_provisioner.py`; Ray is the world.
+It takes the place of `actors/controller/host_provisioner.py`; the `World` takes the place of Ray.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ _ASK_TIMEOUT_S = 1.0
 
 
 class SimOwner(Process):
+    """The owner's process, which asks the controller periodically for the hosts it wants."""
+
     def __init__(self, world: World, hosts: Iterable[str]) -> None:
-        """``hosts`` live from the beginning."""
+        """Start with ``hosts``, which are there from the beginning."""
         super().__init__("owner", world.clock)
         self._world = world
-        self.asked: set[str] = set()  # hosts that were started and not ended; some still start
+        self.asked: set[str] = set()  # hosts started and not ended; some are still starting
         for name in hosts:
             self._ask_for(name)
             self._come(name)
@@ -58,7 +60,7 @@ class SimOwner(Process):
             self._end(name)
         for name in sorted(desired - self.asked):
             self._ask_for(name)
-            # The machine comes by itself, whatever the owner does meanwhile.
+            # Ray starts the host even if the owner freezes meanwhile.
             start_s = self._world.faults.start_s(self._world.settings.start_s)
             self.clock.after(start_s, f"{name} starts", lambda name=name: self._come(name))
 

@@ -1,7 +1,8 @@
-"""A simulated trunk process: the shells of `actors/router/router.py` and `actors/trunk/trunk.py`
-around the same `Dispatcher`, and a model that makes calls.
+"""A simulated trunk process: the real `Dispatcher`, and a model that makes calls.
 
-Shape suffixes: T = tokens, K = choices of a token.
+It takes the place of the shells `actors/router/router.py` and `actors/trunk/trunk.py`.
+
+Shape suffixes: T = tokens, K = experts of a token.
 """
 
 from __future__ import annotations
@@ -53,15 +54,15 @@ class SimCall:
 
     key: LayerKey
     ids_TK: np.ndarray
-    number: Number  # of the placement when it began; frames carry it
+    number: Number  # number of the placement when the call began; frames carry it
     began: float
     deadline: float
-    until_T: np.ndarray  # when each token waits no longer
+    until_T: np.ndarray  # time until which each token waits for a missing expert
     accepted: list[int] = field(default_factory=list)
 
 
 class SimRouter(Process):
-    """One trunk: a thread that makes calls, and one that watches placements."""
+    """One trunk: a thread that makes calls, and a thread that watches placements."""
 
     def __init__(self, name: str, world: World) -> None:
         super().__init__(name, world.clock)
@@ -70,11 +71,11 @@ class SimRouter(Process):
         self.dispatcher = Dispatcher(self.policy)
         self.links = SimLinks(self, world, slots=self.policy.window)
         self.call: SimCall | None = None
-        # When a report of this router last reached any controller, and since when its lease has
-        # run without a gap.
+        # When a report of this router last reached a controller, and since when its lease has been
+        # valid without a gap.
         self.heard_at = self.leased_since = -float("inf")
         self._arrived: deque[tuple[Connection, Frame | None]] = deque()
-        self._reply: Reply | None = None  # the one that is being handled
+        self._reply: Reply | None = None  # the reply that is being handled
         self._placements: deque[Placement] = deque()
         self._controller: SimController | None = None
         self._stopping = False
@@ -86,7 +87,7 @@ class SimRouter(Process):
         return self
 
     def stop(self) -> None:
-        """No more calls; the one in progress goes on."""
+        """Begin no more calls; the one in progress goes on."""
         self._stopping = True
 
     def kill(self) -> None:
@@ -96,7 +97,7 @@ class SimRouter(Process):
     # ---- the thread that watches placements -----------------------------------------------------
 
     def was_heard(self, now: float) -> None:
-        """A report has reached a controller."""
+        """Take note that a report has reached a controller, which renews the lease."""
         if now - self.heard_at > self.world.settings.control.lease_s:
             self.leased_since = now
         self.heard_at = now
@@ -110,7 +111,7 @@ class SimRouter(Process):
             return
         placement = self.dispatcher.placement
         number = None if placement is None else placement.number
-        # While a call holds the router's lock its counts stay for the next time.
+        # A call holds the router's lock. Its counts go into the next report.
         if self.call is None:
             self._take_placements()
             report = self.dispatcher.meter.take(self.name, number)
@@ -140,7 +141,7 @@ class SimRouter(Process):
         self.alarm("watches", self.clock.now + self.world.settings.rest_s, self._watch)
 
     def move_to(self, controller: SimController) -> None:
-        """Ray tells this process that the controller lives elsewhere."""
+        """Report to another controller from now on, as Ray says."""
         self._controller = controller
 
     # ---- the thread that computes ---------------------------------------------------------------
@@ -187,7 +188,7 @@ class SimRouter(Process):
         self._go_on()
 
     def _turn(self) -> None:
-        """What `Router._wait` does when something has come, or time has passed."""
+        """Handle what has arrived or is due, as `Router._wait` does."""
         heard = False
         while self._arrived:
             connection, frame = self._arrived.popleft()
@@ -204,7 +205,7 @@ class SimRouter(Process):
                     self._reply = frame
                 self._execute(self.dispatcher.handle(_event(host, frame), self.clock.now))
                 if isinstance(frame, Reply):
-                    # Taken by now, or wanted by nobody any more.
+                    # The reply has been accepted by now, or nobody wants it any more.
                     channel.release(frame.seq)
         self._take_placements()
         if not heard:
@@ -273,7 +274,7 @@ class SimRouter(Process):
             case Free(host, seq):
                 self.links.free(host, seq)
             case Refresh():
-                pass  # as in a trunk: the next placement comes by itself
+                pass  # as in a trunk, the next placement arrives without asking
 
 
 def _event(host: str, frame: Frame) -> Event:

@@ -1,4 +1,4 @@
-"""One seed's run, from the first event to the verdict."""
+"""Run the simulation of one seed, from the first event to the verdict."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ FAULTS_S = 12.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeedRun:
+    """The result of one simulation."""
+
     seed: int
     events: int
-    calls: int  # that trunks made
+    calls: int  # layer calls that trunks made
     simulated_s: float
     faults: Mapping[str, int]  # by kind
     violation: Violation | None
@@ -23,7 +25,7 @@ class SeedRun:
 
 
 def run_seed(seed: int, *, faults_s: float = FAULTS_S) -> SeedRun:
-    """A small pool under ``faults_s`` seconds of faults. The same seed does the same every time."""
+    """Simulate a small pool under ``faults_s`` seconds of faults; a seed always does the same."""
     world = World(seed)
     violation = world.run(faults_s)
     return SeedRun(

@@ -1,4 +1,4 @@
-"""How large a simulated world is, and its times: those of a real pool, made shorter."""
+"""The size of a simulated world, and its times: those of a real pool, shortened."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ _EXPERT_BYTES = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
+    """Size and times of a simulated world; times given by their mean are exponential."""
+
     routers: int
     models: tuple[ModelShape, ...]
-    in_memory: frozenset[str] = frozenset()  # models that a trunk put; the others are on disk
+    in_memory: frozenset[str] = frozenset()  # models without a checkpoint, attached by a trunk
     groups: tuple[FleetGroup, ...]
     scale: ScalePolicy
     pending_s: float = 3.0
-    start_s: float = 0.3  # a new host, in the mean
+    start_s: float = 0.3  # mean time to start a new host
     control: ControlPolicy
     router: RouterPolicy = field(
         default_factory=lambda: RouterPolicy(
@@ -33,19 +35,19 @@ class Settings:
     tick_s: float = 0.2
     report_timeout_s: float = 0.5
     load_timeout_s: float = 5.0
-    watch_s: float = 0.3  # how long a controller keeps a router's report
+    watch_s: float = 0.3  # longest time until a controller answers a router's report
     patience_s: float = 0.4  # how much longer a router waits for the answer
-    rest_s: float = 0.1  # behind a report that failed
-    think_s: float = 0.15  # between two calls of a trunk, in the mean
-    load_s: float = 0.05  # one expert, in the mean
-    plan_s: float = 0.1  # a plan, in the mean
+    rest_s: float = 0.1  # a router's pause after a report that failed
+    think_s: float = 0.15  # mean time between two calls of a trunk
+    load_s: float = 0.05  # mean time to load one expert
+    plan_s: float = 0.1  # mean time to plan
 
     def compute_s(self, rows: int) -> float:
         return 0.002 + 0.0005 * rows
 
 
 def draw(rng: np.random.Generator) -> Settings:
-    """A small world out of many."""
+    """Draw the settings of a small random world."""
     hosts = int(rng.integers(3, 6))
     redundancy = int(rng.integers(0, 2))
     names = ["m"] if rng.random() < 0.7 else ["m", "n"]
@@ -65,7 +67,7 @@ def draw(rng: np.random.Generator) -> Settings:
     domains = 2 if hosts >= 4 and rng.random() < 0.3 else 1
     elastic = rng.random() < 0.7
     counts = [hosts // domains + (group < hosts % domains) for group in range(domains)]
-    # Simulated trunks are small: their hosts are 1 to 4 % busy.
+    # Simulated trunks make few calls: hosts are 1 to 4 % busy, and scaling has to react to that.
     high = float(rng.uniform(0.01, 0.06))
     return Settings(
         groups=tuple(

@@ -1,4 +1,4 @@
-"""What happened in a simulated world that its invariants judge."""
+"""Events of a simulated world that the invariants check (`invariants.py`)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A router took the answer to a send into its result, out of this slot."""
+    """A router added the answer to a send, which it read from a slot, to its result."""
 
     router: SimRouter
     call: SimCall
     choices: np.ndarray
     seq: int
-    read: object  # what stood in the slot
+    read: object  # the contents of the slot
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
+    """A router's call ended, with the assignments that it lost and its error, if any."""
+
     router: SimRouter
     call: SimCall
     lost: np.ndarray
@@ -37,7 +39,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A call went into a slot."""
+    """A router put a call into a slot and sent it."""
 
     router: SimRouter
     connection: Connection
@@ -49,10 +51,12 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
+    """A host began to compute experts of a layer."""
+
     host: SimHost
     key: LayerKey
     experts: tuple[int, ...]
-    lacking: tuple[int, ...]  # of these, the ones whose weights are not there
+    lacking: tuple[int, ...]  # those of them whose weights the host does not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ class Wrote:
 
 @dataclass(frozen=True, slots=True)
 class Obeyed:
-    """A host began what a controller ordered."""
+    """A host accepted an order of a controller."""
 
     host: SimHost
     term: int
@@ -77,17 +81,17 @@ class Obeyed:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """A host has forgotten experts."""
+    """A host has evicted experts."""
 
     host: SimHost
     keys: tuple[ExpertKey, ...]
     by: int  # the controller's term
-    seen: float  # when the controller asked for the reports that it decided by
+    seen: float  # when the controller asked for the reports on which it decided
 
 
 @dataclass(frozen=True, slots=True)
 class HostStarted:
-    """The owner asked Ray for a host; ``there`` are now all that it asked for and did not end."""
+    """The owner asked Ray for a host; ``there``: hosts that it asked for and has not ended."""
 
     name: str
     there: int
@@ -103,26 +107,30 @@ class HostEnded:
 
 @dataclass(frozen=True, slots=True)
 class Sized:
-    """A controller keeps another fleet."""
+    """A controller saved a changed fleet."""
 
     controller: SimController
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
+    """A controller claimed a term."""
+
     controller: SimController
     term: int
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
+    """A controller published a placement."""
+
     controller: SimController
     placement: Placement
 
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """A router took a placement."""
+    """A router adopted a placement."""
 
     router: SimRouter
     number: Number

@@ -1,6 +1,6 @@
-"""What simulated trunks ask for: small calls, their experts as skewed as a gate's.
+"""The calls of simulated trunks: small ones, with experts as skewed as those of a real gate.
 
-Shape suffixes: T = tokens, K = choices of a token, E = experts of a layer.
+Shape suffixes: T = tokens, K = experts of a token, E = experts of a layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TOP_K = 2
 
 
 class Ask(NamedTuple):
-    """One layer's call: the choices (T, K), and how long each token waits for a lost expert."""
+    """One layer's call: expert ids (T, K), and how many seconds each token waits for an expert."""
 
     key: LayerKey
     ids_TK: np.ndarray
@@ -25,7 +25,7 @@ class Ask(NamedTuple):
 
 
 class Traffic:
-    """Random calls; `shift` makes other experts hot, and calls rarer or more frequent."""
+    """Random calls; `shift` makes other experts hot, and changes how often calls are made."""
 
     def __init__(self, settings: Settings, rng: np.random.Generator) -> None:
         self._settings = settings
@@ -43,18 +43,19 @@ class Traffic:
                 self._weight_E[LayerKey(shape.model, layer)] = weight_E / weight_E.sum()
 
     def next(self, placement: Placement | None) -> Ask | None:
-        """A call of a layer that is placed; None while nothing is."""
+        """Return a call of a layer in ``placement``; None if there is no layer."""
         keys = sorted(placement.layers) if placement is not None else []
         if not keys:
             return None
         key = keys[int(self._rng.integers(len(keys)))]
         weight_E = self._weight_E[key]
         tokens = int(self._rng.integers(1, 7))
-        # The largest of Gumbel noise + log weight: K experts without repetition.
+        # Gumbel-top-k: the K largest of log weight + Gumbel noise are K different experts, drawn in
+        # proportion to their weights.
         noise_TE = self._rng.gumbel(size=(tokens, weight_E.size)) + np.log(weight_E)
         ids_TK = np.argsort(-noise_TE, axis=1)[:, :_TOP_K].astype(np.int32)
         if self._rng.random() < 0.1:
-            ids_TK[0, 0] = -1  # a choice that nobody uses
+            ids_TK[0, 0] = -1  # an assignment that is not used
         patience_T = np.full(tokens, self._settings.router.deadline_s)
         hasty_T = self._rng.random(tokens) < (0.5 if self._rng.random() < 0.2 else 0.0)
         patience_T[hasty_T] = SHORT_WAIT_S

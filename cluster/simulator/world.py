@@ -1,8 +1,9 @@
-"""A pool in one thread: hosts, trunks, controllers and a network, on a virtual clock, from a seed.
+"""A whole pool in one thread: hosts, trunks, controllers and a network, on a virtual clock.
 
-The state machines are those that serve (`Dispatcher`, `Residency`, `Control`, the planner); their
-shells are rewritten here for events in place of sockets and Ray calls. After every event the
-invariants are checked; the first that does not hold ends the run.
+A seed determines everything that happens. The state machines are the real ones (`Dispatcher`,
+`Residency`, `Control`, the planner). Their shells are rewritten here, with events in place of
+sockets and Ray calls. After every event the invariants are checked, and the first violation ends
+the run.
 """
 
 from __future__ import annotations
@@ -37,33 +38,36 @@ if TYPE_CHECKING:
 
 
 class Registry:
-    """Never fails; single operations are atomic, sequences of them are not."""
+    """Ray's key-value store: never fails; single operations are atomic, sequences are not."""
 
     def __init__(self) -> None:
         self.controller: SimController | None = None
         self.latest_term = 0
         self.wishes = Wishes()
         self.fleet = ""  # as JSON
-        self.let_go: dict[str, float] = {}  # hosts that may end; when their reports were asked for
+        # Hosts that may be ended -> when the controller asked for the reports that allowed it.
+        self.let_go: dict[str, float] = {}
         self._terms: set[int] = set()
 
     def put_term(self, term: int) -> bool:
-        """Put if absent; whether it was."""
+        """Put a term if it is absent; return whether it was."""
         absent = term not in self._terms
         self._terms.add(term)
         return absent
 
 
-# Seconds: before faults begin, and until everything has to stand again behind them.
+# Seconds before faults begin, and seconds after the last fault within which the pool must settle.
 WARM_UP_S = 2.0
 SETTLE_S = 60.0
 _KEPT_LINES = 60
-# Events without the clock moving, after which somebody runs in circles.
+# More events than this without progress of the clock mean an endless loop.
 _AT_ONCE = 5000
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
+    """An invariant that does not hold, and the event after which it was found."""
+
     invariant: str
     message: str
     event: str
@@ -71,8 +75,10 @@ class Violation:
 
 
 class World:
+    """All processes of one simulated pool, with their clock, network, faults and invariants."""
+
     def __init__(self, seed: int, settings: Settings | None = None) -> None:
-        # One generator for each purpose, so that a change here does not shift all the others.
+        # One generator for each purpose, so that a change in one does not change all the others.
         size, network, faults, traffic, self._rng = (
             np.random.default_rng([seed, purpose]) for purpose in range(5)
         )
@@ -88,8 +94,8 @@ class World:
         self._digest = hashlib.sha256()
         self._facts: list[Fact] = []
         self._at_once = 0
-        self.calls = 0  # that trunks made
-        self.last_change = 0.0  # when something was loaded, published or evicted
+        self.calls = 0  # layer calls that trunks made
+        self.last_change = 0.0  # when something was last published or evicted
         self.hosts: dict[str, SimHost] = {}
         self.routers: dict[str, SimRouter] = {}
         self.controllers: list[SimController] = []
@@ -106,7 +112,7 @@ class World:
     # ---- running --------------------------------------------------------------------------------
 
     def run(self, faults_s: float) -> Violation | None:
-        """Warm up, ``faults_s`` seconds of faults, and the time to settle."""
+        """Warm up, inject faults for ``faults_s`` seconds, and wait until the pool settles."""
         self._run_until(WARM_UP_S)
         self.faults.start()
         self._run_until(WARM_UP_S + faults_s)
@@ -131,10 +137,10 @@ class World:
             if not why:
                 return
             if self.clock.now > end:
-                self.fail("converges", f"{SETTLE_S:g} s behind the last fault: {why}", "")
+                self.fail("converges", f"{SETTLE_S:g} s after the last fault: {why}", "")
 
     def step(self) -> None:
-        """One event, and what it breaks."""
+        """Run one event, and check the invariants after it."""
         before, event = self.clock.now, self.clock.next()
         self._at_once = self._at_once + 1 if event.when == before else 0
         if self._at_once > _AT_ONCE:
@@ -144,7 +150,7 @@ class World:
         try:
             event.act()
         except Exception as error:
-            # Whatever it is: a real process would have failed here.
+            # Any exception counts, because it would have ended a real process.
             self.lines += traceback.format_exc().splitlines()
             self.fail("no process fails", in_words(error), event.what)
             return
@@ -157,6 +163,7 @@ class World:
         self.violation = Violation(invariant, message, event, self.clock.now)
 
     def tell(self, fact: Fact) -> None:
+        """Record something that happened, for the invariants."""
         self._facts.append(fact)
 
     def log(self, what: str) -> None:
@@ -166,7 +173,7 @@ class World:
 
     @property
     def digest(self) -> str:
-        """Of the whole log of events."""
+        """The hash of the whole log of events."""
         return self._digest.hexdigest()
 
     # ---- what processes ask of the world --------------------------------------------------------
@@ -175,7 +182,7 @@ class World:
         return Control(fleet.pool_hosts(), term=term, policy=self.settings.control)
 
     def has_weights(self, peer: HostEntry, key: ExpertKey) -> bool:
-        """Whether a peer gives an expert: it lives, answers, and is the one that was meant."""
+        """Return whether this very incarnation of a peer lives, answers and holds an expert."""
         return any(
             host.entry.target == peer.target
             and host.alive
@@ -185,7 +192,7 @@ class World:
         )
 
     def slot_used_for(self, connection: Connection, slot: int) -> int | None:
-        """The call that a router has in a slot now."""
+        """Return the call for which a router uses a slot now."""
         router = connection.router
         assert isinstance(router, SimRouter)
         channel = router.links.channel_of(connection) if router.alive else None
@@ -223,7 +230,10 @@ class World:
         self.registry.controller = controller
 
     def second_controller(self) -> bool:
-        """Ray takes a living controller for dead; some trunks go on asking it."""
+        """Start a second controller, as if Ray took the living one for dead.
+
+        Some trunks go on asking the old one. Returns False if there are too many already.
+        """
         if self.registry.controller is None or len(self.controllers) > 2:
             return False
         self.log(f"{self.registry.controller.name} is taken for dead")

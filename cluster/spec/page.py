@@ -1,4 +1,4 @@
-"""The spec, key by key, as a page of Markdown: `moesaic spec docs`, which is docs/spec.md."""
+"""Write the spec, key by key, as a page of Markdown: `moesaic spec docs` makes docs/spec.md."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from .spec import Spec
 _HEAD = """\
 # The spec
 
-One YAML file, checked whole before anything starts: unknown keys and impossible values fail with
-the key's path. `moesaic spec check FILE` reads one as `up` would, and `moesaic spec schema` prints
-the JSON schema for editors. This page is made of the code by `moesaic spec docs`.
+A cluster is described by one YAML file. It is checked as a whole before anything starts: unknown
+keys and impossible values are errors that name the key's path. `moesaic spec check FILE` checks a
+file as `up` would, and `moesaic spec schema` prints the JSON schema for editors. This page is
+generated from the code by `moesaic spec docs`.
 """
 _TAIL = """\
 ## From the environment
 
-Every key can be overridden: `MOESAIC__` and its path, with `__` between keys and an entry's number
-in a list. Values are YAML; they are checked with the rest, and a name that fits no key is an error.
+An environment variable can override any key. Its name is `MOESAIC__` and the key's path, with `__`
+between keys; in a list, the entry's number counts from 0. Values are YAML and are checked like the
+file's; a name that fits no key is an error.
 
 ```sh
 MOESAIC__ENDPOINT__PORT=9000 MOESAIC__HOSTS__0__COUNT=4 moesaic spec check deploy/local.yaml
 ```
 
-Whole parts can be given too, as `MOESAIC__BALANCE='{redundancy: 1}'`.
+A variable can also set a whole part, such as `MOESAIC__BALANCE='{redundancy: 1}'`.
 """
 _BOUNDS = {
     "minimum": ">= {}",
@@ -40,7 +42,7 @@ _BOUNDS = {
 
 
 def spec_page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     schema = Spec.model_json_schema()
     parts = [_part(Spec, "", schema, schema["$defs"])]
     parts += [
@@ -51,7 +53,7 @@ def spec_page() -> str:
 
 
 def _below(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseModel]]]:
-    """(path, model) of the parts of a model, each before its own parts."""
+    """Return (path, model) of all parts of a model, each before its own parts."""
     found = []
     for name, field in model.model_fields.items():
         inner, many = _model_in(field.annotation)
@@ -62,7 +64,7 @@ def _below(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseModel]
 
 
 def _model_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The model that an annotation has in it, and whether there may be many."""
+    """Return the model inside an annotation, and whether the annotation is a list of it."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     for inner in get_args(annotation):

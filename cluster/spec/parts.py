@@ -1,4 +1,4 @@
-"""What the spec is made of: its parts below `Spec`, and what all of them share."""
+"""The parts of the spec below `Spec`, and what all of them share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Address = Annotated[str, Field(min_length=1)]
 
 
 class Part(BaseModel):
-    """A mapping of the spec: unknown keys fail, and each key has words."""
+    """A mapping of the spec: unknown keys are errors, and each key has a description."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, json_schema_extra=with_words
@@ -30,8 +30,7 @@ class Part(BaseModel):
 
 
 class EmulationSpec(Part):
-    """A device, as a spec has it: microseconds for starting a batch, for each choice (a row and
-    one of its experts), and for each expert whose weights the batch reads."""
+    """The time that an emulated device takes for a batch, in microseconds."""
 
     call_us: Micros = 0.0
     row_us: Micros = 0.0
@@ -48,7 +47,7 @@ class EmulationSpec(Part):
 
 
 class Resources(Part):
-    """What one Ray actor asks for."""
+    """The resources that Ray reserves for one actor."""
 
     num_cpus: Amount = 1
     num_gpus: Amount = 0
@@ -62,10 +61,10 @@ Cost = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
 class AutoscaleSpec(Part):
-    """When hosts come and go, in groups whose ``min_count`` and ``max_count`` differ.
+    """When hosts are added and removed, in groups whose ``min_count`` and ``max_count`` differ.
 
-    ``high`` and ``low`` are parts of the time in which hosts compute. A host that is not up after
-    ``pending_s`` is shown as waiting for a machine.
+    ``high`` and ``low`` are fractions of the time in which hosts compute. A host that is not up
+    after ``pending_s`` is shown as waiting for a machine.
     """
 
     high: Busy = 0.75
@@ -98,11 +97,11 @@ Megabytes = Annotated[float, Field(ge=0.001, le=1024)]
 
 
 class RouterSpec(Part):
-    """The gRPC service for clients that bring hidden states; port 0 takes a free one.
+    """The gRPC router service for clients that send hidden states.
 
-    One call may have ``max_call_mb`` of tensors and take ``call_s`` seconds; ``max_calls`` calls
-    and ``max_mb`` of tensors and answers are held at a time. Calls of one layer are merged up to
-    ``max_batch_rows``.
+    One call may have ``max_call_mb`` of tensors and take ``call_s`` seconds. The service holds at
+    most ``max_calls`` calls and ``max_mb`` of tensors and answers at a time. It merges calls of the
+    same layer into calls of up to ``max_batch_rows`` rows.
     """
 
     host: Address = "127.0.0.1"
@@ -136,9 +135,11 @@ EngineKind = Literal["transformers", "vllm"]
 
 
 class TrunkSpec(Resources):
-    """The process that holds a model's trunk, and the batch it runs. Serve keeps between
-    ``min_replicas`` and ``max_replicas`` of them, so that each has about ``target_requests``; with
-    ``min_replicas: 0`` the first request starts one. ``compiled``: by vLLM, around the experts."""
+    """The processes that hold a model's trunk, and the batch that each of them runs.
+
+    Ray Serve keeps between ``min_replicas`` and ``max_replicas`` of them, so that each has about
+    ``target_requests``. With ``min_replicas: 0`` the first request starts one.
+    """
 
     engine: EngineKind = "transformers"
     compiled: bool = False
@@ -157,7 +158,7 @@ class TrunkSpec(Resources):
         if self.min_replicas > self.max_replicas:
             raise ValueError("min_replicas <= max_replicas must hold")
         if self.compiled and self.engine != "vllm":
-            raise ValueError("compiled belongs to engine: vllm alone")
+            raise ValueError("compiled needs engine: vllm")
         return self
 
 
@@ -165,10 +166,11 @@ _PRIORITIES = 2**31
 
 
 class LimitSpec(Part):
-    """What one request may ask for, beside what its model and the cache allow: tokens of its prompt
-    and of an answer, seconds to its last token, megabytes of its body and seconds for the body to
-    arrive, and a ``priority``. The bodies of all requests that arrive or are parsed may have
-    ``bodies_mb``; a request beyond them is told to come again later (503)."""
+    """Limits of one request, in addition to those of its model and of the key-value cache.
+
+    ``bodies_mb`` limits the bodies of all requests that arrive or are parsed at the same time; a
+    request beyond it is refused with 503 and can be sent again later.
+    """
 
     prompt_tokens: int | None = Field(default=None, ge=1)
     answer_tokens: int | None = Field(default=None, ge=1)
@@ -182,10 +184,10 @@ class LimitSpec(Part):
     @model_validator(mode="after")
     def _ordered(self) -> LimitSpec:
         if self.body_mb > self.bodies_mb:
-            raise ValueError("body_mb <= bodies_mb must hold: one body is among all of them")
+            raise ValueError("body_mb <= bodies_mb must hold: bodies_mb includes each body")
         if not self.min_priority <= 0 <= self.max_priority:
             raise ValueError(
-                "min_priority <= 0 <= max_priority must hold: a request that says nothing has 0"
+                "min_priority <= 0 <= max_priority must hold: the default priority is 0"
             )
         return self
 
@@ -195,37 +197,44 @@ _OWN_PORTS = {"http": ":80", "https": ":443"}
 
 
 def _origin(value: str) -> str:
-    """Origins are compared letter by letter, so it must be what browsers send."""
+    """Check that an origin has the form that browsers send; it is compared letter by letter."""
     if value == "*":
         return value
     found = _ORIGIN.fullmatch(value)
     if found is None:
         raise ValueError(
-            "an origin as browsers send it is expected: scheme://host or scheme://host:port in "
-            "small letters, without a path or a slash at its end; or '*' alone"
+            "expected an origin as browsers send it: scheme://host or scheme://host:port in "
+            "lower case, without a path or a trailing slash; or '*' alone"
         )
     if found[2] and found[2] == _OWN_PORTS.get(value.partition(":")[0]):
-        raise ValueError(f"browsers leave out {found[2]}, the port of the scheme itself")
+        raise ValueError(f"browsers leave out the scheme's default port; remove {found[2]}")
     return value
 
 
 def _allowed_host(value: str) -> str:
     if value != "*" and not is_host(value):
         raise ValueError(
-            "a name or an address as in http://NAME/ is expected, without a port (any will do); or "
-            "'*' alone"
+            "expected a name or an address as in http://NAME/, without a port (every port is "
+            "allowed); or '*' alone"
         )
     return value
 
 
 class EndpointSpec(Part):
-    """The HTTP endpoint; port 0 takes a free one, or that of a Serve that runs on the Ray already:
-    other addresses are refused then, as a Serve has one. Pages of ``cors_origins`` may use it from
-    within a browser, as `https://chat.example` or `http://localhost:3000`; with `*` every page that
-    the browser's user opens may, also where the endpoint listens on loopback only. There, requests
-    by other names than loopback's are refused (403), and so are those of pages of other sites;
-    ``allowed_hosts`` are more names by which it may be asked for, as `api.example` behind a proxy,
-    and where it does not listen on loopback the only ones beside its own, if any are given."""
+    """The HTTP endpoint.
+
+    If Ray Serve already runs on this Ray, the endpoint uses Serve's address: port 0 takes it, and
+    another address is an error.
+
+    Web pages of ``cors_origins``, such as `https://chat.example`, may use the endpoint from a
+    browser. `*` allows every page that the browser's user opens, even if the endpoint listens only
+    on loopback.
+
+    ``allowed_hosts`` are names that a request's Host header may have, such as `api.example` for an
+    endpoint behind a proxy. An endpoint on loopback accepts these and loopback's own names, and
+    refuses other names and pages of other sites (403). An endpoint on another address accepts all
+    names if ``allowed_hosts`` is empty, else only these, loopback's and its own.
+    """
 
     host: Address = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
@@ -241,22 +250,21 @@ class EndpointSpec(Part):
     @model_validator(mode="after")
     def _all_or_some(self) -> EndpointSpec:
         if "*" in self.cors_origins and len(self.cors_origins) > 1:
-            raise ValueError("cors_origins: '*' are all origins; it stands alone")
+            raise ValueError("cors_origins: '*' allows all origins; remove the others")
         if "*" in self.allowed_hosts and len(self.allowed_hosts) > 1:
-            raise ValueError("allowed_hosts: '*' are all hosts; it stands alone")
+            raise ValueError("allowed_hosts: '*' allows all hosts; remove the others")
         return self
 
 
 class MonitoringSpec(Part):
-    """Where `/status` and `/metrics` are, for an endpoint's operators: on the machine that has the
-    endpoint (Ray's head node); port 0 takes a free one."""
+    """The address of `/status` and `/metrics`, on the endpoint's machine (Ray's head node)."""
 
     host: Address = "127.0.0.1"
     port: int = Field(default=8002, ge=0, le=65_535)
 
 
 class TimeoutSpec(Part):
-    """Deadlines in seconds. ``expert_s``: how long a call waits for an expert that is nowhere."""
+    """Time limits in seconds."""
 
     expert_s: Seconds = 60.0
     attempt_s: Seconds = 2.0

@@ -1,7 +1,7 @@
-"""The cluster's spec: one YAML file, validated whole before anything is started.
+"""The cluster's spec: one YAML file, validated as a whole before anything is started.
 
-Unknown keys and impossible values fail with the key's path (`hosts.0.count: ...`). Every field
-has a default that works on one machine, apart from the models.
+Unknown keys and impossible values are errors that name the key's path (`hosts.0.count: ...`). Every
+field except the models has a default that works on one machine.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class RaySpec(Part):
-    """Where Ray runs. ``local`` starts one inside the process of `moesaic up`.
+    """The Ray to run on; ``local`` starts one inside the process of `moesaic up`.
 
-    Whoever reaches a Ray runs any program on all its machines, unless it asks for a token. One that
-    does not is refused; ``insecure: true`` takes it all the same.
+    Anybody who can connect to a Ray without token authentication can run programs on all its
+    machines. Such a Ray is refused unless ``insecure: true`` is set.
     """
 
     address: str = "local"
@@ -70,11 +70,11 @@ class RaySpec(Part):
 
 
 class NetworkSpec(Part):
-    """Where hosts listen for gRPC and for groups: an address, or ``node`` for each node's own.
+    """The address on which hosts listen, and the transport of tensors between routers and hosts.
 
-    ``transport``: ``shm`` is memory of one machine, ``grpc`` goes everywhere, with ``group``
-    torch.distributed carries tensors (NCCL between GPUs, else gloo), ``device`` keeps them on GPUs;
-    ``auto`` is ``shm`` on one machine and ``grpc`` between two.
+    Transports: ``shm`` is shared memory and works on one machine, ``grpc`` works everywhere.
+    ``group`` uses torch.distributed (NCCL between GPUs, else gloo), ``device`` keeps tensors on
+    GPUs. ``auto`` is ``shm`` on one machine and ``grpc`` between machines.
     """
 
     bind: Address = "127.0.0.1"
@@ -84,18 +84,20 @@ class NetworkSpec(Part):
     def _groups_need_an_address(self) -> NetworkSpec:
         if self.transport == "group" and self.bind in ("0.0.0.0", "::", "[::]"):
             raise ValueError(
-                f"transport: a group meets at an address, and bind: {self.bind!r} is none to reach "
-                "a host by; give one, or 'node' for each node's own"
+                f"transport: hosts of a group must know each other's address, and bind: "
+                f"{self.bind!r} names none; set an address, or 'node' for each node's own"
             )
         return self
 
 
 class ModelSpec(Part):
-    """One model: a folder, a hub id, or ``demo``. Its experts leave the hosts when nobody has asked
-    for it for ``idle_s``, and come back with the first call. ``experts_per_token`` takes fewer
-    experts than the model's own number where a request says nothing, and a request may ask for as
-    few as ``min_experts_per_token``: quicker, and of less quality. Requests to the endpoint may use
-    one of its ``aliases``; answers have its name."""
+    """One model: a folder, a hub id, or ``demo``.
+
+    After ``idle_s`` without a request its experts leave the hosts; the first call brings them back.
+    ``experts_per_token`` sets fewer experts than the model's own number: faster, at lower quality.
+    A request may set another number, down to ``min_experts_per_token``. Requests to the endpoint
+    may use one of the ``aliases``; answers have the model's name.
+    """
 
     name: ModelName
     aliases: Annotated[tuple[ModelName, ...], Field(strict=False)] = ()
@@ -116,14 +118,13 @@ class ModelSpec(Part):
 
 
 class HostGroup(Resources):
-    """Like hosts. ``threads`` are those of one computation, ``auto`` shares the cores out.
+    """A group of identical hosts.
 
-    ``slots`` and ``memory_gb`` bound the experts on one host; without both it gets an even part of
-    what the models need and a quarter more. ``speed`` is relative to other groups, ``domain`` names
-    what fails together; empty, it is the host alone. ``emulate`` lets each batch take the time of
-    another device, with one thread if ``threads`` is not given. The group starts with ``count``
-    hosts; the autoscaler keeps them between ``min_count`` and ``max_count``, which are ``count`` by
-    default.
+    ``slots`` and ``memory_gb`` limit the experts on one host. If neither is set, a host has room
+    for its even share of all replicas plus a quarter. ``domain`` names what fails together; if it
+    is empty, each host fails alone. ``emulate`` makes each batch take the time of another device;
+    ``threads`` is 1 then by default. The group starts with ``count`` hosts, and the autoscaler
+    keeps it between ``min_count`` and ``max_count``; both are ``count`` by default.
     """
 
     count: int = Field(default=2, ge=1, le=4096)
@@ -145,7 +146,7 @@ class HostGroup(Resources):
     @model_validator(mode="before")
     @classmethod
     def _one_thread(cls, values: Any) -> Any:
-        # Emulated devices are many on few cores.
+        # Experiments with emulated devices run many hosts on few cores.
         if isinstance(values, dict) and values.get("emulate") and "threads" not in values:
             return {**values, "threads": 1}
         return values
@@ -157,7 +158,9 @@ class HostGroup(Resources):
         if not self.least <= self.count <= self.most:
             raise ValueError("min_count <= count <= max_count must hold")
         if self.spread != "none" and self.least != self.most:
-            raise ValueError("a placement group (spread) is fixed: leave min_count, max_count out")
+            raise ValueError(
+                "spread: a placement group has a fixed size; remove min_count and max_count"
+            )
         return self
 
     @property
@@ -197,13 +200,12 @@ class HostGroup(Resources):
 
 
 class BalanceSpec(Part):
-    """When experts move, and what a move may cost.
+    """When experts are moved between hosts, and what a move may cost.
 
     ``redundancy`` failure domains can be lost at once without losing an expert. A layer whose
-    balancedness is below ``enough`` is improved up to ``target``, with at most ``budget`` of all
-    replicas loaded anew each time: a part of them, or bytes, as "4GB". A layer takes a further host
-    for more load only than the part ``fan_out`` of what the layer with the most load has on each
-    host.
+    balancedness is below ``enough`` is improved up to ``target``. One plan loads at most ``budget``
+    replicas: a fraction of all, or bytes such as "4GB". A layer with little load uses few hosts: it
+    gets a further one only for more load than ``fan_out`` times the busiest layer's load per host.
     """
 
     auto: bool = True
@@ -245,7 +247,7 @@ class BalanceSpec(Part):
 
 
 class Spec(Part):
-    """A cluster."""
+    """The whole spec of one cluster."""
 
     name: Name = "local"
     ray: RaySpec = RaySpec()
@@ -262,7 +264,7 @@ class Spec(Part):
 
     @property
     def drain_s(self) -> float:
-        """How long answers and calls may go on when the cluster ends."""
+        """Seconds that running answers and calls have when the cluster ends."""
         return (self.endpoint or EndpointSpec()).drain_s
 
     @model_validator(mode="after")
@@ -273,13 +275,13 @@ class Spec(Part):
         for model in self.models:
             if model.replicas > self.num_hosts:
                 raise ValueError(
-                    f"models: {model.name} wants {model.replicas} replicas of each expert, "
-                    f"but there are {self.num_hosts} hosts, and none holds one twice"
+                    f"models: {model.name} wants {model.replicas} replicas of each expert on "
+                    f"different hosts, but there are {self.num_hosts} hosts"
                 )
         return self
 
     def _check_names(self) -> None:
-        """A request's name must say which model is meant."""
+        """Check that no two models share a name or an alias."""
         places: dict[str, str] = {}
         for number, model in enumerate(self.models):
             names = {f"models.{number}.name": model.name}
@@ -295,7 +297,7 @@ class Spec(Part):
 
 
 def parse_spec(values: Any, *, source: str = "spec") -> Spec:
-    """A spec from plain values. Raises SpecError that names each key's path."""
+    """Make a spec from plain values; raises SpecError that names the path of each wrong key."""
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -307,8 +309,10 @@ def parse_spec(values: Any, *, source: str = "spec") -> Spec:
 
 
 def load_spec(path: str | Path) -> Spec:
-    """The spec in a YAML file, with overrides from the environment (`spec_text.overridden`). Raises
-    SpecError."""
+    """Read the spec in a YAML file, with overrides from the environment (`text.overridden`).
+
+    Raises SpecError.
+    """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")

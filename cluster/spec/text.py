@@ -1,4 +1,4 @@
-"""A spec as text: how it is read, and how what is wrong with it is said."""
+"""A spec as text: reading it, overriding it from the environment, and describing its errors."""
 
 from __future__ import annotations
 
@@ -17,30 +17,33 @@ _OVERRIDE = "MOESAIC__"
 
 
 def bytes_of(text: str) -> int:
-    """How many bytes "4GB" or "512 MiB" are. Raises ValueError."""
+    """Return how many bytes "4GB" or "512 MiB" are; raises ValueError."""
     found = _SIZE.fullmatch(text.strip())
     size = 0
     if found is not None:
         number, prefix, binary = found.groups()
         size = int(float(number) * (1024 if binary else 1000) ** _POWERS.index(prefix.upper()))
     if size < 1:
-        raise ValueError(f"{text!r} is no number of bytes, as 4GB or 512MiB")
+        raise ValueError(f"{text!r} is no number of bytes; write it as 4GB or 512MiB")
     return size
 
 
 def part_or_bytes(value: Any) -> float | str:
-    """A number in (0, 1] or a text that `bytes_of` reads. Raises ValueError."""
+    """Check a number in (0, 1] or a text that `bytes_of` reads; raises ValueError."""
     if isinstance(value, str):
         bytes_of(value)
         return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError("a part in (0, 1], or bytes, as 4GB, are expected")
+        raise ValueError("expected a fraction in (0, 1], or bytes such as 4GB")
     return float(value)
 
 
 def overridden(values: Any, environment: Mapping[str, str]) -> Any:
-    """A spec's plain values with those of the environment: ``MOESAIC__ENDPOINT__PORT=9000``, and
-    ``MOESAIC__HOSTS__0__COUNT=4`` in a list. Values are YAML. Raises ValueError."""
+    """Return a spec's plain values with overrides from the environment.
+
+    Names are as in ``MOESAIC__ENDPOINT__PORT=9000``, or ``MOESAIC__HOSTS__0__COUNT=4`` in a list.
+    Values are YAML. Raises ValueError.
+    """
     for name, text in sorted(environment.items()):
         if not name.startswith(_OVERRIDE):
             continue
@@ -67,7 +70,7 @@ def _with(values: Any, keys: list[str], new: Any) -> Any:
 
 
 def problems(error: ValidationError, values: dict[Any, Any]) -> str:
-    """One sentence for each path that is wrong."""
+    """Describe a validation error with one clause for each wrong path."""
     texts: dict[str, list[str]] = defaultdict(list)
     given: dict[str, str] = {}
     for problem in error.errors(include_url=False, include_context=False):
@@ -83,7 +86,7 @@ def problems(error: ValidationError, values: dict[Any, Any]) -> str:
 
 
 def _path(loc: tuple[int | str, ...], values: Any) -> str:
-    """The keys of ``loc``, without the members of unions that pydantic puts behind them."""
+    """Return the keys of ``loc``, without the union members that pydantic appends to them."""
     steps = []
     for step in loc:
         if not isinstance(values, dict | list | tuple):
@@ -97,20 +100,20 @@ def _path(loc: tuple[int | str, ...], values: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    # Aliases can make a few lines of YAML enormous when they are written out.
+    # With YAML aliases a few lines can expand to an enormous value.
     text = reprlib.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 class StrictLoader(yaml.SafeLoader):
-    """The second of two equal keys would silently win."""
+    """A YAML loader that rejects duplicate keys; PyYAML's own silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)

@@ -1,11 +1,10 @@
-"""Bodies of requests: how many bytes of them are held at a time, of one and of all, and for how
-long one may take to arrive.
+"""Read request bodies: bound the bytes held, of one body and of all, and the time one may take.
 
-A body counts with the bytes that came, not with those that were announced, from the first of them
-until it has been parsed: to announce much and send nothing takes no room from anybody. Where there
-is no room left, the body that has been arriving for the longest time has to go, if it has taken
-longer than clients do that send what they have. So bodies that are held back cost their senders
-the connection, and no other client its answer.
+A body counts with the bytes that arrived, not with those that it announced, from the first byte
+until it is parsed. So a client that announces much and sends nothing takes no room. When there is
+no room left, the body that has been arriving longest is dropped, if it has taken longer than an
+honest client needs. So clients that hold bodies back lose their own connections, and other clients
+keep their answers.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from ....proto.errors import BodyTooLarge, Overloaded, SlowBody
 
 T = TypeVar("T")
 
-# So many bodies may be arriving, below what Serve lets the ingress have (`serve_app.MAX_ONGOING`).
+# How many bodies may be arriving; less than Serve admits to the ingress (`serve_app.MAX_ONGOING`).
 MOST_ARRIVING = 1024
-# Behind this a body may have to go.
+# A body that has been arriving for longer may be dropped to make room.
 _PROMPT_S = 1.0
-# Parsed one after the other: values of Python take many times the bytes of their JSON.
+# Larger bodies are parsed one at a time: Python's objects take many times the bytes of their JSON.
 _LARGE_BYTES = 256 << 10
 
 
@@ -56,7 +55,7 @@ class _Body:
 
 
 class Bodies:
-    """Those of one server."""
+    """The bodies that one server is receiving or parsing."""
 
     def __init__(self, limits: BodyLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
@@ -70,15 +69,15 @@ class Bodies:
         return self._held_bytes
 
     async def parsed(self, request: Request, parse: Callable[[bytes], T]) -> T:
-        """What ``parse`` makes of the body, in a thread.
+        """Read the body and return ``parse(body)``, computed in a thread.
 
-        Raises BodyTooLarge before more than one body's bytes are in memory, Overloaded before more
-        than those of all are, SlowBody, and what ``parse`` raises.
+        Raises BodyTooLarge before more than one body's bytes are in memory, Overloaded
+        before all bodies together exceed their limit, SlowBody, and what ``parse`` raises.
         """
         declared = request.headers.get("content-length", "0")
         most = self._limits.each_bytes
         if not (declared.isascii() and declared.isdigit()) or int(declared) > most:
-            raise BodyTooLarge(f"the body has {declared} bytes; {most} are allowed")
+            raise BodyTooLarge(f"the body has {declared} bytes; at most {most} are allowed")
         body = _Body(self._clock(), asyncio.timeout(self._limits.arrive_s))
         self._admit(body, int(declared))
         try:
@@ -120,7 +119,10 @@ class Bodies:
         self._held_bytes += new
 
     def _make_room(self, new: int, *, bodies: int = 0, keep: _Body | None = None) -> None:
-        """Raises Overloaded where there is none to be had."""
+        """Drop old bodies until the new bytes fit, and ``bodies`` more bodies.
+
+        Raises Overloaded if they cannot. ``keep`` is not dropped.
+        """
         now, limits = self._clock(), self._limits
 
         def lacks() -> bool:
@@ -130,7 +132,7 @@ class Bodies:
         for old in list(self._arriving) if lacks() else ():
             if now - old.began < _PROMPT_S:
                 break
-            # Those that hold nothing make room for a body, and none for bytes.
+            # Dropping a body without bytes helps if there are too many bodies, not too many bytes.
             if old is not keep and (old.size or len(self._arriving) + bodies > limits.most):
                 self._push_out(old)
                 if not lacks():
@@ -151,6 +153,6 @@ class Bodies:
 
     def _overloaded(self) -> Overloaded:
         return Overloaded(
-            "the endpoint holds as many bodies of requests as it may (endpoint.limits.bodies_mb); "
-            "send it again later"
+            "the endpoint holds as many request bodies as it may (endpoint.limits.bodies_mb); "
+            "send the request again later"
         )

@@ -1,6 +1,8 @@
-"""Connections of an HTTP server that cost little when their clients hold them: uvicorn has no
-deadline for the head of a request or for a client that takes nothing of its answer, and no bound
-for the bytes of a head or the connections that ask for nothing."""
+"""Bound what a client's connection can hold on to in uvicorn, which has no such limits.
+
+uvicorn has no deadline for the head of a request or for a client that does not read its answer. Nor
+does it bound the bytes of a head or the number of idle connections.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """``head_s``: from the first byte of a request, or from the connection itself, to the end of
-    its head. ``stall_s``: for a client to take the 48 KiB or so of an answer that are on the way
-    to it. ``idle``: connections that have no request."""
+    """Limits of one connection, and of the idle ones together.
+
+    ``head_s``: from the first byte of a request, or from the connection itself, to the end of
+    the request's head. ``stall_s``: for a client to take the 48 KiB or so of an answer that are
+    in flight. ``idle``: connections that have no request.
+    """
 
     head_s: float = 10.0
     head_bytes: int = 64 << 10
@@ -27,7 +32,7 @@ class BoundedConnection(HttpToolsProtocol):
     """The protocol class for `uvicorn.Config(http=...)`."""
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
-    # Of this process, the one that has had no request for the longest time first.
+    # All idle connections of this process; the one that has been idle longest comes first.
     _idle: ClassVar[dict[BoundedConnection, None]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,7 +56,7 @@ class BoundedConnection(HttpToolsProtocol):
             return
         if self._head_due is None:
             self._wait_for_head()
-        # What is left of the body of a request that is answered counts as well.
+        # The rest of a body whose request was answered early counts as well.
         self._head_bytes += len(data)
         super().data_received(data)
         if self._has_request():
@@ -72,7 +77,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._end()
-        elif not self._has_request():  # else the next one had been sent already
+        elif not self._has_request():  # otherwise the client has sent its next request already
             self._is_idle()
 
     def handle_websocket_upgrade(self) -> None:
@@ -117,7 +122,7 @@ class BoundedConnection(HttpToolsProtocol):
             oldest.transport.abort()
 
     def _end(self) -> None:
-        """What is on the way is given up with the client, in the end."""
+        """Abort the connection later, even if the client has not taken the rest of its answer."""
         self.loop.call_later(self.limits.stall_s, self.transport.abort)
 
     def _forget(self) -> None:

@@ -1,4 +1,4 @@
-"""What every path shares at the edge: who may ask, request ids, errors, SSE, disconnects."""
+"""What all paths share: who may ask, request ids, errors, SSE, disconnects."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def json_response(content: BaseModel, status_code: int = 200) -> Response:
 def error_answer(
     error: Exception, identity: str = "", *, status_code: int | None = None
 ) -> Response:
-    """What the client of the request ``identity`` gets for an error; what it must not know of it
-    is logged under that id."""
+    """Return the response for an error.
+
+    What the client must not see of it is logged under the request's id, ``identity``.
+    """
     told = _told(error, identity)
     if status_code is None:
         known = error if isinstance(error, MoesaicError) else InternalError()
@@ -53,7 +55,7 @@ def error_answer(
     if status_code in (429, 503):
         response.headers["Retry-After"] = str(RETRY_AFTER_S)
     if isinstance(error, SlowBody):
-        # What is still to come of it would keep the connection.
+        # Otherwise the connection would stay open for the rest of the body.
         response.headers["Connection"] = "close"
     return response
 
@@ -68,7 +70,7 @@ def _told(error: Exception, identity: str) -> ErrorResponse:
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client goes away (ClientDisconnect).
+    """Return the result of ``work``; cancel it and raise ClientDisconnect if the client leaves.
 
     The body must have been read.
     """
@@ -93,7 +95,10 @@ async def _disconnect(request: Request) -> None:
 async def event_stream(
     request: Request, chunks: AsyncGenerator[BaseModel, None]
 ) -> StreamingResponse:
-    """An SSE response; an error before the first chunk is raised, a later one is an event."""
+    """Return an SSE response.
+
+    An error before the first chunk is raised; a later one becomes an event.
+    """
     events = _events(chunks, request_id(request))
     try:
         first = await unless_disconnected(request, anext(events))
@@ -123,7 +128,7 @@ async def _events(
 class _EventStream(StreamingResponse):
     def __init__(self, first: str, events: AsyncGenerator[str, None]) -> None:
         self._first, self._events = first, events
-        # Proxies (nginx) would otherwise collect the pieces.
+        # Without these, proxies such as nginx buffer the events.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._body(), media_type="text/event-stream", headers=headers)
 
@@ -139,30 +144,32 @@ class _EventStream(StreamingResponse):
 
 
 def request_id(request: Request) -> str:
-    """Empty where Edge does not stand before the app."""
+    """Return the request's id; "" where the app runs without `Edge`."""
     return request.scope.get("state", {}).get("request_id", "")
 
 
 def began(request: Request) -> float:
-    """When it came, by `time.perf_counter`."""
+    """Return when the request arrived, by `time.perf_counter`."""
     return request.scope["state"]["began"]
 
 
 def allow_cors(app: FastAPI, origins: Sequence[str]) -> None:
-    """Let pages of these origins use the endpoint from within a browser. To be called after Defects
-    is added, so that the errors that it words have the headers, too."""
+    """Let pages of these origins use the endpoint from within a browser.
+
+    Call it after adding `Defects`, so that the errors that it words have the CORS headers, too.
+    """
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,
         allow_methods=("GET", "POST"),
-        # Whatever a page asks to send: each client library has headers of its own (x-stainless-os).
+        # Any header: each client library has some of its own (x-stainless-os).
         allow_headers=("*",),
         expose_headers=(_REQUEST_ID_HEADER, "retry-after"),
     )
 
 
 class Defects:
-    """ASGI middleware: gives each unexpected error a proper answer."""
+    """ASGI middleware: turns each unexpected exception into a proper error response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -184,8 +191,10 @@ class Defects:
 
 
 class Edge:
-    """ASGI middleware, the outermost: gives each request an id, refuses those that the guard does
-    not let in, and counts the answers."""
+    """The outermost ASGI middleware.
+
+    It gives each request an id, refuses those that the guard rejects, and counts the answers.
+    """
 
     def __init__(self, app: ASGIApp, metrics: HttpMetrics, guard: WebGuard) -> None:
         self._app = app
@@ -205,14 +214,14 @@ class Edge:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[_REQUEST_ID_HEADER] = identity
-                # A path that nobody serves is anybody's words.
+                # Clients choose unknown paths; as "other" they cannot create labels without bound.
                 route = scope.get("route")
                 self._metrics.answered(getattr(route, "path", "other"), message["status"])
             await send(message)
 
         try:
             headers = request.headers
-            # A kubelet's probe has the pod's address as its Host, and the answer holds no secret.
+            # A kubelet sends probes with the pod's address as Host; the answers hold no secret.
             if not is_probe(scope):
                 self._guard.check(headers.getlist("host"), headers.getlist("origin"))
         except Forbidden as error:

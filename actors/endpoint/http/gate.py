@@ -1,8 +1,8 @@
-"""Which requests run, how many may, and how they end when the service does.
+"""Count running requests, limit them, and end them when the service ends.
 
-As ASGI middleware, so that every request counts, whatever it is doing: reading its body, waiting
-for a token, or sending. One that is not over when its time is gets an answer all the same: a status
-if it has none yet, an event if it is a stream.
+This is ASGI middleware, so that every request counts, whether it is reading its body, waiting for a
+token, or sending. A request that is not over at the deadline still gets an answer: an error status
+if it has none yet, a last event if it is a stream.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..openai.responses import error_response
 from .edge import error_answer
 from .probes import is_probe
 
-# Beyond what all trunks take; more is a flood.
+# More than all trunks take together.
 MOST = 4096
 
 
 class Gate:
-    """The requests of one app. To be used in the app's own event loop."""
+    """The requests of one app; use it in the app's own event loop only."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
@@ -39,8 +39,10 @@ class Gate:
         return self._drain_s is not None
 
     def drain(self, drain_s: float) -> int:
-        """Refuse new requests from now on; those that run have so many seconds. Gives how many
-        there are. Called again it changes nothing."""
+        """Refuse new requests from now on, and give running ones ``drain_s`` seconds.
+
+        Returns how many run. Only the first call sets the deadline.
+        """
         if self._drain_s is None:
             self._drain_s = drain_s
             until = asyncio.get_running_loop().time() + drain_s
@@ -49,7 +51,7 @@ class Gate:
         return self.running
 
     def check(self) -> None:
-        """Raises Ending and Busy where a new request is refused."""
+        """Raise Ending or Busy where a new request is refused."""
         if self.ending:
             raise Ending()
         if len(self._running) >= self._most:
@@ -69,7 +71,7 @@ class Gate:
 
 
 class Gated:
-    """The middleware. Probes pass: they ask about the gate itself."""
+    """ASGI middleware for a `Gate`; probes pass, since they ask about the gate itself."""
 
     def __init__(self, app: ASGIApp, gate: Gate) -> None:
         self._app = app
@@ -103,7 +105,7 @@ class Gated:
 
 
 class _Answer:
-    """How far an answer is."""
+    """How much of an answer has been sent."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -121,7 +123,11 @@ class _Answer:
         await self._send(message)
 
     async def end_with(self, error: Ending, identity: str) -> None:
-        """One more event, where the answer is a stream of them: each of its messages is whole."""
+        """End the body; a stream of events first gets the error as one more event.
+
+        Each message that was sent holds whole events, so the new one does not split
+        another.
+        """
         if self._over:
             return
         event = (

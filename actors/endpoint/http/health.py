@@ -1,9 +1,9 @@
-"""What probes are told: whether this process lives, has started, and whether its models progress.
+"""Answer probes: whether this process lives, has started, and whether its models make progress.
 
-The ingress sees its own requests and their tokens; that is enough, unless a long prompt takes many
-steps before its first token, or work was lost. Only then the trunk is asked, with a deadline, and
-beside the probes: a probe is answered at once from what is known. A trunk without pending requests
-is never asked, so that a sleeping model goes on sleeping.
+The ingress sees its own requests and their tokens. That is enough, unless a long prompt takes many
+steps before its first token, or work was lost. Only then a task asks the trunk, with a deadline;
+probes never wait for it and are answered at once from what is known. A trunk without pending
+requests is never asked, so that a sleeping model stays asleep.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ HEAR_S = 2.0
 
 
 class Hears(Protocol):
-    """Asks a model's trunks, which may be frozen or gone."""
+    """Asks one of a model's trunks how it is; they may be frozen or gone."""
 
     async def __call__(self) -> Heard | None:
-        """What one trunk says of itself, or None while the model has no trunk because it sleeps.
-        Raises MoesaicError where no trunk answers."""
+        """Return what one trunk reports, or None while the model sleeps and has no trunk.
+
+        Raises MoesaicError where no trunk answers.
+        """
         ...
 
 
 class ModelHealth:
-    """Of one model: stands before its engine, and notes what goes in and comes out."""
+    """The health of one model, as its requests and their tokens show it."""
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class ModelHealth:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Without ``hear`` tokens alone are progress."""
+        """Create the health of a model; without ``hear`` only tokens count as progress."""
         self._progress = progress or Progress()
         self._hear = hear
         self._clock = clock
@@ -58,7 +60,7 @@ class ModelHealth:
         return self._progress.is_ready(self._clock())
 
     def watch(self, generate: Generate) -> Generate:
-        """The same, watched."""
+        """Return ``generate``, wrapped so that requests and tokens are noted."""
 
         async def watched(
             request_id: str,
@@ -85,7 +87,7 @@ class ModelHealth:
     def watch_embed(
         self, embed: Callable[[Sequence[Sequence[int]], Pooling], Awaitable[np.ndarray]]
     ) -> Callable[[Sequence[Sequence[int]], Pooling], Awaitable[np.ndarray]]:
-        """The same, watched."""
+        """Return ``embed``, wrapped so that requests and answers are noted."""
 
         async def watched(prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
             self._began()
@@ -108,7 +110,7 @@ class ModelHealth:
             self._looking = asyncio.create_task(self._look(self._hear))
 
     async def _look(self, hear: Hears) -> None:
-        """Ask the trunks as long as it is in question whether they make progress."""
+        """Ask the trunks regularly while it is unclear whether they make progress."""
         while self._progress.in_question:
             await asyncio.sleep(LOOK_S)
             if not self._progress.wants_to_hear(self._clock()):
@@ -117,7 +119,7 @@ class ModelHealth:
                 async with asyncio.timeout(HEAR_S):
                     heard = await hear()
             except Exception as error:
-                # Nothing was heard, whatever it was: that is no progress, and shows in `is_ready`.
+                # Any error means that nothing was heard: no progress, which `is_ready` shows.
                 logger.info("a trunk was asked and did not answer: %r", error)
                 continue
             if heard is None:
@@ -127,7 +129,7 @@ class ModelHealth:
 
 
 class Health:
-    """The answers of one process. Nothing here waits for another one."""
+    """The answers to probes of one process; none of them waits for another process."""
 
     def __init__(
         self,
@@ -136,7 +138,11 @@ class Health:
         *,
         leaving: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``aliases``: more names, by model. ``leaving``: whether new requests are refused."""
+        """Take each model's health.
+
+        ``aliases`` has more names for each model. ``leaving`` tells whether new requests
+        are refused.
+        """
         self._models = {
             name: health
             for own, health in models.items()
@@ -145,15 +151,18 @@ class Health:
         self._leaving = leaving
 
     async def live(self) -> bool:
-        """Whether this process answers: if it does, it does."""
+        """Return True: a process that can answer is alive."""
         return True
 
     async def started(self) -> bool:
-        """Whether all models have been up once: there is no ingress before."""
+        """Return True: the ingress only starts to serve once all models have been up."""
         return True
 
     async def ready(self, model: str | None = None) -> bool:
-        """Whether a request for ``model``, or for any, would make progress. Raises UnknownModel."""
+        """Return whether a request for ``model``, or for every model if None, would make progress.
+
+        Raises UnknownModel.
+        """
         if model is not None and model not in self._models:
             raise UnknownModel("there is no such model", param="model")
         asked = self._models.values() if model is None else (self._models[model],)

@@ -1,5 +1,4 @@
-"""What the endpoint did, as Prometheus scrapes it (`/metrics`): counts, latencies, and the state of
-the engines behind it."""
+"""The endpoint's Prometheus metrics (`/metrics`): counts, latencies, the state of its engines."""
 
 from __future__ import annotations
 
@@ -20,12 +19,12 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _FIRST_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _BETWEEN_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _WHOLE_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
-# Fields of `EngineStats`, and what they say.
+# Fields of `EngineStats`, with their help texts.
 _ENGINE = {
     "running": "requests in the batch",
     "waiting": "requests that wait for the batch",
-    "parked": "of these, for experts that nobody has",
-    "restarts": "restarts of the engine behind failed steps",
+    "parked": "waiting requests that need an expert which no host has",
+    "restarts": "restarts of the engine after failed steps",
     "steps": "steps of the engine",
     "cache_free": "free part of the KV cache",
     "healthy": "1 if the trunk answers and its engine runs",
@@ -33,7 +32,7 @@ _ENGINE = {
 
 
 class HttpMetrics:
-    """Of one ingress."""
+    """The metrics of one ingress."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -50,9 +49,9 @@ class HttpMetrics:
         self._ended = counter("choices", "choices by how they ended", "model", "reason")
         self._prompt = counter("prompt_tokens", "tokens of prompts", "model")
         self._generated = counter("generated_tokens", "tokens of answers", "model")
-        self._first = histogram("first_token_seconds", "to a choice's first token", _FIRST_S)
-        self._between = histogram("between_tokens_seconds", "from one to the next", _BETWEEN_S)
-        self._whole = histogram("request_seconds", "to the end of a request", _WHOLE_S)
+        self._first = histogram("first_token_seconds", "time to a choice's first token", _FIRST_S)
+        self._between = histogram("between_tokens_seconds", "time between tokens", _BETWEEN_S)
+        self._whole = histogram("request_seconds", "time to the end of a request", _WHOLE_S)
         self._open = Gauge(
             "moesaic_requests_open", "requests being answered", ("model",), registry=registry
         )
@@ -67,12 +66,15 @@ class HttpMetrics:
     async def watch(
         self, model: str, prompt_tokens: int, began: float, pieces: Numbered
     ) -> Numbered:
-        """Hand ``pieces`` on. ``began``: when the request came, by `time.perf_counter`."""
+        """Yield ``pieces`` unchanged and count them.
+
+        ``began`` is when the request arrived, by `time.perf_counter`.
+        """
         self._prompt.labels(model).inc(prompt_tokens)
         first, between = self._first.labels(model), self._between.labels(model)
         heard_at: dict[int, float] = {}
         tokens: Tally[int] = Tally()
-        reason = "abandoned"  # unless something else is said
+        reason = "abandoned"  # kept only if the client leaves before the end
         try:
             with self._open.labels(model).track_inprogress():
                 async with aclosing(pieces):
@@ -98,7 +100,7 @@ class HttpMetrics:
             self._whole.labels(model).observe(time.perf_counter() - began)
 
     def text(self, engines: Mapping[str, Mapping[str, Any]]) -> bytes:
-        """``engines``: what each model's engine says of itself."""
+        """Return all metrics as text; ``engines`` has the statistics of each model's engine."""
         for model, stats in engines.items():
             for name, gauge in self._engine.items():
                 if name in stats:

@@ -1,6 +1,6 @@
-"""What an endpoint's operators ask: `/status` and `/metrics`, as an app for an address of its own.
+"""`/status` and `/metrics` for operators, as an app for an address of its own.
 
-Its answers have the cluster's own words, with names of hosts and their addresses.
+Its answers may name hosts and their addresses, which clients of the endpoint must not see.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from .probes import add_health
 
 logger = logging.getLogger(__name__)
 
-# Its parts are asked at the same time, and each says more when it is late (`serve_app`).
+# Longer than each part's own timeout (`serve_app`), whose error says more. The parts are asked at
+# the same time.
 STATUS_TIMEOUT_S = 6.0
 
 Status = Callable[[], Awaitable[dict[str, Any]]]
@@ -38,9 +39,12 @@ def monitoring_app(
     guard: WebGuard,
     health: Health | None = None,
 ) -> FastAPI:
-    """``status()`` answers what the cluster says of itself, and whether it is ``healthy``.
-    ``engines()``: by model what its engine says of itself. ``health``: what probes are told, which
-    are answered at the endpoint, too."""
+    """Create the monitoring app.
+
+    ``status()`` returns the state of the cluster, with ``healthy``. ``engines()`` returns each
+    model's engine statistics. ``health`` answers probes here, too; the endpoint also answers
+    them.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Defects)
     app.add_middleware(_Guarded, guard=guard)
@@ -57,7 +61,7 @@ def monitoring_app(
         try:
             found = await _in_time(engines())
         except MoesaicError as error:
-            # What the endpoint counts itself is there all the same.
+            # The endpoint's own counts do not depend on the engines.
             logger.warning("metrics without the engines: %s: %s", error.code, error)
             found = {}
         return Response(metrics.text(found), media_type=CONTENT_TYPE)
@@ -92,7 +96,7 @@ def _answer(error: Exception) -> Response:
 
 
 class _Guarded:
-    """ASGI middleware: lets in whom the guard does."""
+    """ASGI middleware: refuses requests that the guard rejects."""
 
     def __init__(self, app: ASGIApp, guard: WebGuard) -> None:
         self._app = app

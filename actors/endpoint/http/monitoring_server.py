@@ -1,5 +1,7 @@
-"""The server of an endpoint's monitoring address: in the ingress's process and on its event loop,
-so that it has the ingress's counts, ends with it, and answers whatever became of the controller."""
+"""Serve an endpoint's monitoring address in the ingress's process and on its event loop.
+
+So it sees the ingress's counts, ends with it, and answers even when the controller is gone.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from .connections import BoundedConnection
 
 logger = logging.getLogger(__name__)
 
-# Of a process that was just killed the port may be there for a moment longer.
+# The port of a process that was just killed may stay taken for a moment.
 TRY_AGAIN_S = 0.5
 _BACKLOG = 64
 _KEEP_ALIVE_S = 5
@@ -27,20 +29,22 @@ _END_S = 2.0
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are the process's own affair."""
+        """Leave signals to the process."""
         yield
 
 
 @contextlib.asynccontextmanager
 async def monitoring(app: ASGIApp, host: str, port: int) -> AsyncGenerator[None, None]:
-    """Serve ``app`` at the address. Where the port is taken it is tried again until it is free:
-    requests are served meanwhile."""
+    """Serve ``app`` at the address; while the port is taken, keep trying.
+
+    The endpoint serves requests meanwhile.
+    """
     serving = asyncio.create_task(_serve(app, host, port), name="monitoring")
     try:
         yield
     finally:
         serving.cancel()
-        # It has words of its own for what went wrong.
+        # `_serve` logs its own errors.
         await asyncio.gather(serving, return_exceptions=True)
 
 
@@ -82,7 +86,7 @@ async def _listen(host: str, port: int) -> socket.socket:
             listener.close()
             if not told:
                 logger.warning(
-                    "monitoring.port: cannot listen on %s:%d (%s); it is tried again",
+                    "monitoring.port: cannot listen on %s:%d (%s); trying again",
                     host, port, error.strerror or error,
                 )  # fmt: skip
             told = True

@@ -1,6 +1,6 @@
-"""`/livez`, `/readyz` and `/startupz`, as Kubernetes and load balancers ask.
+"""`/livez`, `/readyz` and `/startupz`, for Kubernetes and load balancers.
 
-The status says it all; the body has nothing that a stranger may not know.
+The status is the answer; the body tells strangers nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ PATHS = frozenset({"/livez", "/readyz", "/startupz"})
 
 def is_probe(scope: Scope) -> bool:
     root = scope.get("root_path", "").rstrip("/")
-    # Below the prefix at which the app is mounted.
+    # Relative to the prefix at which the app is mounted.
     path = scope["path"].removeprefix(root) if root else scope["path"]
     return scope["method"] in ("GET", "HEAD") and path in PATHS
 
 
 def add_health(app: FastAPI, health: Health) -> None:
-    """Answer probes on ``app``. They are no part of the API, and of its document."""
+    """Answer probes on ``app``; they are not part of the API and its OpenAPI document."""
 
     async def livez() -> PlainTextResponse:
         return _answer(await health.live())

@@ -1,7 +1,7 @@
-"""What stands in Ray Serve's HTTP proxy before any request reaches an ingress: bounded connections,
-and answers in place of Ray's own pages, which have its words for what is inside.
+"""Middleware in Ray Serve's HTTP proxy, before any request reaches an ingress.
 
-Ray calls `middlewares` in the proxy's process, since the Serve that a cluster starts is told to
+It bounds connections, and replaces Ray's own error pages, which tell about the inside of Ray. Ray
+calls `middlewares` in the proxy's process, since a cluster that starts Serve sets the hook
 (`serve_border.start_serve`). A Serve that others started has none of this.
 """
 
@@ -15,16 +15,20 @@ from ....proto.errors import Expired, InternalError, MoesaicError, NoAnswer, Req
 from .connections import BoundedConnection
 from .edge import error_answer
 
-# The variable that Ray reads.
+# The environment variable in which Ray looks for the hook.
 HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-# Tells which applications there are.
+# Ray's page that lists all applications.
 _ROUTES = "/-/routes"
-# With them a client would decide how long Ray waits, and whether it notices that the client left.
+# With these a client could set Ray's timeout, and turn off its detection of disconnects.
 _NOT_FOR_CLIENTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 
 
 def middlewares() -> list[Middleware]:
-    """The hook itself. uvicorn's protocol can be chosen nowhere else: Ray leaves it to `auto`."""
+    """Return the middleware, as Ray's hook.
+
+    It also replaces uvicorn's protocol class here: Ray leaves that choice to `auto` and has no
+    option.
+    """
     auto.AutoHTTPProtocol = BoundedConnection
     return [Middleware(ProxyDoor)]
 
@@ -65,7 +69,10 @@ class _Answer:
 
 
 def _is_rays(message: Message) -> bool:
-    """Whether it is a page of the proxy's own: frameworks say how long their pages are."""
+    """Return whether it is a page of Ray's proxy.
+
+    Pages of frameworks have a content length; Ray's have none.
+    """
     headers = dict(message.get("headers", ()))
     kind = bytes(headers.get(b"content-type", b""))
     return (
@@ -80,7 +87,7 @@ def _error(scope: Scope, status: int) -> MoesaicError:
         case 404:
             return RequestError(f"{scope['method']} {scope['path'][:200]}: Not Found")
         case 408:
-            return Expired("the request took longer than it may")
+            return Expired("the request took longer than it may (endpoint.limits.request_s)")
         case 429 | 503:
             return NoAnswer()
         case _:

@@ -1,4 +1,4 @@
-"""Pieces of text as OpenAI's JSON: whole answers, and the chunks of streamed ones."""
+"""Turn pieces of text into OpenAI's JSON: whole answers, and the chunks of streamed ones."""
 
 from __future__ import annotations
 
@@ -33,27 +33,31 @@ Numbered = AsyncGenerator[tuple[int, Piece], None]  # (choice, piece)
 
 
 class Answers(Protocol):
-    """How one endpoint words its answers.
+    """How one endpoint formats its answers.
 
-    A chunk is sent with the fields that were set, so chunks name all that must be there, null too.
+    Only fields that were set are sent in a chunk, so chunks set every field that must be there,
+    also to None.
     """
 
     def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]: ...
 
     def usage(self, tokens: int) -> BaseModel:
-        """The extra last chunk of ``stream_options.include_usage``."""
+        """Return the extra last chunk of ``stream_options.include_usage``."""
         ...
 
     def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel: ...
 
 
 class TextAnswers:
-    """``/v1/completions``; one choice for each prompt and ``n``."""
+    """Answers of ``/v1/completions``: one choice for each prompt and each of ``n``."""
 
     def __init__(
         self, answer_id: str, model: str, prompt_tokens: int, echoed: Sequence[str] = ()
     ) -> None:
-        """``echoed``: for each choice the prompt's text, which the answer begins with; or none."""
+        """Create answers; ``echoed`` has each choice's prompt, which the text then begins with.
+
+        ``echoed`` is empty where prompts are not echoed.
+        """
         self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
         self._prompt_tokens = prompt_tokens
         self._echoed = echoed
@@ -97,12 +101,12 @@ class TextAnswers:
 
 
 class ChatAnswers:
-    """``/v1/chat/completions``; one choice for each ``n``."""
+    """Answers of ``/v1/chat/completions``: one choice for each of ``n``."""
 
     def __init__(self, answer_id: str, model: str, prompt_tokens: int) -> None:
         self._base: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
         self._prompt_tokens = prompt_tokens
-        self._calls: dict[int, int] = {}  # of tools, sent so far for each choice
+        self._calls: dict[int, int] = {}  # choice -> tool calls sent so far
 
     def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]:
         if is_first:
@@ -164,7 +168,7 @@ class ChatAnswers:
 
 
 async def merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> Numbered:
-    """The pieces of all choices as they come; the first error ends them all."""
+    """Yield the pieces of all choices as they come; the first error ends all of them."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
             async for piece in only:
@@ -196,7 +200,7 @@ async def merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> Numbered:
 
 
 async def collect(pieces: Numbered, choices: int, answers: Answers) -> BaseModel:
-    """The whole answer."""
+    """Return the whole answer."""
     texts: list[list[str]] = [[] for _ in range(choices)]
     logprobs: list[list[TokenChoice]] = [[] for _ in range(choices)]
     calls: list[list[ToolCall]] = [[] for _ in range(choices)]
@@ -224,12 +228,12 @@ async def collect(pieces: Numbered, choices: int, answers: Answers) -> BaseModel
 async def chunks(
     pieces: Numbered, choices: int, answers: Answers, *, include_usage: bool
 ) -> AsyncGenerator[BaseModel, None]:
-    """The same in pieces."""
+    """Yield the answer in chunks."""
     tokens: list[int | None] = [None] * choices
     async with aclosing(pieces):
         async for index, piece in pieces:
             for chunk in answers.chunks(index, piece, is_first=tokens[index] is None):
-                # With usage at the end, the others have the field, too.
+                # As in OpenAI's API: if the last chunk has usage, the others have `"usage": null`.
                 yield chunk.model_copy(update={"usage": None}) if include_usage else chunk
             tokens[index] = piece.tokens
     if include_usage:

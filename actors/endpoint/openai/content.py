@@ -1,4 +1,4 @@
-"""What a message says: its parts, and what clients keep beside them that changes no answer.
+"""The content of a chat message: its text parts, and keys of clients that are ignored.
 
 Clients put hints for other services into messages (`cache_control`), and send earlier answers back
 with what their own library added to them. Such keys are known by name and ignored; any other
@@ -14,14 +14,15 @@ from typing_extensions import TypedDict
 
 from .refusals import misfit
 
-_CACHE = ("cache_control", "prompt_cache_breakpoint")  # LiteLLM's and OpenRouter's, and OpenAI's
+# The first is LiteLLM's and OpenRouter's, the second OpenAI's.
+_CACHE = ("cache_control", "prompt_cache_breakpoint")
 _HINTS: dict[str, tuple[str, ...]] = {
-    # `parsed`: what openai's `parse` made of the text. What is not text in an answer has a place
-    # in `annotations` (OpenAI) and `provider_specific_fields` (LiteLLM).
+    # `parsed`: what the openai library's `parse` made of the text. `annotations` (OpenAI) and
+    # `provider_specific_fields` (LiteLLM) hold the parts of an answer that are not text.
     "messages.*": (*_CACHE, "annotations", "parsed", "provider_specific_fields"),
-    # LangChain keeps those of streamed parts.
+    # LangChain keeps these keys of streamed parts.
     "messages.*.content.*": (*_CACHE, "annotations", "citations", "id", "index"),
-    # `index`: of a call in a stream.
+    # `index`: the position of a call in a streamed answer.
     "messages.*.tool_calls.*": (*_CACHE, "index", "extra_content", "provider_specific_fields"),
     "messages.*.tool_calls.*.function": ("parsed_arguments", "provider_specific_fields"),
     "tools.*": _CACHE,
@@ -30,7 +31,7 @@ _HINTS: dict[str, tuple[str, ...]] = {
 
 
 def without_hints(value: Any, path: str = "") -> Any:
-    """A chat request's body without the hints in it."""
+    """Return a chat request's body without the hints in it."""
     if isinstance(value, list):
         return [without_hints(one, f"{path}.*") for one in value]
     if not isinstance(value, dict):
@@ -49,14 +50,14 @@ class TextPart(TypedDict):
 
 
 class RefusalPart(TypedDict):
-    """Of an assistant alone."""
+    """A refusal, which only an assistant's message may have."""
 
     type: Literal["refusal"]
     refusal: str
 
 
 def _check_content(value: Any, message: ValidationInfo) -> str:
-    """A message's text: a string, or text parts that are joined."""
+    """Return a message's text: a string, or its text parts joined."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):

@@ -1,7 +1,7 @@
-"""The endpoint's OpenAPI document, out of the very classes that check requests and word answers.
+"""The endpoint's OpenAPI document, made from the classes that check requests and format answers.
 
-Bodies are read and parsed by `ingress.py` itself, so FastAPI does not know them; they are added
-here. Hints that are ignored and parameters that are refused are no part of the document.
+`ingress.py` reads and parses bodies itself, so FastAPI does not know their schemas; they are added
+here. Hints that are ignored and parameters that are refused are not in the document.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ _BODIES = (CompletionRequest, ChatRequest, Completion, ChatCompletion, ChatChunk
 def generation(
     request: type[BaseModel], answer: type[BaseModel], chunk: type[BaseModel]
 ) -> dict[str, Any]:
-    """``openapi_extra`` of a path that takes ``request`` and answers whole, or in a stream of
-    ``chunk``."""
-    # Of one event: before OpenAPI 3.2 there is no word for a schema of the whole stream.
+    """Return the ``openapi_extra`` of a path that generates text.
+
+    It takes ``request`` and answers with ``answer``, or with a stream of ``chunk``.
+    """
+    # The schema of one event: before OpenAPI 3.2 a whole stream cannot be described.
     events = {
         "type": "object",
         "required": ["data"],
         "properties": {
             "data": {
                 "type": "string",
-                "description": f"the JSON of a {chunk.__name__} or, of the last event, of an "
-                f"{ErrorResponse.__name__}; or `[DONE]`",
+                "description": f"The JSON of a {chunk.__name__}. The last event is `[DONE]`, or "
+                f"the JSON of an {ErrorResponse.__name__}.",
             }
         },
     }
@@ -51,7 +53,7 @@ def generation(
 
 
 def errors() -> dict[str, Any]:
-    """Every answer that is none."""
+    """Return the descriptions of all error responses."""
     return {
         status: {"description": "See `error.message`", "content": _json(ErrorResponse)}
         for status in ("4XX", "5XX")
@@ -63,7 +65,7 @@ def _json(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def document(app: FastAPI) -> None:
-    """Let ``/openapi.json`` of ``app`` tell of bodies and answers, too."""
+    """Make ``/openapi.json`` of ``app`` include bodies and answers."""
     found: dict[str, Any] = {}
 
     def openapi() -> dict[str, Any]:
@@ -77,12 +79,13 @@ def document(app: FastAPI) -> None:
                 )
             )
             schemas = found.setdefault("components", {}).setdefault("schemas", {})
-            # As they are read: how answers leave out what is None is not for a schema.
+            # "validation": the schemas as read. In "serialization" mode the serializers that
+            # leave out None would hide the fields.
             _, ours = models_json_schema(
                 [(one, "validation") for one in _BODIES], ref_template=_REF
             )
             schemas.update(ours["$defs"])
-            # FastAPI's own form of errors, which no answer here has.
+            # FastAPI's own error format, which this service never sends.
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
             for operations in found["paths"].values():

@@ -1,4 +1,4 @@
-"""How a request that is wrong is refused: by the path of its first wrong field, and the value."""
+"""Refuse a wrong request with the path of its first wrong field, and the value found there."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ _MISFIT = "misfit"
 
 
 def misfit(field: str, why: str, value: Any) -> PydanticCustomError:
-    """What a validator raises for a field below its own path: a model's for one of its fields, and
-    a field's for a part of its value (``[1].type``)."""
+    """Return the error that a validator raises for a field below the validator's own path.
+
+    A model's validator names one of its fields; a field's validator a part of its value
+    (``[1].type``).
+    """
     return PydanticCustomError(_MISFIT, "{why}", {"why": why, "field": field, "value": value})
 
 
 def refused(error: ValidationError) -> RequestError:
-    """One clear message out of pydantic's list: the first wrong field."""
+    """Turn pydantic's list of errors into one clear message about the first wrong field."""
     first = error.errors(include_url=False)[0]
     path = ""
     for step in first["loc"]:
-        # Names of union members and of validators are no part of the request.
+        # pydantic also lists names of union members and validators, which the request lacks.
         if isinstance(step, int):
             path += f"[{step}]"
         elif step.isidentifier() or not path:

@@ -1,7 +1,7 @@
-"""The OpenAI-compatible requests, and how a bad one is refused: by name.
+"""The OpenAI-compatible requests; a bad one is refused with the name of the wrong field.
 
-Unknown keys fail. Keys that OpenAI has and this service does not support yet pass with their
-neutral value only, so that a client that sends its defaults works and none is silently ignored.
+Unknown keys fail. Keys of OpenAI's API that this service does not support pass with their neutral
+value only. So a client that sends OpenAI's defaults works, and no setting is silently ignored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_STOP_CHARS = 1024
 MAX_PROMPTS = 64
 MAX_LOGPROBS = 20
 
-# What OpenAI's API has and this one does not: the values that mean "not used".
+# Keys of OpenAI's API that this service lacks, with the values that mean "not used".
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -51,7 +51,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-# Hints to OpenAI's own service: they change no answer here.
+# Hints to OpenAI's own service, which change no answer here.
 _IGNORED = (
     "metadata",
     "prompt_cache_key",
@@ -61,7 +61,7 @@ _IGNORED = (
     "service_tier",
     "user",
 )
-# Parts of an assistant's message that clients send back as they got them.
+# Keys of an assistant's message that clients send back as they got them, even when empty.
 _EMPTY_IN_MESSAGE = (
     "annotations",
     "audio",
@@ -71,7 +71,7 @@ _EMPTY_IN_MESSAGE = (
     "refusal",
     "tool_calls",
 )
-# Of OpenAI's API; what to send instead.
+# Keys of OpenAI's messages that are not supported, with what to send instead.
 _NOT_IN_MESSAGE = {
     "audio": "",
     "function_call": "; send tool_calls, and the result in a message with role='tool'",
@@ -116,7 +116,7 @@ class StreamOptions(Strict):
 
 
 class _Generation(SamplingOptions):
-    """What both kinds of request have."""
+    """The fields that both kinds of request have."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -134,7 +134,7 @@ def is_ids(value: Any) -> bool:
 
 
 def _check_prompt(value: Any) -> list[str] | list[list[int]]:
-    """Every form of a prompt as a list of prompts."""
+    """Return any form of a prompt as a list of prompts."""
     if isinstance(value, str):
         return [value]
     if is_ids(value):
@@ -182,11 +182,11 @@ class CompletionRequest(_Generation):
     def _fitting(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
             raise misfit(
-                "echo", "not together with logprobs: a prompt's tokens have none here", self.echo
+                "echo", "not allowed with logprobs: prompt tokens have none here", self.echo
             )
         if len(self.prompt) * self.choices > MAX_CHOICES:
             raise misfit(
-                "n", f"with {len(self.prompt)} prompts at most {MAX_CHOICES} choices", self.choices
+                "n", f"{len(self.prompt)} prompts x n exceed {MAX_CHOICES} choices", self.choices
             )
         return self
 
@@ -208,7 +208,7 @@ class Message(Strict):
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
-    # An earlier answer's thinking: DeepSeek's name for it, and OpenRouter's.
+    # An earlier answer's thinking, under DeepSeek's name and under OpenRouter's.
     reasoning_content: str | None = None
     reasoning: str | None = None
 
@@ -221,14 +221,14 @@ class Message(Strict):
         if self.role != "assistant":
             for name in ("reasoning_content", "reasoning"):
                 if value := getattr(self, name):
-                    raise misfit(name, "belongs to role='assistant' alone", value)
+                    raise misfit(name, "is only allowed with role='assistant'", value)
         if self.content is None and not (self.tool_calls or self.refusal or self.thinking):
-            raise misfit("content", "a message needs it, or tool_calls", None)
+            raise misfit("content", "a message needs content or tool_calls", None)
         if self.tool_calls and self.role != "assistant":
             calls = [call.function.name for call in self.tool_calls]
-            raise misfit("tool_calls", "belong to role='assistant' alone", calls)
+            raise misfit("tool_calls", "are only allowed with role='assistant'", calls)
         if self.refusal and self.role != "assistant":
-            raise misfit("refusal", "belongs to role='assistant' alone", self.refusal)
+            raise misfit("refusal", "is only allowed with role='assistant'", self.refusal)
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise misfit(
                 "tool_call_id", "belongs to role='tool', which needs it", self.tool_call_id
@@ -264,7 +264,7 @@ class ChatRequest(_Generation):
     @classmethod
     def _of_the_tools(cls, choice: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
         names = [tool.function.name for tool in info.data.get("tools") or ()]
-        if choice is None or "tools" not in info.data:  # the tools' own error is told
+        if choice is None or "tools" not in info.data:  # the error in tools is reported instead
             return choice
         if not names and (choice.mode in ("required", "named") or choice.names):
             raise PydanticCustomError("tool_choice", "is only allowed when tools are specified")
@@ -279,7 +279,7 @@ class ChatRequest(_Generation):
 
     @property
     def _offered(self) -> list[tuple[int, Tool]]:
-        """The tools that the model is told of, with their numbers in the request."""
+        """The tools that the model is told about, with their positions in the request."""
         choice = self.tool_choice or ToolChoice()
         allowed = choice.names if choice.mode != "named" else None
         return [
@@ -290,12 +290,12 @@ class ChatRequest(_Generation):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
-        """As chat templates take them."""
+        """The tools in the form that chat templates take."""
         return [tool.for_template() for _, tool in self._offered]
 
     @property
     def calls(self) -> Calls:
-        """How many calls are wanted."""
+        """How many calls the answer may have."""
         if not self._offered:
             return "none"
         if self.tool_choice is not None and self.tool_choice.mode == "named":
@@ -335,7 +335,7 @@ class ChatRequest(_Generation):
     @model_validator(mode="after")
     def _top_of_some(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise misfit("top_logprobs", "belongs to logprobs=true alone", self.top_logprobs)
+            raise misfit("top_logprobs", "is only allowed with logprobs=true", self.top_logprobs)
         return self
 
     @property
@@ -351,7 +351,7 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def parse_request(kind: type[R], body: bytes) -> R:
-    """The checked request; RequestError says which field is wrong and why."""
+    """Return the checked request; RequestError says which field is wrong and why."""
     try:
         data = from_json(body, allow_inf_nan=False)
     except ValueError as error:

@@ -13,7 +13,10 @@ from ...text.tool_calls import ToolCall
 
 
 class ErrorBody(BaseModel):
-    """``code`` names the class in ``proto.errors``, so that a client can raise the same one."""
+    """An error in OpenAI's format.
+
+    ``code`` names the class in ``proto.errors``, so that a client can raise the same one.
+    """
 
     message: str
     type: str
@@ -28,7 +31,10 @@ class ErrorResponse(BaseModel):
 def error_response(
     error: MoesaicError, request_id: str = "", *, words: str | None = None
 ) -> ErrorResponse:
-    """``words``: in place of what any client may be told (`words_for_client`)."""
+    """Return the JSON body for ``error``.
+
+    ``words`` replace the text that any client may see (`words_for_client`).
+    """
     words = words_for_client(error, request_id) if words is None else words
     kinds = {
         400: "invalid_request_error",
@@ -50,7 +56,7 @@ def error_response(
 def _without_none(
     one: BaseModel, serialize: SerializerFunctionWrapHandler, *names: str
 ) -> dict[str, Any]:
-    """Fields that are not there where there is nothing to say."""
+    """Serialize ``one`` without those of the fields ``names`` that are None."""
     found: dict[str, Any] = serialize(one)
     return {key: value for key, value in found.items() if key not in names or value is not None}
 
@@ -68,9 +74,13 @@ class Usage(BaseModel):
 
 
 class Moesaic(BaseModel):
-    """What the answer went without: how many experts each token had, if they were not the model's
-    own number; the largest part of a token's gate weights in one layer that was left out since
-    experts were not to be had, and for how many tokens of a layer each anything was."""
+    """How the answer differs from what the model with all its experts would have written.
+
+    ``experts_per_token`` is set where a request asked for another number than the model's own.
+    ``max_dropped`` is the largest part of a token's gate weights in one layer that was left out
+    because experts were missing. ``times_dropped`` counts the tokens of a layer for which any
+    part was.
+    """
 
     experts_per_token: int | None = None
     max_dropped: float | None = None
@@ -93,7 +103,7 @@ class Moesaic(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """``root``: the model's own name, where ``id`` is an alias of it."""
+    """One model or alias; ``root`` is the model's own name where ``id`` is an alias."""
 
     id: str
     object: Literal["model"] = "model"
@@ -108,7 +118,7 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-# What stands in JSON for a probability of zero, as in OpenAI's API.
+# The log-probability that stands for a probability of zero, as in OpenAI's API: JSON has no -inf.
 _NEVER = -9999.0
 
 
@@ -150,7 +160,10 @@ class ChatLogprobs(BaseModel):
 
 
 class TextLogprobs(BaseModel):
-    """Of a completion; offsets count characters from the begin of the generated text."""
+    """Log-probabilities of a completion.
+
+    Offsets count characters from the start of the generated text.
+    """
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -170,7 +183,10 @@ class TextLogprobs(BaseModel):
 
 
 def _by_text(choice: TokenChoice) -> dict[str, float]:
-    """The likeliest tokens and the one that was chosen; of two with the same text the likelier."""
+    """Map the text of the likeliest tokens and the chosen one to log-probabilities.
+
+    Of two tokens with the same text the likelier counts.
+    """
     found: dict[str, float] = {}
     for one in (*choice.top, choice.chosen):
         found[one.text] = max(_number(one.logprob), found.get(one.text, _NEVER))
@@ -180,7 +196,7 @@ def _by_text(choice: TokenChoice) -> dict[str, float]:
 class _Choice(BaseModel):
     index: int
     finish_reason: str | None
-    moesaic: Moesaic | None = None  # only where there is something to say
+    moesaic: Moesaic | None = None  # left out where None
 
     @model_serializer(mode="wrap")
     def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -209,7 +225,7 @@ class CalledFunction(BaseModel):
 
 
 class Called(BaseModel):
-    """A call of a tool; ``index`` only in streams."""
+    """A call of a tool; ``index`` is only set in streams."""
 
     index: int | None = None
     id: str
@@ -218,12 +234,15 @@ class Called(BaseModel):
 
     @classmethod
     def of(cls, calls: Sequence[ToolCall], first: int | None = None) -> list[Called] | None:
-        """``first``: the number of the first of them in a stream."""
+        """Return the calls in OpenAI's format, or None if there are none.
+
+        ``first`` is the index of the first of them in a stream.
+        """
         return [
             cls(
                 index=None if first is None else first + n,
                 id=call.id,
-                # Said, since chunks leave out what is not: clients tell kinds of calls by it.
+                # Set although it is the default: chunks leave out unset fields; clients need this.
                 type="function",
                 function=CalledFunction(name=call.name, arguments=call.arguments),
             )
@@ -236,8 +255,11 @@ class Called(BaseModel):
 
 
 class ChatAnswer(BaseModel):
-    """``reasoning_content``: what a model that thinks wrote before its answer, as DeepSeek's API
-    and vLLM name it."""
+    """The message of a chat answer.
+
+    ``reasoning_content`` is what a thinking model wrote before its answer; DeepSeek's API and
+    vLLM use the same name.
+    """
 
     role: Literal["assistant"] = "assistant"
     content: str | None

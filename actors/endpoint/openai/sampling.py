@@ -1,4 +1,4 @@
-"""What a request says of how its tokens are chosen, and of experts that are not to be had."""
+"""The fields of a request about the choice of tokens and about missing experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...engine.engine import ExpertBounds, Sampling
 from ...text.answer_form import AnswerForm
 from .refusals import misfit
 
-MAX_CHOICES = 64  # prompts times n
+MAX_CHOICES = 64  # prompts x n
 MAX_BIASES = 1024
 
 
@@ -21,7 +21,7 @@ class Strict(BaseModel):
 
 
 def _check_biases(value: Any) -> tuple[tuple[int, float], ...]:
-    """``{"token": bias}``, as JSON has it, as pairs."""
+    """Return JSON's ``{"token": bias}`` as pairs."""
     if not isinstance(value, dict) or len(value) > MAX_BIASES:
         raise PydanticCustomError(
             "logit_bias", "must map at most {most} token ids to numbers", {"most": MAX_BIASES}
@@ -53,8 +53,7 @@ LogitBias = Annotated[
 
 
 class MoesaicOptions(Strict):
-    """``moesaic``: how many experts a token has, and what is to happen when one is not to be had,
-    or a trunk is lost."""
+    """``moesaic``: experts per token, and what to do if an expert is missing or a trunk is lost."""
 
     experts_per_token: Annotated[int, Field(ge=1)] | None = None
     resumable: bool = False
@@ -65,7 +64,7 @@ class MoesaicOptions(Strict):
     @model_validator(mode="after")
     def _fitting(self) -> MoesaicOptions:
         if self.max_dropped is not None and self.missing_expert != "drop":
-            raise misfit("max_dropped", "belongs to missing_expert='drop' alone", self.max_dropped)
+            raise misfit("max_dropped", "is only allowed with missing_expert='drop'", self.max_dropped)
         return self
 
     @property
@@ -78,11 +77,11 @@ class MoesaicOptions(Strict):
 
 
 class SamplingOptions(Strict):
-    """The fields that both kinds of request have for it."""
+    """The sampling fields that both kinds of request have."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # None: 1, as in OpenAI's API
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    # These three are not OpenAI's; vLLM has them under the same names. top_k -1 and 0: all tokens.
+    # These three are vLLM's, not OpenAI's. top_k -1 and 0 mean all tokens.
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
@@ -91,27 +90,27 @@ class SamplingOptions(Strict):
     logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    # vLLM's, too: of the requests that wait, those with the smallest number come first.
+    # Also vLLM's: waiting requests with the smallest number come first.
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     moesaic: MoesaicOptions = MoesaicOptions()
 
     @property
     def choices(self) -> int:
-        """For each prompt."""
+        """The number of choices for each prompt."""
         return self.n or 1
 
     @property
     def top_tokens(self) -> int | None:
-        """How many of the likeliest tokens are given beside each; None: no log-probabilities."""
+        """How many likeliest tokens are listed for each token; None: no log-probabilities."""
         return None
 
     @property
     def form(self) -> AnswerForm | None:
-        """What the answer is held to; None: any text. Raises RequestError."""
+        """The form that the answer must have; None: any text. Raises RequestError."""
         return None
 
     def sampling(self, max_tokens: int, experts: ExpertBounds) -> Sampling:
-        """OpenAI's defaults for what was not said. Raises RequestError."""
+        """Return the engine's sampling; unset fields get OpenAI's defaults. Raises RequestError."""
 
         def said(value: float | None, default: float) -> float:
             return default if value is None else value

@@ -1,4 +1,4 @@
-"""What a chat request hands to the model's chat template besides messages and tools."""
+"""``chat_template_kwargs``: what a chat request passes to the model's chat template."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ MAX_OPTIONS = 64
 MAX_OPTIONS_CHARS = 8192
 
 _NAME = r"^[a-zA-Z][a-zA-Z0-9_]{0,63}$"
-# What the request says elsewhere, what decides how the template is rendered, what templates call,
-# and what Python's calls take by name on the way.
+# Names that the request sets elsewhere, options of the rendering itself, functions that templates
+# call, and names of parameters of the Python functions in between.
 _RESERVED = {
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation",
     "conversations", "dict", "joiner", "cycler", "lipsum", "max_length", "messages", "namespace",
@@ -31,9 +31,9 @@ def _check_options(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or len(value) > MAX_OPTIONS:
         raise wrong(f"must be an object of at most {MAX_OPTIONS} names")
     for name in value:
-        # Special tokens are the tokenizer's.
+        # The tokenizer sets the special tokens.
         if name in _RESERVED or name.endswith("_token"):
-            raise wrong(f"has the name {name!r}, which is not the request's to set there")
+            raise wrong(f"has the name {name!r}, which a request may not set there")
         if not re.fullmatch(_NAME, name):
             raise wrong(f"has the name {name[:70]!r}; letters, digits and _ are allowed")
     if (length := len(json.dumps(value, ensure_ascii=False))) > MAX_OPTIONS_CHARS:

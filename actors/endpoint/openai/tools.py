@@ -1,4 +1,4 @@
-"""What a chat request says of tools, and of the form of its answer."""
+"""The fields of a chat request about tools and the form of its answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Function(Strict):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None  # calls are held to the parameters' schema
+    strict: bool | None = None  # arguments must follow the schema in `parameters`
 
 
 class Tool(Strict):
@@ -32,16 +32,19 @@ class Tool(Strict):
         return self.model_dump(exclude={"function": {"strict"}}, exclude_none=True)
 
     def form(self, param: str, *, held: bool) -> ToolForm:
-        """``held``: its arguments are held to its schema, which the request has at ``param``.
-        Raises RequestError where that is no object's."""
+        """Return the form of this tool's calls.
+
+        ``held``: arguments must follow the tool's schema, which is at ``param`` in the
+        request. Raises RequestError where that schema is not an object's.
+        """
         schema = self.function.parameters
         if not held or not schema:
             return ToolForm(name=self.function.name, schema=ANY_OBJECT, param=param)
         kind = schema.get("type", "object")
         if kind != "object" and not (isinstance(kind, list) and "object" in kind):
             raise RequestError(
-                f"{param}: arguments are an object; got the type {kind!r}, where 'object' is "
-                "expected",
+                f"{param}: arguments are an object, so the schema's type must be 'object' "
+                f"(got {kind!r})",
                 param=param,
             )
         text = json.dumps({**schema, "type": "object"})
@@ -53,7 +56,10 @@ Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """``tool_choice``: how calls are wanted, and of which tools; None: of all."""
+    """``tool_choice``: whether calls are wanted, and of which tools.
+
+    ``names`` is None where all tools may be called.
+    """
 
     mode: Literal["none", "auto", "required", "named"] = "auto"
     names: tuple[str, ...] | None = None
@@ -81,15 +87,15 @@ class AllowedChoice(TypedDict):
 def _choice_of(value: Any) -> ToolChoice | None:
     if value is None or isinstance(value, str):
         if value not in (None, "none", "auto", "required"):
-            raise _wrong_choice(f"is {value!r}; there are none, auto, required, and a function")
+            raise _wrong_choice(f"is {value!r}; use none, auto, required, or a function")
         return None if value is None else ToolChoice(value)
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "function":
         return ToolChoice("named", (_named(value),))
     if kind != "allowed_tools":
         raise _wrong_choice(
-            f"has the type {kind!r}; there are none, auto, required, "
-            '{"type": "function", "function": {"name": ...}} and the type allowed_tools'
+            f"has the type {kind!r}; use none, auto, required, "
+            '{"type": "function", "function": {"name": ...}}, or the type allowed_tools'
         )
     allowed = value.get("allowed_tools")
     if (
@@ -105,7 +111,7 @@ def _choice_of(value: Any) -> ToolChoice | None:
 
 
 def _named(value: Any) -> str:
-    """The name in ``{"type": "function", "function": {"name": ...}}``."""
+    """Return the name in ``{"type": "function", "function": {"name": ...}}``."""
     function = value.get("function") if isinstance(value, dict) else None
     if (
         not isinstance(function, dict)
@@ -114,7 +120,9 @@ def _named(value: Any) -> str:
         or set(function) != {"name"}
         or not isinstance(function["name"], str)
     ):
-        raise _wrong_choice('names a function as {"type": "function", "function": {"name": ...}}')
+        raise _wrong_choice(
+            'must name a function as {"type": "function", "function": {"name": ...}}'
+        )
     return function["name"]
 
 
@@ -147,12 +155,15 @@ class Call(Strict):
     function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
-        """Arguments stay the text that they are: templates differ in what they take."""
+        """Return the call for a chat template.
+
+        The arguments stay text: templates differ in whether they expect text or an object.
+        """
         return self.model_dump()
 
 
 def _schema_of(value: Any) -> str | None:
-    """``response_format`` as a JSON schema in JSON; None: any text."""
+    """Return ``response_format`` as a JSON schema in JSON; None: any text."""
 
     def wrong(why: str) -> PydanticCustomError:
         return PydanticCustomError("response_format", "{why}", {"why": why})
@@ -164,9 +175,9 @@ def _schema_of(value: Any) -> str | None:
     kind = value.get("type")
     wanted = {"type", "json_schema"} if kind == "json_schema" else {"type"}
     if kind not in ("text", "json_object", "json_schema"):
-        raise wrong(f"has the type {kind!r}; there are text, json_object and json_schema")
+        raise wrong(f"has the type {kind!r}; use text, json_object or json_schema")
     if set(value) != wanted:
-        raise wrong(f"of type {kind} has the keys {sorted(wanted)}, and no others")
+        raise wrong(f"of type {kind} must have the keys {sorted(wanted)} and no others")
     if kind != "json_schema":
         return None if kind == "text" else '{"type": "object"}'
     named = value["json_schema"]

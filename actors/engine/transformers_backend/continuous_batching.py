@@ -1,4 +1,4 @@
-"""The seam into transformers' continuous batching: every private name that we rely on is here.
+"""The interface to transformers' continuous batching: all private names that we rely on are here.
 
 ``tests/integration/engine/test_batching_seam.py`` pins these names and the order of the calls, and
 fails loudly when transformers changes them:
@@ -6,8 +6,8 @@ fails loudly when transformers changes them:
     loop body:  prepare_next_batch -> _generation_step -> update_batch -> output_router
     step:       model forward (our router may call fail_rows) -> model_runner._sample
 
-Shape suffixes: R = rows of logits (one per request with a new token), S = those that are sampled,
-V = vocabulary.
+Shape suffixes: R = rows of logits (one per request with a new token), S = those that are sampled, V
+= vocabulary.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ SCHEDULER = "moesaic"
 
 
 class RankScheduler(FIFOScheduler):
-    """The waiting requests by their rank.
+    """Admits the waiting requests by their rank.
 
-    transformers admits no new request after an eviction until one *finishes*. When the running
+    After an eviction transformers admits no new request until one *finishes*. If the running
     ones are cancelled instead, that never happens and the waiting ones starve.
     """
 
-    rank: Callable[[str], tuple[int, int]]  # of a request; the smaller, the sooner
+    rank: Callable[[str], tuple[int, int]]  # request id -> rank; the smallest comes first
 
     def _get_waiting_candidates(self) -> list[RequestState]:
         return sorted(super()._get_waiting_candidates(), key=lambda one: self.rank(one.request_id))
@@ -78,13 +78,13 @@ SCHEDULER_MAPPING[SCHEDULER] = RankScheduler
 
 logger = logging.getLogger(__name__)
 
-# Restarts in a row without one good step in between, after which the engine is not healthy.
+# After so many restarts in a row, without a good step in between, the engine is not healthy.
 MAX_BARREN_RESTARTS = 3
 MAX_RESTART_DELAY_S = 5.0
 
 
 class _Router(OutputRouter):
-    """Gives every output to its stream at once; there is no queue that nobody reads."""
+    """Passes every output to its stream at once, so that no queue grows that nobody reads."""
 
     def __init__(self, streams: Streams) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class _Router(OutputRouter):
 
 
 class BatchingLoop(ContinuousBatchingManager):
-    """The manager, with a thread that survives its model's exceptions and faults of single rows."""
+    """transformers' manager, with a thread that survives exceptions and faults of single rows."""
 
     def __init__(
         self,
@@ -131,37 +131,43 @@ class BatchingLoop(ContinuousBatchingManager):
     # ------------------------------------------------------------------ the owner's thread
 
     def allocate(self) -> int:
-        """Makes the KV cache; returns the tokens that one request can have in it, alone."""
+        """Make the KV cache; return the tokens that one request can have in it, alone."""
         with _refusing_unsupported():
             self.batch_processor = self._create_batch_processor()
         return infer_max_single_request_tokens(self.batch_processor.cache)
 
     def start(self) -> None:
-        # A daemon, so that a forward that never returns cannot keep the process alive.
+        # A daemon thread, so that a forward that never returns cannot keep the process alive.
         self._generation_thread = threading.Thread(
             target=self._run_generation_loop, name="moesaic-engine", daemon=True
         )
         self._generation_thread.start()
 
     def submit(self, request_id: str, stream: Stream, tokens: Sequence[int], left: int) -> bool:
-        """Whether the loop took the request; it does not while it restarts or closes. ``tokens``:
-        the prompt and what was generated; ``left``: how many more there may be."""
+        """Queue a request; return False where the loop is restarting or closing.
+
+        ``tokens``: the prompt and what was generated; ``left``: how many more tokens there
+        may be.
+        """
         taken = self.add_request(
             list(tokens), request_id=request_id, max_new_tokens=left, streaming=True
         )
-        # Looked at last: whatever was queued before `close` began is failed by the loop's end.
+        # Checked last: when the loop ends, it fails everything that was queued before `close`.
         return taken is not None and not self._closing.is_set()
 
     def wake(self) -> None:
-        """The encoder has something to do."""
+        """Wake the loop, since the encoder has work."""
         self._wake_up_loop.set()
 
     def close(self, timeout_s: float) -> None:
-        """Raises EngineError when the thread is still inside a step after ``timeout_s``."""
+        """Stop the loop.
+
+        Raises EngineError if its thread is still inside a step after ``timeout_s``.
+        """
         self._closing.set()
         self.background_thread_status.request_stop(BackgroundThreadStatus.HARD_STOP, 0)
         self._wake_up_loop.set()
-        # Joins, frees the cache and gives the model its own attention back.
+        # Joins the thread, frees the cache and restores the model's own attention.
         self.stop(block=True, timeout=timeout_s, hard_stop=True)
         if self.is_running():
             raise EngineError(f"the engine's loop did not stop within {timeout_s} s")
@@ -186,9 +192,10 @@ class BatchingLoop(ContinuousBatchingManager):
     def _run_generation_loop(self) -> None:
         while True:
             super()._run_generation_loop()
-            # Those that were submitted after transformers had emptied its queues.
+            # For requests that were submitted after transformers had emptied its queues.
             self.streams.fail_all(self._why_ended())
-            # Before the look at `_closing`: `close` sets that first and then asks for the stop.
+            # Cleared before `_closing` is checked: `close` sets `_closing` before it asks for the
+            # stop, so if this clears a stop, `_closing` is set already.
             self.background_thread_status.clear()
             if self._closing.is_set():
                 return
@@ -198,7 +205,7 @@ class BatchingLoop(ContinuousBatchingManager):
                 self._closing.wait(min(0.1 * 2**self._barren_restarts, MAX_RESTART_DELAY_S))
             self._barren_restarts += 1
             if self.batch_processor is not None:
-                # Nothing that the failed step may have half written is shared with later prompts.
+                # The failed step may have left half-written blocks, which no prompt may reuse.
                 self.batch_processor.cache.reset()
 
     def _fail_all_remaining_requests(
@@ -234,7 +241,7 @@ class BatchingLoop(ContinuousBatchingManager):
         if own is None or paged is None:
             self._encoder.step()
             return
-        # The paged one sees nothing but a paged cache.
+        # Paged attention only works with a paged cache, and the encoder has none.
         self.model.set_attn_implementation(own)
         try:
             self._encoder.step()
@@ -256,12 +263,15 @@ class BatchingLoop(ContinuousBatchingManager):
         self._barren_restarts = 0
 
     def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
-        """See `TransformersEngine.fail_rows`; the first error of a request counts."""
+        """Fail the requests that own ``rows``; see `TransformersEngine.fail_rows`.
+
+        The first error of a request counts.
+        """
         for _, request_id in self._owners(rows):
             self._faults.setdefault(request_id, error)
 
     def row_groups(self) -> RowGroups | None:
-        """See `TransformersEngine.row_groups`."""
+        """Return wishes about experts by rows; see `TransformersEngine.row_groups`."""
         if not self._in_forward or not self.streams.some_wish:
             return None
         return [
@@ -270,15 +280,16 @@ class BatchingLoop(ContinuousBatchingManager):
         ]
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
-        """See `TransformersEngine.drop_rows`."""
+        """Note rows without some experts; see `TransformersEngine.drop_rows`."""
         for row, request_id in self._owners(sorted(dropped)):
             self.streams.drop(request_id, dropped[row])
 
     def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """(row, id of its request) of those that are no padding."""
+        """Yield (row, id of its request) for those of ``rows`` that are not padding."""
         if not self._in_forward:
             raise InternalError("a row was reported outside of the model's forward")
         requests = self._requests_in_batch()
+        # Requests lie one after the other in the batch: i has the rows ends[i - 1] to ends[i] - 1.
         ends = list(accumulate(request.query_length for request in requests))
         for row in rows:
             owner = bisect_right(ends, row)
@@ -289,31 +300,34 @@ class BatchingLoop(ContinuousBatchingManager):
         processor = self._processor()
         for request in self._requests_in_batch():
             if request.state.request_id in self._faults:
-                # The step wrote wrong keys and values: no later prompt may find these blocks.
+                # The step wrote wrong keys and values, so later prompts must not reuse its blocks.
                 request.complete_blocks = {}
                 processor.scheduler.set_request_cancellation(request.state.request_id)
         self.streams.post(self._faults)
 
     def _keep_to_themselves(self) -> None:
-        """What was computed without some experts is of no use to later prompts."""
+        """Keep blocks that were computed without some experts out of the prefix cache."""
         for request in self._requests_in_batch():
             if not self.streams.is_whole(request.state.request_id):
                 request.complete_blocks = {}
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        """``scores (1, R, V)`` fp32 -> ``output_ids[0, :R]``; greedy rows as in transformers."""
+        """Write the next tokens of ``scores (1, R, V)``, fp32, to ``output_ids[0, :R]``.
+
+        Rows of greedy requests get the same token as in transformers.
+        """
         scores_RV = scores[0]
         tokens_R = scores_RV.argmax(dim=-1)
-        # argmax takes a NaN for the largest, so the best score tells whether a row is finite.
+        # argmax treats a NaN as the largest, so the best score tells whether a row is finite.
         finite_R = scores_RV.gather(1, tokens_R[:, None])[:, 0].isfinite().tolist()
-        # Rows beyond the requests that have a new token are padding.
+        # The first rows belong to the requests with a new token; the rest is padding.
         live = [r.state.request_id for r in self._requests_in_batch() if r.has_new_token]
         rows: list[int] = []
         samplers: list[RequestSampler] = []
         for row, (request_id, finite) in enumerate(zip(live, finite_R, strict=False)):
             sampler = self.streams.sampler(request_id)
             if request_id in self._faults:
-                continue  # what it gets here is not its token: it draws none
+                continue  # the request has failed and must not advance its sampler
             if not finite:
                 self._faults.setdefault(
                     request_id, InternalError("the model's logits are not finite")
@@ -333,9 +347,9 @@ class BatchingLoop(ContinuousBatchingManager):
         output_ids[0, : tokens_R.size(0)].copy_(tokens_R)
 
     def _requests_in_batch(self) -> list[FutureRequestState]:
-        """In the order of their rows."""
+        """Return the requests in the order of their rows."""
         batch = self._processor().inputs_and_outputs
-        assert isinstance(batch, ContinuousBatchingIOs)  # not the asynchronous one
+        assert isinstance(batch, ContinuousBatchingIOs)  # not its asynchronous variant
         return batch.requests_in_batch
 
     def _processor(self) -> ContinuousBatchProcessor:
@@ -359,11 +373,11 @@ def _manager_config(config: EngineConfig, device: torch.device) -> ContinuousBat
         max_batch_tokens=config.max_batch_tokens,
         max_requests_per_batch=config.max_requests,
         max_memory_percent=config.cache_memory_fraction,
-        # A step leaves the process for every layer's experts: no graph can capture it, and faults
-        # must be known before the next step is planned.
+        # No CUDA graph can capture a step, which calls other processes for every layer's experts.
+        # No asynchronous batching: faults must be known before the next step is planned.
         use_cuda_graph=False,
         use_async_batching=False,
-        # Would look for kernels on the hub; load the model with the attention that you want.
+        # True would look for kernels on the hub. The caller chooses the attention.
         auto_switch_to_flash=False,
         scheduler_type=SCHEDULER,
     )

@@ -1,8 +1,10 @@
-"""transformers as a trunk's engine: its continuous batching (`batching.BatchingLoop`), and cohorts
-(`cohorts.CohortLoop`) for models that it cannot take.
+"""transformers as a trunk's engine.
 
-Two threads meet here: the engine's loop steps the model; callers live in asyncio. The loop's thread
-only ever posts to a stream (``streams.py``), and only the caller adds and removes streams.
+Requests run in its continuous batching (`continuous_batching.BatchingLoop`), or, for models that it
+cannot take, in static batches (`static_batching.CohortLoop`).
+
+Two threads meet here: the engine's loop steps the model, and callers live in asyncio. The loop's
+thread only posts to streams (``streams.py``); only callers add and remove streams.
 """
 
 from __future__ import annotations
@@ -33,22 +35,22 @@ from .static_batching import CohortLoop
 
 logger = logging.getLogger(__name__)
 
-# What a text that only becomes a vector asks for.
+# The sampling of a text that only becomes a vector.
 _NO_ANSWER = Sampling(max_tokens=1)
 
 Loop = BatchingLoop | CohortLoop
 
-# Of configurations whose keys and values may have other sizes than transformers' paged cache takes
-# them to have: it accepts the model, and its first step fails (multi-head latent attention, mixture
-# of attention).
+# Keys of configurations (multi-head latent attention, mixture of attention) in which keys and
+# values may have other sizes than transformers' paged cache expects. It accepts such a model, and
+# then its first step fails.
 _SUSPECT = ("kv_lora_rank", "v_head_dim", "kv_channels")
-# Of configurations that transformers' packed batches would compute as others, in silence: a cap on
-# attention logits, experts with so much room for each sequence.
+# Keys of configurations that transformers' packed batches silently compute wrongly: a cap on
+# attention logits, and experts with a capacity per sequence.
 _NOT_PACKED = ("attn_logit_softcapping", "router_capacity_factor_eval")
 
 
 class TransformersEngine:
-    """Requests in batches: continuous ones by transformers' own manager, or cohorts."""
+    """Runs requests in batches: continuous ones by transformers' own manager, or static ones."""
 
     def __init__(
         self,
@@ -57,9 +59,13 @@ class TransformersEngine:
         config: EngineConfig | None = None,
         tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
     ) -> None:
-        """``tokenizer`` loads the model's, at the start and again for the first answer of a given
-        form: that takes a second, and to keep it would take tens of MB in every trunk. Without,
-        there are no such answers, and the configurations alone say what ends a text."""
+        """Create an engine of ``model``.
+
+        ``tokenizer`` loads the model's tokenizer at the start, and again for the first
+        answer of a given form. That takes a second; keeping it would take tens of MB in
+        every trunk. Without it there are no such answers, and only the configurations say
+        what ends a text.
+        """
         self._model = model
         self._tokenizer = tokenizer
         self._grammars: Grammars | None = None
@@ -67,7 +73,7 @@ class TransformersEngine:
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._parking = Parking(self._config.park_s, self._running)
         self._encoder = Encoder(model, self._config.max_batch_tokens)
-        self._embedding = 0  # calls
+        self._embedding = 0  # calls of `embed` in progress
         self._loop: Loop | None = None
         self._limits: Limits | None = None
 
@@ -98,7 +104,11 @@ class TransformersEngine:
         self._loop = loop
 
     def _make_loop(self, eos: Sequence[int]) -> tuple[Loop, int]:
-        """Continuous batching where transformers can; and the tokens that one request can have."""
+        """Return a loop, and the tokens that one request can have.
+
+        The loop is continuous batching where transformers supports it, else static
+        batching.
+        """
         model, attention = self._model, self._model.config._attn_implementation
         text_config = model.config.get_text_config()
         packs = not any(getattr(text_config, name, None) for name in _NOT_PACKED)
@@ -111,15 +121,15 @@ class TransformersEngine:
                     self._probe(continuous)
                 return continuous, total
             except UnsupportedModel as error:
-                # It may have begun to change the model.
+                # The failed attempt may have changed the model's attention already.
                 model.set_attn_implementation(attention or "eager")
-                logger.warning("requests run in cohorts: %s", error)
+                logger.warning("requests run in static batches (cohorts): %s", error)
         cohorts = CohortLoop(model, self._config, eos, Streams(eos), self._encoder)
         cohorts.start()
         return cohorts, cohorts.allocate()
 
     def _probe(self, loop: BatchingLoop) -> None:
-        """Two tokens, to see whether the steps work. Raises UnsupportedModel."""
+        """Generate two tokens, to see whether the steps work. Raises UnsupportedModel."""
 
         async def probe() -> None:
             sampler = RequestSampler(Sampling(max_tokens=2), [0])
@@ -131,7 +141,7 @@ class TransformersEngine:
             finally:
                 loop.streams.close("probe")
 
-        # A thread, because whoever starts an engine may be inside an event loop.
+        # A thread, since the caller of `start` may be inside an event loop.
         with ThreadPoolExecutor(1) as thread:
             try:
                 thread.submit(asyncio.run, probe()).result()
@@ -139,8 +149,8 @@ class TransformersEngine:
                 loop.close(self._config.close_timeout_s)
                 raise UnsupportedModel(f"continuous batching fails: {error}") from None
             except MoesaicError as error:
-                # Experts may be missing now; that says nothing of the model.
-                logger.warning("the engine was not tried out: %s", error)
+                # Experts may be missing now, which says nothing about the model.
+                logger.warning("the engine could not be tried out: %s", error)
 
     async def generate(
         self,
@@ -149,14 +159,14 @@ class TransformersEngine:
         sampling: Sampling,
         already: Sequence[int] = (),
     ) -> AsyncGenerator[Delta, None]:
-        """See `Engine.generate`."""
+        """Yield a request's tokens; see `Engine.generate`."""
         self._admit(prompt_ids, sampling)
         grammar = await self._grammar(sampling, already)
         sampler = RequestSampler(sampling, prompt_ids, already, grammar)
         arrival = next(self._arrivals)
 
         def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
-            # A caller may use an id twice; the loop must not see it twice.
+            # A caller may use an id twice, but the loop needs unique ids.
             key = f"{request_id}#{next(self._ids)}"
             return self._attempt(key, tokens, left, sampler, arrival)
 
@@ -170,17 +180,17 @@ class TransformersEngine:
             return None
         if self._grammars is None:
             raise RequestError(
-                "response_format, strict tools and forced calls: not with this engine, which has "
-                "no tokenizer",
+                "response_format, strict tools and forced calls: not supported by this engine, "
+                "which has no tokenizer",
                 param="response_format",
             )
-        # A large schema takes a second.
+        # In a thread, since a large schema takes a second.
         return await asyncio.to_thread(self._grammars.begin, sampling.form, already)
 
     async def _attempt(
         self, key: str, tokens: list[int], left: int, sampler: RequestSampler, arrival: int
     ) -> AsyncGenerator[Delta, None]:
-        """Until the request ends, or lacks an expert."""
+        """Yield tokens until the request ends, or lacks an expert."""
         loop = self._running()
         stream = loop.streams.open(key, sampler, arrival)
         finished = False
@@ -204,7 +214,10 @@ class TransformersEngine:
                 self._check_beat(loop)
 
     async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
-        """See `Embeds.embed`. A prompt that lacks an expert waits for it as requests do."""
+        """Return one vector per prompt; see `Embeds.embed`.
+
+        A prompt that lacks an expert waits for it as requests do.
+        """
         for prompt_ids in prompts:
             self.limits.check(prompt_ids, _NO_ANSWER)
         self._check_room()
@@ -240,12 +253,12 @@ class TransformersEngine:
                     return vector.result()
                 self._check_beat(loop)
         except MoesaicError as error:
-            raise copy.copy(error) from None  # texts of one batch may share it
+            raise copy.copy(error) from None  # texts of a batch may share it; raising changes it
         finally:
             vector.cancel()
 
     def _check_beat(self, loop: Loop) -> None:
-        """Waiting behind others is no fault of the engine's; standing still is."""
+        """Raise EngineError if the loop stands still; waiting in its queue is no error."""
         stalled_s = time.monotonic() - loop.last_beat
         if stalled_s >= self._config.stall_timeout_s:
             raise EngineError(f"the engine made no step for {stalled_s:.0f} s") from None
@@ -260,24 +273,26 @@ class TransformersEngine:
             raise Busy(f"{requests} requests are running or waiting; try again later")
 
     def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
-        """Ends the requests that own these rows of the batch in flight, and only those.
+        """End the requests that own these rows of the batch in flight, and no others.
 
-        To be called inside the model's forward, in its thread; ``rows`` index the flat ``(T, H)``
-        hidden states. After the step each request's generator raises ``error``.
+        Call it inside the model's forward, in its thread; ``rows`` index the flat ``(T,
+        H)`` hidden states. After the step each request's generator raises ``error``.
 
-        The rows must hold finite numbers (zeros): a step's requests share one masked attention, in
-        which a row counts zero times for the others, and zero times NaN is NaN.
+        The rows must hold finite numbers (zeros). All requests of a step share one masked
+        attention: there the others weigh these rows with 0, and 0 x NaN is NaN.
         """
         owner = self._encoder if self._encoder.in_forward else self._running()
         owner.fail_rows(rows, error)
 
     def row_groups(self) -> RowGroups | None:
-        """What the requests of the batch in flight want of the experts, in the order of their
-        rows; None if nothing in particular. To be called as `fail_rows` is."""
+        """Return the requests' wishes about experts, in the order of the batch's rows.
+
+        None if no request of the batch in flight has a wish. Call it as `fail_rows`.
+        """
         return None if self._encoder.in_forward else self._running().row_groups()
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
-        """These rows go without a part of their experts; to be called as `fail_rows` is."""
+        """Note rows for which a part of their experts was left out; call it as `fail_rows`."""
         self._running().drop_rows(dropped)
 
     def _running(self) -> Loop:

@@ -1,8 +1,8 @@
 """Requests that began together, as one padded batch through the parts of transformers' `generate`.
 
-Any model that can generate goes this way: its own `prepare_inputs_for_generation`, its own cache,
-its encoder if it has one. The private names of transformers that this relies on are here alone;
-``tests/integration/engine/test_static_batching.py`` compares the texts with `generate`'s.
+Any model that can generate works this way: with its own `prepare_inputs_for_generation`, its own
+cache, and its encoder if it has one. All private names of transformers that this relies on are
+here; ``tests/integration/engine/test_static_batching.py`` compares the texts with `generate`'s.
 
 Shape suffixes: R = requests, T = tokens of the padded batch, V = vocabulary.
 """
@@ -39,31 +39,31 @@ class Asked:
 
     @property
     def most_tokens(self) -> int:
-        """That it can have in the cache."""
+        """The most tokens that the request can have in the cache."""
         return self.tokens + self.left
 
 
 class Cohort:
-    """Up to its end; requests leave it when they are done."""
+    """A static batch from its first step to its last; requests leave it when they are done."""
 
     def __init__(self, model: PreTrainedModel, requests: Sequence[Asked]) -> None:
         self.requests = list(requests)
-        self.rows_each = 0  # of the batch in flight, for each request
+        self.rows_each = 0  # rows of each request in the batch in flight
         self._model: Any = model
         self._encodes = bool(model.config.is_encoder_decoder)
         self._named = set(inspect.signature(model.forward).parameters)
         self._kwargs: dict[str, Any] = {"use_cache": True}
-        self._input_ids: Tensor | None = None  # None: nothing was computed yet
+        self._input_ids: Tensor | None = None  # None before the first step
         self._new = True
 
     @property
     def is_first_padded(self) -> bool:
-        """Whether nothing was generated yet, and texts of several lengths are one batch."""
+        """Whether nothing was generated yet, and texts of several lengths share the batch."""
         lengths = {request.tokens for request in self.requests}
         return self._new and len(lengths) > 1
 
     def forward(self) -> Tensor:
-        """(R, V) float32: logits of the next tokens."""
+        """Return (R, V) float32: logits of the next tokens."""
         first = self._input_ids is None
         if first:
             self._input_ids = self._begin()
@@ -81,7 +81,7 @@ class Cohort:
         return outputs.logits[:, -1].float()
 
     def take(self, tokens: Sequence[int]) -> None:
-        """The next token of each request."""
+        """Append the next token of each request."""
         assert self._input_ids is not None
         self._new = False
         for request, token in zip(self.requests, tokens, strict=True):
@@ -91,7 +91,7 @@ class Cohort:
         self._input_ids = torch.cat([self._input_ids, new], dim=1)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """The others are done."""
+        """Keep the requests of ``rows``; the others are done."""
         if len(rows) == len(self.requests):
             return
         requests, self.requests = self.requests, [self.requests[row] for row in rows]
@@ -121,6 +121,7 @@ class Cohort:
         else:
             texts = [[*r.prompt_ids, *r.generated] for r in self.requests]
             ids_RT, mask_RT = _padded(texts, device, left=True)
+            # A text's first token has position 0, whatever padding is to its left.
             if "position_ids" in self._named:
                 self._kwargs["position_ids"] = (mask_RT.cumsum(-1) - 1).clamp(min=0)
             if "attention_mask" in self._named and not bool(mask_RT.all()):
@@ -137,12 +138,16 @@ class Cohort:
 def together(
     model: PreTrainedModel, requests: Sequence[Asked], most_tokens: int, *, pads: bool
 ) -> int:
-    """How many of the first requests can be one cohort of at most so many padded tokens; at least
-    one. Without ``pads`` all are of one length."""
+    """Return how many of the first requests can share one padded batch; at least one.
+
+    The batch has at most ``most_tokens`` tokens, padding included. Without ``pads`` all
+    requests must have the same length.
+    """
     longest = 0
     for count, request in enumerate(requests):
         longest = max(longest, request.tokens)
-        # Behind an encoder a decoder's texts are not padded: those that begin anew have some.
+        # A decoder's texts are not padded if there is an encoder, so they must be equally long.
+        # A request that was parked starts again with the tokens that it had.
         alike = not model.config.is_encoder_decoder or (
             len(request.generated) == len(requests[0].generated)
         )
@@ -155,7 +160,7 @@ def together(
 def _padded(
     texts: Sequence[Sequence[int]], device: torch.device, *, left: bool
 ) -> tuple[Tensor, Tensor]:
-    """(R, T) ids and mask."""
+    """Return ids and mask, both (R, T), padded on the left or on the right."""
     longest = max(map(len, texts))
     ids_RT = torch.zeros(len(texts), longest, dtype=torch.long)
     mask_RT = torch.zeros_like(ids_RT)

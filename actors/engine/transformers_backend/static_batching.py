@@ -1,8 +1,9 @@
-"""Batching for models that transformers' continuous batching cannot take: multi-head latent
-attention, linear-attention hybrids, encoder-decoder.
+"""Static batching, for models that transformers' continuous batching cannot take.
 
-Requests that come together run as one padded batch (`Cohort`), and the cohorts take turns, a token
-each; nobody joins one that runs. Simple and right rather than fast: vLLM has most of these.
+These have multi-head latent attention, linear attention in some layers, or an encoder and a
+decoder. Requests that arrive together run as one padded batch (`Cohort`). The batches take turns,
+one token each, and no request joins a batch that runs. This is simple and correct rather than fast;
+vLLM supports most of these models.
 
 Shape suffixes: R = requests of a cohort, V = vocabulary.
 """
@@ -28,14 +29,14 @@ from .static_batch import Asked, Cohort, together
 
 logger = logging.getLogger(__name__)
 
-# Failed steps in a row, after which the engine is not healthy.
+# After so many failed steps in a row the engine is not healthy.
 MAX_FAILED = 3
 _IDLE_S = 0.5
 _DEFAULT_TOKENS = 8192  # in the caches of all requests
 
 
 class CohortLoop:
-    """A thread that steps the cohorts. The same face as `batching.BatchingLoop`'s."""
+    """A thread that steps the cohorts, with the same interface as `BatchingLoop`."""
 
     def __init__(
         self,
@@ -60,26 +61,30 @@ class CohortLoop:
         self._failed = 0
         self._pads = True
         self._closing = threading.Event()
-        # The lock is for these three; the rest is the thread's.
+        # The condition's lock guards these two; only the thread uses the rest.
         self._changed = threading.Condition()
         self._waiting: dict[str, Asked] = {}
         self._cancelled: set[str] = set()
         self._cohorts: list[Cohort] = []
-        self._current: Cohort | None = None  # whose forward runs
+        self._current: Cohort | None = None  # the one whose forward runs
         self._faults: dict[str, MoesaicError] = {}
         self._thread = threading.Thread(target=self._run, name="moesaic-engine", daemon=True)
 
     # ---- the owner's threads --------------------------------------------------------------------
 
     def allocate(self) -> int:
-        """The tokens that one request can have, alone."""
+        """Return the tokens that one request can have, alone."""
         return self._cache_tokens
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, request_id: str, stream: Stream, tokens: Sequence[int], left: int) -> bool:
-        """Whether the loop took the request. ``tokens``: the prompt and what was generated."""
+        """Queue a request; return False where the loop is closing.
+
+        ``tokens``: the prompt and what was generated; ``left``: how many more tokens there
+        may be.
+        """
         prompt = len(stream.sampler.prompt_ids)
         request = Asked(
             request_id, tokens[:prompt], left, stream.sampler, generated=list(tokens[prompt:])
@@ -97,12 +102,15 @@ class CohortLoop:
                 self._cancelled.add(request_id)
 
     def wake(self) -> None:
-        """The encoder has something to do."""
+        """Wake the loop, since the encoder has work."""
         with self._changed:
             self._changed.notify()
 
     def close(self, timeout_s: float) -> None:
-        """Raises EngineError when the thread is still inside a step after ``timeout_s``."""
+        """Stop the loop.
+
+        Raises EngineError if its thread is still inside a step after ``timeout_s``.
+        """
         with self._changed:
             self._closing.set()
             self._changed.notify()
@@ -152,7 +160,7 @@ class CohortLoop:
         return sum(r.most_tokens for cohort in self._cohorts for r in cohort.requests)
 
     def _admit(self) -> None:
-        """Those that wait and find room, as one more cohort."""
+        """Make one more cohort of the waiting requests that fit into the caches."""
         with self._changed:
             ranked = sorted(self._waiting.values(), key=lambda one: self.streams.rank(one.key))
             room = self._cache_tokens - self._reserved()
@@ -176,13 +184,13 @@ class CohortLoop:
             self._failed = 0
         except Exception as error:
             if cohort.is_first_padded:
-                # Some models cannot take texts of several lengths.
-                logger.warning("texts are not padded any more: %s: %s", type(error).__name__, error)
+                # Some models fail on padded texts; from now on each batch has texts of one length.
+                logger.warning("padding is switched off: %s: %s", type(error).__name__, error)
                 self._pads = False
                 self._cohorts += [Cohort(self._model, [one]) for one in cohort.requests]
                 cohort.keep([])
                 return
-            # Whatever it was, the other cohorts go on.
+            # Any error: the other cohorts must continue.
             logger.exception("a step of a cohort failed")
             self.last_error = in_words(error)
             self.restarts += 1
@@ -217,7 +225,7 @@ class CohortLoop:
         for row, request in enumerate(cohort.requests):
             if request.key in self._faults:
                 continue
-            # argmax takes a NaN for the largest.
+            # argmax treats a NaN as the largest, so the best logit tells whether all are finite.
             if not bool(logits_RV[row, tokens[row]].isfinite()):
                 self._faults[request.key] = InternalError("the model's logits are not finite")
             elif not request.sampler.trivial:
@@ -242,24 +250,27 @@ class CohortLoop:
     # ---- rows of the batch in flight ------------------------------------------------------------
 
     def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
-        """See `TransformersEngine.fail_rows`; the first error of a request counts."""
+        """Fail the requests that own ``rows``; see `TransformersEngine.fail_rows`.
+
+        The first error of a request counts.
+        """
         for _, key in self._owners(rows):
             self._faults.setdefault(key, error)
 
     def row_groups(self) -> RowGroups | None:
-        """See `TransformersEngine.row_groups`."""
+        """Return wishes about experts by rows; see `TransformersEngine.row_groups`."""
         cohort = self._current
         if cohort is None or not self.streams.some_wish:
             return None
         return [(cohort.rows_each, self.streams.wish(one.key)) for one in cohort.requests]
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
-        """See `TransformersEngine.drop_rows`."""
+        """Note rows without some experts; see `TransformersEngine.drop_rows`."""
         for row, key in self._owners(sorted(dropped)):
             self.streams.drop(key, dropped[row])
 
     def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """(row, id of its request)"""
+        """Yield (row, id of its request)."""
         cohort = self._current
         if cohort is None:
             raise InternalError("a row was reported outside of the model's forward")

@@ -1,8 +1,8 @@
-"""vLLM as a trunk's engine: its scheduler, cache, attention and sampling over the pool's experts.
+"""vLLM as a trunk's engine: its scheduler, cache, attention and sampling, with the pool's experts.
 
-vLLM runs inside this process (its engine core has none of its own), so that the router that its
-layers ask is the one that knows whose rows a batch has. One thread adds, steps and aborts; what is
-asked of it goes through a queue.
+vLLM's engine core runs inside this process, so that the router that its layers call knows which
+request each row of a batch belongs to. One thread adds, steps and aborts requests; callers ask it
+through a queue.
 
 Shape suffixes: T = tokens of a batch.
 """
@@ -54,10 +54,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long the loop sleeps at most while nobody asks for anything.
+# How long the loop sleeps at most while it has no work.
 _IDLE_S = 0.5
-# Read by vLLM when it is imported. Its core is to live in this process; hosts share the machine's
-# cores, so it must not pin its threads.
+# vLLM reads these when it is imported. Its core must live in this process. It must not pin its
+# threads, since hosts share the machine's cores.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -67,7 +67,7 @@ _ENVIRONMENT = {
 
 
 class VllmEngine:
-    """One model's trunk in vLLM. Owns its link to the pool."""
+    """One model's trunk in vLLM; owns its link to the pool."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class VllmEngine:
         connect: Callable[[TrunkConfig, Sequence[int]], PoolLink] = PoolLink,
     ) -> None:
         if config.model.path is None:
-            raise ClusterError(f"model {config.model.name!r}: vLLM reads trunks from folders alone")
+            raise ClusterError(f"model {config.model.name!r}: vLLM only reads trunks from folders")
         self._path = Path(config.model.path)
         self._config, self._connect = config, connect
         self._engine_config: EngineConfig = config.engine
@@ -141,21 +141,21 @@ class VllmEngine:
         arguments = EngineArgs(
             model=str(self._path),
             dtype=config.model.dtype,
-            # It needs one for answers of a given form alone.
+            # vLLM needs a tokenizer only for answers of a given form.
             skip_tokenizer_init=not (self._path / "tokenizer.json").exists(),
-            # As `grammar.py` has it.
+            # The same backend and whitespace as in `grammar.py`.
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
-            # Compiled code calls the pool as an operator of its own.
+            # Compiled code calls the pool through a custom operator (`plugin.py`).
             enforce_eager=not sizes.compiled,
             max_num_seqs=sizes.max_requests,
             max_num_batched_tokens=max(sizes.max_batch_tokens, sizes.max_requests),
             max_model_len=_longest(self._path, tokens),
-            # vLLM keeps one block for itself.
+            # One more, since vLLM keeps a block for itself.
             num_gpu_blocks_override=None if sizes.num_blocks is None else blocks + 1,
             block_size=sizes.page_size,
-            # Blocks are counted above; this is what they are compared with.
+            # vLLM checks the blocks against this budget; the number above alone sets the size.
             kv_cache_memory_bytes=None if sizes.num_blocks is None else 1 << 42,
-            # What was computed without some experts must not be found by later prompts.
+            # Later prompts must not reuse blocks that were computed without some experts.
             enable_prefix_caching=False,
             async_scheduling=False,
             scheduling_policy="priority",
@@ -166,7 +166,7 @@ class VllmEngine:
         return LLMEngine.from_engine_args(arguments)
 
     def _warm_up(self) -> None:
-        """Compile now what vLLM compiles at its first use."""
+        """Generate a few tokens, so that vLLM compiles now what it compiles at first use."""
         for asked in (
             Sampling(max_tokens=2),
             Sampling(max_tokens=2, temperature=1.0, top_p=0.9, top_k=5, min_p=0.1, logprobs=1),
@@ -179,7 +179,7 @@ class VllmEngine:
         compute = self._link.router.experts(self._config.model.name, layer)
 
         def ask(x_TH: torch.Tensor, ids_TK: torch.Tensor, w_TK: torch.Tensor) -> torch.Tensor:
-            # vLLM tries how much memory a batch takes with one that nobody asked for.
+            # vLLM measures its memory with a batch of its own, for which the pool is not called.
             if not self._requests.in_forward:
                 return torch.zeros_like(x_TH)
             return compute(x_TH, ids_TK, w_TK)
@@ -212,11 +212,11 @@ class VllmEngine:
         sampling: Sampling,
         already: Sequence[int] = (),
     ) -> AsyncGenerator[Delta, None]:
-        """See `Engine.generate`."""
+        """Yield a request's tokens; see `Engine.generate`."""
         self.limits.check(prompt_ids, sampling)
         self._check()
         if sampling.form is not None:
-            # vLLM finds out in a step, which ends with it for everybody.
+            # vLLM would find a wrong form in a step, and the error would end all requests.
             await asyncio.to_thread(self._grammars.begin, sampling.form)
         requests = len(self.streams) + len(self._parking)
         if requests >= self.limits.max_requests:
@@ -236,7 +236,7 @@ class VllmEngine:
     async def _attempt(
         self, key: str, tokens: list[int], sampling: Sampling, arrival: int
     ) -> AsyncGenerator[Delta, None]:
-        """Until the request ends, or lacks an expert."""
+        """Yield tokens until the request ends, or lacks an expert."""
         self._check()
         stream = self.streams.open(key, RequestSampler(sampling, tokens), arrival)
         finished = False
@@ -260,7 +260,7 @@ class VllmEngine:
             raise EngineError(f"the engine has ended: {self._last_error}")
 
     def _raise_if_stalled(self) -> None:
-        """Waiting behind others is no fault of the engine's; standing still is."""
+        """Raise EngineError if the loop stands still; waiting in its queue is no error."""
         stalled_s = time.monotonic() - self._beat
         if stalled_s >= self._engine_config.stall_timeout_s:
             raise EngineError(f"the engine made no step for {stalled_s:.0f} s")
@@ -276,14 +276,14 @@ class VllmEngine:
                 if self._llm.has_unfinished_requests():
                     self._step()
             except Exception as error:
-                # Whatever it was, nobody may wait for it; Serve then replaces the trunk.
+                # Any error ends the loop: all requests fail now, and Serve replaces the trunk.
                 log.exception("vllm: a step failed")
                 self._last_error = in_words(error)
                 self.streams.fail_all(EngineError(f"the engine failed: {self._last_error}"))
                 return
 
     def _take_asked(self, *, wait: bool) -> bool:
-        """Do what is asked; False when the loop is to end."""
+        """Run the queued work; return False when the loop must end."""
         try:
             asked = self._asked.get(timeout=_IDLE_S) if wait else self._asked.get_nowait()
             while asked is not None:
@@ -296,7 +296,7 @@ class VllmEngine:
     def _add(self, key: str, prompt_ids: list[int], sampling: Sampling, arrival: int) -> None:
         try:
             asked = parameters(sampling, self._eos, self._grammars.text)
-            # Those of one priority wait by the time of their arrival; any number will do.
+            # vLLM orders requests of one priority by arrival time, for which a counter suffices.
             theirs = self._llm.add_request(
                 key,
                 {"prompt_token_ids": prompt_ids},
@@ -321,7 +321,7 @@ class VllmEngine:
         if faults:
             self._abort(list(faults))
 
-    # ---- what is seen of it ---------------------------------------------------------------------
+    # ---- statistics -----------------------------------------------------------------------------
 
     @property
     def _healthy(self) -> bool:
@@ -345,6 +345,6 @@ class VllmEngine:
 
 
 def _longest(path: Path, cached_tokens: int) -> int:
-    """Tokens of one request: what the model knows positions for, if the cache has room."""
+    """Return the tokens of one request: the model's positions, or fewer if the cache is smaller."""
     positions = getattr(read_config(path).get_text_config(), "max_position_embeddings", None)
     return cached_tokens if positions is None else min(cached_tokens, int(positions))

@@ -1,9 +1,9 @@
-"""The seam into vLLM: routed experts that are computed in the pool. A `vllm.general_plugins`.
+"""The interface to vLLM: routed experts that are computed in the pool. A `vllm.general_plugins`.
 
 vLLM builds each MoE layer around a `RoutedExperts`, which may be replaced from outside. In a
-process that is a trunk (`in_pool`) every one of them holds no weights and asks the pool; in any
-other process the plug-in does nothing. Every name of vLLM's that is relied on is here or in
-`vllm_engine.py`, and `tests/with_vllm` shows that they are as expected.
+process that is a trunk (`in_pool`) each of them holds no weights and calls the pool; in other
+processes the plug-in does nothing. All of vLLM's names that are relied on are in this folder, and
+`tests/with_vllm` checks that they behave as expected.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 """
@@ -23,18 +23,21 @@ from torch import Tensor
 
 from ....proto.errors import UnsupportedModel
 
-# The function that computes the n-th layer of the model, by its index among decoder layers.
+# Returns the function that computes the experts of a decoder layer, from the layer's index.
 LayerOf = Callable[[int], Callable[[Tensor, Tensor, Tensor], Tensor]]
 
 _layer_of: LayerOf | None = None
-# The functions of the model that was built here, by layer.
+# The layers' functions of the model that was built in this process, by layer.
 _layers: dict[int, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
 
 
 @torch.library.custom_op("moesaic::experts", mutates_args=())
 def _experts(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Tensor:
-    """An operator, so that a compiler does not look inside: it would keep for good what a layer
-    answered when it was traced."""
+    """Call the pool for one layer, as a custom operator.
+
+    A compiler does not look inside an operator; otherwise it would keep the answer of the
+    traced call.
+    """
     return _layers[layer](x_TH, ids_TK, weights_TK)
 
 
@@ -45,7 +48,7 @@ def _(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Tensor:
 
 @contextmanager
 def in_pool(layer_of: LayerOf) -> Iterator[None]:
-    """Models that vLLM builds here have their experts in the pool."""
+    """Give the models that vLLM builds in this context their experts in the pool."""
     global _layer_of
     assert _layer_of is None, "one model at a time"
     _layer_of = layer_of
@@ -58,7 +61,10 @@ def in_pool(layer_of: LayerOf) -> Iterator[None]:
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes, maybe several times."""
+    """Replace vLLM's routed experts.
+
+    vLLM calls this in each of its processes, maybe several times.
+    """
     if _layer_of is None:
         return
     from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
@@ -70,7 +76,7 @@ def register() -> None:
 
 
 def _below(base: type) -> Iterator[type]:
-    """Architectures have subclasses of their own, which differ in how they load weights."""
+    """Yield all subclasses: architectures have their own, which load weights in different ways."""
     for one in base.__subclasses__():
         yield one
         yield from _below(one)
@@ -80,7 +86,7 @@ def _pooled(base: Any) -> type:
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
     class PoolMethod(FusedMoEMethodBase):
-        """Asks the pool. There are no weights to create, load or quantise."""
+        """Calls the pool; there are no weights to create, load or quantise."""
 
         def create_weights(self, layer: Any, *_: Any, **__: Any) -> None:
             pass
@@ -128,7 +134,7 @@ def _pooled(base: Any) -> type:
             return PoolMethod(moe_config)
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[str]:
-            """They stay in the checkpoint: hosts read them from there."""
+            """Skip the weights: hosts read them from the checkpoint."""
             for name, _ in weights:
                 yield name
 
@@ -137,7 +143,7 @@ def _pooled(base: Any) -> type:
 
 
 def layer_number(layer_name: str) -> int:
-    """``model.layers.3.mlp.experts`` is layer 3. Raises UnsupportedModel."""
+    """Return a layer's number: 3 for ``model.layers.3.mlp.experts``. Raises UnsupportedModel."""
     numbers = re.findall(r"\.(\d+)(?=\.)", f"{layer_name}.")
     if not numbers:
         raise UnsupportedModel(f"{layer_name}: the layer has no number")

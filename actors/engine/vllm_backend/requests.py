@@ -1,6 +1,6 @@
-"""Requests inside vLLM: their names there and here, what they ask for, and whose rows a batch has.
+"""Requests inside vLLM: their ids there and here, their parameters, and the rows of each.
 
-Used by the thread that steps vLLM alone.
+Only the thread that steps vLLM uses this.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from ..streams import Streams
 
 
 class Requests:
-    """A `RowOwner`: tells a router whose rows the forward pass has that runs."""
+    """A `RowOwner`: tells a router which requests own the rows of the running forward pass."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
-        self.faults: dict[str, MoesaicError] = {}  # of this step, by our name of the request
-        self._ours: dict[str, str] = {}  # by vLLM's own name
-        self._theirs: dict[str, str] = {}
-        self._rows: Mapping[str, int] | None = None  # in the forward pass that runs
+        self.faults: dict[str, MoesaicError] = {}  # of this step, by our id of the request
+        self._ours: dict[str, str] = {}  # vLLM's id -> ours
+        self._theirs: dict[str, str] = {}  # our id -> vLLM's
+        self._rows: Mapping[str, int] | None = None  # rows by vLLM's id, while a forward pass runs
         self._input_batch: Any = None
 
     def watch(self, runner: Any, begin: Callable[[], None]) -> None:
-        """Know which requests have rows in each forward pass of vLLM's model runner, and how many;
-        ``begin`` is called before each."""
+        """Note the rows of each request before each forward pass of vLLM's model runner.
+
+        ``begin`` is called before each pass.
+        """
         execute = runner.execute_model
 
         def watched(scheduled: Any, *arguments: Any, **named: Any) -> Any:
@@ -56,14 +58,14 @@ class Requests:
         self._ours[theirs], self._theirs[key] = key, theirs
 
     def ended(self, keys: Sequence[str]) -> list[str]:
-        """Forget requests; gives vLLM's names of those that it still has."""
+        """Forget requests; return vLLM's ids of those that it still has."""
         names = [self._theirs.pop(key) for key in keys if key in self._theirs]
         for name in names:
             del self._ours[name]
         return names
 
     def deltas(self, outputs: Sequence[Any]) -> dict[str, Delta]:
-        """What a step brought, by our names; requests with a fault left out."""
+        """Return a step's tokens by our ids, without requests that have a fault."""
         found = {}
         for output in outputs:
             key = output.request_id
@@ -76,7 +78,7 @@ class Requests:
     # ---- rows -----------------------------------------------------------------------------------
 
     def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
-        """The first error of a request counts."""
+        """Fail the requests that own ``rows``; the first error of a request counts."""
         for _, key in self._owners(rows):
             self.faults.setdefault(key, error)
 
@@ -90,7 +92,7 @@ class Requests:
             self._streams.drop(key, dropped[row])
 
     def _groups(self) -> list[tuple[str, int]]:
-        """(request, rows) in the order of the batch's rows."""
+        """Return (request, number of rows) in the order of the batch's rows."""
         if self._rows is None:
             raise InternalError("a row was reported outside of the model's forward")
         names = self._input_batch.req_ids
@@ -106,25 +108,31 @@ class Requests:
 
 
 def going_on(sampling: Sampling, left: int) -> Sampling:
-    """What a request asks for that may still get ``left`` tokens. vLLM keeps no state of requests
-    that leave it: neither the place in the random numbers of a seed, which must not begin again,
-    nor what was generated for penalties. Raises Interrupted where that cannot be."""
+    """Return the sampling for the rest of a request that may still get ``left`` tokens.
+
+    vLLM keeps no state of requests that leave it. So a seed is replaced by that of the next
+    position, and frequency and presence penalties count from here on. Raises Interrupted for an
+    answer of a given form, which vLLM cannot continue.
+    """
     generated = sampling.max_tokens - left
     if not generated:
         return sampling
     if sampling.form is not None:
-        # Its grammar would begin anew behind the half of the answer that was given.
+        # Its grammar would start again after the half of the answer that was given.
         raise Interrupted(
-            "vLLM cannot go on inside an answer of a JSON schema, or with strict or forced calls "
-            "of tools; send it again"
+            "vLLM cannot continue an answer that must follow a JSON schema, or has strict or "
+            "forced tool calls; send the request again"
         )
     seed = None if sampling.seed is None else seed_at(sampling.seed, generated)
     return replace(sampling, max_tokens=left, seed=seed)
 
 
 def structure(form: AnswerForm, text: Callable[[AnswerForm], str]) -> dict[str, str]:
-    """vLLM's structured output of an answer's form, by the name of its parameter. ``text``: the
-    grammar of one that is more than a schema; vLLM's guidance backend takes Lark as it is."""
+    """Return vLLM's structured output for an answer's form, by the name of its parameter.
+
+    ``text`` returns the grammar of a form that is more than a schema; vLLM's guidance backend
+    takes Lark.
+    """
     if form.schema_alone is not None:
         return {"json": form.schema_alone}
     return {"grammar": text(form)}
@@ -135,7 +143,10 @@ def parameters(
     eos_token_ids: Sequence[int],
     grammar: Callable[[AnswerForm], str] | None = None,
 ) -> Any:
-    """What vLLM is asked for. ``grammar``: of a form; needed where `Sampling.form` is there."""
+    """Return the request's parameters for vLLM.
+
+    ``grammar`` makes the grammar of a form; it is needed where `Sampling.form` is set.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -165,13 +176,16 @@ def parameters(
 def _delta(output: Any, streams: Streams, key: str) -> Delta:
     tokens, dropped = tuple(output.token_ids), streams.dropped(key)
     logprobs = tuple(map(_logprob, tokens, output.logprobs or ()))
-    if output.finish_reason == "stop":  # without the token that ends the text
+    if output.finish_reason == "stop":  # leave out the token that ends the text
         return Delta(tokens[:-1], "stop", dropped, logprobs[: len(tokens) - 1])
     return Delta(tokens, "length" if output.finish_reason else None, dropped, logprobs)
 
 
 def _logprob(token: int, found: Mapping[int, Any]) -> TokenLogprob:
-    """``found``: the likeliest tokens and the one that was chosen, with their ranks."""
+    """Return a token's log-probability.
+
+    ``found`` has the likeliest tokens and the chosen one, with their ranks.
+    """
     ranked = sorted(found.items(), key=lambda item: item[1].rank)
     top = tuple((other, one.logprob) for other, one in ranked)
     return TokenLogprob(token, found[token].logprob, top)

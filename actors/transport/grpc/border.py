@@ -1,7 +1,7 @@
-"""The border to gRPC: how its channels and servers are set up, and how its errors become ours.
+"""The border to gRPC: options of its channels and servers, and the translation of its errors.
 
-An error of ours crosses as a status whose details read `Code: message`, with a code of
-proto/errors.py; everything else is judged by its status code.
+An error of ours travels as a status whose details read `Code: message`, with a code of
+proto/errors.py. Any other error is translated by its status code.
 """
 
 from __future__ import annotations
@@ -41,42 +41,43 @@ from ....proto.errors import (
 )
 from ....proto.limits import CHUNK_BYTES, HELLO_S, MAX_CONNECTIONS
 
-# How long closing waits for threads, and for a last frame to leave.
+# How long closing waits for threads to end, and for the last frame to be sent.
 CLOSE_S = 0.5
-# A frame or weights chunk holds CHUNK_BYTES of tensors and a header, which is far smaller.
+# A frame or weights chunk has at most CHUNK_BYTES of tensors, and a header far below this size.
 _HEADER_BYTES = 64 << 10
-# Details travel as an HTTP/2 header, and those are limited to 16 KiB.
+# A status's details travel as an HTTP/2 header, which is limited to 16 KiB.
 _DETAILS_CHARS = 2000
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", CHUNK_BYTES + _HEADER_BYTES),
     ("grpc.max_send_message_length", CHUNK_BYTES + _HEADER_BYTES),
-    # A machine that lost its power is noticed after 40 s; a killed process at once, by its socket.
+    # These detect a machine that lost power after 40 s. A killed process is noticed at once,
+    # because its socket closes.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
+    ("grpc.http2.max_pings_without_data", 0),  # no limit
 ]
 CHANNEL_OPTIONS = [
     *_OPTIONS,
     ("grpc.enable_http_proxy", 0),
     ("grpc.enable_retries", 0),
-    # A connection of its own for each channel: weights never stand before a token.
+    # One connection for each channel, so that tokens never queue after weights.
     ("grpc.use_local_subchannel_pool", 1),
 ]
-# A process that is at the end of its descriptors fails in places that have nothing to do with its
-# peers, so connections have at most half of them.
+# A process that is out of descriptors fails in unrelated places, so connections may take at most
+# half of them.
 _CONNECTIONS = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 SERVER_OPTIONS = [
     *_OPTIONS,
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    # From TCP's connection until HTTP/2's settings.
+    # Time limit from the TCP connection to the HTTP/2 settings.
     ("grpc.server_handshake_timeout_ms", int(HELLO_S * 1e3)),
     ("grpc.max_allowed_incoming_connections", _CONNECTIONS),
 ]
-# Clients of the router service keep a connection between their calls; members of the cluster make
-# one for each stream and transfer.
+# Clients of the router service keep their connection between calls. Members of the cluster open one
+# for each stream and transfer, so an idle connection to a host can be closed soon.
 ROUTER_SERVICE_OPTIONS = [*SERVER_OPTIONS, ("grpc.max_connection_idle_ms", 60_000)]
 HOST_OPTIONS = [
     *SERVER_OPTIONS,
@@ -99,7 +100,7 @@ _FROM_STATUS: dict[grpc.StatusCode, type[MoesaicError]] = {
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: Forbidden,
 }
-# The first class that fits decides; the receiver reads the code in the details.
+# The first class that matches decides. The receiver uses the code in the details, not the status.
 _TO_STATUS: tuple[tuple[type[MoesaicError], grpc.StatusCode], ...] = (
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
@@ -114,12 +115,12 @@ _TO_STATUS: tuple[tuple[type[MoesaicError], grpc.StatusCode], ...] = (
     (ClusterError, grpc.StatusCode.FAILED_PRECONDITION),
     (MoesaicError, grpc.StatusCode.INTERNAL),
 )
-# gRPC's own name (proposal A6): trailing metadata with the milliseconds until another try.
+# gRPC's name (proposal A6) for trailing metadata with the milliseconds until the next retry.
 _PUSHBACK = "grpc-retry-pushback-ms"
 
 
 def from_grpc(error: grpc.RpcError, peer: str) -> MoesaicError:
-    """Our error for a failed RPC to ``peer``."""
+    """Return our error for a failed RPC to ``peer``."""
     if not isinstance(error, grpc.Call):
         return HostLost(f"{peer}: the connection ended")
     status, details = error.code(), error.details() or ""
@@ -140,7 +141,7 @@ def _pushback_s(call: grpc.Call) -> float | None:
 
 
 def to_grpc(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """Status and details of a failed RPC. A foreign exception is an InternalError."""
+    """Return status and details of a failed RPC; a foreign exception becomes InternalError."""
     if not isinstance(error, MoesaicError):
         error = InternalError(in_words(error))
     status = next(status for cls, status in _TO_STATUS if isinstance(error, cls))
@@ -149,12 +150,15 @@ def to_grpc(error: Exception) -> tuple[grpc.StatusCode, str]:
 
 @contextlib.contextmanager
 def aborting(context: grpc.ServicerContext, *, outside: bool = False) -> Iterator[None]:
-    """End the RPC with the status of whatever is raised inside. A caller from ``outside`` of the
-    cluster is told nothing of its inside: an id, under which the log has the rest."""
+    """End the RPC with the status of any exception that is raised in the block.
+
+    A caller from ``outside`` the cluster learns nothing about its inside, only a request id, under
+    which the log has the details.
+    """
     try:
         yield
     except grpc.RpcError:
-        raise  # the caller has gone; there is nobody to tell
+        raise  # the caller has left, so nobody would receive a status
     except Exception as error:
         request_id = uuid.uuid4().hex if outside else ""
         if not isinstance(error, MoesaicError):
@@ -168,17 +172,17 @@ def aborting(context: grpc.ServicerContext, *, outside: bool = False) -> Iterato
 
 
 def to_client(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str]:
-    """`to_grpc` for a client outside of the cluster."""
+    """Do what `to_grpc` does, for a client outside the cluster."""
     known = error if isinstance(error, MoesaicError) else InternalError()
     status, _ = to_grpc(known)
     return status, f"{known.code}: {words_for_client(known, request_id)}"[:_DETAILS_CHARS]
 
 
 def close_channel(channel: grpc.Channel, timeout_s: float) -> None:
-    """Close, but wait no longer than ``timeout_s``.
+    """Close the channel, but wait no longer than ``timeout_s``.
 
-    gRPC itself waits for a peer that is frozen in the middle of a message until its keepalive has
-    ended the connection; its threads and this one go then.
+    If a peer froze in the middle of a message, gRPC waits until its keepalive has ended the
+    connection; its threads and the one started here end then.
     """
     closing = threading.Thread(target=channel.close, name="grpc-close", daemon=True)
     closing.start()
@@ -186,7 +190,7 @@ def close_channel(channel: grpc.Channel, timeout_s: float) -> None:
 
 
 class Threads(Executor):
-    """The threads of a server, one for each task: they end with it, and `join` has a deadline."""
+    """The executor of a server: one thread per task, which ends with it; `join` has a deadline."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,12 +1,13 @@
 """Frames with tensors as gRPC messages: plain protobuf, with little copying.
 
-The fields of a message may come in any order, and the parts of one submessage are merged. So the
-tensors of a large frame stand first, in a submessage of their own, and everything else follows:
+In protobuf, the fields of a message may come in any order, and the parts of one submessage are
+merged. So `encode` writes the tensors of a large frame first, in a submessage of their own, and
+then everything else:
 
     Frame.call { payload = ... } Frame.call { seq = 7 rows = 3 ... }
 
-To protobuf that is a frame like any other. `decode` looks at a few bytes, takes a view of the
-tensors, and has protobuf parse the small rest; what stands in any other order is parsed whole.
+To protobuf this is an ordinary frame. `decode` looks at a few bytes, takes a view of the tensors,
+and lets protobuf parse the small rest. It parses a message in any other order as a whole.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from google.protobuf.message import DecodeError
 from ....proto.errors import CallError
 from ....proto.expert_pb2 import Backward, Call, Frame, Reply
 
-# Below it, copying costs less than avoiding it.
+# Up to this size, copying the payload costs less than avoiding the copy.
 _SMALL_BYTES = 16 << 10
 _LENGTH_DELIMITED = 2
 
-# Where the frames that have tensors keep `payload`, `payload_bytes` and `more`.
+# For each kind of frame with tensors: the part that has `payload`, `payload_bytes` and `more`.
 PARTS: dict[str, Callable[[Frame], Call | Reply]] = {
     "call": attrgetter("call"),
     "backward": attrgetter("backward.call"),
@@ -41,7 +42,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """(value, where it ends)"""
+    """Return (value, offset of the byte after it)."""
     value = shift = 0
     while True:
         byte = message[at]
@@ -56,7 +57,7 @@ def _tags(*fields: int) -> tuple[bytes, ...]:
     return tuple(_varint(field << 3 | _LENGTH_DELIMITED) for field in fields)
 
 
-# The way to the payload of each kind of frame, from the outside in.
+# The tags that lead to the payload of each kind of frame, from the outermost in.
 _PATHS = {
     "call": _tags(Frame.CALL_FIELD_NUMBER, Call.PAYLOAD_FIELD_NUMBER),
     "backward": _tags(
@@ -68,10 +69,12 @@ _KIND_OF_FIRST_BYTE = {path[0][0]: kind for kind, path in _PATHS.items()}
 
 
 def encode(kind: str, frame: Frame, payload: memoryview) -> bytes:
-    """The message of a frame with its payload. Changes the frame."""
+    """Serialise a frame with its payload. The frame may be changed."""
     if len(payload) <= _SMALL_BYTES:
         PARTS[kind](frame).payload = payload.tobytes()
         return frame.SerializeToString()
+    # Built from the innermost level out: each level is its tag, the length of what follows, and
+    # then the levels inside it.
     front = b""
     for tag in reversed(_PATHS[kind]):
         front = tag + _varint(len(front) + len(payload)) + front
@@ -79,9 +82,10 @@ def encode(kind: str, frame: Frame, payload: memoryview) -> bytes:
 
 
 def decode(message: bytes) -> tuple[str, Frame, bytes | memoryview]:
-    """(kind, frame without payload, payload); the payload is a view of a large ``message``.
+    """Return (kind, frame without payload, payload).
 
-    Raises CallError when the message is no frame.
+    The payload is a view of ``message`` if that is large. Raises CallError if the message is not a
+    frame.
     """
     if len(message) > _SMALL_BYTES:
         found = _decode_payload_first(message)
@@ -109,7 +113,7 @@ def _decode_payload_first(message: bytes) -> tuple[str, Frame, memoryview] | Non
         size, at = _read_varint(message, at + len(tag))
         ends.add(at + size)
     end = ends.pop()
-    # Where the levels end in different places, something else stands behind the payload.
+    # If the nested levels end at different offsets, other fields follow the payload in one of them.
     if ends or end > len(message):
         return None
     frame = _parse(message[end:])

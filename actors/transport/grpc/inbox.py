@@ -1,6 +1,6 @@
-"""Frames from the other side of a stream, between a reading thread and its owner's thread.
+"""Frames from the other side of a stream, handed from a reading thread to the owner's thread.
 
-The reading thread puts arriving messages together, so that the owner wakes once, for whole frames.
+The reading thread assembles frames from messages, so that the owner wakes up only for whole frames.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ..mailbox import Mailbox
 from ..process_group import Pair
 from .codec import PARTS, decode
 
-# A side that has taken nothing for so long, beyond the bounds of what may wait for it, is lost.
+# A side is lost if it has taken nothing for this long while more waits for it than may wait.
 STALL_S = 2.0
-# What a frame counts for beside its tensors, so that a flood of small ones is bounded too.
+# What a frame counts for in addition to its tensors, so that a flood of small ones is bounded too.
 _FRAME_BYTES = 16 << 10
 
 
@@ -36,10 +36,10 @@ class _Partial:
     kind: str
     frame: Frame
     size: int
-    buffer: np.ndarray | None  # None: it is refused, and its bytes are not kept
+    buffer: np.ndarray | None  # None: the frame is refused, and its bytes are discarded
     refused: MoesaicError | None
     filled: int = 0
-    cancel: Frame | None = None  # heard meanwhile; follows its call
+    cancel: Frame | None = None  # arrived meanwhile; delivered after its call
 
 
 class Inbox:
@@ -57,16 +57,16 @@ class Inbox:
         accept: Callable[[str, Frame], bool],
         arriving: Share | None = None,
     ) -> None:
-        """``moved`` is set whenever the owner has taken something.
+        """Set up an empty inbox; ``moved`` is set whenever the owner has taken something.
 
-        ``kinds`` are those that the other side may send. ``check`` sees the head of tensors before
-        any memory is given to them, and raises CallError where they are not of the size that they
-        must have: then a frame in chunks is delivered as refused, and with a pair, whose other side
-        sends on, the stream ends. ``accept`` sees each whole frame first: it may decline it, or
-        raise an error to end the stream.
+        ``kinds`` are the frames that the other side may send. ``check`` sees the head of a frame
+        with tensors before memory is allocated for them, and raises CallError if their size is
+        wrong. A frame in chunks is then delivered as refused; with a pair, whose other side sends
+        on, the stream ends. ``accept`` sees each whole frame first: it may decline the frame by
+        returning False, or end the stream by raising an error.
 
-        Frames in chunks have at most ``max_arriving_bytes`` together until their owner takes them,
-        and find room in ``arriving``, or are refused as Busy.
+        Frames that are arriving in chunks may have ``max_arriving_bytes`` together. Until the owner
+        takes them they also hold room in ``arriving``; without room they are refused as Busy.
         """
         self.peer = peer
         self.error: MoesaicError | None = None
@@ -77,14 +77,15 @@ class Inbox:
         self._check = check
         self._accept = accept
         self._arriving = arriving
-        # Of the frame that is arriving in chunks and moved last; None: there is none.
+        # When the last chunk of a frame arrived; None: no frame is arriving in chunks.
         self.moved_at: float | None = None
         self._mail: Mailbox[_Heard] = Mailbox()
         self._partial: dict[int, _Partial] = {}
         self._pair: Pair | None = None
-        # Each is written by one thread alone; the difference waits for the owner.
+        # Running totals, each written by one thread only. Their difference is what waits for the
+        # owner.
         self._heard_bytes = self._taken_bytes = 0
-        # Of them, those that have room in the budget.
+        # The same for the bytes that hold room in the budget.
         self._lent_bytes = self._returned_bytes = 0
 
     def fileno(self) -> int:
@@ -95,14 +96,15 @@ class Inbox:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of whole frames that the owner has not taken."""
+        """The bytes of whole frames that the owner has not taken yet."""
         return self._heard_bytes - self._taken_bytes
 
     # ---- the owner's thread ---------------------------------------------------------------------
 
     def receive(self) -> list[Inbound]:
-        """What was heard since the last time. Raises HostLost behind the end."""
-        ended = self.error is not None  # looked at first: what was heard before is taken below
+        """Return the frames since the last call. Raises HostLost after the last frame."""
+        # Read this first: frames from before the end are then certain to be taken below.
+        ended = self.error is not None
         heard = self._mail.take()
         if heard:
             last = heard[-1]
@@ -116,7 +118,7 @@ class Inbox:
         return [Inbound(one.frame, _tensor(one.payload), one.refused) for one in heard]
 
     def check_open(self) -> None:
-        """Raises HostLost when the stream has ended."""
+        """Check that the stream is open. Raises HostLost if it has ended."""
         if self.error is not None:
             raise HostLost(str(self.error)) from self.error
 
@@ -125,7 +127,7 @@ class Inbox:
         self._mail.put(_Heard(frame, None, None, self._heard_bytes, self._lent_bytes))
 
     def end(self, error: MoesaicError) -> None:
-        """Nothing follows what was heard so far; the first reason counts. From any thread."""
+        """End the inbox after what has arrived; the first reason counts. From any thread."""
         if self.error is None:
             self.error = error
         self._mail.end()
@@ -142,7 +144,7 @@ class Inbox:
         self._returned_bytes = lent_bytes
 
     def carry(self, pair: Pair) -> None:
-        """From now on ``pair`` carries the tensors; the reading thread waits for them."""
+        """Let ``pair`` carry the tensors from now on; the reading thread waits for them."""
         self._pair = pair
 
     # ---- the reading thread ---------------------------------------------------------------------
@@ -150,7 +152,7 @@ class Inbox:
     def read(self, messages: Iterator[bytes], full: Callable[[], bool]) -> None:
         """Take in one message after another, but ask for none while ``full``.
 
-        Returns at the end of the stream, or at a malformed message, which ends it.
+        Return at the end of the stream, or at a malformed message, which ends it.
         """
         for message in messages:
             try:
@@ -169,7 +171,7 @@ class Inbox:
     def _hear(self, message: bytes) -> None:
         kind, frame, payload = decode(message)
         if kind not in self._kinds:
-            raise CallError(f"a frame of kind {kind!r}, which this side does not take")
+            raise CallError(f"a frame of kind {kind!r}, which this side does not accept")
         part_of = PARTS.get(kind)
         if part_of is None:
             late = self._partial.get(frame.cancel.seq) if kind == "cancel" else None
@@ -197,7 +199,7 @@ class Inbox:
         if len(payload) or part.more or part.payload_bytes > self._max_payload_bytes:
             raise CallError(
                 f"payload_bytes: {part.payload_bytes} announced for {kind} {part.seq}, at most "
-                f"{self._max_payload_bytes} may come, and over the group alone"
+                f"{self._max_payload_bytes} may come, and only over the group"
             )
         self._check(kind, part)
         return pair.receive(part.payload_bytes)
@@ -209,7 +211,7 @@ class Inbox:
         if partial is None:
             partial = self._begin(kind, frame, part)
         elif part.payload_bytes or kind != partial.kind:
-            raise CallError(f"seq: {part.seq} begins anew before its end")
+            raise CallError(f"seq: {part.seq} begins anew before its last chunk")
         size, end = partial.size, partial.filled + len(payload)
         if end > size or (end < size) != part.more or not payload:
             raise CallError(
@@ -236,8 +238,8 @@ class Inbox:
         partial_bytes = sum(partial.size for partial in self._partial.values())
         if size > self._max_payload_bytes or partial_bytes + size > self._max_arriving_bytes:
             raise CallError(
-                f"payload_bytes: {size} beside {partial_bytes} that are arriving; one may "
-                f"have {self._max_payload_bytes}, all {self._max_arriving_bytes}"
+                f"payload_bytes: {size} in addition to {partial_bytes} that are arriving; one may "
+                f"have {self._max_payload_bytes}, all together {self._max_arriving_bytes}"
             )
         buffer, refused = None, None
         try:
@@ -262,13 +264,13 @@ class Inbox:
             self._mail.put(_Heard(frame, payload, refused, self._heard_bytes, self._lent_bytes))
 
 
-# The owner makes tensors of payloads: torch's code is warm in its thread and cold in the reading
-# one.
+# The owner turns payloads into tensors, not the reading thread: torch's code is in the owner's
+# caches anyway.
 _Payload = bytearray | np.ndarray | Tensor
 
 
 class _Heard(NamedTuple):
-    """A frame, and all that was heard and lent until then."""
+    """A frame, and the totals of heard and lent bytes up to and including it."""
 
     frame: Frame
     payload: _Payload | None

@@ -1,11 +1,11 @@
-"""Who may connect over gRPC: one interceptor on each side of every connection.
+"""Authentication over gRPC: one interceptor on each side of every connection.
 
-A client's side shows what it has, in the metadata of each RPC; a server's side looks at it before
-anything else happens. Who shows nothing, or something wrong, is answered by gRPC's own thread: no
-handler runs, no thread of the server is taken, and it counts for nothing in
-``maximum_concurrent_rpcs``. A host answers with its own side of the proof, in its first metadata,
-and is sent and believed nothing before: an impostor at the port of one that died cannot. This is
-the one place that knows what is shown, and by whom.
+A client sends its proof or key in the metadata of each RPC; a server checks it before anything else
+happens. gRPC's own thread refuses an RPC without a valid one: no handler runs, no thread of the
+server is taken, and the RPC does not count in ``maximum_concurrent_rpcs``. A host answers with its
+own side of the proof, in its first metadata. Until then the client sends it nothing and believes
+nothing, so an impostor at the port of a dead host gets nothing. This is the only file that knows
+what each side shows.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ....proto.errors import HostLost, MoesaicError, Unauthenticated
 from ....proto.keys import ClusterSecret, answer, same_key, shown
 from .border import to_grpc
 
-# gRPC sends what ends with -bin as bytes.
+# gRPC sends metadata as bytes if its name ends with -bin.
 _PROOF, _ANSWER = "moesaic-proof-bin", "moesaic-answer-bin"
-# HTTP's own header and scheme for a key that opens for whoever has it (RFC 6750).
+# HTTP's header and scheme for a bearer token (RFC 6750).
 _KEY, _SCHEME = "authorization", "bearer"
-# What each service of a host is called on the wire and in `ClusterSecret.proof`.
+# The services of a host: the prefixes of their methods on the wire.
 _EXPERTS, _WEIGHTS = "/moesaic.v1.Experts/", "/moesaic.v1.Weights/"
 
 P = ParamSpec("P")
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class _CallDetails(grpc.ClientCallDetails):
-    """Those of another call, with one more entry of metadata."""
+    """A copy of another call's details, with one more entry of metadata."""
 
     def __init__(self, of: grpc.ClientCallDetails, shown: tuple[str, str | bytes]) -> None:
         self.method = of.method
@@ -55,7 +55,7 @@ class _Showing(
     grpc.StreamUnaryClientInterceptor,
     grpc.StreamStreamClientInterceptor,
 ):
-    """Adds one entry to the metadata of every RPC; it costs nothing for each message."""
+    """Adds one entry to the metadata of every RPC, without a cost per message."""
 
     def __init__(self, name: str, value: str | bytes) -> None:
         self._shown = name, value
@@ -84,9 +84,9 @@ class _Showing(
 class _Proving(_Showing):
     """Shows a proof, and waits for the host's answer to it before it sends or receives anything.
 
-    A stream in both directions is the exception: its reader calls `check_answer`. A client stream
-    with one response must be called as a future: a plain call blocks until the response, and the
-    answer could not be checked before.
+    Streams in both directions are an exception: their reader calls `check_answer`. An RPC with a
+    request stream and one response must be called as a future: a plain call blocks until the
+    response, so the answer could not be checked before.
     """
 
     def __init__(self, proof: bytes) -> None:
@@ -121,24 +121,26 @@ class _Proving(_Showing):
 
 
 def check_answer(call: Any, proof: bytes) -> None:
-    """Wait until a host has answered to ``proof``, or the RPC has ended with an error, which is
-    heard next. Raises HostLost when somebody else is there."""
+    """Wait until a host has answered ``proof`` with its own side of it. Raises HostLost if wrong.
+
+    Also return if the RPC has ended with an error, which the caller receives next.
+    """
     given = dict(call.initial_metadata() or ()).get(_ANSWER)
     if given is not None and hmac.compare_digest(given, answer(proof)):
         return
     if given is None and call.code() is not grpc.StatusCode.OK:
         return
     call.cancel()
-    raise HostLost("who answers there has no proof to be the host that is meant")
+    raise HostLost("the server that answered has no proof of being the host that was called")
 
 
 def show_proof(channel: grpc.Channel, proof: bytes) -> grpc.Channel:
-    """``channel`` to a host that knows ``proof`` (`ClusterSecret.proof`), too."""
+    """Wrap ``channel`` to a host that also knows ``proof`` (`ClusterSecret.proof`)."""
     return grpc.intercept_channel(channel, _Proving(proof))
 
 
 def show_key(channel: grpc.Channel, key: str) -> grpc.Channel:
-    """``channel`` to a router service, showing it ``key``."""
+    """Wrap ``channel`` to a router service so that it shows ``key``."""
     return grpc.intercept_channel(channel, _Showing(_KEY, f"Bearer {key}"))
 
 
@@ -146,8 +148,10 @@ def show_key(channel: grpc.Channel, key: str) -> grpc.Channel:
 
 
 class _AtOnce(ThreadPoolExecutor):
-    """Runs what it is given where it is given, in gRPC's own thread: for answers that wait for
-    nothing. It never starts a thread; gRPC wants this class of a behaviour's own executor."""
+    """Runs tasks at once in the submitting thread, which is gRPC's own; they must not block.
+
+    It never starts a thread. gRPC requires this base class for the executor of a behaviour.
+    """
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         done: Future[T] = Future()
@@ -162,14 +166,16 @@ _at_once = _AtOnce(max_workers=1)
 
 
 def answered_at_once(behaviour: Callable[..., Any]) -> Callable[..., Any]:
-    """A gRPC behaviour that waits for nothing, not even for a message: it runs without a thread and
-    without counting as a concurrent RPC."""
+    """Mark a gRPC behaviour as never waiting, not even for a message.
+
+    It then runs without a thread of its own, and does not count as a concurrent RPC.
+    """
     behaviour.experimental_thread_pool = _at_once  # pyright: ignore[reportFunctionMemberAccess]
     return behaviour
 
 
 def _refusing(error: MoesaicError) -> grpc.RpcMethodHandler:
-    """A handler, whatever the method, that says ``error`` before it has heard anything."""
+    """Return a handler for any method that refuses with ``error`` before it reads a message."""
     status, details = to_grpc(error)
 
     def refuse(messages: Iterator[bytes], context: grpc.ServicerContext) -> None:
@@ -179,7 +185,7 @@ def _refusing(error: MoesaicError) -> grpc.RpcMethodHandler:
 
 
 class _Door(grpc.ServerInterceptor, ABC):
-    """Lets in whom `_admits` admits."""
+    """Lets RPCs in that `_admits` accepts, and refuses all others."""
 
     def __init__(self, refusal: str) -> None:
         self._refusing = _refusing(Unauthenticated(refusal))
@@ -208,8 +214,10 @@ class _Door(grpc.ServerInterceptor, ABC):
 
 
 def _answering(handler: Any, given: bytes) -> grpc.RpcMethodHandler:
-    """``handler``, which says ``given`` before anything else. Streamed messages stay as they are:
-    nothing is done for each."""
+    """Wrap ``handler`` so that it first sends ``given`` as metadata.
+
+    Messages of a stream pass through as they are, without a cost per message.
+    """
 
     def first(behaviour: Callable[[Any, grpc.ServicerContext], T]) -> Any:
         def run(request: Any, context: grpc.ServicerContext) -> T:
@@ -229,13 +237,15 @@ def _answering(handler: Any, given: bytes) -> grpc.RpcMethodHandler:
 
 
 class HostDoor(_Door):
-    """Admits the members of a host's own cluster that mean this host: for each service there is a
-    proof of its own, and nothing else is there."""
+    """Admits members of the host's own cluster whose proof is for this host.
+
+    Each service has a proof of its own; a method of any other service is refused.
+    """
 
     def __init__(self, secret: ClusterSecret, target: str) -> None:
-        """``target`` is who is meant (`keys.target`)."""
+        """Accept only proofs that are made with ``secret`` for ``target`` (`keys.target`)."""
         super().__init__(
-            "proof: it is missing, of another cluster, or for another host or start of it; only "
+            "proof: it is missing, of another cluster, or for another host or incarnation; only "
             "members of the cluster reach its hosts"
         )
         self._proofs = {
@@ -263,11 +273,14 @@ class HostDoor(_Door):
 
 
 class ClientDoor(_Door):
-    """Admits clients that show the key. ``open_to_all`` answers others, for each of its methods."""
+    """Admits clients that show the key; others reach only the methods in ``open_to_all``."""
 
     def __init__(self, key: str, open_to_all: Mapping[str, grpc.RpcMethodHandler]) -> None:
-        """What ``open_to_all`` holds is to be `answered_at_once`: who has no key may say as slowly
-        as he likes what he wants."""
+        """Ask for ``key``, except for the methods in ``open_to_all``.
+
+        These must be `answered_at_once`, because a client without the key could otherwise hold a
+        thread by sending slowly.
+        """
         super().__init__(
             "authorization: the router service asks for its key, as `Bearer KEY`; it is in the "
             "session file of a cluster on this machine, and elsewhere MOESAIC_ROUTER_KEY names it"

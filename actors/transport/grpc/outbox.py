@@ -1,4 +1,4 @@
-"""Frames to the other side of a stream, between its owner's thread and gRPC's writing thread."""
+"""Frames to the other side of a stream, handed from the owner's thread to gRPC's writing thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ....proto.limits import CHUNK_BYTES
 from ..process_group import Pair, pieces
 from .codec import PARTS, encode
 
-# What is left of a large frame: its kind, and frame and chunk of each message.
+# The rest of a large frame: its kind, and (frame, chunk) of each message that is still to be sent.
 _Turn = tuple[str, deque[tuple[Frame, memoryview]]]
 
 
@@ -29,26 +29,27 @@ class _Beside(NamedTuple):
 
 
 class Outbox:
-    """The iterator that gRPC's writing thread runs through; the chunks of several large frames take
-    turns.
+    """The iterator of messages that gRPC's writing thread consumes.
 
-    Sent by one thread, iterated by one other.
+    The chunks of several large frames take turns. One thread sends, one other iterates.
     """
 
     def __init__(self, moved: threading.Event, at_end: Callable[[], None] = lambda: None) -> None:
-        """``moved`` is set whenever something has left; ``at_end`` is called before the iteration
-        ends, by the thread that iterates."""
+        """Set up an empty outbox; ``moved`` is set whenever a message has left.
+
+        The iterating thread calls ``at_end`` before the iteration ends.
+        """
         self._at_end = at_end
         self._new: queue.SimpleQueue[bytes | _Turn | _Beside | None] = queue.SimpleQueue()
         self._turns: deque[bytes | _Turn | _Beside] = deque()
         self._pair: Pair | None = None
         self._lost: Callable[[MoesaicError], None] = lambda _: None
-        self._beside: Tensor | None = None  # its frame has left, and it follows
+        self._beside: Tensor | None = None  # tensors that follow the frame that has just left
         self._finishing = False
         self.thread: threading.Thread | None = None  # the one that iterates
         self._moved = moved
         self._moved_at = 0.0
-        # Each is written by one thread alone; the difference still waits.
+        # Running totals, each written by one thread only. Their difference is still unsent.
         self._queued_bytes = self._left_bytes = 0
 
     @property
@@ -56,7 +57,7 @@ class Outbox:
         return self._queued_bytes - self._left_bytes
 
     def stalled_s(self) -> float:
-        """Seconds for which the other side has taken nothing although something waits."""
+        """Return for how long the other side has taken nothing although something waits."""
         return time.monotonic() - self._moved_at if self.unsent_bytes else 0.0
 
     def send(self, frame: Frame) -> None:
@@ -67,7 +68,7 @@ class Outbox:
     def send_tensors(self, kind: str, frame: Frame, payload: memoryview) -> None:
         """Send a call, backward or reply.
 
-        A ``payload`` of more than CHUNK_BYTES must not change any more; others are copied.
+        A ``payload`` of more than CHUNK_BYTES must not change afterwards; a smaller one is copied.
         """
         if len(payload) <= CHUNK_BYTES:
             message = encode(kind, frame, payload)
@@ -76,14 +77,15 @@ class Outbox:
             self._put((kind, deque(_chunks(kind, frame, payload))), len(payload))
 
     def carry(self, pair: Pair, lost: Callable[[MoesaicError], None]) -> None:
-        """From now on ``pair`` carries the tensors; ``lost`` hears that it cannot."""
+        """Let ``pair`` carry the tensors from now on; ``lost`` is called with the error if not."""
         self._pair, self._lost = pair, lost
 
     def send_beside(self, frame: Frame, payload: Tensor) -> None:
-        """Send a call, backward or reply with the pair; ``payload`` must not change any more.
+        """Send a call, backward or reply with the pair; ``payload`` must not change afterwards.
 
-        Raises InternalError for another size than the frame announces: torch ends the process of a
-        side that gets more than it expects."""
+        Raises InternalError if the frame announces another size: torch ends the process of a side
+        that gets more than it expects.
+        """
         kind = frame.WhichOneof("kind") or ""
         if PARTS[kind](frame).payload_bytes != payload.numel():
             raise InternalError(
@@ -94,7 +96,7 @@ class Outbox:
         self._put(_Beside(message, payload), len(message) + payload.numel())
 
     def finish(self) -> None:
-        """The stream ends behind what was sent before. Callable from any thread."""
+        """End the stream after what was sent before. Callable from any thread."""
         self._new.put(None)
 
     def __iter__(self) -> Iterator[bytes]:
@@ -126,7 +128,7 @@ class Outbox:
             self._moved.set()
 
     def _ship(self, payload: Tensor) -> None:
-        """Behind its frame, which gRPC has sent when it asks for the next."""
+        """Send tensors over the pair; gRPC has sent their frame when it asks for the next one."""
         assert self._pair is not None
         try:
             for piece in pieces(payload):

@@ -1,4 +1,4 @@
-"""A host's side of a gRPC stream; `grpc_stream.py` says how streams behave."""
+"""A host's side of a gRPC stream; `stream.py` describes how streams behave."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .outbox import Outbox
 class SessionTerms:
     """What a host grants each of its routers."""
 
-    bind: str  # where a group of the two sides meets
-    device: torch.device  # what NCCL uses
-    groups: Collection[str]  # backends of those that the cluster's spec asks for
+    bind: str  # IP at which a group of the two sides meets
+    device: torch.device  # the device for NCCL
+    groups: Collection[str]  # backends of groups that the cluster's spec allows
     max_held_bytes: int
     arriving: Budget  # bytes of calls in chunks, of all routers
-    fits: Callable[[Call], None]  # raises CallError for a call that no model here takes
+    fits: Callable[[Call], None]  # raises CallError for a call that fits no model of this host
 
 
 class GrpcSession:
@@ -41,15 +41,17 @@ class GrpcSession:
     def __init__(
         self, context: grpc.ServicerContext, terms: SessionTerms, admit: Callable[[], None]
     ) -> None:
-        """``admit`` hears that the router has said Hello, and raises Busy when there are too many.
-        Until then nothing is opened for it."""
+        """Take over an RPC; ``admit`` is called when the router's Hello arrives.
+
+        It raises Busy if there are too many routers. Nothing is opened for the router before.
+        """
         self.router = ""
         self._context = context
         self._terms = terms
         self._admit = admit
         self._pair: Pair | None = None
-        self._closing = False  # on this side, and it ends the pair
-        self._greeted = threading.Event()  # or ended before
+        self._closing = False  # True: this side closes, and `close` ends the pair
+        self._greeted = threading.Event()  # set by the Hello, or by an earlier end
         self._over = threading.Event()
         moved = threading.Event()
         self._outbox = Outbox(moved, self._say_why)
@@ -92,8 +94,10 @@ class GrpcSession:
         self._outbox.send(frame)
 
     def close(self) -> None:
-        """Waits for what was sent to go out, but no longer than `CLOSE_S`, and not if the router is
-        gone. The listener owns the threads."""
+        """Close the session after what was sent has left, at most `CLOSE_S` later.
+
+        If the router has left already, do not wait. The listener owns the threads.
+        """
         gone = self._inbox.error is not None
         self._closing = not gone
         self._inbox.end(HostLost(f"{self.router}: closed on this side"))
@@ -108,16 +112,16 @@ class GrpcSession:
     # ---- gRPC's threads -------------------------------------------------------------------------
 
     def serve(self, messages: Iterator[bytes], threads: Threads) -> Iterator[bytes]:
-        """Begin to read; what is returned is written by the thread that gRPC gave this RPC."""
+        """Begin to read; return the messages for gRPC's thread of this RPC to write."""
         if not self._context.add_callback(self._over.set):
             self._over.set()
         threads.submit(self._read, messages)
         return self._outbox
 
     def wait_for_hello(self, timeout_s: float) -> None:
-        """Raises Expired when none comes in time, and what ended the stream before it came."""
+        """Wait for the Hello. Raises Expired if it is late, or the error that ended the stream."""
         if not self._greeted.wait(timeout_s):
-            late = Expired(f"hello: a router says it within {timeout_s:g} s; none came")
+            late = Expired(f"hello: none came within {timeout_s:g} s of connecting")
             self._inbox.end(late)
         if not self.router:
             self._inbox.close()
@@ -125,12 +129,14 @@ class GrpcSession:
             raise self._inbox.error
 
     def end_if_late(self, now: float) -> bool:
-        """A call has begun to arrive, and nothing more of it comes: its bytes are freed with the
-        connection. From any thread; see `Stalls`."""
+        """End the connection if a call has begun to arrive and then stalled; see `Stalls`.
+
+        This frees the call's bytes. Callable from any thread.
+        """
         moved_at = self._inbox.moved_at
         if moved_at is None or now - moved_at <= stalls.STILL_S:
             return False
-        self._inbox.end(HostLost(f"{self.router}: a call stood still for {stalls.STILL_S:g} s"))
+        self._inbox.end(HostLost(f"{self.router}: a call stalled for {stalls.STILL_S:g} s"))
         self._context.cancel()
         return True
 
@@ -158,9 +164,9 @@ class GrpcSession:
         return True
 
     def _check(self, kind: str, part: Call | Reply) -> None:
-        """The sizes of a call follow from its numbers, and those from a model and a slot."""
+        """Check a call's sizes, which follow from its head, against the slot and the model."""
         if not isinstance(part, Call) or kind != "call":
-            return  # a backward one: the host's loop refuses it whole
+            return  # a backward frame: the host's loop refuses it once it is complete
         layout = CallLayout.of_call(part)
         if layout.slot_bytes > self.slot_bytes:
             raise CallError(
@@ -170,13 +176,13 @@ class GrpcSession:
         self._terms.fits(part)
 
     def _meet(self, backend: str) -> None:
-        """Make a group with the router; the Hello is heard behind it, and the Welcome sent."""
+        """Make a group with the router, before the Hello is delivered and the Welcome is sent."""
         self._pair = Pair(self.router, backend, self._terms.device)
         self._inbox.carry(self._pair)
         self._outbox.carry(self._pair, self._inbox.end)
         frame = Frame()
         frame.rendezvous.store_address = self._pair.open(self._terms.bind)
-        # The owner sends nothing before it has heard the Hello.
+        # Sending from this thread is safe: the owner sends nothing before it has the Hello.
         self._outbox.send(frame)
         self._pair.join(HOST_RANK, frame.rendezvous.store_address)
 
@@ -185,7 +191,7 @@ class GrpcSession:
             self._pair.abort()
 
     def _full(self) -> bool:
-        """Whether to ask the router for no more; one that takes nothing either is given up."""
+        """Return whether to stop reading; end the session if the router also takes nothing."""
         if self._inbox.waiting_bytes + self._outbox.unsent_bytes <= self._terms.max_held_bytes:
             return False
         if self._outbox.stalled_s() > STALL_S:
@@ -207,7 +213,7 @@ class GrpcSession:
             self._outbox.finish()
 
     def _say_why(self) -> None:
-        """The stream ends; its status is the router's mistake, if there was one."""
+        """Set the status of the ending stream to the router's mistake, if there was one."""
         error = self._inbox.error
         if error is not None and not isinstance(error, HostLost):
             code, details = to_grpc(error)

@@ -1,7 +1,7 @@
-"""Ends what stands still: transfers whose next bytes do not come, calls that say nothing.
+"""Ends stalled transfers and calls: those whose next bytes do not arrive.
 
-gRPC's threads wait for a peer without a deadline of their own; one thread here looks at all of
-those of a server, and cancels what has waited too long.
+gRPC's threads wait for a peer without a deadline. One thread here watches all transfers of a server
+and cancels those that have waited too long.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-# A transfer that does not move for so long is ended.
+# A transfer that makes no progress for this long is ended.
 STILL_S = 5.0
 _LOOK_S = 0.25
 _FROZEN_S = 4 * _LOOK_S
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 class Watched(Protocol):
     def end_if_late(self, now: float) -> bool:
-        """Whether it stood still for too long, and was ended for it."""
+        """End this if it has stalled for too long; return whether it was ended."""
         ...
 
 
 class Progress:
-    """When a transfer moved last."""
+    """The time at which a transfer last made progress."""
 
     __slots__ = ("_end", "_limit_s", "_moved_at")
 
@@ -48,7 +48,7 @@ class Progress:
 
 
 class Stalls:
-    """Its thread begins with the first that is watched, and sleeps while there is nothing."""
+    """Watches transfers in a thread that starts with the first one and sleeps without any."""
 
     def __init__(self) -> None:
         self._watched: set[Watched] = set()
@@ -60,8 +60,10 @@ class Stalls:
     def watching(
         self, end: Callable[[], object], limit_s: float | None = None
     ) -> Iterator[Progress]:
-        """``end`` is called once when what the block waits for has not moved for ``limit_s``; None:
-        `STILL_S`."""
+        """Watch the block's transfer; call ``end`` once if it makes no progress for ``limit_s``.
+
+        The default of ``limit_s`` is `STILL_S`.
+        """
         progress = Progress(end, STILL_S if limit_s is None else limit_s, time.monotonic())
         self.watch(progress)
         try:
@@ -100,7 +102,7 @@ class Stalls:
                 watched = list(self._watched)
             now = time.monotonic()
             if now - looked_at > _FROZEN_S:
-                # This process stood still itself: what has come meanwhile is still to be heard.
+                # This process itself was frozen: give it time to read what arrived meanwhile.
                 patient_until = now + STILL_S
             looked_at = now
             for each in watched if now >= patient_until else ():
@@ -108,8 +110,8 @@ class Stalls:
                     if each.end_if_late(now):
                         self.forget(each)
                 except Exception:
-                    # Whatever it is, the others are looked at.
-                    log.exception("what stands still could not be ended")
+                    # Whatever went wrong, the others must still be checked.
+                    log.exception("a stalled transfer could not be ended")
                     self.forget(each)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, _LOOK_S)

@@ -1,22 +1,23 @@
 """gRPC between machines: one long-lived stream `Experts.Dispatch` for each router and host.
 
-The owner's thread never touches gRPC: it leaves frames in an outbox, from which a thread of gRPC's
-writes, and finds them in an inbox that has a descriptor. A reading thread fills the inbox; by not
-asking gRPC for the next message it holds the other side back.
+The owner's thread never calls gRPC. It puts frames into an outbox, from which a thread of gRPC
+writes, and takes frames from an inbox, which has a descriptor. A reading thread fills the inbox; it
+holds the other side back by not asking gRPC for the next message.
 
-What is in flight is bounded, and every wait has an end:
+The bytes in flight are bounded, and every wait has an end:
 
-- A router's unanswered calls have at most ``max_inflight_bytes`` together, or there is only one. A
-  further call waits in `send_call` until answers have made room, but no longer than its own
-  timeout; then it is refused as Expired, as its host would refuse it on arrival.
-- A host never waits to send. It asks a router for no more while the replies that the router has not
-  taken and the calls that the host's loop has not taken exceed ``max_held_bytes`` together.
-- Beyond these bounds a side that has taken nothing for `STALL_S`, though something waits for it,
-  is lost: HostLost, and the connection ends. Within them a frozen side is a matter of deadlines.
+- A router's unanswered calls have at most ``max_inflight_bytes`` together, unless there is only
+  one. A further call waits in `send_call` until answers have made room, but no longer than its own
+  timeout. Then it is refused as Expired, as its host would refuse it on arrival.
+- A host never waits to send. It reads no more from a router while the replies that the router has
+  not taken and the calls that the host's loop has not taken exceed ``max_held_bytes`` together.
+- Beyond these bounds, a side that has taken nothing for `STALL_S` is lost: HostLost is raised, and
+  the connection ends. Within the bounds, the deadlines of calls deal with a frozen side.
 
-With a group (`pair.py`) the stream carries frames alone, and gRPC's threads send and receive the
-tensors that each announces: the writing thread behind its frame, the reading one before the next.
-So frames keep their order, nobody else waits, and the end of the stream is the end of the pair.
+With a group (`process_group.py`) the stream carries only frames. gRPC's threads send and receive
+the tensors that each frame announces: the writing thread after the frame, the reading thread before
+the next frame. So frames keep their order, no other thread waits, and the pair ends with the
+stream.
 """
 
 from __future__ import annotations
@@ -66,10 +67,10 @@ from .session import GrpcSession, SessionTerms
 from .stalls import Stalls
 from .weights import Weights, WeightsStore
 
-# The generated stubs would parse messages whole; here they stay bytes.
+# The generated stubs would parse whole messages; this code handles them as bytes.
 SERVICE, METHOD = "moesaic.v1.Experts", "Dispatch"
-# What gRPC itself lets in. Each kind has a bound of its own below it and says so with a reason;
-# this one is for the threads of those that are on their way to be refused.
+# The RPCs that gRPC itself admits. Each kind of RPC has a lower limit of its own, which is refused
+# with a reason; the extra 128 are threads for RPCs that are being refused.
 MAX_RPCS = MAX_UNANNOUNCED + MAX_ROUTERS + MAX_PUTS + MAX_GETS + 128
 _MAX_WAITING_FRAMES = 4096
 _CPU = torch.device("cpu")
@@ -92,10 +93,10 @@ class GrpcChannel:
     ) -> None:
         """Connect without waiting; the host's Welcome arrives as the first frame.
 
-        ``proof`` is what the host asks for; None: that of a listener of this process.
-        ``group`` is the backend that carries tensors, if any, and ``device`` what NCCL uses. When
-        nobody listens at ``address``, or no group comes about, `receive` says so with HostLost.
-        Raises HostLost when this side cannot have the group.
+        ``proof`` is what the host asks for (None: the proof for a listener of this process).
+        ``group`` is the backend that carries tensors, if any, and ``device`` the device for NCCL.
+        If nobody listens at ``address``, or the group cannot be made, `receive` raises HostLost.
+        Raises HostLost if this side cannot use ``group``.
         """
         try:
             self._pair = Pair(host, group, device) if group else None
@@ -105,9 +106,9 @@ class GrpcChannel:
         self._slot_bytes = slot_bytes
         self._max_inflight_bytes = max_inflight_bytes
         self._answered = threading.Event()
-        # seq -> bytes of the call and of its reply, where that is known
+        # seq -> (bytes of the call, bytes of its reply if they are known)
         self._inflight: dict[int, tuple[int, int | None]] = {}
-        # Each is written by one thread alone; the difference is in flight.
+        # Running totals, each written by one thread only. Their difference is in flight.
         self._sent_bytes = self._answered_bytes = 0
         self._scratch = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
         moved = threading.Event()
@@ -157,7 +158,7 @@ class GrpcChannel:
         if not self._has_room(size) and not self._wait_for_room(call):
             self._refuse(call.seq)
             return
-        # Small calls are copied when they are sent, so they can all use the same warm memory.
+        # The outbox copies small calls, so they can all be written into the same warm buffer.
         if self._pair is not None:
             buffer = self._pair.buffer(size)
         elif size <= CHUNK_BYTES:
@@ -180,7 +181,7 @@ class GrpcChannel:
         return self._inbox.receive()
 
     def release(self, seq: int) -> None:
-        """A reply that never came makes room; every one that did has memory of its own."""
+        """Free the room of a call that was not answered; replies have memory of their own."""
         call_bytes, _ = self._inflight.pop(seq, (0, None))
         self._sent_bytes -= call_bytes
 
@@ -205,7 +206,7 @@ class GrpcChannel:
         return not inflight or inflight + size <= self._max_inflight_bytes
 
     def _wait_for_room(self, call: Call) -> bool:
-        """False when there is none before the call's deadline. Raises HostLost."""
+        """Return whether there was room before the call's deadline. Raises HostLost."""
         until = time.monotonic() + call.timeout_us * 1e-6
         while True:
             self._answered.clear()
@@ -225,7 +226,7 @@ class GrpcChannel:
         frame.refusal.seq = seq
         frame.refusal.code = Expired.__name__
         frame.refusal.message = (
-            f"call {seq}: the answers to others made no room for it before its deadline"
+            f"call {seq}: too many bytes were in flight until its deadline, so it was not sent"
         )
         self._inbox.put(frame)
 
@@ -240,13 +241,13 @@ class GrpcChannel:
         if kind == "welcome":
             check_version(frame.welcome.wire_version, self._host)
             if self._pair is not None and not self._pair.joined:
-                raise CallError("group: the host said Welcome without one")
+                raise CallError("group: the host sent Welcome without making one")
         if kind not in ("reply", "refusal"):
             return True
         seq = frame.reply.seq if kind == "reply" else frame.refusal.seq
         call_bytes, reply_bytes = self._inflight.pop(seq, (0, -1))
         if reply_bytes == -1:
-            return False  # answered twice: the first answer counts
+            return False  # the call was answered before, or given up
         self._answered_bytes += call_bytes
         if not self._answered.is_set():
             self._answered.set()
@@ -255,8 +256,10 @@ class GrpcChannel:
         return True
 
     def _check(self, kind: str, part: Call | Reply) -> None:
-        """Raises CallError for a reply of another size than its call wants. A reply to a call that
-        was given up may have at most the size of a slot."""
+        """Check that a reply has the size that its call expects. Raises CallError if not.
+
+        A reply to a call that was given up may have any size up to that of a slot.
+        """
         _, wanted = self._inflight.get(part.seq, (0, None))
         _check_size(part, wanted)
 
@@ -264,7 +267,8 @@ class GrpcChannel:
         end: MoesaicError = HostLost(f"{self._host}: the host closed the connection")
         try:
             check_answer(self._stream, self._proof)
-            # Replies are bounded by the calls in flight, and hearing them is what makes room.
+            # The calls in flight bound the bytes of replies, and only reading replies makes room.
+            # So this limit counts frames, not bytes.
             self._inbox.read(self._stream, full=lambda: len(self._inbox) > _MAX_WAITING_FRAMES)
         except grpc.RpcError as error:
             end = from_grpc(error, self._host)
@@ -277,12 +281,12 @@ class GrpcChannel:
 def _check_size(reply: Call | Reply, wanted: int | None) -> None:
     if wanted not in (None, reply.payload_bytes):
         raise CallError(
-            f"payload_bytes: reply {reply.seq} has {reply.payload_bytes}, its call wants {wanted}"
+            f"payload_bytes: reply {reply.seq} has {reply.payload_bytes}, expected {wanted}"
         )
 
 
 class GrpcListener:
-    """A gRPC server with the streams of routers and, where the host has them, weights."""
+    """A host's gRPC server: streams of routers and, if the host has a store, weights."""
 
     def __init__(
         self,
@@ -296,11 +300,14 @@ class GrpcListener:
         secret: ClusterSecret | None = None,
         target: str = "",
     ) -> None:
-        """``bind`` is ip:port, port 0 for any; ``device`` is what NCCL would use, and ``groups``
-        are the backends that routers may ask for. ``fits`` raises CallError for a call that no
-        model takes; it is asked before memory is given to one in chunks, or in a group. Only
-        members of the cluster that has ``secret`` (None: this process) connect, and they must mean
-        ``target`` (`keys.target`). Raises ClusterError when the address cannot be had."""
+        """Listen on ``bind`` (ip:port; port 0: any free one).
+
+        ``device`` is the device for NCCL, and ``groups`` are the backends that routers may ask for.
+        ``fits`` raises CallError for a call that fits no model; it is asked before memory is
+        allocated for a call in chunks or in a group. Only members of the cluster that has
+        ``secret`` (None: that of this process) can connect, with a proof for ``target``
+        (`keys.target`). Raises ClusterError if this process cannot listen on ``bind``.
+        """
         self._sessions: Mailbox[Session] = Mailbox()
         self._threads = Threads("grpc")
         self._stalls = Stalls()
@@ -345,7 +352,7 @@ class GrpcListener:
         return self._sessions.take()
 
     def close(self) -> None:
-        """Ends all connections; sessions that were accepted are still to be closed."""
+        """End all connections; the caller still has to close sessions that it accepted."""
         self._server.stop(CLOSE_S).wait(2 * CLOSE_S)
         self._stalls.close()
         self._threads.join(CLOSE_S)
@@ -364,7 +371,7 @@ class GrpcListener:
         return replies
 
     def _admit(self, session: GrpcSession, context: grpc.ServicerContext) -> None:
-        """A router has said Hello, and has its place until the stream is over. Raises Busy."""
+        """Give a router that sent its Hello a place until its stream is over. Raises Busy."""
         place = self._routers.share()
         place.take(1)
         self._stalls.watch(session)

@@ -1,10 +1,10 @@
-"""Weights between hosts, and from a trunk to a host: on connections of their own.
+"""Weights between hosts, and from a trunk to a host, over connections of their own.
 
-An expert travels as the bytes of one safetensors file, in chunks, with its size and checksum in
-front. Nothing is believed before both are right, and nothing is kept of what is larger than the
-expert that is named: that is known from its model. Who puts an expert shows the controller's grant
-for it (`ClusterSecret.grant`). The transfers of a host are bounded in number, each direction by
-itself, and in bytes, all together; one that stands still ends.
+An expert travels as the bytes of one safetensors file, in chunks; the first chunk has its size and
+checksum. The receiver uses nothing before both are right, and keeps nothing that is larger than the
+named expert of this model can be. A client that puts an expert shows the controller's grant for it
+(`ClusterSecret.grant`). A host limits the number of its transfers in each direction, and the bytes
+of all together; a stalled transfer is ended.
 """
 
 from __future__ import annotations
@@ -32,34 +32,41 @@ from .border import CHANNEL_OPTIONS, CLOSE_S, aborting, close_channel, from_grpc
 from .interceptors import show_proof
 from .stalls import Stalls
 
-# In the metadata of a Put; gRPC sends what ends with -bin as bytes.
+# Names in the metadata of a Put; gRPC sends metadata as bytes if its name ends with -bin.
 _GRANT, _TERM = "moesaic-grant-bin", "moesaic-term"
-# Between two tries at a host that takes no further transfer for now.
+# Pause between two attempts at a host that has no room for another transfer.
 _PAUSE_S = 0.05
 
 T = TypeVar("T")
 
 
 class WeightsStore(Protocol):
-    """What a host does with weights; called by gRPC's threads, several at a time."""
+    """A host's store of weights; several of gRPC's threads call it at the same time."""
 
     def most_bytes(self, key: ExpertKey) -> int:
-        """The most that a file of this expert may have. Raises NotHere when the model is unknown,
-        and CallError when it has no such expert."""
+        """Return the largest size of a file with this expert.
+
+        Raises NotHere if the model is unknown, and CallError if it has no such expert.
+        """
         ...
 
     def check_grant(self, key: ExpertKey, version: int, grant: Grant | None) -> None:
-        """Raises Forbidden when the controller did not grant this, and Superseded when a newer one
-        rules."""
+        """Check that the controller granted this put.
+
+        Raises Forbidden if it did not, and Superseded if a newer controller rules.
+        """
         ...
 
     def get(self, key: ExpertKey) -> Mapping[str, Tensor]:
-        """Raises NotHere."""
+        """Return the tensors of an expert. Raises NotHere."""
         ...
 
     def put(self, key: ExpertKey, tensors: Mapping[str, Tensor], version: int) -> None:
-        """Raises NotHere when the model is unknown, CallError when the tensors do not fit it or
-        are not finite, and Forbidden where they would replace others that are being served."""
+        """Keep an expert and serve it.
+
+        Raises NotHere if the model is unknown, CallError if the tensors do not fit it or are not
+        finite, and Forbidden if they would replace others that are being served.
+        """
         ...
 
 
@@ -73,13 +80,12 @@ def put_weights(
     grant: Grant | None = None,
     proof: bytes | None = None,
 ) -> None:
-    """Give an expert to the host at ``address``; the host serves it when this returns. While the
-    host has no room for the transfer it is tried again. ``grant`` is the controller's; ``proof`` is
-    what the host asks for of everybody; None: that of a listener of this process.
+    """Send an expert to the host at ``address``; the host serves it when this returns.
 
+    If the host has no room for the transfer, retry. ``grant`` is the controller's grant; ``proof``
+    is what the host asks every client for (None: the proof for a listener of this process).
 
-    Raises what the host's store raises, Unauthenticated, Expired, and HostLost when the host is
-    gone.
+    Raises what the host's store raises, Unauthenticated, Expired, and HostLost if the host is lost.
     """
     named = WeightsKey(model=key.model, layer=key.layer, expert=key.expert, version=version)
     data = _save(tensors)
@@ -87,8 +93,7 @@ def put_weights(
 
     def put(left_s: float) -> None:
         with _stub(address, proof) as stub:
-            # As a future: the plain call would wait, beyond its deadline, for a chunk that is
-            # stuck.
+            # As a future: a plain call would wait for a stuck chunk even after its deadline.
             stub.Put.future(_split(named, data), timeout=left_s, metadata=shown).result()
 
     _until_there_is_room(put, timeout_s)
@@ -102,11 +107,11 @@ def get_weights(
     max_bytes: int,
     proof: bytes | None = None,
 ) -> dict[str, Tensor]:
-    """Copy an expert from the host at ``address``; ``proof`` as in `put_weights`. While the host
-    has no room for the transfer it is tried again.
+    """Copy an expert from the host at ``address``; ``proof`` is as in `put_weights`.
 
-    Raises NotHere when the host lacks it, CallError when what is announced or arrives is larger
-    than ``max_bytes`` or damaged, Unauthenticated, Expired, and HostLost when the host is gone.
+    If the host has no room for the transfer, retry. Raises NotHere if the host lacks the expert,
+    CallError if the file is announced or arrives larger than ``max_bytes``, or is damaged,
+    Unauthenticated, Expired, and HostLost if the host is lost.
     """
     wanted = WeightsKey(model=key.model, layer=key.layer, expert=key.expert)
 
@@ -119,7 +124,7 @@ def get_weights(
 
 
 def _until_there_is_room(transfer: Callable[[float], T], timeout_s: float) -> T:
-    """Raises Busy when there is none until ``timeout_s``."""
+    """Retry ``transfer`` while it raises Busy, for ``timeout_s`` at most."""
     until = time.monotonic() + timeout_s
     while True:
         try:
@@ -133,7 +138,7 @@ def _until_there_is_room(transfer: Callable[[float], T], timeout_s: float) -> T:
 
 @contextlib.contextmanager
 def _stub(address: str, proof: bytes | None) -> Iterator[WeightsStub]:
-    """A connection of its own: weights never stand before a token."""
+    """Open a connection for weights alone, so that tokens never queue after them."""
     channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
     try:
         yield WeightsStub(show_proof(channel, proof or secret_of_process().proof("weights", "")))
@@ -144,7 +149,7 @@ def _stub(address: str, proof: bytes | None) -> Iterator[WeightsStub]:
 
 
 class Weights(WeightsServicer):
-    """A host's side: answers for ``store``."""
+    """A host's side of transfers: it serves ``store``."""
 
     def __init__(self, store: WeightsStore, stalls: Stalls) -> None:
         self._store = store
@@ -215,7 +220,7 @@ def _split(key: WeightsKey, data: bytes) -> Iterator[WeightsChunk]:
 
 
 def _head(chunks: Iterator[WeightsChunk]) -> WeightsChunk:
-    """The first chunk. Raises CallError when it does not say what follows."""
+    """Return the first chunk. Raises CallError if it does not name an expert."""
     head = next(chunks, None)
     if head is None or not head.HasField("key"):
         raise CallError("key: the first chunk of weights does not name an expert")
@@ -230,13 +235,15 @@ def _join(
     moved: Callable[[], None] = lambda: None,
     take: Callable[[int], None] = lambda _: None,
 ) -> bytes:
-    """The bytes of a whole file. Raises CallError when they are not as announced, and what
-    ``take`` raises when there is no room for them, before anything is kept."""
+    """Join the chunks to the bytes of a whole file.
+
+    Raises CallError if they differ from the announcement. ``take`` is called with the size before
+    anything is kept, and may raise Busy.
+    """
     total = head.total_bytes
     if total > max_bytes:
         raise CallError(
-            f"total_bytes: {total} of weights; this expert's have {max_bytes} at most, as its "
-            "model says"
+            f"total_bytes: {total} of weights; an expert of this model has at most {max_bytes}"
         )
     take(total)
     parts, size, crc32 = [], 0, 0

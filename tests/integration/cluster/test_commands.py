@@ -118,7 +118,7 @@ def test_a_short_load(pool: Cluster, capsys: Capture) -> None:
     # What no request can have is said before any is measured.
     wrong = ["bench", *LOAD, "--answer-tokens", "5000", "--name", pool.name]
     assert main(wrong) == 1
-    assert "max_tokens (5000) make 5032; 512 are possible" in capsys.readouterr().err
+    assert "max_tokens (5000) make 5032; at most 512 are possible" in capsys.readouterr().err
 
 
 # ---- as they are written down --------------------------------------------------------------------

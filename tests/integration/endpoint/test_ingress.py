@@ -382,7 +382,7 @@ def test_variables_of_the_template(official: openai.OpenAI, service: Service) ->
 
 
 def test_a_template_without_tools_refuses_them(official: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="knows no tools"):
+    with pytest.raises(openai.BadRequestError, match="does not support tools"):
         official.chat.completions.create(model="org/script", messages=MESSAGES, tools=[WEATHER])
 
 
@@ -405,7 +405,7 @@ def test_an_echo_begins_with_the_prompt(official: openai.OpenAI) -> None:
         assert [one.text for one in whole] == [words + one.text for one in plain]
         stream = official.completions.create(prompt=prompt, stream=True, **asked)
         assert "".join(chunk.choices[0].text for chunk in stream) == words + plain[0].text
-    with pytest.raises(openai.BadRequestError, match="echo: not together with logprobs"):
+    with pytest.raises(openai.BadRequestError, match="echo: not allowed with logprobs"):
         official.completions.create(prompt="the", logprobs=1, **asked)
 
 

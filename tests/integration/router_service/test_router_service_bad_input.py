@@ -74,7 +74,7 @@ def status_of(channel: grpc.Channel, requests: Sequence[ComputeRequest]) -> grpc
 BAD: dict[str, tuple[list[ComputeRequest], type[MoesaicError], str]] = {
     "no message": ([], CallError, "head: the first message"),
     "no head": ([ComputeRequest(data=DATA)], CallError, "head: the first message"),
-    "two heads": (whole() + whole(), CallError, "head: a second one"),
+    "two heads": (whole() + whole(), CallError, "head: only the first message"),
     "no dtype": (whole(dtype=0), CallError, "dtype: 0 is none of FLOAT32, BFLOAT16, FLOAT16"),
     "unknown dtype": (whole(dtype=9), CallError, "dtype: 9 is none of"),
     "another dtype": (whole(dtype="FLOAT16"), CallError, "dtype: FLOAT16, but m is computed in"),

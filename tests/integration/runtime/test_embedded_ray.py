@@ -131,7 +131,7 @@ def test_rays_folder_is_in_one_that_no_other_user_enters(
         assert mode(found.parent) == 0o700
     assert list((tmp_path / "elsewhere").iterdir()) == []
     monkeypatch.setattr(embedded_ray, "get_default_system_temp_dir", lambda: "/proc/no")
-    with pytest.raises(ClusterError, match="let RAY_TMPDIR name another one"):
+    with pytest.raises(ClusterError, match="set RAY_TMPDIR to another one"):
         folder()
 
 

@@ -70,7 +70,7 @@ def test_a_second_cluster_is_beside_the_first_or_refused_at_once(
         for endpoint in ({"port": other}, {"host": "0.0.0.0"}):
             wanted = spec_of(folder, "two", **endpoint)
             steps.clear()
-            with pytest.raises(ClusterError, match=f"{HOST}:{port}; say `endpoint:"):
+            with pytest.raises(ClusterError, match=f"{HOST}:{port}; set `endpoint:"):
                 moesaic.up(wanted, progress=lambda step, done, of: steps.append(step))
             assert steps[-1] == "starting Ray"
             with pytest.raises(ClusterError, match="its controller is not there"):

@@ -365,7 +365,7 @@ def test_grpc_router_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raw = RawStream(listener.address)
         error = raw.error()
         assert isinstance(error, Expired)
-        assert "hello: a router says it within 0.3 s" in str(error)
+        assert "hello: none came within 0.3 s" in str(error)
         assert not listener.accept()
         raw.close()
 

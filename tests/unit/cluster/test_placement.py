@@ -120,7 +120,7 @@ def test_an_experts_name_for_people() -> None:
 
 
 def test_an_expert_twice_on_one_host_is_refused() -> None:
-    with pytest.raises(ValueError, match="expert 1 of layer 0 of m stands twice on one host"):
+    with pytest.raises(ValueError, match="expert 1 of layer 0 of m has two replicas on one host"):
         placed((Replica("h0", 1.0),), (Replica("h1", 0.5), Replica("h0", 0.2), Replica("h1", 0.3)))
 
 

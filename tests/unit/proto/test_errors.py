@@ -374,7 +374,7 @@ async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPat
     ) as caught:
         await deploy.answered(late())
     assert caught.value.http_status == 503
-    with pytest.raises(MoesaicError, match="the controller is being started anew") as caught:
+    with pytest.raises(MoesaicError, match="the controller is being restarted") as caught:
         await deploy.answered(failing(ActorDiedError()))
     assert caught.value.http_status == 503
     defect = RayTaskError("status", "trace", KeyError("x"))

@@ -142,7 +142,7 @@ async def test_a_ray_that_does_not_answer_holds_nothing_up(monkeypatch: pytest.M
 
     beating = asyncio.create_task(beat())
     for _ in range(3):
-        with pytest.raises(NoAnswer, match=r"did not name the controller within 0\.05 s"):
+        with pytest.raises(NoAnswer, match=r"did not find the controller within 0\.05 s"):
             await asks()
     beating.cancel()
     assert beats >= 10, "the event loop goes on"

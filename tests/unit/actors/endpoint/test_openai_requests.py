@@ -148,7 +148,7 @@ def test_logprobs_in_both_forms() -> None:
     assert chat(logprobs=False).top_tokens is None
     assert chat(logprobs=True).top_tokens == 0
     assert chat(logprobs=True, top_logprobs=4).top_tokens == 4
-    with pytest.raises(RequestError, match=r"^top_logprobs: belongs to .* \(got 2\)"):
+    with pytest.raises(RequestError, match=r"^top_logprobs: is only allowed with .* \(got 2\)"):
         chat(top_logprobs=2)
 
 
@@ -205,8 +205,8 @@ def test_every_parameter_of_the_official_client_is_known(resource: Any, kind: An
         ({**COMPLETION, "n": 0}, "n", "greater than or equal to 1 (got 0)"),
         ({**COMPLETION, "n": True}, "n", "valid integer (got True)"),
         ({**COMPLETION, "n": 65}, "n", "less than or equal to 64 (got 65)"),
-        ({**COMPLETION, "n": 33, "prompt": ["a", "b"]}, "n", "n: with 2 prompts at most 64 choi"),
-        ({**COMPLETION, "echo": True, "logprobs": 1}, "echo", "echo: not together with logprobs"),
+        ({**COMPLETION, "n": 33, "prompt": ["a", "b"]}, "n", "n: 2 prompts x n exceed 64 choices"),
+        ({**COMPLETION, "echo": True, "logprobs": 1}, "echo", "echo: not allowed with logprobs"),
         ({**COMPLETION, "logprobs": 21}, "logprobs", "less than or equal to 20 (got 21)"),
         ({**COMPLETION, "logprobs": True}, "logprobs", "valid integer (got True)"),
         ({**COMPLETION, "seed": 1.5}, "seed", "valid integer (got 1.5)"),
@@ -244,7 +244,11 @@ CALLS = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": 
     [
         ([], "messages", "at least 1 item"),
         ("hi", "messages", "valid list"),
-        ([{"role": "user"}], "messages[0].content", "a message needs it, or tool_calls (got None)"),
+        (
+            [{"role": "user"}],
+            "messages[0].content",
+            "a message needs content or tool_calls (got None)",
+        ),
         ([{"role": "robot", "content": "x"}], "messages[0].role", "(got 'robot')"),
         (
             [{"role": "tool", "content": "x"}],
@@ -259,12 +263,12 @@ CALLS = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": 
         (
             [{"role": "user", "tool_calls": CALLS}],
             "messages[0].tool_calls",
-            "role='assistant' alone (got ['f'])",
+            "only allowed with role='assistant' (got ['f'])",
         ),
         (
             [{"role": "user", "content": "x", "refusal": "no"}],
             "messages[0].refusal",
-            "role='assistant' alone (got 'no')",
+            "only allowed with role='assistant' (got 'no')",
         ),
         (
             [{"role": "function", "name": "f", "content": "x"}],
@@ -412,13 +416,13 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ("always", "is 'always'; there are none, auto, required"),
+        ("always", "is 'always'; use none, auto, required"),
         (named("other"), "names the function 'other'; the tools are weather"),
         (allowed("auto", "weather", "other"), "names the function 'other'"),
         (allowed("none", "weather"), "needs allowed_tools with a mode"),
         (allowed("auto"), "needs allowed_tools with a mode"),
-        ({"type": "function", "name": "weather"}, "names a function as"),
-        ({"type": "function", "function": {"name": 7}}, "names a function as"),
+        ({"type": "function", "name": "weather"}, "must name a function as"),
+        ({"type": "function", "function": {"name": 7}}, "must name a function as"),
         ({"type": "custom", "custom": {"name": "weather"}}, "has the type 'custom'"),
         (7, "has the type None"),
     ],

@@ -66,7 +66,7 @@ def test_thinking_that_clients_send_back(name: str) -> None:
     for empty in ("", None):
         message = chat(messages=[USER, said | {name: empty}]).messages[1].for_template()
         assert message == {"role": "assistant", "content": "Hi."}
-    with pytest.raises(RequestError, match=f"{name}: belongs to role='assistant' alone"):
+    with pytest.raises(RequestError, match=f"{name}: is only allowed with role='assistant'"):
         chat(messages=[USER | {name: "hm"}])
 
 

@@ -122,7 +122,7 @@ ODD: list[tuple[dict[str, Any], str]] = [
     ({"type": "object", "patternProperties": {"^ok": {}, "^(?!x)": {"type": "string"}}},
      "the pattern '^(?!x)' cannot be used: look-around"),
     ({"type": "object", "patternProperties": {"^a": {"type": "null"}, "^ab": {"type": "integer"}}},
-     "are not disjoint; use patterns of which no key meets two"),
+     "are not disjoint; use patterns so that no key matches two"),
     ({"properties": {"a": {"not": {"type": "string"}}}},
      'properties.a: "not" cannot be enforced; leave it out'),
     ({"if": {"type": "string"}, "then": {"minLength": 2}}, '"if", "then" cannot be enforced'),

@@ -141,7 +141,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "template-refuses": (_write(TEMPLATE, "{{ raise_exception('no users') }}"), "no users"),
     "template-fails": (
         _write(TEMPLATE, "{{ messages[7].content + 1 }}"),
-        "message of a user alone",
+        "a single user message fails",
     ),
     "template-says-nothing": (_write(TEMPLATE, "<s>"), "leaves out the text of a message"),
     **{f"lost-{file}": (_lost(file), "which does not exist; download") for file in FILES},
@@ -209,7 +209,7 @@ def test_a_model_without_a_template_completes(folder: Path) -> None:
     _remove(TEMPLATE)(folder)
     one = only(spec_of(folder))
     assert (one.severity, one.path) == ("warning", "models.0.path")
-    assert "/v1/completions can be used" in one.message
+    assert "/v1/completions works" in one.message
 
 
 def test_tokens_without_an_embedding(folder: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_numbers_of_experts_that_the_model_does_not_have(whole: Path) -> None:
     keys = ["models.0.experts_per_token", "models.0.min_experts_per_token"]
     checked = preflight(spec_of(whole, model=wanted))
     assert [one.path for one in checked.findings] == keys
-    assert checked.findings[0].message == "3, but 'm' has 2 experts for a token; give 2 at most"
+    assert checked.findings[0].message == "3, but 'm' has 2 experts per token; set at most 2"
 
 
 # ---- a hub ---------------------------------------------------------------------------------------

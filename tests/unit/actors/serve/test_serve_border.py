@@ -50,9 +50,9 @@ def test_the_place_beside_others(serve_with: Any) -> None:
 
 REFUSED: list[tuple[HTTPOptions, dict[str, Any], str]] = [
     (THEIRS, {"port": 8121}, "endpoint.port: 8121, but Serve on this Ray runs already"),
-    (THEIRS, {"port": 8121}, "say `endpoint: {host: 127.0.0.1, port: 8111}`, where .* at /two"),
+    (THEIRS, {"port": 8121}, "set `endpoint: {host: 127.0.0.1, port: 8111}`, where .* at /two"),
     (THEIRS, {"host": "0.0.0.0", "port": 0}, "endpoint.host: 0.0.0.0, but"),
-    (HTTPOptions(host=None), {"port": 0}, "endpoint: .* has no HTTP"),
+    (HTTPOptions(host=None), {"port": 0}, "endpoint: .* serves no HTTP"),
     (
         HTTPOptions(host="127.0.0.1", port=8111, request_timeout_s=20.0),
         {"port": 0},
@@ -77,7 +77,7 @@ def test_what_does_not_fit(
 
 def test_a_serve_without_proxies(serve_with: Any) -> None:
     serve_with(THEIRS, {}, ProxyLocation.Disabled)
-    with pytest.raises(ClusterError, match="has no HTTP"):
+    with pytest.raises(ClusterError, match="serves no HTTP"):
         find_place(spec(port=8111))
 
 
@@ -88,14 +88,16 @@ def test_a_shorter_time_than_serve_gives(serve_with: Any) -> None:
 
 def test_a_path_that_is_taken(serve_with: Any) -> None:
     serve_with(THEIRS, {"a": "/", "theirs": "/two"})
-    with pytest.raises(ClusterError, match=r"^name: the application 'theirs' .* at /two already"):
+    with pytest.raises(
+        ClusterError, match=r"^name: Serve on this Ray already has the application 'theirs' at /two"
+    ):
         find_place(spec(port=8111))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_of_another_machine(serve_with: Any, host: str) -> None:
     serve_with(HTTPOptions(host=host, port=8111), {}, on_head=False)
-    with pytest.raises(ClusterError, match=r"head node \(10.0.0.1\), which is another"):
+    with pytest.raises(ClusterError, match=r"head node \(10.0.0.1\), which is not this"):
         find_place(spec(host=host, port=8111))
 
 

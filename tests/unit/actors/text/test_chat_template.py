@@ -72,8 +72,8 @@ def written(arguments: str) -> str:
         ("{{ {}['a']['b'] }}", "UndefinedError: 'dict object' has no attribute 'a'"),
         ("{{ raise_exception | tojson }}", "TypeError: Object of type function"),
         ("{{ namespace(__x=1) }}", "SecurityError"),
-        (7, "is no text (got 7)"),
-        ({"default": None}, "is no text (got None)"),
+        (7, "is not a text (got 7)"),
+        ({"default": None}, "is not a text (got None)"),
         ("", "has no chat template"),
         ({}, "has no chat template"),
         (None, "has no chat template"),
@@ -145,14 +145,14 @@ def test_arguments_that_json_alone_can_hold(value: str) -> None:
     """Half a character, as of an answer that was cut within an emoji; numbers beyond all floats."""
     given = f'{{"k": {value}}}'
     assert f"|f{given}|" in chat_template(written("{{ 'f' + a }}")).render(history(given)).text
-    with pytest.raises(RequestError, match="is no JSON object"):
+    with pytest.raises(RequestError, match="is not a JSON object"):
         chat_template(written("{{ a | tojson }}")).render(history(given))
 
 
 @pytest.mark.parametrize("depth", [900, 100_000])
 def test_arguments_of_great_depth(depth: int) -> None:
     given = '{"k": ' * depth + "1" + "}" * depth
-    with pytest.raises(RequestError, match=r"is no JSON object|RecursionError"):
+    with pytest.raises(RequestError, match=r"is not a JSON object|RecursionError"):
         chat_template(written("{{ a | tojson }}")).render(history(given))
 
 
@@ -302,7 +302,7 @@ TELLING = "{% if tools %}TOOLS{% endif %}"
     ],
 )
 def test_tools_that_do_not_reach_the_prompt_are_refused(template: Any) -> None:
-    with pytest.raises(RequestError, match="knows no tools") as caught:
+    with pytest.raises(RequestError, match="does not support tools") as caught:
         chat_template(template).render([USER], [TOOL])
     assert caught.value.param == "tools"
 
@@ -310,7 +310,7 @@ def test_tools_that_do_not_reach_the_prompt_are_refused(template: Any) -> None:
 def test_tools_that_are_told_of_in_some_conversations_only() -> None:
     template = SEQUENCE + "{% if messages[-1].role == 'user' %}{{ tools | tojson }}{% endif %}"
     assert "weather" in chat_template(template).render([USER], [TOOL]).text
-    with pytest.raises(RequestError, match="does not tell the model of tools") as caught:
+    with pytest.raises(RequestError, match="does not tell the model about tools") as caught:
         chat_template(template).render([USER, SAID], [TOOL])
     assert caught.value.param == "tools"
 

@@ -172,7 +172,7 @@ def test_what_is_said_reaches_the_prompt_or_is_refused(name: str, conversation: 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tools_reach_the_prompt_or_are_refused(name: str) -> None:
     if name in NO_TOOLS:
-        with pytest.raises(RequestError, match="knows no tools") as caught:
+        with pytest.raises(RequestError, match="does not support tools") as caught:
             the(name).render([USER], [WEATHER])
         assert caught.value.param == "tools"
         return
@@ -257,7 +257,7 @@ def test_arguments_that_are_no_object_are_text_or_refused(name: str, arguments: 
     path = f"messages[5].tool_calls[{nth}].function.arguments"
     with pytest.raises(RequestError) as caught:
         the(name).render(messages, tools_for(name))
-    assert str(caught.value).startswith(f"{path} is no JSON object")
+    assert str(caught.value).startswith(f"{path} is not a JSON object")
     assert caught.value.param == path
 
 

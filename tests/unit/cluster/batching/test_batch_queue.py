@@ -261,7 +261,7 @@ def test_what_is_too_late_is_dropped_before_it_is_computed() -> None:
     assert world.merger.wake_at(world.now) == 1.0
     world.now = 1.0
     over, batch = world.take()
-    assert over == [End(late, "Expired", "the call's time was over before its turn came")]
+    assert over == [End(late, "Expired", "the call's deadline passed before its turn")]
     assert batch is not None
     assert rows_of(batch) == {good: 1}
 

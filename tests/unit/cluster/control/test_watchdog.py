@@ -44,7 +44,10 @@ def vitals(**given: object) -> Vitals:
         ({"tick_age_s": 6.0}, "the controller has stood still for 6 s"),
         ({"planning_s": 31.0}, "the planner has been at work for 31 s"),
         ({"plan_failures": 2}, "the planner has failed 2 times in a row"),
-        ({"moves_pending": 3, "move_age_s": 40.0}, "3 replicas are to come, and none has come"),
+        (
+            {"moves_pending": 3, "move_age_s": 40.0},
+            "3 planned replicas are missing, and none has arrived",
+        ),
     ],
 )
 def test_whatever_stands_still_is_named(given: dict[str, object], words: str) -> None:

@@ -415,7 +415,7 @@ def test_moves_that_do_not_pay_for_their_bytes_are_left_out() -> None:
         )
     assert not found[1e-6].moves
     assert found[1.0].moves
-    assert "too much" in found[1.0].moves[0].reason
+    assert "exceeds its target" in found[1.0].moves[0].reason
 
 
 def test_hot_experts_of_one_model_displace_cold_replicas_of_another() -> None:

@@ -139,7 +139,7 @@ def test_the_cheapest_speed_comes_first_and_the_dearest_leaves_first() -> None:
 def test_hosts_on_their_way_are_waited_for() -> None:
     pool = Pool(group(2, pending=2))
     assert pool.run(200, 1.9) == []
-    assert pool.scaler.held == "hosts that will do are on their way"
+    assert pool.scaler.held == "enough hosts are already starting"
 
 
 def test_where_no_machine_has_room_another_group_helps_out() -> None:

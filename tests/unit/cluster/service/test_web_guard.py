@@ -125,9 +125,11 @@ def test_no_name_becomes_loopback_by_what_is_around_it(name: str, inner: str) ->
 
 @pytest.mark.parametrize("bad", ["a:80", "[::1]:80", "http://x", "a b", "", "*.x", "a/"])
 def test_allowed_hosts_in_the_spec_have_no_ports(bad: str) -> None:
-    with pytest.raises(SpecError, match=r"endpoint\.allowed_hosts\.0: a name or an address"):
+    with pytest.raises(
+        SpecError, match=r"endpoint\.allowed_hosts\.0: expected a name or an address"
+    ):
         parse_spec({"endpoint": {"allowed_hosts": [bad]}})
     endpoint = parse_spec({"endpoint": {"allowed_hosts": ["a.b", "::1", "[fd00::1]"]}}).endpoint
     assert endpoint is not None
-    with pytest.raises(SpecError, match="stands alone"):
+    with pytest.raises(SpecError, match="remove the others"):
         parse_spec({"endpoint": {"allowed_hosts": ["*", "a"]}})

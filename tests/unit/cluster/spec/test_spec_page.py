@@ -36,8 +36,8 @@ def test_the_page_is_made_of_the_code(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     "row",
     [
-        "| `port` | integer | `8000` | >= 0, <= 65535 | 0 takes a free one. |",
-        "| `engine` | `transformers`, `vllm` | `transformers` |  | What batches",
+        "| `port` | integer | `8000` | >= 0, <= 65535 | Port to listen on; 0 takes a free one. |",
+        "| `engine` | `transformers`, `vllm` | `transformers` |  | The engine that batches",
         "| `idle_s` | number or null | `null` | >= 1, <= 31536000 |",
         "| `name` | string | needed | 128 characters or fewer, `^[A-Za-z0-9]",
         "| `aliases` | list of strings | `[]` | 128 characters or fewer, `^[A-Za-z0-9]",
