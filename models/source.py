@@ -14,21 +14,21 @@ from .folder.files import INDEX_FILE, SINGLE_FILE
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _FETCH = "`moesaic inspect {path}` downloads and checks it, `moesaic up` does so when it starts"
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]
-# Folders hold the same weights in other forms, as gpt-oss's `original`.
+# Subfolders hold the same weights in other forms, like gpt-oss's `original`.
 _IGNORED = ["*/*"]
 
 
 @dataclass(frozen=True, slots=True)
 class NotYet:
-    """Why a model that can be had is not in a folder of this machine."""
+    """Why an available model is not in a folder of this machine yet."""
 
     why: str
 
 
 def local_model(path: str) -> Path | NotYet:
-    """The folder of ``path`` if it is here already; nothing is made or downloaded.
+    """Return the folder of ``path`` if it is here already; make and download nothing.
 
-    Raises CheckpointError where `resolve_model` certainly would.
+    Raises CheckpointError if `resolve_model` certainly would.
     """
     if path == "demo":
         from .upcycling.demo import made_demo
@@ -47,7 +47,7 @@ def local_model(path: str) -> Path | NotYet:
 
 
 def resolve_model(path: str, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
-    """The local folder of ``path``: a folder as it is, ``demo`` made once, a hub id downloaded.
+    """Return the local folder of ``path``, after making ``demo`` or downloading a hub id.
 
     Raises CheckpointError that says what was tried.
     """
@@ -66,7 +66,7 @@ def resolve_model(path: str, *, progress: Callable[[str, int, int], None] | None
         return Path(snapshot_download(path, allow_patterns=_WANTED, ignore_patterns=_IGNORED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"path: {path!r} is no folder here, and the hub does not give it: "
+            f"path: {path!r} is not a folder here, and cannot be downloaded from the hub: "
             f"{in_words(error).splitlines()[0]}"
         ) from error
 
@@ -82,7 +82,7 @@ def _check_hub_id(path: str, folder: Path) -> None:
 
 
 def _cached(hub_id: str) -> Path | None:
-    """The folder of the newest snapshot that was downloaded here."""
+    """Return the folder of the newest snapshot that was downloaded here."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -97,7 +97,7 @@ def _cached(hub_id: str) -> Path | None:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a download has all weights: what is wrong in them is for others to say."""
+    """Return whether a download has all weight files; their contents are not checked."""
     if not (folder / "config.json").is_file():
         return False
     index = folder / INDEX_FILE
@@ -107,4 +107,4 @@ def _complete(folder: Path) -> bool:
         named = json.loads(index.read_text())["weight_map"].values()
         return all((folder / str(name)).is_file() for name in set(named))
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return True  # a broken index is named as such when it is read
+        return True  # reading the index will report that it is broken

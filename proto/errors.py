@@ -1,4 +1,4 @@
-"""The one tree of errors.
+"""The tree of all errors.
 
 They cross the wire by name::
 
@@ -11,24 +11,24 @@ They cross the wire by name::
     |   |-- CallError            an expert call: shapes, dtypes, sizes
     |   |-- CheckpointError      a file: truncated, missing tensors, wrong shapes
     |   |-- UnsupportedModel     an architecture without the experts interface
-    |   |-- Unauthenticated      a peer or client shows no proof, or a wrong one, of who it is
-    |   `-- Forbidden            it may not do this
+    |   |-- Unauthenticated      a peer or client shows no proof of who it is, or a wrong one
+    |   `-- Forbidden            the client may not do this
     |-- Retryable                nothing is lost: the same call may succeed elsewhere or later
     |   |-- NotHere              this host does not hold the expert, or is another incarnation
     |   |-- Busy                 a bounded queue is full
     |   |-- Expired              the deadline passed before the work was done
-    |   |-- NoAnswer             a part of the cluster is too slow, or being restarted
-    |   |-- Ending               the service ends, and takes nothing new
+    |   |-- NoAnswer             a part of the cluster is too slow, or restarts
+    |   |-- Ending               the service ends, and accepts no new requests
     |   |-- HostLost             a host's connection ended
     |   |-- Corrupted            bytes changed on the way
-    |   |-- Interrupted          an answer cannot go on where it was
-    |   |-- Overloaded           the endpoint holds as many requests, or bytes of them, as it may
+    |   |-- Interrupted          an answer stopped and cannot continue
+    |   |-- Overloaded           the endpoint's limit of requests, or of their bytes, is reached
     |   `-- SlowBody             the body of a request did not arrive in time
     |-- ExpertUnavailable        no replica of an expert answered before the deadline
     |-- BadExpert                an expert produced values that are not finite
     |-- EngineError              the trunk's engine failed or was restarted
     |-- ClusterError             Ray, processes, ports: the pool could not be started or reached
-    |   `-- Superseded           a newer controller rules
+    |   `-- Superseded           a newer controller has taken over
     `-- InternalError            a defect of ours
 """
 
@@ -43,11 +43,12 @@ class MoesaicError(Exception):
     """Something failed.
 
     Base of every error that Moesaic raises on purpose. ``retryable`` says whether the same request
-    may succeed when it is sent again; ``http_status`` is what the endpoint answers with. The first
-    line of a class's docstring is what its errors say that were given no message.
+    may succeed when it is sent again; ``http_status`` is the endpoint's status for it. The first
+    line of a class's docstring is the message of its errors that were given none.
 
-    ``for_clients``: its messages are written for clients outside of the cluster. Those of all other
-    classes may name hosts, addresses, files and classes, and stay in the logs (`words_for_client`).
+    ``for_clients``: messages of the class are written for clients outside the cluster. Those of all
+    other classes may name hosts, addresses, files and classes, and stay in the logs
+    (`words_for_client`).
     """
 
     retryable: ClassVar[bool] = False
@@ -64,7 +65,7 @@ class MoesaicError(Exception):
 
 
 class BadInput(MoesaicError):
-    """What was given cannot be used."""
+    """The given value cannot be used."""
 
     http_status = 400
 
@@ -126,21 +127,21 @@ class Unauthenticated(BadInput):
 
 
 class Forbidden(BadInput):
-    """Whoever asks for this may not have it."""
+    """The client may not do this."""
 
     for_clients = True
     http_status = 403
 
 
 class Retryable(MoesaicError):
-    """It did not work this time, and nothing is lost: send it again."""
+    """The call failed this time, and nothing is lost: send it again."""
 
     retryable = True
     http_status = 503
 
 
 class NotHere(Retryable):
-    """The host does not hold the expert, or is another incarnation than the call meant."""
+    """The host does not hold the expert, or is not the incarnation that the call names."""
 
 
 class Busy(Retryable):
@@ -176,19 +177,19 @@ class HostLost(Retryable):
 
 
 class Corrupted(Retryable):
-    """A call or an answer is not what was sent: its checksum says so."""
+    """A call or an answer was corrupted on the way: its checksum does not match."""
 
     for_clients = True
 
 
 class Interrupted(Retryable):
-    """An answer stopped, and cannot go on where it was: it must be asked for again, whole."""
+    """An answer stopped and cannot continue: send the whole request again."""
 
     for_clients = True
 
 
 class Overloaded(Retryable):
-    """The endpoint holds as many requests, or bytes of them, as it may; send it again later."""
+    """The endpoint's limit of requests, or of their bytes, is reached; send it again later."""
 
     for_clients = True
 
@@ -203,8 +204,8 @@ class SlowBody(Retryable):
 class ExpertUnavailable(MoesaicError):
     """No replica of an expert answered before the deadline.
 
-    The message names the expert. ``is_back``, where a router in this process raised it: whether
-    another try is worthwhile now.
+    The message names the expert. If a router in this process raised the error, ``is_back`` returns
+    whether another try is worthwhile now.
     """
 
     for_clients = True
@@ -234,13 +235,13 @@ class ClusterError(MoesaicError):
 
 
 class Superseded(ClusterError):
-    """A newer controller rules; the one that asked has to end."""
+    """A newer controller has taken over; the one that asked has to end."""
 
 
 class InternalError(MoesaicError):
     """A defect of Moesaic's; its log has more.
 
-    The message holds the foreign error's text (`in_words`).
+    The message has the foreign error's text (`in_words`).
     """
 
 
@@ -259,8 +260,11 @@ def _first_line(cls: type[MoesaicError]) -> str:
 
 
 def words_for_client(error: MoesaicError, request_id: str = "") -> str:
-    """What a client outside of the cluster is told: the message, where it was written for clients,
-    else what the class says in general and the id by which the log has the message."""
+    """Return the message for a client outside the cluster.
+
+    It is the error's own message if that is written for clients. Otherwise it is the general
+    message of the class, with the id under which the log has the error's own.
+    """
     if error.for_clients:
         return str(error)
     general = _first_line(type(error))
@@ -268,8 +272,10 @@ def words_for_client(error: MoesaicError, request_id: str = "") -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """The type and the message of any exception: "KeyError: 'x'". One that has no message, as a
-    TimeoutError or a bare assertion, says where it was raised."""
+    """Return the type and the message of any exception, like "KeyError: 'x'".
+
+    For one without a message, like a TimeoutError or a bare assertion, it says where it was raised.
+    """
     name, text = type(error).__name__, str(error).strip()
     if text:
         return f"{name}: {text}"
@@ -282,6 +288,6 @@ def in_words(error: BaseException) -> str:
 
 
 def from_wire(code: str, message: str) -> MoesaicError:
-    """The error that ``code`` names, or an InternalError that says which code was unknown."""
+    """Make the error that ``code`` names, or an InternalError that names the unknown code."""
     cls = ERRORS.get(code)
     return cls(message) if cls else InternalError(f"{code}: {message}")

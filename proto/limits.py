@@ -1,29 +1,29 @@
-"""The limits that every message is held to; clients without torch have them, too."""
+"""The limits of all messages, in a module that imports no torch, for clients without it."""
 
 from __future__ import annotations
 
-# What one frame of a stream may carry; larger tensors travel in several.
+# The most bytes of one frame of a stream; larger tensors are sent in several.
 CHUNK_BYTES = 1 << 20
-# No honest call comes near these; they bound what a broken peer can make a host allocate.
+# No correct call comes near these; they bound what a broken peer can make a host allocate.
 MAX_PAYLOAD_BYTES = 1 << 30
 MAX_HIDDEN = 1 << 17
 MAX_TOP_K = 1 << 10
 
-# ---- what one host takes at a time; each kind has room of its own, so none locks others out ------
+# ---- what one host accepts at a time; each kind has places of its own ---------------------------
 
-# From the beginning of a connection until its Hello, or until it has asked for anything at all.
+# Seconds from the beginning of a connection until its Hello, or until its first call.
 HELLO_S = 2.0
-# Connections that have not said Hello, and those of routers.
+# Connections that have not sent their Hello, and those of routers.
 MAX_UNANNOUNCED = 64
 MAX_ROUTERS = 256
 # Transfers of weights, in each direction.
 MAX_PUTS = MAX_GETS = 8
-# Sockets, whoever holds them: what says nothing leaves after HELLO_S.
+# Sockets of any kind; silent ones end after HELLO_S.
 MAX_CONNECTIONS = 2048
 # A call and its answer on a gRPC stream.
 MAX_SLOT_BYTES = 64 << 20
-# What one router may have on its way to a host, and all routers together.
+# Bytes in flight to a host, of one router and of all routers together.
 MAX_INFLIGHT_BYTES = 256 << 20
 MAX_ARRIVING_BYTES = 1 << 30
-# Of weights, in both directions; a larger expert goes alone.
+# Bytes of weights in flight, in both directions; a larger expert is sent alone.
 MAX_WEIGHTS_BYTES = 1 << 30

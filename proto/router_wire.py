@@ -1,4 +1,4 @@
-"""Where the tensors of a router service's call lie; without torch, for both of its sides.
+"""The layout of the tensors in a router service's call, without torch, for both sides.
 
 Shape suffixes: T = tokens (rows of a call), H = hidden size, K = choices of a token.
 """
@@ -29,7 +29,7 @@ class RouterLayout:
 
     @classmethod
     def of(cls, head: ComputeHead) -> RouterLayout:
-        """Raises CallError when a number is out of bounds."""
+        """Compute the layout of a call. Raises CallError when a number is out of bounds."""
         if head.dtype not in ITEM_BYTES:
             known = ", ".join(DType.Name(dtype) for dtype in DType.values() if dtype in ITEM_BYTES)
             raise CallError(f"dtype: {head.dtype} is none of {known}")
@@ -60,19 +60,21 @@ class RouterLayout:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row in a call."""
+        """Bytes of one row of a call."""
         return self.call_bytes // self.rows
 
 
 def chunks(data: memoryview) -> Iterator[bytes]:
-    """The parts in which ``data`` (bytes) travels; at least one."""
+    """Split ``data`` (bytes) into the parts that are sent, at least one."""
     for start in range(0, max(1, len(data)), CHUNK_BYTES):
         yield bytes(data[start : start + CHUNK_BYTES])
 
 
 def gather(parts: Iterable[bytes], size: int, crc32: int) -> bytearray:
-    """The parts as one. Raises CallError when they are not ``size`` bytes, and Corrupted when
-    their checksum is another one."""
+    """Join the parts.
+
+    Raises CallError when they are not ``size`` bytes, and Corrupted when their checksum differs.
+    """
     whole = bytearray(size)
     end, seen = 0, 0
     for part in parts:

@@ -1,6 +1,6 @@
-"""Where the tensors of a frame lie, and the limits that every frame is held to.
+"""The layout of the tensors of a frame, and its checks against the limits.
 
-Router and host compute the same layout from the same four numbers, so no offsets are sent.
+Router and host compute the same layout from the same numbers, so no offsets are sent.
 
 Shape suffixes: T = tokens (rows of a call), H = hidden size, K = choices of a token.
 """
@@ -28,8 +28,11 @@ DTYPE_FROM_WIRE: dict[int, torch.dtype] = {wire: dtype for dtype, wire in DTYPE_
 
 
 def checksum(seq: int, payload: torch.Tensor) -> int:
-    """Of a frame's tensors (uint8). Seeded, so that the bytes of another call fail. Those that do
-    not leave device memory have none: it would cost more than the way that they go."""
+    """Return the checksum of a frame's tensors (uint8), seeded with the call's number.
+
+    The seed makes the bytes of another call fail. Tensors that stay in device memory have none,
+    because it would cost more than their transport.
+    """
     if payload.device.type != "cpu":
         return 0
     return xxhash.xxh3_64_intdigest(payload.numpy().data, seq)
@@ -71,7 +74,7 @@ class CallLayout:
 
     @classmethod
     def of_call(cls, call: Call) -> CallLayout:
-        """The layout that ``call`` announces.
+        """Return the layout that ``call`` announces.
 
         Raises CallError when a number is out of bounds or the sizes do not agree.
         """
@@ -100,7 +103,7 @@ class CallLayout:
         return layout
 
     def call_tensors(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views (x_TH, ids_TK int32, weights_TK float32) into a uint8 ``buffer``."""
+        """Return views (x_TH, ids_TK int32, weights_TK float32) of a uint8 ``buffer``."""
         x_end = self.rows * self.hidden * self.dtype.itemsize
         choice_bytes = self.rows * self.top_k * 4
         ids = buffer[self.ids_offset : self.ids_offset + choice_bytes]
@@ -120,5 +123,5 @@ class CallLayout:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of a shared-memory slot that holds the call and, behind it, its answer."""
+        """Bytes of a shared-memory slot that holds the call and, after it, its answer."""
         return self.call_bytes + _aligned(self.reply_bytes)

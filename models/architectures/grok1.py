@@ -1,12 +1,12 @@
-"""Grok-1, which transformers lacks, out of transformers' parts.
+"""Grok-1, which transformers lacks, built from transformers' parts.
 
 The arithmetic is that of the published implementation (github.com/xai-org/grok-1, model.py): an
-RMSNorm before and behind attention and experts, attention logits capped by a tanh, scaled
-embeddings and logits, and eight experts with a GELU gate, of which a token has the two most
-probable of a softmax over all (not renormalised). Names of the configuration and of the tensors on
+RMSNorm before and after attention and experts, attention logits capped by a tanh, scaled
+embeddings and logits, and eight experts with a GELU gate. A token uses the two most probable
+experts of a softmax over all (not renormalised). Names of the configuration and of the tensors on
 disk are those of the checkpoints in safetensors (hpcai-tech/grok-1).
 
-Importing this module makes transformers' automatic classes know ``model_type: grok-1``.
+Importing this module registers ``model_type: grok-1`` with transformers' automatic classes.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token, E = experts, B = batch,
 S = sequence.
@@ -65,7 +65,7 @@ class Grok1Config(MixtralConfig):
 
     @property
     def query_pre_attn_scalar(self) -> float:
-        """Gemma's name for what it scales attention logits by the root of."""
+        """The value whose inverse root scales attention logits, under Gemma's name."""
         return self.attn_output_multiplier**-2
 
 
@@ -113,7 +113,7 @@ class Grok1DecoderLayer(nn.Module):
 class Grok1PreTrainedModel(MixtralPreTrainedModel):
     config_class = Grok1Config
     _no_split_modules = ["Grok1DecoderLayer"]  # noqa: RUF012
-    # These compute no cap, and say nothing of it.
+    # These implementations silently ignore the cap of attention logits.
     _supports_sdpa = False
     _supports_flash_attn = False
     _can_record_outputs = {  # noqa: RUF012
@@ -124,7 +124,7 @@ class Grok1PreTrainedModel(MixtralPreTrainedModel):
 
 class Grok1Model(Grok1PreTrainedModel, MixtralModel):
     def __init__(self, config: Grok1Config) -> None:
-        # Mixtral's own would build its layers; its forward is what is wanted.
+        # Skip Mixtral's own __init__, which would build its layers; only its forward is used.
         super(MixtralModel, self).__init__(config)
         self.embed_tokens = Grok1Embedding(config)
         self.layers = nn.ModuleList(
@@ -157,7 +157,7 @@ class Grok1ModelForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, S or ``logits_to_keep``, vocabulary)."""
+        """Compute logits (B, S or ``logits_to_keep``, vocabulary)."""
         kwargs.pop("return_dict", None)
         outputs = self.model(
             input_ids=input_ids,

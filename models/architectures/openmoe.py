@@ -1,18 +1,18 @@
-"""OpenMoE (arXiv 2402.01739), which transformers lacks, out of transformers' parts.
+"""OpenMoE (arXiv 2402.01739), which transformers lacks, built from transformers' parts.
 
 The arithmetic is that of the published implementation (ColossalAI, applications of OpenMoE): a
-Llama whose attention logits are not scaled, with a SwiGLU of three up-projections; every
-``moe_layer_interval``-th layer has experts of that form, and a dense FFN with a norm of its own
-behind them. A token has the two most probable experts of a softmax over all (not renormalised), as
-far as those have room: first all first choices, then the second ones, in the order of the tokens.
+Llama whose attention logits are not scaled, with a SwiGLU of three up-projections. Every
+``moe_layer_interval``-th layer has experts of that form, followed by a dense FFN with a norm of its
+own. A token uses the two most probable experts of a softmax over all (not renormalised) that have
+capacity left: it is given to all first choices, then to the second ones, in the tokens' order.
 
-One thing differs: an expert's room is counted for each sequence, without its padding. The published
-code counts it over a whole batch, so that there a text depends on its neighbours; for a batch of
-one both are the same.
+One thing differs: an expert's capacity is counted for each sequence, without its padding. The
+published code counts it over a whole batch, so there a text depends on its neighbours; for a batch
+of one both are the same.
 
 Names of the configuration and of the tensors on disk are those of the published checkpoints, whose
 ``model_type`` is llama and whose ``architectures`` name `OpenMoeForCausalLM`. Importing this module
-makes transformers' automatic classes know ``model_type: openmoe``.
+registers ``model_type: openmoe`` with transformers' automatic classes.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token, E = experts, I = intermediate
 size, B = batch, S = sequence, R = rows of one expert.
@@ -62,7 +62,7 @@ class OpenMoeConfig(LlamaConfig):
 
 
 def three_part_swiglu(up_R: Tensor) -> Tensor:
-    """(R, 3I) -> (R, I): value * silu(gate) * up."""
+    """Compute value * silu(gate) * up, (R, 3I) -> (R, I)."""
     value, gate, up = up_R.chunk(3, dim=-1)
     return value * silu(gate) * up
 
@@ -115,13 +115,13 @@ class OpenMoeSparseMLP(nn.Module):
     def forward(self, x_BSH: Tensor, real_BS: Tensor) -> Tensor:
         probabilities = linear(x_BSH.float(), self.gate_weight.float()).softmax(dim=-1)
         weights_BSK, ids_BSK = probabilities.topk(TOP_K, dim=-1)
-        # transformers' own implementations of experts know no id for a choice without an expert.
+        # transformers' experts have no id for a choice without an expert, so its weight is 0.
         weights_BSK = weights_BSK * self._with_room(ids_BSK, real_BS)
         y_TH = self.experts(x_BSH.flatten(0, 1), ids_BSK.flatten(0, 1), weights_BSK.flatten(0, 1))
         return y_TH.view_as(x_BSH)
 
     def _with_room(self, ids_BSK: Tensor, real_BS: Tensor) -> Tensor:
-        """(B, S, K) bool: the choices of real tokens that their expert has room for."""
+        """Return (B, S, K) bool: the choices of real tokens for which their expert has room."""
         share_B1 = TOP_K * self.capacity_factor * real_BS.sum(1, keepdim=True) / self.num_experts
         room_B1 = share_B1.floor().long()
         room_B1 = (room_B1 + room_B1 % 2).clamp(min=self.min_capacity)
@@ -179,7 +179,7 @@ class OpenMoePreTrainedModel(LlamaPreTrainedModel):
 
 class OpenMoeModel(OpenMoePreTrainedModel, LlamaModel):
     def __init__(self, config: OpenMoeConfig) -> None:
-        # Llama's own would build its layers; its forward is what is wanted.
+        # Skip Llama's own __init__, which would build its layers; only its forward is used.
         super(LlamaModel, self).__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
@@ -193,7 +193,7 @@ class OpenMoeModel(OpenMoePreTrainedModel, LlamaModel):
 
 class OpenMoeForCausalLM(OpenMoePreTrainedModel, LlamaForCausalLM):
     def __init__(self, config: OpenMoeConfig) -> None:
-        """Raises ValueError for values that the published code computes otherwise."""
+        """Build the model. Raises ValueError for values that the published code does not have."""
         for name, wanted in (("hidden_act", "swiglu"), ("mlp_gated", True), ("router_topk", TOP_K)):
             if (given := getattr(config, name)) != wanted:
                 raise ValueError(f"{name}: {given!r}; of OpenMoE only {wanted!r} is known here")
@@ -214,7 +214,10 @@ class OpenMoeForCausalLM(OpenMoePreTrainedModel, LlamaForCausalLM):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, S or ``logits_to_keep``, vocabulary). ``attention_mask``: (B, all tokens)."""
+        """Compute logits (B, S or ``logits_to_keep``, vocabulary).
+
+        ``attention_mask`` is (B, all tokens).
+        """
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None
         shape_BS = given.shape[:2]
@@ -239,7 +242,7 @@ class OpenMoeForCausalLM(OpenMoePreTrainedModel, LlamaForCausalLM):
 
 
 class _JoinUps(ConversionOps):
-    """(E, H, 2I) and (E, H, I) side by side."""
+    """Joins (E, H, 2I) and (E, H, I) side by side."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str],

@@ -1,4 +1,4 @@
-"""The weight files of a model folder: safetensors only, and only what lies in the folder."""
+"""The weight files of a model folder: only safetensors, and only files in the folder itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SINGLE_FILE = "model.safetensors"
 _LONGEST_NAME = 200  # no file system has names of more than 255 bytes
 _LFS = b"version https://git-lfs"
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
-# What safetensors calls the dtypes.
+# Safetensors' names of dtypes.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,7 +46,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file's header says of one tensor."""
+    """One tensor as a file's header describes it."""
 
     file: Path
     key: str
@@ -59,20 +59,20 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The tensors of a folder, whose files are whole."""
+    """The tensors of a folder, whose files are complete."""
 
     headers: dict[str, Header]
-    # Names that the index has and no file: (name -> where the index says they are). They only
-    # matter if the model needs them.
+    # Names that only the index has, no file: (name -> file that the index names). They matter only
+    # if the model needs them.
     lost: dict[str, str] = field(default_factory=dict)
 
 
 def list_tensors(path: Path) -> Listing:
-    """What the safetensors headers in folder ``path`` say. Reads no tensor, and each header once.
+    """Read the safetensors headers in folder ``path``, each once, and no tensor.
 
-    As in transformers a `model.safetensors` goes before an index. Raises CheckpointError for a
-    missing or malformed index, for file names that leave the folder, for files that are damaged
-    or truncated, and for a numbered file that is missing where there is no index.
+    As in transformers, `model.safetensors` takes precedence over an index. Raises CheckpointError
+    for a missing or malformed index, for file names that leave the folder, for damaged or truncated
+    files, and for a missing numbered file if there is no index.
     """
     index = _read_index(path / INDEX_FILE) if is_whole(path / INDEX_FILE) else None
     if is_whole(path / SINGLE_FILE):
@@ -88,8 +88,11 @@ def list_tensors(path: Path) -> Listing:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether there is such a file; False if there is nothing of its name. Raises CheckpointError
-    for what has the name of a file and is none: a link whose target is gone, or a folder."""
+    """Return whether the file exists.
+
+    Raises CheckpointError if its name is that of something else: a link whose target is gone, or a
+    folder.
+    """
     if file.is_file():
         return True
     if file.is_symlink():
@@ -102,13 +105,13 @@ def is_whole(file: Path) -> bool:
 
 
 def _list_numbered(path: Path) -> Listing:
-    """Numbered files without the index that should name them: each says what it holds."""
+    """List numbered files without an index, by their own headers."""
     found = {file.name: match for file in path.glob("*") if (match := _SHARD.fullmatch(file.name))}
     if not found:
         raise CheckpointError(f"{path}: {_what_else(path)}")
     parts = {int(match[1]) for match in found.values()}
     counts = {int(match[2]) for match in found.values()}
-    # The first number that is not there; names may claim any number of parts.
+    # Only the first missing number is searched, because names may claim any number of parts.
     missing = next((n for n in range(1, max(counts) + 1) if n not in parts), None)
     if len(counts) > 1 or missing:
         wrong = f"part {missing} is missing" if missing else "some belong to another set"
@@ -123,7 +126,7 @@ def _list_numbered(path: Path) -> Listing:
 
 
 def _what_else(path: Path) -> str:
-    """Why a folder without weights is none, by what it holds instead."""
+    """Return why a folder has no weights, by what it holds instead."""
     neither = f"neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read"
     others = sorted(file.name for file in path.glob("*.safetensors"))
     pickles = sorted(
@@ -171,13 +174,13 @@ def _headers(file: Path) -> dict[str, Header]:
             part = opened.get_slice(key)
             kind = part.get_dtype()
             if kind not in _DTYPES:
-                raise CheckpointError(f"{file}: {key} is {kind}, a dtype that is not known here")
+                raise CheckpointError(f"{file}: {key} is {kind}, an unknown dtype")
             found[key] = Header(file, key, _DTYPES[kind], tuple(part.get_shape()))
         return found
 
 
 def open_weights(file: Path) -> Any:
-    """An open safetensors file. Raises CheckpointError when it is damaged or truncated."""
+    """Open a safetensors file. Raises CheckpointError when it is damaged or truncated."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -187,20 +190,23 @@ def open_weights(file: Path) -> Any:
 
 
 def lfs_pointer(file: Path) -> str:
-    """What is wrong with a file that Git LFS has not fetched; empty for any other."""
+    """Return what is wrong with a file that Git LFS has not fetched; empty for any other."""
     try:
         with file.open("rb") as opened:
             begin = opened.read(len(_LFS))
     except OSError:
-        return ""  # why it cannot be read is said by whoever needs it
+        return ""  # whoever needs the file reports why it cannot be read
     if begin != _LFS:
         return ""
     return "only a pointer of Git LFS; `git lfs pull` in the folder fetches the file"
 
 
 def read_tensor(file: Path, key: str, expert: int | None = None, rows: int = 1) -> Tensor:
-    """A tensor of a safetensors file; of one that holds ``rows`` for each expert those of
-    ``expert``, and no more is read. Raises CheckpointError."""
+    """Read a tensor of a safetensors file, or only the part of one expert.
+
+    With ``expert`` the tensor holds ``rows`` rows for each expert, and only this expert's are read.
+    Raises CheckpointError.
+    """
     with open_weights(file) as opened:
         try:
             if expert is None:

@@ -11,13 +11,15 @@ from ...proto.errors import CheckpointError, in_words
 from .files import is_whole
 
 _FILE = "generation_config.json"
-# What transformers raises for a file that is no JSON, or has impossible values.
+# Transformers raises these for a file that is not JSON, or has impossible values.
 _CANNOT_READ = (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError)
 
 
 def generation_config(path: Path) -> GenerationConfig:
-    """That of folder ``path``, as transformers finds it when it is given the folder: older models
-    have its fields in config.json. Raises CheckpointError for a file that cannot be used."""
+    """Read the generation configuration of folder ``path``, as transformers does.
+
+    Older models have its fields in config.json. Raises CheckpointError for an unusable file.
+    """
     if not is_whole(path / _FILE):
         return GenerationConfig.from_pretrained(
             path, config_file_name="config.json", _from_model_config=True

@@ -1,25 +1,26 @@
 """Quantised checkpoints, read as if they had never been quantised.
 
-`stored_tensors` shows the tensors of a folder under the names and in the shapes that the same
-model has in plain floats. Each is dequantised when it is read, alone: value times scale in float32,
-which holds the product of MXFP4 exactly and rounds that of FP8 once. What is published:
+`stored_tensors` gives the tensors of a folder the names and shapes that the same model has in plain
+floats. Each tensor is dequantised when it is read: value times scale in float32, which holds the
+product of MXFP4 exactly and rounds that of FP8 once. Published formats:
 
 - `mxfp4` (gpt-oss): X_blocks uint8 (E, R, G, 16) and X_scales uint8 (E, R, G) are X (E, 32 G, R).
-  Elements are FP4 E2M1, two in a byte, the first one in the low half; 32 of a row share a scale
-  E8M0, 2 ** (byte - 127), where 255 is not a number. OCP Microscaling Formats (MX) specification
-  v1.0: v_i = X * P_i, MXFP4 with its element format FP4 and its scale format E8M0.
+  Elements are FP4 E2M1, two in a byte, the first one in the low half. 32 elements of a row share a
+  scale E8M0, which is 2 ** (byte - 127); 255 is not a number. OCP Microscaling Formats (MX)
+  specification v1.0: v_i = X * P_i, MXFP4 with its element format FP4 and its scale format E8M0.
 - `fp8` (DeepSeek-V3, Qwen3-FP8, GLM-FP8, MiniMax-M2, ...): X.weight float8_e4m3fn (R, C), and one
-  scale for each r x c of it, X.weight_scale_inv (R / r, C / c) rounded up: the last blocks of rows
-  and columns may not be full. DeepSeek-V3 Technical Report (arXiv 2412.19437), section 3.3, and
-  `weight_dequant` of its published inference code: y = x * s, in spite of the name a product.
-  Without `weight_block_size` the scales, X.weight_scale or X.weight_scale_inv, say by their shape
-  what they are for: one for all of it, one for each expert of a fused tensor, one for each row.
+  scale for each block of r x c, X.weight_scale_inv (R / r, C / c) rounded up, because the last
+  blocks of rows and columns may be partial. DeepSeek-V3 Technical Report (arXiv 2412.19437),
+  section 3.3, and `weight_dequant` of its published inference code: y = x * s, which despite the
+  name is a product. Without `weight_block_size` the shape of the scales, X.weight_scale or
+  X.weight_scale_inv, says what they are for: one for the whole tensor, one for each expert of a
+  fused tensor, or one for each row.
 - `compressed-tensors` in its format `float-quantized`: the same under X.weight_scale, with the
   strategy `tensor`, `channel` (one scale for each row) or `block`.
 - `fp8` with experts in MXFP4 (DeepSeek-V4): X.weight int8 (R, C / 2) and X.scale E8M0 (R, C / 32).
 
-Tensors without scales are plain, so `modules_to_not_convert` and `ignore` tell nothing more.
-Activations and caches are never quantised: their scales are not read.
+Tensors without scales are plain, so `modules_to_not_convert` and `ignore` are not needed.
+Activations and caches are never quantised, and their scales are not read.
 
 Shape suffixes: R = rows, C = columns, G = groups of 32 columns; "..." = experts, or nothing.
 """
@@ -39,9 +40,9 @@ from transformers import PretrainedConfig
 from ...proto.errors import CheckpointError, UnsupportedModel
 from .files import Header, read_tensor
 
-# FP4 E2M1 by its 4 bits: sign, two of exponent (bias 1), one of mantissa.
+# The value of FP4 E2M1 for its 4 bits: a sign, two of exponent (bias 1), one of mantissa.
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-# The two elements of each byte, (256, 2).
+# The two elements of each byte, low half first, (256, 2).
 _E2M1_PAIRS = torch.stack([_E2M1.repeat(16), _E2M1.repeat_interleave(16)], dim=1)
 _GROUP = 32  # elements of an MX block
 
@@ -53,7 +54,7 @@ _FP8 = {
     "e5m2": torch.float8_e5m2,
     "float8_e5m2": torch.float8_e5m2,
 }
-# These mean something only together with scales.
+# Values of these dtypes mean something only together with scales.
 CODES = (
     torch.uint8,
     torch.int8,
@@ -69,8 +70,8 @@ _NOT_OF_WEIGHTS = (
     *(".input_scale", ".activation_scale", ".output_scale"),
     *(".q_scale", ".k_scale", ".v_scale", ".kv_scale", ".prob_scale"),
 )
-# Where a config.json says how the weights are quantised; the second is compressed-tensors' older
-# name, the third MLX's.
+# Fields of config.json that describe the quantisation; the second is compressed-tensors' older
+# name, the third is MLX's.
 FIELDS = ("quantization_config", "compression_config", "quantization")
 # Formats of compressed-tensors that are float8 with scales.
 _FLOAT_QUANTIZED = ("float-quantized", "naive-quantized")
@@ -81,7 +82,7 @@ class Quantisation:
     """How a checkpoint's weights were quantised."""
 
     method: Literal["mxfp4", "fp8", "compressed-tensors"]
-    # Rows and columns of an FP8 matrix that share a scale; None: the scales' shapes say it.
+    # Rows and columns of an FP8 matrix that share a scale; None: see the scales' shapes.
     block: tuple[int, int] | None = None
     dtype: torch.dtype = torch.float8_e4m3fn  # of FP8 matrices
 
@@ -94,10 +95,10 @@ class Quantisation:
 
 
 def quantisation_of(config: PretrainedConfig, path: Path) -> Quantisation | None:
-    """What the configuration of folder ``path`` says of its weights; None if they are plain floats.
+    """Return how the weights of folder ``path`` are quantised; None if they are plain floats.
 
-    Raises UnsupportedModel for methods and formats that are not read, and CheckpointError for a
-    block size that is none.
+    Raises UnsupportedModel for methods and formats that are not read, and CheckpointError for an
+    invalid block size.
     """
     for part in (config, config.get_text_config()):
         for name in FIELDS:
@@ -145,8 +146,11 @@ def _block(field: str, block: Any) -> tuple[int, int]:
 
 
 def _compressed(field: str, values: Mapping[str, Any]) -> Quantisation:
-    """compressed-tensors: each of ``config_groups`` says how the weights of its targets were
-    quantised, and may have a format of its own. One way of quantising is read."""
+    """Read a configuration of compressed-tensors.
+
+    Each of its ``config_groups`` says how the weights of its targets were quantised, and may have a
+    format of its own. Models that combine several ways are refused.
+    """
     groups = values.get("config_groups") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
         raise CheckpointError(f"{field}.config_groups: {groups!r} is not a mapping of mappings")
@@ -203,17 +207,17 @@ class StoredTensor:
 
     @property
     def key(self) -> str:
-        """Of its values on disk."""
+        """The name of its values on disk."""
         return self.values.key
 
     @property
     def dtype(self) -> torch.dtype:
-        """As it is read."""
+        """The dtype as it is read."""
         return self.values.dtype if self.scales is None else torch.float32
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As it is read. Raises CheckpointError for values and scales that are no pair."""
+        """The shape as it is read. Raises CheckpointError if values and scales do not fit."""
         shape = self.values.shape
         if self.scales is None or self.quantisation is None:
             return shape
@@ -224,12 +228,15 @@ class StoredTensor:
         return (*shape[:-1], 2 * shape[-1]) if self.values.dtype == torch.int8 else shape
 
     def __getitem__(self, _: EllipsisType) -> Tensor:
-        """All of it; so transformers reads what a state dict has not read yet."""
+        """Read all of it; this is how transformers reads lazy tensors of a state dict."""
         return self.read()
 
     def read(self, expert: int | None = None, rows: int = 1) -> Tensor:
-        """The whole, or the ``rows`` of an expert in one that holds so many for each: float32 if it
-        was quantised, else what is on disk. Raises CheckpointError."""
+        """Read the whole tensor, or the ``rows`` rows of one expert in a fused one.
+
+        The result is float32 if the tensor was quantised, and else as on disk. Raises
+        CheckpointError.
+        """
         if self.scales is None or self.quantisation is None:
             if self.quantisation is not None and self.values.dtype in CODES:
                 raise self._error(f"is {self.values.dtype}, and has no scales")
@@ -248,13 +255,13 @@ class StoredTensor:
             plain = self._from_blocks(values, scales, *self.quantisation.block)
         else:
             plain = values.to(torch.float32).mul_(scales)
-        # Values that are not finite show in the bounds, which are one pass without a copy.
+        # The bounds show values that are not finite, in one pass and without a copy.
         if plain.numel() and not torch.stack(plain.aminmax()).isfinite().all():
             raise self._error("holds values that are not finite")
         return plain
 
     def _read_scales(self, wanted: tuple[int, ...], expert: int | None, rows: int) -> Tensor:
-        """Those that belong to the values, as float32; of ``wanted`` the expert's part."""
+        """Read the scales of the values as float32, in shape ``wanted`` or the expert's part."""
         assert self.scales is not None
         if expert is None or wanted[0] == 1:
             scales = read_tensor(self.scales.file, self.scales.key)
@@ -271,9 +278,9 @@ class StoredTensor:
         return factors
 
     def _wanted_scales(self) -> tuple[int, ...]:
-        """The shape that the scales must have for these values, by both headers.
+        """Return the shape that the scales must have for these values, by both headers.
 
-        For FP8 without blocks it is one of those that multiply the values as they stand.
+        For FP8 without blocks it is any shape that broadcasts to the values as intended.
         """
         assert self.scales is not None and self.quantisation is not None
         dtype, scales = self.values.dtype, self.scales.shape
@@ -282,7 +289,7 @@ class StoredTensor:
         if fp4 and (dtype != torch.uint8 or len(shape) < 3 or shape[-1] * 2 != _GROUP):
             raise self._error(f"is {self.values} instead of uint8 (..., rows, groups, 16)")
         fp4_pairs = dtype == torch.int8 and len(shape) > 1 and shape[-1] % 16 == 0
-        # With scales of floats int8 is no pair, but a number of its own.
+        # With float scales an int8 is a number of its own, not a pair of FP4.
         fp4_pairs = fp4_pairs and self.scales.dtype in _E8M0
         if not fp4 and not fp4_pairs and (dtype != self.quantisation.dtype or len(shape) < 2):
             raise self._error(
@@ -305,7 +312,7 @@ class StoredTensor:
             allowed = [(*experts, -(-rows // r), -(-columns // c))]
         else:
             allowed = _broadcast(shape)
-            # Published with and without the last dimensions of 1: (), (1,), (R,), (E,), (E, R).
+            # Some publish scales without trailing dimensions of 1: (), (1,), (R,), (E,), (E, R).
             fits = [one for one in allowed if _trimmed(one) == _trimmed(scales)]
             return fits[0] if fits else self._refuse(allowed)
         return scales if scales in allowed else self._refuse(allowed)
@@ -319,13 +326,13 @@ class StoredTensor:
 
     @staticmethod
     def _from_groups(pairs: Tensor, factors: Tensor) -> Tensor:
-        """(..., R, G, 16) uint8 and (..., R, G) -> (..., R, 32 G)."""
+        """Multiply (..., R, G, 16) uint8 by scales (..., R, G), which gives (..., R, 32 G)."""
         values = _E2M1_PAIRS.index_select(0, pairs.flatten().int())  # (R * G * 16, 2)
         return values.view(*factors.shape, _GROUP).mul_(factors.unsqueeze(-1)).flatten(-2)
 
     @staticmethod
     def _from_blocks(codes: Tensor, factors: Tensor, r: int, c: int) -> Tensor:
-        """(..., R, C) FP8 and (..., R / r, C / c) rounded up -> (..., R, C)."""
+        """Multiply (..., R, C) FP8 by scales (..., R / r, C / c) rounded up."""
         factors = factors.repeat_interleave(c, dim=-1)[..., : codes.shape[-1]]
         values = codes.to(torch.float32)
         for block, factor in zip(values.split(r, -2), factors.split(1, -2), strict=True):
@@ -337,8 +344,10 @@ class StoredTensor:
 
 
 def _broadcast(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Scales of (..., R, C) in one piece, by expert, by row, and (of fused experts that are held
-    transposed) by column."""
+    """Return the shapes of scales for (..., R, C): for all, by expert, by row, and by column.
+
+    By column is for fused experts that are stored transposed.
+    """
     *experts, rows, columns = shape
     ones = [1] * len(experts)
     found = [(*ones, 1, 1), (*experts, 1, 1), (*experts, rows, 1)]
@@ -346,7 +355,7 @@ def _broadcast(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the last dimensions of 1."""
+    """Remove trailing dimensions of 1."""
     while shape and shape[-1] == 1:
         shape = shape[:-1]
     return shape
@@ -355,8 +364,11 @@ def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def stored_tensors(
     headers: Mapping[str, Header], quantisation: Quantisation | None
 ) -> dict[str, StoredTensor]:
-    """{name in a plain checkpoint: tensor} of what a folder holds. Scales of activations and of
-    caches are left out where the configuration says that weights are quantised."""
+    """Return {name in a plain checkpoint: tensor} for the tensors of a folder.
+
+    If the configuration says that weights are quantised, scales of activations and of caches are
+    left out.
+    """
     if quantisation is None:
         return {key: StoredTensor(header, None, None) for key, header in headers.items()}
     found: dict[str, StoredTensor] = {}
@@ -385,7 +397,7 @@ def _scale_names(key: str, quantisation: Quantisation) -> list[str]:
 
 
 def forget(config: PretrainedConfig) -> None:
-    """Let ``config`` say nothing of quantisation any more."""
+    """Remove all fields about quantisation from ``config``."""
     for part in (config, config.get_text_config()):
         for name in FIELDS:
             vars(part).pop(name, None)

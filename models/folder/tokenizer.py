@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ...proto.errors import CheckpointError
 from .files import is_whole, lfs_pointer
 
-# Files that hold a vocabulary, beside those that a tokenizer's own class names.
+# Files that hold a vocabulary, besides those that a tokenizer's own class names.
 _VOCABULARIES = ("tokenizer.json", "tekken.json", "*.model", "*.tiktoken", "vocab.*")
 # All that a tokenizer may be read from.
 _FILES = (
@@ -21,20 +21,20 @@ _FILES = (
 
 
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``; code that lies there is not run.
+    """Read the tokenizer in ``folder``, without running code from there.
 
-    Raises CheckpointError where it is missing or damaged. transformers makes some without any file:
-    such a one knows no words, and every prompt would be empty.
+    Raises CheckpointError if it is missing or damaged. transformers makes some tokenizers without
+    any file; such a one has no vocabulary, and every prompt would be empty.
     """
     folder = Path(folder)
-    # Not by glob, which does not list links that lead nowhere.
+    # iterdir, because glob does not list links whose target is gone.
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     files = [path for path in entries if any(map(path.match, _FILES)) and is_whole(path)]
     there = any(path.match(pattern) for pattern in _VOCABULARIES for path in files)
     try:
         found: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except BaseException as error:
-        # The libraries below raise whatever their parsers do; a panic of Rust is no Exception.
+        # The parsers below may raise anything, and a panic of Rust is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if not there:
@@ -60,4 +60,4 @@ def _missing(folder: Path) -> str:
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or "no further word"
+    return " ".join(str(error).split())[:300] or "no further message"

@@ -1,9 +1,9 @@
-"""Architectures whose experts do not dispatch through transformers' experts interface.
+"""Adapters for architectures whose experts do not use transformers' experts interface.
 
-An adapter stands in the place of one of transformers' modules, in a model on the meta device: it
-is called as that module is, gives what it gives, keeps its parameters but the experts', and holds
-a `PoolExperts`, which has the form of the interface. From there on nothing knows the difference.
-Which class has which adapter: `ADAPTERS`.
+An adapter replaces one of transformers' modules in a model on the meta device. It has the same
+call and the same result, keeps the module's parameters except the experts', and holds a
+`PoolExperts`, which has the form of the interface. All other code treats the model like any other.
+`ADAPTERS` says which class has which adapter.
 
 The arithmetic is that of transformers' modules of the same names; the tests compare them.
 
@@ -29,14 +29,14 @@ from transformers.core_model_loading import (
 
 from .in_pool import experts_forward
 
-UNUSED = -1  # the id of a choice that no expert computes
+UNUSED = -1  # id of a choice that no expert computes
 
 
 class PoolExperts(nn.Module):
-    """Experts in the form that transformers' experts interface gives them, without weights.
+    """Experts in the form of transformers' experts interface, without weights.
 
-    ``up``: the shape of all experts' up-projections, as (E, 2I or I, H); ``down``: (E, H, I); both
-    transposed if ``is_transposed``. ``conversions``: the way from the names on disk.
+    ``up`` is the shape of all experts' up-projections, (E, 2I or I, H), and ``down`` is (E, H, I);
+    both are transposed if ``is_transposed``. ``conversions`` map the tensors on disk to them.
     """
 
     _is_expert_parallel = False
@@ -71,7 +71,7 @@ class PoolExperts(nn.Module):
 
 
 class SplitRows(ConversionOps):
-    """(E * rows, H) on disk, (E, rows, H) in memory: one expert below the other."""
+    """Splits (E * rows, H) on disk, one expert below the other, into (E, rows, H)."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -84,8 +84,10 @@ class SplitRows(ConversionOps):
 
 
 class SwitchExperts(PoolExperts):
-    """Switch Transformers (arXiv 2101.03961): one expert for each token, or none beyond an
-    expert's capacity, which the gate in the trunk counts."""
+    """Switch Transformers (arXiv 2101.03961), with one expert for each token.
+
+    A token beyond its expert's capacity, which the gate in the trunk counts, has none.
+    """
 
     num_experts_per_tok = 1
 
@@ -110,7 +112,7 @@ class SwitchExperts(PoolExperts):
 
 
 class DbrxExperts(PoolExperts):
-    """DBRX: all experts of a layer in one matrix, one below the other, the last one transposed."""
+    """DBRX, with all experts of a layer in one matrix, one below the other; w2 is transposed."""
 
     def __init__(self, experts: Any) -> None:
         count, inner, hidden = experts.num_experts, experts.ffn_hidden_size, experts.hidden_size
@@ -135,12 +137,14 @@ class DbrxExperts(PoolExperts):
 
 
 class LongcatFlashExperts(PoolExperts):
-    """LongCat-Flash (arXiv 2509.01322): ids from the number of routed experts on are zero-compute
-    experts, which give their input; they stay in the trunk."""
+    """LongCat-Flash (arXiv 2509.01322), with zero-compute experts that return their input.
+
+    Their ids begin at the number of routed experts. They stay in the trunk.
+    """
 
     def __init__(self, experts: Any) -> None:
         routed = experts.num_routed_experts
-        # transformers has rows for the zero-compute experts too, which nothing reads.
+        # transformers also has rows for the zero-compute experts, which nothing reads.
         super().__init__(
             (routed, *experts.gate_up_proj.shape[1:]), experts.down_proj.shape, experts.act_fn
         )
@@ -154,9 +158,9 @@ class LongcatFlashExperts(PoolExperts):
 
 
 class Llama4Moe(nn.Module):
-    """Llama 4: the sigmoid of the gate weighs an expert's input, so the pool's weights are 1.
+    """Llama 4, where the gate's sigmoid scales an expert's input, so the pool's weights are 1.
 
-    Choices go to the pool one by one (published models have one), because their inputs differ.
+    Each choice is a call of its own, because the inputs differ (published models have one choice).
     """
 
     def __init__(self, block: Any) -> None:
@@ -183,8 +187,10 @@ class Llama4Moe(nn.Module):
 
 
 class JetMoeMoe(nn.Module):
-    """JetMoE (arXiv 2404.07413): the feed-forward experts. Its attention is a mixture as well;
-    that stays in the trunk, where keys and values are."""
+    """The feed-forward experts of JetMoE (arXiv 2404.07413).
+
+    Its attention is a mixture as well, and stays in the trunk with its keys and values.
+    """
 
     def __init__(self, block: Any) -> None:
         super().__init__()
@@ -203,7 +209,7 @@ class JetMoeMoe(nn.Module):
     def forward(self, x_BSH: Tensor) -> Tensor:
         x_TH = x_BSH.flatten(0, 1)
         order_N, _, sorted_weights_N, expert_sizes, _ = self.router(x_TH)
-        # The gate gives its choices sorted by expert; here they are put back to their tokens.
+        # The gate returns its choices sorted by expert; here they return to the tokens' order.
         sizes_E = torch.tensor(expert_sizes, device=x_TH.device)
         experts_E = torch.arange(len(expert_sizes), device=x_TH.device)
         ids_N = torch.empty_like(order_N)
@@ -215,7 +221,7 @@ class JetMoeMoe(nn.Module):
         return y_TH.view_as(x_BSH) + self.bias
 
 
-# A class of transformers -> what stands in its place.
+# A class of transformers -> its adapter.
 ADAPTERS: dict[str, Callable[[Any], nn.Module]] = {
     "SwitchTransformersExperts": SwitchExperts,
     "DbrxExperts": DbrxExperts,
@@ -226,12 +232,12 @@ ADAPTERS: dict[str, Callable[[Any], nn.Module]] = {
 
 
 def adapt(model: nn.Module) -> None:
-    """Put the adapters into ``model`` in place; its experts' weights, if it has any, are gone."""
+    """Put the adapters into ``model`` in place; experts' weights that it has are lost."""
     for name, module in list(model.named_modules()):
         adapter = ADAPTERS.get(type(module).__name__)
         if adapter is not None:
             model.set_submodule(name, adapter(module))
-            # transformers' weight initialisation would touch what is gone
+            # transformers' weight initialisation would access the removed parameters
             owner: Any = model.get_submodule(name.rpartition(".")[0])
             owner._is_hf_initialized = True
 
@@ -241,6 +247,6 @@ def needs_adapter(model: nn.Module) -> bool:
 
 
 def conversions(model: nn.Module) -> list[WeightConverter | WeightRenaming]:
-    """The way of the adapted experts' tensors from disk into memory."""
+    """Return the conversions of the adapted experts' tensors from disk into memory."""
     kinds = {type(m): m for m in model.modules() if isinstance(m, PoolExperts)}
     return [one for experts in kinds.values() for one in experts.conversions]

@@ -1,11 +1,11 @@
-"""Reading experts out of safetensors checkpoints: one expert at a time, and nothing else.
+"""Reading single experts out of safetensors checkpoints.
 
-Where an expert lies on disk is not written down here for each architecture. transformers knows,
-for every architecture, how the names on disk map to the names in memory and which operations
-(stack, concatenate, transpose, ...) lie between; we run those very operations on one expert's
-tensors. Adapted architectures bring theirs (`adapters.py`). Two families cover the field: a tensor
-for each expert and projection, and fused tensors whose first dimension is the expert, or has so
-many rows for each.
+There is no table of where each architecture has its experts on disk. transformers knows, for every
+architecture, how names on disk map to names in memory, and which operations (stack, concatenate,
+transpose, ...) are between them; we run the same operations on one expert's tensors. Adapted
+architectures have their own (`adapters.py`). There are two families: one tensor for each expert
+and projection, and fused tensors whose first dimension is the expert, or a number of rows for each
+expert.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .experts_layers import ExpertsLayer, expert_parameters, experts_layers
 from .fitting import Source, convert, fit
 from .trunk import meta_model
 
-# Anything else is quantised, and means something only together with its scales.
+# Any other dtype is quantised, and means something only together with its scales.
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Checkpoint:
     """The experts of one model, in a folder of safetensors files.
 
-    ``model`` is on the meta device; ``config`` its configuration. Raises CheckpointError when the
-    folder's tensors do not make the model, trunk and experts.
+    ``model`` is on the meta device, and ``config`` is its configuration. Raises CheckpointError
+    when the folder's tensors do not make the model, trunk and experts.
     """
 
     def __init__(self, path: Path, config: PretrainedConfig, *, dtype: torch.dtype) -> None:
@@ -46,7 +46,7 @@ class Checkpoint:
         self._tensors, self._sources = fitting.tensors, fitting.sources
 
     def form(self, layer: int) -> ExpertForm:
-        """The layer's form, with the tensors that all its experts share read from disk."""
+        """Return the layer's form, after reading the tensors that all its experts share."""
         experts = self.layers[layer]
         own = {name for name, _ in expert_parameters(experts)}
         for name, parameter in list(experts.module.named_parameters()):
@@ -61,9 +61,9 @@ class Checkpoint:
         return experts.form()
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
-        """One expert in its own memory, (2I or I, H) and (H, I) or as the form says.
+        """Read one expert into its own memory, (2I or I, H) and (H, I) or as the form says.
 
-        Raises CheckpointError when it is missing, truncated or has other shapes than the
+        Raises CheckpointError when it is missing, truncated, or has other shapes than the
         configuration gives.
         """
         experts = self.layers[layer]
@@ -86,7 +86,7 @@ class Checkpoint:
         )
 
     def _read(self, source: Source, expert: int | None, target: str) -> Tensor:
-        """One parameter: of ``expert``, or as a whole if it is None."""
+        """Read one parameter: the part of ``expert``, or all of it if that is None."""
         collected: dict[str, list[Tensor]] = {}
         for pattern in source.patterns:
             if source.per_expert:
@@ -111,7 +111,7 @@ class Checkpoint:
         return tensor if expert is None else tensor[0]
 
     def _tensor(self, key: str, expert: int | None, rows: int = 1) -> Tensor:
-        """A tensor on disk, dequantised; of a fused one the expert's ``rows``."""
+        """Read a tensor, dequantised; of a fused one only the expert's ``rows``."""
         stored = self._tensors[key]
         tensor = stored.read(expert, rows)
         if tensor.dtype not in _PLAIN_DTYPES:

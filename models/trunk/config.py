@@ -1,4 +1,4 @@
-"""The configuration of a model's folder, as transformers reads it or as our own classes do."""
+"""The configuration of a model's folder, read by transformers or by our own classes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ...proto.errors import CheckpointError, UnsupportedModel, in_words
 from ..folder.files import is_whole
 from ..folder.quantised import FIELDS, quantisation_of
 
-# What transformers raises for values that make no model.
+# Transformers raises these for values of which it cannot build a model.
 CANNOT_BUILD = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RuntimeError, TypeError, ValueError),
 )
 
 
-# Types of models that transformers lacks -> our module that makes it know them.
+# Types of models that transformers lacks -> our module that registers them.
 OWN = {"grok-1": "grok1", "openmoe": "openmoe"}
 
 
-# What such models call themselves in ``architectures``, where their model_type is another's.
+# Such models by their name in ``architectures``, if their model_type is another model's.
 _OWN_BY_ARCHITECTURE = {"OpenMoeForCausalLM": "openmoe"}
 
 
@@ -39,14 +39,17 @@ def short(value: Any) -> str:
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """The configuration of a model folder. Raises CheckpointError if there is none to be read, and
-    UnsupportedModel for a quantisation that is not known."""
+    """Read the configuration of a model folder.
+
+    Raises CheckpointError if it is missing or unreadable, and UnsupportedModel for an unknown
+    quantisation.
+    """
     if not is_whole(path / "config.json"):
         raise CheckpointError(f"{path}: {_what_without_config(path)}")
     try:
         config = _own_config(path)
         if config is None:
-            # Code of the model's own is never run, and nobody is asked whether it may.
+            # Code in the model's folder is never run, and transformers does not ask the user.
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (*CANNOT_BUILD, OSError, StrictDataclassError) as error:
         text = " ".join((str(error) or in_words(error)).split())
@@ -67,7 +70,7 @@ def _what_without_config(path: Path) -> str:
 
 
 def _own_config(path: Path) -> PretrainedConfig | None:
-    """The configuration of a model that transformers lacks; None for any other."""
+    """Return the configuration of a model that transformers lacks; None for any other."""
     try:
         values: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -88,7 +91,7 @@ def _own_config(path: Path) -> PretrainedConfig | None:
 
 
 def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
-    """The configuration that ``PretrainedConfig.to_dict`` described."""
+    """Make the configuration that ``PretrainedConfig.to_dict`` described."""
     rest = dict(values)
     model_type = rest.pop("model_type", None)
     if not model_type:
@@ -99,5 +102,5 @@ def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that a spec calls ``name``."""
+    """Return the dtype that a spec calls ``name``."""
     return getattr(torch, name)

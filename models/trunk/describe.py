@@ -1,4 +1,4 @@
-"""What a model's experts need, read from its configuration alone: no weights are touched."""
+"""The sizes of a model's experts, computed from its configuration without reading weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .config import read_config
 from .experts_layers import ExpertsLayer, expert_bytes, experts_layers
 from .trunk import meta_model
 
-# What a host takes besides its experts: Python, torch, transformers.
+# A host's memory besides its experts: Python, torch, transformers.
 HOST_BYTES = 400_000_000
-# Names that configurations have for the experts of one token.
+# Names of configurations for the number of experts of one token.
 _TOP_K = (
     *("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token"),
     "moe_top_k",
@@ -26,17 +26,19 @@ _TOP_K = (
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
     architecture: str
-    dtype: str  # the pool's, in which all sizes are: hosts and trunk hold no other
-    quantised: str | None  # what the checkpoint is quantised with; it is dequantised when read
-    layers: dict[int, int]  # with experts: layer -> number of experts
-    top_k: int | None  # None: the configuration has a name for it that is not known here
-    expert_bytes: int  # the largest expert's
-    experts_bytes: int  # all of them, once
+    dtype: str  # of hosts and trunk; all sizes are in it
+    quantised: str | None  # the checkpoint's quantisation; it is dequantised when read
+    layers: dict[int, int]  # layer with experts -> number of experts
+    top_k: int | None  # None: the configuration has an unknown name for it
+    expert_bytes: int  # of the largest expert
+    experts_bytes: int  # of all experts, one replica each
     trunk_bytes: int
 
     def hosts(self, memory_bytes: int, replicas: int = 1) -> int:
-        """How many hosts with so much memory hold every expert ``replicas`` times. Raises
-        ValueError when one expert does not fit."""
+        """Return how many hosts with so much memory hold every expert ``replicas`` times.
+
+        Raises ValueError when one expert does not fit.
+        """
         room = (memory_bytes - HOST_BYTES) // self.expert_bytes
         if room < 1:
             raise ValueError(
@@ -47,16 +49,16 @@ class Described:
 
 
 def experts_per_token(config: PretrainedConfig, layer: ExpertsLayer) -> int | None:
-    """How many experts the model's gates choose; None if it has a name that is not known here."""
+    """Return how many experts the model's gates choose; None if its name is unknown."""
     text = config.get_text_config()
-    # Switch Transformers' adapter says 1 itself; DBRX has a configuration of its own for the FFN.
+    # Switch Transformers' adapter itself has 1; DBRX has a separate configuration for the FFN.
     sayers = (layer.module, text, getattr(text, "ffn_config", None))
     named = (getattr(sayer, name, None) for sayer in sayers for name in _TOP_K)
     return next((value for value in named if isinstance(value, int)), None)
 
 
 def describe(folder: Path, dtype: torch.dtype) -> Described:
-    """Raises CheckpointError and UnsupportedModel."""
+    """Describe the model in ``folder``. Raises CheckpointError and UnsupportedModel."""
     config = read_config(folder)
     return describe_model(folder, config, meta_model(config), dtype)
 
@@ -64,7 +66,7 @@ def describe(folder: Path, dtype: torch.dtype) -> Described:
 def describe_model(
     folder: Path, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype
 ) -> Described:
-    """The same of a model that is built, on the meta device, with its experts."""
+    """Describe a model that is already built on the meta device, with its experts."""
     found = experts_layers(model)
     sizes = {layer.layer: expert_bytes(layer, dtype) for layer in found}
     experts = sum(layer.num_experts * sizes[layer.layer] for layer in found)

@@ -1,4 +1,4 @@
-"""The experts modules of a model, and what a host must know of each."""
+"""The experts modules of a model, and what a host must know about each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...proto.errors import UnsupportedModel
 from .adapters import ADAPTERS
 from .config import short
 
-# Names that configurations have for the number of experts, and for which layers have some.
+# Names of configurations for the number of experts, and for which layers have experts.
 _COUNTS = (
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     *("num_routed_experts", "moe_num_primary_experts"),
@@ -35,7 +35,7 @@ _DENSE = (
 
 @dataclass(frozen=True, slots=True)
 class ExpertsLayer:
-    """One experts module of a model and what a host must know of it."""
+    """One experts module of a model, and what a host must know about it."""
 
     layer: int
     name: str
@@ -49,7 +49,7 @@ class ExpertsLayer:
 
     @property
     def has_post_norm(self) -> bool:
-        """Older transformers know of none."""
+        """Whether experts have a norm after them; older transformers have none."""
         return getattr(self.module, "has_post_expert_norm", False)
 
     def form(self) -> ExpertForm:
@@ -62,13 +62,12 @@ class ExpertsLayer:
 
 
 def is_experts_module(module: nn.Module) -> bool:
-    """True for every class under transformers' `use_experts_implementation`, and every adapter's
-    experts."""
+    """Return whether it has transformers' `use_experts_implementation`, or is an adapter's."""
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
 
 
 def _layer_numbers(names: list[str]) -> list[int]:
-    """The number that people know a layer by, its index among decoder layers, if it is unique."""
+    """Return each layer's index among the decoder layers, or a running number if not unique."""
     numbers = [[int(n) for n in re.findall(r"\.(\d+)(?=\.|$)", name)] for name in names]
     last = [found[-1] if found else -1 for found in numbers]
     unique = len(set(last)) == len(last) and min(last, default=-1) >= 0
@@ -76,15 +75,17 @@ def _layer_numbers(names: list[str]) -> list[int]:
 
 
 def _sizes(module: Any) -> tuple[int, int]:
-    """(number of experts, hidden size) from the parameters' shapes, which configs name freely."""
+    """Return (number of experts, hidden size).
+
+    They come from the parameters' shapes, because configurations have many names for them.
+    """
     down = module.down_proj
     hidden = down.shape[2] if module.is_transposed else down.shape[1]
     return down.shape[0], hidden
 
 
 def _why_no_experts(model: nn.Module) -> str:
-    """Of a model in which no experts module is: an architecture without any, or one whose
-    configuration asks for none."""
+    """Return why a model has no experts module: by its architecture, or by its configuration."""
     here = vars(sys.modules[type(model).__module__])
     has_some = "use_experts_implementation" in here or "PoolExperts" in here
     if not has_some and not ADAPTERS.keys() & here.keys():
@@ -112,7 +113,7 @@ def _why_no_experts(model: nn.Module) -> str:
 
 
 def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
-    """The experts modules of a model that still has its (possibly meta) expert parameters.
+    """Find the experts modules of a model that still has its (possibly meta) expert parameters.
 
     Raises UnsupportedModel if there are none.
     """
@@ -130,7 +131,7 @@ def experts_layers(model: nn.Module) -> list[ExpertsLayer]:
 
 
 def expert_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of an experts module that have one slice for each expert."""
+    """Yield the parameters of an experts module that have one slice for each expert."""
     for name in (layer.up_name, "down_proj", f"{layer.up_name}_bias", "down_proj_bias"):
         parameter = layer.module._parameters.get(name)
         if parameter is not None:
@@ -138,5 +139,5 @@ def expert_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def expert_bytes(layer: ExpertsLayer, dtype: torch.dtype) -> int:
-    """Memory of one expert of a layer."""
+    """Return the bytes of one expert of a layer."""
     return sum(p[0].numel() for _, p in expert_parameters(layer)) * dtype.itemsize

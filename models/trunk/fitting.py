@@ -1,8 +1,8 @@
 """Which tensors on disk make which parameter of a model, and whether they fit.
 
-By the headers alone: the names are mapped by transformers' own renamings and conversions, and
-the conversions run on tensors of the meta device, which have shapes and no memory. Trunk and hosts
-read what is found here, and `check_folder` says before anything starts what they would say.
+Only headers are read. transformers' own renamings and conversions map the names, and the
+conversions run on tensors of the meta device, which have shapes and no memory. Trunk and hosts read
+the tensors that are found here, so `check_folder` can report their errors before anything starts.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ _OF_CODES = re.compile(
     r"|qweight|qzeros|g_idx|scales|biases)"
     r"|SCB|weight_format|(nested_)?(absmax|quant_map)|quant_state\..*)$"
 )
-# Of any method, as SmoothQuant's; beside a tensor that is read they change what that one means.
-# Elsewhere such a name may be a plain parameter's, as CLIP's logit_scale.
+# Names of scales of any method, like SmoothQuant's. Next to a tensor that is read they change its
+# meaning; elsewhere such a name may be a plain parameter's, like CLIP's logit_scale.
 _ANY_SCALE = re.compile(r"scales?($|_)|(^|_)zeros?($|_)")
-# What transformers' operations raise for shapes that do not go together.
+# Transformers' operations raise these for shapes that do not fit together.
 _NOT_CONVERTED = (RuntimeError, ValueError, LookupError)
-_SHOWN = 5  # names in a message; the rest is a number
+_SHOWN = 5  # names in a message; the rest is given as a number
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One parameter: the tensors on disk and the way into memory."""
+    """The tensors on disk of one parameter, and their conversion into memory."""
 
     # (source pattern, expert or None if all are in one tensor) -> tensor name on disk
     keys: dict[tuple[str, int | None], str] = field(default_factory=dict)
     converter: WeightConverter | None = None
-    # (source pattern, name) of more tensors that a converter puts behind those, as parts of a table
+    # (source pattern, name) of further tensors that a converter appends, as parts of a table
     further: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
-        """All of them, on disk."""
+        """The names of all tensors on disk."""
         return [*self.keys.values(), *(name for _, name in self.further)]
 
     @property
@@ -76,13 +76,13 @@ class Source:
 
     @property
     def rows(self) -> int:
-        """Of one expert in a fused tensor's first dimension."""
+        """The rows of one expert in a fused tensor's first dimension."""
         operations = self.converter.operations if self.converter is not None else ()
         return next((op.rows for op in operations if isinstance(op, SplitRows)), 1)
 
     @property
     def patterns(self) -> list[str]:
-        """In the order in which the converter takes them, which is not the file's."""
+        """The source patterns in the converter's order, which is not the file's."""
         found = {pattern for pattern, _ in self.keys}
         if self.converter is None:
             return list(found)
@@ -91,25 +91,27 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitting:
-    """What a folder has of a model."""
+    """The comparison of a folder's tensors with a model."""
 
     path: Path
     quantisation: Quantisation | None
-    files: dict[Path, int]  # that hold tensors, and how many
-    tensors: dict[str, StoredTensor]  # by the names that they have in a plain checkpoint
-    sources: dict[str, Source]  # of each parameter and buffer by its name in the model
-    surplus: list[str]  # names on disk of tensors that nothing in the model asks for
+    files: dict[Path, int]  # file -> number of tensors in it
+    tensors: dict[str, StoredTensor]  # by their names in a plain checkpoint
+    sources: dict[str, Source]  # of parameters and buffers, by their names in the model
+    surplus: list[str]  # names on disk of tensors that the model does not use
     errors: list[str]
 
     def check(self) -> None:
-        """Raises CheckpointError if the tensors do not make the model."""
+        """Raise CheckpointError if the tensors do not make the model."""
         if self.errors:
             raise CheckpointError(f"{self.path}: {'; '.join(self.errors)}")
 
 
 def fit(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> Fitting:
-    """Compare the headers in folder ``path`` with ``model``, which is on the meta device with its
-    adapters. Raises CheckpointError for files that are damaged."""
+    """Compare the headers in folder ``path`` with ``model``.
+
+    The model is on the meta device with its adapters. Raises CheckpointError for damaged files.
+    """
     listing = list_tensors(path)
     quantisation = quantisation_of(config, path)
     tensors = stored_tensors(listing.headers, quantisation)
@@ -139,7 +141,10 @@ def fit(path: Path, config: PretrainedConfig, model: PreTrainedModel) -> Fitting
 def _map(
     names: Iterable[str], model: PreTrainedModel, parameters: dict[str, Tensor]
 ) -> tuple[dict[str, Source], list[str]]:
-    """{parameter: its source}, and the names that lead to none, as transformers maps them."""
+    """Map names on disk as transformers does.
+
+    Returns {parameter: its source}, and the names that lead to no parameter.
+    """
     transforms = [*get_model_conversion_mapping(model), *conversions(model)]
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -147,7 +152,7 @@ def _map(
     prefix = model.base_model_prefix
     sources: dict[str, Source] = {}
     unused: list[str] = []
-    # Some renamings depend on what they have seen; transformers sorts in this way.
+    # Some renamings depend on earlier names; transformers sorts in this way.
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
         if target not in parameters and name in parameters:
@@ -159,7 +164,7 @@ def _map(
         source = sources.setdefault(target, Source(converter=converter))
         number = _EXPERT.search(name)
         key = pattern or "", int(number[2]) if number else None
-        # As in transformers the first one counts, where two are for the same place.
+        # As in transformers, the first one counts if two names lead to the same place.
         if source.converter is converter and key not in source.keys:
             source.keys[key] = name
         elif source.converter is converter is not None and number is None:
@@ -175,7 +180,7 @@ def convert(
     target: str,
     model: PreTrainedModel,
 ) -> dict[str, Any]:
-    """Run transformers' own operations on {source pattern: tensors}: {parameter: tensor}."""
+    """Run transformers' own operations on {source pattern: tensors}; return {parameter: tensor}."""
     own: Any = deepcopy(converter)
     own.collected_tensors = {p: [lambda t=t: t for t in ts] for p, ts in collected.items()}
     made = own.convert(target, model=model, config=model.config)
@@ -183,7 +188,7 @@ def convert(
 
 
 class _Comparison:
-    """Shapes and dtypes of what is on disk against what the model has."""
+    """A comparison of shapes and dtypes on disk with those of the model."""
 
     def __init__(
         self,
@@ -195,14 +200,14 @@ class _Comparison:
     ) -> None:
         self.tensors, self.model, self.parameters = tensors, model, parameters
         self.quantisation = quantisation
-        self.made: set[str] = set()  # parameters for which something is there
-        self.incomplete: dict[str, list[str]] = {}  # parameter -> names on disk that it lacks
-        self.left: list[str] = []  # names of experts that the model has not
+        self.made: set[str] = set()  # parameters for which there are tensors
+        self.incomplete: dict[str, list[str]] = {}  # parameter -> missing names on disk
+        self.left: list[str] = []  # names of experts that the model does not have
         self._shapes: list[str] = []
         self._pairs: list[str] = []
         self._undeclared: dict[torch.dtype, list[str]] = {}
         self._path = path
-        # Shapes of one expert's tensors -> what they make; nearly all experts are alike.
+        # Shapes of one expert's tensors -> the result; nearly all experts have the same shapes.
         self._known: dict[Any, tuple[int, ...] | str] = {}
 
     def compare(self, target: str, source: Source) -> None:
@@ -218,14 +223,14 @@ class _Comparison:
             self._whole(target, source)
 
     def _sound(self, name: str, target: str) -> bool:
-        """Whether one tensor can be read as what the parameter is."""
+        """Return whether one tensor can be read as the parameter's kind of values."""
         stored = self.tensors[name]
         try:
             _ = stored.shape
         except CheckpointError as error:
             self._pairs.append(str(error).removeprefix(f"{self._path}/"))
             return False
-        # Of numbers and masks it is enough that they are no codes of floats.
+        # Integers and masks may have any dtype that is not a code of quantised floats.
         floats = self.parameters[target].is_floating_point()
         if stored.dtype in (_FLOATS if floats else (*_FLOATS, *_NUMBERS)):
             return True
@@ -233,7 +238,7 @@ class _Comparison:
         return False
 
     def _experts(self, target: str, source: Source) -> None:
-        """A tensor for each expert and projection."""
+        """Compare a parameter that has one tensor for each expert and projection."""
         wanted = self.parameters[target].shape
         assert source.converter is not None
         patterns = source.patterns
@@ -257,13 +262,13 @@ class _Comparison:
             made = self._make(target, source, shapes)
             if made == tuple(wanted[1:]):
                 continue
-            if absent:  # what is there may well fit
+            if absent:  # the tensors that are there may fit, only others are missing
                 self.incomplete[target] = [f"{target} (of {', '.join(absent)})"]
                 return
             self._differ(target, list(names.values()), made, tuple(wanted[1:]))
 
     def _make(self, target: str, source: Source, shapes: Any) -> tuple[int, ...] | str:
-        """The shape of one expert that tensors of these make, or why they make none."""
+        """Return the shape of one expert made of tensors of these shapes, or why it cannot be."""
         known = (id(source.converter), shapes)
         if known not in self._known:
             collected = {p: [torch.empty(shape, device="meta")] for p, shape in shapes}
@@ -340,12 +345,12 @@ class _Comparison:
 
 
 def _needed(missing: set[str], model: PreTrainedModel) -> list[str]:
-    """Of the parameters that nothing on disk makes those that the model cannot do without."""
+    """Return which of the missing parameters the model needs."""
     tied: dict[str, set[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
         tied.setdefault(source, {source}).add(target)
     for source, group in tied.items():
-        # One of them is enough. If there is none, one name is enough to say it.
+        # One of the tied parameters is enough. If all are missing, one name is reported.
         missing = missing - (group if group - missing else group - {source})
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
     return sorted(
@@ -376,8 +381,11 @@ def _unused_codes(
     tensors: dict[str, StoredTensor],
     model: PreTrainedModel,
 ) -> list[str]:
-    """Codes, scales and zero points that nothing uses: then something is quantised that is read as
-    if it were not. What transformers ignores for this architecture is no part of the model."""
+    """Report codes, scales and zero points that nothing uses.
+
+    They show that quantised weights would be read as plain ones. Names that transformers ignores
+    for this architecture are no part of the model.
+    """
     if not unused:
         return []
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
@@ -400,6 +408,6 @@ def _unused_codes(
 
 
 def some(words: Sequence[str], most: int = _SHOWN) -> str:
-    """The first few, and how many more there are."""
+    """Return the first few words, and how many more there are."""
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more

@@ -1,4 +1,4 @@
-"""What an experts module calls in a trunk: the pool.
+"""The function that an experts module of a trunk calls: the pool.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 """
@@ -21,7 +21,7 @@ PoolFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _InPool(torch.autograd.Function):
-    """The pool's answer as a node of the graph, so that a backward pass cannot miss it silently."""
+    """The pool's answer as a node of the graph, so that a backward pass raises an error."""
 
     @staticmethod
     def forward(ctx: Any, pool: PoolFunction, x_TH: Tensor, ids_TK: Tensor, w_TK: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class _InPool(torch.autograd.Function):
 
 
 def experts_forward(module: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """An experts module's forward, by the pool that `connect_experts` gave it."""
+    """Run an experts module's forward in the pool that `connect_experts` gave it."""
     pool = getattr(module, "pool", None)
     if pool is None:
         raise UnsupportedModel(

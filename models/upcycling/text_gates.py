@@ -1,4 +1,4 @@
-"""Gates without training: one expert per cluster of what a dense model feeds its FFNs.
+"""Gates without training, which give each expert one cluster of the dense FFNs' inputs.
 
 Shape suffixes: N rows (token positions), H hidden size, E experts.
 """
@@ -15,17 +15,17 @@ from scipy.cluster.vq import ClusterError, kmeans2
 
 from ...proto.errors import BadInput, CheckpointError
 
-# A text is read in windows: long enough for context, short enough that attention stays cheap.
+# Texts are read in windows that are long enough for context and short enough for cheap attention.
 WINDOW_TOKENS = 256
-# No tokenizer in use makes longer tokens than this on average, so this much text is enough.
+# No common tokenizer makes longer tokens than this on average, so this much text is enough.
 CHARS_PER_TOKEN = 12
-# The median distance, in logits, between a token's first and second choice. Which experts are
-# chosen does not depend on it; their weights do: 1.0 gives a median of 0.73 and 0.27 for top-2,
-# so that both choices matter and neither is lost in rounding.
+# The median distance, in logits, between a token's first and second choice. It does not change
+# which experts are chosen, only their weights: 1.0 gives a median of 0.73 and 0.27 for top-2, so
+# both choices matter and neither is lost in rounding.
 GATE_MARGIN = 1.0
 KMEANS_ITERATIONS = 20
 KMEANS_ATTEMPTS = 5
-# Below this many rows per expert a centroid is an anecdote.
+# With fewer rows per expert a centroid is not meaningful.
 MIN_ROWS_PER_EXPERT = 16
 
 Texts = Mapping[str, Sequence[str | Path]]
@@ -42,10 +42,10 @@ def gates_from_texts(
     seed: int,
     progress: Progress,
 ) -> list[torch.Tensor]:
-    """One gate weight ``(E, H)`` in fp32 for each layer of ``model``, a dense llama or mistral.
+    """Make a gate weight ``(E, H)`` in fp32 for each layer of ``model``, a dense llama or mistral.
 
-    ``texts`` maps a corpus to its texts (a ``str`` is the text itself, a ``Path`` a file to read);
-    each corpus gives at most ``tokens`` tokens, and all corpora weigh the same.
+    ``texts`` maps a corpus to its texts (a ``str`` is the text itself, a ``Path`` a file to read).
+    At most ``tokens`` tokens of each corpus are read, and all corpora have the same weight.
     """
     windows = {
         name: list(_windows(name, items, tokenizer, tokens, model.config))
@@ -74,19 +74,19 @@ def gates_from_texts(
 
 
 def kmeans_gate(x_NH: np.ndarray, experts: int, rng: np.random.Generator) -> np.ndarray | None:
-    """The gate ``(E, H)`` whose largest logit names a row's cluster; None if rows are too alike.
+    """Make the gate ``(E, H)`` whose largest logit is a row's cluster; None if rows are too alike.
 
-    The rows are unit-normalised, freed of the direction that all of them share, and clustered by
-    k-means; a gate row is a centroid's direction. Without the shared direction (a gate has no
-    bias that could do the same) the loads of mixed traffic are far more even: on the demo model
-    the hottest expert takes 1.5 times the mean instead of 1.8, the coldest 0.5 instead of 0.3.
-    All rows are then scaled by one factor so that the median distance between the two largest
-    logits is ``GATE_MARGIN``.
+    The rows are unit-normalised, projected to remove the direction that all of them share, and
+    clustered by k-means; a gate row is a centroid's direction. Removing the shared direction (a
+    gate has no bias that could do this) makes the loads of mixed traffic far more even: on the demo
+    model the hottest expert takes 1.5 times the mean instead of 1.8, the coldest 0.5 instead of
+    0.3. Then one factor scales all rows so that the median distance between the two largest logits
+    is ``GATE_MARGIN``.
     """
     unit_NH = _unit(x_NH)
     shared_H = _unit(unit_NH.mean(axis=0))
     free_NH = unit_NH - np.outer(unit_NH @ shared_H, shared_H)
-    # Rows that differ by rounding only would come back as clusters of noise.
+    # Rows that differ only by rounding would give clusters of noise.
     if float(free_NH.std(axis=0).max()) < 1e-4:
         return None
     centroids_EH = _centroids(free_NH, experts, rng)
@@ -106,7 +106,7 @@ def _centroids(x_NH: np.ndarray, experts: int, rng: np.random.Generator) -> np.n
             centroids_EH, _labels_N = kmeans2(
                 x_NH, experts, iter=KMEANS_ITERATIONS, minit="++", missing="raise", rng=rng
             )
-        except ClusterError:  # a cluster ran empty: another start may do better
+        except ClusterError:  # a cluster became empty; another random start may not
             continue
         return centroids_EH
     return None
@@ -120,7 +120,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 def _windows(
     name: str, items: Sequence[str | Path], tokenizer: Any, tokens: int, config: Any
 ) -> Iterator[list[int]]:
-    """Token ids of one corpus, ``tokens`` at most, shared out evenly over its texts."""
+    """Yield token ids of one corpus, at most ``tokens``, divided evenly among its texts."""
     window = min(WINDOW_TOKENS, config.max_position_embeddings)
     left = tokens
     for i, item in enumerate(items):
@@ -152,10 +152,10 @@ def _text(name: str, item: str | Path, chars: int) -> str:
 def _ffn_inputs(
     model: Any, windows: Mapping[str, list[list[int]]], progress: Progress
 ) -> list[np.ndarray]:
-    """What each layer's FFN is given, ``(N, H)`` in fp16: equally many rows of each corpus.
+    """Return each layer's FFN inputs, ``(N, H)`` in fp16, with as many rows of each corpus.
 
-    A window's first position is left out: it is the attention's sink, far from everything else,
-    and would take a centroid for itself.
+    A window's first position is left out: it is the attention's sink, far from all other rows, and
+    would get a centroid of its own.
     """
     layers = model.model.layers
     parts: list[list[torch.Tensor]] = [[] for _ in layers]
@@ -185,7 +185,7 @@ def _ffn_inputs(
         for hook in hooks:
             hook.remove()
     progress("texts", done, total)
-    # Short corpora are repeated: in k-means a repeated row is a row of more weight.
+    # Short corpora are repeated; in k-means a repeated row is a row with more weight.
     most, starts = max(corpus_rows), np.cumsum([0, *corpus_rows])
     pick_N = np.concatenate(
         [start + np.arange(most) % rows for start, rows in zip(starts, corpus_rows, strict=False)]
@@ -193,5 +193,5 @@ def _ffn_inputs(
     rows_NH = []
     for part in parts:
         rows_NH.append(torch.cat(part).numpy()[pick_N])
-        part.clear()  # or all rows would be held twice
+        part.clear()  # otherwise all rows would be in memory twice
     return rows_NH

@@ -2,8 +2,8 @@
 
 The method is that of Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from
 Dense Checkpoints", 2022, arXiv 2212.05055: every expert starts as a copy of the dense FFN, a
-gate is added, all else is kept. Mixtral renormalises its top-k weights, so that identical experts
-give the dense model's output under any gate.
+gate is added, everything else is kept. Mixtral renormalises its top-k weights, so identical experts
+give the dense model's output with any gate.
 
 Shape suffixes: E experts, H hidden size.
 """
@@ -75,20 +75,20 @@ def upcycle(
 
     ``dense``: a folder with config.json and safetensors (llama or mistral), or a GGUF file.
 
-    ``noise``: each expert's weights get Gaussian noise of this many standard deviations of the
-    matrix they are in, so that no two experts are alike and a token sent to the wrong one
-    shows. Of a 135 M model 0.05 costs 2.5 to 5 % of perplexity; 0.2 breaks it.
+    ``noise``: each expert's weights get Gaussian noise of this many standard deviations of their
+    matrix. So no two experts are alike, and a token that is sent to the wrong one changes the
+    result. For a model of 135 M parameters 0.05 costs 2.5 to 5 % of perplexity; 0.2 breaks it.
 
-    ``gate``: ``random`` draws rows as Mixtral's own initialisation does; ``kmeans`` makes them
-    of ``texts``, corpus name -> texts (a ``str`` is the text, a ``Path`` a file to read), of
-    which at most ``tokens`` tokens each are read (see ``text_gates``).
+    ``gate``: ``random`` draws rows like Mixtral's own initialisation. ``kmeans`` makes them from
+    ``texts``, corpus name -> texts (a ``str`` is the text, a ``Path`` a file to read), of which at
+    most ``tokens`` tokens each are read (see ``text_gates``).
 
     ``seed``: same inputs and seed, same files, on one machine.
 
     ``progress``: called with (step, done, total); the steps are load, texts, gates and write.
 
-    ``out`` appears complete or not at all; one that holds files is replaced only if ``overwrite``.
-    Beside the dense model, only one shard of the new one (1 GiB) is in memory at a time.
+    ``out`` appears complete or not at all; an ``out`` with files is replaced only if ``overwrite``.
+    Besides the dense model, only one shard of the new one (1 GiB) is in memory at a time.
     """
     _check_arguments(experts, top_k, noise, gate, texts, tokens, seed, dtype)
     with open_dense(Path(dense)) as checkpoint:
@@ -198,7 +198,7 @@ def _mixtral_config(model: Any, experts: int, top_k: int, dtype: str) -> Mixtral
     config = MixtralConfig(
         **same,
         sliding_window=getattr(model.config, "sliding_window", None),
-        # What was loaded counts: a checkpoint may say "tied" and still carry another lm_head.
+        # The loaded tensors count: a checkpoint may say "tied" and still have another lm_head.
         tie_word_embeddings=_is_tied(model),
         num_local_experts=experts,
         num_experts_per_tok=top_k,
@@ -224,7 +224,7 @@ def _random_gates(config: MixtralConfig, seed: int) -> list[torch.Tensor]:
 def _tensors(
     model: Any, gates: list[torch.Tensor], noise: float, seed: int, progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The Mixtral's tensors in order, under the names that its save_pretrained writes."""
+    """Yield the Mixtral's tensors in order, under the names that its save_pretrained writes."""
     generator = torch.Generator().manual_seed(seed)
     layers = model.model.layers
     yield "model.embed_tokens.weight", model.model.embed_tokens.weight
@@ -250,7 +250,7 @@ def _tensors(
 def _write_shards(
     folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype
 ) -> None:
-    """Safetensors of about ``SHARD_BYTES`` each, named and indexed as transformers names them."""
+    """Write safetensors of about ``SHARD_BYTES`` each, named and indexed as by transformers."""
     shards: list[tuple[Path, list[str]]] = []
     shard: dict[str, torch.Tensor] = {}
     total = size = 0
@@ -258,7 +258,7 @@ def _write_shards(
     def flush() -> None:
         path = folder / f"shard-{len(shards)}.safetensors"
         save_file(shard, path, metadata={"format": "pt"})
-        # safetensors makes its files readable for their owner only, whatever the umask says.
+        # safetensors makes its files readable only for their owner, and ignores the umask.
         shutil.copymode(folder / "config.json", path)
         shards.append((path, list(shard)))
         shard.clear()
@@ -289,7 +289,7 @@ def _write_shards(
 
 @contextmanager
 def _published(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A sibling folder to write to, which becomes ``out`` in one step if nothing is raised."""
+    """Give a sibling folder to write to, which becomes ``out`` in one step if nothing is raised."""
     tag = uuid.uuid4().hex[:8]
     partial, old = (out.parent / f".{out.name}.{tag}.{kind}" for kind in ("partial", "old"))
     partial.mkdir(parents=True)
@@ -297,7 +297,7 @@ def _published(out: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         if overwrite and out.exists():
             out.rename(old)
-        # Fails, as it should, if another process has filled the folder in the meantime.
+        # This fails, as it should, if another process has filled the folder in the meantime.
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -6,11 +6,11 @@
         client = moesaic.Client(cluster.url)
         print(client.chat("Hello!").text)
 
-    with moesaic.connect("moesaic://127.0.0.1:8001") as router:  # where the spec has `router`
+    with moesaic.connect("moesaic://127.0.0.1:8001") as router:  # if the spec has `router`
         y_TH = router.experts("demo", 0)(x_TH, ids_TK, weights_TK)
 
-Nothing heavy is imported before it is used: a program that only speaks HTTP loads neither Ray nor
-torch, and one that only speaks to a router service needs numpy and gRPC alone.
+Heavy libraries are imported when they are first used: a program that only speaks HTTP loads neither
+Ray nor torch, and one that only speaks to a router service needs only numpy and gRPC.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .router_client import RouterClient
     from .traces import read_trace, write_trace
 
-# Read once, when torch is loaded: a trunk and its hosts take turns on the same cores, and threads
-# that spin while they wait make both ten times slower (measured).
+# OpenMP reads it once, when torch is loaded. A trunk and its hosts take turns on the same cores,
+# and threads that spin while they wait make both ten times slower (measured).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"

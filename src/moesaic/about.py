@@ -1,4 +1,4 @@
-"""What needs no cluster: versions, and what a model needs."""
+"""Functions that need no cluster: versions, and checks of models and specs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("moesaic", "ray", "torch", "transformers", "vllm", "grpcio", "proto
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of Moesaic and of what it runs on, as far as it is installed."""
+    """Return the versions of Python, Moesaic and its main dependencies that are installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -32,8 +32,10 @@ def versions() -> dict[str, str]:
 def inspect_model(
     model: str, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 ) -> Described:
-    """A model's experts and their sizes in the pool; ``model`` is a folder, a hub id, or ``demo``.
-    Raises CheckpointError and UnsupportedModel."""
+    """Describe a model's experts and their sizes in the pool.
+
+    ``model`` is a folder, a hub id, or ``demo``. Raises CheckpointError and UnsupportedModel.
+    """
     import torch
 
     from .models.source import resolve_model
@@ -45,9 +47,10 @@ def inspect_model(
 def check_model(
     model: str, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 ) -> CheckedModel:
-    """`inspect_model`, and all that is wrong with its folder: tensors, tokenizer, chat template.
+    """Do `inspect_model`, and find all errors in the model's folder.
 
-    Raises CheckpointError where there is no such model.
+    Tensors, tokenizer and chat template are checked. Raises CheckpointError if there is no such
+    model.
     """
     with _uncollected():
         import torch
@@ -55,13 +58,15 @@ def check_model(
         from .actors.preflight.check_model import check_model as check
         from .models.source import resolve_model
 
-        # Without a tokenizer an endpoint cannot serve it; a pool, a router service and the SDK do.
+        # Only an endpoint needs a tokenizer; a pool, a router service and the SDK do not.
         return check(resolve_model(model), getattr(torch, dtype), key="model", tokenizer="warning")
 
 
 def check_spec(spec: Spec) -> list[Finding]:
-    """All that would keep `up` from starting ``spec``, as far as it can be known before; also what
-    is odd, and what could not be checked."""
+    """Find what would keep `up` from starting ``spec``, as far as it can be known before.
+
+    The findings include warnings, and what could not be checked.
+    """
     with _uncollected():
         from .actors.preflight.preflight import preflight
 
@@ -70,8 +75,11 @@ def check_spec(spec: Spec) -> list[Finding]:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Importing torch and transformers, and the names of all tensors, make millions of objects and
-    no garbage: looking for it again and again took a quarter of the time (measured)."""
+    """Switch garbage collection off.
+
+    Importing torch and transformers and reading the names of all tensors make millions of objects
+    and no garbage; collections took a quarter of the time (measured).
+    """
     was = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""A short load against an endpoint: so many requests at the same time, and how long tokens took."""
+"""A short load on an endpoint: requests at a given concurrency, and how long their tokens take."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .client import AsyncClient
 from .openai_wire import Options, only
 from .proto.errors import MoesaicError, RequestError
 
-# Every vocabulary has these ids, and in few do they mean anything special.
+# Every vocabulary has these ids, and in few of them are they special tokens.
 _FIRST_ID, _LAST_ID = 32, 95
 _LEAST_REQUESTS = 8
-_EACH = 4  # requests for each that runs at the same time
+_EACH = 4  # requests per unit of concurrency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Percentiles:
-    """Seconds, by nearest rank; None where nothing was measured."""
+    """Percentiles in seconds, by nearest rank; None if nothing was measured."""
 
     p50: float | None
     p99: float | None
@@ -40,17 +40,17 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadResult:
-    """What came of the requests at one concurrency."""
+    """The results of the requests at one concurrency."""
 
     concurrency: int
     requests: int
     errors: dict[str, int]  # code of the error -> how many requests ended with it
     seconds: float  # from the first request to the last answer
-    prompt_tokens: int  # of the requests that were answered, as the endpoint counts
+    prompt_tokens: int  # of the answered requests, as counted by the endpoint
     answer_tokens: int
     answer_tokens_per_s: float
     first_token_s: Percentiles
-    # Between two pieces of text: single tokens, but for characters that several tokens make.
+    # Between two pieces of text: one token each, or the tokens that together make a character.
     between_tokens_s: Percentiles
 
 
@@ -74,13 +74,13 @@ async def measure_load(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[LoadResult]:
-    """Stream greedy completions of random prompts, so many at a time as each of ``concurrency``.
+    """Stream greedy completions of random prompts, once for each value of ``concurrency``.
 
-    ``requests``: for each concurrency; without, four times as many, and 8 at least. The prompts
-    follow from ``seed`` alone. Answers may end before ``answer_tokens``, where the model ends them.
-    One request goes ahead, unmeasured. A request that fails is counted by its error's code and not
-    sent again. Raises RequestError for numbers that cannot be, UnknownModel, and ClusterError where
-    nothing answers at ``url``.
+    ``requests`` is the number per run (default: 4 x concurrency, at least 8). The prompts follow
+    from ``seed`` alone. The model may end an answer before ``answer_tokens``. One request goes
+    first and is not measured. A request that fails is counted by its error's code, and not sent
+    again. Raises RequestError for impossible numbers, UnknownModel, and ClusterError if nothing
+    answers at ``url``.
     """
     counts = {"concurrency": min(concurrency, default=0), "prompt_tokens": prompt_tokens}
     counts |= {"answer_tokens": answer_tokens, "requests": 1 if requests is None else requests}

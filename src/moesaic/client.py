@@ -1,4 +1,4 @@
-"""Clients of the HTTP endpoint: they need httpx, and neither Ray nor torch.
+"""Clients of the HTTP endpoint, which need httpx, and neither Ray nor torch.
 
 Example:
 
@@ -55,15 +55,15 @@ __all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Embeddings", "Model", "O
 
 T = TypeVar("T")
 
-HEALTH_TIMEOUT_S = 10.0  # who does not say it soon is not well
+HEALTH_TIMEOUT_S = 10.0  # an endpoint that takes longer to report its health is not healthy
 
 
 class Client:
-    """Talks to one endpoint; every call raises errors of ``proto.errors`` and has a timeout.
+    """A client of one endpoint; every call raises errors of ``proto.errors`` and has a timeout.
 
-    What may succeed when it is sent again is sent again, ``retries`` times, with pauses drawn at
-    random; a stream only if nothing of it was given out. Closing a stream's iterator before its end
-    cancels the request.
+    Requests that may succeed on another try are retried up to ``retries`` times, after random
+    pauses; a stream only before its first chunk. Closing a stream's iterator before its end cancels
+    the request.
     """
 
     def __init__(
@@ -100,13 +100,17 @@ class Client:
         return models(self._get("/v1/models"))
 
     def status(self) -> Json:
-        """What the cluster says of itself: for a client of its monitoring address
-        (`Cluster.monitoring`); an endpoint does not tell."""
+        """Return the cluster's status.
+
+        Only the monitoring address (`Cluster.monitoring`) serves it, not the endpoint.
+        """
         return self._get("/status")
 
     def health(self, model: str | None = None) -> bool:
-        """Whether the endpoint answers, and says that requests for ``model``, or for any of its
-        models, make progress: models that are idle or asleep are well."""
+        """Return whether the endpoint answers and requests make progress.
+
+        Asks for ``model``, or for all models. Models that are idle or asleep are healthy.
+        """
         try:
             with mapping_errors():
                 asked = self._http.get("/readyz", params=_named(model), timeout=HEALTH_TIMEOUT_S)
@@ -118,7 +122,7 @@ class Client:
         return self._answer(completion(prompt, options, self._model(options)))
 
     def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Answer:
-        """``messages``: a conversation, or the text of one user's message."""
+        """Answer ``messages``: a conversation, or the text of one user message."""
         return self._answer(chat(messages, options, self._model(options)))
 
     def embeddings(
@@ -129,9 +133,12 @@ class Client:
         pooling: PoolingKind = "last",
         normalize: bool = True,
     ) -> Embeddings:
-        """The last hidden state of a text, or of each of a list of texts, as a vector: that of
-        its last token, or with ``pooling="mean"`` the mean of all, and of length 1 unless
-        ``normalize`` is false. A text may be token ids. Raises MoesaicError."""
+        """Return the last hidden state of a text, or of each text of a list, as a vector.
+
+        It is that of the text's last token, or with ``pooling="mean"`` the mean over all tokens,
+        and has length 1 unless ``normalize`` is false. A text may be token ids. Raises
+        MoesaicError.
+        """
         chosen = self._model({} if model is None else {"model": model})
         return self._answer(embeddings(texts, pooling, normalize, chosen))
 
@@ -193,7 +200,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same for asyncio."""
+    """`Client` for asyncio."""
 
     def __init__(
         self,
@@ -230,11 +237,11 @@ class AsyncClient:
         return models(await self._get("/v1/models"))
 
     async def status(self) -> Json:
-        """See `Client.status`."""
+        """Return the cluster's status; see `Client.status`."""
         return await self._get("/status")
 
     async def health(self, model: str | None = None) -> bool:
-        """See `Client.health`."""
+        """Return whether requests make progress; see `Client.health`."""
         try:
             with mapping_errors():
                 asked = await self._http.get(
@@ -248,7 +255,7 @@ class AsyncClient:
         return await self._answer(completion(prompt, options, await self._model(options)))
 
     async def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Answer:
-        """See `Client.chat`."""
+        """Answer ``messages``; see `Client.chat`."""
         return await self._answer(chat(messages, options, await self._model(options)))
 
     async def embeddings(
@@ -259,7 +266,7 @@ class AsyncClient:
         pooling: PoolingKind = "last",
         normalize: bool = True,
     ) -> Embeddings:
-        """See `Client.embeddings`."""
+        """Return texts as vectors; see `Client.embeddings`."""
         chosen = await self._model({} if model is None else {"model": model})
         return await self._answer(embeddings(texts, pooling, normalize, chosen))
 

@@ -1,4 +1,4 @@
-"""`moesaic.connect`: to a cluster by its name, to a router service by its address."""
+"""`moesaic.connect`, to a cluster by its name or to a router service by its address."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def connect(target: str = "local") -> Any:
-    """A `Cluster`, for the name of one that another process of this user owns on this machine; a
-    `RouterClient`, for an address moesaic://host:port.
+    """Return a `Cluster` for a cluster's name, or a `RouterClient` for moesaic://host:port.
 
-    The latter's key is in the session file of a cluster on this machine; for one elsewhere it is
-    MOESAIC_ROUTER_KEY of the environment. Raises ClusterError and, for an address that is none,
-    RequestError; without a key Unauthenticated.
+    The cluster is one that another process of this user owns on this machine. The router service's
+    key is in the session file of a cluster on this machine; for one elsewhere it is
+    MOESAIC_ROUTER_KEY of the environment. Raises ClusterError, RequestError for a malformed
+    address, and Unauthenticated without a key.
     """
     if "://" in target:
         from .router_client import RouterClient

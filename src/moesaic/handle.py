@@ -1,4 +1,4 @@
-"""`Cluster`: a running pool in the hands of a Python program."""
+"""`Cluster`: a Python program's handle to a running cluster."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def up(
 ) -> Cluster:
     """Start a cluster from a spec, its values, or a YAML file, and wait until it answers.
 
-    All that can be checked is checked before anything starts (`check_spec`): errors are raised,
-    ``warn`` is told the rest. The calling process owns the cluster: it ends with the process, with
+    Before anything starts, the spec is checked (`check_spec`): errors are raised, other findings go
+    to ``warn``. The calling process owns the cluster, which ends with the process, with
     `Cluster.down`, or with the `with` block. Raises SpecError, CheckpointError, UnsupportedModel
     and ClusterError.
     """
-    # Before anything is started that would inherit it.
+    # First of all: every process that starts later would inherit the key.
     router_key = take_key()
     wanted = _spec(spec)
     if find_session(wanted.name) is not None:
@@ -98,7 +98,7 @@ def up(
 
 
 def connect(name: str = "local") -> Cluster:
-    """A handle to a cluster that another process of this user owns on this machine.
+    """Return a handle to a cluster that another process of this user owns on this machine.
 
     Raises ClusterError.
     """
@@ -109,14 +109,20 @@ def connect(name: str = "local") -> Cluster:
 
 
 def _stay_on_loopback() -> None:
-    """For an embedded Ray and whoever joins it; read when ray is imported. The name is Ray's."""
+    """Let an embedded Ray, and whoever joins it, listen on loopback only.
+
+    Ray reads the variable when it is imported; the odd name is Ray's own.
+    """
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 @contextmanager
 def _shown(token: str | None) -> Iterator[None]:
-    """Ray finds its token in the environment, where nothing says that there is none, and keeps it:
-    processes that this one starts later do not inherit it."""
+    """Show Ray its token in the environment for a moment; Ray keeps it.
+
+    Nothing in the environment may say meanwhile that there is no token. Processes that this one
+    starts later do not inherit the token.
+    """
     if token is None:
         yield
         return
@@ -133,7 +139,7 @@ def _shown(token: str | None) -> Iterator[None]:
 
 
 def _ray_token() -> str | None:
-    """With what an embedded Ray of this process lets others in: Ray makes a token by itself."""
+    """Return the token of this process's embedded Ray, which Ray itself generates."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
     kept = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
@@ -162,8 +168,7 @@ class Cluster(Operating):
 
     @property
     def monitoring(self) -> str | None:
-        """The address of ``/status`` and ``/metrics``, or None where there is none that this
-        machine can reach."""
+        """The address of ``/status`` and ``/metrics``, or None if this machine can reach none."""
         return self._session.monitoring
 
     @property
@@ -174,12 +179,11 @@ class Cluster(Operating):
 
     @property
     def router_key(self) -> str | None:
-        """What the router service asks its clients for; `moesaic.connect` on this machine finds it
-        by itself."""
+        """The router service's key; `moesaic.connect` on this machine finds it by itself."""
         return self._session.router_key
 
     def status(self) -> dict[str, Any]:
-        """Hosts, models and the placement as plain values. Raises ClusterError."""
+        """Return hosts, models and the placement as plain values. Raises ClusterError."""
         from .actors.runtime.ray_border import ask, controller_of
 
         return ask(controller_of(self._join()).status.remote(), 10.0, "the controller's status")
@@ -193,7 +197,7 @@ class Cluster(Operating):
         follow: bool = False,
         stop: Event | None = None,
     ) -> Iterator[LogLine]:
-        """What the cluster's processes on this machine printed: see `logs.read_logs`."""
+        """Yield what the cluster's processes on this machine printed; see `logs.read_logs`."""
         return read_logs(
             self._session, kinds, host=host, tail=tail, follow=follow, stop=stop or Event()
         )
@@ -201,9 +205,9 @@ class Cluster(Operating):
     # ---- models ---------------------------------------------------------------------------------
 
     def from_pretrained(self, model: str) -> PreTrainedModel:
-        """The trunk of one of the cluster's models in this process, experts in the pool.
+        """Load the trunk of one of the cluster's models in this process, experts in the pool.
 
-        An ordinary transformers model: call it, `generate` with it. Raises ClusterError.
+        It is an ordinary transformers model: call it, or use its `generate`. Raises ClusterError.
         """
         from .actors.runtime.ray_border import ask, controller_of
         from .actors.trunk.trunk import open_trunk
@@ -227,8 +231,8 @@ class Cluster(Operating):
     ) -> PreTrainedModel:
         """Move the experts of a model in memory into the pool; ``model`` itself is changed.
 
-        Its experts' weights are sent to the hosts and freed here. Raises UnsupportedModel for an
-        architecture without the experts interface, and ClusterError.
+        The experts' weights are sent to the hosts and freed in this process. Raises
+        UnsupportedModel for an architecture without the experts interface, and ClusterError.
         """
         from .actors.trunk.attach import attach_model
 
@@ -246,17 +250,18 @@ class Cluster(Operating):
 
     @property
     def drain_s(self) -> float:
-        """Seconds that running answers have when the cluster ends: `endpoint.drain_s`."""
+        """Seconds for running answers when the cluster ends: `endpoint.drain_s`."""
         return self._session.drain_s
 
     def down(
         self, timeout_s: float | None = None, *, told: Callable[[str], None] = log.info
     ) -> None:
-        """End the cluster, or, from another process than its owner's, let its owner end it.
+        """End the cluster; a process that does not own it asks its owner to, and waits.
 
-        New requests are refused at once; those that run have `drain_s`, and ``told`` hears in the
-        owner's process of them. ``timeout_s`` is for the other process: without, `drain_s` and a
-        minute. What fails, or is interrupted, keeps nothing else from being ended.
+        New requests are refused at once. Running ones have `drain_s` seconds; in the owner's
+        process ``told`` gets lines about them. ``timeout_s`` is how long another process waits
+        (default: `drain_s` and a minute). A step that fails or is interrupted does not keep the
+        other steps from being taken.
         """
         launched, self._launched = self._launched, None
         with ExitStack() as last_first:
@@ -293,7 +298,7 @@ class Cluster(Operating):
         self.down()
 
     def _join(self) -> str:
-        """Connect this process to the cluster's Ray; gives the namespace."""
+        """Connect this process to the cluster's Ray, and return the namespace."""
         from .actors.runtime.ray_border import join_ray, namespace_of
 
         session = self._session

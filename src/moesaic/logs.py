@@ -1,5 +1,7 @@
-"""What the processes of a cluster on this machine print. Ray keeps it in two files for each
-process, those of dead ones too: nobody has to be asked, so they can be read when nothing answers.
+"""The logs of a cluster's processes on this machine.
+
+Ray keeps two files for each process, dead processes included. They are read without asking any
+process, so they can be read when nothing answers.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ Kind = Literal["owner", "controller", "ingress", "trunk", "host"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 LOOK_S = 0.25
-# A process says what it is at the head of its log.
+# Each process writes at the head of its log what it is.
 _HEAD_BYTES = 1 << 14
 _BLOCK_BYTES = 1 << 16
-# Of one file: no more is read for its last lines, or between two looks.
+# The most that is read of one file, for its last lines or between two looks.
 _MOST_BYTES = 1 << 23
 _RAYS = re.compile(rb":(job_id|actor_name|task_name):")
 _WORKER = re.compile(r"worker-(?P<worker>\w+)-\w+-(?P<pid>\d+)\.out")
@@ -62,12 +64,12 @@ def read_logs(
     follow: bool,
     stop: Event,
 ) -> Iterator[LogLine]:
-    """The last ``tail`` lines of each of a process's streams, one process after the other.
+    """Yield the last ``tail`` lines of each stream of each process, one process after the other.
 
-    ``kinds``: of these alone; ``host``: of this host alone. With ``follow`` also what they print
-    from then on, and processes that come, until ``stop`` is set. Hosts on other machines have their
-    logs there. Raises RequestError for a kind or a number that cannot be, and ClusterError where
-    there are no such logs on this machine.
+    ``kinds`` and ``host`` select processes; empty ``kinds`` are all. With ``follow`` new lines and
+    new processes follow, until ``stop`` is set. Hosts on other machines have their logs there.
+    Raises RequestError for an unknown kind or a negative ``tail``, and ClusterError if this machine
+    has no such logs.
     """
     unknown = set(kinds) - set(KINDS)
     if unknown:
@@ -75,7 +77,7 @@ def read_logs(
     if tail < 0:
         raise RequestError(f"tail: {tail} is below 0")
     if session.logs is None:
-        raise ClusterError(f"cluster {session.name!r}: it did not say where its logs are")
+        raise ClusterError(f"cluster {session.name!r}: its session file names no folder of logs")
     wanted = frozenset(["host"] if host is not None else kinds or KINDS)
     files = _files(session, Path(session.logs), wanted, host)
     if not files:
@@ -103,7 +105,7 @@ def _lines(
 
 
 def _files(session: Session, folder: Path, kinds: frozenset[str], host: str | None) -> list[_File]:
-    """Kind by kind, and name by name."""
+    """Find the selected processes' files, sorted by kind and name."""
     found: list[_File] = []
     for out in folder.glob("worker-*.out"):
         named = _WORKER.fullmatch(out.name)
@@ -126,12 +128,12 @@ def _nothing(session: Session, folder: Path, kinds: frozenset[str], host: str | 
     if host is not None:
         known = {file.name for file in _files(session, folder, frozenset(["host"]), None)}
         there = ", ".join(sorted(known)) or "no host"
-        return f"host: no log of {host!r} is on this machine, but of {there}"
+        return f"host: this machine has no log of {host!r}; it has logs of {there}"
     return f"there is no log of {', '.join(sorted(kinds))} on this machine"
 
 
 def _tail(path: Path, lines: int) -> tuple[list[bytes], int]:
-    """The last lines that are complete, and how far the file was read."""
+    """Return the last complete lines, and how far the file was read."""
     with path.open("rb") as file:
         end = at = file.seek(0, 2)
         text = b""
@@ -146,7 +148,7 @@ def _tail(path: Path, lines: int) -> tuple[list[bytes], int]:
 
 
 def _more(path: Path, read: int) -> tuple[list[bytes], int]:
-    """The lines that have come since, and how far the file is read now."""
+    """Return the lines after offset ``read``, and how far the file is read now."""
     with path.open("rb") as file:
         file.seek(read)
         text = file.read(_MOST_BYTES)
@@ -157,6 +159,6 @@ def _more(path: Path, read: int) -> tuple[list[bytes], int]:
 
 
 def _split(text: bytes) -> list[bytes]:
-    """Without the lines that Ray writes for itself."""
+    """Split into lines, and leave out those that Ray writes for itself."""
     lines = text.removesuffix(b"\n").split(b"\n") if text else []
     return [line for line in lines if not _RAYS.match(line)]

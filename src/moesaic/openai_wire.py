@@ -1,5 +1,7 @@
-"""What both clients of the endpoint say and understand, without a socket: bodies, answers, events
-and errors."""
+"""The wire format of both clients of the endpoint: bodies, answers, events and errors.
+
+Nothing in this module opens a socket.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from .proto.errors import (
 )
 
 CONNECT_TIMEOUT_S = 5.0
-# From one byte to the next: the first token may wait behind other requests.
+# Between two bytes. It is long because the first token may wait for other requests.
 READ_TIMEOUT_S = 300.0
 
 Found = TypeVar("Found", covariant=True)
@@ -38,21 +40,20 @@ Json = dict[str, Any]
 
 
 class MoesaicOptions(TypedDict, total=False):
-    """How many experts a token has, and what is to happen when one is not to be had, or a trunk is
-    lost."""
+    """Options of Moesaic's own: experts per token, missing experts, and lost trunks."""
 
     experts_per_token: int  # fewer than the model's own number, if the cluster's spec allows it
 
-    resumable: bool  # the answer goes on in another trunk
-    missing_expert: Literal["wait", "fail", "drop"]  # "wait" where nothing is said
-    wait_s: float  # before it fails or goes on without
+    resumable: bool  # if its trunk is lost, the answer goes on in another one
+    missing_expert: Literal["wait", "fail", "drop"]  # default: "wait"
+    wait_s: float  # seconds until the request fails, or goes on without the expert
     max_dropped: float  # part of a token's gate weights that may be left out in a layer
 
 
 class Options(TypedDict, total=False):
-    """What a request may say beside its prompt; the endpoint's defaults are OpenAI's."""
+    """The options of a request besides its prompt; the endpoint's defaults are OpenAI's."""
 
-    model: str  # may be left out where the endpoint serves one
+    model: str  # may be left out if the endpoint serves one model
     max_tokens: int
     temperature: float  # 0 to 2; 0: always the best token
     top_p: float
@@ -64,7 +65,7 @@ class Options(TypedDict, total=False):
     logit_bias: dict[str, float]  # token id -> what is added
     seed: int
     stop: str | list[str]
-    priority: int  # of the requests that wait, the smallest first
+    priority: int  # among waiting requests the smallest number goes first
     response_format: Json  # of chats: {"type": "json_object"}, or a schema
     moesaic: MoesaicOptions
 
@@ -75,7 +76,7 @@ class Model:
 
     id: str
     max_tokens: int  # prompt and answer together
-    alias_of: str | None = None  # the model's own name, where ``id`` is another one
+    alias_of: str | None = None  # the model's own name, if ``id`` is an alias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,8 +96,8 @@ class Answer:
     usage: Usage
     model: str
     id: str
-    max_dropped: float = 0.0  # largest part of a token's gate weights that a layer went without
-    experts_per_token: int | None = None  # where it was not the model's own number
+    max_dropped: float = 0.0  # largest part of a token's gate weights that a layer left out
+    experts_per_token: int | None = None  # None: the model's own number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,12 +111,12 @@ class Embeddings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """New text; the last chunks of a stream have the finish reason and the usage."""
+    """New text of a stream; its last chunks have the finish reason and the usage."""
 
     text: str = ""
     finish_reason: str | None = None
     usage: Usage | None = None
-    # With the finish reason: see Answer.
+    # Set together with the finish reason; see Answer.
     max_dropped: float = 0.0
     experts_per_token: int | None = None
 
@@ -136,8 +137,8 @@ class Call:
 
     path: str
     body: Json
-    whole: Callable[[Json], str]  # the text of a choice,
-    piece: Callable[[Json], str]  # and of one in a stream
+    whole: Callable[[Json], str]  # gives the text of a choice
+    piece: Callable[[Json], str]  # gives the text of a choice in a stream's event
 
     def streamed(self) -> Json:
         return {**self.body, "stream": True, "stream_options": {"include_usage": True}}
@@ -180,13 +181,13 @@ class EmbeddingCall:
 def embeddings(texts: Texts, pooling: PoolingKind, normalize: bool, model: str) -> EmbeddingCall:
     plain = texts if isinstance(texts, str) else list(texts)
     options = {"pooling": pooling, "normalize": normalize}
-    # A third of the bytes of numbers in JSON, and no rounding.
+    # base64 takes a third of the bytes of numbers in JSON, and does not round.
     body = {"model": model, "input": plain, "encoding_format": "base64", "moesaic": options}
     return EmbeddingCall(body)
 
 
 def _floats(text: str) -> list[float]:
-    """Of base64 of little-endian float32."""
+    """Decode base64 of little-endian float32."""
     found = array("f", base64.b64decode(text))
     if sys.byteorder == "big":
         found.byteswap()
@@ -200,7 +201,7 @@ def completion(prompt: Prompt, options: Options, model: str) -> Call:
 
 
 def chat(messages: str | Sequence[Message], options: Options, model: str) -> Call:
-    """``messages``: a conversation, or the text of one user's message."""
+    """Make a chat request of a conversation, or of the text of one user message."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     return Call(
@@ -223,7 +224,7 @@ def models(found: Json) -> list[Model]:
 
 
 def only(found: Sequence[Model]) -> str:
-    """The name of the one model. Raises RequestError where there are more, or none."""
+    """Return the name of the only model. Raises RequestError if there are more, or none."""
     names = [model.id for model in found if model.alias_of is None]
     if len(names) != 1:
         raise RequestError(f"name one of the models: {', '.join(names)}", param="model")
@@ -231,26 +232,26 @@ def only(found: Sequence[Model]) -> str:
 
 
 def address(text: str) -> httpx.URL:
-    """Raises RequestError where it cannot be an endpoint's."""
+    """Parse an endpoint's URL. Raises RequestError if it cannot be one."""
     try:
         url = httpx.URL(text)
     except httpx.InvalidURL:
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host:
         raise RequestError(
-            f"{text!r} is no address of an endpoint, as http://127.0.0.1:8000", param="base_url"
+            f"{text!r} is not an endpoint's address, like http://127.0.0.1:8000", param="base_url"
         )
     return url
 
 
 class Events:
-    """The JSON of a stream's lines."""
+    """A parser of the lines of a stream of server-sent events."""
 
     def __init__(self) -> None:
         self.done = False
 
     def take(self, line: str) -> Json | None:
-        """None for a line that says nothing. Raises the error that an event has."""
+        """Return a line's JSON, or None if it has none. Raises the error that an event carries."""
         if not line.startswith("data:"):
             return None
         data = line.removeprefix("data:").strip()
@@ -264,12 +265,12 @@ class Events:
 
     def end(self) -> None:
         if not self.done:
-            raise EngineError("the stream ended before its end")
+            raise EngineError("the stream ended without `[DONE]`")
 
 
 @contextmanager
 def mapping_errors() -> Iterator[None]:
-    """The one place where httpx's errors become ours."""
+    """Map errors of httpx to ours; the only place that does."""
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -286,13 +287,13 @@ def checked(response: httpx.Response, accept: Sequence[int] = (200,)) -> Json:
 
 
 def raise_error(response: httpx.Response, accept: Sequence[int] = (200,)) -> None:
-    """Raises what the endpoint answered, if it is an error. The body must have been read."""
+    """Raise the endpoint's answer if it is an error. The body must have been read."""
     if response.status_code in accept:
         return
     try:
         raise error_of(response.json()["error"])
     except (ValueError, KeyError, TypeError):
-        # Not from our endpoint: a proxy's page, say.
+        # The body is not from our endpoint, but for example a proxy's page.
         raise InternalError(f"HTTP {response.status_code}: {response.text[:200]}") from None
 
 
@@ -304,7 +305,7 @@ def error_of(body: Json) -> MoesaicError:
 
 
 def _experts(choice: Json) -> Json:
-    """What an answer says of its experts."""
+    """Return the fields of an answer about its experts."""
     said = choice.get("moesaic", {})
     return {
         "max_dropped": said.get("max_dropped", 0.0),

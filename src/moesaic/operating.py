@@ -1,4 +1,4 @@
-"""What an operator does with a running pool: watching, planning, moving experts, scaling."""
+"""An operator's work with a running pool: watching, planning, moving experts, scaling."""
 
 from __future__ import annotations
 
@@ -15,35 +15,41 @@ if TYPE_CHECKING:
     from .actors.serve.launch import Progress
     from .cluster.load.trace import Trace
 
-# Planning a large pool anew takes most of it.
+# A plan for a large pool takes most of it.
 OPERATION_S = 120.0
-# Between two looks at an operation that is waited for.
+# Seconds between two looks at an operation in progress.
 LOOK_S = 0.2
 
 
 def quiet(step: str, done: int, total: int) -> None:
-    """No progress is shown."""
+    """Show no progress."""
 
 
 class Operating(ABC):
-    """What `Cluster` inherits."""
+    """The operators' methods, which `Cluster` inherits."""
 
     @abstractmethod
     def _join(self) -> str:
-        """Connect this process to the cluster's Ray; gives the namespace."""
+        """Connect this process to the cluster's Ray, and return the namespace."""
 
     def top(self, experts: int = 10) -> dict[str, Any]:
-        """What goes on now, as plain values: hosts, the hottest ``experts``, balancedness, moves
-        to come. Rates are means over the last seconds. Raises ClusterError."""
+        """Return the current activity as plain values.
+
+        Hosts, the hottest ``experts``, balancedness, and moves to come. Rates are means over the
+        last seconds. Raises ClusterError.
+        """
         return self._ask("top", experts)
 
     def experts(
         self, model: str | None = None, layer: int | None = None, *, hot: int | None = None
     ) -> list[dict[str, Any]]:
-        """Every expert, or those of one model or layer, as plain values: ``replicas`` with their
-        hosts and shares, ``choices_per_s`` over 10, 60 and 600 seconds, ``layer_part`` (its part
-        of its layer's choices, None without any), ``least_replicas`` and ``pinned_to`` as operators
-        wish. With ``hot`` only so many, the hottest first. Raises ClusterError."""
+        """Return every expert, or those of one model or layer, as plain values.
+
+        Each has ``replicas`` with their hosts and shares, ``choices_per_s`` over 10, 60 and 600
+        seconds, ``layer_part`` (its part of its layer's choices, None without any), and the
+        operators' ``least_replicas`` and ``pinned_to``. With ``hot`` only so many, the hottest
+        first. Raises ClusterError.
+        """
         return self._ask("experts", model, layer, hot)
 
     def record(
@@ -54,8 +60,10 @@ class Operating(ABC):
         stop: Event | None = None,
         progress: Progress | None = None,
     ) -> Trace:
-        """The load of the next ``seconds``, window by window; `write_trace` keeps it. It ends
-        early when ``stop`` is set. Raises RequestError and ClusterError."""
+        """Record the load of the next ``seconds``, window by window; `write_trace` saves it.
+
+        The recording ends early when ``stop`` is set. Raises RequestError and ClusterError.
+        """
         from .actors.runtime.ray_border import ask, controller_of
         from .traces import record
 
@@ -69,47 +77,57 @@ class Operating(ABC):
         )
 
     def plan(self, *, budget: int | str | None = None) -> dict[str, Any]:
-        """What `rebalance` would do now, as plain values: moves with reasons, bytes, seconds, and
-        balancedness and protection before and after. ``budget`` is the most replicas that it may
-        load for balance, or the most bytes ("4GB"); without it what the spec says. Raises
-        ClusterError."""
+        """Return what `rebalance` would do now, as plain values.
+
+        Moves with reasons, bytes, seconds, and balancedness and protection before and after.
+        ``budget`` is the most replicas to load for balance, or the most bytes ("4GB"; default: as
+        in the spec). Raises ClusterError.
+        """
         return self._ask("plan", budget)
 
     def rebalance(self, *, budget: int | str | None = None) -> dict[str, Any]:
-        """Carry out the plan that is best now, and give the change; `change` says how it goes on.
-        Raises ClusterError."""
+        """Start the best plan for the current load, and return the change.
+
+        `change` shows its progress. Raises ClusterError.
+        """
         return self._ask("rebalance", budget, getpass.getuser())
 
     def change(self, number: int | None = None) -> dict[str, Any]:
-        """One change of the placement, or the last one: its phase and what is still to come.
-        Raises ClusterError."""
+        """Return one change of the placement, or the last one, with its phase and pending moves.
+
+        Raises ClusterError.
+        """
         return self._ask("change", number)
 
     def history(self) -> list[dict[str, Any]]:
-        """The last changes: who, why, how many moves, what they were to bring, how they ended."""
+        """Return the last changes: who, why, moves, predicted and measured effect, and phase."""
         return self._ask("history")
 
     def rollback(self, number: int | None = None) -> dict[str, Any]:
-        """Back to what stood before a change, or before the last one. Raises ClusterError."""
+        """Return to the placement before a change (default: the last). Raises ClusterError."""
         return self._ask("rollback", number)
 
     def replicate(self, model: str, layer: int, expert: int, count: int) -> dict[str, Any]:
-        """At least ``count`` replicas of an expert from now on; 1 takes that back. Gives the
-        change, whose ``errors`` say for what there is no room. Raises ClusterError."""
+        """Keep at least ``count`` replicas of an expert from now on; 1 cancels that.
+
+        Returns the change, whose ``errors`` say what has no room. Raises ClusterError.
+        """
         return self._ask("replicate", (model, layer, expert), count, getpass.getuser())
 
     def pin(self, model: str, layer: int, expert: int, host: str) -> dict[str, Any]:
-        """Keep a replica of an expert on ``host``. Gives the change. Raises ClusterError."""
+        """Keep a replica of an expert on ``host``; return the change. Raises ClusterError."""
         return self._ask("pin", (model, layer, expert), host, getpass.getuser())
 
     def unpin(self, model: str, layer: int, expert: int, host: str) -> dict[str, Any]:
-        """Take a `pin` back. Gives the change. Raises ClusterError."""
+        """Cancel a `pin`; return the change. Raises ClusterError."""
         return self._ask("unpin", (model, layer, expert), host, getpass.getuser())
 
     def drain(self, host: str, timeout_s: float = 0.0) -> int:
-        """Move all experts off ``host``; gives how many are left after ``timeout_s``, or as soon as
-        the others have no room for them (`draining` says so). Requests do not notice. `undrain`
-        cancels it. Raises ClusterError."""
+        """Move all experts off ``host`` while requests go on; `undrain` cancels it.
+
+        Returns how many are left after ``timeout_s``, or as soon as the other hosts have no room
+        for them (`draining` says so). Raises ClusterError.
+        """
         self._ask("drain", host, getpass.getuser())
         deadline = time.monotonic() + timeout_s
         while True:
@@ -119,13 +137,15 @@ class Operating(ABC):
             time.sleep(LOOK_S)
 
     def draining(self, host: str) -> dict[str, Any]:
-        """How a drain goes on: ``experts`` that are left, and a ``phase``: "draining", "done", or
-        "no room", with what is ``lacking``; it goes on when there is room. Raises ClusterError."""
+        """Return the progress of a drain: the number of ``experts`` left, and a ``phase``.
+
+        The phase is "draining", "done", or "no room", with what is ``lacking``; the drain goes on
+        when there is room. Raises ClusterError.
+        """
         return self._ask("draining", host)
 
     def undrain(self, host: str) -> dict[str, Any]:
-        """Let a host that was drained hold experts again. Gives the change. Raises
-        ClusterError."""
+        """Let a drained host hold experts again; return the change. Raises ClusterError."""
         return self._ask("undrain", host, getpass.getuser())
 
     def wait_for(
@@ -135,8 +155,10 @@ class Operating(ABC):
         *,
         watch: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
-        """Wait until a change has ended, and give it as it ended; its ``phase`` says how. ``watch``
-        is called again and again with what is still to come. Raises ClusterError."""
+        """Wait until a change has ended, and return it; its ``phase`` says how it ended.
+
+        ``watch`` is called repeatedly with the change as it is then. Raises ClusterError.
+        """
         return _until(
             lambda: self.change(change["id"]),
             ended=lambda seen: seen["phase"] != "loading",
@@ -156,10 +178,12 @@ class Operating(ABC):
         timeout_s: float = 600.0,
         watch: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
-        """Let a group of hosts have ``count`` hosts, and wait until it does; requests do not
-        notice. ``watch`` is called again and again with what is still to come. Gives how it ended:
-        the hosts that came and left, and a ``phase``, "no room" where hosts wait for machines.
-        Asked for again, it goes on waiting. Raises ClusterError."""
+        """Set the number of hosts of a group, and wait until it is reached while requests go on.
+
+        ``watch`` is called repeatedly with the scaling as it is then. Returns how it ended: the
+        hosts that came and left, and a ``phase``, which is "no room" if hosts wait for machines.
+        The same call again continues the waiting. Raises ClusterError.
+        """
         number = self._ask("scale", count, group, getpass.getuser())["id"]
         return _until(
             lambda: self._ask("scaling", number),
@@ -187,7 +211,7 @@ def _until(
     timeout_s: float,
     watch: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
-    """Look until what is seen has ended. Raises ClusterError, in the words of ``late``."""
+    """Look until what is seen has ended. Raises ClusterError with the message of ``late``."""
     deadline = time.monotonic() + timeout_s
     while True:
         seen = look()

@@ -1,8 +1,8 @@
-"""Small files of one user: nobody else writes them, reads them, or has them written elsewhere.
+"""Small files of one user, which nobody else can write, read, or redirect with a link.
 
-They lie in a folder of mode 0700. A file is made under a random name, never through a link, and
-takes its own name when it is whole. Before one is read, its kind, owner and mode are looked at on
-the open file, so that nothing can be put in its place between the look and the reading.
+They lie in a folder of mode 0700. A file is created under a random name, never through a link, and
+gets its own name when it is complete. Before a file is read, its kind, owner and mode are checked
+on the open descriptor, so that nobody can replace it between the check and the reading.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def write_private(file: Path, text: str) -> None:
-    """Write ``file`` whole and at once, mode 0600; its folder is made where it is absent.
+    """Write ``file`` atomically with mode 0600; its folder is created if it is absent.
 
-    Raises ClusterError where the folder is not this user's alone, or cannot be written.
+    Raises ClusterError if the folder is not this user's alone, or cannot be written.
     """
     with _wrapped(file), _folder(file.parent, make=True) as folder:
         _replace(folder, file.name, text.encode(), 0o600)
 
 
 def replace_file(file: Path, data: bytes) -> None:
-    """Write a file that the user named, whole and at once, in whatever folder it is: what others
-    may have put there under the name of the draft is neither followed nor written to. Its mode is
-    the one that the user's files have. Raises OSError."""
+    """Write a file that the user named atomically, in whatever folder it is.
+
+    Anything that others put there under the draft's name is neither followed nor written to. The
+    mode follows the user's umask. Raises OSError.
+    """
     folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _replace(folder, file.name, data, 0o666)
@@ -57,9 +59,9 @@ def _replace(folder: int, name: str, data: bytes, mode: int) -> None:
 
 
 def new_private(file: Path) -> int:
-    """A descriptor to write a new ``file`` with, mode 0600; one that is there goes first.
+    """Open a new ``file`` for writing, mode 0600; an existing one is removed first.
 
-    Raises ClusterError as `write_private` does.
+    Returns the descriptor. Raises ClusterError as `write_private` does.
     """
     with _wrapped(file), _folder(file.parent, make=True) as folder:
         with contextlib.suppress(FileNotFoundError):
@@ -68,16 +70,19 @@ def new_private(file: Path) -> int:
 
 
 def read_private(file: Path) -> str:
-    """What is in ``file``. Raises FileNotFoundError where there is none, and ClusterError where
-    somebody else than this user may have written it, or may read it."""
+    """Return the text of ``file``.
+
+    Raises FileNotFoundError if there is none, and ClusterError if anybody but this user may have
+    written it, or may read it.
+    """
     with _wrapped(file), _folder(file.parent) as folder:
-        # A pipe in its place is not waited for.
+        # O_NONBLOCK: opening must not block if somebody put a pipe there.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         opened = os.open(file.name, flags, dir_fd=folder)
         try:
             found = os.fstat(opened)
             if not stat.S_ISREG(found.st_mode):
-                raise ClusterError(f"{file}: it is no regular file; remove it")
+                raise ClusterError(f"{file}: it is not a regular file; remove it")
             _check_owner(file, found)
             if found.st_mode & _OF_OTHERS:
                 raise ClusterError(
@@ -93,8 +98,10 @@ def read_private(file: Path) -> str:
 
 
 def is_own(file: Path) -> bool:
-    """Whether ``file`` is a regular one that nobody else than this user has written. Raises
-    ClusterError for a folder in which others may write."""
+    """Return whether ``file`` is a regular file that only this user can have written.
+
+    Raises ClusterError for a folder in which others may write.
+    """
     try:
         found = file.lstat()
         with _wrapped(file), _folder(file.parent):
@@ -105,14 +112,14 @@ def is_own(file: Path) -> bool:
 
 
 def remove_private(file: Path) -> None:
-    """Remove ``file``, if it is there."""
+    """Remove ``file`` if it exists."""
     with contextlib.suppress(FileNotFoundError), _wrapped(file), _folder(file.parent) as folder:
         os.unlink(file.name, dir_fd=folder)
 
 
 @contextmanager
 def _folder(folder: Path, *, make: bool = False) -> Iterator[int]:
-    """A descriptor of ``folder``, which is this user's alone."""
+    """Give a descriptor of ``folder``, after checking that it is this user's alone."""
     if make:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -141,7 +148,7 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
 
 @contextmanager
 def _wrapped(file: Path) -> Iterator[None]:
-    """Errors of the system as ours; that a file is absent is no error yet."""
+    """Turn errors of the system into ours, except that a file is absent."""
     try:
         yield
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Whether a call that failed is made again."""
+"""Retries: whether and when a call that failed is made again."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ import random
 from .proto.errors import Busy, Expired, MoesaicError
 
 RETRIES = 2
-# The pause before another try is drawn from 0 to this, doubled with each.
+# The pause before a retry is drawn from 0 to _PAUSE_S, which doubles with each retry.
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 
 
 class Tries:
-    """Whether a call that failed is made again, and after which pause: only what may succeed when
-    it is sent again, and with jitter, so that those who failed together do not come back so."""
+    """The retries of one call.
+
+    Only errors that may not occur on another try are retried. Pauses have jitter, so that clients
+    that failed together do not return together.
+    """
 
     def __init__(self, retries: int) -> None:
         self._left = retries
         self._made = 0
 
     def pause_s(self, error: MoesaicError) -> float:
-        """Raises ``error`` when there is no other try. What took too long is not begun again."""
+        """Return the pause before the next try. Raises ``error`` if there is none.
+
+        Calls that took too long are not retried.
+        """
         if not error.retryable or isinstance(error, Expired) or self._left <= 0:
             raise error
         self._left -= 1

@@ -1,4 +1,4 @@
-"""A client of the router service: it needs numpy and gRPC, and neither Ray nor torch.
+"""A client of the router service, which needs numpy and gRPC, and neither Ray nor torch.
 
 Example:
 
@@ -55,22 +55,27 @@ class RouterModel:
 
 
 class Experts(Protocol):
-    """One layer: the weighted sum of each token's chosen experts."""
+    """One MoE layer: the weighted sum of each token's chosen experts."""
 
     def __call__(self, hidden: A, ids: Any, weights: Any, *, timeout_s: float | None = None) -> A:
-        """``hidden`` (T, H) in the model's dtype, ``ids`` (T, K) whole numbers, of which -1 is an
-        unused choice, ``weights`` (T, K): arrays of numpy or torch. Gives (T, H) of hidden's kind
-        and dtype, and on its device.
+        """Compute the layer for the tokens ``hidden``.
 
-        Raises CallError for what does not fit, Expired, Busy, ExpertUnavailable, BadExpert,
+        ``hidden`` (T, H) has the model's dtype, ``ids`` (T, K) whole numbers, of which -1 is an
+        unused choice, ``weights`` (T, K) real numbers; all are arrays of numpy or torch. Returns
+        (T, H) of hidden's kind, dtype and device.
+
+        Raises CallError for arguments that do not fit, Expired, Busy, ExpertUnavailable, BadExpert,
         HostLost and ClusterError.
         """
         ...
 
 
 class RouterClient:
-    """Talks to one router service; thread-safe. What may succeed when it is sent again is sent
-    again, ``retries`` times, with pauses drawn at random, as long as ``timeout_s`` allows."""
+    """A thread-safe client of one router service.
+
+    Calls that may succeed on another try are retried up to ``retries`` times, after random pauses,
+    as long as ``timeout_s`` allows.
+    """
 
     def __init__(
         self,
@@ -80,10 +85,12 @@ class RouterClient:
         timeout_s: float = TIMEOUT_S,
         retries: int = RETRIES,
     ) -> None:
-        """``target`` is moesaic://host:port; the connection is made with the first call. ``key`` is
-        what the service asks for; None: that of a cluster of this user on this machine, or else
-        MOESAIC_ROUTER_KEY of the environment. Raises RequestError, and Unauthenticated when there
-        is no key."""
+        """Set the service's address; the first call connects.
+
+        ``target`` is moesaic://host:port. ``key`` is the service's key (default: that of a cluster
+        of this user on this machine, or else MOESAIC_ROUTER_KEY of the environment). Raises
+        RequestError, and Unauthenticated when there is no key.
+        """
         self._timeout_s = timeout_s
         self._retries = retries
         self._known: ModelsReply | None = None
@@ -125,7 +132,7 @@ class RouterClient:
         ]
 
     def experts(self, model: str, layer: int) -> Experts:
-        """Raises UnknownModel, and CallError for a layer without experts."""
+        """Return a layer's experts. Raises UnknownModel, and CallError for a layer without any."""
         most_bytes = self._find(model, layer)
 
         def compute(hidden: A, ids: Any, weights: Any, *, timeout_s: float | None = None) -> A:
@@ -152,7 +159,7 @@ class RouterClient:
         return compute
 
     def _find(self, model: str, layer: int) -> int:
-        """What one call of a layer may have, in bytes."""
+        """Return the most bytes that one call of a layer may have."""
         if self._known is None or all(one.name != model for one in self._known.models):
             self.models()
         assert self._known is not None
@@ -183,12 +190,12 @@ class RouterClient:
         return np.frombuffer(answer, dtype=x_TH.dtype).reshape(x_TH.shape)
 
     def _tried(self, call: Callable[[float], R], until: float) -> R:
-        """``call`` is given the seconds that are left."""
+        """Call until it succeeds or may not be retried; ``call`` gets the seconds that are left."""
         tries = Tries(self._retries)
         while True:
             left_s = until - time.monotonic()
             if left_s <= 0:
-                raise Expired("the call's time is over")
+                raise Expired("the call's deadline has passed")
             try:
                 return call(left_s)
             except MoesaicError as error:
@@ -199,7 +206,7 @@ class RouterClient:
 
 
 def _address(target: str) -> str:
-    """host:port. Raises RequestError."""
+    """Return host:port. Raises RequestError."""
     try:
         parts = urlsplit(target)
         port = parts.port
@@ -213,14 +220,17 @@ def _address(target: str) -> str:
 
 
 def _is_torch(given: Any) -> bool:
-    """Without importing torch: who has a tensor has imported it."""
+    """Return whether it is a tensor, without importing torch: whoever has one has imported it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(given, torch.Tensor)
 
 
 def _hidden(given: A) -> tuple[np.ndarray, str, Callable[[np.ndarray], A]]:
-    """As an array whose bytes can be sent, the wire's name of its dtype, and the way back to what
-    was given."""
+    """Prepare hidden states for sending.
+
+    Returns an array whose bytes can be sent, the wire's name of its dtype, and a function that
+    turns an answer into the kind of array that was given.
+    """
     if not _is_torch(given):
         array = np.asarray(given)
         if array.dtype.name not in ("float32", "float16"):
@@ -237,7 +247,7 @@ def _hidden(given: A) -> tuple[np.ndarray, str, Callable[[np.ndarray], A]]:
         raise CallError(f"hidden: torch's {name}; float32, bfloat16 and float16 can be sent")
     torch = sys.modules["torch"]
     plain = tensor.detach().cpu().contiguous()
-    # numpy has no bfloat16: its bytes as integers.
+    # numpy has no bfloat16, so its bytes are sent as integers.
     sent = (plain.view(torch.int16) if name == "bfloat16" else plain).numpy()
 
     def like_given(out: np.ndarray) -> Any:
@@ -264,7 +274,7 @@ def _weights(given: Any) -> np.ndarray:
 
 
 def _check_shapes(x_TH: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
-    """Raises CallError."""
+    """Check that the shapes fit each other. Raises CallError."""
     if x_TH.ndim != 2:
         raise CallError(f"hidden: shape {x_TH.shape}; (tokens, hidden) is expected")
     for name, array in (("ids", ids_TK), ("weights", weights_TK)):

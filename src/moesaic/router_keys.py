@@ -1,6 +1,6 @@
 """The key of a router service: where `up` takes it from, and where `connect` finds it.
 
-Like all of the client it imports neither Ray nor torch.
+Like the rest of the client, this module imports neither Ray nor torch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ _LEAST, _MOST = 16, 512  # characters
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _ANY = frozenset({"0.0.0.0", "::"})
 
-# What stood in this process's environment before `take_key` removed it.
+# The key from this process's environment, which `take_key` removed there.
 _taken: str | None = None
 
 
 def take_key() -> str | None:
-    """The key that the environment names, which has none afterwards: processes that this one starts
-    would inherit it. Raises ClusterError when it cannot be sent or could be guessed."""
+    """Take the key out of the environment, so that processes started later do not inherit it.
+
+    Raises ClusterError when the key cannot be sent or could be guessed.
+    """
     global _taken
     key = os.environ.pop(VARIABLE, None)
     if not key:
@@ -37,8 +39,11 @@ def take_key() -> str | None:
 
 
 def key_for(address: str) -> str:
-    """What the service at ``address`` (host:port) asks for: by the session file of a cluster of
-    this machine, or else by the environment. Raises Unauthenticated when neither has it."""
+    """Return the key of the service at ``address`` (host:port).
+
+    It comes from the session file of a cluster on this machine, or else from the environment.
+    Raises Unauthenticated when neither has it.
+    """
     for session in running_sessions():
         if session.router is not None and session.router_key and _same(session.router, address):
             return session.router_key
@@ -52,7 +57,7 @@ def key_for(address: str) -> str:
 
 
 def _same(listens: str, asked: str) -> bool:
-    """Whether who listens at the one address is reached by the other."""
+    """Return whether a connection to ``asked`` reaches a server that listens at ``listens``."""
     one, other = urlsplit(f"//{listens}"), urlsplit(f"//{asked}")
     if one.port != other.port:
         return False

@@ -1,8 +1,8 @@
-"""What a running cluster leaves for other processes of its user: who owns it and how to reach it.
+"""Session files, which tell other processes of a user who owns a cluster and how to reach it.
 
-One small file for each cluster, of its user alone (`private_files`), gone when the cluster ends.
-Who reads one connects to what it names, shows it Ray's token and may signal its owner: so its
-values are looked at first.
+There is one small file for each cluster, private to its user (`private_files`), and removed when
+the cluster ends. A reader connects to the addresses in it, shows Ray's token there and may signal
+the owner, so it checks the values first.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """A running cluster as its owner described it. Its values have these types, and the forms of
-    `_FORMS`, when they are read."""
+    """A running cluster as its owner described it.
+
+    Reading a file checks that its values have these types, and the forms of `_FORMS`.
+    """
 
     name: str
     pid: int
@@ -40,12 +42,12 @@ class Session:
     embedded: bool  # Ray belongs to the cluster, and stays on loopback
     url: str | None
     monitoring: str | None = None  # the address of the endpoint's /status and /metrics
-    ray_token: str | None = field(default=None, repr=False)  # lets others into an embedded Ray
-    ray_insecure: bool = False  # Ray lets in who has no token, too, as the spec says
+    ray_token: str | None = field(default=None, repr=False)  # of an embedded Ray
+    ray_insecure: bool = False  # the spec allows a Ray that asks for no token
     router: str | None = None  # host:port of the router service
-    router_key: str | None = field(default=None, repr=False)  # that it asks its clients for
+    router_key: str | None = field(default=None, repr=False)  # that its clients must show
     logs: str | None = None  # the folder of Ray's logs on this machine
-    drain_s: float = 0.0  # seconds that running answers have when the cluster ends
+    drain_s: float = 0.0  # seconds for running answers when the cluster ends
 
     @property
     def alive(self) -> bool:
@@ -58,19 +60,19 @@ class Session:
         owner = self._owner()
         if owner is not None:
             try:
-                # psutil looks once more whether it is that process.
+                # psutil checks again that the pid still belongs to this process.
                 owner.send_signal(signal.SIGTERM)
             except psutil.NoSuchProcess:
                 return
 
     def _owner(self) -> psutil.Process | None:
-        """The process that started the cluster: one with its pid, start and user."""
-        import psutil  # which a client of a router service elsewhere need not have
+        """Return the process that started the cluster: one with its pid, start and user."""
+        import psutil  # a client of a router service elsewhere need not have it
 
         try:
             process = psutil.Process(self.pid)
             own = process.uids().real == os.getuid()
-            # One that has ended and that nobody has asked for yet owns nothing.
+            # A zombie has ended, and owns nothing.
             ended = process.status() == psutil.STATUS_ZOMBIE
             same = own and process.create_time() == self.started and not ended
         except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -87,7 +89,7 @@ def _address(value: str) -> bool:
 
 
 def _url(value: str) -> bool:
-    """http, a host and a port, perhaps a path: nothing that sends a request elsewhere."""
+    """Return whether it has only http, host, port and path, so no request goes elsewhere."""
     try:
         parts = urlsplit(value)
     except ValueError:
@@ -98,7 +100,7 @@ def _url(value: str) -> bool:
 
 
 def _secret(value: str) -> bool:
-    """What goes into a header, or an environment, as it is."""
+    """Return whether it can go into a header, or an environment, unchanged."""
     return re.fullmatch(r"[!-~]{1,4096}", value) is not None
 
 
@@ -123,10 +125,13 @@ _TYPES = {"str": str, "int": int, "float": (float, int), "bool": bool, "None": t
 
 
 def _parsed(text: str, name: str) -> Session:
-    """Raises ValueError with what is wrong. Keys that are not known are of a later version."""
+    """Parse a session file; unknown keys, which later versions may write, are ignored.
+
+    Raises ValueError with what is wrong.
+    """
     values = json.loads(text)
     if not isinstance(values, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     known = {one.name: str(one.type).split(" | ") for one in fields(Session)}
     secret = {one.name for one in fields(Session) if not one.repr}
     values = {key: value for key, value in values.items() if key in known}
@@ -138,7 +143,7 @@ def _parsed(text: str, name: str) -> Session:
         fits, form = _FORMS.get(key, (lambda _: True, " or ".join(known[key])))
         if not right or (value is not None and not fits(value)):
             raise ValueError(
-                f"{key}: {'what it says' if key in secret else repr(value)} is not {form}"
+                f"{key}: {'its value' if key in secret else repr(value)} is not {form}"
             )
     if values.get("name") != name:
         raise ValueError(f"name: {values.get('name')!r} is not {name!r}")
@@ -177,8 +182,10 @@ def write_session(
     logs: str | None = None,
     drain_s: float = 0.0,
 ) -> Session:
-    """Announce the cluster that this process owns. Raises ClusterError where that cannot be done
-    so that others of this machine neither read nor change it."""
+    """Write the session file of the cluster that this process owns.
+
+    Raises ClusterError if other users of this machine could read or change it.
+    """
     import psutil
 
     session = Session(
@@ -201,9 +208,9 @@ def write_session(
 
 
 def find_session(name: str) -> Session | None:
-    """The running cluster of that name, or None; what a dead one left is removed.
+    """Return the running cluster of that name, or None; a dead cluster's file is removed.
 
-    Raises ClusterError where somebody else may have written what is there, or where it is not what
+    Raises ClusterError if somebody else may have written the file, or if it is not of the form that
     a cluster writes.
     """
     file = _file(name)
@@ -223,7 +230,7 @@ def find_session(name: str) -> Session | None:
 
 
 def running_sessions() -> Iterator[Session]:
-    """Of this user's clusters on this machine; a file that is none of theirs is passed over."""
+    """Yield this user's clusters on this machine; log and skip files that are not theirs."""
     for file in sorted(session_dir().glob("*.json")):
         try:
             session = find_session(file.stem)
@@ -235,7 +242,7 @@ def running_sessions() -> Iterator[Session]:
 
 
 def need_session(name: str) -> Session:
-    """Like `find_session`. Raises ClusterError when there is none."""
+    """Return the running cluster of that name. Raises ClusterError when there is none."""
     session = find_session(name)
     if session is None:
         running = sorted(file.stem for file in session_dir().glob("*.json"))
@@ -249,14 +256,14 @@ def remove_session(name: str) -> None:
 
 
 def remove_own_session(name: str) -> None:
-    """Only where this process owns the cluster."""
+    """Remove the session file if this process owns the cluster."""
     session = find_session(name)
     if session is not None and session.pid == os.getpid():
         remove_session(name)
 
 
 def note_logs(name: str, folder: str) -> None:
-    """Where the cluster's processes print, so that a start that fails can be read about."""
+    """Note where the cluster's processes log, so that the logs of a failed start can be found."""
     write_private(_noted(name), folder)
 
 
@@ -265,13 +272,15 @@ def _noted(name: str) -> Path:
 
 
 def owner_log(name: str) -> Path:
-    """What the owner of a cluster prints that was started in the background."""
+    """Return the file with the output of an owner that runs in the background."""
     return _file(name).with_name(f"{name}.log")
 
 
 def logged_session(name: str) -> Session:
-    """The running cluster of that name, or what is left of the last one: its logs. Raises
-    ClusterError when there is neither."""
+    """Return the running cluster of that name, or what is left of the last one: its logs.
+
+    Raises ClusterError when there is neither.
+    """
     session = find_session(name)
     if session is not None:
         return session

@@ -1,4 +1,4 @@
-"""Traces of recorded load: taken from a running pool, written to a file, read from one.
+"""Traces of recorded load, which are taken from a running pool, written to files and read again.
 
 A trace is one safetensors file: `counts/<model>/<layer>` (W, E) int64, `choices` (W, H) int64,
 `busy_s` and `queued_s` (W, H) float64, and in its metadata `moesaic_trace` (the format's version),
@@ -26,18 +26,17 @@ from .proto.errors import CheckpointError, ClusterError, RequestError
 
 _VERSION = "1"
 _HOSTS = {"choices": np.int64, "busy_s": np.float64, "queued_s": np.float64}
-# Routers report so often: in shorter windows most have nothing to say.
+# Routers report once a second; most shorter windows would have no report.
 LEAST_WINDOW_S = 1.0
-# So long may the controller be away before a recording ends.
+# A recording ends when the controller has been away for so long.
 _PATIENCE_S = 120.0
 
-# (what is being done, done, of how many)
+# (name of the step, done, total)
 Progress = Callable[[str, int, int], None]
 
 
 def write_trace(path: str | Path, trace: Trace) -> None:
-    """Write ``trace``; a file that is there is replaced, at once and whole. Raises
-    CheckpointError."""
+    """Write ``trace``, and replace an existing file atomically. Raises CheckpointError."""
     file = Path(path)
     tensors = {f"counts/{key.model}/{key.layer}": found for key, found in trace.counts.items()}
     tensors |= {
@@ -58,16 +57,18 @@ def write_trace(path: str | Path, trace: Trace) -> None:
 
 
 def read_trace(path: str | Path) -> Trace:
-    """The trace in a file. Raises CheckpointError for one that is truncated, inconsistent, or of
-    another kind."""
+    """Read the trace in a file.
+
+    Raises CheckpointError if it is truncated, inconsistent, or not a trace.
+    """
     file = Path(path)
     try:
         with safe_open(file, framework="np") as opened:
             metadata = opened.metadata() or {}
             if metadata.get("moesaic_trace") != _VERSION:
                 raise CheckpointError(
-                    f"{file}: no trace: moesaic_trace is {metadata.get('moesaic_trace')!r} in its "
-                    f"metadata, not {_VERSION!r}"
+                    f"{file}: not a trace: moesaic_trace is {metadata.get('moesaic_trace')!r} in "
+                    f"its metadata, not {_VERSION!r}"
                 )
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         return _parse(metadata, tensors)
@@ -76,14 +77,14 @@ def read_trace(path: str | Path) -> Trace:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: no trace, or a broken one: {error}") from error
+        raise CheckpointError(f"{file}: not a trace, or a broken one: {error}") from error
 
 
 def _parse(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Trace:
-    """Raises ValueError, KeyError and TypeError."""
+    """Make a trace of a file's contents. Raises ValueError, KeyError and TypeError."""
     hosts = json.loads(metadata["hosts"])
     if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
-        raise ValueError(f"hosts: {hosts!r} is no list of names")
+        raise ValueError(f"hosts: {hosts!r} is not a list of names")
     windows = len(np.atleast_1d(tensors["choices"]))
     for name, dtype in _HOSTS.items():
         _check(name, tensors[name], (windows, len(hosts)), dtype)
@@ -92,7 +93,7 @@ def _parse(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Trace:
         kind, _, rest = name.partition("/")
         model, _, layer = rest.rpartition("/")
         if kind != "counts" or not model or not layer.isdecimal():
-            raise ValueError(f"{name}: a tensor that no trace has")
+            raise ValueError(f"{name}: a tensor that does not belong in a trace")
         _check(name, tensors[name], (windows, tensors[name].shape[-1]), np.int64)
         counts[LayerKey(model, int(layer))] = tensors[name]
     return Trace(
@@ -109,7 +110,7 @@ def _check(name: str, found: np.ndarray, shape: tuple[int, int], dtype: type) ->
     if found.shape != shape or found.dtype != dtype:
         raise ValueError(f"{name}: {found.dtype} {found.shape}, not {dtype.__name__} {shape}")
     if not (np.isfinite(found).all() and (found >= 0).all()):
-        raise ValueError(f"{name}: numbers below zero, or that are none")
+        raise ValueError(f"{name}: numbers below zero, or not finite")
 
 
 def record(
@@ -122,11 +123,12 @@ def record(
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], object] | None = None,
 ) -> Trace:
-    """The trace of the next ``seconds``, or until ``stop`` is set: whole windows only.
+    """Record the load of the next ``seconds``, or until ``stop`` is set, in whole windows.
 
-    ``read`` gives the controller's totals; while it raises ClusterError, as when the controller
-    restarts, the windows go on, and share in what comes after. A controller that stays away ends
-    the recording early. Raises RequestError, and ClusterError if it was never there.
+    ``read`` returns the controller's totals. It raises ClusterError while the controller restarts;
+    windows go on then, and the load in the next totals is divided among them. A controller that
+    stays away ends the recording early. Raises RequestError, and ClusterError if the controller was
+    never there.
     """
     if not LEAST_WINDOW_S <= window_s <= seconds < float("inf"):
         raise RequestError(

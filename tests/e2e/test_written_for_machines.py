@@ -1,4 +1,4 @@
-"""What the README prints for several machines, line by line as it is printed, on two of them.
+"""What docs/running.md prints for several machines, line by line as it is printed, on two of them.
 
 A machine is a shell in namespaces of its own (network, processes, mounts) with a home of its own.
 `scp` copies between the two homes here, as there is no SSH.

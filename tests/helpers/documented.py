@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.helpers.paths import ROOT
 
 COMMANDS = ROOT / "docs" / "command-line.md"
+RUNNING = ROOT / "docs" / "running.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"^    (moesaic .*)$", re.MULTILINE)
@@ -45,8 +46,8 @@ def json_keys() -> dict[str, set[str]]:
 
 
 def section(heading: str) -> dict[str, list[str]]:
-    """Language -> the blocks of a section of the README."""
-    _, _, behind = (ROOT / "README.md").read_text().partition(f"\n### {heading}\n")
+    """Language -> the blocks of a section of docs/running.md."""
+    _, _, behind = RUNNING.read_text().partition(f"\n## {heading}\n")
     assert behind, f"no heading {heading!r}"
     found: dict[str, list[str]] = {}
     for language, text in _BLOCK.findall(behind.partition("\n## ")[0]):

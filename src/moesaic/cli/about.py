@@ -1,4 +1,4 @@
-"""`moesaic version`, `inspect` and `spec`: what needs no cluster."""
+"""`moesaic version`, `inspect` and `spec`: the commands that need no cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ out = Console(highlight=False)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")]
 
-spec_app = typer.Typer(help="Check a spec, or print what a spec can say.", no_args_is_help=True)
+spec_app = typer.Typer(help="Check a spec, or print all keys of specs.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show_version(as_json: JsonOption = False) -> None:
-    """Show the versions of Moesaic and of what it runs on."""
+    """Show the versions of Moesaic and of its main dependencies."""
     found = about.versions()
     if as_json:
         print_json(found)
@@ -47,10 +47,11 @@ def show_version(as_json: JsonOption = False) -> None:
 def inspect_model(
     model: Annotated[str, typer.Argument(help="A folder, a hub id, or demo.")],
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the pool.")
+        Literal["bfloat16", "float16", "float32"],
+        typer.Option(help="Dtype of the experts in the pool."),
     ] = "bfloat16",
-    memory: Annotated[str, typer.Option(help="Of one host, as 16GB.")] = "16GB",
-    replicas: Annotated[int, typer.Option(min=1, help="Of each expert.")] = 1,
+    memory: Annotated[str, typer.Option(help="Memory of one host, like 16GB.")] = "16GB",
+    replicas: Annotated[int, typer.Option(min=1, help="Replicas of each expert.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's experts, their sizes, and how many hosts they need."""
@@ -105,10 +106,10 @@ def inspect_model(
 def check_spec(
     file: Annotated[Path, typer.Argument(help="A YAML file.")],
     as_json: Annotated[
-        bool, typer.Option("--json", help="The whole spec and the findings, as JSON.")
+        bool, typer.Option("--json", help="Print the whole spec and the findings as JSON.")
     ] = False,
 ) -> None:
-    """Check all that can be checked of a spec and its models before `up`, and start nothing."""
+    """Check a spec and its models as far as possible before `up`, and start nothing."""
     from ..cluster.spec.spec import load_spec
 
     spec = load_spec(file)
@@ -121,7 +122,7 @@ def check_spec(
         models = ", ".join(model.name for model in spec.models) or "no models"
         hosts = "host" if spec.num_hosts == 1 else "hosts"
         if not number:
-            what = "is a good spec" if not findings else "can be started"
+            what = "is valid" if not findings else "can be started"
             rest = f" ({said(findings)})" if findings else ""
             out.print(
                 f"{file} {what}{rest}: cluster {spec.name}, {spec.num_hosts} {hosts}, {models}"
@@ -151,7 +152,7 @@ def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:
 
 
 def _print_findings(findings: Sequence[Finding]) -> None:
-    """A line for each; on a terminal they are broken beside what they say, not below it."""
+    """Print a line for each finding; a terminal gets a table, which wraps within its column."""
     if not out.is_terminal:
         for finding in findings:
             print(f"{finding.severity}: {finding}")

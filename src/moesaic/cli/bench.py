@@ -30,17 +30,17 @@ def bench(
     url: UrlOption = None,
     model: ModelOption = None,
     concurrency: Annotated[
-        str, typer.Option(help="Requests at the same time, one run for each.")
+        str, typer.Option(help="Requests at the same time; one run for each number.")
     ] = "1,4,16",
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Of each run; four for each at the same time if not.")
+        int | None, typer.Option(min=1, help="Requests per run (default: 4 x concurrency).")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 32,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Of each answer, at most.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each answer.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")] = False,
 ) -> int:
-    """Load an endpoint for a moment and show how long tokens take."""
+    """Put a short load on an endpoint and show how long tokens take."""
     many = _numbers(concurrency)
     from ..bench import measure_load
 
@@ -71,7 +71,7 @@ def _numbers(text: str) -> list[int]:
         found = []
     if not found or min(found) < 1:
         raise typer.BadParameter(
-            f"{text!r}: numbers above 0 are expected, as 1,4,16", param_hint="--concurrency"
+            f"{text!r}: numbers above 0 are expected, like 1,4,16", param_hint="--concurrency"
         )
     return found
 

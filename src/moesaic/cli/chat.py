@@ -23,20 +23,22 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
-UrlOption = Annotated[str | None, typer.Option(help="An endpoint, in place of a cluster.")]
-ModelOption = Annotated[str | None, typer.Option(help="The first one served, if not given.")]
+UrlOption = Annotated[str | None, typer.Option(help="An endpoint's URL, instead of --name.")]
+ModelOption = Annotated[str | None, typer.Option(help="The model (default: the first one served).")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, max=2.0)]
-SeedOption = Annotated[int | None, typer.Option(help="The same text each time.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="The whole answer, as JSON.")]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Seed of sampling, for the same text each time.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")]
 
 BLOCK = '"""'
 HELP = f"""\
-/system TEXT  say how the model is to answer; without a text, nothing any more
-/reset        begin anew; the system prompt stays
-/help         this
-/exit         end, as Ctrl-D does
-A line that ends with \\ goes on in the next one; {BLOCK} begins and ends a text of many lines.
-Ctrl-C stops an answer, or drops what was typed."""
+/system TEXT  set the system prompt; without a text, remove it
+/reset        start a new conversation; the system prompt stays
+/help         print this help
+/exit         end, like Ctrl-D
+A line that ends with \\ continues in the next one; {BLOCK} begins and ends a text of many lines.
+Ctrl-C stops an answer, or drops the line being typed."""
 
 
 def register(app: typer.Typer) -> None:
@@ -46,18 +48,18 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     message: Annotated[
-        list[str] | None, typer.Argument(help="One message; without it, a conversation.")
+        list[str] | None, typer.Argument(help="One message (default: a conversation).")
     ] = None,
     name: NameOption = "local",
     url: UrlOption = None,
     model: ModelOption = None,
-    system: Annotated[str | None, typer.Option(help="How the model is to answer.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk to a model; the answer appears as it is made."""
+    """Talk to a model; the answer appears while it is generated."""
     if as_json and not message:
         raise typer.BadParameter("a message is needed", param_hint="--json")
     options: Options = {"max_tokens": max_tokens, "temperature": temperature}
@@ -76,12 +78,12 @@ def chat(
             talk.say(" ".join(message))
         else:
             if sys.stdin.isatty():
-                err.print(f"[dim]{options['model']} at {url}; /help says what there is[/dim]")
+                err.print(f"[dim]{options['model']} at {url}; /help lists the commands[/dim]")
             converse(talk)
 
 
 def complete(
-    prompt: Annotated[list[str], typer.Argument(help="The text that is to go on.")],
+    prompt: Annotated[list[str], typer.Argument(help="The text to continue.")],
     name: NameOption = "local",
     url: UrlOption = None,
     model: ModelOption = None,
@@ -90,7 +92,7 @@ def complete(
     seed: SeedOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a model go on with a text; it appears as it is made."""
+    """Let a model continue a text; it appears while it is generated."""
     options: Options = {"max_tokens": max_tokens, "temperature": temperature}
     if seed is not None:
         options["seed"] = seed
@@ -108,7 +110,7 @@ def complete(
 
 
 class Conversation:
-    """What was said so far, and how the model is to answer."""
+    """The messages so far, and the options of the next answer."""
 
     def __init__(self, client: Client, options: Options, system: str | None) -> None:
         self._client = client
@@ -117,7 +119,7 @@ class Conversation:
         self.instruct(system or "")
 
     def instruct(self, system: str) -> None:
-        """Another system prompt; empty: none."""
+        """Replace the system prompt; an empty one removes it."""
         said = [one for one in self.messages if one["role"] != "system"]
         self.messages = [{"role": "system", "content": system}, *said] if system else said
 
@@ -125,13 +127,16 @@ class Conversation:
         self.messages = [one for one in self.messages if one["role"] == "system"]
 
     def say(self, text: str) -> None:
-        """Print the answer as it comes. What failed, or was stopped before its first word, is not
-        kept. Raises MoesaicError and KeyboardInterrupt."""
+        """Send a message and print the answer while it is generated.
+
+        An exchange that failed, or was stopped before its first word, is not kept. Raises
+        MoesaicError and KeyboardInterrupt.
+        """
         asked = {"role": "user", "content": text}
         pieces: list[str] = []
         try:
             chunks = self._client.stream_chat([*self.messages, asked], **self._options)
-            # Closed at once when it is stopped: that ends the request.
+            # When the answer is stopped, closing the stream at once ends the request.
             with closing(chunks):  # pyright: ignore[reportArgumentType]  (it is a generator)
                 for chunk in chunks:
                     pieces.append(chunk.text)
@@ -148,11 +153,14 @@ class Conversation:
 
 
 def converse(talk: Conversation) -> None:
-    """Until /exit or the end of the input. Without a terminal a failed answer ends it: nobody is
-    there to ask again. Raises MoesaicError then."""
+    """Read messages and answer them until /exit or the end of the input.
+
+    Without a terminal a failed answer ends the conversation and raises MoesaicError, because
+    nobody is there to ask again.
+    """
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401  (lines can be edited, and come back)
+            import readline  # noqa: F401  (gives input() line editing and history)
     while True:
         try:
             text = _read()
@@ -174,7 +182,7 @@ def converse(talk: Conversation) -> None:
 
 
 def _command(talk: Conversation, text: str) -> bool:
-    """Whether the conversation goes on."""
+    """Carry out a command; return whether the conversation goes on."""
     command, _, rest = text.strip().partition(" ")
     match command:
         case "/exit" | "/quit":
@@ -186,12 +194,12 @@ def _command(talk: Conversation, text: str) -> bool:
         case "/help":
             err.print(HELP, markup=False)
         case _:
-            err.print(f"there is no {command}; /help says what there is", markup=False)
+            err.print(f"there is no {command}; /help lists the commands", markup=False)
     return True
 
 
 def _read() -> str:
-    """One message, which may have many lines. Raises EOFError where there is none."""
+    """Read one message, which may have many lines. Raises EOFError at the end of the input."""
     line = _line("you> ")
     if line.strip() == BLOCK:
         lines: list[str] = []
@@ -210,7 +218,7 @@ def _line(prompt: str) -> str:
         return input()
     if sys.stdout.isatty():
         return input(prompt)
-    # The answers go into a file: the prompt must not.
+    # Answers go into a file; the prompt must not.
     sys.stderr.write(prompt)
     sys.stderr.flush()
     return input()
@@ -221,7 +229,7 @@ def _show(chunk: Chunk) -> None:
 
 
 def url_of(name: str, url: str | None) -> str:
-    """``url``, or that of the cluster. Raises ClusterError."""
+    """Return ``url``, or the URL of the cluster ``name``. Raises ClusterError."""
     found = url or need_session(name).url
     if found is None:
         raise ClusterError(f"cluster {name!r} has no endpoint in its spec")

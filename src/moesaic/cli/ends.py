@@ -1,9 +1,9 @@
 """What SIGINT and SIGTERM do to the process that owns a cluster.
 
-The first one asks for an end: it interrupts a start, and ends a wait. The second one ends the
-process at once, whatever it is doing. Signals are counted by a thread, on the file descriptor that
-Python writes them to: the main thread may be inside of a library for long, and Ray takes SIGTERM
-over whenever it is initialised.
+The first signal asks for an end: it interrupts a start, and ends a wait. The second one ends the
+process at once, whatever it is doing. A thread counts the signals, on the file descriptor that
+Python writes them to, because the main thread may be inside a library for long, and because Ray
+replaces the handler of SIGTERM whenever it is initialised.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from typing import Self
 from .exit_codes import INTERRUPTED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What ends at once may have to ask a Ray that is not its own.
+# Ending at once may need remote calls to a Ray that the cluster does not own.
 AT_ONCE_S = 20.0
 
 
 class Ends:
-    """As a context of the main thread."""
+    """A context manager for the main thread that counts signals to end."""
 
     def __init__(
         self, at_once: Callable[[], None], *, leave: Callable[[int], None] = os._exit
     ) -> None:
-        """``at_once`` leaves nothing behind; it is called in another thread, and ``leave`` then."""
+        """Set what the second signal does.
+
+        It calls ``at_once`` in a thread of its own, which removes everything, and then ``leave``.
+        """
         self._at_once = at_once
         self._leave = leave
         self.asked = threading.Event()
@@ -57,19 +60,19 @@ class Ends:
         os.close(self._writer)
 
     def arm(self) -> None:
-        """To be called again whenever Ray may have taken a signal over."""
+        """Install the handlers; call it again whenever Ray may have replaced one."""
         for one in SIGNALS:
             signal.signal(one, self._on_signal)
 
     def only_ask(self) -> None:
-        """From now on the first signal interrupts nothing."""
+        """Let the first signal set ``asked`` and interrupt nothing, from now on."""
         self._interrupts = False
         self.arm()
 
     def _on_signal(self, signum: int, frame: object) -> None:
         self._handled += 1
         if self._handled > 1:
-            # The other thread is ending everything: nothing new begins here meanwhile.
+            # The other thread is ending everything; nothing new may begin here meanwhile.
             time.sleep(2 * AT_ONCE_S)
         elif self._interrupts:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What the command line's exit codes mean: the one place."""
+"""The only definition of the command line's exit codes and their meanings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ DONE, FAILED, USAGE, INTERRUPTED, NOBODY_READS = 0, 1, 2, 130, 141
 
 EXIT_CODES = {
     DONE: "done",
-    FAILED: "it failed; stderr says why in one line",
-    USAGE: "wrong usage: a command, an option or a value that there is not",
+    FAILED: "failed; stderr says why in one line",
+    USAGE: "wrong usage: an unknown command, option or value",
     INTERRUPTED: "ended by Ctrl-C",
-    NOBODY_READS: "whoever read the output went away",
+    NOBODY_READS: "the reader of the output closed it",
 }
 EPILOG = "Exit codes: " + "; ".join(f"{code} {why}" for code, why in EXIT_CODES.items()) + "."

@@ -39,7 +39,7 @@ def up(
         bool, typer.Option("--detach", "-d", help="Return when it answers; `down` ends it.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="How to reach it, as JSON, when it answers.")
+        bool, typer.Option("--json", help="Print how to reach it as JSON, when it answers.")
     ] = False,
     progress_fd: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
@@ -57,7 +57,7 @@ def down(
     name: NameOption = "local",
     timeout: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Seconds to wait; without: endpoint.drain_s and a minute."),
+        typer.Option(min=0.0, help="Seconds to wait (default: endpoint.drain_s and a minute)."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,7 +65,7 @@ def down(
     from ..handle import connect
 
     cluster = connect(name)
-    with err.status(f"ending cluster {name}: what runs has at most {cluster.drain_s:g} s"):
+    with err.status(f"ending cluster {name}: running requests have {cluster.drain_s:g} s"):
         cluster.down(timeout)
     print_json({"name": name, "ended": True}) if as_json else err.print(f"cluster {name} is down")
 
@@ -75,7 +75,7 @@ def status(
     name: NameOption = "local",
     as_json: JsonOption = False,
 ) -> None:
-    """Show hosts, models, the placement and what is not protected."""
+    """Show hosts, models, the placement and which experts are not protected."""
     from .show import print_status, read_status
 
     values = read_status(name)
@@ -89,19 +89,21 @@ def status(
 def upcycle(
     dense: Annotated[str, typer.Argument(help="A llama or mistral folder, or a GGUF file.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    experts: Annotated[int, typer.Option(help="Experts of each layer.")] = 8,
-    top_k: Annotated[int, typer.Option(help="Experts of each token.")] = 2,
-    noise: Annotated[float, typer.Option(help="In standard deviations of each matrix.")] = 0.05,
+    experts: Annotated[int, typer.Option(help="Experts in each layer.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts for each token.")] = 2,
+    noise: Annotated[
+        float, typer.Option(help="Noise on the experts, in standard deviations of each matrix.")
+    ] = 0.05,
     gate: Annotated[str, typer.Option(help="random, or kmeans over --text.")] = "random",
     text: Annotated[
-        list[Path] | None, typer.Option(help="A text file: one corpus. May be given many times.")
+        list[Path] | None, typer.Option(help="A text file, as one corpus; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the weights on disk.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights on disk.")] = "float32",
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds files.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a Mixture-of-Experts checkpoint out of a dense one (sparse upcycling)."""
+    """Make a Mixture-of-Experts checkpoint of a dense one (sparse upcycling)."""
     from ..models.upcycling.upcycle import upcycle as make
     from .progress import bars
 
@@ -135,14 +137,14 @@ app.command()(simulate)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; a mistake of the user's never shows a traceback."""
+    """Run a command; a user's mistake never shows a traceback."""
     try:
         result: Any = app(args=argv, standalone_mode=False)
         return result if isinstance(result, int) else DONE
     except MoesaicError as error:
         return _failed(error)
     except BrokenPipeError:
-        # What is still in the buffer must not fail again when Python ends.
+        # Python flushes stdout when it ends; that must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOBODY_READS
     except OSError as error:
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except Exception as error:
-        # Wrong usage, as typer knows it.
+        # Typer's own errors of usage can show themselves.
         show = getattr(error, "show", None)
         if show is None:
             raise
@@ -159,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _failed(error: Exception) -> int:
-    # Not wrapped: whoever searches in it finds what it says.
+    # Not wrapped, so that programs and people can search for words in it.
     err.print(f"[red]error:[/red] {escape(_words(error))}", highlight=False, soft_wrap=True)
     return FAILED
 

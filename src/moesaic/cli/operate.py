@@ -22,14 +22,12 @@ NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in i
 JsonOption = Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")]
 BudgetOption = Annotated[
     str | None,
-    typer.Option(help='The most that may be loaded for balance: replicas, or bytes ("4GB").'),
+    typer.Option(help='Most replicas, or bytes ("4GB"), to load for balance.'),
 ]
-ModelOption = Annotated[
-    str | None, typer.Option(help="The model; needed where several are served.")
-]
+ModelOption = Annotated[str | None, typer.Option(help="The model; needed if several are served.")]
 LayerArgument = Annotated[int, typer.Argument(help="The layer's number.", min=0)]
 ExpertArgument = Annotated[int, typer.Argument(help="The expert's number.", min=0)]
-TimeoutOption = Annotated[float, typer.Option(help="Seconds to wait for it to be done.")]
+TimeoutOption = Annotated[float, typer.Option(help="Seconds to wait until it is done.")]
 HostArgument = Annotated[str, typer.Argument(help="The host's name.")]
 
 
@@ -62,7 +60,7 @@ def rebalance(
     budget: BudgetOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show hosts and experts meanwhile.")
+        bool, typer.Option("--watch", help="Show hosts and experts meanwhile, like `top`.")
     ] = False,
     timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
@@ -82,17 +80,17 @@ def rebalance(
 
 
 def rollback(
-    change: Annotated[int | None, typer.Argument(help="Its id; without it, the last one.")] = None,
+    change: Annotated[int | None, typer.Argument(help="The change's id (default: last).")] = None,
     name: NameOption = "local",
     as_json: JsonOption = False,
 ) -> None:
-    """Go back to what stood before a change."""
+    """Return to the placement before a change."""
     done = connect(name).rollback(change)
     print_json(done) if as_json else _print_changes([done])
 
 
 def history(name: NameOption = "local", as_json: JsonOption = False) -> None:
-    """Show the last changes: who, why, what they were to bring, how they ended."""
+    """Show the last changes: who, why, their predicted and measured effect, how they ended."""
     found = connect(name).history()
     print_json(found) if as_json else _print_changes(found)
 
@@ -100,13 +98,15 @@ def history(name: NameOption = "local", as_json: JsonOption = False) -> None:
 def replicate(
     layer: LayerArgument,
     expert: ExpertArgument,
-    replicas: Annotated[int, typer.Option("--replicas", "-n", min=1, help="At least so many.")],
+    replicas: Annotated[
+        int, typer.Option("--replicas", "-n", min=1, help="Least number of replicas.")
+    ],
     model: ModelOption = None,
     name: NameOption = "local",
     timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Keep at least so many replicas of an expert; 1 takes the wish back."""
+    """Set the least number of replicas of an expert; 1 cancels it."""
     cluster = connect(name)
     change = cluster.replicate(_model(cluster, model), layer, expert, replicas)
     _carry_out(cluster, change, timeout, as_json)
@@ -136,7 +136,7 @@ def unpin(
     timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Take a pin back."""
+    """Cancel a pin."""
     cluster = connect(name)
     change = cluster.unpin(_model(cluster, model), layer, expert, host)
     _carry_out(cluster, change, timeout, as_json)
@@ -148,7 +148,7 @@ def drain(
     timeout: TimeoutOption = 300.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Move all experts off a host, without a request noticing; `undrain` cancels it."""
+    """Move all experts off a host while requests go on; `undrain` cancels it."""
     cluster = connect(name)
     with err.status(f"moving experts off {host}"):
         left = cluster.drain(host, timeout)
@@ -174,13 +174,13 @@ def undrain(
 
 
 def scale(
-    hosts: Annotated[int, typer.Argument(help="How many hosts the group is to have.", min=1)],
-    group: Annotated[int, typer.Option(min=0, help="The group's place in the spec's hosts.")] = 0,
+    hosts: Annotated[int, typer.Argument(help="The new number of hosts in the group.", min=1)],
+    group: Annotated[int, typer.Option(min=0, help="The group's index in the spec's hosts.")] = 0,
     name: NameOption = "local",
     timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a group have so many hosts, and wait until it has; hosts that leave are drained first."""
+    """Set the number of hosts of a group and wait; hosts that leave are drained first."""
     cluster = connect(name)
     with err.status(f"scaling group {group} to {hosts} hosts") as line:
         done = cluster.scale(
@@ -190,7 +190,7 @@ def scale(
 
 
 def _budget(text: str | None) -> int | str | None:
-    """Replicas as a number, bytes as they are."""
+    """Return a number of replicas as an int, bytes as they are."""
     if text is None or text.isdecimal():
         return None if text is None else int(text)
     from ..cluster.spec.text import bytes_of
@@ -222,7 +222,7 @@ def _carry_out(
     *,
     watch: bool = False,
 ) -> None:
-    """Show a bar until a change has ended, and then how; with ``watch`` what `top` shows, too."""
+    """Show a bar until a change has ended, and then how; ``watch`` also shows what `top` does."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     bars = Progress(*columns, console=err)
     bar = bars.add_task("loading replicas", total=change["moves"])
@@ -261,7 +261,7 @@ def _print_plan(found: dict[str, Any]) -> None:
         out.print("no model is served")
         return
     if found["moves"]:
-        moves = Table("expert", "to", "in the place of", "size", "why")
+        moves = Table("expert", "to", "replaces", "size", "why")
         for move in found["moves"]:
             moves.add_row(
                 f"{move['model']} layer {move['layer']} expert {move['expert']}",
@@ -290,7 +290,7 @@ def _print_plan(found: dict[str, Any]) -> None:
 
 
 def _measured(found: dict[str, Any] | None) -> str:
-    """Balancedness of the load behind a change: without it, and with it."""
+    """Return the balancedness after a change: for the placement without it, and with it."""
     if found is None:
         return ""
     return f"\nmeasured: {found['balancedness_unchanged']} -> {found['balancedness']}"

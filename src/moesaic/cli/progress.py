@@ -1,4 +1,4 @@
-"""Progress bars for whatever takes long, and the same progress as lines for another process."""
+"""Progress bars for long operations, and the same progress as lines for another process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..proto.errors import MoesaicError, from_wire
 
-# (what is being done, done, of how many)
+# (name of the step, done, total)
 Report = Callable[[str, int, int], None]
 
 
 @contextmanager
 def bars(console: Console) -> Iterator[Report]:
-    """One bar for each step, in the order in which the steps are first reported."""
+    """Show one bar for each step, in the order in which the steps are first reported."""
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(bar_width=28),
@@ -40,8 +40,10 @@ def bars(console: Console) -> Iterator[Report]:
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Progress, warnings and the error that ends it, as JSON lines for a process that shows them
-    (`read_lines`)."""
+    """Progress, warnings and the final error as JSON lines.
+
+    The process that shows them reads them with `read_lines`.
+    """
 
     fd: int
 
@@ -61,7 +63,7 @@ class Lines:
 def read_lines(
     lines: Iterable[str], report: Report, warn: Callable[[str], None]
 ) -> MoesaicError | None:
-    """Pass on what `Lines` wrote; gives the error."""
+    """Pass on what `Lines` wrote, and return its error."""
     failed = None
     for line in lines:
         match json.loads(line):

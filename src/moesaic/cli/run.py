@@ -28,8 +28,10 @@ err = Console(stderr=True, highlight=False)
 
 
 def run_foreground(path: Path, progress_fd: int, *, as_json: bool = False) -> None:
-    """Start the cluster, say how to reach it, stay until SIGINT or SIGTERM, and let what runs come
-    to its end. A second signal ends it at once, in every phase."""
+    """Start the cluster, print how to reach it, and stay until SIGINT or SIGTERM.
+
+    Running requests may finish then. A second signal ends the cluster at once, in every phase.
+    """
     spec = load_spec(path)
     with Ends(lambda: _end_at_once(spec)) as ends:
         cluster: Cluster | None = None
@@ -42,14 +44,15 @@ def run_foreground(path: Path, progress_fd: int, *, as_json: bool = False) -> No
             ends.asked.wait()
             err.print("ending ...")
         except (KeyboardInterrupt, SystemExit):
-            # Ray's handler of SIGTERM raises the latter.
+            # Ray's handler of SIGTERM raises SystemExit.
             raise KeyboardInterrupt from None
         finally:
             ends.only_ask()
             if cluster is not None:
                 cluster.down(told=_warn)
             elif ends.asked.is_set():
-                # It may have been interrupted between two steps, so that nobody owned the last one.
+                # The start may have been interrupted between two steps, when nothing owned what
+                # the last step made.
                 _sweep(spec)
 
 
@@ -77,17 +80,17 @@ def _start(spec: Spec, progress_fd: int, ends: Ends) -> Cluster:
 
 
 def _sweep(spec: Spec) -> None:
-    """What is left of a start."""
+    """Remove what is left of a start."""
     from ..actors.serve.end_at_once import end_at_once
 
     with ExitStack() as last_first:
-        # Behind the session: what of Ray is in this process may end it when its Ray is gone.
+        # After the session: Ray's code in this process may end the process when its Ray is gone.
         last_first.callback(end_at_once, spec)
         last_first.callback(remove_own_session, spec.name)
 
 
 def _end_at_once(spec: Spec) -> None:
-    """In a thread beside one that may be anywhere, and that will not go on."""
+    """Sweep, in a thread of its own: the main thread may be anywhere, and will not go on."""
     err.print("ending at once")
     _sweep(spec)
 
@@ -136,7 +139,7 @@ def print_address(name: str, url: str | None, models: list[str]) -> None:
 
 
 def _program() -> str:
-    """How this program was called, so that the line printed works as it is."""
+    """Return how this program was called, so that the printed line works as it is."""
     called = Path(sys.argv[0])
     return str(called) if called.name == "moesaic" and os.sep in sys.argv[0] else "moesaic"
 
@@ -178,8 +181,10 @@ def run_detached(path: Path, *, as_json: bool = False) -> None:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Wait until a start that is given up has been undone; another Ctrl-C does not wait for that,
-    and a third one not for the process."""
+    """Wait until a cancelled start has been undone.
+
+    Another Ctrl-C ends the start at once; a third one does not wait for the process either.
+    """
     child.terminate()
     try:
         child.wait()

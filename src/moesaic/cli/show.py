@@ -14,8 +14,10 @@ out = Console(highlight=False)
 
 
 def read_status(name: str) -> dict[str, Any]:
-    """The cluster's own words; over HTTP where it has an endpoint that is monitored, which is
-    quicker, and says more."""
+    """Read the cluster's status.
+
+    Over HTTP if it has a monitoring address, which is faster and also has the engines' figures.
+    """
     session = need_session(name)
     found = {"name": name, "url": session.url, "monitoring": session.monitoring}
     if session.monitoring is not None:

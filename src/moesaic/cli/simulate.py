@@ -31,63 +31,69 @@ _LAST_EVENTS = 25
 def simulate(
     faults: Annotated[
         int | None,
-        typer.Option(min=0, help="Break a simulated pool in the ways of this seed, and check it."),
+        typer.Option(min=0, help="Check a simulated pool under random faults of this seed."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="With --faults: so many seeds from it on.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="With --faults: number of seeds.")] = 1,
     seconds: Annotated[
         float, typer.Option(min=0.1, help="With --faults: simulated seconds of faults.")
     ] = 12.0,
     trace: Annotated[
-        Path | None, typer.Option(help="Loads that `moesaic record` wrote, in place of made ones.")
+        Path | None, typer.Option(help="Loads from `moesaic record` (default: generated loads).")
     ] = None,
     shifting: Annotated[
-        bool, typer.Option("--day", help="Traffic of four domains that shifts over 24 hours.")
+        bool, typer.Option("--day", help="Generate 24 hours of traffic that shifts over 4 domains.")
     ] = False,
-    sigma: Annotated[float, typer.Option(min=0.0, max=5.0, help="Skew of made loads.")] = 1.0,
+    sigma: Annotated[float, typer.Option(min=0.0, max=5.0, help="Skew of generated loads.")] = 1.0,
     drift: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Of made loads, from window to window.")
+        float, typer.Option(min=0.0, max=1.0, help="Drift of generated loads, per window.")
     ] = 0.2,
-    windows: Annotated[int, typer.Option(min=2, help="Of made loads.")] = 24,
-    window: Annotated[float, typer.Option(min=1.0, help="Seconds of one, of made loads.")] = 60.0,
-    layers: Annotated[int, typer.Option(min=1, help="Of made loads.")] = 8,
-    experts: Annotated[int, typer.Option(min=2, help="Of each layer, of made loads.")] = 64,
+    windows: Annotated[int, typer.Option(min=2, help="Windows of generated loads.")] = 24,
+    window: Annotated[
+        float, typer.Option(min=1.0, help="Seconds per window of generated loads.")
+    ] = 60.0,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of generated loads.")] = 8,
+    experts: Annotated[
+        int, typer.Option(min=2, help="Experts of each layer of generated loads.")
+    ] = 64,
     hosts: Annotated[
-        int | None, typer.Option(min=2, help="8, or as many as were recorded.")
+        int | None, typer.Option(min=2, help="Hosts (default: those of the trace, else 8).")
     ] = None,
     slots: Annotated[
-        int | None, typer.Option(min=1, help="Of each layer on a host; a quarter to spare if not.")
+        int | None,
+        typer.Option(min=1, help="Slots per layer and host (default: a quarter to spare)."),
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="Windows between DeepSeek's plans.")] = 4,
     budget: Annotated[
         float, typer.Option(min=0.001, max=1.0, help="Part of all replicas that ours may move.")
     ] = 0.05,
-    expert_mb: Annotated[float, typer.Option(min=0.001, help="Size of one expert.")] = 44.0,
+    expert_mb: Annotated[float, typer.Option(min=0.001, help="Size of one expert in MB.")] = 44.0,
     rate: Annotated[float, typer.Option(min=0.001, help="MB/s that one host loads.")] = 200.0,
     utilisation: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Of made loads: how busy hosts are.")
+        float, typer.Option(min=0.01, max=1.0, help="How busy hosts are with generated loads.")
     ] = 0.8,
-    slo: Annotated[float, typer.Option(min=0.0, help="Seconds that a queue may take.")] = 0.1,
-    seed: Annotated[int, typer.Option(min=0, help="Of made loads.")] = 0,
+    slo: Annotated[
+        float, typer.Option(min=0.0, help="Seconds of queue above which a window is missed.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of generated loads.")] = 0,
     swing: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="With --day: how far traffic is off its mean.")
+        float, typer.Option(min=0.0, max=1.0, help="With --day: swing of traffic about its mean.")
     ] = 0.3,
     spec: Annotated[
         Path | None,
-        typer.Option(help="Let hosts come and go by a spec's first host group and `autoscale`."),
+        typer.Option(help="Scale hosts by a spec's first host group and its `autoscale`."),
     ] = None,
     min_hosts: Annotated[
-        int | None, typer.Option(min=1, help="Let the autoscaler have so few hosts.")
+        int | None, typer.Option(min=1, help="Fewest hosts of the autoscaler.")
     ] = None,
     max_hosts: Annotated[
-        int | None, typer.Option(min=1, help="Let the autoscaler have so many hosts.")
+        int | None, typer.Option(min=1, help="Most hosts of the autoscaler.")
     ] = None,
     start: Annotated[
-        float, typer.Option(min=0.0, help="Seconds that a new host takes to come.")
+        float, typer.Option(min=0.0, help="Seconds until a new host is there.")
     ] = 60.0,
     as_json: JsonOption = False,
 ) -> int:
-    """Compare placements on loads, recorded or made; or, with --faults, check what the pool
-    promises under random faults."""
+    """Compare placements on recorded or generated loads, or check the pool under random faults."""
     if faults is not None:
         return _check_seeds(faults, seeds, seconds, as_json)
     from ..cluster.comparison.compare import compare, control_policy, host_speed, pool_of
@@ -173,7 +179,7 @@ def _make(
 
 
 def _shapes(loads: Trace, expert_mb: float) -> list[ModelShape]:
-    """The models of a trace."""
+    """Return the models of a trace."""
     from ..cluster.placement import ModelShape
 
     layers: dict[str, dict[int, int]] = defaultdict(dict)
@@ -188,7 +194,7 @@ def _shapes(loads: Trace, expert_mb: float) -> list[ModelShape]:
 def _elastic(
     spec: Path | None, min_hosts: int | None, max_hosts: int | None, start_s: float, count: int
 ) -> Elastic | None:
-    """How the pool may grow and shrink; None where nothing is said of that."""
+    """Return how the pool may grow and shrink; None if no option says so."""
     from ..cluster.comparison.elastic_placement import Elastic
     from ..cluster.spec.spec import Spec, load_spec
 
@@ -232,7 +238,7 @@ def _print_figures(found: list[Figures]) -> None:
 
 
 def _check_seeds(first: int, seeds: int, seconds: float, as_json: bool) -> int:
-    """1 if an invariant was broken."""
+    """Run the seeds; return 1 if an invariant was broken, else 0."""
     from ..cluster.simulator.run import run_seed
 
     runs: list[SeedRun] = []

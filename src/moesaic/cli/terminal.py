@@ -1,6 +1,6 @@
-"""What commands share of their terminal: JSON on stdout, and Ctrl-C as an event.
+"""What commands share: JSON on stdout, and Ctrl-C as an event.
 
-As an exception Ctrl-C may be raised inside a library, and be lost there.
+Ctrl-C as an exception may be raised inside a library, and be lost there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 @contextmanager
 def until_ctrl_c() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, in place of what it does otherwise."""
+    """Give an event that Ctrl-C sets, instead of raising KeyboardInterrupt."""
     stop = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:

@@ -1,4 +1,4 @@
-"""`moesaic top`: what goes on in a cluster, again and again."""
+"""`moesaic top`: a live view of a cluster."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in i
 
 def top(
     name: NameOption = "local",
-    once: Annotated[bool, typer.Option("--once", help="One look, and no more.")] = False,
-    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
-    experts: Annotated[int, typer.Option(min=0, help="How many of the hottest experts.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="One look as JSON.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two views.")] = 1.0,
+    experts: Annotated[int, typer.Option(min=0, help="Number of hottest experts shown.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one view as JSON.")] = False,
 ) -> None:
     """Watch hosts, the hottest experts and how evenly the load is spread; Ctrl-C ends it."""
     cluster = connect(name)
@@ -55,7 +55,10 @@ def _watch(look: Callable[[], RenderableType], interval_s: float, stop: threadin
 
 
 def _look(name: str, cluster: Cluster, experts: int) -> RenderableType:
-    """A frame, or why there is none now: a controller comes back, an ended cluster does not."""
+    """Return a frame, or the reason for having none at the moment.
+
+    A controller comes back; an ended cluster does not, and its error is raised.
+    """
     try:
         return frame(name, cluster.top(experts))
     except ClusterError as error:
@@ -65,7 +68,7 @@ def _look(name: str, cluster: Cluster, experts: int) -> RenderableType:
 
 
 def frame(name: str, seen: dict[str, Any]) -> RenderableType:
-    """What `Cluster.top` gave, for people."""
+    """Render what `Cluster.top` returned."""
     placement = seen["placement"]
     number = "nothing placed" if placement is None else "placement {}, {}".format(*placement)
     words = [
@@ -112,7 +115,7 @@ def _hosts(hosts: list[dict[str, Any]]) -> Table:
 
 
 def _experts(experts: list[dict[str, Any]]) -> list[Table]:
-    """One table, or none where nothing is hot."""
+    """Return one table, or none if no expert has load."""
     if not experts:
         return []
     table = Table("model", "layer", "expert")

@@ -31,13 +31,13 @@ def register(app: typer.Typer) -> None:
 
 
 def experts(
-    model: Annotated[str | None, typer.Option(help="Of this model alone.")] = None,
-    layer: Annotated[int | None, typer.Option(min=0, help="Of this layer alone.")] = None,
-    hot: Annotated[int | None, typer.Option(min=1, help="The hottest so many.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only experts of this model.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Only experts of this layer.")] = None,
+    hot: Annotated[int | None, typer.Option(min=1, help="Only so many hottest experts.")] = None,
     name: NameOption = "local",
     as_json: Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")] = False,
 ) -> None:
-    """Show where experts stand, what load they have and what was wished for them."""
+    """Show the hosts, load, pins and requested replicas of experts."""
     found = connect(name).experts(model, layer, hot=hot)
     print_json(found) if as_json else _print_experts(found)
 
@@ -70,17 +70,17 @@ def _print_experts(found: list[dict[str, Any]]) -> None:
 def logs(
     kinds: Annotated[
         list[str] | None,
-        typer.Argument(help=f"Whose: {', '.join(KINDS)}; without, those of all."),
+        typer.Argument(help=f"Kinds of processes: {', '.join(KINDS)} (default: all)."),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Of this host alone.")] = None,
+    host: Annotated[str | None, typer.Option(help="Only this host.")] = None,
     tail: Annotated[int, typer.Option(min=0, help="Last lines of each process.")] = 100,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with what comes, until Ctrl-C.")
+        bool, typer.Option("--follow", "-f", help="Also print new lines, until Ctrl-C.")
     ] = False,
     name: NameOption = "local",
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON object for each line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per line.")] = False,
 ) -> None:
-    """Show what the cluster's processes on this machine printed, those of dead ones too."""
+    """Show what the cluster's processes on this machine printed, dead processes included."""
     wanted: list[Kind] = [_kind(kind) for kind in kinds or ()]
     with until_ctrl_c() as stop:
         session = logged_session(name)
@@ -101,14 +101,14 @@ def _kind(text: str) -> Kind:
 def record(
     out: Annotated[Path, typer.Argument(help="The file to write.")],
     name: NameOption = "local",
-    seconds: Annotated[float, typer.Option(help="How long.")] = 60.0,
-    window: Annotated[float, typer.Option(help="Seconds of one window; at least 1.")] = 1.0,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="What was recorded, as JSON.")] = False,
+    seconds: Annotated[float, typer.Option(help="Seconds to record.")] = 60.0,
+    window: Annotated[float, typer.Option(help="Seconds per window; at least 1.")] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Record the load of all experts and hosts, for `simulate`; Ctrl-C ends it early."""
     if out.exists() and not force:
-        raise CheckpointError(f"{out}: is there already; --force replaces it")
+        raise CheckpointError(f"{out}: already exists; --force replaces it")
     if not out.resolve().parent.is_dir():
         raise CheckpointError(f"{out}: there is no folder {out.resolve().parent}")
     cluster = connect(name)

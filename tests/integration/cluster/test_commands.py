@@ -188,7 +188,7 @@ def test_logs_of_a_host_that_died(pool: Cluster, capsys: Capture) -> None:
     assert {line.kind for line in pool.logs()} == {"controller", "ingress", "trunk", "host"}
     assert {line.name for line in pool.logs(["trunk"])} == {"m"}
     assert main(["logs", "--host", "host-7", "--name", pool.name]) == 1
-    assert "'host-7' is on this machine, but of host-0, host-1" in capsys.readouterr().err
+    assert "no log of 'host-7'; it has logs of host-0, host-1" in capsys.readouterr().err
 
 
 def test_a_model_that_there_is_not(pool: Cluster, capsys: Capture) -> None:

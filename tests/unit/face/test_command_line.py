@@ -101,13 +101,13 @@ WRONG = [
     (["scale", "0"], 2, "'hosts'"),
     (["scale", "2"], 1, GONE),
     (["record", "trace"], 1, GONE),
-    (["record", "folder"], 1, "is there already"),
+    (["record", "folder"], 1, "already exists"),
     (["record", "none/trace"], 1, "there is no folder"),
     # the endpoint
     (["chat", "hi"], 1, GONE),
     (["chat", "hi", "--url", NOBODY], 1, "cannot be reached"),
-    (["chat", "hi", "--url", "nonsense"], 1, "'nonsense' is no address of an endpoint"),
-    (["bench", "--url", "http://x:y"], 1, "'http://x:y' is no address of an endpoint"),
+    (["chat", "hi", "--url", "nonsense"], 1, "'nonsense' is not an endpoint's address"),
+    (["bench", "--url", "http://x:y"], 1, "'http://x:y' is not an endpoint's address"),
     (["chat", "--json"], 2, "a message is needed"),
     (["complete", "hi", "--url", NOBODY, "--model", "m"], 1, "cannot be reached"),
     (["complete"], 2, "Missing argument"),
@@ -337,7 +337,7 @@ def test_logs_of_processes_that_live_and_that_are_dead(session: Session) -> None
 
 
 def test_logs_that_there_are_not(session: Session) -> None:
-    with pytest.raises(ClusterError, match="'host-5' is on this machine, but of host-0"):
+    with pytest.raises(ClusterError, match="no log of 'host-5'; it has logs of host-0"):
         read(session, host="host-5")
     with pytest.raises(ClusterError, match="no log of trunk"):
         read(session, "trunk")

@@ -175,11 +175,11 @@ def test_kind_mode_and_folder_are_looked_at() -> None:
     assert "is a symbolic link" in reason()
     file().unlink()
     os.mkfifo(file(), 0o600)
-    assert "no regular file; remove it" in reason()  # and is not waited for
+    assert "not a regular file; remove it" in reason()  # and is not waited for
     file().unlink()
     file().mkdir(mode=0o700)
-    assert "no regular file; remove it" in reason()
-    with pytest.raises(ClusterError, match="no regular file"):
+    assert "not a regular file; remove it" in reason()
+    with pytest.raises(ClusterError, match="not a regular file"):
         need_session("c")
 
 
@@ -263,7 +263,7 @@ def test_what_is_no_json_is_told_and_kept() -> None:
     file().write_text("{")
     assert "remove the file" in reason()
     file().write_text("[]")
-    assert "it is no JSON object" in reason()
+    assert "it is not a JSON object" in reason()
     file().write_text('{"name": "c"}')
     assert "missing" in reason()
     file().write_bytes(b"\xff" * 10)

@@ -274,7 +274,7 @@ def test_files_that_are_not_there_or_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
         write_trace(tmp_path / "none" / "trace", some_trace())
     (tmp_path / "text").write_text(json.dumps(GOOD_META))
-    with pytest.raises(CheckpointError, match="no trace"):
+    with pytest.raises(CheckpointError, match="not a trace"):
         read_trace(tmp_path / "text")
 
 

@@ -493,7 +493,7 @@ def test_spec_check_and_inspect(folder: Path, tmp_path: Path, capsys: Capture) -
     file = tmp_path / "spec.yaml"
     file.write_text(f"models: [{{name: m, path: {folder}}}]\nendpoint: {{port: 0}}\n")
     assert main(["spec", "check", str(file)]) == 0
-    assert "is a good spec: cluster local, 2 hosts, m" in " ".join(capsys.readouterr().out.split())
+    assert "is valid: cluster local, 2 hosts, m" in " ".join(capsys.readouterr().out.split())
     (folder / TEMPLATE).unlink()
     assert main(["spec", "check", str(file)]) == 0
     said_ = capsys.readouterr()
