@@ -331,7 +331,12 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("http-path", http(ASKED | {"model": "../../etc/passwd"}), UnknownModel, "'../../etc/passwd'"),
     ("http-field", http(ASKED | {"colour": 1}), RequestError, "unknown parameter 'colour'"),
     ("http-type", http(ASKED | {"max_tokens": "2"}), RequestError, "max_tokens: input should be"),
-    ("http-prompt", http(ASKED | {"prompt": [5] * 3000}), RequestError, "has 3000 tokens; 255"),
+    (
+        "http-prompt",
+        http(ASKED | {"prompt": [5] * 3000}),
+        RequestError,
+        "has 3000 tokens; at most 255",
+    ),
     ("http-id", http(ASKED | {"prompt": [5, 320]}), RequestError, "token id 320"),
     ("http-negative", http(ASKED | {"prompt": [-1]}), RequestError, "token id -1"),
     ("http-empty", http(ASKED | {"prompt": []}), RequestError, "prompt: must be a string, a list"),
