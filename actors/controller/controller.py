@@ -25,6 +25,7 @@ from ...cluster.control.policy import ControlPolicy
 from ...cluster.control.pool_view import Observation, without
 from ...cluster.control.watchdog import Watchdog
 from ...cluster.load.meter import LoadReport
+from ...cluster.load.trace import LoadTotals
 from ...cluster.placement import LayerKey, ModelRef, ModelShape, Placement
 from ...cluster.planner.plan import FleetGroup
 from ...cluster.scaling.fleet import Fleet
@@ -37,9 +38,11 @@ from ..runtime.cluster_secret import secret_of
 from ..runtime.durable_state import claim_term, kept_asleep, kept_fleet, kept_wishes
 from ..runtime.process_labels import announce
 from ..runtime.ray_border import cluster_of
+from .host_actors import HostActors
 from .host_polling import Looks, Seen
 from .operations import Operations
-from .overview import Overview
+from .overview import LoopState, Overview
+from .sizing import Sizing
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ LOAD_TIMEOUT_S = 600.0
 SETTLE_S = 60.0
 
 
-class Controller(Operations, Overview):
+class Controller:
     """The controller of one cluster; it runs as an asyncio Ray actor."""
 
     def __init__(
@@ -65,41 +68,46 @@ class Controller(Operations, Overview):
         router: tuple[str, float] | None = None,
     ) -> None:
         """Start the control loop; ``router``: the router service's address and start time limit."""
-        super().__init__()
         announce("controller", "controller", cluster_of(namespace))
         self._namespace = namespace
         self._wake = asyncio.Event()  # set when the loop should tick soon
-        self._resized = asyncio.Event()
         self._term = claim_term(namespace)
-        self._fleet = Fleet(
+        fleet = Fleet(
             groups, autoscale.policy, pending_s=autoscale.pending_s, kept=kept_fleet(namespace)
         )
-        self._control = Control(self._fleet.pool_hosts(), term=self._term, policy=policy)
-        self._fleet.take_over(self._control)
+        self._control = Control(fleet.pool_hosts(), term=self._term, policy=policy)
+        fleet.take_over(self._control)
         self._control.wish(kept_wishes(namespace))
-        self._kept_asleep = kept_asleep(namespace)
-        self._control.sleep.keep_asleep(self._kept_asleep)
-        self._arriving: dict[str, asyncio.Task[bool]] = {}
-        self._kept_version, self._owner_asked = -1, time.monotonic()
+        self._control.sleep.keep_asleep(kept_asleep(namespace))
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
         for ref, shape in models:
             self._adopt(ref, shape)
-        self._handles: dict[str, Any] = {}
-        self._reports: dict[str, HostReport] = {}
-        self._states: dict[str, str] = {}
-        self._errors: dict[str, str] = {}
+        self._hosts = HostActors(namespace)
         self._looks = Looks(self._observe, self._wake.set)
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
         self._evictions: dict[str, int] = defaultdict(int)  # count of ended ones, by host
         self._published = asyncio.Condition()
-        self._ticks = 0
-        self._tick_error = self._plan_error = ""
+        self._state = LoopState()
         self._planning: asyncio.Task[None] | None = None
         self._watchdog = Watchdog(self._control, time.monotonic())
-        self._service = None if router is None else ServiceWatch(namespace, *router)
-        self._loop = asyncio.get_running_loop().create_task(self._run())
-        self._watching = asyncio.get_running_loop().create_task(self._watch())
+        self._sizing = Sizing(self._control, fleet, namespace, self._wake.set)
+        self._operations = Operations(self._control, namespace, self._wake.set)
+        self._overview = Overview(
+            control=self._control,
+            hosts=self._hosts,
+            sizing=self._sizing,
+            watchdog=self._watchdog,
+            service=None if router is None else ServiceWatch(namespace, *router),
+            models=self._models,
+            loop=self._state,
+            term=self._term,
+        )
+        loop = asyncio.get_running_loop()
+        self._loop = loop.create_task(self._run())
+        self._watching = loop.create_task(
+            self._overview.watch(namespace, lambda: self._looks.quiet)
+        )
 
     # ---- called by others -----------------------------------------------------------------------
 
@@ -140,8 +148,8 @@ class Controller(Operations, Overview):
         except ValueError as error:
             raise ClusterError(str(error)) from error
         if ref.path is None:
-            for host in self._reports:
-                asked = self._handle(host).add_models.remote([(ref, shape)])
+            for host in self._hosts.reports:
+                asked = self._hosts.handle(host).add_models.remote([(ref, shape)])
                 try:
                     await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
                 except TimeoutError:
@@ -151,10 +159,10 @@ class Controller(Operations, Overview):
         granted = []
         for host in self._control.view.hosts:
             keys = [key for key in self._control.wanted(host) if key.model == ref.name]
-            if keys and host not in self._reports:
+            if keys and host not in self._hosts.reports:
                 raise ClusterError(f"{host} is not up; its experts cannot be sent")
             if keys:
-                granted.append(grant_all(secret, self._reports[host].entry, keys, self._term))
+                granted.append(grant_all(secret, self._hosts.reports[host].entry, keys, self._term))
         return granted
 
     async def models(self) -> list[tuple[ModelRef, ModelShape]]:
@@ -165,15 +173,77 @@ class Controller(Operations, Overview):
         wanted = {host: self._control.wanted(host) for host in self._control.view.hosts}
         held = sum(
             key.expert in report.holdings.get(LayerKey(key.model, key.layer), ())
-            for host, report in self._reports.items()
+            for host, report in self._hosts.reports.items()
             for key in wanted[host]
         )
-        error = next((f"{host}: {why}" for host, why in self._errors.items()), "")
+        error = next((f"{host}: {why}" for host, why in self._hosts.errors.items()), "")
         lacking = self._control.unplaced
         if lacking and not error:
             error = f"{len(lacking)} experts find no room (first: {lacking[0]}); give hosts "
             error += "more slots or memory, or add hosts"
         return held, sum(map(len, wanted.values())), error
+
+    # ---- operators: see `Operations` ------------------------------------------------------------
+
+    async def plan(self, budget: int | str | None = None) -> dict[str, Any]:
+        return await self._operations.plan(budget)
+
+    async def rebalance(self, budget: int | str | None, who: str) -> dict[str, Any]:
+        return await self._operations.rebalance(budget, who)
+
+    async def change(self, number: int | None = None) -> dict[str, Any]:
+        return await self._operations.change(number)
+
+    async def history(self) -> list[dict[str, Any]]:
+        return await self._operations.history()
+
+    async def rollback(self, number: int | None = None) -> dict[str, Any]:
+        return await self._operations.rollback(number)
+
+    async def replicate(self, key: tuple[str, int, int], count: int, who: str) -> dict[str, Any]:
+        return await self._operations.replicate(key, count, who)
+
+    async def pin(self, key: tuple[str, int, int], host: str, who: str) -> dict[str, Any]:
+        return await self._operations.pin(key, host, who)
+
+    async def unpin(self, key: tuple[str, int, int], host: str, who: str) -> dict[str, Any]:
+        return await self._operations.unpin(key, host, who)
+
+    async def drain(self, host: str, who: str) -> dict[str, Any]:
+        return await self._operations.drain(host, who)
+
+    async def undrain(self, host: str, who: str) -> dict[str, Any]:
+        return await self._operations.undrain(host, who)
+
+    async def draining(self, host: str) -> dict[str, Any]:
+        return await self._operations.draining(host)
+
+    # ---- the pool's size: see `Sizing` ----------------------------------------------------------
+
+    async def desired(self, known: int | None, wait_s: float) -> tuple[int, dict[str, int]]:
+        return await self._sizing.desired(known, wait_s)
+
+    async def scale(self, count: int, group: int, who: str) -> dict[str, Any]:
+        return await self._sizing.scale(count, group, who)
+
+    async def scaling(self, number: int) -> dict[str, Any]:
+        return await self._sizing.scaling(number)
+
+    # ---- observers: see `Overview` --------------------------------------------------------------
+
+    async def status(self) -> dict[str, Any]:
+        return self._overview.status()
+
+    async def top(self, count: int) -> dict[str, Any]:
+        return self._overview.top(count)
+
+    async def experts(
+        self, model: str | None, layer: int | None, hot: int | None
+    ) -> list[dict[str, Any]]:
+        return self._overview.experts(model, layer, hot)
+
+    async def totals(self) -> LoadTotals:
+        return self._overview.totals()
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -182,14 +252,14 @@ class Controller(Operations, Overview):
             self._wake.clear()
             try:
                 await self._tick()
-                self._tick_error = ""
+                self._state.tick_error = ""
             except Exception as error:
                 # `status` shows the error, whatever it is. The next tick starts afresh from the
                 # hosts' reports.
-                self._tick_error = in_words(error)
+                self._state.tick_error = in_words(error)
                 log.exception("controller: a tick failed")
-            self._watchdog.ticked(time.monotonic(), failed=bool(self._tick_error))
-            self._ticks += 1
+            self._watchdog.ticked(time.monotonic(), failed=bool(self._state.tick_error))
+            self._state.ticks += 1
             await asyncio.sleep(TICK_S)
             if self._looks.quiet and self._control.is_quiet(time.monotonic()):
                 with contextlib.suppress(TimeoutError):
@@ -200,22 +270,21 @@ class Controller(Operations, Overview):
         observed = await self._looks.round(self._control.view.hosts)
         for host in self._looks.late:
             if not self._control.view.never_seen(host):
-                self._states[host] = "not answering"
+                self._hosts.late(host)
         # Step 2: adopt models that only the hosts know, after a restart of this controller.
-        for report in self._reports.values():
+        for report in self._hosts.reports.values():
             for ref, shape in report.models:
                 if ref.name not in self._models:
                     try:
                         self._adopt(ref, shape)
                     except ValueError as error:
                         # This model is left out; the others are served.
-                        self._errors[report.entry.host] = str(error)
+                        self._hosts.errors[report.entry.host] = str(error)
         # Step 3: decide, and carry out the commands.
         commands = self._control.tick(observed, time.monotonic())
-        for host in self._size(time.monotonic()):
+        for host in self._sizing.tick(time.monotonic()):
             self._looks.forget(host)
-            for known in (self._handles, self._reports, self._states, self._errors):
-                known.pop(host, None)
+            self._hosts.forget(host)
         for command in commands:
             match command:
                 case Load():
@@ -231,28 +300,25 @@ class Controller(Operations, Overview):
 
     async def _observe(self, host: str, wait_s: float) -> Seen:
         """Ask a host for its report; the host waits up to ``wait_s`` for something new."""
-        if not await self._has_come(host):
+        if self._control.view.never_seen(host) and not await self._hosts.has_come(host):
             return "late"
         forgetting = self._evicts[host][0].keys if host in self._evicts else ()
-        last = self._reports.get(host)
+        last = self._hosts.reports.get(host)
         known = None if last is None else last.revision
         try:
-            asked = self._handle(host).report.remote(
+            asked = self._hosts.handle(host).report.remote(
                 self._term, self._evictions[host], known=known, wait_s=wait_s
             )
             report: HostReport = await asyncio.wait_for(asked, wait_s + REPORT_TIMEOUT_S)
         except RayTaskError as failure:
             raise self._cause(failure) from failure
         except (TimeoutError, GetTimeoutError):
-            self._states[host] = "not answering"
+            self._hosts.late(host)
             return "late"
         except (RayActorError, ValueError) as error:
-            self._states[host] = "restarting" if "unavailable" in str(error).lower() else "gone"
-            self._handles.pop(host, None)
-            self._reports.pop(host, None)
+            self._hosts.died(host, restarting="unavailable" in str(error).lower())
             return None
-        self._reports[host] = report
-        self._states[host] = "loading" if report.loading else "up"
+        self._hosts.reported(host, report)
         return Observation(
             entry=report.entry,
             holdings=without(report.holdings, forgetting),
@@ -266,10 +332,10 @@ class Controller(Operations, Overview):
         self._watchdog.plan_began(time.monotonic())
         try:
             found = await asyncio.to_thread(command.run)
-            self._plan_error = ""
+            self._state.plan_error = ""
         except Exception as error:
             # `status` shows the error, whatever it is. The current placement stays in use.
-            self._plan_error = f"planner: {in_words(error)}"
+            self._state.plan_error = f"planner: {in_words(error)}"
             log.exception("controller: the planner failed")
         finally:
             self._watchdog.plan_ended(failed=found is None)
@@ -287,16 +353,18 @@ class Controller(Operations, Overview):
         refs = [self._models[name] for name in sorted({key.model for key in command.keys})]
         error = ""
         try:
-            asked = self._handle(host).load.remote(
+            asked = self._hosts.handle(host).load.remote(
                 refs, command.keys, dict(command.peers), term=self._term
             )
             await asyncio.wait_for(asked, LOAD_TIMEOUT_S)
-            self._errors.pop(host, None)
+            self._hosts.errors.pop(host, None)
         except (RayTaskError, MoesaicError) as failure:
             cause = self._cause(failure)
-            error = self._errors[host] = in_words(cause)
+            error = self._hosts.errors[host] = in_words(cause)
         except TimeoutError:
-            error = self._errors[host] = f"loading experts took more than {LOAD_TIMEOUT_S:g} s"
+            error = self._hosts.errors[host] = (
+                f"loading experts took more than {LOAD_TIMEOUT_S:g} s"
+            )
         except (RayError, ValueError) as failure:
             log.info("controller: host %s ended while loading: %s", host, failure)
         finally:
@@ -315,11 +383,11 @@ class Controller(Operations, Overview):
         host = command.host
         try:
             order = command.keys, self._term, self._evictions[host] + 1
-            asked = self._handle(host).release.remote(*order)
+            asked = self._hosts.handle(host).release.remote(*order)
             await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
         except (RayTaskError, MoesaicError) as failure:
             cause = self._cause(failure)
-            self._errors[host] = in_words(cause)
+            self._hosts.errors[host] = in_words(cause)
         except (RayError, ValueError, TimeoutError) as failure:
             # The host's next report says what it still holds; that is evicted again.
             log.info("controller: host %s: eviction: %s", host, failure)

@@ -32,11 +32,13 @@ PLAN_S = 60.0
 
 
 class Operations:
-    """The methods of `Controller` for the command line and the SDK. Errors are ClusterError."""
+    """Plans, changes and wishes for the command line and the SDK. Errors are ClusterError."""
 
-    _control: Control
-    _namespace: str
-    _wake: asyncio.Event  # the controller's loop
+    def __init__(self, control: Control, namespace: str, wake: Callable[[], None]) -> None:
+        """``wake`` lets the controller's loop tick soon."""
+        self._control = control
+        self._namespace = namespace
+        self._wake = wake
 
     async def plan(self, budget: int | str | None = None) -> dict[str, Any]:
         """Return what a rebalance would do now, without changing anything."""
@@ -50,7 +52,7 @@ class Operations:
         now = time.monotonic()
         if not self._control.fits(asked, now):
             raise ClusterError("the pool changed while the plan was made; try again")
-        self._wake.set()
+        self._wake()
         return self._control.apply(found, now, who=who, why="asked for").describe(now)
 
     async def change(self, number: int | None = None) -> dict[str, Any]:
@@ -67,7 +69,7 @@ class Operations:
         now = time.monotonic()
         change = self._change(number)
         self._control.roll_back(change, now)
-        self._wake.set()
+        self._wake()
         return change.describe(now)
 
     async def replicate(self, key: tuple[str, int, int], count: int, who: str) -> dict[str, Any]:
@@ -179,7 +181,7 @@ class Operations:
             if control.fits(asked, now):
                 change = control.apply(found, now, who=who, why=why)
                 change.errors += lacking(found)
-                self._wake.set()
+                self._wake()
                 return change.describe(now)
         raise ClusterError(f"{why}: the pool keeps changing; the wish is stored and planned later")
 

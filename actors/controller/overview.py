@@ -1,11 +1,12 @@
-"""The controller's methods for observers: status, live view, totals and metrics."""
+"""The controller as observers see it: status, live view, totals and metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...cluster.control.control import Control
@@ -18,7 +19,7 @@ from ...proto.errors import ClusterError, in_words
 from ..host.report import HostReport
 from ..router_service.service_actor import ServiceWatch
 from ..runtime.ray_border import cluster_of
-from .host_polling import Looks
+from .host_actors import HostActors
 from .metrics import PoolMetrics
 from .sizing import Sizing
 
@@ -28,49 +29,55 @@ WATCH_S = 1.0
 QUIET_WATCH_S = 5.0
 
 
-class Overview(Sizing):
-    """The methods of `Controller` for `status`, `top` and recordings."""
+@dataclass(slots=True)
+class LoopState:
+    """How the controller's loop is doing; empty errors mean that all is well."""
 
-    _control: Control
-    _errors: dict[str, str]
-    _looks: Looks
-    _loop: asyncio.Task[None]
-    _models: dict[str, tuple[ModelRef, ModelShape]]
-    _namespace: str
-    _plan_error: str
-    _reports: dict[str, HostReport]
-    _service: ServiceWatch | None
-    _states: dict[str, str]
-    _term: int
-    _tick_error: str
-    _ticks: int
-    _watchdog: Watchdog
-    _watch_error = ""
+    ticks: int = 0
+    tick_error: str = ""
+    plan_error: str = ""
+    watch_error: str = ""
 
-    def __init__(self) -> None:
-        self._rates = HostRates()
+    @property
+    def error(self) -> str:
+        return self.tick_error or self.plan_error or self.watch_error
 
-    async def status(self) -> dict[str, Any]:
+
+@dataclass(slots=True, kw_only=True)
+class Overview:
+    """Answers `status`, `top` and recordings, and exports metrics."""
+
+    control: Control
+    hosts: HostActors
+    sizing: Sizing
+    watchdog: Watchdog
+    service: ServiceWatch | None
+    models: Mapping[str, tuple[ModelRef, ModelShape]]
+    loop: LoopState
+    term: int
+    rates: HostRates = field(default_factory=HostRates)
+
+    def status(self) -> dict[str, Any]:
         """Return the whole status as plain values, for people and JSON."""
-        placement = self._control.placement
-        missing, no_room = self._control.missing(), self._control.no_room()
+        placement = self.control.placement
+        missing, no_room = self.control.missing(), self.control.no_room()
         vitals = self._vitals(time.monotonic())
         return {
             "placement": list(placement.number) if placement else None,
             "tick_age_s": round(vitals.tick_age_s, 3),
-            "ticks": self._ticks,
-            "error": self._tick_error or self._plan_error or self._watch_error,
+            "ticks": self.loop.ticks,
+            "error": self.loop.error,
             "warnings": vitals.warnings(),
             "watchdog": vitals.describe(),
-            "term": self._term,
+            "term": self.term,
             "routers": {
                 name: None if number is None else list(number)
-                for name, number in self._control.publisher.routers(time.monotonic()).items()
+                for name, number in self.control.publisher.routers(time.monotonic()).items()
             },
-            "router_service": None if self._service is None else self._service.describe(),
+            "router_service": None if self.service is None else self.service.describe(),
             "balance": self._balance_status(),
-            "size": self._size_status(time.monotonic()),
-            "hosts": [self._host_status(host, no_room) for host in self._control.view.hosts],
+            "size": self.sizing.status(time.monotonic()),
+            "hosts": [self._host_status(host, no_room) for host in self.control.view.hosts],
             "models": [
                 {
                     "name": name,
@@ -80,19 +87,19 @@ class Overview(Sizing):
                     "exact": shape.exact,
                     "layers": len(shape.experts),
                     "experts": sum(shape.experts.values()),
-                    "asleep": name in self._control.sleep.asleep,
+                    "asleep": name in self.control.sleep.asleep,
                     "missing_experts": sum(1 for key in missing if key.model == name),
                 }
-                for name, (ref, shape) in self._models.items()
+                for name, (ref, shape) in self.models.items()
             ],
             "missing_experts": [f"{key}: {why}" for key, why in list(missing.items())[:10]],
-            "unprotected_experts": len(self._control.unprotected()),
+            "unprotected_experts": len(self.control.unprotected()),
         }
 
-    async def top(self, count: int) -> dict[str, Any]:
+    def top(self, count: int) -> dict[str, Any]:
         """Return the current load and the ``count`` hottest experts."""
         now = time.monotonic()
-        control, vitals = self._control, self._vitals(now)
+        control, vitals = self.control, self._vitals(now)
         placement = control.placement
         layers = {} if placement is None else placement.layers
         rates = {key: rate for key in layers if (rate := control.loads.rate(key)) is not None}
@@ -103,15 +110,15 @@ class Overview(Sizing):
             "missing_experts": vitals.missing_experts,
             "unprotected_experts": vitals.unprotected_experts,
             "warnings": vitals.warnings(),
-            "error": self._tick_error or self._plan_error or self._watch_error,
+            "error": self.loop.error,
             "models": [
                 {
                     "model": model,
                     "choices_per_s": round(
                         sum(float(r.sum()) for key, r in rates.items() if key.model == model), 1
                     ),
-                    "balancedness_mean": _rounded(self._watchdog.balancedness.get(model), 0),
-                    "balancedness_worst": _rounded(self._watchdog.balancedness.get(model), 1),
+                    "balancedness_mean": _rounded(self.watchdog.balancedness.get(model), 0),
+                    "balancedness_worst": _rounded(self.watchdog.balancedness.get(model), 1),
                 }
                 for model in sorted(control.models)
             ],
@@ -119,11 +126,11 @@ class Overview(Sizing):
             "experts": hottest(rates, layers, count),
         }
 
-    async def experts(
+    def experts(
         self, model: str | None, layer: int | None, hot: int | None
     ) -> list[dict[str, Any]]:
         """Return the experts as `Operating.experts` describes them."""
-        control = self._control
+        control = self.control
         try:
             shapes = (
                 control.models.values() if model is None else [check_model(control.models, model)]
@@ -136,55 +143,55 @@ class Overview(Sizing):
         layers = {} if control.placement is None else control.placement.layers
         return standing(layers, control.loads, control.wishes, model=model, layer=layer, hot=hot)
 
-    async def totals(self) -> LoadTotals:
+    def totals(self) -> LoadTotals:
         """Return all counts since this controller's start."""
-        loads = self._control.loads
-        return LoadTotals(term=self._term, counts=loads.totals, hosts=loads.hosts)
+        loads = self.control.loads
+        return LoadTotals(term=self.term, counts=loads.totals, hosts=loads.hosts)
 
     # ---- watching -------------------------------------------------------------------------------
 
-    async def _watch(self) -> None:
+    async def watch(self, namespace: str, is_quiet: Callable[[], bool]) -> None:
         """Export metrics in a task of its own, so that they show a stuck loop."""
         metrics: PoolMetrics | None = None
         watched_at = -QUIET_WATCH_S
         while True:
             now = time.monotonic()
-            if self._looks.quiet and now - watched_at < QUIET_WATCH_S:
+            if is_quiet() and now - watched_at < QUIET_WATCH_S:
                 await asyncio.sleep(WATCH_S)
                 continue
             watched_at = now
             try:
-                metrics = metrics or PoolMetrics(cluster_of(self._namespace))
-                self._rates.note(
-                    {host: _counters(report) for host, report in self._reports.items()}, now
+                metrics = metrics or PoolMetrics(cluster_of(namespace))
+                self.rates.note(
+                    {host: _counters(report) for host, report in self.hosts.reports.items()}, now
                 )
                 metrics.set(self._vitals(now))
-                self._watch_error = ""
+                self.loop.watch_error = ""
             except Exception as error:
                 # A failure here must not stop the controller. `status` shows it; try again.
-                self._watch_error = f"watchdog: {in_words(error)}"
+                self.loop.watch_error = f"watchdog: {in_words(error)}"
                 log.exception("controller: the watchdog failed")
             await asyncio.sleep(WATCH_S)
 
     def _vitals(self, now: float) -> Vitals:
-        hosts = self._control.view.hosts
-        return self._watchdog.vitals([self._states.get(host, "starting") for host in hosts], now)
+        hosts = self.control.view.hosts
+        return self.watchdog.vitals([self.hosts.state(host) for host in hosts], now)
 
     # ---- parts ----------------------------------------------------------------------------------
 
     def _host_glance(self, host: str) -> dict[str, Any]:
-        report = self._reports.get(host)
+        report = self.hosts.reports.get(host)
         return {
             "host": host,
-            "state": self._states.get(host, "starting"),
+            "state": self.hosts.state(host),
             "experts": 0 if report is None else sum(map(len, report.holdings.values())),
             "queued_rows": 0 if report is None else report.loop.queued_rows,
-            **(self._rates.of(host) or {"calls_per_s": 0.0, "rows_per_s": 0.0, "busy": 0.0}),
+            **(self.rates.of(host) or {"calls_per_s": 0.0, "rows_per_s": 0.0, "busy": 0.0}),
         }
 
     def _balance_status(self) -> dict[str, Any]:
         now = time.monotonic()
-        control = self._control
+        control = self.control
         last = control.changes.all[-1] if control.changes.all else None
         return {
             "auto": control.policy.auto,
@@ -197,17 +204,17 @@ class Overview(Sizing):
         }
 
     def _host_status(self, host: str, no_room: Mapping[str, str]) -> dict[str, Any]:
-        status: dict[str, Any] = {"host": host, "state": self._states.get(host, "starting")}
-        waiting = self._fleet.waiting(host, time.monotonic())
+        status: dict[str, Any] = {"host": host, "state": self.hosts.state(host)}
+        waiting = self.sizing.waiting(host, time.monotonic())
         if waiting is not None:
             status["waiting"] = waiting
         if host in no_room:
             status["waiting"] = f"draining; {no_room[host]}"
-        report = self._reports.get(host)
+        report = self.hosts.reports.get(host)
         if report is not None:
             status |= report.describe()
-        if host in self._errors:
-            status["error"] = self._errors[host]
+        if host in self.hosts.errors:
+            status["error"] = self.hosts.errors[host]
         return status
 
 

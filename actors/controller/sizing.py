@@ -1,43 +1,40 @@
-"""The controller's part in the pool's size: it decides, the owner starts and ends hosts."""
+"""The controller's part in the pool's size: it decides, the owner starts and ends hosts.
+
+Errors are ClusterError.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
-
-import ray
-from ray.exceptions import RayActorError, RayError
 
 from ...cluster.control.control import Control
 from ...cluster.scaling.fleet import Fleet
 from ...proto.errors import ClusterError
 from ..runtime.durable_state import keep_asleep, keep_fleet, keep_wishes
-from ..runtime.ray_border import last_line
 
-# Time limit for one question to a host that has not started yet; afterwards it is asked again.
-ARRIVAL_S = 60.0
-_FIRST_S = 0.5
-_RETRY_S = 0.2
 # The owner asks every few seconds; a pause longer than this is shown as a problem.
 _OWNER_LATE_S = 20.0
 
 
 class Sizing:
-    """The methods of `Controller` that concern the pool's size. Errors are ClusterError."""
+    """The pool's size, as operators, the autoscaler and the owner deal with it."""
 
-    _control: Control
-    _fleet: Fleet
-    _namespace: str
-    _handles: dict[str, Any]
-    _errors: dict[str, str]
-    _arriving: dict[str, asyncio.Task[bool]]
-    _kept_version: int
-    _kept_asleep: frozenset[str]
-    _owner_asked: float
-    _resized: asyncio.Event
-    _wake: asyncio.Event
+    def __init__(
+        self, control: Control, fleet: Fleet, namespace: str, wake: Callable[[], None]
+    ) -> None:
+        """``wake`` lets the controller's loop tick soon."""
+        self._control = control
+        self._fleet = fleet
+        self._namespace = namespace
+        self._wake = wake
+        self._resized = asyncio.Event()
+        self._owner_asked = time.monotonic()
+        self._kept_version = -1
+        self._kept_asleep = control.sleep.asleep
 
     async def desired(self, known: int | None, wait_s: float) -> tuple[int, dict[str, int]]:
         """Return a version number and the group of every host that the owner should run.
@@ -58,7 +55,7 @@ class Sizing:
         except ValueError as error:
             raise ClusterError(str(error)) from error
         self._keep_fleet()
-        self._wake.set()
+        self._wake()
         return await self.scaling(scaling.id)
 
     async def scaling(self, number: int) -> dict[str, Any]:
@@ -80,10 +77,8 @@ class Sizing:
             "owner_age_s": round(now - self._owner_asked, 1),
         }
 
-    # ---- parts ----------------------------------------------------------------------------------
-
-    def _size(self, now: float) -> list[str]:
-        """Update the pool's size after a tick; return the hosts that were removed."""
+    def tick(self, now: float) -> list[str]:
+        """Update the pool's size after a tick of the controller; return the removed hosts."""
         before = self._fleet.desired().keys()
         self._fleet.tick(self._control, now)
         self._keep_fleet()
@@ -91,11 +86,20 @@ class Sizing:
         removed = list(before - self._fleet.desired().keys())
         if removed:
             keep_wishes(self._namespace, self._control.wishes)
-        for host in removed:
-            arriving = self._arriving.pop(host, None)
-            if arriving is not None:
-                arriving.cancel()
         return removed
+
+    def status(self, now: float) -> dict[str, Any]:
+        """Return the pool's size for `status`, with the problem if there is one."""
+        age_s = now - self._owner_asked
+        late = age_s > _OWNER_LATE_S and self._fleet.desired().keys() - self._control.view.seen
+        problem = f"the cluster's owner has not asked for hosts for {age_s:.0f} s" if late else ""
+        return self._fleet.describe(now) | {"problem": problem}
+
+    def waiting(self, host: str, now: float) -> str | None:
+        """Return what a host that has not come waits for."""
+        return self._fleet.waiting(host, now)
+
+    # ---- parts ----------------------------------------------------------------------------------
 
     def _keep_fleet(self) -> None:
         if self._fleet.version != self._kept_version:
@@ -109,44 +113,3 @@ class Sizing:
         if asleep != self._kept_asleep:
             keep_asleep(self._namespace, asleep)
             self._kept_asleep = asleep
-
-    async def _has_come(self, host: str) -> bool:
-        """Return whether a host is running; ticks do not wait for hosts without a machine."""
-        if not self._control.view.never_seen(host):
-            return True
-        asked = self._arriving.get(host)
-        if asked is None:
-            asked = asyncio.get_running_loop().create_task(self._arrive(host))
-            self._arriving[host] = asked
-            # After a restart of the controller, this lets all running hosts answer within the
-            # same tick.
-            await asyncio.wait({asked}, timeout=_FIRST_S)
-        if not asked.done():
-            return False
-        del self._arriving[host]
-        return asked.result()
-
-    async def _arrive(self, host: str) -> bool:
-        try:
-            await asyncio.wait_for(self._handle(host).entry.remote(), ARRIVAL_S)
-        except (RayError, ValueError, TimeoutError) as error:
-            # The owner has not started the host yet, or the host died while starting.
-            if isinstance(error, RayActorError):
-                self._errors[host] = f"the host died while starting: {last_line(error)}"
-            self._handles.pop(host, None)
-            await asyncio.sleep(_RETRY_S)
-            return False
-        self._errors.pop(host, None)
-        return True
-
-    def _handle(self, host: str) -> Any:
-        # `Any`, because Ray has no types for the methods of actors.
-        if host not in self._handles:
-            self._handles[host] = ray.get_actor(host, namespace=self._namespace)
-        return self._handles[host]
-
-    def _size_status(self, now: float) -> dict[str, Any]:
-        age_s = now - self._owner_asked
-        late = age_s > _OWNER_LATE_S and self._fleet.desired().keys() - self._control.view.seen
-        problem = f"the cluster's owner has not asked for hosts for {age_s:.0f} s" if late else ""
-        return self._fleet.describe(now) | {"problem": problem}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from ..placement import ExpertKey, LayerKey, LayerPlacement, experts_of
 
@@ -34,7 +34,7 @@ class Target:
         """Return how many replicas the target has."""
         return sum(len(r) for layer in (self.layers or {}).values() for r in layer.replicas)
 
-    def give_up(self, key: ExpertKey, host: str, holders: Iterable[str]) -> None:
+    def give_up(self, key: ExpertKey, host: str, holders: Sequence[str]) -> None:
         """Take a replica that cannot be loaded out of the target.
 
         If it is the expert's only replica there, the present ``holders`` take its place.

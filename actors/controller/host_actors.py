@@ -1,0 +1,90 @@
+"""The hosts' Ray actors as the controller knows them: handles, reports, states and errors."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from ..host.report import HostReport
+from ..runtime.ray_border import last_line
+
+# Time limit for one question to a host that has not started yet; afterwards it is asked again.
+ARRIVAL_S = 60.0
+_FIRST_S = 0.5
+_RETRY_S = 0.2
+
+
+class HostActors:
+    """What is known of each host by its name."""
+
+    def __init__(self, namespace: str) -> None:
+        self.reports: dict[str, HostReport] = {}
+        self.errors: dict[str, str] = {}
+        self._namespace = namespace
+        self._states: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        self._arriving: dict[str, asyncio.Task[bool]] = {}
+
+    def handle(self, host: str) -> Any:
+        """Return the actor's handle. Raises ValueError if there is no such actor."""
+        # `Any`, because Ray has no types for the methods of actors.
+        if host not in self._handles:
+            self._handles[host] = ray.get_actor(host, namespace=self._namespace)
+        return self._handles[host]
+
+    def state(self, host: str) -> str:
+        return self._states.get(host, "starting")
+
+    def reported(self, host: str, report: HostReport) -> None:
+        self.reports[host] = report
+        self._states[host] = "loading" if report.loading else "up"
+
+    def late(self, host: str) -> None:
+        """Take note that a host did not answer in time."""
+        self._states[host] = "not answering"
+
+    def died(self, host: str, *, restarting: bool) -> None:
+        self._states[host] = "restarting" if restarting else "gone"
+        self._handles.pop(host, None)
+        self.reports.pop(host, None)
+
+    def forget(self, host: str) -> None:
+        """Drop a host that was removed from the pool."""
+        for known in (self._handles, self.reports, self._states, self.errors):
+            known.pop(host, None)
+        arriving = self._arriving.pop(host, None)
+        if arriving is not None:
+            arriving.cancel()
+
+    async def has_come(self, host: str) -> bool:
+        """Return whether a host that was never seen is running now.
+
+        Ticks do not wait for hosts without a machine.
+        """
+        asked = self._arriving.get(host)
+        if asked is None:
+            asked = asyncio.get_running_loop().create_task(self._arrive(host))
+            self._arriving[host] = asked
+            # After a restart of the controller, this lets all running hosts answer within the
+            # same tick.
+            await asyncio.wait({asked}, timeout=_FIRST_S)
+        if not asked.done():
+            return False
+        del self._arriving[host]
+        return asked.result()
+
+    async def _arrive(self, host: str) -> bool:
+        try:
+            await asyncio.wait_for(self.handle(host).entry.remote(), ARRIVAL_S)
+        except (RayError, ValueError, TimeoutError) as error:
+            # The owner has not started the host yet, or the host died while starting.
+            if isinstance(error, RayActorError):
+                self.errors[host] = f"the host died while starting: {last_line(error)}"
+            self._handles.pop(host, None)
+            await asyncio.sleep(_RETRY_S)
+            return False
+        self.errors.pop(host, None)
+        return True
