@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import time
@@ -43,7 +44,8 @@ class LoadResult:
     """The results of the requests at one concurrency."""
 
     concurrency: int
-    requests: int
+    requests: int  # that ended, with an answer or an error
+    unfinished: int  # not sent or not ended within the time limit
     errors: dict[str, int]  # code of the error -> how many requests ended with it
     seconds: float  # from the first request to the last answer
     prompt_tokens: int  # of the answered requests, as counted by the endpoint
@@ -72,6 +74,7 @@ async def measure_load(
     prompt_tokens: int = 32,
     answer_tokens: int = 32,
     seed: int = 0,
+    limit_s: float | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[LoadResult]:
     """Stream greedy completions of random prompts, once for each value of ``concurrency``.
@@ -79,14 +82,16 @@ async def measure_load(
     ``requests`` is the number per run (default: 4 x concurrency, at least 8). The prompts follow
     from ``seed`` alone. The model may end an answer before ``answer_tokens``. One request goes
     first and is not measured. A request that fails is counted by its error's code, and not sent
-    again. Raises RequestError for impossible numbers, UnknownModel, and ClusterError if nothing
-    answers at ``url``.
+    again. ``limit_s`` is shared out evenly over the runs; a run that reaches its part of it stops,
+    and tells how many requests did not end. Raises RequestError for impossible numbers,
+    UnknownModel, and ClusterError if nothing answers at ``url``.
     """
     counts = {"concurrency": min(concurrency, default=0), "prompt_tokens": prompt_tokens}
     counts |= {"answer_tokens": answer_tokens, "requests": 1 if requests is None else requests}
     for name, count in counts.items():
         if count < 1:
             raise RequestError(f"{name}: {count} is below 1", param=name)
+    ends = math.inf if limit_s is None else time.perf_counter() + limit_s
     draw = random.Random(seed)
 
     def prompt() -> list[int]:
@@ -97,9 +102,10 @@ async def measure_load(
         options: Options = {"model": chosen, "max_tokens": answer_tokens, "temperature": 0.0}
         await client.complete(prompt(), **options)
         found = []
-        for many in concurrency:
+        for index, many in enumerate(concurrency):
+            left_s = (ends - time.perf_counter()) / (len(concurrency) - index)
             prompts = [prompt() for _ in range(requests or max(_LEAST_REQUESTS, _EACH * many))]
-            found.append(await _measure(client, prompts, options, many, progress))
+            found.append(await _measure(client, prompts, options, many, left_s, progress))
     return found
 
 
@@ -108,6 +114,7 @@ async def _measure(
     prompts: list[list[int]],
     options: Options,
     many: int,
+    limit_s: float,
     progress: Callable[[str, int, int], None] | None,
 ) -> LoadResult:
     seen, left, done = _Seen(), iter(prompts), 0
@@ -119,15 +126,20 @@ async def _measure(
             await _ask(client, prompt, options, seen)
             done += 1
             if progress is not None:
-                progress(f"{many} at a time", done, len(prompts))
+                progress(f"{many} streams", done, len(prompts))
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(many):
-            group.create_task(ask())
+    with contextlib.suppress(TimeoutError):
+        async with (
+            asyncio.timeout(None if limit_s == math.inf else max(limit_s, 0.0)),
+            asyncio.TaskGroup() as group,
+        ):
+            for _ in range(many):
+                group.create_task(ask())
     seconds = time.perf_counter() - began
     return LoadResult(
         concurrency=many,
-        requests=len(prompts),
+        requests=done,
+        unfinished=len(prompts) - done,
         errors=dict(sorted(seen.errors.items())),
         seconds=seconds,
         prompt_tokens=seen.prompt_tokens,

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .chat import ModelOption, NameOption, UrlOption, url_of
 from .progress import bars
-from .terminal import print_json
+from .terminal import number, print_json, table
 
 if TYPE_CHECKING:
     from ..bench import LoadResult
@@ -37,6 +36,9 @@ def bench(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each answer.")] = 32,
+    seconds: Annotated[
+        float, typer.Option(min=1.0, help="Time limit of all runs; shared out evenly.")
+    ] = 30.0,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")] = False,
 ) -> int:
@@ -54,13 +56,14 @@ def bench(
                 prompt_tokens=prompt_tokens,
                 answer_tokens=answer_tokens,
                 seed=seed,
+                limit_s=seconds,
                 progress=progress,
             )
         )
     if as_json:
         print_json([asdict(one) for one in found])
     else:
-        _print(found)
+        _print(found, seconds)
     return 1 if any(sum(one.errors.values()) == one.requests for one in found) else 0
 
 
@@ -76,29 +79,35 @@ def _numbers(text: str) -> list[int]:
     return found
 
 
-def _print(found: list[LoadResult]) -> None:
-    table = Table("at a time", "requests", "failed", "tokens/s")
-    for column in ("first token p50", "p99", "next token p50", "p99"):
-        table.add_column(column, justify="right")
+def _print(found: list[LoadResult], limit_s: float) -> None:
+    shown = table(
+        "streams", ">requests", ">failed", ">tokens/s",
+        ">first p50", ">first p99", ">next p50", ">next p99",
+    )  # fmt: skip
     for one in found:
-        failed = ", ".join(f"{count} {code}" for code, count in one.errors.items())
-        table.add_row(
+        times = (
+            one.first_token_s.p50, one.first_token_s.p99,
+            one.between_tokens_s.p50, one.between_tokens_s.p99,
+        )  # fmt: skip
+        shown.add_row(
             str(one.concurrency),
             str(one.requests),
-            failed or "0",
-            f"{one.answer_tokens_per_s:,.1f}",
-            *map(
-                _milliseconds,
-                (
-                    one.first_token_s.p50,
-                    one.first_token_s.p99,
-                    one.between_tokens_s.p50,
-                    one.between_tokens_s.p99,
-                ),
-            ),
+            str(sum(one.errors.values())),
+            number(one.answer_tokens_per_s),
+            *map(_milliseconds, times),
         )
-    out.print(table)
+    out.print(shown)
+    out.print("first and next token in ms; medians and 99 % quantiles")
+    for one in found:
+        for code, count in one.errors.items():
+            out.print(f"[red]{one.concurrency} streams: {count} requests failed with {code}[/red]")
+        if one.unfinished:
+            out.print(
+                f"[yellow]{one.concurrency} streams: {one.unfinished} of "
+                f"{one.requests + one.unfinished} requests did not end within the limit of "
+                f"{limit_s:g} s (--seconds)[/yellow]"
+            )
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:,.1f} ms"
+    return "" if seconds is None else number(1e3 * seconds)

@@ -8,11 +8,10 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from ..handle import Cluster, connect
 from ..proto.errors import ClusterError
-from .terminal import print_json
+from .terminal import print_json, table
 from .top import frame
 
 out = Console(highlight=False)
@@ -261,7 +260,7 @@ def _print_plan(found: dict[str, Any]) -> None:
         out.print("no model is served")
         return
     if found["moves"]:
-        moves = Table("expert", "to", "replaces", "size", "why")
+        moves = table("expert", "to", "replaces", ">size", "why")
         for move in found["moves"]:
             moves.add_row(
                 f"{move['model']} layer {move['layer']} expert {move['expert']}",
@@ -300,10 +299,10 @@ def _print_changes(changes: list[dict[str, Any]]) -> None:
     if not changes:
         out.print("no changes yet")
         return
-    table = Table("id", "who", "why", "phase", "moves", "size", "took", "balancedness")
+    shown = table(">id", "<who", "why", "phase", ">moves", ">size", ">took", "balance")
     for change in changes:
         took = change["took_s"]
-        table.add_row(
+        shown.add_row(
             str(change["id"]),
             change["who"],
             change["why"],
@@ -314,4 +313,4 @@ def _print_changes(changes: list[dict[str, Any]]) -> None:
             f"{change['balancedness_before']} -> {change['balancedness_predicted']}"
             + _measured(change["measured"]),
         )
-    out.print(table)
+    out.print(shown)

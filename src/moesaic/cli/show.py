@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from ..handle import connect
 from ..session import need_session
+from .terminal import table
 
 out = Console(highlight=False)
 
@@ -87,12 +88,11 @@ def print_status(values: dict[str, Any]) -> None:
     if service:
         calls = f", {service['calls']:,} calls" if "calls" in service else ""
         out.print(f"router service moesaic://{service['address']}  {service['state']}{calls}")
-    hosts = Table("host", "state", "device", "experts", "weights", "memory", "calls", "queue")
+    hosts = table("host", "state", "device", ">experts", ">weights", ">memory", ">calls", ">queue")
     for host in cluster.get("hosts", []):
         hosts.add_row(
             host["host"],
-            host["state"]
-            + "".join(f": {host[key]}" for key in ("waiting", "error") if key in host),
+            host["state"],
             host.get("device", ""),
             str(host.get("experts", "")),
             _bytes(host["weight_bytes"]) if "weight_bytes" in host else "",
@@ -102,20 +102,22 @@ def print_status(values: dict[str, Any]) -> None:
         )
     out.print(hosts)
     for host in cluster.get("hosts", []):
+        for words in (host[key] for key in ("waiting", "error") if key in host):
+            out.print(f"[yellow]{host['host']}: {escape(words)}[/yellow]")
+    for host in cluster.get("hosts", []):
         if host.get("overruns"):
             out.print(
                 f"[yellow]{host['host']}: {host['overruns']:,} batches took longer than the "
                 f"emulated device, by up to {1e3 * host['worst_overrun_s']:.1f} ms[/yellow]"
             )
-    models = Table(
-        "model", "dtype", "layers", "experts", "replicas", "missing", "running", "waiting", "parked"
+    models = table(
+        "model", ">layers", ">experts", ">replicas", ">missing", ">running", ">waiting", ">parked"
     )
     engines = values.get("models", {})
     for model in cluster.get("models", []):
         engine = engines.get(model["name"], {})
         models.add_row(
-            model["name"] + (" (asleep)" if model["asleep"] else ""),
-            model["dtype"],
+            f"{model['name']} ({model['dtype']}{', asleep' if model['asleep'] else ''})",
             str(model["layers"]),
             str(model["experts"]),
             str(model["replicas"]),

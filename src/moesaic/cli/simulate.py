@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .operate import JsonOption
+from .terminal import table
 
 if TYPE_CHECKING:
     from ..cluster.comparison.compare import Figures
@@ -215,23 +215,24 @@ def _elastic(
 
 
 def _print_figures(found: list[Figures]) -> None:
-    table = Table(
-        "placement", "balancedness", "worst layer", "slots moved", "GB moved",
-        "SLO missed (windows)", "host-hours", "cost", "scalings",
+    shown = table(
+        "placement", ">mean", ">worst", ">moved", ">GB", ">SLO missed",
+        ">host-h", ">cost", ">scalings",
     )  # fmt: skip
     for one in found:
-        table.add_row(
+        shown.add_row(
             one.way,
             f"{one.balancedness_mean:.3f}",
             f"{one.balancedness_worst:.3f}",
             f"{one.moved_slots:,}",
             f"{one.moved_bytes / 1e9:,.1f}",
-            f"{one.slo_violations} of {one.windows}",
+            f"{one.slo_violations}/{one.windows}",
             f"{one.host_hours:,.1f}",
             f"{one.cost:,.2f}",
             f"{one.scale_events}",
         )
-    out.print(table)
+    out.print(shown)
+    out.print("mean, worst: balancedness. moved, GB: slots, weights. SLO missed: windows")
 
 
 # ---- faults --------------------------------------------------------------------------------------
@@ -283,10 +284,10 @@ def _print_runs(runs: list[SeedRun]) -> None:
     for run in runs:
         faults.update(run.faults)
     broken = sum(run.violation is not None for run in runs)
-    table = Table("fault", "times")
+    shown = table("fault", ">times")
     for name, times in sorted(faults.items()):
-        table.add_row(name, f"{times:,}")
-    out.print(table)
+        shown.add_row(name, f"{times:,}")
+    out.print(shown)
     out.print(
         f"{len(runs):,} seeds, {sum(run.events for run in runs):,} events, "
         f"{sum(run.calls for run in runs):,} calls, {sum(faults.values()):,} faults: "

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
+from rich.table import Table
+
 
 @contextmanager
 def until_ctrl_c() -> Iterator[threading.Event]:
@@ -28,3 +31,28 @@ def until_ctrl_c() -> Iterator[threading.Event]:
 def print_json(values: Any) -> None:
     json.dump(values, sys.stdout, indent=2)
     print()
+
+
+def table(*headings: str) -> Table:
+    """Return an empty table for 80 columns, which never cuts a heading or a number.
+
+    A heading that begins with ">" stands over numbers, aligned to the right, and one that begins
+    with "<" over short words: both stay on one line. All other columns wrap.
+    """
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in headings:
+        words = heading.lstrip("<>")
+        made.add_column(
+            words,
+            justify="right" if heading.startswith(">") else "left",
+            no_wrap=words != heading,
+            overflow="fold",
+            min_width=max(map(len, words.split())),
+        )
+    return made
+
+
+def number(value: float) -> str:
+    """Return a rate with one decimal below 100 and none above; never "-0"."""
+    digits = 1 if abs(value) < 100 else 0
+    return f"{round(value, digits) + 0.0:,.{digits}f}"

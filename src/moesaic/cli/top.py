@@ -17,7 +17,7 @@ from rich.text import Text
 from ..handle import Cluster, connect
 from ..proto.errors import ClusterError
 from ..session import find_session
-from .terminal import print_json, until_ctrl_c
+from .terminal import print_json, table, until_ctrl_c
 
 out = Console(highlight=False)
 
@@ -98,11 +98,9 @@ def _balance(model: dict[str, Any]) -> str:
 
 
 def _hosts(hosts: list[dict[str, Any]]) -> Table:
-    table = Table("host", "state")
-    for column in ("experts", "queue", "busy", "calls/s", "rows/s"):
-        table.add_column(column, justify="right")
+    shown = table("host", "state", ">experts", ">queue", ">busy", ">calls/s", ">rows/s")
     for host in hosts:
-        table.add_row(
+        shown.add_row(
             host["host"],
             Text(host["state"], style="" if host["state"] == "up" else "yellow"),
             f"{host['experts']:,}",
@@ -111,22 +109,20 @@ def _hosts(hosts: list[dict[str, Any]]) -> Table:
             f"{host['calls_per_s']:,.0f}",
             f"{host['rows_per_s']:,.0f}",
         )
-    return table
+    return shown
 
 
 def _experts(experts: list[dict[str, Any]]) -> list[Table]:
     """Return one table, or none if no expert has load."""
     if not experts:
         return []
-    table = Table("model", "layer", "expert")
-    table.add_column("choices/s", justify="right")
-    table.add_column("hosts")
+    shown = table("model", ">layer", ">expert", ">choices/s", "hosts")
     for expert in experts:
-        table.add_row(
+        shown.add_row(
             expert["model"],
             str(expert["layer"]),
             str(expert["expert"]),
             f"{expert['choices_per_s']:,.0f}",
             ", ".join(expert["hosts"]),
         )
-    return [table]
+    return [shown]

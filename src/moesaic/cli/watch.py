@@ -9,14 +9,13 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ..handle import connect
 from ..logs import KINDS, Kind, read_logs
 from ..proto.errors import CheckpointError, ClusterError
 from ..session import logged_session
 from .progress import bars
-from .terminal import print_json, until_ctrl_c
+from .terminal import number, print_json, table, until_ctrl_c
 from .top import top
 
 screen = Console(highlight=False)
@@ -46,25 +45,38 @@ def _print_experts(found: list[dict[str, Any]]) -> None:
     if not found:
         screen.print("no experts are placed")
         return
-    table = Table("model", "layer", "expert", "replicas (share)")
-    for horizon in found[0]["choices_per_s"]:
-        table.add_column(f"choices/s, {horizon}", justify="right")
-    table.add_column("of its layer", justify="right")
-    table.add_column("wishes")
-    for row in found:
-        wishes = [f"pinned to {host}" for host in row["pinned_to"]]
-        if row["least_replicas"] > 1:
-            wishes.append(f"{row['least_replicas']} replicas")
-        table.add_row(
-            row["model"],
-            str(row["layer"]),
-            str(row["expert"]),
-            ", ".join(f"{one['host']} ({one['share']:.0%})" for one in row["replicas"]),
-            *(f"{rate:,.1f}" for rate in row["choices_per_s"].values()),
-            "" if row["layer_part"] is None else f"{row['layer_part']:.1%}",
-            ", ".join(wishes),
-        )
-    screen.print(table)
+    models = sorted({row["model"] for row in found})
+    horizons = list(found[0]["choices_per_s"])
+    for model in models:
+        rows = [row for row in found if row["model"] == model]
+        wished = any(_wishes(row) for row in rows)
+        shown = table(
+            ">layer", ">expert", "replicas (share)", *(f">{horizon}" for horizon in horizons),
+            ">of layer", *(["wishes"] if wished else []),
+        )  # fmt: skip
+        for row in rows:
+            shown.add_row(
+                str(row["layer"]),
+                str(row["expert"]),
+                ", ".join(f"{one['host']} ({_share(one['share'])})" for one in row["replicas"]),
+                *map(number, row["choices_per_s"].values()),
+                "" if row["layer_part"] is None else f"{row['layer_part']:.1%}",
+                *([_wishes(row)] if wished else []),
+            )
+        screen.print(f"{model}: choices per second over {', '.join(horizons)}")
+        screen.print(shown)
+
+
+def _share(share: float) -> str:
+    """Return a replica's share; one that rounds to nothing is there in case another is lost."""
+    return f"{share:.0%}" if share >= 0.005 else "spare"
+
+
+def _wishes(row: dict[str, Any]) -> str:
+    wishes = [f"pinned to {host}" for host in row["pinned_to"]]
+    if row["least_replicas"] > 1:
+        wishes.append(f"{row['least_replicas']} replicas")
+    return ", ".join(wishes)
 
 
 def logs(

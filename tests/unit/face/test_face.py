@@ -58,6 +58,7 @@ SAID_OTHERWISE = {
     "rebalance": {"timeout": "timeout_s of wait_for"},
     "scale": {"hosts": "count", "timeout": "timeout_s"},
     "rollback": {"change": "number"},
+    "bench": {"seconds": "limit_s"},
     "inspect": {"memory": "Described.hosts", "replicas": "Described.hosts"},
     "logs": {"kinds": "kinds"},
     "upcycle": {"text": "texts"},
