@@ -322,8 +322,13 @@ def load_spec(path: str | Path) -> Spec:
         values = yaml.load(text, Loader=StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    return with_environment(values, source=str(file))
+
+
+def with_environment(values: Any, *, source: str = "spec") -> Spec:
+    """Make a spec from plain values with overrides from the environment. Raises SpecError."""
     try:
         values = overridden(values, os.environ)
     except ValueError as error:
         raise SpecError(str(error)) from error
-    return parse_spec(values, source=str(file))
+    return parse_spec(values, source=source)

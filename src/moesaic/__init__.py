@@ -19,7 +19,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .about import check_spec, inspect_model, versions
+    from .about import check_spec, default_spec, inspect_model, versions
     from .bench import measure_load
     from .client import AsyncClient, Client
     from .cluster.spec.spec import Spec, load_spec
@@ -44,6 +44,7 @@ __all__ = [
     "Spec",
     "check_spec",
     "connect",
+    "default_spec",
     "inspect_model",
     "load_spec",
     "measure_load",
@@ -63,6 +64,7 @@ _HOMES = {
     "Spec": "cluster.spec.spec",
     "check_spec": "about",
     "connect": "connecting",
+    "default_spec": "about",
     "inspect_model": "about",
     "load_spec": "cluster.spec.spec",
     "measure_load": "bench",

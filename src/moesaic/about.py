@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from .models.trunk.describe import Described
 
 _PACKAGES = ("moesaic", "ray", "torch", "transformers", "vllm", "grpcio", "protobuf")
+# Of the free memory that a default spec may plan with: caches and other programs need some, too.
+_PLANNED_PART = 0.7
 
 
 def versions() -> dict[str, str]:
@@ -71,6 +74,43 @@ def check_spec(spec: Spec) -> list[Finding]:
         from .actors.preflight.preflight import preflight
 
         return preflight(spec).findings
+
+
+def default_spec(model: str) -> Spec:
+    """Make a spec that serves one model on this machine: two hosts on loopback, named ``local``.
+
+    ``model`` is a folder, a hub id (which is downloaded), or ``demo``. Each expert has two replicas
+    where the memory that is free holds them, so that the loss of one host loses no expert.
+    Variables ``MOESAIC__...`` override values as they do in a spec's file. Raises CheckpointError,
+    UnsupportedModel and SpecError.
+    """
+    from .cluster.spec.spec import with_environment
+
+    replicas = 2
+    if model != "demo":
+        with _uncollected():
+            import psutil
+
+            found = inspect_model(model)
+        needed = 2 * found.experts_bytes + found.trunk_bytes
+        if needed > _PLANNED_PART * psutil.virtual_memory().available:
+            replicas = 1
+    path = Path(model).expanduser()
+    values = {
+        "name": "local",
+        "models": [
+            {
+                "name": path.resolve().name if path.is_dir() else model,
+                "path": model,
+                "dtype": "bfloat16",
+                "replicas": replicas,
+            }
+        ],
+        "hosts": [{"count": 2, "device": "auto"}],
+        "endpoint": {"host": "127.0.0.1", "port": 8000},
+        "monitoring": {"host": "127.0.0.1", "port": 8002},
+    }
+    return with_environment(values, source=model)
 
 
 @contextmanager

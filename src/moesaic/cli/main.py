@@ -29,24 +29,34 @@ err = Console(stderr=True)
 
 NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")]
-DEFAULT_SPEC = Path("deploy/local.yaml")
 
 
 @app.command()
 def up(
-    spec: Annotated[Path, typer.Argument(help="The cluster's spec, a YAML file.")] = DEFAULT_SPEC,
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            help="A spec (a YAML file), or a model: a folder, a hub id, demo. Default: "
+            "deploy/local.yaml if it is here, else demo."
+        ),
+    ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Return when it answers; `down` ends it.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print how to reach it as JSON, when it answers.")
     ] = False,
+    only_print: Annotated[
+        bool, typer.Option("--print-spec", help="Print the spec as YAML, and start nothing.")
+    ] = False,
     progress_fd: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Start a cluster and stay until Ctrl-C ends it."""
-    from .run import run_detached, run_foreground
+    from .run import print_spec, run_detached, run_foreground, spec_of
 
-    if detach:
+    if only_print:
+        print_spec(spec_of(spec))
+    elif detach:
         run_detached(spec, as_json=as_json)
     else:
         run_foreground(spec, progress_fd, as_json=as_json)

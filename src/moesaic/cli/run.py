@@ -10,8 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from rich.console import Console
 
+from ..about import default_spec
 from ..cluster.spec.spec import Spec, load_spec
 from ..private_files import new_private
 from ..proto.errors import ClusterError, MoesaicError
@@ -27,12 +29,31 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
-def run_foreground(path: Path, progress_fd: int, *, as_json: bool = False) -> None:
+# What `moesaic up` starts in a clone of the project.
+_HERE = Path("deploy/local.yaml")
+
+
+def spec_of(given: str | None) -> Spec:
+    """Return the spec that `moesaic up` means: a file's, or the default one of a model."""
+    if given is None:
+        return load_spec(_HERE) if _HERE.is_file() else default_spec("demo")
+    if Path(given).suffix in (".yaml", ".yml", ".json") or Path(given).is_file():
+        return load_spec(given)
+    return default_spec(given)
+
+
+def print_spec(spec: Spec) -> None:
+    """Print a spec as YAML, without the values that are defaults."""
+    values = spec.model_dump(mode="json", exclude_defaults=True)
+    sys.stdout.write(yaml.safe_dump({"name": spec.name} | values, sort_keys=False))
+
+
+def run_foreground(given: str | None, progress_fd: int, *, as_json: bool = False) -> None:
     """Start the cluster, print how to reach it, and stay until SIGINT or SIGTERM.
 
     Running requests may finish then. A second signal ends the cluster at once, in every phase.
     """
-    spec = load_spec(path)
+    spec = spec_of(given)
     with Ends(lambda: _end_at_once(spec)) as ends:
         cluster: Cluster | None = None
         try:
@@ -144,14 +165,14 @@ def _program() -> str:
     return str(called) if called.name == "moesaic" and os.sep in sys.argv[0] else "moesaic"
 
 
-def run_detached(path: Path, *, as_json: bool = False) -> None:
+def run_detached(given: str | None, *, as_json: bool = False) -> None:
     """Start the cluster in a process of its own, and return when it answers."""
-    spec = load_spec(path)
+    spec = spec_of(given)
     if find_session(spec.name) is not None:
         raise ClusterError(f"name: a cluster {spec.name!r} is running; `moesaic down` ends it")
     log = owner_log(spec.name)
     reader, writer = os.pipe()
-    command = [sys.executable, "-m", "moesaic.cli.main", "up", str(path)]
+    command = [sys.executable, "-m", "moesaic.cli.main", "up", *([] if given is None else [given])]
     with os.fdopen(new_private(log), "wb") as sink:
         child = subprocess.Popen(
             [*command, "--progress-fd", str(writer)],

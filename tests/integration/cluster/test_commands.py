@@ -145,7 +145,7 @@ BESIDE = {
     "moesaic chat ...": ["--max-tokens", "3"],
 }
 NOT_RUN = {
-    "moesaic up [SPEC]": "stays until Ctrl-C; see tests/e2e/test_up_and_down.py",
+    "moesaic up [SPEC or MODEL]": "stays until Ctrl-C; see tests/e2e/test_up_and_down.py",
     "moesaic up": "as above",
     "moesaic down": "tests/e2e/test_up_and_down.py",
     "moesaic chat": "a conversation: tests/unit/face/test_command_line.py",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from jsonschema import Draft202012Validator
 
 import moesaic
@@ -165,3 +167,48 @@ def test_a_check_looks_for_no_garbage_and_does_so_again_behind_it(
         about.check_spec(parse_spec({"models": [{"name": "m", "path": "p"}]}))
     assert seen == [False]
     assert gc.isenabled()
+
+
+# ---- a spec for a model --------------------------------------------------------------------------
+
+
+def printed(capsys: Capture, *words: str) -> Any:
+    assert main(["up", *words, "--print-spec"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_model_is_enough(tmp_path: Path, capsys: Capture) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "tiny")
+    found = printed(capsys, str(tmp_path / "tiny"))
+    assert (found["name"], len(found["models"])) == ("local", 1)
+    assert (found["models"][0]["name"], found["models"][0]["replicas"]) == ("tiny", 2)
+    spec = parse_spec(found)
+    assert spec == about.default_spec(str(tmp_path / "tiny"))
+    assert spec.num_hosts == 2
+
+
+def test_one_replica_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    experts = about.inspect_model(str(tmp_path)).experts_bytes
+    free = SimpleNamespace(available=2 * experts)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    assert about.default_spec(str(tmp_path)).models[0].replicas == 1
+
+
+def test_without_a_word_the_spec_that_is_here_or_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [model["name"] for model in printed(capsys)["models"]] == ["demo"]
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy" / "local.yaml").write_text("name: here\n")
+    assert printed(capsys) == {"name": "here"}
+    monkeypatch.setenv("MOESAIC__ENDPOINT__PORT", "9000")
+    assert printed(capsys, "demo")["endpoint"]["port"] == 9000
+
+
+def test_what_is_neither_a_file_nor_a_model(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["up", str(tmp_path / "no.yaml"), "--print-spec"]) == 1
+    assert "no.yaml: cannot be read" in capsys.readouterr().err
+    assert main(["up", str(tmp_path / "nothing"), "--print-spec"]) == 1
+    assert "nothing" in capsys.readouterr().err

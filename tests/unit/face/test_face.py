@@ -43,8 +43,8 @@ IN_PYTHON = {
 }
 # What options say that is no matter of a Python program's.
 OF_A_TERMINAL = {
-    "as_json", "detach", "experts", "file", "force", "interval", "message", "name", "once", "out",
-    "progress_fd", "url", "watch", "yes",
+    "as_json", "detach", "experts", "file", "force", "interval", "message", "name", "once",
+    "only_print", "out", "progress_fd", "url", "watch", "yes",
 }  # fmt: skip
 # Options by another name: Client's are those of `openai_wire.Options`.
 SAID_OTHERWISE = {
