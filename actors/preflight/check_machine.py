@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -27,6 +28,17 @@ _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
+
+
+def check_platform() -> Iterator[Finding]:
+    """Check that this machine runs Linux."""
+    if sys.platform != "linux":
+        yield _error(
+            "hosts",
+            f"hosts run on Linux alone, for shared memory (memfd) and sockets that other systems "
+            f"lack, and this machine runs {sys.platform}; start the cluster in a Linux container "
+            "or virtual machine, or name a Ray on Linux machines with ray.address",
+        )
 
 
 def check_engine(spec: Spec) -> Iterator[Finding]:

@@ -18,7 +18,14 @@ from ...models.source import NotYet, local_model
 from ...models.trunk.describe import Described
 from ...proto.errors import MoesaicError, UnsupportedModel
 from ..engine.engine import ExpertBounds
-from .check_machine import check_engine, check_local, check_ports, check_room, check_token
+from .check_machine import (
+    check_engine,
+    check_local,
+    check_platform,
+    check_ports,
+    check_room,
+    check_token,
+)
 from .check_model import check_model
 from .findings import Finding, finding_of
 
@@ -50,6 +57,7 @@ def preflight(spec: Spec, *, local: bool | None = None) -> Preflight:
     found.findings += check_room(spec, shapes)
     found.findings += check_token(spec, local=local)
     if local:
+        found.findings += check_platform()
         found.findings += check_local(spec, found.described)
     return found
 

@@ -14,6 +14,7 @@ import yaml
 from moesaic.cli.main import app
 from moesaic.cluster.spec.spec import parse_spec
 from tests.helpers.documented import blocks, written_commands
+from tests.helpers.paths import ROOT
 
 # Stand for a value.
 _PLACEHOLDERS = {"N": "2", "I": "0", "ID": "1", "LAYER": "0", "EXPERT": "1", "COMMAND": "status"}
@@ -49,3 +50,19 @@ def test_a_spec_that_is_written_down_is_good(page: str, text: str) -> None:
 @pytest.mark.parametrize(("page", "text"), list(blocks("python")))
 def test_a_program_that_is_written_down_compiles(page: str, text: str) -> None:
     compile(text, page, "exec")
+
+
+def test_the_table_of_versions_is_that_of_the_pins() -> None:
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    )
+    rows = re.findall(
+        r"^\| (\w+) \| [^|]+ \| ([\d.]+) \|$",
+        (ROOT / "docs" / "running.md").read_text(),
+        re.MULTILINE,
+    )
+    found = {name.lower(): version for name, version in rows if name != "Python"}
+    assert found.keys() == {"ray", "torch", "transformers", "grpcio", "protobuf"}
+    assert found == {name: pins[name] for name in found}

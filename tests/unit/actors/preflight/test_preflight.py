@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -553,3 +554,17 @@ def test_a_check_imports_no_ray(whole: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", PROBE, file], capture_output=True, text=True, timeout=100
     )
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+
+
+@pytest.mark.parametrize("address", ["local", "head:6379"])
+def test_hosts_run_on_linux_alone(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_machine, "sys", SimpleNamespace(platform="darwin"))
+    found = [
+        str(one)
+        for one in preflight(parse_spec({"ray": {"address": address}})).findings
+        if one.severity == "error"
+    ]
+    # A Ray elsewhere has its hosts elsewhere.
+    assert [one.startswith("hosts: hosts run on Linux alone") for one in found] == (
+        [True] if address == "local" else []
+    )
