@@ -205,7 +205,7 @@ def _pays(draft: Draft, search: LayerSearch, step: Step) -> bool:
 
 
 def _displace(draft: Draft, key: LayerKey, search: LayerSearch, budget: int) -> Found | None:
-    """Find a step that uses a slot which a colder layer of another model can spare.
+    """Find a step that pays, and uses a slot which a colder layer of another model can spare.
 
     The other layer's replica is already dropped when a step is returned, and is put back otherwise.
     """
@@ -215,7 +215,8 @@ def _displace(draft: Draft, key: LayerKey, search: LayerSearch, budget: int) -> 
             if lent is None:
                 continue
             found = search.improve(budget)
-            if found is not None and any(h == host for _, h in found.step.adds):
+            uses = found is not None and any(h == host for _, h in found.step.adds)
+            if found is not None and uses and _pays(draft, search, found.step):
                 return found
             other.take_back(lent)
     return None

@@ -418,9 +418,12 @@ def test_moves_that_do_not_pay_for_their_bytes_are_left_out() -> None:
     assert "exceeds its target" in found[1.0].moves[0].reason
 
 
-def test_hot_experts_of_one_model_displace_cold_replicas_of_another() -> None:
+@pytest.mark.parametrize("pays", [True, False])
+def test_hot_experts_of_one_model_displace_cold_replicas_of_another(pays: bool) -> None:
     hosts = pool(2, 6)
-    hot, cold = shape(1, 4, "hot"), shape(1, 4, "cold")
+    # Where the load does not last, the step is not taken, and the other model keeps its replica.
+    hot = shape(1, 4, "hot", expert_bytes=10**9)
+    cold = shape(1, 4, "cold", expert_bytes=10**9)
     names = ["h0", "h1"]
     current = {
         **spread([hot], names),
@@ -432,9 +435,9 @@ def test_hot_experts_of_one_model_displace_cold_replicas_of_another() -> None:
         hosts=hosts,
         current=current,
         loads={LayerKey("hot", 0): load, LayerKey("cold", 0): np.full(4, 0.01)},
-        policy=Policy(horizon_s=EVER),
+        policy=Policy(horizon_s=EVER if pays else 1e-3, load_bytes_per_s=1e9),
     )
     check(found, hosts, current)
-    assert [move.key for move in found.moves] == [ExpertKey("hot", 0, 0)]
-    assert [key.model for key, _ in found.drops] == ["cold"]
-    assert found.after[LayerKey("hot", 0)] > 0.98
+    assert [move.key for move in found.moves] == ([ExpertKey("hot", 0, 0)] if pays else [])
+    assert [key.model for key, _ in found.drops] == (["cold"] if pays else [])
+    assert (found.after[LayerKey("hot", 0)] > 0.98) == pays
