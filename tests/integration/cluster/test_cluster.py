@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tests.helpers.live import (
     wait_until,
     wait_whole,
 )
+from tests.helpers.paths import ROOT
 from tests.integration.conftest import PAGE
 
 PROMPT = torch.randint(3, 300, (1, 12), generator=torch.Generator().manual_seed(3))
@@ -96,6 +99,19 @@ def test_a_name_with_a_slash_an_alias_and_a_page_in_a_browser(cluster: Cluster) 
     assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, PAGE)
     wrong = httpx.post(f"{cluster.url}/v1/completions", headers={"origin": PAGE}, json={})
     assert (wrong.status_code, wrong.headers["access-control-allow-origin"]) == (400, PAGE)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda s: s.stem)
+def test_an_example_runs(cluster: Cluster, script: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(script), cluster.name],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_killed_hosts_change_no_token(cluster: Cluster) -> None:

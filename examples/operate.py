@@ -1,0 +1,30 @@
+"""Give an expert one replica more, wait until it stands, and undo the change.
+
+python examples/operate.py [NAME]
+"""
+
+from __future__ import annotations
+
+import sys
+
+import moesaic
+
+
+def main(name: str = "local") -> None:
+    cluster = moesaic.connect(name)
+    expert = cluster.experts()[0]
+    place = expert["model"], expert["layer"], expert["expert"]
+    before = [replica["host"] for replica in expert["replicas"]]
+    print(f"layer {place[1]}, expert {place[2]} of {place[0]}: on {', '.join(before)}")
+
+    change = cluster.wait_for(cluster.replicate(*place, len(before) + 1))
+    print(f"change {change['id']}: {change['moves']} moves, {change['phase']}")
+    for problem in change["errors"]:
+        print(f"  {problem}")
+
+    cluster.wait_for(cluster.replicate(*place, 1))
+    print("the wish is taken back; the balancer decides again")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
