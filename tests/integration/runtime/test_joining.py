@@ -403,7 +403,7 @@ STARTER = """
 import json, sys
 import ray
 from moesaic.actors.runtime.ray_border import start_ray
-from moesaic.cluster.spec import parse_spec
+from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import ClusterError
 said = {}
 def tried(what, **ray_spec):
