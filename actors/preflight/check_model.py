@@ -17,7 +17,7 @@ from ...models.folder.generation import generation_config
 from ...models.folder.tokenizer import read_tokenizer
 from ...models.trunk.config import read_config
 from ...models.trunk.describe import Described, describe
-from ...models.trunk.inventory import check_folder
+from ...models.trunk.folder_check import check_folder
 from ...proto.errors import CheckpointError, MoesaicError, RequestError, in_words
 from ..text.chat_template import ChatTemplate
 from .findings import Finding, Severity, finding_of

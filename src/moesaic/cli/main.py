@@ -86,7 +86,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show hosts, models, the placement and which experts are not protected."""
-    from .show import print_status, read_status
+    from .status import print_status, read_status
 
     values = read_status(name)
     if as_json:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from moesaic.bench import LoadResult, Percentiles
-from moesaic.cli import bench, operate, show, simulate, watch
+from moesaic.cli import bench, operate, simulate, status, watch
 from moesaic.cli.terminal import number
 
 LONG = "Qwen/Qwen3-30B-A3B-Instruct-2507"
@@ -100,8 +100,8 @@ FIGURES = SimpleNamespace(
             ("streams", "requests", "failed", "tokens/s", "first p50", "next p99", "22,866"),
         ),
         (
-            show,
-            lambda: show.print_status(STATUS),
+            status,
+            lambda: status.print_status(STATUS),
             ("experts", "weights", "queue", "replicas", "missing", "waiting", "parked", "16384"),
         ),
         (

@@ -20,7 +20,7 @@ from moesaic.models.folder.files import INDEX_FILE, SINGLE_FILE
 from moesaic.models.trunk import fitting
 from moesaic.models.trunk.checkpoint import Checkpoint
 from moesaic.models.trunk.config import read_config
-from moesaic.models.trunk.inventory import Inventory, check_folder
+from moesaic.models.trunk.folder_check import Inventory, check_folder
 from moesaic.models.trunk.trunk import load_trunk
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
 from tests.helpers.architectures import ARCHITECTURES, tiny_config, tiny_model
