@@ -58,7 +58,7 @@ WRONG = [
     # of up, spec check
     (["up", "none.yaml"], 1, "none.yaml: cannot be read"),
     (["up", "-d", "none.yaml"], 1, "none.yaml: cannot be read"),
-    (["up", "folder"], 1, "folder: cannot be read"),
+    (["up", "folder"], 1, "folder: no config.json; give the folder of a Hugging Face model"),
     (["up", "bytes"], 1, "bytes: cannot be read"),
     (["up", "/proc/self/mem"], 1, "/proc/self/mem: cannot be read"),
     (["up", "bad.yaml"], 1, "bad.yaml: not YAML"),
