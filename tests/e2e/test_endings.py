@@ -206,6 +206,7 @@ def test_answers_end_whole_and_new_ones_are_refused(folder: Path, tmp_path: Path
         nothing_is_left(running)
 
 
+@pytest.mark.slow
 def test_what_takes_longer_ends_with_an_event(folder: Path, tmp_path: Path) -> None:
     with up(folder, tmp_path, drain_s=3.0) as running, ThreadPoolExecutor(4) as threads:
         answers = answers_running(running.url, 2, threads, 300)

@@ -387,6 +387,7 @@ def said_by(code: str, environment: dict[str, str], *words: str) -> dict[str, An
     return json.loads(report[1])
 
 
+@pytest.mark.slow
 def test_a_token_in_the_environment_is_enough(tmp_path: Path) -> None:
     token = secrets.token_hex(32)
     tokens = {"right": token, "wrong": secrets.token_hex(32), "none": ""}

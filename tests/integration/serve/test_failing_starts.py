@@ -117,6 +117,7 @@ def test_the_ingress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said.startswith(words)
 
 
+@pytest.mark.slow
 def test_a_trunk_that_is_killed_cannot_tell_why_itself(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

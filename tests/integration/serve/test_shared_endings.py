@@ -86,6 +86,7 @@ def actors_of(name: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_draining_one_leaves_the_other_alone(folder: Path) -> None:
     said: list[str] = []
     with (
