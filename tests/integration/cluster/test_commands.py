@@ -147,6 +147,8 @@ BESIDE = {
 NOT_RUN = {
     "moesaic up [SPEC or MODEL]": "stays until Ctrl-C; see tests/e2e/test_up_and_down.py",
     "moesaic up": "as above",
+    "moesaic up MODEL": "as above; its spec: tests/unit/face/test_about.py",
+    "moesaic up allenai/OLMoE-1B-7B-0924-Instruct": "as above, and needs a hub",
     "moesaic down": "tests/e2e/test_up_and_down.py",
     "moesaic chat": "a conversation: tests/unit/face/test_command_line.py",
     "moesaic bench": "its defaults take minutes: test_a_short_load",
