@@ -314,7 +314,7 @@ def test_a_background_start_does_not_print_through_a_link(
     spec.write_text("name: c\nmodels: [{name: m, path: /absent}]\n")
     monkeypatch.setattr(run.sys, "executable", "/bin/false")
     with pytest.raises(ClusterError, match="did not start"):
-        run.run_detached(spec)
+        run.run_detached(str(spec))
     assert victim.read_text() == "precious"
     assert mode(owner_log("c")) == 0o600
 
