@@ -20,7 +20,9 @@ def main(name: str = "local") -> None:
         sys.exit(f"cluster {name} has no router service; add `router: {{port: 8001}}` to its spec")
     with moesaic.connect(address) as router:
         # numpy has no bfloat16; with such a model give tensors of torch.
-        model = next(model for model in router.models() if model.dtype != "bfloat16")
+        model = next((one for one in router.models() if one.dtype != "bfloat16"), None)
+        if model is None:
+            sys.exit(f"all models of cluster {name} are bfloat16; set `dtype: float32` for one")
         layer = model.layers[0]
         experts = router.experts(model.name, layer.layer)
         hidden = np.ones((4, layer.hidden), dtype=model.dtype)

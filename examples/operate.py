@@ -1,4 +1,4 @@
-"""Give an expert one replica more, wait until it stands, and undo the change.
+"""Give an expert one replica more if a host is left for it, wait until it stands, and undo it.
 
 python examples/operate.py [NAME]
 """
@@ -17,7 +17,8 @@ def main(name: str = "local") -> None:
     before = [replica["host"] for replica in expert["replicas"]]
     print(f"layer {place[1]}, expert {place[2]} of {place[0]}: on {', '.join(before)}")
 
-    change = cluster.wait_for(cluster.replicate(*place, len(before) + 1))
+    most = len(cluster.status()["hosts"])
+    change = cluster.wait_for(cluster.replicate(*place, min(len(before) + 1, most)))
     print(f"change {change['id']}: {change['moves']} moves, {change['phase']}")
     for problem in change["errors"]:
         print(f"  {problem}")
