@@ -38,7 +38,7 @@ class Looks:
     def __init__(
         self, ask: Ask, heard: Callable[[], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Ask nobody yet; ``heard`` is called whenever a host has answered."""
+        """Send no question yet; ``heard`` is called whenever a host has answered."""
         self._ask = ask
         self._heard = heard
         self._clock = clock

@@ -87,7 +87,7 @@ class Encoder:
     # ---- the loop's thread ----------------------------------------------------------------------
 
     def step(self) -> None:
-        """Compute one batch of the waiting texts, if there are any. Raises nothing."""
+        """Compute one batch of the waiting texts, if there are any; errors go to their callers."""
         self._batch = self._take()
         if not self._batch:
             return

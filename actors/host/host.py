@@ -40,7 +40,7 @@ from .weight_store import ExpertStore
 FETCH_TIMEOUT_S = 60.0
 
 
-# How often a waiting report checks for new batches, which notify nobody.
+# How often a waiting report checks for new batches: the loop does not signal them.
 _LOOK_S = 0.2
 
 log = logging.getLogger(__name__)

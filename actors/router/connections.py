@@ -193,7 +193,7 @@ class Links:
             if event is not None:
                 yield event
             if isinstance(event, Replied):
-                # The caller has copied the reply by now, or nobody wants it any more.
+                # The caller has copied the reply by now, or has given the call up.
                 self._replies.pop((event.host, event.seq), None)
                 if self._channels.get(event.host) is channel:
                     channel.release(event.seq)

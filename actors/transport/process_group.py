@@ -68,7 +68,7 @@ class Pair:
     """One side of a pair: the host calls `open`, both `join`, then use it until `abort`."""
 
     def __init__(self, peer: str, backend: str, device: torch.device) -> None:
-        """Connect to nobody yet. Raises CallError if ``device`` cannot use ``backend`` here."""
+        """Make an unconnected pair. Raises CallError if ``device`` lacks ``backend`` here."""
         if backend not in backends():
             raise CallError(f"group: no backend {backend!r} here, only {', '.join(backends())}")
         if backend == "nccl" and device.type != "cuda":

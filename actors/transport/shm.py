@@ -92,7 +92,7 @@ class ShmChannel:
 
         ``proof`` is what the host asks for (None: the proof for a listener of this process). The
         slots are in the memory of ``device``, a GPU (None: in main memory). Raises HostLost if
-        nobody listens at ``address``.
+        no host listens at ``address``.
         """
         self._host = host
         self._slot_bytes = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -205,7 +205,7 @@ class SimRouter(Process):
                     self._reply = frame
                 self._execute(self.dispatcher.handle(_event(host, frame), self.clock.now))
                 if isinstance(frame, Reply):
-                    # The reply has been accepted by now, or nobody wants it any more.
+                    # The reply has been accepted by now, or has given the call up.
                     channel.release(frame.seq)
         self._take_placements()
         if not heard:

@@ -84,7 +84,7 @@ MAX_RESTART_DELAY_S = 5.0
 
 
 class _Router(OutputRouter):
-    """Passes every output to its stream at once, so that no queue grows that nobody reads."""
+    """Passes every output to its stream at once, so that the library's own queue stays empty."""
 
     def __init__(self, streams: Streams) -> None:
         super().__init__()

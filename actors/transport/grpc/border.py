@@ -158,7 +158,7 @@ def aborting(context: grpc.ServicerContext, *, outside: bool = False) -> Iterato
     try:
         yield
     except grpc.RpcError:
-        raise  # the caller has left, so nobody would receive a status
+        raise  # the caller has left and receives no status
     except Exception as error:
         request_id = uuid.uuid4().hex if outside else ""
         if not isinstance(error, MoesaicError):

@@ -95,7 +95,7 @@ class GrpcChannel:
 
         ``proof`` is what the host asks for (None: the proof for a listener of this process).
         ``group`` is the backend that carries tensors, if any, and ``device`` the device for NCCL.
-        If nobody listens at ``address``, or the group cannot be made, `receive` raises HostLost.
+        If no host listens at ``address``, or the group cannot be made, `receive` raises HostLost.
         Raises HostLost if this side cannot use ``group``.
         """
         try:
