@@ -152,17 +152,25 @@ def _map(
     prefix = model.base_model_prefix
     sources: dict[str, Source] = {}
     unused: list[str] = []
+    # Name with "*" for the expert -> its target. A pattern with a "*" merges all experts, so one of
+    # them stands for the others; a model may have 90,000 such names.
+    merged: dict[str, tuple[str, str]] = {}
     # Some renamings depend on earlier names; transformers sorts in this way.
     for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if target not in parameters and name in parameters:
-            target, pattern = rename_source_key(name, [], [], prefix, parameters)
+        number = _EXPERT.search(name)
+        form = name if number is None else _EXPERT.sub(r"\g<1>*", name, count=1)
+        target, pattern = merged.get(form, (None, None))
+        if target is None:
+            target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+            if target not in parameters and name in parameters:
+                target, pattern = rename_source_key(name, [], [], prefix, parameters)
+            if number is not None and pattern is not None and "*" in pattern:
+                merged[form] = target, pattern
         if target not in parameters:
             unused.append(name)
             continue
         converter = by_pattern[pattern] if pattern else None
         source = sources.setdefault(target, Source(converter=converter))
-        number = _EXPERT.search(name)
         key = pattern or "", int(number[2]) if number else None
         # As in transformers, the first one counts if two names lead to the same place.
         if source.converter is converter and key not in source.keys:
