@@ -332,7 +332,7 @@ def test_a_frozen_part_keeps_no_ending_from_its_end(
 ) -> None:
     with up(folder, tmp_path, drain_s=5.0) as running:
         running.look()
-        (part,) = [one for one in running.owned if frozen in " ".join(one.cmdline())]
+        (part,) = [one for one in running.owned if f":{frozen}" in " ".join(one.cmdline())]
         part.suspend()
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(90) == 0, running.said

@@ -27,14 +27,20 @@ class Ends:
     """A context manager for the main thread that counts signals to end."""
 
     def __init__(
-        self, at_once: Callable[[], None], *, leave: Callable[[int], None] = os._exit
+        self,
+        at_once: Callable[[], None],
+        *,
+        leave: Callable[[int], None] = os._exit,
+        afterwards: signal.Handlers | None = None,
     ) -> None:
-        """Set what the second signal does.
+        """Set what the second signal does, and what signals do after the block.
 
-        It calls ``at_once`` in a thread of its own, which removes everything, and then ``leave``.
+        The second signal calls ``at_once`` in a thread of its own, which removes everything, and
+        then ``leave``. ``afterwards`` is the handler after the block (None: the one before it).
         """
         self._at_once = at_once
         self._leave = leave
+        self._afterwards = afterwards
         self.asked = threading.Event()
         self._interrupts = True
         self._handled = 0
@@ -56,13 +62,21 @@ class Ends:
     ) -> None:
         signal.set_wakeup_fd(self._fd_before)
         for one, handler in self._before.items():
-            signal.signal(one, handler)
+            signal.signal(one, handler if self._afterwards is None else self._afterwards)
         os.close(self._writer)
 
     def arm(self) -> None:
         """Install the handlers; call it again whenever Ray may have replaced one."""
         for one in SIGNALS:
             signal.signal(one, self._on_signal)
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if an end was asked for; call it between the steps of a start.
+
+        What a handler raises is lost if the signal comes while Python runs a destructor.
+        """
+        if self._interrupts and self.asked.is_set():
+            raise KeyboardInterrupt
 
     def only_ask(self) -> None:
         """Let the first signal set ``asked`` and interrupt nothing, from now on."""

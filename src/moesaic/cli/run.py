@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -54,10 +55,12 @@ def run_foreground(given: str | None, progress_fd: int, *, as_json: bool = False
     Running requests may finish then. A second signal ends the cluster at once, in every phase.
     """
     spec = spec_of(given)
-    with Ends(lambda: _end_at_once(spec)) as ends:
+    # Afterwards nothing is left to end, and a late signal must not change the exit code.
+    with Ends(lambda: _end_at_once(spec), afterwards=signal.SIG_IGN) as ends:
         cluster: Cluster | None = None
         try:
             cluster = _start(spec, progress_fd, ends)
+            ends.check()
             ends.only_ask()
             _show(spec, cluster, os.getpid(), as_json=as_json)
             if progress_fd < 0:
@@ -83,6 +86,7 @@ def _start(spec: Spec, progress_fd: int, ends: Ends) -> Cluster:
     def armed(report: Report) -> Report:
         def progress(step: str, done: int, total: int) -> None:
             ends.arm()
+            ends.check()
             report(step, done, total)
 
         return progress

@@ -211,3 +211,35 @@ def test_handlers_are_what_they_were() -> None:
     with Ends(lambda: None):
         pass
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_afterwards_late_signals_do_nothing() -> None:
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with Ends(lambda: None, afterwards=signal.SIG_IGN):
+            pass
+        for one in before:
+            os.kill(os.getpid(), one)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+class Swallows:
+    """Python ignores what a handler raises while a destructor runs."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_was_lost_comes_with_the_next_step(ends: tuple[Ends, list[Any]]) -> None:
+    ends[0].check()
+    victim = Swallows()
+    del victim
+    assert ends[0].asked.wait(5)
+    with pytest.raises(KeyboardInterrupt):
+        ends[0].check()
+    ends[0].only_ask()
+    ends[0].check()
