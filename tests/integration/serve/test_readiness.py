@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +46,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def scripted(folder: Path, **spec: Any) -> Iterator[Cluster]:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-        patched.setattr(deploy, "engine_factory", lambda config: scripted_engine)
-        with running("ready", folder, hosts=[{"count": 1, "threads": 1}], **spec) as cluster:
-            yield cluster
+def scripted(name: str, folder: Path, **spec: Any) -> Iterator[Cluster]:
+    with ExitStack() as last_first:
+        # Only while it starts: other tests have clusters with real engines meanwhile.
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+            patched.setattr(deploy, "engine_factory", lambda config: scripted_engine)
+            hosts = [{"count": 1, "threads": 1}]
+            cluster = last_first.enter_context(running(name, folder, hosts=hosts, **spec))
+        yield cluster
 
 
 @pytest.fixture(scope="module")
 def cluster(folder: Path) -> Iterator[Cluster]:
-    with scripted(folder) as cluster:
+    with scripted("ready", folder) as cluster:
         yield cluster
 
 
-def trunks() -> list[psutil.Process]:
+def trunks(cluster: Cluster) -> list[psutil.Process]:
     return [
         process
         for process in psutil.Process().children(recursive=True)
-        if "ServeReplica" in " ".join(process.cmdline()) and "Trunk" in " ".join(process.cmdline())
+        if f"::ServeReplica:moesaic-{cluster.name}:Trunk" in " ".join(process.cmdline())
     ]
 
 
@@ -124,7 +127,7 @@ def asking(cluster: Cluster, what: int, count: int, tokens: int = 300) -> Iterat
 
 
 def test_a_frozen_trunk_is_not_ready_while_work_waits(cluster: Cluster) -> None:
-    (trunk,) = trunks()
+    (trunk,) = trunks(cluster)
     with asking(cluster, SLOWLY, 2, 60):
         time.sleep(2.0)
         assert ready(cluster)
@@ -140,7 +143,7 @@ def test_a_frozen_trunk_is_not_ready_while_work_waits(cluster: Cluster) -> None:
 
 
 def test_a_trunk_that_freezes_in_its_sleep_is_found_by_the_first_request(cluster: Cluster) -> None:
-    (trunk,) = trunks()
+    (trunk,) = trunks(cluster)
     with frozen(trunk.pid):
         stays_ready(cluster, 3.0)
         with ThreadPoolExecutor(1) as threads, Client(cluster.url or "", retries=0) as client:
@@ -155,13 +158,13 @@ def test_a_full_trunk_is_ready(cluster: Cluster) -> None:
     with asking(cluster, WAIT, 60), asking(cluster, SLOWLY, 1, 100) as errors:
         stays_ready(cluster, GOES_S + 5.0)
         assert errors == []
-        for trunk in trunks():
+        for trunk in trunks(cluster):
             trunk.kill()
-    wait_until(lambda: len(trunks()) == 1)
+    wait_until(lambda: len(trunks(cluster)) == 1)
 
 
 def test_a_killed_trunk_with_work_is_not_ready_until_another_is_there(cluster: Cluster) -> None:
-    (trunk,) = trunks()
+    (trunk,) = trunks(cluster)
     (raylet,) = [one for one in psutil.Process().children(recursive=True) if one.name() == "raylet"]
     with asking(cluster, SLOWLY, 2) as errors:
         time.sleep(2.0)
@@ -169,7 +172,7 @@ def test_a_killed_trunk_with_work_is_not_ready_until_another_is_there(cluster: C
         with frozen(raylet.pid):
             trunk.kill()
             seconds_until(cluster, False, GOES_S + 1.0)
-        wait_until(lambda: len(trunks()) == 1)
+        wait_until(lambda: len(trunks(cluster)) == 1)
         seconds_until(cluster, True, 60.0)
     assert set(errors) <= {EngineError.__name__}
     with Client(cluster.url or "") as client:
@@ -226,9 +229,9 @@ def test_hosts_that_die_and_freeze_are_replaced_and_nobody_is_told(folder: Path)
 
 def test_one_trunk_of_two_is_enough(folder: Path) -> None:
     trunk = {"cache_tokens": 1024, "threads": 1, "min_replicas": 2, "max_replicas": 2}
-    with scripted(folder, trunk=trunk) as cluster:
-        wait_until(lambda: len(trunks()) == 2)
-        first, second = trunks()
+    with scripted("two", folder, trunk=trunk) as cluster:
+        wait_until(lambda: len(trunks(cluster)) == 2)
+        first, second = trunks(cluster)
         with asking(cluster, SLOWLY, 4, 60):
             time.sleep(2.0)
             with frozen(first.pid):
