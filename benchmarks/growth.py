@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .charts import line_chart
 from .placing import BUDGET, THRIFTY, Pool, drifting, ours
-from .svg import line_chart
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 # (layers, experts, hosts, slots of each layer on each host)
@@ -43,9 +43,9 @@ def growth(sizes: int) -> list[dict[str, Any]]:
 def draw(rows: list[dict[str, Any]], path: Path = PICTURES / "planner-growth.svg") -> None:
     line_chart(
         path,
-        title="Seconds for a plan, on one core",
+        title="How long a plan takes, on one core",
         x_label="slots in the pool, all layers together",
-        y_label="seconds",
+        y_label="seconds for a plan",
         x=[row["slots"] for row in rows],
         y_from=0.0,
         lines={
