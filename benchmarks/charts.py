@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 _SIZE_INCHES = (7.6, 3.6)
 # Okabe and Ito's colours, which nearly everybody can tell apart.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.pictures
 
-`benchmarks.simulation` draws its own.
+`benchmarks.elasticity.simulation` draws its own.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.charts import line_chart
+from benchmarks.charts import PICTURES, line_chart
+from benchmarks.measure import RESULTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-RESULTS = Path(__file__).parent / "results"
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 
 
 def middles(timeline: dict[str, Any], values: str) -> list[float]:

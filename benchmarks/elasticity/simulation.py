@@ -1,6 +1,6 @@
 """The simulated pool under faults, seed by seed, and two days of traffic.
 
-    python -m benchmarks.simulation [--json PATH] [--seeds N] [--pictures FOLDER]
+    python -m benchmarks.elasticity.simulation [--json PATH] [--seeds N] [--pictures FOLDER]
 
 Faults: small pools (3 to 5 hosts, 1 to 3 trunks) that are broken at random for 12 simulated
 seconds; the invariants are checked after every event. Day: 8 layers of 64 experts on 8 hosts, four
@@ -25,13 +25,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.charts import PICTURES, line_chart
 from moesaic.cluster.comparison.compare import Figures, shifting_day
 from moesaic.cluster.comparison.elastic_placement import Elastic
 from moesaic.cluster.simulator.run import SeedRun, run_seed
 
-from .charts import line_chart
-
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 console = Console(width=100, highlight=False)
 _HOURS = [0, 4, 8, 12, 16, 20, 24]
 _NAMES = {"EPLB every 12": "DeepSeek's rule, once an hour"}

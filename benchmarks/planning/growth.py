@@ -1,7 +1,8 @@
 """How long a plan takes, from small pools to large ones.
 
-Called by `benchmarks.planner --growth`: at each size a first placement, a plan for a load that has
-not changed, and one for a load that has shifted (sigma 1, 50 % drift, at most 5 % of slots moved).
+Called by `benchmarks.planning.planner --growth`: at each size a first placement, a plan for a load
+that has not changed, and one for a load that has shifted (sigma 1, 50 % drift, at most 5 % of slots
+moved).
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .charts import line_chart
-from .placing import BUDGET, THRIFTY, Pool, drifting, ours
+from benchmarks.charts import PICTURES, line_chart
+from benchmarks.planning.placing import BUDGET, THRIFTY, Pool, drifting, ours
 
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 # (layers, experts, hosts, slots of each layer on each host)
 SIZES = (
     (16, 64, 8, 9),
