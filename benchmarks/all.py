@@ -7,26 +7,41 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-BENCHMARKS: dict[str, list[str]] = {
-    "planner": [],
-    "planner-growth": ["--growth"],
-    "recorded": [],
-    "levelling": [],
-    "simulation": [],
-    "transport": [],
-    "layer": [],
-    "decode": [],
-    "decode-float32": ["--dtype", "float32"],
-    "endpoint": [],
-    "skew": [],
-    "faults": [],
-    "faults_throughput": [],
-    "scale": [],
-    "overload": [],
-    "strangers": [],
-    "soak": [],
+from benchmarks.measure import RESULTS
+
+# Folder, name and options of each. What is behind a "-" in a name is a variant of a benchmark.
+GROUPS: dict[str, dict[str, list[str]]] = {
+    "planning": {
+        "planner": [],
+        "planner-growth": ["--growth"],
+        "recorded": [],
+        "levelling": [],
+    },
+    "speed": {
+        "transport": [],
+        "layer": [],
+        "decode": [],
+        "decode-float32": ["--dtype", "float32"],
+        "endpoint": [],
+    },
+    "elasticity": {
+        "simulation": [],
+        "skew": [],
+        "scale": [],
+    },
+    "resilience": {
+        "faults": [],
+        "faults_throughput": [],
+        "overload": [],
+        "strangers": [],
+        "soak": [],
+    },
+}
+BENCHMARKS = {
+    name: (f"benchmarks.{group}.{name.partition('-')[0]}", options)
+    for group, benchmarks in GROUPS.items()
+    for name, options in benchmarks.items()
 }
 
 
@@ -35,12 +50,11 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"{', '.join(unknown)}: none of {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
-    results = Path(__file__).parent / "results"
     failed = 0
     for name in names or BENCHMARKS:
-        module = f"benchmarks.{name.split('-')[0]}"
-        command = [sys.executable, "-m", module, "--json", str(results / f"{name}.json")]
-        failed += subprocess.run([*command, *BENCHMARKS[name]], check=False).returncode != 0
+        module, options = BENCHMARKS[name]
+        command = [sys.executable, "-m", module, "--json", str(RESULTS / f"{name}.json")]
+        failed += subprocess.run([*command, *options], check=False).returncode != 0
     return min(failed, 1)
 
 

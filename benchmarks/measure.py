@@ -19,6 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+RESULTS = Path(__file__).parent / "results"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:

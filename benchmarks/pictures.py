@@ -2,19 +2,20 @@
 
     python -m benchmarks.pictures
 
-`benchmarks.simulation` draws its own.
+`benchmarks.elasticity.simulation` draws its own.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.svg import line_chart
+from benchmarks.charts import PICTURES, line_chart
+from benchmarks.measure import RESULTS
 
-RESULTS = Path(__file__).parent / "results"
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def middles(timeline: dict[str, Any], values: str) -> list[float]:
@@ -23,7 +24,7 @@ def middles(timeline: dict[str, Any], values: str) -> list[float]:
     return [timeline["from_s"] + piece_s * (n + 0.5) for n in range(len(timeline[values]))]
 
 
-def draw_kill(faults: dict[str, Any], path: Path) -> None:
+def draw_kill(faults: dict[str, Any], path: Path) -> Figure:
     timeline = faults["worst_kill"]
     # Where all texts have ended and prompts are read, nobody waits for a next token.
     shown = [
@@ -33,7 +34,7 @@ def draw_kill(faults: dict[str, Any], path: Path) -> None:
         )
         if gap_s
     ]
-    line_chart(
+    return line_chart(
         path,
         title="A host is killed, restarted by Ray, and loads its experts again",
         x_label="seconds since it was killed",
@@ -43,12 +44,11 @@ def draw_kill(faults: dict[str, Any], path: Path) -> None:
         y_from=0.0,
         band=(0.0, timeline["ended_s"], "until all replicas are there again"),
     )
-    print(path)
 
 
-def draw_rebalance(skew: dict[str, Any], path: Path) -> None:
+def draw_rebalance(skew: dict[str, Any], path: Path) -> Figure:
     moved = next(row["rebalance"] for row in skew["results"] if "rebalance" in row)
-    line_chart(
+    return line_chart(
         path,
         title="A pool that never balanced is balanced under skewed traffic",
         x_label="seconds since the rebalance began",
@@ -58,13 +58,15 @@ def draw_rebalance(skew: dict[str, Any], path: Path) -> None:
         y_from=0.0,
         band=(0.0, moved["seconds"], f"{moved['moves']} replicas move"),
     )
-    print(path)
 
 
 def main() -> None:
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    draw_kill(json.loads((RESULTS / "faults.json").read_text()), PICTURES / "kill.svg")
-    draw_rebalance(json.loads((RESULTS / "skew.json").read_text()), PICTURES / "rebalance.svg")
+    for draw, name, path in (
+        (draw_kill, "faults.json", PICTURES / "kill.svg"),
+        (draw_rebalance, "skew.json", PICTURES / "rebalance.svg"),
+    ):
+        draw(json.loads((RESULTS / name).read_text()), path)
+        print(path)
 
 
 if __name__ == "__main__":

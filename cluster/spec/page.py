@@ -36,8 +36,8 @@ _BOUNDS = {
     "exclusiveMinimum": "> {}",
     "maximum": "<= {}",
     "exclusiveMaximum": "< {}",
-    "minLength": "{} characters or more",
-    "maxLength": "{} characters or fewer",
+    "minLength": "length >= {}",
+    "maxLength": "length <= {}",
 }
 
 
@@ -76,8 +76,7 @@ def _model_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 def _part(model: type[BaseModel], path: str, schema: dict[str, Any], parts: dict[str, Any]) -> str:
     lines = [f"## `{path}`" if path else "## The keys", ""]
-    lines += [*(model.__doc__ or "").replace("``", "`").split("\n\n"), ""]
-    lines = [" ".join(line.split()) for line in lines]
+    lines += [schema["description"], ""]
     lines += ["| key | type | default | bounds | meaning |", "|---|---|---|---|---|"]
     for name, field in model.model_fields.items():
         said = schema["properties"][name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -12,7 +12,7 @@ from ..host.emulation import Emulation
 from ..routing.policy import RouterPolicy
 from ..scaling.autoscaler import ScalePolicy
 from ..service.web_guard import is_host
-from .words import with_words
+from .text import flowing
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -21,20 +21,44 @@ Threads = Annotated[int, Field(ge=1)] | Literal["auto"]
 Address = Annotated[str, Field(min_length=1)]
 
 
+def _flowing_descriptions(schema: dict[str, Any]) -> None:
+    """Remove the source's line breaks from a schema's descriptions; editors would show them."""
+    for described in (schema, *schema.get("properties", {}).values()):
+        if "description" in described:
+            described["description"] = flowing(described["description"])
+
+
 class Part(BaseModel):
-    """A mapping of the spec: unknown keys are errors, and each key has a description."""
+    """A mapping of the spec: unknown keys are errors.
+
+    The text below a field describes its key, in the JSON schema and in docs/spec.md.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, json_schema_extra=with_words
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        json_schema_extra=_flowing_descriptions,
     )
 
 
 class EmulationSpec(Part):
-    """The time that an emulated device takes for a batch, in microseconds."""
+    """The device that the hosts of a group imitate.
+
+    A batch takes the sum of these times, or the host's own time if that is longer.
+    """
 
     call_us: Micros = 0.0
+    """Microseconds that the imitated device takes to start a batch."""
+
     row_us: Micros = 0.0
+    """Microseconds that the imitated device takes for each assignment in a batch, which is a token
+    and one of its experts."""
+
     expert_us: Micros = 0.0
+    """Microseconds that the imitated device takes to read the weights of each expert that a batch
+    uses."""
 
     @model_validator(mode="after")
     def _takes_time(self) -> EmulationSpec:
@@ -47,12 +71,22 @@ class EmulationSpec(Part):
 
 
 class Resources(Part):
-    """The resources that Ray reserves for one actor."""
+    """What Ray reserves for each of some identical processes, and which nodes may run them."""
 
     num_cpus: Amount = 1
+    """CPUs that Ray reserves for each process of this section: for each host, or for each trunk."""
+
     num_gpus: Amount = 0
+    """GPUs that Ray reserves for each host, or for each trunk. With a fraction such as 0.5 several
+    processes share a GPU."""
+
     resources: dict[str, Amount] = Field(default_factory=dict)
+    """Ray's custom resources that Ray reserves for each host, or for each trunk: the resource's
+    name and the amount."""
+
     labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that a Ray node must have to run a host, or a trunk, in the form of Ray's label
+    selectors."""
 
 
 Busy = Annotated[float, Field(gt=0, le=1)]
@@ -63,17 +97,32 @@ Cost = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 class AutoscaleSpec(Part):
     """When hosts are added and removed, in groups whose ``min_count`` and ``max_count`` differ.
 
-    ``high`` and ``low`` are fractions of the time in which hosts compute. A host that is not up
-    after ``pending_s`` is shown as waiting for a machine.
+    Hosts are also added when calls wait longer than their computation takes. A host is removed only
+    if the others can do its work.
     """
 
     high: Busy = 0.75
+    """Fraction of their time in which hosts compute, above which hosts are added."""
+
     low: Busy = 0.35
+    """Fraction of their time in which hosts compute, below which a host is removed."""
+
     up_after_s: SecondsOrZero = 15.0
+    """Seconds for which hosts must be busier than `high` before some are added."""
+
     down_after_s: SecondsOrZero = 120.0
+    """Seconds for which hosts must be less busy than `low` before one is removed."""
+
     cooldown_s: SecondsOrZero = 60.0
+    """Seconds that the autoscaler pauses after each change of the number of hosts, even one by an
+    operator."""
+
     pending_s: SecondsOrZero = 120.0
+    """Seconds after which a requested host that is not up is shown as waiting for a machine."""
+
     max_cost_per_hour: Cost | None = None
+    """Largest cost per hour of all hosts together, as the sum of their groups' `cost_per_hour`. The
+    autoscaler adds no host beyond it. Default `null`: no limit."""
 
     @model_validator(mode="after")
     def _ordered(self) -> AutoscaleSpec:
@@ -97,20 +146,37 @@ Megabytes = Annotated[float, Field(ge=0.001, le=1024)]
 
 
 class RouterSpec(Part):
-    """The gRPC router service for clients that send hidden states.
+    """The gRPC router service, which computes MoE layers for clients that send hidden states.
 
-    One call may have ``max_call_mb`` of tensors and take ``call_s`` seconds. The service holds at
-    most ``max_calls`` calls and ``max_mb`` of tensors and answers at a time. It merges calls of the
-    same layer into calls of up to ``max_batch_rows`` rows.
+    It merges the calls that wait for the same layer, from all clients, into one call to the hosts.
     """
 
     host: Address = "127.0.0.1"
+    """Address on which the router service listens. `127.0.0.1` (default): only programs on the same
+    machine reach it."""
+
     port: int = Field(default=8001, ge=0, le=65_535)
+    """Port on which the router service listens. 0: a free one, which the service keeps when it
+    restarts."""
+
     max_batch_rows: int = Field(default=1024, ge=1, le=1 << 20)
+    """Largest number of rows (tokens) in one call to the hosts, which the service merges from its
+    clients' calls for the same layer."""
+
     max_calls: int = Field(default=256, ge=1, le=4096)
+    """Largest number of calls that the service holds at the same time. Beyond that it refuses calls
+    of the client that holds the most."""
+
     max_mb: float = Field(default=256.0, ge=0.002, le=1 << 16, allow_inf_nan=False)
+    """Megabytes that the tensors and answers of all held calls may take. Beyond that the service
+    refuses calls of the client that holds the most."""
+
     max_call_mb: Megabytes = 64.0
+    """Largest size of the tensors of one call, in megabytes. Moesaic's client splits larger
+    calls."""
+
     call_s: Seconds = 60.0
+    """Seconds that one call may take at most, even if the client's own deadline is later."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RouterSpec:
@@ -135,23 +201,52 @@ EngineKind = Literal["transformers", "vllm"]
 
 
 class TrunkSpec(Resources):
-    """The processes that hold a model's trunk, and the batch that each of them runs.
+    """The processes that hold a model's trunk, and the batch of requests that each of them runs.
 
-    Ray Serve keeps between ``min_replicas`` and ``max_replicas`` of them, so that each has about
-    ``target_requests``. With ``min_replicas: 0`` the first request starts one.
+    Ray Serve keeps between ``min_replicas`` and ``max_replicas`` of them for each model, so that
+    each has about ``target_requests``.
     """
 
     engine: EngineKind = "transformers"
+    """The engine that batches requests and runs the trunk. `transformers`: Moesaic's own, for any
+    supported model. `vllm`: vLLM, which must be installed."""
+
     compiled: bool = False
+    """Whether vLLM compiles the layers around the experts, which is faster but slower to start.
+    `true` needs `engine: vllm`."""
+
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Device on which a trunk runs: `cpu`, `cuda`, `cuda:1` (the second GPU), or `auto`: a GPU if
+    there is one, else the CPU."""
+
     threads: Threads = "auto"
+    """CPU threads that one computation of a trunk uses. `auto`: one for each core of the
+    machine."""
+
     max_requests: int = Field(default=32, ge=1, le=4096)
+    """Largest number of requests in the batch of one trunk."""
+
     max_waiting: int = Field(default=256, ge=0, le=1 << 20)
+    """Largest number of requests that may wait for a place in the batch of one trunk. Further
+    requests are refused with status 429."""
+
     max_batch_tokens: int = Field(default=512, ge=1, le=1 << 20)
+    """Largest number of tokens that one trunk computes in one step. A smaller number limits how
+    long a prompt delays other requests."""
+
     cache_tokens: int = Field(default=16_384, ge=64, le=1 << 28)
+    """Tokens that fit into the key-value cache of one trunk, for all its requests together."""
+
     min_replicas: int = Field(default=1, ge=0, le=1024)
+    """Smallest number of trunks that run for each model. 0: a trunk that has nothing to do ends,
+    and the next request starts one."""
+
     max_replicas: int = Field(default=1, ge=1, le=1024)
+    """Largest number of trunks that run for each model."""
+
     target_requests: float = Field(default=16.0, gt=0, le=4096)
+    """Number of requests in progress per trunk. Ray Serve adds trunks above it and removes trunks
+    below it."""
 
     @model_validator(mode="after")
     def _ordered(self) -> TrunkSpec:
@@ -166,20 +261,38 @@ _PRIORITIES = 2**31
 
 
 class LimitSpec(Part):
-    """Limits of one request, in addition to those of its model and of the key-value cache.
-
-    ``bodies_mb`` limits the bodies of all requests that arrive or are parsed at the same time; a
-    request beyond it is refused with 503 and can be sent again later.
-    """
+    """Limits of one request, in addition to those of its model and of the key-value cache."""
 
     prompt_tokens: int | None = Field(default=None, ge=1)
+    """Largest number of tokens in the prompt of a request. Longer prompts are refused. Default
+    `null`: as many as the model and the key-value cache allow."""
+
     answer_tokens: int | None = Field(default=None, ge=1)
+    """Largest number of tokens that a request may ask for as its answer. Default `null`: as many as
+    the model and the key-value cache allow."""
+
     request_s: Seconds | None = None
+    """Seconds from a request's start to the last token of its answer. Then the request ends with
+    status 504. Default `null`: no limit."""
+
     body_mb: float = Field(default=8.0, gt=0, le=1024)
+    """Largest body of one HTTP request, in megabytes. Larger ones are refused with status 413."""
+
     body_s: Seconds = 30.0
+    """Seconds in which the body of an HTTP request must have arrived. Then the request is refused
+    with status 408."""
+
     bodies_mb: float = Field(default=64.0, gt=0, le=1 << 20)
+    """Megabytes that the bodies of all requests may take while they arrive or are parsed. A request
+    beyond that is refused with status 503, and can be sent again later."""
+
     min_priority: int = Field(default=0, ge=-_PRIORITIES, lt=_PRIORITIES)
+    """Smallest `priority` that a request may have. Waiting requests with a smaller priority go
+    first, and a request without one has 0. Default 0: nobody goes before those."""
+
     max_priority: int = Field(default=_PRIORITIES - 1, ge=-_PRIORITIES, lt=_PRIORITIES)
+    """Largest `priority` that a request may have. Waiting requests with a larger priority go
+    later."""
 
     @model_validator(mode="after")
     def _ordered(self) -> LimitSpec:
@@ -221,31 +334,45 @@ def _allowed_host(value: str) -> str:
 
 
 class EndpointSpec(Part):
-    """The HTTP endpoint.
+    """The HTTP endpoint, which serves chat, completions and embeddings as OpenAI's API does.
 
     If Ray Serve already runs on this Ray, the endpoint uses Serve's address: port 0 takes it, and
     another address is an error.
 
-    Web pages of ``cors_origins``, such as `https://chat.example`, may use the endpoint from a
-    browser. `*` allows every page that the browser's user opens, even if the endpoint listens only
-    on loopback.
-
-    ``allowed_hosts`` are names that a request's Host header may have, such as `api.example` for an
-    endpoint behind a proxy. An endpoint on loopback accepts these and loopback's own names, and
-    refuses other names and pages of other sites (403). An endpoint on another address accepts all
-    names if ``allowed_hosts`` is empty, else only these, loopback's and its own.
+    An endpoint on loopback accepts loopback's own names in the Host header, and those of
+    ``allowed_hosts``. It refuses other names, and pages of other sites (403). An endpoint on
+    another address accepts all names if ``allowed_hosts`` is empty, else only these, loopback's and
+    its own.
     """
 
     host: Address = "127.0.0.1"
+    """Address on which the HTTP endpoint listens. `127.0.0.1` (default): only programs on the same
+    machine reach it. `0.0.0.0`: all of the machine's addresses."""
+
     port: int = Field(default=8000, ge=0, le=65_535)
+    """Port on which the HTTP endpoint listens. 0: a free one, or that of a Ray Serve that already
+    runs."""
+
     cors_origins: Annotated[
         tuple[Annotated[str, AfterValidator(_origin)], ...], Field(strict=False)
     ] = ()
+    """Origins such as `https://chat.example` whose web pages may use the endpoint from a browser.
+    `*`: every page that the browser's user opens, even if the endpoint listens only on loopback.
+    Default: none."""
+
     allowed_hosts: Annotated[
         tuple[Annotated[str, AfterValidator(_allowed_host)], ...], Field(strict=False)
     ] = ()
+    """Names that a request's Host header may have besides those of loopback, such as `api.example`
+    for an endpoint behind a proxy. `*`: all names. Default: none on loopback, all on other
+    addresses."""
+
     limits: LimitSpec = LimitSpec()
+    """Limits of one request to the endpoint: its tokens, time, body and priority."""
+
     drain_s: float = Field(default=30.0, ge=0, le=86_400, allow_inf_nan=False)
+    """Seconds that running answers, and running calls of the router service, have to finish when
+    the cluster ends. New ones are refused."""
 
     @model_validator(mode="after")
     def _all_or_some(self) -> EndpointSpec:
@@ -260,15 +387,27 @@ class MonitoringSpec(Part):
     """The address of `/status` and `/metrics`, on the endpoint's machine (Ray's head node)."""
 
     host: Address = "127.0.0.1"
+    """Address on which `/status` and `/metrics` are served. `127.0.0.1` (default): only programs on
+    the endpoint's machine reach them."""
+
     port: int = Field(default=8002, ge=0, le=65_535)
+    """Port on which `/status` and `/metrics` are served. 0: a free one."""
 
 
 class TimeoutSpec(Part):
-    """Time limits in seconds."""
+    """How long the cluster waits for its own start, for a missing expert, and for a silent host."""
 
     expert_s: Seconds = 60.0
+    """Seconds that a request waits for an expert that no host can compute at the moment, for
+    example until a host has restarted."""
+
     attempt_s: Seconds = 2.0
+    """Seconds after which a router sends a call to another replica because the first host is
+    silent. Each further attempt of the call may take twice as long."""
+
     start_s: Seconds = 300.0
+    """Seconds in which the whole cluster must have started. Also the time for a trunk that a
+    request starts (`trunk.min_replicas: 0`)."""
 
     @property
     def policy(self) -> RouterPolicy:

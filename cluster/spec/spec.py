@@ -51,14 +51,19 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class RaySpec(Part):
-    """The Ray to run on; ``local`` starts one inside the process of `moesaic up`.
+    """The Ray cluster on which all processes of the cluster run.
 
     Anybody who can connect to a Ray without token authentication can run programs on all its
     machines. Such a Ray is refused unless ``insecure: true`` is set.
     """
 
     address: str = "local"
+    """The Ray to use. `local`: `moesaic up` starts one in its own process and ends it. `auto`: the
+    Ray that runs on this machine. `HOST:PORT`: the Ray at that address."""
+
     insecure: bool = False
+    """Whether to join even a Ray that asks for no token. Default `false`: such a Ray is refused,
+    because whoever reaches it commands all of its machines (docs/security.md)."""
 
     @field_validator("address")
     @classmethod
@@ -70,15 +75,18 @@ class RaySpec(Part):
 
 
 class NetworkSpec(Part):
-    """The address on which hosts listen, and the transport of tensors between routers and hosts.
-
-    Transports: ``shm`` is shared memory and works on one machine, ``grpc`` works everywhere.
-    ``group`` uses torch.distributed (NCCL between GPUs, else gloo), ``device`` keeps tensors on
-    GPUs. ``auto`` is ``shm`` on one machine and ``grpc`` between machines.
-    """
+    """The network between the trunks, which call experts, and the hosts, which compute them."""
 
     bind: Address = "127.0.0.1"
+    """Address on which each host listens for the trunks' connections. `127.0.0.1` (default): only
+    trunks on the same machine reach it. `node`: the address of the machine that the host runs
+    on."""
+
     transport: TransportChoice = "auto"
+    """How tensors travel between trunks and hosts. `auto`: shared memory on one machine, gRPC
+    between machines. `shm`, `grpc`: always this one; `shm` works only on one machine. `group`:
+    torch.distributed (NCCL between GPUs, else gloo). `device`: CUDA IPC or NCCL between two GPUs,
+    else as `auto`."""
 
     @model_validator(mode="after")
     def _groups_need_an_address(self) -> NetworkSpec:
@@ -91,23 +99,44 @@ class NetworkSpec(Part):
 
 
 class ModelSpec(Part):
-    """One model: a folder, a hub id, or ``demo``.
+    """One model that the cluster serves: its names, where it comes from, how its experts are held.
 
-    After ``idle_s`` without a request its experts leave the hosts; the first call brings them back.
-    ``experts_per_token`` sets fewer experts than the model's own number: faster, at lower quality.
-    A request may set another number, down to ``min_experts_per_token``. Requests to the endpoint
-    may use one of the ``aliases``; answers have the model's name.
+    Requests to the endpoint may use the ``name`` or one of the ``aliases``; answers have the name.
     """
 
     name: ModelName
+    """The model's name in requests, answers and commands. It may be a hub id with a slash, such as
+    `Qwen/Qwen3-30B-A3B`."""
+
     aliases: Annotated[tuple[ModelName, ...], Field(strict=False)] = ()
+    """Other names by which requests to the endpoint may call the model. Answers have its `name`."""
+
     path: str = Field(min_length=1)
+    """Where the model comes from: a folder, an id of the Hugging Face hub, or `demo` for the demo
+    model. A folder has the same path on each machine."""
+
     dtype: Dtype = "float32"
+    """Data type in which the model's trunk and experts are held in memory and computed, whatever
+    its checkpoint has."""
+
     replicas: int = Field(default=1, ge=1, le=1024)
+    """Smallest number of replicas of each of the model's experts, each on another host."""
+
     exact: bool = False
+    """Whether the model's results are the same to the bit, whatever the placement and the batch.
+    `true` is slower: a host answers for each expert of a token, instead of once for each token."""
+
     idle_s: Annotated[float, Field(ge=1, le=31_536_000)] | None = None
+    """Seconds without a request after which the model's experts leave the hosts' memory. The next
+    request loads them again and waits for them. Default `null`: they never leave."""
+
     experts_per_token: int | None = Field(default=None, ge=1)
+    """How many experts compute a token, if the request sets no number: those with the largest gate
+    weights. Fewer are faster, at lower quality. Default `null`: the model's own number."""
+
     min_experts_per_token: int | None = Field(default=None, ge=1)
+    """Smallest number of experts per token that a request may ask for. Default `null`: the number
+    that requests have without asking, so none may ask for fewer."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ModelSpec:
@@ -118,30 +147,71 @@ class ModelSpec(Part):
 
 
 class HostGroup(Resources):
-    """A group of identical hosts.
+    """A group of identical expert hosts: what each reserves, holds, computes and costs.
 
-    ``slots`` and ``memory_gb`` limit the experts on one host. If neither is set, a host has room
-    for its even share of all replicas plus a quarter. ``domain`` names what fails together; if it
-    is empty, each host fails alone. ``emulate`` makes each batch take the time of another device;
-    ``threads`` is 1 then by default. The group starts with ``count`` hosts, and the autoscaler
-    keeps it between ``min_count`` and ``max_count``; both are ``count`` by default.
+    The group starts with ``count`` hosts. The autoscaler keeps it between ``min_count`` and
+    ``max_count``, and never changes its size if neither is set.
     """
 
     count: int = Field(default=2, ge=1, le=4096)
+    """Number of hosts of this group when the cluster starts."""
+
     min_count: int | None = Field(default=None, ge=1, le=4096)
+    """Smallest number of hosts to which the autoscaler shrinks this group. Default `null`:
+    `count`."""
+
     max_count: int | None = Field(default=None, ge=1, le=4096)
+    """Largest number of hosts to which the autoscaler or an operator grows this group. Default
+    `null`: `count`."""
+
     cost_per_hour: Cost = 1.0
+    """What one host of this group costs per hour, in the unit of `autoscale.max_cost_per_hour`. The
+    autoscaler first adds hosts of the group that is cheapest for its speed."""
+
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Device on which a host of this group holds and computes experts: `cpu`, `cuda`, `cuda:1` (the
+    second GPU), or `auto`: a GPU if there is one, else the CPU."""
+
     threads: Threads = "auto"
+    """CPU threads that one computation of a host uses. `auto`: the machine's cores divided by the
+    number of its hosts, or 1 with `emulate`."""
+
     slots: int | None = Field(default=None, ge=1, le=1 << 24)
+    """Largest number of experts that one host of this group may hold. Default `null`: as many as
+    fit into `memory_gb`. Without both keys: the host's even share of all replicas and a quarter
+    more."""
+
     memory_gb: float | None = Field(default=None, gt=0, le=1 << 20, allow_inf_nan=False)
+    """Memory that the experts on one host of this group may take, in GiB. Default `null`: only
+    `slots` limits them."""
+
     speed: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False)
+    """How fast one host of this group computes, relative to hosts of other groups. The planner
+    gives a host of speed 2 twice the load of a host of speed 1."""
+
     domain: str = ""
+    """Failure domain of all hosts of this group: a name for what fails together, such as a machine
+    or a rack. Default empty: each host fails alone."""
+
     spread: Literal["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "none"
+    """How Ray spreads the hosts of this group over machines: the strategy of a Ray placement group,
+    whose size is fixed. `none`: Ray places each host by itself."""
+
     max_rows: int = Field(default=512, ge=1, le=65_536)
+    """Largest number of rows (tokens) in one call to a host of this group. Routers split larger
+    calls."""
+
     max_batch_rows: int = Field(default=1024, ge=1, le=1 << 20)
+    """Largest number of rows (tokens) in one computation of a host, which joins the calls for the
+    same layer."""
+
     max_queue_rows: int = Field(default=16_384, ge=1, le=1 << 24)
+    """Largest number of rows (tokens) that may wait in a host's queue. The host refuses further
+    calls, and routers send them to another replica or later."""
+
     emulate: EmulationSpec | None = None
+    """Another device that the hosts of this group imitate, for experiments: a batch takes as long
+    as that device would take. Default `null`: none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -200,25 +270,54 @@ class HostGroup(Resources):
 
 
 class BalanceSpec(Part):
-    """When experts are moved between hosts, and what a move may cost.
+    """How the controller follows the load: when it moves experts between hosts, and how much.
 
-    ``redundancy`` failure domains can be lost at once without losing an expert. A layer whose
-    balancedness is below ``enough`` is improved up to ``target``. One plan loads at most ``budget``
-    replicas: a fraction of all, or bytes such as "4GB". A layer with little load uses few hosts: it
-    gets a further one only for more load than ``fan_out`` times the busiest layer's load per host.
+    The balancedness of a layer is the average load of its hosts, divided by the load of the busiest
+    one, each relative to the host's speed. 1 is even.
     """
 
     auto: bool = True
+    """Whether the controller adapts the placement to the load by itself. `false`: it waits for an
+    operator's `moesaic rebalance`."""
+
     redundancy: int = Field(default=0, ge=0, le=64)
+    """Number of failure domains (hosts, or host groups that share a `domain`) that can be lost at
+    once without losing an expert. Default 0: an expert may be on one host only."""
+
     enough: float = Field(default=0.95, gt=0, le=1)
+    """Balancedness of a layer from which on the controller leaves the layer's replicas alone. It is
+    the average load of a host divided by that of the busiest one; 1 is even."""
+
     target: float = Field(default=0.98, gt=0, le=1)
+    """Balancedness (1 is even) up to which the controller improves a layer that has less than
+    `enough`."""
+
     budget: Budget = 0.05
+    """How many replicas the controller may load in one change for balance: a fraction of all
+    replicas, or bytes such as `4GB`."""
+
     fan_out: float = Field(default=0.05, ge=0, le=1)
+    """Keeps a layer with little load on few hosts, because each host costs a message. A layer gets
+    a further host only for more load than this fraction of the busiest layer's load per host. 0:
+    all layers use all hosts."""
+
     every_s: Seconds = 10.0
+    """Seconds between two times that the controller checks whether the load is even."""
+
     horizon_s: Seconds = 60.0
+    """Seconds that the present load is assumed to last. The controller moves a replica only if that
+    saves more time until then than the loading takes."""
+
     gone_s: Seconds = 30.0
+    """Seconds that a host may be unreachable before the controller places its experts elsewhere."""
+
     lease_s: Seconds = 10.0
+    """Seconds for which the controller waits for a silent router before it lets hosts evict
+    replicas that the router may still use."""
+
     load_mb_per_s: float = Field(default=200.0, gt=0, le=1e9, allow_inf_nan=False)
+    """Mean rate at which one host loads experts while it serves, in megabytes per second. A lower
+    rate disturbs requests less."""
 
     @model_validator(mode="after")
     def _ordered(self) -> BalanceSpec:
@@ -247,20 +346,52 @@ class BalanceSpec(Part):
 
 
 class Spec(Part):
-    """The whole spec of one cluster."""
+    """The whole spec of one cluster. Each key without a value in the file has its default."""
 
     name: Name = "local"
+    """The cluster's name. `moesaic status --name NAME` and the other commands find the cluster by
+    it."""
+
     ray: RaySpec = RaySpec()
+    """The Ray cluster on which all processes run: one that `moesaic up` starts, or one that already
+    runs."""
+
     network: NetworkSpec = NetworkSpec()
+    """Where hosts listen, and how tensors travel between trunks and hosts."""
+
     models: Annotated[tuple[ModelSpec, ...], Field(strict=False)] = ()
+    """The models that the cluster serves. The list may be empty: a program can attach models
+    later."""
+
     hosts: Annotated[tuple[HostGroup, ...], Field(strict=False)] = (HostGroup(),)
+    """Groups of identical expert hosts. These processes hold the models' experts and compute them.
+    Default: one group of two hosts."""
+
     trunk: TrunkSpec = TrunkSpec()
+    """The processes that hold a model's trunk: everything but its routed experts. Each model has
+    its own."""
+
     endpoint: EndpointSpec | None = EndpointSpec()
+    """The HTTP endpoint with an OpenAI-style API. `null`: the cluster has no endpoint."""
+
     monitoring: MonitoringSpec | None = MonitoringSpec()
+    """The address at which the endpoint's process also serves `/status` and `/metrics`. `null`: it
+    serves neither."""
+
     router: RouterSpec | None = None
+    """The gRPC router service, for clients that send hidden states instead of text. Default `null`:
+    the cluster has none."""
+
     timeouts: TimeoutSpec = TimeoutSpec()
+    """How long the cluster waits for its own start, for a missing expert, and for the answer of one
+    host."""
+
     balance: BalanceSpec = BalanceSpec()
+    """When the controller moves experts between hosts, how even the load has to be, and how much
+    one change may load."""
+
     autoscale: AutoscaleSpec = AutoscaleSpec()
+    """When hosts are added and removed, in host groups whose `min_count` and `max_count` differ."""
 
     @property
     def drain_s(self) -> float:

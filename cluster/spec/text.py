@@ -117,3 +117,9 @@ class StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def flowing(text: str) -> str:
+    """Return a docstring as Markdown: one line for each paragraph, and no doubled backquotes."""
+    paragraphs = text.replace("``", "`").split("\n\n")
+    return "\n\n".join(" ".join(one.split()) for one in paragraphs)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 
-from benchmarks.eplb_control import EplbControl, EplbPlan
-from benchmarks.faults import Request, Round, gaps, longest, quiet_gaps, timeline, wrong_texts
+from benchmarks.all import BENCHMARKS, GROUPS, main
+from benchmarks.elasticity.eplb_control import EplbControl, EplbPlan
+from benchmarks.resilience.faults import Round, quiet_gaps, timeline
+from benchmarks.streams import Request, gaps, longest, wrong_texts
 from benchmarks.traffic import MODEL, Traffic, balance_of, exponent_for
 from moesaic.cluster.control.commands import MakePlan
 from moesaic.cluster.control.control import Control, ControlPolicy
@@ -14,6 +19,7 @@ from moesaic.cluster.control.pool_view import Observation
 from moesaic.cluster.load.meter import HostTimes, LoadReport
 from moesaic.cluster.placement import HostEntry, LayerKey, ModelShape, spread
 from moesaic.cluster.planner.plan import PoolHost
+from tests.helpers.paths import ROOT
 
 TRAFFIC = Traffic(
     layers=2, experts=32, top_k=2, tokens=64, hidden=4, exponent=1.0, shift_s=10.0, shifts=2
@@ -24,6 +30,35 @@ PLACED = spread([ModelShape(model=MODEL, experts={0: 32, 1: 32})], HOSTS)
 
 def even(exponent: float) -> Traffic:
     return Traffic(layers=2, experts=32, top_k=2, tokens=64, hidden=4, exponent=exponent)
+
+
+# ---- folders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("module", "options"), BENCHMARKS.values(), ids=BENCHMARKS)
+def test_what_runs_all_benchmarks_finds_each(module: str, options: list[str]) -> None:
+    found = find_spec(module)
+    assert found is not None
+    assert found.origin is not None
+    text = (ROOT / found.origin).read_text()
+    assert f"python -m {module} " in text, "its docstring says how to run it"
+    assert all(f'"{option}"' in text for option in ("--json", *options[:1]))
+
+
+def test_an_unknown_benchmark_is_refused_before_any_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["layer", "nothing"]) == 2
+    assert capsys.readouterr().err.startswith("nothing: none of planner, ")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_folder_of_benchmarks_imports_no_other(group: str) -> None:
+    files = list((ROOT / "benchmarks" / group).glob("*.py"))
+    assert files
+    for file in files:
+        imported = set(re.findall(r"(?:from|import) benchmarks\.(\w+)\.", file.read_text()))
+        assert imported <= {group}, file
 
 
 # ---- traffic ------------------------------------------------------------------------------------

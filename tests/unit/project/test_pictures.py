@@ -1,17 +1,24 @@
-"""The pictures of a kill and a rebalance, from results of benchmarks: axes, bands and words."""
+"""The pictures of the documentation: points, axes, bands and words."""
 
 from __future__ import annotations
 
-import re
+import subprocess
+import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from benchmarks.charts import line_chart
 from benchmarks.pictures import draw_kill, draw_rebalance
-from benchmarks.svg import line_chart
+from tests.helpers.paths import ROOT
 
+PICTURES = ROOT / "docs" / "pictures"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -26,71 +33,101 @@ def rebalance(seconds: float = 6.0) -> dict[str, Any]:
     return {"results": [{"way": "balanced"}, {"rebalance": moved | {"tokens_per_s": rates}}]}
 
 
-def boxes(path: Path) -> dict[str, tuple[float, float, float, float]]:
-    """(left, top, right, bottom) of all words that stand upright, letters a little wide."""
-    found = {}
-    for number, text in enumerate(ElementTree.parse(path).getroot().iter(f"{SVG}text")):
-        if text.get("transform"):
-            continue
-        size, words = float(text.get("font-size", 0)), text.text or ""
-        width = 0.6 * size * len(words)
-        x, y = float(text.get("x", 0)), float(text.get("y", 0))
-        left = x - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[text.get("text-anchor", "")]
-        found[f"{number} {words}"] = (left, y - size, left + width, y)
-    return found
+def chart(path: Path, **more: Any) -> Figure:
+    lines = {"a & b": [1.0, 3.0, 2.0], "c": [0.0, 0.0, 1.0]}
+    given = {"title": "t", "x_label": "x", "y_label": "y", "x": [0, 5, 10], "lines": lines}
+    return line_chart(path, **(given | more))
 
 
-def check_whole(path: Path) -> ElementTree.Element:
-    """Nothing stands outside of the picture, and no words on others."""
-    root = ElementTree.parse(path).getroot()
-    _, _, width, height = (float(part) for part in root.get("viewBox", "").split())
-    found = list(boxes(path).items())
-    for index, (words, (left, top, right, bottom)) in enumerate(found):
-        assert left >= 0, words
-        assert top >= 0, words
-        assert right <= width, words
-        assert bottom <= height, words
-        for others, (left2, top2, right2, bottom2) in found[index + 1 :]:
-            apart = right <= left2 or right2 <= left or bottom <= top2 or bottom2 <= top
-            assert apart, f"{words!r} stands on {others!r}"
-    for line in root.iter(f"{SVG}polyline"):
-        for x, y in re.findall(r"([\d.-]+),([\d.-]+)", line.get("points", "")):
-            assert 70 <= float(x) <= width
-            assert 64 <= float(y) <= height - 50
-    return root
+def check_whole(figure: Figure) -> None:
+    """Check that no words stand outside of the picture, or on others."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    (axes,) = figure.axes
+    # Ticks beyond an axis' ends exist, and are not drawn.
+    hidden = {
+        label
+        for axis in (axes.xaxis, axes.yaxis)
+        for at, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        if not min(axis.get_view_interval()) <= at <= max(axis.get_view_interval())
+    }
+    texts = {text for text in figure.findobj(Text) if isinstance(text, Text)} - hidden
+    seen = [text for text in texts if text.get_visible() and text.get_text()]
+    boxes = {text: text.get_window_extent() for text in seen}
+    assert len(boxes) > 8, "title, labels, legend and ticks"
+    for text, box in boxes.items():
+        assert 0 <= box.x0 < box.x1 <= width, text
+        assert 0 <= box.y0 < box.y1 <= height, text
+    for (one, box), (other, box2) in combinations(boxes.items(), 2):
+        assert not box.overlaps(box2), f"{one} stands on {other}"
 
 
-def band_of(root: ElementTree.Element) -> tuple[float, float]:
-    shade = next(rect for rect in root.iter(f"{SVG}rect") if rect.get("fill") != "#ffffff")
-    left = float(shade.get("x", 0))
-    return left, left + float(shade.get("width", 0))
+def band_of(figure: Figure) -> tuple[float, float]:
+    (shade,) = figure.axes[0].patches
+    ends = shade.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    return tuple(figure.axes[0].transData.inverted().transform(ends)[:, 0])
+
+
+def words_in(path: Path) -> set[str]:
+    return {text.text or "" for text in ElementTree.parse(path).getroot().iter(f"{SVG}text")}
 
 
 @pytest.mark.parametrize("seconds", [0.7, 20.0, 95.0])
 def test_a_kill_is_drawn_with_the_time_until_all_is_well(tmp_path: Path, seconds: float) -> None:
-    draw_kill(kill(seconds), tmp_path / "kill.svg")
-    left, right = band_of(check_whole(tmp_path / "kill.svg"))
-    assert 70 < left < right <= 740
+    figure = draw_kill(kill(seconds), tmp_path / "kill.svg")
+    check_whole(figure)
+    assert band_of(figure) == pytest.approx((0.0, seconds))
+    assert "until all replicas are there again" in words_in(tmp_path / "kill.svg")
 
 
 @pytest.mark.parametrize("seconds", [0.5, 6.0, 60.0])
 def test_a_rebalance_is_drawn_with_its_moves(tmp_path: Path, seconds: float) -> None:
-    draw_rebalance(rebalance(seconds), tmp_path / "rebalance.svg")
-    root = check_whole(tmp_path / "rebalance.svg")
-    left, right = band_of(root)
-    assert 70 < left < right < 740
-    assert any("38 replicas move" in words for words in boxes(tmp_path / "rebalance.svg"))
+    figure = draw_rebalance(rebalance(seconds), tmp_path / "rebalance.svg")
+    check_whole(figure)
+    assert band_of(figure) == pytest.approx((0.0, seconds))
+    assert "38 replicas move" in words_in(tmp_path / "rebalance.svg")
 
 
-def test_a_band_stands_where_the_axis_says(tmp_path: Path) -> None:
-    path = tmp_path / "chart.svg"
+def test_a_band_ends_where_the_axis_ends(tmp_path: Path) -> None:
+    assert band_of(chart(tmp_path / "a.svg", band=(2.5, 99.0, "w"))) == pytest.approx((2.5, 10.0))
 
-    def draw(band: tuple[float, float, str]) -> None:
-        lines = {"a": [0.0, 1.0, 2.0]}
-        line_chart(path, title="t", x_label="x", y_label="y", x=[0, 5, 10], lines=lines, band=band)
 
-    draw((2.5, 5.0, "words"))
-    assert band_of(ElementTree.parse(path).getroot()) == (237.5, 405.0)
-    # What is beyond the axis is cut, and words that have no room to the right go to the left.
-    draw((9.9, 99.0, "quite a few words"))
-    assert band_of(check_whole(path))[1] == 740
+def test_a_chart_has_a_line_for_each_series_and_all_words(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "chart.svg"
+    figure = chart(path, x_ticks=[0, 5, 20], y_from=-1.0)
+    check_whole(figure)
+    (axes,) = figure.axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [[1, 3, 2], [0, 0, 1]]
+    assert axes.get_xlim() == (0, 20)
+    assert axes.get_ylim()[0] == -1
+    assert {"t", "x", "y", "a & b", "c", "0", "5", "20"} <= words_in(path)
+    with pytest.raises(ValueError, match="'c' has 1 points"):
+        chart(path, lines={"c": [1.0]})
+
+
+def test_thousands_have_a_comma_and_fractions_no_zeros(tmp_path: Path) -> None:
+    chart(tmp_path / "a.svg", x=[0, 1000, 2000], lines={"a": [0.0, 0.5, 1.0]})
+    assert {"1,000", "2,000", "0.2", "1"} <= words_in(tmp_path / "a.svg")
+
+
+def test_the_same_data_make_the_same_file(tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg"):
+        chart(tmp_path / name, band=(1.0, 2.0, "w"))
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+@pytest.mark.parametrize("path", sorted(PICTURES.glob("*.svg")), ids=lambda path: path.stem)
+def test_pictures_of_the_pages_name_both_axes_and_no_date(path: Path) -> None:
+    text = path.read_text()
+    assert all(f'id="{axis}-axis"' in text for axis in "xy")
+    assert "<dc:date>" not in text
+    assert ElementTree.fromstring(text).find(f"{SVG}title") is not None
+
+
+def test_only_who_draws_loads_what_draws() -> None:
+    code = "import benchmarks.pictures, sys; print('matplotlib' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from benchmarks.svg import line_chart, nice_ticks
 from moesaic.cli.main import main
 from moesaic.cluster.comparison.compare import (
     Figures,
@@ -262,28 +260,3 @@ def test_a_broken_seed_is_printed_with_the_command_that_replays_it(
     assert found["broken"] == 1
     assert found["runs"][0]["violation"]["message"]
     assert found["runs"][0]["last_events"]
-
-
-# ---- pictures -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("span", [(0.0, 1.0), (0.43, 0.98), (0.0, 12017.0), (5.0, 5.0)])
-def test_ticks_are_round_and_cover_the_values(span: tuple[float, float]) -> None:
-    ticks = nice_ticks(*span)
-    assert ticks[0] <= span[0]
-    assert ticks[-1] >= span[1]
-    assert 2 <= len(ticks) <= 9
-    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
-
-
-def test_a_chart_is_xml_with_a_line_for_each_series(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "chart.svg"
-    lines = {"a & b": [1.0, 3.0, 2.0], "c": [0.0, 0.0, 1.0]}
-    line_chart(path, title="t", x_label="x", y_label="y", x=[0, 1, 2], lines=lines)
-    root = ElementTree.fromstring(path.read_text())
-    drawn = root.findall("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.attrib["points"].split()) for line in drawn] == [3, 3]
-    words = [text.text for text in root.findall("{http://www.w3.org/2000/svg}text")]
-    assert {"t", "x", "y", "a & b", "c"} <= set(words)
-    with pytest.raises(ValueError, match="'c' has 1 points"):
-        line_chart(path, title="t", x_label="x", y_label="y", x=[0, 1], lines={"c": [1.0]})

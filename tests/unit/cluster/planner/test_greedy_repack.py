@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.placing import BUDGET, LAVISH, MODEL, THRIFTY, Pool, deepseek, ours, rated
-from benchmarks.recorded import compare, shifts_of
+from benchmarks.planning.placing import BUDGET, LAVISH, MODEL, THRIFTY, Pool, deepseek, ours, rated
+from benchmarks.planning.recorded import compare, shifts_of
 from moesaic.cluster.load.trace import Trace
 from moesaic.cluster.placement import LayerKey
 from moesaic.cluster.planner.greedy_repack import rebuild

@@ -1,6 +1,6 @@
 """Throughput while one host of N is dead, frozen or ten times slower, on emulated devices.
 
-    python -m benchmarks.faults_throughput [--json PATH] [--hosts N] [--rounds N] [--seconds S] ...
+    python -m benchmarks.resilience.faults_throughput [--json PATH] [--hosts N] [--rounds N] ...
 
 Every expert has a replica on another host; traffic prefers none. Quiet rounds and rounds with a
 fault take turns; a fault begins with its round. A killed host is gone until the process that Ray

@@ -1,6 +1,6 @@
 """The simulated pool under faults, seed by seed, and two days of traffic.
 
-    python -m benchmarks.simulation [--json PATH] [--seeds N] [--pictures FOLDER]
+    python -m benchmarks.elasticity.simulation [--json PATH] [--seeds N] [--pictures FOLDER]
 
 Faults: small pools (3 to 5 hosts, 1 to 3 trunks) that are broken at random for 12 simulated
 seconds; the invariants are checked after every event. Day: 8 layers of 64 experts on 8 hosts, four
@@ -25,15 +25,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.charts import PICTURES, line_chart
 from moesaic.cluster.comparison.compare import Figures, shifting_day
 from moesaic.cluster.comparison.elastic_placement import Elastic
 from moesaic.cluster.simulator.run import SeedRun, run_seed
 
-from .svg import line_chart
-
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 console = Console(width=100, highlight=False)
 _HOURS = [0, 4, 8, 12, 16, 20, 24]
+_NAMES = {"EPLB every 12": "DeepSeek's rule, once an hour"}
 
 
 def faults(seeds: int, processes: int) -> dict[str, Any]:
@@ -98,17 +97,12 @@ def tide(pictures: Path, *, layers: int = 4, window_s: float = 300.0) -> list[di
     for one in found:
         table.add_row(*_row(one), f"{one.host_hours:,.1f}", f"{one.scale_events}")
     console.print(table)
-    line_chart(
-        pictures / "day-hosts.svg",
-        title="Hosts over a day of traffic that ebbs",
-        x_label="hour",
-        y_label="hosts",
-        x=hours,
-        x_ticks=_HOURS,
-        y_from=0.0,
-        lines={one.way: one.hosts_W for one in found if one.way.startswith("ours")},
-    )
+    draw_hosts(hours, found, pictures)
     return _plain(found)
+
+
+def _name(one: Figures) -> str:
+    return _NAMES.get(one.way, one.way)
 
 
 def _table(title: str, *more: str) -> Table:
@@ -134,22 +128,35 @@ def _plain(found: list[Figures]) -> list[dict[str, Any]]:
 def draw(hours: list[float], found: list[Figures], pictures: Path) -> None:
     line_chart(
         pictures / "day-balancedness.svg",
-        title="Balancedness over a day of shifting traffic",
-        x_label="hour",
-        y_label="balancedness, mean over layers",
+        title="Balancedness over a day of shifting traffic, mean over layers",
+        x_label="hour of the day",
+        y_label="balancedness (1 is even)",
         x=hours,
         x_ticks=_HOURS,
-        lines={one.way: one.balancedness_W for one in found},
+        lines={_name(one): one.balancedness_W for one in found},
     )
     line_chart(
         pictures / "day-moves.svg",
-        title="Slots that got other experts, summed up over the day",
-        x_label="hour",
+        title="Slots that got other experts, added up over the day",
+        x_label="hour of the day",
         y_label="slots moved",
         x=hours,
         x_ticks=_HOURS,
         y_from=0.0,
-        lines={one.way: list(itertools.accumulate(one.moved_W)) for one in found},
+        lines={_name(one): list(itertools.accumulate(one.moved_W)) for one in found},
+    )
+
+
+def draw_hosts(hours: list[float], found: list[Figures], pictures: Path) -> None:
+    line_chart(
+        pictures / "day-hosts.svg",
+        title="Hosts over a day of traffic that ebbs",
+        x_label="hour of the day",
+        y_label="hosts",
+        x=hours,
+        x_ticks=_HOURS,
+        y_from=0.0,
+        lines={_name(one): one.hosts_W for one in found if one.way.startswith("ours")},
     )
 
 

@@ -1,6 +1,6 @@
 """Hosts killed, frozen and slowed under load: failed requests, changed texts, gaps between tokens.
 
-    python -m benchmarks.faults [--json PATH] [--rounds N] [--model FOLDER]
+    python -m benchmarks.resilience.faults [--json PATH] [--rounds N] [--model FOLDER]
 
 The demo model in float32, every expert with a replica on another host, 16 streams of greedy texts
 through the engine in this process; hosts are real processes. Each round waits until the pool is
@@ -18,7 +18,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,12 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 import moesaic
-from benchmarks.decode import prompts_of
 from benchmarks.measure import write_json
 from benchmarks.pools import engine_over
-from moesaic.actors.engine.engine import Engine, Sampling
+from benchmarks.streams import Load, Request, gaps, longest, prompts_of, wrong_texts
+from moesaic.actors.engine.engine import Engine
 from moesaic.handle import Cluster
 from moesaic.models.source import resolve_model
-from moesaic.proto.errors import MoesaicError
 
 MODEL = "m"
 KINDS = ("kill", "freeze", "slow")
@@ -47,15 +46,6 @@ PIECE_S = 0.5
 MARGIN_S = 8.0
 
 
-@dataclass
-class Request:
-    stream: int
-    prompt: int
-    ids: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)  # of each delta of tokens
-    error: str = ""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Round:
     kind: str
@@ -63,44 +53,6 @@ class Round:
     began: float  # of the harm
     ended: float  # of the harm itself,
     whole: float  # and of what it left behind
-
-
-# ---- streams ------------------------------------------------------------------------------------
-
-
-class Load:
-    """Streams that ask for one text after the other until they are told to stop."""
-
-    def __init__(self, engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> None:
-        self._engine, self._prompts, self._tokens = engine, prompts, tokens
-        self.requests: list[Request] = []
-        self._stop = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def ask(self, stream: int, prompt: int) -> Request:
-        request = Request(stream, prompt)
-        self.requests.append(request)
-        sampling = Sampling(max_tokens=self._tokens)
-        try:
-            async for delta in self._engine.generate("r", self._prompts[prompt], sampling):
-                request.ids += delta.token_ids
-                request.times.append(time.monotonic())
-        except MoesaicError as error:
-            request.error = f"{type(error).__name__}: {error}"
-        return request
-
-    def start(self, streams: int) -> None:
-        self._tasks = [asyncio.create_task(self._run(stream)) for stream in range(streams)]
-
-    async def stop(self) -> None:
-        self._stop.set()
-        await asyncio.gather(*self._tasks)
-
-    async def _run(self, stream: int) -> None:
-        turn = stream
-        while not self._stop.is_set():
-            await self.ask(stream, turn % len(self._prompts))
-            turn += 1
 
 
 # ---- harm ---------------------------------------------------------------------------------------
@@ -151,22 +103,6 @@ async def _stop_and_go(pid: int, until: float, stopped_s: float, working_s: floa
 # ---- figures ------------------------------------------------------------------------------------
 
 
-def gaps(requests: Sequence[Request]) -> np.ndarray:
-    """(gaps, 2): when each began and ended."""
-    pairs = [
-        (before, after)
-        for request in requests
-        for before, after in zip(request.times, request.times[1:], strict=False)
-    ]
-    return np.array(pairs).reshape(-1, 2)
-
-
-def longest(found: np.ndarray, began: float, ended: float) -> float:
-    """The longest gap that touches an interval."""
-    touching = found[(found[:, 1] > began) & (found[:, 0] < ended)]
-    return float((touching[:, 1] - touching[:, 0]).max(initial=0.0))
-
-
 def quiet_gaps(found: np.ndarray, rounds: Sequence[Round]) -> np.ndarray:
     """Lengths of the gaps that touch no round."""
     quiet = np.ones(len(found), dtype=bool)
@@ -185,11 +121,6 @@ def timeline(found: np.ndarray, began: float, ended: float) -> dict[str, Any]:
         "ended_s": ended - began,
         "longest_gap_s": [round(longest(found, edge, edge + PIECE_S), 3) for edge in edges],
     }
-
-
-def wrong_texts(requests: Sequence[Request], wanted: dict[int, list[int]]) -> int:
-    """Texts that differ from what they have to be; those of failed requests as far as they go."""
-    return sum(request.ids != wanted[request.prompt][: len(request.ids)] for request in requests)
 
 
 async def measure(cluster: Cluster, engine: Engine, given: argparse.Namespace) -> dict:

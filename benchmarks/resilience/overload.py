@@ -1,6 +1,6 @@
 """Three times as many requests as the endpoint can answer: what is answered, refused and computed.
 
-    python -m benchmarks.overload [--json PATH] [--model FOLDER]
+    python -m benchmarks.resilience.overload [--json PATH] [--model FOLDER]
 
 First, as many clients as fill the engine ask one request after the other: that is the capacity.
 Then requests arrive at random at `--times` that rate, whatever becomes of them, and nobody asks
@@ -26,8 +26,8 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 import moesaic
-from benchmarks.decode import prompts_of
 from benchmarks.measure import write_json
+from benchmarks.streams import prompts_of
 from moesaic.handle import Cluster
 from moesaic.models.source import resolve_model
 

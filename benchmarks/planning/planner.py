@@ -1,14 +1,14 @@
 """The planner against DeepSeek's balancer on loads that drift, and on pools of other kinds.
 
-    python -m benchmarks.planner [--json PATH] [--shifts N] [--layers N]
-    python -m benchmarks.planner --growth [--sizes N]
+    python -m benchmarks.planning.planner [--json PATH] [--shifts N] [--layers N]
+    python -m benchmarks.planning.planner --growth [--sizes N]
 
 58 layers of 256 experts, 288 slots on 32 hosts, log-normal loads. At each shift both see the new
 loads; balancedness is that of the new loads, after the change. `moved` is the part of all slots
 that gets other weights. `bound`: no placement with these slots is better. `with traffic`: replicas
 of a layer to which tokens go. Then hosts of two kinds, redundancy, and the cost of fan-out
-(`benchmarks/unlike_pools.py`). `--growth` instead measures how long plans take from small to large
-pools, and draws it. Recorded loads are in `benchmarks/recorded.py`.
+(`unlike_pools.py`). `--growth` instead measures how long plans take from small to large pools, and
+draws it. Recorded loads are in `recorded.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .growth import draw, growth
-from .placing import BUDGET, LAVISH, THRIFTY, Pool, bound, deepseek, drifting, ours, rated, static
-from .unlike_pools import fan_out, redundant, spared, uneven
+from benchmarks.planning.growth import draw, growth
+from benchmarks.planning.placing import (
+    BUDGET,
+    LAVISH,
+    THRIFTY,
+    Pool,
+    bound,
+    deepseek,
+    drifting,
+    ours,
+    rated,
+    static,
+)
+from benchmarks.planning.unlike_pools import fan_out, redundant, spared, uneven
 
 console = Console(width=110, highlight=False)
 _PARTS = ("moved", "drift", "fan_out")

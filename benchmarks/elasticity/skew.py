@@ -1,6 +1,6 @@
 """Skewed, shifting traffic on emulated devices: static placement, DeepSeek's rule, and ours.
 
-    python -m benchmarks.skew [--json PATH] [--hosts N] [--seconds S] ...
+    python -m benchmarks.elasticity.skew [--json PATH] [--hosts N] [--seconds S] ...
 
 Real processes and transport, one cluster after the other. `balanced` is the yardstick: the static
 placement under traffic that prefers no expert. The skew is that at which static placement's
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moesaic
-from benchmarks.eplb_control import EplbController
+from benchmarks.elasticity.eplb_control import EplbController
 from benchmarks.measure import write_json
 from benchmarks.pools import EXPERT_BYTES, HIDDEN, save_tiny_model
 from benchmarks.traffic import MODEL, Drivers, Steps, Traffic, driving, exponent_for

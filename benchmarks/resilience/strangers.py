@@ -1,6 +1,6 @@
 """A thousand strangers at once at a host that serves an honest router.
 
-    python -m benchmarks.strangers [--json PATH]
+    python -m benchmarks.resilience.strangers [--json PATH]
 
 A fifth each: TCP connections that say nothing, HTTP/2 connections that say nothing, and three that
 go on as far as they can: half a Hello, a proof that is wrong, and weights of 400 MB for an expert
@@ -154,7 +154,7 @@ async def be_strangers(address: str, says: dict[str, str], count: int) -> None:
 
 @contextmanager
 def strangers(entry: HostEntry, count: int, came: Counter[str]) -> Iterator[None]:
-    command = [sys.executable, "-m", "benchmarks.strangers", "--be", entry.grpc_address]
+    command = [sys.executable, "-m", "benchmarks.resilience.strangers", "--be", entry.grpc_address]
     process = subprocess.Popen(
         [*command, "--count", str(count)],
         stdin=subprocess.PIPE,

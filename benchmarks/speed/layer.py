@@ -1,6 +1,6 @@
 """One MoE layer in the pool against the same layer in process through transformers' grouped_mm.
 
-    python -m benchmarks.layer [--json PATH]
+    python -m benchmarks.speed.layer [--json PATH]
 
 64 experts of 1024 x 2048, top-8, two hosts that share the cores which the layer in process has for
 itself. `router` is the same path with experts that compute next to nothing: grouping, scattering,

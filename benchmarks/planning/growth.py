@@ -1,7 +1,8 @@
 """How long a plan takes, from small pools to large ones.
 
-Called by `benchmarks.planner --growth`: at each size a first placement, a plan for a load that has
-not changed, and one for a load that has shifted (sigma 1, 50 % drift, at most 5 % of slots moved).
+Called by `benchmarks.planning.planner --growth`: at each size a first placement, a plan for a load
+that has not changed, and one for a load that has shifted (sigma 1, 50 % drift, at most 5 % of slots
+moved).
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .placing import BUDGET, THRIFTY, Pool, drifting, ours
-from .svg import line_chart
+from benchmarks.charts import PICTURES, line_chart
+from benchmarks.planning.placing import BUDGET, THRIFTY, Pool, drifting, ours
 
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 # (layers, experts, hosts, slots of each layer on each host)
 SIZES = (
     (16, 64, 8, 9),
@@ -43,9 +43,9 @@ def growth(sizes: int) -> list[dict[str, Any]]:
 def draw(rows: list[dict[str, Any]], path: Path = PICTURES / "planner-growth.svg") -> None:
     line_chart(
         path,
-        title="Seconds for a plan, on one core",
+        title="How long a plan takes, on one core",
         x_label="slots in the pool, all layers together",
-        y_label="seconds",
+        y_label="seconds for a plan",
         x=[row["slots"] for row in rows],
         y_from=0.0,
         lines={

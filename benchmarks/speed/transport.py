@@ -1,6 +1,6 @@
 """Round trips of the transports alone, against the least that the same bytes can cost.
 
-    python -m benchmarks.transport [--json PATH] [--only shm|grpc] [--anywhere]
+    python -m benchmarks.speed.transport [--json PATH] [--only shm|grpc] [--anywhere]
 
 `shm` is held against a memcpy into shared memory and a one-byte doorbell, `grpc` against a bare
 bidirectional stream; every host is a process of its own that answers with as many bytes as it got.
@@ -215,7 +215,7 @@ def _echo(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[
 @contextlib.contextmanager
 def child(kind: str, *fds: int, anywhere: bool) -> Iterator[str]:
     """A host in a process of its own; gives the line that it prints."""
-    command = [sys.executable, "-m", "benchmarks.transport", "--serve", kind, *map(str, fds)]
+    command = [sys.executable, "-m", "benchmarks.speed.transport", "--serve", kind, *map(str, fds)]
     command += ["--anywhere"] * anywhere
     process = subprocess.Popen(
         command,

@@ -1,7 +1,7 @@
 """The endpoint against the engine called directly: time to the first token and between tokens,
 tokens/s; and two trunks against one.
 
-    python -m benchmarks.endpoint [--json PATH]
+    python -m benchmarks.speed.endpoint [--json PATH]
 
 Both use the same two hosts of one cluster: the endpoint through HTTP, ingress and trunk, the
 engine with a trunk in this process. Two trunks are a second cluster, behind the first. They share
@@ -25,8 +25,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import moesaic
-from benchmarks.decode import CONFIG, prompts_of
 from benchmarks.measure import Comparison, report
+from benchmarks.speed.decode import CONFIG
+from benchmarks.streams import prompts_of
 from moesaic.actors.engine.engine import Sampling
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.models.upcycling.demo import demo_model

@@ -1,6 +1,6 @@
 """Many streams for a long time, of clients that are not all well-behaved: what is left behind?
 
-    python -m benchmarks.soak [--json PATH] [--minutes 5] [--streams 64]
+    python -m benchmarks.resilience.soak [--json PATH] [--minutes 5] [--streams 64]
 
 Every client asks again as soon as it has its answer. Most read to the end, and their texts are
 compared with those from before; some leave in the middle or before the first token, some read
@@ -29,10 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 import moesaic
+from benchmarks.measure import write_json
+from benchmarks.streams import prompts_of
 from moesaic.models.upcycling.demo import demo_model
-
-from .decode import prompts_of
-from .measure import write_json
 
 NEW_TOKENS = 16
 WARM_S = 30.0

@@ -1,7 +1,7 @@
 """What levelling a call's choices over its hosts gives: the router's own choice of hosts, for calls
 drawn from a skewed load, by the planner's shares alone and levelled call by call.
 
-    python -m benchmarks.levelling [--json PATH]
+    python -m benchmarks.planning.levelling [--json PATH]
 
 `busiest` is the busiest host's choices over the mean's, in the mean of the calls. The placement is
 planned for the load (`as planned`), for another one (`shifted`: what routers see until the
@@ -22,6 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import write_json
+from benchmarks.planning.placing import LAVISH, MODEL, Pool
 from moesaic.cluster.placement import HostEntry, LayerKey, LayerPlacement, Number, Placement
 from moesaic.cluster.planner.plan import PoolHost
 from moesaic.cluster.planner.planner import plan
@@ -30,9 +32,6 @@ from moesaic.cluster.routing.host_health import BEST_RANK
 from moesaic.cluster.routing.layer_call import LayerCall
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.routes import Routes
-
-from .measure import write_json
-from .placing import LAVISH, MODEL, Pool
 
 KEY = LayerKey(MODEL, 0)
 

@@ -1,6 +1,6 @@
 """Two hosts become four and two again under load: errors, seconds of each phase, tokens/s.
 
-    python -m benchmarks.scale [--json PATH] [--model FOLDER]
+    python -m benchmarks.elasticity.scale [--json PATH] [--model FOLDER]
 
 Greedy streams through the engine in this process; hosts are real processes. Every text is compared
 with the one of the same prompt from before. Hosts share the machine's cores: where there are fewer
@@ -23,13 +23,13 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 import moesaic
-from benchmarks.decode import prompts_of
-from benchmarks.faults import MODEL, Load, gaps, longest, wrong_texts
 from benchmarks.measure import write_json
 from benchmarks.pools import engine_over
+from benchmarks.streams import Load, gaps, longest, prompts_of, wrong_texts
 from moesaic.handle import Cluster
 from moesaic.models.source import resolve_model
 
+MODEL = "m"
 SCALE_S = 300.0
 
 

@@ -1,7 +1,7 @@
 """Decoding with the demo model and vLLM: over the pool, against vLLM with its own experts and
 against transformers' continuous batching; same cores.
 
-    python -m benchmarks.vllm_decode [--json PATH] [--dtype bfloat16] [--rounds 5]
+    python -m benchmarks.speed.vllm_decode [--json PATH] [--dtype bfloat16] [--rounds 5]
 
 Needs an environment with vLLM (`make test-vllm` makes one). Each contender is a process of its own
 that stays; they take turns, batch by batch. Prompts of 32 tokens, 48 new ones, greedy.
@@ -29,11 +29,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.hosts import NODE, host_processes, place
+from benchmarks.measure import write_json
 from moesaic.actors.engine.engine import Delta, Engine, EngineConfig, Sampling
 from moesaic.models.upcycling.demo import demo_model
-
-from .hosts import NODE, host_processes, place
-from .measure import write_json
 
 NEW_TOKENS = 48
 BATCHES = (1, 8, 32)
@@ -154,8 +153,9 @@ def contender(way: str, folder: Path, dtype: str) -> Iterator[Run]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
+    module = "benchmarks.speed.vllm_decode"
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.vllm_decode", "--contend", way, str(folder), dtype],
+        [sys.executable, "-m", module, "--contend", way, str(folder), dtype],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     stdin, stdout = process.stdin, process.stdout
@@ -192,7 +192,7 @@ def main() -> None:
         return
     folder = demo_model()
     # In the contenders' processes torch is read with their threads; here it is not needed.
-    from .decode import prompts_of
+    from benchmarks.streams import prompts_of
 
     prompts = prompts_of(folder)
     found: dict[tuple[str, int], list[float]] = {}

@@ -1,6 +1,6 @@
 """Decoding with the demo model: the pool against plain transformers, same batching, same cores.
 
-    python -m benchmarks.decode [--json PATH] [--dtype bfloat16]
+    python -m benchmarks.speed.decode [--json PATH] [--dtype bfloat16]
 
 Every contender is the same continuous-batching engine in this process; `plain` has all weights,
 the others have their experts in 1, 2 or 4 host processes. Prompts of 32 tokens, greedy.
@@ -18,11 +18,12 @@ from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.hosts import NODE, host_processes, place
 from benchmarks.measure import Comparison, report
+from benchmarks.streams import prompts_of
 from moesaic.actors.engine.engine import EngineConfig, Sampling
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.router.router import Router
@@ -32,7 +33,7 @@ from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.models.trunk.trunk import connect_experts, load_trunk, meta_model
 from moesaic.models.upcycling.demo import demo_model
 
-PROMPT_TOKENS, NEW_TOKENS = 32, 48
+NEW_TOKENS = 48
 BATCHES = (1, 8, 32)
 HOSTS = (1, 2, 4)
 CONFIG = EngineConfig(num_blocks=256, max_batch_tokens=512, max_requests=32)
@@ -57,13 +58,6 @@ async def tokens_per_s(
 
     counts = await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts)))
     return sum(counts) / (time.perf_counter() - start), statistics.median(firsts)
-
-
-def prompts_of(folder: Path) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = " ".join(path.read_text() for path in sorted(Path(os.__file__).parent.glob("a*.py")))
-    ids = tokenizer(text[:40_000]).input_ids
-    return [ids[i * PROMPT_TOKENS : (i + 1) * PROMPT_TOKENS] for i in range(max(BATCHES))]
 
 
 async def run(dtype: torch.dtype, rounds: int) -> list[Comparison]:

@@ -1,6 +1,6 @@
 """Loads of the demo model whose traffic shifts between domains, recorded from its routers.
 
-    python -m benchmarks.recorded [--json PATH] [--trace PATH]
+    python -m benchmarks.planning.recorded [--json PATH] [--trace PATH]
 
 Five domains of text (Python code, C++ headers, a manual, licences, readmes) that no gate was made
 of, one after the other, twice, with other texts the second time. A forward pass counts what the
@@ -31,12 +31,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moesaic.cluster.load.trace import Trace
-from moesaic.cluster.placement import LayerKey
-from moesaic.models.upcycling.demo import demo_model, demo_texts
-from moesaic.traces import write_trace
-
-from .placing import (
+from benchmarks.planning.placing import (
     BUDGET,
     LAVISH,
     MODEL,
@@ -49,6 +44,10 @@ from .placing import (
     rated,
     static,
 )
+from moesaic.cluster.load.trace import Trace
+from moesaic.cluster.placement import LayerKey
+from moesaic.models.upcycling.demo import demo_model, demo_texts
+from moesaic.traces import write_trace
 
 ROW_TOKENS = 256  # a window has rows of several texts
 ROWS = 2

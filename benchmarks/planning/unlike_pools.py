@@ -1,7 +1,7 @@
 """The planner on pools that are not made of equal hosts for one model.
 
-Called by `benchmarks.planner`: hosts of two sizes and speeds, redundancy, and what the cost of
-fan-out saves.
+Called by `benchmarks.planning.planner`: hosts of two sizes and speeds, redundancy, and what the
+cost of fan-out saves.
 """
 
 from __future__ import annotations
@@ -11,12 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.planning.placing import (
+    BUDGET,
+    LAVISH,
+    THRIFTY,
+    Pool,
+    Shift,
+    bound,
+    drifting,
+    ours,
+    rated,
+)
 from moesaic.cluster.placement import LayerKey, ModelShape
 from moesaic.cluster.planner.balance import balancedness, even_split
 from moesaic.cluster.planner.plan import Plan, PoolHost
 from moesaic.cluster.planner.planner import plan
-
-from .placing import BUDGET, LAVISH, THRIFTY, Pool, Shift, bound, drifting, ours, rated
 
 Row = dict[str, Any]
 
