@@ -142,15 +142,21 @@ class Draft:
             if not drops:
                 return False
             for other, victim, host in drops:
-                self.searches[other].apply(Step((), ((victim, host),)))
+                self.apply(self.searches[other], Step((), ((victim, host),)))
             fits_H = np.arange(len(self.hosts)) == drops[0][2]
         order = self._order(search, expert)
         host = int(next(h for h in order if fits_H[h]))
         replaces = tuple(other.expert(victim) for other, victim, _ in drops)
         self.note(key, Step(((expert, host),)), kind, reason, replaces)
-        search.apply(Step(((expert, host),)))
-        self.use_H[search.is_light][host] += search.load_E[expert] / search.held_EH[expert].sum()
+        self.apply(search, Step(((expert, host),)))
         return True
+
+    def apply(self, search: LayerSearch, step: Step) -> None:
+        """Carry out a step in one of the layers, and keep count of the load of each host."""
+        use_H = self.use_H[search.is_light]
+        use_H -= search.even_load()
+        search.apply(step)
+        use_H += search.even_load()
 
     def _order(self, search: LayerSearch, expert: int) -> np.ndarray:
         """Return the hosts, (H,) indices, in the order of preference for one more replica.
