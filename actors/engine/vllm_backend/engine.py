@@ -225,7 +225,7 @@ class VllmEngine:
         arrival = next(self._arrivals)
 
         def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
-            asked = going_on(sampling, left)
+            asked = going_on(sampling, tokens[len(prompt_ids) :])
             return self._attempt(f"{request_id}#{next(self._ids)}", tokens, asked, arrival)
 
         parking = self._parking.generate(attempt, prompt_ids, sampling, already)

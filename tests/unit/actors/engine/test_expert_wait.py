@@ -8,9 +8,11 @@ from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
+import torch
 
 from moesaic.actors.engine.engine import Delta, Sampling
 from moesaic.actors.engine.expert_wait import Parking
+from moesaic.actors.engine.sampling import RequestSampler
 from moesaic.actors.engine.vllm_backend.requests import going_on
 from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.cluster.routing.expert_options import MissingExpert
@@ -142,13 +144,47 @@ async def test_who_goes_away_while_parked_is_forgotten() -> None:
 
 def test_what_goes_on_in_vllm() -> None:
     asked = Sampling(max_tokens=6, temperature=1.0, seed=5)
-    assert going_on(asked, 6) == asked
-    later = going_on(asked, 4)
+    assert going_on(asked, []) == asked
+    later = going_on(asked, [7, 8])
     assert later.max_tokens == 4
     assert later.seed not in (None, 5)
-    assert going_on(replace(asked, seed=None), 4).seed is None
+    assert going_on(replace(asked, seed=None), [7, 8]).seed is None
     shaped = replace(asked, form=AnswerForm(json_schema="{}"))
-    assert going_on(shaped, 6) == shaped
+    assert going_on(shaped, []) == shaped
     with pytest.raises(Interrupted) as caught:
-        going_on(shaped, 4)
+        going_on(shaped, [7, 8])
     assert caught.value.retryable
+
+
+def test_in_vllm_a_bias_stands_for_the_frequencies_of_what_was_generated() -> None:
+    """vLLM counts the tokens after the resumption itself, and takes those before for the prompt."""
+    asked = Sampling(max_tokens=9, frequency_penalty=0.5, logit_bias=((7, 1.0), (9, -2.0)))
+    before, after = [7, 8, 7], [8, 8, 3]
+    logits = torch.linspace(-1, 1, 12)
+    whole = RequestSampler(asked, PROMPT, [*before, *after]).adjust(logits)
+    resumed = going_on(asked, before)
+    assert resumed.max_tokens == 6
+    found = RequestSampler(resumed, [*PROMPT, *before], after).adjust(logits)
+    torch.testing.assert_close(found, whole)
+
+
+def test_in_vllm_the_penalty_of_repetition_goes_on_by_itself() -> None:
+    asked = Sampling(max_tokens=9, repetition_penalty=1.5)
+    before, after = [7, 8, 7], [8, 8, 3]
+    logits = torch.linspace(-1, 1, 12)
+    whole = RequestSampler(asked, PROMPT, [*before, *after]).adjust(logits)
+    found = RequestSampler(going_on(asked, before), [*PROMPT, *before], after).adjust(logits)
+    torch.testing.assert_close(found, whole)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Sampling(max_tokens=9, presence_penalty=0.5),
+        Sampling(max_tokens=9, frequency_penalty=0.5, repetition_penalty=1.5),
+    ],
+)
+def test_in_vllm_penalties_that_would_be_forgotten_end_the_answer(asked: Sampling) -> None:
+    assert going_on(asked, []) == asked
+    with pytest.raises(Interrupted, match="penalty"):
+        going_on(asked, [7])
