@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -17,6 +18,7 @@ from moesaic.actors.engine.vllm_backend.requests import going_on
 from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.cluster.routing.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, Interrupted
+from tests.helpers.fake_clock import FakeClock
 
 PROMPT = [1, 2, 3]
 ASKED = Sampling(max_tokens=6)
@@ -50,8 +52,12 @@ async def texts(parking: Parking, batch: Batch, asked: Sampling = ASKED) -> list
     return found
 
 
-def lot(wait_s: float = 5.0, check: Callable[[], object] = lambda: None) -> Parking:
-    return Parking(wait_s, check)
+def lot(
+    wait_s: float = 5.0,
+    check: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Parking:
+    return Parking(wait_s, check, clock)
 
 
 async def test_it_goes_on_where_it_was() -> None:
@@ -79,9 +85,11 @@ async def test_it_is_counted_while_it_waits_and_comes_back_when_the_expert_does(
 
 
 async def test_it_waits_no_longer_than_it_may() -> None:
-    batch, parking = Batch(2, 1, is_back=lambda: False), lot(0.3)
+    clock = FakeClock(step_s=1.0)
+    batch, parking = Batch(2, 1, is_back=lambda: False), lot(30.0, clock=clock)
     with pytest.raises(ExpertUnavailable, match="expert 3"):
         await texts(parking, batch)
+    assert clock.now == pytest.approx(130.0, abs=3.0)
     assert len(parking) == 0
     assert len(batch.asked) == 1
 
@@ -108,11 +116,12 @@ async def test_who_does_not_wait_is_not_parked(asked: MissingExpert) -> None:
 
 
 async def test_its_own_time_to_wait_counts() -> None:
+    clock = FakeClock(step_s=1.0)
     batch = Batch(1, 1, is_back=lambda: False)
-    asked = Sampling(max_tokens=6, missing=MissingExpert(wait_s=0.15))
-    async with asyncio.timeout(3):
-        with pytest.raises(ExpertUnavailable):
-            await texts(lot(60.0), batch, asked)
+    asked = Sampling(max_tokens=6, missing=MissingExpert(wait_s=15.0))
+    with pytest.raises(ExpertUnavailable):
+        await texts(lot(600.0, clock=clock), batch, asked)
+    assert clock.now == pytest.approx(115.0, abs=3.0)
 
 
 async def test_where_nobody_can_tell_whether_it_is_back_nobody_waits() -> None:
