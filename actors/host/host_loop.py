@@ -87,15 +87,23 @@ class HostLoop:
             try:
                 done.set_result(work())
             except Exception as error:
+                # Whatever it is, the caller gets it, and the loop goes on.
                 done.set_exception(error)
 
         self.post(run)
         try:
             done.result(timeout_s)
         except TimeoutError:
+            done.add_done_callback(self._came_late)
             raise InternalError(
                 f"host {self.name}: the loop did not answer for {timeout_s} s"
             ) from None
+
+    def _came_late(self, done: Future[None]) -> None:
+        """Log the error of a work for whose end its caller waits no more."""
+        error = done.exception()
+        if error is not None:
+            log.error("host %s: work that took too long failed", self.name, exc_info=error)
 
     def stats(self) -> LoopStats:
         return self._device.stats(
@@ -135,6 +143,7 @@ class HostLoop:
                 self._hear(0.0 if self._pending else 1.0)
                 self._work()
         except BaseException as error:
+            # Whatever it is, `failure` tells other threads why the host computes nothing any more.
             self.failure = error
             log.exception("host %s: the loop ended", self.name)
             raise

@@ -218,6 +218,7 @@ class MergedCalls:
                     return
                 self._compute(*taken)
         except Exception as defect:
+            # The thread ends with whatever it is: nobody may wait for it, and Ray starts another.
             self._defect = defect
             log.exception("the router service computes nothing any more")
             self._end_all(InternalError(f"a defect: {defect!r}"))
@@ -247,6 +248,7 @@ class MergedCalls:
         except MoesaicError as error:
             failure = error
         except Exception as error:
+            # Whatever went wrong, only these calls fail; the service keeps running.
             log.exception("a merged call of %s failed", batch.key)
             failure = InternalError(in_words(error))
         ends: list[End] = []
