@@ -93,11 +93,12 @@ class Parking:
         self._parked += 1
         try:
             least = self._clock() + stay.begin()
-            while self._clock() < least or not is_back():
-                self._check()
-                if self._clock() >= stay.until:
-                    raise error
-                await asyncio.sleep(_LOOK_S * max(1.0, self._parked / _LOOKS_AT_ONCE))
+            with error.expecting():
+                while self._clock() < least or not is_back():
+                    self._check()
+                    if self._clock() >= stay.until:
+                        raise error
+                    await asyncio.sleep(_LOOK_S * max(1.0, self._parked / _LOOKS_AT_ONCE))
         finally:
             self._parked -= 1
 

@@ -2,6 +2,7 @@
 
 It is a thin shell around `cluster/routing/dispatch.py`. The calling thread itself sends the calls,
 waits for all hosts at once and adds the answers up, so a call is never handed to another thread.
+Between calls, `Upkeep` looks after the connections while somebody waits for an expert.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 """
@@ -44,6 +45,7 @@ from ...proto.wire import DTYPE_TO_WIRE
 from .connections import Links
 from .layer_tensors import LayerJob, check_shapes
 from .row_attribution import BatchRows
+from .upkeep import Upkeep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +96,9 @@ class Router:
         self.name = name
         self._clock = clock
         self.policy = policy or RouterPolicy()
-        self.batch = BatchRows(name, self.has)
+        self._upkeep = Upkeep(name, self._look_after)
+        self.expecting = self._upkeep.expecting
+        self.batch = BatchRows(name, self.has, self.expecting)
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
         slots = self.policy.window
@@ -152,19 +156,28 @@ class Router:
                 )
 
     def has(self, experts: Sequence[ExpertKey]) -> bool:
-        """Return whether each of these experts has a host that accepts calls now; never waits.
+        """Return whether each of these experts has a host that accepts calls now.
 
-        If no call is running, this also handles what arrived, so that connections and probes make
-        progress.
+        It neither waits nor connects: calls do so, and between them the router's own thread, while
+        somebody is inside `expecting` (see `Upkeep`).
+        """
+        # Without the lock, which a call holds for its whole time. Placements are replaced as a
+        # whole, and each other read is of one value.
+        now = self._clock()
+        return all(self._dispatcher.peers.has(key, now) for key in experts)
+
+    def _look_after(self, layers: Sequence[LayerKey]) -> None:
+        """Handle what arrived and what is due, and ask for ``layers`` that are not placed.
+
+        Does nothing while a call runs, whose thread does it.
         """
         if self._lock.acquire(blocking=False):
             try:
                 if not self._closed:
                     self._wait(self._clock())
-                    self._ask_for([LayerKey(key.model, key.layer) for key in experts])
+                    self._ask_for(layers)
             finally:
                 self._lock.release()
-        return all(self._dispatcher.peers.has(key, self._clock()) for key in experts)
 
     def stats(self) -> RouterStats:
         dispatcher = self._dispatcher
@@ -223,6 +236,7 @@ class Router:
         return None if placement is None else placement.number
 
     def close(self) -> None:
+        self._upkeep.close()
         with self._lock:
             if not self._closed:
                 self._closed = True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -113,6 +113,32 @@ async def test_who_does_not_wait_is_not_parked(asked: MissingExpert) -> None:
     with pytest.raises(ExpertUnavailable):
         await texts(lot(), batch, Sampling(max_tokens=6, missing=asked))
     assert len(batch.asked) == 1
+
+
+async def test_the_router_looks_for_the_expert_exactly_while_a_request_is_parked() -> None:
+    steps: list[str] = []
+
+    @contextmanager
+    def expecting() -> Iterator[None]:
+        steps.append("begins")
+        yield
+        steps.append("ends")
+
+    def is_back() -> bool:
+        steps.append("looks")
+        return True
+
+    async def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
+        steps.append("tries")
+        if steps.count("tries") == 1:
+            error = ExpertUnavailable("m: expert 3 of layer 1: no replica")
+            error.is_back, error.expecting = is_back, expecting
+            raise error
+        yield Delta((4,), "length")
+
+    async with aclosing(lot().generate(attempt, PROMPT, ASKED)) as deltas:
+        assert [delta.token_ids async for delta in deltas] == [(4,)]
+    assert steps == ["tries", "begins", "looks", "ends", "tries"]
 
 
 async def test_its_own_time_to_wait_counts() -> None:
