@@ -35,6 +35,7 @@ They cross the wire by name::
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import PurePath
 from typing import ClassVar
 
@@ -205,13 +206,15 @@ class ExpertUnavailable(MoesaicError):
     """No replica of an expert answered before the deadline.
 
     The message names the expert. If a router in this process raised the error, ``is_back`` returns
-    whether another try is worthwhile now.
+    whether another try is worthwhile now. It only reads; who waits for it does so inside of
+    ``expecting()``, where the router looks for hosts by itself.
     """
 
     for_clients = True
     retryable = True
     http_status = 503
     is_back: Callable[[], bool] | None = None
+    expecting: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class BadExpert(MoesaicError):

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -66,10 +66,12 @@ class Controller:
         policy: ControlPolicy,
         autoscale: AutoscaleSpec,
         router: tuple[str, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the control loop; ``router``: the router service's address and start time limit."""
         announce("controller", "controller", cluster_of(namespace))
         self._namespace = namespace
+        self._clock = clock
         self._wake = asyncio.Event()  # set when the loop should tick soon
         self._term = claim_term(namespace)
         fleet = Fleet(
@@ -83,25 +85,26 @@ class Controller:
         for ref, shape in models:
             self._adopt(ref, shape)
         self._hosts = HostActors(namespace)
-        self._looks = Looks(self._observe, self._wake.set)
+        self._looks = Looks(self._observe, self._wake.set, clock)
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
         self._evictions: dict[str, int] = defaultdict(int)  # count of ended ones, by host
         self._published = asyncio.Condition()
         self._state = LoopState()
         self._planning: asyncio.Task[None] | None = None
-        self._watchdog = Watchdog(self._control, time.monotonic())
-        self._sizing = Sizing(self._control, fleet, namespace, self._wake.set)
-        self._operations = Operations(self._control, namespace, self._wake.set)
+        self._watchdog = Watchdog(self._control, self._clock())
+        self._sizing = Sizing(self._control, fleet, namespace, self._wake.set, clock)
+        self._operations = Operations(self._control, namespace, self._wake.set, clock)
         self._overview = Overview(
             control=self._control,
             hosts=self._hosts,
             sizing=self._sizing,
             watchdog=self._watchdog,
-            service=None if router is None else ServiceWatch(namespace, *router),
+            service=None if router is None else ServiceWatch(namespace, *router, clock=clock),
             models=self._models,
             loop=self._state,
             term=self._term,
+            clock=clock,
         )
         loop = asyncio.get_running_loop()
         self._loop = loop.create_task(self._run())
@@ -116,7 +119,7 @@ class Controller:
 
         Wait for such a placement, and return None if there is none after ``wait_s``.
         """
-        self._control.hear(report, time.monotonic())
+        self._control.hear(report, self._clock())
         after = report.number
 
         def newer() -> bool:
@@ -138,9 +141,9 @@ class Controller:
         known = self._models.get(ref.name)
         if known is not None and known != (ref, shape):
             raise ClusterError(f"model {ref.name!r}: another model of this name is served")
-        deadline = time.monotonic() + SETTLE_S
+        deadline = self._clock() + SETTLE_S
         while not self._control.settled:
-            if time.monotonic() > deadline:
+            if self._clock() > deadline:
                 raise ClusterError(f"model {ref.name!r}: the hosts are not up after {SETTLE_S:g} s")
             await asyncio.sleep(TICK_S)
         try:
@@ -258,10 +261,10 @@ class Controller:
                 # hosts' reports.
                 self._state.tick_error = in_words(error)
                 log.exception("controller: a tick failed")
-            self._watchdog.ticked(time.monotonic(), failed=bool(self._state.tick_error))
+            self._watchdog.ticked(self._clock(), failed=bool(self._state.tick_error))
             self._state.ticks += 1
             await asyncio.sleep(TICK_S)
-            if self._looks.quiet and self._control.is_quiet(time.monotonic()):
+            if self._looks.quiet and self._control.is_quiet(self._clock()):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), QUIET_TICK_S - TICK_S)
 
@@ -281,8 +284,8 @@ class Controller:
                         # This model is left out; the others are served.
                         self._hosts.errors[report.entry.host] = str(error)
         # Step 3: decide, and carry out the commands.
-        commands = self._control.tick(observed, time.monotonic())
-        for host in self._sizing.tick(time.monotonic()):
+        commands = self._control.tick(observed, self._clock())
+        for host in self._sizing.tick(self._clock()):
             self._looks.forget(host)
             self._hosts.forget(host)
         for command in commands:
@@ -329,7 +332,7 @@ class Controller:
     async def _plan(self, command: MakePlan) -> None:
         """Run the planner in its own thread: a large pool takes seconds, and ticks go on."""
         found = None
-        self._watchdog.plan_began(time.monotonic())
+        self._watchdog.plan_began(self._clock())
         try:
             found = await asyncio.to_thread(command.run)
             self._state.plan_error = ""
@@ -339,7 +342,7 @@ class Controller:
             log.exception("controller: the planner failed")
         finally:
             self._watchdog.plan_ended(failed=found is None)
-            self._control.planned(command, found, time.monotonic())
+            self._control.planned(command, found, self._clock())
             self._wake.set()
 
     def _start_load(self, command: Load) -> None:
@@ -371,7 +374,7 @@ class Controller:
             del self._loads[host]
             self._looks.anew(host)
         if error:
-            self._control.load_failed(host, command.keys, error, time.monotonic())
+            self._control.load_failed(host, command.keys, error, self._clock())
 
     def _start_evict(self, command: Evict) -> None:
         if command.host not in self._evicts:

@@ -34,22 +34,29 @@ PLAN_S = 60.0
 class Operations:
     """Plans, changes and wishes for the command line and the SDK. Errors are ClusterError."""
 
-    def __init__(self, control: Control, namespace: str, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        control: Control,
+        namespace: str,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """``wake`` lets the controller's loop tick soon."""
         self._control = control
         self._namespace = namespace
         self._wake = wake
+        self._clock = clock
 
     async def plan(self, budget: int | str | None = None) -> dict[str, Any]:
         """Return what a rebalance would do now, without changing anything."""
-        asked = self._control.plan_for(time.monotonic(), budget=self._moves(budget))
+        asked = self._control.plan_for(self._clock(), budget=self._moves(budget))
         return self._describe(await asyncio.to_thread(asked.run))
 
     async def rebalance(self, budget: int | str | None, who: str) -> dict[str, Any]:
         """Make a plan and carry it out; return the change. `change` tells of its progress."""
-        asked = self._control.plan_for(time.monotonic(), budget=self._moves(budget))
+        asked = self._control.plan_for(self._clock(), budget=self._moves(budget))
         found = await asyncio.to_thread(asked.run)
-        now = time.monotonic()
+        now = self._clock()
         if not self._control.fits(asked, now):
             raise ClusterError("the pool changed while the plan was made; try again")
         self._wake()
@@ -57,16 +64,16 @@ class Operations:
 
     async def change(self, number: int | None = None) -> dict[str, Any]:
         """Return one change (None: the last one), and how many replicas are not loaded yet."""
-        described = self._change(number).describe(time.monotonic())
+        described = self._change(number).describe(self._clock())
         return described | {"pending": self._control.pending()}
 
     async def history(self) -> list[dict[str, Any]]:
-        now = time.monotonic()
+        now = self._clock()
         return [change.describe(now) for change in self._control.changes.all]
 
     async def rollback(self, number: int | None = None) -> dict[str, Any]:
         """Restore the placement from before a change (None: before the last one)."""
-        now = time.monotonic()
+        now = self._clock()
         change = self._change(number)
         self._control.roll_back(change, now)
         self._wake()
@@ -170,14 +177,14 @@ class Operations:
             raise ClusterError(str(error)) from error
         last = control.changes.find(None)
         if wishes == control.wishes and last is not None and last.why == why:
-            return last.describe(time.monotonic())  # the same request again
+            return last.describe(self._clock())  # the same request again
         keep_wishes(self._namespace, wishes)
         control.wish(wishes)
-        deadline = time.monotonic() + PLAN_S
-        while (now := time.monotonic()) < deadline:
+        deadline = self._clock() + PLAN_S
+        while (now := self._clock()) < deadline:
             asked = control.plan_for_all(now)
             found = await asyncio.to_thread(asked.run)
-            now = time.monotonic()
+            now = self._clock()
             if control.fits(asked, now):
                 change = control.apply(found, now, who=who, why=why)
                 change.errors += lacking(found)

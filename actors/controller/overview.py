@@ -56,12 +56,13 @@ class Overview:
     loop: LoopState
     term: int
     rates: HostRates = field(default_factory=HostRates)
+    clock: Callable[[], float] = time.monotonic
 
     def status(self) -> dict[str, Any]:
         """Return the whole status as plain values, for people and JSON."""
         placement = self.control.placement
         missing, no_room = self.control.missing(), self.control.no_room()
-        vitals = self._vitals(time.monotonic())
+        vitals = self._vitals(self.clock())
         return {
             "placement": list(placement.number) if placement else None,
             "tick_age_s": round(vitals.tick_age_s, 3),
@@ -72,11 +73,11 @@ class Overview:
             "term": self.term,
             "routers": {
                 name: None if number is None else list(number)
-                for name, number in self.control.publisher.routers(time.monotonic()).items()
+                for name, number in self.control.publisher.routers(self.clock()).items()
             },
             "router_service": None if self.service is None else self.service.describe(),
             "balance": self._balance_status(),
-            "size": self.sizing.status(time.monotonic()),
+            "size": self.sizing.status(self.clock()),
             "hosts": [self._host_status(host, no_room) for host in self.control.view.hosts],
             "models": [
                 {
@@ -98,7 +99,7 @@ class Overview:
 
     def top(self, count: int) -> dict[str, Any]:
         """Return the current load and the ``count`` hottest experts."""
-        now = time.monotonic()
+        now = self.clock()
         control, vitals = self.control, self._vitals(now)
         placement = control.placement
         layers = {} if placement is None else placement.layers
@@ -155,7 +156,7 @@ class Overview:
         metrics: PoolMetrics | None = None
         watched_at = -QUIET_WATCH_S
         while True:
-            now = time.monotonic()
+            now = self.clock()
             if is_quiet() and now - watched_at < QUIET_WATCH_S:
                 await asyncio.sleep(WATCH_S)
                 continue
@@ -190,7 +191,7 @@ class Overview:
         }
 
     def _balance_status(self) -> dict[str, Any]:
-        now = time.monotonic()
+        now = self.clock()
         control = self.control
         last = control.changes.all[-1] if control.changes.all else None
         return {
@@ -205,7 +206,7 @@ class Overview:
 
     def _host_status(self, host: str, no_room: Mapping[str, str]) -> dict[str, Any]:
         status: dict[str, Any] = {"host": host, "state": self.hosts.state(host)}
-        waiting = self.sizing.waiting(host, time.monotonic())
+        waiting = self.sizing.waiting(host, self.clock())
         if waiting is not None:
             status["waiting"] = waiting
         if host in no_room:

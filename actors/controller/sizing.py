@@ -24,15 +24,21 @@ class Sizing:
     """The pool's size, as operators, the autoscaler and the owner deal with it."""
 
     def __init__(
-        self, control: Control, fleet: Fleet, namespace: str, wake: Callable[[], None]
+        self,
+        control: Control,
+        fleet: Fleet,
+        namespace: str,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``wake`` lets the controller's loop tick soon."""
         self._control = control
         self._fleet = fleet
         self._namespace = namespace
         self._wake = wake
+        self._clock = clock
         self._resized = asyncio.Event()
-        self._owner_asked = time.monotonic()
+        self._owner_asked = self._clock()
         self._kept_version = -1
         self._kept_asleep = control.sleep.asleep
 
@@ -41,7 +47,7 @@ class Sizing:
 
         While the version is ``known``, wait up to ``wait_s`` for another one.
         """
-        self._owner_asked = time.monotonic()
+        self._owner_asked = self._clock()
         if known == self._fleet.version:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._resized.wait(), wait_s)
@@ -49,7 +55,7 @@ class Sizing:
 
     async def scale(self, count: int, group: int, who: str) -> dict[str, Any]:
         """Set a group's size to ``count`` hosts; `scaling` tells of the progress."""
-        now = time.monotonic()
+        now = self._clock()
         try:
             scaling = self._fleet.scale(self._control, group, count, who=who, now=now)
         except ValueError as error:
@@ -66,7 +72,7 @@ class Sizing:
                 f"scaling: {number} is unknown to this controller, which may have restarted; "
                 "`moesaic status` shows the hosts"
             )
-        now = time.monotonic()
+        now = self._clock()
         seen = [self._control.view.seen.get(host) for host in scaling.leaving]
         left = sum(1 for one in seen if one is not None for _ in one.experts())
         waiting = {name: self._fleet.waiting(name, now) for name in scaling.waits_for}

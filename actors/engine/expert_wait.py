@@ -32,7 +32,12 @@ _LONGEST_AWAY_S = 2.0
 class Parking:
     """The parked requests of one engine."""
 
-    def __init__(self, wait_s: float, check: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        wait_s: float,
+        check: Callable[[], object],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Create the parking of an engine.
 
         A request waits at most ``wait_s``, or less if it asks for less. ``check()`` raises
@@ -40,6 +45,7 @@ class Parking:
         """
         self._wait_s = wait_s
         self._check = check
+        self._clock = clock
         self._parked = 0
 
     def __len__(self) -> int:
@@ -58,7 +64,7 @@ class Parking:
         without a token in between.
         """
         tokens = [*prompt_ids, *already]
-        stay = _Stay(self._patience_s(sampling))
+        stay = _Stay(self._patience_s(sampling), self._clock)
         while True:
             left = sampling.max_tokens - (len(tokens) - len(prompt_ids))
             if left <= 0:  # the last attempt gave all its tokens
@@ -69,7 +75,7 @@ class Parking:
                     async for delta in deltas:
                         tokens += delta.token_ids
                         if delta.token_ids:
-                            stay = _Stay(self._patience_s(sampling))
+                            stay = _Stay(self._patience_s(sampling), self._clock)
                         yield delta
                 return
             except ExpertUnavailable as error:
@@ -86,12 +92,13 @@ class Parking:
     ) -> None:
         self._parked += 1
         try:
-            least = time.monotonic() + stay.begin()
-            while time.monotonic() < least or not is_back():
-                self._check()
-                if time.monotonic() >= stay.until:
-                    raise error
-                await asyncio.sleep(_LOOK_S * max(1.0, self._parked / _LOOKS_AT_ONCE))
+            least = self._clock() + stay.begin()
+            with error.expecting():
+                while self._clock() < least or not is_back():
+                    self._check()
+                    if self._clock() >= stay.until:
+                        raise error
+                    await asyncio.sleep(_LOOK_S * max(1.0, self._parked / _LOOKS_AT_ONCE))
         finally:
             self._parked -= 1
 
@@ -99,8 +106,9 @@ class Parking:
 class _Stay:
     """How long a request has been parked since its last token."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, clock: Callable[[], float]) -> None:
         self._patience_s = patience_s
+        self._clock = clock
         self._away_s = 0.0
         self.until = float("inf")
 
@@ -111,7 +119,7 @@ class _Stay:
         """
         if self.until == float("inf"):
             # The row has already waited SHORT_WAIT_S inside the batch.
-            self.until = time.monotonic() + self._patience_s - SHORT_WAIT_S
+            self.until = self._clock() + self._patience_s - SHORT_WAIT_S
             return 0.0
         self._away_s = min(max(2 * self._away_s, SHORT_WAIT_S), _LONGEST_AWAY_S)
         return self._away_s

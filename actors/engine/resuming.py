@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -28,6 +28,7 @@ async def resuming(
     sampling: Sampling,
     *,
     resume_s: float = RESUME_S,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncGenerator[Delta, None]:
     """Yield what ``generate`` yields; if its trunk is lost, continue in another one.
 
@@ -53,7 +54,7 @@ async def resuming(
             # A full trunk refuses new requests; once admitted, a request tries another trunk.
             if isinstance(error, Busy) and until is None:
                 raise
-            now = time.monotonic()
+            now = clock()
             until = until or now + resume_s
             if now + pause_s >= until:
                 raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.residency import QueuedCall
@@ -22,8 +22,11 @@ class Device:
     because the device counts as busy.
     """
 
-    def __init__(self, emulation: Emulation | None) -> None:
+    def __init__(
+        self, emulation: Emulation | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._emulation = emulation
+        self._clock = clock
         self._calls = self._rows = self._choices = self._batches = self._overruns = 0
         self._busy_s = self._worst_overrun_s = self._late_s = 0.0
 
@@ -36,7 +39,7 @@ class Device:
 
         With an emulated device, this sleeps until those seconds are over.
         """
-        busy_s = time.monotonic() - began
+        busy_s = self._clock() - began
         if self._emulation is not None:
             busy_s = self._emulate(self._emulation.batch_s([q.ids for q in batch]), began, busy_s)
         self._batches += 1
@@ -67,14 +70,13 @@ class Device:
             self._overruns += 1
             self._worst_overrun_s = max(self._worst_overrun_s, excess_s)
         else:
-            _wait_until(began + emulated_s)
-        self._late_s += time.monotonic() - began - emulated_s
+            self._wait_until(began + emulated_s)
+        self._late_s += self._clock() - began - emulated_s
         return max(computed_s, emulated_s)
 
-
-def _wait_until(end: float) -> None:
-    while (left_s := end - time.monotonic()) > 0:
-        if left_s > _FINE_S:
-            time.sleep(left_s - _FINE_S)
-        else:
-            os.sched_yield()
+    def _wait_until(self, end: float) -> None:
+        while (left_s := end - self._clock()) > 0:
+            if left_s > _FINE_S:
+                time.sleep(left_s - _FINE_S)
+            else:
+                os.sched_yield()

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import psutil
@@ -60,6 +60,7 @@ class ExpertHost:
         threads: int | None = None,
         transport: TransportChoice = "auto",
         secret: ClusterSecret | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the host, without any expert.
 
@@ -102,7 +103,7 @@ class ExpertHost:
             device=device_name(self._store.device),
         )
         listeners: list[Listener] = [shm, grpc]
-        self._loop = HostLoop(name, self._store, self._residency, listeners)
+        self._loop = HostLoop(name, self._store, self._residency, listeners, clock)
         self._loop.start()
 
     def entry(self) -> HostEntry:

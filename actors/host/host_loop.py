@@ -42,21 +42,27 @@ class HostLoop:
     """Owns the sessions and the queue of one host; it runs from `start` to `close`."""
 
     def __init__(
-        self, name: str, store: ExpertStore, residency: Residency, listeners: list[Listener]
+        self,
+        name: str,
+        store: ExpertStore,
+        residency: Residency,
+        listeners: list[Listener],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self.failure: BaseException | None = None
         self._store = store
+        self._clock = clock
         self._residency = residency
         self._listeners = listeners
         self._sessions: dict[int, Session] = {}
         self._pending: dict[tuple[str, int], PendingCall] = {}
         self._posted: Mailbox[Callable[[], None]] = Mailbox()
         self._epoll = select.epoll()
-        self._look_at = time.monotonic()
+        self._look_at = clock()
         self._stopping = False
         self._refused = 0
-        self._device = Device(residency.policy.emulate)
+        self._device = Device(residency.policy.emulate, clock)
         self._thread = threading.Thread(target=self._run, name=f"host-{name}", daemon=True)
 
     def start(self) -> None:
@@ -81,15 +87,23 @@ class HostLoop:
             try:
                 done.set_result(work())
             except Exception as error:
+                # Whatever it is, the caller gets it, and the loop goes on.
                 done.set_exception(error)
 
         self.post(run)
         try:
             done.result(timeout_s)
         except TimeoutError:
+            done.add_done_callback(self._came_late)
             raise InternalError(
                 f"host {self.name}: the loop did not answer for {timeout_s} s"
             ) from None
+
+    def _came_late(self, done: Future[None]) -> None:
+        """Log the error of a work for whose end its caller waits no more."""
+        error = done.exception()
+        if error is not None:
+            log.error("host %s: work that took too long failed", self.name, exc_info=error)
 
     def stats(self) -> LoopStats:
         return self._device.stats(
@@ -129,6 +143,7 @@ class HostLoop:
                 self._hear(0.0 if self._pending else 1.0)
                 self._work()
         except BaseException as error:
+            # Whatever it is, `failure` tells other threads why the host computes nothing any more.
             self.failure = error
             log.exception("host %s: the loop ended", self.name)
             raise
@@ -157,8 +172,8 @@ class HostLoop:
                 self._hear_session(self._sessions[fd])
         # After the frames: a router whose Hello arrived during a long batch must not be dropped
         # for being silent.
-        if time.monotonic() >= self._look_at:
-            self._look_at = time.monotonic() + _LOOK_S
+        if self._clock() >= self._look_at:
+            self._look_at = self._clock() + _LOOK_S
             for listener in self._listeners:
                 self._accept(listener)
 
@@ -226,7 +241,7 @@ class HostLoop:
 
     def _on_call(self, session: Session, inbound: Inbound) -> None:
         call, payload = inbound.frame.call, inbound.payload
-        router, now = _router_id(session), time.monotonic()
+        router, now = _router_id(session), self._clock()
         try:
             if inbound.refused is not None:
                 raise inbound.refused
@@ -263,7 +278,7 @@ class HostLoop:
     # ---- computing ------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         batch, expired = self._residency.next_batch(now)
         for queued, error in expired:
             self._answer_with(queued, error)

@@ -41,6 +41,7 @@ class Links:
         slots: int,
         device: torch.device,
         secret: ClusterSecret,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Check that this process can use ``transport``. Raises ClusterError if it cannot."""
         if transport == "group" and not backends():
@@ -49,6 +50,7 @@ class Links:
                 "use 'grpc', which reaches the same hosts"
             )
         self._router = router
+        self._clock = clock
         self._secret = secret
         self._device = device
         self._choice = Transports(transport, node=node, device=device_name(device))
@@ -77,7 +79,7 @@ class Links:
 
     def connect(self, entry: HostEntry) -> None:
         self.disconnect(entry.host)
-        transport = self._choice.choose(entry, time.monotonic())
+        transport = self._choice.choose(entry, self._clock())
         self._used[entry.host] = entry, transport
         try:
             channel = connect(
@@ -119,7 +121,7 @@ class Links:
 
     def _transport_lost(self, host: str) -> None:
         entry, transport = self._used[host]
-        self._choice.lost(entry, transport, time.monotonic())
+        self._choice.lost(entry, transport, self._clock())
 
     @property
     def transports(self) -> dict[str, Transport]:

@@ -2,6 +2,7 @@
 
 It is a thin shell around `cluster/routing/dispatch.py`. The calling thread itself sends the calls,
 waits for all hosts at once and adds the answers up, so a call is never handed to another thread.
+Between calls, `Upkeep` looks after the connections while somebody waits for an expert.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 """
@@ -44,6 +45,7 @@ from ...proto.wire import DTYPE_TO_WIRE
 from .connections import Links
 from .layer_tensors import LayerJob, check_shapes
 from .row_attribution import BatchRows
+from .upkeep import Upkeep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,7 @@ class Router:
         device: torch.device = _CPU,
         refresh: Callable[[], None] | None = None,
         secret: ClusterSecret | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create a router that waits for its first placement.
 
@@ -91,8 +94,11 @@ class Router:
         that of this process).
         """
         self.name = name
+        self._clock = clock
         self.policy = policy or RouterPolicy()
-        self.batch = BatchRows(name, self.has)
+        self._upkeep = Upkeep(name, self._look_after)
+        self.expecting = self._upkeep.expecting
+        self.batch = BatchRows(name, self.has, self.expecting)
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
         slots = self.policy.window
@@ -103,6 +109,7 @@ class Router:
             slots=slots,
             device=device,
             secret=secret or secret_of_process(),
+            clock=clock,
         )
         self._job: LayerJob | None = None
         self._calls = self._rows = 0
@@ -133,15 +140,15 @@ class Router:
 
     def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
         """Wait until ``layers`` are placed and every host accepts calls. Raises ClusterError."""
-        deadline = time.monotonic() + timeout_s
+        deadline = self._clock() + timeout_s
         while True:
             with self._lock:
                 if self._ready(layers):
                     return
                 self._ask_for(layers)
                 # Short waits, so that other threads get the lock in between.
-                self._wait(min(deadline, time.monotonic() + 0.05))
-            if time.monotonic() >= deadline:
+                self._wait(min(deadline, self._clock() + 0.05))
+            if self._clock() >= deadline:
                 states = {h: s.state.value for h, s in self._dispatcher.hosts.items()}
                 raise ClusterError(
                     f"router {self.name}: not ready after {timeout_s:g} s: hosts {states}, "
@@ -149,19 +156,28 @@ class Router:
                 )
 
     def has(self, experts: Sequence[ExpertKey]) -> bool:
-        """Return whether each of these experts has a host that accepts calls now; never waits.
+        """Return whether each of these experts has a host that accepts calls now.
 
-        If no call is running, this also handles what arrived, so that connections and probes make
-        progress.
+        It neither waits nor connects: calls do so, and between them the router's own thread, while
+        somebody is inside `expecting` (see `Upkeep`).
+        """
+        # Without the lock, which a call holds for its whole time. Placements are replaced as a
+        # whole, and each other read is of one value.
+        now = self._clock()
+        return all(self._dispatcher.peers.has(key, now) for key in experts)
+
+    def _look_after(self, layers: Sequence[LayerKey]) -> None:
+        """Handle what arrived and what is due, and ask for ``layers`` that are not placed.
+
+        Does nothing while a call runs, whose thread does it.
         """
         if self._lock.acquire(blocking=False):
             try:
                 if not self._closed:
-                    self._wait(_now())
-                    self._ask_for([LayerKey(key.model, key.layer) for key in experts])
+                    self._wait(self._clock())
+                    self._ask_for(layers)
             finally:
                 self._lock.release()
-        return all(self._dispatcher.peers.has(key, _now()) for key in experts)
 
     def stats(self) -> RouterStats:
         dispatcher = self._dispatcher
@@ -220,6 +236,7 @@ class Router:
         return None if placement is None else placement.number
 
     def close(self) -> None:
+        self._upkeep.close()
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -269,7 +286,7 @@ class Router:
                 if job.bad_rows:
                     self.batch.report_bad(job)
             except BaseException:
-                self._execute(self._dispatcher.abandon(_now()))
+                self._execute(self._dispatcher.abandon(self._clock()))
                 raise
             finally:
                 self._job = None
@@ -290,11 +307,11 @@ class Router:
         if wishes is not None and wishes.experts_T is not None:
             job.keep_largest(wishes.experts_T)
         begun = dispatcher.begin(
-            job.key, job.ids_TK, max_rows=max_rows, now=_now(), patience_T=patience_T
+            job.key, job.ids_TK, max_rows=max_rows, now=self._clock(), patience_T=patience_T
         )
         self._execute(begun)
         while dispatcher.outcome is None:
-            self._wait(dispatcher.wake_at(_now()))
+            self._wait(dispatcher.wake_at(self._clock()))
         outcome = dispatcher.outcome
         if outcome.ok:
             return
@@ -327,7 +344,7 @@ class Router:
         todo = deque(commands)
         while True:
             for lost in self._links.take_lost():
-                todo.extend(self._dispatcher.handle(lost, _now()))
+                todo.extend(self._dispatcher.handle(lost, self._clock()))
             if not todo:
                 return
             self._do(todo.popleft())
@@ -368,17 +385,17 @@ class Router:
 
     def _wait(self, until: float) -> None:
         """Wait for events until ``until``, and let the state machine handle them and timeouts."""
-        timeout_s = min(max(0.0, until - _now()), LONGEST_WAIT_S)
+        timeout_s = min(max(0.0, until - self._clock()), LONGEST_WAIT_S)
         heard = False
         for event in self._links.events(timeout_s):
             heard = True
-            self._execute(self._dispatcher.handle(event, _now()))
+            self._execute(self._dispatcher.handle(event, self._clock()))
         self._take_placements()
-        self._execute(() if heard else self._dispatcher.tick(_now()))
+        self._execute(() if heard else self._dispatcher.tick(self._clock()))
 
     def _take_placements(self) -> None:
         while not self._placements.empty():
-            self._execute(self._dispatcher.place(self._placements.get_nowait(), _now()))
+            self._execute(self._dispatcher.place(self._placements.get_nowait(), self._clock()))
 
     def _unplaced(self, layers: Sequence[LayerKey]) -> list[LayerKey]:
         placement = self._dispatcher.placement
@@ -388,7 +405,3 @@ class Router:
         hosts = self._dispatcher.hosts.values()
         up = bool(hosts) and all(host.state is HostState.UP for host in hosts)
         return up and not self._unplaced(layers)
-
-
-def _now() -> float:
-    return time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -39,8 +40,17 @@ class RowOwner(Protocol):
 class BatchRows:
     """The exchange between a router and its trunk's engine about the rows of the batch."""
 
-    def __init__(self, router: str, has: Callable[[list[ExpertKey]], bool]) -> None:
-        """Set up without an engine; ``has`` says whether all of the given experts are available."""
+    def __init__(
+        self,
+        router: str,
+        has: Callable[[list[ExpertKey]], bool],
+        expecting: Callable[[list[ExpertKey]], AbstractContextManager[None]],
+    ) -> None:
+        """Set up without an engine.
+
+        ``has`` says whether all of the given experts are available; inside of ``expecting``, the
+        router finds out by itself when they are.
+        """
         self.on_lost: Lost | None = None
         self.on_dropped: Dropped | None = None
         # Returns the expert options of the rows in flight; None: all have the defaults.
@@ -50,6 +60,7 @@ class BatchRows:
         self.dead: set[int] = set()
         self._router = router
         self._has = has
+        self._expecting = expecting
 
     def owned_by(self, owner: RowOwner) -> None:
         self.on_lost = owner.fail_rows
@@ -84,6 +95,7 @@ class BatchRows:
                 f"{job.names(mine_n)}: no replica answered in the time that the request allows"
             )
             error.is_back = lambda: self._has(keys)
+            error.expecting = lambda: self._expecting(keys)
             self.lose(lost, error)
 
     def report_bad(self, job: LayerJob) -> None:

@@ -30,9 +30,12 @@ Served = Iterable[tuple[ModelRef, ModelShape]]
 class Catalog:
     """A cache of the served models; thread-safe."""
 
-    def __init__(self, look: Callable[[], Served]) -> None:
+    def __init__(
+        self, look: Callable[[], Served], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Make an empty catalog; ``look`` returns all models, or raises ClusterError."""
         self._look = look
+        self._clock = clock
         self._lock = threading.Lock()
         self._models: dict[str, ModelInfo] = {}
         self._looked_at = float("-inf")
@@ -56,7 +59,7 @@ class Catalog:
             return self._models[model]
 
     def _refresh(self) -> None:
-        if time.monotonic() < self._looked_at + LOOK_S:
+        if self._clock() < self._looked_at + LOOK_S:
             return
         try:
             found = list(self._look())
@@ -70,7 +73,7 @@ class Catalog:
                 ref.name: self._models.get(ref.name) or describe_model(ref, shape)
                 for ref, shape in found
             }
-        self._looked_at = time.monotonic()
+        self._looked_at = self._clock()
 
 
 def describe_model(ref: ModelRef, shape: ModelShape) -> ModelInfo:

@@ -70,11 +70,17 @@ class MergedCalls:
     """Computes the calls of clients. `close` does not close the router, which its owner does."""
 
     def __init__(
-        self, router: Router, policy: MergePolicy, *, on_defect: Callable[[], object]
+        self,
+        router: Router,
+        policy: MergePolicy,
+        *,
+        on_defect: Callable[[], object],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the thread; ``on_defect`` is called if a defect ends it."""
         self._router = router
         self._on_defect = on_defect
+        self._clock = clock
         self._merger = Merger(policy)
         self._numbers = count(1)
         self._tickets: dict[int, Ticket] = {}
@@ -146,7 +152,7 @@ class MergedCalls:
 
         ``size_bytes`` counts its tensors and its answer.
         """
-        now = time.monotonic()
+        now = self._clock()
         with self._changed:
             ticket = Ticket(next(self._numbers), cut)
             asked = Call(
@@ -212,6 +218,7 @@ class MergedCalls:
                     return
                 self._compute(*taken)
         except Exception as defect:
+            # The thread ends with whatever it is: nobody may wait for it, and Ray starts another.
             self._defect = defect
             log.exception("the router service computes nothing any more")
             self._end_all(InternalError(f"a defect: {defect!r}"))
@@ -221,7 +228,7 @@ class MergedCalls:
         """Wait for the next merged call; return None once this object is closed."""
         with self._changed:
             while not self._closed:
-                now = time.monotonic()
+                now = self._clock()
                 over, batch = self._merger.take(now)
                 self._tell(over)
                 if batch is not None:
@@ -241,10 +248,11 @@ class MergedCalls:
         except MoesaicError as error:
             failure = error
         except Exception as error:
+            # Whatever went wrong, only these calls fail; the service keeps running.
             log.exception("a merged call of %s failed", batch.key)
             failure = InternalError(in_words(error))
         ends: list[End] = []
-        now = time.monotonic()
+        now = self._clock()
         start = 0
         with self._changed:
             for piece, ticket in zip(batch.pieces, tickets, strict=True):

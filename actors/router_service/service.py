@@ -9,6 +9,7 @@ Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class RouterService:
         key: str,
         bind: str = "127.0.0.1:0",
         policy: ServicePolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Serve clients that show ``key``, at ``bind`` (ip:port; port 0: any free one).
 
@@ -95,7 +97,7 @@ class RouterService:
             raise ClusterError(f"router: cannot listen on {bind}: {error}") from error
         self.address = f"{bind.rpartition(':')[0]}:{port}"
         self._calls = MergedCalls(
-            router, policy.merge, on_defect=self._health.enter_graceful_shutdown
+            router, policy.merge, on_defect=self._health.enter_graceful_shutdown, clock=clock
         )
         self._stalls = Stalls()
         servicer = _Servicer(self._calls, catalog, policy, self._stalls)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -132,14 +133,21 @@ class ServiceWatch:
     more, so that Ray restarts it too.
     """
 
-    def __init__(self, namespace: str, address: str, start_s: float) -> None:
+    def __init__(
+        self,
+        namespace: str,
+        address: str,
+        start_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Begin to watch the service; ``start_s``: how long its start may take."""
         self._namespace = namespace
         self._address = address
         self._start_s = start_s
         self._state = "starting"
         self._report: dict[str, Any] = {}
-        self._heard_at = time.monotonic()
+        self._clock = clock
+        self._heard_at = clock()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def describe(self) -> dict[str, Any]:
@@ -166,13 +174,13 @@ class ServiceWatch:
             self._end(actor, str(defect.cause))
         except TimeoutError:
             patience_s = SILENT_S if self._report else self._start_s
-            if time.monotonic() - self._heard_at > patience_s:
+            if self._clock() - self._heard_at > patience_s:
                 self._end(actor, f"no answer for {patience_s:g} s")
         except RayActorError:
             self._restarting()
         else:
             self._state = "up"
-            self._heard_at = time.monotonic()
+            self._heard_at = self._clock()
 
     def _end(self, actor: Any, why: str) -> None:
         log.warning("restarting the router service: %s", why)
@@ -182,4 +190,4 @@ class ServiceWatch:
     def _restarting(self) -> None:
         self._state = "restarting"
         self._report = {}
-        self._heard_at = time.monotonic()
+        self._heard_at = self._clock()

@@ -54,6 +54,7 @@ def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) ->
             ray.init(address="local", _temp_dir=str(_ray_folder()), **options)
             return
         except BaseException as error:
+            # Ray raises errors of many types here, and an interrupted start leaves processes too.
             folders = sorted(sessions() - before)
             words = f"Ray did not start: {_reason(error)}{_last_words(folders)}"
             end_sessions(folders)

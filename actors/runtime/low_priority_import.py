@@ -27,6 +27,7 @@ def import_quietly(module: str, package: str | None = None) -> None:
         try:
             importlib.import_module(module, package)
         except BaseException as failure:
+            # A module may raise anything; the starter's thread raises it again.
             failures.append(failure)
 
     thread = threading.Thread(target=run, name=f"import {module}")

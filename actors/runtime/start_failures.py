@@ -73,6 +73,7 @@ def telling(namespace: str, kind: PartKind, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # Whatever it is, it is told and raised again.
         value = json.dumps(asdict(StartFailure(kind, name, in_words(error))))
         key = f"{_PREFIX}{kind}-{name}"
         try:

@@ -226,6 +226,7 @@ def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
         try:
             told = partial(_set, found, work(), None)
         except Exception as error:
+            # Whatever it is, it is raised where the result is awaited.
             told = partial(_set, found, None, error)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(told)

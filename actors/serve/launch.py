@@ -174,6 +174,7 @@ def launch(
                 # `close` deletes these records, so they are read first.
                 told = describe_failures(launched.namespace)
         except Exception:
+            # Logged only, whatever it is: the first error is the cause.
             log.exception("cannot read which part of the cluster failed")
         try:
             launched.close()

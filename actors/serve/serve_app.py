@@ -155,6 +155,7 @@ class Trunk:
         except MoesaicError as error:
             yield Failure.of(error)
         except Exception as error:
+            # Whatever it is, the ingress gets it as a value: it might not unpickle the exception.
             logger.exception("request %s: unexpected error of the engine", request_id)
             yield Failure.of(InternalError(in_words(error)))
 
@@ -167,6 +168,7 @@ class Trunk:
         except MoesaicError as error:
             return Failure.of(error)
         except Exception as error:
+            # Any error becomes a value, as in `generate`.
             logger.exception("unexpected error of the engine")
             return Failure.of(InternalError(in_words(error)))
 

@@ -36,6 +36,7 @@ class TemplateSource:
         try:
             text = self._render(messages, tools, options or {})
         except Exception as error:
+            # A template may raise anything.
             raise RequestError(_why(error), param="messages") from error
         if len(text) > MAX_CHARS:
             raise RequestError(

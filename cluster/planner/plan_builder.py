@@ -142,15 +142,21 @@ class Draft:
             if not drops:
                 return False
             for other, victim, host in drops:
-                self.searches[other].apply(Step((), ((victim, host),)))
+                self.apply(self.searches[other], Step((), ((victim, host),)))
             fits_H = np.arange(len(self.hosts)) == drops[0][2]
         order = self._order(search, expert)
         host = int(next(h for h in order if fits_H[h]))
         replaces = tuple(other.expert(victim) for other, victim, _ in drops)
         self.note(key, Step(((expert, host),)), kind, reason, replaces)
-        search.apply(Step(((expert, host),)))
-        self.use_H[search.is_light][host] += search.load_E[expert] / search.held_EH[expert].sum()
+        self.apply(search, Step(((expert, host),)))
         return True
+
+    def apply(self, search: LayerSearch, step: Step) -> None:
+        """Carry out a step in one of the layers, and keep count of the load of each host."""
+        use_H = self.use_H[search.is_light]
+        use_H -= search.even_load()
+        search.apply(step)
+        use_H += search.even_load()
 
     def _order(self, search: LayerSearch, expert: int) -> np.ndarray:
         """Return the hosts, (H,) indices, in the order of preference for one more replica.
@@ -204,15 +210,18 @@ class Draft:
     def _cheapest_drop(
         self, expert_bytes: int, able_H: np.ndarray, *, bare: bool
     ) -> tuple[tuple[LayerKey, int, int], ...]:
-        """Return the droppable replica with the least load whose slot and bytes are enough.
+        """Return the droppable replica with the least load that leaves room for an expert.
 
-        As ((layer, expert, host),), or () if there is none. ``bare``: see `Limits.droppable`.
+        Its slot, and its bytes with those that are free beside it, are enough. As
+        ((layer, expert, host),), or () if there is none. ``bare``: see `Limits.droppable`.
         """
         best: tuple[float, LayerKey, int, int] | None = None
+        free_H = np.maximum(self.rooms.bytes_H, 0)
         for key, search in self.searches.items():
-            if (search.expert_bytes < expert_bytes) or not able_H.any():
+            enough_H = able_H & (search.expert_bytes + free_H >= expert_bytes)
+            if not enough_H.any():
                 continue
-            droppable_EH = search.limits.droppable(search.held_EH, bare=bare) & able_H
+            droppable_EH = search.limits.droppable(search.held_EH, bare=bare) & enough_H
             part_E = search.load_E / np.maximum(search.held_EH.sum(axis=1), 1)
             for expert, host in np.argwhere(droppable_EH):
                 if best is None or part_E[expert] < best[0]:

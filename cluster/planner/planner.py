@@ -110,21 +110,23 @@ def _chain(draft: Draft) -> None:
     host = 0
     for key in fresh:
         search = draft.searches[key]
-        for expert, copies in _copies(search.load_E, spare):
-            for place in range(min(copies, hosts)):
+        for expert, copies in _copies(search.load_E, spare, hosts):
+            for place in range(copies):
                 step = Step(((expert, (host + place) % hosts),))
                 if draft.rooms.fits(search.expert_bytes)[(host + place) % hosts]:
                     kind = "spare" if place else "place"
                     draft.note(key, step, kind, f"{key.model} is new, and this expert is hot")
-                    search.apply(step)
+                    draft.apply(search, step)
             # The next expert begins on the last host of this one, which links the two.
             host += copies - 1
 
 
-def _copies(load_E: np.ndarray, spare: int) -> list[tuple[int, int]]:
+def _copies(load_E: np.ndarray, spare: int, hosts: int) -> list[tuple[int, int]]:
     """Return (expert, number of replicas) for the experts with several, the hottest first.
 
-    Each of the ``spare`` replicas goes to the expert with the largest load per replica.
+    Each of the ``spare`` replicas goes to the expert with the largest load per replica. What that
+    makes of replicas beyond one on each of the ``hosts`` is not used: an expert that stands on all
+    of them evens out the others, and the free slots serve later moves.
     """
     copies_E = np.ones(len(load_E), dtype=np.int64)
     heap = [(-float(load), expert) for expert, load in enumerate(load_E)]
@@ -133,6 +135,7 @@ def _copies(load_E: np.ndarray, spare: int) -> list[tuple[int, int]]:
         _, expert = heapq.heappop(heap)
         copies_E[expert] += 1
         heapq.heappush(heap, (-float(load_E[expert]) / float(copies_E[expert]), expert))
+    copies_E = np.minimum(copies_E, hosts)
     return [(int(e), int(copies_E[e])) for e in np.argsort(-load_E) if copies_E[e] > 1]
 
 

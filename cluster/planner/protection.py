@@ -125,5 +125,5 @@ def _move(draft: Draft, hop: _Hop) -> bool:
     reason = "it makes room for an expert that stands in too few failure domains"
     if not draft.add(hop.key, hop.expert, "protect", reason, among_H=among_H):
         return False
-    search.apply(Step((), ((hop.expert, hop.source),)))
+    draft.apply(search, Step((), ((hop.expert, hop.source),)))
     return True

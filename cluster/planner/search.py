@@ -144,7 +144,7 @@ class LayerSearch:
         slack_H = self._capacity_H - self.split.flow_EH.sum(axis=0)
         able_H = (self.split.price_H <= 0.5) & (slack_H > 0)
         able_H &= ~self.rooms.fits(self.expert_bytes)
-        return [int(h) for h in np.argsort(-slack_H)[:4] if able_H[h]]
+        return [int(h) for h in np.argsort(-slack_H) if able_H[h]][:4]
 
     def lend(self, host: int) -> Found | None:
         """Drop the replica on ``host`` that carries least and may go, unless the excess grows.

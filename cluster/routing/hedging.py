@@ -7,6 +7,7 @@ sends, so that a pool that is slow because it is overloaded does not get even mo
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -92,10 +93,15 @@ class Budget:
         return True
 
     def owe(self, sends: int, now: float) -> float:
-        """Take ``sends`` tokens, into debt if need be; return the seconds until it is repaid."""
+        """Take ``sends`` tokens, into debt if need be; return the seconds until it is repaid.
+
+        Infinity if time adds no tokens, so that only sends repay the debt.
+        """
         self._advance(now)
         self._left -= sends
-        return max(0.0, -self._left / self._per_s)
+        if self._left >= 0:
+            return 0.0
+        return -self._left / self._per_s if self._per_s else math.inf
 
     def _advance(self, now: float) -> None:
         if self._at is not None:

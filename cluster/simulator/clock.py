@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ class Process:
     """One start of a process.
 
     While it is frozen, it keeps what reaches it until it is woken. Once killed, it does nothing.
+    What reaches it at the moment in which it is woken comes after what it kept.
     """
 
     def __init__(self, name: str, clock: Clock) -> None:
@@ -52,7 +54,7 @@ class Process:
         self.alive = True
         self.frozen = False
         self.woke_at = 0.0
-        self._kept: list[tuple[str, Act]] = []
+        self._kept: deque[tuple[str, Act]] = deque()
         self._timers: dict[str, int] = {}
         self._on_death: dict[int, Act] = {}
         self._watchers = 0
@@ -77,9 +79,8 @@ class Process:
     def wake(self) -> None:
         self.frozen = False
         self.woke_at = self.clock.now
-        kept, self._kept = self._kept, []
-        for what, act in kept:
-            self.reach(0.0, what, act)
+        for what, _ in self._kept:
+            self.clock.after(0.0, what, self._catch_up)
 
     def kill(self) -> None:
         self.alive = False
@@ -100,5 +101,14 @@ class Process:
             return
         if self.frozen:
             self._kept.append((what, act))
+        elif self._kept:
+            self._kept.append((what, act))
+            self.clock.after(0.0, what, self._catch_up)
         else:
+            act()
+
+    def _catch_up(self) -> None:
+        """Run the first of what it kept; a killed process has nothing any more."""
+        if self._kept and not self.frozen:
+            _, act = self._kept.popleft()
             act()

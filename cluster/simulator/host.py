@@ -29,7 +29,7 @@ from .network import (
     Responder,
     Welcome,
 )
-from .trace_events import Computed, Obeyed, Released, Wrote
+from .trace_events import Computed, Loaded, Obeyed, Released, Wrote
 
 if TYPE_CHECKING:
     from .world import World
@@ -144,6 +144,11 @@ class SimHost(Process):
     @property
     def process(self) -> Process:
         return self
+
+    @property
+    def loading(self) -> int:
+        """Experts that its current order still has to load."""
+        return self._fetching.missing
 
     def holds(self, key: ExpertKey) -> bool:
         return key.expert in self.residency.holdings().get(LayerKey(key.model, key.layer), ())
@@ -279,7 +284,7 @@ class SimHost(Process):
                 entry=self.entry,
                 holdings={k: list(v) for k, v in self.residency.holdings().items()},
                 models=tuple(self._models.values()),
-                loading=self._fetching.missing,
+                loading=self.loading,
                 work=Work(self._batches, self._choices, self._busy_s),
             )
         )
@@ -303,6 +308,7 @@ class SimHost(Process):
     def put(self, key: ExpertKey) -> None:
         """Take in the weights of an expert, and serve it."""
         self.weights.add(key)
+        self.world.tell(Loaded(self, key))
         experts = self._models[key.model].experts[key.layer]
         shape = LayerShape(num_experts=experts, hidden_size=_HIDDEN, dtype=_DTYPE)
         self.post(lambda: self.residency.hold(key, shape, version=1))

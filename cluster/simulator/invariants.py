@@ -26,6 +26,7 @@ from .trace_events import (
     Followed,
     HostEnded,
     HostStarted,
+    Loaded,
     Obeyed,
     Published,
     Released,
@@ -92,6 +93,9 @@ class Invariants:
                 return [("an evicted replica never computes", self.computes_what_it_holds(fact))]
             case Obeyed():
                 return [("no host obeys a superseded controller", self.obeys_the_newest(fact))]
+            case Loaded():
+                self._world.last_change = self._world.clock.now
+                return []
             case Released():
                 self._world.last_change = self._world.clock.now
                 return [
@@ -304,7 +308,8 @@ def _replicas(placement: Placement) -> list[tuple[ExpertKey, str]]:
     ]
 
 
-# The pool can only count as settled if nothing was published or evicted for this many seconds.
+# The pool can only count as settled if nothing was published, loaded or evicted for this many
+# seconds.
 _QUIET_S = 0.8
 
 
@@ -317,7 +322,8 @@ def unsettled(world: World) -> str:
     calling = [router.name for router in world.routers.values() if router.call is not None]
     if calling:
         return f"{calling} have calls in progress"
-    if world.clock.now - world.last_change < _QUIET_S:
+    loading = any(host.loading for host in world.hosts.values())
+    if loading or world.clock.now - world.last_change < _QUIET_S:
         return "replicas are being moved"
     if not all(host.alive for host in world.hosts.values()):
         return "hosts are away"

@@ -80,6 +80,14 @@ class Obeyed:
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """A host has got the weights of an expert."""
+
+    host: SimHost
+    key: ExpertKey
+
+
+@dataclass(frozen=True, slots=True)
 class Released:
     """A host has evicted experts."""
 
@@ -143,6 +151,7 @@ Fact = (
     | Computed
     | Wrote
     | Obeyed
+    | Loaded
     | Released
     | HostStarted
     | HostEnded

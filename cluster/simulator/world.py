@@ -95,7 +95,7 @@ class World:
         self._facts: list[Fact] = []
         self._at_once = 0
         self.calls = 0  # layer calls that trunks made
-        self.last_change = 0.0  # when something was last published or evicted
+        self.last_change = 0.0  # when something was last published, loaded or evicted
         self.hosts: dict[str, SimHost] = {}
         self.routers: dict[str, SimRouter] = {}
         self.controllers: list[SimController] = []

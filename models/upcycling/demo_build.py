@@ -149,6 +149,7 @@ def main(arguments: str, writer: int) -> int:
         except BrokenPipeError:
             return 1  # the caller is gone
         except Exception as error:
+            # Whatever it is, the caller is told, and it is raised again.
             tell({"code": CheckpointError.__name__, "error": f"the demo model: {in_words(error)}"})
             raise
     return 0

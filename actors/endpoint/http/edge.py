@@ -118,6 +118,7 @@ async def _events(
                 yield f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
                 started = True
         except Exception as error:
+            # The answer has begun: whatever it is becomes its last event, and is logged.
             if not started:
                 raise
             yield f"data: {_told(error, identity).model_dump_json()}\n\n"
@@ -185,6 +186,7 @@ class Defects:
         try:
             await self._app(scope, receive, noting)
         except Exception as error:
+            # Whatever it is becomes an answer, and is logged.
             if scope["type"] != "http" or started:
                 raise
             await error_answer(error, request_id(Request(scope)))(scope, receive, send)

@@ -91,6 +91,7 @@ class HttpMetrics:
                         yield index, piece
             reason = ""
         except Exception as error:
+            # Whatever it is, it is counted and raised again.
             reason = error.code if isinstance(error, MoesaicError) else InternalError.__name__
             raise
         finally:

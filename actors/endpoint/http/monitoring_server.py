@@ -49,28 +49,34 @@ async def monitoring(app: ASGIApp, host: str, port: int) -> AsyncGenerator[None,
 
 
 async def _serve(app: ASGIApp, host: str, port: int) -> None:
-    with await _listen(host, port) as listener:
-        config = uvicorn.Config(
-            app,
-            lifespan="off",
-            ws="none",
-            http=BoundedConnection,
-            access_log=False,
-            log_config=None,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=1,
-            server_header=False,
-        )
-        server = _Server(config)
-        task = asyncio.create_task(server.serve([listener]))
-        try:
-            await asyncio.shield(task)
-        except Exception:
-            logger.exception("monitoring.port: the server at %s:%d ended", host, port)
-        finally:
-            server.should_exit = True
-            server.force_exit = True
-            await asyncio.wait({task}, timeout=_END_S)
+    try:
+        with await _listen(host, port) as listener:
+            await _serve_on(app, listener)
+    except Exception:
+        # Whatever it is, the endpoint goes on without its monitoring.
+        logger.exception("monitoring.port: nothing serves at %s:%d any more", host, port)
+
+
+async def _serve_on(app: ASGIApp, listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        http=BoundedConnection,
+        access_log=False,
+        log_config=None,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=1,
+        server_header=False,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve([listener]))
+    try:
+        await asyncio.shield(task)
+    finally:
+        server.should_exit = True
+        server.force_exit = True
+        await asyncio.wait({task}, timeout=_END_S)
 
 
 async def _listen(host: str, port: int) -> socket.socket:

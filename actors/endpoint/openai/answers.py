@@ -182,6 +182,7 @@ async def merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> Numbered:
                 async for piece in stream:
                     await queue.put((index, piece))
         except Exception as error:
+            # Whatever it is, the reader of the queue raises it.
             await queue.put((index, error))
 
     pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]

@@ -107,6 +107,7 @@ class BatchingLoop(ContinuousBatchingManager):
         eos_token_ids: Sequence[int],
         streams: Streams,
         encoder: Encoder,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         with _refusing_unsupported():
             super().__init__(
@@ -115,6 +116,7 @@ class BatchingLoop(ContinuousBatchingManager):
                 _manager_config(config, model.device),
             )
         self.streams = streams
+        self._clock = clock
         self._encoder = encoder
         self.output_router = _Router(streams)
         self._generator = torch.Generator(model.device)
@@ -126,7 +128,7 @@ class BatchingLoop(ContinuousBatchingManager):
         self.restarts = 0
         self.steps = 0
         self.last_error: str | None = None
-        self.last_beat = time.monotonic()
+        self.last_beat = self._clock()
 
     # ------------------------------------------------------------------ the owner's thread
 
@@ -231,7 +233,7 @@ class BatchingLoop(ContinuousBatchingManager):
     def _generation_loop_body(
         self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool
     ) -> bool:
-        self.last_beat = time.monotonic()
+        self.last_beat = self._clock()
         if self._encoder.waits:
             self._encode()
         return super()._generation_loop_body(batch_processor, bootstrapping)

@@ -58,6 +58,7 @@ class TransformersEngine:
         *,
         config: EngineConfig | None = None,
         tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create an engine of ``model``.
 
@@ -67,11 +68,12 @@ class TransformersEngine:
         what ends a text.
         """
         self._model = model
+        self._clock = clock
         self._tokenizer = tokenizer
         self._grammars: Grammars | None = None
         self._config = config or EngineConfig()
         self._ids, self._arrivals = itertools.count(), itertools.count()
-        self._parking = Parking(self._config.park_s, self._running)
+        self._parking = Parking(self._config.park_s, self._running, clock)
         self._encoder = Encoder(model, self._config.max_batch_tokens)
         self._embedding = 0  # calls of `embed` in progress
         self._loop: Loop | None = None
@@ -114,7 +116,9 @@ class TransformersEngine:
         packs = not any(getattr(text_config, name, None) for name in _NOT_PACKED)
         if packs and not model.config.is_encoder_decoder:
             try:
-                continuous = BatchingLoop(model, self._config, eos, Streams(eos), self._encoder)
+                continuous = BatchingLoop(
+                    model, self._config, eos, Streams(eos), self._encoder, self._clock
+                )
                 total = continuous.allocate()
                 continuous.start()
                 if any(hasattr(text_config, name) for name in _SUSPECT):
@@ -124,7 +128,7 @@ class TransformersEngine:
                 # The failed attempt may have changed the model's attention already.
                 model.set_attn_implementation(attention or "eager")
                 logger.warning("requests run in static batches (cohorts): %s", error)
-        cohorts = CohortLoop(model, self._config, eos, Streams(eos), self._encoder)
+        cohorts = CohortLoop(model, self._config, eos, Streams(eos), self._encoder, self._clock)
         cohorts.start()
         return cohorts, cohorts.allocate()
 
@@ -259,7 +263,7 @@ class TransformersEngine:
 
     def _check_beat(self, loop: Loop) -> None:
         """Raise EngineError if the loop stands still; waiting in its queue is no error."""
-        stalled_s = time.monotonic() - loop.last_beat
+        stalled_s = self._clock() - loop.last_beat
         if stalled_s >= self._config.stall_timeout_s:
             raise EngineError(f"the engine made no step for {stalled_s:.0f} s") from None
 
@@ -305,7 +309,7 @@ class TransformersEngine:
         if loop is None:
             return EngineStats()
         running = loop.running
-        beat_s = time.monotonic() - loop.last_beat
+        beat_s = self._clock() - loop.last_beat
         return EngineStats(
             running=running,
             waiting=max(0, len(loop.streams) - running) + len(self._parking),

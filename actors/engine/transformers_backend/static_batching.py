@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,13 +45,15 @@ class CohortLoop:
         eos_token_ids: Sequence[int],
         streams: Streams,
         encoder: Encoder,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.streams = streams
+        self._clock = clock
         self._encoder = encoder
         self.restarts = 0
         self.steps = 0
         self.last_error: str | None = None
-        self.last_beat = time.monotonic()
+        self.last_beat = self._clock()
         self._model = model
         self._config = config
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -134,7 +136,7 @@ class CohortLoop:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            self.last_beat = time.monotonic()
+            self.last_beat = self._clock()
             self._drop_cancelled()
             self._encoder.step()
             self._admit()

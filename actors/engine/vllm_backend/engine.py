@@ -73,6 +73,7 @@ class VllmEngine:
         self,
         config: TrunkConfig,
         connect: Callable[[TrunkConfig, Sequence[int]], PoolLink] = PoolLink,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if config.model.path is None:
             raise ClusterError(f"model {config.model.name!r}: vLLM only reads trunks from folders")
@@ -82,9 +83,10 @@ class VllmEngine:
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._steps = 0
-        self._beat = time.monotonic()
+        self._clock = clock
+        self._beat = clock()
         self._last_error: str | None = None
-        self._parking = Parking(config.engine.park_s, self._check)
+        self._parking = Parking(config.engine.park_s, self._check, clock)
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -225,7 +227,7 @@ class VllmEngine:
         arrival = next(self._arrivals)
 
         def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
-            asked = going_on(sampling, left)
+            asked = going_on(sampling, tokens[len(prompt_ids) :])
             return self._attempt(f"{request_id}#{next(self._ids)}", tokens, asked, arrival)
 
         parking = self._parking.generate(attempt, prompt_ids, sampling, already)
@@ -261,7 +263,7 @@ class VllmEngine:
 
     def _raise_if_stalled(self) -> None:
         """Raise EngineError if the loop stands still; waiting in its queue is no error."""
-        stalled_s = time.monotonic() - self._beat
+        stalled_s = self._clock() - self._beat
         if stalled_s >= self._engine_config.stall_timeout_s:
             raise EngineError(f"the engine made no step for {stalled_s:.0f} s")
 
@@ -269,7 +271,7 @@ class VllmEngine:
 
     def _run(self) -> None:
         while not self._closed:
-            self._beat = time.monotonic()
+            self._beat = self._clock()
             try:
                 if not self._take_asked(wait=not self._llm.has_unfinished_requests()):
                     return
@@ -331,7 +333,7 @@ class VllmEngine:
         if self._thread is None:
             return EngineStats()
         scheduler: Any = self._llm.engine_core.engine_core.scheduler
-        running, beat_s = len(scheduler.running), time.monotonic() - self._beat
+        running, beat_s = len(scheduler.running), self._clock() - self._beat
         return EngineStats(
             running=running,
             waiting=max(0, len(self.streams) - running) + len(self._parking),

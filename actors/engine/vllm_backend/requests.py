@@ -8,6 +8,7 @@ from __future__ import annotations
 # vLLM is optional.
 # pyright: reportMissingImports=false
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -107,14 +108,13 @@ class Requests:
                 yield row, groups[owner][0]
 
 
-def going_on(sampling: Sampling, left: int) -> Sampling:
-    """Return the sampling for the rest of a request that may still get ``left`` tokens.
+def going_on(sampling: Sampling, generated: Sequence[int]) -> Sampling:
+    """Return the sampling for the rest of a request that has ``generated`` some tokens.
 
-    vLLM keeps no state of requests that leave it. So a seed is replaced by that of the next
-    position, and frequency and presence penalties count from here on. Raises Interrupted for an
-    answer of a given form, which vLLM cannot continue.
+    vLLM keeps no state of requests that leave it, and takes these tokens for a part of the prompt.
+    So a seed is replaced by that of the next position, and the frequency penalty of these tokens
+    becomes a bias. Raises Interrupted where vLLM cannot continue the answer as it was asked for.
     """
-    generated = sampling.max_tokens - left
     if not generated:
         return sampling
     if sampling.form is not None:
@@ -123,8 +123,26 @@ def going_on(sampling: Sampling, left: int) -> Sampling:
             "vLLM cannot continue an answer that must follow a JSON schema, or has strict or "
             "forced tool calls; send the request again"
         )
-    seed = None if sampling.seed is None else seed_at(sampling.seed, generated)
-    return replace(sampling, max_tokens=left, seed=seed)
+    # A bias would count twice with a presence penalty, which counts each token once, and would come
+    # before a repetition penalty, which is a factor.
+    if sampling.presence_penalty or (
+        sampling.frequency_penalty and sampling.repetition_penalty != 1
+    ):
+        raise Interrupted(
+            "vLLM cannot continue an answer with a presence penalty, or with both a frequency and "
+            "a repetition penalty; send the request again"
+        )
+    bias = dict(sampling.logit_bias)
+    if sampling.frequency_penalty:
+        for token, count in Counter(generated).items():
+            bias[token] = bias.get(token, 0.0) - sampling.frequency_penalty * count
+    seed = None if sampling.seed is None else seed_at(sampling.seed, len(generated))
+    return replace(
+        sampling,
+        max_tokens=sampling.max_tokens - len(generated),
+        seed=seed,
+        logit_bias=tuple(bias.items()),
+    )
 
 
 def structure(form: AnswerForm, text: Callable[[AnswerForm], str]) -> dict[str, str]:

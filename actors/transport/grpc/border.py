@@ -160,6 +160,7 @@ def aborting(context: grpc.ServicerContext, *, outside: bool = False) -> Iterato
     except grpc.RpcError:
         raise  # the caller has left and receives no status
     except Exception as error:
+        # Whatever it is, the caller gets a status.
         request_id = uuid.uuid4().hex if outside else ""
         if not isinstance(error, MoesaicError):
             log.exception("gRPC: request %s of %s: a defect", request_id, context.peer())
@@ -204,6 +205,7 @@ class Threads(Executor):
             try:
                 future.set_result(fn(*args, **kwargs))
             except BaseException as error:
+                # Any error belongs to the future, as with every executor.
                 log.exception("gRPC: a thread of %s ended", self._name)
                 future.set_exception(error)
             finally:

@@ -158,6 +158,7 @@ class _AtOnce(ThreadPoolExecutor):
         try:
             done.set_result(fn(*args, **kwargs))
         except Exception as error:
+            # Any error belongs to the future, from which gRPC takes it.
             done.set_exception(error)
         return done
 

@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except Exception as error:
-        # Typer's own errors of usage can show themselves.
+        # Typer's own errors of usage can show themselves; all others are raised again.
         show = getattr(error, "show", None)
         if show is None:
             raise

@@ -111,4 +111,5 @@ def test_device_memory_between_processes(folder: Path, exact: bool) -> None:
             expected = pool.answer(x, ids, weights)
             torch.testing.assert_close(given.cpu(), expected, atol=1e-3, rtol=1e-3)
         child.kill()
-        assert settles(lambda: not router.has([KEY_0]))
+        with router.expecting([KEY_0]):
+            assert settles(lambda: not router.has([KEY_0]))

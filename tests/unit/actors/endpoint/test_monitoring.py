@@ -17,7 +17,7 @@ from moesaic.actors.endpoint.http.monitoring_app import monitoring_app
 from moesaic.actors.runtime.ports import free_port
 from moesaic.actors.serve import deploy
 from moesaic.cluster.service.web_guard import WebGuard
-from moesaic.proto.errors import MoesaicError, NoAnswer
+from moesaic.proto.errors import ClusterError, MoesaicError, NoAnswer
 
 HERE = "127.0.0.1"
 
@@ -109,6 +109,18 @@ async def test_a_port_that_is_taken_is_waited_for(
             other.close()
             assert (await answers(port)).status_code == 200
     assert is_free(port)
+
+
+async def test_a_name_without_an_address_is_logged_and_stops_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown(key: str, host: str) -> tuple[int, str]:
+        raise ClusterError(f"{key}: {host!r} is no address")
+
+    monkeypatch.setattr(monitoring_server, "resolved", unknown)
+    async with monitoring_server.monitoring(APP, "no-such-host", 1):
+        await asyncio.sleep(0)
+    assert "'no-such-host' is no address" in caplog.text
 
 
 async def test_names_and_addresses_of_both_families() -> None:

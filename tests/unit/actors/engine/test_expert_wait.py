@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 
 from moesaic.actors.engine.engine import Delta, Sampling
 from moesaic.actors.engine.expert_wait import Parking
+from moesaic.actors.engine.sampling import RequestSampler
 from moesaic.actors.engine.vllm_backend.requests import going_on
 from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.cluster.routing.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, Interrupted
+from tests.helpers.fake_clock import FakeClock
 
 PROMPT = [1, 2, 3]
 ASKED = Sampling(max_tokens=6)
@@ -48,8 +52,12 @@ async def texts(parking: Parking, batch: Batch, asked: Sampling = ASKED) -> list
     return found
 
 
-def lot(wait_s: float = 5.0, check: Callable[[], object] = lambda: None) -> Parking:
-    return Parking(wait_s, check)
+def lot(
+    wait_s: float = 5.0,
+    check: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Parking:
+    return Parking(wait_s, check, clock)
 
 
 async def test_it_goes_on_where_it_was() -> None:
@@ -77,9 +85,11 @@ async def test_it_is_counted_while_it_waits_and_comes_back_when_the_expert_does(
 
 
 async def test_it_waits_no_longer_than_it_may() -> None:
-    batch, parking = Batch(2, 1, is_back=lambda: False), lot(0.3)
+    clock = FakeClock(step_s=1.0)
+    batch, parking = Batch(2, 1, is_back=lambda: False), lot(30.0, clock=clock)
     with pytest.raises(ExpertUnavailable, match="expert 3"):
         await texts(parking, batch)
+    assert clock.now == pytest.approx(130.0, abs=3.0)
     assert len(parking) == 0
     assert len(batch.asked) == 1
 
@@ -105,12 +115,39 @@ async def test_who_does_not_wait_is_not_parked(asked: MissingExpert) -> None:
     assert len(batch.asked) == 1
 
 
+async def test_the_router_looks_for_the_expert_exactly_while_a_request_is_parked() -> None:
+    steps: list[str] = []
+
+    @contextmanager
+    def expecting() -> Iterator[None]:
+        steps.append("begins")
+        yield
+        steps.append("ends")
+
+    def is_back() -> bool:
+        steps.append("looks")
+        return True
+
+    async def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
+        steps.append("tries")
+        if steps.count("tries") == 1:
+            error = ExpertUnavailable("m: expert 3 of layer 1: no replica")
+            error.is_back, error.expecting = is_back, expecting
+            raise error
+        yield Delta((4,), "length")
+
+    async with aclosing(lot().generate(attempt, PROMPT, ASKED)) as deltas:
+        assert [delta.token_ids async for delta in deltas] == [(4,)]
+    assert steps == ["tries", "begins", "looks", "ends", "tries"]
+
+
 async def test_its_own_time_to_wait_counts() -> None:
+    clock = FakeClock(step_s=1.0)
     batch = Batch(1, 1, is_back=lambda: False)
-    asked = Sampling(max_tokens=6, missing=MissingExpert(wait_s=0.15))
-    async with asyncio.timeout(3):
-        with pytest.raises(ExpertUnavailable):
-            await texts(lot(60.0), batch, asked)
+    asked = Sampling(max_tokens=6, missing=MissingExpert(wait_s=15.0))
+    with pytest.raises(ExpertUnavailable):
+        await texts(lot(600.0, clock=clock), batch, asked)
+    assert clock.now == pytest.approx(115.0, abs=3.0)
 
 
 async def test_where_nobody_can_tell_whether_it_is_back_nobody_waits() -> None:
@@ -142,13 +179,47 @@ async def test_who_goes_away_while_parked_is_forgotten() -> None:
 
 def test_what_goes_on_in_vllm() -> None:
     asked = Sampling(max_tokens=6, temperature=1.0, seed=5)
-    assert going_on(asked, 6) == asked
-    later = going_on(asked, 4)
+    assert going_on(asked, []) == asked
+    later = going_on(asked, [7, 8])
     assert later.max_tokens == 4
     assert later.seed not in (None, 5)
-    assert going_on(replace(asked, seed=None), 4).seed is None
+    assert going_on(replace(asked, seed=None), [7, 8]).seed is None
     shaped = replace(asked, form=AnswerForm(json_schema="{}"))
-    assert going_on(shaped, 6) == shaped
+    assert going_on(shaped, []) == shaped
     with pytest.raises(Interrupted) as caught:
-        going_on(shaped, 4)
+        going_on(shaped, [7, 8])
     assert caught.value.retryable
+
+
+def test_in_vllm_a_bias_stands_for_the_frequencies_of_what_was_generated() -> None:
+    """vLLM counts the tokens after the resumption itself, and takes those before for the prompt."""
+    asked = Sampling(max_tokens=9, frequency_penalty=0.5, logit_bias=((7, 1.0), (9, -2.0)))
+    before, after = [7, 8, 7], [8, 8, 3]
+    logits = torch.linspace(-1, 1, 12)
+    whole = RequestSampler(asked, PROMPT, [*before, *after]).adjust(logits)
+    resumed = going_on(asked, before)
+    assert resumed.max_tokens == 6
+    found = RequestSampler(resumed, [*PROMPT, *before], after).adjust(logits)
+    torch.testing.assert_close(found, whole)
+
+
+def test_in_vllm_the_penalty_of_repetition_goes_on_by_itself() -> None:
+    asked = Sampling(max_tokens=9, repetition_penalty=1.5)
+    before, after = [7, 8, 7], [8, 8, 3]
+    logits = torch.linspace(-1, 1, 12)
+    whole = RequestSampler(asked, PROMPT, [*before, *after]).adjust(logits)
+    found = RequestSampler(going_on(asked, before), [*PROMPT, *before], after).adjust(logits)
+    torch.testing.assert_close(found, whole)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Sampling(max_tokens=9, presence_penalty=0.5),
+        Sampling(max_tokens=9, frequency_penalty=0.5, repetition_penalty=1.5),
+    ],
+)
+def test_in_vllm_penalties_that_would_be_forgotten_end_the_answer(asked: Sampling) -> None:
+    assert going_on(asked, []) == asked
+    with pytest.raises(Interrupted, match="penalty"):
+        going_on(asked, [7])

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from moesaic.actors.router_service import catalog, service_actor
-from moesaic.actors.router_service.catalog import Catalog, describe_model
-from moesaic.actors.router_service.service_actor import ServiceWatch
+from moesaic.actors.router_service import service_actor
+from moesaic.actors.router_service.catalog import LOOK_S, Catalog, describe_model
+from moesaic.actors.router_service.service_actor import SILENT_S, ServiceWatch
 from moesaic.cluster.placement import ModelRef, ModelShape
 from moesaic.proto.errors import ClusterError, InternalError, UnknownModel
 from tests.helpers.architectures import tiny_model
+from tests.helpers.fake_clock import FakeClock
 
 REF = ModelRef(name="m", dtype="bfloat16", config=tiny_model("mixtral").config.to_dict())
+START_S = 100.0
 SHAPE = ModelShape(model="m", experts={0: 8, 1: 8}, exact=True)
 
 
@@ -32,10 +34,8 @@ def test_a_model_is_described_from_its_configuration() -> None:
     ]
 
 
-def test_models_that_come_are_found_and_known_ones_outlive_the_controller(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(catalog, "LOOK_S", 0.0)
+def test_models_that_come_are_found_and_known_ones_outlive_the_controller() -> None:
+    clock = FakeClock(step_s=LOOK_S)
     served: list[tuple[ModelRef, ModelShape]] = []
     away = False
 
@@ -44,7 +44,7 @@ def test_models_that_come_are_found_and_known_ones_outlive_the_controller(
             raise ClusterError("no controller")
         return served
 
-    known = Catalog(look)
+    known = Catalog(look, clock)
     with pytest.raises(UnknownModel, match="'m' is not served; no model is"):
         known.find("m")
     served.append((REF, SHAPE))
@@ -56,6 +56,21 @@ def test_models_that_come_are_found_and_known_ones_outlive_the_controller(
         known.find("other")
     with pytest.raises(ClusterError, match="no controller"):
         Catalog(look).find("m")
+
+
+def test_the_controller_is_not_asked_more_often_than_once_in_a_while() -> None:
+    clock, looks = FakeClock(), list[float]()
+
+    def look() -> list[tuple[ModelRef, ModelShape]]:
+        looks.append(clock.now)
+        return []
+
+    known = Catalog(look, clock)
+    for passed_s in (0.0, 0.5 * LOOK_S, 0.4 * LOOK_S, 0.2 * LOOK_S):
+        clock.now += passed_s
+        with pytest.raises(UnknownModel):
+            known.find("m")
+    assert looks == pytest.approx([100.0, 100.0 + 1.1 * LOOK_S])
 
 
 def test_who_names_a_known_model_waits_for_nobody() -> None:
@@ -108,9 +123,11 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-async def watching(monkeypatch: pytest.MonkeyPatch, actor: Actor) -> ServiceWatch:
+async def watching(
+    monkeypatch: pytest.MonkeyPatch, actor: Actor, clock: FakeClock | None = None
+) -> ServiceWatch:
     monkeypatch.setattr(service_actor.ray, "get_actor", lambda name, namespace: actor)
-    watch = ServiceWatch("n", "127.0.0.1:1", start_s=1e9)
+    watch = ServiceWatch("n", "127.0.0.1:1", START_S, clock or FakeClock())
     watch._task.cancel()
     return watch
 
@@ -144,17 +161,22 @@ async def test_one_with_a_defect_is_ended_so_that_ray_starts_another(
 async def test_a_frozen_one_is_ended_and_one_that_starts_is_not(
     monkeypatch: pytest.MonkeyPatch, killed: list[bool]
 ) -> None:
-    monkeypatch.setattr(service_actor, "SILENT_S", 0.0)
-    actor = Actor(silent)
-    watch = await watching(monkeypatch, actor)
+    actor, clock = Actor(silent), FakeClock()
+    watch = await watching(monkeypatch, actor, clock)
+    clock.now += START_S
     await watch._look()
     assert watch.describe()["state"] == "starting"
     actor.answer = up
     await watch._look()
     actor.answer = silent
+    clock.now += SILENT_S
+    await watch._look()
+    assert watch.describe()["state"] == "up"
+    clock.now += 1.0
     await watch._look()
     assert watch.describe()["state"] == "restarting"
     assert killed == [False]
     # It has all its time to start again.
+    clock.now += START_S
     await watch._look()
     assert killed == [False]

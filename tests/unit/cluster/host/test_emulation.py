@@ -79,7 +79,7 @@ def test_only_the_start_of_a_batch_is_saved_by_merging_calls(values: list[int], 
 
 
 def test_answers_are_held_back_until_the_device_would_have_them(clock: Clock) -> None:
-    made = Device(Emulation(row_us=5000))
+    made = Device(Emulation(row_us=5000), clock.monotonic)
     clock.now += 0.002
     assert made.finish([call(1, ids([0, 1])), call(2, ids([0, -1]))], 10.0) == pytest.approx(0.015)
     assert clock.now == pytest.approx(10.015, abs=1e-5)
@@ -91,7 +91,7 @@ def test_answers_are_held_back_until_the_device_would_have_them(clock: Clock) ->
 
 
 def test_arithmetic_that_takes_longer_than_the_device_is_counted(clock: Clock) -> None:
-    made = Device(Emulation(row_us=1000))
+    made = Device(Emulation(row_us=1000), clock.monotonic)
     for took_s in (0.0005, 0.004, 0.003):
         began = clock.now
         clock.now += took_s
@@ -103,7 +103,7 @@ def test_arithmetic_that_takes_longer_than_the_device_is_counted(clock: Clock) -
 
 
 def test_waking_late_is_counted_as_lateness_and_not_as_work(clock: Clock) -> None:
-    made = Device(Emulation(row_us=1000))
+    made = Device(Emulation(row_us=1000), clock.monotonic)
     clock.oversleep_s = 0.002
     assert made.finish([call(1, ids([0]))], clock.now) == pytest.approx(0.001)
     stats = made.stats(refused=0, queued_rows=0, routers=1)
@@ -112,7 +112,7 @@ def test_waking_late_is_counted_as_lateness_and_not_as_work(clock: Clock) -> Non
 
 
 def test_a_real_device_takes_the_time_it_takes(clock: Clock) -> None:
-    made = Device(None)
+    made = Device(None, clock.monotonic)
     clock.now += 0.25
     assert made.finish([call(1, ids([0]))], 10.0) == pytest.approx(0.25)
     assert clock.now == 10.25

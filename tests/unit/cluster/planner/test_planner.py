@@ -298,6 +298,30 @@ def test_memory_bounds_what_a_host_holds() -> None:
     assert not found.unplaced
 
 
+def test_a_small_replica_makes_room_for_a_large_expert_where_free_memory_is_the_rest() -> None:
+    """Of 100 bytes, 60 hold the second replica of a small expert, and 40 are free."""
+    hosts = pool(2, None, memory_bytes=100)
+    small, large = shape(1, 1, "small", expert_bytes=60), shape(1, 1, "large", expert_bytes=100)
+    both = LayerPlacement(((Replica("h0", 0.5), Replica("h1", 0.5)),))
+    current = {LayerKey("small", 0): both}
+    found = plan(models=[small, large], hosts=hosts, current=current, loads={}, policy=Policy())
+    check(found, hosts, current)
+    assert not found.unplaced
+    (gone,) = found.drops
+    assert found.layers[LayerKey("large", 0)].hosts(0) == (gone[1],)
+
+
+def test_a_small_replica_makes_no_room_where_too_little_memory_is_free() -> None:
+    hosts = pool(2, None, memory_bytes=100)
+    small, large = shape(1, 1, "small", expert_bytes=60), shape(1, 1, "large", expert_bytes=101)
+    both = LayerPlacement(((Replica("h0", 0.5), Replica("h1", 0.5)),))
+    current = {LayerKey("small", 0): both}
+    found = plan(models=[small, large], hosts=hosts, current=current, loads={}, policy=Policy())
+    check(found, hosts, current)
+    assert found.unplaced == (ExpertKey("large", 0, 0),)
+    assert not found.drops
+
+
 def test_no_hosts() -> None:
     with pytest.raises(ValueError, match="hosts: there is none"):
         plan(models=[shape(1, 2)], hosts=[], current={}, loads={}, policy=Policy())

@@ -336,3 +336,23 @@ def test_a_host_that_is_overtaken_again_is_avoided_for_as_long_as_trying_it_woul
     health.in_time()
     health.overtaken(40.0, 0.5)
     assert health.avoid_until == pytest.approx(40.1)
+
+
+def test_a_debt_that_time_does_not_repay_is_owed_for_ever() -> None:
+    budget = Budget(share=0.5, per_s=0.0, most=1.0)
+    assert budget.owe(1, 0.0) == 0.0
+    assert budget.owe(1, 0.0) == float("inf")
+    budget.earn(2)
+    assert budget.owe(0, 1.0) == 0.0
+
+
+def test_without_a_budget_of_retries_a_refused_call_is_lost_at_its_deadline() -> None:
+    world = world_of(replace(POLICY, retry_share=0.0, retry_per_s=0.0, retry_burst=0.0))
+    asked, other = begin_on_one(world)
+    world.refuse(asked, 0, "Busy")
+    world.pass_time(POLICY.deadline_s * 0.9)
+    assert not other.inbox
+    assert world.dispatcher.outcome is None
+    world.pass_time(POLICY.deadline_s * 0.2)
+    assert world.dispatcher.outcome is not None
+    assert world.dispatcher.outcome.lost.tolist() == [0]
