@@ -33,7 +33,8 @@ def find_class(class_name: str) -> Architecture | None:
     Returns None for a class of transformers, and where no package has an entry of this name. Raises
     UnsupportedModel, as `find` does.
     """
-    return None if class_name in transformers.__all__ else _find(class_name)
+    is_theirs = class_name in vars(transformers)["__all__"]  # `dir` takes 0.3 s
+    return None if is_theirs else _find(class_name)
 
 
 def find(model_type: str) -> Architecture | None:
