@@ -65,17 +65,19 @@ proto: $(READY)  ## regenerate the code of proto/
 
 # torch first and alone: a CPU build on a disk or mirror that pip knows is taken for the pinned
 # version, and nothing that comes later replaces it.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt extensions/architectures/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name it: make PYTHON=python3.11"; exit 1; }
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "installing dependencies into $(VENV) (a few minutes, once)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch 2>&1 \
 		| { grep -v '^WARNING: Location' || true; }
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' 2>&1 \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' \
+		-e extensions/architectures 2>&1 \
 		| { grep -v '^WARNING: Location' || true; }
 	@$(BIN)/moesaic --help > /dev/null
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis \
+		extensions/*/build extensions/*/src/*.egg-info

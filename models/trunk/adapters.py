@@ -3,7 +3,7 @@
 An adapter replaces one of transformers' modules in a model on the meta device. It has the same
 call and the same result, keeps the module's parameters except the experts', and holds a
 `PoolExperts`, which has the form of the interface. All other code treats the model like any other.
-`ADAPTERS` says which class has which adapter.
+`ADAPTERS` says which class has which adapter; an extension's architecture brings its own.
 
 The arithmetic is that of transformers' modules of the same names; the tests compare them.
 
@@ -13,7 +13,7 @@ E = experts, I = intermediate size, N = T * K choices flattened.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
+from . import extensions
+from .architecture import Adapter
 from .in_pool import experts_forward
 
 UNUSED = -1  # id of a choice that no expert computes
@@ -222,7 +224,7 @@ class JetMoeMoe(nn.Module):
 
 
 # A class of transformers -> its adapter.
-ADAPTERS: dict[str, Callable[[Any], nn.Module]] = {
+ADAPTERS: dict[str, Adapter] = {
     "SwitchTransformersExperts": SwitchExperts,
     "DbrxExperts": DbrxExperts,
     "LongcatFlashExperts": LongcatFlashExperts,
@@ -231,10 +233,17 @@ ADAPTERS: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
+def adapters_of(model: nn.Module) -> Mapping[str, Adapter]:
+    """Return the adapters of classes that ``model`` may have, its extension's included."""
+    config: Any = model.config
+    return {**ADAPTERS, **extensions.adapters(config.model_type)}
+
+
 def adapt(model: nn.Module) -> None:
     """Put the adapters into ``model`` in place; experts' weights that it has are lost."""
+    adapters = adapters_of(model)
     for name, module in list(model.named_modules()):
-        adapter = ADAPTERS.get(type(module).__name__)
+        adapter = adapters.get(type(module).__name__)
         if adapter is not None:
             model.set_submodule(name, adapter(module))
             # transformers' weight initialisation would access the removed parameters
@@ -243,7 +252,8 @@ def adapt(model: nn.Module) -> None:
 
 
 def needs_adapter(model: nn.Module) -> bool:
-    return any(type(module).__name__ in ADAPTERS for module in model.modules())
+    adapters = adapters_of(model)
+    return any(type(module).__name__ in adapters for module in model.modules())
 
 
 def conversions(model: nn.Module) -> list[WeightConverter | WeightRenaming]:

@@ -1,9 +1,8 @@
-"""The configuration of a model's folder, read by transformers or by our own classes."""
+"""The configuration of a model's folder, read by transformers or by an extension's class."""
 
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,13 @@ from transformers import (
 from ...proto.errors import CheckpointError, UnsupportedModel, in_words
 from ..folder.files import is_whole
 from ..folder.quantised import FIELDS, quantisation_of
+from . import extensions
 
 # Transformers raises these for values of which it cannot build a model.
 CANNOT_BUILD = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RuntimeError, TypeError, ValueError),
 )
-
-
-# Types of models that transformers lacks -> our module that registers them.
-OWN = {"grok-1": "grok1", "openmoe": "openmoe"}
-
-
-# Such models by their name in ``architectures``, if their model_type is another model's.
-_OWN_BY_ARCHITECTURE = {"OpenMoeForCausalLM": "openmoe"}
 
 
 def short(value: Any) -> str:
@@ -42,12 +34,12 @@ def read_config(path: Path) -> PretrainedConfig:
     """Read the configuration of a model folder.
 
     Raises CheckpointError if it is missing or unreadable, and UnsupportedModel for an unknown
-    quantisation.
+    quantisation and for an architecture whose package is missing or broken.
     """
     if not is_whole(path / "config.json"):
         raise CheckpointError(f"{path}: {_what_without_config(path)}")
     try:
-        config = _own_config(path)
+        config = _config_of_extension(path)
         if config is None:
             # Code in the model's folder is never run, and transformers does not ask the user.
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -69,8 +61,8 @@ def _what_without_config(path: Path) -> str:
     return "no config.json; give the folder of a Hugging Face model"
 
 
-def _own_config(path: Path) -> PretrainedConfig | None:
-    """Return the configuration of a model that transformers lacks; None for any other."""
+def _config_of_extension(path: Path) -> PretrainedConfig | None:
+    """Return the configuration of a model that an extension brings; None for any other."""
     try:
         values: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -86,18 +78,22 @@ def _own_config(path: Path) -> PretrainedConfig | None:
     architectures = values.get("architectures") or [None]
     if not isinstance(architectures, list):
         raise ValueError(f"architectures: {short(architectures)} is not a list")
-    own = _OWN_BY_ARCHITECTURE.get(str(architectures[0]), str(values.get("model_type")))
-    return config_from_dict(values | {"model_type": own}) if own in OWN else None
+    found = extensions.find_class(str(architectures[0])) or extensions.find(
+        str(values.get("model_type"))
+    )
+    return config_from_dict(values | {"model_type": found.model_type}) if found else None
 
 
 def config_from_dict(values: dict[str, Any]) -> PretrainedConfig:
-    """Make the configuration that ``PretrainedConfig.to_dict`` described."""
+    """Make the configuration that ``PretrainedConfig.to_dict`` described.
+
+    Raises UnsupportedModel without a model_type, and where its package is missing or broken.
+    """
     rest = dict(values)
     model_type = rest.pop("model_type", None)
     if not model_type:
         raise UnsupportedModel("model_type: missing from the model's configuration")
-    if model_type in OWN:
-        import_module(f"..architectures.{OWN[model_type]}", __package__)
+    extensions.find(model_type)
     return AutoConfig.for_model(model_type, **rest)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...kernels.ffn import ExpertForm
 from ...proto.errors import UnsupportedModel
-from .adapters import ADAPTERS
+from .adapters import adapters_of
 from .config import short
 
 # Names of configurations for the number of experts, and for which layers have experts.
@@ -88,7 +88,7 @@ def _why_no_experts(model: nn.Module) -> str:
     """Return why a model has no experts module: by its architecture, or by its configuration."""
     here = vars(sys.modules[type(model).__module__])
     has_some = "use_experts_implementation" in here or "PoolExperts" in here
-    if not has_some and not ADAPTERS.keys() & here.keys():
+    if not has_some and not adapters_of(model).keys() & here.keys():
         return (
             "no experts module of this architecture dispatches through transformers' experts "
             "interface, and it has no adapter, so its experts cannot be served from a pool; models "

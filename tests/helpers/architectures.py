@@ -244,7 +244,7 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "jetmoe": _L8 | {"kv_channels": 8, "num_attention_heads": 4},
 }
 
-# The same for those that transformers lacks (`models/architectures/`).
+# The same for those that transformers lacks (`extensions/architectures/`).
 OWN: dict[str, dict[str, Any]] = {
     # A cap that is reached.
     "grok-1": _E8 | {"max_attn_value": 0.5, "embedding_multiplier_scale": 5.0},

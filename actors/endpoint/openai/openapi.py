@@ -79,8 +79,6 @@ def document(app: FastAPI) -> None:
                 )
             )
             schemas = found.setdefault("components", {}).setdefault("schemas", {})
-            # "validation": the schemas as read. In "serialization" mode the serializers that
-            # leave out None would hide the fields.
             _, ours = models_json_schema(
                 [(one, "validation") for one in _BODIES], ref_template=_REF
             )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, Field
 
 from ....proto.errors import MoesaicError, words_for_client
 from ...engine.served_model import Piece, TokenChoice, TokenText
 from ...text.tool_calls import ToolCall
+
+_Value = TypeVar("_Value")
+# A field that is left out where it is None. Other fields are then null, as in OpenAI's API.
+_IfAny = Annotated[_Value | None, Field(exclude_if=lambda value: value is None)]
 
 
 class ErrorBody(BaseModel):
@@ -53,14 +57,6 @@ def error_response(
     )
 
 
-def _without_none(
-    one: BaseModel, serialize: SerializerFunctionWrapHandler, *names: str
-) -> dict[str, Any]:
-    """Serialize ``one`` without those of the fields ``names`` that are None."""
-    found: dict[str, Any] = serialize(one)
-    return {key: value for key, value in found.items() if key not in names or value is not None}
-
-
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
@@ -82,9 +78,9 @@ class Moesaic(BaseModel):
     part was.
     """
 
-    experts_per_token: int | None = None
-    max_dropped: float | None = None
-    times_dropped: int | None = None
+    experts_per_token: _IfAny[int] = None
+    max_dropped: _IfAny[float] = None
+    times_dropped: _IfAny[int] = None
 
     @classmethod
     def of(cls, piece: Piece | None) -> Moesaic | None:
@@ -96,10 +92,6 @@ class Moesaic(BaseModel):
             max_dropped=None if dropped is None else round(dropped.largest, 6),
             times_dropped=None if dropped is None else dropped.times,
         )
-
-    @model_serializer(mode="wrap")
-    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_none(self, serialize, *type(self).model_fields)
 
 
 class ModelCard(BaseModel):
@@ -196,11 +188,7 @@ def _by_text(choice: TokenChoice) -> dict[str, float]:
 class _Choice(BaseModel):
     index: int
     finish_reason: str | None
-    moesaic: Moesaic | None = None  # left out where None
-
-    @model_serializer(mode="wrap")
-    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_none(self, serialize, "moesaic")
+    moesaic: _IfAny[Moesaic] = None
 
 
 class CompletionChoice(_Choice):
@@ -227,7 +215,7 @@ class CalledFunction(BaseModel):
 class Called(BaseModel):
     """A call of a tool; ``index`` is only set in streams."""
 
-    index: int | None = None
+    index: _IfAny[int] = None
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -249,10 +237,6 @@ class Called(BaseModel):
             for n, call in enumerate(calls)
         ] or None
 
-    @model_serializer(mode="wrap")
-    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_none(self, serialize, "index")
-
 
 class ChatAnswer(BaseModel):
     """The message of a chat answer.
@@ -263,13 +247,9 @@ class ChatAnswer(BaseModel):
 
     role: Literal["assistant"] = "assistant"
     content: str | None
-    reasoning_content: str | None = None
+    reasoning_content: _IfAny[str] = None
     refusal: None = None
-    tool_calls: list[Called] | None = None
-
-    @model_serializer(mode="wrap")
-    def _plain(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_none(self, serialize, "tool_calls", "reasoning_content")
+    tool_calls: _IfAny[list[Called]] = None
 
 
 class ChatChoice(_Choice):

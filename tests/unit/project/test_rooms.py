@@ -24,7 +24,6 @@ proto                               -
 kernels                             -
 models/folder                       proto
 models/trunk                        proto kernels models/folder
-models/architectures                -
 models/upcycling                    proto models/folder
 models                              proto models/folder models/upcycling
 
@@ -194,6 +193,32 @@ def test_the_map_has_a_line_for_every_folder_and_names_what_exists() -> None:
     named = re.findall(r"`((?:\w+/)+\w+\.(?:py|proto))`", text)
     assert len(named) > 30
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+# What an extension may import: the interface that docs/extensions.md describes.
+FOR_EXTENSIONS = ("moesaic.models.trunk.adapters.", "moesaic.models.trunk.architecture.")
+
+
+def test_an_extension_knows_the_interface_alone_and_nothing_knows_it() -> None:
+    source = ROOT / "extensions" / "architectures" / "src"
+    found = sorted(source.rglob("*.py"))
+    assert found
+    wrong = [
+        f"{where(file, node.lineno)}: {node.module}.{alias.name}"
+        for file in found
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moesaic.")
+        for alias in node.names
+        if not f"{node.module}.{alias.name}".startswith(FOR_EXTENSIONS)
+    ]
+    wrong += [
+        f"{where(file, line)}: {name}"
+        for room, file in everything()
+        for line, name in imported(file, room)
+        if name.startswith("moesaic_architectures")
+    ]
+    assert not wrong
+    assert [file for file in found if len(file.read_text().splitlines()) > MAX_LINES] == []
 
 
 def test_only_the_face_imports_the_face() -> None:

@@ -11,8 +11,7 @@ published code counts it over a whole batch, so there a text depends on its neig
 of one both are the same.
 
 Names of the configuration and of the tensors on disk are those of the published checkpoints, whose
-``model_type`` is llama and whose ``architectures`` name `OpenMoeForCausalLM`. Importing this module
-registers ``model_type: openmoe`` with transformers' automatic classes.
+``model_type`` is llama and whose ``architectures`` name `OpenMoeForCausalLM`.
 
 Shape suffixes: T = tokens, H = hidden size, K = choices of a token, E = experts, I = intermediate
 size, B = batch, S = sequence, R = rows of one expert.
@@ -24,10 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, one_hot, silu
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch.nn.functional import one_hot, silu
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import initialization as init
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -38,6 +36,10 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+
+from moesaic.models.trunk.architecture import Architecture
+
+from .gate import most_probable
 
 TOP_K = 2
 
@@ -113,8 +115,7 @@ class OpenMoeSparseMLP(nn.Module):
         self.experts = OpenMoeExperts(config)
 
     def forward(self, x_BSH: Tensor, real_BS: Tensor) -> Tensor:
-        probabilities = linear(x_BSH.float(), self.gate_weight.float()).softmax(dim=-1)
-        weights_BSK, ids_BSK = probabilities.topk(TOP_K, dim=-1)
+        weights_BSK, ids_BSK = most_probable(x_BSH, self.gate_weight, TOP_K)
         # transformers' experts have no id for a choice without an expert, so its weight is 0.
         weights_BSK = weights_BSK * self._with_room(ids_BSK, real_BS)
         y_TH = self.experts(x_BSH.flatten(0, 1), ids_BSK.flatten(0, 1), weights_BSK.flatten(0, 1))
@@ -275,14 +276,13 @@ def _only(tensors: Any) -> Tensor:
     return tensors[0] if isinstance(tensors, list) else tensors
 
 
-AutoConfig.register("openmoe", OpenMoeConfig)
-AutoModelForCausalLM.register(OpenMoeConfig, OpenMoeForCausalLM)
-register_checkpoint_conversion_mapping(
-    "openmoe",
-    [
+OPENMOE = Architecture(
+    config=OpenMoeConfig,
+    model=OpenMoeForCausalLM,
+    conversions=(
         WeightConverter(
             ["mlp.experts.wi_gate", "mlp.experts.wi_up"], "mlp.experts.gate_up_proj", [_JoinUps()]
         ),
         WeightRenaming("mlp.experts.wo", "mlp.experts.down_proj"),
-    ],
+    ),
 )

@@ -6,10 +6,7 @@ embeddings and logits, and eight experts with a GELU gate. A token uses the two 
 experts of a softmax over all (not renormalised). Names of the configuration and of the tensors on
 disk are those of the checkpoints in safetensors (hpcai-tech/grok-1).
 
-Importing this module registers ``model_type: grok-1`` with transformers' automatic classes.
-
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token, E = experts, B = batch,
-S = sequence.
+Shape suffixes: T = tokens, H = hidden size, K = choices of a token, B = batch, S = sequence.
 """
 
 from __future__ import annotations
@@ -17,9 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, MixtralConfig
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers import GenerationMixin, MixtralConfig
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -35,6 +30,10 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRMSNorm,
     MixtralRotaryEmbedding,
 )
+
+from moesaic.models.trunk.architecture import Architecture
+
+from .gate import most_probable
 
 
 class Grok1Config(MixtralConfig):
@@ -87,8 +86,7 @@ class Grok1MoE(nn.Module):
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         x_TH = x_BSH.flatten(0, 1)
-        probabilities_TE = linear(x_TH.float(), self.gate.weight.float()).softmax(dim=-1)
-        weights_TK, ids_TK = probabilities_TE.topk(self.top_k, dim=-1)
+        weights_TK, ids_TK = most_probable(x_TH, self.gate.weight, self.top_k)
         return self.experts(x_TH, ids_TK, weights_TK).view_as(x_BSH)
 
 
@@ -178,11 +176,10 @@ class Grok1ModelForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         )
 
 
-AutoConfig.register("grok-1", Grok1Config)
-AutoModelForCausalLM.register(Grok1Config, Grok1ModelForCausalLM)
-register_checkpoint_conversion_mapping(
-    "grok-1",
-    [
+GROK1 = Architecture(
+    config=Grok1Config,
+    model=Grok1ModelForCausalLM,
+    conversions=(
         *(
             WeightRenaming(f"{name}_norm.scale", f"{name}_norm.weight")
             for name in ("pre_attn", "post_attn", "pre_moe", "post_moe")
@@ -198,5 +195,5 @@ register_checkpoint_conversion_mapping(
             "moe_block.experts.down_proj",
             [MergeModulelist(dim=0)],
         ),
-    ],
+    ),
 )

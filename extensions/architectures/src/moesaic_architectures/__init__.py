@@ -1,0 +1,1 @@
+"""Grok-1 and OpenMoE for Moesaic: an example of an extension."""
