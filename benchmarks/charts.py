@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 _SIZE_INCHES = (7.6, 3.6)
@@ -16,7 +17,7 @@ _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _INK, _GRID, _SHADE = "#333333", "#e4e4e4", "#f3ead8"
 # Fewer points are marked, because the line between them says nothing.
 _MARKED = 20
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     # White also where the page is dark; words are words, so that they can be read and searched.
     "figure.facecolor": "white",
     "svg.fonttype": "none",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -98,7 +99,7 @@ def test_a_chart_has_a_line_for_each_series_and_all_words(tmp_path: Path) -> Non
     figure = chart(path, x_ticks=[0, 5, 20], y_from=-1.0)
     check_whole(figure)
     (axes,) = figure.axes
-    assert [list(line.get_ydata()) for line in axes.lines] == [[1, 3, 2], [0, 0, 1]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in axes.lines] == [[1, 3, 2], [0, 0, 1]]
     assert axes.get_xlim() == (0, 20)
     assert axes.get_ylim()[0] == -1
     assert {"t", "x", "y", "a & b", "c", "0", "5", "20"} <= words_in(path)
