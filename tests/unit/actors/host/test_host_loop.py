@@ -26,6 +26,10 @@ class Quiet:
         self._fd = os.eventfd(0)
         self.looks = 0
 
+    @property
+    def address(self) -> str:
+        return ""
+
     def fileno(self) -> int:
         return self._fd
 
