@@ -126,8 +126,8 @@ def plan_report(plan: Plan, *, bytes_per_s: float, unprotected_now: int) -> Plan
             LayerPlan(
                 model=key.model,
                 layer=key.layer,
-                balancedness_before=round(plan.before[key], 4),
-                balancedness_after=round(plan.after[key], 4),
+                balancedness_before=round(float(plan.before[key]), 4),
+                balancedness_after=round(float(plan.after[key]), 4),
             )
             for key in plan.layers
         ],

@@ -66,7 +66,9 @@ class ExpertId(Report):
     expert: int
     """The expert's number in its layer."""
 
-    def __str__(self) -> str:
+    @property
+    def words(self) -> str:
+        """The expert for people."""
         return f"expert {self.expert} of layer {self.layer} of {self.model}"
 
 
@@ -83,4 +85,5 @@ def balancedness_of(values: list[float]) -> Balancedness | None:
     """Return mean and minimum over layers; None without any layer."""
     if not values:
         return None
-    return Balancedness(mean=round(sum(values) / len(values), 4), worst=round(min(values), 4))
+    mean, worst = sum(values) / len(values), min(values)
+    return Balancedness(mean=round(float(mean), 4), worst=round(float(worst), 4))

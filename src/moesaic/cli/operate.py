@@ -279,7 +279,7 @@ def _print_plan(found: PlanReport) -> None:
             moves.add_row(
                 f"{move.model} layer {move.layer} expert {move.expert}",
                 move.host,
-                ", ".join(map(str, move.replaces)),
+                ", ".join(expert.words for expert in move.replaces),
                 _mib(move.weight_bytes),
                 f"{move.kind.words}: {move.reason}",
             )

@@ -65,7 +65,7 @@ def print_status(document: StatusDocument) -> None:
             "host makes requests wait[/yellow]"
         )
     for missing in cluster.missing_examples:
-        out.print(f"[red]missing[/red] {missing}: {missing.reason}")
+        out.print(f"[red]missing[/red] {missing.words}: {missing.reason}")
     if cluster.controller.error:
         out.print(f"[red]controller:[/red] {cluster.controller.error}")
 
