@@ -349,4 +349,5 @@ def _status(told: Json) -> EndpointStatus:
     try:
         return EndpointStatus.model_validate(told)
     except ValueError as error:
-        raise ClusterError(f"/status: not the status of a cluster: {error}") from error
+        text = "/status: the answer is not the status of a cluster; is it the monitoring address?"
+        raise ClusterError(text) from error
