@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUICK := "not slow and not cuda and not vllm"
 
-.PHONY: up test test-all test-numeric test-vllm test-clients lint types bench proto spec docs clean
+.PHONY: up test test-all test-numeric test-vllm test-clients lint types bench proto spec reports docs clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
@@ -58,6 +58,9 @@ docs: $(READY)  ## pages of docs/ and of the docstrings, in build/docs; nothing 
 
 spec: $(READY)  ## regenerate docs/spec.md
 	@$(BIN)/moesaic spec docs > docs/spec.md
+
+reports: $(READY)  ## regenerate docs/reports.md
+	@$(BIN)/python -m moesaic.cluster.reports.page > docs/reports.md
 
 proto: $(READY)  ## regenerate the code of proto/
 	@$(BIN)/python -m grpc_tools.protoc -Imoesaic/proto=proto --python_out=src --pyi_out=src \

@@ -215,7 +215,7 @@ def main(arguments: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     traffic = Traffic(**arguments["traffic"])
     cluster = moesaic.connect(arguments["cluster"])
-    node = cluster.status()["hosts"][0]["node"]
+    node = next(iter(cluster.status().processes.values())).node
     namespace = namespace_of(arguments["cluster"])
     router = Router(name=f"traffic-{arguments['index']}", node=node, secret=secret_of(namespace))
     watch = PlacementWatch(namespace, router)

@@ -13,14 +13,14 @@ import moesaic
 def main(name: str = "local") -> None:
     cluster = moesaic.connect(name)
     expert = cluster.experts()[0]
-    place = expert["model"], expert["layer"], expert["expert"]
-    before = [replica["host"] for replica in expert["replicas"]]
+    place = expert.model, expert.layer, expert.expert
+    before = [replica.host for replica in expert.replicas]
     print(f"layer {place[1]}, expert {place[2]} of {place[0]}: on {', '.join(before)}")
 
-    most = len(cluster.status()["hosts"])
+    most = len(cluster.status().hosts)
     change = cluster.wait_for(cluster.replicate(*place, min(len(before) + 1, most)))
-    print(f"change {change['id']}: {change['moves']} moves, {change['phase']}")
-    for problem in change["errors"]:
+    print(f"change {change.id}: {change.total_moves} moves, {change.phase}")
+    for problem in change.errors:
         print(f"  {problem}")
 
     cluster.wait_for(cluster.replicate(*place, 1))

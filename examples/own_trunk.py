@@ -14,11 +14,11 @@ import moesaic
 
 def main(name: str = "local") -> None:
     cluster = moesaic.connect(name)
-    served = cluster.status()["models"][0]
+    served = cluster.status().models[0]
     # An ordinary transformers model: call it, train adapters on it, use its `generate`.
-    trunk = cluster.from_pretrained(served["name"])
+    trunk = cluster.from_pretrained(served.name)
     held = sum(parameter.numel() for parameter in trunk.parameters())
-    print(f"{held:,} parameters here; {served['experts']:,} experts in the pool")
+    print(f"{held:,} parameters here; {served.experts:,} experts in the pool")
     prompt = torch.tensor([[5, 6, 7, 8]])
     print(trunk.generate(prompt, max_new_tokens=8, do_sample=False).tolist())
 

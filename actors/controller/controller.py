@@ -13,7 +13,6 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
@@ -28,6 +27,10 @@ from ...cluster.load.meter import LoadReport
 from ...cluster.load.trace import LoadTotals
 from ...cluster.placement import LayerKey, ModelRef, ModelShape, Placement
 from ...cluster.planner.plan import FleetGroup
+from ...cluster.reports.activity import Activity, ExpertReport
+from ...cluster.reports.placing import ChangeReport, DrainReport, PlanReport
+from ...cluster.reports.scaling import ScalingReport
+from ...cluster.reports.status import ClusterStatus
 from ...cluster.scaling.fleet import Fleet
 from ...cluster.spec.parts import AutoscaleSpec
 from ...proto.errors import ClusterError, MoesaicError, Superseded, in_words
@@ -188,37 +191,37 @@ class Controller:
 
     # ---- operators: see `Operations` ------------------------------------------------------------
 
-    async def plan(self, budget: int | str | None = None) -> dict[str, Any]:
+    async def plan(self, budget: int | str | None = None) -> PlanReport:
         return await self._operations.plan(budget)
 
-    async def rebalance(self, budget: int | str | None, who: str) -> dict[str, Any]:
+    async def rebalance(self, budget: int | str | None, who: str) -> ChangeReport:
         return await self._operations.rebalance(budget, who)
 
-    async def change(self, number: int | None = None) -> dict[str, Any]:
+    async def change(self, number: int | None = None) -> ChangeReport:
         return await self._operations.change(number)
 
-    async def history(self) -> list[dict[str, Any]]:
+    async def history(self) -> list[ChangeReport]:
         return await self._operations.history()
 
-    async def rollback(self, number: int | None = None) -> dict[str, Any]:
+    async def rollback(self, number: int | None = None) -> ChangeReport:
         return await self._operations.rollback(number)
 
-    async def replicate(self, key: tuple[str, int, int], count: int, who: str) -> dict[str, Any]:
+    async def replicate(self, key: tuple[str, int, int], count: int, who: str) -> ChangeReport:
         return await self._operations.replicate(key, count, who)
 
-    async def pin(self, key: tuple[str, int, int], host: str, who: str) -> dict[str, Any]:
+    async def pin(self, key: tuple[str, int, int], host: str, who: str) -> ChangeReport:
         return await self._operations.pin(key, host, who)
 
-    async def unpin(self, key: tuple[str, int, int], host: str, who: str) -> dict[str, Any]:
+    async def unpin(self, key: tuple[str, int, int], host: str, who: str) -> ChangeReport:
         return await self._operations.unpin(key, host, who)
 
-    async def drain(self, host: str, who: str) -> dict[str, Any]:
+    async def drain(self, host: str, who: str) -> ChangeReport:
         return await self._operations.drain(host, who)
 
-    async def undrain(self, host: str, who: str) -> dict[str, Any]:
+    async def undrain(self, host: str, who: str) -> ChangeReport:
         return await self._operations.undrain(host, who)
 
-    async def draining(self, host: str) -> dict[str, Any]:
+    async def draining(self, host: str) -> DrainReport:
         return await self._operations.draining(host)
 
     # ---- the pool's size: see `Sizing` ----------------------------------------------------------
@@ -226,23 +229,23 @@ class Controller:
     async def desired(self, known: int | None, wait_s: float) -> tuple[int, dict[str, int]]:
         return await self._sizing.desired(known, wait_s)
 
-    async def scale(self, count: int, group: int, who: str) -> dict[str, Any]:
+    async def scale(self, count: int, group: int, who: str) -> ScalingReport:
         return await self._sizing.scale(count, group, who)
 
-    async def scaling(self, number: int) -> dict[str, Any]:
+    async def scaling(self, number: int) -> ScalingReport:
         return await self._sizing.scaling(number)
 
     # ---- observers: see `Overview` --------------------------------------------------------------
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> ClusterStatus:
         return self._overview.status()
 
-    async def top(self, count: int) -> dict[str, Any]:
+    async def top(self, count: int) -> Activity:
         return self._overview.top(count)
 
     async def experts(
         self, model: str | None, layer: int | None, hot: int | None
-    ) -> list[dict[str, Any]]:
+    ) -> list[ExpertReport]:
         return self._overview.experts(model, layer, hot)
 
     async def totals(self) -> LoadTotals:

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from ...cluster.reports.report import HostState
 from ..host.report import HostReport
 from ..runtime.ray_border import last_line
 
@@ -24,7 +25,7 @@ class HostActors:
         self.reports: dict[str, HostReport] = {}
         self.errors: dict[str, str] = {}
         self._namespace = namespace
-        self._states: dict[str, str] = {}
+        self._states: dict[str, HostState] = {}
         self._handles: dict[str, Any] = {}
         self._arriving: dict[str, asyncio.Task[bool]] = {}
 
@@ -35,19 +36,19 @@ class HostActors:
             self._handles[host] = ray.get_actor(host, namespace=self._namespace)
         return self._handles[host]
 
-    def state(self, host: str) -> str:
-        return self._states.get(host, "starting")
+    def state(self, host: str) -> HostState:
+        return self._states.get(host, HostState.STARTING)
 
     def reported(self, host: str, report: HostReport) -> None:
         self.reports[host] = report
-        self._states[host] = "loading" if report.loading else "up"
+        self._states[host] = HostState.LOADING if report.loading else HostState.UP
 
     def late(self, host: str) -> None:
         """Take note that a host did not answer in time."""
-        self._states[host] = "not answering"
+        self._states[host] = HostState.NOT_ANSWERING
 
     def died(self, host: str, *, restarting: bool) -> None:
-        self._states[host] = "restarting" if restarting else "gone"
+        self._states[host] = HostState.RESTARTING if restarting else HostState.GONE
         self._handles.pop(host, None)
         self.reports.pop(host, None)
 

@@ -1,20 +1,19 @@
-"""The controller's methods for operators: plans, changes and wishes, as plain values."""
+"""The controller's methods for operators: plans, changes and wishes."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
 
 from ...cluster.control.changes import Change
 from ...cluster.control.control import Control
 from ...cluster.control.operations import (
     check_expert,
     check_host,
-    describe,
     drained,
     pinned,
+    plan_report,
     replicated,
     undrained,
     unmet,
@@ -23,6 +22,7 @@ from ...cluster.control.operations import (
 from ...cluster.control.policy import moves_of
 from ...cluster.placement import ExpertKey
 from ...cluster.planner.plan import Plan, Wishes
+from ...cluster.reports.placing import ChangeReport, DrainPhase, DrainReport, PlanReport
 from ...cluster.spec.text import bytes_of
 from ...proto.errors import ClusterError
 from ..runtime.durable_state import keep_wishes
@@ -47,12 +47,16 @@ class Operations:
         self._wake = wake
         self._clock = clock
 
-    async def plan(self, budget: int | str | None = None) -> dict[str, Any]:
+    async def plan(self, budget: int | str | None = None) -> PlanReport:
         """Return what a rebalance would do now, without changing anything."""
         asked = self._control.plan_for(self._clock(), budget=self._moves(budget))
-        return self._describe(await asyncio.to_thread(asked.run))
+        return plan_report(
+            await asyncio.to_thread(asked.run),
+            bytes_per_s=self._control.policy.bytes_per_s,
+            unprotected_now=len(self._control.unprotected()),
+        )
 
-    async def rebalance(self, budget: int | str | None, who: str) -> dict[str, Any]:
+    async def rebalance(self, budget: int | str | None, who: str) -> ChangeReport:
         """Make a plan and carry it out; return the change. `change` tells of its progress."""
         asked = self._control.plan_for(self._clock(), budget=self._moves(budget))
         found = await asyncio.to_thread(asked.run)
@@ -60,26 +64,27 @@ class Operations:
         if not self._control.fits(asked, now):
             raise ClusterError("the pool changed while the plan was made; try again")
         self._wake()
-        return self._control.apply(found, now, who=who, why="asked for").describe(now)
+        return self._report(self._control.apply(found, now, who=who, why="asked for"), now)
 
-    async def change(self, number: int | None = None) -> dict[str, Any]:
+    async def change(self, number: int | None = None) -> ChangeReport:
         """Return one change (None: the last one), and how many replicas are not loaded yet."""
-        described = self._change(number).describe(self._clock())
-        return described | {"pending": self._control.pending()}
+        return self._report(self._change(number), self._clock())
 
-    async def history(self) -> list[dict[str, Any]]:
+    async def history(self) -> list[ChangeReport]:
         now = self._clock()
-        return [change.describe(now) for change in self._control.changes.all]
+        pending = self._control.pending()
+        changes = self._control.changes.all
+        return [change.report(now, pending_moves=pending) for change in changes]
 
-    async def rollback(self, number: int | None = None) -> dict[str, Any]:
+    async def rollback(self, number: int | None = None) -> ChangeReport:
         """Restore the placement from before a change (None: before the last one)."""
         now = self._clock()
         change = self._change(number)
         self._control.roll_back(change, now)
         self._wake()
-        return change.describe(now)
+        return self._report(change, now)
 
-    async def replicate(self, key: tuple[str, int, int], count: int, who: str) -> dict[str, Any]:
+    async def replicate(self, key: tuple[str, int, int], count: int, who: str) -> ChangeReport:
         expert = self._expert(key)
         hosts = self._control.view.hosts
         return await self._wish(
@@ -89,7 +94,7 @@ class Operations:
             lambda found: unmet(found, self._control.wishes, expert),
         )
 
-    async def pin(self, key: tuple[str, int, int], host: str, who: str) -> dict[str, Any]:
+    async def pin(self, key: tuple[str, int, int], host: str, who: str) -> ChangeReport:
         expert = self._expert(key)
         return await self._wish(
             lambda wishes: pinned(wishes, expert, self._host(host)),
@@ -98,7 +103,7 @@ class Operations:
             lambda found: unmet(found, self._control.wishes, expert),
         )
 
-    async def unpin(self, key: tuple[str, int, int], host: str, who: str) -> dict[str, Any]:
+    async def unpin(self, key: tuple[str, int, int], host: str, who: str) -> ChangeReport:
         expert = self._expert(key)
         return await self._wish(
             lambda wishes: unpinned(wishes, expert, self._host(host)),
@@ -106,39 +111,34 @@ class Operations:
             f"unpin {expert} from {host}",
         )
 
-    async def drain(self, host: str, who: str) -> dict[str, Any]:
+    async def drain(self, host: str, who: str) -> ChangeReport:
         view = self._control.view
         hosts = view.hosts.keys() - view.retiring
         return await self._wish(
             lambda wishes: drained(wishes, self._host(host), hosts), who, f"drain {host}"
         )
 
-    async def undrain(self, host: str, who: str) -> dict[str, Any]:
+    async def undrain(self, host: str, who: str) -> ChangeReport:
         return await self._wish(
             lambda wishes: undrained(wishes, self._host(host)), who, f"undrain {host}"
         )
 
-    async def draining(self, host: str) -> dict[str, Any]:
-        """Return how many experts a host still holds, and the phase of its drain.
-
-        The phase "no room" means that other hosts lack room for its experts.
-        """
+    async def draining(self, host: str) -> DrainReport:
+        """Return how many replicas a host still holds, and the phase of its drain."""
         seen = self._control.view.seen.get(self._host(host))
-        experts = sum(1 for _ in seen.experts()) if seen is not None else 0
-        lacking = self._control.no_room().get(host, "")
-        phase = "no room" if lacking else "draining" if experts else "done"
+        remaining = sum(1 for _ in seen.experts()) if seen is not None else 0
+        obstacle = self._control.no_room().get(host)
+        phase = DrainPhase.DRAINING if remaining else DrainPhase.DONE
+        if obstacle:
+            phase = DrainPhase.NO_ROOM
         if host not in self._control.leaving:
-            phase = "not drained"
-        return {"host": host, "experts": experts, "phase": phase, "lacking": lacking}
+            phase = DrainPhase.NOT_DRAINED
+        return DrainReport(host=host, phase=phase, remaining_replicas=remaining, obstacle=obstacle)
 
     # ---- parts ----------------------------------------------------------------------------------
 
-    def _describe(self, found: Plan) -> dict[str, Any]:
-        return describe(
-            found,
-            bytes_per_s=self._control.policy.bytes_per_s,
-            unprotected_now=len(self._control.unprotected()),
-        )
+    def _report(self, change: Change, now: float) -> ChangeReport:
+        return change.report(now, pending_moves=self._control.pending())
 
     def _moves(self, budget: int | str | None) -> int | None:
         """Return a budget as a number of replicas; a text such as "8 GiB" counts bytes."""
@@ -164,7 +164,7 @@ class Operations:
         who: str,
         why: str,
         lacking: Callable[[Plan], list[str]] = lambda _: [],
-    ) -> dict[str, Any]:
+    ) -> ChangeReport:
         """Store a wish, plan for it, and return the change that carries it out.
 
         ``lacking`` lists the parts of the wish that a plan cannot fulfil. They stay stored, and
@@ -177,7 +177,7 @@ class Operations:
             raise ClusterError(str(error)) from error
         last = control.changes.find(None)
         if wishes == control.wishes and last is not None and last.why == why:
-            return last.describe(self._clock())  # the same request again
+            return self._report(last, self._clock())  # the same request again
         keep_wishes(self._namespace, wishes)
         control.wish(wishes)
         deadline = self._clock() + PLAN_S
@@ -189,7 +189,7 @@ class Operations:
                 change = control.apply(found, now, who=who, why=why)
                 change.errors += lacking(found)
                 self._wake()
-                return change.describe(now)
+                return self._report(change, now)
         raise ClusterError(f"{why}: the pool keeps changing; the wish is stored and planned later")
 
     def _expert(self, key: tuple[str, int, int]) -> ExpertKey:

@@ -7,14 +7,24 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ...cluster.control.control import Control
 from ...cluster.control.operations import check_layer, check_model
 from ...cluster.control.status_views import HostCounters, HostRates, hottest, standing
 from ...cluster.control.watchdog import Vitals, Watchdog
 from ...cluster.load.trace import LoadTotals
-from ...cluster.placement import ModelRef, ModelShape
+from ...cluster.placement import ModelRef, ModelShape, Number
+from ...cluster.reports.activity import Activity, ExpertReport, HostActivity, ModelActivity
+from ...cluster.reports.report import PlacementNumber
+from ...cluster.reports.status import (
+    BalancingStatus,
+    ClusterStatus,
+    ControllerStatus,
+    HostStatus,
+    MissingExpert,
+    ModelStatus,
+    RouterStatus,
+)
 from ...proto.errors import ClusterError, in_words
 from ..host.report import HostReport
 from ..router_service.service_actor import ServiceWatch
@@ -27,6 +37,8 @@ log = logging.getLogger(__name__)
 
 WATCH_S = 1.0
 QUIET_WATCH_S = 5.0
+# Missing experts that `status` names.
+_EXAMPLES = 10
 
 
 @dataclass(slots=True)
@@ -58,79 +70,83 @@ class Overview:
     rates: HostRates = field(default_factory=HostRates)
     clock: Callable[[], float] = time.monotonic
 
-    def status(self) -> dict[str, Any]:
-        """Return the whole status as plain values, for people and JSON."""
-        placement = self.control.placement
-        missing, no_room = self.control.missing(), self.control.no_room()
-        vitals = self._vitals(self.clock())
-        return {
-            "placement": list(placement.number) if placement else None,
-            "tick_age_s": round(vitals.tick_age_s, 3),
-            "ticks": self.loop.ticks,
-            "error": self.loop.error,
-            "warnings": vitals.warnings(),
-            "watchdog": vitals.describe(),
-            "term": self.term,
-            "routers": {
-                name: None if number is None else list(number)
-                for name, number in self.control.publisher.routers(self.clock()).items()
-            },
-            "router_service": None if self.service is None else self.service.describe(),
-            "balance": self._balance_status(),
-            "size": self.sizing.status(self.clock()),
-            "hosts": [self._host_status(host, no_room) for host in self.control.view.hosts],
-            "models": [
-                {
-                    "name": name,
-                    "path": ref.path,
-                    "dtype": ref.dtype,
-                    "replicas": shape.replicas,
-                    "exact": shape.exact,
-                    "layers": len(shape.experts),
-                    "experts": sum(shape.experts.values()),
-                    "asleep": name in self.control.sleep.asleep,
-                    "missing_experts": sum(1 for key in missing if key.model == name),
-                }
+    def status(self) -> ClusterStatus:
+        """Return the whole status."""
+        now, control = self.clock(), self.control
+        vitals = self._vitals(now)
+        missing, no_room = control.missing(), control.no_room()
+        return ClusterStatus(
+            placement=_number(self._number()),
+            controller=ControllerStatus(
+                term=self.term,
+                ticks=self.loop.ticks,
+                tick_age_s=round(vitals.tick_age_s, 3),
+                failing=vitals.failing,
+                error=self.loop.error or None,
+            ),
+            warnings=vitals.warnings(),
+            balancing=self._balancing(vitals, now),
+            scaling=self.sizing.status(now),
+            routers=[
+                RouterStatus(name=name, placement=_number(number))
+                for name, number in control.publisher.routers(now).items()
+            ],
+            router_service=None if self.service is None else self.service.status(),
+            hosts=[self._host_status(host, no_room, now) for host in control.view.hosts],
+            models=[
+                ModelStatus(
+                    name=name,
+                    path=None if ref.path is None else str(ref.path),
+                    dtype=ref.dtype,
+                    min_replicas=shape.replicas,
+                    exact=shape.exact,
+                    layers=len(shape.experts),
+                    experts=sum(shape.experts.values()),
+                    asleep=name in control.sleep.asleep,
+                    missing_experts=sum(1 for key in missing if key.model == name),
+                )
                 for name, (ref, shape) in self.models.items()
             ],
-            "missing_experts": [f"{key}: {why}" for key, why in list(missing.items())[:10]],
-            "unprotected_experts": len(self.control.unprotected()),
-        }
+            balancedness=self.watchdog.overall_balancedness,
+            missing_experts=len(missing),
+            missing_examples=[
+                MissingExpert(**key._asdict(), reason=why)
+                for key, why in list(missing.items())[:_EXAMPLES]
+            ],
+            unprotected_experts=len(control.unprotected()),
+        )
 
-    def top(self, count: int) -> dict[str, Any]:
+    def top(self, count: int) -> Activity:
         """Return the current load and the ``count`` hottest experts."""
         now = self.clock()
         control, vitals = self.control, self._vitals(now)
         placement = control.placement
         layers = {} if placement is None else placement.layers
         rates = {key: rate for key in layers if (rate := control.loads.rate(key)) is not None}
-        return {
-            "placement": list(placement.number) if placement else None,
-            "routers": len(control.publisher.routers(now)),
-            "moves_pending": vitals.moves_pending,
-            "missing_experts": vitals.missing_experts,
-            "unprotected_experts": vitals.unprotected_experts,
-            "warnings": vitals.warnings(),
-            "error": self.loop.error,
-            "models": [
-                {
-                    "model": model,
-                    "choices_per_s": round(
+        return Activity(
+            placement=_number(self._number()),
+            router_count=len(control.publisher.routers(now)),
+            pending_moves=vitals.moves_pending,
+            missing_experts=vitals.missing_experts,
+            unprotected_experts=vitals.unprotected_experts,
+            warnings=vitals.warnings(),
+            error=self.loop.error or None,
+            models=[
+                ModelActivity(
+                    name=model,
+                    assignments_per_s=round(
                         sum(float(r.sum()) for key, r in rates.items() if key.model == model), 1
                     ),
-                    "balancedness_mean": _rounded(self.watchdog.balancedness.get(model), 0),
-                    "balancedness_worst": _rounded(self.watchdog.balancedness.get(model), 1),
-                }
+                    balancedness=self.watchdog.balancedness.get(model),
+                )
                 for model in sorted(control.models)
             ],
-            "hosts": [self._host_glance(host) for host in control.view.hosts],
-            "experts": hottest(rates, layers, count),
-        }
+            hosts=[self._host_activity(host) for host in control.view.hosts],
+            hottest_experts=hottest(rates, layers, count),
+        )
 
-    def experts(
-        self, model: str | None, layer: int | None, hot: int | None
-    ) -> list[dict[str, Any]]:
-        """Return the experts as `Operating.experts` describes them."""
+    def experts(self, model: str | None, layer: int | None, hot: int | None) -> list[ExpertReport]:
+        """Return all experts, those of a model or a layer, or the ``hot`` hottest ones."""
         control = self.control
         try:
             shapes = (
@@ -180,43 +196,46 @@ class Overview:
 
     # ---- parts ----------------------------------------------------------------------------------
 
-    def _host_glance(self, host: str) -> dict[str, Any]:
-        report = self.hosts.reports.get(host)
-        return {
-            "host": host,
-            "state": self.hosts.state(host),
-            "experts": 0 if report is None else sum(map(len, report.holdings.values())),
-            "queued_rows": 0 if report is None else report.loop.queued_rows,
-            **(self.rates.of(host) or {"calls_per_s": 0.0, "rows_per_s": 0.0, "busy": 0.0}),
-        }
+    def _number(self) -> Number | None:
+        placement = self.control.placement
+        return None if placement is None else placement.number
 
-    def _balance_status(self) -> dict[str, Any]:
-        now = self.clock()
+    def _host_activity(self, host: str) -> HostActivity:
+        report = self.hosts.reports.get(host)
+        return HostActivity(
+            name=host,
+            state=self.hosts.state(host),
+            replicas=0 if report is None else sum(map(len, report.holdings.values())),
+            queued_rows=0 if report is None else report.loop.queued_rows,
+            throughput=self.rates.of(host),
+        )
+
+    def _balancing(self, vitals: Vitals, now: float) -> BalancingStatus:
         control = self.control
-        last = control.changes.all[-1] if control.changes.all else None
-        return {
-            "auto": control.policy.auto,
-            "plan_age_s": None
-            if control.planned_at is None
-            else round(now - control.planned_at, 1),
-            "moves_pending": control.pending(),
-            "leaving": sorted(control.leaving),
-            "last_change": None if last is None else last.describe(now),
-        }
+        pending, last = control.pending(), control.changes.find(None)
+        return BalancingStatus(
+            automatic=control.policy.auto,
+            plan_age_s=_rounded(vitals.plan_age_s),
+            planning_s=round(vitals.planning_s, 1),
+            failed_plans=vitals.plan_failures,
+            arrival_age_s=_rounded(vitals.move_age_s),
+            pending_moves=pending,
+            draining_hosts=sorted(control.leaving),
+            last_change=None if last is None else last.report(now, pending_moves=pending),
+        )
 
-    def _host_status(self, host: str, no_room: Mapping[str, str]) -> dict[str, Any]:
-        status: dict[str, Any] = {"host": host, "state": self.hosts.state(host)}
-        waiting = self.sizing.waiting(host, self.clock())
-        if waiting is not None:
-            status["waiting"] = waiting
+    def _host_status(self, host: str, no_room: Mapping[str, str], now: float) -> HostStatus:
+        obstacle = self.sizing.waiting(host, now)
         if host in no_room:
-            status["waiting"] = f"draining; {no_room[host]}"
+            obstacle = f"draining; {no_room[host]}"
         report = self.hosts.reports.get(host)
-        if report is not None:
-            status |= report.describe()
-        if host in self.hosts.errors:
-            status["error"] = self.hosts.errors[host]
-        return status
+        return HostStatus(
+            name=host,
+            state=self.hosts.state(host),
+            obstacle=obstacle,
+            error=self.hosts.errors.get(host) or None,
+            process=None if report is None else report.process(),
+        )
 
 
 def _counters(report: HostReport) -> HostCounters:
@@ -228,5 +247,9 @@ def _counters(report: HostReport) -> HostCounters:
     )
 
 
-def _rounded(figures: tuple[float, float] | None, which: int) -> float | None:
-    return None if figures is None else round(figures[which], 4)
+def _number(number: Number | None) -> PlacementNumber | None:
+    return None if number is None else PlacementNumber(term=number.term, epoch=number.epoch)
+
+
+def _rounded(age_s: float | None) -> float | None:
+    return None if age_s is None else round(age_s, 1)

@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 from ...cluster.control.control import Control
+from ...cluster.reports.scaling import ScalingReport, ScalingStatus
 from ...cluster.scaling.fleet import Fleet
 from ...proto.errors import ClusterError
 from ..runtime.durable_state import keep_asleep, keep_fleet, keep_wishes
@@ -53,7 +53,7 @@ class Sizing:
                 await asyncio.wait_for(self._resized.wait(), wait_s)
         return self._fleet.version, self._fleet.desired()
 
-    async def scale(self, count: int, group: int, who: str) -> dict[str, Any]:
+    async def scale(self, count: int, group: int, who: str) -> ScalingReport:
         """Set a group's size to ``count`` hosts; `scaling` tells of the progress."""
         now = self._clock()
         try:
@@ -64,7 +64,7 @@ class Sizing:
         self._wake()
         return await self.scaling(scaling.id)
 
-    async def scaling(self, number: int) -> dict[str, Any]:
+    async def scaling(self, number: int) -> ScalingReport:
         """Return one change of the pool's size, and how many experts its leaving hosts hold."""
         scaling = self._fleet.scalings.find(number)
         if scaling is None:
@@ -72,16 +72,7 @@ class Sizing:
                 f"scaling: {number} is unknown to this controller, which may have restarted; "
                 "`moesaic status` shows the hosts"
             )
-        now = self._clock()
-        seen = [self._control.view.seen.get(host) for host in scaling.leaving]
-        left = sum(1 for one in seen if one is not None for _ in one.experts())
-        waiting = {name: self._fleet.waiting(name, now) for name in scaling.waits_for}
-        return scaling.describe(now) | {
-            "experts_left": left,
-            "waiting": {name: words for name, words in waiting.items() if words}
-            | {name: w for name, w in self._control.no_room().items() if name in waiting},
-            "owner_age_s": round(now - self._owner_asked, 1),
-        }
+        return self._fleet.scaling_report(scaling, self._control, self._clock())
 
     def tick(self, now: float) -> list[str]:
         """Update the pool's size after a tick of the controller; return the removed hosts."""
@@ -94,12 +85,12 @@ class Sizing:
             keep_wishes(self._namespace, self._control.wishes)
         return removed
 
-    def status(self, now: float) -> dict[str, Any]:
+    def status(self, now: float) -> ScalingStatus:
         """Return the pool's size for `status`, with the problem if there is one."""
         age_s = now - self._owner_asked
         late = age_s > _OWNER_LATE_S and self._fleet.desired().keys() - self._control.view.seen
-        problem = f"the cluster's owner has not asked for hosts for {age_s:.0f} s" if late else ""
-        return self._fleet.describe(now) | {"problem": problem}
+        problem = f"the cluster's owner has not asked for hosts for {age_s:.0f} s" if late else None
+        return self._fleet.report(self._control, now, owner_age_s=age_s, problem=problem)
 
     def waiting(self, host: str, now: float) -> str | None:
         """Return what a host that has not come waits for."""

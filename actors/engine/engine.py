@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
+from ...cluster.reports.status import EngineStatus, EngineWork
 from ...cluster.routing.expert_fallback import Dropped
 from ...cluster.routing.expert_options import WAIT, MissingExpert, RowWish
 from ...cluster.spec.parts import LimitSpec
@@ -193,6 +194,23 @@ class EngineStats:
     seconds_since_beat: float = 0.0  # since the loop last looked for work
     cache_free: float = 1.0  # share of the KV cache, 0..1
     healthy: bool = False  # False also when restarts do not help
+
+    def status(self) -> EngineStatus:
+        """Return what operators see of it."""
+        return EngineStatus(
+            healthy=self.healthy,
+            starts_on_demand=False,
+            last_error=self.last_error,
+            work=EngineWork(
+                running_requests=self.running,
+                waiting_requests=self.waiting,
+                parked_requests=self.parked,
+                steps=self.steps,
+                restarts=self.restarts,
+                beat_age_s=round(self.seconds_since_beat, 3),
+                free_cache_fraction=round(self.cache_free, 4),
+            ),
+        )
 
 
 class Generate(Protocol):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from ...cluster.placement import HostEntry, LayerKey, ModelRef, ModelShape
+from ...cluster.reports.status import HostProcess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,16 +49,27 @@ class HostReport:
     rss_bytes: int
     loop: LoopStats
 
-    def describe(self) -> dict[str, Any]:
-        """Return plain values for people and JSON."""
-        return {
-            "incarnation": self.entry.incarnation,
-            "node": self.entry.node,
-            "pid": self.pid,
-            "device": self.device,
-            "experts": sum(map(len, self.holdings.values())),
-            "loading": self.loading,
-            "weight_bytes": self.weight_bytes,
-            "rss_bytes": self.rss_bytes,
-            **asdict(self.loop),
-        }
+    def process(self) -> HostProcess:
+        """Return what operators see of it."""
+        loop = self.loop
+        return HostProcess(
+            incarnation=self.entry.incarnation,
+            node=self.entry.node,
+            pid=self.pid,
+            device=self.device,
+            replicas=sum(map(len, self.holdings.values())),
+            loading_replicas=self.loading,
+            weight_bytes=self.weight_bytes,
+            rss_bytes=self.rss_bytes,
+            calls=loop.calls,
+            rows=loop.rows,
+            assignments=loop.choices,
+            batches=loop.batches,
+            refused_calls=loop.refused,
+            queued_rows=loop.queued_rows,
+            busy_s=loop.busy_s,
+            connected_routers=loop.routers,
+            overrun_batches=loop.overruns,
+            worst_overrun_s=loop.worst_overrun_s,
+            total_late_s=loop.late_s,
+        )

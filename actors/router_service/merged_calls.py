@@ -10,6 +10,7 @@ call, n = some rows of one call.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ...cluster.batching.batch_queue import Batch, Call, Cut, End, MergePolicy, Merger, Piece
 from ...cluster.placement import LayerKey
+from ...cluster.reports.status import RouterServiceProcess
 from ...cluster.routing.expert_options import MissingExpert, RowGroups, RowWish
 from ...proto.errors import (
     Busy,
@@ -123,17 +125,24 @@ class MergedCalls:
         self._thread.join(self._router.policy.deadline_s)
         self._end_all(HostLost("the router service was closed"))
 
-    def stats(self) -> dict[str, int]:
+    def report(self) -> RouterServiceProcess:
         """Return counts for `status`. Raises InternalError if a defect has ended the thread."""
         if self._defect is not None:
             raise InternalError(f"the router service computes nothing any more: {self._defect!r}")
         with self._changed:
             stats = self._merger.stats
-            return {
-                **{name: getattr(stats, name) for name in stats.__slots__},
-                "held_calls": self._merger.held_calls,
-                "held_bytes": self._merger.held_bytes,
-            }
+            return RouterServiceProcess(
+                pid=os.getpid(),
+                calls=stats.calls,
+                rows=stats.rows,
+                batches=stats.batches,
+                merged_batches=stats.merged,
+                refused_calls=stats.refused,
+                expired_calls=stats.expired,
+                expert_waits=stats.parked,
+                held_calls=self._merger.held_calls,
+                held_bytes=self._merger.held_bytes,
+            )
 
     # ---- gRPC's threads -------------------------------------------------------------------------
 

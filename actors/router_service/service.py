@@ -13,7 +13,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import grpc
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ...cluster.batching.batch_queue import MergePolicy
 from ...cluster.placement import LayerKey
+from ...cluster.reports.status import RouterServiceProcess
 from ...proto.errors import CallError, ClusterError, Expired
 from ...proto.expert_pb2 import DType
 from ...proto.limits import HELLO_S
@@ -106,9 +106,9 @@ class RouterService:
         for service in ("", SERVICE):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
-    def report(self) -> dict[str, Any]:
-        """Return plain values for `status`. Raises InternalError if a defect ended the service."""
-        return {"address": self.address, **self._calls.stats()}
+    def report(self) -> RouterServiceProcess:
+        """Return counts for `status`. Raises InternalError if a defect ended the service."""
+        return self._calls.report()
 
     def drain(self, drain_s: float) -> int:
         """Report the service as not serving, refuse new calls, and return how many are held.

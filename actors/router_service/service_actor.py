@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,11 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ...cluster.reports.status import (
+    RouterServiceProcess,
+    RouterServiceState,
+    RouterServiceStatus,
+)
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, in_words
 from ..runtime.ports import free_port
@@ -64,8 +68,8 @@ class RayRouterService:
         key = router_key_of(namespace)
         self._service = _bind(router, Catalog(models), spec, address, key)
 
-    def report(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), **self._service.report()}
+    def report(self) -> RouterServiceProcess:
+        return self._service.report()
 
     def drain(self, drain_s: float) -> int:
         """Drain the service; see `RouterService.drain`."""
@@ -144,22 +148,26 @@ class ServiceWatch:
         self._namespace = namespace
         self._address = address
         self._start_s = start_s
-        self._state = "starting"
-        self._report: dict[str, Any] = {}
+        self._state = RouterServiceState.STARTING
+        self._error: str | None = None
+        self._report: RouterServiceProcess | None = None
         self._clock = clock
-        self._heard_at = clock()
+        self._heard_at = self._clock()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def describe(self) -> dict[str, Any]:
-        return {**self._report, "address": self._address, "state": self._state}
+    def status(self) -> RouterServiceStatus:
+        return RouterServiceStatus(
+            address=self._address, state=self._state, error=self._error, process=self._report
+        )
 
     async def _run(self) -> None:
         while True:
             try:
                 await self._look()
+                self._error = None
             except Exception as error:
                 # `status` shows the error, whatever it is; the next look tries again.
-                self._state = f"unknown: {in_words(error)}"
+                self._state, self._error = RouterServiceState.UNKNOWN, in_words(error)
                 log.exception("the router service could not be checked")
             await asyncio.sleep(LOOK_S)
 
@@ -179,7 +187,7 @@ class ServiceWatch:
         except RayActorError:
             self._restarting()
         else:
-            self._state = "up"
+            self._state = RouterServiceState.UP
             self._heard_at = self._clock()
 
     def _end(self, actor: Any, why: str) -> None:
@@ -188,6 +196,6 @@ class ServiceWatch:
         self._restarting()
 
     def _restarting(self) -> None:
-        self._state = "restarting"
-        self._report = {}
+        self._state = RouterServiceState.RESTARTING
+        self._report = None
         self._heard_at = self._clock()

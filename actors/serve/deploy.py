@@ -20,6 +20,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
 
 from ...cluster.placement import ModelRef
+from ...cluster.reports.status import ClusterStatus
 from ...cluster.service.web_guard import is_loopback
 from ...cluster.spec.parts import MonitoringSpec
 from ...cluster.spec.spec import Spec
@@ -194,9 +195,9 @@ class ControllerStatus:
     def __reduce__(self) -> tuple[type[ControllerStatus], tuple[str]]:
         return ControllerStatus, (self._namespace,)
 
-    async def __call__(self) -> dict[str, Any]:
+    async def __call__(self) -> ClusterStatus:
         controller = await self._find()
-        return {"cluster": await answered(controller.status.remote())}
+        return await answered(controller.status.remote())
 
     async def _find(self) -> Any:
         if self._controller is None:

@@ -10,7 +10,6 @@ raises the original error again, and turns Ray's own errors into EngineError.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import uuid
 from collections.abc import (
@@ -36,6 +35,7 @@ from ray.serve.handle import (
     DeploymentResponseGenerator,
 )
 
+from ...cluster.reports.status import ClusterStatus, EndpointStatus, EngineStatus
 from ...cluster.routing.expert_fallback import Dropped
 from ...cluster.service.progress import STALLED_S, Heard, Progress
 from ...cluster.service.web_guard import WebGuard
@@ -96,7 +96,7 @@ START_TIMEOUT_S = 600.0
 _FULL = "the model's trunks have as many requests as they can take; try again later"
 
 T = TypeVar("T")
-StatusSource = Callable[[], Awaitable[dict[str, Any]]]
+ClusterStatusSource = Callable[[], Awaitable[ClusterStatus]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +175,8 @@ class Trunk:
     async def limits(self) -> Limits:
         return self._engine.limits
 
-    async def stats(self) -> dict[str, Any]:
-        return dataclasses.asdict(self._engine.stats())
+    async def status(self) -> EngineStatus:
+        return self._engine.stats().status()
 
     async def heard(self) -> Heard:
         """Return the state of this replica's engine alone."""
@@ -275,9 +275,9 @@ class TrunkClient:
                 await asyncio.wait({waiting}, timeout=patience_s)
                 if waiting.done():
                     return waiting.result()
-                stats = await self._ask_stats()
-                if not stats["healthy"]:
-                    raise EngineError(f"the trunk does not answer: {stats['last_error']}")
+                status = await self._ask_status()
+                if not status.healthy:
+                    raise EngineError(f"the trunk does not answer: {status.last_error}")
         finally:
             waiting.cancel()
 
@@ -292,11 +292,21 @@ class TrunkClient:
         except (RayError, RayServeException) as error:
             raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
 
-    async def stats(self) -> dict[str, Any]:
-        """Return the trunk's statistics, or why there are none; do not wake one that may sleep."""
+    async def status(self) -> EngineStatus:
+        """Return the engine's status, or why there is none; do not wake one that may sleep."""
         if self._cold_start_s is not None:
-            return {"healthy": True, "starts_with_the_first_request": True}
-        return await self._ask_stats()
+            return EngineStatus(healthy=True, starts_on_demand=True, last_error=None, work=None)
+        return await self._ask_status()
+
+    async def _ask_status(self) -> EngineStatus:
+        try:
+            async with asyncio.timeout(QUESTION_TIMEOUT_S):
+                return await self._question("status")
+        except TimeoutError:
+            why = f"the trunk did not answer within {QUESTION_TIMEOUT_S:g} s"
+        except (RayError, RayServeException) as error:
+            why = f"{type(error).__name__}: {last_line(error)}"
+        return EngineStatus(healthy=False, starts_on_demand=False, last_error=why, work=None)
 
     async def hear(self) -> Heard | None:
         """Return what a trunk reports (`health.Hears`); None, without waking it, if it sleeps."""
@@ -320,16 +330,6 @@ class TrunkClient:
         found = serve.status().applications[handle.app_name].deployments[handle.deployment_name]
         return any(count for state, count in found.replica_states.items() if state == "RUNNING")
 
-    async def _ask_stats(self) -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(QUESTION_TIMEOUT_S):
-                return await self._question("stats")
-        except TimeoutError:
-            why = f"the trunk did not answer within {QUESTION_TIMEOUT_S:g} s"
-        except (RayError, RayServeException) as error:
-            why = f"{type(error).__name__}: {last_line(error)}"
-        return {"healthy": False, "last_error": why}
-
     async def _question(self, method: str) -> Any:
         return await cast("DeploymentResponse[Any]", getattr(self._handle, method).remote())
 
@@ -351,7 +351,7 @@ class Ingress:
         self,
         trunks: dict[str, DeploymentHandle],
         tokenizers: dict[str, Callable[[], PreTrainedTokenizerBase]],
-        status: StatusSource | None,
+        status: ClusterStatusSource | None,
         cold_start_s: float | None,
         endpoint: EndpointSpec,
         aliases: Mapping[str, Sequence[str]],
@@ -371,7 +371,7 @@ class Ingress:
         }
         self._gate = Gate(MAX_ONGOING)
         self._tokenizers = tokenizers
-        self._more_status = status
+        self._cluster_status = status
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         with _starting("ingress"):
@@ -427,19 +427,18 @@ class Ingress:
         generate, embed = health.watch(trunk.generate), health.watch_embed(trunk.embed)
         return ServedModel(name, tokenizer, limits, generate, embed)
 
-    async def _engines(self) -> dict[str, Any]:
-        stats = await asyncio.gather(*(trunk.stats() for trunk in self._trunks.values()))
-        return dict(zip(self._trunks, stats, strict=True))
+    async def _engines(self) -> dict[str, EngineStatus]:
+        found = await asyncio.gather(*(trunk.status() for trunk in self._trunks.values()))
+        return dict(zip(self._trunks, found, strict=True))
 
-    async def _status(self) -> dict[str, Any]:
+    async def _status(self) -> EndpointStatus:
         # At the same time, since each may take QUESTION_TIMEOUT_S.
-        models, more = await asyncio.gather(self._engines(), self._more())
-        healthy = all(one["healthy"] for one in models.values()) and more.get("healthy", True)
-        answer: dict[str, Any] = {**more, "healthy": healthy}
-        return {**answer, "models": models}
+        engines, cluster = await asyncio.gather(self._engines(), self._cluster())
+        healthy = all(one.healthy for one in engines.values())
+        return EndpointStatus(healthy=healthy, engines=engines, cluster=cluster)
 
-    async def _more(self) -> dict[str, Any]:
-        return {} if self._more_status is None else await self._more_status()
+    async def _cluster(self) -> ClusterStatus | None:
+        return None if self._cluster_status is None else await self._cluster_status()
 
 
 async def _result(asked: DeploymentResponse[T]) -> T:
@@ -470,7 +469,7 @@ def build(
     trunks: Mapping[str, Application],
     tokenizers: Mapping[str, Callable[[], PreTrainedTokenizerBase]],
     *,
-    status: StatusSource | None = None,
+    status: ClusterStatusSource | None = None,
     cold_start_s: float | None = None,
     endpoint: EndpointSpec | None = None,
     aliases: Mapping[str, Sequence[str]] | None = None,
@@ -481,8 +480,8 @@ def build(
     """Return the application for ``serve.run``.
 
     ``trunks`` maps model names to ``Trunk.bind(engine_factory)``. ``status`` is called in the
-    ingress; its answer is merged into ``/status``, which is at the address ``monitoring``,
-    whose port must be set. With ``cold_start_s`` trunks may scale to zero and take that long to
+    ingress; its answer is part of ``/status``, which is at the address ``monitoring``, whose port
+    must be set. With ``cold_start_s`` trunks may scale to zero and take that long to
     come back. ``aliases``: more names, by model. ``own_hosts``: host names by which clients are
     told to reach the endpoint.
     """

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import ray
+from pydantic import ValidationError
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX as _REPLICA
@@ -23,6 +24,7 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
 from ray.serve.context import _set_global_client
 
+from ...cluster.reports.status import EndpointStatus
 from ...cluster.service.web_guard import is_loopback
 from ...cluster.spec.parts import EndpointSpec
 from ...cluster.spec.spec import Spec
@@ -188,10 +190,12 @@ def _monitored(client: httpx.Client, url: str, models: Collection[str]) -> str |
         answer = client.get(url)
         if answer.status_code == 503:
             return None  # one of ours: the controller may be slow
-        known = set(answer.raise_for_status().json()["models"])
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        known = EndpointStatus.model_validate_json(answer.raise_for_status().content).engines
+    except ValidationError:
+        return "its answer is not the status of a cluster"
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         return in_words(error)
-    missing = set(models) - known
+    missing = set(models) - known.keys()
     return f"it has the models {sorted(known)}" if missing else None
 
 

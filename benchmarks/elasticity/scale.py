@@ -38,11 +38,11 @@ async def settled(cluster: Cluster) -> int:
     deadline = time.monotonic() + SCALE_S
     while True:
         status = await asyncio.to_thread(cluster.status)
-        up = all(host["state"] == "up" for host in status["hosts"])
-        if up and not status["balance"]["moves_pending"]:
-            return len(status["hosts"])
+        up = all(host.state == "up" for host in status.hosts)
+        if up and not status.balancing.pending_moves:
+            return len(status.hosts)
         if time.monotonic() > deadline:
-            raise RuntimeError(f"the pool is not settled after {SCALE_S:g} s: {status['hosts']}")
+            raise RuntimeError(f"the pool is not settled after {SCALE_S:g} s: {status.hosts}")
         await asyncio.sleep(0.1)
 
 

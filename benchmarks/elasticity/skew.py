@@ -108,15 +108,20 @@ def run(
         _sleep_until(begin + setting.seconds, drivers)
         end = time.monotonic()
         overruns = _overruns(cluster) - before
-        seen = cluster.top(0)["models"][0]
+        seen = cluster.top(0).models[0]
         found: dict[str, Any] = {
             "way": way,
             "overruns": overruns,
-            "balancedness_at_the_end": seen["balancedness_mean"],
+            "balancedness_at_the_end": seen.balancedness and seen.balancedness.mean,
             "changes": [
-                {key: change[key] for key in ("moves", "took_s", "phase", "measured")}
+                {
+                    "moves": change.total_moves,
+                    "took_s": change.duration_s,
+                    "phase": change.phase,
+                    "measured": change.measured and change.measured.model_dump(mode="json"),
+                }
                 for change in cluster.history()
-                if change["who"] == "balancer"
+                if change.initiator == "balancer"
             ],
         }
         moving = _rebalance(cluster, setting, drivers) if way == "static" else None
@@ -145,7 +150,7 @@ def _rebalance(cluster: Cluster, setting: Setting, drivers: Drivers) -> Moving:
     change = cluster.wait_for(change, watch=lambda _: drivers.check())
     ended = time.monotonic()
     _sleep_until(ended + setting.quiet_s, drivers)
-    return Moving(began=began, ended=ended, moves=change["moves"])
+    return Moving(began=began, ended=ended, moves=change.total_moves)
 
 
 def timeline(steps: Steps, moving: Moving, quiet_s: float, tokens: int) -> dict[str, Any]:
@@ -191,7 +196,7 @@ def _quantile(steps: Steps, part: float) -> float | None:
 
 
 def _overruns(cluster: Cluster) -> int:
-    return sum(host["overruns"] for host in cluster.status()["hosts"])
+    return sum(one.overrun_batches for one in cluster.status().processes.values())
 
 
 def _sleep_until(moment: float, drivers: Drivers) -> None:

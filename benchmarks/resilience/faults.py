@@ -63,11 +63,11 @@ async def whole(cluster: Cluster) -> dict[str, int]:
     deadline = time.monotonic() + WHOLE_S
     while True:
         status = await asyncio.to_thread(cluster.status)
-        up = all(host["state"] == "up" for host in status["hosts"])
-        if up and not status["unprotected_experts"] and not status["balance"]["moves_pending"]:
-            return {host["host"]: host["pid"] for host in status["hosts"]}
+        up = all(host.state == "up" for host in status.hosts)
+        if up and not status.unprotected_experts and not status.balancing.pending_moves:
+            return {name: process.pid for name, process in status.processes.items()}
         if time.monotonic() > deadline:
-            raise RuntimeError(f"the pool is not whole after {WHOLE_S:g} s: {status['hosts']}")
+            raise RuntimeError(f"the pool is not whole after {WHOLE_S:g} s: {status.hosts}")
         await asyncio.sleep(0.1)
 
 

@@ -79,12 +79,12 @@ class Pool:
         deadline = time.monotonic() + WHOLE_S
         while True:
             status = self._cluster.status()
-            up = all(host["state"] == "up" for host in status["hosts"])
-            whole = not status["unprotected_experts"] and not status["balance"]["moves_pending"]
+            up = all(host.state == "up" for host in status.hosts)
+            whole = not status.unprotected_experts and not status.balancing.pending_moves
             if up and whole:
-                return sorted(host["host"] for host in status["hosts"])
+                return sorted(host.name for host in status.hosts)
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the pool is not whole after {WHOLE_S:g} s: {status['hosts']}")
+                raise RuntimeError(f"the pool is not whole after {WHOLE_S:g} s: {status.hosts}")
             self.sleep(0.2)
 
     def sleep(self, seconds: float) -> None:
@@ -94,20 +94,22 @@ class Pool:
             self._drivers.check()
 
     def _round(self, kind: str, host: str, seconds: float, harm_s: float, lost: float) -> Round:
-        before = self._hosts()
+        before = self._cluster.status().processes
         began = time.monotonic()
         if kind == "kill":
-            pid = before[host]["pid"]
+            pid = before[host].pid
             os.kill(pid, signal.SIGKILL)
             harm_s = self._until_back(host, pid, began + seconds)
         elif kind != "quiet":
-            with self._frozen(before[host]["pid"]) if kind == "freeze" else self._slow(host):
+            with self._frozen(before[host].pid) if kind == "freeze" else self._slow(host):
                 self.sleep(harm_s)
                 harm_s = time.monotonic() - began
         self.sleep(began + seconds - time.monotonic())
-        ended, after = time.monotonic(), self._hosts()
+        ended, after = time.monotonic(), self._cluster.status().processes
         overruns = [
-            after[name]["overruns"] - before[name]["overruns"] for name in after if name != host
+            after[name].overrun_batches - before[name].overrun_batches
+            for name in after
+            if name != host
         ]
         return Round(
             kind=kind,
@@ -122,8 +124,8 @@ class Pool:
         """Seconds until a killed host's successor reports."""
         began = time.monotonic()
         while time.monotonic() < until:
-            known = self._hosts()[host]
-            if known["state"] == "up" and known["pid"] != pid:
+            (known,) = (one for one in self._cluster.status().hosts if one.name == host)
+            if known.state == "up" and known.process is not None and known.process.pid != pid:
                 break
             self.sleep(0.2)
         return time.monotonic() - began
@@ -148,9 +150,6 @@ class Pool:
     def _emulate(self, host: str, device: Emulation) -> None:
         actor: Any = ray.get_actor(host, namespace=namespace_of(self._cluster.name))
         ray.get(actor.emulate.remote(device), timeout=60)
-
-    def _hosts(self) -> dict[str, dict[str, Any]]:
-        return {host["host"]: host for host in self._cluster.status()["hosts"]}
 
 
 def run(pool: Pool, given: argparse.Namespace) -> list[Round]:

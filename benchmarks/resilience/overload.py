@@ -84,7 +84,7 @@ class Endpoint:
 
 
 def rows_computed(cluster: Cluster) -> int:
-    return sum(host["rows"] for host in cluster.status()["hosts"])
+    return sum(process.rows for process in cluster.status().processes.values())
 
 
 def figures(found: list[Answered], seconds: float, rows: int) -> dict[str, Any]:

@@ -206,8 +206,8 @@ async def at_rest(operator: httpx.AsyncClient) -> dict[str, Any]:
     """What the engine has left when nobody asks any more."""
     until = time.monotonic() + QUIET_S
     while True:
-        stats = (await operator.get("/status")).json()["models"]["demo"]
-        left = {key: stats[key] for key in ("running", "waiting", "parked")}
+        stats = (await operator.get("/status")).json()["engines"]["demo"]["work"]
+        left = {key: stats[f"{key}_requests"] for key in ("running", "waiting", "parked")}
         if not any(left.values()) or time.monotonic() > until:
             return {**left, "restarts": stats["restarts"]}
         await asyncio.sleep(0.5)

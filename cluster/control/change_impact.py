@@ -20,12 +20,13 @@ from ..placement import LayerKey, LayerPlacement, Placement
 from ..planner.balance import balancedness
 from ..planner.consolidation import least_use
 from ..planner.plan import PoolHost
-from .changes import Change, Effect, Phase
+from ..reports.placing import ChangePhase
+from .changes import Change, Effect
 
 # Routers report once a second, so shorter windows say nothing.
 _LEAST_S = 1.0
 # Phases of changes that were carried out, at least in part.
-_STANDS = (Phase.DONE, Phase.FAILED)
+_STANDS = (ChangePhase.DONE, ChangePhase.FAILED)
 
 
 def balancedness_under(

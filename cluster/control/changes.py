@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
 
 from ..placement import LayerKey, LayerPlacement
 from ..planner.plan import Plan
+from ..reports.placing import ChangePhase, ChangeReport, MeasuredEffect
+from ..reports.report import balancedness_of
 
 _KEPT = 100
-
-
-class Phase(Enum):
-    """The phase of a change."""
-
-    LOADING = "loading"  # hosts are loading the planned replicas
-    DONE = "done"  # all planned replicas are there
-    FAILED = "failed"  # some replicas could not be loaded; the others are there
-    SUPERSEDED = "superseded"  # a later change began before this one was done
-    ROLLED_BACK = "rolled back"  # an operator returned to the placement from before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,45 +34,42 @@ class Change:
     began: float
     plan: Plan
     layers_before: Mapping[LayerKey, LayerPlacement]
-    phase: Phase = Phase.LOADING
+    phase: ChangePhase = ChangePhase.LOADING
     ended: float | None = None
     errors: list[str] = field(default_factory=list)
     effect: Effect | None = None  # None: not measured yet, or superseded too soon, or no load
 
-    def describe(self, now: float) -> dict[str, Any]:
-        """Plain values for people and JSON."""
-        before, after = list(self.plan.before.values()), list(self.plan.after.values())
-        return {
-            "id": self.id,
-            "who": self.who,
-            "why": self.why,
-            "phase": self.phase.value,
-            "age_s": round(now - self.began, 1),
-            "took_s": None if self.ended is None else round(self.ended - self.began, 1),
-            "moves": len(self.plan.moves),
-            "bytes": self.plan.move_bytes,
-            "balancedness_before": _mean(before),
-            "balancedness_predicted": _mean(after),
-            "errors": self.errors,
-            "measured": self._measured(),
-        }
+    def report(self, now: float, *, pending_moves: int) -> ChangeReport:
+        """Return the report; ``pending_moves``: replicas of the target still to be loaded."""
+        return ChangeReport(
+            id=self.id,
+            initiator=self.who,
+            reason=self.why,
+            phase=self.phase,
+            age_s=round(now - self.began, 1),
+            duration_s=None if self.ended is None else round(self.ended - self.began, 1),
+            total_moves=len(self.plan.moves),
+            pending_moves=pending_moves if self.phase is ChangePhase.LOADING else 0,
+            weight_bytes=self.plan.move_bytes,
+            balancedness_before=balancedness_of(list(self.plan.before.values())),
+            balancedness_predicted=balancedness_of(list(self.plan.after.values())),
+            errors=list(self.errors),
+            measured=self._measured(),
+        )
 
-    def _measured(self) -> dict[str, Any] | None:
+    def _measured(self) -> MeasuredEffect | None:
         if self.effect is None:
             return None
-        before, after = list(self.effect.before.values()), list(self.effect.after.values())
-        return {
-            "seconds": round(self.effect.seconds, 1),
-            "balancedness_unchanged": _mean(before),
-            "balancedness": _mean(after),
-            "balancedness_worst": round(min(after), 4),
-            "host_choices_per_s_before": dict(self.effect.choices_before),
-            "host_choices_per_s": dict(self.effect.choices_after),
-        }
-
-
-def _mean(values: list[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
+        before = balancedness_of(list(self.effect.before.values()))
+        after = balancedness_of(list(self.effect.after.values()))
+        assert before is not None and after is not None, "there is no effect without load"
+        return MeasuredEffect(
+            window_s=round(self.effect.seconds, 1),
+            balancedness_unchanged=before,
+            balancedness_changed=after,
+            host_assignments_per_s_before=dict(self.effect.choices_before),
+            host_assignments_per_s_after=dict(self.effect.choices_after),
+        )
 
 
 class Changes:
@@ -102,7 +89,7 @@ class Changes:
         why: str,
     ) -> Change:
         """Record a new change; one that is still loading is superseded."""
-        self._end(Phase.SUPERSEDED, now)
+        self._end(ChangePhase.SUPERSEDED, now)
         change = Change(
             id=self._next, who=who, why=why, began=now, plan=plan, layers_before=layers_before
         )
@@ -113,22 +100,22 @@ class Changes:
     def done(self, now: float) -> None:
         """End the current change: everything that could be loaded is there."""
         errors = bool(self.all) and bool(self.all[-1].errors)
-        self._end(Phase.FAILED if errors else Phase.DONE, now)
+        self._end(ChangePhase.FAILED if errors else ChangePhase.DONE, now)
 
     def failed(self, error: str, now: float) -> None:
         """Record that part of the current change could not be carried out."""
-        if self.all and self.all[-1].phase is Phase.LOADING:
+        if self.all and self.all[-1].phase is ChangePhase.LOADING:
             self.all[-1].errors.append(error)
 
     def rolled_back(self, change: Change, now: float) -> None:
-        self._end(Phase.SUPERSEDED, now)
-        change.phase, change.ended = Phase.ROLLED_BACK, now
+        self._end(ChangePhase.SUPERSEDED, now)
+        change.phase, change.ended = ChangePhase.ROLLED_BACK, now
 
     def find(self, number: int | None) -> Change | None:
         """Return the change with this id, or the last one for None; None if there is none."""
         found = [change for change in self.all if number in (None, change.id)]
         return found[-1] if found else None
 
-    def _end(self, phase: Phase, now: float) -> None:
-        if self.all and self.all[-1].phase is Phase.LOADING:
+    def _end(self, phase: ChangePhase, now: float) -> None:
+        if self.all and self.all[-1].phase is ChangePhase.LOADING:
             self.all[-1].phase, self.all[-1].ended = phase, now

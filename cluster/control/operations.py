@@ -1,14 +1,15 @@
-"""Operators' wishes for a placement, and plans as plain values for people and programs."""
+"""Operators' wishes for a placement, and the report on a plan."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
 
 from ..placement import ExpertKey, LayerKey, ModelShape
 from ..planner.plan import Plan, Wishes
+from ..reports.placing import LayerPlan, MoveKind, PlannedDrop, PlannedMove, PlanReport
+from ..reports.report import ExpertId, balancedness_of
 
 
 def check_model(models: Mapping[str, ModelShape], model: str) -> ModelShape:
@@ -99,51 +100,46 @@ def unmet(plan: Plan, wishes: Wishes, key: ExpertKey) -> list[str]:
     return found
 
 
-def describe(plan: Plan, *, bytes_per_s: float, unprotected_now: int) -> dict[str, Any]:
-    """Describe a plan in plain values; ``bytes_per_s`` is how fast one host loads."""
+def plan_report(plan: Plan, *, bytes_per_s: float, unprotected_now: int) -> PlanReport:
+    """Return the report on a plan; ``bytes_per_s`` is how fast one host loads."""
     per_host: dict[str, int] = defaultdict(int)
     for move in plan.moves:
         per_host[move.host] += move.expert_bytes
-    layers = [
-        {
-            "model": key.model,
-            "layer": key.layer,
-            "balancedness_before": round(plan.before[key], 4),
-            "balancedness_after": round(plan.after[key], 4),
-        }
-        for key in plan.layers
-    ]
-    return {
-        "moves": [
-            {
-                "model": move.key.model,
-                "layer": move.key.layer,
-                "expert": move.key.expert,
-                "host": move.host,
-                "kind": move.kind,
-                "reason": move.reason,
-                "bytes": move.expert_bytes,
-                "replaces": [str(key) for key in move.replaces],
-            }
+    return PlanReport(
+        moves=[
+            PlannedMove(
+                **move.key._asdict(),
+                host=move.host,
+                kind=MoveKind(move.kind),
+                reason=move.reason,
+                weight_bytes=move.expert_bytes,
+                replaces=[_id(key) for key in move.replaces],
+            )
             for move in plan.moves
         ],
-        "drops": [{"expert": str(key), "host": host} for key, host in plan.drops],
-        "bytes": plan.move_bytes,
-        "expected_s": round(max(per_host.values(), default=0) / bytes_per_s, 1),
-        "balancedness_before": _summary(list(plan.before.values())),
-        "balancedness_after": _summary(list(plan.after.values())),
-        "layers": layers,
-        "unprotected_before": unprotected_now,
-        "unprotected_after": _alone(plan),
-        "unplaced": [str(key) for key in plan.unplaced],
-        "lacking_bytes": plan.lacking_bytes,
-    }
+        drops=[PlannedDrop(**key._asdict(), host=host) for key, host in plan.drops],
+        weight_bytes=plan.move_bytes,
+        expected_s=round(max(per_host.values(), default=0) / bytes_per_s, 1),
+        balancedness_before=balancedness_of(list(plan.before.values())),
+        balancedness_after=balancedness_of(list(plan.after.values())),
+        layers=[
+            LayerPlan(
+                model=key.model,
+                layer=key.layer,
+                balancedness_before=round(float(plan.before[key]), 4),
+                balancedness_after=round(float(plan.after[key]), 4),
+            )
+            for key in plan.layers
+        ],
+        unprotected_experts_before=unprotected_now,
+        unprotected_experts_after=_alone(plan),
+        unplaced_experts=[_id(key) for key in plan.unplaced],
+        lacking_bytes=plan.lacking_bytes,
+    )
 
 
-def _summary(values: list[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"mean": round(sum(values) / len(values), 4), "worst": round(min(values), 4)}
+def _id(key: ExpertKey) -> ExpertId:
+    return ExpertId(**key._asdict())
 
 
 def _alone(plan: Plan) -> int:

@@ -6,16 +6,24 @@ import heapq
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..load.tracker import HORIZONS_S, LoadTracker
 from ..placement import LayerKey, LayerPlacement
 from ..planner.plan import Wishes
+from ..reports.activity import (
+    AssignmentRates,
+    ExpertReport,
+    HostThroughput,
+    HotExpert,
+    ReplicaReport,
+)
 
 # Rates are means over so many seconds, or over the time since the first reading.
 _WINDOW_S = 5.0
+# The fields of `AssignmentRates`, a horizon each.
+_RATES = tuple(f"over_{seconds:g}_s" for seconds in HORIZONS_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,28 +54,25 @@ class HostRates:
             while len(read) > 2 and now - read[1][0] >= _WINDOW_S:
                 read.popleft()
 
-    def of(self, host: str) -> dict[str, float] | None:
-        """Return calls/s, rows/s and the busy fraction of a host's device.
-
-        None before there are two readings.
-        """
+    def of(self, host: str) -> HostThroughput | None:
+        """Return what a host does a second; None before there are two readings."""
         read = self._read.get(host, ())
         if len(read) < 2:
             return None
         (began, first), (ended, last) = read[0], read[-1]
         seconds = ended - began
-        return {
-            "calls_per_s": round((last.calls - first.calls) / seconds, 1),
-            "rows_per_s": round((last.rows - first.rows) / seconds, 1),
-            "busy": round((last.busy_s - first.busy_s) / seconds, 4),
-        }
+        return HostThroughput(
+            calls_per_s=round((last.calls - first.calls) / seconds, 1),
+            rows_per_s=round((last.rows - first.rows) / seconds, 1),
+            busy_fraction=round((last.busy_s - first.busy_s) / seconds, 4),
+        )
 
 
 def hottest(
     rates: Mapping[LayerKey, np.ndarray],
     layers: Mapping[LayerKey, LayerPlacement],
     count: int,
-) -> list[dict[str, Any]]:
+) -> list[HotExpert]:
     """Return the ``count`` experts with the most assignments/s, and the hosts that hold them."""
     each = (
         (float(rate), key, expert)
@@ -77,13 +82,13 @@ def hottest(
         if (rate := rate_E[expert]) > 0
     )
     return [
-        {
-            "model": key.model,
-            "layer": key.layer,
-            "expert": expert,
-            "choices_per_s": round(rate, 1),
-            "hosts": list(layers[key].hosts(expert)) if key in layers else [],
-        }
+        HotExpert(
+            model=key.model,
+            layer=key.layer,
+            expert=expert,
+            assignments_per_s=round(rate, 1),
+            hosts=list(layers[key].hosts(expert)) if key in layers else [],
+        )
         for rate, key, expert in heapq.nlargest(count, each, key=lambda one: one[0])
     ]
 
@@ -96,7 +101,7 @@ def standing(
     model: str | None = None,
     layer: int | None = None,
     hot: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[ExpertReport]:
     """Return each expert's replicas, load and wishes, for ``model`` and ``layer`` (None: all).
 
     In the order of their keys. With ``hot``, only so many experts: those with the most assignments
@@ -110,36 +115,32 @@ def standing(
     ]
     if hot is None:
         return rows
-    shortest = _horizon(HORIZONS_S[0])
-    return heapq.nlargest(hot, rows, key=lambda row: row["choices_per_s"][shortest])
+    return heapq.nlargest(hot, rows, key=lambda row: row.assignments_per_s.over_10_s)
 
 
 def _layer_standing(
     key: LayerKey, placed: LayerPlacement, loads: LoadTracker, wishes: Wishes
-) -> list[dict[str, Any]]:
+) -> list[ExpertReport]:
     none_E = np.zeros(len(placed.replicas))
     rates = [loads.rate(key, horizon) for horizon in range(len(HORIZONS_S))]
     rates = [none_E if rate_E is None or rate_E.size != none_E.size else rate_E for rate_E in rates]
     whole = float(rates[0].sum())
+    rounded = [np.round(rate_E, 1).tolist() for rate_E in rates]
     return [
-        {
-            "model": key.model,
-            "layer": key.layer,
-            "expert": expert,
-            "replicas": [
-                {"host": replica.host, "share": round(replica.share, 4)} for replica in replicas
+        ExpertReport(
+            model=key.model,
+            layer=key.layer,
+            expert=expert,
+            replicas=[
+                ReplicaReport(host=replica.host, share=round(replica.share, 4))
+                for replica in replicas
             ],
-            "choices_per_s": {
-                _horizon(seconds): round(float(rate_E[expert]), 1)
-                for seconds, rate_E in zip(HORIZONS_S, rates, strict=True)
-            },
-            "layer_part": round(float(rates[0][expert]) / whole, 4) if whole else None,
-            "least_replicas": wishes.least.get(key.expert(expert), 1),
-            "pinned_to": sorted(wishes.pins.get(key.expert(expert), ())),
-        }
+            assignments_per_s=AssignmentRates(
+                **{name: each[expert] for name, each in zip(_RATES, rounded, strict=True)}
+            ),
+            share_of_layer=round(float(rates[0][expert]) / whole, 4) if whole else None,
+            min_replicas=wishes.least.get(key.expert(expert), 1),
+            pinned_to=sorted(wishes.pins.get(key.expert(expert), ())),
+        )
         for expert, replicas in enumerate(placed.replicas)
     ]
-
-
-def _horizon(seconds: float) -> str:
-    return f"{seconds:g}s"

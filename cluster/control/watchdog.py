@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
+from ..reports.report import Balancedness, balancedness_of
 from .change_impact import balancedness_under
 from .control import Control
 
@@ -43,13 +43,6 @@ class Vitals:
     failing: bool  # whether the last tick or the last plan ended with an error
     hosts: dict[str, int]  # state -> how many
 
-    def describe(self) -> dict[str, Any]:
-        """Plain values for people and JSON."""
-        return {
-            name: round(value, 3) if isinstance(value, float) else value
-            for name, value in asdict(self).items()
-        }
-
     def warnings(self) -> list[str]:
         """Return a text for each thing that makes no progress."""
         found = []
@@ -81,8 +74,8 @@ class Watchdog:
         self._looked_at: float | None = None
         self._seen_state: object = None
         self._pending = self._missing = self._unprotected = 0
-        self.balancedness: dict[str, tuple[float, float]] = {}  # of each model: mean, worst layer
-        self._overall: tuple[float, float] | None = None
+        self.balancedness: dict[str, Balancedness] = {}  # of each model
+        self.overall_balancedness: Balancedness | None = None
 
     # ---- input ----------------------------------------------------------------------------------
 
@@ -103,6 +96,7 @@ class Watchdog:
         """Return the figures; ``states`` are those of the hosts."""
         self._look(now)
         control, since = self._control, self._planning_since
+        overall = self.overall_balancedness
         return Vitals(
             tick_age_s=now - self._ticked_at,
             plan_age_s=_age(control.planned_at, now),
@@ -112,8 +106,8 @@ class Watchdog:
             moves_pending=self._pending,
             missing_experts=self._missing,
             unprotected_experts=self._unprotected,
-            balancedness_mean=None if self._overall is None else self._overall[0],
-            balancedness_worst=None if self._overall is None else self._overall[1],
+            balancedness_mean=None if overall is None else overall.mean,
+            balancedness_worst=None if overall is None else overall.worst,
             term=control.number.term,
             epoch=control.number.epoch,
             failing=self._failing or self._plan_failures > 0,
@@ -146,13 +140,9 @@ class Watchdog:
         by_model: dict[str, list[float]] = {}
         for key, value in found.items():
             by_model.setdefault(key.model, []).append(value)
-        self.balancedness = {model: _figures(values) for model, values in by_model.items()}
-        self._overall = _figures(list(found.values())) if found else None
-
-
-def _figures(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the minimum."""
-    return sum(values) / len(values), min(values)
+        figures = {model: balancedness_of(values) for model, values in by_model.items()}
+        self.balancedness = {model: one for model, one in figures.items() if one is not None}
+        self.overall_balancedness = balancedness_of(list(found.values()))
 
 
 def _age(moment: float | None, now: float) -> float | None:

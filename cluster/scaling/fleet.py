@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..planner.capacity import lack
 from ..planner.plan import FleetGroup, PoolHost
+from ..reports.scaling import HostGroupStatus, ScalingReport, ScalingStatus
 from .autoscaler import Autoscaler, BusyMeter, GroupState, ScalePolicy
 from .scale_events import Scaling, Scalings
 
@@ -135,25 +136,41 @@ class Fleet:
     def retired(self) -> list[str]:
         return list(self._retired)
 
-    def describe(self, now: float) -> dict[str, Any]:
-        """Return plain values for people and JSON."""
+    def report(
+        self, control: Control, now: float, *, owner_age_s: float, problem: str | None
+    ) -> ScalingStatus:
+        """Return the status; ``problem`` is what keeps the owner from starting hosts."""
         load = self.autoscaler.load
-        return {
-            "groups": [
-                {
-                    "hosts": len(self.staying(index)),
-                    "min": group.min_count,
-                    "max": group.max_count,
-                    "cost_per_hour": group.cost_per_hour,
-                }
+        return ScalingStatus(
+            groups=[
+                HostGroupStatus(
+                    hosts=len(self.staying(index)),
+                    min_hosts=group.min_count,
+                    max_hosts=group.max_count,
+                    cost_per_hour=group.cost_per_hour,
+                )
                 for index, group in enumerate(self.groups)
             ],
-            "busy": None if load is None else round(load.busy, 3),
-            "waiting": None if load is None else round(load.waiting, 3),
-            "leaving": list(self._retired),
-            "held": self.autoscaler.held,
-            "events": [one.describe(now) for one in self.scalings.all[-_SHOWN:]],
-        }
+            busy_fraction=None if load is None else round(load.busy, 3),
+            wait_ratio=None if load is None else round(load.waiting, 3),
+            leaving_hosts=list(self._retired),
+            pause_reason=self.autoscaler.held or None,
+            problem=problem,
+            owner_age_s=round(owner_age_s, 1),
+            recent=[self.scaling_report(one, control, now) for one in self.scalings.all[-_SHOWN:]],
+        )
+
+    def scaling_report(self, scaling: Scaling, control: Control, now: float) -> ScalingReport:
+        """Return the report on one scaling, with what is left on its leaving hosts."""
+        seen = [control.view.seen.get(host) for host in scaling.leaving]
+        awaited = scaling.waits_for
+        no_room = control.no_room() if awaited else {}
+        obstacles = {host: no_room.get(host) or self.waiting(host, now) for host in awaited}
+        return scaling.report(
+            now,
+            remaining_replicas=sum(1 for one in seen if one is not None for _ in one.experts()),
+            obstacles={host: words for host, words in obstacles.items() if words},
+        )
 
     # ---- parts ----------------------------------------------------------------------------------
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+
+from ..reports.scaling import ScalingPhase, ScalingReport
 
 _KEPT = 50
 
 
-class Stage(Enum):
-    STARTING = "starting"  # new hosts are starting
-    DRAINING = "draining"  # experts are moved off hosts that are to leave
-    DONE = "done"
-    # New hosts wait for machines, or experts of leaving hosts for room elsewhere.
-    WAITING = "no room"
-    SUPERSEDED = "superseded"  # the same group was scaled again before this was done
-
-
-_UNDER_WAY = (Stage.STARTING, Stage.DRAINING)
+_UNDER_WAY = (ScalingPhase.STARTING, ScalingPhase.DRAINING)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,27 +26,30 @@ class Scaling:
     began: float
     coming: list[str] = field(default_factory=list)
     leaving: list[str] = field(default_factory=list)
-    stage: Stage = Stage.STARTING
+    phase: ScalingPhase = ScalingPhase.STARTING
     ended: float | None = None
     waits_for: list[str] = field(default_factory=list)  # hosts that have yet to come or leave
 
-    def describe(self, now: float) -> dict[str, Any]:
-        """Return plain values for people and JSON."""
-        return {
-            "id": self.id,
-            "group": self.group,
-            "who": self.who,
-            "why": self.why,
-            "before": self.before,
-            "count": self.count,
-            "coming": self.coming,
-            "leaving": self.leaving,
-            "waits_for": self.waits_for,
-            "phase": self.stage.value,
-            "under_way": self.stage in _UNDER_WAY,
-            "age_s": round(now - self.began, 1),
-            "took_s": None if self.ended is None else round(self.ended - self.began, 1),
-        }
+    def report(
+        self, now: float, *, remaining_replicas: int, obstacles: Mapping[str, str]
+    ) -> ScalingReport:
+        """Return the report; ``obstacles`` says what awaited hosts wait for."""
+        return ScalingReport(
+            id=self.id,
+            group=self.group,
+            initiator=self.who,
+            reason=self.why,
+            hosts_before=self.before,
+            target_hosts=self.count,
+            arriving_hosts=list(self.coming),
+            leaving_hosts=list(self.leaving),
+            awaited_hosts=list(self.waits_for),
+            phase=self.phase,
+            age_s=round(now - self.began, 1),
+            duration_s=None if self.ended is None else round(self.ended - self.began, 1),
+            remaining_replicas=remaining_replicas,
+            obstacles=dict(obstacles),
+        )
 
 
 class Scalings:
@@ -79,7 +73,7 @@ class Scalings:
     ) -> Scaling:
         for one in self._open():
             if one.group == group:
-                one.stage, one.ended = Stage.SUPERSEDED, now
+                one.phase, one.ended = ScalingPhase.SUPERSEDED, now
         scaling = Scaling(
             id=self._next,
             group=group,
@@ -103,7 +97,7 @@ class Scalings:
         done = self.begin(
             group, count, count, who=who, why="requested; already at this size", now=now
         )
-        done.stage, done.ended = Stage.DONE, now
+        done.phase, done.ended = ScalingPhase.DONE, now
         return done
 
     def find(self, number: int) -> Scaling | None:
@@ -129,13 +123,13 @@ class Scalings:
             one.waits_for = coming + leaving
             waiting = all(name in late for name in coming) and all(name in full for name in leaving)
             if (coming or leaving) and waiting:
-                one.stage, one.ended = Stage.WAITING, now
+                one.phase, one.ended = ScalingPhase.NO_ROOM, now
             elif coming:
-                one.stage = Stage.STARTING
+                one.phase = ScalingPhase.STARTING
             elif leaving:
-                one.stage = Stage.DRAINING
+                one.phase = ScalingPhase.DRAINING
             else:
-                one.stage, one.ended = Stage.DONE, now
+                one.phase, one.ended = ScalingPhase.DONE, now
 
     def _open(self) -> list[Scaling]:
-        return [one for one in self.all if one.stage in _UNDER_WAY]
+        return [one for one in self.all if one.phase in _UNDER_WAY]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..control.changes import Phase
 from ..control.control import Control
 from ..placement import ExpertKey, LayerKey, Number, Placement
 from ..planner.capacity import lack
@@ -369,7 +368,7 @@ def _target_lacks(world: World, control: Control) -> str:
                 if not alive and key not in control.unplaced and not _gone_for_good(world, key):
                     return f"nobody holds {key}"
     last = control.changes.all[-1] if control.changes.all else None
-    if last is not None and last.phase is Phase.LOADING:
+    if last is not None and last.ended is None:
         return f"change {last.id} ({last.why}) is still under way"
     return ""
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from .about import check_spec, default_spec, inspect_model, versions
     from .bench import measure_load
     from .client import AsyncClient, Client
+    from .cluster.reports.activity import Activity, ExpertReport
+    from .cluster.reports.placing import ChangeReport, DrainReport, PlanReport
+    from .cluster.reports.scaling import ScalingReport
+    from .cluster.reports.status import ClusterStatus, EndpointStatus
     from .cluster.spec.spec import Spec, load_spec
     from .connecting import connect
     from .handle import Cluster, up
@@ -36,11 +40,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 __all__ = [
+    "Activity",
     "AsyncClient",
+    "ChangeReport",
     "Client",
     "Cluster",
+    "ClusterStatus",
+    "DrainReport",
+    "EndpointStatus",
+    "ExpertReport",
     "MoesaicError",
+    "PlanReport",
     "RouterClient",
+    "ScalingReport",
     "Spec",
     "check_spec",
     "connect",
@@ -56,11 +68,19 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Activity": "cluster.reports.activity",
     "AsyncClient": "client",
+    "ChangeReport": "cluster.reports.placing",
     "Client": "client",
     "Cluster": "handle",
+    "ClusterStatus": "cluster.reports.status",
+    "DrainReport": "cluster.reports.placing",
+    "EndpointStatus": "cluster.reports.status",
+    "ExpertReport": "cluster.reports.activity",
     "MoesaicError": "proto.errors",
+    "PlanReport": "cluster.reports.placing",
     "RouterClient": "router_client",
+    "ScalingReport": "cluster.reports.scaling",
     "Spec": "cluster.spec.spec",
     "check_spec": "about",
     "connect": "connecting",

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import httpx
 
@@ -50,6 +50,9 @@ from .openai_wire import (
 )
 from .proto.errors import ClusterError, EngineError, Expired, MoesaicError
 from .retry import RETRIES, Tries
+
+if TYPE_CHECKING:
+    from .cluster.reports.status import EndpointStatus
 
 __all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Embeddings", "Model", "Options", "Usage"]
 
@@ -99,12 +102,12 @@ class Client:
     def models(self) -> list[Model]:
         return models(self._get("/v1/models"))
 
-    def status(self) -> Json:
+    def status(self) -> EndpointStatus:
         """Return the cluster's status.
 
         Only the monitoring address (`Cluster.monitoring`) serves it, not the endpoint.
         """
-        return self._get("/status")
+        return _status(self._get("/status"))
 
     def health(self, model: str | None = None) -> bool:
         """Return whether the endpoint answers and requests make progress.
@@ -236,9 +239,9 @@ class AsyncClient:
     async def models(self) -> list[Model]:
         return models(await self._get("/v1/models"))
 
-    async def status(self) -> Json:
+    async def status(self) -> EndpointStatus:
         """Return the cluster's status; see `Client.status`."""
-        return await self._get("/status")
+        return _status(await self._get("/status"))
 
     async def health(self, model: str | None = None) -> bool:
         """Return whether requests make progress; see `Client.health`."""
@@ -338,3 +341,13 @@ class AsyncClient:
 
 def _named(model: str | None) -> dict[str, str]:
     return {} if model is None else {"model": model}
+
+
+def _status(told: Json) -> EndpointStatus:
+    from .cluster.reports.status import EndpointStatus
+
+    try:
+        return EndpointStatus.model_validate(told)
+    except ValueError as error:
+        text = "/status: the answer is not the status of a cluster; is it the monitoring address?"
+        raise ClusterError(text) from error

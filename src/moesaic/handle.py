@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
 import secrets
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from .controller_client import ControllerClient
 from .logs import Kind, LogLine, read_logs
-from .operating import Operating, quiet
 from .proto.errors import ClusterError
 from .router_keys import take_key
 from .session import Session, find_session, need_session, note_logs, remove_session, write_session
@@ -26,11 +27,22 @@ if TYPE_CHECKING:
 
     from .actors.serve.launch import Launched, Progress
     from .actors.trunk.trunk import PoolTrunk
+    from .cluster.load.trace import Trace
+    from .cluster.reports.activity import Activity, ExpertReport
+    from .cluster.reports.placing import ChangeReport, DrainReport, PlanReport
+    from .cluster.reports.scaling import ScalingReport
+    from .cluster.reports.status import ClusterStatus
     from .cluster.spec.spec import Spec
 
 log = logging.getLogger(__name__)
 
 DOWN_TIMEOUT_S = 60.0
+# For a question that the controller answers from what it knows.
+ASK_S = 10.0
+
+
+def _quiet(step: str, done: int, total: int) -> None:
+    """Show no progress."""
 
 
 def _spec(spec: Spec | Mapping[str, Any] | str | Path) -> Spec:
@@ -70,7 +82,7 @@ def up(
 
     launched = launch(
         wanted,
-        progress or quiet,
+        progress or _quiet,
         warn,
         lambda: note_logs(wanted.name, log_folder()),
         router_key,
@@ -149,13 +161,14 @@ def _ray_token() -> str | None:
         return None
 
 
-class Cluster(Operating):
+class Cluster:
     """A running cluster; made by `up` and `connect`."""
 
     def __init__(self, session: Session, launched: Launched | None) -> None:
         self._session = session
         self._launched = launched
         self._trunks: list[PoolTrunk] = []
+        self._controller = ControllerClient(self._join)
 
     @property
     def name(self) -> str:
@@ -182,12 +195,6 @@ class Cluster(Operating):
         """The router service's key; `moesaic.connect` on this machine finds it by itself."""
         return self._session.router_key
 
-    def status(self) -> dict[str, Any]:
-        """Return hosts, models and the placement as plain values. Raises ClusterError."""
-        from .actors.runtime.ray_border import ask, controller_of
-
-        return ask(controller_of(self._join()).status.remote(), 10.0, "the controller's status")
-
     def logs(
         self,
         kinds: Collection[Kind] = (),
@@ -202,6 +209,149 @@ class Cluster(Operating):
             self._session, kinds, host=host, tail=tail, follow=follow, stop=stop or Event()
         )
 
+    # ---- watching -------------------------------------------------------------------------------
+
+    def status(self) -> ClusterStatus:
+        """Return hosts, models and the placement. Raises ClusterError."""
+        return self._controller.ask("status", timeout_s=ASK_S)
+
+    def top(self, experts: int = 10) -> Activity:
+        """Return what happens now: hosts, the hottest ``experts``, balancedness, moves to come.
+
+        Rates are means over the last seconds. Raises ClusterError.
+        """
+        return self._controller.ask("top", experts)
+
+    def experts(
+        self, model: str | None = None, layer: int | None = None, *, hot: int | None = None
+    ) -> list[ExpertReport]:
+        """Return every expert, or those of one model or layer, with replicas, load and wishes.
+
+        With ``hot`` only so many, the hottest first. Raises ClusterError.
+        """
+        return self._controller.ask("experts", model, layer, hot)
+
+    def record(
+        self,
+        seconds: float,
+        window_s: float = 1.0,
+        *,
+        stop: Event | None = None,
+        progress: Progress | None = None,
+    ) -> Trace:
+        """Record the load of the next ``seconds``, window by window; `write_trace` saves it.
+
+        The recording ends early when ``stop`` is set. Raises RequestError and ClusterError.
+        """
+        from .traces import record
+
+        return record(
+            lambda: self._controller.ask("totals", timeout_s=ASK_S),
+            seconds,
+            window_s,
+            stop=stop or Event(),
+            progress=progress or _quiet,
+        )
+
+    # ---- operating ------------------------------------------------------------------------------
+
+    def plan(self, *, budget: int | str | None = None) -> PlanReport:
+        """Return what `rebalance` would do now.
+
+        ``budget`` is the most replicas to load for balance, or the most bytes ("4GB"; default: as
+        in the spec). Raises ClusterError.
+        """
+        return self._controller.ask("plan", budget)
+
+    def rebalance(self, *, budget: int | str | None = None) -> ChangeReport:
+        """Start the best plan for the current load, and return the change.
+
+        `change` shows its progress. Raises ClusterError.
+        """
+        return self._controller.ask("rebalance", budget, getpass.getuser())
+
+    def change(self, number: int | None = None) -> ChangeReport:
+        """Return one change of the placement, or the last one. Raises ClusterError."""
+        return self._controller.ask("change", number)
+
+    def history(self) -> list[ChangeReport]:
+        """Return the last changes, the newest at the end. Raises ClusterError."""
+        return self._controller.ask("history")
+
+    def rollback(self, number: int | None = None) -> ChangeReport:
+        """Return to the placement before a change (default: the last). Raises ClusterError."""
+        return self._controller.ask("rollback", number)
+
+    def replicate(self, model: str, layer: int, expert: int, count: int) -> ChangeReport:
+        """Keep at least ``count`` replicas of an expert from now on; 1 cancels that.
+
+        Returns the change, whose ``errors`` say what has no room. Raises ClusterError.
+        """
+        key = (model, layer, expert)
+        return self._controller.ask("replicate", key, count, getpass.getuser())
+
+    def pin(self, model: str, layer: int, expert: int, host: str) -> ChangeReport:
+        """Keep a replica of an expert on ``host``; return the change. Raises ClusterError."""
+        return self._controller.ask("pin", (model, layer, expert), host, getpass.getuser())
+
+    def unpin(self, model: str, layer: int, expert: int, host: str) -> ChangeReport:
+        """Cancel a `pin`; return the change. Raises ClusterError."""
+        return self._controller.ask("unpin", (model, layer, expert), host, getpass.getuser())
+
+    def drain(
+        self,
+        host: str,
+        timeout_s: float = 0.0,
+        *,
+        watch: Callable[[DrainReport], None] | None = None,
+    ) -> DrainReport:
+        """Move all experts off ``host`` while requests go on; `undrain` cancels it.
+
+        Returns the progress after ``timeout_s``, or as soon as the host is empty or the other hosts
+        have no room for the rest. ``watch`` is called repeatedly with the progress as it is then.
+        Raises ClusterError.
+        """
+        self._controller.ask("drain", host, getpass.getuser())
+        return self._controller.drain(host, timeout_s, watch)
+
+    def draining(self, host: str) -> DrainReport:
+        """Return the progress of a drain. Raises ClusterError."""
+        return self._controller.ask("draining", host)
+
+    def undrain(self, host: str) -> ChangeReport:
+        """Let a drained host hold experts again; return the change. Raises ClusterError."""
+        return self._controller.ask("undrain", host, getpass.getuser())
+
+    def wait_for(
+        self,
+        change: ChangeReport,
+        timeout_s: float = 600.0,
+        *,
+        watch: Callable[[ChangeReport], None] | None = None,
+    ) -> ChangeReport:
+        """Wait until a change has ended, and return it; its ``phase`` says how it ended.
+
+        ``watch`` is called repeatedly with the change as it is then. Raises ClusterError.
+        """
+        return self._controller.change(change.id, timeout_s, watch)
+
+    def scale(
+        self,
+        count: int,
+        group: int = 0,
+        *,
+        timeout_s: float = 600.0,
+        watch: Callable[[ScalingReport], None] | None = None,
+    ) -> ScalingReport:
+        """Set the number of hosts of a group, and wait until it is reached while requests go on.
+
+        ``watch`` is called repeatedly with the scaling as it is then. Returns how it ended; its
+        ``phase`` is "no_room" if hosts wait for machines. The same call again continues the
+        waiting. Raises ClusterError.
+        """
+        begun: ScalingReport = self._controller.ask("scale", count, group, getpass.getuser())
+        return self._controller.scaling(begun.id, timeout_s, watch)
+
     # ---- models ---------------------------------------------------------------------------------
 
     def from_pretrained(self, model: str) -> PreTrainedModel:
@@ -209,11 +359,10 @@ class Cluster(Operating):
 
         It is an ordinary transformers model: call it, or use its `generate`. Raises ClusterError.
         """
-        from .actors.runtime.ray_border import ask, controller_of
         from .actors.trunk.trunk import open_trunk
 
         namespace = self._join()
-        served = ask(controller_of(namespace).models.remote(), 10.0, "the models")
+        served = self._controller.ask("models", timeout_s=ASK_S)
         known = {ref.name: ref for ref, _ in served}
         if model not in known:
             raise ClusterError(f"model: {model!r} is none of {sorted(known)}")

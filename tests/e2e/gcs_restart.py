@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 import moesaic
-from tests.helpers.live import text_in_background, text_of, wait_until, wait_whole
+from tests.helpers.live import text_in_background, text_of, wait_replaced, wait_whole
 
 RAY = str(Path(sys.executable).parent / "ray")
 MODEL = "m"
@@ -46,7 +46,7 @@ def main(folder: str, temp_dir: str, address: str) -> None:
     report = {}
     with moesaic.up(spec) as cluster, moesaic.Client(cluster.url or "") as client:
         report["expected"] = text_of(client, MODEL, TOKENS)
-        term = cluster.status()["term"]
+        term = cluster.status().controller.term
         with text_in_background(client, MODEL, TOKENS) as result:
             old = gcs()
             command, environment = old.cmdline(), old.environ()
@@ -62,19 +62,13 @@ def main(folder: str, temp_dir: str, address: str) -> None:
         # The control plane works on: a host's experts move, and what was lost is started anew.
         cluster.drain("host-1")
         status = cluster.status()
-        report["same_controller"] = status["term"] == term
-        report["leaving"] = status["balance"]["leaving"]
-        pid = next(host["pid"] for host in status["hosts"] if host["host"] == "host-0")
+        report["same_controller"] = status.controller.term == term
+        report["leaving"] = status.balancing.draining_hosts
+        pid = status.processes["host-0"].pid
         cluster.undrain("host-1")
         wait_whole(cluster)
         os.kill(pid, 9)
-        wait_until(
-            lambda: any(
-                host["host"] == "host-0" and host.get("pid") not in (None, pid)
-                for host in cluster.status()["hosts"]
-            )
-        )
-        wait_whole(cluster)
+        wait_replaced(cluster, "host-0", pid)
         report["at_last"] = text_of(client, MODEL, TOKENS)
     new.kill()
     new.wait(10)

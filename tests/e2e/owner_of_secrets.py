@@ -58,7 +58,8 @@ def refused(call: Callable[[], object]) -> str:
 
 def told(cluster: Any) -> dict[str, Any]:
     """What everybody may ask of the cluster and of Ray, by the name of the question."""
-    found: dict[str, Any] = {"status": cluster.status(), "session": repr(need_session(NAME))}
+    status = cluster.status().model_dump(mode="json")
+    found: dict[str, Any] = {"status": status, "session": repr(need_session(NAME))}
     for path in ("status", "metrics"):
         found[f"/{path}"] = read(f"{cluster.monitoring}/{path}")
     for name in LISTS:
@@ -78,7 +79,7 @@ def told(cluster: Any) -> dict[str, Any]:
     found["proofs"] = {}
     namespace = namespace_of(NAME)
     secret = secret_of(namespace)
-    for host in (one["host"] for one in found["status"]["hosts"]):
+    for host in (one["name"] for one in status["hosts"]):
         actor: Any = ray.get_actor(host, namespace=namespace)
         entry = ask(actor.entry.remote(), 10.0, host)
         for plane in ("experts", "weights", "shm"):

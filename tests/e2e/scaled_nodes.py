@@ -132,18 +132,20 @@ def main(folder: str, ray_dir: str) -> None:
         try:
             report["nodes"]["before"] = alive()
             grown = cluster.scale(3, timeout_s=60)
-            new = grown["coming"][0]
-            report["waiting"] = grown["waiting"].get(new, "")
+            new = grown.arriving_hosts[0]
+            report["waiting"] = grown.obstacles.get(new, "")
 
-            def hosts() -> dict[str, Any]:
-                return {host["host"]: host for host in cluster.status()["hosts"]}
+            def holds_experts() -> bool:
+                process = cluster.status().processes.get(new)
+                return process is not None and process.replicas > 0
 
             # Its experts come by themselves.
-            wait_until(lambda: hosts()[new].get("experts", 0) > 0, 60)
+            wait_until(holds_experts, 60)
             report["nodes"]["grown"] = alive()
-            report["head"] = hosts()["host-0"]["node"]
-            report["node_of_new_host"] = hosts()[new].get("node")
-            report["leaving"] = cluster.scale(2, timeout_s=60)["leaving"]
+            processes = cluster.status().processes
+            report["head"] = processes["host-0"].node
+            report["node_of_new_host"] = processes[new].node
+            report["leaving"] = cluster.scale(2, timeout_s=60).leaving_hosts
             wait_until(lambda: alive() == 1, 60)
             report["nodes"]["after"] = alive()
         finally:

@@ -67,7 +67,7 @@ def one_round(folder: Path) -> None:
     with moesaic.up(spec) as cluster, Client(cluster.url or "") as client:
         before = client.complete("the quick fox", max_tokens=8, temperature=0)
         assert before.usage.completion_tokens == 8
-        os.kill(cluster.status()["hosts"][0]["pid"], signal.SIGKILL)
+        os.kill(cluster.status().processes["host-0"].pid, signal.SIGKILL)
         after = client.complete("the quick fox", max_tokens=8, temperature=0)
         assert after.text == before.text
 

@@ -129,7 +129,7 @@ def test_the_commands_run_as_they_are_printed(machines: list[Machine]) -> None:
     assert "http://10.0.0.1:8000" in said["moesaic up -d cluster.yaml"]
     status = json.loads(first.run("moesaic status --name pair --json 2> /dev/null"))
     assert status["healthy"]
-    assert len({host["node"] for host in status["cluster"]["hosts"]}) == 2
+    assert len({host["process"]["node"] for host in status["cluster"]["hosts"]}) == 2
     # The other machine reaches the endpoint by the address that was printed.
     asked = "moesaic complete --url http://10.0.0.1:8000 --max-tokens 3 hello --json"
     assert json.loads(second.run(f"{asked} 2> /dev/null"))["usage"]["completion_tokens"] == 3

@@ -41,16 +41,16 @@ def main(folder: str, cut: str = "") -> None:
                 subprocess.run(["ip", "link", "set", cut, "down"], check=True, timeout=10)
             texts = [result()]
         texts.append(text_of(client, "m", TOKENS))
-        hosts = cluster.status()["hosts"]
+        hosts = cluster.status().hosts
         if cut:
             # Ray on the other node is to hear that the cluster ends.
             subprocess.run(["ip", "link", "set", cut, "up"], check=True, timeout=10)
     report = {
         "texts": texts,
         "expected": tokenizer.decode(output, skip_special_tokens=True),
-        "nodes": [host.get("node") for host in hosts],
-        "calls": [host.get("calls", 0) for host in hosts],
-        "states": [host["state"] for host in hosts],
+        "nodes": [host.process and host.process.node for host in hosts],
+        "calls": [0 if host.process is None else host.process.calls for host in hosts],
+        "states": [host.state for host in hosts],
     }
     print("REPORT " + json.dumps(report))
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from moesaic.cluster.reports import page as reports_page
 from tests.helpers.paths import ROOT
 
 COMMANDS = ROOT / "docs" / "command-line.md"
@@ -30,7 +31,7 @@ def names(cell: str) -> list[str]:
 
 
 def json_keys() -> dict[str, set[str]]:
-    """Command -> the keys of what it prints with --json, whatever the cluster."""
+    """Command -> the keys of what it prints with --json."""
     table = [
         (command, keys.partition(";")[0])
         for commands, _, keys in rows(COMMANDS, "JSON")
@@ -38,11 +39,11 @@ def json_keys() -> dict[str, set[str]]:
         if not command.startswith("--")
     ]
     found = {command: set(names(keys)) for command, keys in table}
-    for command, keys in table:
-        if keys.startswith("those of"):
-            base, *more = names(keys)
-            found[command] = found[base] | set(more)
-    return found
+    reports = {
+        command: set(report.model_fields) for command, (report, _) in reports_page.COMMANDS.items()
+    }
+    assert not found.keys() & reports.keys()
+    return found | reports
 
 
 def section(heading: str) -> dict[str, list[str]]:

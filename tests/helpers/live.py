@@ -15,7 +15,9 @@ import pytest
 import moesaic
 from moesaic import Client
 from moesaic.client import Options
+from moesaic.cluster.reports.status import HostProcess, HostStatus
 from moesaic.handle import Cluster
+from moesaic.proto.errors import ClusterError
 
 TEXT = "the quick fox"
 
@@ -53,8 +55,27 @@ def text_of(client: Client, model: str, tokens: int) -> str:
     return client.complete(TEXT, **greedy(model, tokens)).text
 
 
-def hosts_of(cluster: Cluster) -> dict[str, dict[str, Any]]:
-    return {host["host"]: host for host in cluster.status()["hosts"]}
+def hosts_of(cluster: Cluster) -> dict[str, HostStatus]:
+    return {host.name: host for host in cluster.status().hosts}
+
+
+def processes_of(cluster: Cluster) -> dict[str, HostProcess]:
+    """What the processes of hosts last reported; hosts that are down are left out."""
+    return cluster.status().processes
+
+
+def replicas_of(cluster: Cluster) -> dict[str, int]:
+    """How many replicas each host holds; none while it is down."""
+    held = {name: process.replicas for name, process in processes_of(cluster).items()}
+    return dict.fromkeys(hosts_of(cluster), 0) | held
+
+
+def term_of(cluster: Cluster) -> int:
+    """Of the controller; 0 while there is none."""
+    try:
+        return cluster.status().controller.term
+    except ClusterError:
+        return 0
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float = 60.0) -> None:
@@ -67,17 +88,22 @@ def wait_until(true: Callable[[], bool], timeout_s: float = 60.0) -> None:
 
 def wait_replaced(cluster: Cluster, host: str, pid: int) -> None:
     """Until the killed process has a successor: before, the last report still looks whole."""
-    wait_until(lambda: hosts_of(cluster)[host].get("pid") not in (None, pid))
+
+    def replaced() -> bool:
+        process = hosts_of(cluster)[host].process
+        return process is not None and process.pid != pid
+
+    wait_until(replaced)
     wait_whole(cluster)
 
 
 def wait_whole(cluster: Cluster) -> None:
     def whole() -> bool:
         status = cluster.status()
-        up = all(host["state"] == "up" for host in status["hosts"])
-        missing = any(model["missing_experts"] for model in status["models"])
+        up = all(host.state == "up" for host in status.hosts)
+        missing = any(model.missing_experts for model in status.models)
         # Replicas that only protect come back behind those that somebody waits for.
-        return up and not missing and not status["balance"]["moves_pending"]
+        return up and not missing and not status.balancing.pending_moves
 
     wait_until(whole)
 

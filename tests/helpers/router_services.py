@@ -57,11 +57,11 @@ class Served:
         """It answers, and holds nothing."""
         self.answers(self.client(), inputs(5))
         assert settles(lambda: self.held_calls == 0)
-        assert self.service.report()["held_bytes"] == 0
+        assert self.service.report().held_bytes == 0
 
     @property
     def held_calls(self) -> int:
-        return self.service.report()["held_calls"]
+        return self.service.report().held_calls
 
     def holds(self, calls: int) -> bool:
         """Whether so many calls come to be held, with all their tensors."""

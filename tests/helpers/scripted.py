@@ -6,10 +6,11 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
 
 from moesaic.actors.engine.engine import Delta, EngineStats, Limits, Sampling
+from moesaic.cluster.reports.status import ClusterStatus
 from moesaic.proto.errors import ERRORS, RequestError
+from tests.helpers.reports import cluster_report, host_report
 
 CODES = sorted(ERRORS)
 # First token of a prompt: what to do. Above these: raise the error of that number in CODES.
@@ -78,6 +79,6 @@ def scripted_engine() -> ScriptedEngine:
     return ScriptedEngine()
 
 
-async def more_status() -> dict[str, Any]:
+async def cluster_status() -> ClusterStatus:
     """What the pool would add to ``/status``."""
-    return {"hosts": 3}
+    return cluster_report(hosts=[host_report("h0")])

@@ -31,6 +31,7 @@ from moesaic.actors.engine.engine import (
 from moesaic.actors.engine.served_model import ServedModel
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.runtime.ports import free_port
+from moesaic.cluster.reports.status import EndpointStatus, EngineStatus
 from moesaic.cluster.service.web_guard import WebGuard
 from moesaic.cluster.spec.parts import LimitSpec
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable
@@ -118,16 +119,16 @@ class Service:
     script: Script
     model: Any
     healthy: bool = True
-    more_status: dict[str, Any] = field(default_factory=dict)
+    engine_reports: dict[str, EngineStatus] = field(default_factory=dict)
     tools: Script = field(default_factory=lambda: Script(CALLING))
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> EndpointStatus:
+        return EndpointStatus(healthy=True, engines=await self.engines(), cluster=None)
+
+    async def engines(self) -> dict[str, EngineStatus]:
         if not self.healthy:
             raise EngineError("the trunk is gone")
-        return {"healthy": True, "running": self.engine.stats().running, **self.more_status}
-
-    async def engines(self) -> dict[str, Any]:
-        return (await self.status()).get("models", {})
+        return self.engine_reports
 
 
 LIMITS = LimitSpec(prompt_tokens=20, answer_tokens=10, request_s=0.5)

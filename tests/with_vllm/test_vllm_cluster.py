@@ -16,7 +16,7 @@ import pytest
 import moesaic
 from moesaic.client import Client
 from tests.helpers.architectures import tiny_model
-from tests.helpers.live import hosts_of, wait_until
+from tests.helpers.live import processes_of, wait_until
 from tests.helpers.tiny import tiny_tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -72,7 +72,7 @@ def test_an_endpoint_over_vllm_does_not_notice_a_killed_host(tmp_path: Path) -> 
         assert len(told["logprobs"]["tokens"]) == 24
         assert all(1 <= len(top) <= 2 for top in told["logprobs"]["top_logprobs"])
         assert http.post("/v1/completions", json={**ASKED, "max_tokens": 10**6}).status_code == 400
-        os.kill(next(iter(hosts_of(cluster).values()))["pid"], signal.SIGKILL)
+        os.kill(next(iter(processes_of(cluster).values())).pid, signal.SIGKILL)
         assert text() == wanted
         assert text(temperature=1.0, seed=3) == seeded
 
@@ -85,15 +85,17 @@ def test_a_request_that_lacks_an_expert_is_parked_and_schemas_are_kept_to(tmp_pa
     ):
 
         def engine(key: str) -> int:
-            return operator.status()["models"]["m"][key]
+            work = operator.status().engines["m"].work
+            assert work is not None
+            return getattr(work, key)
 
         long = {**ASKED, "max_tokens": 400, "logit_bias": {"2": -100}}
         wanted = http.post("/v1/completions", json=long).json()["choices"][0]["text"]
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(http.post, "/v1/completions", json=long)
-            wait_until(lambda: engine("running") == 1)
-            os.kill(next(iter(hosts_of(cluster).values()))["pid"], signal.SIGKILL)
-            wait_until(lambda: engine("parked") == 1)
+            wait_until(lambda: engine("running_requests") == 1)
+            os.kill(next(iter(processes_of(cluster).values())).pid, signal.SIGKILL)
+            wait_until(lambda: engine("parked_requests") == 1)
             assert waiting.result(120).json()["choices"][0]["text"] == wanted
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
         chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100}

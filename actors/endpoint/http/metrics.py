@@ -6,11 +6,11 @@ import time
 from collections import Counter as Tally
 from collections.abc import Mapping
 from contextlib import aclosing
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from ....cluster.reports.status import EngineStatus
 from ....proto.errors import InternalError, MoesaicError
 from ..openai.answers import Numbered
 
@@ -19,16 +19,16 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _FIRST_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _BETWEEN_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _WHOLE_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
-# Fields of `EngineStats`, with their help texts.
+# Metric -> the field of `EngineWork`, and its help text.
 _ENGINE = {
-    "running": "requests in the batch",
-    "waiting": "requests that wait for the batch",
-    "parked": "waiting requests that need an expert which no host has",
-    "restarts": "restarts of the engine after failed steps",
-    "steps": "steps of the engine",
-    "cache_free": "free part of the KV cache",
-    "healthy": "1 if the trunk answers and its engine runs",
+    "running": ("running_requests", "requests in the batch"),
+    "waiting": ("waiting_requests", "requests that wait for the batch"),
+    "parked": ("parked_requests", "waiting requests that need an expert which no host has"),
+    "restarts": ("restarts", "restarts of the engine after failed steps"),
+    "steps": ("steps", "steps of the engine"),
+    "cache_free": ("free_cache_fraction", "free part of the KV cache"),
 }
+_HEALTHY = "1 if the trunk answers and its engine runs"
 
 
 class HttpMetrics:
@@ -56,9 +56,10 @@ class HttpMetrics:
             "moesaic_requests_open", "requests being answered", ("model",), registry=registry
         )
         self._engine = {
-            name: Gauge(f"moesaic_engine_{name}", words, ("model",), registry=registry)
-            for name, words in _ENGINE.items()
+            field: Gauge(f"moesaic_engine_{name}", words, ("model",), registry=registry)
+            for name, (field, words) in _ENGINE.items()
         }
+        self._healthy = Gauge("moesaic_engine_healthy", _HEALTHY, ("model",), registry=registry)
 
     def answered(self, path: str, status: int) -> None:
         self._answers.labels(path, status).inc()
@@ -100,10 +101,11 @@ class HttpMetrics:
             self._generated.labels(model).inc(tokens.total())
             self._whole.labels(model).observe(time.perf_counter() - began)
 
-    def text(self, engines: Mapping[str, Mapping[str, Any]]) -> bytes:
-        """Return all metrics as text; ``engines`` has the statistics of each model's engine."""
-        for model, stats in engines.items():
+    def text(self, engines: Mapping[str, EngineStatus]) -> bytes:
+        """Return all metrics as text; ``engines`` has each model's engine."""
+        for model, engine in engines.items():
+            self._healthy.labels(model).set(engine.healthy)
             for name, gauge in self._engine.items():
-                if name in stats:
-                    gauge.labels(model).set(float(stats[name]))
+                if engine.work is not None:
+                    gauge.labels(model).set(getattr(engine.work, name))
         return generate_latest(self._registry)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ....cluster.reports.status import EndpointStatus, EngineStatus
 from ....cluster.service.web_guard import WebGuard
 from ....proto.errors import Forbidden, MoesaicError, NoAnswer, RequestError
 from ..openai.responses import error_response
@@ -28,22 +29,21 @@ logger = logging.getLogger(__name__)
 # the same time.
 STATUS_TIMEOUT_S = 6.0
 
-Status = Callable[[], Awaitable[dict[str, Any]]]
+T = TypeVar("T")
 
 
 def monitoring_app(
     *,
-    status: Status,
-    engines: Status,
+    status: Callable[[], Awaitable[EndpointStatus]],
+    engines: Callable[[], Awaitable[Mapping[str, EngineStatus]]],
     metrics: HttpMetrics,
     guard: WebGuard,
     health: Health | None = None,
 ) -> FastAPI:
     """Create the monitoring app.
 
-    ``status()`` returns the state of the cluster, with ``healthy``. ``engines()`` returns each
-    model's engine statistics. ``health`` answers probes here, too; the endpoint also answers
-    them.
+    ``status()`` returns what ``/status`` shows, and ``engines()`` each model's engine alone.
+    ``health`` answers probes here, too; the endpoint also answers them.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Defects)
@@ -53,8 +53,8 @@ def monitoring_app(
         add_health(app, health)
 
     @app.get("/status")
-    async def get_status() -> dict[str, Any]:
-        return await _in_time(status())
+    async def get_status() -> Response:
+        return json_response(await _in_time(status()))
 
     @app.get("/metrics")
     async def get_metrics() -> Response:
@@ -74,7 +74,7 @@ def monitoring_app(
     return app
 
 
-async def _in_time(asked: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+async def _in_time(asked: Awaitable[T]) -> T:
     try:
         async with asyncio.timeout(STATUS_TIMEOUT_S):
             return await asked

@@ -15,7 +15,7 @@ from ..proto.errors import MoesaicError, in_words
 from . import about, bench, chat, operate, watch
 from .exit_codes import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE
 from .simulate import simulate
-from .terminal import print_json
+from .terminal import print_json, print_report
 
 app = typer.Typer(
     name="moesaic",
@@ -88,11 +88,8 @@ def status(
     """Show hosts, models, the placement and which experts are not protected."""
     from .status import print_status, read_status
 
-    values = read_status(name)
-    if as_json:
-        print_json(values)
-    else:
-        print_status(values)
+    document = read_status(name)
+    print_report(document) if as_json else print_status(document)
 
 
 @app.command()

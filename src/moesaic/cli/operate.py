@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, Group
@@ -11,8 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..handle import Cluster, connect
 from ..proto.errors import ClusterError
-from .terminal import print_json, table
+from .terminal import print_report, table
 from .top import frame
+
+if TYPE_CHECKING:
+    from ..cluster.reports.placing import ChangeReport, DrainReport, MeasuredEffect, PlanReport
+    from ..cluster.reports.report import Balancedness
+    from ..cluster.reports.scaling import ScalingReport
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -51,7 +56,7 @@ def plan(
 ) -> None:
     """Show what a rebalance would do: moves with reasons, bytes, seconds, before and after."""
     found = connect(name).plan(budget=_budget(budget))
-    print_json(found) if as_json else _print_plan(found)
+    print_report(found) if as_json else _print_plan(found)
 
 
 def rebalance(
@@ -71,7 +76,7 @@ def rebalance(
     if not yes:
         found = cluster.plan(budget=_budget(budget))
         _print_plan(found)
-        if not found["moves"]:
+        if not found.moves:
             return
         typer.confirm("carry it out?", abort=True)
     change = cluster.rebalance(budget=_budget(budget))
@@ -85,13 +90,13 @@ def rollback(
 ) -> None:
     """Return to the placement before a change."""
     done = connect(name).rollback(change)
-    print_json(done) if as_json else _print_changes([done])
+    print_report(done) if as_json else _print_changes([done])
 
 
 def history(name: NameOption = "local", as_json: JsonOption = False) -> None:
     """Show the last changes: who, why, their predicted and measured effect, how they ended."""
     found = connect(name).history()
-    print_json(found) if as_json else _print_changes(found)
+    print_report(found) if as_json else _print_changes(found)
 
 
 def replicate(
@@ -149,14 +154,15 @@ def drain(
 ) -> None:
     """Move all experts off a host while requests go on; `undrain` cancels it."""
     cluster = connect(name)
-    with err.status(f"moving experts off {host}"):
-        left = cluster.drain(host, timeout)
-    drain = cluster.draining(host) if left else {"phase": "done", "lacking": ""}
+    with err.status(f"moving experts off {host}") as line:
+        done = cluster.drain(
+            host, timeout, watch=lambda seen: line.update(f"moving experts off {_left(seen)}")
+        )
     if as_json:
-        print_json({"host": host, "experts": left, "done": not left} | drain)
-    if left:
-        why = drain["lacking"] or f"not done after {timeout:g} s"
-        raise ClusterError(f"{host}: {left} experts are still there: {why}; the drain goes on")
+        print_report(done)
+    if done.remaining_replicas:
+        why = done.obstacle or f"not done after {timeout:g} s"
+        raise ClusterError(f"{_left(done)}: {why}; the drain goes on")
     if not as_json:
         err.print(f"{host} holds nothing any more")
 
@@ -185,7 +191,7 @@ def scale(
         done = cluster.scale(
             hosts, group, timeout_s=timeout, watch=lambda seen: line.update(_scaling_words(seen))
         )
-    print_json(done) if as_json else out.print(_scaling_words(done))
+    print_report(done) if as_json else out.print(_scaling_words(done))
 
 
 def _budget(text: str | None) -> int | str | None:
@@ -207,7 +213,7 @@ def _budget(text: str | None) -> int | str | None:
 def _model(cluster: Cluster, model: str | None) -> str:
     if model is not None:
         return model
-    served = [served["name"] for served in cluster.status()["models"]]
+    served = [model.name for model in cluster.status().models]
     if len(served) != 1:
         raise ClusterError(f"--model: one of {', '.join(served) or 'none'} has to be named")
     return served[0]
@@ -215,7 +221,7 @@ def _model(cluster: Cluster, model: str | None) -> str:
 
 def _carry_out(
     cluster: Cluster,
-    change: dict[str, Any],
+    change: ChangeReport,
     timeout_s: float,
     as_json: bool,
     *,
@@ -224,93 +230,108 @@ def _carry_out(
     """Show a bar until a change has ended, and then how; ``watch`` also shows what `top` does."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     bars = Progress(*columns, console=err)
-    bar = bars.add_task("loading replicas", total=change["moves"])
+    bar = bars.add_task("loading replicas", total=change.total_moves)
     with Live(bars, console=err, transient=True) as live:
 
-        def show(seen: dict[str, Any]) -> None:
-            bars.update(bar, completed=max(0, change["moves"] - seen["pending"]))
+        def show(seen: ChangeReport) -> None:
+            bars.update(bar, completed=max(0, change.total_moves - seen.pending_moves))
             if watch:
                 live.update(Group(bars, frame(cluster.name, cluster.top(10))))
 
         done = cluster.wait_for(change, timeout_s, watch=show)
-    print_json(done) if as_json else _print_changes([done])
-    if done["phase"] == "failed":
+    print_report(done) if as_json else _print_changes([done])
+    if done.phase == "failed":
         raise typer.Exit(1)
 
 
-def _scaling_words(seen: dict[str, Any]) -> str:
-    words = [f"group {seen['group']}: {seen['before']} -> {seen['count']} hosts, {seen['phase']}"]
-    if seen["coming"]:
-        words.append(f"{', '.join(seen['coming'])} come")
-    if seen["leaving"]:
-        words.append(f"{', '.join(seen['leaving'])} leave, {seen['experts_left']} experts on them")
-    words += [f"{host} {why}" for host, why in seen["waiting"].items()]
-    if seen["took_s"] is not None:
-        words.append(f"after {seen['took_s']:g} s")
+def _left(drain: DrainReport) -> str:
+    return f"{drain.host}: {drain.remaining_replicas} experts are still there"
+
+
+def _scaling_words(seen: ScalingReport) -> str:
+    words = [
+        f"group {seen.group}: {seen.hosts_before} -> {seen.target_hosts} hosts, {seen.phase.words}"
+    ]
+    if seen.arriving_hosts:
+        words.append(f"{', '.join(seen.arriving_hosts)} come")
+    if seen.leaving_hosts:
+        words.append(
+            f"{', '.join(seen.leaving_hosts)} leave, {seen.remaining_replicas} experts on them"
+        )
+    words += [f"{host} {why}" for host, why in seen.obstacles.items()]
+    if seen.duration_s is not None:
+        words.append(f"after {seen.duration_s:g} s")
     return "; ".join(words)
 
 
-def _size(value: int) -> str:
-    return f"{value / 2**20:,.1f} MiB"
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.1f} MiB"
 
 
-def _print_plan(found: dict[str, Any]) -> None:
-    before, after = found["balancedness_before"], found["balancedness_after"]
-    if before is None:
+def _print_plan(found: PlanReport) -> None:
+    before, after = found.balancedness_before, found.balancedness_after
+    if before is None or after is None:
         out.print("no model is served")
         return
-    if found["moves"]:
+    if found.moves:
         moves = table("expert", "to", "replaces", ">size", "why")
-        for move in found["moves"]:
+        for move in found.moves:
             moves.add_row(
-                f"{move['model']} layer {move['layer']} expert {move['expert']}",
-                move["host"],
-                ", ".join(move["replaces"]),
-                _size(move["bytes"]),
-                f"{move['kind']}: {move['reason']}",
+                f"{move.model} layer {move.layer} expert {move.expert}",
+                move.host,
+                ", ".join(expert.words for expert in move.replaces),
+                _mib(move.weight_bytes),
+                f"{move.kind.words}: {move.reason}",
             )
         out.print(moves)
     else:
         out.print("nothing to move")
     out.print(
-        f"{len(found['moves'])} moves, {_size(found['bytes'])}, about {found['expected_s']:g} s; "
-        f"{len(found['drops'])} replicas leave"
+        f"{len(found.moves)} moves, {_mib(found.weight_bytes)}, about {found.expected_s:g} s; "
+        f"{len(found.drops)} replicas leave"
     )
     out.print(
-        f"balancedness: mean {before['mean']:.3f} -> {after['mean']:.3f}, "
-        f"worst layer {before['worst']:.3f} -> {after['worst']:.3f}"
+        f"balancedness: mean {before.mean:.3f} -> {after.mean:.3f}, "
+        f"worst layer {before.worst:.3f} -> {after.worst:.3f}"
     )
     out.print(
-        f"experts that one host's loss takes away: {found['unprotected_before']} -> "
-        f"{found['unprotected_after']}"
+        f"experts that one host's loss takes away: {found.unprotected_experts_before} -> "
+        f"{found.unprotected_experts_after}"
     )
-    if found["unplaced"]:
-        out.print(f"[red]no room for {len(found['unplaced'])} experts[/red]")
+    if found.unplaced_experts:
+        out.print(f"[red]no room for {len(found.unplaced_experts)} experts[/red]")
 
 
-def _measured(found: dict[str, Any] | None) -> str:
+def _mean(balancedness: Balancedness | None) -> str:
+    return "no load" if balancedness is None else f"{balancedness.mean:g}"
+
+
+def _measured(effect: MeasuredEffect | None) -> str:
     """Return the balancedness after a change: for the placement without it, and with it."""
-    if found is None:
+    if effect is None:
         return ""
-    return f"\nmeasured: {found['balancedness_unchanged']} -> {found['balancedness']}"
+    return (
+        f"\nmeasured: {_mean(effect.balancedness_unchanged)} -> "
+        f"{_mean(effect.balancedness_changed)}"
+    )
 
 
-def _print_changes(changes: list[dict[str, Any]]) -> None:
+def _print_changes(changes: list[ChangeReport]) -> None:
     if not changes:
         out.print("no changes yet")
         return
     shown = table(">id", "<who", "why", "phase", ">moves", ">size", ">took", "balance")
     for change in changes:
-        took = change["took_s"]
+        took_s = change.duration_s
         shown.add_row(
-            str(change["id"]),
-            change["who"],
-            change["why"],
-            change["phase"] + "".join(f"\n{error}" for error in change["errors"]),
-            str(change["moves"]),
-            _size(change["bytes"]),
-            f"{took:g} s" if took is not None else f"since {change['age_s']:g} s",
-            f"{change['balancedness_before']} -> {change['balancedness_predicted']}"
-            + _measured(change["measured"]),
+            str(change.id),
+            change.initiator,
+            change.reason,
+            change.phase.words + "".join(f"\n{error}" for error in change.errors),
+            str(change.total_moves),
+            _mib(change.weight_bytes),
+            f"{took_s:g} s" if took_s is not None else f"since {change.age_s:g} s",
+            f"{_mean(change.balancedness_before)} -> {_mean(change.balancedness_predicted)}"
+            + _measured(change.measured),
         )
     out.print(shown)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 from rich.markup import escape
 
+from ..cluster.reports.status import (
+    ClusterStatus,
+    EngineStatus,
+    HostProcess,
+    HostStatus,
+    RouterServiceStatus,
+    StatusDocument,
+)
 from ..handle import connect
 from ..session import need_session
 from .terminal import table
@@ -14,127 +20,151 @@ from .terminal import table
 out = Console(highlight=False)
 
 
-def read_status(name: str) -> dict[str, Any]:
+def read_status(name: str) -> StatusDocument:
     """Read the cluster's status.
 
     Over HTTP if it has a monitoring address, which is faster and also has the engines' figures.
     """
     session = need_session(name)
-    found = {"name": name, "url": session.url, "monitoring": session.monitoring}
-    if session.monitoring is not None:
+    if session.monitoring is None:
+        cluster, healthy, engines = connect(name).status(), None, None
+    else:
         from ..client import Client
 
         with Client(session.monitoring) as client:
-            return {**found, **client.status()}
-    return {**found, "cluster": connect(name).status()}
+            found = client.status()
+        cluster, healthy, engines = found.cluster, found.healthy, found.engines
+    return StatusDocument(
+        name=name,
+        url=session.url,
+        monitoring_url=session.monitoring,
+        healthy=healthy,
+        engines=engines,
+        cluster=cluster,
+    )
 
 
-def _bytes(value: int) -> str:
-    return f"{value / 2**20:,.0f} MiB"
-
-
-def _print_balance(cluster: dict[str, Any]) -> None:
-    balance = cluster.get("balance")
-    if balance is None:
+def print_status(document: StatusDocument) -> None:
+    out.print(f"cluster [bold]{document.name}[/bold]  {document.url or '(no endpoint)'}")
+    if document.monitoring_url:
+        out.print(f"monitoring: {document.monitoring_url}/status, /metrics")
+    cluster = document.cluster
+    if cluster is None:
         return
-    age_s = balance["plan_age_s"]
-    looked = "never" if age_s is None else f"{age_s:g} s ago"
-    words = [f"balancer {'on' if balance['auto'] else 'off'}, looked at the load {looked}"]
-    change = balance["last_change"]
-    if change is not None:
-        words.append(
-            f"change {change['id']} ({change['who']}): {change['moves']} moves, {change['phase']}, "
-            f"{change['age_s']:g} s ago"
-        )
-    if balance["moves_pending"]:
-        words.append(f"{balance['moves_pending']} replicas to come")
-    if balance["leaving"]:
-        words.append(f"drained: {', '.join(balance['leaving'])}")
-    out.print("; ".join(words))
-    for warning in cluster["warnings"]:
-        out.print(f"[red]{warning}[/red]")
-
-
-def _print_size(cluster: dict[str, Any]) -> None:
-    size = cluster.get("size")
-    if size is None:
-        return
-    for index, group in enumerate(size["groups"]):
-        if group["min"] != group["max"]:
-            busy = "" if size["busy"] is None else f"; {size['busy']:.0%} busy"
-            bounds = f"{group['min']} to {group['max']}"
-            out.print(f"group {index}: {group['hosts']} hosts of {bounds}{busy}")
-    for event in size["events"][-3:]:
+    if cluster.placement:
+        out.print(f"placement: term {cluster.placement.term}, epoch {cluster.placement.epoch}")
+    if cluster.router_service:
+        _print_router_service(cluster.router_service)
+    _print_hosts(cluster.hosts)
+    _print_models(cluster, document.engines or {})
+    _print_balance(cluster)
+    _print_size(cluster)
+    if cluster.unprotected_experts:
         out.print(
-            f"scaling {event['id']} ({event['who']}): group {event['group']} from "
-            f"{event['before']} to {event['count']} hosts, {event['phase']}, {event['age_s']:g} s "
-            f"ago: {event['why']}"
+            f"[yellow]{cluster.unprotected_experts} experts have one replica: the loss of its "
+            "host makes requests wait[/yellow]"
         )
-    if size["held"]:
-        out.print(f"no scaling: {size['held']}")
-    if size["problem"]:
-        out.print(f"[red]{size['problem']}[/red]")
+    for missing in cluster.missing_examples:
+        out.print(f"[red]missing[/red] {missing.words}: {missing.reason}")
+    if cluster.controller.error:
+        out.print(f"[red]controller:[/red] {cluster.controller.error}")
 
 
-def print_status(values: dict[str, Any]) -> None:
-    cluster = values.get("cluster", {})
-    placement = cluster.get("placement")
-    out.print(f"cluster [bold]{values['name']}[/bold]  {values['url'] or '(no endpoint)'}")
-    if values.get("monitoring"):
-        out.print(f"monitoring: {values['monitoring']}/status, /metrics")
-    if placement:
-        out.print(f"placement: term {placement[0]}, epoch {placement[1]}")
-    service = cluster.get("router_service")
-    if service:
-        calls = f", {service['calls']:,} calls" if "calls" in service else ""
-        out.print(f"router service moesaic://{service['address']}  {service['state']}{calls}")
-    hosts = table("host", "state", "device", ">experts", ">weights", ">memory", ">calls", ">queue")
-    for host in cluster.get("hosts", []):
-        hosts.add_row(
-            host["host"],
-            host["state"],
-            host.get("device", ""),
-            str(host.get("experts", "")),
-            _bytes(host["weight_bytes"]) if "weight_bytes" in host else "",
-            _bytes(host["rss_bytes"]) if "rss_bytes" in host else "",
-            f"{host.get('calls', 0):,}",
-            str(host.get("queued_rows", "")),
-        )
-    out.print(hosts)
-    for host in cluster.get("hosts", []):
-        for words in (host[key] for key in ("waiting", "error") if key in host):
-            out.print(f"[yellow]{host['host']}: {escape(words)}[/yellow]")
-    for host in cluster.get("hosts", []):
-        if host.get("overruns"):
+def _print_router_service(service: RouterServiceStatus) -> None:
+    calls = "" if service.process is None else f", {service.process.calls:,} calls"
+    error = "" if service.error is None else f": {escape(service.error)}"
+    out.print(f"router service moesaic://{service.address}  {service.state.words}{error}{calls}")
+
+
+def _print_hosts(hosts: list[HostStatus]) -> None:
+    shown = table("host", "state", "device", ">experts", ">weights", ">memory", ">calls", ">queue")
+    for host in hosts:
+        cells = [""] * 6 if host.process is None else _cells(host.process)
+        shown.add_row(host.name, host.state.words, *cells)
+    out.print(shown)
+    for host in hosts:
+        for words in (host.obstacle, host.error):
+            if words is not None:
+                out.print(f"[yellow]{host.name}: {escape(words)}[/yellow]")
+    for host in hosts:
+        process = host.process
+        if process is not None and process.overrun_batches:
             out.print(
-                f"[yellow]{host['host']}: {host['overruns']:,} batches took longer than the "
-                f"emulated device, by up to {1e3 * host['worst_overrun_s']:.1f} ms[/yellow]"
+                f"[yellow]{host.name}: {process.overrun_batches:,} batches took longer than the "
+                f"emulated device, by up to {1e3 * process.worst_overrun_s:.1f} ms[/yellow]"
             )
+
+
+def _cells(process: HostProcess) -> list[str]:
+    return [
+        process.device,
+        str(process.replicas),
+        _mib(process.weight_bytes),
+        _mib(process.rss_bytes),
+        f"{process.calls:,}",
+        str(process.queued_rows),
+    ]
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.0f} MiB"
+
+
+def _print_models(cluster: ClusterStatus, engines: dict[str, EngineStatus]) -> None:
     models = table(
         "model", ">layers", ">experts", ">replicas", ">missing", ">running", ">waiting", ">parked"
     )
-    engines = values.get("models", {})
-    for model in cluster.get("models", []):
-        engine = engines.get(model["name"], {})
+    for model in cluster.models:
+        engine = engines.get(model.name)
+        work = None if engine is None else engine.work
+        requests = ["", "", ""]
+        if work is not None:
+            counts = work.running_requests, work.waiting_requests, work.parked_requests
+            requests = [str(count) for count in counts]
         models.add_row(
-            f"{model['name']} ({model['dtype']}{', asleep' if model['asleep'] else ''})",
-            str(model["layers"]),
-            str(model["experts"]),
-            str(model["replicas"]),
-            str(model["missing_experts"]),
-            str(engine.get("running", "")),
-            str(engine.get("waiting", "")),
-            str(engine.get("parked", "")),
+            f"{model.name} ({model.dtype}{', asleep' if model.asleep else ''})",
+            str(model.layers),
+            str(model.experts),
+            str(model.min_replicas),
+            str(model.missing_experts),
+            *requests,
         )
     out.print(models)
-    _print_balance(cluster)
-    _print_size(cluster)
-    if cluster.get("unprotected_experts"):
-        out.print(
-            f"[yellow]{cluster['unprotected_experts']} experts have one replica: the loss of its "
-            "host makes requests wait[/yellow]"
+
+
+def _print_balance(cluster: ClusterStatus) -> None:
+    balancing = cluster.balancing
+    age_s = balancing.plan_age_s
+    looked = "never" if age_s is None else f"{age_s:g} s ago"
+    words = [f"balancer {'on' if balancing.automatic else 'off'}, looked at the load {looked}"]
+    change = balancing.last_change
+    if change is not None:
+        words.append(
+            f"change {change.id} ({change.initiator}): {change.total_moves} moves, "
+            f"{change.phase.words}, {change.age_s:g} s ago"
         )
-    for missing in cluster.get("missing_experts", []):
-        out.print(f"[red]missing[/red] {missing}")
-    if cluster.get("error"):
-        out.print(f"[red]controller:[/red] {cluster['error']}")
+    if balancing.pending_moves:
+        words.append(f"{balancing.pending_moves} replicas to come")
+    if balancing.draining_hosts:
+        words.append(f"drained: {', '.join(balancing.draining_hosts)}")
+    out.print("; ".join(words))
+    for warning in cluster.warnings:
+        out.print(f"[red]{warning}[/red]")
+
+
+def _print_size(cluster: ClusterStatus) -> None:
+    scaling = cluster.scaling
+    for index, group in enumerate(scaling.groups):
+        if group.min_hosts != group.max_hosts:
+            busy = "" if scaling.busy_fraction is None else f"; {scaling.busy_fraction:.0%} busy"
+            bounds = f"{group.min_hosts} to {group.max_hosts}"
+            out.print(f"group {index}: {group.hosts} hosts of {bounds}{busy}")
+    for one in scaling.recent[-3:]:
+        out.print(
+            f"scaling {one.id} ({one.initiator}): group {one.group} from {one.hosts_before} to "
+            f"{one.target_hosts} hosts, {one.phase.words}, {one.age_s:g} s ago: {one.reason}"
+        )
+    if scaling.pause_reason:
+        out.print(f"no scaling: {scaling.pause_reason}")
+    if scaling.problem:
+        out.print(f"[red]{scaling.problem}[/red]")

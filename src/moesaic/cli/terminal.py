@@ -9,12 +9,15 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..cluster.reports.report import Report
 
 
 @contextmanager
@@ -31,6 +34,14 @@ def until_ctrl_c() -> Iterator[threading.Event]:
 def print_json(values: Any) -> None:
     json.dump(values, sys.stdout, indent=2)
     print()
+
+
+def print_report(report: Report | Sequence[Report]) -> None:
+    """Print a report, or a list of them, as JSON."""
+    if isinstance(report, Sequence):
+        print_json([one.model_dump(mode="json") for one in report])
+    else:
+        print_json(report.model_dump(mode="json"))
 
 
 def table(*headings: str) -> Table:

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -17,7 +17,10 @@ from rich.text import Text
 from ..handle import Cluster, connect
 from ..proto.errors import ClusterError
 from ..session import find_session
-from .terminal import print_json, table, until_ctrl_c
+from .terminal import print_report, table, until_ctrl_c
+
+if TYPE_CHECKING:
+    from ..cluster.reports.activity import Activity, HostActivity, HotExpert, ModelActivity
 
 out = Console(highlight=False)
 
@@ -34,7 +37,7 @@ def top(
     """Watch hosts, the hottest experts and how evenly the load is spread; Ctrl-C ends it."""
     cluster = connect(name)
     if as_json:
-        print_json(cluster.top(experts))
+        print_report(cluster.top(experts))
     elif once:
         out.print(frame(name, cluster.top(experts)))
     else:
@@ -67,62 +70,66 @@ def _look(name: str, cluster: Cluster, experts: int) -> RenderableType:
         return Text(f"{name}: {error}", style="red")
 
 
-def frame(name: str, seen: dict[str, Any]) -> RenderableType:
+def frame(name: str, seen: Activity) -> RenderableType:
     """Render what `Cluster.top` returned."""
-    placement = seen["placement"]
-    number = "nothing placed" if placement is None else "placement {}, {}".format(*placement)
+    placement = seen.placement
     words = [
         f"cluster {name}",
-        number,
-        f"{seen['routers']} routers",
-        f"{seen['moves_pending']} moves to come",
+        "nothing placed" if placement is None else f"placement {placement.term}, {placement.epoch}",
+        f"{seen.router_count} routers",
+        f"{seen.pending_moves} moves to come",
     ]
-    if seen["missing_experts"]:
-        words.append(f"{seen['missing_experts']} experts missing")
+    if seen.missing_experts:
+        words.append(f"{seen.missing_experts} experts missing")
     parts: list[RenderableType] = [Text("  ".join(words), style="bold")]
-    parts += [Text(warning, style="red") for warning in seen["warnings"]]
-    if seen["error"]:
-        parts.append(Text(f"controller: {seen['error']}", style="red"))
-    for model in seen["models"]:
-        parts.append(Text(_balance(model)))
-    return Group(*parts, _hosts(seen["hosts"]), *_experts(seen["experts"]))
+    parts += [Text(warning, style="red") for warning in seen.warnings]
+    if seen.error:
+        parts.append(Text(f"controller: {seen.error}", style="red"))
+    parts += [Text(_balance(model)) for model in seen.models]
+    return Group(*parts, _hosts(seen.hosts), *_experts(seen.hottest_experts))
 
 
-def _balance(model: dict[str, Any]) -> str:
-    if model["balancedness_mean"] is None:
-        return f"{model['model']}: no load"
+def _balance(model: ModelActivity) -> str:
+    if model.balancedness is None:
+        return f"{model.name}: no load"
     return (
-        f"{model['model']}: {model['choices_per_s']:,.0f} choices/s, balancedness "
-        f"{model['balancedness_mean']:.3f}, worst layer {model['balancedness_worst']:.3f}"
+        f"{model.name}: {model.assignments_per_s:,.0f} assignments/s, balancedness "
+        f"{model.balancedness.mean:.3f}, worst layer {model.balancedness.worst:.3f}"
     )
 
 
-def _hosts(hosts: list[dict[str, Any]]) -> Table:
+def _hosts(hosts: list[HostActivity]) -> Table:
     shown = table("host", "state", ">experts", ">queue", ">busy", ">calls/s", ">rows/s")
     for host in hosts:
+        each = host.throughput
+        cells = ["", "", ""]
+        if each is not None:
+            cells = [
+                f"{each.busy_fraction:.0%}",
+                f"{each.calls_per_s:,.0f}",
+                f"{each.rows_per_s:,.0f}",
+            ]
         shown.add_row(
-            host["host"],
-            Text(host["state"], style="" if host["state"] == "up" else "yellow"),
-            f"{host['experts']:,}",
-            f"{host['queued_rows']:,}",
-            f"{host['busy']:.0%}",
-            f"{host['calls_per_s']:,.0f}",
-            f"{host['rows_per_s']:,.0f}",
+            host.name,
+            Text(host.state.words, style="" if host.state == "up" else "yellow"),
+            f"{host.replicas:,}",
+            f"{host.queued_rows:,}",
+            *cells,
         )
     return shown
 
 
-def _experts(experts: list[dict[str, Any]]) -> list[Table]:
+def _experts(experts: list[HotExpert]) -> list[Table]:
     """Return one table, or none if no expert has load."""
     if not experts:
         return []
-    shown = table("model", ">layer", ">expert", ">choices/s", "hosts")
+    shown = table("model", ">layer", ">expert", ">assignments/s", "hosts")
     for expert in experts:
         shown.add_row(
-            expert["model"],
-            str(expert["layer"]),
-            str(expert["expert"]),
-            f"{expert['choices_per_s']:,.0f}",
-            ", ".join(expert["hosts"]),
+            expert.model,
+            str(expert.layer),
+            str(expert.expert),
+            f"{expert.assignments_per_s:,.0f}",
+            ", ".join(expert.hosts),
         )
     return [shown]

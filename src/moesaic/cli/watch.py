@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -15,13 +15,20 @@ from ..logs import KINDS, Kind, read_logs
 from ..proto.errors import CheckpointError, ClusterError
 from ..session import logged_session
 from .progress import bars
-from .terminal import number, print_json, table, until_ctrl_c
+from .terminal import number, print_json, print_report, table, until_ctrl_c
 from .top import top
+
+if TYPE_CHECKING:
+    from ..cluster.reports.activity import ExpertReport
 
 screen = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
+
+
+# Of the three rates of `AssignmentRates`.
+_HORIZONS = ("10 s", "60 s", "600 s")
 
 
 def register(app: typer.Typer) -> None:
@@ -38,32 +45,31 @@ def experts(
 ) -> None:
     """Show the hosts, load, pins and requested replicas of experts."""
     found = connect(name).experts(model, layer, hot=hot)
-    print_json(found) if as_json else _print_experts(found)
+    print_report(found) if as_json else _print_experts(found)
 
 
-def _print_experts(found: list[dict[str, Any]]) -> None:
+def _print_experts(found: list[ExpertReport]) -> None:
     if not found:
         screen.print("no experts are placed")
         return
-    models = sorted({row["model"] for row in found})
-    horizons = list(found[0]["choices_per_s"])
-    for model in models:
-        rows = [row for row in found if row["model"] == model]
+    for model in sorted({row.model for row in found}):
+        rows = [row for row in found if row.model == model]
         wished = any(_wishes(row) for row in rows)
         shown = table(
-            ">layer", ">expert", "replicas (share)", *(f">{horizon}" for horizon in horizons),
+            ">layer", ">expert", "replicas (share)", *(f">{horizon}" for horizon in _HORIZONS),
             ">of layer", *(["wishes"] if wished else []),
         )  # fmt: skip
         for row in rows:
+            rates = row.assignments_per_s
             shown.add_row(
-                str(row["layer"]),
-                str(row["expert"]),
-                ", ".join(f"{one['host']} ({_share(one['share'])})" for one in row["replicas"]),
-                *map(number, row["choices_per_s"].values()),
-                "" if row["layer_part"] is None else f"{row['layer_part']:.1%}",
+                str(row.layer),
+                str(row.expert),
+                ", ".join(f"{one.host} ({_share(one.share)})" for one in row.replicas),
+                *map(number, (rates.over_10_s, rates.over_60_s, rates.over_600_s)),
+                "" if row.share_of_layer is None else f"{row.share_of_layer:.1%}",
                 *([_wishes(row)] if wished else []),
             )
-        screen.print(f"{model}: choices per second over {', '.join(horizons)}")
+        screen.print(f"{model}: assignments per second over {', '.join(_HORIZONS)}")
         screen.print(shown)
 
 
@@ -72,10 +78,10 @@ def _share(share: float) -> str:
     return f"{share:.0%}" if share >= 0.005 else "spare"
 
 
-def _wishes(row: dict[str, Any]) -> str:
-    wishes = [f"pinned to {host}" for host in row["pinned_to"]]
-    if row["least_replicas"] > 1:
-        wishes.append(f"{row['least_replicas']} replicas")
+def _wishes(row: ExpertReport) -> str:
+    wishes = [f"pinned to {host}" for host in row.pinned_to]
+    if row.min_replicas > 1:
+        wishes.append(f"{row.min_replicas} replicas")
     return ", ".join(wishes)
 
 
@@ -131,7 +137,7 @@ def record(
     from ..traces import write_trace
 
     write_trace(out, trace)
-    choices = int(sum(counts.sum() for counts in trace.counts.values()))
+    assignments = int(sum(counts.sum() for counts in trace.counts.values()))
     if as_json:
         recorded = {
             "file": str(out),
@@ -139,11 +145,11 @@ def record(
             "window_s": window,
             "layers": len(trace.counts),
             "hosts": len(trace.hosts),
-            "choices": choices,
+            "assignments": assignments,
         }
         print_json(recorded)
     else:
         err.print(
             f"wrote {out}: {trace.windows} windows of {window:g} s, {len(trace.counts)} layers, "
-            f"{len(trace.hosts)} hosts, {choices:,} choices"
+            f"{len(trace.hosts)} hosts, {assignments:,} assignments"
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moesaic import Client
+from moesaic.cluster.reports.scaling import ScalingReport
 from moesaic.handle import Cluster
-from tests.helpers.live import ON_RAY, asking, hosts_of, running, text_of, wait_until
+from tests.helpers.live import ON_RAY, asking, hosts_of, processes_of, running, text_of, wait_until
 from tests.integration.conftest import save_model
 
 MODEL = "m"
@@ -18,8 +18,8 @@ TOKENS = 16
 pytestmark = ON_RAY
 
 
-def scalings(cluster: Cluster) -> list[dict[str, Any]]:
-    return cluster.status()["size"]["events"]
+def scalings(cluster: Cluster) -> list[ScalingReport]:
+    return cluster.status().scaling.recent
 
 
 @pytest.mark.slow
@@ -53,18 +53,18 @@ def test_hosts_come_and_go_with_the_load(tmp_path: Path) -> None:
         with asking(client, MODEL, TOKENS, wanted) as wrong:
             # The new host comes, and is put to use.
             wait_until(
-                lambda: [h.get("rows", 0) > 0 for h in hosts_of(cluster).values()] == [True] * 2
+                lambda: [one.rows > 0 for one in processes_of(cluster).values()] == [True] * 2
             )
         assert wrong == []
         grown = scalings(cluster)[0]
-        assert (grown["who"], grown["before"], grown["count"]) == ("autoscaler", 1, 2)
-        assert grown["coming"] == ["host-1"]
-        assert "busy, above 40%" in grown["why"]
+        assert (grown.initiator, grown.hosts_before, grown.target_hosts) == ("autoscaler", 1, 2)
+        assert grown.arriving_hosts == ["host-1"]
+        assert "busy, above 40%" in grown.reason
         # Nobody asks any more.
         wait_until(lambda: len(hosts_of(cluster)) == 1)
-        wait_until(lambda: scalings(cluster)[-1]["phase"] == "done")
+        wait_until(lambda: scalings(cluster)[-1].phase == "done")
         shrunk = scalings(cluster)[-1]
-        assert (shrunk["who"], shrunk["before"], shrunk["count"]) == ("autoscaler", 2, 1)
-        assert {"host-0", "host-1"} - set(shrunk["leaving"]) == hosts_of(cluster).keys()
-        assert "busy, below 10%" in shrunk["why"]
+        assert (shrunk.initiator, shrunk.hosts_before, shrunk.target_hosts) == ("autoscaler", 2, 1)
+        assert {"host-0", "host-1"} - set(shrunk.leaving_hosts) == hosts_of(cluster).keys()
+        assert "busy, below 10%" in shrunk.reason
         assert text_of(client, MODEL, TOKENS) == wanted

@@ -13,11 +13,13 @@ import psutil
 import pytest
 
 from moesaic import Client
+from moesaic.cluster.reports.status import MissingExpert
 from moesaic.handle import Cluster
 from moesaic.proto.errors import EngineError, MoesaicError
 from tests.helpers.live import (
     ON_RAY,
-    hosts_of,
+    processes_of,
+    replicas_of,
     running,
     text_in_background,
     text_of,
@@ -88,27 +90,27 @@ def test_nothing_waits_for_a_reload_and_redundancy_comes_back(
     pool: Cluster, client: Client
 ) -> None:
     expected = text_of(client, MODEL, TOKENS)
-    assert pool.status()["unprotected_experts"] == 0
-    victim = hosts_of(pool)["host-1"]
+    assert pool.status().unprotected_experts == 0
+    victim = processes_of(pool)["host-1"]
     with text_in_background(client, MODEL, TOKENS) as result:
-        os.kill(victim["pid"], signal.SIGKILL)
-        missing: list[str] = []
+        os.kill(victim.pid, signal.SIGKILL)
+        missing: list[MissingExpert] = []
 
         def noticed() -> bool:
             status = pool.status()
-            missing.extend(status["missing_experts"])
-            return status["unprotected_experts"] > 0
+            missing.extend(status.missing_examples)
+            return status.unprotected_experts > 0
 
         wait_until(noticed)
         assert not missing, "every expert has another replica"
         assert result() == expected
-    wait_until(lambda: pool.status()["unprotected_experts"] == 0)
-    assert pool.status()["missing_experts"] == []
+    wait_until(lambda: pool.status().unprotected_experts == 0)
+    assert pool.status().missing_experts == 0
 
 
 def test_a_slow_host_changes_no_token(pool: Cluster, client: Client) -> None:
     expected = text_of(client, MODEL, TOKENS)
-    with slowed(hosts_of(pool)["host-0"]["pid"]):
+    with slowed(processes_of(pool)["host-0"].pid):
         assert text_of(client, MODEL, TOKENS) == expected
     assert text_of(client, MODEL, TOKENS) == expected
 
@@ -121,7 +123,7 @@ def test_a_router_that_wakes_late_finds_its_way(pool: Cluster, client: Client) -
         trunk.suspend()
         try:
             pool.drain("host-2")
-            wait_until(lambda: hosts_of(pool)["host-2"]["experts"] == 0)
+            wait_until(lambda: replicas_of(pool)["host-2"] == 0)
         finally:
             trunk.resume()
         assert result() == expected

@@ -16,11 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moesaic import Client, MoesaicError, RouterClient
+from moesaic.cluster.reports.status import RouterServiceStatus
 from moesaic.handle import Cluster
 from tests.helpers.architectures import tiny_model
 from tests.helpers.live import (
     ON_RAY,
-    hosts_of,
+    processes_of,
     text_in_background,
     text_of,
     wait_replaced,
@@ -72,11 +73,11 @@ def test_the_endpoint_answers_as_plain_transformers(
 
 def test_status_names_hosts_models_and_what_is_unprotected(cluster: Cluster) -> None:
     status = cluster.status()
-    assert [host["host"] for host in status["hosts"]] == ["host-0", "host-1", "host-2"]
-    assert {model["name"] for model in status["models"]} >= {"mixtral", "org/once"}
-    assert status["unprotected_experts"] == 16
-    assert status["missing_experts"] == []
-    assert status["error"] == ""
+    assert [host.name for host in status.hosts] == ["host-0", "host-1", "host-2"]
+    assert {model.name for model in status.models} >= {"mixtral", "org/once"}
+    assert status.unprotected_experts == 16
+    assert status.missing_experts == 0
+    assert status.controller.error is None
 
 
 def test_a_name_with_a_slash_an_alias_and_a_page_in_a_browser(cluster: Cluster) -> None:
@@ -87,11 +88,11 @@ def test_a_name_with_a_slash_an_alias_and_a_page_in_a_browser(cluster: Cluster) 
         assert cards["org/once"] is None
         assert text_of(client, "team/alias", 20) == text_of(client, "org/once", 20)
     with Client(cluster.monitoring or "") as operator:
-        assert operator.status()["models"]["org/once"]["healthy"]
+        assert operator.status().engines["org/once"].healthy
     for path in ("org/once", "org%2Fonce"):
         assert httpx.get(f"{cluster.url}/v1/models/{path}").json()["id"] == "org/once"
     assert cluster.from_pretrained("org/once").config.model_type == "mixtral"
-    assert {row["model"] for row in cluster.experts("org/once")} == {"org/once"}
+    assert {row.model for row in cluster.experts("org/once")} == {"org/once"}
     assert {line.name for line in cluster.logs(["trunk"])} >= {"org/once", "mixtral"}
     # Through the HTTP proxy, too.
     headers = {"origin": PAGE, "access-control-request-method": "POST"}
@@ -120,7 +121,7 @@ def test_killed_hosts_change_no_token(cluster: Cluster) -> None:
         expected = text_of(client, "mixtral", 200)
         for victim in ("host-0", "host-2"):
             wait_whole(cluster)
-            pid = hosts_of(cluster)[victim]["pid"]
+            pid = processes_of(cluster)[victim].pid
             with text_in_background(client, "mixtral", 200) as result:
                 os.kill(pid, signal.SIGKILL)
                 assert result() == expected
@@ -132,18 +133,18 @@ def test_a_frozen_host_changes_no_token_and_comes_back(cluster: Cluster) -> None
     wait_whole(cluster)
     with Client(cluster.url) as client:
         expected = text_of(client, "mixtral", 100)
-        host = hosts_of(cluster)["host-1"]
+        host = processes_of(cluster)["host-1"]
         with text_in_background(client, "mixtral", 100) as result:
-            os.kill(host["pid"], signal.SIGSTOP)
+            os.kill(host.pid, signal.SIGSTOP)
             try:
                 assert result() == expected
             finally:
-                os.kill(host["pid"], signal.SIGCONT)
+                os.kill(host.pid, signal.SIGCONT)
         wait_whole(cluster)
-        before = hosts_of(cluster)["host-1"]["calls"]
+        before = processes_of(cluster)["host-1"].calls
         assert text_of(client, "mixtral", 100) == expected
-        assert hosts_of(cluster)["host-1"]["pid"] == host["pid"]
-        wait_until(lambda: hosts_of(cluster)["host-1"]["calls"] > before)
+        assert processes_of(cluster)["host-1"].pid == host.pid
+        wait_until(lambda: processes_of(cluster)["host-1"].calls > before)
 
 
 def test_with_one_replica_requests_wait_for_the_restart(cluster: Cluster) -> None:
@@ -151,7 +152,7 @@ def test_with_one_replica_requests_wait_for_the_restart(cluster: Cluster) -> Non
     wait_whole(cluster)
     with Client(cluster.url) as client:
         expected = text_of(client, "org/once", 100)
-        pid = hosts_of(cluster)["host-1"]["pid"]
+        pid = processes_of(cluster)["host-1"].pid
         with text_in_background(client, "org/once", 100) as result:
             os.kill(pid, signal.SIGKILL)
             assert result() == expected
@@ -161,7 +162,8 @@ def test_with_one_replica_requests_wait_for_the_restart(cluster: Cluster) -> Non
 def test_serving_goes_on_without_the_controller(cluster: Cluster) -> None:
     assert cluster.url is not None
     wait_whole(cluster)
-    term = cluster.status()["placement"][0]
+    placement = cluster.status().placement
+    assert placement is not None
     with Client(cluster.url) as client:
         expected = text_of(client, "mixtral", 50)
         controller = ray.get_actor("controller", namespace=f"moesaic-{cluster.name}")
@@ -170,16 +172,19 @@ def test_serving_goes_on_without_the_controller(cluster: Cluster) -> None:
 
     def back() -> bool:
         try:
-            return cluster.status()["placement"] is not None
+            return cluster.status().placement is not None
         except MoesaicError:
             return False
 
     wait_until(back)
     # The one who is new is asked as the old one was.
     with Client(cluster.monitoring or "") as operator:
-        assert operator.status()["cluster"]["placement"][0] > term
-    assert cluster.status()["placement"][0] > term
-    assert {m["name"] for m in cluster.status()["models"]} >= {"mixtral", "memory"}
+        told = operator.status().cluster
+    for status in (told, cluster.status()):
+        assert status is not None
+        assert status.placement is not None
+        assert status.placement.term > placement.term
+    assert {model.name for model in cluster.status().models} >= {"mixtral", "memory"}
 
 
 def test_the_router_service_answers_and_comes_back(
@@ -194,14 +199,22 @@ def test_the_router_service_answers_and_comes_back(
         _, weights, ids = moe.gate(hidden)
         expected = moe(hidden[None])[0]
 
-    def state() -> dict[str, Any]:
-        return cluster.status()["router_service"]
+    def service() -> RouterServiceStatus:
+        found = cluster.status().router_service
+        assert found is not None
+        return found
+
+    def calls() -> int:
+        process = service().process
+        return 0 if process is None else process.calls
 
     with RouterClient(cluster.router, timeout_s=60.0, retries=30) as client:
         assert {model.name for model in client.models()} >= {"mixtral", "org/once"}
         experts = client.experts("mixtral", 1)
         torch.testing.assert_close(experts(hidden, ids, weights), expected, atol=1e-5, rtol=1e-5)
-        wait_until(lambda: state()["state"] == "up" and state()["calls"] == 1)
-        os.kill(state()["pid"], signal.SIGKILL)
+        wait_until(lambda: service().state == "up" and calls() == 1)
+        process = service().process
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
         torch.testing.assert_close(experts(hidden, ids, weights), expected, atol=1e-5, rtol=1e-5)
-        wait_until(lambda: state()["state"] == "up")
+        wait_until(lambda: service().state == "up")

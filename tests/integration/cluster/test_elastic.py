@@ -21,7 +21,15 @@ from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
 from moesaic.cluster.planner.plan import Wishes
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
-from tests.helpers.live import ON_RAY, hosts_of, running, text_in_background, text_of, wait_until
+from tests.helpers.live import (
+    ON_RAY,
+    replicas_of,
+    running,
+    term_of,
+    text_in_background,
+    text_of,
+    wait_until,
+)
 from tests.integration.conftest import save_model
 
 MODEL = "m"
@@ -48,28 +56,24 @@ def client(pool: Cluster) -> Iterator[Client]:
         yield client
 
 
-def held(cluster: Cluster) -> dict[str, int]:
-    return {name: host.get("experts", 0) for name, host in hosts_of(cluster).items()}
-
-
 def wait_used(cluster: Cluster, host: str) -> None:
     """Until a host that was drained has its part again, and nothing is on its way."""
-    wait_until(lambda: held(cluster)[host] > 0)
-    wait_until(lambda: not cluster.status()["balance"]["moves_pending"])
+    wait_until(lambda: replicas_of(cluster)[host] > 0)
+    wait_until(lambda: not cluster.status().balancing.pending_moves)
 
 
 def test_a_wish_is_a_change_that_ends_and_can_be_taken_back(pool: Cluster, client: Client) -> None:
     wanted = text_of(client, MODEL, 20)
-    before = sum(held(pool).values())
+    before = sum(replicas_of(pool).values())
     change = pool.wait_for(pool.replicate(MODEL, 0, 1, 3), 60)
-    assert (change["phase"], change["moves"], change["errors"]) == ("done", 2, [])
-    assert change["why"] == "3 replicas of expert 1 of layer 0 of m"
-    assert sum(held(pool).values()) == before + 2
-    assert pool.replicate(MODEL, 0, 1, 3)["id"] == change["id"], "asked for again"
+    assert (change.phase, change.total_moves, change.errors) == ("done", 2, [])
+    assert change.reason == "3 replicas of expert 1 of layer 0 of m"
+    assert sum(replicas_of(pool).values()) == before + 2
+    assert pool.replicate(MODEL, 0, 1, 3).id == change.id, "asked for again"
     for host in ("host-0", "host-1", "host-2"):
         change = pool.pin(MODEL, 0, 2, host)
-    assert pool.wait_for(change, 60)["phase"] == "done"
-    assert sum(held(pool).values()) == before + 4
+    assert pool.wait_for(change, 60).phase == "done"
+    assert sum(replicas_of(pool).values()) == before + 4
     with pytest.raises(ClusterError, match="expert: 99 is not in 0 to"):
         pool.pin(MODEL, 0, 99, "host-1")
     pool.replicate(MODEL, 0, 1, 1)
@@ -80,12 +84,12 @@ def test_a_wish_is_a_change_that_ends_and_can_be_taken_back(pool: Cluster, clien
 
 def test_a_drained_host_is_emptied_and_no_token_changes(pool: Cluster, client: Client) -> None:
     wanted = text_of(client, MODEL, TOKENS)
-    assert min(held(pool).values()) > 0
+    assert min(replicas_of(pool).values()) > 0
     with text_in_background(client, MODEL, TOKENS) as text:
-        assert pool.drain("host-1", timeout_s=60) == 0
+        assert pool.drain("host-1", timeout_s=60).phase == "done"
         assert text() == wanted
-    assert held(pool)["host-1"] == 0
-    assert pool.status()["balance"]["leaving"] == ["host-1"]
+    assert replicas_of(pool)["host-1"] == 0
+    assert pool.status().balancing.draining_hosts == ["host-1"]
     pool.undrain("host-1")
     with pytest.raises(ClusterError, match="host: 'nobody' is none of host-0"):
         pool.drain("nobody")
@@ -95,45 +99,41 @@ def test_a_drained_host_is_emptied_and_no_token_changes(pool: Cluster, client: C
 def test_a_new_controller_has_a_higher_term_and_keeps_wishes(pool: Cluster, client: Client) -> None:
     wanted = text_of(client, MODEL, TOKENS)
     pool.drain("host-2", timeout_s=60)
-    term = pool.status()["term"]
+    term = pool.status().controller.term
     with text_in_background(client, MODEL, TOKENS) as text:
         controller: Any = ray.get_actor(CONTROLLER, namespace=namespace_of(pool.name))
         ray.kill(controller, no_restart=False)
-        wait_until(lambda: _term(pool) > term)
-        wait_until(lambda: pool.status()["placement"] is not None)
+        wait_until(lambda: term_of(pool) > term)
+        wait_until(lambda: pool.status().placement is not None)
         assert text() == wanted
     status = pool.status()
-    assert status["placement"][0] == status["term"]
-    assert status["balance"]["leaving"] == ["host-2"]
-    assert held(pool)["host-2"] == 0
+    assert status.placement is not None
+    assert status.placement.term == status.controller.term
+    assert status.balancing.draining_hosts == ["host-2"]
+    assert replicas_of(pool)["host-2"] == 0
     pool.undrain("host-2")
     wait_used(pool, "host-2")
-
-
-def _term(cluster: Cluster) -> int:
-    try:
-        return cluster.status()["term"]
-    except ClusterError:
-        return 0
 
 
 def test_load_is_counted_and_rebalancing_follows_it(pool: Cluster, client: Client) -> None:
     for _ in range(4):
         text_of(client, MODEL, TOKENS)
-    wait_until(lambda: bool(pool.status()["routers"]))
+    wait_until(lambda: bool(pool.status().routers))
     found = pool.plan()
-    assert found["balancedness_after"]["mean"] >= found["balancedness_before"]["mean"] - 1e-6
+    assert found.balancedness_before is not None
+    assert found.balancedness_after is not None
+    assert found.balancedness_after.mean >= found.balancedness_before.mean - 1e-6
     wanted = text_of(client, MODEL, TOKENS)
     with text_in_background(client, MODEL, TOKENS) as text:
         change = pool.rebalance(budget=20)
-        wait_until(lambda: pool.change(change["id"])["phase"] != "loading")
+        wait_until(lambda: pool.change(change.id).phase != "loading")
         assert text() == wanted
-    done = pool.change(change["id"])
-    assert done["phase"] == "done"
-    assert pool.history()[-1]["id"] == change["id"]
-    pool.rollback(change["id"])
-    assert pool.change(change["id"])["phase"] == "rolled back"
-    wait_until(lambda: not pool.status()["balance"]["moves_pending"])
+    done = pool.change(change.id)
+    assert done.phase == "done"
+    assert pool.history()[-1].id == change.id
+    pool.rollback(change.id)
+    assert pool.change(change.id).phase == "rolled_back"
+    wait_until(lambda: not pool.status().balancing.pending_moves)
     assert text_of(client, MODEL, TOKENS) == wanted
 
 
@@ -146,7 +146,7 @@ def test_another_process_may_operate_the_cluster(pool: Cluster) -> None:
 
     assert np.isfinite(run("plan")["balancedness_after"]["mean"])
     assert run("replicate", "0", "3", "-n", "2")["phase"] == "done"
-    assert run("replicate", "0", "3", "-n", "1")["moves"] == 0
+    assert run("replicate", "0", "3", "-n", "1")["total_moves"] == 0
 
 
 def test_terms_only_grow_and_are_forgotten_with_their_cluster(pool: Cluster) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moesaic
-from tests.helpers.live import ON_RAY, hosts_of
+from tests.helpers.live import ON_RAY, processes_of
 from tests.integration.conftest import save_model
 
 pytestmark = [*ON_RAY, pytest.mark.slow]
@@ -36,5 +36,5 @@ def test_texts_over_groups_are_those_of_plain_transformers(tmp_path: Path) -> No
         router = cluster._trunks[0].router
         assert torch.equal(trunk.generate(prompt, max_new_tokens=12, do_sample=False), wanted)
         assert set(router.stats().transports.values()) == {"gloo"}
-        os.kill(hosts_of(cluster)["host-0"]["pid"], signal.SIGKILL)
+        os.kill(processes_of(cluster)["host-0"].pid, signal.SIGKILL)
         assert torch.equal(trunk.generate(prompt, max_new_tokens=12, do_sample=False), wanted)

@@ -19,9 +19,20 @@ import ray
 
 from moesaic import Client
 from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
+from moesaic.cluster.reports.scaling import ScalingReport
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
-from tests.helpers.live import ON_RAY, asking, hosts_of, running, text_of, wait_until
+from tests.helpers.live import (
+    ON_RAY,
+    asking,
+    hosts_of,
+    processes_of,
+    replicas_of,
+    running,
+    term_of,
+    text_of,
+    wait_until,
+)
 from tests.integration.conftest import save_model
 
 MODEL = "m"
@@ -50,28 +61,24 @@ def client(pool: Cluster) -> Iterator[Client]:
         yield client
 
 
-def held(cluster: Cluster) -> dict[str, int]:
-    return {name: host.get("experts", 0) for name, host in hosts_of(cluster).items()}
-
-
 def test_two_to_four_to_two_under_load(pool: Cluster, client: Client) -> None:
     wanted = text_of(client, MODEL, TOKENS)
     with asking(client, MODEL, TOKENS, wanted) as wrong:
         up = pool.scale(4, timeout_s=60)
-        assert (up["phase"], up["coming"], up["leaving"]) == ("done", ["host-2", "host-3"], [])
+        assert (up.phase, up.arriving_hosts, up.leaving_hosts) == ("done", ["host-2", "host-3"], [])
         # New hosts are put to use by themselves.
-        wait_until(lambda: min(held(pool).values()) > 0)
-        pids = {name: host["pid"] for name, host in hosts_of(pool).items()}
+        wait_until(lambda: min(replicas_of(pool).values()) > 0)
+        pids = {name: process.pid for name, process in processes_of(pool).items()}
         down = pool.scale(2, timeout_s=60)
-        assert down["phase"] == "done"
-        assert len(down["leaving"]) == 2
-        assert hosts_of(pool).keys() == pids.keys() - set(down["leaving"])
-        for name in down["leaving"]:
+        assert down.phase == "done"
+        assert len(down.leaving_hosts) == 2
+        assert hosts_of(pool).keys() == pids.keys() - set(down.leaving_hosts)
+        for name in down.leaving_hosts:
             wait_until(lambda name=name: not psutil.pid_exists(pids[name]))
     assert wrong == []
     assert text_of(client, MODEL, TOKENS) == wanted
-    assert pool.scale(2)["phase"] == "done"
-    assert [event["count"] for event in pool.status()["size"]["events"]] == [4, 2, 2]
+    assert pool.scale(2).phase == "done"
+    assert [one.target_hosts for one in pool.status().scaling.recent] == [4, 2, 2]
 
 
 def test_what_cannot_be_is_refused_by_name(pool: Cluster) -> None:
@@ -97,34 +104,27 @@ def test_a_new_controller_knows_the_hosts_and_who_was_leaving(
 ) -> None:
     wanted = text_of(client, MODEL, TOKENS)
     pool.scale(4, timeout_s=60)
-    wait_until(lambda: min(held(pool).values()) > 0)
+    wait_until(lambda: min(replicas_of(pool).values()) > 0)
     names = hosts_of(pool).keys()
-    term = pool.status()["term"]
+    term = pool.status().controller.term
     # It begins to let two hosts go, and dies.
     asked: Any = ray.get_actor(CONTROLLER, namespace=namespace_of(pool.name))
-    scaling: Any = ray.get(asked.scale.remote(2, 0, "test"), timeout=30)
+    scaling: ScalingReport = ray.get(asked.scale.remote(2, 0, "test"), timeout=30)
     ray.kill(asked, no_restart=False)
-    wait_until(lambda: _term(pool) > term)
-    wait_until(lambda: hosts_of(pool).keys() == names - set(scaling["leaving"]))
+    wait_until(lambda: term_of(pool) > term)
+    wait_until(lambda: hosts_of(pool).keys() == names - set(scaling.leaving_hosts))
     assert text_of(client, MODEL, TOKENS) == wanted
-
-
-def _term(cluster: Cluster) -> int:
-    try:
-        return cluster.status()["term"]
-    except ClusterError:
-        return 0
 
 
 def test_a_host_that_dies_while_it_leaves_holds_nothing_up(pool: Cluster, client: Client) -> None:
     wanted = text_of(client, MODEL, TOKENS)
     pool.scale(3, timeout_s=60)
     controller: Any = ray.get_actor(CONTROLLER, namespace=namespace_of(pool.name))
-    scaling: Any = ray.get(controller.scale.remote(2, 0, "test"), timeout=30)
-    pid = hosts_of(pool)[scaling["leaving"][0]].get("pid")
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
-    assert pool.scale(2, timeout_s=60)["phase"] == "done"
+    scaling: ScalingReport = ray.get(controller.scale.remote(2, 0, "test"), timeout=30)
+    process = processes_of(pool).get(scaling.leaving_hosts[0])
+    if process is not None:
+        os.kill(process.pid, signal.SIGKILL)
+    assert pool.scale(2, timeout_s=60).phase == "done"
     assert len(hosts_of(pool)) == 2
     assert text_of(client, MODEL, TOKENS) == wanted
 
@@ -154,9 +154,9 @@ def test_up_directly_behind_down_twenty_times_leaks_nothing(pool: Cluster, clien
     wanted = text_of(client, MODEL, TOKENS)
 
     def one_round() -> None:
-        assert pool.scale(4, timeout_s=180)["phase"] == "done"
+        assert pool.scale(4, timeout_s=180).phase == "done"
         assert text_of(client, MODEL, 10) == wanted_short
-        assert pool.scale(2, timeout_s=180)["phase"] == "done"
+        assert pool.scale(2, timeout_s=180).phase == "done"
 
     wanted_short = text_of(client, MODEL, 10)
     one_round()

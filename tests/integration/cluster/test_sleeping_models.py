@@ -12,20 +12,10 @@ import ray
 import moesaic
 from moesaic import Client
 from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
-from moesaic.handle import Cluster
-from moesaic.proto.errors import ClusterError
-from tests.helpers.live import ON_RAY, hosts_of, text_of, wait_until
+from tests.helpers.live import ON_RAY, replicas_of, term_of, text_of, wait_until
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY
-
-
-def new_term(cluster: Cluster) -> int:
-    """0 while there is no controller."""
-    try:
-        return cluster.status()["term"]
-    except ClusterError:
-        return 0
 
 
 @pytest.mark.slow
@@ -46,33 +36,33 @@ def test_a_model_sleeps_and_its_first_request_wakes_it(tmp_path: Path) -> None:
     }
     with moesaic.up(spec) as cluster, Client(cluster.url or "") as client:
         wanted = {name: text_of(client, name, 20) for name in ("sleepy", "other")}
-        before = sum(host["experts"] for host in hosts_of(cluster).values())
+        before = sum(replicas_of(cluster).values())
 
         def asleep() -> bool:
-            return {one["name"]: one["asleep"] for one in cluster.status()["models"]}["sleepy"]
+            return {one.name: one.asleep for one in cluster.status().models}["sleepy"]
 
         def fall_asleep() -> None:
             wait_until(asleep)
-            wait_until(lambda: sum(host["experts"] for host in hosts_of(cluster).values()) < before)
+            wait_until(lambda: sum(replicas_of(cluster).values()) < before)
 
         for _ in range(2):
             fall_asleep()
             status = cluster.status()
-            assert not status["missing_experts"]
+            assert not status.missing_experts
             assert text_of(client, "other", 20) == wanted["other"]
             assert asleep()
             assert text_of(client, "sleepy", 20) == wanted["sleepy"]
             assert not asleep()
         fall_asleep()
         # A controller that starts anew lets it sleep.
-        held = sum(host["experts"] for host in hosts_of(cluster).values())
-        term = cluster.status()["term"]
+        held = sum(replicas_of(cluster).values())
+        term = cluster.status().controller.term
         controller: Any = ray.get_actor(CONTROLLER, namespace=namespace_of(cluster.name))
         ray.kill(controller, no_restart=False)
-        wait_until(lambda: new_term(cluster) > term)
-        wait_until(lambda: cluster.status()["placement"] is not None)
+        wait_until(lambda: term_of(cluster) > term)
+        wait_until(lambda: cluster.status().placement is not None)
         assert asleep()
-        assert sum(host["experts"] for host in hosts_of(cluster).values()) == held
+        assert sum(replicas_of(cluster).values()) == held
         # A trunk that starts while its model sleeps wakes it, too.
         model = cluster.from_pretrained("sleepy")
         assert model.config.model_type == "mixtral"

@@ -21,7 +21,7 @@ from moesaic.cli.main import main
 from moesaic.cluster.placement import LayerKey
 from moesaic.handle import Cluster
 from moesaic.traces import read_trace
-from tests.helpers.live import ON_RAY, hosts_of, running, text_of, wait_until
+from tests.helpers.live import ON_RAY, processes_of, running, text_of, wait_until
 from tests.integration.conftest import save_model
 
 MODEL = "m"
@@ -108,37 +108,41 @@ def test_an_emulated_device_takes_its_time_and_says_when_it_could_not(
     pool: Cluster, client: Client
 ) -> None:
     text_of(client, MODEL, 10)
-    for host in hosts_of(pool).values():
-        assert host["batches"] > 0
-        assert host["busy_s"] >= 0.003 * host["batches"] + 1e-4 * host["calls"]
-        assert 0 <= host["overruns"] <= host["batches"]
-        assert (host["worst_overrun_s"] > 0) == (host["overruns"] > 0)
-        assert host["late_s"] >= 0
+    for host in processes_of(pool).values():
+        assert host.batches > 0
+        assert host.busy_s >= 0.003 * host.batches + 1e-4 * host.calls
+        assert 0 <= host.overrun_batches <= host.batches
+        assert (host.worst_overrun_s > 0) == (host.overrun_batches > 0)
+        assert host.total_late_s >= 0
 
 
 @pytest.mark.usefixtures("traffic")
 def test_top_shows_what_goes_on(pool: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     def busy() -> bool:
         seen = pool.top(3)
-        return bool(seen["experts"]) and all(host["calls_per_s"] > 0 for host in seen["hosts"])
+        rates = [host.throughput for host in seen.hosts]
+        busy = [rate is not None and rate.calls_per_s > 0 for rate in rates]
+        return bool(seen.hottest_experts) and all(busy)
 
     wait_until(busy)
     seen = pool.top(3)
-    assert [host["host"] for host in seen["hosts"]] == ["host-0", "host-1"]
-    for host in seen["hosts"]:
-        assert (host["state"], host["experts"]) == ("up", 8)
-        assert 0 < host["busy"] < 1.5
-    rates = [expert["choices_per_s"] for expert in seen["experts"]]
+    assert [host.name for host in seen.hosts] == ["host-0", "host-1"]
+    for host in seen.hosts:
+        assert (host.state, host.replicas) == ("up", 8)
+        assert host.throughput is not None
+        assert 0 < host.throughput.busy_fraction < 1.5
+    rates = [expert.assignments_per_s for expert in seen.hottest_experts]
     assert rates == sorted(rates, reverse=True)
     assert len(rates) == 3
-    for expert in seen["experts"]:
-        assert len(expert["hosts"]) == 1
-    (model,) = seen["models"]
-    assert 0 < model["balancedness_worst"] <= model["balancedness_mean"] <= 1
-    assert (seen["routers"], seen["moves_pending"], seen["error"]) == (1, 0, "")
+    for expert in seen.hottest_experts:
+        assert len(expert.hosts) == 1
+    (model,) = seen.models
+    assert model.balancedness is not None
+    assert 0 < model.balancedness.worst <= model.balancedness.mean <= 1
+    assert (seen.router_count, seen.pending_moves, seen.error) == (1, 0, None)
 
     assert main(["top", "--json", "--name", pool.name, "--experts", "2"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["experts"]) == 2
+    assert len(json.loads(capsys.readouterr().out)["hottest_experts"]) == 2
     assert main(["top", "--once", "--name", pool.name]) == 0
     drawn = capsys.readouterr().out
     assert pool.name in drawn
@@ -163,14 +167,15 @@ def test_history_shows_what_a_change_brought(
     pool: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool.replicate(MODEL, 0, 0, 2)
-    wait_until(lambda: bool(pool.history()) and pool.history()[-1]["measured"] is not None)
+    wait_until(lambda: bool(pool.history()) and pool.history()[-1].measured is not None)
     change = pool.history()[-1]
-    assert (change["phase"], change["moves"]) == ("done", 1)
-    measured = change["measured"]
-    assert measured["seconds"] >= 1.0
-    assert 0 < measured["balancedness_unchanged"] <= 1
-    assert 0 < measured["balancedness"] <= 1
-    assert measured["host_choices_per_s"].keys() == {"host-0", "host-1"}
+    assert (change.phase, change.total_moves) == ("done", 1)
+    measured = change.measured
+    assert measured is not None
+    assert measured.window_s >= 1.0
+    assert 0 < measured.balancedness_unchanged.mean <= 1
+    assert 0 < measured.balancedness_changed.mean <= 1
+    assert measured.host_assignments_per_s_after.keys() == {"host-0", "host-1"}
     assert main(["history", "--name", pool.name]) == 0
     assert "measured" in capsys.readouterr().out, "beside what was predicted"
     pool.replicate(MODEL, 0, 0, 1)
@@ -181,11 +186,9 @@ def test_the_watchdog_stands_in_status_and_among_rays_metrics(
 ) -> None:
     text_of(client, MODEL, 5)
     status = pool.status()
-    seen = status["watchdog"]
-    assert (seen["term"], seen["failing"], status["warnings"]) == (status["term"], False, [])
-    assert seen["tick_age_s"] < 5
-    assert (seen["hosts"], seen["missing_experts"]) == ({"up": 2}, 0)
-    assert seen["unprotected_experts"] == status["unprotected_experts"]
+    assert (status.controller.failing, status.warnings) == (False, [])
+    assert status.controller.tick_age_s < 5
+    assert ([host.state for host in status.hosts], status.missing_experts) == (["up"] * 2, 0)
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
@@ -199,7 +202,7 @@ def test_the_watchdog_stands_in_status_and_among_rays_metrics(
 
     wait_until(lambda: "ray_moesaic_term" in figures())
     found = figures()
-    assert found["ray_moesaic_term"] == status["term"]
+    assert found["ray_moesaic_term"] == status.controller.term
     assert found["ray_moesaic_missing_experts"] == 0
     assert found["ray_moesaic_hosts"] == 2
     assert found["ray_moesaic_tick_age_s"] >= 0

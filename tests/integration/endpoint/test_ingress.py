@@ -19,6 +19,7 @@ from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.client import Client
 from moesaic.proto.errors import ExpertUnavailable
 from tests.helpers.engines import reference
+from tests.helpers.reports import engine_report
 from tests.helpers.service import CALLING, TEXT, TOKENIZER, Service, running_service
 
 MODELS = ["tiny", "org/script", "plain", "tools", "limited"]
@@ -455,12 +456,11 @@ def test_metrics_count_what_was_done(
 def test_the_state_of_the_engines_is_among_the_metrics(
     operator: httpx.Client, service: Service
 ) -> None:
-    stats = {"running": 3, "parked": 1, "healthy": True, "last_error": None}
-    service.more_status = {"models": {"tiny": stats}}
+    service.engine_reports["tiny"] = engine_report(running_requests=3, parked_requests=1)
     try:
         found = metrics_of(operator)
     finally:
-        service.more_status = {}
+        service.engine_reports.clear()
     assert found["moesaic_engine_running[('model', 'tiny')]"] == 3
     assert found["moesaic_engine_parked[('model', 'tiny')]"] == 1
     assert found["moesaic_engine_healthy[('model', 'tiny')]"] == 1
@@ -498,7 +498,7 @@ def test_limits_of_the_spec(http: httpx.Client) -> None:
 def test_status_and_metrics_are_elsewhere(
     http: httpx.Client, operator: httpx.Client, service: Service
 ) -> None:
-    assert operator.get("/status").json() == {"healthy": True, "running": 0}
+    assert operator.get("/status").json() == {"healthy": True, "engines": {}, "cluster": None}
     service.healthy = False
     try:
         answer = operator.get("/status")

@@ -149,7 +149,7 @@ def test_a_call_that_is_too_large_goes_in_several(folder: Path) -> None:
     policy = ServicePolicy(max_call_bytes=10_000)
     with router_service(folder, policy=policy) as served:
         served.answers(served.client(), inputs(200))
-        assert served.service.report()["calls"] == -(-200 // (10_000 // (HIDDEN * 4 + 2 * 8)))
+        assert served.service.report().calls == -(-200 // (10_000 // (HIDDEN * 4 + 2 * 8)))
 
 
 def test_a_client_needs_neither_ray_nor_torch(
@@ -248,9 +248,9 @@ def test_calls_that_wait_together_are_merged(folder: Path, exact: bool) -> None:
             if exact:
                 assert torch.equal(given, by_itself), "the bits depend on who else asked"
         after = served.service.report()
-        assert after["batches"] - before["batches"] == 2
-        assert after["merged"] - before["merged"] == 1
-        assert after["calls"] - before["calls"] == 5
+        assert after.batches - before.batches == 2
+        assert after.merged_batches - before.merged_batches == 1
+        assert after.calls - before.calls == 5
 
 
 def test_a_mistake_costs_nobody_else_anything(folder: Path) -> None:
@@ -284,7 +284,7 @@ def test_an_expert_that_is_not_finite_costs_only_those_who_chose_it(folder: Path
         with pytest.raises(BadExpert, match=f"expert 3 of layer {LAYER} of m"):
             calls[0].result(30)
         assert_right(calls[1].result(30), served.pool.answer(*other))
-        assert served.service.report()["merged"] == 1
+        assert served.service.report().merged_batches == 1
 
 
 # ---- hosts that fail ----------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_rows_of_a_lost_expert_wait_for_it_and_others_go_on(folder: Path) -> Non
         lost.close()
         given = inputs(16)
         call = start(served.ask, served.client(), given)
-        assert settles(lambda: served.service.report()["parked"] > 1)
+        assert settles(lambda: served.service.report().expert_waits > 1)
         x, ids, weights = inputs(6, seed=1)
         ids[:] = torch.tensor(sorted(set(range(EXPERTS)) - theirs))[:2]
         served.answers(served.client(), (x, ids, weights))
@@ -358,7 +358,7 @@ def test_a_call_that_is_too_late_is_not_computed(folder: Path) -> None:
                 leaving.result(30)
         assert_right(first.result(30), served.pool.answer(*inputs(2)))
         served.goes_on()
-        assert served.service.report()["rows"] == 2 + 5
+        assert served.service.report().rows == 2 + 5
 
 
 @pytest.mark.parametrize("heads", [0, 1])
@@ -393,7 +393,7 @@ def test_what_finds_no_room_is_told_when_to_come_back(folder: Path) -> None:
             assert caught.value.retry_after_s is not None
             assert 0.01 <= caught.value.retry_after_s <= 5.0
             patient = start(served.ask, served.client(retries=30), inputs(3))
-            assert settles(lambda: served.service.report()["refused"] > 1)
+            assert settles(lambda: served.service.report().refused_calls > 1)
             go_on()
         assert_right(patient.result(60), served.pool.answer(*inputs(3)))
         for n, call in enumerate(calls):
@@ -411,7 +411,7 @@ def test_a_flood_is_refused_and_others_are_not(folder: Path) -> None:
             floods += [start(served.ask, flood, inputs(2, seed=n)) for n in range(1, 4)]
             assert served.holds(4)
             call = start(served.ask, modest, inputs(3))
-            assert settles(lambda: served.service.report()["refused"] == 1)
+            assert settles(lambda: served.service.report().refused_calls == 1)
         assert_right(call.result(30), served.pool.answer(*inputs(3)))
         errors = [one.exception(30) for one in floods]
         assert [type(error) for error in errors if error is not None] == [Busy]

@@ -28,7 +28,14 @@ from moesaic.actors.serve import deploy
 from moesaic.cluster.service.progress import STALLED_S
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError, EngineError, MoesaicError
-from tests.helpers.live import ON_RAY, hosts_of, running, text_in_background, text_of, wait_until
+from tests.helpers.live import (
+    ON_RAY,
+    processes_of,
+    running,
+    text_in_background,
+    text_of,
+    wait_until,
+)
 from tests.helpers.paths import ROOT
 from tests.helpers.scripted import COUNT, SLOWLY, WAIT, scripted_engine
 from tests.integration.conftest import save_model
@@ -197,7 +204,7 @@ def test_the_controller_says_nothing_of_it(cluster: Cluster) -> None:
 
     def is_back() -> bool:
         try:
-            return bool(cluster.status()["hosts"])
+            return bool(cluster.status().hosts)
         except ClusterError:
             return False  # being started anew
 
@@ -216,13 +223,13 @@ def test_hosts_that_die_and_freeze_are_replaced_and_nobody_is_told(folder: Path)
     ):
         wanted = text_of(client, MODEL, 400)
         with text_in_background(client, MODEL, 400) as result:
-            with frozen(hosts_of(cluster)["host-0"]["pid"]):
+            with frozen(processes_of(cluster)["host-0"].pid):
                 stays_ready(cluster, 5.0)
                 assert text_of(client, MODEL, 400) == wanted
                 stays_ready(cluster, GOES_S)
             assert result() == wanted
         with text_in_background(client, MODEL, 400) as result:
-            os.kill(hosts_of(cluster)["host-1"]["pid"], signal.SIGKILL)
+            os.kill(processes_of(cluster)["host-1"].pid, signal.SIGKILL)
             stays_ready(cluster, 5.0)
             assert result() == wanted
 

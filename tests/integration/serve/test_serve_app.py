@@ -30,6 +30,7 @@ from moesaic.actors.runtime.ports import free_port
 from moesaic.actors.serve import serve_app
 from moesaic.actors.serve.serve_app import Failure, Trunk, build
 from moesaic.client import Client
+from moesaic.cluster.reports.status import EngineStatus
 from moesaic.cluster.spec.parts import MonitoringSpec
 from moesaic.proto.errors import ERRORS, EngineError, RequestError, UnknownModel, words_for_client
 from tests.helpers.engines import reference, tiny_engine
@@ -41,7 +42,7 @@ from tests.helpers.scripted import (
     ERROR,
     LATE_ERROR,
     WAIT,
-    more_status,
+    cluster_status,
     scripted_engine,
 )
 from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
@@ -75,7 +76,7 @@ def url(monitoring: str) -> Iterator[str]:
         }
         watched = MonitoringSpec(port=int(monitoring.rpartition(":")[2]))
         tokenizers = dict.fromkeys(trunks, tiny_tokenizer)
-        serve.run(build(trunks, tokenizers, status=more_status, monitoring=watched))
+        serve.run(build(trunks, tokenizers, status=cluster_status, monitoring=watched))
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
@@ -95,7 +96,7 @@ def operator(url: str, monitoring: str) -> Iterator[httpx.Client]:
 
 
 def running(operator: httpx.Client, model: str) -> int:
-    return operator.get("/status").json()["models"][model]["running"]
+    return operator.get("/status").json()["engines"][model]["work"]["running_requests"]
 
 
 def wait_until_idle(operator: httpx.Client, model: str) -> None:
@@ -130,8 +131,8 @@ def test_status_holds_the_trunks_and_what_the_caller_adds(
 ) -> None:
     status = operator.get("/status").json()
     assert status["healthy"] is True
-    assert status["hosts"] == 3
-    assert set(status["models"]) == {"tiny", "script"}
+    assert [host["name"] for host in status["cluster"]["hosts"]] == ["h0"]
+    assert set(status["engines"]) == {"tiny", "script"}
     assert 'moesaic_engine_running{model="tiny"} 0.0' in operator.get("/metrics").text
     for path in ("/status", "/metrics"):
         assert http.get(path).status_code == 404, "the endpoint does not tell"
@@ -179,7 +180,7 @@ def test_a_client_that_goes_away_cancels_its_request_in_the_engine(
             with pytest.raises(httpx.ReadTimeout):
                 leaving.post("/v1/completions", json=body)
     wait_until_idle(operator, "tiny")
-    assert operator.get("/status").json()["models"]["tiny"]["steps"] < 4000
+    assert operator.get("/status").json()["engines"]["tiny"]["work"]["steps"] < 4000
 
 
 def test_going_away_while_the_engine_is_silent(url: str, operator: httpx.Client) -> None:
@@ -235,7 +236,7 @@ class FakeHandle:
     def __init__(self, items: list[Any], *, hangs: bool, healthy: bool = True) -> None:
         self._items, self._hangs, self._healthy = items, hangs, healthy
         self.cancelled = False
-        self.generate = self.stats = self
+        self.generate = self.status = self
 
     def options(self, *, stream: bool) -> FakeHandle:
         return self
@@ -243,9 +244,11 @@ class FakeHandle:
     def remote(self, *args: Any) -> FakeHandle:
         return self
 
-    def __await__(self) -> Generator[Any, None, dict[str, Any]]:
+    def __await__(self) -> Generator[Any, None, EngineStatus]:
         yield from asyncio.sleep(0).__await__()
-        return {"healthy": self._healthy, "last_error": "stuck"}
+        return EngineStatus(
+            healthy=self._healthy, starts_on_demand=False, last_error="stuck", work=None
+        )
 
     async def __anext__(self) -> Any:
         if self._items:

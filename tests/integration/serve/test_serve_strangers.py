@@ -213,7 +213,9 @@ def test_rays_own_pages_do_not_tell_of_its_applications(http: httpx.Client) -> N
 
 def running() -> int:
     return int(
-        httpx.get(f"http://127.0.0.1:{MONITORING}/status").json()["models"]["script"]["running"]
+        httpx.get(f"http://127.0.0.1:{MONITORING}/status").json()["engines"]["script"]["work"][
+            "running_requests"
+        ]
     )
 
 

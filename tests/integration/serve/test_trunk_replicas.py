@@ -12,6 +12,7 @@ from ray import serve
 
 import moesaic
 from moesaic import Client
+from moesaic.cluster.reports.status import EngineStatus
 from tests.helpers.live import ON_RAY, text_of, wait_until
 from tests.integration.conftest import save_model
 
@@ -52,14 +53,13 @@ def test_trunks_scale_to_zero_and_to_two(tmp_path: Path) -> None:
         wait_until(lambda: replicas(app) == 0)
         # Asking for the state wakes nobody.
         with Client(cluster.monitoring or "") as operator:
-            assert operator.status()["models"][MODEL] == {
-                "healthy": True,
-                "starts_with_the_first_request": True,
-            }
+            assert operator.status().engines[MODEL] == EngineStatus(
+                healthy=True, starts_on_demand=True, last_error=None, work=None
+            )
         assert client.health()
         assert client.health(MODEL)
         assert replicas(app) == 0
-        wait_until(lambda: not cluster.status()["routers"])
+        wait_until(lambda: not cluster.status().routers)
         assert text_of(client, MODEL, 100) == wanted
         with ThreadPoolExecutor(6) as pool:
             asked = [pool.submit(text_of, client, MODEL, 100) for _ in range(6)]
@@ -68,5 +68,5 @@ def test_trunks_scale_to_zero_and_to_two(tmp_path: Path) -> None:
                 assert asked.pop(0).result(120) == wanted
                 asked.append(pool.submit(text_of, client, MODEL, 100))
             # Each is a router of its own.
-            wait_until(lambda: len(cluster.status()["routers"]) == 2)
+            wait_until(lambda: len(cluster.status().routers) == 2)
             assert {one.result(120) for one in asked} == {wanted}

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from moesaic.client import AsyncClient, Chunk, Client, Model, Usage
+from moesaic.cluster.reports.status import EndpointStatus
 from moesaic.proto.errors import (
     ERRORS,
     Busy,
@@ -23,6 +24,7 @@ from moesaic.proto.errors import (
     RequestError,
     UnknownModel,
 )
+from tests.helpers.reports import cluster_report, engine_report, host_report
 
 Handler = Callable[[httpx.Request], httpx.Response]
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
@@ -46,15 +48,30 @@ def sse(*events: Any, done: bool = True) -> httpx.Response:
     return httpx.Response(200, text="".join(lines) + ("data: [DONE]\n\n" if done else ""))
 
 
+STATUS = EndpointStatus(
+    healthy=True,
+    engines={"demo": engine_report(running_requests=2)},
+    cluster=cluster_report(hosts=[host_report("host-0")]),
+)
+# As a newer cluster tells it.
+TOLD = STATUS.model_dump(mode="json") | {"newer": 1}
+
+
+def test_an_answer_that_is_no_status_is_an_error_of_ours() -> None:
+    answer = httpx.Response(200, json={"hello": "world"})
+    with client(lambda _: answer) as c, pytest.raises(ClusterError, match="not the status"):
+        c.status()
+
+
 def test_models_status_and_health() -> None:
     answers = {
         "/v1/models": httpx.Response(200, json=MODELS),
-        "/status": httpx.Response(200, json={"healthy": True, "hosts": 2}),
+        "/status": httpx.Response(200, json=TOLD),
         "/readyz": httpx.Response(503, text="no"),
     }
     with client(lambda request: answers[request.url.path]) as c:
         assert c.models() == [Model(id="demo", max_tokens=64)]
-        assert c.status() == {"healthy": True, "hosts": 2}
+        assert c.status() == STATUS
         assert c.health() is False
 
 
@@ -308,7 +325,7 @@ async def test_async_answers() -> None:
             case "/v1/models":
                 return httpx.Response(200, json=MODELS)
             case "/status":
-                return httpx.Response(200, json={"healthy": True})
+                return httpx.Response(200, json=TOLD)
             case "/readyz":
                 return httpx.Response(503, text="no")
             case "/v1/chat/completions":
@@ -319,7 +336,7 @@ async def test_async_answers() -> None:
 
     async with later(answer) as c:
         assert await c.models() == [Model(id="demo", max_tokens=64)]
-        assert await c.status() == {"healthy": True}
+        assert await c.status() == STATUS
         assert await c.health() is False
         assert (await c.complete([1, 2])).text == "a"
         assert (await c.chat("Hello", temperature=0)).text == "Hi"

@@ -399,20 +399,20 @@ def test_where_experts_stand() -> None:
     loads.advance(10.0)
     wishes = Wishes(least={ExpertKey("m", 3, 0): 2}, pins={ExpertKey("m", 3, 1): frozenset("b")})
     first, second = standing(layers, loads, wishes, model="m")
-    assert first == {
+    assert first.model_dump() == {
         "model": "m",
         "layer": 3,
         "expert": 0,
         "replicas": [{"host": "a", "share": 0.25}, {"host": "b", "share": 0.75}],
-        "choices_per_s": {"10s": 1.0, "60s": 1.0, "600s": 1.0},
-        "layer_part": 0.25,
-        "least_replicas": 2,
+        "assignments_per_s": {"over_10_s": 1.0, "over_60_s": 1.0, "over_600_s": 1.0},
+        "share_of_layer": 0.25,
+        "min_replicas": 2,
         "pinned_to": [],
     }
-    assert (second["pinned_to"], second["least_replicas"]) == (["b"], 1)
+    assert (second.pinned_to, second.min_replicas) == (["b"], 1)
     assert standing(layers, loads, wishes, hot=1) == [second]
     (other,) = standing(layers, loads, wishes, layer=0)
-    assert (other["model"], other["layer_part"]) == ("n", None)
+    assert (other.model, other.share_of_layer) == ("n", None)
 
 
 def test_percentiles_by_nearest_rank() -> None:

@@ -12,6 +12,18 @@ from rich.console import Console
 from moesaic.bench import LoadResult, Percentiles
 from moesaic.cli import bench, operate, simulate, status, watch
 from moesaic.cli.terminal import number
+from moesaic.cluster.reports.activity import AssignmentRates, ExpertReport, ReplicaReport
+from moesaic.cluster.reports.placing import ChangePhase
+from moesaic.cluster.reports.report import Balancedness, HostState
+from moesaic.cluster.reports.status import (
+    MissingExpert,
+    ModelStatus,
+    RouterServiceState,
+    RouterServiceStatus,
+    StatusDocument,
+)
+from tests.helpers import reports
+from tests.helpers.reports import PROCESS, cluster_report, engine_report, host_report
 
 LONG = "Qwen/Qwen3-30B-A3B-Instruct-2507"
 TIMES = Percentiles(p50=0.0123, p99=1.2345)
@@ -27,56 +39,77 @@ RESULT = LoadResult(
     first_token_s=TIMES,
     between_tokens_s=TIMES,
 )
-HOST = {
-    "host": "host-0",
-    "state": "not answering",
-    "device": "cuda:0",
-    "experts": 6144,
-    "weight_bytes": 2**36,
-    "rss_bytes": 2**37,
-    "calls": 22_866_123,
-    "queued_rows": 16_384,
-    "waiting": "waits for a machine with [1] GPU",
-}
-MODEL = {
-    "name": LONG,
-    "asleep": True,
-    "dtype": "bfloat16",
-    "layers": 48,
-    "experts": 6144,
-    "replicas": 2,
-    "missing_experts": 12,
-}
-STATUS = {
-    "name": "local",
-    "url": "http://127.0.0.1:8000",
-    "models": {LONG: {"running": 16, "waiting": 128, "parked": 3}},
-    "cluster": {"hosts": [HOST], "models": [MODEL]},
-}
-EXPERT = {
-    "model": LONG,
-    "layer": 47,
-    "expert": 127,
-    "replicas": [{"host": f"host-{n}", "share": share} for n, share in enumerate((1.0, -1e-9))],
-    "choices_per_s": {"10 s": 22866.12, "60 s": -0.0, "600 s": 12.34},
-    "layer_part": 0.1234,
-    "pinned_to": ["host-1"],
-    "least_replicas": 3,
-}
-CHANGE = {
-    "id": 12,
-    "who": "balancer",
-    "why": "3 replicas of expert 5 of layer 3",
-    "phase": "loading",
-    "errors": ["no room for 1"],
-    "moves": 1200,
-    "bytes": 2**36,
-    "took_s": None,
-    "age_s": 3.2,
-    "balancedness_before": 0.8123,
-    "balancedness_predicted": 0.98,
-    "measured": None,
-}
+HOST = host_report(
+    "host-0",
+    state=HostState.NOT_ANSWERING,
+    obstacle="waits for a machine with [1] GPU",
+    process=PROCESS.model_copy(
+        update={
+            "device": "cuda:0",
+            "replicas": 6144,
+            "weight_bytes": 2**36,
+            "rss_bytes": 2**37,
+            "calls": 22_866_123,
+            "queued_rows": 16_384,
+        }
+    ),
+)
+MODEL = ModelStatus(
+    name=LONG,
+    path=None,
+    dtype="bfloat16",
+    min_replicas=2,
+    exact=False,
+    layers=48,
+    experts=6144,
+    asleep=True,
+    missing_experts=12,
+)
+STATUS = StatusDocument(
+    name="local",
+    url="http://127.0.0.1:8000",
+    monitoring_url="http://127.0.0.1:8002",
+    healthy=True,
+    engines={
+        LONG: engine_report(running_requests=16, waiting_requests=128, parked_requests=3),
+    },
+    cluster=cluster_report(
+        hosts=[HOST, host_report("host-1", process=None)],
+        models=[MODEL],
+        router_service=RouterServiceStatus(
+            address="127.0.0.1:8001",
+            state=RouterServiceState.UNKNOWN,
+            error="it said [no]",
+            process=None,
+        ),
+        missing_experts=1,
+        missing_examples=[MissingExpert(model=LONG, layer=1, expert=2, reason="loading")],
+    ),
+)
+EXPERT = ExpertReport(
+    model=LONG,
+    layer=47,
+    expert=127,
+    replicas=[ReplicaReport(host=f"host-{n}", share=share) for n, share in enumerate((1.0, -1e-9))],
+    assignments_per_s=AssignmentRates(over_10_s=22866.12, over_60_s=-0.0, over_600_s=12.34),
+    share_of_layer=0.1234,
+    pinned_to=["host-1"],
+    min_replicas=3,
+)
+CHANGE = reports.CHANGE.model_copy(
+    update={
+        "id": 12,
+        "reason": "3 replicas of expert 5 of layer 3",
+        "phase": ChangePhase.LOADING,
+        "errors": ["no room for 1"],
+        "total_moves": 1200,
+        "pending_moves": 7,
+        "weight_bytes": 2**36,
+        "duration_s": None,
+        "balancedness_before": Balancedness(mean=0.8123, worst=0.5),
+        "balancedness_predicted": Balancedness(mean=0.98, worst=0.9),
+    }
+)
 FIGURES = SimpleNamespace(
     way="static",
     balancedness_mean=0.684,

@@ -28,14 +28,16 @@ models/upcycling                    proto models/folder
 models                              proto models/folder models/upcycling
 
 cluster                             proto
+cluster/reports                     -
 cluster/service                     proto
 cluster/load                        cluster
 cluster/batching                    cluster
 cluster/host                        proto cluster
 cluster/routing                     cluster cluster/load
 cluster/planner                     cluster
-cluster/control                     cluster cluster/load cluster/planner
-cluster/scaling                     cluster/load cluster/planner cluster/control
+cluster/control                     cluster cluster/load cluster/planner cluster/reports
+cluster/scaling                     cluster/load cluster/planner cluster/reports
+                                    cluster/control
 cluster/spec                        proto cluster/service cluster/batching cluster/host
                                     cluster/routing cluster/planner cluster/control
                                     cluster/scaling
@@ -48,7 +50,8 @@ actors/text                         proto
 actors/runtime                      proto cluster cluster/planner cluster/routing cluster/spec
 actors/transport                    proto
 actors/transport/grpc               proto cluster actors/transport
-actors/engine                       proto cluster/routing cluster/spec actors/text
+actors/engine                       proto cluster/reports cluster/routing cluster/spec
+                                    actors/text
 actors/engine/transformers_backend  proto cluster/routing actors/engine
 actors/router                       proto models/trunk cluster cluster/load cluster/routing
                                     cluster/spec actors/runtime actors/transport
@@ -56,31 +59,31 @@ actors/router                       proto models/trunk cluster cluster/load clus
 actors/engine/vllm_backend          proto models/folder models/trunk cluster/routing actors/text
                                     actors/engine actors/router
 actors/host                         proto kernels models/trunk cluster cluster/host
-                                    cluster/routing actors/runtime actors/transport
+                                    cluster/reports cluster/routing actors/runtime actors/transport
                                     actors/transport/grpc
 actors/trunk                        proto models/folder models/trunk cluster actors/runtime
                                     actors/transport/grpc actors/engine
                                     actors/engine/transformers_backend actors/router
                                     actors/engine/vllm_backend actors/host
-actors/router_service               proto models/trunk cluster cluster/batching cluster/routing
-                                    cluster/spec actors/runtime actors/transport
+actors/router_service               proto models/trunk cluster cluster/batching cluster/reports
+                                    cluster/routing cluster/spec actors/runtime actors/transport
                                     actors/transport/grpc actors/router
-actors/controller                   proto cluster cluster/load cluster/planner cluster/control
-                                    cluster/scaling cluster/spec actors/runtime actors/host
-                                    actors/router_service
+actors/controller                   proto cluster cluster/load cluster/planner cluster/reports
+                                    cluster/control cluster/scaling cluster/spec actors/runtime
+                                    actors/host actors/router_service
 actors/endpoint/openai              proto cluster/routing actors/text actors/engine
-actors/endpoint/http                proto cluster/service cluster/spec actors/runtime
-                                    actors/engine actors/endpoint/openai
+actors/endpoint/http                proto cluster/reports cluster/service cluster/spec
+                                    actors/runtime actors/engine actors/endpoint/openai
 actors/endpoint                     proto cluster/service actors/text actors/engine
                                     actors/endpoint/openai actors/endpoint/http
 actors/preflight                    proto models models/folder models/trunk cluster
                                     cluster/planner cluster/scaling cluster/spec actors/text
                                     actors/runtime actors/engine
-actors/serve                        proto models models/folder cluster cluster/service
-                                    cluster/routing cluster/scaling cluster/spec actors/runtime
-                                    actors/engine actors/router actors/trunk actors/router_service
-                                    actors/controller actors/endpoint actors/endpoint/http
-                                    actors/preflight
+actors/serve                        proto models models/folder cluster cluster/reports
+                                    cluster/service cluster/routing cluster/scaling cluster/spec
+                                    actors/runtime actors/engine actors/router actors/trunk
+                                    actors/router_service actors/controller actors/endpoint
+                                    actors/endpoint/http actors/preflight
 """
 MAX_FILES = 15
 MAX_LINES = 500

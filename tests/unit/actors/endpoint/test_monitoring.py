@@ -16,18 +16,23 @@ from moesaic.actors.endpoint.http.metrics import HttpMetrics
 from moesaic.actors.endpoint.http.monitoring_app import monitoring_app
 from moesaic.actors.runtime.ports import free_port
 from moesaic.actors.serve import deploy
+from moesaic.cluster.reports.status import ClusterStatus, EndpointStatus, EngineStatus
 from moesaic.cluster.service.web_guard import WebGuard
 from moesaic.proto.errors import ClusterError, MoesaicError, NoAnswer
+from tests.helpers.reports import cluster_report, engine_report
 
 HERE = "127.0.0.1"
 
 
-async def status() -> dict[str, Any]:
-    return {"healthy": True}
+STATUS = EndpointStatus(healthy=True, engines={}, cluster=None)
 
 
-async def engines() -> dict[str, Any]:
-    return {"m": {"running": 2, "healthy": True}}
+async def status() -> EndpointStatus:
+    return STATUS
+
+
+async def engines() -> dict[str, EngineStatus]:
+    return {"m": engine_report(running_requests=2)}
 
 
 APP = monitoring_app(status=status, engines=engines, metrics=HttpMetrics(), guard=WebGuard.of(HERE))
@@ -57,7 +62,7 @@ async def test_it_lives_as_long_as_its_owner() -> None:
     port = free_port(HERE)
     for _ in range(3):
         async with monitoring_server.monitoring(APP, HERE, port):
-            assert (await answers(port)).json() == {"healthy": True}
+            assert (await answers(port)).json() == STATUS.model_dump(mode="json")
             metrics = await answers(port, "/metrics")
             assert 'moesaic_engine_running{model="m"} 2.0' in metrics.text
             assert not is_free(port)
@@ -171,8 +176,8 @@ async def test_the_controller_is_looked_up_once(monkeypatch: pytest.MonkeyPatch)
     class Controller:
         class status:  # noqa: N801
             @staticmethod
-            async def remote() -> dict[str, Any]:
-                return {"hosts": []}
+            async def remote() -> ClusterStatus:
+                return cluster_report()
 
     def get_actor(name: str, namespace: str) -> Any:
         looked.append(name)
@@ -181,5 +186,5 @@ async def test_the_controller_is_looked_up_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(deploy.ray, "get_actor", get_actor)
     asks = deploy.ControllerStatus("moesaic-x")
     for _ in range(3):
-        assert await asks() == {"cluster": {"hosts": []}}
+        assert await asks() == cluster_report()
     assert len(looked) == 1

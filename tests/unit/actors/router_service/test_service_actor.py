@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
@@ -13,6 +12,7 @@ from moesaic.actors.router_service import service_actor
 from moesaic.actors.router_service.catalog import LOOK_S, Catalog, describe_model
 from moesaic.actors.router_service.service_actor import SILENT_S, ServiceWatch
 from moesaic.cluster.placement import ModelRef, ModelShape
+from moesaic.cluster.reports.status import RouterServiceProcess
 from moesaic.proto.errors import ClusterError, InternalError, UnknownModel
 from tests.helpers.architectures import tiny_model
 from tests.helpers.fake_clock import FakeClock
@@ -83,31 +83,51 @@ def test_who_names_a_known_model_waits_for_nobody() -> None:
 # ---- the watch ----------------------------------------------------------------------------------
 
 
+PROCESS = RouterServiceProcess(
+    pid=1,
+    calls=3,
+    rows=9,
+    batches=2,
+    merged_batches=1,
+    refused_calls=0,
+    expired_calls=0,
+    expert_waits=0,
+    held_calls=0,
+    held_bytes=0,
+)
+
+
+def seen(watch: ServiceWatch) -> tuple[str, RouterServiceProcess | None]:
+    status = watch.status()
+    assert (status.address, status.error) == ("127.0.0.1:1", None)
+    return status.state, status.process
+
+
 class Actor:
     """The service's handle; `answer` is what it does when it is asked."""
 
-    def __init__(self, answer: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+    def __init__(self, answer: Callable[[], Awaitable[RouterServiceProcess]]) -> None:
         self.answer = answer
         self.report = self
 
-    def remote(self) -> Awaitable[dict[str, Any]]:
+    def remote(self) -> Awaitable[RouterServiceProcess]:
         return self.answer()
 
 
-async def up() -> dict[str, Any]:
-    return {"calls": 3}
+async def up() -> RouterServiceProcess:
+    return PROCESS
 
 
-async def silent() -> dict[str, Any]:
+async def silent() -> RouterServiceProcess:
     await asyncio.sleep(60)
-    return {}
+    return PROCESS
 
 
-async def defect() -> dict[str, Any]:
+async def defect() -> RouterServiceProcess:
     raise RayTaskError("report", "trace", InternalError("computes nothing any more"))
 
 
-async def gone() -> dict[str, Any]:
+async def gone() -> RouterServiceProcess:
     raise RayActorError
 
 
@@ -136,9 +156,9 @@ async def test_a_service_that_answers_is_shown(
     monkeypatch: pytest.MonkeyPatch, killed: list[bool]
 ) -> None:
     watch = await watching(monkeypatch, Actor(up))
-    assert watch.describe() == {"address": "127.0.0.1:1", "state": "starting"}
+    assert seen(watch) == ("starting", None)
     await watch._look()
-    assert watch.describe() == {"address": "127.0.0.1:1", "state": "up", "calls": 3}
+    assert seen(watch) == ("up", PROCESS)
     assert not killed
 
 
@@ -146,7 +166,7 @@ async def test_a_service_that_answers_is_shown(
 async def test_one_with_a_defect_is_ended_so_that_ray_starts_another(
     monkeypatch: pytest.MonkeyPatch,
     killed: list[bool],
-    answer: Callable[[], Awaitable[dict[str, Any]]],
+    answer: Callable[[], Awaitable[RouterServiceProcess]],
     ended: bool,
 ) -> None:
     actor = Actor(up)
@@ -154,7 +174,7 @@ async def test_one_with_a_defect_is_ended_so_that_ray_starts_another(
     await watch._look()
     actor.answer = answer
     await watch._look()
-    assert watch.describe() == {"address": "127.0.0.1:1", "state": "restarting"}
+    assert seen(watch) == ("restarting", None)
     assert killed == [False] * ended
 
 
@@ -165,7 +185,7 @@ async def test_a_frozen_one_is_ended_and_one_that_starts_is_not(
     watch = await watching(monkeypatch, actor, clock)
     clock.now += START_S
     await watch._look()
-    assert watch.describe()["state"] == "starting"
+    assert watch.status().state == "starting"
     actor.answer = up
     await watch._look()
     actor.answer = silent
@@ -174,7 +194,7 @@ async def test_a_frozen_one_is_ended_and_one_that_starts_is_not(
     assert watch.describe()["state"] == "up"
     clock.now += 1.0
     await watch._look()
-    assert watch.describe()["state"] == "restarting"
+    assert watch.status().state == "restarting"
     assert killed == [False]
     # It has all its time to start again.
     clock.now += START_S

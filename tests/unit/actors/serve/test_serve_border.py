@@ -9,9 +9,17 @@ import pytest
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from moesaic.actors.serve import serve_border
-from moesaic.actors.serve.serve_border import Place, Running, find_place, wait_answers
+from moesaic.actors.serve.serve_border import (
+    Place,
+    Running,
+    find_place,
+    wait_answers,
+    wait_monitored,
+)
+from moesaic.cluster.reports.status import EndpointStatus
 from moesaic.cluster.spec.spec import Spec, parse_spec
 from moesaic.proto.errors import ClusterError
+from tests.helpers.reports import engine_report
 
 THEIRS = HTTPOptions(host="127.0.0.1", port=8111)
 
@@ -120,3 +128,22 @@ def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> Non
     wait_answers(Place("127.0.0.1", 80), ["m"], 10.0)
     with pytest.raises(ClusterError, match=r"does not answer for n within 0 s: it serves \['m'\]"):
         wait_answers(Place("127.0.0.1", 80), ["n"], 0.0)
+
+
+def test_a_monitoring_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = EndpointStatus(healthy=True, engines={"m": engine_report()}, cluster=None)
+    answers = iter([httpx.Response(404), httpx.Response(200, json={"data": []})])
+
+    def get(self: httpx.Client, url: str) -> httpx.Response:
+        answer = next(answers, httpx.Response(200, content=status.model_dump_json()))
+        answer.request = httpx.Request("GET", url)
+        return answer
+
+    monkeypatch.setattr(serve_border, "_LOOK_S", 0.0)
+    monkeypatch.setattr(httpx.Client, "get", get)
+    wait_monitored(Place("127.0.0.1", 80), ["m"], 10.0)
+    with pytest.raises(ClusterError, match=r"within 0 s: it has the models \['m'\]; does another"):
+        wait_monitored(Place("127.0.0.1", 80), ["n"], 0.0)
+    answers = iter([httpx.Response(200, json=[])])
+    with pytest.raises(ClusterError, match="its answer is not the status of a cluster"):
+        wait_monitored(Place("127.0.0.1", 80), ["m"], 0.0)

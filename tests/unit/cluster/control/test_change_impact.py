@@ -123,7 +123,7 @@ def test_a_change_that_is_under_way_or_rolled_back_is_not_measured() -> None:
     world.changes.rolled_back(change, world.now)
     world.run(20, 1, 1)
     assert change.effect is None
-    assert change.describe(world.now)["measured"] is None
+    assert change.report(world.now, pending_moves=0).measured is None
 
 
 def test_load_that_comes_long_behind_a_change_is_not_its_effect() -> None:

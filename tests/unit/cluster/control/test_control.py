@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.control.changes import Phase
 from moesaic.cluster.control.control import ControlPolicy
 from moesaic.cluster.control.host_speed import SILENT
 from moesaic.cluster.control.loading import Loader
 from moesaic.cluster.placement import ExpertKey, LayerKey, Number, Placement
 from moesaic.cluster.planner.plan import PoolHost, Wishes
+from moesaic.cluster.reports.placing import ChangePhase
 from tests.helpers.control_world import POLICY, ControlWorld, counts, shape
 
 
@@ -287,7 +287,7 @@ def test_a_hot_expert_gets_a_replica_without_anybody_asking() -> None:
     assert set(placement.layers[LayerKey("m", 0)].hosts(0)) == {"h0", "h1"}
     change = world.control.changes.find(None)
     assert change is not None
-    assert (change.who, change.phase) == ("balancer", Phase.DONE)
+    assert (change.who, change.phase) == ("balancer", ChangePhase.DONE)
     assert not world.control.pending()
 
 
@@ -297,24 +297,28 @@ def test_a_change_says_behind_its_end_what_it_brought() -> None:
         world.report("r0", hot(world))
         finish(world, 1)
     change = world.control.changes.all[0]
-    measured = change.describe(world.now)["measured"]
+    report = change.report(world.now, pending_moves=0)
+    measured = report.measured
+    assert measured is not None
     # One host had 9000 + 100 of 9300 choices; halves are the best there is.
-    assert measured["balancedness_unchanged"] == pytest.approx(9300 / 2 / 9100, abs=1e-3)
-    assert measured["balancedness"] == pytest.approx(1.0, abs=0.02)
-    assert measured["balancedness"] == pytest.approx(
-        change.describe(world.now)["balancedness_predicted"], abs=0.02
+    assert measured.balancedness_unchanged.mean == pytest.approx(9300 / 2 / 9100, abs=1e-3)
+    assert measured.balancedness_changed.mean == pytest.approx(1.0, abs=0.02)
+    assert report.balancedness_predicted is not None
+    assert measured.balancedness_changed.mean == pytest.approx(
+        report.balancedness_predicted.mean, abs=0.02
     )
-    assert measured["seconds"] >= POLICY.every_s
+    assert measured.window_s >= POLICY.every_s
     # The world's reports name one host, with a thousand choices every half second.
-    assert measured["host_choices_per_s"] == {"h0": 2000.0}
+    assert measured.host_assignments_per_s_after == {"h0": 2000.0}
 
 
 def test_a_change_without_load_behind_it_has_no_effect_to_show() -> None:
     world = started(2, replicas=1, slots=8)
     world.control.wish(Wishes(least={ExpertKey("m", 0, 0): 2}))
     finish(world, 40)
-    described = world.control.changes.all[0].describe(world.now)
-    assert (described["phase"], described["measured"]) == ("done", None)
+    report = world.control.changes.all[0].report(world.now, pending_moves=5)
+    assert (report.phase, report.measured) == ("done", None)
+    assert report.pending_moves == 0, "what is pending now is not of a change that has ended"
 
 
 def pass_lease(world: ControlWorld) -> None:
@@ -408,7 +412,7 @@ def test_a_load_that_fails_again_is_given_up_and_the_state_shown_is_true() -> No
             world.fail_load(name)
     change = world.control.changes.all[0]
     assert "broken" in change.errors[0]
-    assert change.phase is Phase.FAILED
+    assert change.phase is ChangePhase.FAILED
     for placement in world.published:
         assert all(len(e) == 1 for la in placement.layers.values() for e in la.replicas)
 
@@ -423,7 +427,7 @@ def test_a_change_can_be_rolled_back() -> None:
     change = world.control.changes.all[0]
     world.control.roll_back(change, world.now)
     finish(world, 15)
-    assert change.phase is Phase.ROLLED_BACK
+    assert change.phase is ChangePhase.ROLLED_BACK
     hosts = {k: [la.hosts(e) for e in range(4)] for k, la in world.published[-1].layers.items()}
     assert hosts == {k: [la.hosts(e) for e in range(4)] for k, la in before.items()}
     assert world.evicted > 0
@@ -458,7 +462,7 @@ def test_what_only_memory_held_and_is_lost_keeps_no_change_under_way() -> None:
     world.settle()
     assert {key.model for key in world.control.missing()} == {"memory"}
     assert world.control.pending() == 0
-    assert world.control.changes.all[-1].phase is not Phase.LOADING
+    assert world.control.changes.all[-1].phase is not ChangePhase.LOADING
 
 
 def test_a_target_with_more_than_a_hosts_slots_is_loaded_all_the_same() -> None:

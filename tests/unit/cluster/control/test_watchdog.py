@@ -14,6 +14,14 @@ from moesaic.cluster.control.watchdog import Vitals, Watchdog
 from moesaic.cluster.load.meter import LoadReport
 from moesaic.cluster.placement import HostEntry, LayerKey, LayerPlacement, ModelShape, Replica
 from moesaic.cluster.planner.plan import PoolHost
+from moesaic.cluster.reports.activity import (
+    Activity,
+    HostActivity,
+    HostThroughput,
+    HotExpert,
+    ModelActivity,
+)
+from moesaic.cluster.reports.report import Balancedness, HostState, PlacementNumber
 
 KEY = LayerKey("m", 0)
 
@@ -60,7 +68,6 @@ def test_a_controller_that_works_has_no_warnings() -> None:
     # A pool that rests plans and moves nothing, for as long as it likes.
     assert vitals(plan_age_s=1e6, move_age_s=1e6).warnings() == []
     assert vitals(plan_failures=1, moves_pending=5, move_age_s=1.0).warnings() == []
-    assert vitals(plan_age_s=1.23456).describe()["plan_age_s"] == 1.235
 
 
 class World:
@@ -139,7 +146,8 @@ def test_balancedness_is_that_of_the_load_under_the_published_shares() -> None:
     world.tick()
     seen = world.vitals()
     assert (seen.balancedness_mean, seen.balancedness_worst) == (0.5, 0.5)
-    assert world.watchdog.balancedness == {"m": (0.5, 0.5)}
+    assert world.watchdog.balancedness == {"m": Balancedness(mean=0.5, worst=0.5)}
+    assert world.watchdog.overall_balancedness == Balancedness(mean=0.5, worst=0.5)
 
 
 def test_a_planner_that_hangs_or_fails_is_seen() -> None:
@@ -170,10 +178,10 @@ def test_rates_are_those_of_the_last_seconds_and_of_one_incarnation() -> None:
     assert rates.of("a") is None
     for second in range(1, 21):
         rates.note({"a": counters(100 * second, 0.5 * second)}, float(second))
-    assert rates.of("a") == {"calls_per_s": 100.0, "rows_per_s": 1000.0, "busy": 0.5}
+    assert rates.of("a") == HostThroughput(calls_per_s=100.0, rows_per_s=1000.0, busy_fraction=0.5)
     for second in range(21, 30):
         rates.note({"a": counters(2000, 10.0)}, float(second))
-    assert rates.of("a") == {"calls_per_s": 0.0, "rows_per_s": 0.0, "busy": 0.0}
+    assert rates.of("a") == HostThroughput(calls_per_s=0.0, rows_per_s=0.0, busy_fraction=0.0)
     rates.note({"a": counters(1, 0.1, incarnation=2)}, 30.0)
     assert rates.of("a") is None, "counters that began anew"
     rates.note({"b": counters(1, 0.1)}, 31.0)
@@ -186,50 +194,54 @@ def test_the_hottest_experts_of_all_layers() -> None:
         KEY: LayerPlacement(((Replica("a", 1.0),), (), (Replica("a", 0.5), Replica("b", 0.5))))
     }
     found = hottest(rates, placed, 3)
-    assert [(one["layer"], one["expert"], one["choices_per_s"]) for one in found] == [
+    assert [(one.layer, one.expert, one.assignments_per_s) for one in found] == [
         (0, 2, 9.0),
         (1, 0, 7.0),
         (1, 1, 6.0),
     ]
-    assert [one["hosts"] for one in found] == [["a", "b"], [], []]
+    assert [one.hosts for one in found] == [["a", "b"], [], []]
     assert len(hottest(rates, placed, 9)) == 4, "experts without load are not hot"
 
 
-def shown(**given: object) -> str:
-    seen: dict[str, object] = {
-        "placement": [3, 14],
-        "routers": 2,
-        "moves_pending": 5,
-        "missing_experts": 0,
-        "unprotected_experts": 0,
-        "warnings": [],
-        "error": "",
-        "models": [
-            {
-                "model": "m",
-                "choices_per_s": 1234.5,
-                "balancedness_mean": 0.97,
-                "balancedness_worst": 0.9,
-            }
-        ],
-        "hosts": [
-            {
-                "host": "host-0",
-                "state": "up",
-                "experts": 8,
-                "queued_rows": 1200,
-                "busy": 0.5,
-                "calls_per_s": 10.0,
-                "rows_per_s": 80.0,
-            }
-        ],
-        "experts": [
-            {"model": "m", "layer": 1, "expert": 3, "choices_per_s": 9.0, "hosts": ["host-0"]}
-        ],
-    }
+SEEN = Activity(
+    placement=PlacementNumber(term=3, epoch=14),
+    router_count=2,
+    pending_moves=5,
+    missing_experts=0,
+    unprotected_experts=0,
+    warnings=[],
+    error=None,
+    models=[
+        ModelActivity(
+            name="m", assignments_per_s=1234.5, balancedness=Balancedness(mean=0.97, worst=0.9)
+        )
+    ],
+    hosts=[
+        HostActivity(
+            name="host-0",
+            state=HostState.UP,
+            replicas=8,
+            queued_rows=1200,
+            throughput=HostThroughput(calls_per_s=10.0, rows_per_s=80.0, busy_fraction=0.5),
+        ),
+        HostActivity(
+            name="host-1",
+            state=HostState.NOT_ANSWERING,
+            replicas=8,
+            queued_rows=0,
+            throughput=None,
+        ),
+    ],
+    hottest_experts=[
+        HotExpert(model="m", layer=1, expert=3, assignments_per_s=9.0, hosts=["host-0"])
+    ],
+)
+
+
+def shown(**changed: object) -> str:
     console = Console(width=100)
     with console.capture() as captured:
-        console.print(frame("c", seen | given))
+        console.print(frame("c", SEEN.model_copy(update=changed)))
     return captured.get()
 
 
@@ -237,19 +249,19 @@ def test_a_frame_shows_hosts_experts_and_balance() -> None:
     text = shown()
     for words in ("placement 3, 14", "2 routers", "5 moves", "0.970", "0.900", "1,200", "50%"):
         assert words in text
-    assert "choices/s" in text
+    assert "assignments/s" in text
+    assert "not answering" in text
     assert "missing" not in text
 
 
 def test_a_frame_of_a_pool_in_trouble_or_at_rest() -> None:
-    idle = {
-        "model": "m",
-        "choices_per_s": 0.0,
-        "balancedness_mean": None,
-        "balancedness_worst": None,
-    }
+    idle = ModelActivity(name="m", assignments_per_s=0.0, balancedness=None)
     text = shown(
-        placement=None, models=[idle], experts=[], missing_experts=4, warnings=["it stands still"]
+        placement=None,
+        models=[idle],
+        hottest_experts=[],
+        missing_experts=4,
+        warnings=["it stands still"],
     )
     for words in ("nothing placed", "m: no load", "4 experts missing", "it stands still"):
         assert words in text

@@ -115,7 +115,7 @@ def started(*groups: FleetGroup, replicas: int = 1, **more: object) -> FleetWorl
 
 
 def stage(world: FleetWorld) -> str:
-    return world.fleet.scalings.all[-1].stage.value
+    return world.fleet.scalings.all[-1].phase
 
 
 KINDS = (
@@ -273,7 +273,7 @@ def test_scaling_up_again_takes_back_what_was_leaving() -> None:
     world.finish()
     assert leaving in world.hosts
     assert len(world.started) == 3, "nothing new was started"
-    assert [one.stage.value for one in world.fleet.scalings.all] == ["superseded", "done"]
+    assert [one.phase for one in world.fleet.scalings.all] == ["superseded", "done"]
     placement = world.control.placement
     assert placement is not None
     assert leaving in placement.hosts
@@ -387,7 +387,7 @@ def test_a_host_whose_experts_find_no_room_serves_on_and_leaves_when_there_is_so
         for name, host in list(world.hosts.items()):
             while host.loading:
                 world.load_one(name)
-    assert stage(world) == "no room"
+    assert stage(world) == "no_room"
     words = world.control.no_room()[leaving]
     assert "no other host has room for" in words
     placement = world.control.placement
@@ -435,7 +435,7 @@ def test_scaling_is_idempotent() -> None:
     assert again is first
     world.finish()
     done = world.fleet.scale(world.control, 0, 3, who="b", now=world.now)
-    assert (done.stage.value, done.coming, done.leaving) == ("done", [], [])
+    assert (done.phase, done.coming, done.leaving) == ("done", [], [])
 
 
 def test_what_cannot_hold_the_experts_is_refused() -> None:
@@ -464,7 +464,10 @@ def test_a_host_without_a_machine_is_shown_with_its_reason_and_comes_later() -> 
     world.tick(seconds=PENDING_S)
     words = "asked for 62 s ago; no machine has had room for it yet (4 CPU)"
     assert world.fleet.waiting("host-2", world.now) == words
-    assert stage(world) == "no room"
+    assert stage(world) == "no_room"
+    scaling = world.fleet.scalings.all[-1]
+    report = world.fleet.scaling_report(scaling, world.control, world.now)
+    assert (report.under_way, report.obstacles) == (False, {"host-2": words})
     world.machines_come = True
     world.finish()
     assert world.fleet.waiting("host-2", world.now) is None
@@ -497,13 +500,13 @@ def test_a_pool_scales_with_its_load() -> None:
     assert len(world.hosts) == 4
     work(0.05, 200)
     assert len(world.hosts) == 2
-    events = world.fleet.describe(world.now)["events"]
-    assert [(one["count"], one["phase"]) for one in events] == [
+    status = world.fleet.report(world.control, world.now, owner_age_s=0.0, problem=None)
+    assert [(one.target_hosts, one.phase) for one in status.recent] == [
         (4, "done"),
         (3, "done"),
         (2, "done"),
     ]
-    assert all(len(one["leaving"]) == 1 for one in events[1:])
+    assert all(len(one.leaving_hosts) == 1 for one in status.recent[1:])
 
 
 def test_another_controller_goes_on_with_the_same_hosts() -> None:

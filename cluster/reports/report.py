@@ -1,0 +1,89 @@
+"""What all reports share: how they are read, and the small parts that several of them have."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Report(BaseModel):
+    """A frozen value that the controller, the SDK, ``--json`` and ``/status`` share.
+
+    Names of fields stay: fields are added later, with a default, and never renamed or removed. So
+    a client reads the reports of older and of newer clusters; fields that it does not know are
+    left out.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+
+class OpenEnum(StrEnum):
+    """Words for a state or a phase; a word that only a newer cluster knows is kept as it is."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Self | None:
+        if not isinstance(value, str):
+            return None
+        unknown = str.__new__(cls, value)
+        unknown._name_ = unknown._value_ = value
+        return unknown
+
+    @property
+    def words(self) -> str:
+        """The value for people."""
+        return self.value.replace("_", " ")
+
+
+class HostState(OpenEnum):
+    """The state of a host, as the controller sees it."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    UP = "up"
+    NOT_ANSWERING = "not_answering"
+    RESTARTING = "restarting"
+    GONE = "gone"
+
+
+class PlacementNumber(Report):
+    """The number of a placement; a higher one is newer."""
+
+    term: int
+    """The term of the controller that published the placement."""
+    epoch: int
+    """Counts the placements of that controller."""
+
+
+class ExpertId(Report):
+    """An expert of a layer of a model."""
+
+    model: str
+    """The model's name."""
+    layer: int
+    """The layer's number."""
+    expert: int
+    """The expert's number in its layer."""
+
+    @property
+    def words(self) -> str:
+        """The expert for people."""
+        return f"expert {self.expert} of layer {self.layer} of {self.model}"
+
+
+class Balancedness(Report):
+    """How evenly load is spread over the hosts; 1 is even."""
+
+    mean: float
+    """Mean over the layers that have load."""
+    worst: float
+    """Balancedness of the worst layer."""
+
+
+def balancedness_of(values: list[float]) -> Balancedness | None:
+    """Return mean and minimum over layers; None without any layer."""
+    if not values:
+        return None
+    mean, worst = sum(values) / len(values), min(values)
+    return Balancedness(mean=round(float(mean), 4), worst=round(float(worst), 4))

@@ -1,0 +1,283 @@
+"""Reports on a whole cluster."""
+
+from __future__ import annotations
+
+from .placing import ChangeReport
+from .report import Balancedness, ExpertId, HostState, OpenEnum, PlacementNumber, Report
+from .scaling import ScalingStatus
+
+
+class ControllerStatus(Report):
+    """How the controller's loop is doing."""
+
+    term: int
+    """The controller's term; a restarted controller has a higher one."""
+    ticks: int
+    """Ticks of its loop since its start."""
+    tick_age_s: float
+    """Time since the last tick."""
+    failing: bool
+    """Whether the last tick or the last plan ended with an error."""
+    error: str | None
+    """That error, in words."""
+
+
+class BalancingStatus(Report):
+    """The balancer, and the change that is under way."""
+
+    automatic: bool
+    """Whether the balancer moves replicas by itself."""
+    plan_age_s: float | None
+    """Time since the planner was last asked; null if it never was."""
+    planning_s: float
+    """How long it has been at work on the current plan; 0 if there is none."""
+    failed_plans: int
+    """Plans that failed in a row."""
+    arrival_age_s: float | None
+    """Time since a planned replica last arrived; null if none did."""
+    pending_moves: int
+    """Planned replicas that have yet to be loaded."""
+    draining_hosts: list[str]
+    """Hosts that must become empty: drained by operators, or leaving."""
+    last_change: ChangeReport | None
+    """The last change; null if there was none."""
+
+
+class RouterStatus(Report):
+    """A router that follows placements."""
+
+    name: str
+    """The router's name."""
+    placement: PlacementNumber | None
+    """The placement that it uses; null if it has none yet."""
+
+
+class RouterServiceState(OpenEnum):
+    """The state of the router service."""
+
+    STARTING = "starting"
+    UP = "up"
+    RESTARTING = "restarting"
+    UNKNOWN = "unknown"  # it could not be checked
+
+
+class RouterServiceProcess(Report):
+    """What the router service's process reports; counts are since its start."""
+
+    pid: int
+    """Its process id."""
+    calls: int
+    """Calls that were answered."""
+    rows: int
+    """Rows that were computed."""
+    batches: int
+    """Batches that were computed."""
+    merged_batches: int
+    """Batches with rows of several calls."""
+    refused_calls: int
+    """Calls that were refused for want of room."""
+    expired_calls: int
+    """Calls that ended at their deadline."""
+    expert_waits: int
+    """How often rows had to wait for an expert."""
+    held_calls: int
+    """Calls that wait or are computed now."""
+    held_bytes: int
+    """Size of their tensors and answers."""
+
+
+class RouterServiceStatus(Report):
+    """The router service."""
+
+    address: str
+    """Its address."""
+    state: RouterServiceState
+    """Its state."""
+    error: str | None
+    """Why its state is unknown, in words."""
+    process: RouterServiceProcess | None
+    """What its process last reported; null while it starts."""
+
+
+class HostProcess(Report):
+    """What a host's process last reported; counts are since its start."""
+
+    incarnation: int
+    """The number of this start of the host."""
+    node: str
+    """Ray's id of its machine."""
+    pid: int
+    """Its process id."""
+    device: str
+    """The device that it computes on."""
+    replicas: int
+    """Replicas that it holds."""
+    loading_replicas: int
+    """Replicas that it is loading."""
+    weight_bytes: int
+    """Size of the weights that it holds."""
+    rss_bytes: int
+    """Resident memory of the process."""
+    calls: int
+    """Calls that it answered."""
+    rows: int
+    """Rows that it computed: a token of one call is a row."""
+    assignments: int
+    """Assignments that it computed: a row counts once for each of its experts."""
+    batches: int
+    """Batches that it computed."""
+    refused_calls: int
+    """Calls that it refused."""
+    queued_rows: int
+    """Rows that wait to be computed."""
+    busy_s: float
+    """How long its device has computed."""
+    connected_routers: int
+    """Routers that are connected to it."""
+    overrun_batches: int
+    """Batches whose arithmetic took longer than the emulated device."""
+    worst_overrun_s: float
+    """The largest such excess."""
+    total_late_s: float
+    """Sum of the delays of answers that an emulated device gave late."""
+
+
+class HostStatus(Report):
+    """A host."""
+
+    name: str
+    """The host's name."""
+    state: HostState
+    """Its state."""
+    obstacle: str | None
+    """What keeps it from starting or leaving, in words."""
+    error: str | None
+    """Its last error, in words."""
+    process: HostProcess | None
+    """What its process last reported; null while it is not running."""
+
+
+class ModelStatus(Report):
+    """A model that the cluster serves."""
+
+    name: str
+    """The model's name."""
+    path: str | None
+    """Its folder; null if it was attached from memory."""
+    dtype: str
+    """The dtype of its experts."""
+    min_replicas: int
+    """Replicas that each expert has at least."""
+    exact: bool
+    """Whether answers are added up in a fixed order."""
+    layers: int
+    """Layers with experts."""
+    experts: int
+    """Experts of all layers."""
+    asleep: bool
+    """Whether its experts have left the hosts because nobody asked for them."""
+    missing_experts: int
+    """Its experts that no host holds."""
+
+
+class MissingExpert(ExpertId):
+    """An expert that no host holds."""
+
+    reason: str
+    """Why, in words."""
+
+
+class ClusterStatus(Report):
+    """The state of a cluster, as its controller knows it: what `Cluster.status` returns."""
+
+    placement: PlacementNumber | None
+    """The placement in use; null if nothing is placed."""
+    controller: ControllerStatus
+    """The controller's loop."""
+    warnings: list[str]
+    """What makes no progress, in words."""
+    balancing: BalancingStatus
+    """The balancer."""
+    scaling: ScalingStatus
+    """The number of hosts."""
+    routers: list[RouterStatus]
+    """Routers that follow placements."""
+    router_service: RouterServiceStatus | None
+    """The router service; null if the spec has none."""
+    hosts: list[HostStatus]
+    """All hosts."""
+    models: list[ModelStatus]
+    """All models."""
+    balancedness: Balancedness | None
+    """How evenly the load of all layers is spread; null without load."""
+    missing_experts: int
+    """Experts that no host holds."""
+    missing_examples: list[MissingExpert]
+    """The first ten of them."""
+    unprotected_experts: int
+    """Experts that the loss of one failure domain takes away."""
+
+    @property
+    def processes(self) -> dict[str, HostProcess]:
+        """The process of each host that is running, by the host's name."""
+        return {host.name: host.process for host in self.hosts if host.process is not None}
+
+
+class EngineWork(Report):
+    """What the engine of a trunk does."""
+
+    running_requests: int
+    """Requests in its batch."""
+    waiting_requests: int
+    """Requests that wait for the batch."""
+    parked_requests: int
+    """Of the waiting ones, those whose expert no host has."""
+    steps: int
+    """Steps since its start."""
+    restarts: int
+    """Restarts after failed steps."""
+    beat_age_s: float
+    """Time since its loop last looked for work."""
+    free_cache_fraction: float
+    """Free part of the KV cache, 0 to 1."""
+
+
+class EngineStatus(Report):
+    """The engine of a model's trunk."""
+
+    healthy: bool
+    """Whether the trunk answers and its engine runs, or will start with the next request."""
+    starts_on_demand: bool
+    """Whether trunks may scale to zero. Such a trunk is not asked, which would keep it awake."""
+    last_error: str | None
+    """The last error, in words."""
+    work: EngineWork | None
+    """What the engine does; null if the trunk was not asked or did not answer."""
+
+
+class EndpointStatus(Report):
+    """The state of a cluster with an endpoint: what `/status` and `Client.status` return."""
+
+    healthy: bool
+    """Whether all engines are healthy."""
+    engines: dict[str, EngineStatus]
+    """Each model's engine."""
+    cluster: ClusterStatus | None
+    """The cluster; null if the endpoint serves without one."""
+
+
+class StatusDocument(Report):
+    """What `moesaic status --json` prints."""
+
+    name: str
+    """The cluster's name."""
+    url: str | None
+    """The endpoint's address; null if the spec has none."""
+    monitoring_url: str | None
+    """The address of `/status` and `/metrics`; null if this machine can reach none."""
+    healthy: bool | None
+    """Whether all engines are healthy; null if this machine cannot reach `/status`."""
+    engines: dict[str, EngineStatus] | None
+    """Each model's engine; null if this machine cannot reach `/status`."""
+    cluster: ClusterStatus | None
+    """The cluster."""
