@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import ray
@@ -11,6 +12,10 @@ from ray.exceptions import RayActorError, RayError
 from ..host.report import HostReport
 from ..runtime.ray_border import last_line
 
+log = logging.getLogger(__name__)
+
+_LATE = "not answering"
+_ABSENT = (_LATE, "restarting", "gone")
 # Time limit for one question to a host that has not started yet; afterwards it is asked again.
 ARRIVAL_S = 60.0
 _FIRST_S = 0.5
@@ -26,6 +31,7 @@ class HostActors:
         self._namespace = namespace
         self._states: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
+        self._incarnations: dict[str, int] = {}  # the last of each host that reported
         self._arriving: dict[str, asyncio.Task[bool]] = {}
 
     def handle(self, host: str) -> Any:
@@ -39,21 +45,43 @@ class HostActors:
         return self._states.get(host, "starting")
 
     def reported(self, host: str, report: HostReport) -> None:
+        before = self._incarnations.get(host)
+        if before != report.entry.incarnation or self._states.get(host) in _ABSENT:
+            what = "is up"
+            if before is not None:
+                same = before == report.entry.incarnation
+                what = "answers again" if same else "is replaced: it starts anew, without experts"
+            log.info(
+                "host %s %s", host, what,
+                extra={
+                    "host": host,
+                    "incarnation": report.entry.incarnation,
+                    "host_pid": report.pid,
+                    "node": report.entry.node,
+                },
+            )  # fmt: skip
+        self._incarnations[host] = report.entry.incarnation
         self.reports[host] = report
         self._states[host] = "loading" if report.loading else "up"
 
     def late(self, host: str) -> None:
         """Take note that a host did not answer in time."""
-        self._states[host] = "not answering"
+        if self._states.get(host) != _LATE:
+            log.warning("host %s does not answer", host, extra={"host": host})
+        self._states[host] = _LATE
 
     def died(self, host: str, *, restarting: bool) -> None:
-        self._states[host] = "restarting" if restarting else "gone"
+        state = "restarting" if restarting else "gone"
+        if self._states.get(host) not in ("restarting", "gone"):
+            log.warning("host %s has died; it is %s", host, state, extra={"host": host})
+        self._states[host] = state
         self._handles.pop(host, None)
         self.reports.pop(host, None)
 
     def forget(self, host: str) -> None:
         """Drop a host that was removed from the pool."""
-        for known in (self._handles, self.reports, self._states, self.errors):
+        everything = self._handles, self.reports, self._states, self.errors, self._incarnations
+        for known in everything:
             known.pop(host, None)
         arriving = self._arriving.pop(host, None)
         if arriving is not None:
@@ -82,7 +110,10 @@ class HostActors:
         except (RayError, ValueError, TimeoutError) as error:
             # The owner has not started the host yet, or the host died while starting.
             if isinstance(error, RayActorError):
-                self.errors[host] = f"the host died while starting: {last_line(error)}"
+                told = f"the host died while starting: {last_line(error)}"
+                if self.errors.get(host) != told:
+                    log.warning("host %s: %s", host, told, extra={"host": host})
+                self.errors[host] = told
             self._handles.pop(host, None)
             await asyncio.sleep(_RETRY_S)
             return False

@@ -14,8 +14,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, in_words
+from ..runtime.log_settings import log_environment
 from ..runtime.ports import free_port
-from ..runtime.ray_border import ask, controller_of, thread_environment
+from ..runtime.process_log import begin_process
+from ..runtime.ray_border import ask, cluster_of, controller_of, thread_environment
 from ..runtime.start_failures import telling
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class RayRouterService:
 
     def __init__(self, spec: Spec, namespace: str, address: str) -> None:
         with telling(namespace, "router", NAME):
+            begin_process("router", NAME, cluster_of(namespace))
             self._open(spec, namespace, address)
 
     def _open(self, spec: Spec, namespace: str, address: str) -> None:
@@ -62,13 +65,16 @@ class RayRouterService:
 
         key = router_key_of(namespace)
         self._service = _bind(router, Catalog(models), spec, address, key)
+        log.info("the router service is ready for calls", extra={"address": self._service.address})
 
     def report(self) -> dict[str, Any]:
         return {"pid": os.getpid(), **self._service.report()}
 
     def drain(self, drain_s: float) -> int:
         """Drain the service; see `RouterService.drain`."""
-        return self._service.drain(drain_s)
+        held = self._service.drain(drain_s)
+        log.info("the router service refuses new calls; %d held ones have %g s", held, drain_s)
+        return held
 
     def running(self) -> int:
         """Return the number of calls that are held."""
@@ -113,7 +119,7 @@ def start_router_service(spec: Spec, namespace: str, address: str) -> Any:
             scheduling_strategy=NodeAffinitySchedulingStrategy(
                 ray.get_runtime_context().get_node_id(), soft=False
             ),
-            runtime_env={"env_vars": thread_environment(1)},
+            runtime_env={"env_vars": thread_environment(1) | log_environment()},
         )
         .remote(spec, namespace, address)
     )
@@ -175,7 +181,7 @@ class ServiceWatch:
             self._heard_at = time.monotonic()
 
     def _end(self, actor: Any, why: str) -> None:
-        log.warning("restarting the router service: %s", why)
+        log.warning("the router service is restarted: %s", why)
         ray.kill(actor, no_restart=False)
         self._restarting()
 

@@ -24,6 +24,7 @@ from ....proto.errors import EngineError, InternalError, MoesaicError, in_words
 from ..embedding import Encoder
 from ..engine import Delta, EngineConfig
 from ..sampling import choose
+from ..step_log import log_step
 from ..streams import Stream, Streams
 from .static_batch import Asked, Cohort, together
 
@@ -268,6 +269,12 @@ class CohortLoop:
         """Note rows without some experts; see `TransformersEngine.drop_rows`."""
         for row, key in self._owners(sorted(dropped)):
             self.streams.drop(key, dropped[row])
+
+    def log_step(self, router: str, step: int) -> None:
+        """Log which requests a forward pass has; see `TransformersEngine.log_step`."""
+        cohort = self._current
+        if cohort is not None:
+            log_step(router, step, lambda: [one.key for one in cohort.requests])
 
     def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield (row, id of its request)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from ..about import default_spec
+from ..actors.runtime.process_log import rename_log
 from ..cluster.spec.spec import Spec, load_spec
 from ..private_files import new_private
 from ..proto.errors import ClusterError, MoesaicError
@@ -53,6 +55,8 @@ def run_foreground(given: str | None, progress_fd: int, *, as_json: bool = False
 
     Running requests may finish then. A second signal ends the cluster at once, in every phase.
     """
+    # In the foreground the terminal belongs to the progress and the addresses.
+    rename_log("owner", default=logging.WARNING if progress_fd < 0 else logging.INFO)
     spec = spec_of(given)
     with Ends(lambda: _end_at_once(spec)) as ends:
         cluster: Cluster | None = None

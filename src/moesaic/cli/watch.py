@@ -98,8 +98,7 @@ def logs(
         session = logged_session(name)
         lines = read_logs(session, wanted, host=host, tail=tail, follow=follow, stop=stop)
         for line in lines:
-            text = json.dumps(asdict(line)) if as_json else f"{line.name} {line.pid}: {line.text}"
-            print(text, flush=follow)
+            print(json.dumps(asdict(line)) if as_json else str(line), flush=follow)
             if stop.is_set():
                 return
 
