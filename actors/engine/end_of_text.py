@@ -165,6 +165,6 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str | None
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     except Exception as error:
         # A template is a program and may raise anything.
-        log.info("end of text: the chat template does not render %s: %s", messages, error)
+        log.debug("end of text: the chat template does not render %s: %s", messages, error)
         return None
     return str(text)

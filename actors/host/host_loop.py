@@ -131,9 +131,8 @@ class HostLoop:
                 self._hear(0.0 if self._pending else 1.0)
                 self._work()
         except BaseException as error:
-            self.failure = error
-            log.exception("host %s: the loop ended", self.name)
-            raise
+            self.failure = error  # the next report ends this process
+            log.exception("host %s: the loop ended", self.name, extra={"host": self.name})
         finally:
             self._free()
 

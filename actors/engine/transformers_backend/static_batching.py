@@ -192,7 +192,8 @@ class CohortLoop:
                 cohort.keep([])
                 return
             # Any error: the other cohorts must continue.
-            logger.exception("a step of a cohort failed")
+            keys = [request.key for request in cohort.requests]
+            logger.exception("a step of a cohort failed", extra={"requests": keys})
             self.last_error = in_words(error)
             self.restarts += 1
             self._failed += 1
