@@ -32,17 +32,17 @@ class Events:
 
     def tick(self) -> None:
         """Log what has changed since the last call."""
-        for change in self._control.changes.all:
-            if self._phases.get(change.id) is not change.phase:
-                _log_change(change, new=change.id not in self._phases)
-        self._phases = {change.id: change.phase for change in self._control.changes.all}
         for scaling in self._fleet.scalings.all:
             if self._stages.get(scaling.id) is not scaling.stage:
                 _log_scaling(scaling, new=scaling.id not in self._stages)
         self._stages = {scaling.id: scaling.stage for scaling in self._fleet.scalings.all}
-        self._log_placement()
-        self._log_sleep()
         self._log_leaving()
+        self._log_sleep()
+        for change in self._control.changes.all:
+            if self._phases.get(change.id) is not change.phase:
+                _log_change(change, new=change.id not in self._phases)
+        self._phases = {change.id: change.phase for change in self._control.changes.all}
+        self._log_placement()
 
     def _log_placement(self) -> None:
         placement = self._control.placement
