@@ -4,6 +4,7 @@ through all of them, and what happens to the pool is told."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
@@ -66,6 +67,9 @@ def test_every_process_says_what_it_is_once(pool: Cluster) -> None:
     assert trunk.startswith("trunk-m-")
     assert len({line["pid"] for line in started}) == 6
     assert {line["cluster"] for line in started} == {pool.name}
+    # This process is the test's, and only uses the library.
+    ours = logging.getLogger("moesaic")
+    assert (ours.level, ours.handlers) == (logging.NOTSET, [])
 
 
 def test_a_request_is_followed_from_the_endpoint_to_the_hosts(pool: Cluster) -> None:
@@ -147,7 +151,7 @@ def test_what_happens_to_the_pool_is_told(pool: Cluster) -> None:
         "controller of cluster",
         "host host-0 is up",
         "host host-1 is up",
-        "placement 1.",
+        "is published",
         f"change {number} begins",
         f"change {number} ends",
         "host host-1 has died",
