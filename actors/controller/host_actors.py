@@ -32,6 +32,8 @@ class HostActors:
         self._states: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
         self._incarnations: dict[str, int] = {}  # the last of each host that reported
+        # Hosts that have died since their last report. One that restarts is late, too.
+        self._dead: set[str] = set()
         self._arriving: dict[str, asyncio.Task[bool]] = {}
 
     def handle(self, host: str) -> Any:
@@ -61,19 +63,21 @@ class HostActors:
                 },
             )  # fmt: skip
         self._incarnations[host] = report.entry.incarnation
+        self._dead.discard(host)
         self.reports[host] = report
         self._states[host] = "loading" if report.loading else "up"
 
     def late(self, host: str) -> None:
         """Take note that a host did not answer in time."""
-        if self._states.get(host) != _LATE:
+        if self._states.get(host) != _LATE and host not in self._dead:
             log.warning("host %s does not answer", host, extra={"host": host})
         self._states[host] = _LATE
 
     def died(self, host: str, *, restarting: bool) -> None:
         state = "restarting" if restarting else "gone"
-        if self._states.get(host) not in ("restarting", "gone"):
+        if host not in self._dead:
             log.warning("host %s has died; it is %s", host, state, extra={"host": host})
+        self._dead.add(host)
         self._states[host] = state
         self._handles.pop(host, None)
         self.reports.pop(host, None)
@@ -83,6 +87,7 @@ class HostActors:
         everything = self._handles, self.reports, self._states, self.errors, self._incarnations
         for known in everything:
             known.pop(host, None)
+        self._dead.discard(host)
         arriving = self._arriving.pop(host, None)
         if arriving is not None:
             arriving.cancel()

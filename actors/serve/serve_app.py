@@ -157,7 +157,7 @@ class Trunk:
             yield _failure(error, request_id)
 
     async def embed(
-        self, prompts: list[list[int]], pooling: Pooling, request_id: str
+        self, prompts: list[list[int]], pooling: Pooling, request_id: str = ""
     ) -> np.ndarray | Failure:
         try:
             if not isinstance(self._engine, Embeds):
