@@ -12,7 +12,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import TextIO
 
 from .log_lines import formatter
 from .log_settings import PACKAGE, LogSettings, log_settings
@@ -54,23 +53,23 @@ class Seldom(logging.Filter):
         return passes
 
 
-class _Stderr(logging.StreamHandler[TextIO]):
+class _Stderr(logging.Handler):
     """Writes to what is stderr at that moment, as a progress bar may replace it."""
 
     def __init__(self, levels: Mapping[str, int]) -> None:
         """Set the loggers' levels; `end_logging` takes them back."""
-        logging.Handler.__init__(self)
+        super().__init__()
         self.levels = levels
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, value: TextIO) -> None:
-        raise AttributeError("the handler always writes to stderr")
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            # As Python's own handlers do: whoever logs must not fail because of it.
+            self.handleError(record)
 
 
 def set_up_logging(
