@@ -39,8 +39,9 @@ from ..host.weight_grants import Granted, grant_all
 from ..router_service.service_actor import ServiceWatch
 from ..runtime.cluster_secret import secret_of
 from ..runtime.durable_state import claim_term, kept_asleep, kept_fleet, kept_wishes
-from ..runtime.process_labels import announce
+from ..runtime.process_log import begin_process
 from ..runtime.ray_border import cluster_of
+from .events import Events
 from .host_actors import HostActors
 from .host_polling import Looks, Seen
 from .operations import Operations
@@ -56,6 +57,8 @@ REPORT_TIMEOUT_S = 2.0
 # Time limit for one load command. A host that hangs is asked again, and `status` shows the error.
 LOAD_TIMEOUT_S = 600.0
 SETTLE_S = 60.0
+# A tick that takes longer is worth a warning; late hosts alone hold one up for less.
+SLOW_TICK_S = 2 * REPORT_TIMEOUT_S
 
 
 class Controller:
@@ -72,7 +75,7 @@ class Controller:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the control loop; ``router``: the router service's address and start time limit."""
-        announce("controller", "controller", cluster_of(namespace))
+        begin_process("controller", "controller", cluster_of(namespace))
         self._namespace = namespace
         self._clock = clock
         self._wake = asyncio.Event()  # set when the loop should tick soon
@@ -97,6 +100,7 @@ class Controller:
         self._planning: asyncio.Task[None] | None = None
         self._watchdog = Watchdog(self._control, self._clock())
         self._sizing = Sizing(self._control, fleet, namespace, self._wake.set, clock)
+        self._events = Events(self._control, fleet)
         self._operations = Operations(self._control, namespace, self._wake.set, clock)
         self._overview = Overview(
             control=self._control,
@@ -256,9 +260,12 @@ class Controller:
     async def _run(self) -> None:
         while True:
             self._wake.clear()
+            began = time.monotonic()
             try:
                 await self._tick()
                 self._state.tick_error = ""
+                if (took_s := time.monotonic() - began) > SLOW_TICK_S:
+                    log.warning("controller: a tick took %.1f s", took_s)
             except Exception as error:
                 # `status` shows the error, whatever it is. The next tick starts afresh from the
                 # hosts' reports.
@@ -291,6 +298,7 @@ class Controller:
         for host in self._sizing.tick(self._clock()):
             self._looks.forget(host)
             self._hosts.forget(host)
+        self._events.tick()
         for command in commands:
             match command:
                 case Load():
@@ -299,8 +307,7 @@ class Controller:
                     self._start_evict(command)
                 case MakePlan():
                     self._planning = asyncio.get_running_loop().create_task(self._plan(command))
-                case Publish(placement=placement):
-                    log.info("controller: placement %s", tuple(placement.number))
+                case Publish():
                     async with self._published:
                         self._published.notify_all()
 
@@ -367,12 +374,14 @@ class Controller:
         except (RayTaskError, MoesaicError) as failure:
             cause = self._cause(failure)
             error = self._hosts.errors[host] = in_words(cause)
+            log.warning("host %s cannot load experts: %s", host, error, extra={"host": host})
         except TimeoutError:
             error = self._hosts.errors[host] = (
                 f"loading experts took more than {LOAD_TIMEOUT_S:g} s"
             )
+            log.warning("host %s: %s", host, error, extra={"host": host})
         except (RayError, ValueError) as failure:
-            log.info("controller: host %s ended while loading: %s", host, failure)
+            log.info("host %s ended while it was loading: %s", host, failure, extra={"host": host})
         finally:
             del self._loads[host]
             self._looks.anew(host)
@@ -394,9 +403,10 @@ class Controller:
         except (RayTaskError, MoesaicError) as failure:
             cause = self._cause(failure)
             self._hosts.errors[host] = in_words(cause)
+            log.warning("host %s refuses to evict experts: %s", host, cause, extra={"host": host})
         except (RayError, ValueError, TimeoutError) as failure:
             # The host's next report says what it still holds; that is evicted again.
-            log.info("controller: host %s: eviction: %s", host, failure)
+            log.info("host %s has not evicted experts: %s", host, failure, extra={"host": host})
         finally:
             self._evictions[host] += 1
             del self._evicts[host]

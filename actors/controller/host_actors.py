@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import ray
@@ -12,6 +13,9 @@ from ...cluster.reports.report import HostState
 from ..host.report import HostReport
 from ..runtime.ray_border import last_line
 
+log = logging.getLogger(__name__)
+
+_ABSENT = (HostState.NOT_ANSWERING, HostState.RESTARTING, HostState.GONE)
 # Time limit for one question to a host that has not started yet; afterwards it is asked again.
 ARRIVAL_S = 60.0
 _FIRST_S = 0.5
@@ -27,6 +31,9 @@ class HostActors:
         self._namespace = namespace
         self._states: dict[str, HostState] = {}
         self._handles: dict[str, Any] = {}
+        self._incarnations: dict[str, int] = {}  # the last of each host that reported
+        # Hosts that have died since their last report. One that restarts is late, too.
+        self._dead: set[str] = set()
         self._arriving: dict[str, asyncio.Task[bool]] = {}
 
     def handle(self, host: str) -> Any:
@@ -40,22 +47,49 @@ class HostActors:
         return self._states.get(host, HostState.STARTING)
 
     def reported(self, host: str, report: HostReport) -> None:
+        before = self._incarnations.get(host)
+        if before != report.entry.incarnation or self._states.get(host) in _ABSENT:
+            what = "is up"
+            if before is not None:
+                same = before == report.entry.incarnation
+                what = "answers again" if same else "is replaced: it starts anew, without experts"
+            log.info(
+                "host %s %s",
+                host,
+                what,
+                extra={
+                    "host": host,
+                    "incarnation": report.entry.incarnation,
+                    "host_pid": report.pid,
+                    "node": report.entry.node,
+                },
+            )
+        self._incarnations[host] = report.entry.incarnation
+        self._dead.discard(host)
         self.reports[host] = report
         self._states[host] = HostState.LOADING if report.loading else HostState.UP
 
     def late(self, host: str) -> None:
         """Take note that a host did not answer in time."""
+        if self._states.get(host) is not HostState.NOT_ANSWERING and host not in self._dead:
+            log.warning("host %s does not answer", host, extra={"host": host})
         self._states[host] = HostState.NOT_ANSWERING
 
     def died(self, host: str, *, restarting: bool) -> None:
-        self._states[host] = HostState.RESTARTING if restarting else HostState.GONE
+        state = HostState.RESTARTING if restarting else HostState.GONE
+        if host not in self._dead:
+            log.warning("host %s has died; it is %s", host, state.value, extra={"host": host})
+        self._dead.add(host)
+        self._states[host] = state
         self._handles.pop(host, None)
         self.reports.pop(host, None)
 
     def forget(self, host: str) -> None:
         """Drop a host that was removed from the pool."""
-        for known in (self._handles, self.reports, self._states, self.errors):
+        everything = self._handles, self.reports, self._states, self.errors, self._incarnations
+        for known in everything:
             known.pop(host, None)
+        self._dead.discard(host)
         arriving = self._arriving.pop(host, None)
         if arriving is not None:
             arriving.cancel()
@@ -83,7 +117,10 @@ class HostActors:
         except (RayError, ValueError, TimeoutError) as error:
             # The owner has not started the host yet, or the host died while starting.
             if isinstance(error, RayActorError):
-                self.errors[host] = f"the host died while starting: {last_line(error)}"
+                told = f"the host died while starting: {last_line(error)}"
+                if self.errors.get(host) != told:
+                    log.warning("host %s: %s", host, told, extra={"host": host})
+                self.errors[host] = told
             self._handles.pop(host, None)
             await asyncio.sleep(_RETRY_S)
             return False

@@ -92,6 +92,7 @@ class HostKeeper:
 
     def _run(self) -> None:
         known: int | None = None
+        lost = False  # whether the controller did not answer the last time
         while not self._stop.wait(PAUSE_S):
             try:
                 self._turn.clear()
@@ -104,10 +105,15 @@ class HostKeeper:
                 found: tuple[int, dict[str, int]] = ray.get(asked, timeout=0)
                 self._follow(found[1])
                 known = found[0]
+                if lost:
+                    log.info("the controller answers again")
+                lost = False
             except RayError as error:
                 known = None  # a restarted controller numbers its answers anew
                 # Ray restarts the controller; hosts stay as they are.
-                log.info("controller unreachable: %s", in_words(error).splitlines()[0])
+                if not lost:
+                    log.info("the controller does not answer: %s", in_words(error).splitlines()[0])
+                lost = True
             except Exception:
                 # Whatever failed, the next round asks for the whole list again.
                 known = None
@@ -116,9 +122,9 @@ class HostKeeper:
     def _follow(self, desired: Mapping[str, int]) -> None:
         for name in self.hosts.keys() - desired.keys():
             ray.kill(self.hosts.pop(name), no_restart=True)
-            log.info("ended %s", name)
+            log.info("host %s is ended", name, extra={"host": name})
         for name in sorted(desired.keys() - self.hosts.keys()):
             if self._stop.is_set():
                 return
             self.hosts[name] = self._starter.start(name, desired[name])
-            log.info("started %s", name)
+            log.info("host %s is started", name, extra={"host": name})

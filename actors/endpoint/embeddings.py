@@ -17,7 +17,7 @@ from ...proto.errors import RequestError
 from ..engine.engine import Pooling, Sampling
 from ..engine.served_model import ServedModel
 from .http.bodies import Bodies
-from .http.edge import json_response, unless_disconnected
+from .http.edge import json_response, log_request, request_id, unless_disconnected
 from .openai.requests import is_ids, parse_request
 from .openai.sampling import Strict
 
@@ -91,11 +91,14 @@ def add_embeddings(app: FastAPI, find: Callable[[str], ServedModel], bodies: Bod
             ]
             for prompt_ids in prompts:
                 model.limits.check(prompt_ids, _NO_ANSWER)
-            vectors_NH = await unless_disconnected(request, model.embed(prompts, asked.pooling))
+            tokens = sum(map(len, prompts))
+            log_request(request, model.id, prompt_tokens=tokens, choices=len(prompts))
+            vectors_NH = await unless_disconnected(
+                request, model.embed(prompts, asked.pooling, request_id(request))
+            )
         except RequestError as error:
             error.param = {"prompt": "input"}.get(error.param or "", error.param)
             raise
-        tokens = sum(map(len, prompts))
         return await asyncio.to_thread(_answer, asked, model.id, vectors_NH, tokens)
 
 

@@ -33,6 +33,7 @@ from .http.edge import (
     error_answer,
     event_stream,
     json_response,
+    log_request,
     request_id,
     unless_disconnected,
 )
@@ -135,6 +136,7 @@ def _add_generation(
         ]
         tokens = sum(map(len, prompts))
         answers = TextAnswers(f"cmpl-{identity}", model.id, tokens, echoed)
+        log_request(request, model.id, prompt_tokens=tokens, choices=len(streams))
         pieces = metrics.watch(model.id, tokens, began(request), merge(streams))
         return await _respond(request, asked, pieces, len(streams), answers)
 
@@ -168,6 +170,7 @@ def _add_generation(
             thinking=prompt.thinking,
         )
         answers = ChatAnswers(f"chatcmpl-{identity}", model.id, len(prompt_ids))
+        log_request(request, model.id, prompt_tokens=len(prompt_ids), choices=len(streams))
         pieces = metrics.watch(model.id, len(prompt_ids), began(request), merge(streams))
         return await _respond(request, asked, pieces, len(streams), answers)
 
@@ -225,7 +228,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         refused = RequestError(f"{request.method} {request.url.path}: {error.detail}")
-        return error_answer(refused, status_code=error.status_code)
+        return error_answer(refused, request_id(request), status_code=error.status_code)
 
     @app.exception_handler(ClientDisconnect)
     async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:

@@ -24,12 +24,14 @@ from transformers import PreTrainedModel
 
 from ...proto.errors import EngineError, InternalError, MoesaicError, RequestError, in_words
 from .engine import Pooling
+from .step_log import log_step
 
 logger = logging.getLogger(__name__)
 
 
 class _Text:
-    def __init__(self, token_ids: Sequence[int], pooling: Pooling) -> None:
+    def __init__(self, token_ids: Sequence[int], pooling: Pooling, request_id: str) -> None:
+        self.request_id = request_id
         self.token_ids = token_ids
         self.pooling = pooling
         self.vector: Future[np.ndarray] = Future()
@@ -55,7 +57,9 @@ class Encoder:
         self._rows_each = 0
         self._faults: dict[int, MoesaicError] = {}
 
-    def submit(self, token_ids: Sequence[int], pooling: Pooling) -> Future[np.ndarray]:
+    def submit(
+        self, token_ids: Sequence[int], pooling: Pooling, request_id: str = ""
+    ) -> Future[np.ndarray]:
         """Queue a text and return a future of its vector, (H,) float32.
 
         Raises RequestError for a model that has no hidden state of a text.
@@ -64,7 +68,7 @@ class Encoder:
             raise RequestError(
                 f"{type(self._model).__name__} has no last hidden state of a text", param="model"
             )
-        text = _Text(token_ids, pooling)
+        text = _Text(token_ids, pooling, request_id)
         with self._lock:
             if self._closed is not None:
                 raise self._closed
@@ -170,6 +174,10 @@ class Encoder:
         """
         for text in self._owners(rows):
             self._faults.setdefault(text, error)
+
+    def log_step(self, router: str, step: int) -> None:
+        """Log whose texts the forward pass has; see `TransformersEngine.log_step`."""
+        log_step(router, step, lambda: [text.request_id for text in self._batch])
 
     def _owners(self, rows: Sequence[int]) -> Iterator[int]:
         """Yield the texts of those rows that are not padding."""

@@ -46,14 +46,18 @@ def end_of_text(
         if not 0 <= token_id < size:
             log.warning(
                 "end of text: %s names token %d, which the model does not have (0 to %d)",
-                where, token_id, size - 1,
-            )  # fmt: skip
+                where,
+                token_id,
+                size - 1,
+            )
         elif loaded is not None and _is_nobodys(token_id, text_config, loaded):
             log.warning(
                 "end of text: token %d is left out: it is the default of %s, and ordinary text "
                 "(%r) to the tokenizer",
-                token_id, type(text_config).__name__, loaded.decode([token_id]),
-            )  # fmt: skip
+                token_id,
+                type(text_config).__name__,
+                loaded.decode([token_id]),
+            )
         else:
             continue
         del named[token_id]
@@ -63,8 +67,9 @@ def end_of_text(
             log.info(
                 "end of text: the chat template writes none of %s; %r, which it writes after an "
                 "answer, ends it",
-                sorted(named), loaded.convert_ids_to_tokens(turn_end),
-            )  # fmt: skip
+                sorted(named),
+                loaded.convert_ids_to_tokens(turn_end),
+            )
             named[turn_end] = "the chat template"
     return sorted(named)
 
@@ -165,6 +170,6 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str | None
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     except Exception as error:
         # A template is a program and may raise anything.
-        log.info("end of text: the chat template does not render %s: %s", messages, error)
+        log.debug("end of text: the chat template does not render %s: %s", messages, error)
         return None
     return str(text)

@@ -259,8 +259,12 @@ class Engine(Protocol):
 class Embeds(Protocol):
     """An engine that can also turn texts into vectors."""
 
-    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], pooling: Pooling, request_id: str = ""
+    ) -> np.ndarray:
         """Return (N, H) float32: for each prompt the pooled hidden states after the last norm.
+
+        ``request_id`` is for the log.
 
         Raises RequestError, Busy, EngineError (retryable), or what went wrong with a
         prompt.

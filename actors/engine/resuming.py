@@ -58,7 +58,12 @@ async def resuming(
             until = until or now + resume_s
             if now + pause_s >= until:
                 raise
-            logger.warning("request %s continues in another trunk: %s", request_id, error)
+            logger.warning(
+                "request %s continues in another trunk: %s",
+                request_id,
+                error,
+                extra={"request_id": request_id},
+            )
         before = _both(before, dropped)
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

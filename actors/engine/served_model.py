@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    Embed = Callable[[Sequence[Sequence[int]], Pooling], Awaitable[np.ndarray]]
+    Embed = Callable[[Sequence[Sequence[int]], Pooling, str], Awaitable[np.ndarray]]
 
 _MOST_CALLS: dict[Calls, int | None] = {"none": 0, "one": 1, "many": None, "named": 1}
 
@@ -203,7 +203,9 @@ class ServedModel:
                 if reason is not None:
                     return
 
-    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], pooling: Pooling, request_id: str = ""
+    ) -> np.ndarray:
         """Return one vector per prompt; see `Embeds.embed`.
 
         Raises Expired after `limits.request_s`.
@@ -212,7 +214,7 @@ class ServedModel:
             raise RequestError(f"the model {self.id!r} has no embeddings", param="model")
         try:
             async with asyncio.timeout(self.limits.request_s):
-                return await self._embed(prompts, pooling)
+                return await self._embed(prompts, pooling, request_id)
         except TimeoutError:
             raise _too_long(self.limits.request_s) from None
 

@@ -105,6 +105,16 @@ class ExpertHost:
         listeners: list[Listener] = [shm, grpc]
         self._loop = HostLoop(name, self._store, self._residency, listeners, clock)
         self._loop.start()
+        log.info(
+            "host %s is ready for calls",
+            name,
+            extra={
+                "host": name,
+                "incarnation": self.incarnation,
+                "address": grpc.address,
+                "device": self._entry.device,
+            },
+        )
 
     def entry(self) -> HostEntry:
         return self._entry
@@ -132,6 +142,7 @@ class ExpertHost:
             wanted = [k for k in keys if k.expert not in held.get(LayerKey(k.model, k.layer), ())]
             self._loading = len(wanted)
             self._note_change()
+            began = time.monotonic()
             try:
                 for key in wanted:
                     peer = (peers or {}).get(key)
@@ -139,6 +150,14 @@ class ExpertHost:
                         key, self._fetch(key, peer) if peer else self._store.load(key), version
                     )
                     self._loading -= 1
+                if wanted:
+                    log.info(
+                        "host %s has loaded %d experts in %.1f s",
+                        self.name,
+                        len(wanted),
+                        time.monotonic() - began,
+                        extra={"host": self.name},
+                    )
             finally:
                 self._loading = 0
                 self._note_change()
@@ -167,6 +186,7 @@ class ExpertHost:
         self._note_change()
         for key in keys:
             self._store.drop(key)
+        log.info("host %s has released %d experts", self.name, len(keys), extra={"host": self.name})
         _return_freed_memory()
 
     def emulate(self, device: Emulation | None) -> None:
@@ -212,7 +232,12 @@ class ExpertHost:
     def check_health(self) -> None:
         """End the process if its loop has failed; Ray then restarts it."""
         if self._loop.failure is not None:
-            log.critical("host %s: its loop failed (%r); exiting", self.name, self._loop.failure)
+            log.critical(
+                "host %s: its loop failed (%r); exiting",
+                self.name,
+                self._loop.failure,
+                extra={"host": self.name},
+            )
             os._exit(1)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import ray
 from ray.util import get_node_ip_address
 
 from ..runtime.low_priority_import import import_quietly
-from ..runtime.process_labels import announce
+from ..runtime.process_log import begin_process
 from ..runtime.ray_border import namespace_of
 from ..runtime.start_failures import telling
 
@@ -36,8 +36,8 @@ class RayExpertHost:
         threads: int,
         transport: TransportChoice,
     ) -> None:
-        announce("host", name, cluster)
         with telling(namespace_of(cluster), "host", name):
+            begin_process("host", name, cluster)
             # A restarting host shares its cores with processes that serve: low priority.
             import_quietly(".host", __package__)
             from ..runtime.cluster_secret import secret_of

@@ -25,7 +25,7 @@ from ...cluster.placement import ExpertKey, LayerKey
 from ...proto.errors import CallError, Corrupted, HostLost, InternalError, MoesaicError, in_words
 from ...proto.expert_pb2 import Call, Frame
 from ...proto.wire import WIRE_VERSION, CallLayout, checksum
-from ..transport.base import Inbound, Listener, Session
+from ..transport.base import Inbound, Listener, Session, call_id
 from ..transport.mailbox import Mailbox
 from .compute import Answer, PendingCall, compute
 from .device import Device
@@ -34,6 +34,8 @@ from .weight_store import ExpertStore
 
 # How often listeners check for connections that have sent nothing.
 _LOOK_S = 0.5
+# A batch that takes longer is worth a warning.
+SLOW_BATCH_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -143,10 +145,8 @@ class HostLoop:
                 self._hear(0.0 if self._pending else 1.0)
                 self._work()
         except BaseException as error:
-            # Whatever it is, `failure` tells other threads why the host computes nothing any more.
-            self.failure = error
-            log.exception("host %s: the loop ended", self.name)
-            raise
+            self.failure = error  # the next report ends this process
+            log.exception("host %s: the loop ended", self.name, extra={"host": self.name})
         finally:
             self._free()
 
@@ -190,7 +190,13 @@ class HostLoop:
             self._drop(session, error)
 
     def _drop(self, session: Session, reason: HostLost) -> None:
-        log.info("host %s: router %s is gone: %s", self.name, session.router, reason)
+        log.info(
+            "host %s: router %s is gone: %s",
+            self.name,
+            session.router,
+            reason,
+            extra={"host": self.name, "router": session.router},
+        )
         fd = session.fileno()
         if self._sessions.pop(fd, None) is not None:
             self._epoll.unregister(fd)
@@ -238,6 +244,12 @@ class HostLoop:
         welcome.welcome.incarnation = self._residency.incarnation
         welcome.welcome.max_rows = self._residency.policy.max_rows
         session.send(welcome)
+        log.info(
+            "host %s: router %s has connected",
+            self.name,
+            session.router,
+            extra={"host": self.name, "router": session.router},
+        )
 
     def _on_call(self, session: Session, inbound: Inbound) -> None:
         call, payload = inbound.frame.call, inbound.payload
@@ -290,7 +302,12 @@ class HostLoop:
             self._compute(batch, now)
         except Exception as error:
             # Whatever went wrong, only these calls fail; the host keeps running.
-            log.exception("host %s: computing %s failed", self.name, batch[0].key)
+            log.exception(
+                "host %s: computing %s failed",
+                self.name,
+                batch[0].key,
+                extra={"host": self.name, "calls": self._calls_of(batch)},
+            )
             why = error if isinstance(error, MoesaicError) else InternalError(in_words(error))
             for queued in batch:
                 if (queued.router, queued.seq) in self._pending:
@@ -309,9 +326,42 @@ class HostLoop:
         pendings = [self._pending[queued.router, queued.seq] for queued in batch]
         answers = compute(self._store, batch[0].key, pendings, exact=batch[0].exact)
         batch_us = int(self._device.finish(batch, now) * 1e6)
+        if batch_us > SLOW_BATCH_S * 1e6 or log.isEnabledFor(logging.DEBUG):
+            self._log_batch(batch, batch_us, now)
         parts = parts_of(batch_us, batch)
         for queued, pending, answer, busy_us in zip(batch, pendings, answers, parts, strict=True):
             self._reply(queued, pending, answer, now - pending.arrived, busy_us, batch_us)
+
+    def _log_batch(self, batch: list[QueuedCall], batch_us: int, now: float) -> None:
+        slow = batch_us > SLOW_BATCH_S * 1e6
+        model, layer = batch[0].key
+        pendings = [self._pending[queued.router, queued.seq] for queued in batch]
+        log.log(
+            logging.WARNING if slow else logging.DEBUG,
+            "host %s has computed %d calls%s",
+            self.name,
+            len(batch),
+            ", slowly" if slow else "",
+            extra={
+                "host": self.name,
+                "calls": self._calls_of(batch),
+                "model": model,
+                "layer": layer,
+                "rows": sum(queued.rows for queued in batch),
+                "took_ms": batch_us / 1e3,
+                "queued_ms": round(1e3 * max(now - one.arrived for one in pendings), 3),
+            },
+        )
+
+    def _calls_of(self, batch: list[QueuedCall]) -> list[str]:
+        """Return the calls' ids, as their routers log them."""
+        found = []
+        for queued in batch:
+            pending = self._pending.get((queued.router, queued.seq))
+            if pending is not None:
+                call = pending.frame.call
+                found.append(call_id(pending.session.router, call.step, call.layer))
+        return found
 
     def _reply(
         self,
@@ -327,6 +377,7 @@ class HostLoop:
                 "host %s: experts whose output is not finite: %s",
                 self.name,
                 [str(queued.key.expert(e)) for e in answer.bad],
+                extra={"host": self.name, "calls": self._calls_of([queued])},
             )
         frame = Frame()
         reply = frame.reply

@@ -61,6 +61,7 @@ class Links:
         self._max_rows: dict[str, int] = {}
         self._replies: dict[tuple[str, int], Inbound] = {}
         self._lost: list[HostDown] = []
+        self._told: set[str] = set()  # hosts whose loss was logged since they were last there
         self._epoll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._bell, select.EPOLLIN)
@@ -113,7 +114,17 @@ class Links:
         channel.close()
 
     def _down(self, host: str, reason: HostLost) -> None:
-        log.info("router %s: host %s: %s", self._router, host, reason)
+        # A host that stays away is tried again and again; one line says so.
+        level = logging.DEBUG if host in self._told else logging.INFO
+        self._told.add(host)
+        log.log(
+            level,
+            "router %s: host %s: %s",
+            self._router,
+            host,
+            reason,
+            extra={"router": self._router, "host": host},
+        )
         if host in self._channels:
             self._transport_lost(host)
         self.disconnect(host)
@@ -215,7 +226,12 @@ class Links:
                 if checksum(reply.seq, inbound.payload) != reply.checksum:
                     self.free(host, reply.seq)
                     message = f"call {reply.seq}: the reply of {host} does not match its checksum"
-                    log.warning("router %s: %s", self._router, message)
+                    log.warning(
+                        "router %s: %s",
+                        self._router,
+                        message,
+                        extra={"router": self._router, "host": host, "seq": reply.seq},
+                    )
                     return Refused(host, reply.seq, Corrupted.__name__, message)
                 self._replies[host, reply.seq] = inbound
                 return Replied(host, reply.seq)
@@ -226,7 +242,25 @@ class Links:
                 return Ponged(host, frame.pong.seq)
             case "welcome":
                 self._max_rows[host] = max(1, frame.welcome.max_rows)
+                self._told.discard(host)
+                log.info(
+                    "router %s: host %s accepts calls",
+                    self._router,
+                    host,
+                    extra={
+                        "router": self._router,
+                        "host": host,
+                        "transport": self._used[host][1],
+                        "incarnation": frame.welcome.incarnation,
+                    },
+                )
                 return HostUp(host, frame.welcome.incarnation)
             case kind:
-                log.warning("router %s: host %s sent an unexpected %r", self._router, host, kind)
+                log.warning(
+                    "router %s: host %s sent an unexpected %r",
+                    self._router,
+                    host,
+                    kind,
+                    extra={"router": self._router, "host": host},
+                )
                 return None

@@ -37,9 +37,11 @@ class LayerJob:
         weights_TK: Tensor,
         *,
         without: Iterable[int] = (),
+        step: int = 0,
     ) -> None:
         """Take the call's tensors; nothing is computed for the rows in ``without``."""
         self.key = key
+        self.step = step  # the router's forward pass that this call belongs to
         self.exact = placement is not None and key.model in placement.exact
         self.dtype = x_TH.dtype
         self._given_TH = x_TH.detach().contiguous()
@@ -86,6 +88,7 @@ class LayerJob:
         call.exact = self.exact
         call.payload_bytes = layout.call_bytes
         call.attempt = send.attempt
+        call.step = self.step
         return frame, layout
 
     def write(self, send: Send, frame: Frame, layout: CallLayout, buffer: Tensor) -> None:

@@ -54,6 +54,7 @@ class PlacementWatch:
 
     def _run(self) -> None:
         controller: Any = None
+        lost = False  # whether the last report failed
         while not self._stop.is_set():
             try:
                 if controller is None:
@@ -62,13 +63,19 @@ class PlacementWatch:
             except (RayError, GetTimeoutError, ValueError) as error:
                 # The router keeps using its last placement until the controller is back.
                 controller = None
-                if not self._stop.is_set():
+                if not self._stop.is_set() and not lost:
+                    lost = True
                     log.warning(
-                        "controller unreachable, keeping the last placement: %s",
+                        "router %s: the controller does not answer; the last placement stays: %s",
+                        self._router.name,
                         in_words(error).splitlines()[0],
+                        extra={"router": self._router.name},
                     )
                 self._stop.wait(0.5)
                 continue
+            if lost:
+                lost = False
+                log.info("router %s: the controller answers again", self._router.name)
             if placement is not None and not self._stop.is_set():
                 self._router.place(placement)
 
@@ -136,6 +143,12 @@ class PoolLink:
             self._watch = PlacementWatch(config.namespace, self.router)
             wanted = [LayerKey(config.model.name, layer) for layer in layers]
             self.router.wait_ready(config.start_s, wanted)
+            log.info(
+                "router %s of model %s is ready",
+                config.name,
+                config.model.name,
+                extra={"router": config.name, "model": config.model.name},
+            )
         except BaseException:
             self.close()
             raise

@@ -9,7 +9,6 @@ Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -32,6 +31,7 @@ from ...cluster.routing.events import (
     Free,
     Probe,
     Refresh,
+    Refused,
     Send,
 )
 from ...cluster.routing.host_health import HostState
@@ -42,6 +42,7 @@ from ...proto.errors import CallError, ClusterError, ExpertUnavailable, from_wir
 from ...proto.expert_pb2 import Frame
 from ...proto.keys import ClusterSecret, secret_of_process
 from ...proto.wire import DTYPE_TO_WIRE
+from .call_log import CallLog
 from .connections import Links
 from .layer_tensors import LayerJob, check_shapes
 from .row_attribution import BatchRows
@@ -61,8 +62,6 @@ class RouterStats:
     hosts: dict[str, str]
     transports: dict[str, Transport]  # of the hosts that are connected
 
-
-log = logging.getLogger(__name__)
 
 # Limits the damage if a wake-up is ever missed.
 LONGEST_WAIT_S = 5.0
@@ -99,6 +98,8 @@ class Router:
         self._upkeep = Upkeep(name, self._look_after)
         self.expecting = self._upkeep.expecting
         self.batch = BatchRows(name, self.has, self.expecting)
+        self.step = 0  # forward passes that have begun
+        self._log = CallLog(name)
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
         slots = self.policy.window
@@ -255,7 +256,8 @@ class Router:
 
     def begin_step(self) -> None:
         """Start a forward pass: forget the rows that were lost in the last one."""
-        self.batch.begin_step()
+        self.step += 1
+        self.batch.begin_step(self.step)
 
     @torch.no_grad()
     def forward(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -278,11 +280,16 @@ class Router:
                 raise ClusterError(f"router {self.name}: closed")
             self._take_placements()
             placement = self._dispatcher.placement
-            job = LayerJob(key, placement, x_TH, ids_TK, weights_TK, without=self.batch.dead)
+            job = LayerJob(
+                key, placement, x_TH, ids_TK, weights_TK, without=self.batch.dead, step=self.step
+            )
             self._job = job
+            began = self._clock()
             try:
                 self._run(job)
                 out_TH = job.combine()
+                if (took_s := self._clock() - began) > self.policy.attempt_s:
+                    self._log.slow(job, took_s)
                 if job.bad_rows:
                     self.batch.report_bad(job)
             except BaseException:
@@ -361,10 +368,14 @@ class Router:
                     layout,
                     lambda buffer: job.write(command, frame, layout, buffer),
                 )
+                if self._log.on:
+                    self._log.sent(job, command, hedge=self._dispatcher.is_hedge(command.seq))
             case Accept(send):
                 assert self._job is not None
                 reply, payload = self._links.reply(send.host, send.seq)
                 self._job.accept(send, reply, payload)
+                if self._log.on:
+                    self._log.answered(self._job, send, reply)
                 choices = int((send.choice_tk >= 0).sum())
                 meter = self._dispatcher.meter
                 took_us = reply.queued_us, reply.busy_us, reply.batch_us
@@ -389,6 +400,8 @@ class Router:
         heard = False
         for event in self._links.events(timeout_s):
             heard = True
+            if isinstance(event, Refused) and self._job is not None and self._log.on:
+                self._log.refused(self._job, event)
             self._execute(self._dispatcher.handle(event, self._clock()))
         self._take_placements()
         self._execute(() if heard else self._dispatcher.tick(self._clock()))

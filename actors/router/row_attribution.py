@@ -17,6 +17,7 @@ from ...cluster.placement import ExpertKey
 from ...cluster.routing.expert_fallback import RowWishes
 from ...cluster.routing.expert_options import RowGroups
 from ...proto.errors import BadExpert, ExpertUnavailable, MoesaicError
+from ..transport.base import call_id
 from .layer_tensors import LayerJob
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ class RowOwner(Protocol):
     def row_groups(self) -> RowGroups | None: ...
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None: ...
+
+    def log_step(self, router: str, step: int) -> None:
+        """Log, at the debug level, whose rows the forward pass that begins now has."""
+        ...
 
 
 class BatchRows:
@@ -55,6 +60,8 @@ class BatchRows:
         self.on_dropped: Dropped | None = None
         # Returns the expert options of the rows in flight; None: all have the defaults.
         self.groups: Callable[[], RowGroups | None] = lambda: None
+        # Called with the router's name and the number of each forward pass that begins.
+        self.log_step: Callable[[str, int], None] | None = None
         self.lost = 0
         # Rows that the remaining layers of this forward pass need not compute.
         self.dead: set[int] = set()
@@ -66,10 +73,13 @@ class BatchRows:
         self.on_lost = owner.fail_rows
         self.groups = owner.row_groups
         self.on_dropped = owner.drop_rows
+        self.log_step = owner.log_step
 
-    def begin_step(self) -> None:
-        """Start a forward pass: forget the rows that were lost in the last one."""
+    def begin_step(self, step: int) -> None:
+        """Start forward pass number ``step``: forget the rows that were lost in the last one."""
         self.dead.clear()
+        if self.log_step is not None:
+            self.log_step(self._router, step)
 
     def wishes(self, tokens: int, deadline_s: float) -> RowWishes | None:
         """Return the rows' wishes; None without an engine: all rows wait until the deadline."""
@@ -103,6 +113,12 @@ class BatchRows:
         rows = sorted({row for rows in job.bad_rows.values() for row in rows})
         names = ", ".join(str(job.key.expert(expert)) for expert in sorted(job.bad_rows))
         error = BadExpert(f"{names}: output is not finite")
-        log.error("router %s: %s; rows %s", self._router, error, rows)
+        log.error(
+            "router %s: %s; rows %s",
+            self._router,
+            error,
+            rows,
+            extra={"call_id": call_id(self._router, job.step, job.key.layer)},
+        )
         if self.on_lost is not None:
             self.lose(rows, error)

@@ -67,7 +67,7 @@ class Catalog:
             # The controller is restarting; the models that are known stay valid meanwhile.
             if self._looked_at == float("-inf"):
                 raise
-            log.info("the catalog was not refreshed: %s", error)
+            log.info("the list of models stays as it is: %s", error)
         else:
             self._models = {
                 ref.name: self._models.get(ref.name) or describe_model(ref, shape)

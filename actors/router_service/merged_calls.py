@@ -37,6 +37,7 @@ from ...proto.errors import (
     from_wire,
     in_words,
 )
+from ..engine.step_log import log_step
 from ..router.router import Router
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class MergedCalls:
         self._tickets: dict[int, Ticket] = {}
         self._lost: list[tuple[Sequence[int], MoesaicError]] = []
         self._batch_rows = 0
+        self._pieces: Sequence[Piece] = ()  # of the running merged call
         self._closed = False
         # Set while draining: it ends the remaining calls in time, whatever the thread computes.
         self._late: threading.Timer | None = None
@@ -180,6 +182,18 @@ class MergedCalls:
             else:
                 self._tell(self._merger.arrive(asked, now))
                 self._changed.notify()  # its deadline may be the earliest now
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(
+                "%s has come from %s",
+                _name(ticket.number),
+                client,
+                extra={
+                    "request_id": _name(ticket.number),
+                    "model": key.model,
+                    "layer": key.layer,
+                    "rows": rows,
+                },
+            )
         try:
             if ticket.error is not None:
                 raise ticket.error
@@ -213,6 +227,11 @@ class MergedCalls:
 
     def row_groups(self) -> RowGroups:
         return [(self._batch_rows, _SHORT_WAIT)]
+
+    def log_step(self, router: str, step: int) -> None:
+        log_step(
+            router, step, lambda: [_name(piece.number) for piece in self._pieces], "clients' calls"
+        )
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
         raise AssertionError(f"calls of the router service drop no experts: {dropped}")
@@ -248,6 +267,7 @@ class MergedCalls:
 
     def _compute(self, batch: Batch, tickets: list[Ticket]) -> None:
         self._lost.clear()
+        self._pieces = batch.pieces
         self._batch_rows = sum(piece.rows_n.size for piece in batch.pieces)
         failure: MoesaicError | None = None
         y_BH: Tensor | None = None
@@ -258,7 +278,11 @@ class MergedCalls:
             failure = error
         except Exception as error:
             # Whatever went wrong, only these calls fail; the service keeps running.
-            log.exception("a merged call of %s failed", batch.key)
+            log.exception(
+                "a merged call of %s failed",
+                batch.key,
+                extra={"requests": [_name(piece.number) for piece in batch.pieces]},
+            )
             failure = InternalError(in_words(error))
         ends: list[End] = []
         now = self._clock()
@@ -309,6 +333,11 @@ class MergedCalls:
             for ticket in self._tickets.values():
                 if not ticket.over.is_set():
                     ticket.end(error)
+
+
+def _name(number: int) -> str:
+    """Return how the log names a client's call."""
+    return f"call-{number}"
 
 
 def _merge(pieces: Sequence[Piece], tickets: Sequence[Ticket]) -> tuple[Tensor, Tensor, Tensor]:

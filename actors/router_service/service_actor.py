@@ -19,8 +19,10 @@ from ...cluster.reports.status import (
 )
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, in_words
+from ..runtime.log_settings import log_environment
 from ..runtime.ports import free_port
-from ..runtime.ray_border import ask, controller_of, thread_environment
+from ..runtime.process_log import begin_process
+from ..runtime.ray_border import ask, cluster_of, controller_of, thread_environment
 from ..runtime.start_failures import telling
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class RayRouterService:
 
     def __init__(self, spec: Spec, namespace: str, address: str) -> None:
         with telling(namespace, "router", NAME):
+            begin_process("router", NAME, cluster_of(namespace))
             self._open(spec, namespace, address)
 
     def _open(self, spec: Spec, namespace: str, address: str) -> None:
@@ -67,13 +70,16 @@ class RayRouterService:
 
         key = router_key_of(namespace)
         self._service = _bind(router, Catalog(models), spec, address, key)
+        log.info("the router service is ready for calls", extra={"address": self._service.address})
 
     def report(self) -> RouterServiceProcess:
         return self._service.report()
 
     def drain(self, drain_s: float) -> int:
         """Drain the service; see `RouterService.drain`."""
-        return self._service.drain(drain_s)
+        held = self._service.drain(drain_s)
+        log.info("the router service refuses new calls; %d held ones have %g s", held, drain_s)
+        return held
 
     def running(self) -> int:
         """Return the number of calls that are held."""
@@ -118,7 +124,7 @@ def start_router_service(spec: Spec, namespace: str, address: str) -> Any:
             scheduling_strategy=NodeAffinitySchedulingStrategy(
                 ray.get_runtime_context().get_node_id(), soft=False
             ),
-            runtime_env={"env_vars": thread_environment(1)},
+            runtime_env={"env_vars": thread_environment(1) | log_environment()},
         )
         .remote(spec, namespace, address)
     )
@@ -191,7 +197,7 @@ class ServiceWatch:
             self._heard_at = self._clock()
 
     def _end(self, actor: Any, why: str) -> None:
-        log.warning("restarting the router service: %s", why)
+        log.warning("the router service is restarted: %s", why)
         ray.kill(actor, no_restart=False)
         self._restarting()
 

@@ -6,11 +6,11 @@ It tells them from those of Ray's other workers, even after the process has died
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
-Kind = Literal["host", "controller", "trunk", "ingress"]
+Kind = Literal["host", "controller", "trunk", "ingress", "router"]
 
-_SAID = re.compile(r"^moesaic: (host|controller|trunk|ingress) (\S+) of (\S+)$", re.MULTILINE)
+_SAID = re.compile(rf"^moesaic: ({'|'.join(get_args(Kind))}) (\S+) of (\S+)$", re.MULTILINE)
 
 
 class Process(NamedTuple):

@@ -25,6 +25,7 @@ from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, MoesaicError, in_words
 from .embedded_ray import end_embedded, start_embedded
 from .joining import join
+from .log_settings import log_environment
 from .ray_token import need_token
 
 log = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def actor_options(wanted: Resources, threads: int) -> dict[str, Any]:
         "num_gpus": wanted.num_gpus,
         "resources": dict(wanted.resources),
         "label_selector": dict(wanted.labels),
-        "runtime_env": {"env_vars": thread_environment(threads)},
+        "runtime_env": {"env_vars": thread_environment(threads) | log_environment()},
     }
 
 

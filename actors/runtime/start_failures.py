@@ -55,8 +55,6 @@ class StartFailure:
     def describe(self, cluster: str) -> str:
         """Say in a sentence why the part did not start, and which command shows its log."""
         said = f"{self.part} did not start: {self.words}"
-        if self.kind == "router":
-            return said
         of = f"--host {self.name}" if self.kind == "host" else self.kind
         return f"{said}; {log_of(of, cluster)}"
 

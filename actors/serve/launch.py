@@ -36,6 +36,7 @@ from ..preflight.preflight import Preflight, bounds_of, preflight, shape_of
 from ..router_service.service_actor import service_address, start_router_service
 from ..runtime.cluster_secret import make_secret
 from ..runtime.durable_state import forget_all, forget_last
+from ..runtime.log_settings import log_runtime_env, log_settings
 from ..runtime.ray_border import (
     CONTROLLER,
     ask,
@@ -81,6 +82,7 @@ class Launched:
         With ``drain_s`` new requests are refused first, and running ones have that many
         seconds to finish; ``told`` receives the progress line by line.
         """
+        log.info("cluster %s ends", self.spec.name)
         # A Ray of the cluster's own takes trunks and ingress along when it ends.
         leaves_serve = self.serves and not (self.owns_ray and ray_ends_with_one())
         with contextlib.ExitStack() as last_first:
@@ -123,14 +125,17 @@ def launch(
     ``warn`` receives findings that are odd but harmless. ``on_ray`` is called as soon as this
     process is connected to Ray. ``router_key`` opens the router service; None makes a new key.
 
-    Raises CheckpointError, UnsupportedModel and ClusterError, after ending what had started.
+    Raises SpecError, CheckpointError, UnsupportedModel and ClusterError, after ending what had
+    started.
     """
+    log_settings()  # every process reads them, and a wrong value would keep it from starting
     checked = _check(spec, progress, warn)
     refs, shapes = {}, {}
     for model in spec.models:
         folder, described = checked.folders[model.name], checked.described[model.name]
         refs[model.name] = ModelRef(name=model.name, dtype=model.dtype, path=str(folder))
         shapes[model.name] = shape_of(model, described)
+    log.info("cluster %s starts", spec.name)
     progress("starting Ray", 0, 1)
 
     def tried_again(why: str) -> None:
@@ -167,6 +172,15 @@ def launch(
                 spec, refs, {m.name: bounds_of(m, checked.described[m.name]) for m in spec.models}
             )
             progress("starting the endpoint", 1, 1)
+        log.info(
+            "cluster %s is up",
+            spec.name,
+            extra={
+                "url": launched.url,
+                "monitoring": launched.monitoring,
+                "router_service": launched.router,
+            },
+        )
     except BaseException as error:
         told = ""
         try:
@@ -234,6 +248,7 @@ def _start_actors(launched: Launched, shapes: Mapping[str, ModelShape]) -> None:
             namespace=namespace,
             max_restarts=-1,
             num_cpus=0,
+            **log_runtime_env(),
             # On the owner's node, so that losing a node of hosts does not end the controller.
             scheduling_strategy=NodeAffinitySchedulingStrategy(
                 ray.get_runtime_context().get_node_id(), soft=True

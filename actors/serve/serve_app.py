@@ -17,13 +17,12 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
-    Iterator,
     Mapping,
     Sequence,
 )
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastapi import FastAPI
 from ray import serve
@@ -68,10 +67,9 @@ from ..engine.engine import (
     TokenLogprob,
 )
 from ..engine.served_model import ServedModel
-from ..runtime.process_labels import announce
-from ..runtime.ray_border import HEAD_NODE, cluster_of, last_line
-from ..runtime.start_failures import telling
-from .replica_port import stay_on_node
+from ..runtime.log_settings import log_runtime_env
+from ..runtime.ray_border import HEAD_NODE, last_line
+from .replica_start import starting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,7 +134,7 @@ class Trunk:
 
     def __init__(self, engine_factory: Callable[[], Engine]) -> None:
         self._identity = uuid.uuid4().hex
-        with _starting("trunk"):
+        with starting("trunk"):
             self._engine = engine_factory()
             self._engine.start()
 
@@ -147,30 +145,29 @@ class Trunk:
         sampling: Sampling,
         already: Sequence[int],
     ) -> AsyncGenerator[Item, None]:
+        if logger.isEnabledFor(logging.DEBUG):
+            ids = {"request_id": request_id, "prompt_tokens": len(prompt_ids)}
+            logger.debug("request %s has come", request_id, extra=ids)
         generated = self._engine.generate(request_id, prompt_ids, sampling, already)
         try:
             async with aclosing(generated) as deltas:
                 async for delta in deltas:
                     yield delta.token_ids, delta.finish_reason, delta.dropped, delta.logprobs
-        except MoesaicError as error:
-            yield Failure.of(error)
         except Exception as error:
             # Whatever it is, the ingress gets it as a value: it might not unpickle the exception.
-            logger.exception("request %s: unexpected error of the engine", request_id)
-            yield Failure.of(InternalError(in_words(error)))
+            yield _failure(error, request_id)
 
-    async def embed(self, prompts: list[list[int]], pooling: Pooling) -> np.ndarray | Failure:
+    async def embed(
+        self, prompts: list[list[int]], pooling: Pooling, request_id: str = ""
+    ) -> np.ndarray | Failure:
         try:
             if not isinstance(self._engine, Embeds):
                 engine = type(self._engine).__name__
                 raise RequestError(f"embeddings: not supported by the {engine}", param="model")
-            return await self._engine.embed(prompts, pooling)
-        except MoesaicError as error:
-            return Failure.of(error)
+            return await self._engine.embed(prompts, pooling, request_id)
         except Exception as error:
             # Any error becomes a value, as in `generate`.
-            logger.exception("unexpected error of the engine")
-            return Failure.of(InternalError(in_words(error)))
+            return _failure(error, request_id)
 
     async def limits(self) -> Limits:
         return self._engine.limits
@@ -243,11 +240,13 @@ class TrunkClient:
             if not finished:
                 items.cancel()
 
-    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], pooling: Pooling, request_id: str = ""
+    ) -> np.ndarray:
         """Return one vector per prompt; see `Embeds.embed`."""
         asked = cast(
             "DeploymentResponse[np.ndarray | Failure]",
-            self._handle.embed.remote([list(prompt) for prompt in prompts], pooling),
+            self._handle.embed.remote([list(prompt) for prompt in prompts], pooling, request_id),
         )
         finished = False
         try:
@@ -336,12 +335,15 @@ class TrunkClient:
 
 # The ingress runs on the head node, where Serve's proxy is, so that monitoring can be reached from
 # where the endpoint can. It reserves no core, since Ray may have none left there.
+_BESIDE_THE_PROXY = {"num_cpus": 0, "resources": {HEAD_NODE: 0.001}}
+
+
 @serve.deployment(
     name="Ingress",
     max_ongoing_requests=2 * MAX_ONGOING,
     graceful_shutdown_wait_loop_s=0.2,
     max_constructor_retry_count=1,
-    ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
+    ray_actor_options=_BESIDE_THE_PROXY,
 )
 @serve.ingress()
 class Ingress:
@@ -374,7 +376,7 @@ class Ingress:
         self._cluster_status = status
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        with _starting("ingress"):
+        with starting("ingress"):
             models = {name: await self._model(name, trunk) for name, trunk in self._trunks.items()}
         endpoint, metrics = self._endpoint, HttpMetrics()
         health = Health(self._health, self._aliases, leaving=lambda: self._gate.ending)
@@ -441,23 +443,17 @@ class Ingress:
         return None if self._cluster_status is None else await self._cluster_status()
 
 
+def _failure(error: Exception, request_id: str) -> Failure:
+    """Return any error of the engine as a value; log it if nobody has foreseen it."""
+    if isinstance(error, MoesaicError):
+        return Failure.of(error)
+    text = "request %s: unexpected error of the engine"
+    logger.error(text, request_id, exc_info=error, extra={"request_id": request_id})
+    return Failure.of(InternalError(in_words(error)))
+
+
 async def _result(asked: DeploymentResponse[T]) -> T:
     return await asked
-
-
-@contextmanager
-def _starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
-    """Label a replica's log with its name while it starts, and record the error if it fails."""
-    try:
-        replica = serve.get_replica_context()
-    except RayServeException:
-        yield  # not in a replica: a test's own process
-        return
-    stay_on_node()
-    name = replica.deployment.removeprefix("Trunk-") if kind == "trunk" else kind
-    announce(kind, name, cluster_of(replica.app_name))
-    with telling(replica.app_name, kind, name):
-        yield
 
 
 def ending_s(drain_s: float) -> float:
@@ -486,7 +482,10 @@ def build(
     told to reach the endpoint.
     """
     endpoint = endpoint or EndpointSpec()
-    return Ingress.options(graceful_shutdown_timeout_s=ending_s(endpoint.drain_s)).bind(
+    return Ingress.options(
+        graceful_shutdown_timeout_s=ending_s(endpoint.drain_s),
+        ray_actor_options=_BESIDE_THE_PROXY | log_runtime_env(),
+    ).bind(
         dict(trunks),
         dict(tokenizers),
         status,

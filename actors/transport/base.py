@@ -36,6 +36,11 @@ def call_of(frame: Frame) -> Call:
     return frame.backward.call if frame.HasField("backward") else frame.call
 
 
+def call_id(router: str, step: int, layer: int) -> str:
+    """Return how logs name the calls of one layer in one step of a router."""
+    return f"{router}/{step}/{layer}"
+
+
 def check_version(theirs: int, peer: str) -> None:
     """Check the wire version of a Hello or Welcome. Raises CallError for another version."""
     if theirs != WIRE_VERSION:

@@ -191,6 +191,11 @@ class Dispatcher:
             due.append(call.wake_at(now))
         return min(due)
 
+    def is_hedge(self, seq: int) -> bool:
+        """Return whether this send repeats a late one that is still in flight."""
+        flight = self._call.live.get(seq) if self._call is not None else None
+        return flight is not None and flight.rival is not None
+
     # ---- what becomes of sends ------------------------------------------------------------------
 
     @property

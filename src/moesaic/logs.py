@@ -13,12 +13,13 @@ from pathlib import Path
 from threading import Event
 from typing import Literal, get_args
 
+from .actors.runtime.log_lines import is_log_line
 from .actors.runtime.process_labels import announced
 from .private_files import is_own
 from .proto.errors import ClusterError, RequestError
 from .session import Session, owner_log
 
-Kind = Literal["owner", "controller", "ingress", "trunk", "host"]
+Kind = Literal["owner", "controller", "ingress", "router", "trunk", "host"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 LOOK_S = 0.25
@@ -35,11 +36,15 @@ _WORKER = re.compile(r"worker-(?P<worker>\w+)-\w+-(?P<pid>\d+)\.out")
 class LogLine:
     """One line that one process printed."""
 
-    kind: str  # owner (the process of `moesaic up -d`), controller, ingress, trunk, host
+    kind: str  # owner (the process of `moesaic up -d`), controller, ingress, router, trunk, host
     name: str  # of the host, or the trunk's model
     pid: int
     stream: str  # stdout or stderr
     text: str
+
+    def __str__(self) -> str:
+        """Return the line with its process; Moesaic's own lines name it themselves."""
+        return self.text if is_log_line(self.text) else f"{self.name} {self.pid}: {self.text}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=sink,
-            env={**os.environ, VARIABLE: ROUTER_KEY, "MOESAIC_CACHE": str(cache)},
+            env={
+                **os.environ,
+                VARIABLE: ROUTER_KEY,
+                "MOESAIC_CACHE": str(cache),
+                "MOESAIC_LOG": "debug",  # every process logs all that it can
+            },
         )
     assert owner.stdin is not None
     assert owner.stdout is not None

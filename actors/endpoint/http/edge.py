@@ -47,11 +47,11 @@ def error_answer(
 
     What the client must not see of it is logged under the request's id, ``identity``.
     """
-    told = _told(error, identity)
     if status_code is None:
         known = error if isinstance(error, MoesaicError) else InternalError()
         status_code = known.http_status
-    response = json_response(told, status_code)
+    words = told(error, identity, status_code)
+    response = json_response(words, status_code)
     if status_code in (429, 503):
         response.headers["Retry-After"] = str(RETRY_AFTER_S)
     if isinstance(error, SlowBody):
@@ -60,13 +60,43 @@ def error_answer(
     return response
 
 
-def _told(error: Exception, identity: str) -> ErrorResponse:
+def told(error: Exception, identity: str, status: int | None = None) -> ErrorResponse:
+    """Log an error, and return it in words for the client; ``status`` None: its answer had begun.
+
+    Words for clients may quote the request, so they are not logged.
+    """
+    ids = {"request_id": identity, "status": status}
     if not isinstance(error, MoesaicError):
-        logger.error("request %s: unexpected error", identity, exc_info=error)
-        error = InternalError()
-    elif not error.for_clients:
-        logger.warning("request %s: %s: %s", identity, error.code, error)
+        logger.error(
+            "request %s: unexpected error",
+            identity,
+            exc_info=error,
+            extra=ids | {"code": InternalError.__name__},
+        )
+        return error_response(InternalError(), identity)
+    ids |= {"code": error.code}
+    if not error.for_clients:
+        logger.warning("request %s: %s: %s", identity, error.code, error, extra=ids)
+    else:
+        logger.info("request %s failed: %s", identity, error.code, extra=ids)
     return error_response(error, identity)
+
+
+def log_request(request: Request, model: str, *, prompt_tokens: int, choices: int) -> None:
+    """Log what a request asks for, at the debug level; never its text."""
+    if logger.isEnabledFor(logging.DEBUG):
+        identity = request_id(request)
+        logger.debug(
+            "request %s goes to model %s",
+            identity,
+            model,
+            extra={
+                "request_id": identity,
+                "model": model,
+                "prompt_tokens": prompt_tokens,
+                "choices": choices,
+            },
+        )
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -121,7 +151,7 @@ async def _events(
             # The answer has begun: whatever it is becomes its last event, and is logged.
             if not started:
                 raise
-            yield f"data: {_told(error, identity).model_dump_json()}\n\n"
+            yield f"data: {told(error, identity).model_dump_json()}\n\n"
             return
     yield "data: [DONE]\n\n"
 
@@ -166,6 +196,22 @@ def allow_cors(app: FastAPI, origins: Sequence[str]) -> None:
         # Any header: each client library has some of its own (x-stainless-os).
         allow_headers=("*",),
         expose_headers=(_REQUEST_ID_HEADER, "retry-after"),
+    )
+
+
+def _log_answer(scope: Scope, path: str, status: int) -> None:
+    """Log that an answer begins; ``path`` is the route's, since clients may write anything."""
+    identity = scope["state"]["request_id"]
+    logger.debug(
+        "request %s gets its answer",
+        identity,
+        extra={
+            "request_id": identity,
+            "method": scope["method"],
+            "path": path,
+            "status": status,
+            "took_ms": round(1e3 * (time.perf_counter() - scope["state"]["began"]), 3),
+        },
     )
 
 
@@ -218,7 +264,10 @@ class Edge:
                 MutableHeaders(scope=message)[_REQUEST_ID_HEADER] = identity
                 # Clients choose unknown paths; as "other" they cannot create labels without bound.
                 route = scope.get("route")
-                self._metrics.answered(getattr(route, "path", "other"), message["status"])
+                path = getattr(route, "path", "other")
+                self._metrics.answered(path, message["status"])
+                if logger.isEnabledFor(logging.DEBUG):
+                    _log_answer(scope, path, message["status"])
             await send(message)
 
         try:

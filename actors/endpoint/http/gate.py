@@ -8,13 +8,15 @@ if it has none yet, a last event if it is a stream.
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ....proto.errors import Busy, Ending
-from ..openai.responses import error_response
-from .edge import error_answer
+from .edge import error_answer, told
 from .probes import is_probe
+
+log = logging.getLogger(__name__)
 
 # More than all trunks take together.
 MOST = 4096
@@ -48,6 +50,11 @@ class Gate:
             until = asyncio.get_running_loop().time() + drain_s
             for request in self._running:
                 request.reschedule(until)
+            log.info(
+                "the endpoint refuses new requests; %d running ones have %g s",
+                self.running,
+                drain_s,
+            )
         return self.running
 
     def check(self) -> None:
@@ -62,6 +69,8 @@ class Gate:
 
     def leave(self, request: asyncio.Timeout) -> None:
         self._running.discard(request)
+        if self.ending and not self._running:
+            log.info("the endpoint has ended its last request")
 
     def too_late(self) -> Ending:
         return Ending(
@@ -130,11 +139,7 @@ class _Answer:
         """
         if self._over:
             return
-        event = (
-            f"data: {error_response(error, identity).model_dump_json()}\n\n"
-            if self._streams
-            else ""
-        )
+        event = f"data: {told(error, identity).model_dump_json()}\n\n" if self._streams else ""
         await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
 
 

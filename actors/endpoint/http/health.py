@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +21,8 @@ from ...engine.engine import Delta, Generate, Pooling, Sampling
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from ...engine.served_model import Embed
 
 logger = logging.getLogger(__name__)
 
@@ -84,16 +86,16 @@ class ModelHealth:
 
         return watched
 
-    def watch_embed(
-        self, embed: Callable[[Sequence[Sequence[int]], Pooling], Awaitable[np.ndarray]]
-    ) -> Callable[[Sequence[Sequence[int]], Pooling], Awaitable[np.ndarray]]:
+    def watch_embed(self, embed: Embed) -> Embed:
         """Return ``embed``, wrapped so that requests and answers are noted."""
 
-        async def watched(prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+        async def watched(
+            prompts: Sequence[Sequence[int]], pooling: Pooling, request_id: str
+        ) -> np.ndarray:
             self._began()
             lost = False
             try:
-                found = await embed(prompts, pooling)
+                found = await embed(prompts, pooling, request_id)
                 self._progress.moved(self._clock())
                 return found
             except EngineError:
@@ -120,7 +122,7 @@ class ModelHealth:
                     heard = await hear()
             except Exception as error:
                 # Any error means that nothing was heard: no progress, which `is_ready` shows.
-                logger.info("a trunk was asked and did not answer: %r", error)
+                logger.info("a trunk does not answer: %r", error)
                 continue
             if heard is None:
                 self._progress.waking(self._clock())

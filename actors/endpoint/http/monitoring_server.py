@@ -93,8 +93,10 @@ async def _listen(host: str, port: int) -> socket.socket:
             if not told:
                 logger.warning(
                     "monitoring.port: cannot listen on %s:%d (%s); trying again",
-                    host, port, error.strerror or error,
-                )  # fmt: skip
+                    host,
+                    port,
+                    error.strerror or error,
+                )
             told = True
             await asyncio.sleep(TRY_AGAIN_S)
         else:

@@ -43,6 +43,7 @@ from ....cluster.routing.expert_options import RowGroups
 from ....proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel, in_words
 from ..embedding import Encoder
 from ..sampling import RequestSampler, choose
+from ..step_log import log_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -285,6 +286,16 @@ class BatchingLoop(ContinuousBatchingManager):
         """Note rows without some experts; see `TransformersEngine.drop_rows`."""
         for row, request_id in self._owners(sorted(dropped)):
             self.streams.drop(request_id, dropped[row])
+
+    def log_step(self, router: str, step: int) -> None:
+        """Log which requests the forward pass has that begins; see `TransformersEngine.log_step`.
+
+        A forward pass outside of the loop has none of them.
+        """
+        if self._in_forward:
+            log_step(
+                router, step, lambda: [one.state.request_id for one in self._requests_in_batch()]
+            )
 
     def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield (row, id of its request) for those of ``rows`` that are not padding."""

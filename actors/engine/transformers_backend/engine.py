@@ -217,7 +217,9 @@ class TransformersEngine:
             except TimeoutError:
                 self._check_beat(loop)
 
-    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> np.ndarray:
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], pooling: Pooling, request_id: str = ""
+    ) -> np.ndarray:
         """Return one vector per prompt; see `Embeds.embed`.
 
         A prompt that lacks an expert waits for it as requests do.
@@ -225,7 +227,7 @@ class TransformersEngine:
         for prompt_ids in prompts:
             self.limits.check(prompt_ids, _NO_ANSWER)
         self._check_room()
-        tasks = [asyncio.ensure_future(self._vector(one, pooling)) for one in prompts]
+        tasks = [asyncio.ensure_future(self._vector(one, pooling, request_id)) for one in prompts]
         self._embedding += 1
         try:
             return np.stack(await asyncio.gather(*tasks))
@@ -234,11 +236,13 @@ class TransformersEngine:
             for task in tasks:
                 task.cancel()
 
-    async def _vector(self, prompt_ids: Sequence[int], pooling: Pooling) -> np.ndarray:
+    async def _vector(
+        self, prompt_ids: Sequence[int], pooling: Pooling, request_id: str
+    ) -> np.ndarray:
         found: list[np.ndarray] = []
 
         async def attempt(tokens: list[int], left: int) -> AsyncGenerator[Delta, None]:
-            found.append(await self._encoded(tokens, pooling))
+            found.append(await self._encoded(tokens, pooling, request_id))
             yield Delta((), "length")
 
         async with aclosing(self._parking.generate(attempt, prompt_ids, _NO_ANSWER)) as deltas:
@@ -246,9 +250,11 @@ class TransformersEngine:
                 pass
         return found[-1]
 
-    async def _encoded(self, token_ids: Sequence[int], pooling: Pooling) -> np.ndarray:
+    async def _encoded(
+        self, token_ids: Sequence[int], pooling: Pooling, request_id: str
+    ) -> np.ndarray:
         loop = self._running()
-        vector = asyncio.wrap_future(self._encoder.submit(token_ids, pooling))
+        vector = asyncio.wrap_future(self._encoder.submit(token_ids, pooling, request_id))
         loop.wake()
         try:
             while True:
@@ -298,6 +304,15 @@ class TransformersEngine:
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
         """Note rows for which a part of their experts was left out; call it as `fail_rows`."""
         self._running().drop_rows(dropped)
+
+    def log_step(self, router: str, step: int) -> None:
+        """Log which requests a forward pass has, at its begin and at the debug level.
+
+        ``step`` is its number in the ``router`` that computes its experts.
+        """
+        owner = self._encoder if self._encoder.in_forward else self._loop
+        if owner is not None:
+            owner.log_step(router, step)
 
     def _running(self) -> Loop:
         if self._loop is None:

@@ -24,6 +24,7 @@ from ....proto.errors import EngineError, InternalError, MoesaicError, in_words
 from ..embedding import Encoder
 from ..engine import Delta, EngineConfig
 from ..sampling import choose
+from ..step_log import log_step
 from ..streams import Stream, Streams
 from .static_batch import Asked, Cohort, together
 
@@ -193,7 +194,8 @@ class CohortLoop:
                 cohort.keep([])
                 return
             # Any error: the other cohorts must continue.
-            logger.exception("a step of a cohort failed")
+            keys = [request.key for request in cohort.requests]
+            logger.exception("a step of a cohort failed", extra={"requests": keys})
             self.last_error = in_words(error)
             self.restarts += 1
             self._failed += 1
@@ -270,6 +272,12 @@ class CohortLoop:
         """Note rows without some experts; see `TransformersEngine.drop_rows`."""
         for row, key in self._owners(sorted(dropped)):
             self.streams.drop(key, dropped[row])
+
+    def log_step(self, router: str, step: int) -> None:
+        """Log which requests a forward pass has; see `TransformersEngine.log_step`."""
+        cohort = self._current
+        if cohort is not None:
+            log_step(router, step, lambda: [one.key for one in cohort.requests])
 
     def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield (row, id of its request)."""

@@ -19,6 +19,7 @@ from ....proto.errors import InternalError, Interrupted, MoesaicError
 from ...text.answer_form import AnswerForm
 from ..engine import Delta, Sampling, TokenLogprob
 from ..sampling import seed_at
+from ..step_log import log_step
 from ..streams import Streams
 
 
@@ -36,14 +37,14 @@ class Requests:
     def watch(self, runner: Any, begin: Callable[[], None]) -> None:
         """Note the rows of each request before each forward pass of vLLM's model runner.
 
-        ``begin`` is called before each pass.
+        ``begin`` is called before each pass, when the rows are noted.
         """
         execute = runner.execute_model
 
         def watched(scheduled: Any, *arguments: Any, **named: Any) -> Any:
-            begin()
             self._rows = scheduled.num_scheduled_tokens
             try:
+                begin()
                 return execute(scheduled, *arguments, **named)
             finally:
                 self._rows = None
@@ -91,6 +92,12 @@ class Requests:
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
         for row, key in self._owners(sorted(dropped)):
             self._streams.drop(key, dropped[row])
+
+    def log_step(self, router: str, step: int) -> None:
+        # vLLM orders its batch only after the pass has begun, so these have no order yet.
+        rows = self._rows
+        if rows is not None:
+            log_step(router, step, lambda: [self._ours.get(name, name) for name in rows])
 
     def _groups(self) -> list[tuple[str, int]]:
         """Return (request, number of rows) in the order of the batch's rows."""

@@ -163,9 +163,19 @@ def aborting(context: grpc.ServicerContext, *, outside: bool = False) -> Iterato
         # Whatever it is, the caller gets a status.
         request_id = uuid.uuid4().hex if outside else ""
         if not isinstance(error, MoesaicError):
-            log.exception("gRPC: request %s of %s: a defect", request_id, context.peer())
-        elif outside and not error.for_clients:
-            log.warning("gRPC: request %s: %s: %s", request_id, error.code, error)
+            log.exception(
+                "gRPC: request %s of %s: a defect",
+                request_id,
+                context.peer(),
+                extra={"request_id": request_id},
+            )
+        elif outside:
+            ids = {"request_id": request_id, "code": error.code}
+            if error.for_clients:
+                # Words for clients may quote the request.
+                log.info("gRPC: request %s failed: %s", request_id, error.code, extra=ids)
+            else:
+                log.warning("gRPC: request %s: %s: %s", request_id, error.code, error, extra=ids)
         if isinstance(error, Busy) and error.retry_after_s is not None:
             pause = (_PUSHBACK, str(int(error.retry_after_s * 1e3)))
             context.set_trailing_metadata((pause,))

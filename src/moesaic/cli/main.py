@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..actors.runtime.process_log import set_up_logging
 from ..proto.errors import MoesaicError, in_words
 from . import about, bench, chat, operate, watch
 from .exit_codes import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE
@@ -179,6 +181,11 @@ def _words(error: Exception) -> str:
 
 
 def run() -> None:
+    """Run the command of this process, which then logs to stderr: warnings, by default."""
+    try:
+        set_up_logging("command", default=logging.WARNING)
+    except MoesaicError as error:
+        sys.exit(_failed(error))
     sys.exit(main())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from ..about import default_spec
+from ..actors.runtime.process_log import rename_log
 from ..cluster.spec.spec import Spec, load_spec
 from ..private_files import new_private
 from ..proto.errors import ClusterError, MoesaicError
@@ -54,6 +56,8 @@ def run_foreground(given: str | None, progress_fd: int, *, as_json: bool = False
 
     Running requests may finish then. A second signal ends the cluster at once, in every phase.
     """
+    # In the foreground the terminal belongs to the progress and the addresses.
+    rename_log("owner", default=logging.WARNING if progress_fd < 0 else logging.INFO)
     spec = spec_of(given)
     # Afterwards nothing is left to end, and a late signal must not change the exit code.
     with Ends(lambda: _end_at_once(spec), afterwards=signal.SIG_IGN) as ends:

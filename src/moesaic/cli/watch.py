@@ -56,9 +56,13 @@ def _print_experts(found: list[ExpertReport]) -> None:
         rows = [row for row in found if row.model == model]
         wished = any(_wishes(row) for row in rows)
         shown = table(
-            ">layer", ">expert", "replicas (share)", *(f">{horizon}" for horizon in _HORIZONS),
-            ">of layer", *(["wishes"] if wished else []),
-        )  # fmt: skip
+            ">layer",
+            ">expert",
+            "replicas (share)",
+            *(f">{horizon}" for horizon in _HORIZONS),
+            ">of layer",
+            *(["wishes"] if wished else []),
+        )
         for row in rows:
             rates = row.assignments_per_s
             shown.add_row(
@@ -104,8 +108,7 @@ def logs(
         session = logged_session(name)
         lines = read_logs(session, wanted, host=host, tail=tail, follow=follow, stop=stop)
         for line in lines:
-            text = json.dumps(asdict(line)) if as_json else f"{line.name} {line.pid}: {line.text}"
-            print(text, flush=follow)
+            print(json.dumps(asdict(line)) if as_json else str(line), flush=follow)
             if stop.is_set():
                 return
 

@@ -10,7 +10,6 @@ from moesaic.actors.host.host import local_hosts
 from tests.helpers.live import wait_until
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_host_whose_loop_failed_leaves_at_the_next_report(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

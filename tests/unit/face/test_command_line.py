@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -334,6 +335,27 @@ def test_logs_of_processes_that_live_and_that_are_dead(session: Session) -> None
     session_dir().mkdir(parents=True)
     (session_dir() / "c.log").write_text("up\n")
     assert read(session, "owner") == [LogLine("owner", "c", 1, "stderr", "up")]
+
+
+def test_a_line_of_our_own_log_names_its_process_itself() -> None:
+    for text in ("2026-11-27T16:53:16.746Z info host-0[7] actors.host.host: m", '{"ts": "2026"}'):
+        assert str(LogLine("host", "host-0", 7, "stderr", text)) == text
+    assert str(LogLine("host", "host-0", 7, "stdout", "printed")) == "host-0 7: printed"
+
+
+@pytest.mark.parametrize("variable", ["MOESAIC_LOG", "MOESAIC_LOG_FORMAT"])
+def test_a_wrong_setting_of_the_log_ends_a_command(variable: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "moesaic.cli.main", "version"],
+        env={**os.environ, variable: "loud"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {variable}: 'loud' is")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_logs_that_there_are_not(session: Session) -> None:

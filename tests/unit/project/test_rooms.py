@@ -67,7 +67,7 @@ actors/trunk                        proto models/folder models/trunk cluster act
                                     actors/engine/vllm_backend actors/host
 actors/router_service               proto models/trunk cluster cluster/batching cluster/reports
                                     cluster/routing cluster/spec actors/runtime actors/transport
-                                    actors/transport/grpc actors/router
+                                    actors/transport/grpc actors/engine actors/router
 actors/controller                   proto cluster cluster/load cluster/planner cluster/reports
                                     cluster/control cluster/scaling cluster/spec actors/runtime
                                     actors/host actors/router_service

@@ -48,7 +48,9 @@ class Engine:
                 raise self.error
             yield Delta((1,))
 
-    async def embed(self, prompts: Sequence[Sequence[int]], pooling: Pooling) -> Any:
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], pooling: Pooling, request_id: str
+    ) -> Any:
         await self.allowed.acquire()
         if self.error is not None:
             raise self.error
@@ -118,7 +120,7 @@ async def test_a_refusal_is_no_loss_and_a_lost_trunk_is_one() -> None:
     assert not model.is_ready
     engine.error = None
     engine.allowed.release()
-    await model.watch_embed(engine.embed)([[1]], Pooling())
+    await model.watch_embed(engine.embed)([[1]], Pooling(), "a")
     assert model.is_ready
 
 

@@ -139,7 +139,7 @@ def test_the_templates_turn_end(template: str, named: list[str], added: list[str
 
 
 def test_named_templates(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     tokenizer = tokenizer_of(None)
     templates: Any = {"default": CHATML, "rag": HEADERS}
     tokenizer.chat_template = templates

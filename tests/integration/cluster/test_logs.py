@@ -1,0 +1,175 @@
+"""The logs of a cluster's processes: every one follows the owner's environment, one request leads
+through all of them, and what happens to the pool is told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import moesaic
+from moesaic.actors.runtime.cluster_secret import router_key_of, secret_of
+from moesaic.actors.runtime.log_lines import is_log_line
+from moesaic.actors.runtime.ray_border import namespace_of
+from moesaic.cli.main import main
+from moesaic.handle import Cluster
+from moesaic.proto.errors import SpecError
+from moesaic.session import need_session
+from tests.helpers.live import ON_RAY, hosts_of, running, wait_replaced
+from tests.helpers.logged import Line, assert_followed, of, steps_of
+from tests.integration.conftest import save_model
+
+PROMPT = "zebra xylophone quartz"
+TOKENS = 4
+
+pytestmark = ON_RAY
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    model = save_model(tmp_path_factory.mktemp("logs"), "mixtral")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOESAIC_LOG", "debug")
+        patch.setenv("MOESAIC_LOG_FORMAT", "json")
+        hosts, router = [{"count": 2, "slots": 16}], {"port": 0}
+        with running("logs", model, hosts=hosts, router=router) as cluster:
+            yield cluster
+
+
+def lines_of(pool: Cluster) -> list[Line]:
+    """Moesaic's own lines of all processes."""
+    texts = [line.text for line in pool.logs(tail=1_000_000)]
+    return [json.loads(text) for text in texts if is_log_line(text)]
+
+
+def ask(pool: Cluster, request_id: str) -> str:
+    asked: dict[str, Any] = {"model": "m", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
+    headers = {"x-request-id": request_id}
+    url = f"{pool.url}/v1/completions"
+    answer = httpx.post(url, json=asked, headers=headers, timeout=60, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def test_every_process_says_what_it_is_once(pool: Cluster) -> None:
+    started = [line for line in lines_of(pool) if line["message"].endswith("has started")]
+    names = sorted(line["process"] for line in started)
+    *others, trunk = names
+    assert others == ["controller", "host-0", "host-1", "ingress", "router-service"]
+    assert trunk.startswith("trunk-m-")
+    assert len({line["pid"] for line in started}) == 6
+    assert {line["cluster"] for line in started} == {pool.name}
+    # This process is the test's, and only uses the library.
+    ours = logging.getLogger("moesaic")
+    assert (ours.level, ours.handlers) == (logging.NOTSET, [])
+
+
+def test_a_request_is_followed_from_the_endpoint_to_the_hosts(pool: Cluster) -> None:
+    ask(pool, "trace-1")
+    lines = lines_of(pool)
+    assert_followed(lines, "trace-1-0", layers=2, steps=TOKENS)
+    of_request = of(lines, "actors.endpoint.http.edge", request_id="trace-1")
+    assert {line["process"] for line in of_request} == {"ingress"}
+    (_, step), *_ = steps_of(lines, "trace-1-0")
+    (trunk,) = {
+        line["process"]
+        for line in of(lines, "actors.engine.step_log", step=step)
+        if "trace-1-0" in line["requests"]
+    }
+    assert trunk.startswith("trunk-m-")
+    batches = [line for line in of(lines, "actors.host.host_loop") if "took_ms" in line]
+    assert {line["process"] for line in batches} == {"host-0", "host-1"}
+    assert all(line["process"] == line["host"] for line in batches)
+
+
+def test_a_clients_call_has_the_ids_of_the_router_service(pool: Cluster) -> None:
+    import torch
+
+    with moesaic.connect(pool.router or "") as client:
+        hidden = client.models()[0].layers[0].hidden
+        x_TH = torch.randn(3, hidden)
+        client.experts("m", 0)(x_TH, torch.tensor([[0, 1]] * 3), torch.ones(3, 2))
+    lines = lines_of(pool)
+    (came,) = of(lines, "actors.router_service.merged_calls")
+    assert came["process"] == "router-service"
+    # Rows of an expert that the service did not know yet were in an earlier step, too.
+    *_, (router, step) = steps_of(lines, came["request_id"])
+    assert router == "router-service"
+    batches = [line for line in lines if f"{router}/{step}/0" in line.get("calls", ())]
+    assert {line["logger"] for line in batches} == {"actors.host.host_loop"}
+
+
+def test_the_command_passes_json_lines_on_as_they_are(
+    pool: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["logs", "controller", "--name", pool.name]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert shown
+    assert {json.loads(line)["process"] for line in shown} == {"controller"}
+    assert main(["logs", "controller", "--name", pool.name, "--json"]) == 0
+    wrapped = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["kind"] for line in wrapped} == {"controller"}
+    assert [one["text"] for one in wrapped if is_log_line(one["text"])] == shown
+
+
+def test_no_secret_and_no_text_is_in_any_log(pool: Cluster) -> None:
+    text = ask(pool, "trace-2")
+    namespace = namespace_of(pool.name)
+    secret = secret_of(namespace).reveal()
+    files = list(Path(need_session(pool.name).logs or "").glob("worker-*"))
+    written = b"".join(file.read_bytes() for file in files)
+    assert b"trace-2-0" in written
+    words = [router_key_of(namespace), secret.hex(), *PROMPT.split()]
+    for word in (*(word.encode() for word in words), secret, text.encode(), _as_json(text)):
+        assert word not in written
+
+
+def _as_json(text: str) -> bytes:
+    return json.dumps(text).strip('"').encode()
+
+
+def test_what_happens_to_the_pool_is_told(pool: Cluster) -> None:
+    change = pool.rebalance()
+    killed = hosts_of(pool)["host-1"]["pid"]
+    os.kill(killed, signal.SIGKILL)
+    wait_replaced(pool, "host-1", killed)
+
+    def told() -> list[str]:
+        lines = [line for line in lines_of(pool) if line["process"] == "controller"]
+        return [line["message"] for line in lines if line["level"] in ("info", "warning")]
+
+    number = change["id"]
+    expected = [
+        "controller of cluster",
+        "host host-0 is up",
+        "host host-1 is up",
+        "is published",
+        f"change {number} begins",
+        f"change {number} ends",
+        "host host-1 has died",
+        "host host-1 is replaced",
+    ]
+
+    def missing() -> list[str]:
+        said = told()
+        return [part for part in expected if not any(part in message for message in said)]
+
+    deadline = time.monotonic() + 30.0
+    while missing() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert missing() == [], told()
+    assert len([message for message in told() if "host-1 has died" in message]) == 1
+
+
+def test_a_wrong_value_ends_up_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESAIC_LOG", "loud")
+    with pytest.raises(SpecError, match="MOESAIC_LOG: 'loud' is no level"):
+        moesaic.up({"name": "wrong", "models": []})
