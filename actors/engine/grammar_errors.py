@@ -25,48 +25,28 @@ _MOST_LOOKS = 500
 # other values (enum, const, default, ...) are data.
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SCHEMAS = (
-    "additionalProperties",
-    "items",
-    "prefixItems",
-    "additionalItems",
-    "contains",
-    "propertyNames",
-    "not",
-    "if",
-    "then",
-    "else",
-    "anyOf",
-    "oneOf",
-    "allOf",
-    "unevaluatedItems",
-    "unevaluatedProperties",
-)
+    "additionalProperties", "items", "prefixItems", "additionalItems", "contains", "propertyNames",
+    "not", "if", "then", "else", "anyOf", "oneOf", "allOf",
+    "unevaluatedItems", "unevaluatedProperties",
+)  # fmt: skip
 
 # Pattern of llguidance's message -> our message, with what to do.
 _WORDS: tuple[tuple[str, str], ...] = (
     (r"Unimplemented keys: \[(?P<what>.*)\]", "{what} cannot be enforced; leave it out"),
     (r"Unknown format: (?P<what>.*)", "the format {what!r} is not known; use a pattern instead"),
-    (
-        r"Invalid type: (?P<what>.*)",
-        "there is no type {what!r}; use string, number, integer, boolean, null, array or object",
-    ),
-    (
-        r"oneOf constraints are not supported.*",
-        "oneOf whose alternatives may overlap cannot be enforced; use anyOf",
-    ),
-    (
-        r"Resource '(?P<what>.*)' is not present in a registry.*",
-        "{what} is not in the schema, and references are not fetched; put its target into $defs",
-    ),
+    (r"Invalid type: (?P<what>.*)",
+     "there is no type {what!r}; use string, number, integer, boolean, null, array or object"),
+    (r"oneOf constraints are not supported.*",
+     "oneOf whose alternatives may overlap cannot be enforced; use anyOf"),
+    (r"Resource '(?P<what>.*)' is not present in a registry.*",
+     "{what} is not in the schema, and references are not fetched; put its target into $defs"),
     (r"Pointer '(?P<what>.*)' does not exist", "#{what} is not in the schema; correct the $ref"),
     (r"Unsatisfiable schema: (?P<what>.*)", "no answer can meet it: {what}; correct the schema"),
     (r".*recursion limit exceeded.*", "it is nested too deeply; flatten it, or use $ref"),
-    (
-        r".*(?P<what>too big|too large|too complex|too many|limit|max is).*",
-        "its grammar is too large; use fewer or shorter alternatives, patterns and bounds",
-    ),
+    (r".*(?P<what>too big|too large|too complex|too many|limit|max is).*",
+     "its grammar is too large; use fewer or shorter alternatives, patterns and bounds"),
     (r"(?P<what>.*not disjoint)", "{what}; use patterns so that no key matches two of them"),
-)
+)  # fmt: skip
 # Errors that no single part of a schema causes.
 _OF_THE_WHOLE = re.compile("recursion limit|too big|too large|too complex|limit for this grammar")
 

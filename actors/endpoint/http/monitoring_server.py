@@ -93,10 +93,8 @@ async def _listen(host: str, port: int) -> socket.socket:
             if not told:
                 logger.warning(
                     "monitoring.port: cannot listen on %s:%d (%s); trying again",
-                    host,
-                    port,
-                    error.strerror or error,
-                )
+                    host, port, error.strerror or error,
+                )  # fmt: skip
             told = True
             await asyncio.sleep(TRY_AGAIN_S)
         else:

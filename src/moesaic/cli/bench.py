@@ -81,22 +81,14 @@ def _numbers(text: str) -> list[int]:
 
 def _print(found: list[LoadResult], limit_s: float) -> None:
     shown = table(
-        "streams",
-        ">requests",
-        ">failed",
-        ">tokens/s",
-        ">first p50",
-        ">first p99",
-        ">next p50",
-        ">next p99",
-    )
+        "streams", ">requests", ">failed", ">tokens/s",
+        ">first p50", ">first p99", ">next p50", ">next p99",
+    )  # fmt: skip
     for one in found:
         times = (
-            one.first_token_s.p50,
-            one.first_token_s.p99,
-            one.between_tokens_s.p50,
-            one.between_tokens_s.p99,
-        )
+            one.first_token_s.p50, one.first_token_s.p99,
+            one.between_tokens_s.p50, one.between_tokens_s.p99,
+        )  # fmt: skip
         shown.add_row(
             str(one.concurrency),
             str(one.requests),

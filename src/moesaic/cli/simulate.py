@@ -102,15 +102,9 @@ def simulate(
     if loads is None:
         shape = _made_shape(layers, experts, expert_mb)
         loads = _make(
-            shape,
-            day_long=shifting,
-            sigma=sigma,
-            drift=drift,
-            windows=windows,
-            window_s=window,
-            seed=seed,
-            swing=swing,
-        )
+            shape, day_long=shifting, sigma=sigma, drift=drift, windows=windows, window_s=window,
+            seed=seed, swing=swing,
+        )  # fmt: skip
     if loads.windows <= every:
         raise typer.BadParameter(
             f"{loads.windows} windows of loads are too few to plan every {every}",
@@ -175,24 +169,13 @@ def _make(
     if day_long:
         windows = max(2, round(86_400 / window_s))
         return day(
-            [shape],
-            sigma=sigma,
-            domains=4,
-            windows=windows,
-            window_s=window_s,
-            choices_per_s=10_000.0,
-            rng=rng,
-            swing=swing,
-        )
+            [shape], sigma=sigma, domains=4, windows=windows, window_s=window_s,
+            choices_per_s=10_000.0, rng=rng, swing=swing,
+        )  # fmt: skip
     return drifting(
-        [shape],
-        sigma=sigma,
-        drift=drift,
-        windows=windows,
-        window_s=window_s,
-        choices_per_s=10_000.0,
-        rng=rng,
-    )
+        [shape], sigma=sigma, drift=drift, windows=windows, window_s=window_s,
+        choices_per_s=10_000.0, rng=rng,
+    )  # fmt: skip
 
 
 def _shapes(loads: Trace, expert_mb: float) -> list[ModelShape]:
@@ -233,16 +216,9 @@ def _elastic(
 
 def _print_figures(found: list[Figures]) -> None:
     shown = table(
-        "placement",
-        ">mean",
-        ">worst",
-        ">moved",
-        ">GB",
-        ">SLO missed",
-        ">host-h",
-        ">cost",
-        ">scalings",
-    )
+        "placement", ">mean", ">worst", ">moved", ">GB", ">SLO missed",
+        ">host-h", ">cost", ">scalings",
+    )  # fmt: skip
     for one in found:
         shown.add_row(
             one.way,
