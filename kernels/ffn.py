@@ -12,14 +12,14 @@ gate or activation, down-projection, bias, optional norm, and then the choice's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import fused
+from . import fused, onednn
 
 # With `exact`, every matrix product has this many rows. The bits of a row's result depend on the
 # number of rows in the product, but not on the row's position (measured; a test checks it).
@@ -51,11 +51,16 @@ class ExpertWeights:
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     fused: str | None = None
+    # What the tensors lie in, kept alive with them, if they do not own their memory.
+    memory: object = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> ExpertWeights:
-        """Make an expert from the result of `tensors`, of matrices that are not packed."""
-        return cls(tensors["up"], tensors["down"], tensors.get("up_bias"), tensors.get("down_bias"))
+    def of(
+        cls, tensors: Mapping[str, Tensor], *, fused: str | None = None, memory: object = None
+    ) -> ExpertWeights:
+        """Make an expert from the result of `tensors`; ``fused`` and ``memory`` as in the class."""
+        biases = tensors.get("up_bias"), tensors.get("down_bias")
+        return cls(tensors["up"], tensors["down"], *biases, fused, memory)
 
     def tensors(self) -> dict[str, Tensor]:
         named = {
@@ -101,7 +106,7 @@ def pack(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
         activation = fused.activation_of(form.activate)
         if activation is not None:
             return ExpertWeights(fused.pack(up), fused.pack(down), fused=activation)
-    up, down = (torch.ops.mkldnn._reorder_linear_weight(matrix, 1) for matrix in (up, down))
+    up, down = onednn.pack(up), onednn.pack(down)
     return replace(expert, up=up, down=down)
 
 

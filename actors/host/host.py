@@ -146,9 +146,10 @@ class ExpertHost:
             try:
                 for key in wanted:
                     peer = (peers or {}).get(key)
-                    self._hold(
-                        key, self._fetch(key, peer) if peer else self._store.load(key), version
+                    shape = (
+                        self._fetch(key, peer, version) if peer else self._store.load(key, version)
                     )
+                    self._hold(key, shape, version)
                     self._loading -= 1
                 if wanted:
                     log.info(
@@ -242,8 +243,9 @@ class ExpertHost:
 
     def close(self) -> None:
         self._loop.close()
+        self._store.close()
 
-    def _fetch(self, key: ExpertKey, peer: HostEntry) -> LayerShape:
+    def _fetch(self, key: ExpertKey, peer: HostEntry, version: int) -> LayerShape:
         proof = self._secret.proof("weights", peer.target)
 
         def get(key: ExpertKey) -> dict[str, Tensor]:
@@ -258,7 +260,7 @@ class ExpertHost:
         if self._store.lacks_shared(LayerKey(key.model, key.layer)):
             shared = key._replace(expert=SHARED)
             self._store.put(shared, get(shared))
-        return self._store.put(key, get(key))
+        return self._store.put(key, get(key), version)
 
     def _hold(self, key: ExpertKey, shape: LayerShape, version: int) -> None:
         self._loop.call(lambda: self._residency.hold(key, shape, version=version))
@@ -331,7 +333,7 @@ class _Weights:
                         "and does not replace them; give the model another name"
                     )
                 return
-            shape = store.put(key, tensors)
+            shape = store.put(key, tensors, version)
             if key.expert != SHARED:
                 self._host._hold(key, shape, version)
 

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from ...cluster.host.residency import LayerShape
 from ...cluster.placement import SHARED, ExpertKey, LayerKey, ModelRef
+from ...kernels import onednn
 from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
+from ...kernels.slabs.layout import LayerLayout, SlabLayout
+from ...kernels.slabs.slab import Slab, layer_layout
 from ...models.trunk.checkpoint import Checkpoint
 from ...models.trunk.config import config_from_dict, read_config, torch_dtype
 from ...models.trunk.experts_layers import ExpertsLayer, expert_parameters, experts_layers
@@ -24,10 +27,11 @@ _HEADER_BYTES = 256
 
 
 class _Model:
-    """The experts layers of one model, and its checkpoint if it has one."""
+    """The experts layers of one model, its checkpoint if it has one, and its experts' memory."""
 
     def __init__(self, ref: ModelRef) -> None:
         self.ref = ref
+        self.slab: Slab | None = None  # on CPUs, from the first expert on
         self.checkpoint: Checkpoint | None = None
         if ref.path is not None:
             path = Path(ref.path)
@@ -74,7 +78,7 @@ class ExpertStore:
             with self._lock:
                 self._models[ref.name] = model
 
-    def load(self, key: ExpertKey) -> LayerShape:
+    def load(self, key: ExpertKey, version: int = 1) -> LayerShape:
         """Read one expert from its model's checkpoint.
 
         Raises CheckpointError, NotHere, and CallError for an expert that its model lacks.
@@ -90,7 +94,7 @@ class ExpertStore:
             self._forms[layer_key] = model.checkpoint.form(key.layer)
             if layer.has_post_norm:
                 layer.module.to(self.device)
-        return self._keep(key, weights)
+        return self._keep(key, weights, version)
 
     def most_bytes(self, key: ExpertKey) -> int:
         """Return the largest size of a safetensors file that `put` would accept for ``key``.
@@ -108,7 +112,7 @@ class ExpertStore:
         # The file's JSON header has each tensor's name, dtype, shape and offsets.
         return sum(sizes.values()) + sum(map(len, sizes)) + _HEADER_BYTES * (1 + len(sizes))
 
-    def put(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> LayerShape:
+    def put(self, key: ExpertKey, tensors: Mapping[str, Tensor], version: int = 1) -> LayerShape:
         """Keep an expert that was sent to this host. Raises CallError for tensors that misfit."""
         model, layer = self._layer(key)
         layer_key = LayerKey(key.model, key.layer)
@@ -118,7 +122,7 @@ class ExpertStore:
             return model.shape(key.layer)
         weights = ExpertWeights.of(tensors)
         self._forms.setdefault(layer_key, layer.form())
-        return self._keep(key, weights)
+        return self._keep(key, weights, version)
 
     def check(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> None:
         """Check whether `put` would accept ``tensors`` as ``key``.
@@ -136,11 +140,21 @@ class ExpertStore:
         _, layer = self._layer(key)
         if key.expert == SHARED:
             return {name: parameter.data for name, parameter in shared_parameters(layer).items()}
+        layer_key = LayerKey(key.model, key.layer)
         with self._lock:
-            weights = self._experts.get(LayerKey(key.model, key.layer), {}).get(key.expert)
+            weights = self._experts.get(layer_key, {}).get(key.expert)
+            slab = self._models[key.model].slab
+            before = 0 if slab is None else slab.generation(key.layer, key.expert)
         if weights is None:
             raise NotHere(f"{key} is not on this host")
-        return unpack(self._forms[LayerKey(key.model, key.layer)], weights).tensors()
+        tensors = unpack(self._forms[layer_key], weights).tensors()
+        if slab is None:
+            return tensors
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        # The expert may be dropped while it is copied, and its memory then reads as zeros.
+        if slab.generation(key.layer, key.expert) != before:
+            raise NotHere(f"{key} left this host while it was read")
+        return copies
 
     def lacks_shared(self, key: LayerKey) -> bool:
         """Return whether the layer has shared tensors that must still be put."""
@@ -148,8 +162,21 @@ class ExpertStore:
         return any(p.device.type == "meta" for p in shared_parameters(layer).values())
 
     def drop(self, key: ExpertKey) -> None:
+        """Forget an expert and free its memory; nobody computes with it any more."""
         with self._lock:
-            self._experts.get(LayerKey(key.model, key.layer), {}).pop(key.expert, None)
+            layer_key = LayerKey(key.model, key.layer)
+            dropped = self._experts.get(layer_key, {}).pop(key.expert, None)
+            model = self._models.get(key.model)
+            if dropped is not None and model is not None and model.slab is not None:
+                model.slab.free(key.layer, key.expert)
+
+    def close(self) -> None:
+        """Free all experts."""
+        with self._lock:
+            self._experts.clear()
+            for model in self._models.values():
+                if model.slab is not None:
+                    model.slab.close()
 
     def layer(self, key: LayerKey) -> tuple[ExpertForm, Mapping[int, ExpertWeights]]:
         return self._forms[key], self._experts[key]
@@ -172,15 +199,50 @@ class ExpertStore:
             )
         return model, layer
 
-    def _keep(self, key: ExpertKey, weights: ExpertWeights) -> LayerShape:
+    def _keep(self, key: ExpertKey, weights: ExpertWeights, version: int) -> LayerShape:
         layer_key = LayerKey(key.model, key.layer)
-        if can_pack(self.device, weights.up.dtype):
-            kept = pack(self._forms[layer_key], weights)
+        model = self._model(key.model)
+        if self.device.type == "cpu":
+            slab = self._slab(model)
+            # What an interrupted load left here was never served.
+            slab.free(key.layer, key.expert)
+            packed = _in_layout(self._forms[layer_key], weights)
+            kept = slab.write(key.layer, key.expert, packed, version=version)
         else:
             kept = ExpertWeights.of({n: t.to(self.device) for n, t in weights.tensors().items()})
         with self._lock:
             self._experts.setdefault(layer_key, {})[key.expert] = kept
-        return self._models[key.model].shape(key.layer)
+        return model.shape(key.layer)
+
+    def _slab(self, model: _Model) -> Slab:
+        if model.slab is None:
+            model.slab = Slab(model.ref.name, SlabLayout(_layouts(model)))
+        return model.slab
+
+
+def _in_layout(form: ExpertForm, weights: ExpertWeights) -> ExpertWeights:
+    """Return an expert in the layout of the kernel that will compute it on this CPU."""
+    if can_pack(torch.device("cpu"), weights.up.dtype) and onednn.available():
+        return pack(form, weights)
+    return weights
+
+
+def _layouts(model: _Model) -> dict[int, LayerLayout]:
+    """Return how the experts of each layer lie in memory.
+
+    Layers whose experts have the same shapes and arithmetic share the result of one trial.
+    """
+    dtype = torch_dtype(model.ref.dtype)
+    known: dict[object, LayerLayout] = {}
+    found = {}
+    for number, layer in model.layers.items():
+        form, shapes = layer.form(), _shapes(layer)
+        alike = (layer.num_experts, tuple(shapes.items()), form.transposed, type(layer.module))
+        if alike not in known:
+            blank = ExpertWeights.of({n: torch.zeros(s, dtype=dtype) for n, s in shapes.items()})
+            known[alike] = layer_layout(layer.num_experts, _in_layout(form, blank))
+        found[number] = known[alike]
+    return found
 
 
 def _check(

@@ -1,0 +1,191 @@
+"""A slab: sparse shared memory in which one host keeps the experts of one model.
+
+The memory is an anonymous memfd, so nothing of it is left when the last process that has it ends.
+It is sealed against growing and shrinking: whoever maps it never runs into its end. It is not
+sealed against writing, because the host refills places.
+
+The header has an entry for each slot. Its generation is odd while the slot is written or freed, and
+even otherwise. A reader that finds the same even generation before and after it used a slot has
+used one expert's weights, whole.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+from enum import IntEnum
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from .. import onednn
+from ..ffn import ExpertWeights
+from .layout import SLOT_ENTRY_BYTES, LayerLayout, Packing, SlabLayout, SlotTensor
+
+_ENTRY = np.dtype(
+    [
+        ("generation", np.uint64),
+        ("version", np.uint64),
+        ("checksum", np.uint64),
+        ("state", np.uint32),
+        ("reserved", np.uint32),
+    ]
+)
+assert _ENTRY.itemsize == SLOT_ENTRY_BYTES
+# Of Linux's fallocate; Python has no name for them.
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+
+
+class SlotState(IntEnum):
+    """What a slot holds. Memory begins with zeros, so 0 is an empty slot."""
+
+    EMPTY = 0
+    READY = 1
+
+
+class Slab:
+    """The experts of one model in one host's memory. One thread at a time may write a slot."""
+
+    def __init__(self, name: str, layout: SlabLayout) -> None:
+        self.layout = layout
+        self.descriptor = os.memfd_create(
+            f"moesaic:{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        )
+        try:
+            os.ftruncate(self.descriptor, layout.nbytes)
+            seals = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals)
+            # Tensors over the mapping hold it; it ends with the last of them.
+            self._memory = mmap.mmap(self.descriptor, layout.nbytes)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        self._slots = np.frombuffer(self._memory, dtype=_ENTRY, count=layout.slots)
+        self.nbytes = 0  # of the slots that hold an expert
+
+    def write(
+        self, layer: int, expert: int, weights: ExpertWeights, *, version: int, copy: int = 0
+    ) -> ExpertWeights:
+        """Fill an empty slot with an expert in its kernel's layout; return it as it lies there."""
+        slot = self.layout.slot(layer, expert, copy)
+        entry = self._slots[slot]
+        if entry["state"] != SlotState.EMPTY:
+            raise ValueError(f"slot {slot} of layer {layer} holds expert {expert} already")
+        shape, given = self.layout.layers[layer], weights.tensors()
+        if given.keys() != {tensor.name for tensor in shape.tensors}:
+            raise ValueError(f"layer {layer}: its experts do not consist of {', '.join(given)}")
+        entry["generation"] += 1
+        try:
+            for tensor in shape.tensors:
+                memory = self._bytes(layer, tensor, expert, copy)
+                if tensor.packed is not None:
+                    onednn.copy_into(memory, given[tensor.name])
+                else:
+                    memory.view(tensor.dtype).view(tensor.shape).copy_(given[tensor.name])
+        except BaseException:
+            self._punch(layer, expert, copy)
+            entry["generation"] += 1
+            raise
+        entry["version"] = version
+        entry["checksum"] = self._checksum(layer, expert, copy)
+        entry["state"] = SlotState.READY
+        entry["generation"] += 1
+        self.nbytes += shape.expert_bytes
+        return self.view(layer, expert, copy)
+
+    def view(self, layer: int, expert: int, copy: int = 0) -> ExpertWeights:
+        """Return an expert as tensors over the slab, which they keep alive."""
+        shape = self.layout.layers[layer]
+        tensors = {t.name: self._tensor(layer, t, expert, copy) for t in shape.tensors}
+        return ExpertWeights.of(tensors, fused=shape.fused, memory=self._memory)
+
+    def generation(self, layer: int, expert: int, copy: int = 0) -> int:
+        """Return a slot's generation, which is odd while the slot changes."""
+        return int(self._slots["generation"][self.layout.slot(layer, expert, copy)])
+
+    def version(self, layer: int, expert: int, copy: int = 0) -> int | None:
+        """Return the version of the weights in a slot, or None if it is empty."""
+        entry = self._slots[self.layout.slot(layer, expert, copy)]
+        return int(entry["version"]) if entry["state"] == SlotState.READY else None
+
+    def is_sound(self, layer: int, expert: int, copy: int = 0) -> bool:
+        """Return whether a filled slot still has the bytes that were written to it."""
+        entry = self._slots[self.layout.slot(layer, expert, copy)]
+        return int(entry["checksum"]) == self._checksum(layer, expert, copy)
+
+    def free(self, layer: int, expert: int, copy: int = 0) -> None:
+        """Empty a slot and return its memory to the system; views of it read zeros from now on."""
+        entry = self._slots[self.layout.slot(layer, expert, copy)]
+        if entry["state"] == SlotState.EMPTY:
+            return
+        entry["generation"] += 1
+        entry["state"] = SlotState.EMPTY
+        self._punch(layer, expert, copy)
+        entry["generation"] += 1
+        self.nbytes -= self.layout.layers[layer].expert_bytes
+
+    def close(self) -> None:
+        """Close the descriptor; the memory is freed with the last view and the last borrower."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def _bytes(self, layer: int, tensor: SlotTensor, expert: int, copy: int) -> Tensor:
+        start = self.layout.offset(layer, tensor, expert, copy)
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=tensor.nbytes, offset=start)
+
+    def _tensor(self, layer: int, tensor: SlotTensor, expert: int, copy: int) -> Tensor:
+        memory = self._bytes(layer, tensor, expert, copy)
+        if tensor.packed is not None:
+            return onednn.view(memory, tensor.packed)
+        return memory.view(tensor.dtype).view(tensor.shape)
+
+    def _checksum(self, layer: int, expert: int, copy: int) -> int:
+        digest = xxhash.xxh3_64()
+        for tensor in self.layout.layers[layer].tensors:
+            digest.update(self._bytes(layer, tensor, expert, copy).numpy())
+        return digest.intdigest()
+
+    def _punch(self, layer: int, expert: int, copy: int) -> None:
+        for tensor in self.layout.layers[layer].tensors:
+            start = self.layout.offset(layer, tensor, expert, copy)
+            _punch_hole(self.descriptor, start, tensor.stride_bytes)
+
+
+def layer_layout(experts: int, example: ExpertWeights) -> LayerLayout:
+    """Return the layout of a layer whose experts look like ``example``, which may be packed."""
+    return LayerLayout(
+        experts,
+        tuple(
+            _slot_tensor(name, tensor, fused=example.fused is not None)
+            for name, tensor in example.tensors().items()
+        ),
+        example.fused,
+    )
+
+
+def _slot_tensor(name: str, tensor: Tensor, *, fused: bool) -> SlotTensor:
+    shape = tuple(tensor.shape)
+    if tensor.is_mkldnn:
+        packed = onednn.PackedMatrix.of(tensor)
+        return SlotTensor(name, shape, tensor.dtype, Packing.ONEDNN, packed)
+    packing = Packing.VLLM if fused else Packing.PLAIN
+    return SlotTensor(name, shape, tensor.dtype, packing)
+
+
+def _punch_hole(descriptor: int, start: int, size: int) -> None:
+    """Give a range of pages of a memfd back to the system; it reads as zeros from now on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    done = libc.fallocate(
+        ctypes.c_int(descriptor),
+        ctypes.c_int(_KEEP_SIZE | _PUNCH_HOLE),
+        ctypes.c_long(start),
+        ctypes.c_long(size),
+    )
+    if done != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"fallocate: {os.strerror(number)}")
