@@ -122,7 +122,9 @@ def test_top_shows_what_goes_on(pool: Cluster, capsys: pytest.CaptureFixture[str
         seen = pool.top(3)
         rates = [host.throughput for host in seen.hosts]
         busy = [rate is not None and rate.calls_per_s > 0 for rate in rates]
-        return bool(seen.hottest_experts) and all(busy)
+        # The balance is computed once a second, the rates whenever somebody asks.
+        balanced = all(model.balancedness is not None for model in seen.models)
+        return bool(seen.hottest_experts) and all(busy) and balanced
 
     wait_until(busy)
     seen = pool.top(3)
