@@ -78,9 +78,8 @@ def view(memory: Tensor, matrix: PackedMatrix) -> Tensor:
     )
     if failed:
         raise RuntimeError(f"torch made no packed tensor of {matrix.shape} {matrix.dtype}")
-    return torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(
-        new_capsule(handle.value, None, None)
-    )
+    aoti = torch._C._aoti  # pyright: ignore[reportAttributeAccessIssue]
+    return aoti.alloc_tensor_by_stealing_from_void_ptr(new_capsule(handle.value, None, None))
 
 
 @cache

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 
-from ...cluster.control.changes import Change, Phase
+from ...cluster.control.changes import Change
 from ...cluster.control.control import Control
 from ...cluster.placement import Number
+from ...cluster.reports.placing import ChangePhase
+from ...cluster.reports.scaling import ScalingPhase
 from ...cluster.scaling.fleet import Fleet
-from ...cluster.scaling.scale_events import Scaling, Stage
+from ...cluster.scaling.scale_events import Scaling
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,8 @@ class Events:
         """Begin with the state that there is, which is not logged."""
         self._control = control
         self._fleet = fleet
-        self._phases: dict[int, Phase] = {}
-        self._stages: dict[int, Stage] = {}
+        self._change_phases: dict[int, ChangePhase] = {}
+        self._scaling_phases: dict[int, ScalingPhase] = {}
         self._asleep = control.sleep.asleep
         self._leaving: dict[str, bool] = {}  # whether it was seen to be empty
         self._number: Number | None = None
@@ -33,15 +35,15 @@ class Events:
     def tick(self) -> None:
         """Log what has changed since the last call."""
         for scaling in self._fleet.scalings.all:
-            if self._stages.get(scaling.id) is not scaling.stage:
-                _log_scaling(scaling, new=scaling.id not in self._stages)
-        self._stages = {scaling.id: scaling.stage for scaling in self._fleet.scalings.all}
+            if self._scaling_phases.get(scaling.id) is not scaling.phase:
+                _log_scaling(scaling, new=scaling.id not in self._scaling_phases)
+        self._scaling_phases = {scaling.id: scaling.phase for scaling in self._fleet.scalings.all}
         self._log_leaving()
         self._log_sleep()
         for change in self._control.changes.all:
-            if self._phases.get(change.id) is not change.phase:
-                _log_change(change, new=change.id not in self._phases)
-        self._phases = {change.id: change.phase for change in self._control.changes.all}
+            if self._change_phases.get(change.id) is not change.phase:
+                _log_change(change, new=change.id not in self._change_phases)
+        self._change_phases = {change.id: change.phase for change in self._control.changes.all}
         self._log_placement()
 
     def _log_placement(self) -> None:
@@ -78,12 +80,17 @@ class Events:
 
 
 def _log_change(change: Change, *, new: bool) -> None:
-    ids = {"change": change.id, "who": change.who, "why": change.why, "phase": change.phase.value}
+    ids = {
+        "change": change.id,
+        "initiator": change.who,
+        "reason": change.why,
+        "phase": change.phase.value,
+    }
     if new:
         log.info("change %d begins: %d replicas move", change.id, len(change.plan.moves), extra=ids)
-    if change.phase is Phase.FAILED:
+    if change.phase is ChangePhase.FAILED:
         log.warning("change %d has failed: %s", change.id, "; ".join(change.errors), extra=ids)
-    elif change.phase is not Phase.LOADING:
+    elif change.phase is not ChangePhase.LOADING:
         log.info("change %d ends: %s", change.id, change.phase.value, extra=ids)
 
 
@@ -91,9 +98,9 @@ def _log_scaling(scaling: Scaling, *, new: bool) -> None:
     ids = {
         "scaling": scaling.id,
         "group": scaling.group,
-        "who": scaling.who,
-        "why": scaling.why,
-        "phase": scaling.stage.value,
+        "initiator": scaling.who,
+        "reason": scaling.why,
+        "phase": scaling.phase.value,
     }
     if new:
         log.info(
@@ -103,7 +110,7 @@ def _log_scaling(scaling: Scaling, *, new: bool) -> None:
             scaling.count,
             extra=ids | {"coming": scaling.coming, "leaving": scaling.leaving},
         )
-    if scaling.stage is Stage.WAITING:
+    if scaling.phase is ScalingPhase.NO_ROOM:
         log.warning("scaling %d waits for %s", scaling.id, ", ".join(scaling.waits_for), extra=ids)
-    elif scaling.stage in (Stage.DONE, Stage.SUPERSEDED):
-        log.info("scaling %d ends: %s", scaling.id, scaling.stage.value, extra=ids)
+    elif scaling.phase in (ScalingPhase.DONE, ScalingPhase.SUPERSEDED):
+        log.info("scaling %d ends: %s", scaling.id, scaling.phase.value, extra=ids)

@@ -111,7 +111,8 @@ def ids_of(record: logging.LogRecord) -> Mapping[str, Any]:
     return {
         name: value
         for name, value in vars(record).items()
-        if name not in _PYTHONS and name not in BASE and value is not None
+        # Ray adds attributes of its own to every record; they begin with "_".
+        if name not in _PYTHONS and name not in BASE and name[0] != "_" and value is not None
     }
 
 

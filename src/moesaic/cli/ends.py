@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from .exit_codes import INTERRUPTED
 
@@ -31,16 +32,13 @@ class Ends:
         at_once: Callable[[], None],
         *,
         leave: Callable[[int], None] = os._exit,
-        afterwards: signal.Handlers | None = None,
     ) -> None:
-        """Set what the second signal does, and what signals do after the block.
+        """Set what the second signal does.
 
-        The second signal calls ``at_once`` in a thread of its own, which removes everything, and
-        then ``leave``. ``afterwards`` is the handler after the block (None: the one before it).
+        It calls ``at_once`` in a thread of its own, which removes everything, and then ``leave``.
         """
         self._at_once = at_once
         self._leave = leave
-        self._afterwards = afterwards
         self.asked = threading.Event()
         self._interrupts = True
         self._handled = 0
@@ -62,7 +60,7 @@ class Ends:
     ) -> None:
         signal.set_wakeup_fd(self._fd_before)
         for one, handler in self._before.items():
-            signal.signal(one, handler if self._afterwards is None else self._afterwards)
+            signal.signal(one, handler)
         os.close(self._writer)
 
     def arm(self) -> None:
@@ -104,3 +102,14 @@ class Ends:
                 ending.join(AT_ONCE_S)
                 self._leave(INTERRUPTED)
                 return
+
+
+def exit_with(code: int) -> NoReturn:
+    """End a process that has done its work, with this exit code even if a signal comes now.
+
+    Python takes seconds to end a process with large libraries, and by default a signal would then
+    replace the code.
+    """
+    for one in SIGNALS:
+        signal.signal(one, lambda *_: os._exit(code))
+    sys.exit(code)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from ..actors.runtime.process_log import set_up_logging
 from ..proto.errors import MoesaicError, in_words
 from . import about, bench, chat, operate, watch
+from .ends import exit_with
 from .exit_codes import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE
 from .simulate import simulate
 from .terminal import print_json, print_report
@@ -186,7 +187,7 @@ def run() -> None:
         set_up_logging("command", default=logging.WARNING)
     except MoesaicError as error:
         sys.exit(_failed(error))
-    sys.exit(main())
+    exit_with(main())
 
 
 if __name__ == "__main__":

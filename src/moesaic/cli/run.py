@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -59,8 +58,7 @@ def run_foreground(given: str | None, progress_fd: int, *, as_json: bool = False
     # In the foreground the terminal belongs to the progress and the addresses.
     rename_log("owner", default=logging.WARNING if progress_fd < 0 else logging.INFO)
     spec = spec_of(given)
-    # Afterwards nothing is left to end, and a late signal must not change the exit code.
-    with Ends(lambda: _end_at_once(spec), afterwards=signal.SIG_IGN) as ends:
+    with Ends(lambda: _end_at_once(spec)) as ends:
         cluster: Cluster | None = None
         try:
             cluster = _start(spec, progress_fd, ends)

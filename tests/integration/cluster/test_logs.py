@@ -138,7 +138,7 @@ def _as_json(text: str) -> bytes:
 
 def test_what_happens_to_the_pool_is_told(pool: Cluster) -> None:
     change = pool.rebalance()
-    killed = hosts_of(pool)["host-1"]["pid"]
+    killed = pool.status().processes["host-1"].pid
     os.kill(killed, signal.SIGKILL)
     wait_replaced(pool, "host-1", killed)
 
@@ -146,7 +146,7 @@ def test_what_happens_to_the_pool_is_told(pool: Cluster) -> None:
         lines = [line for line in lines_of(pool) if line["process"] == "controller"]
         return [line["message"] for line in lines if line["level"] in ("info", "warning")]
 
-    number = change["id"]
+    number = change.id
     expected = [
         "controller of cluster",
         "host host-0 is up",

@@ -84,7 +84,7 @@ def test_a_change_has_who_and_why(caplog: Caught) -> None:
     change = world.control.apply(asked.run(), world.now, who="ann", why="asked for")
     watched(world, events, world.finish)
     ids = [
-        (vars(record)["who"], vars(record)["why"], vars(record)["phase"])
+        (vars(record)["initiator"], vars(record)["reason"], vars(record)["phase"])
         for record in caplog.records
         if vars(record).get("change") == change.id
     ]

@@ -17,8 +17,10 @@ async def test_an_owner_that_asks_no_more_is_a_problem_until_it_asks_again() -> 
     control = Control(fleet.pool_hosts(), term=1, policy=ControlPolicy())
     sizing = Sizing(control, fleet, "n", lambda: None, clock)
     clock.now += 15.0
-    assert sizing.status(clock())["problem"] == ""
+    assert sizing.status(clock()).problem is None
     clock.now += 15.0
-    assert "has not asked for hosts for 30 s" in sizing.status(clock())["problem"]
+    problem = sizing.status(clock()).problem
+    assert problem is not None
+    assert "has not asked for hosts for 30 s" in problem
     await sizing.desired(None, 0.0)
-    assert sizing.status(clock())["problem"] == ""
+    assert sizing.status(clock()).problem is None

@@ -191,7 +191,7 @@ async def test_a_frozen_one_is_ended_and_one_that_starts_is_not(
     actor.answer = silent
     clock.now += SILENT_S
     await watch._look()
-    assert watch.describe()["state"] == "up"
+    assert watch.status().state == "up"
     clock.now += 1.0
     await watch._look()
     assert watch.status().state == "restarting"
