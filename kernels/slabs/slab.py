@@ -147,7 +147,7 @@ class Slab:
     def _checksum(self, layer: int, expert: int, copy: int) -> int:
         digest = xxhash.xxh3_64()
         for tensor in self.layout.layers[layer].tensors:
-            digest.update(memoryview(self._bytes(layer, tensor, expert, copy).numpy()))
+            digest.update(self._bytes(layer, tensor, expert, copy).numpy().data)
         return digest.intdigest()
 
     def _punch(self, layer: int, expert: int, copy: int) -> None:

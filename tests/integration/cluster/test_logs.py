@@ -23,7 +23,7 @@ from moesaic.cli.main import main
 from moesaic.handle import Cluster
 from moesaic.proto.errors import SpecError
 from moesaic.session import need_session
-from tests.helpers.live import ON_RAY, hosts_of, running, wait_replaced
+from tests.helpers.live import ON_RAY, running, wait_replaced
 from tests.helpers.logged import Line, assert_followed, of, steps_of
 from tests.integration.conftest import save_model
 
