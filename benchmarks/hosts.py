@@ -21,10 +21,10 @@ from moesaic.cluster.placement import (
     HostEntry,
     ModelRef,
     ModelShape,
-    Number,
     Placement,
+    PlacementId,
     experts_of,
-    spread,
+    initial_placement,
 )
 from moesaic.proto.keys import ClusterSecret, secret_of_process
 
@@ -91,13 +91,13 @@ def place(
 ) -> Placement:
     """Spread a model over ``hosts``; without ``load`` its weights are put by the caller."""
     shape = ModelShape(model=ref.name, experts=dict(experts))
-    layers = spread([shape], [host.entry.host for host in hosts])
+    layers = initial_placement([shape], [host.entry.host for host in hosts])
     for host in hosts:
         keys = [tuple(key) for key in experts_of(layers, host.entry.host)]
         described = dataclasses.asdict(ref) | {"config": dict(ref.config)}
         host.tell({"model": described, "experts": dict(experts), "load": keys if load else []})
     entries = {host.entry.host: host.entry for host in hosts}
-    return Placement(number=Number(1, 1), hosts=entries, layers=layers)
+    return Placement(id=PlacementId(1, 1), hosts=entries, layers=layers)
 
 
 def main(name: str, threads: int) -> None:

@@ -6,7 +6,7 @@ Popularity of a layer's experts is Zipf's: proportional to 1 / rank^exponent. Ev
 seconds a part of each layer's experts change their ranks among each other. A token picks `top_k`
 different experts (Gumbel's way of drawing without replacement).
 
-Shapes: E experts of a layer, T tokens, K choices of a token, H hosts.
+Shapes: E experts of a layer, T tokens, K assignments of a token, H hosts.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Traffic:
         return chosen.astype(np.int32)
 
     def load(self, layer: int, shift: int) -> np.ndarray:
-        """(E,): choices of a sample."""
+        """(E,): assignments of a sample."""
         rng = np.random.default_rng((self.seed, 1, layer, shift))
         ids = self.draw(self.log_popularity(layer, shift), _SAMPLES, rng)
         return np.bincount(ids.reshape(-1), minlength=self.experts)
@@ -109,7 +109,7 @@ def exponent_for(
     if reached > target:
         raise ValueError(
             f"balancedness: no skew brings it below {reached:.2f}, and {target} is asked for; take "
-            "more hosts, more experts, or fewer choices of a token"
+            "more hosts, more experts, or fewer assignments of a token"
         )
     for _ in range(12):
         middle = (low + high) / 2

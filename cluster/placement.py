@@ -33,7 +33,7 @@ class LayerKey(NamedTuple):
         return ExpertKey(self.model, self.layer, expert)
 
 
-class Number(NamedTuple):
+class PlacementId(NamedTuple):
     """A placement's number: each controller claims a higher term, each publication an epoch."""
 
     term: int
@@ -69,7 +69,7 @@ class LayerPlacement:
     replicas: tuple[tuple[Replica, ...], ...]
     # (host, its planned part of the layer's load): routers aim at these parts in every large call.
     # Empty: only the shares decide.
-    parts: tuple[tuple[str, float], ...] = ()
+    load_shares: tuple[tuple[str, float], ...] = ()
 
     def hosts(self, expert: int) -> tuple[str, ...]:
         return tuple(replica.host for replica in self.replicas[expert])
@@ -85,12 +85,12 @@ class LayerPlacement:
         shares = [r.share / total for r in kept] if total > 0 else [1 / len(names)] * len(names)
         replicas = list(self.replicas)
         replicas[expert] = tuple(map(Replica, names, shares))
-        return LayerPlacement(tuple(replicas), self.parts)
+        return LayerPlacement(tuple(replicas), self.load_shares)
 
 
 @dataclass(frozen=True)
 class Placement:
-    number: Number
+    id: PlacementId
     hosts: Mapping[str, HostEntry]
     layers: Mapping[LayerKey, LayerPlacement]
     # Exact models: hosts answer one row per assignment, and routers add them in a fixed order.
@@ -116,7 +116,9 @@ class ModelShape:
     idle_s: float | None = None  # seconds without a request until it falls asleep; None: never
 
 
-def spread(models: Iterable[ModelShape], hosts: Sequence[str]) -> dict[LayerKey, LayerPlacement]:
+def initial_placement(
+    models: Iterable[ModelShape], hosts: Sequence[str]
+) -> dict[LayerKey, LayerPlacement]:
     """Return a first placement: experts dealt out evenly, replicas on the next hosts, even shares.
 
     Expert e of layer l has its preferred replica on host (e + l) mod H, and further replicas on the

@@ -24,7 +24,7 @@ def main(name: str = "local") -> None:
         print(f"  {problem}")
 
     cluster.wait_for(cluster.replicate(*place, 1))
-    print("the wish is taken back; the balancer decides again")
+    print("the constraint is revoked; the balancer decides again")
 
 
 if __name__ == "__main__":

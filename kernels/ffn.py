@@ -1,12 +1,12 @@
 """Expert feed-forward networks: the arithmetic of a host for one call or several merged ones.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token, N = T * K choices flattened,
-R = rows of one expert, I = intermediate size, E = experts held.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token, N = T * K assignments
+flattened, R = rows of one expert, I = intermediate size, E = experts held.
 
 All kernels have the same signature (`Kernel`) and are listed in `KERNELS`. `reference` states the
 arithmetic in its plainest form; tests compare the others with it. One expert computes what
 transformers' experts interface defines (transformers/integrations/moe.py): up-projection, bias,
-gate or activation, down-projection, bias, optional norm, and then the choice's weight.
+gate or activation, down-projection, bias, optional norm, and then the assignment's weight.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Kernel(Protocol):
     ) -> None:
         """Write the float32 sum over K of weight * expert(x) to ``out_TH``.
 
-        ``ids_TK`` is int32 or int64 and -1 where a choice is unused; every other id is a key of
-        ``experts``. ``x_TH`` has the experts' dtype, ``weights_TK`` is float32.
+        ``ids_TK`` is int32 or int64 and -1 where an assignment is unused; every other id is a key
+        of ``experts``. ``x_TH`` has the experts' dtype, ``weights_TK`` is float32.
         """
         ...
 
@@ -156,31 +156,31 @@ def expert_ffn(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
     return y_RH if form.post_norm is None else form.post_norm(y_RH)
 
 
-class _Choices(NamedTuple):
-    """The used choices, sorted by expert: their indices in N, the experts, and rows of each."""
+class _Assignments(NamedTuple):
+    """The used assignments, sorted by expert: their indices in N, the experts, and rows of each."""
 
     order_N: Tensor
     experts: list[int]
     rows: list[int]
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield (expert, indices in N of the choices that name it)."""
+        """Yield (expert, indices in N of the assignments that name it)."""
         return zip(self.experts, self.order_N.split(self.rows), strict=True)
 
 
-def _choices(ids_TK: Tensor, device: torch.device) -> _Choices:
-    """Group the choices by expert; the order is moved to ``device``.
+def _assignments(ids_TK: Tensor, device: torch.device) -> _Assignments:
+    """Group the assignments by expert; the order is moved to ``device``.
 
     ``ids_TK`` is best on the CPU, because Python needs its values.
     """
-    # A stable sort keeps the choices of one expert in the order of their tokens. Unused choices
-    # (-1) sort first and are cut off.
+    # A stable sort keeps the assignments of one expert in the order of their tokens. Unused
+    # assignments (-1) sort first and are cut off.
     sorted_N, order_N = torch.sort(ids_TK.reshape(-1), stable=True)
     found, counts = torch.unique_consecutive(sorted_N, return_counts=True)
     experts, rows = found.tolist(), counts.tolist()
     if experts and experts[0] < 0:
         order_N, experts, rows = order_N[rows[0] :], experts[1:], rows[1:]
-    return _Choices(order_N.to(device), experts, rows)
+    return _Assignments(order_N.to(device), experts, rows)
 
 
 def loop_kernel(
@@ -192,7 +192,7 @@ def loop_kernel(
     out_TH: Tensor,
 ) -> None:
     """Compute one expert after another: the fastest on CPUs, where products do not overlap."""
-    order_N, used, rows = _choices(ids_TK, x_TH.device)
+    order_N, used, rows = _assignments(ids_TK, x_TH.device)
     token_N = order_N // ids_TK.shape[1]
     x_NH = x_TH.index_select(0, token_N)
     # An expert with few rows takes microseconds, so gathering rows, weighting and adding up are
@@ -211,7 +211,7 @@ def reference_kernel(
     weights_TK: Tensor,
     out_TH: Tensor,
 ) -> None:
-    """Compute token by token and choice by choice, as the definition reads."""
+    """Compute token by token and assignment by assignment, as the definition reads."""
     out_TH.zero_()
     for t, row in enumerate(ids_TK.tolist()):
         for k, expert in enumerate(row):
@@ -230,7 +230,7 @@ def grouped_kernel(
 ) -> None:
     """Compute all experts in two grouped matrix products, for CUDA; it also runs on CPUs."""
     device = x_TH.device
-    order_N, numbers, rows = _choices(ids_TK, device)
+    order_N, numbers, rows = _assignments(ids_TK, device)
     out_TH.zero_()
     if not numbers:
         return
@@ -278,7 +278,7 @@ def exact_rows(
     weights_TK: Tensor,
     out_TKH: Tensor,
 ) -> None:
-    """Write weight * expert(x) of each choice, float32, zero where a choice is unused.
+    """Write weight * expert(x) of each assignment, float32, zero where an assignment is unused.
 
     A row's bits depend on its own input only, because every product has `TILE_ROWS` rows.
     """
@@ -287,8 +287,8 @@ def exact_rows(
     out_NH = out_TKH.view(-1, hidden)
     out_NH.zero_()
     tile = torch.zeros(TILE_ROWS, hidden, dtype=x_TH.dtype, device=x_TH.device)
-    for expert, choice_R in _choices(ids_TK, x_TH.device).pieces():
-        for piece in choice_R.split(TILE_ROWS):
+    for expert, assignment_R in _assignments(ids_TK, x_TH.device).pieces():
+        for piece in assignment_R.split(TILE_ROWS):
             rows = piece.numel()
             # Rows after the first ``rows`` are zeros or leftovers; their results are dropped.
             tile[:rows] = x_TH.index_select(0, piece // top_k)
@@ -311,8 +311,8 @@ def bad_experts(
         return []
     finite_T = torch.isfinite(x_TH.float()).all(dim=1)
     guilty = []
-    for expert, choice_R in _choices(ids_TK, x_TH.device).pieces():
-        token_R = choice_R // ids_TK.shape[1]
+    for expert, assignment_R in _assignments(ids_TK, x_TH.device).pieces():
+        token_R = assignment_R // ids_TK.shape[1]
         rows = x_TH.index_select(0, token_R[finite_T.index_select(0, token_R)])
         if rows.shape[0] and not bool(
             torch.isfinite(expert_ffn(form, experts[expert], rows)).all()

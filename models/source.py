@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..proto.errors import CheckpointError, in_words
+from ..proto.errors import CheckpointError, describe_error
 from .folder.files import INDEX_FILE, SINGLE_FILE
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -19,13 +19,13 @@ _IGNORED = ["*/*"]
 
 
 @dataclass(frozen=True, slots=True)
-class NotYet:
+class NotDownloaded:
     """Why an available model is not in a folder of this machine yet."""
 
     why: str
 
 
-def local_model(path: str) -> Path | NotYet:
+def local_model(path: str) -> Path | NotDownloaded:
     """Return the folder of ``path`` if it is here already; make and download nothing.
 
     Raises CheckpointError if `resolve_model` certainly would.
@@ -33,16 +33,20 @@ def local_model(path: str) -> Path | NotYet:
     if path == "demo":
         from .upcycling.demo import made_demo
 
-        return made_demo() or NotYet("the demo model is made at the first start, in a minute")
+        return made_demo() or NotDownloaded(
+            "the demo model is made at the first start, in a minute"
+        )
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
     _check_hub_id(path, folder)
     cached = _cached(path)
     if cached is None:
-        return NotYet(f"{path!r} is not in the hub's cache here; {_FETCH.format(path=path)}")
+        return NotDownloaded(f"{path!r} is not in the hub's cache here; {_FETCH.format(path=path)}")
     if not _complete(cached):
-        return NotYet(f"{path!r} is in the hub's cache here in parts; {_FETCH.format(path=path)}")
+        return NotDownloaded(
+            f"{path!r} is in the hub's cache here in parts; {_FETCH.format(path=path)}"
+        )
     return cached
 
 
@@ -67,7 +71,7 @@ def resolve_model(path: str, *, progress: Callable[[str, int, int], None] | None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"path: {path!r} is not a folder here, and cannot be downloaded from the hub: "
-            f"{in_words(error).splitlines()[0]}"
+            f"{describe_error(error).splitlines()[0]}"
         ) from error
 
 

@@ -49,7 +49,7 @@ class MoesaicError(Exception):
 
     ``for_clients``: messages of the class are written for clients outside the cluster. Those of all
     other classes may name hosts, addresses, files and classes, and stay in the logs
-    (`words_for_client`).
+    (`client_message`).
     """
 
     retryable: ClassVar[bool] = False
@@ -244,7 +244,7 @@ class Superseded(ClusterError):
 class InternalError(MoesaicError):
     """A defect of Moesaic's; its log has more.
 
-    The message has the foreign error's text (`in_words`).
+    The message has the foreign error's text (`describe_error`).
     """
 
 
@@ -262,7 +262,7 @@ def _first_line(cls: type[MoesaicError]) -> str:
     return (cls.__doc__ or "").strip().partition("\n")[0]
 
 
-def words_for_client(error: MoesaicError, request_id: str = "") -> str:
+def client_message(error: MoesaicError, request_id: str = "") -> str:
     """Return the message for a client outside the cluster.
 
     It is the error's own message if that is written for clients. Otherwise it is the general
@@ -274,7 +274,7 @@ def words_for_client(error: MoesaicError, request_id: str = "") -> str:
     return f"{general} (request {request_id})" if request_id else general
 
 
-def in_words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the type and the message of any exception, like "KeyError: 'x'".
 
     For one without a message, like a TimeoutError or a bare assertion, it says where it was raised.

@@ -99,13 +99,13 @@ class ClusterSecret:
         raise TypeError("a cluster's secret is not pickled: it is read from Ray's key-value store")
 
 
-def shown(proof: bytes) -> bytes:
+def proof_hash(proof: bytes) -> bytes:
     """Return the hash of a proof that a client shows over a network, instead of the proof."""
     return hmac.digest(proof, b"shown", "sha256")
 
 
-def answer(proof: bytes) -> bytes:
-    """Return the hash that the host replies with; an impostor, which sees only `shown`, cannot."""
+def reply_hash(proof: bytes) -> bytes:
+    """Return the hash that the host replies with; who sees only `proof_hash` cannot."""
     return hmac.digest(proof, b"answer", "sha256")
 
 

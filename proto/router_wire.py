@@ -1,6 +1,6 @@
 """The layout of the tensors in a router service's call, without torch, for both sides.
 
-Shape suffixes: T = tokens (rows of a call), H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens (rows of a call), H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .limits import CHUNK_BYTES, MAX_HIDDEN, MAX_PAYLOAD_BYTES, MAX_TOP_K
 from .router_pb2 import ComputeHead
 
 ITEM_BYTES: dict[int, int] = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
-_CHOICE_BYTES = 4  # int32 and float32
+_ASSIGNMENT_BYTES = 4  # int32 and float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class RouterLayout:
 
     @property
     def weights_offset(self) -> int:
-        return self.rows * self.top_k * _CHOICE_BYTES
+        return self.rows * self.top_k * _ASSIGNMENT_BYTES
 
     @property
     def x_offset(self) -> int:
@@ -70,7 +70,7 @@ def chunks(data: memoryview) -> Iterator[bytes]:
         yield bytes(data[start : start + CHUNK_BYTES])
 
 
-def gather(parts: Iterable[bytes], size: int, crc32: int) -> bytearray:
+def join_chunks(parts: Iterable[bytes], size: int, crc32: int) -> bytearray:
     """Join the parts.
 
     Raises CallError when they are not ``size`` bytes, and Corrupted when their checksum differs.

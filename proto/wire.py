@@ -2,7 +2,7 @@
 
 Router and host compute the same layout from the same numbers, so no offsets are sent.
 
-Shape suffixes: T = tokens (rows of a call), H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens (rows of a call), H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ class CallLayout:
     def call_tensors(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return views (x_TH, ids_TK int32, weights_TK float32) of a uint8 ``buffer``."""
         x_end = self.rows * self.hidden * self.dtype.itemsize
-        choice_bytes = self.rows * self.top_k * 4
-        ids = buffer[self.ids_offset : self.ids_offset + choice_bytes]
-        weights = buffer[self.weights_offset : self.weights_offset + choice_bytes]
+        assignment_bytes = self.rows * self.top_k * 4
+        ids = buffer[self.ids_offset : self.ids_offset + assignment_bytes]
+        weights = buffer[self.weights_offset : self.weights_offset + assignment_bytes]
         return (
             buffer[:x_end].view(self.dtype).view(self.rows, self.hidden),
             ids.view(torch.int32).view(self.rows, self.top_k),

@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ...cluster.control.commands import Evict, MakePlan, Publish
 from ...cluster.control.control import Control
 from ...cluster.control.host_speed import Work
-from ...cluster.control.loading import Load
+from ...cluster.control.loading import LoadExperts
 from ...cluster.control.policy import ControlPolicy
 from ...cluster.control.pool_view import Observation, without
 from ...cluster.control.watchdog import Watchdog
@@ -33,17 +33,17 @@ from ...cluster.reports.scaling import ScalingReport
 from ...cluster.reports.status import ClusterStatus
 from ...cluster.scaling.fleet import Fleet
 from ...cluster.spec.parts import AutoscaleSpec
-from ...proto.errors import ClusterError, MoesaicError, Superseded, in_words
+from ...proto.errors import ClusterError, MoesaicError, Superseded, describe_error
 from ..host.report import HostReport
 from ..host.weight_grants import Granted, grant_all
 from ..router_service.service_actor import ServiceWatch
 from ..runtime.cluster_secret import secret_of
-from ..runtime.durable_state import claim_term, kept_asleep, kept_fleet, kept_wishes
+from ..runtime.durable_state import claim_term, stored_asleep, stored_constraints, stored_fleet
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import cluster_of
 from .events import Events
 from .host_actors import HostActors
-from .host_polling import Looks, Seen
+from .host_polling import HostPolling, PollResult
 from .operations import Operations
 from .overview import LoopState, Overview
 from .sizing import Sizing
@@ -81,17 +81,17 @@ class Controller:
         self._wake = asyncio.Event()  # set when the loop should tick soon
         self._term = claim_term(namespace)
         fleet = Fleet(
-            groups, autoscale.policy, pending_s=autoscale.pending_s, kept=kept_fleet(namespace)
+            groups, autoscale.policy, pending_s=autoscale.pending_s, kept=stored_fleet(namespace)
         )
         self._control = Control(fleet.pool_hosts(), term=self._term, policy=policy)
         fleet.take_over(self._control)
-        self._control.wish(kept_wishes(namespace))
-        self._control.sleep.keep_asleep(kept_asleep(namespace))
+        self._control.set_constraints(stored_constraints(namespace))
+        self._control.idle_models.keep_asleep(stored_asleep(namespace))
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
         for ref, shape in models:
             self._adopt(ref, shape)
         self._hosts = HostActors(namespace)
-        self._looks = Looks(self._observe, self._wake.set, clock)
+        self._polling = HostPolling(self._observe, self._wake.set, clock)
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._evicts: dict[str, tuple[Evict, asyncio.Task[None]]] = {}
         self._evictions: dict[str, int] = defaultdict(int)  # count of ended ones, by host
@@ -116,7 +116,7 @@ class Controller:
         loop = asyncio.get_running_loop()
         self._loop = loop.create_task(self._run())
         self._watching = loop.create_task(
-            self._overview.watch(namespace, lambda: self._looks.quiet)
+            self._overview.watch(namespace, lambda: self._polling.quiet)
         )
 
     # ---- called by others -----------------------------------------------------------------------
@@ -127,11 +127,11 @@ class Controller:
         Wait for such a placement, and return None if there is none after ``wait_s``.
         """
         self._control.hear(report, self._clock())
-        after = report.number
+        after = report.placement_id
 
         def newer() -> bool:
             placement = self._control.placement
-            return placement is not None and (after is None or placement.number > after)
+            return placement is not None and (after is None or placement.id > after)
 
         async with self._published:
             try:
@@ -269,19 +269,19 @@ class Controller:
             except Exception as error:
                 # `status` shows the error, whatever it is. The next tick starts afresh from the
                 # hosts' reports.
-                self._state.tick_error = in_words(error)
+                self._state.tick_error = describe_error(error)
                 log.exception("controller: a tick failed")
             self._watchdog.ticked(self._clock(), failed=bool(self._state.tick_error))
             self._state.ticks += 1
             await asyncio.sleep(TICK_S)
-            if self._looks.quiet and self._control.is_quiet(self._clock()):
+            if self._polling.quiet and self._control.is_quiet(self._clock()):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), QUIET_TICK_S - TICK_S)
 
     async def _tick(self) -> None:
         # Step 1: get the reports of all hosts.
-        observed = await self._looks.round(self._control.view.hosts)
-        for host in self._looks.late:
+        observed = await self._polling.round(self._control.view.hosts)
+        for host in self._polling.late:
             if not self._control.view.never_seen(host):
                 self._hosts.late(host)
         # Step 2: adopt models that only the hosts know, after a restart of this controller.
@@ -296,12 +296,12 @@ class Controller:
         # Step 3: decide, and carry out the commands.
         commands = self._control.tick(observed, self._clock())
         for host in self._sizing.tick(self._clock()):
-            self._looks.forget(host)
+            self._polling.forget(host)
             self._hosts.forget(host)
         self._events.tick()
         for command in commands:
             match command:
-                case Load():
+                case LoadExperts():
                     self._start_load(command)
                 case Evict():
                     self._start_evict(command)
@@ -311,7 +311,7 @@ class Controller:
                     async with self._published:
                         self._published.notify_all()
 
-    async def _observe(self, host: str, wait_s: float) -> Seen:
+    async def _observe(self, host: str, wait_s: float) -> PollResult:
         """Ask a host for its report; the host waits up to ``wait_s`` for something new."""
         if self._control.view.never_seen(host) and not await self._hosts.has_come(host):
             return "late"
@@ -336,7 +336,7 @@ class Controller:
             entry=report.entry,
             holdings=without(report.holdings, forgetting),
             loading=report.loading > 0 or host in self._loads or host in self._evicts,
-            work=Work(report.loop.batches, report.loop.choices, report.loop.busy_s),
+            work=Work(report.loop.batches, report.loop.assignments, report.loop.busy_s),
         )
 
     async def _plan(self, command: MakePlan) -> None:
@@ -348,20 +348,20 @@ class Controller:
             self._state.plan_error = ""
         except Exception as error:
             # `status` shows the error, whatever it is. The current placement stays in use.
-            self._state.plan_error = f"planner: {in_words(error)}"
+            self._state.plan_error = f"planner: {describe_error(error)}"
             log.exception("controller: the planner failed")
         finally:
             self._watchdog.plan_ended(failed=found is None)
             self._control.planned(command, found, self._clock())
             self._wake.set()
 
-    def _start_load(self, command: Load) -> None:
+    def _start_load(self, command: LoadExperts) -> None:
         host = command.host
         if host not in self._loads:
             self._loads[host] = asyncio.get_running_loop().create_task(self._load(command))
-            self._looks.anew(host)
+            self._polling.invalidate(host)
 
-    async def _load(self, command: Load) -> None:
+    async def _load(self, command: LoadExperts) -> None:
         host = command.host
         refs = [self._models[name] for name in sorted({key.model for key in command.keys})]
         error = ""
@@ -373,7 +373,7 @@ class Controller:
             self._hosts.errors.pop(host, None)
         except (RayTaskError, MoesaicError) as failure:
             cause = self._cause(failure)
-            error = self._hosts.errors[host] = in_words(cause)
+            error = self._hosts.errors[host] = describe_error(cause)
             log.warning("host %s cannot load experts: %s", host, error, extra={"host": host})
         except TimeoutError:
             error = self._hosts.errors[host] = (
@@ -384,7 +384,7 @@ class Controller:
             log.info("host %s ended while it was loading: %s", host, failure, extra={"host": host})
         finally:
             del self._loads[host]
-            self._looks.anew(host)
+            self._polling.invalidate(host)
         if error:
             self._control.load_failed(host, command.keys, error, self._clock())
 
@@ -392,7 +392,7 @@ class Controller:
         if command.host not in self._evicts:
             loop = asyncio.get_running_loop()
             self._evicts[command.host] = command, loop.create_task(self._evict(command))
-            self._looks.anew(command.host)
+            self._polling.invalidate(command.host)
 
     async def _evict(self, command: Evict) -> None:
         host = command.host
@@ -402,7 +402,7 @@ class Controller:
             await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
         except (RayTaskError, MoesaicError) as failure:
             cause = self._cause(failure)
-            self._hosts.errors[host] = in_words(cause)
+            self._hosts.errors[host] = describe_error(cause)
             log.warning("host %s refuses to evict experts: %s", host, cause, extra={"host": host})
         except (RayError, ValueError, TimeoutError) as failure:
             # The host's next report says what it still holds; that is evicted again.
@@ -410,7 +410,7 @@ class Controller:
         finally:
             self._evictions[host] += 1
             del self._evicts[host]
-            self._looks.anew(host)
+            self._polling.invalidate(host)
 
     def _cause(self, failure: Exception) -> Exception:
         """Return the error that a host raised; end this process if a newer controller rules."""

@@ -10,11 +10,11 @@ import logging
 
 from ...cluster.control.changes import Change
 from ...cluster.control.control import Control
-from ...cluster.placement import Number
+from ...cluster.placement import PlacementId
 from ...cluster.reports.placing import ChangePhase
 from ...cluster.reports.scaling import ScalingPhase
 from ...cluster.scaling.fleet import Fleet
-from ...cluster.scaling.scale_events import Scaling
+from ...cluster.scaling.scale_events import ScaleEvent
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ class Events:
         self._fleet = fleet
         self._change_phases: dict[int, ChangePhase] = {}
         self._scaling_phases: dict[int, ScalingPhase] = {}
-        self._asleep = control.sleep.asleep
+        self._asleep = control.idle_models.asleep
         self._leaving: dict[str, bool] = {}  # whether it was seen to be empty
-        self._number: Number | None = None
+        self._number: PlacementId | None = None
 
     def tick(self) -> None:
         """Log what has changed since the last call."""
@@ -48,17 +48,17 @@ class Events:
 
     def _log_placement(self) -> None:
         placement = self._control.placement
-        if placement is None or placement.number == self._number:
+        if placement is None or placement.id == self._number:
             return
-        self._number = placement.number
+        self._number = placement.id
         log.info(
             "placement %d.%d is published",
-            *placement.number,
+            *placement.id,
             extra={"hosts": sorted(placement.hosts), "layers": len(placement.layers)},
         )
 
     def _log_sleep(self) -> None:
-        asleep = self._control.sleep.asleep
+        asleep = self._control.idle_models.asleep
         for model in sorted(asleep - self._asleep):
             log.info("model %s falls asleep: it had no request", model, extra={"model": model})
         for model in sorted(self._asleep - asleep):
@@ -67,7 +67,9 @@ class Events:
 
     def _log_leaving(self) -> None:
         view = self._control.view
-        now = {host: host in view.seen and view.empty(host) for host in self._control.leaving}
+        now = {
+            host: host in view.observations and view.empty(host) for host in self._control.leaving
+        }
         for host, empty in sorted(now.items()):
             if host not in self._leaving:
                 log.info("host %s is being drained", host, extra={"host": host})
@@ -94,7 +96,7 @@ def _log_change(change: Change, *, new: bool) -> None:
         log.info("change %d ends: %s", change.id, change.phase.value, extra=ids)
 
 
-def _log_scaling(scaling: Scaling, *, new: bool) -> None:
+def _log_scaling(scaling: ScaleEvent, *, new: bool) -> None:
     ids = {
         "scaling": scaling.id,
         "group": scaling.group,

@@ -20,29 +20,29 @@ LATE_S = 1.0
 QUIET_WAIT_S = 6.0
 
 # None: Ray reports the host as dead. "late": the host did not answer in time.
-Seen = Observation | Literal["late"] | None
+PollResult = Observation | Literal["late"] | None
 # (host, how long it may hold back an answer that would say nothing new)
-Ask = Callable[[str, float], Awaitable[Seen]]
+PollHost = Callable[[str, float], Awaitable[PollResult]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    asked: asyncio.Task[Seen]
+class _Poll:
+    asked: asyncio.Task[PollResult]
     wait_s: float
     began: float
 
 
-class Looks:
+class HostPolling:
     """The controller's questions to all hosts of a pool, at most one open question per host."""
 
     def __init__(
-        self, ask: Ask, heard: Callable[[], None], clock: Callable[[], float] = time.monotonic
+        self, ask: PollHost, heard: Callable[[], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Send no question yet; ``heard`` is called whenever a host has answered."""
         self._ask = ask
         self._heard = heard
         self._clock = clock
-        self._open: dict[str, _Look] = {}
+        self._open: dict[str, _Poll] = {}
         self._last: dict[str, Observation] = {}
         self._quiet: set[str] = set()
         self._hosts: set[str] = set()
@@ -84,7 +84,7 @@ class Looks:
             self._begin(host)
         return found
 
-    def anew(self, host: str) -> None:
+    def invalidate(self, host: str) -> None:
         """Discard the host's last report, as an order to it began or ended; wake the controller."""
         self.forget(host)
         self._heard()
@@ -101,9 +101,9 @@ class Looks:
         wait_s = QUIET_WAIT_S if host in self._quiet else 0.0
         asked = asyncio.ensure_future(self._ask(host, wait_s))
         asked.add_done_callback(lambda _: self._heard())
-        self._open[host] = _Look(asked, wait_s, self._clock())
+        self._open[host] = _Poll(asked, wait_s, self._clock())
 
-    def _note(self, host: str, seen: Seen) -> None:
+    def _note(self, host: str, seen: PollResult) -> None:
         last = self._last.pop(host, None)
         self._quiet.discard(host)
         if seen == "late":

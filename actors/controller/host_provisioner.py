@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError
 
 from ...cluster.spec.spec import Spec
-from ...proto.errors import in_words
+from ...proto.errors import describe_error
 from ..host.host_actor import RayExpertHost
 from ..runtime.ray_border import actor_options
 
@@ -64,7 +64,7 @@ class HostStarter:
         )
 
 
-class HostKeeper:
+class HostProvisioner:
     """Asks the controller which hosts there should be, and starts and ends them.
 
     The thread survives every error. If it ended all the same, the controller would notice that
@@ -112,7 +112,9 @@ class HostKeeper:
                 known = None  # a restarted controller numbers its answers anew
                 # Ray restarts the controller; hosts stay as they are.
                 if not lost:
-                    log.info("the controller does not answer: %s", in_words(error).splitlines()[0])
+                    log.info(
+                        "the controller does not answer: %s", describe_error(error).splitlines()[0]
+                    )
                 lost = True
             except Exception:
                 # Whatever failed, the next round asks for the whole list again.

@@ -1,4 +1,4 @@
-"""The controller's methods for operators: plans, changes and wishes."""
+"""The controller's methods for operators: plans, changes and constraints."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from ...cluster.control.control import Control
 from ...cluster.control.operations import (
     check_expert,
     check_host,
-    drained,
-    pinned,
     plan_report,
-    replicated,
-    undrained,
-    unmet,
-    unpinned,
+    unmet_constraints,
+    with_drain,
+    with_min_replicas,
+    with_pin,
+    without_drain,
+    without_pin,
 )
 from ...cluster.control.policy import moves_of
 from ...cluster.placement import ExpertKey
-from ...cluster.planner.plan import Plan, Wishes
+from ...cluster.planner.plan import OperatorConstraints, Plan
 from ...cluster.reports.placing import ChangeReport, DrainPhase, DrainReport, PlanReport
 from ...cluster.spec.text import bytes_of
 from ...proto.errors import ClusterError
-from ..runtime.durable_state import keep_wishes
+from ..runtime.durable_state import store_constraints
 
-# How long to retry the plan for a wish if the pool changes while the plan is made.
+# How long to retry the plan for a constraint if the pool changes while the plan is made.
 PLAN_S = 60.0
 
 
 class Operations:
-    """Plans, changes and wishes for the command line and the SDK. Errors are ClusterError."""
+    """Plans, changes and constraints for the command line and the SDK. Errors are ClusterError."""
 
     def __init__(
         self,
@@ -87,26 +87,26 @@ class Operations:
     async def replicate(self, key: tuple[str, int, int], count: int, who: str) -> ChangeReport:
         expert = self._expert(key)
         hosts = self._control.view.hosts
-        return await self._wish(
-            lambda wishes: replicated(wishes, expert, count, hosts),
+        return await self._constrain(
+            lambda constraints: with_min_replicas(constraints, expert, count, hosts),
             who,
             f"{count} replicas of {expert}",
-            lambda found: unmet(found, self._control.wishes, expert),
+            lambda found: unmet_constraints(found, self._control.constraints, expert),
         )
 
     async def pin(self, key: tuple[str, int, int], host: str, who: str) -> ChangeReport:
         expert = self._expert(key)
-        return await self._wish(
-            lambda wishes: pinned(wishes, expert, self._host(host)),
+        return await self._constrain(
+            lambda constraints: with_pin(constraints, expert, self._host(host)),
             who,
             f"pin {expert} to {host}",
-            lambda found: unmet(found, self._control.wishes, expert),
+            lambda found: unmet_constraints(found, self._control.constraints, expert),
         )
 
     async def unpin(self, key: tuple[str, int, int], host: str, who: str) -> ChangeReport:
         expert = self._expert(key)
-        return await self._wish(
-            lambda wishes: unpinned(wishes, expert, self._host(host)),
+        return await self._constrain(
+            lambda constraints: without_pin(constraints, expert, self._host(host)),
             who,
             f"unpin {expert} from {host}",
         )
@@ -114,20 +114,22 @@ class Operations:
     async def drain(self, host: str, who: str) -> ChangeReport:
         view = self._control.view
         hosts = view.hosts.keys() - view.retiring
-        return await self._wish(
-            lambda wishes: drained(wishes, self._host(host), hosts), who, f"drain {host}"
+        return await self._constrain(
+            lambda constraints: with_drain(constraints, self._host(host), hosts),
+            who,
+            f"drain {host}",
         )
 
     async def undrain(self, host: str, who: str) -> ChangeReport:
-        return await self._wish(
-            lambda wishes: undrained(wishes, self._host(host)), who, f"undrain {host}"
+        return await self._constrain(
+            lambda constraints: without_drain(constraints, self._host(host)), who, f"undrain {host}"
         )
 
     async def draining(self, host: str) -> DrainReport:
         """Return how many replicas a host still holds, and the phase of its drain."""
-        seen = self._control.view.seen.get(self._host(host))
+        seen = self._control.view.observations.get(self._host(host))
         remaining = sum(1 for _ in seen.experts()) if seen is not None else 0
-        obstacle = self._control.no_room().get(host)
+        obstacle = self._control.drain_blockers().get(host)
         phase = DrainPhase.DRAINING if remaining else DrainPhase.DONE
         if obstacle:
             phase = DrainPhase.NO_ROOM
@@ -158,28 +160,28 @@ class Operations:
             )
         return change
 
-    async def _wish(
+    async def _constrain(
         self,
-        make: Callable[[Wishes], Wishes],
+        make: Callable[[OperatorConstraints], OperatorConstraints],
         who: str,
         why: str,
         lacking: Callable[[Plan], list[str]] = lambda _: [],
     ) -> ChangeReport:
-        """Store a wish, plan for it, and return the change that carries it out.
+        """Store a constraint, plan for it, and return the change that carries it out.
 
-        ``lacking`` lists the parts of the wish that a plan cannot fulfil. They stay stored, and
-        are fulfilled when there is room.
+        ``lacking`` lists the parts of the constraint that a plan cannot fulfil. They stay stored,
+        and are fulfilled when there is room.
         """
         control = self._control
         try:
-            wishes = make(control.wishes)
+            constraints = make(control.constraints)
         except ValueError as error:
             raise ClusterError(str(error)) from error
         last = control.changes.find(None)
-        if wishes == control.wishes and last is not None and last.why == why:
+        if constraints == control.constraints and last is not None and last.why == why:
             return self._report(last, self._clock())  # the same request again
-        keep_wishes(self._namespace, wishes)
-        control.wish(wishes)
+        store_constraints(self._namespace, constraints)
+        control.set_constraints(constraints)
         deadline = self._clock() + PLAN_S
         while (now := self._clock()) < deadline:
             asked = control.plan_for_all(now)
@@ -190,7 +192,9 @@ class Operations:
                 change.errors += lacking(found)
                 self._wake()
                 return self._report(change, now)
-        raise ClusterError(f"{why}: the pool keeps changing; the wish is stored and planned later")
+        raise ClusterError(
+            f"{why}: the pool keeps changing; the constraint is stored and planned for later"
+        )
 
     def _expert(self, key: tuple[str, int, int]) -> ExpertKey:
         expert = ExpertKey(*key)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from ...cluster.control.control import Control
 from ...cluster.control.operations import check_layer, check_model
-from ...cluster.control.status_views import HostCounters, HostRates, hottest, standing
+from ...cluster.control.status_views import HostCounters, HostRates, expert_views, hottest
 from ...cluster.control.watchdog import Vitals, Watchdog
 from ...cluster.load.trace import LoadTotals
-from ...cluster.placement import ModelRef, ModelShape, Number
+from ...cluster.placement import ModelRef, ModelShape, PlacementId
 from ...cluster.reports.activity import Activity, ExpertReport, HostActivity, ModelActivity
 from ...cluster.reports.report import PlacementNumber
 from ...cluster.reports.status import (
@@ -25,7 +25,7 @@ from ...cluster.reports.status import (
     ModelStatus,
     RouterStatus,
 )
-from ...proto.errors import ClusterError, in_words
+from ...proto.errors import ClusterError, describe_error
 from ..host.report import HostReport
 from ..router_service.service_actor import ServiceWatch
 from ..runtime.ray_border import cluster_of
@@ -74,7 +74,7 @@ class Overview:
         """Return the whole status."""
         now, control = self.clock(), self.control
         vitals = self._vitals(now)
-        missing, no_room = control.missing(), control.no_room()
+        missing, no_room = control.missing(), control.drain_blockers()
         return ClusterStatus(
             placement=_number(self._number()),
             controller=ControllerStatus(
@@ -102,7 +102,7 @@ class Overview:
                     exact=shape.exact,
                     layers=len(shape.experts),
                     experts=sum(shape.experts.values()),
-                    asleep=name in control.sleep.asleep,
+                    asleep=name in control.idle_models.asleep,
                     missing_experts=sum(1 for key in missing if key.model == name),
                 )
                 for name, (ref, shape) in self.models.items()
@@ -158,7 +158,9 @@ class Overview:
         except ValueError as error:
             raise ClusterError(str(error)) from error
         layers = {} if control.placement is None else control.placement.layers
-        return standing(layers, control.loads, control.wishes, model=model, layer=layer, hot=hot)
+        return expert_views(
+            layers, control.loads, control.constraints, model=model, layer=layer, hot=hot
+        )
 
     def totals(self) -> LoadTotals:
         """Return all counts since this controller's start."""
@@ -186,7 +188,7 @@ class Overview:
                 self.loop.watch_error = ""
             except Exception as error:
                 # A failure here must not stop the controller. `status` shows it; try again.
-                self.loop.watch_error = f"watchdog: {in_words(error)}"
+                self.loop.watch_error = f"watchdog: {describe_error(error)}"
                 log.exception("controller: the watchdog failed")
             await asyncio.sleep(WATCH_S)
 
@@ -196,9 +198,9 @@ class Overview:
 
     # ---- parts ----------------------------------------------------------------------------------
 
-    def _number(self) -> Number | None:
+    def _number(self) -> PlacementId | None:
         placement = self.control.placement
-        return None if placement is None else placement.number
+        return None if placement is None else placement.id
 
     def _host_activity(self, host: str) -> HostActivity:
         report = self.hosts.reports.get(host)
@@ -247,7 +249,7 @@ def _counters(report: HostReport) -> HostCounters:
     )
 
 
-def _number(number: Number | None) -> PlacementNumber | None:
+def _number(number: PlacementId | None) -> PlacementNumber | None:
     return None if number is None else PlacementNumber(term=number.term, epoch=number.epoch)
 
 

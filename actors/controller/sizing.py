@@ -14,7 +14,7 @@ from ...cluster.control.control import Control
 from ...cluster.reports.scaling import ScalingReport, ScalingStatus
 from ...cluster.scaling.fleet import Fleet
 from ...proto.errors import ClusterError
-from ..runtime.durable_state import keep_asleep, keep_fleet, keep_wishes
+from ..runtime.durable_state import store_asleep, store_constraints, store_fleet
 
 # The owner asks every few seconds; a pause longer than this is shown as a problem.
 _OWNER_LATE_S = 20.0
@@ -40,7 +40,7 @@ class Sizing:
         self._resized = asyncio.Event()
         self._owner_asked = self._clock()
         self._kept_version = -1
-        self._kept_asleep = control.sleep.asleep
+        self._kept_asleep = control.idle_models.asleep
 
     async def desired(self, known: int | None, wait_s: float) -> tuple[int, dict[str, int]]:
         """Return a version number and the group of every host that the owner should run.
@@ -82,13 +82,15 @@ class Sizing:
         self._keep_asleep()
         removed = list(before - self._fleet.desired().keys())
         if removed:
-            keep_wishes(self._namespace, self._control.wishes)
+            store_constraints(self._namespace, self._control.constraints)
         return removed
 
     def status(self, now: float) -> ScalingStatus:
         """Return the pool's size for `status`, with the problem if there is one."""
         age_s = now - self._owner_asked
-        late = age_s > _OWNER_LATE_S and self._fleet.desired().keys() - self._control.view.seen
+        late = (
+            age_s > _OWNER_LATE_S and self._fleet.desired().keys() - self._control.view.observations
+        )
         problem = f"the cluster's owner has not asked for hosts for {age_s:.0f} s" if late else None
         return self._fleet.report(self._control, now, owner_age_s=age_s, problem=problem)
 
@@ -100,13 +102,13 @@ class Sizing:
 
     def _keep_fleet(self) -> None:
         if self._fleet.version != self._kept_version:
-            keep_fleet(self._namespace, self._fleet.keep())
+            store_fleet(self._namespace, self._fleet.snapshot())
             self._kept_version = self._fleet.version
             self._resized.set()
             self._resized = asyncio.Event()
 
     def _keep_asleep(self) -> None:
-        asleep = self._control.sleep.asleep
+        asleep = self._control.idle_models.asleep
         if asleep != self._kept_asleep:
-            keep_asleep(self._namespace, asleep)
+            store_asleep(self._namespace, asleep)
             self._kept_asleep = asleep

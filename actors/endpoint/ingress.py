@@ -19,15 +19,15 @@ from starlette.types import StatelessLifespan
 
 from ...cluster.service.web_guard import WebGuard
 from ...proto.errors import MoesaicError, RequestError, UnknownModel
-from ..engine.engine import Limits, Sampling
-from ..engine.served_model import Piece, ServedModel
+from ..engine.engine import RequestLimits, Sampling
+from ..engine.served_model import ServedModel, TextDelta
 from ..text.thinking import Thinking
 from ..text.tool_calls import Calls
 from .embeddings import add_embeddings
 from .http.bodies import Bodies, BodyLimits
 from .http.edge import (
-    Defects,
-    Edge,
+    EdgeMiddleware,
+    ErrorMiddleware,
     allow_cors,
     began,
     error_answer,
@@ -37,11 +37,19 @@ from .http.edge import (
     request_id,
     unless_disconnected,
 )
-from .http.gate import Gate, Gated
+from .http.gate import Gate, GateMiddleware
 from .http.health import Health, ModelHealth
 from .http.metrics import HttpMetrics
 from .http.probes import add_health
-from .openai.answers import Answers, ChatAnswers, Numbered, TextAnswers, chunks, collect, merge
+from .openai.answers import (
+    AnswerFormatter,
+    ChatFormatter,
+    CompletionFormatter,
+    IndexedDeltas,
+    chunks,
+    collect,
+    merge,
+)
 from .openai.openapi import document, errors, generation
 from .openai.requests import ChatRequest, CompletionRequest, parse_request
 from .openai.responses import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
@@ -50,7 +58,7 @@ from .openai.responses import ChatChunk, ChatCompletion, Completion, ModelCard, 
 COMPLETION_MAX_TOKENS = 16
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; only logs show it, the client has gone
 
-Asked = CompletionRequest | ChatRequest
+GenerationRequest = CompletionRequest | ChatRequest
 
 
 def create_app(
@@ -77,11 +85,11 @@ def create_app(
     metrics = metrics or HttpMetrics()
     gate = gate or Gate()
     # The middleware that is added last is the outermost.
-    app.add_middleware(Gated, gate=gate)
-    app.add_middleware(Defects)
+    app.add_middleware(GateMiddleware, gate=gate)
+    app.add_middleware(ErrorMiddleware)
     if cors_origins:
         allow_cors(app, cors_origins)
-    app.add_middleware(Edge, metrics=metrics, guard=guard or WebGuard(loopback=False))
+    app.add_middleware(EdgeMiddleware, metrics=metrics, guard=guard or WebGuard(loopback=False))
     ready = {name: ModelHealth() for name in models}
     add_health(app, health or Health(ready, aliases, leaving=lambda: gate.ending))
     models = {
@@ -135,7 +143,7 @@ def _add_generation(
             for _ in range(asked.choices)
         ]
         tokens = sum(map(len, prompts))
-        answers = TextAnswers(f"cmpl-{identity}", model.id, tokens, echoed)
+        answers = CompletionFormatter(f"cmpl-{identity}", model.id, tokens, echoed)
         log_request(request, model.id, prompt_tokens=tokens, choices=len(streams))
         pieces = metrics.watch(model.id, tokens, began(request), merge(streams))
         return await _respond(request, asked, pieces, len(streams), answers)
@@ -169,7 +177,7 @@ def _add_generation(
             calls=asked.calls,
             thinking=prompt.thinking,
         )
-        answers = ChatAnswers(f"chatcmpl-{identity}", model.id, len(prompt_ids))
+        answers = ChatFormatter(f"chatcmpl-{identity}", model.id, len(prompt_ids))
         log_request(request, model.id, prompt_tokens=len(prompt_ids), choices=len(streams))
         pieces = metrics.watch(model.id, len(prompt_ids), began(request), merge(streams))
         return await _respond(request, asked, pieces, len(streams), answers)
@@ -178,14 +186,14 @@ def _add_generation(
 def _streams(
     model: ServedModel,
     identity: str,
-    asked: Asked,
+    asked: GenerationRequest,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
     continues_text: bool,
     calls: Calls = "none",
     thinking: Thinking | None = None,
-) -> list[AsyncGenerator[Piece, None]]:
+) -> list[AsyncGenerator[TextDelta, None]]:
     """Return one stream of text per choice, those of the first prompt first."""
     return [
         model.stream(
@@ -211,7 +219,11 @@ def _nth(sampling: Sampling, n: int) -> Sampling:
 
 
 async def _respond(
-    request: Request, asked: Asked, pieces: Numbered, choices: int, answers: Answers
+    request: Request,
+    asked: GenerationRequest,
+    pieces: IndexedDeltas,
+    choices: int,
+    answers: AnswerFormatter,
 ) -> Response:
     if asked.stream:
         return await event_stream(
@@ -252,7 +264,7 @@ def _card(name: str, model: ServedModel) -> ModelCard:
     )
 
 
-def _rest(limits: Limits, prompt_tokens: int) -> int:
+def _rest(limits: RequestLimits, prompt_tokens: int) -> int:
     """Return the tokens that the limits leave for an answer.
 
     At least 1, so that for a prompt that is too long the check blames the prompt.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...proto.errors import EngineError, InternalError, MoesaicError, RequestError, in_words
+from ...proto.errors import EngineError, InternalError, MoesaicError, RequestError, describe_error
 from .engine import Pooling
 from .step_log import log_step
 
@@ -108,7 +108,7 @@ class Encoder:
         except Exception as error:
             # Any error: the requests of the continuous batch must continue.
             logger.exception("texts could not be encoded")
-            failed = EngineError(f"the engine failed ({in_words(error)})")
+            failed = EngineError(f"the engine failed ({describe_error(error)})")
             for text in self._batch:
                 if not text.vector.done():
                     text.vector.set_exception(failed)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from ...cluster.reports.status import EngineStatus, EngineWork
-from ...cluster.routing.expert_fallback import Dropped
-from ...cluster.routing.expert_options import WAIT, MissingExpert, RowWish
+from ...cluster.routing.expert_fallback import DroppedExperts
+from ...cluster.routing.expert_options import WAIT, ExpertOptions, MissingExpert
 from ...cluster.spec.parts import LimitSpec
 from ...proto.errors import RequestError
 from ..text.answer_form import AnswerForm
@@ -48,8 +48,8 @@ class Sampling:
     experts_per_token: int | None = None  # None: as many as the model's gates choose
 
     @property
-    def wish(self) -> RowWish:
-        return RowWish(self.missing, self.experts_per_token)
+    def expert_options(self) -> ExpertOptions:
+        return ExpertOptions(self.missing, self.experts_per_token)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +81,7 @@ class Delta:
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
-    dropped: Dropped | None = None  # gate weights left out of the request so far
+    dropped: DroppedExperts | None = None  # gate weights left out of the request so far
     logprobs: tuple[TokenLogprob, ...] = ()  # one for each token, if requested
 
 
@@ -89,9 +89,9 @@ class Delta:
 class ExpertBounds:
     """How many experts a model's tokens may have."""
 
-    most: int | None = None  # the model's own number; None: unknown
+    maximum: int | None = None  # the model's own number; None: unknown
     default: int | None = None  # for requests that name no number; None: the model's own
-    least: int | None = None  # the least that a request may name; None: only the default
+    minimum: int | None = None  # the least that a request may name; None: only the default
 
     def granted(self, asked: int | None) -> int | None:
         """Return the number of experts for a request that asks for ``asked``.
@@ -100,8 +100,8 @@ class ExpertBounds:
         """
         if asked is None:
             return self.default
-        usual = self.default or self.most
-        least, most = self.least or usual, self.most or usual
+        usual = self.default or self.maximum
+        least, most = self.minimum or usual, self.maximum or usual
         if least is None or asked < least or (most is not None and asked > most):
             allowed = "none" if least is None else f"{least} to {most or 'what the model has'}"
             raise RequestError(
@@ -113,7 +113,7 @@ class ExpertBounds:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
+class RequestLimits:
     """What one request may ask for, in tokens, and how many requests are admitted at once."""
 
     max_prompt_tokens: int
@@ -125,7 +125,7 @@ class Limits:
     request_s: float | None = None  # from a request's start to its last token
     priorities: tuple[int, int] | None = None  # (smallest, largest); None: any
 
-    def within(self, spec: LimitSpec) -> Limits:
+    def within(self, spec: LimitSpec) -> RequestLimits:
         """Return these limits, lowered where the spec allows less."""
         return replace(
             self,
@@ -191,7 +191,7 @@ class EngineStats:
     restarts: int = 0  # after failed steps
     last_error: str | None = None
     steps: int = 0
-    seconds_since_beat: float = 0.0  # since the loop last looked for work
+    heartbeat_age_s: float = 0.0  # since the loop last looked for work
     cache_free: float = 1.0  # share of the KV cache, 0..1
     healthy: bool = False  # False also when restarts do not help
 
@@ -207,7 +207,7 @@ class EngineStats:
                 parked_requests=self.parked,
                 steps=self.steps,
                 restarts=self.restarts,
-                beat_age_s=round(self.seconds_since_beat, 3),
+                beat_age_s=round(self.heartbeat_age_s, 3),
                 free_cache_fraction=round(self.cache_free, 4),
             ),
         )
@@ -239,7 +239,7 @@ class Engine(Protocol):
     """Runs requests of one model; any thread with an event loop may call any method."""
 
     @property
-    def limits(self) -> Limits: ...
+    def limits(self) -> RequestLimits: ...
 
     def start(self) -> None:
         """Allocate the cache and start the loop; raise when the model cannot be batched."""
@@ -256,7 +256,7 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class Embeds(Protocol):
+class EmbeddingEngine(Protocol):
     """An engine that can also turn texts into vectors."""
 
     async def embed(

@@ -29,7 +29,7 @@ _LOOKS_AT_ONCE = 8
 _LONGEST_AWAY_S = 2.0
 
 
-class Parking:
+class ParkedRequests:
     """The parked requests of one engine."""
 
     def __init__(

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...proto.errors import RequestError
 from ..text.answer_form import COMPACT, AnswerForm, lark
-from .grammar_errors import check_size, in_words, refusal
+from .grammar_errors import check_size, explain, refusal
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -59,7 +59,7 @@ class Grammar:
             return None
         return RequestError(
             "response_format or tools: the schema cannot be enforced any further: "
-            f"{in_words(self._matcher.get_error() or reason)}",
+            f"{explain(self._matcher.get_error() or reason)}",
             param="response_format",
         )
 

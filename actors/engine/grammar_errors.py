@@ -50,7 +50,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
 # Errors that no single part of a schema causes.
 _OF_THE_WHOLE = re.compile("recursion limit|too big|too large|too complex|limit for this grammar")
 
-Place = tuple[str, str, str]  # the request's parameter, its place in it, and the schema there
+SchemaPath = tuple[str, str, str]  # the request's parameter, its place in it, and the schema there
 
 
 def check_size(form: AnswerForm) -> None:
@@ -74,7 +74,7 @@ def check_size(form: AnswerForm) -> None:
                     )
 
 
-def _places(form: AnswerForm) -> list[Place]:
+def _places(form: AnswerForm) -> list[SchemaPath]:
     found = [(tool.param, tool.param, tool.schema) for tool in form.tools]
     if form.json_schema is None:
         return found
@@ -98,7 +98,7 @@ def refusal(form: AnswerForm, error: str, raw_check: Check) -> RequestError:
             return RequestError(f"{place}: {explained(schema, fault, check)}", param=param)
     # Each schema works alone; only all of them together do not.
     names = " and ".join(place for _, place, _ in places)
-    return RequestError(f"{names}: {in_words(error)}", param=places[0][0])
+    return RequestError(f"{names}: {explain(error)}", param=places[0][0])
 
 
 def _reason(error: str) -> str:
@@ -113,7 +113,7 @@ def explained(schema: dict[str, Any], error: str, check: Check) -> str:
     where = ".".join(path) + ": " if path else ""
     found = re.match(r"regex parse error:.*^error: (?P<why>.*)", error, re.DOTALL | re.MULTILINE)
     if found is None:
-        return where + in_words(error)
+        return where + explain(error)
     patterns = [part["pattern"]] if "pattern" in part else list(part.get("patternProperties", ()))
     named = [one for one in patterns if check({"type": "string", "pattern": one})] or patterns
     why = found["why"].strip()
@@ -121,7 +121,7 @@ def explained(schema: dict[str, Any], error: str, check: Check) -> str:
     return f"{where}the pattern {shown} cannot be used: {why}; rewrite it without"
 
 
-def in_words(error: str) -> str:
+def explain(error: str) -> str:
     """Return llguidance's error in our words, with what to do about it."""
     line = next(
         (line.strip() for line in error.splitlines() if line.strip()), "no reason was given"

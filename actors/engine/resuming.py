@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from ...cluster.routing.expert_fallback import Dropped
+from ...cluster.routing.expert_fallback import DroppedExperts
 from ...proto.errors import Busy, EngineError
 from .engine import Delta, Generate, Sampling
 
@@ -36,7 +36,7 @@ async def resuming(
     Raises EngineError when no trunk gives another token within ``resume_s`` seconds.
     """
     already: list[int] = []
-    before: Dropped | None = None  # what the lost trunks dropped
+    before: DroppedExperts | None = None  # what the lost trunks dropped
     until: float | None = None
     pause_s = _FIRST_PAUSE_S
     while True:
@@ -69,7 +69,7 @@ async def resuming(
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-def _both(one: Dropped | None, other: Dropped | None) -> Dropped | None:
+def _both(one: DroppedExperts | None, other: DroppedExperts | None) -> DroppedExperts | None:
     if one is None or other is None:
         return one or other
-    return Dropped(max(one.largest, other.largest), one.times + other.times)
+    return DroppedExperts(max(one.largest, other.largest), one.times + other.times)

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ...cluster.routing.expert_fallback import Dropped
+from ...cluster.routing.expert_fallback import DroppedExperts
 from ...proto.errors import Expired, RequestError
 from ..text.answer_parser import AnswerParser
 from ..text.chat_template import ChatPrompt, ChatTemplate
@@ -22,7 +22,7 @@ from ..text.marked_text import MarkedText
 from ..text.thinking import Thinking
 from ..text.tool_calls import Calls, ToolCall
 from ..text.vocabulary import Vocabulary
-from .engine import Delta, FinishReason, Generate, Limits, Pooling, Sampling, TokenLogprob
+from .engine import Delta, FinishReason, Generate, Pooling, RequestLimits, Sampling, TokenLogprob
 from .resuming import resuming
 
 if TYPE_CHECKING:
@@ -53,13 +53,13 @@ class TokenChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextDelta:
     """Text that may be sent now, and the number of tokens generated so far."""
 
     text: str
     tokens: int
     finish_reason: FinishReason | Literal["tool_calls"] | None = None
-    dropped: Dropped | None = None  # gate weights left out because experts were missing
+    dropped: DroppedExperts | None = None  # gate weights left out because experts were missing
     experts_per_token: int | None = None  # where it was not the model's own number
     logprobs: tuple[TokenChoice, ...] = ()  # of the tokens since the last piece
     calls: tuple[ToolCall, ...] = ()  # completed since the last piece
@@ -73,7 +73,7 @@ class ServedModel:
         self,
         model_id: str,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits,
+        limits: RequestLimits,
         generate: Generate,
         embed: Embed | None = None,
     ) -> None:
@@ -126,7 +126,7 @@ class ServedModel:
         resumable: bool = False,
         calls: Calls = "none",
         thinking: Thinking | None = None,
-    ) -> AsyncGenerator[Piece, None]:
+    ) -> AsyncGenerator[TextDelta, None]:
         """Yield text as it is generated; the last piece has a finish reason.
 
         ``continues_text``: the text continues the prompt (a completion), so a space between
@@ -189,7 +189,7 @@ class ServedModel:
                 if visible or thought or found or reason is not None:
                     ends_in_calls = called and reason == "stop" and calls != "named"
                     last = reason is not None
-                    yield Piece(
+                    yield TextDelta(
                         visible,
                         tokens,
                         "tool_calls" if ends_in_calls else reason,
@@ -206,7 +206,7 @@ class ServedModel:
     async def embed(
         self, prompts: Sequence[Sequence[int]], pooling: Pooling, request_id: str = ""
     ) -> np.ndarray:
-        """Return one vector per prompt; see `Embeds.embed`.
+        """Return one vector per prompt; see `EmbeddingEngine.embed`.
 
         Raises Expired after `limits.request_s`.
         """

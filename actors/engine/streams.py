@@ -8,8 +8,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ...cluster.routing.expert_fallback import Dropped
-from ...cluster.routing.expert_options import NO_WISH, RowWish
+from ...cluster.routing.expert_fallback import DroppedExperts
+from ...cluster.routing.expert_options import DEFAULT_EXPERT_OPTIONS, ExpertOptions
 from ...proto.errors import EngineError, MoesaicError
 from .engine import UNBOUNDED, Delta, FinishReason, TokenLogprob
 from .sampling import RequestSampler
@@ -31,18 +31,18 @@ class Stream:
         # Used by the loop's thread only:
         self.sent = 0
         self.ended = False
-        self.dropped: Dropped | None = None
+        self.dropped: DroppedExperts | None = None
         # Used by the event loop only:
         self._ready = asyncio.Event()
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._finish: FinishReason | None = None
-        self._dropped: Dropped | None = None
+        self._dropped: DroppedExperts | None = None
         self._error: MoesaicError | None = None
 
     @property
-    def wish(self) -> RowWish:
-        return self.sampler.sampling.wish
+    def expert_options(self) -> ExpertOptions:
+        return self.sampler.sampling.expert_options
 
     def push(self, event: Delta | MoesaicError) -> None:
         if isinstance(event, Delta):
@@ -80,7 +80,7 @@ class Streams:
 
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
         self._open: dict[str, Stream] = {}
-        self._wishing = 0
+        self._with_expert_options = 0
         self._eos_token_ids = frozenset(eos_token_ids)
 
     def __len__(self) -> int:
@@ -93,11 +93,13 @@ class Streams:
         queue first.
         """
         stream = self._open[request_id] = Stream(sampler, arrival)
-        self._wishing += stream.wish != NO_WISH
+        self._with_expert_options += stream.expert_options != DEFAULT_EXPERT_OPTIONS
         return stream
 
     def close(self, request_id: str) -> None:
-        self._wishing -= self._open.pop(request_id).wish != NO_WISH
+        self._with_expert_options -= (
+            self._open.pop(request_id).expert_options != DEFAULT_EXPERT_OPTIONS
+        )
 
     def sampler(self, request_id: str) -> RequestSampler | None:
         stream = self._open.get(request_id)
@@ -112,25 +114,27 @@ class Streams:
         return stream.rank if stream else (-UNBOUNDED, 0)
 
     @property
-    def some_wish(self) -> bool:
-        """Whether any open request has wishes about experts."""
-        return self._wishing > 0
+    def some_expert_options(self) -> bool:
+        """Whether any open request has expert options."""
+        return self._with_expert_options > 0
 
-    def wish(self, request_id: str) -> RowWish:
+    def expert_options(self, request_id: str) -> ExpertOptions:
         stream = self._open.get(request_id)
-        return stream.wish if stream else NO_WISH
+        return stream.expert_options if stream else DEFAULT_EXPERT_OPTIONS
 
     def is_whole(self, request_id: str) -> bool:
         """Return whether the request has had all experts that its tokens chose."""
         stream = self._open.get(request_id)
-        return stream is None or (stream.dropped is None and stream.wish.experts_per_token is None)
+        return stream is None or (
+            stream.dropped is None and stream.expert_options.experts_per_token is None
+        )
 
     def drop(self, request_id: str, part: float) -> None:
         stream = self._open.get(request_id)
         if stream is not None:
-            stream.dropped = (stream.dropped or Dropped(0.0, 0)).and_then(part)
+            stream.dropped = (stream.dropped or DroppedExperts(0.0, 0)).and_then(part)
 
-    def dropped(self, request_id: str) -> Dropped | None:
+    def dropped(self, request_id: str) -> DroppedExperts | None:
         stream = self._open.get(request_id)
         return stream.dropped if stream else None
 

@@ -1,6 +1,6 @@
 """The computation of one batch: it merges calls of several routers and splits the result.
 
-Shape suffixes: T = tokens (of merged calls), H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens (of merged calls), H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PendingCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ReplyTensors:
     """A reply's tensors in ``buffer`` (uint8); ``bad``: experts whose output was not finite."""
 
     buffer: Tensor
@@ -41,7 +41,7 @@ class Answer:
 
 def compute(
     store: ExpertStore, key: LayerKey, pendings: Sequence[PendingCall], *, exact: bool
-) -> list[Answer]:
+) -> list[ReplyTensors]:
     """Answer all calls with one grouped computation.
 
     ``exact`` asks for one row per assignment instead of one sum per token.
@@ -74,12 +74,12 @@ def compute(
         if not direct:
             reply.copy_(out[mine, : pending.layout.top_k] if exact else out[mine])
         bad = bad_experts(form, experts, x_TH[mine], ids_TK[mine], reply)
-        answers.append(Answer(buffer, bad))
+        answers.append(ReplyTensors(buffer, bad))
     return answers
 
 
 def _stack(parts: list[Tensor], fill: float) -> Tensor:
-    """Concatenate the rows of calls; pad their choices with ``fill`` to the largest K."""
+    """Concatenate the rows of calls; pad their assignments with ``fill`` to the largest K."""
     top_k = max(part.shape[1] for part in parts)
     stacked = parts[0].new_full((sum(part.shape[0] for part in parts), top_k), fill)
     start = 0

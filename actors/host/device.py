@@ -27,7 +27,7 @@ class Device:
     ) -> None:
         self._emulation = emulation
         self._clock = clock
-        self._calls = self._rows = self._choices = self._batches = self._overruns = 0
+        self._calls = self._rows = self._assignments = self._batches = self._overruns = 0
         self._busy_s = self._worst_overrun_s = self._late_s = 0.0
 
     def emulate(self, emulation: Emulation | None) -> None:
@@ -45,7 +45,7 @@ class Device:
         self._batches += 1
         self._calls += len(batch)
         self._rows += sum(queued.rows for queued in batch)
-        self._choices += sum(int((queued.ids >= 0).sum()) for queued in batch)
+        self._assignments += sum(int((queued.ids >= 0).sum()) for queued in batch)
         self._busy_s += busy_s
         return busy_s
 
@@ -53,7 +53,7 @@ class Device:
         return LoopStats(
             calls=self._calls,
             rows=self._rows,
-            choices=self._choices,
+            assignments=self._assignments,
             batches=self._batches,
             refused=refused,
             queued_rows=queued_rows,

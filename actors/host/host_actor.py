@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import ray
 from ray.util import get_node_ip_address
 
-from ..runtime.low_priority_import import import_quietly
+from ..runtime.low_priority_import import import_at_low_priority
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import namespace_of
-from ..runtime.start_failures import telling
+from ..runtime.start_failures import recording_failure
 
 if TYPE_CHECKING:
     # Ray imports this module at normal priority, so it must not import torch.
@@ -36,10 +36,10 @@ class RayExpertHost:
         threads: int,
         transport: TransportChoice,
     ) -> None:
-        with telling(namespace_of(cluster), "host", name):
+        with recording_failure(namespace_of(cluster), "host", name):
             begin_process("host", name, cluster)
             # A restarting host shares its cores with processes that serve: low priority.
-            import_quietly(".host", __package__)
+            import_at_low_priority(".host", __package__)
             from ..runtime.cluster_secret import secret_of
             from .host import ExpertHost
 

@@ -4,7 +4,7 @@ It is a thin shell around `cluster/host/residency.py`. The thread waits for all 
 queues what arrived, computes the next batch, and starts over. Other threads load weights, and
 announce them with `post`.
 
-Shape suffixes: T = tokens (of merged calls), H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens (of merged calls), H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -20,14 +20,21 @@ import torch
 from torch import Tensor
 
 from ...cluster.host.emulation import Emulation
-from ...cluster.host.residency import QueuedCall, Residency, parts_of
+from ...cluster.host.residency import QueuedCall, Residency, split_batch_time
 from ...cluster.placement import ExpertKey, LayerKey
-from ...proto.errors import CallError, Corrupted, HostLost, InternalError, MoesaicError, in_words
+from ...proto.errors import (
+    CallError,
+    Corrupted,
+    HostLost,
+    InternalError,
+    MoesaicError,
+    describe_error,
+)
 from ...proto.expert_pb2 import Call, Frame
 from ...proto.wire import WIRE_VERSION, CallLayout, checksum
-from ..transport.base import Inbound, Listener, Session, call_id
+from ..transport.base import InboundFrame, Listener, Session, call_id
 from ..transport.mailbox import Mailbox
-from .compute import Answer, PendingCall, compute
+from .compute import PendingCall, ReplyTensors, compute
 from .device import Device
 from .report import LoopStats
 from .weight_store import ExpertStore
@@ -205,7 +212,7 @@ class HostLoop:
             del self._pending[key]
         session.close()
 
-    def _on_frame(self, session: Session, inbound: Inbound) -> None:
+    def _on_frame(self, session: Session, inbound: InboundFrame) -> None:
         frame = inbound.frame
         match frame.WhichOneof("kind"):
             case "hello":
@@ -251,7 +258,7 @@ class HostLoop:
             extra={"host": self.name, "router": session.router},
         )
 
-    def _on_call(self, session: Session, inbound: Inbound) -> None:
+    def _on_call(self, session: Session, inbound: InboundFrame) -> None:
         call, payload = inbound.frame.call, inbound.payload
         router, now = _router_id(session), self._clock()
         try:
@@ -308,7 +315,7 @@ class HostLoop:
                 batch[0].key,
                 extra={"host": self.name, "calls": self._calls_of(batch)},
             )
-            why = error if isinstance(error, MoesaicError) else InternalError(in_words(error))
+            why = error if isinstance(error, MoesaicError) else InternalError(describe_error(error))
             for queued in batch:
                 if (queued.router, queued.seq) in self._pending:
                     self._answer_with(queued, why)
@@ -328,7 +335,7 @@ class HostLoop:
         batch_us = int(self._device.finish(batch, now) * 1e6)
         if batch_us > SLOW_BATCH_S * 1e6 or log.isEnabledFor(logging.DEBUG):
             self._log_batch(batch, batch_us, now)
-        parts = parts_of(batch_us, batch)
+        parts = split_batch_time(batch_us, batch)
         for queued, pending, answer, busy_us in zip(batch, pendings, answers, parts, strict=True):
             self._reply(queued, pending, answer, now - pending.arrived, busy_us, batch_us)
 
@@ -367,7 +374,7 @@ class HostLoop:
         self,
         queued: QueuedCall,
         pending: PendingCall,
-        answer: Answer,
+        answer: ReplyTensors,
         queued_s: float,
         busy_us: int,
         batch_us: int,

@@ -13,7 +13,7 @@ from ...cluster.reports.status import HostProcess
 class LoopStats:
     calls: int
     rows: int
-    choices: int  # assignments: each row counts once for each of its experts
+    assignments: int  # assignments: each row counts once for each of its experts
     batches: int
     refused: int
     queued_rows: int
@@ -63,7 +63,7 @@ class HostReport:
             rss_bytes=self.rss_bytes,
             calls=loop.calls,
             rows=loop.rows,
-            assignments=loop.choices,
+            assignments=loop.assignments,
             batches=loop.batches,
             refused_calls=loop.refused,
             queued_rows=loop.queued_rows,

@@ -14,11 +14,11 @@ import psutil
 import torch
 
 from ...cluster.placement import ModelShape
-from ...cluster.planner.capacity import lack
+from ...cluster.planner.capacity import capacity_shortage
 from ...cluster.scaling.fleet import Fleet
 from ...cluster.spec.parts import Resources
 from ...cluster.spec.spec import Spec
-from ...models.trunk.describe import HOST_BYTES, Described
+from ...models.trunk.describe import HOST_BYTES, ModelDescription
 from ...proto.errors import ClusterError
 from ..runtime.ports import check_address, check_port
 from .findings import Finding, finding_of
@@ -102,9 +102,9 @@ def check_room(spec: Spec, shapes: Collection[ModelShape]) -> Iterator[Finding]:
     # one that does not exist.
     smallest = min((shape.expert_bytes for shape in shapes), default=0)
     least = [replace(shape, expert_bytes=smallest) for shape in shapes]
-    if why := lack(hosts, least, redundancy=0):
+    if why := capacity_shortage(hosts, least, redundancy=0):
         yield _error("hosts", f"{why}; give hosts more slots or memory_gb, or add hosts")
-    elif why := lack(hosts, least, redundancy=spec.balance.redundancy):
+    elif why := capacity_shortage(hosts, least, redundancy=spec.balance.redundancy):
         text = f"not every expert is protected: {why}; give hosts more slots, memory_gb or domains"
         yield Finding(severity="warning", path="balance.redundancy", message=text)
 
@@ -131,7 +131,7 @@ def check_token(spec: Spec, *, local: bool) -> Iterator[Finding]:
 # ---- a Ray that starts here ---------------------------------------------------------------------
 
 
-def check_local(spec: Spec, models: Mapping[str, Described]) -> Iterator[Finding]:
+def check_local(spec: Spec, models: Mapping[str, ModelDescription]) -> Iterator[Finding]:
     """Check what a Ray that starts in this process can offer: this machine's devices and memory."""
     yield from _check_resources(spec)
     yield from _check_devices(spec)
@@ -179,7 +179,7 @@ def _on_gpus(spec: Spec) -> bool:
     return torch.cuda.is_available() and any(device != "cpu" for device in asked)
 
 
-def _check_memory(spec: Spec, models: Mapping[str, Described]) -> Iterator[Finding]:
+def _check_memory(spec: Spec, models: Mapping[str, ModelDescription]) -> Iterator[Finding]:
     """Compare the weights, and the processes that hold them, with this machine's memory.
 
     Weights that exceed all of its memory are an error. If only what is free is exceeded, the

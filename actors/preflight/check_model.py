@@ -16,9 +16,9 @@ import torch
 from ...models.folder.generation import generation_config
 from ...models.folder.tokenizer import read_tokenizer
 from ...models.trunk.config import read_config
-from ...models.trunk.describe import Described, describe
+from ...models.trunk.describe import ModelDescription, describe
 from ...models.trunk.folder_check import check_folder
-from ...proto.errors import CheckpointError, MoesaicError, RequestError, in_words
+from ...proto.errors import CheckpointError, MoesaicError, RequestError, describe_error
 from ..text.chat_template import ChatTemplate
 from .findings import Finding, Severity, finding_of
 
@@ -36,7 +36,7 @@ class CheckedModel:
     """The findings about one model's folder, and what its configuration describes."""
 
     findings: list[Finding]
-    described: Described | None  # None: the configuration does not describe a model
+    described: ModelDescription | None  # None: the configuration does not describe a model
 
 
 def check_model(
@@ -57,7 +57,7 @@ def check_model(
 
 def _check_tensors(
     folder: Path, dtype: torch.dtype, key: str
-) -> tuple[list[Finding], Described | None]:
+) -> tuple[list[Finding], ModelDescription | None]:
     try:
         found = check_folder(folder, dtype=dtype)
     except MoesaicError as error:
@@ -140,4 +140,4 @@ def _check_vocabulary(
 
 
 def _in_a_line(error: Exception) -> str:
-    return " ".join(in_words(error).split())[:400]
+    return " ".join(describe_error(error).split())[:400]

@@ -55,7 +55,7 @@ def raise_errors(findings: Sequence[Finding]) -> None:
     raise from_wire(code, "\n  ".join(lines))
 
 
-def said(findings: Iterable[Finding]) -> str:
+def severity_counts(findings: Iterable[Finding]) -> str:
     """Return the number of each kind, as "1 error, 2 warnings, 1 unchecked", or "no problem"."""
     numbers = dict.fromkeys(SEVERITIES, 0)
     for finding in findings:

@@ -14,8 +14,8 @@ import torch
 
 from ...cluster.placement import ModelShape
 from ...cluster.spec.spec import ModelSpec, Spec
-from ...models.source import NotYet, local_model
-from ...models.trunk.describe import Described
+from ...models.source import NotDownloaded, local_model
+from ...models.trunk.describe import ModelDescription
 from ...proto.errors import MoesaicError, UnsupportedModel
 from ..engine.engine import ExpertBounds
 from .check_machine import (
@@ -36,7 +36,7 @@ class Preflight:
 
     findings: list[Finding] = field(default_factory=list)
     folders: dict[str, Path] = field(default_factory=dict)
-    described: dict[str, Described] = field(default_factory=dict)
+    described: dict[str, ModelDescription] = field(default_factory=dict)
 
 
 def preflight(spec: Spec, *, local: bool | None = None) -> Preflight:
@@ -69,7 +69,7 @@ def _check_model(found: Preflight, spec: Spec, model: ModelSpec, at: str) -> Non
     except MoesaicError as error:
         found.findings.append(finding_of(error, key))
         return
-    if isinstance(folder, NotYet):
+    if isinstance(folder, NotDownloaded):
         found.findings.append(Finding(severity="unchecked", path=key, message=folder.why))
         return
     found.folders[model.name] = folder
@@ -83,7 +83,7 @@ def _check_model(found: Preflight, spec: Spec, model: ModelSpec, at: str) -> Non
     found.findings += check_weights(spec, model, checked.described)
 
 
-def check_experts(model: ModelSpec, described: Described, at: str) -> Iterator[Finding]:
+def check_experts(model: ModelSpec, described: ModelDescription, at: str) -> Iterator[Finding]:
     """Check that the spec asks for no more experts per token than the model has."""
     most = described.top_k
     for name in ("experts_per_token", "min_experts_per_token"):
@@ -93,7 +93,7 @@ def check_experts(model: ModelSpec, described: Described, at: str) -> Iterator[F
             yield Finding(severity="error", path=f"{at}.{name}", message=text)
 
 
-def check_weights(spec: Spec, model: ModelSpec, described: Described) -> Iterator[Finding]:
+def check_weights(spec: Spec, model: ModelSpec, described: ModelDescription) -> Iterator[Finding]:
     """Check that the engine of the trunks can read the model's weights."""
     if spec.endpoint is None or spec.trunk.engine != "vllm" or described.quantised is None:
         return
@@ -106,14 +106,16 @@ def check_weights(spec: Spec, model: ModelSpec, described: Described) -> Iterato
     yield Finding(severity="error", path="trunk.engine", message=text, code=code)
 
 
-def bounds_of(model: ModelSpec, described: Described) -> ExpertBounds:
+def bounds_of(model: ModelSpec, described: ModelDescription) -> ExpertBounds:
     """Return how many experts per token requests may ask for."""
     return ExpertBounds(
-        most=described.top_k, default=model.experts_per_token, least=model.min_experts_per_token
+        maximum=described.top_k,
+        default=model.experts_per_token,
+        minimum=model.min_experts_per_token,
     )
 
 
-def shape_of(model: ModelSpec, described: Described) -> ModelShape:
+def shape_of(model: ModelSpec, described: ModelDescription) -> ModelShape:
     """Return what the planner needs to place a model."""
     return ModelShape(
         model=model.name,

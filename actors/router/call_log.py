@@ -11,7 +11,7 @@ from typing import Any
 from ...cluster.routing.events import Refused, Send
 from ...proto.expert_pb2 import Reply
 from ..transport.base import call_id
-from .layer_tensors import LayerJob
+from .layer_tensors import LayerTensors
 
 log = logging.getLogger(__name__)
 
@@ -26,24 +26,24 @@ class CallLog:
     def on(self) -> bool:
         return log.isEnabledFor(logging.DEBUG)
 
-    def sent(self, job: LayerJob, send: Send, *, hedge: bool) -> None:
+    def sent(self, tensors: LayerTensors, send: Send, *, hedge: bool) -> None:
         log.debug(
             "sent to %s",
             send.host,
-            extra=self._ids(job, send.host)
+            extra=self._ids(tensors, send.host)
             | {
                 "seq": send.seq,
-                "rows": send.choice_tk.shape[0],
+                "rows": send.assignment_tk.shape[0],
                 "attempt": send.attempt,
                 "hedge": hedge,
             },
         )
 
-    def answered(self, job: LayerJob, send: Send, reply: Reply) -> None:
+    def answered(self, tensors: LayerTensors, send: Send, reply: Reply) -> None:
         log.debug(
             "%s has answered",
             send.host,
-            extra=self._ids(job, send.host)
+            extra=self._ids(tensors, send.host)
             | {
                 "seq": send.seq,
                 "queued_ms": reply.queued_us / 1e3,
@@ -51,30 +51,30 @@ class CallLog:
             },
         )
 
-    def refused(self, job: LayerJob, refused: Refused) -> None:
+    def refused(self, tensors: LayerTensors, refused: Refused) -> None:
         log.debug(
             "%s has refused: %s: %s",
             refused.host,
             refused.code,
             refused.message,
-            extra=self._ids(job, refused.host) | {"seq": refused.seq, "code": refused.code},
+            extra=self._ids(tensors, refused.host) | {"seq": refused.seq, "code": refused.code},
         )
 
-    def slow(self, job: LayerJob, took_s: float) -> None:
+    def slow(self, tensors: LayerTensors, took_s: float) -> None:
         log.warning(
             "layer %d of %s took %.1f s: hosts were late, or had to load experts",
-            job.key.layer,
-            job.key.model,
+            tensors.key.layer,
+            tensors.key.model,
             took_s,
-            extra=self._ids(job, None),
+            extra=self._ids(tensors, None),
         )
 
-    def _ids(self, job: LayerJob, host: str | None) -> dict[str, Any]:
-        model, layer = job.key
+    def _ids(self, tensors: LayerTensors, host: str | None) -> dict[str, Any]:
+        model, layer = tensors.key
         return {
-            "call_id": call_id(self._router, job.step, layer),
+            "call_id": call_id(self._router, tensors.step, layer),
             "router": self._router,
-            "step": job.step,
+            "step": tensors.step,
             "model": model,
             "layer": layer,
             "host": host,

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from ...cluster.placement import HostEntry
-from ...cluster.routing.events import Event, HostDown, HostUp, Ponged, Refused, Replied
+from ...cluster.routing.events import HostDown, HostUp, Ponged, Refused, Replied, RouterEvent
 from ...cluster.routing.transports import Transport, TransportChoice, Transports
 from ...proto.errors import ClusterError, Corrupted, HostLost
 from ...proto.expert_pb2 import Frame, Reply
 from ...proto.keys import ClusterSecret
 from ...proto.wire import CallLayout, checksum
 from ..runtime.devices import device_name
-from ..transport.base import Channel, Inbound
+from ..transport.base import Channel, InboundFrame
 from ..transport.process_group import backends
 from .connect import connect
 
 log = logging.getLogger(__name__)
 
 
-class Links:
+class HostConnections:
     """All channels of one router, polled together. Callers hold the router's lock.
 
     A lost host never raises an exception here: it is reported as a `HostDown` event.
@@ -59,7 +59,7 @@ class Links:
         self._channels: dict[str, Channel] = {}
         self._by_fd: dict[int, Channel] = {}
         self._max_rows: dict[str, int] = {}
-        self._replies: dict[tuple[str, int], Inbound] = {}
+        self._replies: dict[tuple[str, int], InboundFrame] = {}
         self._lost: list[HostDown] = []
         self._told: set[str] = set()  # hosts whose loss was logged since they were last there
         self._epoll = select.epoll()
@@ -185,7 +185,7 @@ class Links:
 
     # ---- in -------------------------------------------------------------------------------------
 
-    def events(self, timeout_s: float) -> Iterator[Event]:
+    def events(self, timeout_s: float) -> Iterator[RouterEvent]:
         """Yield events that already happened, or wait up to ``timeout_s`` for the first ones."""
         # epoll counts whole milliseconds. The half millisecond makes sure that a deadline has
         # passed when the wait ends.
@@ -195,7 +195,7 @@ class Links:
             elif fd in self._by_fd:
                 yield from self._hear(self._by_fd[fd])
 
-    def _hear(self, channel: Channel) -> Iterator[Event]:
+    def _hear(self, channel: Channel) -> Iterator[RouterEvent]:
         try:
             arrived = channel.receive()
         except HostLost as lost:
@@ -217,7 +217,7 @@ class Links:
         assert inbound.payload is not None
         return inbound.frame.reply, inbound.payload
 
-    def _event(self, host: str, inbound: Inbound) -> Event | None:
+    def _event(self, host: str, inbound: InboundFrame) -> RouterEvent | None:
         frame = inbound.frame
         match frame.WhichOneof("kind"):
             case "reply":

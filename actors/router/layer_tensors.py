@@ -4,8 +4,8 @@ This code runs on the CPU and in numpy, except for calls that go into device mem
 and adds rows. torch would split even that over threads, which then wait for cores that the hosts
 compute on (measured: four times slower at 512 tokens).
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token, N = T * K choices flattened,
-t and k = rows and columns of one send.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token, N = T * K assignments
+flattened, t and k = rows and columns of one send.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cluster.placement import ExpertKey, LayerKey, Number, Placement
+from ...cluster.placement import ExpertKey, LayerKey, Placement, PlacementId
 from ...cluster.routing.events import Send
-from ...cluster.routing.expert_fallback import largest_choices
+from ...cluster.routing.expert_fallback import keep_top_experts
 from ...proto.errors import CallError
 from ...proto.expert_pb2 import Frame, Reply
 from ...proto.wire import DTYPE_TO_WIRE, CallLayout, checksum
 
 
-class LayerJob:
+class LayerTensors:
     """One call of one layer."""
 
     def __init__(
@@ -47,7 +47,7 @@ class LayerJob:
         self._given_TH = x_TH.detach().contiguous()
         self.tokens, self.hidden = x_TH.shape
         self.top_k = ids_TK.shape[1]
-        self._number = placement.number if placement else Number(0, 0)
+        self._number = placement.id if placement else PlacementId(0, 0)
         self.weights_N = weights_TK.detach().to("cpu", torch.float32).reshape(-1).numpy()
         self._parts: list[tuple[Send, np.ndarray]] = []
         # For each faulty expert, the rows that have values that are not finite because of it.
@@ -58,10 +58,10 @@ class LayerJob:
             ids[[row for row in rows if row < self.tokens]] = -1
         self.ids_TK = ids
 
-    def keep_largest(self, most_T: np.ndarray) -> None:
-        """Keep only each row's ``most_T`` choices of the largest weights; call before any send."""
+    def keep_top_experts(self, most_T: np.ndarray) -> None:
+        """Keep each row's ``most_T`` assignments of the largest weights; call before any send."""
         weights_TK = self.weights_N.reshape(self.ids_TK.shape)
-        self.ids_TK, weights_TK = largest_choices(self.ids_TK, weights_TK, most_T)
+        self.ids_TK, weights_TK = keep_top_experts(self.ids_TK, weights_TK, most_T)
         self.weights_N = weights_TK.reshape(-1)
 
     @functools.cached_property
@@ -74,7 +74,7 @@ class LayerJob:
     # ---- sending --------------------------------------------------------------------------------
 
     def frame(self, send: Send) -> tuple[Frame, CallLayout]:
-        rows, top_k = send.choice_tk.shape
+        rows, top_k = send.assignment_tk.shape
         layout = self.layout(rows, top_k)
         frame = Frame()
         call = frame.call
@@ -105,9 +105,9 @@ class LayerJob:
         else:
             np.take(self._on_cpu, send.token_t, axis=0, out=x_tH, mode="clip")
         ids_tk[...] = send.ids_tk
-        # An unused choice (-1) wraps around to some other weight, which does no harm: hosts skip
-        # the choice because its id is -1.
-        np.take(self.weights_N, send.choice_tk, out=weights_tk, mode="wrap")
+        # An unused assignment (-1) wraps around to some other weight, which does no harm: hosts
+        # skip the assignment because its id is -1.
+        np.take(self.weights_N, send.assignment_tk, out=weights_tk, mode="wrap")
         frame.call.checksum = checksum(send.seq, buffer[: layout.call_bytes])
 
     def write_on_device(self, send: Send, layout: CallLayout, buffer: Tensor) -> None:
@@ -120,13 +120,13 @@ class LayerJob:
             token_t = torch.from_numpy(send.token_t).to(buffer.device)
             torch.index_select(x_TH, 0, token_t, out=x_tH)
         ids_tk.copy_(torch.from_numpy(send.ids_tk))
-        weights_tk.copy_(torch.from_numpy(np.take(self.weights_N, send.choice_tk, mode="wrap")))
+        weights_tk.copy_(torch.from_numpy(np.take(self.weights_N, send.assignment_tk, mode="wrap")))
 
     # ---- receiving ------------------------------------------------------------------------------
 
     def accept(self, send: Send, reply: Reply, payload: Tensor) -> None:
         """Copy the answer to ``send`` out of ``payload`` (uint8), which is free afterwards."""
-        rows, top_k = send.choice_tk.shape
+        rows, top_k = send.assignment_tk.shape
         y_tH = self.layout(rows, top_k).reply_tensor(payload)
         # Both branches copy, because the payload's memory is reused after this call.
         part = y_tH.numpy().copy() if y_tH.device.type == "cpu" else y_tH.cpu().numpy()
@@ -143,11 +143,11 @@ class LayerJob:
 
     def _combine_exact(self) -> np.ndarray:
         # Hosts answered with one row per assignment. Scatter the rows to (N, H) and add up the K
-        # choices of each token one after the other: floating-point addition is not associative,
+        # assignments of each token one after the other: floating-point addition is not associative,
         # so a fixed order makes the sum independent of which host computed which choice.
         y_NH = np.zeros((self.tokens * self.top_k, self.hidden), dtype=np.float32)
         for send, part_tkH in self._parts:
-            y_NH[send.choices] = part_tkH[send.choice_tk >= 0]
+            y_NH[send.assignments] = part_tkH[send.assignment_tk >= 0]
         y_TKH = y_NH.reshape(self.tokens, self.top_k, self.hidden)
         out_TH = y_TKH[:, 0].copy()
         for k in range(1, self.top_k):
@@ -158,7 +158,7 @@ class LayerJob:
         # Each host answered with one sum per row of its send. Sorting makes the order of additions
         # independent of the order of arrival. If the first part has all rows, it becomes the sum
         # itself, which saves a zeroed array and one addition.
-        self._parts.sort(key=lambda part: (part[0].host, part[0].choice_tk[0, 0]))
+        self._parts.sort(key=lambda part: (part[0].host, part[0].assignment_tk[0, 0]))
         out_TH: np.ndarray | None = None
         for send, part_tH in self._parts:
             whole = send.token_t.size == self.tokens
@@ -177,16 +177,16 @@ class LayerJob:
     def _zeros(self) -> np.ndarray:
         return np.zeros((self.tokens, self.hidden), dtype=np.float32)
 
-    def rows_of(self, choices: np.ndarray) -> list[int]:
-        return np.unique(choices // self.top_k).tolist()
+    def rows_of(self, assignments: np.ndarray) -> list[int]:
+        return np.unique(assignments // self.top_k).tolist()
 
-    def experts(self, choices: np.ndarray) -> list[ExpertKey]:
-        ids = np.unique(self.ids_TK.reshape(-1)[choices])
+    def experts(self, assignments: np.ndarray) -> list[ExpertKey]:
+        ids = np.unique(self.ids_TK.reshape(-1)[assignments])
         return [self.key.expert(int(expert)) for expert in ids]
 
-    def names(self, choices: np.ndarray, at_most: int = 4) -> str:
-        """Name the experts of ``choices`` for an error message."""
-        experts = self.experts(choices)
+    def names(self, assignments: np.ndarray, at_most: int = 4) -> str:
+        """Name the experts of ``assignments`` for an error message."""
+        experts = self.experts(assignments)
         more = " and others" if experts[at_most:] else ""
         return ", ".join(map(str, experts[:at_most])) + more
 
@@ -199,7 +199,7 @@ def check_shapes(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
         if tensor.dim() != 2 or tensor.shape != (x_TH.shape[0], ids_TK.shape[-1]):
             raise CallError(
                 f"{name}: shape {tuple(tensor.shape)} for {x_TH.shape[0]} tokens; ids and weights "
-                "are both (tokens, choices)"
+                "are both (tokens, assignments)"
             )
 
 

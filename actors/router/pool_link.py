@@ -16,7 +16,7 @@ from ...cluster.placement import LayerKey, ModelRef, Placement
 from ...cluster.routing.policy import RouterPolicy
 from ...cluster.routing.transports import TransportChoice
 from ...cluster.spec.parts import EngineKind
-from ...proto.errors import in_words
+from ...proto.errors import describe_error
 from ..engine.engine import EngineConfig
 from ..runtime.cluster_secret import secret_of
 from ..runtime.devices import pick_device
@@ -68,7 +68,7 @@ class PlacementWatch:
                     log.warning(
                         "router %s: the controller does not answer; the last placement stays: %s",
                         self._router.name,
-                        in_words(error).splitlines()[0],
+                        describe_error(error).splitlines()[0],
                         extra={"router": self._router.name},
                     )
                 self._stop.wait(0.5)

@@ -4,7 +4,7 @@ It is a thin shell around `cluster/routing/dispatch.py`. The calling thread itse
 waits for all hosts at once and adds the answers up, so a call is never handed to another thread.
 Between calls, `Upkeep` looks after the connections while somebody waits for an expert.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 from ...cluster.load.meter import LoadReport
-from ...cluster.placement import ExpertKey, LayerKey, Number, Placement
+from ...cluster.placement import ExpertKey, LayerKey, Placement, PlacementId
 from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.events import (
     Accept,
     Cancel,
-    Command,
     Connect,
     Disconnect,
     Free,
     Probe,
     Refresh,
     Refused,
+    RouterCommand,
     Send,
 )
 from ...cluster.routing.host_health import HostState
@@ -43,9 +43,9 @@ from ...proto.expert_pb2 import Frame
 from ...proto.keys import ClusterSecret, secret_of_process
 from ...proto.wire import DTYPE_TO_WIRE
 from .call_log import CallLog
-from .connections import Links
-from .layer_tensors import LayerJob, check_shapes
-from .row_attribution import BatchRows
+from .connections import HostConnections
+from .layer_tensors import LayerTensors, check_shapes
+from .row_attribution import RowAttribution
 from .upkeep import Upkeep
 
 
@@ -56,9 +56,9 @@ class RouterStats:
     retries: int
     ejections: int
     hedges: int  # sends that repeated a late one
-    overtakings: int  # hedges that were answered before the send that they repeated
+    hedge_wins: int  # hedges that were answered before the send that they repeated
     rows_lost: int
-    placement: Number
+    placement: PlacementId
     hosts: dict[str, str]
     transports: dict[str, Transport]  # of the hosts that are connected
 
@@ -97,13 +97,13 @@ class Router:
         self.policy = policy or RouterPolicy()
         self._upkeep = Upkeep(name, self._look_after)
         self.expecting = self._upkeep.expecting
-        self.batch = BatchRows(name, self.has, self.expecting)
+        self.batch = RowAttribution(name, self.has, self.expecting)
         self.step = 0  # forward passes that have begun
         self._log = CallLog(name)
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
         slots = self.policy.window
-        self._links = Links(
+        self._connections = HostConnections(
             router=name,
             node=node,
             transport=transport,
@@ -112,7 +112,7 @@ class Router:
             secret=secret or secret_of_process(),
             clock=clock,
         )
-        self._job: LayerJob | None = None
+        self._tensors: LayerTensors | None = None
         self._calls = self._rows = 0
         self._lock = threading.RLock()
         self._placements: queue.SimpleQueue[Placement] = queue.SimpleQueue()
@@ -137,7 +137,7 @@ class Router:
                 self._lock.release()
         else:
             # The thread that holds the lock also polls the bell, and takes the placement then.
-            self._links.ring()
+            self._connections.ring()
 
     def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
         """Wait until ``layers`` are placed and every host accepts calls. Raises ClusterError."""
@@ -165,7 +165,7 @@ class Router:
         # Without the lock, which a call holds for its whole time. Placements are replaced as a
         # whole, and each other read is of one value.
         now = self._clock()
-        return all(self._dispatcher.peers.has(key, now) for key in experts)
+        return all(self._dispatcher.registry.has(key, now) for key in experts)
 
     def _look_after(self, layers: Sequence[LayerKey]) -> None:
         """Handle what arrived and what is due, and ask for ``layers`` that are not placed.
@@ -188,11 +188,11 @@ class Router:
             retries=dispatcher.retries,
             ejections=dispatcher.ejections,
             hedges=dispatcher.hedges,
-            overtakings=dispatcher.overtakings,
+            hedge_wins=dispatcher.hedge_wins,
             rows_lost=self.batch.lost,
-            placement=self._number or Number(0, 0),
+            placement=self._number or PlacementId(0, 0),
             hosts={name: host.state.value for name, host in list(dispatcher.hosts.items())},
-            transports=self._links.transports,
+            transports=self._connections.transports,
         )
 
     def take_load(self) -> LoadReport:
@@ -217,7 +217,7 @@ class Router:
             return self._handed.get(timeout=HAND_OVER_S if unplaced is None else 0)
         except queue.Empty:
             asked = () if unplaced is None else (unplaced,)
-            return LoadReport(router=self.name, number=self._number, unplaced=asked)
+            return LoadReport(router=self.name, placement_id=self._number, unplaced=asked)
 
     def _report(self) -> LoadReport:
         """Take the counts and the unplaced layer; the caller holds the lock."""
@@ -232,16 +232,16 @@ class Router:
             self.stirred.set()
 
     @property
-    def _number(self) -> Number | None:
+    def _number(self) -> PlacementId | None:
         placement = self._dispatcher.placement
-        return None if placement is None else placement.number
+        return None if placement is None else placement.id
 
     def close(self) -> None:
         self._upkeep.close()
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._links.close()
+                self._connections.close()
 
     # ---- computing ------------------------------------------------------------------------------
 
@@ -280,41 +280,41 @@ class Router:
                 raise ClusterError(f"router {self.name}: closed")
             self._take_placements()
             placement = self._dispatcher.placement
-            job = LayerJob(
+            tensors = LayerTensors(
                 key, placement, x_TH, ids_TK, weights_TK, without=self.batch.dead, step=self.step
             )
-            self._job = job
+            self._tensors = tensors
             began = self._clock()
             try:
-                self._run(job)
-                out_TH = job.combine()
+                self._run(tensors)
+                out_TH = tensors.combine()
                 if (took_s := self._clock() - began) > self.policy.attempt_s:
-                    self._log.slow(job, took_s)
-                if job.bad_rows:
-                    self.batch.report_bad(job)
+                    self._log.slow(tensors, took_s)
+                if tensors.bad_rows:
+                    self.batch.report_bad(tensors)
             except BaseException:
                 self._execute(self._dispatcher.abandon(self._clock()))
                 raise
             finally:
-                self._job = None
+                self._tensors = None
                 if self._report_wanted:
                     self._report_wanted = False
                     self._handed.put(self._report())
             if self.batch.dead:
-                out_TH[[row for row in self.batch.dead if row < job.tokens]] = 0.0
+                out_TH[[row for row in self.batch.dead if row < tensors.tokens]] = 0.0
             return out_TH.to(device=x_TH.device, dtype=x_TH.dtype)
 
-    def _run(self, job: LayerJob) -> None:
+    def _run(self, tensors: LayerTensors) -> None:
         self._calls += 1
-        self._rows += job.tokens
+        self._rows += tensors.tokens
         dispatcher = self._dispatcher
-        max_rows = self._rows_per_call(job)
-        wishes = self.batch.wishes(job.tokens, self.policy.deadline_s)
-        patience_T = None if wishes is None else wishes.patience_T
-        if wishes is not None and wishes.experts_T is not None:
-            job.keep_largest(wishes.experts_T)
+        max_rows = self._rows_per_call(tensors)
+        options = self.batch.options(tensors.tokens, self.policy.deadline_s)
+        patience_T = None if options is None else options.patience_T
+        if options is not None and options.experts_T is not None:
+            tensors.keep_top_experts(options.experts_T)
         begun = dispatcher.begin(
-            job.key, job.ids_TK, max_rows=max_rows, now=self._clock(), patience_T=patience_T
+            tensors.key, tensors.ids_TK, max_rows=max_rows, now=self._clock(), patience_T=patience_T
         )
         self._execute(begun)
         while dispatcher.outcome is None:
@@ -324,72 +324,72 @@ class Router:
             return
         if outcome.error is not None:
             error = from_wire(outcome.error.code, outcome.error.message)
-        elif wishes is not None:
-            self.batch.go_without(job, wishes, outcome.lost)
+        elif options is not None:
+            self.batch.apply_fallback(tensors, options, outcome.lost)
             return
         else:
             error = ExpertUnavailable(
-                f"{job.names(outcome.lost)}: no replica answered within "
+                f"{tensors.names(outcome.lost)}: no replica answered within "
                 f"{self.policy.deadline_s:g} s"
             )
-        self.batch.lose(job.rows_of(outcome.lost), error)
+        self.batch.lose(tensors.rows_of(outcome.lost), error)
 
-    def _rows_per_call(self, job: LayerJob) -> int:
-        """Return how many rows fit in one call to any host, even if all choices go to it."""
-        one = job.layout(1, job.top_k).slot_bytes
-        fit = self._links.slot_bytes // one
+    def _rows_per_call(self, tensors: LayerTensors) -> int:
+        """Return how many rows fit in one call to any host, even if all assignments go to it."""
+        one = tensors.layout(1, tensors.top_k).slot_bytes
+        fit = self._connections.slot_bytes // one
         if fit < 1:
             raise CallError(
-                f"hidden: one row of {job.hidden} with {job.top_k} choices takes {one} bytes, "
-                f"and a call may have at most {self._links.slot_bytes}"
+                f"hidden: one row of {tensors.hidden} with {tensors.top_k} assignments takes {one} "
+                f"bytes, and a call may have at most {self._connections.slot_bytes}"
             )
-        return min(fit, self._links.max_rows or fit)
+        return min(fit, self._connections.max_rows or fit)
 
     # ---- the state machine's shell --------------------------------------------------------------
 
-    def _execute(self, commands: Iterable[Command]) -> None:
+    def _execute(self, commands: Iterable[RouterCommand]) -> None:
         todo = deque(commands)
         while True:
-            for lost in self._links.take_lost():
+            for lost in self._connections.take_lost():
                 todo.extend(self._dispatcher.handle(lost, self._clock()))
             if not todo:
                 return
             self._do(todo.popleft())
 
-    def _do(self, command: Command) -> None:
+    def _do(self, command: RouterCommand) -> None:
         match command:
             case Send():
-                job = self._job
-                assert job is not None
-                frame, layout = job.frame(command)
-                self._links.send_call(
+                tensors = self._tensors
+                assert tensors is not None
+                frame, layout = tensors.frame(command)
+                self._connections.send_call(
                     command.host,
                     frame,
                     layout,
-                    lambda buffer: job.write(command, frame, layout, buffer),
+                    lambda buffer: tensors.write(command, frame, layout, buffer),
                 )
                 if self._log.on:
-                    self._log.sent(job, command, hedge=self._dispatcher.is_hedge(command.seq))
+                    self._log.sent(tensors, command, hedge=self._dispatcher.is_hedge(command.seq))
             case Accept(send):
-                assert self._job is not None
-                reply, payload = self._links.reply(send.host, send.seq)
-                self._job.accept(send, reply, payload)
+                assert self._tensors is not None
+                reply, payload = self._connections.reply(send.host, send.seq)
+                self._tensors.accept(send, reply, payload)
                 if self._log.on:
-                    self._log.answered(self._job, send, reply)
-                choices = int((send.choice_tk >= 0).sum())
+                    self._log.answered(self._tensors, send, reply)
+                assignments = int((send.assignment_tk >= 0).sum())
                 meter = self._dispatcher.meter
                 took_us = reply.queued_us, reply.busy_us, reply.batch_us
-                meter.answered(send.host, choices, *took_us)
+                meter.answered(send.host, assignments, *took_us)
             case Connect(entry):
-                self._links.connect(entry)
+                self._connections.connect(entry)
             case Disconnect(host):
-                self._links.disconnect(host)
+                self._connections.disconnect(host)
             case Cancel(host, seq):
-                self._links.send(host, Frame(cancel={"seq": seq}))
+                self._connections.send(host, Frame(cancel={"seq": seq}))
             case Probe(host, number):
-                self._links.send(host, Frame(ping={"seq": number}))
+                self._connections.send(host, Frame(ping={"seq": number}))
             case Free(host, seq):
-                self._links.free(host, seq)
+                self._connections.free(host, seq)
             case Refresh():
                 if self._refresh is not None:
                     self._refresh()
@@ -398,10 +398,10 @@ class Router:
         """Wait for events until ``until``, and let the state machine handle them and timeouts."""
         timeout_s = min(max(0.0, until - self._clock()), LONGEST_WAIT_S)
         heard = False
-        for event in self._links.events(timeout_s):
+        for event in self._connections.events(timeout_s):
             heard = True
-            if isinstance(event, Refused) and self._job is not None and self._log.on:
-                self._log.refused(self._job, event)
+            if isinstance(event, Refused) and self._tensors is not None and self._log.on:
+                self._log.refused(self._tensors, event)
             self._execute(self._dispatcher.handle(event, self._clock()))
         self._take_placements()
         self._execute(() if heard else self._dispatcher.tick(self._clock()))

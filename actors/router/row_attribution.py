@@ -14,18 +14,18 @@ from typing import Protocol
 import numpy as np
 
 from ...cluster.placement import ExpertKey
-from ...cluster.routing.expert_fallback import RowWishes
+from ...cluster.routing.expert_fallback import BatchExpertOptions
 from ...cluster.routing.expert_options import RowGroups
 from ...proto.errors import BadExpert, ExpertUnavailable, MoesaicError
 from ..transport.base import call_id
-from .layer_tensors import LayerJob
+from .layer_tensors import LayerTensors
 
 log = logging.getLogger(__name__)
 
 # Called with rows of the batch and why they have no result; their values are zero.
-Lost = Callable[[list[int], MoesaicError], None]
+OnLost = Callable[[list[int], MoesaicError], None]
 # Called with a map from row of the batch to the share of its gate weights that was left out.
-Dropped = Callable[[dict[int, float]], None]
+OnDropped = Callable[[dict[int, float]], None]
 
 
 class RowOwner(Protocol):
@@ -42,7 +42,7 @@ class RowOwner(Protocol):
         ...
 
 
-class BatchRows:
+class RowAttribution:
     """The exchange between a router and its trunk's engine about the rows of the batch."""
 
     def __init__(
@@ -56,8 +56,8 @@ class BatchRows:
         ``has`` says whether all of the given experts are available; inside of ``expecting``, the
         router finds out by itself when they are.
         """
-        self.on_lost: Lost | None = None
-        self.on_dropped: Dropped | None = None
+        self.on_lost: OnLost | None = None
+        self.on_dropped: OnDropped | None = None
         # Returns the expert options of the rows in flight; None: all have the defaults.
         self.groups: Callable[[], RowGroups | None] = lambda: None
         # Called with the router's name and the number of each forward pass that begins.
@@ -81,9 +81,11 @@ class BatchRows:
         if self.log_step is not None:
             self.log_step(self._router, step)
 
-    def wishes(self, tokens: int, deadline_s: float) -> RowWishes | None:
-        """Return the rows' wishes; None without an engine: all rows wait until the deadline."""
-        return None if self.on_lost is None else RowWishes(self.groups(), tokens, deadline_s)
+    def options(self, tokens: int, deadline_s: float) -> BatchExpertOptions | None:
+        """Return the rows' options; None without an engine: all rows wait until the deadline."""
+        return (
+            None if self.on_lost is None else BatchExpertOptions(self.groups(), tokens, deadline_s)
+        )
 
     def lose(self, rows: list[int], error: MoesaicError) -> None:
         """Tell the engine that ``rows`` failed with ``error``; without an engine, raise it."""
@@ -93,32 +95,34 @@ class BatchRows:
         self.dead.update(rows)
         self.on_lost(rows, error)
 
-    def go_without(self, job: LayerJob, wishes: RowWishes, lost_n: np.ndarray) -> None:
+    def apply_fallback(
+        self, tensors: LayerTensors, options: BatchExpertOptions, lost_n: np.ndarray
+    ) -> None:
         """Drop or fail each row that lacks experts, as its request's options say."""
-        dropped, lost = wishes.judge(lost_n, job.weights_N, job.top_k)
+        dropped, lost = options.decide(lost_n, tensors.weights_N, tensors.top_k)
         if dropped and self.on_dropped is not None:
             self.on_dropped(dropped)
         if lost:
-            mine_n = lost_n[np.isin(lost_n // job.top_k, lost)]
-            keys = job.experts(mine_n)
+            mine_n = lost_n[np.isin(lost_n // tensors.top_k, lost)]
+            keys = tensors.experts(mine_n)
             error = ExpertUnavailable(
-                f"{job.names(mine_n)}: no replica answered in the time that the request allows"
+                f"{tensors.names(mine_n)}: no replica answered in the time that the request allows"
             )
             error.is_back = lambda: self._has(keys)
             error.expecting = lambda: self._expecting(keys)
             self.lose(lost, error)
 
-    def report_bad(self, job: LayerJob) -> None:
+    def report_bad(self, tensors: LayerTensors) -> None:
         """Report rows that are not finite to the engine; without an engine, pass them on."""
-        rows = sorted({row for rows in job.bad_rows.values() for row in rows})
-        names = ", ".join(str(job.key.expert(expert)) for expert in sorted(job.bad_rows))
+        rows = sorted({row for rows in tensors.bad_rows.values() for row in rows})
+        names = ", ".join(str(tensors.key.expert(expert)) for expert in sorted(tensors.bad_rows))
         error = BadExpert(f"{names}: output is not finite")
         log.error(
             "router %s: %s; rows %s",
             self._router,
             error,
             rows,
-            extra={"call_id": call_id(self._router, job.step, job.key.layer)},
+            extra={"call_id": call_id(self._router, tensors.step, tensors.key.layer)},
         )
         if self.on_lost is not None:
             self.lose(rows, error)

@@ -20,7 +20,7 @@ from ...proto.router_pb2 import (
     ModelsRequest,
 )
 from ...proto.router_pb2_grpc import RouterStub
-from ...proto.router_wire import RouterLayout, chunks, gather
+from ...proto.router_wire import RouterLayout, chunks, join_chunks
 from ..transport.grpc.border import CHANNEL_OPTIONS, CLOSE_S, close_channel, from_grpc
 from ..transport.grpc.interceptors import show_key
 
@@ -58,7 +58,7 @@ class RouterChannel:
             replies = self._stub.Compute(_requests(head, data), timeout=timeout_s)
             try:
                 first: ComputeReply = next(replies)
-                return gather(_parts(first, replies), layout.reply_bytes, first.crc32)
+                return join_chunks(_parts(first, replies), layout.reply_bytes, first.crc32)
             except StopIteration:
                 raise ClusterError(
                     f"{self._address}: the server closed the stream without sending a reply"

@@ -3,8 +3,8 @@
 It is a thin shell around `cluster/batching/batch_queue.py`. gRPC's threads bring calls and wait for
 their outcome; the thread here owns the router.
 
-Shape suffixes: T = tokens of a call, H = hidden size, K = choices of a token, B = rows of a merged
-call, n = some rows of one call.
+Shape suffixes: T = tokens of a call, H = hidden size, K = assignments of a token, B = rows of a
+merged call, n = some rows of one call.
 """
 
 from __future__ import annotations
@@ -22,10 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cluster.batching.batch_queue import Batch, Call, Cut, End, MergePolicy, Merger, Piece
+from ...cluster.batching.batch_queue import (
+    Abort,
+    Batch,
+    BatchQueue,
+    BatchSlice,
+    CallResult,
+    ClientCall,
+    MergePolicy,
+)
 from ...cluster.placement import LayerKey
 from ...cluster.reports.status import RouterServiceProcess
-from ...cluster.routing.expert_options import MissingExpert, RowGroups, RowWish
+from ...cluster.routing.expert_options import ExpertOptions, MissingExpert, RowGroups
 from ...proto.errors import (
     Busy,
     Ending,
@@ -34,8 +42,8 @@ from ...proto.errors import (
     HostLost,
     InternalError,
     MoesaicError,
+    describe_error,
     from_wire,
-    in_words,
 )
 from ..engine.step_log import log_step
 from ..router.router import Router
@@ -47,7 +55,7 @@ _LONGEST_WAIT_S = 5.0
 # How long a merged call waits for an expert without an available replica; enough for a host that is
 # busy for a moment. After it, the rows of that expert wait in the queue (`MergePolicy.away_s`), so
 # that they do not hold up other calls.
-_SHORT_WAIT = RowWish(MissingExpert(mode="fail", wait_s=0.02))
+_SHORT_WAIT = ExpertOptions(MissingExpert(mode="fail", wait_s=0.02))
 
 
 @dataclass(slots=True, eq=False)
@@ -84,12 +92,12 @@ class MergedCalls:
         self._router = router
         self._on_defect = on_defect
         self._clock = clock
-        self._merger = Merger(policy)
+        self._queue = BatchQueue(policy)
         self._numbers = count(1)
         self._tickets: dict[int, Ticket] = {}
         self._lost: list[tuple[Sequence[int], MoesaicError]] = []
         self._batch_rows = 0
-        self._pieces: Sequence[Piece] = ()  # of the running merged call
+        self._pieces: Sequence[BatchSlice] = ()  # of the running merged call
         self._closed = False
         # Set while draining: it ends the remaining calls in time, whatever the thread computes.
         self._late: threading.Timer | None = None
@@ -132,7 +140,7 @@ class MergedCalls:
         if self._defect is not None:
             raise InternalError(f"the router service computes nothing any more: {self._defect!r}")
         with self._changed:
-            stats = self._merger.stats
+            stats = self._queue.stats
             return RouterServiceProcess(
                 pid=os.getpid(),
                 calls=stats.calls,
@@ -142,8 +150,8 @@ class MergedCalls:
                 refused_calls=stats.refused,
                 expired_calls=stats.expired,
                 expert_waits=stats.parked,
-                held_calls=self._merger.held_calls,
-                held_bytes=self._merger.held_bytes,
+                held_calls=self._queue.held_calls,
+                held_bytes=self._queue.held_bytes,
             )
 
     # ---- gRPC's threads -------------------------------------------------------------------------
@@ -166,7 +174,7 @@ class MergedCalls:
         now = self._clock()
         with self._changed:
             ticket = Ticket(next(self._numbers), cut)
-            asked = Call(
+            asked = ClientCall(
                 number=ticket.number,
                 client=client,
                 key=key,
@@ -180,7 +188,7 @@ class MergedCalls:
             elif self._late is not None:
                 ticket.end(Ending())
             else:
-                self._tell(self._merger.arrive(asked, now))
+                self._tell(self._queue.arrive(asked, now))
                 self._changed.notify()  # its deadline may be the earliest now
         if log.isEnabledFor(logging.DEBUG):
             log.debug(
@@ -201,7 +209,7 @@ class MergedCalls:
         finally:
             with self._changed:
                 del self._tickets[ticket.number]
-                self._merger.leave(ticket.number)
+                self._queue.leave(ticket.number)
 
     def compute(self, ticket: Ticket, timeout_s: float) -> Tensor:
         """Wait for the answer (T, H) in x's dtype; the tensors are in ``ticket``.
@@ -210,7 +218,7 @@ class MergedCalls:
         """
         ticket.out_TH = torch.empty_like(ticket.x_TH)
         with self._changed:
-            self._merger.ready(ticket.number)
+            self._queue.ready(ticket.number)
             self._changed.notify()
         if not ticket.over.wait(timeout_s):
             if ticket.lacks:
@@ -257,11 +265,11 @@ class MergedCalls:
         with self._changed:
             while not self._closed:
                 now = self._clock()
-                over, batch = self._merger.take(now)
+                over, batch = self._queue.take(now)
                 self._tell(over)
                 if batch is not None:
                     return batch, [self._tickets[piece.number] for piece in batch.pieces]
-                due_s = self._merger.wake_at(now) - now
+                due_s = self._queue.wake_at(now) - now
                 self._changed.wait(min(max(due_s, 0.0), _LONGEST_WAIT_S))
             return None
 
@@ -283,8 +291,8 @@ class MergedCalls:
                 batch.key,
                 extra={"requests": [_name(piece.number) for piece in batch.pieces]},
             )
-            failure = InternalError(in_words(error))
-        ends: list[End] = []
+            failure = InternalError(describe_error(error))
+        ends: list[CallResult] = []
         now = self._clock()
         start = 0
         with self._changed:
@@ -292,35 +300,37 @@ class MergedCalls:
                 rows = piece.rows_n.size
                 if y_BH is None:
                     assert failure is not None
-                    ends += self._merger.failed(piece, failure.code, str(failure))
+                    ends += self._queue.failed(piece, failure.code, str(failure))
                 else:
                     ticket.out_TH[torch.from_numpy(piece.rows_n)] = y_BH[start : start + rows]
                     ends += self._outcome(piece, ticket, start, now)
                 start += rows
-            self._merger.batch_over(batch, now)
+            self._queue.batch_over(batch, now)
             self._tell(ends)
 
-    def _outcome(self, piece: Piece, ticket: Ticket, start: int, now: float) -> list[End]:
+    def _outcome(
+        self, piece: BatchSlice, ticket: Ticket, start: int, now: float
+    ) -> list[CallResult]:
         """Report the outcome of a piece, whose rows begin at ``start`` in the merged call."""
         lacking = np.zeros(piece.rows_n.size, dtype=bool)
         lacks = ""
         for rows, error in self._lost:
             mine = [row - start for row in rows if 0 <= row - start < piece.rows_n.size]
             if mine and not isinstance(error, ExpertUnavailable):
-                return self._merger.failed(piece, error.code, str(error))
+                return self._queue.failed(piece, error.code, str(error))
             if mine:
                 lacking[mine] = True
                 lacks = str(error)
         ticket.lacks = lacks
-        return self._merger.computed(piece, piece.rows_n[lacking], lacks, now)
+        return self._queue.computed(piece, piece.rows_n[lacking], lacks, now)
 
-    def _tell(self, over: Iterable[End | Cut]) -> None:
+    def _tell(self, over: Iterable[CallResult | Abort]) -> None:
         """End or cut the calls that the merger names; the caller holds the lock."""
         for event in over:
             ticket = self._tickets.get(event.number)
             if ticket is None:
                 continue
-            if isinstance(event, Cut):
+            if isinstance(event, Abort):
                 ticket.cut()
                 continue
             error = from_wire(event.code, event.message) if event.code else None
@@ -340,8 +350,10 @@ def _name(number: int) -> str:
     return f"call-{number}"
 
 
-def _merge(pieces: Sequence[Piece], tickets: Sequence[Ticket]) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge pieces to x_BH, ids_BK and weights_BK; pad calls with fewer choices by unused ones."""
+def _merge(
+    pieces: Sequence[BatchSlice], tickets: Sequence[Ticket]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge pieces to x_BH, ids_BK and weights_BK; pad calls with fewer assignments."""
     rows = [torch.from_numpy(piece.rows_n) for piece in pieces]
     if len(pieces) == 1 and rows[0].numel() == tickets[0].x_TH.shape[0]:
         (alone,) = tickets

@@ -4,7 +4,7 @@ It has a router like every trunk. It checks each call completely before merging 
 (`merged_calls.py`), so that a client's mistake affects no other client. The same server has gRPC's
 own services for health and reflection. Everything but a health check requires the key.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from ...proto.router_pb2 import (
     ModelsRequest,
 )
 from ...proto.router_pb2_grpc import RouterServicer, add_RouterServicer_to_server
-from ...proto.router_wire import RouterLayout, chunks, gather
+from ...proto.router_wire import RouterLayout, chunks, join_chunks
 from ...proto.wire import DTYPE_FROM_WIRE
 from ..router.router import Router
-from ..transport.budget import Budget
-from ..transport.grpc.border import CLOSE_S, ROUTER_SERVICE_OPTIONS, Threads, aborting
-from ..transport.grpc.interceptors import ClientDoor, answered_at_once
-from ..transport.grpc.stalls import Stalls
+from ..transport.budget import SharedLimit
+from ..transport.grpc.border import CLOSE_S, ROUTER_SERVICE_OPTIONS, ThreadPerTask, aborting
+from ..transport.grpc.interceptors import ClientAuthInterceptor, answered_at_once
+from ..transport.grpc.stalls import StallWatcher
 from .catalog import Catalog
 from .merged_calls import MergedCalls
 
@@ -81,10 +81,10 @@ class RouterService:
         """
         policy = policy or ServicePolicy()
         self._health = health.HealthServicer()
-        self._threads = Threads("router-service")
+        self._threads = ThreadPerTask("router-service")
         self._server = grpc.server(
             self._threads,  # pyright: ignore[reportArgumentType]  # gRPC submits, and no more
-            interceptors=[ClientDoor(key, {_CHECK: _anybodys_check(self._health)})],
+            interceptors=[ClientAuthInterceptor(key, {_CHECK: _anybodys_check(self._health)})],
             options=ROUTER_SERVICE_OPTIONS,
             maximum_concurrent_rpcs=_LOOKED_AT * policy.merge.max_calls,
         )
@@ -99,7 +99,7 @@ class RouterService:
         self._calls = MergedCalls(
             router, policy.merge, on_defect=self._health.enter_graceful_shutdown, clock=clock
         )
-        self._stalls = Stalls()
+        self._stalls = StallWatcher()
         servicer = _Servicer(self._calls, catalog, policy, self._stalls)
         add_RouterServicer_to_server(servicer, self._server)
         self._server.start()
@@ -151,12 +151,12 @@ def _anybodys_check(servicer: health.HealthServicer) -> grpc.RpcMethodHandler:
 
 class _Servicer(RouterServicer):
     def __init__(
-        self, calls: MergedCalls, catalog: Catalog, policy: ServicePolicy, stalls: Stalls
+        self, calls: MergedCalls, catalog: Catalog, policy: ServicePolicy, stalls: StallWatcher
     ) -> None:
         self._calls = calls
         self._stalls = stalls
         most = _SILENT * policy.merge.max_calls
-        self._unannounced = Budget(most, "calls that have not said what they are")
+        self._unannounced = SharedLimit(most, "calls that have not said what they are")
         self._catalog = catalog
         self._call_s = policy.call_s
         # Half of the room, because the answer needs as much as the call.
@@ -188,7 +188,7 @@ class _Servicer(RouterServicer):
                     return
                 with self._stalls.watching(context.cancel) as progress:
                     parts = _parts(first, request_iterator, progress.moved)
-                    data = gather(parts, layout.call_bytes, head.crc32)
+                    data = join_chunks(parts, layout.call_bytes, head.crc32)
                 ticket.x_TH, ticket.ids_TK, ticket.weights_TK = _tensors(layout, head, data)
                 _check_values(ticket.x_TH, ticket.ids_TK, ticket.weights_TK, head, layer)
                 y_TH = self._calls.compute(ticket, self._time_left(context))
@@ -232,7 +232,7 @@ class _Servicer(RouterServicer):
         if head.hidden != layer.hidden:
             raise CallError(f"hidden: {head.hidden}, but {head.model} has {layer.hidden}")
         if head.top_k > layer.max_top_k:
-            raise CallError(f"top_k: {head.top_k} choices of {layer.experts} experts")
+            raise CallError(f"top_k: {head.top_k} assignments of {layer.experts} experts")
         if layout.call_bytes > self._max_call_bytes:
             raise CallError(
                 f"rows: {head.rows} rows take {layout.call_bytes:,} bytes, a call may have "
@@ -261,8 +261,8 @@ def _tensors(
     ids = whole[: layout.weights_offset].view(torch.int32)
     weights = whole[layout.weights_offset : layout.x_offset].view(torch.float32)
     x = whole[layout.x_offset :].view(DTYPE_FROM_WIRE[head.dtype])
-    choices = layout.rows, layout.top_k
-    return x.view(layout.rows, layout.hidden), ids.view(choices), weights.view(choices)
+    assignments = layout.rows, layout.top_k
+    return x.view(layout.rows, layout.hidden), ids.view(assignments), weights.view(assignments)
 
 
 def _check_values(
@@ -277,7 +277,7 @@ def _check_values(
         row, column = wrong_TK.nonzero()[0].tolist()
         raise CallError(
             f"ids: row {row} has {int(ids_TK[row, column])}; layer {head.layer} of {head.model} "
-            f"has the experts 0 to {layer.experts - 1}, and -1 is an unused choice"
+            f"has the experts 0 to {layer.experts - 1}, and -1 is an unused assignment"
         )
     for name, tensor in (("hidden", x_TH), ("weights", weights_TK)):
         finite = tensor.isfinite()

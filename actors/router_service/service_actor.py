@@ -18,12 +18,12 @@ from ...cluster.reports.status import (
     RouterServiceStatus,
 )
 from ...cluster.spec.spec import Spec
-from ...proto.errors import ClusterError, in_words
+from ...proto.errors import ClusterError, describe_error
 from ..runtime.log_settings import log_environment
 from ..runtime.ports import free_port
 from ..runtime.process_log import begin_process
-from ..runtime.ray_border import ask, cluster_of, controller_of, thread_environment
-from ..runtime.start_failures import telling
+from ..runtime.ray_border import cluster_of, controller_of, ray_get, thread_environment
+from ..runtime.start_failures import recording_failure
 
 if TYPE_CHECKING:
     from .service import RouterService
@@ -43,7 +43,7 @@ class RayRouterService:
     """The Ray actor: a `RouterService` with a router that follows the cluster's placements."""
 
     def __init__(self, spec: Spec, namespace: str, address: str) -> None:
-        with telling(namespace, "router", NAME):
+        with recording_failure(namespace, "router", NAME):
             begin_process("router", NAME, cluster_of(namespace))
             self._open(spec, namespace, address)
 
@@ -66,7 +66,7 @@ class RayRouterService:
         self._watch = PlacementWatch(namespace, router)
 
         def models() -> Any:
-            return ask(controller_of(namespace).models.remote(), ASK_S, "the models")
+            return ray_get(controller_of(namespace).models.remote(), ASK_S, "the models")
 
         key = router_key_of(namespace)
         self._service = _bind(router, Catalog(models), spec, address, key)
@@ -129,7 +129,7 @@ def start_router_service(spec: Spec, namespace: str, address: str) -> Any:
         .remote(spec, namespace, address)
     )
     try:
-        ask(actor.report.remote(), spec.timeouts.start_s, "router: start")
+        ray_get(actor.report.remote(), spec.timeouts.start_s, "router: start")
     except BaseException:
         ray.kill(actor, no_restart=True)
         raise
@@ -173,7 +173,7 @@ class ServiceWatch:
                 self._error = None
             except Exception as error:
                 # `status` shows the error, whatever it is; the next look tries again.
-                self._state, self._error = RouterServiceState.UNKNOWN, in_words(error)
+                self._state, self._error = RouterServiceState.UNKNOWN, describe_error(error)
                 log.exception("the router service could not be checked")
             await asyncio.sleep(LOOK_S)
 

@@ -1,4 +1,4 @@
-"""State in Ray's key-value store: controllers' terms, wishes, the fleet and sleeping models.
+"""State in Ray's key-value store: controllers' terms, constraints, the fleet and sleeping models.
 
 A controller claims a term by writing its key only if it is absent, so no two controllers ever have
 the same term. A later term is higher, even if the store was lost, because a term is at least the
@@ -19,10 +19,10 @@ from ray.experimental.internal_kv import (
 )
 
 from ...cluster.placement import ExpertKey
-from ...cluster.planner.plan import Wishes
+from ...cluster.planner.plan import OperatorConstraints
 from .start_failures import forget_start_failures
 
-_LATEST, _WISHES, _FLEET, _ASLEEP = "latest-term", "wishes", "fleet", "asleep"
+_LATEST, _CONSTRAINTS, _FLEET, _ASLEEP = "latest-term", "constraints", "fleet", "asleep"
 
 
 def claim_term(namespace: str) -> int:
@@ -35,51 +35,51 @@ def claim_term(namespace: str) -> int:
     return term
 
 
-def keep_wishes(namespace: str, wishes: Wishes) -> None:
-    """Store the operators' wishes for a restarted controller."""
+def store_constraints(namespace: str, constraints: OperatorConstraints) -> None:
+    """Store the operators' constraints for a restarted controller."""
     value = {
-        "least": [[*key, count] for key, count in wishes.least.items()],
-        "pins": [[*key, sorted(hosts)] for key, hosts in wishes.pins.items()],
-        "leaving": sorted(wishes.leaving),
+        "min_replicas": [[*key, count] for key, count in constraints.min_replicas.items()],
+        "pins": [[*key, sorted(hosts)] for key, hosts in constraints.pins.items()],
+        "leaving": sorted(constraints.leaving),
     }
-    _internal_kv_put(_WISHES, json.dumps(value), overwrite=True, namespace=namespace)
+    _internal_kv_put(_CONSTRAINTS, json.dumps(value), overwrite=True, namespace=namespace)
 
 
-def kept_wishes(namespace: str) -> Wishes:
-    text = _internal_kv_get(_WISHES, namespace=namespace)
+def stored_constraints(namespace: str) -> OperatorConstraints:
+    text = _internal_kv_get(_CONSTRAINTS, namespace=namespace)
     if not text:
-        return Wishes()
+        return OperatorConstraints()
     value = json.loads(text)
-    return Wishes(
-        least={ExpertKey(m, la, e): count for m, la, e, count in value["least"]},
+    return OperatorConstraints(
+        min_replicas={ExpertKey(m, la, e): count for m, la, e, count in value["min_replicas"]},
         pins={ExpertKey(m, la, e): frozenset(hosts) for m, la, e, hosts in value["pins"]},
         leaving=frozenset(value["leaving"]),
     )
 
 
-def keep_fleet(namespace: str, value: dict[str, Any]) -> None:
-    """Store the result of `Fleet.keep` for a restarted controller."""
+def store_fleet(namespace: str, value: dict[str, Any]) -> None:
+    """Store the result of `Fleet.snapshot` for a restarted controller."""
     _internal_kv_put(_FLEET, json.dumps(value), overwrite=True, namespace=namespace)
 
 
-def kept_fleet(namespace: str) -> dict[str, Any] | None:
+def stored_fleet(namespace: str) -> dict[str, Any] | None:
     text = _internal_kv_get(_FLEET, namespace=namespace)
     return json.loads(text) if text else None
 
 
-def keep_asleep(namespace: str, models: Collection[str]) -> None:
+def store_asleep(namespace: str, models: Collection[str]) -> None:
     """Store which models sleep, for a restarted controller."""
     _internal_kv_put(_ASLEEP, json.dumps(sorted(models)), overwrite=True, namespace=namespace)
 
 
-def kept_asleep(namespace: str) -> frozenset[str]:
+def stored_asleep(namespace: str) -> frozenset[str]:
     text = _internal_kv_get(_ASLEEP, namespace=namespace)
     return frozenset(json.loads(text)) if text else frozenset()
 
 
 def forget_last(namespace: str) -> None:
     """Delete what an earlier cluster of this name left because its owner was killed."""
-    for key in (_WISHES, _FLEET, _ASLEEP):
+    for key in (_CONSTRAINTS, _FLEET, _ASLEEP):
         _internal_kv_del(key, namespace=namespace)
     forget_start_failures(namespace)
 

@@ -11,7 +11,7 @@ import threading
 NICER = 10
 
 
-def import_quietly(module: str, package: str | None = None) -> None:
+def import_at_low_priority(module: str, package: str | None = None) -> None:
     """Import a module at a low priority, as an import may take seconds of computing.
 
     On Linux each thread has its own priority, and a process may not raise it again. So a thread of

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from .log_lines import formatter
 from .log_settings import PACKAGE, LogSettings, log_settings
-from .process_labels import Kind, announce
+from .process_labels import ProcessKind, announce
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def end_logging() -> None:
             logging.getLogger(name).setLevel(logging.NOTSET)
 
 
-def begin_process(kind: Kind, name: str, cluster: str, process: str | None = None) -> None:
+def begin_process(kind: ProcessKind, name: str, cluster: str, process: str | None = None) -> None:
     """Label this process of a cluster, set up its logging, and log that it has started.
 
     ``process`` is its name in the log (None: ``name``). Raises SpecError.

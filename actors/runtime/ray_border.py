@@ -22,7 +22,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ...cluster.spec.parts import Resources
 from ...cluster.spec.spec import Spec
-from ...proto.errors import ClusterError, MoesaicError, in_words
+from ...proto.errors import ClusterError, MoesaicError, describe_error
 from .embedded_ray import end_embedded, start_embedded
 from .joining import join
 from .log_settings import log_environment
@@ -125,7 +125,7 @@ def _kill_one(name: str, namespace: str) -> None:
     ray.kill(actor, no_restart=True)
 
 
-def ask(ref: Any, timeout_s: float, what: str) -> Any:
+def ray_get(ref: Any, timeout_s: float, what: str) -> Any:
     """Call `ray.get`, and translate Ray's errors; raise the other side's MoesaicError itself."""
     try:
         return ray.get(ref, timeout=timeout_s)
@@ -135,7 +135,7 @@ def ask(ref: Any, timeout_s: float, what: str) -> Any:
         cause = error.cause
         if isinstance(cause, MoesaicError):
             raise cause from None
-        raise ClusterError(f"{what}: {in_words(cause)}") from error
+        raise ClusterError(f"{what}: {describe_error(cause)}") from error
     except RayError as error:
         raise ClusterError(f"{what}: {last_line(error)}") from error
 

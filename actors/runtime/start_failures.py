@@ -21,7 +21,7 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
-from ...proto.errors import in_words
+from ...proto.errors import describe_error
 from .ray_border import cluster_of
 
 PartKind = Literal["host", "trunk", "router", "ingress"]
@@ -38,7 +38,7 @@ class StartFailure:
 
     kind: PartKind
     name: str  # of a host, or of a trunk's model
-    words: str  # type and message of its error
+    message: str  # type and message of its error
 
     @property
     def part(self) -> str:
@@ -54,7 +54,7 @@ class StartFailure:
 
     def describe(self, cluster: str) -> str:
         """Say in a sentence why the part did not start, and which command shows its log."""
-        said = f"{self.part} did not start: {self.words}"
+        said = f"{self.part} did not start: {self.message}"
         of = f"--host {self.name}" if self.kind == "host" else self.kind
         return f"{said}; {log_of(of, cluster)}"
 
@@ -66,13 +66,13 @@ def log_of(what: str, cluster: str) -> str:
 
 
 @contextmanager
-def telling(namespace: str, kind: PartKind, name: str) -> Iterator[None]:
+def recording_failure(namespace: str, kind: PartKind, name: str) -> Iterator[None]:
     """Run a part's start in this block; an error is stored for `start_failures` and raised."""
     try:
         yield
     except Exception as error:
         # Whatever it is, it is told and raised again.
-        value = json.dumps(asdict(StartFailure(kind, name, in_words(error))))
+        value = json.dumps(asdict(StartFailure(kind, name, describe_error(error))))
         key = f"{_PREFIX}{kind}-{name}"
         try:
             _internal_kv_put(key, value, overwrite=True, namespace=namespace)
@@ -83,7 +83,7 @@ def telling(namespace: str, kind: PartKind, name: str) -> Iterator[None]:
 
 
 def start_failures(namespace: str) -> list[StartFailure]:
-    """Return what `telling` has stored, likely causes first."""
+    """Return what `recording_failure` has stored, likely causes first."""
     found = []
     for key in _internal_kv_list(_PREFIX, namespace=namespace):
         value = _internal_kv_get(key, namespace=namespace)

@@ -24,7 +24,7 @@ from ...cluster.reports.status import ClusterStatus
 from ...cluster.service.web_guard import is_loopback
 from ...cluster.spec.parts import MonitoringSpec
 from ...cluster.spec.spec import Spec
-from ...proto.errors import ClusterError, InternalError, NoAnswer, in_words
+from ...proto.errors import ClusterError, InternalError, NoAnswer, describe_error
 from ..engine.engine import EngineConfig, ExpertBounds
 from ..router.pool_link import TrunkConfig
 from ..runtime.ray_border import CONTROLLER, actor_options, last_line, namespace_of
@@ -32,10 +32,10 @@ from ..runtime.start_failures import StartFailure, describe_failures
 from ..trunk.trunk import engine_factory
 from .serve_app import QUESTION_TIMEOUT_S, Trunk, build, ending_s
 from .serve_border import (
-    Place,
+    ServeAddress,
     app_name,
+    find_address,
     find_monitoring,
-    find_place,
     is_head_node,
     start_serve,
     wait_answers,
@@ -90,7 +90,7 @@ def start_endpoint(
         trunks[name] = deployment.bind(engine_factory(config))
     tokenizers = {name: _tokenizer(Path(ref.path or "")) for name, ref in models.items()}
     try:
-        place, watched = find_place(spec), find_monitoring(spec)
+        place, watched = find_address(spec), find_monitoring(spec)
         start_serve(place, spec.name)
         cold_start_s = spec.timeouts.start_s if spec.trunk.min_replicas == 0 else None
         app = build(
@@ -115,7 +115,7 @@ def start_endpoint(
     return Addresses(place.url, watched.url)
 
 
-def own_hosts(*places: Place | None) -> set[str]:
+def own_hosts(*places: ServeAddress | None) -> set[str]:
     """Return the hosts in the addresses that are printed and written to the session file."""
     return {urlsplit(place.url).hostname or "" for place in places if place is not None}
 
@@ -257,6 +257,6 @@ async def answered(asked: Awaitable[T]) -> T:
     except TimeoutError:
         raise NoAnswer(f"the controller did not answer within {QUESTION_TIMEOUT_S:g} s") from None
     except RayTaskError as error:
-        raise InternalError(f"the controller: {in_words(error.cause)}") from error
+        raise InternalError(f"the controller: {describe_error(error.cause)}") from error
     except RayError as error:
         raise NoAnswer(f"the controller is being restarted ({last_line(error)})") from error

@@ -17,9 +17,9 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from ...cluster.service.draining import Draining, Kind
+from ...cluster.service.draining import Draining, WorkKind
 from ...proto.errors import ClusterError
-from ..runtime.ray_border import ask
+from ..runtime.ray_border import ray_get
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ LOOK_S = 0.2
 _ANSWER_S = 5.0
 
 
-class IngressEnd:
+class IngressDrain:
     """Calls the ingress from a Ray actor of its own.
 
     Serve starts threads and handles in a process that calls its applications. They end with
@@ -62,18 +62,18 @@ def drain(
     """
     draining = Draining(drain_s, time.monotonic())
     with ExitStack() as last_first:
-        parts: dict[str, tuple[Kind, Any]] = {}
+        parts: dict[str, tuple[WorkKind, Any]] = {}
         if router_service is not None:
             parts["the router service"] = "call", router_service
         if app is not None:
-            end: Any = ray.remote(IngressEnd).options(num_cpus=0).remote(app)
+            end: Any = ray.remote(IngressDrain).options(num_cpus=0).remote(app)
             last_first.callback(ray.kill, end)
             parts["the endpoint"] = "answer", end
         begun = {part: actor.drain.remote(drain_s) for part, (_, actor) in parts.items()}
         until = time.monotonic() + BEGIN_S
         for part, ref in begun.items():
             try:
-                running = ask(ref, max(0.1, until - time.monotonic()), f"{part}: end")
+                running = ray_get(ref, max(0.1, until - time.monotonic()), f"{part}: end")
             except ClusterError as error:
                 told(f"ending: {part} does not answer and is ended at once ({error})")
                 continue

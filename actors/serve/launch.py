@@ -30,7 +30,7 @@ from ...cluster.spec.spec import HostGroup, Spec
 from ...models.source import resolve_model
 from ...proto.errors import ClusterError, MoesaicError
 from ..controller.controller import Controller
-from ..controller.host_provisioner import HostKeeper, HostStarter
+from ..controller.host_provisioner import HostProvisioner, HostStarter
 from ..preflight.findings import raise_errors
 from ..preflight.preflight import Preflight, bounds_of, preflight, shape_of
 from ..router_service.service_actor import service_address, start_router_service
@@ -39,17 +39,17 @@ from ..runtime.durable_state import forget_all, forget_last
 from ..runtime.log_settings import log_runtime_env, log_settings
 from ..runtime.ray_border import (
     CONTROLLER,
-    ask,
     end_ray,
     namespace_of,
     ray_ends_with_one,
+    ray_get,
     start_ray,
 )
 from ..runtime.start_failures import describe_failures, log_of
 from .deploy import start_endpoint
 from .draining import drain
 from .end_at_once import begins, is_over
-from .serve_border import app_name, find_monitoring, find_place, leave_serve
+from .serve_border import app_name, find_address, find_monitoring, leave_serve
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Launched:
     models: dict[str, ModelRef]
     controller: Any = None
     hosts: dict[str, Any] = field(default_factory=dict)  # until the keeper takes them over
-    keeper: HostKeeper | None = None
+    provisioner: HostProvisioner | None = None
     groups: list[PlacementGroup] = field(default_factory=list)
     begun: bool = False  # this cluster owns the namespace of its name
     serves: bool = False  # some of its deployments may be on Serve
@@ -94,8 +94,8 @@ class Launched:
                 last_first.callback(remove_placement_group, group)
             if self.begun:
                 last_first.callback(forget_all, self.namespace)
-            if self.keeper is not None:
-                last_first.callback(self.keeper.close)
+            if self.provisioner is not None:
+                last_first.callback(self.provisioner.close)
             for host in self.hosts.values():
                 last_first.callback(ray.kill, host, no_restart=True)
             if self.controller is not None:
@@ -151,7 +151,7 @@ def launch(
         on_ray()
         check_name(spec)
         if spec.endpoint is not None and refs:
-            find_place(spec)
+            find_address(spec)
             find_monitoring(spec)
         begins(launched.namespace)
         launched.begun = True
@@ -263,7 +263,7 @@ def _start_actors(launched: Launched, shapes: Mapping[str, ModelShape]) -> None:
             None if router is None else (router, spec.timeouts.start_s),
         )
     )
-    launched.keeper = HostKeeper(starter, launched.controller, launched.hosts)
+    launched.provisioner = HostProvisioner(starter, launched.controller, launched.hosts)
     launched.hosts = {}
 
 
@@ -272,18 +272,20 @@ def _strategies(group: HostGroup, groups: list[PlacementGroup], start_s: float) 
 
     Appends the placement group, where one is made, to ``groups``.
     """
-    if group.spread == "none":
+    if group.placement_group == "none":
         return ["SPREAD"] * group.count
     bundle = {"CPU": group.num_cpus, "GPU": group.num_gpus, **group.resources}
     bundle = {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
-    made = placement_group([dict(bundle) for _ in range(group.count)], strategy=group.spread)
+    made = placement_group(
+        [dict(bundle) for _ in range(group.count)], strategy=group.placement_group
+    )
     groups.append(made)
     try:
         ray.get(made.ready(), timeout=start_s)
     except GetTimeoutError:
         raise ClusterError(
-            f"hosts: Ray could not reserve {group.count} x {bundle} ({group.spread}) within "
-            f"{start_s:g} s; the cluster has {ray.cluster_resources()}"
+            f"hosts: Ray could not reserve {group.count} x {bundle} ({group.placement_group}) "
+            f"within {start_s:g} s; the cluster has {ray.cluster_resources()}"
         ) from None
     return [PlacementGroupSchedulingStrategy(made, index) for index in range(group.count)]
 
@@ -297,7 +299,7 @@ def _host_threads(spec: Spec) -> int:
 
 def _wait_loaded(launched: Launched, progress: Progress) -> None:
     deadline = time.monotonic() + launched.spec.timeouts.start_s
-    keeper = launched.keeper
+    keeper = launched.provisioner
     assert keeper is not None
     hosts = dict(keeper.hosts)
     asked = {host.entry.remote(): name for name, host in hosts.items()}
@@ -310,10 +312,10 @@ def _wait_loaded(launched: Launched, progress: Progress) -> None:
                 f"timeouts.start_s: {', '.join(asked[ref] for ref in rest)} did not start within "
                 f"{launched.spec.timeouts.start_s:g} s; Ray has {ray.available_resources()} left"
             )
-        ask(ready[0], 1.0, f"{asked.pop(ready[0])}: start")
+        ray_get(ready[0], 1.0, f"{asked.pop(ready[0])}: start")
     progress("starting hosts", len(hosts), len(hosts))
     while launched.models:
-        held, wanted, error = ask(launched.controller.progress.remote(), 10.0, "the controller")
+        held, wanted, error = ray_get(launched.controller.progress.remote(), 10.0, "the controller")
         progress("loading experts", held, wanted)
         if error:
             raise ClusterError(f"loading experts: {error}; {log_of('host', launched.spec.name)}")

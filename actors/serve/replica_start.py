@@ -12,7 +12,7 @@ from ray.serve.exceptions import RayServeException
 
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import cluster_of
-from ..runtime.start_failures import telling
+from ..runtime.start_failures import recording_failure
 from .replica_port import stay_on_node
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
     name = replica.deployment.removeprefix("Trunk-") if kind == "trunk" else kind
     # A model may have several trunks.
     process = f"trunk-{name}-{replica.replica_id.unique_id}" if kind == "trunk" else kind
-    with telling(replica.app_name, kind, name):
+    with recording_failure(replica.app_name, kind, name):
         begin_process(kind, name, cluster_of(replica.app_name), process)
         yield
     log.info("%s is ready", process)

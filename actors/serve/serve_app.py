@@ -3,8 +3,8 @@
     HTTP proxy -> Ingress (tokenizers, text, SSE) -> handle, streaming -> Trunk (an Engine)
 
 Errors cross as values: Ray would wrap an exception in a class of its own and log a traceback for
-every refused request. `Trunk.generate` yields the parts of a Delta, or a `Failure`; `TrunkClient`
-raises the original error again, and turns Ray's own errors into EngineError.
+every refused request. `Trunk.generate` yields the parts of a Delta, or a `ErrorValue`;
+`TrunkClient` raises the original error again, and turns Ray's own errors into EngineError.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from ray.serve.handle import (
 )
 
 from ...cluster.reports.status import ClusterStatus, EndpointStatus, EngineStatus
-from ...cluster.routing.expert_fallback import Dropped
-from ...cluster.service.progress import STALLED_S, Heard, Progress
+from ...cluster.routing.expert_fallback import DroppedExperts
+from ...cluster.service.progress import STALLED_S, ModelProgress, TrunkHeartbeat
 from ...cluster.service.web_guard import WebGuard
 from ...cluster.spec.parts import EndpointSpec, MonitoringSpec
 from ...proto.errors import (
@@ -45,8 +45,8 @@ from ...proto.errors import (
     InternalError,
     MoesaicError,
     RequestError,
+    describe_error,
     from_wire,
-    in_words,
 )
 from ..endpoint.http.bodies import BodyLimits
 from ..endpoint.http.gate import Gate
@@ -57,12 +57,12 @@ from ..endpoint.http.monitoring_server import monitoring
 from ..endpoint.ingress import create_app
 from ..engine.engine import (
     Delta,
-    Embeds,
+    EmbeddingEngine,
     Engine,
     ExpertBounds,
     FinishReason,
-    Limits,
     Pooling,
+    RequestLimits,
     Sampling,
     TokenLogprob,
 )
@@ -98,7 +98,7 @@ ClusterStatusSource = Callable[[], Awaitable[ClusterStatus]]
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class ErrorValue:
     """A MoesaicError as a value, so that it can cross Ray."""
 
     code: str
@@ -106,7 +106,7 @@ class Failure:
     param: str | None
 
     @classmethod
-    def of(cls, error: MoesaicError) -> Failure:
+    def of(cls, error: MoesaicError) -> ErrorValue:
         return cls(error.code, str(error), getattr(error, "param", None))
 
     def error(self) -> MoesaicError:
@@ -117,8 +117,10 @@ class Failure:
 
 
 # A plain tuple is three times cheaper to pickle than a Delta, and there is one per token.
-Tokens = tuple[tuple[int, ...], FinishReason | None, Dropped | None, tuple[TokenLogprob, ...]]
-Item = Tokens | Failure
+Tokens = tuple[
+    tuple[int, ...], FinishReason | None, DroppedExperts | None, tuple[TokenLogprob, ...]
+]
+Item = Tokens | ErrorValue
 
 
 # One attempt per start, since a start that failed would fail again. A replica that has served
@@ -159,9 +161,9 @@ class Trunk:
 
     async def embed(
         self, prompts: list[list[int]], pooling: Pooling, request_id: str = ""
-    ) -> np.ndarray | Failure:
+    ) -> np.ndarray | ErrorValue:
         try:
-            if not isinstance(self._engine, Embeds):
+            if not isinstance(self._engine, EmbeddingEngine):
                 engine = type(self._engine).__name__
                 raise RequestError(f"embeddings: not supported by the {engine}", param="model")
             return await self._engine.embed(prompts, pooling, request_id)
@@ -169,20 +171,20 @@ class Trunk:
             # Any error becomes a value, as in `generate`.
             return _failure(error, request_id)
 
-    async def limits(self) -> Limits:
+    async def limits(self) -> RequestLimits:
         return self._engine.limits
 
     async def status(self) -> EngineStatus:
         return self._engine.stats().status()
 
-    async def heard(self) -> Heard:
+    async def heartbeat(self) -> TrunkHeartbeat:
         """Return the state of this replica's engine alone."""
         stats = self._engine.stats()
-        return Heard(
+        return TrunkHeartbeat(
             trunk=self._identity,
             steps=stats.steps,
             busy=stats.running + stats.waiting > 0,
-            beats=stats.healthy and stats.seconds_since_beat < STALLED_S,
+            beats=stats.healthy and stats.heartbeat_age_s < STALLED_S,
         )
 
     def check_health(self) -> None:
@@ -225,7 +227,7 @@ class TrunkClient:
             while not finished:
                 item = await self._next(items, patience_s)
                 patience_s = PATIENCE_S
-                if isinstance(item, Failure):
+                if isinstance(item, ErrorValue):
                     finished = True
                     raise item.error()
                 finished = item[1] is not None
@@ -243,9 +245,9 @@ class TrunkClient:
     async def embed(
         self, prompts: Sequence[Sequence[int]], pooling: Pooling, request_id: str = ""
     ) -> np.ndarray:
-        """Return one vector per prompt; see `Embeds.embed`."""
+        """Return one vector per prompt; see `EmbeddingEngine.embed`."""
         asked = cast(
-            "DeploymentResponse[np.ndarray | Failure]",
+            "DeploymentResponse[np.ndarray | ErrorValue]",
             self._handle.embed.remote([list(prompt) for prompt in prompts], pooling, request_id),
         )
         finished = False
@@ -259,7 +261,7 @@ class TrunkClient:
         finally:
             if not finished:
                 asked.cancel()
-        if isinstance(found, Failure):
+        if isinstance(found, ErrorValue):
             raise found.error()
         return found
 
@@ -280,7 +282,7 @@ class TrunkClient:
         finally:
             waiting.cancel()
 
-    async def limits(self) -> Limits:
+    async def limits(self) -> RequestLimits:
         """Return the engine's limits; wait until the trunk has started."""
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
@@ -307,11 +309,11 @@ class TrunkClient:
             why = f"{type(error).__name__}: {last_line(error)}"
         return EngineStatus(healthy=False, starts_on_demand=False, last_error=why, work=None)
 
-    async def hear(self) -> Heard | None:
-        """Return what a trunk reports (`health.Hears`); None, without waking it, if it sleeps."""
+    async def hear(self) -> TrunkHeartbeat | None:
+        """Return a trunk's heartbeat (`health.HeartbeatSource`); do not wake one that sleeps."""
         if self._cold_start_s is not None and not await self._is_awake():
             return None
-        asked = cast("DeploymentResponse[Heard]", self._handle.heard.remote())
+        asked = cast("DeploymentResponse[TrunkHeartbeat]", self._handle.heartbeat.remote())
         try:
             return await asked
         except asyncio.CancelledError:
@@ -368,7 +370,7 @@ class Ingress:
         self._experts = experts
         self._trunks = {name: TrunkClient(one, cold_start_s) for name, one in trunks.items()}
         self._health = {
-            name: ModelHealth(Progress(wake_s=cold_start_s or 0.0), trunk.hear)
+            name: ModelHealth(ModelProgress(wake_s=cold_start_s or 0.0), trunk.hear)
             for name, trunk in self._trunks.items()
         }
         self._gate = Gate(MAX_ONGOING)
@@ -443,13 +445,13 @@ class Ingress:
         return None if self._cluster_status is None else await self._cluster_status()
 
 
-def _failure(error: Exception, request_id: str) -> Failure:
+def _failure(error: Exception, request_id: str) -> ErrorValue:
     """Return any error of the engine as a value; log it if nobody has foreseen it."""
     if isinstance(error, MoesaicError):
-        return Failure.of(error)
+        return ErrorValue.of(error)
     text = "request %s: unexpected error of the engine"
     logger.error(text, request_id, exc_info=error, extra={"request_id": request_id})
-    return Failure.of(InternalError(in_words(error)))
+    return ErrorValue.of(InternalError(describe_error(error)))
 
 
 async def _result(asked: DeploymentResponse[T]) -> T:

@@ -28,10 +28,17 @@ from ...cluster.reports.status import EndpointStatus
 from ...cluster.service.web_guard import is_loopback
 from ...cluster.spec.parts import EndpointSpec
 from ...cluster.spec.spec import Spec
-from ...proto.errors import ClusterError, in_words
+from ...proto.errors import ClusterError, describe_error
 from ..endpoint.http.proxy_door import HOOK, middlewares
 from ..runtime.ports import check_port, free_port
-from ..runtime.ray_border import CONTROLLER, HEAD_NODE, ask, cluster_of, kill_named, namespace_of
+from ..runtime.ray_border import (
+    CONTROLLER,
+    HEAD_NODE,
+    cluster_of,
+    kill_named,
+    namespace_of,
+    ray_get,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +56,7 @@ _STORE, _STARTED_BY = "moesaic", "serve-started-by"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ServeAddress:
     """The address at which the endpoint of a cluster is, or will be."""
 
     host: str
@@ -65,7 +72,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class ServeState:
     """The state of the Serve that runs on a Ray."""
 
     http: HTTPOptions
@@ -85,7 +92,7 @@ def app_name(spec: Spec) -> str:
     return namespace_of(spec.name)
 
 
-def find_place(spec: Spec) -> Place:
+def find_address(spec: Spec) -> ServeAddress:
     """Return where the endpoint can be on the Ray that this process is connected to.
 
     First ends the applications of clusters whose owners died. Raises ClusterError where Serve
@@ -98,7 +105,7 @@ def find_place(spec: Spec) -> Place:
     if running is None:
         if _on_head_node(endpoint.host):
             check_port("endpoint", endpoint.host, endpoint.port)
-        return Place(endpoint.host, endpoint.port or free_port(endpoint.host))
+        return ServeAddress(endpoint.host, endpoint.port or free_port(endpoint.host))
     _check(endpoint, spec.name, running)
     _on_head_node(endpoint.host)
     prefix = "/" if "/" not in running.routes.values() else f"/{spec.name}"
@@ -108,10 +115,10 @@ def find_place(spec: Spec) -> Place:
             f"name: Serve on this Ray already has the application {others[prefix]!r} at {prefix}"
         )
     assert running.http.host is not None
-    return Place(running.http.host, running.http.port, prefix, serve_runs=True)
+    return ServeAddress(running.http.host, running.http.port, prefix, serve_runs=True)
 
 
-def find_monitoring(spec: Spec) -> Place | None:
+def find_monitoring(spec: Spec) -> ServeAddress | None:
     """Return where the monitoring will be: on the head node, like the endpoint.
 
     Raises ClusterError where its port is taken there.
@@ -121,12 +128,12 @@ def find_monitoring(spec: Spec) -> Place | None:
         return None
     if not is_head_node():
         # A port that is free here is probably free on the head node; if not, the ingress waits.
-        return Place(wanted.host, wanted.port or free_port("localhost"))
+        return ServeAddress(wanted.host, wanted.port or free_port("localhost"))
     check_port("monitoring", wanted.host, wanted.port)
-    return Place(wanted.host, wanted.port or free_port(wanted.host))
+    return ServeAddress(wanted.host, wanted.port or free_port(wanted.host))
 
 
-def start_serve(place: Place, name: str) -> None:
+def start_serve(place: ServeAddress, name: str) -> None:
     """Start Serve for the cluster ``name``, unless it runs."""
     if place.serve_runs:
         return
@@ -168,7 +175,9 @@ def _end_app(app: str, patience_s: float = LEAVE_S) -> None:
         time.sleep(_LOOK_S)
 
 
-def wait_monitored(place: Place, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
+def wait_monitored(
+    place: ServeAddress, models: Collection[str], timeout_s: float = ANSWER_S
+) -> None:
     """Wait until ``/status`` has these models; raise ClusterError where it does not in time.
 
     Call it only where this machine can reach ``place``.
@@ -194,12 +203,12 @@ def _monitored(client: httpx.Client, url: str, models: Collection[str]) -> str |
     except ValidationError:
         return "its answer is not the status of a cluster"
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return in_words(error)
+        return describe_error(error)
     missing = set(models) - known.keys()
     return f"it has the models {sorted(known)}" if missing else None
 
 
-def wait_answers(place: Place, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
+def wait_answers(place: ServeAddress, models: Collection[str], timeout_s: float = ANSWER_S) -> None:
     """Wait until the endpoint lists these models; raise ClusterError where it does not in time."""
     deadline = time.monotonic() + timeout_s
     # trust_env=False: a proxy of the network must not answer in place of this machine.
@@ -219,12 +228,12 @@ def _asked(client: httpx.Client, url: str, models: Collection[str]) -> str | Non
         answer = client.get(url)
         known = {str(one["id"]) for one in answer.raise_for_status().json()["data"]}
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        return in_words(error)
+        return describe_error(error)
     missing = set(models) - known
     return f"it serves {sorted(known)}" if missing else None
 
 
-def find_serve() -> Running | None:
+def find_serve() -> ServeState | None:
     """Return the Serve of the Ray that this process is connected to, or None.
 
     Ray has no public call for it.
@@ -232,10 +241,10 @@ def find_serve() -> Running | None:
     controller = _controller()
     if controller is None:
         return None
-    http = ask(controller.get_http_config.remote(), ASK_S, "Serve's options")
-    details = ask(controller.get_serve_instance_details.remote(), ASK_S, "Serve's applications")
+    http = ray_get(controller.get_http_config.remote(), ASK_S, "Serve's options")
+    details = ray_get(controller.get_serve_instance_details.remote(), ASK_S, "Serve's applications")
     location = details.get("proxy_location")
-    return Running(
+    return ServeState(
         http=http,
         location=ProxyLocation(location) if location else None,
         routes={
@@ -262,7 +271,7 @@ def _end_serve() -> None:
     `serve.shutdown` would wait for a call that its controller does not live to answer, and Ray
     prints that error on stdout.
     """
-    ask(_controller().graceful_shutdown.remote(wait=False), ASK_S, "Serve's end")
+    ray_get(_controller().graceful_shutdown.remote(wait=False), ASK_S, "Serve's end")
     deadline = time.monotonic() + END_S
     while _controller() is not None:
         if time.monotonic() > deadline:
@@ -271,7 +280,7 @@ def _end_serve() -> None:
     _set_global_client(None)
 
 
-def _check(endpoint: EndpointSpec, name: str, running: Running) -> None:
+def _check(endpoint: EndpointSpec, name: str, running: ServeState) -> None:
     http = running.http
     here = f"Serve on this Ray runs already (applications: {running.applications}) and"
     own = "give the cluster a Ray of its own"

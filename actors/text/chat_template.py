@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...proto.errors import RequestError
 from .template_form import TemplateForm
-from .template_reach import Lost, Reach, reasoning
+from .template_reach import Omission, Reach, reasoning
 from .template_source import TemplateSource
 from .thinking import Thinking
 
@@ -60,7 +60,7 @@ class _Template:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]],
         options: Mapping[str, Any] | None,
-    ) -> tuple[Rendered, Lost | None]:
+    ) -> tuple[Rendered, Omission | None]:
         offered = self.form.fit_tools(tools)
         text = self.source.render(self.form.fit(messages), offered, options)
         lost, opened = self.reach.look(messages, offered, options, text)
@@ -158,7 +158,7 @@ class ChatTemplate:
             param="messages",
         )
 
-    def _lost(self, lost: Lost, messages: Sequence[Mapping[str, Any]]) -> RequestError:
+    def _lost(self, lost: Omission, messages: Sequence[Mapping[str, Any]]) -> RequestError:
         template = f"the chat template of {self._model_id!r}"
         if lost.at is None:
             return RequestError(

@@ -48,7 +48,7 @@ class Turn(NamedTuple):
     answers: int | None  # the number of the call
 
 
-class Lost(NamedTuple):
+class Omission(NamedTuple):
     """What was left out: the text of ``messages[at]``, one of its calls, or the tools.
 
     ``at`` is None for the tools.
@@ -58,14 +58,14 @@ class Lost(NamedTuple):
     call: int | None = None
 
 
-class Finding(NamedTuple):
+class ReachFinding(NamedTuple):
     """What was found for one kind of conversation.
 
     ``opened``: a prompt that ends with ``end`` ends within thinking. A prompt with another end
     is looked at again, since in some templates (Nemotron's) a message decides (``/no_think``).
     """
 
-    lost: Lost | None = None
+    lost: Omission | None = None
     opened: bool = False
     end: str | None = None
 
@@ -79,12 +79,12 @@ class Reach:
         self._source = source
         self._form = form
         self._marks = thinking or Thinking()
-        self._found: OrderedDict[bytes, Finding] = OrderedDict()
+        self._found: OrderedDict[bytes, ReachFinding] = OrderedDict()
         self._lock = threading.Lock()
 
     def look(
         self, messages: Messages, tools: Messages, options: Mapping[str, Any] | None, rendered: str
-    ) -> tuple[Lost | None, bool]:
+    ) -> tuple[Omission | None, bool]:
         """Return what is missing in the prompt ``rendered``, and whether it ends within thinking.
 
         ``rendered`` must be what the template made of this conversation.
@@ -96,7 +96,7 @@ class Reach:
 
     def _finding(
         self, messages: Messages, tools: Messages, options: Mapping[str, Any] | None, rendered: str
-    ) -> Finding:
+    ) -> ReachFinding:
         turns = self._turns(messages)
         named = json.dumps(options or {}, sort_keys=True)
         kind = hashlib.blake2b(repr((turns, bool(tools), named)).encode(), digest_size=16).digest()
@@ -147,11 +147,11 @@ class Reach:
 
     def _find(
         self, turns: Sequence[Turn], tools: bool, options: Mapping[str, Any] | None
-    ) -> Finding | None:
+    ) -> ReachFinding | None:
         """Return the finding for such turns; None where the template does not render our texts."""
         offered = [filled({"type": "function", "function": {"name": _TOOL}})] if tools else []
 
-        def rendered(other: Lost | None = None) -> str | None:
+        def rendered(other: Omission | None = None) -> str | None:
             fitted = self._form.fit(self._conversation(turns, other))
             return self._source.attempt(fitted, offered, options)
 
@@ -165,23 +165,23 @@ class Reach:
         behind = found[marks[-1].end() if marks else 0 :]
         opened, end = self._is_open(behind), behind[-_END_KEPT:]
         if tools and _TOOL not in found:
-            return Finding(Lost(None), opened, end)
+            return ReachFinding(Omission(None), opened, end)
         missed = [lost for lost, mark in _marks_of(turns) if mark not in seen]
         for lost in _ends(missed):
             # A template may have changed the text instead of leaving it out. It was left out only
             # if the prompt stays the same with another text in its place.
             if rendered(lost) == found:
-                return Finding(lost, opened, end)
-        return Finding(None, opened, end)
+                return ReachFinding(lost, opened, end)
+        return ReachFinding(None, opened, end)
 
-    def _conversation(self, turns: Sequence[Turn], other: Lost | None) -> list[dict[str, Any]]:
+    def _conversation(self, turns: Sequence[Turn], other: Omission | None) -> list[dict[str, Any]]:
         """Return such a conversation, with a mark for each text.
 
         The text of ``other`` gets a different mark.
         """
         messages = list[dict[str, Any]]()
         for index, turn in enumerate(turns):
-            mark = _mark(Lost(index), other)
+            mark = _mark(Omission(index), other)
             thought = f"{self._marks.begin}\nmoesaicthought\n{self._marks.end}\n\n"
             content = {
                 "blank": "",
@@ -199,7 +199,7 @@ class Reach:
                 message["tool_calls"] = [
                     _call(call, _mark(here, other), another=here == other)
                     for nth, call in enumerate(turn.calls)
-                    for here in (Lost(index, nth),)
+                    for here in (Omission(index, nth),)
                 ]
             if turn.answers is not None:
                 message["tool_call_id"] = _identity(turn.answers)
@@ -216,7 +216,7 @@ class Reach:
         tools: Messages,
         options: Mapping[str, Any] | None,
         rendered: str,
-    ) -> Finding:
+    ) -> ReachFinding:
         said = [index for index, turn in enumerate(turns) if turn.text not in ("blank", "thought")]
         for index in _ends(said):
             message = messages[index]
@@ -225,8 +225,8 @@ class Reach:
             another = ("y" if message["content"].startswith("x") else "x") * length
             changed = [*messages[:index], {**message, "content": another}, *messages[index + 1 :]]
             if self._source.attempt(self._form.fit(changed), tools, options) == rendered:
-                return Finding(Lost(index))
-        return Finding()
+                return ReachFinding(Omission(index))
+        return ReachFinding()
 
 
 def _ends(found: Sequence[T]) -> Sequence[T]:
@@ -239,17 +239,17 @@ def reasoning(text: str) -> dict[str, str]:
     return {"reasoning_content": text, "reasoning": text, "thinking": text}
 
 
-def _marks_of(turns: Sequence[Turn]) -> Iterator[tuple[Lost, str]]:
+def _marks_of(turns: Sequence[Turn]) -> Iterator[tuple[Omission, str]]:
     """Yield each text that must reach the prompt, with its mark."""
     for index, turn in enumerate(turns):
         if turn.text not in ("blank", "thought"):
-            yield Lost(index), _mark(Lost(index))
+            yield Omission(index), _mark(Omission(index))
         for nth, (_, has_arguments) in enumerate(turn.calls):
-            mark = _mark(Lost(index, nth))
-            yield Lost(index, nth), f"{mark}{'value' if has_arguments else 'name'}"
+            mark = _mark(Omission(index, nth))
+            yield Omission(index, nth), f"{mark}{'value' if has_arguments else 'name'}"
 
 
-def _mark(what: Lost, other: Lost | None = None) -> str:
+def _mark(what: Omission, other: Omission | None = None) -> str:
     kind = "other" if what == other else "these"
     return f"moesaic{kind}{what.at:06d}c{0 if what.call is None else what.call + 1:04d}"
 

@@ -18,7 +18,7 @@ from ...proto.expert_pb2 import Call, Frame
 from ...proto.wire import WIRE_VERSION, CallLayout
 
 
-class Inbound(NamedTuple):
+class InboundFrame(NamedTuple):
     """A frame and, for calls and replies, the bytes of its tensors (uint8).
 
     The bytes of a reply are valid until `Channel.release`; those of a call until it is answered.
@@ -72,7 +72,7 @@ class Channel(Protocol):
         """Send a frame without tensors. Raises HostLost if the connection has ended."""
         ...
 
-    def receive(self) -> list[Inbound]:
+    def receive(self) -> list[InboundFrame]:
         """Return all frames that have arrived, Welcome first. Raises HostLost after the last."""
         ...
 
@@ -95,7 +95,7 @@ class Session(Protocol):
 
     def fileno(self) -> int: ...
 
-    def receive(self) -> list[Inbound]:
+    def receive(self) -> list[InboundFrame]:
         """Return all frames that have arrived, Hello first. Raises HostLost after the last."""
         ...
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from ...proto.errors import Busy
 
 
-class Budget:
+class SharedLimit:
     """A limit that all its shares together must not exceed; thread-safe."""
 
     def __init__(self, most: int, what: str) -> None:
@@ -65,7 +65,7 @@ class Share:
 
     __slots__ = ("_budget", "closed", "held")
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: SharedLimit) -> None:
         self._budget = budget
         self.held = 0
         self.closed = False

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from ...proto.errors import HostLost
 from ...proto.expert_pb2 import Frame
-from .base import Inbound
+from .base import InboundFrame
 
 _DATAGRAM_BYTES = 1 << 16
 
@@ -35,9 +35,9 @@ class FrameSocket:
             # A full buffer means that the other side has not read for hundreds of frames.
             raise HostLost(f"shared-memory socket: {error}") from error
 
-    def receive(self, take: Callable[[Frame], Inbound | None]) -> list[Inbound]:
+    def receive(self, take: Callable[[Frame], InboundFrame | None]) -> list[InboundFrame]:
         """Apply ``take`` to all frames that have arrived. Raises HostLost after the last."""
-        inbounds: list[Inbound] = []
+        inbounds: list[InboundFrame] = []
         try:
             if self._end is not None:
                 raise self._end

@@ -34,7 +34,7 @@ from ...proto.expert_pb2 import Frame, Hello
 from ...proto.keys import ClusterSecret, secret_of_process
 from ...proto.limits import HELLO_S, MAX_UNANNOUNCED
 from ...proto.wire import ALIGNMENT_BYTES, WIRE_VERSION, CallLayout
-from .base import Inbound, Session, call_of, check_version
+from .base import InboundFrame, Session, call_of, check_version
 from .cuda_memory import CudaMemory, open_shared, share
 from .seqpacket import FrameSocket, close_all, same_user
 
@@ -163,7 +163,7 @@ class ShmChannel:
     def send(self, frame: Frame) -> None:
         self._sock.send(frame)
 
-    def receive(self) -> list[Inbound]:
+    def receive(self) -> list[InboundFrame]:
         return self._sock.receive(self._take)
 
     def release(self, seq: int) -> None:
@@ -175,7 +175,7 @@ class ShmChannel:
         self._sock.close()
         self._memory.close()
 
-    def _take(self, frame: Frame) -> Inbound | None:
+    def _take(self, frame: Frame) -> InboundFrame | None:
         match frame.WhichOneof("kind"):
             case "reply":
                 return self._take_reply(frame)
@@ -183,9 +183,9 @@ class ShmChannel:
                 self.release(frame.refusal.seq)
             case "welcome":
                 _check(frame.welcome.wire_version, self._host)
-        return Inbound(frame)
+        return InboundFrame(frame)
 
-    def _take_reply(self, frame: Frame) -> Inbound | None:
+    def _take_reply(self, frame: Frame) -> InboundFrame | None:
         seq, size = frame.reply.seq, frame.reply.payload_bytes
         slot, wanted = self._calls.get(seq, (None, None))
         if slot is None:
@@ -193,7 +193,7 @@ class ShmChannel:
         if size > self._slot_bytes or wanted not in (None, size):
             raise HostLost(f"{self._host}: reply {seq} has {size} bytes, expected {wanted}")
         start = _reply_start(self._slot_bytes, size)
-        return Inbound(frame, self._memory.slots[slot][start : start + size])
+        return InboundFrame(frame, self._memory.slots[slot][start : start + size])
 
 
 class ShmSession:
@@ -227,7 +227,7 @@ class ShmSession:
         """Shut the connection down; the next `receive` raises HostLost."""
         self._sock.end()
 
-    def receive(self) -> list[Inbound]:
+    def receive(self) -> list[InboundFrame]:
         return self._greet() if self._memory is None else self._sock.receive(self._take)
 
     def reply_buffer(self, frame: Frame, layout: CallLayout) -> Tensor:
@@ -250,9 +250,9 @@ class ShmSession:
         if self._memory is not None:
             self._memory.close()
 
-    def _take(self, frame: Frame) -> Inbound:
+    def _take(self, frame: Frame) -> InboundFrame:
         if not (frame.HasField("call") or frame.HasField("backward")):
-            return Inbound(frame)
+            return InboundFrame(frame)
         assert self._memory is not None
         call, slots = call_of(frame), self._memory.slots
         if call.slot >= len(slots) or call.payload_bytes > self._slot_bytes:
@@ -260,9 +260,9 @@ class ShmSession:
                 f"{self.router}: slot {call.slot} with {call.payload_bytes} bytes, but there "
                 f"are {len(slots)} slots of {self._slot_bytes}"
             )
-        return Inbound(frame, slots[call.slot][: call.payload_bytes])
+        return InboundFrame(frame, slots[call.slot][: call.payload_bytes])
 
-    def _greet(self) -> list[Inbound]:
+    def _greet(self) -> list[InboundFrame]:
         """Receive the Hello: it brings the router's memory, or says how to open it."""
         frame, fds = self._sock.receive_first()
         if frame is None:
@@ -291,7 +291,7 @@ class ShmSession:
             close_all(fds)
         self._slot_bytes = hello.slot_bytes
         self.router = hello.router
-        return [Inbound(frame)]
+        return [InboundFrame(frame)]
 
 
 def _check(version: int, peer: str) -> None:

@@ -24,7 +24,7 @@ from ..host.weight_grants import VERSION, Granted
 from ..host.weight_store import shared_parameters
 from ..router.pool_link import TrunkConfig
 from ..runtime.cluster_secret import secret_of
-from ..runtime.ray_border import ask, controller_of
+from ..runtime.ray_border import controller_of, ray_get
 from ..transport.grpc.weights import put_weights
 from .trunk import PoolTrunk
 
@@ -71,7 +71,9 @@ def attach_model(
         expert_bytes=max(expert_bytes(layer, dtype) for layer in layers),
     )
     controller = controller_of(namespace)
-    wanted: list[Granted] = ask(controller.add_model.remote(ref, shape), 60.0, "adding the model")
+    wanted: list[Granted] = ray_get(
+        controller.add_model.remote(ref, shape), 60.0, "adding the model"
+    )
     secret = secret_of(namespace)
     by_number = {la.layer: la for la in layers}
     for granted in wanted:

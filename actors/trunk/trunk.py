@@ -20,9 +20,9 @@ from ...models.trunk.experts_layers import ExpertsLayer, experts_layers
 from ...models.trunk.trunk import (
     connect_experts,
     disconnect_experts,
+    forward_modules,
     load_trunk,
     meta_model,
-    passes,
 )
 from ...proto.errors import ClusterError
 from ..engine.engine import Engine, EngineConfig
@@ -41,7 +41,7 @@ class PoolTrunk:
         self._link = PoolLink(config, [layer.layer for layer in layers], model.device)
         self.router = self._link.router
         connect_experts(model, layers, lambda layer: self.router.experts(config.model.name, layer))
-        for module in passes(model):
+        for module in forward_modules(model):
             module.register_forward_pre_hook(lambda *_: self.router.begin_step())
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.charts import PICTURES, line_chart
-from moesaic.cluster.comparison.compare import Figures, shifting_day
+from moesaic.cluster.comparison.compare import StrategyResult, shifting_day
 from moesaic.cluster.comparison.elastic_placement import Elastic
 from moesaic.cluster.simulator.run import SeedRun, run_seed
 
@@ -101,8 +101,8 @@ def tide(pictures: Path, *, layers: int = 4, window_s: float = 300.0) -> list[di
     return _plain(found)
 
 
-def _name(one: Figures) -> str:
-    return _NAMES.get(one.way, one.way)
+def _name(one: StrategyResult) -> str:
+    return _NAMES.get(one.strategy, one.strategy)
 
 
 def _table(title: str, *more: str) -> Table:
@@ -111,9 +111,9 @@ def _table(title: str, *more: str) -> Table:
     )
 
 
-def _row(one: Figures) -> tuple[str, ...]:
+def _row(one: StrategyResult) -> tuple[str, ...]:
     return (
-        one.way,
+        one.strategy,
         f"{one.balancedness_mean:.3f}",
         f"{one.balancedness_worst:.3f}",
         f"{one.slo_violations} of {one.windows}",
@@ -121,11 +121,11 @@ def _row(one: Figures) -> tuple[str, ...]:
     )
 
 
-def _plain(found: list[Figures]) -> list[dict[str, Any]]:
+def _plain(found: list[StrategyResult]) -> list[dict[str, Any]]:
     return [{k: v for k, v in asdict(one).items() if not k.endswith("_W")} for one in found]
 
 
-def draw(hours: list[float], found: list[Figures], pictures: Path) -> None:
+def draw(hours: list[float], found: list[StrategyResult], pictures: Path) -> None:
     line_chart(
         pictures / "day-balancedness.svg",
         title="Balancedness over a day of shifting traffic, mean over layers",
@@ -147,7 +147,7 @@ def draw(hours: list[float], found: list[Figures], pictures: Path) -> None:
     )
 
 
-def draw_hosts(hours: list[float], found: list[Figures], pictures: Path) -> None:
+def draw_hosts(hours: list[float], found: list[StrategyResult], pictures: Path) -> None:
     line_chart(
         pictures / "day-hosts.svg",
         title="Hosts over a day of traffic that ebbs",
@@ -156,7 +156,7 @@ def draw_hosts(hours: list[float], found: list[Figures], pictures: Path) -> None
         x=hours,
         x_ticks=_HOURS,
         y_from=0.0,
-        lines={_name(one): one.hosts_W for one in found if one.way.startswith("ours")},
+        lines={_name(one): one.hosts_W for one in found if one.strategy.startswith("ours")},
     )
 
 

@@ -34,7 +34,7 @@ from benchmarks.measure import write_json
 from benchmarks.pools import EXPERT_BYTES, HIDDEN, save_tiny_model
 from benchmarks.traffic import MODEL, Drivers, Steps, Traffic, driving, exponent_for
 from moesaic.actors.controller.controller import Controller
-from moesaic.actors.runtime.ray_border import ask, controller_of, namespace_of
+from moesaic.actors.runtime.ray_border import controller_of, namespace_of, ray_get
 from moesaic.actors.serve import launch
 from moesaic.cluster.load.meter import LoadReport
 from moesaic.handle import Cluster
@@ -110,7 +110,7 @@ def run(
         overruns = _overruns(cluster) - before
         seen = cluster.top(0).models[0]
         found: dict[str, Any] = {
-            "way": way,
+            "strategy": way,
             "overruns": overruns,
             "balancedness_at_the_end": seen.balancedness and seen.balancedness.mean,
             "changes": [
@@ -210,19 +210,27 @@ def skew_of(folder: Path, setting: Setting, traffic: Traffic) -> float:
     with pool(folder, setting, "static") as cluster:
         cluster.status()
         controller = controller_of(namespace_of(cluster.name))
-        asked = controller.report.remote(LoadReport(router="skew", number=None), 5.0)
-        placed = ask(asked, 30.0, "the placement").layers
+        asked = controller.report.remote(LoadReport(router="skew", placement_id=None), 5.0)
+        placed = ray_get(asked, 30.0, "the placement").layers
     return exponent_for(BALANCEDNESS, lambda s: replace(traffic, exponent=s), placed)
 
 
 def show(results: list[dict[str, Any]], traffic: Traffic) -> None:
     table = Table(title=f"Skewed traffic, exponent {traffic.exponent:.2f}")
-    for column in ("way", "tokens/s", "of balanced", "pass p50", "p99", "call p99", "overruns"):
-        table.add_column(column, justify="left" if column == "way" else "right")
+    for column in (
+        "strategy",
+        "tokens/s",
+        "of balanced",
+        "pass p50",
+        "p99",
+        "call p99",
+        "overruns",
+    ):
+        table.add_column(column, justify="left" if column == "strategy" else "right")
     yardstick = results[0]["tokens_per_s"]
     for row in results:
         table.add_row(
-            row["way"],
+            row["strategy"],
             f"{row['tokens_per_s']:,.0f}",
             f"{row['tokens_per_s'] / yardstick:.1%}",
             *(_ms(row[name]) for name in ("pass_p50_s", "pass_p99_s", "call_p99_s")),

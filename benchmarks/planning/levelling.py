@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.measure import write_json
 from benchmarks.planning.placing import LAVISH, MODEL, Pool
-from moesaic.cluster.placement import HostEntry, LayerKey, LayerPlacement, Number, Placement
+from moesaic.cluster.placement import HostEntry, LayerKey, LayerPlacement, Placement, PlacementId
 from moesaic.cluster.planner.plan import PoolHost
 from moesaic.cluster.planner.planner import plan
 from moesaic.cluster.routing.assignment import choose_hosts
@@ -93,7 +93,7 @@ def _routes(layer: LayerPlacement, hosts: list[PoolHost]) -> Routes:
         )
         for host in hosts
     }
-    return Routes(Placement(number=Number(1, 1), hosts=entries, layers={KEY: layer}))
+    return Routes(Placement(id=PlacementId(1, 1), hosts=entries, layers={KEY: layer}))
 
 
 def measure(case: Case, calls: int) -> Row:

@@ -13,13 +13,13 @@ import numpy as np
 from moesaic.cluster.comparison.eplb import changed_slots, eplb
 from moesaic.cluster.placement import LayerKey, LayerPlacement, ModelShape
 from moesaic.cluster.planner.balance import balancedness, best_balancedness, even_split
-from moesaic.cluster.planner.plan import Plan, Policy, PoolHost
+from moesaic.cluster.planner.plan import Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
 
 MODEL = "m"
 # What the planner is told with a budget, and where any number of moves is allowed.
-THRIFTY = Policy(enough=0.96, target=0.98, load_bytes_per_s=1e30)
-LAVISH = Policy(enough=0.999, target=0.999, load_bytes_per_s=1e30)
+THRIFTY = PlannerPolicy(rebalance_below=0.96, target=0.98, loading_bytes_per_s=1e30)
+LAVISH = PlannerPolicy(rebalance_below=0.999, target=0.999, loading_bytes_per_s=1e30)
 BUDGET = 0.05  # part of all slots
 
 
@@ -91,7 +91,7 @@ def loads_of(load_LE: np.ndarray) -> dict[LayerKey, np.ndarray]:
 
 
 def ours(
-    pool: Pool, loads: list[np.ndarray], policy: Policy, budget: float | None = None
+    pool: Pool, loads: list[np.ndarray], policy: PlannerPolicy, budget: float | None = None
 ) -> list[Shift]:
     """The planner on each load in turn, with a part of all slots as budget behind the first."""
     current: dict[LayerKey, LayerPlacement] = {}

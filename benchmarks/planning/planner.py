@@ -55,8 +55,8 @@ def drifts(layers: int, shifts: int) -> list[dict[str, Any]]:
                 "ours, any number": ours(pool, loads, LAVISH),
             }
             kind = {"sigma": sigma, "drift": drift}
-            rows += [kind | {"way": w} | rated(pool, f, loads[1:]) for w, f in ways.items()]
-            rows.append(kind | {"way": "bound"} | bound(pool, loads[1:]))
+            rows += [kind | {"strategy": w} | rated(pool, f, loads[1:]) for w, f in ways.items()]
+            rows.append(kind | {"strategy": "bound"} | bound(pool, loads[1:]))
     return rows
 
 

@@ -81,7 +81,7 @@ def record(folder: Path, texts: Mapping[str, Sequence[str | Path]]) -> tuple[Tra
         window_s=1.0,
         counts={LayerKey(MODEL, layer): count_WLE[:, layer] for layer in range(count_WLE.shape[1])},
         hosts=(),
-        choices_WH=nobody.astype(np.int64),
+        assignments_WH=nobody.astype(np.int64),
         busy_s_WH=nobody,
         queued_s_WH=nobody,
     )
@@ -153,7 +153,7 @@ def compare(
         unseen = rated(pool, found, later[1:])
         rated_seen = rated(pool, found, seen[1:])
         rows.append({
-            "way": way, **rated_seen,
+            "strategy": way, **rated_seen,
             "later_mean": unseen["mean"], "later_worst": unseen["worst"],
             "shifts": [rated(pool, [s], [load]) for s, load in zip(found, seen[1:], strict=True)],
         })  # fmt: skip
@@ -161,7 +161,7 @@ def compare(
     return [
         *rows,
         {
-            "way": "bound", **limit,
+            "strategy": "bound", **limit,
             "later_mean": later_limit["mean"], "later_worst": later_limit["worst"],
             "shifts": [bound(pool, [load]) for load in seen[1:]],
         },
@@ -169,11 +169,11 @@ def compare(
 
 
 def show(title: str, rows: list[Row], visits: list[str], console: Console) -> None:
-    columns = ("way", "mean", "worst layer", "moved per shift", "later: mean", "worst layer")
+    columns = ("strategy", "mean", "worst layer", "moved per shift", "later: mean", "worst layer")
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(
-            row["way"],
+            row["strategy"],
             f"{row['mean']:.3f}",
             f"{row['worst']:.3f}",
             f"{row['moved']:.2%}" if "moved" in row else "",
@@ -181,7 +181,7 @@ def show(title: str, rows: list[Row], visits: list[str], console: Console) -> No
             f"{row['later_worst']:.3f}",
         )
     console.print(table)
-    each = Table("shift to", *(row["way"] for row in rows), title="mean / worst layer / moved")
+    each = Table("shift to", *(row["strategy"] for row in rows), title="mean / worst layer / moved")
     for number, name in enumerate(visits[1:]):
         cells = [row["shifts"][number] for row in rows]
         each.add_row(name, *(

@@ -41,8 +41,8 @@ def uneven(layers: int, shifts: int) -> list[Row]:
             "any number": ours(pool, loads, LAVISH),
         }
         for way, found in ways.items():
-            rows.append({"drift": drift, "way": way, **rated(pool, found, loads[1:])})
-        rows.append({"drift": drift, "way": "bound", **bound(pool, loads[1:])})
+            rows.append({"drift": drift, "strategy": way, **rated(pool, found, loads[1:])})
+        rows.append({"drift": drift, "strategy": "bound", **bound(pool, loads[1:])})
     return rows
 
 
@@ -84,8 +84,8 @@ def fan_out(layers: int) -> list[Row]:
         for layer, experts in shape.experts.items()
     }
     rows = []
-    for part in (0.0, THRIFTY.fan_out):
-        policy = replace(THRIFTY, fan_out=part)
+    for part in (0.0, THRIFTY.consolidate_below):
+        policy = replace(THRIFTY, consolidate_below=part)
         found = plan(
             models=[pool.shape, few], hosts=pool.pool, current={}, loads=loads, policy=policy
         )

@@ -44,7 +44,7 @@ from benchmarks.pools import HIDDEN, save_tiny_model
 from moesaic.actors.router.router import Router
 from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey, ModelRef
 from moesaic.proto.expert_pb2 import WeightsChunk, WeightsKey
-from moesaic.proto.keys import secret_of_process, shown
+from moesaic.proto.keys import proof_hash, secret_of_process
 from moesaic.proto.limits import CHUNK_BYTES
 
 MODEL, EXPERTS, TOP_K, TOKENS = "m", 8, 2, 8
@@ -106,13 +106,15 @@ def sayings(entry: HostEntry) -> dict[str, str]:
         "silent TCP": b"",
         "silent HTTP/2": HELLO,
         "half a Hello": HELLO
-        + headers(DISPATCH, moesaic_proof_bin=text(shown(secret.proof("experts", entry.target))))
+        + headers(
+            DISPATCH, moesaic_proof_bin=text(proof_hash(secret.proof("experts", entry.target)))
+        )
         + message(b"\x0a\x40", CHUNK_BYTES),
         "wrong proof": HELLO + headers(DISPATCH, moesaic_proof_bin=text(bytes(32))) + message(b""),
         "oversized Put": HELLO
         + headers(
             PUT,
-            moesaic_proof_bin=text(shown(secret.proof("weights", entry.target))),
+            moesaic_proof_bin=text(proof_hash(secret.proof("weights", entry.target))),
             moesaic_term="0",
             moesaic_grant_bin=text(secret.grant(entry.host, entry.incarnation, key, 1, 0)),
         )

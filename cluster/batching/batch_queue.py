@@ -36,7 +36,7 @@ class MergePolicy:
     away_s: float = 0.1  # before rows whose expert no host could compute are tried again
 
 
-class Phase(Enum):
+class ChangePhase(Enum):
     # Its tensors are being received.
     ARRIVING = "arriving"
     # Some of its rows wait to be computed.
@@ -48,7 +48,7 @@ class Phase(Enum):
 
 
 @dataclass(slots=True, kw_only=True)
-class Call:
+class ClientCall:
     """One call of one client; ``size_bytes`` counts its tensors and its answer."""
 
     number: int
@@ -57,17 +57,17 @@ class Call:
     rows: int
     size_bytes: int
     deadline: float
-    phase: Phase = Phase.ARRIVING
+    phase: ChangePhase = ChangePhase.ARRIVING
     not_before: float = 0.0
     lacks: str = ""  # which expert no host could compute when it was last tried
     was_cut: bool = False
     todo_n: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def can_go(self, now: float) -> bool:
-        return self.phase is Phase.WAITING and now >= self.not_before
+        return self.phase is ChangePhase.WAITING and now >= self.not_before
 
 
-class End(NamedTuple):
+class CallResult(NamedTuple):
     """The outcome of a call: all its rows, or an error with this code and message."""
 
     number: int
@@ -76,13 +76,13 @@ class End(NamedTuple):
     retry_after_s: float | None = None
 
 
-class Cut(NamedTuple):
+class Abort(NamedTuple):
     """Cut the connection of a call that missed its deadline while its client was to act."""
 
     number: int
 
 
-class Piece(NamedTuple):
+class BatchSlice(NamedTuple):
     """Rows of a call that become part of a merged call."""
 
     number: int
@@ -93,7 +93,7 @@ class Batch(NamedTuple):
     """One merged call."""
 
     key: LayerKey
-    pieces: tuple[Piece, ...]
+    pieces: tuple[BatchSlice, ...]
 
 
 @dataclass(slots=True)
@@ -107,15 +107,15 @@ class MergeStats:
     parked: int = 0  # how often rows had to wait for an expert
 
 
-class Merger:
-    """All calls that a router service holds; each ends once, with an `End` or by leaving."""
+class BatchQueue:
+    """All calls that a router service holds; each ends once, with an `CallResult` or by leaving."""
 
     def __init__(self, policy: MergePolicy) -> None:
         self.policy = policy
         self.stats = MergeStats()
         # The first client has the next turn; each has its calls in the order of arrival.
-        self._clients: dict[str, dict[int, Call]] = {}
-        self._calls: dict[int, Call] = {}
+        self._clients: dict[str, dict[int, ClientCall]] = {}
+        self._calls: dict[int, ClientCall] = {}
         self._bytes = 0
         self._batch_s = 0.0
         self._began = 0.0
@@ -130,7 +130,7 @@ class Merger:
 
     # ---- calls come and go ----------------------------------------------------------------------
 
-    def arrive(self, call: Call, now: float) -> list[End]:
+    def arrive(self, call: ClientCall, now: float) -> list[CallResult]:
         """Add an announced call; return calls that are refused for it, perhaps itself."""
         self._calls[call.number] = call
         self._clients.setdefault(call.client, {})[call.number] = call
@@ -143,8 +143,8 @@ class Merger:
     def ready(self, number: int) -> None:
         """Let a call wait for its turn: all its tensors have arrived."""
         call = self._calls.get(number)
-        if call is not None and call.phase is Phase.ARRIVING:
-            call.phase = Phase.WAITING
+        if call is not None and call.phase is ChangePhase.ARRIVING:
+            call.phase = ChangePhase.WAITING
             call.todo_n = np.arange(call.rows)
 
     def leave(self, number: int) -> None:
@@ -158,7 +158,7 @@ class Merger:
         if not mine:
             del self._clients[call.client]
 
-    def _refuse(self, newcomer: Call, now: float) -> End:
+    def _refuse(self, newcomer: ClientCall, now: float) -> CallResult:
         too_many = len(self._calls) > self.policy.max_calls
 
         def weight(client: str) -> tuple[int, bool]:
@@ -173,14 +173,15 @@ class Merger:
         droppable = [
             call
             for call in self._clients[heaviest].values()
-            if call is newcomer or (call.phase is Phase.WAITING and call.todo_n.size == call.rows)
+            if call is newcomer
+            or (call.phase is ChangePhase.WAITING and call.todo_n.size == call.rows)
         ]
         victim = droppable[-1] if droppable else newcomer
         self.stats.refused += 1
         pause_s = self._pause_s()
         what = f"{self.policy.max_calls} calls" if too_many else f"{self.policy.max_bytes:,} bytes"
         self.leave(victim.number)
-        return End(
+        return CallResult(
             victim.number,
             "Busy",
             f"queue full ({what}); this client holds the largest share; try again in {pause_s:g} s",
@@ -195,7 +196,7 @@ class Merger:
 
     # ---- merged calls ---------------------------------------------------------------------------
 
-    def take(self, now: float) -> tuple[list[End | Cut], Batch | None]:
+    def take(self, now: float) -> tuple[list[CallResult | Abort], Batch | None]:
         """Return the calls that expired, and the next batch for a router that is free now."""
         over = list(self._expire(now))
         calls = (call for mine in self._clients.values() for call in mine.values())
@@ -215,7 +216,7 @@ class Merger:
         self._began = now
         return over, Batch(first.key, tuple(self._pieces(offers)))
 
-    def _pieces(self, offers: list[list[Call]]) -> Iterator[Piece]:
+    def _pieces(self, offers: list[list[ClientCall]]) -> Iterator[BatchSlice]:
         most = self.policy.max_batch_rows
         offers = offers[:most]  # so that each client gets a row at least
         wants = [sum(call.todo_n.size for call in calls) for calls in offers]
@@ -226,10 +227,12 @@ class Merger:
                     break
                 rows_n, call.todo_n = call.todo_n[:left], call.todo_n[left:]
                 left -= rows_n.size
-                call.phase = Phase.COMPUTING
-                yield Piece(call.number, rows_n)
+                call.phase = ChangePhase.COMPUTING
+                yield BatchSlice(call.number, rows_n)
 
-    def computed(self, piece: Piece, lacking_n: np.ndarray, lacks: str, now: float) -> list[End]:
+    def computed(
+        self, piece: BatchSlice, lacking_n: np.ndarray, lacks: str, now: float
+    ) -> list[CallResult]:
         """Note that ``piece`` was computed, except rows ``lacking_n`` that miss an expert.
 
         ``lacks`` names the expert. These rows are tried again as long as the deadline allows.
@@ -238,7 +241,7 @@ class Merger:
         if call is None:
             return []
         self.stats.rows += piece.rows_n.size - lacking_n.size
-        call.phase = Phase.WAITING
+        call.phase = ChangePhase.WAITING
         call.todo_n = np.sort(np.concatenate([call.todo_n, lacking_n]))
         call.lacks = lacks
         if lacking_n.size:
@@ -248,12 +251,12 @@ class Merger:
             if call.not_before + self.policy.away_s >= call.deadline:
                 return [self._end(call, "ExpertUnavailable", lacks)]
         elif not call.todo_n.size:
-            call.phase = Phase.LEAVING
+            call.phase = ChangePhase.LEAVING
             self.stats.calls += 1
-            return [End(call.number)]
+            return [CallResult(call.number)]
         return []
 
-    def failed(self, piece: Piece, code: str, message: str) -> list[End]:
+    def failed(self, piece: BatchSlice, code: str, message: str) -> list[CallResult]:
         call = self._calls.get(piece.number)
         return [] if call is None else [self._end(call, code, message)]
 
@@ -274,17 +277,17 @@ class Merger:
         for call in self._calls.values():
             if not call.was_cut:
                 due.append(call.deadline)
-            if call.phase is Phase.WAITING and call.not_before > now:
+            if call.phase is ChangePhase.WAITING and call.not_before > now:
                 due.append(call.not_before)
         return min(due)
 
-    def _expire(self, now: float) -> Iterator[End | Cut]:
+    def _expire(self, now: float) -> Iterator[CallResult | Abort]:
         for call in [call for call in self._calls.values() if now >= call.deadline]:
-            if call.phase is Phase.LEAVING or call.phase is Phase.ARRIVING:
+            if call.phase is ChangePhase.LEAVING or call.phase is ChangePhase.ARRIVING:
                 if not call.was_cut:
                     call.was_cut = True
                     self.stats.expired += 1
-                    yield Cut(call.number)
+                    yield Abort(call.number)
                 continue
             self.stats.expired += 1
             if call.lacks:
@@ -292,9 +295,9 @@ class Merger:
             else:
                 yield self._end(call, "Expired", "the call's deadline passed before its turn")
 
-    def _end(self, call: Call, code: str, message: str) -> End:
+    def _end(self, call: ClientCall, code: str, message: str) -> CallResult:
         self.leave(call.number)
-        return End(call.number, code, message)
+        return CallResult(call.number, code, message)
 
 
 def fair_shares(wants: Sequence[int], most: int) -> list[int]:

@@ -14,17 +14,17 @@ from ..control.control import ControlPolicy
 from ..load.trace import Trace
 from ..placement import ModelShape
 from ..planner.balance import balancedness
-from ..planner.plan import Policy, PoolHost
-from .elastic_placement import Elastic, Ours
-from .loads import day
-from .placement_strategies import Eplb, Pool, Static, Way
+from ..planner.plan import PlannerPolicy, PoolHost
+from .elastic_placement import Elastic, MoesaicStrategy
+from .loads import daily_trace
+from .placement_strategies import Eplb, PlacementStrategy, Pool, Static
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class StrategyResult:
     """The results of one strategy; the first windows, in which all learn, do not count."""
 
-    way: str
+    strategy: str
     balancedness_mean: float  # over windows and layers
     balancedness_worst: float  # of any layer in any window
     moved_slots: int
@@ -49,15 +49,19 @@ def compare(
     policy: ControlPolicy,
     ticks: int = 20,
     elastic: Elastic | None = None,
-) -> list[Figures]:
+) -> list[StrategyResult]:
     """Run the static placement, EPLB every ``every`` windows, and ours over a trace.
 
     With ``elastic``, ours with the autoscaler runs too. Raises ValueError if a layer has more
     experts than slots.
     """
-    ways: list[Way] = [Static(pool), Eplb(pool, every=every), Ours(pool, policy, ticks=ticks)]
+    ways: list[PlacementStrategy] = [
+        Static(pool),
+        Eplb(pool, every=every),
+        MoesaicStrategy(pool, policy, ticks=ticks),
+    ]
     if elastic is not None:
-        ways.append(Ours(pool, policy, ticks=ticks, elastic=elastic))
+        ways.append(MoesaicStrategy(pool, policy, ticks=ticks, elastic=elastic))
     cost_per_hour = 1.0 if elastic is None else elastic.cost_per_hour
     return [
         _figures(way, trace, skip=every, slo_s=slo_s, cost_per_hour=cost_per_hour) for way in ways
@@ -67,14 +71,14 @@ def compare(
 def control_policy(pool: Pool, *, every_s: float, budget: float, redundancy: int) -> ControlPolicy:
     """Return the controller's policy with the times of a trace."""
     return ControlPolicy(
-        balance=Policy(
+        balance=PlannerPolicy(
             redundancy=redundancy,
-            load_bytes_per_s=pool.load_bytes_per_s,
+            loading_bytes_per_s=pool.loading_bytes_per_s,
             horizon_s=max(60.0, every_s),
         ),
         every_s=every_s,
         budget=budget,
-        bytes_per_s=pool.load_bytes_per_s,
+        bytes_per_s=pool.loading_bytes_per_s,
     )
 
 
@@ -83,8 +87,8 @@ def pool_of(
     *,
     hosts: int,
     slots: int,
-    choices_per_s: float,
-    load_bytes_per_s: float,
+    assignments_per_s: float,
+    loading_bytes_per_s: float,
 ) -> Pool:
     """Make a pool of equal hosts with ``slots`` for each layer.
 
@@ -95,8 +99,8 @@ def pool_of(
         hosts=tuple(PoolHost(name=f"host-{h}", slots=slots * layers) for h in range(hosts)),
         shapes=tuple(shapes),
         slots=slots,
-        choices_per_s=choices_per_s,
-        load_bytes_per_s=load_bytes_per_s,
+        assignments_per_s=assignments_per_s,
+        loading_bytes_per_s=loading_bytes_per_s,
     )
 
 
@@ -108,9 +112,9 @@ def host_speed(trace: Trace, hosts: int, utilisation: float) -> float:
     """
     busy_s = float(trace.busy_s_WH.sum())
     if busy_s > 0:
-        return float(trace.choices_WH.sum()) / busy_s
-    choices = sum(int(counts.sum()) for counts in trace.counts.values())
-    return max(1.0, choices) / (trace.windows * trace.window_s) / (hosts * utilisation)
+        return float(trace.assignments_WH.sum()) / busy_s
+    assignments = sum(int(counts.sum()) for counts in trace.counts.values())
+    return max(1.0, assignments) / (trace.windows * trace.window_s) / (hosts * utilisation)
 
 
 def shifting_day(
@@ -124,7 +128,7 @@ def shifting_day(
     utilisation: float = 0.65,
     swing: float = 0.3,
     elastic: Elastic | None = None,
-) -> tuple[list[float], list[Figures]]:
+) -> tuple[list[float], list[StrategyResult]]:
     """Compare the strategies on a day of traffic that shifts between four domains of traffic.
 
     Returns (the hour at which each window begins, figures). EPLB runs once an hour, ours whenever a
@@ -134,13 +138,13 @@ def shifting_day(
     shape = ModelShape(
         model="m", experts=dict.fromkeys(range(layers), experts), expert_bytes=44_000_000
     )
-    trace = day(
+    trace = daily_trace(
         [shape],
         sigma=1.0,
         domains=4,
         windows=int(86_400 / window_s),
         window_s=window_s,
-        choices_per_s=10_000.0,
+        assignments_per_s=10_000.0,
         swing=swing,
         rng=np.random.default_rng(seed),
     )
@@ -148,8 +152,8 @@ def shifting_day(
         [shape],
         hosts=hosts,
         slots=slots,
-        choices_per_s=host_speed(trace, hosts, utilisation),
-        load_bytes_per_s=200e6,
+        assignments_per_s=host_speed(trace, hosts, utilisation),
+        loading_bytes_per_s=200e6,
     )
     policy = control_policy(pool, every_s=window_s, budget=0.05, redundancy=0)
     found = compare(
@@ -163,19 +167,21 @@ def shifting_day(
     return [w * window_s / 3600 for w in range(trace.windows)], found
 
 
-def _figures(way: Way, trace: Trace, *, skip: int, slo_s: float, cost_per_hour: float) -> Figures:
+def _figures(
+    way: PlacementStrategy, trace: Trace, *, skip: int, slo_s: float, cost_per_hour: float
+) -> StrategyResult:
     even_W, worst_W, served_W = [], [], []
     for window in range(trace.windows):
         counts = {key: counts_WE[window] for key, counts_WE in trace.counts.items()}
         served = way.serve(counts, trace.window_s)
-        even = [balancedness(load_H, served.room_H) for load_H in served.load_H.values()]
+        even = [balancedness(load_H, served.capacity_H) for load_H in served.load_H.values()]
         even_W.append(float(np.mean(even)))
         worst_W.append(min(even))
         served_W.append(served)
     counted = served_W[skip:]
     host_hours = sum(served.host_s for served in counted) / 3600
-    return Figures(
-        way=way.name,
+    return StrategyResult(
+        strategy=way.name,
         balancedness_mean=float(np.mean(even_W[skip:])),
         balancedness_worst=min(worst_W[skip:]),
         moved_slots=sum(served.moved_slots for served in counted),

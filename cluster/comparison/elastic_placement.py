@@ -13,14 +13,14 @@ import numpy as np
 
 from ..control.commands import Evict, MakePlan, Publish
 from ..control.control import Control, ControlPolicy
-from ..control.loading import Load
+from ..control.loading import LoadExperts
 from ..control.pool_view import Observation
 from ..load.meter import HostTimes, LoadReport
 from ..placement import ExpertKey, HostEntry, LayerKey, LayerPlacement, experts_of
 from ..planner.plan import FleetGroup
 from ..scaling.autoscaler import ScalePolicy
 from ..scaling.fleet import Fleet
-from .placement_strategies import Counts, Pool, Served, shares_of
+from .placement_strategies import Counts, Pool, WindowResult, shares_of
 from .queues import Queues
 
 _ROUTER = "trunk"
@@ -67,7 +67,7 @@ class _Host:
         return self.seen
 
 
-class Ours:
+class MoesaicStrategy:
     """Runs the controller in ticks through each window.
 
     A load takes the time that its bytes take, and a new host the time that hosts take to start.
@@ -111,7 +111,7 @@ class Ours:
             self._control.add_model(shape, on_disk=True)
         self._moved: list[int] = []
 
-    def serve(self, counts: Counts, window_s: float) -> Served:
+    def serve(self, counts: Counts, window_s: float) -> WindowResult:
         self._moved = []
         load: dict[LayerKey, Counter[str]] = {key: Counter() for key in counts}
         up_s: Counter[str] = Counter()
@@ -137,9 +137,9 @@ class Ours:
             delay_s = max(delay_s, waits_s)
             self._now += tick_s
             self._tick(part, computed_H)
-        return Served(
+        return WindowResult(
             load_H={key: np.array([found[h] for h in up_s]) for key, found in load.items()},
-            room_H=np.array([seconds * self._speed for seconds in up_s.values()]),
+            capacity_H=np.array([seconds * self._speed for seconds in up_s.values()]),
             delay_s=delay_s,
             host_s=host_s,
             moved_slots=len(self._moved),
@@ -164,11 +164,11 @@ class Ours:
             match command:
                 case MakePlan():
                     control.planned(command, command.run(), now)
-                case Load(host=name, keys=keys):
+                case LoadExperts(host=name, keys=keys):
                     host = self._hosts[name]
                     host.loading, host.seen = keys, None
                     size = sum(self._bytes(key) for key in keys)
-                    host.done_at = now + size / self._pool.load_bytes_per_s
+                    host.done_at = now + size / self._pool.loading_bytes_per_s
                 case Evict(host=name, keys=keys):
                     self._hosts[name].held -= set(keys)
                     self._hosts[name].seen = None
@@ -193,12 +193,12 @@ class Ours:
     def _report(self, counts: Mapping[LayerKey, np.ndarray], computed_H: np.ndarray) -> None:
         """Report to the controller what routers would have counted since the last tick."""
         times = {
-            host: HostTimes(calls=1, choices=int(computed), busy_s=computed / self._speed)
+            host: HostTimes(calls=1, assignments=int(computed), busy_s=computed / self._speed)
             for host, computed in zip(self._up, computed_H.tolist(), strict=True)
         }
         placement = self._control.placement
-        number = None if placement is None else placement.number
-        report = LoadReport(router=_ROUTER, number=number, counts=counts, hosts=times)
+        number = None if placement is None else placement.id
+        report = LoadReport(router=_ROUTER, placement_id=number, counts=counts, hosts=times)
         self._control.hear(report, self._now)
 
     def _scalings(self) -> int:

@@ -15,20 +15,20 @@ from ..placement import LayerKey, ModelShape
 _DAY_S = 86_400.0
 
 
-def drifting(
+def drifting_trace(
     shapes: Sequence[ModelShape],
     *,
     sigma: float,
     drift: float,
     windows: int,
     window_s: float,
-    choices_per_s: float,
+    assignments_per_s: float,
     rng: np.random.Generator,
 ) -> Trace:
     """Generate log-normal loads that drift from window to window, independently for each layer.
 
     The log of the loads is an autoregressive process of standard deviation ``sigma``:
-    log-load' = sqrt(1 - drift^2) log-load + drift * noise. ``choices_per_s``: of one layer.
+    log-load' = sqrt(1 - drift^2) log-load + drift * noise. ``assignments_per_s``: of one layer.
     """
     counts = {}
     for key, experts in _layers(shapes):
@@ -40,18 +40,18 @@ def drifting(
             log_E = np.sqrt(1 - drift**2) * log_E + drift * noise_E
         load_WE = np.stack(rows)
         part_WE = load_WE / load_WE.sum(axis=1, keepdims=True)
-        counts[key] = rng.poisson(part_WE * choices_per_s * window_s)
+        counts[key] = rng.poisson(part_WE * assignments_per_s * window_s)
     return _trace(counts, window_s, windows)
 
 
-def day(
+def daily_trace(
     shapes: Sequence[ModelShape],
     *,
     sigma: float,
     domains: int,
     windows: int,
     window_s: float,
-    choices_per_s: float,
+    assignments_per_s: float,
     rng: np.random.Generator,
     swing: float = 0.3,
 ) -> Trace:
@@ -64,7 +64,7 @@ def day(
     phase_WD = 2 * np.pi * (time_W[:, None] / _DAY_S - np.arange(domains) / domains)
     share_WD = np.exp(1.5 * np.cos(phase_WD))
     share_WD /= share_WD.sum(axis=1, keepdims=True)
-    total_W = choices_per_s * window_s * (1 + swing * np.cos(2 * np.pi * time_W / _DAY_S))
+    total_W = assignments_per_s * window_s * (1 + swing * np.cos(2 * np.pi * time_W / _DAY_S))
     counts = {}
     for key, experts in _layers(shapes):
         load_DE = np.exp(sigma * rng.normal(size=(domains, experts)))
@@ -88,7 +88,7 @@ def _trace(counts: dict[LayerKey, np.ndarray], window_s: float, windows: int) ->
         window_s=window_s,
         counts=counts,
         hosts=(),
-        choices_WH=none_WH.astype(np.int64),
+        assignments_WH=none_WH.astype(np.int64),
         busy_s_WH=none_WH,
         queued_s_WH=none_WH,
     )

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..placement import LayerKey, LayerPlacement, ModelShape, spread
+from ..placement import LayerKey, LayerPlacement, ModelShape, initial_placement
 from ..planner.plan import PoolHost
 from .eplb import changed_slots, eplb
 from .queues import Queues
@@ -28,8 +28,8 @@ class Pool:
     hosts: tuple[PoolHost, ...]
     shapes: tuple[ModelShape, ...]
     slots: int  # slots for each layer on each host
-    choices_per_s: float  # assignments per second that a host of speed 1 computes
-    load_bytes_per_s: float  # how fast one host loads experts
+    assignments_per_s: float  # assignments per second that a host of speed 1 computes
+    loading_bytes_per_s: float  # how fast one host loads experts
 
     def __post_init__(self) -> None:
         most = max(experts for shape in self.shapes for experts in shape.experts.values())
@@ -42,7 +42,7 @@ class Pool:
     @property
     def speeds(self) -> np.ndarray:
         """Assignments per second that each host computes, (H,)."""
-        return np.array([host.speed for host in self.hosts]) * self.choices_per_s
+        return np.array([host.speed for host in self.hosts]) * self.assignments_per_s
 
     def expert_bytes(self, key: LayerKey) -> int:
         return next(shape.expert_bytes for shape in self.shapes if shape.model == key.model)
@@ -54,7 +54,7 @@ class Pool:
             for layer, experts in shape.experts.items():
                 copies = min(self.slots * len(self.hosts) // experts, len(self.hosts))
                 one = ModelShape(model=shape.model, experts={layer: experts}, replicas=copies)
-                layers |= spread([one], [host.name for host in self.hosts])
+                layers |= initial_placement([one], [host.name for host in self.hosts])
         return layers
 
     def shares_of(self, layer: LayerPlacement) -> np.ndarray:
@@ -72,11 +72,11 @@ def shares_of(layer: LayerPlacement, hosts: Sequence[str]) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class WindowResult:
     """The result of one window; H are the hosts that were up in it."""
 
     load_H: Mapping[LayerKey, np.ndarray]  # assignments that came to each host, by layer
-    room_H: np.ndarray  # assignments that each host could have computed while it was up
+    capacity_H: np.ndarray  # assignments that each host could have computed while it was up
     delay_s: float  # the longest delay of a host's queue
     host_s: float  # host-seconds of all hosts, each from the request for it to its end
     moved_slots: int = 0
@@ -84,12 +84,12 @@ class Served:
     scalings: int = 0  # changes of the number of hosts
 
 
-class Way(Protocol):
+class PlacementStrategy(Protocol):
     """A placement strategy."""
 
     name: str
 
-    def serve(self, counts: Counts, window_s: float) -> Served:
+    def serve(self, counts: Counts, window_s: float) -> WindowResult:
         """Serve one window with the current placement, and learn from it."""
         ...
 
@@ -108,13 +108,13 @@ class _Fixed:
         window_s: float,
         moved_slots: int = 0,
         moved_bytes: int = 0,
-    ) -> Served:
+    ) -> WindowResult:
         arrived_H = np.sum(list(load_H.values()), axis=0)
         speeds_H = self._pool.speeds
         delay_s, _ = self._queues.advance(self._names, arrived_H, speeds_H, window_s)
-        return Served(
+        return WindowResult(
             load_H=load_H,
-            room_H=speeds_H * window_s,
+            capacity_H=speeds_H * window_s,
             delay_s=delay_s,
             host_s=len(self._names) * window_s,
             moved_slots=moved_slots,
@@ -131,7 +131,7 @@ class Static(_Fixed):
         super().__init__(pool)
         self._share_EH = {key: pool.shares_of(layer) for key, layer in pool.even().items()}
 
-    def serve(self, counts: Counts, window_s: float) -> Served:
+    def serve(self, counts: Counts, window_s: float) -> WindowResult:
         load_H = {key: count_E @ self._share_EH[key] for key, count_E in counts.items()}
         return self._served(load_H, window_s)
 
@@ -154,7 +154,7 @@ class Eplb(_Fixed):
         self._seen: dict[LayerKey, np.ndarray] = {}
         self._windows = 0
 
-    def serve(self, counts: Counts, window_s: float) -> Served:
+    def serve(self, counts: Counts, window_s: float) -> WindowResult:
         # The fraction of this window in which the old placement still serves.
         part = min(1.0, self._left_s / window_s) if self._next_EH else 1.0
         load_H = {}
@@ -183,7 +183,7 @@ class Eplb(_Fixed):
             moved += changed
             moved_bytes += changed * pool.expert_bytes(key)
             bytes_H += np.maximum(after_EH - before_EH, 0).sum(axis=0) * pool.expert_bytes(key)
-        self._left_s = float(bytes_H.max()) / pool.load_bytes_per_s
+        self._left_s = float(bytes_H.max()) / pool.loading_bytes_per_s
         self._seen = {}
         return moved, moved_bytes
 

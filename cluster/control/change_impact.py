@@ -18,10 +18,10 @@ from ..load.meter import HostTimes
 from ..load.tracker import LoadTracker, grown
 from ..placement import LayerKey, LayerPlacement, Placement
 from ..planner.balance import balancedness
-from ..planner.consolidation import least_use
+from ..planner.consolidation import consolidation_level
 from ..planner.plan import PoolHost
 from ..reports.placing import ChangePhase
-from .changes import Change, Effect
+from .changes import Change, ChangeImpact
 
 # Routers report once a second, so shorter windows say nothing.
 _LEAST_S = 1.0
@@ -42,7 +42,7 @@ def balancedness_under(
     index = {host.name: h for h, host in enumerate(hosts)}
     speed_H = np.array([host.speed for host in hosts])
     found = {}
-    least = least_use(loads.values(), speed_H, fan_out) if index else 0.0
+    least = consolidation_level(loads.values(), speed_H, fan_out) if index else 0.0
     for key, layer in layers.items():
         load_E = loads.get(key)
         if load_E is None or len(load_E) != len(layer.replicas) or not load_E.any() or not index:
@@ -68,10 +68,10 @@ class _Reading:
     def of(cls, loads: LoadTracker, now: float) -> _Reading:
         return cls(now, dict(loads.totals), {h: replace(t) for h, t in loads.hosts.items()})
 
-    def choices_per_s(self, later: _Reading) -> dict[str, float]:
+    def assignments_per_s(self, later: _Reading) -> dict[str, float]:
         seconds = later.at - self.at
         return {
-            host: round(times.since(self.hosts.get(host)).choices / seconds, 1)
+            host: round(times.since(self.hosts.get(host)).assignments / seconds, 1)
             for host, times in sorted(later.hosts.items())
         }
 
@@ -79,7 +79,7 @@ class _Reading:
         return {key: grown(self.counts.get(key), now) for key, now in later.counts.items()}
 
 
-class EffectMeter:
+class ImpactMeter:
     """Watches the last change, and sets its effect."""
 
     def __init__(self, window_s: float, fan_out: float = 0.0) -> None:
@@ -123,7 +123,7 @@ class EffectMeter:
         since = self._older or self._newer
         if since is None or now - since.at < _LEAST_S:
             return {}
-        return since.choices_per_s(_Reading.of(loads, now))
+        return since.assignments_per_s(_Reading.of(loads, now))
 
     def _close(self, loads: LoadTracker, hosts: Sequence[PoolHost], now: float) -> None:
         """End the measurement and set the effect, if there was enough time and load."""
@@ -137,10 +137,10 @@ class EffectMeter:
         before = balancedness_under(change.layers_before, counts, hosts, self._fan_out)
         after = balancedness_under(brought.layers, counts, hosts, self._fan_out)
         if before and after:
-            change.effect = Effect(
+            change.impact = ChangeImpact(
                 seconds=now - ended.at,
                 before=before,
                 after=after,
-                choices_before=self._before,
-                choices_after=ended.choices_per_s(reading),
+                assignments_per_s_before=self._before,
+                assignments_per_s_after=ended.assignments_per_s(reading),
             )

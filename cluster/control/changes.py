@@ -14,14 +14,16 @@ _KEPT = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Effect:
+class ChangeImpact:
     """The effect of a change, measured over the ``seconds`` after its end."""
 
     seconds: float
     before: Mapping[LayerKey, float]  # balancedness of that load under the shares before the change
     after: Mapping[LayerKey, float]  # balancedness of the same load under the new shares
-    choices_before: Mapping[str, float]  # assignments/s that each host answered before the change
-    choices_after: Mapping[str, float]  # the same after it
+    assignments_per_s_before: Mapping[
+        str, float
+    ]  # assignments/s that each host answered before the change
+    assignments_per_s_after: Mapping[str, float]  # the same after it
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,7 +39,7 @@ class Change:
     phase: ChangePhase = ChangePhase.LOADING
     ended: float | None = None
     errors: list[str] = field(default_factory=list)
-    effect: Effect | None = None  # None: not measured yet, or superseded too soon, or no load
+    impact: ChangeImpact | None = None  # None: not measured yet, or superseded too soon, or no load
 
     def report(self, now: float, *, pending_moves: int) -> ChangeReport:
         """Return the report; ``pending_moves``: replicas of the target still to be loaded."""
@@ -58,21 +60,21 @@ class Change:
         )
 
     def _measured(self) -> MeasuredEffect | None:
-        if self.effect is None:
+        if self.impact is None:
             return None
-        before = balancedness_of(list(self.effect.before.values()))
-        after = balancedness_of(list(self.effect.after.values()))
+        before = balancedness_of(list(self.impact.before.values()))
+        after = balancedness_of(list(self.impact.after.values()))
         assert before is not None and after is not None, "there is no effect without load"
         return MeasuredEffect(
-            window_s=round(self.effect.seconds, 1),
+            window_s=round(self.impact.seconds, 1),
             balancedness_unchanged=before,
             balancedness_changed=after,
-            host_assignments_per_s_before=dict(self.effect.choices_before),
-            host_assignments_per_s_after=dict(self.effect.choices_after),
+            host_assignments_per_s_before=dict(self.impact.assignments_per_s_before),
+            host_assignments_per_s_after=dict(self.impact.assignments_per_s_after),
         )
 
 
-class Changes:
+class ChangeHistory:
     """The most recent changes, the newest last."""
 
     def __init__(self) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Placement
-from ..planner.capacity import let_stay
-from ..planner.plan import Plan, Policy, PoolHost, Wishes
+from ..planner.capacity import keep_unplaced_on_leaving
+from ..planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from ..planner.planner import plan
-from .loading import Load
+from .loading import LoadExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +40,9 @@ class MakePlan:
     hosts: Sequence[PoolHost]
     current: Mapping[LayerKey, LayerPlacement]
     loads: Mapping[LayerKey, np.ndarray]
-    policy: Policy
-    wishes: Wishes
-    key: object  # hosts, models and wishes that it is for; if they change, the plan is void
+    policy: PlannerPolicy
+    constraints: OperatorConstraints
+    key: object  # hosts, models and constraints that it is for; if they change, the plan is void
     version: int  # the target that it starts from; if that changes, the plan is void
     balance: bool  # whether the plan is adopted only if it gains balance
 
@@ -54,15 +54,15 @@ class MakePlan:
             current=self.current,
             loads=self.loads,
             policy=self.policy,
-            wishes=self.wishes,
+            constraints=self.constraints,
         )
-        return let_stay(
+        return keep_unplaced_on_leaving(
             found,
             models=self.models,
             hosts=self.hosts,
-            leaving=self.wishes.leaving,
+            leaving=self.constraints.leaving,
             current=self.current,
         )
 
 
-Command = Load | Publish | Evict | MakePlan
+ControlCommand = LoadExperts | Publish | Evict | MakePlan

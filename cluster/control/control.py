@@ -28,21 +28,21 @@ from ..placement import (
     LayerKey,
     LayerPlacement,
     ModelShape,
-    Number,
     Placement,
+    PlacementId,
     every_expert,
 )
-from ..planner.capacity import with_room
-from ..planner.plan import Plan, PoolHost, Wishes
-from .change_impact import EffectMeter
-from .changes import Change, Changes
-from .commands import Command, Evict, MakePlan, Publish
-from .host_speed import SILENT, slowed
-from .idle_models import Sleep
+from ..planner.capacity import with_default_slots
+from ..planner.plan import OperatorConstraints, Plan, PoolHost
+from .change_impact import ImpactMeter
+from .changes import Change, ChangeHistory
+from .commands import ControlCommand, Evict, MakePlan, Publish
+from .host_speed import SILENT, with_speed_factors
+from .idle_models import IdleModels
 from .loading import Loader
 from .membership import Membership
-from .policy import ControlPolicy, Rhythm
-from .pool_view import Observation, View
+from .policy import ControlPolicy, RebalanceTimer
+from .pool_view import Observation, PoolView
 from .publishing import Publisher
 from .target import Target
 
@@ -61,7 +61,7 @@ class Control:
         self, hosts: Sequence[PoolHost], *, term: int, policy: ControlPolicy | None = None
     ) -> None:
         self.policy = policy or ControlPolicy()
-        self.view = View(hosts, gone_s=self.policy.gone_s)
+        self.view = PoolView(hosts, host_timeout_s=self.policy.host_timeout_s)
         self.publisher = Publisher(self.view, term=term, lease_s=self.policy.lease_s)
         self.loader = Loader(
             self.view,
@@ -70,22 +70,22 @@ class Control:
             retry_s=self.policy.retry_s,
         )
         self.loads = LoadTracker()
-        self.changes = Changes()
-        self.effects = EffectMeter(self.policy.every_s, self.policy.balance.fan_out)
+        self.changes = ChangeHistory()
+        self.impact_meter = ImpactMeter(self.policy.every_s, self.policy.balance.consolidate_below)
         self._target = Target()
         self.members = Membership(self.view, self.publisher, self.loader, self._target)
         self.models: dict[str, ModelShape] = {}
-        self.sleep = Sleep()
+        self.idle_models = IdleModels()
         self._parts: dict[str, float] = {}
         self._parts_for: object = None
         self._asked: MakePlan | None = None
         self._published_for: object = None
         self._nothing_pending = False
-        self._planned_for: object = None  # hosts, models and wishes of the target
+        self._planned_for: object = None  # hosts, models and constraints of the target
         self._planned_windows = 0
         self.planned_at: float | None = None  # when the planner was last asked
         self._now: float | None = None
-        self._rhythm = Rhythm(self.policy.every_s)
+        self._rebalance_timer = RebalanceTimer(self.policy.every_s)
 
     # ---- input ----------------------------------------------------------------------------------
 
@@ -114,12 +114,12 @@ class Control:
     def hear(self, report: LoadReport, now: float) -> None:
         """Take note of a router's report: what it counted, and which placement it follows."""
         self.loads.hear(report)
-        self.sleep.hear(report, now)
-        self.publisher.acknowledged(report.router, report.number, now)
+        self.idle_models.hear(report, now)
+        self.publisher.acknowledged(report.router, report.placement_id, now)
 
-    def wish(self, wishes: Wishes) -> None:
+    def set_constraints(self, constraints: OperatorConstraints) -> None:
         """Take what operators want; the next tick plans for it."""
-        self.members.wishes = wishes
+        self.members.constraints = constraints
 
     def load_failed(self, host: str, keys: Sequence[ExpertKey], error: str, now: float) -> None:
         """Take note of a load that ended without all of its replicas.
@@ -130,14 +130,14 @@ class Control:
         for key in self.loader.failed(host, keys, now):
             if self.view.holders(key):
                 self._target.give_up(key, host, self.view.holders(key))
-                self._rhythm.rest(now)
+                self._rebalance_timer.pause(now)
                 self.changes.failed(f"{key} on {host}: {error}", now)
 
     # ---- queries --------------------------------------------------------------------------------
 
     @property
-    def number(self) -> Number:
-        return self.publisher.number
+    def placement_id(self) -> PlacementId:
+        return self.publisher.placement_id
 
     @property
     def placement(self) -> Placement | None:
@@ -149,9 +149,9 @@ class Control:
         return self._target.layers is not None
 
     @property
-    def wishes(self) -> Wishes:
-        """What operators want; `wish` changes it."""
-        return self.members.wishes
+    def constraints(self) -> OperatorConstraints:
+        """What operators want; `set_constraints` changes it."""
+        return self.members.constraints
 
     @property
     def leaving(self) -> frozenset[str]:
@@ -184,11 +184,11 @@ class Control:
         """Return whether a retired host holds nothing, gets nothing, and no router uses it."""
         return self.members.is_free(host, now, experts_are_missing=bool(self.missing()))
 
-    def no_room(self) -> dict[str, str]:
+    def drain_blockers(self) -> dict[str, str]:
         """Return the leaving hosts that cannot leave, with the reason as text."""
-        return self.members.no_room(self.models)
+        return self.members.drain_blockers(self.models)
 
-    def parts(self) -> dict[str, float]:
+    def speed_factors(self) -> dict[str, float]:
         """Return the speed factor of each host that is planned with less than its full speed.
 
         It is below 1 for slow hosts, and near 0 for silent hosts and while a host still has to load
@@ -198,12 +198,12 @@ class Control:
             self._parts_for = self.state
             lacking = {
                 host: len(self.loader.lacking(host, self.wanted(host))) / len(self.wanted(host))
-                for host in self.view.seen
+                for host in self.view.observations
                 if self.wanted(host)
             }
             loading = [host for host, part in lacking.items() if part > _LOADING]
             self._parts = dict.fromkeys(loading, SILENT) if len(loading) < len(lacking) else {}
-        return self.view.parts | self._parts
+        return self.view.speed_factors | self._parts
 
     def is_quiet(self, now: float) -> bool:
         """Return whether a tick without new reports would do nothing.
@@ -229,7 +229,7 @@ class Control:
 
     # ---- one round ------------------------------------------------------------------------------
 
-    def tick(self, reports: Mapping[str, Observation | None], now: float) -> list[Command]:
+    def tick(self, reports: Mapping[str, Observation | None], now: float) -> list[ControlCommand]:
         """Run one round: take in the hosts' reports, and return what has to be done.
 
         None stands for a host that Ray says is gone. A host that is missing from ``reports`` did
@@ -240,20 +240,22 @@ class Control:
         self._now = now
         self.view.note(reports, now)
         self.loads.advance(now)
-        self.sleep.advance(
+        self.idle_models.advance(
             self.models.values(),
             on_disk=self.loader.on_disk,
-            appeared=self.publisher.appeared,
+            appeared=self.publisher.has_published,
             now=now,
         )
         # Step 2: ask for a plan if the last one is outdated, or if the balance is due for a check.
-        commands: list[Command] = self._replan(now)
+        commands: list[ControlCommand] = self._replan(now)
         target = self._target.layers
         if target is None:
-            target = self._standing()
+            target = self._held_placement()
         # Step 3: let idle hosts load what they lack.
-        idle = [h for h, seen in self.view.seen.items() if h in reports and not seen.loading]
-        appeared = [model for model in self.models if self.publisher.appeared(model)]
+        idle = [
+            h for h, seen in self.view.observations.items() if h in reports and not seen.loading
+        ]
+        appeared = [model for model in self.models if self.publisher.has_published(model)]
         for host in idle:
             load = self.loader.next(
                 host, self.wanted(host), models=self.models, appeared=appeared, now=now
@@ -267,7 +269,7 @@ class Control:
             self._nothing_pending = not self.pending()
         # Step 5: let hosts evict what no router can ask for any more.
         if self.settled:
-            evictable = self.publisher.evictable(target, now, self.sleep.asleep)
+            evictable = self.publisher.evictable(target, now, self.idle_models.asleep)
             for host in [host for host in idle if host in evictable]:
                 commands.append(Evict(host=host, keys=tuple(evictable[host])))
                 self.view.forget(host, evictable[host])
@@ -275,15 +277,15 @@ class Control:
                 self.changes.done(now)
         # Step 6: measure the effect of the last change.
         last = self.changes.find(None)
-        self.effects.tick(last, self.placement, self.loads, self.staying(now), now)
+        self.impact_meter.tick(last, self.placement, self.loads, self.staying(now), now)
         return commands
 
     # ---- step 2: the target ---------------------------------------------------------------------
 
-    def _replan(self, now: float) -> list[Command]:
+    def _replan(self, now: float) -> list[ControlCommand]:
         """Ask for a plan, if one is needed and none is being made."""
         usable = self.view.usable(now)
-        started = self.settled or usable <= self.view.seen.keys()
+        started = self.settled or usable <= self.view.observations.keys()
         # Nothing to do while a plan is being made, before the first reports of all hosts, and while
         # all hosts are leaving.
         if self._asked is not None or not started or not usable - self.members.leaving:
@@ -293,9 +295,9 @@ class Control:
         elif (
             self.policy.auto
             and self._nothing_pending
-            and self._rhythm.is_due(now, self.loads.shifted_at)
+            and self._rebalance_timer.is_due(now, self.loads.shifted_at)
         ):
-            self._rhythm.looked(now)
+            self._rebalance_timer.note_check(now)
             # Without new load since the last plan, the planner would find the same again.
             if self.loads.windows != self._planned_windows:
                 self._planned_windows = self.loads.windows
@@ -312,7 +314,7 @@ class Control:
             if found.moves or gain > _WORTH:
                 self.apply(found, now, who="balancer", why="load")
         elif self.settled and found.moves:
-            self.apply(found, now, who="controller", why="hosts, models or wishes")
+            self.apply(found, now, who="controller", why="hosts, models or constraints")
         else:
             self._adopt(found, now)
 
@@ -334,8 +336,8 @@ class Control:
         gives so many new, empty hosts their part of the replicas, whether the moves pay or not.
         """
         self.planned_at = now
-        rate = self.loads.choices_per_busy_s()
-        hosts = with_room(
+        rate = self.loads.assignments_per_busy_s()
+        hosts = with_default_slots(
             [self.view.hosts[name] for name in sorted(self.view.usable(now))],
             self.models.values(),
             redundancy=self.policy.balance.redundancy,
@@ -348,24 +350,28 @@ class Control:
             self.policy.balance,
             # Until hosts have been measured at work, nobody can say whether a move pays.
             budget=most if rate is not None else 0,
-            load_bytes_per_s=self.policy.bytes_per_s,
+            loading_bytes_per_s=self.policy.bytes_per_s,
         )
         if fill:
             # One idle host among many lowers the balancedness by only 1 / hosts, which the usual
             # aim tolerates. A quarter of that makes the planner fill it.
             even = max(policy.target, 1 - 0.25 / len(hosts))
             part = math.ceil(self._target.replicas() / len(hosts)) * fill
-            policy = replace(policy, budget=part, enough=even, target=even, horizon_s=_FOR_GOOD_S)
+            policy = replace(
+                policy, budget=part, rebalance_below=even, target=even, horizon_s=_FOR_GOOD_S
+            )
         return MakePlan(
             models=self._awake(),
             hosts=[
                 replace(host, speed=host.speed * (rate or 1.0))
-                for host in slowed(hosts, self.parts())
+                for host in with_speed_factors(hosts, self.speed_factors())
             ],
-            current=self._standing() if self._target.layers is None else dict(self._target.layers),
+            current=self._held_placement()
+            if self._target.layers is None
+            else dict(self._target.layers),
             loads=self.loads.forecast(),
             policy=policy,
-            wishes=replace(self.wishes, leaving=self.members.leaving),
+            constraints=replace(self.constraints, leaving=self.members.leaving),
             key=self._key(now),
             version=self._target.version,
             balance=budget is None,
@@ -379,36 +385,36 @@ class Control:
 
     def roll_back(self, change: Change, now: float) -> None:
         """Return to the target from before a change; the next tick plans what no longer fits."""
-        self._target.aim(dict(change.layers_before))
+        self._target.set_layers(dict(change.layers_before))
         self._planned_for = None
-        self._rhythm.rest(now)
+        self._rebalance_timer.pause(now)
         self.changes.rolled_back(change, now)
 
     def _adopt(self, found: Plan, now: float) -> None:
         # The key depends on what hosts have yet to load, so it is taken before the target changes.
         self._planned_for = self._key(now)
-        self._target.aim(dict(found.layers))
+        self._target.set_layers(dict(found.layers))
         self._target.unplaced = found.unplaced
         self.loader.reset()
 
     def _key(self, now: float) -> object:
         """Return everything but the load that a plan depends on, to compare it with later."""
-        usable, parts = self.view.usable(now), tuple(sorted(self.parts().items()))
-        return usable, parts, tuple(self._awake()), self.wishes, self.members.leaving
+        usable, parts = self.view.usable(now), tuple(sorted(self.speed_factors().items()))
+        return usable, parts, tuple(self._awake()), self.constraints, self.members.leaving
 
     def _unused(self) -> int:
         """Return how many hosts are present and empty, with nothing planned for them yet."""
         if not self.settled:
             return 0
-        there = self.view.seen.keys() - self.members.leaving
+        there = self.view.observations.keys() - self.members.leaving
         return sum(self.view.empty(host) and not self.wanted(host) for host in there)
 
     def _awake(self) -> list[ModelShape]:
-        return self.sleep.awake(self.models.values())
+        return self.idle_models.awake(self.models.values())
 
     def _budget(self) -> int:
         return self.policy.moves(self._target.replicas(), self._awake())
 
-    def _standing(self) -> dict[LayerKey, LayerPlacement]:
+    def _held_placement(self) -> dict[LayerKey, LayerPlacement]:
         """Return what hosts hold, from which a new controller begins."""
-        return self.view.standing(list(self.models.values()))
+        return self.view.held_placement(list(self.models.values()))

@@ -32,7 +32,7 @@ class Work:
     """The work of a host's device since the host started."""
 
     batches: int
-    choices: int
+    assignments: int
     busy_s: float
 
 
@@ -45,7 +45,7 @@ class _Mark:
     work: Work
 
 
-class Paces:
+class HostSpeeds:
     """The pace of each host over its last computations, in assignments per second of work."""
 
     def __init__(self) -> None:
@@ -67,7 +67,9 @@ class Paces:
         self._marks.pop(host, None)
         self._slow.pop(host, None)
 
-    def parts(self, speeds: Mapping[str, float], silent: Collection[str]) -> dict[str, float]:
+    def speed_factors(
+        self, speeds: Mapping[str, float], silent: Collection[str]
+    ) -> dict[str, float]:
         """Return the speed factor, below 1, of each slow or silent host; others are left out.
 
         ``speeds``: the nominal speed of each host.
@@ -96,7 +98,7 @@ class Paces:
         for mark in reversed(marks):
             done = _since(mark, marks[-1])
             if done.batches >= _LEAST_BATCHES and done.busy_s >= _LEAST_BUSY_S:
-                return mark.at, done.choices / done.busy_s
+                return mark.at, done.assignments / done.busy_s
         return None
 
     def _part(self, host: str, since: float, speeds: Mapping[str, float]) -> float:
@@ -108,16 +110,18 @@ class Paces:
                 first = next((m for m in reversed(marks) if m.at <= since), marks[0])
                 done = _since(first, marks[-1])
                 if done.busy_s > 0:
-                    paces[other] = done.choices / done.busy_s / speed
+                    paces[other] = done.assignments / done.busy_s / speed
         return paces[host] / median(paces.values()) if len(paces) > 1 else 1.0
 
 
 def _since(first: _Mark, last: _Mark) -> Work:
     """Return the work between two reports."""
     was, now = first.work, last.work
-    return Work(now.batches - was.batches, now.choices - was.choices, now.busy_s - was.busy_s)
+    return Work(
+        now.batches - was.batches, now.assignments - was.assignments, now.busy_s - was.busy_s
+    )
 
 
-def slowed(hosts: Sequence[PoolHost], parts: Mapping[str, float]) -> list[PoolHost]:
-    """Return the hosts with their speeds multiplied by the speed factors ``parts``."""
+def with_speed_factors(hosts: Sequence[PoolHost], parts: Mapping[str, float]) -> list[PoolHost]:
+    """Return the hosts with their speeds multiplied by the speed factors ``speed_factors``."""
     return [replace(host, speed=host.speed * parts.get(host.name, 1.0)) for host in hosts]

@@ -8,7 +8,7 @@ from ..load.meter import LoadReport
 from ..placement import ModelShape
 
 
-class Sleep:
+class IdleModels:
     """Tracks which models are asleep.
 
     A model without a checkpoint, put into memory, never sleeps: nobody could load it again.

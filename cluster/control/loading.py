@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..placement import ExpertKey, HostEntry, ModelShape
-from .pool_view import View
+from .pool_view import PoolView
 
 # Extra slots of a host, for new replicas while those that they replace still serve.
 _STAGING = 4
@@ -15,7 +15,7 @@ _BATCH_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class LoadExperts:
     """Let ``host`` load ``keys``, from the checkpoint or from the named peers."""
 
     host: str
@@ -26,7 +26,9 @@ class Load:
 class Loader:
     """Gives out loads, and remembers which ones failed."""
 
-    def __init__(self, view: View, *, bytes_per_s: float, batch_bytes: int, retry_s: float) -> None:
+    def __init__(
+        self, view: PoolView, *, bytes_per_s: float, batch_bytes: int, retry_s: float
+    ) -> None:
         """Bound background loads of a host to ``bytes_per_s``, and each to ``batch_bytes``.
 
         Experts that a request may be waiting for are not bounded. After a failure a host loads
@@ -68,7 +70,7 @@ class Loader:
         models: Mapping[str, ModelShape],
         appeared: Collection[str],
         now: float,
-    ) -> Load | None:
+    ) -> LoadExperts | None:
         """Return the next load of an idle host, or None.
 
         Experts that no host holds, and those of models that have not ``appeared`` in a placement
@@ -87,7 +89,7 @@ class Loader:
         if not urgent:
             used_bytes = sum(models[key.model].expert_bytes for key in keys)
             self._not_before[host] = now + used_bytes / self._bytes_per_s
-        return Load(host=host, keys=tuple(keys), peers=peers)
+        return LoadExperts(host=host, keys=tuple(keys), peers=peers)
 
     def lacking(self, host: str, wanted: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return the ``wanted`` experts that ``host`` lacks and can still get.
@@ -109,9 +111,9 @@ class Loader:
         It is bounded in bytes, and to the replicas that fit until those that they replace are
         evicted.
         """
-        held = sum(1 for _ in self._view.seen[host].experts())
-        # If the slots are computed (`with_room`), they shrink when hosts come back, and the target
-        # may name more experts than the host now has slots.
+        held = sum(1 for _ in self._view.observations[host].experts())
+        # If the slots are computed (`with_default_slots`), they shrink when hosts come back, and
+        # the target may name more experts than the host now has slots.
         room = max(0, max(self.slots.get(host, held), wanted) + _STAGING - held)
         room_bytes, batch = self._batch_bytes, []
         for key in lacking[:room]:
@@ -130,4 +132,4 @@ class Loader:
         failures = self._failures.get(key, 0)
         if not holders or (key.model in self.on_disk and failures % 2 == 0):
             return None
-        return self._view.seen[holders[(key.expert + failures) % len(holders)]].entry
+        return self._view.observations[holders[(key.expert + failures) % len(holders)]].entry

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..placement import ModelShape
-from ..planner.plan import PoolHost, Wishes
+from ..planner.plan import OperatorConstraints, PoolHost
 from .loading import Loader
-from .operations import forgotten
-from .pool_view import View
+from .operations import without_host
+from .pool_view import PoolView
 from .publishing import Publisher
 from .target import Target
 
@@ -20,13 +20,15 @@ class Membership:
     soon as each live router has acknowledged a placement without it, or its lease has ended.
     """
 
-    def __init__(self, view: View, publisher: Publisher, loader: Loader, target: Target) -> None:
+    def __init__(
+        self, view: PoolView, publisher: Publisher, loader: Loader, target: Target
+    ) -> None:
         self._view = view
         self._publisher = publisher
         self._loader = loader
         self._target = target
         # What operators want; the next tick of the controller plans for it.
-        self.wishes = Wishes()
+        self.constraints = OperatorConstraints()
 
     def add(self, host: PoolHost) -> None:
         """Announce a new host; it is used as soon as it reports."""
@@ -47,12 +49,12 @@ class Membership:
         self._view.remove(name)
         self._publisher.forget(name)
         self._loader.forget(name)
-        self.wishes = forgotten(self.wishes, name)
+        self.constraints = without_host(self.constraints, name)
 
     @property
     def leaving(self) -> frozenset[str]:
         """Hosts that must become empty: drained by operators, or retired."""
-        return self.wishes.leaving | self._view.retiring
+        return self.constraints.leaving | self._view.retiring
 
     def is_free(self, host: str, now: float, *, experts_are_missing: bool) -> bool:
         """Return whether a retired host holds nothing, gets nothing, and no router uses it."""
@@ -64,7 +66,7 @@ class Membership:
             return False
         return view.is_known(host) and self._publisher.has_left(host, now)
 
-    def no_room(self, models: Mapping[str, ModelShape]) -> dict[str, str]:
+    def drain_blockers(self, models: Mapping[str, ModelShape]) -> dict[str, str]:
         """Return the leaving hosts that cannot leave, with the reason as text.
 
         They go on serving the experts for which no other host has room, and leave once there is.

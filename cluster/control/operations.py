@@ -1,4 +1,4 @@
-"""Operators' wishes for a placement, and the report on a plan."""
+"""Operators' constraints for a placement, and the report on a plan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ..placement import ExpertKey, LayerKey, ModelShape
-from ..planner.plan import Plan, Wishes
+from ..planner.plan import OperatorConstraints, Plan
 from ..reports.placing import LayerPlan, MoveKind, PlannedDrop, PlannedMove, PlanReport
 from ..reports.report import ExpertId, balancedness_of
 
@@ -43,58 +43,62 @@ def check_host(hosts: Collection[str], host: str) -> None:
         raise ValueError(f"host: {host!r} is none of {', '.join(sorted(hosts))}")
 
 
-def replicated(wishes: Wishes, key: ExpertKey, count: int, hosts: Collection[str]) -> Wishes:
-    """Wish for at least ``count`` replicas; 1 revokes the wish. Raises ValueError on bad counts."""
+def with_min_replicas(
+    constraints: OperatorConstraints, key: ExpertKey, count: int, hosts: Collection[str]
+) -> OperatorConstraints:
+    """Require at least ``count`` replicas; 1 revokes that. Raises ValueError on bad counts."""
     if not 1 <= count <= len(hosts):
         raise ValueError(f"replicas: {count} is not in 1 to {len(hosts)}, the number of hosts")
-    least = {k: n for k, n in wishes.least.items() if k != key}
-    return replace(wishes, least=least | ({key: count} if count > 1 else {}))
+    least = {k: n for k, n in constraints.min_replicas.items() if k != key}
+    return replace(constraints, min_replicas=least | ({key: count} if count > 1 else {}))
 
 
-def pinned(wishes: Wishes, key: ExpertKey, host: str) -> Wishes:
-    """Wish that ``host`` always holds the expert."""
-    pins = wishes.pins.get(key, frozenset()) | {host}
-    return replace(wishes, pins={**wishes.pins, key: pins})
+def with_pin(constraints: OperatorConstraints, key: ExpertKey, host: str) -> OperatorConstraints:
+    """Require that ``host`` always holds the expert."""
+    pins = constraints.pins.get(key, frozenset()) | {host}
+    return replace(constraints, pins={**constraints.pins, key: pins})
 
 
-def unpinned(wishes: Wishes, key: ExpertKey, host: str) -> Wishes:
+def without_pin(constraints: OperatorConstraints, key: ExpertKey, host: str) -> OperatorConstraints:
     """Revoke a pin."""
-    left = wishes.pins.get(key, frozenset()) - {host}
-    others = {k: v for k, v in wishes.pins.items() if k != key}
-    return replace(wishes, pins=others | ({key: left} if left else {}))
+    left = constraints.pins.get(key, frozenset()) - {host}
+    others = {k: v for k, v in constraints.pins.items() if k != key}
+    return replace(constraints, pins=others | ({key: left} if left else {}))
 
 
-def drained(wishes: Wishes, host: str, hosts: Collection[str]) -> Wishes:
-    """Wish that ``host`` becomes empty. Raises ValueError if no other host would be left."""
-    leaving = wishes.leaving | {host}
+def with_drain(
+    constraints: OperatorConstraints, host: str, hosts: Collection[str]
+) -> OperatorConstraints:
+    """Require that ``host`` becomes empty. Raises ValueError if no other host would be left."""
+    leaving = constraints.leaving | {host}
     if not set(hosts) - leaving:
         raise ValueError(f"host: {host} is the last one; its experts have nowhere to go")
-    return replace(wishes, leaving=leaving)
+    return replace(constraints, leaving=leaving)
 
 
-def undrained(wishes: Wishes, host: str) -> Wishes:
+def without_drain(constraints: OperatorConstraints, host: str) -> OperatorConstraints:
     """Revoke a drain."""
-    return replace(wishes, leaving=wishes.leaving - {host})
+    return replace(constraints, leaving=constraints.leaving - {host})
 
 
-def forgotten(wishes: Wishes, host: str) -> Wishes:
-    """Remove all wishes that name a host, which was removed."""
-    pins = {key: hosts - {host} for key, hosts in wishes.pins.items()}
+def without_host(constraints: OperatorConstraints, host: str) -> OperatorConstraints:
+    """Remove all constraints that name a host, which was removed."""
+    pins = {key: hosts - {host} for key, hosts in constraints.pins.items()}
     return replace(
-        wishes,
+        constraints,
         pins={key: hosts for key, hosts in pins.items() if hosts},
-        leaving=wishes.leaving - {host},
+        leaving=constraints.leaving - {host},
     )
 
 
-def unmet(plan: Plan, wishes: Wishes, key: ExpertKey) -> list[str]:
-    """Return a text for each wish for an expert that a plan does not grant."""
+def unmet_constraints(plan: Plan, constraints: OperatorConstraints, key: ExpertKey) -> list[str]:
+    """Return a text for each constraint on an expert that a plan does not grant."""
     hosts = plan.layers[LayerKey(key.model, key.layer)].hosts(key.expert)
-    least = wishes.least.get(key, 1)
+    least = constraints.min_replicas.get(key, 1)
     found = []
     if len(hosts) < least:
         found.append(f"{key}: room for {len(hosts)} of {least} replicas")
-    lacking = sorted(wishes.pins.get(key, frozenset()) - set(hosts))
+    lacking = sorted(constraints.pins.get(key, frozenset()) - set(hosts))
     if lacking:
         found.append(f"{key}: no room on {', '.join(lacking)}")
     return found

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..placement import ModelShape
-from ..planner.plan import Policy
+from ..planner.plan import PlannerPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlPolicy:
     """When the controller acts, and how fast; in seconds and bytes."""
 
-    balance: Policy = field(default_factory=Policy)
+    balance: PlannerPolicy = field(default_factory=PlannerPolicy)
     auto: bool = True  # whether it balances by itself
     every_s: float = 10.0  # how often it checks the balance
     budget: float = 0.05  # fraction of all replicas that one rebalance may load
     budget_bytes: int | None = None  # bytes that one rebalance may load; replaces `budget`
-    gone_s: float = 30.0  # a host that is away for longer gets no experts in plans
+    host_timeout_s: float = 30.0  # a host that is away for longer gets no experts in plans
     lease_s: float = 10.0  # a router that is silent for longer no longer delays evictions
     bytes_per_s: float = 200e6  # mean rate at which one host loads in the background
     batch_bytes: int = 64 << 20  # bytes of one background load
@@ -46,7 +46,7 @@ _LOOK_S = 1.0
 _REST = 10
 
 
-class Rhythm:
+class RebalanceTimer:
     """When the balancer looks: periodically, soon after a shift, late after a failure."""
 
     def __init__(self, every_s: float) -> None:
@@ -54,11 +54,11 @@ class Rhythm:
         self._looked_at: float | None = None
         self._rests_until = 0.0
 
-    def rest(self, now: float) -> None:
+    def pause(self, now: float) -> None:
         """Pause the balancer."""
         self._rests_until = now + _REST * self._every_s
 
-    def looked(self, now: float) -> None:
+    def note_check(self, now: float) -> None:
         """Take note that the balancer has looked."""
         self._looked_at = now
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ..placement import ExpertKey, HostEntry, LayerKey, LayerPlacement, ModelShape, Replica
 from ..planner.plan import PoolHost
-from .host_speed import Paces, Work
+from .host_speed import HostSpeeds, Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,19 +39,19 @@ def without(
     }
 
 
-class View:
+class PoolView:
     """All hosts of a pool, by their last reports."""
 
-    def __init__(self, hosts: Sequence[PoolHost], *, gone_s: float) -> None:
-        """Start without reports; a host away for ``gone_s`` seconds is no longer usable."""
+    def __init__(self, hosts: Sequence[PoolHost], *, host_timeout_s: float) -> None:
+        """Start without reports; a host away for ``host_timeout_s`` seconds is no longer usable."""
         self.hosts = {host.name: host for host in hosts}
-        self.seen: dict[str, Observation] = {}
+        self.observations: dict[str, Observation] = {}
         self.retiring: set[str] = set()  # hosts that are leaving the pool
         self.version = 0  # grows with every change of the view
         # The speed factor of each slow or silent host.
-        self.parts: dict[str, float] = {}
-        self._paces = Paces()
-        self._gone_s = gone_s
+        self.speed_factors: dict[str, float] = {}
+        self._host_speeds = HostSpeeds()
+        self._host_timeout_s = host_timeout_s
         self._away_since: dict[str, float] = {}
         self._arrived: set[str] = set()
         self._heard_at: dict[str, float] = {}
@@ -66,13 +66,13 @@ class View:
     def remove(self, host: str) -> None:
         """Forget a host that left the pool."""
         del self.hosts[host]
-        self.seen.pop(host, None)
+        self.observations.pop(host, None)
         self._away_since.pop(host, None)
         self.retiring.discard(host)
         self._arrived.discard(host)
         self._heard_at.pop(host, None)
         self._lost.pop(host, None)
-        self._paces.forget(host)
+        self._host_speeds.forget(host)
         self.version += 1
 
     def note(self, reports: Mapping[str, Observation | None], now: float) -> None:
@@ -83,37 +83,38 @@ class View:
                 continue  # it was removed after it was asked
             self._heard_at[host] = now
             self._lost.pop(host, None)
-            if self.seen.get(host) != observation:
+            if self.observations.get(host) != observation:
                 self.version += 1
             if observation is None:
-                self.seen.pop(host, None)
+                self.observations.pop(host, None)
             else:
-                self.seen[host] = observation
+                self.observations[host] = observation
                 self._away_since.pop(host, None)
                 self._arrived.add(host)
                 if observation.work is not None:
                     incarnation = observation.entry.incarnation
-                    self._paces.note(host, incarnation, observation.work, now)
-        for host in [h for h in self.retiring & self.seen.keys() if self._is_lost(h)]:
-            self._lost[host] = self.seen.pop(host)
+                    self._host_speeds.note(host, incarnation, observation.work, now)
+        for host in [h for h in self.retiring & self.observations.keys() if self._is_lost(h)]:
+            self._lost[host] = self.observations.pop(host)
             self.version += 1
-        for host in self.hosts.keys() - self.seen.keys():
+        for host in self.hosts.keys() - self.observations.keys():
             self._away_since.setdefault(host, now)
         speeds = {host: known.speed for host, known in self.hosts.items() if host in self._arrived}
         silent = {host for host in speeds if reports.get(host) is None}
-        self.parts = self._paces.parts(speeds, silent)
+        self.speed_factors = self._host_speeds.speed_factors(speeds, silent)
 
     def forget(self, host: str, keys: Collection[ExpertKey]) -> None:
         """Remove what a host was told to evict, without waiting for its next report."""
-        seen = self.seen[host]
-        self.seen[host] = replace(seen, holdings=without(seen.holdings, keys))
+        seen = self.observations[host]
+        self.observations[host] = replace(seen, holdings=without(seen.holdings, keys))
 
     def usable(self, now: float) -> frozenset[str]:
-        """Return the hosts that are alive, or have not been away for ``gone_s`` yet."""
+        """Return the hosts that are alive, or have not been away for ``host_timeout_s`` yet."""
         return frozenset(
             host
             for host in self.hosts
-            if host in self.seen or now - self._away_since.get(host, now) < self._gone_s
+            if host in self.observations
+            or now - self._away_since.get(host, now) < self._host_timeout_s
         )
 
     def never_seen(self, host: str) -> bool:
@@ -125,41 +126,43 @@ class View:
 
         If it does not answer: whether other hosts hold all that it held.
         """
-        seen, lost = self.seen.get(host), self._lost.get(host)
+        seen, lost = self.observations.get(host), self._lost.get(host)
         if seen is None:
             return lost is None or all(self.holders(key) for key in lost.experts())
         return not (seen.loading or any(True for _ in seen.experts()))
 
     def is_known(self, host: str) -> bool:
         """Return whether a host reported in the last round, or is known to be gone."""
-        return host not in self.seen or self._heard_at.get(host) == self._now
+        return host not in self.observations or self._heard_at.get(host) == self._now
 
     def _is_lost(self, host: str) -> bool:
-        """Return whether a retiring host is silent for ``gone_s``, and others hold all it held."""
-        silent = self._now - self._heard_at.get(host, self._now) >= self._gone_s
-        return silent and all(len(self.holders(key)) > 1 for key in self.seen[host].experts())
+        """Return whether a retiring host is silent too long, and others hold all it held."""
+        silent = self._now - self._heard_at.get(host, self._now) >= self._host_timeout_s
+        return silent and all(
+            len(self.holders(key)) > 1 for key in self.observations[host].experts()
+        )
 
     def entries(self) -> dict[str, HostEntry]:
         """Return the hosts that routers may connect to."""
         return {
             host: seen.entry
-            for host, seen in self.seen.items()
+            for host, seen in self.observations.items()
             if host not in self.retiring or not self.empty(host)
         }
 
     def holders(self, key: ExpertKey) -> list[str]:
         """Return the hosts that hold an expert."""
-        return [host for host, seen in self.seen.items() if seen.holds(key)]
+        return [host for host, seen in self.observations.items() if seen.holds(key)]
 
     def holds(self, host: str, key: ExpertKey) -> bool:
-        seen = self.seen.get(host)
+        seen = self.observations.get(host)
         return seen is not None and seen.holds(key)
 
     def domains(self, key: ExpertKey) -> set[str]:
         """Return the failure domains in which a host holds an expert."""
         return {self.hosts[host].domain or host for host in self.holders(key)}
 
-    def standing(self, models: Sequence[ModelShape]) -> dict[LayerKey, LayerPlacement]:
+    def held_placement(self, models: Sequence[ModelShape]) -> dict[LayerKey, LayerPlacement]:
         """Return a placement of what hosts hold, with even shares."""
         layers = {}
         for shape in models:

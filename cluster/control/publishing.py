@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 
-from ..placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Number, Placement, Replica
-from .pool_view import View
+from ..placement import (
+    ExpertKey,
+    LayerKey,
+    LayerPlacement,
+    ModelShape,
+    Placement,
+    PlacementId,
+    Replica,
+)
+from .pool_view import PoolView
 
-Target = Mapping[LayerKey, LayerPlacement]
+TargetLayers = Mapping[LayerKey, LayerPlacement]
 
 
 class Publisher:
     """Tracks what was published, which routers acknowledged it, and what has left it since."""
 
-    def __init__(self, view: View, *, term: int, lease_s: float) -> None:
+    def __init__(self, view: PoolView, *, term: int, lease_s: float) -> None:
         """Start with nothing published; a router silent for ``lease_s`` s delays no eviction."""
-        self.number = Number(term, 0)
+        self.placement_id = PlacementId(term, 0)
         self.placement: Placement | None = None
         self._view = view
         self._lease_s = lease_s
@@ -26,41 +34,41 @@ class Publisher:
         self._listened_s = 0.0
         self._looked: float | None = None
         self._since_s: float | None = None
-        self._routers: dict[str, tuple[Number | None, float]] = {}
+        self._routers: dict[str, tuple[PlacementId | None, float]] = {}
         # Replicas that hosts hold and the placement does not name, each with the number of the
         # first placement without it: once acknowledged, no router can ask for the replica.
-        self._retired: dict[tuple[ExpertKey, str], Number] = {}
+        self._retired: dict[tuple[ExpertKey, str], PlacementId] = {}
         # The last placement that named each host.
-        self._told: dict[str, Number] = {}
+        self._told: dict[str, PlacementId] = {}
 
-    def acknowledged(self, router: str, number: Number | None, now: float) -> None:
+    def acknowledged(self, router: str, number: PlacementId | None, now: float) -> None:
         """Take note of the placement that a router follows; this renews its lease."""
         self._routers[router] = (number, self._listened(now))
 
-    def routers(self, now: float) -> dict[str, Number | None]:
+    def routers(self, now: float) -> dict[str, PlacementId | None]:
         """Return the live routers, and the number of the placement that each follows."""
         over_s = self._listened(now) - self._lease_s
         self._routers = {r: v for r, v in self._routers.items() if v[1] >= over_s}
         return {name: number for name, (number, _) in self._routers.items()}
 
-    def appeared(self, model: str) -> bool:
+    def has_published(self, model: str) -> bool:
         """Return whether the published placement has a model."""
         return self.placement is not None and any(k.model == model for k in self.placement.layers)
 
-    def publish(self, target: Target, models: Mapping[str, ModelShape]) -> Placement | None:
+    def publish(self, target: TargetLayers, models: Mapping[str, ModelShape]) -> Placement | None:
         """Publish a placement of what is ready; None if that is what was published last."""
         whole = {model: self._whole(model, target) for model in models}
         layers = {}
         for key, layer in target.items():
             # A model appears once hosts hold all of its experts. Later some may be missing.
-            if self.appeared(key.model) or whole.get(key.model):
+            if self.has_published(key.model) or whole.get(key.model):
                 before = self.placement.layers.get(key) if self.placement is not None else None
                 layers[key] = LayerPlacement(
                     tuple(
                         self._ready(key.expert(e), replicas, before.replicas[e] if before else ())
                         for e, replicas in enumerate(layer.replicas)
                     ),
-                    layer.parts,
+                    layer.load_shares,
                 )
         hosts = self._view.entries()
         exact = frozenset(model for model, shape in models.items() if shape.exact)
@@ -69,13 +77,13 @@ class Publisher:
             return None
         if last is None and not layers:
             return None
-        self.number = Number(self.number.term, self.number.epoch + 1)
-        self.placement = Placement(number=self.number, hosts=hosts, layers=layers, exact=exact)
-        self._told.update(dict.fromkeys(hosts, self.number))
+        self.placement_id = PlacementId(self.placement_id.term, self.placement_id.epoch + 1)
+        self.placement = Placement(id=self.placement_id, hosts=hosts, layers=layers, exact=exact)
+        self._told.update(dict.fromkeys(hosts, self.placement_id))
         return self.placement
 
     def evictable(
-        self, target: Target, now: float, asleep: Collection[str] = ()
+        self, target: TargetLayers, now: float, asleep: Collection[str] = ()
     ) -> dict[str, list[ExpertKey]]:
         """Return for each host the replicas that neither the target nor any live router needs.
 
@@ -85,9 +93,11 @@ class Publisher:
         if not self._knows_routers(now) or self.placement is None:
             return {}
         named, wanted = _named(self.placement.layers), _named(target)
-        held = {(key, host) for host, seen in self._view.seen.items() for key in seen.experts()}
+        held = {
+            (key, host) for host, seen in self._view.observations.items() for key in seen.experts()
+        }
         self._retired = {
-            where: self._retired.get(where, self.number) for where in sorted(held - named)
+            where: self._retired.get(where, self.placement_id) for where in sorted(held - named)
         }
         acknowledged = list(self.routers(now).values())
         found: dict[str, list[ExpertKey]] = {}
@@ -116,7 +126,7 @@ class Publisher:
             return False
         # If this controller never named it, an earlier one may have; any placement of this term
         # replaces those.
-        told = self._told.get(host, Number(self.number.term, 0))
+        told = self._told.get(host, PlacementId(self.placement_id.term, 0))
         return all(ack is not None and ack > told for ack in self.routers(now).values())
 
     def forget(self, host: str) -> None:
@@ -149,7 +159,7 @@ class Publisher:
         left = max(0.0, 1.0 - sum(r.share for r in ready))
         return ready + tuple(Replica(host, left / len(stood)) for host in stood)
 
-    def _whole(self, model: str, target: Target) -> bool:
+    def _whole(self, model: str, target: TargetLayers) -> bool:
         """Return whether hosts hold every expert of a model."""
         return all(
             self._view.holders(key.expert(expert))
@@ -159,7 +169,7 @@ class Publisher:
         )
 
 
-def _named(layers: Target) -> set[tuple[ExpertKey, str]]:
+def _named(layers: TargetLayers) -> set[tuple[ExpertKey, str]]:
     """Return all replicas of a placement as (expert, host)."""
     return {
         (key.expert(expert), replica.host)

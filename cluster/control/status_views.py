@@ -11,7 +11,7 @@ import numpy as np
 
 from ..load.tracker import HORIZONS_S, LoadTracker
 from ..placement import LayerKey, LayerPlacement
-from ..planner.plan import Wishes
+from ..planner.plan import OperatorConstraints
 from ..reports.activity import (
     AssignmentRates,
     ExpertReport,
@@ -93,16 +93,16 @@ def hottest(
     ]
 
 
-def standing(
+def expert_views(
     layers: Mapping[LayerKey, LayerPlacement],
     loads: LoadTracker,
-    wishes: Wishes,
+    constraints: OperatorConstraints,
     *,
     model: str | None = None,
     layer: int | None = None,
     hot: int | None = None,
 ) -> list[ExpertReport]:
-    """Return each expert's replicas, load and wishes, for ``model`` and ``layer`` (None: all).
+    """Return each expert's replicas, load and constraints, for ``model`` and ``layer`` (None: all).
 
     In the order of their keys. With ``hot``, only so many experts: those with the most assignments
     per second over the shortest horizon, the hottest first.
@@ -111,7 +111,7 @@ def standing(
         row
         for key in sorted(layers)
         if model in (None, key.model) and layer in (None, key.layer)
-        for row in _layer_standing(key, layers[key], loads, wishes)
+        for row in _layer_standing(key, layers[key], loads, constraints)
     ]
     if hot is None:
         return rows
@@ -119,7 +119,7 @@ def standing(
 
 
 def _layer_standing(
-    key: LayerKey, placed: LayerPlacement, loads: LoadTracker, wishes: Wishes
+    key: LayerKey, placed: LayerPlacement, loads: LoadTracker, constraints: OperatorConstraints
 ) -> list[ExpertReport]:
     none_E = np.zeros(len(placed.replicas))
     rates = [loads.rate(key, horizon) for horizon in range(len(HORIZONS_S))]
@@ -139,8 +139,8 @@ def _layer_standing(
                 **{name: each[expert] for name, each in zip(_RATES, rounded, strict=True)}
             ),
             share_of_layer=round(float(rates[0][expert]) / whole, 4) if whole else None,
-            min_replicas=wishes.least.get(key.expert(expert), 1),
-            pinned_to=sorted(wishes.pins.get(key.expert(expert), ())),
+            min_replicas=constraints.min_replicas.get(key.expert(expert), 1),
+            pinned_to=sorted(constraints.pins.get(key.expert(expert), ())),
         )
         for expert, replicas in enumerate(placed.replicas)
     ]

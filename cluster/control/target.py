@@ -18,7 +18,7 @@ class Target:
         self.version = 0
         self._wanted: dict[str, list[ExpertKey]] = {}
 
-    def aim(self, layers: dict[LayerKey, LayerPlacement]) -> None:
+    def set_layers(self, layers: dict[LayerKey, LayerPlacement]) -> None:
         """Replace the layers."""
         self.layers = layers
         self.version += 1
@@ -44,4 +44,4 @@ class Target:
         if self.layers is None or layer is None or host not in layer.hosts(key.expert):
             return
         left = layer.without(key.expert, host, otherwise=holders)
-        self.aim({**self.layers, layer_key: left})
+        self.set_layers({**self.layers, layer_key: left})

@@ -108,8 +108,8 @@ class Watchdog:
             unprotected_experts=self._unprotected,
             balancedness_mean=None if overall is None else overall.mean,
             balancedness_worst=None if overall is None else overall.worst,
-            term=control.number.term,
-            epoch=control.number.epoch,
+            term=control.placement_id.term,
+            epoch=control.placement_id.epoch,
             failing=self._failing or self._plan_failures > 0,
             hosts=dict(sorted(Counter(states).items())),
         )
@@ -135,7 +135,7 @@ class Watchdog:
         placement, loads = self._control.placement, self._control.loads
         layers = {} if placement is None else placement.layers
         rates = {key: rate for key in layers if (rate := loads.rate(key)) is not None}
-        fan_out = self._control.policy.balance.fan_out
+        fan_out = self._control.policy.balance.consolidate_below
         found = balancedness_under(layers, rates, self._control.staying(now), fan_out)
         by_model: dict[str, list[float]] = {}
         for key, value in found.items():

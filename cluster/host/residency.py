@@ -58,7 +58,7 @@ class QueuedCall:
     ids: np.ndarray  # int32 expert ids, -1 as padding
 
 
-def parts_of(batch_us: int, batch: Sequence[QueuedCall]) -> list[int]:
+def split_batch_time(batch_us: int, batch: Sequence[QueuedCall]) -> list[int]:
     """Split the time of a computation over its calls by their assignments; the sum is exact."""
     # Cumulative sums are rounded rather than the parts, so that the parts add up to the whole. The
     # 1 keeps the divisor positive when all calls are padding. Shape (calls,).

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..placement import LayerKey, Number
+from ..placement import LayerKey, PlacementId
 
 
 @dataclass(slots=True)
@@ -21,14 +21,14 @@ class HostTimes:
     """Sums of what the answers of one host report."""
 
     calls: int = 0
-    choices: int = 0  # assignments
+    assignments: int = 0  # assignments
     queued_s: float = 0.0
     busy_s: float = 0.0  # each call's part of the time of its batch
     batch_s: float = 0.0  # the whole time of each call's batch, added once for each call
 
     def add(self, other: HostTimes) -> None:
         self.calls += other.calls
-        self.choices += other.choices
+        self.assignments += other.assignments
         self.queued_s += other.queued_s
         self.busy_s += other.busy_s
         self.batch_s += other.batch_s
@@ -38,7 +38,7 @@ class HostTimes:
         was = before or HostTimes()
         return HostTimes(
             calls=self.calls - was.calls,
-            choices=self.choices - was.choices,
+            assignments=self.assignments - was.assignments,
             queued_s=self.queued_s - was.queued_s,
             busy_s=self.busy_s - was.busy_s,
             batch_s=self.batch_s - was.batch_s,
@@ -48,7 +48,7 @@ class HostTimes:
         """Return the ``n``-th of ``parts`` even parts; integers are split so that they add up."""
         return HostTimes(
             calls=self.calls * (n + 1) // parts - self.calls * n // parts,
-            choices=self.choices * (n + 1) // parts - self.choices * n // parts,
+            assignments=self.assignments * (n + 1) // parts - self.assignments * n // parts,
             queued_s=self.queued_s / parts,
             busy_s=self.busy_s / parts,
             batch_s=self.batch_s / parts,
@@ -60,7 +60,7 @@ class LoadReport:
     """One router's counts since its last report, and the number of its placement."""
 
     router: str
-    number: Number | None
+    placement_id: PlacementId | None
     counts: Mapping[LayerKey, np.ndarray] = field(default_factory=dict)  # (E,) int64 each
     hosts: Mapping[str, HostTimes] = field(default_factory=dict)
     unplaced: tuple[LayerKey, ...] = ()  # layers that were called and are not in the placement
@@ -83,24 +83,24 @@ class LoadMeter:
             counts += found
 
     def answered(
-        self, host: str, choices: int, queued_us: int, busy_us: int, batch_us: int
+        self, host: str, assignments: int, queued_us: int, busy_us: int, batch_us: int
     ) -> None:
         times = self._hosts.get(host)
         if times is None:
             times = self._hosts[host] = HostTimes()
         times.calls += 1
-        times.choices += choices
+        times.assignments += assignments
         times.queued_s += queued_us * 1e-6
         times.busy_s += busy_us * 1e-6
         times.batch_s += batch_us * 1e-6
 
     def take(
-        self, router: str, number: Number | None, unplaced: tuple[LayerKey, ...] = ()
+        self, router: str, number: PlacementId | None, unplaced: tuple[LayerKey, ...] = ()
     ) -> LoadReport:
         """Return everything since the last report, and start from zero."""
         report = LoadReport(
             router=router,
-            number=number,
+            placement_id=number,
             counts=self._counts,
             hosts=self._hosts,
             unplaced=unplaced,

@@ -27,12 +27,12 @@ class Trace:
     window_s: float
     counts: Mapping[LayerKey, np.ndarray]  # (W, E) int64 assignments of each layer
     hosts: tuple[str, ...]
-    choices_WH: np.ndarray  # (W, H) int64 assignments that hosts answered
+    assignments_WH: np.ndarray  # (W, H) int64 assignments that hosts answered
     busy_s_WH: np.ndarray  # (W, H) float64 seconds of computing
     queued_s_WH: np.ndarray  # (W, H) float64 seconds that calls waited, summed over calls
 
     def __post_init__(self) -> None:
-        windows = len(self.choices_WH)
+        windows = len(self.assignments_WH)
         wrong = [str(key) for key, found in self.counts.items() if len(found) != windows]
         if wrong or not self.window_s > 0:
             raise ValueError(
@@ -41,7 +41,7 @@ class Trace:
 
     @property
     def windows(self) -> int:
-        return len(self.choices_WH)
+        return len(self.assignments_WH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class _Window:
     hosts: Mapping[str, HostTimes]
 
 
-class Recorder:
+class TraceRecorder:
     """Collects readings of the totals, and makes a trace of the windows between them."""
 
     def __init__(self, window_s: float, first: LoadTotals) -> None:
@@ -94,20 +94,20 @@ class Recorder:
         shape = len(self._windows)
         counts = {key: np.zeros((shape, size), dtype=np.int64) for key, size in sizes.items()}
         hosts = tuple(sorted({host for window in self._windows for host in window.hosts}))
-        choices_WH = np.zeros((shape, len(hosts)), dtype=np.int64)
+        assignments_WH = np.zeros((shape, len(hosts)), dtype=np.int64)
         busy_s_WH, queued_s_WH = np.zeros((2, shape, len(hosts)))
         for w, window in enumerate(self._windows):
             for key, found in window.counts.items():
                 counts[key][w, : len(found)] = found
             for h, host in enumerate(hosts):
                 times = window.hosts.get(host, HostTimes())
-                choices_WH[w, h] = times.choices
+                assignments_WH[w, h] = times.assignments
                 busy_s_WH[w, h], queued_s_WH[w, h] = times.busy_s, times.queued_s
         return Trace(
             window_s=self._window_s,
             counts=dict(sorted(counts.items())),
             hosts=hosts,
-            choices_WH=choices_WH,
+            assignments_WH=assignments_WH,
             busy_s_WH=busy_s_WH,
             queued_s_WH=queued_s_WH,
         )

@@ -44,17 +44,17 @@ def has_shifted(counts_E: np.ndarray, known_E: np.ndarray) -> bool:
     It compares the total variation distance of the two samples with its mean for two samples of
     one distribution.
     """
-    choices, known = float(counts_E.sum()), float(known_E.sum())
-    if not choices or not known:
+    assignments, known = float(counts_E.sum()), float(known_E.sum())
+    if not assignments or not known:
         return False
-    distance = 0.5 * np.abs(counts_E / choices - known_E / known).sum()
+    distance = 0.5 * np.abs(counts_E / assignments - known_E / known).sum()
     # Probability of each expert, estimated from both samples, so that an expert without assignments
     # in a small sample does not count as impossible.
-    part_E = (counts_E + known_E) / (choices + known)
+    part_E = (counts_E + known_E) / (assignments + known)
     # Under one distribution the difference of the two frequencies of an expert is about normal with
     # variance p (1 - p) (1/n + 1/m). The mean of |X| for a normal X is sqrt(2/pi) times its
     # standard deviation; half the sum over experts is the mean distance.
-    chance = 0.5 * np.sqrt(2 / np.pi * part_E * (1 - part_E) * (1 / choices + 1 / known)).sum()
+    chance = 0.5 * np.sqrt(2 / np.pi * part_E * (1 - part_E) * (1 / assignments + 1 / known)).sum()
     return bool(distance > _SHIFTED + _NOISE * chance)
 
 
@@ -129,8 +129,8 @@ class LoadTracker:
             for key, rates in self._rates.items()
         }
 
-    def choices_per_busy_s(self) -> float | None:
+    def assignments_per_busy_s(self) -> float | None:
         """Return assignments per second of computing, the mean of all hosts; None if unknown."""
         busy_s = sum(times.busy_s for times in self.hosts.values())
-        choices = sum(times.choices for times in self.hosts.values())
-        return choices / busy_s if busy_s > 0 and choices else None
+        assignments = sum(times.assignments for times in self.hosts.values())
+        return assignments / busy_s if busy_s > 0 and assignments else None

@@ -155,7 +155,7 @@ def _smooth(
 ) -> None:
     """Split each expert's load anew in turn, given the others' loads; changes ``flow_EH``.
 
-    `pour` never lifts a host of the expert above the one that was the busiest of them, so the
+    `water_fill` never lifts a host of the expert above the one that was the busiest of them, so the
     optimum of the linear program is kept.
     """
     load_H = flow_EH.sum(axis=0)
@@ -165,12 +165,12 @@ def _smooth(
         for expert in free_E:
             hosts = np.flatnonzero(held_EH[expert])
             others = load_H[hosts] - flow_EH[expert, hosts]
-            poured = pour(float(load_E[expert]), others, speed_H[hosts])
+            poured = water_fill(float(load_E[expert]), others, speed_H[hosts])
             load_H[hosts] = others + poured
             flow_EH[expert, hosts] = poured
 
 
-def pour(amount: float, level_N: np.ndarray, width_N: np.ndarray) -> np.ndarray:
+def water_fill(amount: float, level_N: np.ndarray, width_N: np.ndarray) -> np.ndarray:
     """Return how much of ``amount`` goes to each vessel if the lowest are filled up evenly, (N,).
 
     Water-filling: a vessel is a host, its width the speed, its level the load so far, and its

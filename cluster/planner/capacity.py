@@ -1,8 +1,8 @@
 """Capacity for experts: default slots, whether hosts suffice, and experts that cannot leave.
 
 A plan puts nothing on hosts that are leaving. An expert on such a host that fits nowhere else would
-have no replica in the plan, and nobody would load it again if the host died. `let_stay` keeps such
-experts where they are.
+have no replica in the plan, and nobody would load it again if the host died.
+`keep_unplaced_on_leaving` keeps such experts where they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .plan import Plan, PoolHost
 _HEADROOM = 1.25
 
 
-def with_room(
+def with_default_slots(
     hosts: Sequence[PoolHost],
     models: Collection[ModelShape],
     *,
@@ -45,7 +45,9 @@ def with_room(
     ]
 
 
-def lack(hosts: Sequence[PoolHost], models: Collection[ModelShape], *, redundancy: int) -> str:
+def capacity_shortage(
+    hosts: Sequence[PoolHost], models: Collection[ModelShape], *, redundancy: int
+) -> str:
     """Return why ``hosts`` alone cannot hold the models; empty if they can."""
     if not hosts:
         return "no host would be left"
@@ -71,13 +73,13 @@ def _copies(shape: ModelShape, redundancy: int) -> int:
 
 
 def _room(host: PoolHost, expert_bytes: int) -> int:
-    rooms = [] if host.slots is None else [host.slots]
+    free = [] if host.slots is None else [host.slots]
     if host.memory_bytes is not None:
-        rooms.append(host.memory_bytes // max(expert_bytes, 1))
-    return min(rooms)
+        free.append(host.memory_bytes // max(expert_bytes, 1))
+    return min(free)
 
 
-def let_stay(
+def keep_unplaced_on_leaving(
     found: Plan,
     *,
     models: Sequence[ModelShape],

@@ -13,13 +13,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .balance import pour
+from .balance import water_fill
 
 # The busiest host may exceed the mean by this fraction if fewer replicas then have traffic.
 _EASE = 0.005
 
 
-def least_use(loads: Iterable[np.ndarray], speed_H: np.ndarray, part: float) -> float:
+def consolidation_level(loads: Iterable[np.ndarray], speed_H: np.ndarray, part: float) -> float:
     """Return the load / speed of a layer on a host up to which it is not spread over more hosts.
 
     It is ``part`` of the mean load / speed of the layer with the most load.
@@ -28,7 +28,7 @@ def least_use(loads: Iterable[np.ndarray], speed_H: np.ndarray, part: float) -> 
     return part * heaviest / float(speed_H.sum())
 
 
-def gather(
+def consolidate(
     flow_EH: np.ndarray,
     held_EH: np.ndarray,
     speed_H: np.ndarray,
@@ -96,7 +96,7 @@ def _hand_over(
     others = others[others != host]
     if amount > np.maximum(most_H[others] - load_H[others], 0.0).sum():
         return False
-    poured = pour(amount, load_H[others], speed_H[others])
+    poured = water_fill(amount, load_H[others], speed_H[others])
     flow_EH[expert, others] += poured
     flow_EH[expert, host] = 0.0
     load_H[others] += poured

@@ -15,23 +15,23 @@ import heapq
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from .moves import Limits, Step
+from .moves import LayerConstraints, Step
 
 
-def rebuild(
-    held_EH: np.ndarray, load_E: np.ndarray, speed_H: np.ndarray, limits: Limits
+def repack(
+    held_EH: np.ndarray, load_E: np.ndarray, speed_H: np.ndarray, constraints: LayerConstraints
 ) -> Step | None:
     """Return the step to the new placement, with as many replicas on each host as now.
 
-    None if the placement would violate ``limits``, if an expert finds no slot, or if nothing would
-    change.
+    None if the placement would violate ``constraints``, if an expert finds no slot, or if nothing
+    would change.
     """
     slots_H = held_EH.sum(axis=0)
     placed_EH = _place(_copies(load_E, int(slots_H.sum()), len(speed_H)), load_E, slots_H, speed_H)
     if placed_EH is None:
         return None
     placed_EH = _matched(placed_EH, held_EH, slots_H, speed_H)
-    if not _allowed(placed_EH, limits):
+    if not _allowed(placed_EH, constraints):
         return None
     adds = tuple((int(e), int(h)) for e, h in np.argwhere(placed_EH & ~held_EH))
     drops = tuple((int(e), int(h)) for e, h in np.argwhere(held_EH & ~placed_EH))
@@ -100,10 +100,12 @@ def _matched(
     return matched_EH
 
 
-def _allowed(placed_EH: np.ndarray, limits: Limits) -> bool:
-    """Return whether pins, numbers of replicas and failure domains are as ``limits`` demand."""
-    if (limits.pinned_EH & ~placed_EH).any() or (placed_EH.sum(axis=1) < limits.least_E).any():
+def _allowed(placed_EH: np.ndarray, constraints: LayerConstraints) -> bool:
+    """Return whether pins, replicas and failure domains are as ``constraints`` demand."""
+    if (constraints.pinned_EH & ~placed_EH).any() or (
+        placed_EH.sum(axis=1) < constraints.min_replicas_E
+    ).any():
         return False
-    every = range(int(limits.domain_H.max()) + 1)
-    domains_E = sum(placed_EH[:, limits.domain_H == d].any(axis=1).astype(int) for d in every)
-    return bool(np.all(domains_E >= min(limits.domains, len(every))))
+    every = range(int(constraints.domain_H.max()) + 1)
+    domains_E = sum(placed_EH[:, constraints.domain_H == d].any(axis=1).astype(int) for d in every)
+    return bool(np.all(domains_E >= min(constraints.domains, len(every))))

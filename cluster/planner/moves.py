@@ -12,7 +12,7 @@ import numpy as np
 from .balance import Split
 
 
-class Rooms:
+class FreeCapacity:
     """Free slots and bytes of all hosts, shared by the searches of all layers."""
 
     def __init__(self, slots_H: np.ndarray, bytes_H: np.ndarray) -> None:
@@ -46,7 +46,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class EvaluatedStep:
     """A step with its exact gain, and the split that it leads to."""
 
     step: Step
@@ -54,12 +54,12 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class LayerConstraints:
     """The conditions that no step may violate."""
 
     domain_H: np.ndarray  # index of each host's failure domain
     domains: int  # an expert in this many failure domains, or in fewer, must not leave one
-    least_E: np.ndarray  # the lower bound of each expert's replicas
+    min_replicas_E: np.ndarray  # the lower bound of each expert's replicas
     pinned_EH: np.ndarray  # replicas that operators pinned, bool
 
     def may_change_place(self, held_H: np.ndarray, source: int, target: int) -> bool:
@@ -89,7 +89,7 @@ class Limits:
         # more domains than they need; experts with more replicas than they must keep.
         alone_EH = by_domain[:, self.domain_H] == 1
         few_E = (by_domain > 0).sum(axis=1) <= self.domains
-        more_E = held_EH.sum(axis=1) > self.least_E
+        more_E = held_EH.sum(axis=1) > self.min_replicas_E
         return held_EH & more_E[:, None] & ~self.pinned_EH & ~(alone_EH & few_E[:, None])
 
 

@@ -1,4 +1,4 @@
-"""The planner's inputs (hosts, policy, operators' wishes) and its result, the plan."""
+"""The planner's inputs (hosts, policy, operators' constraints) and its result, the plan."""
 
 from __future__ import annotations
 
@@ -20,34 +20,36 @@ class PoolHost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class PlannerPolicy:
     """What a placement must achieve, and what a change may cost."""
 
     redundancy: int = 0  # so many failure domains can be lost without losing an expert
-    enough: float = 0.95  # a layer with this balancedness or more keeps its replicas
+    rebalance_below: float = 0.95  # a layer with this balancedness or more keeps its replicas
     target: float = 0.98  # a layer with less is improved up to this balancedness
     budget: int | None = None  # replicas that one plan may load for balance; None: any number
     horizon_s: float = 60.0  # how long the load is assumed to last; moves must pay within it
-    load_bytes_per_s: float = 200e6  # how fast a host loads experts
+    loading_bytes_per_s: float = 200e6  # how fast a host loads experts
     # A layer uses one more host only if each of its hosts has more than this fraction of the mean
     # load per host of the busiest layer, because every host costs each call a message. 0: every
     # layer uses all hosts.
-    fan_out: float = 0.05
+    consolidate_below: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fan_out <= 1:
-            raise ValueError(f"fan_out: {self.fan_out}; 0 <= fan_out <= 1")
-        if not 0 < self.enough <= self.target <= 1:
+        if not 0 <= self.consolidate_below <= 1:
+            raise ValueError(f"consolidate_below: {self.consolidate_below}; 0 <= it <= 1")
+        if not 0 < self.rebalance_below <= self.target <= 1:
             raise ValueError(
-                f"enough, target: {self.enough}, {self.target}; 0 < enough <= target <= 1"
+                f"rebalance_below: {self.rebalance_below}; 0 < it <= target = {self.target} <= 1"
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
+class OperatorConstraints:
     """What operators asked for."""
 
-    least: Mapping[ExpertKey, int] = field(default_factory=dict)  # minimum number of replicas
+    min_replicas: Mapping[ExpertKey, int] = field(
+        default_factory=dict
+    )  # minimum number of replicas
     pins: Mapping[ExpertKey, frozenset[str]] = field(
         default_factory=dict
     )  # hosts that must hold it
@@ -60,7 +62,7 @@ class Move:
 
     key: ExpertKey
     host: str
-    kind: str  # place, restore, drain, protect, wish, spare, balance
+    kind: str  # place, restore, drain, protect, constraint, spare, balance
     reason: str
     expert_bytes: int
     replaces: tuple[ExpertKey, ...] = ()

@@ -11,9 +11,9 @@ import numpy as np
 
 from ..placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Replica
 from .balance import balancedness, even_split, shares
-from .consolidation import gather, least_use
-from .moves import Limits, Rooms, Step
-from .plan import Move, Plan, Policy, PoolHost, Wishes
+from .consolidation import consolidate, consolidation_level
+from .moves import FreeCapacity, LayerConstraints, Step
+from .plan import Move, OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from .search import LayerSearch
 
 UNLIMITED = np.iinfo(np.int64).max // 4
@@ -25,7 +25,7 @@ def _known(loads: Mapping[LayerKey, np.ndarray], key: LayerKey) -> np.ndarray | 
     return None if load_E is None or not load_E.any() else load_E.astype(float)
 
 
-class Draft:
+class PlanBuilder:
     """All layers of a pool while the planner changes them; `result` makes the plan."""
 
     def __init__(
@@ -34,10 +34,10 @@ class Draft:
         hosts: Sequence[PoolHost],
         current: Mapping[LayerKey, LayerPlacement],
         loads: Mapping[LayerKey, np.ndarray],
-        policy: Policy,
-        wishes: Wishes,
+        policy: PlannerPolicy,
+        constraints: OperatorConstraints,
     ) -> None:
-        self.hosts = [host for host in hosts if host.name not in wishes.leaving]
+        self.hosts = [host for host in hosts if host.name not in constraints.leaving]
         if not self.hosts:
             raise ValueError("hosts: there is none left to place experts on")
         self.names = [host.name for host in self.hosts]
@@ -45,8 +45,8 @@ class Draft:
         self.speed_H = np.array([host.speed for host in self.hosts], dtype=float)
         self.current = current
         self.policy = policy
-        self.wishes = wishes
-        self.rooms = Rooms(
+        self.constraints = constraints
+        self.free = FreeCapacity(
             np.array([UNLIMITED if h.slots is None else h.slots for h in self.hosts]),
             np.array([UNLIMITED if h.memory_bytes is None else h.memory_bytes for h in self.hosts]),
         )
@@ -54,17 +54,19 @@ class Draft:
         self.domain_H = np.array([domains[h.domain or h.name] for h in self.hosts])
         keys = [LayerKey(shape.model, layer) for shape in models for layer in shape.experts]
         known = [load_E for key in keys if (load_E := _known(loads, key)) is not None]
-        self.least_use = least_use(known, self.speed_H, policy.fan_out)
+        self.consolidation_level = consolidation_level(
+            known, self.speed_H, policy.consolidate_below
+        )
         self.searches: dict[LayerKey, LayerSearch] = {}
         self.load_before_H = {}
         for shape in models:
             for layer, experts in sorted(shape.experts.items()):
                 self._add_layer(shape, LayerKey(shape.model, layer), experts, loads)
         # quota_H: each layer's even part of a host's slots, those that it uses now included.
-        free_H = self.rooms.slots_H + sum(s.held_EH.sum(axis=0) for s in self.searches.values())
+        free_H = self.free.slots_H + sum(s.held_EH.sum(axis=0) for s in self.searches.values())
         self.quota_H = np.ceil(free_H / max(len(self.searches), 1))
         # The replicas of the current placement, on hosts that are not leaving.
-        self.stood = {key: search.held_EH.copy() for key, search in self.searches.items()}
+        self.current_EH = {key: search.held_EH.copy() for key, search in self.searches.items()}
         # Load of each host, separately for light layers and for all others: the others are balanced
         # afterwards, so their load now does not say where light layers should go, and vice versa.
         self.use_H = {light: np.zeros(len(self.hosts)) for light in (False, True)}
@@ -90,31 +92,33 @@ class Draft:
                 if host in self.index:
                     held_EH[expert, self.index[host]] = True
                     before_H[self.index[host]] += load_E[expert] * share
-        least_E = np.full(experts, max(1, shape.replicas))
+        min_replicas_E = np.full(experts, max(1, shape.replicas))
         pinned_EH = np.zeros_like(held_EH)
         for expert in range(experts):
             expert_key = key.expert(expert)
-            least_E[expert] = max(least_E[expert], self.wishes.least.get(expert_key, 1))
-            for host in self.wishes.pins.get(expert_key, ()):
+            min_replicas_E[expert] = max(
+                min_replicas_E[expert], self.constraints.min_replicas.get(expert_key, 1)
+            )
+            for host in self.constraints.pins.get(expert_key, ()):
                 if host in self.index:
                     pinned_EH[expert, self.index[host]] = True
         counts = held_EH.sum(axis=0)
-        self.rooms.slots_H -= counts
-        self.rooms.bytes_H -= counts * shape.expert_bytes
+        self.free.slots_H -= counts
+        self.free.bytes_H -= counts * shape.expert_bytes
         self.load_before_H[key] = before_H
         self.searches[key] = LayerSearch(
             held_EH,
             load_E,
             self.speed_H,
-            rooms=self.rooms,
+            free=self.free,
             expert_bytes=shape.expert_bytes,
-            limits=Limits(
+            constraints=LayerConstraints(
                 domain_H=self.domain_H,
                 domains=self.policy.redundancy + 1,
-                least_E=np.minimum(least_E, len(self.hosts)),
+                min_replicas_E=np.minimum(min_replicas_E, len(self.hosts)),
                 pinned_EH=pinned_EH,
             ),
-            least=0.0 if known is None else self.least_use,
+            least=0.0 if known is None else self.consolidation_level,
         )
 
     def add(
@@ -133,7 +137,7 @@ class Draft:
         """
         search = self.searches[key]
         able_H = ~search.held_EH[expert] & (True if among_H is None else among_H)
-        fits_H = self.rooms.fits(search.expert_bytes) & able_H
+        fits_H = self.free.fits(search.expert_bytes) & able_H
         bare = not search.held_EH[expert].any()
         drops: tuple[tuple[LayerKey, int, int], ...] = ()
         if not fits_H.any():
@@ -180,7 +184,7 @@ class Draft:
         # np.lexsort sorts by its last key first.
         return np.lexsort(
             (
-                -self.rooms.slots_H,
+                -self.free.slots_H,
                 np.round(self.use_H[search.is_light] / self.speed_H, 9),
                 np.round((layer_H + self._inherited(search, expert)) / self.speed_H, 9),
                 far_H,
@@ -212,16 +216,16 @@ class Draft:
     ) -> tuple[tuple[LayerKey, int, int], ...]:
         """Return the droppable replica with the least load that leaves room for an expert.
 
-        Its slot, and its bytes with those that are free beside it, are enough. As
-        ((layer, expert, host),), or () if there is none. ``bare``: see `Limits.droppable`.
+        Its slot, and its bytes with those that are free beside it, are enough. As ((layer, expert,
+        host),), or () if there is none. ``bare``: see `LayerConstraints.droppable`.
         """
         best: tuple[float, LayerKey, int, int] | None = None
-        free_H = np.maximum(self.rooms.bytes_H, 0)
+        free_H = np.maximum(self.free.bytes_H, 0)
         for key, search in self.searches.items():
             enough_H = able_H & (search.expert_bytes + free_H >= expert_bytes)
             if not enough_H.any():
                 continue
-            droppable_EH = search.limits.droppable(search.held_EH, bare=bare) & enough_H
+            droppable_EH = search.constraints.droppable(search.held_EH, bare=bare) & enough_H
             part_E = search.load_E / np.maximum(search.held_EH.sum(axis=1), 1)
             for expert, host in np.argwhere(droppable_EH):
                 if best is None or part_E[expert] < best[0]:
@@ -273,7 +277,7 @@ class Draft:
         use_H = np.zeros(len(self.hosts))
         # Light layers come last: they use hosts that the others leave idle.
         for key, search in sorted(self.searches.items(), key=lambda one: one[1].is_light):
-            flow_EH = gather(
+            flow_EH = consolidate(
                 even_split(search.held_EH, search.load_E, self.speed_H),
                 search.held_EH,
                 self.speed_H,
@@ -286,11 +290,13 @@ class Draft:
             after[key] = balancedness(load_H, self.speed_H, search.least)
             share_EH = shares(flow_EH, search.held_EH, self.speed_H)
             # Routers level calls to these parts; a gathered layer must stay on its few hosts.
-            part_H = load_H if search.is_light and load_H.any() else self.speed_H
-            layers[key] = self._layer(key, search.held_EH, share_EH, part_H / part_H.sum())
+            load_share_H = load_H if search.is_light and load_H.any() else self.speed_H
+            layers[key] = self._layer(
+                key, search.held_EH, share_EH, load_share_H / load_share_H.sum()
+            )
             drops += [
                 (key.expert(int(expert)), self.names[host])
-                for expert, host in np.argwhere(self.stood[key] & ~search.held_EH)
+                for expert, host in np.argwhere(self.current_EH[key] & ~search.held_EH)
             ]
         unprotected = self.unprotected()
         return Plan(
@@ -310,12 +316,12 @@ class Draft:
         found = []
         for (key, host), move in last.items():
             layer, where = LayerKey(key.model, key.layer), (key.expert, self.index[host])
-            if self.searches[layer].held_EH[where] and not self.stood[layer][where]:
+            if self.searches[layer].held_EH[where] and not self.current_EH[layer][where]:
                 found.append(move)
         return tuple(found)
 
     def _layer(
-        self, key: LayerKey, held_EH: np.ndarray, share_EH: np.ndarray, part_H: np.ndarray
+        self, key: LayerKey, held_EH: np.ndarray, share_EH: np.ndarray, load_share_H: np.ndarray
     ) -> LayerPlacement:
         """Make a layer's placement, the preferred replica of each expert first.
 
@@ -335,5 +341,5 @@ class Draft:
             replicas.append(
                 tuple(Replica(self.names[h], float(share_EH[expert, h])) for h in hosts)
             )
-        parts = tuple(zip(self.names, part_H.tolist(), strict=True))
+        parts = tuple(zip(self.names, load_share_H.tolist(), strict=True))
         return LayerPlacement(tuple(replicas), parts)

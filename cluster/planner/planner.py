@@ -1,10 +1,10 @@
 """The planner: a pure function from loads, hosts and the current placement to a better one.
 
 It pursues four aims in the order of their weight: every expert has a replica; every expert survives
-the loss of as many failure domains as the policy says; operators' wishes are granted; layers that
-are not balanced enough are improved, the worst first, within the budget and as long as each move
-saves more time than its bytes cost. A layer that is balanced enough keeps its replicas, and only
-its shares follow the load.
+the loss of as many failure domains as the policy says; operators' constraints are granted; layers
+that are not balanced enough are improved, the worst first, within the budget and as long as each
+move saves more time than its bytes cost. A layer that is balanced enough keeps its replicas, and
+only its shares follow the load.
 
 Shapes: E experts of one layer, H hosts.
 """
@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from ..placement import LayerKey, LayerPlacement, ModelShape
-from .moves import Found, Step
-from .plan import Plan, Policy, PoolHost, Wishes
-from .plan_builder import UNLIMITED, Draft
+from .moves import EvaluatedStep, Step
+from .plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
+from .plan_builder import UNLIMITED, PlanBuilder
 from .protection import protect
 from .search import LayerSearch
 
@@ -33,49 +33,51 @@ def plan(
     hosts: Sequence[PoolHost],
     current: Mapping[LayerKey, LayerPlacement],
     loads: Mapping[LayerKey, np.ndarray],
-    policy: Policy,
-    wishes: Wishes | None = None,
+    policy: PlannerPolicy,
+    constraints: OperatorConstraints | None = None,
 ) -> Plan:
     """Plan a placement for ``loads``, an array (E,) for each layer in the unit of hosts' speeds.
 
     Hosts that are gone are simply missing from ``hosts``. Layers without load count as evenly
     loaded. Raises ValueError if no host is left to place experts on.
     """
-    draft = Draft(models, hosts, current, loads, policy, wishes or Wishes())
+    builder = PlanBuilder(
+        models, hosts, current, loads, policy, constraints or OperatorConstraints()
+    )
     # Step 1: give every expert a replica.
-    _place(draft)
-    # Step 2: protect every expert as the policy says, and grant operators' wishes.
-    protect(draft)
-    _grant(draft)
+    _place(builder)
+    # Step 2: protect every expert as the policy says, and grant operators' constraints.
+    protect(builder)
+    _grant(builder)
     # Step 3: improve the layers that are not balanced enough, the worst first.
-    _balance(draft)
-    return draft.result()
+    _balance(builder)
+    return builder.result()
 
 
-def _place(draft: Draft) -> None:
+def _place(builder: PlanBuilder) -> None:
     """Give every expert without a replica one, or note it as unplaced."""
-    _chain(draft)
+    _chain(builder)
     missing = [
         (key, int(expert))
-        for key, search in draft.searches.items()
+        for key, search in builder.searches.items()
         for expert in np.flatnonzero(~search.held_EH.any(axis=1))
     ]
     # Layer by layer, since a layer's experts are spread by that layer's load alone; the heaviest
     # expert first, as in longest-processing-time-first scheduling.
-    missing.sort(key=lambda one: (one[0], -draft.searches[one[0]].load_E[one[1]]))
+    missing.sort(key=lambda one: (one[0], -builder.searches[one[0]].load_E[one[1]]))
     for key, expert in missing:
-        known = draft.current.get(key)
+        known = builder.current.get(key)
         if known is None:
             kind, why = "place", f"{key.model} is new"
-        elif any(r.host in draft.wishes.leaving for r in known.replicas[expert]):
+        elif any(r.host in builder.constraints.leaving for r in known.replicas[expert]):
             kind, why = "drain", "its host is leaving"
         else:
             kind, why = "restore", "no host holds it"
-        if not draft.add(key, expert, kind, why):
-            draft.unplaced.append(key.expert(expert))
+        if not builder.add(key, expert, kind, why):
+            builder.unplaced.append(key.expert(expert))
 
 
-def _chain(draft: Draft) -> None:
+def _chain(builder: PlanBuilder) -> None:
     """Place the hottest experts of new layers several times, as a chain around the ring of hosts.
 
     This uses the slots that new layers do not need. Each hot expert stands on neighbouring hosts,
@@ -84,23 +86,23 @@ def _chain(draft: Draft) -> None:
     Benefits of Manufacturing Process Flexibility", 1995: a long chain is worth nearly as much as
     full flexibility.)
     """
-    hosts = len(draft.hosts)
+    hosts = len(builder.hosts)
     fresh = [
         key
-        for key, search in draft.searches.items()
+        for key, search in builder.searches.items()
         if not search.held_EH.any() and np.ptp(search.load_E) > 0 and not search.is_light
     ]
     lacking = {
-        key: int((~search.held_EH.any(axis=1)).sum()) for key, search in draft.searches.items()
+        key: int((~search.held_EH.any(axis=1)).sum()) for key, search in builder.searches.items()
     }
-    if not fresh or hosts < 2 or draft.policy.redundancy:
+    if not fresh or hosts < 2 or builder.policy.redundancy:
         return
     # How many replicas fit on each host, counted with the largest expert of the new layers.
-    most = max(draft.searches[key].expert_bytes for key in fresh)
+    most = max(builder.searches[key].expert_bytes for key in fresh)
     free_H = (
-        draft.rooms.slots_H
+        builder.free.slots_H
         if not most
-        else np.minimum(draft.rooms.slots_H, draft.rooms.bytes_H // most)
+        else np.minimum(builder.free.slots_H, builder.free.bytes_H // most)
     )
     # Without bounds there is no number of spare slots.
     if free_H.max() >= UNLIMITED // max(most, 1):
@@ -109,14 +111,14 @@ def _chain(draft: Draft) -> None:
     spare = (int(free_H.sum()) - sum(lacking.values())) // len(fresh)
     host = 0
     for key in fresh:
-        search = draft.searches[key]
+        search = builder.searches[key]
         for expert, copies in _copies(search.load_E, spare, hosts):
             for place in range(copies):
                 step = Step(((expert, (host + place) % hosts),))
-                if draft.rooms.fits(search.expert_bytes)[(host + place) % hosts]:
+                if builder.free.fits(search.expert_bytes)[(host + place) % hosts]:
                     kind = "spare" if place else "place"
-                    draft.note(key, step, kind, f"{key.model} is new, and this expert is hot")
-                    draft.apply(search, step)
+                    builder.note(key, step, kind, f"{key.model} is new, and this expert is hot")
+                    builder.apply(search, step)
             # The next expert begins on the last host of this one, which links the two.
             host += copies - 1
 
@@ -139,98 +141,108 @@ def _copies(load_E: np.ndarray, spare: int, hosts: int) -> list[tuple[int, int]]
     return [(int(e), int(copies_E[e])) for e in np.argsort(-load_E) if copies_E[e] > 1]
 
 
-def _grant(draft: Draft) -> None:
+def _grant(builder: PlanBuilder) -> None:
     """Add the replicas that operators pinned, and those that experts lack to their minimum."""
-    for key, search in draft.searches.items():
-        for expert, host in np.argwhere(search.limits.pinned_EH & ~search.held_EH):
-            among_H = np.arange(len(draft.hosts)) == host
-            draft.add(
-                key, int(expert), "wish", "an operator pinned it to this host", among_H=among_H
+    for key, search in builder.searches.items():
+        for expert, host in np.argwhere(search.constraints.pinned_EH & ~search.held_EH):
+            among_H = np.arange(len(builder.hosts)) == host
+            builder.add(
+                key,
+                int(expert),
+                "constraint",
+                "an operator pinned it to this host",
+                among_H=among_H,
             )
-        lacking_E = search.limits.least_E - search.held_EH.sum(axis=1)
+        lacking_E = search.constraints.min_replicas_E - search.held_EH.sum(axis=1)
         for expert in np.flatnonzero((lacking_E > 0) & search.held_EH.any(axis=1)):
             for _ in range(int(lacking_E[expert])):
-                least = search.limits.least_E[expert]
-                if not draft.add(key, int(expert), "wish", f"it needs at least {least} replicas"):
+                least = search.constraints.min_replicas_E[expert]
+                if not builder.add(
+                    key, int(expert), "constraint", f"it needs at least {least} replicas"
+                ):
                     break
 
 
-def _balance(draft: Draft) -> None:
-    """Improve the layers below the policy's ``enough``, step by step up to its ``target``."""
-    lacking = [key for key, s in draft.searches.items() if s.aim(draft.policy.enough) > 0]
-    budget = UNLIMITED if draft.policy.budget is None else draft.policy.budget
+def _balance(builder: PlanBuilder) -> None:
+    """Improve the layers below ``rebalance_below``, step by step up to the policy's ``target``."""
+    lacking = [
+        key for key, s in builder.searches.items() if s.retarget(builder.policy.rebalance_below) > 0
+    ]
+    budget = UNLIMITED if builder.policy.budget is None else builder.policy.budget
     # Low aims first: under them only the busiest hosts have excess, so the budget goes to the worst
     # hosts of all layers before any layer is perfected.
-    for aim in (*(aim for aim in _LADDER if aim < draft.policy.target), draft.policy.target):
-        budget = _climb(draft, lacking, aim, budget)
+    for aim in (*(aim for aim in _LADDER if aim < builder.policy.target), builder.policy.target):
+        budget = _climb(builder, lacking, aim, budget)
 
 
-def _climb(draft: Draft, keys: list[LayerKey], aim: float, budget: int) -> int:
+def _climb(builder: PlanBuilder, keys: list[LayerKey], aim: float, budget: int) -> int:
     """Improve the layers up to ``aim``, and return what is left of the budget.
 
     Each round takes one step in the layer with the largest excess. A layer for which no step pays
     is not looked at again under this aim.
     """
-    heap = [(-draft.searches[key].aim(aim), key) for key in keys]
+    heap = [(-builder.searches[key].retarget(aim), key) for key in keys]
     heapq.heapify(heap)
     while heap and heap[0][0] < 0 and budget > 0:
         _, key = heapq.heappop(heap)
-        search = draft.searches[key]
-        found = search.improve(budget) or _displace(draft, key, search, budget)
-        if found is None or not _pays(draft, search, found.step):
+        search = builder.searches[key]
+        found = search.improve(budget) or _displace(builder, key, search, budget)
+        if found is None or not _pays(builder, search, found.step):
             continue
-        draft.note(key, found.step, "balance", _reason(draft, search, found.step))
+        builder.note(key, found.step, "balance", _reason(builder, search, found.step))
         search.accept(found)
         budget -= len(found.step.adds)
         heapq.heappush(heap, (-search.excess_part, key))
     return budget
 
 
-def _reason(draft: Draft, search: LayerSearch, step: Step) -> str:
+def _reason(builder: PlanBuilder, search: LayerSearch, step: Step) -> str:
     """Say which host exceeds its capacity most, and how much of the excess the step removes."""
     assert search.split is not None
-    hot = int(np.argmax(search.split.excess_H / draft.speed_H))
+    hot = int(np.argmax(search.split.excess_H / builder.speed_H))
     part = 100 / float(search.load_E.sum())
     return (
-        f"{draft.names[hot]} exceeds its target by {part * search.split.excess_H[hot]:.1f} % of "
+        f"{builder.names[hot]} exceeds its target by {part * search.split.excess_H[hot]:.1f} % of "
         f"the layer's load; this takes {part * step.gain:.1f} % off such hosts"
     )
 
 
-def _pays(draft: Draft, search: LayerSearch, step: Step) -> bool:
+def _pays(builder: PlanBuilder, search: LayerSearch, step: Step) -> bool:
     """Return whether a step saves at least as many host-seconds as loading its replicas takes.
 
     Saved: gain / mean speed, for the ``horizon_s`` that the load is assumed to last. Loading:
     bytes / bytes per second.
     """
-    saved_s = step.gain / float(draft.speed_H.mean()) * draft.policy.horizon_s
-    return saved_s >= len(step.adds) * search.expert_bytes / draft.policy.load_bytes_per_s
+    saved_s = step.gain / float(builder.speed_H.mean()) * builder.policy.horizon_s
+    return saved_s >= len(step.adds) * search.expert_bytes / builder.policy.loading_bytes_per_s
 
 
-def _displace(draft: Draft, key: LayerKey, search: LayerSearch, budget: int) -> Found | None:
+def _displace(
+    builder: PlanBuilder, key: LayerKey, search: LayerSearch, budget: int
+) -> EvaluatedStep | None:
     """Find a step that pays, and uses a slot which a colder layer of another model can spare.
 
     The other layer's replica is already dropped when a step is returned, and is put back otherwise.
     """
     for host in search.wanted_hosts():
-        for other in _colder(draft, key, search):
+        for other in _colder(builder, key, search):
             lent = other.lend(host)
             if lent is None:
                 continue
             found = search.improve(budget)
             uses = found is not None and any(h == host for _, h in found.step.adds)
-            if found is not None and uses and _pays(draft, search, found.step):
+            if found is not None and uses and _pays(builder, search, found.step):
                 return found
             other.take_back(lent)
     return None
 
 
-def _colder(draft: Draft, key: LayerKey, search: LayerSearch) -> Iterator[LayerSearch]:
+def _colder(builder: PlanBuilder, key: LayerKey, search: LayerSearch) -> Iterator[LayerSearch]:
     """Yield up to four layers of other models with less load, the coldest first."""
     others = [
         (float(other.load_E.sum()), other_key)
-        for other_key, other in draft.searches.items()
+        for other_key, other in builder.searches.items()
         if other_key.model != key.model and other.load_E.sum() < search.load_E.sum()
     ]
     for _, other_key in sorted(others)[:4]:
-        yield draft.searches[other_key]
+        yield builder.searches[other_key]

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..placement import LayerKey
 from .moves import Step
-from .plan_builder import Draft
+from .plan_builder import PlanBuilder
 from .search import LayerSearch
 
 
@@ -30,45 +30,45 @@ class _Hop(NamedTuple):
     target: int
 
 
-def protect(draft: Draft) -> None:
+def protect(builder: PlanBuilder) -> None:
     """Add replicas of experts that stand in too few domains, the rarest and hottest first."""
     # (domains, size) for which no slot was found: the search would fail again until a replica was
     # added somewhere.
     hopeless: set[tuple[frozenset[int], int]] = set()
-    for key, expert in draft.unprotected():
-        search = draft.searches[key]
-        while len(taken := frozenset(draft.domains(search, expert))) <= draft.policy.redundancy:
+    for key, expert in builder.unprotected():
+        search = builder.searches[key]
+        while len(taken := frozenset(builder.domains(search, expert))) <= builder.policy.redundancy:
             if (taken, search.expert_bytes) in hopeless:
                 break
-            fresh_H = ~np.isin(draft.domain_H, list(taken))
-            if not _add(draft, key, expert, fresh_H):
+            fresh_H = ~np.isin(builder.domain_H, list(taken))
+            if not _add(builder, key, expert, fresh_H):
                 hopeless.add((taken, search.expert_bytes))
                 break
             hopeless.clear()
 
 
-def _add(draft: Draft, key: LayerKey, expert: int, among_H: np.ndarray) -> bool:
+def _add(builder: PlanBuilder, key: LayerKey, expert: int, among_H: np.ndarray) -> bool:
     """Add a replica on one of the hosts ``among_H``, (H,) bool; return False if nothing helps."""
     reason = "it stands in too few failure domains"
-    if draft.add(key, expert, "protect", reason, among_H=among_H):
+    if builder.add(key, expert, "protect", reason, among_H=among_H):
         return True
-    for hop in _path(draft, draft.searches[key].expert_bytes, among_H):
-        if not _move(draft, hop):
+    for hop in _path(builder, builder.searches[key].expert_bytes, among_H):
+        if not _move(builder, hop):
             return False
-    return draft.add(key, expert, "protect", reason, among_H=among_H)
+    return builder.add(key, expert, "protect", reason, among_H=among_H)
 
 
-def _path(draft: Draft, expert_bytes: int, wanted_H: np.ndarray) -> list[_Hop]:
+def _path(builder: PlanBuilder, expert_bytes: int, wanted_H: np.ndarray) -> list[_Hop]:
     """Return the shortest chain of moves that frees a slot on one of the hosts ``wanted_H``.
 
     Breadth-first search over hosts, from the wanted ones: there is an edge from a host to each host
     that one of its replicas of this size may move to. The chain is in the order in which it is
     carried out, so the move into the free slot comes first. It is empty if there is no path.
     """
-    searches = {k: s for k, s in draft.searches.items() if s.expert_bytes == expert_bytes}
-    ends_H = draft.rooms.fits(expert_bytes)
+    searches = {k: s for k, s in builder.searches.items() if s.expert_bytes == expert_bytes}
+    ends_H = builder.free.fits(expert_bytes)
     for search in searches.values():
-        ends_H |= search.limits.droppable(search.held_EH).any(axis=0)
+        ends_H |= search.constraints.droppable(search.held_EH).any(axis=0)
     if not ends_H.any():
         return []
     reached: dict[int, _Hop | None] = {int(host): None for host in np.flatnonzero(wanted_H)}
@@ -104,7 +104,7 @@ def _may_go(search: LayerSearch, source: int) -> np.ndarray:
     An expert must stay in as many failure domains as before: the target is in the same domain, in
     one that the expert is not in yet, or the expert has another replica in the source's domain.
     """
-    limits = search.limits
+    limits = search.constraints
     # in_domain_EH[e, h]: replicas of expert e in the failure domain of host h.
     in_domain_EH = np.stack(
         [search.held_EH[:, limits.domain_H == domain].sum(axis=1) for domain in limits.domain_H],
@@ -116,14 +116,14 @@ def _may_go(search: LayerSearch, source: int) -> np.ndarray:
     return movable_E[:, None] & ~search.held_EH & apart_EH
 
 
-def _move(draft: Draft, hop: _Hop) -> bool:
+def _move(builder: PlanBuilder, hop: _Hop) -> bool:
     """Carry out one hop; return False if an earlier one has made it impossible."""
-    search = draft.searches[hop.key]
+    search = builder.searches[hop.key]
     if not _may_go(search, hop.source)[hop.expert, hop.target]:
         return False
-    among_H = np.arange(len(draft.hosts)) == hop.target
+    among_H = np.arange(len(builder.hosts)) == hop.target
     reason = "it makes room for an expert that stands in too few failure domains"
-    if not draft.add(hop.key, hop.expert, "protect", reason, among_H=among_H):
+    if not builder.add(hop.key, hop.expert, "protect", reason, among_H=among_H):
         return False
-    draft.apply(search, Step((), ((hop.expert, hop.source),)))
+    builder.apply(search, Step((), ((hop.expert, hop.source),)))
     return True

@@ -26,8 +26,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from .balance import Split, split_below
-from .greedy_repack import rebuild
-from .moves import Found, Limits, Rooms, Step, together
+from .greedy_repack import repack
+from .moves import EvaluatedStep, FreeCapacity, LayerConstraints, Step, together
 
 # Rounds of the search: (how many experts are combined with as many hosts, how many of the resulting
 # steps are solved exactly). The second, wider round runs only if the first finds nothing.
@@ -52,16 +52,16 @@ class LayerSearch:
         load_E: np.ndarray,
         speed_H: np.ndarray,
         *,
-        rooms: Rooms,
+        free: FreeCapacity,
         expert_bytes: int,
-        limits: Limits,
+        constraints: LayerConstraints,
         least: float = 0.0,
     ) -> None:
         self.held_EH = held_EH
         self.load_E = load_E
         self.speed_H = speed_H
-        self.limits = limits
-        self.rooms = rooms
+        self.constraints = constraints
+        self.free = free
         self.expert_bytes = expert_bytes
         self.least = least  # load / speed of a host up to which evenness is worth nothing
         self.split: Split | None = None
@@ -85,7 +85,7 @@ class LayerSearch:
         copies_E = np.maximum(self.held_EH.sum(axis=1, keepdims=True), 1)
         return (self.held_EH / copies_E).T @ self.load_E
 
-    def aim(self, balancedness: float) -> float:
+    def retarget(self, balancedness: float) -> float:
         """Search for this balancedness from now on, and return `excess_part` under it."""
         # Balancedness is mean / busiest, so mean / balancedness bounds the busiest host.
         level = max(self.load_E.sum() / self.speed_H.sum() / balancedness, self.least)
@@ -97,21 +97,21 @@ class LayerSearch:
         """Carry out a step without updating the split."""
         for expert, host in step.drops:
             self.held_EH[expert, host] = False
-            self.rooms.give(host, self.expert_bytes)
+            self.free.give(host, self.expert_bytes)
         for expert, host in step.adds:
             self.held_EH[expert, host] = True
-            self.rooms.take(host, self.expert_bytes)
+            self.free.take(host, self.expert_bytes)
 
-    def improve(self, most_adds: int) -> Found | None:
+    def improve(self, most_adds: int) -> EvaluatedStep | None:
         """Return the best step with at most ``most_adds`` new replicas, or None; see `accept`."""
         assert self.split is not None
         before = self.split.excess
         least = _LEAST_PART * min(before, float(self._capacity_H.mean()))
         for width, exact in _WIDTHS:
-            best: Found | None = None
+            best: EvaluatedStep | None = None
             for step in self._ranked(max(width, len(self.speed_H) // 16), exact, most_adds):
                 split = split_below(self._after(step), self.load_E, self._capacity_H)
-                found = Found(Step(step.adds, step.drops, before - split.excess), split)
+                found = EvaluatedStep(Step(step.adds, step.drops, before - split.excess), split)
                 if best is None or found.step.gain_per_add > best.step.gain_per_add:
                     best = found
                 # Steps come in the order of their estimates. One that keeps most of its estimate
@@ -123,17 +123,17 @@ class LayerSearch:
                 return best
         return self._anew(most_adds, least)
 
-    def _anew(self, most_adds: int, least: float) -> Found | None:
+    def _anew(self, most_adds: int, least: float) -> EvaluatedStep | None:
         """Return a step that rebuilds the whole layer, if it gains enough per new replica."""
         assert self.split is not None
-        step = rebuild(self.held_EH, self.load_E, self.speed_H, self.limits)
+        step = repack(self.held_EH, self.load_E, self.speed_H, self.constraints)
         if step is None or len(step.adds) > most_adds:
             return None
         split = split_below(self._after(step), self.load_E, self._capacity_H)
-        found = Found(Step(step.adds, step.drops, self.split.excess - split.excess), split)
+        found = EvaluatedStep(Step(step.adds, step.drops, self.split.excess - split.excess), split)
         return found if found.step.gain > 0 and found.step.gain_per_add >= least else None
 
-    def accept(self, found: Found) -> None:
+    def accept(self, found: EvaluatedStep) -> None:
         """Carry out a step, and take over the split that it leads to."""
         self.apply(found.step)
         self.split = found.split
@@ -143,16 +143,16 @@ class LayerSearch:
         assert self.split is not None
         slack_H = self._capacity_H - self.split.flow_EH.sum(axis=0)
         able_H = (self.split.price_H <= 0.5) & (slack_H > 0)
-        able_H &= ~self.rooms.fits(self.expert_bytes)
+        able_H &= ~self.free.fits(self.expert_bytes)
         return [int(h) for h in np.argsort(-slack_H) if able_H[h]][:4]
 
-    def lend(self, host: int) -> Found | None:
+    def lend(self, host: int) -> EvaluatedStep | None:
         """Drop the replica on ``host`` that carries least and may go, unless the excess grows.
 
         Returns what `take_back` needs to undo it, or None if nothing was dropped.
         """
         assert self.split is not None
-        droppable_E = self.limits.droppable(self.held_EH)[:, host]
+        droppable_E = self.constraints.droppable(self.held_EH)[:, host]
         if not droppable_E.any():
             return None
         flow_E = np.where(droppable_E, self.split.flow_EH[:, host], np.inf)
@@ -160,11 +160,11 @@ class LayerSearch:
         split = split_below(self._after(step), self.load_E, self._capacity_H)
         if split.excess > self.split.excess + _NOTHING * self.load_E.sum():
             return None
-        undo = Found(Step(step.drops), self.split)
-        self.accept(Found(step, split))
+        undo = EvaluatedStep(Step(step.drops), self.split)
+        self.accept(EvaluatedStep(step, split))
         return undo
 
-    def take_back(self, undo: Found) -> None:
+    def take_back(self, undo: EvaluatedStep) -> None:
         """Undo a `lend`."""
         self.accept(undo)
 
@@ -213,10 +213,10 @@ class LayerSearch:
         gives_E = self._gives(over_H)
         experts = [int(e) for e in np.argsort(-gives_E)[:width] if gives_E[e] > 0]
         hosts = [int(h) for h in np.argsort(-slack_H)[:width] if open_H[h]]
-        fits_H = self.rooms.fits(self.expert_bytes)
-        droppable_EH = self.limits.droppable(self.held_EH)
+        fits_H = self.free.fits(self.expert_bytes)
+        droppable_EH = self.constraints.droppable(self.held_EH)
         # A cold expert may also go to a host that has no slack but free slots.
-        spare_H = np.where(fits_H & ~open_H, self.rooms.slots_H, 0)
+        spare_H = np.where(fits_H & ~open_H, self.free.slots_H, 0)
         targets = hosts + [int(h) for h in np.argsort(-spare_H)[:_VICTIMS] if spare_H[h] > 0]
         for host in hosts:
             for victim, room, loss in self._openings(host, fits_H, droppable_EH, slack_H, targets):
@@ -273,11 +273,11 @@ class LayerSearch:
         # Way 2: move a cold expert that must not be dropped to another host: into a free slot, or
         # into that of a replica that can be dropped there.
         cold = np.flatnonzero(
-            self.held_EH[:, host] & ~droppable_EH[:, host] & ~self.limits.pinned_EH[:, host]
+            self.held_EH[:, host] & ~droppable_EH[:, host] & ~self.constraints.pinned_EH[:, host]
         )
         for expert in cold[np.argsort(self.load_E[cold])][:2].tolist():
             for other in targets:
-                if self.held_EH[expert, other] or not self.limits.may_change_place(
+                if self.held_EH[expert, other] or not self.constraints.may_change_place(
                     self.held_EH[expert], host, other
                 ):
                     continue
@@ -314,7 +314,7 @@ class LayerSearch:
         """Yield steps that exchange two experts that have one replica each."""
         split = self.split
         assert split is not None
-        single_E = (self.held_EH.sum(axis=1) == 1) & ~self.limits.pinned_EH.any(axis=1)
+        single_E = (self.held_EH.sum(axis=1) == 1) & ~self.constraints.pinned_EH.any(axis=1)
         hot = np.argsort(-split.excess_H)[:2]
         for source in hot[split.excess_H[hot] > 0].tolist():
             here = np.flatnonzero(self.held_EH[:, source] & single_E)

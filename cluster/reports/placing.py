@@ -12,7 +12,7 @@ class MoveKind(OpenEnum):
     RESTORE = "restore"
     DRAIN = "drain"
     PROTECT = "protect"
-    WISH = "wish"
+    CONSTRAINT = "constraint"
     SPARE = "spare"
     BALANCE = "balance"
 

@@ -1,9 +1,9 @@
 """Choose the host that computes each assignment of a call.
 
 First the planner's shares deal the assignments out to replicas (`choose_hosts`). Then hosts with
-more than their part of a large call pass the excess on to other replicas (`level`). The second step
-is needed because each call of a layer waits for its busiest host, and the shares are right only on
-average over many calls.
+more than their part of a large call pass the excess on to other replicas (`level_load`). The second
+step is needed because each call of a layer waits for its busiest host, and the shares are right
+only on average over many calls.
 
 Shape suffixes: E = experts of the layer, H = hosts in the placement's order, n = assignments.
 """
@@ -22,7 +22,7 @@ from .row_grouping import rank_within_expert
 
 def choose_hosts(
     call: LayerCall,
-    choices_n: np.ndarray,
+    assignment_n: np.ndarray,
     routes: Routes,
     usable_H: np.ndarray,
     rank_H: np.ndarray,
@@ -33,12 +33,12 @@ def choose_hosts(
 
     The placement's shares choose the host for each run of ``split_rows`` assignments of one expert.
     If that host is not usable, or not of the best rank, the run goes to usable hosts of the highest
-    rank available. Then `level` evens out the load of hosts, in pieces of half a run.
+    rank available. Then `level_load` evens out the load of hosts, in pieces of half a run.
     """
     if not usable_H.size:
-        return np.full(choices_n.size, -1)  # no host is placed at the moment
+        return np.full(assignment_n.size, -1)  # no host is placed at the moment
     layer = routes.layer(call.key)
-    ids_n = call.ids_N[choices_n]
+    ids_n = call.ids_N[assignment_n]
     # Shape (n,): the step of the shares' round robin (`LayerRoutes.table_ES`). It advances with
     # every call, and within a call after each run of `split_rows` assignments of one expert. Small
     # calls keep each expert's rows together on one replica.
@@ -61,7 +61,9 @@ def choose_hosts(
         host_n[mine] = others[step_n[mine] % others.size] if others.size else -1
     if not call.avoid and (host_n >= 0).all():
         piece = max(split_rows // 2, 1)
-        level(host_n, ids_n.astype(np.int64), layer, usable_H & (rank_H == BEST_RANK), piece=piece)
+        level_load(
+            host_n, ids_n.astype(np.int64), layer, usable_H & (rank_H == BEST_RANK), piece=piece
+        )
     return host_n
 
 
@@ -69,21 +71,21 @@ def choose_hosts(
 _MOST = 4
 
 
-def level(
+def level_load(
     host_n: np.ndarray, ids_n: np.ndarray, routes: LayerRoutes, open_H: np.ndarray, *, piece: int
 ) -> None:
     """Move assignments from hosts with more than their part of the call to other replicas.
 
-    Changes ``host_n`` in place. Parts are ``routes.part_H``, scaled to the ``open_H`` hosts. It is
-    greedy: each step relieves the host with the most assignments relative to its part, by its
+    Changes ``host_n`` in place. Parts are ``routes.load_share_H``, scaled to the ``open_H`` hosts.
+    It is greedy: each step relieves the host with the most assignments relative to its part, by its
     largest possible move. An expert's assignments on a host are not split into pieces smaller than
     ``piece``, and an excess below ``piece`` is left alone.
     """
-    part_H = routes.part_H * open_H
-    if not part_H.any():
+    load_share_H = routes.load_share_H * open_H
+    if not load_share_H.any():
         return
-    hosts = len(part_H)
-    wanted_H = part_H * (host_n.size / part_H.sum())  # sums to n, like rows_H
+    hosts = len(load_share_H)
+    wanted_H = load_share_H * (host_n.size / load_share_H.sum())  # sums to n, like rows_H
     rows_H = np.bincount(host_n, minlength=hosts)
     if (rows_H - wanted_H).max() < piece:
         return

@@ -1,10 +1,10 @@
 """The router's state machine takes events and returns commands.
 
 It splits one layer's call over the hosts. Every assignment (a token and one of its experts; in
-names: `choice`) is accepted from exactly one answer. When a host dies, freezes or refuses, another
-replica takes over its assignments within the call. A late send goes to a second replica as well,
-and the first answer counts. If no host can compute an assignment, it waits for a host or a new
-placement until the call's deadline; then it is reported as lost.
+names: `assignment`) is accepted from exactly one answer. When a host dies, freezes or refuses,
+another replica takes over its assignments within the call. A late send goes to a second replica as
+well, and the first answer counts. If no host can compute an assignment, it waits for a host or a
+new placement until the call's deadline; then it is reported as lost.
 
 The clock is an argument. Sockets, threads and tensors are in `actors/router/router.py`.
 
@@ -23,21 +23,21 @@ from ..placement import LayerKey, Placement
 from .events import (
     Accept,
     Cancel,
-    Command,
     Disconnect,
-    Event,
     HostDown,
     HostUp,
     Ponged,
     Refresh,
     Refused,
     Replied,
+    RouterCommand,
+    RouterEvent,
     Send,
 )
-from .hedging import Budget, Hedging, Latencies
+from .hedging import Hedging, Latencies, TokenBucket
 from .host_health import HostHealth
-from .host_registry import Peers, Piece
-from .layer_call import Flight, LayerCall, Outcome
+from .host_registry import HostRegistry, SendPart
+from .layer_call import InFlightSend, LayerCall, Outcome
 from .policy import RouterPolicy
 
 # After these refusals, another replica or a later attempt may still serve the same assignments.
@@ -55,39 +55,39 @@ class Dispatcher:
         self.retries = 0  # sends whose assignments had to be sent again
         self.ejections = 0
         self.hedges = 0  # sends that repeated a late one
-        self.overtakings = 0  # hedges that were answered before the late send
-        self.peers = Peers(policy)
+        self.hedge_wins = 0  # hedges that were answered before the late send
+        self.registry = HostRegistry(policy)
         self._call: LayerCall | None = None
         self._next_seq = 1
         self._rotations: dict[LayerKey, int] = defaultdict(int)
         self.meter = LoadMeter()
-        self._retrying = Budget(
+        self._retrying = TokenBucket(
             share=policy.retry_share, per_s=policy.retry_per_s, most=policy.retry_burst
         )
-        budget = Budget(share=policy.hedge_share, per_s=0.0, most=policy.hedge_burst)
-        latencies = Latencies(policy.hedge_quantile, policy.hedge_least_s)
+        budget = TokenBucket(share=policy.hedge_share, per_s=0.0, most=policy.hedge_burst)
+        latencies = Latencies(policy.hedge_quantile, policy.hedge_min_s)
         self._hedging = Hedging(latencies, budget, self._retrying)
         # The layer of the last call if the placement lacks it; its model may be asleep.
         self.unplaced: LayerKey | None = None
 
     @property
     def placement(self) -> Placement | None:
-        return self.peers.placement
+        return self.registry.placement
 
     @property
     def hosts(self) -> dict[str, HostHealth]:
-        return self.peers.hosts
+        return self.registry.hosts
 
-    def place(self, placement: Placement, now: float) -> list[Command]:
+    def place(self, placement: Placement, now: float) -> list[RouterCommand]:
         """Switch to a newer placement; ignore an older or equal one."""
-        if self.placement is not None and placement.number <= self.placement.number:
+        if self.placement is not None and placement.id <= self.placement.id:
             return []
-        over = self.peers.place(placement)
+        over = self.registry.place(placement)
         for host in over:
             self._orphan(host)
         if self._call is not None:
             self._call.avoid.clear()
-            self._call.apart.clear()
+            self._call.one_expert_per_send.clear()
             if self.outcome is None and self._call.key not in placement.layers:
                 self.unplaced = self._call.key
         return [*map(Disconnect, over), *self.tick(now)]
@@ -102,7 +102,7 @@ class Dispatcher:
         max_rows: int,
         now: float,
         patience_T: np.ndarray | None = None,
-    ) -> list[Command]:
+    ) -> list[RouterCommand]:
         """Start a layer's call.
 
         Ids are int32; ids outside [0, experts) mark unused assignments. ``patience_T`` has the
@@ -128,7 +128,7 @@ class Dispatcher:
             self.meter.count(key, ids_N, len(layer.replicas))
         return self.tick(now)
 
-    def abandon(self, now: float) -> list[Command]:
+    def abandon(self, now: float) -> list[RouterCommand]:
         """End the call of a caller that was interrupted at an unknown point.
 
         Connections with a send or an answer under way are closed, as their state is unknown.
@@ -142,8 +142,8 @@ class Dispatcher:
             self.hosts[name].went_down(now)
         return [Disconnect(name) for name in busy]
 
-    def handle(self, event: Event, now: float) -> list[Command]:
-        commands: list[Command] = []
+    def handle(self, event: RouterEvent, now: float) -> list[RouterCommand]:
+        commands: list[RouterCommand] = []
         health = self.hosts.get(event.host)
         if health is None:
             return commands
@@ -167,18 +167,18 @@ class Dispatcher:
                 commands += self._refused(event, health, now)
         return commands + self.tick(now)
 
-    def tick(self, now: float) -> list[Command]:
+    def tick(self, now: float) -> list[RouterCommand]:
         """Do what is due at ``now``: deadlines, hedges, probes, waiting assignments."""
-        commands: list[Command] = []
+        commands: list[RouterCommand] = []
         if (call := self._running) is not None:
             commands += self._expire(call, now)
-        commands += self.peers.tick(now)
+        commands += self.registry.tick(now)
         if (call := self._running) is not None:
             if call.waiting_N.size and now >= call.hold_until:
                 commands += self._assign(call, now)
             call.lose_patience(now)
             commands += self._hedge(call, now)
-            if not call.waiting_N.size and not call.live:
+            if not call.waiting_N.size and not call.in_flight:
                 self.outcome = call.ended()
         return commands
 
@@ -186,14 +186,14 @@ class Dispatcher:
         """Return the next moment at which `tick` has something to do if no event comes first."""
         call = self._running
         waits = call is not None and call.waiting_N.size > 0
-        due = [self.peers.wake_at(now, work_waits=waits)]
+        due = [self.registry.wake_at(now, work_waits=waits)]
         if call is not None:
             due.append(call.wake_at(now))
         return min(due)
 
     def is_hedge(self, seq: int) -> bool:
         """Return whether this send repeats a late one that is still in flight."""
-        flight = self._call.live.get(seq) if self._call is not None else None
+        flight = self._call.in_flight.get(seq) if self._call is not None else None
         return flight is not None and flight.rival is not None
 
     # ---- what becomes of sends ------------------------------------------------------------------
@@ -206,42 +206,42 @@ class Dispatcher:
         """Let the assignments in flight to ``host`` wait again: it will not answer them."""
         call = self._running
         if call is not None:
-            for seq in [seq for seq, flight in call.live.items() if flight.send.host == host]:
+            for seq in [seq for seq, flight in call.in_flight.items() if flight.send.host == host]:
                 self.retries += call.take(seq)
             for seq in [s for s, send in call.given_up.items() if send.host == host]:
                 del call.given_up[seq]
 
-    def _accept(self, seq: int, now: float) -> list[Command]:
+    def _accept(self, seq: int, now: float) -> list[RouterCommand]:
         call = self._running
         if call is None:
             return []
-        flight = call.live.get(seq)
+        flight = call.in_flight.get(seq)
         if flight is None:
             late = call.take_late(seq)
             return [] if late is None else [Accept(late)]
-        choices = flight.send.choices
-        self._hedging.latencies.learn(call.key.model, choices.size, now - flight.sent_at)
-        commands: list[Command] = [Accept(flight.send)]
+        assignments = flight.send.assignments
+        self._hedging.latencies.learn(call.key.model, assignments.size, now - flight.sent_at)
+        commands: list[RouterCommand] = [Accept(flight.send)]
         if flight.rival is not None:
             # A hedge was faster than the send that it repeats, which is cancelled now. What neither
             # this answer nor another hedge covers waits again.
-            self.overtakings += 1
-            late = call.live[flight.rival]
+            self.hedge_wins += 1
+            late = call.in_flight[flight.rival]
             beaten = late.send
-            self.hosts[beaten.host].overtaken(now, now - late.sent_at)
+            self.hosts[beaten.host].lost_to_hedge(now, now - late.sent_at)
             call.take(seq)
-            call.take(beaten.seq, answered=choices)
+            call.take(beaten.seq, answered=assignments)
             commands.append(self._cancel(beaten, now))
             return commands
         if not flight.hedges:
             self.hosts[flight.send.host].in_time()
         return commands + [self._cancel(send, now) for send in call.end(seq)]
 
-    def _refused(self, event: Refused, health: HostHealth, now: float) -> list[Command]:
+    def _refused(self, event: Refused, health: HostHealth, now: float) -> list[RouterCommand]:
         call = self._running
-        if call is None or event.seq not in call.live:
+        if call is None or event.seq not in call.in_flight:
             return []
-        flight = call.live[event.seq]
+        flight = call.in_flight[event.seq]
         if event.code not in _RETRYABLE:
             return self._fail(call, flight, event, now)
         waits = call.take(event.seq)
@@ -255,7 +255,9 @@ class Dispatcher:
             return [Refresh()]
         return []
 
-    def _fail(self, call: LayerCall, flight: Flight, event: Refused, now: float) -> list[Command]:
+    def _fail(
+        self, call: LayerCall, flight: InFlightSend, event: Refused, now: float
+    ) -> list[RouterCommand]:
         """Fail the assignments of ``flight``, which every host would refuse; only drop a hedge."""
         if flight.rival is not None:
             call.take(event.seq)
@@ -263,7 +265,7 @@ class Dispatcher:
         call.failed.append((flight.send, event))
         return [self._cancel(send, now) for send in call.end(event.seq)]
 
-    def _cancel(self, send: Send, now: float) -> Command:
+    def _cancel(self, send: Send, now: float) -> RouterCommand:
         self.hosts[send.host].give_up(send.seq, now)
         return Cancel(send.host, send.seq)
 
@@ -272,23 +274,23 @@ class Dispatcher:
         call.attempts += 1
         call.hold_until = max(call.hold_until, now + self._retrying.owe(sends, now))
 
-    def _end(self, call: LayerCall, now: float) -> list[Command]:
+    def _end(self, call: LayerCall, now: float) -> list[RouterCommand]:
         """End the call; assignments that have no answer yet are lost."""
         sends = call.stop()
         self.outcome = call.ended()
         return [self._cancel(send, now) for send in sends]
 
-    def _expire(self, call: LayerCall, now: float) -> list[Command]:
+    def _expire(self, call: LayerCall, now: float) -> list[RouterCommand]:
         if now >= call.deadline:
             return self._end(call, now)
-        late = {f.send.host for f in call.live.values() if now >= f.expires}
-        commands: list[Command] = []
+        late = {f.send.host for f in call.in_flight.values() if now >= f.expires}
+        commands: list[RouterCommand] = []
         for host in sorted(late):
             # One missed deadline makes the whole host suspect: all its sends go elsewhere now,
             # rather than each after its own deadline.
             self.hosts[host].eject(now)
             self.ejections += 1
-            sends = [f.send for f in call.live.values() if f.send.host == host]
+            sends = [f.send for f in call.in_flight.values() if f.send.host == host]
             again = sum(call.take(send.seq) for send in sends)
             call.given_up.update((send.seq, send) for send in sends)
             commands += [self._cancel(send, now) for send in sends]
@@ -301,49 +303,49 @@ class Dispatcher:
 
     # ---- sending --------------------------------------------------------------------------------
 
-    def _assign(self, call: LayerCall, now: float) -> list[Command]:
+    def _assign(self, call: LayerCall, now: float) -> list[RouterCommand]:
         """Send the waiting assignments that some host can take; the others go on waiting."""
         placement = self.placement
         if placement is None or call.key not in placement.layers:
-            call.nowhere(call.waiting_N, now)
+            call.note_unavailable(call.waiting_N, now)
             return []
         # transformers marks unused assignments with the number of experts as their id.
         inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
         call.waiting_N = call.waiting_N[inside]
-        host_n = self.peers.choose(call, call.waiting_N, now)
+        host_n = self.registry.choose(call, call.waiting_N, now)
         still = [call.waiting_N[host_n < 0]]
-        call.nowhere(still[0], now)
-        commands: list[Command] = []
-        for piece in self.peers.pieces(call, call.waiting_N, host_n):
+        call.note_unavailable(still[0], now)
+        commands: list[RouterCommand] = []
+        for piece in self.registry.pieces(call, call.waiting_N, host_n):
             if piece.health.room <= 0:
-                still.append(piece.choices)
+                still.append(piece.assignments)
                 continue
             self._hedging.earn()
             commands.append(self._send(call, piece, call.attempts, now).send)
         call.waiting_N = np.sort(np.concatenate(still))
         return commands
 
-    def _hedge(self, call: LayerCall, now: float) -> list[Command]:
+    def _hedge(self, call: LayerCall, now: float) -> list[RouterCommand]:
         """Repeat late sends on other replicas, if each of their assignments has one.
 
         A hedge becomes an ordinary send when the send that it repeats ends without an answer.
         """
-        commands: list[Command] = []
+        commands: list[RouterCommand] = []
         placed = self.placement is not None and call.key in self.placement.layers
-        for flight in [f for f in call.live.values() if now >= f.hedge_at]:
+        for flight in [f for f in call.in_flight.values() if now >= f.hedge_at]:
             # If it cannot be hedged now, look again when it is twice as old.
-            flight.hedge_at = now + max(now - flight.sent_at, self.policy.hedge_least_s)
+            flight.hedge_at = now + max(now - flight.sent_at, self.policy.hedge_min_s)
             if not placed or flight.hedges or flight.rival is not None:
                 continue
-            choices = flight.send.choices
-            host_n = self.peers.choose(call, choices, now, besides=flight.send.host)
+            assignments = flight.send.assignments
+            host_n = self.registry.choose(call, assignments, now, besides=flight.send.host)
             if (host_n < 0).any():
                 continue
-            pieces = list(self.peers.pieces(call, choices, host_n))
+            pieces = list(self.registry.pieces(call, assignments, host_n))
             asked = Counter(piece.health.entry.host for piece in pieces)
             room = all(self.hosts[host].room >= sends for host, sends in asked.items())
             age_s = now - flight.sent_at
-            if not room or not self._hedging.may(call.key.model, choices.size, age_s, now):
+            if not room or not self._hedging.allow(call.key.model, assignments.size, age_s, now):
                 continue
             for piece in pieces:
                 hedge = self._send(call, piece, call.attempts + 1, now)
@@ -353,12 +355,12 @@ class Dispatcher:
             self.hedges += len(pieces)
         return commands
 
-    def _send(self, call: LayerCall, piece: Piece, attempt: int, now: float) -> Flight:
+    def _send(self, call: LayerCall, piece: SendPart, attempt: int, now: float) -> InFlightSend:
         expires = min(now + self.policy.attempt_s * 2**call.misses, call.deadline)
         send = piece.send(call, self._next_seq, timeout_s=expires - now, attempt=attempt)
         self._next_seq += 1
         piece.health.sent(send.seq)
-        late_s = self._hedging.latencies.late_after_s(call.key.model, send.choices.size)
-        flight = Flight(send, sent_at=now, expires=expires, hedge_at=now + late_s)
-        call.live[send.seq] = flight
+        late_s = self._hedging.latencies.late_after_s(call.key.model, send.assignments.size)
+        flight = InFlightSend(send, sent_at=now, expires=expires, hedge_at=now + late_s)
+        call.in_flight[send.seq] = flight
         return flight

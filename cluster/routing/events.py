@@ -55,7 +55,7 @@ class Ponged:
     number: int
 
 
-Event = HostUp | HostDown | Replied | Refused | Ponged
+RouterEvent = HostUp | HostDown | Replied | Refused | Ponged
 
 # ---- commands: what to do ---------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ class Disconnect:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Send:
-    """One call to one host; ``choice_tk`` has assignment numbers t * K + k, or -1 as padding."""
+    """One call to one host; ``assignment_tk`` has numbers t * K + k, or -1 as padding."""
 
     host: str
     incarnation: int
@@ -80,12 +80,12 @@ class Send:
     timeout_s: float
     attempt: int  # failed sends of its layer call before it; one more in a hedge
     token_t: np.ndarray
-    choice_tk: np.ndarray
+    assignment_tk: np.ndarray
     ids_tk: np.ndarray
 
     @property
-    def choices(self) -> np.ndarray:
-        return self.choice_tk[self.choice_tk >= 0]
+    def assignments(self) -> np.ndarray:
+        return self.assignment_tk[self.assignment_tk >= 0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,4 +120,4 @@ class Refresh:
     """Ask for a newer placement: a host no longer holds what this one says."""
 
 
-Command = Connect | Disconnect | Send | Accept | Cancel | Probe | Free | Refresh
+RouterCommand = Connect | Disconnect | Send | Accept | Cancel | Probe | Free | Refresh

@@ -17,24 +17,24 @@ from .expert_options import WAIT, RowGroups
 _ALL = 1 << 30  # more experts than any token has
 
 
-class Dropped(NamedTuple):
+class DroppedExperts(NamedTuple):
     """Experts that were left out of a request's rows."""
 
     largest: float  # largest fraction of a token's gate weights left out in one layer
     times: int  # number of (token, layer) pairs that lacked an expert
 
-    def and_then(self, part: float) -> Dropped:
-        return Dropped(max(self.largest, part), self.times + 1)
+    def and_then(self, part: float) -> DroppedExperts:
+        return DroppedExperts(max(self.largest, part), self.times + 1)
 
 
-class Judgement(NamedTuple):
+class FallbackDecision(NamedTuple):
     """What happens to the rows with an assignment that was not computed."""
 
     dropped: dict[int, float]  # row -> fraction of its gate weights that is left out
     lost: list[int]  # rows that cannot go on without it
 
 
-class RowWishes:
+class BatchExpertOptions:
     """The options of each row of a batch; rows after the last group have the defaults."""
 
     def __init__(self, groups: RowGroups | None, tokens: int, deadline_s: float) -> None:
@@ -50,18 +50,18 @@ class RowWishes:
         self._most_T = np.full(tokens, -1.0)
         self.experts_T: np.ndarray | None = None  # experts per token; None: no row sets it
         start = 0
-        for rows, wish in known if apart else ():
+        for rows, expert_options in known if apart else ():
             mine = slice(start, start + rows)
-            missing = wish.missing
+            missing = expert_options.missing
             self.patience_T[mine] = missing.patience_s(deadline_s)
             self._most_T[mine] = missing.most_dropped if missing.mode == "drop" else -1.0
-            if wish.experts_per_token is not None:
+            if expert_options.experts_per_token is not None:
                 if self.experts_T is None:
                     self.experts_T = np.full(tokens, _ALL)
-                self.experts_T[mine] = wish.experts_per_token
+                self.experts_T[mine] = expert_options.experts_per_token
             start += rows
 
-    def judge(self, lost_n: np.ndarray, weights_N: np.ndarray, top_k: int) -> Judgement:
+    def decide(self, lost_n: np.ndarray, weights_N: np.ndarray, top_k: int) -> FallbackDecision:
         """Decide which rows go on without the lost assignments, whose numbers ``lost_n`` has."""
         weights_TK = np.abs(weights_N.reshape(-1, top_k))
         missing_TK = np.zeros(weights_TK.shape, dtype=bool)
@@ -74,10 +74,10 @@ class RowWishes:
                 dropped[row] = part
             else:
                 lost.append(row)
-        return Judgement(dropped, lost)
+        return FallbackDecision(dropped, lost)
 
 
-def largest_choices(
+def keep_top_experts(
     ids_TK: np.ndarray, weights_TK: np.ndarray, most_T: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keep each token's ``most_T`` experts with the largest weights; return new (ids, weights).

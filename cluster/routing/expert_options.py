@@ -35,15 +35,15 @@ WAIT = MissingExpert()
 
 
 @dataclass(frozen=True, slots=True)
-class RowWish:
+class ExpertOptions:
     """A request's options for the experts of its rows."""
 
     missing: MissingExpert = WAIT
     experts_per_token: int | None = None  # None: all that the gate chose
 
 
-NO_WISH = RowWish()
+DEFAULT_EXPERT_OPTIONS = ExpertOptions()
 
 
 # The rows of a batch in order, grouped by request: (number of rows, the request's options).
-RowGroups = Sequence[tuple[int, RowWish]]
+RowGroups = Sequence[tuple[int, ExpertOptions]]

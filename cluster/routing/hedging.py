@@ -37,8 +37,8 @@ class Latencies:
         # class has answers of numbers within a factor of two.
         self._seen: dict[str, dict[int, _Seen]] = {}
 
-    def learn(self, model: str, choices: int, took_s: float) -> None:
-        seen = self._seen.setdefault(model, {}).setdefault(choices.bit_length(), _Seen())
+    def learn(self, model: str, assignments: int, took_s: float) -> None:
+        seen = self._seen.setdefault(model, {}).setdefault(assignments.bit_length(), _Seen())
         seen.took_s.append(took_s)
         seen.unread += 1
         if seen.unread >= _LEAST:
@@ -46,14 +46,14 @@ class Latencies:
             late_s = float(np.quantile(np.array(seen.took_s), self._quantile))
             seen.late_after_s = max(late_s, self._least_s)
 
-    def late_after_s(self, model: str, choices: int) -> float:
+    def late_after_s(self, model: str, assignments: int) -> float:
         """Return the age in seconds at which a send is late; infinity if nothing is known.
 
         A size without an estimate takes that of the next larger known size, else that of the
         largest smaller one, scaled with the number of assignments.
         """
         sizes = self._seen.get(model, {})
-        size = choices.bit_length()
+        size = assignments.bit_length()
         seen = sizes.get(size)
         if seen is not None and seen.late_after_s < float("inf"):
             return seen.late_after_s
@@ -71,7 +71,7 @@ class Latencies:
         return known[smaller] * 2 ** (size - smaller)
 
 
-class Budget:
+class TokenBucket:
     """A token bucket: each send adds ``share`` tokens, each second ``per_s``."""
 
     def __init__(self, *, share: float, per_s: float, most: float) -> None:
@@ -115,7 +115,7 @@ class Hedging:
     The budget of hedges pays, or that of retries once the send is so late that it may be lost.
     """
 
-    def __init__(self, latencies: Latencies, budget: Budget, retrying: Budget) -> None:
+    def __init__(self, latencies: Latencies, budget: TokenBucket, retrying: TokenBucket) -> None:
         self.latencies = latencies
         self._budget = budget
         self._retrying = retrying
@@ -125,12 +125,12 @@ class Hedging:
         self._budget.earn(1)
         self._retrying.earn(1)
 
-    def may(self, model: str, choices: int, age_s: float, now: float) -> bool:
+    def allow(self, model: str, assignments: int, age_s: float, now: float) -> bool:
         """Pay for one hedge if a budget allows it; return whether the send may be repeated.
 
         A hedge that is split over several hosts costs as much as one: its work is that of one send.
         """
         if self._budget.spend(1, now):
             return True
-        lost = age_s >= _LOST * self.latencies.late_after_s(model, choices)
+        lost = age_s >= _LOST * self.latencies.late_after_s(model, assignments)
         return lost and self._retrying.spend(1, now)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..placement import HostEntry
-from .events import Command, Connect, Disconnect, Free, Probe
+from .events import Connect, Disconnect, Free, Probe, RouterCommand
 from .policy import RouterPolicy
 
 # In `HostHealth.occupied`: the call was not given up.
@@ -80,7 +80,7 @@ class HostHealth:
                 self._act_at = now + self._probe_s
             self.occupied[seq] = self._probes + 1
 
-    def ponged(self, number: int) -> Iterator[Command]:
+    def ponged(self, number: int) -> Iterator[RouterCommand]:
         """Free the slots of calls that were given up before this probe was sent.
 
         A connection keeps its order, so that no answer to them can follow that to the probe.
@@ -110,7 +110,7 @@ class HostHealth:
         """Forget delays of the past: the host answered before a hedge was sent."""
         self._avoid_s = self._busy_s = 0.0
 
-    def overtaken(self, now: float, age_s: float) -> None:
+    def lost_to_hedge(self, now: float, age_s: float) -> None:
         """Avoid the host for a while: a hedge overtook its send, which was ``age_s`` old.
 
         Once may be chance. If it repeats, the pause doubles and is a multiple of ``age_s``, so that
@@ -133,7 +133,7 @@ class HostHealth:
             due = min(due, self.busy_until)
         return due
 
-    def tick(self, now: float) -> Iterator[Command]:
+    def tick(self, now: float) -> Iterator[RouterCommand]:
         if now < self._act_at:
             return
         if self.state is HostState.DOWN:

@@ -1,4 +1,4 @@
-"""The hosts of a placement as one router knows them, and the choice among them for assignments.
+"""The hosts of a placement as one router knows them, and the assignment among them for assignments.
 
 Shape suffixes: H = hosts in the placement's order, n = assignments, t and k = rows and columns of
 one send.
@@ -13,26 +13,26 @@ import numpy as np
 
 from ..placement import ExpertKey, LayerKey, Placement
 from .assignment import choose_hosts
-from .events import Command, Disconnect, Send
+from .events import Disconnect, RouterCommand, Send
 from .host_health import HostHealth, HostState
 from .layer_call import LayerCall
 from .policy import RouterPolicy
 from .routes import Routes
 
 
-class Piece(NamedTuple):
+class SendPart(NamedTuple):
     """Assignments that go to one host in one send."""
 
     health: HostHealth
     token_t: np.ndarray
-    choice_tk: np.ndarray
+    assignment_tk: np.ndarray
 
     @property
-    def choices(self) -> np.ndarray:
-        return self.choice_tk[self.choice_tk >= 0]
+    def assignments(self) -> np.ndarray:
+        return self.assignment_tk[self.assignment_tk >= 0]
 
     def send(self, call: LayerCall, seq: int, *, timeout_s: float, attempt: int) -> Send:
-        ids_tk = np.where(self.choice_tk >= 0, call.ids_N[self.choice_tk], -1)
+        ids_tk = np.where(self.assignment_tk >= 0, call.ids_N[self.assignment_tk], -1)
         return Send(
             host=self.health.entry.host,
             incarnation=self.health.entry.incarnation,
@@ -40,12 +40,12 @@ class Piece(NamedTuple):
             timeout_s=timeout_s,
             attempt=attempt,
             token_t=self.token_t,
-            choice_tk=self.choice_tk,
+            assignment_tk=self.assignment_tk,
             ids_tk=ids_tk.astype(np.int32),
         )
 
 
-class Peers:
+class HostRegistry:
     """The current placement and the health of each of its hosts."""
 
     def __init__(self, policy: RouterPolicy) -> None:
@@ -77,7 +77,7 @@ class Peers:
                 known.state = HostState.UP
         return over
 
-    def tick(self, now: float) -> Iterator[Command]:
+    def tick(self, now: float) -> Iterator[RouterCommand]:
         """Yield due probes and connections, and disconnect idle hosts that left the placement."""
         for name, health in list(self.hosts.items()):
             yield from health.tick(now)
@@ -99,7 +99,7 @@ class Peers:
         return any(health is not None and health.takes_calls(now) for health in healths)
 
     def choose(
-        self, call: LayerCall, choices_n: np.ndarray, now: float, *, besides: str = ""
+        self, call: LayerCall, assignment_n: np.ndarray, now: float, *, besides: str = ""
     ) -> np.ndarray:
         """Return for each assignment the index of a host that takes it now, or -1.
 
@@ -113,13 +113,17 @@ class Peers:
         if besides:
             usable_H &= (rank_H > 0) & (np.array(self._routes.hosts) != besides)
         split_rows = self._policy.split_rows
-        return choose_hosts(call, choices_n, self._routes, usable_H, rank_H, split_rows=split_rows)
+        return choose_hosts(
+            call, assignment_n, self._routes, usable_H, rank_H, split_rows=split_rows
+        )
 
-    def pieces(self, call: LayerCall, choices_n: np.ndarray, host_n: np.ndarray) -> Iterator[Piece]:
+    def pieces(
+        self, call: LayerCall, assignment_n: np.ndarray, host_n: np.ndarray
+    ) -> Iterator[SendPart]:
         """Yield the assignments as sends to the hosts that were chosen for them."""
         assert self._routes is not None
         for index, name in enumerate(self._routes.hosts):
-            mine = choices_n[host_n == index]
+            mine = assignment_n[host_n == index]
             if mine.size:
-                for token_t, choice_tk in call.pieces(name, mine):
-                    yield Piece(self.hosts[name], token_t, choice_tk)
+                for token_t, assignment_tk in call.pieces(name, mine):
+                    yield SendPart(self.hosts[name], token_t, assignment_tk)

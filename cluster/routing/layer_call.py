@@ -1,7 +1,7 @@
 """One layer's call in progress, and its outcome: bookkeeping of the router's state machine.
 
 An assignment (a token and one of its experts) is numbered t * K + k, for K experts of each token.
-Names call it `choice`; arrays of choices hold these numbers.
+Names call it `assignment`; arrays of assignments hold these numbers.
 
 Shape suffixes: N = T * K assignments flattened, n = some of them.
 """
@@ -32,7 +32,7 @@ class Outcome:
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlightSend:
     """A send that has no answer yet."""
 
     send: Send
@@ -47,9 +47,9 @@ class Flight:
 class LayerCall:
     """One layer's call in progress.
 
-    Every assignment is in one of these states: waiting (``waiting_N``), in flight (``live``),
-    accepted, failed (``failed``) or given up (``gone``). An assignment that is in flight twice, in
-    a send and in its hedge, counts once.
+    Every assignment is in one of these states: waiting (``waiting_N``), in flight (``in_flight``),
+    accepted, failed (``failed``) or given up (``out_of_patience``). An assignment that is in flight
+    twice, in a send and in its hedge, counts once.
     """
 
     key: LayerKey
@@ -63,16 +63,18 @@ class LayerCall:
     patience_T: np.ndarray | None = None
     # Waiting assignments with no available replica, and since when there are any. The other waiting
     # assignments have one, and wait until it has room for another call.
-    nowhere_N: np.ndarray = field(default_factory=lambda: _NONE)
-    nowhere_since: float = 0.0
-    gone: list[np.ndarray] = field(default_factory=list)  # assignments whose patience ended
-    live: dict[int, Flight] = field(default_factory=dict)  # by sequence number
+    unavailable_N: np.ndarray = field(default_factory=lambda: _NONE)
+    unavailable_since: float = 0.0
+    out_of_patience: list[np.ndarray] = field(
+        default_factory=list
+    )  # assignments whose patience ended
+    in_flight: dict[int, InFlightSend] = field(default_factory=dict)  # by sequence number
     # Sends that missed their deadline. A late answer still counts while all its assignments wait.
     given_up: dict[int, Send] = field(default_factory=dict)
     avoid: set[tuple[str, int]] = field(default_factory=set)  # (host, expert) refused
     # Hosts that refused a send because they lack one of its experts. They get one send for each
     # expert from now on, which shows which one they lack.
-    apart: set[str] = field(default_factory=set)
+    one_expert_per_send: set[str] = field(default_factory=set)
     # Refused for a reason that holds for every host.
     failed: list[tuple[Send, Refused]] = field(default_factory=list)
     misses: int = 0  # times that sends missed their deadline
@@ -81,20 +83,24 @@ class LayerCall:
 
     def ended(self) -> Outcome:
         """Return the outcome; call it when nothing is in flight any more."""
-        lost = [self.waiting_N, *self.gone, *(send.choices for send, _ in self.failed)]
+        lost = [
+            self.waiting_N,
+            *self.out_of_patience,
+            *(send.assignments for send, _ in self.failed),
+        ]
         error = self.failed[0][1] if self.failed else None
         return Outcome(np.sort(np.concatenate(lost)), error)
 
     def pieces(self, host: str, mine: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the assignments ``mine`` as the rows of one or several sends to ``host``."""
-        if host not in self.apart:
+        if host not in self.one_expert_per_send:
             return rows_of(mine, self.top_k, self.max_rows)
         ids_n = self.ids_N[mine]
         groups = [mine[ids_n == expert] for expert in np.unique(ids_n)]
         return [piece for one in groups for piece in rows_of(one, self.top_k, self.max_rows)]
 
-    def wait_again(self, choices: np.ndarray) -> None:
-        self.waiting_N = np.sort(np.concatenate([self.waiting_N, choices]))
+    def wait_again(self, assignments: np.ndarray) -> None:
+        self.waiting_N = np.sort(np.concatenate([self.waiting_N, assignments]))
 
     def take(self, seq: int, answered: np.ndarray | None = None) -> bool:
         """Take a send without a useful answer out of flight; return whether any of it waits again.
@@ -102,19 +108,19 @@ class LayerCall:
         Its assignments wait again, except those in ``answered`` and those that one of its hedges
         carries. All arrays here are int64 of shape (n,), and hold assignment numbers.
         """
-        flight = self.live.pop(seq)
+        flight = self.in_flight.pop(seq)
         if flight.rival is not None:
             # A hedge: the send that it repeats is still in flight and carries all its assignments.
-            self.live[flight.rival].hedges.discard(seq)
+            self.in_flight[flight.rival].hedges.discard(seq)
             return False
         # An original send: its hedges are disjoint and at first cover it. Each hedge in flight now
         # becomes an ordinary send, the only one with its assignments. The set difference leaves
         # what neither they nor the answer cover, such as parts whose hedge was taken before.
         carried = [] if answered is None else [answered]
         for hedge in flight.hedges:
-            self.live[hedge].rival = None
-            carried.append(self.live[hedge].send.choices)
-        left = flight.send.choices
+            self.in_flight[hedge].rival = None
+            carried.append(self.in_flight[hedge].send.assignments)
+        left = flight.send.assignments
         if carried:
             left = np.setdiff1d(left, np.concatenate(carried), assume_unique=True)
         if left.size:
@@ -123,7 +129,7 @@ class LayerCall:
 
     def end(self, seq: int) -> list[Send]:
         """Take a send and its hedges out of flight; return the hedges, to be cancelled."""
-        return [self.live.pop(hedge).send for hedge in sorted(self.live.pop(seq).hedges)]
+        return [self.in_flight.pop(hedge).send for hedge in sorted(self.in_flight.pop(seq).hedges)]
 
     def take_late(self, seq: int) -> Send | None:
         """Return a send that was given up and is answered now, or None if the answer is useless.
@@ -131,58 +137,62 @@ class LayerCall:
         It is useful while all its assignments still wait: an answer is accepted as a whole.
         """
         late = self.given_up.pop(seq, None)
-        if late is None or not np.isin(late.choices, self.waiting_N).all():
+        if late is None or not np.isin(late.assignments, self.waiting_N).all():
             return None
-        self.waiting_N = np.setdiff1d(self.waiting_N, late.choices, assume_unique=True)
+        self.waiting_N = np.setdiff1d(self.waiting_N, late.assignments, assume_unique=True)
         return late
 
-    def nowhere(self, choices: np.ndarray, now: float) -> None:
+    def note_unavailable(self, assignments: np.ndarray, now: float) -> None:
         """Note which of the waiting assignments have no available replica now."""
-        if not self.nowhere_N.size:
-            self.nowhere_since = now
-        self.nowhere_N = choices
+        if not self.unavailable_N.size:
+            self.unavailable_since = now
+        self.unavailable_N = assignments
 
     def lose_patience(self, now: float) -> None:
         """Give up assignments that have no available replica and whose token waits no longer."""
-        if self.nowhere_N.size:  # a late answer may have served some of them since
-            self.nowhere_N = np.intersect1d(self.nowhere_N, self.waiting_N, assume_unique=True)
-        if self.patience_T is not None and self.nowhere_N.size:
-            over_n = self.nowhere_since + self._patience(self.nowhere_N) <= now
-            self.gone.append(self.nowhere_N[over_n])
-            self.waiting_N = np.setdiff1d(self.waiting_N, self.gone[-1], assume_unique=True)
-            self.nowhere_N = self.nowhere_N[~over_n]
+        if self.unavailable_N.size:  # a late answer may have served some of them since
+            self.unavailable_N = np.intersect1d(
+                self.unavailable_N, self.waiting_N, assume_unique=True
+            )
+        if self.patience_T is not None and self.unavailable_N.size:
+            over_n = self.unavailable_since + self._patience(self.unavailable_N) <= now
+            self.out_of_patience.append(self.unavailable_N[over_n])
+            self.waiting_N = np.setdiff1d(
+                self.waiting_N, self.out_of_patience[-1], assume_unique=True
+            )
+            self.unavailable_N = self.unavailable_N[~over_n]
 
-    def _patience(self, choices: np.ndarray) -> np.ndarray:
+    def _patience(self, assignments: np.ndarray) -> np.ndarray:
         assert self.patience_T is not None
-        return self.patience_T[choices // self.top_k]
+        return self.patience_T[assignments // self.top_k]
 
     def wake_at(self, now: float) -> float:
         """Return when the next deadline, hedge, end of patience or held-back retry is due."""
         due = [self.deadline]
-        due += [min(flight.expires, flight.hedge_at) for flight in self.live.values()]
-        if self.nowhere_N.size and self.patience_T is not None:
-            due.append(self.nowhere_since + float(self._patience(self.nowhere_N).min()))
+        due += [min(flight.expires, flight.hedge_at) for flight in self.in_flight.values()]
+        if self.unavailable_N.size and self.patience_T is not None:
+            due.append(self.unavailable_since + float(self._patience(self.unavailable_N).min()))
         if self.waiting_N.size and self.hold_until > now:
             due.append(self.hold_until)
         return min(due)
 
     def stop(self) -> list[Send]:
         """Take everything out of flight and return the sends; their assignments wait again."""
-        sends = [flight.send for flight in self.live.values()]
+        sends = [flight.send for flight in self.in_flight.values()]
         # A send and its hedges share assignments: `unique` counts each once.
-        pending = [send.choices for send in sends]
+        pending = [send.assignments for send in sends]
         self.waiting_N = np.unique(np.concatenate([self.waiting_N, *pending]))
-        self.live.clear()
+        self.in_flight.clear()
         return sends
 
     def not_here(self, send: Send) -> None:
         """Note that the host lacks an expert of ``send``.
 
         The refusal does not say which. If the send has several, the host gets one send for each
-        expert from now on (`apart`).
+        expert from now on (`one_expert_per_send`).
         """
-        experts = np.unique(self.ids_N[send.choices])
+        experts = np.unique(self.ids_N[send.assignments])
         if experts.size == 1:
             self.avoid.add((send.host, int(experts[0])))
         else:
-            self.apart.add(send.host)
+            self.one_expert_per_send.add(send.host)

@@ -20,9 +20,9 @@ class RouterPolicy:
     busy_s: float = 0.005  # before a host that refused as Busy gets calls again; doubles
     busy_max_s: float = 0.5
     # A send is repeated on another replica once it is older than this quantile of the answer times
-    # of its size, and than hedge_least_s.
+    # of its size, and than hedge_min_s.
     hedge_quantile: float = 0.99
-    hedge_least_s: float = 0.005
+    hedge_min_s: float = 0.005
     hedge_share: float = 0.05  # largest fraction of all sends that may be hedged
     hedge_burst: float = 8.0  # hedges that can be saved up
     # A host whose send was overtaken by a hedge is avoided for avoid_s. If that happens again, the

@@ -23,12 +23,14 @@ class LayerRoutes:
 
     table_ES: np.ndarray  # int16: the host at each step of an expert's round robin, -1: no replica
     held_EH: np.ndarray  # bool: the host has a replica of the expert
-    part_H: np.ndarray  # planned part of the layer's load on each host; all 0: only shares count
+    load_share_H: (
+        np.ndarray
+    )  # planned part of the layer's load on each host; all 0: only shares count
 
     @cached_property
     def movable(self) -> list[list[tuple[int, list[int]]]]:
         """For each host, its experts that other hosts hold too, each with those hosts."""
-        found: list[list[tuple[int, list[int]]]] = [[] for _ in self.part_H]
+        found: list[list[tuple[int, list[int]]]] = [[] for _ in self.load_share_H]
         for expert in np.flatnonzero(self.held_EH.sum(axis=1) > 1).tolist():
             hosts = np.flatnonzero(self.held_EH[expert]).tolist()
             for host in hosts:
@@ -60,11 +62,11 @@ class Routes:
                 held_EH[expert, self.index[host]] = True
                 host_ER[expert, place] = self.index[host]
                 share_ER[expert, place] = max(share, 0.0)
-        part_H = np.zeros(len(self.hosts))
-        for host, part in layer.parts:
+        load_share_H = np.zeros(len(self.hosts))
+        for host, part in layer.load_shares:
             if host in self.index:
-                part_H[self.index[host]] = part
-        return LayerRoutes(_turns(host_ER, share_ER), held_EH, part_H)
+                load_share_H[self.index[host]] = part
+        return LayerRoutes(_turns(host_ER, share_ER), held_EH, load_share_H)
 
 
 def _turns(host_ER: np.ndarray, share_ER: np.ndarray) -> np.ndarray:

@@ -28,22 +28,24 @@ def rank_within_expert(ids_n: np.ndarray) -> np.ndarray:
     return rank
 
 
-def rows_of(choices: np.ndarray, top_k: int, max_rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return ascending assignments as rows (token_t, choice_tk), split after ``max_rows`` rows.
+def rows_of(
+    assignments: np.ndarray, top_k: int, max_rows: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return ascending assignments as rows (token_t, assignment_tk), split after ``max_rows`` rows.
 
-    One row has all assignments of one token; choice_tk is padded with -1 on the right.
+    One row has all assignments of one token; assignment_tk is padded with -1 on the right.
     """
-    token_n = choices // top_k
+    token_n = assignments // top_k
     first = _starts_of_runs(token_n)
     row_n = np.cumsum(first) - 1
     starts = np.flatnonzero(first)
-    column_n = np.arange(choices.size) - starts[row_n]
-    choice_tk = np.full((starts.size, int(column_n.max()) + 1), -1, dtype=np.int64)
-    choice_tk[row_n, column_n] = choices
+    column_n = np.arange(assignments.size) - starts[row_n]
+    assignment_tk = np.full((starts.size, int(column_n.max()) + 1), -1, dtype=np.int64)
+    assignment_tk[row_n, column_n] = assignments
     token_t = token_n[starts]
     if token_t.size <= max_rows:
-        return [(token_t, choice_tk)]
+        return [(token_t, assignment_tk)]
     return [
-        (token_t[i : i + max_rows], choice_tk[i : i + max_rows])
+        (token_t[i : i + max_rows], assignment_tk[i : i + max_rows])
         for i in range(0, token_t.size, max_rows)
     ]

@@ -1,9 +1,9 @@
 """The autoscaler decides from how busy hosts are how many a pool should have.
 
 It adds hosts when they are too busy, or when calls wait longer than they are computed. It removes a
-host when the others could do the work and stay below the middle between ``low`` and ``high``. This
-gap is the hysteresis: a decision cannot cause the opposite one. Both conditions must last for a
-while, and a pause follows each decision.
+host when the others could do the work and stay below the middle between ``low`` and
+``scale_up_above``. This gap is the hysteresis: a decision cannot cause the opposite one. Both
+conditions must last for a while, and a pause follows each decision.
 
 The clock and all observations are arguments. `cluster/scaling/fleet.py` chooses which host leaves.
 """
@@ -24,21 +24,23 @@ _WINDOW_S = 2.0
 class ScalePolicy:
     """When hosts are added and removed; "busy" is the fraction of time in which a host computes."""
 
-    high: float = 0.75
-    low: float = 0.35
+    scale_up_above: float = 0.75
+    scale_down_below: float = 0.35
     up_after_s: float = 15.0
     down_after_s: float = 120.0
     cooldown_s: float = 60.0
     max_cost_per_hour: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.low < self.high <= 1:
-            raise ValueError(f"low, high: {self.low}, {self.high}; 0 < low < high <= 1")
+        if not 0 < self.scale_down_below < self.scale_up_above <= 1:
+            raise ValueError(
+                f"low, high: {self.scale_down_below}, {self.scale_up_above}; 0 < low < high <= 1"
+            )
 
     @property
-    def aim(self) -> float:
+    def target_busy(self) -> float:
         """How busy hosts should be after a decision."""
-        return (self.low + self.high) / 2
+        return (self.scale_down_below + self.scale_up_above) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,24 +180,24 @@ class Autoscaler:
         waiting = self._waits.note(load.waiting, now)
         # Waiting calls ask for hosts only if hosts are not nearly idle; a few calls that happen to
         # collide on an idle pool are no reason to grow.
-        queues = waiting > 1 and busy > self.policy.low
-        hot = self._up.lasts(busy >= self.policy.high or queues, now)
-        idle = self._down.lasts(calm <= self.policy.low and not queues, now)
+        queues = waiting > 1 and busy > self.policy.scale_down_below
+        hot = self._up.lasts(busy >= self.policy.scale_up_above or queues, now)
+        idle = self._down.lasts(calm <= self.policy.scale_down_below and not queues, now)
         self.held = ""
         if now < self._rest_until:
             return []
         decisions: list[Decision] = []
         if hot:
             why = (
-                f"hosts are {busy:.0%} busy, above {self.policy.high:.0%}"
-                if busy >= self.policy.high
+                f"hosts are {busy:.0%} busy, above {self.policy.scale_up_above:.0%}"
+                if busy >= self.policy.scale_up_above
                 else f"calls wait {waiting:.1f} times as long as they are computed"
             )
             decisions = self._grow(
                 groups, busy, f"{why}, for {now - (self._up.since or now):.0f} s"
             )
         elif idle:
-            why = f"hosts are {calm:.0%} busy, below {self.policy.low:.0%}"
+            why = f"hosts are {calm:.0%} busy, below {self.policy.scale_down_below:.0%}"
             why += f", for {now - (self._down.since or now):.0f} s"
             decisions = self._shrink(groups, calm, why)
         if decisions:
@@ -207,7 +209,7 @@ class Autoscaler:
         # Speeds: `capacity` is that of hosts that are up or coming, `needed` is what makes them
         # `aim` busy. Stuck hosts do not count, so that another group can grow in their place.
         capacity = sum((g.count - g.stuck) * g.speed for g in groups)
-        needed = busy * sum(g.up * g.speed for g in groups) / self.policy.aim
+        needed = busy * sum(g.up * g.speed for g in groups) / self.policy.target_busy
         if capacity >= needed and any(g.pending > g.stuck for g in groups):
             self.held = "enough hosts are already starting"
             return []
@@ -250,7 +252,7 @@ class Autoscaler:
                 continue
             # Hosts that are not up leave first, and `capacity` does not contain them.
             left = capacity - (group.speed if not group.pending else 0.0)
-            if left <= 0 or busy * capacity / left > self.policy.aim:
+            if left <= 0 or busy * capacity / left > self.policy.target_busy:
                 continue
             return [Decision(index, group.count - 1, why)]
         self.held = f"{why}; {kept}" if kept else ""

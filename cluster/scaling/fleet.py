@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..planner.capacity import lack
+from ..planner.capacity import capacity_shortage
 from ..planner.plan import FleetGroup, PoolHost
 from ..reports.scaling import HostGroupStatus, ScalingReport, ScalingStatus
 from .autoscaler import Autoscaler, BusyMeter, GroupState, ScalePolicy
-from .scale_events import Scaling, Scalings
+from .scale_events import ScaleEvent, ScaleHistory
 
 if TYPE_CHECKING:
     from ..control.control import Control
@@ -34,14 +34,14 @@ class Fleet:
         pending_s: float,
         kept: Mapping[str, Any] | None = None,
     ) -> None:
-        """Start with the groups' hosts, or with ``kept``, which `keep` gave another controller.
+        """Start with the groups' hosts, or with ``kept``, which `snapshot` gave another controller.
 
         A host that is not up after ``pending_s`` is shown as waiting for a machine.
         """
         self.groups = tuple(groups)
         self.autoscaler = Autoscaler(policy)
-        self.scalings = Scalings()
-        self.version = 0  # grows when `keep` gives something new
+        self.scalings = ScaleHistory()
+        self.version = 0  # grows when `snapshot` gives something new
         self._pending_s = pending_s
         self._meter = BusyMeter()
         self._group_of: dict[str, int] = {}
@@ -70,7 +70,7 @@ class Fleet:
         """Return the hosts that should exist now, each with its group."""
         return dict(self._group_of)
 
-    def keep(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """Return the state as plain values, for a controller that starts anew."""
         return {"hosts": self._group_of, "retired": self._retired, "next": self._next}
 
@@ -82,11 +82,11 @@ class Fleet:
     def tick(self, control: Control, now: float) -> None:
         """Let the autoscaler decide, and remove drained hosts; call after a tick of ``control``."""
         for name in self._group_of:
-            if name in control.view.seen:
+            if name in control.view.observations:
                 self._asked_at.pop(name, None)
             elif control.view.never_seen(name):
                 self._asked_at.setdefault(name, now)
-        up = {n: self._speed(n) for n in control.view.seen if n not in self._retired}
+        up = {n: self._speed(n) for n in control.view.observations if n not in self._retired}
         load = self._meter.measure(control.loads.hosts, up, now)
         states = [] if load is None else self._states(control, now)
         for decision in self.autoscaler.decide(states, load, now):
@@ -94,14 +94,16 @@ class Fleet:
         for name in [n for n in self._retired if control.is_free(n, now)]:
             self._remove(control, name)
         self.scalings.advance(
-            up=control.view.seen.keys(),
+            up=control.view.observations.keys(),
             there=self._group_of.keys(),
             late=[name for name in self._asked_at if self._is_stuck(name, now)],
-            full=control.no_room() if self._retired else (),
+            full=control.drain_blockers() if self._retired else (),
             now=now,
         )
 
-    def scale(self, control: Control, group: int, count: int, *, who: str, now: float) -> Scaling:
+    def scale(
+        self, control: Control, group: int, count: int, *, who: str, now: float
+    ) -> ScaleEvent:
         """Set the number of hosts of a group; raise ValueError that names what is wrong."""
         if not 0 <= group < len(self.groups):
             raise ValueError(f"group: {group} is not in 0 to {len(self.groups) - 1}")
@@ -160,11 +162,11 @@ class Fleet:
             recent=[self.scaling_report(one, control, now) for one in self.scalings.all[-_SHOWN:]],
         )
 
-    def scaling_report(self, scaling: Scaling, control: Control, now: float) -> ScalingReport:
+    def scaling_report(self, scaling: ScaleEvent, control: Control, now: float) -> ScalingReport:
         """Return the report on one scaling, with what is left on its leaving hosts."""
-        seen = [control.view.seen.get(host) for host in scaling.leaving]
+        seen = [control.view.observations.get(host) for host in scaling.leaving]
         awaited = scaling.waits_for
-        no_room = control.no_room() if awaited else {}
+        no_room = control.drain_blockers() if awaited else {}
         obstacles = {host: no_room.get(host) or self.waiting(host, now) for host in awaited}
         return scaling.report(
             now,
@@ -176,7 +178,7 @@ class Fleet:
 
     def _set(
         self, control: Control, group: int, count: int, who: str, why: str, now: float
-    ) -> Scaling:
+    ) -> ScaleEvent:
         before = len(self.staying(group))
         # Hosts that are leaving may still have their experts, most likely the one retired last.
         back = [n for n in reversed(self._retired) if self._group_of[n] == group]
@@ -213,9 +215,9 @@ class Fleet:
         ages = {name: age for age, name in enumerate(self._group_of)}
 
         def cost(name: str) -> tuple[bool, bool, int, int]:
-            seen = control.view.seen.get(name)
+            seen = control.view.observations.get(name)
             experts = 0 if seen is None else sum(1 for _ in seen.experts())
-            drained = name in control.wishes.leaving
+            drained = name in control.constraints.leaving
             return seen is not None, not drained, experts, -ages[name]
 
         return sorted(self.staying(group), key=cost)
@@ -225,10 +227,10 @@ class Fleet:
         left = [
             host
             for name, host in control.view.hosts.items()
-            if name not in (*leavers, *self._retired) and name not in control.wishes.leaving
+            if name not in (*leavers, *self._retired) and name not in control.constraints.leaving
         ]
         redundancy = control.policy.balance.redundancy
-        return lack(left, list(control.models.values()), redundancy=redundancy)
+        return capacity_shortage(left, list(control.models.values()), redundancy=redundancy)
 
     def _states(self, control: Control, now: float) -> list[GroupState]:
         found = []

@@ -14,7 +14,7 @@ _UNDER_WAY = (ScalingPhase.STARTING, ScalingPhase.DRAINING)
 
 
 @dataclass(slots=True, kw_only=True)
-class Scaling:
+class ScaleEvent:
     """One change of the number of hosts of a group."""
 
     id: int
@@ -52,11 +52,11 @@ class Scaling:
         )
 
 
-class Scalings:
+class ScaleHistory:
     """The last changes, the newest at the end."""
 
     def __init__(self) -> None:
-        self.all: list[Scaling] = []
+        self.all: list[ScaleEvent] = []
         self._next = 1
 
     def begin(
@@ -70,11 +70,11 @@ class Scalings:
         coming: Sequence[str] = (),
         leaving: Sequence[str] = (),
         now: float,
-    ) -> Scaling:
+    ) -> ScaleEvent:
         for one in self._open():
             if one.group == group:
                 one.phase, one.ended = ScalingPhase.SUPERSEDED, now
-        scaling = Scaling(
+        scaling = ScaleEvent(
             id=self._next,
             group=group,
             who=who,
@@ -89,7 +89,7 @@ class Scalings:
         self.all = [*self.all, scaling][-_KEPT:]
         return scaling
 
-    def same(self, group: int, count: int, who: str, now: float) -> Scaling:
+    def same(self, group: int, count: int, who: str, now: float) -> ScaleEvent:
         """Return the running change to this number, or a new one that is already done."""
         for one in self._open():
             if (one.group, one.count) == (group, count):
@@ -100,7 +100,7 @@ class Scalings:
         done.phase, done.ended = ScalingPhase.DONE, now
         return done
 
-    def find(self, number: int) -> Scaling | None:
+    def find(self, number: int) -> ScaleEvent | None:
         return next((one for one in self.all if one.id == number), None)
 
     def advance(
@@ -131,5 +131,5 @@ class Scalings:
             else:
                 one.phase, one.ended = ScalingPhase.DONE, now
 
-    def _open(self) -> list[Scaling]:
+    def _open(self) -> list[ScaleEvent]:
         return [one for one in self.all if one.phase in _UNDER_WAY]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["answer", "call"]
+WorkKind = Literal["answer", "call"]
 # Wait this much longer than `drain_s`, after which the ingress and the router service end their
 # remaining work by themselves.
 GRACE_S = 5.0
@@ -18,7 +18,7 @@ _NEWS_S = 1.0
 
 @dataclass(slots=True)
 class _Part:
-    kind: Kind
+    kind: WorkKind
     running: int
     heard_at: float
 
@@ -34,7 +34,7 @@ class Draining:
         self._told: list[str] = []
         self._told_at = float("-inf")
 
-    def expect(self, part: str, kind: Kind, now: float) -> None:
+    def expect(self, part: str, kind: WorkKind, now: float) -> None:
         """Wait for this part from now on: it was told to refuse new work."""
         self._parts[part] = _Part(kind, 0, now)
         self._began_at = now
@@ -64,7 +64,7 @@ class Draining:
 
     def news(self, now: float) -> str | None:
         """Return a line for people if it has changed, at most once a second; else None."""
-        counts: dict[Kind, int] = {"answer": self._count("answer"), "call": self._count("call")}
+        counts: dict[WorkKind, int] = {"answer": self._count("answer"), "call": self._count("call")}
         words = [_counted(count, kind) for kind, count in counts.items() if count]
         if words == self._told or (words and now - self._told_at < _NEWS_S):
             return None
@@ -75,9 +75,9 @@ class Draining:
         are = "is" if sum(counts.values()) == 1 else "are"
         return f"ending: {' and '.join(words)} {are} still running, at most {left_s:.0f} s"
 
-    def _count(self, kind: Kind) -> int:
+    def _count(self, kind: WorkKind) -> int:
         return sum(one.running for one in self._parts.values() if one.kind == kind)
 
 
-def _counted(count: int, kind: Kind) -> str:
+def _counted(count: int, kind: WorkKind) -> str:
     return f"{count} {kind}{'' if count == 1 else 's'}"

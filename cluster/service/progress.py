@@ -17,7 +17,7 @@ ASK_AFTER_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Heard:
+class TrunkHeartbeat:
     """What the engine of one trunk reports about itself."""
 
     trunk: str  # identifies this start of a trunk, also among those that were lost
@@ -26,7 +26,7 @@ class Heard:
     beats: bool  # it is healthy, and its loop looked for work lately
 
 
-class Progress:
+class ModelProgress:
     """The progress of one model; times are seconds of any monotonic clock."""
 
     def __init__(self, *, wake_s: float = 0.0, stalled_s: float = STALLED_S) -> None:
@@ -62,7 +62,7 @@ class Progress:
             # The model may have no trunk now, and asking its engine would start one.
             self._doubted = False
 
-    def heard(self, heard: Heard, now: float) -> None:
+    def heard(self, heard: TrunkHeartbeat, now: float) -> None:
         before = self._steps.get(heard.trunk)
         self._steps[heard.trunk] = heard.steps
         stepped = before is not None and heard.steps > before

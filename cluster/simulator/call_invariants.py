@@ -20,7 +20,7 @@ def accepted_once(fact: Accepted) -> str:
     accepted = fact.call.accepted
     if len(set(accepted)) == len(accepted):
         return ""
-    return f"{fact.router.name}: assignments {fact.choices.tolist()} again, by call {fact.seq}"
+    return f"{fact.router.name}: assignments {fact.assignments.tolist()} again, by call {fact.seq}"
 
 
 def whole(fact: Ended) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 Act = Callable[[], None]
 
 
-class Event(NamedTuple):
+class TimedEvent(NamedTuple):
     when: float
     order: int  # events at the same time happen in the order in which they were scheduled
     what: str
@@ -24,16 +24,16 @@ class Clock:
         self.now = 0.0
         self.happened = 0
         self._order = 0
-        self._queue: list[Event] = []
+        self._queue: list[TimedEvent] = []
 
     def at(self, when: float, what: str, act: Act) -> None:
         self._order += 1
-        heapq.heappush(self._queue, Event(max(when, self.now), self._order, what, act))
+        heapq.heappush(self._queue, TimedEvent(max(when, self.now), self._order, what, act))
 
     def after(self, delay_s: float, what: str, act: Act) -> None:
         self.at(self.now + delay_s, what, act)
 
-    def next(self) -> Event:
+    def next(self) -> TimedEvent:
         """Return the next event, and set the clock to its time; there always is a timer."""
         event = heapq.heappop(self._queue)
         self.now = event.when
@@ -41,7 +41,7 @@ class Clock:
         return event
 
 
-class Process:
+class SimProcess:
     """One start of a process.
 
     While it is frozen, it keeps what reaches it until it is woken. Once killed, it does nothing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...proto.errors import InternalError
-from ..placement import HostEntry, LayerKey, Number
+from ..placement import HostEntry, LayerKey, PlacementId
 from ..routing.events import HostDown, Send
 from .network import CallFrame, Connection, Frame, Hello, Refusal, Reply
 from .trace_events import Sent
@@ -35,7 +35,7 @@ class SimChannel:
             self._free.append(slot)
 
 
-class SimLinks:
+class SimConnections:
     """All channels of one router."""
 
     def __init__(self, router: SimRouter, world: World, *, slots: int) -> None:
@@ -77,7 +77,7 @@ class SimLinks:
         if channel is not None:
             channel.connection.send(channel.connection.host, frame)
 
-    def send_call(self, send: Send, key: LayerKey, number: Number) -> None:
+    def send_call(self, send: Send, key: LayerKey, number: PlacementId) -> None:
         channel = self.channels.get(send.host)
         if channel is None or not channel.connection.open:
             self.down(send.host)

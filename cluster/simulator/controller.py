@@ -16,13 +16,13 @@ from ...proto.errors import MoesaicError, Superseded
 from ..control.changes import Change
 from ..control.commands import Evict, MakePlan, Publish
 from ..control.control import Control
-from ..control.loading import Load
+from ..control.loading import LoadExperts
 from ..control.pool_view import Observation, without
 from ..load.meter import LoadReport
-from ..placement import ExpertKey, ModelShape, Number
-from ..planner.plan import Wishes
+from ..placement import ExpertKey, ModelShape, PlacementId
+from ..planner.plan import OperatorConstraints
 from ..scaling.fleet import Fleet
-from .clock import Process
+from .clock import SimProcess
 from .host import SimReport
 from .network import Answered, Failed, Responder, Result, TimedOut
 from .trace_events import Claimed, Published, Sized
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .world import World
 
 
-class Sizing:
+class SimSizing:
     """The real `Fleet` and autoscaler of one controller, and the state kept for its successor."""
 
     def __init__(self, controller: SimController) -> None:
@@ -59,13 +59,13 @@ class Sizing:
         self._keep()
         registry = self._controller.world.registry
         for name in before - self.fleet.desired().keys():
-            registry.wishes = control.wishes
+            registry.constraints = control.constraints
             registry.let_go[name] = self._controller.asked_at
 
     def _keep(self) -> None:
         if self.fleet.version != self._kept_version:
             self._kept_version = self.fleet.version
-            self._controller.world.registry.fleet = json.dumps(self.fleet.keep())
+            self._controller.world.registry.fleet = json.dumps(self.fleet.snapshot())
             self._controller.world.tell(Sized(self._controller))
 
 
@@ -73,12 +73,12 @@ class Sizing:
 class _Waiting:
     """A router's report, answered as soon as there is a newer placement or at ``until``."""
 
-    after: Number | None
+    after: PlacementId | None
     respond: Responder
     until: float
 
 
-class SimController(Process):
+class SimController(SimProcess):
     """One start of the controller; a second one may run at the same time (`second_controller`)."""
 
     def __init__(self, name: str, world: World) -> None:
@@ -118,10 +118,10 @@ class SimController(Process):
     def _begin(self, term: int) -> None:
         self.world.registry.latest_term = self.term = term
         self.world.tell(Claimed(self, term))
-        self.sizing = Sizing(self)
+        self.sizing = SimSizing(self)
         self.control = self.world.make_control(self.sizing.fleet, term)
         self.sizing.fleet.take_over(self.control)
-        self.control.wish(self.world.registry.wishes)
+        self.control.set_constraints(self.world.registry.constraints)
         for shape in self.world.settings.models:
             if shape.model not in self.world.settings.in_memory:
                 self.control.add_model(shape, on_disk=True)
@@ -142,7 +142,7 @@ class SimController(Process):
         self.heard[router.name] = now
         router.was_heard(now)
         self.control.hear(report, now)
-        self._waiting.append(_Waiting(report.number, respond, now + wait_s))
+        self._waiting.append(_Waiting(report.placement_id, respond, now + wait_s))
         self.reach(wait_s, f"{self.name}: a report ends", self._answer_reports)
         self._answer_reports()
 
@@ -150,9 +150,7 @@ class SimController(Process):
         assert self.control is not None
         placement, still = self.control.placement, []
         for waiting in self._waiting:
-            if placement is not None and (
-                waiting.after is None or placement.number > waiting.after
-            ):
+            if placement is not None and (waiting.after is None or placement.id > waiting.after):
                 waiting.respond(placement)
             elif self.clock.now >= waiting.until:
                 waiting.respond(None)
@@ -160,11 +158,11 @@ class SimController(Process):
                 still.append(waiting)
         self._waiting = still
 
-    def wish(self, change: Callable[[Wishes], Wishes]) -> None:
-        """Carry out an operator's wish, and keep it for later controllers. Raises ValueError."""
+    def constrain(self, change: Callable[[OperatorConstraints], OperatorConstraints]) -> None:
+        """Carry out an operator's command, and keep it for later controllers. Raises ValueError."""
         assert self.control is not None
-        self.world.registry.wishes = change(self.control.wishes)
-        self.control.wish(self.world.registry.wishes)
+        self.world.registry.constraints = change(self.control.constraints)
+        self.control.set_constraints(self.world.registry.constraints)
 
     def roll_back(self) -> Change | None:
         """Carry out an operator's rollback of the last change."""
@@ -250,7 +248,7 @@ class SimController(Process):
         self.sizing.tick(control, now)
         for command in commands:
             match command:
-                case Load():
+                case LoadExperts():
                     self._load(command)
                 case Evict():
                     self._evict(command)
@@ -275,7 +273,7 @@ class SimController(Process):
         found = None if self.world.faults.planner_fails() else command.run()
         self.control.planned(command, found, self.clock.now)
 
-    def _load(self, command: Load) -> None:
+    def _load(self, command: LoadExperts) -> None:
         host = command.host
         if host in self._loads:
             return
@@ -297,7 +295,7 @@ class SimController(Process):
             timeout_s=self.world.settings.load_timeout_s,
         )
 
-    def _loaded(self, command: Load, result: Result) -> None:
+    def _loaded(self, command: LoadExperts, result: Result) -> None:
         assert self.control is not None
         self._loads.discard(command.host)
         if isinstance(result, Failed) and isinstance(result.error, Superseded):

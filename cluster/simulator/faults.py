@@ -1,4 +1,4 @@
-"""Faults and operators' wishes at random times: what may go wrong in a pool, and for how long.
+"""Faults and operators' constraints at random times: what may go wrong in a pool, and for how long.
 
 Each seed uses only some of the kinds ("Swarm Testing", Groce et al., ISSTA 2012): rare combinations
 then come up more often than if every run had all kinds.
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from ..control.operations import drained, pinned, replicated, undrained, unpinned
+from ..control.operations import with_drain, with_min_replicas, with_pin, without_drain, without_pin
 from ..placement import ExpertKey
-from ..planner.plan import Wishes
-from .clock import Process
-from .network import Weather
+from ..planner.plan import OperatorConstraints
+from .clock import SimProcess
+from .network import NetworkFaults
 
 if TYPE_CHECKING:
     from .world import World
@@ -50,7 +50,7 @@ class Faults:
         self.active = False
         self._bad_loads = self._bad_plans = self._no_machines = False
         world = self._world
-        world.network.weather = Weather()
+        world.network.network_faults = NetworkFaults()
         processes = *world.hosts.values(), *world.routers.values(), *world.controllers, world.owner
         for process in processes:
             if process.alive and process.frozen:
@@ -113,7 +113,7 @@ class Faults:
             "bad loads": lambda: self._for_a_while("_bad_loads"),
             "bad planner": lambda: self._for_a_while("_bad_plans"),
             "traffic shifts": self._shift,
-            "wish": self._wish,
+            "constrain": self._constrain,
             "scale": self._scale,
             "no machines": lambda: self._for_a_while("_no_machines"),
             "owner frozen": lambda: self._hang([world.owner], 0.5, 5.0),
@@ -127,7 +127,7 @@ class Faults:
         self._world.crash_host(self._pick(living), back_s=float(self._rng.uniform(0.1, 4.0)))
         return True
 
-    def _hang(self, processes: Sequence[Process], least_s: float, most_s: float) -> bool:
+    def _hang(self, processes: Sequence[SimProcess], least_s: float, most_s: float) -> bool:
         awake = [one for one in processes if one.alive and not one.frozen]
         if not awake:
             return False
@@ -164,7 +164,7 @@ class Faults:
 
     def _storm(self) -> bool:
         network = self._world.network
-        bad = network.weather = Weather(
+        bad = network.network_faults = NetworkFaults(
             lost=float(self._rng.choice([0.0, 0.02, 0.1])),
             repeated=float(self._rng.choice([0.0, 0.05, 0.3])),
             corrupted=float(self._rng.choice([0.0, 0.05])),
@@ -172,8 +172,8 @@ class Faults:
         )
 
         def clear() -> None:
-            if network.weather is bad:
-                network.weather = Weather()
+            if network.network_faults is bad:
+                network.network_faults = NetworkFaults()
 
         self._world.clock.after(float(self._rng.uniform(0.2, 2.0)), "the network is well", clear)
         return True
@@ -204,8 +204,8 @@ class Faults:
         self._world.traffic.shift()
         return True
 
-    def _wish(self) -> bool:
-        """Let an operator make a random wish to the controller that Ray knows, if it answers."""
+    def _constrain(self) -> bool:
+        """Let an operator give a random order to the controller that Ray knows, if it answers."""
         world, rng = self._world, self._rng
         controller = world.registry.controller
         if controller is None or controller.control is None or controller.frozen:
@@ -217,19 +217,19 @@ class Faults:
         layer = self._pick(sorted(shape.experts))
         key = ExpertKey(shape.model, layer, int(rng.integers(shape.experts[layer])))
         count = int(rng.integers(1, len(hosts) + 1))
-        changes: list[Callable[[Wishes], Wishes]] = [
-            lambda wishes: drained(wishes, host, hosts),
-            lambda wishes: undrained(wishes, host),
-            lambda wishes: undrained(wishes, host),
-            lambda wishes: replicated(wishes, key, count, hosts),
-            lambda wishes: pinned(wishes, key, host),
-            lambda wishes: unpinned(wishes, key, host),
+        changes: list[Callable[[OperatorConstraints], OperatorConstraints]] = [
+            lambda constraints: with_drain(constraints, host, hosts),
+            lambda constraints: without_drain(constraints, host),
+            lambda constraints: without_drain(constraints, host),
+            lambda constraints: with_min_replicas(constraints, key, count, hosts),
+            lambda constraints: with_pin(constraints, key, host),
+            lambda constraints: without_pin(constraints, key, host),
         ]
         try:
-            controller.wish(self._pick(changes))
+            controller.constrain(self._pick(changes))
         except ValueError:
             return False  # the last host cannot be drained
-        world.log(f"an operator's wishes: {world.registry.wishes}")
+        world.log(f"an operator's constraints: {world.registry.constraints}")
         return True
 
     def _scale(self) -> bool:

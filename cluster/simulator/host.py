@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...proto.errors import CallError, CheckpointError, Corrupted, HostLost, MoesaicError
 from ..control.host_speed import Work
 from ..host.fence import Fence
-from ..host.residency import HostPolicy, LayerShape, QueuedCall, Residency, parts_of
+from ..host.residency import HostPolicy, LayerShape, QueuedCall, Residency, split_batch_time
 from ..placement import ExpertKey, HostEntry, LayerKey, ModelShape
-from .clock import Process
+from .clock import SimProcess
 from .network import (
     CallFrame,
-    Cancel,
+    CancelFrame,
     Connection,
     Frame,
     Hello,
@@ -113,7 +113,7 @@ class _Pending:
     arrived: float
 
 
-class SimHost(Process):
+class SimHost(SimProcess):
     """One incarnation of a host."""
 
     def __init__(self, host: str, incarnation: int, world: World) -> None:
@@ -122,7 +122,7 @@ class SimHost(Process):
         self.incarnation = incarnation
         self.world = world
         self.slowness = 1.0
-        self._batches = self._choices = 0
+        self._batches = self._assignments = 0
         self._busy_s = 0.0
         self.weights: set[ExpertKey] = set()
         self.residency = Residency(HostPolicy(max_queue_rows=64), incarnation=incarnation)
@@ -142,7 +142,7 @@ class SimHost(Process):
         self._fetching = Fetching(self)
 
     @property
-    def process(self) -> Process:
+    def process(self) -> SimProcess:
         return self
 
     @property
@@ -195,7 +195,7 @@ class SimHost(Process):
                 pass  # it was under way when the connection was cut
             case CallFrame():
                 self._on_call(connection, frame)
-            case Cancel(seq):
+            case CancelFrame(seq):
                 self.residency.cancel(session, seq)
                 if self._pending.pop((session, seq), None) is not None:
                     error = HostLost(f"call {seq}: cancelled by its router")
@@ -261,9 +261,9 @@ class SimHost(Process):
         self._computing = False
         batch_us = max(1, int(1e6 * (self.clock.now - began)))
         self._batches += 1
-        self._choices += sum(int((queued.ids >= 0).sum()) for queued in batch)
+        self._assignments += sum(int((queued.ids >= 0).sum()) for queued in batch)
         self._busy_s += self.clock.now - began
-        for queued, busy_us in zip(batch, parts_of(batch_us, batch), strict=True):
+        for queued, busy_us in zip(batch, split_batch_time(batch_us, batch), strict=True):
             pending = self._pending.pop((queued.router, queued.seq))
             connection, frame = pending.connection, pending.frame
             connection.slots[frame.slot] = (connection.number, queued.seq)
@@ -285,7 +285,7 @@ class SimHost(Process):
                 holdings={k: list(v) for k, v in self.residency.holdings().items()},
                 models=tuple(self._models.values()),
                 loading=self.loading,
-                work=Work(self._batches, self._choices, self._busy_s),
+                work=Work(self._batches, self._assignments, self._busy_s),
             )
         )
 

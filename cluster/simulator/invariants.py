@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..control.control import Control
-from ..placement import ExpertKey, LayerKey, Number, Placement
-from ..planner.capacity import lack
+from ..placement import ExpertKey, LayerKey, Placement, PlacementId
+from ..planner.capacity import capacity_shortage
 from . import call_invariants as calls
 from .controller import SimController
 from .host import SimHost
@@ -45,9 +45,9 @@ class Invariants:
     def __init__(self, world: World) -> None:
         self._world = world
         self._terms: dict[int, SimController] = {}
-        self._published: dict[int, Number] = {}  # the last number of each term
-        self._followed: dict[str, Number] = {}
-        self._seen_by_host: dict[tuple[str, str], Number] = {}
+        self._published: dict[int, PlacementId] = {}  # the last number of each term
+        self._followed: dict[str, PlacementId] = {}
+        self._seen_by_host: dict[tuple[str, str], PlacementId] = {}
         self._obeyed: dict[str, int] = {}
         self._names: set[str] = set()  # of all hosts that were ever started
         self._deaths: list[tuple[float, frozenset[ExpertKey]]] = []  # (time, experts held)
@@ -155,7 +155,7 @@ class Invariants:
                         f"term {fact.by} looked {now - fact.seen:.3f} s ago and evicts {key} from "
                         f"{fact.host.name}; {router.name}, heard {now - router.heard_at:.3f} s "
                         "ago, follows "
-                        f"{tuple(placement.number)}, which names it"
+                        f"{tuple(placement.id)}, which names it"
                     )
         return ""
 
@@ -229,14 +229,14 @@ class Invariants:
         return f"term {fact.term} of {fact.controller.name} is that of {first.name}"
 
     def publishes_alone(self, fact: Published) -> str:
-        number = fact.placement.number
+        number = fact.placement.id
         first = self._terms.get(number.term)
         if first is fact.controller:
             return ""
         return f"{fact.controller.name} publishes {tuple(number)}, a term that it has not claimed"
 
     def publishes_growing(self, fact: Published) -> str:
-        number = fact.placement.number
+        number = fact.placement.id
         last = self._published.get(number.term)
         self._published[number.term] = number
         if last is None or last < number:
@@ -262,7 +262,7 @@ class Invariants:
             if process is None or not process.alive or process.incarnation != entry.incarnation:
                 continue
             if not process.holds(key):
-                return f"{tuple(fact.placement.number)}: {key} is not on {process.name}"
+                return f"{tuple(fact.placement.id)}: {key} is not on {process.name}"
         return ""
 
     def names_living(self, fact: Published) -> str:
@@ -279,18 +279,18 @@ class Invariants:
 
     def follows_growing(self, fact: Followed) -> str:
         last = self._followed.get(fact.router.name)
-        self._followed[fact.router.name] = fact.number
-        if last is None or last <= fact.number:
+        self._followed[fact.router.name] = fact.placement_id
+        if last is None or last <= fact.placement_id:
             return ""
-        return f"{fact.router.name} goes from {tuple(last)} to {tuple(fact.number)}"
+        return f"{fact.router.name} goes from {tuple(last)} to {tuple(fact.placement_id)}"
 
     def host_sees_growing(self, fact: Sent) -> str:
         where = fact.router.name, fact.connection.host.process.name
         last = self._seen_by_host.get(where)
-        self._seen_by_host[where] = fact.number
-        if last is None or last <= fact.number:
+        self._seen_by_host[where] = fact.placement_id
+        if last is None or last <= fact.placement_id:
             return ""
-        return f"{where[1]} sees {tuple(fact.number)} of {where[0]} after {tuple(last)}"
+        return f"{where[1]} sees {tuple(fact.placement_id)} of {where[0]} after {tuple(last)}"
 
 
 def _names(placement: Placement, key: ExpertKey, host: str) -> bool:
@@ -330,10 +330,10 @@ def unsettled(world: World) -> str:
         router.name
         for router in world.routers.values()
         if router.dispatcher.placement is None
-        or router.dispatcher.placement.number != control.number
+        or router.dispatcher.placement.id != control.placement_id
     ]
     if behind or not world.routers:
-        return f"{behind} do not follow placement {tuple(control.number)}"
+        return f"{behind} do not follow placement {tuple(control.placement_id)}"
     return _size_lacks(world, controller) or _target_lacks(world, control)
 
 
@@ -344,7 +344,7 @@ def _size_lacks(world: World, controller: SimController) -> str:
     if world.hosts.keys() != desired.keys():
         return f"hosts {sorted(world.hosts)} live, and {sorted(desired)} are wanted"
     left = [h for n, h in control.view.hosts.items() if n not in control.leaving]
-    no_room = lack(
+    no_room = capacity_shortage(
         left, list(control.models.values()), redundancy=control.policy.balance.redundancy
     )
     # If too many hosts are drained, the others have no room for the experts of those that leave.

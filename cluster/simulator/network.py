@@ -16,8 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..placement import LayerKey, Number
-from .clock import Clock, Process
+from ..placement import LayerKey, PlacementId
+from .clock import Clock, SimProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class CallFrame:
     seq: int
     slot: int
     key: LayerKey
-    number: Number
+    number: PlacementId
     incarnation: int
     timeout_s: float
     rows: int
@@ -48,7 +48,7 @@ class CallFrame:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
+class CancelFrame:
     seq: int
 
 
@@ -84,7 +84,7 @@ class Refusal:
         return f"Refusal {self.seq} {self.code}"
 
 
-Frame = Hello | Welcome | CallFrame | Cancel | Ping | Pong | Reply | Refusal
+Frame = Hello | Welcome | CallFrame | CancelFrame | Ping | Pong | Reply | Refusal
 
 
 # Frames that may be lost while the connection goes on. A Cancel is never lost: that would be a bug
@@ -94,7 +94,7 @@ _MAY_COME_TWICE = (Reply, Refusal, Pong)
 
 
 @dataclass(slots=True)
-class Weather:
+class NetworkFaults:
     """The faults of the network: the probability of each for a message."""
 
     delay_s: float = 0.0005  # mean; not a probability
@@ -105,7 +105,7 @@ class Weather:
 
 
 @dataclass(slots=True)
-class Tally:
+class FaultCounts:
     """Counts how often each kind of fault happened."""
 
     faults: dict[str, int] = field(default_factory=dict)
@@ -114,11 +114,11 @@ class Tally:
         self.faults[kind] = self.faults.get(kind, 0) + 1
 
 
-class End(Protocol):
+class ConnectionEnd(Protocol):
     """One end of a connection: a process that receives frames."""
 
     @property
-    def process(self) -> Process: ...
+    def process(self) -> SimProcess: ...
 
     def hear(self, connection: Connection, frame: Frame) -> None: ...
 
@@ -128,7 +128,9 @@ class End(Protocol):
 class Connection:
     """A connection of a router and one incarnation of a host, with the slots that they share."""
 
-    def __init__(self, number: int, router: End, host: End, network: Network, slots: int) -> None:
+    def __init__(
+        self, number: int, router: ConnectionEnd, host: ConnectionEnd, network: Network, slots: int
+    ) -> None:
         self.number = number
         self.router, self.host = router, host
         self.open = True
@@ -142,27 +144,27 @@ class Connection:
     def name(self) -> str:
         return f"{self.router.process.name}~{self.host.process.name}#{self.number}"
 
-    def send(self, to: End, frame: Frame) -> None:
+    def send(self, to: ConnectionEnd, frame: Frame) -> None:
         """Send a frame, with the faults of the network; drop it if the connection has ended."""
         if not self.open:
             return
-        weather, tally = self._network.weather, self._network.tally
+        network_faults, tally = self._network.network_faults, self._network.tally
         copies = 1
-        if isinstance(frame, _MAY_BE_LOST) and self._network.happens(weather.lost):
+        if isinstance(frame, _MAY_BE_LOST) and self._network.happens(network_faults.lost):
             tally.count(f"{type(frame).__name__} lost")
             copies = 0
             if isinstance(frame, CallFrame):
                 self.unanswered.pop(frame.seq, None)
-        elif isinstance(frame, _MAY_COME_TWICE) and self._network.happens(weather.repeated):
+        elif isinstance(frame, _MAY_COME_TWICE) and self._network.happens(network_faults.repeated):
             tally.count(f"{type(frame).__name__} repeated")
             copies = 2
-        if isinstance(frame, CallFrame | Reply) and self._network.happens(weather.corrupted):
+        if isinstance(frame, CallFrame | Reply) and self._network.happens(network_faults.corrupted):
             tally.count(f"{type(frame).__name__} corrupted")
             frame = replace(frame, sound=False)
         for _ in range(copies):
             self._deliver(to, f"{self.name}: {frame}", lambda: to.hear(self, frame))
 
-    def close(self, by: End | None) -> None:
+    def close(self, by: ConnectionEnd | None) -> None:
         """End the connection; ``by`` is the end that left, or None for a fault of the network.
 
         The other ends hear of it after all frames that are under way.
@@ -173,7 +175,7 @@ class Connection:
                 if end is not by:
                     self._deliver(end, f"{self.name}: ended", lambda end=end: end.ended(self))
 
-    def _deliver(self, to: End, what: str, act: Callable[[], None]) -> None:
+    def _deliver(self, to: ConnectionEnd, what: str, act: Callable[[], None]) -> None:
         clock = self._network.clock
         when = max(clock.now + self._network.delay(), self._clear_at[id(to)])
         self._clear_at[id(to)] = when
@@ -207,8 +209,8 @@ class Network:
 
     def __init__(self, clock: Clock, rng: np.random.Generator) -> None:
         self.clock = clock
-        self.weather = Weather()
-        self.tally = Tally()
+        self.network_faults = NetworkFaults()
+        self.tally = FaultCounts()
         self.connections: list[Connection] = []
         self._rng = rng
         self._made = 0
@@ -218,10 +220,10 @@ class Network:
 
     def delay(self) -> float:
         """Return the delay of a message: exponential, so that messages can overtake each other."""
-        delay_s = -self.weather.delay_s * math.log(1.0 - self._rng.random())
-        return delay_s * 100 if self.happens(self.weather.late) else delay_s
+        delay_s = -self.network_faults.delay_s * math.log(1.0 - self._rng.random())
+        return delay_s * 100 if self.happens(self.network_faults.late) else delay_s
 
-    def connect(self, router: End, host: End, slots: int) -> Connection:
+    def connect(self, router: ConnectionEnd, host: ConnectionEnd, slots: int) -> Connection:
         self._made += 1
         made = Connection(self._made, router, host, self, slots)
         self.connections = [one for one in self.connections if one.open] + [made]
@@ -229,8 +231,8 @@ class Network:
 
     def call(
         self,
-        caller: Process,
-        callee: Process | None,
+        caller: SimProcess,
+        callee: SimProcess | None,
         what: str,
         handle: Callable[[Responder], None],
         done: Callable[[Result], None],
@@ -250,7 +252,7 @@ class Network:
         self.clock.at(late, f"{what}: late", lambda: caller._run(what, lambda: finish(TimedOut())))
 
         def back(result: Result) -> None:
-            if self.happens(self.weather.lost):
+            if self.happens(self.network_faults.lost):
                 self.tally.count("answer of a remote call lost")
                 return
             kind = "failed" if isinstance(result, Failed) else "answered"
@@ -259,7 +261,7 @@ class Network:
         if callee is None or not callee.alive:
             back(Failed(None))
             return
-        if self.happens(self.weather.lost):
+        if self.happens(self.network_faults.lost):
             self.tally.count("remote call lost")
             return
         forget = callee.on_death(lambda: back(Failed(None)))
@@ -268,7 +270,7 @@ class Network:
             forget()
             back(Failed(value) if isinstance(value, Exception) else Answered(value))
 
-        twice = self.happens(self.weather.repeated)
+        twice = self.happens(self.network_faults.repeated)
         for _ in range(1 + twice):
             callee.reach(self.delay(), what, lambda: handle(respond))
         if twice:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .clock import Process
+from .clock import SimProcess
 from .host import SimHost
 from .network import Answered, Responder, Result
 from .trace_events import HostEnded, HostStarted
@@ -20,7 +20,7 @@ _ASK_EVERY_S = 0.3
 _ASK_TIMEOUT_S = 1.0
 
 
-class SimOwner(Process):
+class SimOwner(SimProcess):
     """The owner's process, which asks the controller periodically for the hosts it wants."""
 
     def __init__(self, world: World, hosts: Iterable[str]) -> None:

@@ -16,15 +16,13 @@ import numpy as np
 
 from ...proto.errors import Corrupted
 from ..load.meter import LoadReport
-from ..placement import LayerKey, Number, Placement
+from ..placement import LayerKey, Placement, PlacementId
 from ..routing.dispatch import Dispatcher
 from ..routing.events import (
     Accept,
     Cancel,
-    Command,
     Connect,
     Disconnect,
-    Event,
     Free,
     HostUp,
     Ponged,
@@ -32,11 +30,13 @@ from ..routing.events import (
     Refresh,
     Refused,
     Replied,
+    RouterCommand,
+    RouterEvent,
     Send,
 )
 from . import network
-from .clock import Process
-from .connections import SimLinks
+from .clock import SimProcess
+from .connections import SimConnections
 from .network import Answered, Connection, Frame, Pong, Refusal, Reply, Result, Welcome
 from .trace_events import Accepted, Ended, Followed
 
@@ -54,14 +54,14 @@ class SimCall:
 
     key: LayerKey
     ids_TK: np.ndarray
-    number: Number  # number of the placement when the call began; frames carry it
+    number: PlacementId  # number of the placement when the call began; frames carry it
     began: float
     deadline: float
     until_T: np.ndarray  # time until which each token waits for a missing expert
     accepted: list[int] = field(default_factory=list)
 
 
-class SimRouter(Process):
+class SimRouter(SimProcess):
     """One trunk: a thread that makes calls, and a thread that watches placements."""
 
     def __init__(self, name: str, world: World) -> None:
@@ -69,7 +69,7 @@ class SimRouter(Process):
         self.world = world
         self.policy = world.settings.router
         self.dispatcher = Dispatcher(self.policy)
-        self.links = SimLinks(self, world, slots=self.policy.window)
+        self.connections = SimConnections(self, world, slots=self.policy.window)
         self.call: SimCall | None = None
         # When a report of this router last reached a controller, and since when its lease has been
         # valid without a gap.
@@ -83,7 +83,7 @@ class SimRouter(Process):
         self.alarm("thinks", self.clock.now + world.settings.think_s, self._begin)
 
     @property
-    def process(self) -> Process:
+    def process(self) -> SimProcess:
         return self
 
     def stop(self) -> None:
@@ -92,7 +92,7 @@ class SimRouter(Process):
 
     def kill(self) -> None:
         super().kill()
-        self.links.close()
+        self.connections.close()
 
     # ---- the thread that watches placements -----------------------------------------------------
 
@@ -110,13 +110,13 @@ class SimRouter(Process):
             self._watch_later()
             return
         placement = self.dispatcher.placement
-        number = None if placement is None else placement.number
+        number = None if placement is None else placement.id
         # A call holds the router's lock. Its counts go into the next report.
         if self.call is None:
             self._take_placements()
             report = self.dispatcher.meter.take(self.name, number)
         else:
-            report = LoadReport(router=self.name, number=number)
+            report = LoadReport(router=self.name, placement_id=number)
         watch_s = self.world.settings.watch_s
         self.world.network.call(
             self,
@@ -176,7 +176,7 @@ class SimRouter(Process):
         self.call = SimCall(
             key=asked.key,
             ids_TK=asked.ids_TK,
-            number=self.dispatcher.placement.number,
+            number=self.dispatcher.placement.id,
             began=now,
             deadline=now + self.policy.deadline_s,
             until_T=now + asked.patience_T,
@@ -192,14 +192,14 @@ class SimRouter(Process):
         heard = False
         while self._arrived:
             connection, frame = self._arrived.popleft()
-            channel = self.links.channel_of(connection)
+            channel = self.connections.channel_of(connection)
             if channel is None:
                 continue
-            host = next(h for h, c in self.links.channels.items() if c is channel)
+            host = next(h for h, c in self.connections.channels.items() if c is channel)
             if frame is None:
-                self.links.down(host)
+                self.connections.down(host)
                 self._execute(())
-            elif self.links.received(channel, frame):
+            elif self.connections.received(channel, frame):
                 heard = True
                 if isinstance(frame, Reply):
                     self._reply = frame
@@ -233,51 +233,51 @@ class SimRouter(Process):
             self._execute(self.dispatcher.place(placement, self.clock.now))
             followed = self.dispatcher.placement
             assert followed is not None
-            self.world.tell(Followed(self, followed.number))
+            self.world.tell(Followed(self, followed.id))
 
-    def _execute(self, commands: Iterable[Command]) -> None:
+    def _execute(self, commands: Iterable[RouterCommand]) -> None:
         todo = deque(commands)
         while True:
-            for lost in self.links.take_lost():
+            for lost in self.connections.take_lost():
                 todo.extend(self.dispatcher.handle(lost, self.clock.now))
             if not todo:
                 return
             self._do(todo.popleft())
 
-    def _do(self, command: Command) -> None:
+    def _do(self, command: RouterCommand) -> None:
         match command:
             case Send():
                 assert self.call is not None
-                self.links.send_call(command, self.call.key, self.call.number)
+                self.connections.send_call(command, self.call.key, self.call.number)
             case Accept(send):
                 assert self.call is not None
-                read = self.links.read(send.host, send.seq)
-                self.world.tell(Accepted(self, self.call, send.choices, send.seq, read))
-                self.call.accepted += send.choices.tolist()
+                read = self.connections.read(send.host, send.seq)
+                self.world.tell(Accepted(self, self.call, send.assignments, send.seq, read))
+                self.call.accepted += send.assignments.tolist()
                 reply = self._reply
                 assert reply is not None
                 self.dispatcher.meter.answered(
                     send.host,
-                    send.choices.size,
+                    send.assignments.size,
                     reply.queued_us,
                     reply.busy_us,
                     reply.batch_us,
                 )
             case Connect(entry):
-                self.links.connect(entry)
+                self.connections.connect(entry)
             case Disconnect(host):
-                self.links.disconnect(host)
+                self.connections.disconnect(host)
             case Cancel(host, seq):
-                self.links.send(host, network.Cancel(seq))
+                self.connections.send(host, network.CancelFrame(seq))
             case Probe(host, number):
-                self.links.send(host, network.Ping(number))
+                self.connections.send(host, network.Ping(number))
             case Free(host, seq):
-                self.links.free(host, seq)
+                self.connections.free(host, seq)
             case Refresh():
                 pass  # as in a trunk, the next placement arrives without asking
 
 
-def _event(host: str, frame: Frame) -> Event:
+def _event(host: str, frame: Frame) -> RouterEvent:
     match frame:
         case Reply(seq=seq, sound=True):
             return Replied(host, seq)

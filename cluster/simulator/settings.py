@@ -8,7 +8,7 @@ import numpy as np
 
 from ..control.control import ControlPolicy
 from ..placement import ModelShape
-from ..planner.plan import FleetGroup, Policy
+from ..planner.plan import FleetGroup, PlannerPolicy
 from ..routing.policy import RouterPolicy
 from ..scaling.autoscaler import ScalePolicy
 
@@ -81,22 +81,26 @@ def draw(rng: np.random.Generator) -> Settings:
             for group, count in enumerate(counts)
         ),
         scale=ScalePolicy(
-            high=high, low=high / 3, up_after_s=0.0, down_after_s=1.0, cooldown_s=1.0
+            scale_up_above=high,
+            scale_down_below=high / 3,
+            up_after_s=0.0,
+            down_after_s=1.0,
+            cooldown_s=1.0,
         ),
         routers=int(rng.integers(1, 4)),
         models=models,
         in_memory=in_memory,
         control=ControlPolicy(
-            balance=Policy(
+            balance=PlannerPolicy(
                 redundancy=redundancy,
-                enough=0.9,
+                rebalance_below=0.9,
                 target=0.95,
                 horizon_s=30.0,
-                load_bytes_per_s=50e6,
+                loading_bytes_per_s=50e6,
             ),
             every_s=4.0,
             budget=0.2,
-            gone_s=3.0,
+            host_timeout_s=3.0,
             lease_s=2.0,
             bytes_per_s=20e6,
             batch_bytes=4 * _EXPERT_BYTES,

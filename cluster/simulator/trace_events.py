@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..placement import ExpertKey, LayerKey, Number, Placement
+from ..placement import ExpertKey, LayerKey, Placement, PlacementId
 
 if TYPE_CHECKING:
     from .controller import SimController
@@ -22,7 +22,7 @@ class Accepted:
 
     router: SimRouter
     call: SimCall
-    choices: np.ndarray
+    assignments: np.ndarray
     seq: int
     read: object  # the contents of the slot
 
@@ -45,7 +45,7 @@ class Sent:
     connection: Connection
     seq: int
     slot: int
-    number: Number
+    placement_id: PlacementId
     still_owed: tuple[int, ...]  # calls in the same slot that the host may still answer
 
 
@@ -141,7 +141,7 @@ class Followed:
     """A router adopted a placement."""
 
     router: SimRouter
-    number: Number
+    placement_id: PlacementId
 
 
 Fact = (

@@ -16,7 +16,7 @@ from .settings import Settings
 _TOP_K = 2
 
 
-class Ask(NamedTuple):
+class LayerRequest(NamedTuple):
     """One layer's call: expert ids (T, K), and how many seconds each token waits for an expert."""
 
     key: LayerKey
@@ -42,7 +42,7 @@ class Traffic:
                 weight_E = np.exp(log_E)
                 self._weight_E[LayerKey(shape.model, layer)] = weight_E / weight_E.sum()
 
-    def next(self, placement: Placement | None) -> Ask | None:
+    def next(self, placement: Placement | None) -> LayerRequest | None:
         """Return a call of a layer in ``placement``; None if there is no layer."""
         keys = sorted(placement.layers) if placement is not None else []
         if not keys:
@@ -59,7 +59,7 @@ class Traffic:
         patience_T = np.full(tokens, self._settings.router.deadline_s)
         hasty_T = self._rng.random(tokens) < (0.5 if self._rng.random() < 0.2 else 0.0)
         patience_T[hasty_T] = SHORT_WAIT_S
-        return Ask(key, ids_TK, patience_T)
+        return LayerRequest(key, ids_TK, patience_T)
 
     def pause_s(self) -> float:
         return float(self._rng.exponential(self._pace * self._settings.think_s))

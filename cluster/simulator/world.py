@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...proto.errors import in_words
+from ...proto.errors import describe_error
 from ..control.control import Control
 from ..placement import ExpertKey, HostEntry
-from ..planner.plan import Wishes
+from ..planner.plan import OperatorConstraints
 from ..scaling.fleet import Fleet
 from .clock import Clock
 from .controller import SimController
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from .controller import SimController
 
 
-class Registry:
+class KeyValueStore:
     """Ray's key-value store: never fails; single operations are atomic, sequences are not."""
 
     def __init__(self) -> None:
         self.controller: SimController | None = None
         self.latest_term = 0
-        self.wishes = Wishes()
+        self.constraints = OperatorConstraints()
         self.fleet = ""  # as JSON
         # Hosts that may be ended -> when the controller asked for the reports that allowed it.
         self.let_go: dict[str, float] = {}
@@ -86,7 +86,7 @@ class World:
         self.settings = settings or draw(size)
         self.clock = Clock()
         self.network = Network(self.clock, network)
-        self.registry = Registry()
+        self.registry = KeyValueStore()
         self.traffic = Traffic(self.settings, traffic)
         self.faults = Faults(self, faults)
         self.violation: Violation | None = None
@@ -152,7 +152,7 @@ class World:
         except Exception as error:
             # Any exception counts, because it would have ended a real process.
             self.lines += traceback.format_exc().splitlines()
-            self.fail("no process fails", in_words(error), event.what)
+            self.fail("no process fails", describe_error(error), event.what)
             return
         facts, self._facts = self._facts, []
         broken = self.invariants.check(facts)
@@ -195,7 +195,7 @@ class World:
         """Return the call for which a router uses a slot now."""
         router = connection.router
         assert isinstance(router, SimRouter)
-        channel = router.links.channel_of(connection) if router.alive else None
+        channel = router.connections.channel_of(connection) if router.alive else None
         if channel is None:
             return None
         return next((seq for seq, used in channel.calls.items() if used == slot), None)

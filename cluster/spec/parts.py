@@ -89,7 +89,7 @@ class Resources(Part):
     selectors."""
 
 
-Busy = Annotated[float, Field(gt=0, le=1)]
+BusyFraction = Annotated[float, Field(gt=0, le=1)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Cost = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
@@ -101,17 +101,17 @@ class AutoscaleSpec(Part):
     if the others can do its work.
     """
 
-    high: Busy = 0.75
+    scale_up_above: BusyFraction = 0.75
     """Fraction of their time in which hosts compute, above which hosts are added."""
 
-    low: Busy = 0.35
+    scale_down_below: BusyFraction = 0.35
     """Fraction of their time in which hosts compute, below which a host is removed."""
 
     up_after_s: SecondsOrZero = 15.0
-    """Seconds for which hosts must be busier than `high` before some are added."""
+    """Seconds for which hosts must be busier than `scale_up_above` before some are added."""
 
     down_after_s: SecondsOrZero = 120.0
-    """Seconds for which hosts must be less busy than `low` before one is removed."""
+    """Seconds for which hosts must be less busy than `scale_down_below` before one is removed."""
 
     cooldown_s: SecondsOrZero = 60.0
     """Seconds that the autoscaler pauses after each change of the number of hosts, even one by an
@@ -126,15 +126,15 @@ class AutoscaleSpec(Part):
 
     @model_validator(mode="after")
     def _ordered(self) -> AutoscaleSpec:
-        if self.low >= self.high:
-            raise ValueError("low < high must hold")
+        if self.scale_down_below >= self.scale_up_above:
+            raise ValueError("scale_down_below < scale_up_above must hold")
         return self
 
     @property
     def policy(self) -> ScalePolicy:
         return ScalePolicy(
-            high=self.high,
-            low=self.low,
+            scale_up_above=self.scale_up_above,
+            scale_down_below=self.scale_down_below,
             up_after_s=self.up_after_s,
             down_after_s=self.down_after_s,
             cooldown_s=self.cooldown_s,

@@ -23,7 +23,7 @@ from pydantic import (
 from ...proto.errors import SpecError
 from ..control.policy import ControlPolicy
 from ..host.residency import HostPolicy
-from ..planner.plan import FleetGroup, Policy
+from ..planner.plan import FleetGroup, PlannerPolicy
 from ..routing.transports import TransportChoice
 from .parts import (
     Address,
@@ -189,11 +189,11 @@ class HostGroup(Resources):
     """How fast one host of this group computes, relative to hosts of other groups. The planner
     gives a host of speed 2 twice the load of a host of speed 1."""
 
-    domain: str = ""
+    failure_domain: str = ""
     """Failure domain of all hosts of this group: a name for what fails together, such as a machine
     or a rack. Default empty: each host fails alone."""
 
-    spread: Literal["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "none"
+    placement_group: Literal["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "none"
     """How Ray spreads the hosts of this group over machines: the strategy of a Ray placement group,
     whose size is fixed. `none`: Ray places each host by itself."""
 
@@ -227,10 +227,8 @@ class HostGroup(Resources):
             raise ValueError("max_rows <= max_batch_rows <= max_queue_rows must hold")
         if not self.least <= self.count <= self.most:
             raise ValueError("min_count <= count <= max_count must hold")
-        if self.spread != "none" and self.least != self.most:
-            raise ValueError(
-                "spread: a placement group has a fixed size; remove min_count and max_count"
-            )
+        if self.placement_group != "none" and self.least != self.most:
+            raise ValueError("placement_group: it has a fixed size; remove min_count and max_count")
         return self
 
     @property
@@ -254,8 +252,8 @@ class HostGroup(Resources):
             slots=self.slots,
             memory_bytes=None if self.memory_gb is None else int(self.memory_gb * 2**30),
             speed=self.speed,
-            domain=self.domain,
-            fixed=self.spread != "none",
+            domain=self.failure_domain,
+            fixed=self.placement_group != "none",
             needs=", ".join(needs) or "nothing",
         )
 
@@ -281,22 +279,22 @@ class BalanceSpec(Part):
     operator's `moesaic rebalance`."""
 
     redundancy: int = Field(default=0, ge=0, le=64)
-    """Number of failure domains (hosts, or host groups that share a `domain`) that can be lost at
-    once without losing an expert. Default 0: an expert may be on one host only."""
+    """Number of failure domains (hosts, or host groups that share a `failure_domain`) that can be
+    lost at once without losing an expert. Default 0: an expert may be on one host only."""
 
-    enough: float = Field(default=0.95, gt=0, le=1)
-    """Balancedness of a layer from which on the controller leaves the layer's replicas alone. It is
-    the average load of a host divided by that of the busiest one; 1 is even."""
+    rebalance_below: float = Field(default=0.95, gt=0, le=1)
+    """Balancedness below which the controller moves a layer's replicas. It is the average load of a
+    host divided by that of the busiest one; 1 is even."""
 
     target: float = Field(default=0.98, gt=0, le=1)
     """Balancedness (1 is even) up to which the controller improves a layer that has less than
-    `enough`."""
+    `rebalance_below`."""
 
     budget: Budget = 0.05
     """How many replicas the controller may load in one change for balance: a fraction of all
     replicas, or bytes such as `4GB`."""
 
-    fan_out: float = Field(default=0.05, ge=0, le=1)
+    consolidate_below: float = Field(default=0.05, ge=0, le=1)
     """Keeps a layer with little load on few hosts, because each host costs a message. A layer gets
     a further host only for more load than this fraction of the busiest layer's load per host. 0:
     all layers use all hosts."""
@@ -308,40 +306,40 @@ class BalanceSpec(Part):
     """Seconds that the present load is assumed to last. The controller moves a replica only if that
     saves more time until then than the loading takes."""
 
-    gone_s: Seconds = 30.0
+    host_timeout_s: Seconds = 30.0
     """Seconds that a host may be unreachable before the controller places its experts elsewhere."""
 
     lease_s: Seconds = 10.0
     """Seconds for which the controller waits for a silent router before it lets hosts evict
     replicas that the router may still use."""
 
-    load_mb_per_s: float = Field(default=200.0, gt=0, le=1e9, allow_inf_nan=False)
+    loading_mb_per_s: float = Field(default=200.0, gt=0, le=1e9, allow_inf_nan=False)
     """Mean rate at which one host loads experts while it serves, in megabytes per second. A lower
     rate disturbs requests less."""
 
     @model_validator(mode="after")
     def _ordered(self) -> BalanceSpec:
-        if self.enough > self.target:
-            raise ValueError("enough <= target must hold")
+        if self.rebalance_below > self.target:
+            raise ValueError("rebalance_below <= target must hold")
         return self
 
     @property
     def policy(self) -> ControlPolicy:
         return ControlPolicy(
-            balance=Policy(
+            balance=PlannerPolicy(
                 redundancy=self.redundancy,
-                enough=self.enough,
+                rebalance_below=self.rebalance_below,
                 target=self.target,
                 horizon_s=self.horizon_s,
-                fan_out=self.fan_out,
+                consolidate_below=self.consolidate_below,
             ),
             auto=self.auto,
             every_s=self.every_s,
             budget=self.budget if isinstance(self.budget, float) else 1.0,
             budget_bytes=bytes_of(self.budget) if isinstance(self.budget, str) else None,
-            gone_s=self.gone_s,
+            host_timeout_s=self.host_timeout_s,
             lease_s=self.lease_s,
-            bytes_per_s=self.load_mb_per_s * 1e6,
+            bytes_per_s=self.loading_mb_per_s * 1e6,
         )
 
 

@@ -14,6 +14,17 @@ from pydantic import ValidationError
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B")
 _POWERS = ("", "K", "M", "G", "T")
 _OVERRIDE = "MOESAIC__"
+# Keys that had another name before: (section, old key) -> new key.
+OLD_KEYS = {
+    ("autoscale", "high"): "scale_up_above",
+    ("autoscale", "low"): "scale_down_below",
+    ("balance", "enough"): "rebalance_below",
+    ("balance", "fan_out"): "consolidate_below",
+    ("balance", "gone_s"): "host_timeout_s",
+    ("balance", "load_mb_per_s"): "loading_mb_per_s",
+    ("hosts", "domain"): "failure_domain",
+    ("hosts", "spread"): "placement_group",
+}
 
 
 def bytes_of(text: str) -> int:
@@ -76,13 +87,19 @@ def problems(error: ValidationError, values: dict[Any, Any]) -> str:
     for problem in error.errors(include_url=False, include_context=False):
         path = _path(problem["loc"], values)
         text = problem["msg"].removeprefix("Value error, ")
-        texts[path].append("unknown key" if problem["type"] == "extra_forbidden" else text)
+        unknown = problem["type"] == "extra_forbidden"
+        texts[path].append(_unknown_key(problem["loc"]) if unknown else text)
         if path and problem["type"] != "missing":
             given[path] = f" (got {_short(problem['input'])})"
     return "; ".join(
         (f"{path}: " if path else "") + " or ".join(found) + given.get(path, "")
         for path, found in texts.items()
     )
+
+
+def _unknown_key(loc: tuple[int | str, ...]) -> str:
+    new = OLD_KEYS.get((str(loc[0]), str(loc[-1])))
+    return "unknown key" if new is None else f"unknown key: it is called {new} now"
 
 
 def _path(loc: tuple[int | str, ...], values: Any) -> str:

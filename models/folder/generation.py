@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ...proto.errors import CheckpointError, in_words
+from ...proto.errors import CheckpointError, describe_error
 from .files import is_whole
 
 _FILE = "generation_config.json"
@@ -27,7 +27,7 @@ def generation_config(path: Path) -> GenerationConfig:
     try:
         found = GenerationConfig.from_pretrained(path)
     except _CANNOT_READ as error:
-        words = " ".join(in_words(error).split())[:400].rstrip(".")
+        words = " ".join(describe_error(error).split())[:400].rstrip(".")
         raise CheckpointError(
             f"{path}/{_FILE}: cannot be read: {words}; correct the file, or remove it"
         ) from error

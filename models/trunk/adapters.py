@@ -7,8 +7,8 @@ call and the same result, keeps the module's parameters except the experts', and
 
 The arithmetic is that of transformers' modules of the same names; the tests compare them.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token, B = batch, S = sequence,
-E = experts, I = intermediate size, N = T * K choices flattened.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token, B = batch, S = sequence,
+E = experts, I = intermediate size, N = T * K assignments flattened.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from . import extensions
 from .architecture import Adapter
 from .in_pool import experts_forward
 
-UNUSED = -1  # id of a choice that no expert computes
+UNUSED = -1  # id of an assignment that no expert computes
 
 
 class PoolExperts(nn.Module):
@@ -162,7 +162,8 @@ class LongcatFlashExperts(PoolExperts):
 class Llama4Moe(nn.Module):
     """Llama 4, where the gate's sigmoid scales an expert's input, so the pool's weights are 1.
 
-    Each choice is a call of its own, because the inputs differ (published models have one choice).
+    Each choice is a call of its own, because the inputs differ (published models have one
+    assignment).
     """
 
     def __init__(self, block: Any) -> None:
@@ -211,7 +212,7 @@ class JetMoeMoe(nn.Module):
     def forward(self, x_BSH: Tensor) -> Tensor:
         x_TH = x_BSH.flatten(0, 1)
         order_N, _, sorted_weights_N, expert_sizes, _ = self.router(x_TH)
-        # The gate returns its choices sorted by expert; here they return to the tokens' order.
+        # The gate returns its assignments sorted by expert; here they return to the tokens' order.
         sizes_E = torch.tensor(expert_sizes, device=x_TH.device)
         experts_E = torch.arange(len(expert_sizes), device=x_TH.device)
         ids_N = torch.empty_like(order_N)

@@ -13,7 +13,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from ...proto.errors import CheckpointError, UnsupportedModel, in_words
+from ...proto.errors import CheckpointError, UnsupportedModel, describe_error
 from ..folder.files import is_whole
 from ..folder.quantised import FIELDS, quantisation_of
 from . import extensions
@@ -44,7 +44,7 @@ def read_config(path: Path) -> PretrainedConfig:
             # Code in the model's folder is never run, and transformers does not ask the user.
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (*CANNOT_BUILD, OSError, StrictDataclassError) as error:
-        text = " ".join((str(error) or in_words(error)).split())
+        text = " ".join((str(error) or describe_error(error)).split())
         raise CheckpointError(f"{path}/config.json: {text}") from error
     quantisation_of(config, path)
     return config

@@ -24,7 +24,7 @@ _TOP_K = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Described:
+class ModelDescription:
     architecture: str
     dtype: str  # of hosts and trunk; all sizes are in it
     quantised: str | None  # the checkpoint's quantisation; it is dequantised when read
@@ -57,7 +57,7 @@ def experts_per_token(config: PretrainedConfig, layer: ExpertsLayer) -> int | No
     return next((value for value in named if isinstance(value, int)), None)
 
 
-def describe(folder: Path, dtype: torch.dtype) -> Described:
+def describe(folder: Path, dtype: torch.dtype) -> ModelDescription:
     """Describe the model in ``folder``. Raises CheckpointError and UnsupportedModel."""
     config = read_config(folder)
     return describe_model(folder, config, meta_model(config), dtype)
@@ -65,14 +65,14 @@ def describe(folder: Path, dtype: torch.dtype) -> Described:
 
 def describe_model(
     folder: Path, config: PretrainedConfig, model: PreTrainedModel, dtype: torch.dtype
-) -> Described:
+) -> ModelDescription:
     """Describe a model that is already built on the meta device, with its experts."""
     found = experts_layers(model)
     sizes = {layer.layer: expert_bytes(layer, dtype) for layer in found}
     experts = sum(layer.num_experts * sizes[layer.layer] for layer in found)
     whole = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     quantisation = quantisation_of(config, folder)
-    return Described(
+    return ModelDescription(
         architecture=config.model_type,
         dtype=str(dtype).removeprefix("torch."),
         quantised=str(quantisation) if quantisation else None,

@@ -16,7 +16,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
-from ...proto.errors import UnsupportedModel, in_words
+from ...proto.errors import UnsupportedModel, describe_error
 from .architecture import Adapter, Architecture
 
 GROUP = "moesaic.architectures"
@@ -93,7 +93,7 @@ def _load(entry: EntryPoint) -> Architecture:
         found: object = entry.load()
     except Exception as error:  # a package's code may raise anything
         raise UnsupportedModel(
-            f"{where} does not load: {in_words(error)}; mend or uninstall the package"
+            f"{where} does not load: {describe_error(error)}; mend or uninstall the package"
         ) from error
     if not isinstance(found, Architecture):
         raise UnsupportedModel(f"{where} is of type {type(found).__name__}, not an Architecture")

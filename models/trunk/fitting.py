@@ -333,10 +333,10 @@ class _Comparison:
         self._shapes.append(words)
 
     def errors(self) -> list[str]:
-        found = [some(kind) for kind in (self._pairs, self._shapes) if kind]
+        found = [first_few(kind) for kind in (self._pairs, self._shapes) if kind]
         for dtype, names in self._undeclared.items():
             verb = "are" if names[1:] else "is"
-            found.append(f"{some(names)} {verb} {dtype}, {self._why_not_plain()}")
+            found.append(f"{first_few(names)} {verb} {dtype}, {self._why_not_plain()}")
         return found
 
     def _why_not_plain(self) -> str:
@@ -378,9 +378,9 @@ def _missing(
         return []
     lost = sorted(set(listing.lost.values()))
     count = f"{len(listing.lost)} tensor{'s' if len(listing.lost) > 1 else ''}"
-    said = f"; {INDEX_FILE} names {count} that {some(lost, 3)} "
+    said = f"; {INDEX_FILE} names {count} that {first_few(lost, 3)} "
     said += "do not have" if lost[1:] else "does not have"
-    return [f"the checkpoint lacks {some(names)}{said if lost else ''}"]
+    return [f"the checkpoint lacks {first_few(names)}{said if lost else ''}"]
 
 
 def _unused_codes(
@@ -410,12 +410,12 @@ def _unused_codes(
     if not found:
         return []
     return [
-        f"nothing uses {some(found)}; such codes, scales and zero points belong to weights that "
+        f"nothing uses {first_few(found)}; such codes, scales and zero points are of weights that "
         "are quantised in another way than config.json says"
     ]
 
 
-def some(words: Sequence[str], most: int = _SHOWN) -> str:
+def first_few(words: Sequence[str], most: int = _SHOWN) -> str:
     """Return the first few words, and how many more there are."""
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more

@@ -13,8 +13,8 @@ import torch
 
 from ...proto.errors import CheckpointError
 from .config import read_config
-from .describe import Described, describe_model
-from .fitting import fit, some
+from .describe import ModelDescription, describe_model
+from .fitting import first_few, fit
 from .trunk import meta_model
 
 
@@ -23,14 +23,14 @@ class Inventory:
     """A folder whose tensors make its model."""
 
     path: Path
-    described: Described  # the result of `describe` for the folder
+    described: ModelDescription  # the result of `describe` for the folder
     tensors: int  # in the files
     stored_bytes: int  # of the files
     surplus: tuple[str, ...]  # names on disk of tensors that the model does not use
     warnings: tuple[str, ...]  # sentences about what is unusual and harmless
 
 
-def _check_top_k(path: Path, described: Described) -> None:
+def _check_top_k(path: Path, described: ModelDescription) -> None:
     """Check that a gate chooses at least one expert, and no more than its layer has."""
     experts = min(described.layers.values())
     if described.top_k is not None and not 1 <= described.top_k <= experts:
@@ -58,7 +58,7 @@ def check_folder(path: Path, *, dtype: torch.dtype) -> Inventory:
         count = len(fitting.surplus)
         warnings.append(
             f"the model has no use for {count} tensor{'s' if count > 1 else ''} of the checkpoint, "
-            f"which {'are' if count > 1 else 'is'} not read: {some(fitting.surplus)}"
+            f"which {'are' if count > 1 else 'is'} not read: {first_few(fitting.surplus)}"
         )
     return Inventory(
         path=path,

@@ -1,6 +1,6 @@
 """The function that an experts module of a trunk calls: the pool.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...proto.errors import UnsupportedModel
 
 IMPLEMENTATION = "moesaic"
 
-# (x_TH, ids_TK, weights_TK) -> y_TH; a choice outside [0, experts) is skipped
+# (x_TH, ids_TK, weights_TK) -> y_TH; an assignment outside [0, experts) is skipped
 PoolFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ...proto.errors import CheckpointError, UnsupportedModel, in_words
+from ...proto.errors import CheckpointError, UnsupportedModel, describe_error
 from ..folder.generation import generation_config
 from ..folder.quantised import forget
 from .adapters import PoolExperts, adapt
@@ -63,7 +63,7 @@ def _why_not_built(config: PretrainedConfig, error: Exception) -> str:
     The message of a KeyError has only the value, so the fields with this value are searched.
     """
     if not isinstance(error, KeyError) or not error.args:
-        return str(error) or in_words(error)
+        return str(error) or describe_error(error)
     pending: list[tuple[str, Any]] = [("", config.to_dict())]
     fields = []
     while pending:
@@ -191,7 +191,7 @@ def disconnect_experts(model: nn.Module) -> None:
             del module.pool
 
 
-def passes(model: PreTrainedModel) -> list[nn.Module]:
+def forward_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return the modules whose forward is a pass over a batch of its own.
 
     They are the model, and its encoder, if any, which generation runs before it.

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-from ...proto.errors import CheckpointError, MoesaicError, from_wire, in_words
+from ...proto.errors import CheckpointError, MoesaicError, describe_error, from_wire
 
 LOOK_S = 0.5
 END_S = 5.0
@@ -150,7 +150,12 @@ def main(arguments: str, writer: int) -> int:
             return 1  # the caller is gone
         except Exception as error:
             # Whatever it is, the caller is told, and it is raised again.
-            tell({"code": CheckpointError.__name__, "error": f"the demo model: {in_words(error)}"})
+            tell(
+                {
+                    "code": CheckpointError.__name__,
+                    "error": f"the demo model: {describe_error(error)}",
+                }
+            )
             raise
     return 0
 

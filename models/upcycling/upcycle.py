@@ -29,7 +29,7 @@ from ...proto.errors import BadInput, CheckpointError
 from .dense import DenseCheckpoint, open_dense
 from .text_gates import Progress, Texts, gates_from_texts
 
-Gate = Literal["kmeans", "random"]
+GateSource = Literal["kmeans", "random"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 1 << 30
@@ -63,7 +63,7 @@ def upcycle(
     experts: int = 8,
     top_k: int = 2,
     noise: float = 0.05,
-    gate: Gate = "random",
+    gate: GateSource = "random",
     texts: Texts | None = None,
     tokens: int = 2048,
     seed: int = 0,
@@ -159,8 +159,8 @@ def _check_arguments(
         raise BadInput(f"seed: {seed}: must be 0 or larger")
     if tokens < 2:
         raise BadInput(f"tokens: {tokens}: must be 2 or more for each corpus")
-    if gate not in get_args(Gate):
-        raise BadInput(f"gate: {gate!r}: must be one of {', '.join(get_args(Gate))}")
+    if gate not in get_args(GateSource):
+        raise BadInput(f"gate: {gate!r}: must be one of {', '.join(get_args(GateSource))}")
     if gate == "kmeans" and not texts:
         raise BadInput("texts: gate='kmeans' needs texts, as {corpus name: [texts or paths]}")
     for name, items in (texts or {}).items():

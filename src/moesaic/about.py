@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .actors.preflight.check_model import CheckedModel
     from .actors.preflight.findings import Finding
     from .cluster.spec.spec import Spec
-    from .models.trunk.describe import Described
+    from .models.trunk.describe import ModelDescription
 
 _PACKAGES = ("moesaic", "ray", "torch", "transformers", "vllm", "grpcio", "protobuf")
 # Of the free memory that a default spec may plan with: caches and other programs need some, too.
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 def inspect_model(
     model: str, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-) -> Described:
+) -> ModelDescription:
     """Describe a model's experts and their sizes in the pool.
 
     ``model`` is a folder, a hub id, or ``demo``. Raises CheckpointError and UnsupportedModel.

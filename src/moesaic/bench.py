@@ -51,9 +51,9 @@ class LoadResult:
     prompt_tokens: int  # of the answered requests, as counted by the endpoint
     answer_tokens: int
     answer_tokens_per_s: float
-    first_token_s: Percentiles
+    time_to_first_token_s: Percentiles
     # Between two pieces of text: one token each, or the tokens that together make a character.
-    between_tokens_s: Percentiles
+    inter_token_latency_s: Percentiles
 
 
 @dataclass(slots=True)
@@ -145,8 +145,8 @@ async def _measure(
         prompt_tokens=seen.prompt_tokens,
         answer_tokens=seen.answer_tokens,
         answer_tokens_per_s=seen.answer_tokens / seconds,
-        first_token_s=Percentiles.of(seen.first_s),
-        between_tokens_s=Percentiles.of(seen.between_s),
+        time_to_first_token_s=Percentiles.of(seen.first_s),
+        inter_token_latency_s=Percentiles.of(seen.between_s),
     )
 
 

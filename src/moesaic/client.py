@@ -25,19 +25,19 @@ from .openai_wire import (
     CONNECT_TIMEOUT_S,
     READ_TIMEOUT_S,
     Answer,
-    Asks,
-    Call,
     Chunk,
     Embeddings,
-    Events,
+    GenerationCall,
     Json,
     Message,
     Model,
     Options,
     PoolingKind,
     Prompt,
+    SseParser,
     Texts,
     Usage,
+    WireCall,
     address,
     chat,
     checked,
@@ -49,7 +49,7 @@ from .openai_wire import (
     raise_error,
 )
 from .proto.errors import ClusterError, EngineError, Expired, MoesaicError
-from .retry import RETRIES, Tries
+from .retry import RETRIES, Retries
 
 if TYPE_CHECKING:
     from .cluster.reports.status import EndpointStatus
@@ -164,8 +164,8 @@ class Client:
         with mapping_errors():
             return checked(self._http.get(path), accept)
 
-    def _answer(self, call: Asks[T]) -> T:
-        tries = Tries(self._retries)
+    def _answer(self, call: WireCall[T]) -> T:
+        tries = Retries(self._retries)
         while True:
             try:
                 with mapping_errors():
@@ -173,8 +173,8 @@ class Client:
             except MoesaicError as error:
                 time.sleep(tries.pause_s(error))
 
-    def _stream(self, call: Call) -> Iterator[Chunk]:
-        tries, begun = Tries(self._retries), False
+    def _stream(self, call: GenerationCall) -> Iterator[Chunk]:
+        tries, begun = Retries(self._retries), False
         while True:
             try:
                 for chunk in self._stream_once(call):
@@ -186,8 +186,8 @@ class Client:
                     raise
                 time.sleep(tries.pause_s(error))
 
-    def _stream_once(self, call: Call) -> Iterator[Chunk]:
-        events = Events()
+    def _stream_once(self, call: GenerationCall) -> Iterator[Chunk]:
+        events = SseParser()
         with (
             mapping_errors(),
             self._http.stream("POST", call.path, json=call.streamed()) as response,
@@ -300,8 +300,8 @@ class AsyncClient:
         with mapping_errors():
             return checked(await self._http.get(path), accept)
 
-    async def _answer(self, call: Asks[T]) -> T:
-        tries = Tries(self._retries)
+    async def _answer(self, call: WireCall[T]) -> T:
+        tries = Retries(self._retries)
         while True:
             try:
                 with mapping_errors():
@@ -310,8 +310,8 @@ class AsyncClient:
             except MoesaicError as error:
                 await asyncio.sleep(tries.pause_s(error))
 
-    async def _stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
-        tries, begun = Tries(self._retries), False
+    async def _stream(self, call: GenerationCall) -> AsyncGenerator[Chunk, None]:
+        tries, begun = Retries(self._retries), False
         while True:
             try:
                 async with aclosing(self._stream_once(call)) as chunks:
@@ -324,8 +324,8 @@ class AsyncClient:
                     raise
                 await asyncio.sleep(tries.pause_s(error))
 
-    async def _stream_once(self, call: Call) -> AsyncGenerator[Chunk, None]:
-        events = Events()
+    async def _stream_once(self, call: GenerationCall) -> AsyncGenerator[Chunk, None]:
+        events = SseParser()
         with mapping_errors():
             async with self._http.stream("POST", call.path, json=call.streamed()) as response:
                 if response.status_code != 200:

@@ -37,10 +37,10 @@ class ControllerClient:
 
     def ask(self, method: str, *arguments: Any, timeout_s: float = OPERATION_S) -> Any:
         # `Any`, because Ray has no types for the methods of actors.
-        from .actors.runtime.ray_border import ask, controller_of
+        from .actors.runtime.ray_border import controller_of, ray_get
 
         controller = controller_of(self._join())
-        return ask(getattr(controller, method).remote(*arguments), timeout_s, method)
+        return ray_get(getattr(controller, method).remote(*arguments), timeout_s, method)
 
     def change(
         self, number: int, timeout_s: float, watch: Callable[[ChangeReport], None] | None

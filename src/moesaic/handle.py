@@ -17,10 +17,17 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from .controller_client import ControllerClient
-from .logs import Kind, LogLine, read_logs
+from .logs import LogKind, LogLine, read_logs
 from .proto.errors import ClusterError
 from .router_keys import take_key
-from .session import Session, find_session, need_session, note_logs, remove_session, write_session
+from .session import (
+    ClusterSession,
+    find_session,
+    need_session,
+    note_logs,
+    remove_session,
+    write_session,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,7 +171,7 @@ def _ray_token() -> str | None:
 class Cluster:
     """A running cluster; made by `up` and `connect`."""
 
-    def __init__(self, session: Session, launched: Launched | None) -> None:
+    def __init__(self, session: ClusterSession, launched: Launched | None) -> None:
         self._session = session
         self._launched = launched
         self._trunks: list[PoolTrunk] = []
@@ -197,7 +204,7 @@ class Cluster:
 
     def logs(
         self,
-        kinds: Collection[Kind] = (),
+        kinds: Collection[LogKind] = (),
         *,
         host: str | None = None,
         tail: int = 100,
@@ -225,7 +232,7 @@ class Cluster:
     def experts(
         self, model: str | None = None, layer: int | None = None, *, hot: int | None = None
     ) -> list[ExpertReport]:
-        """Return every expert, or those of one model or layer, with replicas, load and wishes.
+        """Return every expert, or those of one model or layer, with replicas, load and constraints.
 
         With ``hot`` only so many, the hottest first. Raises ClusterError.
         """

@@ -17,10 +17,10 @@ from .actors.runtime.log_lines import is_log_line
 from .actors.runtime.process_labels import announced
 from .private_files import is_own
 from .proto.errors import ClusterError, RequestError
-from .session import Session, owner_log
+from .session import ClusterSession, owner_log
 
-Kind = Literal["owner", "controller", "ingress", "router", "trunk", "host"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+LogKind = Literal["owner", "controller", "ingress", "router", "trunk", "host"]
+KINDS: tuple[LogKind, ...] = get_args(LogKind)
 
 LOOK_S = 0.25
 # Each process writes at the head of its log what it is.
@@ -50,7 +50,7 @@ class LogLine:
 @dataclass(frozen=True, slots=True)
 class _File:
     path: Path
-    kind: Kind
+    kind: LogKind
     name: str
     pid: int
     stream: str
@@ -61,8 +61,8 @@ class _File:
 
 
 def read_logs(
-    session: Session,
-    kinds: Collection[Kind] = (),
+    session: ClusterSession,
+    kinds: Collection[LogKind] = (),
     *,
     host: str | None = None,
     tail: int,
@@ -91,7 +91,7 @@ def read_logs(
 
 
 def _lines(
-    session: Session,
+    session: ClusterSession,
     files: list[_File],
     wanted: frozenset[str],
     host: str | None,
@@ -109,7 +109,9 @@ def _lines(
             yield from map(file.line, texts)
 
 
-def _files(session: Session, folder: Path, kinds: frozenset[str], host: str | None) -> list[_File]:
+def _files(
+    session: ClusterSession, folder: Path, kinds: frozenset[str], host: str | None
+) -> list[_File]:
     """Find the selected processes' files, sorted by kind and name."""
     found: list[_File] = []
     for out in folder.glob("worker-*.out"):
@@ -129,7 +131,7 @@ def _files(session: Session, folder: Path, kinds: frozenset[str], host: str | No
     return sorted(found, key=lambda one: (KINDS.index(one.kind), one.name, one.pid, one.path))
 
 
-def _nothing(session: Session, folder: Path, kinds: frozenset[str], host: str | None) -> str:
+def _nothing(session: ClusterSession, folder: Path, kinds: frozenset[str], host: str | None) -> str:
     if host is not None:
         known = {file.name for file in _files(session, folder, frozenset(["host"]), None)}
         there = ", ".join(sorted(known)) or "no host"

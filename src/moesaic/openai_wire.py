@@ -23,15 +23,15 @@ from .proto.errors import (
     InternalError,
     MoesaicError,
     RequestError,
+    describe_error,
     from_wire,
-    in_words,
 )
 
 CONNECT_TIMEOUT_S = 5.0
 # Between two bytes. It is long because the first token may wait for other requests.
 READ_TIMEOUT_S = 300.0
 
-Found = TypeVar("Found", covariant=True)
+AnswerT = TypeVar("AnswerT", covariant=True)
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 Prompt = str | Sequence[int]
 Texts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
@@ -121,18 +121,18 @@ class Chunk:
     experts_per_token: int | None = None
 
 
-class Asks(Protocol[Found]):
+class WireCall(Protocol[AnswerT]):
     """One request with one answer."""
 
     @property
     def path(self) -> str: ...
     @property
     def body(self) -> Json: ...
-    def answer(self, found: Json) -> Found: ...
+    def answer(self, found: Json) -> AnswerT: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class GenerationCall:
     """One request for text."""
 
     path: str
@@ -194,17 +194,19 @@ def _floats(text: str) -> list[float]:
     return found.tolist()
 
 
-def completion(prompt: Prompt, options: Options, model: str) -> Call:
+def completion(prompt: Prompt, options: Options, model: str) -> GenerationCall:
     text: Callable[[Json], str] = lambda choice: choice["text"]  # noqa: E731
     plain = prompt if isinstance(prompt, str) else list(prompt)
-    return Call("/v1/completions", {**options, "model": model, "prompt": plain}, text, text)
+    return GenerationCall(
+        "/v1/completions", {**options, "model": model, "prompt": plain}, text, text
+    )
 
 
-def chat(messages: str | Sequence[Message], options: Options, model: str) -> Call:
+def chat(messages: str | Sequence[Message], options: Options, model: str) -> GenerationCall:
     """Make a chat request of a conversation, or of the text of one user message."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    return Call(
+    return GenerationCall(
         "/v1/chat/completions",
         {**options, "model": model, "messages": [dict(message) for message in messages]},
         lambda choice: choice["message"]["content"] or "",
@@ -244,7 +246,7 @@ def address(text: str) -> httpx.URL:
     return url
 
 
-class Events:
+class SseParser:
     """A parser of the lines of a stream of server-sent events."""
 
     def __init__(self) -> None:
@@ -274,11 +276,11 @@ def mapping_errors() -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        raise ClusterError(f"the endpoint cannot be reached: {in_words(error)}") from error
+        raise ClusterError(f"the endpoint cannot be reached: {describe_error(error)}") from error
     except httpx.TimeoutException as error:
         raise Expired(f"the endpoint did not answer in time: {type(error).__name__}") from error
     except httpx.TransportError as error:
-        raise EngineError(f"the connection was lost: {in_words(error)}") from error
+        raise EngineError(f"the connection was lost: {describe_error(error)}") from error
 
 
 def checked(response: httpx.Response, accept: Sequence[int] = (200,)) -> Json:

@@ -11,7 +11,7 @@ RETRIES = 2
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 
 
-class Tries:
+class Retries:
     """The retries of one call.
 
     Only errors that may not occur on another try are retried. Pauses have jitter, so that clients

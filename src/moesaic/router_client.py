@@ -6,7 +6,7 @@ Example:
         experts = router.experts("demo", 0)
         y_TH = experts(x_TH, ids_TK, weights_TK)
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .proto.errors import CallError, Expired, MoesaicError, RequestError, Unknow
 from .proto.expert_pb2 import DType
 from .proto.router_pb2 import ComputeHead, ModelsReply
 from .proto.router_wire import RouterLayout
-from .retry import RETRIES, Tries
+from .retry import RETRIES, Retries
 from .router_keys import key_for
 
 __all__ = ["RouterClient", "RouterLayer", "RouterModel"]
@@ -43,7 +43,7 @@ class RouterLayer:
     layer: int
     experts: int
     hidden: int
-    max_top_k: int  # choices that a token may have
+    max_top_k: int  # assignments that a token may have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +61,8 @@ class Experts(Protocol):
         """Compute the layer for the tokens ``hidden``.
 
         ``hidden`` (T, H) has the model's dtype, ``ids`` (T, K) whole numbers, of which -1 is an
-        unused choice, ``weights`` (T, K) real numbers; all are arrays of numpy or torch. Returns
-        (T, H) of hidden's kind, dtype and device.
+        unused assignment, ``weights`` (T, K) real numbers; all are arrays of numpy or torch.
+        Returns (T, H) of hidden's kind, dtype and device.
 
         Raises CallError for arguments that do not fit, Expired, Busy, ExpertUnavailable, BadExpert,
         HostLost and ClusterError.
@@ -191,7 +191,7 @@ class RouterClient:
 
     def _tried(self, call: Callable[[float], R], until: float) -> R:
         """Call until it succeeds or may not be retried; ``call`` gets the seconds that are left."""
-        tries = Tries(self._retries)
+        tries = Retries(self._retries)
         while True:
             left_s = until - time.monotonic()
             if left_s <= 0:
@@ -281,5 +281,5 @@ def _check_shapes(x_TH: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray) 
         if array.ndim != 2 or array.shape != (x_TH.shape[0], ids_TK.shape[-1]):
             raise CallError(
                 f"{name}: shape {array.shape} for {x_TH.shape[0]} tokens; ids and weights are "
-                "both (tokens, choices)"
+                "both (tokens, assignments)"
             )

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
+class ClusterSession:
     """A running cluster as its owner described it.
 
     Reading a file checks that its values have these types, and the forms of `_FORMS`.
@@ -124,7 +124,7 @@ _FORMS: dict[str, _Form] = {
 _TYPES = {"str": str, "int": int, "float": (float, int), "bool": bool, "None": type(None)}
 
 
-def _parsed(text: str, name: str) -> Session:
+def _parsed(text: str, name: str) -> ClusterSession:
     """Parse a session file; unknown keys, which later versions may write, are ignored.
 
     Raises ValueError with what is wrong.
@@ -132,8 +132,8 @@ def _parsed(text: str, name: str) -> Session:
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
-    known = {one.name: str(one.type).split(" | ") for one in fields(Session)}
-    secret = {one.name for one in fields(Session) if not one.repr}
+    known = {one.name: str(one.type).split(" | ") for one in fields(ClusterSession)}
+    secret = {one.name for one in fields(ClusterSession) if not one.repr}
     values = {key: value for key, value in values.items() if key in known}
     for key, value in values.items():
         right = any(
@@ -148,7 +148,7 @@ def _parsed(text: str, name: str) -> Session:
     if values.get("name") != name:
         raise ValueError(f"name: {values.get('name')!r} is not {name!r}")
     try:
-        return Session(**values)
+        return ClusterSession(**values)
     except TypeError as error:
         raise ValueError(str(error)) from None
 
@@ -181,14 +181,14 @@ def write_session(
     router_key: str | None = None,
     logs: str | None = None,
     drain_s: float = 0.0,
-) -> Session:
+) -> ClusterSession:
     """Write the session file of the cluster that this process owns.
 
     Raises ClusterError if other users of this machine could read or change it.
     """
     import psutil
 
-    session = Session(
+    session = ClusterSession(
         name=name,
         pid=os.getpid(),
         started=psutil.Process().create_time(),
@@ -207,7 +207,7 @@ def write_session(
     return session
 
 
-def find_session(name: str) -> Session | None:
+def find_session(name: str) -> ClusterSession | None:
     """Return the running cluster of that name, or None; a dead cluster's file is removed.
 
     Raises ClusterError if somebody else may have written the file, or if it is not of the form that
@@ -229,7 +229,7 @@ def find_session(name: str) -> Session | None:
     return session
 
 
-def running_sessions() -> Iterator[Session]:
+def running_sessions() -> Iterator[ClusterSession]:
     """Yield this user's clusters on this machine; log and skip files that are not theirs."""
     for file in sorted(session_dir().glob("*.json")):
         try:
@@ -241,7 +241,7 @@ def running_sessions() -> Iterator[Session]:
             yield session
 
 
-def need_session(name: str) -> Session:
+def need_session(name: str) -> ClusterSession:
     """Return the running cluster of that name. Raises ClusterError when there is none."""
     session = find_session(name)
     if session is None:
@@ -276,7 +276,7 @@ def owner_log(name: str) -> Path:
     return _file(name).with_name(f"{name}.log")
 
 
-def logged_session(name: str) -> Session:
+def logged_session(name: str) -> ClusterSession:
     """Return the running cluster of that name, or what is left of the last one: its logs.
 
     Raises ClusterError when there is neither.
@@ -290,6 +290,6 @@ def logged_session(name: str) -> Session:
         return need_session(name)
     if not _folder(folder):
         raise ClusterError(f"{_noted(name)}: not the absolute path of a folder; remove it")
-    return Session(
+    return ClusterSession(
         name=name, pid=0, started=0.0, ray_address="", embedded=True, url=None, logs=folder
     )

@@ -1,6 +1,6 @@
 """Traces of recorded load, which are taken from a running pool, written to files and read again.
 
-A trace is one safetensors file: `counts/<model>/<layer>` (W, E) int64, `choices` (W, H) int64,
+A trace is one safetensors file: `counts/<model>/<layer>` (W, E) int64, `assignments` (W, H) int64,
 `busy_s` and `queued_s` (W, H) float64, and in its metadata `moesaic_trace` (the format's version),
 `window_s` and `hosts`, a JSON list.
 
@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .cluster.load.trace import LoadTotals, Recorder, Trace
+from .cluster.load.trace import LoadTotals, Trace, TraceRecorder
 from .cluster.placement import LayerKey
 from .private_files import replace_file
 from .proto.errors import CheckpointError, ClusterError, RequestError
@@ -27,7 +27,7 @@ from .proto.errors import CheckpointError, ClusterError, RequestError
 _VERSION = "1"
 _HOSTS = {"choices": np.int64, "busy_s": np.float64, "queued_s": np.float64}
 # Routers report once a second; most shorter windows would have no report.
-LEAST_WINDOW_S = 1.0
+MIN_WINDOW_S = 1.0
 # A recording ends when the controller has been away for so long.
 _PATIENCE_S = 120.0
 
@@ -40,7 +40,7 @@ def write_trace(path: str | Path, trace: Trace) -> None:
     file = Path(path)
     tensors = {f"counts/{key.model}/{key.layer}": found for key, found in trace.counts.items()}
     tensors |= {
-        "choices": trace.choices_WH,
+        "choices": trace.assignments_WH,
         "busy_s": trace.busy_s_WH,
         "queued_s": trace.queued_s_WH,
     }
@@ -100,7 +100,7 @@ def _parse(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Trace:
         window_s=float(metadata["window_s"]),
         counts=dict(sorted(counts.items())),
         hosts=tuple(hosts),
-        choices_WH=tensors["choices"],
+        assignments_WH=tensors["choices"],
         busy_s_WH=tensors["busy_s"],
         queued_s_WH=tensors["queued_s"],
     )
@@ -130,15 +130,15 @@ def record(
     stays away ends the recording early. Raises RequestError, and ClusterError if the controller was
     never there.
     """
-    if not LEAST_WINDOW_S <= window_s <= seconds < float("inf"):
+    if not MIN_WINDOW_S <= window_s <= seconds < float("inf"):
         raise RequestError(
             f"window_s, seconds: {window_s:g}, {seconds:g}; routers report every second, so "
-            f"{LEAST_WINDOW_S:g} <= window_s <= seconds must hold",
+            f"{MIN_WINDOW_S:g} <= window_s <= seconds must hold",
             param="window_s",
         )
     wait = wait or stop.wait
     total = int(seconds / window_s + 1e-9)
-    recorder = Recorder(window_s, read())
+    recorder = TraceRecorder(window_s, read())
     began, taken = clock(), 0
     for window in range(1, total + 1):
         progress("recording", window - 1, total)

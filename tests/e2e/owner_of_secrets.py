@@ -21,9 +21,9 @@ from ray.util import state as ray_state
 import moesaic
 from moesaic.actors.runtime import ray_border
 from moesaic.actors.runtime.cluster_secret import secret_of
-from moesaic.actors.runtime.ray_border import ask, namespace_of
+from moesaic.actors.runtime.ray_border import namespace_of, ray_get
 from moesaic.proto.errors import MoesaicError
-from moesaic.proto.keys import SECRET_BYTES, ClusterSecret, shown
+from moesaic.proto.keys import SECRET_BYTES, ClusterSecret, proof_hash
 from moesaic.session import need_session
 
 SECRET = b"the-secret-of-a-cluster-in-bytes"
@@ -81,11 +81,11 @@ def told(cluster: Any) -> dict[str, Any]:
     secret = secret_of(namespace)
     for host in (one["name"] for one in status["hosts"]):
         actor: Any = ray.get_actor(host, namespace=namespace)
-        entry = ask(actor.entry.remote(), 10.0, host)
+        entry = ray_get(actor.entry.remote(), 10.0, host)
         for plane in ("experts", "weights", "shm"):
             proof = secret.proof(plane, entry.target)
             found["proofs"][f"{host} {plane}"] = proof.hex()
-            found["proofs"][f"{host} {plane}, as it is shown"] = shown(proof).hex()
+            found["proofs"][f"{host} {plane}, as it is shown"] = proof_hash(proof).hex()
     return found
 
 

@@ -24,7 +24,7 @@ def main(folder: str, cut: str = "") -> None:
         "ray": {"address": "auto"},
         "network": {"bind": "node"},
         "models": [{"name": "m", "path": folder, "replicas": 2 if cut else 1}],
-        "hosts": [{"count": 2, "spread": "STRICT_SPREAD", "labels": {}}],
+        "hosts": [{"count": 2, "placement_group": "STRICT_SPREAD", "labels": {}}],
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0},
         "monitoring": {"port": 0},

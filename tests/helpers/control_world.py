@@ -8,17 +8,17 @@ import numpy as np
 
 from moesaic.cluster.control.commands import Evict, MakePlan, Publish
 from moesaic.cluster.control.control import Control, ControlPolicy
-from moesaic.cluster.control.loading import Load
+from moesaic.cluster.control.loading import LoadExperts
 from moesaic.cluster.control.pool_view import Observation
 from moesaic.cluster.load.meter import HostTimes, LoadReport
 from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape, Placement
-from moesaic.cluster.planner.plan import Policy, PoolHost, Wishes
+from moesaic.cluster.planner.plan import OperatorConstraints, PlannerPolicy, PoolHost
 
 POLICY = ControlPolicy(
-    balance=Policy(enough=0.9, target=0.95, horizon_s=1e9),
+    balance=PlannerPolicy(rebalance_below=0.9, target=0.95, horizon_s=1e9),
     every_s=2.0,
     budget=1.0,
-    gone_s=5.0,
+    host_timeout_s=5.0,
     lease_s=4.0,
     retry_s=1.0,
     bytes_per_s=1e12,
@@ -85,7 +85,7 @@ class ControlWorld:
         self.evicted = 0
         self.term = 0
         self.now = 100.0
-        self.wishes = Wishes()
+        self.constraints = OperatorConstraints()
         self.asked: MakePlan | None = None
         self.planner_is_slow = False
         self.take_over()
@@ -96,7 +96,7 @@ class ControlWorld:
         self.asked = None
         self.reported.clear()
         self.control = self.new_control()
-        self.control.wish(self.wishes)
+        self.control.set_constraints(self.constraints)
         for shape, on_disk in self.models:
             if on_disk:
                 self.control.add_model(shape, on_disk=True)
@@ -153,10 +153,10 @@ class ControlWorld:
         if self.published:
             router.follows = self.published[-1]
         router.heard_at = self.now
-        number = None if router.follows is None else router.follows.number
-        times = {"h0": HostTimes(calls=1, choices=1000, busy_s=1.0)} if counts else {}
+        number = None if router.follows is None else router.follows.id
+        times = {"h0": HostTimes(calls=1, assignments=1000, busy_s=1.0)} if counts else {}
         self.control.hear(
-            LoadReport(router=name, number=number, counts=counts or {}, hosts=times), self.now
+            LoadReport(router=name, placement_id=number, counts=counts or {}, hosts=times), self.now
         )
 
     def tick(self, late: frozenset[str] = frozenset(), seconds: float = 0.5) -> bool:
@@ -177,7 +177,7 @@ class ControlWorld:
             match command:
                 case MakePlan():
                     self.asked = command
-                case Load():
+                case LoadExperts():
                     assert command.host not in late, "a load for a host that did not answer"
                     self._begin_load(command)
                 case Publish(placement=placement):
@@ -197,7 +197,7 @@ class ControlWorld:
 
     # ---- checks ---------------------------------------------------------------------------------
 
-    def _begin_load(self, command: Load) -> None:
+    def _begin_load(self, command: LoadExperts) -> None:
         seen = self.reported[command.host]
         assert not seen.loading, "a second load at the same time"
         assert len(set(command.keys)) == len(command.keys) > 0
@@ -226,19 +226,19 @@ class ControlWorld:
             host.held.discard(key)
             self.evicted += 1
             others = [o for n, o in self.reported.items() if n != command.host and o.holds(key)]
-            assert others or key.model in self.control.sleep.asleep, "the last replica"
+            assert others or key.model in self.control.idle_models.asleep, "the last replica"
 
     def _check(self, placement: Placement) -> None:
         if self.published:
-            assert placement.number > self.published[-1].number
-        assert placement.number.term == self.term
+            assert placement.id > self.published[-1].id
+        assert placement.id.term == self.term
         view = self.control.view
         entries = {
             name: seen.entry
             for name, seen in self.reported.items()
             if name not in view.retiring
             # One that is to leave is told of while it holds something, and is heard.
-            or (name in view.seen and (seen.loading or any(True for _ in seen.experts())))
+            or (name in view.observations and (seen.loading or any(True for _ in seen.experts())))
         }
         assert dict(placement.hosts) == entries, "hosts that live, as they last reported"
         for key, layer in placement.layers.items():
@@ -253,7 +253,7 @@ class ControlWorld:
 
     def settle(self) -> None:
         """No more faults: everybody lives, answers in time, and finishes its loads."""
-        self.control.policy = ControlPolicy(auto=False, gone_s=POLICY.gone_s)
+        self.control.policy = ControlPolicy(auto=False, host_timeout_s=POLICY.host_timeout_s)
         self.planner_is_slow = False
         self.answer()
         for name in self.hosts:

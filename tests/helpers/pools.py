@@ -16,16 +16,16 @@ from moesaic.cluster.placement import (
     ExpertKey,
     ModelRef,
     ModelShape,
-    Number,
     Placement,
+    PlacementId,
     experts_of,
-    spread,
+    initial_placement,
 )
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.models.trunk.config import read_config
 from moesaic.models.trunk.experts_layers import ExpertsLayer, experts_layers
-from moesaic.models.trunk.trunk import connect_experts, load_trunk, meta_model, passes
+from moesaic.models.trunk.trunk import connect_experts, forward_modules, load_trunk, meta_model
 from moesaic.proto.keys import Grant, secret_of_process
 
 
@@ -56,11 +56,11 @@ def place(
         replicas=replicas,
         exact=exact,
     )
-    spreading = spread([shape], [host.name for host in hosts])
+    spreading = initial_placement([shape], [host.name for host in hosts])
     for host in hosts:
         host.load([(ref, shape)], experts_of(spreading, host.name))
     return Placement(
-        Number(1, epoch),
+        PlacementId(1, epoch),
         {host.name: host.entry() for host in hosts},
         spreading,
         frozenset({ref.name}) if exact else frozenset(),
@@ -94,7 +94,7 @@ def pool(
             router.wait_ready(10.0)
             trunk = load_trunk(path, dtype=dtype, device=torch.device("cpu"))
             connect_experts(trunk, layers, lambda layer: router.experts("m", layer))
-            for module in passes(trunk):
+            for module in forward_modules(trunk):
                 module.register_forward_pre_hook(lambda *_: router.begin_step())
             yield Pool(
                 hosts=running, router=router, trunk=trunk, placement=placement, layers=layers

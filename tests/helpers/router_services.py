@@ -65,7 +65,7 @@ class Served:
 
     def holds(self, calls: int) -> bool:
         """Whether so many calls come to be held, with all their tensors."""
-        merger = self.service._calls._merger
+        merger = self.service._calls._queue
 
         def here() -> bool:
             held = list(merger._calls.values())

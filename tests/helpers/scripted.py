@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import AsyncGenerator, Sequence
 
-from moesaic.actors.engine.engine import Delta, EngineStats, Limits, Sampling
+from moesaic.actors.engine.engine import Delta, EngineStats, RequestLimits, Sampling
 from moesaic.cluster.reports.status import ClusterStatus
 from moesaic.proto.errors import ERRORS, RequestError
 from tests.helpers.reports import cluster_report, host_report
@@ -30,7 +30,9 @@ def scripted_error(number: int) -> Exception:
 class ScriptedEngine:
     """Meets ``Engine``."""
 
-    limits = Limits(max_prompt_tokens=300, max_total_tokens=400, max_requests=8, vocab_size=320)
+    limits = RequestLimits(
+        max_prompt_tokens=300, max_total_tokens=400, max_requests=8, vocab_size=320
+    )
 
     def __init__(self) -> None:
         self.running = 0

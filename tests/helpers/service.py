@@ -24,7 +24,7 @@ from moesaic.actors.engine.engine import (
     Delta,
     EngineConfig,
     FinishReason,
-    Limits,
+    RequestLimits,
     Sampling,
     TokenLogprob,
 )
@@ -106,7 +106,9 @@ class Script:
 
 def scripted_models(*names: str, script: Script | None = None) -> dict[str, ServedModel]:
     """Models that answer a fixed text; without names one, ``script``."""
-    limits = Limits(max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320)
+    limits = RequestLimits(
+        max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320
+    )
     generate = (script or Script()).generate
     return {name: ServedModel(name, TOKENIZER, limits, generate) for name in names or ["script"]}
 
@@ -140,7 +142,9 @@ def running_service() -> Iterator[Service]:
     engine = TransformersEngine(model, config=EngineConfig(num_blocks=256))
     engine.start()
     script = Script()
-    limits = Limits(max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320)
+    limits = RequestLimits(
+        max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320
+    )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url, port = f"http://127.0.0.1:{listener.getsockname()[1]}", free_port("127.0.0.1")

@@ -26,7 +26,7 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 def shown(entry: HostEntry, plane: Plane) -> Metadata:
     """What a member of the cluster shows: a stranger may be one that has gone mad."""
     proof = secret_of_process().proof(plane, entry.target)
-    return (("moesaic-proof-bin", keys.shown(proof)),)
+    return (("moesaic-proof-bin", keys.proof_hash(proof)),)
 
 
 @contextmanager

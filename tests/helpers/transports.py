@@ -26,7 +26,7 @@ import grpc
 import torch
 from torch import Tensor
 
-from moesaic.actors.transport.base import Channel, Inbound, Listener, Session
+from moesaic.actors.transport.base import Channel, InboundFrame, Listener, Session
 from moesaic.actors.transport.grpc.interceptors import show_proof
 from moesaic.actors.transport.grpc.stream import GrpcChannel, GrpcListener
 from moesaic.actors.transport.process_group import HOST_RANK, PIECE_BYTES, Pair
@@ -86,9 +86,9 @@ def readable(side: Channel | Session | Listener, timeout_s: float = DEADLINE_S) 
 
 def hear(
     side: Channel | Session, count: int = 1, *, timeout_s: float = DEADLINE_S
-) -> list[Inbound]:
+) -> list[InboundFrame]:
     """Exactly ``count`` frames, in the order in which they arrived."""
-    heard: list[Inbound] = []
+    heard: list[InboundFrame] = []
     until = time.monotonic() + timeout_s
     while len(heard) < count:
         assert readable(side, until - time.monotonic()), f"only {len(heard)} of {count} arrived"
@@ -174,7 +174,7 @@ def send_call(channel: Channel, seq: int, rows: int = 1, *, timeout_s: float = 1
     channel.send_call(frame, layout, write)
 
 
-def answer(session: Session, inbound: Inbound) -> None:
+def answer(session: Session, inbound: InboundFrame) -> None:
     """The answer is the call's tokens, doubled."""
     call = inbound.frame.call
     layout = CallLayout.of_call(call)
@@ -190,7 +190,7 @@ def answer(session: Session, inbound: Inbound) -> None:
     session.send_reply(frame, buffer)
 
 
-def check_reply(inbound: Inbound, rows: int = 1) -> int:
+def check_reply(inbound: InboundFrame, rows: int = 1) -> int:
     """The seq of a reply that holds the answer to its own call."""
     reply = inbound.frame.reply
     assert inbound.payload is not None

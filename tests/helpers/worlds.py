@@ -11,18 +11,16 @@ from moesaic.cluster.placement import (
     LayerKey,
     LayerPlacement,
     ModelShape,
-    Number,
     Placement,
-    spread,
+    PlacementId,
+    initial_placement,
 )
 from moesaic.cluster.routing.dispatch import Dispatcher
 from moesaic.cluster.routing.events import (
     Accept,
     Cancel,
-    Command,
     Connect,
     Disconnect,
-    Event,
     Free,
     HostDown,
     HostUp,
@@ -30,6 +28,8 @@ from moesaic.cluster.routing.events import (
     Probe,
     Refused,
     Replied,
+    RouterCommand,
+    RouterEvent,
     Send,
 )
 from moesaic.cluster.routing.policy import RouterPolicy
@@ -47,7 +47,9 @@ def placement(
     names = [f"h{i}" for i in range(hosts)]
     shape = ModelShape(model="m", experts={layer: experts}, replicas=replicas)
     return Placement(
-        Number(1, epoch), {name: entry(name) for name in names}, spread([shape], names)
+        PlacementId(1, epoch),
+        {name: entry(name) for name in names},
+        initial_placement([shape], names),
     )
 
 
@@ -84,7 +86,7 @@ class World:
 
     # ---- commands -------------------------------------------------------------------------------
 
-    def run(self, commands: list[Command]) -> None:
+    def run(self, commands: list[RouterCommand]) -> None:
         todo = list(commands)
         while todo:
             command = todo.pop(0)
@@ -120,18 +122,18 @@ class World:
         host.inbox.append(send)
         assert len(host.inbox) <= self.dispatcher.policy.window, "a slot was used twice"
         held = self.placement.layers[KEY]
-        for choice, expert in zip(send.choices, send.ids_tk[send.ids_tk >= 0], strict=True):
+        for choice, expert in zip(send.assignments, send.ids_tk[send.ids_tk >= 0], strict=True):
             assert self.ids_N[choice] == expert, "a choice was sent to another expert"
             assert send.host in held.hosts(int(expert)), "sent to a host without the expert"
 
     def _accepted(self, send: Send) -> None:
         assert (send.host, send.seq) in self.answered, "accepted what was never answered"
-        self.accepted += send.choices.tolist()
+        self.accepted += send.assignments.tolist()
         assert len(set(self.accepted)) == len(self.accepted), "a choice was accepted twice"
 
     # ---- what may happen ------------------------------------------------------------------------
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: RouterEvent) -> None:
         self.run(self.dispatcher.handle(event, self.now))
 
     def welcome(self, host: SimHost) -> None:
@@ -148,7 +150,7 @@ class World:
     def refuse(self, host: SimHost, index: int, code: str) -> None:
         send = host.inbox.pop(index)
         if code == "CallError":
-            self.refused_for_good.update(send.choices.tolist())
+            self.refused_for_good.update(send.assignments.tolist())
         self.tell(Refused(host.name, send.seq, code, "drill"))
 
     def lose(self, host: SimHost, index: int) -> None:
@@ -187,8 +189,8 @@ class World:
         self.placement = newer
         self.run(self.dispatcher.place(newer, self.now))
 
-    def _next(self) -> Number:
-        return Number(1, self.placement.number.epoch + 1)
+    def _next(self) -> PlacementId:
+        return PlacementId(1, self.placement.id.epoch + 1)
 
     def republish(self, layer: LayerPlacement) -> None:
         self.replace(Placement(self._next(), self.placement.hosts, {KEY: layer}))

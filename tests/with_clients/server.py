@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 import uvicorn
 
 from moesaic.actors.endpoint.ingress import create_app
-from moesaic.actors.engine.engine import Delta, EngineConfig, Generate, Limits, Sampling
+from moesaic.actors.engine.engine import Delta, EngineConfig, Generate, RequestLimits, Sampling
 from moesaic.actors.engine.served_model import ServedModel
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.proto.errors import Busy, ExpertUnavailable, MoesaicError
@@ -27,7 +27,9 @@ from tests.helpers.tiny import tiny_mixtral
 
 TOKENIZER = tool_tokenizer()
 END = 2  # <|im_end|>
-LIMITS = Limits(max_prompt_tokens=3000, max_total_tokens=4000, max_requests=16, vocab_size=320)
+LIMITS = RequestLimits(
+    max_prompt_tokens=3000, max_total_tokens=4000, max_requests=16, vocab_size=320
+)
 
 
 def calls(*cities: str) -> str:

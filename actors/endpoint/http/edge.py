@@ -175,7 +175,7 @@ class _EventStream(StreamingResponse):
 
 
 def request_id(request: Request) -> str:
-    """Return the request's id; "" where the app runs without `Edge`."""
+    """Return the request's id; "" where the app runs without `EdgeMiddleware`."""
     return request.scope.get("state", {}).get("request_id", "")
 
 
@@ -187,7 +187,8 @@ def began(request: Request) -> float:
 def allow_cors(app: FastAPI, origins: Sequence[str]) -> None:
     """Let pages of these origins use the endpoint from within a browser.
 
-    Call it after adding `Defects`, so that the errors that it words have the CORS headers, too.
+    Call it after adding `ErrorMiddleware`, so that the errors that it words have the CORS headers,
+    too.
     """
     app.add_middleware(
         CORSMiddleware,
@@ -215,7 +216,7 @@ def _log_answer(scope: Scope, path: str, status: int) -> None:
     )
 
 
-class Defects:
+class ErrorMiddleware:
     """ASGI middleware: turns each unexpected exception into a proper error response."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -238,7 +239,7 @@ class Defects:
             await error_answer(error, request_id(Request(scope)))(scope, receive, send)
 
 
-class Edge:
+class EdgeMiddleware:
     """The outermost ASGI middleware.
 
     It gives each request an id, refuses those that the guard rejects, and counts the answers.

@@ -79,7 +79,7 @@ class Gate:
         )
 
 
-class Gated:
+class GateMiddleware:
     """ASGI middleware for a `Gate`; probes pass, since they ask about the gate itself."""
 
     def __init__(self, app: ASGIApp, gate: Gate) -> None:

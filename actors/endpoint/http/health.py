@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Protocol
 
-from ....cluster.service.progress import Heard, Progress
+from ....cluster.service.progress import ModelProgress, TrunkHeartbeat
 from ....proto.errors import EngineError, UnknownModel
 from ...engine.engine import Delta, Generate, Pooling, Sampling
 
@@ -30,10 +30,10 @@ LOOK_S = 1.0
 HEAR_S = 2.0
 
 
-class Hears(Protocol):
+class HeartbeatSource(Protocol):
     """Asks one of a model's trunks how it is; they may be frozen or gone."""
 
-    async def __call__(self) -> Heard | None:
+    async def __call__(self) -> TrunkHeartbeat | None:
         """Return what one trunk reports, or None while the model sleeps and has no trunk.
 
         Raises MoesaicError where no trunk answers.
@@ -46,13 +46,13 @@ class ModelHealth:
 
     def __init__(
         self,
-        progress: Progress | None = None,
-        hear: Hears | None = None,
+        progress: ModelProgress | None = None,
+        hear: HeartbeatSource | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create the health of a model; without ``hear`` only tokens count as progress."""
-        self._progress = progress or Progress()
+        self._progress = progress or ModelProgress()
         self._hear = hear
         self._clock = clock
         self._looking: asyncio.Task[None] | None = None
@@ -111,7 +111,7 @@ class ModelHealth:
         if self._hear is not None and (self._looking is None or self._looking.done()):
             self._looking = asyncio.create_task(self._look(self._hear))
 
-    async def _look(self, hear: Hears) -> None:
+    async def _look(self, hear: HeartbeatSource) -> None:
         """Ask the trunks regularly while it is unclear whether they make progress."""
         while self._progress.in_question:
             await asyncio.sleep(LOOK_S)

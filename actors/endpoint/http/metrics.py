@@ -12,7 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from ....cluster.reports.status import EngineStatus
 from ....proto.errors import InternalError, MoesaicError
-from ..openai.answers import Numbered
+from ..openai.answers import IndexedDeltas
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -45,15 +45,17 @@ class HttpMetrics:
                 f"moesaic_{name}", words, ("model",), buckets=buckets, registry=registry
             )
 
-        self._answers = counter("http_answers", "HTTP answers by status", "path", "status")
+        self._answers = counter("http_responses", "HTTP answers by status", "path", "status")
         self._ended = counter("choices", "choices by how they ended", "model", "reason")
         self._prompt = counter("prompt_tokens", "tokens of prompts", "model")
         self._generated = counter("generated_tokens", "tokens of answers", "model")
-        self._first = histogram("first_token_seconds", "time to a choice's first token", _FIRST_S)
-        self._between = histogram("between_tokens_seconds", "time between tokens", _BETWEEN_S)
-        self._whole = histogram("request_seconds", "time to the end of a request", _WHOLE_S)
+        self._first = histogram(
+            "time_to_first_token_seconds", "time to a choice's first token", _FIRST_S
+        )
+        self._between = histogram("inter_token_latency_seconds", "time between tokens", _BETWEEN_S)
+        self._whole = histogram("request_latency_seconds", "time to the end of a request", _WHOLE_S)
         self._open = Gauge(
-            "moesaic_requests_open", "requests being answered", ("model",), registry=registry
+            "moesaic_requests_running", "requests being answered", ("model",), registry=registry
         )
         self._engine = {
             field: Gauge(f"moesaic_engine_{name}", words, ("model",), registry=registry)
@@ -65,8 +67,8 @@ class HttpMetrics:
         self._answers.labels(path, status).inc()
 
     async def watch(
-        self, model: str, prompt_tokens: int, began: float, pieces: Numbered
-    ) -> Numbered:
+        self, model: str, prompt_tokens: int, began: float, pieces: IndexedDeltas
+    ) -> IndexedDeltas:
         """Yield ``pieces`` unchanged and count them.
 
         ``began`` is when the request arrived, by `time.perf_counter`.

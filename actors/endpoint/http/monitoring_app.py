@@ -18,7 +18,7 @@ from ....cluster.reports.status import EndpointStatus, EngineStatus
 from ....cluster.service.web_guard import WebGuard
 from ....proto.errors import Forbidden, MoesaicError, NoAnswer, RequestError
 from ..openai.responses import error_response
-from .edge import RETRY_AFTER_S, Defects, json_response
+from .edge import RETRY_AFTER_S, ErrorMiddleware, json_response
 from .health import Health
 from .metrics import CONTENT_TYPE, HttpMetrics
 from .probes import add_health
@@ -46,7 +46,7 @@ def monitoring_app(
     ``health`` answers probes here, too; the endpoint also answers them.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Defects)
+    app.add_middleware(ErrorMiddleware)
     app.add_middleware(_Guarded, guard=guard)
 
     if health is not None:

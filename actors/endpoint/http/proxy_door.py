@@ -30,10 +30,10 @@ def middlewares() -> list[Middleware]:
     option.
     """
     auto.AutoHTTPProtocol = BoundedConnection
-    return [Middleware(ProxyDoor)]
+    return [Middleware(ProxyMiddleware)]
 
 
-class ProxyDoor:
+class ProxyMiddleware:
     """ASGI middleware around Ray's proxy."""
 
     def __init__(self, app: ASGIApp) -> None:

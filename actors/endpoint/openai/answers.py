@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from ...engine.served_model import Piece, TokenChoice
+from ...engine.served_model import TextDelta, TokenChoice
 from ...text.tool_calls import ToolCall
 from .responses import (
-    Called,
+    AnswerToolCall,
     ChatAnswer,
     ChatChoice,
     ChatChunk,
@@ -24,31 +24,31 @@ from .responses import (
     ChatLogprobs,
     Completion,
     CompletionChoice,
-    Moesaic,
+    ExpertsUsed,
     TextLogprobs,
     Usage,
 )
 
-Numbered = AsyncGenerator[tuple[int, Piece], None]  # (choice, piece)
+IndexedDeltas = AsyncGenerator[tuple[int, TextDelta], None]  # (choice, piece)
 
 
-class Answers(Protocol):
+class AnswerFormatter(Protocol):
     """How one endpoint formats its answers.
 
     Only fields that were set are sent in a chunk, so chunks set every field that must be there,
     also to None.
     """
 
-    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]: ...
+    def chunks(self, index: int, piece: TextDelta, *, is_first: bool) -> Iterable[BaseModel]: ...
 
     def usage(self, tokens: int) -> BaseModel:
         """Return the extra last chunk of ``stream_options.include_usage``."""
         ...
 
-    def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel: ...
+    def whole(self, texts: Sequence[str], last: Sequence[TextDelta]) -> BaseModel: ...
 
 
-class TextAnswers:
+class CompletionFormatter:
     """Answers of ``/v1/completions``: one choice for each prompt and each of ``n``."""
 
     def __init__(
@@ -62,7 +62,7 @@ class TextAnswers:
         self._prompt_tokens = prompt_tokens
         self._echoed = echoed
 
-    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]:
+    def chunks(self, index: int, piece: TextDelta, *, is_first: bool) -> Iterable[BaseModel]:
         yield Completion(
             **self._base,
             object="text_completion",
@@ -77,7 +77,7 @@ class TextAnswers:
             usage=Usage.of(self._prompt_tokens, tokens),
         )
 
-    def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
+    def whole(self, texts: Sequence[str], last: Sequence[TextDelta]) -> BaseModel:
         return Completion(
             **self._base,
             choices=[
@@ -87,20 +87,20 @@ class TextAnswers:
             usage=Usage.of(self._prompt_tokens, sum(piece.tokens for piece in last)),
         )
 
-    def _choice(self, index: int, text: str, piece: Piece) -> CompletionChoice:
+    def _choice(self, index: int, text: str, piece: TextDelta) -> CompletionChoice:
         return CompletionChoice(
             index=index,
             text=text,
             logprobs=TextLogprobs.of(piece.logprobs),
             finish_reason=piece.finish_reason,
-            moesaic=Moesaic.of(piece),
+            moesaic=ExpertsUsed.of(piece),
         )
 
     def _echo(self, index: int, is_first: bool) -> str:
         return self._echoed[index] if self._echoed and is_first else ""
 
 
-class ChatAnswers:
+class ChatFormatter:
     """Answers of ``/v1/chat/completions``: one choice for each of ``n``."""
 
     def __init__(self, answer_id: str, model: str, prompt_tokens: int) -> None:
@@ -108,7 +108,7 @@ class ChatAnswers:
         self._prompt_tokens = prompt_tokens
         self._calls: dict[int, int] = {}  # choice -> tool calls sent so far
 
-    def chunks(self, index: int, piece: Piece, *, is_first: bool) -> Iterable[BaseModel]:
+    def chunks(self, index: int, piece: TextDelta, *, is_first: bool) -> Iterable[BaseModel]:
         if is_first:
             yield self._chunk(index, ChatDelta(role="assistant", content=""))
         logprobs = ChatLogprobs.of(piece.logprobs)
@@ -119,7 +119,7 @@ class ChatAnswers:
         if piece.calls:
             first = self._calls.get(index, 0)
             self._calls[index] = first + len(piece.calls)
-            yield self._chunk(index, ChatDelta(tool_calls=Called.of(piece.calls, first)))
+            yield self._chunk(index, ChatDelta(tool_calls=AnswerToolCall.of(piece.calls, first)))
         if piece.finish_reason is not None:
             yield self._chunk(index, ChatDelta(), piece)
 
@@ -131,18 +131,18 @@ class ChatAnswers:
             usage=Usage.of(self._prompt_tokens, tokens),
         )
 
-    def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> BaseModel:
+    def whole(self, texts: Sequence[str], last: Sequence[TextDelta]) -> BaseModel:
         choices = [
             ChatChoice(
                 index=index,
                 message=ChatAnswer(
                     content=text if text or not piece.calls else None,
                     reasoning_content=piece.reasoning or None,
-                    tool_calls=Called.of(piece.calls),
+                    tool_calls=AnswerToolCall.of(piece.calls),
                 ),
                 logprobs=ChatLogprobs.of(piece.logprobs),
                 finish_reason=piece.finish_reason,
-                moesaic=Moesaic.of(piece),
+                moesaic=ExpertsUsed.of(piece),
             )
             for index, (text, piece) in enumerate(zip(texts, last, strict=True))
         ]
@@ -153,7 +153,7 @@ class ChatAnswers:
         self,
         index: int,
         delta: ChatDelta,
-        last: Piece | None = None,
+        last: TextDelta | None = None,
         *,
         logprobs: ChatLogprobs | None = None,
     ) -> ChatChunk:
@@ -162,21 +162,21 @@ class ChatAnswers:
             delta=delta,
             logprobs=logprobs,
             finish_reason=last.finish_reason if last else None,
-            moesaic=Moesaic.of(last),
+            moesaic=ExpertsUsed.of(last),
         )
         return ChatChunk(**self._base, object="chat.completion.chunk", choices=[choice])
 
 
-async def merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> Numbered:
+async def merge(streams: Sequence[AsyncGenerator[TextDelta, None]]) -> IndexedDeltas:
     """Yield the pieces of all choices as they come; the first error ends all of them."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
             async for piece in only:
                 yield 0, piece
         return
-    queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue(maxsize=len(streams))
+    queue: asyncio.Queue[tuple[int, TextDelta | Exception]] = asyncio.Queue(maxsize=len(streams))
 
-    async def pump(index: int, stream: AsyncGenerator[Piece, None]) -> None:
+    async def pump(index: int, stream: AsyncGenerator[TextDelta, None]) -> None:
         try:
             async with aclosing(stream):
                 async for piece in stream:
@@ -200,13 +200,13 @@ async def merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> Numbered:
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def collect(pieces: Numbered, choices: int, answers: Answers) -> BaseModel:
+async def collect(pieces: IndexedDeltas, choices: int, answers: AnswerFormatter) -> BaseModel:
     """Return the whole answer."""
     texts: list[list[str]] = [[] for _ in range(choices)]
     logprobs: list[list[TokenChoice]] = [[] for _ in range(choices)]
     calls: list[list[ToolCall]] = [[] for _ in range(choices)]
     reasoning: list[list[str]] = [[] for _ in range(choices)]
-    last = [Piece("", 0)] * choices
+    last = [TextDelta("", 0)] * choices
     async with aclosing(pieces):
         async for index, piece in pieces:
             texts[index].append(piece.text)
@@ -227,7 +227,7 @@ async def collect(pieces: Numbered, choices: int, answers: Answers) -> BaseModel
 
 
 async def chunks(
-    pieces: Numbered, choices: int, answers: Answers, *, include_usage: bool
+    pieces: IndexedDeltas, choices: int, answers: AnswerFormatter, *, include_usage: bool
 ) -> AsyncGenerator[BaseModel, None]:
     """Yield the answer in chunks."""
     tokens: list[int | None] = [None] * choices

@@ -28,7 +28,7 @@ from .content import Content, without_hints
 from .refusals import misfit, refused, short
 from .sampling import MAX_CHOICES, SamplingOptions, Strict
 from .template_options import TemplateOptions
-from .tools import Call, Choice, JsonSchema, Tool, ToolChoice, Tools
+from .tools import Choice, JsonSchema, MessageToolCall, Tool, ToolChoice, Tools
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
@@ -205,7 +205,7 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     # An earlier answer's thinking, under DeepSeek's name and under OpenRouter's.

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
-from ....proto.errors import MoesaicError, words_for_client
-from ...engine.served_model import Piece, TokenChoice, TokenText
+from ....proto.errors import MoesaicError, client_message
+from ...engine.served_model import TextDelta, TokenChoice, TokenText
 from ...text.tool_calls import ToolCall
 
 _Value = TypeVar("_Value")
@@ -37,9 +37,9 @@ def error_response(
 ) -> ErrorResponse:
     """Return the JSON body for ``error``.
 
-    ``words`` replace the text that any client may see (`words_for_client`).
+    ``words`` replace the text that any client may see (`client_message`).
     """
-    words = words_for_client(error, request_id) if words is None else words
+    words = client_message(error, request_id) if words is None else words
     kinds = {
         400: "invalid_request_error",
         401: "authentication_error",
@@ -69,7 +69,7 @@ class Usage(BaseModel):
         )
 
 
-class Moesaic(BaseModel):
+class ExpertsUsed(BaseModel):
     """How the answer differs from what the model with all its experts would have written.
 
     ``experts_per_token`` is set where a request asked for another number than the model's own.
@@ -83,7 +83,7 @@ class Moesaic(BaseModel):
     times_dropped: _IfAny[int] = None
 
     @classmethod
-    def of(cls, piece: Piece | None) -> Moesaic | None:
+    def of(cls, piece: TextDelta | None) -> ExpertsUsed | None:
         if piece is None or (piece.dropped is None and piece.experts_per_token is None):
             return None
         dropped = piece.dropped
@@ -188,7 +188,7 @@ def _by_text(choice: TokenChoice) -> dict[str, float]:
 class _Choice(BaseModel):
     index: int
     finish_reason: str | None
-    moesaic: _IfAny[Moesaic] = None
+    moesaic: _IfAny[ExpertsUsed] = None
 
 
 class CompletionChoice(_Choice):
@@ -207,21 +207,21 @@ class Completion(BaseModel):
     usage: Usage | None = None
 
 
-class CalledFunction(BaseModel):
+class AnswerFunction(BaseModel):
     name: str
     arguments: str
 
 
-class Called(BaseModel):
+class AnswerToolCall(BaseModel):
     """A call of a tool; ``index`` is only set in streams."""
 
     index: _IfAny[int] = None
     id: str
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: AnswerFunction
 
     @classmethod
-    def of(cls, calls: Sequence[ToolCall], first: int | None = None) -> list[Called] | None:
+    def of(cls, calls: Sequence[ToolCall], first: int | None = None) -> list[AnswerToolCall] | None:
         """Return the calls in OpenAI's format, or None if there are none.
 
         ``first`` is the index of the first of them in a stream.
@@ -232,7 +232,7 @@ class Called(BaseModel):
                 id=call.id,
                 # Set although it is the default: chunks leave out unset fields; clients need this.
                 type="function",
-                function=CalledFunction(name=call.name, arguments=call.arguments),
+                function=AnswerFunction(name=call.name, arguments=call.arguments),
             )
             for n, call in enumerate(calls)
         ] or None
@@ -249,7 +249,7 @@ class ChatAnswer(BaseModel):
     content: str | None
     reasoning_content: _IfAny[str] = None
     refusal: None = None
-    tool_calls: _IfAny[list[Called]] = None
+    tool_calls: _IfAny[list[AnswerToolCall]] = None
 
 
 class ChatChoice(_Choice):
@@ -270,7 +270,7 @@ class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Called] | None = None
+    tool_calls: list[AnswerToolCall] | None = None
 
 
 class ChatChunkChoice(_Choice):

@@ -70,7 +70,7 @@ class MoesaicOptions(Strict):
         return self
 
     @property
-    def wish(self) -> MissingExpert:
+    def expert_options(self) -> MissingExpert:
         return MissingExpert(
             mode=self.missing_expert,
             wait_s=self.wait_s,
@@ -131,6 +131,6 @@ class SamplingOptions(Strict):
             logprobs=self.top_tokens,
             form=self.form,
             priority=self.priority or 0,
-            missing=self.moesaic.wish,
+            missing=self.moesaic.expert_options,
             experts_per_token=experts.granted(self.moesaic.experts_per_token),
         )

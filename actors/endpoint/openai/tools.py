@@ -147,7 +147,7 @@ class FunctionCall(Strict):
     arguments: str
 
 
-class Call(Strict):
+class MessageToolCall(Strict):
     """A call that the model made earlier, as clients send it back."""
 
     id: str

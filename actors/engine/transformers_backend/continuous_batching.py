@@ -40,7 +40,13 @@ from transformers.generation.continuous_batching.requests import (
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from ....cluster.routing.expert_options import RowGroups
-from ....proto.errors import EngineError, InternalError, MoesaicError, UnsupportedModel, in_words
+from ....proto.errors import (
+    EngineError,
+    InternalError,
+    MoesaicError,
+    UnsupportedModel,
+    describe_error,
+)
 from ..embedding import Encoder
 from ..sampling import RequestSampler, choose
 from ..step_log import log_step
@@ -84,7 +90,7 @@ MAX_BARREN_RESTARTS = 3
 MAX_RESTART_DELAY_S = 5.0
 
 
-class _Router(OutputRouter):
+class _OutputDelivery(OutputRouter):
     """Passes every output to its stream at once, so that the library's own queue stays empty."""
 
     def __init__(self, streams: Streams) -> None:
@@ -119,7 +125,7 @@ class BatchingLoop(ContinuousBatchingManager):
         self.streams = streams
         self._clock = clock
         self._encoder = encoder
-        self.output_router = _Router(streams)
+        self.output_router = _OutputDelivery(streams)
         self._generator = torch.Generator(model.device)
         self._generator.seed()
         self._closing = threading.Event()
@@ -214,7 +220,7 @@ class BatchingLoop(ContinuousBatchingManager):
     def _fail_all_remaining_requests(
         self, error: Exception, batch_processor: ContinuousBatchProcessor | None
     ) -> None:
-        self.last_error = None if self._closing.is_set() else in_words(error)
+        self.last_error = None if self._closing.is_set() else describe_error(error)
         self.streams.fail_all(self._why_ended())
         super()._fail_all_remaining_requests(error, batch_processor)
 
@@ -260,7 +266,7 @@ class BatchingLoop(ContinuousBatchingManager):
             self._in_forward = False
         if self._faults:
             self._drop_faulted()
-        if self.streams.some_wish:
+        if self.streams.some_expert_options:
             self._keep_to_themselves()
         self.steps += 1
         self._barren_restarts = 0
@@ -274,11 +280,11 @@ class BatchingLoop(ContinuousBatchingManager):
             self._faults.setdefault(request_id, error)
 
     def row_groups(self) -> RowGroups | None:
-        """Return wishes about experts by rows; see `TransformersEngine.row_groups`."""
-        if not self._in_forward or not self.streams.some_wish:
+        """Return expert options by rows; see `TransformersEngine.row_groups`."""
+        if not self._in_forward or not self.streams.some_expert_options:
             return None
         return [
-            (request.query_length, self.streams.wish(request.state.request_id))
+            (request.query_length, self.streams.expert_options(request.state.request_id))
             for request in self._requests_in_batch()
         ]
 

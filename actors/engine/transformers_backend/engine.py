@@ -1,7 +1,7 @@
 """transformers as a trunk's engine.
 
 Requests run in its continuous batching (`continuous_batching.BatchingLoop`), or, for models that it
-cannot take, in static batches (`static_batching.CohortLoop`).
+cannot take, in static batches (`static_batching.StaticBatchLoop`).
 
 Two threads meet here: the engine's loop steps the model, and callers live in asyncio. The loop's
 thread only posts to streams (``streams.py``); only callers add and remove streams.
@@ -25,20 +25,20 @@ from ....cluster.routing.expert_options import RowGroups
 from ....proto.errors import Busy, EngineError, MoesaicError, RequestError, UnsupportedModel
 from ..embedding import Encoder
 from ..end_of_text import end_of_text
-from ..engine import Delta, EngineConfig, EngineStats, Limits, Pooling, Sampling
-from ..expert_wait import Parking
+from ..engine import Delta, EngineConfig, EngineStats, Pooling, RequestLimits, Sampling
+from ..expert_wait import ParkedRequests
 from ..grammar import Grammar, Grammars
 from ..sampling import RequestSampler
 from ..streams import Stream, Streams
 from .continuous_batching import BatchingLoop
-from .static_batching import CohortLoop
+from .static_batching import StaticBatchLoop
 
 logger = logging.getLogger(__name__)
 
 # The sampling of a text that only becomes a vector.
 _NO_ANSWER = Sampling(max_tokens=1)
 
-Loop = BatchingLoop | CohortLoop
+Loop = BatchingLoop | StaticBatchLoop
 
 # Keys of configurations (multi-head latent attention, mixture of attention) in which keys and
 # values may have other sizes than transformers' paged cache expects. It accepts such a model, and
@@ -73,14 +73,14 @@ class TransformersEngine:
         self._grammars: Grammars | None = None
         self._config = config or EngineConfig()
         self._ids, self._arrivals = itertools.count(), itertools.count()
-        self._parking = Parking(self._config.park_s, self._running, clock)
+        self._parked = ParkedRequests(self._config.park_s, self._running, clock)
         self._encoder = Encoder(model, self._config.max_batch_tokens)
         self._embedding = 0  # calls of `embed` in progress
         self._loop: Loop | None = None
-        self._limits: Limits | None = None
+        self._limits: RequestLimits | None = None
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> RequestLimits:
         if self._limits is None:
             raise EngineError("the engine was not started")
         return self._limits
@@ -95,7 +95,7 @@ class TransformersEngine:
         positions = getattr(text_config, "max_position_embeddings", None)
         if positions is not None:
             total = min(total, int(positions))
-        self._limits = Limits(
+        self._limits = RequestLimits(
             max_prompt_tokens=total - 1,
             max_total_tokens=total,
             max_requests=self._config.max_requests + self._config.max_waiting,
@@ -128,7 +128,9 @@ class TransformersEngine:
                 # The failed attempt may have changed the model's attention already.
                 model.set_attn_implementation(attention or "eager")
                 logger.warning("requests run in static batches (cohorts): %s", error)
-        cohorts = CohortLoop(model, self._config, eos, Streams(eos), self._encoder, self._clock)
+        cohorts = StaticBatchLoop(
+            model, self._config, eos, Streams(eos), self._encoder, self._clock
+        )
         cohorts.start()
         return cohorts, cohorts.allocate()
 
@@ -174,7 +176,7 @@ class TransformersEngine:
             key = f"{request_id}#{next(self._ids)}"
             return self._attempt(key, tokens, left, sampler, arrival)
 
-        parking = self._parking.generate(attempt, prompt_ids, sampling, already)
+        parking = self._parked.generate(attempt, prompt_ids, sampling, already)
         async with aclosing(parking) as deltas:
             async for delta in deltas:
                 yield delta
@@ -220,7 +222,7 @@ class TransformersEngine:
     async def embed(
         self, prompts: Sequence[Sequence[int]], pooling: Pooling, request_id: str = ""
     ) -> np.ndarray:
-        """Return one vector per prompt; see `Embeds.embed`.
+        """Return one vector per prompt; see `EmbeddingEngine.embed`.
 
         A prompt that lacks an expert waits for it as requests do.
         """
@@ -245,7 +247,7 @@ class TransformersEngine:
             found.append(await self._encoded(tokens, pooling, request_id))
             yield Delta((), "length")
 
-        async with aclosing(self._parking.generate(attempt, prompt_ids, _NO_ANSWER)) as deltas:
+        async with aclosing(self._parked.generate(attempt, prompt_ids, _NO_ANSWER)) as deltas:
             async for _ in deltas:
                 pass
         return found[-1]
@@ -278,7 +280,7 @@ class TransformersEngine:
         self._check_room()
 
     def _check_room(self) -> None:
-        requests = len(self._running().streams) + len(self._parking) + self._embedding
+        requests = len(self._running().streams) + len(self._parked) + self._embedding
         if requests >= self.limits.max_requests:
             raise Busy(f"{requests} requests are running or waiting; try again later")
 
@@ -295,9 +297,9 @@ class TransformersEngine:
         owner.fail_rows(rows, error)
 
     def row_groups(self) -> RowGroups | None:
-        """Return the requests' wishes about experts, in the order of the batch's rows.
+        """Return the requests' expert options, in the order of the batch's rows.
 
-        None if no request of the batch in flight has a wish. Call it as `fail_rows`.
+        None if no request of the batch in flight has any. Call it as `fail_rows`.
         """
         return None if self._encoder.in_forward else self._running().row_groups()
 
@@ -327,12 +329,12 @@ class TransformersEngine:
         beat_s = self._clock() - loop.last_beat
         return EngineStats(
             running=running,
-            waiting=max(0, len(loop.streams) - running) + len(self._parking),
-            parked=len(self._parking),
+            waiting=max(0, len(loop.streams) - running) + len(self._parked),
+            parked=len(self._parked),
             restarts=loop.restarts,
             last_error=loop.last_error,
             steps=loop.steps,
-            seconds_since_beat=beat_s,
+            heartbeat_age_s=beat_s,
             cache_free=loop.cache_free,
             healthy=loop.healthy and beat_s < self._config.stall_timeout_s,
         )

@@ -24,7 +24,7 @@ from ..sampling import RequestSampler
 
 
 @dataclass
-class Asked:
+class BatchedRequest:
     """One request in this batch."""
 
     key: str
@@ -43,10 +43,10 @@ class Asked:
         return self.tokens + self.left
 
 
-class Cohort:
+class StaticBatch:
     """A static batch from its first step to its last; requests leave it when they are done."""
 
-    def __init__(self, model: PreTrainedModel, requests: Sequence[Asked]) -> None:
+    def __init__(self, model: PreTrainedModel, requests: Sequence[BatchedRequest]) -> None:
         self.requests = list(requests)
         self.rows_each = 0  # rows of each request in the batch in flight
         self._model: Any = model
@@ -136,7 +136,7 @@ class Cohort:
 
 
 def together(
-    model: PreTrainedModel, requests: Sequence[Asked], most_tokens: int, *, pads: bool
+    model: PreTrainedModel, requests: Sequence[BatchedRequest], most_tokens: int, *, pads: bool
 ) -> int:
     """Return how many of the first requests can share one padded batch; at least one.
 

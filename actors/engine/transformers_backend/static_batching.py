@@ -1,9 +1,9 @@
 """Static batching, for models that transformers' continuous batching cannot take.
 
 These have multi-head latent attention, linear attention in some layers, or an encoder and a
-decoder. Requests that arrive together run as one padded batch (`Cohort`). The batches take turns,
-one token each, and no request joins a batch that runs. This is simple and correct rather than fast;
-vLLM supports most of these models.
+decoder. Requests that arrive together run as one padded batch (`StaticBatch`). The batches take
+turns, one token each, and no request joins a batch that runs. This is simple and correct rather
+than fast; vLLM supports most of these models.
 
 Shape suffixes: R = requests of a cohort, V = vocabulary.
 """
@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ....cluster.routing.expert_options import RowGroups
-from ....proto.errors import EngineError, InternalError, MoesaicError, in_words
+from ....proto.errors import EngineError, InternalError, MoesaicError, describe_error
 from ..embedding import Encoder
 from ..engine import Delta, EngineConfig
 from ..sampling import choose
 from ..step_log import log_step
 from ..streams import Stream, Streams
-from .static_batch import Asked, Cohort, together
+from .static_batch import BatchedRequest, StaticBatch, together
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _IDLE_S = 0.5
 _DEFAULT_TOKENS = 8192  # in the caches of all requests
 
 
-class CohortLoop:
+class StaticBatchLoop:
     """A thread that steps the cohorts, with the same interface as `BatchingLoop`."""
 
     def __init__(
@@ -66,10 +66,10 @@ class CohortLoop:
         self._closing = threading.Event()
         # The condition's lock guards these two; only the thread uses the rest.
         self._changed = threading.Condition()
-        self._waiting: dict[str, Asked] = {}
+        self._waiting: dict[str, BatchedRequest] = {}
         self._cancelled: set[str] = set()
-        self._cohorts: list[Cohort] = []
-        self._current: Cohort | None = None  # the one whose forward runs
+        self._batches: list[StaticBatch] = []
+        self._current: StaticBatch | None = None  # the one whose forward runs
         self._faults: dict[str, MoesaicError] = {}
         self._thread = threading.Thread(target=self._run, name="moesaic-engine", daemon=True)
 
@@ -89,7 +89,7 @@ class CohortLoop:
         may be.
         """
         prompt = len(stream.sampler.prompt_ids)
-        request = Asked(
+        request = BatchedRequest(
             request_id, tokens[:prompt], left, stream.sampler, generated=list(tokens[prompt:])
         )
         with self._changed:
@@ -123,7 +123,7 @@ class CohortLoop:
 
     @property
     def running(self) -> int:
-        return sum(len(cohort.requests) for cohort in self._cohorts)
+        return sum(len(batch.requests) for batch in self._batches)
 
     @property
     def cache_free(self) -> float:
@@ -141,12 +141,12 @@ class CohortLoop:
             self._drop_cancelled()
             self._encoder.step()
             self._admit()
-            for cohort in list(self._cohorts):
-                self._step_or_fail(cohort)
-                if not cohort.requests:
-                    self._cohorts.remove(cohort)
+            for batch in list(self._batches):
+                self._step_or_fail(batch)
+                if not batch.requests:
+                    self._batches.remove(batch)
             with self._changed:
-                waits = self._cohorts or self._waiting or self._encoder.waits
+                waits = self._batches or self._waiting or self._encoder.waits
                 if not waits and not self._closing.is_set():
                     self._changed.wait(_IDLE_S)
         self.streams.fail_all(EngineError("the engine was closed"))
@@ -155,19 +155,19 @@ class CohortLoop:
         with self._changed:
             cancelled, self._cancelled = self._cancelled, set()
         if cancelled:
-            for cohort in self._cohorts:
-                cohort.keep([n for n, r in enumerate(cohort.requests) if r.key not in cancelled])
-            self._cohorts = [cohort for cohort in self._cohorts if cohort.requests]
+            for batch in self._batches:
+                batch.keep([n for n, r in enumerate(batch.requests) if r.key not in cancelled])
+            self._batches = [batch for batch in self._batches if batch.requests]
 
     def _reserved(self) -> int:
-        return sum(r.most_tokens for cohort in self._cohorts for r in cohort.requests)
+        return sum(r.most_tokens for batch in self._batches for r in batch.requests)
 
     def _admit(self) -> None:
         """Make one more cohort of the waiting requests that fit into the caches."""
         with self._changed:
             ranked = sorted(self._waiting.values(), key=lambda one: self.streams.rank(one.key))
             room = self._cache_tokens - self._reserved()
-            fitting: list[Asked] = []
+            fitting: list[BatchedRequest] = []
             for request in ranked[: self._config.max_requests - self.running]:
                 room -= request.most_tokens
                 if room < 0:
@@ -179,54 +179,54 @@ class CohortLoop:
             count = together(self._model, fitting, most, pads=self._pads)
             for request in fitting[:count]:
                 del self._waiting[request.key]
-        self._cohorts.append(Cohort(self._model, fitting[:count]))
+        self._batches.append(StaticBatch(self._model, fitting[:count]))
 
-    def _step_or_fail(self, cohort: Cohort) -> None:
+    def _step_or_fail(self, batch: StaticBatch) -> None:
         try:
-            self._step(cohort)
+            self._step(batch)
             self._failed = 0
         except Exception as error:
-            if cohort.is_first_padded:
+            if batch.is_first_padded:
                 # Some models fail on padded texts; from now on each batch has texts of one length.
                 logger.warning("padding is switched off: %s: %s", type(error).__name__, error)
                 self._pads = False
-                self._cohorts += [Cohort(self._model, [one]) for one in cohort.requests]
-                cohort.keep([])
+                self._batches += [StaticBatch(self._model, [one]) for one in batch.requests]
+                batch.keep([])
                 return
             # Any error: the other cohorts must continue.
-            keys = [request.key for request in cohort.requests]
+            keys = [request.key for request in batch.requests]
             logger.exception("a step of a cohort failed", extra={"requests": keys})
-            self.last_error = in_words(error)
+            self.last_error = describe_error(error)
             self.restarts += 1
             self._failed += 1
             failed = EngineError(f"the engine failed ({self.last_error})")
-            self.streams.post({request.key: failed for request in cohort.requests})
-            cohort.keep([])
+            self.streams.post({request.key: failed for request in batch.requests})
+            batch.keep([])
 
-    def _step(self, cohort: Cohort) -> None:
+    def _step(self, batch: StaticBatch) -> None:
         self._faults.clear()
-        self._current = cohort
+        self._current = batch
         try:
             with torch.no_grad():
-                logits_RV = cohort.forward()
+                logits_RV = batch.forward()
         finally:
             self._current = None
-        tokens = self._choose(cohort, logits_RV)
-        cohort.take(tokens)
+        tokens = self._choose(batch, logits_RV)
+        batch.take(tokens)
         deltas = {
             request.key: self._delta(request, token)
-            for request, token in zip(cohort.requests, tokens, strict=True)
+            for request, token in zip(batch.requests, tokens, strict=True)
             if request.key not in self._faults
         }
         self.streams.post({**deltas, **self._faults})
         going_on = {key for key, delta in deltas.items() if delta.finish_reason is None}
-        cohort.keep([n for n, r in enumerate(cohort.requests) if r.key in going_on])
+        batch.keep([n for n, r in enumerate(batch.requests) if r.key in going_on])
         self.steps += 1
 
-    def _choose(self, cohort: Cohort, logits_RV: Tensor) -> list[int]:
+    def _choose(self, batch: StaticBatch, logits_RV: Tensor) -> list[int]:
         tokens = logits_RV.argmax(dim=-1).tolist()
         rows: list[int] = []
-        for row, request in enumerate(cohort.requests):
+        for row, request in enumerate(batch.requests):
             if request.key in self._faults:
                 continue
             # argmax treats a NaN as the largest, so the best logit tells whether all are finite.
@@ -235,16 +235,16 @@ class CohortLoop:
             elif not request.sampler.trivial:
                 rows.append(row)
         if rows:
-            samplers = [cohort.requests[row].sampler for row in rows]
+            samplers = [batch.requests[row].sampler for row in rows]
             chosen = choose(logits_RV[rows], samplers, self._generator).tolist()
             for row, sampler, token in zip(rows, samplers, chosen, strict=True):
                 sampler.chose(token, logits_RV[row])
                 tokens[row] = token
                 if (fault := sampler.fault) is not None:
-                    self._faults.setdefault(cohort.requests[row].key, fault)
+                    self._faults.setdefault(batch.requests[row].key, fault)
         return tokens
 
-    def _delta(self, request: Asked, token: int) -> Delta:
+    def _delta(self, request: BatchedRequest, token: int) -> Delta:
         dropped = self.streams.dropped(request.key)
         logprobs = request.sampler.take_logprobs(1)
         if token in self._eos_token_ids:
@@ -262,11 +262,11 @@ class CohortLoop:
             self._faults.setdefault(key, error)
 
     def row_groups(self) -> RowGroups | None:
-        """Return wishes about experts by rows; see `TransformersEngine.row_groups`."""
-        cohort = self._current
-        if cohort is None or not self.streams.some_wish:
+        """Return expert options by rows; see `TransformersEngine.row_groups`."""
+        batch = self._current
+        if batch is None or not self.streams.some_expert_options:
             return None
-        return [(cohort.rows_each, self.streams.wish(one.key)) for one in cohort.requests]
+        return [(batch.rows_each, self.streams.expert_options(one.key)) for one in batch.requests]
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
         """Note rows without some experts; see `TransformersEngine.drop_rows`."""
@@ -275,16 +275,16 @@ class CohortLoop:
 
     def log_step(self, router: str, step: int) -> None:
         """Log which requests a forward pass has; see `TransformersEngine.log_step`."""
-        cohort = self._current
-        if cohort is not None:
-            log_step(router, step, lambda: [one.key for one in cohort.requests])
+        batch = self._current
+        if batch is not None:
+            log_step(router, step, lambda: [one.key for one in batch.requests])
 
     def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield (row, id of its request)."""
-        cohort = self._current
-        if cohort is None:
+        batch = self._current
+        if batch is None:
             raise InternalError("a row was reported outside of the model's forward")
         for row in rows:
-            owner = row // cohort.rows_each
-            if owner < len(cohort.requests):
-                yield row, cohort.requests[owner].key
+            owner = row // batch.rows_each
+            if owner < len(batch.requests):
+                yield row, batch.requests[owner].key

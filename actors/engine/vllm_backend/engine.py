@@ -37,12 +37,12 @@ from ....proto.errors import (
     EngineError,
     InternalError,
     UnsupportedModel,
-    in_words,
+    describe_error,
 )
 from ...router.pool_link import PoolLink, TrunkConfig
 from ..end_of_text import end_of_text
-from ..engine import Delta, EngineConfig, EngineStats, Limits, Sampling
-from ..expert_wait import Parking
+from ..engine import Delta, EngineConfig, EngineStats, RequestLimits, Sampling
+from ..expert_wait import ParkedRequests
 from ..grammar import Grammars
 from ..sampling import RequestSampler
 from ..streams import Streams
@@ -86,7 +86,7 @@ class VllmEngine:
         self._clock = clock
         self._beat = clock()
         self._last_error: str | None = None
-        self._parking = Parking(config.engine.park_s, self._check, clock)
+        self._parked = ParkedRequests(config.engine.park_s, self._check, clock)
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -120,7 +120,7 @@ class VllmEngine:
             raise
         router.batch.owned_by(self._requests)
         model = self._llm.model_config
-        self._limits = Limits(
+        self._limits = RequestLimits(
             max_prompt_tokens=model.max_model_len - 1,
             max_total_tokens=model.max_model_len,
             max_requests=self._engine_config.max_requests + self._engine_config.max_waiting,
@@ -202,7 +202,7 @@ class VllmEngine:
     # ---- requests -------------------------------------------------------------------------------
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> RequestLimits:
         if self._thread is None:
             raise EngineError("the engine was not started")
         return self._limits
@@ -220,7 +220,7 @@ class VllmEngine:
         if sampling.form is not None:
             # vLLM would find a wrong form in a step, and the error would end all requests.
             await asyncio.to_thread(self._grammars.begin, sampling.form)
-        requests = len(self.streams) + len(self._parking)
+        requests = len(self.streams) + len(self._parked)
         if requests >= self.limits.max_requests:
             raise Busy(f"{requests} requests are running or waiting; try again later")
 
@@ -230,7 +230,7 @@ class VllmEngine:
             asked = going_on(sampling, tokens[len(prompt_ids) :])
             return self._attempt(f"{request_id}#{next(self._ids)}", tokens, asked, arrival)
 
-        parking = self._parking.generate(attempt, prompt_ids, sampling, already)
+        parking = self._parked.generate(attempt, prompt_ids, sampling, already)
         async with aclosing(parking) as deltas:
             async for delta in deltas:
                 yield delta
@@ -280,7 +280,7 @@ class VllmEngine:
             except Exception as error:
                 # Any error ends the loop: all requests fail now, and Serve replaces the trunk.
                 log.exception("vllm: a step failed")
-                self._last_error = in_words(error)
+                self._last_error = describe_error(error)
                 self.streams.fail_all(EngineError(f"the engine failed: {self._last_error}"))
                 return
 
@@ -336,11 +336,11 @@ class VllmEngine:
         running, beat_s = len(scheduler.running), self._clock() - self._beat
         return EngineStats(
             running=running,
-            waiting=max(0, len(self.streams) - running) + len(self._parking),
-            parked=len(self._parking),
+            waiting=max(0, len(self.streams) - running) + len(self._parked),
+            parked=len(self._parked),
             last_error=self._last_error,
             steps=self._steps,
-            seconds_since_beat=beat_s,
+            heartbeat_age_s=beat_s,
             cache_free=1.0 - scheduler.kv_cache_manager.usage,
             healthy=self._healthy and beat_s < self._engine_config.stall_timeout_s,
         )

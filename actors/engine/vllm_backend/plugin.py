@@ -5,7 +5,7 @@ process that is a trunk (`in_pool`) each of them holds no weights and calls the 
 processes the plug-in does nothing. All of vLLM's names that are relied on are in this folder, and
 `tests/with_vllm` checks that they behave as expected.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
 
 # vLLM is optional.

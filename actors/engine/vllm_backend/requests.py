@@ -85,9 +85,9 @@ class Requests:
             self.faults.setdefault(key, error)
 
     def row_groups(self) -> RowGroups | None:
-        if self._rows is None or not self._streams.some_wish:
+        if self._rows is None or not self._streams.some_expert_options:
             return None
-        return [(rows, self._streams.wish(key)) for key, rows in self._groups()]
+        return [(rows, self._streams.expert_options(key)) for key, rows in self._groups()]
 
     def drop_rows(self, dropped: Mapping[int, float]) -> None:
         for row, key in self._owners(sorted(dropped)):

@@ -35,9 +35,9 @@ from ....proto.errors import (
     Retryable,
     Unauthenticated,
     UnknownModel,
+    client_message,
+    describe_error,
     from_wire,
-    in_words,
-    words_for_client,
 )
 from ....proto.limits import CHUNK_BYTES, HELLO_S, MAX_CONNECTIONS
 
@@ -143,7 +143,7 @@ def _pushback_s(call: grpc.Call) -> float | None:
 def to_grpc(error: Exception) -> tuple[grpc.StatusCode, str]:
     """Return status and details of a failed RPC; a foreign exception becomes InternalError."""
     if not isinstance(error, MoesaicError):
-        error = InternalError(in_words(error))
+        error = InternalError(describe_error(error))
     status = next(status for cls, status in _TO_STATUS if isinstance(error, cls))
     return status, f"{error.code}: {error}"[:_DETAILS_CHARS]
 
@@ -186,7 +186,7 @@ def to_client(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str]:
     """Do what `to_grpc` does, for a client outside the cluster."""
     known = error if isinstance(error, MoesaicError) else InternalError()
     status, _ = to_grpc(known)
-    return status, f"{known.code}: {words_for_client(known, request_id)}"[:_DETAILS_CHARS]
+    return status, f"{known.code}: {client_message(known, request_id)}"[:_DETAILS_CHARS]
 
 
 def close_channel(channel: grpc.Channel, timeout_s: float) -> None:
@@ -200,7 +200,7 @@ def close_channel(channel: grpc.Channel, timeout_s: float) -> None:
     closing.join(timeout_s)
 
 
-class Threads(Executor):
+class ThreadPerTask(Executor):
     """The executor of a server: one thread per task, which ends with it; `join` has a deadline."""
 
     def __init__(self, name: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ....proto.errors import Busy, CallError, HostLost, MoesaicError
 from ....proto.expert_pb2 import Call, Frame, Reply
-from ..base import Inbound
+from ..base import InboundFrame
 from ..budget import Share
 from ..mailbox import Mailbox
 from ..process_group import Pair
@@ -101,7 +101,7 @@ class Inbox:
 
     # ---- the owner's thread ---------------------------------------------------------------------
 
-    def receive(self) -> list[Inbound]:
+    def receive(self) -> list[InboundFrame]:
         """Return the frames since the last call. Raises HostLost after the last frame."""
         # Read this first: frames from before the end are then certain to be taken below.
         ended = self.error is not None
@@ -115,7 +115,7 @@ class Inbox:
                 self._moved.set()
         elif ended:
             self.check_open()
-        return [Inbound(one.frame, _tensor(one.payload), one.refused) for one in heard]
+        return [InboundFrame(one.frame, _tensor(one.payload), one.refused) for one in heard]
 
     def check_open(self) -> None:
         """Check that the stream is open. Raises HostLost if it has ended."""

@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 import grpc
 
 from ....proto.errors import HostLost, MoesaicError, Unauthenticated
-from ....proto.keys import ClusterSecret, answer, same_key, shown
+from ....proto.keys import ClusterSecret, proof_hash, reply_hash, same_key
 from .border import to_grpc
 
 # gRPC sends metadata as bytes if its name ends with -bin.
@@ -90,7 +90,7 @@ class _Proving(_Showing):
     """
 
     def __init__(self, proof: bytes) -> None:
-        super().__init__(_PROOF, shown(proof))
+        super().__init__(_PROOF, proof_hash(proof))
         self._proof = proof
 
     def intercept_unary_stream(
@@ -126,7 +126,7 @@ def check_answer(call: Any, proof: bytes) -> None:
     Also return if the RPC has ended with an error, which the caller receives next.
     """
     given = dict(call.initial_metadata() or ()).get(_ANSWER)
-    if given is not None and hmac.compare_digest(given, answer(proof)):
+    if given is not None and hmac.compare_digest(given, reply_hash(proof)):
         return
     if given is None and call.code() is not grpc.StatusCode.OK:
         return
@@ -185,7 +185,7 @@ def _refusing(error: MoesaicError) -> grpc.RpcMethodHandler:
     return grpc.stream_stream_rpc_method_handler(answered_at_once(refuse))
 
 
-class _Door(grpc.ServerInterceptor, ABC):
+class _AuthInterceptor(grpc.ServerInterceptor, ABC):
     """Lets RPCs in that `_admits` accepts, and refuses all others."""
 
     def __init__(self, refusal: str) -> None:
@@ -237,7 +237,7 @@ def _answering(handler: Any, given: bytes) -> grpc.RpcMethodHandler:
     return grpc.unary_unary_rpc_method_handler(first(handler.unary_unary), *codec)
 
 
-class HostDoor(_Door):
+class HostAuthInterceptor(_AuthInterceptor):
     """Admits members of the host's own cluster whose proof is for this host.
 
     Each service has a proof of its own; a method of any other service is refused.
@@ -262,7 +262,7 @@ class HostDoor(_Door):
         return (
             proof is not None
             and isinstance(given, bytes)
-            and hmac.compare_digest(given, shown(proof))
+            and hmac.compare_digest(given, proof_hash(proof))
         )
 
     def _opened(
@@ -270,10 +270,10 @@ class HostDoor(_Door):
     ) -> grpc.RpcMethodHandler | None:
         proof = self._proof(method)
         assert proof is not None
-        return None if handler is None else _answering(handler, answer(proof))
+        return None if handler is None else _answering(handler, reply_hash(proof))
 
 
-class ClientDoor(_Door):
+class ClientAuthInterceptor(_AuthInterceptor):
     """Admits clients that show the key; others reach only the methods in ``open_to_all``."""
 
     def __init__(self, key: str, open_to_all: Mapping[str, grpc.RpcMethodHandler]) -> None:

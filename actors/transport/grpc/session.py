@@ -14,11 +14,11 @@ from ....proto.errors import CallError, Expired, HostLost, MoesaicError
 from ....proto.expert_pb2 import Call, Frame, Reply
 from ....proto.limits import MAX_INFLIGHT_BYTES, MAX_SLOT_BYTES
 from ....proto.wire import CallLayout
-from ..base import Inbound, check_version
-from ..budget import Budget
+from ..base import InboundFrame, check_version
+from ..budget import SharedLimit
 from ..process_group import HOST_RANK, Pair
 from . import stalls
-from .border import CLOSE_S, Threads, from_grpc, to_grpc
+from .border import CLOSE_S, ThreadPerTask, from_grpc, to_grpc
 from .inbox import STALL_S, Inbox
 from .outbox import Outbox
 
@@ -31,7 +31,7 @@ class SessionTerms:
     device: torch.device  # the device for NCCL
     groups: Collection[str]  # backends of groups that the cluster's spec allows
     max_held_bytes: int
-    arriving: Budget  # bytes of calls in chunks, of all routers
+    arriving: SharedLimit  # bytes of calls in chunks, of all routers
     fits: Callable[[Call], None]  # raises CallError for a call that fits no model of this host
 
 
@@ -73,7 +73,7 @@ class GrpcSession:
     def fileno(self) -> int:
         return self._inbox.fileno()
 
-    def receive(self) -> list[Inbound]:
+    def receive(self) -> list[InboundFrame]:
         return self._inbox.receive()
 
     def reply_buffer(self, frame: Frame, layout: CallLayout) -> Tensor:
@@ -111,7 +111,7 @@ class GrpcSession:
 
     # ---- gRPC's threads -------------------------------------------------------------------------
 
-    def serve(self, messages: Iterator[bytes], threads: Threads) -> Iterator[bytes]:
+    def serve(self, messages: Iterator[bytes], threads: ThreadPerTask) -> Iterator[bytes]:
         """Begin to read; return the messages for gRPC's thread of this RPC to write."""
         if not self._context.add_callback(self._over.set):
             self._over.set()
@@ -129,7 +129,7 @@ class GrpcSession:
             raise self._inbox.error
 
     def end_if_late(self, now: float) -> bool:
-        """End the connection if a call has begun to arrive and then stalled; see `Stalls`.
+        """End the connection if a call has begun to arrive and then stalled; see `StallWatcher`.
 
         This frees the call's bytes. Callable from any thread.
         """

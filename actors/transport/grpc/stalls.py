@@ -27,7 +27,7 @@ class Watched(Protocol):
         ...
 
 
-class Progress:
+class TransferProgress:
     """The time at which a transfer last made progress."""
 
     __slots__ = ("_end", "_limit_s", "_moved_at")
@@ -47,7 +47,7 @@ class Progress:
         return True
 
 
-class Stalls:
+class StallWatcher:
     """Watches transfers in a thread that starts with the first one and sleeps without any."""
 
     def __init__(self) -> None:
@@ -59,12 +59,12 @@ class Stalls:
     @contextmanager
     def watching(
         self, end: Callable[[], object], limit_s: float | None = None
-    ) -> Iterator[Progress]:
+    ) -> Iterator[TransferProgress]:
         """Watch the block's transfer; call ``end`` once if it makes no progress for ``limit_s``.
 
         The default of ``limit_s`` is `STILL_S`.
         """
-        progress = Progress(end, STILL_S if limit_s is None else limit_s, time.monotonic())
+        progress = TransferProgress(end, STILL_S if limit_s is None else limit_s, time.monotonic())
         self.watch(progress)
         try:
             yield progress

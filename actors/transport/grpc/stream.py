@@ -47,24 +47,24 @@ from ....proto.limits import (
     MAX_UNANNOUNCED,
 )
 from ....proto.wire import WIRE_VERSION, CallLayout
-from ..base import Inbound, Session, call_of, check_version
-from ..budget import Budget
+from ..base import InboundFrame, Session, call_of, check_version
+from ..budget import SharedLimit
 from ..mailbox import Mailbox
 from ..process_group import ROUTER_RANK, Pair
 from .border import (
     CHANNEL_OPTIONS,
     CLOSE_S,
     HOST_OPTIONS,
-    Threads,
+    ThreadPerTask,
     aborting,
     close_channel,
     from_grpc,
 )
 from .inbox import STALL_S, Inbox
-from .interceptors import HostDoor, check_answer, show_proof
+from .interceptors import HostAuthInterceptor, check_answer, show_proof
 from .outbox import Outbox
 from .session import GrpcSession, SessionTerms
-from .stalls import Stalls
+from .stalls import StallWatcher
 from .weights import Weights, WeightsStore
 
 # The generated stubs would parse whole messages; this code handles them as bytes.
@@ -177,7 +177,7 @@ class GrpcChannel:
         self._inbox.check_open()
         self._outbox.send(frame)
 
-    def receive(self) -> list[Inbound]:
+    def receive(self) -> list[InboundFrame]:
         return self._inbox.receive()
 
     def release(self, seq: int) -> None:
@@ -309,15 +309,15 @@ class GrpcListener:
         (`keys.target`). Raises ClusterError if this process cannot listen on ``bind``.
         """
         self._sessions: Mailbox[Session] = Mailbox()
-        self._threads = Threads("grpc")
-        self._stalls = Stalls()
-        self._unannounced = Budget(MAX_UNANNOUNCED, "connections that have not said Hello")
-        self._routers = Budget(MAX_ROUTERS, "routers")
+        self._threads = ThreadPerTask("grpc")
+        self._stalls = StallWatcher()
+        self._unannounced = SharedLimit(MAX_UNANNOUNCED, "connections that have not said Hello")
+        self._routers = SharedLimit(MAX_ROUTERS, "routers")
         dispatch = grpc.stream_stream_rpc_method_handler(self._dispatch)
         self._server = grpc.server(
             self._threads,  # pyright: ignore[reportArgumentType]  # gRPC submits, and no more
             handlers=[grpc.method_handlers_generic_handler(SERVICE, {METHOD: dispatch})],
-            interceptors=[HostDoor(secret or secret_of_process(), target)],
+            interceptors=[HostAuthInterceptor(secret or secret_of_process(), target)],
             options=HOST_OPTIONS,
             maximum_concurrent_rpcs=MAX_RPCS,
         )
@@ -336,7 +336,7 @@ class GrpcListener:
             device=device,
             groups=frozenset(groups),
             max_held_bytes=max_held_bytes,
-            arriving=Budget(MAX_ARRIVING_BYTES, "bytes of calls that arrive"),
+            arriving=SharedLimit(MAX_ARRIVING_BYTES, "bytes of calls that arrive"),
             fits=fits,
         )
         self._server.start()

@@ -27,10 +27,10 @@ from ....proto.expert_pb2 import PutWeightsResult, WeightsChunk, WeightsKey
 from ....proto.expert_pb2_grpc import WeightsServicer, WeightsStub
 from ....proto.keys import Grant, secret_of_process
 from ....proto.limits import CHUNK_BYTES, MAX_GETS, MAX_PUTS, MAX_WEIGHTS_BYTES
-from ..budget import Budget, Share
+from ..budget import Share, SharedLimit
 from .border import CHANNEL_OPTIONS, CLOSE_S, aborting, close_channel, from_grpc
 from .interceptors import show_proof
-from .stalls import Stalls
+from .stalls import StallWatcher
 
 # Names in the metadata of a Put; gRPC sends metadata as bytes if its name ends with -bin.
 _GRANT, _TERM = "moesaic-grant-bin", "moesaic-term"
@@ -151,12 +151,12 @@ def _stub(address: str, proof: bytes | None) -> Iterator[WeightsStub]:
 class Weights(WeightsServicer):
     """A host's side of transfers: it serves ``store``."""
 
-    def __init__(self, store: WeightsStore, stalls: Stalls) -> None:
+    def __init__(self, store: WeightsStore, stalls: StallWatcher) -> None:
         self._store = store
         self._stalls = stalls
-        self._puts = Budget(MAX_PUTS, "weights that are put")
-        self._gets = Budget(MAX_GETS, "weights that are fetched")
-        self._bytes = Budget(MAX_WEIGHTS_BYTES, "bytes of weights on their way")
+        self._puts = SharedLimit(MAX_PUTS, "weights that are put")
+        self._gets = SharedLimit(MAX_GETS, "weights that are fetched")
+        self._bytes = SharedLimit(MAX_WEIGHTS_BYTES, "bytes of weights on their way")
 
     def Put(  # noqa: N802
         self, request_iterator: Iterator[WeightsChunk], context: grpc.ServicerContext

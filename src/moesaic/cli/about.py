@@ -14,12 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import about
-from ..actors.preflight.findings import Finding, errors_of, raise_errors, said
+from ..actors.preflight.findings import Finding, errors_of, raise_errors, severity_counts
 from ..proto.errors import SpecError
 from .terminal import print_json
 
 if TYPE_CHECKING:
-    from ..models.trunk.describe import Described
+    from ..models.trunk.describe import ModelDescription
 
 out = Console(highlight=False)
 
@@ -64,7 +64,7 @@ def inspect_model(
     checked = about.check_model(model, dtype)
     if checked.described is None:
         raise_errors(checked.findings)
-    found = cast("Described", checked.described)
+    found = cast("ModelDescription", checked.described)
     try:
         hosts = found.hosts(memory_bytes, replicas)
     except ValueError as error:
@@ -123,12 +123,12 @@ def check_spec(
         hosts = "host" if spec.num_hosts == 1 else "hosts"
         if not number:
             what = "is valid" if not findings else "can be started"
-            rest = f" ({said(findings)})" if findings else ""
+            rest = f" ({severity_counts(findings)})" if findings else ""
             out.print(
                 f"{file} {what}{rest}: cluster {spec.name}, {spec.num_hosts} {hosts}, {models}"
             )
     if number:
-        raise SpecError(f"{file}: cannot be started: {said(findings)}")
+        raise SpecError(f"{file}: cannot be started: {severity_counts(findings)}")
 
 
 @spec_app.command("schema")

@@ -86,8 +86,8 @@ def _print(found: list[LoadResult], limit_s: float) -> None:
     )  # fmt: skip
     for one in found:
         times = (
-            one.first_token_s.p50, one.first_token_s.p99,
-            one.between_tokens_s.p50, one.between_tokens_s.p99,
+            one.time_to_first_token_s.p50, one.time_to_first_token_s.p99,
+            one.inter_token_latency_s.p50, one.inter_token_latency_s.p99,
         )  # fmt: skip
         shown.add_row(
             str(one.concurrency),

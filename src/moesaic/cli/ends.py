@@ -24,7 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AT_ONCE_S = 20.0
 
 
-class Ends:
+class EndSignals:
     """A context manager for the main thread that counts signals to end."""
 
     def __init__(

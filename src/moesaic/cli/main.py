@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..actors.runtime.process_log import set_up_logging
-from ..proto.errors import MoesaicError, in_words
+from ..proto.errors import MoesaicError, describe_error
 from . import about, bench, chat, operate, watch
 from .ends import exit_with
 from .exit_codes import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE
@@ -178,7 +178,7 @@ def _failed(error: Exception) -> int:
 
 def _words(error: Exception) -> str:
     text = str(error)
-    return text if text.strip() else in_words(error)
+    return text if text.strip() else describe_error(error)
 
 
 def run() -> None:

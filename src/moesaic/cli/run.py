@@ -19,8 +19,8 @@ from ..actors.runtime.process_log import rename_log
 from ..cluster.spec.spec import Spec, load_spec
 from ..private_files import new_private
 from ..proto.errors import ClusterError, MoesaicError
-from ..session import Session, find_session, owner_log, remove_own_session
-from .ends import Ends
+from ..session import ClusterSession, find_session, owner_log, remove_own_session
+from .ends import EndSignals
 from .progress import Lines, Report, bars, read_lines
 from .terminal import print_json
 
@@ -58,7 +58,7 @@ def run_foreground(given: str | None, progress_fd: int, *, as_json: bool = False
     # In the foreground the terminal belongs to the progress and the addresses.
     rename_log("owner", default=logging.WARNING if progress_fd < 0 else logging.INFO)
     spec = spec_of(given)
-    with Ends(lambda: _end_at_once(spec)) as ends:
+    with EndSignals(lambda: _end_at_once(spec)) as ends:
         cluster: Cluster | None = None
         try:
             cluster = _start(spec, progress_fd, ends)
@@ -82,7 +82,7 @@ def run_foreground(given: str | None, progress_fd: int, *, as_json: bool = False
                 _sweep(spec)
 
 
-def _start(spec: Spec, progress_fd: int, ends: Ends) -> Cluster:
+def _start(spec: Spec, progress_fd: int, ends: EndSignals) -> Cluster:
     from ..handle import up
 
     def armed(report: Report) -> Report:
@@ -122,7 +122,7 @@ def _end_at_once(spec: Spec) -> None:
     _sweep(spec)
 
 
-def _show(spec: Spec, running: Cluster | Session, pid: int, *, as_json: bool) -> None:
+def _show(spec: Spec, running: Cluster | ClusterSession, pid: int, *, as_json: bool) -> None:
     models = [model.name for model in spec.models]
     if as_json:
         found = {

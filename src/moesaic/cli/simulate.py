@@ -16,7 +16,7 @@ from .operate import JsonOption
 from .terminal import table
 
 if TYPE_CHECKING:
-    from ..cluster.comparison.compare import Figures
+    from ..cluster.comparison.compare import StrategyResult
     from ..cluster.comparison.elastic_placement import Elastic
     from ..cluster.load.trace import Trace
     from ..cluster.placement import ModelShape
@@ -118,8 +118,8 @@ def simulate(
             shapes,
             hosts=count,
             slots=slots or -(-5 * most // (4 * count)),
-            choices_per_s=host_speed(loads, count, utilisation),
-            load_bytes_per_s=rate * 1e6,
+            assignments_per_s=host_speed(loads, count, utilisation),
+            loading_bytes_per_s=rate * 1e6,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--slots") from error
@@ -163,18 +163,18 @@ def _make(
 ) -> Trace:
     import numpy as np
 
-    from ..cluster.comparison.loads import day, drifting
+    from ..cluster.comparison.loads import daily_trace, drifting_trace
 
     rng = np.random.default_rng(seed)
     if day_long:
         windows = max(2, round(86_400 / window_s))
-        return day(
+        return daily_trace(
             [shape], sigma=sigma, domains=4, windows=windows, window_s=window_s,
-            choices_per_s=10_000.0, rng=rng, swing=swing,
+            assignments_per_s=10_000.0, rng=rng, swing=swing,
         )  # fmt: skip
-    return drifting(
+    return drifting_trace(
         [shape], sigma=sigma, drift=drift, windows=windows, window_s=window_s,
-        choices_per_s=10_000.0, rng=rng,
+        assignments_per_s=10_000.0, rng=rng,
     )  # fmt: skip
 
 
@@ -214,14 +214,14 @@ def _elastic(
         raise typer.BadParameter(str(error), param_hint="--min-hosts, --max-hosts") from error
 
 
-def _print_figures(found: list[Figures]) -> None:
+def _print_figures(found: list[StrategyResult]) -> None:
     shown = table(
         "placement", ">mean", ">worst", ">moved", ">GB", ">SLO missed",
         ">host-h", ">cost", ">scalings",
     )  # fmt: skip
     for one in found:
         shown.add_row(
-            one.way,
+            one.strategy,
             f"{one.balancedness_mean:.3f}",
             f"{one.balancedness_worst:.3f}",
             f"{one.moved_slots:,}",

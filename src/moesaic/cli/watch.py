@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from ..handle import connect
-from ..logs import KINDS, Kind, read_logs
+from ..logs import KINDS, LogKind, read_logs
 from ..proto.errors import CheckpointError, ClusterError
 from ..session import logged_session
 from .progress import bars
@@ -54,14 +54,14 @@ def _print_experts(found: list[ExpertReport]) -> None:
         return
     for model in sorted({row.model for row in found}):
         rows = [row for row in found if row.model == model]
-        wished = any(_wishes(row) for row in rows)
+        wished = any(_constraints(row) for row in rows)
         shown = table(
             ">layer",
             ">expert",
             "replicas (share)",
             *(f">{horizon}" for horizon in _HORIZONS),
             ">of layer",
-            *(["wishes"] if wished else []),
+            *(["constraints"] if wished else []),
         )
         for row in rows:
             rates = row.assignments_per_s
@@ -71,7 +71,7 @@ def _print_experts(found: list[ExpertReport]) -> None:
                 ", ".join(f"{one.host} ({_share(one.share)})" for one in row.replicas),
                 *map(number, (rates.over_10_s, rates.over_60_s, rates.over_600_s)),
                 "" if row.share_of_layer is None else f"{row.share_of_layer:.1%}",
-                *([_wishes(row)] if wished else []),
+                *([_constraints(row)] if wished else []),
             )
         screen.print(f"{model}: assignments per second over {', '.join(_HORIZONS)}")
         screen.print(shown)
@@ -82,11 +82,11 @@ def _share(share: float) -> str:
     return f"{share:.0%}" if share >= 0.005 else "spare"
 
 
-def _wishes(row: ExpertReport) -> str:
-    wishes = [f"pinned to {host}" for host in row.pinned_to]
+def _constraints(row: ExpertReport) -> str:
+    constraints = [f"pinned to {host}" for host in row.pinned_to]
     if row.min_replicas > 1:
-        wishes.append(f"{row.min_replicas} replicas")
-    return ", ".join(wishes)
+        constraints.append(f"{row.min_replicas} replicas")
+    return ", ".join(constraints)
 
 
 def logs(
@@ -103,7 +103,7 @@ def logs(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per line.")] = False,
 ) -> None:
     """Show what the cluster's processes on this machine printed, dead processes included."""
-    wanted: list[Kind] = [_kind(kind) for kind in kinds or ()]
+    wanted: list[LogKind] = [_kind(kind) for kind in kinds or ()]
     with until_ctrl_c() as stop:
         session = logged_session(name)
         lines = read_logs(session, wanted, host=host, tail=tail, follow=follow, stop=stop)
@@ -113,9 +113,9 @@ def logs(
                 return
 
 
-def _kind(text: str) -> Kind:
+def _kind(text: str) -> LogKind:
     if text in KINDS:
-        return cast(Kind, text)
+        return cast(LogKind, text)
     raise typer.BadParameter(f"{text!r} is none of {', '.join(KINDS)}", param_hint="KINDS")
 
 

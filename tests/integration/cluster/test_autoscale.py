@@ -40,8 +40,8 @@ def test_hosts_come_and_go_with_the_load(tmp_path: Path) -> None:
             ],
             balance={"lease_s": 2},
             autoscale={
-                "high": 0.4,
-                "low": 0.1,
+                "scale_up_above": 0.4,
+                "scale_down_below": 0.1,
                 "up_after_s": 2,
                 "down_after_s": 2,
                 "cooldown_s": 2,

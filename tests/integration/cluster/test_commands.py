@@ -111,7 +111,7 @@ def test_a_short_load(pool: Cluster, capsys: Capture) -> None:
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["concurrency"], found["requests"], found["errors"]) == (2, 4, {})
     assert (found["prompt_tokens"], found["answer_tokens"]) == (20, 32)
-    for figures in (found["first_token_s"], found["between_tokens_s"]):
+    for figures in (found["time_to_first_token_s"], found["inter_token_latency_s"]):
         assert 0 < figures["p50"] <= figures["p99"] < found["seconds"]
     # What no request can have is said before any is measured.
     wrong = ["bench", *LOAD, "--answer-tokens", "5000", "--name", pool.name]

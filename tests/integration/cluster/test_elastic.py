@@ -1,4 +1,4 @@
-"""Live moves on real actors: drains, wishes, balancing and changes of controllers while a stream
+"""Live moves on real actors: drains, pins, balancing and changes of controllers while a stream
 runs, whose text never changes."""
 
 from __future__ import annotations
@@ -16,9 +16,14 @@ from ray.exceptions import RayTaskError
 
 from moesaic import Client
 from moesaic.actors.runtime.cluster_secret import make_secret, router_key_of, secret_of
-from moesaic.actors.runtime.durable_state import claim_term, forget_all, keep_wishes, kept_wishes
+from moesaic.actors.runtime.durable_state import (
+    claim_term,
+    forget_all,
+    store_constraints,
+    stored_constraints,
+)
 from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
-from moesaic.cluster.planner.plan import Wishes
+from moesaic.cluster.planner.plan import OperatorConstraints
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
 from tests.helpers.live import (
@@ -62,7 +67,7 @@ def wait_used(cluster: Cluster, host: str) -> None:
     wait_until(lambda: not cluster.status().balancing.pending_moves)
 
 
-def test_a_wish_is_a_change_that_ends_and_can_be_taken_back(pool: Cluster, client: Client) -> None:
+def test_a_constraint_is_a_change_that_ends_and_can_be_taken_back(pool: Cluster, client: Client) -> None:
     wanted = text_of(client, MODEL, 20)
     before = sum(replicas_of(pool).values())
     change = pool.wait_for(pool.replicate(MODEL, 0, 1, 3), 60)
@@ -96,7 +101,7 @@ def test_a_drained_host_is_emptied_and_no_token_changes(pool: Cluster, client: C
     wait_used(pool, "host-1")
 
 
-def test_a_new_controller_has_a_higher_term_and_keeps_wishes(pool: Cluster, client: Client) -> None:
+def test_a_new_controller_has_a_higher_term_and_keeps_constraints(pool: Cluster, client: Client) -> None:
     wanted = text_of(client, MODEL, TOKENS)
     pool.drain("host-2", timeout_s=60)
     term = pool.status().controller.term
@@ -152,10 +157,10 @@ def test_another_process_may_operate_the_cluster(pool: Cluster) -> None:
 def test_terms_only_grow_and_are_forgotten_with_their_cluster(pool: Cluster) -> None:
     first, second = claim_term("other"), claim_term("other")
     assert second > first
-    keep_wishes("other", Wishes(leaving=frozenset({"h"})))
-    assert kept_wishes("other").leaving == {"h"}
+    store_constraints("other", OperatorConstraints(leaving=frozenset({"h"})))
+    assert stored_constraints("other").leaving == {"h"}
     forget_all("other")
-    assert kept_wishes("other") == Wishes()
+    assert stored_constraints("other") == OperatorConstraints()
 
 
 def test_a_secret_is_new_for_each_cluster_and_goes_with_it(pool: Cluster) -> None:

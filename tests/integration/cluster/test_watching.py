@@ -77,7 +77,7 @@ def test_load_is_recorded_window_by_window(pool: Cluster) -> None:
     assert first > 0
     assert abs(first - second) <= 8
     assert trace.hosts == ("host-0", "host-1")
-    assert trace.choices_WH.sum(axis=0).min() > 0
+    assert trace.assignments_WH.sum(axis=0).min() > 0
     assert 0 < trace.busy_s_WH.sum() < 20
 
 
@@ -101,7 +101,7 @@ def test_the_command_line_records_until_ctrl_c(pool: Cluster, tmp_path: Path) ->
     assert signal.getsignal(signal.SIGINT) is before
     trace = read_trace(file)
     assert 0 < trace.windows < 3600
-    assert trace.choices_WH.sum() > 0
+    assert trace.assignments_WH.sum() > 0
 
 
 def test_an_emulated_device_takes_its_time_and_says_when_it_could_not(

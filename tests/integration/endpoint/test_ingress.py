@@ -444,13 +444,13 @@ def test_metrics_count_what_was_done(
     assert grown("choices_total", model="org/script", reason="ExpertUnavailable") == 1
     assert of_model("generated_tokens_total") == 3 * 5 + 10
     assert of_model("prompt_tokens_total") == 2 * len(prompt) + len(TOKENIZER("lost").input_ids)
-    assert of_model("first_token_seconds_count") == 4
-    assert of_model("between_tokens_seconds_count") > 0
-    assert of_model("request_seconds_count") == 3
-    assert after["moesaic_requests_open[('model', 'org/script')]"] == 0
-    assert grown("http_answers_total", path="/v1/completions", status="200") == 2
-    assert grown("http_answers_total", path="/v1/completions", status="400") == 1
-    assert grown("http_answers_total", path="other", status="404") == 1
+    assert of_model("time_to_first_token_seconds_count") == 4
+    assert of_model("inter_token_latency_seconds_count") > 0
+    assert of_model("request_latency_seconds_count") == 3
+    assert after["moesaic_requests_running[('model', 'org/script')]"] == 0
+    assert grown("http_responses_total", path="/v1/completions", status="200") == 2
+    assert grown("http_responses_total", path="/v1/completions", status="400") == 1
+    assert grown("http_responses_total", path="other", status="404") == 1
 
 
 def test_the_state_of_the_engines_is_among_the_metrics(
@@ -466,7 +466,7 @@ def test_the_state_of_the_engines_is_among_the_metrics(
     assert found["moesaic_engine_healthy[('model', 'tiny')]"] == 1
     service.healthy = False
     try:
-        assert any(name.startswith("moesaic_http_answers") for name in metrics_of(operator))
+        assert any(name.startswith("moesaic_http_responses") for name in metrics_of(operator))
     finally:
         service.healthy = True
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from moesaic import AsyncClient, Client
 from moesaic.actors.engine.engine import EngineConfig, Pooling, Sampling
-from moesaic.actors.serve.serve_app import Failure, Trunk
+from moesaic.actors.serve.serve_app import ErrorValue, Trunk
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable, RequestError
 from tests.helpers.architectures import tiny_model
 from tests.helpers.engines import running, tokens
@@ -100,7 +100,7 @@ async def test_an_engine_that_ends_and_one_that_is_full(monkeypatch: pytest.Monk
 async def test_an_engine_without_vectors_says_so() -> None:
     trunk: Any = Trunk.func_or_class
     found = await trunk(scripted_engine).embed([[3]], PLAIN)
-    assert isinstance(found, Failure)
+    assert isinstance(found, ErrorValue)
     assert "embeddings: not supported by the ScriptedEngine" in found.message
     assert (found.code, found.param) == ("RequestError", "model")
 
@@ -129,7 +129,7 @@ async def test_texts_that_lack_an_expert_wait_for_it(served: ServedPool, plain: 
                 await asyncio.sleep(0.01)
         assert not waiting.done()
     assert_near(await waiting, expected)
-    assert len(served.engine._parking) == 0
+    assert len(served.engine._parked) == 0
 
 
 async def test_an_expert_that_stays_away_fails_the_call(served: ServedPool) -> None:
@@ -216,7 +216,7 @@ async def test_a_call_that_is_cancelled_leaves_nothing(served: ServedPool) -> No
         with pytest.raises(asyncio.CancelledError):
             await waiting
         await asyncio.sleep(0)
-        assert len(served.engine._parking) == 0
+        assert len(served.engine._parked) == 0
         assert served.engine._embedding == 0
     async with asyncio.timeout(10):
         async for _ in served.engine.generate("r", [3], Sampling(max_tokens=2)):

@@ -15,7 +15,7 @@ from transformers import AddedToken, MixtralForCausalLM
 
 from moesaic.actors.engine.engine import Delta, Engine, EngineConfig, Sampling
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
-from moesaic.actors.engine.transformers_backend.static_batching import CohortLoop
+from moesaic.actors.engine.transformers_backend.static_batching import StaticBatchLoop
 from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.proto.errors import Busy, EngineError, RequestError
 from tests.helpers.engines import SMALL, continuous, deltas, reference, running, tokens, until_idle
@@ -87,7 +87,7 @@ async def test_a_text_ends_by_whatever_names_its_end(
     engine = TransformersEngine(ending, config=SMALL, tokenizer=lambda: tokenizer)
     engine.start()
     try:
-        assert isinstance(engine._loop, CohortLoop) == cohorts
+        assert isinstance(engine._loop, StaticBatchLoop) == cohorts
         found = await deltas(engine, [5, 6, 7], Sampling(max_tokens=24))
     finally:
         engine.close()

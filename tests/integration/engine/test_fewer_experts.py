@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[ServedPool]:
-    with served_pool(folder, experts=ExpertBounds(most=2, least=1)) as pool:
+    with served_pool(folder, experts=ExpertBounds(maximum=2, minimum=1)) as pool:
         yield pool
 
 
@@ -66,10 +66,10 @@ async def test_each_request_of_a_batch_has_its_own_number(served: ServedPool) ->
         assert tokens == expected[few or 2][n]
 
 
-def ask(served: ServedPool, wish: dict[str, Any] | None, **more: Any) -> httpx.Response:
+def ask(served: ServedPool, expert_options: dict[str, Any] | None, **more: Any) -> httpx.Response:
     body = {"model": "m", "prompt": PROMPTS[0], "max_tokens": TOKENS, "temperature": 0, **more}
-    if wish is not None:
-        body["moesaic"] = wish
+    if expert_options is not None:
+        body["moesaic"] = expert_options
     return served.http.post("/v1/completions", json=body)
 
 
@@ -104,17 +104,17 @@ def test_more_than_the_model_has_is_refused(served: ServedPool, number: int) -> 
     ("bounds", "asked", "granted"),
     [
         (ExpertBounds(), None, None),
-        (ExpertBounds(most=8), None, None),
-        (ExpertBounds(most=8), 8, 8),
-        (ExpertBounds(most=8), 7, "allowed here: 8 to 8"),
+        (ExpertBounds(maximum=8), None, None),
+        (ExpertBounds(maximum=8), 8, 8),
+        (ExpertBounds(maximum=8), 7, "allowed here: 8 to 8"),
         (ExpertBounds(), 1, "allowed here: none"),
-        (ExpertBounds(most=8, least=4), 4, 4),
-        (ExpertBounds(most=8, least=4), 3, "allowed here: 4 to 8"),
-        (ExpertBounds(most=8, default=6), None, 6),
-        (ExpertBounds(most=8, default=6), 8, 8),
-        (ExpertBounds(most=8, default=6), 5, "allowed here: 6 to 8"),
-        (ExpertBounds(most=8, default=6, least=2), 2, 2),
-        (ExpertBounds(least=2), 5, 5),
+        (ExpertBounds(maximum=8, minimum=4), 4, 4),
+        (ExpertBounds(maximum=8, minimum=4), 3, "allowed here: 4 to 8"),
+        (ExpertBounds(maximum=8, default=6), None, 6),
+        (ExpertBounds(maximum=8, default=6), 8, 8),
+        (ExpertBounds(maximum=8, default=6), 5, "allowed here: 6 to 8"),
+        (ExpertBounds(maximum=8, default=6, minimum=2), 2, 2),
+        (ExpertBounds(minimum=2), 5, 5),
     ],
 )
 def test_what_is_granted(bounds: ExpertBounds, asked: int | None, granted: int | str) -> None:
@@ -129,13 +129,13 @@ def test_a_spec_of_more_than_the_model_has_is_refused(folder: Path) -> None:
     model = {"name": "m", "path": str(folder), "min_experts_per_token": 1, "experts_per_token": 2}
     spec = parse_spec({"models": [model], "endpoint": {"port": 0}})
     described = preflight(spec).described["m"]
-    assert bounds_of(spec.models[0], described) == ExpertBounds(most=2, default=2, least=1)
+    assert bounds_of(spec.models[0], described) == ExpertBounds(maximum=2, default=2, minimum=1)
     more = parse_spec({"models": [model | {"experts_per_token": 3}], "endpoint": {"port": 0}})
     with pytest.raises(ClusterError, match=r"experts_per_token: 3, but 'm' has 2 experts"):
         raise_errors(preflight(more).findings)
 
 
 def test_the_default_is_the_specs(folder: Path) -> None:
-    with served_pool(folder, experts=replace(ExpertBounds(most=2), default=1)) as pool:
+    with served_pool(folder, experts=replace(ExpertBounds(maximum=2), default=1)) as pool:
         (choice,) = ask(pool, None).json()["choices"]
     assert choice["moesaic"] == {"experts_per_token": 1}

@@ -11,7 +11,7 @@ import pytest
 
 from moesaic.actors.engine.transformers_backend import engine as engine_file
 from moesaic.actors.engine.transformers_backend.continuous_batching import BatchingLoop
-from moesaic.actors.engine.transformers_backend.static_batching import CohortLoop
+from moesaic.actors.engine.transformers_backend.static_batching import StaticBatchLoop
 from tests.helpers.logged import assert_followed, calls_of, computed, logged, of, steps_of
 from tests.helpers.router_services import KEY, router_service
 from tests.helpers.served_pool import ServedPool, save_served_model, served_pool
@@ -31,7 +31,7 @@ def served(
         if static:
             patch.setattr(engine_file, "_NOT_PACKED", ("vocab_size",))
         with served_pool(save_served_model(tmp_path_factory.mktemp("model"))) as pool:
-            assert isinstance(pool.engine._loop, CohortLoop if static else BatchingLoop)
+            assert isinstance(pool.engine._loop, StaticBatchLoop if static else BatchingLoop)
             yield pool
 
 

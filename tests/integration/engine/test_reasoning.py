@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from moesaic.actors.endpoint.ingress import create_app
-from moesaic.actors.engine.engine import Delta, Limits, Sampling, TokenLogprob
+from moesaic.actors.engine.engine import Delta, RequestLimits, Sampling, TokenLogprob
 from moesaic.actors.engine.served_model import ServedModel
 from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.actors.text.chat_template import ChatPrompt
@@ -18,7 +18,9 @@ from moesaic.actors.text.thinking import Thinking
 from tests.helpers.service import BODIES, tool_tokenizer
 
 TOKENIZER = tool_tokenizer()
-LIMITS = Limits(max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320)
+LIMITS = RequestLimits(
+    max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320
+)
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 TEXT = f"Shall I? {CALL} No.\n</think>\n\nI ask. {CALL}"
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "now"}}]

@@ -17,8 +17,8 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 from moesaic.actors.engine.engine import EngineConfig, Sampling
 from moesaic.actors.engine.sampling import RequestSampler
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
-from moesaic.actors.engine.transformers_backend.static_batch import Asked, together
-from moesaic.actors.engine.transformers_backend.static_batching import CohortLoop
+from moesaic.actors.engine.transformers_backend.static_batch import BatchedRequest, together
+from moesaic.actors.engine.transformers_backend.static_batching import StaticBatchLoop
 from moesaic.cluster.routing.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, MoesaicError
 from tests.helpers.architectures import ARCHITECTURES, tiny_model
@@ -104,7 +104,8 @@ def test_who_may_be_one_cohort(
 ) -> None:
     asked = Sampling(max_tokens=1)
     requests = [
-        Asked(str(n), [1] * count, 1, RequestSampler(asked, [1])) for n, count in enumerate(tokens)
+        BatchedRequest(str(n), [1] * count, 1, RequestSampler(asked, [1]))
+        for n, count in enumerate(tokens)
     ]
     assert together(mla, requests, most, pads=pads) == expected
 
@@ -117,7 +118,7 @@ def mla() -> Any:
 @pytest.fixture
 def engine(mla: Any) -> Iterator[TransformersEngine]:
     with running(mla, EngineConfig(num_blocks=64, max_requests=8, max_batch_tokens=64)) as engine:
-        assert isinstance(engine._loop, CohortLoop)
+        assert isinstance(engine._loop, StaticBatchLoop)
         yield engine
 
 
@@ -150,7 +151,7 @@ async def test_rows_that_fail_end_their_own_request_alone(
 ) -> None:
     expected = [by_generate(mla, prompt) for prompt in PROMPTS]
     loop = engine._loop
-    assert isinstance(loop, CohortLoop)
+    assert isinstance(loop, StaticBatchLoop)
     failed: list[int] = []
 
     def fail(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -210,7 +211,7 @@ async def test_over_a_pool_with_parking(name: str, tmp_path: Path) -> None:
     asked = Sampling(max_tokens=TOKENS)
     with served_pool(tmp_path) as served:
         engine = served.engine
-        assert isinstance(engine._loop, CohortLoop)
+        assert isinstance(engine._loop, StaticBatchLoop)
         assert await texts(engine, asked) == expected
         dropping = replace(asked, missing=MissingExpert(mode="drop"))
         failing = replace(asked, missing=MissingExpert(mode="fail"))

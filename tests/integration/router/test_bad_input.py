@@ -348,7 +348,7 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("wire-hidden", wire(hidden=33), CallError, "hidden: 33, but 'm' has 32"),
     ("wire-hidden-grpc", wire("grpc", hidden=33), CallError, "hidden: 33, but 'm' has 32"),
     ("wire-no-rows", wire(rows=0), CallError, "rows: 0 is not between 1 and"),
-    ("wire-no-choices", wire(top_k=0), CallError, "top_k: 0 is not between 1 and"),
+    ("wire-no-assignments", wire(top_k=0), CallError, "top_k: 0 is not between 1 and"),
     ("wire-many-rows", wire(rows=513), CallError, "rows: 513 exceed this host's 512"),
     ("wire-oversized", wire(rows=2**24, payload_bytes=64), CallError, "rows: 16777216 x"),
     ("wire-short", wire(payload_bytes=64), CallError, "payload_bytes: 64, but 2 rows x 32"),

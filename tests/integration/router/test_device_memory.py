@@ -1,6 +1,6 @@
 """Slots in device memory, and what becomes of them where there is no GPU.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.router import connections
-from moesaic.actors.router.layer_tensors import LayerJob
+from moesaic.actors.router.layer_tensors import LayerTensors
 from moesaic.actors.router.router import Router
 from moesaic.cluster.placement import (
     ExpertKey,
     HostEntry,
     LayerPlacement,
-    Number,
     Placement,
+    PlacementId,
     Replica,
 )
 from moesaic.cluster.routing.events import Send
@@ -59,7 +59,7 @@ def test_device_memory_that_cannot_be_had_falls_back_to_the_hosts(
     monkeypatch.setattr(connections, "device_name", lambda _: "GPU-1")
     with serving(folder) as pool, closing(router_on_cuda()) as router:
         hosts = {n: replace(e, device="GPU-1") for n, e in pool.placement.hosts.items()}
-        router.place(Placement(Number(1, 2), hosts, pool.placement.layers))
+        router.place(Placement(PlacementId(1, 2), hosts, pool.placement.layers))
         router.wait_ready(DEADLINE_S)
         assert router.stats().transports == dict.fromkeys(hosts, "shm")
         x, ids, weights = inputs(40)
@@ -68,12 +68,12 @@ def test_device_memory_that_cannot_be_had_falls_back_to_the_hosts(
 
 def test_a_call_is_written_on_a_device_as_on_the_cpu() -> None:
     x, ids, weights = inputs(9, 3)
-    job = LayerJob(KEY, None, x, ids, weights)
+    job = LayerTensors(KEY, None, x, ids, weights)
     for rows in (range(9), [1, 4, 8]):
         token_t = np.array(rows)
-        choice_tk = token_t[:, None] * 3 + np.array([0, 2])
-        choice_tk[0, 1] = -1
-        sent = Send("h", 1, 5, 1.0, 0, token_t, choice_tk, ids_of(ids, choice_tk))
+        assignment_tk = token_t[:, None] * 3 + np.array([0, 2])
+        assignment_tk[0, 1] = -1
+        sent = Send("h", 1, 5, 1.0, 0, token_t, assignment_tk, ids_of(ids, assignment_tk))
         frame, layout = job.frame(sent)
         on_cpu, on_device = (torch.zeros(layout.call_bytes, dtype=torch.uint8) for _ in range(2))
         job.write(sent, frame, layout, on_cpu)
@@ -81,9 +81,9 @@ def test_a_call_is_written_on_a_device_as_on_the_cpu() -> None:
         assert torch.equal(on_cpu, on_device)
 
 
-def ids_of(ids_TK: Tensor, choice_tk: np.ndarray) -> np.ndarray:
+def ids_of(ids_TK: Tensor, assignment_tk: np.ndarray) -> np.ndarray:
     flat = ids_TK.reshape(-1).numpy()
-    return np.where(choice_tk >= 0, flat[choice_tk], -1).astype(np.int32)
+    return np.where(assignment_tk >= 0, flat[assignment_tk], -1).astype(np.int32)
 
 
 @pytest.mark.cuda
@@ -102,7 +102,7 @@ def test_device_memory_between_processes(folder: Path, exact: bool) -> None:
             for key, layer in pool.placement.layers.items()
         }
         hosts = {entry.host: entry}
-        router.place(Placement(Number(1, 2), hosts, layers, pool.placement.exact))
+        router.place(Placement(PlacementId(1, 2), hosts, layers, pool.placement.exact))
         router.wait_ready(DEADLINE_S)
         assert router.stats().transports == {entry.host: "cuda"}
         for tokens in (1, 7, 300):

@@ -1,6 +1,6 @@
 """What `docs/failures.md` promises of hosts and connections, on real transports.
 
-Hosts are threads of this process. Shape suffixes: T = tokens, H = hidden size, K = choices.
+Hosts are threads of this process. Shape suffixes: T = tokens, H = hidden size, K = assignments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moesaic.actors.host import host_loop
 from moesaic.actors.router.router import Router
 from moesaic.actors.transport.grpc.session import GrpcSession
 from moesaic.actors.transport.shm import ShmSession
-from moesaic.cluster.placement import Number, Placement
+from moesaic.cluster.placement import Placement, PlacementId
 from moesaic.cluster.routing.transports import TransportChoice
 from tests.helpers.proxy import Proxy, proxied
 from tests.helpers.served_pool import held
@@ -59,7 +59,9 @@ def through_proxy(pool: Hosts, **options: Any) -> Iterator[tuple[Router, Proxy]]
         entry = replace(pool.placement.hosts[name], grpc_address=proxy.address)
         router = pool.router(transport="grpc", placed=False, **options)
         router.place(
-            Placement(Number(1, 9), {**pool.placement.hosts, name: entry}, pool.placement.layers)
+            Placement(
+                PlacementId(1, 9), {**pool.placement.hosts, name: entry}, pool.placement.layers
+            )
         )
         router.wait_ready(10.0)
         yield router, proxy
@@ -143,7 +145,7 @@ def test_a_frozen_host_is_overtaken_long_before_its_deadline(
         ask(pool, router, LEARNING)
         with held(pool.hosts[0]):
             ask(pool, router, LEARNING)
-            assert router.stats().overtakings > 0
+            assert router.stats().hedge_wins > 0
         assert router.stats().ejections == 0
         assert settles(lambda: _free(router))
 
@@ -168,7 +170,7 @@ def test_a_slow_host_gets_few_calls_and_more_when_it_is_well(
         before = slow.report().loop.calls
         ask(pool, router, LEARNING)
         assert slow.report().loop.calls - before < LEARNING // 4
-        assert router.stats().overtakings > 0
+        assert router.stats().hedge_wins > 0
         monkeypatch.undo()
         assert settles(lambda: _free(router))
         health = router._dispatcher.hosts[slow.name]

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from moesaic.actors.host.host import ExpertHost
-from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, Number, Placement
+from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, Placement, PlacementId
 from tests.helpers.served_pool import DEADLINE_S, ServedPool, save_served_model, served_pool
 
 PROMPT = [*range(5, 37)]
@@ -50,14 +50,14 @@ def _without(layer: LayerKey, placed: LayerPlacement, keys: list[ExpertKey]) -> 
 
 def _place(served: ServedPool, layers: Mapping[LayerKey, LayerPlacement]) -> None:
     current = served.pool.router._dispatcher.placement or served.pool.placement
-    number = Number(1, current.number.epoch + 1)
+    number = PlacementId(1, current.id.epoch + 1)
     served.pool.router.place(Placement(number, current.hosts, layers))
 
 
-def ask(served: ServedPool, wish: dict[str, Any] | None, **more: Any) -> httpx.Response:
+def ask(served: ServedPool, expert_options: dict[str, Any] | None, **more: Any) -> httpx.Response:
     body = {"model": "m", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, **more}
-    if wish is not None:
-        body["moesaic"] = wish
+    if expert_options is not None:
+        body["moesaic"] = expert_options
     return served.http.post("/v1/completions", json=body)
 
 
@@ -139,7 +139,7 @@ def test_the_last_chunk_of_a_stream_says_it(served: ServedPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "param"),
+    ("expert_options", "param"),
     [
         ({"missing_expert": "hope"}, "moesaic.missing_expert"),
         ({"wait_s": -1}, "moesaic.wait_s"),
@@ -149,9 +149,9 @@ def test_the_last_chunk_of_a_stream_says_it(served: ServedPool) -> None:
         ("drop", "moesaic"),
     ],
 )
-def test_a_wish_that_makes_no_sense_is_refused_by_name(
-    served: ServedPool, wish: Any, param: str
+def test_options_that_make_no_sense_is_refused_by_name(
+    served: ServedPool, expert_options: Any, param: str
 ) -> None:
-    response = ask(served, wish)
+    response = ask(served, expert_options)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param

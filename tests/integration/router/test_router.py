@@ -2,7 +2,7 @@
 
 Hosts are threads; where a test needs calls to meet in a host, it holds the host's loop.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from moesaic.cluster.placement import (
     ExpertKey,
     LayerKey,
     LayerPlacement,
-    Number,
     Placement,
+    PlacementId,
     Replica,
 )
 from moesaic.cluster.routing.policy import RouterPolicy
@@ -350,7 +350,7 @@ def test_experts_move_between_hosts_in_the_middle_of_traffic(folder: Path) -> No
                 moves += 1
                 router.place(
                     Placement(
-                        Number(1, 1 + moves),
+                        PlacementId(1, 1 + moves),
                         pool.placement.hosts,
                         {**pool.placement.layers, KEY: LayerPlacement(replicas)},
                     )
@@ -367,7 +367,7 @@ def test_experts_move_between_hosts_in_the_middle_of_traffic(folder: Path) -> No
             over.set()
         moves = moving.result(30)
         assert moves > 20
-        assert router.stats().placement == Number(1, 1 + moves)
+        assert router.stats().placement == PlacementId(1, 1 + moves)
         assert router.stats().rows_lost == 0
 
 
@@ -388,7 +388,7 @@ def test_a_restarted_host_is_reached_under_its_new_incarnation(folder: Path) -> 
         again.load([(pool.ref, pool.shape)], keys)
         entries = {**pool.placement.hosts, "host-0": again.entry()}
         assert not call.done()
-        router.place(Placement(Number(1, 2), entries, pool.placement.layers))
+        router.place(Placement(PlacementId(1, 2), entries, pool.placement.layers))
         assert_right(call.result(30), pool.answer(x, ids, weights))
 
 
@@ -403,7 +403,7 @@ def test_calls_of_several_routers_are_merged(
     with serving(folder, hosts=1, exact=exact) as pool, in_background() as start:
         (host,) = pool.hosts
         routers = [pool.router(transport=transport) for _ in range(5)]
-        # Different numbers of rows and choices, padded to one another in the batch.
+        # Different numbers of rows and assignments, padded to one another in the batch.
         asked = [inputs(1 + 3 * n, 1 + n % 3, seed=n) for n in range(5)]
         alone = [routers[0].forward(KEY, *one) for one in asked]
         before = host.report().loop
@@ -503,7 +503,7 @@ def test_a_router_without_hosts_says_what_it_waits_for() -> None:
 def test_load_is_reported_while_one_slow_call_follows_the_other(folder: Path) -> None:
     """The router's lock is hardly ever free then; the controller would plan by old counts."""
 
-    def choices(router: Router) -> int:
+    def assignments(router: Router) -> int:
         return sum(int(counts.sum()) for counts in router.take_load().counts.values())
 
     with serving(folder) as pool, in_background() as start:
@@ -522,10 +522,10 @@ def test_load_is_reported_while_one_slow_call_follows_the_other(folder: Path) ->
         for _ in range(5):
             seen = len(ended)
             assert settles(lambda seen=seen: len(ended) >= seen + 2)
-            counted.append(choices(router))
+            counted.append(assignments(router))
         over.set()
         running.result(10)
         assert all(counted), counted
         # What was handed over meanwhile, and what came behind it.
-        counted += [choices(router), choices(router)]
+        counted += [assignments(router), assignments(router)]
         assert sum(counted) == sum(ended)

@@ -1,6 +1,6 @@
 """The router service over real sockets and real hosts: answers, merging, failures, overload.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.router_service.catalog import Catalog
 from moesaic.actors.router_service.service import SERVICE, RouterService, ServicePolicy
 from moesaic.cluster.batching.batch_queue import MergePolicy
-from moesaic.cluster.placement import ExpertKey, LayerKey, ModelShape, Number, Placement
+from moesaic.cluster.placement import ExpertKey, LayerKey, ModelShape, Placement, PlacementId
 from moesaic.proto.errors import (
     BadExpert,
     Busy,
@@ -327,7 +327,7 @@ def test_rows_of_a_lost_expert_wait_for_it_and_others_go_on(folder: Path) -> Non
             [ExpertKey("m", la.layer, expert) for la in pool.layers for expert in range(EXPERTS)],
         )
         entries = {**pool.placement.hosts, "host-0": again.entry()}
-        served.router.place(Placement(Number(1, 2), entries, pool.placement.layers))
+        served.router.place(Placement(PlacementId(1, 2), entries, pool.placement.layers))
         assert_right(call.result(30), pool.answer(*given))
 
 
@@ -441,7 +441,7 @@ def test_a_defect_of_its_thread_is_known_at_once(
     with router_service(folder) as served:
         client = served.client()
         served.answers(client, inputs(2))
-        monkeypatch.setattr(served.service._calls._merger, "batch_over", None)
+        monkeypatch.setattr(served.service._calls._queue, "batch_over", None)
         with pytest.raises(InternalError, match=r"A defect of Moesaic's.*\(request \w+\)"):
             served.ask(client, inputs(2))
         with pytest.raises(InternalError, match="computes nothing any more"):

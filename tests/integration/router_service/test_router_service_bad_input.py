@@ -87,8 +87,8 @@ BAD: dict[str, tuple[list[ComputeRequest], type[MoesaicError], str]] = {
     "no hidden": (whole(hidden=0), CallError, "hidden: 0 is not between"),
     "wide": (whole(hidden=MAX_HIDDEN + 1), CallError, "hidden: 131073 is not between"),
     "hidden": (whole(hidden=31), CallError, "hidden: 31, but m has 32"),
-    "no choices": (whole(top_k=0), CallError, "top_k: 0 is not between"),
-    "choices": (whole(top_k=9), CallError, "top_k: 9 choices of 8 experts"),
+    "no assignments": (whole(top_k=0), CallError, "top_k: 0 is not between"),
+    "assignments": (whole(top_k=9), CallError, "top_k: 9 assignments of 8 experts"),
     "too little": (
         [ComputeRequest(head=head_of(GIVEN), data=DATA[:-1])],
         CallError,

@@ -91,7 +91,7 @@ def test_what_cannot_be_ended_keeps_nothing_else_running(monkeypatch: pytest.Mon
         namespace="n",
         controller="controller",
         models={},
-        keeper=keeper,
+        provisioner=keeper,
         begun=True,
         serves=True,
         router_service="router",

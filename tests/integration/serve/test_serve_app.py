@@ -28,11 +28,11 @@ from moesaic.actors.engine.engine import Delta, Sampling
 from moesaic.actors.runtime.embedded_ray import start_embedded
 from moesaic.actors.runtime.ports import free_port
 from moesaic.actors.serve import serve_app
-from moesaic.actors.serve.serve_app import Failure, Trunk, build
+from moesaic.actors.serve.serve_app import ErrorValue, Trunk, build
 from moesaic.client import Client
 from moesaic.cluster.reports.status import EngineStatus
 from moesaic.cluster.spec.parts import MonitoringSpec
-from moesaic.proto.errors import ERRORS, EngineError, RequestError, UnknownModel, words_for_client
+from moesaic.proto.errors import ERRORS, EngineError, RequestError, UnknownModel, client_message
 from tests.helpers.engines import reference, tiny_engine
 from tests.helpers.scripted import (
     CODES,
@@ -148,7 +148,7 @@ def test_every_error_crosses_with_its_type(http: httpx.Client, code: str) -> Non
     # Ray adds it once more.
     request_id = answer.headers["x-request-id"].partition(", ")[0]
     told = (error["message"], error["code"])
-    words = words_for_client(ERRORS[code](f"this is {code}"), request_id)
+    words = client_message(ERRORS[code](f"this is {code}"), request_id)
     assert told == (words, code)
     assert error["param"] == ("prompt" if issubclass(ERRORS[code], RequestError) else None)
     answer = http.post("/v1/completions", json=script(LATE_ERROR + number, stream=True))
@@ -224,7 +224,7 @@ def test_a_trunk_that_dies_ends_its_streams_with_an_error_and_comes_back(
 
 def test_failures_keep_type_message_and_field() -> None:
     for error in (UnknownModel("no", param="model"), RequestError("bad"), EngineError("x")):
-        back = Failure.of(error).error()
+        back = ErrorValue.of(error).error()
         assert type(back) is type(error)
         assert str(back) == str(error)
         assert getattr(back, "param", None) == getattr(error, "param", None)

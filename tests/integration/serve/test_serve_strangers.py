@@ -25,7 +25,7 @@ from ray import serve
 from moesaic.actors.runtime.embedded_ray import start_embedded
 from moesaic.actors.runtime.ports import free_port
 from moesaic.actors.serve.serve_app import Trunk, build
-from moesaic.actors.serve.serve_border import Place, start_serve
+from moesaic.actors.serve.serve_border import ServeAddress, start_serve
 from moesaic.cluster.spec.parts import EndpointSpec, LimitSpec, MonitoringSpec
 from tests.helpers.scripted import COUNT, WAIT, scripted_engine
 from tests.helpers.tiny import tiny_tokenizer
@@ -51,7 +51,7 @@ def http() -> Iterator[httpx.Client]:
         num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment
     )
     try:
-        start_serve(Place("127.0.0.1", PORT), "strangers")
+        start_serve(ServeAddress("127.0.0.1", PORT), "strangers")
         trunk = Trunk.options(name="Trunk-script").bind(scripted_engine)
         app = build(
             {"script": trunk},

@@ -97,7 +97,7 @@ def test_what_a_cluster_left_whose_owner_died_is_ended(folder: Path) -> None:
     dead = moesaic.up(spec_of(folder, "dead", port=port))
     # With the owner's job Ray ends its actors; those of Serve belong to nobody.
     launched: Any = dead._launched
-    launched.keeper.close()
+    launched.provisioner.close()
     ray.kill(launched.controller, no_restart=True)
     remove_session(dead.name)
     left = find_serve()

@@ -34,7 +34,7 @@ from moesaic.cluster.routing.transports import Transport
 from moesaic.proto.errors import Busy, Expired, HostLost, Unauthenticated
 from moesaic.proto.expert_pb2 import Frame, WeightsChunk, WeightsKey
 from moesaic.proto.expert_pb2_grpc import WeightsStub
-from moesaic.proto.keys import ClusterSecret, Plane, answer, shown, target
+from moesaic.proto.keys import ClusterSecret, Plane, proof_hash, reply_hash, target
 from moesaic.proto.limits import HELLO_S, MAX_UNANNOUNCED
 from moesaic.proto.wire import WIRE_VERSION
 from tests.helpers.serving import save_model, serving
@@ -232,9 +232,9 @@ class Impostor:
 # All that an impostor can know: what routers show it, and the proofs of hosts of its own.
 ANSWERS: dict[str, bytes | None] = {
     "nothing": None,
-    "what it was shown": shown(OURS.proof("experts", MEANT)),
-    "the answer of another cluster": answer(THEIRS.proof("experts", MEANT)),
-    "the answer of an earlier start": answer(OURS.proof("experts", target("host", 6))),
+    "what it was shown": proof_hash(OURS.proof("experts", MEANT)),
+    "the answer of another cluster": reply_hash(THEIRS.proof("experts", MEANT)),
+    "the answer of an earlier start": reply_hash(OURS.proof("experts", target("host", 6))),
 }
 
 

@@ -1,6 +1,6 @@
 """Groups of torch.distributed: pairs by themselves, and routers that fall back to gRPC.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moesaic.actors.transport import process_group as pairs
 from moesaic.actors.transport.grpc.session import GrpcSession
 from moesaic.actors.transport.grpc.stream import GrpcChannel
 from moesaic.actors.transport.process_group import HOST_RANK, PIECE_BYTES, ROUTER_RANK, Pair
-from moesaic.cluster.placement import HostEntry, LayerPlacement, Number, Placement, Replica
+from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing import transports
 from moesaic.proto.errors import CallError, ClusterError, HostLost
 from tests.helpers.serving import (
@@ -279,7 +279,7 @@ def with_another(pool: Hosts, folder: Path) -> Iterator[tuple[Popen[str], str, P
             key: LayerPlacement((both,) * len(layer.replicas))
             for key, layer in pool.placement.layers.items()
         }
-        yield child, entry.host, Placement(Number(1, 2), hosts, layers)
+        yield child, entry.host, Placement(PlacementId(1, 2), hosts, layers)
 
 
 def placed(pool: Hosts, placement: Placement) -> Router:

@@ -13,11 +13,11 @@ from moesaic.cluster.placement import (
     LayerKey,
     LayerPlacement,
     ModelShape,
-    Number,
     Placement,
+    PlacementId,
     Replica,
     experts_of,
-    spread,
+    initial_placement,
 )
 from tests.helpers.worlds import entry
 
@@ -26,7 +26,9 @@ KEY = LayerKey("m", 0)
 
 def placed(*experts: tuple[Replica, ...]) -> Placement:
     hosts = sorted({replica.host for replicas in experts for replica in replicas})
-    return Placement(Number(1, 1), {h: entry(h) for h in hosts}, {KEY: LayerPlacement(experts)})
+    return Placement(
+        PlacementId(1, 1), {h: entry(h) for h in hosts}, {KEY: LayerPlacement(experts)}
+    )
 
 
 # ---- spreading ----------------------------------------------------------------------------------
@@ -55,7 +57,7 @@ def test_experts_are_spread_evenly_and_never_twice_on_a_host(
     drawn: tuple[list[ModelShape], list[str]],
 ) -> None:
     models, hosts = drawn
-    layers = spread(models, hosts)
+    layers = initial_placement(models, hosts)
     assert set(layers) == {LayerKey(m.model, layer) for m in models for layer in m.experts}
     for model in models:
         for number, experts in model.experts.items():
@@ -70,13 +72,15 @@ def test_experts_are_spread_evenly_and_never_twice_on_a_host(
             first = [sum(layer.hosts(e)[0] == h for e in range(experts)) for h in hosts]
             assert max(first) - min(first) <= 1, "preferred replicas of a layer"
     # A placement takes it as it is.
-    Placement(Number(1, 1), {host: entry(host) for host in hosts}, layers)
+    Placement(PlacementId(1, 1), {host: entry(host) for host in hosts}, layers)
 
 
 def test_primaries_rotate_from_layer_to_layer() -> None:
     """Expert 0 is often the busiest; one host alone must not have it in every layer."""
     hosts = ["h0", "h1", "h2"]
-    layers = spread([ModelShape(model="m", experts=dict.fromkeys(range(6), 8), replicas=2)], hosts)
+    layers = initial_placement(
+        [ModelShape(model="m", experts=dict.fromkeys(range(6), 8), replicas=2)], hosts
+    )
     first = [layers[LayerKey("m", layer)].hosts(0)[0] for layer in range(6)]
     assert first == [*hosts, *hosts]
     assert all(a != b for a, b in pairwise(first))
@@ -85,7 +89,7 @@ def test_primaries_rotate_from_layer_to_layer() -> None:
 def test_replicas_that_do_not_fit_are_refused_by_name() -> None:
     shape = ModelShape(model="big", experts={0: 4}, replicas=3)
     with pytest.raises(ValueError, match=r"models\.big\.replicas: 3 replicas.*there are 2"):
-        spread([shape], ["h0", "h1"])
+        initial_placement([shape], ["h0", "h1"])
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -94,7 +98,7 @@ def test_experts_of_all_hosts_are_all_replicas(
     drawn: tuple[list[ModelShape], list[str]],
 ) -> None:
     models, hosts = drawn
-    layers = spread(models, hosts)
+    layers = initial_placement(models, hosts)
     listed = {host: experts_of(layers, host) for host in hosts}
     wanted = {
         host: {
@@ -125,4 +129,4 @@ def test_an_expert_twice_on_one_host_is_refused() -> None:
 
 
 def test_numbers_are_ordered_by_term_first() -> None:
-    assert Number(2, 0) > Number(1, 99) > Number(1, 98)
+    assert PlacementId(2, 0) > PlacementId(1, 99) > PlacementId(1, 98)

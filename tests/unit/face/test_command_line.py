@@ -25,14 +25,14 @@ from moesaic.cli.exit_codes import EXIT_CODES
 from moesaic.cli.main import app, main
 from moesaic.cli.progress import Lines, read_lines
 from moesaic.client import Client
-from moesaic.cluster.control.status_views import standing
+from moesaic.cluster.control.status_views import expert_views
 from moesaic.cluster.load.meter import LoadReport
 from moesaic.cluster.load.tracker import LoadTracker
 from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, Replica
-from moesaic.cluster.planner.plan import Wishes
+from moesaic.cluster.planner.plan import OperatorConstraints
 from moesaic.logs import LogLine, read_logs
 from moesaic.proto.errors import CheckpointError, ClusterError, RequestError
-from moesaic.session import Session, note_logs, session_dir
+from moesaic.session import ClusterSession, note_logs, session_dir
 from tests.helpers.documented import COMMANDS, rows
 
 Capture = pytest.CaptureFixture[str]
@@ -302,7 +302,7 @@ def worker(folder: Path, number: int, kind: Any, name: str, lines: list[str]) ->
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
+def session(tmp_path: Path) -> ClusterSession:
     folder = tmp_path / "logs"
     folder.mkdir()
     worker(folder, 7, "host", "host-0", [f"line {n}" for n in range(50_000)])
@@ -310,17 +310,17 @@ def session(tmp_path: Path) -> Session:
     worker(folder, 8, "controller", "controller", [])
     (folder / "worker-aa-01-3.out").write_text("somebody else's\n")
     (folder / "worker-ab-01-4.out").write_text("moesaic: host host-5 of another\n")
-    return Session(
+    return ClusterSession(
         name="c", pid=1, started=0.0, ray_address="", embedded=True, url=None, logs=str(folder)
     )
 
 
-def read(session: Session, *kinds: Any, **more: Any) -> list[LogLine]:
+def read(session: ClusterSession, *kinds: Any, **more: Any) -> list[LogLine]:
     settings: dict[str, Any] = {"tail": 2, "follow": False, "stop": Event(), **more}
     return list(read_logs(session, kinds, **settings))
 
 
-def test_logs_of_processes_that_live_and_that_are_dead(session: Session) -> None:
+def test_logs_of_processes_that_live_and_that_are_dead(session: ClusterSession) -> None:
     assert read(session, host="host-0") == [
         LogLine("host", "host-0", 7, "stderr", "host-0 erred"),
         LogLine("host", "host-0", 7, "stdout", "line 49998"),
@@ -358,7 +358,7 @@ def test_a_wrong_setting_of_the_log_ends_a_command(variable: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_logs_that_there_are_not(session: Session) -> None:
+def test_logs_that_there_are_not(session: ClusterSession) -> None:
     with pytest.raises(ClusterError, match="no log of 'host-5'; it has logs of host-0"):
         read(session, host="host-5")
     with pytest.raises(ClusterError, match="no log of trunk"):
@@ -367,7 +367,7 @@ def test_logs_that_there_are_not(session: Session) -> None:
         read(session, "hots")
 
 
-def test_logs_of_a_start_that_failed(session: Session, capsys: Capture) -> None:
+def test_logs_of_a_start_that_failed(session: ClusterSession, capsys: Capture) -> None:
     note_logs("c", session.logs or "")
     assert main(["logs", "host", "--tail", "1", "--name", "c"]) == 0
     assert "host-0 9: again" in capsys.readouterr().out
@@ -389,7 +389,7 @@ def test_what_a_detached_start_tells_is_passed_on(tmp_path: Path) -> None:
     assert str(failed) == "two\n  lines"
 
 
-def test_logs_are_followed_line_by_line(session: Session) -> None:
+def test_logs_are_followed_line_by_line(session: ClusterSession) -> None:
     folder, stop = Path(session.logs or ""), Event()
     lines = read_logs(session, host="host-0", tail=1, follow=True, stop=stop)
     assert [next(lines).text for _ in range(4)][-1] == "again"
@@ -417,10 +417,12 @@ def test_where_experts_stand() -> None:
     layers = {key: placed, LayerKey("n", 0): LayerPlacement(((Replica("a", 1.0),),))}
     loads = LoadTracker()
     loads.advance(0.0)
-    loads.hear(LoadReport(router="r", number=None, counts={key: np.array([10, 30])}))
+    loads.hear(LoadReport(router="r", placement_id=None, counts={key: np.array([10, 30])}))
     loads.advance(10.0)
-    wishes = Wishes(least={ExpertKey("m", 3, 0): 2}, pins={ExpertKey("m", 3, 1): frozenset("b")})
-    first, second = standing(layers, loads, wishes, model="m")
+    constraints = OperatorConstraints(
+        min_replicas={ExpertKey("m", 3, 0): 2}, pins={ExpertKey("m", 3, 1): frozenset("b")}
+    )
+    first, second = expert_views(layers, loads, constraints, model="m")
     assert first.model_dump() == {
         "model": "m",
         "layer": 3,
@@ -432,8 +434,8 @@ def test_where_experts_stand() -> None:
         "pinned_to": [],
     }
     assert (second.pinned_to, second.min_replicas) == (["b"], 1)
-    assert standing(layers, loads, wishes, hot=1) == [second]
-    (other,) = standing(layers, loads, wishes, layer=0)
+    assert expert_views(layers, loads, constraints, hot=1) == [second]
+    (other,) = expert_views(layers, loads, constraints, layer=0)
     assert (other.model, other.share_of_layer) == ("n", None)
 
 

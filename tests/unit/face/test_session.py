@@ -21,7 +21,7 @@ from moesaic.handle import Cluster
 from moesaic.private_files import is_own, new_private, replace_file
 from moesaic.proto.errors import ClusterError
 from moesaic.session import (
-    Session,
+    ClusterSession,
     find_session,
     logged_session,
     need_session,
@@ -42,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def announce(**more: Any) -> Session:
+def announce(**more: Any) -> ClusterSession:
     values: dict[str, Any] = {
         "name": "c",
         "ray_address": "127.0.0.1:6379",
@@ -138,12 +138,12 @@ def test_a_draft_that_cannot_be_finished_is_not_left(monkeypatch: pytest.MonkeyP
 
 
 def test_a_trace_is_not_written_through_a_link(tmp_path: Path) -> None:
-    from moesaic.cluster.load.trace import Recorder
+    from moesaic.cluster.load.trace import TraceRecorder
 
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / f".out.{os.getpid()}").symlink_to(victim)
-    recorder = Recorder(1.0, totals(1, 1, 2))
+    recorder = TraceRecorder(1.0, totals(1, 1, 2))
     recorder.add(totals(1, 3, 4))
     write_trace(tmp_path / "out", recorder.trace())
     assert victim.read_text() == "precious"
@@ -332,7 +332,7 @@ def process() -> Iterator[psutil.Process]:
         child.wait()
 
 
-def owned(process: psutil.Process, **more: Any) -> Session:
+def owned(process: psutil.Process, **more: Any) -> ClusterSession:
     announce()
     values = json.loads(file().read_text())
     values |= {"pid": process.pid, "started": process.create_time(), **more}
@@ -367,7 +367,7 @@ def test_down_waits_for_the_owner_and_says_so(
     process: psutil.Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = owned(process)
-    monkeypatch.setattr(Session, "end_owner", lambda self: None)
+    monkeypatch.setattr(ClusterSession, "end_owner", lambda self: None)
     with pytest.raises(ClusterError, match="did not end cluster 'c' within 0 s"):
         Cluster(mine, None).down(timeout_s=0.0)
 

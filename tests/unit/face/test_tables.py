@@ -36,8 +36,8 @@ RESULT = LoadResult(
     prompt_tokens=1,
     answer_tokens=1,
     answer_tokens_per_s=22866.1,
-    first_token_s=TIMES,
-    between_tokens_s=TIMES,
+    time_to_first_token_s=TIMES,
+    inter_token_latency_s=TIMES,
 )
 HOST = host_report(
     "host-0",
@@ -111,7 +111,7 @@ CHANGE = reports.CHANGE.model_copy(
     }
 )
 FIGURES = SimpleNamespace(
-    way="static",
+    strategy="static",
     balancedness_mean=0.684,
     balancedness_worst=0.451,
     moved_slots=12017,
@@ -140,7 +140,7 @@ FIGURES = SimpleNamespace(
         (
             watch,
             lambda: watch._print_experts([EXPERT]),
-            ("layer", "expert", "600 s", "of layer", "wishes", "22,866", "(spare)"),
+            ("layer", "expert", "600 s", "of layer", "constraints", "22,866", "(spare)"),
         ),
         (operate, lambda: operate._print_changes([CHANGE]), ("moves", "took", "balance", "1200")),
         (

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from moesaic.cli.main import main
 from moesaic.cluster.load.meter import HostTimes, LoadReport
-from moesaic.cluster.load.trace import LoadTotals, Recorder, Trace
+from moesaic.cluster.load.trace import LoadTotals, Trace, TraceRecorder
 from moesaic.cluster.load.tracker import LoadTracker
 from moesaic.cluster.placement import LayerKey
 from moesaic.proto.errors import CheckpointError, ClusterError, RequestError
@@ -25,7 +25,7 @@ KEY, OTHER = LayerKey("m", 0), LayerKey("folder/name", 3)
 
 
 def totals(term: int, *counts: int, busy_s: float = 0.0) -> LoadTotals:
-    times = HostTimes(calls=1, choices=sum(counts), queued_s=2 * busy_s, busy_s=busy_s)
+    times = HostTimes(calls=1, assignments=sum(counts), queued_s=2 * busy_s, busy_s=busy_s)
     return LoadTotals(term=term, counts={KEY: np.array(counts)}, hosts={"h": times})
 
 
@@ -33,58 +33,58 @@ def totals(term: int, *counts: int, busy_s: float = 0.0) -> LoadTotals:
 
 
 def test_windows_hold_what_came_between_two_readings() -> None:
-    recorder = Recorder(2.0, totals(1, 5, 0, busy_s=1.0))
+    recorder = TraceRecorder(2.0, totals(1, 5, 0, busy_s=1.0))
     recorder.add(totals(1, 7, 1, busy_s=1.5))
     recorder.add(totals(1, 7, 1, busy_s=1.5))
     trace = recorder.trace()
     assert trace.window_s == 2.0
     assert trace.counts[KEY].tolist() == [[2, 1], [0, 0]]
-    assert trace.choices_WH.tolist() == [[3], [0]]
+    assert trace.assignments_WH.tolist() == [[3], [0]]
     assert trace.busy_s_WH.tolist() == [[0.5], [0.0]]
     assert trace.queued_s_WH.tolist() == [[1.0], [0.0]]
 
 
 def test_a_controller_that_starts_anew_counts_from_zero() -> None:
-    recorder = Recorder(1.0, totals(1, 100, 100, busy_s=9.0))
+    recorder = TraceRecorder(1.0, totals(1, 100, 100, busy_s=9.0))
     recorder.add(totals(2, 3, 0, busy_s=0.25))
     assert recorder.trace().counts[KEY].tolist() == [[3, 0]]
     assert recorder.trace().busy_s_WH.tolist() == [[0.25]]
 
 
 def test_what_appears_on_the_way_has_zeros_before_and_another_form_starts_anew() -> None:
-    recorder = Recorder(1.0, LoadTotals(term=1))
+    recorder = TraceRecorder(1.0, LoadTotals(term=1))
     recorder.add(totals(1, 1, 2))
     recorder.add(totals(1, 1, 2, 3))
     late = {OTHER: np.array([4]), KEY: np.array([1, 2, 3])}
-    recorder.add(LoadTotals(term=1, counts=late, hosts={"late": HostTimes(choices=8)}))
+    recorder.add(LoadTotals(term=1, counts=late, hosts={"late": HostTimes(assignments=8)}))
     trace = recorder.trace()
     assert trace.counts[KEY].tolist() == [[1, 2, 0], [1, 2, 3], [0, 0, 0]]
     assert trace.counts[OTHER].tolist() == [[0], [0], [4]]
     assert trace.hosts == ("h", "late")
-    assert trace.choices_WH[:, 1].tolist() == [0, 0, 8]
+    assert trace.assignments_WH[:, 1].tolist() == [0, 0, 8]
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=4), st.integers(1, 9), st.floats(0, 100))
 def test_windows_without_a_reading_share_evenly_and_lose_nothing(
     counts: list[int], windows: int, busy_s: float
 ) -> None:
-    recorder = Recorder(1.0, LoadTotals(term=1))
+    recorder = TraceRecorder(1.0, LoadTotals(term=1))
     recorder.add(totals(1, *counts, busy_s=busy_s), windows)
     trace = recorder.trace()
     assert trace.windows == windows
     assert trace.counts[KEY].sum(axis=0).tolist() == counts
     assert np.ptp(trace.counts[KEY], axis=0).max() <= 1
-    assert trace.choices_WH.sum() == sum(counts)
+    assert trace.assignments_WH.sum() == sum(counts)
     assert trace.busy_s_WH.sum() == pytest.approx(busy_s)
 
 
 def test_the_tracker_keeps_totals_that_readers_may_keep() -> None:
     tracker = LoadTracker()
-    tracker.hear(LoadReport(router="r", number=None, counts={KEY: np.array([1, 2])}))
+    tracker.hear(LoadReport(router="r", placement_id=None, counts={KEY: np.array([1, 2])}))
     first = dict(tracker.totals)
     tracker.advance(0.0)
     tracker.advance(10.0)
-    tracker.hear(LoadReport(router="s", number=None, counts={KEY: np.array([1, 0])}))
+    tracker.hear(LoadReport(router="s", placement_id=None, counts={KEY: np.array([1, 0])}))
     assert tracker.totals[KEY].tolist() == [2, 2]
     assert first[KEY].tolist() == [1, 2]
 
@@ -173,14 +173,14 @@ def some_trace() -> Trace:
             OTHER: rng.integers(0, 1 << 40, (4, 2)),
         },
         hosts=("host-0", "Häuschen"),
-        choices_WH=rng.integers(0, 99, (4, 2)),
+        assignments_WH=rng.integers(0, 99, (4, 2)),
         busy_s_WH=rng.random((4, 2)),
         queued_s_WH=rng.random((4, 2)),
     )
 
 
 def equal(left: Trace, right: Trace) -> bool:
-    arrays = "choices_WH", "busy_s_WH", "queued_s_WH"
+    arrays = "assignments_WH", "busy_s_WH", "queued_s_WH"
     return (
         (left.window_s, left.hosts) == (right.window_s, right.hosts)
         and left.counts.keys() == right.counts.keys()
@@ -203,7 +203,7 @@ def test_a_trace_without_traffic_survives_its_file(tmp_path: Path) -> None:
         window_s=1.0,
         counts={},
         hosts=(),
-        choices_WH=empty.astype(np.int64),
+        assignments_WH=empty.astype(np.int64),
         busy_s_WH=empty,
         queued_s_WH=empty,
     )

@@ -4,7 +4,7 @@ Tolerances, largest difference as a part of a call's largest output (at least 1)
 float16 5e-3, bfloat16 4e-2: kernels cut the rows into other products, and add biases before or
 after rounding.
 
-Shape suffixes: T = tokens, K = choices of a token, H = hidden size, E = experts.
+Shape suffixes: T = tokens, K = assignments of a token, H = hidden size, E = experts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 DECORATED = decorated_classes()
 
 
-def choices(tokens: int, top_k: int, experts: int, *, seed: int = 0, unused: float = 0.2) -> Tensor:
+def assignments(
+    tokens: int, top_k: int, experts: int, *, seed: int = 0, unused: float = 0.2
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     ids_TK = torch.randint(0, experts, (tokens, top_k), generator=generator, dtype=torch.int32)
     return ids_TK.masked_fill_(torch.rand(tokens, top_k, generator=generator) < unused, -1)
@@ -94,10 +96,10 @@ def test_kernels_compute_what_the_reference_states(
     experts = data.draw(st.sets(st.integers(0, 7), min_size=1), label="experts held")
     tokens, top_k = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 4))
     seed = data.draw(st.integers(0, 1000))
-    unused = data.draw(st.sampled_from([0.0, 0.3, 1.0]), label="unused choices")
+    unused = data.draw(st.sampled_from([0.0, 0.3, 1.0]), label="unused assignments")
     # An expert may be chosen twice by one token: sums do not mind.
     held = torch.tensor(sorted(experts), dtype=torch.int32)
-    drawn_TK = choices(tokens, top_k, len(experts), seed=seed, unused=unused)
+    drawn_TK = assignments(tokens, top_k, len(experts), seed=seed, unused=unused)
     ids_TK = torch.where(drawn_TK >= 0, held[drawn_TK.clamp(min=0)], -1)
     ids_TK = ids_TK.to(data.draw(st.sampled_from([torch.int32, torch.int64])))
     all_weights = random_experts(kind, experts, dtype=dtype, seed=seed, device=device)
@@ -220,7 +222,7 @@ def _seeded(seed: int) -> torch.Generator:
 def test_exact_rows_are_the_weighted_choices(kind: str, dtype: torch.dtype, device: str) -> None:
     form = KINDS[kind].form
     experts = random_experts(KINDS[kind], range(5), dtype=dtype, device=device)
-    ids_TK = choices(37, 3, 5)
+    ids_TK = assignments(37, 3, 5)
     x_TH, weights_TK = inputs(37, dtype=dtype).to(device), weights_for(ids_TK).to(device)
     out = garbage(37, 3, HIDDEN, device=device)
     exact_rows(form, experts, x_TH, ids_TK, weights_TK, out)
@@ -239,7 +241,7 @@ def test_exact_rows_are_the_weighted_choices(kind: str, dtype: torch.dtype, devi
 def test_the_bits_of_exact_rows_depend_on_their_own_input_alone(
     dtype: torch.dtype, device: str, data: st.DataObject
 ) -> None:
-    """Any rows, in any order, among any batch mates, under any other choices: the same bits."""
+    """Any rows, in any order, among any batch mates, under any other assignments: the same bits."""
     kind = KINDS[data.draw(st.sampled_from(sorted(KINDS)), label="kind")]
     seed = data.draw(st.integers(0, 1000))
     # Wide enough for a library to take another path for another number of rows.
@@ -248,7 +250,7 @@ def test_the_bits_of_exact_rows_depend_on_their_own_input_alone(
     )
     if data.draw(st.booleans(), label="packed"):
         experts = packed(kind.form, experts)
-    ids_TK = choices(50, 2, 3, seed=seed)
+    ids_TK = assignments(50, 2, 3, seed=seed)
     x_TH = inputs(50, hidden=192, dtype=dtype, seed=seed).to(device)
     weights_TK = weights_for(ids_TK, seed).to(device)
 
@@ -296,7 +298,7 @@ def test_exactly_the_guilty_experts_are_named(exact: bool, data: st.DataObject) 
         experts[expert] = replace(
             experts[expert], down=torch.full_like(experts[expert].down, value)
         )
-    ids_TK = choices(9, 2, 6, seed=data.draw(st.integers(0, 1000)))
+    ids_TK = assignments(9, 2, 6, seed=data.draw(st.integers(0, 1000)))
     x_TH = inputs(9, dtype=torch.float32)
     x_TH[sorted(broken)] = value
     weights_TK = weights_for(ids_TK) + 0.1

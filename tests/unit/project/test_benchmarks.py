@@ -17,7 +17,7 @@ from moesaic.cluster.control.commands import MakePlan
 from moesaic.cluster.control.control import Control, ControlPolicy
 from moesaic.cluster.control.pool_view import Observation
 from moesaic.cluster.load.meter import HostTimes, LoadReport
-from moesaic.cluster.placement import HostEntry, LayerKey, ModelShape, spread
+from moesaic.cluster.placement import HostEntry, LayerKey, ModelShape, initial_placement
 from moesaic.cluster.planner.plan import PoolHost
 from tests.helpers.paths import ROOT
 
@@ -25,7 +25,7 @@ TRAFFIC = Traffic(
     layers=2, experts=32, top_k=2, tokens=64, hidden=4, exponent=1.0, shift_s=10.0, shifts=2
 )
 HOSTS = ["a", "b", "c", "d"]
-PLACED = spread([ModelShape(model=MODEL, experts={0: 32, 1: 32})], HOSTS)
+PLACED = initial_placement([ModelShape(model=MODEL, experts={0: 32, 1: 32})], HOSTS)
 
 
 def even(exponent: float) -> Traffic:
@@ -114,8 +114,8 @@ def test_the_controller_with_deepseeks_rule_asks_it_for_balance_and_ours_for_the
     standing = control.placement
     assert standing is not None
     counts = {key: TRAFFIC.load(key.layer, 0) for key in standing.layers}
-    times = {"a": HostTimes(calls=1, choices=100, busy_s=1.0)}
-    control.hear(LoadReport(router="r", number=None, counts=counts, hosts=times), 2.0)
+    times = {"a": HostTimes(calls=1, assignments=100, busy_s=1.0)}
+    control.hear(LoadReport(router="r", placement_id=None, counts=counts, hosts=times), 2.0)
     control.loads.advance(4.0)
     asked = control.plan_for(4.0)
     assert isinstance(asked, EplbPlan)

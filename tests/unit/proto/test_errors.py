@@ -18,7 +18,7 @@ from moesaic.actors.endpoint.http import monitoring_app
 from moesaic.actors.endpoint.http.edge import error_answer, event_stream
 from moesaic.actors.endpoint.http.metrics import HttpMetrics
 from moesaic.actors.endpoint.openai.responses import error_response
-from moesaic.actors.serve.serve_app import Failure
+from moesaic.actors.serve.serve_app import ErrorValue
 from moesaic.actors.transport.grpc.border import from_grpc, to_grpc
 from moesaic.cli import main as command_line
 from moesaic.cluster.service.web_guard import WebGuard
@@ -31,8 +31,8 @@ from moesaic.proto.errors import (
     MoesaicError,
     RequestError,
     Retryable,
+    describe_error,
     from_wire,
-    in_words,
 )
 from moesaic.proto.expert_pb2 import Frame
 
@@ -216,7 +216,7 @@ async def test_no_error_has_an_empty_message_at_any_border(
         "http": body["message"],
         "sse": event["message"].removesuffix(" (request the-id)"),
         "sdk": str(error_of({**body, "message": message})),
-        "ray": str(Failure.of(error).error()),
+        "ray": str(ErrorValue.of(error).error()),
         "grpc": str(from_grpc(_ended(error), "peer")).removeprefix("peer: "),
         "wire": str(from_wire(error.code, message)),
     }
@@ -238,11 +238,11 @@ async def test_foreign_errors_have_words_at_every_border(error: Exception) -> No
     try:
         raise error
     except Exception as caught:
-        words = in_words(caught)
+        words = describe_error(caught)
     name = type(error).__name__
     assert re.fullmatch(rf"{name}: 'x'|{name} in test_errors.py:\d+", words)
-    assert in_words(type(error)("x")).startswith(f"{name}: ")
-    assert in_words(TimeoutError()) == "TimeoutError"
+    assert describe_error(type(error)("x")).startswith(f"{name}: ")
+    assert describe_error(TimeoutError()) == "TimeoutError"
     told = (await _sse(error))["error"]["message"]
     assert told == f"{general_words(InternalError)} (request the-id)"
     assert to_grpc(error)[1].startswith(f"InternalError: {name}")
@@ -268,7 +268,7 @@ def test_an_error_of_the_system_without_a_word_on_the_command_line(
 
 
 def test_nobody_writes_a_foreign_error_that_may_be_empty() -> None:
-    """`in_words` says something for every exception; this form ends with nothing for a timeout."""
+    """`describe_error` says something for every exception; this form is empty for a timeout."""
     root = Path(errors.__file__).resolve().parents[1]
     rooms = ("actors", "cluster", "kernels", "models", "proto", "src/moesaic")
     form = re.compile(r"type\((\w+)\)\.__name__\}: \{\1\}")
@@ -335,7 +335,7 @@ async def test_a_slow_cluster_is_no_defect_of_the_endpoint(
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         metrics = await client.get("/metrics")
         answer = await client.get("/status")
-    assert (metrics.status_code, "moesaic_requests_open" in metrics.text) == (200, True)
+    assert (metrics.status_code, "moesaic_requests_running" in metrics.text) == (200, True)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"] == {
         "message": "the cluster's status did not come within 0.01 s; ask again",

@@ -14,10 +14,10 @@ from moesaic.proto.keys import (
     SECRET_BYTES,
     ClusterSecret,
     Plane,
-    answer,
+    proof_hash,
+    reply_hash,
     same_key,
     secret_of_process,
-    shown,
     target,
 )
 
@@ -79,7 +79,7 @@ def test_nothing_derived_is_another_derived() -> None:
     secret = ClusterSecret(VALUE)
     place = target("h", 1)
     derived = [secret.proof(plane, place) for plane in PLANES]
-    derived += [made(proof) for proof in derived for made in (shown, answer)]
+    derived += [made(proof) for proof in derived for made in (proof_hash, reply_hash)]
     derived += [secret.grant("h", 1, KEY, 1, 1), bytes.fromhex(secret.router_key), VALUE]
     assert len(set(derived)) == len(derived)
 

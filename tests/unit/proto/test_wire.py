@@ -53,14 +53,14 @@ def call_for(layout: CallLayout) -> Call:
 @given(layouts)
 def test_sections_are_aligned_and_apart(layout: CallLayout) -> None:
     x_end = layout.rows * layout.hidden * layout.dtype.itemsize
-    choice_bytes = layout.rows * layout.top_k * 4
+    assignment_bytes = layout.rows * layout.top_k * 4
     assert x_end <= layout.ids_offset
-    assert layout.ids_offset + choice_bytes <= layout.weights_offset
-    assert layout.weights_offset + choice_bytes <= layout.call_bytes
+    assert layout.ids_offset + assignment_bytes <= layout.weights_offset
+    assert layout.weights_offset + assignment_bytes <= layout.call_bytes
     for offset in (layout.ids_offset, layout.weights_offset, layout.call_bytes, layout.slot_bytes):
         assert offset % ALIGNMENT_BYTES == 0
     # No more than alignment is wasted.
-    assert layout.call_bytes < x_end + 2 * choice_bytes + 3 * ALIGNMENT_BYTES
+    assert layout.call_bytes < x_end + 2 * assignment_bytes + 3 * ALIGNMENT_BYTES
     assert layout.slot_bytes >= layout.call_bytes + layout.reply_bytes
 
 

@@ -1,6 +1,6 @@
 """The gate of both architectures: the most probable experts of a softmax over all.
 
-Shape suffixes: H = hidden size, K = choices of a token, E = experts, ... = tokens in any shape.
+Shape suffixes: H = hidden size, K = assignments of a token, E = experts, ... = tokens in any shape.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ embeddings and logits, and eight experts with a GELU gate. A token uses the two 
 experts of a softmax over all (not renormalised). Names of the configuration and of the tensors on
 disk are those of the checkpoints in safetensors (hpcai-tech/grok-1).
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token, B = batch, S = sequence.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token, B = batch, S = sequence.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The arithmetic is that of the published implementation (ColossalAI, applications
 Llama whose attention logits are not scaled, with a SwiGLU of three up-projections. Every
 ``moe_layer_interval``-th layer has experts of that form, followed by a dense FFN with a norm of its
 own. A token uses the two most probable experts of a softmax over all (not renormalised) that have
-capacity left: it is given to all first choices, then to the second ones, in the tokens' order.
+capacity left: it is given to all first assignments, then to the second ones, in the tokens' order.
 
 One thing differs: an expert's capacity is counted for each sequence, without its padding. The
 published code counts it over a whole batch, so there a text depends on its neighbours; for a batch
@@ -13,8 +13,8 @@ of one both are the same.
 Names of the configuration and of the tensors on disk are those of the published checkpoints, whose
 ``model_type`` is llama and whose ``architectures`` name `OpenMoeForCausalLM`.
 
-Shape suffixes: T = tokens, H = hidden size, K = choices of a token, E = experts, I = intermediate
-size, B = batch, S = sequence, R = rows of one expert.
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token, E = experts, I =
+intermediate size, B = batch, S = sequence, R = rows of one expert.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ class OpenMoeExperts(nn.Module):
     def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         y_TH = torch.zeros_like(x_TH)
         for expert in range(self.num_experts):
-            token_R, choice_R = torch.where(ids_TK == expert)
+            token_R, assignment_R = torch.where(ids_TK == expert)
             up_R = x_TH[token_R] @ self.gate_up_proj[expert]
             out_RH = self._apply_gate(up_R) @ self.down_proj[expert]
-            weighted_RH = out_RH * weights_TK[token_R, choice_R, None]
+            weighted_RH = out_RH * weights_TK[token_R, assignment_R, None]
             y_TH.index_add_(0, token_R, weighted_RH.to(y_TH.dtype))
         return y_TH
 
@@ -116,13 +116,13 @@ class OpenMoeSparseMLP(nn.Module):
 
     def forward(self, x_BSH: Tensor, real_BS: Tensor) -> Tensor:
         weights_BSK, ids_BSK = most_probable(x_BSH, self.gate_weight, TOP_K)
-        # transformers' experts have no id for a choice without an expert, so its weight is 0.
+        # transformers' experts have no id for an assignment without an expert, so its weight is 0.
         weights_BSK = weights_BSK * self._with_room(ids_BSK, real_BS)
         y_TH = self.experts(x_BSH.flatten(0, 1), ids_BSK.flatten(0, 1), weights_BSK.flatten(0, 1))
         return y_TH.view_as(x_BSH)
 
     def _with_room(self, ids_BSK: Tensor, real_BS: Tensor) -> Tensor:
-        """Return (B, S, K) bool: the choices of real tokens for which their expert has room."""
+        """Return (B, S, K) bool: the assignments of real tokens for which their expert has room."""
         share_B1 = TOP_K * self.capacity_factor * real_BS.sum(1, keepdim=True) / self.num_experts
         room_B1 = share_B1.floor().long()
         room_B1 = (room_B1 + room_B1 % 2).clamp(min=self.min_capacity)

@@ -11,7 +11,7 @@ import pytest
 from moesaic.actors.controller.events import Events
 from moesaic.actors.controller.host_actors import HostActors
 from moesaic.cluster.placement import HostEntry
-from moesaic.cluster.planner.plan import FleetGroup, Wishes
+from moesaic.cluster.planner.plan import FleetGroup, OperatorConstraints
 from moesaic.cluster.scaling.autoscaler import ScalePolicy
 from moesaic.cluster.scaling.fleet import Fleet
 from tests.helpers.control_world import ControlWorld
@@ -71,8 +71,8 @@ def test_a_host_that_is_drained_and_used_again(caplog: Caught) -> None:
     events = Events(world.control, world.fleet)
     name = min(world.hosts)
     for leaving, expected in ((frozenset({name}), "is drained"), (frozenset(), "is used again")):
-        world.wishes = Wishes(leaving=leaving)
-        world.control.wish(world.wishes)
+        world.constraints = OperatorConstraints(leaving=leaving)
+        world.control.set_constraints(world.constraints)
         watched(world, events, world.finish)
         assert told(caplog).count(f"host {name} {expected}") == 1
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from moesaic.actors.controller.host_polling import LATE_S, QUIET_WAIT_S, Looks, Seen
+from moesaic.actors.controller.host_polling import LATE_S, QUIET_WAIT_S, HostPolling, PollResult
 from moesaic.cluster.control.host_speed import Work
 from moesaic.cluster.control.pool_view import Observation
 from moesaic.cluster.placement import HostEntry, LayerKey
@@ -24,17 +24,17 @@ class Hosts:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.says: dict[str, Seen] = {}
+        self.says: dict[str, PollResult] = {}
         self.asked: list[tuple[str, float]] = []
-        self.waiting: dict[str, asyncio.Future[Seen]] = {}
+        self.waiting: dict[str, asyncio.Future[PollResult]] = {}
         self.frozen: set[str] = set()
         self.heard = 0
-        self.looks = Looks(self.ask, self.hear, lambda: self.now)
+        self.looks = HostPolling(self.ask, self.hear, lambda: self.now)
 
     def hear(self) -> None:
         self.heard += 1
 
-    async def ask(self, host: str, wait_s: float) -> Seen:
+    async def ask(self, host: str, wait_s: float) -> PollResult:
         self.asked.append((host, wait_s))
         if wait_s or host in self.frozen:
             self.waiting[host] = asyncio.get_running_loop().create_future()
@@ -133,7 +133,7 @@ async def test_behind_an_order_nothing_that_was_said_before_counts(hosts: Hosts)
     hosts.says["a"] = HELD
     await hosts.rounds(2)
     crossed = hosts.waiting["a"]
-    hosts.looks.anew("a")
+    hosts.looks.invalidate("a")
     hosts.says["a"] = EMPTY
     assert await hosts.rounds(1) == {"a": EMPTY, "b": EMPTY}
     assert crossed.cancelled()

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from moesaic.actors.endpoint.http.metrics import HttpMetrics
 from moesaic.actors.endpoint.ingress import create_app
-from moesaic.actors.runtime.process_labels import Process, announce, announced
+from moesaic.actors.runtime.process_labels import ProcessLabel, announce, announced
 from moesaic.openai_wire import models, only
 from moesaic.proto.errors import RequestError
 from tests.helpers.service import BODIES, scripted_models
@@ -83,4 +83,4 @@ def test_aliases_do_not_make_a_second_model() -> None:
 
 def test_the_log_of_a_trunk_is_found_by_its_models_name(capsys: pytest.CaptureFixture[str]) -> None:
     announce("trunk", HUB, "local")
-    assert announced(capsys.readouterr().out) == Process("trunk", HUB, "local")
+    assert announced(capsys.readouterr().out) == ProcessLabel("trunk", HUB, "local")

@@ -8,12 +8,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from moesaic.actors.endpoint.ingress import create_app
-from moesaic.actors.engine.engine import Limits
+from moesaic.actors.engine.engine import RequestLimits
 from moesaic.actors.engine.served_model import ServedModel
 from moesaic.cluster.spec.parts import LimitSpec
 from tests.helpers.service import BODIES, TOKENIZER, Script
 
-WIDE = Limits(max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320)
+WIDE = RequestLimits(max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320)
 
 
 @pytest.mark.parametrize(

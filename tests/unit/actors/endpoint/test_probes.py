@@ -14,7 +14,7 @@ from moesaic.actors.endpoint.http import health as health_file
 from moesaic.actors.endpoint.http.health import Health, ModelHealth
 from moesaic.actors.endpoint.http.probes import add_health
 from moesaic.actors.engine.engine import Delta, Pooling, Sampling
-from moesaic.cluster.service.progress import STALLED_S, Heard, Progress
+from moesaic.cluster.service.progress import STALLED_S, ModelProgress, TrunkHeartbeat
 from moesaic.proto.errors import Busy, EngineError, UnknownModel
 
 ASKED = Sampling(max_tokens=9)
@@ -133,15 +133,15 @@ async def test_the_engine_is_asked_beside_the_probes_and_only_while_work_waits(
     asked, steps = 0, 0
     answers = False
 
-    async def hear() -> Heard | None:
+    async def hear() -> TrunkHeartbeat | None:
         nonlocal asked, steps
         asked += 1
         if not answers:
             await asyncio.Event().wait()  # frozen
         steps += 1
-        return Heard(trunk="a", steps=steps, busy=True, beats=True)
+        return TrunkHeartbeat(trunk="a", steps=steps, busy=True, beats=True)
 
-    model = ModelHealth(Progress(), hear, clock=clock)
+    model = ModelHealth(ModelProgress(), hear, clock=clock)
     health = Health({"m": model})
     stream = model.watch(engine.generate)("a", [1], ASKED)
     waiting = asyncio.ensure_future(anext(stream))

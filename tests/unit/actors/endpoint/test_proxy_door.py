@@ -46,7 +46,7 @@ async def ask(path: str) -> httpx.Response:
         "x-request-timeout-seconds": "-1",
         "x-request-disconnect-disabled": "?1",
     }
-    transport = httpx.ASGITransport(proxy_door.ProxyDoor(proxy))
+    transport = httpx.ASGITransport(proxy_door.ProxyMiddleware(proxy))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         return await http.get(path, headers=headers)
 
@@ -73,7 +73,7 @@ async def test_all_else_passes(path: str) -> None:
 def test_the_hook_chooses_the_protocol_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "AutoHTTPProtocol", auto.AutoHTTPProtocol)
     (one,) = proxy_door.middlewares()
-    assert one.cls is proxy_door.ProxyDoor
+    assert one.cls is proxy_door.ProxyMiddleware
     assert auto.AutoHTTPProtocol is BoundedConnection
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moesaic.actors.engine.engine import Delta, Sampling
-from moesaic.actors.engine.expert_wait import Parking
+from moesaic.actors.engine.expert_wait import ParkedRequests
 from moesaic.actors.engine.sampling import RequestSampler
 from moesaic.actors.engine.vllm_backend.requests import going_on
 from moesaic.actors.text.answer_form import AnswerForm
@@ -44,7 +44,7 @@ class Batch:
         yield Delta((), "length")
 
 
-async def texts(parking: Parking, batch: Batch, asked: Sampling = ASKED) -> list[int]:
+async def texts(parking: ParkedRequests, batch: Batch, asked: Sampling = ASKED) -> list[int]:
     found: list[int] = []
     async with aclosing(parking.generate(batch.attempt, PROMPT, asked)) as deltas:
         async for delta in deltas:
@@ -56,8 +56,8 @@ def lot(
     wait_s: float = 5.0,
     check: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
-) -> Parking:
-    return Parking(wait_s, check, clock)
+) -> ParkedRequests:
+    return ParkedRequests(wait_s, check, clock)
 
 
 async def test_it_goes_on_where_it_was() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from moesaic.actors.engine.engine import Delta, Sampling
 from moesaic.actors.engine.resuming import resuming
-from moesaic.cluster.routing.expert_fallback import Dropped
+from moesaic.cluster.routing.expert_fallback import DroppedExperts
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable, MoesaicError
 
 PROMPT = [1, 2, 3]
@@ -34,7 +34,7 @@ class Trunks:
         self.already.append(list(already))
         tokens, error = self._lives.pop(0)
         for n in range(tokens):
-            dropped = Dropped(0.1 * len(self.already), n + 1)
+            dropped = DroppedExperts(0.1 * len(self.already), n + 1)
             yield Delta((10 + len(already) + n,), dropped=dropped)
         if error is not None:
             raise error

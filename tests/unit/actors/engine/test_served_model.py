@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from moesaic.actors.engine.engine import Delta, Limits, Sampling, TokenLogprob
-from moesaic.actors.engine.served_model import Piece, ServedModel, TokenChoice
+from moesaic.actors.engine.engine import Delta, RequestLimits, Sampling, TokenLogprob
+from moesaic.actors.engine.served_model import ServedModel, TextDelta, TokenChoice
 from moesaic.proto.errors import EngineError
 from tests.helpers.tiny import sentencepiece_like_tokenizer, tiny_tokenizer
 
-LIMITS = Limits(max_prompt_tokens=400, max_total_tokens=500, max_requests=4, vocab_size=400)
+LIMITS = RequestLimits(max_prompt_tokens=400, max_total_tokens=500, max_requests=4, vocab_size=400)
 CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
 
 
@@ -60,18 +60,18 @@ def served(
     return ServedModel("m", tokenizer, LIMITS, generate)
 
 
-async def pieces(model: ServedModel, *stops: str, **options: Any) -> list[Piece]:
+async def pieces(model: ServedModel, *stops: str, **options: Any) -> list[TextDelta]:
     sampling = Sampling(max_tokens=400, logprobs=options.pop("logprobs", None))
     prompt = options.pop("prompt", (3,))
     options = {"continues_text": False, **options}
     return [piece async for piece in model.stream("r", prompt, sampling, stops, **options)]
 
 
-def text_of(found: Sequence[Piece]) -> str:
+def text_of(found: Sequence[TextDelta]) -> str:
     return "".join(piece.text for piece in found)
 
 
-def choices_of(found: Sequence[Piece]) -> list[TokenChoice]:
+def choices_of(found: Sequence[TextDelta]) -> list[TokenChoice]:
     return [choice for piece in found for choice in piece.logprobs]
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from moesaic.actors.preflight import check_machine
 from moesaic.actors.preflight.check_machine import machine_memory
-from moesaic.actors.preflight.findings import Finding, raise_errors, said
+from moesaic.actors.preflight.findings import Finding, raise_errors, severity_counts
 from moesaic.actors.preflight.preflight import preflight
 from moesaic.actors.runtime.ports import check_port
 from moesaic.cli.main import main
@@ -412,7 +412,7 @@ def test_room_for_experts(whole: Path, group: dict[str, Any], severity: str | No
     assert found(spec_of(whole, hosts=[group])) == wanted
 
 
-def test_replicas_count_and_protection_is_a_wish(whole: Path) -> None:
+def test_replicas_count_and_protection_is_a_constraint(whole: Path) -> None:
     hosts = [{"count": 2, "slots": 4}]
     one = only(spec_of(whole, hosts=hosts, model={"replicas": 2}))
     assert (one.severity, one.path) == ("error", "hosts")
@@ -484,7 +484,7 @@ def test_up_does_not_start_ray_where_an_error_is_found(
 
 def test_numbers_of_findings() -> None:
     def some(*severities: Any) -> str:
-        return said([Finding(severity=one, path="a", message="b") for one in severities])
+        return severity_counts([Finding(severity=one, path="a", message="b") for one in severities])
 
     assert some() == "no problem"
     assert some("warning", "error", "warning", "unchecked") == "1 error, 2 warnings, 1 unchecked"

@@ -16,8 +16,8 @@ from moesaic.cluster.placement import (
     HostEntry,
     LayerKey,
     LayerPlacement,
-    Number,
     Placement,
+    PlacementId,
     Replica,
 )
 from moesaic.cluster.routing.host_health import HostState
@@ -27,7 +27,7 @@ from moesaic.proto.keys import ClusterSecret
 KEY, OTHER = ExpertKey("m", 0, 0), ExpertKey("m", 1, 0)
 ENTRY = HostEntry(host="h0", incarnation=1, node="n", shm_address="", grpc_address="127.0.0.1:1")
 PLACED = Placement(
-    Number(1, 1), {"h0": ENTRY}, {LayerKey("m", 0): LayerPlacement(((Replica("h0", 1.0),),))}
+    PlacementId(1, 1), {"h0": ENTRY}, {LayerKey("m", 0): LayerPlacement(((Replica("h0", 1.0),),))}
 )
 
 

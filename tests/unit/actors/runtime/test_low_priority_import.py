@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.actors.runtime.low_priority_import import NICER, import_quietly
+from moesaic.actors.runtime.low_priority_import import NICER, import_at_low_priority
 
 PRIORITY_OF_ITS_THREAD = """
 import os, threading
@@ -25,14 +25,14 @@ def test_the_import_has_a_low_priority_and_the_rest_keeps_its_own(
     (tmp_path / "imported_quietly.py").write_text(PRIORITY_OF_ITS_THREAD)
     monkeypatch.syspath_prepend(tmp_path)
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    import_quietly("imported_quietly")
+    import_at_low_priority("imported_quietly")
     assert sys.modules.pop("imported_quietly").priority == min(before + NICER, 19)
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 def test_an_import_that_fails_says_so() -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        import_quietly("no_such_module")
+        import_at_low_priority("no_such_module")
 
 
 def test_ray_does_not_import_torch_with_the_actor_of_a_host() -> None:

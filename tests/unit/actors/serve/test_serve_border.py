@@ -10,9 +10,9 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 
 from moesaic.actors.serve import serve_border
 from moesaic.actors.serve.serve_border import (
-    Place,
-    Running,
-    find_place,
+    ServeAddress,
+    ServeState,
+    find_address,
     wait_answers,
     wait_monitored,
 )
@@ -36,7 +36,7 @@ def serve_with(monkeypatch: pytest.MonkeyPatch) -> Any:
         location: ProxyLocation = ProxyLocation.HeadOnly,
         on_head: bool = True,
     ) -> None:
-        running = Running(http, location, routes)
+        running = ServeState(http, location, routes)
         head = {"NodeID": "head", "NodeManagerAddress": "10.0.0.1"}
         monkeypatch.setattr(serve_border, "_end_orphans", lambda: None)
         monkeypatch.setattr(serve_border, "find_serve", lambda: running)
@@ -49,11 +49,11 @@ def serve_with(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_place_beside_others(serve_with: Any) -> None:
     serve_with(THEIRS, {"moesaic-one": "/"})
     for port in (0, 8111):
-        place = find_place(spec(port=port))
+        place = find_address(spec(port=port))
         assert place.serve_runs
         assert place.url == "http://127.0.0.1:8111/two"
     serve_with(THEIRS, {"moesaic-one": "/one", "theirs": None})
-    assert find_place(spec(port=8111)).url == "http://127.0.0.1:8111"
+    assert find_address(spec(port=8111)).url == "http://127.0.0.1:8111"
 
 
 REFUSED: list[tuple[HTTPOptions, dict[str, Any], str]] = [
@@ -80,18 +80,18 @@ def test_what_does_not_fit(
 ) -> None:
     serve_with(http, {"moesaic-one": "/"})
     with pytest.raises(ClusterError, match=words):
-        find_place(spec(**endpoint))
+        find_address(spec(**endpoint))
 
 
 def test_a_serve_without_proxies(serve_with: Any) -> None:
     serve_with(THEIRS, {}, ProxyLocation.Disabled)
     with pytest.raises(ClusterError, match="serves no HTTP"):
-        find_place(spec(port=8111))
+        find_address(spec(port=8111))
 
 
 def test_a_shorter_time_than_serve_gives(serve_with: Any) -> None:
     serve_with(HTTPOptions(host="127.0.0.1", port=8111, request_timeout_s=20.0), {})
-    assert find_place(spec(port=8111, limits={"request_s": 20.0})).port == 8111
+    assert find_address(spec(port=8111, limits={"request_s": 20.0})).port == 8111
 
 
 def test_a_path_that_is_taken(serve_with: Any) -> None:
@@ -99,20 +99,20 @@ def test_a_path_that_is_taken(serve_with: Any) -> None:
     with pytest.raises(
         ClusterError, match=r"^name: Serve on this Ray already has the application 'theirs' at /two"
     ):
-        find_place(spec(port=8111))
+        find_address(spec(port=8111))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_of_another_machine(serve_with: Any, host: str) -> None:
     serve_with(HTTPOptions(host=host, port=8111), {}, on_head=False)
     with pytest.raises(ClusterError, match=r"head node \(10.0.0.1\), which is not this"):
-        find_place(spec(host=host, port=8111))
+        find_address(spec(host=host, port=8111))
 
 
 def test_every_address_is_printed_as_one_that_others_reach(serve_with: Any) -> None:
     serve_with(HTTPOptions(host="0.0.0.0", port=8111), {}, on_head=False)
-    assert find_place(spec(host="0.0.0.0", port=8111)).url == "http://10.0.0.1:8111"
-    assert Place("::1", 80).url == "http://[::1]:80"
+    assert find_address(spec(host="0.0.0.0", port=8111)).url == "http://10.0.0.1:8111"
+    assert ServeAddress("::1", 80).url == "http://[::1]:80"
 
 
 def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +125,9 @@ def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(serve_border, "_LOOK_S", 0.0)
     monkeypatch.setattr(httpx.Client, "get", get)
-    wait_answers(Place("127.0.0.1", 80), ["m"], 10.0)
+    wait_answers(ServeAddress("127.0.0.1", 80), ["m"], 10.0)
     with pytest.raises(ClusterError, match=r"does not answer for n within 0 s: it serves \['m'\]"):
-        wait_answers(Place("127.0.0.1", 80), ["n"], 0.0)
+        wait_answers(ServeAddress("127.0.0.1", 80), ["n"], 0.0)
 
 
 def test_a_monitoring_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,9 +141,9 @@ def test_a_monitoring_address_that_does_not_answer(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(serve_border, "_LOOK_S", 0.0)
     monkeypatch.setattr(httpx.Client, "get", get)
-    wait_monitored(Place("127.0.0.1", 80), ["m"], 10.0)
+    wait_monitored(ServeAddress("127.0.0.1", 80), ["m"], 10.0)
     with pytest.raises(ClusterError, match=r"within 0 s: it has the models \['m'\]; does another"):
-        wait_monitored(Place("127.0.0.1", 80), ["n"], 0.0)
+        wait_monitored(ServeAddress("127.0.0.1", 80), ["n"], 0.0)
     answers = iter([httpx.Response(200, json=[])])
     with pytest.raises(ClusterError, match="its answer is not the status of a cluster"):
-        wait_monitored(Place("127.0.0.1", 80), ["m"], 0.0)
+        wait_monitored(ServeAddress("127.0.0.1", 80), ["m"], 0.0)

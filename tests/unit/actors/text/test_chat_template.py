@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from moesaic.actors.engine.engine import Limits
+from moesaic.actors.engine.engine import RequestLimits
 from moesaic.actors.engine.served_model import ServedModel
 from moesaic.actors.text.template_source import TemplateSource
 from moesaic.actors.text.thinking import Thinking
@@ -377,7 +377,7 @@ def test_thinking_that_is_opened_by_what_a_message_says() -> None:
 
 
 def served(template: str, prompt_tokens: int = 50) -> ServedModel:
-    limits = Limits(
+    limits = RequestLimits(
         max_prompt_tokens=prompt_tokens, max_total_tokens=64, max_requests=1, vocab_size=320
     )
 

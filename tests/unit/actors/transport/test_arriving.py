@@ -7,7 +7,7 @@ import threading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.actors.transport.budget import Budget
+from moesaic.actors.transport.budget import SharedLimit
 from moesaic.actors.transport.grpc.inbox import Inbox
 from moesaic.proto.errors import CallError
 from moesaic.proto.expert_pb2 import Call, Frame, Reply
@@ -22,7 +22,7 @@ CHUNK = st.tuples(
 class Router:
     """One router's stream, and the loop that takes its frames."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: SharedLimit) -> None:
         self.share = budget.share()
         self.inbox = Inbox(
             "router",
@@ -62,7 +62,7 @@ def check(kind: str, part: Call | Reply) -> None:
 def test_arriving_bytes_are_bounded_and_come_back(
     steps: list[tuple[int, int, int, int, bool] | int],
 ) -> None:
-    budget = Budget(MOST, "bytes")
+    budget = SharedLimit(MOST, "bytes")
     routers = [Router(budget) for _ in range(3)]
     for step in steps:
         if isinstance(step, int):  # the loop looks at one, or one leaves

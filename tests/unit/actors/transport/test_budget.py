@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.actors.transport.budget import Budget, Share
+from moesaic.actors.transport.budget import Share, SharedLimit
 from moesaic.proto.errors import Busy
 
 MOST = 100
@@ -24,7 +24,7 @@ STEPS = st.lists(
 def test_it_is_never_overdrawn_and_all_of_it_comes_back(
     steps: list[tuple[int, str, int]],
 ) -> None:
-    budget = Budget(MOST, "bytes")
+    budget = SharedLimit(MOST, "bytes")
     shares = [budget.share() for _ in range(4)]
     alone: Share | None = None
     for who, what, size in steps:
@@ -56,7 +56,7 @@ def test_it_is_never_overdrawn_and_all_of_it_comes_back(
 
 
 def test_one_that_is_larger_than_the_whole_goes_alone() -> None:
-    budget = Budget(MOST, "bytes of weights")
+    budget = SharedLimit(MOST, "bytes of weights")
     with budget.holding(1), pytest.raises(Busy, match=r"bytes of weights: 1 of 100 .* 500 more"):
         budget.share().take(500)
     with budget.holding(500), pytest.raises(Busy), budget.holding(1):
@@ -65,7 +65,7 @@ def test_one_that_is_larger_than_the_whole_goes_alone() -> None:
 
 
 def test_many_threads() -> None:
-    budget = Budget(MOST, "bytes")
+    budget = SharedLimit(MOST, "bytes")
     seen = []
 
     def use() -> None:

@@ -9,20 +9,20 @@ from collections.abc import Iterator
 import pytest
 
 from moesaic.actors.transport.grpc import stalls
-from moesaic.actors.transport.grpc.stalls import Stalls
+from moesaic.actors.transport.grpc.stalls import StallWatcher
 
 LIMIT_S = 0.1
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stalls]:
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[StallWatcher]:
     monkeypatch.setattr(stalls, "_LOOK_S", 0.01)
-    one = Stalls()
+    one = StallWatcher()
     yield one
     one.close()
 
 
-def test_what_stands_still_is_ended_once(watch: Stalls) -> None:
+def test_what_stands_still_is_ended_once(watch: StallWatcher) -> None:
     ended = []
     over = threading.Event()
 
@@ -36,7 +36,7 @@ def test_what_stands_still_is_ended_once(watch: Stalls) -> None:
     assert ended == [1]
 
 
-def test_what_moves_is_not(watch: Stalls) -> None:
+def test_what_moves_is_not(watch: StallWatcher) -> None:
     ended = []
     with watch.watching(lambda: ended.append(1), 10 * LIMIT_S) as progress:
         for _ in range(30):
@@ -45,7 +45,7 @@ def test_what_moves_is_not(watch: Stalls) -> None:
     assert not ended
 
 
-def test_one_that_cannot_be_ended_does_not_keep_the_others(watch: Stalls) -> None:
+def test_one_that_cannot_be_ended_does_not_keep_the_others(watch: StallWatcher) -> None:
     over = threading.Event()
 
     def fail() -> None:
@@ -56,7 +56,7 @@ def test_one_that_cannot_be_ended_does_not_keep_the_others(watch: Stalls) -> Non
 
 
 def test_a_process_that_was_frozen_hears_first(
-    watch: Stalls, monkeypatch: pytest.MonkeyPatch
+    watch: StallWatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its clock jumps, as it does for one that was stopped in the middle of a transfer."""
     real, ahead = time.monotonic, 0.0

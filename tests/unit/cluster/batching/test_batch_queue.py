@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from moesaic.cluster.batching.batch_queue import (
+    Abort,
     Batch,
-    Call,
-    Cut,
-    End,
+    BatchQueue,
+    BatchSlice,
+    CallResult,
+    ChangePhase,
+    ClientCall,
     MergePolicy,
-    Merger,
-    Phase,
-    Piece,
     fair_shares,
 )
 from moesaic.cluster.placement import LayerKey
@@ -32,7 +32,7 @@ class World:
     """A merger, and a router that answers at once."""
 
     def __init__(self, **policy: float) -> None:
-        self.merger = Merger(MergePolicy(**policy))  # pyright: ignore[reportArgumentType]
+        self.merger = BatchQueue(MergePolicy(**policy))  # pyright: ignore[reportArgumentType]
         self.numbers = count(1)
         self.now = 0.0
 
@@ -45,9 +45,9 @@ class World:
         size: int = 0,
         time_s: float = 100.0,
         ready: bool = True,
-    ) -> tuple[int, list[End]]:
+    ) -> tuple[int, list[CallResult]]:
         number = next(self.numbers)
-        call = Call(
+        call = ClientCall(
             number=number,
             client=client,
             key=key,
@@ -60,7 +60,7 @@ class World:
             self.merger.ready(number)
         return number, ends
 
-    def take(self) -> tuple[list[End | Cut], Batch | None]:
+    def take(self) -> tuple[list[CallResult | Abort], Batch | None]:
         return self.merger.take(self.now)
 
     def batch(self) -> Batch:
@@ -69,7 +69,7 @@ class World:
         assert batch is not None
         return batch
 
-    def answer(self, batch: Batch, took_s: float = 0.0) -> list[End]:
+    def answer(self, batch: Batch, took_s: float = 0.0) -> list[CallResult]:
         self.now += took_s
         ends = [
             end
@@ -122,9 +122,9 @@ def test_one_mistake_is_one_clients() -> None:
     good, _ = world.arrive("b")
     pieces = {piece.number: piece for piece in world.batch().pieces}
     assert world.merger.failed(pieces[bad], "BadExpert", "expert 3") == [
-        End(bad, "BadExpert", "expert 3")
+        CallResult(bad, "BadExpert", "expert 3")
     ]
-    assert world.merger.computed(pieces[good], NOTHING, "", 0.0) == [End(good)]
+    assert world.merger.computed(pieces[good], NOTHING, "", 0.0) == [CallResult(good)]
 
 
 # ---- turns --------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_a_large_call_goes_in_pieces_and_small_ones_beside_it() -> None:
     small, _ = world.arrive("b", rows=2)
     first = world.batch()
     assert rows_of(first) == {large: 8, small: 2}
-    assert world.answer(first) == [End(small)]
+    assert world.answer(first) == [CallResult(small)]
     late, _ = world.arrive("c", rows=7)
     second = world.batch()
     # Both want more than half.
@@ -144,11 +144,11 @@ def test_a_large_call_goes_in_pieces_and_small_ones_beside_it() -> None:
     world.answer(second)
     last = world.batch()
     assert rows_of(last) == {late: 2, large: 8}
-    assert world.answer(last) == [End(late)]
+    assert world.answer(last) == [CallResult(late)]
     end = world.batch()
     assert rows_of(end) == {large: 4}
     assert [piece.rows_n.tolist() for piece in end.pieces] == [[21, 22, 23, 24]]
-    assert world.answer(end) == [End(large)]
+    assert world.answer(end) == [CallResult(large)]
 
 
 def test_clients_take_turns_whatever_they_ask_for() -> None:
@@ -226,7 +226,7 @@ def test_bytes_are_bounded_and_freed_when_the_answer_has_gone() -> None:
     assert not ends
     large, (end,) = world.arrive("b", size=60)
     assert (end.number, end.code) == (large, "Busy")
-    assert world.answer(world.batch()) == [End(number)]
+    assert world.answer(world.batch()) == [CallResult(number)]
     assert world.merger.held_bytes == 60, "its answer is on its way"
     world.merger.leave(number)
     assert not world.arrive("b", size=60)[1]
@@ -261,7 +261,7 @@ def test_what_is_too_late_is_dropped_before_it_is_computed() -> None:
     assert world.merger.wake_at(world.now) == 1.0
     world.now = 1.0
     over, batch = world.take()
-    assert over == [End(late, "Expired", "the call's deadline passed before its turn")]
+    assert over == [CallResult(late, "Expired", "the call's deadline passed before its turn")]
     assert batch is not None
     assert rows_of(batch) == {good: 1}
 
@@ -272,7 +272,7 @@ def test_who_never_sends_and_who_never_takes_is_cut_once() -> None:
     world.answer(world.batch())
     sending, _ = world.arrive("a", time_s=1.0, ready=False)
     world.now = 1.0
-    assert world.take() == ([Cut(taking), Cut(sending)], None)
+    assert world.take() == ([Abort(taking), Abort(sending)], None)
     assert world.take() == ([], None)
     assert world.merger.wake_at(world.now) == float("inf")
     world.merger.leave(taking)
@@ -308,7 +308,7 @@ def test_rows_that_lack_an_expert_are_tried_again_and_hold_up_nobody() -> None:
     world.now = 0.5
     (again,) = world.batch().pieces
     assert again.rows_n.tolist() == [1, 3]
-    assert world.merger.computed(again, NOTHING, "", world.now) == [End(number)]
+    assert world.merger.computed(again, NOTHING, "", world.now) == [CallResult(number)]
 
 
 def test_what_lacked_an_expert_until_the_end_says_so() -> None:
@@ -317,7 +317,7 @@ def test_what_lacked_an_expert_until_the_end_says_so() -> None:
     (piece,) = world.batch().pieces
     assert world.merger.computed(piece, np.array([0]), "expert 7", world.now) == []
     world.now = 2.0  # others were in its way
-    assert world.take() == ([End(number, "ExpertUnavailable", "expert 7")], None)
+    assert world.take() == ([CallResult(number, "ExpertUnavailable", "expert 7")], None)
 
 
 def test_without_time_for_another_try_the_expert_is_named() -> None:
@@ -325,7 +325,7 @@ def test_without_time_for_another_try_the_expert_is_named() -> None:
     number, _ = world.arrive("a", time_s=0.4)
     (piece,) = world.batch().pieces
     ends = world.merger.computed(piece, np.array([0]), "expert 7", world.now)
-    assert ends == [End(number, "ExpertUnavailable", "expert 7")]
+    assert ends == [CallResult(number, "ExpertUnavailable", "expert 7")]
 
 
 # ---- whatever happens ---------------------------------------------------------------------------
@@ -338,17 +338,17 @@ class Anything(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.merger = Merger(POLICY)
+        self.merger = BatchQueue(POLICY)
         self.now = 0.0
         self.numbers = count(1)
-        self.calls: dict[int, Call] = {}  # that have not ended
+        self.calls: dict[int, ClientCall] = {}  # that have not ended
         self.done: dict[int, Counter[int]] = {}
         self.batch: Batch | None = None
         self.leaving: set[int] = set()
 
-    def ended(self, over: list[End] | list[End | Cut]) -> None:
+    def ended(self, over: list[CallResult] | list[CallResult | Abort]) -> None:
         for event in over:
-            if isinstance(event, Cut):
+            if isinstance(event, Abort):
                 continue
             call = self.calls.pop(event.number)  # fails where a call ends twice
             if not event.code:
@@ -364,7 +364,7 @@ class Anything(RuleBasedStateMachine):
     )
     def arrives(self, client: str, layer: LayerKey, rows: int, time_s: float, ready: bool) -> None:
         number = next(self.numbers)
-        call = Call(
+        call = ClientCall(
             number=number,
             client=client,
             key=layer,
@@ -426,7 +426,7 @@ class Anything(RuleBasedStateMachine):
         self.merger.batch_over(self.batch, self.now)
         self.batch = None
 
-    def fate_of(self, piece: Piece, fate: str) -> list[End]:
+    def fate_of(self, piece: BatchSlice, fate: str) -> list[CallResult]:
         if fate == "failed":
             return self.merger.failed(piece, "BadExpert", "expert 1")
         lacking_n = piece.rows_n[::2] if fate == "lacking" else NOTHING
@@ -451,7 +451,7 @@ class Anything(RuleBasedStateMachine):
         assert not self.calls
 
 
-WAITS = (Phase.WAITING, Phase.COMPUTING)
+WAITS = (ChangePhase.WAITING, ChangePhase.COMPUTING)
 TestAnything = Anything.TestCase
 TestAnything.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, derandomize=True

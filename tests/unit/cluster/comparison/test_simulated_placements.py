@@ -10,7 +10,7 @@ import pytest
 
 from moesaic.cli.main import main
 from moesaic.cluster.comparison.compare import (
-    Figures,
+    StrategyResult,
     compare,
     control_policy,
     host_speed,
@@ -18,13 +18,13 @@ from moesaic.cluster.comparison.compare import (
     shifting_day,
 )
 from moesaic.cluster.comparison.elastic_placement import Elastic
-from moesaic.cluster.comparison.loads import day, drifting
+from moesaic.cluster.comparison.loads import daily_trace, drifting_trace
 from moesaic.cluster.comparison.placement_strategies import Eplb, Static
 from moesaic.cluster.comparison.queues import Queues
 from moesaic.cluster.load.trace import Trace
 from moesaic.cluster.placement import LayerKey, ModelShape
 from moesaic.cluster.simulator import run
-from moesaic.cluster.simulator.world import Registry
+from moesaic.cluster.simulator.world import KeyValueStore
 from moesaic.traces import write_trace
 
 SHAPE = ModelShape(model="m", experts={0: 16, 1: 16}, expert_bytes=1_000_000)
@@ -32,13 +32,13 @@ WINDOW_S = 60.0
 
 
 def loads(windows: int = 12, drift: float = 0.2) -> Trace:
-    return drifting(
+    return drifting_trace(
         [SHAPE],
         sigma=1.0,
         drift=drift,
         windows=windows,
         window_s=WINDOW_S,
-        choices_per_s=1000.0,
+        assignments_per_s=1000.0,
         rng=np.random.default_rng(0),
     )
 
@@ -48,8 +48,8 @@ def pool(trace: Trace, utilisation: float = 0.8):
         [SHAPE],
         hosts=4,
         slots=6,
-        choices_per_s=host_speed(trace, 4, utilisation),
-        load_bytes_per_s=100e6,
+        assignments_per_s=host_speed(trace, 4, utilisation),
+        loading_bytes_per_s=100e6,
     )
 
 
@@ -65,13 +65,13 @@ def test_drifting_loads_keep_their_deviation_and_follow_the_drift() -> None:
 
 
 def test_a_day_goes_round_and_its_domains_take_turns() -> None:
-    trace = day(
+    trace = daily_trace(
         [SHAPE],
         sigma=1.0,
         domains=3,
         windows=24,
         window_s=3600.0,
-        choices_per_s=1000.0,
+        assignments_per_s=1000.0,
         rng=np.random.default_rng(1),
     )
     part_WE = trace.counts[LayerKey("m", 0)] / trace.counts[LayerKey("m", 0)].sum(axis=1)[:, None]
@@ -110,7 +110,7 @@ def test_every_way_serves_every_choice() -> None:
 
 def test_deepseeks_placement_serves_when_the_last_host_has_loaded_it() -> None:
     trace = loads(6)
-    slow = pool_of([SHAPE], hosts=4, slots=6, choices_per_s=1e6, load_bytes_per_s=1e6 / 25)
+    slow = pool_of([SHAPE], hosts=4, slots=6, assignments_per_s=1e6, loading_bytes_per_s=1e6 / 25)
     way, before = Eplb(slow, every=1), Static(slow)
     counts = {key: counts_WE[0] for key, counts_WE in trace.counts.items()}
     first = way.serve(counts, WINDOW_S)
@@ -127,12 +127,12 @@ def test_a_day_as_series() -> None:
     hours, found = shifting_day(layers=1, experts=16, hosts=4, slots=6, window_s=1800.0)
     assert hours[0] == 0
     assert hours[-1] < 24
-    assert [one.way for one in found] == ["static", "EPLB every 2", "ours"]
+    assert [one.strategy for one in found] == ["static", "EPLB every 2", "ours"]
     assert all(len(one.balancedness_W) == len(hours) for one in found)
     assert found[2].balancedness_mean > found[0].balancedness_mean + 0.1
 
 
-def tide(**more: object) -> list[Figures]:
+def tide(**more: object) -> list[StrategyResult]:
     """A day with four times as much traffic at its height as at night."""
     values = {"layers": 1, "experts": 16, "hosts": 4, "slots": 12, "window_s": 1800.0}
     values |= {"utilisation": 0.5, "swing": 0.6}
@@ -142,7 +142,7 @@ def tide(**more: object) -> list[Figures]:
 def test_the_autoscaler_takes_fewer_host_hours_and_misses_nothing() -> None:
     elastic = Elastic(min_hosts=1, max_hosts=4, cost_per_hour=3.0)
     static, _, ours, scaled = tide(elastic=elastic)
-    assert scaled.way == "ours, autoscaled"
+    assert scaled.strategy == "ours, autoscaled"
     assert static.host_hours == ours.host_hours == 4 * 23
     assert scaled.host_hours < 0.9 * ours.host_hours
     assert scaled.slo_violations == 0
@@ -180,7 +180,7 @@ def test_simulate_prints_placements_as_json(capsys: pytest.CaptureFixture[str]) 
     command = ["simulate", "--layers", "1", "--experts", "16", "--hosts", "4", "--windows", "6"]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [one["way"] for one in found] == ["static", "EPLB every 4", "ours"]
+    assert [one["strategy"] for one in found] == ["static", "EPLB every 4", "ours"]
 
 
 def test_simulate_lets_hosts_come_and_go(
@@ -189,12 +189,12 @@ def test_simulate_lets_hosts_come_and_go(
     spec = tmp_path / "spec.yaml"
     spec.write_text(
         "hosts: [{count: 4, min_count: 2, max_count: 5, cost_per_hour: 2.0}]\n"
-        "autoscale: {low: 0.3, high: 0.6}\n"
+        "autoscale: {scale_down_below: 0.3, scale_up_above: 0.6}\n"
     )
     command = ["simulate", "--layers", "1", "--experts", "16", "--hosts", "4", "--windows", "8"]
     assert main([*command, "--spec", str(spec), "--max-hosts", "6", "--json"]) == 0
     scaled = json.loads(capsys.readouterr().out)[-1]
-    assert scaled["way"] == "ours, autoscaled"
+    assert scaled["strategy"] == "ours, autoscaled"
     assert 4 < max(scaled["hosts_W"]) <= 6  # busier than 0.6 they are
     assert scaled["cost"] == 2 * scaled["host_hours"]
 
@@ -207,7 +207,7 @@ def test_simulate_reads_a_recorded_trace(
         window_s=made.window_s,
         counts=made.counts,
         hosts=("a", "b", "c"),
-        choices_WH=np.full((6, 3), 1000, dtype=np.int64),
+        assignments_WH=np.full((6, 3), 1000, dtype=np.int64),
         busy_s_WH=np.full((6, 3), 2.0),
         queued_s_WH=np.zeros((6, 3)),
     )
@@ -243,12 +243,12 @@ def test_simulate_says_that_invariants_hold(capsys: pytest.CaptureFixture[str]) 
 def test_a_broken_seed_is_printed_with_the_command_that_replays_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def take(self: Registry, term: int) -> bool:
+    def take(self: KeyValueStore, term: int) -> bool:
         # Every controller has the first term.
         self.latest_term = -1
         return term == 0
 
-    monkeypatch.setattr(Registry, "put_term", take)
+    monkeypatch.setattr(KeyValueStore, "put_term", take)
     seed = next(s for s in range(40) if run.run_seed(s, faults_s=5.0).violation is not None)
     command = ["simulate", "--faults", str(seed), "--seconds", "5"]
     assert main(command) == 1

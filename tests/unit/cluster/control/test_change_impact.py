@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moesaic.cluster.control.change_impact import EffectMeter, balancedness_under
-from moesaic.cluster.control.changes import Change, Changes
+from moesaic.cluster.control.change_impact import ImpactMeter, balancedness_under
+from moesaic.cluster.control.changes import Change, ChangeHistory
 from moesaic.cluster.load.meter import HostTimes, LoadReport
 from moesaic.cluster.load.tracker import LoadTracker
-from moesaic.cluster.placement import LayerKey, LayerPlacement, Number, Placement, Replica
+from moesaic.cluster.placement import LayerKey, LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.planner.plan import Plan, PoolHost
 
 KEY = LayerKey("m", 0)
@@ -49,16 +49,16 @@ class World:
     """Ticks of half a second, and a load in each."""
 
     def __init__(self, window_s: float = 4.0) -> None:
-        self.meter = EffectMeter(window_s)
-        self.changes, self.loads, self.now = Changes(), LoadTracker(), 0.0
-        self.standing = Placement(number=Number(1, 1), hosts={}, layers=BEFORE)
+        self.meter = ImpactMeter(window_s)
+        self.changes, self.loads, self.now = ChangeHistory(), LoadTracker(), 0.0
+        self.standing = Placement(id=PlacementId(1, 1), hosts={}, layers=BEFORE)
 
     def run(self, seconds: float, *counts: int) -> None:
         for _ in range(int(2 * seconds)):
             self.now += 0.5
-            times = {"a": HostTimes(choices=counts[0]), "b": HostTimes(choices=counts[1])}
+            times = {"a": HostTimes(assignments=counts[0]), "b": HostTimes(assignments=counts[1])}
             report = LoadReport(
-                router="r", number=None, counts={KEY: np.array(counts)}, hosts=times
+                router="r", placement_id=None, counts={KEY: np.array(counts)}, hosts=times
             )
             self.loads.hear(report)
             self.tick()
@@ -70,7 +70,7 @@ class World:
         return self.changes.begin(PLAN, BEFORE, self.now, who="w", why="y")
 
     def end(self) -> None:
-        self.standing = Placement(number=Number(1, 2), hosts={}, layers=AFTER)
+        self.standing = Placement(id=PlacementId(1, 2), hosts={}, layers=AFTER)
         self.changes.done(self.now)
 
 
@@ -81,18 +81,18 @@ def test_only_what_is_counted_behind_the_end_is_measured() -> None:
     world.run(5, 0, 100)
     world.end()
     world.tick()
-    assert change.effect is None
+    assert change.impact is None
     world.run(4, 8, 0)
-    assert change.effect is not None
-    assert change.effect.seconds == pytest.approx(4.0)
-    assert change.effect.before == {KEY: 0.5}
-    assert change.effect.after[KEY] == pytest.approx(4 / 6)
+    assert change.impact is not None
+    assert change.impact.seconds == pytest.approx(4.0)
+    assert change.impact.before == {KEY: 0.5}
+    assert change.impact.after[KEY] == pytest.approx(4 / 6)
     # As if there were one choice for each that was counted.
-    assert change.effect.choices_before == {"a": 0.0, "b": 200.0}
-    assert change.effect.choices_after == {"a": 16.0, "b": 0.0}
-    found = change.effect
+    assert change.impact.assignments_per_s_before == {"a": 0.0, "b": 200.0}
+    assert change.impact.assignments_per_s_after == {"a": 16.0, "b": 0.0}
+    found = change.impact
     world.run(20, 0, 9)
-    assert change.effect is found, "measured once"
+    assert change.impact is found, "measured once"
 
 
 def test_the_next_change_ends_the_measuring() -> None:
@@ -104,14 +104,14 @@ def test_the_next_change_ends_the_measuring() -> None:
     second = world.begin()
     world.end()
     world.tick()
-    assert first.effect is not None
-    assert first.effect.seconds == pytest.approx(1.5)
+    assert first.impact is not None
+    assert first.impact.seconds == pytest.approx(1.5)
     third = world.begin()
     world.end()
     world.tick()
-    assert second.effect is None, "no second has passed"
+    assert second.impact is None, "no second has passed"
     world.run(10, 1, 1)
-    assert third.effect is not None
+    assert third.impact is not None
 
 
 def test_a_change_that_is_under_way_or_rolled_back_is_not_measured() -> None:
@@ -119,10 +119,10 @@ def test_a_change_that_is_under_way_or_rolled_back_is_not_measured() -> None:
     world.run(5, 1, 1)
     change = world.begin()
     world.run(20, 1, 1)
-    assert change.effect is None
+    assert change.impact is None
     world.changes.rolled_back(change, world.now)
     world.run(20, 1, 1)
-    assert change.effect is None
+    assert change.impact is None
     assert change.report(world.now, pending_moves=0).measured is None
 
 
@@ -133,7 +133,7 @@ def test_load_that_comes_long_behind_a_change_is_not_its_effect() -> None:
     world.end()
     world.run(20, 0, 0)
     world.run(20, 8, 0)
-    assert change.effect is None
+    assert change.impact is None
 
 
 def test_a_change_that_is_rolled_back_while_it_is_measured_has_no_effect() -> None:
@@ -146,4 +146,4 @@ def test_a_change_that_is_rolled_back_while_it_is_measured_has_no_effect() -> No
     world.run(20, 8, 0)
     world.begin()
     world.tick()
-    assert change.effect is None
+    assert change.impact is None

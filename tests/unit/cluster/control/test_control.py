@@ -1,5 +1,5 @@
 """The controller's state machine under random deaths, late reports, slow loads, slow routers,
-shifting traffic and operators' wishes."""
+shifting traffic and operators' constraints."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from moesaic.cluster.control.control import ControlPolicy
 from moesaic.cluster.control.host_speed import SILENT
 from moesaic.cluster.control.loading import Loader
-from moesaic.cluster.placement import ExpertKey, LayerKey, Number, Placement
-from moesaic.cluster.planner.plan import PoolHost, Wishes
+from moesaic.cluster.placement import ExpertKey, LayerKey, Placement, PlacementId
+from moesaic.cluster.planner.plan import OperatorConstraints, PoolHost
 from moesaic.cluster.reports.placing import ChangePhase
 from tests.helpers.control_world import POLICY, ControlWorld, counts, shape
 
@@ -43,7 +43,7 @@ KINDS = (
     *("load",) * 4,
     *("report",) * 2,
     *("traffic",) * 2,
-    *("fail", "kill", "restart", "restart", "wish", "planner", "take over"),
+    *("fail", "kill", "restart", "restart", "constrain", "planner", "take over"),
 )
 
 
@@ -81,12 +81,12 @@ def test_any_history_keeps_every_expert_served_and_ends_whole(data: st.DataObjec
             world.kill(name)
         elif kind == "restart":
             world.restart(name)
-        elif kind == "wish":
+        elif kind == "constrain":
             leaving = frozenset({name}) if hosts > 1 and data.draw(st.booleans()) else frozenset()
-            world.wishes = Wishes(
-                least={ExpertKey("disk", 0, 0): data.draw(counts_)}, leaving=leaving
+            world.constraints = OperatorConstraints(
+                min_replicas={ExpertKey("disk", 0, 0): data.draw(counts_)}, leaving=leaving
             )
-            world.control.wish(world.wishes)
+            world.control.set_constraints(world.constraints)
         else:
             world.take_over()
     world.settle()
@@ -106,7 +106,7 @@ def test_any_history_keeps_every_expert_served_and_ends_whole(data: st.DataObjec
     }
     assert held == named, "nothing is held that is not served"
     assert {key for key, _ in named} == known - lost
-    assert not {name for _, name in named} & world.wishes.leaving
+    assert not {name for _, name in named} & world.constraints.leaving
     assert not world.tick(), "a quiet pool needs no decision"
 
 
@@ -145,7 +145,7 @@ def test_a_model_appears_when_every_expert_of_it_can_be_computed() -> None:
     for name in world.hosts:
         world.load_one(name)
     world.tick()
-    assert [tuple(p.number) for p in world.published] == [(1, 1)]
+    assert [tuple(p.id) for p in world.published] == [(1, 1)]
 
 
 def test_nothing_is_planned_before_all_hosts_have_reported_or_are_given_up() -> None:
@@ -153,7 +153,7 @@ def test_nothing_is_planned_before_all_hosts_have_reported_or_are_given_up() -> 
     world.kill("h1")
     assert not world.tick()
     assert not world.control.settled
-    world.tick(seconds=POLICY.gone_s + 1)
+    world.tick(seconds=POLICY.host_timeout_s + 1)
     assert world.control.settled
     assert len(world.control.wanted("h0")) == 8
 
@@ -176,7 +176,7 @@ def test_a_host_that_stays_away_is_planned_around() -> None:
     world = started(3, replicas=1)
     world.kill("h0")
     for _ in range(3):
-        world.tick(seconds=POLICY.gone_s)
+        world.tick(seconds=POLICY.host_timeout_s)
     assert not world.control.wanted("h0")
     finish(world)
     assert not world.control.missing()
@@ -218,9 +218,9 @@ def test_a_host_that_came_back_gets_traffic_when_it_has_loaded_most_of_its_exper
     for _ in range(3):
         world.tick()
     assert len(world.hosts["h0"].loading) > 2
-    assert world.control.parts() == {"h0": SILENT}
+    assert world.control.speed_factors() == {"h0": SILENT}
     finish(world)
-    assert world.control.parts() == {}
+    assert world.control.speed_factors() == {}
     assert world.published[-1].layers == before.layers
 
 
@@ -255,10 +255,10 @@ def test_a_new_controller_serves_at_once_what_hosts_hold() -> None:
     lost = {key for key in world.every() if key in world.control.wanted("h2")}
     world.take_over()
     world.tick()
-    assert world.published[-1].number.term != 2, "a model that is not whole does not appear"
+    assert world.published[-1].id.term != 2, "a model that is not whole does not appear"
     world.hosts["h0"].held |= lost
     world.tick()
-    assert world.published[-1].number.term == 2
+    assert world.published[-1].id.term == 2
     assert not world.control.settled, "h2 may still come back"
 
 
@@ -300,7 +300,7 @@ def test_a_change_says_behind_its_end_what_it_brought() -> None:
     report = change.report(world.now, pending_moves=0)
     measured = report.measured
     assert measured is not None
-    # One host had 9000 + 100 of 9300 choices; halves are the best there is.
+    # One host had 9000 + 100 of 9300 assignments; halves are the best there is.
     assert measured.balancedness_unchanged.mean == pytest.approx(9300 / 2 / 9100, abs=1e-3)
     assert measured.balancedness_changed.mean == pytest.approx(1.0, abs=0.02)
     assert report.balancedness_predicted is not None
@@ -308,13 +308,13 @@ def test_a_change_says_behind_its_end_what_it_brought() -> None:
         report.balancedness_predicted.mean, abs=0.02
     )
     assert measured.window_s >= POLICY.every_s
-    # The world's reports name one host, with a thousand choices every half second.
+    # The world's reports name one host, with a thousand assignments every half second.
     assert measured.host_assignments_per_s_after == {"h0": 2000.0}
 
 
 def test_a_change_without_load_behind_it_has_no_effect_to_show() -> None:
     world = started(2, replicas=1, slots=8)
-    world.control.wish(Wishes(least={ExpertKey("m", 0, 0): 2}))
+    world.control.set_constraints(OperatorConstraints(min_replicas={ExpertKey("m", 0, 0): 2}))
     finish(world, 40)
     report = world.control.changes.all[0].report(world.now, pending_moves=5)
     assert (report.phase, report.measured) == ("done", None)
@@ -331,7 +331,7 @@ def test_old_replicas_stay_until_every_live_router_follows_the_new_placement() -
     world = started(2, replicas=1, slots=4)
     pass_lease(world)
     victim = world.control.wanted("h1")
-    world.control.wish(Wishes(leaving=frozenset({"h1"})))
+    world.control.set_constraints(OperatorConstraints(leaving=frozenset({"h1"})))
     world.pool = [PoolHost(name=f"h{n}", slots=16) for n in range(2)]
     world.control.view.hosts = {host.name: host for host in world.pool}
     for _ in range(4):
@@ -341,7 +341,7 @@ def test_old_replicas_stay_until_every_live_router_follows_the_new_placement() -
                 world.load_one(host.name)
         world.report("r0")
         world.routers["r1"].heard_at = world.now  # it lives, and goes on with what it has
-        world.control.publisher.acknowledged("r1", Number(1, 1), world.now)
+        world.control.publisher.acknowledged("r1", PlacementId(1, 1), world.now)
     assert not {
         r.host for la in world.published[-1].layers.values() for e in la.replicas for r in e
     } & {"h1"}
@@ -357,7 +357,7 @@ def test_a_silent_router_holds_evictions_up_no_longer_than_its_lease() -> None:
     world = started(2, replicas=1)
     pass_lease(world)
     world.report("r1")
-    world.control.wish(Wishes(leaving=frozenset({"h1"})))
+    world.control.set_constraints(OperatorConstraints(leaving=frozenset({"h1"})))
     for _ in range(4):
         world.tick(seconds=0.1)
         for host in world.hosts.values():
@@ -374,7 +374,7 @@ def test_a_controller_that_was_frozen_gives_routers_time_to_say_that_they_live()
     pass_lease(world)
     world.report("r0")
     world.report("r1")
-    world.control.wish(Wishes(leaving=frozenset({"h1"})))
+    world.control.set_constraints(OperatorConstraints(leaving=frozenset({"h1"})))
     for _ in range(4):
         world.tick(seconds=0.1)
         for host in world.hosts.values():
@@ -391,7 +391,7 @@ def test_a_controller_that_was_frozen_gives_routers_time_to_say_that_they_live()
 
 def test_a_controller_whose_rounds_are_slow_evicts_all_the_same() -> None:
     world = started(2, replicas=1)
-    world.control.wish(Wishes(leaving=frozenset({"h1"})))
+    world.control.set_constraints(OperatorConstraints(leaving=frozenset({"h1"})))
     for _ in range(8):
         world.tick(seconds=2 * POLICY.lease_s)
         for name, host in world.hosts.items():
@@ -448,7 +448,7 @@ def test_a_plan_that_was_asked_for_before_a_rollback_is_of_no_use_behind_it() ->
 
 
 def test_numbers_of_a_new_term_are_above_all_of_an_old_one() -> None:
-    assert Number(2, 1) > Number(1, 10**9)
+    assert PlacementId(2, 1) > PlacementId(1, 10**9)
 
 
 def test_what_only_memory_held_and_is_lost_keeps_no_change_under_way() -> None:

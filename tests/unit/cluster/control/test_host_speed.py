@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.cluster.control.host_speed import Paces, Work, slowed
+from moesaic.cluster.control.host_speed import HostSpeeds, Work, with_speed_factors
 from moesaic.cluster.planner.plan import PoolHost
 
 SPEEDS = {"a": 1.0, "b": 1.0, "c": 4.0}
@@ -12,17 +12,17 @@ TICK_S = 0.2
 
 
 class World:
-    """Hosts that are always busy: ten batches of 100 choices in a second, times their speeds."""
+    """Hosts that are always busy: ten batches of 100 assignments a second, times their speeds."""
 
     def __init__(self) -> None:
-        self.paces = Paces()
+        self.speeds = HostSpeeds()
         self.now = 0.0
         self.batches = dict.fromkeys(SPEEDS, 0.0)
         self.done = dict.fromkeys(SPEEDS, Work(0, 0, 0.0))
         self.incarnations = dict.fromkeys(SPEEDS, 1)
 
-    def work(self, seconds: float, *, choices: int = 100, **parts: float) -> dict[str, float]:
-        """``parts``: of its speed that a host has, 0 for one that gets nothing to do."""
+    def work(self, seconds: float, *, assignments: int = 100, **parts: float) -> dict[str, float]:
+        """``speed_factors``: of its speed that a host has, 0 for one that gets nothing to do."""
         found = {}
         for _ in range(round(seconds / TICK_S)):
             self.now += TICK_S
@@ -32,12 +32,12 @@ class World:
                 self.batches[host] += 10 * TICK_S * part
                 new = int(self.batches[host]) - was.batches
                 if new:
-                    did, busy_s = int(new * choices * speed), new * 0.1 / part
+                    did, busy_s = int(new * assignments * speed), new * 0.1 / part
                     self.done[host] = Work(
-                        was.batches + new, was.choices + did, was.busy_s + busy_s
+                        was.batches + new, was.assignments + did, was.busy_s + busy_s
                     )
-                self.paces.note(host, self.incarnations[host], self.done[host], self.now)
-            found = self.paces.parts(SPEEDS, ())
+                self.speeds.note(host, self.incarnations[host], self.done[host], self.now)
+            found = self.speeds.speed_factors(SPEEDS, ())
         return found
 
 
@@ -81,7 +81,7 @@ def test_what_is_said_stands_until_it_is_wrong_by_half() -> None:
 
 def test_hosts_are_compared_over_the_same_seconds() -> None:
     world = World()
-    world.work(10, choices=10)
+    world.work(10, assignments=10)
     # Calls become ten times as large, and b gets none of them for a while.
     assert world.work(5, b=0) == {}
     assert world.work(5) == {}
@@ -108,13 +108,16 @@ def test_a_new_incarnation_begins_anew() -> None:
 def test_a_silent_host_has_next_to_no_speed_unless_all_are_silent() -> None:
     world = World()
     world.work(10, b=0.1)
-    assert world.paces.parts(SPEEDS, {"a"}) == {"a": 1e-6, "b": pytest.approx(0.1, rel=0.5)}
-    assert world.paces.parts(SPEEDS, {"b"}) == {"b": 1e-6}
-    assert world.paces.parts(SPEEDS, set(SPEEDS)) == {"b": pytest.approx(0.1, rel=0.5)}
-    world.paces.forget("b")
-    assert world.paces.parts(SPEEDS, ()) == {}
+    assert world.speeds.speed_factors(SPEEDS, {"a"}) == {
+        "a": 1e-6,
+        "b": pytest.approx(0.1, rel=0.5),
+    }
+    assert world.speeds.speed_factors(SPEEDS, {"b"}) == {"b": 1e-6}
+    assert world.speeds.speed_factors(SPEEDS, set(SPEEDS)) == {"b": pytest.approx(0.1, rel=0.5)}
+    world.speeds.forget("b")
+    assert world.speeds.speed_factors(SPEEDS, ()) == {}
 
 
 def test_speeds_of_those_that_are_named_are_changed() -> None:
     hosts = [PoolHost(name=name, speed=speed) for name, speed in SPEEDS.items()]
-    assert [host.speed for host in slowed(hosts, {"b": 0.1})] == [1.0, 0.1, 4.0]
+    assert [host.speed for host in with_speed_factors(hosts, {"b": 0.1})] == [1.0, 0.1, 4.0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moesaic.cluster.control.control import Control
 from moesaic.cluster.load.meter import LoadReport
-from moesaic.cluster.placement import LayerKey, LayerPlacement, Number, Placement
+from moesaic.cluster.placement import LayerKey, LayerPlacement, Placement, PlacementId
 from moesaic.cluster.routing.dispatch import Dispatcher
 from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.control_world import POLICY, ControlWorld, shape
@@ -34,12 +34,12 @@ class SleepyWorld(ControlWorld):
 
     def tick(self, late: frozenset[str] = frozenset(), seconds: float = 0.5) -> bool:
         acted = super().tick(late, seconds)
-        self.asleep_kept = frozenset(self.control.sleep.asleep)
+        self.asleep_kept = frozenset(self.control.idle_models.asleep)
         return acted
 
     def new_control(self) -> Control:
         control = super().new_control()
-        control.sleep.keep_asleep(self.asleep_kept)
+        control.idle_models.keep_asleep(self.asleep_kept)
         return control
 
     def finish(self, rounds: int, seconds: float = 0.5) -> None:
@@ -53,16 +53,18 @@ class SleepyWorld(ControlWorld):
 
     def ask(self, *, waits: bool) -> None:
         """A router's call: counted where the layer is placed, waiting where it is not."""
-        number = self.published[-1].number
+        number = self.published[-1].id
         if waits:
-            heard = LoadReport(router="r0", number=number, unplaced=(KEY,))
+            heard = LoadReport(router="r0", placement_id=number, unplaced=(KEY,))
         else:
-            heard = LoadReport(router="r0", number=number, counts={KEY: np.array([1, 0, 0, 0])})
+            heard = LoadReport(
+                router="r0", placement_id=number, counts={KEY: np.array([1, 0, 0, 0])}
+            )
         self.control.hear(heard, self.now)
 
     @property
     def asleep(self) -> bool:
-        return bool(self.control.sleep.asleep)
+        return bool(self.control.idle_models.asleep)
 
     def held(self, model: str) -> int:
         return sum(key.model == model for host in self.hosts.values() for key in host.held)
@@ -203,7 +205,7 @@ def test_any_history_ends_with_the_model_served_when_it_is_asked_for(data: st.Da
 
 def placement(epoch: int, *keys: LayerKey) -> Placement:
     layers = {key: LayerPlacement(((), ())) for key in keys}
-    return Placement(number=Number(1, epoch), hosts={}, layers=layers)
+    return Placement(id=PlacementId(1, epoch), hosts={}, layers=layers)
 
 
 def test_a_router_knows_the_layer_that_is_asked_for_and_nowhere() -> None:

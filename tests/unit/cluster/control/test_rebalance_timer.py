@@ -5,34 +5,34 @@ from __future__ import annotations
 import numpy as np
 
 from moesaic.cluster.comparison.compare import control_policy, pool_of
-from moesaic.cluster.comparison.elastic_placement import Ours
-from moesaic.cluster.control.policy import Rhythm
+from moesaic.cluster.comparison.elastic_placement import MoesaicStrategy
+from moesaic.cluster.control.policy import RebalanceTimer
 from moesaic.cluster.placement import LayerKey, ModelShape
 from moesaic.cluster.planner.balance import balancedness
 
 
 def test_it_looks_every_so_often() -> None:
-    rhythm = Rhythm(10.0)
+    rhythm = RebalanceTimer(10.0)
     assert rhythm.is_due(0.0, None)
-    rhythm.looked(0.0)
+    rhythm.note_check(0.0)
     assert not rhythm.is_due(9.9, None)
     assert rhythm.is_due(10.0, None)
 
 
 def test_it_looks_soon_behind_a_shift_and_once() -> None:
-    rhythm = Rhythm(10.0)
-    rhythm.looked(100.0)
+    rhythm = RebalanceTimer(10.0)
+    rhythm.note_check(100.0)
     assert not rhythm.is_due(103.5, shifted_at=103.0), "a window of the new traffic comes first"
     assert rhythm.is_due(104.0, shifted_at=103.0)
-    rhythm.looked(104.0)
+    rhythm.note_check(104.0)
     assert not rhythm.is_due(105.0, shifted_at=103.0)
     assert rhythm.is_due(114.0, shifted_at=103.0)
 
 
 def test_it_rests_behind_a_failure_whatever_happens() -> None:
-    rhythm = Rhythm(10.0)
-    rhythm.looked(0.0)
-    rhythm.rest(5.0)
+    rhythm = RebalanceTimer(10.0)
+    rhythm.note_check(0.0)
+    rhythm.pause(5.0)
     assert not rhythm.is_due(104.9, shifted_at=50.0)
     assert rhythm.is_due(105.0, shifted_at=50.0)
 
@@ -40,9 +40,9 @@ def test_it_rests_behind_a_failure_whatever_happens() -> None:
 def test_a_shift_is_answered_long_before_the_next_regular_look() -> None:
     key = LayerKey("m", 0)
     shape = ModelShape(model="m", experts={0: 16}, expert_bytes=1_000_000)
-    pool = pool_of([shape], hosts=4, slots=6, choices_per_s=1e4, load_bytes_per_s=1e8)
+    pool = pool_of([shape], hosts=4, slots=6, assignments_per_s=1e4, loading_bytes_per_s=1e8)
     policy = control_policy(pool, every_s=60.0, budget=1.0, redundancy=0)
-    ours = Ours(pool, policy, ticks=4)
+    ours = MoesaicStrategy(pool, policy, ticks=4)
 
     def second(hot: range) -> float:
         """Balancedness of a second in which a quarter of the experts have most of the load."""

@@ -141,7 +141,7 @@ def test_balancedness_is_that_of_the_load_under_the_published_shares() -> None:
     layer = world.control.placement
     assert layer is not None
     counts = np.array([100 * (host == "a") for (host,) in map(layer.layers[KEY].hosts, range(4))])
-    world.control.hear(LoadReport(router="r", number=None, counts={KEY: counts}), world.now)
+    world.control.hear(LoadReport(router="r", placement_id=None, counts={KEY: counts}), world.now)
     world.tick()
     world.tick()
     seen = world.vitals()

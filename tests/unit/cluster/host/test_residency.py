@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.host.residency import HostPolicy, LayerShape, QueuedCall, Residency, parts_of
+from moesaic.cluster.host.residency import (
+    HostPolicy,
+    LayerShape,
+    QueuedCall,
+    Residency,
+    split_batch_time,
+)
 from moesaic.cluster.placement import ExpertKey, LayerKey
 from moesaic.proto.errors import Busy, CallError, Expired, NotHere
 
@@ -203,14 +209,14 @@ def test_each_call_of_a_computation_has_its_part_of_the_time() -> None:
     small, large = call(1, rows=1), call(2, router="s", rows=3)
     unused = replace(call(3, router="t"), ids=np.array([[-1, -1]], dtype=np.int32))
     # One choice in each row, and one more for each call.
-    assert parts_of(600, [small, large]) == [200, 400]
-    assert parts_of(77, [small]) == [77]
-    assert parts_of(10, [unused]) == [10]
+    assert split_batch_time(600, [small, large]) == [200, 400]
+    assert split_batch_time(77, [small]) == [77]
+    assert split_batch_time(10, [unused]) == [10]
 
 
 @given(rows=st.lists(st.integers(1, 50), min_size=1, max_size=9), batch_us=st.integers(0, 10**9))
 def test_parts_of_a_computation_are_the_whole(rows: list[int], batch_us: int) -> None:
     batch = [call(seq, router=f"r{seq}", rows=count) for seq, count in enumerate(rows)]
-    parts = parts_of(batch_us, batch)
+    parts = split_batch_time(batch_us, batch)
     assert sum(parts) == batch_us
     assert min(parts) >= 0

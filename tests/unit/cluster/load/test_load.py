@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from moesaic.cluster.load.meter import HostTimes, LoadMeter, LoadReport
 from moesaic.cluster.load.tracker import LoadTracker
-from moesaic.cluster.placement import LayerKey, ModelShape, Number, Placement, spread
+from moesaic.cluster.placement import (
+    LayerKey,
+    ModelShape,
+    Placement,
+    PlacementId,
+    initial_placement,
+)
 from moesaic.cluster.routing.dispatch import Dispatcher
 from moesaic.cluster.routing.policy import RouterPolicy
 
@@ -34,17 +40,17 @@ def test_every_choice_of_a_real_expert_counts_once(calls: list[list[int]]) -> No
 
 def test_a_router_counts_when_a_call_begins_and_not_when_it_is_sent_again() -> None:
     dispatcher = Dispatcher(RouterPolicy())
-    layers = spread([ModelShape(model="m", experts={0: 2})], ["h0"])
-    dispatcher.place(Placement(number=Number(1, 1), hosts={}, layers=layers), 0.0)
-    choices = np.array([[0, 1], [1, -1], [1, 2]], dtype=np.int32)
-    dispatcher.begin(KEY, choices, max_rows=8, now=0.0)
+    layers = initial_placement([ModelShape(model="m", experts={0: 2})], ["h0"])
+    dispatcher.place(Placement(id=PlacementId(1, 1), hosts={}, layers=layers), 0.0)
+    assignments = np.array([[0, 1], [1, -1], [1, 2]], dtype=np.int32)
+    dispatcher.begin(KEY, assignments, max_rows=8, now=0.0)
     for moment in range(1, 5):
         dispatcher.tick(float(moment))
     assert dispatcher.meter.take("r", None).counts[KEY].tolist() == [1, 3]
 
 
 def tell(tracker: LoadTracker, *counts: int, router: str = "r") -> None:
-    report = LoadReport(router=router, number=None, counts={KEY: np.array(counts)})
+    report = LoadReport(router=router, placement_id=None, counts={KEY: np.array(counts)})
     tracker.hear(report)
 
 
@@ -93,15 +99,15 @@ def test_a_shift_is_seen_at_once_and_what_was_before_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("experts", [8, 32, 256])
-@pytest.mark.parametrize("choices", [2, 8, 64, 512, 4096])
-def test_chance_is_no_shift(choices: int, experts: int) -> None:
-    """All windows are drawn from the same distribution, few choices of many experts too."""
-    rng = np.random.default_rng(choices)
+@pytest.mark.parametrize("assignments", [2, 8, 64, 512, 4096])
+def test_chance_is_no_shift(assignments: int, experts: int) -> None:
+    """All windows are drawn from the same distribution, few assignments of many experts too."""
+    rng = np.random.default_rng(assignments)
     part_E = rng.dirichlet(np.ones(experts))
     tracker = LoadTracker()
     tracker.advance(0.0)
     for second in range(1, 301):
-        tell(tracker, *rng.multinomial(choices, part_E))
+        tell(tracker, *rng.multinomial(assignments, part_E))
         tracker.advance(float(second))
     assert tracker.shifted_at is None
 
@@ -130,8 +136,8 @@ def test_idle_pools_cool_down() -> None:
 
 def test_hosts_work_is_measured_over_all_answers() -> None:
     tracker = LoadTracker()
-    assert tracker.choices_per_busy_s() is None
-    for host, choices in (("a", 300), ("b", 100)):
-        times = {host: HostTimes(calls=1, choices=choices, queued_s=0.1, busy_s=0.5)}
-        tracker.hear(LoadReport(router="r", number=None, hosts=times))
-    assert tracker.choices_per_busy_s() == pytest.approx(400)
+    assert tracker.assignments_per_busy_s() is None
+    for host, assignments in (("a", 300), ("b", 100)):
+        times = {host: HostTimes(calls=1, assignments=assignments, queued_s=0.1, busy_s=0.5)}
+        tracker.hear(LoadReport(router="r", placement_id=None, hosts=times))
+    assert tracker.assignments_per_busy_s() == pytest.approx(400)

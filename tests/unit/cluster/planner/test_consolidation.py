@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from moesaic.cluster.control.change_impact import balancedness_under
 from moesaic.cluster.placement import LayerKey, LayerPlacement, ModelShape, Replica
 from moesaic.cluster.planner.balance import balancedness, even_split
-from moesaic.cluster.planner.consolidation import gather, least_use
-from moesaic.cluster.planner.plan import Plan, Policy, PoolHost
+from moesaic.cluster.planner.consolidation import consolidate, consolidation_level
+from moesaic.cluster.planner.plan import Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
 
 BIG, SMALL = "big", "small"
-POLICY = Policy(fan_out=0.1, horizon_s=1e9)
+POLICY = PlannerPolicy(consolidate_below=0.1, horizon_s=1e9)
 
 
 def pool(count: int, slots: int) -> list[PoolHost]:
@@ -56,7 +56,7 @@ def test_gathering_loses_nothing_and_overloads_nobody(seed: int, least_part: flo
     mean = load_E.sum() / speed_H.sum()
     least = least_part * mean
     flow_EH = even_split(held_EH, load_E, speed_H)
-    found_EH = gather(flow_EH, held_EH, speed_H, least, rng.random(hosts))
+    found_EH = consolidate(flow_EH, held_EH, speed_H, least, rng.random(hosts))
     assert found_EH.sum(axis=1) == pytest.approx(load_E)
     assert (found_EH >= 0).all()
     assert not found_EH[~held_EH].any()
@@ -76,31 +76,31 @@ def test_a_share_that_balance_does_not_need_is_spared() -> None:
     load_E = np.array([5.01, 5.0, 10.0])
     flow_EH = even_split(held_EH, load_E, np.ones(2))
     assert (flow_EH > 0).sum() == 4
-    found_EH = gather(flow_EH, held_EH, np.ones(2), 0.0, np.zeros(2))
+    found_EH = consolidate(flow_EH, held_EH, np.ones(2), 0.0, np.zeros(2))
     assert found_EH[0].tolist() == pytest.approx([5.01, 0.0])
 
 
 def test_what_is_split_for_balance_stays_split() -> None:
     flow_EH = np.array([[5.0, 5.0]])
-    found_EH = gather(flow_EH, np.ones((1, 2), dtype=bool), np.ones(2), 0.0, np.zeros(2))
+    found_EH = consolidate(flow_EH, np.ones((1, 2), dtype=bool), np.ones(2), 0.0, np.zeros(2))
     assert found_EH.tolist() == flow_EH.tolist()
 
 
 def test_little_load_leaves_the_hosts_that_other_layers_use_most() -> None:
     held_EH = np.ones((4, 3), dtype=bool)
     flow_EH = np.full((4, 3), 1 / 3)
-    found_EH = gather(flow_EH, held_EH, np.ones(3), 4.0, np.array([2.0, 1.0, 3.0]))
+    found_EH = consolidate(flow_EH, held_EH, np.ones(3), 4.0, np.array([2.0, 1.0, 3.0]))
     assert found_EH.sum(axis=0).tolist() == pytest.approx([0.0, 4.0, 0.0])
     # Below 2.5 a host it takes two of them.
-    found_EH = gather(flow_EH, held_EH, np.ones(3), 2.5, np.array([2.0, 1.0, 3.0]))
+    found_EH = consolidate(flow_EH, held_EH, np.ones(3), 2.5, np.array([2.0, 1.0, 3.0]))
     assert found_EH.sum(axis=0)[2] == 0
     assert found_EH.sum(axis=0).max() <= 2.5
 
 
 def test_little_load_counts_as_even() -> None:
-    least = least_use([np.array([30.0, 10.0]), np.array([1.0])], np.ones(4), 0.1)
+    least = consolidation_level([np.array([30.0, 10.0]), np.array([1.0])], np.ones(4), 0.1)
     assert least == pytest.approx(1.0)
-    assert least_use([], np.ones(4), 0.1) == 0.0
+    assert consolidation_level([], np.ones(4), 0.1) == 0.0
     assert balancedness(np.array([1.0, 0, 0, 0]), np.ones(4)) == pytest.approx(0.25)
     assert balancedness(np.array([1.0, 0, 0, 0]), np.ones(4), least) == 1.0
     assert balancedness(np.array([2.0, 0, 0, 0]), np.ones(4), least) == pytest.approx(0.5)
@@ -161,7 +161,7 @@ def test_a_new_layer_takes_as_many_hosts_as_its_load_needs(redundancy: int) -> N
 
 def test_without_the_cost_of_fan_out_every_layer_is_spread() -> None:
     models, loads = two_models(1.0)
-    policy = replace(POLICY, fan_out=0.0)
+    policy = replace(POLICY, consolidate_below=0.0)
     found = plan(models=models, hosts=pool(8, 24), current={}, loads=loads, policy=policy)
     by_host = traffic(found, loads)
     assert all(len(by_host[LayerKey(SMALL, layer)]) >= 6 for layer in range(4))
@@ -203,7 +203,7 @@ def test_one_model_alone_is_as_balanced_as_without_the_cost() -> None:
             hosts=pool(8, 36),
             current={},
             loads=loads,
-            policy=replace(POLICY, fan_out=fan_out),
+            policy=replace(POLICY, consolidate_below=fan_out),
         )
         for fan_out in (0.0, 0.1)
     }
@@ -212,5 +212,5 @@ def test_one_model_alone_is_as_balanced_as_without_the_cost() -> None:
 
 
 def test_fan_out_is_a_part() -> None:
-    with pytest.raises(ValueError, match=r"fan_out: 1.5; 0 <= fan_out <= 1"):
-        Policy(fan_out=1.5)
+    with pytest.raises(ValueError, match=r"consolidate_below: 1.5; 0 <= it <= 1"):
+        PlannerPolicy(consolidate_below=1.5)

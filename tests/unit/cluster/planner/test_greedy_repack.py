@@ -13,15 +13,15 @@ from benchmarks.planning.placing import BUDGET, LAVISH, MODEL, THRIFTY, Pool, de
 from benchmarks.planning.recorded import compare, shifts_of
 from moesaic.cluster.load.trace import Trace
 from moesaic.cluster.placement import LayerKey
-from moesaic.cluster.planner.greedy_repack import rebuild
-from moesaic.cluster.planner.moves import Limits
+from moesaic.cluster.planner.greedy_repack import repack
+from moesaic.cluster.planner.moves import LayerConstraints
 
 
-def limits(experts: int, hosts: int) -> Limits:
-    return Limits(
+def limits(experts: int, hosts: int) -> LayerConstraints:
+    return LayerConstraints(
         domain_H=np.arange(hosts),
         domains=1,
-        least_E=np.ones(experts, dtype=np.int64),
+        min_replicas_E=np.ones(experts, dtype=np.int64),
         pinned_EH=np.zeros((experts, hosts), dtype=bool),
     )
 
@@ -36,7 +36,7 @@ def test_what_is_placed_anew_keeps_slots_and_limits(seed: int) -> None:
     found = limits(experts, hosts)
     if seed % 2:
         found.pinned_EH[0, int(np.argmax(held_EH[0]))] = True
-    step = rebuild(held_EH, np.exp(rng.normal(size=experts)), rng.choice([0.5, 1.0], hosts), found)
+    step = repack(held_EH, np.exp(rng.normal(size=experts)), rng.choice([0.5, 1.0], hosts), found)
     if step is None:
         return
     after_EH = held_EH.copy()
@@ -53,7 +53,7 @@ def test_what_is_placed_anew_keeps_slots_and_limits(seed: int) -> None:
 
 def test_hosts_that_are_alike_keep_what_they_have() -> None:
     held_EH = np.array([[0, 1], [1, 0]], dtype=bool)
-    assert rebuild(held_EH, np.array([2.0, 1.0]), np.ones(2), limits(2, 2)) is None
+    assert repack(held_EH, np.array([2.0, 1.0]), np.ones(2), limits(2, 2)) is None
 
 
 # ---- recorded loads ------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def recorded(domains: int, windows: int) -> Trace:
         window_s=1.0,
         counts={LayerKey(MODEL, layer): count_WLE[:, layer] for layer in range(POOL.layers)},
         hosts=(),
-        choices_WH=nobody.astype(np.int64),
+        assignments_WH=nobody.astype(np.int64),
         busy_s_WH=nobody,
         queued_s_WH=nobody,
     )
@@ -85,7 +85,7 @@ def test_shifts_between_domains() -> None:
     assert len(seen) == len(later) == 8
     total = sum(load.sum() for load in seen) + sum(load.sum() for load in later)
     assert total == sum(counts.sum() for counts in trace.counts.values())
-    rows = {row["way"]: row for row in compare(POOL, 0, seen, later)}
+    rows = {row["strategy"]: row for row in compare(POOL, 0, seen, later)}
     still, theirs = rows["nothing moves"], rows["DeepSeek's rule"]
     few, many, limit = rows["ours, 5 % at most"], rows["ours, any number"], rows["bound"]
     assert few["moved"] <= BUDGET

@@ -7,8 +7,8 @@ import pytest
 
 from moesaic.cluster.placement import LayerKey, LayerPlacement, ModelShape, Replica
 from moesaic.cluster.planner import planner
-from moesaic.cluster.planner.plan import Plan, Policy, PoolHost, Wishes
-from moesaic.cluster.planner.plan_builder import Draft
+from moesaic.cluster.planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
+from moesaic.cluster.planner.plan_builder import PlanBuilder
 
 
 def pool(hosts: int, slots: int) -> list[PoolHost]:
@@ -21,7 +21,7 @@ def placed(hosts: list[PoolHost], *loads: list[float]) -> Plan:
         hosts=hosts,
         current={},
         loads={LayerKey("m", n): np.array(one) for n, one in enumerate(loads)},
-        policy=Policy(),
+        policy=PlannerPolicy(),
     )
 
 
@@ -48,22 +48,29 @@ def test_the_next_expert_begins_on_the_last_host_of_the_one_before() -> None:
 def test_the_load_of_each_host_counts_what_the_chain_put_there(second: list[float]) -> None:
     loads = {LayerKey("m", 0): np.array([9.0, 6.0, 1.0, 1.0]), LayerKey("m", 1): np.array(second)}
     shape = ModelShape(model="m", experts={0: 4, 1: 4})
-    draft = Draft([shape], pool(3, 4), {}, loads, Policy(), Wishes())
-    planner._place(draft)
-    check_use(draft)
+    builder = PlanBuilder([shape], pool(3, 4), {}, loads, PlannerPolicy(), OperatorConstraints())
+    planner._place(builder)
+    check_use(builder)
 
 
 def test_the_load_of_each_host_counts_what_was_dropped_and_what_a_new_replica_takes_over() -> None:
     shapes = [ModelShape(model=name, experts={0: 1}) for name in ("old", "new")]
     both = LayerPlacement(((Replica("h0", 0.5), Replica("h1", 0.5)),))
     loads = {LayerKey("old", 0): np.array([8.0]), LayerKey("new", 0): np.array([2.0])}
-    draft = Draft(shapes, pool(2, 1), {LayerKey("old", 0): both}, loads, Policy(), Wishes())
-    planner._place(draft)
-    assert [move.replaces for move in draft.moves] == [(LayerKey("old", 0).expert(0),)]
-    check_use(draft)
+    builder = PlanBuilder(
+        shapes,
+        pool(2, 1),
+        {LayerKey("old", 0): both},
+        loads,
+        PlannerPolicy(),
+        OperatorConstraints(),
+    )
+    planner._place(builder)
+    assert [move.replaces for move in builder.moves] == [(LayerKey("old", 0).expert(0),)]
+    check_use(builder)
 
 
-def check_use(draft: Draft) -> None:
-    assert not draft.unplaced
-    load_H = sum(search.even_load() for search in draft.searches.values())
-    assert draft.use_H[False] == pytest.approx(load_H)
+def check_use(builder: PlanBuilder) -> None:
+    assert not builder.unplaced
+    load_H = sum(search.even_load() for search in builder.searches.values())
+    assert builder.use_H[False] == pytest.approx(load_H)

@@ -17,10 +17,10 @@ from moesaic.cluster.placement import (
     LayerPlacement,
     ModelShape,
     Replica,
-    spread,
+    initial_placement,
 )
-from moesaic.cluster.planner.balance import balancedness, best_balancedness, even_split, pour
-from moesaic.cluster.planner.plan import Plan, Policy, PoolHost, Wishes
+from moesaic.cluster.planner.balance import balancedness, best_balancedness, even_split, water_fill
+from moesaic.cluster.planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
 
 M = "m"
@@ -56,7 +56,7 @@ def check(
     found: Plan,
     hosts: list[PoolHost],
     current: dict[LayerKey, LayerPlacement],
-    wishes: Wishes | None = None,
+    constraints: OperatorConstraints | None = None,
 ) -> None:
     """What holds for every plan."""
     after = standing(dict(found.layers))
@@ -69,7 +69,9 @@ def check(
                 assert sum(replica.share for replica in replicas) == pytest.approx(1)
                 assert min(replica.share for replica in replicas) >= -1e-9
     used = Counter(host for _, host in after)
-    left = {host.name: host for host in hosts if not wishes or host.name not in wishes.leaving}
+    left = {
+        host.name: host for host in hosts if not constraints or host.name not in constraints.leaving
+    }
     assert set(used) <= set(left)
     assert all(host.slots is None or used[name] <= host.slots for name, host in left.items())
     before = {(key, host) for key, host in standing(current) if host in left}
@@ -88,7 +90,7 @@ def test_pouring_fills_the_lowest_first_and_loses_nothing(data: st.DataObject) -
     level = np.array(data.draw(st.lists(numbers, min_size=count, max_size=count)))
     width = np.array(data.draw(st.lists(st.floats(0.1, 10), min_size=count, max_size=count)))
     amount = data.draw(numbers)
-    poured = pour(amount, level, width)
+    poured = water_fill(amount, level, width)
     assert poured.sum() == pytest.approx(amount, abs=1e-6)
     assert (poured >= 0).all()
     height = (level + poured) / width
@@ -134,7 +136,7 @@ def test_no_placement_beats_the_bound(seed: int) -> None:
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_any_history_of_loads_hosts_and_wishes(data: st.DataObject) -> None:
+def test_any_history_of_loads_hosts_and_constraints(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     everyone = [
         PoolHost(
@@ -155,9 +157,9 @@ def test_any_history_of_loads_hosts_and_wishes(data: st.DataObject) -> None:
         alive = alive or everyone
         leaving = frozenset(h.name for h in alive[1:] if rng.random() < 0.2)
         key = ExpertKey("m", 0, 0)
-        wishes = Wishes(
+        constraints = OperatorConstraints(
             leaving=leaving,
-            least={key: int(rng.integers(1, 4))},
+            min_replicas={key: int(rng.integers(1, 4))},
             pins={key: frozenset({alive[0].name})} if rng.random() < 0.5 else {},
         )
         loads = {
@@ -171,16 +173,16 @@ def test_any_history_of_loads_hosts_and_wishes(data: st.DataObject) -> None:
             hosts=alive,
             current=current,
             loads=loads,
-            policy=Policy(redundancy=int(rng.integers(0, 2)), budget=budget, horizon_s=EVER),
-            wishes=wishes,
+            policy=PlannerPolicy(redundancy=int(rng.integers(0, 2)), budget=budget, horizon_s=EVER),
+            constraints=constraints,
         )
-        check(found, alive, current, wishes)
+        check(found, alive, current, constraints)
         assert sum(move.kind == "balance" for move in found.moves) <= budget
         assert all(move.reason for move in found.moves)
         room = sum(h.slots or 0 for h in alive if h.name not in leaving)
         if room >= sum(sum(m.experts.values()) for m in models):
             assert not found.unplaced
-        if wishes.pins and not found.unplaced:
+        if constraints.pins and not found.unplaced:
             # A pin waits for room only where everything else on its host is needed.
             stands = (key, alive[0].name) in standing(dict(found.layers))
             used = sum(h == alive[0].name for _, h in standing(dict(found.layers)))
@@ -195,7 +197,7 @@ def test_any_one_domain_may_be_lost_whenever_there_is_room() -> None:
         hosts=hosts,
         current={},
         loads={},
-        policy=Policy(redundancy=1),
+        policy=PlannerPolicy(redundancy=1),
     )
     check(found, hosts, {})
     assert not found.unprotected
@@ -216,7 +218,7 @@ def test_balancing_never_takes_protection_away(seed: int) -> None:
             hosts=hosts,
             current=current,
             loads={LayerKey(M, 0): np.exp(1.5 * rng.normal(size=16))},
-            policy=Policy(redundancy=1, target=0.99, enough=0.99, horizon_s=EVER),
+            policy=PlannerPolicy(redundancy=1, target=0.99, rebalance_below=0.99, horizon_s=EVER),
         )
         check(found, hosts, current)
         assert not found.unprotected
@@ -229,7 +231,7 @@ def test_spare_slots_under_hot_hosts_help_to_balance(first: bool) -> None:
     what is cold goes there, and makes room for what is hot."""
     hosts = pool(16, slots=20)
     load_E = 1.0 / np.arange(1, 129)
-    policy = Policy(redundancy=1, enough=0.95, target=0.97, horizon_s=EVER)
+    policy = PlannerPolicy(redundancy=1, rebalance_below=0.95, target=0.97, horizon_s=EVER)
     arguments: dict[str, Any] = {"models": [shape(1, 128)], "hosts": hosts, "policy": policy}
     loads = {LayerKey(M, 0): load_E}
     current = {} if first else dict(plan(current={}, loads={}, **arguments).layers)
@@ -247,7 +249,7 @@ def test_what_is_unprotected_is_named_with_the_memory_it_would_take() -> None:
         hosts=hosts,
         current={},
         loads={LayerKey(M, 0): load},
-        policy=Policy(redundancy=1),
+        policy=PlannerPolicy(redundancy=1),
     )
     check(found, hosts, {})
     assert len(found.unprotected) == 8
@@ -257,7 +259,7 @@ def test_what_is_unprotected_is_named_with_the_memory_it_would_take() -> None:
 
 def test_a_lost_host_is_made_good_and_nothing_else_moves() -> None:
     hosts = pool(4, 20)
-    first = plan(models=[shape(2, 16)], hosts=hosts, current={}, loads={}, policy=Policy())
+    first = plan(models=[shape(2, 16)], hosts=hosts, current={}, loads={}, policy=PlannerPolicy())
     current = dict(first.layers)
     lost = {key for key, host in standing(current) if host == "h1"}
     found = plan(
@@ -265,7 +267,7 @@ def test_a_lost_host_is_made_good_and_nothing_else_moves() -> None:
         hosts=[h for h in hosts if h.name != "h1"],
         current=current,
         loads={},
-        policy=Policy(budget=0),
+        policy=PlannerPolicy(budget=0),
     )
     assert {move.key for move in found.moves} == lost
     assert {move.kind for move in found.moves} == {"restore"}
@@ -273,24 +275,24 @@ def test_a_lost_host_is_made_good_and_nothing_else_moves() -> None:
 
 def test_a_host_that_leaves_is_emptied() -> None:
     hosts = pool(3, 20)
-    current = spread([shape(1, 16)], ["h0", "h1", "h2"])
-    wishes = Wishes(leaving=frozenset({"h2"}))
+    current = initial_placement([shape(1, 16)], ["h0", "h1", "h2"])
+    constraints = OperatorConstraints(leaving=frozenset({"h2"}))
     found = plan(
         models=[shape(1, 16)],
         hosts=hosts,
         current=current,
         loads={},
-        policy=Policy(budget=0),
-        wishes=wishes,
+        policy=PlannerPolicy(budget=0),
+        constraints=constraints,
     )
-    check(found, hosts, current, wishes)
+    check(found, hosts, current, constraints)
     assert {move.kind for move in found.moves} == {"drain"}
 
 
 def test_memory_bounds_what_a_host_holds() -> None:
     hosts = pool(2, None, memory_bytes=100)
     models = [shape(1, 4, "big", expert_bytes=40), shape(1, 4, "small", expert_bytes=10)]
-    found = plan(models=models, hosts=hosts, current={}, loads={}, policy=Policy())
+    found = plan(models=models, hosts=hosts, current={}, loads={}, policy=PlannerPolicy())
     used = Counter[str]()
     for key, host in standing(dict(found.layers)):
         used[host] += 40 if key.model == "big" else 10
@@ -304,7 +306,9 @@ def test_a_small_replica_makes_room_for_a_large_expert_where_free_memory_is_the_
     small, large = shape(1, 1, "small", expert_bytes=60), shape(1, 1, "large", expert_bytes=100)
     both = LayerPlacement(((Replica("h0", 0.5), Replica("h1", 0.5)),))
     current = {LayerKey("small", 0): both}
-    found = plan(models=[small, large], hosts=hosts, current=current, loads={}, policy=Policy())
+    found = plan(
+        models=[small, large], hosts=hosts, current=current, loads={}, policy=PlannerPolicy()
+    )
     check(found, hosts, current)
     assert not found.unplaced
     (gone,) = found.drops
@@ -316,7 +320,9 @@ def test_a_small_replica_makes_no_room_where_too_little_memory_is_free() -> None
     small, large = shape(1, 1, "small", expert_bytes=60), shape(1, 1, "large", expert_bytes=101)
     both = LayerPlacement(((Replica("h0", 0.5), Replica("h1", 0.5)),))
     current = {LayerKey("small", 0): both}
-    found = plan(models=[small, large], hosts=hosts, current=current, loads={}, policy=Policy())
+    found = plan(
+        models=[small, large], hosts=hosts, current=current, loads={}, policy=PlannerPolicy()
+    )
     check(found, hosts, current)
     assert found.unplaced == (ExpertKey("large", 0, 0),)
     assert not found.drops
@@ -324,7 +330,7 @@ def test_a_small_replica_makes_no_room_where_too_little_memory_is_free() -> None
 
 def test_no_hosts() -> None:
     with pytest.raises(ValueError, match="hosts: there is none"):
-        plan(models=[shape(1, 2)], hosts=[], current={}, loads={}, policy=Policy())
+        plan(models=[shape(1, 2)], hosts=[], current={}, loads={}, policy=PlannerPolicy())
 
 
 # ---- how good plans are --------------------------------------------------------------------------
@@ -347,8 +353,8 @@ def history(
             hosts=hosts,
             current=current,
             loads=loads_of(np.exp(log)),
-            policy=Policy(
-                enough=0.96 if budget else 0.999,
+            policy=PlannerPolicy(
+                rebalance_below=0.96 if budget else 0.999,
                 target=0.98 if budget else 0.999,
                 budget=int(budget * slots) if budget and step else None,
                 horizon_s=EVER,
@@ -416,7 +422,7 @@ def test_what_is_balanced_enough_is_left_alone_but_shares_follow() -> None:
         hosts=hosts,
         current=current,
         loads={LayerKey(M, 0): np.array([9.0, 1.0])},
-        policy=Policy(),
+        policy=PlannerPolicy(),
     )
     assert not found.moves
     assert not found.drops
@@ -425,7 +431,7 @@ def test_what_is_balanced_enough_is_left_alone_but_shares_follow() -> None:
 
 def test_moves_that_do_not_pay_for_their_bytes_are_left_out() -> None:
     hosts = pool(4, 8)
-    current = spread([shape(1, 16)], [h.name for h in hosts])
+    current = initial_placement([shape(1, 16)], [h.name for h in hosts])
     load = np.ones(16)
     load[0] = 12.0
     found: dict[float, Plan] = {}
@@ -435,7 +441,7 @@ def test_moves_that_do_not_pay_for_their_bytes_are_left_out() -> None:
             hosts=hosts,
             current=current,
             loads={LayerKey(M, 0): load * scale},
-            policy=Policy(horizon_s=60, load_bytes_per_s=1e9),
+            policy=PlannerPolicy(horizon_s=60, loading_bytes_per_s=1e9),
         )
     assert not found[1e-6].moves
     assert found[1.0].moves
@@ -450,8 +456,8 @@ def test_hot_experts_of_one_model_displace_cold_replicas_of_another(pays: bool) 
     cold = shape(1, 4, "cold", expert_bytes=10**9)
     names = ["h0", "h1"]
     current = {
-        **spread([hot], names),
-        **spread([shape(1, 4, "cold", replicas=2)], names),
+        **initial_placement([hot], names),
+        **initial_placement([shape(1, 4, "cold", replicas=2)], names),
     }
     load = np.array([10.0, 1.0, 1.0, 1.0])
     found = plan(
@@ -459,7 +465,7 @@ def test_hot_experts_of_one_model_displace_cold_replicas_of_another(pays: bool) 
         hosts=hosts,
         current=current,
         loads={LayerKey("hot", 0): load, LayerKey("cold", 0): np.full(4, 0.01)},
-        policy=Policy(horizon_s=EVER if pays else 1e-3, load_bytes_per_s=1e9),
+        policy=PlannerPolicy(horizon_s=EVER if pays else 1e-3, loading_bytes_per_s=1e9),
     )
     check(found, hosts, current)
     assert [move.key for move in found.moves] == ([ExpertKey("hot", 0, 0)] if pays else [])

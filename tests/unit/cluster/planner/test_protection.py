@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Replica
 from moesaic.cluster.planner.balance import balancedness, even_split
-from moesaic.cluster.planner.plan import Plan, Policy, PoolHost, Wishes
+from moesaic.cluster.planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
 
 M = "m"
@@ -66,7 +66,7 @@ def test_every_expert_is_protected_whenever_the_slots_allow_it(seed: int, later:
             hosts=hosts,
             current=current,
             loads={LayerKey(M, layer): np.exp(rng.normal(size=experts)) for layer in range(layers)},
-            policy=Policy(redundancy=asked, horizon_s=1e9),
+            policy=PlannerPolicy(redundancy=asked, horizon_s=1e9),
         )
         assert not found.unplaced
         assert not found.unprotected
@@ -95,7 +95,7 @@ def test_others_make_room_for_what_lacks_a_domain() -> None:
         hosts=hosts,
         current={LayerKey(M, 0): layer},
         loads={LayerKey(M, 0): np.ones(4)},
-        policy=Policy(redundancy=1, budget=0),
+        policy=PlannerPolicy(redundancy=1, budget=0),
     )
     assert not found.unprotected
     assert all(
@@ -122,8 +122,8 @@ def test_pinned_experts_do_not_make_room(slots: int, unprotected: int) -> None:
         hosts=hosts,
         current={LayerKey(M, 0): layer},
         loads={},
-        policy=Policy(redundancy=1, budget=0),
-        wishes=Wishes(pins=pins),
+        policy=PlannerPolicy(redundancy=1, budget=0),
+        constraints=OperatorConstraints(pins=pins),
     )
     assert len(found.unprotected) == unprotected
     assert [move.key.expert for move in found.moves] == [0] * (1 - unprotected)
@@ -158,7 +158,9 @@ def test_what_a_host_leaves_behind_is_shared_by_all_others(count: int) -> None:
     """Were hosts each other's mirrors, one would get twice the load: 0.57 of 8 hosts."""
     hosts = [PoolHost(name=f"h{n}") for n in range(count)]
     shape = ModelShape(model=M, experts=dict.fromkeys(range(4), 8 * count))
-    found = plan(models=[shape], hosts=hosts, current={}, loads={}, policy=Policy(redundancy=1))
+    found = plan(
+        models=[shape], hosts=hosts, current={}, loads={}, policy=PlannerPolicy(redundancy=1)
+    )
     going_on, best = zip(*after_a_loss(found, hosts), strict=True)
     assert min(going_on) > 0.7
     assert min(best) > 0.95

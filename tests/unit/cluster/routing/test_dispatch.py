@@ -142,7 +142,7 @@ def test_an_ejected_host_comes_back_and_its_slots_stay_quarantined_until_its_pon
     assert health.state is HostState.EJECTED
     world.tell(Ponged("h0", 0))
     assert health.state is HostState.UP
-    assert len(host.inbox) == 2, "the choices were sent again"
+    assert len(host.inbox) == 2, "the assignments were sent again"
     assert late.seq in health.occupied, "that answers no probe behind it: it may still be written"
     world.lose(host, 0)
     world.pong(host)
@@ -217,7 +217,7 @@ def test_a_refusal_that_is_no_hosts_fault_ends_its_own_choices_only() -> None:
     world = connected(2, 2)
     world.begin(ids(4, 2))
     refusing, other = world.hosts["h0"], world.hosts["h1"]
-    refused = refusing.inbox[0].choices.tolist()
+    refused = refusing.inbox[0].assignments.tolist()
     world.refuse(refusing, 0, "CallError")
     assert not refusing.inbox, "nobody is asked again"
     while other.inbox:
@@ -270,7 +270,7 @@ def test_choices_of_nobody_are_dropped_when_the_placement_comes() -> None:
     assert dispatcher.begin(KEY, chosen, max_rows=64, now=0.0) == []
     dispatcher.place(placement(1, 1), 0.0)
     sends = [c for c in dispatcher.handle(HostUp("h0", 1), 0.0) if isinstance(c, Send)]
-    assert [send.choices.tolist() for send in sends] == [[0]]
+    assert [send.assignments.tolist() for send in sends] == [[0]]
 
 
 def test_a_busy_host_is_asked_again_after_a_while() -> None:
@@ -362,7 +362,7 @@ def test_shares_split_a_large_call_and_rotate_small_ones() -> None:
     dispatcher = Dispatcher(RouterPolicy(split_rows=4))
     first = placement(2, 2, experts=1)
     layer = LayerPlacement(((Replica("h0", 0.75), Replica("h1", 0.25)),))
-    shaped = type(first)(first.number, first.hosts, {KEY: layer})
+    shaped = type(first)(first.id, first.hosts, {KEY: layer})
     dispatcher.place(shaped, 0.0)
     for host in shaped.hosts:
         dispatcher.handle(HostUp(host, 1), 0.0)

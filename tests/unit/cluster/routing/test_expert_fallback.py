@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.cluster.routing.expert_fallback import Dropped, RowWishes, largest_choices
-from moesaic.cluster.routing.expert_options import SHORT_WAIT_S, WAIT, MissingExpert, RowWish
+from moesaic.cluster.routing.expert_fallback import (
+    BatchExpertOptions,
+    DroppedExperts,
+    keep_top_experts,
+)
+from moesaic.cluster.routing.expert_options import SHORT_WAIT_S, WAIT, ExpertOptions, MissingExpert
 from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.worlds import World, placement
 
@@ -20,7 +24,7 @@ POLICY = RouterPolicy(deadline_s=30.0, attempt_s=1.0)
 
 
 @pytest.mark.parametrize(
-    ("wish", "patience_s"),
+    ("expert_options", "patience_s"),
     [
         (FAIL, SHORT_WAIT_S),
         (DROP, SHORT_WAIT_S),
@@ -32,37 +36,41 @@ POLICY = RouterPolicy(deadline_s=30.0, attempt_s=1.0)
         (MissingExpert(wait_s=0.01), 0.01),
     ],
 )
-def test_patience_inside_a_batch(wish: MissingExpert, patience_s: float) -> None:
-    wishes = RowWishes([(1, RowWish(FAIL)), (2, RowWish(wish))], 5, 30.0)
+def test_patience_inside_a_batch(expert_options: MissingExpert, patience_s: float) -> None:
+    options = BatchExpertOptions(
+        [(1, ExpertOptions(FAIL)), (2, ExpertOptions(expert_options))], 5, 30.0
+    )
     short = SHORT_WAIT_S
-    assert wishes.patience_T.tolist() == [short, patience_s, patience_s, short, short]
+    assert options.patience_T.tolist() == [short, patience_s, patience_s, short, short]
 
 
 def test_without_groups_all_wait_outside() -> None:
-    assert RowWishes(None, 2, 30.0).patience_T.tolist() == [SHORT_WAIT_S] * 2
+    assert BatchExpertOptions(None, 2, 30.0).patience_T.tolist() == [SHORT_WAIT_S] * 2
 
 
 def test_a_batch_that_is_not_the_groups_waits_as_a_whole() -> None:
-    assert RowWishes([(4, RowWish(FAIL))], 3, 30.0).patience_T.tolist() == [30.0] * 3
+    assert BatchExpertOptions([(4, ExpertOptions(FAIL))], 3, 30.0).patience_T.tolist() == [30.0] * 3
 
 
 def test_only_a_small_part_of_the_gate_weights_is_dropped() -> None:
     weights = np.array([[0.8, 0.2], [0.6, 0.4], [0.8, 0.2], [0.0, 0.0]], dtype=np.float32)
-    wishes = RowWishes([(2, RowWish(DROP)), (1, RowWish(FAIL)), (1, RowWish(DROP))], 4, 30.0)
-    dropped, lost = wishes.judge(np.array([1, 3, 5, 7]), weights.reshape(-1), 2)
+    options = BatchExpertOptions(
+        [(2, ExpertOptions(DROP)), (1, ExpertOptions(FAIL)), (1, ExpertOptions(DROP))], 4, 30.0
+    )
+    dropped, lost = options.decide(np.array([1, 3, 5, 7]), weights.reshape(-1), 2)
     assert dropped == pytest.approx({0: 0.2})
     assert lost == [1, 2, 3]
 
 
 def test_the_cap_holds_for_all_missing_experts_of_a_token_together() -> None:
-    wishes = RowWishes([(1, RowWish(DROP))], 1, 30.0)
+    options = BatchExpertOptions([(1, ExpertOptions(DROP))], 1, 30.0)
     weights = np.array([0.6, 0.2, 0.2], dtype=np.float32)
-    assert wishes.judge(np.array([1]), weights, 3).dropped == pytest.approx({0: 0.2})
-    assert wishes.judge(np.array([1, 2]), weights, 3).lost == [0]
+    assert options.decide(np.array([1]), weights, 3).dropped == pytest.approx({0: 0.2})
+    assert options.decide(np.array([1, 2]), weights, 3).lost == [0]
 
 
 def test_what_was_dropped_adds_up() -> None:
-    assert Dropped(0.0, 0).and_then(0.2).and_then(0.1) == Dropped(0.2, 2)
+    assert DroppedExperts(0.0, 0).and_then(0.2).and_then(0.1) == DroppedExperts(0.2, 2)
 
 
 def one_dead_host() -> World:
@@ -134,15 +142,18 @@ def test_a_patient_row_gets_its_expert_when_it_is_back() -> None:
 
 
 def test_only_rows_that_ask_have_fewer_experts() -> None:
-    few = RowWish(experts_per_token=1)
-    assert RowWishes([(1, RowWish(FAIL)), (2, RowWish())], 3, 30.0).experts_T is None
-    experts_T = RowWishes([(1, RowWish()), (2, few)], 4, 30.0).experts_T
+    few = ExpertOptions(experts_per_token=1)
+    assert (
+        BatchExpertOptions([(1, ExpertOptions(FAIL)), (2, ExpertOptions())], 3, 30.0).experts_T
+        is None
+    )
+    experts_T = BatchExpertOptions([(1, ExpertOptions()), (2, few)], 4, 30.0).experts_T
     assert experts_T is not None
     assert experts_T[1:3].tolist() == [1, 1]
     assert experts_T[0] > 1000
     assert experts_T[3] > 1000
     # A batch that cannot be told apart is computed whole.
-    assert RowWishes([(4, few)], 3, 30.0).experts_T is None
+    assert BatchExpertOptions([(4, few)], 3, 30.0).experts_T is None
 
 
 @given(
@@ -155,7 +166,7 @@ def test_the_largest_choices_take_the_weight_of_all(
     ids_TK = np.argsort(rng.random((tokens, 9)), axis=1)[:, :top_k].astype(np.int32)
     weights_TK = rng.random((tokens, top_k), dtype=np.float32)
     most_T = np.array(most.draw(st.lists(st.integers(1, 8), min_size=tokens, max_size=tokens)))
-    kept_TK, scaled_TK = largest_choices(ids_TK, weights_TK, most_T)
+    kept_TK, scaled_TK = keep_top_experts(ids_TK, weights_TK, most_T)
     for token, few in enumerate(most_T):
         used = kept_TK[token] >= 0
         largest = np.argsort(-weights_TK[token], kind="stable")[:few]
@@ -170,13 +181,13 @@ def test_choices_that_are_unused_count_for_nothing() -> None:
     """LongCat's zero-compute experts are the trunk's, and keep their weights there."""
     ids_TK = np.array([[-1, 4, 2, -1]])
     weights_TK = np.array([[0.5, 0.1, 0.3, 0.1]], dtype=np.float32)
-    kept_TK, scaled_TK = largest_choices(ids_TK, weights_TK, np.array([1]))
+    kept_TK, scaled_TK = keep_top_experts(ids_TK, weights_TK, np.array([1]))
     assert kept_TK.tolist() == [[-1, -1, 2, -1]]
     assert scaled_TK[0, 2] == pytest.approx(0.4)
 
 
 def test_a_token_whose_weights_are_all_zero_stays_so() -> None:
     ids_TK, weights_TK = np.array([[3, 1]]), np.zeros((1, 2), dtype=np.float32)
-    kept_TK, scaled_TK = largest_choices(ids_TK, weights_TK, np.array([1]))
+    kept_TK, scaled_TK = keep_top_experts(ids_TK, weights_TK, np.array([1]))
     assert kept_TK.tolist() == [[3, -1]]
     assert scaled_TK.tolist() == [[0, 0]]

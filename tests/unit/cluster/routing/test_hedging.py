@@ -9,12 +9,12 @@ import pytest
 
 from moesaic.cluster.placement import LayerPlacement, Placement, Replica
 from moesaic.cluster.routing.events import Send
-from moesaic.cluster.routing.hedging import Budget, Hedging, Latencies
+from moesaic.cluster.routing.hedging import Hedging, Latencies, TokenBucket
 from moesaic.cluster.routing.host_health import HostHealth
 from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.worlds import KEY, SimHost, World, entry, placement
 
-POLICY = RouterPolicy(deadline_s=30.0, attempt_s=2.0, hedge_least_s=0.001)
+POLICY = RouterPolicy(deadline_s=30.0, attempt_s=2.0, hedge_min_s=0.001)
 USUAL_S = 0.01
 
 
@@ -48,7 +48,7 @@ def test_the_first_answer_counts_and_the_other_is_cancelled() -> None:
     assert world.dispatcher.outcome is not None
     assert world.dispatcher.outcome.ok
     assert asked.inbox[0].seq in asked.cancelled
-    assert (world.dispatcher.hedges, world.dispatcher.overtakings) == (1, 1)
+    assert (world.dispatcher.hedges, world.dispatcher.hedge_wins) == (1, 1)
     world.check_whole()
     world.answer(asked, 0)
     world.check_whole()
@@ -61,7 +61,7 @@ def test_a_hedge_that_is_slower_is_cancelled() -> None:
     late = other.inbox[0]
     world.answer(asked, 0)
     assert late.seq in other.cancelled
-    assert world.dispatcher.overtakings == 0
+    assert world.dispatcher.hedge_wins == 0
     world.check_whole()
 
 
@@ -229,7 +229,7 @@ def spread_of_two() -> Placement:
         )
     )
     base = placement(3, 1)
-    return Placement(base.number, {name: entry(name) for name in ("h0", "h1", "h2")}, {KEY: layer})
+    return Placement(base.id, {name: entry(name) for name in ("h0", "h1", "h2")}, {KEY: layer})
 
 
 def hedged_in_two() -> tuple[World, list[Send]]:
@@ -241,7 +241,7 @@ def hedged_in_two() -> tuple[World, list[Send]]:
     assert len(world.hosts["h0"].inbox) == 1
     world.pass_time(USUAL_S * 1.1)
     parts = [world.hosts[name].inbox[0] for name in ("h1", "h2")]
-    assert [part.choices.tolist() for part in parts] == [[0], [1]]
+    assert [part.assignments.tolist() for part in parts] == [[0], [1]]
     return world, parts
 
 
@@ -290,7 +290,7 @@ def test_late_is_what_nearly_all_of_its_size_were_not() -> None:
 
 
 def test_a_budget_saves_up_to_a_bound_and_can_be_owed() -> None:
-    budget = Budget(share=0.5, per_s=2.0, most=2.0)
+    budget = TokenBucket(share=0.5, per_s=2.0, most=2.0)
     assert budget.spend(2, 0.0)
     assert not budget.spend(1, 0.0)
     budget.earn(2)
@@ -322,24 +322,24 @@ def test_a_placement_without_any_replica_makes_choices_wait() -> None:
 
 
 def test_a_late_call_is_paid_for_once_on_however_many_hosts_its_replicas_stand() -> None:
-    spent = Budget(share=0.0, per_s=1e-9, most=0.0)
-    hedging = Hedging(Latencies(0.99, 0.005), Budget(share=0.0, per_s=0.0, most=2.0), spent)
-    assert [hedging.may("m", 100, 0.1, now) for now in (1.0, 2.0, 3.0)] == [True, True, False]
+    spent = TokenBucket(share=0.0, per_s=1e-9, most=0.0)
+    hedging = Hedging(Latencies(0.99, 0.005), TokenBucket(share=0.0, per_s=0.0, most=2.0), spent)
+    assert [hedging.allow("m", 100, 0.1, now) for now in (1.0, 2.0, 3.0)] == [True, True, False]
 
 
 def test_a_host_that_is_overtaken_again_is_avoided_for_as_long_as_trying_it_would_cost() -> None:
     health = HostHealth(entry("a"), RouterPolicy())
     # A tenth once; then four times what its call waited, twice as before, and five at most.
     for now, until in ((10.0, 10.1), (12.0, 14.0), (20.0, 24.0), (30.0, 35.0)):
-        health.overtaken(now, 0.5)
+        health.lost_to_hedge(now, 0.5)
         assert health.avoid_until == pytest.approx(until)
     health.in_time()
-    health.overtaken(40.0, 0.5)
+    health.lost_to_hedge(40.0, 0.5)
     assert health.avoid_until == pytest.approx(40.1)
 
 
 def test_a_debt_that_time_does_not_repay_is_owed_for_ever() -> None:
-    budget = Budget(share=0.5, per_s=0.0, most=1.0)
+    budget = TokenBucket(share=0.5, per_s=0.0, most=1.0)
     assert budget.owe(1, 0.0) == 0.0
     assert budget.owe(1, 0.0) == float("inf")
     budget.earn(2)

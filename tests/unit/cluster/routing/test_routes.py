@@ -13,13 +13,13 @@ from moesaic.cluster.placement import (
     LayerKey,
     LayerPlacement,
     ModelShape,
-    Number,
     Placement,
+    PlacementId,
     Replica,
 )
-from moesaic.cluster.planner.plan import Policy, PoolHost
+from moesaic.cluster.planner.plan import PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
-from moesaic.cluster.routing.assignment import choose_hosts, level
+from moesaic.cluster.routing.assignment import choose_hosts, level_load
 from moesaic.cluster.routing.host_health import BEST_RANK
 from moesaic.cluster.routing.layer_call import LayerCall
 from moesaic.cluster.routing.routes import SHARE_STEPS, LayerRoutes, Routes
@@ -33,7 +33,7 @@ PIECE = SPLIT_ROWS // 2
 def routed(*experts: tuple[Replica, ...]) -> Routes:
     hosts = sorted({replica.host for replicas in experts for replica in replicas})
     layers = {KEY: LayerPlacement(experts)}
-    return Routes(Placement(Number(1, 1), {h: entry(h) for h in hosts}, layers))
+    return Routes(Placement(PlacementId(1, 1), {h: entry(h) for h in hosts}, layers))
 
 
 # ---- shares -------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class Drawn(NamedTuple):
 
 def levelled(drawn: Drawn) -> np.ndarray:
     host_n = drawn.host_n.copy()
-    level(host_n, drawn.ids_n, drawn.routes, drawn.open_H, piece=PIECE)
+    level_load(host_n, drawn.ids_n, drawn.routes, drawn.open_H, piece=PIECE)
     return host_n
 
 
@@ -104,8 +104,8 @@ def calls(draw: st.DrawFn) -> Drawn:
     host_n = np.array([rng.choice(np.flatnonzero(held_EH[expert])) for expert in ids_n])
     table_ES = np.zeros((experts, SHARE_STEPS), dtype=np.int16)
     open_H = rng.random(hosts) < 0.8
-    part_H = rng.dirichlet(np.ones(hosts)) * (rng.random(hosts) < 0.9)
-    return Drawn(LayerRoutes(table_ES, held_EH, part_H), ids_n, host_n, open_H)
+    load_share_H = rng.dirichlet(np.ones(hosts)) * (rng.random(hosts) < 0.9)
+    return Drawn(LayerRoutes(table_ES, held_EH, load_share_H), ids_n, host_n, open_H)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -118,20 +118,20 @@ def test_levelling_takes_from_the_busy_and_gives_to_holders_that_take_calls(
     moved = host_n != before_n
     assert routes.held_EH[ids_n, host_n].all()
     assert open_H[host_n[moved]].all()
-    assert (routes.part_H[host_n[moved]] > 0).all()
-    part_H = routes.part_H * open_H
-    if not part_H.any():
+    assert (routes.load_share_H[host_n[moved]] > 0).all()
+    load_share_H = routes.load_share_H * open_H
+    if not load_share_H.any():
         assert not moved.any()
         return
-    wanted_H = part_H / part_H.sum() * ids_n.size
+    wanted_H = load_share_H / load_share_H.sum() * ids_n.size
 
     def most(host_n: np.ndarray) -> float:
         """The busiest host: its load for what it is to have."""
-        rows_H = np.bincount(host_n, minlength=len(part_H))
+        rows_H = np.bincount(host_n, minlength=len(load_share_H))
         return float((rows_H / np.maximum(wanted_H, 1e-300)).max())
 
     # A piece is moved whole where less than a piece would be left.
-    slack = PIECE / wanted_H[part_H > 0].min()
+    slack = PIECE / wanted_H[load_share_H > 0].min()
     assert most(host_n) <= max(most(before_n), 1.0) + slack
 
 
@@ -159,13 +159,13 @@ def pool(hosts: int, experts: int, *, redundancy: int) -> Routes:
         hosts=[PoolHost(name=name) for name in names],
         current={},
         loads={},
-        policy=Policy(redundancy=redundancy),
+        policy=PlannerPolicy(redundancy=redundancy),
     )
-    return Routes(Placement(Number(1, 1), {n: entry(n) for n in names}, found.layers))
+    return Routes(Placement(PlacementId(1, 1), {n: entry(n) for n in names}, found.layers))
 
 
 def chosen(routes: Routes, ids_TK: np.ndarray, *, lost: int | None = None) -> np.ndarray:
-    """(hosts,): choices of one call on each host."""
+    """(hosts,): assignments of one call on each host."""
     ids_N = ids_TK.reshape(-1).astype(np.int32)
     call = LayerCall(
         key=KEY,

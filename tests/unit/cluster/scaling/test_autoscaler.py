@@ -19,7 +19,9 @@ from moesaic.cluster.scaling.autoscaler import (
     ScalePolicy,
 )
 
-POLICY = ScalePolicy(high=0.75, low=0.35, up_after_s=10.0, down_after_s=60.0, cooldown_s=30.0)
+POLICY = ScalePolicy(
+    scale_up_above=0.75, scale_down_below=0.35, up_after_s=10.0, down_after_s=60.0, cooldown_s=30.0
+)
 STEP_S = 2.0
 
 
@@ -113,7 +115,9 @@ def test_a_group_of_fixed_size_is_left_alone() -> None:
 
 
 def test_at_most_twice_as_many_at_once() -> None:
-    pool = Pool(group(1, most=100), policy=replace(POLICY, high=0.4, low=0.1))
+    pool = Pool(
+        group(1, most=100), policy=replace(POLICY, scale_up_above=0.4, scale_down_below=0.1)
+    )
     (decision,) = pool.run(14, 1.0)
     assert decision.count == 2
 
@@ -227,4 +231,4 @@ def test_busy_is_measured_between_two_looks() -> None:
 
 def test_marks_in_the_wrong_order_are_refused() -> None:
     with pytest.raises(ValueError, match="low, high"):
-        ScalePolicy(low=0.8, high=0.7)
+        ScalePolicy(scale_down_below=0.8, scale_up_above=0.7)

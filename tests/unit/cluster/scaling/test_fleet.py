@@ -13,8 +13,8 @@ from moesaic.cluster.control.commands import Publish
 from moesaic.cluster.control.control import Control
 from moesaic.cluster.load.meter import HostTimes, LoadReport
 from moesaic.cluster.placement import LayerKey, ModelShape
-from moesaic.cluster.planner.capacity import lack
-from moesaic.cluster.planner.plan import FleetGroup, PoolHost, Wishes
+from moesaic.cluster.planner.capacity import capacity_shortage
+from moesaic.cluster.planner.plan import FleetGroup, OperatorConstraints, PoolHost
 from moesaic.cluster.scaling.autoscaler import ScalePolicy
 from moesaic.cluster.scaling.fleet import Fleet
 from tests.helpers.control_world import POLICY, ControlWorld, SimHost, counts, shape
@@ -56,7 +56,7 @@ class FleetWorld(ControlWorld):
 
     def start_hosts(self) -> None:
         """What the cluster's owner does."""
-        self.kept = json.dumps(self.fleet.keep())
+        self.kept = json.dumps(self.fleet.snapshot())
         desired = self.fleet.desired()
         for name in self.hosts.keys() - desired.keys():
             self._end(name)
@@ -165,15 +165,15 @@ def test_any_history_of_sizes_keeps_every_expert_served(data: st.DataObject) -> 
             world.restart(name)
         elif kind == "drain":
             leaving = frozenset({name}) if data.draw(st.booleans()) else frozenset()
-            world.wishes = Wishes(leaving=leaving)
-            world.control.wish(world.wishes)
+            world.constraints = OperatorConstraints(leaving=leaving)
+            world.control.set_constraints(world.constraints)
         elif kind == "machines":
             world.machines_come = not world.machines_come
         else:
             world.take_over()
     world.machines_come = True
-    world.wishes = Wishes()
-    world.control.wish(world.wishes)
+    world.constraints = OperatorConstraints()
+    world.control.set_constraints(world.constraints)
     world.start_hosts()
     wanted = len(world.fleet.staying(0))
     world.settle()
@@ -256,12 +256,12 @@ def test_one_that_is_not_up_leaves_first_then_one_that_is_drained() -> None:
     assert world.scale(3) == ["host-3"]
     world.finish()
     assert stage(world) == "done"
-    world.wishes = Wishes(leaving=frozenset({"host-0"}))
-    world.control.wish(world.wishes)
+    world.constraints = OperatorConstraints(leaving=frozenset({"host-0"}))
+    world.control.set_constraints(world.constraints)
     world.tick()
     assert world.scale(2) == ["host-0"]
     world.finish()
-    assert world.control.wishes.leaving == frozenset()
+    assert world.control.constraints.leaving == frozenset()
 
 
 def test_scaling_up_again_takes_back_what_was_leaving() -> None:
@@ -319,13 +319,13 @@ def test_a_host_that_froze_while_it_left_is_let_go() -> None:
 
 def test_a_host_that_froze_stays_while_it_may_hold_the_last_replica() -> None:
     world = started(group(3), replicas=2)
-    follows = world.published[-1].number
+    follows = world.published[-1].id
     (leaving,) = world.scale(2)
     for _ in range(4):
-        world.tick(frozenset({leaving}), seconds=POLICY.gone_s / 2)
+        world.tick(frozenset({leaving}), seconds=POLICY.host_timeout_s / 2)
         # A router that does not follow yet keeps it.
-        world.control.hear(LoadReport(router="r0", number=follows), world.now)
-    assert leaving not in world.control.view.seen
+        world.control.hear(LoadReport(router="r0", placement_id=follows), world.now)
+    assert leaving not in world.control.view.observations
     assert leaving in world.hosts
     del world.reported[leaving]
     for name in world.hosts.keys() - {leaving}:
@@ -388,7 +388,7 @@ def test_a_host_whose_experts_find_no_room_serves_on_and_leaves_when_there_is_so
             while host.loading:
                 world.load_one(name)
     assert stage(world) == "no_room"
-    words = world.control.no_room()[leaving]
+    words = world.control.drain_blockers()[leaving]
     assert "no other host has room for" in words
     placement = world.control.placement
     assert placement is not None
@@ -402,7 +402,7 @@ def test_a_host_whose_experts_find_no_room_serves_on_and_leaves_when_there_is_so
     world.restart(dead)
     world.finish()
     assert leaving not in world.hosts
-    assert world.control.no_room() == {}
+    assert world.control.drain_blockers() == {}
 
 
 def test_a_host_whose_report_is_old_is_not_let_go() -> None:
@@ -482,11 +482,11 @@ def test_a_pool_scales_with_its_load() -> None:
         """Every host that is there is busy for this part of its time."""
         for _ in range(rounds):
             world.tick(seconds=1.0)
-            times = {name: HostTimes(calls=1, choices=10, busy_s=busy) for name in world.hosts}
+            times = {name: HostTimes(calls=1, assignments=10, busy_s=busy) for name in world.hosts}
             for name in world.routers:
                 world.report(name)
-            number = world.published[-1].number
-            world.control.hear(LoadReport(router="r0", number=number, hosts=times), world.now)
+            number = world.published[-1].id
+            world.control.hear(LoadReport(router="r0", placement_id=number, hosts=times), world.now)
             for name, host in list(world.hosts.items()):
                 while host.loading:
                     world.load_one(name)
@@ -530,18 +530,21 @@ def test_a_report_of_a_removed_host_is_not_taken_in() -> None:
     world.finish()
     commands = world.control.tick(late, world.now)
     assert not [one for one in commands if isinstance(one, Publish)]
-    assert leaving not in world.control.view.seen
+    assert leaving not in world.control.view.observations
 
 
 def test_room_counts_the_bounds_of_each_host() -> None:
     one = ModelShape(model="m", experts={0: 8}, expert_bytes=10, replicas=1)
     bounded = PoolHost(name="a", slots=9, memory_bytes=55)
-    assert lack([bounded], [one], redundancy=0).startswith("there would be room for 5")
-    assert lack([bounded, PoolHost(name="b", slots=3)], [one], redundancy=0) == ""
-    assert lack([bounded, PoolHost(name="b")], [one], redundancy=0) == ""
+    assert capacity_shortage([bounded], [one], redundancy=0).startswith("there would be room for 5")
+    assert capacity_shortage([bounded, PoolHost(name="b", slots=3)], [one], redundancy=0) == ""
+    assert capacity_shortage([bounded, PoolHost(name="b")], [one], redundancy=0) == ""
     same = [PoolHost(name=name, domain="rack", slots=99) for name in "ab"]
-    assert lack(same, [one], redundancy=1) == "balance.redundancy 1 needs 2 failure domains"
-    assert lack([], [one], redundancy=0) == "no host would be left"
+    assert (
+        capacity_shortage(same, [one], redundancy=1)
+        == "balance.redundancy 1 needs 2 failure domains"
+    )
+    assert capacity_shortage([], [one], redundancy=0) == "no host would be left"
 
 
 def test_layers_of_the_target_name_only_hosts_that_stay() -> None:

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.actors.controller import host_provisioner as keeper_file
-from moesaic.actors.controller.host_provisioner import HostKeeper
-from moesaic.cli.ends import Ends
+from moesaic.actors.controller.host_provisioner import HostProvisioner
+from moesaic.cli.ends import EndSignals
 from moesaic.cli.exit_codes import INTERRUPTED
 from moesaic.cluster.service.draining import FLUSH_S, GRACE_S, SILENT_S, Draining
 from moesaic.handle import Cluster
-from moesaic.session import Session
+from moesaic.session import ClusterSession
 
 
 def draining(drain_s: float = 30.0) -> Draining:
@@ -99,7 +99,7 @@ def test_a_host_that_cannot_be_ended_keeps_no_other_alive(monkeypatch: pytest.Mo
     monkeypatch.setattr(keeper_file.ray, "kill", kill)
     monkeypatch.setattr(keeper_file, "PAUSE_S", 60.0)
     nobody: Any = None
-    keeper = HostKeeper(nobody, nobody, {name: name for name in "abc"})
+    keeper = HostProvisioner(nobody, nobody, {name: name for name in "abc"})
     with pytest.raises(RuntimeError, match="no answer"):
         keeper.close()
     assert sorted(killed) == ["a", "b", "c"]
@@ -123,7 +123,7 @@ def test_a_trunk_that_does_not_close_keeps_nothing_else_running(
                 raise error("it does not")
 
     launched: Any = Part("launched")
-    session = Session(
+    session = ClusterSession(
         name="c", pid=os.getpid(), started=0.0, ray_address="", embedded=True, url=None
     )
     cluster = Cluster(session, launched)
@@ -144,9 +144,9 @@ class Left(Exception):
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Ends, list[Any]]]:
+def ends() -> Iterator[tuple[EndSignals, list[Any]]]:
     done: list[Any] = []
-    with Ends(lambda: done.append("ended"), leave=done.append) as ends:
+    with EndSignals(lambda: done.append("ended"), leave=done.append) as ends:
         yield ends, done
 
 
@@ -159,7 +159,7 @@ def wait_for(done: list[Any], wanted: list[Any]) -> None:
 
 @pytest.mark.parametrize("one", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_interrupts_a_start(
-    ends: tuple[Ends, list[Any]], one: signal.Signals
+    ends: tuple[EndSignals, list[Any]], one: signal.Signals
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), one)
@@ -168,7 +168,7 @@ def test_the_first_signal_interrupts_a_start(
     assert ends[1] == []
 
 
-def test_the_first_signal_only_asks_a_cluster_that_runs(ends: tuple[Ends, list[Any]]) -> None:
+def test_the_first_signal_only_asks_a_cluster_that_runs(ends: tuple[EndSignals, list[Any]]) -> None:
     ends[0].only_ask()
     os.kill(os.getpid(), signal.SIGTERM)
     assert ends[0].asked.wait(5)
@@ -176,7 +176,7 @@ def test_the_first_signal_only_asks_a_cluster_that_runs(ends: tuple[Ends, list[A
 
 
 def test_the_second_signal_ends_at_once_whatever_the_main_thread_does(
-    ends: tuple[Ends, list[Any]], monkeypatch: pytest.MonkeyPatch
+    ends: tuple[EndSignals, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moesaic.cli.ends.AT_ONCE_S", 0.05)
     ends[0].only_ask()
@@ -198,7 +198,7 @@ def test_what_cannot_be_ended_at_once_keeps_the_process_no_longer(
     def hangs() -> None:
         forever.wait()
 
-    with Ends(hangs, leave=left.append) as ends:
+    with EndSignals(hangs, leave=left.append) as ends:
         ends.only_ask()
         signal.signal(signal.SIGTERM, lambda signum, frame: None)
         for _ in range(2):
@@ -210,7 +210,7 @@ def test_what_cannot_be_ended_at_once_keeps_the_process_no_longer(
 
 def test_handlers_are_what_they_were() -> None:
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
-    with Ends(lambda: None):
+    with EndSignals(lambda: None):
         pass
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -234,7 +234,9 @@ class Swallows:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_was_lost_comes_with_the_next_step(ends: tuple[Ends, list[Any]]) -> None:
+def test_an_interrupt_that_was_lost_comes_with_the_next_step(
+    ends: tuple[EndSignals, list[Any]],
+) -> None:
     ends[0].check()
     victim = Swallows()
     del victim

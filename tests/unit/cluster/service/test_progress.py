@@ -8,15 +8,17 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moesaic.cluster.service.progress import ASK_AFTER_S, STALLED_S, Heard, Progress
+from moesaic.cluster.service.progress import ASK_AFTER_S, STALLED_S, ModelProgress, TrunkHeartbeat
 
 
-def heard(steps: int = 0, *, busy: bool = True, beats: bool = True, trunk: str = "a") -> Heard:
-    return Heard(trunk=trunk, steps=steps, busy=busy, beats=beats)
+def heard(
+    steps: int = 0, *, busy: bool = True, beats: bool = True, trunk: str = "a"
+) -> TrunkHeartbeat:
+    return TrunkHeartbeat(trunk=trunk, steps=steps, busy=busy, beats=beats)
 
 
 def test_idle_is_ready_and_nobody_is_asked() -> None:
-    progress = Progress()
+    progress = ModelProgress()
     assert progress.is_ready(0.0)
     assert progress.is_ready(1e6)
     assert not progress.wants_to_hear(1e6)
@@ -28,7 +30,7 @@ def test_idle_is_ready_and_nobody_is_asked() -> None:
 
 
 def test_frozen_with_work_is_not_ready_until_it_goes_on() -> None:
-    progress = Progress()
+    progress = ModelProgress()
     progress.began(0.0)
     progress.moved(5.0)
     assert progress.is_ready(5.0 + STALLED_S - 0.1)
@@ -38,7 +40,7 @@ def test_frozen_with_work_is_not_ready_until_it_goes_on() -> None:
 
 
 def test_frozen_without_work_is_ready_until_work_comes() -> None:
-    progress = Progress()
+    progress = ModelProgress()
     assert progress.is_ready(100.0)
     progress.began(100.0)
     assert progress.is_ready(100.0 + STALLED_S - 0.1)
@@ -46,7 +48,7 @@ def test_frozen_without_work_is_ready_until_work_comes() -> None:
 
 
 def test_callers_that_give_up_do_not_make_a_frozen_trunk_ready() -> None:
-    progress = Progress()
+    progress = ModelProgress()
     progress.began(0.0)
     progress.ended(STALLED_S)
     assert not progress.is_ready(1000.0)
@@ -58,7 +60,7 @@ def test_callers_that_give_up_do_not_make_a_frozen_trunk_ready() -> None:
 
 
 def test_killed_with_work_counts_from_its_last_step() -> None:
-    progress = Progress()
+    progress = ModelProgress()
     progress.began(0.0)
     progress.moved(3.0)
     progress.ended(3.1, lost=True)
@@ -70,7 +72,7 @@ def test_killed_with_work_counts_from_its_last_step() -> None:
 
 
 def test_full_is_ready_as_long_as_steps_go_on() -> None:
-    progress = Progress()
+    progress = ModelProgress()
     for n in range(5000):
         progress.began(n / 1000)
     for n in range(100):  # one token for one of them
@@ -79,7 +81,7 @@ def test_full_is_ready_as_long_as_steps_go_on() -> None:
 
 
 def test_a_long_prompt_steps_without_a_token() -> None:
-    progress = Progress()
+    progress = ModelProgress()
     progress.began(0.0)
     assert not progress.wants_to_hear(ASK_AFTER_S - 0.1)
     assert progress.wants_to_hear(ASK_AFTER_S)
@@ -93,7 +95,7 @@ def test_a_long_prompt_steps_without_a_token() -> None:
 
 
 def test_an_engine_that_stands_still_is_no_progress() -> None:
-    progress = Progress()
+    progress = ModelProgress()
     progress.began(0.0)
     for n in range(20):
         progress.heard(heard(n, busy=False, beats=False), float(n))
@@ -101,7 +103,7 @@ def test_an_engine_that_stands_still_is_no_progress() -> None:
 
 
 def test_one_trunk_of_several_is_enough() -> None:
-    progress = Progress()
+    progress = ModelProgress()
     progress.began(0.0)
     # The request is with "a", which is frozen; "b" has nothing to do.
     progress.heard(heard(7, busy=False, trunk="b"), 9.0)
@@ -113,7 +115,7 @@ def test_one_trunk_of_several_is_enough() -> None:
 
 
 def test_a_trunk_that_starts_because_it_is_asked_has_its_time() -> None:
-    progress = Progress(wake_s=60.0)
+    progress = ModelProgress(wake_s=60.0)
     progress.began(0.0)
     for n in range(59):
         progress.waking(float(n))
@@ -129,7 +131,7 @@ def test_a_trunk_that_starts_because_it_is_asked_has_its_time() -> None:
 
 @pytest.mark.parametrize("wake_s", [0.0, 30.0])
 def test_work_behind_idleness_is_counted_from_its_own_beginning(wake_s: float) -> None:
-    progress = Progress(wake_s=wake_s)
+    progress = ModelProgress(wake_s=wake_s)
     for start in (0.0, 1e3, 1e6):
         progress.began(start)
         assert progress.is_ready(start + STALLED_S - 0.1)
@@ -142,7 +144,7 @@ class Readiness(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.progress = Progress()
+        self.progress = ModelProgress()
         self.now = 0.0
         self.pending = 0
         self.doubted = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesaic.cluster.simulator.clock import Clock, Process
+from moesaic.cluster.simulator.clock import Clock, SimProcess
 
 
 def run(clock: Clock, events: int) -> None:
@@ -12,7 +12,7 @@ def run(clock: Clock, events: int) -> None:
 
 def test_what_a_process_kept_comes_before_what_reaches_it_as_it_is_woken() -> None:
     clock, heard = Clock(), list[str]()
-    process = Process("p", clock)
+    process = SimProcess("p", clock)
     process.freeze()
     for name in ("first", "second", "third"):
         process.reach(1.0, name, lambda name=name: heard.append(name))
@@ -24,7 +24,7 @@ def test_what_a_process_kept_comes_before_what_reaches_it_as_it_is_woken() -> No
 
 def test_a_process_that_is_frozen_again_keeps_the_rest() -> None:
     clock, heard = Clock(), list[str]()
-    process = Process("p", clock)
+    process = SimProcess("p", clock)
     process.freeze()
     for name in ("first", "second"):
         process.reach(1.0, name, lambda name=name: heard.append(name))

@@ -14,12 +14,12 @@ import pytest
 from moesaic.cluster.control.control import Control
 from moesaic.cluster.control.publishing import Publisher
 from moesaic.cluster.host.fence import Fence
-from moesaic.cluster.placement import ExpertKey, Number, Replica
+from moesaic.cluster.placement import ExpertKey, PlacementId, Replica
 from moesaic.cluster.routing.host_health import HostHealth
 from moesaic.cluster.scaling.fleet import Fleet
-from moesaic.cluster.simulator.connections import SimLinks
+from moesaic.cluster.simulator.connections import SimConnections
 from moesaic.cluster.simulator.controller import SimController
-from moesaic.cluster.simulator.network import Cancel, Frame
+from moesaic.cluster.simulator.network import CancelFrame, Frame
 from moesaic.cluster.simulator.run import SeedRun, run_seed
 
 SEEDS, GROUPS = 200, 20
@@ -70,30 +70,30 @@ def publish_before_load(patch: pytest.MonkeyPatch) -> None:
     def ready(
         self: Publisher, key: ExpertKey, target: tuple[Replica, ...], before: tuple[Replica, ...]
     ) -> tuple[Replica, ...]:
-        return tuple(replica for replica in target if replica.host in self._view.seen)
+        return tuple(replica for replica in target if replica.host in self._view.observations)
 
     patch.setattr(Publisher, "_ready", ready)
 
 
 def evict_before_acknowledgement(patch: pytest.MonkeyPatch) -> None:
-    def nobody(self: Publisher, now: float) -> dict[str, Number | None]:
+    def nobody(self: Publisher, now: float) -> dict[str, PlacementId | None]:
         return {}
 
     patch.setattr(Publisher, "routers", nobody)
 
 
 def reuse_a_slot_after_its_deadline(patch: pytest.MonkeyPatch) -> None:
-    send = SimLinks.send
+    send = SimConnections.send
 
-    def free_too(self: SimLinks, host: str, frame: Frame) -> None:
+    def free_too(self: SimConnections, host: str, frame: Frame) -> None:
         send(self, host, frame)
-        if isinstance(frame, Cancel):
+        if isinstance(frame, CancelFrame):
             self.free(host, frame.seq)
 
     def forget(self: HostHealth, seq: int, now: float) -> None:
         self.occupied.pop(seq, None)
 
-    patch.setattr(SimLinks, "send", free_too)
+    patch.setattr(SimConnections, "send", free_too)
     patch.setattr(HostHealth, "give_up", forget)
 
 

@@ -59,7 +59,7 @@ GROUPS = st.builds(
         cost_per_hour=st.floats(0.01, 100),
         device=DEVICES,
         threads=THREADS,
-        spread=st.sampled_from(["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]),
+        placement_group=st.sampled_from(["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]),
     ),
     ROWS,
 )
@@ -182,6 +182,8 @@ MODEL = {"name": "m", "path": "p"}
 BAD: list[tuple[dict[Any, Any], str]] = [
     # values, how the message begins
     ({"name": ""}, "name: String should match"),
+    ({"balance": {"enough": 0.9}}, "balance.enough: unknown key: it is called rebalance_below now"),
+    ({"hosts": [{"spread": "PACK"}]}, "hosts.0.spread: unknown key: it is called placement_group"),
     ({"balance": {"budget": 2}}, "balance.budget: expected a fraction in (0, 1], or bytes"),
     ({"balance": {"budget": "4 apples"}}, "balance.budget: '4 apples' is no number of bytes"),
     ({"name": 3}, "name: Input should be a valid string (got 3)"),
@@ -248,10 +250,13 @@ BAD: list[tuple[dict[Any, Any], str]] = [
         "hosts.0: min_count <= count <= max_count must hold",
     ),
     (
-        {"hosts": [{"count": 2, "spread": "PACK", "max_count": 3}]},
-        "hosts.0: spread: a placement group",
+        {"hosts": [{"count": 2, "placement_group": "PACK", "max_count": 3}]},
+        "hosts.0: placement_group: it has a fixed size",
     ),
-    ({"autoscale": {"low": 0.8, "high": 0.5}}, "autoscale: low < high must hold"),
+    (
+        {"autoscale": {"scale_down_below": 0.8, "scale_up_above": 0.5}},
+        "autoscale: scale_down_below < scale_up_above must hold",
+    ),
     (
         {"trunk": {"min_replicas": 2, "max_replicas": 1}},
         "trunk: min_replicas <= max_replicas must hold",
@@ -263,12 +268,15 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ),
     ({"models": [{**MODEL, "experts_per_token": 0}]}, "models.0.experts_per_token"),
     ({"models": [{"name": "m", "path": "p", "idle_s": 0}]}, "models.0.idle_s: "),
-    ({"autoscale": {"high": 1.5}}, "autoscale.high: "),
+    ({"autoscale": {"scale_up_above": 1.5}}, "autoscale.scale_up_above: "),
     ({"hosts": [{"device": "gpu"}]}, "hosts.0.device: String should match"),
     ({"hosts": [{"device": "cuda:x"}]}, "hosts.0.device: String should match"),
     ({"hosts": [{"threads": "two"}]}, "hosts.0.threads: Input should be a valid integer"),
     ({"hosts": [{"threads": 0}]}, "hosts.0.threads: Input should be greater than or equal to 1"),
-    ({"hosts": [{"spread": "pack"}]}, "hosts.0.spread: Input should be 'none', 'PACK'"),
+    (
+        {"hosts": [{"placement_group": "pack"}]},
+        "hosts.0.placement_group: Input should be 'none', 'PACK'",
+    ),
     ({"hosts": [{"num_cpus": -1}]}, "hosts.0.num_cpus: Input should be greater than or equal to 0"),
     ({"hosts": [{"num_gpus": float("inf")}]}, "hosts.0.num_gpus: Input should be a finite"),
     ({"hosts": [{"resources": {"a": -1}}]}, "hosts.0.resources.a: Input should be greater"),

@@ -1,6 +1,6 @@
 """Slabs: every form of expert computes the same bits from one, and its memory comes and goes.
 
-Shape suffixes: T = tokens, K = choices of a token, H = hidden size.
+Shape suffixes: T = tokens, K = assignments of a token, H = hidden size.
 """
 
 from __future__ import annotations
