@@ -67,7 +67,9 @@ def wait_used(cluster: Cluster, host: str) -> None:
     wait_until(lambda: not cluster.status().balancing.pending_moves)
 
 
-def test_a_constraint_is_a_change_that_ends_and_can_be_taken_back(pool: Cluster, client: Client) -> None:
+def test_a_constraint_is_a_change_that_ends_and_can_be_taken_back(
+    pool: Cluster, client: Client
+) -> None:
     wanted = text_of(client, MODEL, 20)
     before = sum(replicas_of(pool).values())
     change = pool.wait_for(pool.replicate(MODEL, 0, 1, 3), 60)
@@ -101,7 +103,9 @@ def test_a_drained_host_is_emptied_and_no_token_changes(pool: Cluster, client: C
     wait_used(pool, "host-1")
 
 
-def test_a_new_controller_has_a_higher_term_and_keeps_constraints(pool: Cluster, client: Client) -> None:
+def test_a_new_controller_has_a_higher_term_and_keeps_constraints(
+    pool: Cluster, client: Client
+) -> None:
     wanted = text_of(client, MODEL, TOKENS)
     pool.drain("host-2", timeout_s=60)
     term = pool.status().controller.term
