@@ -57,6 +57,7 @@ class ExpertStore:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # slots are written by one thread at a time
         self._models: dict[str, _Model] = {}
         self._forms: dict[LayerKey, ExpertForm] = {}
         self._experts: dict[LayerKey, dict[int, ExpertWeights]] = {}
@@ -163,7 +164,7 @@ class ExpertStore:
 
     def drop(self, key: ExpertKey) -> None:
         """Forget an expert and free its memory; nobody computes with it any more."""
-        with self._lock:
+        with self._writing, self._lock:
             layer_key = LayerKey(key.model, key.layer)
             dropped = self._experts.get(layer_key, {}).pop(key.expert, None)
             model = self._models.get(key.model)
@@ -203,16 +204,25 @@ class ExpertStore:
         layer_key = LayerKey(key.model, key.layer)
         model = self._model(key.model)
         if self.device.type == "cpu":
-            slab = self._slab(model)
-            # What an interrupted load left here was never served.
-            slab.free(key.layer, key.expert)
             packed = _in_layout(self._forms[layer_key], weights)
-            kept = slab.write(key.layer, key.expert, packed, version=version)
+            with self._writing:
+                kept = self._write(self._slab(model), key, packed, version)
         else:
             kept = ExpertWeights.of({n: t.to(self.device) for n, t in weights.tensors().items()})
         with self._lock:
             self._experts.setdefault(layer_key, {})[key.expert] = kept
         return model.shape(key.layer)
+
+    @staticmethod
+    def _write(slab: Slab, key: ExpertKey, weights: ExpertWeights, version: int) -> ExpertWeights:
+        place = key.layer, key.expert
+        # The controller's load and a trunk's put may bring the same expert at the same time, and
+        # the first of them may be served by now.
+        if slab.version(*place) == version and slab.holds(*place, weights):
+            return slab.view(*place)
+        # What an interrupted load left here was never served.
+        slab.free(*place)
+        return slab.write(*place, weights, version=version)
 
     def _slab(self, model: _Model) -> Slab:
         if model.slab is None:

@@ -97,6 +97,16 @@ class Slab:
         self.nbytes += shape.expert_bytes
         return self.view(layer, expert, copy)
 
+    def holds(self, layer: int, expert: int, weights: ExpertWeights, copy: int = 0) -> bool:
+        """Return whether a slot has exactly these weights, given as to `write`."""
+        if self.version(layer, expert, copy) is None:
+            return False
+        given = weights.tensors()
+        return all(
+            torch.equal(self._bytes(layer, t, expert, copy), _bytes_of(given[t.name], t))
+            for t in self.layout.layers[layer].tensors
+        )
+
     def view(self, layer: int, expert: int, copy: int = 0) -> ExpertWeights:
         """Return an expert as tensors over the slab, which they keep alive."""
         shape = self.layout.layers[layer]
@@ -154,6 +164,14 @@ class Slab:
         for tensor in self.layout.layers[layer].tensors:
             start = self.layout.offset(layer, tensor, expert, copy)
             _punch_hole(self.descriptor, start, tensor.stride_bytes)
+
+
+def _bytes_of(tensor: Tensor, place: SlotTensor) -> Tensor:
+    if place.packed is None:
+        return tensor.contiguous().view(-1).view(torch.uint8)
+    found = torch.empty(place.nbytes, dtype=torch.uint8)
+    onednn.copy_into(found, tensor)
+    return found
 
 
 def layer_layout(experts: int, example: ExpertWeights) -> LayerLayout:

@@ -139,6 +139,22 @@ def test_an_expert_of_another_form_leaves_the_slot_empty(slab: Slab) -> None:
     fill(slab, 0)
 
 
+@pytest.mark.parametrize("kind", ["gated", "gated-bias"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_slot_holds(kind: str, dtype: torch.dtype) -> None:
+    slab = slab_of(kind, dtype)
+    first, second = (
+        in_layout(KINDS[kind].form, random_experts(KINDS[kind], [0], dtype=dtype, seed=seed)[0])
+        for seed in (1, 2)
+    )
+    assert not slab.holds(0, 0, first)
+    slab.write(0, 0, first, version=1)
+    assert slab.holds(0, 0, first)
+    assert not slab.holds(0, 0, second)
+    assert not slab.holds(0, 1, first)
+    slab.close()
+
+
 def test_whoever_read_meanwhile_notices(slab: Slab) -> None:
     fill(slab, 3)
     before = slab.generation(0, 3)
