@@ -29,7 +29,7 @@ from ...cluster.service.web_guard import is_loopback
 from ...cluster.spec.parts import EndpointSpec
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, describe_error
-from ..endpoint.http.proxy_door import HOOK, middlewares
+from ..endpoint.http.proxy_middleware import HOOK, middlewares
 from ..runtime.ports import check_port, free_port
 from ..runtime.ray_border import (
     CONTROLLER,

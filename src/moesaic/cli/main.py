@@ -15,7 +15,7 @@ from rich.markup import escape
 from ..actors.runtime.process_log import set_up_logging
 from ..proto.errors import MoesaicError, describe_error
 from . import about, bench, chat, operate, watch
-from .ends import exit_with
+from .end_signals import exit_with
 from .exit_codes import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE
 from .simulate import simulate
 from .terminal import print_json, print_report

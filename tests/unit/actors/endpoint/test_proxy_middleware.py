@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http import auto
 
-from moesaic.actors.endpoint.http import proxy_door
+from moesaic.actors.endpoint.http import proxy_middleware
 from moesaic.actors.endpoint.http.connections import BoundedConnection
 
 RAYS = {
@@ -46,7 +46,7 @@ async def ask(path: str) -> httpx.Response:
         "x-request-timeout-seconds": "-1",
         "x-request-disconnect-disabled": "?1",
     }
-    transport = httpx.ASGITransport(proxy_door.ProxyMiddleware(proxy))
+    transport = httpx.ASGITransport(proxy_middleware.ProxyMiddleware(proxy))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         return await http.get(path, headers=headers)
 
@@ -72,12 +72,12 @@ async def test_all_else_passes(path: str) -> None:
 
 def test_the_hook_chooses_the_protocol_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "AutoHTTPProtocol", auto.AutoHTTPProtocol)
-    (one,) = proxy_door.middlewares()
-    assert one.cls is proxy_door.ProxyMiddleware
+    (one,) = proxy_middleware.middlewares()
+    assert one.cls is proxy_middleware.ProxyMiddleware
     assert auto.AutoHTTPProtocol is BoundedConnection
 
 
 def test_ray_reads_the_variable_that_is_set() -> None:
     from ray.serve._private import constants
 
-    assert hasattr(constants, proxy_door.HOOK)
+    assert hasattr(constants, proxy_middleware.HOOK)
