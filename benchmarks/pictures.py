@@ -1,5 +1,6 @@
-"""The pictures of docs/elasticity.md that show a running pool, from the results of benchmarks.
+"""The pictures of a running pool in README and docs, from results of benchmarks and of `top`.
 
+    moesaic top --json --experts 4 > benchmarks/results/top.json    # while a load runs
     python -m benchmarks.pictures
 
 `benchmarks.elasticity.simulation` draws its own.
@@ -7,12 +8,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from benchmarks.charts import PICTURES, line_chart
 from benchmarks.measure import RESULTS
+from moesaic.cli.top import frame
+from moesaic.cluster.reports.activity import Activity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,13 +67,28 @@ def draw_rebalance(skew: dict[str, Any], path: Path) -> Figure:
     )
 
 
+def draw_top(activity: dict[str, Any], path: Path) -> str:
+    """Draw what a terminal of 80 columns shows."""
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
+    console.print(frame("local", Activity.model_validate(activity)))
+    drawn = console.export_svg(title="moesaic top", unique_id="top")
+    # Rich names fonts on another server; a reader's own monospaced font does as well.
+    drawn = re.sub(r"@font-face {.*?}\s*", "", drawn, flags=re.DOTALL)
+    path.write_text(drawn)
+    return drawn
+
+
 def main() -> None:
     for draw, name, path in (
         (draw_kill, "faults.json", PICTURES / "kill.svg"),
         (draw_rebalance, "skew.json", PICTURES / "rebalance.svg"),
+        (draw_top, "top.json", PICTURES / "top.svg"),
     ):
-        draw(json.loads((RESULTS / name).read_text()), path)
-        print(path)
+        if (RESULTS / name).is_file():
+            draw(json.loads((RESULTS / name).read_text()), path)
+            print(path)
+        else:
+            print(f"{path} stays: there is no {RESULTS / name}")
 
 
 if __name__ == "__main__":

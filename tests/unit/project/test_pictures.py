@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from benchmarks.charts import line_chart
-from benchmarks.pictures import draw_kill, draw_rebalance
+from benchmarks.pictures import draw_kill, draw_rebalance, draw_top
 from tests.helpers.paths import ROOT
 
 PICTURES = ROOT / "docs" / "pictures"
@@ -132,3 +132,44 @@ def test_only_who_draws_loads_what_draws() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
+
+
+def test_the_picture_of_top_loads_nothing_and_cuts_nothing(tmp_path: Path) -> None:
+    host = {
+        "name": "host-0",
+        "state": "up",
+        "replicas": 120,
+        "queued_rows": 3,
+        "throughput": {"calls_per_s": 412.0, "rows_per_s": 1250.0, "busy_fraction": 0.41},
+    }
+    seen = {
+        "placement": {"term": 1, "epoch": 2},
+        "router_count": 1,
+        "pending_moves": 0,
+        "missing_experts": 0,
+        "unprotected_experts": 240,
+        "warnings": [],
+        "error": None,
+        "models": [
+            {
+                "name": "demo",
+                "assignments_per_s": 2500.0,
+                "balancedness": {"mean": 0.97, "worst": 0.9},
+            }
+        ],
+        "hosts": [host],
+        "hottest_experts": [
+            {
+                "model": "demo",
+                "layer": 3,
+                "expert": 5,
+                "assignments_per_s": 9.0,
+                "hosts": ["host-0"],
+            }
+        ],
+    }
+    drawn = draw_top(seen, tmp_path / "top.svg")
+    assert "https://cdn" not in drawn
+    words = "".join(ElementTree.parse(tmp_path / "top.svg").getroot().itertext())
+    for word in ("host-0", "assignments/s", "0.970", "41%", "1,250"):
+        assert word in words.replace("\xa0", " ")
