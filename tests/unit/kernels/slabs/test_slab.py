@@ -220,7 +220,7 @@ def test_a_reader_cannot_write(slab: Slab) -> None:
 
 def open_here() -> list[str]:
     """Descriptors and mappings of slabs in this process."""
-    links = [os.readlink(one) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+    links = [str(one.readlink()) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
     lines = Path("/proc/self/maps").read_text().splitlines()
     return [one for one in [*links, *lines] if "memfd:moesaic:left" in one]
 
