@@ -54,7 +54,8 @@ def up(
         typer.Option("--json", help="Print the cluster's addresses as JSON once it is ready."),
     ] = False,
     only_print: Annotated[
-        bool, typer.Option("--print-spec", help="Print the spec as YAML instead of starting it.")
+        bool,
+        typer.Option("--print-spec", help="Print the spec as YAML instead of starting a cluster."),
     ] = False,
     progress_fd: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:

@@ -90,7 +90,7 @@ def simulate(
     ] = 0.05,
     expert_mb: Annotated[float, typer.Option(min=0.001, help="Size of one expert in MB.")] = 44.0,
     rate: Annotated[
-        float, typer.Option(min=0.001, help="Rate at which a host loads, in MB/s.")
+        float, typer.Option(min=0.001, help="Rate at which a host loads experts, in MB/s.")
     ] = 200.0,
     utilisation: Annotated[
         float,

@@ -146,7 +146,7 @@ def record(
 ) -> None:
     """Record the load of all experts and hosts for `simulate`; Ctrl-C ends the recording early."""
     if out.exists() and not force:
-        raise CheckpointError(f"{out}: this file exists already; --force replaces it")
+        raise CheckpointError(f"{out}: this file already exists; --force replaces it")
     if not out.resolve().parent.is_dir():
         raise CheckpointError(f"{out}: there is no folder {out.resolve().parent}; make it first")
     cluster = connect(name)
