@@ -165,7 +165,11 @@ class Trunk:
         try:
             if not isinstance(self._engine, EmbeddingEngine):
                 engine = type(self._engine).__name__
-                raise RequestError(f"embeddings: not supported by the {engine}", param="model")
+                raise RequestError(
+                    f"embeddings: the model's engine ({engine}) makes no embeddings; use "
+                    "another model",
+                    param="model",
+                )
             return await self._engine.embed(prompts, pooling, request_id)
         except Exception as error:
             # Any error becomes a value, as in `generate`.
@@ -233,7 +237,7 @@ class TrunkClient:
                 finished = item[1] is not None
                 yield Delta(*item)
         except StopAsyncIteration:
-            raise EngineError("the trunk's stream ended early") from None
+            raise EngineError("the trunk's stream of the answer ended too early") from None
         except BackPressureError:
             raise Busy(_FULL) from None
         except (RayError, RayServeException) as error:

@@ -72,7 +72,9 @@ def with_drain(
     """Require that ``host`` becomes empty. Raises ValueError if no other host would be left."""
     leaving = constraints.leaving | {host}
     if not set(hosts) - leaving:
-        raise ValueError(f"host: {host} is the last one; its experts have nowhere to go")
+        raise ValueError(
+            f"host: {host} is the last host, and no other can take its experts; add a host first"
+        )
     return replace(constraints, leaving=leaving)
 
 

@@ -426,7 +426,8 @@ class Spec(Part):
             for place, name in names.items():
                 if name in places:
                     raise ValueError(
-                        f"{place}: {name!r} is taken: {places[name]} is the same; choose another name"
+                        f"{place}: {name!r} is taken: {places[name]} is the same; choose "
+                        "another name"
                     )
                 places[name] = place
 

@@ -92,7 +92,9 @@ class Checkpoint:
             if source.per_expert:
                 key = source.keys.get((pattern, expert))
                 if key is None:
-                    raise CheckpointError(f"{self.path}: no tensor of expert {expert} for {target}")
+                    raise CheckpointError(
+                        f"{self.path}: the checkpoint has no tensor of expert {expert} for {target}"
+                    )
                 collected[pattern] = [self._tensor(key, None)]
             else:
                 key = source.keys[pattern, None]
@@ -116,7 +118,7 @@ class Checkpoint:
         tensor = stored.read(expert, rows)
         if tensor.dtype not in _PLAIN_DTYPES:
             raise CheckpointError(
-                f"{stored.file}: {key} is {tensor.dtype}; quantised weights are read where "
+                f"{stored.file}: {key} is {tensor.dtype}; quantised weights can only be read if "
                 "quantization_config in config.json says how they were quantised"
             )
         return tensor

@@ -166,7 +166,9 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
     trunk, info = loaded
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
-        raise CheckpointError(f"{path}: the checkpoint lacks {missing}")
+        raise CheckpointError(
+            f"{path}: the checkpoint lacks the tensors {missing}; download the model again"
+        )
     if info["mismatched_keys"]:
         name, given, wanted = sorted(info["mismatched_keys"])[0]
         raise CheckpointError(

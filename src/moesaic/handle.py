@@ -372,7 +372,7 @@ class Cluster:
         served = self._controller.ask("models", timeout_s=ASK_S)
         known = {ref.name: ref for ref, _ in served}
         if model not in known:
-            raise ClusterError(f"model: {model!r} is none of {sorted(known)}")
+            raise ClusterError(f"model: {model!r} is none of the cluster's models, {sorted(known)}")
         trunk = open_trunk(self._trunk_config(namespace, known[model]))
         self._trunks.append(trunk)
         return trunk.model
@@ -438,7 +438,8 @@ class Cluster:
                 if time.monotonic() > deadline:
                     raise ClusterError(
                         f"process {self._session.pid} did not end cluster {self.name!r} within "
-                        f"{timeout_s:g} s"
+                        f"{timeout_s:g} s, and is still ending it; wait, or send the process "
+                        "SIGTERM once more to end it at once"
                     )
                 _wait_for_exit(self._session.pid, 0.5)
 

@@ -175,7 +175,9 @@ def run_detached(given: str | None, *, as_json: bool = False) -> None:
     """Start the cluster in a process of its own, and return when it answers."""
     spec = spec_of(given)
     if find_session(spec.name) is not None:
-        raise ClusterError(f"name: a cluster {spec.name!r} is running; `moesaic down` ends it")
+        raise ClusterError(
+            f"name: a cluster {spec.name!r} is running; `moesaic down --name {spec.name}` ends it"
+        )
     log = owner_log(spec.name)
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "moesaic.cli.main", "up", *([] if given is None else [given])]
