@@ -74,7 +74,8 @@ class Checkpoint:
             if tensor.shape != parameter.shape[1:]:
                 raise CheckpointError(
                     f"{self.path}: expert {expert} of {target} has shape {tuple(tensor.shape)}, "
-                    f"the configuration gives {tuple(parameter.shape[1:])}"
+                    f"the configuration gives {tuple(parameter.shape[1:])}; config.json or the "
+                    "tensors belong to another model"
                 )
             tensors[name] = tensor.to(self.dtype, copy=True).contiguous()
         up = experts.up_name
@@ -107,8 +108,8 @@ class Checkpoint:
                 (tensor,) = convert(source.converter, collected, target, self.model).values()
             except (RuntimeError, ValueError, LookupError) as error:
                 raise CheckpointError(
-                    f"{self.path}: expert {expert} of {target}: the tensors on disk do not make "
-                    f"it: {shapes}: {error}"
+                    f"{self.path}: expert {expert} of {target}: the tensors on disk, of shapes "
+                    f"{shapes}, do not make this expert: {error}"
                 ) from error
         return tensor if expert is None else tensor[0]
 

@@ -172,7 +172,8 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
     if info["mismatched_keys"]:
         name, given, wanted = sorted(info["mismatched_keys"])[0]
         raise CheckpointError(
-            f"{path}: {name} has shape {tuple(given)}, the configuration gives {tuple(wanted)}"
+            f"{path}: {name} has shape {tuple(given)}, the configuration gives {tuple(wanted)}; "
+            "config.json or the tensors belong to another model"
         )
     trunk.requires_grad_(False)
     return trunk.to(device).eval()

@@ -59,7 +59,7 @@ def up(
     ] = False,
     progress_fd: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
-    """Start a cluster and stay until Ctrl-C ends it."""
+    """Start a cluster, and run it until Ctrl-C."""
     from .run import print_spec, run_detached, run_foreground, spec_of
 
     if only_print:

@@ -96,7 +96,7 @@ def rebalance(
         _print_plan(found)
         if not found.moves:
             return
-        typer.confirm("carry it out?", abort=True)
+        typer.confirm("carry out these moves?", abort=True)
     change = cluster.rebalance(budget=_budget(budget))
     _carry_out(cluster, change, timeout, as_json, watch=watch)
 
