@@ -165,11 +165,8 @@ class Trunk:
         try:
             if not isinstance(self._engine, EmbeddingEngine):
                 engine = type(self._engine).__name__
-                raise RequestError(
-                    f"embeddings: the model's engine ({engine}) makes no embeddings; use "
-                    "another model",
-                    param="model",
-                )
+                text = f"the model's engine ({engine}) makes no embeddings; use another model"
+                raise RequestError(text, param="model")
             return await self._engine.embed(prompts, pooling, request_id)
         except Exception as error:
             # Any error becomes a value, as in `generate`.
@@ -292,8 +289,7 @@ class TrunkClient:
             async with asyncio.timeout(START_TIMEOUT_S):
                 return await self._question("limits")
         except TimeoutError:
-            text = f"the trunk did not start within {START_TIMEOUT_S:g} s"
-            raise EngineError(text) from None
+            raise EngineError(f"the trunk did not start within {START_TIMEOUT_S:g} s") from None
         except (RayError, RayServeException) as error:
             raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
 

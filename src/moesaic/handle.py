@@ -315,8 +315,8 @@ class Cluster:
         """Move all experts off ``host`` while requests go on; `undrain` undoes the drain.
 
         Returns the progress as soon as the host is empty or the other hosts have no room for the
-        rest, or after ``timeout_s``; the cluster goes on with the drain. ``watch`` is called repeatedly with the progress as it is then.
-        Raises ClusterError.
+        rest, or after ``timeout_s``; the cluster goes on with the drain. ``watch`` is called
+        repeatedly with the progress as it is then. Raises ClusterError.
         """
         self._controller.ask("drain", host, getpass.getuser())
         return self._controller.drain(host, timeout_s, watch)
@@ -421,8 +421,7 @@ class Cluster:
         New requests are refused at once. Running ones have `drain_s` seconds; in the owner's
         process ``told`` gets lines about them. ``timeout_s`` is how long another process waits
         (default: `drain_s` plus 60 s) before it raises ClusterError; the owner goes on ending the
-        cluster. A step that fails or is interrupted does not keep the
-        other steps from being taken.
+        cluster. A step that fails or is interrupted does not keep the other steps from being taken.
         """
         launched, self._launched = self._launched, None
         with ExitStack() as last_first:
