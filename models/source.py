@@ -77,7 +77,9 @@ def resolve_model(path: str, *, progress: Callable[[str, int, int], None] | None
 
 def _check_hub_id(path: str, folder: Path) -> None:
     if folder.is_file():
-        raise CheckpointError(f"path: {path!r} is a file; give the folder that holds the model")
+        raise CheckpointError(
+            f"path: {path!r} is a file; give the folder that holds the model's files"
+        )
     if folder.exists() or not _HUB_ID.match(path) or path.startswith("."):
         seen_from = "" if folder.is_absolute() else f" (sought in {Path.cwd()})"
         raise CheckpointError(

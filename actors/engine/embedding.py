@@ -160,7 +160,11 @@ class Encoder:
         vector_H = hidden_TH[-1] if pooling.kind == "last" else hidden_TH.float().mean(dim=0)
         vector_H = vector_H.float()
         if not bool(vector_H.isfinite().all()):
-            raise InternalError("the model's hidden state is not finite")
+            raise InternalError(
+                "the model computed a hidden state with NaN or infinite values, so the text has no "
+                "embedding; damaged weights or the range of float16 can cause this: check the "
+                "checkpoint, or set the model's dtype to bfloat16 or float32"
+            )
         if pooling.normalize:
             vector_H = torch.nn.functional.normalize(vector_H, dim=0)
         return vector_H.cpu().numpy()

@@ -78,7 +78,8 @@ def check_ports(spec: Spec, *, local: bool) -> Iterator[Finding]:
             yield finding_of(error, f"{part}.port")
     for (first, host, port), (second, other, its_port) in combinations(wanted, 2):
         if port == its_port != 0 and _overlap(host, other):
-            text = f"{port} is the {_OWNERS[first]}, too; choose another port, or 0 for any"
+            text = f"port {port} is also the {_OWNERS[first]}; choose another port, or 0 for any "
+            text += "free one"
             yield _error(f"{second}.port", text)
 
 
@@ -105,7 +106,9 @@ def check_room(spec: Spec, shapes: Collection[ModelShape]) -> Iterator[Finding]:
     if why := capacity_shortage(hosts, least, redundancy=0):
         yield _error("hosts", f"{why}; give hosts more slots or memory_gb, or add hosts")
     elif why := capacity_shortage(hosts, least, redundancy=spec.balance.redundancy):
-        text = f"not every expert is protected: {why}; give hosts more slots, memory_gb or domains"
+        text = f"some experts would be lost with {spec.balance.redundancy} failure domains: {why}; "
+        text += "give "
+        text += "hosts more slots or memory_gb, or more failure domains"
         yield Finding(severity="warning", path="balance.redundancy", message=text)
 
 
@@ -158,10 +161,11 @@ def _check_resources(spec: Spec) -> Iterator[Finding]:
     for path, part, _ in parts:
         if part.resources:
             names = ", ".join(map(repr, part.resources))
-            text = f"a local Ray has no {names}; set ray.address to a Ray that has them"
+            text = f"a Ray that `up` starts has no {names}; set ray.address to a Ray that has them"
             yield _error(f"{path}.resources", text)
         if part.num_gpus and wanted > gpus:
-            text = f"the spec needs {wanted:g} GPUs in all, but this machine has {gpus}"
+            text = f"the spec reserves {wanted:g} GPUs in all, but this machine has {gpus}; lower "
+            text += "num_gpus or the number of hosts, or set ray.address to a Ray that has them"
             yield _error(f"{path}.num_gpus", text)
 
 
@@ -171,7 +175,10 @@ def _check_devices(spec: Spec) -> Iterator[Finding]:
     gpus = torch.cuda.device_count()
     for path, device in asked:
         if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpus:
-            yield _error(path, f"{device!r} is not on this machine, which has {gpus} CUDA devices")
+            text = (
+                f"{device!r} is not on this machine, which has {gpus} CUDA devices; set auto or cpu"
+            )
+            yield _error(path, text)
 
 
 def _on_gpus(spec: Spec) -> bool:
@@ -199,8 +206,8 @@ def _check_memory(spec: Spec, models: Mapping[str, ModelDescription]) -> Iterato
         text = f"{parts}, but this machine has {_gb(total)}; use fewer replicas, another dtype, or"
         yield _error("hosts", f"{text} a Ray of several machines (ray.address)")
     else:
-        text = f"{parts}, with the processes around them {_gb(wanted)}; "
-        text += f"this machine has {_gb(free)} free of {_gb(total)}"
+        text = f"{parts}, {_gb(wanted)} with the processes that hold the weights; this machine has "
+        text += f"{_gb(free)} free of {_gb(total)}: end other programs, or use fewer replicas"
         yield Finding(severity="warning", path="hosts", message=text)
 
 

@@ -92,13 +92,16 @@ def _check_tokenizer(folder: Path, key: str, severity: Severity) -> Iterator[Fin
     yield from _check_vocabulary(folder, tokenizer, key, severity)
     template = ChatTemplate(folder.name, tokenizer)
     if not template.exists:
-        text = f"{folder}: no chat template: /v1/completions works, chats are refused"
+        text = f"{folder}: the model has no chat template: requests to /v1/chat/completions are "
+        text += "refused; "
+        text += "/v1/completions works"
         yield Finding(severity="warning", path=key, message=text)
         return
     try:
         template.probe()
     except RequestError as error:
-        wrong = f"{folder}: a single user message fails: {' '.join(str(error).split())}"
+        wrong = f"{folder}: the chat template fails on a single user message: "
+        wrong += " ".join(str(error).split())
         yield Finding(severity=severity, path=key, message=wrong, code=CheckpointError.__name__)
 
 
@@ -109,7 +112,7 @@ def _encoding_problem(tokenizer: PreTrainedTokenizerBase) -> str:
     except Exception as error:
         # A field of the wrong type only shows when it is used, as any kind of exception.
         return f"the tokenizer fails on {_SAID!r}: {_in_a_line(error)}"
-    return "" if ids else f"the tokenizer makes no token of {_SAID!r}; see its tokenizer.json"
+    return "" if ids else f"the tokenizer makes no token of {_SAID!r}; check tokenizer.json"
 
 
 def _check_vocabulary(
@@ -125,17 +128,17 @@ def _check_vocabulary(
         return
     named = ", ".join(f"{token!r} ({number})" for number, token in beyond[:_NAMED])
     more = f" and {len(beyond) - _NAMED:,} more" if len(beyond) > _NAMED else ""
-    text = f"{folder}: the tokenizer has tokens for which the model has no embedding (it has "
-    text += f"{rows:,}): {named}{more}"
+    text = f"{folder}: the model has {rows:,} embeddings, none of them for these tokens of the "
+    text += f"tokenizer: {named}{more}"
     known: Any = tokenizer
     added: dict[str, int] = known.get_added_vocab()
     if all(token in added for _, token in beyond):
         # Publishers add tokens, for padding for example, that occur in no text.
         yield Finding(
-            severity="warning", path=key, message=f"{text}; prompts with them are refused"
+            severity="warning", path=key, message=f"{text}; prompts with these tokens are refused"
         )
     else:
-        text += "; it is another model's tokenizer"
+        text += "; the tokenizer is another model's: copy this model's tokenizer files"
         yield Finding(severity=severity, path=key, message=text, code=CheckpointError.__name__)
 
 

@@ -55,7 +55,9 @@ class Catalog:
             self._refresh()
             if model not in self._models:
                 known = ", ".join(sorted(self._models)) or "no model"
-                raise UnknownModel(f"model: {model!r} is not served; {known} is", param="model")
+                raise UnknownModel(
+                    f"model: {model!r} is not served; the router service has {known}", param="model"
+                )
             return self._models[model]
 
     def _refresh(self) -> None:

@@ -228,7 +228,10 @@ class _Servicer(RouterServicer):
         layer = next((one for one in model.layers if one.layer == head.layer), None)
         if layer is None:
             known = ", ".join(str(one.layer) for one in model.layers)
-            raise CallError(f"layer: {head.layer} of {head.model} has no experts; {known} have")
+            raise CallError(
+                f"layer: layer {head.layer} of {head.model} has no experts; choose one of "
+                f"layers {known}"
+            )
         if head.hidden != layer.hidden:
             raise CallError(f"hidden: {head.hidden}, but {head.model} has {layer.hidden}")
         if head.top_k > layer.max_top_k:

@@ -78,7 +78,7 @@ def check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
     except OSError as error:
-        raise ClusterError(f"no Ray answers there ({error})") from error
+        raise ClusterError(f"no Ray answers at this address ({error})") from error
 
 
 def _check_answer(address: str) -> None:
@@ -94,7 +94,8 @@ def _check_answer(address: str) -> None:
         channel.close()
     if answer.ray_version != ray.__version__:
         raise ClusterError(
-            f"Ray {answer.ray_version} runs there, and here is Ray {ray.__version__}; install the "
+            f"this address has Ray {answer.ray_version}, and this machine Ray "
+            f"{ray.__version__}; install the "
             "same version on all machines"
         )
 

@@ -93,7 +93,8 @@ def _named(room: str) -> list[str]:
         return [room]
     if not found:
         raise SpecError(
-            f"{LOG}: {room!r} is no room; rooms are folders of the project, for example router, "
+            f"{LOG}: {room!r} is no room; a room is a folder of Moesaic's source, for example "
+            "router, "
             f"host, actors.endpoint or cluster.routing; {_EXAMPLE}"
         )
     return found

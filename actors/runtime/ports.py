@@ -35,7 +35,9 @@ def check_address(key: str, host: str) -> None:
             probe.bind((address, 0))
         except OSError as error:
             raise ClusterError(
-                f"{key}: {host!r} is no address of this machine ({error.strerror or error})"
+                f"{key}: {host!r} is no address of this machine ({error.strerror or error}); "
+                "give one "
+                "that `ip address` shows, or 127.0.0.1"
             ) from error
 
 

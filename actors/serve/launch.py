@@ -224,7 +224,9 @@ def check_name(spec: Spec) -> None:
     """Raise ClusterError if a cluster of the same name runs on this Ray."""
     with contextlib.suppress(ValueError):
         ray.get_actor(CONTROLLER, namespace=namespace_of(spec.name))
-        raise ClusterError(f"name: a cluster {spec.name!r} is running; `moesaic down` ends it")
+        raise ClusterError(
+            f"name: a cluster {spec.name!r} is running; `moesaic down --name {spec.name}` ends it"
+        )
 
 
 def _start_actors(launched: Launched, shapes: Mapping[str, ModelShape]) -> None:
@@ -285,7 +287,8 @@ def _strategies(group: HostGroup, groups: list[PlacementGroup], start_s: float) 
     except GetTimeoutError:
         raise ClusterError(
             f"hosts: Ray could not reserve {group.count} x {bundle} ({group.placement_group}) "
-            f"within {start_s:g} s; the cluster has {ray.cluster_resources()}"
+            f"within {start_s:g} s (timeouts.start_s); Ray has {ray.cluster_resources()} in all: "
+            "lower hosts.count or the group's resources, or add machines"
         ) from None
     return [PlacementGroupSchedulingStrategy(made, index) for index in range(group.count)]
 
@@ -310,7 +313,9 @@ def _wait_loaded(launched: Launched, progress: Progress) -> None:
         if not ready:
             raise ClusterError(
                 f"timeouts.start_s: {', '.join(asked[ref] for ref in rest)} did not start within "
-                f"{launched.spec.timeouts.start_s:g} s; Ray has {ray.available_resources()} left"
+                f"{launched.spec.timeouts.start_s:g} s; Ray has {ray.available_resources()} "
+                "left: ask "
+                "for fewer hosts or resources, add machines, or raise timeouts.start_s"
             )
         ray_get(ready[0], 1.0, f"{asked.pop(ready[0])}: start")
     progress("starting hosts", len(hosts), len(hosts))
@@ -324,6 +329,6 @@ def _wait_loaded(launched: Launched, progress: Progress) -> None:
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"timeouts.start_s: after {launched.spec.timeouts.start_s:g} s {held} of {wanted} "
-                "replicas were loaded"
+                "replicas of experts were loaded; raise timeouts.start_s if loading takes longer"
             )
         time.sleep(0.1)

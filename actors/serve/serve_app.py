@@ -165,7 +165,8 @@ class Trunk:
         try:
             if not isinstance(self._engine, EmbeddingEngine):
                 engine = type(self._engine).__name__
-                raise RequestError(f"embeddings: not supported by the {engine}", param="model")
+                text = f"the model's engine ({engine}) makes no embeddings; use another model"
+                raise RequestError(text, param="model")
             return await self._engine.embed(prompts, pooling, request_id)
         except Exception as error:
             # Any error becomes a value, as in `generate`.
@@ -233,7 +234,7 @@ class TrunkClient:
                 finished = item[1] is not None
                 yield Delta(*item)
         except StopAsyncIteration:
-            raise EngineError("the trunk's stream ended early") from None
+            raise EngineError("the trunk's stream of the answer ended too early") from None
         except BackPressureError:
             raise Busy(_FULL) from None
         except (RayError, RayServeException) as error:
@@ -288,8 +289,7 @@ class TrunkClient:
             async with asyncio.timeout(START_TIMEOUT_S):
                 return await self._question("limits")
         except TimeoutError:
-            text = f"the trunk did not start within {START_TIMEOUT_S:g} s"
-            raise EngineError(text) from None
+            raise EngineError(f"the trunk did not start within {START_TIMEOUT_S:g} s") from None
         except (RayError, RayServeException) as error:
             raise EngineError(f"the trunk was lost: {type(error).__name__}") from error
 

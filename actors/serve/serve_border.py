@@ -112,7 +112,8 @@ def find_address(spec: Spec) -> ServeAddress:
     others = {route: app for app, route in running.routes.items() if app != app_name(spec)}
     if prefix in others:
         raise ClusterError(
-            f"name: Serve on this Ray already has the application {others[prefix]!r} at {prefix}"
+            f"name: Serve on this Ray already has the application {others[prefix]!r} at {prefix}; "
+            "choose another name, or end that application"
         )
     assert running.http.host is not None
     return ServeAddress(running.http.host, running.http.port, prefix, serve_runs=True)
@@ -168,7 +169,11 @@ def _end_app(app: str, patience_s: float = LEAVE_S) -> None:
     while (running := find_serve()) is not None and app in running.routes:
         now = time.monotonic()
         if now > deadline:
-            raise ClusterError(f"the application {app!r} of Serve did not end within {END_S:g} s")
+            raise ClusterError(
+                f"the application {app!r} of Ray Serve did not end within {END_S:g} s; `serve "
+                "status` "
+                "shows its state"
+            )
         if now > patient_until:
             # Serve does not replace these replicas, since their application is being deleted.
             kill_named(SERVE_NAMESPACE, f"{_REPLICA}{app}#")
@@ -188,7 +193,7 @@ def wait_monitored(
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"monitoring: {place.url} does not answer within {timeout_s:g} s: {found}; "
-                    "does another program use its port?"
+                    "if another program uses this port, set monitoring.port to another one"
                 )
             time.sleep(_LOOK_S)
 
@@ -275,7 +280,9 @@ def _end_serve() -> None:
     deadline = time.monotonic() + END_S
     while _controller() is not None:
         if time.monotonic() > deadline:
-            raise ClusterError(f"Serve did not end within {END_S:g} s")
+            raise ClusterError(
+                f"Ray Serve did not end within {END_S:g} s; `serve shutdown` ends it"
+            )
         time.sleep(_LOOK_S)
     _set_global_client(None)
 
@@ -283,9 +290,11 @@ def _end_serve() -> None:
 def _check(endpoint: EndpointSpec, name: str, running: ServeState) -> None:
     http = running.http
     here = f"Serve on this Ray runs already (applications: {running.applications}) and"
-    own = "give the cluster a Ray of its own"
+    own = "give the cluster a Ray of its own (`ray: {address: local}`)"
     if running.location == ProxyLocation.Disabled or http.host is None:
-        raise ClusterError(f"endpoint: {here} serves no HTTP; {own}, or end Serve")
+        raise ClusterError(
+            f"endpoint: {here} serves no HTTP; {own}, or end Serve (`serve shutdown`)"
+        )
     asked = (endpoint.host, endpoint.port or http.port)
     if asked != (http.host, http.port):
         path = "" if "/" not in running.routes.values() else f", where this cluster is at /{name}"
@@ -296,7 +305,9 @@ def _check(endpoint: EndpointSpec, name: str, running: ServeState) -> None:
             f"{path}, or {own}"
         )
     if http.ssl_certfile:
-        raise ClusterError(f"endpoint: {here} only speaks TLS; {own}, or end Serve")
+        raise ClusterError(
+            f"endpoint: {here} only speaks TLS; {own}, or end Serve (`serve shutdown`)"
+        )
     most_s, limit_s = http.request_timeout_s, endpoint.limits.request_s
     if most_s is not None and (limit_s is None or limit_s > most_s):
         raise ClusterError(
@@ -326,7 +337,9 @@ def _head() -> dict[str, Any]:
     for node in ray.nodes():
         if node["Alive"] and HEAD_NODE in node["Resources"]:
             return node
-    raise ClusterError("ray.address: this Ray has no head node")
+    raise ClusterError(
+        "ray.address: this Ray has no living head node; restart it with `ray start --head`"
+    )
 
 
 def is_head_node() -> bool:

@@ -38,7 +38,11 @@ class CudaMemory:
 
 
 def share(device: torch.device, slots: int, slot_bytes: int) -> tuple[CudaMemory, DeviceMemory]:
-    """Allocate slots on ``device`` and describe them for the host. Raises HostLost on failure."""
+    """Allocate a router's slots for calls in the memory of ``device``, and share them with a host.
+
+    Returns the memory, and its CUDA IPC handles, with which the host opens the same memory. Raises
+    HostLost if the memory cannot be allocated or shared.
+    """
     try:
         whole = torch.empty(slots * slot_bytes, dtype=torch.uint8, device=device)
         shared = whole.untyped_storage()._share_cuda_()

@@ -94,7 +94,8 @@ class Control:
         if not 1 <= shape.replicas <= len(self.view.hosts):
             raise ValueError(
                 f"models.{shape.model}.replicas: {shape.replicas} replicas of an expert need as "
-                f"many hosts, and there are {len(self.view.hosts)}"
+                f"many hosts, and there are {len(self.view.hosts)}; lower replicas, "
+                "or add hosts"
             )
         before = dict(self.models)
         self.models[shape.model] = shape

@@ -34,7 +34,11 @@ def check_expert(models: Mapping[str, ModelShape], key: ExpertKey) -> None:
     shape = check_model(models, key.model)
     check_layer(shape, key.layer)
     if not 0 <= key.expert < shape.experts[key.layer]:
-        raise ValueError(f"expert: {key.expert} is not in 0 to {shape.experts[key.layer] - 1}")
+        raise ValueError(
+            f"expert: {key.expert} is not in 0 to {shape.experts[key.layer] - 1}, the experts "
+            "of layer "
+            f"{key.layer}"
+        )
 
 
 def check_host(hosts: Collection[str], host: str) -> None:
@@ -72,7 +76,9 @@ def with_drain(
     """Require that ``host`` becomes empty. Raises ValueError if no other host would be left."""
     leaving = constraints.leaving | {host}
     if not set(hosts) - leaving:
-        raise ValueError(f"host: {host} is the last one; its experts have nowhere to go")
+        raise ValueError(
+            f"host: {host} is the last host, and no other can take its experts; add a host first"
+        )
     return replace(constraints, leaving=leaving)
 
 

@@ -36,10 +36,13 @@ class PlannerPolicy:
 
     def __post_init__(self) -> None:
         if not 0 <= self.consolidate_below <= 1:
-            raise ValueError(f"consolidate_below: {self.consolidate_below}; 0 <= it <= 1")
+            raise ValueError(
+                f"consolidate_below: {self.consolidate_below}, but must be from 0 to 1"
+            )
         if not 0 < self.rebalance_below <= self.target <= 1:
             raise ValueError(
-                f"rebalance_below: {self.rebalance_below}; 0 < it <= target = {self.target} <= 1"
+                f"rebalance_below, target: {self.rebalance_below}, {self.target}; "
+                "0 < rebalance_below <= target <= 1 must hold"
             )
 
 

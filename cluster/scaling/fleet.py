@@ -106,12 +106,18 @@ class Fleet:
     ) -> ScaleEvent:
         """Set the number of hosts of a group; raise ValueError that names what is wrong."""
         if not 0 <= group < len(self.groups):
-            raise ValueError(f"group: {group} is not in 0 to {len(self.groups) - 1}")
+            raise ValueError(
+                f"group: {group} is not in 0 to {len(self.groups) - 1}, the indexes of the "
+                "spec's hosts"
+            )
         most = self.groups[group].max_count
         if not 1 <= count <= most:
             raise ValueError(f"count: {count} is not in 1 to {most}, hosts.{group}.max_count")
         if self.groups[group].fixed:
-            raise ValueError(f"group: {group} is a placement group (spread) and has a fixed size")
+            raise ValueError(
+                f"group: {group} is a placement group of Ray, whose size cannot change; set "
+                f"hosts.{group}.placement_group to none, and start the cluster anew"
+            )
         if count == len(self.staying(group)):
             return self.scalings.same(group, count, who, now)
         excess = len(self.staying(group)) - count

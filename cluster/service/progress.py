@@ -85,7 +85,7 @@ class ModelProgress:
         return not (self.in_question and self._stalled(now))
 
     def wants_to_hear(self, now: float) -> bool:
-        """Return whether to ask the engine now."""
+        """Return whether to ask the trunk now for its engine's count of steps."""
         return self.in_question and now - self._moved_at >= ASK_AFTER_S
 
     def _stalled(self, now: float) -> bool:

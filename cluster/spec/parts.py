@@ -74,15 +74,16 @@ class Resources(Part):
     """What Ray reserves for each of some identical processes, and which nodes may run them."""
 
     num_cpus: Amount = 1
-    """CPUs that Ray reserves for each process of this section: for each host, or for each trunk."""
+    """Number of CPUs that Ray reserves for each process of this section: for each host, or for each
+    trunk."""
 
     num_gpus: Amount = 0
-    """GPUs that Ray reserves for each host, or for each trunk. With a fraction such as 0.5 several
-    processes share a GPU."""
+    """Number of GPUs that Ray reserves for each host, or for each trunk. With a fraction such as
+    0.5 several processes share a GPU."""
 
     resources: dict[str, Amount] = Field(default_factory=dict)
-    """Ray's custom resources that Ray reserves for each host, or for each trunk: the resource's
-    name and the amount."""
+    """Custom resources that Ray reserves for each host, or for each trunk: the resource's name and
+    the amount."""
 
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels that a Ray node must have to run a host, or a trunk, in the form of Ray's label
@@ -102,27 +103,32 @@ class AutoscaleSpec(Part):
     """
 
     scale_up_above: BusyFraction = 0.75
-    """Fraction of their time in which hosts compute, above which hosts are added."""
+    """Mean busy fraction of all hosts above which hosts are added: the part of their time in which
+    hosts compute, as a moving average over about half of `up_after_s`."""
 
     scale_down_below: BusyFraction = 0.35
-    """Fraction of their time in which hosts compute, below which a host is removed."""
+    """Mean busy fraction of all hosts below which one host is removed: the part of their time in
+    which hosts compute, as a moving average over about half of `down_after_s`."""
 
     up_after_s: SecondsOrZero = 15.0
-    """Seconds for which hosts must be busier than `scale_up_above` before some are added."""
+    """Seconds for which the mean busy fraction of hosts must stay above `scale_up_above` before
+    hosts are added."""
 
     down_after_s: SecondsOrZero = 120.0
-    """Seconds for which hosts must be less busy than `scale_down_below` before one is removed."""
+    """Seconds for which the mean busy fraction of hosts must stay below `scale_down_below` before
+    one host is removed."""
 
     cooldown_s: SecondsOrZero = 60.0
-    """Seconds that the autoscaler pauses after each change of the number of hosts, even one by an
-    operator."""
+    """Seconds that the autoscaler pauses after each change of the number of hosts, also after
+    `moesaic scale`."""
 
     pending_s: SecondsOrZero = 120.0
-    """Seconds after which a requested host that is not up is shown as waiting for a machine."""
+    """Seconds after which `status` says that a requested host which is not up waits for a
+    machine."""
 
     max_cost_per_hour: Cost | None = None
     """Largest cost per hour of all hosts together, as the sum of their groups' `cost_per_hour`. The
-    autoscaler adds no host beyond it. Default `null`: no limit."""
+    autoscaler adds no host if the sum would be larger. Default `null`: no limit."""
 
     @model_validator(mode="after")
     def _ordered(self) -> AutoscaleSpec:
@@ -153,10 +159,10 @@ class RouterSpec(Part):
 
     host: Address = "127.0.0.1"
     """Address on which the router service listens. `127.0.0.1` (default): only programs on the same
-    machine reach it."""
+    machine reach the service."""
 
     port: int = Field(default=8001, ge=0, le=65_535)
-    """Port on which the router service listens. 0: a free one, which the service keeps when it
+    """Port on which the router service listens. 0: any free port, which the service keeps when it
     restarts."""
 
     max_batch_rows: int = Field(default=1024, ge=1, le=1 << 20)
@@ -164,19 +170,20 @@ class RouterSpec(Part):
     clients' calls for the same layer."""
 
     max_calls: int = Field(default=256, ge=1, le=4096)
-    """Largest number of calls that the service holds at the same time. Beyond that it refuses calls
-    of the client that holds the most."""
+    """Largest number of calls that the service holds at the same time. Then the service refuses
+    calls of the client that has the most calls in it."""
 
     max_mb: float = Field(default=256.0, ge=0.002, le=1 << 16, allow_inf_nan=False)
-    """Megabytes that the tensors and answers of all held calls may take. Beyond that the service
-    refuses calls of the client that holds the most."""
+    """Largest size of the tensors and answers of all calls in the service together, in megabytes.
+    Then the service refuses calls of the client whose calls take the most."""
 
     max_call_mb: Megabytes = 64.0
     """Largest size of the tensors of one call, in megabytes. Moesaic's client splits larger
     calls."""
 
     call_s: Seconds = 60.0
-    """Seconds that one call may take at most, even if the client's own deadline is later."""
+    """Largest number of seconds that one call may take, even if the client's deadline is later.
+    Then the call ends with an error."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RouterSpec:
@@ -208,8 +215,8 @@ class TrunkSpec(Resources):
     """
 
     engine: EngineKind = "transformers"
-    """The engine that batches requests and runs the trunk. `transformers`: Moesaic's own, for any
-    supported model. `vllm`: vLLM, which must be installed."""
+    """The engine that batches requests and runs the trunk. `transformers`: Moesaic's own engine,
+    for any supported model. `vllm`: vLLM, which must be installed."""
 
     compiled: bool = False
     """Whether vLLM compiles the layers around the experts, which is faster but slower to start.
@@ -220,40 +227,41 @@ class TrunkSpec(Resources):
     there is one, else the CPU."""
 
     threads: Threads = "auto"
-    """CPU threads that one computation of a trunk uses. `auto`: one for each core of the
-    machine."""
+    """Number of CPU threads that one computation of a trunk uses. `auto`: the number of the
+    machine's cores."""
 
     max_requests: int = Field(default=32, ge=1, le=4096)
     """Largest number of requests in the batch of one trunk."""
 
     max_waiting: int = Field(default=256, ge=0, le=1 << 20)
-    """Largest number of requests that may wait for a place in the batch of one trunk. Further
+    """Largest number of requests that may wait until the batch of one trunk can take them. Further
     requests are refused with status 429."""
 
     max_batch_tokens: int = Field(default=512, ge=1, le=1 << 20)
-    """Largest number of tokens that one trunk computes in one step. A smaller number limits how
-    long a prompt delays other requests."""
+    """Largest number of tokens that one trunk computes in one forward pass. With a smaller number,
+    a long prompt delays other requests less."""
 
     cache_tokens: int = Field(default=16_384, ge=64, le=1 << 28)
-    """Tokens that fit into the key-value cache of one trunk, for all its requests together."""
+    """Number of tokens that fit into the key-value cache of one trunk, for all its requests
+    together."""
 
     min_replicas: int = Field(default=1, ge=0, le=1024)
-    """Smallest number of trunks that run for each model. 0: a trunk that has nothing to do ends,
-    and the next request starts one."""
+    """Smallest number of trunks that run for each model. 0: the last trunk ends when it has no
+    requests, and the next request starts a trunk."""
 
     max_replicas: int = Field(default=1, ge=1, le=1024)
     """Largest number of trunks that run for each model."""
 
     target_requests: float = Field(default=16.0, gt=0, le=4096)
-    """Number of requests in progress per trunk. Ray Serve adds trunks above it and removes trunks
-    below it."""
+    """Number of requests in progress per trunk at which Ray Serve aims. Serve adds trunks if there
+    are more requests, and removes trunks if there are fewer."""
 
     @model_validator(mode="after")
     def _ordered(self) -> TrunkSpec:
         if self.min_replicas > self.max_replicas:
             raise ValueError("min_replicas <= max_replicas must hold")
         if self.compiled and self.engine != "vllm":
-            raise ValueError("compiled needs engine: vllm")
+            raise ValueError("compiled: true needs engine: vllm; set it, or leave out compiled")
         return self
 
 
@@ -272,23 +280,24 @@ class LimitSpec(Part):
     the model and the key-value cache allow."""
 
     request_s: Seconds | None = None
-    """Seconds from a request's start to the last token of its answer. Then the request ends with
-    status 504. Default `null`: no limit."""
+    """Largest number of seconds from a request's start to the last token of its answer. Then the
+    request ends with status 504. Default `null`: no limit."""
 
     body_mb: float = Field(default=8.0, gt=0, le=1024)
-    """Largest body of one HTTP request, in megabytes. Larger ones are refused with status 413."""
+    """Largest body of one HTTP request, in megabytes. Requests with a larger body are refused with
+    status 413."""
 
     body_s: Seconds = 30.0
     """Seconds in which the body of an HTTP request must have arrived. Then the request is refused
     with status 408."""
 
     bodies_mb: float = Field(default=64.0, gt=0, le=1 << 20)
-    """Megabytes that the bodies of all requests may take while they arrive or are parsed. A request
-    beyond that is refused with status 503, and can be sent again later."""
+    """Largest size of the bodies of all requests together while they arrive or are parsed, in
+    megabytes. A request for which there is no memory left gets status 503; send it again later."""
 
     min_priority: int = Field(default=0, ge=-_PRIORITIES, lt=_PRIORITIES)
     """Smallest `priority` that a request may have. Waiting requests with a smaller priority go
-    first, and a request without one has 0. Default 0: nobody goes before those."""
+    first. A request without `priority` has 0; by default no request can go before it."""
 
     max_priority: int = Field(default=_PRIORITIES - 1, ge=-_PRIORITIES, lt=_PRIORITIES)
     """Largest `priority` that a request may have. Waiting requests with a larger priority go
@@ -347,32 +356,32 @@ class EndpointSpec(Part):
 
     host: Address = "127.0.0.1"
     """Address on which the HTTP endpoint listens. `127.0.0.1` (default): only programs on the same
-    machine reach it. `0.0.0.0`: all of the machine's addresses."""
+    machine reach the endpoint. `0.0.0.0`: all of the machine's addresses."""
 
     port: int = Field(default=8000, ge=0, le=65_535)
-    """Port on which the HTTP endpoint listens. 0: a free one, or that of a Ray Serve that already
-    runs."""
+    """Port on which the HTTP endpoint listens. 0: any free port, or the port of a Ray Serve that
+    already runs."""
 
     cors_origins: Annotated[
         tuple[Annotated[str, AfterValidator(_origin)], ...], Field(strict=False)
     ] = ()
     """Origins such as `https://chat.example` whose web pages may use the endpoint from a browser.
     `*`: every page that the browser's user opens, even if the endpoint listens only on loopback.
-    Default: none."""
+    Default: no pages of other origins."""
 
     allowed_hosts: Annotated[
         tuple[Annotated[str, AfterValidator(_allowed_host)], ...], Field(strict=False)
     ] = ()
     """Names that a request's Host header may have besides those of loopback, such as `api.example`
-    for an endpoint behind a proxy. `*`: all names. Default: none on loopback, all on other
-    addresses."""
+    for an endpoint behind a proxy. `*`: all names. Default: if the endpoint listens on loopback, no
+    further names; else all names."""
 
     limits: LimitSpec = LimitSpec()
     """Limits of one request to the endpoint: its tokens, time, body and priority."""
 
     drain_s: float = Field(default=30.0, ge=0, le=86_400, allow_inf_nan=False)
     """Seconds that running answers, and running calls of the router service, have to finish when
-    the cluster ends. New ones are refused."""
+    the cluster ends. Then they end with an error. New requests are refused at once."""
 
     @model_validator(mode="after")
     def _all_or_some(self) -> EndpointSpec:
@@ -388,26 +397,26 @@ class MonitoringSpec(Part):
 
     host: Address = "127.0.0.1"
     """Address on which `/status` and `/metrics` are served. `127.0.0.1` (default): only programs on
-    the endpoint's machine reach them."""
+    the endpoint's machine can read `/status` and `/metrics`."""
 
     port: int = Field(default=8002, ge=0, le=65_535)
-    """Port on which `/status` and `/metrics` are served. 0: a free one."""
+    """Port on which `/status` and `/metrics` are served. 0: any free port."""
 
 
 class TimeoutSpec(Part):
     """How long the cluster waits for its own start, for a missing expert, and for a silent host."""
 
     expert_s: Seconds = 60.0
-    """Seconds that a request waits for an expert that no host can compute at the moment, for
-    example until a host has restarted."""
+    """Seconds that a request waits for an expert that no host can compute, for example while a host
+    restarts. Then the request ends with an error."""
 
     attempt_s: Seconds = 2.0
-    """Seconds after which a router sends a call to another replica because the first host is
-    silent. Each further attempt of the call may take twice as long."""
+    """Seconds that a router waits for a host's answer to a call. Then the router sends the call to
+    another replica, with twice the seconds for each further attempt."""
 
     start_s: Seconds = 300.0
-    """Seconds in which the whole cluster must have started. Also the time for a trunk that a
-    request starts (`trunk.min_replicas: 0`)."""
+    """Seconds in which the whole cluster must have started, else `up` fails. The same limit holds
+    for a trunk that a request starts (`trunk.min_replicas: 0`)."""
 
     @property
     def policy(self) -> RouterPolicy:

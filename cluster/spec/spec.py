@@ -58,12 +58,12 @@ class RaySpec(Part):
     """
 
     address: str = "local"
-    """The Ray to use. `local`: `moesaic up` starts one in its own process and ends it. `auto`: the
-    Ray that runs on this machine. `HOST:PORT`: the Ray at that address."""
+    """The Ray to use. `local`: `moesaic up` starts a Ray of its own and ends it with the cluster.
+    `auto`: the Ray that runs on this machine. `HOST:PORT`: the Ray at that address."""
 
     insecure: bool = False
-    """Whether to join even a Ray that asks for no token. Default `false`: such a Ray is refused,
-    because whoever reaches it commands all of its machines (docs/security.md)."""
+    """Whether to join a Ray cluster that asks for no token. Default `false`: `up` refuses such a
+    Ray, because whoever reaches this Ray commands all its machines (docs/security.md)."""
 
     @field_validator("address")
     @classmethod
@@ -79,21 +79,21 @@ class NetworkSpec(Part):
 
     bind: Address = "127.0.0.1"
     """Address on which each host listens for the trunks' connections. `127.0.0.1` (default): only
-    trunks on the same machine reach it. `node`: the address of the machine that the host runs
-    on."""
+    trunks on the same machine reach the host. `node`: the address of the machine on which the host
+    runs."""
 
     transport: TransportChoice = "auto"
     """How tensors travel between trunks and hosts. `auto`: shared memory on one machine, gRPC
-    between machines. `shm`, `grpc`: always this one; `shm` works only on one machine. `group`:
-    torch.distributed (NCCL between GPUs, else gloo). `device`: CUDA IPC or NCCL between two GPUs,
-    else as `auto`."""
+    between machines. `shm`, `grpc`: always shared memory, or always gRPC; `shm` works only on one
+    machine. `group`: torch.distributed (NCCL between GPUs, else gloo). `device`: CUDA IPC or NCCL
+    between two GPUs, else as `auto`."""
 
     @model_validator(mode="after")
     def _groups_need_an_address(self) -> NetworkSpec:
         if self.transport == "group" and self.bind in ("0.0.0.0", "::", "[::]"):
             raise ValueError(
-                f"transport: hosts of a group must know each other's address, and bind: "
-                f"{self.bind!r} names none; set an address, or 'node' for each node's own"
+                f"transport: 'group' needs an address of each host, and bind: {self.bind!r} is "
+                "none; set bind to an address, or to 'node' for each machine's own"
             )
         return self
 
@@ -120,23 +120,24 @@ class ModelSpec(Part):
     its checkpoint has."""
 
     replicas: int = Field(default=1, ge=1, le=1024)
-    """Smallest number of replicas of each of the model's experts, each on another host."""
+    """Smallest number of replicas of each of the model's experts. Each replica of an expert is on
+    another host."""
 
     exact: bool = False
     """Whether the model's results are the same to the bit, whatever the placement and the batch.
-    `true` is slower: a host answers for each expert of a token, instead of once for each token."""
+    `true` is slower: a host sends an answer for each expert of a token, not one for each token."""
 
     idle_s: Annotated[float, Field(ge=1, le=31_536_000)] | None = None
     """Seconds without a request after which the model's experts leave the hosts' memory. The next
-    request loads them again and waits for them. Default `null`: they never leave."""
+    request waits until they are loaded again. Default `null`: the experts never leave."""
 
     experts_per_token: int | None = Field(default=None, ge=1)
     """How many experts compute a token, if the request sets no number: those with the largest gate
-    weights. Fewer are faster, at lower quality. Default `null`: the model's own number."""
+    weights. Fewer experts are faster, at lower quality. Default `null`: as the model says."""
 
     min_experts_per_token: int | None = Field(default=None, ge=1)
     """Smallest number of experts per token that a request may ask for. Default `null`: the number
-    that requests have without asking, so none may ask for fewer."""
+    that a request has without asking, so no request may ask for fewer."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ModelSpec:
@@ -178,8 +179,8 @@ class HostGroup(Resources):
 
     slots: int | None = Field(default=None, ge=1, le=1 << 24)
     """Largest number of experts that one host of this group may hold. Default `null`: as many as
-    fit into `memory_gb`. Without both keys: the host's even share of all replicas and a quarter
-    more."""
+    fit into `memory_gb`. If `slots` and `memory_gb` are both `null`: a quarter more than the host's
+    even share of all replicas."""
 
     memory_gb: float | None = Field(default=None, gt=0, le=1 << 20, allow_inf_nan=False)
     """Memory that the experts on one host of this group may take, in GiB. Default `null`: only
@@ -194,24 +195,24 @@ class HostGroup(Resources):
     or a rack. Default empty: each host fails alone."""
 
     placement_group: Literal["none", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "none"
-    """How Ray spreads the hosts of this group over machines: the strategy of a Ray placement group,
-    whose size is fixed. `none`: Ray places each host by itself."""
+    """How Ray spreads the hosts of this group over machines: the strategy of a Ray placement group.
+    Such a group keeps its size. `none`: Ray places each host independently."""
 
     max_rows: int = Field(default=512, ge=1, le=65_536)
     """Largest number of rows (tokens) in one call to a host of this group. Routers split larger
     calls."""
 
     max_batch_rows: int = Field(default=1024, ge=1, le=1 << 20)
-    """Largest number of rows (tokens) in one computation of a host, which joins the calls for the
-    same layer."""
+    """Largest number of rows (tokens) in one computation of a host. A host computes waiting calls
+    for the same layer together."""
 
     max_queue_rows: int = Field(default=16_384, ge=1, le=1 << 24)
     """Largest number of rows (tokens) that may wait in a host's queue. The host refuses further
-    calls, and routers send them to another replica or later."""
+    calls. Routers send a refused call to another replica, or again later."""
 
     emulate: EmulationSpec | None = None
     """Another device that the hosts of this group imitate, for experiments: a batch takes as long
-    as that device would take. Default `null`: none."""
+    as that device would take. Default `null`: the hosts imitate no device."""
 
     @model_validator(mode="before")
     @classmethod
@@ -228,7 +229,10 @@ class HostGroup(Resources):
         if not self.least <= self.count <= self.most:
             raise ValueError("min_count <= count <= max_count must hold")
         if self.placement_group != "none" and self.least != self.most:
-            raise ValueError("placement_group: it has a fixed size; remove min_count and max_count")
+            raise ValueError(
+                "placement_group: a placement group has a fixed size; remove min_count and "
+                "max_count, or set placement_group: none"
+            )
         return self
 
     @property
@@ -275,43 +279,44 @@ class BalanceSpec(Part):
     """
 
     auto: bool = True
-    """Whether the controller adapts the placement to the load by itself. `false`: it waits for an
-    operator's `moesaic rebalance`."""
+    """Whether the controller moves experts by itself when the load changes. `false`: only when an
+    operator runs `moesaic rebalance`."""
 
     redundancy: int = Field(default=0, ge=0, le=64)
     """Number of failure domains (hosts, or host groups that share a `failure_domain`) that can be
-    lost at once without losing an expert. Default 0: an expert may be on one host only."""
+    lost at once without losing an expert. Default 0: an expert may be on a single host."""
 
     rebalance_below: float = Field(default=0.95, gt=0, le=1)
-    """Balancedness below which the controller moves a layer's replicas. It is the average load of a
-    host divided by that of the busiest one; 1 is even."""
+    """Balancedness below which the controller moves a layer's replicas. The balancedness of a layer
+    is the average load of a host divided by the load of the busiest host; 1 is even."""
 
     target: float = Field(default=0.98, gt=0, le=1)
-    """Balancedness (1 is even) up to which the controller improves a layer that has less than
-    `rebalance_below`."""
+    """Balancedness (1 is even) up to which the controller improves a layer whose balancedness is
+    less than `rebalance_below`."""
 
     budget: Budget = 0.05
     """How many replicas the controller may load in one change for balance: a fraction of all
     replicas, or bytes such as `4GB`."""
 
     consolidate_below: float = Field(default=0.05, ge=0, le=1)
-    """Keeps a layer with little load on few hosts, because each host costs a message. A layer gets
-    a further host only for more load than this fraction of the busiest layer's load per host. 0:
-    all layers use all hosts."""
+    """Load of one layer on one host up to which the layer gets no further host, because each host
+    that a layer uses costs a message. It is a fraction of this unit: the busiest layer's load
+    divided by the number of all hosts. 0: all layers use all hosts."""
 
     every_s: Seconds = 10.0
     """Seconds between two times that the controller checks whether the load is even."""
 
     horizon_s: Seconds = 60.0
-    """Seconds that the present load is assumed to last. The controller moves a replica only if that
-    saves more time until then than the loading takes."""
+    """Seconds that the present load is assumed to last. The controller moves a replica only if the
+    move saves hosts more time in these seconds than loading the replica takes."""
 
     host_timeout_s: Seconds = 30.0
-    """Seconds that a host may be unreachable before the controller places its experts elsewhere."""
+    """Seconds that a host may be unreachable before the controller loads the host's experts on
+    other hosts."""
 
     lease_s: Seconds = 10.0
-    """Seconds for which the controller waits for a silent router before it lets hosts evict
-    replicas that the router may still use."""
+    """Seconds for which the controller waits for a silent router. Then the controller lets hosts
+    evict replicas that the router may still use."""
 
     loading_mb_per_s: float = Field(default=200.0, gt=0, le=1e9, allow_inf_nan=False)
     """Mean rate at which one host loads experts while it serves, in megabytes per second. A lower
@@ -348,7 +353,7 @@ class Spec(Part):
 
     name: Name = "local"
     """The cluster's name. `moesaic status --name NAME` and the other commands find the cluster by
-    it."""
+    this name."""
 
     ray: RaySpec = RaySpec()
     """The Ray cluster on which all processes run: one that `moesaic up` starts, or one that already
@@ -366,19 +371,19 @@ class Spec(Part):
     Default: one group of two hosts."""
 
     trunk: TrunkSpec = TrunkSpec()
-    """The processes that hold a model's trunk: everything but its routed experts. Each model has
-    its own."""
+    """The processes that hold a model's trunk: everything but the model's routed experts. Each
+    model has its own trunk processes."""
 
     endpoint: EndpointSpec | None = EndpointSpec()
     """The HTTP endpoint with an OpenAI-style API. `null`: the cluster has no endpoint."""
 
     monitoring: MonitoringSpec | None = MonitoringSpec()
-    """The address at which the endpoint's process also serves `/status` and `/metrics`. `null`: it
-    serves neither."""
+    """The address at which the endpoint's process serves `/status` and `/metrics`. `null`: the
+    process serves neither."""
 
     router: RouterSpec | None = None
     """The gRPC router service, for clients that send hidden states instead of text. Default `null`:
-    the cluster has none."""
+    the cluster has no router service."""
 
     timeouts: TimeoutSpec = TimeoutSpec()
     """How long the cluster waits for its own start, for a missing expert, and for the answer of one
@@ -400,12 +405,15 @@ class Spec(Part):
     def _consistent(self) -> Spec:
         self._check_names()
         if not self.hosts:
-            raise ValueError("hosts: at least one group is needed")
+            raise ValueError(
+                "hosts: the list is empty; give at least one host group, or leave out hosts"
+            )
         for model in self.models:
             if model.replicas > self.num_hosts:
                 raise ValueError(
                     f"models: {model.name} wants {model.replicas} replicas of each expert on "
-                    f"different hosts, but there are {self.num_hosts} hosts"
+                    f"different hosts, but the spec has {self.num_hosts} hosts; lower replicas, or "
+                    "raise hosts.0.count"
                 )
         return self
 
@@ -417,7 +425,10 @@ class Spec(Part):
             names |= {f"models.{number}.aliases.{n}": one for n, one in enumerate(model.aliases)}
             for place, name in names.items():
                 if name in places:
-                    raise ValueError(f"{place}: {name!r} is taken: {places[name]}")
+                    raise ValueError(
+                        f"{place}: {name!r} is taken: {places[name]} is the same; choose "
+                        "another name"
+                    )
                 places[name] = place
 
     @property

@@ -161,7 +161,7 @@ def _read_index(index: Path) -> dict[str, str]:
         if not plain or not file.endswith(".safetensors"):
             named = repr(file if len(file) <= _LONGEST_NAME else file[:40] + "...")
             raise CheckpointError(
-                f"{index}: weight_map names {named}; only *.safetensors files beside the index "
+                f"{index}: weight_map names {named}; only *.safetensors files in its folder "
                 "are read"
             )
     return names

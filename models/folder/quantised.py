@@ -175,11 +175,15 @@ def _compressed(field: str, values: Mapping[str, Any]) -> Quantisation:
     for other in ("sparsity_config", "transform_config"):
         more = values.get(other) or {}
         if more and not (isinstance(more, Mapping) and more.get("format") == "dense"):
-            raise UnsupportedModel(f"{field}.{other}: {more!r} is not read; only dense weights are")
+            raise UnsupportedModel(
+                f"{field}.{other}: {more!r} is not supported: weights that are sparse or "
+                "transformed "
+                "cannot be read; give a checkpoint of the model without it"
+            )
     if len(found) > 1:
         raise UnsupportedModel(
-            f"{field}.config_groups: groups with blocks and groups of another strategy, or of "
-            "other blocks, are not read together"
+            f"{field}.config_groups: the groups have different strategies or block sizes; only "
+            "checkpoints whose groups all have the same can be read"
         )
     return Quantisation("compressed-tensors", found.pop() if found else None)
 
@@ -364,7 +368,9 @@ def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def stored_tensors(
     headers: Mapping[str, Header], quantisation: Quantisation | None
 ) -> dict[str, StoredTensor]:
-    """Return {name in a plain checkpoint: tensor} for the tensors of a folder.
+    """Return {name: tensor}, with the names that an unquantised checkpoint has for the tensors.
+
+    Each tensor still has its stored form, and is dequantised when it is read.
 
     If the configuration says that weights are quantised, scales of activations and of caches are
     left out.

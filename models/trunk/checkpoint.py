@@ -74,7 +74,8 @@ class Checkpoint:
             if tensor.shape != parameter.shape[1:]:
                 raise CheckpointError(
                     f"{self.path}: expert {expert} of {target} has shape {tuple(tensor.shape)}, "
-                    f"the configuration gives {tuple(parameter.shape[1:])}"
+                    f"the configuration gives {tuple(parameter.shape[1:])}; config.json or the "
+                    "tensors belong to another model"
                 )
             tensors[name] = tensor.to(self.dtype, copy=True).contiguous()
         up = experts.up_name
@@ -92,7 +93,9 @@ class Checkpoint:
             if source.per_expert:
                 key = source.keys.get((pattern, expert))
                 if key is None:
-                    raise CheckpointError(f"{self.path}: no tensor of expert {expert} for {target}")
+                    raise CheckpointError(
+                        f"{self.path}: the checkpoint has no tensor of expert {expert} for {target}"
+                    )
                 collected[pattern] = [self._tensor(key, None)]
             else:
                 key = source.keys[pattern, None]
@@ -105,8 +108,8 @@ class Checkpoint:
                 (tensor,) = convert(source.converter, collected, target, self.model).values()
             except (RuntimeError, ValueError, LookupError) as error:
                 raise CheckpointError(
-                    f"{self.path}: expert {expert} of {target}: the tensors on disk do not make "
-                    f"it: {shapes}: {error}"
+                    f"{self.path}: expert {expert} of {target}: the tensors on disk, of shapes "
+                    f"{shapes}, do not make this expert: {error}"
                 ) from error
         return tensor if expert is None else tensor[0]
 
@@ -116,7 +119,7 @@ class Checkpoint:
         tensor = stored.read(expert, rows)
         if tensor.dtype not in _PLAIN_DTYPES:
             raise CheckpointError(
-                f"{stored.file}: {key} is {tensor.dtype}; quantised weights are read where "
+                f"{stored.file}: {key} is {tensor.dtype}; quantised weights can only be read if "
                 "quantization_config in config.json says how they were quantised"
             )
         return tensor

@@ -43,7 +43,9 @@ class ModelDescription:
         if room < 1:
             raise ValueError(
                 f"a host with {memory_bytes:,} bytes has no room for an expert of "
-                f"{self.expert_bytes:,} beside the {HOST_BYTES:,} that it takes itself"
+                f"{self.expert_bytes:,} bytes beside the {HOST_BYTES:,} bytes that the host's "
+                "process "
+                "takes; give hosts more memory"
             )
         return max(replicas, math.ceil(replicas * sum(self.layers.values()) / room))
 

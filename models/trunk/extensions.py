@@ -93,14 +93,18 @@ def _load(entry: EntryPoint) -> Architecture:
         found: object = entry.load()
     except Exception as error:  # a package's code may raise anything
         raise UnsupportedModel(
-            f"{where} does not load: {describe_error(error)}; mend or uninstall the package"
+            f"{where} cannot be imported: {describe_error(error)}; repair or uninstall the package"
         ) from error
     if not isinstance(found, Architecture):
-        raise UnsupportedModel(f"{where} is of type {type(found).__name__}, not an Architecture")
+        raise UnsupportedModel(
+            f"{where} is of type {type(found).__name__}, not an Architecture; repair or "
+            "uninstall the "
+            "package"
+        )
     if entry.name not in (found.model_type, found.model.__name__):
         raise UnsupportedModel(
             f"{where} is of model_type {found.model_type!r} and class {found.model.__name__!r}; "
-            "an entry has one of these names"
+            "the package must name its entry like one of them"
         )
     return found
 

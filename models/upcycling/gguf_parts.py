@@ -76,7 +76,7 @@ def join_parts(path: Path) -> Iterator[Path]:
         if need > free:
             raise CheckpointError(
                 f"{path}: joining its parts needs {need / 1e9:.1f} GB in {folder}, which has "
-                f"{free / 1e9:.1f}; let TMPDIR name a folder with more room"
+                f"{free / 1e9:.1f} GB free; set TMPDIR to a folder with more space"
             )
         whole = Path(folder) / f"{stem}.gguf"
         try:

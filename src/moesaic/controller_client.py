@@ -50,7 +50,7 @@ class ControllerClient:
         def late(seen: ChangeReport) -> str:
             return (
                 f"change {number}: {seen.pending_moves} replicas are still to come after "
-                f"{timeout_s:g} s; it goes on, `moesaic history` shows it"
+                f"{timeout_s:g} s; the cluster goes on with the change: see `moesaic history`"
             )
 
         return _until(lambda: self.ask("change", number), late, timeout_s, watch)
@@ -63,7 +63,9 @@ class ControllerClient:
         def late(seen: ScalingReport) -> str:
             return (
                 f"scaling {number}: {seen.phase.words}, waits for "
-                f"{', '.join(seen.awaited_hosts)} after {timeout_s:g} s; it goes on"
+                f"{', '.join(seen.awaited_hosts)} after {timeout_s:g} s; the cluster goes on "
+                "with the "
+                "scaling: see `moesaic status`, or give a larger timeout"
             )
 
         return _until(lambda: self.ask("scaling", number), late, timeout_s, watch)

@@ -312,11 +312,11 @@ class Cluster:
         *,
         watch: Callable[[DrainReport], None] | None = None,
     ) -> DrainReport:
-        """Move all experts off ``host`` while requests go on; `undrain` cancels it.
+        """Move all experts off ``host`` while requests go on; `undrain` undoes the drain.
 
-        Returns the progress after ``timeout_s``, or as soon as the host is empty or the other hosts
-        have no room for the rest. ``watch`` is called repeatedly with the progress as it is then.
-        Raises ClusterError.
+        Returns the progress as soon as the host is empty or the other hosts have no room for the
+        rest, or after ``timeout_s``; the cluster goes on with the drain. ``watch`` is called
+        repeatedly with the progress as it is then. Raises ClusterError.
         """
         self._controller.ask("drain", host, getpass.getuser())
         return self._controller.drain(host, timeout_s, watch)
@@ -336,9 +336,11 @@ class Cluster:
         *,
         watch: Callable[[ChangeReport], None] | None = None,
     ) -> ChangeReport:
-        """Wait until a change has ended, and return it; its ``phase`` says how it ended.
+        """Wait until a change has ended, and return the change; its ``phase`` says how it ended.
 
-        ``watch`` is called repeatedly with the change as it is then. Raises ClusterError.
+        ``watch`` is called repeatedly with the change as it is then. Raises ClusterError, also if
+        the change has not ended after ``timeout_s``; the cluster goes on with the
+        change.
         """
         return self._controller.change(change.id, timeout_s, watch)
 
@@ -350,11 +352,12 @@ class Cluster:
         timeout_s: float = 600.0,
         watch: Callable[[ScalingReport], None] | None = None,
     ) -> ScalingReport:
-        """Set the number of hosts of a group, and wait until it is reached while requests go on.
+        """Set the number of hosts of a group, and wait until the group has it; requests go on.
 
         ``watch`` is called repeatedly with the scaling as it is then. Returns how it ended; its
         ``phase`` is "no_room" if hosts wait for machines. The same call again continues the
-        waiting. Raises ClusterError.
+        waiting. Raises ClusterError, also after ``timeout_s``; the cluster goes on with the
+        scaling.
         """
         begun: ScalingReport = self._controller.ask("scale", count, group, getpass.getuser())
         return self._controller.scaling(begun.id, timeout_s, watch)
@@ -364,7 +367,8 @@ class Cluster:
     def from_pretrained(self, model: str) -> PreTrainedModel:
         """Load the trunk of one of the cluster's models in this process, experts in the pool.
 
-        It is an ordinary transformers model: call it, or use its `generate`. Raises ClusterError.
+        The trunk is an ordinary transformers model: call the trunk, or its `generate`. Raises
+        ClusterError.
         """
         from .actors.trunk.trunk import open_trunk
 
@@ -372,7 +376,7 @@ class Cluster:
         served = self._controller.ask("models", timeout_s=ASK_S)
         known = {ref.name: ref for ref, _ in served}
         if model not in known:
-            raise ClusterError(f"model: {model!r} is none of {sorted(known)}")
+            raise ClusterError(f"model: {model!r} is none of the cluster's models, {sorted(known)}")
         trunk = open_trunk(self._trunk_config(namespace, known[model]))
         self._trunks.append(trunk)
         return trunk.model
@@ -412,12 +416,12 @@ class Cluster:
     def down(
         self, timeout_s: float | None = None, *, told: Callable[[str], None] = log.info
     ) -> None:
-        """End the cluster; a process that does not own it asks its owner to, and waits.
+        """End the cluster; a process that does not own the cluster asks its owner, and waits.
 
         New requests are refused at once. Running ones have `drain_s` seconds; in the owner's
         process ``told`` gets lines about them. ``timeout_s`` is how long another process waits
-        (default: `drain_s` and a minute). A step that fails or is interrupted does not keep the
-        other steps from being taken.
+        (default: `drain_s` plus 60 s) before it raises ClusterError; the owner goes on ending the
+        cluster. A step that fails or is interrupted does not keep the other steps from being taken.
         """
         launched, self._launched = self._launched, None
         with ExitStack() as last_first:
@@ -438,7 +442,8 @@ class Cluster:
                 if time.monotonic() > deadline:
                     raise ClusterError(
                         f"process {self._session.pid} did not end cluster {self.name!r} within "
-                        f"{timeout_s:g} s"
+                        f"{timeout_s:g} s, and is still ending it; wait, or send the process "
+                        "SIGTERM once more to end it at once"
                     )
                 _wait_for_exit(self._session.pid, 0.5)
 

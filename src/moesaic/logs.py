@@ -82,7 +82,10 @@ def read_logs(
     if tail < 0:
         raise RequestError(f"tail: {tail} is below 0")
     if session.logs is None:
-        raise ClusterError(f"cluster {session.name!r}: its session file names no folder of logs")
+        raise ClusterError(
+            f"the session file of cluster {session.name!r} names no folder of logs: Ray did not "
+            "report one when the cluster started"
+        )
     wanted = frozenset(["host"] if host is not None else kinds or KINDS)
     files = _files(session, Path(session.logs), wanted, host)
     if not files:

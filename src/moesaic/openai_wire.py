@@ -229,7 +229,10 @@ def only(found: Sequence[Model]) -> str:
     """Return the name of the only model. Raises RequestError if there are more, or none."""
     names = [model.id for model in found if model.alias_of is None]
     if len(names) != 1:
-        raise RequestError(f"name one of the models: {', '.join(names)}", param="model")
+        raise RequestError(
+            f"model: name one of the endpoint's models: {', '.join(names) or 'there are none'}",
+            param="model",
+        )
     return names[0]
 
 
@@ -267,7 +270,10 @@ class SseParser:
 
     def end(self) -> None:
         if not self.done:
-            raise EngineError("the stream ended without `[DONE]`")
+            raise EngineError(
+                "the endpoint's stream of the answer ended too early, without `[DONE]`; send the "
+                "request again"
+            )
 
 
 @contextmanager
@@ -276,11 +282,18 @@ def mapping_errors() -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        raise ClusterError(f"the endpoint cannot be reached: {describe_error(error)}") from error
+        raise ClusterError(
+            f"the endpoint cannot be reached: {describe_error(error)}; check its address, and with "
+            "`moesaic status` that the cluster runs"
+        ) from error
     except httpx.TimeoutException as error:
-        raise Expired(f"the endpoint did not answer in time: {type(error).__name__}") from error
+        raise Expired(
+            f"the endpoint did not answer within the client's time limit: {type(error).__name__}"
+        ) from error
     except httpx.TransportError as error:
-        raise EngineError(f"the connection was lost: {describe_error(error)}") from error
+        raise EngineError(
+            f"the connection to the endpoint was lost: {describe_error(error)}"
+        ) from error
 
 
 def checked(response: httpx.Response, accept: Sequence[int] = (200,)) -> Json:
@@ -296,7 +309,9 @@ def raise_error(response: httpx.Response, accept: Sequence[int] = (200,)) -> Non
         raise error_of(response.json()["error"])
     except (ValueError, KeyError, TypeError):
         # The body is not from our endpoint, but for example a proxy's page.
-        raise InternalError(f"HTTP {response.status_code}: {response.text[:200]}") from None
+        raise InternalError(
+            f"the answer is not an endpoint's: HTTP {response.status_code}: {response.text[:200]}"
+        ) from None
 
 
 def error_of(body: Json) -> MoesaicError:

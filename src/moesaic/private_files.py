@@ -82,16 +82,19 @@ def read_private(file: Path) -> str:
         try:
             found = os.fstat(opened)
             if not stat.S_ISREG(found.st_mode):
-                raise ClusterError(f"{file}: it is not a regular file; remove it")
+                raise ClusterError(f"{file}: this is not a regular file; remove it")
             _check_owner(file, found)
             if found.st_mode & _OF_OTHERS:
                 raise ClusterError(
-                    f"{file}: its mode is {stat.S_IMODE(found.st_mode):04o}, so that others may "
-                    "know or have written what is in it; end the cluster that it belongs to, "
-                    "remove the file, and start the cluster anew"
+                    f"{file}: the file's mode {stat.S_IMODE(found.st_mode):04o} lets other "
+                    "users read "
+                    "or write the file; end the cluster of this name, remove the file, and start "
+                    "the cluster anew"
                 )
             if found.st_size > _MOST_BYTES:
-                raise ClusterError(f"{file}: {found.st_size} bytes, which no cluster writes")
+                raise ClusterError(
+                    f"{file}: {found.st_size} bytes, which no cluster writes; remove the file"
+                )
             return os.read(opened, _MOST_BYTES).decode(errors="replace")
         finally:
             os.close(opened)
@@ -128,8 +131,9 @@ def _folder(folder: Path, *, make: bool = False) -> Iterator[int]:
         _check_owner(folder, found)
         if found.st_mode & _WRITTEN_BY_OTHERS:
             raise ClusterError(
-                f"{folder}: its mode is {stat.S_IMODE(found.st_mode):04o}, so that others may put "
-                f"files there; look at what is in it, and `chmod 700 {folder}`"
+                f"{folder}: the folder's mode {stat.S_IMODE(found.st_mode):04o} lets other "
+                "users put "
+                f"files there; check the files in the folder, then run `chmod 700 {folder}`"
             )
         if make and found.st_mode & _OF_OTHERS:
             os.fchmod(opened, 0o700)
@@ -141,8 +145,9 @@ def _folder(folder: Path, *, make: bool = False) -> Iterator[int]:
 def _check_owner(path: Path, found: os.stat_result) -> None:
     if found.st_uid != os.geteuid():
         raise ClusterError(
-            f"{path}: it belongs to user {found.st_uid}, and this is user {os.geteuid()}; run as "
-            "that user, remove it, or let MOESAIC_CACHE name a folder of your own"
+            f"{path}: the owner is user {found.st_uid}, but this process runs as user "
+            f"{os.geteuid()}; run as user {found.st_uid}, remove {path.name}, or set "
+            "MOESAIC_CACHE to a folder of your own"
         )
 
 
@@ -157,8 +162,9 @@ def _wrapped(file: Path) -> Iterator[None]:
         links = [one for one in (file, file.parent) if one.is_symlink()]
         if links:
             raise ClusterError(
-                f"{links[0]}: it is a symbolic link, and none is followed there; remove it"
+                f"{links[0]}: this is a symbolic link, which Moesaic does not follow here; "
+                "remove it"
             ) from error
         raise ClusterError(
-            f"{file}: {error.strerror}; MOESAIC_CACHE names another folder for such files"
+            f"{file}: {error.strerror}; set MOESAIC_CACHE to another folder for such files"
         ) from error

@@ -166,10 +166,14 @@ class RouterClient:
         found = next((one for one in self._known.models if one.name == model), None)
         if found is None:
             known = ", ".join(one.name for one in self._known.models) or "no model"
-            raise UnknownModel(f"model: {model!r} is not served; {known} is", param="model")
+            raise UnknownModel(
+                f"model: {model!r} is not served; the router service has {known}", param="model"
+            )
         layers = [one.layer for one in found.layers]
         if layer not in layers:
-            raise CallError(f"layer: {layer} of {model} has no experts; {layers} have")
+            raise CallError(
+                f"layer: layer {layer} of {model} has no experts; choose one of layers {layers}"
+            )
         return self._known.max_call_bytes
 
     def _compute(
@@ -195,7 +199,9 @@ class RouterClient:
         while True:
             left_s = until - time.monotonic()
             if left_s <= 0:
-                raise Expired("the call's deadline has passed")
+                raise Expired(
+                    "the call did not succeed before its deadline; give it a larger timeout"
+                )
             try:
                 return call(left_s)
             except MoesaicError as error:
@@ -215,7 +221,10 @@ def _address(target: str) -> str:
         parts = urlsplit("")
     rest = parts.path or parts.query or parts.fragment or parts.username
     if parts.scheme != SCHEME or not parts.hostname or not port or rest:
-        raise RequestError(f"target: {target!r} is not {SCHEME}://host:port", param="target")
+        raise RequestError(
+            f"target: {target!r} is not the address of a router service, {SCHEME}://HOST:PORT",
+            param="target",
+        )
     return parts.netloc
 
 
@@ -235,8 +244,9 @@ def _hidden(given: A) -> tuple[np.ndarray, str, Callable[[np.ndarray], A]]:
         array = np.asarray(given)
         if array.dtype.name not in ("float32", "float16"):
             raise CallError(
-                f"hidden: numpy's {array.dtype.name}; float32 and float16 can be sent, and "
-                "bfloat16 from torch"
+                f"hidden: an array of numpy's {array.dtype.name} cannot be sent; convert it "
+                "to float32 "
+                "or float16, or give a torch tensor of bfloat16"
             )
         little: Any = array.dtype.newbyteorder("<")
         back: Any = lambda out: out.astype(array.dtype, copy=False)  # noqa: E731
@@ -244,7 +254,11 @@ def _hidden(given: A) -> tuple[np.ndarray, str, Callable[[np.ndarray], A]]:
     tensor: Any = given
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16"):
-        raise CallError(f"hidden: torch's {name}; float32, bfloat16 and float16 can be sent")
+        raise CallError(
+            f"hidden: a tensor of torch's {name} cannot be sent; convert it to float32, "
+            "bfloat16 or "
+            "float16"
+        )
     torch = sys.modules["torch"]
     plain = tensor.detach().cpu().contiguous()
     # numpy has no bfloat16, so its bytes are sent as integers.
@@ -259,27 +273,30 @@ def _hidden(given: A) -> tuple[np.ndarray, str, Callable[[np.ndarray], A]]:
 def _ids(given: Any) -> np.ndarray:
     array = given.detach().cpu().numpy() if _is_torch(given) else np.asarray(given)
     if array.dtype.kind not in "iu":
-        raise CallError(f"ids: {array.dtype.name}; whole numbers are expected")
+        raise CallError(f"ids: the array has dtype {array.dtype.name}; give integers")
     bounds = np.iinfo(np.int32)
     if array.size and (array.min() < bounds.min or array.max() > bounds.max):
-        raise CallError("ids: an expert's number does not fit in 32 bits")
+        raise CallError(
+            "ids: an expert's number does not fit into 32 bits; give the numbers of experts"
+        )
     return array.astype(np.int32, copy=False)
 
 
 def _weights(given: Any) -> np.ndarray:
     array = given.detach().cpu().float().numpy() if _is_torch(given) else np.asarray(given)
     if array.dtype.kind not in "fiu":
-        raise CallError(f"weights: {array.dtype.name}; real numbers are expected")
+        raise CallError(f"weights: the array has dtype {array.dtype.name}; give real numbers")
     return array.astype(np.float32, copy=False)
 
 
 def _check_shapes(x_TH: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
     """Check that the shapes fit each other. Raises CallError."""
     if x_TH.ndim != 2:
-        raise CallError(f"hidden: shape {x_TH.shape}; (tokens, hidden) is expected")
+        raise CallError(f"hidden: the shape is {x_TH.shape}; give (tokens, hidden size)")
     for name, array in (("ids", ids_TK), ("weights", weights_TK)):
         if array.ndim != 2 or array.shape != (x_TH.shape[0], ids_TK.shape[-1]):
             raise CallError(
-                f"{name}: shape {array.shape} for {x_TH.shape[0]} tokens; ids and weights are "
-                "both (tokens, assignments)"
+                f"{name}: the shape is {array.shape} for {x_TH.shape[0]} tokens; give ids and "
+                "weights "
+                "of the same shape, (tokens, experts per token)"
             )

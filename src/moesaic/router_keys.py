@@ -50,8 +50,9 @@ def key_for(address: str) -> str:
     key = os.environ.get(VARIABLE) or _taken
     if key is None:
         raise Unauthenticated(
-            f"{VARIABLE}: it is not set, and no cluster of this user on this machine has a router "
-            f"service at {address}; the key of one elsewhere is in the session file there"
+            f"{VARIABLE} is not set, and no cluster of this user on this machine has a router "
+            f"service at {address}; set {VARIABLE} to that service's key, which is in the session "
+            "file on the machine that started its cluster"
         )
     return key
 

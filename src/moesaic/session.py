@@ -289,7 +289,9 @@ def logged_session(name: str) -> ClusterSession:
     except FileNotFoundError:
         return need_session(name)
     if not _folder(folder):
-        raise ClusterError(f"{_noted(name)}: not the absolute path of a folder; remove it")
+        raise ClusterError(
+            f"{_noted(name)} does not hold the absolute path of a folder; remove this file"
+        )
     return ClusterSession(
         name=name, pid=0, started=0.0, ray_address="", embedded=True, url=None, logs=folder
     )

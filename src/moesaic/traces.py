@@ -66,10 +66,7 @@ def read_trace(path: str | Path) -> Trace:
         with safe_open(file, framework="np") as opened:
             metadata = opened.metadata() or {}
             if metadata.get("moesaic_trace") != _VERSION:
-                raise CheckpointError(
-                    f"{file}: not a trace: moesaic_trace is {metadata.get('moesaic_trace')!r} in "
-                    f"its metadata, not {_VERSION!r}"
-                )
+                raise CheckpointError(f"{file}: {_why_not_a_trace(metadata)}")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         return _parse(metadata, tensors)
     except FileNotFoundError as error:
@@ -77,7 +74,18 @@ def read_trace(path: str | Path) -> Trace:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not a trace, or a broken one: {error}") from error
+        raise CheckpointError(
+            f"{file}: not a trace, or a damaged one: {error}; copy the file again, or make it anew "
+            "with `moesaic record`"
+        ) from error
+
+
+def _why_not_a_trace(metadata: dict[str, str]) -> str:
+    again = "make the file anew with `moesaic record`"
+    version = metadata.get("moesaic_trace")
+    if version is None:
+        return f"not a trace: its metadata lack the key moesaic_trace; {again}"
+    return f"this is a trace of format {version!r}, and this Moesaic reads {_VERSION!r}; {again}"
 
 
 def _parse(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Trace:

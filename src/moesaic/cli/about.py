@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False)
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 spec_app = typer.Typer(help="Check a spec, or print all keys of specs.", no_args_is_help=True)
 
@@ -45,16 +45,20 @@ def show_version(as_json: JsonOption = False) -> None:
 
 
 def inspect_model(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id, or demo.")],
+    model: Annotated[
+        str, typer.Argument(help="The model: a folder, a Hugging Face hub id, or demo.")
+    ],
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
-        typer.Option(help="Dtype of the experts in the pool."),
+        typer.Option(help="Data type in which hosts hold the experts."),
     ] = "bfloat16",
-    memory: Annotated[str, typer.Option(help="Memory of one host, like 16GB.")] = "16GB",
-    replicas: Annotated[int, typer.Option(min=1, help="Replicas of each expert.")] = 1,
+    memory: Annotated[str, typer.Option(help="Memory of one host, such as 16GB.")] = "16GB",
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Number of replicas of each expert to assume.")
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a model's experts, their sizes, and how many hosts they need."""
+    """Show a model's experts, their sizes, and how many hosts the model needs."""
     from ..cluster.spec.text import bytes_of
 
     try:
@@ -104,12 +108,12 @@ def inspect_model(
 
 @spec_app.command("check")
 def check_spec(
-    file: Annotated[Path, typer.Argument(help="A YAML file.")],
+    file: Annotated[Path, typer.Argument(help="The spec, a YAML file.")],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the whole spec and the findings as JSON.")
     ] = False,
 ) -> None:
-    """Check a spec and its models as far as possible before `up`, and start nothing."""
+    """Check a spec and its models as far as possible, without starting the cluster."""
     from ..cluster.spec.spec import load_spec
 
     spec = load_spec(file)
@@ -133,7 +137,7 @@ def check_spec(
 
 @spec_app.command("schema")
 def print_schema() -> None:
-    """Print the JSON schema of specs, for editors."""
+    """Print the JSON schema of specs, which editors use to check a spec."""
     from ..cluster.spec.spec import Spec
 
     print_json(Spec.model_json_schema())

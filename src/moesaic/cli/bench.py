@@ -29,20 +29,26 @@ def bench(
     url: UrlOption = None,
     model: ModelOption = None,
     concurrency: Annotated[
-        str, typer.Option(help="Requests at the same time; one run for each number.")
+        str,
+        typer.Option(help="Numbers of requests at the same time; each number gets its own run."),
     ] = "1,4,16",
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests per run (default: 4 x concurrency).")
+        int | None,
+        typer.Option(min=1, help="Requests per run. Default: 4 x concurrency, at least 8."),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each answer.")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens per prompt.")] = 32,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Largest number of tokens per answer.")
+    ] = 32,
     seconds: Annotated[
-        float, typer.Option(min=1.0, help="Time limit of all runs; shared out evenly.")
+        float, typer.Option(min=1.0, help="Time limit for all runs together, shared evenly.")
     ] = 30.0,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on stdout.")
+    ] = False,
 ) -> int:
-    """Put a short load on an endpoint and show how long tokens take."""
+    """Send test requests to an endpoint, and show times to the first and to each next token."""
     many = _numbers(concurrency)
     from ..bench import measure_load
 

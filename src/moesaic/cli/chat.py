@@ -22,14 +22,24 @@ if TYPE_CHECKING:
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
-UrlOption = Annotated[str | None, typer.Option(help="An endpoint's URL, instead of --name.")]
-ModelOption = Annotated[str | None, typer.Option(help="The model (default: the first one served).")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, max=2.0)]
-SeedOption = Annotated[
-    int | None, typer.Option(help="Seed of sampling, for the same text each time.")
+NameOption = Annotated[str, typer.Option("--name", help="Name of the cluster, as in its spec.")]
+UrlOption = Annotated[str | None, typer.Option(help="URL of an endpoint, instead of --name.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Name of the model. Default: the endpoint's first model."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(min=0.0, max=2.0, help="Temperature of sampling; 0: the likeliest token."),
+]
+TokensOption = Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(help="Seed of sampling: the same seed gives the same text. Default: random."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the answer as JSON when it is complete.")
+]
 
 BLOCK = '"""'
 HELP = f"""\
@@ -48,20 +58,20 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     message: Annotated[
-        list[str] | None, typer.Argument(help="One message (default: a conversation).")
+        list[str] | None, typer.Argument(help="One message. Default: a conversation.")
     ] = None,
     name: NameOption = "local",
     url: UrlOption = None,
     model: ModelOption = None,
-    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    system: Annotated[str | None, typer.Option(help="The system prompt. Default: none.")] = None,
+    max_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk to a model; the answer appears while it is generated."""
+    """Chat with a model; each answer appears while the model generates the answer."""
     if as_json and not message:
-        raise typer.BadParameter("a message is needed", param_hint="--json")
+        raise typer.BadParameter("--json needs a message as argument", param_hint="--json")
     options: Options = {"max_tokens": max_tokens, "temperature": temperature}
     if seed is not None:
         options["seed"] = seed
@@ -83,16 +93,16 @@ def chat(
 
 
 def complete(
-    prompt: Annotated[list[str], typer.Argument(help="The text to continue.")],
+    prompt: Annotated[list[str], typer.Argument(help="The text that the model continues.")],
     name: NameOption = "local",
     url: UrlOption = None,
     model: ModelOption = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_tokens: TokensOption = 64,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a model continue a text; it appears while it is generated."""
+    """Let a model continue a text; the new text appears while the model generates it."""
     options: Options = {"max_tokens": max_tokens, "temperature": temperature}
     if seed is not None:
         options["seed"] = seed
@@ -232,12 +242,16 @@ def url_of(name: str, url: str | None) -> str:
     """Return ``url``, or the URL of the cluster ``name``. Raises ClusterError."""
     found = url or need_session(name).url
     if found is None:
-        raise ClusterError(f"cluster {name!r} has no endpoint in its spec")
+        raise ClusterError(
+            f"cluster {name!r} has no endpoint; add `endpoint` to its spec, or give --url"
+        )
     return found
 
 
 def _first_model(client: Client) -> str:
     models = client.models()
     if not models:
-        raise ClusterError("the endpoint serves no model")
+        raise ClusterError(
+            "the endpoint serves no model; add one to `models` in the cluster's spec"
+        )
     return models[0].id

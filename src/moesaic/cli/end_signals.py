@@ -64,7 +64,10 @@ class EndSignals:
         os.close(self._writer)
 
     def arm(self) -> None:
-        """Install the handlers; call it again whenever Ray may have replaced one."""
+        """Install the handlers of SIGINT and SIGTERM.
+
+        Call this again whenever Ray may have replaced one of the handlers.
+        """
         for one in SIGNALS:
             signal.signal(one, self._on_signal)
 

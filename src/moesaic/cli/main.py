@@ -30,8 +30,8 @@ app = typer.Typer(
 )
 err = Console(stderr=True)
 
-NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")]
+NameOption = Annotated[str, typer.Option("--name", help="Name of the cluster, as in its spec.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @app.command()
@@ -39,22 +39,27 @@ def up(
     spec: Annotated[
         str | None,
         typer.Argument(
-            help="A spec (a YAML file), or a model: a folder, a hub id, demo. Default: "
-            "deploy/local.yaml if it is here, else demo."
+            help="A spec (a YAML file), or a model: a folder, a Hugging Face hub id, or demo. "
+            "Default: deploy/local.yaml if the current folder has this file, else demo."
         ),
     ] = None,
     detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Return when it answers; `down` ends it.")
+        bool,
+        typer.Option(
+            "--detach", "-d", help="Return as soon as the cluster is ready; `down` ends it."
+        ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print how to reach it as JSON, when it answers.")
+        bool,
+        typer.Option("--json", help="Print the cluster's addresses as JSON once it is ready."),
     ] = False,
     only_print: Annotated[
-        bool, typer.Option("--print-spec", help="Print the spec as YAML, and start nothing.")
+        bool,
+        typer.Option("--print-spec", help="Print the spec as YAML instead of starting a cluster."),
     ] = False,
     progress_fd: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
-    """Start a cluster and stay until Ctrl-C ends it."""
+    """Start a cluster, and run it until Ctrl-C."""
     from .run import print_spec, run_detached, run_foreground, spec_of
 
     if only_print:
@@ -70,11 +75,15 @@ def down(
     name: NameOption = "local",
     timeout: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Seconds to wait (default: endpoint.drain_s and a minute)."),
+        typer.Option(
+            min=0.0,
+            help="Seconds to wait for the cluster's end, before the command fails. The cluster "
+            "goes on ending. Default: the spec's endpoint.drain_s plus 60.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """End a running cluster."""
+    """End a running cluster; running requests may finish first."""
     from ..handle import connect
 
     cluster = connect(name)
@@ -88,7 +97,7 @@ def status(
     name: NameOption = "local",
     as_json: JsonOption = False,
 ) -> None:
-    """Show hosts, models, the placement and which experts are not protected."""
+    """Show the cluster's hosts, models, placement, and how many experts have one replica."""
     from .status import print_status, read_status
 
     document = read_status(name)
@@ -97,20 +106,33 @@ def status(
 
 @app.command()
 def upcycle(
-    dense: Annotated[str, typer.Argument(help="A llama or mistral folder, or a GGUF file.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    experts: Annotated[int, typer.Option(help="Experts in each layer.")] = 8,
-    top_k: Annotated[int, typer.Option(help="Experts for each token.")] = 2,
+    dense: Annotated[
+        str, typer.Argument(help="The dense model: a llama or mistral folder, or a GGUF file.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write the new model into.")],
+    experts: Annotated[int, typer.Option(help="Number of experts in each layer.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Number of experts that compute each token.")] = 2,
     noise: Annotated[
-        float, typer.Option(help="Noise on the experts, in standard deviations of each matrix.")
+        float,
+        typer.Option(
+            help="Noise that makes the experts differ, as a fraction of each weight matrix's "
+            "standard deviation."
+        ),
     ] = 0.05,
-    gate: Annotated[str, typer.Option(help="random, or kmeans over --text.")] = "random",
+    gate: Annotated[
+        str,
+        typer.Option(
+            help="Weights of the gates, which choose experts. random: random numbers. kmeans: "
+            "cluster centres of the hidden states of the --text files."
+        ),
+    ] = "random",
     text: Annotated[
-        list[Path] | None, typer.Option(help="A text file, as one corpus; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="A text file for --gate kmeans; repeat the option for several files."),
     ] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    dtype: Annotated[str, typer.Option(help="Dtype of the weights on disk.")] = "float32",
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it holds files.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the noise and of the gates.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Data type of the weights on disk.")] = "float32",
+    overwrite: Annotated[bool, typer.Option(help="Replace the files in OUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a Mixture-of-Experts checkpoint of a dense one (sparse upcycling)."""

@@ -22,17 +22,33 @@ if TYPE_CHECKING:
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")]
+NameOption = Annotated[str, typer.Option("--name", help="Name of the cluster, as in its spec.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 BudgetOption = Annotated[
     str | None,
-    typer.Option(help='Most replicas, or bytes ("4GB"), to load for balance.'),
+    typer.Option(
+        help="Largest number of replicas to load for balance, or of bytes, such as 4GB. "
+        "Default: the spec's balance.budget."
+    ),
 ]
-ModelOption = Annotated[str | None, typer.Option(help="The model; needed if several are served.")]
-LayerArgument = Annotated[int, typer.Argument(help="The layer's number.", min=0)]
-ExpertArgument = Annotated[int, typer.Argument(help="The expert's number.", min=0)]
-TimeoutOption = Annotated[float, typer.Option(help="Seconds to wait until it is done.")]
-HostArgument = Annotated[str, typer.Argument(help="The host's name.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Name of the model; needed if the cluster serves several."),
+]
+LayerArgument = Annotated[
+    int, typer.Argument(help="Number of the layer in the model, from 0.", min=0)
+]
+ExpertArgument = Annotated[
+    int, typer.Argument(help="Number of the expert in the layer, from 0.", min=0)
+]
+TimeoutOption = Annotated[
+    float,
+    typer.Option(
+        help="Seconds to wait for the operation's end, before the command fails. The cluster goes "
+        "on with the operation."
+    ),
+]
+HostArgument = Annotated[str, typer.Argument(help="Name of the host, as in `moesaic status`.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -54,7 +70,7 @@ def register(app: typer.Typer) -> None:
 def plan(
     name: NameOption = "local", budget: BudgetOption = None, as_json: JsonOption = False
 ) -> None:
-    """Show what a rebalance would do: moves with reasons, bytes, seconds, before and after."""
+    """Show what a rebalance would move, why, its bytes and seconds, and the balancedness after."""
     found = connect(name).plan(budget=_budget(budget))
     print_report(found) if as_json else _print_plan(found)
 
@@ -62,39 +78,44 @@ def plan(
 def rebalance(
     name: NameOption = "local",
     budget: BudgetOption = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show hosts and experts meanwhile, like `top`.")
+        bool, typer.Option("--watch", help="Show what `moesaic top` shows during the rebalance.")
     ] = False,
     timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Move replicas to where the load is, and wait until it is done."""
+    """Move replicas of experts so that the load of hosts is even, and wait for the end."""
     if as_json and not yes:
-        raise typer.BadParameter("nobody can be asked: --yes is needed too", param_hint="--json")
+        raise typer.BadParameter(
+            "the command cannot ask for consent; give --yes too", param_hint="--json"
+        )
     cluster = connect(name)
     if not yes:
         found = cluster.plan(budget=_budget(budget))
         _print_plan(found)
         if not found.moves:
             return
-        typer.confirm("carry it out?", abort=True)
+        typer.confirm("carry out these moves?", abort=True)
     change = cluster.rebalance(budget=_budget(budget))
     _carry_out(cluster, change, timeout, as_json, watch=watch)
 
 
 def rollback(
-    change: Annotated[int | None, typer.Argument(help="The change's id (default: last).")] = None,
+    change: Annotated[
+        int | None,
+        typer.Argument(help="Id of the change, as in `history`. Default: the last change."),
+    ] = None,
     name: NameOption = "local",
     as_json: JsonOption = False,
 ) -> None:
-    """Return to the placement before a change."""
+    """Undo a change: return to the placement of experts before the change."""
     done = connect(name).rollback(change)
     print_report(done) if as_json else _print_changes([done])
 
 
 def history(name: NameOption = "local", as_json: JsonOption = False) -> None:
-    """Show the last changes: who, why, their predicted and measured effect, how they ended."""
+    """Show the last changes of the placement: who, why, predicted and measured effect, end."""
     found = connect(name).history()
     print_report(found) if as_json else _print_changes(found)
 
@@ -103,14 +124,14 @@ def replicate(
     layer: LayerArgument,
     expert: ExpertArgument,
     replicas: Annotated[
-        int, typer.Option("--replicas", "-n", min=1, help="Least number of replicas.")
+        int, typer.Option("--replicas", "-n", min=1, help="Smallest number of replicas.")
     ],
     model: ModelOption = None,
     name: NameOption = "local",
     timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Set the least number of replicas of an expert; 1 cancels it."""
+    """Set the smallest number of replicas of an expert; 1 removes this minimum."""
     cluster = connect(name)
     change = cluster.replicate(_model(cluster, model), layer, expert, replicas)
     _carry_out(cluster, change, timeout, as_json)
@@ -125,7 +146,7 @@ def pin(
     timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Keep a replica of an expert on a host."""
+    """Keep a replica of an expert on a host until `unpin`."""
     cluster = connect(name)
     change = cluster.pin(_model(cluster, model), layer, expert, host)
     _carry_out(cluster, change, timeout, as_json)
@@ -140,7 +161,7 @@ def unpin(
     timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Cancel a pin."""
+    """Undo `pin`: the replica of the expert may leave the host."""
     cluster = connect(name)
     change = cluster.unpin(_model(cluster, model), layer, expert, host)
     _carry_out(cluster, change, timeout, as_json)
@@ -152,7 +173,7 @@ def drain(
     timeout: TimeoutOption = 300.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Move all experts off a host while requests go on; `undrain` cancels it."""
+    """Move all experts off a host while requests go on; `undrain` undoes the drain."""
     cluster = connect(name)
     with err.status(f"moving experts off {host}") as line:
         done = cluster.drain(
@@ -162,9 +183,12 @@ def drain(
         print_report(done)
     if done.remaining_replicas:
         why = done.obstacle or f"not done after {timeout:g} s"
-        raise ClusterError(f"{_left(done)}: {why}; the drain goes on")
+        raise ClusterError(
+            f"{_left(done)}: {why}; the cluster goes on with the drain: `moesaic status` shows "
+            f"its progress, and `moesaic undrain {host}` undoes it"
+        )
     if not as_json:
-        err.print(f"{host} holds nothing any more")
+        err.print(f"{host} holds no experts any more")
 
 
 def undrain(
@@ -173,19 +197,21 @@ def undrain(
     timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a host that was drained hold experts again."""
+    """Undo `drain`: the host may hold experts again."""
     cluster = connect(name)
     _carry_out(cluster, cluster.undrain(host), timeout, as_json)
 
 
 def scale(
-    hosts: Annotated[int, typer.Argument(help="The new number of hosts in the group.", min=1)],
-    group: Annotated[int, typer.Option(min=0, help="The group's index in the spec's hosts.")] = 0,
+    hosts: Annotated[int, typer.Argument(help="New number of hosts in the group.", min=1)],
+    group: Annotated[
+        int, typer.Option(min=0, help="Index of the group in the spec's `hosts`, from 0.")
+    ] = 0,
     name: NameOption = "local",
     timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Set the number of hosts of a group and wait; hosts that leave are drained first."""
+    """Set the number of hosts of a group and wait; hosts are drained before they end."""
     cluster = connect(name)
     with err.status(f"scaling group {group} to {hosts} hosts") as line:
         done = cluster.scale(
@@ -215,7 +241,9 @@ def _model(cluster: Cluster, model: str | None) -> str:
         return model
     served = [model.name for model in cluster.status().models]
     if len(served) != 1:
-        raise ClusterError(f"--model: one of {', '.join(served) or 'none'} has to be named")
+        raise ClusterError(
+            f"--model: name one of the cluster's models: {', '.join(served) or 'there are none'}"
+        )
     return served[0]
 
 
@@ -271,7 +299,7 @@ def _mib(size_bytes: int) -> str:
 def _print_plan(found: PlanReport) -> None:
     before, after = found.balancedness_before, found.balancedness_after
     if before is None or after is None:
-        out.print("no model is served")
+        out.print("the cluster serves no model")
         return
     if found.moves:
         moves = table("expert", "to", "replaces", ">size", "why")
@@ -295,11 +323,11 @@ def _print_plan(found: PlanReport) -> None:
         f"worst layer {before.worst:.3f} -> {after.worst:.3f}"
     )
     out.print(
-        f"experts that one host's loss takes away: {found.unprotected_experts_before} -> "
+        f"experts lost if one failure domain is lost: {found.unprotected_experts_before} -> "
         f"{found.unprotected_experts_after}"
     )
     if found.unplaced_experts:
-        out.print(f"[red]no room for {len(found.unplaced_experts)} experts[/red]")
+        out.print(f"[red]no host has room for {len(found.unplaced_experts)} experts[/red]")
 
 
 def _mean(balancedness: Balancedness | None) -> str:

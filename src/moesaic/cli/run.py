@@ -66,7 +66,7 @@ def run_foreground(given: str | None, progress_fd: int, *, as_json: bool = False
             ends.only_ask()
             _show(spec, cluster, os.getpid(), as_json=as_json)
             if progress_fd < 0:
-                err.print("Ctrl-C ends it.")
+                err.print("Ctrl-C ends the cluster.")
             ends.asked.wait()
             err.print("ending ...")
         except (KeyboardInterrupt, SystemExit):
@@ -175,7 +175,9 @@ def run_detached(given: str | None, *, as_json: bool = False) -> None:
     """Start the cluster in a process of its own, and return when it answers."""
     spec = spec_of(given)
     if find_session(spec.name) is not None:
-        raise ClusterError(f"name: a cluster {spec.name!r} is running; `moesaic down` ends it")
+        raise ClusterError(
+            f"name: a cluster {spec.name!r} is running; `moesaic down --name {spec.name}` ends it"
+        )
     log = owner_log(spec.name)
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "moesaic.cli.main", "up", *([] if given is None else [given])]
@@ -204,7 +206,9 @@ def run_detached(given: str | None, *, as_json: bool = False) -> None:
         raise ClusterError(f"the cluster did not start; {log} ends with: {_last_line(log)}")
     _show(spec, session, session.pid, as_json=as_json)
     end = "moesaic down" if spec.name == "local" else f"moesaic down --name {spec.name}"
-    err.print(f"It runs in the background (process {session.pid}, log {log}); `{end}` ends it.")
+    err.print(
+        f"The cluster runs in the background (process {session.pid}, log {log}); `{end}` ends it."
+    )
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -31,69 +31,103 @@ _LAST_EVENTS = 25
 def simulate(
     faults: Annotated[
         int | None,
-        typer.Option(min=0, help="Check a simulated pool under random faults of this seed."),
+        typer.Option(min=0, help="Simulate a cluster under random faults, from this seed on."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="With --faults: number of seeds.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="With --faults: number of seeds to simulate.")
+    ] = 1,
     seconds: Annotated[
-        float, typer.Option(min=0.1, help="With --faults: simulated seconds of faults.")
+        float, typer.Option(min=0.1, help="With --faults: simulated seconds with faults.")
     ] = 12.0,
     trace: Annotated[
-        Path | None, typer.Option(help="Loads from `moesaic record` (default: generated loads).")
+        Path | None, typer.Option(help="File of `moesaic record`. Default: generated loads.")
     ] = None,
     shifting: Annotated[
-        bool, typer.Option("--day", help="Generate 24 hours of traffic that shifts over 4 domains.")
+        bool,
+        typer.Option("--day", help="Generate 24 hours of traffic from 4 kinds of text in turn."),
     ] = False,
-    sigma: Annotated[float, typer.Option(min=0.0, max=5.0, help="Skew of generated loads.")] = 1.0,
+    sigma: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=5.0, help="Skew of generated loads: deviation of the load's logarithm."
+        ),
+    ] = 1.0,
     drift: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Drift of generated loads, per window.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Change of generated loads per window: 0 none, 1 all new."
+        ),
     ] = 0.2,
-    windows: Annotated[int, typer.Option(min=2, help="Windows of generated loads.")] = 24,
+    windows: Annotated[int, typer.Option(min=2, help="Number of windows of generated loads.")] = 24,
     window: Annotated[
-        float, typer.Option(min=1.0, help="Seconds per window of generated loads.")
+        float,
+        typer.Option(min=1.0, help="Seconds for which each generated load lasts: one window."),
     ] = 60.0,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of generated loads.")] = 8,
+    layers: Annotated[int, typer.Option(min=1, help="Number of layers of generated loads.")] = 8,
     experts: Annotated[
-        int, typer.Option(min=2, help="Experts of each layer of generated loads.")
+        int, typer.Option(min=2, help="Number of experts in each layer of generated loads.")
     ] = 64,
     hosts: Annotated[
-        int | None, typer.Option(min=2, help="Hosts (default: those of the trace, else 8).")
+        int | None,
+        typer.Option(min=2, help="Number of hosts. Default: as in the --trace file, else 8."),
     ] = None,
     slots: Annotated[
         int | None,
-        typer.Option(min=1, help="Slots per layer and host (default: a quarter to spare)."),
+        typer.Option(
+            min=1,
+            help="Number of experts of a layer that fit on a host. Default: a quarter more than "
+            "the host's even share.",
+        ),
     ] = None,
-    every: Annotated[int, typer.Option(min=1, help="Windows between DeepSeek's plans.")] = 4,
+    every: Annotated[
+        int, typer.Option(min=1, help="Number of windows between two plans of DeepSeek's rule.")
+    ] = 4,
     budget: Annotated[
-        float, typer.Option(min=0.001, max=1.0, help="Part of all replicas that ours may move.")
+        float,
+        typer.Option(
+            min=0.001, max=1.0, help="Fraction of all replicas that Moesaic may move per change."
+        ),
     ] = 0.05,
     expert_mb: Annotated[float, typer.Option(min=0.001, help="Size of one expert in MB.")] = 44.0,
-    rate: Annotated[float, typer.Option(min=0.001, help="MB/s that one host loads.")] = 200.0,
+    rate: Annotated[
+        float, typer.Option(min=0.001, help="Rate at which a host loads experts, in MB/s.")
+    ] = 200.0,
     utilisation: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="How busy hosts are with generated loads.")
+        float,
+        typer.Option(min=0.01, max=1.0, help="Mean busy fraction of hosts under generated loads."),
     ] = 0.8,
     slo: Annotated[
-        float, typer.Option(min=0.0, help="Seconds of queue above which a window is missed.")
+        float,
+        typer.Option(
+            min=0.0,
+            help="A window counts as missed if a host's queue takes more seconds than this.",
+        ),
     ] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of generated loads.")] = 0,
     swing: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="With --day: swing of traffic about its mean.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="With --day: fraction by which traffic differs from its mean."
+        ),
     ] = 0.3,
     spec: Annotated[
         Path | None,
-        typer.Option(help="Scale hosts by a spec's first host group and its `autoscale`."),
+        typer.Option(help="Also simulate autoscaling, with this spec's first host group."),
     ] = None,
     min_hosts: Annotated[
-        int | None, typer.Option(min=1, help="Fewest hosts of the autoscaler.")
+        int | None,
+        typer.Option(min=1, help="Also simulate autoscaling, to at least this number of hosts."),
     ] = None,
     max_hosts: Annotated[
-        int | None, typer.Option(min=1, help="Most hosts of the autoscaler.")
+        int | None,
+        typer.Option(min=1, help="Also simulate autoscaling, to at most this number of hosts."),
     ] = None,
     start: Annotated[
-        float, typer.Option(min=0.0, help="Seconds until a new host is there.")
+        float, typer.Option(min=0.0, help="Seconds that a new host takes to start.")
     ] = 60.0,
     as_json: JsonOption = False,
 ) -> int:
-    """Compare placements on recorded or generated loads, or check the pool under random faults."""
+    """Compare placements on recorded or generated loads; --faults: check a cluster under faults."""
     if faults is not None:
         return _check_seeds(faults, seeds, seconds, as_json)
     from ..cluster.comparison.compare import compare, control_policy, host_speed, pool_of
@@ -107,7 +141,8 @@ def simulate(
         )  # fmt: skip
     if loads.windows <= every:
         raise typer.BadParameter(
-            f"{loads.windows} windows of loads are too few to plan every {every}",
+            f"{loads.windows} windows of loads are too few to plan every {every} windows; give a "
+            "smaller --every, or more windows",
             param_hint="--every",
         )
     shapes = _shapes(loads, expert_mb)

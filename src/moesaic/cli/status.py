@@ -61,8 +61,8 @@ def print_status(document: StatusDocument) -> None:
     _print_size(cluster)
     if cluster.unprotected_experts:
         out.print(
-            f"[yellow]{cluster.unprotected_experts} experts have one replica: the loss of its "
-            "host makes requests wait[/yellow]"
+            f"[yellow]{cluster.unprotected_experts} experts have a single replica: if its "
+            "host is lost, requests for the expert wait[/yellow]"
         )
     for missing in cluster.missing_examples:
         out.print(f"[red]missing[/red] {missing.words}: {missing.reason}")

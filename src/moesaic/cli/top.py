@@ -24,17 +24,25 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False)
 
-NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
+NameOption = Annotated[str, typer.Option("--name", help="Name of the cluster, as in its spec.")]
 
 
 def top(
     name: NameOption = "local",
-    once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,
-    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two views.")] = 1.0,
-    experts: Annotated[int, typer.Option(min=0, help="Number of hottest experts shown.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one view as JSON.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print the present state once, and end.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.2, help="Seconds between two updates of the screen.")
+    ] = 1.0,
+    experts: Annotated[
+        int, typer.Option(min=0, help="Number of experts to show, those with the most load.")
+    ] = 10,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the present state once, as JSON, and end.")
+    ] = False,
 ) -> None:
-    """Watch hosts, the hottest experts and how evenly the load is spread; Ctrl-C ends it."""
+    """Watch hosts, the experts with the most load, and how even the load is, until Ctrl-C."""
     cluster = connect(name)
     if as_json:
         print_report(cluster.top(experts))

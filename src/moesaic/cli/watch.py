@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 screen = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-NameOption = Annotated[str, typer.Option("--name", help="The cluster's name in its spec.")]
+NameOption = Annotated[str, typer.Option("--name", help="Name of the cluster, as in its spec.")]
 
 
 # Of the three rates of `AssignmentRates`.
@@ -37,13 +37,19 @@ def register(app: typer.Typer) -> None:
 
 
 def experts(
-    model: Annotated[str | None, typer.Option(help="Only experts of this model.")] = None,
-    layer: Annotated[int | None, typer.Option(min=0, help="Only experts of this layer.")] = None,
-    hot: Annotated[int | None, typer.Option(min=1, help="Only so many hottest experts.")] = None,
+    model: Annotated[str | None, typer.Option(help="Show only experts of this model.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Show only experts of the layer with this number.")
+    ] = None,
+    hot: Annotated[
+        int | None, typer.Option(min=1, help="Show only this number of experts, by load.")
+    ] = None,
     name: NameOption = "local",
-    as_json: Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on stdout.")
+    ] = False,
 ) -> None:
-    """Show the hosts, load, pins and requested replicas of experts."""
+    """Show for each expert its hosts, load, pins and requested number of replicas."""
     found = connect(name).experts(model, layer, hot=hot)
     print_report(found) if as_json else _print_experts(found)
 
@@ -94,13 +100,19 @@ def logs(
         list[str] | None,
         typer.Argument(help=f"Kinds of processes: {', '.join(KINDS)} (default: all)."),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Only this host.")] = None,
-    tail: Annotated[int, typer.Option(min=0, help="Last lines of each process.")] = 100,
+    host: Annotated[
+        str | None, typer.Option(help="Show only lines of the host with this name.")
+    ] = None,
+    tail: Annotated[
+        int, typer.Option(min=0, help="Number of last lines of each process to show.")
+    ] = 100,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Also print new lines, until Ctrl-C.")
+        bool, typer.Option("--follow", "-f", help="Go on with new lines until Ctrl-C.")
     ] = False,
     name: NameOption = "local",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per line.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each log line as a JSON object.")
+    ] = False,
 ) -> None:
     """Show what the cluster's processes on this machine printed, dead processes included."""
     wanted: list[LogKind] = [_kind(kind) for kind in kinds or ()]
@@ -120,23 +132,30 @@ def _kind(text: str) -> LogKind:
 
 
 def record(
-    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    out: Annotated[Path, typer.Argument(help="The file to write the recording into.")],
     name: NameOption = "local",
-    seconds: Annotated[float, typer.Option(help="Seconds to record.")] = 60.0,
-    window: Annotated[float, typer.Option(help="Seconds per window; at least 1.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="Length of the recording in seconds.")] = 60.0,
+    window: Annotated[
+        float,
+        typer.Option(help="Seconds that one entry of the recording sums up; at least 1."),
+    ] = 1.0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a summary of the recording as JSON.")
+    ] = False,
 ) -> None:
-    """Record the load of all experts and hosts, for `simulate`; Ctrl-C ends it early."""
+    """Record the load of all experts and hosts for `simulate`; Ctrl-C ends the recording early."""
     if out.exists() and not force:
-        raise CheckpointError(f"{out}: already exists; --force replaces it")
+        raise CheckpointError(f"{out}: this file already exists; --force replaces it")
     if not out.resolve().parent.is_dir():
-        raise CheckpointError(f"{out}: there is no folder {out.resolve().parent}")
+        raise CheckpointError(f"{out}: there is no folder {out.resolve().parent}; make it first")
     cluster = connect(name)
     with until_ctrl_c() as stop, bars(err) as progress:
         trace = cluster.record(seconds, window, stop=stop, progress=progress)
     if not trace.windows:
-        raise ClusterError("nothing was recorded: no window had ended")
+        raise ClusterError(
+            f"nothing was recorded: it ended before the first {window:g} s (--window) were over"
+        )
     from ..traces import write_trace
 
     write_trace(out, trace)

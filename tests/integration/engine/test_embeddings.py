@@ -101,7 +101,7 @@ async def test_an_engine_without_vectors_says_so() -> None:
     trunk: Any = Trunk.func_or_class
     found = await trunk(scripted_engine).embed([[3]], PLAIN)
     assert isinstance(found, ErrorValue)
-    assert "embeddings: not supported by the ScriptedEngine" in found.message
+    assert "the model's engine (ScriptedEngine) makes no embeddings" in found.message
     assert (found.code, found.param) == ("RequestError", "model")
 
 

@@ -139,9 +139,11 @@ def test_models_are_listed(served: Served) -> None:
         assert {(one.experts, one.hidden, one.max_top_k) for one in model.layers} == {
             (EXPERTS, HIDDEN, EXPERTS)
         }
-        with pytest.raises(UnknownModel, match="'other' is not served; m is"):
+        with pytest.raises(UnknownModel, match="'other' is not served; the router service has m"):
             client.experts("other", 0)
-        with pytest.raises(CallError, match=r"layer: 7 of m has no experts; \[0, 1\] have"):
+        with pytest.raises(
+            CallError, match=r"layer 7 of m has no experts; choose one of layers \[0, 1\]"
+        ):
             client.experts("m", 7)
 
 
@@ -481,7 +483,7 @@ def test_closing_frees_descriptors_and_threads(folder: Path) -> None:
     "target", ["moesaic://", "moesaic://host", "http://a:1", "moesaic://a:99999", "moesaic://a:1/x"]
 )
 def test_an_address_that_is_none_is_refused(target: str) -> None:
-    with pytest.raises(RequestError, match="is not moesaic://host:port"):
+    with pytest.raises(RequestError, match="is not the address of a router service"):
         moesaic.connect(target)
 
 

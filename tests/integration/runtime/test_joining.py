@@ -136,7 +136,9 @@ def test_another_token(source: str, no_token: Path, monkeypatch: pytest.MonkeyPa
 
 def test_another_version_of_ray() -> None:
     with gcs(older) as address:
-        assert f"Ray 2.9.3 runs there, and here is Ray {ray.__version__}" in reason(address)
+        assert f"this address has Ray 2.9.3, and this machine Ray {ray.__version__}" in reason(
+            address
+        )
 
 
 def test_another_version_of_python() -> None:
@@ -162,7 +164,7 @@ def test_it_does_not_answer_in_time() -> None:
 
 
 def test_nobody_listens() -> None:
-    assert "no Ray answers there" in reason(f"127.0.0.1:{free_port('127.0.0.1')}")
+    assert "no Ray answers at this address" in reason(f"127.0.0.1:{free_port('127.0.0.1')}")
 
 
 def test_no_ray_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,10 @@ def test_a_ray_that_is_gone_is_named_at_once(host: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
         address = f"{host}:{taken.getsockname()[1]}"
-        with pytest.raises(ClusterError, match="no Ray answers there"):
+        with pytest.raises(ClusterError, match="no Ray answers at this address"):
             join_ray(address, "local")
         spec = parse_spec({"models": [{"name": "m", "path": "p"}], "ray": {"address": address}})
-        with pytest.raises(ClusterError, match="no Ray answers there"):
+        with pytest.raises(ClusterError, match="no Ray answers at this address"):
             start_ray(spec)
 
 

@@ -109,7 +109,7 @@ WRONG = [
     (["chat", "hi", "--url", NOBODY], 1, "cannot be reached"),
     (["chat", "hi", "--url", "nonsense"], 1, "'nonsense' is not an endpoint's address"),
     (["bench", "--url", "http://x:y"], 1, "'http://x:y' is not an endpoint's address"),
-    (["chat", "--json"], 2, "a message is needed"),
+    (["chat", "--json"], 2, "--json needs a message"),
     (["complete", "hi", "--url", NOBODY, "--model", "m"], 1, "cannot be reached"),
     (["complete"], 2, "Missing argument"),
     (["complete", "hi", "--temperature", "9"], 2, "--temperature"),

@@ -81,7 +81,7 @@ def test_a_cluster_of_this_machine_is_known_by_its_address(
     announce(None, None, name="another")
     announce(listens)
     if not found:
-        with pytest.raises(Unauthenticated, match=f"{VARIABLE}: it is not set"):
+        with pytest.raises(Unauthenticated, match=f"{VARIABLE} is not set"):
             key_for(asked)
     monkeypatch.setenv(VARIABLE, GIVEN)
     assert key_for(asked) == (MADE if found else GIVEN)

@@ -116,12 +116,12 @@ def test_a_folder_that_is_a_link_or_open_to_others_is_refused(tmp_path: Path) ->
     session_dir().parent.mkdir()
     session_dir().symlink_to(tmp_path / "elsewhere")
     for attempt in (announce, lambda: note_logs("c", "/x"), lambda: new_private(owner_log("c"))):
-        with pytest.raises(ClusterError, match="is a symbolic link, and none is followed"):
+        with pytest.raises(ClusterError, match="is a symbolic link, which Moesaic does not follow"):
             attempt()
     session_dir().unlink()
     session_dir().mkdir(mode=0o700)
     session_dir().chmod(0o770)
-    with pytest.raises(ClusterError, match=f"0770, .*chmod 700 {session_dir()}"):
+    with pytest.raises(ClusterError, match=f"0770 .*chmod 700 {session_dir()}"):
         announce()
     assert list(session_dir().iterdir()) == []
 
@@ -163,7 +163,7 @@ def test_a_trace_is_not_written_through_a_link(tmp_path: Path) -> None:
 def test_kind_mode_and_folder_are_looked_at() -> None:
     written = announce()
     file().chmod(0o640)
-    assert f"{file()}: its mode is 0640" in reason()
+    assert f"{file()}: the file's mode 0640" in reason()
     file().chmod(0o600)
     session_dir().chmod(0o770)
     assert f"chmod 700 {session_dir()}" in reason()
@@ -187,15 +187,15 @@ def test_what_belongs_to_another_user_is_refused(monkeypatch: pytest.MonkeyPatch
     announce()
     if os.geteuid() == 0:
         os.chown(file(), STRANGER, -1)
-        assert f"{file()}: it belongs to user {STRANGER}" in reason()
+        assert f"{file()}: the owner is user {STRANGER}" in reason()
         os.chown(session_dir(), STRANGER, -1)
-        assert f"{session_dir()}: it belongs to user {STRANGER}" in reason()
-        with pytest.raises(ClusterError, match="belongs to user"):
+        assert f"{session_dir()}: the owner is user {STRANGER}" in reason()
+        with pytest.raises(ClusterError, match="the owner is user"):
             announce(name="d")
     else:
         me = os.geteuid()
         monkeypatch.setattr(private_files.os, "geteuid", lambda: STRANGER)
-        assert f"{session_dir()}: it belongs to user {me}" in reason()
+        assert f"{session_dir()}: the owner is user {me}" in reason()
 
 
 def test_a_client_needs_no_more_than_the_standard_library_to_read_one() -> None:
@@ -283,11 +283,11 @@ def test_logs_of_a_start_are_read_with_the_same_care() -> None:
     assert logged_session("c").logs == "/tmp/ray/session/logs"
     noted = session_dir() / "c.logs"
     noted.chmod(0o666)
-    with pytest.raises(ClusterError, match="its mode is 0666"):
+    with pytest.raises(ClusterError, match="mode 0666 lets"):
         logged_session("c")
     noted.chmod(0o600)
     noted.write_text("../../elsewhere")
-    with pytest.raises(ClusterError, match=f"{noted}: not the absolute path"):
+    with pytest.raises(ClusterError, match=f"{noted} does not hold the absolute path"):
         logged_session("c")
 
 

@@ -233,14 +233,14 @@ GOOD = {
 @pytest.mark.parametrize(
     ("tensors", "metadata", "words"),
     [
-        ({}, {"moesaic_trace": "2"}, "moesaic_trace is '2'"),
-        ({}, {"moesaic_trace": None}, "moesaic_trace is None"),
+        ({}, {"moesaic_trace": "2"}, "this is a trace of format '2', and"),
+        ({}, {"moesaic_trace": None}, "not a trace: its metadata lack the key moesaic_trace"),
         ({}, {"window_s": None}, "window_s"),
         ({}, {"window_s": "0"}, "0.0 s"),
         ({}, {"window_s": "soon"}, "soon"),
         ({}, {"hosts": '["h", "i"]'}, "choices"),
         ({}, {"hosts": "[1]"}, "hosts"),
-        ({}, {"hosts": "["}, "broken"),
+        ({}, {"hosts": "["}, "damaged"),
         ({"choices": None}, {}, "choices"),
         ({"busy_s": np.zeros((3, 1))}, {}, "busy_s"),
         ({"busy_s": np.full((2, 1), np.nan)}, {}, "busy_s"),

@@ -148,10 +148,13 @@ def test_a_package_is_imported_for_its_own_models_alone(install: Install, tmp_pa
     [
         (
             "import no_such_module_at_all",
-            r"'broken_moe' is brought by broken-moe 1\.0, whose broken_moe:IT does not load: "
+            r"'broken_moe' is brought by broken-moe 1\.0, whose broken_moe:IT cannot be imported: "
             r"ModuleNotFoundError: .*no_such_module_at_all",
         ),
-        ("ELSE = 1", r"broken-moe 1\.0, whose broken_moe:IT does not load: AttributeError: .*IT"),
+        (
+            "ELSE = 1",
+            r"broken-moe 1\.0, whose broken_moe:IT cannot be imported: AttributeError: .*IT",
+        ),
         ("IT = 'text'", r"broken-moe 1\.0, whose broken_moe:IT is of type str, not an Architect"),
         (
             "from moesaic.models.trunk.architecture import Architecture\n"

@@ -323,7 +323,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
                 "b": {"weights": WEIGHTS | {"strategy": "block", "block_structure": [8, 8]}},
             },
         ),
-        "not read together",
+        "different strategies or block sizes",
     ),
 }
 

@@ -142,7 +142,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "template-refuses": (_write(TEMPLATE, "{{ raise_exception('no users') }}"), "no users"),
     "template-fails": (
         _write(TEMPLATE, "{{ messages[7].content + 1 }}"),
-        "a single user message fails",
+        "the chat template fails on a single user message",
     ),
     "template-says-nothing": (_write(TEMPLATE, "<s>"), "leaves out the text of a message"),
     **{f"lost-{file}": (_lost(file), "which does not exist; download") for file in FILES},
@@ -224,7 +224,7 @@ def test_tokens_without_an_embedding(folder: Path, tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "small")
     one = only(spec_of(tmp_path / "small"))
     assert one.severity == "error"
-    assert "and 221 more; it is another model's tokenizer" in one.message
+    assert "and 221 more; the tokenizer is another model's" in one.message
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./nowhere/at-all", "/nowhere/at-all", "a/b/c"])
@@ -236,7 +236,7 @@ def test_a_path_to_nothing(path: str) -> None:
 
 def test_a_path_to_a_file(whole: Path) -> None:
     one = only(spec_of(whole / "config.json"))
-    assert one.message.endswith("is a file; give the folder that holds the model")
+    assert one.message.endswith("is a file; give the folder that holds the model's files")
 
 
 def test_numbers_of_experts_that_the_model_does_not_have(whole: Path) -> None:
@@ -340,11 +340,15 @@ def test_ports(whole: Path) -> None:
         shared = spec_of(whole, endpoint={"port": port}, ray={"address": "auto"})
         assert found(shared) == [], "Serve may be who listens there"
     assert messages[0].startswith(f"127.0.0.1:{port} is not free (Address already in use)")
-    assert messages[2].startswith(f"{port} is the endpoint's, too")
+    assert messages[2].startswith(f"port {port} is also the endpoint's")
     assert found(both) == [("error", "router.port")]
     watched = spec_of(whole, monitoring={"port": port}, router={"port": port})
     assert found(watched) == [("error", "monitoring.port")]
-    assert preflight(watched).findings[0].message.startswith(f"{port} is the router service's, too")
+    assert (
+        preflight(watched)
+        .findings[0]
+        .message.startswith(f"port {port} is also the router service's")
+    )
     unwatched = spec_of(whole, endpoint=None, monitoring={"port": port}, router={"port": port})
     assert found(unwatched) == [], "without an endpoint nobody listens there"
     apart = {"endpoint": {"port": port}, "router": {"port": port, "host": "127.0.0.2"}}

@@ -45,14 +45,14 @@ def test_models_that_come_are_found_and_known_ones_outlive_the_controller() -> N
         return served
 
     known = Catalog(look, clock)
-    with pytest.raises(UnknownModel, match="'m' is not served; no model is"):
+    with pytest.raises(UnknownModel, match="'m' is not served; the router service has no model"):
         known.find("m")
     served.append((REF, SHAPE))
     found = known.find("m")
     away = True
     assert known.find("m") is found
     assert known.all() == [found]
-    with pytest.raises(UnknownModel, match="'other' is not served; m is"):
+    with pytest.raises(UnknownModel, match="'other' is not served; the router service has m"):
         known.find("other")
     with pytest.raises(ClusterError, match="no controller"):
         Catalog(look).find("m")

@@ -212,5 +212,5 @@ def test_one_model_alone_is_as_balanced_as_without_the_cost() -> None:
 
 
 def test_fan_out_is_a_part() -> None:
-    with pytest.raises(ValueError, match=r"consolidate_below: 1.5; 0 <= it <= 1"):
+    with pytest.raises(ValueError, match=r"consolidate_below: 1.5, but must be from 0 to 1"):
         PlannerPolicy(consolidate_below=1.5)

@@ -238,7 +238,7 @@ BAD: list[tuple[dict[Any, Any], str]] = [
         {"models": [MODEL | {"aliases": ["n"]}, MODEL | {"name": "n"}]},
         "models.1.name: 'n' is taken: models.0.aliases.0",
     ),
-    ({"hosts": []}, "hosts: at least one group is needed"),
+    ({"hosts": []}, "hosts: the list is empty"),
     ({"hosts": None}, "hosts: Input should be a valid tuple"),
     ({"hosts": [{}, {"count": 0}]}, "hosts.1.count: Input should be greater than or equal to 1"),
     ({"hosts": [{"count": 5000}]}, "hosts.0.count: Input should be less than or equal to 4096"),
@@ -251,7 +251,7 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ),
     (
         {"hosts": [{"count": 2, "placement_group": "PACK", "max_count": 3}]},
-        "hosts.0: placement_group: it has a fixed size",
+        "hosts.0: placement_group: a placement group has a fixed size",
     ),
     (
         {"autoscale": {"scale_down_below": 0.8, "scale_up_above": 0.5}},
@@ -261,7 +261,7 @@ BAD: list[tuple[dict[Any, Any], str]] = [
         {"trunk": {"min_replicas": 2, "max_replicas": 1}},
         "trunk: min_replicas <= max_replicas must hold",
     ),
-    ({"trunk": {"compiled": True}}, "trunk: compiled needs engine: vllm"),
+    ({"trunk": {"compiled": True}}, "trunk: compiled: true needs engine: vllm"),
     (
         {"models": [{**MODEL, "experts_per_token": 2, "min_experts_per_token": 3}]},
         "models.0: min_experts_per_token <= experts_per_token must hold",
