@@ -84,7 +84,7 @@ def view(memory: Tensor, matrix: PackedMatrix) -> Tensor:
 
 @cache
 def available() -> bool:
-    """Return whether this torch can make packed tensors over other memory, with the same bits."""
+    """Return whether `view` works with this torch, and its products have the same bits."""
     if not torch.backends.mkldnn.is_available():
         return False
     drawn = torch.Generator().manual_seed(0)

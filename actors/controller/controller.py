@@ -170,7 +170,8 @@ class Controller:
         for host in self._control.view.hosts:
             keys = [key for key in self._control.wanted(host) if key.model == ref.name]
             if keys and host not in self._hosts.reports:
-                raise ClusterError(f"{host} is not up; its experts cannot be sent")
+                text = f"model {ref.name!r}: {host} is not up, so no experts can be sent to it"
+                raise ClusterError(text)
             if keys:
                 granted.append(grant_all(secret, self._hosts.reports[host].entry, keys, self._term))
         return granted

@@ -257,6 +257,7 @@ async def answered(asked: Awaitable[T]) -> T:
     except TimeoutError:
         raise NoAnswer(f"the controller did not answer within {QUESTION_TIMEOUT_S:g} s") from None
     except RayTaskError as error:
-        raise InternalError(f"the controller: {describe_error(error.cause)}") from error
+        cause = describe_error(error.cause)
+        raise InternalError(f"the controller could not give its status: {cause}") from error
     except RayError as error:
         raise NoAnswer(f"the controller is being restarted ({last_line(error)})") from error

@@ -69,7 +69,7 @@ def compare(
 
 
 def control_policy(pool: Pool, *, every_s: float, budget: float, redundancy: int) -> ControlPolicy:
-    """Return the controller's policy with the times of a trace."""
+    """Return the policy of a controller that checks the load every ``every_s`` of a trace."""
     return ControlPolicy(
         balance=PlannerPolicy(
             redundancy=redundancy,

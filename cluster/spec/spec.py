@@ -288,7 +288,8 @@ class BalanceSpec(Part):
 
     rebalance_below: float = Field(default=0.95, gt=0, le=1)
     """Balancedness below which the controller moves a layer's replicas. The balancedness of a layer
-    is the average load of a host divided by the load of the busiest host; 1 is even."""
+    is the average load of a host divided by the load of the busiest host, each for its speed; 1 is
+    even."""
 
     target: float = Field(default=0.98, gt=0, le=1)
     """Balancedness (1 is even) up to which the controller improves a layer whose balancedness is

@@ -132,7 +132,9 @@ def upcycle(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the gates.")] = 0,
     dtype: Annotated[str, typer.Option(help="Data type of the weights on disk.")] = "float32",
-    overwrite: Annotated[bool, typer.Option(help="Replace the files in OUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the folder OUT; all files in it are deleted.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a Mixture-of-Experts checkpoint of a dense one (sparse upcycling)."""

@@ -378,7 +378,7 @@ async def test_who_did_not_answer_and_for_how_long(monkeypatch: pytest.MonkeyPat
         await deploy.answered(failing(ActorDiedError()))
     assert caught.value.http_status == 503
     defect = RayTaskError("status", "trace", KeyError("x"))
-    with pytest.raises(InternalError, match="the controller: KeyError: 'x'"):
+    with pytest.raises(InternalError, match="its status: KeyError: 'x'"):
         await deploy.answered(failing(defect))
 
     class Silent(serve_app.TrunkClient):
