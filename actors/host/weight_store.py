@@ -158,7 +158,7 @@ class ExpertStore:
         return copies
 
     def lacks_shared(self, key: LayerKey) -> bool:
-        """Return whether the layer has shared tensors that must still be put."""
+        """Return whether tensors that the experts of a layer have in common are still missing."""
         _, layer = self._layer(key.expert(SHARED))
         return any(p.device.type == "meta" for p in shared_parameters(layer).values())
 

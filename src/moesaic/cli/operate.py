@@ -146,7 +146,7 @@ def pin(
     timeout: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Keep a replica of an expert on a host until `unpin`."""
+    """Place a replica of an expert on a host, and keep it there until `unpin`."""
     cluster = connect(name)
     change = cluster.pin(_model(cluster, model), layer, expert, host)
     _carry_out(cluster, change, timeout, as_json)
