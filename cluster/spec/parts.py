@@ -120,7 +120,7 @@ class AutoscaleSpec(Part):
 
     cooldown_s: SecondsOrZero = 60.0
     """Seconds that the autoscaler pauses after each change of the number of hosts, also after
-    `moesaic scale`."""
+    `moesaic scale N`."""
 
     pending_s: SecondsOrZero = 120.0
     """Seconds after which `status` says that a requested host which is not up waits for a

@@ -264,7 +264,7 @@ class FakeHandle:
 @pytest.mark.parametrize(
     ("handle", "message"),
     [
-        (FakeHandle([((1,), None)], hangs=False), "ended early"),
+        (FakeHandle([((1,), None)], hangs=False), "ended too early"),
         (FakeHandle([((1,), None)], hangs=True, healthy=False), "does not answer: stuck"),
     ],
 )
