@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 WATCH_S = 1.0
 QUIET_WATCH_S = 6.0
 _ANSWER_S = 5.0
+_END_S = 2.0
 
 
 class PlacementWatch:
@@ -43,14 +45,16 @@ class PlacementWatch:
         self._namespace = namespace
         self._router = router
         self._stop = threading.Event()
+        self._answered = threading.Event()  # the report with load is answered, or the thread stops
         self._thread = threading.Thread(target=self._run, name="placement-watch", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         self._stop.set()
+        self._answered.set()
         self._router.stirred.set()
-        # The thread may be in a long poll; it is a daemon and touches nothing once it has ended.
-        self._thread.join(0.1)
+        # It waits for events of Python alone, never inside Ray, so it ends soon.
+        self._thread.join(_END_S)
 
     def _run(self) -> None:
         controller: Any = None
@@ -89,8 +93,12 @@ class PlacementWatch:
         stirred.clear()
         report = self._router.take_load()
         if report.counts or report.unplaced:
+            self._answered.clear()
             asked = controller.report.remote(report, WATCH_S)
-            return ray.get(asked, timeout=WATCH_S + _ANSWER_S)
+            asked.future().add_done_callback(lambda _: self._answered.set())
+            if not self._stop.is_set():
+                self._answered.wait(WATCH_S + _ANSWER_S)
+            return None if self._stop.is_set() else ray.get(asked, timeout=0)
         asked = controller.report.remote(report, QUIET_WATCH_S)
         asked.future().add_done_callback(lambda _: stirred.set())
         if not self._stop.is_set():
@@ -139,6 +147,9 @@ class PoolLink:
             secret=secret_of(config.namespace),
         )
         self._watch: PlacementWatch | None = None
+        # Before Ray ends with the process, whose handler was registered earlier and so runs later:
+        # a thread that asks Ray while it ends would crash the process.
+        atexit.register(self.close)
         try:
             self._watch = PlacementWatch(config.namespace, self.router)
             wanted = [LayerKey(config.model.name, layer) for layer in layers]
@@ -154,6 +165,7 @@ class PoolLink:
             raise
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         try:
             if self._watch is not None:
                 self._watch.close()
