@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 
 from moesaic.actors.serve import deploy
+from moesaic.cli.end_signals import exit_with
 from moesaic.cli.main import main
 from tests.helpers.scripted import scripted_engine
 
 if __name__ == "__main__":
     # What the trunks' processes are given to call.
     deploy.engine_factory = lambda config: scripted_engine
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main(sys.argv[1:]))

@@ -110,9 +110,9 @@ class EndSignals:
 def exit_with(code: int) -> NoReturn:
     """End a process that has done its work, with this exit code even if a signal comes now.
 
-    Python takes seconds to end a process with large libraries, and by default a signal would then
-    replace the code.
+    Python takes seconds to end a process with large libraries. A signal would then replace the
+    code, and near the end Python takes handlers away; signals that are ignored stay ignored.
     """
     for one in SIGNALS:
-        signal.signal(one, lambda *_: os._exit(code))
+        signal.signal(one, signal.SIG_IGN)
     sys.exit(code)
