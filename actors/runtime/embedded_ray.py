@@ -13,7 +13,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import stat
+import threading
 import time
 import traceback
 import warnings
@@ -59,7 +61,7 @@ def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) ->
             words = f"Ray did not start: {_reason(error)}{_last_words(folders)}"
             end_sessions(folders)
             # A start that failed late may have connected this process already.
-            ray.shutdown()
+            _shut_down_ray()
             _forget_processes(error)
             if not isinstance(error, Exception):
                 raise
@@ -72,10 +74,22 @@ def end_embedded() -> None:
     """Shut down the Ray that this process started, and kill processes that do not end in time."""
     running = processes_of(*(folder.name for folder in sessions()))
     try:
-        ray.shutdown()
+        _shut_down_ray()
     finally:
         _, left = psutil.wait_procs(running, timeout=_END_S)
         _kill(left)
+
+
+def _shut_down_ray() -> None:
+    """Shut down Ray, and keep this process's handler of SIGTERM.
+
+    Ray's library resets the signal to its default, which ends a process in the middle of its work,
+    while Python still believes that its handler is installed.
+    """
+    ray.shutdown()
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def kill_embedded() -> None:

@@ -181,3 +181,20 @@ def test_a_raylet_that_hangs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ]
     finally:
         ray.shutdown()
+
+
+def test_the_handler_of_a_signal_outlives_ray() -> None:
+    """In a process of its own, whose handler a default would replace by its death."""
+    program = """
+import os, signal, time
+from moesaic.actors.runtime.embedded_ray import end_embedded, start_embedded
+start_embedded(num_cpus=1, include_dashboard=False)
+signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
+end_embedded()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
