@@ -10,7 +10,7 @@ import sys
 
 from benchmarks.measure import RESULTS
 
-# Folder, name and options of each. What is behind a "-" in a name is a variant of a benchmark.
+# Folder, name and options of each. The part of a name after a "-" is a variant of a benchmark.
 GROUPS: dict[str, dict[str, list[str]]] = {
     "planning": {
         "planner": [],

@@ -91,7 +91,7 @@ class Encoder:
     # ---- the loop's thread ----------------------------------------------------------------------
 
     def step(self) -> None:
-        """Compute one batch of the waiting texts, if there are any; errors go to their callers."""
+        """Compute one batch of waiting texts, if any wait; their callers get its errors."""
         self._batch = self._take()
         if not self._batch:
             return

@@ -163,7 +163,7 @@ class ExpertStore:
         return any(p.device.type == "meta" for p in shared_parameters(layer).values())
 
     def drop(self, key: ExpertKey) -> None:
-        """Forget an expert and free its memory; nobody computes with it any more."""
+        """Forget an expert and free its memory; call it when the loop has released the expert."""
         with self._writing, self._lock:
             layer_key = LayerKey(key.model, key.layer)
             dropped = self._experts.get(layer_key, {}).pop(key.expert, None)

@@ -254,7 +254,7 @@ class MergedCalls:
                     return
                 self._compute(*taken)
         except Exception as defect:
-            # The thread ends with whatever it is: nobody may wait for it, and Ray starts another.
+            # After any error the thread ends: its calls fail now, and Ray starts another service.
             self._defect = defect
             log.exception("the router service computes nothing any more")
             self._end_all(InternalError(f"a defect: {defect!r}"))

@@ -229,7 +229,7 @@ def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
         except Exception as error:
             # Whatever it is, it is raised where the result is awaited.
             told = partial(_set, found, None, error)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and its callers with it
             loop.call_soon_threadsafe(told)
 
     threading.Thread(target=run, daemon=True).start()

@@ -446,7 +446,7 @@ class Ingress:
 
 
 def _failure(error: Exception, request_id: str) -> ErrorValue:
-    """Return any error of the engine as a value; log it if nobody has foreseen it."""
+    """Return an error of the engine as a value, and log it if it is not a `MoesaicError`."""
     if isinstance(error, MoesaicError):
         return ErrorValue.of(error)
     text = "request %s: unexpected error of the engine"

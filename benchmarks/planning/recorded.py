@@ -76,14 +76,14 @@ def record(folder: Path, texts: Mapping[str, Sequence[str | Path]]) -> tuple[Tra
                 model.model(input_ids=torch.tensor(window), use_cache=False)
                 counts.append(counter.take())
     count_WLE = np.stack(counts)
-    nobody = np.zeros((len(counts), 0))
+    no_hosts = np.zeros((len(counts), 0))
     trace = Trace(
         window_s=1.0,
         counts={LayerKey(MODEL, layer): count_WLE[:, layer] for layer in range(count_WLE.shape[1])},
         hosts=(),
-        assignments_WH=nobody.astype(np.int64),
-        busy_s_WH=nobody,
-        queued_s_WH=nobody,
+        assignments_WH=no_hosts.astype(np.int64),
+        busy_s_WH=no_hosts,
+        queued_s_WH=no_hosts,
     )
     return trace, visits
 

@@ -3,7 +3,7 @@
     python -m benchmarks.resilience.overload [--json PATH] [--model FOLDER]
 
 First, as many clients as fill the engine ask one request after the other: that is the capacity.
-Then requests arrive at random at `--times` that rate, whatever becomes of them, and nobody asks
+Then requests arrive at random at `--times` that rate, whatever becomes of them, and no client asks
 again. Work is what hosts computed, in rows for each token that somebody got; were overload
 amplified, there would be more of it.
 """

@@ -203,7 +203,7 @@ async def soak(
 
 
 async def at_rest(operator: httpx.AsyncClient) -> dict[str, Any]:
-    """What the engine has left when nobody asks any more."""
+    """What the engine has left when no request runs any more."""
     until = time.monotonic() + QUIET_S
     while True:
         stats = (await operator.get("/status")).json()["engines"]["demo"]["work"]

@@ -82,7 +82,7 @@ def _layers(shapes: Sequence[ModelShape]) -> list[tuple[LayerKey, int]]:
 
 
 def _trace(counts: dict[LayerKey, np.ndarray], window_s: float, windows: int) -> Trace:
-    """Make a trace without hosts, since nobody has served these loads."""
+    """Make a trace without hosts, since no pool has served these loads."""
     none_WH = np.zeros((windows, 0))
     return Trace(
         window_s=window_s,

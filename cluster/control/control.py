@@ -349,7 +349,7 @@ class Control:
         most = self._budget() if budget is None else budget
         policy = replace(
             self.policy.balance,
-            # Until hosts have been measured at work, nobody can say whether a move pays.
+            # Whether a move pays is unknown until hosts have been measured at work.
             budget=most if rate is not None else 0,
             loading_bytes_per_s=self.policy.bytes_per_s,
         )

@@ -11,7 +11,7 @@ from ..placement import ModelShape
 class IdleModels:
     """Tracks which models are asleep.
 
-    A model without a checkpoint, put into memory, never sleeps: nobody could load it again.
+    A model without a checkpoint, put into memory, never sleeps: no host could load it again.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Capacity for experts: default slots, whether hosts suffice, and experts that cannot leave.
 
 A plan puts nothing on hosts that are leaving. An expert on such a host that fits nowhere else would
-have no replica in the plan, and nobody would load it again if the host died.
+have no replica in the plan, and no host would load it again if its own host died.
 `keep_unplaced_on_leaving` keeps such experts where they are.
 """
 

@@ -175,7 +175,7 @@ class ModelStatus(Report):
     experts: int
     """Experts of all layers."""
     asleep: bool
-    """Whether its experts have left the hosts because nobody asked for them."""
+    """Whether its experts have left the hosts because the model had no request for `idle_s`."""
     missing_experts: int
     """Its experts that no host holds."""
 

@@ -73,7 +73,7 @@ class HostHealth:
         self.came_up()
 
     def give_up(self, seq: int, now: float) -> None:
-        """Mark a call whose answer nobody waits for; it may arrive all the same."""
+        """Mark a call whose answer the router no longer waits for; the answer may still arrive."""
         if seq in self.occupied:
             if self.state in (HostState.UP, HostState.LEAVING) and not self._quarantined:
                 self._probe_s = self.policy.probe_s

@@ -99,7 +99,7 @@ class Invariants:
                 self._world.last_change = self._world.clock.now
                 return [
                     ("an eviction leaves a replica", self.leaves_one(fact)),
-                    ("nothing is evicted under a live router", self.nobody_asks(fact)),
+                    ("nothing is evicted under a live router", self.no_router_asks(fact)),
                 ]
             case HostStarted():
                 return [
@@ -107,7 +107,7 @@ class Invariants:
                     ("the number of hosts is within its bounds", self.not_too_many(fact)),
                 ]
             case HostEnded():
-                return [("nobody needs a host that leaves", self.left_free(fact))]
+                return [("a host that leaves is not needed", self.left_free(fact))]
             case Sized():
                 return [("the number of hosts is within its bounds", self.sized_within(fact))]
             case Claimed():
@@ -143,7 +143,7 @@ class Invariants:
                 return f"{fact.host.name}: {key} was the last replica (term {fact.by})"
         return ""
 
-    def nobody_asks(self, fact: Released) -> str:
+    def no_router_asks(self, fact: Released) -> str:
         """Check that no router with a valid lease follows a placement naming what was evicted."""
         now = self._world.clock.now
         for router, placement in self._leased(fact.seen):
@@ -185,7 +185,7 @@ class Invariants:
         return ""
 
     def left_free(self, fact: HostEnded) -> str:
-        """Check that nobody needs a host that was ended.
+        """Check that no router and no plan needs a host that was ended.
 
         Another host holds what it held, or has died since the controller looked. No router with a
         valid lease follows a placement that names it.
@@ -366,7 +366,7 @@ def _target_lacks(world: World, control: Control) -> str:
                 # The controller names experts for which there is no room (`unplaced`), for example
                 # while too many hosts are drained.
                 if not alive and key not in control.unplaced and not _gone_for_good(world, key):
-                    return f"nobody holds {key}"
+                    return f"no host holds {key}"
     last = control.changes.all[-1] if control.changes.all else None
     if last is not None and last.ended is None:
         return f"change {last.id} ({last.why}) is still under way"

@@ -141,7 +141,7 @@ EVICTED = "nothing is evicted under a live router"
         (reuse_a_slot_after_its_deadline, SLOTS),
         (claim_a_term_that_is_taken, "no two controllers share a term"),
         (let_reports_end_nothing, "no host obeys a superseded controller"),
-        (end_hosts_that_are_not_drained, "nobody needs a host that leaves"),
+        (end_hosts_that_are_not_drained, "a host that leaves is not needed"),
         (use_a_host_s_name_again, "no host's name is used twice"),
         (never_let_a_host_go, "converges"),
     ],
