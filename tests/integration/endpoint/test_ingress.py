@@ -19,6 +19,7 @@ from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.client import Client
 from moesaic.proto.errors import ExpertUnavailable
 from tests.helpers.engines import reference
+from tests.helpers.live import wait_until
 from tests.helpers.reports import engine_report
 from tests.helpers.service import CALLING, TEXT, TOKENIZER, Service, running_service
 
@@ -258,7 +259,8 @@ def test_a_client_that_goes_away_cancels_its_request(service: Service, stream: b
         if stream:
             with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
                 next(answer.iter_lines())
-                assert service.engine.stats().running == 1
+                # A moment may pass between the first token and the count of the scheduler.
+                wait_until(lambda: service.engine.stats().running == 1, 10.0)
         else:
             with pytest.raises(httpx.ReadTimeout):
                 http.post("/v1/completions", json=body)
