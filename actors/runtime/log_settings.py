@@ -94,8 +94,7 @@ def _named(room: str) -> list[str]:
     if not found:
         raise SpecError(
             f"{LOG}: {room!r} is no room; a room is a folder of Moesaic's source, for example "
-            "router, "
-            f"host, actors.endpoint or cluster.routing; {_EXAMPLE}"
+            f"router, host, actors.endpoint or cluster.routing; {_EXAMPLE}"
         )
     return found
 

@@ -35,9 +35,8 @@ def check_address(key: str, host: str) -> None:
             probe.bind((address, 0))
         except OSError as error:
             raise ClusterError(
-                f"{key}: {host!r} is no address of this machine ({error.strerror or error}); "
-                "give one "
-                "that `ip address` shows, or 127.0.0.1"
+                f"{key}: {host!r} is no address of this machine ({error.strerror or error}); give "
+                "one that `ip address` shows, or 127.0.0.1"
             ) from error
 
 

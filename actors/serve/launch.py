@@ -313,9 +313,8 @@ def _wait_loaded(launched: Launched, progress: Progress) -> None:
         if not ready:
             raise ClusterError(
                 f"timeouts.start_s: {', '.join(asked[ref] for ref in rest)} did not start within "
-                f"{launched.spec.timeouts.start_s:g} s; Ray has {ray.available_resources()} "
-                "left: ask "
-                "for fewer hosts or resources, add machines, or raise timeouts.start_s"
+                f"{launched.spec.timeouts.start_s:g} s; Ray has {ray.available_resources()} left: "
+                "ask for fewer hosts or resources, add machines, or raise timeouts.start_s"
             )
         ray_get(ready[0], 1.0, f"{asked.pop(ready[0])}: start")
     progress("starting hosts", len(hosts), len(hosts))

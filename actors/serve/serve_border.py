@@ -171,8 +171,7 @@ def _end_app(app: str, patience_s: float = LEAVE_S) -> None:
         if now > deadline:
             raise ClusterError(
                 f"the application {app!r} of Ray Serve did not end within {END_S:g} s; `serve "
-                "status` "
-                "shows its state"
+                "status` shows its state"
             )
         if now > patient_until:
             # Serve does not replace these replicas, since their application is being deleted.

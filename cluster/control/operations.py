@@ -35,9 +35,8 @@ def check_expert(models: Mapping[str, ModelShape], key: ExpertKey) -> None:
     check_layer(shape, key.layer)
     if not 0 <= key.expert < shape.experts[key.layer]:
         raise ValueError(
-            f"expert: {key.expert} is not in 0 to {shape.experts[key.layer] - 1}, the experts "
-            "of layer "
-            f"{key.layer}"
+            f"expert: {key.expert} is not in 0 to {shape.experts[key.layer] - 1}, the experts of "
+            f"layer {key.layer}"
         )
 
 

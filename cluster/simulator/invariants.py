@@ -154,8 +154,7 @@ class Invariants:
                     return (
                         f"term {fact.by} looked {now - fact.seen:.3f} s ago and evicts {key} from "
                         f"{fact.host.name}; {router.name}, heard {now - router.heard_at:.3f} s "
-                        "ago, follows "
-                        f"{tuple(placement.id)}, which names it"
+                        f"ago, follows {tuple(placement.id)}, which names it"
                     )
         return ""
 

@@ -177,8 +177,7 @@ def _compressed(field: str, values: Mapping[str, Any]) -> Quantisation:
         if more and not (isinstance(more, Mapping) and more.get("format") == "dense"):
             raise UnsupportedModel(
                 f"{field}.{other}: {more!r} is not supported: weights that are sparse or "
-                "transformed "
-                "cannot be read; give a checkpoint of the model without it"
+                "transformed cannot be read; give a checkpoint of the model without it"
             )
     if len(found) > 1:
         raise UnsupportedModel(

@@ -44,8 +44,7 @@ class ModelDescription:
             raise ValueError(
                 f"a host with {memory_bytes:,} bytes has no room for an expert of "
                 f"{self.expert_bytes:,} bytes beside the {HOST_BYTES:,} bytes that the host's "
-                "process "
-                "takes; give hosts more memory"
+                "process takes; give hosts more memory"
             )
         return max(replicas, math.ceil(replicas * sum(self.layers.values()) / room))
 

@@ -97,9 +97,8 @@ def _load(entry: EntryPoint) -> Architecture:
         ) from error
     if not isinstance(found, Architecture):
         raise UnsupportedModel(
-            f"{where} is of type {type(found).__name__}, not an Architecture; repair or "
-            "uninstall the "
-            "package"
+            f"{where} is of type {type(found).__name__}, not an Architecture; repair or uninstall "
+            "the package"
         )
     if entry.name not in (found.model_type, found.model.__name__):
         raise UnsupportedModel(

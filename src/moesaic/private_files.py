@@ -86,10 +86,9 @@ def read_private(file: Path) -> str:
             _check_owner(file, found)
             if found.st_mode & _OF_OTHERS:
                 raise ClusterError(
-                    f"{file}: the file's mode {stat.S_IMODE(found.st_mode):04o} lets other "
-                    "users read "
-                    "or write the file; end the cluster of this name, remove the file, and start "
-                    "the cluster anew"
+                    f"{file}: the file's mode {stat.S_IMODE(found.st_mode):04o} lets other users "
+                    "read or write the file; end the cluster of this name, remove the file, and "
+                    "start the cluster anew"
                 )
             if found.st_size > _MOST_BYTES:
                 raise ClusterError(
@@ -131,9 +130,8 @@ def _folder(folder: Path, *, make: bool = False) -> Iterator[int]:
         _check_owner(folder, found)
         if found.st_mode & _WRITTEN_BY_OTHERS:
             raise ClusterError(
-                f"{folder}: the folder's mode {stat.S_IMODE(found.st_mode):04o} lets other "
-                "users put "
-                f"files there; check the files in the folder, then run `chmod 700 {folder}`"
+                f"{folder}: the folder's mode {stat.S_IMODE(found.st_mode):04o} lets other users "
+                f"put files there; check the files in the folder, then run `chmod 700 {folder}`"
             )
         if make and found.st_mode & _OF_OTHERS:
             os.fchmod(opened, 0o700)

@@ -244,9 +244,8 @@ def _hidden(given: A) -> tuple[np.ndarray, str, Callable[[np.ndarray], A]]:
         array = np.asarray(given)
         if array.dtype.name not in ("float32", "float16"):
             raise CallError(
-                f"hidden: an array of numpy's {array.dtype.name} cannot be sent; convert it "
-                "to float32 "
-                "or float16, or give a torch tensor of bfloat16"
+                f"hidden: an array of numpy's {array.dtype.name} cannot be sent; convert it to "
+                "float32 or float16, or give a torch tensor of bfloat16"
             )
         little: Any = array.dtype.newbyteorder("<")
         back: Any = lambda out: out.astype(array.dtype, copy=False)  # noqa: E731
@@ -255,9 +254,8 @@ def _hidden(given: A) -> tuple[np.ndarray, str, Callable[[np.ndarray], A]]:
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16"):
         raise CallError(
-            f"hidden: a tensor of torch's {name} cannot be sent; convert it to float32, "
-            "bfloat16 or "
-            "float16"
+            f"hidden: a tensor of torch's {name} cannot be sent; convert it to float32, bfloat16 "
+            "or float16"
         )
     torch = sys.modules["torch"]
     plain = tensor.detach().cpu().contiguous()
@@ -297,6 +295,5 @@ def _check_shapes(x_TH: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray) 
         if array.ndim != 2 or array.shape != (x_TH.shape[0], ids_TK.shape[-1]):
             raise CallError(
                 f"{name}: the shape is {array.shape} for {x_TH.shape[0]} tokens; give ids and "
-                "weights "
-                "of the same shape, (tokens, experts per token)"
+                "weights of the same shape, (tokens, experts per token)"
             )
