@@ -42,6 +42,12 @@ class _Model:
             self._owner = meta_model(config_from_dict(dict(ref.config)))
             self.layers = {layer.layer: layer for layer in experts_layers(self._owner)}
 
+    def close(self) -> None:
+        """Let the memory go with the last expert that still lies in it."""
+        if self.slab is not None:
+            self.slab.close()
+            self.slab = None
+
     def shape(self, layer: int) -> LayerShape:
         experts = self.layers[layer]
         return LayerShape(
@@ -76,8 +82,11 @@ class ExpertStore:
             known = self._models.get(ref.name)
         if known is None or known.ref != ref:
             model = _Model(ref)
-            with self._lock:
+            with self._writing, self._lock:
+                before = self._models.get(ref.name)
                 self._models[ref.name] = model
+                if before is not None:
+                    before.close()
 
     def load(self, key: ExpertKey, version: int = 1) -> LayerShape:
         """Read one expert from its model's checkpoint.
@@ -176,8 +185,7 @@ class ExpertStore:
         with self._lock:
             self._experts.clear()
             for model in self._models.values():
-                if model.slab is not None:
-                    model.slab.close()
+                model.close()
 
     def layer(self, key: LayerKey) -> tuple[ExpertForm, Mapping[int, ExpertWeights]]:
         return self._forms[key], self._experts[key]
