@@ -152,7 +152,7 @@ NOT_RUN = {
     "moesaic bench": "its defaults take minutes: test_a_short_load",
     "moesaic simulate": "its defaults take minutes: tests/unit/face/test_traces.py",
     "moesaic simulate --faults 1": "test_simulator.py runs the same seeds",
-    "moesaic upcycle DENSE OUT": "needs a dense model: tests/unit/models/test_upcycle.py",
+    "moesaic upcycle DENSE OUT": "needs a dense model: tests/unit/models/upcycling/test_upcycle.py",
     "moesaic inspect": "the command's name, in a sentence",
     "moesaic drain": "the command's name, in a sentence",
     "moesaic record": "the command's name, in a sentence",
