@@ -1,7 +1,4 @@
-"""Bad input over spec, HTTP, wire and files: one clear error each, and the service goes on.
-
-The pool has one replica of each expert, so that nothing is hidden by another host's answer.
-"""
+"""Bad input over spec, HTTP, wire and files: one clear error each, and the service goes on."""
 
 from __future__ import annotations
 
@@ -9,22 +6,19 @@ import json
 import re
 import shutil
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moesaic.actors.host import host_loop
 from moesaic.actors.router.connect import connect
 from moesaic.actors.transport.grpc.weights import get_weights, put_weights
-from moesaic.cluster.placement import ExpertKey, LayerKey, ModelRef, ModelShape
+from moesaic.cluster.placement import ExpertKey, ModelRef, ModelShape
 from moesaic.cluster.routing.transports import Transport
 from moesaic.cluster.spec.spec import load_spec, parse_spec
 from moesaic.models.folder.files import INDEX_FILE, SINGLE_FILE
@@ -34,7 +28,6 @@ from moesaic.proto.errors import (
     CallError,
     CheckpointError,
     Corrupted,
-    ExpertUnavailable,
     Expired,
     Forbidden,
     HostLost,
@@ -46,62 +39,14 @@ from moesaic.proto.errors import (
     UnsupportedModel,
     from_wire,
 )
-from moesaic.proto.expert_pb2 import BFLOAT16, FLOAT32, Frame, Reply
+from moesaic.proto.expert_pb2 import BFLOAT16, Frame
 from moesaic.proto.keys import secret_of_process
-from moesaic.proto.wire import DTYPE_FROM_WIRE, CallLayout, checksum
+from tests.helpers.host_calls import KEY, LAYER, ask
 from tests.helpers.pools import granted
-from tests.helpers.served_pool import (
-    MAX_BODY,
-    ServedPool,
-    held,
-    save_served_model,
-    served_pool,
-    tiny_served_model,
-)
-from tests.helpers.tiny import tiny_tokenizer
-from tests.helpers.transports import hear, hear_end, settles
-
-HIDDEN, LAYER = 32, 1
-KEY = LayerKey("m", LAYER)
-PROMPT = [5, 6, 7]
+from tests.helpers.served_pool import MAX_BODY, ServedPool
+from tests.helpers.transports import hear, hear_end
 
 Act = Callable[[ServedPool], object]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPool]:
-    with served_pool(save_served_model(tmp_path_factory.mktemp("model"))) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def good_text(served: ServedPool) -> str:
-    """What plain transformers says."""
-    model = tiny_served_model()
-    ids = torch.tensor([PROMPT])
-    whole = cast(Any, model).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=6,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    text = tiny_tokenizer().decode(whole[0, len(PROMPT) :], skip_special_tokens=True)
-    assert isinstance(text, str)
-    assert text
-    return text
-
-
-@pytest.fixture(autouse=True)
-def goes_on(served: ServedPool, good_text: str) -> Iterator[None]:
-    """After every test: the same good answer, the same hosts, nothing restarted."""
-    yield
-    assert served.text(PROMPT) == good_text
-    assert all(host._loop.alive for host in served.hosts)
-    assert all(host.report().loop.queued_rows == 0 for host in served.hosts)
-    assert set(served.pool.router.stats().hosts.values()) == {"up"}
-    assert served.engine.stats().restarts == 0
-
 
 # ---- spec ---------------------------------------------------------------------------------------
 
@@ -137,61 +82,8 @@ def http(body: Any, path: str = "completions") -> Act:
 
 ASKED = {"model": "m", "prompt": [5, 6], "max_tokens": 2}
 
+
 # ---- wire ---------------------------------------------------------------------------------------
-
-
-def ask(
-    served: ServedPool,
-    transport: Transport,
-    *,
-    ids: tuple[int, int] | None = None,
-    x_TH: Tensor | None = None,
-    times: int = 1,
-    **fields: Any,
-) -> tuple[Reply, Tensor]:
-    """One call of two rows to the first host, with these fields of its frame set otherwise.
-
-    Raises what the host refuses it with, or HostLost.
-    """
-    host = served.hosts[0]
-    held_here = sorted(host.report().holdings[KEY])
-    chosen = ids or (held_here[0], held_here[1])
-    frame = Frame()
-    call = frame.call
-    call.seq, call.model, call.layer, call.dtype = 1, "m", LAYER, FLOAT32
-    call.incarnation, call.timeout_us = host.incarnation, 10_000_000
-    call.rows, call.hidden, call.top_k = 2, HIDDEN, 2
-    for name in ("rows", "hidden", "top_k", "dtype", "exact"):
-        if name in fields:
-            setattr(call, name, fields.pop(name))
-    dtype = DTYPE_FROM_WIRE.get(call.dtype, torch.float32)
-    announced = CallLayout.of(call.rows, call.hidden, call.top_k, dtype, call.exact)
-    call.payload_bytes = announced.call_bytes
-    for name, value in fields.items():
-        setattr(call, name, value)
-    # What is announced may be absurd; what is written is small.
-    layout = announced if announced.slot_bytes < 1 << 20 else CallLayout.of(2, 32, 2, dtype, False)
-
-    def write(buffer: Tensor) -> None:
-        if call.rows and call.top_k:
-            x, ids_TK, weights_TK = layout.call_tensors(buffer)
-            x.copy_(torch.ones(x.shape) if x_TH is None else x_TH)
-            ids_TK.copy_(torch.tensor(chosen[: ids_TK.shape[1]], dtype=torch.int32))
-            weights_TK.fill_(1.0)
-        if "checksum" not in fields:
-            call.checksum = checksum(call.seq, buffer[: call.payload_bytes])
-
-    channel = connect(host.entry(), transport, router="bad", slots=4)
-    with closing(channel):
-        assert hear(channel)[0].frame.HasField("welcome")
-        with held(host):
-            for _ in range(times):
-                channel.send_call(frame, layout, write)
-        heard = hear(channel)[0]
-        if heard.frame.HasField("refusal"):
-            raise from_wire(heard.frame.refusal.code, heard.frame.refusal.message)
-        assert heard.payload is not None
-        return heard.frame.reply, layout.reply_tensor(heard.payload).clone()
 
 
 def wire(transport: Transport = "shm", **fields: Any) -> Act:
@@ -420,187 +312,3 @@ def test_a_good_call_on_the_same_path_is_answered(served: ServedPool) -> None:
     get()(served)
     load(nothing)(served)
     served.hosts[0].release([ExpertKey("bad", LAYER, 3)])
-
-
-# ---- values that are not finite -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("transport", ["shm", "grpc"])
-def test_hidden_states_that_are_not_finite_accuse_no_expert(
-    served: ServedPool, transport: Transport
-) -> None:
-    x_TH = torch.ones(2, HIDDEN)
-    x_TH[0, 3] = torch.nan
-    reply, y_TH = ask(served, transport, x_TH=x_TH)
-    assert not reply.bad_experts
-    assert y_TH.isfinite().all(dim=1).tolist() == [False, True]
-
-
-def used_experts(served: ServedPool, prompt: list[int]) -> set[int]:
-    """The experts of the layer that a request uses, from its prompt to its last token."""
-    used: set[int] = set()
-    real = served.pool.router.forward
-
-    def forward(key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        if key == KEY:
-            used.update(ids_TK.reshape(-1).tolist())
-        return real(key, x_TH, ids_TK, weights_TK)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(served.pool.router, "forward", forward)
-        served.text(prompt)
-    return used
-
-
-def one_that_differs(served: ServedPool) -> tuple[int, list[int], list[list[int]]]:
-    """(expert, a prompt that uses it, prompts that do not)."""
-    used = {token: used_experts(served, [token]) for token in range(10, 34)}
-    for expert in range(8):
-        users = [token for token, experts in used.items() if expert in experts]
-        others = [token for token, experts in used.items() if expert not in experts]
-        if users and len(others) >= 2:
-            return expert, [users[0]], [[token] for token in others[:2]]
-    raise AssertionError("every request uses every expert")
-
-
-def together(served: ServedPool, prompts: list[list[int]]) -> list[Any]:
-    """The answers to requests that the engine runs in one batch."""
-    with ThreadPoolExecutor(8) as threads:
-        with held(served.hosts[0]):
-            # The others come while this one is in the model.
-            first = threads.submit(served.complete, PROMPT, 1)
-            assert settles(lambda: served.engine.stats().running == 1)
-            answers = [threads.submit(served.complete, prompt) for prompt in prompts]
-            assert settles(lambda: served.engine.stats().waiting == len(prompts))
-        assert first.result(30).status_code == 200
-        return [answer.result(30) for answer in answers]
-
-
-def test_an_expert_that_is_not_finite_hurts_only_the_requests_that_used_it(
-    served: ServedPool,
-) -> None:
-    expert, user, others = one_that_differs(served)
-    key = KEY.expert(expert)
-    expected = [served.text(prompt) for prompt in others]
-    store = served.holder(key)._store
-    sound = store.get(key)
-    store.put(key, sound | {"down": torch.full_like(sound["down"], torch.nan)})
-    try:
-        failed, *fine = together(served, [user, *others])
-    finally:
-        store.put(key, sound)
-    assert failed.status_code == 500
-    error = failed.json()["error"]
-    assert error["code"] == "BadExpert"
-    assert error["message"] == f"expert {expert} of layer {LAYER} of m: output is not finite"
-    assert [answer.json()["choices"][0]["text"] for answer in fine] == expected
-    assert served.complete(user).status_code == 200
-
-
-def test_a_streamed_answer_ends_with_the_error(served: ServedPool) -> None:
-    expert, user, _ = one_that_differs(served)
-    key = KEY.expert(expert)
-    store = served.holder(key)._store
-    sound = store.get(key)
-    asked = {"model": "m", "prompt": user, "max_tokens": 6, "temperature": 0, "stream": True}
-    store.put(key, sound | {"down": torch.full_like(sound["down"], torch.inf)})
-    try:
-        answer = served.http.post("/v1/completions", json=asked)
-    finally:
-        store.put(key, sound)
-    assert f"expert {expert} of layer {LAYER} of m" in answer.text
-    assert "[DONE]" not in answer.text
-
-
-# ---- experts that go away -----------------------------------------------------------------------
-
-
-def test_an_expert_that_is_evicted_in_flight_ends_its_requests_by_name(
-    served: ServedPool,
-) -> None:
-    expert, user, others = one_that_differs(served)
-    key = KEY.expert(expert)
-    host = served.holder(key)
-    expected = [served.text(prompt) for prompt in others]
-    evicting = threading.Thread(target=host.release, args=([key],))
-    with ThreadPoolExecutor(1) as threads, held(host) as go_on:
-        first = threads.submit(served.complete, PROMPT, 1)
-        assert settles(lambda: served.engine.stats().running == 1)
-        evicting.start()
-        assert settles(lambda: len(host._loop._posted) == 1)
-        go_on()
-        first.result(30)
-    evicting.join(30)
-    try:
-        failed, *fine = together(served, [user, *others])
-    finally:
-        ref, shape = host.report().models[0]
-        host.load([(ref, shape)], [key])
-    assert failed.status_code == 503
-    error = failed.json()["error"]
-    assert error["code"] == ExpertUnavailable.__name__
-    assert f"expert {expert} of layer {LAYER} of m: no replica answered" in error["message"]
-    assert [answer.json()["choices"][0]["text"] for answer in fine] == expected
-    assert served.complete(user).status_code == 200
-
-
-# ---- defects inside a host ----------------------------------------------------------------------
-
-
-def test_work_that_fails_in_the_loop_is_raised_to_its_caller(served: ServedPool) -> None:
-    def fail() -> None:
-        raise KeyError("drill")
-
-    with pytest.raises(KeyError, match="drill"):
-        served.hosts[0]._loop.call(fail)
-    # Nothing of it is held, and the place of -1 behind the last expert is no expert.
-    served.hosts[0].release([ExpertKey("m", LAYER, expert) for expert in (8, 99, -1)])
-    reply, _ = ask(served, "shm", ids=(-1, -1))
-    assert reply.seq == 1
-
-
-def test_a_router_that_is_dropped_while_it_speaks(
-    served: ServedPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its end and its frame arrive in the same round of the host's loop."""
-    host = served.hosts[0]
-    loop = host._loop
-    channel = connect(host.entry(), "shm", router="gone", slots=1)
-    with closing(channel):
-        hear(channel)
-        (session,) = [s for s in loop._sessions.values() if s.router == "gone"]
-        computing, go_on = threading.Event(), threading.Event()
-        real = host_loop.compute
-
-        def slow(*args: Any, **kwargs: Any) -> Any:
-            computing.set()
-            assert go_on.wait(30)
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(host_loop, "compute", slow)
-        with ThreadPoolExecutor(1) as threads:
-            answer = threads.submit(ask, served, "shm")
-            assert computing.wait(10)
-            loop.post(lambda: loop._drop(session, HostLost("drill")))
-            ping = Frame()
-            ping.ping.seq = 1
-            channel.send(ping)
-            go_on.set()
-            answer.result(30)
-        hear_end(channel)
-
-
-def test_a_defect_in_a_computation_is_an_error_of_its_calls(
-    served: ServedPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("drill")
-
-    monkeypatch.setattr(host_loop, "compute", fail)
-    answer = served.complete(PROMPT)
-    monkeypatch.undo()
-    assert answer.status_code == 500
-    told, identity = answer.json()["error"]["message"], answer.headers["x-request-id"]
-    assert "drill" not in told
-    assert identity in told
-    assert re.search(f"{identity}.*AssertionError: drill", caplog.text), "the log has the cause"
