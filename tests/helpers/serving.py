@@ -6,9 +6,11 @@ Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,3 +129,9 @@ def assert_right(given: Tensor, expected: Tensor) -> None:
 def sent(router: Router) -> int:
     """Calls that are on their way to hosts now."""
     return sum(len(health.occupied) for health in router._dispatcher.hosts.values())
+
+
+@contextmanager
+def in_background() -> Iterator[Callable[..., Future[Any]]]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool.submit

@@ -27,23 +27,10 @@ from moesaic.cluster.placement import (
     Replica,
 )
 from moesaic.cluster.routing.events import Send
-from tests.helpers.serving import (
-    KEY,
-    LAYER,
-    PATIENT,
-    assert_right,
-    inputs,
-    save_model,
-    serving,
-)
+from tests.helpers.serving import KEY, LAYER, PATIENT, assert_right, inputs, serving
 from tests.helpers.transports import DEADLINE_S, process, settles
 
 KEY_0 = ExpertKey("m", LAYER, 0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def router_on_cuda() -> Router:

@@ -23,26 +23,12 @@ from moesaic.cluster.placement import Placement, PlacementId
 from moesaic.cluster.routing.transports import TransportChoice
 from tests.helpers.proxy import Proxy, proxied
 from tests.helpers.served_pool import held
-from tests.helpers.serving import (
-    KEY,
-    KINDS,
-    PATIENT,
-    Hosts,
-    assert_right,
-    inputs,
-    save_model,
-    serving,
-)
+from tests.helpers.serving import KEY, KINDS, PATIENT, Hosts, assert_right, inputs, serving
 from tests.helpers.transports import settles
 
 SESSIONS = {"shm": ShmSession, "grpc": GrpcSession, "group": GrpcSession}
 # Calls after which it is known how long answers take.
 LEARNING = 40
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def ask(pool: Hosts, router: Router, calls: int = 1, *, tokens: int = 6) -> None:
