@@ -38,6 +38,7 @@ from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable
 from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
 TEXT = "the quick brown fox jumps over the lazy dog. Größe 🙂 日本語 and Paris."
 MAX_BODY = 2**20
 BODIES = BodyLimits(each_bytes=MAX_BODY, all_bytes=8 * MAX_BODY, arrive_s=30.0)
@@ -47,6 +48,11 @@ CALLING = (
     'Let me see. <tool_call>{"name": "weather", "arguments": {"city": "Köln"}}</tool_call>\n'
     '<tool_call>{"name": "time", "arguments": {}}</tool_call>'
 )
+
+
+def chat_ids() -> list[int]:
+    text = TOKENIZER.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    return TOKENIZER(str(text)).input_ids
 
 
 def tool_tokenizer() -> PreTrainedTokenizerFast:

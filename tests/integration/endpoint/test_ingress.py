@@ -4,71 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic.actors.engine.engine import Sampling
-from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
-from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.client import Client
 from moesaic.proto.errors import ExpertUnavailable
 from tests.helpers.engines import reference
-from tests.helpers.live import wait_until
-from tests.helpers.reports import engine_report
-from tests.helpers.service import CALLING, TEXT, TOKENIZER, Service, running_service
+from tests.helpers.service import MESSAGES, TEXT, TOKENIZER, Service, chat_ids
 
 MODELS = ["tiny", "org/script", "plain", "tools", "limited"]
-MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with running_service() as service:
-        yield service
-
-
-@pytest.fixture
-def http(service: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.url, timeout=30) as client:
-        yield client
-
-
-@pytest.fixture
-def operator(service: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.monitoring, timeout=30) as client:
-        yield client
-
-
-@pytest.fixture
-def official(service: Service) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=30
-    ) as client:
-        yield client
 
 
 def text_of(ids: Sequence[int]) -> str:
     text = TOKENIZER.decode(list(ids), skip_special_tokens=True)
     assert isinstance(text, str)
     return text
-
-
-def chat_ids() -> list[int]:
-    text = TOKENIZER.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
-    return TOKENIZER(str(text)).input_ids
-
-
-def wait_until_idle(engine: TransformersEngine) -> None:
-    deadline = time.monotonic() + 10
-    while engine.stats().running or engine.stats().waiting:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_models(official: openai.OpenAI) -> None:
@@ -251,72 +206,6 @@ def test_request_ids_that_are_not_plain_are_replaced(http: httpx.Client) -> None
         assert len(answer.headers["x-request-id"]) == 32
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_cancels_its_request(service: Service, stream: bool) -> None:
-    body = {"model": "tiny", "prompt": "the", "max_tokens": 4000, "temperature": 0}
-    before = service.engine.stats().steps
-    with httpx.Client(base_url=service.url, timeout=httpx.Timeout(30, read=0.3)) as http:
-        if stream:
-            with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-                next(answer.iter_lines())
-                # A moment may pass between the first token and the count of the scheduler.
-                wait_until(lambda: service.engine.stats().running == 1, 10.0)
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                http.post("/v1/completions", json=body)
-    wait_until_idle(service.engine)
-    assert service.engine.stats().steps - before < 4000
-
-
-def test_going_away_before_the_first_token_cancels_too(service: Service) -> None:
-    before = service.script.cancelled
-    body = {"model": "org/script", "prompt": ["wait", "wait"], "stream": True}
-    with (
-        httpx.Client(base_url=service.url, timeout=httpx.Timeout(30, read=0.2)) as http,
-        pytest.raises(httpx.ReadTimeout),
-    ):
-        http.post("/v1/completions", json=body)
-    deadline = time.monotonic() + 10
-    while service.script.cancelled < before + 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def test_an_error_before_the_first_token_has_its_status(http: httpx.Client) -> None:
-    for stream in (False, True):
-        body = {"model": "org/script", "prompt": "busy", "stream": stream}
-        answer = http.post("/v1/completions", json=body)
-        assert answer.status_code == 429
-        assert answer.headers["retry-after"] == "1"
-        assert answer.json()["error"]["code"] == "Busy"
-        answer = http.post("/v1/completions", json={**body, "prompt": "broken"})
-        assert answer.status_code == 500
-        assert answer.json()["error"]["code"] == "InternalError"
-
-
-def test_an_error_in_the_middle_of_a_stream_is_its_last_event(
-    http: httpx.Client, official: openai.OpenAI
-) -> None:
-    body = {"model": "org/script", "prompt": "lost", "max_tokens": 99, "stream": True}
-    answer = http.post("/v1/completions", json=body)
-    assert answer.status_code == 200
-    events = answer.text.strip().split("\n\n")
-    assert len(events) > 5
-    last = json.loads(events[-1].removeprefix("data: "))["error"]
-    assert last["code"] == "ExpertUnavailable"
-    assert "expert tiny/1/2" in last["message"]
-    with pytest.raises(openai.APIError, match="expert tiny/1/2"):
-        list(
-            official.completions.create(
-                model="org/script", prompt="lost", max_tokens=99, stream=True
-            )
-        )
-    answer = http.post("/v1/completions", json={**body, "prompt": "bug"})
-    assert '"code":"InternalError"' in answer.text.strip().split("\n\n")[-1]
-    answer = http.post("/v1/completions", json={**body, "prompt": "lost", "stream": False})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ExpertUnavailable")
-
-
 def test_our_own_client(service: Service) -> None:
     with Client(service.url) as client:
         assert [model.id for model in client.models()] == MODELS
@@ -327,75 +216,6 @@ def test_our_own_client(service: Service) -> None:
         assert chunks[-1].usage is not None
         with pytest.raises(ExpertUnavailable):
             list(client.stream_complete("lost", model="org/script", max_tokens=99))
-
-
-WEATHER: Any = {
-    "type": "function",
-    "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
-}
-
-
-def test_tools_are_told_of_and_called(official: openai.OpenAI, service: Service) -> None:
-    asked: dict[str, Any] = {"model": "tools", "messages": MESSAGES, "tools": [WEATHER]}
-    choice = official.chat.completions.create(**asked).choices[0]
-    assert '"name": "weather"' in service.tools.prompt
-    assert choice.finish_reason == "tool_calls"
-    assert choice.message.content is not None
-    assert choice.message.content.strip() == "Let me see."
-    calls: Any = choice.message.tool_calls
-    assert [one.function.name for one in calls] == ["weather", "time"]
-    assert json.loads(calls[0].function.arguments) == {"city": "Köln"}
-    answers = [
-        choice.message,
-        {"role": "tool", "tool_call_id": calls[0].id, "content": "rain"},
-        {"role": "tool", "tool_call_id": calls[1].id, "content": "noon"},
-    ]
-    official.chat.completions.create(**{**asked, "messages": [*MESSAGES, *answers]})
-    assert "Köln" in service.tools.prompt
-    assert "rain" in service.tools.prompt
-    one = official.chat.completions.create(**asked, parallel_tool_calls=False).choices[0]
-    assert one.finish_reason == "tool_calls"
-    assert len(one.message.tool_calls or ()) == 1
-    text = official.chat.completions.create(**asked, tool_choice="none").choices[0]
-    assert "weather" not in service.tools.prompt
-    assert text.message.content == CALLING
-    assert text.message.tool_calls is None
-
-
-def test_calls_of_tools_in_a_stream(official: openai.OpenAI) -> None:
-    """The official client's own accumulation puts them together."""
-    with official.chat.completions.stream(
-        model="tools", messages=MESSAGES, tools=[WEATHER]
-    ) as stream:
-        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
-        choice = stream.get_final_completion().choices[0]
-    assert choice.finish_reason == "tool_calls"
-    calls: Any = choice.message.tool_calls
-    assert [one.function.name for one in calls] == ["weather", "time"]
-    assert [event.name for event in done] == ["weather", "time"]
-
-
-def test_variables_of_the_template(official: openai.OpenAI, service: Service) -> None:
-    official.chat.completions.create(
-        model="tools",
-        messages=MESSAGES,
-        extra_body={"chat_template_kwargs": {"style": "In rhymes."}},
-    )
-    assert service.tools.prompt.startswith("In rhymes.")
-
-
-def test_a_template_without_tools_refuses_them(official: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="does not support tools"):
-        official.chat.completions.create(model="org/script", messages=MESSAGES, tools=[WEATHER])
-
-
-def test_the_form_of_an_answer_reaches_the_engine(
-    official: openai.OpenAI, service: Service
-) -> None:
-    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1]}}}
-    official.chat.completions.create(model="org/script", messages=MESSAGES, response_format=form)
-    assert service.script.sampling is not None
-    assert service.script.sampling.form == AnswerForm(json_schema='{"enum": [1]}')
 
 
 def test_an_echo_begins_with_the_prompt(official: openai.OpenAI) -> None:
@@ -410,67 +230,6 @@ def test_an_echo_begins_with_the_prompt(official: openai.OpenAI) -> None:
         assert "".join(chunk.choices[0].text for chunk in stream) == words + plain[0].text
     with pytest.raises(openai.BadRequestError, match="echo: not allowed with logprobs"):
         official.completions.create(prompt="the", logprobs=1, **asked)
-
-
-def metrics_of(operator: httpx.Client) -> dict[str, float]:
-    answer = operator.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain")
-    return {
-        f"{sample.name}{sorted(sample.labels.items())}": sample.value
-        for family in text_string_to_metric_families(answer.text)
-        for sample in family.samples
-    }
-
-
-def test_metrics_count_what_was_done(
-    http: httpx.Client, operator: httpx.Client, official: openai.OpenAI
-) -> None:
-    before = metrics_of(operator)
-    prompt = TOKENIZER("the quick").input_ids
-    official.completions.create(model="org/script", prompt=prompt, max_tokens=5, n=2)
-    list(official.completions.create(model="org/script", prompt=prompt, max_tokens=5, stream=True))
-    with pytest.raises(openai.APIStatusError):
-        official.completions.create(model="org/script", prompt="lost", max_tokens=99)
-    assert http.post("/v1/completions", json={"model": "none"}).status_code == 400
-    assert http.get("/no/such/page").status_code == 404
-    after = metrics_of(operator)
-
-    def grown(name: str, **labels: str) -> float:
-        key = f"moesaic_{name}{sorted(labels.items())}"
-        return after.get(key, 0.0) - before.get(key, 0.0)
-
-    def of_model(name: str) -> float:
-        return grown(name, model="org/script")
-
-    assert grown("choices_total", model="org/script", reason="length") == 3
-    assert grown("choices_total", model="org/script", reason="ExpertUnavailable") == 1
-    assert of_model("generated_tokens_total") == 3 * 5 + 10
-    assert of_model("prompt_tokens_total") == 2 * len(prompt) + len(TOKENIZER("lost").input_ids)
-    assert of_model("time_to_first_token_seconds_count") == 4
-    assert of_model("inter_token_latency_seconds_count") > 0
-    assert of_model("request_latency_seconds_count") == 3
-    assert after["moesaic_requests_running[('model', 'org/script')]"] == 0
-    assert grown("http_responses_total", path="/v1/completions", status="200") == 2
-    assert grown("http_responses_total", path="/v1/completions", status="400") == 1
-    assert grown("http_responses_total", path="other", status="404") == 1
-
-
-def test_the_state_of_the_engines_is_among_the_metrics(
-    operator: httpx.Client, service: Service
-) -> None:
-    service.engine_reports["tiny"] = engine_report(running_requests=3, parked_requests=1)
-    try:
-        found = metrics_of(operator)
-    finally:
-        service.engine_reports.clear()
-    assert found["moesaic_engine_running[('model', 'tiny')]"] == 3
-    assert found["moesaic_engine_parked[('model', 'tiny')]"] == 1
-    assert found["moesaic_engine_healthy[('model', 'tiny')]"] == 1
-    service.healthy = False
-    try:
-        assert any(name.startswith("moesaic_http_responses") for name in metrics_of(operator))
-    finally:
-        service.healthy = True
 
 
 def test_limits_of_the_spec(http: httpx.Client) -> None:
@@ -495,39 +254,3 @@ def test_limits_of_the_spec(http: httpx.Client) -> None:
     assert late.status_code == 504
     assert late.json()["error"]["code"] == "Expired"
     assert "request_s" in late.json()["error"]["message"]
-
-
-def test_status_and_metrics_are_elsewhere(
-    http: httpx.Client, operator: httpx.Client, service: Service
-) -> None:
-    assert operator.get("/status").json() == {"healthy": True, "engines": {}, "cluster": None}
-    service.healthy = False
-    try:
-        answer = operator.get("/status")
-        assert answer.status_code == 503
-        assert answer.json()["error"]["message"] == "the trunk is gone", "operators hear all"
-    finally:
-        service.healthy = True
-    for path in ("/status", "/metrics"):
-        assert http.get(path).status_code == 404
-        # Nor does a page hear of it whose name was made to lead here.
-        foreign = operator.get(path, headers={"host": "evil.example"})
-        assert (foreign.status_code, foreign.json()["error"]["code"]) == (403, "Forbidden")
-        assert operator.get(path, headers={"origin": "https://evil.example"}).status_code == 403
-    assert operator.get("/nothing").status_code == 404
-
-
-def test_probes(http: httpx.Client, operator: httpx.Client, service: Service) -> None:
-    service.healthy = False
-    try:
-        assert operator.get("/status").status_code == 503
-        # Who cannot say how the cluster is may serve all the same.
-        for probe in ("/livez", "/startupz", "/readyz", "/readyz?model=org/script"):
-            for answer in (http.get(probe), http.head(probe), operator.get(probe)):
-                assert answer.status_code == 200
-                assert answer.headers["cache-control"] == "no-store"
-            assert http.get(probe).text == "ok\n"
-    finally:
-        service.healthy = True
-    unknown = http.get("/readyz?model=other")
-    assert (unknown.status_code, unknown.text) == (404, "unknown model\n")

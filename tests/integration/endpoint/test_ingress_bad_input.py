@@ -11,9 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.helpers.service import MAX_BODY, Service, running_service
+from tests.helpers.service import MAX_BODY, MESSAGES, Service
 
-MESSAGES = [{"role": "user", "content": "hi"}]
 TINY = {"model": "tiny", "prompt": "the"}
 BAD: list[tuple[str, Any, int, str | None, str]] = [
     # path, JSON body (or raw bytes), status, param, what the message says
@@ -61,18 +60,6 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     ("nothing", {}, 404, None, "POST /v1/nothing: Not Found"),
     ("models", {}, 405, None, "Method Not Allowed"),
 ]
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with running_service() as service:
-        yield service
-
-
-@pytest.fixture
-def http(service: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.url, timeout=30) as client:
-        yield client
 
 
 @pytest.mark.parametrize(("path", "body", "status", "param", "message"), BAD)

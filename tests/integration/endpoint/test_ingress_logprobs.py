@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -12,34 +11,7 @@ import pytest
 import torch
 
 from tests.helpers.engines import reference
-from tests.helpers.service import TEXT, TOKENIZER, Service, running_service
-
-MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with running_service() as service:
-        yield service
-
-
-@pytest.fixture
-def http(service: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.url, timeout=30) as client:
-        yield client
-
-
-@pytest.fixture
-def official(service: Service) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=30
-    ) as client:
-        yield client
-
-
-def chat_ids() -> list[int]:
-    text = TOKENIZER.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
-    return TOKENIZER(str(text)).input_ids
+from tests.helpers.service import MESSAGES, TEXT, TOKENIZER, Service, chat_ids
 
 
 def test_log_probabilities_in_both_forms(official: openai.OpenAI, service: Service) -> None:
