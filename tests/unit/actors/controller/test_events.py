@@ -15,8 +15,8 @@ from moesaic.cluster.planner.plan import FleetGroup, OperatorConstraints
 from moesaic.cluster.scaling.autoscaler import ScalePolicy
 from moesaic.cluster.scaling.fleet import Fleet
 from tests.helpers.control_world import ControlWorld
+from tests.helpers.fleet_world import started
 from tests.unit.cluster.control.test_idle_models import SleepyWorld
-from tests.unit.cluster.scaling.test_fleet import started
 
 Caught = pytest.LogCaptureFixture
 

@@ -3,120 +3,17 @@ and changes of controllers."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.control.commands import Publish
-from moesaic.cluster.control.control import Control
 from moesaic.cluster.load.meter import HostTimes, LoadReport
-from moesaic.cluster.placement import LayerKey, ModelShape
+from moesaic.cluster.placement import ModelShape
 from moesaic.cluster.planner.capacity import capacity_shortage
-from moesaic.cluster.planner.plan import FleetGroup, OperatorConstraints, PoolHost
+from moesaic.cluster.planner.plan import OperatorConstraints, PoolHost
 from moesaic.cluster.scaling.autoscaler import ScalePolicy
-from moesaic.cluster.scaling.fleet import Fleet
-from tests.helpers.control_world import POLICY, ControlWorld, SimHost, counts, shape
-
-# Only hands scale, where a test does not say otherwise.
-BY_HAND = ScalePolicy(up_after_s=1e9, down_after_s=1e9)
-PENDING_S = 60.0
-
-
-class FleetWorld(ControlWorld):
-    """Starts and ends hosts as a `Fleet` wants them."""
-
-    def __init__(
-        self,
-        groups: list[FleetGroup],
-        models: list[tuple[ModelShape, bool]],
-        *,
-        scale: ScalePolicy = BY_HAND,
-    ) -> None:
-        self.groups = groups
-        self.scale_policy = scale
-        self.kept: str | None = None
-        self.machines_come = True
-        self.started: list[str] = []
-        self.late: frozenset[str] = frozenset()
-        super().__init__(0, models)
-        self.start_hosts()
-
-    def new_control(self) -> Control:
-        self.fleet = Fleet(
-            self.groups,
-            self.scale_policy,
-            pending_s=PENDING_S,
-            kept=json.loads(self.kept) if self.kept else None,
-        )
-        control = Control(self.fleet.pool_hosts(), term=self.term, policy=self.policy)
-        self.fleet.take_over(control)
-        return control
-
-    def start_hosts(self) -> None:
-        """What the cluster's owner does."""
-        self.kept = json.dumps(self.fleet.snapshot())
-        desired = self.fleet.desired()
-        for name in self.hosts.keys() - desired.keys():
-            self._end(name)
-        for name in sorted(desired.keys() - self.hosts.keys()) if self.machines_come else ():
-            assert name not in self.started, "a name is used again"
-            self.started.append(name)
-            self.hosts[name] = SimHost(name)
-
-    def _end(self, name: str) -> None:
-        host = self.hosts.pop(name)
-        last = self.reported.pop(name, None)
-        for key in last.experts() if last is not None else ():
-            # As when it is frozen and cannot forget.
-            assert any(seen.holds(key) for seen in self.reported.values()), "the last replica"
-        if last == host.observe():
-            assert self.late or not host.held, "ended with experts on it"
-        for router in self.routers.values():
-            if router.follows is not None and self.now - router.heard_at <= POLICY.lease_s:
-                assert name not in router.follows.hosts, "ended under a router that knows it"
-
-    def tick(self, late: frozenset[str] = frozenset(), seconds: float = 0.5) -> bool:
-        size = self.fleet.version
-        self.late = late
-        acted = super().tick(late, seconds)
-        self.fleet.tick(self.control, self.now)
-        self.start_hosts()
-        return acted or self.fleet.version != size
-
-    def scale(self, count: int, group: int = 0) -> list[str]:
-        """Gives the hosts that leave."""
-        scaling = self.fleet.scale(self.control, group, count, who="test", now=self.now)
-        self.start_hosts()
-        return scaling.leaving
-
-    def finish(self, rounds: int = 60) -> None:
-        for _ in range(rounds):
-            self.tick()
-            for name in self.routers:
-                self.report(name)
-            for name, host in list(self.hosts.items()):
-                while host.loading:
-                    self.load_one(name)
-
-
-def group(count: int = 2, **more: object) -> FleetGroup:
-    values = {"count": count, "min_count": 1, "max_count": 6}
-    return FleetGroup(**(values | more))  # pyright: ignore[reportArgumentType]
-
-
-def started(*groups: FleetGroup, replicas: int = 1, **more: object) -> FleetWorld:
-    models = [(shape("m", replicas=replicas), True)]
-    world = FleetWorld(list(groups) or [group()], models, **more)  # pyright: ignore[reportArgumentType]
-    world.finish()
-    assert world.published
-    return world
-
-
-def stage(world: FleetWorld) -> str:
-    return world.fleet.scalings.all[-1].phase
-
+from tests.helpers.control_world import counts, shape
+from tests.helpers.fleet_world import PENDING_S, FleetWorld, group, stage, started
 
 KINDS = (
     *("tick",) * 6,
@@ -235,199 +132,6 @@ def test_one_new_host_among_many_is_put_to_use() -> None:
     assert len(world.hosts["host-32"].held) >= 2
 
 
-def test_the_host_with_the_fewest_experts_leaves_and_the_newest_of_equals() -> None:
-    world = started(group(3, slots=8))
-    world.hosts["host-1"].held = set(sorted(world.hosts["host-1"].held)[:1])
-    world.control.policy = POLICY
-    world.tick()
-    assert world.scale(2) == ["host-1"]
-    world.finish()
-    assert sorted(world.hosts) == ["host-0", "host-2"]
-    assert world.scale(3) == []
-    world.finish()
-    # Names go on.
-    assert sorted(world.hosts) == ["host-0", "host-2", "host-3"]
-
-
-def test_one_that_is_not_up_leaves_first_then_one_that_is_drained() -> None:
-    world = started(group(3, slots=8))
-    world.machines_come = False
-    world.scale(4)
-    assert world.scale(3) == ["host-3"]
-    world.finish()
-    assert stage(world) == "done"
-    world.constraints = OperatorConstraints(leaving=frozenset({"host-0"}))
-    world.control.set_constraints(world.constraints)
-    world.tick()
-    assert world.scale(2) == ["host-0"]
-    world.finish()
-    assert world.control.constraints.leaving == frozenset()
-
-
-def test_scaling_up_again_takes_back_what_was_leaving() -> None:
-    world = started(group(3))
-    (leaving,) = world.scale(2)
-    world.tick()
-    world.scale(3)
-    assert world.fleet.scalings.all[-1].coming == [leaving]
-    world.finish()
-    assert leaving in world.hosts
-    assert len(world.started) == 3, "nothing new was started"
-    assert [one.phase for one in world.fleet.scalings.all] == ["superseded", "done"]
-    placement = world.control.placement
-    assert placement is not None
-    assert leaving in placement.hosts
-
-
-def test_a_host_that_leaves_waits_for_the_slowest_router() -> None:
-    world = started(group(2))
-    (leaving,) = world.scale(1)
-    for _ in range(20):
-        world.tick(seconds=0.2)
-        world.report("r0")
-        if world.now - world.routers["r1"].heard_at < POLICY.lease_s:
-            assert leaving in world.hosts, "r1 still follows an old placement"
-        for name, host in world.hosts.items():
-            while host.loading:
-                world.load_one(name)
-    for _ in range(40):
-        world.tick(seconds=0.5)
-        world.report("r0")
-    assert leaving not in world.hosts, "r1 was silent for a lease"
-
-
-def test_a_host_that_froze_while_it_left_is_let_go() -> None:
-    world = started(group(2))
-    (leaving,) = world.scale(1)
-
-    def run(rounds: int) -> None:
-        for _ in range(rounds):
-            world.tick(frozenset({leaving}))
-            for name in world.routers:
-                world.report(name)
-            for name, host in world.hosts.items():
-                while name != leaving and host.loading:
-                    world.load_one(name)
-
-    run(8)
-    assert leaving in world.hosts
-    assert world.hosts[leaving].held
-    run(20)
-    assert leaving not in world.hosts
-    assert stage(world) == "done"
-
-
-def test_a_host_that_froze_stays_while_it_may_hold_the_last_replica() -> None:
-    world = started(group(3), replicas=2)
-    follows = world.published[-1].id
-    (leaving,) = world.scale(2)
-    for _ in range(4):
-        world.tick(frozenset({leaving}), seconds=POLICY.host_timeout_s / 2)
-        # A router that does not follow yet keeps it.
-        world.control.hear(LoadReport(router="r0", placement_id=follows), world.now)
-    assert leaving not in world.control.view.observations
-    assert leaving in world.hosts
-    del world.reported[leaving]
-    for name in world.hosts.keys() - {leaving}:
-        world.kill(name)
-    for _ in range(20):
-        world.tick(frozenset({leaving}))
-        for name in world.routers:
-            world.report(name)
-    assert leaving in world.hosts, "nobody else has its experts now"
-    for name in world.hosts:
-        world.restart(name)
-    for _ in range(40):
-        world.tick(frozenset({leaving}))
-        for name in world.routers:
-            world.report(name)
-        for name, host in world.hosts.items():
-            while name != leaving and host.loading:
-                world.load_one(name)
-    assert leaving not in world.hosts
-
-
-def test_a_host_that_a_new_controller_never_saw_stays_while_it_may_hold_the_last_replica() -> None:
-    world = FleetWorld([group(3)], [(shape("m"), True), (shape("n"), True)])
-    world.finish()
-    (leaving,) = world.scale(2)
-    only = set(world.hosts[leaving].held)
-    assert {key.model for key in only} == {"m", "n"}
-    world.take_over()
-
-    def rounds(number: int, loaded: set[str]) -> None:
-        for _ in range(number):
-            world.tick(frozenset({leaving}))
-            for name in world.routers:
-                world.report(name)
-            for name, host in list(world.hosts.items()):
-                while host.loading and host.loading[0][0].model in loaded:
-                    world.load_one(name)
-
-    rounds(20, {"m"})
-    assert {layer.model for layer in world.published[-1].layers} == {"m"}
-    assert leaving in world.hosts
-    rounds(40, {"m", "n"})
-    assert leaving not in world.hosts
-    assert only <= {key for host in world.hosts.values() for key in host.held}
-
-
-def test_a_host_whose_experts_find_no_room_serves_on_and_leaves_when_there_is_some() -> None:
-    world = started(group(3, slots=4))
-    held = {name: len(host.held) for name, host in world.hosts.items()}
-    assert sum(held.values()) >= 8
-    (leaving,) = world.scale(2)
-    (dead,) = world.hosts.keys() - {leaving, "host-0" if leaving != "host-0" else "host-1"}
-    world.finish(1)
-    world.kill(dead)
-    for _ in range(20):
-        world.tick(seconds=1.0)
-        for name in world.routers:
-            world.report(name)
-        for name, host in list(world.hosts.items()):
-            while host.loading:
-                world.load_one(name)
-    assert stage(world) == "no_room"
-    words = world.control.drain_blockers()[leaving]
-    assert "no other host has room for" in words
-    placement = world.control.placement
-    assert placement is not None
-    assert all(all(replicas) for layer in placement.layers.values() for replicas in layer.replicas)
-    # It dies too, and comes back: what has no other place is loaded there again.
-    world.kill(leaving)
-    world.finish(2)
-    world.restart(leaving)
-    world.finish(20)
-    assert world.hosts[leaving].held
-    world.restart(dead)
-    world.finish()
-    assert leaving not in world.hosts
-    assert world.control.drain_blockers() == {}
-
-
-def test_a_host_whose_report_is_old_is_not_let_go() -> None:
-    world = FleetWorld([group(2)], [(shape("m"), True)])
-    world.tick()
-    world.tick()  # loads have begun, behind what the hosts reported
-    (leaving,) = world.scale(1)
-    world.load_one(leaving)
-    for _ in range(3):
-        world.tick(frozenset({leaving}), seconds=1.5)
-        assert leaving in world.hosts
-    world.finish()
-    assert leaving not in world.hosts
-
-
-def test_a_host_that_died_while_it_left_is_let_go() -> None:
-    world = started(group(2))
-    (leaving,) = world.scale(1)
-    world.tick()
-    world.kill(leaving)
-    world.finish()
-    assert list(world.hosts) == [{"host-0": "host-1", "host-1": "host-0"}[leaving]]
-    assert stage(world) == "done"
-
-
 def test_scaling_is_idempotent() -> None:
     world = started(group(2))
     first = world.fleet.scale(world.control, 0, 3, who="a", now=world.now)
@@ -523,16 +227,6 @@ def test_another_controller_goes_on_with_the_same_hosts() -> None:
     assert "host-4" in world.hosts
 
 
-def test_a_report_of_a_removed_host_is_not_taken_in() -> None:
-    world = started(group(2))
-    (leaving,) = world.scale(1)
-    late = {leaving: world.hosts[leaving].observe()}
-    world.finish()
-    commands = world.control.tick(late, world.now)
-    assert not [one for one in commands if isinstance(one, Publish)]
-    assert leaving not in world.control.view.observations
-
-
 def test_room_counts_the_bounds_of_each_host() -> None:
     one = ModelShape(model="m", experts={0: 8}, expert_bytes=10, replicas=1)
     bounded = PoolHost(name="a", slots=9, memory_bytes=55)
@@ -545,14 +239,3 @@ def test_room_counts_the_bounds_of_each_host() -> None:
         == "balance.redundancy 1 needs 2 failure domains"
     )
     assert capacity_shortage([], [one], redundancy=0) == "no host would be left"
-
-
-def test_layers_of_the_target_name_only_hosts_that_stay() -> None:
-    world = started(group(3))
-    leaving = world.scale(1)
-    world.finish()
-    placement = world.control.placement
-    assert placement is not None
-    layer = placement.layers[LayerKey("m", 0)]
-    named = {name for expert in range(4) for name in layer.hosts(expert)}
-    assert named.isdisjoint(leaving)
