@@ -301,3 +301,23 @@ def counts(world: ControlWorld, seed: int) -> dict[LayerKey, np.ndarray]:
         for s, _ in world.models
         for layer, experts in s.experts.items()
     }
+
+
+def started(hosts: int = 2, *, replicas: int = 2, **more: object) -> ControlWorld:
+    world = ControlWorld(hosts, [(shape("m", replicas=replicas), True)], **more)  # pyright: ignore[reportArgumentType]
+    policy = world.control.policy
+    world.settle()
+    world.control.policy = policy
+    assert world.published
+    return world
+
+
+def finish(world: ControlWorld, rounds: int = 30, *, late: frozenset[str] = frozenset()) -> None:
+    """Ticks, loads and routers' reports, with the balancer as the world's policy has it."""
+    for _ in range(rounds):
+        world.tick(late)
+        for name in world.routers:
+            world.report(name)
+        for name, host in world.hosts.items():
+            while host.loading:
+                world.load_one(name)
