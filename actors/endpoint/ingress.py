@@ -250,7 +250,8 @@ def _add_errors(app: FastAPI) -> None:
 def _find(models: Mapping[str, ServedModel], model_id: str) -> ServedModel:
     if model_id not in models:
         raise UnknownModel(
-            f"the model {model_id!r} does not exist; there are: {', '.join(models)}", param="model"
+            f"the model {model_id!r} does not exist; use one of: {', '.join(models)}",
+            param="model",
         )
     return models[model_id]
 

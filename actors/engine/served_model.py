@@ -281,4 +281,7 @@ async def within(
 
 
 def _too_long(seconds: float | None) -> Expired:
-    return Expired(f"the request took longer than {seconds or 0:g} s (endpoint.limits.request_s)")
+    return Expired(
+        f"the request took longer than {seconds or 0:g} s (endpoint.limits.request_s); ask for "
+        "fewer tokens, or send it again later"
+    )

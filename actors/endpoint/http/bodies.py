@@ -77,7 +77,10 @@ class Bodies:
         declared = request.headers.get("content-length", "0")
         most = self._limits.each_bytes
         if not (declared.isascii() and declared.isdigit()) or int(declared) > most:
-            raise BodyTooLarge(f"the body has {declared} bytes; at most {most} are allowed")
+            raise BodyTooLarge(
+                f"the body has {declared} bytes; at most {most} are allowed "
+                "(endpoint.limits.body_mb)"
+            )
         body = _Body(self._clock(), asyncio.timeout(self._limits.arrive_s))
         self._admit(body, int(declared))
         try:
@@ -101,7 +104,7 @@ class Bodies:
                 raise self._overloaded() from None
             raise SlowBody(
                 f"the body did not arrive within {self._limits.arrive_s:g} s "
-                "(endpoint.limits.body_s)"
+                "(endpoint.limits.body_s); send the request again"
             ) from None
         finally:
             self._arriving.pop(body, None)
@@ -113,7 +116,10 @@ class Bodies:
 
     def _take(self, body: _Body, new: int) -> None:
         if body.size + new > self._limits.each_bytes:
-            raise BodyTooLarge(f"the body has more than {self._limits.each_bytes} bytes")
+            raise BodyTooLarge(
+                f"the body has more than {self._limits.each_bytes} bytes, the most that are "
+                "allowed (endpoint.limits.body_mb)"
+            )
         self._make_room(new, keep=body)
         body.size += new
         self._held_bytes += new

@@ -51,7 +51,7 @@ class Gate:
             for request in self._running:
                 request.reschedule(until)
             log.info(
-                "the endpoint refuses new requests; %d running ones have %g s",
+                "the endpoint refuses new requests; the %d running requests have %g s to finish",
                 self.running,
                 drain_s,
             )
@@ -74,8 +74,9 @@ class Gate:
 
     def too_late(self) -> Ending:
         return Ending(
-            f"the service is ending, and this took longer than the {self._drain_s or 0:g} s that "
-            "were left (endpoint.drain_s); send it again, elsewhere or later"
+            f"the service is ending, and the request did not finish within the "
+            f"{self._drain_s or 0:g} s that it had left (endpoint.drain_s); send it again later, "
+            "or to another endpoint"
         )
 
 

@@ -62,7 +62,7 @@ def monitoring_app(
             found = await _in_time(engines())
         except MoesaicError as error:
             # The endpoint's own counts do not depend on the engines.
-            logger.warning("metrics without the engines: %s: %s", error.code, error)
+            logger.warning("/metrics lacks the engines' values: %s: %s", error.code, error)
             found = {}
         return Response(metrics.text(found), media_type=CONTENT_TYPE)
 
@@ -79,7 +79,7 @@ async def _in_time(asked: Awaitable[T]) -> T:
         async with asyncio.timeout(STATUS_TIMEOUT_S):
             return await asked
     except TimeoutError:
-        text = f"the cluster's status did not come within {STATUS_TIMEOUT_S:g} s; ask again"
+        text = f"the cluster's status did not arrive within {STATUS_TIMEOUT_S:g} s; ask again"
         raise NoAnswer(text) from None
 
 

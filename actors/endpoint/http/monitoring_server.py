@@ -54,7 +54,11 @@ async def _serve(app: ASGIApp, host: str, port: int) -> None:
             await _serve_on(app, listener)
     except Exception:
         # Whatever it is, the endpoint goes on without its monitoring.
-        logger.exception("monitoring.port: nothing serves at %s:%d any more", host, port)
+        logger.exception(
+            "monitoring.port: the server at %s:%d has ended; the endpoint goes on without it",
+            host,
+            port,
+        )
 
 
 async def _serve_on(app: ASGIApp, listener: socket.socket) -> None:

@@ -87,7 +87,10 @@ def _error(scope: Scope, status: int) -> MoesaicError:
         case 404:
             return RequestError(f"{scope['method']} {scope['path'][:200]}: Not Found")
         case 408:
-            return Expired("the request took longer than it may (endpoint.limits.request_s)")
+            return Expired(
+                "the request took longer than endpoint.limits.request_s allows; ask for fewer "
+                "tokens, or send it again later"
+            )
         case 429 | 503:
             return NoAnswer()
         case _:

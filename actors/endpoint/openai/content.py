@@ -73,13 +73,14 @@ def _text_of(part: Any, path: str, kinds: tuple[str, ...]) -> str:
     if kind not in kinds:
         raise misfit(
             f"{path}.type",
-            f"parts of this type are not supported; there are: {', '.join(kinds)}",
+            f"this type of part is not supported here; use {' or '.join(kinds)}",
             kind,
         )
     if not isinstance(part.get(kind), str):
         raise misfit(f"{path}.{kind}", "must be a string", part.get(kind))
     if more := sorted(set(part) - {"type", kind}):
-        raise misfit(f"{path}.{more[0]}", f"is no key of a {kind} part", part[more[0]])
+        why = f"is not a key of a {kind} part; leave it out"
+        raise misfit(f"{path}.{more[0]}", why, part[more[0]])
     return part[kind]
 
 

@@ -182,11 +182,17 @@ class CompletionRequest(_Generation):
     def _fitting(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
             raise misfit(
-                "echo", "not allowed with logprobs: prompt tokens have none here", self.echo
+                "echo",
+                "is not allowed with logprobs, since this service has none of prompt tokens",
+                self.echo,
             )
         if len(self.prompt) * self.choices > MAX_CHOICES:
+            most, prompts = MAX_CHOICES // len(self.prompt), len(self.prompt)
             raise misfit(
-                "n", f"{len(self.prompt)} prompts x n exceed {MAX_CHOICES} choices", self.choices
+                "n",
+                f"may be at most {most} with {prompts} prompts, "
+                f"since a request may have at most {MAX_CHOICES} choices",
+                self.choices,
             )
         return self
 
@@ -231,7 +237,9 @@ class Message(Strict):
             raise misfit("refusal", "is only allowed with role='assistant'", self.refusal)
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise misfit(
-                "tool_call_id", "belongs to role='tool', which needs it", self.tool_call_id
+                "tool_call_id",
+                "is required with role='tool', and not allowed with other roles",
+                self.tool_call_id,
             )
         return self
 
@@ -363,7 +371,8 @@ def parse_request(kind: type[R], body: bytes) -> R:
         value = data.pop(name, None)
         if value is not None and not any(_same(value, allowed) for allowed in neutral):
             raise RequestError(
-                f"{name}={short(value)} is not supported by this service", param=name
+                f"{name}={short(value)} is not supported by this service; leave {name} out",
+                param=name,
             )
     try:
         return kind.model_validate(data)

@@ -36,7 +36,7 @@ def _check_biases(value: Any) -> tuple[tuple[int, float], ...]:
             )
         if not -100 <= bias <= 100:
             raise PydanticCustomError(
-                "logit_bias", "has {bias}; -100 to 100 are allowed", {"bias": repr(bias)}
+                "logit_bias", "has the bias {bias}; -100 to 100 are allowed", {"bias": repr(bias)}
             )
     return tuple((int(token), float(bias)) for token, bias in value.items())
 

@@ -33,9 +33,12 @@ def _check_options(value: Any) -> dict[str, Any]:
     for name in value:
         # The tokenizer sets the special tokens.
         if name in _RESERVED or name.endswith("_token"):
-            raise wrong(f"has the name {name!r}, which a request may not set there")
+            raise wrong(f"has the name {name!r}, which the service sets itself; leave it out")
         if not re.fullmatch(_NAME, name):
-            raise wrong(f"has the name {name[:70]!r}; letters, digits and _ are allowed")
+            raise wrong(
+                f"has the name {name[:70]!r}; a name begins with a letter and has at most 64 "
+                "letters, digits and _"
+            )
     if (length := len(json.dumps(value, ensure_ascii=False))) > MAX_OPTIONS_CHARS:
         raise wrong(f"has {length} characters as JSON; at most {MAX_OPTIONS_CHARS} are allowed")
     return value

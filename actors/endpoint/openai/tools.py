@@ -106,7 +106,10 @@ def _choice_of(value: Any) -> ToolChoice | None:
         or not isinstance(allowed["tools"], list)
         or not allowed["tools"]
     ):
-        raise _wrong_choice("needs allowed_tools with a mode (auto, required) and tools")
+        raise _wrong_choice(
+            'of type allowed_tools must be {"type": "allowed_tools", "allowed_tools": {"mode": '
+            '"auto" or "required", "tools": [...]}}'
+        )
     return ToolChoice(allowed["mode"], tuple(map(_named, allowed["tools"])))
 
 

@@ -228,7 +228,7 @@ def test_an_echo_begins_with_the_prompt(official: openai.OpenAI) -> None:
         assert [one.text for one in whole] == [words + one.text for one in plain]
         stream = official.completions.create(prompt=prompt, stream=True, **asked)
         assert "".join(chunk.choices[0].text for chunk in stream) == words + plain[0].text
-    with pytest.raises(openai.BadRequestError, match="echo: not allowed with logprobs"):
+    with pytest.raises(openai.BadRequestError, match="echo: is not allowed with logprobs"):
         official.completions.create(prompt="the", logprobs=1, **asked)
 
 

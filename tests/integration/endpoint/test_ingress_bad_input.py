@@ -22,7 +22,7 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     ("completions", [1], 400, None, "must be a JSON object"),
     ("completions", {"prompt": "x"}, 400, "model", "missing parameter 'model'"),
     ("completions", {"model": "tiny"}, 400, "prompt", "missing parameter 'prompt'"),
-    ("completions", {**TINY, "model": "nope"}, 404, "model", "there are: tiny, org/script"),
+    ("completions", {**TINY, "model": "nope"}, 404, "model", "use one of: tiny, org/script"),
     ("completions", {**TINY, "model": "../../etc/passwd"}, 404, "model", "does not exist"),
     ("completions", {**TINY, "colour": 1}, 400, "colour", "unknown parameter 'colour'"),
     ("completions", {**TINY, "suffix": "x"}, 400, "suffix", "suffix='x' is not supported"),

@@ -338,14 +338,14 @@ async def test_a_slow_cluster_is_no_defect_of_the_endpoint(
     assert (metrics.status_code, "moesaic_requests_running" in metrics.text) == (200, True)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"] == {
-        "message": "the cluster's status did not come within 0.01 s; ask again",
+        "message": "the cluster's status did not arrive within 0.01 s; ask again",
         "type": "server_error",
         "param": None,
         "code": "NoAnswer",
     }
     # One line in the log says so.
     (line,) = [record for record in caplog.records if record.name.startswith("moesaic")]
-    assert line.exc_info is None and "did not come" in line.getMessage()
+    assert line.exc_info is None and "did not arrive" in line.getMessage()
 
 
 def test_the_status_waits_a_little_longer_than_its_parts() -> None:

@@ -219,7 +219,7 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("spec-yaml", spec_file(b"hosts: ["), SpecError, "spec.yaml: not YAML"),
     ("spec-binary", spec_file(b"\x93NUMPY\xff"), SpecError, "spec.yaml: cannot be read"),
     ("http-json", http(b'{"model": "m", '), RequestError, "not valid JSON"),
-    ("http-model", http(ASKED | {"model": "n"}), UnknownModel, "'n' does not exist; there are: m"),
+    ("http-model", http(ASKED | {"model": "n"}), UnknownModel, "'n' does not exist; use one of: m"),
     ("http-path", http(ASKED | {"model": "../../etc/passwd"}), UnknownModel, "'../../etc/passwd'"),
     ("http-field", http(ASKED | {"colour": 1}), RequestError, "unknown parameter 'colour'"),
     ("http-type", http(ASKED | {"max_tokens": "2"}), RequestError, "max_tokens: input should be"),

@@ -75,12 +75,12 @@ TEXT = {"type": "text", "text": "x"}
         (
             [{"role": "tool", "content": "x"}],
             "messages[0].tool_call_id",
-            "role='tool', which needs it (got None)",
+            "is required with role='tool', and not allowed with other roles (got None)",
         ),
         (
             [{"role": "user", "content": "x", "tool_call_id": "a"}],
             "messages[0].tool_call_id",
-            "role='tool', which needs it (got 'a')",
+            "is required with role='tool', and not allowed with other roles (got 'a')",
         ),
         (
             [{"role": "user", "tool_calls": CALLS}],
@@ -111,19 +111,19 @@ TEXT = {"type": "text", "text": "x"}
         (
             [{"role": "user", "content": [TEXT, {"type": "image_url", "image_url": {}}]}],
             "messages[0].content[1].type",
-            "are not supported; there are: text (got 'image_url')",
+            "is not supported here; use text (got 'image_url')",
         ),
         ([{"role": "user", "content": [{"type": "{x}"}]}], "messages[0].content[0].type", "'{x}'"),
         ([{"role": "user", "content": [{"type": []}]}], "messages[0].content[0].type", "(got [])"),
         (
             [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}],
             "messages[0].content[0].type",
-            "there are: text (got 'refusal')",
+            "use text (got 'refusal')",
         ),
         (
             [{"role": "assistant", "content": [{"type": "input_audio", "input_audio": {}}]}],
             "messages[0].content[0].type",
-            "there are: text, refusal (got 'input_audio')",
+            "use text or refusal (got 'input_audio')",
         ),
         (
             [{"role": "user", "content": ["x"]}],
@@ -138,7 +138,7 @@ TEXT = {"type": "text", "text": "x"}
         (
             [{"role": "user", "content": [{**TEXT, "colour": 1}]}],
             "messages[0].content[0].colour",
-            "is no key of a text part (got 1)",
+            "is not a key of a text part; leave it out (got 1)",
         ),
         ([{"role": "user", "content": "x", "y": 1}], "messages[0].y", "unknown parameter"),
         (
