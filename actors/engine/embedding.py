@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...proto.errors import EngineError, InternalError, MoesaicError, RequestError, describe_error
+from ...proto.errors import EngineError, MoesaicError, RequestError, describe_error
 from .engine import Pooling
+from .sampling import not_finite
 from .step_log import log_step
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ class Encoder:
         """
         if self._model.config.is_encoder_decoder or self._model.base_model is self._model:
             raise RequestError(
-                f"{type(self._model).__name__} has no last hidden state of a text", param="model"
+                f"{type(self._model).__name__} has no last hidden state of a text, so it gives no "
+                "embeddings; use another model",
+                param="model",
             )
         text = _Text(token_ids, pooling, request_id)
         with self._lock:
@@ -107,7 +110,7 @@ class Encoder:
                     text.vector.set_result(vector_H)
         except Exception as error:
             # Any error: the requests of the continuous batch must continue.
-            logger.exception("texts could not be encoded")
+            logger.exception("embeddings of %d texts could not be computed", len(self._batch))
             failed = EngineError(f"the engine failed ({describe_error(error)})")
             for text in self._batch:
                 if not text.vector.done():
@@ -160,11 +163,7 @@ class Encoder:
         vector_H = hidden_TH[-1] if pooling.kind == "last" else hidden_TH.float().mean(dim=0)
         vector_H = vector_H.float()
         if not bool(vector_H.isfinite().all()):
-            raise InternalError(
-                "the model computed a hidden state with NaN or infinite values, so the text has no "
-                "embedding; damaged weights or the range of float16 can cause this: check the "
-                "checkpoint, or set the model's dtype to bfloat16 or float32"
-            )
+            raise not_finite("a hidden state")
         if pooling.normalize:
             vector_H = torch.nn.functional.normalize(vector_H, dim=0)
         return vector_H.cpu().numpy()

@@ -65,8 +65,8 @@ def end_of_text(
         turn_end = _turn_end(loaded, frozenset(named))
         if turn_end is not None and turn_end < size:
             log.info(
-                "end of text: the chat template writes none of %s; %r, which it writes after an "
-                "answer, ends it",
+                "end of text: the chat template writes none of the tokens %s; so the token %r, "
+                "which it writes after an answer, also ends a text",
                 sorted(named),
                 loaded.convert_ids_to_tokens(turn_end),
             )

@@ -141,7 +141,9 @@ class Grammars:
                         eos_token=self._eos_token_ids,
                     )
                 except ValueError as error:
-                    raise _refused(f"this model's tokenizer does not fit: {error}") from None
+                    raise _refused(
+                        f"llguidance does not support this model's tokenizer: {error}"
+                    ) from None
                 self._loaded = found, tokenizer.get_vocab()
             return self._loaded
 

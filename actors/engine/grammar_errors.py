@@ -41,10 +41,10 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"Resource '(?P<what>.*)' is not present in a registry.*",
      "{what} is not in the schema, and references are not fetched; put its target into $defs"),
     (r"Pointer '(?P<what>.*)' does not exist", "#{what} is not in the schema; correct the $ref"),
-    (r"Unsatisfiable schema: (?P<what>.*)", "no answer can meet it: {what}; correct the schema"),
-    (r".*recursion limit exceeded.*", "it is nested too deeply; flatten it, or use $ref"),
+    (r"Unsatisfiable schema: (?P<what>.*)", "no answer can meet the schema: {what}; correct it"),
+    (r".*recursion limit exceeded.*", "the schema is nested too deeply; flatten it, or use $ref"),
     (r".*(?P<what>too big|too large|too complex|too many|limit|max is).*",
-     "its grammar is too large; use fewer or shorter alternatives, patterns and bounds"),
+     "the schema's grammar is too large; use fewer or shorter alternatives, patterns and bounds"),
     (r"(?P<what>.*not disjoint)", "{what}; use patterns so that no key matches two of them"),
 )  # fmt: skip
 # Errors that no single part of a schema causes.
@@ -89,7 +89,7 @@ def refusal(form: AnswerForm, error: str, raw_check: Check) -> RequestError:
         try:
             schema = json.loads(text)
         except ValueError as wrong:
-            return RequestError(f"{place}: it is not valid JSON: {wrong}", param=param)
+            return RequestError(f"{place}: the schema is not valid JSON: {wrong}", param=param)
         if not isinstance(schema, dict):
             return RequestError(
                 f"{place}: a schema must be a JSON object (got {_short(schema)})", param=param
@@ -118,7 +118,7 @@ def explained(schema: dict[str, Any], error: str, check: Check) -> str:
     named = [one for one in patterns if check({"type": "string", "pattern": one})] or patterns
     why = found["why"].strip()
     shown = ", ".join(map(_short, named))
-    return f"{where}the pattern {shown} cannot be used: {why}; rewrite it without"
+    return f"{where}the pattern {shown} cannot be used: {why}; write it in another way"
 
 
 def explain(error: str) -> str:

@@ -14,12 +14,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...proto.errors import MoesaicError
+from ...proto.errors import InternalError, MoesaicError
 from .engine import Sampling, TokenLogprob
 from .grammar import Grammar
 
 # Lower temperatures count as greedy: dividing logits by them would overflow fp32.
 MIN_TEMPERATURE = 1e-5
+
+
+def not_finite(what: str) -> InternalError:
+    """Return the error of a request for which the model computed ``what`` with NaN or infinity."""
+    return InternalError(
+        f"the model computed {what} with NaN or infinite values; check the checkpoint, or set the "
+        "model's dtype to bfloat16 or float32 if it is float16"
+    )
 
 
 class RequestSampler:

@@ -211,7 +211,9 @@ class ServedModel:
         Raises Expired after `limits.request_s`.
         """
         if self._embed is None:
-            raise RequestError(f"the model {self.id!r} has no embeddings", param="model")
+            raise RequestError(
+                f"the model {self.id!r} gives no embeddings; use another model", param="model"
+            )
         try:
             async with asyncio.timeout(self.limits.request_s):
                 return await self._embed(prompts, pooling, request_id)

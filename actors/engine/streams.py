@@ -171,7 +171,11 @@ class Streams:
                 loop.call_soon_threadsafe(_push_all, batch)
             except RuntimeError:
                 # Only a closed event loop refuses, and then no reader is left.
-                logger.warning("the event loop of %d requests is closed", len(batch))
+                logger.warning(
+                    "the tokens of %d requests are dropped, since the event loop of their callers "
+                    "is closed",
+                    len(batch),
+                )
 
 
 def _push_all(batch: list[tuple[Stream, Delta | MoesaicError]]) -> None:

@@ -48,7 +48,7 @@ from ....proto.errors import (
     describe_error,
 )
 from ..embedding import Encoder
-from ..sampling import RequestSampler, choose
+from ..sampling import RequestSampler, choose, not_finite
 from ..step_log import log_step
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ class BatchingLoop(ContinuousBatchingManager):
     def _owners(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield (row, id of its request) for those of ``rows`` that are not padding."""
         if not self._in_forward:
-            raise InternalError("a row was reported outside of the model's forward")
+            raise InternalError("a row was reported outside of a forward pass of the model")
         requests = self._requests_in_batch()
         # Requests lie one after the other in the batch: i has the rows ends[i - 1] to ends[i] - 1.
         ends = list(accumulate(request.query_length for request in requests))
@@ -348,9 +348,7 @@ class BatchingLoop(ContinuousBatchingManager):
             if request_id in self._faults:
                 continue  # the request has failed and must not advance its sampler
             if not finite:
-                self._faults.setdefault(
-                    request_id, InternalError("the model's logits are not finite")
-                )
+                self._faults.setdefault(request_id, not_finite("logits"))
             elif sampler is not None and not sampler.trivial:
                 rows.append(row)
                 samplers.append(sampler)

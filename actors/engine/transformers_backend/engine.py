@@ -127,12 +127,10 @@ class TransformersEngine:
             except UnsupportedModel as error:
                 # The failed attempt may have changed the model's attention already.
                 model.set_attn_implementation(attention or "eager")
-                logger.warning("requests run in static batches (cohorts): %s", error)
-        cohorts = StaticBatchLoop(
-            model, self._config, eos, Streams(eos), self._encoder, self._clock
-        )
-        cohorts.start()
-        return cohorts, cohorts.allocate()
+                logger.warning("requests run in static batches: %s", error)
+        static = StaticBatchLoop(model, self._config, eos, Streams(eos), self._encoder, self._clock)
+        static.start()
+        return static, static.allocate()
 
     def _probe(self, loop: BatchingLoop) -> None:
         """Generate two tokens, to see whether the steps work. Raises UnsupportedModel."""
@@ -156,7 +154,7 @@ class TransformersEngine:
                 raise UnsupportedModel(f"continuous batching fails: {error}") from None
             except MoesaicError as error:
                 # Experts may be missing now, which says nothing about the model.
-                logger.warning("the engine could not be tried out: %s", error)
+                logger.warning("continuous batching starts without the usual trial: %s", error)
 
     async def generate(
         self,
@@ -186,7 +184,7 @@ class TransformersEngine:
             return None
         if self._grammars is None:
             raise RequestError(
-                "response_format, strict tools and forced calls: not supported by this engine, "
+                "response_format, strict tools and forced calls are not supported by this engine, "
                 "which has no tokenizer",
                 param="response_format",
             )

@@ -5,7 +5,7 @@ decoder. Requests that arrive together run as one padded batch (`StaticBatch`). 
 turns, one token each, and no request joins a batch that runs. This is simple and correct rather
 than fast; vLLM supports most of these models.
 
-Shape suffixes: R = requests of a cohort, V = vocabulary.
+Shape suffixes: R = requests of a batch, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ....cluster.routing.expert_options import RowGroups
 from ....proto.errors import EngineError, InternalError, MoesaicError, describe_error
 from ..embedding import Encoder
 from ..engine import Delta, EngineConfig
-from ..sampling import choose
+from ..sampling import choose, not_finite
 from ..step_log import log_step
 from ..streams import Stream, Streams
 from .static_batch import BatchedRequest, StaticBatch, together
@@ -37,7 +37,7 @@ _DEFAULT_TOKENS = 8192  # in the caches of all requests
 
 
 class StaticBatchLoop:
-    """A thread that steps the cohorts, with the same interface as `BatchingLoop`."""
+    """A thread that steps the static batches, with the same interface as `BatchingLoop`."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class StaticBatchLoop:
         return sum(r.most_tokens for batch in self._batches for r in batch.requests)
 
     def _admit(self) -> None:
-        """Make one more cohort of the waiting requests that fit into the caches."""
+        """Make one more batch of the waiting requests that fit into the caches."""
         with self._changed:
             ranked = sorted(self._waiting.values(), key=lambda one: self.streams.rank(one.key))
             room = self._cache_tokens - self._reserved()
@@ -188,14 +188,18 @@ class StaticBatchLoop:
         except Exception as error:
             if batch.is_first_padded:
                 # Some models fail on padded texts; from now on each batch has texts of one length.
-                logger.warning("padding is switched off: %s: %s", type(error).__name__, error)
+                logger.warning(
+                    "the model fails on padded texts, so all texts of a static batch have the same "
+                    "length from now on: %s",
+                    describe_error(error),
+                )
                 self._pads = False
                 self._batches += [StaticBatch(self._model, [one]) for one in batch.requests]
                 batch.keep([])
                 return
-            # Any error: the other cohorts must continue.
+            # Any error: the other batches must continue.
             keys = [request.key for request in batch.requests]
-            logger.exception("a step of a cohort failed", extra={"requests": keys})
+            logger.exception("a step of a static batch failed", extra={"requests": keys})
             self.last_error = describe_error(error)
             self.restarts += 1
             self._failed += 1
@@ -231,7 +235,7 @@ class StaticBatchLoop:
                 continue
             # argmax treats a NaN as the largest, so the best logit tells whether all are finite.
             if not bool(logits_RV[row, tokens[row]].isfinite()):
-                self._faults[request.key] = InternalError("the model's logits are not finite")
+                self._faults[request.key] = not_finite("logits")
             elif not request.sampler.trivial:
                 rows.append(row)
         if rows:
@@ -283,7 +287,7 @@ class StaticBatchLoop:
         """Yield (row, id of its request)."""
         batch = self._current
         if batch is None:
-            raise InternalError("a row was reported outside of the model's forward")
+            raise InternalError("a row was reported outside of a forward pass of the model")
         for row in rows:
             owner = row // batch.rows_each
             if owner < len(batch.requests):

@@ -76,7 +76,10 @@ class VllmEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if config.model.path is None:
-            raise ClusterError(f"model {config.model.name!r}: vLLM only reads trunks from folders")
+            raise ClusterError(
+                f"model {config.model.name!r}: vLLM reads a trunk only from a folder, and this "
+                "model has none; use engine: transformers"
+            )
         self._path = Path(config.model.path)
         self._config, self._connect = config, connect
         self._engine_config: EngineConfig = config.engine
@@ -98,7 +101,8 @@ class VllmEngine:
         meta = meta_model(read_config(path))
         if not is_unmodified(meta):
             raise UnsupportedModel(
-                f"engine: vllm has no {meta.config.model_type}; use transformers"
+                f"engine: vllm does not serve models of type {meta.config.model_type!r}; use "
+                "transformers"
             )
         layers = [layer.layer for layer in experts_layers(meta)]
         os.environ.update(_ENVIRONMENT)
@@ -259,7 +263,7 @@ class VllmEngine:
 
     def _check(self) -> None:
         if not self._healthy:
-            raise EngineError(f"the engine has ended: {self._last_error}")
+            raise EngineError(f"the engine has ended: {self._last_error or 'it was closed'}")
 
     def _raise_if_stalled(self) -> None:
         """Raise EngineError if the loop stands still; waiting in its queue is no error."""
@@ -279,7 +283,7 @@ class VllmEngine:
                     self._step()
             except Exception as error:
                 # Any error ends the loop: all requests fail now, and Serve replaces the trunk.
-                log.exception("vllm: a step failed")
+                log.exception("a step of vLLM failed, so the engine ends")
                 self._last_error = describe_error(error)
                 self.streams.fail_all(EngineError(f"the engine failed: {self._last_error}"))
                 return

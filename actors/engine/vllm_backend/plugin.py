@@ -126,7 +126,7 @@ def _pooled(base: Any) -> type:
         def __init__(self, layer_name: str, *arguments: Any, **named: Any) -> None:
             super().__init__(layer_name, *arguments, **named)
             if _layer_of is None:
-                raise UnsupportedModel(f"{layer_name}: no pool for its experts in this process")
+                raise UnsupportedModel(f"{layer_name}: this process has no pool for the experts")
             self.number = layer_number(layer_name)
             _layers[self.number] = _layer_of(self.number)
 
@@ -146,5 +146,5 @@ def layer_number(layer_name: str) -> int:
     """Return a layer's number: 3 for ``model.layers.3.mlp.experts``. Raises UnsupportedModel."""
     numbers = re.findall(r"\.(\d+)(?=\.)", f"{layer_name}.")
     if not numbers:
-        raise UnsupportedModel(f"{layer_name}: the layer has no number")
+        raise UnsupportedModel(f"{layer_name}: this name of a layer contains no number")
     return int(numbers[-1])

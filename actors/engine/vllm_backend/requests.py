@@ -102,7 +102,7 @@ class Requests:
     def _groups(self) -> list[tuple[str, int]]:
         """Return (request, number of rows) in the order of the batch's rows."""
         if self._rows is None:
-            raise InternalError("a row was reported outside of the model's forward")
+            raise InternalError("a row was reported outside of a forward pass of the model")
         names = self._input_batch.req_ids
         return [(self._ours.get(name, ""), self._rows[name]) for name in names]
 

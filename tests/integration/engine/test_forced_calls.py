@@ -213,6 +213,6 @@ async def test_a_schema_that_becomes_too_large_ends_its_request_alone(engine: En
     """An answer that ended there would look complete."""
     many = {f"p{n}": {"type": "string"} for n in range(3_000)}
     form = AnswerForm(json_schema=json.dumps({"type": "object", "properties": many}))
-    with pytest.raises(RequestError, match="its grammar is too large"):
+    with pytest.raises(RequestError, match="the schema's grammar is too large"):
         await deltas(engine, [5, 6, 7], Sampling(max_tokens=20, form=form))
     assert await deltas(engine, [5, 6, 7], Sampling(max_tokens=2))

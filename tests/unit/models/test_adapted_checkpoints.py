@@ -232,7 +232,8 @@ def test_vllm_is_not_asked_for_them(name: str, tmp_path: Path) -> None:
     saved(tmp_path, name)
     ref = ModelRef(name="m", dtype="float32", path=str(tmp_path))
     engine = VllmEngine(TrunkConfig(namespace="", name="t", model=ref))
-    with pytest.raises(UnsupportedModel, match=f"engine: vllm has no {name}; use transformers"):
+    words = f"engine: vllm does not serve models of type '{name}'; use transformers"
+    with pytest.raises(UnsupportedModel, match=words):
         engine.start()
 
 

@@ -134,18 +134,20 @@ ODD: list[tuple[dict[str, Any], str]] = [
     ({"$ref": "#/$defs/nowhere"}, "#/$defs/nowhere is not in the schema; correct the $ref"),
     ({"type": "nothing"}, "there is no type 'nothing'; use string, number"),
     ({"type": 7}, "type must be a string or array of strings; correct the schema"),
-    ({"enum": []}, "no answer can meet it: anyOf is empty; correct the schema"),
+    ({"enum": []}, "no answer can meet the schema: anyOf is empty; correct it"),
     ({"enum": "a"}, "enum must be an array; correct the schema"),
     ({"properties": {"a": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}},
      "properties.a: oneOf whose alternatives may overlap cannot be enforced; use anyOf"),
-    ({"type": "integer", "minimum": 5, "maximum": 3}, "no answer can meet it: minimum (5) is"),
-    ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "no answer can meet it"),
+    ({"type": "integer", "minimum": 5, "maximum": 3},
+     "no answer can meet the schema: minimum (5) is"),
+    ({"type": "object", "properties": {"a": False}, "required": ["a"]},
+     "no answer can meet the schema"),
     ({"properties": []}, "properties must be an object"),
     ({"enum": ["x" * 100 for _ in range(3_000)]}, "at most 200000 can be enforced"),
     ({"items": {"minItems": 10**9}}, "minItems is 1000000000; at most 10000 can be enforced"),
     ({"type": "object", "maxProperties": 1e30}, "maxProperties is 1e+30; at most 10000 can be"),
     ({"allOf": [{"anyOf": [{"properties": {f"{k}{j}": {"const": j}}} for j in range(8)]}
-                for k in range(8)]}, "its grammar is too large; use fewer"),
+                for k in range(8)]}, "the schema's grammar is too large; use fewer"),
 ]  # fmt: skip
 
 
@@ -342,4 +344,4 @@ def test_a_schema_that_becomes_too_much_is_a_fault_and_no_end(grammars: Grammars
     assert grammar.fault is None
     grammar.take(TOKENIZER("{").input_ids[0])
     assert isinstance(grammar.fault, RequestError)
-    assert "its grammar is too large; use fewer" in str(grammar.fault)
+    assert "the schema's grammar is too large; use fewer" in str(grammar.fault)
