@@ -54,7 +54,7 @@ def available() -> bool:
         log.info("vLLM's kernels for CPUs are not used: %s: %s", library, error)
         return False
     if schema != _SCHEMA:
-        log.warning("vLLM's kernels for CPUs are not used: their schema is %s", schema)
+        log.warning("vLLM's kernels for CPUs are not used: their schema is unknown: %s", schema)
         return False
     # A process must ask Linux for AMX once; otherwise its first tile instruction kills it.
     return torch.cpu._init_amx()

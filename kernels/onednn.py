@@ -53,7 +53,10 @@ def copy_into(memory: Tensor, packed: Tensor) -> None:
     """Copy the bytes of a packed matrix to ``memory``, which is contiguous uint8 of their size."""
     size = int(torch.ops.mkldnn._nbytes(packed))
     if memory.numel() != size or memory.dtype != torch.uint8 or not memory.is_contiguous():
-        raise ValueError(f"memory: {memory.numel()} x {memory.dtype}, the matrix has {size} bytes")
+        raise ValueError(
+            f"memory: {memory.numel()} elements of {memory.dtype} do not fit the matrix, which has "
+            f"{size} bytes"
+        )
     ctypes.memmove(memory.data_ptr(), torch.ops.mkldnn.data_ptr(packed), size)
 
 
@@ -77,7 +80,9 @@ def view(memory: Tensor, matrix: PackedMatrix) -> Tensor:
         ctypes.c_int64(len(matrix.descriptor)),
     )
     if failed:
-        raise RuntimeError(f"torch made no packed tensor of {matrix.shape} {matrix.dtype}")
+        raise RuntimeError(
+            f"torch cannot make a packed tensor of shape {matrix.shape} and {matrix.dtype}"
+        )
     aoti = torch._C._aoti  # pyright: ignore[reportAttributeAccessIssue]
     return aoti.alloc_tensor_by_stealing_from_void_ptr(new_capsule(handle.value, None, None))
 

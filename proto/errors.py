@@ -146,7 +146,7 @@ class NotHere(Retryable):
 
 
 class Busy(Retryable):
-    """A bounded queue is full; send it again later or elsewhere.
+    """A bounded queue is full; send the request again later or elsewhere.
 
     After ``retry_after_s``, if that is known.
     """
@@ -157,7 +157,7 @@ class Busy(Retryable):
 
 
 class Expired(Retryable):
-    """The deadline passed before the work was done; it was dropped, not computed."""
+    """The deadline passed before the work was done; the work was dropped, not computed."""
 
     for_clients = True
     http_status = 504
@@ -168,7 +168,7 @@ class NoAnswer(Retryable):
 
 
 class Ending(Retryable):
-    """The service is ending; send it again, elsewhere or later."""
+    """The service is ending; send the request again, elsewhere or later."""
 
     for_clients = True
 
@@ -190,13 +190,13 @@ class Interrupted(Retryable):
 
 
 class Overloaded(Retryable):
-    """The endpoint's limit of requests, or of their bytes, is reached; send it again later."""
+    """The endpoint's limit of requests, or of their bytes, is reached; try again later."""
 
     for_clients = True
 
 
 class SlowBody(Retryable):
-    """The body of a request did not arrive in time."""
+    """The body of a request did not arrive in time; send the request again."""
 
     http_status = 408
     for_clients = True
@@ -242,7 +242,7 @@ class Superseded(ClusterError):
 
 
 class InternalError(MoesaicError):
-    """A defect of Moesaic's; its log has more.
+    """An internal error of Moesaic; its log says more.
 
     The message has the foreign error's text (`describe_error`).
     """

@@ -96,7 +96,7 @@ class ClusterSecret:
         return "ClusterSecret(...)"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a cluster's secret is not pickled: it is read from Ray's key-value store")
+        raise TypeError("a cluster's secret cannot be pickled; read it from Ray's key-value store")
 
 
 def proof_hash(proof: bytes) -> bytes:

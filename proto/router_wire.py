@@ -32,7 +32,7 @@ class RouterLayout:
         """Compute the layout of a call. Raises CallError when a number is out of bounds."""
         if head.dtype not in ITEM_BYTES:
             known = ", ".join(DType.Name(dtype) for dtype in DType.values() if dtype in ITEM_BYTES)
-            raise CallError(f"dtype: {head.dtype} is none of {known}")
+            raise CallError(f"dtype: {head.dtype} is not one of {known}")
         for name, value, largest in (
             ("rows", head.rows, MAX_PAYLOAD_BYTES),
             ("hidden", head.hidden, MAX_HIDDEN),
@@ -79,12 +79,16 @@ def join_chunks(parts: Iterable[bytes], size: int, crc32: int) -> bytearray:
     end, seen = 0, 0
     for part in parts:
         if end + len(part) > size:
-            raise CallError(f"data: {size} bytes are announced, {end + len(part)} have come so far")
+            size_so_far = end + len(part)
+            raise CallError(f"data: {size} bytes were announced, but {size_so_far} have arrived")
         whole[end : end + len(part)] = part
         end += len(part)
         seen = zlib.crc32(part, seen)
     if end < size:
-        raise CallError(f"data: {size} bytes are announced, {end} have come")
+        raise CallError(f"data: {size} bytes were announced, but only {end} have arrived")
     if seen != crc32:
-        raise Corrupted(f"crc32: the tensors have {seen:#010x}, {crc32:#010x} was announced")
+        raise Corrupted(
+            f"crc32: the tensors have {seen:#010x}, but {crc32:#010x} was announced; send the call "
+            "again"
+        )
     return whole

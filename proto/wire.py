@@ -81,7 +81,7 @@ class CallLayout:
         dtype = DTYPE_FROM_WIRE.get(call.dtype)
         if dtype is None:
             known = ", ".join(DType.Name(d) for d in DTYPE_FROM_WIRE)
-            raise CallError(f"dtype: {call.dtype} is none of {known}")
+            raise CallError(f"dtype: {call.dtype} is not one of {known}")
         for name, value, largest in (
             ("rows", call.rows, MAX_PAYLOAD_BYTES),
             ("hidden", call.hidden, MAX_HIDDEN),

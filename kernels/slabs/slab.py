@@ -77,7 +77,10 @@ class Slab:
             raise ValueError(f"slot {slot} of layer {layer} holds expert {expert} already")
         shape, given = self.layout.layers[layer], weights.tensors()
         if given.keys() != {tensor.name for tensor in shape.tensors}:
-            raise ValueError(f"layer {layer}: its experts do not consist of {', '.join(given)}")
+            wanted = ", ".join(tensor.name for tensor in shape.tensors)
+            raise ValueError(
+                f"layer {layer}: its experts consist of {wanted}, but {', '.join(given)} were given"
+            )
         entry["generation"] += 1
         try:
             for tensor in shape.tensors:

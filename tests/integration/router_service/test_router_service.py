@@ -444,7 +444,7 @@ def test_a_defect_of_its_thread_is_known_at_once(
         client = served.client()
         served.answers(client, inputs(2))
         monkeypatch.setattr(served.service._calls._queue, "batch_over", None)
-        with pytest.raises(InternalError, match=r"A defect of Moesaic's.*\(request \w+\)"):
+        with pytest.raises(InternalError, match=r"An internal error of Moesaic.*\(request \w+\)"):
             served.ask(client, inputs(2))
         with pytest.raises(InternalError, match="computes nothing any more"):
             served.service.report()

@@ -75,8 +75,8 @@ BAD: dict[str, tuple[list[ComputeRequest], type[MoesaicError], str]] = {
     "no message": ([], CallError, "head: the first message"),
     "no head": ([ComputeRequest(data=DATA)], CallError, "head: the first message"),
     "two heads": (whole() + whole(), CallError, "head: only the first message"),
-    "no dtype": (whole(dtype=0), CallError, "dtype: 0 is none of FLOAT32, BFLOAT16, FLOAT16"),
-    "unknown dtype": (whole(dtype=9), CallError, "dtype: 9 is none of"),
+    "no dtype": (whole(dtype=0), CallError, "dtype: 0 is not one of FLOAT32, BFLOAT16, FLOAT16"),
+    "unknown dtype": (whole(dtype=9), CallError, "dtype: 9 is not one of"),
     "another dtype": (whole(dtype="FLOAT16"), CallError, "dtype: FLOAT16, but m is computed in"),
     "no model": (
         whole(model=""),
@@ -104,12 +104,12 @@ BAD: dict[str, tuple[list[ComputeRequest], type[MoesaicError], str]] = {
     "too little": (
         [ComputeRequest(head=head_of(GIVEN), data=DATA[:-1])],
         CallError,
-        "data: 576 bytes are announced, 575 have come",
+        "data: 576 bytes were announced, but only 575 have arrived",
     ),
     "too much": (
         [ComputeRequest(head=head_of(GIVEN), data=DATA), ComputeRequest(data=b"x")],
         CallError,
-        "data: 576 bytes are announced, 577 have come so far",
+        "data: 576 bytes were announced, but 577 have arrived",
     ),
     "changed": (whole(crc32=1), Corrupted, "crc32: the tensors have"),
     "id": (whole(changed(2, 1, 9, 1)), CallError, "ids: row 2 has 9; layer 1 of m has"),

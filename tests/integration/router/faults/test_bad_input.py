@@ -236,7 +236,7 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("http-large", http(b" " * (MAX_BODY + 1)), BodyTooLarge, f"{MAX_BODY} are allowed"),
     ("http-chat", http(ASKED, "chat/completions"), RequestError, "missing parameter 'messages'"),
     ("wire-dtype", wire(dtype=BFLOAT16), CallError, "dtype: bfloat16, but 'm' is held as float32"),
-    ("wire-dtype-99", wire(dtype=99), CallError, "dtype: 99 is none of FLOAT32"),
+    ("wire-dtype-99", wire(dtype=99), CallError, "dtype: 99 is not one of FLOAT32"),
     ("wire-hidden", wire(hidden=33), CallError, "hidden: 33, but 'm' has 32"),
     ("wire-hidden-grpc", wire("grpc", hidden=33), CallError, "hidden: 33, but 'm' has 32"),
     ("wire-no-rows", wire(rows=0), CallError, "rows: 0 is not between 1 and"),
