@@ -234,7 +234,7 @@ class ExpertHost:
         """End the process if its loop has failed; Ray then restarts it."""
         if self._loop.failure is not None:
             log.critical(
-                "host %s: its loop failed (%r); exiting",
+                "host %s: its loop failed (%r), so the process ends and Ray restarts it",
                 self.name,
                 self._loop.failure,
                 extra={"host": self.name},

@@ -32,7 +32,7 @@ from ...proto.errors import (
 )
 from ...proto.expert_pb2 import Call, Frame
 from ...proto.wire import WIRE_VERSION, CallLayout, checksum
-from ..transport.base import InboundFrame, Listener, Session, call_id
+from ..transport.base import InboundFrame, Listener, Session, call_id, check_slot
 from ..transport.mailbox import Mailbox
 from .compute import PendingCall, ReplyTensors, compute
 from .device import Device
@@ -112,7 +112,11 @@ class HostLoop:
         """Log the error of a work for whose end its caller waits no more."""
         error = done.exception()
         if error is not None:
-            log.error("host %s: work that took too long failed", self.name, exc_info=error)
+            log.error(
+                "host %s: a task of the loop failed after its caller had stopped waiting",
+                self.name,
+                exc_info=error,
+            )
 
     def stats(self) -> LoopStats:
         return self._device.stats(
@@ -131,7 +135,7 @@ class HostLoop:
             self._posted.end()
             self._thread.join(timeout_s)
             if self._thread.is_alive():
-                raise InternalError(f"host {self.name}: the loop did not end in {timeout_s} s")
+                raise InternalError(f"host {self.name}: the loop did not end within {timeout_s} s")
         elif self._posted.fileno() >= 0:
             self._free()
 
@@ -153,7 +157,7 @@ class HostLoop:
                 self._work()
         except BaseException as error:
             self.failure = error  # the next report ends this process
-            log.exception("host %s: the loop ended", self.name, extra={"host": self.name})
+            log.exception("host %s: its loop failed", self.name, extra={"host": self.name})
         finally:
             self._free()
 
@@ -237,13 +241,13 @@ class HostLoop:
                 pong.pong.incarnation = self._residency.incarnation
                 session.send(pong)
             case kind:
-                raise HostLost(f"{session.router}: a router does not send {kind!r} frames")
+                raise HostLost(f"{session.router}: routers must not send frames of kind {kind!r}")
 
     def _welcome(self, session: Session, frame: Frame) -> None:
         if frame.hello.wire_version != WIRE_VERSION:
             raise HostLost(
-                f"wire_version: {session.router} speaks {frame.hello.wire_version}, "
-                f"this host {WIRE_VERSION}"
+                f"wire_version: {session.router} has version {frame.hello.wire_version}, but this "
+                f"host has {WIRE_VERSION}"
             )
         welcome = Frame()
         welcome.welcome.wire_version = WIRE_VERSION
@@ -266,16 +270,16 @@ class HostLoop:
                 raise inbound.refused
             layout = CallLayout.of_call(call)
             if payload is None or payload.numel() < layout.call_bytes:
-                raise CallError(f"payload: fewer than the announced {layout.call_bytes} bytes came")
-            if layout.slot_bytes > session.slot_bytes:
                 raise CallError(
-                    f"rows: call and answer take {layout.slot_bytes} bytes, a slot has "
-                    f"{session.slot_bytes}; send fewer rows in one call"
+                    f"payload: {layout.call_bytes} bytes were announced, but fewer have arrived"
                 )
+            check_slot(layout, session.slot_bytes)
             if checksum(call.seq, payload[: layout.call_bytes]) != call.checksum:
-                raise Corrupted(f"call {call.seq}: its tensors have another checksum")
+                raise Corrupted(f"call {call.seq}: its tensors do not match its checksum")
             if (router, call.seq) in self._pending:
-                raise CallError(f"seq: {call.seq} is in use")
+                raise CallError(
+                    f"seq: call {call.seq} is in progress already; give each call a new number"
+                )
             _, ids_TK, _ = layout.call_tensors(payload)
             refusal = self._residency.admit(_queued(call, router, ids_TK, now), now)
             if refusal is not None:
@@ -381,7 +385,7 @@ class HostLoop:
     ) -> None:
         if answer.bad:
             log.error(
-                "host %s: experts whose output is not finite: %s",
+                "host %s: the output of these experts has NaN or infinite values: %s",
                 self.name,
                 [str(queued.key.expert(e)) for e in answer.bad],
                 extra={"host": self.name, "calls": self._calls_of([queued])},

@@ -13,7 +13,7 @@ from ...cluster.reports.status import HostProcess
 class LoopStats:
     calls: int
     rows: int
-    assignments: int  # assignments: each row counts once for each of its experts
+    assignments: int  # each row counts once for each of its experts
     batches: int
     refused: int
     queued_rows: int

@@ -96,7 +96,7 @@ class ExpertStore:
         model, layer = self._layer(key)
         if model.checkpoint is None:
             raise NotHere(
-                f"{key.model!r} has no checkpoint; only a peer or a trunk has its experts"
+                f"model {key.model!r} has no checkpoint; only a peer or a trunk has its experts"
             )
         weights = model.checkpoint.read(key.layer, key.expert)
         layer_key = LayerKey(key.model, key.layer)
@@ -204,7 +204,7 @@ class ExpertStore:
         if key.expert != SHARED and not 0 <= key.expert < layer.num_experts:
             raise CallError(
                 f"expert: {key.expert} is not in layer {key.layer} of {key.model!r}, which has "
-                f"{layer.num_experts}"
+                f"{layer.num_experts} experts"
             )
         return model, layer
 
@@ -298,7 +298,9 @@ def _check_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor]) -> None:
     wanted = {name: tuple(parameter.shape) for name, parameter in shared_parameters(layer).items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if given != wanted:
-        raise CallError(f"layer {layer.layer}: shared tensors {given} were put, expected {wanted}")
+        raise CallError(
+            f"layer {layer.layer}: shared tensors {given} were put, but its model takes {wanted}"
+        )
 
 
 def _set_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -172,7 +172,7 @@ class HostConnections:
         channel = self._channels.get(host)
         try:
             if channel is None:
-                raise HostLost("no connection")
+                raise HostLost("there is no connection to it")
             channel.send_call(frame, layout, write)
         except HostLost as lost:
             self._down(host, lost)
@@ -257,7 +257,7 @@ class HostConnections:
                 return HostUp(host, frame.welcome.incarnation)
             case kind:
                 log.warning(
-                    "router %s: host %s sent an unexpected %r",
+                    "router %s: host %s sent an unexpected frame of kind %r",
                     self._router,
                     host,
                     kind,

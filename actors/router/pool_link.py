@@ -70,7 +70,8 @@ class PlacementWatch:
                 if not self._stop.is_set() and not lost:
                     lost = True
                     log.warning(
-                        "router %s: the controller does not answer; the last placement stays: %s",
+                        "router %s: the controller does not answer, so the last placement stays in "
+                        "use: %s",
                         self._router.name,
                         describe_error(error).splitlines()[0],
                         extra={"router": self._router.name},

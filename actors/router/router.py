@@ -150,10 +150,11 @@ class Router:
                 # Short waits, so that other threads get the lock in between.
                 self._wait(min(deadline, self._clock() + 0.05))
             if self._clock() >= deadline:
-                states = {h: s.state.value for h, s in self._dispatcher.hosts.items()}
+                states = (f"{h} {s.state.value}" for h, s in self._dispatcher.hosts.items())
                 raise ClusterError(
-                    f"router {self.name}: not ready after {timeout_s:g} s: hosts {states}, "
-                    f"{len(self._unplaced(layers))} of {len(layers)} layers not placed"
+                    f"router {self.name} was not ready within {timeout_s:g} s: "
+                    f"{len(self._unplaced(layers))} of {len(layers)} layers have no placement; its "
+                    f"hosts are {', '.join(states) or 'unknown'}"
                 )
 
     def has(self, experts: Sequence[ExpertKey]) -> bool:
@@ -277,7 +278,7 @@ class Router:
             self.stirred.set()
         with self._lock:
             if self._closed:
-                raise ClusterError(f"router {self.name}: closed")
+                raise ClusterError(f"router {self.name} is closed")
             self._take_placements()
             placement = self._dispatcher.placement
             tensors = LayerTensors(

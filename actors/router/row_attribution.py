@@ -116,9 +116,9 @@ class RowAttribution:
         """Report rows that are not finite to the engine; without an engine, pass them on."""
         rows = sorted({row for rows in tensors.bad_rows.values() for row in rows})
         names = ", ".join(str(tensors.key.expert(expert)) for expert in sorted(tensors.bad_rows))
-        error = BadExpert(f"{names}: output is not finite")
+        error = BadExpert(f"{names}: the output has NaN or infinite values")
         log.error(
-            "router %s: %s; rows %s",
+            "router %s: %s; the rows are %s",
             self._router,
             error,
             rows,

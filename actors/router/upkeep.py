@@ -68,6 +68,6 @@ class Upkeep:
                 self._look(layers)
             except Exception:
                 # Whatever it is, those who wait must still hear of experts that come back.
-                log.exception("router %s: its connections could not be looked after", self._router)
+                log.exception("router %s: the upkeep of its connections failed once", self._router)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, LOOK_S)

@@ -44,7 +44,19 @@ def call_id(router: str, step: int, layer: int) -> str:
 def check_version(theirs: int, peer: str) -> None:
     """Check the wire version of a Hello or Welcome. Raises CallError for another version."""
     if theirs != WIRE_VERSION:
-        raise CallError(f"wire_version: {peer} speaks {theirs}, this side {WIRE_VERSION}")
+        raise CallError(
+            f"wire_version: {peer} has version {theirs}, but this side has {WIRE_VERSION}; install "
+            "the same version of Moesaic on all machines"
+        )
+
+
+def check_slot(layout: CallLayout, slot_bytes: int) -> None:
+    """Check that a slot has room for a call and its answer. Raises CallError if it has not."""
+    if layout.slot_bytes > slot_bytes:
+        raise CallError(
+            f"rows: the call and its answer take {layout.slot_bytes} bytes, but a slot has "
+            f"{slot_bytes}; send fewer rows in one call"
+        )
 
 
 class Channel(Protocol):

@@ -17,7 +17,7 @@ class SharedLimit:
     """A limit that all its shares together must not exceed; thread-safe."""
 
     def __init__(self, most: int, what: str) -> None:
-        """Allow ``most`` in all; the Busy error names ``what``, e.g. "bytes of weights"."""
+        """Allow ``most`` in all; the Busy error names ``what``, e.g. "routers"."""
         self.most = most
         self._what = what
         self._held = 0
@@ -48,8 +48,8 @@ class SharedLimit:
             # it would never be granted.
             elif size > 0 and self._held and self._held + size > self.most:
                 raise Busy(
-                    f"{self._what}: {self._held} of {self.most} are in use, {size} more are too "
-                    "many; try again later"
+                    f"{self._what}: {self._held} of {self.most} are in use, which leaves no room "
+                    f"for {size} more; try again later"
                 )
             share.held += size
             self._held += size

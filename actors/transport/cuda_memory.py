@@ -92,7 +92,7 @@ def _check(memory: DeviceMemory) -> None:
         ("counter_handle", memory.counter_handle, range(1, _MAX_NAME_BYTES)),
     ):
         if fits is not None and len(given) not in fits:
-            raise HostLost(f"device_memory.{name}: {len(given)} bytes are not a handle of CUDA")
+            raise HostLost(f"device_memory.{name}: {len(given)} bytes are not a CUDA handle")
 
 
 def _by_uuid(uuid: str) -> torch.device:

@@ -70,9 +70,14 @@ class Pair:
     def __init__(self, peer: str, backend: str, device: torch.device) -> None:
         """Make an unconnected pair. Raises CallError if ``device`` lacks ``backend`` here."""
         if backend not in backends():
-            raise CallError(f"group: no backend {backend!r} here, only {', '.join(backends())}")
+            raise CallError(
+                f"group: {backend!r} is not a backend of this build of torch, which has "
+                f"{', '.join(backends()) or 'none'}"
+            )
         if backend == "nccl" and device.type != "cuda":
-            raise CallError(f"group: nccl needs a CUDA device on both sides, this one has {device}")
+            raise CallError(
+                f"group: nccl needs a CUDA device on both sides, but this side has {device}"
+            )
         self.peer = peer
         self.device = device if backend == "nccl" else torch.device("cpu")
         self._backend = backend

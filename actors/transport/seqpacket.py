@@ -93,13 +93,16 @@ class FrameSocket:
 
 def _decode(data: bytes) -> Frame:
     if not data:
-        raise HostLost("shared-memory socket: closed by the other side")
+        raise HostLost("shared-memory socket: the other side has closed it")
     if len(data) == _DATAGRAM_BYTES:
-        raise HostLost(f"shared-memory socket: a datagram of {_DATAGRAM_BYTES} bytes or more")
+        raise HostLost(
+            f"shared-memory socket: the other side sent {_DATAGRAM_BYTES} bytes or more at once, "
+            "which no frame has"
+        )
     try:
         return Frame.FromString(data)
     except DecodeError as error:
-        raise HostLost(f"shared-memory socket: not a frame: {error}") from error
+        raise HostLost(f"shared-memory socket: the bytes are not a frame: {error}") from error
 
 
 def same_user(sock: socket.socket) -> bool:

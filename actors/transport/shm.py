@@ -34,7 +34,7 @@ from ...proto.expert_pb2 import Frame, Hello
 from ...proto.keys import ClusterSecret, secret_of_process
 from ...proto.limits import HELLO_S, MAX_UNANNOUNCED
 from ...proto.wire import ALIGNMENT_BYTES, WIRE_VERSION, CallLayout
-from .base import InboundFrame, Session, call_of, check_version
+from .base import InboundFrame, Session, call_of, check_slot, check_version
 from .cuda_memory import CudaMemory, open_shared, share
 from .seqpacket import FrameSocket, close_all, same_user
 
@@ -147,10 +147,9 @@ class ShmChannel:
 
     def send_call(self, frame: Frame, layout: CallLayout, write: Callable[[Tensor], None]) -> None:
         call = call_of(frame)
-        if layout.slot_bytes > self._slot_bytes:
-            raise CallError(f"rows: {layout.slot_bytes} bytes exceed a slot of {self._slot_bytes}")
+        check_slot(layout, self._slot_bytes)
         if not self._free:
-            raise InternalError(f"{self._host}: more calls in flight than slots")
+            raise InternalError(f"{self._host}: there are more calls in flight than slots")
         # Reuse the most recently used slot: its pages are mapped and in the cache.
         slot = self._free[-1]
         write(self._memory.slots[slot])
@@ -191,7 +190,10 @@ class ShmChannel:
         if slot is None:
             return None  # the call was answered before, or given up
         if size > self._slot_bytes or wanted not in (None, size):
-            raise HostLost(f"{self._host}: reply {seq} has {size} bytes, expected {wanted}")
+            most = f"at most {self._slot_bytes}" if wanted is None else wanted
+            raise HostLost(
+                f"{self._host}: the reply to call {seq} has {size} bytes, but {most} were expected"
+            )
         start = _reply_start(self._slot_bytes, size)
         return InboundFrame(frame, self._memory.slots[slot][start : start + size])
 
@@ -257,8 +259,8 @@ class ShmSession:
         call, slots = call_of(frame), self._memory.slots
         if call.slot >= len(slots) or call.payload_bytes > self._slot_bytes:
             raise HostLost(
-                f"{self.router}: slot {call.slot} with {call.payload_bytes} bytes, but there "
-                f"are {len(slots)} slots of {self._slot_bytes}"
+                f"{self.router}: a call names slot {call.slot} and {call.payload_bytes} bytes, but "
+                f"there are {len(slots)} slots of {self._slot_bytes} bytes"
             )
         return InboundFrame(frame, slots[call.slot][: call.payload_bytes])
 
@@ -271,7 +273,7 @@ class ShmSession:
         try:
             # The proof comes first: nothing else that a stranger sends is looked at.
             if not hmac.compare_digest(hello.proof, self._proof):
-                raise HostLost("Hello: it lacks this cluster's proof for this host")
+                raise HostLost("the Hello lacks this cluster's proof for this host")
             _check(hello.wire_version, repr(hello.router))
             on_gpu = hello.HasField("device_memory")
             if on_gpu and not self._device_memory:
@@ -280,7 +282,7 @@ class ShmSession:
                     "the cluster's spec does not allow"
                 )
             if not _sane(hello) or not (on_gpu or (fds and _sealed(fds[0], hello))):
-                raise HostLost(f"{hello.router!r}: its Hello has no sealed memfd of its slots")
+                raise HostLost(f"{hello.router!r}: its Hello lacks a sealed memfd with its slots")
             if on_gpu:
                 self._memory = open_shared(hello)
             else:

@@ -164,7 +164,7 @@ def aborting(context: grpc.ServicerContext, *, outside: bool = False) -> Iterato
         request_id = uuid.uuid4().hex if outside else ""
         if not isinstance(error, MoesaicError):
             log.exception(
-                "gRPC: request %s of %s: a defect",
+                "gRPC: request %s of %s failed with an unexpected error",
                 request_id,
                 context.peer(),
                 extra={"request_id": request_id},
@@ -216,7 +216,7 @@ class ThreadPerTask(Executor):
                 future.set_result(fn(*args, **kwargs))
             except BaseException as error:
                 # Any error belongs to the future, as with every executor.
-                log.exception("gRPC: a thread of %s ended", self._name)
+                log.exception("gRPC: a thread of %s ended with an error", self._name)
                 future.set_exception(error)
             finally:
                 with self._lock:

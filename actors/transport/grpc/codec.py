@@ -126,4 +126,4 @@ def _parse(message: bytes) -> Frame:
     try:
         return Frame.FromString(message)
     except DecodeError as error:
-        raise CallError(f"not a frame: {error}") from error
+        raise CallError(f"the message is not a frame: {error}") from error

@@ -171,7 +171,7 @@ class Inbox:
     def _hear(self, message: bytes) -> None:
         kind, frame, payload = decode(message)
         if kind not in self._kinds:
-            raise CallError(f"a frame of kind {kind!r}, which this side does not accept")
+            raise CallError(f"this side does not accept frames of kind {kind!r}")
         part_of = PARTS.get(kind)
         if part_of is None:
             late = self._partial.get(frame.cancel.seq) if kind == "cancel" else None
@@ -187,8 +187,8 @@ class Inbox:
             self._hear_chunk(kind, frame, part, payload)
         elif len(payload) != part.payload_bytes:
             raise CallError(
-                f"payload_bytes: {part.payload_bytes} announced for {kind} {part.seq}, "
-                f"{len(payload)} arrived"
+                f"payload_bytes: {part.payload_bytes} bytes were announced for {kind} {part.seq}, "
+                f"but {len(payload)} have arrived"
             )
         else:
             self._deliver(kind, frame, bytearray(payload))
@@ -198,8 +198,8 @@ class Inbox:
     ) -> Tensor:
         if len(payload) or part.more or part.payload_bytes > self._max_payload_bytes:
             raise CallError(
-                f"payload_bytes: {part.payload_bytes} announced for {kind} {part.seq}, at most "
-                f"{self._max_payload_bytes} may come, and only over the group"
+                f"payload_bytes: {part.payload_bytes} bytes were announced for {kind} {part.seq}; "
+                f"at most {self._max_payload_bytes} are allowed, and only over the group"
             )
         self._check(kind, part)
         return pair.receive(part.payload_bytes)
@@ -211,12 +211,12 @@ class Inbox:
         if partial is None:
             partial = self._begin(kind, frame, part)
         elif part.payload_bytes or kind != partial.kind:
-            raise CallError(f"seq: {part.seq} begins anew before its last chunk")
+            raise CallError(f"seq: {kind} {part.seq} begins again before its last chunk arrived")
         size, end = partial.size, partial.filled + len(payload)
         if end > size or (end < size) != part.more or not payload:
             raise CallError(
-                f"payload_bytes: {size} announced for {kind} {part.seq}, {end} arrived and "
-                f"{'more' if part.more else 'no more'} to come"
+                f"payload_bytes: {size} bytes were announced for {kind} {part.seq}, but {end} have "
+                f"arrived and {'more are' if part.more else 'no more are'} to follow"
             )
         if partial.buffer is not None:
             partial.buffer.data[partial.filled : end] = payload
@@ -238,8 +238,9 @@ class Inbox:
         partial_bytes = sum(partial.size for partial in self._partial.values())
         if size > self._max_payload_bytes or partial_bytes + size > self._max_arriving_bytes:
             raise CallError(
-                f"payload_bytes: {size} in addition to {partial_bytes} that are arriving; one may "
-                f"have {self._max_payload_bytes}, all together {self._max_arriving_bytes}"
+                f"payload_bytes: {size} bytes were announced while {partial_bytes} are arriving; "
+                f"one {kind} may have {self._max_payload_bytes}, and all together may have "
+                f"{self._max_arriving_bytes}"
             )
         buffer, refused = None, None
         try:

@@ -131,7 +131,7 @@ def check_answer(call: Any, proof: bytes) -> None:
     if given is None and call.code() is not grpc.StatusCode.OK:
         return
     call.cancel()
-    raise HostLost("the server that answered has no proof of being the host that was called")
+    raise HostLost("the server that answered did not prove that it is the host that was called")
 
 
 def show_proof(channel: grpc.Channel, proof: bytes) -> grpc.Channel:
@@ -246,8 +246,8 @@ class HostAuthInterceptor(_AuthInterceptor):
     def __init__(self, secret: ClusterSecret, target: str) -> None:
         """Accept only proofs that are made with ``secret`` for ``target`` (`keys.target`)."""
         super().__init__(
-            "proof: it is missing, of another cluster, or for another host or incarnation; only "
-            "members of the cluster reach its hosts"
+            "proof: it is missing, or belongs to another cluster, host or incarnation; only "
+            "members of the cluster may connect to its hosts"
         )
         self._proofs = {
             _EXPERTS: secret.proof("experts", target),
@@ -283,8 +283,9 @@ class ClientAuthInterceptor(_AuthInterceptor):
         thread by sending slowly.
         """
         super().__init__(
-            "authorization: the router service asks for its key, as `Bearer KEY`; it is in the "
-            "session file of a cluster on this machine, and elsewhere MOESAIC_ROUTER_KEY names it"
+            "authorization: the router service asks for its key, as `Bearer KEY`; set "
+            "MOESAIC_ROUTER_KEY to the key, which is in the session file on the machine that "
+            "started the cluster"
         )
         self._key = key
         self._open_to_all = dict(open_to_all)

@@ -89,8 +89,8 @@ class Outbox:
         kind = frame.WhichOneof("kind") or ""
         if PARTS[kind](frame).payload_bytes != payload.numel():
             raise InternalError(
-                f"payload_bytes: {PARTS[kind](frame).payload_bytes} announced for a {kind} of "
-                f"{payload.numel()}"
+                f"payload_bytes: {PARTS[kind](frame).payload_bytes} bytes are announced for a "
+                f"{kind} that has {payload.numel()}"
             )
         message = frame.SerializeToString()
         self._put(_Beside(message, payload), len(message) + payload.numel())

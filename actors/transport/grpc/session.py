@@ -14,7 +14,7 @@ from ....proto.errors import CallError, Expired, HostLost, MoesaicError
 from ....proto.expert_pb2 import Call, Frame, Reply
 from ....proto.limits import MAX_INFLIGHT_BYTES, MAX_SLOT_BYTES
 from ....proto.wire import CallLayout
-from ..base import InboundFrame, check_version
+from ..base import InboundFrame, check_slot, check_version
 from ..budget import SharedLimit
 from ..process_group import HOST_RANK, Pair
 from . import stalls
@@ -100,7 +100,7 @@ class GrpcSession:
         """
         gone = self._inbox.error is not None
         self._closing = not gone
-        self._inbox.end(HostLost(f"{self.router}: closed on this side"))
+        self._inbox.end(HostLost(f"{self.router}: this side has closed the connection"))
         self._outbox.finish()
         if not gone and not self._over.wait(CLOSE_S):
             self._context.cancel()
@@ -121,7 +121,7 @@ class GrpcSession:
     def wait_for_hello(self, timeout_s: float) -> None:
         """Wait for the Hello. Raises Expired if it is late, or the error that ended the stream."""
         if not self._greeted.wait(timeout_s):
-            late = Expired(f"hello: none came within {timeout_s:g} s of connecting")
+            late = Expired(f"hello: the router sent none within {timeout_s:g} s of connecting")
             self._inbox.end(late)
         if not self.router:
             self._inbox.close()
@@ -136,25 +136,26 @@ class GrpcSession:
         moved_at = self._inbox.moved_at
         if moved_at is None or now - moved_at <= stalls.STILL_S:
             return False
-        self._inbox.end(HostLost(f"{self.router}: a call stalled for {stalls.STILL_S:g} s"))
+        late = f"{self.router}: no byte of a call has arrived for {stalls.STILL_S:g} s"
+        self._inbox.end(HostLost(late))
         self._context.cancel()
         return True
 
     def _accept(self, kind: str, frame: Frame) -> bool:
         if (kind == "hello") == bool(self.router):
             raise CallError(
-                f"a frame of kind {kind!r} {'after' if self.router else 'before'} Hello"
+                f"a frame of kind {kind!r} arrived {'after' if self.router else 'before'} the Hello"
             )
         if kind == "hello":
             check_version(frame.hello.wire_version, frame.hello.router)
             if not frame.hello.router:
-                raise CallError("router: a Hello without the router's name")
+                raise CallError("router: the Hello lacks the router's name")
             group = frame.hello.group
             if group and group not in self._terms.groups:
+                allowed = " and ".join(sorted(self._terms.groups)) or "none"
                 raise CallError(
-                    f"group: {frame.hello.router} asks for {group!r}; this host makes "
-                    f"{' or '.join(sorted(self._terms.groups)) or 'no groups'}, as "
-                    "network.transport of the cluster's spec says"
+                    f"group: {frame.hello.router} asks for the backend {group!r}, but "
+                    f"network.transport of the cluster's spec allows {allowed}"
                 )
             self._admit()
             self.router = self._inbox.peer = frame.hello.router
@@ -168,11 +169,7 @@ class GrpcSession:
         if not isinstance(part, Call) or kind != "call":
             return  # a backward frame: the host's loop refuses it once it is complete
         layout = CallLayout.of_call(part)
-        if layout.slot_bytes > self.slot_bytes:
-            raise CallError(
-                f"rows: call and answer take {layout.slot_bytes} bytes, a slot has "
-                f"{self.slot_bytes}; send fewer rows in one call"
-            )
+        check_slot(layout, self.slot_bytes)
         self._terms.fits(part)
 
     def _meet(self, backend: str) -> None:
@@ -195,7 +192,7 @@ class GrpcSession:
         if self._inbox.waiting_bytes + self._outbox.unsent_bytes <= self._terms.max_held_bytes:
             return False
         if self._outbox.stalled_s() > STALL_S:
-            self._inbox.end(HostLost(f"{self.router}: has taken nothing for {STALL_S:g} s"))
+            self._inbox.end(HostLost(f"{self.router}: it has read nothing for {STALL_S:g} s"))
             self._context.cancel()
         return True
 

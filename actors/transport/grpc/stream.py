@@ -47,7 +47,7 @@ from ....proto.limits import (
     MAX_UNANNOUNCED,
 )
 from ....proto.wire import WIRE_VERSION, CallLayout
-from ..base import InboundFrame, Session, call_of, check_version
+from ..base import InboundFrame, Session, call_of, check_slot, check_version
 from ..budget import SharedLimit
 from ..mailbox import Mailbox
 from ..process_group import ROUTER_RANK, Pair
@@ -153,8 +153,7 @@ class GrpcChannel:
         kind = "backward" if frame.HasField("backward") else "call"
         call = call_of(frame)
         size = call.payload_bytes
-        if layout.slot_bytes > self._slot_bytes:
-            raise CallError(f"rows: {layout.slot_bytes} bytes exceed a slot of {self._slot_bytes}")
+        check_slot(layout, self._slot_bytes)
         if not self._has_room(size) and not self._wait_for_room(call):
             self._refuse(call.seq)
             return
@@ -186,7 +185,7 @@ class GrpcChannel:
         self._sent_bytes -= call_bytes
 
     def close(self) -> None:
-        self._end(HostLost(f"{self._host}: closed on this side"))
+        self._end(HostLost(f"{self._host}: this side has closed the connection"))
         close_channel(self._grpc, CLOSE_S)
         for thread in (self._reader, self._outbox.thread):
             if thread is not None:
@@ -214,7 +213,7 @@ class GrpcChannel:
             if self._has_room(call.payload_bytes):
                 return True
             if self._outbox.stalled_s() > STALL_S:
-                self._end(HostLost(f"{self._host}: has taken nothing for {STALL_S:g} s"))
+                self._end(HostLost(f"{self._host}: it has read nothing for {STALL_S:g} s"))
                 continue
             remaining = until - time.monotonic()
             if remaining <= 0:
@@ -235,13 +234,13 @@ class GrpcChannel:
     def _accept(self, kind: str, frame: Frame) -> bool:
         if kind == "rendezvous" and self._pair is not None:
             if self._pair.joined:
-                raise CallError("rendezvous: the group is there already")
+                raise CallError("rendezvous: the host sent one although the group exists already")
             self._pair.join(ROUTER_RANK, frame.rendezvous.store_address)
             return False
         if kind == "welcome":
             check_version(frame.welcome.wire_version, self._host)
             if self._pair is not None and not self._pair.joined:
-                raise CallError("group: the host sent Welcome without making one")
+                raise CallError("group: the host sent its Welcome before it had made the group")
         if kind not in ("reply", "refusal"):
             return True
         seq = frame.reply.seq if kind == "reply" else frame.refusal.seq
@@ -281,7 +280,8 @@ class GrpcChannel:
 def _check_size(reply: Call | Reply, wanted: int | None) -> None:
     if wanted not in (None, reply.payload_bytes):
         raise CallError(
-            f"payload_bytes: reply {reply.seq} has {reply.payload_bytes}, expected {wanted}"
+            f"payload_bytes: the reply to call {reply.seq} has {reply.payload_bytes} bytes, but "
+            f"{wanted} were expected"
         )
 
 
@@ -311,7 +311,7 @@ class GrpcListener:
         self._sessions: Mailbox[Session] = Mailbox()
         self._threads = ThreadPerTask("grpc")
         self._stalls = StallWatcher()
-        self._unannounced = SharedLimit(MAX_UNANNOUNCED, "connections that have not said Hello")
+        self._unannounced = SharedLimit(MAX_UNANNOUNCED, "connections without a Hello")
         self._routers = SharedLimit(MAX_ROUTERS, "routers")
         dispatch = grpc.stream_stream_rpc_method_handler(self._dispatch)
         self._server = grpc.server(

@@ -154,9 +154,9 @@ class Weights(WeightsServicer):
     def __init__(self, store: WeightsStore, stalls: StallWatcher) -> None:
         self._store = store
         self._stalls = stalls
-        self._puts = SharedLimit(MAX_PUTS, "weights that are put")
-        self._gets = SharedLimit(MAX_GETS, "weights that are fetched")
-        self._bytes = SharedLimit(MAX_WEIGHTS_BYTES, "bytes of weights on their way")
+        self._puts = SharedLimit(MAX_PUTS, "transfers of weights to this host")
+        self._gets = SharedLimit(MAX_GETS, "transfers of weights from this host")
+        self._bytes = SharedLimit(MAX_WEIGHTS_BYTES, "bytes of weights in transfer")
 
     def Put(  # noqa: N802
         self, request_iterator: Iterator[WeightsChunk], context: grpc.ServicerContext
@@ -208,7 +208,7 @@ def _load(data: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except SafetensorError as error:
-        raise CallError(f"weights: not a safetensors file: {error}") from error
+        raise CallError(f"weights: the bytes are not a safetensors file: {error}") from error
 
 
 def _split(key: WeightsKey, data: bytes) -> Iterator[WeightsChunk]:
@@ -243,7 +243,8 @@ def _join(
     total = head.total_bytes
     if total > max_bytes:
         raise CallError(
-            f"total_bytes: {total} of weights; an expert of this model has at most {max_bytes}"
+            f"total_bytes: {total} bytes of weights were announced, but an expert of this model "
+            f"has at most {max_bytes}"
         )
     take(total)
     parts, size, crc32 = [], 0, 0
@@ -252,15 +253,15 @@ def _join(
         size += len(chunk.data)
         if size > total or not chunk.data:
             raise CallError(
-                f"total_bytes: {total} of weights announced, {size} arrived so far, "
-                f"{len(chunk.data)} in the last chunk"
+                f"total_bytes: {total} bytes of weights were announced, but {size} have arrived, "
+                f"{len(chunk.data)} of them in the last chunk"
             )
         parts.append(chunk.data)
         crc32 = zlib.crc32(chunk.data, crc32)
         moved()
         chunk = next(rest, None)
     if size < total:
-        raise CallError(f"total_bytes: {total} of weights announced, {size} arrived")
+        raise CallError(f"total_bytes: {total} bytes of weights were announced, but {size} arrived")
     if crc32 != head.crc32:
-        raise CallError(f"crc32: weights have {crc32:#x}, {head.crc32:#x} was announced")
+        raise CallError(f"crc32: the weights have {crc32:#x}, but {head.crc32:#x} was announced")
     return b"".join(parts)

@@ -232,4 +232,4 @@ def test_an_expert_that_is_not_finite_costs_the_rows_that_it_touched(folder: Pat
             assert_right(out, expected)
             ((reported, error),) = lost
             assert (reported, error.code) == (rows, "BadExpert")
-            assert str(error) == "expert 5 of layer 1 of m: output is not finite"
+            assert str(error) == "expert 5 of layer 1 of m: the output has NaN or infinite values"

@@ -181,9 +181,9 @@ def test_nobody_comes_to_the_store(hasty: None) -> None:
 
 
 def test_backends_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CallError, match="group: no backend 'mpi' here"):
+    with pytest.raises(CallError, match="group: 'mpi' is not a backend"):
         Pair("host", "mpi", CPU)
-    with pytest.raises(HostLost, match="group: n"):
+    with pytest.raises(HostLost, match=r"group: '?nccl"):
         GrpcChannel("host", "127.0.0.1:1", router="router", group="nccl")
     monkeypatch.setattr(connections, "backends", lambda: ())
     with pytest.raises(ClusterError, match="transport: 'group' needs"):

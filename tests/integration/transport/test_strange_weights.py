@@ -205,7 +205,7 @@ def test_transfers_that_stand_still_end_and_have_bounds(
             each.start()
         budget = servicer(host)._puts
         assert settles(lambda: budget.held == 2)
-        with pytest.raises(Busy, match="weights that are put: 2 of 2 are in use"):
+        with pytest.raises(Busy, match="transfers of weights to this host: 2 of 2 are in use"):
             put_raw(host, files(tensors, other), key=other)
         fetched(host, host._store.most_bytes(ONE))
         assert settles(lambda: budget.held == 0)

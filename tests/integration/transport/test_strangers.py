@@ -65,7 +65,7 @@ def test_streams_that_say_no_hello_end_and_lock_nobody_out(
         kinds = {type(error) for error in errors}
         assert kinds == {Expired, Busy}, kinds
         late = [str(error) for error in errors if isinstance(error, Expired)]
-        assert "hello: none came within 2 s" in late[0]
+        assert "hello: the router sent none within 2 s" in late[0]
         one.newcomer_is_served()
         assert settles(lambda: one.host.report().loop.routers == 1)
 
@@ -140,7 +140,7 @@ def test_no_group_where_the_spec_asks_for_none(
         stream.send(hello(group="gloo"))
         error = stream.error()
         assert isinstance(error, CallError)
-        assert "asks for 'gloo'; this host makes no groups" in str(error)
+        assert "asks for the backend 'gloo', but" in str(error)
         stream.close()
         assert listening() == before
         assert not opened
@@ -165,7 +165,7 @@ def honest_size(rows: int, hidden: int = HIDDEN) -> int:
         (1, HIDDEN, 1, "payload_bytes: 1, but 1 rows"),
         (1, 64, honest_size(1, 64), "hidden: 64, but 'm' has 32"),
         (100_000, HIDDEN, honest_size(100_000), "rows: 100000 exceed this host's 512"),
-        (400_000, HIDDEN, honest_size(400_000), "bytes, a slot has"),
+        (400_000, HIDDEN, honest_size(400_000), "bytes, but a slot has"),
     ],
     ids=["larger", "smaller", "hidden", "rows", "slot"],
 )

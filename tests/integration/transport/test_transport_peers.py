@@ -261,12 +261,12 @@ class RawStream:
 GRPC_STREAMS = {
     "garbage": ([b"\xff\xfe garbage"], "not a frame"),
     "nothing": ([hello(), b""], "kind"),
-    "no Hello": ([call(1)], "before Hello"),
-    "two Hellos": ([hello(), hello()], "after Hello"),
+    "no Hello": ([call(1)], "before the Hello"),
+    "two Hellos": ([hello(), hello()], "after the Hello"),
     "another version": ([hello(version=WIRE_VERSION + 1)], "wire_version"),
-    "a group that the spec does not ask for": ([hello(group="gloo")], "this host makes no groups"),
-    "a group of no backend": ([hello(group="mpi")], "asks for 'mpi'"),
-    "a group without CUDA": ([hello(group="nccl")], "group: n"),
+    "a group that the spec does not ask for": ([hello(group="gloo")], "spec allows none"),
+    "a group of no backend": ([hello(group="mpi")], "asks for the backend 'mpi'"),
+    "a group without CUDA": ([hello(group="nccl")], "nccl"),
     "a host's frame": ([hello(), b"\x12\x00"], "welcome"),
     "fewer bytes": ([hello(), call(1, payload_bytes=9, payload=b"12345678")], "payload_bytes"),
     "more bytes": ([hello(), call(1, payload_bytes=7, payload=b"12345678")], "payload_bytes"),
@@ -284,7 +284,10 @@ GRPC_STREAMS = {
         "payload_bytes",
     ),
     "an empty chunk": ([hello(), call(1, payload_bytes=8, more=True)], "payload_bytes"),
-    "begins anew": ([hello(), *[call(1, payload_bytes=8, payload=b"1234", more=True)] * 2], "anew"),
+    "begins again": (
+        [hello(), *[call(1, payload_bytes=8, payload=b"1234", more=True)] * 2],
+        "begins again",
+    ),
     "more than a call may have": (
         [hello(), call(1, payload_bytes=MAX_PAYLOAD_BYTES + 1, payload=b"1", more=True)],
         "payload_bytes",
@@ -365,7 +368,7 @@ def test_grpc_router_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raw = RawStream(listener.address)
         error = raw.error()
         assert isinstance(error, Expired)
-        assert "hello: none came within 0.3 s" in str(error)
+        assert "hello: the router sent none within 0.3 s" in str(error)
         assert not listener.accept()
         raw.close()
 

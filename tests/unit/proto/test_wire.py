@@ -265,6 +265,6 @@ def test_what_was_heard_before_the_end_comes_first() -> None:
     inbox.read(iter([good, b"\xff", good]), full=lambda: False)
     assert [inbound.frame.call.seq for inbound in inbox.receive()] == [1]
     for _ in range(2):
-        with pytest.raises(HostLost, match="peer: not a frame"):
+        with pytest.raises(HostLost, match="peer: the message is not a frame"):
             inbox.receive()
     inbox.close()

@@ -87,7 +87,8 @@ def test_an_expert_that_is_not_finite_hurts_only_the_requests_that_used_it(
     assert failed.status_code == 500
     error = failed.json()["error"]
     assert error["code"] == "BadExpert"
-    assert error["message"] == f"expert {expert} of layer {LAYER} of m: output is not finite"
+    named = f"expert {expert} of layer {LAYER} of m"
+    assert error["message"] == f"{named}: the output has NaN or infinite values"
     assert [answer.json()["choices"][0]["text"] for answer in fine] == expected
     assert served.complete(user).status_code == 200
 
