@@ -147,11 +147,17 @@ class Controller:
         """
         known = self._models.get(ref.name)
         if known is not None and known != (ref, shape):
-            raise ClusterError(f"model {ref.name!r}: another model of this name is served")
+            raise ClusterError(
+                f"model {ref.name!r}: the cluster serves another model of this name; choose "
+                "another name"
+            )
         deadline = self._clock() + SETTLE_S
         while not self._control.settled:
             if self._clock() > deadline:
-                raise ClusterError(f"model {ref.name!r}: the hosts are not up after {SETTLE_S:g} s")
+                raise ClusterError(
+                    f"model {ref.name!r}: the hosts are not up after {SETTLE_S:g} s; see "
+                    "`moesaic status`"
+                )
             await asyncio.sleep(TICK_S)
         try:
             self._adopt(ref, shape)
@@ -190,8 +196,8 @@ class Controller:
         error = next((f"{host}: {why}" for host, why in self._hosts.errors.items()), "")
         lacking = self._control.unplaced
         if lacking and not error:
-            error = f"{len(lacking)} experts find no room (first: {lacking[0]}); give hosts "
-            error += "more slots or memory, or add hosts"
+            error = f"no host has room for {len(lacking)} experts (the first is {lacking[0]}); "
+            error += "give hosts more slots or memory, or add hosts"
         return held, sum(map(len, wanted.values())), error
 
     # ---- operators: see `Operations` ------------------------------------------------------------
@@ -266,12 +272,12 @@ class Controller:
                 await self._tick()
                 self._state.tick_error = ""
                 if (took_s := time.monotonic() - began) > SLOW_TICK_S:
-                    log.warning("controller: a tick took %.1f s", took_s)
+                    log.warning("a tick of the controller's loop took %.1f s", took_s)
             except Exception as error:
                 # `status` shows the error, whatever it is. The next tick starts afresh from the
                 # hosts' reports.
                 self._state.tick_error = describe_error(error)
-                log.exception("controller: a tick failed")
+                log.exception("a tick of the controller's loop failed; the next one starts afresh")
             self._watchdog.ticked(self._clock(), failed=bool(self._state.tick_error))
             self._state.ticks += 1
             await asyncio.sleep(TICK_S)
@@ -350,7 +356,7 @@ class Controller:
         except Exception as error:
             # `status` shows the error, whatever it is. The current placement stays in use.
             self._state.plan_error = f"planner: {describe_error(error)}"
-            log.exception("controller: the planner failed")
+            log.exception("the planner failed; the current placement stays in use")
         finally:
             self._watchdog.plan_ended(failed=found is None)
             self._control.planned(command, found, self._clock())
@@ -417,7 +423,7 @@ class Controller:
         """Return the error that a host raised; end this process if a newer controller rules."""
         cause = getattr(failure, "cause", failure)
         if isinstance(cause, Superseded):
-            log.critical("controller of term %d: %s; exiting", self._term, cause)
+            log.critical("controller of term %d: %s; the process ends", self._term, cause)
             os._exit(1)
         return cause
 

@@ -113,6 +113,7 @@ def _log_scaling(scaling: ScaleEvent, *, new: bool) -> None:
             extra=ids | {"coming": scaling.coming, "leaving": scaling.leaving},
         )
     if scaling.phase is ScalingPhase.NO_ROOM:
-        log.warning("scaling %d waits for %s", scaling.id, ", ".join(scaling.waits_for), extra=ids)
+        waits_for = ", ".join(scaling.waits_for)
+        log.warning("scaling %d has no room now: it waits for %s", scaling.id, waits_for, extra=ids)
     elif scaling.phase in (ScalingPhase.DONE, ScalingPhase.SUPERSEDED):
         log.info("scaling %d ends: %s", scaling.id, scaling.phase.value, extra=ids)

@@ -52,7 +52,7 @@ class HostActors:
             what = "is up"
             if before is not None:
                 same = before == report.entry.incarnation
-                what = "answers again" if same else "is replaced: it starts anew, without experts"
+                what = "answers again" if same else "is replaced: it starts again, without experts"
             log.info(
                 "host %s %s",
                 host,

@@ -41,7 +41,7 @@ class Operations:
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``wake`` lets the controller's loop tick soon."""
+        """Create the methods; ``wake`` lets the controller's loop tick soon."""
         self._control = control
         self._namespace = namespace
         self._wake = wake
@@ -155,8 +155,11 @@ class Operations:
         change = self._control.changes.find(number)
         if change is None:
             known = [str(change.id) for change in self._control.changes.all]
+            if number is None:
+                raise ClusterError("change: this controller has made no change yet")
             raise ClusterError(
-                f"change: {number or 'any'} is unknown; known: {', '.join(known) or 'none'}"
+                f"change: {number} is unknown; this controller has made the changes "
+                f"{', '.join(known) or 'none'}"
             )
         return change
 
@@ -193,7 +196,8 @@ class Operations:
                 self._wake()
                 return self._report(change, now)
         raise ClusterError(
-            f"{why}: the pool keeps changing; the constraint is stored and planned for later"
+            f"{why}: the pool keeps changing; the constraint is stored, and the controller plans "
+            "for it later"
         )
 
     def _expert(self, key: tuple[str, int, int]) -> ExpertKey:

@@ -189,7 +189,7 @@ class Overview:
             except Exception as error:
                 # A failure here must not stop the controller. `status` shows it; try again.
                 self.loop.watch_error = f"watchdog: {describe_error(error)}"
-                log.exception("controller: the watchdog failed")
+                log.exception("the controller's watchdog failed, and tries again")
             await asyncio.sleep(WATCH_S)
 
     def _vitals(self, now: float) -> Vitals:

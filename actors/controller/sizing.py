@@ -31,7 +31,7 @@ class Sizing:
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``wake`` lets the controller's loop tick soon."""
+        """Take the pool's size; ``wake`` lets the controller's loop tick soon."""
         self._control = control
         self._fleet = fleet
         self._namespace = namespace
@@ -91,11 +91,16 @@ class Sizing:
         late = (
             age_s > _OWNER_LATE_S and self._fleet.desired().keys() - self._control.view.observations
         )
-        problem = f"the cluster's owner has not asked for hosts for {age_s:.0f} s" if late else None
+        problem = None
+        if late:
+            problem = (
+                f"the cluster's owner has not asked which hosts to run for {age_s:.0f} s; check "
+                "the process that started the cluster"
+            )
         return self._fleet.report(self._control, now, owner_age_s=age_s, problem=problem)
 
     def waiting(self, host: str, now: float) -> str | None:
-        """Return what a host that has not come waits for."""
+        """Return what a host that has not started yet waits for."""
         return self._fleet.waiting(host, now)
 
     # ---- parts ----------------------------------------------------------------------------------

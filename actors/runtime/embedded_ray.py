@@ -67,7 +67,7 @@ def start_embedded(said: Callable[[str], None] = log.warning, **options: Any) ->
                 raise
             if number == TRIES:
                 raise ClusterError(f"ray.address: local: {words}") from error
-            said(f"{words}; it is tried once more")
+            said(f"{words}; Moesaic tries once more")
 
 
 def end_embedded() -> None:
@@ -130,7 +130,7 @@ def _ray_folder() -> Path:
     except OSError as error:
         raise ClusterError(
             f"ray.address: local: Ray's folder cannot be made in {above} ({error.strerror}); set "
-            "RAY_TMPDIR to another one"
+            "RAY_TMPDIR to another folder"
         ) from error
     return private / "ray"
 
@@ -170,7 +170,7 @@ def _kill_sessions(names: list[str]) -> None:
         _kill(found)
         if time.monotonic() > deadline:
             left = ", ".join(str(process.pid) for process in found)
-            log.warning("processes of a Ray could not be ended: %s", left)
+            log.warning("processes of Ray could not be ended; their ids are %s", left)
             return
 
 

@@ -25,8 +25,6 @@ from .ray_token import close_token, need_token, token_file
 
 REACH_S = 5.0
 ANSWER_S = 10.0
-# Other ports of a head node, which users mistake for its address.
-_OTHER_PORTS = "the dashboard's is 8265, the Ray client's 10001, and neither is meant"
 
 
 def join(
@@ -78,7 +76,9 @@ def check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
     except OSError as error:
-        raise ClusterError(f"no Ray answers at this address ({error})") from error
+        raise ClusterError(
+            f"no Ray answers at this address ({error}); check the address, and that Ray runs there"
+        ) from error
 
 
 def _check_answer(address: str) -> None:
@@ -94,9 +94,8 @@ def _check_answer(address: str) -> None:
         channel.close()
     if answer.ray_version != ray.__version__:
         raise ClusterError(
-            f"this address has Ray {answer.ray_version}, and this machine Ray "
-            f"{ray.__version__}; install the "
-            "same version on all machines"
+            f"Ray has version {answer.ray_version} at this address, and {ray.__version__} on this "
+            "machine; install the same version on all machines"
         )
 
 
@@ -115,14 +114,16 @@ def _refused(error: grpc.RpcError) -> str:
                 "this process from showing one; unset it"
             )
         return (
-            f"this Ray has another token than {source} here; copy the token of its head node "
+            f"the token in {source} is not the token of this Ray; copy the token of its head node "
             "(`ray get-auth-token` prints it)"
         )
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return f"the Ray there does not answer within {ANSWER_S:g} s"
+        return f"the Ray at this address does not answer within {ANSWER_S:g} s; try again"
     return (
-        f"what listens there does not answer as Ray does ({error.details()}); the port is that of "
-        f"`ray start --head`, 6379 by default: {_OTHER_PORTS}"
+        # Users mistake two other ports of a head node for its address.
+        f"the process at this address does not answer as Ray does ({error.details()}); give the "
+        "port of `ray start --head`, 6379 by default, and not that of the dashboard (8265) or of "
+        "the Ray client (10001)"
     )
 
 

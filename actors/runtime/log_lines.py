@@ -105,7 +105,7 @@ def logger_name(name: str) -> str:
 
 
 def ids_of(record: logging.LogRecord) -> Mapping[str, Any]:
-    """Return what one of Moesaic's own lines has beside its message."""
+    """Return the ids of one of Moesaic's own lines: what it has besides its message."""
     if not record.name.startswith(f"{PACKAGE}."):
         return {}
     return {

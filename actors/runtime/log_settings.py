@@ -73,7 +73,7 @@ def _levels(text: str) -> tuple[int | None, dict[str, int]]:
         room, equals, word = (piece.strip() for piece in part.rpartition("="))
         value = LEVELS.get(word.lower())
         if value is None:
-            raise SpecError(f"{LOG}: {word!r} is no level; {_EXAMPLE}")
+            raise SpecError(f"{LOG}: {word!r} is not a level; {_EXAMPLE}")
         if not equals:
             if level is not None:
                 raise SpecError(f"{LOG}: {text!r} names the level of all rooms twice; {_EXAMPLE}")
@@ -93,8 +93,8 @@ def _named(room: str) -> list[str]:
         return [room]
     if not found:
         raise SpecError(
-            f"{LOG}: {room!r} is no room; a room is a folder of Moesaic's source, for example "
-            f"router, host, actors.endpoint or cluster.routing; {_EXAMPLE}"
+            f"{LOG}: {room!r} is not a room, which is a folder of Moesaic's source such as router, "
+            f"host, actors.endpoint or cluster.routing; {_EXAMPLE}"
         )
     return found
 

@@ -23,7 +23,7 @@ def check_port(part: str, host: str, port: int) -> None:
         except OSError as error:
             raise ClusterError(
                 f"{part}.port: {host}:{port} is not free ({error.strerror or error}); "
-                "choose another one, or 0 for any"
+                "choose another port, or 0 for any free one"
             ) from error
 
 
@@ -35,8 +35,8 @@ def check_address(key: str, host: str) -> None:
             probe.bind((address, 0))
         except OSError as error:
             raise ClusterError(
-                f"{key}: {host!r} is no address of this machine ({error.strerror or error}); give "
-                "one that `ip address` shows, or 127.0.0.1"
+                f"{key}: {host!r} is not an address of this machine ({error.strerror or error}); "
+                "give one that `ip address` shows, or 127.0.0.1"
             ) from error
 
 
@@ -53,7 +53,8 @@ def resolved(key: str, host: str) -> tuple[int, str]:
         return socket.getaddrinfo(plain, 0, type=socket.SOCK_STREAM)[0][0], plain
     except OSError as error:
         raise ClusterError(
-            f"{key}: {host!r} is no address ({error.strerror or error}); give one of this machine"
+            f"{key}: {host!r} cannot be resolved ({error.strerror or error}); give an address of "
+            "this machine"
         ) from error
 
 

@@ -130,7 +130,7 @@ def ray_get(ref: Any, timeout_s: float, what: str) -> Any:
     try:
         return ray.get(ref, timeout=timeout_s)
     except GetTimeoutError:
-        raise ClusterError(f"{what}: no answer within {timeout_s:g} s") from None
+        raise ClusterError(f"{what}: no answer has arrived within {timeout_s:g} s") from None
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, MoesaicError):
@@ -151,7 +151,10 @@ def controller_of(namespace: str) -> Any:
     try:
         return ray.get_actor(CONTROLLER, namespace=namespace)
     except ValueError as error:
-        raise ClusterError(f"{namespace}: its controller is not there: {error}") from error
+        raise ClusterError(
+            f"cluster {cluster_of(namespace)!r} has no controller, so it has ended or does not run "
+            f"on this Ray: {error}"
+        ) from error
 
 
 def join_ray(address: str, name: str, *, insecure: bool = False) -> None:

@@ -119,8 +119,8 @@ def close_token() -> None:
         if found.st_uid == os.geteuid() and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             os.fchmod(opened, 0o600)
             log.warning(
-                "%s had mode %04o, and has 0600 now: anyone who can read it controls this user's "
-                "Rays; if others may have read it, remove it and restart them",
+                "%s had mode %04o, and has 0600 now: anyone who can read it controls every Ray of "
+                "this user; if others may have read it, remove the file and restart every Ray",
                 file,
                 stat.S_IMODE(found.st_mode),
             )

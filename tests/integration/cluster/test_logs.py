@@ -171,5 +171,5 @@ def test_what_happens_to_the_pool_is_told(pool: Cluster) -> None:
 
 def test_a_wrong_value_ends_up_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESAIC_LOG", "loud")
-    with pytest.raises(SpecError, match="MOESAIC_LOG: 'loud' is no level"):
+    with pytest.raises(SpecError, match="MOESAIC_LOG: 'loud' is not a level"):
         moesaic.up({"name": "wrong", "models": []})

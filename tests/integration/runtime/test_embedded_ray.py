@@ -80,7 +80,7 @@ def test_what_fails_twice_leaves_nothing_and_says_why(
             assert "timed out during startup" in words
             assert "raylet.err ends with: no room | no memory" in words
         assert len(said) == 1
-        assert "tried once more" in said[0]
+        assert "Moesaic tries once more" in said[0]
         assert len(started) == 4
         assert all(map(ended, started))
         # What was there before is not its own.
@@ -131,7 +131,7 @@ def test_rays_folder_is_in_one_that_no_other_user_enters(
         assert mode(found.parent) == 0o700
     assert list((tmp_path / "elsewhere").iterdir()) == []
     monkeypatch.setattr(embedded_ray, "get_default_system_temp_dir", lambda: "/proc/no")
-    with pytest.raises(ClusterError, match="set RAY_TMPDIR to another one"):
+    with pytest.raises(ClusterError, match="set RAY_TMPDIR to another folder"):
         folder()
 
 

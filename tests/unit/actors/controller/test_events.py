@@ -129,12 +129,12 @@ def test_a_host_comes_falls_silent_dies_and_is_replaced(caplog: Caught) -> None:
         (lambda: hosts.died("h", restarting=True), []),
         (
             lambda: hosts.reported("h", Report(2)),
-            ["host h is replaced: it starts anew, without experts"],
+            ["host h is replaced: it starts again, without experts"],
         ),
         # Ray may have started it again before anyone asked.
         (
             lambda: hosts.reported("h", Report(3)),
-            ["host h is replaced: it starts anew, without experts"],
+            ["host h is replaced: it starts again, without experts"],
         ),
     ]
     for step, expected in steps:

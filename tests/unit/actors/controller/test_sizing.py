@@ -21,6 +21,6 @@ async def test_an_owner_that_asks_no_more_is_a_problem_until_it_asks_again() -> 
     clock.now += 15.0
     problem = sizing.status(clock()).problem
     assert problem is not None
-    assert "has not asked for hosts for 30 s" in problem
+    assert "has not asked which hosts to run for 30 s" in problem
     await sizing.desired(None, 0.0)
     assert sizing.status(clock()).problem is None

@@ -120,12 +120,12 @@ async def test_a_name_without_an_address_is_logged_and_stops_nothing_else(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unknown(key: str, host: str) -> tuple[int, str]:
-        raise ClusterError(f"{key}: {host!r} is no address")
+        raise ClusterError(f"{key}: {host!r} cannot be resolved")
 
     monkeypatch.setattr(monitoring_server, "resolved", unknown)
     async with monitoring_server.monitoring(APP, "no-such-host", 1):
         await asyncio.sleep(0)
-    assert "'no-such-host' is no address" in caplog.text
+    assert "'no-such-host' cannot be resolved" in caplog.text
 
 
 async def test_names_and_addresses_of_both_families() -> None:

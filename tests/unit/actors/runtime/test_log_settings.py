@@ -81,10 +81,10 @@ def test_any_text_is_understood_or_refused_by_name(text: str) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("MOESAIC_LOG", "loud", "'loud' is no level"),
-        ("MOESAIC_LOG", "info,rooter=debug", "'rooter' is no room"),
-        ("MOESAIC_LOG", "router=", "'' is no level"),
-        ("MOESAIC_LOG", "=debug", "'' is no room"),
+        ("MOESAIC_LOG", "loud", "'loud' is not a level"),
+        ("MOESAIC_LOG", "info,rooter=debug", "'rooter' is not a room"),
+        ("MOESAIC_LOG", "router=", "'' is not a level"),
+        ("MOESAIC_LOG", "=debug", "'' is not a room"),
         ("MOESAIC_LOG", "info,debug", "the level of all rooms twice"),
         ("MOESAIC_LOG", "router=info,actors.router=debug", "names the room actors.router twice"),
         ("MOESAIC_LOG_FORMAT", "xml", "'xml' is unknown; write text or json"),
