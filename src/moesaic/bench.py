@@ -90,7 +90,7 @@ async def measure_load(
     counts |= {"answer_tokens": answer_tokens, "requests": 1 if requests is None else requests}
     for name, count in counts.items():
         if count < 1:
-            raise RequestError(f"{name}: {count} is below 1", param=name)
+            raise RequestError(f"{name}: {count} is below 1; give at least 1", param=name)
     ends = math.inf if limit_s is None else time.perf_counter() + limit_s
     draw = random.Random(seed)
 

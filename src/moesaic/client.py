@@ -349,5 +349,7 @@ def _status(told: Json) -> EndpointStatus:
     try:
         return EndpointStatus.model_validate(told)
     except ValueError as error:
-        text = "/status: the answer is not the status of a cluster; is it the monitoring address?"
-        raise ClusterError(text) from error
+        raise ClusterError(
+            "/status: the answer is not the status of a cluster; give the client the monitoring "
+            "address (`Cluster.monitoring`), not the endpoint's"
+        ) from error

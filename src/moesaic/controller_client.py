@@ -62,9 +62,9 @@ class ControllerClient:
 
         def late(seen: ScalingReport) -> str:
             return (
-                f"scaling {number}: {seen.phase.words}, waits for {', '.join(seen.awaited_hosts)} "
-                f"after {timeout_s:g} s; the cluster goes on with the scaling: see `moesaic "
-                "status`, or give a larger timeout"
+                f"scaling {number}: it has not ended after {timeout_s:g} s ({seen.phase.words}), "
+                f"and waits for {', '.join(seen.awaited_hosts)}; the cluster goes on with the "
+                "scaling: see `moesaic status`, or give a larger timeout"
             )
 
         return _until(lambda: self.ask("scaling", number), late, timeout_s, watch)

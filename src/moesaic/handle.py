@@ -376,7 +376,9 @@ class Cluster:
         served = self._controller.ask("models", timeout_s=ASK_S)
         known = {ref.name: ref for ref, _ in served}
         if model not in known:
-            raise ClusterError(f"model: {model!r} is none of the cluster's models, {sorted(known)}")
+            raise ClusterError(
+                f"model: {model!r} is not one of the cluster's models: {', '.join(sorted(known))}"
+            )
         trunk = open_trunk(self._trunk_config(namespace, known[model]))
         self._trunks.append(trunk)
         return trunk.model

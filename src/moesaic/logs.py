@@ -78,9 +78,9 @@ def read_logs(
     """
     unknown = set(kinds) - set(KINDS)
     if unknown:
-        raise RequestError(f"kinds: {min(unknown)!r} is none of {', '.join(KINDS)}")
+        raise RequestError(f"kinds: {min(unknown)!r} is not one of {', '.join(KINDS)}")
     if tail < 0:
-        raise RequestError(f"tail: {tail} is below 0")
+        raise RequestError(f"tail: {tail} is below 0; give 0 or more")
     if session.logs is None:
         raise ClusterError(
             f"the session file of cluster {session.name!r} names no folder of logs: Ray did not "

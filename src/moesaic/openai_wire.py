@@ -229,10 +229,9 @@ def only(found: Sequence[Model]) -> str:
     """Return the name of the only model. Raises RequestError if there are more, or none."""
     names = [model.id for model in found if model.alias_of is None]
     if len(names) != 1:
-        raise RequestError(
-            f"model: name one of the endpoint's models: {', '.join(names) or 'there are none'}",
-            param="model",
-        )
+        several = f"the endpoint serves several models; name one of {', '.join(names)}"
+        why = several if names else "the endpoint serves no model"
+        raise RequestError(f"model: {why}", param="model")
     return names[0]
 
 
@@ -288,11 +287,13 @@ def mapping_errors() -> Iterator[None]:
         ) from error
     except httpx.TimeoutException as error:
         raise Expired(
-            f"the endpoint did not answer within the client's time limit: {type(error).__name__}"
+            f"the endpoint did not answer within the client's time limit: {type(error).__name__}; "
+            "give the client a larger timeout_s, or ask for fewer tokens"
         ) from error
     except httpx.TransportError as error:
         raise EngineError(
-            f"the connection to the endpoint was lost: {describe_error(error)}"
+            f"the connection to the endpoint was lost: {describe_error(error)}; send the request "
+            "again"
         ) from error
 
 
@@ -302,7 +303,7 @@ def checked(response: httpx.Response, accept: Sequence[int] = (200,)) -> Json:
 
 
 def raise_error(response: httpx.Response, accept: Sequence[int] = (200,)) -> None:
-    """Raise the endpoint's answer if it is an error. The body must have been read."""
+    """Raise the error that the endpoint's answer carries, if any. The body must have been read."""
     if response.status_code in accept:
         return
     try:
@@ -310,7 +311,8 @@ def raise_error(response: httpx.Response, accept: Sequence[int] = (200,)) -> Non
     except (ValueError, KeyError, TypeError):
         # The body is not from our endpoint, but for example a proxy's page.
         raise InternalError(
-            f"the answer is not an endpoint's: HTTP {response.status_code}: {response.text[:200]}"
+            "the answer does not come from an endpoint of Moesaic; check the address: HTTP "
+            f"{response.status_code}: {response.text[:200]}"
         ) from None
 
 

@@ -92,7 +92,8 @@ def read_private(file: Path) -> str:
                 )
             if found.st_size > _MOST_BYTES:
                 raise ClusterError(
-                    f"{file}: {found.st_size} bytes, which no cluster writes; remove the file"
+                    f"{file}: the file has {found.st_size} bytes, which no cluster writes; remove "
+                    "the file"
                 )
             return os.read(opened, _MOST_BYTES).decode(errors="replace")
         finally:

@@ -246,8 +246,8 @@ def need_session(name: str) -> ClusterSession:
     session = find_session(name)
     if session is None:
         running = sorted(file.stem for file in session_dir().glob("*.json"))
-        hint = f"running: {', '.join(running)}" if running else "`moesaic up` starts one"
-        raise ClusterError(f"no cluster {name!r} is running here; {hint}")
+        hint = f"choose one of: {', '.join(running)}" if running else "`moesaic up` starts one"
+        raise ClusterError(f"no cluster {name!r} of this user is running on this machine; {hint}")
     return session
 
 

@@ -101,7 +101,7 @@ def _parse(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Trace:
         kind, _, rest = name.partition("/")
         model, _, layer = rest.rpartition("/")
         if kind != "counts" or not model or not layer.isdecimal():
-            raise ValueError(f"{name}: a tensor that does not belong in a trace")
+            raise ValueError(f"{name}: this tensor does not belong in a trace")
         _check(name, tensors[name], (windows, tensors[name].shape[-1]), np.int64)
         counts[LayerKey(model, int(layer))] = tensors[name]
     return Trace(
@@ -116,9 +116,12 @@ def _parse(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Trace:
 
 def _check(name: str, found: np.ndarray, shape: tuple[int, int], dtype: type) -> None:
     if found.shape != shape or found.dtype != dtype:
-        raise ValueError(f"{name}: {found.dtype} {found.shape}, not {dtype.__name__} {shape}")
+        raise ValueError(
+            f"{name}: the tensor is {found.dtype} {found.shape}, but must be "
+            f"{dtype.__name__} {shape}"
+        )
     if not (np.isfinite(found).all() and (found >= 0).all()):
-        raise ValueError(f"{name}: numbers below zero, or not finite")
+        raise ValueError(f"{name}: the tensor has numbers that are below zero or not finite")
 
 
 def record(

@@ -204,7 +204,7 @@ def _command(talk: Conversation, text: str) -> bool:
         case "/help":
             err.print(HELP, markup=False)
         case _:
-            err.print(f"there is no {command}; /help lists the commands", markup=False)
+            err.print(f"there is no command {command}; /help lists the commands", markup=False)
     return True
 
 

@@ -70,7 +70,7 @@ def register(app: typer.Typer) -> None:
 def plan(
     name: NameOption = "local", budget: BudgetOption = None, as_json: JsonOption = False
 ) -> None:
-    """Show what a rebalance would move, why, its bytes and seconds, and the balancedness after."""
+    """Show what a rebalance would move and why, its bytes, its seconds, and its effect."""
     found = connect(name).plan(budget=_budget(budget))
     print_report(found) if as_json else _print_plan(found)
 
@@ -241,9 +241,8 @@ def _model(cluster: Cluster, model: str | None) -> str:
         return model
     served = [model.name for model in cluster.status().models]
     if len(served) != 1:
-        raise ClusterError(
-            f"--model: name one of the cluster's models: {', '.join(served) or 'there are none'}"
-        )
+        several = f"the cluster serves several models; name one of {', '.join(served)}"
+        raise ClusterError(f"--model: {several if served else 'the cluster serves no model'}")
     return served[0]
 
 
@@ -281,10 +280,10 @@ def _scaling_words(seen: ScalingReport) -> str:
         f"group {seen.group}: {seen.hosts_before} -> {seen.target_hosts} hosts, {seen.phase.words}"
     ]
     if seen.arriving_hosts:
-        words.append(f"{', '.join(seen.arriving_hosts)} come")
+        words.append(f"arriving: {', '.join(seen.arriving_hosts)}")
     if seen.leaving_hosts:
         words.append(
-            f"{', '.join(seen.leaving_hosts)} leave, {seen.remaining_replicas} experts on them"
+            f"leaving: {', '.join(seen.leaving_hosts)}, with {seen.remaining_replicas} experts"
         )
     words += [f"{host} {why}" for host, why in seen.obstacles.items()]
     if seen.duration_s is not None:
@@ -358,7 +357,7 @@ def _print_changes(changes: list[ChangeReport]) -> None:
             change.phase.words + "".join(f"\n{error}" for error in change.errors),
             str(change.total_moves),
             _mib(change.weight_bytes),
-            f"{took_s:g} s" if took_s is not None else f"since {change.age_s:g} s",
+            f"{took_s:g} s" if took_s is not None else f"{change.age_s:g} s so far",
             f"{_mean(change.balancedness_before)} -> {_mean(change.balancedness_predicted)}"
             + _measured(change.measured),
         )

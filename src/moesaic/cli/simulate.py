@@ -49,7 +49,7 @@ def simulate(
     sigma: Annotated[
         float,
         typer.Option(
-            min=0.0, max=5.0, help="Skew of generated loads: deviation of the load's logarithm."
+            min=0.0, max=5.0, help="Skew of generated loads: standard deviation of their logarithm."
         ),
     ] = 1.0,
     drift: Annotated[
@@ -267,7 +267,7 @@ def _print_figures(found: list[StrategyResult]) -> None:
             f"{one.scale_events}",
         )
     out.print(shown)
-    out.print("mean, worst: balancedness. moved, GB: slots, weights. SLO missed: windows")
+    out.print("mean, worst: balancedness. moved, GB: replicas, their size. SLO missed: windows")
 
 
 # ---- faults --------------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ def print_status(document: StatusDocument) -> None:
     _print_size(cluster)
     if cluster.unprotected_experts:
         out.print(
-            f"[yellow]{cluster.unprotected_experts} experts have a single replica: if its "
-            "host is lost, requests for the expert wait[/yellow]"
+            f"[yellow]{cluster.unprotected_experts} experts are in a single failure domain: if it "
+            "is lost, requests for them wait[/yellow]"
         )
     for missing in cluster.missing_examples:
         out.print(f"[red]missing[/red] {missing.words}: {missing.reason}")
@@ -135,8 +135,8 @@ def _print_models(cluster: ClusterStatus, engines: dict[str, EngineStatus]) -> N
 def _print_balance(cluster: ClusterStatus) -> None:
     balancing = cluster.balancing
     age_s = balancing.plan_age_s
-    looked = "never" if age_s is None else f"{age_s:g} s ago"
-    words = [f"balancer {'on' if balancing.automatic else 'off'}, looked at the load {looked}"]
+    looked = "has not looked at the load yet" if age_s is None else f"looked {age_s:g} s ago"
+    words = [f"balancer {'on' if balancing.automatic else 'off'}, {looked}"]
     change = balancing.last_change
     if change is not None:
         words.append(
@@ -146,7 +146,7 @@ def _print_balance(cluster: ClusterStatus) -> None:
     if balancing.pending_moves:
         words.append(f"{balancing.pending_moves} replicas to come")
     if balancing.draining_hosts:
-        words.append(f"drained: {', '.join(balancing.draining_hosts)}")
+        words.append(f"draining or drained: {', '.join(balancing.draining_hosts)}")
     out.print("; ".join(words))
     for warning in cluster.warnings:
         out.print(f"[red]{warning}[/red]")

@@ -128,7 +128,7 @@ def logs(
 def _kind(text: str) -> LogKind:
     if text in KINDS:
         return cast(LogKind, text)
-    raise typer.BadParameter(f"{text!r} is none of {', '.join(KINDS)}", param_hint="KINDS")
+    raise typer.BadParameter(f"{text!r} is not one of {', '.join(KINDS)}", param_hint="KINDS")
 
 
 def record(
@@ -154,7 +154,8 @@ def record(
         trace = cluster.record(seconds, window, stop=stop, progress=progress)
     if not trace.windows:
         raise ClusterError(
-            f"nothing was recorded: it ended before the first {window:g} s (--window) were over"
+            f"nothing was recorded: the recording ended before its first window of {window:g} s "
+            "(--window)"
         )
     from ..traces import write_trace
 

@@ -53,7 +53,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
-GONE = "no cluster 'local' is running here"
+GONE = "no cluster 'local' of this user is running on this machine"
 
 WRONG = [
     # of up, spec check
@@ -81,7 +81,7 @@ WRONG = [
     (["experts", "--layer", "x"], 2, "--layer"),
     (["experts", "--hot", "0"], 2, "--hot"),
     (["logs"], 1, GONE),
-    (["logs", "hots"], 2, "'hots' is none of owner, controller"),
+    (["logs", "hots"], 2, "'hots' is not one of owner, controller"),
     (["logs", "--tail", "-1"], 2, "--tail"),
     (["plan"], 1, GONE),
     (["plan", "--budget", "lots"], 1, GONE),
@@ -253,7 +253,7 @@ def test_a_conversation(
     assert endpoint.asked == [[kind, hi], [brief, hi, answer, ab], [brief, cd]]
     said = capsys.readouterr()
     assert said.out.splitlines() == ["one two"] * 3
-    assert "there is no /nothing" in said.err
+    assert "there is no command /nothing" in said.err
     assert "/reset" in said.err
 
 
@@ -363,7 +363,7 @@ def test_logs_that_there_are_not(session: ClusterSession) -> None:
         read(session, host="host-5")
     with pytest.raises(ClusterError, match="no log of trunk"):
         read(session, "trunk")
-    with pytest.raises(RequestError, match="'hots' is none of"):
+    with pytest.raises(RequestError, match="'hots' is not one of"):
         read(session, "hots")
 
 
@@ -372,7 +372,7 @@ def test_logs_of_a_start_that_failed(session: ClusterSession, capsys: Capture) -
     assert main(["logs", "host", "--tail", "1", "--name", "c"]) == 0
     assert "host-0 9: again" in capsys.readouterr().out
     assert main(["logs", "host", "--name", "d"]) == 1
-    assert "no cluster 'd' is running here" in capsys.readouterr().err
+    assert "no cluster 'd' of this user is running" in capsys.readouterr().err
 
 
 def test_what_a_detached_start_tells_is_passed_on(tmp_path: Path) -> None:

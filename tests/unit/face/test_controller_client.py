@@ -72,7 +72,8 @@ def test_scaling_that_takes_too_long_says_what_it_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = Scripted(monkeypatch, scale=[SCALING], scaling=[SCALING])
-    with pytest.raises(ClusterError, match="scaling 4: starting, waits for host-2 after 0 s"):
+    words = r"scaling 4: it has not ended after 0 s \(starting\), and waits for host-2"
+    with pytest.raises(ClusterError, match=words):
         asked.cluster.scale(3, timeout_s=0.0)
 
 

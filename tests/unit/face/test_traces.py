@@ -244,11 +244,11 @@ GOOD = {
         ({"choices": None}, {}, "choices"),
         ({"busy_s": np.zeros((3, 1))}, {}, "busy_s"),
         ({"busy_s": np.full((2, 1), np.nan)}, {}, "busy_s"),
-        ({"queued_s": np.zeros((2, 1), dtype=np.float32)}, {}, "queued_s: float32"),
+        ({"queued_s": np.zeros((2, 1), dtype=np.float32)}, {}, "queued_s: the tensor is float32"),
         ({"counts/m/0": np.zeros((3, 4), dtype=np.int64)}, {}, "counts/m/0"),
         ({"counts/m/0": np.full((2, 4), -1)}, {}, "below zero"),
-        ({"counts/m": np.zeros((2, 4), dtype=np.int64)}, {}, "counts/m: a tensor"),
-        ({"weights": np.zeros(2)}, {}, "weights: a tensor"),
+        ({"counts/m": np.zeros((2, 4), dtype=np.int64)}, {}, "counts/m: this tensor"),
+        ({"weights": np.zeros(2)}, {}, "weights: this tensor"),
     ],
 )
 def test_what_is_no_trace_gets_one_clear_error(
