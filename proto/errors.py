@@ -218,7 +218,7 @@ class ExpertUnavailable(MoesaicError):
 
 
 class BadExpert(MoesaicError):
-    """An expert's output is not finite.
+    """An expert's output has NaN or infinite values.
 
     The message names the expert.
     """

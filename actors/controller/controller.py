@@ -74,7 +74,7 @@ class Controller:
         router: tuple[str, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start the control loop; ``router``: the router service's address and start time limit."""
+        """Start the control loop; ``router`` has the router service's address and start timeout."""
         begin_process("controller", "controller", cluster_of(namespace))
         self._namespace = namespace
         self._clock = clock
@@ -274,8 +274,7 @@ class Controller:
                 if (took_s := time.monotonic() - began) > SLOW_TICK_S:
                     log.warning("a tick of the controller's loop took %.1f s", took_s)
             except Exception as error:
-                # `status` shows the error, whatever it is. The next tick starts afresh from the
-                # hosts' reports.
+                # `status` shows the error, whatever it is.
                 self._state.tick_error = describe_error(error)
                 log.exception("a tick of the controller's loop failed; the next one starts afresh")
             self._watchdog.ticked(self._clock(), failed=bool(self._state.tick_error))
@@ -286,12 +285,11 @@ class Controller:
                     await asyncio.wait_for(self._wake.wait(), QUIET_TICK_S - TICK_S)
 
     async def _tick(self) -> None:
-        # Step 1: get the reports of all hosts.
         observed = await self._polling.round(self._control.view.hosts)
         for host in self._polling.late:
             if not self._control.view.never_seen(host):
                 self._hosts.late(host)
-        # Step 2: adopt models that only the hosts know, after a restart of this controller.
+        # After a restart of this controller, only the hosts know models that were attached.
         for report in self._hosts.reports.values():
             for ref, shape in report.models:
                 if ref.name not in self._models:
@@ -300,7 +298,6 @@ class Controller:
                     except ValueError as error:
                         # This model is left out; the others are served.
                         self._hosts.errors[report.entry.host] = str(error)
-        # Step 3: decide, and carry out the commands.
         commands = self._control.tick(observed, self._clock())
         for host in self._sizing.tick(self._clock()):
             self._polling.forget(host)
@@ -354,7 +351,7 @@ class Controller:
             found = await asyncio.to_thread(command.run)
             self._state.plan_error = ""
         except Exception as error:
-            # `status` shows the error, whatever it is. The current placement stays in use.
+            # `status` shows the error, whatever it is.
             self._state.plan_error = f"planner: {describe_error(error)}"
             log.exception("the planner failed; the current placement stays in use")
         finally:

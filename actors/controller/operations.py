@@ -41,7 +41,7 @@ class Operations:
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Create the methods; ``wake`` lets the controller's loop tick soon."""
+        """Set up the methods of one pool; ``wake`` lets the controller's loop tick soon."""
         self._control = control
         self._namespace = namespace
         self._wake = wake

@@ -31,7 +31,7 @@ class Sizing:
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take the pool's size; ``wake`` lets the controller's loop tick soon."""
+        """Begin with the size that was stored; ``wake`` lets the controller's loop tick soon."""
         self._control = control
         self._fleet = fleet
         self._namespace = namespace

@@ -179,7 +179,7 @@ class Encoder:
             self._faults.setdefault(text, error)
 
     def log_step(self, router: str, step: int) -> None:
-        """Log whose texts the forward pass has; see `TransformersEngine.log_step`."""
+        """Log whose texts are in the forward pass; see `TransformersEngine.log_step`."""
         log_step(router, step, lambda: [text.request_id for text in self._batch])
 
     def _owners(self, rows: Sequence[int]) -> Iterator[int]:

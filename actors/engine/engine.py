@@ -196,7 +196,7 @@ class EngineStats:
     healthy: bool = False  # False also when restarts do not help
 
     def status(self) -> EngineStatus:
-        """Return what operators see of it."""
+        """Return what `status` shows of the engine."""
         return EngineStatus(
             healthy=self.healthy,
             starts_on_demand=False,

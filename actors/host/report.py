@@ -50,7 +50,7 @@ class HostReport:
     loop: LoopStats
 
     def process(self) -> HostProcess:
-        """Return what operators see of it."""
+        """Return what `status` shows of the host's process."""
         loop = self.loop
         return HostProcess(
             incarnation=self.entry.incarnation,

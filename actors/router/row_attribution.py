@@ -38,7 +38,7 @@ class RowOwner(Protocol):
     def drop_rows(self, dropped: Mapping[int, float]) -> None: ...
 
     def log_step(self, router: str, step: int) -> None:
-        """Log, at the debug level, whose rows the forward pass that begins now has."""
+        """Log, at the debug level, which requests are in the forward pass that begins now."""
         ...
 
 

@@ -27,7 +27,7 @@ LEVELS = {
     "error": logging.ERROR,
     "critical": logging.CRITICAL,
 }
-# In the package's folder. Only what stands in these logs, apart from modules of the package itself.
+# Folders in the package's own; only code in these, and the package's own modules, log anything.
 _TOPS = ("proto", "kernels", "models", "cluster", "actors", "cli")
 _EXAMPLE = f"write a level ({', '.join(LEVELS)}) or a list such as `info,router=debug,host=warning`"
 

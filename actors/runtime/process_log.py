@@ -19,12 +19,12 @@ from .process_labels import ProcessKind, announce
 
 log = logging.getLogger(__name__)
 
-# So many lines of one place in the code are written in so many seconds, above the debug level.
+# The most lines that one place in the code writes in this time; the debug level has no limit.
 MOST_LINES, WINDOW_S = 100, 10.0
 
 
 class Seldom(logging.Filter):
-    """Lets a line that repeats for ever pass only so often.
+    """Limits how often a line that repeats for ever is written.
 
     The last line that passes says so, and the next one after the pause has the number of lines that
     were left out. Lines at the debug level all pass: they are asked for.

@@ -50,7 +50,7 @@ def inspect_model(
 def check_model(
     model: str, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 ) -> CheckedModel:
-    """Do `inspect_model`, and find all errors in the model's folder.
+    """Describe a model as `inspect_model` does, and find all errors in its folder.
 
     Tensors, tokenizer and chat template are checked. Raises CheckpointError if there is no such
     model.

@@ -32,7 +32,7 @@ class ControllerClient:
     """Calls the controller's methods by their names. Raises ClusterError."""
 
     def __init__(self, join: Callable[[], str]) -> None:
-        """``join`` connects this process to the cluster's Ray, and returns the namespace."""
+        """Create a client; ``join`` connects to the cluster's Ray, and returns the namespace."""
         self._join = join
 
     def ask(self, method: str, *arguments: Any, timeout_s: float = OPERATION_S) -> Any:

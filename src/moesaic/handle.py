@@ -365,7 +365,7 @@ class Cluster:
     # ---- models ---------------------------------------------------------------------------------
 
     def from_pretrained(self, model: str) -> PreTrainedModel:
-        """Load the trunk of one of the cluster's models in this process, experts in the pool.
+        """Load the trunk of one of the cluster's models in this process, with experts in the pool.
 
         The trunk is an ordinary transformers model: call the trunk, or its `generate`. Raises
         ClusterError.

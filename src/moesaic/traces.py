@@ -28,7 +28,7 @@ _VERSION = "1"
 _HOSTS = {"choices": np.int64, "busy_s": np.float64, "queued_s": np.float64}
 # Routers report once a second; most shorter windows would have no report.
 MIN_WINDOW_S = 1.0
-# A recording ends when the controller has been away for so long.
+# A recording ends when the controller has been away for this long.
 _PATIENCE_S = 120.0
 
 # (name of the step, done, total)

@@ -61,9 +61,10 @@ def error_answer(
 
 
 def told(error: Exception, identity: str, status: int | None = None) -> ErrorResponse:
-    """Log an error, and return it in words for the client; ``status`` None: its answer had begun.
+    """Log an error, and return the client's message about it.
 
-    Words for clients may quote the request, so they are not logged.
+    ``status`` is None where the answer had begun. Messages for clients may quote the request, so
+    they are not logged.
     """
     ids = {"request_id": identity, "status": status}
     if not isinstance(error, MoesaicError):

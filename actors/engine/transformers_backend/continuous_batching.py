@@ -85,7 +85,7 @@ SCHEDULER_MAPPING[SCHEDULER] = RankScheduler
 
 logger = logging.getLogger(__name__)
 
-# After so many restarts in a row, without a good step in between, the engine is not healthy.
+# After this many restarts in a row, without a good step in between, the engine is not healthy.
 MAX_BARREN_RESTARTS = 3
 MAX_RESTART_DELAY_S = 5.0
 
@@ -294,7 +294,7 @@ class BatchingLoop(ContinuousBatchingManager):
             self.streams.drop(request_id, dropped[row])
 
     def log_step(self, router: str, step: int) -> None:
-        """Log which requests the forward pass has that begins; see `TransformersEngine.log_step`.
+        """Log which requests the forward pass has; see `TransformersEngine.log_step`.
 
         A forward pass outside of the loop has none of them.
         """

@@ -306,7 +306,7 @@ class TransformersEngine:
         self._running().drop_rows(dropped)
 
     def log_step(self, router: str, step: int) -> None:
-        """Log which requests a forward pass has, at its begin and at the debug level.
+        """Log which requests are in a forward pass that begins, at the debug level.
 
         ``step`` is its number in the ``router`` that computes its experts.
         """

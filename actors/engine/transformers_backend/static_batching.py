@@ -30,7 +30,7 @@ from .static_batch import BatchedRequest, StaticBatch, together
 
 logger = logging.getLogger(__name__)
 
-# After so many failed steps in a row the engine is not healthy.
+# After this many failed steps in a row the engine is not healthy.
 MAX_FAILED = 3
 _IDLE_S = 0.5
 _DEFAULT_TOKENS = 8192  # in the caches of all requests
@@ -187,7 +187,6 @@ class StaticBatchLoop:
             self._failed = 0
         except Exception as error:
             if batch.is_first_padded:
-                # Some models fail on padded texts; from now on each batch has texts of one length.
                 logger.warning(
                     "the model fails on padded texts, so all texts of a static batch have the same "
                     "length from now on: %s",
@@ -278,7 +277,7 @@ class StaticBatchLoop:
             self.streams.drop(key, dropped[row])
 
     def log_step(self, router: str, step: int) -> None:
-        """Log which requests a forward pass has; see `TransformersEngine.log_step`."""
+        """Log which requests are in a forward pass; see `TransformersEngine.log_step`."""
         batch = self._current
         if batch is not None:
             log_step(router, step, lambda: [one.key for one in batch.requests])

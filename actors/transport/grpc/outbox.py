@@ -77,7 +77,7 @@ class Outbox:
             self._put((kind, deque(_chunks(kind, frame, payload))), len(payload))
 
     def carry(self, pair: Pair, lost: Callable[[MoesaicError], None]) -> None:
-        """Let ``pair`` carry the tensors from now on; ``lost`` is called with the error if not."""
+        """Let ``pair`` carry the tensors from now on; ``lost`` gets the error that ends it."""
         self._pair, self._lost = pair, lost
 
     def send_beside(self, frame: Frame, payload: Tensor) -> None:
