@@ -121,7 +121,7 @@ def _refused(error: grpc.RpcError) -> str:
         return f"the Ray at this address does not answer within {ANSWER_S:g} s; try again"
     return (
         # Users mistake two other ports of a head node for its address.
-        f"the process at this address does not answer as Ray does ({error.details()}); give the "
+        f"the process at this address does not answer as Ray does ({error.details()}). Give the "
         "port of `ray start --head`, 6379 by default, and not that of the dashboard (8265) or of "
         "the Ray client (10001)"
     )

@@ -42,7 +42,7 @@ def need_token(address: str, *, insecure: bool) -> None:
     if code is grpc.StatusCode.OK:
         raise ClusterError(
             "this Ray asks for no token, so anyone who reaches one of its ports can run any "
-            "program on all its machines; restart it with a token (`ray get-auth-token --generate` "
+            "program on all its machines. Restart it with a token (`ray get-auth-token --generate` "
             "once, RAY_AUTH_MODE=token for `ray start` on each machine), or set "
             "`ray: {insecure: true}` in the spec"
         )
@@ -120,7 +120,7 @@ def close_token() -> None:
             os.fchmod(opened, 0o600)
             log.warning(
                 "%s had mode %04o, and has 0600 now: anyone who can read it controls every Ray of "
-                "this user; if others may have read it, remove the file and restart every Ray",
+                "this user. If others may have read it, remove the file and restart every Ray",
                 file,
                 stat.S_IMODE(found.st_mode),
             )

@@ -51,7 +51,7 @@ def key_for(address: str) -> str:
     if key is None:
         raise Unauthenticated(
             f"{VARIABLE} is not set, and no cluster of this user on this machine has a router "
-            f"service at {address}; set {VARIABLE} to that service's key, which is in the session "
+            f"service at {address}. Set {VARIABLE} to that service's key, which is in the session "
             "file on the machine that started its cluster"
         )
     return key
