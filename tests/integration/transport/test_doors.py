@@ -248,7 +248,7 @@ def test_an_impostor_is_told_nothing_and_believed_nothing(given: str) -> None:
         with (
             pytest.raises(AssertionError, match="only 0 of 1")
             if value is None
-            else (pytest.raises(HostLost, match="no proof"))
+            else (pytest.raises(HostLost, match="did not prove"))
         ):
             hear(channel, timeout_s=2.0)
         channel.close()
