@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesaic.actors.host.host import ExpertHost
+from moesaic.cluster.expert_keys import ExpertKey, first_versions
 from moesaic.cluster.placement import (
-    ExpertKey,
     HostEntry,
     ModelRef,
     ModelShape,
@@ -112,7 +112,9 @@ def main(name: str, threads: int) -> None:
                 ref = ModelRef(**command["model"])
                 experts = {int(layer): number for layer, number in command["experts"].items()}
                 shape = ModelShape(model=ref.name, experts=experts)
-                host.load([(ref, shape)], [ExpertKey(*key) for key in command["load"]])
+                host.load(
+                    [(ref, shape)], first_versions(ExpertKey(*key) for key in command["load"])
+                )
                 print(json.dumps({"weight_bytes": host.report().weight_bytes}), flush=True)
             except Exception as error:
                 print(json.dumps({"error": repr(error)}), flush=True)

@@ -11,26 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..proto.keys import target
-
-# Used instead of an expert's number for the tensors that all experts of a layer share.
-SHARED = (1 << 32) - 1
-
-
-class ExpertKey(NamedTuple):
-    model: str
-    layer: int
-    expert: int
-
-    def __str__(self) -> str:
-        return f"expert {self.expert} of layer {self.layer} of {self.model}"
-
-
-class LayerKey(NamedTuple):
-    model: str
-    layer: int
-
-    def expert(self, expert: int) -> ExpertKey:
-        return ExpertKey(self.model, self.layer, expert)
+from .expert_keys import ExpertKey, LayerKey
+from .versions import WeightVersions
 
 
 class PlacementId(NamedTuple):
@@ -95,6 +77,7 @@ class Placement:
     layers: Mapping[LayerKey, LayerPlacement]
     # Exact models: hosts answer one row per assignment, and routers add them in a fixed order.
     exact: frozenset[str] = field(default_factory=frozenset)
+    versions: WeightVersions = field(default_factory=WeightVersions)
 
     def __post_init__(self) -> None:
         for key, layer in self.layers.items():

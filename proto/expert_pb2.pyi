@@ -96,8 +96,16 @@ class Welcome(_message.Message):
     max_rows: int
     def __init__(self, wire_version: _Optional[int] = ..., host: _Optional[str] = ..., incarnation: _Optional[int] = ..., max_rows: _Optional[int] = ...) -> None: ...
 
+class ExpertVersion(_message.Message):
+    __slots__ = ("expert", "version")
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    expert: int
+    version: int
+    def __init__(self, expert: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+
 class Call(_message.Message):
-    __slots__ = ("seq", "model", "layer", "term", "epoch", "incarnation", "timeout_us", "rows", "hidden", "top_k", "dtype", "exact", "slot", "version", "payload_bytes", "payload", "more", "checksum", "attempt", "step")
+    __slots__ = ("seq", "model", "layer", "term", "epoch", "incarnation", "timeout_us", "rows", "hidden", "top_k", "dtype", "exact", "slot", "version", "other_versions", "payload_bytes", "payload", "more", "checksum", "attempt", "step")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +120,7 @@ class Call(_message.Message):
     EXACT_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    OTHER_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
@@ -132,13 +141,14 @@ class Call(_message.Message):
     exact: bool
     slot: int
     version: int
+    other_versions: _containers.RepeatedCompositeFieldContainer[ExpertVersion]
     payload_bytes: int
     payload: bytes
     more: bool
     checksum: int
     attempt: int
     step: int
-    def __init__(self, seq: _Optional[int] = ..., model: _Optional[str] = ..., layer: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., timeout_us: _Optional[int] = ..., rows: _Optional[int] = ..., hidden: _Optional[int] = ..., top_k: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., exact: _Optional[bool] = ..., slot: _Optional[int] = ..., version: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., checksum: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+    def __init__(self, seq: _Optional[int] = ..., model: _Optional[str] = ..., layer: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., timeout_us: _Optional[int] = ..., rows: _Optional[int] = ..., hidden: _Optional[int] = ..., top_k: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., exact: _Optional[bool] = ..., slot: _Optional[int] = ..., version: _Optional[int] = ..., other_versions: _Optional[_Iterable[_Union[ExpertVersion, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., checksum: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("call", "step", "microbatch", "attempt")
@@ -153,7 +163,7 @@ class Backward(_message.Message):
     def __init__(self, call: _Optional[_Union[Call, _Mapping]] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("seq", "incarnation", "payload_bytes", "payload", "more", "bad_experts", "queued_us", "busy_us", "checksum", "batch_us")
+    __slots__ = ("seq", "incarnation", "payload_bytes", "payload", "more", "bad_experts", "queued_us", "busy_us", "checksum", "batch_us", "version", "other_versions")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +174,8 @@ class Reply(_message.Message):
     BUSY_US_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     BATCH_US_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    OTHER_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     seq: int
     incarnation: int
     payload_bytes: int
@@ -174,7 +186,9 @@ class Reply(_message.Message):
     busy_us: int
     checksum: int
     batch_us: int
-    def __init__(self, seq: _Optional[int] = ..., incarnation: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., bad_experts: _Optional[_Iterable[int]] = ..., queued_us: _Optional[int] = ..., busy_us: _Optional[int] = ..., checksum: _Optional[int] = ..., batch_us: _Optional[int] = ...) -> None: ...
+    version: int
+    other_versions: _containers.RepeatedCompositeFieldContainer[ExpertVersion]
+    def __init__(self, seq: _Optional[int] = ..., incarnation: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., more: _Optional[bool] = ..., bad_experts: _Optional[_Iterable[int]] = ..., queued_us: _Optional[int] = ..., busy_us: _Optional[int] = ..., checksum: _Optional[int] = ..., batch_us: _Optional[int] = ..., version: _Optional[int] = ..., other_versions: _Optional[_Iterable[_Union[ExpertVersion, _Mapping]]] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("seq", "incarnation", "code", "message")

@@ -23,9 +23,10 @@ from ...cluster.control.loading import LoadExperts
 from ...cluster.control.policy import ControlPolicy
 from ...cluster.control.pool_view import Observation, without
 from ...cluster.control.watchdog import Watchdog
+from ...cluster.expert_keys import first_versions
 from ...cluster.load.meter import LoadReport
 from ...cluster.load.trace import LoadTotals
-from ...cluster.placement import LayerKey, ModelRef, ModelShape, Placement
+from ...cluster.placement import ModelRef, ModelShape, Placement
 from ...cluster.planner.plan import FleetGroup
 from ...cluster.reports.activity import Activity, ExpertReport
 from ...cluster.reports.placing import ChangeReport, DrainReport, PlanReport
@@ -127,7 +128,7 @@ class Controller:
         Wait for such a placement, and return None if there is none after ``wait_s``.
         """
         self._control.hear(report, self._clock())
-        after = report.placement_id
+        after = report.received or report.placement_id
 
         def newer() -> bool:
             placement = self._control.placement
@@ -179,7 +180,8 @@ class Controller:
                 text = f"model {ref.name!r}: {host} is not up, so no experts can be sent to it"
                 raise ClusterError(text)
             if keys:
-                granted.append(grant_all(secret, self._hosts.reports[host].entry, keys, self._term))
+                entry = self._hosts.reports[host].entry
+                granted.append(grant_all(secret, entry, first_versions(keys), self._term))
         return granted
 
     async def models(self) -> list[tuple[ModelRef, ModelShape]]:
@@ -188,11 +190,8 @@ class Controller:
     async def progress(self) -> tuple[int, int, str]:
         """Return (replicas held, replicas wanted, first load error)."""
         wanted = {host: self._control.wanted(host) for host in self._control.view.hosts}
-        held = sum(
-            key.expert in report.holdings.get(LayerKey(key.model, key.layer), ())
-            for host, report in self._hosts.reports.items()
-            for key in wanted[host]
-        )
+        view = self._control.view
+        held = sum(view.holds(host, key) for host in view.hosts for key in wanted[host])
         error = next((f"{host}: {why}" for host, why in self._hosts.errors.items()), "")
         lacking = self._control.unplaced
         if lacking and not error:
@@ -319,7 +318,7 @@ class Controller:
         """Ask a host for its report; the host waits up to ``wait_s`` for something new."""
         if self._control.view.never_seen(host) and not await self._hosts.has_come(host):
             return "late"
-        forgetting = self._evicts[host][0].keys if host in self._evicts else ()
+        forgetting = self._evicts[host][0].weights if host in self._evicts else ()
         last = self._hosts.reports.get(host)
         known = None if last is None else last.revision
         try:
@@ -367,11 +366,11 @@ class Controller:
 
     async def _load(self, command: LoadExperts) -> None:
         host = command.host
-        refs = [self._models[name] for name in sorted({key.model for key in command.keys})]
+        refs = [self._models[name] for name in sorted({key.model for key, _ in command.weights})]
         error = ""
         try:
             asked = self._hosts.handle(host).load.remote(
-                refs, command.keys, dict(command.peers), term=self._term
+                refs, command.weights, dict(command.peers), term=self._term
             )
             await asyncio.wait_for(asked, LOAD_TIMEOUT_S)
             self._hosts.errors.pop(host, None)
@@ -390,7 +389,7 @@ class Controller:
             del self._loads[host]
             self._polling.invalidate(host)
         if error:
-            self._control.load_failed(host, command.keys, error, self._clock())
+            self._control.load_failed(host, command.weights, error, self._clock())
 
     def _start_evict(self, command: Evict) -> None:
         if command.host not in self._evicts:
@@ -401,7 +400,7 @@ class Controller:
     async def _evict(self, command: Evict) -> None:
         host = command.host
         try:
-            order = command.keys, self._term, self._evictions[host] + 1
+            order = command.weights, self._term, self._evictions[host] + 1
             asked = self._hosts.handle(host).release.remote(*order)
             await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
         except (RayTaskError, MoesaicError) as failure:

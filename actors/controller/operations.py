@@ -20,7 +20,7 @@ from ...cluster.control.operations import (
     without_pin,
 )
 from ...cluster.control.policy import moves_of
-from ...cluster.placement import ExpertKey
+from ...cluster.expert_keys import ExpertKey
 from ...cluster.planner.plan import OperatorConstraints, Plan
 from ...cluster.reports.placing import ChangeReport, DrainPhase, DrainReport, PlanReport
 from ...cluster.spec.text import bytes_of

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...cluster.placement import LayerKey
+from ...cluster.expert_keys import LayerKey
 from ...kernels.ffn import bad_experts, exact_rows, kernel_for
 from ...proto.expert_pb2 import Frame
 from ...proto.wire import CallLayout
@@ -42,12 +42,14 @@ class ReplyTensors:
 def compute(
     store: ExpertStore, key: LayerKey, pendings: Sequence[PendingCall], *, exact: bool
 ) -> list[ReplyTensors]:
-    """Answer all calls with one grouped computation.
+    """Answer all calls, which name the same versions, with one grouped computation.
 
     ``exact`` asks for one row per assignment instead of one sum per token.
     """
     tensors = [pending.layout.call_tensors(pending.payload) for pending in pendings]
-    form, experts = store.layer(key)
+    first = pendings[0].frame.call
+    others = {other.expert: other.version for other in first.other_versions}
+    form, experts = store.layer(key, first.version, others)
     if any(x.device.type != "cpu" for x, _, _ in tensors):
         # Calls came through device memory. Kernels take ids on the CPU, where they sort tokens by
         # expert.

@@ -20,10 +20,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersion, LayerKey
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.fence import Fence
 from ...cluster.host.residency import HostPolicy, LayerShape, Residency
-from ...cluster.placement import SHARED, ExpertKey, HostEntry, LayerKey
+from ...cluster.placement import HostEntry
 from ...cluster.routing.transports import TransportChoice, groups_of
 from ...proto.errors import CallError, Forbidden
 from ...proto.keys import ClusterSecret, Grant, secret_of_process, target
@@ -122,14 +123,13 @@ class ExpertHost:
     def load(
         self,
         models: Sequence[PlacedModel],
-        keys: Sequence[ExpertKey],
-        peers: Mapping[ExpertKey, HostEntry] | None = None,
-        version: int = 1,
+        wanted: Sequence[ExpertVersion],
+        peers: Mapping[ExpertVersion, HostEntry] | None = None,
         term: int = 0,
     ) -> None:
         """Load experts, and begin to serve each of them as soon as it is ready.
 
-        A key in ``peers`` is fetched from that host; any other one is read from its model's
+        One in ``peers`` is fetched from that host; any other one is read from its model's
         checkpoint. ``term`` is the term of the controller that asks. Raises CheckpointError,
         UnsupportedModel and HostLost, and Superseded for an old controller; experts that were
         loaded before the error stay.
@@ -138,24 +138,21 @@ class ExpertHost:
             self._fence.obey(term)
         with self._load_lock:
             self.add_models(models)
-            held = self._residency.holdings()
-            wanted = [k for k in keys if k.expert not in held.get(LayerKey(k.model, k.layer), ())]
-            self._loading = len(wanted)
+            lacking = [one for one in wanted if not self._residency.serves(one)]
+            self._loading = len(lacking)
             self._note_change()
             began = time.monotonic()
             try:
-                for key in wanted:
-                    peer = (peers or {}).get(key)
-                    shape = (
-                        self._fetch(key, peer, version) if peer else self._store.load(key, version)
-                    )
-                    self._hold(key, shape, version)
+                for one in lacking:
+                    peer = (peers or {}).get(one)
+                    shape = self._fetch(one, peer) if peer else self._store.load(one)
+                    self._hold(one, shape)
                     self._loading -= 1
-                if wanted:
+                if lacking:
                     log.info(
                         "host %s has loaded %d experts in %.1f s",
                         self.name,
-                        len(wanted),
+                        len(lacking),
                         time.monotonic() - began,
                         extra={"host": self.name},
                     )
@@ -171,7 +168,7 @@ class ExpertHost:
             self._models[ref.name] = (ref, shape)
         self._note_change()
 
-    def release(self, keys: Sequence[ExpertKey], term: int = 0, eviction: int = 1) -> None:
+    def release(self, gone: Sequence[ExpertVersion], term: int = 0, eviction: int = 1) -> None:
         """Stop serving experts, refuse queued calls for them and free their memory.
 
         Raises Superseded for an old controller, and Expired for an eviction that the controller
@@ -181,13 +178,13 @@ class ExpertHost:
         def forget() -> None:
             with self._fence_lock:
                 self._fence.evict(term, eviction)
-                self._loop.release(keys)
+                self._loop.release(gone)
 
         self._loop.call(forget)
         self._note_change()
-        for key in keys:
-            self._store.drop(key)
-        log.info("host %s has released %d experts", self.name, len(keys), extra={"host": self.name})
+        for one in gone:
+            self._store.drop(one)
+        log.info("host %s has released %d experts", self.name, len(gone), extra={"host": self.name})
         _return_freed_memory()
 
     def emulate(self, device: Emulation | None) -> None:
@@ -245,25 +242,26 @@ class ExpertHost:
         self._loop.close()
         self._store.close()
 
-    def _fetch(self, key: ExpertKey, peer: HostEntry, version: int) -> LayerShape:
+    def _fetch(self, wanted: ExpertVersion, peer: HostEntry) -> LayerShape:
+        key = wanted.key
         proof = self._secret.proof("weights", peer.target)
 
-        def get(key: ExpertKey) -> dict[str, Tensor]:
+        def get(wanted: ExpertVersion) -> dict[str, Tensor]:
             return get_weights(
                 peer.grpc_address,
-                key,
+                wanted,
                 timeout_s=FETCH_TIMEOUT_S,
-                max_bytes=self._store.most_bytes(key),
+                max_bytes=self._store.most_bytes(wanted.key),
                 proof=proof,
             )
 
         if self._store.lacks_shared(LayerKey(key.model, key.layer)):
-            shared = key._replace(expert=SHARED)
+            shared = ExpertVersion(key._replace(expert=SHARED), FIRST_VERSION)
             self._store.put(shared, get(shared))
-        return self._store.put(key, get(key), version)
+        return self._store.put(wanted, get(wanted))
 
-    def _hold(self, key: ExpertKey, shape: LayerShape, version: int) -> None:
-        self._loop.call(lambda: self._residency.hold(key, shape, version=version))
+    def _hold(self, weights: ExpertVersion, shape: LayerShape) -> None:
+        self._loop.call(lambda: self._residency.hold(weights, shape))
         self._note_change()
 
     def _note_change(self) -> None:
@@ -304,51 +302,52 @@ class _Weights:
     def most_bytes(self, key: ExpertKey) -> int:
         return self._host._store.most_bytes(key)
 
-    def check_grant(self, key: ExpertKey, version: int, grant: Grant | None) -> None:
+    def check_grant(self, given: ExpertVersion, grant: Grant | None) -> None:
         host = self._host
         if grant is None or not host._secret.grants(
-            grant.proof, host.name, host.incarnation, key, version, grant.term
+            grant.proof, host.name, host.incarnation, *given, grant.term
         ):
             raise Forbidden(
-                f"{_named(key)}, version {version}: the controller did not grant this put into "
+                f"{_named(given)}: the controller did not grant this put into "
                 f"incarnation {host.incarnation} of {host.name}"
             )
         with host._fence_lock:
             host._fence.obey(grant.term)
 
-    def get(self, key: ExpertKey) -> dict[str, Tensor]:
-        return self._host._store.get(key)
+    def get(self, wanted: ExpertVersion) -> dict[str, Tensor]:
+        return self._host._store.get(wanted)
 
-    def put(self, key: ExpertKey, tensors: Mapping[str, Tensor], version: int) -> None:
+    def put(self, given: ExpertVersion, tensors: Mapping[str, Tensor]) -> None:
         store = self._host._store
-        store.check(key, tensors)
+        store.check(given.key, tensors)
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise CallError(f"{_named(key)}: {name} has values that are not finite")
+                raise CallError(f"{_named(given)}: {name} has values that are not finite")
         with self._putting:
-            if self._is_served(key):
-                if not _same(store.get(key), tensors):
+            if self._is_served(given):
+                if not _same(store.get(given), tensors):
                     raise Forbidden(
-                        f"{_named(key)}: {self._host.name} serves other tensors under this name "
+                        f"{_named(given)}: {self._host.name} serves other tensors under this name "
                         "and does not replace them; give the model another name"
                     )
                 return
-            shape = store.put(key, tensors, version)
-            if key.expert != SHARED:
-                self._host._hold(key, shape, version)
+            shape = store.put(given, tensors)
+            if given.key.expert != SHARED:
+                self._host._hold(given, shape)
 
-    def _is_served(self, key: ExpertKey) -> bool:
-        residency = self._host._residency
+    def _is_served(self, given: ExpertVersion) -> bool:
+        residency, key = self._host._residency, given.key
         if key.expert == SHARED:
             layer = LayerKey(key.model, key.layer)
             return residency.serves_layer(layer) and not self._host._store.lacks_shared(layer)
-        return residency.serves(key)
+        return residency.serves(given)
 
 
-def _named(key: ExpertKey) -> str:
+def _named(weights: ExpertVersion) -> str:
+    key = weights.key
     if key.expert == SHARED:
         return f"shared tensors of layer {key.layer} of {key.model}"
-    return str(key)
+    return str(weights)
 
 
 def _same(held: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:

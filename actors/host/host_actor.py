@@ -15,9 +15,10 @@ from ..runtime.start_failures import recording_failure
 
 if TYPE_CHECKING:
     # Ray imports this module at normal priority, so it must not import torch.
+    from ...cluster.expert_keys import ExpertVersion
     from ...cluster.host.emulation import Emulation
     from ...cluster.host.residency import HostPolicy
-    from ...cluster.placement import ExpertKey, HostEntry
+    from ...cluster.placement import HostEntry
     from ...cluster.routing.transports import TransportChoice
     from .report import HostReport, PlacedModel, Revision
 
@@ -60,18 +61,18 @@ class RayExpertHost:
     def load(
         self,
         models: Sequence[PlacedModel],
-        keys: Sequence[ExpertKey],
-        peers: Mapping[ExpertKey, HostEntry] | None = None,
+        wanted: Sequence[ExpertVersion],
+        peers: Mapping[ExpertVersion, HostEntry] | None = None,
         *,
         term: int = 0,
     ) -> None:
-        self._host.load(models, keys, peers, term=term)
+        self._host.load(models, wanted, peers, term=term)
 
     def add_models(self, models: Sequence[PlacedModel]) -> None:
         self._host.add_models(models)
 
-    def release(self, keys: Sequence[ExpertKey], term: int = 0, eviction: int = 1) -> None:
-        self._host.release(keys, term, eviction)
+    def release(self, gone: Sequence[ExpertVersion], term: int = 0, eviction: int = 1) -> None:
+        self._host.release(gone, term, eviction)
 
     def emulate(self, device: Emulation | None) -> None:
         self._host.emulate(device)

@@ -19,9 +19,9 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from ...cluster.expert_keys import ExpertVersion, LayerKey
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.residency import QueuedCall, Residency, split_batch_time
-from ...cluster.placement import ExpertKey, LayerKey
 from ...proto.errors import (
     CallError,
     Corrupted,
@@ -139,9 +139,9 @@ class HostLoop:
         elif self._posted.fileno() >= 0:
             self._free()
 
-    def release(self, keys: Sequence[ExpertKey]) -> None:
+    def release(self, gone: Sequence[ExpertVersion]) -> None:
         """Forget experts and refuse the queued calls for them; call on the loop's thread only."""
-        for queued, error in self._residency.release(keys):
+        for queued, error in self._residency.release(gone):
             self._answer_with(queued, error)
 
     # ---- the loop -------------------------------------------------------------------------------
@@ -398,6 +398,8 @@ class HostLoop:
         reply.bad_experts.extend(answer.bad)
         reply.queued_us = int(queued_s * 1e6)
         reply.busy_us, reply.batch_us = busy_us, batch_us
+        reply.version = pending.frame.call.version
+        reply.other_versions.extend(pending.frame.call.other_versions)
         reply.checksum = checksum(queued.seq, answer.buffer[: reply.payload_bytes])
         if self._pending.pop((queued.router, queued.seq), None) is None:
             return  # its router is gone
@@ -424,6 +426,7 @@ def _queued(call: Call, router: str, ids_TK: Tensor, now: float) -> QueuedCall:
         expires_at=now + call.timeout_us * 1e-6,
         incarnation=call.incarnation,
         version=call.version,
+        other_versions=tuple((one.expert, one.version) for one in call.other_versions),
         attempt=call.attempt,
         ids=ids_TK.cpu().numpy(),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...cluster.placement import HostEntry, LayerKey, ModelRef, ModelShape
+from ...cluster.expert_keys import LayerKey
+from ...cluster.placement import HostEntry, ModelRef, ModelShape
 from ...cluster.reports.status import HostProcess
 
 
@@ -42,7 +43,7 @@ class HostReport:
     revision: Revision  # differs whenever anything but memory use and queues has changed
     pid: int
     device: str
-    holdings: Mapping[LayerKey, list[int]]
+    holdings: Mapping[LayerKey, Mapping[int, tuple[int, ...]]]  # experts, with their versions
     models: Sequence[PlacedModel]
     loading: int  # experts still to be loaded
     weight_bytes: int

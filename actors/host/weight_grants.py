@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ...cluster.placement import SHARED, ExpertKey, HostEntry
+from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertVersion
+from ...cluster.placement import HostEntry
 from ...proto.keys import ClusterSecret, Grant
-
-VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,24 +20,23 @@ class Granted:
 
     entry: HostEntry
     term: int
-    proofs: Mapping[ExpertKey, bytes] = field(repr=False)
+    proofs: Mapping[ExpertVersion, bytes] = field(repr=False)
 
     @property
-    def experts(self) -> list[ExpertKey]:
-        return [key for key in self.proofs if key.expert != SHARED]
+    def experts(self) -> list[ExpertVersion]:
+        return [one for one in self.proofs if one.key.expert != SHARED]
 
-    def grant(self, key: ExpertKey) -> Grant:
-        return Grant(self.term, self.proofs[key])
+    def grant(self, weights: ExpertVersion) -> Grant:
+        return Grant(self.term, self.proofs[weights])
 
 
 def grant_all(
-    secret: ClusterSecret, entry: HostEntry, keys: Iterable[ExpertKey], term: int
+    secret: ClusterSecret, entry: HostEntry, wanted: Iterable[ExpertVersion], term: int
 ) -> Granted:
-    proofs: dict[ExpertKey, bytes] = {}
-    for key in keys:
-        for granted in (key._replace(expert=SHARED), key):
+    proofs: dict[ExpertVersion, bytes] = {}
+    for one in wanted:
+        shared = ExpertVersion(one.key._replace(expert=SHARED), FIRST_VERSION)
+        for granted in (shared, one):
             if granted not in proofs:
-                proofs[granted] = secret.grant(
-                    entry.host, entry.incarnation, granted, VERSION, term
-                )
+                proofs[granted] = secret.grant(entry.host, entry.incarnation, *granted, term)
     return Granted(entry, term, proofs)

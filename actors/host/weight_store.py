@@ -10,17 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersion, LayerKey
 from ...cluster.host.residency import LayerShape
-from ...cluster.placement import SHARED, ExpertKey, LayerKey, ModelRef
+from ...cluster.placement import ModelRef
 from ...kernels import onednn
 from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
-from ...kernels.slabs.layout import LayerLayout, SlabLayout
+from ...kernels.slabs.layout import COPIES, LayerLayout, SlabLayout
 from ...kernels.slabs.slab import Slab, layer_layout
 from ...models.trunk.checkpoint import Checkpoint
 from ...models.trunk.config import config_from_dict, read_config, torch_dtype
 from ...models.trunk.experts_layers import ExpertsLayer, expert_parameters, experts_layers
 from ...models.trunk.trunk import meta_model
-from ...proto.errors import CallError, NotHere
+from ...proto.errors import Busy, CallError, NotHere
 
 # Upper bound for a safetensors header: per tensor (besides its name), and for the rest of it.
 _HEADER_BYTES = 256
@@ -66,12 +67,18 @@ class ExpertStore:
         self._writing = threading.Lock()  # slots are written by one thread at a time
         self._models: dict[str, _Model] = {}
         self._forms: dict[LayerKey, ExpertForm] = {}
-        self._experts: dict[LayerKey, dict[int, ExpertWeights]] = {}
+        # {layer: {version: {expert: its weights}}}
+        self._experts: dict[LayerKey, dict[int, dict[int, ExpertWeights]]] = {}
 
     @property
     def nbytes(self) -> int:
         with self._lock:
-            return sum(w.nbytes for experts in self._experts.values() for w in experts.values())
+            return sum(
+                weights.nbytes
+                for versions in self._experts.values()
+                for experts in versions.values()
+                for weights in experts.values()
+            )
 
     def add_model(self, ref: ModelRef) -> None:
         """Register a model, so that its experts can be loaded or put.
@@ -88,12 +95,15 @@ class ExpertStore:
                 if before is not None:
                     before.close()
 
-    def load(self, key: ExpertKey, version: int = 1) -> LayerShape:
+    def load(self, wanted: ExpertVersion) -> LayerShape:
         """Read one expert from its model's checkpoint.
 
         Raises CheckpointError, NotHere, and CallError for an expert that its model lacks.
         """
+        key = wanted.key
         model, layer = self._layer(key)
+        if wanted.version != FIRST_VERSION:
+            raise NotHere(f"{wanted} is not in the checkpoint, which has version {FIRST_VERSION}")
         if model.checkpoint is None:
             raise NotHere(
                 f"model {key.model!r} has no checkpoint; only a peer or a trunk has its experts"
@@ -104,7 +114,7 @@ class ExpertStore:
             self._forms[layer_key] = model.checkpoint.form(key.layer)
             if layer.has_post_norm:
                 layer.module.to(self.device)
-        return self._keep(key, weights, version)
+        return self._keep(wanted, weights)
 
     def most_bytes(self, key: ExpertKey) -> int:
         """Return the largest size of a safetensors file that `put` would accept for ``key``.
@@ -122,8 +132,12 @@ class ExpertStore:
         # The file's JSON header has each tensor's name, dtype, shape and offsets.
         return sum(sizes.values()) + sum(map(len, sizes)) + _HEADER_BYTES * (1 + len(sizes))
 
-    def put(self, key: ExpertKey, tensors: Mapping[str, Tensor], version: int = 1) -> LayerShape:
-        """Keep an expert that was sent to this host. Raises CallError for tensors that misfit."""
+    def put(self, given: ExpertVersion, tensors: Mapping[str, Tensor]) -> LayerShape:
+        """Keep an expert that was sent to this host.
+
+        Raises CallError for tensors that misfit, and Busy while there is no room for a version.
+        """
+        key = given.key
         model, layer = self._layer(key)
         layer_key = LayerKey(key.model, key.layer)
         self.check(key, tensors)
@@ -132,7 +146,7 @@ class ExpertStore:
             return model.shape(key.layer)
         weights = ExpertWeights.of(tensors)
         self._forms.setdefault(layer_key, layer.form())
-        return self._keep(key, weights, version)
+        return self._keep(given, weights)
 
     def check(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> None:
         """Check whether `put` would accept ``tensors`` as ``key``.
@@ -145,25 +159,28 @@ class ExpertStore:
         else:
             _check(key, layer, tensors, torch_dtype(model.ref.dtype))
 
-    def get(self, key: ExpertKey) -> dict[str, Tensor]:
+    def get(self, wanted: ExpertVersion) -> dict[str, Tensor]:
         """Return the tensors of an expert, as `put` accepts them. Raises NotHere and CallError."""
+        key, version = wanted
         _, layer = self._layer(key)
         if key.expert == SHARED:
             return {name: parameter.data for name, parameter in shared_parameters(layer).items()}
         layer_key = LayerKey(key.model, key.layer)
         with self._lock:
-            weights = self._experts.get(layer_key, {}).get(key.expert)
+            weights = self._experts.get(layer_key, {}).get(version, {}).get(key.expert)
             slab = self._models[key.model].slab
-            before = 0 if slab is None else slab.generation(key.layer, key.expert)
-        if weights is None:
-            raise NotHere(f"{key} is not on this host")
+            copy = slab.copy_of(key.layer, key.expert, version) if slab is not None else None
+            place = key.layer, key.expert, copy or 0
+            generation = slab.generation(*place) if slab is not None else 0
+        if weights is None or (slab is not None and copy is None):
+            raise NotHere(f"{wanted} is not on this host")
         tensors = unpack(self._forms[layer_key], weights).tensors()
         if slab is None:
             return tensors
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         # The expert may be dropped while it is copied, and its memory then reads as zeros.
-        if slab.generation(key.layer, key.expert) != before:
-            raise NotHere(f"{key} left this host while it was read")
+        if slab.generation(*place) != generation:
+            raise NotHere(f"{wanted} left this host while it was read")
         return copies
 
     def lacks_shared(self, key: LayerKey) -> bool:
@@ -171,14 +188,18 @@ class ExpertStore:
         _, layer = self._layer(key.expert(SHARED))
         return any(p.device.type == "meta" for p in shared_parameters(layer).values())
 
-    def drop(self, key: ExpertKey) -> None:
+    def drop(self, gone: ExpertVersion) -> None:
         """Forget an expert and free its memory; call it when the loop has released the expert."""
+        key, version = gone
         with self._writing, self._lock:
-            layer_key = LayerKey(key.model, key.layer)
-            dropped = self._experts.get(layer_key, {}).pop(key.expert, None)
+            versions = self._experts.get(LayerKey(key.model, key.layer), {})
+            dropped = versions.get(version, {}).pop(key.expert, None)
             model = self._models.get(key.model)
-            if dropped is not None and model is not None and model.slab is not None:
-                model.slab.free(key.layer, key.expert)
+            if dropped is None or model is None or model.slab is None:
+                return
+            copy = model.slab.copy_of(key.layer, key.expert, version)
+            if copy is not None:
+                model.slab.free(key.layer, key.expert, copy)
 
     def close(self) -> None:
         """Free all experts."""
@@ -187,8 +208,19 @@ class ExpertStore:
             for model in self._models.values():
                 model.close()
 
-    def layer(self, key: LayerKey) -> tuple[ExpertForm, Mapping[int, ExpertWeights]]:
-        return self._forms[key], self._experts[key]
+    def layer(
+        self, key: LayerKey, version: int, others: Mapping[int, int]
+    ) -> tuple[ExpertForm, Mapping[int, ExpertWeights]]:
+        """Return the arithmetic of a layer, and those of its experts of ``version`` that are held.
+
+        ``others`` has the experts of another version, which is used for them.
+        """
+        versions = self._experts[key]
+        experts = versions.get(version, {})
+        if others:
+            found = {e: versions.get(v, {}).get(e) for e, v in others.items()}
+            experts = {**experts, **{e: w for e, w in found.items() if w is not None}}
+        return self._forms[key], experts
 
     def _model(self, name: str) -> _Model:
         with self._lock:
@@ -208,29 +240,40 @@ class ExpertStore:
             )
         return model, layer
 
-    def _keep(self, key: ExpertKey, weights: ExpertWeights, version: int) -> LayerShape:
+    def _keep(self, given: ExpertVersion, weights: ExpertWeights) -> LayerShape:
+        key, version = given
         layer_key = LayerKey(key.model, key.layer)
         model = self._model(key.model)
         if self.device.type == "cpu":
             packed = _in_layout(self._forms[layer_key], weights)
             with self._writing:
-                kept = self._write(self._slab(model), key, packed, version)
+                kept = self._write(self._slab(model), given, packed)
         else:
             kept = ExpertWeights.of({n: t.to(self.device) for n, t in weights.tensors().items()})
         with self._lock:
-            self._experts.setdefault(layer_key, {})[key.expert] = kept
+            versions = self._experts.setdefault(layer_key, {})
+            versions.setdefault(version, {})[key.expert] = kept
         return model.shape(key.layer)
 
-    @staticmethod
-    def _write(slab: Slab, key: ExpertKey, weights: ExpertWeights, version: int) -> ExpertWeights:
+    def _write(self, slab: Slab, given: ExpertVersion, weights: ExpertWeights) -> ExpertWeights:
+        key, version = given
         place = key.layer, key.expert
-        # The controller's load and a trunk's put may bring the same expert at the same time, and
-        # the first of them may be served by now.
-        if slab.version(*place) == version and slab.holds(*place, weights):
-            return slab.view(*place)
-        # What an interrupted load left here was never served.
-        slab.free(*place)
-        return slab.write(*place, weights, version=version)
+        copy = slab.copy_of(*place, version)
+        if copy is not None:
+            # The controller's load and a trunk's put may bring the same expert at the same time,
+            # and the first of them may be served by now.
+            if slab.holds(*place, weights, copy):
+                return slab.view(*place, copy)
+            # What an interrupted load left here was never served.
+            slab.free(*place, copy)
+        copy = slab.free_copy(*place)
+        if copy is None:
+            there = " and ".join(str(slab.version(*place, one)) for one in range(COPIES))
+            raise Busy(
+                f"{given}: this host has versions {there} of it and no room for a third; send it "
+                "again when no router uses the older one any more"
+            )
+        return slab.write(*place, weights, version=version, copy=copy)
 
     def _slab(self, model: _Model) -> Slab:
         if model.slab is None:

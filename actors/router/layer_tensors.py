@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cluster.placement import ExpertKey, LayerKey, Placement, PlacementId
+from ...cluster.expert_keys import ExpertKey, LayerKey
+from ...cluster.placement import Placement, PlacementId
 from ...cluster.routing.events import Send
 from ...cluster.routing.expert_fallback import keep_top_experts
 from ...proto.errors import CallError
@@ -89,6 +90,9 @@ class LayerTensors:
         call.payload_bytes = layout.call_bytes
         call.attempt = send.attempt
         call.step = self.step
+        call.version = send.version
+        for expert, version in send.other_versions:
+            call.other_versions.add(expert=expert, version=version)
         return frame, layout
 
     def write(self, send: Send, frame: Frame, layout: CallLayout, buffer: Tensor) -> None:

@@ -13,7 +13,8 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError
 
-from ...cluster.placement import LayerKey, ModelRef, Placement
+from ...cluster.expert_keys import LayerKey
+from ...cluster.placement import ModelRef, Placement
 from ...cluster.routing.policy import RouterPolicy
 from ...cluster.routing.transports import TransportChoice
 from ...cluster.spec.parts import EngineKind

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.load.meter import LoadReport
-from ...cluster.placement import ExpertKey, LayerKey, Placement, PlacementId
+from ...cluster.placement import Placement, PlacementId
 from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.events import (
     Accept,
@@ -218,13 +219,19 @@ class Router:
             return self._handed.get(timeout=HAND_OVER_S if unplaced is None else 0)
         except queue.Empty:
             asked = () if unplaced is None else (unplaced,)
-            return LoadReport(router=self.name, placement_id=self._number, unplaced=asked)
+            return LoadReport(
+                router=self.name,
+                placement_id=self._number,
+                received=self._dispatcher.received,
+                unplaced=asked,
+            )
 
     def _report(self) -> LoadReport:
         """Take the counts and the unplaced layer; the caller holds the lock."""
         unplaced, self._dispatcher.unplaced = self._dispatcher.unplaced, None
         asked = () if unplaced is None else (unplaced,)
-        return self._dispatcher.meter.take(self.name, self._number, asked)
+        dispatcher = self._dispatcher
+        return dispatcher.meter.take(self.name, self._number, dispatcher.received, asked)
 
     def _ask_for(self, layers: Sequence[LayerKey]) -> None:
         """Let the next report name a layer that no placement has, if one of these is."""
@@ -256,9 +263,22 @@ class Router:
         return compute
 
     def begin_step(self) -> None:
-        """Start a forward pass: forget the rows that were lost in the last one."""
+        """Start a forward pass: forget the rows that were lost in the last one.
+
+        Its calls use the versions of weights that are served now, until `end_step`.
+        """
         self.step += 1
         self.batch.begin_step(self.step)
+        with self._lock:
+            if not self._closed:
+                self._take_placements()
+                self._execute(self._dispatcher.begin_step(self._clock()))
+
+    def end_step(self) -> None:
+        """End a forward pass: the next one may use other versions of weights."""
+        with self._lock:
+            if not self._closed:
+                self._follow_newest(self._dispatcher.end_step(self._clock()))
 
     @torch.no_grad()
     def forward(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -298,6 +318,7 @@ class Router:
                 raise
             finally:
                 self._tensors = None
+                self._follow_newest(self._dispatcher.follow_newest(self._clock()))
                 if self._report_wanted:
                     self._report_wanted = False
                     self._handed.put(self._report())
@@ -410,6 +431,12 @@ class Router:
     def _take_placements(self) -> None:
         while not self._placements.empty():
             self._execute(self._dispatcher.place(self._placements.get_nowait(), self._clock()))
+
+    def _follow_newest(self, commands: Sequence[RouterCommand]) -> None:
+        """Carry out what following the newest placement needs, and report that it is followed."""
+        if commands:
+            self._execute(commands)
+            self.stirred.set()
 
     def _unplaced(self, layers: Sequence[LayerKey]) -> list[LayerKey]:
         placement = self._dispatcher.placement

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ...cluster.placement import ExpertKey
+from ...cluster.expert_keys import ExpertKey
 from ...cluster.routing.expert_fallback import BatchExpertOptions
 from ...cluster.routing.expert_options import RowGroups
 from ...proto.errors import BadExpert, ExpertUnavailable, MoesaicError

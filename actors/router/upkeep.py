@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ...cluster.placement import ExpertKey, LayerKey
+from ...cluster.expert_keys import ExpertKey, LayerKey
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from ...cluster.batching.batch_queue import (
     ClientCall,
     MergePolicy,
 )
-from ...cluster.placement import LayerKey
+from ...cluster.expert_keys import LayerKey
 from ...cluster.reports.status import RouterServiceProcess
 from ...cluster.routing.expert_options import ExpertOptions, MissingExpert, RowGroups
 from ...proto.errors import (
@@ -292,6 +292,8 @@ class MergedCalls:
                 extra={"requests": [_name(piece.number) for piece in batch.pieces]},
             )
             failure = InternalError(describe_error(error))
+        finally:
+            self._router.end_step()
         ends: list[CallResult] = []
         now = self._clock()
         start = 0

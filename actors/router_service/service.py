@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from torch import Tensor
 
 from ...cluster.batching.batch_queue import MergePolicy
-from ...cluster.placement import LayerKey
+from ...cluster.expert_keys import LayerKey
 from ...cluster.reports.status import RouterServiceProcess
 from ...proto.errors import CallError, ClusterError, Expired
 from ...proto.expert_pb2 import DType

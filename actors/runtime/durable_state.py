@@ -18,7 +18,7 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
-from ...cluster.placement import ExpertKey
+from ...cluster.expert_keys import ExpertKey
 from ...cluster.planner.plan import OperatorConstraints
 from .start_failures import forget_start_failures
 

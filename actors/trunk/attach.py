@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import PreTrainedModel
 
-from ...cluster.placement import SHARED, ExpertKey, ModelRef, ModelShape
+from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersion
+from ...cluster.placement import ModelRef, ModelShape
 from ...models.trunk.adapters import needs_adapter
 from ...models.trunk.experts_layers import (
     ExpertsLayer,
@@ -20,7 +21,7 @@ from ...models.trunk.trunk import strip_experts
 from ...proto.errors import UnsupportedModel
 from ...proto.keys import ClusterSecret
 from ...proto.wire import DTYPE_TO_WIRE
-from ..host.weight_grants import VERSION, Granted
+from ..host.weight_grants import Granted
 from ..host.weight_store import shared_parameters
 from ..router.pool_link import TrunkConfig
 from ..runtime.cluster_secret import secret_of
@@ -89,16 +90,15 @@ def _send(granted: Granted, secret: ClusterSecret, layers: Mapping[int, ExpertsL
     def put(key: ExpertKey, tensors: Mapping[str, torch.Tensor]) -> None:
         put_weights(
             granted.entry.grpc_address,
-            key,
+            ExpertVersion(key, FIRST_VERSION),
             tensors,
-            version=VERSION,
             timeout_s=PUT_TIMEOUT_S,
-            grant=granted.grant(key),
+            grant=granted.grant(ExpertVersion(key, FIRST_VERSION)),
             proof=proof,
         )
 
     done: set[int] = set()
-    for key in granted.experts:
+    for key, _ in granted.experts:
         layer = layers[key.layer]
         if key.layer not in done:
             done.add(key.layer)

@@ -43,6 +43,7 @@ class PoolTrunk:
         connect_experts(model, layers, lambda layer: self.router.experts(config.model.name, layer))
         for module in forward_modules(model):
             module.register_forward_pre_hook(lambda *_: self.router.begin_step())
+            module.register_forward_hook(lambda *_: self.router.end_step(), always_call=True)
 
     def close(self) -> None:
         try:

@@ -24,7 +24,8 @@ from rich.table import Table
 
 from benchmarks.measure import write_json
 from benchmarks.planning.placing import LAVISH, MODEL, Pool
-from moesaic.cluster.placement import HostEntry, LayerKey, LayerPlacement, Placement, PlacementId
+from moesaic.cluster.expert_keys import LayerKey
+from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId
 from moesaic.cluster.planner.plan import PoolHost
 from moesaic.cluster.planner.planner import plan
 from moesaic.cluster.routing.assignment import choose_hosts

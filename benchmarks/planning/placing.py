@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moesaic.cluster.comparison.eplb import changed_slots, eplb
-from moesaic.cluster.placement import LayerKey, LayerPlacement, ModelShape
+from moesaic.cluster.expert_keys import LayerKey
+from moesaic.cluster.placement import LayerPlacement, ModelShape
 from moesaic.cluster.planner.balance import balancedness, best_balancedness, even_split
 from moesaic.cluster.planner.plan import Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan

@@ -44,8 +44,8 @@ from benchmarks.planning.placing import (
     rated,
     static,
 )
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.trace import Trace
-from moesaic.cluster.placement import LayerKey
 from moesaic.models.upcycling.demo import demo_model, demo_texts
 from moesaic.traces import write_trace
 

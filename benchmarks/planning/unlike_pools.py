@@ -22,7 +22,8 @@ from benchmarks.planning.placing import (
     ours,
     rated,
 )
-from moesaic.cluster.placement import LayerKey, ModelShape
+from moesaic.cluster.expert_keys import LayerKey
+from moesaic.cluster.placement import ModelShape
 from moesaic.cluster.planner.balance import balancedness, even_split
 from moesaic.cluster.planner.plan import Plan, PoolHost
 from moesaic.cluster.planner.planner import plan

@@ -42,7 +42,8 @@ from benchmarks.hosts import NODE, HostProcess, host_processes, place
 from benchmarks.measure import write_json
 from benchmarks.pools import HIDDEN, save_tiny_model
 from moesaic.actors.router.router import Router
-from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey, ModelRef
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey
+from moesaic.cluster.placement import HostEntry, ModelRef
 from moesaic.proto.expert_pb2 import WeightsChunk, WeightsKey
 from moesaic.proto.keys import proof_hash, secret_of_process
 from moesaic.proto.limits import CHUNK_BYTES

@@ -23,7 +23,8 @@ from benchmarks.measure import Comparison, compare, report
 from moesaic.actors.router.router import Router
 from moesaic.actors.transport.grpc.weights import put_weights
 from moesaic.actors.trunk.attach import expert_tensors
-from moesaic.cluster.placement import ExpertKey, ModelRef
+from moesaic.cluster.expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion
+from moesaic.cluster.placement import ModelRef
 from moesaic.models.trunk.experts_layers import ExpertsLayer
 from moesaic.proto.keys import Grant, secret_of_process
 
@@ -64,7 +65,7 @@ def measure(dtype: torch.dtype, *, intermediate: int, rounds: int) -> list[Compa
             secret = secret_of_process()
             put_weights(
                 host.grpc_address,
-                key,
+                ExpertVersion(key, FIRST_VERSION),
                 expert_tensors(layer, expert),
                 timeout_s=60.0,
                 grant=Grant(0, secret.grant(host.host, host.incarnation, key, 1, 0)),

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..placement import LayerKey
+from ..expert_keys import LayerKey
 
 # Limits of the time after which a refused client is told to try again.
 _LEAST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 5.0

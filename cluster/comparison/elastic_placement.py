@@ -15,8 +15,9 @@ from ..control.commands import Evict, MakePlan, Publish
 from ..control.control import Control, ControlPolicy
 from ..control.loading import LoadExperts
 from ..control.pool_view import Observation
+from ..expert_keys import ExpertKey, ExpertVersion, LayerKey, first_versions
 from ..load.meter import HostTimes, LoadReport
-from ..placement import ExpertKey, HostEntry, LayerKey, LayerPlacement, experts_of
+from ..placement import HostEntry, LayerPlacement, experts_of
 from ..planner.plan import FleetGroup
 from ..scaling.autoscaler import ScalePolicy
 from ..scaling.fleet import Fleet
@@ -50,16 +51,17 @@ class _Host:
 
     name: str
     up_at: float
-    held: set[ExpertKey] = field(default_factory=set)
-    loading: tuple[ExpertKey, ...] = ()
+    held: set[ExpertVersion] = field(default_factory=set)
+    loading: tuple[ExpertVersion, ...] = ()
     done_at: float = 0.0
     seen: Observation | None = None  # its report, kept until something changes
 
     def observe(self) -> Observation:
         if self.seen is None:
-            holdings: dict[LayerKey, set[int]] = {}
-            for key in self.held:
-                holdings.setdefault(LayerKey(key.model, key.layer), set()).add(key.expert)
+            holdings: dict[LayerKey, dict[int, tuple[int, ...]]] = {}
+            for key, version in self.held:
+                layer = holdings.setdefault(LayerKey(key.model, key.layer), {})
+                layer[key.expert] = (version,)
             entry = HostEntry(
                 host=self.name, incarnation=1, node="n", shm_address="", grpc_address=self.name
             )
@@ -99,7 +101,9 @@ class MoesaicStrategy:
         self._now = 0.0
         self._layers: Mapping[LayerKey, LayerPlacement] = self._pool.even()
         self._hosts = {
-            host.name: _Host(host.name, 0.0, set(experts_of(self._layers, host.name)))
+            host.name: _Host(
+                host.name, 0.0, set(first_versions(experts_of(self._layers, host.name)))
+            )
             for host in self._pool.hosts
         }
         self._up: list[str] = []
@@ -157,20 +161,20 @@ class MoesaicStrategy:
         for host in self._hosts.values():
             if host.loading and now >= host.done_at:
                 host.held |= set(host.loading)
-                self._moved += [self._bytes(key) for key in host.loading]
+                self._moved += [self._bytes(key) for key, _ in host.loading]
                 host.loading, host.seen = (), None
         reports = {name: h.observe() for name, h in self._hosts.items() if now >= h.up_at}
         for command in control.tick(reports, now):
             match command:
                 case MakePlan():
                     control.planned(command, command.run(), now)
-                case LoadExperts(host=name, keys=keys):
+                case LoadExperts(host=name, weights=weights):
                     host = self._hosts[name]
-                    host.loading, host.seen = keys, None
-                    size = sum(self._bytes(key) for key in keys)
+                    host.loading, host.seen = weights, None
+                    size = sum(self._bytes(key) for key, _ in weights)
                     host.done_at = now + size / self._pool.loading_bytes_per_s
-                case Evict(host=name, keys=keys):
-                    self._hosts[name].held -= set(keys)
+                case Evict(host=name, weights=weights):
+                    self._hosts[name].held -= set(weights)
                     self._hosts[name].seen = None
                 case Publish(placement=placement):
                     self._layers = placement.layers
@@ -198,7 +202,9 @@ class MoesaicStrategy:
         }
         placement = self._control.placement
         number = None if placement is None else placement.id
-        report = LoadReport(router=_ROUTER, placement_id=number, counts=counts, hosts=times)
+        report = LoadReport(
+            router=_ROUTER, placement_id=number, received=number, counts=counts, hosts=times
+        )
         self._control.hear(report, self._now)
 
     def _scalings(self) -> int:

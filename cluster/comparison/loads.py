@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..expert_keys import LayerKey
 from ..load.trace import Trace
-from ..placement import LayerKey, ModelShape
+from ..placement import ModelShape
 
 _DAY_S = 86_400.0
 

@@ -13,7 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..placement import LayerKey, LayerPlacement, ModelShape, initial_placement
+from ..expert_keys import LayerKey
+from ..placement import LayerPlacement, ModelShape, initial_placement
 from ..planner.plan import PoolHost
 from .eplb import changed_slots, eplb
 from .queues import Queues

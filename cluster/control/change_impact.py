@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..expert_keys import LayerKey
 from ..load.meter import HostTimes
 from ..load.tracker import LoadTracker, grown
-from ..placement import LayerKey, LayerPlacement, Placement
+from ..placement import LayerPlacement, Placement
 from ..planner.balance import balancedness
 from ..planner.consolidation import consolidation_level
 from ..planner.plan import PoolHost

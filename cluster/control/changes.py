@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..placement import LayerKey, LayerPlacement
+from ..expert_keys import LayerKey
+from ..placement import LayerPlacement
 from ..planner.plan import Plan
 from ..reports.placing import ChangePhase, ChangeReport, MeasuredEffect
 from ..reports.report import balancedness_of

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Placement
+from ..expert_keys import ExpertVersion, LayerKey
+from ..placement import LayerPlacement, ModelShape, Placement
 from ..planner.capacity import keep_unplaced_on_leaving
 from ..planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from ..planner.planner import plan
@@ -26,10 +27,10 @@ class Publish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evict:
-    """Let ``host`` drop ``keys``: no router sends calls for them to it any more."""
+    """Let ``host`` drop ``weights``: no router sends calls for them to it any more."""
 
     host: str
-    keys: tuple[ExpertKey, ...]
+    weights: tuple[ExpertVersion, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

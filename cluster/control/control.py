@@ -21,17 +21,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
 from ..load.meter import LoadReport
 from ..load.tracker import LoadTracker
-from ..placement import (
-    ExpertKey,
-    LayerKey,
-    LayerPlacement,
-    ModelShape,
-    Placement,
-    PlacementId,
-    every_expert,
-)
+from ..placement import LayerPlacement, ModelShape, Placement, PlacementId, every_expert
 from ..planner.capacity import with_default_slots
 from ..planner.plan import OperatorConstraints, Plan, PoolHost
 from .change_impact import ImpactMeter
@@ -122,13 +115,15 @@ class Control:
         """Take what operators want; the next tick plans for it."""
         self.members.constraints = constraints
 
-    def load_failed(self, host: str, keys: Sequence[ExpertKey], error: str, now: float) -> None:
+    def load_failed(
+        self, host: str, weights: Sequence[ExpertVersion], error: str, now: float
+    ) -> None:
         """Take note of a load that ended without all of its replicas.
 
         The next attempt uses another source. A replica that fails again leaves the target, unless
         no host holds its expert.
         """
-        for key in self.loader.failed(host, keys, now):
+        for key in self.loader.failed(host, weights, now):
             if self.view.holders(key):
                 self._target.give_up(key, host, self.view.holders(key))
                 self._rebalance_timer.pause(now)
@@ -175,11 +170,15 @@ class Control:
 
     def missing(self) -> dict[ExpertKey, str]:
         """Return the experts that no host holds now, and why."""
-        return {
-            key: "loading" if key.model in self.loader.on_disk else "lost: its model was in memory"
-            for key in every_expert(self._awake())
-            if not self.view.holders(key)
-        }
+        missing = [key for key in every_expert(self._awake()) if not self.view.holders(key)]
+        return {key: self._why_missing(self.view.versions.served(key)) for key in missing}
+
+    def _why_missing(self, weights: ExpertVersion) -> str:
+        if self.loader.is_on_disk(weights):
+            return "loading"
+        if weights.version == FIRST_VERSION:
+            return "lost: its model was in memory"
+        return f"lost: version {weights.version} was in memory only"
 
     def is_free(self, host: str, now: float) -> bool:
         """Return whether a retired host holds nothing, gets nothing, and no router uses it."""
@@ -272,7 +271,7 @@ class Control:
         if self.settled:
             evictable = self.publisher.evictable(target, now, self.idle_models.asleep)
             for host in [host for host in idle if host in evictable]:
-                commands.append(Evict(host=host, keys=tuple(evictable[host])))
+                commands.append(Evict(host=host, weights=tuple(evictable[host])))
                 self.view.forget(host, evictable[host])
             if self._nothing_pending:
                 self.changes.done(now)

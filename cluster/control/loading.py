@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..placement import ExpertKey, HostEntry, ModelShape
+from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion
+from ..placement import HostEntry, ModelShape
 from .pool_view import PoolView
 
 # Extra slots of a host, for new replicas while those that they replace still serve.
@@ -16,11 +17,11 @@ _BATCH_S = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadExperts:
-    """Let ``host`` load ``keys``, from the checkpoint or from the named peers."""
+    """Let ``host`` load ``weights``, from disk or from the named peers."""
 
     host: str
-    keys: tuple[ExpertKey, ...]
-    peers: Mapping[ExpertKey, HostEntry]  # keys without one are read from disk
+    weights: tuple[ExpertVersion, ...]
+    peers: Mapping[ExpertVersion, HostEntry]  # those without one are read from disk
 
 
 class Loader:
@@ -35,6 +36,7 @@ class Loader:
         nothing for ``retry_s`` seconds.
         """
         self.on_disk: set[str] = set()  # models with a checkpoint that hosts can read
+        self.saved: set[ExpertVersion] = set()  # later versions that hosts can read from a file
         self.slots: dict[str, int] = {}
         self._view = view
         self._bytes_per_s = bytes_per_s
@@ -51,11 +53,11 @@ class Loader:
         """Forget a host that was removed."""
         self._not_before.pop(host, None)
 
-    def failed(self, host: str, keys: Sequence[ExpertKey], now: float) -> list[ExpertKey]:
+    def failed(self, host: str, weights: Sequence[ExpertVersion], now: float) -> list[ExpertKey]:
         """Take note of a load that failed; return its replicas that had failed before."""
         self._not_before[host] = now + self._retry_s
         again = []
-        for key in keys:
+        for key, _ in weights:
             if not self._view.holds(host, key):
                 self._failures[key] = self._failures.get(key, 0) + 1
                 if self._failures[key] >= 2:
@@ -83,24 +85,30 @@ class Loader:
             key for key in lacking if key.model not in appeared or not self._view.holders(key)
         ]
         keys = urgent or self._batch(host, lacking, len(wanted), models)
-        peers = {key: source for key in keys if (source := self._source(key, host)) is not None}
         if not keys:
             return None
+        weights = [self._view.versions.served(key) for key in keys]
+        peers = {one: source for one in weights if (source := self._source(one, host)) is not None}
         if not urgent:
             used_bytes = sum(models[key.model].expert_bytes for key in keys)
             self._not_before[host] = now + used_bytes / self._bytes_per_s
-        return LoadExperts(host=host, keys=tuple(keys), peers=peers)
+        return LoadExperts(host=host, weights=tuple(weights), peers=peers)
+
+    def is_on_disk(self, weights: ExpertVersion) -> bool:
+        """Return whether hosts can read this version of an expert from a file."""
+        first = weights.version == FIRST_VERSION
+        return weights.key.model in self.on_disk if first else weights in self.saved
 
     def lacking(self, host: str, wanted: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return the ``wanted`` experts that ``host`` lacks and can still get.
 
-        An expert that has no checkpoint and that no host holds is lost, so it is left out.
+        An expert whose version is in no file and on no host is lost, so it is left out.
         """
         return [
             key
             for key in wanted
             if not self._view.holds(host, key)
-            and (key.model in self.on_disk or self._view.holders(key))
+            and (self.is_on_disk(self._view.versions.served(key)) or self._view.holders(key))
         ]
 
     def _batch(
@@ -123,13 +131,14 @@ class Loader:
             batch.append(key)
         return batch
 
-    def _source(self, key: ExpertKey, host: str) -> HostEntry | None:
-        """Return the peer to load an expert from, or None for the checkpoint.
+    def _source(self, weights: ExpertVersion, host: str) -> HostEntry | None:
+        """Return the peer to load an expert from, or None for the disk.
 
-        After each failure it is another source, by turns the checkpoint and a peer if both exist.
+        After each failure it is another source, by turns the disk and a peer if both exist.
         """
+        key = weights.key
         holders = [name for name in self._view.holders(key) if name != host]
         failures = self._failures.get(key, 0)
-        if not holders or (key.model in self.on_disk and failures % 2 == 0):
+        if not holders or (self.is_on_disk(weights) and failures % 2 == 0):
             return None
         return self._view.observations[holders[(key.expert + failures) % len(holders)]].entry

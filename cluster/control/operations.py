@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from ..placement import ExpertKey, LayerKey, ModelShape
+from ..expert_keys import ExpertKey, LayerKey
+from ..placement import ModelShape
 from ..planner.plan import OperatorConstraints, Plan
 from ..reports.placing import LayerPlan, MoveKind, PlannedDrop, PlannedMove, PlanReport
 from ..reports.report import ExpertId, balancedness_of

@@ -6,8 +6,10 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..placement import ExpertKey, HostEntry, LayerKey, LayerPlacement, ModelShape, Replica
+from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
+from ..placement import HostEntry, LayerPlacement, ModelShape, Replica
 from ..planner.plan import PoolHost
+from ..versions import WeightVersions
 from .host_speed import HostSpeeds, Work
 
 
@@ -16,27 +18,37 @@ class Observation:
     """A host's report: its incarnation, and the experts that it can compute."""
 
     entry: HostEntry
-    holdings: Mapping[LayerKey, Collection[int]]
+    holdings: Mapping[LayerKey, Mapping[int, Collection[int]]]  # experts, with their versions
     loading: bool
     work: Work | None = field(default=None, compare=False)  # None: not reported
 
-    def holds(self, key: ExpertKey) -> bool:
-        return key.expert in self.holdings.get(LayerKey(key.model, key.layer), ())
+    def holds(self, weights: ExpertVersion) -> bool:
+        model, layer, expert = weights.key
+        return weights.version in self.holdings.get(LayerKey(model, layer), {}).get(expert, ())
 
     def experts(self) -> Iterator[ExpertKey]:
         for layer, experts in self.holdings.items():
             yield from (layer.expert(expert) for expert in experts)
 
+    def weights(self) -> Iterator[ExpertVersion]:
+        for layer, experts in self.holdings.items():
+            for expert, versions in experts.items():
+                yield from (ExpertVersion(layer.expert(expert), version) for version in versions)
+
 
 def without(
-    holdings: Mapping[LayerKey, Collection[int]], keys: Collection[ExpertKey]
-) -> dict[LayerKey, frozenset[int]]:
-    """Return the holdings of a host without ``keys``, which it may be dropping right now."""
-    gone = set(keys)
-    return {
-        layer: frozenset(expert for expert in experts if layer.expert(expert) not in gone)
-        for layer, experts in holdings.items()
-    }
+    holdings: Mapping[LayerKey, Mapping[int, Collection[int]]], gone: Collection[ExpertVersion]
+) -> dict[LayerKey, dict[int, tuple[int, ...]]]:
+    """Return the holdings of a host without ``gone``, which it may be dropping right now."""
+    left: dict[LayerKey, dict[int, tuple[int, ...]]] = {}
+    for layer, experts in holdings.items():
+        left[layer] = {}
+        for expert, versions in experts.items():
+            key = layer.expert(expert)
+            kept = tuple(v for v in versions if ExpertVersion(key, v) not in gone)
+            if kept:
+                left[layer][expert] = kept
+    return left
 
 
 class PoolView:
@@ -48,6 +60,8 @@ class PoolView:
         self.observations: dict[str, Observation] = {}
         self.retiring: set[str] = set()  # hosts that are leaving the pool
         self.version = 0  # grows with every change of the view
+        # Only the served version of an expert counts as held, in most methods.
+        self.versions = WeightVersions()
         # The speed factor of each slow or silent host.
         self.speed_factors: dict[str, float] = {}
         self._host_speeds = HostSpeeds()
@@ -103,10 +117,15 @@ class PoolView:
         silent = {host for host in speeds if reports.get(host) is None}
         self.speed_factors = self._host_speeds.speed_factors(speeds, silent)
 
-    def forget(self, host: str, keys: Collection[ExpertKey]) -> None:
+    def serve(self, versions: WeightVersions) -> None:
+        """Count these versions of experts from now on."""
+        self.versions = versions
+        self.version += 1
+
+    def forget(self, host: str, gone: Collection[ExpertVersion]) -> None:
         """Remove what a host was told to evict, without waiting for its next report."""
         seen = self.observations[host]
-        self.observations[host] = replace(seen, holdings=without(seen.holdings, keys))
+        self.observations[host] = replace(seen, holdings=without(seen.holdings, set(gone)))
 
     def usable(self, now: float) -> frozenset[str]:
         """Return the hosts that are alive, or have not been away for ``host_timeout_s`` yet."""
@@ -150,13 +169,15 @@ class PoolView:
             if host not in self.retiring or not self.empty(host)
         }
 
-    def holders(self, key: ExpertKey) -> list[str]:
-        """Return the hosts that hold an expert."""
-        return [host for host, seen in self.observations.items() if seen.holds(key)]
+    def holders(self, key: ExpertKey, version: int | None = None) -> list[str]:
+        """Return the hosts that hold a version of an expert (None: the served one)."""
+        weights = ExpertVersion(key, self.versions.of(key) if version is None else version)
+        return [host for host, seen in self.observations.items() if seen.holds(weights)]
 
     def holds(self, host: str, key: ExpertKey) -> bool:
+        """Return whether a host holds the served version of an expert."""
         seen = self.observations.get(host)
-        return seen is not None and seen.holds(key)
+        return seen is not None and seen.holds(self.versions.served(key))
 
     def domains(self, key: ExpertKey) -> set[str]:
         """Return the failure domains in which a host holds an expert."""

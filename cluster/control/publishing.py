@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 
-from ..placement import (
-    ExpertKey,
-    LayerKey,
-    LayerPlacement,
-    ModelShape,
-    Placement,
-    PlacementId,
-    Replica,
-)
+from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
+from ..placement import LayerPlacement, ModelShape, Placement, PlacementId, Replica
+from ..versions import WeightVersions
 from .pool_view import PoolView
 
 TargetLayers = Mapping[LayerKey, LayerPlacement]
@@ -37,7 +31,7 @@ class Publisher:
         self._routers: dict[str, tuple[PlacementId | None, float]] = {}
         # Replicas that hosts hold and the placement does not name, each with the number of the
         # first placement without it: once acknowledged, no router can ask for the replica.
-        self._retired: dict[tuple[ExpertKey, str], PlacementId] = {}
+        self._retired: dict[tuple[ExpertVersion, str], PlacementId] = {}
         # The last placement that named each host.
         self._told: dict[str, PlacementId] = {}
 
@@ -73,44 +67,60 @@ class Publisher:
         hosts = self._view.entries()
         exact = frozenset(model for model, shape in models.items() if shape.exact)
         last = self.placement
-        if last is not None and (last.hosts, last.layers, last.exact) == (hosts, layers, exact):
+        versions = self._view.versions
+        found = hosts, layers, exact, versions
+        if last is not None and (last.hosts, last.layers, last.exact, last.versions) == found:
             return None
         if last is None and not layers:
             return None
         self.placement_id = PlacementId(self.placement_id.term, self.placement_id.epoch + 1)
-        self.placement = Placement(id=self.placement_id, hosts=hosts, layers=layers, exact=exact)
+        self.placement = Placement(
+            id=self.placement_id, hosts=hosts, layers=layers, exact=exact, versions=versions
+        )
         self._told.update(dict.fromkeys(hosts, self.placement_id))
         return self.placement
 
     def evictable(
-        self, target: TargetLayers, now: float, asleep: Collection[str] = ()
-    ) -> dict[str, list[ExpertKey]]:
+        self,
+        target: TargetLayers,
+        now: float,
+        asleep: Collection[str] = (),
+        arriving: Collection[ExpertVersion] = (),
+    ) -> dict[str, list[ExpertVersion]]:
         """Return for each host the replicas that neither the target nor any live router needs.
 
         A router needs what its placement names. The last replica of an expert stays, unless its
-        model is ``asleep``.
+        model is ``asleep``. Versions that are ``arriving`` are about to be served, and stay.
         """
         if not self._knows_routers(now) or self.placement is None:
             return {}
-        named, wanted = _named(self.placement.layers), _named(target)
+        named = _named(self.placement.layers, self.placement.versions)
+        wanted = _named(target, self._view.versions)
         held = {
-            (key, host) for host, seen in self._view.observations.items() for key in seen.experts()
+            (one, host)
+            for host, seen in self._view.observations.items()
+            for one in seen.weights()
+            if one not in arriving
         }
         self._retired = {
             where: self._retired.get(where, self.placement_id) for where in sorted(held - named)
         }
         acknowledged = list(self.routers(now).values())
-        found: dict[str, list[ExpertKey]] = {}
-        going: Counter[ExpertKey] = Counter()
-        for (key, host), number in self._retired.items():
+        found: dict[str, list[ExpertVersion]] = {}
+        going: Counter[ExpertVersion] = Counter()
+        for (one, host), number in self._retired.items():
+            key = one.key
             # The target does not know models that somebody is just loading into hosts.
             known = LayerKey(key.model, key.layer) in target
-            # One holder of each expert stays, even if no target names it.
-            last = len(self._view.holders(key)) - going[key] <= 1
-            spare = (known and (key, host) not in wanted and not last) or key.model in asleep
+            # One holder of each expert stays, even if no target names it; an older version stays
+            # until some host holds the served one.
+            served = self._view.versions.served(key)
+            least = 1 if one == served else 0
+            last = len(self._view.holders(key)) - going[served] <= least
+            spare = (known and (one, host) not in wanted and not last) or key.model in asleep
             if spare and all(ack is not None and ack >= number for ack in acknowledged):
-                found.setdefault(host, []).append(key)
-                going[key] += 1
+                found.setdefault(host, []).append(one)
+                going[one] += 1
         return found
 
     def _listened(self, now: float) -> float:
@@ -169,10 +179,10 @@ class Publisher:
         )
 
 
-def _named(layers: TargetLayers) -> set[tuple[ExpertKey, str]]:
-    """Return all replicas of a placement as (expert, host)."""
+def _named(layers: TargetLayers, versions: WeightVersions) -> set[tuple[ExpertVersion, str]]:
+    """Return all replicas of a placement as (version of an expert, host)."""
     return {
-        (key.expert(expert), replica.host)
+        (versions.served(key.expert(expert)), replica.host)
         for key, layer in layers.items()
         for expert, replicas in enumerate(layer.replicas)
         for replica in replicas

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..expert_keys import LayerKey
 from ..load.tracker import HORIZONS_S, LoadTracker
-from ..placement import LayerKey, LayerPlacement
+from ..placement import LayerPlacement
 from ..planner.plan import OperatorConstraints
 from ..reports.activity import (
     AssignmentRates,

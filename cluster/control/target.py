@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..placement import ExpertKey, LayerKey, LayerPlacement, experts_of
+from ..expert_keys import ExpertKey, LayerKey
+from ..placement import LayerPlacement, experts_of
 
 
 class Target:

@@ -10,14 +10,14 @@ The clock is an argument. Sockets and tensors are in `actors/host/host.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from ...proto.errors import Busy, CallError, Expired, MoesaicError, NotHere
-from ..placement import ExpertKey, LayerKey
+from ..expert_keys import ExpertVersion, LayerKey
 from .emulation import Emulation
 
 
@@ -53,7 +53,8 @@ class QueuedCall:
     exact: bool
     expires_at: float
     incarnation: int
-    version: int
+    version: int  # of its experts' weights
+    other_versions: tuple[tuple[int, int], ...] = ()  # (expert, version) where it is another one
     attempt: int = 0  # failed sends before it in its router's layer call
     ids: np.ndarray  # int32 expert ids, -1 as padding
 
@@ -70,9 +71,16 @@ def split_batch_time(batch_us: int, batch: Sequence[QueuedCall]) -> list[int]:
 @dataclass(slots=True)
 class _Layer:
     shape: LayerShape
-    # bool (experts + 1,): which experts are held. Index -1 is padding, whose entry is True.
-    held: np.ndarray
-    versions: dict[int, int] = field(default_factory=dict)
+    # {version: bool (experts + 1,)}: which experts are held. Index -1 is padding, whose entry is
+    # True.
+    held: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def holds(self, expert: int, version: int) -> bool:
+        held_E = self.held.get(version)
+        return held_E is not None and 0 <= expert < len(held_E) - 1 and bool(held_E[expert])
+
+    def versions_of(self, expert: int) -> list[int]:
+        return sorted(version for version, held_E in self.held.items() if held_E[expert])
 
 
 class Residency:
@@ -91,41 +99,53 @@ class Residency:
 
     # ---- experts --------------------------------------------------------------------------------
 
-    def hold(self, key: ExpertKey, shape: LayerShape, *, version: int) -> None:
-        """Admit calls for this expert from now on: its weights are ready."""
-        layer_key = LayerKey(key.model, key.layer)
-        layer = self._layers.get(layer_key)
-        if layer is None:
-            held = np.zeros(shape.num_experts + 1, dtype=bool)
-            held[-1] = True
-            layer = self._layers[layer_key] = _Layer(shape, held)
-        layer.held[key.expert] = True
-        layer.versions[key.expert] = version
+    def hold(self, weights: ExpertVersion, shape: LayerShape) -> None:
+        """Admit calls for this version of this expert from now on: the weights are ready."""
+        key = weights.key
+        layer = self._layers.setdefault(LayerKey(key.model, key.layer), _Layer(shape))
+        held_E = layer.held.get(weights.version)
+        if held_E is None:
+            held_E = np.zeros(shape.num_experts + 1, dtype=bool)
+            held_E[-1] = True
+        held_E[key.expert] = True
+        layer.held[weights.version] = held_E  # other threads read it: only now, when it is whole
 
-    def release(self, keys: Iterable[ExpertKey]) -> list[tuple[QueuedCall, MoesaicError]]:
+    def release(self, gone: Iterable[ExpertVersion]) -> list[tuple[QueuedCall, MoesaicError]]:
         """Release experts; return the queued calls that need one of them, with their refusals."""
-        for key in keys:
-            layer = self._layers.get(LayerKey(key.model, key.layer))
-            if layer is not None and key.expert in layer.versions:
-                layer.held[key.expert] = False
-                del layer.versions[key.expert]
-                if not layer.versions:
-                    del self._layers[LayerKey(key.model, key.layer)]
+        for (model, number, expert), version in gone:
+            key = LayerKey(model, number)
+            layer = self._layers.get(key)
+            if layer is None or not layer.holds(expert, version):
+                continue
+            layer.held[version][expert] = False
+            if not layer.held[version][:-1].any():
+                del layer.held[version]
+            if not layer.held:
+                del self._layers[key]
         refused = [(call, e) for call in self._queue if (e := self._not_here(call)) is not None]
         self._remove(call for call, _ in refused)
         return refused
 
-    def serves(self, key: ExpertKey) -> bool:
-        """Return whether this expert is held; may be called from any thread."""
+    def serves(self, weights: ExpertVersion) -> bool:
+        """Return whether this version of this expert is held; may be called from any thread."""
+        key = weights.key
         layer = self._layers.get(LayerKey(key.model, key.layer))
-        return layer is not None and key.expert in layer.versions
+        return layer is not None and layer.holds(key.expert, weights.version)
 
     def serves_layer(self, key: LayerKey) -> bool:
         """Return whether any expert of the layer is held; may be called from any thread."""
         return key in self._layers
 
-    def holdings(self) -> Mapping[LayerKey, list[int]]:
-        return {key: sorted(layer.versions) for key, layer in sorted(self._layers.items())}
+    def holdings(self) -> dict[LayerKey, dict[int, tuple[int, ...]]]:
+        """Return what is held: for each layer, its experts with the versions of each."""
+        found: dict[LayerKey, dict[int, tuple[int, ...]]] = {}
+        for key, layer in sorted(self._layers.items()):
+            experts: dict[int, tuple[int, ...]] = {}
+            for version, held_E in sorted(layer.held.items()):
+                for expert in np.flatnonzero(held_E[:-1]).tolist():
+                    experts[expert] = (*experts.get(expert, ()), version)
+            found[key] = dict(sorted(experts.items()))
+        return found
 
     # ---- calls ----------------------------------------------------------------------------------
 
@@ -170,10 +190,10 @@ class Residency:
         if not self._queue:
             return [], list(expired)
         lead = min(self._queue, key=self._start_time)
-        batch, rows = [lead], lead.rows
+        batch, rows, kind = [lead], lead.rows, _kind(lead)
         for call in self._queue:
             fits = rows + call.rows <= self.policy.max_batch_rows
-            alike = call.key == lead.key and call.exact == lead.exact and call.dtype == lead.dtype
+            alike = _kind(call) == kind
             if call is not lead and alike and fits:
                 batch.append(call)
                 rows += call.rows
@@ -210,18 +230,14 @@ class Residency:
                 f"ids: {beyond} is no expert of layer "
                 f"{call.key.layer} of {call.key.model!r}, which has {layer.shape.num_experts}"
             )
-        here = layer.held[call.ids]
-        if not here.all():
-            missing = int(call.ids[~here][0])
-            return NotHere(f"{call.key.expert(missing)} is not on this host")
-        if call.version:
-            for expert in np.unique(call.ids[call.ids >= 0]).tolist():
-                if layer.versions[expert] != call.version:
-                    return NotHere(
-                        f"{call.key.expert(expert)} has version {layer.versions[expert]} here, "
-                        f"the call is for {call.version}"
-                    )
-        return None
+        held_E = layer.held.get(call.version)
+        here = call.ids < 0 if held_E is None else held_E[call.ids]
+        for expert, version in call.other_versions:
+            mine = call.ids == expert
+            if mine.any() and not layer.holds(expert, version):
+                return _lacks(call, expert, version, layer)
+            here = here | mine
+        return None if here.all() else _lacks(call, int(call.ids[~here][0]), call.version, layer)
 
     def misfit(self, key: LayerKey, *, rows: int, hidden: int, dtype: str) -> CallError | None:
         """Return why a call is too large or does not fit the model, or None.
@@ -239,3 +255,15 @@ class Residency:
                 f"rows: {rows} exceed this host's {self.policy.max_rows} per call; split the call"
             )
         return None
+
+
+def _kind(call: QueuedCall) -> object:
+    """Return what calls must have in common to be computed together."""
+    # Versions of different experts could be merged as well, but such calls are rare.
+    return call.key, call.exact, call.dtype, call.version, call.other_versions
+
+
+def _lacks(call: QueuedCall, expert: int, version: int, layer: _Layer) -> NotHere:
+    weights, there = ExpertVersion(call.key.expert(expert), version), layer.versions_of(expert)
+    others = f"; it has version {', '.join(map(str, there))}" if there else ""
+    return NotHere(f"{weights} is not on this host{others}")

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..placement import LayerKey, PlacementId
+from ..expert_keys import LayerKey
+from ..placement import PlacementId
 
 
 @dataclass(slots=True)
@@ -61,6 +62,9 @@ class LoadReport:
 
     router: str
     placement_id: PlacementId | None
+    # The number of the newest placement that it received: it follows that one when the forward
+    # pass that is running ends.
+    received: PlacementId | None = None
     counts: Mapping[LayerKey, np.ndarray] = field(default_factory=dict)  # (E,) int64 each
     hosts: Mapping[str, HostTimes] = field(default_factory=dict)
     unplaced: tuple[LayerKey, ...] = ()  # layers that were called and are not in the placement
@@ -95,12 +99,17 @@ class LoadMeter:
         times.batch_s += batch_us * 1e-6
 
     def take(
-        self, router: str, number: PlacementId | None, unplaced: tuple[LayerKey, ...] = ()
+        self,
+        router: str,
+        number: PlacementId | None,
+        received: PlacementId | None,
+        unplaced: tuple[LayerKey, ...] = (),
     ) -> LoadReport:
         """Return everything since the last report, and start from zero."""
         report = LoadReport(
             router=router,
             placement_id=number,
+            received=received,
             counts=self._counts,
             hosts=self._hosts,
             unplaced=unplaced,

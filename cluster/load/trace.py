@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..placement import LayerKey
+from ..expert_keys import LayerKey
 from .meter import HostTimes
 from .tracker import grown
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..placement import LayerKey
+from ..expert_keys import LayerKey
 from .meter import HostTimes, LoadReport
 
 # Time constants of the averages: the load now, in the last minute, and usually.

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Replica
+from ..expert_keys import ExpertKey, LayerKey
+from ..placement import LayerPlacement, ModelShape, Replica
 from .plan import Plan, PoolHost
 
 # A host without given slots gets its even part of what models need times this factor; the rest is

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..placement import ExpertKey, LayerKey, LayerPlacement
+from ..expert_keys import ExpertKey, LayerKey
+from ..placement import LayerPlacement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Replica
+from ..expert_keys import ExpertKey, LayerKey
+from ..placement import LayerPlacement, ModelShape, Replica
 from .balance import balancedness, even_split, shares
 from .consolidation import consolidate, consolidation_level
 from .moves import FreeCapacity, LayerConstraints, Step

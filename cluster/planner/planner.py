@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ..placement import LayerKey, LayerPlacement, ModelShape
+from ..expert_keys import LayerKey
+from ..placement import LayerPlacement, ModelShape
 from .moves import EvaluatedStep, Step
 from .plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from .plan_builder import UNLIMITED, PlanBuilder

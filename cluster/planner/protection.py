@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..placement import LayerKey
+from ..expert_keys import LayerKey
 from .moves import Step
 from .plan_builder import PlanBuilder
 from .search import LayerSearch

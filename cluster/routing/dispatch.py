@@ -18,8 +18,9 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
+from ..expert_keys import LayerKey
 from ..load.meter import LoadMeter
-from ..placement import LayerKey, Placement
+from ..placement import Placement, PlacementId
 from .events import (
     Accept,
     Cancel,
@@ -39,6 +40,7 @@ from .host_health import HostHealth
 from .host_registry import HostRegistry, SendPart
 from .layer_call import InFlightSend, LayerCall, Outcome
 from .policy import RouterPolicy
+from .step_versions import until_step_ends
 
 # After these refusals, another replica or a later attempt may still serve the same assignments.
 _RETRYABLE = ("NotHere", "Busy", "Expired", "HostLost", "Corrupted")
@@ -58,6 +60,9 @@ class Dispatcher:
         self.hedge_wins = 0  # hedges that were answered before the late send
         self.registry = HostRegistry(policy)
         self._call: LayerCall | None = None
+        self._steps = 0  # forward passes that are running, one inside the other
+        # The newest placement, if it changes versions and waits for the running pass to end.
+        self._coming: Placement | None = None
         self._next_seq = 1
         self._rotations: dict[LayerKey, int] = defaultdict(int)
         self.meter = LoadMeter()
@@ -78,10 +83,45 @@ class Dispatcher:
     def hosts(self) -> dict[str, HostHealth]:
         return self.registry.hosts
 
+    @property
+    def received(self) -> PlacementId | None:
+        """The number of the newest placement, which is followed when the running pass ends."""
+        newest = self._coming or self.placement
+        return None if newest is None else newest.id
+
     def place(self, placement: Placement, now: float) -> list[RouterCommand]:
-        """Switch to a newer placement; ignore an older or equal one."""
-        if self.placement is not None and placement.id <= self.placement.id:
+        """Switch to a newer placement; ignore an older or equal one.
+
+        While a forward pass is running, versions of weights do not change (`step_versions.py`).
+        """
+        if self.received is not None and placement.id <= self.received:
             return []
+        self._coming = None
+        followed = placement
+        if self.placement is not None and (self._steps or self._running is not None):
+            followed = until_step_ends(self.placement, placement)
+            self._coming = None if followed is placement else placement
+        return self._follow(followed, now)
+
+    def begin_step(self, now: float) -> list[RouterCommand]:
+        """Take note that a forward pass begins; it may be inside another one."""
+        commands = self.follow_newest(now)
+        self._steps += 1
+        return commands
+
+    def end_step(self, now: float) -> list[RouterCommand]:
+        """Take note that a forward pass ended, and follow the newest placement."""
+        self._steps = max(0, self._steps - 1)
+        return self.follow_newest(now)
+
+    def follow_newest(self, now: float) -> list[RouterCommand]:
+        """Follow the newest placement, unless a pass or a call is running."""
+        if self._coming is None or self._steps or self._running is not None:
+            return []
+        newest, self._coming = self._coming, None
+        return self._follow(newest, now)
+
+    def _follow(self, placement: Placement, now: float) -> list[RouterCommand]:
         over = self.registry.place(placement)
         for host in over:
             self._orphan(host)

@@ -79,6 +79,8 @@ class Send:
     seq: int
     timeout_s: float
     attempt: int  # failed sends of its layer call before it; one more in a hedge
+    version: int  # of the experts' weights
+    other_versions: tuple[tuple[int, int], ...]  # (expert, version) where it is another one
     token_t: np.ndarray
     assignment_tk: np.ndarray
     ids_tk: np.ndarray

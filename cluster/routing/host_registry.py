@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..placement import ExpertKey, LayerKey, Placement
+from ..expert_keys import ExpertKey, LayerKey
+from ..placement import Placement
+from ..versions import LayerVersions
 from .assignment import choose_hosts
 from .events import Disconnect, RouterCommand, Send
 from .host_health import HostHealth, HostState
@@ -24,6 +26,7 @@ class SendPart(NamedTuple):
     """Assignments that go to one host in one send."""
 
     health: HostHealth
+    versions: LayerVersions
     token_t: np.ndarray
     assignment_tk: np.ndarray
 
@@ -39,6 +42,8 @@ class SendPart(NamedTuple):
             seq=seq,
             timeout_s=timeout_s,
             attempt=attempt,
+            version=self.versions.most,
+            other_versions=self.versions.others_of(ids_tk),
             token_t=self.token_t,
             assignment_tk=self.assignment_tk,
             ids_tk=ids_tk.astype(np.int32),
@@ -121,9 +126,10 @@ class HostRegistry:
         self, call: LayerCall, assignment_n: np.ndarray, host_n: np.ndarray
     ) -> Iterator[SendPart]:
         """Yield the assignments as sends to the hosts that were chosen for them."""
-        assert self._routes is not None
+        assert self._routes is not None and self.placement is not None
+        versions = self.placement.versions.layer(call.key)
         for index, name in enumerate(self._routes.hosts):
             mine = assignment_n[host_n == index]
             if mine.size:
                 for token_t, assignment_tk in call.pieces(name, mine):
-                    yield SendPart(self.hosts[name], token_t, assignment_tk)
+                    yield SendPart(self.hosts[name], versions, token_t, assignment_tk)

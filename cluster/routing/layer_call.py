@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..placement import LayerKey
+from ..expert_keys import LayerKey
 from .events import Refused, Send
 from .row_grouping import rows_of
 

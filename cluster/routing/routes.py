@@ -11,7 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..placement import LayerKey, LayerPlacement, Placement
+from ..expert_keys import LayerKey
+from ..placement import LayerPlacement, Placement
 
 # Length of the round robin of one expert's replicas: shares are exact to within 1 / 64.
 SHARE_STEPS = 64

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...proto.errors import InternalError
-from ..placement import HostEntry, LayerKey, PlacementId
+from ..expert_keys import LayerKey
+from ..placement import HostEntry, PlacementId
 from ..routing.events import HostDown, Send
 from .network import CallFrame, Connection, Frame, Hello, Refusal, Reply
 from .trace_events import Sent
@@ -95,6 +96,8 @@ class SimConnections:
             timeout_s=send.timeout_s,
             rows=len(send.token_t),
             attempt=send.attempt,
+            version=send.version,
+            other_versions=send.other_versions,
             ids_n=send.ids_tk.reshape(-1),
         )
         connection.send(connection.host, frame)

@@ -18,8 +18,9 @@ from ..control.commands import Evict, MakePlan, Publish
 from ..control.control import Control
 from ..control.loading import LoadExperts
 from ..control.pool_view import Observation, without
+from ..expert_keys import ExpertVersion
 from ..load.meter import LoadReport
-from ..placement import ExpertKey, ModelShape, PlacementId
+from ..placement import ModelShape, PlacementId
 from ..planner.plan import OperatorConstraints
 from ..scaling.fleet import Fleet
 from .clock import SimProcess
@@ -92,7 +93,7 @@ class SimController(SimProcess):
         self.asked_at = 0.0  # when it asked for the reports on which it decides
         self._observed: dict[str, Observation | None] = {}
         self._loads: set[str] = set()
-        self._evicts: dict[str, tuple[ExpertKey, ...]] = {}
+        self._evicts: dict[str, tuple[ExpertVersion, ...]] = {}
         self._evictions: dict[str, int] = defaultdict(int)  # number of the last that ended, by host
         self._asked: set[str] = set()
         self._waiting: list[_Waiting] = []
@@ -142,7 +143,7 @@ class SimController(SimProcess):
         self.heard[router.name] = now
         router.was_heard(now)
         self.control.hear(report, now)
-        self._waiting.append(_Waiting(report.placement_id, respond, now + wait_s))
+        self._waiting.append(_Waiting(report.received, respond, now + wait_s))
         self.reach(wait_s, f"{self.name}: a report ends", self._answer_reports)
         self._answer_reports()
 
@@ -211,7 +212,7 @@ class SimController(SimProcess):
             timeout_s=self.world.settings.report_timeout_s,
         )
 
-    def _hear_host(self, host: str, result: Result, forgetting: tuple[ExpertKey, ...]) -> None:
+    def _hear_host(self, host: str, result: Result, forgetting: tuple[ExpertVersion, ...]) -> None:
         match result:
             case Failed(error=Superseded()):
                 self.leave()
@@ -279,17 +280,19 @@ class SimController(SimProcess):
             return
         self._loads.add(host)
         assert self.control is not None
-        shapes = [self.control.models[name] for name in sorted({k.model for k in command.keys})]
+        shapes = [
+            self.control.models[name] for name in sorted({key.model for key, _ in command.weights})
+        ]
         process = self.world.hosts.get(host)
 
         def load(respond: Responder) -> None:
             assert process is not None
-            process.load(shapes, command.keys, dict(command.peers), self.term, respond)
+            process.load(shapes, command.weights, dict(command.peers), self.term, respond)
 
         self.world.network.call(
             self,
             process,
-            f"{self.name} lets {host} load {_names(command.keys)}",
+            f"{self.name} lets {host} load {_names(command.weights)}",
             load,
             lambda result: self._loaded(command, result),
             timeout_s=self.world.settings.load_timeout_s,
@@ -304,19 +307,19 @@ class SimController(SimProcess):
             isinstance(result, Failed) and isinstance(result.error, MoesaicError)
         ):
             error = "took too long" if isinstance(result, TimedOut) else str(result.error)
-            self.control.load_failed(command.host, command.keys, error, self.clock.now)
+            self.control.load_failed(command.host, command.weights, error, self.clock.now)
 
     def _evict(self, command: Evict) -> None:
         host = command.host
         if host in self._evicts:
             return
-        self._evicts[host] = command.keys
+        self._evicts[host] = command.weights
         number = self._evictions[host] + 1
         process = self.world.hosts.get(host)
 
         def release(respond: Responder) -> None:
             assert process is not None
-            process.release(command.keys, self.term, number, self.asked_at, respond)
+            process.release(command.weights, self.term, number, self.asked_at, respond)
 
         def evicted(result: Result) -> None:
             del self._evicts[host]
@@ -327,7 +330,7 @@ class SimController(SimProcess):
         self.world.network.call(
             self,
             process,
-            f"{self.name} lets {host} forget {_names(command.keys)}",
+            f"{self.name} lets {host} forget {_names(command.weights)}",
             release,
             evicted,
             timeout_s=self.world.settings.report_timeout_s,
@@ -339,6 +342,6 @@ class SimController(SimProcess):
         self.world.controller_ends(self)
 
 
-def _names(keys: Sequence[ExpertKey]) -> str:
+def _names(weights: Sequence[ExpertVersion]) -> str:
     """Name experts briefly and in their order, so that two logs of a seed can be compared."""
-    return ", ".join(f"{key.model}/{key.layer}/{key.expert}" for key in keys)
+    return ", ".join(f"{k.model}/{k.layer}/{k.expert}/{version}" for k, version in weights)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from ..control.operations import with_drain, with_min_replicas, with_pin, without_drain, without_pin
-from ..placement import ExpertKey
+from ..expert_keys import ExpertKey
 from ..planner.plan import OperatorConstraints
 from .clock import SimProcess
 from .network import NetworkFaults

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...proto.errors import CallError, CheckpointError, Corrupted, HostLost, MoesaicError
 from ..control.host_speed import Work
+from ..expert_keys import ExpertVersion, LayerKey
 from ..host.fence import Fence
 from ..host.residency import HostPolicy, LayerShape, QueuedCall, Residency, split_batch_time
-from ..placement import ExpertKey, HostEntry, LayerKey, ModelShape
+from ..placement import HostEntry, ModelShape
+from ..versions import LayerVersions
 from .clock import SimProcess
 from .network import (
     CallFrame,
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
 class _Order(NamedTuple):
     """A controller's order to load experts."""
 
-    keys: Sequence[ExpertKey]
-    peers: Mapping[ExpertKey, HostEntry]  # keys without a peer are read from the checkpoint
+    wanted: Sequence[ExpertVersion]
+    peers: Mapping[ExpertVersion, HostEntry]  # those without a peer are read from disk
     respond: Responder
 
 
@@ -52,36 +54,39 @@ class Fetching:
         self._orders: deque[_Order] = deque()
 
     def order(
-        self, keys: Sequence[ExpertKey], peers: Mapping[ExpertKey, HostEntry], respond: Responder
+        self,
+        wanted: Sequence[ExpertVersion],
+        peers: Mapping[ExpertVersion, HostEntry],
+        respond: Responder,
     ) -> None:
-        self._orders.append(_Order(keys, peers, respond))
+        self._orders.append(_Order(wanted, peers, respond))
         if len(self._orders) == 1:
             self._begin()
 
     def _begin(self) -> None:
-        wanted = deque(key for key in self._orders[0].keys if not self._host.holds(key))
+        wanted = deque(one for one in self._orders[0].wanted if not self._host.holds(one))
         self.missing = len(wanted)
         self._next(wanted)
 
-    def _next(self, wanted: deque[ExpertKey]) -> None:
+    def _next(self, wanted: deque[ExpertVersion]) -> None:
         if not wanted:
             self._end(None)
             return
-        host, key = self._host, wanted.popleft()
+        host, weights = self._host, wanted.popleft()
         took_s, fails = host.world.faults.load(host.world.settings.load_s)
 
         def came() -> None:
-            peer = self._orders[0].peers.get(key)
+            peer = self._orders[0].peers.get(weights)
             if fails:
-                self._end(CheckpointError(f"{key}: cannot be read"))
-            elif peer is not None and not host.world.has_weights(peer, key):
-                self._end(HostLost(f"{key}: {peer.host} does not give it"))
+                self._end(CheckpointError(f"{weights}: cannot be read"))
+            elif peer is not None and not host.world.has_weights(peer, weights):
+                self._end(HostLost(f"{weights}: {peer.host} does not give it"))
             else:
-                host.put(key)
+                host.put(weights)
                 self.missing -= 1
                 self._next(wanted)
 
-        host.reach(took_s, f"{host.name}: {key} comes", came)
+        host.reach(took_s, f"{host.name}: {weights} comes", came)
 
     def _end(self, error: MoesaicError | None) -> None:
         self.missing = 0
@@ -98,7 +103,7 @@ class SimReport:
     """The part of a `HostReport` on which the controller decides."""
 
     entry: HostEntry
-    holdings: Mapping[LayerKey, list[int]]
+    holdings: Mapping[LayerKey, Mapping[int, tuple[int, ...]]]
     models: tuple[ModelShape, ...]
     loading: int
     work: Work
@@ -124,7 +129,7 @@ class SimHost(SimProcess):
         self.slowness = 1.0
         self._batches = self._assignments = 0
         self._busy_s = 0.0
-        self.weights: set[ExpertKey] = set()
+        self.weights: set[ExpertVersion] = set()
         self.residency = Residency(HostPolicy(max_queue_rows=64), incarnation=incarnation)
         self.entry = HostEntry(
             host=host,
@@ -150,8 +155,8 @@ class SimHost(SimProcess):
         """Experts that its current order still has to load."""
         return self._fetching.missing
 
-    def holds(self, key: ExpertKey) -> bool:
-        return key.expert in self.residency.holdings().get(LayerKey(key.model, key.layer), ())
+    def holds(self, weights: ExpertVersion) -> bool:
+        return self.residency.serves(weights)
 
     def kill(self) -> None:
         super().kill()
@@ -222,7 +227,8 @@ class SimHost(SimProcess):
             exact=False,
             expires_at=now + frame.timeout_s,
             incarnation=frame.incarnation,
-            version=0,
+            version=frame.version,
+            other_versions=frame.other_versions,
             attempt=frame.attempt,
             ids=frame.ids_n,
         )
@@ -250,8 +256,10 @@ class SimHost(SimProcess):
             return
         experts = sorted({int(e) for queued in batch for e in queued.ids if e >= 0})
         key = batch[0].key
-        lacking = tuple(e for e in experts if key.expert(e) not in self.weights)
-        self.world.tell(Computed(self, key, tuple(experts), lacking))
+        versions = LayerVersions(batch[0].version, dict(batch[0].other_versions))
+        named = [ExpertVersion(key.expert(e), versions.of(e)) for e in experts]
+        lacking = tuple(one for one in named if one not in self.weights)
+        self.world.tell(Computed(self, lacking))
         began, rows = self.clock.now, sum(queued.rows for queued in batch)
         busy_s = self.world.settings.compute_s(rows) * self.slowness
         self._computing = True
@@ -282,7 +290,7 @@ class SimHost(SimProcess):
         respond(
             SimReport(
                 entry=self.entry,
-                holdings={k: list(v) for k, v in self.residency.holdings().items()},
+                holdings=self.residency.holdings(),
                 models=tuple(self._models.values()),
                 loading=self.loading,
                 work=Work(self._batches, self._assignments, self._busy_s),
@@ -292,30 +300,31 @@ class SimHost(SimProcess):
     def load(
         self,
         models: Sequence[ModelShape],
-        keys: Sequence[ExpertKey],
-        peers: Mapping[ExpertKey, HostEntry],
+        wanted: Sequence[ExpertVersion],
+        peers: Mapping[ExpertVersion, HostEntry],
         term: int,
         respond: Responder,
     ) -> None:
         if not self._obeys(lambda: self._fence.obey(term), term, "load", respond):
             return
         self.add_models(models)
-        self._fetching.order(keys, peers, respond)
+        self._fetching.order(wanted, peers, respond)
 
     def add_models(self, models: Sequence[ModelShape]) -> None:
         self._models |= {shape.model: shape for shape in models}
 
-    def put(self, key: ExpertKey) -> None:
+    def put(self, weights: ExpertVersion) -> None:
         """Take in the weights of an expert, and serve it."""
-        self.weights.add(key)
-        self.world.tell(Loaded(self, key))
+        key = weights.key
+        self.weights.add(weights)
+        self.world.tell(Loaded(self, weights))
         experts = self._models[key.model].experts[key.layer]
         shape = LayerShape(num_experts=experts, hidden_size=_HIDDEN, dtype=_DTYPE)
-        self.post(lambda: self.residency.hold(key, shape, version=1))
+        self.post(lambda: self.residency.hold(weights, shape))
 
     def release(
         self,
-        keys: Sequence[ExpertKey],
+        weights: Sequence[ExpertVersion],
         term: int,
         number: int,
         seen: float,
@@ -324,10 +333,10 @@ class SimHost(SimProcess):
         def forget() -> None:
             if not self._obeys(lambda: self._fence.evict(term, number), term, "release", respond):
                 return
-            gone = tuple(key for key in keys if self.holds(key))
-            for queued, error in self.residency.release(keys):
+            gone = tuple(one for one in weights if self.holds(one))
+            for queued, error in self.residency.release(weights):
                 self._refuse_queued(queued, error)
-            self.weights -= set(keys)
+            self.weights -= set(weights)
             self.world.tell(Released(self, gone, term, seen))
             respond(None)
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..control.control import Control
-from ..placement import ExpertKey, LayerKey, Placement, PlacementId
+from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
+from ..placement import Placement, PlacementId
 from ..planner.capacity import capacity_shortage
 from . import call_invariants as calls
 from .controller import SimController
@@ -50,7 +51,7 @@ class Invariants:
         self._seen_by_host: dict[tuple[str, str], PlacementId] = {}
         self._obeyed: dict[str, int] = {}
         self._names: set[str] = set()  # of all hosts that were ever started
-        self._deaths: list[tuple[float, frozenset[ExpertKey]]] = []  # (time, experts held)
+        self._deaths: list[tuple[float, frozenset[ExpertVersion]]] = []  # (time, experts held)
 
     def died(self, host: SimHost) -> None:
         """Take note of a host that dies with what it holds."""
@@ -128,19 +129,19 @@ class Invariants:
     def computes_what_it_holds(self, fact: Computed) -> str:
         if not fact.lacking:
             return ""
-        return f"{fact.host.name}: experts {list(fact.lacking)} of {fact.key}, without weights"
+        return f"{fact.host.name}: {', '.join(map(str, fact.lacking))}, without weights"
 
     def leaves_one(self, fact: Released) -> str:
         """Check that another host holds what was evicted, or died after the controller looked."""
         died = [held for when, held in self._deaths if when >= fact.seen]
-        for key in fact.keys:
+        for one in fact.weights:
             others = [
                 host.name
                 for host in self._world.hosts.values()
-                if host is not fact.host and host.alive and host.holds(key)
+                if host is not fact.host and host.alive and host.holds(one)
             ]
-            if not others and not any(key in held for held in died):
-                return f"{fact.host.name}: {key} was the last replica (term {fact.by})"
+            if not others and not any(one in held for held in died):
+                return f"{fact.host.name}: {one} was the last replica (term {fact.by})"
         return ""
 
     def no_router_asks(self, fact: Released) -> str:
@@ -149,10 +150,10 @@ class Invariants:
         for router, placement in self._leased(fact.seen):
             if placement.hosts.get(fact.host.host) != fact.host.entry:
                 continue
-            for key in fact.keys:
-                if _names(placement, key, fact.host.host):
+            for one in fact.weights:
+                if _names(placement, one, fact.host.host):
                     return (
-                        f"term {fact.by} looked {now - fact.seen:.3f} s ago and evicts {key} from "
+                        f"term {fact.by} looked {now - fact.seen:.3f} s ago and evicts {one} from "
                         f"{fact.host.name}; {router.name}, heard {now - router.heard_at:.3f} s "
                         f"ago, follows {tuple(placement.id)}, which names it"
                     )
@@ -260,7 +261,7 @@ class Invariants:
                 return f"{key} on {host}, which has no address"
             if process is None or not process.alive or process.incarnation != entry.incarnation:
                 continue
-            if not process.holds(key):
+            if not process.holds(fact.placement.versions.served(key)):
                 return f"{tuple(fact.placement.id)}: {key} is not on {process.name}"
         return ""
 
@@ -292,9 +293,12 @@ class Invariants:
         return f"{where[1]} sees {tuple(fact.placement_id)} of {where[0]} after {tuple(last)}"
 
 
-def _names(placement: Placement, key: ExpertKey, host: str) -> bool:
+def _names(placement: Placement, weights: ExpertVersion, host: str) -> bool:
+    key = weights.key
     layer = placement.layers.get(LayerKey(key.model, key.layer))
-    return layer is not None and host in layer.hosts(key.expert)
+    if layer is None or placement.versions.of(key) != weights.version:
+        return False
+    return host in layer.hosts(key.expert)
 
 
 def _replicas(placement: Placement) -> list[tuple[ExpertKey, str]]:
@@ -355,25 +359,28 @@ def _size_lacks(world: World, controller: SimController) -> str:
 def _target_lacks(world: World, control: Control) -> str:
     for host in world.hosts:
         for key in control.wanted(host):
-            if not world.hosts[host].holds(key) and not _gone_for_good(world, key):
-                return f"{key} is wanted on {host} and not there"
+            wanted = control.view.versions.served(key)
+            if not world.hosts[host].holds(wanted) and not _gone_for_good(world, wanted):
+                return f"{wanted} is wanted on {host} and not there"
     for shape in control.models.values():
         for layer, experts in shape.experts.items():
             for expert in range(experts):
                 key = ExpertKey(shape.model, layer, expert)
-                alive = any(host.holds(key) for host in world.hosts.values())
+                served = control.view.versions.served(key)
+                alive = any(host.holds(served) for host in world.hosts.values())
                 # The controller names experts for which there is no room (`unplaced`), for example
                 # while too many hosts are drained.
-                if not alive and key not in control.unplaced and not _gone_for_good(world, key):
-                    return f"no host holds {key}"
+                lost = _gone_for_good(world, served)
+                if not alive and key not in control.unplaced and not lost:
+                    return f"no host holds {served}"
     last = control.changes.all[-1] if control.changes.all else None
     if last is not None and last.ended is None:
         return f"change {last.id} ({last.why}) is still under way"
     return ""
 
 
-def _gone_for_good(world: World, key: ExpertKey) -> bool:
+def _gone_for_good(world: World, weights: ExpertVersion) -> bool:
     """Return whether an expert is lost: it has no checkpoint, and no host holds it."""
-    return key.model in world.settings.in_memory and not any(
-        host.holds(key) for host in world.hosts.values()
+    return weights.key.model in world.settings.in_memory and not any(
+        host.holds(weights) for host in world.hosts.values()
     )

@@ -16,7 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..placement import LayerKey, PlacementId
+from ..expert_keys import LayerKey
+from ..placement import PlacementId
 from .clock import Clock, SimProcess
 
 
@@ -40,6 +41,8 @@ class CallFrame:
     timeout_s: float
     rows: int
     attempt: int
+    version: int
+    other_versions: tuple[tuple[int, int], ...]
     ids_n: np.ndarray
     sound: bool = True  # whether the checksum of its tensors is right
 

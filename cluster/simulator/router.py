@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...proto.errors import Corrupted
+from ..expert_keys import LayerKey
 from ..load.meter import LoadReport
-from ..placement import LayerKey, Placement, PlacementId
+from ..placement import Placement, PlacementId
 from ..routing.dispatch import Dispatcher
 from ..routing.events import (
     Accept,
@@ -114,9 +115,10 @@ class SimRouter(SimProcess):
         # A call holds the router's lock. Its counts go into the next report.
         if self.call is None:
             self._take_placements()
-            report = self.dispatcher.meter.take(self.name, number)
+            report = self.dispatcher.meter.take(self.name, number, self.dispatcher.received)
         else:
-            report = LoadReport(router=self.name, placement_id=number)
+            received = self.dispatcher.received
+            report = LoadReport(router=self.name, placement_id=number, received=received)
         watch_s = self.world.settings.watch_s
         self.world.network.call(
             self,
@@ -222,6 +224,7 @@ class SimRouter(SimProcess):
             self.alarm("waits", now if self._arrived else due, self._turn)
             return
         self.call = None
+        self._execute(self.dispatcher.follow_newest(self.clock.now))
         error = "" if outcome.error is None else f"{outcome.error.code}: {outcome.error.message}"
         self.world.tell(Ended(self, call, outcome.lost, error))
         pause_s = self.world.traffic.pause_s()

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..placement import ExpertKey, LayerKey, Placement, PlacementId
+from ..expert_keys import ExpertVersion
+from ..placement import Placement, PlacementId
 
 if TYPE_CHECKING:
     from .controller import SimController
@@ -54,9 +55,7 @@ class Computed:
     """A host began to compute experts of a layer."""
 
     host: SimHost
-    key: LayerKey
-    experts: tuple[int, ...]
-    lacking: tuple[int, ...]  # those of them whose weights the host does not have
+    lacking: tuple[ExpertVersion, ...]  # those whose weights the host does not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ class Loaded:
     """A host has got the weights of an expert."""
 
     host: SimHost
-    key: ExpertKey
+    weights: ExpertVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ class Released:
     """A host has evicted experts."""
 
     host: SimHost
-    keys: tuple[ExpertKey, ...]
+    weights: tuple[ExpertVersion, ...]
     by: int  # the controller's term
     seen: float  # when the controller asked for the reports on which it decided
 
@@ -110,7 +109,7 @@ class HostEnded:
     """The owner ended a host that held ``weights``."""
 
     host: SimHost
-    weights: frozenset[ExpertKey]
+    weights: frozenset[ExpertVersion]
 
 
 @dataclass(frozen=True, slots=True)

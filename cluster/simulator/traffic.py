@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..placement import LayerKey, Placement
+from ..expert_keys import LayerKey
+from ..placement import Placement
 from ..routing.expert_options import SHORT_WAIT_S
 from .settings import Settings
 

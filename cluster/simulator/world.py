@@ -18,7 +18,8 @@ import numpy as np
 
 from ...proto.errors import describe_error
 from ..control.control import Control
-from ..placement import ExpertKey, HostEntry
+from ..expert_keys import FIRST_VERSION, ExpertVersion
+from ..placement import HostEntry
 from ..planner.plan import OperatorConstraints
 from ..scaling.fleet import Fleet
 from .clock import Clock
@@ -181,13 +182,13 @@ class World:
     def make_control(self, fleet: Fleet, term: int) -> Control:
         return Control(fleet.pool_hosts(), term=term, policy=self.settings.control)
 
-    def has_weights(self, peer: HostEntry, key: ExpertKey) -> bool:
+    def has_weights(self, peer: HostEntry, weights: ExpertVersion) -> bool:
         """Return whether this very incarnation of a peer lives, answers and holds an expert."""
         return any(
             host.entry.target == peer.target
             and host.alive
             and not host.frozen
-            and key in host.weights
+            and weights in host.weights
             for host in self.hosts.values()
         )
 
@@ -263,4 +264,4 @@ class World:
                     host.add_models([shape])
                     for key in controller.control.wanted(name):
                         if key.model == shape.model:
-                            host.put(key)
+                            host.put(ExpertVersion(key, FIRST_VERSION))

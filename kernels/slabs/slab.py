@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import onednn
 from ..ffn import ExpertWeights
-from .layout import SLOT_ENTRY_BYTES, LayerLayout, Packing, SlabLayout, SlotTensor
+from .layout import COPIES, SLOT_ENTRY_BYTES, LayerLayout, Packing, SlabLayout, SlotTensor
 
 _ENTRY = np.dtype(
     [
@@ -124,6 +124,16 @@ class Slab:
         """Return the version of the weights in a slot, or None if it is empty."""
         entry = self._slots[self.layout.slot(layer, expert, copy)]
         return int(entry["version"]) if entry["state"] == SlotState.READY else None
+
+    def copy_of(self, layer: int, expert: int, version: int) -> int | None:
+        """Return which copy of an expert has this version, or None."""
+        copies = range(COPIES)
+        return next((c for c in copies if self.version(layer, expert, c) == version), None)
+
+    def free_copy(self, layer: int, expert: int) -> int | None:
+        """Return a copy of an expert that is empty, or None."""
+        copies = range(COPIES)
+        return next((c for c in copies if self.version(layer, expert, c) is None), None)
 
     def is_sound(self, layer: int, expert: int, copy: int = 0) -> bool:
         """Return whether a filled slot still has the bytes that were written to it."""

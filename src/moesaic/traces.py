@@ -19,8 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from .cluster.expert_keys import LayerKey
 from .cluster.load.trace import LoadTotals, Trace, TraceRecorder
-from .cluster.placement import LayerKey
 from .private_files import replace_file
 from .proto.errors import CheckpointError, ClusterError, RequestError
 

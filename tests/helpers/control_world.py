@@ -10,8 +10,15 @@ from moesaic.cluster.control.commands import Evict, MakePlan, Publish
 from moesaic.cluster.control.control import Control, ControlPolicy
 from moesaic.cluster.control.loading import LoadExperts
 from moesaic.cluster.control.pool_view import Observation
+from moesaic.cluster.expert_keys import (
+    FIRST_VERSION,
+    ExpertKey,
+    ExpertVersion,
+    LayerKey,
+    first_versions,
+)
 from moesaic.cluster.load.meter import HostTimes, LoadReport
-from moesaic.cluster.placement import ExpertKey, HostEntry, LayerKey, ModelShape, Placement
+from moesaic.cluster.placement import HostEntry, ModelShape, Placement
 from moesaic.cluster.planner.plan import OperatorConstraints, PlannerPolicy, PoolHost
 
 POLICY = ControlPolicy(
@@ -32,17 +39,18 @@ class SimHost:
     name: str
     incarnation: int = 1
     alive: bool = True
-    held: set[ExpertKey] = field(default_factory=set)
-    loading: list[tuple[ExpertKey, HostEntry | None]] = field(default_factory=list)  # (key, peer)
+    held: set[ExpertVersion] = field(default_factory=set)
+    loading: list[tuple[ExpertVersion, HostEntry | None]] = field(default_factory=list)  # peer
 
     @property
     def address(self) -> str:
         return f"{self.name}#{self.incarnation}"
 
     def observe(self) -> Observation:
-        holdings: dict[LayerKey, set[int]] = {}
-        for key in self.held:
-            holdings.setdefault(LayerKey(key.model, key.layer), set()).add(key.expert)
+        holdings: dict[LayerKey, dict[int, tuple[int, ...]]] = {}
+        for key, version in sorted(self.held):
+            layer = holdings.setdefault(LayerKey(key.model, key.layer), {})
+            layer[key.expert] = (*layer.get(key.expert, ()), version)
         entry = HostEntry(
             host=self.name,
             incarnation=self.incarnation,
@@ -83,6 +91,7 @@ class ControlWorld:
         self.reported: dict[str, Observation] = {}
         self.published: list[Placement] = []
         self.evicted = 0
+        self.saved: set[ExpertVersion] = set()  # later versions that are in files
         self.term = 0
         self.now = 100.0
         self.constraints = OperatorConstraints()
@@ -115,7 +124,8 @@ class ControlWorld:
                 self.control.add_model(shape, on_disk=False)
                 for name, host in self.hosts.items():
                     wanted = self.control.wanted(name)
-                    host.held |= {key for key in wanted if key.model == shape.model}
+                    mine = (key for key in wanted if key.model == shape.model)
+                    host.held |= set(first_versions(mine))
 
     # ---- what may happen ------------------------------------------------------------------------
 
@@ -140,7 +150,7 @@ class ControlWorld:
         else:
             self.fail_load(name, [key])
 
-    def fail_load(self, name: str, also: list[ExpertKey] | None = None) -> None:
+    def fail_load(self, name: str, also: list[ExpertVersion] | None = None) -> None:
         host = self.hosts[name]
         keys = [key for key, _ in host.loading] + (also or [])
         host.loading.clear()
@@ -200,32 +210,47 @@ class ControlWorld:
     def _begin_load(self, command: LoadExperts) -> None:
         seen = self.reported[command.host]
         assert not seen.loading, "a second load at the same time"
-        assert len(set(command.keys)) == len(command.keys) > 0
-        for key in command.keys:
-            assert not seen.holds(key), "a load of what is there"
-            assert key in self.control.wanted(command.host)
-            peer = command.peers.get(key)
-            holders = [o.entry for o in self.reported.values() if o.holds(key)]
-            assert peer in holders if peer is not None else key.model in self.on_disk
+        assert len(set(command.weights)) == len(command.weights) > 0
+        for one in command.weights:
+            assert not seen.holds(one), "a load of what is there"
+            assert one == self.control.view.versions.served(one.key)
+            assert one.key in self.control.wanted(command.host)
+            peer = command.peers.get(one)
+            holders = [o.entry for o in self.reported.values() if o.holds(one)]
+            assert peer in holders if peer is not None else self.is_on_disk(one)
         host = self.hosts[command.host]
-        host.loading = [(key, command.peers.get(key)) for key in command.keys]
+        host.loading = [(one, command.peers.get(one)) for one in command.weights]
+
+    def is_on_disk(self, weights: ExpertVersion) -> bool:
+        if weights.version != FIRST_VERSION:
+            return weights in self.saved
+        return weights.key.model in self.on_disk
 
     def _evict(self, command: Evict) -> None:
         host = self.hosts[command.host]
-        for key in command.keys:
-            assert self.reported[command.host].holds(key)
-            assert key not in self.control.wanted(command.host)
-            assert not self.control.view.holds(command.host, key), "it may not be published again"
+        for one in command.weights:
+            key, version = one
+            served = version == self.control.view.versions.of(key)
+            assert self.reported[command.host].holds(one)
+            assert not served or key not in self.control.wanted(command.host)
+            gone = not self.control.view.observations[command.host].holds(one)
+            assert gone, "it may not be published again"
             for router in self.routers.values():
                 # One whose lease has ended is told NotHere, and goes elsewhere inside its call.
                 if router.follows is not None and self.now - router.heard_at <= POLICY.lease_s:
                     layer = router.follows.layers.get(LayerKey(key.model, key.layer))
-                    assert layer is None or command.host not in layer.hosts(key.expert), (
+                    asks = layer is not None and command.host in layer.hosts(key.expert)
+                    assert not asks or router.follows.versions.of(key) != version, (
                         "evicted under a router that still asks for it"
                     )
-            host.held.discard(key)
+            host.held.discard(one)
             self.evicted += 1
-            others = [o for n, o in self.reported.items() if n != command.host and o.holds(key)]
+            served_ = self.control.view.versions.served(key)
+            others = [
+                o
+                for n, o in self.reported.items()
+                if o.holds(served_) and (n != command.host or not served)
+            ]
             assert others or key.model in self.control.idle_models.asleep, "the last replica"
 
     def _check(self, placement: Placement) -> None:
@@ -243,7 +268,7 @@ class ControlWorld:
         assert dict(placement.hosts) == entries, "hosts that live, as they last reported"
         for key, layer in placement.layers.items():
             for expert, replicas in enumerate(layer.replicas):
-                one = key.expert(expert)
+                one = placement.versions.served(key.expert(expert))
                 for replica in replicas:
                     assert self.reported[replica.host].holds(one), "named before it is ready"
                 holders = [name for name, o in self.reported.items() if o.holds(one)]
@@ -280,9 +305,11 @@ class ControlWorld:
         }
 
     def lost(self) -> set[ExpertKey]:
-        """Experts of models in memory that nobody has any more."""
-        held = {key for host in self.hosts.values() for key in host.held}
-        return {key for key in self.every() - held if key.model not in self.on_disk}
+        """Experts whose served version is in no file and on no host any more."""
+        served = self.control.view.versions.served
+        held = {one for host in self.hosts.values() for one in host.held}
+        lost = {key for key in self.every() if served(key) not in held}
+        return {key for key in lost if not self.is_on_disk(served(key))}
 
 
 def shape(model: str, *, replicas: int = 1, experts: int = 4, layers: int = 2) -> ModelShape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from moesaic.cluster.control.control import Control
+from moesaic.cluster.expert_keys import ExpertVersion
 from moesaic.cluster.placement import ModelShape
 from moesaic.cluster.planner.plan import FleetGroup
 from moesaic.cluster.scaling.autoscaler import ScalePolicy
@@ -62,7 +63,9 @@ class FleetWorld(ControlWorld):
         last = self.reported.pop(name, None)
         for key in last.experts() if last is not None else ():
             # As when it is frozen and cannot forget.
-            assert any(seen.holds(key) for seen in self.reported.values()), "the last replica"
+            assert any(seen.holds(ExpertVersion(key, 1)) for seen in self.reported.values()), (
+                "the last replica"
+            )
         if last == host.observe():
             assert self.late or not host.held, "ended with experts on it"
         for router in self.routers.values():

@@ -17,7 +17,7 @@ from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.router.router import Router
 from moesaic.actors.transport.grpc import weights
 from moesaic.actors.transport.grpc.border import from_grpc
-from moesaic.cluster.placement import ExpertKey
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.proto.expert_pb2 import WeightsKey
 from moesaic.proto.expert_pb2_grpc import WeightsStub
 from tests.helpers.serving import KEY, LAYER, Hosts, inputs, serving
@@ -25,6 +25,7 @@ from tests.helpers.strangers import shown
 from tests.helpers.transports import DEADLINE_S, settles
 
 ONE = ExpertKey("m", LAYER, 1)
+FIRST = ExpertVersion(ONE, 1)
 
 
 @dataclass
@@ -88,7 +89,7 @@ def honest(folder: Path, **options: object) -> Iterator[Honest]:
 def fetched(host: ExpertHost, most: int, timeout_s: float = DEADLINE_S) -> dict[str, Tensor]:
     entry = host.entry()
     with grpc.insecure_channel(entry.grpc_address) as channel:
-        wanted = WeightsKey(model="m", layer=LAYER, expert=1)
+        wanted = WeightsKey(model="m", layer=LAYER, expert=1, version=1)
         try:
             chunks = WeightsStub(channel).Get(
                 wanted, timeout=timeout_s, metadata=shown(entry, "weights")

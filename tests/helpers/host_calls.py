@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.router.connect import connect
-from moesaic.cluster.placement import LayerKey
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.routing.transports import Transport
 from moesaic.proto.errors import from_wire
 from moesaic.proto.expert_pb2 import FLOAT32, Frame, Reply
@@ -42,6 +42,7 @@ def ask(
     call = frame.call
     call.seq, call.model, call.layer, call.dtype = 1, "m", LAYER, FLOAT32
     call.incarnation, call.timeout_us = host.incarnation, 10_000_000
+    call.version = 1
     call.rows, call.hidden, call.top_k = 2, HIDDEN, 2
     for name in ("rows", "hidden", "top_k", "dtype", "exact"):
         if name in fields:

@@ -12,8 +12,8 @@ import torch
 
 from moesaic.actors.host.host import ExpertHost, local_hosts
 from moesaic.actors.router.router import Router
+from moesaic.cluster.expert_keys import ExpertKey, first_versions
 from moesaic.cluster.placement import (
-    ExpertKey,
     ModelRef,
     ModelShape,
     Placement,
@@ -58,7 +58,7 @@ def place(
     )
     spreading = initial_placement([shape], [host.name for host in hosts])
     for host in hosts:
-        host.load([(ref, shape)], experts_of(spreading, host.name))
+        host.load([(ref, shape)], first_versions(experts_of(spreading, host.name)))
     return Placement(
         PlacementId(1, epoch),
         {host.name: host.entry() for host in hosts},
@@ -96,6 +96,7 @@ def pool(
             connect_experts(trunk, layers, lambda layer: router.experts("m", layer))
             for module in forward_modules(trunk):
                 module.register_forward_pre_hook(lambda *_: router.begin_step())
+                module.register_forward_hook(lambda *_: router.end_step(), always_call=True)
             yield Pool(
                 hosts=running, router=router, trunk=trunk, placement=placement, layers=layers
             )

@@ -20,7 +20,7 @@ from moesaic.actors.engine.engine import EngineConfig, ExpertBounds
 from moesaic.actors.engine.served_model import ServedModel
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.host.host import ExpertHost
-from moesaic.cluster.placement import ExpertKey
+from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.architectures import tiny_model
 from tests.helpers.pools import Pool, pool

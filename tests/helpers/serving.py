@@ -17,8 +17,9 @@ from torch import Tensor
 
 from moesaic.actors.host.host import ExpertHost, local_hosts
 from moesaic.actors.router.router import Router
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.host.residency import HostPolicy
-from moesaic.cluster.placement import LayerKey, ModelRef, ModelShape, Placement
+from moesaic.cluster.placement import ModelRef, ModelShape, Placement
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.kernels.ffn import ExpertForm, ExpertWeights, reference_kernel

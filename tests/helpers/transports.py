@@ -31,7 +31,7 @@ from moesaic.actors.transport.grpc.interceptors import show_proof
 from moesaic.actors.transport.grpc.stream import GrpcChannel, GrpcListener
 from moesaic.actors.transport.process_group import HOST_RANK, PIECE_BYTES, Pair
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
-from moesaic.cluster.placement import ExpertKey
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, first_versions
 from moesaic.proto.errors import HostLost, NotHere
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
 from moesaic.proto.keys import ClusterSecret, Grant, Plane, secret_of_process
@@ -162,6 +162,7 @@ def send_call(channel: Channel, seq: int, rows: int = 1, *, timeout_s: float = 1
     frame = Frame()
     call = frame.call
     call.seq, call.model, call.dtype = seq, "model", FLOAT32
+    call.version = 1
     call.rows, call.hidden, call.top_k = rows, HIDDEN, 2
     call.payload_bytes, call.timeout_us = layout.call_bytes, int(timeout_s * 1e6)
 
@@ -230,27 +231,25 @@ class DictStore:
     """A host's weights in memory, for one model named `model`."""
 
     def __init__(self) -> None:
-        self.held: dict[ExpertKey, dict[str, Tensor]] = {}
-        self.versions: dict[ExpertKey, int] = {}
+        self.held: dict[ExpertVersion, dict[str, Tensor]] = {}
         self.on_get: Callable[[], object] = lambda: None
         self.most = 256 << 20
 
     def most_bytes(self, key: ExpertKey) -> int:
         return self.most
 
-    def check_grant(self, key: ExpertKey, version: int, grant: Grant | None) -> None:
-        if key.model != "model":
-            raise NotHere(f"model {key.model!r} is unknown to this host")
+    def check_grant(self, given: ExpertVersion, grant: Grant | None) -> None:
+        if given.key.model != "model":
+            raise NotHere(f"model {given.key.model!r} is unknown to this host")
 
-    def get(self, key: ExpertKey) -> Mapping[str, Tensor]:
+    def get(self, wanted: ExpertVersion) -> Mapping[str, Tensor]:
         self.on_get()
-        if key not in self.held:
-            raise NotHere(f"{key} is not on this host")
-        return self.held[key]
+        if wanted not in self.held:
+            raise NotHere(f"{wanted} is not on this host")
+        return self.held[wanted]
 
-    def put(self, key: ExpertKey, tensors: Mapping[str, Tensor], version: int) -> None:
-        self.held[key] = dict(tensors)
-        self.versions[key] = version
+    def put(self, given: ExpertVersion, tensors: Mapping[str, Tensor]) -> None:
+        self.held[given] = dict(tensors)
 
 
 # ---- processes ----------------------------------------------------------------------------------
@@ -329,7 +328,7 @@ def run_serve(folder: str, name: str, device: str) -> None:
         name, node="here", device=device, threads=1, transport=transport, secret=SECRET
     )
     ref = ModelRef(name="m", dtype="float32", path=folder)
-    host.load([(ref, shape)], list(every_expert([shape])))
+    host.load([(ref, shape)], first_versions(every_expert([shape])))
     print(json.dumps(asdict(host.entry())), flush=True)
     sys.stdin.read()
     host.close()

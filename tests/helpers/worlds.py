@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.placement import (
     HostEntry,
-    LayerKey,
     LayerPlacement,
     ModelShape,
     Placement,

@@ -117,7 +117,7 @@ class VllmEngine:
             with in_pool(self._layer):
                 self._llm = self._build()
             runner: Any = self._llm.model_executor.driver_worker.model_runner
-            self._requests.watch(runner, router.begin_step)
+            self._requests.watch(runner, router.begin_step, router.end_step)
             self._warm_up()
         except BaseException:
             self._link.close()

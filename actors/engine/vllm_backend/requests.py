@@ -34,10 +34,10 @@ class Requests:
         self._rows: Mapping[str, int] | None = None  # rows by vLLM's id, while a forward pass runs
         self._input_batch: Any = None
 
-    def watch(self, runner: Any, begin: Callable[[], None]) -> None:
+    def watch(self, runner: Any, begin: Callable[[], None], end: Callable[[], None]) -> None:
         """Note the rows of each request before each forward pass of vLLM's model runner.
 
-        ``begin`` is called before each pass, when the rows are noted.
+        ``begin`` is called before each pass, when the rows are noted, and ``end`` after it.
         """
         execute = runner.execute_model
 
@@ -48,6 +48,7 @@ class Requests:
                 return execute(scheduled, *arguments, **named)
             finally:
                 self._rows = None
+                end()
 
         self._input_batch = runner.input_batch
         runner.execute_model = watched

@@ -21,7 +21,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ....cluster.placement import ExpertKey
+from ....cluster.expert_keys import ExpertKey, ExpertVersion
 from ....proto.errors import Busy, CallError
 from ....proto.expert_pb2 import PutWeightsResult, WeightsChunk, WeightsKey
 from ....proto.expert_pb2_grpc import WeightsServicer, WeightsStub
@@ -50,18 +50,18 @@ class WeightsStore(Protocol):
         """
         ...
 
-    def check_grant(self, key: ExpertKey, version: int, grant: Grant | None) -> None:
+    def check_grant(self, given: ExpertVersion, grant: Grant | None) -> None:
         """Check that the controller granted this put.
 
         Raises Forbidden if it did not, and Superseded if a newer controller rules.
         """
         ...
 
-    def get(self, key: ExpertKey) -> Mapping[str, Tensor]:
+    def get(self, wanted: ExpertVersion) -> Mapping[str, Tensor]:
         """Return the tensors of an expert. Raises NotHere."""
         ...
 
-    def put(self, key: ExpertKey, tensors: Mapping[str, Tensor], version: int) -> None:
+    def put(self, given: ExpertVersion, tensors: Mapping[str, Tensor]) -> None:
         """Keep an expert and serve it.
 
         Raises NotHere if the model is unknown, CallError if the tensors do not fit it or are not
@@ -72,10 +72,9 @@ class WeightsStore(Protocol):
 
 def put_weights(
     address: str,
-    key: ExpertKey,
+    given: ExpertVersion,
     tensors: Mapping[str, Tensor],
     *,
-    version: int = 1,
     timeout_s: float,
     grant: Grant | None = None,
     proof: bytes | None = None,
@@ -87,7 +86,7 @@ def put_weights(
 
     Raises what the host's store raises, Unauthenticated, Expired, and HostLost if the host is lost.
     """
-    named = WeightsKey(model=key.model, layer=key.layer, expert=key.expert, version=version)
+    named = _to_wire(given)
     data = _save(tensors)
     shown = [] if grant is None else [(_TERM, str(grant.term)), (_GRANT, grant.proof)]
 
@@ -101,7 +100,7 @@ def put_weights(
 
 def get_weights(
     address: str,
-    key: ExpertKey,
+    wanted: ExpertVersion,
     *,
     timeout_s: float,
     max_bytes: int,
@@ -113,11 +112,10 @@ def get_weights(
     CallError if the file is announced or arrives larger than ``max_bytes``, or is damaged,
     Unauthenticated, Expired, and HostLost if the host is lost.
     """
-    wanted = WeightsKey(model=key.model, layer=key.layer, expert=key.expert)
 
     def get(left_s: float) -> bytes:
         with _stub(address, proof) as stub:
-            chunks = stub.Get(wanted, timeout=left_s)
+            chunks = stub.Get(_to_wire(wanted), timeout=left_s)
             return _join(_head(chunks), chunks, max_bytes)
 
     return _load(_until_there_is_room(get, timeout_s))
@@ -164,20 +162,20 @@ class Weights(WeightsServicer):
         with aborting(context), self._puts.holding(), self._room() as room:
             with self._stalls.watching(context.cancel) as progress:
                 head = _head(request_iterator)
-                key = ExpertKey(head.key.model, head.key.layer, head.key.expert)
-                self._store.check_grant(key, head.key.version, _shown(context))
-                most = self._store.most_bytes(key)
+                given = _from_wire(head.key)
+                self._store.check_grant(given, _shown(context))
+                most = self._store.most_bytes(given.key)
                 data = _join(head, request_iterator, most, moved=progress.moved, take=room.take)
-            self._store.put(key, _load(data), head.key.version)
+            self._store.put(given, _load(data))
             return PutWeightsResult(bytes=len(data))
 
     def Get(  # noqa: N802
         self, request: WeightsKey, context: grpc.ServicerContext
     ) -> Iterator[WeightsChunk]:
         with aborting(context), self._gets.holding(), self._room() as room:
-            key = ExpertKey(request.model, request.layer, request.expert)
-            room.take(self._store.most_bytes(key))
-            data = _save(self._store.get(key))
+            wanted = _from_wire(request)
+            room.take(self._store.most_bytes(wanted.key))
+            data = _save(self._store.get(wanted))
             with self._stalls.watching(context.cancel) as progress:
                 for chunk in _split(request, data):
                     yield chunk
@@ -190,6 +188,15 @@ class Weights(WeightsServicer):
             yield share
         finally:
             share.close()
+
+
+def _to_wire(weights: ExpertVersion) -> WeightsKey:
+    (model, layer, expert), version = weights
+    return WeightsKey(model=model, layer=layer, expert=expert, version=version)
+
+
+def _from_wire(key: WeightsKey) -> ExpertVersion:
+    return ExpertVersion(ExpertKey(key.model, key.layer, key.expert), key.version)
 
 
 def _shown(context: grpc.ServicerContext) -> Grant | None:

@@ -18,7 +18,7 @@ import ray
 
 from moesaic import Client
 from moesaic.cli.main import main
-from moesaic.cluster.placement import LayerKey
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.handle import Cluster
 from moesaic.traces import read_trace
 from tests.helpers.live import ON_RAY, processes_of, running, text_of, wait_until

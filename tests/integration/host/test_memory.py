@@ -42,7 +42,8 @@ from pathlib import Path
 from typing import Any
 import moesaic
 from moesaic.actors.host.host import ExpertHost
-from moesaic.cluster.placement import ExpertKey, ModelRef, ModelShape
+from moesaic.cluster.expert_keys import ExpertKey, first_versions
+from moesaic.cluster.placement import (ModelRef, ModelShape)
 from moesaic.models.trunk.config import read_config
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.models.trunk.trunk import meta_model
@@ -51,7 +52,8 @@ host = ExpertHost("host", node="here", device="cpu", threads=1)
 before = psutil.Process().memory_info().rss
 shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
 keys = [ExpertKey("m", la.layer, e) for la in layers for e in range(la.num_experts)]
-host.load([(ModelRef(name="m", dtype="float32", path=sys.argv[1]), shape)], keys)
+wanted = first_versions(keys)
+host.load([(ModelRef(name="m", dtype="float32", path=sys.argv[1]), shape)], wanted)
 report = host.report()
 print(json.dumps([report.rss_bytes - before, report.weight_bytes]))
 host.close()

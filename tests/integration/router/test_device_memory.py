@@ -18,14 +18,8 @@ from torch import Tensor
 from moesaic.actors.router import connections
 from moesaic.actors.router.layer_tensors import LayerTensors
 from moesaic.actors.router.router import Router
-from moesaic.cluster.placement import (
-    ExpertKey,
-    HostEntry,
-    LayerPlacement,
-    Placement,
-    PlacementId,
-    Replica,
-)
+from moesaic.cluster.expert_keys import ExpertKey
+from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing.events import Send
 from tests.helpers.serving import KEY, LAYER, PATIENT, assert_right, inputs, serving
 from tests.helpers.transports import DEADLINE_S, process, settles
@@ -60,7 +54,7 @@ def test_a_call_is_written_on_a_device_as_on_the_cpu() -> None:
         token_t = np.array(rows)
         assignment_tk = token_t[:, None] * 3 + np.array([0, 2])
         assignment_tk[0, 1] = -1
-        sent = Send("h", 1, 5, 1.0, 0, token_t, assignment_tk, ids_of(ids, assignment_tk))
+        sent = Send("h", 1, 5, 1.0, 0, 1, (), token_t, assignment_tk, ids_of(ids, assignment_tk))
         frame, layout = job.frame(sent)
         on_cpu, on_device = (torch.zeros(layout.call_bytes, dtype=torch.uint8) for _ in range(2))
         job.write(sent, frame, layout, on_cpu)

@@ -12,7 +12,8 @@ import openai
 import pytest
 
 from moesaic.actors.host.host import ExpertHost
-from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, Placement, PlacementId
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey, first_versions
+from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId
 from tests.helpers.served_pool import DEADLINE_S, ServedPool, save_served_model, served_pool
 
 PROMPT = [*range(5, 37)]
@@ -34,12 +35,12 @@ def without_experts(served: ServedPool, only: int | None = None) -> Iterator[lis
     keys = [layer.expert(e) for layer, experts in report.holdings.items() for e in experts]
     keys = sorted(keys) if only is None else sorted(keys)[only : only + 1]
     before = served.pool.router._dispatcher.placement or served.pool.placement
-    host.release(keys)
+    host.release(first_versions(keys))
     _place(served, {layer: _without(layer, one, keys) for layer, one in before.layers.items()})
     try:
         yield keys
     finally:
-        host.load(report.models, keys)
+        host.load(report.models, first_versions(keys))
         _place(served, before.layers)
 
 

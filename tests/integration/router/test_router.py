@@ -13,9 +13,9 @@ import torch
 
 from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.router.router import Router
+from moesaic.cluster.expert_keys import ExpertKey, first_versions
 from moesaic.cluster.host.emulation import Emulation
 from moesaic.cluster.host.residency import HostPolicy
-from moesaic.cluster.placement import ExpertKey
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.proto.errors import CallError, ClusterError
 from tests.helpers.served_pool import held
@@ -145,11 +145,11 @@ def test_an_interrupted_call_leaves_the_router_usable(folder: Path) -> None:
 
         router = pool.router(refresh=interrupt)
         key = [ExpertKey("m", LAYER, expert) for expert in range(EXPERTS)]
-        pool.hosts[0].release(key)
+        pool.hosts[0].release(first_versions(key))
         x, ids, weights = inputs(32)
         with pytest.raises(KeyboardInterrupt):
             router.forward(KEY, x, ids, weights)
-        pool.hosts[0].load([(pool.ref, pool.shape)], key)
+        pool.hosts[0].load([(pool.ref, pool.shape)], first_versions(key))
         for _ in range(3):
             assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.host import host_loop
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, first_versions
 from moesaic.cluster.host.residency import HostPolicy
-from moesaic.cluster.placement import ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.proto.errors import ExpertUnavailable, MoesaicError
@@ -51,7 +51,8 @@ def test_not_here_is_rerouted_inside_the_call(folder: Path, transport: Transport
     asked: list[None] = []
     with serving(folder, replicas=2) as pool:
         router = pool.router(transport=transport, refresh=lambda: asked.append(None))
-        pool.hosts[0].release([ExpertKey("m", LAYER, expert) for expert in range(EXPERTS)])
+        every = [ExpertKey("m", LAYER, expert) for expert in range(EXPERTS)]
+        pool.hosts[0].release(first_versions(every))
         for seed in range(4):
             x, ids, weights = inputs(6, seed=seed)
             assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
@@ -221,9 +222,9 @@ def test_an_expert_that_is_not_finite_costs_the_rows_that_it_touched(folder: Pat
             lost: list[tuple[list[int], MoesaicError]] = []
             router.batch.on_lost = lambda rows, error, lost=lost: lost.append((rows, error))
             (host,) = pool.holders(5)
-            tensors = host._store.get(KEY.expert(5))
+            tensors = host._store.get(ExpertVersion(KEY.expert(5), 1))
             tensors["down"] = torch.full_like(tensors["down"], torch.nan)
-            host._store.put(KEY.expert(5), tensors)
+            host._store.put(ExpertVersion(KEY.expert(5), 1), tensors)
             x, ids, weights = inputs(20)
             rows = used(ids, {5})
             out = router.forward(KEY, x, ids, weights)

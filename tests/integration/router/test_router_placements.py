@@ -11,14 +11,8 @@ from pathlib import Path
 import pytest
 
 from moesaic.actors.host.host import ExpertHost
-from moesaic.cluster.placement import (
-    ExpertKey,
-    LayerKey,
-    LayerPlacement,
-    Placement,
-    PlacementId,
-    Replica,
-)
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey, first_versions
+from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId, Replica
 from moesaic.proto.errors import ExpertUnavailable
 from tests.helpers.serving import (
     EXPERTS,
@@ -67,7 +61,7 @@ def test_experts_move_between_hosts_in_the_middle_of_traffic(folder: Path) -> No
                 key = ExpertKey("m", LAYER, moves % EXPERTS)
                 old = at[key.expert]
                 new = pool.hosts[(pool.hosts.index(old) + 1 + moves % 2) % 3]
-                new.load([(pool.ref, pool.shape)], [key])
+                new.load([(pool.ref, pool.shape)], [ExpertVersion(key, 1)])
                 at[key.expert] = new
                 replicas = tuple((Replica(at[e].name, 1.0),) for e in range(EXPERTS))
                 moves += 1
@@ -78,7 +72,7 @@ def test_experts_move_between_hosts_in_the_middle_of_traffic(folder: Path) -> No
                         {**pool.placement.layers, KEY: LayerPlacement(replicas)},
                     )
                 )
-                old.release([key])
+                old.release([ExpertVersion(key, 1)])
             return moves
 
         moving = start(move_around)
@@ -108,7 +102,7 @@ def test_a_restarted_host_is_reached_under_its_new_incarnation(folder: Path) -> 
             for layer in pool.layers
             for expert in range(EXPERTS)
         ]
-        again.load([(pool.ref, pool.shape)], keys)
+        again.load([(pool.ref, pool.shape)], first_versions(keys))
         entries = {**pool.placement.hosts, "host-0": again.entry()}
         assert not call.done()
         router.place(Placement(PlacementId(1, 2), entries, pool.placement.layers))

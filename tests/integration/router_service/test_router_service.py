@@ -28,7 +28,8 @@ from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.router_service.catalog import Catalog
 from moesaic.actors.router_service.service import SERVICE, RouterService, ServicePolicy
 from moesaic.cluster.batching.batch_queue import MergePolicy
-from moesaic.cluster.placement import ExpertKey, LayerKey, ModelShape, Placement, PlacementId
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey, first_versions
+from moesaic.cluster.placement import ModelShape, Placement, PlacementId
 from moesaic.proto.errors import (
     BadExpert,
     Busy,
@@ -272,7 +273,7 @@ def test_a_mistake_costs_nobody_else_anything(folder: Path) -> None:
 def test_an_expert_that_is_not_finite_costs_only_those_who_chose_it(folder: Path) -> None:
     with router_service(folder, hosts=1) as served, in_background() as start:
         (host,) = served.pool.hosts
-        broken = ExpertKey("m", LAYER, 3)
+        broken = ExpertVersion(ExpertKey("m", LAYER, 3), 1)
         host._store.put(broken, {n: t * torch.nan for n, t in host._store.get(broken).items()})
         hit, other = inputs(4), inputs(4, seed=1)
         hit[1][:], other[1][:] = torch.tensor([3, 0]), torch.tensor([1, 0])
@@ -326,7 +327,13 @@ def test_rows_of_a_lost_expert_wait_for_it_and_others_go_on(folder: Path) -> Non
         pool.stack.callback(again.close)
         again.load(
             [(pool.ref, pool.shape)],
-            [ExpertKey("m", la.layer, expert) for la in pool.layers for expert in range(EXPERTS)],
+            first_versions(
+                [
+                    ExpertKey("m", la.layer, expert)
+                    for la in pool.layers
+                    for expert in range(EXPERTS)
+                ]
+            ),
         )
         entries = {**pool.placement.hosts, "host-0": again.entry()}
         served.router.place(Placement(PlacementId(1, 2), entries, pool.placement.layers))

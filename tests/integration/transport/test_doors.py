@@ -29,7 +29,7 @@ from moesaic.actors.transport.grpc.interceptors import show_key, show_proof
 from moesaic.actors.transport.grpc.stream import METHOD, SERVICE, GrpcChannel, GrpcListener
 from moesaic.actors.transport.grpc.weights import get_weights, put_weights
 from moesaic.actors.transport.shm import ShmChannel, ShmListener
-from moesaic.cluster.placement import ExpertKey, LayerKey
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.routing.transports import Transport
 from moesaic.proto.errors import Busy, Expired, HostLost, Unauthenticated
 from moesaic.proto.expert_pb2 import Frame, WeightsChunk, WeightsKey
@@ -53,6 +53,7 @@ from tests.helpers.transports import (
 OURS, THEIRS = ClusterSecret.new(), ClusterSecret.new()
 MEANT = target("host", 7)
 KEY = ExpertKey("model", 0, 0)
+ONE = ExpertVersion(KEY, 1)
 MOST = 1 << 20
 PLANES: tuple[Plane, ...] = ("experts", "weights", "shm")
 
@@ -78,7 +79,7 @@ SHOWN: dict[str, Callable[[grpc.Channel], grpc.Channel]] = {
 @pytest.fixture
 def listener() -> Iterator[GrpcListener]:
     store = DictStore()
-    store.held[KEY] = {"up": torch.ones(3)}
+    store.held[ONE] = {"up": torch.ones(3)}
     one = GrpcListener(weights=store, secret=OURS, target=MEANT)
     yield one
     one.close()
@@ -125,7 +126,7 @@ def test_who_shows_no_proof_is_refused_by_every_service(listener: GrpcListener, 
         threads = threading.active_count()
         stream = stranger.stream_stream(f"/{SERVICE}/{METHOD}")
         stub = WeightsStub(stranger)
-        wanted = WeightsKey(model=KEY.model, layer=KEY.layer, expert=KEY.expert)
+        wanted = WeightsKey(model=KEY.model, layer=KEY.layer, expert=KEY.expert, version=1)
         chunk = WeightsChunk(key=wanted, total_bytes=4, data=b"1234")
         for error in (
             _error(lambda: list(stream(iter([hello()]), timeout=DEADLINE_S))),
@@ -144,13 +145,19 @@ def test_a_proof_opens_its_own_service_alone(listener: GrpcListener) -> None:
     experts, weights = OURS.proof("experts", MEANT), OURS.proof("weights", MEANT)
     address = listener.address
     assert torch.equal(
-        get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST, proof=weights)["up"],
+        get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST, proof=weights)["up"],
         torch.ones(3),
     )
     with pytest.raises(Unauthenticated):
-        get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST, proof=experts)
+        get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST, proof=experts)
     with pytest.raises(Unauthenticated):
-        put_weights(address, KEY, {"up": torch.ones(1)}, timeout_s=DEADLINE_S, proof=experts)
+        put_weights(
+            address,
+            ONE,
+            {"up": torch.ones(1)},
+            timeout_s=DEADLINE_S,
+            proof=experts,
+        )
     channel = GrpcChannel("host", address, router="r", proof=weights)
     assert "proof" in str(hear_end(channel))
     channel.close()
@@ -219,7 +226,7 @@ class Impostor:
 
     def weights(self) -> bytes:
         data = safetensors.torch.save({"up": torch.full((3,), float("nan"))})
-        key = WeightsKey(model=KEY.model, layer=KEY.layer, expert=KEY.expert)
+        key = WeightsKey(model=KEY.model, layer=KEY.layer, expert=KEY.expert, version=1)
         crc32 = zlib.crc32(data)
         return WeightsChunk(
             key=key, total_bytes=len(data), crc32=crc32, data=data
@@ -254,10 +261,10 @@ def test_an_impostor_is_told_nothing_and_believed_nothing(given: str) -> None:
         channel.close()
         proof = OURS.proof("weights", MEANT)
         with pytest.raises((HostLost, Expired)):
-            get_weights(impostor.address, KEY, timeout_s=2.0, max_bytes=MOST, proof=proof)
+            get_weights(impostor.address, ONE, timeout_s=2.0, max_bytes=MOST, proof=proof)
         with pytest.raises((HostLost, Expired)):
             secret = {"up": torch.full((64,), 3.25)}
-            put_weights(impostor.address, KEY, secret, timeout_s=2.0, proof=proof)
+            put_weights(impostor.address, ONE, secret, timeout_s=2.0, proof=proof)
         hidden = torch.full((64,), 3.25).numpy().tobytes()
         assert not any(hidden in message for message in impostor.heard), "weights were sent"
         assert not any(OURS.proof(plane, MEANT) in b"".join(impostor.heard) for plane in PLANES)
@@ -428,20 +435,22 @@ def test_an_expert_comes_from_the_start_of_a_peer_that_was_meant(
     with serving(save_model(tmp_path)) as pool:
         giver, taker = pool.hosts
         layer, (expert, *_) = next(iter(giver.report().holdings.items()))
-        key = layer.expert(expert)
-        assert not holds(taker, key)
+        one = ExpertVersion(layer.expert(expert), 1)
+        assert not holds(taker, one)
 
-        def from_disk(key: ExpertKey) -> None:
-            raise AssertionError(f"{key} is read from the checkpoint")
+        def from_disk(wanted: ExpertVersion) -> None:
+            raise AssertionError(f"{wanted} is read from the checkpoint")
 
         monkeypatch.setattr(taker._store, "load", from_disk)
         earlier = replace(giver.entry(), incarnation=giver.incarnation - 1)
         with pytest.raises(Unauthenticated):
-            taker.load([(pool.ref, pool.shape)], [key], {key: earlier})
-        assert not holds(taker, key)
-        taker.load([(pool.ref, pool.shape)], [key], {key: giver.entry()})
-        assert holds(taker, key)
+            taker.load([(pool.ref, pool.shape)], [one], {one: earlier})
+        assert not holds(taker, one)
+        taker.load([(pool.ref, pool.shape)], [one], {one: giver.entry()})
+        assert holds(taker, one)
 
 
-def holds(host: ExpertHost, key: ExpertKey) -> bool:
-    return key.expert in host.report().holdings.get(LayerKey(key.model, key.layer), ())
+def holds(host: ExpertHost, weights: ExpertVersion) -> bool:
+    model, layer, expert = weights.key
+    held = host.report().holdings.get(LayerKey(model, layer), {})
+    return weights.version in held.get(expert, ())

@@ -22,7 +22,8 @@ from moesaic.actors.transport.grpc import stream as grpc_stream
 from moesaic.actors.transport.grpc.border import from_grpc
 from moesaic.actors.transport.grpc.weights import get_weights, put_weights
 from moesaic.actors.trunk import attach
-from moesaic.cluster.placement import ExpertKey, ModelRef, ModelShape, every_expert
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, first_versions
+from moesaic.cluster.placement import ModelRef, ModelShape, every_expert
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.proto.errors import Busy, CallError, Forbidden, HostLost, MoesaicError, Superseded
 from moesaic.proto.expert_pb2 import WeightsChunk, WeightsKey
@@ -30,7 +31,7 @@ from moesaic.proto.expert_pb2_grpc import WeightsStub
 from moesaic.proto.keys import ClusterSecret, Grant, secret_of_process
 from moesaic.proto.limits import CHUNK_BYTES
 from tests.helpers.architectures import tiny_model
-from tests.helpers.honest import ONE, fetched, honest
+from tests.helpers.honest import FIRST, ONE, fetched, honest
 from tests.helpers.pools import granted
 from tests.helpers.serving import EXPERTS, HIDDEN, LAYER, save_model, serving
 from tests.helpers.strangers import shown
@@ -135,41 +136,41 @@ WRONG: dict[str, Wrong] = {
 def test_a_grant_is_for_one_expert_on_one_host_alone(folder: Path, which: str) -> None:
     with serving(folder, hosts=1) as pool:
         (host,) = pool.hosts
-        tensors = host._store.get(ONE)
-        host.release([ONE])
+        tensors = host._store.get(FIRST)
+        host.release([FIRST])
         wrong = WRONG[which](host)
         with pytest.raises(Forbidden, match="the controller did not grant this"):
             put_raw(host, files(tensors), grant=wrong)
         with pytest.raises(Forbidden):
             put_raw(host, files(tensors), grant=Grant(1 << 40, wrong.proof))
-        assert not host._residency.serves(ONE)
+        assert not host._residency.serves(FIRST)
         put_raw(host, files(tensors))
-        assert host._residency.serves(ONE)
+        assert host._residency.serves(FIRST)
 
 
 def test_a_grant_of_a_controller_that_is_over_is_refused(folder: Path) -> None:
     with serving(folder, hosts=1) as pool:
         (host,) = pool.hosts
-        tensors = host._store.get(ONE)
-        host.release([ONE], term=4)
+        tensors = host._store.get(FIRST)
+        host.release([FIRST], term=4)
         host.report(term=5)
         with pytest.raises(Superseded, match="4 is over"):
             put_raw(host, files(tensors), grant=granted(host, ONE, term=4))
-        assert not host._residency.serves(ONE)
+        assert not host._residency.serves(FIRST)
         put_raw(host, files(tensors), grant=granted(host, ONE, term=5))
-        assert host._residency.serves(ONE)
+        assert host._residency.serves(FIRST)
 
 
 def test_what_is_served_is_not_replaced(folder: Path) -> None:
     with honest(folder) as one:
-        held = {name: tensor.clone() for name, tensor in one.host._store.get(ONE).items()}
+        held = {name: tensor.clone() for name, tensor in one.host._store.get(FIRST).items()}
         put_raw(one.host, files(held))  # the same once more
         for name, tensor in held.items():
             with pytest.raises(Forbidden, match="serves other tensors under this name"):
                 put_raw(one.host, files(held | {name: tensor + 1}))
             with pytest.raises(CallError, match=f"{name} has values that are not finite"):
                 put_raw(one.host, files(held | {name: torch.full_like(tensor, torch.nan)}))
-        assert all(torch.equal(held[n], t) for n, t in one.host._store.get(ONE).items())
+        assert all(torch.equal(held[n], t) for n, t in one.host._store.get(FIRST).items())
 
 
 def test_transfers_that_stand_still_end_and_have_bounds(
@@ -180,9 +181,9 @@ def test_transfers_that_stand_still_end_and_have_bounds(
     with honest(folder) as one, ExitStack() as stack:
         host, over = one.host, threading.Event()
         stack.callback(over.set)
-        tensors = host._store.get(ONE)
+        tensors = host._store.get(FIRST)
         other = ExpertKey("m", 0, 1)
-        host.release([other])
+        host.release([ExpertVersion(other, 1)])
         whole = next(files(tensors, other))
         data = whole.data
 
@@ -219,21 +220,21 @@ def test_transfers_that_stand_still_end_and_have_bounds(
 def test_a_put_waits_for_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(folder, hosts=1) as pool:
         (host,) = pool.hosts
-        tensors = host._store.get(ONE)
-        host.release([ONE])
+        tensors = host._store.get(FIRST)
+        host.release([FIRST])
         places = servicer(host)._puts
         held = places.share()
         held.take(places.most)
         threading.Timer(0.3, held.close).start()
         put_weights(
             host.entry().grpc_address,
-            ONE,
+            FIRST,
             tensors,
             timeout_s=DEADLINE_S,
             grant=granted(host, ONE),
             proof=proof_of(host),
         )
-        assert host._residency.serves(ONE)
+        assert host._residency.serves(FIRST)
 
 
 def test_a_fetch_that_is_larger_than_its_model_says(folder: Path) -> None:
@@ -243,9 +244,19 @@ def test_a_fetch_that_is_larger_than_its_model_says(folder: Path) -> None:
         address = host.entry().grpc_address
         with pytest.raises(CallError, match="total_bytes"):
             get_weights(
-                address, ONE, timeout_s=DEADLINE_S, max_bytes=most // 2, proof=proof_of(host)
+                address,
+                FIRST,
+                timeout_s=DEADLINE_S,
+                max_bytes=most // 2,
+                proof=proof_of(host),
             )
-        get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=most, proof=proof_of(host))
+        get_weights(
+            address,
+            FIRST,
+            timeout_s=DEADLINE_S,
+            max_bytes=most,
+            proof=proof_of(host),
+        )
 
 
 @pytest.mark.parametrize("expert", range(EXPERTS))
@@ -253,7 +264,7 @@ def test_the_bound_of_a_file_is_near_its_size(folder: Path, expert: int) -> None
     with serving(folder, hosts=1) as pool:
         (host,) = pool.hosts
         key = ExpertKey("m", LAYER, expert)
-        size = len(safetensors.torch.save(host._store.get(key)))
+        size = len(safetensors.torch.save(host._store.get(ExpertVersion(key, 1))))
         assert size <= host._store.most_bytes(key) < size + 2048
 
 
@@ -275,7 +286,7 @@ def test_attached_experts_are_put_with_the_controllers_grants() -> None:
     secret, keys = secret_of_process(), list(every_expert([shape]))
     with local_hosts(1) as (host,):
         host.add_models([(ref, shape)])
-        granted_keys = grant_all(secret, host.entry(), keys, term=3)
+        granted_keys = grant_all(secret, host.entry(), first_versions(keys), term=3)
         assert granted_keys.experts == keys
         for _ in range(2):  # a second time nothing changes
             attach._send(granted_keys, secret, layers)
@@ -284,7 +295,7 @@ def test_attached_experts_are_put_with_the_controllers_grants() -> None:
         }
         for key in keys:
             wanted = attach.expert_tensors(layers[key.layer], key.expert)
-            held = host._store.get(key)
+            held = host._store.get(ExpertVersion(key, 1))
             assert all(torch.equal(held[name], tensor) for name, tensor in wanted.items())
         host.report(term=4)
         with pytest.raises(Superseded):

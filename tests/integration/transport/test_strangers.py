@@ -150,6 +150,7 @@ def call_bytes(seq: int, size: int, *, hidden: int = HIDDEN, rows: int = 1) -> b
     frame = Frame()
     call = frame.call
     call.seq, call.model, call.layer, call.dtype = seq, "m", LAYER, FLOAT32
+    call.version = 1
     call.rows, call.hidden, call.top_k, call.payload_bytes = rows, hidden, 2, size
     return frame.SerializeToString()
 

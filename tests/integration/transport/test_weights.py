@@ -18,7 +18,7 @@ from moesaic.actors.transport.grpc import weights
 from moesaic.actors.transport.grpc.border import from_grpc
 from moesaic.actors.transport.grpc.stream import GrpcListener
 from moesaic.actors.transport.grpc.weights import get_weights, put_weights
-from moesaic.cluster.placement import ExpertKey
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.proto.errors import (
     CallError,
     ClusterError,
@@ -40,6 +40,7 @@ from tests.helpers.transports import (
 )
 
 KEY = ExpertKey("model", 3, 5)
+ONE = ExpertVersion(KEY, 1)
 MIB = 1 << 20
 MOST = 256 * MIB
 
@@ -71,36 +72,38 @@ def same(given: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> bool:
 @pytest.mark.parametrize("hidden", [8, 1024])
 def test_put_and_get(address: str, store: DictStore, hidden: int) -> None:
     tensors = expert(hidden)
-    put_weights(address, KEY, tensors, version=9, timeout_s=DEADLINE_S)
-    assert same(tensors, store.held[KEY])
-    assert store.versions[KEY] == 9
-    assert same(tensors, get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST))
+    ninth = ExpertVersion(KEY, 9)
+    put_weights(address, ninth, tensors, timeout_s=DEADLINE_S)
+    assert same(tensors, store.held[ninth])
+    assert same(tensors, get_weights(address, ninth, timeout_s=DEADLINE_S, max_bytes=MOST))
 
 
 def test_views_travel_as_what_they_show(address: str, store: DictStore) -> None:
     stacked = torch.randn(4, 6, 8)
     views = {"up": stacked[1].t(), "down": stacked[2], "up_bias": stacked[3, :, 0]}
-    put_weights(address, KEY, views, timeout_s=DEADLINE_S)
-    assert same(views, store.held[KEY])
+    put_weights(address, ONE, views, timeout_s=DEADLINE_S)
+    assert same(views, store.held[ONE])
 
 
 def test_what_was_got_can_be_written_to(address: str, store: DictStore) -> None:
-    store.held[KEY] = expert()
-    got = get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
+    store.held[ONE] = expert()
+    got = get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST)
     got["up"].zero_()
 
 
 def test_unknown(address: str) -> None:
     with pytest.raises(NotHere, match=r"expert 5 of layer 3 of model"):
-        get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
+        get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST)
     with pytest.raises(NotHere, match="'other' is unknown"):
-        put_weights(address, KEY._replace(model="other"), expert(), timeout_s=DEADLINE_S)
+        put_weights(
+            address, ExpertVersion(KEY._replace(model="other"), 1), expert(), timeout_s=DEADLINE_S
+        )
 
 
 def test_larger_than_wanted(address: str, store: DictStore) -> None:
-    store.held[KEY] = expert()
+    store.held[ONE] = expert()
     with pytest.raises(CallError, match="total_bytes"):
-        get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=100)
+        get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=100)
 
 
 def test_larger_than_a_host_takes(address: str) -> None:
@@ -115,17 +118,17 @@ def test_a_defect_of_the_host(address: str, store: DictStore) -> None:
 
     store.on_get = fail
     with pytest.raises(InternalError, match=r"KeyError.*a defect"):
-        get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
+        get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST)
     store.on_get = lambda: None
     with pytest.raises(NotHere):
-        get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
+        get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST)
 
 
 def test_too_slow(address: str, store: DictStore) -> None:
     asked = threading.Event()
     store.on_get = lambda: asked.wait(DEADLINE_S)
     with pytest.raises(Expired):
-        get_weights(address, KEY, timeout_s=0.1, max_bytes=MOST)
+        get_weights(address, ONE, timeout_s=0.1, max_bytes=MOST)
     asked.set()
 
 
@@ -143,7 +146,7 @@ def test_a_host_that_freezes_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> N
         large = {"up": torch.zeros(64 * MIB, dtype=torch.uint8)}
         start = time.monotonic()
         with pytest.raises(Expired):
-            put_weights(address, KEY, large, timeout_s=1.0)
+            put_weights(address, ONE, large, timeout_s=1.0)
         assert time.monotonic() - start < 5.0
 
 
@@ -151,25 +154,25 @@ def test_nobody_there() -> None:
     listener = GrpcListener(weights=DictStore())
     listener.close()
     with pytest.raises(HostLost):
-        get_weights(listener.address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
+        get_weights(listener.address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST)
     with pytest.raises(HostLost):
-        put_weights(listener.address, KEY, expert(), timeout_s=DEADLINE_S)
+        put_weights(listener.address, ONE, expert(), timeout_s=DEADLINE_S)
 
 
 def test_a_host_without_weights() -> None:
     listener = GrpcListener()
     with pytest.raises(ClusterError):
-        get_weights(listener.address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
+        get_weights(listener.address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST)
     listener.close()
 
 
 def test_nothing_is_left(address: str, store: DictStore) -> None:
-    store.held[KEY] = expert()
-    get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
+    store.held[ONE] = expert()
+    get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST)
     before = open_things()
     for _ in range(5):
-        get_weights(address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
-        put_weights(address, KEY, expert(), timeout_s=DEADLINE_S)
+        get_weights(address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST)
+        put_weights(address, ONE, expert(), timeout_s=DEADLINE_S)
     assert settles(lambda: all(a <= b for a, b in zip(open_things(), before, strict=True)))
 
 
@@ -180,7 +183,7 @@ def chunks_of(tensors: Mapping[str, Tensor], **head: int) -> list[WeightsChunk]:
     """The chunks of a file, with some of its head's numbers changed."""
     data = safetensors.torch.save(dict(tensors))
     fields = {"total_bytes": len(data), "crc32": zlib.crc32(data)} | head
-    key = WeightsKey(model=KEY.model, layer=KEY.layer, expert=KEY.expert)
+    key = WeightsKey(model=KEY.model, layer=KEY.layer, expert=KEY.expert, version=1)
     return [
         WeightsChunk(key=key, data=data[:100], **fields),
         *[WeightsChunk(data=data[i : i + 100]) for i in range(100, len(data), 100)],
@@ -218,7 +221,7 @@ def test_damaged_files(address: str, store: DictStore) -> None:
 
 
 def test_a_damaged_answer(store: DictStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.held[KEY] = expert()
+    store.held[ONE] = expert()
     listener = GrpcListener(weights=store)
     real = weights._split
 
@@ -235,5 +238,5 @@ def test_a_damaged_answer(store: DictStore, monkeypatch: pytest.MonkeyPatch) -> 
     for broken, reason in ((flipped, "crc32"), (cut, "total_bytes")):
         monkeypatch.setattr(weights, "_split", broken)
         with pytest.raises(CallError, match=reason):
-            get_weights(listener.address, KEY, timeout_s=DEADLINE_S, max_bytes=MOST)
+            get_weights(listener.address, ONE, timeout_s=DEADLINE_S, max_bytes=MOST)
     listener.close()

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey
 from moesaic.cluster.placement import (
-    ExpertKey,
-    LayerKey,
     LayerPlacement,
     ModelShape,
     Placement,

@@ -26,9 +26,10 @@ from moesaic.cli.main import app, main
 from moesaic.cli.progress import Lines, read_lines
 from moesaic.client import Client
 from moesaic.cluster.control.status_views import expert_views
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey
 from moesaic.cluster.load.meter import LoadReport
 from moesaic.cluster.load.tracker import LoadTracker
-from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, Replica
+from moesaic.cluster.placement import LayerPlacement, Replica
 from moesaic.cluster.planner.plan import OperatorConstraints
 from moesaic.logs import LogLine, read_logs
 from moesaic.proto.errors import CheckpointError, ClusterError, RequestError

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from moesaic.cli.main import main
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.meter import HostTimes, LoadReport
 from moesaic.cluster.load.trace import LoadTotals, Trace, TraceRecorder
 from moesaic.cluster.load.tracker import LoadTracker
-from moesaic.cluster.placement import LayerKey
 from moesaic.proto.errors import CheckpointError, ClusterError, RequestError
 from moesaic.traces import read_trace, record, write_trace
 

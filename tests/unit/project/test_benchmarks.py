@@ -16,8 +16,9 @@ from benchmarks.traffic import MODEL, Traffic, balance_of, exponent_for
 from moesaic.cluster.control.commands import MakePlan
 from moesaic.cluster.control.control import Control, ControlPolicy
 from moesaic.cluster.control.pool_view import Observation
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.meter import HostTimes, LoadReport
-from moesaic.cluster.placement import HostEntry, LayerKey, ModelShape, initial_placement
+from moesaic.cluster.placement import HostEntry, ModelShape, initial_placement
 from moesaic.cluster.planner.plan import PoolHost
 from tests.helpers.paths import ROOT
 
@@ -95,9 +96,9 @@ def test_the_skew_is_found_at_which_fixed_shares_are_as_uneven_as_asked() -> Non
 
 def observed(control: Control, host: str) -> Observation:
     """A host that holds whatever it is to hold."""
-    holdings: dict[LayerKey, set[int]] = {}
+    holdings: dict[LayerKey, dict[int, tuple[int, ...]]] = {}
     for key in control.wanted(host):
-        holdings.setdefault(LayerKey(key.model, key.layer), set()).add(key.expert)
+        holdings.setdefault(LayerKey(key.model, key.layer), {})[key.expert] = (1,)
     entry = HostEntry(host=host, incarnation=1, node="n", shm_address="", grpc_address=host)
     return Observation(entry=entry, holdings=holdings, loading=False)
 

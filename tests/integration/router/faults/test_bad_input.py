@@ -18,7 +18,8 @@ from torch import Tensor
 
 from moesaic.actors.router.connect import connect
 from moesaic.actors.transport.grpc.weights import get_weights, put_weights
-from moesaic.cluster.placement import ExpertKey, ModelRef, ModelShape
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
+from moesaic.cluster.placement import ModelRef, ModelShape
 from moesaic.cluster.routing.transports import Transport
 from moesaic.cluster.spec.spec import load_spec, parse_spec
 from moesaic.models.folder.files import INDEX_FILE, SINGLE_FILE
@@ -136,13 +137,13 @@ def put(model: str = "m", layer: int = LAYER, expert: int = 1, **changed: Tensor
 
     def act(served: ServedPool) -> None:
         host = served.holder(ExpertKey("m", LAYER, 1))
-        tensors = host._store.get(ExpertKey("m", LAYER, 1)) | changed
+        tensors = host._store.get(ExpertVersion(ExpertKey("m", LAYER, 1), 1)) | changed
         kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         key = ExpertKey(model, layer, expert)
         proof = secret_of_process().proof("weights", host.entry().target)
         put_weights(
             host.entry().grpc_address,
-            key,
+            ExpertVersion(key, 1),
             kept,
             timeout_s=10,
             grant=granted(host, key),
@@ -157,7 +158,9 @@ def get(model: str = "m", layer: int = LAYER, expert: int = 1) -> Act:
         entry = served.hosts[0].entry()
         proof = secret_of_process().proof("weights", entry.target)
         key = ExpertKey(model, layer, expert)
-        get_weights(entry.grpc_address, key, timeout_s=10, max_bytes=1 << 20, proof=proof)
+        get_weights(
+            entry.grpc_address, ExpertVersion(key, 1), timeout_s=10, max_bytes=1 << 20, proof=proof
+        )
 
     return act
 
@@ -175,7 +178,7 @@ def load(damage: Callable[[Path], object], expert: int = 3, layer: int = LAYER) 
         damage(folder)
         ref = ModelRef(name="bad", dtype="float32", path=str(folder))
         shape = ModelShape(model="bad", experts={LAYER: 8})
-        served.hosts[0].load([(ref, shape)], [ExpertKey("bad", layer, expert)])
+        served.hosts[0].load([(ref, shape)], [ExpertVersion(ExpertKey("bad", layer, expert), 1)])
 
     return act
 
@@ -251,7 +254,12 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("wire-id-grpc", wire("grpc", ids=(1, 2**31 - 1)), CallError, "ids: 2147483647 is no expert"),
     ("wire-elsewhere", lambda s: ask(s, "shm", ids=other_experts(s)), NotHere, "is not on this h"),
     ("wire-incarnation", wire(incarnation=3), NotHere, "incarnation: the call is for 3, this host"),
-    ("wire-version", wire(version=2), NotHere, "has version 1 here, the call is for 2"),
+    (
+        "wire-version",
+        wire(version=2),
+        NotHere,
+        "version 2 of expert 1 of layer 1 of m is not on this host; it has version 1",
+    ),
     ("wire-expired", wire(timeout_us=0), Expired, "call 1: its deadline passed on the way"),
     ("wire-expired-grpc", wire("grpc", timeout_us=1), Expired, "call 1: "),
     ("wire-checksum", wire(checksum=1), Corrupted, "call 1: its tensors do not match its checksum"),
@@ -311,4 +319,4 @@ def test_a_good_call_on_the_same_path_is_answered(served: ServedPool) -> None:
     put()(served)
     get()(served)
     load(nothing)(served)
-    served.hosts[0].release([ExpertKey("bad", LAYER, 3)])
+    served.hosts[0].release([ExpertVersion(ExpertKey("bad", LAYER, 3), 1)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.cluster.placement import LayerKey
+from moesaic.cluster.expert_keys import ExpertVersion, LayerKey
 from moesaic.cluster.routing.transports import Transport
 from moesaic.proto.errors import ExpertUnavailable
 from tests.helpers.host_calls import HIDDEN, KEY, LAYER, PROMPT, ask
@@ -78,12 +78,12 @@ def test_an_expert_that_is_not_finite_hurts_only_the_requests_that_used_it(
     key = KEY.expert(expert)
     expected = [served.text(prompt) for prompt in others]
     store = served.holder(key)._store
-    sound = store.get(key)
-    store.put(key, sound | {"down": torch.full_like(sound["down"], torch.nan)})
+    sound = store.get(ExpertVersion(key, 1))
+    store.put(ExpertVersion(key, 1), sound | {"down": torch.full_like(sound["down"], torch.nan)})
     try:
         failed, *fine = together(served, [user, *others])
     finally:
-        store.put(key, sound)
+        store.put(ExpertVersion(key, 1), sound)
     assert failed.status_code == 500
     error = failed.json()["error"]
     assert error["code"] == "BadExpert"
@@ -97,13 +97,13 @@ def test_a_streamed_answer_ends_with_the_error(served: ServedPool) -> None:
     expert, user, _ = one_that_differs(served)
     key = KEY.expert(expert)
     store = served.holder(key)._store
-    sound = store.get(key)
+    sound = store.get(ExpertVersion(key, 1))
     asked = {"model": "m", "prompt": user, "max_tokens": 6, "temperature": 0, "stream": True}
-    store.put(key, sound | {"down": torch.full_like(sound["down"], torch.inf)})
+    store.put(ExpertVersion(key, 1), sound | {"down": torch.full_like(sound["down"], torch.inf)})
     try:
         answer = served.http.post("/v1/completions", json=asked)
     finally:
-        store.put(key, sound)
+        store.put(ExpertVersion(key, 1), sound)
     assert f"expert {expert} of layer {LAYER} of m" in answer.text
     assert "[DONE]" not in answer.text
 
@@ -118,7 +118,7 @@ def test_an_expert_that_is_evicted_in_flight_ends_its_requests_by_name(
     key = KEY.expert(expert)
     host = served.holder(key)
     expected = [served.text(prompt) for prompt in others]
-    evicting = threading.Thread(target=host.release, args=([key],))
+    evicting = threading.Thread(target=host.release, args=([ExpertVersion(key, 1)],))
     with ThreadPoolExecutor(1) as threads, held(host) as go_on:
         first = threads.submit(served.complete, PROMPT, 1)
         assert settles(lambda: served.engine.stats().running == 1)
@@ -131,7 +131,7 @@ def test_an_expert_that_is_evicted_in_flight_ends_its_requests_by_name(
         failed, *fine = together(served, [user, *others])
     finally:
         ref, shape = host.report().models[0]
-        host.load([(ref, shape)], [key])
+        host.load([(ref, shape)], [ExpertVersion(key, 1)])
     assert failed.status_code == 503
     error = failed.json()["error"]
     assert error["code"] == ExpertUnavailable.__name__

@@ -12,7 +12,7 @@ import pytest
 
 from moesaic.actors.host import host_loop
 from moesaic.actors.router.connect import connect
-from moesaic.cluster.placement import ExpertKey
+from moesaic.cluster.expert_keys import ExpertKey, first_versions
 from moesaic.proto.errors import HostLost
 from moesaic.proto.expert_pb2 import Frame
 from tests.helpers.host_calls import LAYER, PROMPT, ask
@@ -27,7 +27,7 @@ def test_work_that_fails_in_the_loop_is_raised_to_its_caller(served: ServedPool)
     with pytest.raises(KeyError, match="drill"):
         served.hosts[0]._loop.call(fail)
     # Nothing of it is held, and the place of -1 behind the last expert is no expert.
-    served.hosts[0].release([ExpertKey("m", LAYER, expert) for expert in (8, 99, -1)])
+    served.hosts[0].release(first_versions(ExpertKey("m", LAYER, e) for e in (8, 99, -1)))
     reply, _ = ask(served, "shm", ids=(-1, -1))
     assert reply.seq == 1
 

@@ -10,13 +10,14 @@ import pytest
 from moesaic.actors.controller.host_polling import LATE_S, QUIET_WAIT_S, HostPolling, PollResult
 from moesaic.cluster.control.host_speed import Work
 from moesaic.cluster.control.pool_view import Observation
-from moesaic.cluster.placement import HostEntry, LayerKey
+from moesaic.cluster.expert_keys import LayerKey
+from moesaic.cluster.placement import HostEntry
 
 ENTRY = HostEntry(
     host="a", incarnation=1, node="n", shm_address="s", grpc_address="g", device="cpu"
 )
 EMPTY = Observation(entry=ENTRY, holdings={}, loading=False, work=Work(0, 0, 0.0))
-HELD = replace(EMPTY, holdings={LayerKey("m", 0): [1]})
+HELD = replace(EMPTY, holdings={LayerKey("m", 0): {1: (1,)}})
 
 
 class Hosts:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.host.weight_store import ExpertStore
-from moesaic.cluster.placement import ExpertKey, LayerKey, ModelRef
-from moesaic.proto.errors import NotHere
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
+from moesaic.cluster.placement import ModelRef
+from moesaic.proto.errors import Busy, NotHere
 from tests.helpers.architectures import tiny_model
 
 KEY = ExpertKey("m", 0, 1)
+ONE = ExpertVersion(KEY, 1)
 
 
 @pytest.fixture
@@ -43,24 +45,24 @@ def plain(matrix: Tensor) -> Tensor:
 
 
 def test_an_expert_that_is_dropped_gives_its_memory_back(store: ExpertStore) -> None:
-    store.load(KEY)
+    store.load(ONE)
     assert store.nbytes > 0
-    wanted = {name: tensor.clone() for name, tensor in store.get(KEY).items()}
-    store.drop(KEY)
+    wanted = {name: tensor.clone() for name, tensor in store.get(ONE).items()}
+    store.drop(ONE)
     assert store.nbytes == 0
     with pytest.raises(NotHere):
-        store.get(KEY)
-    store.load(KEY, version=2)
-    again = store.get(KEY)
+        store.get(ONE)
+    store.load(ONE)
+    again = store.get(ONE)
     assert all(torch.equal(again[name], tensor) for name, tensor in wanted.items())
     store.close()
 
 
 def test_the_same_expert_from_two_sides_lies_there_once(store: ExpertStore) -> None:
-    store.load(KEY)
-    (served,) = store.layer(LayerKey(KEY.model, KEY.layer))[1].values()
+    store.load(ONE)
+    (served,) = store.layer(LayerKey(KEY.model, KEY.layer), 1, {})[1].values()
     before = plain(served.down).clone()
-    store.put(KEY, store.get(KEY))
+    store.put(ONE, store.get(ONE))
     assert torch.equal(plain(served.down), before), "it was not emptied meanwhile"
     store.close()
 
@@ -69,12 +71,65 @@ def test_a_model_of_another_kind_under_a_name_replaces_its_memory(
     store: ExpertStore, ref: ModelRef
 ) -> None:
     before = slabs()
-    store.load(KEY)
+    store.load(ONE)
     opened = slabs()
     assert opened > before
     store.add_model(replace(ref, dtype="bfloat16"))
-    store.drop(KEY)
-    store.load(KEY)
+    store.drop(ONE)
+    store.load(ONE)
     assert slabs() == opened
     store.close()
     assert slabs() == before
+
+
+# ---- versions -----------------------------------------------------------------------------------
+
+TWO, THREE = ExpertVersion(KEY, 2), ExpertVersion(KEY, 3)
+
+
+def doubled(store: ExpertStore) -> dict[str, Tensor]:
+    return {name: 2 * tensor for name, tensor in store.get(ONE).items()}
+
+
+def downs(store: ExpertStore, version: int, **others: int) -> dict[int, Tensor]:
+    named = {int(name[1:]): other for name, other in others.items()}
+    _, experts = store.layer(LayerKey(KEY.model, KEY.layer), version, named)
+    return {expert: plain(weights.down).clone() for expert, weights in experts.items()}
+
+
+def test_two_versions_of_an_expert_are_there_at_once(store: ExpertStore) -> None:
+    other = ExpertVersion(KEY._replace(expert=2), 1)
+    store.load(ONE)
+    store.load(other)
+    before = store.nbytes
+    store.put(TWO, doubled(store))
+    assert store.nbytes == before * 3 // 2
+    first, second = downs(store, 1), downs(store, 2)
+    assert torch.equal(second[1], 2 * first[1])
+    assert (first.keys(), second.keys()) == ({1, 2}, {1})
+    mixed = downs(store, 1, e1=2)
+    assert torch.equal(mixed[1], second[1])
+    assert torch.equal(mixed[2], first[2])
+    store.drop(ONE)
+    assert torch.equal(downs(store, 2)[1], second[1]), "the older one goes alone"
+    with pytest.raises(NotHere, match=str(ONE)):
+        store.get(ONE)
+    assert store.nbytes == before
+    store.close()
+
+
+def test_a_third_version_waits_until_one_is_gone(store: ExpertStore) -> None:
+    store.load(ONE)
+    tensors = doubled(store)
+    store.put(TWO, tensors)
+    with pytest.raises(Busy, match=r"this host has versions 1 and 2 of it and no room for a third"):
+        store.put(THREE, tensors)
+    store.drop(ONE)
+    store.put(THREE, tensors)
+    assert downs(store, 3).keys() == {1}
+    store.close()
+
+
+def test_the_checkpoint_has_the_first_version_alone(store: ExpertStore) -> None:
+    with pytest.raises(NotHere, match=r"version 2 of expert 1 .* is not in the checkpoint"):
+        store.load(TWO)

@@ -11,15 +11,8 @@ import pytest
 from moesaic.actors.router import connections, upkeep
 from moesaic.actors.router.router import Router
 from moesaic.actors.router.upkeep import Upkeep
-from moesaic.cluster.placement import (
-    ExpertKey,
-    HostEntry,
-    LayerKey,
-    LayerPlacement,
-    Placement,
-    PlacementId,
-    Replica,
-)
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey
+from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing.host_health import HostState
 from moesaic.proto.errors import HostLost
 from moesaic.proto.keys import ClusterSecret

@@ -22,7 +22,7 @@ from moesaic.cluster.batching.batch_queue import (
     MergePolicy,
     fair_shares,
 )
-from moesaic.cluster.placement import LayerKey
+from moesaic.cluster.expert_keys import LayerKey
 
 LAYER, OTHER = LayerKey("m", 0), LayerKey("m", 1)
 NOTHING = np.zeros(0, dtype=np.int64)

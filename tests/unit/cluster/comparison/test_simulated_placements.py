@@ -21,8 +21,9 @@ from moesaic.cluster.comparison.elastic_placement import Elastic
 from moesaic.cluster.comparison.loads import daily_trace, drifting_trace
 from moesaic.cluster.comparison.placement_strategies import Eplb, Static
 from moesaic.cluster.comparison.queues import Queues
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.trace import Trace
-from moesaic.cluster.placement import LayerKey, ModelShape
+from moesaic.cluster.placement import ModelShape
 from moesaic.cluster.simulator import run
 from moesaic.cluster.simulator.world import KeyValueStore
 from moesaic.traces import write_trace

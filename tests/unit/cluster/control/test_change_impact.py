@@ -7,9 +7,10 @@ import pytest
 
 from moesaic.cluster.control.change_impact import ImpactMeter, balancedness_under
 from moesaic.cluster.control.changes import Change, ChangeHistory
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.meter import HostTimes, LoadReport
 from moesaic.cluster.load.tracker import LoadTracker
-from moesaic.cluster.placement import LayerKey, LayerPlacement, Placement, PlacementId, Replica
+from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.planner.plan import Plan, PoolHost
 
 KEY = LayerKey("m", 0)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.control.host_speed import SILENT
-from moesaic.cluster.placement import ExpertKey, LayerKey, Placement, PlacementId
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey, first_versions
+from moesaic.cluster.placement import Placement, PlacementId
 from moesaic.cluster.planner.plan import OperatorConstraints
 from tests.helpers.control_world import POLICY, ControlWorld, counts, finish, shape, started
 
@@ -73,15 +74,17 @@ def test_any_history_keeps_every_expert_served_and_ends_whole(data: st.DataObjec
         name: host.incarnation for name, host in world.hosts.items()
     }
     known = {key for key in world.every() if key.model in {k.model for k in placement.layers}}
-    held = {(key, name) for name, host in world.hosts.items() for key in host.held if key in known}
+    held = {
+        (one, name) for name, host in world.hosts.items() for one in host.held if one.key in known
+    }
     named = {
-        (key.expert(expert), replica.host)
+        (placement.versions.served(key.expert(expert)), replica.host)
         for key, layer in placement.layers.items()
         for expert, replicas in enumerate(layer.replicas)
         for replica in replicas
     }
     assert held == named, "nothing is held that is not served"
-    assert {key for key, _ in named} == known - lost
+    assert {one.key for one, _ in named} == known - lost
     assert not {name for _, name in named} & world.constraints.leaving
     assert not world.tick(), "a quiet pool needs no decision"
 
@@ -212,7 +215,7 @@ def test_a_new_controller_serves_at_once_what_hosts_hold() -> None:
     world.take_over()
     world.tick()
     assert world.published[-1].id.term != 2, "a model that is not whole does not appear"
-    world.hosts["h0"].held |= lost
+    world.hosts["h0"].held |= set(first_versions(lost))
     world.tick()
     assert world.published[-1].id.term == 2
     assert not world.control.settled, "h2 may still come back"

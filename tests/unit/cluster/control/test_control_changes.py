@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moesaic.cluster.control.control import ControlPolicy
-from moesaic.cluster.placement import ExpertKey, LayerKey
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey
 from moesaic.cluster.planner.plan import OperatorConstraints
 from moesaic.cluster.reports.placing import ChangePhase
 from tests.helpers.control_world import POLICY, ControlWorld, counts, finish, shape, started

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.control.control import Control
+from moesaic.cluster.expert_keys import ExpertVersion, LayerKey
 from moesaic.cluster.load.meter import LoadReport
-from moesaic.cluster.placement import LayerKey, LayerPlacement, Placement, PlacementId
+from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId
 from moesaic.cluster.routing.dispatch import Dispatcher
 from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.control_world import POLICY, ControlWorld, shape
@@ -67,7 +68,7 @@ class SleepyWorld(ControlWorld):
         return bool(self.control.idle_models.asleep)
 
     def held(self, model: str) -> int:
-        return sum(key.model == model for host in self.hosts.values() for key in host.held)
+        return sum(key.model == model for host in self.hosts.values() for key, _ in host.held)
 
     def placed(self) -> set[str]:
         return {key.model for key in self.published[-1].layers}
@@ -197,7 +198,7 @@ def test_any_history_ends_with_the_model_served_when_it_is_asked_for(data: st.Da
     for key in world.every():
         holders = world.published[-1].layers[LayerKey(key.model, key.layer)].hosts(key.expert)
         assert holders
-        assert all(key in world.hosts[name].held for name in holders)
+        assert all(ExpertVersion(key, 1) in world.hosts[name].held for name in holders)
 
 
 # ---- the router's side --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moesaic.cluster.control.loading import Loader
+from moesaic.cluster.expert_keys import first_versions
 from tests.helpers.control_world import ControlWorld, shape
 
 
@@ -14,13 +15,13 @@ def test_a_target_with_more_than_a_hosts_slots_is_loaded_all_the_same() -> None:
     loader.on_disk.add("m")
     loader.slots["h0"] = 8
     held = world.hosts["h0"].held
-    wanted = sorted(held)
-    lost = wanted[:3]
+    wanted = sorted(key for key, _ in held)
+    lost = first_versions(wanted[:3])
     held -= set(lost)
     world.control.view.note({"h0": world.hosts["h0"].observe()}, world.now)
     found = loader.next("h0", wanted, models=world.control.models, appeared=["m"], now=world.now)
     assert found is not None
-    assert list(found.keys) == lost
+    assert list(found.weights) == lost
 
 
 def test_background_loads_are_spread_over_the_time_that_they_may_take() -> None:
@@ -29,15 +30,15 @@ def test_background_loads_are_spread_over_the_time_that_they_may_take() -> None:
     loader = Loader(world.control.view, bytes_per_s=8.0, batch_bytes=1 << 20, retry_s=1.0)
     loader.on_disk.add("m")
     held = world.hosts["h0"].held
-    wanted = sorted(held)
-    held -= set(wanted[:4])
+    wanted = sorted(key for key, _ in held)
+    held -= set(first_versions(wanted[:4]))
     world.control.view.note({"h0": world.hosts["h0"].observe()}, world.now)
 
     def ask(after_s: float) -> int:
         found = loader.next(
             "h0", wanted, models=world.control.models, appeared=["m"], now=world.now + after_s
         )
-        return 0 if found is None else len(found.keys)
+        return 0 if found is None else len(found.weights)
 
     # Experts of one byte: two in a quarter of a second.
     assert [ask(after_s) for after_s in (0.0, 0.2, 0.26, 0.3)] == [2, 0, 2, 0]

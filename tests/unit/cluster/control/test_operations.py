@@ -11,7 +11,8 @@ from moesaic.cluster.control.operations import (
     with_pin,
     without_pin,
 )
-from moesaic.cluster.placement import ExpertKey, LayerKey, ModelShape
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey
+from moesaic.cluster.placement import ModelShape
 from moesaic.cluster.planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
 

@@ -7,7 +7,8 @@ import numpy as np
 from moesaic.cluster.comparison.compare import control_policy, pool_of
 from moesaic.cluster.comparison.elastic_placement import MoesaicStrategy
 from moesaic.cluster.control.policy import RebalanceTimer
-from moesaic.cluster.placement import LayerKey, ModelShape
+from moesaic.cluster.expert_keys import LayerKey
+from moesaic.cluster.placement import ModelShape
 from moesaic.cluster.planner.balance import balancedness
 
 

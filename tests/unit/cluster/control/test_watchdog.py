@@ -11,8 +11,9 @@ from moesaic.cluster.control.control import Control
 from moesaic.cluster.control.pool_view import Observation
 from moesaic.cluster.control.status_views import HostCounters, HostRates, hottest
 from moesaic.cluster.control.watchdog import Vitals, Watchdog
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.meter import LoadReport
-from moesaic.cluster.placement import HostEntry, LayerKey, LayerPlacement, ModelShape, Replica
+from moesaic.cluster.placement import HostEntry, LayerPlacement, ModelShape, Replica
 from moesaic.cluster.planner.plan import PoolHost
 from moesaic.cluster.reports.activity import (
     Activity,
@@ -87,7 +88,7 @@ class World:
                 entry=HostEntry(
                     host=host, incarnation=1, node="n", shm_address="", grpc_address=host
                 ),
-                holdings={KEY: frozenset(held)},
+                holdings={KEY: dict.fromkeys(held, (1,))},
                 loading=True,  # what is asked for is not the test's matter
             )
             for host, held in self.held.items()

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from moesaic.actors.host import device
 from moesaic.actors.host.device import Device
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.host.emulation import Emulation
 from moesaic.cluster.host.residency import QueuedCall
-from moesaic.cluster.placement import LayerKey
 from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import SpecError
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.host.residency import (
     HostPolicy,
     LayerShape,
@@ -17,7 +18,6 @@ from moesaic.cluster.host.residency import (
     Residency,
     split_batch_time,
 )
-from moesaic.cluster.placement import ExpertKey, LayerKey
 from moesaic.proto.errors import Busy, CallError, Expired, NotHere
 
 SHAPE = LayerShape(num_experts=8, hidden_size=16, dtype="float32")
@@ -28,7 +28,7 @@ def host(experts: range = range(8), layers: int = 2, policy: HostPolicy = POLICY
     residency = Residency(policy, incarnation=7)
     for layer in range(layers):
         for expert in experts:
-            residency.hold(ExpertKey("m", layer, expert), SHAPE, version=1)
+            residency.hold(ExpertVersion(ExpertKey("m", layer, expert), 1), SHAPE)
     return residency
 
 
@@ -45,7 +45,7 @@ def call(seq: int, *, router: str = "r", rows: int = 1, **changes: Any) -> Queue
         "exact": False,
         "expires_at": 100.0,
         "incarnation": 7,
-        "version": 0,
+        "version": 1,
         "ids": ids,
     }
     return QueuedCall(**(values | changes))
@@ -57,7 +57,7 @@ def call(seq: int, *, router: str = "r", rows: int = 1, **changes: Any) -> Queue
         ({"key": LayerKey("other", 0)}, NotHere, "'other'"),
         ({"key": LayerKey("m", 9)}, NotHere, "layer 9"),
         ({"incarnation": 6}, NotHere, "incarnation"),
-        ({"version": 2}, NotHere, "version 1 here"),
+        ({"version": 2}, NotHere, "it has version 1"),
         ({"hidden": 17}, CallError, "hidden: 17"),
         ({"dtype": "float16"}, CallError, "dtype: float16"),
         ({"rows": 9, "ids": np.zeros((9, 1), np.int32)}, CallError, "rows: 9"),
@@ -119,7 +119,7 @@ def test_an_evicted_expert_is_refused_queued_or_new() -> None:
     residency = host()
     residency.admit(call(3), now=0.0)
     residency.admit(call(4), now=0.0)
-    refused = residency.release([ExpertKey("m", 0, 3)])
+    refused = residency.release([ExpertVersion(ExpertKey("m", 0, 3), 1)])
     assert [(c.seq, type(e)) for c, e in refused] == [(3, NotHere)]
     assert isinstance(residency.admit(call(3), now=0.0), NotHere)
     batch, _ = residency.next_batch(0.0)
@@ -190,7 +190,7 @@ def test_every_call_ends_exactly_once_and_only_held_experts_are_computed(
         elif kind == "evict":
             victim = (data.draw(st.integers(0, 1)), data.draw(st.integers(0, 7)))
             held.discard(victim)
-            for one, _ in residency.release([ExpertKey("m", *victim)]):
+            for one, _ in residency.release([ExpertVersion(ExpertKey("m", *victim), 1)]):
                 end(one)
         assert residency.queued_rows == sum(c.rows for c in open_calls.values())
         assert residency.queued_rows <= POLICY.max_queue_rows
@@ -220,3 +220,34 @@ def test_parts_of_a_computation_are_the_whole(rows: list[int], batch_us: int) ->
     parts = split_batch_time(batch_us, batch)
     assert sum(parts) == batch_us
     assert min(parts) >= 0
+
+
+# ---- versions -----------------------------------------------------------------------------------
+
+
+def test_calls_name_the_version_that_they_want() -> None:
+    residency = host()
+    new = ExpertVersion(ExpertKey("m", 0, 1), 2)
+    mixed = replace(call(1), ids=np.array([[1, 2]], dtype=np.int32), other_versions=((1, 2),))
+    refusal = residency.admit(mixed, now=1.0)
+    assert isinstance(refusal, NotHere)
+    assert "version 2 of expert 1" in str(refusal)
+    residency.hold(new, SHAPE)
+    assert residency.holdings()[LayerKey("m", 0)][1] == (1, 2)
+    assert residency.admit(mixed, now=1.0) is None
+    assert residency.admit(replace(call(9), version=1), now=1.0) is None, "both are served"
+    assert residency.serves(new)
+    refused = residency.release([new])
+    assert [queued for queued, _ in refused] == [mixed]
+    assert not residency.serves(new)
+    assert residency.holdings()[LayerKey("m", 0)][1] == (1,)
+
+
+def test_calls_of_different_versions_are_not_computed_together() -> None:
+    residency = host()
+    residency.hold(ExpertVersion(ExpertKey("m", 0, 1), 2), SHAPE)
+    old, new = call(1), replace(call(9), version=2)
+    assert residency.admit(old, now=1.0) is None
+    assert residency.admit(new, now=1.0) is None
+    batches = [residency.next_batch(1.0)[0] for _ in range(2)]
+    assert sorted(len(batch) for batch in batches) == [1, 1]

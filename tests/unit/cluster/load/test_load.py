@@ -7,15 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.meter import HostTimes, LoadMeter, LoadReport
 from moesaic.cluster.load.tracker import LoadTracker
-from moesaic.cluster.placement import (
-    LayerKey,
-    ModelShape,
-    Placement,
-    PlacementId,
-    initial_placement,
-)
+from moesaic.cluster.placement import ModelShape, Placement, PlacementId, initial_placement
 from moesaic.cluster.routing.dispatch import Dispatcher
 from moesaic.cluster.routing.policy import RouterPolicy
 
@@ -33,9 +28,9 @@ def test_every_choice_of_a_real_expert_counts_once(calls: list[list[int]]) -> No
         meter.count(KEY, ids(*call), experts=5)
     meter.count(KEY, ids(-(2**31), 2**31 - 1), experts=5)
     every = [one for call in calls for one in call]
-    found = meter.take("r", None).counts
+    found = meter.take("r", None, None).counts
     assert found[KEY].tolist() == [every.count(expert) for expert in range(5)]
-    assert meter.take("r", None).counts == {}
+    assert meter.take("r", None, None).counts == {}
 
 
 def test_a_router_counts_when_a_call_begins_and_not_when_it_is_sent_again() -> None:
@@ -46,7 +41,7 @@ def test_a_router_counts_when_a_call_begins_and_not_when_it_is_sent_again() -> N
     dispatcher.begin(KEY, assignments, max_rows=8, now=0.0)
     for moment in range(1, 5):
         dispatcher.tick(float(moment))
-    assert dispatcher.meter.take("r", None).counts[KEY].tolist() == [1, 3]
+    assert dispatcher.meter.take("r", None, None).counts[KEY].tolist() == [1, 3]
 
 
 def tell(tracker: LoadTracker, *counts: int, router: str = "r") -> None:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.control.change_impact import balancedness_under
-from moesaic.cluster.placement import LayerKey, LayerPlacement, ModelShape, Replica
+from moesaic.cluster.expert_keys import LayerKey
+from moesaic.cluster.placement import LayerPlacement, ModelShape, Replica
 from moesaic.cluster.planner.balance import balancedness, even_split
 from moesaic.cluster.planner.consolidation import consolidate, consolidation_level
 from moesaic.cluster.planner.plan import Plan, PlannerPolicy, PoolHost

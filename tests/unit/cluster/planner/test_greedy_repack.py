@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks.planning.placing import BUDGET, LAVISH, MODEL, THRIFTY, Pool, deepseek, ours, rated
 from benchmarks.planning.recorded import compare, shifts_of
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.trace import Trace
-from moesaic.cluster.placement import LayerKey
 from moesaic.cluster.planner.greedy_repack import repack
 from moesaic.cluster.planner.moves import LayerConstraints
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moesaic.cluster.placement import LayerKey, LayerPlacement, ModelShape, Replica
+from moesaic.cluster.expert_keys import LayerKey
+from moesaic.cluster.placement import LayerPlacement, ModelShape, Replica
 from moesaic.cluster.planner import planner
 from moesaic.cluster.planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.plan_builder import PlanBuilder

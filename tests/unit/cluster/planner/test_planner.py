@@ -11,14 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.comparison.eplb import changed_slots, eplb, eplb_host_load
-from moesaic.cluster.placement import (
-    ExpertKey,
-    LayerKey,
-    LayerPlacement,
-    ModelShape,
-    Replica,
-    initial_placement,
-)
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey
+from moesaic.cluster.placement import LayerPlacement, ModelShape, Replica, initial_placement
 from moesaic.cluster.planner.balance import balancedness, best_balancedness, even_split, water_fill
 from moesaic.cluster.planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.placement import ExpertKey, LayerKey, LayerPlacement, ModelShape, Replica
+from moesaic.cluster.expert_keys import ExpertKey, LayerKey
+from moesaic.cluster.placement import LayerPlacement, ModelShape, Replica
 from moesaic.cluster.planner.balance import balancedness, even_split
 from moesaic.cluster.planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan

@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.cluster.placement import (
-    LayerKey,
-    LayerPlacement,
-    ModelShape,
-    Placement,
-    PlacementId,
-    Replica,
-)
+from moesaic.cluster.expert_keys import LayerKey
+from moesaic.cluster.placement import LayerPlacement, ModelShape, Placement, PlacementId, Replica
 from moesaic.cluster.planner.plan import PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
 from moesaic.cluster.routing.assignment import choose_hosts, level_load

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moesaic.cluster.control.commands import Publish
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.meter import LoadReport
-from moesaic.cluster.placement import LayerKey
 from moesaic.cluster.planner.plan import OperatorConstraints
 from tests.helpers.control_world import POLICY, shape
 from tests.helpers.fleet_world import FleetWorld, group, stage, started
@@ -127,7 +127,7 @@ def test_a_host_that_a_new_controller_never_saw_stays_while_it_may_hold_the_last
     world.finish()
     (leaving,) = world.scale(2)
     only = set(world.hosts[leaving].held)
-    assert {key.model for key in only} == {"m", "n"}
+    assert {key.model for key, _ in only} == {"m", "n"}
     world.take_over()
 
     def rounds(number: int, loaded: set[str]) -> None:
@@ -136,7 +136,7 @@ def test_a_host_that_a_new_controller_never_saw_stays_while_it_may_hold_the_last
             for name in world.routers:
                 world.report(name)
             for name, host in list(world.hosts.items()):
-                while host.loading and host.loading[0][0].model in loaded:
+                while host.loading and host.loading[0][0].key.model in loaded:
                     world.load_one(name)
 
     rounds(20, {"m"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesaic.cluster.placement import ExpertKey
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.cluster.simulator.host import SimHost
 from moesaic.cluster.simulator.invariants import unsettled
 from moesaic.cluster.simulator.world import World
@@ -30,7 +30,7 @@ def unwanted(world: World) -> tuple[SimHost, ExpertKey]:
             for layer, experts in shape.experts.items():
                 for expert in range(experts):
                     key = ExpertKey(shape.model, layer, expert)
-                    if key not in control.wanted(name) and not host.holds(key):
+                    if key not in control.wanted(name) and not host.holds(ExpertVersion(key, 1)):
                         return host, key
     raise AssertionError("every host holds everything")
 
@@ -43,10 +43,10 @@ def test_a_pool_is_not_settled_while_a_host_loads_nor_just_after() -> None:
     assert controller.control is not None
     shapes = list(controller.control.models.values())
     answers: list[object] = []
-    host.load(shapes, [key], {}, controller.term, answers.append)
+    host.load(shapes, [ExpertVersion(key, 1)], {}, controller.term, answers.append)
     assert unsettled(world) == "replicas are being moved"
     while not answers:
         world.step()
     assert answers == [None]
-    assert host.holds(key)
+    assert host.holds(ExpertVersion(key, 1))
     assert unsettled(world) == "replicas are being moved"

@@ -13,8 +13,9 @@ import pytest
 
 from moesaic.cluster.control.control import Control
 from moesaic.cluster.control.publishing import Publisher
+from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.host.fence import Fence
-from moesaic.cluster.placement import ExpertKey, PlacementId, Replica
+from moesaic.cluster.placement import PlacementId, Replica
 from moesaic.cluster.routing.host_health import HostHealth
 from moesaic.cluster.scaling.fleet import Fleet
 from moesaic.cluster.simulator.connections import SimConnections
