@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 import ray
 from ray._common.utils import get_default_system_temp_dir
+from ray._private import worker
 
 from ...proto.errors import ClusterError
 from .ray_token import make_token
@@ -84,12 +85,27 @@ def _shut_down_ray() -> None:
     """Shut down Ray, and keep this process's handler of SIGTERM.
 
     Ray's library resets the signal to its default, which ends a process in the middle of its work,
-    while Python still believes that its handler is installed.
+    while Python still believes that its handler is installed. Then Ray waits for its processes to
+    end, which takes seconds; so the handler is put back before that, too.
     """
-    ray.shutdown()
     handler = signal.getsignal(signal.SIGTERM)
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    in_main = threading.current_thread() is threading.main_thread()
+
+    def put_back() -> None:
+        if handler is not None and in_main:
+            signal.signal(signal.SIGTERM, handler)
+
+    node: Any = worker._global_node
+    if node is not None:
+        end_processes = node.kill_all_processes
+
+        def kill_all_processes(*arguments: Any, **named: Any) -> None:
+            put_back()
+            end_processes(*arguments, **named)
+
+        node.kill_all_processes = kill_all_processes
+    ray.shutdown()
+    put_back()
 
 
 def kill_embedded() -> None:

@@ -187,9 +187,18 @@ def test_the_handler_of_a_signal_outlives_ray() -> None:
     """In a process of its own, whose handler a default would replace by its death."""
     program = """
 import os, signal, time
+from ray._private import worker
 from moesaic.actors.runtime.embedded_ray import end_embedded, start_embedded
+
+def ending(*given, **named):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    print("while Ray's processes end", flush=True)
+    end(*given, **named)
+
 start_embedded(num_cpus=1, include_dashboard=False)
 signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
+end, worker._global_node.kill_all_processes = worker._global_node.kill_all_processes, ending
 end_embedded()
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(0.1)
@@ -197,4 +206,5 @@ time.sleep(0.1)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
     )
-    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+    heard = "heard\nwhile Ray's processes end\nheard\n"
+    assert (done.returncode, done.stdout) == (0, heard), done.stderr

@@ -133,8 +133,8 @@ def test_ending_one_at_once_leaves_the_other_alone(folder: Path) -> None:
         dies = moesaic.up(spec_of(folder, "dies"))
         # As a process says it that has joined the Ray.
         wanted = parse_spec(spec_of(folder, "dies") | {"ray": {"address": "auto"}})
-        keeper: Any = dies._launched
-        keeper.keeper._stop.set()
+        launched: Any = dies._launched
+        launched.provisioner._stop.set()
         began = time.monotonic()
         end_at_once(wanted)
         assert time.monotonic() - began < 15
