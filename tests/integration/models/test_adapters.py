@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.engine.engine import Sampling
+from moesaic.cluster.expert_keys import FIRST_VERSION
 from moesaic.models.trunk.adapters import PoolExperts
 from moesaic.models.trunk.in_pool import PoolFunction
 from moesaic.models.trunk.trunk import connect_experts
@@ -76,7 +77,7 @@ def swap_experts(served: Pool) -> None:
     """Neighbours on a host take each other's weights."""
     for host in served.hosts:
         for key in served.placement.layers:
-            experts = host._store._experts[key]
+            experts = host._store._experts[key][FIRST_VERSION]
             held = sorted(experts)
             for one, other in zip(held[::2], held[1::2], strict=False):
                 experts[one], experts[other] = experts[other], experts[one]
