@@ -13,6 +13,9 @@ import numpy as np
 
 from .expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
 
+# Versions of one expert that a host can hold.
+VERSIONS_AT_ONCE = 2
+
 
 @dataclass(frozen=True, slots=True)
 class LayerVersions:

@@ -23,10 +23,10 @@ from ...cluster.control.loading import LoadExperts
 from ...cluster.control.policy import ControlPolicy
 from ...cluster.control.pool_view import Observation, without
 from ...cluster.control.watchdog import Watchdog
-from ...cluster.expert_keys import first_versions
+from ...cluster.expert_keys import ExpertKey, first_versions
 from ...cluster.load.meter import LoadReport
 from ...cluster.load.trace import LoadTotals
-from ...cluster.placement import ModelRef, ModelShape, Placement
+from ...cluster.placement import ModelRef, ModelShape, Placement, PlacementId
 from ...cluster.planner.plan import FleetGroup
 from ...cluster.reports.activity import Activity, ExpertReport
 from ...cluster.reports.placing import ChangeReport, DrainReport, PlanReport
@@ -36,10 +36,17 @@ from ...cluster.scaling.fleet import Fleet
 from ...cluster.spec.parts import AutoscaleSpec
 from ...proto.errors import ClusterError, MoesaicError, Superseded, describe_error
 from ..host.report import HostReport
-from ..host.weight_grants import Granted, grant_all
+from ..host.weight_grants import BegunUpdate, Granted, grant_all
 from ..router_service.service_actor import ServiceWatch
 from ..runtime.cluster_secret import secret_of
-from ..runtime.durable_state import claim_term, stored_asleep, stored_constraints, stored_fleet
+from ..runtime.durable_state import (
+    claim_term,
+    store_updates,
+    stored_asleep,
+    stored_constraints,
+    stored_fleet,
+    stored_updates,
+)
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import cluster_of
 from .events import Events
@@ -48,6 +55,7 @@ from .host_polling import HostPolling, PollResult
 from .operations import Operations
 from .overview import LoopState, Overview
 from .sizing import Sizing
+from .weight_updating import WeightUpdating
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +96,9 @@ class Controller:
         fleet.take_over(self._control)
         self._control.set_constraints(stored_constraints(namespace))
         self._control.idle_models.keep_asleep(stored_asleep(namespace))
+        if (updates := stored_updates(namespace, self._term)) is not None:
+            self._control.updates.restore(updates)
+            store_updates(namespace, self._term, updates)
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
         for ref, shape in models:
             self._adopt(ref, shape)
@@ -102,6 +113,7 @@ class Controller:
         self._watchdog = Watchdog(self._control, self._clock())
         self._sizing = Sizing(self._control, fleet, namespace, self._wake.set, clock)
         self._events = Events(self._control, fleet)
+        self._updating = WeightUpdating(self._control, namespace, self._term, self._wake.set, clock)
         self._operations = Operations(self._control, namespace, self._wake.set, clock)
         self._overview = Overview(
             control=self._control,
@@ -233,6 +245,22 @@ class Controller:
 
     async def draining(self, host: str) -> DrainReport:
         return await self._operations.draining(host)
+
+    # ---- updates of weights: see `WeightUpdating` -----------------------------------------------
+
+    async def begin_update(
+        self, experts: Sequence[ExpertKey], who: str, timeout_s: float
+    ) -> BegunUpdate:
+        return self._updating.begin(experts, who, timeout_s)
+
+    async def serve_update(self, model: str, number: int, timeout_s: float) -> PlacementId:
+        return await self._updating.serve(model, number, timeout_s)
+
+    async def abandon_update(self, model: str, number: int) -> None:
+        self._updating.abandon(model, number)
+
+    async def revert_update(self, model: str, who: str, timeout_s: float) -> PlacementId:
+        return await self._updating.revert(model, who, timeout_s)
 
     # ---- the pool's size: see `Sizing` ----------------------------------------------------------
 

@@ -6,7 +6,7 @@ grant for anything else, and any grant of an older term than that of the newest 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertVersion
@@ -28,6 +28,14 @@ class Granted:
 
     def grant(self, weights: ExpertVersion) -> Grant:
         return Grant(self.term, self.proofs[weights])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BegunUpdate:
+    """An update whose weights may be put into hosts now."""
+
+    number: int
+    granted: Sequence[Granted]  # each host that serves some of the experts, with its grants
 
 
 def grant_all(

@@ -1,4 +1,4 @@
-"""State in Ray's key-value store: controllers' terms, constraints, the fleet and sleeping models.
+"""State in Ray's key-value store: controllers' terms, constraints, the fleet, and of models.
 
 A controller claims a term by writing its key only if it is absent, so no two controllers ever have
 the same term. A later term is higher, even if the store was lost, because a term is at least the
@@ -15,6 +15,7 @@ from typing import Any
 from ray.experimental.internal_kv import (
     _internal_kv_del,
     _internal_kv_get,
+    _internal_kv_list,
     _internal_kv_put,
 )
 
@@ -23,6 +24,7 @@ from ...cluster.planner.plan import OperatorConstraints
 from .start_failures import forget_start_failures
 
 _LATEST, _CONSTRAINTS, _FLEET, _ASLEEP = "latest-term", "constraints", "fleet", "asleep"
+_UPDATES = "updates-"  # and the term
 
 
 def claim_term(namespace: str) -> int:
@@ -77,10 +79,34 @@ def stored_asleep(namespace: str) -> frozenset[str]:
     return frozenset(json.loads(text)) if text else frozenset()
 
 
+def store_updates(namespace: str, term: int, value: dict[str, Any]) -> bool:
+    """Store the result of `WeightUpdates.snapshot` for a later controller.
+
+    Return False if a later one has claimed its term already, and may not know of this. Each term
+    has a key of its own, so that a controller that was thought dead overwrites nothing.
+    """
+    key = f"{_UPDATES}{term}"
+    _internal_kv_put(key, json.dumps(value), overwrite=True, namespace=namespace)
+    # A later controller claims its term first and reads this key then, so one of both is seen.
+    return int(_internal_kv_get(_LATEST, namespace=namespace) or 0) <= term
+
+
+def stored_updates(namespace: str, term: int) -> dict[str, Any] | None:
+    """Return what the last controller before ``term`` has stored."""
+    keys = [bytes(key).decode() for key in _internal_kv_list(_UPDATES, namespace=namespace)]
+    terms = [int(key.removeprefix(_UPDATES)) for key in keys]
+    earlier = [one for one in terms if one < term]
+    if not earlier:
+        return None
+    text = _internal_kv_get(f"{_UPDATES}{max(earlier)}", namespace=namespace)
+    return json.loads(text) if text else None
+
+
 def forget_last(namespace: str) -> None:
     """Delete what an earlier cluster of this name left because its owner was killed."""
     for key in (_CONSTRAINTS, _FLEET, _ASLEEP):
         _internal_kv_del(key, namespace=namespace)
+    _internal_kv_del(_UPDATES, del_by_prefix=True, namespace=namespace)
     forget_start_failures(namespace)
 
 

@@ -27,6 +27,7 @@ from ..load.tracker import LoadTracker
 from ..placement import LayerPlacement, ModelShape, Placement, PlacementId, every_expert
 from ..planner.capacity import with_default_slots
 from ..planner.plan import OperatorConstraints, Plan, PoolHost
+from ..weight_updates import WeightUpdates
 from .change_impact import ImpactMeter
 from .changes import Change, ChangeHistory
 from .commands import ControlCommand, Evict, MakePlan, Publish
@@ -62,6 +63,7 @@ class Control:
             batch_bytes=self.policy.batch_bytes,
             retry_s=self.policy.retry_s,
         )
+        self.updates = WeightUpdates(self.view, self.loader.saved)
         self.loads = LoadTracker()
         self.changes = ChangeHistory()
         self.impact_meter = ImpactMeter(self.policy.every_s, self.policy.balance.consolidate_below)
@@ -210,7 +212,7 @@ class Control:
 
         Except for leases that end and for the periodic check of the balance.
         """
-        settled = self._nothing_pending and self._asked is None
+        settled = self._nothing_pending and self._asked is None and not self.updates.arriving()
         return settled and self.state == self._published_for and self._planned_for == self._key(now)
 
     def unprotected(self) -> list[ExpertKey]:
@@ -240,6 +242,7 @@ class Control:
         self._now = now
         self.view.note(reports, now)
         self.loads.advance(now)
+        self.updates.advance(now)
         self.idle_models.advance(
             self.models.values(),
             on_disk=self.loader.on_disk,
@@ -256,9 +259,15 @@ class Control:
             h for h, seen in self.view.observations.items() if h in reports and not seen.loading
         ]
         appeared = [model for model in self.models if self.publisher.has_published(model)]
+        arriving = self.updates.arriving()
         for host in idle:
             load = self.loader.next(
-                host, self.wanted(host), models=self.models, appeared=appeared, now=now
+                host,
+                self.wanted(host),
+                models=self.models,
+                appeared=appeared,
+                now=now,
+                arriving=arriving,
             )
             commands += [load] if load is not None else []
         # Step 4: publish what is ready, if that has changed.
@@ -269,7 +278,12 @@ class Control:
             self._nothing_pending = not self.pending()
         # Step 5: let hosts evict what no router can ask for any more.
         if self.settled:
-            evictable = self.publisher.evictable(target, now, self.idle_models.asleep)
+            evictable = self.publisher.evictable(
+                target,
+                now,
+                self.idle_models.asleep,
+                {ExpertVersion(key, version) for key, version in arriving.items()},
+            )
             for host in [host for host in idle if host in evictable]:
                 commands.append(Evict(host=host, weights=tuple(evictable[host])))
                 self.view.forget(host, evictable[host])

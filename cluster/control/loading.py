@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion
 from ..placement import HostEntry, ModelShape
@@ -72,25 +73,29 @@ class Loader:
         models: Mapping[str, ModelShape],
         appeared: Collection[str],
         now: float,
+        arriving: Mapping[ExpertKey, int] = MappingProxyType({}),
     ) -> LoadExperts | None:
         """Return the next load of an idle host, or None.
 
         Experts that no host holds, and those of models that have not ``appeared`` in a placement
-        yet, are urgent: they are loaded first and at full speed.
+        yet, are urgent: they are loaded first and at full speed. Versions that are ``arriving``
+        come last, beside those that are served.
         """
         if now < self._not_before.get(host, 0.0):
             return None
-        lacking = self.lacking(host, wanted)
+        seen = self._view.observations[host]
+        lacking = [key for key in self.lacking(host, wanted) if seen.has_room(key)]
         urgent = [
             key for key in lacking if key.model not in appeared or not self._view.holders(key)
         ]
         keys = urgent or self._batch(host, lacking, len(wanted), models)
-        if not keys:
-            return None
         weights = [self._view.versions.served(key) for key in keys]
+        weights = weights or self._arriving(host, wanted, arriving, models)
+        if not weights:
+            return None
         peers = {one: source for one in weights if (source := self._source(one, host)) is not None}
         if not urgent:
-            used_bytes = sum(models[key.model].expert_bytes for key in keys)
+            used_bytes = sum(models[one.key.model].expert_bytes for one in weights)
             self._not_before[host] = now + used_bytes / self._bytes_per_s
         return LoadExperts(host=host, weights=tuple(weights), peers=peers)
 
@@ -123,8 +128,34 @@ class Loader:
         # If the slots are computed (`with_default_slots`), they shrink when hosts come back, and
         # the target may name more experts than the host now has slots.
         room = max(0, max(self.slots.get(host, held), wanted) + _STAGING - held)
+        return self._bounded(lacking[:room], models)
+
+    def _arriving(
+        self,
+        host: str,
+        wanted: Sequence[ExpertKey],
+        arriving: Mapping[ExpertKey, int],
+        models: Mapping[str, ModelShape],
+    ) -> list[ExpertVersion]:
+        """Return the versions that are arriving and that ``host`` lacks and can get."""
+        mine = [key for key in arriving.keys() & set(wanted) if key.model in models]
+        found = [ExpertVersion(key, arriving[key]) for key in sorted(mine)]
+        seen, view = self._view.observations[host], self._view
+        lacking = [
+            one.key
+            for one in found
+            if not seen.holds(one)
+            and seen.has_room(one.key)
+            and (self.is_on_disk(one) or view.holders(one.key, one.version))
+        ]
+        return [ExpertVersion(key, arriving[key]) for key in self._bounded(lacking, models)]
+
+    def _bounded(
+        self, keys: Sequence[ExpertKey], models: Mapping[str, ModelShape]
+    ) -> list[ExpertKey]:
+        """Return the first of ``keys``, as many as one background load may have; at least one."""
         room_bytes, batch = self._batch_bytes, []
-        for key in lacking[:room]:
+        for key in keys:
             room_bytes -= models[key.model].expert_bytes
             if batch and room_bytes < 0:
                 break
@@ -137,7 +168,7 @@ class Loader:
         After each failure it is another source, by turns the disk and a peer if both exist.
         """
         key = weights.key
-        holders = [name for name in self._view.holders(key) if name != host]
+        holders = [name for name in self._view.holders(*weights) if name != host]
         failures = self._failures.get(key, 0)
         if not holders or (self.is_on_disk(weights) and failures % 2 == 0):
             return None

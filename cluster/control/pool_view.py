@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
 from ..placement import HostEntry, LayerPlacement, ModelShape, Replica
 from ..planner.plan import PoolHost
-from ..versions import WeightVersions
+from ..versions import VERSIONS_AT_ONCE, WeightVersions
 from .host_speed import HostSpeeds, Work
 
 
@@ -25,6 +25,11 @@ class Observation:
     def holds(self, weights: ExpertVersion) -> bool:
         model, layer, expert = weights.key
         return weights.version in self.holdings.get(LayerKey(model, layer), {}).get(expert, ())
+
+    def has_room(self, key: ExpertKey) -> bool:
+        """Return whether the host has room for one more version of an expert."""
+        held = self.holdings.get(LayerKey(key.model, key.layer), {})
+        return len(held.get(key.expert, ())) < VERSIONS_AT_ONCE
 
     def experts(self) -> Iterator[ExpertKey]:
         for layer, experts in self.holdings.items():

@@ -66,6 +66,18 @@ def slot_is_free(fact: Sent) -> str:
     )
 
 
+def one_version(fact: Sent) -> str:
+    """Check that all sends of a call name the same version of an expert."""
+    call = fact.router.call
+    if call is None:
+        return ""
+    for key, version in fact.weights:
+        before = call.versions.setdefault(key, version)
+        if before != version:
+            return f"{fact.router.name}: a call uses versions {before} and {version} of {key}"
+    return ""
+
+
 def wrote_own(fact: Wrote) -> str:
     """Check that a host wrote an answer into a slot that no other call uses by now."""
     if fact.used_for in (None, fact.seq):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ...proto.errors import InternalError
-from ..expert_keys import LayerKey
+from ..expert_keys import ExpertVersion, LayerKey
 from ..placement import HostEntry, PlacementId
 from ..routing.events import HostDown, Send
+from ..versions import LayerVersions
 from .network import CallFrame, Connection, Frame, Hello, Refusal, Reply
 from .trace_events import Sent
 
@@ -85,7 +88,13 @@ class SimConnections:
             return
         connection, slot = channel.connection, channel.take(send.seq)
         owed = tuple(seq for seq, used in connection.unanswered.items() if used == slot)
-        self._world.tell(Sent(self._router, connection, send.seq, slot, number, owed))
+        versions = LayerVersions(send.version, dict(send.other_versions))
+        named = tuple(
+            ExpertVersion(key.expert(expert), versions.of(expert))
+            for expert in np.unique(send.ids_tk).tolist()
+            if expert >= 0
+        )
+        self._world.tell(Sent(self._router, connection, send.seq, slot, number, owed, named))
         connection.unanswered[send.seq] = slot
         frame = CallFrame(
             seq=send.seq,

@@ -27,6 +27,7 @@ from .clock import SimProcess
 from .host import SimReport
 from .network import Answered, Failed, Responder, Result, TimedOut
 from .trace_events import Claimed, Published, Sized
+from .traffic import take_over
 
 if TYPE_CHECKING:
     from .router import SimRouter
@@ -123,6 +124,7 @@ class SimController(SimProcess):
         self.control = self.world.make_control(self.sizing.fleet, term)
         self.sizing.fleet.take_over(self.control)
         self.control.set_constraints(self.world.registry.constraints)
+        take_over(self)
         for shape in self.world.settings.models:
             if shape.model not in self.world.settings.in_memory:
                 self.control.add_model(shape, on_disk=True)

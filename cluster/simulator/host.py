@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...proto.errors import CallError, CheckpointError, Corrupted, HostLost, MoesaicError
 from ..control.host_speed import Work
-from ..expert_keys import ExpertVersion, LayerKey
+from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
 from ..host.fence import Fence
 from ..host.residency import HostPolicy, LayerShape, QueuedCall, Residency, split_batch_time
 from ..placement import HostEntry, ModelShape
@@ -157,6 +157,10 @@ class SimHost(SimProcess):
 
     def holds(self, weights: ExpertVersion) -> bool:
         return self.residency.serves(weights)
+
+    def versions(self, key: ExpertKey) -> tuple[int, ...]:
+        """Return the versions of an expert whose weights it has."""
+        return tuple(version for known, version in sorted(self.weights) if known == key)
 
     def kill(self) -> None:
         super().kill()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..control.control import Control
-from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
+from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
 from ..placement import Placement, PlacementId
 from ..planner.capacity import capacity_shortage
 from . import call_invariants as calls
@@ -51,6 +51,7 @@ class Invariants:
         self._seen_by_host: dict[tuple[str, str], PlacementId] = {}
         self._obeyed: dict[str, int] = {}
         self._names: set[str] = set()  # of all hosts that were ever started
+        self._served: set[ExpertVersion] = set()  # what any placement ever named
         self._deaths: list[tuple[float, frozenset[ExpertVersion]]] = []  # (time, experts held)
 
     def died(self, host: SimHost) -> None:
@@ -86,6 +87,8 @@ class Invariants:
                 return [
                     ("no slot is reused while its answer can come", calls.slot_is_free(fact)),
                     ("placement numbers only grow", self.host_sees_growing(fact)),
+                    ("a call uses one version of an expert", calls.one_version(fact)),
+                    ("only versions that a placement names are used", self.names_version(fact)),
                 ]
             case Wrote():
                 return [("no slot is reused while its answer can come", calls.wrote_own(fact))]
@@ -115,6 +118,8 @@ class Invariants:
                 return [("no two controllers share a term", self.claimed_alone(fact))]
             case Published():
                 self._world.last_change = self._world.clock.now
+                versions = fact.placement.versions
+                self._served |= {versions.served(key) for key, _ in _replicas(fact.placement)}
                 return [
                     ("no two controllers share a term", self.publishes_alone(fact)),
                     ("placement numbers only grow", self.publishes_growing(fact)),
@@ -140,7 +145,8 @@ class Invariants:
                 for host in self._world.hosts.values()
                 if host is not fact.host and host.alive and host.holds(one)
             ]
-            if not others and not any(one in held for held in died):
+            served = self._world.registry.served_version(one.key) == one.version
+            if served and not others and not any(one in held for held in died):
                 return f"{fact.host.name}: {one} was the last replica (term {fact.by})"
         return ""
 
@@ -158,6 +164,10 @@ class Invariants:
                         f"ago, follows {tuple(placement.id)}, which names it"
                     )
         return ""
+
+    def names_version(self, fact: Sent) -> str:
+        wrong = [one for one in fact.weights if one not in self._served]
+        return f"{fact.router.name} asks for {wrong[0]}, which no placement names" if wrong else ""
 
     # ---- hosts ----------------------------------------------------------------------------------
 
@@ -357,10 +367,12 @@ def _size_lacks(world: World, controller: SimController) -> str:
 
 
 def _target_lacks(world: World, control: Control) -> str:
+    if control.updates.arriving():
+        return "an update of weights is under way"
     for host in world.hosts:
         for key in control.wanted(host):
             wanted = control.view.versions.served(key)
-            if not world.hosts[host].holds(wanted) and not _gone_for_good(world, wanted):
+            if not world.hosts[host].holds(wanted) and not _gone_for_good(world, control, wanted):
                 return f"{wanted} is wanted on {host} and not there"
     for shape in control.models.values():
         for layer, experts in shape.experts.items():
@@ -370,7 +382,7 @@ def _target_lacks(world: World, control: Control) -> str:
                 alive = any(host.holds(served) for host in world.hosts.values())
                 # The controller names experts for which there is no room (`unplaced`), for example
                 # while too many hosts are drained.
-                lost = _gone_for_good(world, served)
+                lost = _gone_for_good(world, control, served)
                 if not alive and key not in control.unplaced and not lost:
                     return f"no host holds {served}"
     last = control.changes.all[-1] if control.changes.all else None
@@ -379,8 +391,10 @@ def _target_lacks(world: World, control: Control) -> str:
     return ""
 
 
-def _gone_for_good(world: World, weights: ExpertVersion) -> bool:
-    """Return whether an expert is lost: it has no checkpoint, and no host holds it."""
-    return weights.key.model in world.settings.in_memory and not any(
-        host.holds(weights) for host in world.hosts.values()
-    )
+def _gone_for_good(world: World, control: Control, weights: ExpertVersion) -> bool:
+    """Return whether an expert is lost: it is in no file, and no host holds it."""
+    if weights.version == FIRST_VERSION:
+        on_disk = weights.key.model not in world.settings.in_memory
+    else:
+        on_disk = weights in control.loader.saved
+    return not on_disk and not any(host.holds(weights) for host in world.hosts.values())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...proto.errors import Corrupted
-from ..expert_keys import LayerKey
+from ..expert_keys import ExpertKey, LayerKey
 from ..load.meter import LoadReport
 from ..placement import Placement, PlacementId
 from ..routing.dispatch import Dispatcher
@@ -60,6 +60,7 @@ class SimCall:
     deadline: float
     until_T: np.ndarray  # time until which each token waits for a missing expert
     accepted: list[int] = field(default_factory=list)
+    versions: dict[ExpertKey, int] = field(default_factory=dict)  # that its sends named
 
 
 class SimRouter(SimProcess):

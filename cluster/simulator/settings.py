@@ -41,6 +41,7 @@ class Settings:
     think_s: float = 0.15  # mean time between two calls of a trunk
     load_s: float = 0.05  # mean time to load one expert
     plan_s: float = 0.1  # mean time to plan
+    updates: bool = False  # whether experts get new weights
 
     def compute_s(self, rows: int) -> float:
         return 0.002 + 0.0005 * rows
@@ -106,4 +107,5 @@ def draw(rng: np.random.Generator) -> Settings:
             batch_bytes=4 * _EXPERT_BYTES,
             retry_s=0.5,
         ),
+        updates=bool(rng.random() < 0.4),
     )

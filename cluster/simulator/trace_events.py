@@ -48,6 +48,7 @@ class Sent:
     slot: int
     placement_id: PlacementId
     still_owed: tuple[int, ...]  # calls in the same slot that the host may still answer
+    weights: tuple[ExpertVersion, ...]  # that the call names
 
 
 @dataclass(frozen=True, slots=True)

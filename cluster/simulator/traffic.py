@@ -1,18 +1,27 @@
-"""The calls of simulated trunks: small ones, with experts as skewed as those of a real gate.
+"""What users ask of a simulated pool: layers' calls, and new weights of experts.
+
+The calls are small, with experts as skewed as those of a real gate. `Updates` stands for
+`actors/controller/weight_updating.py`, and for whoever puts the new weights.
 
 Shape suffixes: T = tokens, K = experts of a token, E = experts of a layer.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..expert_keys import LayerKey
+from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
 from ..placement import Placement
 from ..routing.expert_options import SHORT_WAIT_S
+from ..weight_updates import WeightUpdate
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from .controller import SimController
+    from .world import World
 
 _TOP_K = 2
 
@@ -64,3 +73,107 @@ class Traffic:
 
     def pause_s(self) -> float:
         return float(self._rng.exponential(self._pace * self._settings.think_s))
+
+
+# Mean seconds between two updates, the time that one may take, and between two looks at it.
+_EVERY_S = 3.0
+_PATIENCE_S = 6.0
+_LOOK_S = 0.1
+
+
+class Updates:
+    """Begins updates, puts their weights, and has them served or reverted."""
+
+    def __init__(self, world: World, rng: np.random.Generator) -> None:
+        self._world = world
+        self._rng = rng
+        self._active = False
+
+    def start(self) -> None:
+        self._active = self._world.settings.updates
+        if self._active:
+            self._later()
+
+    def stop(self) -> None:
+        self._active = False
+
+    def _later(self) -> None:
+        after_s = float(self._rng.exponential(_EVERY_S))
+        self._world.clock.after(after_s, "somebody has new weights", self._next)
+
+    def _next(self) -> None:
+        if not self._active:
+            return
+        controller = self._world.registry.controller
+        if controller is not None and controller.control is not None and not controller.frozen:
+            self._begin(controller)
+        self._later()
+
+    def _begin(self, controller: SimController) -> None:
+        world, rng = self._world, self._rng
+        control = controller.control
+        assert control is not None
+        shape = world.settings.models[int(rng.integers(len(world.settings.models)))]
+        until = world.clock.now + _PATIENCE_S
+        try:
+            if rng.random() < 0.3:
+                update = control.updates.begin_revert(shape.model, who="test", until=until)
+            else:
+                keys = [
+                    ExpertKey(shape.model, layer, expert)
+                    for layer, experts in shape.experts.items()
+                    for expert in range(experts)
+                    if rng.random() < 0.3
+                ]
+                update = control.updates.begin(shape.model, keys, who="test", until=until)
+        except ValueError as error:
+            world.log(f"no update: {error}")
+            return
+        store(controller)
+        world.log(f"update {update.number} of {shape.model} begins at {controller.name}")
+        if update.reverts is None:
+            for one in update.weights:
+                self._put(one)
+        self._look(controller, update)
+
+    def _put(self, weights: ExpertVersion) -> None:
+        """Put an expert into one host that holds an older version of it, if there is one."""
+        able = [
+            host
+            for host in self._world.hosts.values()
+            if host.alive and not host.frozen and len(host.versions(weights.key)) == 1
+        ]
+        if able:
+            able[int(self._rng.integers(len(able)))].put(weights)
+
+    def _look(self, controller: SimController, update: WeightUpdate) -> None:
+        control, world = controller.control, self._world
+        if not controller.alive or control is None:
+            return
+        if control.updates.arriving().items() >= update.versions.items():
+            if not controller.frozen and control.updates.is_ready(update):
+                control.updates.serve(update, in_file=bool(self._rng.random() < 0.5))
+                superseded = not store(controller)
+                world.log(f"update {update.number} of {update.model} is served")
+                if superseded:
+                    controller.leave()
+                return
+            world.clock.after(_LOOK_S, "an update waits", lambda: self._look(controller, update))
+
+
+def store(controller: SimController) -> bool:
+    """Store a controller's updates for its successors; return whether no newer one rules."""
+    assert controller.control is not None
+    registry = controller.world.registry
+    registry.updates[controller.term] = json.dumps(controller.control.updates.snapshot())
+    return registry.latest_term == controller.term
+
+
+def take_over(controller: SimController) -> None:
+    """Let a new controller go on with what the one before it has stored."""
+    assert controller.control is not None
+    registry = controller.world.registry
+    earlier = [term for term in registry.updates if term < controller.term]
+    if earlier:
+        controller.control.updates.restore(json.loads(registry.updates[max(earlier)]))
+    store(controller)

@@ -9,6 +9,7 @@ the run.
 from __future__ import annotations
 
 import hashlib
+import json
 import traceback
 from collections import deque
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 
 from ...proto.errors import describe_error
 from ..control.control import Control
-from ..expert_keys import FIRST_VERSION, ExpertVersion
+from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion
 from ..placement import HostEntry
 from ..planner.plan import OperatorConstraints
 from ..scaling.fleet import Fleet
@@ -32,7 +33,7 @@ from .owner import SimOwner
 from .router import SimRouter
 from .settings import Settings, draw
 from .trace_events import Fact
-from .traffic import Traffic
+from .traffic import Traffic, Updates
 
 if TYPE_CHECKING:
     from .controller import SimController
@@ -46,9 +47,18 @@ class KeyValueStore:
         self.latest_term = 0
         self.constraints = OperatorConstraints()
         self.fleet = ""  # as JSON
+        self.updates: dict[int, str] = {}  # by the term of the controller, as JSON
         # Hosts that may be ended -> when the controller asked for the reports that allowed it.
         self.let_go: dict[str, float] = {}
         self._terms: set[int] = set()
+
+    def served_version(self, key: ExpertKey) -> int:
+        """Return the version that the newest controller has stored as served."""
+        if not self.updates:
+            return FIRST_VERSION
+        kept = json.loads(self.updates[max(self.updates)])
+        found = [version for *other, version in kept["experts"] if ExpertKey(*other) == key]
+        return found[0] if found else kept["models"].get(key.model, FIRST_VERSION)
 
     def put_term(self, term: int) -> bool:
         """Put a term if it is absent; return whether it was."""
@@ -80,8 +90,8 @@ class World:
 
     def __init__(self, seed: int, settings: Settings | None = None) -> None:
         # One generator for each purpose, so that a change in one does not change all the others.
-        size, network, faults, traffic, self._rng = (
-            np.random.default_rng([seed, purpose]) for purpose in range(5)
+        size, network, faults, traffic, self._rng, updates = (
+            np.random.default_rng([seed, purpose]) for purpose in range(6)
         )
         self.seed = seed
         self.settings = settings or draw(size)
@@ -90,6 +100,7 @@ class World:
         self.registry = KeyValueStore()
         self.traffic = Traffic(self.settings, traffic)
         self.faults = Faults(self, faults)
+        self.updates = Updates(self, updates)
         self.violation: Violation | None = None
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._digest = hashlib.sha256()
@@ -116,9 +127,11 @@ class World:
         """Warm up, inject faults for ``faults_s`` seconds, and wait until the pool settles."""
         self._run_until(WARM_UP_S)
         self.faults.start()
+        self.updates.start()
         self._run_until(WARM_UP_S + faults_s)
         if self.violation is None:
             self.faults.stop()
+            self.updates.stop()
             self._settle()
         return self.violation
 

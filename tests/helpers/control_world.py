@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,8 @@ from moesaic.cluster.expert_keys import (
 from moesaic.cluster.load.meter import HostTimes, LoadReport
 from moesaic.cluster.placement import HostEntry, ModelShape, Placement
 from moesaic.cluster.planner.plan import OperatorConstraints, PlannerPolicy, PoolHost
+from moesaic.cluster.versions import VERSIONS_AT_ONCE
+from moesaic.cluster.weight_updates import WeightUpdate
 
 POLICY = ControlPolicy(
     balance=PlannerPolicy(rebalance_below=0.9, target=0.95, horizon_s=1e9),
@@ -92,6 +95,9 @@ class ControlWorld:
         self.published: list[Placement] = []
         self.evicted = 0
         self.saved: set[ExpertVersion] = set()  # later versions that are in files
+        self.updates: dict[str, WeightUpdate] = {}  # under way, by model
+        self.numbers: set[tuple[str, int]] = set()  # of all updates that there ever were
+        self.kept: str | None = None  # what is stored for later controllers
         self.term = 0
         self.now = 100.0
         self.constraints = OperatorConstraints()
@@ -106,6 +112,9 @@ class ControlWorld:
         self.reported.clear()
         self.control = self.new_control()
         self.control.set_constraints(self.constraints)
+        self.updates = {}
+        if self.kept is not None:
+            self.control.updates.restore(json.loads(self.kept))
         for shape, on_disk in self.models:
             if on_disk:
                 self.control.add_model(shape, on_disk=True)
@@ -149,6 +158,49 @@ class ControlWorld:
             host.held.add(key)
         else:
             self.fail_load(name, [key])
+
+    def update(self, experts: list[ExpertKey], *, in_file: bool) -> None:
+        """Somebody puts new weights of some experts of a model, each into one host."""
+        (model,) = {key.model for key in experts}
+        if model in self.updates:
+            return
+        until = self.now + 20.0
+        update = self.control.updates.begin(model, experts, who="test", until=until)
+        self.keep()
+        assert (model, update.number) not in self.numbers, "a number names one content"
+        self.numbers.add((model, update.number))
+        self.updates[model] = update
+        for one in update.weights:
+            for host in self.hosts.values():
+                there = [version for key, version in host.held if key == one.key]
+                if host.alive and len(there) == 1:
+                    host.held.add(one)
+                    if in_file:
+                        self.saved.add(one)
+                    break
+
+    def revert(self, model: str) -> None:
+        if model not in self.updates and self.control.updates.last(model) is not None:
+            until = self.now + 20.0
+            self.updates[model] = self.control.updates.begin_revert(model, who="t", until=until)
+            self.keep()
+
+    def serve(self, model: str) -> None:
+        """The update of a model is served, if every host that needs it has it."""
+        update = self.updates.get(model)
+        if update is None:
+            return
+        under_way = self.control.updates.arriving().items() >= update.versions.items()
+        if not under_way:
+            del self.updates[model]
+        elif self.control.updates.is_ready(update):
+            in_file = self.saved.issuperset(update.weights)
+            self.control.updates.serve(update, in_file=in_file)
+            self.keep()
+            del self.updates[model]
+
+    def keep(self) -> None:
+        self.kept = json.dumps(self.control.updates.snapshot())
 
     def fail_load(self, name: str, also: list[ExpertVersion] | None = None) -> None:
         host = self.hosts[name]
@@ -213,7 +265,10 @@ class ControlWorld:
         assert len(set(command.weights)) == len(command.weights) > 0
         for one in command.weights:
             assert not seen.holds(one), "a load of what is there"
-            assert one == self.control.view.versions.served(one.key)
+            arriving = self.control.updates.arriving().get(one.key)
+            assert one.version in (self.control.view.versions.of(one.key), arriving)
+            held = {version for key, version in self.hosts[command.host].held if key == one.key}
+            assert len(held) < VERSIONS_AT_ONCE, "no room for a third version"
             assert one.key in self.control.wanted(command.host)
             peer = command.peers.get(one)
             holders = [o.entry for o in self.reported.values() if o.holds(one)]
@@ -291,7 +346,9 @@ class ControlWorld:
             for name, host in self.hosts.items():
                 while host.loading:
                     self.load_one(name)
-            quiet = 0 if acted else quiet + 1
+            for model in list(self.updates):
+                self.serve(model)
+            quiet = 0 if acted or self.updates else quiet + 1
             if quiet * 0.5 > POLICY.lease_s:
                 return
         raise AssertionError("the controller still acts although nothing happens")

@@ -21,6 +21,7 @@ KINDS = (
     *("report",) * 2,
     *("traffic",) * 2,
     *("fail", "kill", "restart", "restart", "constrain", "planner", "take over"),
+    *("update", "serve", "serve", "revert"),
 )
 
 
@@ -52,6 +53,12 @@ def test_any_history_keeps_every_expert_served_and_ends_whole(data: st.DataObjec
         elif kind == "planner":
             world.planner_is_slow = not world.planner_is_slow
             world.answer()
+        elif kind == "update":
+            keys = sorted(key for key in world.every() if key.model == "disk")
+            experts = data.draw(st.lists(st.sampled_from(keys), min_size=1, unique=True))
+            world.update(experts, in_file=data.draw(st.booleans()))
+        elif kind in ("serve", "revert"):
+            getattr(world, kind)("disk")
         elif kind == "fail":
             world.fail_load(name)
         elif kind == "kill":

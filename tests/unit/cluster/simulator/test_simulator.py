@@ -16,8 +16,10 @@ from moesaic.cluster.control.publishing import Publisher
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.host.fence import Fence
 from moesaic.cluster.placement import PlacementId, Replica
+from moesaic.cluster.routing import dispatch
 from moesaic.cluster.routing.host_health import HostHealth
 from moesaic.cluster.scaling.fleet import Fleet
+from moesaic.cluster.simulator import controller as simulated_controller
 from moesaic.cluster.simulator.connections import SimConnections
 from moesaic.cluster.simulator.controller import SimController
 from moesaic.cluster.simulator.network import CancelFrame, Frame
@@ -134,6 +136,14 @@ SLOTS = "no slot is reused while its answer can come"
 EVICTED = "nothing is evicted under a live router"
 
 
+def change_versions_within_a_call(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(dispatch, "until_step_ends", lambda followed, newer: newer)
+
+
+def forget_the_versions_of_the_controller_before(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(simulated_controller, "take_over", lambda controller: None)
+
+
 @pytest.mark.parametrize(
     ("plant", "found"),
     [
@@ -145,6 +155,8 @@ EVICTED = "nothing is evicted under a live router"
         (end_hosts_that_are_not_drained, "a host that leaves is not needed"),
         (use_a_host_s_name_again, "no host's name is used twice"),
         (never_let_a_host_go, "converges"),
+        (change_versions_within_a_call, "a call uses one version of an expert"),
+        (forget_the_versions_of_the_controller_before, "an eviction leaves a replica"),
     ],
 )
 def test_planted_bugs_are_found(

@@ -1,0 +1,160 @@
+"""The controller's methods for updates of experts' weights."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from ...cluster.control.control import Control
+from ...cluster.control.operations import check_expert, check_model
+from ...cluster.expert_keys import ExpertKey, ExpertVersion
+from ...cluster.placement import HostEntry, PlacementId
+from ...cluster.weight_updates import WeightUpdate
+from ...proto.errors import ClusterError
+from ..host.weight_grants import BegunUpdate, Granted, grant_all
+from ..runtime.cluster_secret import secret_of
+from ..runtime.durable_state import store_updates
+
+log = logging.getLogger(__name__)
+
+# How often the controller checks whether the weights of an update have arrived.
+_LOOK_S = 0.1
+
+
+class WeightUpdating:
+    """Updates for the SDK and for trainers. Errors are ClusterError."""
+
+    def __init__(
+        self,
+        control: Control,
+        namespace: str,
+        term: int,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Set up the methods of one pool; ``wake`` lets the controller's loop tick soon."""
+        self._control = control
+        self._namespace = namespace
+        self._term = term
+        self._wake = wake
+        self._clock = clock
+        self._begun: dict[tuple[str, int], WeightUpdate] = {}
+
+    def begin(self, experts: Sequence[ExpertKey], who: str, timeout_s: float) -> BegunUpdate:
+        """Begin an update of experts of one model.
+
+        It ends without effect if `serve` is not called within ``timeout_s``.
+        """
+        models = {key.model for key in experts}
+        if len(models) != 1:
+            raise ClusterError(
+                f"experts: an update changes experts of one model, not {len(models)}"
+            )
+        (model,) = models
+        try:
+            for key in experts:
+                check_expert(self._control.models, key)
+            update = self._control.updates.begin(
+                model, experts, who=who, until=self._clock() + timeout_s
+            )
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        self._keep(update)
+        return BegunUpdate(number=update.number, granted=self._grants(update.weights))
+
+    async def serve(self, model: str, number: int, timeout_s: float) -> PlacementId:
+        """Serve an update when all hosts that need it have it; return the placement's number.
+
+        If some host does not get it within ``timeout_s``, those that have it take over its load.
+        """
+        update = self._begun.pop((model, number), None)
+        if update is None:
+            raise ClusterError(
+                f"update {number} of {model}: this controller did not begin it; begin it again"
+            )
+        return await self._serve(update, timeout_s)
+
+    def abandon(self, model: str, number: int) -> None:
+        """Give an update up."""
+        update = self._begun.pop((model, number), None)
+        if update is not None:
+            self._control.updates.abandon(update)
+
+    async def revert(self, model: str, who: str, timeout_s: float) -> PlacementId:
+        """Serve the versions from before the last update of a model again."""
+        try:
+            check_model(self._control.models, model)
+            update = self._control.updates.begin_revert(
+                model, who=who, until=self._clock() + timeout_s
+            )
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        self._keep(update)
+        del self._begun[model, update.number]
+        return await self._serve(update, timeout_s)
+
+    async def _serve(self, update: WeightUpdate, timeout_s: float) -> PlacementId:
+        updates, until = self._control.updates, self._clock() + timeout_s
+        self._wake()
+        while not updates.is_ready(update) and self._clock() < until:
+            await asyncio.sleep(_LOOK_S)
+        missing = updates.missing(update)
+        if missing:
+            updates.abandon(update)
+            raise ClusterError(
+                f"update {update.number} of {update.model}: no host has {missing[0]} after "
+                f"{timeout_s:g} s, so nothing was changed ({len(missing)} in all)"
+            )
+        try:
+            updates.serve(update, in_file=False)
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        self._store()
+        log.info(
+            "update %d of %s is served: %d experts",
+            update.number,
+            update.model,
+            len(update.versions),
+            extra={"model": update.model, "initiator": update.who},
+        )
+        return await self._published(update.versions, until)
+
+    async def _published(self, versions: Mapping[ExpertKey, int], until: float) -> PlacementId:
+        """Wait for the placement that names ``versions``."""
+        self._wake()
+        while True:
+            placement = self._control.placement
+            if placement is not None and all(
+                placement.versions.of(key) == version for key, version in versions.items()
+            ):
+                return placement.id
+            if self._clock() >= until:
+                raise ClusterError("the controller has not published the update yet; see `status`")
+            await asyncio.sleep(_LOOK_S)
+
+    def _keep(self, update: WeightUpdate) -> None:
+        # Before anybody learns the number: a later controller must not give it out again.
+        self._store()
+        self._begun[update.model, update.number] = update
+
+    def _store(self) -> None:
+        if not store_updates(self._namespace, self._term, self._control.updates.snapshot()):
+            raise ClusterError(
+                f"a newer controller rules than that of term {self._term}; it may not know of the "
+                "update, so look at `status` and try again"
+            )
+
+    def _grants(self, weights: Sequence[ExpertVersion]) -> list[Granted]:
+        secret, view = secret_of(self._namespace), self._control.view
+        found: list[tuple[HostEntry, list[ExpertVersion]]] = []
+        for seen in view.observations.values():
+            mine = [
+                one
+                for one in weights
+                if view.holds(seen.entry.host, one.key) and seen.has_room(one.key)
+            ]
+            if mine:
+                found.append((seen.entry, mine))
+        return [grant_all(secret, entry, mine, self._term) for entry, mine in found]

@@ -1,0 +1,152 @@
+"""Updates of experts' weights: they arrive beside what is served, and one placement names them."""
+
+from __future__ import annotations
+
+import pytest
+
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
+from moesaic.cluster.weight_updates import WeightUpdate
+from tests.helpers.control_world import POLICY, ControlWorld, shape
+
+FIRST, OTHER = ExpertKey("m", 0, 0), ExpertKey("m", 1, 2)
+
+
+def pool() -> ControlWorld:
+    world = ControlWorld(2, [(shape("m", replicas=2), True)])
+    world.settle()
+    return world
+
+
+def begin(world: ControlWorld, *keys: ExpertKey, in_file: bool = False) -> WeightUpdate:
+    world.update(list(keys), in_file=in_file)
+    return world.updates["m"]
+
+
+def holders(world: ControlWorld, weights: ExpertVersion) -> list[str]:
+    return [name for name, host in world.hosts.items() if weights in host.held]
+
+
+def rounds(world: ControlWorld, seconds: float) -> None:
+    """Hosts load what they are told, and routers follow and report."""
+    end = world.now + seconds
+    while world.now < end:
+        world.tick()
+        for name in world.routers:
+            world.report(name)
+        for name, host in world.hosts.items():
+            while host.loading:
+                world.load_one(name)
+
+
+def test_an_update_spreads_before_it_is_served_and_is_served_at_once() -> None:
+    world = pool()
+    update = begin(world, FIRST, OTHER)
+    assert (update.number, update.before) == (2, {FIRST: 1, OTHER: 1})
+    (one, other) = update.weights
+    assert not world.control.updates.is_ready(update), "one host has it, and two serve the expert"
+    published = len(world.published)
+    rounds(world, 3.0)
+    assert holders(world, one) == holders(world, other) == ["h0", "h1"]
+    assert len(world.published) == published, "nothing is served yet"
+    assert world.control.updates.is_ready(update)
+    world.serve("m")
+    world.tick()
+    versions = world.published[-1].versions
+    assert len(world.published) == published + 1
+    assert [versions.of(key) for key in (FIRST, OTHER, ExpertKey("m", 0, 1))] == [2, 2, 1]
+    assert all(len(e) == 2 for layer in world.published[-1].layers.values() for e in layer.replicas)
+    # The older version goes when no router uses it any more.
+    assert len(holders(world, ExpertVersion(FIRST, 1))) == 2
+    rounds(world, 1.5)
+    assert holders(world, ExpertVersion(FIRST, 1)) == []
+
+
+def test_an_update_that_is_not_served_in_time_leaves_no_trace() -> None:
+    world = pool()
+    update = begin(world, FIRST)
+    with pytest.raises(ValueError, match=r"models\.m: update 2 is under way"):
+        world.control.updates.begin("m", [OTHER], who="test", until=world.now + 1.0)
+    rounds(world, 21.0)
+    assert holders(world, ExpertVersion(FIRST, 2)) == []
+    assert world.published[-1].versions.of(FIRST) == 1
+    with pytest.raises(ValueError, match=r"update 2 of m is not under way any more"):
+        world.control.updates.serve(update, in_file=False)
+    world.updates.clear()
+    assert begin(world, FIRST).number == 3, "hosts may have kept something under the number 2"
+
+
+def test_an_update_without_weights_cannot_be_served() -> None:
+    world = pool()
+    update = world.control.updates.begin("m", [FIRST, OTHER], who="t", until=world.now + 9.0)
+    assert not world.control.updates.is_ready(update)
+    with pytest.raises(ValueError, match="no host holds version 2 of expert 0 of layer 0 of m"):
+        world.control.updates.serve(update, in_file=False)
+
+
+def served(world: ControlWorld, *keys: ExpertKey, in_file: bool = False) -> None:
+    begin(world, *keys, in_file=in_file)
+    rounds(world, 3.0)
+    world.serve("m")
+    rounds(world, POLICY.lease_s)
+
+
+def test_reverting_goes_back_update_by_update() -> None:
+    world = pool()
+    served(world, FIRST, OTHER, in_file=True)
+    served(world, FIRST)
+    for versions in ({FIRST: 2, OTHER: 2}, {FIRST: 1, OTHER: 1}):
+        world.revert("m")
+        rounds(world, 3.0)
+        world.serve("m")
+        rounds(world, POLICY.lease_s)
+        placed = world.published[-1].versions
+        assert {key: placed.of(key) for key in versions} == versions
+        assert holders(world, placed.served(FIRST)) == ["h0", "h1"]
+    with pytest.raises(ValueError, match=r"no update of its weights is in effect"):
+        world.control.updates.begin_revert("m", who="t", until=world.now + 9.0)
+
+
+def test_what_is_nowhere_any_more_cannot_come_back() -> None:
+    world = pool()
+    served(world, FIRST)
+    served(world, FIRST)
+    world.revert("m")
+    rounds(world, 3.0)
+    assert not world.control.updates.is_ready(world.updates["m"]), "version 2 was in memory only"
+    rounds(world, 20.0)
+    assert world.published[-1].versions.of(FIRST) == 3
+
+
+def test_a_new_controller_goes_on_with_the_versions_that_are_served() -> None:
+    world = pool()
+    served(world, FIRST)
+    begin(world, OTHER)
+    world.take_over()
+    rounds(world, POLICY.lease_s * 2)
+    placed = world.published[-1]
+    assert (placed.id.term, placed.versions.of(FIRST), placed.versions.of(OTHER)) == (2, 2, 1)
+    assert holders(world, ExpertVersion(OTHER, 3)) == [], "nobody will serve it"
+    assert begin(world, OTHER).number == 4
+
+
+def test_an_older_version_is_never_served_for_one_that_is_lost() -> None:
+    world = pool()
+    served(world, FIRST)
+    for name in world.hosts:
+        world.kill(name)
+        world.restart(name)
+    rounds(world, 4.0)
+    assert world.control.missing() == {FIRST: "lost: version 2 was in memory only"}
+    assert world.published[-1].versions.of(FIRST) == 2
+    assert world.published[-1].layers[FIRST.model, FIRST.layer].replicas[FIRST.expert] == ()  # pyright: ignore[reportArgumentType]
+
+
+def test_a_version_in_a_file_is_loaded_again() -> None:
+    world = pool()
+    served(world, FIRST, in_file=True)
+    for name in world.hosts:
+        world.kill(name)
+        world.restart(name)
+    rounds(world, 4.0)
+    assert world.control.missing() == {}
+    assert holders(world, ExpertVersion(FIRST, 2)) == ["h0", "h1"]
