@@ -97,7 +97,7 @@ class ControlWorld:
         self.saved: set[ExpertVersion] = set()  # later versions that are in files
         self.updates: dict[str, WeightUpdate] = {}  # under way, by model
         self.numbers: set[tuple[str, int]] = set()  # of all updates that there ever were
-        self.kept: str | None = None  # what is stored for later controllers
+        self.kept_updates: str | None = None  # what is stored for later controllers
         self.term = 0
         self.now = 100.0
         self.constraints = OperatorConstraints()
@@ -113,8 +113,8 @@ class ControlWorld:
         self.control = self.new_control()
         self.control.set_constraints(self.constraints)
         self.updates = {}
-        if self.kept is not None:
-            self.control.updates.restore(json.loads(self.kept))
+        if self.kept_updates is not None:
+            self.control.updates.restore(json.loads(self.kept_updates))
         for shape, on_disk in self.models:
             if on_disk:
                 self.control.add_model(shape, on_disk=True)
@@ -166,7 +166,7 @@ class ControlWorld:
             return
         until = self.now + 20.0
         update = self.control.updates.begin(model, experts, who="test", until=until)
-        self.keep()
+        self.keep_updates()
         assert (model, update.number) not in self.numbers, "a number names one content"
         self.numbers.add((model, update.number))
         self.updates[model] = update
@@ -183,7 +183,7 @@ class ControlWorld:
         if model not in self.updates and self.control.updates.last(model) is not None:
             until = self.now + 20.0
             self.updates[model] = self.control.updates.begin_revert(model, who="t", until=until)
-            self.keep()
+            self.keep_updates()
 
     def serve(self, model: str) -> None:
         """The update of a model is served, if every host that needs it has it."""
@@ -196,11 +196,11 @@ class ControlWorld:
         elif self.control.updates.is_ready(update):
             in_file = self.saved.issuperset(update.weights)
             self.control.updates.serve(update, in_file=in_file)
-            self.keep()
+            self.keep_updates()
             del self.updates[model]
 
-    def keep(self) -> None:
-        self.kept = json.dumps(self.control.updates.snapshot())
+    def keep_updates(self) -> None:
+        self.kept_updates = json.dumps(self.control.updates.snapshot())
 
     def fail_load(self, name: str, also: list[ExpertVersion] | None = None) -> None:
         host = self.hosts[name]
