@@ -175,6 +175,17 @@ class Control:
         missing = [key for key in every_expert(self._awake()) if not self.view.holders(key)]
         return {key: self._why_missing(self.view.versions.served(key)) for key in missing}
 
+    def _lost_versions(self) -> set[ExpertKey]:
+        """Return the updated experts whose version is in no file and on no host any more."""
+        if not self.settled:
+            return set()  # some host may not have reported yet
+        updated = map(self.view.versions.served, self.view.versions.experts)
+        return {
+            one.key
+            for one in updated
+            if not self.loader.is_on_disk(one) and not self.view.holders(one.key)
+        }
+
     def _why_missing(self, weights: ExpertVersion) -> str:
         if self.loader.is_on_disk(weights):
             return "loading"
@@ -272,7 +283,7 @@ class Control:
             commands += [load] if load is not None else []
         # Step 4: publish what is ready, if that has changed.
         if self.state != self._published_for:
-            placement = self.publisher.publish(target, self.models)
+            placement = self.publisher.publish(target, self.models, self._lost_versions())
             commands += [Publish(placement=placement)] if placement is not None else []
             self._published_for = self.state
             self._nothing_pending = not self.pending()

@@ -49,9 +49,17 @@ class Publisher:
         """Return whether the published placement has a model."""
         return self.placement is not None and any(k.model == model for k in self.placement.layers)
 
-    def publish(self, target: TargetLayers, models: Mapping[str, ModelShape]) -> Placement | None:
-        """Publish a placement of what is ready; None if that is what was published last."""
-        whole = {model: self._whole(model, target) for model in models}
+    def publish(
+        self,
+        target: TargetLayers,
+        models: Mapping[str, ModelShape],
+        lost: Collection[ExpertKey] = (),
+    ) -> Placement | None:
+        """Publish a placement of what is ready; None if that is what was published last.
+
+        Experts that are ``lost`` for good do not keep the rest of their model out of it.
+        """
+        whole = {model: self._whole(model, target, lost) for model in models}
         layers = {}
         for key, layer in target.items():
             # A model appears once hosts hold all of its experts. Later some may be missing.
@@ -169,10 +177,10 @@ class Publisher:
         left = max(0.0, 1.0 - sum(r.share for r in ready))
         return ready + tuple(Replica(host, left / len(stood)) for host in stood)
 
-    def _whole(self, model: str, target: TargetLayers) -> bool:
-        """Return whether hosts hold every expert of a model."""
+    def _whole(self, model: str, target: TargetLayers, lost: Collection[ExpertKey]) -> bool:
+        """Return whether hosts hold every expert of a model that is not lost."""
         return all(
-            self._view.holders(key.expert(expert))
+            self._view.holders(key.expert(expert)) or key.expert(expert) in lost
             for key, layer in target.items()
             if key.model == model
             for expert in range(len(layer.replicas))

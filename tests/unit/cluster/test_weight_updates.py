@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.weight_updates import WeightUpdate
 from tests.helpers.control_world import POLICY, ControlWorld, shape
 
@@ -150,3 +150,18 @@ def test_a_version_in_a_file_is_loaded_again() -> None:
     rounds(world, 4.0)
     assert world.control.missing() == {}
     assert holders(world, ExpertVersion(FIRST, 2)) == ["h0", "h1"]
+
+
+def test_a_lost_version_does_not_take_its_model_along_when_the_controller_changes() -> None:
+    world = pool()
+    served(world, FIRST)
+    for name in world.hosts:
+        world.kill(name)
+        world.restart(name)
+    rounds(world, 4.0)
+    world.take_over()
+    rounds(world, 8.0)
+    placed = world.published[-1]
+    assert placed.id.term == 2
+    assert placed.layers[LayerKey("m", 0)].hosts(0) == ()
+    assert set(placed.layers[LayerKey("m", 0)].hosts(1)) == {"h0", "h1"}
