@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # How often the controller checks whether the weights of an update have arrived.
 _LOOK_S = 0.1
+# An update lives longer than its callers wait, so that it can be served at their deadline.
+_GRACE_S = 10.0
 
 
 class WeightUpdating:
@@ -57,7 +59,7 @@ class WeightUpdating:
             for key in experts:
                 check_expert(self._control.models, key)
             update = self._control.updates.begin(
-                model, experts, who=who, until=self._clock() + timeout_s
+                model, experts, who=who, until=self._clock() + timeout_s + _GRACE_S
             )
         except ValueError as error:
             raise ClusterError(str(error)) from error
@@ -87,7 +89,7 @@ class WeightUpdating:
         try:
             check_model(self._control.models, model)
             update = self._control.updates.begin_revert(
-                model, who=who, until=self._clock() + timeout_s
+                model, who=who, until=self._clock() + timeout_s + _GRACE_S
             )
         except ValueError as error:
             raise ClusterError(str(error)) from error
@@ -119,10 +121,11 @@ class WeightUpdating:
             len(update.versions),
             extra={"model": update.model, "initiator": update.who},
         )
-        return await self._published(update.versions, until)
+        return await self._published(update.versions)
 
-    async def _published(self, versions: Mapping[ExpertKey, int], until: float) -> PlacementId:
-        """Wait for the placement that names ``versions``."""
+    async def _published(self, versions: Mapping[ExpertKey, int]) -> PlacementId:
+        """Wait for the placement that names ``versions``, which the next tick publishes."""
+        until = self._clock() + _GRACE_S
         self._wake()
         while True:
             placement = self._control.placement

@@ -18,7 +18,8 @@ from ..runtime.ray_border import controller_of, ray_get
 from ..transport.grpc.weights import put_weights
 from .attach import PUT_TIMEOUT_S
 
-_ANSWER_S = 10.0
+# More than the controller takes beyond the time that it is given.
+_ANSWER_S = 20.0
 
 
 def update_experts(

@@ -59,7 +59,7 @@ def test_not_here_is_rerouted_inside_the_call(folder: Path, transport: Transport
         assert pool.hosts[0].report().loop.refused > 0
         assert router.stats().retries > 0
         assert router.stats().ejections == 0
-        assert asked, "nobody asked for a newer placement"
+        assert asked, "the router did not ask for a newer placement"
 
 
 def test_busy_is_sent_again(folder: Path) -> None:
@@ -198,7 +198,7 @@ def test_lost_rows_are_reported_and_skipped_until_the_next_step(folder: Path) ->
         assert reported == rows
         assert isinstance(error, ExpertUnavailable)
         assert "of layer 1 of m" in str(error)
-        # A later layer of the same step: the rows are not asked for again, nobody waits.
+        # A later layer of the same step: the router neither sends the rows again nor waits.
         before, start = pool.hosts[1].report().loop.rows, time.monotonic()
         again = router.forward(KEY, x, ids, weights)
         assert time.monotonic() - start < HASTY.deadline_s

@@ -125,17 +125,21 @@ def test_a_new_controller_goes_on_with_the_versions_that_are_served() -> None:
     rounds(world, POLICY.lease_s * 2)
     placed = world.published[-1]
     assert (placed.id.term, placed.versions.of(FIRST), placed.versions.of(OTHER)) == (2, 2, 1)
-    assert holders(world, ExpertVersion(OTHER, 3)) == [], "nobody will serve it"
+    assert holders(world, ExpertVersion(OTHER, 3)) == [], "no controller knows of it any more"
     assert begin(world, OTHER).number == 4
+
+
+def restart_all(world: ControlWorld) -> None:
+    for name in world.hosts:
+        world.kill(name)
+        world.restart(name)
+    rounds(world, 4.0)
 
 
 def test_an_older_version_is_never_served_for_one_that_is_lost() -> None:
     world = pool()
     served(world, FIRST)
-    for name in world.hosts:
-        world.kill(name)
-        world.restart(name)
-    rounds(world, 4.0)
+    restart_all(world)
     assert world.control.missing() == {FIRST: "lost: version 2 was in memory only"}
     assert world.published[-1].versions.of(FIRST) == 2
     assert world.published[-1].layers[FIRST.model, FIRST.layer].replicas[FIRST.expert] == ()  # pyright: ignore[reportArgumentType]
@@ -144,10 +148,7 @@ def test_an_older_version_is_never_served_for_one_that_is_lost() -> None:
 def test_a_version_in_a_file_is_loaded_again() -> None:
     world = pool()
     served(world, FIRST, in_file=True)
-    for name in world.hosts:
-        world.kill(name)
-        world.restart(name)
-    rounds(world, 4.0)
+    restart_all(world)
     assert world.control.missing() == {}
     assert holders(world, ExpertVersion(FIRST, 2)) == ["h0", "h1"]
 
@@ -155,10 +156,7 @@ def test_a_version_in_a_file_is_loaded_again() -> None:
 def test_a_lost_version_does_not_take_its_model_along_when_the_controller_changes() -> None:
     world = pool()
     served(world, FIRST)
-    for name in world.hosts:
-        world.kill(name)
-        world.restart(name)
-    rounds(world, 4.0)
+    restart_all(world)
     world.take_over()
     rounds(world, 8.0)
     placed = world.published[-1]

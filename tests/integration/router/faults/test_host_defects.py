@@ -26,7 +26,7 @@ def test_work_that_fails_in_the_loop_is_raised_to_its_caller(served: ServedPool)
 
     with pytest.raises(KeyError, match="drill"):
         served.hosts[0]._loop.call(fail)
-    # Nothing of it is held, and the place of -1 behind the last expert is no expert.
+    # The host holds none of these experts, and -1 does not name its last one.
     served.hosts[0].release(first_versions(ExpertKey("m", LAYER, e) for e in (8, 99, -1)))
     reply, _ = ask(served, "shm", ids=(-1, -1))
     assert reply.seq == 1

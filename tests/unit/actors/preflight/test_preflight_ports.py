@@ -38,7 +38,7 @@ def test_ports(whole: Path) -> None:
         .message.startswith(f"port {port} is also the router service's")
     )
     unwatched = spec_of(whole, endpoint=None, monitoring={"port": port}, router={"port": port})
-    assert found(unwatched) == [], "without an endpoint nobody listens there"
+    assert found(unwatched) == [], "without an endpoint no process listens there"
     apart = {"endpoint": {"port": port}, "router": {"port": port, "host": "127.0.0.2"}}
     assert found(spec_of(whole, **apart)) == []
 

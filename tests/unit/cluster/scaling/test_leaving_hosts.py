@@ -109,7 +109,7 @@ def test_a_host_that_froze_stays_while_it_may_hold_the_last_replica() -> None:
         world.tick(frozenset({leaving}))
         for name in world.routers:
             world.report(name)
-    assert leaving in world.hosts, "nobody else has its experts now"
+    assert leaving in world.hosts, "no other host has its experts now"
     for name in world.hosts:
         world.restart(name)
     for _ in range(40):

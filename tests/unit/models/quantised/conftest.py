@@ -14,7 +14,7 @@ from tests.helpers.quantising import FORMS
 
 @pytest.fixture(scope="session")
 def form(tmp_path_factory: pytest.TempPathFactory) -> Form:
-    """Name -> a folder that nobody may write to, and what plain transformers holds of it."""
+    """Name -> a folder that no test may write to, and what plain transformers holds of it."""
 
     @cache
     def make(name: str) -> tuple[Path, Any]:
