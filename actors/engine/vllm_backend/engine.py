@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ....models.folder.generation import generation_config
+from ....models.folder.tokenizer import read_tokenizer
 from ....models.trunk.config import read_config
 from ....models.trunk.experts_layers import experts_layers
 from ....models.trunk.trunk import is_unmodified, meta_model
@@ -135,7 +136,7 @@ class VllmEngine:
         self._thread.start()
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self._path)
+        return read_tokenizer(self._path)
 
     def _build(self) -> LLMEngine:
         from vllm.engine.arg_utils import EngineArgs
