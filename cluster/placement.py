@@ -154,3 +154,4 @@ class ModelRef:
     dtype: str
     path: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    updates: str | None = None  # the folder with later versions of experts (`UpdateFolder`)

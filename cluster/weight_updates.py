@@ -4,14 +4,17 @@ An update has three steps. `begin` gives it a number, which is the version of it
 weights arrive: somebody puts each expert into a host, and the controller lets the others load it
 from there, while all requests still use the version before. At last `serve` makes all of them the
 served versions at once, in the next placement. Until then an update can be abandoned without a
-trace. Going back to the versions before is an update, too, whose weights hosts may still have.
+trace; `hold` keeps it while it is written to its model's folder. Going back to the versions before
+is an update, too, whose weights hosts may still have.
 
-Numbers and what is served outlive the controller (`snapshot`); an update on its way does not.
+Numbers and what is served outlive the controller (`snapshot`), and the updates of a folder outlive
+the cluster (`replay`); an update on its way does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -108,25 +111,41 @@ class WeightUpdates:
             until,
         )
 
+    def hold(self, update: WeightUpdate) -> None:
+        """Keep an update until it is served or abandoned, however long that takes.
+
+        Raises ValueError if it was abandoned, or if no host holds one of its experts.
+        """
+        self._check(update, in_file=False)
+        self._arriving[update.model] = update, math.inf
+
     def serve(self, update: WeightUpdate, *, in_file: bool) -> None:
         """Serve the update's versions from the next placement on.
 
         ``in_file`` says whether its weights were saved, so that hosts can read them again. Raises
-        ValueError if the update was abandoned, or if no host holds one of its experts.
+        ValueError if the update was abandoned, or if neither a host nor a file has an expert of it.
         """
-        if self._arriving.get(update.model, (None,))[0] is not update:
-            raise ValueError(f"update {update.number} of {update.model} is not under way any more")
-        missing = self.missing(update)
-        if missing:
-            raise ValueError(f"no host holds {missing[0]}, and {len(missing) - 1} more")
+        self._check(update, in_file=in_file)
         del self._arriving[update.model]
-        self.past.append(update)
-        mine = [one for one in self.past if one.model == update.model]
-        if len(mine) > _KEPT:
-            self.past.remove(mine[0])
+        self._remember(update)
         if in_file:
-            self._saved.update(one for one in update.weights if one.version == update.number)
+            self._saved.update(new_weights(update))
         self._view.serve(self._view.versions.updated(update.versions))
+
+    def replay(self, model: str, updates: Sequence[WeightUpdate], last_number: int) -> None:
+        """Serve what the updates of a model's folder lead to.
+
+        No number up to ``last_number`` is given to an update, because the folder has a file of it.
+        """
+        self.past = [one for one in self.past if one.model != model]
+        others = {k: v for k, v in self._view.versions.experts.items() if k.model != model}
+        versions = WeightVersions(self._view.versions.models, others)
+        for update in updates:
+            self._remember(update)
+            self._saved.update(new_weights(update))
+            versions = versions.updated(update.versions)
+        self._numbers[model] = max(self._numbers.get(model, FIRST_VERSION), last_number)
+        self._view.serve(versions)
 
     def abandon(self, update: WeightUpdate) -> None:
         """Give an update up; hosts evict what has arrived of it."""
@@ -140,6 +159,11 @@ class WeightUpdates:
                 self.abandon(update)
 
     # ---- queries --------------------------------------------------------------------------------
+
+    def last_number(self, model: str) -> int | None:
+        """Return the number of the newest update of a model, also of a revert; None: no update."""
+        mine = [update.number for update in self.past if update.model == model]
+        return mine[-1] if mine else None
 
     def last(self, model: str) -> WeightUpdate | None:
         """Return the newest update of a model that was not taken back, or None."""
@@ -158,6 +182,15 @@ class WeightUpdates:
             for update, _ in self._arriving.values()
             for key, version in update.versions.items()
         }
+
+    def updated(self, model: str) -> list[ExpertVersion]:
+        """Return what is served of the experts that have not the checkpoint's weights."""
+        served = self._view.versions.experts.items()
+        return [ExpertVersion(key, version) for key, version in served if key.model == model]
+
+    def volatile(self, model: str) -> list[ExpertVersion]:
+        """Return those of the updated ones that no file has."""
+        return [one for one in self.updated(model) if one not in self._saved]
 
     def missing(self, update: WeightUpdate) -> list[ExpertVersion]:
         """Return what no host holds yet of an update."""
@@ -221,9 +254,27 @@ class WeightUpdates:
         self._numbers[model] = self._numbers.get(model, FIRST_VERSION) + 1
         return self._numbers[model]
 
+    def _check(self, update: WeightUpdate, *, in_file: bool) -> None:
+        if self._arriving.get(update.model, (None,))[0] is not update:
+            raise ValueError(f"update {update.number} of {update.model} is not under way any more")
+        missing = [] if in_file else self.missing(update)
+        if missing:
+            raise ValueError(f"no host holds {missing[0]}, and {len(missing) - 1} more")
+
+    def _remember(self, update: WeightUpdate) -> None:
+        self.past.append(update)
+        mine = [one for one in self.past if one.model == update.model]
+        if len(mine) > _KEPT:
+            self.past.remove(mine[0])
+
     def _start(self, update: WeightUpdate, until: float) -> WeightUpdate:
         self._arriving[update.model] = update, until
         return update
+
+
+def new_weights(update: WeightUpdate) -> list[ExpertVersion]:
+    """Return the versions that the update itself brings; a revert brings none."""
+    return [one for one in update.weights if one.version == update.number]
 
 
 def _to_json(versions: Mapping[ExpertKey, int]) -> list[list[Any]]:

@@ -26,17 +26,19 @@ from ...cluster.control.watchdog import Watchdog
 from ...cluster.expert_keys import ExpertKey, first_versions
 from ...cluster.load.meter import LoadReport
 from ...cluster.load.trace import LoadTotals
-from ...cluster.placement import ModelRef, ModelShape, Placement, PlacementId
+from ...cluster.placement import ModelRef, ModelShape, Placement
 from ...cluster.planner.plan import FleetGroup
 from ...cluster.reports.activity import Activity, ExpertReport
 from ...cluster.reports.placing import ChangeReport, DrainReport, PlanReport
 from ...cluster.reports.scaling import ScalingReport
 from ...cluster.reports.status import ClusterStatus
+from ...cluster.reports.updates import WeightUpdateReport
 from ...cluster.scaling.fleet import Fleet
 from ...cluster.spec.parts import AutoscaleSpec
-from ...proto.errors import ClusterError, MoesaicError, Superseded, describe_error
+from ...cluster.update_folder import UpdateFolder
+from ...proto.errors import CheckpointError, ClusterError, MoesaicError, Superseded, describe_error
 from ..host.report import HostReport
-from ..host.weight_grants import BegunUpdate, Granted, grant_all
+from ..host.weight_grants import BegunUpdate, Granted, LocatedExpert, grant_all
 from ..router_service.service_actor import ServiceWatch
 from ..runtime.cluster_secret import secret_of
 from ..runtime.durable_state import (
@@ -96,12 +98,14 @@ class Controller:
         fleet.take_over(self._control)
         self._control.set_constraints(stored_constraints(namespace))
         self._control.idle_models.keep_asleep(stored_asleep(namespace))
-        if (updates := stored_updates(namespace, self._term)) is not None:
+        updates = stored_updates(namespace, self._term)
+        self._follows_another = updates is not None
+        if updates is not None:
             self._control.updates.restore(updates)
-            store_updates(namespace, self._term, updates)
         self._models: dict[str, tuple[ModelRef, ModelShape]] = {}
         for ref, shape in models:
             self._adopt(ref, shape)
+        store_updates(namespace, self._term, self._control.updates.snapshot())
         self._hosts = HostActors(namespace)
         self._polling = HostPolling(self._observe, self._wake.set, clock)
         self._loads: dict[str, asyncio.Task[None]] = {}
@@ -113,7 +117,9 @@ class Controller:
         self._watchdog = Watchdog(self._control, self._clock())
         self._sizing = Sizing(self._control, fleet, namespace, self._wake.set, clock)
         self._events = Events(self._control, fleet)
-        self._updating = WeightUpdating(self._control, namespace, self._term, self._wake.set, clock)
+        self._updating = WeightUpdating(
+            self._control, self._models, namespace, self._term, self._wake.set, clock
+        )
         self._operations = Operations(self._control, namespace, self._wake.set, clock)
         self._overview = Overview(
             control=self._control,
@@ -253,14 +259,17 @@ class Controller:
     ) -> BegunUpdate:
         return self._updating.begin(experts, who, timeout_s)
 
-    async def serve_update(self, model: str, number: int, timeout_s: float) -> PlacementId:
+    async def serve_update(self, model: str, number: int, timeout_s: float) -> WeightUpdateReport:
         return await self._updating.serve(model, number, timeout_s)
 
     async def abandon_update(self, model: str, number: int) -> None:
         self._updating.abandon(model, number)
 
-    async def revert_update(self, model: str, who: str, timeout_s: float) -> PlacementId:
+    async def revert_update(self, model: str, who: str, timeout_s: float) -> WeightUpdateReport:
         return await self._updating.revert(model, who, timeout_s)
+
+    async def locate_expert(self, key: ExpertKey) -> LocatedExpert:
+        return self._updating.locate(key)
 
     # ---- the pool's size: see `Sizing` ----------------------------------------------------------
 
@@ -456,4 +465,24 @@ class Controller:
     def _adopt(self, ref: ModelRef, shape: ModelShape) -> None:
         self._control.add_model(shape, on_disk=ref.path is not None)
         self._models[ref.name] = (ref, shape)
+        if ref.updates is not None:
+            self._replay(UpdateFolder(ref.updates, ref.name), ref.name)
         self._wake.set()
+
+    def _replay(self, folder: UpdateFolder, model: str) -> None:
+        """Serve what the updates in the model's folder lead to."""
+        try:
+            self._control.updates.replay(model, folder.updates(), folder.last_number())
+        except (CheckpointError, OSError) as error:
+            if not self._follows_another:
+                raise
+            # The controller before this one knew them, and serving goes on.
+            log.error("model %s: its updates cannot be read again: %s", model, error)
+            return
+        try:
+            unused = folder.remove_unused()
+        except OSError as error:
+            log.warning("model %s: cannot tidy up %s: %s", model, folder.path, error)
+        else:
+            if unused:
+                log.info("model %s: deleted weights of updates that never ended: %s", model, unused)

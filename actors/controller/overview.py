@@ -104,6 +104,8 @@ class Overview:
                     experts=sum(shape.experts.values()),
                     asleep=name in control.idle_models.asleep,
                     missing_experts=sum(1 for key in missing if key.model == name),
+                    updated_experts=len(control.updates.updated(name)),
+                    volatile_experts=len(control.updates.volatile(name)),
                 )
                 for name, (ref, shape) in self.models.items()
             ],

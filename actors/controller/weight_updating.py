@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from ...cluster.control.control import Control
 from ...cluster.control.operations import check_expert, check_model
 from ...cluster.expert_keys import ExpertKey, ExpertVersion
-from ...cluster.placement import HostEntry, PlacementId
+from ...cluster.placement import HostEntry, ModelRef, ModelShape, PlacementId
+from ...cluster.reports.report import PlacementNumber
+from ...cluster.reports.updates import WeightUpdateReport
+from ...cluster.update_folder import UpdateFolder
 from ...cluster.weight_updates import WeightUpdate
 from ...proto.errors import ClusterError
-from ..host.weight_grants import BegunUpdate, Granted, grant_all
+from ..host.weight_grants import BegunUpdate, Granted, LocatedExpert, grant_all
 from ..runtime.cluster_secret import secret_of
 from ..runtime.durable_state import store_updates
 
@@ -23,6 +26,10 @@ log = logging.getLogger(__name__)
 _LOOK_S = 0.1
 # An update lives longer than its callers wait, so that it can be served at their deadline.
 _GRACE_S = 10.0
+# More than the header of a safetensors file with four tensors.
+_HEADER_BYTES = 4096
+# How long a caller waits for the record of an update in its model's folder.
+_RECORD_S = 30.0
 
 
 class WeightUpdating:
@@ -31,6 +38,7 @@ class WeightUpdating:
     def __init__(
         self,
         control: Control,
+        models: Mapping[str, tuple[ModelRef, ModelShape]],
         namespace: str,
         term: int,
         wake: Callable[[], None],
@@ -38,11 +46,13 @@ class WeightUpdating:
     ) -> None:
         """Set up the methods of one pool; ``wake`` lets the controller's loop tick soon."""
         self._control = control
+        self._models = models
         self._namespace = namespace
         self._term = term
         self._wake = wake
         self._clock = clock
         self._begun: dict[tuple[str, int], WeightUpdate] = {}
+        self._serving: set[asyncio.Task[None]] = set()
 
     def begin(self, experts: Sequence[ExpertKey], who: str, timeout_s: float) -> BegunUpdate:
         """Begin an update of experts of one model.
@@ -64,12 +74,17 @@ class WeightUpdating:
         except ValueError as error:
             raise ClusterError(str(error)) from error
         self._keep(update)
-        return BegunUpdate(number=update.number, granted=self._grants(update.weights))
+        return BegunUpdate(
+            number=update.number,
+            granted=self._grants(update.weights),
+            folder=self._models[model][0].updates,
+        )
 
-    async def serve(self, model: str, number: int, timeout_s: float) -> PlacementId:
-        """Serve an update when all hosts that need it have it; return the placement's number.
+    async def serve(self, model: str, number: int, timeout_s: float) -> WeightUpdateReport:
+        """Serve an update when all hosts that need it have it.
 
         If some host does not get it within ``timeout_s``, those that have it take over its load.
+        The weights must be in the model's `updates` folder by now, if it has one.
         """
         update = self._begun.pop((model, number), None)
         if update is None:
@@ -84,7 +99,7 @@ class WeightUpdating:
         if update is not None:
             self._control.updates.abandon(update)
 
-    async def revert(self, model: str, who: str, timeout_s: float) -> PlacementId:
+    async def revert(self, model: str, who: str, timeout_s: float) -> WeightUpdateReport:
         """Serve the versions from before the last update of a model again."""
         try:
             check_model(self._control.models, model)
@@ -97,7 +112,23 @@ class WeightUpdating:
         del self._begun[model, update.number]
         return await self._serve(update, timeout_s)
 
-    async def _serve(self, update: WeightUpdate, timeout_s: float) -> PlacementId:
+    def locate(self, key: ExpertKey) -> LocatedExpert:
+        """Return the version of an expert that is served, and the hosts that hold it."""
+        try:
+            check_expert(self._control.models, key)
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        view = self._control.view
+        seen = view.observations
+        ref, shape = self._models[key.model]
+        return LocatedExpert(
+            weights=view.versions.served(key),
+            holders=[seen[host].entry for host in view.holders(key)],
+            ref=ref,
+            most_bytes=shape.expert_bytes + _HEADER_BYTES,
+        )
+
+    async def _serve(self, update: WeightUpdate, timeout_s: float) -> WeightUpdateReport:
         updates, until = self._control.updates, self._clock() + timeout_s
         self._wake()
         while not updates.is_ready(update) and self._clock() < until:
@@ -110,9 +141,42 @@ class WeightUpdating:
                 f"{timeout_s:g} s, so nothing was changed ({len(missing)} in all)"
             )
         try:
-            updates.serve(update, in_file=False)
+            updates.hold(update)
         except ValueError as error:
             raise ClusterError(str(error)) from error
+        # It goes on when its caller does not wait any more: its record may be written already.
+        task = asyncio.get_running_loop().create_task(self._record_and_serve(update))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+        try:
+            await asyncio.wait_for(asyncio.shield(task), _RECORD_S)
+        except TimeoutError:
+            raise ClusterError(
+                f"update {update.number} of {update.model}: writing to {self._folder_of(update)} "
+                f"takes more than {_RECORD_S:g} s; the update is served when that ends"
+            ) from None
+        placed = await self._published(update.versions)
+        return WeightUpdateReport(
+            model=update.model,
+            number=update.number,
+            experts=len(update.versions),
+            initiator=update.who,
+            reverts=update.reverts,
+            volatile=bool(set(update.weights) & set(updates.volatile(update.model))),
+            placement=PlacementNumber(term=placed.term, epoch=placed.epoch),
+        )
+
+    async def _record_and_serve(self, update: WeightUpdate) -> None:
+        updates, folder = self._control.updates, self._folder_of(update)
+        if folder is not None:
+            try:
+                await asyncio.to_thread(
+                    folder.record, update, follows=updates.last_number(update.model)
+                )
+            except BaseException:
+                updates.abandon(update)
+                raise
+        updates.serve(update, in_file=folder is not None)
         self._store()
         log.info(
             "update %d of %s is served: %d experts",
@@ -121,7 +185,10 @@ class WeightUpdating:
             len(update.versions),
             extra={"model": update.model, "initiator": update.who},
         )
-        return await self._published(update.versions)
+
+    def _folder_of(self, update: WeightUpdate) -> UpdateFolder | None:
+        ref, _ = self._models[update.model]
+        return None if ref.updates is None else UpdateFolder(ref.updates, ref.name)
 
     async def _published(self, versions: Mapping[ExpertKey, int]) -> PlacementId:
         """Wait for the placement that names ``versions``, which the next tick publishes."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertVersion
-from ...cluster.placement import HostEntry
+from ...cluster.placement import HostEntry, ModelRef
 from ...proto.keys import ClusterSecret, Grant
 
 
@@ -36,6 +36,17 @@ class BegunUpdate:
 
     number: int
     granted: Sequence[Granted]  # each host that serves some of the experts, with its grants
+    folder: str | None  # where its weights are to be written, if its model has such a folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocatedExpert:
+    """Where the served weights of an expert are."""
+
+    weights: ExpertVersion
+    holders: Sequence[HostEntry]
+    ref: ModelRef  # its model
+    most_bytes: int  # of its safetensors file
 
 
 def grant_all(

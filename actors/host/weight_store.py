@@ -13,15 +13,22 @@ from torch import Tensor
 from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersion, LayerKey
 from ...cluster.host.residency import LayerShape
 from ...cluster.placement import ModelRef
+from ...cluster.update_folder import UpdateFolder
 from ...kernels import onednn
 from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
 from ...kernels.slabs.layout import COPIES, LayerLayout, SlabLayout
 from ...kernels.slabs.slab import Slab, layer_layout
+from ...models.folder.expert_file import read_expert
 from ...models.trunk.checkpoint import Checkpoint
 from ...models.trunk.config import config_from_dict, read_config, torch_dtype
-from ...models.trunk.experts_layers import ExpertsLayer, expert_parameters, experts_layers
+from ...models.trunk.experts_layers import (
+    ExpertsLayer,
+    expert_parameters,
+    expert_shapes,
+    experts_layers,
+)
 from ...models.trunk.trunk import meta_model
-from ...proto.errors import Busy, CallError, NotHere
+from ...proto.errors import Busy, CallError, CheckpointError, NotHere
 
 # Upper bound for a safetensors header: per tensor (besides its name), and for the rest of it.
 _HEADER_BYTES = 256
@@ -48,6 +55,20 @@ class _Model:
         if self.slab is not None:
             self.slab.close()
             self.slab = None
+
+    def read_update(self, wanted: ExpertVersion, layer: ExpertsLayer) -> ExpertWeights:
+        """Read one expert from the file of the update that brought this version of it."""
+        if self.ref.updates is None:
+            raise NotHere(f"{wanted} is not in the checkpoint, which has version {FIRST_VERSION}")
+        key, version = wanted
+        file = UpdateFolder(self.ref.updates, key.model).weights(version)
+        dtype = torch_dtype(self.ref.dtype)
+        tensors = {n: t.to(dtype) for n, t in read_expert(file, key.layer, key.expert).items()}
+        try:
+            _check(key, layer, tensors, dtype)
+        except CallError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        return ExpertWeights.of(tensors)
 
     def shape(self, layer: int) -> LayerShape:
         experts = self.layers[layer]
@@ -96,19 +117,20 @@ class ExpertStore:
                     before.close()
 
     def load(self, wanted: ExpertVersion) -> LayerShape:
-        """Read one expert from its model's checkpoint.
+        """Read one expert from its model's checkpoint, or a later version from its updates.
 
         Raises CheckpointError, NotHere, and CallError for an expert that its model lacks.
         """
         key = wanted.key
         model, layer = self._layer(key)
-        if wanted.version != FIRST_VERSION:
-            raise NotHere(f"{wanted} is not in the checkpoint, which has version {FIRST_VERSION}")
         if model.checkpoint is None:
             raise NotHere(
                 f"model {key.model!r} has no checkpoint; only a peer or a trunk has its experts"
             )
-        weights = model.checkpoint.read(key.layer, key.expert)
+        if wanted.version == FIRST_VERSION:
+            weights = model.checkpoint.read(key.layer, key.expert)
+        else:
+            weights = model.read_update(wanted, layer)
         layer_key = LayerKey(key.model, key.layer)
         if layer_key not in self._forms:
             self._forms[layer_key] = model.checkpoint.form(key.layer)
@@ -126,7 +148,7 @@ class ExpertStore:
             shared = shared_parameters(layer)
             sizes = {name: p.numel() * max(4, p.element_size()) for name, p in shared.items()}
         else:
-            shapes = _shapes(layer)
+            shapes = expert_shapes(layer)
             item = torch_dtype(model.ref.dtype).itemsize
             sizes = {name: math.prod(shape) * item for name, shape in shapes.items()}
         # The file's JSON header has each tensor's name, dtype, shape and offsets.
@@ -297,7 +319,7 @@ def _layouts(model: _Model) -> dict[int, LayerLayout]:
     known: dict[object, LayerLayout] = {}
     found = {}
     for number, layer in model.layers.items():
-        form, shapes = layer.form(), _shapes(layer)
+        form, shapes = layer.form(), expert_shapes(layer)
         alike = (layer.num_experts, tuple(shapes.items()), form.transposed, type(layer.module))
         if alike not in known:
             blank = ExpertWeights.of({n: torch.zeros(s, dtype=dtype) for n, s in shapes.items()})
@@ -309,26 +331,13 @@ def _layouts(model: _Model) -> dict[int, LayerLayout]:
 def _check(
     key: ExpertKey, layer: ExpertsLayer, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
-    shapes = _shapes(layer)
+    shapes = expert_shapes(layer)
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if given != shapes:
-        raise CallError(f"{key}: tensors {given} were put, but its model takes {shapes}")
+        raise CallError(f"{key}: the tensors are {given}, but its model takes {shapes}")
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
-            raise CallError(f"{key}: {name} was put as {tensor.dtype}, but its model has {dtype}")
-
-
-def _shapes(layer: ExpertsLayer) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of one expert's tensors, by their names on the wire."""
-    parameters = {n: p.shape[1:] for n, p in expert_parameters(layer)}
-    up = layer.up_name
-    wanted = {
-        "up": parameters[up],
-        "down": parameters["down_proj"],
-        "up_bias": parameters.get(f"{up}_bias"),
-        "down_bias": parameters.get("down_proj_bias"),
-    }
-    return {name: tuple(shape) for name, shape in wanted.items() if shape is not None}
+            raise CallError(f"{key}: {name} is {tensor.dtype}, but its model has {dtype}")
 
 
 def shared_parameters(layer: ExpertsLayer) -> dict[str, torch.nn.Parameter]:
@@ -342,7 +351,7 @@ def _check_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor]) -> None:
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if given != wanted:
         raise CallError(
-            f"layer {layer.layer}: shared tensors {given} were put, but its model takes {wanted}"
+            f"layer {layer.layer}: the shared tensors are {given}, but its model takes {wanted}"
         )
 
 

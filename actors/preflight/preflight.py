@@ -27,6 +27,7 @@ from .check_machine import (
     check_token,
 )
 from .check_model import check_model
+from .check_updates import check_updates
 from .findings import Finding, finding_of
 
 
@@ -79,6 +80,8 @@ def _check_model(found: Preflight, spec: Spec, model: ModelSpec, at: str) -> Non
     if checked.described is None:
         return
     found.described[model.name] = checked.described
+    if model.updates is not None:
+        found.findings += check_updates(model.updates, model.name, folder, key=f"{at}.updates")
     found.findings += check_experts(model, checked.described, at)
     found.findings += check_weights(spec, model, checked.described)
 

@@ -26,11 +26,12 @@ from ray.util.scheduling_strategies import (
 
 from ...cluster.placement import ModelRef, ModelShape
 from ...cluster.scaling.fleet import Fleet
-from ...cluster.spec.spec import HostGroup, Spec
+from ...cluster.spec.spec import HostGroup, ModelSpec, Spec
 from ...models.source import resolve_model
-from ...proto.errors import ClusterError, MoesaicError
+from ...proto.errors import ClusterError, MoesaicError, describe_error
 from ..controller.controller import Controller
 from ..controller.host_provisioner import HostProvisioner, HostStarter
+from ..preflight.check_updates import update_path
 from ..preflight.findings import raise_errors
 from ..preflight.preflight import Preflight, bounds_of, preflight, shape_of
 from ..router_service.service_actor import service_address, start_router_service
@@ -133,7 +134,9 @@ def launch(
     refs, shapes = {}, {}
     for model in spec.models:
         folder, described = checked.folders[model.name], checked.described[model.name]
-        refs[model.name] = ModelRef(name=model.name, dtype=model.dtype, path=str(folder))
+        refs[model.name] = ModelRef(
+            name=model.name, dtype=model.dtype, path=str(folder), updates=_update_folder(model)
+        )
         shapes[model.name] = shape_of(model, described)
     log.info("cluster %s starts", spec.name)
     progress("starting Ray", 0, 1)
@@ -218,6 +221,18 @@ def _check(spec: Spec, progress: Progress, warn: Callable[[str], None]) -> Prefl
     for finding in checked.findings:
         warn(f"{finding.severity}: {finding}")
     return checked
+
+
+def _update_folder(model: ModelSpec) -> str | None:
+    """Return the folder of a model's updates, after making it. Raises ClusterError."""
+    if model.updates is None:
+        return None
+    folder = update_path(model.updates)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClusterError(f"updates: {folder} cannot be made: {describe_error(error)}") from error
+    return str(folder)
 
 
 def check_name(spec: Spec) -> None:

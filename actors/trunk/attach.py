@@ -110,9 +110,7 @@ def _send(granted: Granted, secret: ClusterSecret, layers: Mapping[int, ExpertsL
 
 def expert_tensors(layer: ExpertsLayer, expert: int) -> dict[str, torch.Tensor]:
     """Return one expert of a model in memory, in the form that `ExpertStore.put` accepts."""
-    up = layer.up_name
-    wire = {up: "up", "down_proj": "down", f"{up}_bias": "up_bias", "down_proj_bias": "down_bias"}
     return {
-        wire[name]: parameter.data[expert].cpu().contiguous()
+        layer.pool_name(name): parameter.data[expert].cpu().contiguous()
         for name, parameter in expert_parameters(layer)
     }

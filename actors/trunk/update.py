@@ -1,25 +1,63 @@
-"""Sends new weights of experts into a running pool, and has them served."""
+"""Sends new weights of experts into a running pool, has them served, and reads those that are."""
 
 from __future__ import annotations
 
 import getpass
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
 from ...cluster.expert_keys import ExpertKey, ExpertVersion
-from ...cluster.placement import PlacementId
-from ...proto.errors import ClusterError, MoesaicError, describe_error
+from ...cluster.placement import ModelRef
+from ...cluster.reports.updates import WeightUpdateReport
+from ...cluster.update_folder import UpdateFolder, new_file
+from ...models.folder.expert_file import write_experts
+from ...models.trunk.checkpoint import Checkpoint
+from ...models.trunk.config import config_from_dict, read_config, torch_dtype
+from ...models.trunk.expert_tensors import ExpertTensors
+from ...models.trunk.experts_layers import experts_layers
+from ...models.trunk.trunk import meta_model
+from ...proto.errors import (
+    CheckpointError,
+    ClusterError,
+    MoesaicError,
+    describe_error,
+)
 from ...proto.keys import ClusterSecret
-from ..host.weight_grants import BegunUpdate, Granted
+from ..host.weight_grants import BegunUpdate, Granted, LocatedExpert
 from ..runtime.cluster_secret import secret_of
 from ..runtime.ray_border import controller_of, ray_get
-from ..transport.grpc.weights import put_weights
+from ..transport.grpc.weights import get_weights, put_weights
 from .attach import PUT_TIMEOUT_S
 
 # More than the controller takes beyond the time that it is given.
-_ANSWER_S = 20.0
+_ANSWER_S = 60.0
+# How often an expert is sought again that left its host meanwhile.
+_TRIES = 3
+
+
+def named_tensors(ref: ModelRef) -> ExpertTensors:
+    """Return how the experts of a model are named in its checkpoint.
+
+    Raises CheckpointError, also if the model's folder is not on this machine.
+    """
+    dtype = torch_dtype(ref.dtype)
+    if ref.path is None:
+        model = meta_model(config_from_dict(dict(ref.config)))
+        layers = {layer.layer: layer for layer in experts_layers(model)}
+        return ExpertTensors.in_memory(model, layers, dtype)
+    folder = Path(ref.path)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: the folder of {ref.name} is not on this machine; run this on a machine of "
+            "the cluster"
+        )
+    tensors = Checkpoint(folder, read_config(folder), dtype=dtype).tensors
+    return replace(tensors, where="the tensors")
 
 
 def update_experts(
@@ -27,8 +65,8 @@ def update_experts(
     experts: Mapping[ExpertKey, Mapping[str, Tensor]],
     *,
     timeout_s: float = 600.0,
-) -> PlacementId:
-    """Replace the weights of experts of one model, all at once; return the placement's number.
+) -> WeightUpdateReport:
+    """Replace the weights of experts of one model, all at once.
 
     ``experts`` has the tensors of each in the form of `expert_tensors`, in the model's dtype.
     Requests that are running go on with the new weights from one forward pass to the next. Raises
@@ -42,12 +80,18 @@ def update_experts(
         "beginning the update",
     )
     (model,) = {key.model for key in experts}
+    folder = None if begun.folder is None else UpdateFolder(begun.folder, model)
     try:
         secret = secret_of(namespace)
         for key, tensors in experts.items():
             _put(begun.granted, secret, ExpertVersion(key, begun.number), tensors)
+        if folder is not None:
+            _write(folder, begun.number, experts)
     except BaseException:
         controller.abandon_update.remote(model, begun.number)
+        if folder is not None:
+            with suppress(OSError):
+                folder.weights(begun.number).unlink()
         raise
     left_s = max(until - time.monotonic(), 1.0)
     return ray_get(
@@ -57,10 +101,40 @@ def update_experts(
     )
 
 
-def revert_experts(namespace: str, model: str, *, timeout_s: float = 600.0) -> PlacementId:
+def revert_experts(namespace: str, model: str, *, timeout_s: float = 600.0) -> WeightUpdateReport:
     """Serve the weights from before a model's last update again. Raises ClusterError."""
     asked = controller_of(namespace).revert_update.remote(model, getpass.getuser(), timeout_s)
     return ray_get(asked, timeout_s + _ANSWER_S, "reverting the update")
+
+
+def read_expert(namespace: str, key: ExpertKey) -> tuple[ModelRef, dict[str, Tensor]]:
+    """Return the served weights of an expert in the form of `expert_tensors`, and its model.
+
+    Raises ClusterError.
+    """
+    controller, secret = controller_of(namespace), secret_of(namespace)
+    why = ""
+    for _ in range(_TRIES):
+        located: LocatedExpert = ray_get(
+            controller.locate_expert.remote(key), _ANSWER_S, "locating the expert"
+        )
+        for entry in located.holders:
+            proof = secret.proof("weights", entry.target)
+            try:
+                tensors = get_weights(
+                    entry.grpc_address,
+                    located.weights,
+                    timeout_s=PUT_TIMEOUT_S,
+                    max_bytes=located.most_bytes,
+                    proof=proof,
+                )
+            except MoesaicError as error:
+                if not error.retryable:
+                    raise
+                why = f"{entry.host}: {describe_error(error)}"
+            else:
+                return located.ref, tensors
+    raise ClusterError(f"{key} cannot be read: {why or 'no host holds it'}; try again")
 
 
 def _put(
@@ -90,3 +164,19 @@ def _put(
             last = error
     why = "no host serves it and has room" if last is None else describe_error(last)
     raise ClusterError(f"{weights.key} cannot be updated: {why}; try again") from last
+
+
+def _write(
+    folder: UpdateFolder, number: int, experts: Mapping[ExpertKey, Mapping[str, Tensor]]
+) -> None:
+    file = folder.weights(number)
+    try:
+        with new_file(file, replaces=True) as draft:
+            write_experts(
+                draft, {(key.layer, key.expert): tensors for key, tensors in experts.items()}
+            )
+    except OSError as error:
+        raise ClusterError(
+            f"{file} cannot be written: {describe_error(error)}; models[].updates must be the "
+            "same folder on every machine"
+        ) from error

@@ -11,6 +11,7 @@ from .placing import ChangeReport, DrainReport, PlanReport
 from .report import Report
 from .scaling import ScalingReport
 from .status import ClusterStatus, EndpointStatus, StatusDocument
+from .updates import WeightUpdateReport
 
 # Command -> the report that `--json` prints, and whether it prints a list of them.
 COMMANDS: dict[str, tuple[type[Report], bool]] = {
@@ -27,6 +28,8 @@ COMMANDS: dict[str, tuple[type[Report], bool]] = {
     "history": (ChangeReport, True),
     "drain": (DrainReport, False),
     "scale": (ScalingReport, False),
+    "expert put": (WeightUpdateReport, False),
+    "expert revert": (WeightUpdateReport, False),
 }
 _HEAD = """\
 # Reports

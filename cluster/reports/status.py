@@ -178,6 +178,11 @@ class ModelStatus(Report):
     """Whether its experts have left the hosts because the model had no request for `idle_s`."""
     missing_experts: int
     """Its experts that no host holds."""
+    updated_experts: int = 0
+    """Its experts whose weights were updated since they were read from the checkpoint."""
+    volatile_experts: int = 0
+    """Of the updated ones, those whose weights only hosts have, because the spec gives the model no
+    `updates` folder: they are lost with their last host, and with the cluster."""
 
 
 class MissingExpert(ExpertId):

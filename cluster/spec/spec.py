@@ -115,6 +115,11 @@ class ModelSpec(Part):
     """Where the model comes from: a folder, an id of the Hugging Face hub, or `demo` for the demo
     model. A folder has the same path on each machine."""
 
+    updates: str | None = Field(default=None, min_length=1)
+    """Folder that keeps later weights of the model's experts, which `moesaic expert put` brings;
+    the next cluster with this folder uses them. It is made if it is absent, and has the same path
+    on each machine. Default `null`: such weights are lost when the cluster ends."""
+
     dtype: Dtype = "float32"
     """Data type in which the model's trunk and experts are held in memory and computed, whatever
     its checkpoint has."""
@@ -405,6 +410,7 @@ class Spec(Part):
     @model_validator(mode="after")
     def _consistent(self) -> Spec:
         self._check_names()
+        self._check_folders()
         if not self.hosts:
             raise ValueError(
                 "hosts: the list is empty; give at least one host group, or leave out hosts"
@@ -417,6 +423,16 @@ class Spec(Part):
                     "raise hosts.0.count"
                 )
         return self
+
+    def _check_folders(self) -> None:
+        """Check that no two models keep their updates in one folder."""
+        places: dict[str, str] = {}
+        for number, model in enumerate(self.models):
+            place = f"models.{number}.updates"
+            if model.updates is None:
+                continue
+            if (other := places.setdefault(model.updates, place)) != place:
+                raise ValueError(f"{place}: {other} is the same folder; give each model its own")
 
     def _check_names(self) -> None:
         """Check that no two models share a name or an alias."""

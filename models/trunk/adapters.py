@@ -84,6 +84,32 @@ class SplitRows(ConversionOps):
             for pattern, tensors in input_dict.items()
         }
 
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return JoinRows(self.rows)
+
+
+class JoinRows(ConversionOps):
+    """Joins (E, rows, H) into (E * rows, H), which has one expert below the other."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        # After a `Chunk` the tensors have the target patterns; a transposition keeps the source's.
+        names = target_patterns if len(input_dict) == len(target_patterns) else input_dict
+        return {
+            name: (t[0] if isinstance(t, list) else t).flatten(0, 1)
+            for name, t in zip(names, input_dict.values(), strict=True)
+        }
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitRows(self.rows)
+
 
 class SwitchExperts(PoolExperts):
     """Switch Transformers (arXiv 2101.03961), with one expert for each token.

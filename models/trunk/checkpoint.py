@@ -18,12 +18,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...kernels.ffn import ExpertForm, ExpertWeights
 from ...proto.errors import CheckpointError
+from .expert_tensors import PLAIN_DTYPES, ExpertTensors
 from .experts_layers import ExpertsLayer, expert_parameters, experts_layers
-from .fitting import Source, convert, fit
+from .fitting import fit
 from .trunk import meta_model
-
-# Any other dtype is quantised, and means something only together with its scales.
-_PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Checkpoint:
@@ -43,7 +41,8 @@ class Checkpoint:
         }
         fitting = fit(path, config, self.model)
         fitting.check()
-        self._tensors, self._sources = fitting.tensors, fitting.sources
+        self._stored = fitting.tensors
+        self.tensors = ExpertTensors(self.model, self.layers, fitting.sources, dtype, str(path))
 
     def form(self, layer: int) -> ExpertForm:
         """Return the layer's form, after reading the tensors that all its experts share."""
@@ -53,8 +52,8 @@ class Checkpoint:
             if name in own or parameter.device.type != "meta":
                 continue
             owner, _, leaf = name.rpartition(".")
-            source = self._sources[f"{experts.name}.{name}"]
-            tensor = self._read(source, None, leaf).to(self.dtype)
+            target = f"{experts.name}.{name}"
+            tensor = self.tensors.read_parameter(target, None, self._tensor).to(self.dtype)
             experts.module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(
                 tensor, requires_grad=False
             )
@@ -66,58 +65,13 @@ class Checkpoint:
         Raises CheckpointError when it is missing, truncated, or has other shapes than the
         configuration gives.
         """
-        experts = self.layers[layer]
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in expert_parameters(experts):
-            target = f"{experts.name}.{name}"
-            tensor = self._read(self._sources[target], expert, target)
-            if tensor.shape != parameter.shape[1:]:
-                raise CheckpointError(
-                    f"{self.path}: expert {expert} of {target} has shape {tuple(tensor.shape)}, "
-                    f"the configuration gives {tuple(parameter.shape[1:])}; config.json or the "
-                    "tensors belong to another model"
-                )
-            tensors[name] = tensor.to(self.dtype, copy=True).contiguous()
-        up = experts.up_name
-        return ExpertWeights(
-            up=tensors[up],
-            down=tensors["down_proj"],
-            up_bias=tensors.get(f"{up}_bias"),
-            down_bias=tensors.get("down_proj_bias"),
-        )
-
-    def _read(self, source: Source, expert: int | None, target: str) -> Tensor:
-        """Read one parameter: the part of ``expert``, or all of it if that is None."""
-        collected: dict[str, list[Tensor]] = {}
-        for pattern in source.patterns:
-            if source.per_expert:
-                key = source.keys.get((pattern, expert))
-                if key is None:
-                    raise CheckpointError(
-                        f"{self.path}: the checkpoint has no tensor of expert {expert} for {target}"
-                    )
-                collected[pattern] = [self._tensor(key, None)]
-            else:
-                key = source.keys[pattern, None]
-                collected[pattern] = [self._tensor(key, expert, source.rows)]
-        shapes = {pattern: tuple(found[0].shape) for pattern, found in collected.items()}
-        if source.converter is None:
-            ((tensor,),) = collected.values()
-        else:
-            try:
-                (tensor,) = convert(source.converter, collected, target, self.model).values()
-            except (RuntimeError, ValueError, LookupError) as error:
-                raise CheckpointError(
-                    f"{self.path}: expert {expert} of {target}: the tensors on disk, of shapes "
-                    f"{shapes}, do not make this expert: {error}"
-                ) from error
-        return tensor if expert is None else tensor[0]
+        return ExpertWeights.of(self.tensors.read(layer, expert, self._tensor))
 
     def _tensor(self, key: str, expert: int | None, rows: int = 1) -> Tensor:
         """Read a tensor, dequantised; of a fused one only the expert's ``rows``."""
-        stored = self._tensors[key]
+        stored = self._stored[key]
         tensor = stored.read(expert, rows)
-        if tensor.dtype not in _PLAIN_DTYPES:
+        if tensor.dtype not in PLAIN_DTYPES:
             raise CheckpointError(
                 f"{stored.file}: {key} is {tensor.dtype}; quantised weights can only be read if "
                 "quantization_config in config.json says how they were quantised"

@@ -33,6 +33,14 @@ _DENSE = (
 )
 
 
+_POOL_NAMES = {
+    "up_proj": "up",
+    "down_proj": "down",
+    "up_proj_bias": "up_bias",
+    "down_proj_bias": "down_bias",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertsLayer:
     """One experts module of a model, and what a host must know about it."""
@@ -46,6 +54,10 @@ class ExpertsLayer:
     @property
     def up_name(self) -> str:
         return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    def pool_name(self, parameter: str) -> str:
+        """Return how the pool calls an expert's part of a parameter."""
+        return _POOL_NAMES[parameter.removeprefix("gate_")]
 
     @property
     def has_post_norm(self) -> bool:
@@ -136,6 +148,11 @@ def expert_parameters(layer: ExpertsLayer) -> Iterator[tuple[str, nn.Parameter]]
         parameter = layer.module._parameters.get(name)
         if parameter is not None:
             yield name, parameter
+
+
+def expert_shapes(layer: ExpertsLayer) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one expert's tensors, by their names in the pool."""
+    return {layer.pool_name(n): tuple(p.shape[1:]) for n, p in expert_parameters(layer)}
 
 
 def expert_bytes(layer: ExpertsLayer, dtype: torch.dtype) -> int:

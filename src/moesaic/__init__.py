@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .cluster.reports.placing import ChangeReport, DrainReport, PlanReport
     from .cluster.reports.scaling import ScalingReport
     from .cluster.reports.status import ClusterStatus, EndpointStatus
+    from .cluster.reports.updates import WeightUpdateReport
     from .cluster.spec.spec import Spec, load_spec
     from .connecting import connect
     from .handle import Cluster, up
@@ -54,6 +55,7 @@ __all__ = [
     "RouterClient",
     "ScalingReport",
     "Spec",
+    "WeightUpdateReport",
     "check_spec",
     "connect",
     "default_spec",
@@ -82,6 +84,7 @@ _HOMES = {
     "RouterClient": "router_client",
     "ScalingReport": "cluster.reports.scaling",
     "Spec": "cluster.spec.spec",
+    "WeightUpdateReport": "cluster.reports.updates",
     "check_spec": "about",
     "connect": "connecting",
     "default_spec": "about",

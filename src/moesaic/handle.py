@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -25,20 +25,26 @@ from .session import (
     find_session,
     need_session,
     note_logs,
+    ray_token,
     remove_session,
+    show_token,
+    stay_on_loopback,
     write_session,
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from .actors.serve.launch import Launched, Progress
     from .actors.trunk.trunk import PoolTrunk
     from .cluster.load.trace import Trace
+    from .cluster.placement import ModelRef
     from .cluster.reports.activity import Activity, ExpertReport
     from .cluster.reports.placing import ChangeReport, DrainReport, PlanReport
     from .cluster.reports.scaling import ScalingReport
     from .cluster.reports.status import ClusterStatus
+    from .cluster.reports.updates import WeightUpdateReport
     from .cluster.spec.spec import Spec
 
 log = logging.getLogger(__name__)
@@ -82,7 +88,7 @@ def up(
             "ends it"
         )
     if wanted.ray.address == "local":
-        _stay_on_loopback()
+        stay_on_loopback()
     from .actors.runtime.cluster_secret import router_key_of
     from .actors.runtime.ray_border import log_folder, ray_address
     from .actors.serve.launch import launch
@@ -101,7 +107,7 @@ def up(
             embedded=launched.owns_ray,
             url=launched.url,
             monitoring=launched.monitoring,
-            ray_token=_ray_token() if launched.owns_ray else None,
+            ray_token=ray_token() if launched.owns_ray else None,
             ray_insecure=wanted.ray.insecure,
             router=launched.router,
             router_key=None if launched.router is None else router_key_of(launched.namespace),
@@ -123,49 +129,8 @@ def connect(name: str = "local") -> Cluster:
     """
     session = need_session(name)
     if session.embedded:
-        _stay_on_loopback()
+        stay_on_loopback()
     return Cluster(session, None)
-
-
-def _stay_on_loopback() -> None:
-    """Let an embedded Ray, and whoever joins it, listen on loopback only.
-
-    Ray reads the variable when it is imported; the odd name is Ray's own.
-    """
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-
-
-@contextmanager
-def _shown(token: str | None) -> Iterator[None]:
-    """Show Ray its token in the environment for a moment; Ray keeps it.
-
-    Nothing in the environment may say meanwhile that there is no token. Processes that this one
-    starts later do not inherit the token.
-    """
-    if token is None:
-        yield
-        return
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-    before = {name: os.environ.pop(name, None) for name in names}
-    os.environ["RAY_AUTH_TOKEN"] = token
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _ray_token() -> str | None:
-    """Return the token of this process's embedded Ray, which Ray itself generates."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token
-    kept = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
-    try:
-        return Path(kept).read_text().strip() or None
-    except OSError:
-        return None
 
 
 class Cluster:
@@ -362,6 +327,48 @@ class Cluster:
         begun: ScalingReport = self._controller.ask("scale", count, group, getpass.getuser())
         return self._controller.scaling(begun.id, timeout_s, watch)
 
+    # ---- weights of experts ---------------------------------------------------------------------
+
+    def get_expert(self, model: str, layer: int, expert: int) -> dict[str, Tensor]:
+        """Return the weights of an expert that are served, with the names of its checkpoint.
+
+        If the checkpoint has one tensor for all experts of a layer, ``NAME[expert]`` is the
+        expert's part. This process needs the model's folder. Raises CheckpointError,
+        UnsupportedModel and ClusterError.
+        """
+        from .actors.trunk.update import named_tensors, read_expert
+        from .cluster.expert_keys import ExpertKey
+
+        ref, tensors = read_expert(self._join(), ExpertKey(model, layer, expert))
+        return named_tensors(ref).on_disk(layer, expert, tensors)
+
+    def update_expert(
+        self, model: str, tensors: Mapping[str, Tensor], *, timeout_s: float = 600.0
+    ) -> WeightUpdateReport:
+        """Give experts of a model new weights, all of them at once, while requests go on.
+
+        ``tensors`` has all tensors of one or several experts, with the names of the checkpoint, as
+        `get_expert` returns them; whole tensors of all experts of a layer are taken, too. Running
+        answers use the new weights from one token to the next. The update outlives the cluster if
+        the spec gives the model an `updates` folder. This process needs the model's folder.
+
+        Raises CheckpointError and CallError for tensors that do not fit or are not finite, and
+        ClusterError; the weights are as before then.
+        """
+        from .actors.trunk.update import named_tensors, update_experts
+        from .cluster.expert_keys import ExpertKey
+
+        namespace = self._join()
+        experts = named_tensors(self._model(model)).named(tensors)
+        keyed = {ExpertKey(model, *place): given for place, given in experts.items()}
+        return update_experts(namespace, keyed, timeout_s=timeout_s)
+
+    def revert_expert(self, model: str, *, timeout_s: float = 600.0) -> WeightUpdateReport:
+        """Take back the last update of a model that is still in effect. Raises ClusterError."""
+        from .actors.trunk.update import revert_experts
+
+        return revert_experts(self._join(), model, timeout_s=timeout_s)
+
     # ---- models ---------------------------------------------------------------------------------
 
     def from_pretrained(self, model: str) -> PreTrainedModel:
@@ -373,13 +380,7 @@ class Cluster:
         from .actors.trunk.trunk import open_trunk
 
         namespace = self._join()
-        served = self._controller.ask("models", timeout_s=ASK_S)
-        known = {ref.name: ref for ref, _ in served}
-        if model not in known:
-            raise ClusterError(
-                f"model: {model!r} is not one of the cluster's models: {', '.join(sorted(known))}"
-            )
-        trunk = open_trunk(self._trunk_config(namespace, known[model]))
+        trunk = open_trunk(self._trunk_config(namespace, self._model(model)))
         self._trunks.append(trunk)
         return trunk.model
 
@@ -447,7 +448,8 @@ class Cluster:
                         f"{timeout_s:g} s, and is still ending it; wait, or send the process "
                         "SIGTERM once more to end it at once"
                     )
-                _wait_for_exit(self._session.pid, 0.5)
+                with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+                    psutil.Process(self._session.pid).wait(0.5)
 
     def __enter__(self) -> Cluster:
         return self
@@ -465,9 +467,18 @@ class Cluster:
         from .actors.runtime.ray_border import join_ray, namespace_of
 
         session = self._session
-        with _shown(session.ray_token):
+        with show_token(session.ray_token):
             join_ray(session.ray_address, self.name, insecure=session.ray_insecure)
         return namespace_of(self.name)
+
+    def _model(self, name: str) -> ModelRef:
+        """Return one of the cluster's models. Raises ClusterError."""
+        known = {ref.name: ref for ref, _ in self._controller.ask("models", timeout_s=ASK_S)}
+        if name not in known:
+            raise ClusterError(
+                f"model: {name!r} is not one of the cluster's models: {', '.join(sorted(known))}"
+            )
+        return known[name]
 
     def _trunk_config(self, namespace: str, ref: Any) -> Any:
         from .actors.router.pool_link import TrunkConfig
@@ -481,13 +492,6 @@ class Cluster:
             policy=spec.timeouts.policy,
             transport=spec.network.transport,
         )
-
-
-def _wait_for_exit(pid: int, timeout_s: float) -> None:
-    try:
-        psutil.Process(pid).wait(timeout_s)
-    except (psutil.NoSuchProcess, psutil.TimeoutExpired):
-        return
 
 
 __all__ = ["Cluster", "connect", "up"]

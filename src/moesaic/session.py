@@ -14,6 +14,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,3 +296,47 @@ def logged_session(name: str) -> ClusterSession:
     return ClusterSession(
         name=name, pid=0, started=0.0, ray_address="", embedded=True, url=None, logs=folder
     )
+
+
+# ---- what Ray must find in the environment of a process that starts it or joins it ---------------
+
+
+def stay_on_loopback() -> None:
+    """Let an embedded Ray, and whoever joins it, listen on loopback only.
+
+    Ray reads the variable when it is imported; the odd name is Ray's own.
+    """
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+@contextmanager
+def show_token(token: str | None) -> Iterator[None]:
+    """Show Ray its token in the environment for a moment; Ray keeps it.
+
+    Nothing in the environment may say meanwhile that there is no token. Processes that this one
+    starts later do not inherit the token.
+    """
+    if token is None:
+        yield
+        return
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ["RAY_AUTH_TOKEN"] = token
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def ray_token() -> str | None:
+    """Return the token of this process's embedded Ray, which Ray itself generates."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    kept = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    try:
+        return Path(kept).read_text().strip() or None
+    except OSError:
+        return None

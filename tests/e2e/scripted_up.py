@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from moesaic.actors.serve import deploy
-from moesaic.cli.end_signals import exit_with
+from moesaic.cli.ending import exit_with
 from moesaic.cli.main import main
 from tests.helpers.scripted import scripted_engine
 

@@ -14,9 +14,8 @@ from rich.markup import escape
 
 from ..actors.runtime.process_log import set_up_logging
 from ..proto.errors import MoesaicError, describe_error
-from . import about, bench, chat, operate, watch
-from .end_signals import exit_with
-from .exit_codes import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE
+from . import about, bench, chat, expert, operate, watch
+from .ending import DONE, EPILOG, FAILED, INTERRUPTED, NOBODY_READS, USAGE, exit_with
 from .simulate import simulate
 from .terminal import print_json, print_report
 
@@ -166,6 +165,7 @@ about.register(app)
 chat.register(app)
 bench.register(app)
 operate.register(app)
+expert.register(app)
 watch.register(app)
 app.command()(simulate)
 

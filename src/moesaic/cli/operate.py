@@ -133,7 +133,7 @@ def replicate(
 ) -> None:
     """Set the smallest number of replicas of an expert; 1 removes this minimum."""
     cluster = connect(name)
-    change = cluster.replicate(_model(cluster, model), layer, expert, replicas)
+    change = cluster.replicate(model_of(cluster, model), layer, expert, replicas)
     _carry_out(cluster, change, timeout, as_json)
 
 
@@ -148,7 +148,7 @@ def pin(
 ) -> None:
     """Place a replica of an expert on a host, and keep it there until `unpin`."""
     cluster = connect(name)
-    change = cluster.pin(_model(cluster, model), layer, expert, host)
+    change = cluster.pin(model_of(cluster, model), layer, expert, host)
     _carry_out(cluster, change, timeout, as_json)
 
 
@@ -163,7 +163,7 @@ def unpin(
 ) -> None:
     """Undo `pin`: the replica of the expert may leave the host."""
     cluster = connect(name)
-    change = cluster.unpin(_model(cluster, model), layer, expert, host)
+    change = cluster.unpin(model_of(cluster, model), layer, expert, host)
     _carry_out(cluster, change, timeout, as_json)
 
 
@@ -236,7 +236,7 @@ def _budget(text: str | None) -> int | str | None:
 # ---- what is printed -----------------------------------------------------------------------------
 
 
-def _model(cluster: Cluster, model: str | None) -> str:
+def model_of(cluster: Cluster, model: str | None) -> str:
     if model is not None:
         return model
     served = [model.name for model in cluster.status().models]

@@ -20,7 +20,7 @@ from ..cluster.spec.spec import Spec, load_spec
 from ..private_files import new_private
 from ..proto.errors import ClusterError, MoesaicError
 from ..session import ClusterSession, find_session, owner_log, remove_own_session
-from .end_signals import EndSignals
+from .ending import EndSignals
 from .progress import Lines, Report, bars, read_lines
 from .terminal import print_json
 

@@ -130,6 +130,12 @@ def _print_models(cluster: ClusterStatus, engines: dict[str, EngineStatus]) -> N
             *requests,
         )
     out.print(models)
+    for model in cluster.models:
+        if model.updated_experts:
+            words = f"{model.name}: {model.updated_experts} experts have updated weights"
+            if model.volatile_experts:
+                words += f", of which only hosts have {model.volatile_experts}"
+            out.print(words, markup=False)
 
 
 def _print_balance(cluster: ClusterStatus) -> None:

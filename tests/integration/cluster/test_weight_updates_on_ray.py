@@ -112,11 +112,14 @@ def test_a_running_text_goes_over_at_one_step_and_back(pool: Cluster, folder: Pa
     with Client(pool.url) as client:
         assert text_of(client, "m", TOKENS) == old
         with text_in_background(client, "m", TOKENS) as result:
-            number = update_experts(namespace, changed)
+            done = update_experts(namespace, changed)
             mixed = result()
-        placed = pool.status().placement
-        assert placed is not None
-        assert (placed.term, placed.epoch) == number
+        status = pool.status()
+        assert status.placement == done.placement
+        assert (done.number, done.experts, done.reverts) == (2, len(changed), None)
+        assert done.volatile, "the spec names no folder"
+        assert status.models[0].updated_experts == len(changed)
+        assert status.models[0].volatile_experts == len(changed)
         assert text_of(client, "m", TOKENS) == new
         assert mixed not in (old, new), "it was running when the weights changed"
         # A character of the text is one token or several.

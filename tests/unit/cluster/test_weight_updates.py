@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
-from moesaic.cluster.weight_updates import WeightUpdate
+from moesaic.cluster.weight_updates import WeightUpdate, new_weights
 from tests.helpers.control_world import POLICY, ControlWorld, shape
 
 FIRST, OTHER = ExpertKey("m", 0, 0), ExpertKey("m", 1, 2)
@@ -163,3 +163,66 @@ def test_a_lost_version_does_not_take_its_model_along_when_the_controller_change
     assert placed.id.term == 2
     assert placed.layers[LayerKey("m", 0)].hosts(0) == ()
     assert set(placed.layers[LayerKey("m", 0)].hosts(1)) == {"h0", "h1"}
+
+
+# ---- updates that a file has --------------------------------------------------------------------
+
+
+def test_an_update_that_is_held_waits_for_its_record_as_long_as_that_takes() -> None:
+    world = pool()
+    update = begin(world, FIRST)
+    rounds(world, 3.0)
+    world.control.updates.hold(update)
+    rounds(world, 60.0)
+    world.control.updates.serve(update, in_file=True)
+    world.tick()
+    assert world.published[-1].versions.of(FIRST) == 2
+    assert world.control.updates.volatile("m") == []
+    assert world.control.updates.updated("m") == [ExpertVersion(FIRST, 2)]
+
+
+def test_only_what_some_host_has_can_be_held() -> None:
+    world = pool()
+    update = world.control.updates.begin("m", [FIRST], who="t", until=world.now + 9.0)
+    with pytest.raises(ValueError, match="no host holds version 2 of expert 0"):
+        world.control.updates.hold(update)
+
+
+def test_the_updates_of_a_folder_are_served_from_the_start() -> None:
+    """All hosts are new, and read what the last record names."""
+    other = ExpertKey("m", 1, 2)
+    history = [
+        WeightUpdate(
+            model="m", number=2, versions={FIRST: 2, other: 2}, before={FIRST: 1, other: 1}, who="t"
+        ),
+        WeightUpdate(model="m", number=5, versions={FIRST: 5}, before={FIRST: 2}, who="t"),
+    ]
+    world = ControlWorld(2, [(shape("m", replicas=2), True)])
+    world.control.updates.replay("m", history, 7)
+    world.saved = {one for update in history for one in new_weights(update)}
+    world.settle()
+    versions = world.published[-1].versions
+    assert [versions.of(key) for key in (FIRST, other, ExpertKey("m", 0, 1))] == [5, 2, 1]
+    assert holders(world, ExpertVersion(FIRST, 5)) == ["h0", "h1"]
+    assert holders(world, ExpertVersion(FIRST, 1)) == []
+    assert world.control.updates.volatile("m") == []
+    assert world.control.updates.last_number("m") == 5
+    assert begin(world, FIRST).number == 8, "the folder has a file of each number up to 7"
+
+
+def test_a_folder_rules_over_what_an_earlier_controller_knew() -> None:
+    """It died after the record was written, before it stored the same for its successors."""
+    world = pool()
+    begin(world, FIRST)
+    rounds(world, 3.0)
+    world.serve("m")
+    kept = world.control.updates.snapshot()
+    successor = pool().control.updates
+    successor.restore(kept)
+    history = [*successor.past]
+    history.append(
+        WeightUpdate(model="m", number=3, versions={FIRST: 3}, before={FIRST: 2}, who="t")
+    )
+    successor.replay("m", history, 3)
+    assert successor.updated("m") == [ExpertVersion(FIRST, 3)]
+    assert [one.number for one in successor.past] == [2, 3]

@@ -21,7 +21,7 @@ import typer.main
 from moesaic.actors.runtime.process_labels import announce, announced
 from moesaic.bench import Percentiles, measure_load
 from moesaic.cli import chat
-from moesaic.cli.exit_codes import EXIT_CODES
+from moesaic.cli.ending import EXIT_CODES
 from moesaic.cli.main import app, main
 from moesaic.cli.progress import Lines, read_lines
 from moesaic.client import Client
@@ -84,6 +84,11 @@ WRONG = [
     (["logs"], 1, GONE),
     (["logs", "hots"], 2, "'hots' is not one of owner, controller"),
     (["logs", "--tail", "-1"], 2, "--tail"),
+    (["expert", "get", "0", "1", "x.safetensors"], 1, GONE),
+    (["expert", "get", "0"], 2, "Missing argument"),
+    (["expert", "put", "none.safetensors"], 1, "none.safetensors: damaged or truncated"),
+    (["expert", "put"], 2, "Missing argument"),
+    (["expert", "revert"], 1, GONE),
     (["plan"], 1, GONE),
     (["plan", "--budget", "lots"], 1, GONE),
     (["rebalance", "--yes"], 1, GONE),

@@ -59,11 +59,11 @@ actors/router                       proto models/trunk cluster cluster/load clus
                                     actors/transport/grpc actors/engine
 actors/engine/vllm_backend          proto models/folder models/trunk cluster/routing actors/text
                                     actors/engine actors/router
-actors/host                         proto kernels kernels/slabs models/trunk cluster
-                                    cluster/host cluster/reports cluster/routing actors/runtime
-                                    actors/transport actors/transport/grpc
-actors/trunk                        proto models/folder models/trunk cluster actors/runtime
-                                    actors/transport/grpc actors/engine
+actors/host                         proto kernels kernels/slabs models/folder models/trunk
+                                    cluster cluster/host cluster/reports cluster/routing
+                                    actors/runtime actors/transport actors/transport/grpc
+actors/trunk                        proto models/folder models/trunk cluster cluster/reports
+                                    actors/runtime actors/transport/grpc actors/engine
                                     actors/engine/transformers_backend actors/router
                                     actors/engine/vllm_backend actors/host
 actors/router_service               proto models/trunk cluster cluster/batching cluster/reports

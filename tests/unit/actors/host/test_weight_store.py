@@ -13,7 +13,8 @@ from torch import Tensor
 from moesaic.actors.host.weight_store import ExpertStore
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.placement import ModelRef
-from moesaic.proto.errors import Busy, NotHere
+from moesaic.models.folder.expert_file import write_experts
+from moesaic.proto.errors import Busy, CheckpointError, NotHere
 from tests.helpers.architectures import tiny_model
 
 KEY = ExpertKey("m", 0, 1)
@@ -133,3 +134,54 @@ def test_a_third_version_waits_until_one_is_gone(store: ExpertStore) -> None:
 def test_the_checkpoint_has_the_first_version_alone(store: ExpertStore) -> None:
     with pytest.raises(NotHere, match=r"version 2 of expert 1 .* is not in the checkpoint"):
         store.load(TWO)
+
+
+# ---- later versions from the model's folder of updates ------------------------------------------
+
+
+@pytest.fixture
+def updates(tmp_path: Path) -> Path:
+    (tmp_path / "updates").mkdir()
+    return tmp_path / "updates"
+
+
+def test_a_later_version_is_read_from_the_file_of_its_update(
+    store: ExpertStore, ref: ModelRef, updates: Path
+) -> None:
+    store.load(ONE)
+    new = doubled(store)
+    write_experts(updates / "00000002.safetensors", {(0, 1): new, (0, 3): new})
+    store.add_model(replace(ref, updates=str(updates)))
+    store.load(TWO)
+    assert all(torch.equal(store.get(TWO)[name], tensor) for name, tensor in new.items())
+    with pytest.raises(CheckpointError, match=r"there is no expert 2 of layer 0 in it"):
+        store.load(ExpertVersion(KEY._replace(expert=2), 2))
+    with pytest.raises(CheckpointError, match=r"00000003\.safetensors"):
+        store.load(THREE)
+    store.close()
+
+
+def test_a_file_of_another_model_is_refused(
+    store: ExpertStore, ref: ModelRef, updates: Path
+) -> None:
+    store.load(ONE)
+    new = {name: tensor[:-1] for name, tensor in doubled(store).items()}
+    write_experts(updates / "00000002.safetensors", {(0, 1): new})
+    store.add_model(replace(ref, updates=str(updates)))
+    with pytest.raises(CheckpointError, match=r"00000002\.safetensors: expert 1 .* model takes"):
+        store.load(TWO)
+    store.close()
+
+
+def test_an_update_is_served_in_the_models_dtype_of_today(
+    store: ExpertStore, ref: ModelRef, updates: Path
+) -> None:
+    store.load(ONE)
+    new = doubled(store)
+    write_experts(updates / "00000002.safetensors", {(0, 1): new})
+    store.add_model(replace(ref, updates=str(updates), dtype="bfloat16"))
+    store.load(TWO)
+    assert all(
+        torch.equal(tensor, new[name].to(torch.bfloat16)) for name, tensor in store.get(TWO).items()
+    )
+    store.close()

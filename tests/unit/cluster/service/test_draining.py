@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from moesaic.actors.controller import host_provisioner as keeper_file
 from moesaic.actors.controller.host_provisioner import HostProvisioner
-from moesaic.cli.end_signals import EndSignals
-from moesaic.cli.exit_codes import INTERRUPTED
+from moesaic.cli.ending import INTERRUPTED, EndSignals
 from moesaic.cluster.service.draining import FLUSH_S, GRACE_S, SILENT_S, Draining
 from moesaic.handle import Cluster
 from moesaic.session import ClusterSession
@@ -178,7 +177,7 @@ def test_the_first_signal_only_asks_a_cluster_that_runs(ends: tuple[EndSignals, 
 def test_the_second_signal_ends_at_once_whatever_the_main_thread_does(
     ends: tuple[EndSignals, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moesaic.cli.end_signals.AT_ONCE_S", 0.05)
+    monkeypatch.setattr("moesaic.cli.ending.AT_ONCE_S", 0.05)
     ends[0].only_ask()
     os.kill(os.getpid(), signal.SIGINT)
     assert ends[0].asked.wait(5)
@@ -191,7 +190,7 @@ def test_the_second_signal_ends_at_once_whatever_the_main_thread_does(
 def test_what_cannot_be_ended_at_once_keeps_the_process_no_longer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("moesaic.cli.end_signals.AT_ONCE_S", 0.05)
+    monkeypatch.setattr("moesaic.cli.ending.AT_ONCE_S", 0.05)
     left: list[Any] = []
     forever = threading.Event()
 
@@ -218,7 +217,7 @@ def test_handlers_are_what_they_were() -> None:
 def test_a_late_signal_does_not_change_the_exit_code() -> None:
     late = """
 import atexit, os, signal
-from moesaic.cli.end_signals import exit_with
+from moesaic.cli.ending import exit_with
 atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
 exit_with(3)
 """

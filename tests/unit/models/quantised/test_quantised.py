@@ -20,6 +20,7 @@ from moesaic.models.folder import quantised
 from moesaic.models.folder.files import SINGLE_FILE, read_tensor
 from moesaic.models.source import resolve_model
 from moesaic.models.trunk.describe import describe
+from moesaic.proto.errors import CheckpointError
 from tests.helpers.architectures import tiny_model
 from tests.helpers.quantised_folders import Form, assert_same, checkpoint, merged, trunk_of
 from tests.helpers.quantising import FORMS, fp8
@@ -36,6 +37,21 @@ def test_every_form(name: str, form: Form) -> None:
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3"])
 def test_rounding_to_the_pools_dtype(name: str, dtype: torch.dtype, form: Form) -> None:
     assert_same(*form(name), dtype)
+
+
+@pytest.mark.parametrize("form_name", ["gpt-oss", "qwen3"])
+def test_a_quantised_checkpoint_takes_plain_floats(form_name: str, form: Form) -> None:
+    folder, _ = form(form_name)
+    found = checkpoint(folder, torch.bfloat16)
+    layer = next(iter(found.layers))
+    before = found.read(layer, 1).tensors()
+    named = found.tensors.on_disk(layer, 1, before)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in named.values())
+    again = found.tensors.named(named)[layer, 1]
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+    codes = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in named.items()}
+    with pytest.raises(CheckpointError, match="also those of a quantised model"):
+        found.tensors.named(codes)
 
 
 def test_a_trunk_is_plain_afterwards(form: Form) -> None:

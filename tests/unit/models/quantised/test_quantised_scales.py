@@ -123,7 +123,7 @@ def test_scales_by_their_shape(
     folder = tmp_path / "m"
     save_rowwise(folder, name, which, dims, config, **written)
     found = checkpoint(folder)
-    codes = [t for t in found._tensors.values() if t.scales is not None]
+    codes = [t for t in found._stored.values() if t.scales is not None]
     assert codes, "nothing was quantised"
     assert_same_as(folder, tmp_path / "m-plain")
 

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do to the process that owns a cluster.
+"""How a command ends: its exit code, and what SIGINT and SIGTERM do to a cluster's owner.
 
 The first signal asks for an end: it interrupts a start, and ends a wait. The second one ends the
 process at once, whatever it is doing. A thread counts the signals, on the file descriptor that
@@ -17,7 +17,16 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn, Self
 
-from .exit_codes import INTERRUPTED
+DONE, FAILED, USAGE, INTERRUPTED, NOBODY_READS = 0, 1, 2, 130, 141
+
+EXIT_CODES = {
+    DONE: "done",
+    FAILED: "failed; stderr says why in one line",
+    USAGE: "wrong usage: an unknown command, option or value",
+    INTERRUPTED: "ended by Ctrl-C",
+    NOBODY_READS: "the reader of the output closed it",
+}
+EPILOG = "Exit codes: " + "; ".join(f"{code} {why}" for code, why in EXIT_CODES.items()) + "."
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Ending at once may need remote calls to a Ray that the cluster does not own.

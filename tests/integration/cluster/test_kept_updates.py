@@ -1,0 +1,105 @@
+"""Experts get new weights by their checkpoint's names, and keep them when the cluster ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moesaic import Client
+from moesaic.cli.main import main
+from moesaic.handle import Cluster
+from moesaic.proto.errors import CheckpointError, ClusterError
+from tests.helpers.live import (
+    ON_RAY,
+    processes_of,
+    running,
+    text_of,
+    wait_replaced,
+)
+from tests.integration.conftest import save_model
+
+pytestmark = ON_RAY
+
+Capture = pytest.CaptureFixture[str]
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), "mixtral")
+
+
+@contextmanager
+def pool_of(folder: Path, updates: Path) -> Iterator[tuple[Cluster, Client]]:
+    model = {"name": "m", "path": str(folder), "updates": str(updates)}
+    with running("kept", folder, hosts=[{"count": 2}], models=[model]) as cluster:
+        assert cluster.url is not None
+        with Client(cluster.url) as client:
+            yield cluster, client
+
+
+def other_experts(folder: Path) -> dict[str, Tensor]:
+    """Other weights for all experts of layer 0, by the names on disk."""
+    stored = load_file(folder / "model.safetensors")
+    drawn = torch.Generator().manual_seed(7)
+    return {
+        name: torch.randn(tensor.shape, generator=drawn) * 0.5
+        for name, tensor in stored.items()
+        if ".layers.0." in name and ".experts." in name
+    }
+
+
+def test_updates_outlive_hosts_and_clusters(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    updates, changed = tmp_path / "updates", other_experts(folder)
+    save_file(changed, tmp_path / "new.safetensors")
+    with pool_of(folder, updates) as (cluster, client):
+        old = text_of(client, "m", TOKENS)
+        put = ["expert", "put", str(tmp_path / "new.safetensors"), "--name", cluster.name]
+        assert main([*put, "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert (said["number"], said["experts"], said["volatile"]) == (2, 8, False)
+        new = text_of(client, "m", TOKENS)
+        assert new != old
+        model = cluster.status().models[0]
+        assert (model.updated_experts, model.volatile_experts) == (8, 0)
+        # Each expert has one replica, so that of the new host comes from the file.
+        victim = next(iter(processes_of(cluster)))
+        pid = processes_of(cluster)[victim].pid
+        os.kill(pid, signal.SIGKILL)
+        wait_replaced(cluster, victim, pid)
+        assert text_of(client, "m", TOKENS) == new
+        got = tmp_path / "got.safetensors"
+        assert main(["expert", "get", "0", "3", str(got), "--name", cluster.name]) == 0
+        (prefix,) = {name.partition(".experts.")[0] for name in changed}
+        of_three = {n: t for n, t in changed.items() if n.startswith(f"{prefix}.experts.3.")}
+        read = load_file(got)
+        assert read.keys() == of_three.keys()
+        assert all(torch.equal(read[name], tensor) for name, tensor in of_three.items())
+    with pool_of(folder, updates) as (cluster, client):
+        assert text_of(client, "m", TOKENS) == new
+        assert cluster.status().models[0].updated_experts == 8
+        assert main(["expert", "revert", "--name", cluster.name]) == 0
+        assert "update 3 of m takes back update 2: 8 experts" in capsys.readouterr().err
+        assert text_of(client, "m", TOKENS) == old
+        with pytest.raises(ClusterError, match="no update of its weights is in effect"):
+            cluster.revert_expert("m")
+        half = dict(list(changed.items())[:1])
+        with pytest.raises(CheckpointError, match="is missing; an update has all tensors"):
+            cluster.update_expert("m", half)
+        with pytest.raises(ClusterError, match="'x' is not one of the cluster's models"):
+            cluster.update_expert("x", changed)
+    assert sorted(file.name for file in updates.iterdir()) == [
+        "00000002.json", "00000002.safetensors", "00000003.json",
+    ]  # fmt: skip
+    with pool_of(folder, updates) as (cluster, client):
+        assert text_of(client, "m", TOKENS) == old
+        assert cluster.status().models[0].updated_experts == 0
