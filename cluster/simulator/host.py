@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...proto.errors import CallError, CheckpointError, Corrupted, HostLost, MoesaicError
 from ..control.host_speed import Work
-from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
+from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
 from ..host.fence import Fence
 from ..host.residency import HostPolicy, LayerShape, QueuedCall, Residency, split_batch_time
 from ..placement import HostEntry, ModelShape
@@ -77,16 +77,22 @@ class Fetching:
 
         def came() -> None:
             peer = self._orders[0].peers.get(weights)
-            if fails:
-                self._end(CheckpointError(f"{weights}: cannot be read"))
-            elif peer is not None and not host.world.has_weights(peer, weights):
-                self._end(HostLost(f"{weights}: {peer.host} does not give it"))
+            content = self._read(weights) if peer is None else host.world.fetch(peer, weights)
+            if content is None or fails:
+                error, source = (HostLost, peer.host) if peer else (CheckpointError, "its file")
+                self._end(error(f"{weights}: cannot be read from {source}"))
             else:
-                host.put(weights)
+                host.put(weights, content)
                 self.missing -= 1
                 self._next(wanted)
 
         host.reach(took_s, f"{host.name}: {weights} comes", came)
+
+    def _read(self, weights: ExpertVersion) -> int | None:
+        """Return the content of a version in the checkpoint, or in the file of its update."""
+        if weights.version == FIRST_VERSION:
+            return CHECKPOINT
+        return self._host.world.update_files.get(weights)
 
     def _end(self, error: MoesaicError | None) -> None:
         self.missing = 0
@@ -96,6 +102,8 @@ class Fetching:
 
 
 _HIDDEN, _DTYPE = 4, "float32"
+# What stands for the weights that the checkpoint has; each update brings others.
+CHECKPOINT = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +137,7 @@ class SimHost(SimProcess):
         self.slowness = 1.0
         self._batches = self._assignments = 0
         self._busy_s = 0.0
-        self.weights: set[ExpertVersion] = set()
+        self.weights: dict[ExpertVersion, int] = {}  # with their contents
         self.residency = Residency(HostPolicy(max_queue_rows=64), incarnation=incarnation)
         self.entry = HostEntry(
             host=host,
@@ -263,7 +271,8 @@ class SimHost(SimProcess):
         versions = LayerVersions(batch[0].version, dict(batch[0].other_versions))
         named = [ExpertVersion(key.expert(e), versions.of(e)) for e in experts]
         lacking = tuple(one for one in named if one not in self.weights)
-        self.world.tell(Computed(self, lacking))
+        contents = tuple((one, self.weights[one]) for one in named if one in self.weights)
+        self.world.tell(Computed(self, lacking, contents))
         began, rows = self.clock.now, sum(queued.rows for queued in batch)
         busy_s = self.world.settings.compute_s(rows) * self.slowness
         self._computing = True
@@ -317,10 +326,10 @@ class SimHost(SimProcess):
     def add_models(self, models: Sequence[ModelShape]) -> None:
         self._models |= {shape.model: shape for shape in models}
 
-    def put(self, weights: ExpertVersion) -> None:
+    def put(self, weights: ExpertVersion, content: int) -> None:
         """Take in the weights of an expert, and serve it."""
         key = weights.key
-        self.weights.add(weights)
+        self.weights[weights] = content
         self.world.tell(Loaded(self, weights))
         experts = self._models[key.model].experts[key.layer]
         shape = LayerShape(num_experts=experts, hidden_size=_HIDDEN, dtype=_DTYPE)
@@ -340,7 +349,8 @@ class SimHost(SimProcess):
             gone = tuple(one for one in weights if self.holds(one))
             for queued, error in self.residency.release(weights):
                 self._refuse_queued(queued, error)
-            self.weights -= set(weights)
+            for one in weights:
+                self.weights.pop(one, None)
             self.world.tell(Released(self, gone, term, seen))
             respond(None)
 

@@ -16,7 +16,7 @@ from ..placement import Placement, PlacementId
 from ..planner.capacity import capacity_shortage
 from . import call_invariants as calls
 from .controller import SimController
-from .host import SimHost
+from .host import CHECKPOINT, SimHost
 from .trace_events import (
     Accepted,
     Claimed,
@@ -93,7 +93,10 @@ class Invariants:
             case Wrote():
                 return [("no slot is reused while its answer can come", calls.wrote_own(fact))]
             case Computed():
-                return [("an evicted replica never computes", self.computes_what_it_holds(fact))]
+                return [
+                    ("an evicted replica never computes", self.computes_what_it_holds(fact)),
+                    ("a version has the weights that it was served with", self.right_content(fact)),
+                ]
             case Obeyed():
                 return [("no host obeys a superseded controller", self.obeys_the_newest(fact))]
             case Loaded():
@@ -135,6 +138,15 @@ class Invariants:
         if not fact.lacking:
             return ""
         return f"{fact.host.name}: {', '.join(map(str, fact.lacking))}, without weights"
+
+    def right_content(self, fact: Computed) -> str:
+        """Check that each version has the content that its update brought, or the checkpoint's."""
+        for one, content in fact.contents:
+            first = one.version == FIRST_VERSION
+            right = CHECKPOINT if first else self._world.contents.get(one)
+            if content != right:
+                return f"{fact.host.name}: {one} has content {content}, and {right} was served"
+        return ""
 
     def leaves_one(self, fact: Released) -> str:
         """Check that another host holds what was evicted, or died after the controller looked."""

@@ -57,6 +57,7 @@ class Computed:
 
     host: SimHost
     lacking: tuple[ExpertVersion, ...]  # those whose weights the host does not have
+    contents: tuple[tuple[ExpertVersion, int], ...]  # of the others
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,10 @@ Shape suffixes: T = tokens, K = experts of a token, E = experts of a layer.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,7 +19,7 @@ import numpy as np
 from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
 from ..placement import Placement
 from ..routing.expert_options import SHORT_WAIT_S
-from ..weight_updates import WeightUpdate
+from ..weight_updates import WeightUpdate, new_weights
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -88,6 +91,7 @@ class Updates:
         self._world = world
         self._rng = rng
         self._active = False
+        self._contents = itertools.count(1)
 
     def start(self) -> None:
         self._active = self._world.settings.updates
@@ -131,12 +135,12 @@ class Updates:
             return
         store(controller)
         world.log(f"update {update.number} of {shape.model} begins at {controller.name}")
-        if update.reverts is None:
-            for one in update.weights:
-                self._put(one)
-        self._look(controller, update)
+        brought = dict(zip(new_weights(update), self._contents, strict=False))
+        for one, content in brought.items():
+            self._put(one, content)
+        self._look(controller, update, brought)
 
-    def _put(self, weights: ExpertVersion) -> None:
+    def _put(self, weights: ExpertVersion, content: int) -> None:
         """Put an expert into one host that holds an older version of it, if there is one."""
         able = [
             host
@@ -144,21 +148,30 @@ class Updates:
             if host.alive and not host.frozen and len(host.versions(weights.key)) == 1
         ]
         if able:
-            able[int(self._rng.integers(len(able)))].put(weights)
+            able[int(self._rng.integers(len(able)))].put(weights, content)
 
-    def _look(self, controller: SimController, update: WeightUpdate) -> None:
+    def _look(
+        self,
+        controller: SimController,
+        update: WeightUpdate,
+        brought: Mapping[ExpertVersion, int],
+    ) -> None:
         control, world = controller.control, self._world
         if not controller.alive or control is None:
             return
         if control.updates.arriving().items() >= update.versions.items():
             if not controller.frozen and control.updates.is_ready(update):
-                control.updates.serve(update, in_file=bool(self._rng.random() < 0.5))
+                in_file = bool(self._rng.random() < 0.5)
+                world.contents |= brought
+                world.update_files |= brought if in_file else {}
+                control.updates.serve(update, in_file=in_file)
                 superseded = not store(controller)
                 world.log(f"update {update.number} of {update.model} is served")
                 if superseded:
                     controller.leave()
                 return
-            world.clock.after(_LOOK_S, "an update waits", lambda: self._look(controller, update))
+            again = partial(self._look, controller, update, brought)
+            world.clock.after(_LOOK_S, "an update waits", again)
 
 
 def store(controller: SimController) -> bool:

@@ -26,7 +26,7 @@ from ..scaling.fleet import Fleet
 from .clock import Clock
 from .controller import SimController
 from .faults import Faults
-from .host import SimHost
+from .host import CHECKPOINT, SimHost
 from .invariants import Invariants, unsettled
 from .network import Connection, Network
 from .owner import SimOwner
@@ -101,6 +101,9 @@ class World:
         self.traffic = Traffic(self.settings, traffic)
         self.faults = Faults(self, faults)
         self.updates = Updates(self, updates)
+        # The contents of later versions: in the files of updates, and as they were served.
+        self.update_files: dict[ExpertVersion, int] = {}
+        self.contents: dict[ExpertVersion, int] = {}
         self.violation: Violation | None = None
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._digest = hashlib.sha256()
@@ -195,15 +198,12 @@ class World:
     def make_control(self, fleet: Fleet, term: int) -> Control:
         return Control(fleet.pool_hosts(), term=term, policy=self.settings.control)
 
-    def has_weights(self, peer: HostEntry, weights: ExpertVersion) -> bool:
-        """Return whether this very incarnation of a peer lives, answers and holds an expert."""
-        return any(
-            host.entry.target == peer.target
-            and host.alive
-            and not host.frozen
-            and weights in host.weights
-            for host in self.hosts.values()
-        )
+    def fetch(self, peer: HostEntry, weights: ExpertVersion) -> int | None:
+        """Return the content of an expert; None if this incarnation of a peer does not give it."""
+        for host in self.hosts.values():
+            if host.entry.target == peer.target and host.alive and not host.frozen:
+                return host.weights.get(weights)
+        return None
 
     def slot_used_for(self, connection: Connection, slot: int) -> int | None:
         """Return the call for which a router uses a slot now."""
@@ -277,4 +277,4 @@ class World:
                     host.add_models([shape])
                     for key in controller.control.wanted(name):
                         if key.model == shape.model:
-                            host.put(ExpertVersion(key, FIRST_VERSION))
+                            host.put(ExpertVersion(key, FIRST_VERSION), CHECKPOINT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,11 +21,18 @@ Place = tuple[int, int]  # layer, expert
 
 def write_experts(file: Path, experts: Mapping[Place, Mapping[str, Tensor]]) -> None:
     """Write experts to ``file``. Raises OSError."""
-    named = {
-        f"{layer}.{expert}.{name}": tensor.contiguous()
-        for (layer, expert), tensors in experts.items()
-        for name, tensor in tensors.items()
-    }
+    named: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for (layer, expert), tensors in experts.items():
+        for name, tensor in tensors.items():
+            memory = tensor.untyped_storage().data_ptr()
+            # Safetensors refuses tensors that share memory.
+            named[f"{layer}.{expert}.{name}"] = (
+                tensor.clone(memory_format=torch.contiguous_format)
+                if memory in seen
+                else tensor.contiguous()
+            )
+            seen.add(memory)
     try:
         save_file(named, file)
     except SafetensorError as error:

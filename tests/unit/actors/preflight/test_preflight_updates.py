@@ -57,45 +57,45 @@ def error(folder: Path, updates: Path) -> str:
     return finding.message
 
 
-def test_a_folder_that_is_to_be_made_or_fits_is_fine(model: Path, tmp_path: Path) -> None:
-    assert found(with_updates(model, tmp_path / "a" / "b")) == []
+def test_a_folder_that_is_to_be_made_or_fits_is_fine(folder: Path, tmp_path: Path) -> None:
+    assert found(with_updates(folder, tmp_path / "a" / "b")) == []
     assert not (tmp_path / "a").exists(), "a check makes nothing"
-    keep(tmp_path / "u", {(1, 2): expert(model, (1, 2))})
-    assert found(with_updates(model, tmp_path / "u")) == []
+    keep(tmp_path / "u", {(1, 2): expert(folder, (1, 2))})
+    assert found(with_updates(folder, tmp_path / "u")) == []
 
 
-def test_updates_that_do_not_fit_are_found(model: Path, tmp_path: Path) -> None:
-    tensors = expert(model, (1, 2))
+def test_updates_that_do_not_fit_are_found(folder: Path, tmp_path: Path) -> None:
+    tensors = expert(folder, (1, 2))
     wrong = {name: tensor[:-1] for name, tensor in tensors.items()}
     keep(tmp_path / "a", {(1, 2): wrong})
-    assert "expert 2 of layer 1 has tensors" in error(model, tmp_path / "a")
+    assert "expert 2 of layer 1 has tensors" in error(folder, tmp_path / "a")
     keep(tmp_path / "b", {(1, 2): tensors}, (1, 2), (1, 3))
-    assert "lacks expert 3 of layer 1" in error(model, tmp_path / "b")
+    assert "lacks expert 3 of layer 1" in error(folder, tmp_path / "b")
     keep(tmp_path / "c", {(7, 2): tensors})
-    assert "expert 2 of layer 7, which the model lacks" in error(model, tmp_path / "c")
+    assert "expert 2 of layer 7, which the model lacks" in error(folder, tmp_path / "c")
 
 
-def test_damage_is_found(model: Path, tmp_path: Path) -> None:
-    file = keep(tmp_path / "u", {(1, 2): expert(model, (1, 2))})
+def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
+    file = keep(tmp_path / "u", {(1, 2): expert(folder, (1, 2))})
     file.write_bytes(file.read_bytes()[:-10])
-    assert "00000002.safetensors: damaged or truncated" in error(model, tmp_path / "u")
+    assert "00000002.safetensors: damaged or truncated" in error(folder, tmp_path / "u")
     save_file({"x": torch.zeros(1)}, file)
-    assert "x is not a tensor of an expert, like 0.3.up" in error(model, tmp_path / "u")
+    assert "x is not a tensor of an expert, like 0.3.up" in error(folder, tmp_path / "u")
     file.unlink()
-    assert "00000002.safetensors" in error(model, tmp_path / "u")
+    assert "00000002.safetensors" in error(folder, tmp_path / "u")
     (tmp_path / "u" / "00000002.json").write_text("[")
-    assert "not a record of an update" in error(model, tmp_path / "u")
+    assert "not a record of an update" in error(folder, tmp_path / "u")
 
 
-def test_a_place_that_is_no_folder_is_found(model: Path, tmp_path: Path) -> None:
+def test_a_place_that_is_no_folder_is_found(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "is not a folder" in error(model, tmp_path / "file")
+    assert "is not a folder" in error(folder, tmp_path / "file")
 
 
 def test_a_place_that_cannot_be_written_is_found(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As for a user who may not write there; a test may run as root.
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    assert "cannot be made" in error(model, tmp_path / "a")
-    assert "no update could be kept in it" in error(model, tmp_path)
+    assert "cannot be made" in error(folder, tmp_path / "a")
+    assert "no update could be kept in it" in error(folder, tmp_path)

@@ -22,8 +22,10 @@ from moesaic.cluster.scaling.fleet import Fleet
 from moesaic.cluster.simulator import controller as simulated_controller
 from moesaic.cluster.simulator.connections import SimConnections
 from moesaic.cluster.simulator.controller import SimController
+from moesaic.cluster.simulator.host import CHECKPOINT, Fetching
 from moesaic.cluster.simulator.network import CancelFrame, Frame
 from moesaic.cluster.simulator.run import SeedRun, run_seed
+from moesaic.cluster.weight_updates import WeightUpdates
 
 SEEDS, GROUPS = 200, 20
 # Short, so that two hundred seeds take less than a minute.
@@ -133,6 +135,7 @@ def never_let_a_host_go(patch: pytest.MonkeyPatch) -> None:
 
 
 SLOTS = "no slot is reused while its answer can come"
+CONTENT = "a version has the weights that it was served with"
 EVICTED = "nothing is evicted under a live router"
 
 
@@ -142,6 +145,17 @@ def change_versions_within_a_call(patch: pytest.MonkeyPatch) -> None:
 
 def forget_the_versions_of_the_controller_before(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(simulated_controller, "take_over", lambda controller: None)
+
+
+def read_the_checkpoint_after_an_update(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Fetching, "_read", lambda self, weights: CHECKPOINT)
+
+
+def number_updates_anew(patch: pytest.MonkeyPatch) -> None:
+    def number(self: WeightUpdates, model: str) -> int:
+        return self._view.versions.models.get(model, 1) + 1
+
+    patch.setattr(WeightUpdates, "_next", number)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +171,8 @@ def forget_the_versions_of_the_controller_before(patch: pytest.MonkeyPatch) -> N
         (never_let_a_host_go, "converges"),
         (change_versions_within_a_call, "a call uses one version of an expert"),
         (forget_the_versions_of_the_controller_before, "an eviction leaves a replica"),
+        (read_the_checkpoint_after_an_update, CONTENT),
+        (number_updates_anew, CONTENT),
     ],
 )
 def test_planted_bugs_are_found(
