@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUICK := "not slow and not cuda and not vllm"
 
-.PHONY: up test test-all test-numeric test-vllm test-clients lint types bench proto spec reports docs clean
+.PHONY: up test test-all test-numeric test-vllm test-lowest test-clients lint types bench proto spec reports docs clean
 
 up: $(READY)  ## start the demo cluster and stay until Ctrl-C
 	@$(BIN)/moesaic up deploy/local.yaml
@@ -33,6 +33,15 @@ test-vllm:  ## the engine over vLLM, in an environment of its own (3.4 GB)
 	@.venv-vllm/bin/pip install -q --disable-pip-version-check -e . pytest pytest-asyncio \
 		pytest-timeout hypothesis
 	@.venv-vllm/bin/python -m pytest -m vllm -W default --disable-warnings tests/with_vllm $(ARGS)
+
+test-lowest: $(READY)  ## the unit tests with the lowest versions allowed, in an environment of its own
+	@test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m tests.helpers.lowest_pins > .venv-lowest/lowest.txt
+	@.venv-lowest/bin/pip install -q --disable-pip-version-check -c .venv-lowest/lowest.txt -e . \
+		-e extensions/architectures openai jsonschema schemathesis hypothesis pytest pytest-asyncio \
+		pytest-timeout pytest-xdist
+	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 tests/unit $(ARGS)
 
 # --confcutdir: the conftest.py above sets up libraries of the product, which are not there.
 test-clients: $(READY)  ## newest client libraries, in an environment of their own

@@ -6,7 +6,8 @@ import logging
 import os
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class HostConnections:
-    """All channels of one router, polled together. Callers hold the router's lock.
+    """All channels of one router, polled together. Callers hold the router's lock, but in `wait`.
 
     A lost host never raises an exception here: it is reported as a `HostDown` event.
     """
@@ -73,7 +74,7 @@ class HostConnections:
         os.close(self._bell)
 
     def ring(self) -> None:
-        """Wake up another thread that is waiting in `events`."""
+        """Wake up another thread that is waiting in `wait`."""
         os.eventfd_write(self._bell, 1)
 
     # ---- connections ----------------------------------------------------------------------------
@@ -185,13 +186,22 @@ class HostConnections:
 
     # ---- in -------------------------------------------------------------------------------------
 
-    def events(self, timeout_s: float) -> Iterator[RouterEvent]:
-        """Yield events that already happened, or wait up to ``timeout_s`` for the first ones."""
+    def wait(self, timeout_s: float) -> list[int]:
+        """Wait up to ``timeout_s`` until hosts have sent something; return where, for `events`.
+
+        One thread calls this, without the router's lock.
+        """
         # epoll counts whole milliseconds. The half millisecond makes sure that a deadline has
         # passed when the wait ends.
-        for fd, _ in self._epoll.poll(timeout_s + 0.0005 if timeout_s > 0 else 0.0):
+        ready = self._epoll.poll(timeout_s + 0.0005 if timeout_s > 0 else 0.0)
+        return [fd for fd, _ in ready]
+
+    def events(self, ready: Sequence[int]) -> Iterator[RouterEvent]:
+        """Yield the events that have arrived there; connections may have changed since."""
+        for fd in ready:
             if fd == self._bell:
-                os.eventfd_read(self._bell)
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._bell)
             elif fd in self._by_fd:
                 yield from self._hear(self._by_fd[fd])
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...cluster.expert_keys import ExpertKey, LayerKey
-from ...cluster.placement import Placement, PlacementId
+from ...cluster.placement import Placement
 from ...cluster.routing.events import Send
 from ...cluster.routing.expert_fallback import keep_top_experts
 from ...proto.errors import CallError
@@ -48,7 +48,6 @@ class LayerTensors:
         self._given_TH = x_TH.detach().contiguous()
         self.tokens, self.hidden = x_TH.shape
         self.top_k = ids_TK.shape[1]
-        self._number = placement.id if placement else PlacementId(0, 0)
         self.weights_N = weights_TK.detach().to("cpu", torch.float32).reshape(-1).numpy()
         self._parts: list[tuple[Send, np.ndarray]] = []
         # For each faulty expert, the rows that have values that are not finite because of it.
@@ -81,7 +80,7 @@ class LayerTensors:
         call = frame.call
         call.seq = send.seq
         call.model, call.layer = self.key
-        call.term, call.epoch = self._number
+        call.term, call.epoch = send.placement_id
         call.incarnation = send.incarnation
         call.timeout_us = max(0, int(send.timeout_s * 1e6))
         call.rows, call.hidden, call.top_k = rows, self.hidden, top_k

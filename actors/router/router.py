@@ -1,15 +1,16 @@
 """The router: the library in every trunk process that computes experts' layers in the pool.
 
-It is a thin shell around `cluster/routing/dispatch.py`. The calling thread itself sends the calls,
-waits for all hosts at once and adds the answers up, so a call is never handed to another thread.
-Between calls, `Upkeep` looks after the connections while somebody waits for an expert.
+It is a thin shell around `cluster/routing/dispatch.py`. Any number of calls may be in progress, in
+one thread or several: `dispatch` sends a call and returns, `PoolCall.combine` waits for its result.
+The calling thread itself sends and adds the answers up. Of the threads that wait, one waits for all
+hosts at once, handles what arrives for any call, and wakes the others. Between calls, `Upkeep`
+looks after the connections while somebody waits for an expert.
 
 Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
@@ -46,6 +47,7 @@ from ...proto.wire import DTYPE_TO_WIRE
 from .call_log import CallLog
 from .connections import HostConnections
 from .layer_tensors import LayerTensors, check_shapes
+from .pool_call import PoolCall, RunningCall
 from .row_attribution import RowAttribution
 from .upkeep import Upkeep
 
@@ -66,13 +68,11 @@ class RouterStats:
 
 # Limits the damage if a wake-up is ever missed.
 LONGEST_WAIT_S = 5.0
-# How long a load report waits for the running call to end.
-HAND_OVER_S = 1.0
 _CPU = torch.device("cpu")
 
 
 class Router:
-    """Computes experts' layers on the hosts of a placement, one call at a time; thread-safe."""
+    """Computes experts' layers on the hosts of a placement; thread-safe."""
 
     def __init__(
         self,
@@ -113,32 +113,28 @@ class Router:
             secret=secret or secret_of_process(),
             clock=clock,
         )
-        self._tensors: LayerTensors | None = None
+        self._tensors: dict[int, LayerTensors] = {}  # of the calls in progress, by their numbers
         self._calls = self._rows = 0
+        # Never held while a thread waits for events.
         self._lock = threading.RLock()
-        self._placements: queue.SimpleQueue[Placement] = queue.SimpleQueue()
-        # Set when `take_load` gave up waiting for the lock: the running call then puts the report
-        # into the queue when it ends.
-        self._report_wanted = False
+        # A thread waits for events now; the others wait until it has handled some.
+        self._polling = False
+        self._heard = threading.Condition(self._lock)
         # There is something to report: set when calls begin and layers are asked for.
         self.stirred = threading.Event()
-        self._handed: queue.SimpleQueue[LoadReport] = queue.SimpleQueue()
         self._closed = False
 
     # ---- life -----------------------------------------------------------------------------------
 
     def place(self, placement: Placement) -> None:
         """Use ``placement`` from the next send on. Any thread may call this; it hardly blocks."""
-        self._placements.put(placement)
-        if self._lock.acquire(blocking=False):
-            try:
-                if not self._closed:
-                    self._take_placements()
-            finally:
-                self._lock.release()
-        else:
-            # The thread that holds the lock also polls the bell, and takes the placement then.
-            self._connections.ring()
+        with self._lock:
+            if self._closed:
+                return
+            self._execute(self._dispatcher.place(placement, self._clock()))
+            if self._polling:
+                # That thread has to wait otherwise now: for a new connection, for example.
+                self._connections.ring()
 
     def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
         """Wait until ``layers`` are placed and every host accepts calls. Raises ClusterError."""
@@ -148,7 +144,6 @@ class Router:
                 if self._ready(layers):
                     return
                 self._ask_for(layers)
-                # Short waits, so that other threads get the lock in between.
                 self._wait(min(deadline, self._clock() + 0.05))
             if self._clock() >= deadline:
                 states = (f"{h} {s.state.value}" for h, s in self._dispatcher.hosts.items())
@@ -164,23 +159,16 @@ class Router:
         It neither waits nor connects: calls do so, and between them the router's own thread, while
         somebody is inside `expecting` (see `Upkeep`).
         """
-        # Without the lock, which a call holds for its whole time. Placements are replaced as a
-        # whole, and each other read is of one value.
+        # Without the lock: placements are replaced as a whole, and each other read is of one value.
         now = self._clock()
         return all(self._dispatcher.registry.has(key, now) for key in experts)
 
     def _look_after(self, layers: Sequence[LayerKey]) -> None:
-        """Handle what arrived and what is due, and ask for ``layers`` that are not placed.
-
-        Does nothing while a call runs, whose thread does it.
-        """
-        if self._lock.acquire(blocking=False):
-            try:
-                if not self._closed:
-                    self._wait(self._clock())
-                    self._ask_for(layers)
-            finally:
-                self._lock.release()
+        """Handle what arrived and what is due, and ask for ``layers`` that are not placed."""
+        with self._lock:
+            if not self._closed:
+                self._wait(self._clock())
+                self._ask_for(layers)
 
     def stats(self) -> RouterStats:
         dispatcher = self._dispatcher
@@ -198,45 +186,17 @@ class Router:
         )
 
     def take_load(self) -> LoadReport:
-        """Return the load counted since the last report, and the number of the placement in use.
-
-        It waits little longer than `HAND_OVER_S`: if slow calls keep the lock, the next one that
-        ends hands the counts over.
-        """
-        if self._handed.empty():
-            if self._lock.acquire(timeout=0.05):
-                try:
-                    if not self._closed:
-                        self._take_placements()
-                    return self._report()
-                finally:
-                    self._lock.release()
-            self._report_wanted = True
-        # A call that waits for an unplaced layer ends only after the controller has heard of that
-        # layer. So do not wait for the call; report the layer without counts.
-        unplaced = self._dispatcher.unplaced
-        try:
-            return self._handed.get(timeout=HAND_OVER_S if unplaced is None else 0)
-        except queue.Empty:
+        """Return the load counted since the last report, and the number of the placement in use."""
+        with self._lock:
+            dispatcher = self._dispatcher
+            unplaced, dispatcher.asked_for = dispatcher.unplaced, None
             asked = () if unplaced is None else (unplaced,)
-            return LoadReport(
-                router=self.name,
-                placement_id=self._number,
-                received=self._dispatcher.received,
-                unplaced=asked,
-            )
-
-    def _report(self) -> LoadReport:
-        """Take the counts and the unplaced layer; the caller holds the lock."""
-        unplaced, self._dispatcher.unplaced = self._dispatcher.unplaced, None
-        asked = () if unplaced is None else (unplaced,)
-        dispatcher = self._dispatcher
-        return dispatcher.meter.take(self.name, self._number, dispatcher.received, asked)
+            return dispatcher.meter.take(self.name, self._number, dispatcher.received, asked)
 
     def _ask_for(self, layers: Sequence[LayerKey]) -> None:
         """Let the next report name a layer that no placement has, if one of these is."""
-        self._dispatcher.unplaced = next(iter(self._unplaced(layers)), None)
-        if self._dispatcher.unplaced is not None:
+        self._dispatcher.asked_for = next(iter(self._unplaced(layers)), None)
+        if self._dispatcher.asked_for is not None:
             self.stirred.set()
 
     @property
@@ -245,11 +205,16 @@ class Router:
         return None if placement is None else placement.id
 
     def close(self) -> None:
+        """Close all connections; calls in progress end with ClusterError."""
         self._upkeep.close()
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._connections.close()
+            if self._closed:
+                return
+            self._closed = True
+            self._connections.ring()
+            self._heard.wait_for(lambda: not self._polling, LONGEST_WAIT_S)
+            self._connections.close()
+            self._heard.notify_all()
 
     # ---- computing ------------------------------------------------------------------------------
 
@@ -271,7 +236,6 @@ class Router:
         self.batch.begin_step(self.step)
         with self._lock:
             if not self._closed:
-                self._take_placements()
                 self._execute(self._dispatcher.begin_step(self._clock()))
 
     def end_step(self) -> None:
@@ -280,16 +244,19 @@ class Router:
             if not self._closed:
                 self._follow_newest(self._dispatcher.end_step(self._clock()))
 
-    @torch.no_grad()
     def forward(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Return the weighted sum of the chosen experts: (T, H) in x's dtype and on its device.
+        """Compute one layer: `dispatch` and `PoolCall.combine`."""
+        return self.dispatch(key, x_TH, ids_TK, weights_TK).combine()
 
-        A choice outside [0, experts) is skipped. If no replica of an expert answered in time, the
-        call raises ExpertUnavailable with the expert's name; if `batch.on_lost` is set, the
-        affected rows are zero instead.
+    @torch.no_grad()
+    def dispatch(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PoolCall:
+        """Send one layer's call to the hosts, and return it at once.
+
+        Its result is the weighted sum of the chosen experts: (T, H) in x's dtype and on its device.
+        A choice outside [0, experts) is skipped. Each call must be combined or cancelled.
         """
         if x_TH.shape[0] == 0:
-            return x_TH.clone()
+            return PoolCall(self, None, x_TH)
         if x_TH.dtype not in DTYPE_TO_WIRE:
             known = ", ".join(str(dtype) for dtype in DTYPE_TO_WIRE)
             raise CallError(f"dtype: hidden states are {x_TH.dtype}; use one of {known}")
@@ -297,51 +264,83 @@ class Router:
         if not self.stirred.is_set():
             self.stirred.set()
         with self._lock:
-            if self._closed:
-                raise ClusterError(f"router {self.name} is closed")
-            self._take_placements()
-            placement = self._dispatcher.placement
+            self._check_open()
+            placement, dead = self._dispatcher.placement, self.batch.dead
             tensors = LayerTensors(
-                key, placement, x_TH, ids_TK, weights_TK, without=self.batch.dead, step=self.step
+                key, placement, x_TH, ids_TK, weights_TK, without=dead, step=self.step
             )
-            self._tensors = tensors
+            max_rows = self._rows_per_call(tensors)
+            options = self.batch.options(tensors.tokens, self.policy.deadline_s)
+            if options is not None and options.experts_T is not None:
+                tensors.keep_top_experts(options.experts_T)
             began = self._clock()
+            state, begun = self._dispatcher.begin(
+                key,
+                tensors.ids_TK,
+                max_rows=max_rows,
+                now=began,
+                patience_T=None if options is None else options.patience_T,
+            )
+            self._calls += 1
+            self._rows += tensors.tokens
+            running = RunningCall(state, tensors, options, began)
+            self._tensors[state.number] = tensors
             try:
-                self._run(tensors)
+                self._execute(begun)
+            except BaseException:
+                self._abandon(running)
+                raise
+            if self._polling:
+                self._connections.ring()  # that thread must look when this call's next step is due
+            return PoolCall(self, running, x_TH)
+
+    def combine(self, call: RunningCall, x_TH: Tensor) -> Tensor:
+        """Wait for a call, and return its result (see `PoolCall.combine`)."""
+        tensors = call.tensors
+        with self._lock:
+            try:
+                while call.state.outcome is None:
+                    self._check_open()
+                    self._wait(self._dispatcher.wake_at(self._clock()))
+                self._take_outcome(call)
                 out_TH = tensors.combine()
-                if (took_s := self._clock() - began) > self.policy.attempt_s:
+                if (took_s := self._clock() - call.began) > self.policy.attempt_s:
                     self._log.slow(tensors, took_s)
                 if tensors.bad_rows:
                     self.batch.report_bad(tensors)
             except BaseException:
-                self._execute(self._dispatcher.abandon(self._clock()))
+                self._abandon(call)
                 raise
-            finally:
-                self._tensors = None
-                self._follow_newest(self._dispatcher.follow_newest(self._clock()))
-                if self._report_wanted:
-                    self._report_wanted = False
-                    self._handed.put(self._report())
+            self._over(call)
             if self.batch.dead:
                 out_TH[[row for row in self.batch.dead if row < tensors.tokens]] = 0.0
             return out_TH.to(device=x_TH.device, dtype=x_TH.dtype)
 
-    def _run(self, tensors: LayerTensors) -> None:
-        self._calls += 1
-        self._rows += tensors.tokens
-        dispatcher = self._dispatcher
-        max_rows = self._rows_per_call(tensors)
-        options = self.batch.options(tensors.tokens, self.policy.deadline_s)
-        patience_T = None if options is None else options.patience_T
-        if options is not None and options.experts_T is not None:
-            tensors.keep_top_experts(options.experts_T)
-        begun = dispatcher.begin(
-            tensors.key, tensors.ids_TK, max_rows=max_rows, now=self._clock(), patience_T=patience_T
-        )
-        self._execute(begun)
-        while dispatcher.outcome is None:
-            self._wait(dispatcher.wake_at(self._clock()))
-        outcome = dispatcher.outcome
+    def cancel(self, call: RunningCall) -> None:
+        with self._lock:
+            if not self._closed:
+                self._execute(self._dispatcher.cancel(call.state, self._clock()))
+            self._over(call)
+
+    def _abandon(self, call: RunningCall) -> None:
+        """End a call that was interrupted, at an unknown point."""
+        if not self._closed:
+            self._execute(self._dispatcher.abandon(call.state, self._clock()))
+        self._over(call)
+
+    def _over(self, call: RunningCall) -> None:
+        self._tensors.pop(call.state.number, None)
+        if not self._closed:
+            self._follow_newest(self._dispatcher.follow_newest(self._clock()))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClusterError(f"router {self.name} is closed")
+
+    def _take_outcome(self, call: RunningCall) -> None:
+        """Report what is lost, as the rows' options say; without an engine, raise an error."""
+        tensors, options, outcome = call.tensors, call.options, call.state.outcome
+        assert outcome is not None
         if outcome.ok:
             return
         if outcome.error is not None:
@@ -381,8 +380,7 @@ class Router:
     def _do(self, command: RouterCommand) -> None:
         match command:
             case Send():
-                tensors = self._tensors
-                assert tensors is not None
+                tensors = self._tensors[command.call]
                 frame, layout = tensors.frame(command)
                 self._connections.send_call(
                     command.host,
@@ -393,11 +391,11 @@ class Router:
                 if self._log.on:
                     self._log.sent(tensors, command, hedge=self._dispatcher.is_hedge(command.seq))
             case Accept(send):
-                assert self._tensors is not None
+                tensors = self._tensors[send.call]
                 reply, payload = self._connections.reply(send.host, send.seq)
-                self._tensors.accept(send, reply, payload)
+                tensors.accept(send, reply, payload)
                 if self._log.on:
-                    self._log.answered(self._tensors, send, reply)
+                    self._log.answered(tensors, send, reply)
                 assignments = int((send.assignment_tk >= 0).sum())
                 meter = self._dispatcher.meter
                 took_us = reply.queued_us, reply.busy_us, reply.batch_us
@@ -417,20 +415,36 @@ class Router:
                     self._refresh()
 
     def _wait(self, until: float) -> None:
-        """Wait for events until ``until``, and let the state machine handle them and timeouts."""
-        timeout_s = min(max(0.0, until - self._clock()), LONGEST_WAIT_S)
-        heard = False
-        for event in self._connections.events(timeout_s):
-            heard = True
-            if isinstance(event, Refused) and self._tensors is not None and self._log.on:
-                self._log.refused(self._tensors, event)
-            self._execute(self._dispatcher.handle(event, self._clock()))
-        self._take_placements()
-        self._execute(() if heard else self._dispatcher.tick(self._clock()))
+        """Wait for events until ``until``, and let the state machine handle them and timeouts.
 
-    def _take_placements(self) -> None:
-        while not self._placements.empty():
-            self._execute(self._dispatcher.place(self._placements.get_nowait(), self._clock()))
+        The caller holds the lock, which is free during the wait.
+        """
+        timeout_s = min(max(0.0, until - self._clock()), LONGEST_WAIT_S)
+        if self._polling:
+            self._heard.wait(timeout_s)
+            if not self._closed:
+                self._execute(self._dispatcher.tick(self._clock()))
+            return
+        self._polling = True
+        self._lock.release()
+        try:
+            ready = self._connections.wait(timeout_s)
+        finally:
+            self._lock.acquire()
+            self._polling = False
+            # Another thread waits from now on, if this one has what it wanted.
+            self._heard.notify_all()
+        if self._closed:
+            return
+        heard = False
+        for event in self._connections.events(ready):
+            heard = True
+            if isinstance(event, Refused) and self._log.on:
+                call = self._dispatcher.call_of(event.seq)
+                if call is not None:
+                    self._log.refused(self._tensors[call.number], event)
+            self._execute(self._dispatcher.handle(event, self._clock()))
+        self._execute(() if heard else self._dispatcher.tick(self._clock()))
 
     def _follow_newest(self, commands: Sequence[RouterCommand]) -> None:
         """Carry out what following the newest placement needs, and report that it is followed."""

@@ -30,7 +30,7 @@ from moesaic.cluster.planner.plan import PoolHost
 from moesaic.cluster.planner.planner import plan
 from moesaic.cluster.routing.assignment import choose_hosts
 from moesaic.cluster.routing.host_health import BEST_RANK
-from moesaic.cluster.routing.layer_call import LayerCall
+from moesaic.cluster.routing.layer_call import FORWARD, LayerCall
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.routes import Routes
 
@@ -114,7 +114,8 @@ def measure(case: Case, calls: int) -> Row:
         ids_N = drawn(rng, weight_E, case.tokens, case.top_k)
         all_N = np.arange(ids_N.size)
         call = LayerCall(
-            key=KEY, top_k=case.top_k, max_rows=ids_N.size, deadline=1.0, rotation=rotation,
+            number=1, kind=FORWARD, key=KEY, top_k=case.top_k, max_rows=ids_N.size,
+            deadline=1.0, rotation=rotation,
             ids_N=ids_N, waiting_N=all_N,
         )  # fmt: skip
         hosts_N = {}

@@ -1,10 +1,11 @@
 """The router's state machine takes events and returns commands.
 
-It splits one layer's call over the hosts. Every assignment (a token and one of its experts; in
-names: `assignment`) is accepted from exactly one answer. When a host dies, freezes or refuses,
-another replica takes over its assignments within the call. A late send goes to a second replica as
-well, and the first answer counts. If no host can compute an assignment, it waits for a host or a
-new placement until the call's deadline; then it is reported as lost.
+It splits each layer's call over the hosts, and holds several calls at a time. Every assignment (a
+token and one of its experts; in names: `assignment`) is accepted from exactly one answer. When a
+host dies, freezes or refuses, another replica takes over its assignments within the call. A late
+send goes to a second replica as well, and the first answer counts. If no host can compute an
+assignment, it waits for a host or a new placement until the call's deadline; then it is reported as
+lost.
 
 The clock is an argument. Sockets, threads and tensors are in `actors/router/router.py`.
 
@@ -14,6 +15,7 @@ t and k = rows and columns of one send.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -38,7 +40,7 @@ from .events import (
 from .hedging import Hedging, Latencies, TokenBucket
 from .host_health import HostHealth
 from .host_registry import HostRegistry, SendPart
-from .layer_call import InFlightSend, LayerCall, Outcome
+from .layer_call import FORWARD, CallKind, InFlightSend, LayerCall
 from .policy import RouterPolicy
 from .step_versions import until_step_ends
 
@@ -49,17 +51,20 @@ _UNPAID = ("NotHere", "HostLost")
 
 
 class Dispatcher:
-    """State of one router: the hosts that it knows and at most one layer's call in progress."""
+    """State of one router: the hosts that it knows, and the calls in progress.
+
+    All calls share the hosts' windows; an earlier call sends first.
+    """
 
     def __init__(self, policy: RouterPolicy) -> None:
         self.policy = policy
-        self.outcome: Outcome | None = None
         self.retries = 0  # sends whose assignments had to be sent again
         self.ejections = 0
         self.hedges = 0  # sends that repeated a late one
         self.hedge_wins = 0  # hedges that were answered before the late send
         self.registry = HostRegistry(policy)
-        self._call: LayerCall | None = None
+        self._calls: dict[int, LayerCall] = {}  # in progress, by their numbers
+        self._next_call = 1
         self._steps = 0  # forward passes that are running, one inside the other
         # The newest placement, if it changes versions and waits for the running pass to end.
         self._coming: Placement | None = None
@@ -72,8 +77,7 @@ class Dispatcher:
         budget = TokenBucket(share=policy.hedge_share, per_s=0.0, most=policy.hedge_burst)
         latencies = Latencies(policy.hedge_quantile, policy.hedge_min_s)
         self._hedging = Hedging(latencies, budget, self._retrying)
-        # The layer of the last call if the placement lacks it; its model may be asleep.
-        self.unplaced: LayerKey | None = None
+        self.asked_for: LayerKey | None = None  # a layer that somebody waits for without a call
 
     @property
     def placement(self) -> Placement | None:
@@ -82,6 +86,13 @@ class Dispatcher:
     @property
     def hosts(self) -> dict[str, HostHealth]:
         return self.registry.hosts
+
+    @property
+    def unplaced(self) -> LayerKey | None:
+        """A layer that the placement lacks and somebody waits for; its model may be asleep."""
+        layers = {} if self.placement is None else self.placement.layers
+        waiting = (call.key for call in self._calls.values() if call.key not in layers)
+        return next(waiting, self.asked_for)
 
     @property
     def received(self) -> PlacementId | None:
@@ -98,7 +109,7 @@ class Dispatcher:
             return []
         self._coming = None
         followed = placement
-        if self.placement is not None and (self._steps or self._running is not None):
+        if self.placement is not None and (self._steps or self._calls):
             followed = until_step_ends(self.placement, placement)
             self._coming = None if followed is placement else placement
         return self._follow(followed, now)
@@ -116,7 +127,7 @@ class Dispatcher:
 
     def follow_newest(self, now: float) -> list[RouterCommand]:
         """Follow the newest placement, unless a pass or a call is running."""
-        if self._coming is None or self._steps or self._running is not None:
+        if self._coming is None or self._steps or self._calls:
             return []
         newest, self._coming = self._coming, None
         return self._follow(newest, now)
@@ -125,14 +136,12 @@ class Dispatcher:
         over = self.registry.place(placement)
         for host in over:
             self._orphan(host)
-        if self._call is not None:
-            self._call.avoid.clear()
-            self._call.one_expert_per_send.clear()
-            if self.outcome is None and self._call.key not in placement.layers:
-                self.unplaced = self._call.key
+        for call in self._calls.values():
+            call.avoid.clear()
+            call.one_expert_per_send.clear()
         return [*map(Disconnect, over), *self.tick(now)]
 
-    # ---- one call -------------------------------------------------------------------------------
+    # ---- calls ----------------------------------------------------------------------------------
 
     def begin(
         self,
@@ -142,16 +151,18 @@ class Dispatcher:
         max_rows: int,
         now: float,
         patience_T: np.ndarray | None = None,
-    ) -> list[RouterCommand]:
-        """Start a layer's call.
+        kind: CallKind = FORWARD,
+    ) -> tuple[LayerCall, list[RouterCommand]]:
+        """Start a layer's call, which is over when it has an ``outcome``.
 
         Ids are int32; ids outside [0, experts) mark unused assignments. ``patience_T`` has the
         seconds that each token waits for an expert that no host can compute at the moment.
         """
-        assert self._call is None or self.outcome is not None, "one call at a time"
         ids_N = ids_TK.reshape(-1)
         self._rotations[key] += 1
-        self._call = LayerCall(
+        call = self._calls[self._next_call] = LayerCall(
+            number=self._next_call,
+            kind=kind,
             key=key,
             top_k=ids_TK.shape[1],
             max_rows=max_rows,
@@ -161,25 +172,29 @@ class Dispatcher:
             waiting_N=np.flatnonzero(ids_N >= 0),
             patience_T=patience_T,
         )
-        self.outcome = None
+        self._next_call += 1
         layer = self.placement.layers.get(key) if self.placement is not None else None
-        self.unplaced = key if layer is None else None
         if layer is not None:
             self.meter.count(key, ids_N, len(layer.replicas))
-        return self.tick(now)
+        return call, self.tick(now)
 
-    def abandon(self, now: float) -> list[RouterCommand]:
+    def cancel(self, call: LayerCall, now: float) -> list[RouterCommand]:
+        """End a call whose result nobody wants any more."""
+        return self._end(call, now) if call.outcome is None else []
+
+    def abandon(self, call: LayerCall, now: float) -> list[RouterCommand]:
         """End the call of a caller that was interrupted at an unknown point.
 
-        Connections with a send or an answer under way are closed, as their state is unknown.
+        Connections with a send or an answer under way are closed, as their state is unknown; other
+        calls send their parts again.
         """
-        call = self._running
-        if call is None:
+        if call.outcome is not None:
             return []
         self._end(call, now)
         busy = [name for name, health in self.hosts.items() if health.occupied]
         for name in busy:
             self.hosts[name].went_down(now)
+            self._orphan(name)
         return [Disconnect(name) for name in busy]
 
     def handle(self, event: RouterEvent, now: float) -> list[RouterCommand]:
@@ -210,49 +225,47 @@ class Dispatcher:
     def tick(self, now: float) -> list[RouterCommand]:
         """Do what is due at ``now``: deadlines, hedges, probes, waiting assignments."""
         commands: list[RouterCommand] = []
-        if (call := self._running) is not None:
+        for call in list(self._calls.values()):
             commands += self._expire(call, now)
         commands += self.registry.tick(now)
-        if (call := self._running) is not None:
+        for call in list(self._calls.values()):
             if call.waiting_N.size and now >= call.hold_until:
                 commands += self._assign(call, now)
             call.lose_patience(now)
             commands += self._hedge(call, now)
             if not call.waiting_N.size and not call.in_flight:
-                self.outcome = call.ended()
+                self._over(call)
         return commands
 
     def wake_at(self, now: float) -> float:
         """Return the next moment at which `tick` has something to do if no event comes first."""
-        call = self._running
-        waits = call is not None and call.waiting_N.size > 0
+        calls = self._calls.values()
+        waits = any(call.waiting_N.size for call in calls)
         due = [self.registry.wake_at(now, work_waits=waits)]
-        if call is not None:
-            due.append(call.wake_at(now))
-        return min(due)
+        return min(due + [call.wake_at(now) for call in calls])
 
     def is_hedge(self, seq: int) -> bool:
         """Return whether this send repeats a late one that is still in flight."""
-        flight = self._call.in_flight.get(seq) if self._call is not None else None
+        call = self.call_of(seq)
+        flight = None if call is None else call.in_flight.get(seq)
         return flight is not None and flight.rival is not None
+
+    def call_of(self, seq: int) -> LayerCall | None:
+        """Return the call in progress of which this is a send; None if its answer is useless."""
+        return next((call for call in self._calls.values() if call.knows(seq)), None)
 
     # ---- what becomes of sends ------------------------------------------------------------------
 
-    @property
-    def _running(self) -> LayerCall | None:
-        return self._call if self.outcome is None else None
-
     def _orphan(self, host: str) -> None:
         """Let the assignments in flight to ``host`` wait again: it will not answer them."""
-        call = self._running
-        if call is not None:
+        for call in self._calls.values():
             for seq in [seq for seq, flight in call.in_flight.items() if flight.send.host == host]:
                 self.retries += call.take(seq)
             for seq in [s for s, send in call.given_up.items() if send.host == host]:
                 del call.given_up[seq]
 
     def _accept(self, seq: int, now: float) -> list[RouterCommand]:
-        call = self._running
+        call = self.call_of(seq)
         if call is None:
             return []
         flight = call.in_flight.get(seq)
@@ -278,7 +291,7 @@ class Dispatcher:
         return commands + [self._cancel(send, now) for send in call.end(seq)]
 
     def _refused(self, event: Refused, health: HostHealth, now: float) -> list[RouterCommand]:
-        call = self._running
+        call = self.call_of(event.seq)
         if call is None or event.seq not in call.in_flight:
             return []
         flight = call.in_flight[event.seq]
@@ -317,8 +330,12 @@ class Dispatcher:
     def _end(self, call: LayerCall, now: float) -> list[RouterCommand]:
         """End the call; assignments that have no answer yet are lost."""
         sends = call.stop()
-        self.outcome = call.ended()
+        self._over(call)
         return [self._cancel(send, now) for send in sends]
+
+    def _over(self, call: LayerCall) -> None:
+        call.end_now()
+        del self._calls[call.number]
 
     def _expire(self, call: LayerCall, now: float) -> list[RouterCommand]:
         if now >= call.deadline:
@@ -332,7 +349,8 @@ class Dispatcher:
             self.ejections += 1
             sends = [f.send for f in call.in_flight.values() if f.send.host == host]
             again = sum(call.take(send.seq) for send in sends)
-            call.given_up.update((send.seq, send) for send in sends)
+            if call.kind.takes_late:
+                call.given_up.update((send.seq, send) for send in sends)
             commands += [self._cancel(send, now) for send in sends]
             self.retries += again
             if again:
@@ -400,7 +418,9 @@ class Dispatcher:
         send = piece.send(call, self._next_seq, timeout_s=expires - now, attempt=attempt)
         self._next_seq += 1
         piece.health.sent(send.seq)
-        late_s = self._hedging.latencies.late_after_s(call.key.model, send.assignments.size)
+        late_s = math.inf
+        if call.kind.hedges:
+            late_s = self._hedging.latencies.late_after_s(call.key.model, send.assignments.size)
         flight = InFlightSend(send, sent_at=now, expires=expires, hedge_at=now + late_s)
         call.in_flight[send.seq] = flight
         return flight

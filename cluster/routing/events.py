@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..placement import HostEntry
+from ..placement import HostEntry, PlacementId
 
 # ---- events: what happened --------------------------------------------------------------------
 
@@ -74,6 +74,8 @@ class Disconnect:
 class Send:
     """One call to one host; ``assignment_tk`` has numbers t * K + k, or -1 as padding."""
 
+    call: int  # the number of the layer's call that it is a part of
+    placement_id: PlacementId  # of the placement that chose the host
     host: str
     incarnation: int
     seq: int

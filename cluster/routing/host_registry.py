@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..expert_keys import ExpertKey, LayerKey
-from ..placement import Placement
+from ..placement import Placement, PlacementId
 from ..versions import LayerVersions
 from .assignment import choose_hosts
 from .events import Disconnect, RouterCommand, Send
@@ -26,6 +26,7 @@ class SendPart(NamedTuple):
     """Assignments that go to one host in one send."""
 
     health: HostHealth
+    placement_id: PlacementId
     versions: LayerVersions
     token_t: np.ndarray
     assignment_tk: np.ndarray
@@ -37,6 +38,8 @@ class SendPart(NamedTuple):
     def send(self, call: LayerCall, seq: int, *, timeout_s: float, attempt: int) -> Send:
         ids_tk = np.where(self.assignment_tk >= 0, call.ids_N[self.assignment_tk], -1)
         return Send(
+            call=call.number,
+            placement_id=self.placement_id,
             host=self.health.entry.host,
             incarnation=self.health.entry.incarnation,
             seq=seq,
@@ -132,4 +135,5 @@ class HostRegistry:
             mine = assignment_n[host_n == index]
             if mine.size:
                 for token_t, assignment_tk in call.pieces(name, mine):
-                    yield SendPart(self.hosts[name], versions, token_t, assignment_tk)
+                    health, number = self.hosts[name], self.placement.id
+                    yield SendPart(health, number, versions, token_t, assignment_tk)

@@ -20,6 +20,20 @@ _NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
+class CallKind:
+    """What a router may do for a call to be answered sooner."""
+
+    hedges: bool  # a late send is repeated on another replica, and the first answer counts
+    takes_late: bool  # the answer to a send that missed its deadline may still count
+
+
+# The same answer twice does no harm.
+FORWARD = CallKind(hedges=True, takes_late=True)
+# A host that computes gradients also adds them up, so that each part is computed by one host.
+BACKWARD = CallKind(hedges=False, takes_late=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How a call ended; ``lost`` has the assignments that no host computed in time, ascending."""
 
@@ -43,15 +57,17 @@ class InFlightSend:
     hedges: set[int] = field(default_factory=set)  # hedges in flight; each repeats a part of it
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class LayerCall:
-    """One layer's call in progress.
+    """One layer's call in progress, until it has an ``outcome``.
 
     Every assignment is in one of these states: waiting (``waiting_N``), in flight (``in_flight``),
     accepted, failed (``failed``) or given up (``out_of_patience``). An assignment that is in flight
     twice, in a send and in its hedge, counts once.
     """
 
+    number: int
+    kind: CallKind
     key: LayerKey
     top_k: int
     max_rows: int
@@ -80,16 +96,21 @@ class LayerCall:
     misses: int = 0  # times that sends missed their deadline
     attempts: int = 0  # sends that failed for another reason than the loss of a host
     hold_until: float = 0.0  # no retry before this moment: the retry budget is spent
+    outcome: Outcome | None = None
 
-    def ended(self) -> Outcome:
-        """Return the outcome; call it when nothing is in flight any more."""
+    def knows(self, seq: int) -> bool:
+        """Return whether this is a send of the call whose answer may still count."""
+        return seq in self.in_flight or seq in self.given_up
+
+    def end_now(self) -> None:
+        """Set the outcome; call it when nothing is in flight any more."""
         lost = [
             self.waiting_N,
             *self.out_of_patience,
             *(send.assignments for send, _ in self.failed),
         ]
         error = self.failed[0][1] if self.failed else None
-        return Outcome(np.sort(np.concatenate(lost)), error)
+        self.outcome = Outcome(np.sort(np.concatenate(lost)), error)
 
     def pieces(self, host: str, mine: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the assignments ``mine`` as the rows of one or several sends to ``host``."""
@@ -143,7 +164,7 @@ class LayerCall:
         return late
 
     def note_unavailable(self, assignments: np.ndarray, now: float) -> None:
-        """Note which of the waiting assignments have no available replica now."""
+        """Take note which of the waiting assignments have no available replica now."""
         if not self.unavailable_N.size:
             self.unavailable_since = now
         self.unavailable_N = assignments

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...proto.errors import InternalError
-from ..expert_keys import ExpertVersion, LayerKey
-from ..placement import HostEntry, PlacementId
+from ..expert_keys import ExpertVersion
+from ..placement import HostEntry
 from ..routing.events import HostDown, Send
 from ..versions import LayerVersions
 from .network import CallFrame, Connection, Frame, Hello, Refusal, Reply
 from .trace_events import Sent
 
 if TYPE_CHECKING:
-    from .router import SimRouter
+    from .router import SimCall, SimRouter
     from .world import World
 
 
@@ -81,7 +81,7 @@ class SimConnections:
         if channel is not None:
             channel.connection.send(channel.connection.host, frame)
 
-    def send_call(self, send: Send, key: LayerKey, number: PlacementId) -> None:
+    def send_call(self, send: Send, call: SimCall) -> None:
         channel = self.channels.get(send.host)
         if channel is None or not channel.connection.open:
             self.down(send.host)
@@ -90,17 +90,19 @@ class SimConnections:
         owed = tuple(seq for seq, used in connection.unanswered.items() if used == slot)
         versions = LayerVersions(send.version, dict(send.other_versions))
         named = tuple(
-            ExpertVersion(key.expert(expert), versions.of(expert))
+            ExpertVersion(call.key.expert(expert), versions.of(expert))
             for expert in np.unique(send.ids_tk).tolist()
             if expert >= 0
         )
-        self._world.tell(Sent(self._router, connection, send.seq, slot, number, owed, named))
+        self._world.tell(
+            Sent(self._router, call, connection, send.seq, slot, send.placement_id, owed, named)
+        )
         connection.unanswered[send.seq] = slot
         frame = CallFrame(
             seq=send.seq,
             slot=slot,
-            key=key,
-            number=number,
+            key=call.key,
+            number=send.placement_id,
             incarnation=send.incarnation,
             timeout_s=send.timeout_s,
             rows=len(send.token_t),

@@ -343,7 +343,7 @@ def unsettled(world: World) -> str:
     if len(world.controllers) != 1 or controller is None or controller.control is None:
         return f"{len(world.controllers)} controllers"
     control = controller.control
-    calling = [router.name for router in world.routers.values() if router.call is not None]
+    calling = [router.name for router in world.routers.values() if router.calls]
     if calling:
         return f"{calling} have calls in progress"
     loading = any(host.loading for host in world.hosts.values())

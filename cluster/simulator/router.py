@@ -1,4 +1,4 @@
-"""A simulated trunk process: the real `Dispatcher`, and a model that makes calls.
+"""A simulated trunk process: the real `Dispatcher`, and models that make calls.
 
 It takes the place of the shells `actors/router/router.py` and `actors/trunk/trunk.py`.
 
@@ -16,8 +16,7 @@ import numpy as np
 
 from ...proto.errors import Corrupted
 from ..expert_keys import ExpertKey, LayerKey
-from ..load.meter import LoadReport
-from ..placement import Placement, PlacementId
+from ..placement import Placement
 from ..routing.dispatch import Dispatcher
 from ..routing.events import (
     Accept,
@@ -35,6 +34,7 @@ from ..routing.events import (
     RouterEvent,
     Send,
 )
+from ..routing.layer_call import LayerCall
 from . import network
 from .clock import SimProcess
 from .connections import SimConnections
@@ -53,9 +53,9 @@ _LONGEST_WAIT_S = 5.0
 class SimCall:
     """One layer's call, as the model that made it sees it."""
 
+    state: LayerCall
     key: LayerKey
     ids_TK: np.ndarray
-    number: PlacementId  # number of the placement when the call began; frames carry it
     began: float
     deadline: float
     until_T: np.ndarray  # time until which each token waits for a missing expert
@@ -64,7 +64,7 @@ class SimCall:
 
 
 class SimRouter(SimProcess):
-    """One trunk: a thread that makes calls, and a thread that watches placements."""
+    """One trunk: it makes calls, several at a time, and watches placements."""
 
     def __init__(self, name: str, world: World) -> None:
         super().__init__(name, world.clock)
@@ -72,7 +72,7 @@ class SimRouter(SimProcess):
         self.policy = world.settings.router
         self.dispatcher = Dispatcher(self.policy)
         self.connections = SimConnections(self, world, slots=self.policy.window)
-        self.call: SimCall | None = None
+        self.calls: dict[int, SimCall] = {}  # that have not ended, by the dispatcher's numbers
         # When a report of this router last reached a controller, and since when its lease has been
         # valid without a gap.
         self.heard_at = self.leased_since = -float("inf")
@@ -89,7 +89,7 @@ class SimRouter(SimProcess):
         return self
 
     def stop(self) -> None:
-        """Begin no more calls; the one in progress goes on."""
+        """Begin no more calls; those in progress go on."""
         self._stopping = True
 
     def kill(self) -> None:
@@ -111,15 +111,10 @@ class SimRouter(SimProcess):
         if controller is None:
             self._watch_later()
             return
+        self._take_placements()
         placement = self.dispatcher.placement
         number = None if placement is None else placement.id
-        # A call holds the router's lock. Its counts go into the next report.
-        if self.call is None:
-            self._take_placements()
-            report = self.dispatcher.meter.take(self.name, number, self.dispatcher.received)
-        else:
-            received = self.dispatcher.received
-            report = LoadReport(router=self.name, placement_id=number, received=received)
+        report = self.dispatcher.meter.take(self.name, number, self.dispatcher.received)
         watch_s = self.world.settings.watch_s
         self.world.network.call(
             self,
@@ -147,47 +142,47 @@ class SimRouter(SimProcess):
         """Report to another controller from now on, as Ray says."""
         self._controller = controller
 
-    # ---- the thread that computes ---------------------------------------------------------------
+    # ---- the threads that compute ---------------------------------------------------------------
 
     def hear(self, connection: Connection, frame: Frame) -> None:
         self._arrived.append((connection, frame))
-        if self.call is not None:
-            self._turn()
+        self._wake_up()
 
     def ended(self, connection: Connection) -> None:
         self._arrived.append((connection, None))
-        if self.call is not None:
-            self._turn()
+        self._wake_up()
 
     def _wake_up(self) -> None:
-        if self.call is None:
-            self._take_placements()
-        else:
+        # Between calls nobody waits for events.
+        if self.calls:
             self._turn()
+        else:
+            self._take_placements()
 
     def _begin(self) -> None:
         if self._stopping:
             return
         asked = self.world.traffic.next(self.dispatcher.placement)
-        if asked is None:
+        if asked is None or len(self.calls) >= self.world.settings.calls_at_once:
             self.alarm("thinks", self.clock.now + self.world.settings.think_s, self._begin)
             return
         self._take_placements()
         assert self.dispatcher.placement is not None
         now = self.clock.now
         self.world.calls += 1
-        self.call = SimCall(
+        state, begun = self.dispatcher.begin(
+            asked.key, asked.ids_TK, max_rows=64, now=now, patience_T=asked.patience_T
+        )
+        self.calls[state.number] = SimCall(
+            state=state,
             key=asked.key,
             ids_TK=asked.ids_TK,
-            number=self.dispatcher.placement.id,
             began=now,
             deadline=now + self.policy.deadline_s,
             until_T=now + asked.patience_T,
         )
-        begun = self.dispatcher.begin(
-            asked.key, asked.ids_TK, max_rows=64, now=now, patience_T=asked.patience_T
-        )
         self._execute(begun)
+        self.alarm("thinks", now + self.world.traffic.pause_s(), self._begin)
         self._go_on()
 
     def _turn(self) -> None:
@@ -216,20 +211,18 @@ class SimRouter(SimProcess):
         self._go_on()
 
     def _go_on(self) -> None:
-        call, outcome = self.call, self.dispatcher.outcome
-        if call is None:
-            return
-        if outcome is None:
-            now = self.clock.now
+        now = self.clock.now
+        for number, call in list(self.calls.items()):
+            outcome = call.state.outcome
+            if outcome is not None:
+                del self.calls[number]
+                self._execute(self.dispatcher.follow_newest(now))
+                refusal = outcome.error
+                error = "" if refusal is None else f"{refusal.code}: {refusal.message}"
+                self.world.tell(Ended(self, call, outcome.lost, error))
+        if self.calls:
             due = min(self.dispatcher.wake_at(now), now + _LONGEST_WAIT_S)
             self.alarm("waits", now if self._arrived else due, self._turn)
-            return
-        self.call = None
-        self._execute(self.dispatcher.follow_newest(self.clock.now))
-        error = "" if outcome.error is None else f"{outcome.error.code}: {outcome.error.message}"
-        self.world.tell(Ended(self, call, outcome.lost, error))
-        pause_s = self.world.traffic.pause_s()
-        self.alarm("thinks", self.clock.now + pause_s, self._begin)
 
     def _take_placements(self) -> None:
         while self._placements:
@@ -251,13 +244,12 @@ class SimRouter(SimProcess):
     def _do(self, command: RouterCommand) -> None:
         match command:
             case Send():
-                assert self.call is not None
-                self.connections.send_call(command, self.call.key, self.call.number)
+                self.connections.send_call(command, self.calls[command.call])
             case Accept(send):
-                assert self.call is not None
+                call = self.calls[send.call]
                 read = self.connections.read(send.host, send.seq)
-                self.world.tell(Accepted(self, self.call, send.assignments, send.seq, read))
-                self.call.accepted += send.assignments.tolist()
+                self.world.tell(Accepted(self, call, send.assignments, send.seq, read))
+                call.accepted += send.assignments.tolist()
                 reply = self._reply
                 assert reply is not None
                 self.dispatcher.meter.answered(

@@ -42,6 +42,7 @@ class Settings:
     load_s: float = 0.05  # mean time to load one expert
     plan_s: float = 0.1  # mean time to plan
     updates: bool = False  # whether experts get new weights
+    calls_at_once: int = 1  # that a router may have in progress
 
     def compute_s(self, rows: int) -> float:
         return 0.002 + 0.0005 * rows
@@ -108,4 +109,5 @@ def draw(rng: np.random.Generator) -> Settings:
             retry_s=0.5,
         ),
         updates=bool(rng.random() < 0.4),
+        calls_at_once=int(rng.integers(1, 5)),
     )

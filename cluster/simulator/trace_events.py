@@ -43,6 +43,7 @@ class Sent:
     """A router put a call into a slot and sent it."""
 
     router: SimRouter
+    call: SimCall
     connection: Connection
     seq: int
     slot: int

@@ -32,6 +32,7 @@ from moesaic.cluster.routing.events import (
     RouterEvent,
     Send,
 )
+from moesaic.cluster.routing.layer_call import FORWARD, CallKind, LayerCall, Outcome
 from moesaic.cluster.routing.policy import RouterPolicy
 
 KEY = LayerKey("m", 0)
@@ -68,6 +69,25 @@ class SimHost:
     cancelled: set[int] = field(default_factory=set)
 
 
+@dataclass
+class Asked:
+    """One call: what was asked, and what has become of it."""
+
+    state: LayerCall
+    ids_N: np.ndarray
+    accepted: list[int] = field(default_factory=list)
+    # Choices that no host would have answered.
+    refused_for_good: set[int] = field(default_factory=set)
+
+    def check_whole(self) -> None:
+        outcome = self.state.outcome
+        assert outcome is not None
+        wanted = set(np.flatnonzero(self.ids_N >= 0).tolist())
+        lost = set(outcome.lost.tolist())
+        assert not lost & set(self.accepted), "a choice is both lost and accepted"
+        assert lost | set(self.accepted) == wanted, "a choice is neither lost nor accepted"
+
+
 class World:
     """Feeds a `Dispatcher` and checks what it says."""
 
@@ -76,13 +96,27 @@ class World:
         self.placement = first
         self.dispatcher = Dispatcher(policy)
         self.hosts = {name: SimHost(name) for name in first.hosts}
-        self.accepted: list[int] = []
+        self.calls: dict[int, Asked] = {}
         self.seqs: set[int] = set()
         self.answered: set[tuple[str, int]] = set()
-        # Choices that no host would have answered.
-        self.refused_for_good: set[int] = set()
-        self.ids_N = np.zeros(0, dtype=np.int32)
         self.run(self.dispatcher.place(first, self.now))
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """Of the last call."""
+        return self.last.state.outcome
+
+    @property
+    def accepted(self) -> list[int]:
+        return self.last.accepted
+
+    @property
+    def refused_for_good(self) -> set[int]:
+        return self.last.refused_for_good
+
+    @property
+    def last(self) -> Asked:
+        return self.calls[max(self.calls)]
 
     # ---- commands -------------------------------------------------------------------------------
 
@@ -123,13 +157,16 @@ class World:
         assert len(host.inbox) <= self.dispatcher.policy.window, "a slot was used twice"
         held = self.placement.layers[KEY]
         for choice, expert in zip(send.assignments, send.ids_tk[send.ids_tk >= 0], strict=True):
-            assert self.ids_N[choice] == expert, "a choice was sent to another expert"
+            assert self.calls[send.call].ids_N[choice] == expert, (
+                "a choice was sent to another expert"
+            )
             assert send.host in held.hosts(int(expert)), "sent to a host without the expert"
 
     def _accepted(self, send: Send) -> None:
         assert (send.host, send.seq) in self.answered, "accepted what was never answered"
-        self.accepted += send.assignments.tolist()
-        assert len(set(self.accepted)) == len(self.accepted), "a choice was accepted twice"
+        accepted = self.calls[send.call].accepted
+        accepted += send.assignments.tolist()
+        assert len(set(accepted)) == len(accepted), "a choice was accepted twice"
 
     # ---- what may happen ------------------------------------------------------------------------
 
@@ -150,7 +187,7 @@ class World:
     def refuse(self, host: SimHost, index: int, code: str) -> None:
         send = host.inbox.pop(index)
         if code == "CallError":
-            self.refused_for_good.update(send.assignments.tolist())
+            self.calls[send.call].refused_for_good.update(send.assignments.tolist())
         self.tell(Refused(host.name, send.seq, code, "drill"))
 
     def lose(self, host: SimHost, index: int) -> None:
@@ -213,26 +250,31 @@ class World:
             for host in self.hosts.values():
                 while host.inbox:
                     self.answer(host, 0)
-            assert self.dispatcher.outcome is not None
+            assert self.outcome is not None
             self.check_whole()
 
     def begin(
-        self, ids_TK: np.ndarray, max_rows: int = 64, patience_T: np.ndarray | None = None
-    ) -> None:
-        self.accepted, self.refused_for_good, self.ids_N = [], set(), ids_TK.reshape(-1)
-        begun = self.dispatcher.begin(
-            KEY, ids_TK, max_rows=max_rows, now=self.now, patience_T=patience_T
+        self,
+        ids_TK: np.ndarray,
+        max_rows: int = 64,
+        patience_T: np.ndarray | None = None,
+        kind: CallKind = FORWARD,
+    ) -> Asked:
+        state, begun = self.dispatcher.begin(
+            KEY, ids_TK, max_rows=max_rows, now=self.now, patience_T=patience_T, kind=kind
         )
+        asked = self.calls[state.number] = Asked(state, ids_TK.reshape(-1))
         self.run(begun)
+        return asked
 
     def settle(self, rounds: int = 400) -> None:
-        """No more faults: everybody lives and answers until the call has ended."""
+        """No more faults: everybody lives and answers until all calls have ended."""
         for host in self.hosts.values():
             host.frozen = False
             if not host.alive:
                 self.restart(host)
         for _ in range(rounds):
-            if self.dispatcher.outcome is not None:
+            if self.is_idle:
                 return
             for host in self.hosts.values():
                 if host.connected and not host.welcomed:
@@ -241,14 +283,14 @@ class World:
                     self.answer(host, 0)
                 if host.connected and host.pings:
                     self.pong(host)
-            if self.dispatcher.outcome is None:
+            if not self.is_idle:
                 self.pass_to_next()
-        raise AssertionError("the call did not end although all hosts answer")
+        raise AssertionError("a call did not end although all hosts answer")
+
+    @property
+    def is_idle(self) -> bool:
+        return all(call.state.outcome is not None for call in self.calls.values())
 
     def check_whole(self) -> None:
-        outcome = self.dispatcher.outcome
-        assert outcome is not None
-        wanted = set(np.flatnonzero(self.ids_N >= 0).tolist())
-        lost = set(outcome.lost.tolist())
-        assert not lost & set(self.accepted), "a choice is both lost and accepted"
-        assert lost | set(self.accepted) == wanted, "a choice is neither lost nor accepted"
+        for call in self.calls.values():
+            call.check_whole()

@@ -54,7 +54,20 @@ def test_a_call_is_written_on_a_device_as_on_the_cpu() -> None:
         token_t = np.array(rows)
         assignment_tk = token_t[:, None] * 3 + np.array([0, 2])
         assignment_tk[0, 1] = -1
-        sent = Send("h", 1, 5, 1.0, 0, 1, (), token_t, assignment_tk, ids_of(ids, assignment_tk))
+        sent = Send(
+            1,
+            PlacementId(1, 1),
+            "h",
+            1,
+            5,
+            1.0,
+            0,
+            1,
+            (),
+            token_t,
+            assignment_tk,
+            ids_of(ids, assignment_tk),
+        )
         frame, layout = job.frame(sent)
         on_cpu, on_device = (torch.zeros(layout.call_bytes, dtype=torch.uint8) for _ in range(2))
         job.write(sent, frame, layout, on_cpu)

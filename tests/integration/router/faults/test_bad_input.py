@@ -270,7 +270,7 @@ CASES: list[tuple[str, Act, type[MoesaicError], str]] = [
     ("wire-kind", no_frame_for_hosts, HostLost, "closed"),
     ("put-shape", put(down=torch.zeros(32, 47)), CallError, "'down': (32, 47)"),
     ("put-missing", put(down=None), CallError, "its model takes"),
-    ("put-dtype", put(up=torch.zeros(96, 32).half()), CallError, "up was put as torch.float16"),
+    ("put-dtype", put(up=torch.zeros(96, 32).half()), CallError, "up is torch.float16"),
     ("put-nan", put(up=torch.full((96, 32), torch.nan)), CallError, "up has values that are not f"),
     ("put-other", put(up=torch.zeros(96, 32)), Forbidden, "serves other tensors under this name"),
     ("put-large", put(up=torch.zeros(960, 320)), CallError, "total_bytes: 1"),

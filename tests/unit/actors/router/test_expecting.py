@@ -49,14 +49,9 @@ def router_of() -> Router:
 
 def test_asking_what_it_has_opens_no_connection(connects: Connects) -> None:
     with closing(router_of()) as router:
-        with router._lock:  # as during a call: the placement waits
-            asked = threading.Thread(target=lambda: router.place(PLACED))
-            asked.start()
-            asked.join()
-        assert not router.has([KEY])
-        assert not connects.threads
-        router._look_after([])
+        router.place(PLACED)
         assert connects.threads == [threading.current_thread().name]
+        assert not router.has([KEY])
         router._dispatcher.hosts["h0"].state = HostState.UP
         assert router.has([KEY])
         assert not router.has([KEY, OTHER])
@@ -67,8 +62,10 @@ def test_while_experts_are_expected_the_router_connects_in_its_own_thread(
     connects: Connects,
 ) -> None:
     with closing(router_of()) as router:
-        router._placements.put(PLACED)
-        assert not connects.tried.wait(5 * upkeep.LOOK_S)
+        router.place(PLACED)
+        connects.threads.clear()
+        connects.tried.clear()
+        assert not connects.tried.wait(router.policy.reconnect_s + 5 * upkeep.LOOK_S)
         with router.expecting([KEY]):
             assert connects.tried.wait(10)
     assert set(connects.threads) == {"r-upkeep"}

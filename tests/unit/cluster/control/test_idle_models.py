@@ -214,9 +214,9 @@ def test_a_router_knows_the_layer_that_is_asked_for_and_nowhere() -> None:
     other = LayerKey("other", 0)
     dispatcher.place(placement(1, other), 0.0)
     ids_TK = np.zeros((1, 1), dtype=np.int32)
-    dispatcher.begin(KEY, ids_TK, max_rows=8, now=0.0)
+    call, _ = dispatcher.begin(KEY, ids_TK, max_rows=8, now=0.0)
     assert dispatcher.unplaced == KEY
-    dispatcher.abandon(1.0)
+    dispatcher.abandon(call, 1.0)
     dispatcher.begin(other, ids_TK, max_rows=8, now=1.0)
     assert dispatcher.unplaced is None
     # It falls asleep under a call that waits.

@@ -13,6 +13,7 @@ from moesaic.cluster.placement import LayerPlacement, Replica
 from moesaic.cluster.routing.dispatch import Dispatcher
 from moesaic.cluster.routing.events import Connect, Disconnect, HostUp, Ponged, Probe, Send
 from moesaic.cluster.routing.host_health import HostState
+from moesaic.cluster.routing.layer_call import BACKWARD, FORWARD
 from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.worlds import KEY, World, placement
 
@@ -51,16 +52,27 @@ def test_no_choice_is_lost_doubled_or_wrong(data: st.DataObject) -> None:
     for host in world.hosts.values():
         if data.draw(st.booleans(), label="not connected yet"):
             world.cut(host)
-    world.begin(ids(tokens, top_k, seed=tokens), max_rows=data.draw(st.integers(1, 5)))
+    at_once = data.draw(st.integers(1, 3), label="calls at once")
+    for seed in range(at_once):
+        begin(world, data, tokens, top_k, seed)
     for _ in range(data.draw(st.integers(0, 40), label="steps")):
-        if world.dispatcher.outcome is not None:
+        if world.is_idle:
             break
+        if data.draw(st.integers(0, 9)) == 0 and len(world.calls) < 20:
+            begin(world, data, tokens, top_k, len(world.calls))
         step(world, data)
     world.settle()
     world.check_whole()
     if world.now < POLICY.deadline_s:
-        assert world.dispatcher.outcome is not None
-        assert set(world.dispatcher.outcome.lost.tolist()) <= world.refused_for_good
+        for call in world.calls.values():
+            assert call.state.outcome is not None
+            assert set(call.state.outcome.lost.tolist()) <= call.refused_for_good
+
+
+def begin(world: World, data: st.DataObject, tokens: int, top_k: int, seed: int) -> None:
+    kind = data.draw(st.sampled_from([FORWARD, BACKWARD]))
+    max_rows = data.draw(st.integers(1, 5))
+    world.begin(ids(tokens, top_k, seed=tokens + seed), max_rows=max_rows, kind=kind)
 
 
 def step(world: World, data: st.DataObject) -> None:
@@ -106,8 +118,8 @@ def test_another_replica_takes_over_when_a_host_dies() -> None:
     while survivor.inbox:
         world.answer(survivor, 0)
     assert world.now == 0.0
-    assert world.dispatcher.outcome is not None
-    assert world.dispatcher.outcome.ok
+    assert world.outcome is not None
+    assert world.outcome.ok
     world.check_whole()
 
 
@@ -118,15 +130,15 @@ def test_a_frozen_host_costs_one_deadline_and_no_more() -> None:
     for call in range(5):
         world.begin(ids(8, 2, seed=call))
         for _ in range(20):
-            if world.dispatcher.outcome is not None:
+            if world.outcome is not None:
                 break
             while world.hosts["h1"].inbox:
                 world.answer(world.hosts["h1"], 0)
-            if world.dispatcher.outcome is None:
+            if world.outcome is None:
                 world.pass_to_next()
         world.check_whole()
-        assert world.dispatcher.outcome is not None
-        assert world.dispatcher.outcome.ok
+        assert world.outcome is not None
+        assert world.outcome.ok
     assert world.now < 1.5 * POLICY.attempt_s
     assert world.dispatcher.ejections == 1
     assert frozen.pings > 0
@@ -159,13 +171,13 @@ def test_slots_of_lost_answers_come_back_although_the_host_stays_up() -> None:
     for call in range(6):
         world.begin(ids(2, 2, seed=call))
         world.lose(host, 0)
-        while world.dispatcher.outcome is None:
+        while world.outcome is None:
             world.pass_to_next()
             if host.pings:
                 world.pong(host)
             while host.inbox:
                 world.answer(host, 0)
-        assert world.dispatcher.outcome.ok
+        assert world.outcome.ok
         world.check_whole()
     assert world.now < 6 * 2 * policy.attempt_s
 
@@ -176,8 +188,8 @@ def test_a_late_answer_counts_if_nobody_else_has_its_choices() -> None:
     world.begin(ids(3, 2))
     world.pass_time(POLICY.attempt_s + 0.01)
     world.answer(host, 0)
-    assert world.dispatcher.outcome is not None
-    assert world.dispatcher.outcome.ok
+    assert world.outcome is not None
+    assert world.outcome.ok
     world.check_whole()
 
 
@@ -188,14 +200,14 @@ def test_without_a_replica_choices_wait_until_the_deadline_and_are_named() -> No
     world.begin(chosen)
     while world.hosts["h1"].inbox:
         world.answer(world.hosts["h1"], 0)
-    assert [world.dispatcher.outcome] == [None]
-    while world.dispatcher.outcome is None:
+    assert [world.outcome] == [None]
+    while world.outcome is None:
         world.pass_to_next()
     assert world.now == pytest.approx(POLICY.deadline_s, abs=0.1)
     held_by_dead = {
         e for e, r in enumerate(world.placement.layers[KEY].replicas) if r[0][0] == "h0"
     }
-    lost = {int(world.ids_N[n]) for n in world.dispatcher.outcome.lost}
+    lost = {int(world.last.ids_N[n]) for n in world.outcome.lost}
     assert lost == held_by_dead & set(chosen.reshape(-1).tolist())
     world.check_whole()
 
@@ -209,8 +221,8 @@ def test_a_restarted_host_is_used_as_soon_as_it_is_placed() -> None:
     world.restart(host)
     world.welcome(host)
     world.answer(host, 0)
-    assert world.dispatcher.outcome is not None
-    assert world.dispatcher.outcome.ok
+    assert world.outcome is not None
+    assert world.outcome.ok
 
 
 def test_a_refusal_that_is_no_hosts_fault_ends_its_own_choices_only() -> None:
@@ -222,7 +234,7 @@ def test_a_refusal_that_is_no_hosts_fault_ends_its_own_choices_only() -> None:
     assert not refusing.inbox, "nobody is asked again"
     while other.inbox:
         world.answer(other, 0)
-    outcome = world.dispatcher.outcome
+    outcome = world.outcome
     assert outcome is not None
     assert outcome.error is not None
     assert outcome.error.code == "CallError"
@@ -244,30 +256,88 @@ def test_an_expert_that_is_not_here_costs_only_its_own_choices() -> None:
             world.refuse(host, 0, "NotHere")
         else:
             world.answer(host, 0)
-    assert [world.dispatcher.outcome] == [None], "it may come back until the deadline"
-    while world.dispatcher.outcome is None:
+    assert [world.outcome] == [None], "it may come back until the deadline"
+    while world.outcome is None:
         world.pass_to_next()
-    assert {int(world.ids_N[n]) for n in world.dispatcher.outcome.lost} == {gone}
+    assert {int(world.last.ids_N[n]) for n in world.outcome.lost} == {gone}
     world.check_whole()
 
 
 def test_an_abandoned_call_leaves_no_slot_taken() -> None:
     world = connected(2, 2)
-    world.begin(ids(8, 2))
-    world.run(world.dispatcher.abandon(world.now))
+    call = world.begin(ids(8, 2)).state
+    world.run(world.dispatcher.abandon(call, world.now))
     assert all(not health.occupied for health in world.dispatcher.hosts.values())
-    assert world.dispatcher.abandon(world.now) == []
+    assert world.dispatcher.abandon(call, world.now) == []
     world.begin(ids(8, 2, seed=1))
     world.settle()
-    assert world.dispatcher.outcome is not None
-    assert world.dispatcher.outcome.ok
+    assert world.outcome is not None
+    assert world.outcome.ok
+    world.check_whole()
+
+
+def test_a_call_that_is_cancelled_leaves_the_others_alone() -> None:
+    world = connected(2, 2)
+    first, second = world.begin(ids(8, 2)), world.begin(ids(8, 2, seed=1))
+    world.run(world.dispatcher.cancel(first.state, world.now))
+    assert first.state.outcome is not None
+    assert first.state.outcome.lost.size == 16
+    assert all(host.connected for host in world.hosts.values())
+    world.settle()
+    assert second.state.outcome is not None
+    assert second.state.outcome.ok
+    assert world.dispatcher.cancel(first.state, world.now) == []
+
+
+def test_an_abandoned_call_makes_the_others_send_again() -> None:
+    world = connected(2, 2)
+    first, second = world.begin(ids(8, 2)), world.begin(ids(8, 2, seed=1))
+    world.run(world.dispatcher.abandon(first.state, world.now))
+    assert not any(host.connected for host in world.hosts.values())
+    world.settle()
+    assert second.state.outcome is not None
+    assert second.state.outcome.ok
+    world.check_whole()
+
+
+def test_calls_share_a_window_and_the_earlier_one_sends_first() -> None:
+    world = connected(1, 1, replace(POLICY, window=2))
+    first, second = world.begin(ids(3, 1), max_rows=1), world.begin(ids(3, 1, seed=1), max_rows=1)
+    (host,) = world.hosts.values()
+    assert [send.call for send in host.inbox] == [first.state.number] * 2
+    world.answer(host, 0)
+    assert [send.call for send in host.inbox] == [first.state.number] * 2
+    world.answer(host, 0)
+    world.answer(host, 0)
+    assert first.state.outcome is not None
+    assert {send.call for send in host.inbox} == {second.state.number}
+    world.settle()
+    world.check_whole()
+
+
+def test_a_backward_call_is_neither_hedged_nor_answered_late() -> None:
+    world = connected(2, 2)
+    world.accustom(ids(8, 2), 0.05)
+    call = world.begin(ids(8, 2), kind=BACKWARD)
+    late = [host for host in world.hosts.values() if host.inbox]
+    for _ in range(10):
+        if world.dispatcher.ejections:
+            break
+        world.pass_to_next()
+    assert world.dispatcher.hedges == 0
+    assert world.dispatcher.ejections, "each part has missed its deadline"
+    before = len(call.accepted)
+    for host in late:
+        world.answer(host, 0)
+    assert len(call.accepted) == before, "its answer came too late"
+    world.settle()
     world.check_whole()
 
 
 def test_choices_of_nobody_are_dropped_when_the_placement_comes() -> None:
     dispatcher = Dispatcher(POLICY)
     chosen = np.array([[3, 8], [8, 8]], dtype=np.int32)
-    assert dispatcher.begin(KEY, chosen, max_rows=64, now=0.0) == []
+    assert dispatcher.begin(KEY, chosen, max_rows=64, now=0.0)[1] == []
     dispatcher.place(placement(1, 1), 0.0)
     sends = [c for c in dispatcher.handle(HostUp("h0", 1), 0.0) if isinstance(c, Send)]
     assert [send.assignments.tolist() for send in sends] == [[0]]
@@ -368,7 +438,7 @@ def test_shares_split_a_large_call_and_rotate_small_ones() -> None:
         dispatcher.handle(HostUp(host, 1), 0.0)
     sends = [
         c
-        for c in dispatcher.begin(KEY, np.zeros((256, 1), np.int32), max_rows=512, now=0.0)
+        for c in dispatcher.begin(KEY, np.zeros((256, 1), np.int32), max_rows=512, now=0.0)[1]
         if isinstance(c, Send)
     ]
     rows = {send.host: send.token_t.size for send in sends}

@@ -89,10 +89,10 @@ def test_impatient_rows_are_lost_early_and_hold_nobody_up() -> None:
     world.begin(ids_TK, patience_T=np.array([0.5, 0.1, 30.0]))
     while world.hosts["h1"].inbox:
         world.answer(world.hosts["h1"], 0)
-    while world.dispatcher.outcome is None:
+    while world.outcome is None:
         world.pass_to_next()
     assert world.now == pytest.approx(0.5, abs=0.01)
-    assert world.dispatcher.outcome.lost.tolist() == [0, 3]
+    assert world.outcome.lost.tolist() == [0, 3]
     world.check_whole()
 
 
@@ -104,10 +104,10 @@ def test_patience_counts_from_when_nobody_has_the_expert() -> None:
     world.pass_time(0.9)
     world.kill(host)
     world.pass_time(0.05)
-    assert world.dispatcher.outcome is None
+    assert world.outcome is None
     world.pass_time(0.1)
-    assert world.dispatcher.outcome is not None
-    assert world.dispatcher.outcome.lost.tolist() == [0, 1]
+    assert world.outcome is not None
+    assert world.outcome.lost.tolist() == [0, 1]
 
 
 def test_a_wait_for_room_on_a_host_that_has_the_expert_takes_no_patience() -> None:
@@ -120,8 +120,8 @@ def test_a_wait_for_room_on_a_host_that_has_the_expert_takes_no_patience() -> No
     world.answer(host, 0)
     world.pass_time(0.5)
     world.answer(host, 0)
-    assert world.dispatcher.outcome is not None
-    assert world.dispatcher.outcome.ok
+    assert world.outcome is not None
+    assert world.outcome.ok
     world.check_whole()
 
 
@@ -131,10 +131,10 @@ def test_a_patient_row_gets_its_expert_when_it_is_back() -> None:
     gone = next(e for e in range(8) if layer.hosts(e) == ("h0",))
     world.begin(np.array([[gone], [gone]], dtype=np.int32), patience_T=np.array([0.1, 30.0]))
     world.pass_time(5.0)
-    assert world.dispatcher.outcome is None
+    assert world.outcome is None
     world.settle()
-    assert world.dispatcher.outcome is not None
-    assert world.dispatcher.outcome.lost.tolist() == [0]
+    assert world.outcome is not None
+    assert world.outcome.lost.tolist() == [0]
     world.check_whole()
 
 

@@ -45,8 +45,8 @@ def test_the_first_answer_counts_and_the_other_is_cancelled() -> None:
     world.pass_time(USUAL_S * 1.1)
     assert [send.attempt for send in other.inbox] == [1]
     world.answer(other, 0)
-    assert world.dispatcher.outcome is not None
-    assert world.dispatcher.outcome.ok
+    assert world.outcome is not None
+    assert world.outcome.ok
     assert asked.inbox[0].seq in asked.cancelled
     assert (world.dispatcher.hedges, world.dispatcher.hedge_wins) == (1, 1)
     world.check_whole()
@@ -78,17 +78,17 @@ def test_a_host_that_was_overtaken_is_avoided_for_a_while_and_then_tried_again()
     while world.now < since + 4.0:
         world.begin(one_token(1))
         for _ in range(20):
-            if world.dispatcher.outcome is not None:
+            if world.outcome is not None:
                 break
             if asked.inbox and (not tried or asked.inbox[-1].seq not in asked.cancelled):
                 tried.append(world.now - since)
             for host in world.hosts.values():
                 while host.inbox and not host.frozen:
                     world.answer(host, 0)
-            if world.dispatcher.outcome is None:
+            if world.outcome is None:
                 world.pass_to_next()
-        assert world.dispatcher.outcome is not None
-        assert world.dispatcher.outcome.ok
+        assert world.outcome is not None
+        assert world.outcome.ok
         world.pass_time(0.02)
         if asked.pings:
             world.pong(asked)
@@ -129,13 +129,13 @@ def test_what_a_hedge_is_left_alone_with_is_hedged_again() -> None:
     assert [len(host.inbox) for host in (first, second, third)] == [1, 1, 1]
     world.answer(second, 0)
     assert first.inbox[0].seq in first.cancelled
-    while world.dispatcher.outcome is None:
+    while world.outcome is None:
         world.pass_to_next()
         if first.pings:
             world.pong(first)
         while first.inbox and first.inbox[0].seq not in first.cancelled:
             world.answer(first, 0)
-    assert world.dispatcher.outcome.ok
+    assert world.outcome.ok
     assert world.now - began < POLICY.attempt_s / 4
     world.check_whole()
 
@@ -190,11 +190,11 @@ def test_a_host_that_stands_still_is_overtaken_even_when_hedges_are_spent() -> N
     asked, other = begin_on_one(world)
     world.pass_time(3 * USUAL_S)
     assert not other.inbox
-    while world.dispatcher.outcome is None and world.now < POLICY.attempt_s:
+    while world.outcome is None and world.now < POLICY.attempt_s:
         world.pass_to_next()
         while other.inbox:
             world.answer(other, 0)
-    assert world.dispatcher.outcome is not None
+    assert world.outcome is not None
     assert world.now < 20 * USUAL_S + 16 * USUAL_S
     assert asked.inbox, "it never answered"
     world.check_whole()
@@ -262,7 +262,7 @@ def test_a_part_of_a_hedge_that_is_lost_is_sent_again_once_the_other_counts(firs
     world.refuse(world.hosts[lost], 0, "Expired")
     assert not world.hosts[lost].inbox, "the first send still carries its choice"
     world.answer(world.hosts[first], 0)
-    assert world.dispatcher.outcome is None
+    assert world.outcome is None
     world.settle()
     world.check_whole()
 
@@ -271,10 +271,10 @@ def test_when_the_first_send_is_lost_its_hedges_stand_alone() -> None:
     world, _ = hedged_in_two()
     world.kill(world.hosts["h0"])
     world.answer(world.hosts["h1"], 0)
-    assert world.dispatcher.outcome is None
+    assert world.outcome is None
     world.answer(world.hosts["h2"], 0)
-    assert world.dispatcher.outcome is not None
-    assert world.dispatcher.outcome.ok
+    assert world.outcome is not None
+    assert world.outcome.ok
     world.check_whole()
 
 
@@ -315,7 +315,7 @@ def test_a_placement_without_any_replica_makes_choices_wait() -> None:
     world.republish(LayerPlacement(tuple(() for _ in range(8))))
     world.cut(asked)
     world.pass_time(USUAL_S * 1.1)
-    assert world.dispatcher.outcome is None
+    assert world.outcome is None
     world.republish(placement(2, 2).layers[KEY])
     world.settle()
     world.check_whole()
@@ -352,7 +352,7 @@ def test_without_a_budget_of_retries_a_refused_call_is_lost_at_its_deadline() ->
     world.refuse(asked, 0, "Busy")
     world.pass_time(POLICY.deadline_s * 0.9)
     assert not other.inbox
-    assert world.dispatcher.outcome is None
+    assert world.outcome is None
     world.pass_time(POLICY.deadline_s * 0.2)
-    assert world.dispatcher.outcome is not None
-    assert world.dispatcher.outcome.lost.tolist() == [0]
+    assert world.outcome is not None
+    assert world.outcome.lost.tolist() == [0]

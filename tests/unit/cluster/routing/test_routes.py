@@ -15,7 +15,7 @@ from moesaic.cluster.planner.plan import PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
 from moesaic.cluster.routing.assignment import choose_hosts, level_load
 from moesaic.cluster.routing.host_health import BEST_RANK
-from moesaic.cluster.routing.layer_call import LayerCall
+from moesaic.cluster.routing.layer_call import FORWARD, LayerCall
 from moesaic.cluster.routing.routes import SHARE_STEPS, LayerRoutes, Routes
 from tests.helpers.worlds import entry
 
@@ -162,6 +162,8 @@ def chosen(routes: Routes, ids_TK: np.ndarray, *, lost: int | None = None) -> np
     """(hosts,): assignments of one call on each host."""
     ids_N = ids_TK.reshape(-1).astype(np.int32)
     call = LayerCall(
+        number=1,
+        kind=FORWARD,
         key=KEY,
         top_k=ids_TK.shape[1],
         max_rows=4096,

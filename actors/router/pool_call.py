@@ -1,0 +1,60 @@
+"""A layer's call that was sent to the hosts, and waits for its answers.
+
+Shape suffixes: T = tokens, H = hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...cluster.routing.expert_fallback import BatchExpertOptions
+from ...cluster.routing.layer_call import LayerCall
+from .layer_tensors import LayerTensors
+
+
+@dataclass(frozen=True, slots=True)
+class RunningCall:
+    """A call in progress, as the router knows it."""
+
+    state: LayerCall
+    tensors: LayerTensors
+    options: BatchExpertOptions | None
+    began: float
+
+
+class Combines(Protocol):
+    """A router, for its calls."""
+
+    def combine(self, call: RunningCall, x_TH: Tensor) -> Tensor: ...
+
+    def cancel(self, call: RunningCall) -> None: ...
+
+
+class PoolCall:
+    """One layer's call, which was sent to the hosts; see `Router.dispatch`."""
+
+    def __init__(self, router: Combines, call: RunningCall | None, x_TH: Tensor) -> None:
+        """Wrap a call; None: it has no tokens, and its result is that of ``x_TH``."""
+        self._router = router
+        self._call = call
+        self._x_TH = x_TH
+
+    @torch.no_grad()
+    def combine(self) -> Tensor:
+        """Wait for the call's result, (T, H) in the dtype and on the device of its hidden states.
+
+        If no replica of an expert answered in time, raises ExpertUnavailable with the expert's
+        name; if `batch.on_lost` is set, the affected rows are zero instead. Call this once.
+        """
+        if self._call is None:
+            return self._x_TH.clone()
+        return self._router.combine(self._call, self._x_TH)
+
+    def cancel(self) -> None:
+        """End the call without a result."""
+        if self._call is not None:
+            self._router.cancel(self._call)
