@@ -4,6 +4,7 @@ and a client with it is served beside him."""
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,10 +20,12 @@ from moesaic.actors.transport.grpc.border import from_grpc
 from moesaic.cluster.batching.batch_queue import MergePolicy
 from moesaic.proto.errors import Unauthenticated
 from moesaic.proto.keys import secret_of_process, target
+from moesaic.proto.limits import HELLO_S
 from moesaic.proto.router_pb2 import ComputeRequest, ModelsRequest
 from moesaic.proto.router_pb2_grpc import RouterStub
 from tests.helpers.router_services import KEY, Served, head_of, router_service
 from tests.helpers.serving import inputs, save_model
+from tests.helpers.strangers import HTTP2_HELLO, connections, ended
 
 PLACES = 4  # RPCs at a time
 
@@ -94,6 +97,16 @@ def test_the_scheme_may_be_written_as_http_allows(served: Served) -> None:
     with grpc.insecure_channel(served.service.address) as channel:
         shown = [("authorization", f"bearer  {KEY}")]
         assert RouterStub(channel).Models(ModelsRequest(), timeout=10, metadata=shown).models
+
+
+@pytest.mark.alone  # a deadline is kept by the clock
+@pytest.mark.parametrize("says", [b"", HTTP2_HELLO[:10]], ids=["tcp", "half"])
+def test_connections_that_do_not_come_to_speak_http2_end(served: Served, says: bytes) -> None:
+    began = time.monotonic()
+    with connections(served.service.address, 50, says) as made:
+        served.answers(served.client(), inputs(5))
+        assert all(map(ended, made))
+    assert time.monotonic() - began < HELLO_S + 2.0
 
 
 def test_strangers_take_no_place(served: Served) -> None:
