@@ -34,13 +34,14 @@ test-vllm:  ## the engine over vLLM, in an environment of its own (3.4 GB)
 		pytest-timeout hypothesis
 	@.venv-vllm/bin/python -m pytest -m vllm -W default --disable-warnings tests/with_vllm $(ARGS)
 
-test-lowest: $(READY)  ## the unit tests with the lowest versions allowed, in an environment of its own
+test-lowest:  ## unit tests with the lowest versions allowed but for torch, in an environment of its own
 	@test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
-	@.venv-lowest/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m tests.helpers.lowest_pins > .venv-lowest/lowest.txt
-	@.venv-lowest/bin/pip install -q --disable-pip-version-check -c .venv-lowest/lowest.txt -e . \
-		-e extensions/architectures openai jsonschema schemathesis hypothesis pytest pytest-asyncio \
-		pytest-timeout pytest-xdist
+	@.venv-lowest/bin/pip install -q --disable-pip-version-check -c constraints.txt torch uv
+	@grep '^torch==' constraints.txt > .venv-lowest/torch.txt
+	@.venv-lowest/bin/uv pip install -q --python .venv-lowest/bin/python \
+		--resolution lowest-direct -c .venv-lowest/torch.txt -e . -e extensions/architectures
+	@.venv-lowest/bin/uv pip install -q --python .venv-lowest/bin/python jsonschema matplotlib \
+		openai schemathesis hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist
 	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 tests/unit $(ARGS)
 
 # --confcutdir: the conftest.py above sets up libraries of the product, which are not there.

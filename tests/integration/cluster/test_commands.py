@@ -60,9 +60,11 @@ SHOWN = [
     ("chat", ["hello", "--max-tokens", "3"]),
     ("complete", ["hello", "--max-tokens", "3"]),
     ("record", ["trace", "--seconds", "1"]),
+    ("expert get", ["0", "1", "expert.safetensors"]),
 ]
 # What needs no cluster, or has one of its own; `up` and `down` are not run here.
 ELSEWHERE = {"up", "down", "inspect", "upcycle", "simulate", "spec check", "version"}
+ELSEWHERE |= {"expert put", "expert revert"}  # test_kept_updates.py
 
 
 def test_the_page_and_this_table_have_the_same_commands() -> None:
@@ -79,7 +81,7 @@ def test_json_has_the_keys_of_the_page(
     arguments: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([command, *arguments, "--name", pool.name, "--json"]) == 0
+    assert main([*command.split(), *arguments, "--name", pool.name, "--json"]) == 0
     said = capsys.readouterr().out
     found = (
         [json.loads(line) for line in said.splitlines()] if command == "logs" else json.loads(said)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moesaic import Client
 from moesaic.cli.main import main
+from moesaic.cluster.reports.updates import WeightUpdateReport
 from moesaic.handle import Cluster
 from moesaic.proto.errors import CheckpointError, ClusterError
 from tests.helpers.live import (
@@ -66,6 +67,7 @@ def test_updates_outlive_hosts_and_clusters(folder: Path, tmp_path: Path, capsys
         put = ["expert", "put", str(tmp_path / "new.safetensors"), "--name", cluster.name]
         assert main([*put, "--json"]) == 0
         said = json.loads(capsys.readouterr().out)
+        assert said.keys() == WeightUpdateReport.model_fields.keys()
         assert (said["number"], said["experts"], said["volatile"]) == (2, 8, False)
         new = text_of(client, "m", TOKENS)
         assert new != old
