@@ -4,14 +4,16 @@ Update 2 has a record, ``00000002.json``, and ``00000002.safetensors`` with its 
 is a revert. The weights are written first. The record makes the update count, and a placement
 names the new versions only after the record is on the disk.
 
-Each record says which one it follows. A controller that was taken for dead may still add a record;
-none that comes later follows it, so it does not count.
+Each record says which one it follows. A controller that was taken for dead may still add a record.
+The next update follows another one, so that it does not count from then on.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,9 +24,10 @@ from typing import Any
 from ..proto.errors import CheckpointError, ClusterError, describe_error
 from .expert_keys import ExpertKey
 from .versions import WeightVersions
-from .weight_updates import WeightUpdate
+from .weight_updates import WeightUpdate, new_weights
 
 _RECORD, _WEIGHTS = ".json", ".safetensors"
+_DRAFT = re.compile(r"\.\d+\.(json|safetensors)\.[0-9a-f]{16}")
 
 
 class UpdateFolder:
@@ -76,12 +79,6 @@ class UpdateFolder:
 
     def record(self, update: WeightUpdate, follows: int | None) -> None:
         """Make an update count. Raises ClusterError; the update does not count then."""
-        new = any(version == update.number for version in update.versions.values())
-        if new and not self.weights(update.number).is_file():
-            raise ClusterError(
-                f"{self.weights(update.number)} is not on the controller's machine; "
-                "models[].updates must be the same folder on every machine"
-            )
         value = {
             "model": update.model,
             "follows": follows,
@@ -92,7 +89,12 @@ class UpdateFolder:
         }
         file = self._record(update.number)
         try:
-            with new_file(file, replaces=False) as draft:
+            if new_weights(update) and not self.weights(update.number).is_file():
+                raise ClusterError(
+                    f"{self.weights(update.number)} is not on the controller's machine; "
+                    "models[].updates must be the same folder on every machine"
+                )
+            with new_file(file) as draft:
                 draft.write_text(json.dumps(value) + "\n")
         except FileExistsError as error:
             raise ClusterError(
@@ -101,10 +103,16 @@ class UpdateFolder:
         except OSError as error:
             raise ClusterError(f"{file} cannot be written: {describe_error(error)}") from error
 
+    def remove_weights(self, number: int) -> None:
+        """Delete the weights of an update that has no record. Raises OSError."""
+        if not self._record(number).exists():
+            self.weights(number).unlink(missing_ok=True)
+
     def remove_unused(self) -> list[Path]:
-        """Delete weights of updates that no record has, and return their files."""
+        """Delete drafts, and weights that no record has; return them. Raises OSError."""
         unused = set(self._numbers(_WEIGHTS)) - set(self._numbers(_RECORD))
         files = [self.weights(number) for number in sorted(unused)]
+        files += sorted(file for file in self.path.iterdir() if _DRAFT.fullmatch(file.name))
         for file in files:
             file.unlink(missing_ok=True)
         return files
@@ -113,15 +121,22 @@ class UpdateFolder:
         return self.path / f"{number:08d}{_RECORD}"
 
     def _numbers(self, kind: str) -> list[int]:
+        try:
+            files = list(self.path.iterdir())
+        except OSError as error:
+            # An absent folder is not one without updates: a disk may not be mounted.
+            raise CheckpointError(
+                f"{self.path}: the folder of updates cannot be read: {describe_error(error)}"
+            ) from error
         return sorted(
-            int(file.stem) for file in self.path.glob(f"*{kind}") if file.stem.isdecimal()
+            int(file.stem) for file in files if file.suffix == kind and file.stem.isdecimal()
         )
 
     def _read(self, number: int) -> dict[str, Any]:
         file = self._record(number)
         try:
             value = json.loads(file.read_text())
-            _check(value)
+            _check(value, number)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise CheckpointError(
                 f"{file}: not a record of an update: {describe_error(error)}"
@@ -134,7 +149,7 @@ class UpdateFolder:
         return value
 
 
-def _check(value: Mapping[str, Any]) -> None:
+def _check(value: Mapping[str, Any], number: int) -> None:
     """Raise ValueError if a record's fields are not of the types that they should be."""
     numbers = [n for place in value["experts"] for n in place]
     numbers += [n for n in (value["follows"], value["reverts"]) if n is not None]
@@ -144,29 +159,40 @@ def _check(value: Mapping[str, Any]) -> None:
         raise ValueError("experts are [layer, expert, version]")
     if not all(isinstance(value[name], str) for name in ("model", "initiator")):
         raise ValueError("model and initiator are text")
+    if value["follows"] is not None and value["follows"] >= number:
+        raise ValueError(f"it follows {value['follows']}, which is not an earlier one")
 
 
 @contextmanager
-def new_file(file: Path, *, replaces: bool) -> Iterator[Path]:
+def new_file(file: Path) -> Iterator[Path]:
     """Yield the path of a draft, which becomes ``file`` and is on the disk at the end.
 
-    Raises OSError, and FileExistsError if the file exists and the draft does not replace it; there
-    is no draft then.
+    Raises OSError, and FileExistsError if the file exists; there is neither a draft nor a new file
+    then.
     """
     draft = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
         yield draft
         with draft.open("rb") as written:
             os.fsync(written.fileno())
-        if replaces:
-            draft.replace(file)
-        else:
-            os.link(draft, file)  # unlike a rename, it fails if the file exists
+        os.link(draft, file)  # unlike a rename, it fails if the file exists
+        try:
+            _sync(file.parent)
+        except OSError:
+            file.unlink()
+            raise
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             draft.unlink()
-    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where its file system can do that."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
-        os.close(folder)
+        os.close(opened)

@@ -111,6 +111,10 @@ class WeightUpdates:
             until,
         )
 
+    def is_under_way(self, update: WeightUpdate) -> bool:
+        """Return whether an update was neither served nor abandoned."""
+        return self._arriving.get(update.model, (None,))[0] is update
+
     def hold(self, update: WeightUpdate) -> None:
         """Keep an update until it is served or abandoned, however long that takes.
 
@@ -149,7 +153,7 @@ class WeightUpdates:
 
     def abandon(self, update: WeightUpdate) -> None:
         """Give an update up; hosts evict what has arrived of it."""
-        if self._arriving.get(update.model, (None,))[0] is update:
+        if self.is_under_way(update):
             del self._arriving[update.model]
 
     def advance(self, now: float) -> None:
@@ -255,7 +259,7 @@ class WeightUpdates:
         return self._numbers[model]
 
     def _check(self, update: WeightUpdate, *, in_file: bool) -> None:
-        if self._arriving.get(update.model, (None,))[0] is not update:
+        if not self.is_under_way(update):
             raise ValueError(f"update {update.number} of {update.model} is not under way any more")
         missing = [] if in_file else self.missing(update)
         if missing:

@@ -471,9 +471,13 @@ class Controller:
 
     def _replay(self, folder: UpdateFolder, model: str) -> None:
         """Serve what the updates in the model's folder lead to."""
+        known = self._control.updates.last_number(model)
         try:
-            self._control.updates.replay(model, folder.updates(), folder.last_number())
-        except (CheckpointError, OSError) as error:
+            found = folder.updates()
+            if known is not None and known not in [one.number for one in found]:
+                raise CheckpointError(f"{folder.path}: the record of update {known} is gone")
+            self._control.updates.replay(model, found, folder.last_number())
+        except CheckpointError as error:
             if not self._follows_another:
                 raise
             # The controller before this one knew them, and serving goes on.

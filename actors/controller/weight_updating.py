@@ -130,19 +130,24 @@ class WeightUpdating:
 
     async def _serve(self, update: WeightUpdate, timeout_s: float) -> WeightUpdateReport:
         updates, until = self._control.updates, self._clock() + timeout_s
+        if not updates.is_under_way(update):
+            raise ClusterError(
+                f"update {update.number} of {update.model} took too long, and was abandoned; "
+                "begin it again"
+            )
         self._wake()
         while not updates.is_ready(update) and self._clock() < until:
             await asyncio.sleep(_LOOK_S)
         missing = updates.missing(update)
-        if missing:
-            updates.abandon(update)
-            raise ClusterError(
-                f"update {update.number} of {update.model}: no host has {missing[0]} after "
-                f"{timeout_s:g} s, so nothing was changed ({len(missing)} in all)"
-            )
         try:
+            if missing:
+                raise ClusterError(
+                    f"update {update.number} of {update.model}: no host has {missing[0]} after "
+                    f"{timeout_s:g} s, so nothing was changed ({len(missing)} in all)"
+                )
             updates.hold(update)
-        except ValueError as error:
+        except (ClusterError, ValueError) as error:
+            await self._give_up(update)
             raise ClusterError(str(error)) from error
         # It goes on when its caller does not wait any more: its record may be written already.
         task = asyncio.get_running_loop().create_task(self._record_and_serve(update))
@@ -168,15 +173,16 @@ class WeightUpdating:
 
     async def _record_and_serve(self, update: WeightUpdate) -> None:
         updates, folder = self._control.updates, self._folder_of(update)
-        if folder is not None:
-            try:
-                await asyncio.to_thread(
-                    folder.record, update, follows=updates.last_number(update.model)
-                )
-            except BaseException:
-                updates.abandon(update)
-                raise
-        updates.serve(update, in_file=folder is not None)
+        try:
+            if folder is not None:
+                follows = updates.last_number(update.model)
+                await asyncio.to_thread(folder.record, update, follows=follows)
+            updates.serve(update, in_file=folder is not None)
+        except BaseException as error:
+            await self._give_up(update)
+            if isinstance(error, ValueError):
+                raise ClusterError(str(error)) from error
+            raise
         self._store()
         log.info(
             "update %d of %s is served: %d experts",
@@ -185,6 +191,16 @@ class WeightUpdating:
             len(update.versions),
             extra={"model": update.model, "initiator": update.who},
         )
+
+    async def _give_up(self, update: WeightUpdate) -> None:
+        """Abandon an update, and delete its weights from the model's folder."""
+        self._control.updates.abandon(update)
+        folder = self._folder_of(update)
+        if folder is not None:
+            try:
+                await asyncio.to_thread(folder.remove_weights, update.number)
+            except OSError as error:
+                log.warning("update %d of %s: %s", update.number, update.model, error)
 
     def _folder_of(self, update: WeightUpdate) -> UpdateFolder | None:
         ref, _ = self._models[update.model]

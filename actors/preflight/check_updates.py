@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...cluster.spec.spec import Spec
 from ...cluster.update_folder import UpdateFolder
 from ...cluster.versions import WeightVersions
 from ...models.folder.expert_file import shapes_of_experts
@@ -37,6 +38,17 @@ def check_updates(updates: str, model: str, folder: Path, *, key: str) -> list[F
         return [finding_of(error, key)]
 
 
+def check_update_folders(spec: Spec) -> Iterator[Finding]:
+    """Check that no two models keep their updates in one folder."""
+    places: dict[Path, str] = {}
+    for number, model in enumerate(spec.models):
+        key = f"models.{number}.updates"
+        if model.updates is not None:
+            other = places.setdefault(update_path(model.updates), key)
+            if other != key:
+                yield _error(key, f"{other} is the same folder; give each model its own")
+
+
 def update_path(updates: str) -> Path:
     """Return the folder that the spec's `updates` names."""
     return Path(updates).expanduser().resolve()
@@ -54,6 +66,9 @@ def _check_weights(updates: UpdateFolder, folder: Path, key: str) -> Iterator[Fi
     for (_, layer, expert), version in served.experts.items():
         files[updates.weights(version)].append((layer, expert))
     for file, places in sorted(files.items()):
+        if not file.is_file():
+            yield _error(key, f"{file} is missing, which a record names")
+            continue
         found = shapes_of_experts(file)
         for layer, expert in sorted(places):
             wanted: Shapes | None = None

@@ -27,7 +27,7 @@ from .check_machine import (
     check_token,
 )
 from .check_model import check_model
-from .check_updates import check_updates
+from .check_updates import check_update_folders, check_updates
 from .findings import Finding, finding_of
 
 
@@ -53,6 +53,7 @@ def preflight(spec: Spec, *, local: bool | None = None) -> Preflight:
         _check_model(found, spec, model, f"models.{n}")
         if described := found.described.get(model.name):
             shapes.append(shape_of(model, described))
+    found.findings += check_update_folders(spec)
     found.findings += check_engine(spec)
     found.findings += check_ports(spec, local=local)
     found.findings += check_room(spec, shapes)

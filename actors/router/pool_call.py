@@ -13,17 +13,19 @@ from torch import Tensor
 
 from ...cluster.routing.expert_fallback import BatchExpertOptions
 from ...cluster.routing.layer_call import LayerCall
+from ...proto.errors import ClusterError
 from .layer_tensors import LayerTensors
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunningCall:
-    """A call in progress, as the router knows it."""
+    """A call whose result was not taken yet, as the router knows it."""
 
     state: LayerCall
     tensors: LayerTensors
     options: BatchExpertOptions | None
     began: float
+    error: Exception | None = None  # why it has no result
 
 
 class Combines(Protocol):
@@ -42,19 +44,25 @@ class PoolCall:
         self._router = router
         self._call = call
         self._x_TH = x_TH
+        self._ended = False
 
     @torch.no_grad()
     def combine(self) -> Tensor:
         """Wait for the call's result, (T, H) in the dtype and on the device of its hidden states.
 
         If no replica of an expert answered in time, raises ExpertUnavailable with the expert's
-        name; if `batch.on_lost` is set, the affected rows are zero instead. Call this once.
+        name; if `batch.on_lost` is set, the affected rows are zero instead. Raises ClusterError if
+        the router was closed or interrupted meanwhile, and if the call has ended already.
         """
+        if self._ended:
+            raise ClusterError("the result of this call was taken already, or it was cancelled")
+        self._ended = True
         if self._call is None:
             return self._x_TH.clone()
         return self._router.combine(self._call, self._x_TH)
 
     def cancel(self) -> None:
-        """End the call without a result."""
-        if self._call is not None:
+        """End the call without a result, if it has not ended."""
+        if not self._ended and self._call is not None:
             self._router.cancel(self._call)
+        self._ended = True

@@ -14,8 +14,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from ...cluster.routing.events import (
 )
 from ...cluster.routing.host_health import HostState
 from ...cluster.routing.policy import RouterPolicy
-from ...cluster.routing.transports import Transport, TransportChoice
+from ...cluster.routing.transports import TransportChoice
 from ...models.trunk.in_pool import PoolFunction
 from ...proto.errors import CallError, ClusterError, ExpertUnavailable, from_wire
 from ...proto.expert_pb2 import Frame
@@ -48,23 +48,9 @@ from .call_log import CallLog
 from .connections import HostConnections
 from .layer_tensors import LayerTensors, check_shapes
 from .pool_call import PoolCall, RunningCall
+from .router_stats import RouterStats
 from .row_attribution import RowAttribution
 from .upkeep import Upkeep
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterStats:
-    calls: int
-    rows: int
-    retries: int
-    ejections: int
-    hedges: int  # sends that repeated a late one
-    hedge_wins: int  # hedges that were answered before the send that they repeated
-    rows_lost: int
-    placement: PlacementId
-    hosts: dict[str, str]
-    transports: dict[str, Transport]  # of the hosts that are connected
-
 
 # Limits the damage if a wake-up is ever missed.
 LONGEST_WAIT_S = 5.0
@@ -113,7 +99,7 @@ class Router:
             secret=secret or secret_of_process(),
             clock=clock,
         )
-        self._tensors: dict[int, LayerTensors] = {}  # of the calls in progress, by their numbers
+        self._running: dict[int, RunningCall] = {}  # whose result was not taken, by their numbers
         self._calls = self._rows = 0
         # Never held while a thread waits for events.
         self._lock = threading.RLock()
@@ -132,15 +118,14 @@ class Router:
             if self._closed:
                 return
             self._execute(self._dispatcher.place(placement, self._clock()))
-            if self._polling:
-                # That thread has to wait otherwise now: for a new connection, for example.
-                self._connections.ring()
+            self._tell_others()
 
     def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
         """Wait until ``layers`` are placed and every host accepts calls. Raises ClusterError."""
         deadline = self._clock() + timeout_s
         while True:
             with self._lock:
+                self._check_open()
                 if self._ready(layers):
                     return
                 self._ask_for(layers)
@@ -253,7 +238,8 @@ class Router:
         """Send one layer's call to the hosts, and return it at once.
 
         Its result is the weighted sum of the chosen experts: (T, H) in x's dtype and on its device.
-        A choice outside [0, experts) is skipped. Each call must be combined or cancelled.
+        A choice outside [0, experts) is skipped. Each call must be combined or cancelled; its
+        tensors must not change before, because a part of them may be sent again.
         """
         if x_TH.shape[0] == 0:
             return PoolCall(self, None, x_TH)
@@ -265,6 +251,9 @@ class Router:
             self.stirred.set()
         with self._lock:
             self._check_open()
+            if self._running and not self._polling:
+                # What has arrived meanwhile is not late.
+                self._hear(self._connections.wait(0.0))
             placement, dead = self._dispatcher.placement, self.batch.dead
             tensors = LayerTensors(
                 key, placement, x_TH, ids_TK, weights_TK, without=dead, step=self.step
@@ -283,15 +272,13 @@ class Router:
             )
             self._calls += 1
             self._rows += tensors.tokens
-            running = RunningCall(state, tensors, options, began)
-            self._tensors[state.number] = tensors
+            running = self._running[state.number] = RunningCall(state, tensors, options, began)
             try:
                 self._execute(begun)
             except BaseException:
-                self._abandon(running)
+                self._over(running)
                 raise
-            if self._polling:
-                self._connections.ring()  # that thread must look when this call's next step is due
+            self._tell_others()
             return PoolCall(self, running, x_TH)
 
     def combine(self, call: RunningCall, x_TH: Tensor) -> Tensor:
@@ -299,39 +286,41 @@ class Router:
         tensors = call.tensors
         with self._lock:
             try:
-                while call.state.outcome is None:
+                while call.state.outcome is None and call.error is None:
                     self._check_open()
                     self._wait(self._dispatcher.wake_at(self._clock()))
+                if call.error is not None:
+                    raise call.error
                 self._take_outcome(call)
                 out_TH = tensors.combine()
                 if (took_s := self._clock() - call.began) > self.policy.attempt_s:
                     self._log.slow(tensors, took_s)
                 if tensors.bad_rows:
                     self.batch.report_bad(tensors)
-            except BaseException:
-                self._abandon(call)
-                raise
-            self._over(call)
+            finally:
+                self._over(call)
             if self.batch.dead:
                 out_TH[[row for row in self.batch.dead if row < tensors.tokens]] = 0.0
             return out_TH.to(device=x_TH.device, dtype=x_TH.dtype)
 
     def cancel(self, call: RunningCall) -> None:
+        """End a call without a result."""
         with self._lock:
-            if not self._closed:
-                self._execute(self._dispatcher.cancel(call.state, self._clock()))
             self._over(call)
 
-    def _abandon(self, call: RunningCall) -> None:
-        """End a call that was interrupted, at an unknown point."""
-        if not self._closed:
-            self._execute(self._dispatcher.abandon(call.state, self._clock()))
-        self._over(call)
-
     def _over(self, call: RunningCall) -> None:
-        self._tensors.pop(call.state.number, None)
+        """Forget a call, and end it if it is in progress."""
+        self._running.pop(call.state.number, None)
         if not self._closed:
+            self._execute(self._dispatcher.cancel(call.state, self._clock()))
             self._follow_newest(self._dispatcher.follow_newest(self._clock()))
+            self._tell_others()
+
+    def _tell_others(self) -> None:
+        """Let the threads that wait look again at what they wait for, and for how long."""
+        if self._polling:
+            self._connections.ring()
+        self._heard.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -370,17 +359,52 @@ class Router:
 
     def _execute(self, commands: Iterable[RouterCommand]) -> None:
         todo = deque(commands)
-        while True:
-            for lost in self._connections.take_lost():
-                todo.extend(self._dispatcher.handle(lost, self._clock()))
-            if not todo:
-                return
-            self._do(todo.popleft())
+        with self._all_or_nothing():
+            while True:
+                for lost in self._connections.take_lost():
+                    todo.extend(self._dispatcher.handle(lost, self._clock()))
+                if not todo:
+                    return
+                command = todo.popleft()
+                try:
+                    self._do(command)
+                except Exception as error:
+                    if not isinstance(command, Send | Accept):
+                        raise
+                    todo.extend(self._fail(command, error))
+
+    def _fail(self, command: Send | Accept, error: Exception) -> list[RouterCommand]:
+        """End the call whose tensors cannot be sent or taken; `combine` raises its error."""
+        number = command.call if isinstance(command, Send) else command.send.call
+        self._running[number].error = error
+        state = self._dispatcher.call(number)
+        return [] if state is None else self._dispatcher.cancel(state, self._clock())
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """End all calls in progress if the block is interrupted, at an unknown point.
+
+        Some command may not have been carried out then, such as to accept an answer, and nobody
+        can tell to which calls it belonged.
+        """
+        try:
+            yield
+        except BaseException:
+            ended = ClusterError(
+                f"router {self.name} was interrupted, and its calls have ended; call again"
+            )
+            for running in [] if self._closed else self._running.values():
+                running.error = running.error or ended
+                for command in self._dispatcher.abandon(running.state, self._clock()):
+                    if isinstance(command, Disconnect):
+                        self._connections.disconnect(command.host)
+            self._tell_others()
+            raise
 
     def _do(self, command: RouterCommand) -> None:
         match command:
             case Send():
-                tensors = self._tensors[command.call]
+                tensors = self._running[command.call].tensors
                 frame, layout = tensors.frame(command)
                 self._connections.send_call(
                     command.host,
@@ -391,7 +415,7 @@ class Router:
                 if self._log.on:
                     self._log.sent(tensors, command, hedge=self._dispatcher.is_hedge(command.seq))
             case Accept(send):
-                tensors = self._tensors[send.call]
+                tensors = self._running[send.call].tensors
                 reply, payload = self._connections.reply(send.host, send.seq)
                 tensors.accept(send, reply, payload)
                 if self._log.on:
@@ -425,26 +449,29 @@ class Router:
             if not self._closed:
                 self._execute(self._dispatcher.tick(self._clock()))
             return
-        self._polling = True
-        self._lock.release()
+        ready: list[int] = []
         try:
+            self._polling = True
+            self._lock.release()
             ready = self._connections.wait(timeout_s)
         finally:
             self._lock.acquire()
             self._polling = False
             # Another thread waits from now on, if this one has what it wanted.
             self._heard.notify_all()
-        if self._closed:
-            return
-        heard = False
-        for event in self._connections.events(ready):
-            heard = True
-            if isinstance(event, Refused) and self._log.on:
-                call = self._dispatcher.call_of(event.seq)
-                if call is not None:
-                    self._log.refused(self._tensors[call.number], event)
-            self._execute(self._dispatcher.handle(event, self._clock()))
-        self._execute(() if heard else self._dispatcher.tick(self._clock()))
+        if not self._closed:
+            self._hear(ready)
+
+    def _hear(self, ready: Sequence[int]) -> None:
+        """Handle what has arrived, and then what is due."""
+        with self._all_or_nothing():
+            for event in self._connections.events(ready):
+                if isinstance(event, Refused) and self._log.on:
+                    call = self._dispatcher.call_of(event.seq)
+                    if call is not None:
+                        self._log.refused(self._running[call.number].tensors, event)
+                self._execute(self._dispatcher.handle(event, self._clock(), more=True))
+            self._execute(self._dispatcher.tick(self._clock()))
 
     def _follow_newest(self, commands: Sequence[RouterCommand]) -> None:
         """Carry out what following the newest placement needs, and report that it is followed."""

@@ -81,17 +81,19 @@ def update_experts(
     )
     (model,) = {key.model for key in experts}
     folder = None if begun.folder is None else UpdateFolder(begun.folder, model)
+    wrote = False
     try:
         secret = secret_of(namespace)
         for key, tensors in experts.items():
             _put(begun.granted, secret, ExpertVersion(key, begun.number), tensors)
         if folder is not None:
             _write(folder, begun.number, experts)
+            wrote = True
     except BaseException:
         controller.abandon_update.remote(model, begun.number)
-        if folder is not None:
+        if folder is not None and wrote:
             with suppress(OSError):
-                folder.weights(begun.number).unlink()
+                folder.remove_weights(begun.number)
         raise
     left_s = max(until - time.monotonic(), 1.0)
     return ray_get(
@@ -171,10 +173,14 @@ def _write(
 ) -> None:
     file = folder.weights(number)
     try:
-        with new_file(file, replaces=True) as draft:
+        with new_file(file) as draft:
             write_experts(
                 draft, {(key.layer, key.expert): tensors for key, tensors in experts.items()}
             )
+    except FileExistsError as error:
+        raise ClusterError(
+            f"{file} exists; another cluster writes to the same folder, so give each its own"
+        ) from error
     except OSError as error:
         raise ClusterError(
             f"{file} cannot be written: {describe_error(error)}; models[].updates must be the "

@@ -197,7 +197,12 @@ class Dispatcher:
             self._orphan(name)
         return [Disconnect(name) for name in busy]
 
-    def handle(self, event: RouterEvent, now: float) -> list[RouterCommand]:
+    def handle(self, event: RouterEvent, now: float, *, more: bool = False) -> list[RouterCommand]:
+        """Handle what happened.
+
+        With ``more`` it leaves what is due to a later `tick`: other events have arrived, too, and
+        nothing is late that one of them brings.
+        """
         commands: list[RouterCommand] = []
         health = self.hosts.get(event.host)
         if health is None:
@@ -220,13 +225,16 @@ class Dispatcher:
             case Refused(_, seq, _, _):
                 health.heard(seq)
                 commands += self._refused(event, health, now)
-        return commands + self.tick(now)
+        return commands if more else commands + self.tick(now)
 
     def tick(self, now: float) -> list[RouterCommand]:
         """Do what is due at ``now``: deadlines, hedges, probes, waiting assignments."""
         commands: list[RouterCommand] = []
         for call in list(self._calls.values()):
-            commands += self._expire(call, now)
+            if not call.waiting_N.size and not call.in_flight:
+                self._over(call)
+            else:
+                commands += self._expire(call, now)
         commands += self.registry.tick(now)
         for call in list(self._calls.values()):
             if call.waiting_N.size and now >= call.hold_until:
@@ -249,6 +257,10 @@ class Dispatcher:
         call = self.call_of(seq)
         flight = None if call is None else call.in_flight.get(seq)
         return flight is not None and flight.rival is not None
+
+    def call(self, number: int) -> LayerCall | None:
+        """Return a call in progress."""
+        return self._calls.get(number)
 
     def call_of(self, seq: int) -> LayerCall | None:
         """Return the call in progress of which this is a send; None if its answer is useless."""

@@ -410,7 +410,6 @@ class Spec(Part):
     @model_validator(mode="after")
     def _consistent(self) -> Spec:
         self._check_names()
-        self._check_folders()
         if not self.hosts:
             raise ValueError(
                 "hosts: the list is empty; give at least one host group, or leave out hosts"
@@ -423,16 +422,6 @@ class Spec(Part):
                     "raise hosts.0.count"
                 )
         return self
-
-    def _check_folders(self) -> None:
-        """Check that no two models keep their updates in one folder."""
-        places: dict[str, str] = {}
-        for number, model in enumerate(self.models):
-            place = f"models.{number}.updates"
-            if model.updates is None:
-                continue
-            if (other := places.setdefault(model.updates, place)) != place:
-                raise ValueError(f"{place}: {other} is the same folder; give each model its own")
 
     def _check_names(self) -> None:
         """Check that no two models share a name or an alias."""

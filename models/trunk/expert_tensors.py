@@ -124,16 +124,28 @@ class ExpertTensors:
             part = name if expert is None else f"{name}[{expert}]"
             if part in tensors:
                 found = tensors[part]
-                return found if expert is None or rows > 1 else found.unsqueeze(0)
+                if expert is None:
+                    return found
+                return self._rows(part, found if rows > 1 else found.unsqueeze(0), rows)
             if expert is None or name not in tensors:
                 raise CheckpointError(
                     f"{self.where}: {part} is missing; an update has all tensors of each of its "
                     "experts"
                 )
-            return tensors[name][expert * rows : (expert + 1) * rows]
+            layer, _ = self._places[name]
+            whole = self._rows(name, tensors[name], self.layers[layer].num_experts * rows)
+            return whole[expert * rows : (expert + 1) * rows]
 
         wanted = {place for name in tensors for place in self._experts_of(name, tensors)}
         return {place: self.read(*place, fetch) for place in sorted(wanted)}
+
+    def _rows(self, name: str, tensor: Tensor, wanted: int) -> Tensor:
+        if tensor.dim() and len(tensor) == wanted:
+            return tensor
+        raise CheckpointError(
+            f"{self.where}: {name} has shape {tuple(tensor.shape)}; its first dimension has "
+            f"{wanted} rows in this model"
+        )
 
     def _experts_of(self, name: str, given: Mapping[str, Tensor]) -> Iterator[tuple[int, int]]:
         """Yield (layer, expert) of the experts of which one of the ``given`` is a tensor."""
@@ -149,6 +161,8 @@ class ExpertTensors:
         count = self.layers[layer].num_experts
         if number is not None and whole in given:
             raise CheckpointError(f"{self.where}: {name} is given twice, once as part of {whole}")
+        if number is not None and name != f"{whole}[{number}]":
+            raise CheckpointError(f"{self.where}: {name}: write {whole}[{number}]")
         if number is not None and number >= count:
             raise CheckpointError(f"{self.where}: {name}: layer {layer} has {count} experts")
         only = expert if number is None else number
@@ -194,7 +208,7 @@ class ExpertTensors:
                     key = f"{source.keys[pattern, None]}[{expert}]"
                     found[key] = (part if source.rows > 1 else part[0]).contiguous()
         again = self.named(found)[layer, expert]
-        if any(not torch.equal(again[name], tensor) for name, tensor in tensors.items()):
+        if any(not _same_bits(again[name], tensor) for name, tensor in tensors.items()):
             raise self._not_reversed(f"{experts.name}", "the result is not the same")
         return found
 
@@ -228,3 +242,9 @@ class ExpertTensors:
             f"{target}: tensors of this model cannot be converted into those of its checkpoint: "
             f"{why}"
         )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are the same, also where they are not numbers."""
+    mine, theirs = (tensor.contiguous().view(torch.uint8) for tensor in (one, other))
+    return one.dtype == other.dtype and torch.equal(mine, theirs)

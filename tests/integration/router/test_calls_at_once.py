@@ -11,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from moesaic.actors.router.layer_tensors import LayerTensors
 from moesaic.actors.router.router import Router
 from moesaic.cluster.placement import PlacementId
 from moesaic.cluster.routing.transports import TransportChoice
@@ -50,7 +52,7 @@ def is_free(router: Router) -> bool:
     with router._lock:
         router._wait(time.monotonic() + 0.02)
     hosts = router._dispatcher.hosts.values()
-    return not router._tensors and not any(health.occupied for health in hosts)
+    return not router._running and not any(health.occupied for health in hosts)
 
 
 def test_calls_are_combined_in_any_order(pool: Hosts, transport: TransportChoice) -> None:
@@ -164,3 +166,97 @@ def test_a_lost_expert_fails_its_call_alone(folder: Path) -> None:
         with pytest.raises(ExpertUnavailable):
             bad.combine()
         router.close()
+
+
+# ---- when something goes wrong in the middle of it ----------------------------------------------
+
+
+class Stopped(BaseException):
+    """Stands for an interrupt from the keyboard."""
+
+
+def test_an_interrupt_ends_all_calls_and_none_has_a_part_of_its_result(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(folder, replicas=1) as pool:
+        router = pool.router()
+        first, second = inputs(4, seed=1), inputs(4, seed=2)
+        calls = [router.dispatch(KEY, *first), router.dispatch(KEY, *second)]
+        accepted: list[int] = []
+        real = LayerTensors.accept
+
+        def interrupted(self: LayerTensors, *given: Any) -> None:
+            accepted.append(1)
+            if len(accepted) == 2:
+                raise Stopped
+            real(self, *given)
+
+        monkeypatch.setattr(LayerTensors, "accept", interrupted)
+        with pytest.raises(Stopped):
+            calls[1].combine()
+        monkeypatch.undo()
+        with pytest.raises(ClusterError, match="was interrupted, and its calls have ended"):
+            calls[0].combine()
+        router.wait_ready(10.0)
+        assert_right(router.forward(KEY, *first), pool.answer(*first))
+        assert settles(lambda: is_free(router))
+
+
+@pytest.mark.parametrize("step", ["write", "accept"])
+def test_a_failing_call_fails_its_own_caller_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    with serving(folder, replicas=1) as pool:
+        router = pool.router(policy=replace(PATIENT, window=1))
+        given, bad = inputs(4, seed=1), inputs(3, seed=2)
+        real = getattr(LayerTensors, step)
+
+        def fails(self: LayerTensors, *rest: Any) -> None:
+            if self.tokens == 3:
+                raise MemoryError("no room")
+            real(self, *rest)
+
+        monkeypatch.setattr(LayerTensors, step, fails)
+        calls = [router.dispatch(KEY, *given) for _ in range(2)]
+        broken = router.dispatch(KEY, *bad)
+        calls += [router.dispatch(KEY, *given) for _ in range(2)]
+        for call in calls:
+            assert_right(call.combine(), pool.answer(*given))
+        with pytest.raises(MemoryError):
+            broken.combine()
+        assert settles(lambda: is_free(router))
+        assert set(router.stats().hosts.values()) == {"up"}
+
+
+def test_answers_that_nobody_heard_for_long_are_not_late(pool: Hosts) -> None:
+    policy = replace(PATIENT, deadline_s=0.6, attempt_s=0.2)
+    router = pool.router(policy=policy)
+    given = inputs(6, seed=1)
+    for _ in range(40):
+        router.forward(KEY, *given)
+    call = router.dispatch(KEY, *given)
+    time.sleep(0.3)
+    other = router.dispatch(KEY, *given)
+    time.sleep(0.7)
+    for one in (other, call):
+        assert_right(one.combine(), pool.answer(*given))
+    stats = router.stats()
+    assert (stats.hedges, stats.ejections, stats.retries) == (0, 0, 0)
+    router.close()
+
+
+def test_a_call_has_one_result(pool: Hosts) -> None:
+    router = pool.router()
+    given = inputs(6, seed=1)
+    call, cancelled = router.dispatch(KEY, *given), router.dispatch(KEY, *given)
+    assert_right(call.combine(), pool.answer(*given))
+    cancelled.cancel()
+    for one in (call, cancelled):
+        with pytest.raises(ClusterError, match="was taken already, or it was cancelled"):
+            one.combine()
+    cancelled.cancel()
+    router.close()
+    with pytest.raises(ClusterError, match="is closed"):
+        router.dispatch(KEY, *given)
+    with pytest.raises(ClusterError, match="is closed"):
+        router.wait_ready(1.0)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moesaic.cluster import update_folder
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.update_folder import UpdateFolder, new_file
 from moesaic.cluster.weight_updates import WeightUpdate
@@ -99,6 +100,8 @@ def test_weights_without_a_record_are_deleted_and_their_number_stays_used(
         {"experts": [[0, -1, 2]]},
         {"experts": 3},
         {"follows": "one"},
+        {"follows": 2},
+        {"follows": 3},
         {"reverts": 0.5},
         {"initiator": None},
     ],
@@ -124,9 +127,40 @@ def test_other_damage_is_named(folder: UpdateFolder) -> None:
         folder.updates()
 
 
+def test_a_folder_that_is_not_there_is_not_one_without_updates(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the folder of updates cannot be read"):
+        UpdateFolder(tmp_path / "not mounted", "m").updates()
+
+
+def test_what_could_not_be_brought_to_the_disk_does_not_count(
+    folder: UpdateFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path) -> None:
+        raise OSError("the disk is gone")
+
+    folder.weights(2).write_bytes(b"weights")
+    monkeypatch.setattr(update_folder, "_sync", fails)
+    with pytest.raises(ClusterError, match=r"cannot be written: .*the disk is gone"):
+        folder.record(brings(2, A, before={}), None)
+    monkeypatch.undo()
+    assert folder.updates() == []
+    folder.remove_weights(2)
+    assert list(folder.path.iterdir()) == []
+
+
+def test_drafts_of_a_killed_process_are_deleted(folder: UpdateFolder) -> None:
+    keep(folder, brings(2, A, before={}), None)
+    draft = folder.path / ".00000003.safetensors.0123456789abcdef"
+    draft.write_bytes(b"half")
+    (folder.path / ".somebody's own").write_text("")
+    assert folder.remove_unused() == [draft]
+    folder.remove_weights(2)
+    assert folder.weights(2).exists(), "a record has them"
+
+
 def test_a_draft_that_fails_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with new_file(tmp_path / "x", replaces=True) as draft:
+        with new_file(tmp_path / "x") as draft:
             draft.write_text("half")
             raise OSError("disk full")
 

@@ -128,8 +128,31 @@ def test_parts_of_fused_tensors_are_checked(tmp_path: Path) -> None:
     whole = name.removesuffix("[1]")
     with pytest.raises(CheckpointError, match=r"\[99\]: layer 0 has 8 experts"):
         found.tensors.named({f"{whole}[99]": named[name]})
+    with pytest.raises(CheckpointError, match=r"write \S+\[1\]"):
+        found.tensors.named({f"{whole}[01]": named[name]})
+    too_many = {n.removesuffix("[1]"): torch.zeros(16, *t.shape) for n, t in named.items()}
+    with pytest.raises(CheckpointError, match="its first dimension has 8 rows in this model"):
+        found.tensors.named(too_many)
+    with pytest.raises(CheckpointError, match=r"has shape \(\)"):
+        found.tensors.named(dict.fromkeys(too_many, torch.tensor(1.0)))
     with pytest.raises(CheckpointError, match=f"given twice, once as part of {re.escape(whole)}"):
         found.tensors.named(named | {whole: torch.zeros(8, *named[name].shape)})
+
+
+def test_rows_of_an_expert_that_lies_below_others_are_counted(tmp_path: Path) -> None:
+    saved(tmp_path, "dbrx")
+    found = checkpoint(tmp_path)
+    named = found.tensors.on_disk(0, 1, found.read(0, 1).tensors())
+    name, tensor = next((n, t) for n, t in named.items() if ".w1" in n)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} has shape .* has 24 rows"):
+        found.tensors.named(named | {name: torch.cat([tensor, tensor])})
+
+
+def test_an_expert_that_is_not_finite_can_be_read(mixtral: tuple[ExpertTensors, Pool]) -> None:
+    tensors, named = mixtral
+    name = next(iter(named))
+    pool = tensors.named(named | {name: named[name] * float("nan")})[1, 2]
+    assert tensors.on_disk(1, 2, pool)[name].isnan().all()
 
 
 def test_a_conversion_that_cannot_be_reversed_is_said(

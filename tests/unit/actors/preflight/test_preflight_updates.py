@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moesaic.actors.preflight.findings import Finding
+from moesaic.actors.preflight.preflight import preflight
 from moesaic.cluster.expert_keys import ExpertKey
-from moesaic.cluster.spec.spec import Spec
+from moesaic.cluster.spec.spec import Spec, parse_spec
 from moesaic.cluster.update_folder import UpdateFolder
 from moesaic.cluster.weight_updates import WeightUpdate
 from moesaic.models.folder.expert_file import write_experts
@@ -82,9 +83,21 @@ def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, file)
     assert "x is not a tensor of an expert, like 0.3.up" in error(folder, tmp_path / "u")
     file.unlink()
-    assert "00000002.safetensors" in error(folder, tmp_path / "u")
+    assert "00000002.safetensors is missing, which a record" in error(folder, tmp_path / "u")
     (tmp_path / "u" / "00000002.json").write_text("[")
     assert "not a record of an update" in error(folder, tmp_path / "u")
+
+
+def test_one_folder_under_two_names_is_found(folder: Path, tmp_path: Path) -> None:
+    models = [
+        {"name": name, "path": str(folder), "updates": updates}
+        for name, updates in (("m", f"{tmp_path}/u"), ("n", f"{tmp_path}/./x/../u"))
+    ]
+    spec = parse_spec({"name": "a", "models": models, "endpoint": {"port": 0}})
+    findings = [one for one in preflight(spec).findings if one.severity == "error"]
+    assert [(one.path, one.message) for one in findings] == [
+        ("models.1.updates", "models.0.updates is the same folder; give each model its own")
+    ]
 
 
 def test_a_place_that_is_no_folder_is_found(folder: Path, tmp_path: Path) -> None:

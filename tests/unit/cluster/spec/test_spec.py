@@ -224,10 +224,6 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ),
     ({"models": [MODEL | {"name": "x" * 129}]}, "models.0.name: String should have at most 128"),
     ({"models": [MODEL | {"updates": ""}]}, "models.0.updates: String should have at least 1"),
-    (
-        {"models": [MODEL | {"updates": "u"}, MODEL | {"name": "n", "updates": "u"}]},
-        "models.1.updates: models.0.updates is the same folder; give each model its own",
-    ),
     ({"models": [MODEL | {"aliases": "x"}]}, "models.0.aliases: Input should be a valid tuple"),
     ({"models": [MODEL | {"aliases": ["a", "b/"]}]}, "models.0.aliases.1: String should match"),
     ({"models": [MODEL | {"aliases": ["m"]}]}, "models.0.aliases.0: 'm' is taken: models.0.name"),
