@@ -11,8 +11,10 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PretrainedConfig,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moesaic.models.trunk.config import config_from_dict
+from tests.helpers.versions import OLDER_TRANSFORMERS
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -252,6 +254,11 @@ OWN: dict[str, dict[str, Any]] = {
     "openmoe": _E8
     | {"moe_layer_interval": 2, "router_capacity_factor_eval": 1.0, "router_min_capacity": 1},
 }
+
+if OLDER_TRANSFORMERS:
+    for _known in (ARCHITECTURES, ADAPTED):
+        for _name in _known.keys() - CONFIG_MAPPING.keys():
+            del _known[_name]
 
 
 def tiny_config(name: str, **overrides: Any) -> PretrainedConfig:

@@ -38,6 +38,7 @@ from tests.helpers.forms import (
     random_experts,
     transformers_experts,
 )
+from tests.helpers.versions import newest_transformers
 
 pytestmark = pytest.mark.numeric
 
@@ -201,6 +202,7 @@ def test_every_experts_class_of_transformers(name: str) -> None:
     assert float((swapped - expected).abs().max()) > 1e-2
 
 
+@newest_transformers
 def test_the_classes_with_every_trait_are_among_them() -> None:
     assert len(DECORATED) >= 40
     assert {
