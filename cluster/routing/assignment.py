@@ -46,11 +46,18 @@ def choose_hosts(
     if ids_n.size > split_rows:
         step_n += rank_within_expert(ids_n) // split_rows
     host_n = layer.table_ES[ids_n, step_n % SHARE_STEPS].astype(np.int64)
+    piece = max(split_rows // 2, 1)
+    best_H = usable_H & (rank_H == BEST_RANK)
+    if best_H.all() and not call.avoid:
+        # Only experts without any replica have no host now.
+        if host_n.size >= piece and host_n.min() >= 0:
+            level_load(host_n, ids_n.astype(np.int64), layer, best_H, piece=piece)
+        return host_n
     open_EH = layer.held_EH & usable_H  # replicas that can take calls
     for host, expert in call.avoid:
         if host in routes.index:
             open_EH[expert, routes.index[host]] = False
-    first_EH = open_EH & (rank_H == BEST_RANK)
+    first_EH = open_EH & best_H
     # Their shares name no host, or one that is not to be used while there is a better one.
     unserved = np.flatnonzero((host_n < 0) | ~first_EH[ids_n, host_n])
     for expert in np.unique(ids_n[unserved]):
@@ -60,10 +67,7 @@ def choose_hosts(
             others = others[rank_H[others] == rank_H[others].max()]
         host_n[mine] = others[step_n[mine] % others.size] if others.size else -1
     if not call.avoid and (host_n >= 0).all():
-        piece = max(split_rows // 2, 1)
-        level_load(
-            host_n, ids_n.astype(np.int64), layer, usable_H & (rank_H == BEST_RANK), piece=piece
-        )
+        level_load(host_n, ids_n.astype(np.int64), layer, best_H, piece=piece)
     return host_n
 
 

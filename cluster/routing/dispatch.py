@@ -381,7 +381,8 @@ class Dispatcher:
             return []
         # transformers marks unused assignments with the number of experts as their id.
         inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
-        call.waiting_N = call.waiting_N[inside]
+        if not inside.all():
+            call.waiting_N = call.waiting_N[inside]
         host_n = self.registry.choose(call, call.waiting_N, now)
         still = [call.waiting_N[host_n < 0]]
         call.note_unavailable(still[0], now)
@@ -392,7 +393,7 @@ class Dispatcher:
                 continue
             self._hedging.earn()
             commands.append(self._send(call, piece, call.attempts, now).send)
-        call.waiting_N = np.sort(np.concatenate(still))
+        call.waiting_N = np.sort(np.concatenate(still)) if still[1:] else still[0]
         return commands
 
     def _hedge(self, call: LayerCall, now: float) -> list[RouterCommand]:

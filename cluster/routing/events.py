@@ -1,6 +1,7 @@
 """Events and commands of the router's state machine; `actors/router/router.py` carries them out.
 
-Shape suffixes: t = rows of one send, k = assignments of a row that go to this host.
+Shape suffixes: t = rows of one send, k = assignments of a row that go to this host; the assignments
+of a send are an array of shape (n,).
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ class Disconnect:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Send:
-    """One call to one host; ``assignment_tk`` has numbers t * K + k, or -1 as padding."""
+    """One call to one host; ``assignment_tk`` has numbers t * K + k, or -1 as padding.
+
+    ``assignments`` has the same numbers without padding, ascending.
+    """
 
     call: int  # the number of the layer's call that it is a part of
     placement_id: PlacementId  # of the placement that chose the host
@@ -86,10 +90,7 @@ class Send:
     token_t: np.ndarray
     assignment_tk: np.ndarray
     ids_tk: np.ndarray
-
-    @property
-    def assignments(self) -> np.ndarray:
-        return self.assignment_tk[self.assignment_tk >= 0]
+    assignments: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

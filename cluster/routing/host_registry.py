@@ -20,6 +20,7 @@ from .host_health import HostHealth, HostState
 from .layer_call import LayerCall
 from .policy import RouterPolicy
 from .routes import Routes
+from .row_grouping import SendRows
 
 
 class SendPart(NamedTuple):
@@ -28,15 +29,17 @@ class SendPart(NamedTuple):
     health: HostHealth
     placement_id: PlacementId
     versions: LayerVersions
-    token_t: np.ndarray
-    assignment_tk: np.ndarray
+    rows: SendRows
 
     @property
     def assignments(self) -> np.ndarray:
-        return self.assignment_tk[self.assignment_tk >= 0]
+        return self.rows.assignments
 
     def send(self, call: LayerCall, seq: int, *, timeout_s: float, attempt: int) -> Send:
-        ids_tk = np.where(self.assignment_tk >= 0, call.ids_N[self.assignment_tk], -1)
+        assignments, token_t, assignment_tk = self.rows
+        ids_tk = call.ids_N[assignment_tk]
+        if assignments.size < assignment_tk.size:
+            ids_tk[assignment_tk < 0] = -1
         return Send(
             call=call.number,
             placement_id=self.placement_id,
@@ -47,9 +50,10 @@ class SendPart(NamedTuple):
             attempt=attempt,
             version=self.versions.most,
             other_versions=self.versions.others_of(ids_tk),
-            token_t=self.token_t,
-            assignment_tk=self.assignment_tk,
-            ids_tk=ids_tk.astype(np.int32),
+            token_t=token_t,
+            assignment_tk=assignment_tk,
+            ids_tk=ids_tk,
+            assignments=assignments,
         )
 
 
@@ -130,10 +134,6 @@ class HostRegistry:
     ) -> Iterator[SendPart]:
         """Yield the assignments as sends to the hosts that were chosen for them."""
         assert self._routes is not None and self.placement is not None
-        versions = self.placement.versions.layer(call.key)
-        for index, name in enumerate(self._routes.hosts):
-            mine = assignment_n[host_n == index]
-            if mine.size:
-                for token_t, assignment_tk in call.pieces(name, mine):
-                    health, number = self.hosts[name], self.placement.id
-                    yield SendPart(health, number, versions, token_t, assignment_tk)
+        number, versions = self.placement.id, self.placement.versions.layer(call.key)
+        for name, rows in call.pieces(self._routes.hosts, assignment_n, host_n):
+            yield SendPart(self.hosts[name], number, versions, rows)

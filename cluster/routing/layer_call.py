@@ -8,13 +8,14 @@ Shape suffixes: N = T * K assignments flattened, n = some of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..expert_keys import LayerKey
 from .events import Refused, Send
-from .row_grouping import rows_of
+from .row_grouping import SendRows, rows_of_groups
 
 _NONE = np.zeros(0, dtype=np.int64)
 
@@ -104,21 +105,34 @@ class LayerCall:
 
     def end_now(self) -> None:
         """Set the outcome; call it when nothing is in flight any more."""
+        error = self.failed[0][1] if self.failed else None
+        if not (self.waiting_N.size or self.out_of_patience or self.failed):
+            self.outcome = Outcome(_NONE)
+            return
         lost = [
             self.waiting_N,
             *self.out_of_patience,
             *(send.assignments for send, _ in self.failed),
         ]
-        error = self.failed[0][1] if self.failed else None
         self.outcome = Outcome(np.sort(np.concatenate(lost)), error)
 
-    def pieces(self, host: str, mine: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the assignments ``mine`` as the rows of one or several sends to ``host``."""
-        if host not in self.one_expert_per_send:
-            return rows_of(mine, self.top_k, self.max_rows)
-        ids_n = self.ids_N[mine]
-        groups = [mine[ids_n == expert] for expert in np.unique(ids_n)]
-        return [piece for one in groups for piece in rows_of(one, self.top_k, self.max_rows)]
+    def pieces(
+        self, hosts: Sequence[str], assignment_n: np.ndarray, host_n: np.ndarray
+    ) -> Iterator[tuple[str, SendRows]]:
+        """Yield (host, rows) of the sends that the assignments make.
+
+        ``host_n`` has the index in ``hosts`` of each assignment's host, or -1 if it has none.
+        """
+        group_n = host_n
+        if self.one_expert_per_send:
+            # Groups above those of hosts: one for each expert on each of these hosts.
+            for index, host in enumerate(hosts):
+                if host in self.one_expert_per_send:
+                    own_n = host_n == index
+                    split_n = index + len(hosts) * (1 + self.ids_N[assignment_n])
+                    group_n = np.where(own_n, split_n, group_n)
+        for group, rows in rows_of_groups(assignment_n, group_n, self.top_k, self.max_rows):
+            yield hosts[group % len(hosts)], rows
 
     def wait_again(self, assignments: np.ndarray) -> None:
         self.waiting_N = np.sort(np.concatenate([self.waiting_N, assignments]))

@@ -67,6 +67,7 @@ def test_a_call_is_written_on_a_device_as_on_the_cpu() -> None:
             token_t,
             assignment_tk,
             ids_of(ids, assignment_tk),
+            assignment_tk[assignment_tk >= 0],
         )
         frame, layout = job.frame(sent)
         on_cpu, on_device = (torch.zeros(layout.call_bytes, dtype=torch.uint8) for _ in range(2))
