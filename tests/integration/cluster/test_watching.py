@@ -21,7 +21,7 @@ from moesaic.cli.main import main
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.handle import Cluster
 from moesaic.traces import read_trace
-from tests.helpers.live import ON_RAY, processes_of, running, text_of, wait_until
+from tests.helpers.live import ON_RAY, TEXT, processes_of, running, text_of, wait_until
 from tests.integration.conftest import save_model
 
 MODEL = "m"
@@ -72,10 +72,11 @@ def test_load_is_recorded_window_by_window(pool: Cluster) -> None:
     assert (trace.windows, trace.window_s) == (5, 1.0)
     layers = [LayerKey(MODEL, layer) for layer in (0, 1)]
     assert sorted(trace.counts) == layers
-    # Every token passes all layers, and each layer picks as many experts of it.
+    # Every token passes all layers, and each layer picks two experts of it. Of a pass that is under
+    # way when the recording begins or ends, the first layer alone may be counted.
     first, second = (int(trace.counts[key].sum()) for key in layers)
     assert first > 0
-    assert abs(first - second) <= 8
+    assert abs(first - second) <= 2 * len(TEXT)
     assert trace.hosts == ("host-0", "host-1")
     assert trace.assignments_WH.sum(axis=0).min() > 0
     assert 0 < trace.busy_s_WH.sum() < 20
