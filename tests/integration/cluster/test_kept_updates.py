@@ -59,6 +59,7 @@ def other_experts(folder: Path) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.timeout(300)  # it starts three clusters
 def test_updates_outlive_hosts_and_clusters(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     updates, changed = tmp_path / "updates", other_experts(folder)
     save_file(changed, tmp_path / "new.safetensors")
