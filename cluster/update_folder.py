@@ -15,7 +15,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from .versions import WeightVersions
 from .weight_updates import WeightUpdate, new_weights
 
 _RECORD, _WEIGHTS = ".json", ".safetensors"
+_SAME = "models[].updates must be the same folder on every machine"
 _DRAFT = re.compile(r"\.\d+\.(json|safetensors)\.[0-9a-f]{16}")
 
 
@@ -87,21 +88,30 @@ class UpdateFolder:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "experts": [[k.layer, k.expert, v] for k, v in sorted(update.versions.items())],
         }
-        file = self._record(update.number)
+
+        def write(draft: Path) -> None:
+            weights = self.weights(update.number)
+            if new_weights(update) and not weights.is_file():
+                raise ClusterError(f"{weights} is not on the controller's machine; {_SAME}")
+            draft.write_text(json.dumps(value) + "\n")
+
+        self._create(self._record(update.number), write)
+
+    def write_weights(self, number: int, write: Callable[[Path], None]) -> None:
+        """Let ``write`` make the file with the weights of an update. Raises ClusterError."""
+        self._create(self.weights(number), write)
+
+    def _create(self, file: Path, write: Callable[[Path], None]) -> None:
         try:
-            if new_weights(update) and not self.weights(update.number).is_file():
-                raise ClusterError(
-                    f"{self.weights(update.number)} is not on the controller's machine; "
-                    "models[].updates must be the same folder on every machine"
-                )
             with new_file(file) as draft:
-                draft.write_text(json.dumps(value) + "\n")
+                write(draft)
         except FileExistsError as error:
             raise ClusterError(
                 f"{file} exists; another cluster writes to the same folder, so give each its own"
             ) from error
         except OSError as error:
-            raise ClusterError(f"{file} cannot be written: {describe_error(error)}") from error
+            why = describe_error(error)
+            raise ClusterError(f"{file} cannot be written: {why}; {_SAME}") from error
 
     def remove_weights(self, number: int) -> None:
         """Delete the weights of an update that has no record. Raises OSError."""

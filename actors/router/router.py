@@ -384,8 +384,8 @@ class Router:
     def _all_or_nothing(self) -> Iterator[None]:
         """End all calls in progress if the block is interrupted, at an unknown point.
 
-        Some command may not have been carried out then, such as to accept an answer, and nobody
-        can tell to which calls it belonged.
+        The router may have left out a command, such as accepting an answer, and does not know for
+        which call.
         """
         try:
             yield

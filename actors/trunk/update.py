@@ -14,7 +14,7 @@ from torch import Tensor
 from ...cluster.expert_keys import ExpertKey, ExpertVersion
 from ...cluster.placement import ModelRef
 from ...cluster.reports.updates import WeightUpdateReport
-from ...cluster.update_folder import UpdateFolder, new_file
+from ...cluster.update_folder import UpdateFolder
 from ...models.folder.expert_file import write_experts
 from ...models.trunk.checkpoint import Checkpoint
 from ...models.trunk.config import config_from_dict, read_config, torch_dtype
@@ -87,7 +87,8 @@ def update_experts(
         for key, tensors in experts.items():
             _put(begun.granted, secret, ExpertVersion(key, begun.number), tensors)
         if folder is not None:
-            _write(folder, begun.number, experts)
+            by_place = {(key.layer, key.expert): tensors for key, tensors in experts.items()}
+            folder.write_weights(begun.number, lambda draft: write_experts(draft, by_place))
             wrote = True
     except BaseException:
         controller.abandon_update.remote(model, begun.number)
@@ -166,23 +167,3 @@ def _put(
             last = error
     why = "no host serves it and has room" if last is None else describe_error(last)
     raise ClusterError(f"{weights.key} cannot be updated: {why}; try again") from last
-
-
-def _write(
-    folder: UpdateFolder, number: int, experts: Mapping[ExpertKey, Mapping[str, Tensor]]
-) -> None:
-    file = folder.weights(number)
-    try:
-        with new_file(file) as draft:
-            write_experts(
-                draft, {(key.layer, key.expert): tensors for key, tensors in experts.items()}
-            )
-    except FileExistsError as error:
-        raise ClusterError(
-            f"{file} exists; another cluster writes to the same folder, so give each its own"
-        ) from error
-    except OSError as error:
-        raise ClusterError(
-            f"{file} cannot be written: {describe_error(error)}; models[].updates must be the "
-            "same folder on every machine"
-        ) from error

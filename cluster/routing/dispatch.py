@@ -179,7 +179,7 @@ class Dispatcher:
         return call, self.tick(now)
 
     def cancel(self, call: LayerCall, now: float) -> list[RouterCommand]:
-        """End a call whose result nobody wants any more."""
+        """End a call whose result its caller does not need."""
         return self._end(call, now) if call.outcome is None else []
 
     def abandon(self, call: LayerCall, now: float) -> list[RouterCommand]:
@@ -263,7 +263,7 @@ class Dispatcher:
         return self._calls.get(number)
 
     def call_of(self, seq: int) -> LayerCall | None:
-        """Return the call in progress of which this is a send; None if its answer is useless."""
+        """Return the call in progress that a send belongs to; None if that call has ended."""
         return next((call for call in self._calls.values() if call.knows(seq)), None)
 
     # ---- what becomes of sends ------------------------------------------------------------------

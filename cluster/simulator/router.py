@@ -153,7 +153,7 @@ class SimRouter(SimProcess):
         self._wake_up()
 
     def _wake_up(self) -> None:
-        # Between calls nobody waits for events.
+        # A router waits for events only while a call is in progress.
         if self.calls:
             self._turn()
         else:
