@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,7 +80,6 @@ def update_experts(
     )
     (model,) = {key.model for key in experts}
     folder = None if begun.folder is None else UpdateFolder(begun.folder, model)
-    wrote = False
     try:
         secret = secret_of(namespace)
         for key, tensors in experts.items():
@@ -89,12 +87,8 @@ def update_experts(
         if folder is not None:
             by_place = {(key.layer, key.expert): tensors for key, tensors in experts.items()}
             folder.write_weights(begun.number, lambda draft: write_experts(draft, by_place))
-            wrote = True
     except BaseException:
         controller.abandon_update.remote(model, begun.number)
-        if folder is not None and wrote:
-            with suppress(OSError):
-                folder.remove_weights(begun.number)
         raise
     left_s = max(until - time.monotonic(), 1.0)
     return ray_get(
