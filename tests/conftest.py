@@ -21,6 +21,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
+# Before Triton is imported: without a card its kernels run in its interpreter, on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 transformers.utils.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)

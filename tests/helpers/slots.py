@@ -1,0 +1,80 @@
+"""Experts in slots, as the grouped FFN takes them, and what float64 says of a call.
+
+Shape suffixes: T = tokens, K = assignments of a token, H = hidden size, S = slots, L = layers, E =
+experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moesaic.kernels.ffn import ExpertWeights, reference_kernel
+from moesaic.kernels.grouped.activation import Activation
+from moesaic.kernels.grouped.ffn import LayerSlots, SlotForm, slot_bias, slot_matrices
+from tests.helpers.forms import Kind
+
+LAYERS, LAYER = 3, 1
+
+
+def slots_of(
+    kind: Kind,
+    experts: Mapping[int, ExpertWeights],
+    places: Mapping[int, int],
+    *,
+    table_size: int,
+    device: str = "cpu",
+    recognised: bool = True,
+) -> LayerSlots:
+    """Lay experts in the slots that ``places`` names; whatever is not written is NaN."""
+    activation = Activation.of(kind.activate, gated=kind.gated) if recognised else None
+    form = SlotForm(
+        activation,
+        kind.activate if activation is None else None,
+        kind.form.post_norm,
+    )
+    count = max(places.values()) + 2
+    table_LE = torch.full((LAYERS, table_size), -1, dtype=torch.int32)
+    parts: dict[str, Tensor] = {}
+    for number, expert in experts.items():
+        up, down = slot_matrices(activation, expert.up, expert.down, transposed=kind.transposed)
+        filled = {"up": up, "down": down}
+        if expert.up_bias is not None and expert.down_bias is not None:
+            filled |= {
+                "up_bias": slot_bias(activation, expert.up_bias),
+                "down_bias": expert.down_bias,
+            }
+        for name, tensor in filled.items():
+            slots = parts.setdefault(name, tensor.new_full((count, *tensor.shape), torch.nan))
+            slots[places[number]] = tensor
+        table_LE[LAYER, number] = places[number]
+    return LayerSlots(
+        form,
+        parts["up"].to(device),
+        parts["down"].to(device),
+        parts["up_bias"].to(device) if "up_bias" in parts else None,
+        parts["down_bias"].to(device) if "down_bias" in parts else None,
+        table_LE.to(device),
+        torch.tensor(LAYER, dtype=torch.int32, device=device),
+    )
+
+
+def oracle(
+    kind: Kind,
+    experts: Mapping[int, ExpertWeights],
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
+    """The call in float64, on the CPU."""
+    wide = {
+        number: ExpertWeights.of({n: t.double().cpu() for n, t in expert.tensors().items()})
+        for number, expert in experts.items()
+    }
+    out_TH = torch.full(x_TH.shape, torch.nan, dtype=torch.float64)
+    reference_kernel(
+        kind.form, wide, x_TH.double().cpu(), ids_TK.cpu(), weights_TK.double().cpu(), out_TH
+    )
+    return out_TH
