@@ -1,6 +1,6 @@
 """Expert hosts as processes of their own, without Ray, for benchmarks.
 
-python -m benchmarks.hosts NAME THREADS      (started by `host_processes`)
+python -m benchmarks.hosts NAME THREADS DEVICE      (started by `host_processes`)
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class HostProcess:
 
 
 @contextmanager
-def host_processes(count: int, *, threads: int | None = None) -> Iterator[list[HostProcess]]:
+def host_processes(
+    count: int, *, threads: int | None = None, device: str = "cpu"
+) -> Iterator[list[HostProcess]]:
     """``count`` hosts that share the machine's cores out evenly."""
     share = threads or max(1, (os.cpu_count() or 1) // count)
     environment = os.environ | {
@@ -63,7 +65,7 @@ def host_processes(count: int, *, threads: int | None = None) -> Iterator[list[H
         started = []
         for index in range(count):
             process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.hosts", f"host-{index}", str(share)],
+                [sys.executable, "-m", "benchmarks.hosts", f"host-{index}", str(share), device],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -100,10 +102,9 @@ def place(
     return Placement(id=PlacementId(1, 1), hosts=entries, layers=layers)
 
 
-def main(name: str, threads: int) -> None:
-    host = ExpertHost(
-        name, node=NODE, threads=threads, secret=ClusterSecret(bytes.fromhex(os.environ[_SECRET]))
-    )
+def main(name: str, threads: int, device: str) -> None:
+    secret = ClusterSecret(bytes.fromhex(os.environ[_SECRET]))
+    host = ExpertHost(name, node=NODE, threads=threads, device=device, secret=secret)
     try:
         print(json.dumps(dataclasses.asdict(host.entry())), flush=True)
         for line in sys.stdin:
@@ -123,4 +124,4 @@ def main(name: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -1,4 +1,4 @@
-"""Expert feed-forward networks: the arithmetic of a host for one call or several merged ones.
+"""Expert feed-forward networks on CPUs: a host's arithmetic for one call or several merged ones.
 
 Shape suffixes: T = tokens, H = hidden size, K = assignments of a token, N = T * K assignments
 flattened, R = rows of one expert, I = intermediate size, E = experts held.
@@ -220,54 +220,7 @@ def reference_kernel(
                 out_TH[t] += weights_TK[t, k] * y_1H[0]
 
 
-def grouped_kernel(
-    form: ExpertForm,
-    experts: Mapping[int, ExpertWeights],
-    x_TH: Tensor,
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    out_TH: Tensor,
-) -> None:
-    """Compute all experts in two grouped matrix products, for CUDA; it also runs on CPUs."""
-    device = x_TH.device
-    order_N, numbers, rows = _assignments(ids_TK, device)
-    out_TH.zero_()
-    if not numbers:
-        return
-    used = [experts[expert] for expert in numbers]
-    sizes = torch.tensor(rows, dtype=torch.int32)
-    # grouped_mm multiplies rows [offsets[e - 1], offsets[e]) by the matrix of expert e.
-    offsets_E = sizes.cumsum(0, dtype=torch.int32).to(device)
-    sizes = sizes.to(device)
-
-    def product(rows: Tensor, matrices: list[Tensor], biases: list[Tensor | None]) -> Tensor:
-        stacked = torch.stack(matrices)
-        out = torch.nn.functional.grouped_mm(
-            rows, stacked if form.transposed else stacked.transpose(-2, -1), offs=offsets_E
-        )
-        if biases[0] is None:
-            return out
-        stacked_bias = torch.stack([bias for bias in biases if bias is not None])
-        return out + stacked_bias.repeat_interleave(sizes, dim=0)
-
-    token_N = order_N // ids_TK.shape[1]
-    up_N = product(x_TH.index_select(0, token_N), [e.up for e in used], [e.up_bias for e in used])
-    y_NH = product(form.activate(up_N), [e.down for e in used], [e.down_bias for e in used])
-    if form.post_norm is not None:
-        y_NH = form.post_norm(y_NH)
-    y_NH = y_NH.float() * weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(-1)
-    out_TH.index_add_(0, token_N, y_NH)
-
-
-KERNELS: dict[str, Kernel] = {
-    "loop": loop_kernel,
-    "reference": reference_kernel,
-    "grouped": grouped_kernel,
-}
-
-
-def kernel_for(device: torch.device) -> Kernel:
-    return KERNELS["grouped" if device.type == "cuda" else "loop"]
+KERNELS: dict[str, Kernel] = {"loop": loop_kernel, "reference": reference_kernel}
 
 
 def exact_rows(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...cluster.expert_keys import LayerKey
-from ...kernels.ffn import bad_experts, exact_rows, kernel_for
 from ...proto.expert_pb2 import Frame
 from ...proto.wire import CallLayout
 from ..transport.base import Session
@@ -49,33 +48,32 @@ def compute(
     tensors = [pending.layout.call_tensors(pending.payload) for pending in pendings]
     first = pendings[0].frame.call
     others = {other.expert: other.version for other in first.other_versions}
-    form, experts = store.layer(key, first.version, others)
-    if any(x.device.type != "cpu" for x, _, _ in tensors):
-        # Calls came through device memory. Kernels take ids on the CPU, where they sort tokens by
-        # expert.
-        tensors = [(x.to(store.device), ids.cpu(), w.to(store.device)) for x, ids, w in tensors]
+    layer = store.layer(key, first.version, others)
+    # Calls come through the CPU's memory or the device's.
+    tensors = [
+        (x.to(store.device), ids.to(layer.ids_device), weights.to(store.device))
+        for x, ids, weights in tensors
+    ]
     if len(pendings) == 1:
         x_TH, ids_TK, weights_TK = tensors[0]
     else:
         x_TH = torch.cat([x for x, _, _ in tensors])
         ids_TK = _stack([ids for _, ids, _ in tensors], fill=-1)
         weights_TK = _stack([weights for _, _, weights in tensors], fill=0)
-    x_TH, weights_TK = x_TH.to(store.device), weights_TK.to(store.device)
     buffers = [p.session.reply_buffer(p.frame, p.layout) for p in pendings]
     replies = [p.layout.reply_tensor(b) for p, b in zip(pendings, buffers, strict=True)]
     # A single call is computed straight into its reply buffer, which saves a copy.
     direct = len(pendings) == 1 and buffers[0].device == store.device
     shape = (*ids_TK.shape, x_TH.shape[1]) if exact else x_TH.shape
     out = replies[0] if direct else torch.empty(shape, device=store.device)
-    run = exact_rows if exact else kernel_for(store.device)
-    run(form, experts, x_TH, ids_TK, weights_TK, out)
+    layer.compute(x_TH, ids_TK, weights_TK, out, exact=exact)
     ends = list(itertools.accumulate(pending.layout.rows for pending in pendings))
     answers = []
     for pending, end, reply, buffer in zip(pendings, ends, replies, buffers, strict=True):
         mine = slice(end - pending.layout.rows, end)
         if not direct:
             reply.copy_(out[mine, : pending.layout.top_k] if exact else out[mine])
-        bad = bad_experts(form, experts, x_TH[mine], ids_TK[mine], reply)
+        bad = layer.bad_experts(x_TH[mine], ids_TK[mine], reply)
         answers.append(ReplyTensors(buffer, bad))
     return answers
 

@@ -14,10 +14,7 @@ from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersi
 from ...cluster.host.residency import LayerShape
 from ...cluster.placement import ModelRef
 from ...cluster.update_folder import UpdateFolder
-from ...kernels import onednn
-from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
-from ...kernels.slabs.layout import COPIES, LayerLayout, SlabLayout
-from ...kernels.slabs.slab import Slab, layer_layout
+from ...kernels.ffn import ExpertForm, ExpertWeights
 from ...models.folder.expert_file import read_expert
 from ...models.trunk.checkpoint import Checkpoint
 from ...models.trunk.config import config_from_dict, read_config, torch_dtype
@@ -28,7 +25,9 @@ from ...models.trunk.experts_layers import (
     experts_layers,
 )
 from ...models.trunk.trunk import meta_model
-from ...proto.errors import Busy, CallError, CheckpointError, NotHere
+from ...proto.errors import CallError, CheckpointError, NotHere
+from .expert_memory import ExpertMemory, SlabMemory, SlotMemory
+from .layer_arithmetic import LayerArithmetic
 
 # Upper bound for a safetensors header: per tensor (besides its name), and for the rest of it.
 _HEADER_BYTES = 256
@@ -37,9 +36,8 @@ _HEADER_BYTES = 256
 class _Model:
     """The experts layers of one model, its checkpoint if it has one, and its experts' memory."""
 
-    def __init__(self, ref: ModelRef) -> None:
+    def __init__(self, ref: ModelRef, device: torch.device) -> None:
         self.ref = ref
-        self.slab: Slab | None = None  # on CPUs, from the first expert on
         self.checkpoint: Checkpoint | None = None
         if ref.path is not None:
             path = Path(ref.path)
@@ -49,12 +47,12 @@ class _Model:
             # Keeps the layers' modules alive, which the model owns.
             self._owner = meta_model(config_from_dict(dict(ref.config)))
             self.layers = {layer.layer: layer for layer in experts_layers(self._owner)}
-
-    def close(self) -> None:
-        """Let the memory go with the last expert that still lies in it."""
-        if self.slab is not None:
-            self.slab.close()
-            self.slab = None
+        dtype = torch_dtype(ref.dtype)
+        self.memory: ExpertMemory = (
+            SlabMemory(ref.name, self.layers, dtype)
+            if device.type == "cpu"
+            else SlotMemory(self.layers, dtype, device)
+        )
 
     def read_update(self, wanted: ExpertVersion, layer: ExpertsLayer) -> ExpertWeights:
         """Read one expert from the file of the update that brought this version of it."""
@@ -85,21 +83,13 @@ class ExpertStore:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._lock = threading.Lock()
-        self._writing = threading.Lock()  # slots are written by one thread at a time
         self._models: dict[str, _Model] = {}
         self._forms: dict[LayerKey, ExpertForm] = {}
-        # {layer: {version: {expert: its weights}}}
-        self._experts: dict[LayerKey, dict[int, dict[int, ExpertWeights]]] = {}
 
     @property
     def nbytes(self) -> int:
         with self._lock:
-            return sum(
-                weights.nbytes
-                for versions in self._experts.values()
-                for experts in versions.values()
-                for weights in experts.values()
-            )
+            return sum(model.memory.nbytes for model in self._models.values())
 
     def add_model(self, ref: ModelRef) -> None:
         """Register a model, so that its experts can be loaded or put.
@@ -109,12 +99,12 @@ class ExpertStore:
         with self._lock:
             known = self._models.get(ref.name)
         if known is None or known.ref != ref:
-            model = _Model(ref)
-            with self._writing, self._lock:
+            model = _Model(ref, self.device)
+            with self._lock:
                 before = self._models.get(ref.name)
                 self._models[ref.name] = model
-                if before is not None:
-                    before.close()
+            if before is not None:
+                before.memory.close()
 
     def load(self, wanted: ExpertVersion) -> LayerShape:
         """Read one expert from its model's checkpoint, or a later version from its updates.
@@ -183,27 +173,11 @@ class ExpertStore:
 
     def get(self, wanted: ExpertVersion) -> dict[str, Tensor]:
         """Return the tensors of an expert, as `put` accepts them. Raises NotHere and CallError."""
-        key, version = wanted
-        _, layer = self._layer(key)
+        key = wanted.key
+        model, layer = self._layer(key)
         if key.expert == SHARED:
             return {name: parameter.data for name, parameter in shared_parameters(layer).items()}
-        layer_key = LayerKey(key.model, key.layer)
-        with self._lock:
-            weights = self._experts.get(layer_key, {}).get(version, {}).get(key.expert)
-            slab = self._models[key.model].slab
-            copy = slab.copy_of(key.layer, key.expert, version) if slab is not None else None
-            place = key.layer, key.expert, copy or 0
-            generation = slab.generation(*place) if slab is not None else 0
-        if weights is None or (slab is not None and copy is None):
-            raise NotHere(f"{wanted} is not on this host")
-        tensors = unpack(self._forms[layer_key], weights).tensors()
-        if slab is None:
-            return tensors
-        copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        # The expert may be dropped while it is copied, and its memory then reads as zeros.
-        if slab.generation(*place) != generation:
-            raise NotHere(f"{wanted} left this host while it was read")
-        return copies
+        return model.memory.read(wanted)
 
     def lacks_shared(self, key: LayerKey) -> bool:
         """Return whether tensors that the experts of a layer have in common are still missing."""
@@ -212,37 +186,23 @@ class ExpertStore:
 
     def drop(self, gone: ExpertVersion) -> None:
         """Forget an expert and free its memory; call it when the loop has released the expert."""
-        key, version = gone
-        with self._writing, self._lock:
-            versions = self._experts.get(LayerKey(key.model, key.layer), {})
-            dropped = versions.get(version, {}).pop(key.expert, None)
-            model = self._models.get(key.model)
-            if dropped is None or model is None or model.slab is None:
-                return
-            copy = model.slab.copy_of(key.layer, key.expert, version)
-            if copy is not None:
-                model.slab.free(key.layer, key.expert, copy)
+        with self._lock:
+            model = self._models.get(gone.key.model)
+        if model is not None:
+            model.memory.drop(gone)
 
     def close(self) -> None:
         """Free all experts."""
         with self._lock:
-            self._experts.clear()
             for model in self._models.values():
-                model.close()
+                model.memory.close()
 
-    def layer(
-        self, key: LayerKey, version: int, others: Mapping[int, int]
-    ) -> tuple[ExpertForm, Mapping[int, ExpertWeights]]:
-        """Return the arithmetic of a layer, and those of its experts of ``version`` that are held.
+    def layer(self, key: LayerKey, version: int, others: Mapping[int, int]) -> LayerArithmetic:
+        """Return the arithmetic of a layer with the experts of ``version`` that are held.
 
         ``others`` has the experts of another version, which is used for them.
         """
-        versions = self._experts[key]
-        experts = versions.get(version, {})
-        if others:
-            found = {e: versions.get(v, {}).get(e) for e, v in others.items()}
-            experts = {**experts, **{e: w for e, w in found.items() if w is not None}}
-        return self._forms[key], experts
+        return self._models[key.model].memory.layer(key.layer, version, others)
 
     def _model(self, name: str) -> _Model:
         with self._lock:
@@ -263,69 +223,10 @@ class ExpertStore:
         return model, layer
 
     def _keep(self, given: ExpertVersion, weights: ExpertWeights) -> LayerShape:
-        key, version = given
-        layer_key = LayerKey(key.model, key.layer)
+        key = given.key
         model = self._model(key.model)
-        if self.device.type == "cpu":
-            packed = _in_layout(self._forms[layer_key], weights)
-            with self._writing:
-                kept = self._write(self._slab(model), given, packed)
-        else:
-            kept = ExpertWeights.of({n: t.to(self.device) for n, t in weights.tensors().items()})
-        with self._lock:
-            versions = self._experts.setdefault(layer_key, {})
-            versions.setdefault(version, {})[key.expert] = kept
+        model.memory.keep(given, self._forms[LayerKey(key.model, key.layer)], weights)
         return model.shape(key.layer)
-
-    def _write(self, slab: Slab, given: ExpertVersion, weights: ExpertWeights) -> ExpertWeights:
-        key, version = given
-        place = key.layer, key.expert
-        copy = slab.copy_of(*place, version)
-        if copy is not None:
-            # The controller's load and a trunk's put may bring the same expert at the same time,
-            # and the first of them may be served by now.
-            if slab.holds(*place, weights, copy):
-                return slab.view(*place, copy)
-            # What an interrupted load left here was never served.
-            slab.free(*place, copy)
-        copy = slab.free_copy(*place)
-        if copy is None:
-            there = " and ".join(str(slab.version(*place, one)) for one in range(COPIES))
-            raise Busy(
-                f"{given}: this host has versions {there} of it and no room for a third; send it "
-                "again when no router uses the older one any more"
-            )
-        return slab.write(*place, weights, version=version, copy=copy)
-
-    def _slab(self, model: _Model) -> Slab:
-        if model.slab is None:
-            model.slab = Slab(model.ref.name, SlabLayout(_layouts(model)))
-        return model.slab
-
-
-def _in_layout(form: ExpertForm, weights: ExpertWeights) -> ExpertWeights:
-    """Return an expert in the layout of the kernel that will compute it on this CPU."""
-    if can_pack(torch.device("cpu"), weights.up.dtype) and onednn.available():
-        return pack(form, weights)
-    return weights
-
-
-def _layouts(model: _Model) -> dict[int, LayerLayout]:
-    """Return how the experts of each layer lie in memory.
-
-    Layers whose experts have the same shapes and arithmetic share the result of one trial.
-    """
-    dtype = torch_dtype(model.ref.dtype)
-    known: dict[object, LayerLayout] = {}
-    found = {}
-    for number, layer in model.layers.items():
-        form, shapes = layer.form(), expert_shapes(layer)
-        alike = (layer.num_experts, tuple(shapes.items()), form.transposed, type(layer.module))
-        if alike not in known:
-            blank = ExpertWeights.of({n: torch.zeros(s, dtype=dtype) for n, s in shapes.items()})
-            known[alike] = layer_layout(layer.num_experts, _in_layout(form, blank))
-        found[number] = known[alike]
-    return found
 
 
 def _check(

@@ -34,7 +34,7 @@ def breakdown(
     """Return the time of each of the four programs in a graph, in microseconds."""
     calls = layers.calls(tokens, _CALLS)
     shape = layers.shape
-    config = configuration or configuration_for(tokens * shape.top_k, shape.experts)
+    config = configuration or configuration_for(tokens * shape.top_k, shape.experts, described=True)
 
     def tiled(call: Call) -> TiledCall:
         return TiledCall(layers.slots[call.layer], call.ids_TK, layers.flags, config)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moesaic.kernels.grouped.activation import Activation
 from moesaic.kernels.grouped.configurations import Configuration
-from moesaic.kernels.grouped.ffn import LayerSlots, SlotForm, StepFlags, grouped_ffn
+from moesaic.kernels.grouped.ffn import grouped_ffn
+from moesaic.kernels.grouped.slots import LayerSlots, SlotForm, StepFlags
 
 
 @dataclass(frozen=True, slots=True)

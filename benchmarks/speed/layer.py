@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +52,16 @@ def experts_module(dtype: torch.dtype, intermediate: int) -> MixtralExperts:
     return module
 
 
-def measure(dtype: torch.dtype, *, intermediate: int, rounds: int) -> list[Comparison]:
-    module: Any = experts_module(dtype, intermediate)
-    layer = ExpertsLayer(0, "experts", module, EXPERTS, HIDDEN)
+@contextmanager
+def pool_of(
+    layer: ExpertsLayer, dtype: torch.dtype, config: Mapping[str, Any], *, device: str = "cpu"
+) -> Iterator[Any]:
+    """Put a layer's experts into hosts; yield what computes them there, as `experts` of a model."""
     name = str(dtype).removeprefix("torch.")
-    ref = ModelRef(name="bench", dtype=name, config=module.config.to_dict())
-    idle = intermediate <= 8
-    with host_processes(HOSTS) as hosts:
-        placement = place(hosts, ref, {0: EXPERTS}, load=False)
-        for expert in range(EXPERTS):
+    ref = ModelRef(name="bench", dtype=name, config=config)
+    with host_processes(HOSTS, device=device) as hosts:
+        placement = place(hosts, ref, {0: layer.num_experts}, load=False)
+        for expert in range(layer.num_experts):
             (replica,) = placement.layers[("bench", 0)].replicas[expert]  # pyright: ignore[reportArgumentType]
             host = placement.hosts[replica.host]
             key = ExpertKey("bench", 0, expert)
@@ -71,10 +74,21 @@ def measure(dtype: torch.dtype, *, intermediate: int, rounds: int) -> list[Compa
                 grant=Grant(0, secret.grant(host.host, host.incarnation, key, 1, 0)),
                 proof=secret.proof("weights", host.target),
             )
-        router = Router(name="bench", node=NODE)
+        router = Router(name="bench", node=NODE, device=torch.device(device))
         router.place(placement)
         router.wait_ready(30.0)
-        pooled = router.experts("bench", 0)
+        try:
+            yield router.experts("bench", 0)
+        finally:
+            router.close()
+
+
+def measure(dtype: torch.dtype, *, intermediate: int, rounds: int) -> list[Comparison]:
+    module: Any = experts_module(dtype, intermediate)
+    layer = ExpertsLayer(0, "experts", module, EXPERTS, HIDDEN)
+    name = str(dtype).removeprefix("torch.")
+    idle = intermediate <= 8
+    with pool_of(layer, dtype, module.config.to_dict()) as pooled:
         found = []
         for tokens in TOKENS:
             x = torch.randn(tokens, HIDDEN).to(dtype)
@@ -96,7 +110,6 @@ def measure(dtype: torch.dtype, *, intermediate: int, rounds: int) -> list[Compa
                         calls=max(3, min(50, 200 // tokens)),
                     )
                 )
-        router.close()
     return found
 
 

@@ -26,16 +26,39 @@ class Configuration:
     down: Blocks
 
 
-FEW_ROWS = Configuration(16, Blocks(32, 128, 4, 4), Blocks(32, 128, 4, 4))
-SOME_ROWS = Configuration(64, Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 3))
-MANY_ROWS = Configuration(128, Blocks(128, 64, 8, 3), Blocks(256, 64, 8, 3))
-# With `exact` a row's bits must not depend on how many rows there are.
-EXACT = FEW_ROWS
+# Found by `benchmarks.gpu` on an H200 with Qwen3-30B-A3B's layer, 2026-11-28. With few rows the
+# memory is the limit, and many blocks are alike within 2 %.
+_FEW = Blocks(columns=64, inner=128, warps=4, stages=3, described=True, swapped=True)
+FEW_ROWS = Configuration(16, _FEW, _FEW)
+_SOME = Blocks(columns=64, inner=64, warps=4, stages=3, described=True, swapped=True)
+SOME_ROWS = Configuration(32, _SOME, _SOME)
+MORE_ROWS = Configuration(
+    64,
+    Blocks(columns=64, inner=64, warps=4, stages=3, described=True),
+    Blocks(columns=128, inner=64, warps=4, stages=4, described=True),
+)
+MANY_ROWS = Configuration(
+    128,
+    Blocks(columns=128, inner=64, warps=8, stages=4, described=True),
+    Blocks(columns=256, inner=64, warps=8, stages=4, described=True),
+)
+# For 32-bit numbers, rows that the copy engine cannot address, and devices older than Hopper.
+PLAIN = Configuration(16, Blocks(32, 32, 4, 3), Blocks(32, 32, 4, 3))
 
 
-def configuration_for(assignments: int, experts: int) -> Configuration:
-    """Return the configuration for a call of ``assignments`` over a layer of ``experts``."""
+def configuration_for(
+    assignments: int, experts: int, *, described: bool, exact: bool = False
+) -> Configuration:
+    """Return the configuration for a call of ``assignments`` over a layer of ``experts``.
+
+    ``described`` says that the copy engine can load the matrices. With ``exact`` a row's bits must
+    not depend on how many rows there are, so it is one configuration for all.
+    """
+    if not described:
+        return PLAIN
     rows = assignments / experts
-    if rows <= 24:
+    if exact or rows <= 8:
         return FEW_ROWS
-    return SOME_ROWS if rows <= 96 else MANY_ROWS
+    if rows <= 32:
+        return SOME_ROWS
+    return MORE_ROWS if rows <= 128 else MANY_ROWS

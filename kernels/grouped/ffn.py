@@ -10,87 +10,16 @@ size, U = rows of the up-projection (2I if gated, otherwise I), S = slots, L = l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import programs
-from .activation import Activation
-from .configurations import EXACT, Blocks, Configuration, configuration_for
+from .configurations import Blocks, Configuration, configuration_for
+from .slots import LayerSlots, StepFlags
 
-_IDS_OF_A_STEP = 1024  # that `align` reads at once
+_IDS_OF_A_STEP = 4096  # that `align` reads at once
 _COLUMNS_OF_A_STEP = 1024  # that `combine` adds at once
-
-
-@dataclass(frozen=True, slots=True)
-class SlotForm:
-    """What the experts of a layer have in common, apart from their weights.
-
-    ``activate`` is for a function that `Activation` does not know; it maps (N, U) to (N, I).
-    ``post_norm`` maps (N, H) to (N, H).
-    """
-
-    activation: Activation | None
-    activate: Callable[[Tensor], Tensor] | None = None
-    post_norm: Callable[[Tensor], Tensor] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSlots:
-    """Slots with experts in the kernel's layout, as `slot_matrices` gives it."""
-
-    form: SlotForm
-    up_SUH: Tensor
-    down_SHI: Tensor
-    up_bias_SU: Tensor | None
-    down_bias_SH: Tensor | None
-    table_LE: Tensor  # int32: the slot of an expert, or -1
-    layer: Tensor  # int32, a single number: the row of the table
-
-    def __post_init__(self) -> None:
-        for name in ("up_SUH", "down_SHI"):
-            matrix = getattr(self, name)
-            if matrix.stride()[1:] != (matrix.shape[2], 1):
-                raise ValueError(
-                    f"{name}: every slot must be contiguous, but has {matrix.stride()}"
-                )
-        if self.table_LE.dtype != torch.int32 or not self.table_LE.is_contiguous():
-            raise ValueError("table_LE must be contiguous and int32")
-
-
-@dataclass(frozen=True, slots=True)
-class StepFlags:
-    """What went wrong in any layer call since the caller cleared them, each an int32 of 0 or 1."""
-
-    missing: Tensor  # an assignment names an expert without a slot
-    infinite: Tensor  # a sum is not finite
-
-    @classmethod
-    def on(cls, device: torch.device) -> StepFlags:
-        both = torch.zeros(2, dtype=torch.int32, device=device)
-        return cls(both[0], both[1])
-
-
-def slot_matrices(
-    activation: Activation | None, up: Tensor, down: Tensor, *, transposed: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the matrices in the kernel's layout: (U, H) with all gates first, and (H, I)."""
-    if transposed:
-        up, down = up.t(), down.t()
-    return _gates_first(activation, up).contiguous(), down.contiguous()
-
-
-def slot_bias(activation: Activation | None, up_bias_U: Tensor) -> Tensor:
-    return _gates_first(activation, up_bias_U).contiguous()
-
-
-def _gates_first(activation: Activation | None, rows: Tensor) -> Tensor:
-    if activation is None or not activation.interleaved:
-        return rows
-    return torch.cat([rows[::2], rows[1::2]])
 
 
 def grouped_ffn(
@@ -114,15 +43,49 @@ def grouped_ffn(
     tokens, top_k = ids_TK.shape
     if tokens == 0:
         return
-    config = configuration or (
-        EXACT if exact else configuration_for(tokens * top_k, slots.table_LE.shape[1])
-    )
+    config = configuration or _configuration(slots, tokens * top_k, exact=exact)
     call = TiledCall(slots, ids_TK.contiguous(), flags, config)
-    act_NI = call.up(x_TH)
-    y_NH = call.down(act_NI)
-    if slots.form.post_norm is not None:
-        y_NH = slots.form.post_norm(y_NH)
-    call.combine(y_NH, weights_TK.contiguous(), out_TH)
+    call.combine(call.rows(x_TH), weights_TK.contiguous(), out_TH)
+
+
+def exact_rows(
+    slots: LayerSlots,
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    out_TKH: Tensor,
+    flags: StepFlags,
+) -> None:
+    """Write weight * expert(x) of each assignment, float32, zero where an assignment is unused.
+
+    Added up in the order of K in float32, the rows give the bits of `grouped_ffn` with ``exact``.
+    """
+    if ids_TK.numel() == 0:
+        return
+    config = _configuration(slots, ids_TK.numel(), exact=True)
+    call = TiledCall(slots, ids_TK.contiguous(), flags, config)
+    y_TKH = call.rows(x_TH).view(out_TKH.shape)
+    torch.mul(y_TKH.float(), weights_TK[..., None], out=out_TKH)
+    slot_TK = slots.table_LE[slots.layer.long()][ids_TK.long().clamp_(min=0)]
+    out_TKH.masked_fill_(((ids_TK < 0) | (slot_TK < 0))[..., None], 0.0)
+    flags.infinite.logical_or_(~torch.isfinite(out_TKH).all())
+
+
+def _configuration(slots: LayerSlots, assignments: int, *, exact: bool) -> Configuration:
+    described = all(_can_be_described(m) for m in (slots.up_SUH, slots.down_SHI))
+    return configuration_for(assignments, slots.table_LE.shape[1], described=described, exact=exact)
+
+
+def _can_be_described(matrices_SNK: Tensor) -> bool:
+    """Return whether the copy engine can load blocks: rows and slots begin at 16 bytes."""
+    item = matrices_SNK.element_size()
+    return (
+        matrices_SNK.is_cuda
+        and item == 2
+        and torch.cuda.get_device_capability(matrices_SNK.device) >= (9, 0)
+        and matrices_SNK.data_ptr() % 16 == 0
+        and all(stride * item % 16 == 0 for stride in matrices_SNK.stride()[:2])
+    )
 
 
 class TiledCall:
@@ -166,8 +129,17 @@ class TiledCall:
             BLOCK_N=min(_IDS_OF_A_STEP, max(32, _power_of_2(self._assignments))),
             BLOCK_M=config.rows,
             BLOCK_T=64,
-            num_warps=4,
+            num_warps=4 if self._assignments <= 1024 else 8,
         )
+
+    def rows(self, x_TH: Tensor) -> Tensor:
+        """Return the experts' outputs, (N, H), in the order of the assignments, not weighted.
+
+        Rows of unused assignments are left as the memory was.
+        """
+        y_NH = self.down(self.up(x_TH))
+        post_norm = self._slots.form.post_norm
+        return y_NH if post_norm is None else post_norm(y_NH)
 
     def up(self, x_TH: Tensor) -> Tensor:
         """Return the activated rows, (N, I), sorted by expert."""
@@ -218,15 +190,11 @@ class TiledCall:
             num_stages=blocks.stages,
         )
         if known is None:
-            assert form.activate is not None, "a form has an activation or a function"
-            return form.activate(out).contiguous()
+            return form.in_slots(out).contiguous()
         return out
 
     def down(self, act_NI: Tensor) -> Tensor:
-        """Return the experts' outputs, (N, H), in the order of the assignments, not weighted.
-
-        Rows of unused assignments are left as the memory was.
-        """
+        """Return the down-projections, (N, H), in the order of the assignments."""
         slots = self._slots
         hidden, width = slots.down_SHI.shape[1:]
         out_NH = torch.empty(self._assignments, hidden, dtype=act_NI.dtype, device=act_NI.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesaic.kernels.ffn import ExpertWeights, reference_kernel
 from moesaic.kernels.grouped.activation import Activation
-from moesaic.kernels.grouped.ffn import LayerSlots, SlotForm, slot_bias, slot_matrices
+from moesaic.kernels.grouped.slots import LayerSlots, SlotForm, to_slot
 from tests.helpers.forms import Kind
 
 LAYERS, LAYER = 3, 1
@@ -39,13 +39,7 @@ def slots_of(
     table_LE = torch.full((LAYERS, table_size), -1, dtype=torch.int32)
     parts: dict[str, Tensor] = {}
     for number, expert in experts.items():
-        up, down = slot_matrices(activation, expert.up, expert.down, transposed=kind.transposed)
-        filled = {"up": up, "down": down}
-        if expert.up_bias is not None and expert.down_bias is not None:
-            filled |= {
-                "up_bias": slot_bias(activation, expert.up_bias),
-                "down_bias": expert.down_bias,
-            }
+        filled = to_slot(activation, expert.tensors(), transposed=kind.transposed)
         for name, tensor in filled.items():
             slots = parts.setdefault(name, tensor.new_full((count, *tensor.shape), torch.nan))
             slots[places[number]] = tensor
@@ -78,3 +72,40 @@ def oracle(
         kind.form, wide, x_TH.double().cpu(), ids_TK.cpu(), weights_TK.double().cpu(), out_TH
     )
     return out_TH
+
+
+class HostMemory:
+    """A device's memory, played by the CPU's; it counts what is backed, and wipes what is not."""
+
+    def __init__(self, nbytes: int, *, chunk_bytes: int = 1024) -> None:
+        self.chunk_bytes = chunk_bytes
+        self._chunks = -(-nbytes // chunk_bytes)
+        self._bytes = torch.zeros(self._chunks * chunk_bytes, dtype=torch.uint8)
+        self._users = [0] * self._chunks
+        self.closed = False
+
+    @property
+    def backed_bytes(self) -> int:
+        return sum(users > 0 for users in self._users) * self.chunk_bytes
+
+    def back(self, start: int, nbytes: int) -> None:
+        for chunk in self._overlapped(start, nbytes):
+            self._users[chunk] += 1
+
+    def release(self, start: int, nbytes: int) -> None:
+        for chunk in self._overlapped(start, nbytes):
+            self._users[chunk] -= 1
+            assert self._users[chunk] >= 0
+            if self._users[chunk] == 0:
+                self._bytes.view(-1, self.chunk_bytes)[chunk] = 255  # NaN in every type
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        assert self._users[0] > 0, "a device shows nothing of what it has no memory for"
+        return self._bytes[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def close(self) -> None:
+        self._users = [0] * self._chunks
+        self.closed = True
+
+    def _overlapped(self, start: int, nbytes: int) -> range:
+        return range(start // self.chunk_bytes, (start + nbytes - 1) // self.chunk_bytes + 1)

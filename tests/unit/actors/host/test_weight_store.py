@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.actors.host.layer_arithmetic import CpuLayer
 from moesaic.actors.host.weight_store import ExpertStore
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.placement import ModelRef
+from moesaic.kernels.ffn import ExpertWeights
 from moesaic.models.folder.expert_file import write_experts
 from moesaic.proto.errors import Busy, CheckpointError, NotHere
 from tests.helpers.architectures import tiny_model
@@ -45,6 +48,14 @@ def plain(matrix: Tensor) -> Tensor:
     return matrix.to_dense() if matrix.is_mkldnn else matrix
 
 
+def experts_of(
+    store: ExpertStore, version: int, others: dict[int, int] | None = None
+) -> Mapping[int, ExpertWeights]:
+    layer = store.layer(LayerKey(KEY.model, KEY.layer), version, others or {})
+    assert isinstance(layer, CpuLayer)
+    return layer.experts
+
+
 def test_an_expert_that_is_dropped_gives_its_memory_back(store: ExpertStore) -> None:
     store.load(ONE)
     assert store.nbytes > 0
@@ -61,7 +72,7 @@ def test_an_expert_that_is_dropped_gives_its_memory_back(store: ExpertStore) -> 
 
 def test_the_same_expert_from_two_sides_lies_there_once(store: ExpertStore) -> None:
     store.load(ONE)
-    (served,) = store.layer(LayerKey(KEY.model, KEY.layer), 1, {})[1].values()
+    (served,) = experts_of(store, 1).values()
     before = plain(served.down).clone()
     store.put(ONE, store.get(ONE))
     assert torch.equal(plain(served.down), before), "it was not emptied meanwhile"
@@ -94,7 +105,7 @@ def doubled(store: ExpertStore) -> dict[str, Tensor]:
 
 def downs(store: ExpertStore, version: int, **others: int) -> dict[int, Tensor]:
     named = {int(name[1:]): other for name, other in others.items()}
-    _, experts = store.layer(LayerKey(KEY.model, KEY.layer), version, named)
+    experts = experts_of(store, version, named)
     return {expert: plain(weights.down).clone() for expert, weights in experts.items()}
 
 

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels.ffn import ExpertWeights
+from moesaic.kernels.grouped.activation import Activation
 from moesaic.kernels.grouped.configurations import (
-    EXACT,
     FEW_ROWS,
     MANY_ROWS,
+    MORE_ROWS,
+    PLAIN,
     SOME_ROWS,
     Blocks,
     Configuration,
 )
-from moesaic.kernels.grouped.ffn import LayerSlots, StepFlags, grouped_ffn
+from moesaic.kernels.grouped.ffn import exact_rows, grouped_ffn
+from moesaic.kernels.grouped.slots import LayerSlots, StepFlags, from_slot, to_slot
 from tests.helpers.forms import KINDS, random_experts
 from tests.helpers.slots import LAYER, oracle, slots_of
 
@@ -196,16 +199,12 @@ def test_exact_bits_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "configuration",
     [
+        PLAIN,
         FEW_ROWS,
-        EXACT,
         SOME_ROWS,
+        MORE_ROWS,
         MANY_ROWS,
         Configuration(16, Blocks(64, 32, 4, 3, swapped=True), Blocks(64, 32, 4, 3, swapped=True)),
-        Configuration(
-            16,
-            Blocks(64, 32, 4, 3, described=True, swapped=True),
-            Blocks(64, 32, 4, 3, described=True, swapped=True),
-        ),
         Configuration(
             32, Blocks(32, 32, 4, 3, described=True), Blocks(32, 32, 4, 3, described=True)
         ),
@@ -244,6 +243,37 @@ def test_the_layer_and_the_table_are_read_from_the_device(device: str) -> None:
     for experts in (old, new):
         assert_near(run(both, *given)[0], oracle(KINDS["gated"], experts, *given), torch.float32)
         both.layer.add_(1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["gated-bias", "interleaved-clamped", "post-norm"])
+def test_exact_rows_are_the_terms_of_the_sum(kind: str, device: str) -> None:
+    experts = held(kind, torch.float32)
+    x_TH, ids_TK, weights_TK = call(9, torch.float32, device)
+    ids_TK[4, 1] = 6  # it has no slot
+    slots = slots_of(KINDS[kind], experts, PLACES, table_size=EXPERTS, device=device)
+    out_TH, _ = run(slots, x_TH, ids_TK, weights_TK, exact=True)
+    flags = StepFlags.on(x_TH.device)
+    rows_TKH = torch.full((*ids_TK.shape, HIDDEN), torch.nan, device=device)
+    exact_rows(slots, x_TH, ids_TK, weights_TK, rows_TKH, flags)
+    sum_TH = torch.zeros_like(out_TH)
+    for k in range(TOP_K):
+        sum_TH += rows_TKH[:, k]
+    assert torch.equal(sum_TH, out_TH)
+    assert flags.both.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slot_gives_its_experts_tensors_back_to_the_bit(kind: str) -> None:
+    wanted = held(kind, torch.float32)[2].tensors()
+    activation = Activation.of(KINDS[kind].activate, gated=KINDS[kind].gated)
+    transposed = KINDS[kind].transposed
+    slot = to_slot(activation, wanted, transposed=transposed)
+    again = from_slot(activation, slot, transposed=transposed)
+    assert again.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(again[name], tensor)
+        assert again[name].is_contiguous()
 
 
 def test_slots_that_are_not_contiguous_are_refused() -> None:

@@ -1,0 +1,246 @@
+"""The memory in which a host keeps one model's experts: the CPU's, or a device's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...cluster.expert_keys import ExpertVersion
+from ...kernels import onednn
+from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
+from ...kernels.slabs.device_memory import DeviceMemory
+from ...kernels.slabs.device_slab import DeviceSlab, Memory, SlotLayer
+from ...kernels.slabs.layout import COPIES, LayerLayout, SlabLayout
+from ...kernels.slabs.slab import Slab, layer_layout
+from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes
+from ...proto.errors import Busy, NotHere
+from .layer_arithmetic import CpuLayer, DeviceLayer, LayerArithmetic
+
+
+class ExpertMemory(Protocol):
+    """One model's experts. Control threads keep and drop them while the loop computes."""
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the experts that are held."""
+        ...
+
+    def keep(self, given: ExpertVersion, form: ExpertForm, weights: ExpertWeights) -> None:
+        """Keep an expert. Raises Busy while there is no room for another version of it."""
+        ...
+
+    def read(self, wanted: ExpertVersion) -> dict[str, Tensor]:
+        """Return copies of an expert's tensors, in its model's layout. Raises NotHere."""
+        ...
+
+    def drop(self, gone: ExpertVersion) -> None:
+        """Free an expert's memory, if it is there."""
+        ...
+
+    def layer(self, layer: int, version: int, others: Mapping[int, int]) -> LayerArithmetic:
+        """Return the arithmetic of what is held of ``version``, or for ``others`` of theirs."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SlabMemory:
+    """Experts in a slab of shared memory, in the layout of the kernel that computes them."""
+
+    def __init__(self, name: str, layers: Mapping[int, ExpertsLayer], dtype: torch.dtype) -> None:
+        self._name = name
+        self._layers = layers
+        self._dtype = dtype
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()  # slots are written by one thread at a time
+        self._slab: Slab | None = None
+        self._forms: dict[int, ExpertForm] = {}
+        # {layer: {version: {expert: its weights}}}
+        self._experts: dict[int, dict[int, dict[int, ExpertWeights]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        with self._lock:
+            return sum(
+                weights.nbytes
+                for versions in self._experts.values()
+                for experts in versions.values()
+                for weights in experts.values()
+            )
+
+    def keep(self, given: ExpertVersion, form: ExpertForm, weights: ExpertWeights) -> None:
+        key, version = given
+        packed = _in_layout(form, weights)
+        with self._writing:
+            kept = self._write(given, packed)
+        with self._lock:
+            self._forms[key.layer] = form
+            versions = self._experts.setdefault(key.layer, {})
+            versions.setdefault(version, {})[key.expert] = kept
+
+    def read(self, wanted: ExpertVersion) -> dict[str, Tensor]:
+        key, version = wanted
+        with self._lock:
+            weights = self._experts.get(key.layer, {}).get(version, {}).get(key.expert)
+            slab = self._slab
+            copy = slab.copy_of(key.layer, key.expert, version) if slab is not None else None
+            if weights is None or slab is None or copy is None:
+                raise NotHere(f"{wanted} is not on this host")
+            place = key.layer, key.expert, copy
+            generation = slab.generation(*place)
+        tensors = unpack(self._forms[key.layer], weights).tensors()
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        # The expert may be dropped while it is copied, and its memory then reads as zeros.
+        if slab.generation(*place) != generation:
+            raise NotHere(f"{wanted} left this host while it was read")
+        return copies
+
+    def drop(self, gone: ExpertVersion) -> None:
+        key, version = gone
+        with self._writing, self._lock:
+            versions = self._experts.get(key.layer, {})
+            dropped = versions.get(version, {}).pop(key.expert, None)
+            if dropped is None or self._slab is None:
+                return
+            copy = self._slab.copy_of(key.layer, key.expert, version)
+            if copy is not None:
+                self._slab.free(key.layer, key.expert, copy)
+
+    def layer(self, layer: int, version: int, others: Mapping[int, int]) -> CpuLayer:
+        versions = self._experts[layer]
+        experts: Mapping[int, ExpertWeights] = versions.get(version, {})
+        if others:
+            found = {e: versions.get(v, {}).get(e) for e, v in others.items()}
+            experts = {**experts, **{e: w for e, w in found.items() if w is not None}}
+        return CpuLayer(self._forms[layer], experts)
+
+    def close(self) -> None:
+        """Let the memory go with the last expert that still lies in it."""
+        with self._writing, self._lock:
+            self._experts.clear()
+            if self._slab is not None:
+                self._slab.close()
+                self._slab = None
+
+    def _write(self, given: ExpertVersion, weights: ExpertWeights) -> ExpertWeights:
+        key, version = given
+        if self._slab is None:
+            self._slab = Slab(self._name, SlabLayout(_layouts(self._layers, self._dtype)))
+        slab, place = self._slab, (key.layer, key.expert)
+        copy = slab.copy_of(*place, version)
+        if copy is not None:
+            # The controller's load and a trunk's put may bring the same expert at the same time,
+            # and the first of them may be served by now.
+            if slab.holds(*place, weights, copy):
+                return slab.view(*place, copy)
+            # What an interrupted load left here was never served.
+            slab.free(*place, copy)
+        copy = slab.free_copy(*place)
+        if copy is None:
+            raise _no_room(given, [slab.version(*place, one) for one in range(COPIES)])
+        return slab.write(*place, weights, version=version, copy=copy)
+
+
+class SlotMemory:
+    """Experts in slots of a device's memory."""
+
+    def __init__(
+        self,
+        layers: Mapping[int, ExpertsLayer],
+        dtype: torch.dtype,
+        device: torch.device,
+        allocate: Callable[[int], Memory] | None = None,
+    ) -> None:
+        shapes = {
+            number: SlotLayer(
+                layer.num_experts,
+                layer.form(),
+                layer.module.has_gate,
+                tuple(expert_shapes(layer).items()),
+                dtype,
+            )
+            for number, layer in layers.items()
+        }
+        self._slab = DeviceSlab(
+            shapes, device, allocate or (lambda nbytes: DeviceMemory(device, nbytes))
+        )
+        self._sizes = {
+            number: sum(torch.Size(shape).numel() for _, shape in layer.shapes) * dtype.itemsize
+            for number, layer in shapes.items()
+        }
+        self._writing = threading.Lock()  # slots are written by one thread at a time
+        self._held: set[ExpertVersion] = set()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._sizes[held.key.layer] for held in list(self._held))
+
+    def keep(self, given: ExpertVersion, form: ExpertForm, weights: ExpertWeights) -> None:
+        key, version = given
+        with self._writing:
+            if given in self._held:
+                # The controller's load and a trunk's put may bring the same expert at the same
+                # time, and the first of them may be served by now. They are the same by grant.
+                return
+            there = self._slab.versions(key.layer, key.expert)
+            if len(there) >= COPIES:
+                raise _no_room(given, there)
+            self._slab.write(key.layer, key.expert, weights.tensors(), version=version)
+            self._held.add(given)
+
+    def read(self, wanted: ExpertVersion) -> dict[str, Tensor]:
+        key, version = wanted
+        with self._writing:  # so that it is not freed meanwhile
+            if wanted not in self._held:
+                raise NotHere(f"{wanted} is not on this host")
+            return self._slab.read(key.layer, key.expert, version)
+
+    def drop(self, gone: ExpertVersion) -> None:
+        key, version = gone
+        with self._writing:
+            self._held.discard(gone)
+            self._slab.free(key.layer, key.expert, version)
+
+    def layer(self, layer: int, version: int, others: Mapping[int, int]) -> DeviceLayer:
+        return DeviceLayer(self._slab.layer(layer, version, others))
+
+    def close(self) -> None:
+        with self._writing:
+            self._held.clear()
+            self._slab.close()
+
+
+def _no_room(given: ExpertVersion, versions: list[int | None] | list[int]) -> Busy:
+    there = " and ".join(map(str, versions))
+    return Busy(
+        f"{given}: this host has versions {there} of it and no room for a third; send it "
+        "again when no router uses the older one any more"
+    )
+
+
+def _in_layout(form: ExpertForm, weights: ExpertWeights) -> ExpertWeights:
+    """Return an expert in the layout of the kernel that will compute it on this CPU."""
+    if can_pack(torch.device("cpu"), weights.up.dtype) and onednn.available():
+        return pack(form, weights)
+    return weights
+
+
+def _layouts(layers: Mapping[int, ExpertsLayer], dtype: torch.dtype) -> dict[int, LayerLayout]:
+    """Return how the experts of each layer lie in memory.
+
+    Layers whose experts have the same shapes and arithmetic share the result of one trial.
+    """
+    known: dict[object, LayerLayout] = {}
+    found = {}
+    for number, layer in layers.items():
+        form, shapes = layer.form(), expert_shapes(layer)
+        alike = (layer.num_experts, tuple(shapes.items()), form.transposed, type(layer.module))
+        if alike not in known:
+            blank = ExpertWeights.of({n: torch.zeros(s, dtype=dtype) for n, s in shapes.items()})
+            known[alike] = layer_layout(layer.num_experts, _in_layout(form, blank))
+        found[number] = known[alike]
+    return found

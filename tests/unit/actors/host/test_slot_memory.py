@@ -1,0 +1,183 @@
+"""Experts in slots of a device: its memory is played by the CPU's, and a card's where one is.
+
+Shape suffixes: T = tokens, K = assignments of a token, H = hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.actors.host.expert_memory import SlabMemory, SlotMemory
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
+from moesaic.kernels.ffn import ExpertWeights
+from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.proto.errors import Busy, NotHere
+from tests.helpers.architectures import tiny_model
+from tests.helpers.slots import HostMemory
+
+# The interpreter multiplies whole tiles with NumPy, rows that nobody uses too.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(invalid value|overflow) encountered:RuntimeWarning"
+)
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+LAYERS = {layer.layer: layer for layer in experts_layers(tiny_model("mixtral"))}
+EXPERTS = LAYERS[0].num_experts
+
+
+def expert(number: int, version: int = 1, layer: int = 0) -> ExpertVersion:
+    return ExpertVersion(ExpertKey("m", layer, number), version)
+
+
+def weights(seed: int) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = LAYERS[0].hidden_size
+    width = LAYERS[0].module.down_proj.shape[2]
+    return ExpertWeights(
+        up=torch.randn(2 * width, hidden, generator=generator) / hidden**0.5,
+        down=torch.randn(hidden, width, generator=generator) / width**0.5,
+    )
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+Made = tuple[SlotMemory, list[HostMemory]]
+
+
+@pytest.fixture
+def made(device: torch.device) -> Iterator[Made]:
+    parts: list[HostMemory] = []
+
+    def allocate(nbytes: int) -> HostMemory:
+        parts.append(HostMemory(nbytes))
+        return parts[-1]
+
+    memory = SlotMemory(LAYERS, torch.float32, device, allocate if device.type == "cpu" else None)
+    yield memory, parts
+    memory.close()
+
+
+def keep(memory: SlotMemory | SlabMemory, given: ExpertVersion, found: ExpertWeights) -> None:
+    memory.keep(given, LAYERS[given.key.layer].form(), found)
+
+
+def compute(
+    memory: SlotMemory | SlabMemory,
+    device: torch.device,
+    ids: list[list[int]],
+    *,
+    version: int = 1,
+    others: dict[int, int] | None = None,
+    exact: bool = False,
+    layer: int = 0,
+    change: Callable[[Tensor], object] = lambda x: None,
+) -> tuple[Tensor, list[int]]:
+    arithmetic = memory.layer(layer, version, others or {})
+    ids_TK = torch.tensor(ids, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(7)
+    x_TH = torch.randn(len(ids), LAYERS[0].hidden_size, generator=generator)
+    change(x_TH)
+    x_TH, weights_TK = x_TH.to(device), torch.rand(ids_TK.shape, generator=generator).to(device)
+    shape = (*ids_TK.shape, x_TH.shape[1]) if exact else x_TH.shape
+    out = torch.full(shape, torch.nan, device=device)
+    ids_TK = ids_TK.to(arithmetic.ids_device)
+    arithmetic.compute(x_TH, ids_TK, weights_TK, out, exact=exact)
+    return out.cpu(), arithmetic.bad_experts(x_TH, ids_TK, out)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_slots_compute_what_a_cpus_memory_computes(
+    made: Made, device: torch.device, exact: bool
+) -> None:
+    memory, _ = made
+    other = SlabMemory("m", LAYERS, torch.float32)
+    for number in range(4):
+        for one in (memory, other):
+            keep(one, expert(number), weights(number))
+    keep(memory, expert(2, 5), weights(12))
+    keep(other, expert(2, 5), weights(12))
+    for named in ({}, {2: 5}):
+        ids = [[0, 2], [3, -1], [1, 2]]
+        mine, bad = compute(memory, device, ids, others=named, exact=exact)
+        theirs, _ = compute(other, torch.device("cpu"), ids, others=named, exact=exact)
+        assert torch.allclose(mine, theirs, atol=1e-5)
+        assert bad == []
+    other.close()
+
+
+def test_what_is_dropped_gives_its_memory_back(made: Made, device: torch.device) -> None:
+    memory, parts = made
+    for number in range(EXPERTS):
+        keep(memory, expert(number), weights(number))
+    held = memory.nbytes
+    assert held == EXPERTS * weights(0).nbytes
+    full = sum(part.backed_bytes for part in parts)
+    before = memory.read(expert(1))
+    for number in range(EXPERTS):
+        if number != 1:
+            memory.drop(expert(number))
+    assert memory.nbytes == held // EXPERTS
+    assert device.type == "cuda" or sum(part.backed_bytes for part in parts) < full
+    assert all(torch.equal(before[name], t) for name, t in memory.read(expert(1)).items())
+    with pytest.raises(NotHere):
+        memory.read(expert(0))
+    keep(memory, expert(0), weights(0))
+    found, _ = compute(memory, device, [[0, 1]])
+    assert bool(found.isfinite().all())
+
+
+def test_it_has_two_versions_of_an_expert_and_no_third(made: Made, device: torch.device) -> None:
+    memory, _ = made
+    keep(memory, expert(1), weights(1))
+    keep(memory, expert(1, 2), weights(2))
+    keep(memory, expert(1, 2), weights(2))
+    with pytest.raises(Busy, match="versions 1 and 2 of it and no room for a third"):
+        keep(memory, expert(1, 3), weights(3))
+    first, second = (compute(memory, device, [[1]], version=v)[0] for v in (1, 2))
+    assert not torch.allclose(first, second)
+    memory.drop(expert(1))
+    keep(memory, expert(1, 3), weights(3))
+    assert torch.equal(compute(memory, device, [[1]], version=2)[0], second)
+    assert torch.equal(compute(memory, device, [[1]], version=9, others={1: 2})[0], second)
+
+
+def test_layers_share_slots_and_not_weights(made: Made, device: torch.device) -> None:
+    memory, parts = made
+    keep(memory, expert(0), weights(1))
+    keep(memory, expert(0, layer=1), weights(2))
+    assert device.type == "cuda" or len(parts) == 2, "one range for up, one for down"
+    first, second = (compute(memory, device, [[0]], layer=number)[0] for number in (0, 1))
+    assert not torch.allclose(first, second)
+
+
+def test_experts_that_make_rows_infinite_are_named(made: Made, device: torch.device) -> None:
+    memory, _ = made
+    broken = weights(2)
+    broken.down[0, 0] = torch.inf
+    for number in (0, 1):
+        keep(memory, expert(number), weights(number))
+    keep(memory, expert(2), broken)
+    assert compute(memory, device, [[0, 1], [1, 2]])[1] == [2]
+    assert compute(memory, device, [[0, 1], [1, 0]])[1] == []
+
+    def poison(x_TH: Tensor) -> None:
+        x_TH[0, 0] = torch.nan
+
+    # The caller's own rows are at fault.
+    assert compute(memory, device, [[0, 1], [1, 0]], change=poison)[1] == []
+    assert compute(memory, device, [[0, 1], [2, 0]], change=poison)[1] == [2]
+
+
+def test_nothing_is_left_when_it_is_closed(made: Made) -> None:
+    memory, parts = made
+    keep(memory, expert(0), weights(0))
+    memory.close()
+    assert memory.nbytes == 0
+    assert all(part.closed for part in parts)

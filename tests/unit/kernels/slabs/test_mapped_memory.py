@@ -1,0 +1,148 @@
+"""Memory of a card that is mapped in chunks, in this process and in another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from moesaic.kernels.slabs.device_memory import DeviceMemory
+
+pytestmark = [pytest.mark.cuda, pytest.mark.timeout(180)]
+
+CHUNK = 4 << 20
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def memory() -> Iterator[DeviceMemory]:
+    made = DeviceMemory(CARD, 4 * CHUNK, chunk_bytes=CHUNK)
+    yield made
+    made.close()
+
+
+def free_bytes() -> int:
+    torch.cuda.synchronize()
+    return torch.cuda.mem_get_info(CARD)[0]
+
+
+def test_only_what_is_backed_takes_memory(memory: DeviceMemory) -> None:
+    before = free_bytes()
+    memory.back(0, CHUNK)
+    memory.back(CHUNK - 1, 2)  # it shares the first chunk
+    assert memory.backed_bytes == 2 * CHUNK
+    assert before - free_bytes() == 2 * CHUNK
+    memory.release(0, CHUNK)
+    assert memory.backed_bytes == 2 * CHUNK
+    memory.release(CHUNK - 1, 2)
+    assert memory.backed_bytes == 0
+    assert free_bytes() == before
+
+
+def test_a_tensor_reads_what_was_written_to_backed_parts(memory: DeviceMemory) -> None:
+    memory.back(0, CHUNK)
+    rows = memory.tensor((4, CHUNK // 2), torch.bfloat16)
+    rows[0] = 3.0
+    memory.back(2 * CHUNK, CHUNK)
+    rows[2] = 5.0
+    assert float(rows[0].float().mean()) == 3.0
+    assert float(rows[2].float().mean()) == 5.0
+    memory.release(0, CHUNK)
+    assert float(rows[2].float().mean()) == 5.0
+
+
+def test_more_than_there_is_is_an_error_that_changes_nothing() -> None:
+    before = free_bytes()
+    total = torch.cuda.mem_get_info(CARD)[1]
+    huge = DeviceMemory(CARD, 4 * total, chunk_bytes=8 << 30)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match=r"no 8192 MiB left for experts"):
+            huge.back(0, 2 * total)
+        assert huge.backed_bytes == 0
+    finally:
+        huge.close()
+    assert free_bytes() >= before
+
+
+# ---- another process ----------------------------------------------------------------------------
+
+# It makes two chunks, fills them with 7 and sends their descriptors.
+MAKER = """
+import socket, sys, time, torch
+from moesaic.kernels.slabs.device_memory import DeviceMemory
+memory = DeviceMemory(torch.device("cuda", 0), 2 * {chunk}, chunk_bytes={chunk})
+memory.back(0, 2 * {chunk})
+memory.tensor((2 * {chunk} // 4,), torch.float32).fill_(7.0)
+torch.cuda.synchronize()
+theirs = socket.socket(fileno=int(sys.argv[1]))
+socket.send_fds(theirs, [b"here"], list(memory.descriptors().values()))
+time.sleep(600)
+"""
+# It maps descriptors read-only and writes to them.
+WRITER = """
+import sys, torch
+from moesaic.kernels.slabs.device_memory import DeviceMemory
+memory = DeviceMemory(torch.device("cuda", 0), {chunk}, chunk_bytes={chunk})
+memory.adopt(0, int(sys.argv[1]))
+numbers = memory.tensor(({chunk} // 4,), torch.float32)
+assert float(numbers.mean()) == 7.0
+numbers.fill_(1.0)
+torch.cuda.synchronize()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    pid: int
+    descriptors: list[int]
+
+
+@pytest.fixture
+def maker() -> Iterator[Made]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-c", MAKER.format(chunk=CHUNK), str(theirs.fileno())]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as child:
+        theirs.close()
+        ours.settimeout(120)
+        _, descriptors, _, _ = socket.recv_fds(ours, 16, 2)
+        assert len(descriptors) == 2
+        yield Made(child.pid, descriptors)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+    ours.close()
+
+
+def test_memory_outlives_the_process_that_made_it(maker: Made, memory: DeviceMemory) -> None:
+    for chunk, descriptor in enumerate(maker.descriptors):
+        memory.adopt(chunk, descriptor)
+    numbers = memory.tensor((2 * CHUNK // 4,), torch.float32)
+    assert float(numbers.mean()) == 7.0
+    os.kill(maker.pid, signal.SIGKILL)
+    os.waitpid(maker.pid, os.WNOHANG)
+    assert float(numbers.sum()) == 7.0 * numbers.numel()
+    before = free_bytes()
+    memory.release(0, 2 * CHUNK)
+    assert free_bytes() - before >= 2 * CHUNK
+
+
+def test_memory_that_was_mapped_to_be_read_cannot_be_written(maker: Made) -> None:
+    mine, other = maker.descriptors
+    os.close(other)
+    written = subprocess.run(
+        [sys.executable, "-c", WRITER.format(chunk=CHUNK), str(mine)],
+        pass_fds=[mine],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    os.close(mine)
+    assert written.returncode != 0
+    assert "AcceleratorError" in written.stderr or "CUDA error" in written.stderr, written.stderr
