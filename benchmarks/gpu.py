@@ -67,6 +67,7 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--no-search", action="store_true", help="only the blocks of the table")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     run = Run(arguments.seconds, arguments.json)
@@ -85,9 +86,9 @@ def main() -> None:
                 lambda t=tokens: layer.compare(layers, t, limits, None, peers=["grouped_mm"]),
             )
         )
-    for tokens in (1, 64, 4096):
+    for tokens in layer.SIZES:
         print(run.part(f"programs {tokens}", lambda t=tokens: layer.breakdown(layers, t)))
-    best = run.part("search", lambda: _search(run, layers))
+    best = None if arguments.no_search else run.part("search", lambda: _search(run, layers))
     for tokens, chosen in (best or {}).get("best", {}).items():
         config = _configuration(chosen)
         print(tokens, config, f"{chosen['us']:.1f} us both products", flush=True)
@@ -109,7 +110,7 @@ def main() -> None:
             )
         )
     # Last, because it times many configurations of its own at its first call.
-    for tokens in (64, 4096, 1):
+    for tokens in (64, 4096, 1, 1024, 16384):
         _line(
             run.part(
                 f"liger {tokens}",

@@ -16,9 +16,11 @@ from torch import Tensor
 from ...proto.errors import HostLost
 from ...proto.expert_pb2 import DeviceMemory, Hello
 
-# Size of cudaIpcMemHandle_t and of cudaIpcEventHandle_t. torch may put one byte with the kind of
-# allocation before the former. torch's reference counter is a shared-memory file with a name.
+# Size of cudaIpcMemHandle_t and of cudaIpcEventHandle_t. torch may put a byte with the kind of
+# allocation before the former, and since 2.11 one with the version of this form too. torch's
+# reference counter is a shared-memory file with a name.
 _HANDLE_BYTES = 64
+_PREFIX_BYTES = 2
 _MAX_NAME_BYTES = 256
 
 
@@ -87,7 +89,7 @@ def open_shared(hello: Hello) -> CudaMemory:
 
 def _check(memory: DeviceMemory) -> None:
     for name, given, fits in (
-        ("handle", memory.handle, (_HANDLE_BYTES, _HANDLE_BYTES + 1)),
+        ("handle", memory.handle, range(_HANDLE_BYTES, _HANDLE_BYTES + _PREFIX_BYTES + 1)),
         ("event_handle", memory.event_handle, (_HANDLE_BYTES,) if memory.event_needed else None),
         ("counter_handle", memory.counter_handle, range(1, _MAX_NAME_BYTES)),
     ):
