@@ -43,7 +43,6 @@ pytestmark = pytest.mark.numeric
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 DTYPES = list(TOLERANCE)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 DECORATED = decorated_classes()
 
 
@@ -63,9 +62,9 @@ def weights_for(ids_TK: Tensor, seed: int = 0) -> Tensor:
     return torch.rand(ids_TK.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def garbage(*shape: int, device: str = "cpu") -> Tensor:
+def garbage(*shape: int) -> Tensor:
     """What a slot of shared memory may hold before its answer."""
-    return torch.full(shape, torch.nan, device=device)
+    return torch.full(shape, torch.nan)
 
 
 def packed(form: ExpertForm, experts: dict[int, ExpertWeights]) -> dict[int, ExpertWeights]:
@@ -84,13 +83,12 @@ def assert_near(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 # ---- kernels against the reference --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(KERNELS.keys() - {"reference"}))
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_kernels_compute_what_the_reference_states(
-    name: str, dtype: torch.dtype, device: str, data: st.DataObject
+    name: str, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     kind = KINDS[data.draw(st.sampled_from(sorted(KINDS)), label="kind")]
     experts = data.draw(st.sets(st.integers(0, 7), min_size=1), label="experts held")
@@ -102,10 +100,10 @@ def test_kernels_compute_what_the_reference_states(
     drawn_TK = assignments(tokens, top_k, len(experts), seed=seed, unused=unused)
     ids_TK = torch.where(drawn_TK >= 0, held[drawn_TK.clamp(min=0)], -1)
     ids_TK = ids_TK.to(data.draw(st.sampled_from([torch.int32, torch.int64])))
-    all_weights = random_experts(kind, experts, dtype=dtype, seed=seed, device=device)
-    x_TH = inputs(tokens, dtype=dtype, seed=seed).to(device)
-    weights_TK = weights_for(ids_TK, seed).to(device)
-    expected, out = (garbage(tokens, HIDDEN, device=device) for _ in range(2))
+    all_weights = random_experts(kind, experts, dtype=dtype, seed=seed)
+    x_TH = inputs(tokens, dtype=dtype, seed=seed)
+    weights_TK = weights_for(ids_TK, seed)
+    expected, out = (garbage(tokens, HIDDEN) for _ in range(2))
     reference_kernel(kind.form, all_weights, x_TH, ids_TK, weights_TK, expected)
     if name == "loop" and data.draw(st.booleans(), label="packed"):
         all_weights = packed(kind.form, all_weights)
@@ -212,54 +210,49 @@ def _seeded(seed: int) -> torch.Generator:
 # ---- exact --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_exact_rows_are_the_weighted_choices(kind: str, dtype: torch.dtype, device: str) -> None:
+def test_exact_rows_are_the_weighted_choices(kind: str, dtype: torch.dtype) -> None:
     form = KINDS[kind].form
-    experts = random_experts(KINDS[kind], range(5), dtype=dtype, device=device)
+    experts = random_experts(KINDS[kind], range(5), dtype=dtype)
     ids_TK = assignments(37, 3, 5)
-    x_TH, weights_TK = inputs(37, dtype=dtype).to(device), weights_for(ids_TK).to(device)
-    out = garbage(37, 3, HIDDEN, device=device)
+    x_TH, weights_TK = inputs(37, dtype=dtype), weights_for(ids_TK)
+    out = garbage(37, 3, HIDDEN)
     exact_rows(form, experts, x_TH, ids_TK, weights_TK, out)
-    assert not out[(ids_TK < 0).to(device)].any(), "an unused choice is zero"
+    assert not out[ids_TK < 0].any(), "an unused choice is zero"
     for k in range(3):
-        expected = garbage(37, HIDDEN, device=device)
+        expected = garbage(37, HIDDEN)
         column = slice(k, k + 1)
         reference_kernel(form, experts, x_TH, ids_TK[:, column], weights_TK[:, column], expected)
         assert_near(out[:, k], expected, dtype)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_the_bits_of_exact_rows_depend_on_their_own_input_alone(
-    dtype: torch.dtype, device: str, data: st.DataObject
+    dtype: torch.dtype, data: st.DataObject
 ) -> None:
     """Any rows, in any order, among any batch mates, under any other assignments: the same bits."""
     kind = KINDS[data.draw(st.sampled_from(sorted(KINDS)), label="kind")]
     seed = data.draw(st.integers(0, 1000))
     # Wide enough for a library to take another path for another number of rows.
-    experts = random_experts(
-        kind, range(3), dtype=dtype, hidden=192, intermediate=160, seed=seed, device=device
-    )
+    experts = random_experts(kind, range(3), dtype=dtype, hidden=192, intermediate=160, seed=seed)
     if data.draw(st.booleans(), label="packed"):
         experts = packed(kind.form, experts)
     ids_TK = assignments(50, 2, 3, seed=seed)
-    x_TH = inputs(50, hidden=192, dtype=dtype, seed=seed).to(device)
-    weights_TK = weights_for(ids_TK, seed).to(device)
+    x_TH = inputs(50, hidden=192, dtype=dtype, seed=seed)
+    weights_TK = weights_for(ids_TK, seed)
 
     def compute(rows: Tensor) -> Tensor:
-        out = garbage(len(rows), 2, 192, device=device)
-        at = rows.to(device)
-        exact_rows(kind.form, experts, x_TH[at], ids_TK[rows], weights_TK[at], out)
+        out = garbage(len(rows), 2, 192)
+        exact_rows(kind.form, experts, x_TH[rows], ids_TK[rows], weights_TK[rows], out)
         return out
 
     whole = compute(torch.arange(50))
     order = torch.tensor(data.draw(st.permutations(range(50)), label="order"))
     some = order[: data.draw(st.integers(1, 50), label="rows")]
-    assert torch.equal(compute(some), whole[some.to(device)])
+    assert torch.equal(compute(some), whole[some])
 
 
 def test_the_bits_of_ordinary_rows_do_depend_on_the_number_of_rows() -> None:
