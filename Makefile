@@ -41,7 +41,7 @@ test-lowest:  ## unit tests with the lowest versions allowed but for torch, in a
 	@.venv-lowest/bin/uv pip install -q --python .venv-lowest/bin/python \
 		--resolution lowest-direct -c .venv-lowest/torch.txt -e . -e extensions/architectures
 	@.venv-lowest/bin/uv pip install -q --python .venv-lowest/bin/python grpcio-tools==1.85.1 jsonschema \
-		matplotlib openai schemathesis hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist
+		matplotlib openai schemathesis hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist triton==3.7.1
 	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 tests/unit $(ARGS)
 
 # --confcutdir: the conftest.py above sets up libraries of the product, which are not there.

@@ -159,7 +159,7 @@ class SlotMemory:
             number: SlotLayer(
                 layer.num_experts,
                 layer.form(),
-                layer.module.has_gate,
+                bool(layer.module.has_gate),
                 tuple(expert_shapes(layer).items()),
                 dtype,
             )

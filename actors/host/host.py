@@ -28,7 +28,7 @@ from ...cluster.placement import HostEntry
 from ...cluster.routing.transports import TransportChoice, groups_of
 from ...proto.errors import CallError, Forbidden
 from ...proto.keys import ClusterSecret, Grant, secret_of_process, target
-from ..runtime.devices import device_name, pick_device
+from ..runtime.devices import check_packages, device_name, pick_device
 from ..transport.base import Listener
 from ..transport.grpc.stream import GrpcListener
 from ..transport.grpc.weights import get_weights
@@ -74,7 +74,9 @@ class ExpertHost:
         self.name = name
         self.incarnation = time.time_ns()
         self._node = node
-        self._store = ExpertStore(pick_device(device))
+        where = pick_device(device)
+        check_packages(where)
+        self._store = ExpertStore(where)
         self._residency = Residency(policy or HostPolicy(), incarnation=self.incarnation)
         self._loading = 0
         self._models: dict[str, PlacedModel] = {}

@@ -87,10 +87,11 @@ class DeviceLayer:
         for expert in torch.unique(ids_TK).tolist():
             if expert >= 0 and table[expert] >= 0:
                 at = table[expert]
-                biases = (slots.up_bias_SU, slots.down_bias_SH)
+                up_bias, down_bias = slots.up_bias_SU, slots.down_bias_SH
                 experts[expert] = ExpertWeights(
-                    slots.up_SUH[at],
-                    slots.down_SHI[at],
-                    *(None if bias is None else bias[at] for bias in biases),
+                    up=slots.up_SUH[at],
+                    down=slots.down_SHI[at],
+                    up_bias=None if up_bias is None else up_bias[at],
+                    down_bias=None if down_bias is None else down_bias[at],
                 )
         return form, experts

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from ...cluster.routing.transports import CPU
+from ...proto.errors import ClusterError
+
+# What computes on a CUDA device, and what maps its memory: {module: package}.
+_FOR_CUDA = {"triton": "triton", "cuda": "cuda-bindings"}
 
 
 def pick_device(device: str) -> torch.device:
@@ -19,3 +25,15 @@ def device_name(device: torch.device) -> str:
     if device.type != "cuda":
         return CPU
     return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def check_packages(device: torch.device) -> None:
+    """Check that a host can compute on ``device``. Raises ClusterError."""
+    if device.type == "cpu":
+        return
+    missing = [name for module, name in _FOR_CUDA.items() if not importlib.util.find_spec(module)]
+    if missing:
+        raise ClusterError(
+            f"hosts.device: {device} needs {' and '.join(missing)}, which CUDA builds of PyTorch "
+            f"bring; pip install {' '.join(missing)}, or set `device: cpu`"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -51,7 +52,8 @@ def _memory() -> tuple[float, float]:
     sums = torch.empty(programs, device="cuda")
 
     def read(warps: int) -> object:
-        return _read[(programs,)](big, sums, steps, BLOCK=block, num_warps=warps)
+        launch: Any = _read[(programs,)]
+        return launch(big, sums, steps, BLOCK=block, num_warps=warps)
 
     reads = [microseconds(lambda: big.view(torch.int32).amax())]
     reads += [microseconds(partial(read, warps)) for warps in (4, 8)]

@@ -130,7 +130,9 @@ class Layers:
 
     def liger(self, call: Call) -> Callable[[], Tensor]:
         """Liger's fused MoE over the same memory."""
-        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+        from liger_kernel.ops.fused_moe import (  # pyright: ignore[reportMissingImports]
+            LigerFusedMoEFunction,
+        )
 
         up, down = self._weights(call.layer)
         return lambda: LigerFusedMoEFunction.apply(

@@ -10,15 +10,18 @@ size, U = rows of the up-projection (2I if gated, otherwise I), S = slots, L = l
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import programs
+from . import programs as triton_programs
 from .configurations import Blocks, Configuration, configuration_for
 from .slots import LayerSlots, StepFlags
 
 _IDS_OF_A_STEP = 4096  # that `align` reads at once
+programs: Any = triton_programs  # a launch takes options that no signature shows
 _COLUMNS_OF_A_STEP = 1024  # that `combine` adds at once
 
 

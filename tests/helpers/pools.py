@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from moesaic.actors.host.host import ExpertHost, local_hosts
+from moesaic.actors.host.layer_arithmetic import CpuLayer
 from moesaic.actors.router.router import Router
-from moesaic.cluster.expert_keys import ExpertKey, first_versions
+from moesaic.cluster.expert_keys import FIRST_VERSION, ExpertKey, LayerKey, first_versions
 from moesaic.cluster.placement import (
     ModelRef,
     ModelShape,
@@ -23,6 +24,7 @@ from moesaic.cluster.placement import (
 )
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.transports import TransportChoice
+from moesaic.kernels.ffn import ExpertWeights
 from moesaic.models.trunk.config import read_config
 from moesaic.models.trunk.experts_layers import ExpertsLayer, experts_layers
 from moesaic.models.trunk.trunk import connect_experts, forward_modules, load_trunk, meta_model
@@ -102,3 +104,11 @@ def pool(
             )
         finally:
             router.close()
+
+
+def experts_in(host: ExpertHost, key: LayerKey) -> dict[int, ExpertWeights]:
+    """The experts of a layer as a host on a CPU computes with them; what is put here is used."""
+    layer = host._store.layer(key, FIRST_VERSION, {})
+    assert isinstance(layer, CpuLayer)
+    assert isinstance(layer.experts, dict)
+    return layer.experts

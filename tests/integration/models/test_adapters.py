@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from moesaic.actors.engine.engine import Sampling
-from moesaic.cluster.expert_keys import FIRST_VERSION
 from moesaic.models.trunk.adapters import PoolExperts
 from moesaic.models.trunk.in_pool import PoolFunction
 from moesaic.models.trunk.trunk import connect_experts
 from tests.helpers.architectures import ADAPTED, OWN, tiny_model
 from tests.helpers.engines import running
 from tests.helpers.low_precision import assert_close_or_rerouted, in_float32
-from tests.helpers.pools import Pool, pool
+from tests.helpers.pools import Pool, experts_in, pool
 from tests.helpers.served_pool import served_pool
 from tests.helpers.serving import assert_right
 from tests.helpers.tiny import tiny_tokenizer
@@ -77,7 +76,7 @@ def swap_experts(served: Pool) -> None:
     """Neighbours on a host take each other's weights."""
     for host in served.hosts:
         for key in served.placement.layers:
-            experts = host._store._experts[key][FIRST_VERSION]
+            experts = experts_in(host, key)
             held = sorted(experts)
             for one, other in zip(held[::2], held[1::2], strict=False):
                 experts[one], experts[other] = experts[other], experts[one]

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.cluster.expert_keys import FIRST_VERSION
 from moesaic.cluster.routing.transports import TransportChoice
 from tests.helpers.architectures import ARCHITECTURES, tiny_model
 from tests.helpers.low_precision import assert_close_or_rerouted, in_float32
-from tests.helpers.pools import pool
+from tests.helpers.pools import experts_in, pool
 
 pytestmark = pytest.mark.numeric
 
@@ -80,7 +79,7 @@ def test_two_swapped_experts_would_show(name: str, tmp_path: Path) -> None:
     with torch.no_grad(), pool(tmp_path, hosts=1) as served:
         before = served.trunk(PROMPT).logits
         key = max(served.placement.layers)
-        experts = served.hosts[0]._store._experts[key][FIRST_VERSION]
+        experts = experts_in(served.hosts[0], key)
         used = served.router.stats().rows
         assert used > 0
         for first in range(0, 8, 2):

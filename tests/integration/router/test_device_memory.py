@@ -28,7 +28,13 @@ KEY_0 = ExpertKey("m", LAYER, 0)
 
 
 def router_on_cuda() -> Router:
-    return Router(name="test", node="here", policy=PATIENT, device=torch.device("cuda"))
+    return Router(
+        name="test",
+        node="here",
+        policy=PATIENT,
+        transport="device",
+        device=torch.device("cuda"),
+    )
 
 
 def test_device_memory_that_cannot_be_had_falls_back_to_the_hosts(

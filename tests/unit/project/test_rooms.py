@@ -22,7 +22,8 @@ FACE = "face"
 ARROWS = """
 proto                               -
 kernels                             -
-kernels/slabs                       kernels
+kernels/grouped                     -
+kernels/slabs                       kernels kernels/grouped
 models/folder                       proto
 models/trunk                        proto kernels models/folder
 models/upcycling                    proto models/folder
@@ -59,9 +60,10 @@ actors/router                       proto models/trunk cluster cluster/load clus
                                     actors/transport/grpc actors/engine
 actors/engine/vllm_backend          proto models/folder models/trunk cluster/routing actors/text
                                     actors/engine actors/router
-actors/host                         proto kernels kernels/slabs models/folder models/trunk
-                                    cluster cluster/host cluster/reports cluster/routing
-                                    actors/runtime actors/transport actors/transport/grpc
+actors/host                         proto kernels kernels/grouped kernels/slabs models/folder
+                                    models/trunk cluster cluster/host cluster/reports
+                                    cluster/routing actors/runtime actors/transport
+                                    actors/transport/grpc
 actors/trunk                        proto models/folder models/trunk cluster cluster/reports
                                     actors/runtime actors/transport/grpc actors/engine
                                     actors/engine/transformers_backend actors/router

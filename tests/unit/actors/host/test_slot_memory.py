@@ -14,7 +14,7 @@ from torch import Tensor
 from moesaic.actors.host.expert_memory import SlabMemory, SlotMemory
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.kernels.ffn import ExpertWeights
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.experts_layers import expert_shapes, experts_layers
 from moesaic.proto.errors import Busy, NotHere
 from tests.helpers.architectures import tiny_model
 from tests.helpers.slots import HostMemory
@@ -36,7 +36,7 @@ def expert(number: int, version: int = 1, layer: int = 0) -> ExpertVersion:
 def weights(seed: int) -> ExpertWeights:
     generator = torch.Generator().manual_seed(seed)
     hidden = LAYERS[0].hidden_size
-    width = LAYERS[0].module.down_proj.shape[2]
+    width = dict(expert_shapes(LAYERS[0]))["down"][1]
     return ExpertWeights(
         up=torch.randn(2 * width, hidden, generator=generator) / hidden**0.5,
         down=torch.randn(hidden, width, generator=generator) / width**0.5,

@@ -22,7 +22,7 @@ def test_all_functions_of_transformers_are_known_but_for_those_named() -> None:
     for name, module in decorated_classes().items():
         experts = transformers_experts(name, module)
         form = ExpertsLayer(0, name, experts, 8, HIDDEN).form()
-        if Activation.of(form.activate, gated=experts.has_gate) is None:
+        if Activation.of(form.activate, gated=bool(experts.has_gate)) is None:
             unknown.add(name)
     assert unknown == UNKNOWN
 

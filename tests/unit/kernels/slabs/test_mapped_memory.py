@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -101,8 +99,13 @@ torch.cuda.synchronize()
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    pid: int
+    process: subprocess.Popen[bytes]
     descriptors: list[int]
+
+    def kill(self) -> None:
+        """Kill it, and wait until it has given back what nobody else has."""
+        self.process.kill()
+        self.process.wait(60)
 
 
 @pytest.fixture
@@ -114,9 +117,8 @@ def maker() -> Iterator[Made]:
         ours.settimeout(120)
         _, descriptors, _, _ = socket.recv_fds(ours, 16, 2)
         assert len(descriptors) == 2
-        yield Made(child.pid, descriptors)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid, signal.SIGKILL)
+        yield Made(child, descriptors)
+        child.kill()
     ours.close()
 
 
@@ -125,8 +127,7 @@ def test_memory_outlives_the_process_that_made_it(maker: Made, memory: DeviceMem
         memory.adopt(chunk, descriptor)
     numbers = memory.tensor((2 * CHUNK // 4,), torch.float32)
     assert float(numbers.mean()) == 7.0
-    os.kill(maker.pid, signal.SIGKILL)
-    os.waitpid(maker.pid, os.WNOHANG)
+    maker.kill()
     assert float(numbers.sum()) == 7.0 * numbers.numel()
     before = free_bytes()
     memory.release(0, 2 * CHUNK)
