@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,9 +44,8 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """One tensor as a file's header describes it."""
+class Header(NamedTuple):
+    """One tensor as a file's header describes it; a model may have 90,000, so a tuple."""
 
     file: Path
     key: str

@@ -55,15 +55,17 @@ _FP8 = {
     "float8_e5m2": torch.float8_e5m2,
 }
 # Values of these dtypes mean something only together with scales.
-CODES = (
-    torch.uint8,
-    torch.int8,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
-    torch.float4_e2m1fn_x2,
+CODES = frozenset(
+    {
+        torch.uint8,
+        torch.int8,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2fnuz,
+        torch.float8_e8m0fnu,
+        torch.float4_e2m1fn_x2,
+    }
 )
 # Scales of activations, and of cached keys and values.
 _NOT_OF_WEIGHTS = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,9 +156,9 @@ def _map(
     # them stands for the others; a model may have 90,000 such names.
     merged: dict[str, tuple[str, str]] = {}
     # Some renamings depend on earlier names; transformers sorts in this way.
-    for name in sorted(names, key=dot_natural_key):
+    for name in sorted(names, key=_natural_key()):
         number = _EXPERT.search(name)
-        form = name if number is None else _EXPERT.sub(r"\g<1>*", name, count=1)
+        form = name if number is None else f"{name[: number.end(1)]}*{name[number.end() :]}"
         target, pattern = merged.get(form, (None, None))
         if target is None:
             target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
@@ -170,7 +170,9 @@ def _map(
             unused.append(name)
             continue
         converter = by_pattern[pattern] if pattern else None
-        source = sources.setdefault(target, Source(converter=converter))
+        source = sources.get(target)
+        if source is None:
+            source = sources[target] = Source(converter=converter)
         key = pattern or "", int(number[2]) if number else None
         # As in transformers, the first one counts if two names lead to the same place.
         if source.converter is converter and key not in source.keys:
@@ -180,6 +182,21 @@ def _map(
         else:
             unused.append(name)
     return sources, unused
+
+
+def _natural_key() -> Callable[[str], list[Any]]:
+    """Return a function equal to transformers' `dot_natural_key`, which sorts names.
+
+    It makes the key of each part of a name once; 90,000 names have a few hundred different parts.
+    """
+    known: dict[str, Any] = {}
+
+    def key_of(part: str) -> Any:
+        if part not in known:
+            (known[part],) = dot_natural_key(part)
+        return known[part]
+
+    return lambda name: [key_of(part) for part in name.split(".")]
 
 
 def convert(
@@ -217,6 +234,8 @@ class _Comparison:
         self._path = path
         # Shapes of one expert's tensors -> the result; nearly all experts have the same shapes.
         self._known: dict[Any, tuple[int, ...] | str] = {}
+        # Headers without their names -> shape as it is read, for the same reason.
+        self._read_shapes: dict[Any, tuple[int, ...]] = {}
 
     def compare(self, target: str, source: Source) -> None:
         self.made.add(target)
@@ -234,7 +253,7 @@ class _Comparison:
         """Return whether one tensor can be read as the parameter's kind of values."""
         stored = self.tensors[name]
         try:
-            _ = stored.shape
+            self._shape(stored)
         except CheckpointError as error:
             self._pairs.append(str(error).removeprefix(f"{self._path}/"))
             return False
@@ -244,6 +263,14 @@ class _Comparison:
             return True
         self._undeclared.setdefault(stored.dtype, []).append(stored.key)
         return False
+
+    def _shape(self, stored: StoredTensor) -> tuple[int, ...]:
+        """Return ``stored.shape``, which is checked once for all tensors with such headers."""
+        values, scales = stored.values, stored.scales
+        form = values.dtype, values.shape, scales and (scales.dtype, scales.shape)
+        if form not in self._read_shapes:
+            self._read_shapes[form] = stored.shape
+        return self._read_shapes[form]
 
     def _experts(self, target: str, source: Source) -> None:
         """Compare a parameter that has one tensor for each expert and projection."""
@@ -266,7 +293,7 @@ class _Comparison:
             return
         for expert in range(wanted[0]):
             names = {p: source.keys[p, expert] for p in patterns}
-            shapes = tuple((p, self.tensors[name].shape) for p, name in names.items())
+            shapes = tuple((p, self._shape(self.tensors[name])) for p, name in names.items())
             made = self._make(target, source, shapes)
             if made == tuple(wanted[1:]):
                 continue
