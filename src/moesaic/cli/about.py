@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .. import about
 from ..actors.preflight.findings import Finding, errors_of, raise_errors, severity_counts
+from ..models.trunk.lean_imports import import_models
 from ..proto.errors import SpecError
 from .terminal import print_json
 
@@ -45,6 +46,7 @@ def show_version(as_json: JsonOption = False) -> None:
 
 
 def inspect_model(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="The model: a folder, a Hugging Face hub id, or demo.")
     ],
@@ -65,6 +67,8 @@ def inspect_model(
         memory_bytes = bytes_of(memory)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--memory") from None
+    if context.obj.ends_process:
+        import_models()
     checked = about.check_model(model, dtype)
     if checked.described is None:
         raise_errors(checked.findings)
@@ -108,6 +112,7 @@ def inspect_model(
 
 @spec_app.command("check")
 def check_spec(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="The spec, a YAML file.")],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the whole spec and the findings as JSON.")
@@ -117,6 +122,8 @@ def check_spec(
     from ..cluster.spec.spec import load_spec
 
     spec = load_spec(file)
+    if context.obj.ends_process:
+        import_models()
     findings = about.check_spec(spec)
     number = len(errors_of(findings))
     if as_json:

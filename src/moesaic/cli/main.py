@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -170,10 +171,17 @@ watch.register(app)
 app.command()(simulate)
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What a command knows of the code that runs it."""
+
+    ends_process: bool  # after the command, so that nothing else uses what it imports
+
+
+def main(argv: list[str] | None = None, *, ends_process: bool = False) -> int:
     """Run a command; a user's mistake never shows a traceback."""
     try:
-        result: Any = app(args=argv, standalone_mode=False)
+        result: Any = app(args=argv, standalone_mode=False, obj=Caller(ends_process))
         return result if isinstance(result, int) else DONE
     except MoesaicError as error:
         return _failed(error)
@@ -211,7 +219,7 @@ def run() -> None:
         set_up_logging("command", default=logging.WARNING)
     except MoesaicError as error:
         sys.exit(_failed(error))
-    exit_with(main())
+    exit_with(main(ends_process=True))
 
 
 if __name__ == "__main__":
