@@ -114,7 +114,7 @@ def initial_placement(
         if not 1 <= shape.replicas <= len(hosts):
             raise ValueError(
                 f"models.{shape.model}.replicas: {shape.replicas} replicas of an expert need as "
-                f"many hosts, and there are {len(hosts)}; lower replicas, or add hosts"
+                f"many hosts, but there are only {len(hosts)}; lower replicas, or add hosts"
             )
         for layer, experts in shape.experts.items():
             dealt = []

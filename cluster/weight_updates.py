@@ -260,7 +260,7 @@ class WeightUpdates:
 
     def _check(self, update: WeightUpdate, *, in_file: bool) -> None:
         if not self.is_under_way(update):
-            raise ValueError(f"update {update.number} of {update.model} is not under way any more")
+            raise ValueError(f"update {update.number} of {update.model} has already ended")
         missing = [] if in_file else self.missing(update)
         if missing:
             raise ValueError(f"no host holds {missing[0]}, and {len(missing) - 1} more")

@@ -42,10 +42,13 @@ def local_model(path: str) -> Path | NotDownloaded:
     _check_hub_id(path, folder)
     cached = _cached(path)
     if cached is None:
-        return NotDownloaded(f"{path!r} is not in the hub's cache here; {_FETCH.format(path=path)}")
+        return NotDownloaded(
+            f"{path!r} is not in the hub's cache on this machine; {_FETCH.format(path=path)}"
+        )
     if not _complete(cached):
         return NotDownloaded(
-            f"{path!r} is in the hub's cache here in parts; {_FETCH.format(path=path)}"
+            f"{path!r} is only partly in the hub's cache on this machine; "
+            f"{_FETCH.format(path=path)}"
         )
     return cached
 
@@ -70,8 +73,8 @@ def resolve_model(path: str, *, progress: Callable[[str, int, int], None] | None
         return Path(snapshot_download(path, allow_patterns=_WANTED, ignore_patterns=_IGNORED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"path: {path!r} is not a folder here, and cannot be downloaded from the hub: "
-            f"{describe_error(error).splitlines()[0]}"
+            f"path: {path!r} is not a folder on this machine, and cannot be downloaded from the "
+            f"hub: {describe_error(error).splitlines()[0]}"
         ) from error
 
 
@@ -81,9 +84,9 @@ def _check_hub_id(path: str, folder: Path) -> None:
             f"path: {path!r} is a file; give the folder that holds the model's files"
         )
     if folder.exists() or not _HUB_ID.match(path) or path.startswith("."):
-        seen_from = "" if folder.is_absolute() else f" (sought in {Path.cwd()})"
+        seen_from = "" if folder.is_absolute() else f" (looked for in {Path.cwd()})"
         raise CheckpointError(
-            f"path: {path!r} is not a folder, not a hub id (owner/name), not demo{seen_from}"
+            f"path: {path!r} is neither a folder, a hub id (owner/name) nor demo{seen_from}"
         )
 
 

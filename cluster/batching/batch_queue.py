@@ -108,7 +108,7 @@ class MergeStats:
 
 
 class BatchQueue:
-    """All calls that a router service holds; each ends once, with an `CallResult` or by leaving."""
+    """All calls that a router service holds; each ends once, with a `CallResult` or by leaving."""
 
     def __init__(self, policy: MergePolicy) -> None:
         self.policy = policy

@@ -89,7 +89,7 @@ class Control:
         if not 1 <= shape.replicas <= len(self.view.hosts):
             raise ValueError(
                 f"models.{shape.model}.replicas: {shape.replicas} replicas of an expert need as "
-                f"many hosts, and there are {len(self.view.hosts)}; lower replicas, "
+                f"many hosts, but there are only {len(self.view.hosts)}; lower replicas, "
                 "or add hosts"
             )
         before = dict(self.models)
@@ -100,8 +100,8 @@ class Control:
             if lacking:
                 self.models = before
                 raise ValueError(
-                    f"models.{shape.model}: {len(lacking)} of its experts find no room; give "
-                    "hosts more slots or memory, or add hosts"
+                    f"models.{shape.model}: the hosts have no room for {len(lacking)} of its "
+                    "experts; give hosts more slots or memory, or add hosts"
                 )
             self._adopt(found, self._now)
         if on_disk:
@@ -190,8 +190,8 @@ class Control:
         if self.loader.is_on_disk(weights):
             return "loading"
         if weights.version == FIRST_VERSION:
-            return "lost: its model was in memory"
-        return f"lost: version {weights.version} was in memory only"
+            return "lost: its model was attached from memory, and no file has its weights"
+        return f"lost: only hosts' memory had version {weights.version}"
 
     def is_free(self, host: str, now: float) -> bool:
         """Return whether a retired host holds nothing, gets nothing, and no router uses it."""

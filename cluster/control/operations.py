@@ -16,7 +16,7 @@ from ..reports.report import ExpertId, balancedness_of
 def check_model(models: Mapping[str, ModelShape], model: str) -> ModelShape:
     """Return the model's shape. Raises ValueError if there is no such model."""
     if model not in models:
-        raise ValueError(f"model: {model!r} is none of {sorted(models)}")
+        raise ValueError(f"model: {model!r} does not exist; choose one of {sorted(models)}")
     return models[model]
 
 
@@ -36,15 +36,15 @@ def check_expert(models: Mapping[str, ModelShape], key: ExpertKey) -> None:
     check_layer(shape, key.layer)
     if not 0 <= key.expert < shape.experts[key.layer]:
         raise ValueError(
-            f"expert: {key.expert} is not in 0 to {shape.experts[key.layer] - 1}, the experts of "
-            f"layer {key.layer}"
+            f"expert: {key.expert} does not exist; layer {key.layer} has the experts 0 to "
+            f"{shape.experts[key.layer] - 1}"
         )
 
 
 def check_host(hosts: Collection[str], host: str) -> None:
     """Raise ValueError if there is no such host."""
     if host not in hosts:
-        raise ValueError(f"host: {host!r} is none of {', '.join(sorted(hosts))}")
+        raise ValueError(f"host: {host!r} does not exist; choose one of {', '.join(sorted(hosts))}")
 
 
 def with_min_replicas(
@@ -52,7 +52,9 @@ def with_min_replicas(
 ) -> OperatorConstraints:
     """Require at least ``count`` replicas; 1 revokes that. Raises ValueError on bad counts."""
     if not 1 <= count <= len(hosts):
-        raise ValueError(f"replicas: {count} is not in 1 to {len(hosts)}, the number of hosts")
+        raise ValueError(
+            f"replicas: {count}; choose a number from 1 to {len(hosts)}, the number of hosts"
+        )
     least = {k: n for k, n in constraints.min_replicas.items() if k != key}
     return replace(constraints, min_replicas=least | ({key: count} if count > 1 else {}))
 
@@ -103,7 +105,7 @@ def unmet_constraints(plan: Plan, constraints: OperatorConstraints, key: ExpertK
     least = constraints.min_replicas.get(key, 1)
     found = []
     if len(hosts) < least:
-        found.append(f"{key}: room for {len(hosts)} of {least} replicas")
+        found.append(f"{key}: the hosts have room for only {len(hosts)} of {least} replicas")
     lacking = sorted(constraints.pins.get(key, frozenset()) - set(hosts))
     if lacking:
         found.append(f"{key}: no room on {', '.join(lacking)}")

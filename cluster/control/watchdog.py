@@ -47,9 +47,9 @@ class Vitals:
         """Return a text for each thing that makes no progress."""
         found = []
         if self.tick_age_s > TICK_STALLED_S:
-            found.append(f"the controller has stood still for {self.tick_age_s:.0f} s")
+            found.append(f"the controller has not run for {self.tick_age_s:.0f} s")
         if self.planning_s > PLANNER_SLOW_S:
-            found.append(f"the planner has been at work for {self.planning_s:.0f} s")
+            found.append(f"the planner has been running for {self.planning_s:.0f} s")
         if self.plan_failures >= PLANNER_FAILURES:
             found.append(f"the planner has failed {self.plan_failures} times in a row")
         if self.moves_pending and (self.move_age_s or 0.0) > MOVES_STALLED_S:

@@ -1,4 +1,4 @@
-"""Emulated devices: how long a device that is not there would take for a batch.
+"""Emulated devices: how long a batch would take on another device.
 
 They are for experiments with more hosts than cores. Transport, queues, failures and the arithmetic
 stay real; the host then waits for the rest of the device's time (`actors/host/device.py`).

@@ -22,7 +22,9 @@ class Fence:
     def obey(self, term: int) -> None:
         """Accept a command of the controller of ``term``; raise Superseded for an older term."""
         if term < self.term:
-            raise Superseded(f"term: {term} is over; the controller of term {self.term} rules")
+            raise Superseded(
+                f"term: {term} has ended; this host obeys the controller of term {self.term}"
+            )
         if term > self.term:
             self.term, self._given_up = term, 0
 

@@ -157,7 +157,7 @@ class Residency:
         if error is not None:
             return error
         if now >= call.expires_at:
-            return Expired(f"call {call.seq}: its deadline passed on the way")
+            return Expired(f"call {call.seq}: its deadline passed before it arrived")
         most = self.policy.max_queue_rows
         if self.queued_rows + call.rows > most or (call.attempt and self.queued_rows > most // 2):
             return Busy(
@@ -222,13 +222,15 @@ class Residency:
             )
         layer = self._layers.get(call.key)
         if layer is None:
-            return NotHere(f"no expert of layer {call.key.layer} of {call.key.model!r} is here")
+            return NotHere(
+                f"this host has no expert of layer {call.key.layer} of {call.key.model!r}"
+            )
         highest, lowest = int(call.ids.max(initial=-1)), int(call.ids.min(initial=0))
         if highest >= layer.shape.num_experts or lowest < -1:
             beyond = highest if highest >= layer.shape.num_experts else lowest
             return CallError(
-                f"ids: {beyond} is no expert of layer "
-                f"{call.key.layer} of {call.key.model!r}, which has {layer.shape.num_experts}"
+                f"ids: expert {beyond} does not exist; layer {call.key.layer} of "
+                f"{call.key.model!r} has {layer.shape.num_experts} experts"
             )
         held_E = layer.held.get(call.version)
         here = call.ids < 0 if held_E is None else held_E[call.ids]

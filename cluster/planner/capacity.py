@@ -54,7 +54,7 @@ def capacity_shortage(
         return "no host would be left"
     most = max((shape.replicas for shape in models), default=1)
     if len(hosts) < most:
-        return f"models want {most} replicas of each expert, each on another host"
+        return f"a model needs {most} replicas of each expert, each on another host"
     domains = {host.domain or host.name for host in hosts}
     if models and len(domains) <= redundancy:
         return f"balance.redundancy {redundancy} needs {redundancy + 1} failure domains"
@@ -65,7 +65,7 @@ def capacity_shortage(
     room = sum(_room(host, expert_bytes) for host in hosts)
     needed = sum(_copies(shape, redundancy) for shape in models)
     if room < needed:
-        return f"there would be room for {room} experts, and {needed} need it"
+        return f"the hosts would have room for {room} replicas, but {needed} are needed"
     return ""
 
 

@@ -40,7 +40,7 @@ class PlanBuilder:
     ) -> None:
         self.hosts = [host for host in hosts if host.name not in constraints.leaving]
         if not self.hosts:
-            raise ValueError("hosts: there is none left to place experts on")
+            raise ValueError("hosts: no host is left to place experts on")
         self.names = [host.name for host in self.hosts]
         self.index = {name: i for i, name in enumerate(self.names)}
         self.speed_H = np.array([host.speed for host in self.hosts], dtype=float)

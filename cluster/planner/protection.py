@@ -49,7 +49,7 @@ def protect(builder: PlanBuilder) -> None:
 
 def _add(builder: PlanBuilder, key: LayerKey, expert: int, among_H: np.ndarray) -> bool:
     """Add a replica on one of the hosts ``among_H``, (H,) bool; return False if nothing helps."""
-    reason = "it stands in too few failure domains"
+    reason = "it is in too few failure domains"
     if builder.add(key, expert, "protect", reason, among_H=among_H):
         return True
     for hop in _path(builder, builder.searches[key].expert_bytes, among_H):
@@ -122,7 +122,7 @@ def _move(builder: PlanBuilder, hop: _Hop) -> bool:
     if not _may_go(search, hop.source)[hop.expert, hop.target]:
         return False
     among_H = np.arange(len(builder.hosts)) == hop.target
-    reason = "it makes room for an expert that stands in too few failure domains"
+    reason = "it makes room for an expert that is in too few failure domains"
     if not builder.add(hop.key, hop.expert, "protect", reason, among_H=among_H):
         return False
     builder.apply(search, Step((), ((hop.expert, hop.source),)))

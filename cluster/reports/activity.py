@@ -106,6 +106,6 @@ class ExpertReport(ExpertId):
     share_of_layer: float | None
     """Its part of its layer's assignments over 10 s, 0 to 1; null if the layer has none."""
     min_replicas: int
-    """The least number of replicas that `replicate` asked for; 1 by default."""
+    """Smallest number of replicas, as set by `replicate`; 1 by default."""
     pinned_to: list[str]
-    """Hosts that `pin` has named."""
+    """Hosts that must hold the expert, as set by `pin`."""

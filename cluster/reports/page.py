@@ -40,10 +40,10 @@ below. `Cluster.top()` returns an `Activity`, and `moesaic top --json` prints th
 `make reports`.
 
 Names of fields stay: fields are added, and never renamed or removed. So leave out fields that you
-do not know; states and phases may have new words, too. A block that there is not is `null`, and its
-key is there. Units are in the names: `_s` are seconds, `_bytes` bytes, `_per_s` rates, and a
-`fraction` or `share` is between 0 and 1. A replica is a copy of an expert on a host, and an
-assignment is a token and one of its experts ([glossary](glossary.md)).
+do not know; states and phases may have new words, too. A block without a value is `null`, and
+its key is there all the same. Units are in the names: `_s` are seconds, `_bytes` bytes, `_per_s`
+rates, and a `fraction` or `share` is between 0 and 1. A replica is a copy of an expert on a host,
+and an assignment is a token and one of its experts ([glossary](glossary.md)).
 """
 
 

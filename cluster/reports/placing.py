@@ -76,7 +76,7 @@ class PlanReport(Report):
     unplaced_experts: list[ExpertId]
     """Experts for which no host has room."""
     lacking_bytes: int
-    """Memory that is lacking for one more replica of each expert that should have one."""
+    """Memory that the hosts lack for one more replica of each expert that should have one."""
 
 
 class ChangePhase(OpenEnum):
@@ -116,9 +116,9 @@ class ChangeReport(Report):
     phase: ChangePhase
     """How far it is, or how it ended."""
     age_s: float
-    """Time since its begin."""
+    """Time since the change began."""
     duration_s: float | None
-    """Time from its begin to its end; null while it loads."""
+    """How long the change took; null while it loads."""
     total_moves: int
     """Replicas that it loads."""
     pending_moves: int

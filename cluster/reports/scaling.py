@@ -36,13 +36,13 @@ class ScalingReport(Report):
     leaving_hosts: list[str]
     """Hosts that it drains and ends."""
     awaited_hosts: list[str]
-    """Of both, those that have yet to arrive or leave."""
+    """Those of both lists that have yet to arrive or leave."""
     phase: ScalingPhase
     """How far it is, or how it ended."""
     age_s: float
-    """Time since its begin."""
+    """Time since the scaling began."""
     duration_s: float | None
-    """Time from its begin to its end; null while it is under way."""
+    """How long the scaling took; null while it is under way."""
     remaining_replicas: int
     """Replicas that the leaving hosts still hold."""
     obstacles: dict[str, str]
@@ -60,9 +60,9 @@ class HostGroupStatus(Report):
     hosts: int
     """Hosts now, without those that leave."""
     min_hosts: int
-    """The fewest that the autoscaler keeps."""
+    """Smallest number of hosts that the autoscaler keeps."""
     max_hosts: int
-    """The most that there may be."""
+    """Largest number of hosts that the group may have."""
     cost_per_hour: float
     """Cost of one host, from the spec."""
 

@@ -75,7 +75,7 @@ class RouterServiceProcess(Report):
     merged_batches: int
     """Batches with rows of several calls."""
     refused_calls: int
-    """Calls that were refused for want of room."""
+    """Calls that were refused because the service was full."""
     expired_calls: int
     """Calls that ended at their deadline."""
     expert_waits: int

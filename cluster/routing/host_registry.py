@@ -1,4 +1,4 @@
-"""The hosts of a placement as one router knows them, and the assignment among them for assignments.
+"""The hosts of a placement as one router knows them, and how it divides assignments among them.
 
 Shape suffixes: H = hosts in the placement's order, n = assignments, t and k = rows and columns of
 one send.

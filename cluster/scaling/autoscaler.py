@@ -191,7 +191,7 @@ class Autoscaler:
             why = (
                 f"hosts are {busy:.0%} busy, above {self.policy.scale_up_above:.0%}"
                 if busy >= self.policy.scale_up_above
-                else f"calls wait {waiting:.1f} times as long as they are computed"
+                else f"calls wait {waiting:.1f} times as long as their computation takes"
             )
             decisions = self._grow(
                 groups, busy, f"{why}, for {now - (self._up.since or now):.0f} s"

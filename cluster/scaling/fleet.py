@@ -107,16 +107,18 @@ class Fleet:
         """Set the number of hosts of a group; raise ValueError that names what is wrong."""
         if not 0 <= group < len(self.groups):
             raise ValueError(
-                f"group: {group} is not in 0 to {len(self.groups) - 1}, the indexes of the "
-                "spec's hosts"
+                f"group: {group} does not exist; the spec's hosts are the groups 0 to "
+                f"{len(self.groups) - 1}"
             )
         most = self.groups[group].max_count
         if not 1 <= count <= most:
-            raise ValueError(f"count: {count} is not in 1 to {most}, hosts.{group}.max_count")
+            raise ValueError(
+                f"count: {count}; choose a number from 1 to {most}, hosts.{group}.max_count"
+            )
         if self.groups[group].fixed:
             raise ValueError(
                 f"group: {group} is a placement group of Ray, whose size cannot change; set "
-                f"hosts.{group}.placement_group to none, and start the cluster anew"
+                f"hosts.{group}.placement_group to none, and restart the cluster"
             )
         if count == len(self.staying(group)):
             return self.scalings.same(group, count, who, now)
@@ -126,7 +128,7 @@ class Fleet:
             if why:
                 raise ValueError(f"count: {count} hosts of group {group} are too few: {why}")
         self.autoscaler.rest(now)
-        return self._set(control, group, count, who, "asked for", now)
+        return self._set(control, group, count, who, "requested", now)
 
     # ---- what is shown --------------------------------------------------------------------------
 
@@ -135,7 +137,7 @@ class Fleet:
         since = self._asked_at.get(name)
         if since is None:
             return None
-        words = f"asked for {now - since:.0f} s ago"
+        words = f"requested {now - since:.0f} s ago"
         if self._is_stuck(name, now):
             needs = self.groups[self._group_of[name]].needs
             words += f"; no machine has had room for it yet ({needs})"

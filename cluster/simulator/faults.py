@@ -175,7 +175,9 @@ class Faults:
             if network.network_faults is bad:
                 network.network_faults = NetworkFaults()
 
-        self._world.clock.after(float(self._rng.uniform(0.2, 2.0)), "the network is well", clear)
+        self._world.clock.after(
+            float(self._rng.uniform(0.2, 2.0)), "the network has recovered", clear
+        )
         return True
 
     def _kill_router(self) -> bool:

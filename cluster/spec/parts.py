@@ -170,12 +170,12 @@ class RouterSpec(Part):
     clients' calls for the same layer."""
 
     max_calls: int = Field(default=256, ge=1, le=4096)
-    """Largest number of calls that the service holds at the same time. Then the service refuses
-    calls of the client that has the most calls in it."""
+    """Largest number of calls that the service holds at the same time. Beyond it,
+    the service refuses calls of the client that has the most calls in it."""
 
     max_mb: float = Field(default=256.0, ge=0.002, le=1 << 16, allow_inf_nan=False)
     """Largest size of the tensors and answers of all calls in the service together, in megabytes.
-    Then the service refuses calls of the client whose calls take the most."""
+    Beyond it, the service refuses calls of the client whose calls take the most."""
 
     max_call_mb: Megabytes = 64.0
     """Largest size of the tensors of one call, in megabytes. Moesaic's client splits larger
@@ -183,7 +183,7 @@ class RouterSpec(Part):
 
     call_s: Seconds = 60.0
     """Largest number of seconds that one call may take, even if the client's deadline is later.
-    Then the call ends with an error."""
+    After that, the call ends with an error."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RouterSpec:
@@ -280,16 +280,16 @@ class LimitSpec(Part):
     the model and the key-value cache allow."""
 
     request_s: Seconds | None = None
-    """Largest number of seconds from a request's start to the last token of its answer. Then the
-    request ends with status 504. Default `null`: no limit."""
+    """Largest number of seconds from a request's start to the last token of its answer. After that,
+    the request ends with status 504. Default `null`: no limit."""
 
     body_mb: float = Field(default=8.0, gt=0, le=1024)
     """Largest body of one HTTP request, in megabytes. Requests with a larger body are refused with
     status 413."""
 
     body_s: Seconds = 30.0
-    """Seconds in which the body of an HTTP request must have arrived. Then the request is refused
-    with status 408."""
+    """Seconds in which the body of an HTTP request must have arrived. After that, the request is
+    refused with status 408."""
 
     bodies_mb: float = Field(default=64.0, gt=0, le=1 << 20)
     """Largest size of the bodies of all requests together while they arrive or are parsed, in
@@ -381,7 +381,7 @@ class EndpointSpec(Part):
 
     drain_s: float = Field(default=30.0, ge=0, le=86_400, allow_inf_nan=False)
     """Seconds that running answers, and running calls of the router service, have to finish when
-    the cluster ends. Then they end with an error. New requests are refused at once."""
+    the cluster ends. After that, they end with an error. New requests are refused at once."""
 
     @model_validator(mode="after")
     def _all_or_some(self) -> EndpointSpec:
@@ -408,11 +408,11 @@ class TimeoutSpec(Part):
 
     expert_s: Seconds = 60.0
     """Seconds that a request waits for an expert that no host can compute, for example while a host
-    restarts. Then the request ends with an error."""
+    restarts. After that, the request ends with an error."""
 
     attempt_s: Seconds = 2.0
-    """Seconds that a router waits for a host's answer to a call. Then the router sends the call to
-    another replica, with twice the seconds for each further attempt."""
+    """Seconds that a router waits for a host's answer to a call. After that, the router sends the
+    call to another replica, and waits twice as long at each further attempt."""
 
     start_s: Seconds = 300.0
     """Seconds in which the whole cluster must have started, else `up` fails. The same limit holds

@@ -92,8 +92,9 @@ class NetworkSpec(Part):
     def _groups_need_an_address(self) -> NetworkSpec:
         if self.transport == "group" and self.bind in ("0.0.0.0", "::", "[::]"):
             raise ValueError(
-                f"transport: 'group' needs an address of each host, and bind: {self.bind!r} is "
-                "none; set bind to an address, or to 'node' for each machine's own"
+                f"transport: 'group' needs an address to connect to, and bind: {self.bind!r} "
+                "stands for all addresses; set bind to an address, or to 'node' for each machine's "
+                "own"
             )
         return self
 
@@ -142,7 +143,7 @@ class ModelSpec(Part):
 
     min_experts_per_token: int | None = Field(default=None, ge=1)
     """Smallest number of experts per token that a request may ask for. Default `null`: the number
-    that a request has without asking, so no request may ask for fewer."""
+    of experts of a request that sets no number."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ModelSpec:
@@ -310,7 +311,7 @@ class BalanceSpec(Part):
     divided by the number of all hosts. 0: all layers use all hosts."""
 
     every_s: Seconds = 10.0
-    """Seconds between two times that the controller checks whether the load is even."""
+    """Seconds between two checks of the controller whether the load is even."""
 
     horizon_s: Seconds = 60.0
     """Seconds that the present load is assumed to last. The controller moves a replica only if the
@@ -321,8 +322,8 @@ class BalanceSpec(Part):
     other hosts."""
 
     lease_s: Seconds = 10.0
-    """Seconds for which the controller waits for a silent router. Then the controller lets hosts
-    evict replicas that the router may still use."""
+    """Seconds for which the controller waits for a silent router. After that, the controller lets
+    hosts evict replicas that the router may still use."""
 
     loading_mb_per_s: float = Field(default=200.0, gt=0, le=1e9, allow_inf_nan=False)
     """Mean rate at which one host loads experts while it serves, in megabytes per second. A lower

@@ -35,7 +35,7 @@ def bytes_of(text: str) -> int:
         number, prefix, binary = found.groups()
         size = int(float(number) * (1024 if binary else 1000) ** _POWERS.index(prefix.upper()))
     if size < 1:
-        raise ValueError(f"{text!r} is no number of bytes; write it as 4GB or 512MiB")
+        raise ValueError(f"{text!r} is not a size in bytes; write it as 4GB or 512MiB")
     return size
 
 
@@ -72,10 +72,10 @@ def _with(values: Any, keys: list[str], new: Any) -> Any:
     if isinstance(values, list):
         at = int(keys[0])
         if not 0 <= at < len(values):
-            raise IndexError(f"there are {len(values)} entries")
+            raise IndexError(f"the list has no entry {at}; its entries are 0 to {len(values) - 1}")
         return [_with(old, keys[1:], new) if n == at else old for n, old in enumerate(values)]
     if values is not None and not isinstance(values, dict):
-        raise TypeError(f"{values!r} has no key {keys[0]!r}")
+        raise TypeError(f"the value {values!r} is not a mapping, so it has no key {keys[0]!r}")
     values = values or {}
     return {**values, keys[0]: _with(values.get(keys[0]), keys[1:], new)}
 
@@ -99,7 +99,7 @@ def problems(error: ValidationError, values: dict[Any, Any]) -> str:
 
 def _unknown_key(loc: tuple[int | str, ...]) -> str:
     new = OLD_KEYS.get((str(loc[0]), str(loc[-1])))
-    return "unknown key" if new is None else f"unknown key: it is called {new} now"
+    return "unknown key" if new is None else f"unknown key; it was renamed to {new}"
 
 
 def _path(loc: tuple[int | str, ...], values: Any) -> str:

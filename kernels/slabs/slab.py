@@ -74,7 +74,7 @@ class Slab:
         slot = self.layout.slot(layer, expert, copy)
         entry = self._slots[slot]
         if entry["state"] != SlotState.EMPTY:
-            raise ValueError(f"slot {slot} of layer {layer} holds expert {expert} already")
+            raise ValueError(f"slot {slot} of layer {layer} already holds expert {expert}")
         shape, given = self.layout.layers[layer], weights.tensors()
         if given.keys() != {tensor.name for tensor in shape.tensors}:
             wanted = ", ".join(tensor.name for tensor in shape.tensors)

@@ -49,7 +49,7 @@ def read_expert(file: Path, layer: int, expert: int) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: expert {expert} of layer {layer}: {error}") from error
     if not found:
-        raise CheckpointError(f"{file}: there is no expert {expert} of layer {layer} in it")
+        raise CheckpointError(f"{file}: the file does not contain expert {expert} of layer {layer}")
     return found
 
 
@@ -61,7 +61,9 @@ def shapes_of_experts(file: Path) -> dict[Place, dict[str, tuple[int, ...]]]:
             layer, _, rest = key.partition(".")
             expert, _, name = rest.partition(".")
             if not (layer.isdecimal() and expert.isdecimal() and name):
-                raise CheckpointError(f"{file}: {key} is not a tensor of an expert, like 0.3.up")
+                raise CheckpointError(
+                    f"{file}: {key} does not name a tensor of an expert, such as 0.3.up"
+                )
             shape = tuple(opened.get_slice(key).get_shape())
             found.setdefault((int(layer), int(expert)), {})[name] = shape
     return found

@@ -113,9 +113,9 @@ def _list_numbered(path: Path) -> Listing:
     # Only the first missing number is searched, because names may claim any number of parts.
     missing = next((n for n in range(1, max(counts) + 1) if n not in parts), None)
     if len(counts) > 1 or missing:
-        wrong = f"part {missing} is missing" if missing else "some belong to another set"
+        wrong = f"part {missing} is missing" if missing else "some of them belong to another set"
         raise CheckpointError(
-            f"{path}: no {INDEX_FILE}, and of the numbered files {wrong}; there is "
+            f"{path}: no {INDEX_FILE}, and the numbered files are no complete set: {wrong}; found "
             + ", ".join(sorted(found)[:3])
         )
     headers: dict[str, Header] = {}
@@ -134,8 +134,8 @@ def _what_else(path: Path) -> str:
     gguf = sorted(file.name for file in path.glob("*.gguf"))
     if "adapter_model.safetensors" in others:
         return (
-            "holds an adapter (adapter_model.safetensors), no model; merge it into its base model "
-            "and save that"
+            "holds an adapter (adapter_model.safetensors) instead of a model; merge it into its "
+            "base model and save that"
         )
     if others:
         return f"{neither}, under these names; there is {', '.join(others[:3])}"

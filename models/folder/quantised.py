@@ -116,8 +116,8 @@ def _declared(field: str, values: Any, name: str) -> Quantisation:
     method = values.get("quant_method")
     if method is None and (name == "quantization" or {"bits", "group_size"} <= values.keys()):
         raise UnsupportedModel(
-            f"{field}: {values.get('bits')!r} bits in groups, as MLX quantises; that is not read. "
-            "Give the model quantised with 'mxfp4' or 'fp8', or in float32, bfloat16 or float16"
+            f"{field}: {values.get('bits')!r} bits in groups, as MLX quantises, is not supported; "
+            "give the model quantised with 'mxfp4' or 'fp8', or in float32, bfloat16 or float16"
         )
     if method == "mxfp4":
         return Quantisation("mxfp4")
@@ -244,11 +244,13 @@ class StoredTensor:
         """
         if self.scales is None or self.quantisation is None:
             if self.quantisation is not None and self.values.dtype in CODES:
-                raise self._error(f"is {self.values.dtype}, and has no scales")
+                raise self._error(f"is {self.values.dtype} but has no scales")
             return read_tensor(self.file, self.key, expert, rows)
         wanted = self._wanted_scales()
         if rows != 1 and (self.quantisation.block or self.values.dtype != self.quantisation.dtype):
-            raise self._error("is quantised, and has many rows for each expert; that is not read")
+            raise self._error(
+                "is quantised and has many rows for each expert, which is not supported"
+            )
         values = read_tensor(self.file, self.key, expert, rows)
         scales = self._read_scales(wanted, expert, rows)
         if self.quantisation.method == "mxfp4":

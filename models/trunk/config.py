@@ -53,8 +53,8 @@ def read_config(path: Path) -> PretrainedConfig:
 def _what_without_config(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
         return (
-            "holds an adapter (adapter_config.json), no model; merge it into its base model and "
-            "give the folder of the result"
+            "holds an adapter (adapter_config.json) instead of a model; merge it into its base "
+            "model and give the folder of the result"
         )
     if gguf := sorted(file.name for file in path.glob("*.gguf")):
         return f"no config.json; {gguf[0]} is a GGUF file, which only `moesaic upcycle` reads"

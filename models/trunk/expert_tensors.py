@@ -129,8 +129,8 @@ class ExpertTensors:
                 return self._rows(part, found if rows > 1 else found.unsqueeze(0), rows)
             if expert is None or name not in tensors:
                 raise CheckpointError(
-                    f"{self.where}: {part} is missing; an update has all tensors of each of its "
-                    "experts"
+                    f"{self.where}: {part} is missing; an update must have all tensors of each of "
+                    "its experts"
                 )
             layer, _ = self._places[name]
             whole = self._rows(name, tensors[name], self.layers[layer].num_experts * rows)

@@ -72,12 +72,12 @@ def _entry(name: str) -> EntryPoint | None:
     entries = list(entry_points(group=GROUP, name=name))
     if len(entries) > 1:
         raise UnsupportedModel(
-            f"model_type: {name!r} is brought by {' and by '.join(sorted(map(_owner, entries)))}; "
+            f"model_type: {name!r} is provided by {' and by '.join(sorted(map(_owner, entries)))}; "
             "uninstall all but one"
         )
     if not entries and name in OURS:
         raise UnsupportedModel(
-            f"model_type: {name!r} is brought by the package moesaic-architectures, which is not "
+            f"model_type: {name!r} is provided by the package moesaic-architectures, which is not "
             "installed; run `pip install ./extensions/architectures` in Moesaic's repository"
         )
     return entries[0] if entries else None
@@ -88,7 +88,7 @@ def _owner(entry: EntryPoint) -> str:
 
 
 def _load(entry: EntryPoint) -> Architecture:
-    where = f"model_type: {entry.name!r} is brought by {_owner(entry)}, whose {entry.value}"
+    where = f"model_type: {entry.name!r} is provided by {_owner(entry)}, whose {entry.value}"
     try:
         found: object = entry.load()
     except Exception as error:  # a package's code may raise anything

@@ -35,7 +35,7 @@ def _check_top_k(path: Path, described: ModelDescription) -> None:
     experts = min(described.layers.values())
     if described.top_k is not None and not 1 <= described.top_k <= experts:
         raise CheckpointError(
-            f"{path}/config.json: {described.top_k} experts for each token, of layers that have "
+            f"{path}/config.json: {described.top_k} experts per token, but layers have "
             f"{experts}; give a number from 1 to {experts}"
         )
 
@@ -56,10 +56,9 @@ def check_folder(path: Path, *, dtype: torch.dtype) -> Inventory:
     warnings = []
     if fitting.surplus:
         count = len(fitting.surplus)
-        warnings.append(
-            f"the model has no use for {count} tensor{'s' if count > 1 else ''} of the checkpoint, "
-            f"which {'are' if count > 1 else 'is'} not read: {first_few(fitting.surplus)}"
-        )
+        are = "tensor of the checkpoint is" if count == 1 else "tensors of the checkpoint are"
+        named = first_few(fitting.surplus)
+        warnings.append(f"{count} {are} not read, because the model does not use them: {named}")
     return Inventory(
         path=path,
         described=described,

@@ -41,7 +41,7 @@ def experts_forward(module: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK:
     if pool is None:
         raise UnsupportedModel(
             f"{type(module).__name__}: experts_implementation is {IMPLEMENTATION!r}, but the model "
-            "is attached to no pool; use Cluster.attach or Cluster.from_pretrained"
+            "is not attached to a pool; use Cluster.attach or Cluster.from_pretrained"
         )
     return _InPool.apply(pool, x_TH, ids_TK, weights_TK)  # pyright: ignore[reportReturnType]
 

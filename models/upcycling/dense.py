@@ -83,7 +83,7 @@ class DenseCheckpoint:
             )
         if info["unexpected_keys"]:
             raise UnsupportedModel(
-                f"{self.path}: tensors that a Mixtral has no place for: "
+                f"{self.path}: a Mixtral cannot hold these tensors: "
                 f"{_some(info['unexpected_keys'])}"
             )
         return model.eval()
@@ -196,7 +196,7 @@ def _check_gguf(path: Path) -> None:
     if fields.get(f"{arch}.expert_count"):
         raise UnsupportedModel(
             f"{path}: {arch}.expert_count: {fields[f'{arch}.expert_count']}: "
-            "the model has experts already"
+            "the model already has experts"
         )
     # transformers reads neither of these from a GGUF, and would load a different model.
     scaling = fields.get(f"{arch}.rope.scaling.type", "none")

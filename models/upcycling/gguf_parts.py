@@ -41,13 +41,13 @@ def join_parts(path: Path) -> Iterator[Path]:
     assert match is not None, path
     stem, count = match[1], int(match[3])
     if not 1 <= int(match[2]) <= count:
-        raise CheckpointError(f"{path}: of {count} parts there is no number {int(match[2])}")
+        raise CheckpointError(f"{path}: part {int(match[2])} of {count} parts does not exist")
     files = [path.with_name(f"{stem}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(
             f"{path}: of {count} parts {', '.join(missing[:3])} "
-            f"{'are' if missing[1:] else 'is'} missing beside it"
+            f"{'are' if missing[1:] else 'is'} missing from its folder"
         )
     readers = [_opened(file) for file in files]
     for number, (file, reader) in enumerate(zip(files, readers, strict=True)):

@@ -100,7 +100,7 @@ def test_experts_by_name(pool: Cluster, capsys: Capture) -> None:
     assert main(["experts", "--layer", "1", "--name", pool.name]) == 0
     assert "pinned" in capsys.readouterr().out
     for wrong, words in (
-        (["--model", "x"], "model: 'x' is none of ['m']"),
+        (["--model", "x"], "model: 'x' does not exist; choose one of ['m']"),
         (["--layer", "9"], "layer: 9 of m has no experts"),
     ):
         assert main(["experts", *wrong, "--name", pool.name]) == 1

@@ -96,7 +96,7 @@ def test_updates_outlive_hosts_and_clusters(folder: Path, tmp_path: Path, capsys
         with pytest.raises(ClusterError, match="no update of its weights is in effect"):
             cluster.revert_expert("m")
         half = dict(list(changed.items())[:1])
-        with pytest.raises(CheckpointError, match="is missing; an update has all tensors"):
+        with pytest.raises(CheckpointError, match="is missing; an update must have all tensors"):
             cluster.update_expert("m", half)
         with pytest.raises(ClusterError, match="'x' is not one of the cluster's models"):
             cluster.update_expert("x", changed)

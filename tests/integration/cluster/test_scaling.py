@@ -82,9 +82,9 @@ def test_two_to_four_to_two_under_load(pool: Cluster, client: Client) -> None:
 
 
 def test_what_cannot_be_is_refused_by_name(pool: Cluster) -> None:
-    with pytest.raises(ClusterError, match=r"count: 5 is not in 1 to 4, hosts\.0\.max_count"):
+    with pytest.raises(ClusterError, match=r"count: 5; .* from 1 to 4, hosts\.0\.max_count"):
         pool.scale(5)
-    with pytest.raises(ClusterError, match="group: 1 is not in 0 to 0"):
+    with pytest.raises(ClusterError, match=r"group: 1 does not exist; .* groups 0 to 0"):
         pool.scale(1, group=1)
 
 

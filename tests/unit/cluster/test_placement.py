@@ -87,7 +87,7 @@ def test_primaries_rotate_from_layer_to_layer() -> None:
 
 def test_replicas_that_do_not_fit_are_refused_by_name() -> None:
     shape = ModelShape(model="big", experts={0: 4}, replicas=3)
-    with pytest.raises(ValueError, match=r"models\.big\.replicas: 3 replicas.*there are 2"):
+    with pytest.raises(ValueError, match=r"models\.big\.replicas: 3 replicas.*there are only 2"):
         initial_placement([shape], ["h0", "h1"])
 
 

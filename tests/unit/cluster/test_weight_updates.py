@@ -69,7 +69,7 @@ def test_an_update_that_is_not_served_in_time_leaves_no_trace() -> None:
     rounds(world, 21.0)
     assert holders(world, ExpertVersion(FIRST, 2)) == []
     assert world.published[-1].versions.of(FIRST) == 1
-    with pytest.raises(ValueError, match=r"update 2 of m is not under way any more"):
+    with pytest.raises(ValueError, match=r"update 2 of m has already ended"):
         world.control.updates.serve(update, in_file=False)
     world.updates.clear()
     assert begin(world, FIRST).number == 3, "hosts may have kept something under the number 2"
@@ -140,7 +140,7 @@ def test_an_older_version_is_never_served_for_one_that_is_lost() -> None:
     world = pool()
     served(world, FIRST)
     restart_all(world)
-    assert world.control.missing() == {FIRST: "lost: version 2 was in memory only"}
+    assert world.control.missing() == {FIRST: "lost: only hosts' memory had version 2"}
     assert world.published[-1].versions.of(FIRST) == 2
     assert world.published[-1].layers[FIRST.model, FIRST.layer].replicas[FIRST.expert] == ()  # pyright: ignore[reportArgumentType]
 

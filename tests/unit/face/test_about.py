@@ -77,11 +77,11 @@ def test_inspect(tmp_path: Path, capsys: Capture) -> None:
     assert main(["inspect", str(tmp_path)]) == 0
     assert "2, 8 experts each" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path), "--memory", "lots"]) == 2
-    assert "no number of bytes" in capsys.readouterr().err
+    assert "not a size in bytes" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path), "--memory", "1MB"]) == 2
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
-    assert "not a folder" in capsys.readouterr().err
+    assert "neither a folder" in capsys.readouterr().err
 
 
 SPEC = (
@@ -136,9 +136,9 @@ def test_the_environment_overrides_a_spec(spec: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("MOESAIC__HOSTS__3__COUNT", "1", "MOESAIC__HOSTS__3__COUNT: there are 1 entries"),
+        ("MOESAIC__HOSTS__3__COUNT", "1", "MOESAIC__HOSTS__3__COUNT: the list has no entry 3"),
         ("MOESAIC__HOSTS__X", "1", "MOESAIC__HOSTS__X: invalid literal"),
-        ("MOESAIC__NAME__X", "1", "'a' has no key 'x'"),
+        ("MOESAIC__NAME__X", "1", "the value 'a' is not a mapping, so it has no key 'x'"),
         ("MOESAIC__NAME", "{", "MOESAIC__NAME: while parsing"),
         ("MOESAIC__ENDPIONT__PORT", "1", "endpiont: unknown key"),
         ("MOESAIC__ENDPOINT__PORT", "x", "endpoint.port"),

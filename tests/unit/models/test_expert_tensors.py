@@ -96,7 +96,9 @@ def mixtral(tmp_path: Path) -> tuple[ExpertTensors, Pool]:
 def test_a_lacking_tensor_is_named(mixtral: tuple[ExpertTensors, Pool]) -> None:
     tensors, named = mixtral
     lacking = named.popitem()[0]
-    with pytest.raises(CheckpointError, match=rf"{re.escape(lacking)} is missing; an update has"):
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(lacking)} is missing; an update must have"
+    ):
         tensors.named(named)
 
 

@@ -148,7 +148,7 @@ def test_a_package_is_imported_for_its_own_models_alone(install: Install, tmp_pa
     [
         (
             "import no_such_module_at_all",
-            r"'broken_moe' is brought by broken-moe 1\.0, whose broken_moe:IT cannot be imported: "
+            r"'broken_moe' is provided by broken-moe 1\.0, whose broken_moe:IT cannot be imported: "
             r"ModuleNotFoundError: .*no_such_module_at_all",
         ),
         (
@@ -178,7 +178,7 @@ def test_an_entry_that_is_of_no_use(
 def test_two_packages_for_one_model(install: Install, tmp_path: Path) -> None:
     for name in ("twin-b", "twin-a"):
         install(name, "raise SystemExit('imported')", {"twin_moe": "IT"})
-    words = r"'twin_moe' is brought by twin-a 1\.0 and by twin-b 1\.0; uninstall all but one"
+    words = r"'twin_moe' is provided by twin-a 1\.0 and by twin-b 1\.0; uninstall all but one"
     with pytest.raises(UnsupportedModel, match=words):
         read_config(written(tmp_path, model_type="twin_moe"))
 

@@ -311,7 +311,7 @@ FLOATS = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     ("values", "words"),
     [
         ({"quantization": {"group_size": 64, "bits": 4}}, "config.json: quantization: 4 bits"),
-        ({"quantization_config": {"group_size": 64, "bits": 4}}, "as MLX quantises"),
+        ({"quantization_config": {"group_size": 64, "bits": 4}}, "MLX quantises, is not supported"),
         ({"compression_config": {"quant_method": "awq"}}, "compression_config.quant_method: 'awq'"),
         ({"quantization_config": {"quant_method": "modelopt"}}, "'modelopt' is not supported"),
         ({"quantization_config": {"quant_method": "fp8", "fmt": ["e4m3"]}}, "fmt: ['e4m3']"),
@@ -403,7 +403,7 @@ def test_numbered_files_without_an_index(tmp_path: Path) -> None:
     check(tmp_path)
     load_everything(tmp_path)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    refused(tmp_path, rf"no {INDEX_FILE}, and of the numbered files part 2 is missing")
+    refused(tmp_path, rf"no {INDEX_FILE}, .* no complete set: part 2 is missing")
 
 
 def test_a_name_may_claim_any_number_of_parts(tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_what_a_folder_holds_instead(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"an adapter \(adapter_config\.json\)"):
             read(tmp_path)
     tiny_config("mixtral").save_pretrained(tmp_path)
-    refused(tmp_path, r"an adapter \(adapter_model\.safetensors\), no model")
+    refused(tmp_path, r"an adapter \(adapter_model\.safetensors\) instead of a model")
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "consolidated.safetensors")
     refused(tmp_path, r"under these names; there is consolidated\.safetensors")
     (tmp_path / "consolidated.safetensors").rename(tmp_path / "pytorch_model.bin")

@@ -35,14 +35,15 @@ def _cache(hub: Path, folder: Path) -> Path:
 def test_a_hub_id_that_is_not_here_is_unchecked(hub: Path) -> None:
     one = only(spec_of("org/name", network={"bind": "node"}))
     assert (one.severity, one.path) == ("unchecked", "models.0.path")
-    assert "'org/name' is not in the hub's cache here; `moesaic inspect org/name`" in one.message
+    assert "'org/name' is not in the hub's cache on this machine; " in one.message
+    assert "`moesaic inspect org/name`" in one.message
 
 
 def test_a_hub_id_that_is_here_in_parts_is_unchecked(hub: Path, folder: Path) -> None:
     remove("model.safetensors")(folder)
     _cache(hub, folder)
     one = only(spec_of("org/name", network={"bind": "node"}))
-    assert (one.severity, "in parts" in one.message) == ("unchecked", True)
+    assert (one.severity, "only partly" in one.message) == ("unchecked", True)
 
 
 def test_a_hub_id_that_is_here_is_checked(hub: Path, folder: Path) -> None:

@@ -77,7 +77,7 @@ def test_replicas_count_and_protection_is_a_constraint(whole: Path) -> None:
     hosts = [{"count": 2, "slots": 4}]
     one = only(spec_of(whole, hosts=hosts, model={"replicas": 2}))
     assert (one.severity, one.path) == ("error", "hosts")
-    assert "room for 8 experts, and 16 need it" in one.message
+    assert "room for 8 replicas, but 16 are needed" in one.message
     one = only(spec_of(whole, hosts=hosts, balance={"redundancy": 1}))
     assert (one.severity, one.path) == ("warning", "balance.redundancy")
 

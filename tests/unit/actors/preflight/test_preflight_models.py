@@ -93,7 +93,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "activation": (_change("config.json", hidden_act="nope"), "hidden_act: 'nope' is not known"),
     "architectures": (_change("config.json", architectures=3), "architectures: 3 is not a list"),
     "quantization": (_change("config.json", quantization_config="fp8"), "'fp8' is not a mapping"),
-    "no-expert": (_change("config.json", num_experts_per_tok=0), "0 experts for each token"),
+    "no-expert": (_change("config.json", num_experts_per_tok=0), "0 experts per token"),
     "more-experts": (_change("config.json", num_experts_per_tok=5), "a number from 1 to 4"),
     "end-of-text": (
         _change("generation_config.json", eos_token_id=[2, "x"]),
@@ -159,7 +159,7 @@ def test_tokens_without_an_embedding(folder: Path, tmp_path: Path) -> None:
 def test_a_path_to_nothing(path: str) -> None:
     one = only(spec_of(path))
     assert (one.severity, one.path) == ("error", "models.0.path")
-    assert one.message.startswith(f"{path!r} is not a folder, not a hub id")
+    assert one.message.startswith(f"{path!r} is neither a folder, a hub id")
 
 
 def test_a_path_to_a_file(whole: Path) -> None:

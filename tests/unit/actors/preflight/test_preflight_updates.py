@@ -81,7 +81,7 @@ def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     assert "00000002.safetensors: damaged or truncated" in error(folder, tmp_path / "u")
     save_file({"x": torch.zeros(1)}, file)
-    assert "x is not a tensor of an expert, like 0.3.up" in error(folder, tmp_path / "u")
+    assert "x does not name a tensor of an expert, such as 0.3.up" in error(folder, tmp_path / "u")
     file.unlink()
     assert "00000002.safetensors is missing, which a record" in error(folder, tmp_path / "u")
     (tmp_path / "u" / "00000002.json").write_text("[")

@@ -40,7 +40,7 @@ def test_what_has_room_is_granted() -> None:
 def test_replicas_without_room_are_named() -> None:
     constraints = with_min_replicas(OperatorConstraints(), KEY, 3, HOSTS)
     assert unmet_constraints(planned(constraints, (2, 3, 0)), constraints, KEY) == [
-        "expert 1 of layer 0 of m: room for 2 of 3 replicas"
+        "expert 1 of layer 0 of m: the hosts have room for only 2 of 3 replicas"
     ]
 
 
@@ -54,5 +54,5 @@ def test_pins_without_room_are_named() -> None:
 
 
 def test_more_replicas_than_hosts_are_refused() -> None:
-    with pytest.raises(ValueError, match="replicas: 4 is not in 1 to 3"):
+    with pytest.raises(ValueError, match="replicas: 4; choose a number from 1 to 3"):
         with_min_replicas(OperatorConstraints(), KEY, 4, HOSTS)

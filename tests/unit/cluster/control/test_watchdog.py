@@ -50,8 +50,8 @@ def vitals(**given: object) -> Vitals:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"tick_age_s": 6.0}, "the controller has stood still for 6 s"),
-        ({"planning_s": 31.0}, "the planner has been at work for 31 s"),
+        ({"tick_age_s": 6.0}, "the controller has not run for 6 s"),
+        ({"planning_s": 31.0}, "the planner has been running for 31 s"),
         ({"plan_failures": 2}, "the planner has failed 2 times in a row"),
         (
             {"moves_pending": 3, "move_age_s": 40.0},

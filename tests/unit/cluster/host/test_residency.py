@@ -61,8 +61,8 @@ def call(seq: int, *, router: str = "r", rows: int = 1, **changes: Any) -> Queue
         ({"hidden": 17}, CallError, "hidden: 17"),
         ({"dtype": "float16"}, CallError, "dtype: float16"),
         ({"rows": 9, "ids": np.zeros((9, 1), np.int32)}, CallError, "rows: 9"),
-        ({"ids": np.array([[8]], np.int32)}, CallError, "ids: 8"),
-        ({"ids": np.array([[-2]], np.int32)}, CallError, "ids: -2"),
+        ({"ids": np.array([[8]], np.int32)}, CallError, "ids: expert 8"),
+        ({"ids": np.array([[-2]], np.int32)}, CallError, "ids: expert -2"),
         ({"expires_at": 0.0}, Expired, "deadline"),
     ],
 )

@@ -323,7 +323,7 @@ def test_a_small_replica_makes_no_room_where_too_little_memory_is_free() -> None
 
 
 def test_no_hosts() -> None:
-    with pytest.raises(ValueError, match="hosts: there is none"):
+    with pytest.raises(ValueError, match="hosts: no host is left"):
         plan(models=[shape(1, 2)], hosts=[], current={}, loads={}, policy=PlannerPolicy())
 
 

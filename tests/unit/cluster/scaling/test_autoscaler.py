@@ -97,7 +97,7 @@ def test_calls_that_wait_longer_than_they_are_computed_add_hosts() -> None:
     pool = Pool(group(2))
     (decision,) = pool.run(14, 1.0, waiting=3.0)
     assert decision.count == 3
-    assert decision.reason == "calls wait 3.0 times as long as they are computed, for 10 s"
+    assert decision.reason == "calls wait 3.0 times as long as their computation takes, for 10 s"
 
 
 def test_minimum_and_maximum_are_kept_and_what_is_held_back_is_said() -> None:
@@ -154,9 +154,9 @@ def test_where_no_machine_has_room_another_group_helps_out() -> None:
 def test_a_host_leaves_only_when_no_other_does_and_the_experts_have_room() -> None:
     pool = Pool(group(3, leaving=1))
     assert pool.run(500, 0.1) == []
-    pool = Pool(group(3, keep="there would be room for 3 experts, and 8 need it"))
+    pool = Pool(group(3, keep="the hosts would have room for 3 replicas, but 8 are needed"))
     assert pool.run(500, 0.1) == []
-    assert pool.scaler.held.endswith("there would be room for 3 experts, and 8 need it")
+    assert pool.scaler.held.endswith("the hosts would have room for 3 replicas, but 8 are needed")
 
 
 def test_a_rest_is_kept_behind_a_change_by_hand() -> None:

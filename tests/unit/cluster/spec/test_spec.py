@@ -182,10 +182,13 @@ MODEL = {"name": "m", "path": "p"}
 BAD: list[tuple[dict[Any, Any], str]] = [
     # values, how the message begins
     ({"name": ""}, "name: String should match"),
-    ({"balance": {"enough": 0.9}}, "balance.enough: unknown key: it is called rebalance_below now"),
-    ({"hosts": [{"spread": "PACK"}]}, "hosts.0.spread: unknown key: it is called placement_group"),
+    (
+        {"balance": {"enough": 0.9}},
+        "balance.enough: unknown key; it was renamed to rebalance_below",
+    ),
+    ({"hosts": [{"spread": "PACK"}]}, "hosts.0.spread: unknown key; it was renamed to placement"),
     ({"balance": {"budget": 2}}, "balance.budget: expected a fraction in (0, 1], or bytes"),
-    ({"balance": {"budget": "4 apples"}}, "balance.budget: '4 apples' is no number of bytes"),
+    ({"balance": {"budget": "4 apples"}}, "balance.budget: '4 apples' is not a size in bytes"),
     ({"name": 3}, "name: Input should be a valid string (got 3)"),
     ({"monitoring": {"port": -1}}, "monitoring.port: Input should be greater than or equal to 0"),
     ({"endpoint": {"limits": {"body_s": 0}}}, "endpoint.limits.body_s: Input should be greater"),
@@ -351,7 +354,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "4", "GB", "-1GB", "0GB", "1e3B", "4GBs", "infB"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="is no number of bytes"):
+    with pytest.raises(ValueError, match="is not a size in bytes"):
         bytes_of(text)
 
 

@@ -121,7 +121,7 @@ def test_two_versions_of_an_expert(slab: Slab) -> None:
 
 def test_a_slot_is_not_written_twice(slab: Slab) -> None:
     fill(slab, 0)
-    with pytest.raises(ValueError, match="holds expert 0 already"):
+    with pytest.raises(ValueError, match="already holds expert 0"):
         fill(slab, 0, version=2)
     assert slab.version(0, 0) == 1
 

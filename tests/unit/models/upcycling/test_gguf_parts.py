@@ -45,7 +45,7 @@ def test_any_part_names_the_whole(tmp_path: Path) -> None:
 def test_a_number_that_no_part_has(number: int, count: int, tmp_path: Path) -> None:
     write(tmp_path, 1, 2, "a")
     write(tmp_path, 2, 2, "b")
-    refused(write(tmp_path, number, count, "c"), f"of {count} parts there is no number {number}")
+    refused(write(tmp_path, number, count, "c"), f"part {number} of {count} parts does not exist")
 
 
 def test_parts_of_two_models(tmp_path: Path) -> None:

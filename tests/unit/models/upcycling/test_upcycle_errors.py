@@ -222,7 +222,7 @@ WRONG = {
     ),
     "unknown tensor": Wrong(
         error=UnsupportedModel,
-        says="no place for: model.layers.0.extra",
+        says="cannot hold these tensors: model.layers.0.extra",
         damage=retensor(lambda t: t.update({"model.layers.0.extra": torch.ones(1)})),
     ),
     "wrong shape": Wrong(
