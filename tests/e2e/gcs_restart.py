@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 import moesaic
-from tests.helpers.live import text_in_background, text_of, wait_replaced, wait_whole
+from tests.helpers.processes.live import text_in_background, text_of, wait_replaced, wait_whole
 
 RAY = str(Path(sys.executable).parent / "ray")
 MODEL = "m"

@@ -1,4 +1,4 @@
-"""`moesaic up` whose trunks do what their prompts say (`tests/helpers/scripted.py`).
+"""`moesaic up` whose trunks do what their prompts say (`tests/helpers/endpoint/scripted.py`).
 
 Run as a program by tests that need answers which take as long as they say.
 """
@@ -10,7 +10,7 @@ import sys
 from moesaic.actors.serve import deploy
 from moesaic.cli.ending import exit_with
 from moesaic.cli.main import main
-from tests.helpers.scripted import scripted_engine
+from tests.helpers.endpoint.scripted import scripted_engine
 
 if __name__ == "__main__":
     # What the trunks' processes are given to call.

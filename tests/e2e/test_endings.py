@@ -23,8 +23,8 @@ import yaml
 
 from moesaic import Client
 from moesaic.proto.errors import Ending
+from tests.helpers.endpoint.scripted import SLOW_S, SLOWLY
 from tests.helpers.paths import ROOT
-from tests.helpers.scripted import SLOW_S, SLOWLY
 from tests.integration.conftest import save_model
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]

@@ -8,7 +8,12 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.helpers.apart import UNSHARE, need_namespaces, ray_environment, report_of_driver
+from tests.helpers.processes.apart import (
+    UNSHARE,
+    need_namespaces,
+    ray_environment,
+    report_of_driver,
+)
 from tests.integration.conftest import save_model
 
 ADDRESS = "10.231.8.1"

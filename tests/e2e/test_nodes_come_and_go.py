@@ -9,7 +9,12 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.helpers.apart import UNSHARE, need_namespaces, ray_environment, report_of_driver
+from tests.helpers.processes.apart import (
+    UNSHARE,
+    need_namespaces,
+    ray_environment,
+    report_of_driver,
+)
 from tests.integration.conftest import save_model
 
 

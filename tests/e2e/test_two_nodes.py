@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.apart import ray_environment, report_of_driver
+from tests.helpers.processes.apart import ray_environment, report_of_driver
 from tests.integration.conftest import save_model
 
 RAY = str(Path(sys.executable).parent / "ray")

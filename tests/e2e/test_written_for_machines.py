@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_two_nodes import ip
-from tests.helpers.apart import need_namespaces, ray_environment
 from tests.helpers.documented import section
-from tests.helpers.listening import documented
 from tests.helpers.paths import ROOT
+from tests.helpers.processes.apart import need_namespaces, ray_environment
+from tests.helpers.processes.listening import documented
 from tests.integration.conftest import save_model
 
 ADDRESSES = ["10.0.0.1", "10.0.0.2"]
@@ -135,7 +135,7 @@ def test_the_commands_run_as_they_are_printed(machines: list[Machine]) -> None:
     assert json.loads(second.run(f"{asked} 2> /dev/null"))["usage"]["completion_tokens"] == 3
     found = set()
     for machine in machines:
-        told = machine.run("python -m tests.helpers.listening")
+        told = machine.run("python -m tests.helpers.processes.listening")
         lines = [line for line in told.splitlines() if line.startswith("LISTENING ")]
         found |= {tuple(one) for one in json.loads(lines[0].removeprefix("LISTENING "))}
         assert oct((machine.home / ".ray" / "auth_token").stat().st_mode)[-3:] == "600"

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moesaic
-from tests.helpers.live import text_in_background, text_of, wait_whole
+from tests.helpers.processes.live import text_in_background, text_of, wait_whole
 
 TEXT = "the quick fox"
 TOKENS = 200

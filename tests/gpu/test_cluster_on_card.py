@@ -13,7 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from moesaic import Client
-from tests.helpers.live import (
+from tests.helpers.models.tiny import tiny_mixtral, tiny_tokenizer
+from tests.helpers.processes.live import (
     ON_RAY,
     TEXT,
     processes_of,
@@ -23,7 +24,6 @@ from tests.helpers.live import (
     wait_replaced,
     wait_until,
 )
-from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
 
 pytestmark = [*ON_RAY, pytest.mark.cuda]
 

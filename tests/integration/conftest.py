@@ -11,8 +11,8 @@ import pytest
 
 import moesaic
 from moesaic.handle import Cluster
-from tests.helpers.architectures import tiny_model
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.tiny import tiny_tokenizer
 
 # Served by the shared cluster; `org/once` has one replica, the others two.
 SERVED: dict[str, dict[str, Any]] = {

@@ -22,8 +22,8 @@ from moesaic.actors.engine.engine import Delta, EngineConfig, Generate, RequestL
 from moesaic.actors.engine.served_model import ServedModel
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.proto.errors import Busy, ExpertUnavailable, MoesaicError
-from tests.helpers.service import BODIES, tool_tokenizer
-from tests.helpers.tiny import tiny_mixtral
+from tests.helpers.endpoint.service import BODIES, tool_tokenizer
+from tests.helpers.models.tiny import tiny_mixtral
 
 TOKENIZER = tool_tokenizer()
 END = 2  # <|im_end|>

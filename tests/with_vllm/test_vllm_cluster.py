@@ -15,9 +15,9 @@ import pytest
 
 import moesaic
 from moesaic.client import Client
-from tests.helpers.architectures import tiny_model
-from tests.helpers.live import processes_of, wait_until
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.tiny import tiny_tokenizer
+from tests.helpers.processes.live import processes_of, wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 pytest.importorskip("vllm")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.architectures import tiny_model
+from tests.helpers.models.architectures import tiny_model
 from tests.helpers.paths import ROOT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]

@@ -60,7 +60,7 @@ def pooled(folder: Path, tokens: int, hosts: int, *, compiled: bool) -> Texts:
     from moesaic.models.trunk.config import read_config
     from moesaic.models.trunk.experts_layers import experts_layers
     from moesaic.models.trunk.trunk import meta_model
-    from tests.helpers.pools import place
+    from tests.helpers.pool.pools import place
 
     class Link:
         def __init__(self, config: TrunkConfig, layers: Sequence[int]) -> None:

@@ -9,7 +9,15 @@ import pytest
 from moesaic import Client
 from moesaic.cluster.reports.scaling import ScalingReport
 from moesaic.handle import Cluster
-from tests.helpers.live import ON_RAY, asking, hosts_of, processes_of, running, text_of, wait_until
+from tests.helpers.processes.live import (
+    ON_RAY,
+    asking,
+    hosts_of,
+    processes_of,
+    running,
+    text_of,
+    wait_until,
+)
 from tests.integration.conftest import save_model
 
 MODEL = "m"

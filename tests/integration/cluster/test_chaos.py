@@ -16,7 +16,7 @@ from moesaic import Client
 from moesaic.cluster.reports.status import MissingExpert
 from moesaic.handle import Cluster
 from moesaic.proto.errors import EngineError, MoesaicError
-from tests.helpers.live import (
+from tests.helpers.processes.live import (
     ON_RAY,
     processes_of,
     replicas_of,

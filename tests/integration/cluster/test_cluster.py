@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from moesaic import Client, MoesaicError, RouterClient
 from moesaic.cluster.reports.status import RouterServiceStatus
 from moesaic.handle import Cluster
-from tests.helpers.architectures import tiny_model
-from tests.helpers.live import (
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.paths import ROOT
+from tests.helpers.processes.live import (
     ON_RAY,
     processes_of,
     text_in_background,
@@ -28,7 +29,6 @@ from tests.helpers.live import (
     wait_until,
     wait_whole,
 )
-from tests.helpers.paths import ROOT
 from tests.integration.conftest import PAGE
 
 PROMPT = torch.randint(3, 300, (1, 12), generator=torch.Generator().manual_seed(3))

@@ -17,8 +17,8 @@ from moesaic import Client
 from moesaic.cli.main import main
 from moesaic.handle import Cluster
 from tests.helpers.documented import json_keys, written_commands
-from tests.helpers.live import ON_RAY, processes_of, running, text_of, wait_replaced
 from tests.helpers.paths import ROOT
+from tests.helpers.processes.live import ON_RAY, processes_of, running, text_of, wait_replaced
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY

@@ -26,7 +26,7 @@ from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
 from moesaic.cluster.planner.plan import OperatorConstraints
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
-from tests.helpers.live import (
+from tests.helpers.processes.live import (
     ON_RAY,
     replicas_of,
     running,

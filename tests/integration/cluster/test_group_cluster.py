@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moesaic
-from tests.helpers.live import ON_RAY, processes_of
+from tests.helpers.processes.live import ON_RAY, processes_of
 from tests.integration.conftest import save_model
 
 pytestmark = [*ON_RAY, pytest.mark.slow]

@@ -19,7 +19,7 @@ from moesaic.cli.main import main
 from moesaic.cluster.reports.updates import WeightUpdateReport
 from moesaic.handle import Cluster
 from moesaic.proto.errors import CheckpointError, ClusterError
-from tests.helpers.live import (
+from tests.helpers.processes.live import (
     ON_RAY,
     processes_of,
     running,

@@ -23,8 +23,8 @@ from moesaic.cli.main import main
 from moesaic.handle import Cluster
 from moesaic.proto.errors import SpecError
 from moesaic.session import need_session
-from tests.helpers.live import ON_RAY, running, wait_replaced
-from tests.helpers.logged import Line, assert_followed, of, steps_of
+from tests.helpers.processes.live import ON_RAY, running, wait_replaced
+from tests.helpers.processes.logged import Line, assert_followed, of, steps_of
 from tests.integration.conftest import save_model
 
 PROMPT = "zebra xylophone quartz"

@@ -22,7 +22,7 @@ from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
 from moesaic.cluster.reports.scaling import ScalingReport
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
-from tests.helpers.live import (
+from tests.helpers.processes.live import (
     ON_RAY,
     asking,
     hosts_of,

@@ -12,7 +12,7 @@ import ray
 import moesaic
 from moesaic import Client
 from moesaic.actors.runtime.ray_border import CONTROLLER, namespace_of
-from tests.helpers.live import ON_RAY, replicas_of, term_of, text_of, wait_until
+from tests.helpers.processes.live import ON_RAY, replicas_of, term_of, text_of, wait_until
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY

@@ -21,7 +21,7 @@ from moesaic.cli.main import main
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.handle import Cluster
 from moesaic.traces import read_trace
-from tests.helpers.live import ON_RAY, TEXT, processes_of, running, text_of, wait_until
+from tests.helpers.processes.live import ON_RAY, TEXT, processes_of, running, text_of, wait_until
 from tests.integration.conftest import save_model
 
 MODEL = "m"

@@ -21,7 +21,7 @@ from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.handle import Cluster
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.proto.errors import CallError, ClusterError
-from tests.helpers.live import (
+from tests.helpers.processes.live import (
     ON_RAY,
     processes_of,
     running,
@@ -101,7 +101,7 @@ def texts_switching(folder: Path, changed: Experts, prompt: Tensor, steps: range
 def test_a_running_text_goes_over_at_one_step_and_back(pool: Cluster, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    from tests.helpers.live import TEXT
+    from tests.helpers.processes.live import TEXT
 
     assert pool.url is not None
     namespace, changed = namespace_of(pool.name), changed_experts(folder)

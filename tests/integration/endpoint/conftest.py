@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from tests.helpers.service import Service, running_service
+from tests.helpers.endpoint.service import Service, running_service
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moesaic.actors.endpoint.openai.requests import ChatRequest, CompletionRequest
-from tests.helpers.service import running_service
+from tests.helpers.endpoint.service import running_service
 
 FUZZ = settings(
     max_examples=120,

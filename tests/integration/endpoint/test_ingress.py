@@ -14,8 +14,8 @@ import pytest
 from moesaic.actors.engine.engine import Sampling
 from moesaic.client import Client
 from moesaic.proto.errors import ExpertUnavailable
-from tests.helpers.engines import reference
-from tests.helpers.service import MESSAGES, TEXT, TOKENIZER, Service, chat_ids
+from tests.helpers.endpoint.engines import reference
+from tests.helpers.endpoint.service import MESSAGES, TEXT, TOKENIZER, Service, chat_ids
 
 MODELS = ["tiny", "org/script", "plain", "tools", "limited"]
 

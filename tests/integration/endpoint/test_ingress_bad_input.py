@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.helpers.service import MAX_BODY, MESSAGES, Service
+from tests.helpers.endpoint.service import MAX_BODY, MESSAGES, Service
 
 TINY = {"model": "tiny", "prompt": "the"}
 BAD: list[tuple[str, Any, int, str | None, str]] = [

@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
-from tests.helpers.live import wait_until
-from tests.helpers.service import Service
+from tests.helpers.endpoint.service import Service
+from tests.helpers.processes.live import wait_until
 
 
 def wait_until_idle(engine: TransformersEngine) -> None:

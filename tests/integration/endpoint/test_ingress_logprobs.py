@@ -10,8 +10,8 @@ import openai
 import pytest
 import torch
 
-from tests.helpers.engines import reference
-from tests.helpers.service import MESSAGES, TEXT, TOKENIZER, Service, chat_ids
+from tests.helpers.endpoint.engines import reference
+from tests.helpers.endpoint.service import MESSAGES, TEXT, TOKENIZER, Service, chat_ids
 
 
 def test_log_probabilities_in_both_forms(official: openai.OpenAI, service: Service) -> None:

@@ -7,8 +7,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.helpers.reports import engine_report
-from tests.helpers.service import TOKENIZER, Service
+from tests.helpers.cluster.reports import engine_report
+from tests.helpers.endpoint.service import TOKENIZER, Service
 
 
 def metrics_of(operator: httpx.Client) -> dict[str, float]:

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from moesaic.actors.text.answer_form import AnswerForm
-from tests.helpers.service import CALLING, MESSAGES, Service
+from tests.helpers.endpoint.service import CALLING, MESSAGES, Service
 
 WEATHER: Any = {
     "type": "function",

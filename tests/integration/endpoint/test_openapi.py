@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from tests.helpers.service import running_service
+from tests.helpers.endpoint.service import running_service
 
 CHECKS = [
     not_a_server_error,

@@ -18,8 +18,8 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler,
 from moesaic.actors.engine.engine import EngineConfig, Sampling
 from moesaic.actors.engine.transformers_backend.continuous_batching import BatchingLoop
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
-from tests.helpers.engines import continuous
-from tests.helpers.tiny import tiny_mixtral
+from tests.helpers.endpoint.engines import continuous
+from tests.helpers.models.tiny import tiny_mixtral
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from moesaic import AsyncClient, Client
 from moesaic.actors.engine.engine import EngineConfig, Pooling, Sampling
 from moesaic.actors.serve.serve_app import ErrorValue, Trunk
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable, RequestError
-from tests.helpers.architectures import tiny_model
-from tests.helpers.engines import running, tokens
-from tests.helpers.scripted import scripted_engine
-from tests.helpers.served_pool import ServedPool, save_served_model, served_pool
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.endpoint.engines import running, tokens
+from tests.helpers.endpoint.scripted import scripted_engine
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.tiny import tiny_tokenizer
+from tests.helpers.pool.served_pool import ServedPool, save_served_model, served_pool
 from tests.integration.engine.test_static_batching import by_generate, tiny_switch, unending
 from tests.integration.router.test_missing_expert import without_experts
 

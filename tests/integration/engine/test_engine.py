@@ -18,8 +18,16 @@ from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.engine.transformers_backend.static_batching import StaticBatchLoop
 from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.proto.errors import Busy, EngineError, RequestError
-from tests.helpers.engines import SMALL, continuous, deltas, reference, running, tokens, until_idle
-from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
+from tests.helpers.endpoint.engines import (
+    SMALL,
+    continuous,
+    deltas,
+    reference,
+    running,
+    tokens,
+    until_idle,
+)
+from tests.helpers.models.tiny import tiny_mixtral, tiny_tokenizer
 
 PROMPTS = [[(7 * n + 3 * k) % 300 + 3 for k in range(1 + 5 * n % 37)] for n in range(16)]
 

@@ -16,8 +16,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from moesaic.actors.engine.engine import EngineConfig, Sampling
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.proto.errors import EngineError, ExpertUnavailable, InternalError
-from tests.helpers.engines import continuous, deltas, reference, running, tokens, until_idle
-from tests.helpers.tiny import tiny_mixtral
+from tests.helpers.endpoint.engines import (
+    continuous,
+    deltas,
+    reference,
+    running,
+    tokens,
+    until_idle,
+)
+from tests.helpers.models.tiny import tiny_mixtral
 
 BAD_TOKEN = 300  # a prompt token whose rows the faulty experts fail
 

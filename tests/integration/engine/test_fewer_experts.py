@@ -18,7 +18,7 @@ from moesaic.actors.preflight.findings import raise_errors
 from moesaic.actors.preflight.preflight import bounds_of, preflight
 from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import ClusterError, RequestError
-from tests.helpers.served_pool import ServedPool, save_served_model, served_pool
+from tests.helpers.pool.served_pool import ServedPool, save_served_model, served_pool
 
 TOKENS = 8
 PROMPTS = [[5, 7, 11, 13], [3], list(range(20, 60)), [9, 8, 7, 6, 5]]

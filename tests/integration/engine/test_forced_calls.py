@@ -20,9 +20,9 @@ from moesaic.actors.text.answer_form import AnswerForm, ToolForm
 from moesaic.actors.text.answer_parser import AnswerParser
 from moesaic.actors.text.marked_text import MarkedText
 from moesaic.proto.errors import RequestError
-from tests.helpers.engines import deltas
-from tests.helpers.service import BODIES, tool_tokenizer
-from tests.helpers.tiny import tiny_mixtral
+from tests.helpers.endpoint.engines import deltas
+from tests.helpers.endpoint.service import BODIES, tool_tokenizer
+from tests.helpers.models.tiny import tiny_mixtral
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
 SIZES = EngineConfig(page_size=8, num_blocks=256, max_batch_tokens=128, max_requests=8)

@@ -12,11 +12,11 @@ import pytest
 from moesaic.actors.engine.transformers_backend import engine as engine_file
 from moesaic.actors.engine.transformers_backend.continuous_batching import BatchingLoop
 from moesaic.actors.engine.transformers_backend.static_batching import StaticBatchLoop
-from tests.helpers.logged import assert_followed, calls_of, computed, logged, of, steps_of
-from tests.helpers.router_services import KEY, router_service
-from tests.helpers.served_pool import ServedPool, save_served_model, served_pool
-from tests.helpers.serving import LAYER, inputs
-from tests.helpers.serving import save_model as save_plain
+from tests.helpers.pool.router_services import KEY, router_service
+from tests.helpers.pool.served_pool import ServedPool, save_served_model, served_pool
+from tests.helpers.pool.serving import LAYER, inputs
+from tests.helpers.pool.serving import save_model as save_plain
+from tests.helpers.processes.logged import assert_followed, calls_of, computed, logged, of, steps_of
 
 PROMPT = "zebra xylophone quartz"
 LAYERS, TOKENS = 2, 4

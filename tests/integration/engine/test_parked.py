@@ -11,7 +11,7 @@ import pytest
 from moesaic.actors.engine.engine import Sampling
 from moesaic.cluster.routing.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable
-from tests.helpers.served_pool import PARK_S, ServedPool, save_served_model, served_pool
+from tests.helpers.pool.served_pool import PARK_S, ServedPool, save_served_model, served_pool
 from tests.integration.router.test_missing_expert import without_experts
 
 TOKENS = 12

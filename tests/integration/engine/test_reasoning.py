@@ -15,7 +15,7 @@ from moesaic.actors.engine.served_model import ServedModel
 from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.actors.text.chat_template import ChatPrompt
 from moesaic.actors.text.thinking import Thinking
-from tests.helpers.service import BODIES, tool_tokenizer
+from tests.helpers.endpoint.service import BODIES, tool_tokenizer
 
 TOKENIZER = tool_tokenizer()
 LIMITS = RequestLimits(

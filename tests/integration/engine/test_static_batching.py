@@ -21,10 +21,10 @@ from moesaic.actors.engine.transformers_backend.static_batch import BatchedReque
 from moesaic.actors.engine.transformers_backend.static_batching import StaticBatchLoop
 from moesaic.cluster.routing.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, MoesaicError
-from tests.helpers.architectures import ARCHITECTURES, tiny_model
-from tests.helpers.engines import running, until_idle
-from tests.helpers.served_pool import served_pool
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.endpoint.engines import running, until_idle
+from tests.helpers.models.architectures import ARCHITECTURES, tiny_model
+from tests.helpers.models.tiny import tiny_tokenizer
+from tests.helpers.pool.served_pool import served_pool
 from tests.integration.router.test_missing_expert import without_experts
 
 TOKENS = 12

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from moesaic.actors.host.host import local_hosts
-from tests.helpers.live import wait_until
+from tests.helpers.processes.live import wait_until
 
 
 def test_a_host_whose_loop_failed_leaves_at_the_next_report(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.architectures import tiny_model
+from tests.helpers.models.architectures import tiny_model
 
 MIB = 1 << 20
 # Python, torch, transformers and Ray's worker are there before an expert is.

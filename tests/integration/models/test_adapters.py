@@ -17,13 +17,13 @@ from moesaic.actors.engine.engine import Sampling
 from moesaic.models.trunk.adapters import PoolExperts
 from moesaic.models.trunk.in_pool import PoolFunction
 from moesaic.models.trunk.trunk import connect_experts
-from tests.helpers.architectures import ADAPTED, OWN, tiny_model
-from tests.helpers.engines import running
-from tests.helpers.low_precision import assert_close_or_rerouted, in_float32
-from tests.helpers.pools import Pool, experts_in, pool
-from tests.helpers.served_pool import served_pool
-from tests.helpers.serving import assert_right
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.endpoint.engines import running
+from tests.helpers.models.architectures import ADAPTED, OWN, tiny_model
+from tests.helpers.models.low_precision import assert_close_or_rerouted, in_float32
+from tests.helpers.models.tiny import tiny_tokenizer
+from tests.helpers.pool.pools import Pool, experts_in, pool
+from tests.helpers.pool.served_pool import served_pool
+from tests.helpers.pool.serving import assert_right
 from tests.integration.engine.test_static_batching import (
     PROMPTS,
     TOKENS,

@@ -1,7 +1,7 @@
 """Logits and texts through the pool equal those of plain transformers.
 
 In float32 the largest difference is 1e-5. In 16 bits partial sums are rounded in another place than
-in transformers, and a near tie may be routed otherwise: see ``tests.helpers.low_precision``.
+in transformers, and a near tie may be routed otherwise: see ``tests.helpers.models.low_precision``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from moesaic.cluster.routing.transports import TransportChoice
-from tests.helpers.architectures import ARCHITECTURES, tiny_model
-from tests.helpers.low_precision import assert_close_or_rerouted, in_float32
-from tests.helpers.pools import experts_in, pool
+from tests.helpers.models.architectures import ARCHITECTURES, tiny_model
+from tests.helpers.models.low_precision import assert_close_or_rerouted, in_float32
+from tests.helpers.pool.pools import experts_in, pool
 
 pytestmark = pytest.mark.numeric
 

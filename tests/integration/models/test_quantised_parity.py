@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moesaic.cluster.routing.transports import TransportChoice
-from tests.helpers.pools import pool
-from tests.helpers.quantising import FORMS
+from tests.helpers.models.quantising import FORMS
+from tests.helpers.pool.pools import pool
 
 pytestmark = pytest.mark.numeric
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.serving import save_model
+from tests.helpers.pool.serving import save_model
 
 
 @pytest.fixture(scope="module")

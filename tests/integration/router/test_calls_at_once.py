@@ -22,8 +22,8 @@ from moesaic.actors.router.router import Router
 from moesaic.cluster.placement import PlacementId
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.proto.errors import ClusterError, ExpertUnavailable
-from tests.helpers.served_pool import held
-from tests.helpers.serving import (
+from tests.helpers.pool.served_pool import held
+from tests.helpers.pool.serving import (
     EXPERTS,
     KEY,
     KINDS,
@@ -34,7 +34,7 @@ from tests.helpers.serving import (
     inputs,
     serving,
 )
-from tests.helpers.transports import settles
+from tests.helpers.pool.transports import settles
 
 
 @pytest.fixture(scope="module", params=KINDS)

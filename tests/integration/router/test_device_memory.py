@@ -21,8 +21,8 @@ from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing.events import Send
-from tests.helpers.serving import KEY, LAYER, PATIENT, assert_right, inputs, serving
-from tests.helpers.transports import DEADLINE_S, process, settles
+from tests.helpers.pool.serving import KEY, LAYER, PATIENT, assert_right, inputs, serving
+from tests.helpers.pool.transports import DEADLINE_S, process, settles
 
 KEY_0 = ExpertKey("m", LAYER, 0)
 

@@ -21,10 +21,10 @@ from moesaic.actors.transport.grpc.session import GrpcSession
 from moesaic.actors.transport.shm import ShmSession
 from moesaic.cluster.placement import Placement, PlacementId
 from moesaic.cluster.routing.transports import TransportChoice
-from tests.helpers.proxy import Proxy, proxied
-from tests.helpers.served_pool import held
-from tests.helpers.serving import KEY, KINDS, PATIENT, Hosts, assert_right, inputs, serving
-from tests.helpers.transports import settles
+from tests.helpers.pool.proxy import Proxy, proxied
+from tests.helpers.pool.served_pool import held
+from tests.helpers.pool.serving import KEY, KINDS, PATIENT, Hosts, assert_right, inputs, serving
+from tests.helpers.pool.transports import settles
 
 SESSIONS = {"shm": ShmSession, "grpc": GrpcSession, "group": GrpcSession}
 # Calls after which it is known how long answers take.

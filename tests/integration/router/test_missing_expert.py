@@ -14,7 +14,7 @@ import pytest
 from moesaic.actors.host.host import ExpertHost
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey, first_versions
 from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId
-from tests.helpers.served_pool import DEADLINE_S, ServedPool, save_served_model, served_pool
+from tests.helpers.pool.served_pool import DEADLINE_S, ServedPool, save_served_model, served_pool
 
 PROMPT = [*range(5, 37)]
 TOKENS = 6

@@ -18,8 +18,8 @@ from moesaic.cluster.host.emulation import Emulation
 from moesaic.cluster.host.residency import HostPolicy
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.proto.errors import CallError, ClusterError
-from tests.helpers.served_pool import held
-from tests.helpers.serving import (
+from tests.helpers.pool.served_pool import held
+from tests.helpers.pool.serving import (
     EXPERTS,
     HASTY,
     HIDDEN,
@@ -33,7 +33,7 @@ from tests.helpers.serving import (
     sent,
     serving,
 )
-from tests.helpers.transports import open_things, settles
+from tests.helpers.pool.transports import open_things, settles
 
 # ---- right answers ------------------------------------------------------------------------------
 

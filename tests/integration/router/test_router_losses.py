@@ -21,8 +21,8 @@ from moesaic.cluster.host.residency import HostPolicy
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.proto.errors import ExpertUnavailable, MoesaicError
-from tests.helpers.served_pool import held
-from tests.helpers.serving import (
+from tests.helpers.pool.served_pool import held
+from tests.helpers.pool.serving import (
     EXPERTS,
     HASTY,
     HIDDEN,
@@ -35,7 +35,7 @@ from tests.helpers.serving import (
     sent,
     serving,
 )
-from tests.helpers.transports import settles
+from tests.helpers.pool.transports import settles
 
 
 def used(ids_TK: Tensor, held_by: set[int]) -> list[int]:

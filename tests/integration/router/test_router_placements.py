@@ -14,7 +14,7 @@ from moesaic.actors.host.host import ExpertHost
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey, first_versions
 from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId, Replica
 from moesaic.proto.errors import ExpertUnavailable
-from tests.helpers.serving import (
+from tests.helpers.pool.serving import (
     EXPERTS,
     HASTY,
     KEY,
@@ -24,7 +24,7 @@ from tests.helpers.serving import (
     inputs,
     serving,
 )
-from tests.helpers.transports import settles
+from tests.helpers.pool.transports import settles
 
 
 def test_a_call_waits_for_its_first_placement(folder: Path) -> None:

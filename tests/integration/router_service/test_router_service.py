@@ -47,10 +47,10 @@ from moesaic.proto.router_pb2_grpc import RouterStub
 from moesaic.router_keys import VARIABLE
 from moesaic.session import write_session
 from tests.helpers.documented import blocks
-from tests.helpers.pools import pool
-from tests.helpers.router_services import KEY, Served, head_of, router_service
-from tests.helpers.served_pool import held
-from tests.helpers.serving import (
+from tests.helpers.pool.pools import pool
+from tests.helpers.pool.router_services import KEY, Served, head_of, router_service
+from tests.helpers.pool.served_pool import held
+from tests.helpers.pool.serving import (
     EXPERTS,
     HIDDEN,
     LAYER,
@@ -59,7 +59,7 @@ from tests.helpers.serving import (
     save_model,
     sent,
 )
-from tests.helpers.transports import open_things, settles
+from tests.helpers.pool.transports import open_things, settles
 
 ADDRESS = "127.0.0.1:8001"  # of the examples
 

@@ -18,8 +18,8 @@ from moesaic.proto.errors import BadInput, CallError, Corrupted, MoesaicError, U
 from moesaic.proto.limits import MAX_HIDDEN
 from moesaic.proto.router_pb2 import ComputeReply, ComputeRequest
 from moesaic.proto.router_pb2_grpc import RouterStub
-from tests.helpers.router_services import KEY, Inputs, Served, data_of, head_of, router_service
-from tests.helpers.serving import HIDDEN, LAYER, inputs, save_model
+from tests.helpers.pool.router_services import KEY, Inputs, Served, data_of, head_of, router_service
+from tests.helpers.pool.serving import HIDDEN, LAYER, inputs, save_model
 
 GIVEN = inputs(4)
 DATA = data_of(GIVEN)

@@ -23,9 +23,9 @@ from moesaic.proto.keys import secret_of_process, target
 from moesaic.proto.limits import HELLO_S
 from moesaic.proto.router_pb2 import ComputeRequest, ModelsRequest
 from moesaic.proto.router_pb2_grpc import RouterStub
-from tests.helpers.router_services import KEY, Served, head_of, router_service
-from tests.helpers.serving import inputs, save_model
-from tests.helpers.strangers import HTTP2_HELLO, connections, ended
+from tests.helpers.pool.router_services import KEY, Served, head_of, router_service
+from tests.helpers.pool.serving import inputs, save_model
+from tests.helpers.pool.strangers import HTTP2_HELLO, connections, ended
 
 PLACES = 4  # RPCs at a time
 

@@ -13,10 +13,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from moesaic.proto.errors import Ending
-from tests.helpers.router_services import Served, router_service
-from tests.helpers.served_pool import held
-from tests.helpers.serving import assert_right, inputs, save_model, sent
-from tests.helpers.transports import settles
+from tests.helpers.pool.router_services import Served, router_service
+from tests.helpers.pool.served_pool import held
+from tests.helpers.pool.serving import assert_right, inputs, save_model, sent
+from tests.helpers.pool.transports import settles
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from ray._private import services
 from moesaic.actors.runtime import embedded_ray
 from moesaic.actors.runtime.embedded_ray import start_embedded
 from moesaic.proto.errors import ClusterError
-from tests.helpers.live import ON_RAY
+from tests.helpers.processes.live import ON_RAY
 
 pytestmark = ON_RAY
 

@@ -34,9 +34,9 @@ from moesaic.actors.runtime.ray_token import make_token, need_token
 from moesaic.cluster.spec.spec import parse_spec
 from moesaic.proto.errors import ClusterError
 from tests.e2e.test_two_nodes import end_group
-from tests.helpers.apart import ray_environment
-from tests.helpers.live import ON_RAY
 from tests.helpers.paths import ROOT
+from tests.helpers.processes.apart import ray_environment
+from tests.helpers.processes.live import ON_RAY
 
 pytestmark = ON_RAY
 

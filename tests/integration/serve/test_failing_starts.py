@@ -17,10 +17,10 @@ import moesaic
 from moesaic.actors.serve import deploy
 from moesaic.cli.main import main
 from moesaic.proto.errors import ClusterError
-from tests.helpers.architectures import tiny_model
-from tests.helpers.live import ON_RAY
-from tests.helpers.quantising import fp8
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.quantising import fp8
+from tests.helpers.models.tiny import tiny_tokenizer
+from tests.helpers.processes.live import ON_RAY
 
 pytestmark = ON_RAY
 

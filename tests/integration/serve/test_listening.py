@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 
 from moesaic import Client
-from tests.helpers.listening import documented, listening
-from tests.helpers.live import ON_RAY, running, text_of, wait_until
+from tests.helpers.processes.listening import documented, listening
+from tests.helpers.processes.live import ON_RAY, running, text_of, wait_until
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY

@@ -28,7 +28,9 @@ from moesaic.actors.serve import deploy
 from moesaic.cluster.service.progress import STALLED_S
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError, EngineError, MoesaicError
-from tests.helpers.live import (
+from tests.helpers.endpoint.scripted import COUNT, SLOWLY, WAIT, scripted_engine
+from tests.helpers.paths import ROOT
+from tests.helpers.processes.live import (
     ON_RAY,
     processes_of,
     running,
@@ -36,8 +38,6 @@ from tests.helpers.live import (
     text_of,
     wait_until,
 )
-from tests.helpers.paths import ROOT
-from tests.helpers.scripted import COUNT, SLOWLY, WAIT, scripted_engine
 from tests.integration.conftest import save_model
 
 pytestmark = [*ON_RAY, pytest.mark.slow]

@@ -33,8 +33,8 @@ from moesaic.client import Client
 from moesaic.cluster.reports.status import EngineStatus
 from moesaic.cluster.spec.parts import MonitoringSpec
 from moesaic.proto.errors import ERRORS, EngineError, RequestError, UnknownModel, client_message
-from tests.helpers.engines import reference, tiny_engine
-from tests.helpers.scripted import (
+from tests.helpers.endpoint.engines import reference, tiny_engine
+from tests.helpers.endpoint.scripted import (
     CODES,
     COUNT,
     DEFECT,
@@ -45,7 +45,7 @@ from tests.helpers.scripted import (
     cluster_status,
     scripted_engine,
 )
-from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
+from tests.helpers.models.tiny import tiny_mixtral, tiny_tokenizer
 
 # Ray's own processes are slow to start when others use the machine.
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]

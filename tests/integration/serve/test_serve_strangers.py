@@ -27,8 +27,8 @@ from moesaic.actors.runtime.ports import free_port
 from moesaic.actors.serve.serve_app import Trunk, build
 from moesaic.actors.serve.serve_border import ServeAddress, start_serve
 from moesaic.cluster.spec.parts import EndpointSpec, LimitSpec, MonitoringSpec
-from tests.helpers.scripted import COUNT, WAIT, scripted_engine
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.endpoint.scripted import COUNT, WAIT, scripted_engine
+from tests.helpers.models.tiny import tiny_tokenizer
 
 pytestmark = [
     pytest.mark.alone,

@@ -25,9 +25,9 @@ from moesaic.actors.serve.serve_border import find_serve
 from moesaic.cluster.spec.spec import parse_spec
 from moesaic.handle import Cluster
 from moesaic.session import remove_session
-from tests.helpers.live import ON_RAY, wait_until
+from tests.helpers.endpoint.scripted import COUNT, SLOW_S, SLOWLY, scripted_engine
 from tests.helpers.paths import ROOT
-from tests.helpers.scripted import COUNT, SLOW_S, SLOWLY, scripted_engine
+from tests.helpers.processes.live import ON_RAY, wait_until
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY

@@ -21,7 +21,7 @@ from moesaic.actors.serve.serve_border import find_serve
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
 from moesaic.session import remove_session
-from tests.helpers.live import ON_RAY, text_of
+from tests.helpers.processes.live import ON_RAY, text_of
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY

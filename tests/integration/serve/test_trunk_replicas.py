@@ -13,7 +13,7 @@ from ray import serve
 import moesaic
 from moesaic import Client
 from moesaic.cluster.reports.status import EngineStatus
-from tests.helpers.live import ON_RAY, text_of, wait_until
+from tests.helpers.processes.live import ON_RAY, text_of, wait_until
 from tests.integration.conftest import save_model
 
 MODEL = "m"

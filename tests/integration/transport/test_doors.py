@@ -37,8 +37,8 @@ from moesaic.proto.expert_pb2_grpc import WeightsStub
 from moesaic.proto.keys import ClusterSecret, Plane, proof_hash, reply_hash, target
 from moesaic.proto.limits import HELLO_S, MAX_UNANNOUNCED
 from moesaic.proto.wire import WIRE_VERSION
-from tests.helpers.serving import save_model, serving
-from tests.helpers.transports import (
+from tests.helpers.pool.serving import save_model, serving
+from tests.helpers.pool.transports import (
     DEADLINE_S,
     DictStore,
     accept,

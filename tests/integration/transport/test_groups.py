@@ -28,7 +28,7 @@ from moesaic.actors.transport.process_group import HOST_RANK, PIECE_BYTES, ROUTE
 from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing import transports
 from moesaic.proto.errors import CallError, ClusterError, HostLost
-from tests.helpers.serving import (
+from tests.helpers.pool.serving import (
     KEY,
     PATIENT,
     Hosts,
@@ -37,7 +37,7 @@ from tests.helpers.serving import (
     save_model,
     serving,
 )
-from tests.helpers.transports import (
+from tests.helpers.pool.transports import (
     DEADLINE_S,
     accept,
     answer,

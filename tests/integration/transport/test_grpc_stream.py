@@ -17,7 +17,7 @@ from moesaic.actors.transport.grpc.stream import METHOD, SERVICE, GrpcChannel, G
 from moesaic.proto.errors import ClusterError, HostLost
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
 from moesaic.proto.wire import WIRE_VERSION
-from tests.helpers.transports import (
+from tests.helpers.pool.transports import (
     DEADLINE_S,
     HIDDEN,
     accept,

@@ -30,12 +30,12 @@ from moesaic.proto.expert_pb2 import WeightsChunk, WeightsKey
 from moesaic.proto.expert_pb2_grpc import WeightsStub
 from moesaic.proto.keys import ClusterSecret, Grant, secret_of_process
 from moesaic.proto.limits import CHUNK_BYTES
-from tests.helpers.architectures import tiny_model
-from tests.helpers.honest import FIRST, ONE, fetched, honest
-from tests.helpers.pools import granted
-from tests.helpers.serving import EXPERTS, HIDDEN, LAYER, save_model, serving
-from tests.helpers.strangers import shown
-from tests.helpers.transports import DEADLINE_S, settles
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.pool.honest import FIRST, ONE, fetched, honest
+from tests.helpers.pool.pools import granted
+from tests.helpers.pool.serving import EXPERTS, HIDDEN, LAYER, save_model, serving
+from tests.helpers.pool.strangers import shown
+from tests.helpers.pool.transports import DEADLINE_S, settles
 
 pytestmark = pytest.mark.alone  # deadlines are kept by the clock
 MIB = 1 << 20

@@ -22,10 +22,10 @@ from moesaic.proto.errors import Busy, CallError, Expired, HostLost
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
 from moesaic.proto.limits import CHUNK_BYTES, HELLO_S
 from moesaic.proto.wire import CallLayout
-from tests.helpers.honest import ONE, fetched, honest
-from tests.helpers.serving import HIDDEN, KEY, LAYER, save_model
-from tests.helpers.strangers import HTTP2_HELLO, Stream, connections, ended, hello
-from tests.helpers.transports import DEADLINE_S, settles
+from tests.helpers.pool.honest import ONE, fetched, honest
+from tests.helpers.pool.serving import HIDDEN, KEY, LAYER, save_model
+from tests.helpers.pool.strangers import HTTP2_HELLO, Stream, connections, ended, hello
+from tests.helpers.pool.transports import DEADLINE_S, settles
 
 pytestmark = pytest.mark.alone  # deadlines are kept by the clock
 MIB = 1 << 20

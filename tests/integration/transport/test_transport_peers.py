@@ -22,7 +22,7 @@ from moesaic.proto.errors import CallError, ClusterError, Expired, MoesaicError
 from moesaic.proto.expert_pb2 import Frame
 from moesaic.proto.limits import CHUNK_BYTES, MAX_PAYLOAD_BYTES
 from moesaic.proto.wire import WIRE_VERSION
-from tests.helpers.transports import (
+from tests.helpers.pool.transports import (
     DEADLINE_S,
     KINDS,
     SECRET,

@@ -9,7 +9,7 @@ import pytest
 
 from moesaic.proto.errors import CallError, HostLost, InternalError
 from moesaic.proto.expert_pb2 import Frame
-from tests.helpers.transports import (
+from tests.helpers.pool.transports import (
     KINDS,
     accept,
     answer,

@@ -30,7 +30,7 @@ from moesaic.proto.errors import (
 )
 from moesaic.proto.expert_pb2 import WeightsChunk, WeightsKey
 from moesaic.proto.expert_pb2_grpc import WeightsStub
-from tests.helpers.transports import (
+from tests.helpers.pool.transports import (
     DEADLINE_S,
     DictStore,
     member,

@@ -18,7 +18,7 @@ from moesaic.cluster.placement import (
     experts_of,
     initial_placement,
 )
-from tests.helpers.worlds import entry
+from tests.helpers.cluster.worlds import entry
 
 KEY = LayerKey("m", 0)
 

@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.weight_updates import WeightUpdate, new_weights
-from tests.helpers.control_world import POLICY, ControlWorld, shape
+from tests.helpers.cluster.control_world import POLICY, ControlWorld, shape
 
 FIRST, OTHER = ExpertKey("m", 0, 0), ExpertKey("m", 1, 2)
 

@@ -21,7 +21,7 @@ from moesaic.cluster.spec.spec import load_spec, parse_spec
 from moesaic.models.trunk.describe import HOST_BYTES, describe
 from moesaic.models.trunk.experts_layers import expert_parameters, experts_layers
 from moesaic.proto.errors import CheckpointError, SpecError
-from tests.helpers.architectures import ARCHITECTURES, tiny_model
+from tests.helpers.models.architectures import ARCHITECTURES, tiny_model
 
 Capture = pytest.CaptureFixture[str]
 

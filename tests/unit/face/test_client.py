@@ -24,7 +24,7 @@ from moesaic.proto.errors import (
     RequestError,
     UnknownModel,
 )
-from tests.helpers.reports import cluster_report, engine_report, host_report
+from tests.helpers.cluster.reports import cluster_report, engine_report, host_report
 
 Handler = Callable[[httpx.Request], httpx.Response]
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}

@@ -12,7 +12,7 @@ from moesaic.cluster.reports.scaling import ScalingPhase, ScalingReport
 from moesaic.controller_client import ControllerClient
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
-from tests.helpers.reports import CHANGE, SCALING
+from tests.helpers.cluster.reports import CHANGE, SCALING
 
 
 class Scripted:

@@ -22,8 +22,8 @@ from moesaic.cluster.reports.status import (
     RouterServiceStatus,
     StatusDocument,
 )
-from tests.helpers import reports
-from tests.helpers.reports import PROCESS, cluster_report, engine_report, host_report
+from tests.helpers.cluster import reports
+from tests.helpers.cluster.reports import PROCESS, cluster_report, engine_report, host_report
 
 LONG = "Qwen/Qwen3-30B-A3B-Instruct-2507"
 TIMES = Percentiles(p50=0.0123, p99=1.2345)

@@ -30,14 +30,14 @@ from moesaic.kernels.ffn import (
     unpack,
 )
 from moesaic.models.trunk.experts_layers import ExpertsLayer, expert_parameters, is_experts_module
-from tests.helpers.forms import (
+from tests.helpers.models.forms import (
     HIDDEN,
     KINDS,
     decorated_classes,
     random_experts,
     transformers_experts,
 )
-from tests.helpers.versions import newest_transformers
+from tests.helpers.models.versions import newest_transformers
 
 pytestmark = pytest.mark.numeric
 

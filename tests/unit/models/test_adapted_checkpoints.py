@@ -22,19 +22,18 @@ from moesaic.models.trunk.describe import describe
 from moesaic.models.trunk.experts_layers import experts_layers, is_experts_module
 from moesaic.models.trunk.trunk import BROKEN, is_unmodified, meta_model
 from moesaic.proto.errors import CheckpointError, MoesaicError, UnsupportedModel
-from tests.helpers.architectures import ADAPTED, tiny_model
-from tests.unit.models.test_checkpoint import (
+from tests.helpers.models.architectures import ADAPTED, tiny_model
+from tests.helpers.models.model_folders import (
     Damage,
-    Spy,
     checkpoint,
     config,
     edit,
     read_all,
     remove,
     saved,
-    spy,
     trunk_of,
 )
+from tests.unit.models.test_checkpoint import Spy, spy
 
 __all__ = ["spy"]  # a fixture
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +14,27 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.models.folder import files
 from moesaic.models.folder.files import INDEX_FILE, SINGLE_FILE, list_tensors
-from moesaic.models.trunk.checkpoint import Checkpoint
-from moesaic.models.trunk.config import read_config
-from moesaic.models.trunk.experts_layers import experts_layers, is_experts_module
-from moesaic.models.trunk.trunk import load_trunk
+from moesaic.models.trunk.experts_layers import is_experts_module
 from moesaic.proto.errors import CheckpointError, MoesaicError, UnsupportedModel
-from tests.helpers.architectures import tiny_model
-from tests.helpers.versions import newest_transformers
+from tests.helpers.models.model_folders import (
+    Damage,
+    assert_same_experts,
+    checkpoint,
+    config,
+    edit,
+    read_all,
+    remove,
+    saved,
+    trunk_of,
+)
+from tests.helpers.models.versions import newest_transformers
 
-CPU = torch.device("cpu")
 # One of each way in which experts lie on disk.
 PER_EXPERT = ("mixtral", "qwen3_moe", "nemotron_h", "deepseek_v4", "lfm2_moe")
 FUSED = ("gpt_oss", "granitemoe", "gemma4_text", "aria_text")
-
-
-def saved(folder: Path, name: str = "mixtral", **options: Any) -> PreTrainedModel:
-    model = tiny_model(name, **options.pop("model", {}))
-    model.save_pretrained(folder, **options)
-    return model
-
-
-def checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    return Checkpoint(folder, read_config(folder), dtype=dtype)
-
-
-def read_all(folder: Path) -> None:
-    found = checkpoint(folder)
-    for layer in found.layers.values():
-        for expert in range(layer.num_experts):
-            found.read(layer.layer, expert)
-
-
-def trunk_of(folder: Path) -> PreTrainedModel:
-    return load_trunk(folder, dtype=torch.float32, device=CPU)
-
-
-def assert_same_experts(
-    found: Checkpoint, model: PreTrainedModel, dtype: torch.dtype = torch.float32
-) -> None:
-    """Bit by bit what transformers has in memory."""
-    for layer in experts_layers(model):
-        for expert in range(layer.num_experts):
-            expected = expert_tensors(layer, expert)
-            given = found.read(layer.layer, expert).tensors()
-            assert given.keys() == expected.keys()
-            for name, tensor in given.items():
-                assert tensor.dtype == dtype
-                assert torch.equal(tensor, expected[name].to(dtype)), (layer.layer, expert, name)
 
 
 # ---- the right bytes ----------------------------------------------------------------------------
@@ -188,36 +157,6 @@ def test_a_trunk_reads_no_expert(name: str, spy: Spy, tmp_path: Path) -> None:
 
 
 # ---- damage -------------------------------------------------------------------------------------
-
-Damage = Callable[[Path], None]
-
-
-def edit(pattern: str, change: Callable[[Tensor], Tensor | None]) -> Damage:
-    """Change or (None) remove every tensor whose name matches."""
-
-    def damage(folder: Path) -> None:
-        tensors = load_file(folder / SINGLE_FILE)
-        hit = [name for name in tensors if re.search(pattern, name)]
-        assert hit, pattern
-        for name in hit:
-            changed = change(tensors.pop(name))
-            if changed is not None:
-                tensors[name] = changed.contiguous()
-        save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
-
-    return damage
-
-
-def remove(pattern: str) -> Damage:
-    return edit(pattern, lambda tensor: None)
-
-
-def config(**values: Any) -> Damage:
-    def damage(folder: Path) -> None:
-        file = folder / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-    return damage
 
 
 def config_text(text: str | bytes) -> Damage:

@@ -17,8 +17,8 @@ from moesaic.models.trunk.expert_tensors import ExpertTensors
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.models.trunk.trunk import meta_model
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
-from tests.helpers.architectures import ADAPTED, ARCHITECTURES
-from tests.unit.models.test_checkpoint import checkpoint, saved
+from tests.helpers.models.architectures import ADAPTED, ARCHITECTURES
+from tests.helpers.models.model_folders import checkpoint, saved
 
 Pool = dict[str, Tensor]
 

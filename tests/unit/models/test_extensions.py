@@ -25,8 +25,8 @@ from moesaic.models.trunk.in_pool import PoolFunction
 from moesaic.models.trunk.trunk import connect_experts, is_unmodified
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
 from tests.helpers.documented import blocks
+from tests.helpers.models.model_folders import checkpoint, trunk_of
 from tests.helpers.paths import ROOT
-from tests.unit.models.test_checkpoint import checkpoint, trunk_of
 
 # Name of the package, its module's source, {name of an entry: attribute of the module}.
 Install = Callable[[str, str, dict[str, str]], None]

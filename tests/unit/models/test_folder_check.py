@@ -23,9 +23,9 @@ from moesaic.models.trunk.config import read_config
 from moesaic.models.trunk.folder_check import Inventory, check_folder
 from moesaic.models.trunk.trunk import load_trunk
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
-from tests.helpers.architectures import ARCHITECTURES, tiny_config, tiny_model
-from tests.helpers.quantising import FORMS
-from tests.helpers.sparse import sparse_deepseek
+from tests.helpers.models.architectures import ARCHITECTURES, tiny_config, tiny_model
+from tests.helpers.models.quantising import FORMS
+from tests.helpers.models.sparse import sparse_deepseek
 
 Tensors = dict[str, Tensor]
 CPU = torch.device("cpu")

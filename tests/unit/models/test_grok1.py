@@ -19,8 +19,8 @@ from moesaic.models.trunk.describe import describe
 from moesaic.models.trunk.experts_layers import experts_layers
 from moesaic.models.trunk.trunk import load_trunk, meta_model
 from moesaic.proto.errors import CheckpointError
-from tests.helpers.architectures import tiny_model
-from tests.unit.models.test_checkpoint import Damage, checkpoint, config, edit, read_all, remove
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.model_folders import Damage, checkpoint, config, edit, read_all, remove
 
 IDS = torch.randint(3, 90, (11,), generator=torch.Generator().manual_seed(1))
 

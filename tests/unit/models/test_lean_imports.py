@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.helpers.architectures import ADAPTED, ARCHITECTURES, OWN
+from tests.helpers.models.architectures import ADAPTED, ARCHITECTURES, OWN
 from tests.helpers.paths import ROOT
 
 # Each architecture's file has imports of its own. The last line asks the stand-in for more than it
@@ -15,7 +15,7 @@ import sys
 from moesaic.models.trunk.lean_imports import import_models
 import_models()
 from moesaic.models.trunk.trunk import meta_model
-from tests.helpers.architectures import tiny_config
+from tests.helpers.models.architectures import tiny_config
 for name in sys.argv[1:]:
     meta_model(tiny_config(name))
 print(sorted({"scipy", "torch._dynamo.symbolic_convert"} & set(sys.modules)))

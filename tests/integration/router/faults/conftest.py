@@ -11,9 +11,14 @@ from typing import Any, cast
 import pytest
 import torch
 
-from tests.helpers.host_calls import PROMPT
-from tests.helpers.served_pool import ServedPool, save_served_model, served_pool, tiny_served_model
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.tiny import tiny_tokenizer
+from tests.helpers.pool.host_calls import PROMPT
+from tests.helpers.pool.served_pool import (
+    ServedPool,
+    save_served_model,
+    served_pool,
+    tiny_served_model,
+)
 
 
 @pytest.fixture(scope="module")

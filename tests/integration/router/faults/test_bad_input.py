@@ -42,10 +42,10 @@ from moesaic.proto.errors import (
 )
 from moesaic.proto.expert_pb2 import BFLOAT16, Frame
 from moesaic.proto.keys import secret_of_process
-from tests.helpers.host_calls import KEY, LAYER, ask
-from tests.helpers.pools import granted
-from tests.helpers.served_pool import MAX_BODY, ServedPool
-from tests.helpers.transports import hear, hear_end
+from tests.helpers.pool.host_calls import KEY, LAYER, ask
+from tests.helpers.pool.pools import granted
+from tests.helpers.pool.served_pool import MAX_BODY, ServedPool
+from tests.helpers.pool.transports import hear, hear_end
 
 Act = Callable[[ServedPool], object]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from moesaic.cluster.expert_keys import ExpertVersion, LayerKey
 from moesaic.cluster.routing.transports import Transport
 from moesaic.proto.errors import ExpertUnavailable
-from tests.helpers.host_calls import HIDDEN, KEY, LAYER, PROMPT, ask
-from tests.helpers.served_pool import ServedPool, held
-from tests.helpers.transports import settles
+from tests.helpers.pool.host_calls import HIDDEN, KEY, LAYER, PROMPT, ask
+from tests.helpers.pool.served_pool import ServedPool, held
+from tests.helpers.pool.transports import settles
 
 # ---- values that are not finite -----------------------------------------------------------------
 

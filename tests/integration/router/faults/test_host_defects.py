@@ -15,9 +15,9 @@ from moesaic.actors.router.connect import connect
 from moesaic.cluster.expert_keys import ExpertKey, first_versions
 from moesaic.proto.errors import HostLost
 from moesaic.proto.expert_pb2 import Frame
-from tests.helpers.host_calls import LAYER, PROMPT, ask
-from tests.helpers.served_pool import ServedPool
-from tests.helpers.transports import hear, hear_end
+from tests.helpers.pool.host_calls import LAYER, PROMPT, ask
+from tests.helpers.pool.served_pool import ServedPool
+from tests.helpers.pool.transports import hear, hear_end
 
 
 def test_work_that_fails_in_the_loop_is_raised_to_its_caller(served: ServedPool) -> None:

@@ -14,8 +14,8 @@ from moesaic.cluster.placement import HostEntry
 from moesaic.cluster.planner.plan import FleetGroup, OperatorConstraints
 from moesaic.cluster.scaling.autoscaler import ScalePolicy
 from moesaic.cluster.scaling.fleet import Fleet
-from tests.helpers.control_world import ControlWorld
-from tests.helpers.fleet_world import started
+from tests.helpers.cluster.control_world import ControlWorld
+from tests.helpers.cluster.fleet_world import started
 from tests.unit.cluster.control.test_idle_models import SleepyWorld
 
 Caught = pytest.LogCaptureFixture

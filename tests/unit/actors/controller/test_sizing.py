@@ -8,7 +8,7 @@ from moesaic.cluster.control.policy import ControlPolicy
 from moesaic.cluster.planner.plan import FleetGroup
 from moesaic.cluster.scaling.autoscaler import ScalePolicy
 from moesaic.cluster.scaling.fleet import Fleet
-from tests.helpers.fake_clock import FakeClock
+from tests.helpers.cluster.fake_clock import FakeClock
 
 
 async def test_an_owner_that_asks_no_more_is_a_problem_until_it_asks_again() -> None:

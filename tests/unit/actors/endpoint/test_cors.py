@@ -13,7 +13,7 @@ from moesaic.actors.endpoint.http.bodies import BodyLimits
 from moesaic.actors.endpoint.ingress import create_app
 from moesaic.cluster.service.web_guard import WebGuard
 from moesaic.cluster.spec.spec import parse_spec
-from tests.helpers.service import scripted_models
+from tests.helpers.endpoint.service import scripted_models
 
 PAGE, OTHER = "https://chat.example", "https://elsewhere.example"
 CHAT: dict[str, Any] = {"model": "script", "messages": [{"role": "user", "content": "hi"}]}

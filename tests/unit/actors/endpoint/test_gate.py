@@ -14,7 +14,7 @@ from moesaic.actors.endpoint.http.gate import Gate
 from moesaic.actors.endpoint.ingress import create_app
 from moesaic.actors.engine.engine import Delta, RequestLimits, Sampling
 from moesaic.actors.engine.served_model import ServedModel
-from tests.helpers.service import BODIES, TOKENIZER
+from tests.helpers.endpoint.service import BODIES, TOKENIZER
 
 ASKED: dict[str, Any] = {"model": "m", "prompt": "the", "max_tokens": 5}
 LIMITS = RequestLimits(max_prompt_tokens=100, max_total_tokens=200, max_requests=8, vocab_size=320)

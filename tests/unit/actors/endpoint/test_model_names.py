@@ -12,7 +12,7 @@ from moesaic.actors.endpoint.ingress import create_app
 from moesaic.actors.runtime.process_labels import ProcessLabel, announce, announced
 from moesaic.openai_wire import models, only
 from moesaic.proto.errors import RequestError
-from tests.helpers.service import BODIES, scripted_models
+from tests.helpers.endpoint.service import BODIES, scripted_models
 
 HUB = "Qwen/Qwen3-30B-A3B"
 ALIASES = {HUB: ["gpt-4o", "team/chat"]}

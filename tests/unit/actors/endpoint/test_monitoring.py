@@ -19,7 +19,7 @@ from moesaic.actors.serve import deploy
 from moesaic.cluster.reports.status import ClusterStatus, EndpointStatus, EngineStatus
 from moesaic.cluster.service.web_guard import WebGuard
 from moesaic.proto.errors import ClusterError, MoesaicError, NoAnswer
-from tests.helpers.reports import cluster_report, engine_report
+from tests.helpers.cluster.reports import cluster_report, engine_report
 
 HERE = "127.0.0.1"
 

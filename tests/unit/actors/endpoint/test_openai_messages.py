@@ -9,7 +9,7 @@ import openai.types.chat
 import pytest
 
 from moesaic.proto.errors import RequestError
-from tests.helpers.openai_requests import CACHED, CALLS, chat
+from tests.helpers.endpoint.openai_requests import CACHED, CALLS, chat
 
 
 def test_text_parts_are_joined() -> None:

@@ -20,7 +20,7 @@ from moesaic.actors.endpoint.openai.requests import (
 )
 from moesaic.actors.engine.engine import ExpertBounds, Sampling
 from moesaic.proto.errors import ERRORS, RequestError
-from tests.helpers.openai_requests import COMPLETION, chat, completion
+from tests.helpers.endpoint.openai_requests import COMPLETION, chat, completion
 
 
 def test_the_least_that_is_needed() -> None:

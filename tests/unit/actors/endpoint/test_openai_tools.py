@@ -11,7 +11,7 @@ import pytest
 from moesaic.actors.engine.engine import ExpertBounds
 from moesaic.actors.text.answer_form import ANY_OBJECT, AnswerForm, ToolForm
 from moesaic.proto.errors import RequestError
-from tests.helpers.openai_requests import CACHED, CALLS, chat
+from tests.helpers.endpoint.openai_requests import CACHED, CALLS, chat
 
 
 def test_hints_at_tools_change_nothing() -> None:

@@ -11,7 +11,7 @@ from moesaic.actors.endpoint.ingress import create_app
 from moesaic.actors.engine.engine import RequestLimits
 from moesaic.actors.engine.served_model import ServedModel
 from moesaic.cluster.spec.parts import LimitSpec
-from tests.helpers.service import BODIES, TOKENIZER, Script
+from tests.helpers.endpoint.service import BODIES, TOKENIZER, Script
 
 WIDE = RequestLimits(max_prompt_tokens=2000, max_total_tokens=4000, max_requests=8, vocab_size=320)
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import AddedToken, GenerationConfig, MixtralConfig, PreTrainedTokenizerFast
 
 from moesaic.actors.engine.end_of_text import end_of_text
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.tiny import tiny_tokenizer
 
 NAMES = [
     *("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"),

@@ -18,7 +18,7 @@ from moesaic.actors.engine.vllm_backend.requests import going_on
 from moesaic.actors.text.answer_form import AnswerForm
 from moesaic.cluster.routing.expert_options import MissingExpert
 from moesaic.proto.errors import EngineError, ExpertUnavailable, Interrupted
-from tests.helpers.fake_clock import FakeClock
+from tests.helpers.cluster.fake_clock import FakeClock
 
 PROMPT = [1, 2, 3]
 ASKED = Sampling(max_tokens=6)

@@ -22,7 +22,7 @@ from moesaic.actors.text.answer_parser import AnswerParser
 from moesaic.actors.text.marked_text import MarkedText
 from moesaic.actors.text.thinking import Thinking
 from moesaic.proto.errors import RequestError
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 VOCABULARY, EOS = 330, [2]  # a model's vocabulary may be larger than its tokenizer's

@@ -14,7 +14,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from moesaic.actors.engine.engine import Delta, RequestLimits, Sampling, TokenLogprob
 from moesaic.actors.engine.served_model import ServedModel, TextDelta, TokenChoice
 from moesaic.proto.errors import EngineError
-from tests.helpers.tiny import sentencepiece_like_tokenizer, tiny_tokenizer
+from tests.helpers.models.tiny import sentencepiece_like_tokenizer, tiny_tokenizer
 
 LIMITS = RequestLimits(max_prompt_tokens=400, max_total_tokens=500, max_requests=4, vocab_size=400)
 CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'

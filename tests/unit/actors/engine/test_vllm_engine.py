@@ -9,7 +9,7 @@ from moesaic.actors.engine.vllm_backend.engine import VllmEngine
 from moesaic.actors.router.pool_link import TrunkConfig
 from moesaic.cluster.placement import ModelRef
 from moesaic.proto.errors import EngineError
-from tests.helpers.fake_clock import FakeClock
+from tests.helpers.cluster.fake_clock import FakeClock
 
 
 def test_an_engine_that_makes_no_step_for_too_long_stands_still() -> None:

@@ -16,7 +16,7 @@ from moesaic.actors.host.weight_store import ExpertStore
 from moesaic.actors.transport.base import Session
 from moesaic.cluster.host.residency import HostPolicy, Residency
 from moesaic.proto.errors import InternalError
-from tests.helpers.fake_clock import FakeClock
+from tests.helpers.cluster.fake_clock import FakeClock
 
 
 class Quiet:

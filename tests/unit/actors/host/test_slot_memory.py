@@ -16,8 +16,8 @@ from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.kernels.ffn import ExpertWeights
 from moesaic.models.trunk.experts_layers import expert_shapes, experts_layers
 from moesaic.proto.errors import Busy, NotHere
-from tests.helpers.architectures import tiny_model
-from tests.helpers.slots import HostMemory
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.slots import HostMemory
 
 # The interpreter multiplies whole tiles with NumPy, rows that nobody uses too.
 pytestmark = pytest.mark.filterwarnings(

@@ -18,7 +18,7 @@ from moesaic.cluster.placement import ModelRef
 from moesaic.kernels.ffn import ExpertWeights
 from moesaic.models.folder.expert_file import write_experts
 from moesaic.proto.errors import Busy, CheckpointError, NotHere
-from tests.helpers.architectures import tiny_model
+from tests.helpers.models.architectures import tiny_model
 
 KEY = ExpertKey("m", 0, 1)
 ONE = ExpertVersion(KEY, 1)

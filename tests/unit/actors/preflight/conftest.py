@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
+from tests.helpers.models.tiny import tiny_mixtral, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

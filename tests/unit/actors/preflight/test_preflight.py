@@ -15,9 +15,16 @@ from moesaic.actors.preflight.findings import Finding, raise_errors, severity_co
 from moesaic.actors.preflight.preflight import preflight
 from moesaic.cli.main import main
 from moesaic.proto.errors import CheckpointError, ClusterError
-from tests.helpers.preflight_specs import TEMPLATE, TOKENIZER, found, remove, spec_of, without
-from tests.helpers.sparse import sparse_deepseek
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.preflight_specs import (
+    TEMPLATE,
+    TOKENIZER,
+    found,
+    remove,
+    spec_of,
+    without,
+)
+from tests.helpers.models.sparse import sparse_deepseek
+from tests.helpers.models.tiny import tiny_tokenizer
 
 Capture = pytest.CaptureFixture[str]
 

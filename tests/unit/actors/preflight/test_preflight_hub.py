@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moesaic.actors.preflight.preflight import preflight
-from tests.helpers.preflight_specs import TOKENIZER, only, remove, spec_of
+from tests.helpers.models.preflight_specs import TOKENIZER, only, remove, spec_of
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from moesaic.actors.preflight import check_machine
 from moesaic.actors.preflight.check_machine import machine_memory
 from moesaic.actors.preflight.preflight import preflight
 from moesaic.cluster.spec.spec import parse_spec
-from tests.helpers.preflight_specs import found, only, spec_of
-from tests.helpers.quantising import FORMS
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.preflight_specs import found, only, spec_of
+from tests.helpers.models.quantising import FORMS
+from tests.helpers.models.tiny import tiny_tokenizer
 
 
 def test_an_engine_that_is_not_installed(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,17 @@ from moesaic.actors.preflight.findings import raise_errors
 from moesaic.actors.preflight.preflight import preflight
 from moesaic.models.folder.tokenizer import read_tokenizer
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
-from tests.helpers.architectures import tiny_model
-from tests.helpers.preflight_specs import TEMPLATE, TOKENIZER, found, only, remove, spec_of, without
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.preflight_specs import (
+    TEMPLATE,
+    TOKENIZER,
+    found,
+    only,
+    remove,
+    spec_of,
+    without,
+)
+from tests.helpers.models.tiny import tiny_tokenizer
 
 
 def _write(name: str, text: str) -> Callable[[Path], Any]:

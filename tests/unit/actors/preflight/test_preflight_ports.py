@@ -10,7 +10,7 @@ import pytest
 from moesaic.actors.preflight.preflight import preflight
 from moesaic.actors.runtime.ports import check_port
 from moesaic.proto.errors import ClusterError
-from tests.helpers.preflight_specs import found, only, spec_of
+from tests.helpers.models.preflight_specs import found, only, spec_of
 
 
 def test_ports(whole: Path) -> None:

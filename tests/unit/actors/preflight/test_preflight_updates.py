@@ -19,7 +19,7 @@ from moesaic.cluster.weight_updates import WeightUpdate
 from moesaic.models.folder.expert_file import write_experts
 from moesaic.models.trunk.checkpoint import Checkpoint
 from moesaic.models.trunk.config import read_config
-from tests.helpers.preflight_specs import found, only, spec_of
+from tests.helpers.models.preflight_specs import found, only, spec_of
 
 Place = tuple[int, int]
 

@@ -14,8 +14,8 @@ from moesaic.actors.router_service.service_actor import SILENT_S, ServiceWatch
 from moesaic.cluster.placement import ModelRef, ModelShape
 from moesaic.cluster.reports.status import RouterServiceProcess
 from moesaic.proto.errors import ClusterError, InternalError, UnknownModel
-from tests.helpers.architectures import tiny_model
-from tests.helpers.fake_clock import FakeClock
+from tests.helpers.cluster.fake_clock import FakeClock
+from tests.helpers.models.architectures import tiny_model
 
 REF = ModelRef(name="m", dtype="bfloat16", config=tiny_model("mixtral").config.to_dict())
 START_S = 100.0

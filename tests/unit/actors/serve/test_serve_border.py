@@ -19,7 +19,7 @@ from moesaic.actors.serve.serve_border import (
 from moesaic.cluster.reports.status import EndpointStatus
 from moesaic.cluster.spec.spec import Spec, parse_spec
 from moesaic.proto.errors import ClusterError
-from tests.helpers.reports import engine_report
+from tests.helpers.cluster.reports import engine_report
 
 THEIRS = HTTPOptions(host="127.0.0.1", port=8111)
 

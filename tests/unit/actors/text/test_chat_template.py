@@ -15,8 +15,8 @@ from moesaic.actors.engine.served_model import ServedModel
 from moesaic.actors.text.template_source import TemplateSource
 from moesaic.actors.text.thinking import Thinking
 from moesaic.proto.errors import RequestError
-from tests.helpers.templates import FAMILIES, chat_template, tokenizer_with
-from tests.helpers.versions import newest_transformers
+from tests.helpers.endpoint.templates import FAMILIES, chat_template, tokenizer_with
+from tests.helpers.models.versions import newest_transformers
 
 USER: dict[str, Any] = {"role": "user", "content": "Hello you."}
 AGAIN: dict[str, Any] = {"role": "user", "content": "And now?"}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moesaic.actors.text.chat_template import ChatTemplate
 from moesaic.actors.text.thinking import Thinking
 from moesaic.proto.errors import RequestError
-from tests.helpers.templates import FAMILIES, family
+from tests.helpers.endpoint.templates import FAMILIES, family
 
 Message = dict[str, Any]
 

@@ -13,7 +13,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from moesaic.actors.text.detokenizer import Detokenizer, StopSearch, Written
 from moesaic.actors.text.marked_text import MarkedText
 from moesaic.actors.text.vocabulary import Vocabulary
-from tests.helpers.tiny import sentencepiece_like_tokenizer, tiny_tokenizer
+from tests.helpers.models.tiny import sentencepiece_like_tokenizer, tiny_tokenizer
 
 BYTE_LEVEL = tiny_tokenizer()
 METASPACE = sentencepiece_like_tokenizer()

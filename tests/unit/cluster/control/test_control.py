@@ -11,7 +11,7 @@ from moesaic.cluster.control.host_speed import SILENT
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey, first_versions
 from moesaic.cluster.placement import Placement, PlacementId
 from moesaic.cluster.planner.plan import OperatorConstraints
-from tests.helpers.control_world import POLICY, ControlWorld, counts, finish, shape, started
+from tests.helpers.cluster.control_world import POLICY, ControlWorld, counts, finish, shape, started
 
 # ---- random histories ---------------------------------------------------------------------------
 

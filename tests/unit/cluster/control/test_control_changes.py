@@ -11,7 +11,7 @@ from moesaic.cluster.control.control import ControlPolicy
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey
 from moesaic.cluster.planner.plan import OperatorConstraints
 from moesaic.cluster.reports.placing import ChangePhase
-from tests.helpers.control_world import POLICY, ControlWorld, counts, finish, shape, started
+from tests.helpers.cluster.control_world import POLICY, ControlWorld, counts, finish, shape, started
 
 
 def hot(world: ControlWorld) -> dict[LayerKey, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moesaic.cluster.expert_keys import first_versions
 from moesaic.cluster.placement import PlacementId
 from moesaic.cluster.planner.plan import OperatorConstraints, PoolHost
-from tests.helpers.control_world import POLICY, ControlWorld, started
+from tests.helpers.cluster.control_world import POLICY, ControlWorld, started
 
 
 def pass_lease(world: ControlWorld) -> None:

@@ -14,7 +14,7 @@ from moesaic.cluster.load.meter import LoadReport
 from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId
 from moesaic.cluster.routing.dispatch import Dispatcher
 from moesaic.cluster.routing.policy import RouterPolicy
-from tests.helpers.control_world import POLICY, ControlWorld, shape
+from tests.helpers.cluster.control_world import POLICY, ControlWorld, shape
 
 IDLE_S = 20.0
 KEY = LayerKey("sleepy", 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moesaic.cluster.control.loading import Loader
 from moesaic.cluster.expert_keys import first_versions
-from tests.helpers.control_world import ControlWorld, shape
+from tests.helpers.cluster.control_world import ControlWorld, shape
 
 
 def test_a_target_with_more_than_a_hosts_slots_is_loaded_all_the_same() -> None:

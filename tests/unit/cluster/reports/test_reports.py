@@ -16,8 +16,8 @@ from moesaic.cluster.reports.page import all_reports, reports_page
 from moesaic.cluster.reports.placing import ChangePhase, ChangeReport
 from moesaic.cluster.reports.report import HostState, OpenEnum, Report
 from moesaic.cluster.reports.status import ClusterStatus
+from tests.helpers.cluster.reports import CHANGE, cluster_report, host_report
 from tests.helpers.paths import ROOT
-from tests.helpers.reports import CHANGE, cluster_report, host_report
 
 PAGE = ROOT / "docs" / "reports.md"
 # One line for each report or enum: its name, then its fields or values. A field that was added

@@ -15,7 +15,7 @@ from moesaic.cluster.routing.events import Connect, Disconnect, HostUp, Ponged, 
 from moesaic.cluster.routing.host_health import HostState
 from moesaic.cluster.routing.layer_call import BACKWARD, FORWARD
 from moesaic.cluster.routing.policy import RouterPolicy
-from tests.helpers.worlds import KEY, World, placement
+from tests.helpers.cluster.worlds import KEY, World, placement
 
 POLICY = RouterPolicy(deadline_s=30.0, attempt_s=1.0, window=4, split_rows=2)
 

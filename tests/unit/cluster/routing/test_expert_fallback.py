@@ -16,7 +16,7 @@ from moesaic.cluster.routing.expert_fallback import (
 )
 from moesaic.cluster.routing.expert_options import SHORT_WAIT_S, WAIT, ExpertOptions, MissingExpert
 from moesaic.cluster.routing.policy import RouterPolicy
-from tests.helpers.worlds import World, placement
+from tests.helpers.cluster.worlds import World, placement
 
 FAIL = MissingExpert(mode="fail")
 DROP = MissingExpert(mode="drop", most_dropped=0.3)

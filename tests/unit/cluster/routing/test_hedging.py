@@ -12,7 +12,7 @@ from moesaic.cluster.routing.events import Send
 from moesaic.cluster.routing.hedging import Hedging, Latencies, TokenBucket
 from moesaic.cluster.routing.host_health import HostHealth
 from moesaic.cluster.routing.policy import RouterPolicy
-from tests.helpers.worlds import KEY, SimHost, World, entry, placement
+from tests.helpers.cluster.worlds import KEY, SimHost, World, entry, placement
 
 POLICY = RouterPolicy(deadline_s=30.0, attempt_s=2.0, hedge_min_s=0.001)
 USUAL_S = 0.01

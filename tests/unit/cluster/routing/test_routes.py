@@ -17,7 +17,7 @@ from moesaic.cluster.routing.assignment import choose_hosts, level_load
 from moesaic.cluster.routing.host_health import BEST_RANK
 from moesaic.cluster.routing.layer_call import FORWARD, LayerCall
 from moesaic.cluster.routing.routes import SHARE_STEPS, LayerRoutes, Routes
-from tests.helpers.worlds import entry
+from tests.helpers.cluster.worlds import entry
 
 KEY = LayerKey("m", 0)
 SPLIT_ROWS = 16

@@ -12,8 +12,8 @@ from moesaic.cluster.placement import ModelShape
 from moesaic.cluster.planner.capacity import capacity_shortage
 from moesaic.cluster.planner.plan import OperatorConstraints, PoolHost
 from moesaic.cluster.scaling.autoscaler import ScalePolicy
-from tests.helpers.control_world import counts, shape
-from tests.helpers.fleet_world import PENDING_S, FleetWorld, group, stage, started
+from tests.helpers.cluster.control_world import counts, shape
+from tests.helpers.cluster.fleet_world import PENDING_S, FleetWorld, group, stage, started
 
 KINDS = (
     *("tick",) * 6,

@@ -6,8 +6,8 @@ from moesaic.cluster.control.commands import Publish
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.meter import LoadReport
 from moesaic.cluster.planner.plan import OperatorConstraints
-from tests.helpers.control_world import POLICY, shape
-from tests.helpers.fleet_world import FleetWorld, group, stage, started
+from tests.helpers.cluster.control_world import POLICY, shape
+from tests.helpers.cluster.fleet_world import FleetWorld, group, stage, started
 
 
 def test_the_host_with_the_fewest_experts_leaves_and_the_newest_of_equals() -> None:

@@ -9,8 +9,8 @@ import torch
 
 from moesaic.kernels.grouped.activation import FUNCTIONS, Activation
 from moesaic.models.trunk.experts_layers import ExpertsLayer
-from tests.helpers.forms import HIDDEN, KINDS, decorated_classes, transformers_experts
-from tests.helpers.versions import newest_transformers
+from tests.helpers.models.forms import HIDDEN, KINDS, decorated_classes, transformers_experts
+from tests.helpers.models.versions import newest_transformers
 
 # What a kernel cannot be told: Inkling2 divides by norms of gate and value.
 UNKNOWN = {"Inkling2Experts"}

@@ -27,8 +27,8 @@ from moesaic.kernels.grouped.configurations import (
 )
 from moesaic.kernels.grouped.ffn import exact_rows, grouped_ffn
 from moesaic.kernels.grouped.slots import LayerSlots, StepFlags, from_slot, to_slot
-from tests.helpers.forms import KINDS, random_experts
-from tests.helpers.slots import LAYER, oracle, slots_of
+from tests.helpers.models.forms import KINDS, random_experts
+from tests.helpers.models.slots import LAYER, oracle, slots_of
 
 pytestmark = [
     pytest.mark.timeout(300),

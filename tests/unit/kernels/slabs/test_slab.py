@@ -29,7 +29,7 @@ from moesaic.kernels.slabs.layout import (
     SlotTensor,
 )
 from moesaic.kernels.slabs.slab import Slab, layer_layout
-from tests.helpers.forms import HIDDEN, KINDS, random_experts
+from tests.helpers.models.forms import HIDDEN, KINDS, random_experts
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.quantised_folders import Form
-from tests.helpers.quantising import FORMS
+from tests.helpers.models.quantising import FORMS, Form
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from transformers import MixtralConfig
 from moesaic.models.folder import quantised
 from moesaic.models.folder.files import SINGLE_FILE, list_tensors
 from moesaic.proto.errors import CheckpointError
-from tests.helpers.quantising import FP4, from_fp4, small_float, to_fp4
+from tests.helpers.models.quantising import FP4, from_fp4, small_float, to_fp4
 
 
 def test_fp4_by_hand() -> None:

@@ -21,9 +21,9 @@ from moesaic.models.folder.files import SINGLE_FILE, read_tensor
 from moesaic.models.source import resolve_model
 from moesaic.models.trunk.describe import describe
 from moesaic.proto.errors import CheckpointError
-from tests.helpers.architectures import tiny_model
-from tests.helpers.quantised_folders import Form, assert_same, checkpoint, merged, trunk_of
-from tests.helpers.quantising import FORMS, fp8
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.model_folders import assert_same, checkpoint, merged, trunk_of
+from tests.helpers.models.quantising import FORMS, Form, fp8
 
 # ---- every bit ----------------------------------------------------------------------------------
 

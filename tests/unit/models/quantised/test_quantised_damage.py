@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
-from tests.helpers.quantised_folders import Damage, Form, edit, read_everything, replaced
-
-
-def remove(pattern: str) -> Damage:
-    return edit(pattern, lambda tensor: None)
+from tests.helpers.models.model_folders import Damage, edit, read_everything, remove
+from tests.helpers.models.quantising import Form, replaced
 
 
 def fill(pattern: str, value: float) -> Damage:

@@ -15,16 +15,15 @@ from torch import Tensor
 from moesaic.models.trunk.config import read_config
 from moesaic.models.trunk.describe import describe
 from moesaic.proto.errors import CheckpointError, UnsupportedModel
-from tests.helpers.architectures import tiny_model
-from tests.helpers.quantised_folders import (
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.model_folders import (
     assert_same,
     checkpoint,
     edit,
     read_everything,
-    replaced,
     trunk_of,
 )
-from tests.helpers.quantising import Stored, fp8, save_quantised, small_float
+from tests.helpers.models.quantising import Stored, fp8, replaced, save_quantised, small_float
 
 
 def rowwise(tensor: Tensor, kind: torch.dtype, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.dense import make_dense
+from tests.helpers.models.dense import make_dense
 
 
 @pytest.fixture(scope="session")

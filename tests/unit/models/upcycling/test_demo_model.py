@@ -25,7 +25,7 @@ from moesaic.proto.errors import (
     CheckpointError,
     ClusterError,
 )
-from tests.helpers.dense import (
+from tests.helpers.models.dense import (
     load,
     loads,
     make_gguf,

@@ -23,7 +23,7 @@ from transformers import (
 from moesaic.models.upcycling.gguf_parts import join_parts
 from moesaic.models.upcycling.text_gates import GATE_MARGIN, kmeans_gate
 from moesaic.models.upcycling.upcycle import upcycle
-from tests.helpers.dense import (
+from tests.helpers.models.dense import (
     DIGITS,
     EOS,
     LETTERS,

@@ -23,7 +23,7 @@ from moesaic.proto.errors import (
     MoesaicError,
     UnsupportedModel,
 )
-from tests.helpers.dense import (
+from tests.helpers.models.dense import (
     LETTERS,
     load,
     make_dense,

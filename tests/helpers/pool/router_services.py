@@ -20,8 +20,8 @@ from moesaic.actors.router_service.service import RouterService, ServicePolicy
 from moesaic.actors.transport.grpc.interceptors import show_key
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.proto.router_pb2 import ComputeHead
-from tests.helpers.serving import LAYER, PATIENT, Hosts, assert_right, inputs, serving
-from tests.helpers.transports import settles
+from tests.helpers.pool.serving import LAYER, PATIENT, Hosts, assert_right, inputs, serving
+from tests.helpers.pool.transports import settles
 
 KEY = "a-key-of-the-tests"
 Inputs = tuple[Tensor, Tensor, Tensor]

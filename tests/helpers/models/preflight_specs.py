@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from moesaic.actors.preflight.findings import Finding
 from moesaic.actors.preflight.preflight import preflight
 from moesaic.cluster.spec.spec import Spec, parse_spec
+from tests.helpers.models.model_folders import edit
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE = "chat_template.jinja"
@@ -36,10 +36,4 @@ def remove(*names: str) -> Callable[[Path], Any]:
 
 
 def without(tensor: str) -> Callable[[Path], Any]:
-    def change(folder: Path) -> None:
-        file = folder / "model.safetensors"
-        tensors = load_file(file)
-        del tensors[tensor]
-        save_file(tensors, file, metadata={"format": "pt"})
-
-    return change
+    return edit(f"^{re.escape(tensor)}$", lambda _: None)

@@ -14,8 +14,8 @@ from moesaic.cluster.routing.transports import Transport
 from moesaic.proto.errors import from_wire
 from moesaic.proto.expert_pb2 import FLOAT32, Frame, Reply
 from moesaic.proto.wire import DTYPE_FROM_WIRE, CallLayout, checksum
-from tests.helpers.served_pool import ServedPool, held
-from tests.helpers.transports import hear
+from tests.helpers.pool.served_pool import ServedPool, held
+from tests.helpers.pool.transports import hear
 
 HIDDEN, LAYER = 32, 1
 KEY = LayerKey("m", LAYER)

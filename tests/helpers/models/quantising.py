@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.architectures import tiny_model
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.model_folders import Damage, config
 
 Array = NDArray[np.float32]
 Stored = dict[str, Tensor]
+# Name of one of FORMS -> a folder in that form, and the model as it is after the rounding.
+Form = Callable[[str], tuple[Path, Any]]
 
 
 def small_float(code: int, exponent_bits: int, mantissa_bits: int) -> float:
@@ -231,3 +234,8 @@ FORMS: dict[str, Callable[[Path], Any]] = {
         tiny_model("qwen3_moe"), folder, block=None, extra=".activation_scale"
     ),
 }
+
+
+def replaced(value: Any) -> Damage:
+    """Set what config.json says of the quantisation."""
+    return config(quantization_config=value)

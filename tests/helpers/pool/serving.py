@@ -27,8 +27,8 @@ from moesaic.models.trunk.checkpoint import Checkpoint
 from moesaic.models.trunk.config import read_config
 from moesaic.models.trunk.experts_layers import ExpertsLayer, experts_layers
 from moesaic.models.trunk.trunk import meta_model
-from tests.helpers.architectures import tiny_model
-from tests.helpers.pools import place
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.pool.pools import place
 
 HIDDEN, EXPERTS, LAYER = 32, 8, 1
 KEY = LayerKey("m", LAYER)

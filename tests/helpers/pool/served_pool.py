@@ -22,9 +22,9 @@ from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.host.host import ExpertHost
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.routing.policy import RouterPolicy
-from tests.helpers.architectures import tiny_model
-from tests.helpers.pools import Pool, pool
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.tiny import tiny_tokenizer
+from tests.helpers.pool.pools import Pool, pool
 
 MAX_BODY = 2**18
 BODIES = BodyLimits(each_bytes=MAX_BODY, all_bytes=32 * MAX_BODY, arrive_s=30.0)

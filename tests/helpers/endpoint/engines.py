@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, MixtralForCausalLM
 from moesaic.actors.engine.engine import Delta, Engine, EngineConfig, Sampling
 from moesaic.actors.engine.transformers_backend.continuous_batching import BatchingLoop
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
-from tests.helpers.tiny import tiny_mixtral
+from tests.helpers.models.tiny import tiny_mixtral
 
 SMALL = EngineConfig(page_size=8, num_blocks=64, max_batch_tokens=32, max_requests=16)
 

@@ -10,7 +10,7 @@ from moesaic.cluster.placement import ModelShape
 from moesaic.cluster.planner.plan import FleetGroup
 from moesaic.cluster.scaling.autoscaler import ScalePolicy
 from moesaic.cluster.scaling.fleet import Fleet
-from tests.helpers.control_world import POLICY, ControlWorld, SimHost, shape
+from tests.helpers.cluster.control_world import POLICY, ControlWorld, SimHost, shape
 
 # Only hands scale, where a test does not say otherwise.
 BY_HAND = ScalePolicy(up_after_s=1e9, down_after_s=1e9)

@@ -14,7 +14,7 @@ from torch import Tensor
 from moesaic.kernels.ffn import ExpertWeights, reference_kernel
 from moesaic.kernels.grouped.activation import Activation
 from moesaic.kernels.grouped.slots import LayerSlots, SlotForm, to_slot
-from tests.helpers.forms import Kind
+from tests.helpers.models.forms import Kind
 
 LAYERS, LAYER = 3, 1
 

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moesaic.models.trunk.config import config_from_dict
-from tests.helpers.versions import OLDER_TRANSFORMERS
+from tests.helpers.models.versions import OLDER_TRANSFORMERS
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from moesaic.actors.text.chat_template import ChatTemplate
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.tiny import tiny_tokenizer
 
 FOLDER = Path(__file__).parent / "chat_templates"
 _BACKEND = tiny_tokenizer(chat=False).backend_tokenizer

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from moesaic.actors.engine.engine import Delta, EngineStats, RequestLimits, Sampling
 from moesaic.cluster.reports.status import ClusterStatus
 from moesaic.proto.errors import ERRORS, RequestError
-from tests.helpers.reports import cluster_report, host_report
+from tests.helpers.cluster.reports import cluster_report, host_report
 
 CODES = sorted(ERRORS)
 # First token of a prompt: what to do. Above these: raise the error of that number in CODES.

@@ -35,7 +35,7 @@ from moesaic.cluster.reports.status import EndpointStatus, EngineStatus
 from moesaic.cluster.service.web_guard import WebGuard
 from moesaic.cluster.spec.parts import LimitSpec
 from moesaic.proto.errors import Busy, EngineError, ExpertUnavailable
-from tests.helpers.tiny import tiny_mixtral, tiny_tokenizer
+from tests.helpers.models.tiny import tiny_mixtral, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]

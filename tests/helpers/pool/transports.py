@@ -1,9 +1,9 @@
 """All transports behind one face, and hosts and routers in processes that can be killed.
 
-python -m tests.helpers.transports host shm
-python -m tests.helpers.transports router grpc ADDRESS
-python -m tests.helpers.transports serve FOLDER NAME DEVICE
-python -m tests.helpers.transports pair PIECES
+python -m tests.helpers.pool.transports host shm
+python -m tests.helpers.pool.transports router grpc ADDRESS
+python -m tests.helpers.pool.transports serve FOLDER NAME DEVICE
+python -m tests.helpers.pool.transports pair PIECES
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class DictStore:
 def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """One of the commands above, with the first line that it prints; reaped at the end."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.transports", *arguments],
+        [sys.executable, "-m", "tests.helpers.pool.transports", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

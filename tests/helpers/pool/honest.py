@@ -20,9 +20,9 @@ from moesaic.actors.transport.grpc.border import from_grpc
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.proto.expert_pb2 import WeightsKey
 from moesaic.proto.expert_pb2_grpc import WeightsStub
-from tests.helpers.serving import KEY, LAYER, Hosts, inputs, serving
-from tests.helpers.strangers import shown
-from tests.helpers.transports import DEADLINE_S, settles
+from tests.helpers.pool.serving import KEY, LAYER, Hosts, inputs, serving
+from tests.helpers.pool.strangers import shown
+from tests.helpers.pool.transports import DEADLINE_S, settles
 
 ONE = ExpertKey("m", LAYER, 1)
 FIRST = ExpertVersion(ONE, 1)
