@@ -27,7 +27,7 @@ Shape suffixes: R = rows, C = columns, G = groups of 32 columns; "..." = experts
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -380,29 +380,33 @@ def stored_tensors(
     """
     if quantisation is None:
         return {key: StoredTensor(header, None, None) for key, header in headers.items()}
-    found: dict[str, StoredTensor] = {}
-    taken: set[str] = set()
+    # values -> their scales
+    scales: dict[str, str] = {}
     for key, header in headers.items():
-        scales = None
-        name = key.removesuffix("_blocks") if quantisation.method == "mxfp4" else key
         if header.dtype in CODES:
-            scales = next((s for s in _scale_names(key, quantisation) if s in headers), None)
-        if scales is not None:
-            taken.add(scales)
-        found[name] = StoredTensor(header, quantisation, headers[scales] if scales else None)
-    return {
-        name: tensor
-        for name, tensor in found.items()
-        if name not in taken
-        and not (quantisation.method != "mxfp4" and name.endswith(_NOT_OF_WEIGHTS))
-    }
+            name = next((one for one in _scale_names(key, quantisation) if one in headers), None)
+            if name is not None:
+                scales[key] = name
+    taken = set(scales.values())
+    mxfp4 = quantisation.method == "mxfp4"
+    found: dict[str, StoredTensor] = {}
+    for key, header in headers.items():
+        name = key.removesuffix("_blocks") if mxfp4 else key
+        if name not in taken and (mxfp4 or not name.endswith(_NOT_OF_WEIGHTS)):
+            theirs = headers[scales[key]] if key in scales else None
+            found[name] = StoredTensor(header, quantisation, theirs)
+    return found
 
 
-def _scale_names(key: str, quantisation: Quantisation) -> list[str]:
+def _scale_names(key: str, quantisation: Quantisation) -> Iterator[str]:
     if quantisation.method == "mxfp4":
-        return [f"{key.removesuffix('_blocks')}_scales"] if key.endswith("_blocks") else []
-    names = [f"{key}_scale_inv", f"{key}_scale"]
-    return [*names, f"{key.removesuffix('weight')}scale"] if key.endswith(".weight") else names
+        if key.endswith("_blocks"):
+            yield f"{key.removesuffix('_blocks')}_scales"
+        return
+    yield f"{key}_scale_inv"
+    yield f"{key}_scale"
+    if key.endswith(".weight"):
+        yield f"{key.removesuffix('weight')}scale"
 
 
 def forget(config: PretrainedConfig) -> None:
