@@ -23,7 +23,7 @@ test-numeric: $(READY)  ## the numeric tests on AVX2, where the CPU has more
 		$(BIN)/python -m pytest -n 2 -m $(QUICK)" and numeric" $(ARGS)
 
 test-all: $(READY)  ## the slow ones too
-	@$(BIN)/python -m pytest -m "not vllm" $(ARGS)
+	@MOESAIC_TESTS=all $(BIN)/python -m pytest -m "not vllm" $(ARGS)
 
 test-vllm:  ## the engine over vLLM, in an environment of its own (3.4 GB)
 	@test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm

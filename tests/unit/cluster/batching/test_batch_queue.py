@@ -23,6 +23,7 @@ from moesaic.cluster.batching.batch_queue import (
     fair_shares,
 )
 from moesaic.cluster.expert_keys import LayerKey
+from tests.helpers.effort import tries
 
 LAYER, OTHER = LayerKey("m", 0), LayerKey("m", 1)
 NOTHING = np.zeros(0, dtype=np.int64)
@@ -175,7 +176,7 @@ def test_shares_are_fair(wants: list[int], most: int) -> None:
         assert share == want or share >= max(shares) - 1
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=tries(60), deadline=None, derandomize=True)
 @given(
     st.lists(
         st.tuples(
@@ -454,5 +455,5 @@ class Anything(RuleBasedStateMachine):
 WAITS = (ChangePhase.WAITING, ChangePhase.COMPUTING)
 TestAnything = Anything.TestCase
 TestAnything.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+    max_examples=tries(150), stateful_step_count=40, deadline=None, derandomize=True
 )

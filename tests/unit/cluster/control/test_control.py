@@ -12,6 +12,7 @@ from moesaic.cluster.expert_keys import ExpertKey, LayerKey, first_versions
 from moesaic.cluster.placement import Placement, PlacementId
 from moesaic.cluster.planner.plan import OperatorConstraints
 from tests.helpers.cluster.control_world import POLICY, ControlWorld, counts, finish, shape, started
+from tests.helpers.effort import tries
 
 # ---- random histories ---------------------------------------------------------------------------
 
@@ -25,7 +26,7 @@ KINDS = (
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=tries(200), deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_history_keeps_every_expert_served_and_ends_whole(data: st.DataObject) -> None:
     hosts = data.draw(st.integers(1, 4), label="hosts")

@@ -15,6 +15,7 @@ from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId
 from moesaic.cluster.routing.dispatch import Dispatcher
 from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.cluster.control_world import POLICY, ControlWorld, shape
+from tests.helpers.effort import tries
 
 IDLE_S = 20.0
 KEY = LayerKey("sleepy", 0)
@@ -165,7 +166,7 @@ def test_nothing_leaves_before_every_router_follows() -> None:
         assert world.now - world.routers["r1"].heard_at <= POLICY.lease_s
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=tries(100), deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_history_ends_with_the_model_served_when_it_is_asked_for(data: st.DataObject) -> None:
     world = SleepyWorld(data.draw(st.integers(1, 3)))

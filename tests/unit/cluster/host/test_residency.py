@@ -19,6 +19,7 @@ from moesaic.cluster.host.residency import (
     split_batch_time,
 )
 from moesaic.proto.errors import Busy, CallError, Expired, NotHere
+from tests.helpers.effort import tries
 
 SHAPE = LayerShape(num_experts=8, hidden_size=16, dtype="float32")
 POLICY = HostPolicy(max_rows=8, max_batch_rows=12, max_queue_rows=40)
@@ -126,7 +127,7 @@ def test_an_evicted_expert_is_refused_queued_or_new() -> None:
     assert [c.seq for c in batch] == [4]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tries(300), deadline=None)
 @given(data=st.data())
 def test_every_call_ends_exactly_once_and_only_held_experts_are_computed(
     data: st.DataObject,

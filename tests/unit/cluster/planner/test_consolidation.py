@@ -17,6 +17,7 @@ from moesaic.cluster.planner.balance import balancedness, even_split
 from moesaic.cluster.planner.consolidation import consolidate, consolidation_level
 from moesaic.cluster.planner.plan import Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
+from tests.helpers.effort import tries
 
 BIG, SMALL = "big", "small"
 POLICY = PlannerPolicy(consolidate_below=0.1, horizon_s=1e9)
@@ -46,7 +47,7 @@ def traffic(found: Plan, loads: Mapping[LayerKey, np.ndarray]) -> dict[LayerKey,
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.5, 20.0]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=tries(150), deadline=None)
 def test_gathering_loses_nothing_and_overloads_nobody(seed: int, least_part: float) -> None:
     rng = np.random.default_rng(seed)
     experts, hosts = int(rng.integers(1, 12)), int(rng.integers(1, 7))

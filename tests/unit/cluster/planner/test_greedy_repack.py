@@ -15,6 +15,7 @@ from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.trace import Trace
 from moesaic.cluster.planner.greedy_repack import repack
 from moesaic.cluster.planner.moves import LayerConstraints
+from tests.helpers.effort import tries
 
 
 def limits(experts: int, hosts: int) -> LayerConstraints:
@@ -27,7 +28,7 @@ def limits(experts: int, hosts: int) -> LayerConstraints:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=tries(80), deadline=None)
 def test_what_is_placed_anew_keeps_slots_and_limits(seed: int) -> None:
     rng = np.random.default_rng(seed)
     experts, hosts = int(rng.integers(1, 10)), int(rng.integers(1, 6))

@@ -16,6 +16,7 @@ from moesaic.cluster.placement import LayerPlacement, ModelShape, Replica, initi
 from moesaic.cluster.planner.balance import balancedness, best_balancedness, even_split, water_fill
 from moesaic.cluster.planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
+from tests.helpers.effort import tries
 
 M = "m"
 EVER = 1e9  # loads that last so long pay for any move
@@ -110,7 +111,7 @@ def test_split_follows_speed() -> None:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=tries(25), deadline=None)
 def test_no_placement_beats_the_bound(seed: int) -> None:
     rng = np.random.default_rng(seed)
     load = np.exp(1.5 * rng.normal(size=12))
@@ -129,7 +130,7 @@ def test_no_placement_beats_the_bound(seed: int) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=tries(60), deadline=None)
 def test_any_history_of_loads_hosts_and_constraints(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     everyone = [
@@ -201,7 +202,7 @@ def test_any_one_domain_may_be_lost_whenever_there_is_room() -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=tries(40), deadline=None)
 def test_balancing_never_takes_protection_away(seed: int) -> None:
     rng = np.random.default_rng(seed)
     hosts = [PoolHost(name=f"h{n}", slots=10, domain="ab"[n % 2]) for n in range(4)]

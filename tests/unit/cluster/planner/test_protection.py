@@ -14,6 +14,7 @@ from moesaic.cluster.placement import LayerPlacement, ModelShape, Replica
 from moesaic.cluster.planner.balance import balancedness, even_split
 from moesaic.cluster.planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
+from tests.helpers.effort import tries
 
 M = "m"
 
@@ -41,7 +42,7 @@ def domains_of(found: Plan, hosts: list[PoolHost]) -> dict[ExpertKey, set[str]]:
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=tries(120), deadline=None)
 def test_every_expert_is_protected_whenever_the_slots_allow_it(seed: int, later: bool) -> None:
     rng = np.random.default_rng(seed)
     layers, experts = int(rng.integers(1, 3)), int(rng.integers(1, 9))

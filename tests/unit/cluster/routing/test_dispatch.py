@@ -16,6 +16,7 @@ from moesaic.cluster.routing.host_health import HostState
 from moesaic.cluster.routing.layer_call import BACKWARD, FORWARD
 from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.cluster.worlds import KEY, World, placement
+from tests.helpers.effort import tries
 
 POLICY = RouterPolicy(deadline_s=30.0, attempt_s=1.0, window=4, split_rows=2)
 
@@ -39,7 +40,7 @@ def connected(hosts: int, replicas: int, policy: RouterPolicy = POLICY) -> World
     return world
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tries(300), deadline=None)
 @given(data=st.data())
 def test_no_choice_is_lost_doubled_or_wrong(data: st.DataObject) -> None:
     hosts = data.draw(st.integers(1, 4), label="hosts")

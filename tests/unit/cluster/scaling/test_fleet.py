@@ -14,6 +14,7 @@ from moesaic.cluster.planner.plan import OperatorConstraints, PoolHost
 from moesaic.cluster.scaling.autoscaler import ScalePolicy
 from tests.helpers.cluster.control_world import counts, shape
 from tests.helpers.cluster.fleet_world import PENDING_S, FleetWorld, group, stage, started
+from tests.helpers.effort import tries
 
 KINDS = (
     *("tick",) * 6,
@@ -24,7 +25,7 @@ KINDS = (
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=tries(150), deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_history_of_sizes_keeps_every_expert_served(data: st.DataObject) -> None:
     world = FleetWorld([group(data.draw(st.integers(1, 3)))], [(shape("disk", experts=3), True)])

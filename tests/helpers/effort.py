@@ -1,0 +1,15 @@
+"""How much is tried where more can always be tried: examples of a property, seeds of a simulator.
+
+`make test` tries a quarter, `make test-all` everything (MOESAIC_TESTS=all).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+ALL = os.environ.get("MOESAIC_TESTS") == "all"
+
+
+def tries(count: int) -> int:
+    return count if ALL else math.ceil(count / 4)
