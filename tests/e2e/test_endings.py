@@ -25,12 +25,12 @@ from moesaic import Client
 from moesaic.proto.errors import Ending
 from tests.helpers.endpoint.scripted import SLOW_S, SLOWLY
 from tests.helpers.paths import ROOT
+from tests.helpers.shared_memory import in_shared_memory, left_in_shared_memory
 from tests.integration.conftest import save_model
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT)))}
-IN_RAM = Path("/dev/shm")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def starting(
         **spec,
     }
     file.write_text(yaml.safe_dump(values))
-    in_ram = set(IN_RAM.iterdir())
+    in_ram = in_shared_memory()
     with log.open("w") as sink:
         process = subprocess.Popen(
             [
@@ -109,7 +109,7 @@ def starting(
             for one in running.owned:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
-    assert set(IN_RAM.iterdir()) <= in_ram, "shared memory is left"
+    assert left_in_shared_memory(in_ram) == set()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import pytest
 import moesaic
 from moesaic import Client
 from moesaic.session import session_dir
+from tests.helpers.shared_memory import in_shared_memory
 from tests.integration.conftest import save_model
 
 pytestmark = [
@@ -36,7 +37,7 @@ def leftovers() -> dict[str, set[str]]:
             for p in psutil.Process().children(recursive=True)
             if p.status() != psutil.STATUS_ZOMBIE
         },
-        "shared memory": {entry.name for entry in Path("/dev/shm").iterdir()},
+        "shared memory": in_shared_memory(),
         "listening": {
             f"{c.laddr}" for c in psutil.Process().net_connections() if c.status == "LISTEN"
         },
@@ -82,14 +83,18 @@ def settled(before: dict[str, set[str]]) -> dict[str, set[str]]:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize(
-    "rounds",
-    [
-        pytest.param(1, marks=pytest.mark.timeout(300)),
-        pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
-    ],
-)
-def test_nothing_is_left(rounds: int, tmp_path: Path) -> None:
+@pytest.mark.timeout(300)
+def test_a_round_leaves_nothing(tmp_path: Path) -> None:
+    save_model(tmp_path, "mixtral")
+    before = leftovers()
+    one_round(tmp_path)
+    assert not any(settled(before).values()), settled(before)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_rounds_leave_nothing(tmp_path: Path) -> None:
+    rounds = 20
     save_model(tmp_path, "mixtral")
     # The first round opens what Ray keeps for the life of a process.
     one_round(tmp_path)

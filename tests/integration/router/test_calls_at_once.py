@@ -229,19 +229,22 @@ def test_a_failing_call_fails_its_own_caller_alone(
 
 
 def test_answers_that_nobody_heard_for_long_are_not_late(pool: Hosts) -> None:
-    policy = replace(PATIENT, deadline_s=0.6, attempt_s=0.2)
+    # On a busy machine an answer may take a while to come; nobody hears it for longer than that.
+    policy = replace(PATIENT, deadline_s=1.5, attempt_s=0.5)
     router = pool.router(policy=policy)
     given = inputs(6, seed=1)
     for _ in range(40):
         router.forward(KEY, *given)
+    before = router.stats()
     call = router.dispatch(KEY, *given)
-    time.sleep(0.3)
-    other = router.dispatch(KEY, *given)
     time.sleep(0.7)
+    other = router.dispatch(KEY, *given)
+    time.sleep(1.7)
     for one in (other, call):
         assert_right(one.combine(), pool.answer(*given))
-    stats = router.stats()
-    assert (stats.hedges, stats.ejections, stats.retries) == (0, 0, 0)
+    after = router.stats()
+    for what in ("hedges", "ejections", "retries"):
+        assert getattr(after, what) == getattr(before, what), what
     router.close()
 
 

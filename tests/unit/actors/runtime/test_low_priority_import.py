@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from moesaic.actors.runtime.low_priority_import import NICER, import_at_low_priority
 
 PRIORITY_OF_ITS_THREAD = """
-import os, threading
+import gc, os, threading
+collects = gc.isenabled()
 priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 """
 
@@ -26,7 +28,9 @@ def test_the_import_has_a_low_priority_and_the_rest_keeps_its_own(
     monkeypatch.syspath_prepend(tmp_path)
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     import_at_low_priority("imported_quietly")
-    assert sys.modules.pop("imported_quietly").priority == min(before + NICER, 19)
+    imported = sys.modules.pop("imported_quietly")
+    assert imported.priority == min(before + NICER, 19)
+    assert (imported.collects, gc.isenabled()) == (False, True)
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,7 @@ from moesaic.cli.main import main
 from moesaic.handle import Cluster
 from tests.helpers.documented import json_keys, written_commands
 from tests.helpers.paths import ROOT
-from tests.helpers.processes.live import ON_RAY, processes_of, running, text_of, wait_replaced
-from tests.integration.conftest import save_model
+from tests.helpers.processes.live import ON_RAY, processes_of, text_of, wait_replaced
 
 pytestmark = ON_RAY
 
@@ -28,17 +26,11 @@ KEYS = json_keys()
 LOAD = ["--concurrency", "2", "--requests", "4", "--answer-tokens", "8"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("commands"), "mixtral")
-
-
-@pytest.fixture(scope="module")
-def pool(folder: Path) -> Iterator[Cluster]:
-    hosts = [{"count": 2, "min_count": 1, "max_count": 2, "slots": 24}]
-    with running("commands", folder, hosts=hosts) as cluster, Client(cluster.url or "") as client:
+@pytest.fixture(scope="module", autouse=True)
+def load(pool: Cluster) -> None:
+    """What some commands show."""
+    with Client(pool.url or "") as client:
         text_of(client, "m", 20)
-        yield cluster
 
 
 SHOWN = [

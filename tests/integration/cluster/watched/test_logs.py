@@ -1,14 +1,10 @@
 """The logs of a cluster's processes: every one follows the owner's environment, one request leads
-through all of them, and what happens to the pool is told."""
+through all of them."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +19,13 @@ from moesaic.cli.main import main
 from moesaic.handle import Cluster
 from moesaic.proto.errors import SpecError
 from moesaic.session import need_session
-from tests.helpers.processes.live import ON_RAY, running, wait_replaced
+from tests.helpers.processes.live import ON_RAY
 from tests.helpers.processes.logged import Line, assert_followed, of, steps_of
-from tests.integration.conftest import save_model
 
 PROMPT = "zebra xylophone quartz"
 TOKENS = 4
 
 pytestmark = ON_RAY
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    model = save_model(tmp_path_factory.mktemp("logs"), "mixtral")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOESAIC_LOG", "debug")
-        patch.setenv("MOESAIC_LOG_FORMAT", "json")
-        hosts, router = [{"count": 2, "slots": 16}], {"port": 0}
-        with running("logs", model, hosts=hosts, router=router) as cluster:
-            yield cluster
 
 
 def lines_of(pool: Cluster) -> list[Line]:
@@ -134,39 +118,6 @@ def test_no_secret_and_no_text_is_in_any_log(pool: Cluster) -> None:
 
 def _as_json(text: str) -> bytes:
     return json.dumps(text).strip('"').encode()
-
-
-def test_what_happens_to_the_pool_is_told(pool: Cluster) -> None:
-    change = pool.rebalance()
-    killed = pool.status().processes["host-1"].pid
-    os.kill(killed, signal.SIGKILL)
-    wait_replaced(pool, "host-1", killed)
-
-    def told() -> list[str]:
-        lines = [line for line in lines_of(pool) if line["process"] == "controller"]
-        return [line["message"] for line in lines if line["level"] in ("info", "warning")]
-
-    number = change.id
-    expected = [
-        "controller of cluster",
-        "host host-0 is up",
-        "host host-1 is up",
-        "is published",
-        f"change {number} begins",
-        f"change {number} ends",
-        "host host-1 has died",
-        "host host-1 is replaced",
-    ]
-
-    def missing() -> list[str]:
-        said = told()
-        return [part for part in expected if not any(part in message for message in said)]
-
-    deadline = time.monotonic() + 30.0
-    while missing() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert missing() == [], told()
-    assert len([message for message in told() if "host-1 has died" in message]) == 1
 
 
 def test_a_wrong_value_ends_up_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

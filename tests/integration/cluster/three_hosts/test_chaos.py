@@ -20,37 +20,16 @@ from tests.helpers.processes.live import (
     ON_RAY,
     processes_of,
     replicas_of,
-    running,
     text_in_background,
     text_of,
     wait_until,
     wait_whole,
 )
-from tests.integration.conftest import save_model
 
 MODEL = "m"
 TOKENS = 150
 
 pytestmark = ON_RAY
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    model = save_model(tmp_path_factory.mktemp("chaos"), "mixtral")
-    with running(
-        "chaos",
-        model,
-        hosts=[{"count": 3}],
-        balance={"lease_s": 2, "redundancy": 1},
-    ) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def client(pool: Cluster) -> Iterator[Client]:
-    wait_whole(pool)
-    with Client(pool.url or "") as client:
-        yield client
 
 
 def trunk_process() -> psutil.Process:

@@ -21,31 +21,11 @@ from moesaic.cli.main import main
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.handle import Cluster
 from moesaic.traces import read_trace
-from tests.helpers.processes.live import ON_RAY, TEXT, processes_of, running, text_of, wait_until
-from tests.integration.conftest import save_model
+from tests.helpers.processes.live import ON_RAY, TEXT, processes_of, text_of, wait_until
 
 MODEL = "m"
-EMULATE = {"call_us": 3000, "row_us": 100}
 
 pytestmark = ON_RAY
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    model = save_model(tmp_path_factory.mktemp("watching"), "mixtral")
-    with running(
-        "watching",
-        model,
-        hosts=[{"count": 2, "slots": 16, "emulate": EMULATE}],
-        balance={"lease_s": 4},
-    ) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def client(pool: Cluster) -> Iterator[Client]:
-    with Client(pool.url or "") as client:
-        yield client
 
 
 @pytest.fixture
@@ -142,7 +122,8 @@ def test_top_shows_what_goes_on(pool: Cluster, capsys: pytest.CaptureFixture[str
     (model,) = seen.models
     assert model.balancedness is not None
     assert 0 < model.balancedness.worst <= model.balancedness.mean <= 1
-    assert (seen.router_count, seen.pending_moves, seen.error) == (1, 0, None)
+    # The trunk and the router service.
+    assert (seen.router_count, seen.pending_moves, seen.error) == (2, 0, None)
 
     assert main(["top", "--json", "--name", pool.name, "--experts", "2"]) == 0
     assert len(json.loads(capsys.readouterr().out)["hottest_experts"]) == 2

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,36 +28,16 @@ from moesaic.proto.errors import ClusterError
 from tests.helpers.processes.live import (
     ON_RAY,
     replicas_of,
-    running,
     term_of,
     text_in_background,
     text_of,
     wait_until,
 )
-from tests.integration.conftest import save_model
 
 MODEL = "m"
 TOKENS = 150
 
 pytestmark = ON_RAY
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    model = save_model(tmp_path_factory.mktemp("elastic"), "mixtral")
-    with running(
-        "elastic",
-        model,
-        hosts=[{"count": 3, "slots": 12}],
-        balance={"lease_s": 4},
-    ) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def client(pool: Cluster) -> Iterator[Client]:
-    with Client(pool.url or "") as client:
-        yield client
 
 
 def wait_used(cluster: Cluster, host: str) -> None:
@@ -71,16 +50,19 @@ def test_a_constraint_is_a_change_that_ends_and_can_be_taken_back(
     pool: Cluster, client: Client
 ) -> None:
     wanted = text_of(client, MODEL, 20)
+    # A host that was late for a while may have left replicas elsewhere.
     before = sum(replicas_of(pool).values())
+    more, most = (3 - len(pool.experts(MODEL, 0)[expert].replicas) for expert in (1, 2))
     change = pool.wait_for(pool.replicate(MODEL, 0, 1, 3), 60)
-    assert (change.phase, change.total_moves, change.errors) == ("done", 2, [])
+    assert (change.phase, change.total_moves, change.errors) == ("done", more, [])
+    assert more > 0
     assert change.reason == "3 replicas of expert 1 of layer 0 of m"
-    assert sum(replicas_of(pool).values()) == before + 2
+    assert sum(replicas_of(pool).values()) == before + more
     assert pool.replicate(MODEL, 0, 1, 3).id == change.id, "asked for again"
     for host in ("host-0", "host-1", "host-2"):
         change = pool.pin(MODEL, 0, 2, host)
     assert pool.wait_for(change, 60).phase == "done"
-    assert sum(replicas_of(pool).values()) == before + 4
+    assert sum(replicas_of(pool).values()) == before + more + most
     with pytest.raises(ClusterError, match="expert: 99 does not exist"):
         pool.pin(MODEL, 0, 99, "host-1")
     pool.replicate(MODEL, 0, 1, 1)
@@ -154,7 +136,7 @@ def test_another_process_may_operate_the_cluster(pool: Cluster) -> None:
         return json.loads(done.stdout)
 
     assert np.isfinite(run("plan")["balancedness_after"]["mean"])
-    assert run("replicate", "0", "3", "-n", "2")["phase"] == "done"
+    assert run("replicate", "0", "3", "-n", "3")["phase"] == "done"
     assert run("replicate", "0", "3", "-n", "1")["total_moves"] == 0
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +27,15 @@ from tests.helpers.processes.live import (
     hosts_of,
     processes_of,
     replicas_of,
-    running,
     term_of,
     text_of,
     wait_until,
 )
-from tests.integration.conftest import save_model
 
 MODEL = "m"
 TOKENS = 60
 
 pytestmark = ON_RAY
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    model = save_model(tmp_path_factory.mktemp("scaling"), "mixtral")
-    with running(
-        "scaling",
-        model,
-        hosts=[{"count": 2, "min_count": 1, "max_count": 4, "num_cpus": 1, "threads": 1}],
-        balance={"lease_s": 3},
-        # Only hands scale here.
-        autoscale={"up_after_s": 3600, "down_after_s": 3600},
-    ) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def client(pool: Cluster) -> Iterator[Client]:
-    with Client(pool.url or "") as client:
-        yield client
 
 
 def test_two_to_four_to_two_under_load(pool: Cluster, client: Client) -> None:
@@ -78,7 +55,7 @@ def test_two_to_four_to_two_under_load(pool: Cluster, client: Client) -> None:
     assert wrong == []
     assert text_of(client, MODEL, TOKENS) == wanted
     assert pool.scale(2).phase == "done"
-    assert [one.target_hosts for one in pool.status().scaling.recent] == [4, 2, 2]
+    assert [one.target_hosts for one in pool.status().scaling.recent][-3:] == [4, 2, 2]
 
 
 def test_what_cannot_be_is_refused_by_name(pool: Cluster) -> None:
