@@ -246,9 +246,8 @@ def test_down_of_another_process_waits_for_what_runs(folder: Path, tmp_path: Pat
         nothing_is_left(running)
 
 
-@pytest.mark.parametrize(
-    "again", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_at_once(folder: Path, tmp_path: Path, again: signal.Signals) -> None:
     with up(folder, tmp_path) as running, ThreadPoolExecutor(2) as threads:
         answers = answers_running(running.url, 2, threads, 300)

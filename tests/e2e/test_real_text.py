@@ -100,6 +100,7 @@ def test_the_same_tokens_alone_and_together(cluster: Cluster, count: int, tokens
     assert together == expected
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_are_within_a_stated_bound(cluster: Cluster) -> None:
     """In bf16 whole texts change with the batch even in plain transformers; logits do by little.
 
