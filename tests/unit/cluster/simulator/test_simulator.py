@@ -160,7 +160,7 @@ def number_updates_anew(patch: pytest.MonkeyPatch) -> None:
 
 
 # How many seeds do not show a bug; they take half a minute.
-SKIPPED = {change_versions_within_a_call: 60}
+SKIPPED: dict[Any, int] = {change_versions_within_a_call: 60}
 
 
 @pytest.mark.parametrize(
