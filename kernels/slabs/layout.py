@@ -4,18 +4,23 @@ A slab is sparse: memory that nothing was written to takes no page. So every exp
 has places of its own, whether a host holds it or not, and a place is found by arithmetic. A layer's
 experts lie together, tensor by tensor, so that a kernel sees each as one array (E, ...):
 
-    header | layer 0: up of all experts, down of all experts, ... | layer 1: ...
+    manifest | slots | layer 0: up of all experts, down of all experts, ... | layer 1: ...
 
-Each expert has `COPIES` places, because two versions of its weights may be there at once. A place
-begins on a page, so that pages can be freed and mapped one by one.
+The manifest says all this to a process that maps the slab and knows nothing else of it. Each slot
+has an entry with its generation, version, checksum and state. Each expert has `COPIES` places,
+because two versions of its weights may be there at once. A place begins on a page, so that pages
+can be freed and mapped one by one.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 
@@ -25,6 +30,16 @@ PAGE_BYTES = mmap.PAGESIZE
 COPIES = 2
 # generation, version, checksum (64 bits each), state (32 bits), reserved.
 SLOT_ENTRY_BYTES = 32
+
+
+# The last byte counts changes of this format.
+_MAGIC = b"MOESLAB\x01"
+_LENGTH_BYTES = 8
+_CACHE_LINE = 64
+
+
+def _aligned(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 class Packing(StrEnum):
@@ -54,7 +69,7 @@ class SlotTensor:
     @property
     def stride_bytes(self) -> int:
         """The distance between two experts."""
-        return -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
+        return _aligned(self.nbytes, PAGE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +91,13 @@ class SlabLayout:
 
     def __init__(self, layers: Mapping[int, LayerLayout]) -> None:
         self.layers = dict(layers)
+        self.manifest = _encode(self.layers)
+        self.entries_start = _aligned(len(_MAGIC) + _LENGTH_BYTES + len(self.manifest), _CACHE_LINE)
         self.slots = COPIES * sum(layer.experts for layer in layers.values())
         self._first_slot: dict[int, int] = {}
         self._regions: dict[tuple[int, str], int] = {}
-        slot, offset = 0, -(-self.slots * SLOT_ENTRY_BYTES // PAGE_BYTES) * PAGE_BYTES
+        entries_end = self.entries_start + self.slots * SLOT_ENTRY_BYTES
+        slot, offset = 0, _aligned(entries_end, PAGE_BYTES)
         for number, layer in self.layers.items():
             self._first_slot[number] = slot
             slot += COPIES * layer.experts
@@ -87,6 +105,29 @@ class SlabLayout:
                 self._regions[number, tensor.name] = offset
                 offset += COPIES * layer.experts * tensor.stride_bytes
         self.nbytes = offset
+
+    @classmethod
+    def read(cls, memory: memoryview) -> SlabLayout:
+        """Read the layout of a slab that another process made. Raises ValueError."""
+        start = len(_MAGIC) + _LENGTH_BYTES
+        if bytes(memory[: len(_MAGIC)]) != _MAGIC:
+            raise ValueError("the memory does not begin as a slab of this version does")
+        length = int.from_bytes(memory[len(_MAGIC) : start], "little")
+        if length > len(memory) - start:
+            raise ValueError(f"the manifest has {length} bytes, more than the slab")
+        try:
+            layout = cls(_decode(bytes(memory[start : start + length])))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"the manifest cannot be read: {error}") from error
+        if layout.nbytes != len(memory):
+            raise ValueError(
+                f"the manifest describes {layout.nbytes} bytes, but the slab has {len(memory)}"
+            )
+        return layout
+
+    def header(self) -> bytes:
+        """Return the first bytes of a slab with this layout."""
+        return _MAGIC + len(self.manifest).to_bytes(_LENGTH_BYTES, "little") + self.manifest
 
     def slot(self, layer: int, expert: int, copy: int = 0) -> int:
         """Return the number of an expert's slot among all slots of the slab."""
@@ -99,3 +140,61 @@ class SlabLayout:
         """Return where a tensor of an expert begins, in bytes."""
         place = self.slot(layer, expert, copy) - self._first_slot[layer]
         return self._regions[layer, tensor.name] + place * tensor.stride_bytes
+
+
+def _encode(layers: Mapping[int, LayerLayout]) -> bytes:
+    """Return JSON; layers that are alike share a form."""
+    forms: list[LayerLayout] = []
+    for layer in layers.values():
+        if layer not in forms:
+            forms.append(layer)
+    named = {
+        "forms": [
+            {
+                "experts": form.experts,
+                "fused": form.fused,
+                "tensors": [_encode_tensor(tensor) for tensor in form.tensors],
+            }
+            for form in forms
+        ],
+        "layers": [[number, forms.index(layer)] for number, layer in layers.items()],
+    }
+    return json.dumps(named).encode()
+
+
+def _encode_tensor(tensor: SlotTensor) -> dict[str, Any]:
+    packed = tensor.packed
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "packing": tensor.packing.value,
+        "bytes": tensor.nbytes,
+        "descriptor": None if packed is None else base64.b64encode(packed.descriptor).decode(),
+    }
+
+
+def _decode(manifest: bytes) -> dict[int, LayerLayout]:
+    named = json.loads(manifest)
+    forms = [
+        LayerLayout(
+            form["experts"], tuple(map(_decode_tensor, form["tensors"])), fused=form["fused"]
+        )
+        for form in named["forms"]
+    ]
+    if not all(isinstance(form.experts, int) and form.experts > 0 for form in forms):
+        raise ValueError("experts: a layer needs at least one")
+    return {number: forms[form] for number, form in named["layers"]}
+
+
+def _decode_tensor(given: Mapping[str, Any]) -> SlotTensor:
+    shape, dtype = tuple(given["shape"]), getattr(torch, given["dtype"])
+    if not isinstance(dtype, torch.dtype) or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"{given['name']}: shape {shape} and dtype {given['dtype']}")
+    if not isinstance(given["bytes"], int) or given["bytes"] < 1:
+        raise ValueError(f"{given['name']}: {given['bytes']} bytes")
+    packed = None
+    if given["descriptor"] is not None:
+        descriptor = base64.b64decode(given["descriptor"], validate=True)
+        packed = PackedMatrix(shape, dtype, given["bytes"], descriptor)
+    return SlotTensor(given["name"], shape, dtype, Packing(given["packing"]), packed)

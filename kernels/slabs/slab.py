@@ -16,6 +16,7 @@ import fcntl
 import mmap
 import os
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,11 +48,72 @@ class SlotState(IntEnum):
     READY = 1
 
 
-class Slab:
+class SlabReader:
+    """The experts in a slab's memory, which is mapped in this process."""
+
+    def __init__(self, layout: SlabLayout, memory: Any) -> None:
+        """Read ``memory``, a buffer that PyTorch takes; tensors over it keep it."""
+        self.layout = layout
+        self._memory = memory
+        self._slots = np.frombuffer(
+            memory, dtype=_ENTRY, count=layout.slots, offset=layout.entries_start
+        )
+
+    def view(self, layer: int, expert: int, copy: int = 0) -> ExpertWeights:
+        """Return an expert as tensors over the slab, which they keep alive."""
+        shape = self.layout.layers[layer]
+        tensors = {t.name: self._tensor(layer, t, expert, copy) for t in shape.tensors}
+        return ExpertWeights.of(tensors, fused=shape.fused, memory=self._memory)
+
+    def generation(self, layer: int, expert: int, copy: int = 0) -> int:
+        """Return a slot's generation, which is odd while the slot changes."""
+        return int(self._slots["generation"][self.layout.slot(layer, expert, copy)])
+
+    def generations(self, slots: np.ndarray) -> np.ndarray:
+        """Return the generations of several slots, by their numbers."""
+        return self._slots["generation"][slots]
+
+    def version(self, layer: int, expert: int, copy: int = 0) -> int | None:
+        """Return the version of the weights in a slot, or None if it is empty."""
+        entry = self._slots[self.layout.slot(layer, expert, copy)]
+        return int(entry["version"]) if entry["state"] == SlotState.READY else None
+
+    def copy_of(self, layer: int, expert: int, version: int) -> int | None:
+        """Return which copy of an expert has this version, or None."""
+        copies = range(COPIES)
+        return next((c for c in copies if self.version(layer, expert, c) == version), None)
+
+    def free_copy(self, layer: int, expert: int) -> int | None:
+        """Return a copy of an expert that is empty, or None."""
+        copies = range(COPIES)
+        return next((c for c in copies if self.version(layer, expert, c) is None), None)
+
+    def is_sound(self, layer: int, expert: int, copy: int = 0) -> bool:
+        """Return whether a filled slot still has the bytes that were written to it."""
+        entry = self._slots[self.layout.slot(layer, expert, copy)]
+        return int(entry["checksum"]) == self._checksum(layer, expert, copy)
+
+    def _bytes(self, layer: int, tensor: SlotTensor, expert: int, copy: int) -> Tensor:
+        start = self.layout.offset(layer, tensor, expert, copy)
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=tensor.nbytes, offset=start)
+
+    def _tensor(self, layer: int, tensor: SlotTensor, expert: int, copy: int) -> Tensor:
+        memory = self._bytes(layer, tensor, expert, copy)
+        if tensor.packed is not None:
+            return onednn.view(memory, tensor.packed)
+        return memory.view(tensor.dtype).view(tensor.shape)
+
+    def _checksum(self, layer: int, expert: int, copy: int) -> int:
+        digest = xxhash.xxh3_64()
+        for tensor in self.layout.layers[layer].tensors:
+            digest.update(self._bytes(layer, tensor, expert, copy).numpy().data)
+        return digest.intdigest()
+
+
+class Slab(SlabReader):
     """The experts of one model in one host's memory. One thread at a time may write a slot."""
 
     def __init__(self, name: str, layout: SlabLayout) -> None:
-        self.layout = layout
         self.descriptor = os.memfd_create(
             f"moesaic:{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
         )
@@ -60,11 +122,13 @@ class Slab:
             seals = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals)
             # Tensors over the mapping hold it; it ends with the last of them.
-            self._memory = mmap.mmap(self.descriptor, layout.nbytes)
+            memory = mmap.mmap(self.descriptor, layout.nbytes)
+            header = layout.header()
+            memory[: len(header)] = header
+            super().__init__(layout, memory)
         except BaseException:
             os.close(self.descriptor)
             raise
-        self._slots = np.frombuffer(self._memory, dtype=_ENTRY, count=layout.slots)
         self.nbytes = 0  # of the slots that hold an expert
 
     def write(
@@ -110,36 +174,6 @@ class Slab:
             for t in self.layout.layers[layer].tensors
         )
 
-    def view(self, layer: int, expert: int, copy: int = 0) -> ExpertWeights:
-        """Return an expert as tensors over the slab, which they keep alive."""
-        shape = self.layout.layers[layer]
-        tensors = {t.name: self._tensor(layer, t, expert, copy) for t in shape.tensors}
-        return ExpertWeights.of(tensors, fused=shape.fused, memory=self._memory)
-
-    def generation(self, layer: int, expert: int, copy: int = 0) -> int:
-        """Return a slot's generation, which is odd while the slot changes."""
-        return int(self._slots["generation"][self.layout.slot(layer, expert, copy)])
-
-    def version(self, layer: int, expert: int, copy: int = 0) -> int | None:
-        """Return the version of the weights in a slot, or None if it is empty."""
-        entry = self._slots[self.layout.slot(layer, expert, copy)]
-        return int(entry["version"]) if entry["state"] == SlotState.READY else None
-
-    def copy_of(self, layer: int, expert: int, version: int) -> int | None:
-        """Return which copy of an expert has this version, or None."""
-        copies = range(COPIES)
-        return next((c for c in copies if self.version(layer, expert, c) == version), None)
-
-    def free_copy(self, layer: int, expert: int) -> int | None:
-        """Return a copy of an expert that is empty, or None."""
-        copies = range(COPIES)
-        return next((c for c in copies if self.version(layer, expert, c) is None), None)
-
-    def is_sound(self, layer: int, expert: int, copy: int = 0) -> bool:
-        """Return whether a filled slot still has the bytes that were written to it."""
-        entry = self._slots[self.layout.slot(layer, expert, copy)]
-        return int(entry["checksum"]) == self._checksum(layer, expert, copy)
-
     def free(self, layer: int, expert: int, copy: int = 0) -> None:
         """Empty a slot and return its memory to the system; views of it read zeros from now on."""
         entry = self._slots[self.layout.slot(layer, expert, copy)]
@@ -151,27 +185,18 @@ class Slab:
         entry["generation"] += 1
         self.nbytes -= self.layout.layers[layer].expert_bytes
 
+    def lend(self) -> int:
+        """Return a new descriptor of the slab, with which nobody can write; the caller closes it.
+
+        It is the slab opened again. A seal against writing would bind this host, too.
+        """
+        return os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+
     def close(self) -> None:
         """Close the descriptor; the memory is freed with the last view and the last borrower."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
-
-    def _bytes(self, layer: int, tensor: SlotTensor, expert: int, copy: int) -> Tensor:
-        start = self.layout.offset(layer, tensor, expert, copy)
-        return torch.frombuffer(self._memory, dtype=torch.uint8, count=tensor.nbytes, offset=start)
-
-    def _tensor(self, layer: int, tensor: SlotTensor, expert: int, copy: int) -> Tensor:
-        memory = self._bytes(layer, tensor, expert, copy)
-        if tensor.packed is not None:
-            return onednn.view(memory, tensor.packed)
-        return memory.view(tensor.dtype).view(tensor.shape)
-
-    def _checksum(self, layer: int, expert: int, copy: int) -> int:
-        digest = xxhash.xxh3_64()
-        for tensor in self.layout.layers[layer].tensors:
-            digest.update(self._bytes(layer, tensor, expert, copy).numpy().data)
-        return digest.intdigest()
 
     def _punch(self, layer: int, expert: int, copy: int) -> None:
         for tensor in self.layout.layers[layer].tensors:
