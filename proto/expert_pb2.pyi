@@ -19,7 +19,7 @@ BFLOAT16: DType
 FLOAT16: DType
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "welcome", "call", "reply", "refusal", "cancel", "ping", "pong", "backward", "rendezvous")
+    __slots__ = ("hello", "welcome", "call", "reply", "refusal", "cancel", "ping", "pong", "backward", "rendezvous", "lend")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class Frame(_message.Message):
     PONG_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
     RENDEZVOUS_FIELD_NUMBER: _ClassVar[int]
+    LEND_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     welcome: Welcome
     call: Call
@@ -40,10 +41,11 @@ class Frame(_message.Message):
     pong: Pong
     backward: Backward
     rendezvous: Rendezvous
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., rendezvous: _Optional[_Union[Rendezvous, _Mapping]] = ...) -> None: ...
+    lend: Lend
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., rendezvous: _Optional[_Union[Rendezvous, _Mapping]] = ..., lend: _Optional[_Union[Lend, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("wire_version", "router", "slots", "slot_bytes", "group", "device_memory", "proof")
+    __slots__ = ("wire_version", "router", "slots", "slot_bytes", "group", "device_memory", "proof", "borrows")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +53,7 @@ class Hello(_message.Message):
     GROUP_FIELD_NUMBER: _ClassVar[int]
     DEVICE_MEMORY_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
+    BORROWS_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     router: str
     slots: int
@@ -58,7 +61,14 @@ class Hello(_message.Message):
     group: str
     device_memory: DeviceMemory
     proof: bytes
-    def __init__(self, wire_version: _Optional[int] = ..., router: _Optional[str] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., group: _Optional[str] = ..., device_memory: _Optional[_Union[DeviceMemory, _Mapping]] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    borrows: bool
+    def __init__(self, wire_version: _Optional[int] = ..., router: _Optional[str] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., group: _Optional[str] = ..., device_memory: _Optional[_Union[DeviceMemory, _Mapping]] = ..., proof: _Optional[bytes] = ..., borrows: _Optional[bool] = ...) -> None: ...
+
+class Lend(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class DeviceMemory(_message.Message):
     __slots__ = ("device", "handle", "offset", "counter_handle", "counter_offset", "event_handle", "event_needed")

@@ -45,6 +45,13 @@ class ExpertMemory(Protocol):
         """Return the arithmetic of what is held of ``version``, or for ``others`` of theirs."""
         ...
 
+    def lend(self) -> int | None:
+        """Return a descriptor of the memory for routers to read, or None if there is none yet.
+
+        The caller closes it. What other processes cannot compute with is never lent.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -118,11 +125,17 @@ class SlabMemory:
             experts = {**experts, **{e: w for e, w in found.items() if w is not None}}
         return CpuLayer(self._forms[layer], experts)
 
+    def lend(self) -> int | None:
+        with self._lock:
+            return None if self._slab is None else self._slab.lend()
+
     def close(self) -> None:
         """Let the memory go with the last expert that still lies in it."""
         with self._writing, self._lock:
             self._experts.clear()
             if self._slab is not None:
+                # Another model may come under this one's name, with the same versions.
+                self._slab.retire()
                 self._slab.close()
                 self._slab = None
 
@@ -207,6 +220,9 @@ class SlotMemory:
 
     def layer(self, layer: int, version: int, others: Mapping[int, int]) -> DeviceLayer:
         return DeviceLayer(self._slab.layer(layer, version, others))
+
+    def lend(self) -> int | None:
+        return None  # of device memory only hosts compute yet
 
     def close(self) -> None:
         with self._writing:

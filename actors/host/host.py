@@ -62,12 +62,15 @@ class ExpertHost:
         transport: TransportChoice = "auto",
         secret: ClusterSecret | None = None,
         clock: Callable[[], float] = time.monotonic,
+        lends: bool = False,
     ) -> None:
         """Start the host, without any expert.
 
         ``bind`` is the address that gRPC listens on. ``threads`` is the number of threads of one
         computation. ``transport`` is the value in the spec; it decides which process groups routers
-        may ask for. ``secret`` is the cluster's secret (None: that of this process).
+        may ask for. ``secret`` is the cluster's secret (None: that of this process). ``lends``:
+        routers of this machine may compute with the memory of its experts. A host that emulates
+        another device lends nothing.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -106,7 +109,8 @@ class ExpertHost:
             device=device_name(self._store.device),
         )
         listeners: list[Listener] = [shm, grpc]
-        self._loop = HostLoop(name, self._store, self._residency, listeners, clock)
+        lends = lends and self._residency.policy.emulate is None
+        self._loop = HostLoop(name, self._store, self._residency, listeners, clock, lends=lends)
         self._loop.start()
         log.info(
             "host %s is ready for calls",

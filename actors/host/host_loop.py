@@ -36,6 +36,7 @@ from ..transport.base import InboundFrame, Listener, Session, call_id, check_slo
 from ..transport.mailbox import Mailbox
 from .compute import PendingCall, ReplyTensors, compute
 from .device import Device
+from .lender import Lender
 from .report import LoopStats
 from .weight_store import ExpertStore
 
@@ -57,7 +58,10 @@ class HostLoop:
         residency: Residency,
         listeners: list[Listener],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        lends: bool = False,
     ) -> None:
+        """``lends``: routers that ask for it may compute with the memory of this host's experts."""
         self.name = name
         self.failure: BaseException | None = None
         self._store = store
@@ -72,6 +76,7 @@ class HostLoop:
         self._stopping = False
         self._refused = 0
         self._device = Device(residency.policy.emulate, clock)
+        self._lender = Lender(store) if lends else None
         self._thread = threading.Thread(target=self._run, name=f"host-{name}", daemon=True)
 
     def start(self) -> None:
@@ -154,6 +159,7 @@ class HostLoop:
                 self._epoll.register(listener.fileno(), select.EPOLLIN)
             while not self._stopping:
                 self._hear(0.0 if self._pending else 1.0)
+                self._lend()
                 self._work()
         except BaseException as error:
             self.failure = error  # the next report ends this process
@@ -188,6 +194,10 @@ class HostLoop:
             for listener in self._listeners:
                 self._accept(listener)
 
+    def _lend(self) -> None:
+        for session, lost in self._lender.lend() if self._lender is not None else ():
+            self._drop(session, lost)
+
     def _accept(self, listener: Listener) -> None:
         for session in listener.accept():
             self._sessions[session.fileno()] = session
@@ -211,6 +221,8 @@ class HostLoop:
         fd = session.fileno()
         if self._sessions.pop(fd, None) is not None:
             self._epoll.unregister(fd)
+        if self._lender is not None:
+            self._lender.gone(session)
         self._residency.router_gone(_router_id(session))
         for key in [k for k, p in self._pending.items() if p.session is session]:
             del self._pending[key]
@@ -255,6 +267,8 @@ class HostLoop:
         welcome.welcome.incarnation = self._residency.incarnation
         welcome.welcome.max_rows = self._residency.policy.max_rows
         session.send(welcome)
+        if self._lender is not None and frame.hello.borrows:
+            self._lender.add(session)
         log.info(
             "host %s: router %s has connected",
             self.name,

@@ -197,6 +197,11 @@ class ExpertStore:
             for model in self._models.values():
                 model.memory.close()
 
+    def memories(self) -> list[tuple[str, ExpertMemory]]:
+        """Return each model's name and memory."""
+        with self._lock:
+            return [(name, model.memory) for name, model in self._models.items()]
+
     def layer(self, key: LayerKey, version: int, others: Mapping[int, int]) -> LayerArithmetic:
         """Return the arithmetic of a layer with the experts of ``version`` that are held.
 

@@ -22,11 +22,12 @@ def connect(
     slots: int,
     secret: ClusterSecret | None = None,
     device: torch.device = _CPU,
+    borrows: bool = False,
 ) -> Channel:
     """Return a channel to the host ``entry``, without waiting for the host.
 
     ``secret`` is the secret of the host's cluster (None: that of this process); ``device`` is the
-    router's. Raises HostLost.
+    router's. With ``borrows`` the host may lend its experts' memory. Raises HostLost.
     """
     secret = secret or secret_of_process()
     if transport in ("shm", "cuda"):
@@ -38,6 +39,7 @@ def connect(
             slot_bytes=SLOT_BYTES,
             proof=secret.proof("shm", entry.target),
             device=device if transport == "cuda" else None,
+            borrows=borrows,
         )
     from ..transport.grpc.stream import GrpcChannel
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from ...cluster.placement import HostEntry
 from ...cluster.routing.events import HostDown, HostUp, Ponged, Refused, Replied, RouterEvent
 from ...cluster.routing.transports import Transport, TransportChoice, Transports
+from ...kernels.slabs.borrowed import borrow
+from ...kernels.slabs.slab import SlabReader
 from ...proto.errors import ClusterError, Corrupted, HostLost
 from ...proto.expert_pb2 import Frame, Reply
 from ...proto.keys import ClusterSecret
@@ -23,6 +25,7 @@ from ..runtime.devices import device_name
 from ..transport.base import Channel, InboundFrame
 from ..transport.process_group import backends
 from .connect import connect
+from .layer_tensors import LayerTensors
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +46,12 @@ class HostConnections:
         device: torch.device,
         secret: ClusterSecret,
         clock: Callable[[], float] = time.monotonic,
+        on_lend: Callable[[HostEntry, str, SlabReader], None] | None = None,
     ) -> None:
-        """Check that this process can use ``transport``. Raises ClusterError if it cannot."""
+        """Check that this process can use ``transport``. Raises ClusterError if it cannot.
+
+        ``on_lend`` gets a model's experts that a host lends (None: hosts are not asked to lend).
+        """
         if transport == "group" and not backends():
             raise ClusterError(
                 "transport: 'group' needs torch.distributed, which this build of torch lacks; "
@@ -54,6 +61,7 @@ class HostConnections:
         self._clock = clock
         self._secret = secret
         self._device = device
+        self._on_lend = on_lend
         self._choice = Transports(transport, node=node, device=device_name(device))
         self._used: dict[str, tuple[HostEntry, Transport]] = {}
         self._slots = slots
@@ -93,6 +101,7 @@ class HostConnections:
                 # One slot more than calls in flight: a reply's slot is released only after its
                 # event was handled, and handling it may already send the next call.
                 slots=self._slots + 1,
+                borrows=self._on_lend is not None,
             )
         except HostLost as lost:
             self._transport_lost(entry.host)
@@ -154,6 +163,10 @@ class HostConnections:
     def max_rows(self) -> int | None:
         """The rows that every host accepts in one call; None while no host is connected."""
         return min(self._max_rows.values(), default=None)
+
+    def rows_per_call(self, tensors: LayerTensors) -> int:
+        """Return how many rows fit in one call to any host. Raises CallError if none does."""
+        return tensors.rows_per_call(self.slot_bytes, self.max_rows)
 
     # ---- out ------------------------------------------------------------------------------------
 
@@ -265,7 +278,12 @@ class HostConnections:
                     },
                 )
                 return HostUp(host, frame.welcome.incarnation)
+            case "lend" if inbound.descriptor is not None and self._on_lend is not None:
+                self._borrow(host, frame.lend.model, inbound.descriptor)
+                return None
             case kind:
+                if inbound.descriptor is not None:
+                    os.close(inbound.descriptor)
                 log.warning(
                     "router %s: host %s sent an unexpected frame of kind %r",
                     self._router,
@@ -274,3 +292,17 @@ class HostConnections:
                     extra={"router": self._router, "host": host},
                 )
                 return None
+
+    def _borrow(self, host: str, model: str, descriptor: int) -> None:
+        assert self._on_lend is not None
+        entry, _ = self._used[host]
+        about = {"router": self._router, "host": host, "model": model}
+        try:
+            slab = borrow(descriptor)
+        except ValueError as error:
+            log.warning(
+                "router %s: host %s lends %s, but %s", self._router, host, model, error, extra=about
+            )
+            return
+        log.info("router %s: host %s lends %s", self._router, host, model, extra=about)
+        self._on_lend(entry, model, slab)

@@ -24,6 +24,7 @@ from ...cluster.routing.expert_fallback import keep_top_experts
 from ...proto.errors import CallError
 from ...proto.expert_pb2 import Frame, Reply
 from ...proto.wire import DTYPE_TO_WIRE, CallLayout, checksum
+from .lent_part import LentPart
 
 
 class LayerTensors:
@@ -50,6 +51,7 @@ class LayerTensors:
         self.top_k = ids_TK.shape[1]
         self.weights_N = weights_TK.detach().to("cpu", torch.float32).reshape(-1).numpy()
         self._parts: list[tuple[Send, np.ndarray]] = []
+        self._lent: LentPart | None = None  # what the router has computed itself
         # For each faulty expert, the rows that have values that are not finite because of it.
         self.bad_rows: dict[int, list[int]] = {}
         ids = ids_TK.to(device="cpu", dtype=torch.int32, copy=True).numpy()
@@ -70,6 +72,20 @@ class LayerTensors:
 
     def layout(self, rows: int, top_k: int) -> CallLayout:
         return CallLayout.of(rows, self.hidden, top_k, self.dtype, self.exact)
+
+    def rows_per_call(self, slot_bytes: int, most: int | None) -> int:
+        """Return how many rows fit in one call to any host, even if all assignments go to it.
+
+        ``most`` is what hosts accept. Raises CallError if not even one fits in ``slot_bytes``.
+        """
+        one = self.layout(1, self.top_k).slot_bytes
+        fit = slot_bytes // one
+        if fit < 1:
+            raise CallError(
+                f"hidden: one row of {self.hidden} with {self.top_k} assignments takes {one} "
+                f"bytes, and a call may have at most {slot_bytes}"
+            )
+        return min(fit, most or fit)
 
     # ---- sending --------------------------------------------------------------------------------
 
@@ -140,6 +156,12 @@ class LayerTensors:
                 hit_t = (send.ids_tk == expert).any(axis=1) & broken_t
                 self.bad_rows.setdefault(expert, []).extend(send.token_t[hit_t].tolist())
 
+    def accept_lent(self, part: LentPart) -> None:
+        """Add what the router has computed with lent experts."""
+        self._lent = part
+        for expert, rows in part.bad_rows().items():
+            self.bad_rows.setdefault(expert, []).extend(rows)
+
     def combine(self) -> Tensor:
         """Add up all answers to (T, H) float32, in an order that does not depend on arrival."""
         return torch.from_numpy(self._combine_exact() if self.exact else self._combine_parts())
@@ -151,6 +173,9 @@ class LayerTensors:
         y_NH = np.zeros((self.tokens * self.top_k, self.hidden), dtype=np.float32)
         for send, part_tkH in self._parts:
             y_NH[send.assignments] = part_tkH[send.assignment_tk >= 0]
+        if self._lent is not None and self._lent.out is not None:
+            mine_N = (self._lent.ids_TK >= 0).flatten().numpy()
+            y_NH[mine_N] = self._lent.out.view(-1, self.hidden).numpy()[mine_N]
         y_TKH = y_NH.reshape(self.tokens, self.top_k, self.hidden)
         out_TH = y_TKH[:, 0].copy()
         for k in range(1, self.top_k):
@@ -163,6 +188,8 @@ class LayerTensors:
         # itself, which saves a zeroed array and one addition.
         self._parts.sort(key=lambda part: (part[0].host, part[0].assignment_tk[0, 0]))
         out_TH: np.ndarray | None = None
+        if self._lent is not None and self._lent.out is not None:
+            out_TH = self._lent.out.numpy()
         for send, part_tH in self._parts:
             whole = send.token_t.size == self.tokens
             if out_TH is None and whole:
@@ -194,8 +221,11 @@ class LayerTensors:
         return ", ".join(map(str, experts[:at_most])) + more
 
 
-def check_shapes(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
-    """Check that the shapes fit together. Raises CallError."""
+def check_tensors(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+    """Check that the shapes fit together, and the dtype of the rows. Raises CallError."""
+    if x_TH.dtype not in DTYPE_TO_WIRE:
+        known = ", ".join(str(dtype) for dtype in DTYPE_TO_WIRE)
+        raise CallError(f"dtype: hidden states are {x_TH.dtype}; use one of {known}")
     if x_TH.dim() != 2:
         raise CallError(f"hidden states: shape {tuple(x_TH.shape)}; (tokens, hidden) is expected")
     for name, tensor in (("ids", ids_TK), ("weights", weights_TK)):

@@ -15,16 +15,18 @@ from ...cluster.routing.expert_fallback import BatchExpertOptions
 from ...cluster.routing.layer_call import LayerCall
 from ...proto.errors import ClusterError
 from .layer_tensors import LayerTensors
+from .lent_experts import LentPart
 
 
 @dataclass(slots=True)
 class RunningCall:
     """A call whose result was not taken yet, as the router knows it."""
 
-    state: LayerCall
+    state: LayerCall | None  # None: nothing was sent
     tensors: LayerTensors
     options: BatchExpertOptions | None
     began: float
+    lent: LentPart | None = None  # what the router computes itself
     error: Exception | None = None  # why it has no result
 
 

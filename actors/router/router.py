@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,16 +37,18 @@ from ...cluster.routing.events import (
     Send,
 )
 from ...cluster.routing.host_health import HostState
+from ...cluster.routing.layer_call import LayerCall
 from ...cluster.routing.policy import RouterPolicy
 from ...cluster.routing.transports import TransportChoice
+from ...kernels.ffn import ExpertForm
 from ...models.trunk.in_pool import PoolFunction
-from ...proto.errors import CallError, ClusterError, ExpertUnavailable, from_wire
+from ...proto.errors import ClusterError
 from ...proto.expert_pb2 import Frame
 from ...proto.keys import ClusterSecret, secret_of_process
-from ...proto.wire import DTYPE_TO_WIRE
 from .call_log import CallLog
 from .connections import HostConnections
-from .layer_tensors import LayerTensors, check_shapes
+from .layer_tensors import LayerTensors, check_tensors
+from .lent_experts import LentExperts, LentPart
 from .pool_call import PoolCall, RunningCall
 from .router_stats import RouterStats
 from .row_attribution import RowAttribution
@@ -71,13 +73,15 @@ class Router:
         refresh: Callable[[], None] | None = None,
         secret: ClusterSecret | None = None,
         clock: Callable[[], float] = time.monotonic,
+        forms: Mapping[LayerKey, ExpertForm] | None = None,
     ) -> None:
         """Create a router that waits for its first placement.
 
         ``node`` is this process's Ray node and ``device`` is where its tensors are; both decide
         which transport reaches a host. ``refresh`` is called when a host lacks an expert that the
         placement promises; it must not block. ``secret`` is the secret of the hosts' cluster (None:
-        that of this process).
+        that of this process). ``forms`` has the arithmetic of layers that the router computes
+        itself where hosts of this machine lend it their experts (None: it does not).
         """
         self.name = name
         self._clock = clock
@@ -89,6 +93,7 @@ class Router:
         self._log = CallLog(name)
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
+        self._lent_experts = LentExperts(forms or {})
         slots = self.policy.window
         self._connections = HostConnections(
             router=name,
@@ -98,9 +103,10 @@ class Router:
             device=device,
             secret=secret or secret_of_process(),
             clock=clock,
+            on_lend=None if forms is None else self._lent_experts.take_slab,
         )
         self._running: dict[int, RunningCall] = {}  # whose result was not taken, by their numbers
-        self._calls = self._rows = 0
+        self._calls = self._rows = self._lent = 0
         # Never held while a thread waits for events.
         self._lock = threading.RLock()
         # A thread waits for events now; the others wait until it has handled some.
@@ -156,19 +162,9 @@ class Router:
                 self._ask_for(layers)
 
     def stats(self) -> RouterStats:
-        dispatcher = self._dispatcher
-        return RouterStats(
-            calls=self._calls,
-            rows=self._rows,
-            retries=dispatcher.retries,
-            ejections=dispatcher.ejections,
-            hedges=dispatcher.hedges,
-            hedge_wins=dispatcher.hedge_wins,
-            rows_lost=self.batch.lost,
-            placement=self._number or PlacementId(0, 0),
-            hosts={name: host.state.value for name, host in list(dispatcher.hosts.items())},
-            transports=self._connections.transports,
-        )
+        counts = {"calls": self._calls, "rows": self._rows, "lent": self._lent}
+        lost, transports = self.batch.lost, self._connections.transports
+        return RouterStats.of(self._dispatcher, rows_lost=lost, transports=transports, **counts)
 
     def take_load(self) -> LoadReport:
         """Return the load counted since the last report, and the number of the placement in use."""
@@ -234,8 +230,18 @@ class Router:
         return self.dispatch(key, x_TH, ids_TK, weights_TK).combine()
 
     @torch.no_grad()
-    def dispatch(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PoolCall:
+    def dispatch(
+        self,
+        key: LayerKey,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        *,
+        lend: bool = True,
+    ) -> PoolCall:
         """Send one layer's call to the hosts, and return it at once.
+
+        What hosts have lent is computed here, in `PoolCall.combine`, unless ``lend`` is false.
 
         Its result is the weighted sum of the chosen experts: (T, H) in x's dtype and on its device.
         A choice outside [0, experts) is skipped. Each call must be combined or cancelled; its
@@ -243,10 +249,7 @@ class Router:
         """
         if x_TH.shape[0] == 0:
             return PoolCall(self, None, x_TH)
-        if x_TH.dtype not in DTYPE_TO_WIRE:
-            known = ", ".join(str(dtype) for dtype in DTYPE_TO_WIRE)
-            raise CallError(f"dtype: hidden states are {x_TH.dtype}; use one of {known}")
-        check_shapes(x_TH, ids_TK, weights_TK)
+        check_tensors(x_TH, ids_TK, weights_TK)
         if not self.stirred.is_set():
             self.stirred.set()
         with self._lock:
@@ -258,11 +261,18 @@ class Router:
             tensors = LayerTensors(
                 key, placement, x_TH, ids_TK, weights_TK, without=dead, step=self.step
             )
-            max_rows = self._rows_per_call(tensors)
+            max_rows = self._connections.rows_per_call(tensors)
             options = self.batch.options(tensors.tokens, self.policy.deadline_s)
             if options is not None and options.experts_T is not None:
                 tensors.keep_top_experts(options.experts_T)
             began = self._clock()
+            self._calls += 1
+            self._rows += tensors.tokens
+            lent = self._lent_experts.take(tensors, placement, x_TH) if lend else None
+            if lent is not None:
+                self._dispatcher.meter.count(key, lent.flat_ids, lent.reach.count)
+            if lent is not None and (tensors.ids_TK < 0).all():
+                return PoolCall(self, RunningCall(None, tensors, options, began, lent), x_TH)
             state, begun = self._dispatcher.begin(
                 key,
                 tensors.ids_TK,
@@ -270,9 +280,8 @@ class Router:
                 now=began,
                 patience_T=None if options is None else options.patience_T,
             )
-            self._calls += 1
-            self._rows += tensors.tokens
-            running = self._running[state.number] = RunningCall(state, tensors, options, began)
+            running = RunningCall(state, tensors, options, began, lent)
+            self._running[state.number] = running
             try:
                 self._execute(begun)
             except BaseException:
@@ -284,14 +293,14 @@ class Router:
     def combine(self, call: RunningCall, x_TH: Tensor) -> Tensor:
         """Wait for a call, and return its result (see `PoolCall.combine`)."""
         tensors = call.tensors
+        if call.lent is not None and not self._compute_lent(call, call.lent):
+            ids_TK, weights_TK = call.lent.all_ids_TK, call.lent.weights_TK
+            return self.dispatch(tensors.key, x_TH, ids_TK, weights_TK, lend=False).combine()
         with self._lock:
             try:
-                while call.state.outcome is None and call.error is None:
-                    self._check_open()
-                    self._wait(self._dispatcher.wake_at(self._clock()))
-                if call.error is not None:
-                    raise call.error
-                self._take_outcome(call)
+                self._check_open()
+                if call.state is not None:
+                    self._wait_for(call, call.state)
                 out_TH = tensors.combine()
                 if (took_s := self._clock() - call.began) > self.policy.attempt_s:
                     self._log.slow(tensors, took_s)
@@ -303,6 +312,31 @@ class Router:
                 out_TH[[row for row in self.batch.dead if row < tensors.tokens]] = 0.0
             return out_TH.to(device=x_TH.device, dtype=x_TH.dtype)
 
+    def _wait_for(self, call: RunningCall, state: LayerCall) -> None:
+        """Wait until what was sent is answered, or lost."""
+        while state.outcome is None and call.error is None:
+            self._check_open()
+            self._wait(self._dispatcher.wake_at(self._clock()))
+        if call.error is not None:
+            raise call.error
+        assert state.outcome is not None
+        self.batch.settle(call.tensors, call.options, state.outcome, self.policy.deadline_s)
+
+    def _compute_lent(self, call: RunningCall, lent: LentPart) -> bool:
+        """Compute a call's lent part; end the call and return False if a slot changed meanwhile."""
+        sound = False
+        try:
+            sound = lent.compute()
+        finally:
+            if not sound:
+                with self._lock:
+                    self._lent_experts.changed(call.tensors.key)
+                    self._over(call)
+        if sound:
+            self._lent += lent.assignments
+            call.tensors.accept_lent(lent)
+        return sound
+
     def cancel(self, call: RunningCall) -> None:
         """End a call without a result."""
         with self._lock:
@@ -310,6 +344,8 @@ class Router:
 
     def _over(self, call: RunningCall) -> None:
         """Forget a call, and end it if it is in progress."""
+        if call.state is None:
+            return
         self._running.pop(call.state.number, None)
         if not self._closed:
             self._execute(self._dispatcher.cancel(call.state, self._clock()))
@@ -325,35 +361,6 @@ class Router:
     def _check_open(self) -> None:
         if self._closed:
             raise ClusterError(f"router {self.name} is closed")
-
-    def _take_outcome(self, call: RunningCall) -> None:
-        """Report what is lost, as the rows' options say; without an engine, raise an error."""
-        tensors, options, outcome = call.tensors, call.options, call.state.outcome
-        assert outcome is not None
-        if outcome.ok:
-            return
-        if outcome.error is not None:
-            error = from_wire(outcome.error.code, outcome.error.message)
-        elif options is not None:
-            self.batch.apply_fallback(tensors, options, outcome.lost)
-            return
-        else:
-            error = ExpertUnavailable(
-                f"{tensors.names(outcome.lost)}: no replica answered within "
-                f"{self.policy.deadline_s:g} s"
-            )
-        self.batch.lose(tensors.rows_of(outcome.lost), error)
-
-    def _rows_per_call(self, tensors: LayerTensors) -> int:
-        """Return how many rows fit in one call to any host, even if all assignments go to it."""
-        one = tensors.layout(1, tensors.top_k).slot_bytes
-        fit = self._connections.slot_bytes // one
-        if fit < 1:
-            raise CallError(
-                f"hidden: one row of {tensors.hidden} with {tensors.top_k} assignments takes {one} "
-                f"bytes, and a call may have at most {self._connections.slot_bytes}"
-            )
-        return min(fit, self._connections.max_rows or fit)
 
     # ---- the state machine's shell --------------------------------------------------------------
 
@@ -395,6 +402,7 @@ class Router:
             )
             for running in [] if self._closed else self._running.values():
                 running.error = running.error or ended
+                assert running.state is not None  # others are not in progress
                 for command in self._dispatcher.abandon(running.state, self._clock()):
                     if isinstance(command, Disconnect):
                         self._connections.disconnect(command.host)

@@ -16,7 +16,8 @@ import numpy as np
 from ...cluster.expert_keys import ExpertKey
 from ...cluster.routing.expert_fallback import BatchExpertOptions
 from ...cluster.routing.expert_options import RowGroups
-from ...proto.errors import BadExpert, ExpertUnavailable, MoesaicError
+from ...cluster.routing.layer_call import Outcome
+from ...proto.errors import BadExpert, ExpertUnavailable, MoesaicError, from_wire
 from ..transport.base import call_id
 from .layer_tensors import LayerTensors
 
@@ -95,7 +96,28 @@ class RowAttribution:
         self.dead.update(rows)
         self.on_lost(rows, error)
 
-    def apply_fallback(
+    def settle(
+        self,
+        tensors: LayerTensors,
+        options: BatchExpertOptions | None,
+        outcome: Outcome,
+        deadline_s: float,
+    ) -> None:
+        """Report what is lost, as the rows' options say; without an engine, raise an error."""
+        if outcome.ok:
+            return
+        if outcome.error is not None:
+            error = from_wire(outcome.error.code, outcome.error.message)
+        elif options is not None:
+            self._apply_fallback(tensors, options, outcome.lost)
+            return
+        else:
+            error = ExpertUnavailable(
+                f"{tensors.names(outcome.lost)}: no replica answered within {deadline_s:g} s"
+            )
+        self.lose(tensors.rows_of(outcome.lost), error)
+
+    def _apply_fallback(
         self, tensors: LayerTensors, options: BatchExpertOptions, lost_n: np.ndarray
     ) -> None:
         """Drop or fail each row that lacks experts, as its request's options say."""

@@ -23,12 +23,14 @@ class InboundFrame(NamedTuple):
 
     The bytes of a reply are valid until `Channel.release`; those of a call until it is answered.
     ``refused`` is set for a call whose tensors the transport discarded, because they do not fit or
-    there was no room: the host answers the call with this error.
+    there was no room: the host answers the call with this error. Whoever gets a ``descriptor``
+    closes it.
     """
 
     frame: Frame
     payload: Tensor | None = None
     refused: MoesaicError | None = None
+    descriptor: int | None = None
 
 
 def call_of(frame: Frame) -> Call:

@@ -20,23 +20,32 @@ _DATAGRAM_BYTES = 1 << 16
 class FrameSocket:
     """A SEQPACKET socket that reports every loss of the other side as HostLost."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, takes_descriptors: bool = False) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._takes_descriptors = takes_descriptors
+        self._descriptors: list[int] = []  # that came with the last datagram
         self._end: HostLost | None = None
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def send(self, frame: Frame) -> None:
+    def send(self, frame: Frame, descriptor: int | None = None) -> None:
+        """Send a frame, and with it a descriptor, which stays the caller's."""
         try:
-            self._sock.send(frame.SerializeToString())
+            if descriptor is None:
+                self._sock.send(frame.SerializeToString())
+            else:
+                socket.send_fds(self._sock, [frame.SerializeToString()], [descriptor])
         except OSError as error:
             # A full buffer means that the other side has not read for hundreds of frames.
             raise HostLost(f"shared-memory socket: {error}") from error
 
     def receive(self, take: Callable[[Frame], InboundFrame | None]) -> list[InboundFrame]:
-        """Apply ``take`` to all frames that have arrived. Raises HostLost after the last."""
+        """Apply ``take`` to all frames that have arrived. Raises HostLost after the last.
+
+        A socket that `takes_descriptors` adds the one that came with a frame of kind ``lend``.
+        """
         inbounds: list[InboundFrame] = []
         try:
             if self._end is not None:
@@ -44,8 +53,10 @@ class FrameSocket:
             while (data := self._next()) is not None:
                 inbound = take(_decode(data))
                 if inbound is not None:
-                    inbounds.append(inbound)
+                    inbounds.append(self._with_descriptor(inbound))
+                self._drop_descriptors()
         except HostLost as lost:
+            self._drop_descriptors()
             if not inbounds:
                 raise
             self._end = lost
@@ -79,10 +90,25 @@ class FrameSocket:
     def close(self) -> None:
         self._sock.close()
 
+    def _with_descriptor(self, inbound: InboundFrame) -> InboundFrame:
+        if not (self._descriptors and inbound.frame.HasField("lend")):
+            return inbound
+        return inbound._replace(descriptor=self._descriptors.pop())
+
+    def _drop_descriptors(self) -> None:
+        """Close what came along and nobody takes."""
+        close_all(self._descriptors)
+        self._descriptors = []
+
     def _next(self) -> bytes | None:
         while True:
             try:
-                return self._sock.recv(_DATAGRAM_BYTES)
+                if not self._takes_descriptors:
+                    return self._sock.recv(_DATAGRAM_BYTES)
+                data, self._descriptors, _, _ = socket.recv_fds(
+                    self._sock, _DATAGRAM_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+                )
+                return data
             except BlockingIOError:
                 return None
             except ConnectionResetError:

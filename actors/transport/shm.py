@@ -87,12 +87,13 @@ class ShmChannel:
         slot_bytes: int,
         device: torch.device | None = None,
         proof: bytes | None = None,
+        borrows: bool = False,
     ) -> None:
         """Connect without waiting; the host's Welcome arrives as the first frame.
 
         ``proof`` is what the host asks for (None: the proof for a listener of this process). The
-        slots are in the memory of ``device``, a GPU (None: in main memory). Raises HostLost if
-        no host listens at ``address``.
+        slots are in the memory of ``device``, a GPU (None: in main memory). With ``borrows`` the
+        host may lend the memory of its experts. Raises HostLost if no host listens at ``address``.
         """
         self._host = host
         self._slot_bytes = -(-slot_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
@@ -105,6 +106,7 @@ class ShmChannel:
         hello.hello.slots = slots
         hello.hello.slot_bytes = self._slot_bytes
         hello.hello.proof = proof or secret_of_process().proof("shm", "")
+        hello.hello.borrows = borrows
         memory: _Memory | CudaMemory | None = None
         fds: list[int] = []
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -132,7 +134,7 @@ class ShmChannel:
         finally:
             close_all(fds)
         self._memory = memory
-        self._sock = FrameSocket(sock)
+        self._sock = FrameSocket(sock, takes_descriptors=borrows)
 
     @property
     def host(self) -> str:
@@ -246,6 +248,10 @@ class ShmSession:
 
     def send(self, frame: Frame) -> None:
         self._sock.send(frame)
+
+    def lend(self, model: str, descriptor: int) -> None:
+        """Lend a slab, by a descriptor that stays the caller's. Raises HostLost."""
+        self._sock.send(Frame(lend={"model": model}), descriptor)
 
     def close(self) -> None:
         self._sock.close()

@@ -35,6 +35,8 @@ def borrow(descriptor: int) -> SlabReader:
 
 def _readable(memory: mmap.mmap) -> Any:
     """Return a buffer over the mapping that PyTorch takes: it warns of any that is read-only."""
-    buffer = (ctypes.c_char * len(memory)).from_address(np.frombuffer(memory, np.uint8).ctypes.data)
+    buffer: Any = (ctypes.c_char * len(memory)).from_address(
+        np.frombuffer(memory, np.uint8).ctypes.data
+    )
     buffer._mapping = memory  # kept with the buffer, which every tensor over it keeps
     return buffer

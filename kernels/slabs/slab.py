@@ -192,6 +192,11 @@ class Slab(SlabReader):
         """
         return os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
 
+    def retire(self) -> None:
+        """Tell whoever has borrowed the slab that nothing in it may be used any more."""
+        self._slots["state"] = SlotState.EMPTY
+        self._slots["generation"] += 1
+
     def close(self) -> None:
         """Close the descriptor; the memory is freed with the last view and the last borrower."""
         if self.descriptor >= 0:

@@ -62,9 +62,16 @@ class Hosts:
         transport: TransportChoice = "shm",
         placed: bool = True,
         refresh: Callable[[], None] | None = None,
+        borrows: bool = False,
     ) -> Router:
+        forms = {LayerKey("m", layer): form for layer, (form, _) in self.expected.items()}
         router = Router(
-            name="test", node="here", policy=policy, transport=transport, refresh=refresh
+            name="test",
+            node="here",
+            policy=policy,
+            transport=transport,
+            refresh=refresh,
+            forms=forms if borrows else None,
         )
         self.stack.callback(router.close)
         if placed:
@@ -96,6 +103,7 @@ def serving(
     exact: bool = False,
     policy: HostPolicy | None = None,
     transport: TransportChoice = "group",
+    lends: bool = False,
 ) -> Iterator[Hosts]:
     """Routers of the tests reach them over whichever transport they like, unless ``transport``
     says what the spec does."""
@@ -107,7 +115,9 @@ def serving(
         for layer in checkpoint.layers
     }
     with ExitStack() as stack:
-        running = stack.enter_context(local_hosts(hosts, policy=policy, transport=transport))
+        running = stack.enter_context(
+            local_hosts(hosts, policy=policy, transport=transport, lends=lends)
+        )
         placement = place(layers, running, ref, replicas=replicas, exact=exact)
         shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
         yield Hosts(running, placement, layers, expected, ref, shape, stack)

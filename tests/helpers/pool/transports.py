@@ -312,7 +312,7 @@ def run_router(kind: str, address: str) -> None:
     sys.stdin.read()
 
 
-def run_serve(folder: str, name: str, device: str) -> None:
+def run_serve(folder: str, name: str, device: str, *, lends: bool = False) -> None:
     """An expert host that holds the whole model in ``folder``; prints where it is as JSON."""
     from moesaic.actors.host.host import ExpertHost
     from moesaic.cluster.placement import ModelRef, ModelShape, every_expert
@@ -325,7 +325,13 @@ def run_serve(folder: str, name: str, device: str) -> None:
     # Routers of the tests reach it over all transports.
     transport = "device" if device.startswith("cuda") else "group"
     host = ExpertHost(
-        name, node="here", device=device, threads=1, transport=transport, secret=SECRET
+        name,
+        node="here",
+        device=device,
+        threads=1,
+        transport=transport,
+        secret=SECRET,
+        lends=lends,
     )
     ref = ModelRef(name="m", dtype="float32", path=folder)
     host.load([(ref, shape)], first_versions(every_expert([shape])))
@@ -351,7 +357,7 @@ if __name__ == "__main__":
             run_host(kind)
         case ["router", kind, address]:
             run_router(kind, address)
-        case ["serve", folder, name, device]:
-            run_serve(folder, name, device)
+        case ["serve", folder, name, device, *lends]:
+            run_serve(folder, name, device, lends=lends == ["lends"])
         case ["pair", count]:
             run_pair(int(count))

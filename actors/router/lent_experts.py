@@ -1,0 +1,134 @@
+"""Experts whose memory hosts of this machine have lent: the router computes with them itself.
+
+Which experts are within reach follows from the placement and from what lies in the slabs. The
+memory outlives its host, so that a host that dies takes nothing away while the placement names it.
+
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cluster.expert_keys import LayerKey
+from ...cluster.placement import HostEntry, Placement
+from ...kernels.ffn import ExpertForm, ExpertWeights
+from ...kernels.slabs.layout import COPIES, Packing
+from ...kernels.slabs.slab import SlabReader
+from .layer_tensors import LayerTensors
+from .lent_part import LayerReach, LentPart, Slots
+
+
+class LentExperts:
+    """What hosts have lent to one router; used under the router's lock."""
+
+    def __init__(self, forms: Mapping[LayerKey, ExpertForm]) -> None:
+        """Take the arithmetic of the layers that may be computed here."""
+        self._forms = forms
+        self._slabs: dict[tuple[str, int, str], SlabReader] = {}  # (host, incarnation, model)
+        self._placement: Placement | None = None
+        self._reach: dict[LayerKey, LayerReach | None] = {}
+
+    def take_slab(self, entry: HostEntry, model: str, slab: SlabReader) -> None:
+        """Take a slab that a host lends; one of this model that it lent before is forgotten."""
+        self._slabs[entry.host, entry.incarnation, model] = slab
+        self._reach.clear()
+
+    @property
+    def lenders(self) -> set[str]:
+        """The hosts of which something is within reach."""
+        return {host for host, _, _ in self._slabs}
+
+    def reach(self, key: LayerKey, placement: Placement | None) -> LayerReach | None:
+        """Return what of a layer is within reach under ``placement``; None if nothing is."""
+        if not self._slabs or placement is None:
+            return None
+        if placement is not self._placement:
+            self._placement = placement
+            self._reach.clear()
+            self._forget_hosts(placement)
+        if key not in self._reach:
+            self._reach[key] = self._find(key, placement)
+        return self._reach[key]
+
+    def take(
+        self, tensors: LayerTensors, placement: Placement | None, x_TH: Tensor
+    ) -> LentPart | None:
+        """Take what is within reach out of the ids that are sent; None if nothing is."""
+        reach = self.reach(tensors.key, placement)
+        if reach is None or not reach.takes(x_TH):
+            return None
+        all_ids_TK = tensors.ids_TK
+        mine_TK, others_TK = reach.split(all_ids_TK)
+        if (mine_TK < 0).all():
+            return None
+        tensors.ids_TK = others_TK
+        return LentPart(
+            reach,
+            x_TH.detach().contiguous(),
+            torch.from_numpy(mine_TK),
+            torch.from_numpy(tensors.weights_N.reshape(mine_TK.shape)),
+            tensors.exact,
+            torch.from_numpy(all_ids_TK),
+        )
+
+    def changed(self, key: LayerKey) -> None:
+        """Look again at what is within reach: a slot of the layer has changed."""
+        self._reach.pop(key, None)
+
+    def _forget_hosts(self, placement: Placement) -> None:
+        """Let the memory of hosts go that the placement does not name any more."""
+        placed = {(entry.host, entry.incarnation) for entry in placement.hosts.values()}
+        for gone in [one for one in self._slabs if one[:2] not in placed]:
+            del self._slabs[gone]
+
+    def _find(self, key: LayerKey, placement: Placement) -> LayerReach | None:
+        form, layer = self._forms.get(key), placement.layers.get(key)
+        if form is None or layer is None:
+            return None
+        versions = placement.versions.layer(key)
+        experts: dict[int, ExpertWeights] = {}
+        found: dict[SlabReader, list[tuple[int, int]]] = {}
+        for expert, replicas in enumerate(layer.replicas):
+            for replica in replicas:
+                entry = placement.hosts.get(replica.host)
+                if entry is None:
+                    continue
+                slab = self._slabs.get((entry.host, entry.incarnation, key.model))
+                if slab is None or key.layer not in slab.layout.layers:
+                    continue
+                if expert >= slab.layout.layers[key.layer].experts:
+                    continue
+                place = _find_slot(slab, key.layer, expert, versions.of(expert))
+                if place is not None:
+                    copy, generation = place
+                    experts[expert] = slab.view(key.layer, expert, copy)
+                    slot = slab.layout.slot(key.layer, expert, copy)
+                    found.setdefault(slab, []).append((slot, generation))
+                    break
+        if not experts:
+            return None
+        slots = [Slots(slab, *np.array(taken, dtype=np.uint64).T) for slab, taken in found.items()]
+        up = _shape(next(iter(found)), key.layer, form)
+        return LayerReach(form, experts, slots, len(layer.replicas), *up)
+
+
+def _find_slot(slab: SlabReader, layer: int, expert: int, version: int) -> tuple[int, int] | None:
+    """Return (copy, generation) of the slot that has this version of an expert."""
+    for copy in range(COPIES):
+        # The generation first: whatever happens to the slot afterwards changes it.
+        generation = slab.generation(layer, expert, copy)
+        if generation % 2 == 0 and slab.version(layer, expert, copy) == version:
+            return copy, generation
+    return None
+
+
+def _shape(slab: SlabReader, layer: int, form: ExpertForm) -> tuple[int, torch.dtype]:
+    """Return the hidden size and dtype of a layer's rows."""
+    up = next(tensor for tensor in slab.layout.layers[layer].tensors if tensor.name == "up")
+    plain = up.packing is Packing.PLAIN
+    return up.shape[0 if form.transposed and plain else 1], up.dtype

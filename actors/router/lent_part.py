@@ -1,0 +1,119 @@
+"""The part of a layer's call that a router computes with experts that were lent to it.
+
+A host may free a slot, or fill it again, while the router computes: then the slot's generation
+changes, and the result is discarded. So torn weights never reach a sum, not even in a router that
+was frozen past its lease.
+
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token, N = T * K, E = experts of a
+layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels import ffn
+from ...kernels.ffn import ExpertForm, ExpertWeights
+from ...kernels.slabs.slab import SlabReader
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Slots of one slab, and the generations that their experts had when they were found."""
+
+    slab: SlabReader
+    numbers: np.ndarray
+    generations: np.ndarray
+
+    def unchanged(self) -> bool:
+        return bool(np.array_equal(self.slab.generations(self.numbers), self.generations))
+
+
+class LayerReach:
+    """The experts of one layer that are within reach, in the versions that a placement serves."""
+
+    def __init__(
+        self,
+        form: ExpertForm,
+        experts: Mapping[int, ExpertWeights],
+        slots: list[Slots],
+        count: int,
+        hidden: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.form = form
+        self.experts = experts
+        self._takes = hidden, dtype
+        self._slots = slots
+        # One place more than experts: an unused assignment (-1) finds the last.
+        self._within_E = np.zeros(count + 1, dtype=bool)
+        self._within_E[list(experts)] = True
+        self.count = count  # of the layer's experts
+
+    def takes(self, x_TH: Tensor) -> bool:
+        """Return whether these rows fit; a host says what is wrong with others."""
+        return x_TH.device.type == "cpu" and (x_TH.shape[1], x_TH.dtype) == self._takes
+
+    def split(self, ids_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids within reach, and the others; each is -1 where the other is not.
+
+        Ids outside [0, experts) are in neither.
+        """
+        used_TK = (ids_TK >= 0) & (ids_TK < self.count)
+        ids_TK = np.where(used_TK, ids_TK, -1)
+        within_TK = self._within_E[ids_TK]
+        return np.where(within_TK, ids_TK, -1), np.where(within_TK, -1, ids_TK)
+
+    def unchanged(self) -> bool:
+        """Return whether all slots still hold what they held when they were found."""
+        return all(slots.unchanged() for slots in self._slots)
+
+
+@dataclass(slots=True)
+class LentPart:
+    """The assignments of a call that the router computes itself, and then their result."""
+
+    reach: LayerReach
+    x_TH: Tensor
+    ids_TK: Tensor  # -1 where a host computes the assignment
+    weights_TK: Tensor
+    exact: bool
+    all_ids_TK: Tensor  # those of the hosts, too
+    out: Tensor | None = None  # float32: sums (T, H), or with ``exact`` rows (T, K, H)
+    bad_experts: list[int] | None = None
+
+    def compute(self) -> bool:
+        """Compute, and return whether the result may be used: no slot changed meanwhile."""
+        reach, x_TH = self.reach, self.x_TH
+        shape = (*self.ids_TK.shape, x_TH.shape[1]) if self.exact else x_TH.shape
+        out = torch.empty(shape)
+        if not reach.unchanged():
+            return False
+        run = ffn.exact_rows if self.exact else ffn.loop_kernel
+        run(reach.form, reach.experts, x_TH, self.ids_TK, self.weights_TK, out)
+        bad = ffn.bad_experts(reach.form, reach.experts, x_TH, self.ids_TK, out)
+        if not reach.unchanged():
+            return False
+        self.out, self.bad_experts = out, bad
+        return True
+
+    @property
+    def flat_ids(self) -> np.ndarray:
+        return self.ids_TK.numpy().reshape(-1)
+
+    @property
+    def assignments(self) -> int:
+        return int((self.ids_TK >= 0).sum())
+
+    def bad_rows(self) -> dict[int, list[int]]:
+        """Return for each expert whose output was not finite the rows that are so because of it."""
+        if not self.bad_experts or self.out is None:
+            return {}
+        broken_T = ~torch.isfinite(self.out.flatten(1)).all(dim=1)
+        hit = {expert: (self.ids_TK == expert).any(dim=1) & broken_T for expert in self.bad_experts}
+        return {expert: hit_T.nonzero().flatten().tolist() for expert, hit_T in hit.items()}

@@ -1,0 +1,358 @@
+"""Routers that compute with the memory that hosts have lent them.
+
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.router import lent_part
+from moesaic.actors.router.router import Router
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
+from moesaic.cluster.host.emulation import Emulation
+from moesaic.cluster.host.residency import HostPolicy
+from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
+from moesaic.cluster.versions import WeightVersions
+from moesaic.proto.errors import BadExpert, CallError
+from tests.helpers.serving import (
+    EXPERTS,
+    KEY,
+    LAYER,
+    Hosts,
+    assert_right,
+    inputs,
+    save_model,
+    serving,
+)
+from tests.helpers.transports import process, settles
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def borrowing(pool: Hosts, *hosts: str) -> Router:
+    """A router that has heard what these hosts lend."""
+    router = pool.router(borrows=True)
+    heard(router, *hosts)
+    return router
+
+
+def heard(router: Router, *hosts: str) -> None:
+    def all_lent() -> bool:
+        router._look_after([])
+        return router._lent_experts.lenders == set(hosts)
+
+    assert settles(all_lent)
+
+
+def computed(pool: Hosts) -> int:
+    """Calls that hosts have computed."""
+    return sum(host.report().loop.calls for host in pool.hosts)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_lent_is_not_sent(folder: Path, exact: bool) -> None:
+    with serving(folder, lends=True, exact=exact) as pool:
+        router = borrowing(pool, "host-0", "host-1")
+        for tokens in (1, 7, 300):
+            x, ids, weights = inputs(tokens, seed=tokens)
+            assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
+        assert router.stats().lent == 2 * 308
+        assert computed(pool) == 0
+        counts = router.take_load().counts[KEY]
+        assert int(counts.sum()) == 2 * 308, "all choices count, wherever they are computed"
+
+
+def test_nothing_is_lent_unless_both_sides_want_it(folder: Path) -> None:
+    for lends, borrows in ((False, True), (True, False)):
+        with serving(folder, lends=lends) as pool:
+            router = pool.router(borrows=borrows)
+            x, ids, weights = inputs(9)
+            for _ in range(3):
+                assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
+            assert router.stats().lent == 0
+            assert computed(pool) == 6
+
+
+def test_emulated_hosts_lend_nothing(folder: Path) -> None:
+    emulated = HostPolicy(emulate=Emulation(call_us=1.0))
+    with serving(folder, lends=True, policy=emulated) as pool:
+        router = pool.router(borrows=True)
+        x, ids, weights = inputs(9)
+        assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
+        assert (router.stats().lent, computed(pool)) == (0, 2)
+
+
+@contextmanager
+def half_lent(folder: Path, *, exact: bool) -> Iterator[tuple[Hosts, Router]]:
+    """Two hosts, of which one lends."""
+    with serving(folder, hosts=1, lends=True, exact=exact) as lender:
+        other = ExpertHost("other", node="here", device="cpu")
+        try:
+            kept = list(range(0, EXPERTS, 2))
+            sent = [ExpertVersion(ExpertKey("m", KEY.layer, e), 1) for e in range(1, EXPERTS, 2)]
+            other.load([(lender.ref, lender.shape)], sent)
+            here = lender.hosts[0].name
+            replicas = tuple(
+                (Replica(here if e in kept else "other", 1.0),) for e in range(EXPERTS)
+            )
+            placement = Placement(
+                PlacementId(1, 2),
+                {**lender.placement.hosts, "other": other.entry()},
+                {**lender.placement.layers, KEY: LayerPlacement(replicas)},
+                lender.placement.exact,
+            )
+            pool = replace(lender, hosts=[*lender.hosts, other], placement=placement)
+            yield pool, borrowing(pool, here)
+        finally:
+            other.close()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_call_is_half_lent_and_half_sent(folder: Path, exact: bool) -> None:
+    with half_lent(folder, exact=exact) as (pool, router):
+        mine = 0
+        for tokens in (1, 7, 300):
+            x, ids, weights = inputs(tokens, top_k=3, seed=tokens)
+            ids[tokens // 2, 1] = EXPERTS  # not used
+            assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
+            mine += int((ids % 2 == 0)[ids < EXPERTS].sum())
+        assert router.stats().lent == mine
+        assert pool.hosts[1].report().loop.calls == 3
+        assert pool.hosts[0].report().loop.calls == 0
+
+
+def test_exact_bits_do_not_depend_on_lending(folder: Path) -> None:
+    x, ids, weights = inputs(77, top_k=4)
+    found = []
+    with half_lent(folder, exact=True) as (pool, router):
+        found.append(router.forward(KEY, x, ids, weights))
+        never = pool.router()
+        found.append(never.forward(KEY, x, ids, weights))
+    with serving(folder, lends=True, exact=True) as pool:
+        found.append(borrowing(pool, "host-0", "host-1").forward(KEY, x, ids, weights))
+        found.append(pool.router().forward(KEY, x, ids, weights))
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_calls_in_flight_at_once(folder: Path) -> None:
+    with half_lent(folder, exact=False) as (pool, router):
+        given = [inputs(tokens, seed=tokens) for tokens in (3, 40, 1, 9)]
+        calls = [router.dispatch(KEY, *one) for one in given]
+        for call, one in reversed(list(zip(calls, given, strict=True))):
+            assert_right(call.combine(), pool.answer(*one))
+        ended = router.dispatch(KEY, *given[0])
+        ended.cancel()
+        assert router._running == {}
+
+
+# ---- slots that change --------------------------------------------------------------------------
+
+
+def key(expert: int) -> ExpertKey:
+    return ExpertKey("m", LAYER, expert)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_sum_over_a_slot_that_was_freed_meanwhile_is_discarded(
+    folder: Path, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an eviction that a router slept through."""
+    with serving(folder, replicas=2, lends=True, exact=exact) as pool:
+        router = borrowing(pool, "host-0", "host-1")
+        x, ids, weights = inputs(20)
+        run = lent_part.ffn.exact_rows if exact else lent_part.ffn.loop_kernel
+
+        def free_then_compute(*given: Any) -> None:
+            monkeypatch.undo()
+            store = pool.holders(3)[0]._store
+            store.drop(ExpertVersion(key(3), 1))
+            store.put(ExpertVersion(key(3), 1), store.get(ExpertVersion(key(2), 1)))
+            run(*given)
+
+        name = "exact_rows" if exact else "loop_kernel"
+        monkeypatch.setattr(lent_part.ffn, name, free_then_compute)
+        ids[0, 0] = 3
+        # The hosts answer from their own books, and the one that was tampered with has them wrong.
+        pool.holders(3)[0]._residency.release([ExpertVersion(key(3), 1)])
+        assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
+        assert router.stats().lent == 0
+        assert computed(pool) > 0
+
+
+def test_what_left_is_sent_elsewhere(folder: Path) -> None:
+    with serving(folder, replicas=2, lends=True) as pool:
+        router = borrowing(pool, "host-0", "host-1")
+        x, ids, weights = inputs(20)
+        router.forward(KEY, x, ids, weights)
+        for host in pool.hosts:
+            host._store.drop(ExpertVersion(key(1), 1))
+            host._store.put(ExpertVersion(key(1), 1), host._store.get(ExpertVersion(key(0), 1)))
+        wrong = router.forward(KEY, x, ids, weights)
+        assert wrong.isfinite().all()
+        # The first call after the change is discarded and sent; what lies there now is found then.
+        assert router.stats().lent == 40
+
+
+def test_a_new_version_is_used_from_its_placement_on(folder: Path) -> None:
+    with serving(folder, lends=True) as pool:
+        router = borrowing(pool, "host-0", "host-1")
+        x, ids, weights = inputs(30)
+        before = router.forward(KEY, x, ids, weights)
+        (host,) = pool.holders(5)
+        doubled = {n: 2 * t for n, t in host._store.get(ExpertVersion(key(5), 1)).items()}
+        host._store.put(ExpertVersion(key(5), 2), doubled)
+        assert torch.equal(router.forward(KEY, x, ids, weights), before)
+        router.place(
+            replace(
+                pool.placement,
+                id=PlacementId(1, 9),
+                versions=WeightVersions(experts={key(5): 2}),
+            )
+        )
+        after = router.forward(KEY, x, ids, weights)
+        changed = (ids == 5).any(dim=1)
+        assert torch.equal(after[~changed], before[~changed])
+        assert not torch.allclose(after[changed], before[changed])
+        assert router.stats().lent == 3 * 60
+
+
+def test_a_model_that_replaces_another_brings_its_own_weights(folder: Path) -> None:
+    """It has the same name and the same version, and the memory of the old one is still mapped."""
+    with serving(folder, hosts=1, lends=True) as pool:
+        router = borrowing(pool, "host-0")
+        given = inputs(5)
+        before = router.forward(KEY, *given)
+        store = pool.hosts[0]._store
+        old = {e: store.get(ExpertVersion(key(e), 1)) for e in range(EXPERTS)}
+        store.add_model(replace(pool.ref, config={"another": True}))
+        for expert, tensors in old.items():
+            doubled = {name: 2 * tensor for name, tensor in tensors.items()}
+            store.put(ExpertVersion(key(expert), 1), doubled)
+        after = router.forward(KEY, *given)
+        assert not torch.allclose(after, before)
+        assert computed(pool) == 1
+        lent = router.stats().lent
+
+        def lent_again() -> bool:
+            router._look_after([])
+            assert_right(router.forward(KEY, *given), after)
+            return router.stats().lent > lent
+
+        assert settles(lent_again)
+
+
+# ---- what goes wrong ----------------------------------------------------------------------------
+
+
+def test_rows_that_are_not_finite_are_reported_as_those_of_hosts_are(folder: Path) -> None:
+    with half_lent(folder, exact=False) as (pool, router):
+        lender = pool.hosts[0]._store
+        broken = lender.get(ExpertVersion(key(2), 1))
+        broken["down"][0, 0] = torch.inf
+        lender.drop(ExpertVersion(key(2), 1))
+        lender.put(ExpertVersion(key(2), 1), broken)
+        x, ids, weights = inputs(8)
+        ids[3] = torch.tensor([2, 5])
+        router.forward(KEY, x, ids, weights)  # finds out that the slot has changed
+        lost: list[tuple[list[int], Exception]] = []
+        router.batch.on_lost = lambda rows, error: lost.append((rows, error))
+        out = router.forward(KEY, x, ids, weights)
+        hit = (ids == 2).any(dim=1)
+        assert hit.any()
+        ((rows, error),) = lost
+        assert rows == hit.nonzero().flatten().tolist()
+        assert isinstance(error, BadExpert)
+        assert "expert 2 of layer 1 of m" in str(error)
+        assert out[~hit].isfinite().all()
+
+
+def test_rows_that_do_not_fit_get_the_hosts_error(folder: Path) -> None:
+    with serving(folder, lends=True) as pool:
+        router = borrowing(pool, "host-0", "host-1")
+        x, ids, weights = inputs(3)
+        with pytest.raises(CallError):
+            router.forward(KEY, x.bfloat16(), ids, weights)
+        with pytest.raises(CallError):
+            router.forward(KEY, torch.cat([x, x], dim=1), ids, weights)
+        assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
+
+
+def test_a_killed_host_takes_nothing_away(folder: Path) -> None:
+    with (
+        serving(folder, hosts=1) as pool,
+        process("serve", str(folder), "other", "cpu", "lends") as (child, line),
+    ):
+        entry = HostEntry(**json.loads(line))
+        there = (Replica(entry.host, 1.0),)
+        layers = {
+            one: LayerPlacement((there,) * len(layer.replicas))
+            for one, layer in pool.placement.layers.items()
+        }
+        placement = Placement(PlacementId(1, 2), {entry.host: entry}, layers)
+        router = replace(pool, placement=placement).router(borrows=True)
+        heard(router, "other")
+        given = inputs(30)
+        expected = pool.answer(*given)
+        assert_right(router.forward(KEY, *given), expected)
+        child.kill()
+        child.wait()
+        for _ in range(3):
+            router._look_after([])
+            assert_right(router.forward(KEY, *given), expected)
+        stats = router.stats()
+        assert (stats.lent, stats.retries, stats.rows_lost) == (4 * 60, 0, 0)
+        # Its memory goes when the placement does not name it any more.
+        assert mapped() == 1
+        router.place(replace(pool.placement, id=PlacementId(1, 3)))
+        router.wait_ready(10.0)
+        assert_right(router.forward(KEY, *given), expected)
+        assert settles(lambda: mapped() == 0)
+
+
+def mapped() -> int:
+    """Slabs of other processes that are mapped here."""
+    gc.collect()
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sum("memfd:moesaic:m " in line and line.split()[1][1] == "-" for line in lines)
+
+
+def test_nothing_stays_open(folder: Path) -> None:
+    def descriptors() -> int:
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def once() -> None:
+        with serving(folder, lends=True) as pool:
+            router = borrowing(pool, "host-0", "host-1")
+            router.forward(KEY, *inputs(5))
+
+    once()
+    before = descriptors()
+    once()
+    assert settles(lambda: descriptors() == before)
+    assert mapped() == 0
+
+
+def test_layers_without_a_form_are_sent(folder: Path) -> None:
+    with serving(folder, lends=True) as pool:
+        router = borrowing(pool, "host-0", "host-1")
+        given = inputs(4)
+        other = LayerKey("m", 0)
+        del router._lent_experts._forms[other]  # pyright: ignore[reportIndexIssue]
+        assert_right(router.forward(other, *given), pool.answer(*given, layer=0))
+        assert router.stats().lent == 0
+        assert computed(pool) == 2
