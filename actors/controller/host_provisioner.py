@@ -60,6 +60,7 @@ class HostStarter:
                 policy=wanted.policy,
                 threads=threads,
                 transport=self._spec.network.transport,
+                lends=self._spec.lending_of(wanted) != "never",
             )
         )
 

@@ -36,6 +36,7 @@ class RayExpertHost:
         policy: HostPolicy,
         threads: int,
         transport: TransportChoice,
+        lends: bool = False,
     ) -> None:
         with recording_failure(namespace_of(cluster), "host", name):
             begin_process("host", name, cluster)
@@ -52,6 +53,7 @@ class RayExpertHost:
                 policy=policy,
                 threads=threads,
                 transport=transport,
+                lends=lends,
                 secret=secret_of(namespace_of(cluster)),
             )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...cluster.expert_keys import LayerKey
 from ...cluster.placement import HostEntry, Placement
+from ...kernels import fused
 from ...kernels.ffn import ExpertForm, ExpertWeights
 from ...kernels.slabs.layout import COPIES, Packing
 from ...kernels.slabs.slab import SlabReader
@@ -101,7 +102,8 @@ class LentExperts:
                 slab = self._slabs.get((entry.host, entry.incarnation, key.model))
                 if slab is None or key.layer not in slab.layout.layers:
                     continue
-                if expert >= slab.layout.layers[key.layer].experts:
+                shape = slab.layout.layers[key.layer]
+                if expert >= shape.experts or not (shape.fused is None or fused.available()):
                     continue
                 place = _find_slot(slab, key.layer, expert, versions.of(expert))
                 if place is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from ...cluster.placement import ModelRef, Placement
 from ...cluster.routing.policy import RouterPolicy
 from ...cluster.routing.transports import TransportChoice
 from ...cluster.spec.parts import EngineKind
+from ...kernels.ffn import ExpertForm
 from ...proto.errors import describe_error
 from ..engine.engine import EngineConfig
 from ..runtime.cluster_secret import secret_of
@@ -127,6 +128,7 @@ class TrunkConfig:
     transport: TransportChoice = "auto"
     engine: EngineConfig = field(default_factory=EngineConfig)
     engine_kind: EngineKind = "transformers"
+    lending: bool = False  # hosts of this machine may lend their experts' memory
     start_s: float = 120.0
 
 
@@ -134,12 +136,19 @@ class PoolLink:
     """A router and the `PlacementWatch` that feeds it; `close` ends both."""
 
     def __init__(
-        self, config: TrunkConfig, layers: Sequence[int], device: torch.device | None = None
+        self,
+        config: TrunkConfig,
+        layers: Sequence[int],
+        device: torch.device | None = None,
+        forms: Mapping[int, ExpertForm] | None = None,
     ) -> None:
         """Start the router, and wait until ``layers`` of the model are placed.
 
-        ``device`` is where the trunk's tensors are (None: as ``config`` says). Raises ClusterError.
+        ``device`` is where the trunk's tensors are (None: as ``config`` says). ``forms`` has the
+        arithmetic of layers that may be computed here with what hosts lend. Raises ClusterError.
         """
+        model = config.model.name
+        lent = {LayerKey(model, layer): form for layer, form in (forms or {}).items()}
         self.router = Router(
             name=config.name,
             node=ray.get_runtime_context().get_node_id(),
@@ -147,6 +156,7 @@ class PoolLink:
             transport=config.transport,
             device=device or pick_device(config.device),
             secret=secret_of(config.namespace),
+            forms=lent if config.lending else None,
         )
         self._watch: PlacementWatch | None = None
         # Before Ray ends with the process, whose handler was registered earlier and so runs later:
@@ -154,7 +164,7 @@ class PoolLink:
         atexit.register(self.close)
         try:
             self._watch = PlacementWatch(config.namespace, self.router)
-            wanted = [LayerKey(config.model.name, layer) for layer in layers]
+            wanted = [LayerKey(model, layer) for layer in layers]
             self.router.wait_ready(config.start_s, wanted)
             log.info(
                 "router %s of model %s is ready",

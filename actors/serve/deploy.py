@@ -77,6 +77,7 @@ def start_endpoint(
             threads=threads,
             policy=spec.timeouts.policy,
             transport=spec.network.transport,
+            lending=spec.lends,
             engine=_engine_config(spec),
             engine_kind=spec.trunk.engine,
             start_s=spec.timeouts.start_s,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...models.folder.tokenizer import read_tokenizer
 from ...models.trunk.config import read_config, torch_dtype
-from ...models.trunk.experts_layers import ExpertsLayer, experts_layers
+from ...models.trunk.experts_layers import ExpertsLayer, experts_layers, forms_anywhere
 from ...models.trunk.trunk import (
     connect_experts,
     disconnect_experts,
@@ -38,7 +38,8 @@ class PoolTrunk:
         self, config: TrunkConfig, model: PreTrainedModel, layers: list[ExpertsLayer]
     ) -> None:
         self.model = model
-        self._link = PoolLink(config, [layer.layer for layer in layers], model.device)
+        numbers, forms = [layer.layer for layer in layers], forms_anywhere(layers)
+        self._link = PoolLink(config, numbers, model.device, forms)
         self.router = self._link.router
         connect_experts(model, layers, lambda layer: self.router.experts(config.model.name, layer))
         for module in forward_modules(model):

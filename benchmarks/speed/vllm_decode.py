@@ -89,7 +89,9 @@ def pool(folder: Path, dtype: str) -> Iterator[Run]:
     from moesaic.models.trunk.trunk import meta_model
 
     class Link:
-        def __init__(self, config: TrunkConfig, layers: Sequence[int]) -> None:
+        def __init__(
+            self, config: TrunkConfig, layers: Sequence[int], *, forms: object = None
+        ) -> None:
             self.router = Router(name="benchmark", node=NODE, transport="shm")
             self.router.place(placement)
             self.router.wait_ready(60.0)

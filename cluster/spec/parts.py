@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from ..batching.batch_queue import MergePolicy
 from ..host.emulation import Emulation
 from ..routing.policy import RouterPolicy
+from ..routing.transports import TransportChoice
 from ..scaling.autoscaler import ScalePolicy
 from ..service.web_guard import is_host
 from .text import flowing
@@ -68,6 +69,45 @@ class EmulationSpec(Part):
 
     def emulation(self) -> Emulation:
         return Emulation(call_us=self.call_us, row_us=self.row_us, expert_us=self.expert_us)
+
+
+class NetworkSpec(Part):
+    """The network between the trunks, which call experts, and the hosts, which compute them."""
+
+    bind: Address = "127.0.0.1"
+    """Address on which each host listens for the trunks' connections. `127.0.0.1` (default): only
+    trunks on the same machine reach the host. `node`: the address of the machine on which the host
+    runs."""
+
+    transport: TransportChoice = "auto"
+    """How tensors travel between trunks and hosts. `auto`: shared memory on one machine, gRPC
+    between machines. `shm`, `grpc`: always shared memory, or always gRPC; `shm` works only on one
+    machine. `group`: torch.distributed (NCCL between GPUs, else gloo). `device`: CUDA IPC or NCCL
+    between two GPUs, else as `auto`."""
+
+    lending: Lending = "never"
+    """Whether trunks compute with the memory of hosts on their own machine instead of sending them
+    calls. `never`: every call is sent. `auto`: hosts on CPUs lend, if calls would go through shared
+    memory. `always`: as `auto`, and a host that cannot lend is an error."""
+
+    @model_validator(mode="after")
+    def _lends_over_shared_memory(self) -> NetworkSpec:
+        if self.lending == "always" and self.transport not in ("auto", "shm"):
+            raise ValueError(
+                f"lending: 'always' needs shared memory, and transport is {self.transport!r}; set "
+                "transport to 'auto' or 'shm', or lending to 'auto'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_need_an_address(self) -> NetworkSpec:
+        if self.transport == "group" and self.bind in ("0.0.0.0", "::", "[::]"):
+            raise ValueError(
+                f"transport: 'group' needs an address to connect to, and bind: {self.bind!r} "
+                "stands for all addresses; set bind to an address, or to 'node' for each machine's "
+                "own"
+            )
+        return self
 
 
 class Resources(Part):
@@ -205,6 +245,7 @@ class RouterSpec(Part):
 
 
 EngineKind = Literal["transformers", "vllm"]
+Lending = Literal["never", "auto", "always"]
 
 
 class TrunkSpec(Resources):

@@ -24,14 +24,14 @@ from ...proto.errors import SpecError
 from ..control.policy import ControlPolicy
 from ..host.residency import HostPolicy
 from ..planner.plan import FleetGroup, PlannerPolicy
-from ..routing.transports import TransportChoice
 from .parts import (
-    Address,
     AutoscaleSpec,
     Cost,
     EmulationSpec,
     EndpointSpec,
+    Lending,
     MonitoringSpec,
+    NetworkSpec,
     Part,
     Resources,
     RouterSpec,
@@ -72,31 +72,6 @@ class RaySpec(Part):
         if value in ("local", "auto") or (named and int(named[1]) <= 65_535):
             return value
         raise ValueError(f"{value!r} is neither 'local', 'auto' nor host:port")
-
-
-class NetworkSpec(Part):
-    """The network between the trunks, which call experts, and the hosts, which compute them."""
-
-    bind: Address = "127.0.0.1"
-    """Address on which each host listens for the trunks' connections. `127.0.0.1` (default): only
-    trunks on the same machine reach the host. `node`: the address of the machine on which the host
-    runs."""
-
-    transport: TransportChoice = "auto"
-    """How tensors travel between trunks and hosts. `auto`: shared memory on one machine, gRPC
-    between machines. `shm`, `grpc`: always shared memory, or always gRPC; `shm` works only on one
-    machine. `group`: torch.distributed (NCCL between GPUs, else gloo). `device`: CUDA IPC or NCCL
-    between two GPUs, else as `auto`."""
-
-    @model_validator(mode="after")
-    def _groups_need_an_address(self) -> NetworkSpec:
-        if self.transport == "group" and self.bind in ("0.0.0.0", "::", "[::]"):
-            raise ValueError(
-                f"transport: 'group' needs an address to connect to, and bind: {self.bind!r} "
-                "stands for all addresses; set bind to an address, or to 'node' for each machine's "
-                "own"
-            )
-        return self
 
 
 class ModelSpec(Part):
@@ -215,6 +190,11 @@ class HostGroup(Resources):
     max_queue_rows: int = Field(default=16_384, ge=1, le=1 << 24)
     """Largest number of rows (tokens) that may wait in a host's queue. The host refuses further
     calls. Routers send a refused call to another replica, or again later."""
+
+    lending: Lending | None = None
+    """Whether hosts of this group lend their experts' memory to trunks on their machine, as in
+    `network.lending`. Default `null`: as `network.lending` says. Hosts that emulate another device
+    never lend."""
 
     emulate: EmulationSpec | None = None
     """Another device that the hosts of this group imitate, for experiments: a batch takes as long
@@ -408,6 +388,15 @@ class Spec(Part):
         """Seconds that running answers and calls have when the cluster ends."""
         return (self.endpoint or EndpointSpec()).drain_s
 
+    def lending_of(self, group: HostGroup) -> Lending:
+        """Return whether hosts of a group lend: as it says, or else as `network.lending` says."""
+        return self.network.lending if group.lending is None else group.lending
+
+    @property
+    def lends(self) -> bool:
+        """Whether any host may lend to a trunk."""
+        return any(self.lending_of(group) != "never" for group in self.hosts)
+
     @model_validator(mode="after")
     def _consistent(self) -> Spec:
         self._check_names()
@@ -415,6 +404,12 @@ class Spec(Part):
             raise ValueError(
                 "hosts: the list is empty; give at least one host group, or leave out hosts"
             )
+        for number, group in enumerate(self.hosts):
+            if group.emulate is not None and self.lending_of(group) == "always":
+                raise ValueError(
+                    f"hosts.{number}.emulate: hosts that emulate another device never lend, and "
+                    "network.lending is 'always'; set hosts.lending to 'never' there"
+                )
         for model in self.models:
             if model.replicas > self.num_hosts:
                 raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,20 @@ class ExpertsLayer:
             activate=module._apply_gate if module.has_gate else module.act_fn,
             post_norm=module.post_expert_norm if self.has_post_norm else None,
         )
+
+
+def forms_anywhere(layers: Iterable[ExpertsLayer]) -> dict[int, ExpertForm]:
+    """Return the arithmetic of the layers that a process without their weights can compute.
+
+    What experts have in common must be their function alone: parameters of a norm are with hosts.
+    """
+    found = {}
+    for layer in layers:
+        own = {name for name, _ in expert_parameters(layer)}
+        others = {name for name, _ in layer.module.named_parameters()} - own
+        if not others and not list(layer.module.buffers()):
+            found[layer.layer] = layer.form()
+    return found
 
 
 def is_experts_module(module: nn.Module) -> bool:

@@ -491,6 +491,7 @@ class Cluster:
             name=f"sdk-{os.getpid()}-{secrets.token_hex(3)}",
             policy=spec.timeouts.policy,
             transport=spec.network.transport,
+            lending=spec.lends,
         )
 
 

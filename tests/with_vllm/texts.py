@@ -63,7 +63,9 @@ def pooled(folder: Path, tokens: int, hosts: int, *, compiled: bool) -> Texts:
     from tests.helpers.pool.pools import place
 
     class Link:
-        def __init__(self, config: TrunkConfig, layers: Sequence[int]) -> None:
+        def __init__(
+            self, config: TrunkConfig, layers: Sequence[int], *, forms: object = None
+        ) -> None:
             self.router = Router(name="test", node="here", transport="shm")
             self.router.place(placement)
             self.router.wait_ready(10.0)

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from ....models.folder.generation import generation_config
 from ....models.folder.tokenizer import read_tokenizer
 from ....models.trunk.config import read_config
-from ....models.trunk.experts_layers import experts_layers
+from ....models.trunk.experts_layers import experts_layers, forms_anywhere
 from ....models.trunk.trunk import is_unmodified, meta_model
 from ....proto.errors import (
     Busy,
@@ -73,7 +73,7 @@ class VllmEngine:
     def __init__(
         self,
         config: TrunkConfig,
-        connect: Callable[[TrunkConfig, Sequence[int]], PoolLink] = PoolLink,
+        connect: Callable[..., PoolLink] = PoolLink,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if config.model.path is None:
@@ -105,14 +105,15 @@ class VllmEngine:
                 f"engine: vllm does not serve models of type {meta.config.model_type!r}; use "
                 "transformers"
             )
-        layers = [layer.layer for layer in experts_layers(meta)]
+        layers = experts_layers(meta)
         os.environ.update(_ENVIRONMENT)
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         self._eos = end_of_text(read_config(path), generation_config(path), self._tokenizer)
         self.streams = Streams(self._eos)
         self._requests = Requests(self.streams)
-        self._link = self._connect(self._config, layers)
+        numbers, forms = [layer.layer for layer in layers], forms_anywhere(layers)
+        self._link = self._connect(self._config, numbers, forms=forms)
         router = self._link.router
         try:
             with in_pool(self._layer):

@@ -25,7 +25,7 @@ from moesaic.cluster.host.residency import HostPolicy
 from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.versions import WeightVersions
 from moesaic.proto.errors import BadExpert, CallError
-from tests.helpers.serving import (
+from tests.helpers.pool.serving import (
     EXPERTS,
     KEY,
     LAYER,
@@ -35,7 +35,7 @@ from tests.helpers.serving import (
     save_model,
     serving,
 )
-from tests.helpers.transports import process, settles
+from tests.helpers.pool.transports import process, settles
 
 
 @pytest.fixture(scope="module")

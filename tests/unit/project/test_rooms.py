@@ -55,8 +55,8 @@ actors/transport/grpc               proto cluster actors/transport
 actors/engine                       proto cluster/reports cluster/routing cluster/spec
                                     actors/text
 actors/engine/transformers_backend  proto cluster/routing actors/engine
-actors/router                       proto models/trunk cluster cluster/load cluster/routing
-                                    cluster/spec actors/runtime actors/transport
+actors/router                       proto kernels kernels/slabs models/trunk cluster cluster/load
+                                    cluster/routing cluster/spec actors/runtime actors/transport
                                     actors/transport/grpc actors/engine
 actors/engine/vllm_backend          proto models/folder models/trunk cluster/routing actors/text
                                     actors/engine actors/router

@@ -294,6 +294,15 @@ BAD: list[tuple[dict[Any, Any], str]] = [
         {"network": {"transport": "tcp"}},
         "network.transport: Input should be 'auto', 'shm', 'grpc', 'group' or 'device'",
     ),
+    (
+        {"network": {"lending": "always", "transport": "grpc"}},
+        "network: lending: 'always' needs shared memory, and transport is 'grpc'; set transport to",
+    ),
+    (
+        {"network": {"lending": "always"}, "hosts": [{"count": 1}, {"emulate": {"call_us": 1}}]},
+        "hosts.1.emulate: hosts that emulate another device never lend",
+    ),
+    ({"hosts": [{"lending": "sometimes"}]}, "hosts.0.lending: Input should be 'never', 'auto' or"),
     ({"trunk": {"engine": "sglang"}}, "trunk.engine: Input should be 'transformers'"),
     ({"trunk": {"cache_tokens": 1}}, "trunk.cache_tokens: Input should be greater than"),
     ({"trunk": {"threads": -1}}, "trunk.threads: Input should be greater than or equal to 1"),
@@ -445,3 +454,11 @@ def test_the_specs_that_come_with_the_project(file: Path) -> None:
 
 def test_there_is_a_spec_for_make_up() -> None:
     assert (ROOT / "deploy" / "local.yaml").is_file()
+
+
+def test_a_group_of_hosts_may_lend_otherwise_than_the_network_says() -> None:
+    spec = parse_spec({"hosts": [{}, {"lending": "auto"}, {"lending": "never"}]})
+    assert [spec.lending_of(group) for group in spec.hosts] == ["never", "auto", "never"]
+    assert spec.lends
+    assert not parse_spec({}).lends
+    assert parse_spec({"network": {"lending": "always"}}).lends

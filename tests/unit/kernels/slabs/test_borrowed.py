@@ -20,7 +20,7 @@ from moesaic.kernels.onednn import available
 from moesaic.kernels.slabs.borrowed import borrow
 from moesaic.kernels.slabs.layout import LayerLayout, SlabLayout, SlotTensor
 from moesaic.kernels.slabs.slab import Slab, layer_layout
-from tests.helpers.forms import KINDS, random_experts
+from tests.helpers.models.forms import KINDS, random_experts
 
 KIND = KINDS["gated-bias"]
 

@@ -1,0 +1,48 @@
+"""A cluster whose hosts lend their experts to the trunk: texts, kills, updates."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from moesaic import Client
+from tests.helpers.models.tiny import tiny_mixtral, tiny_tokenizer
+from tests.helpers.processes.live import (
+    ON_RAY,
+    TEXT,
+    processes_of,
+    running,
+    text_in_background,
+    text_of,
+    wait_replaced,
+)
+
+pytestmark = ON_RAY
+
+TOKENS = 400
+
+
+def test_texts_are_those_of_calls_that_are_sent(tmp_path: Path) -> None:
+    model = tiny_mixtral()
+    model.save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    prompt = tokenizer(TEXT, return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)
+    wanted = tokenizer.decode(ids[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
+    served = {"name": "m", "path": str(tmp_path), "replicas": 2, "dtype": "float32"}
+    with (
+        running("lend", tmp_path, models=[served], network={"lending": "always"}) as cluster,
+        Client(cluster.url or "") as client,
+    ):
+        assert text_of(client, "m", TOKENS) == wanted
+        before = processes_of(cluster)
+        with text_in_background(client, "m", TOKENS) as result:
+            os.kill(before["host-0"].pid, signal.SIGKILL)
+            assert result() == wanted
+        wait_replaced(cluster, "host-0", before["host-0"].pid)
+        assert text_of(client, "m", TOKENS) == wanted
+        # Nearly nothing was sent: calls of the first moments, before hosts had lent.
+        after = processes_of(cluster)
+        assert sum(process.rows for process in after.values()) < TOKENS
