@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from moesaic import Client
 from tests.helpers.models.tiny import tiny_mixtral, tiny_tokenizer
@@ -24,7 +25,7 @@ TOKENS = 400
 
 
 def test_texts_are_those_of_calls_that_are_sent(tmp_path: Path) -> None:
-    model = tiny_mixtral()
+    model: Any = tiny_mixtral()
     model.save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
