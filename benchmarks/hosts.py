@@ -1,6 +1,6 @@
 """Expert hosts as processes of their own, without Ray, for benchmarks.
 
-python -m benchmarks.hosts NAME THREADS DEVICE      (started by `host_processes`)
+python -m benchmarks.hosts NAME THREADS DEVICE lends|keeps      (started by `host_processes`)
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class HostProcess:
 
 @contextmanager
 def host_processes(
-    count: int, *, threads: int | None = None, device: str = "cpu"
+    count: int, *, threads: int | None = None, device: str = "cpu", lends: bool = False
 ) -> Iterator[list[HostProcess]]:
     """``count`` hosts that share the machine's cores out evenly."""
     share = threads or max(1, (os.cpu_count() or 1) // count)
@@ -63,9 +63,10 @@ def host_processes(
     }
     with ExitStack() as stack:
         started = []
+        command = [sys.executable, "-m", "benchmarks.hosts"]
         for index in range(count):
             process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.hosts", f"host-{index}", str(share), device],
+                [*command, f"host-{index}", str(share), device, "lends" if lends else "keeps"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -102,9 +103,15 @@ def place(
     return Placement(id=PlacementId(1, 1), hosts=entries, layers=layers)
 
 
-def main(name: str, threads: int, device: str) -> None:
-    secret = ClusterSecret(bytes.fromhex(os.environ[_SECRET]))
-    host = ExpertHost(name, node=NODE, threads=threads, device=device, secret=secret)
+def main(name: str, threads: int, device: str, lending: str) -> None:
+    host = ExpertHost(
+        name,
+        node=NODE,
+        threads=threads,
+        device=device,
+        secret=ClusterSecret(bytes.fromhex(os.environ[_SECRET])),
+        lends=lending == "lends",
+    )
     try:
         print(json.dumps(dataclasses.asdict(host.entry())), flush=True)
         for line in sys.stdin:
@@ -124,4 +131,4 @@ def main(name: str, threads: int, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])

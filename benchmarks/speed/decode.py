@@ -3,7 +3,8 @@
     python -m benchmarks.speed.decode [--json PATH] [--dtype bfloat16]
 
 Every contender is the same continuous-batching engine in this process; `plain` has all weights,
-the others have their experts in 1, 2 or 4 host processes. Prompts of 32 tokens, greedy.
+the others have their experts in 1, 2 or 4 host processes. `lent` computes with the same hosts'
+memory itself (`network.lending`). Prompts of 32 tokens, greedy.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from benchmarks.streams import prompts_of
 from moesaic.actors.engine.engine import EngineConfig, Sampling
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.router.router import Router
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.placement import ModelRef
 from moesaic.models.trunk.config import read_config
-from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.experts_layers import experts_layers, forms_anywhere
 from moesaic.models.trunk.trunk import connect_experts, load_trunk, meta_model
 from moesaic.models.upcycling.demo import demo_model
 
@@ -63,6 +65,7 @@ async def tokens_per_s(
 async def run(dtype: torch.dtype, rounds: int) -> list[Comparison]:
     folder = demo_model()
     layers = experts_layers(meta_model(read_config(folder)))
+    forms = {LayerKey("demo", la): form for la, form in forms_anywhere(layers).items()}
     ref = ModelRef(name="demo", dtype=str(dtype).removeprefix("torch."), path=str(folder))
     prompts = prompts_of(folder)
     engines: dict[str, TransformersEngine] = {}
@@ -71,14 +74,16 @@ async def run(dtype: torch.dtype, rounds: int) -> list[Comparison]:
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         engines["plain"] = TransformersEngine(plain, config=CONFIG)
         for count in HOSTS:
-            hosts = cleanup.enter_context(host_processes(count))
-            router = Router(name=f"bench-{count}", node=NODE)
-            cleanup.callback(router.close)
-            router.place(place(hosts, ref, {la.layer: la.num_experts for la in layers}))
-            router.wait_ready(30.0)
-            trunk = load_trunk(folder, dtype=dtype, device=torch.device("cpu"))
-            connect_experts(trunk, layers, lambda la, r=router: r.experts("demo", la))
-            engines[f"{count} hosts"] = TransformersEngine(trunk, config=CONFIG)
+            hosts = cleanup.enter_context(host_processes(count, lends=True))
+            placement = place(hosts, ref, {la.layer: la.num_experts for la in layers})
+            for name, lent in ((f"{count} hosts", False), (f"{count} hosts, lent", True)):
+                router = Router(name=name, node=NODE, forms=forms if lent else None)
+                cleanup.callback(router.close)
+                router.place(placement)
+                router.wait_ready(30.0)
+                trunk = load_trunk(folder, dtype=dtype, device=torch.device("cpu"))
+                connect_experts(trunk, layers, lambda la, r=router: r.experts("demo", la))
+                engines[name] = TransformersEngine(trunk, config=CONFIG)
         for engine in engines.values():
             engine.start()
             cleanup.callback(engine.close)
