@@ -257,7 +257,8 @@ class HostConnections:
                     )
                     return Refused(host, reply.seq, Corrupted.__name__, message)
                 self._replies[host, reply.seq] = inbound
-                return Replied(host, reply.seq)
+                others = tuple((one.expert, one.version) for one in reply.other_versions)
+                return Replied(host, reply.seq, (reply.version, others))
             case "refusal":
                 refusal = frame.refusal
                 return Refused(host, refusal.seq, refusal.code, refusal.message)

@@ -219,9 +219,13 @@ class Dispatcher:
                 self._orphan(host)
             case Ponged(_, number):
                 commands += health.ponged(number)
-            case Replied(_, seq):
+            case Replied(host, seq, versions):
                 health.heard(seq)
-                commands += self._accept(seq, now)
+                if versions is None or self._asked_for(seq, versions):
+                    commands += self._accept(seq, now)
+                else:
+                    why = "it used other versions of weights than the call names"
+                    commands += self._refused(Refused(host, seq, "Corrupted", why), health, now)
             case Refused(_, seq, _, _):
                 health.heard(seq)
                 commands += self._refused(event, health, now)
@@ -302,9 +306,20 @@ class Dispatcher:
             self.hosts[flight.send.host].in_time()
         return commands + [self._cancel(send, now) for send in call.end(seq)]
 
+    def _asked_for(self, seq: int, versions: tuple[int, tuple[tuple[int, int], ...]]) -> bool:
+        """Return whether a send named these versions; one that nobody waits for may have any."""
+        call = self.call_of(seq)
+        if call is None:
+            return True
+        flight = call.in_flight.get(seq)
+        send = call.given_up[seq] if flight is None else flight.send
+        return versions == (send.version, send.other_versions)
+
     def _refused(self, event: Refused, health: HostHealth, now: float) -> list[RouterCommand]:
         call = self.call_of(event.seq)
         if call is None or event.seq not in call.in_flight:
+            if call is not None:
+                call.given_up.pop(event.seq, None)
             return []
         flight = call.in_flight[event.seq]
         if event.code not in _RETRYABLE:

@@ -32,10 +32,15 @@ class HostDown:
 
 @dataclass(frozen=True, slots=True)
 class Replied:
-    """A host answered a call; the shell keeps the values until it is told to accept them."""
+    """A host answered a call; the shell keeps the values until it is told to accept them.
+
+    ``versions`` are those of the weights that it used: of most experts, and (expert, version) of
+    the others. None: the transport does not say.
+    """
 
     host: str
     seq: int
+    versions: tuple[int, tuple[tuple[int, int], ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey
 from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing.dispatch import Dispatcher
-from moesaic.cluster.routing.events import HostUp, Replied, RouterCommand, Send
+from moesaic.cluster.routing.events import Accept, HostUp, Replied, RouterCommand, Send
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.versions import WeightVersions
 
@@ -122,3 +122,36 @@ def test_a_host_that_is_replaced_within_a_pass_has_lost_the_version_before() -> 
     newer = placement(2, l1=2)
     dispatcher.place(replace(newer, hosts={**newer.hosts, "a": entry("a", 2)}), 0.0)
     assert sends(dispatcher.begin(SECOND, IDS, max_rows=8, now=0.0)[1]) == []
+
+
+# ---- answers ------------------------------------------------------------------------------------
+
+
+def test_an_answer_with_other_versions_than_asked_for_is_refused_and_sent_again() -> None:
+    dispatcher = following(placement(1, l0=2))
+    state, begun = dispatcher.begin(FIRST, IDS, max_rows=8, now=0.0)
+    (send,) = sends(begun)
+    assert (send.version, send.other_versions) == (1, ((0, 2),))
+    for wrong in ((1, ()), (2, ((0, 2),)), (1, ((0, 3),)), (1, ((1, 2),))):
+        commands = dispatcher.handle(Replied("a", send.seq, wrong), 1.0)
+        assert not any(isinstance(command, Accept) for command in commands)
+        assert state.outcome is None
+        dispatcher.tick(2.0)  # the retry budget lets it go again
+        send = next(flight.send for flight in state.in_flight.values())
+    commands = dispatcher.handle(Replied("a", send.seq, (1, ((0, 2),))), 2.0)
+    assert [c.send.seq for c in commands if isinstance(c, Accept)] == [send.seq]
+    assert state.outcome is not None and state.outcome.ok
+
+
+def test_a_late_answer_with_other_versions_is_dropped() -> None:
+    dispatcher = following(placement(1))
+    state, begun = dispatcher.begin(FIRST, IDS, max_rows=8, now=0.0)
+    (send,) = sends(begun)
+    dispatcher.tick(dispatcher.policy.attempt_s)
+    assert send.seq in state.given_up
+    assert not any(
+        isinstance(command, Accept)
+        for command in dispatcher.handle(Replied("a", send.seq, (7, ())), 5.0, more=True)
+    )
+    assert send.seq not in state.given_up
+    assert state.outcome is None
