@@ -65,6 +65,7 @@ class SlabMemory:
         self._lock = threading.Lock()
         self._writing = threading.Lock()  # slots are written by one thread at a time
         self._slab: Slab | None = None
+        self._closed = False
         self._forms: dict[int, ExpertForm] = {}
         # {layer: {version: {expert: its weights}}}
         self._experts: dict[int, dict[int, dict[int, ExpertWeights]]] = {}
@@ -83,6 +84,8 @@ class SlabMemory:
         key, version = given
         packed = _in_layout(form, weights)
         with self._writing:
+            if self._closed:
+                raise NotHere(f"{given}: another model has taken the place of its own")
             kept = self._write(given, packed)
         with self._lock:
             self._forms[key.layer] = form
@@ -132,6 +135,7 @@ class SlabMemory:
     def close(self) -> None:
         """Let the memory go with the last expert that still lies in it."""
         with self._writing, self._lock:
+            self._closed = True
             self._experts.clear()
             if self._slab is not None:
                 # Another model may come under this one's name, with the same versions.
@@ -197,8 +201,14 @@ class SlotMemory:
         with self._writing:
             if given in self._held:
                 # The controller's load and a trunk's put may bring the same expert at the same
-                # time, and the first of them may be served by now. They are the same by grant.
-                return
+                # time, and the first of them may be served by now.
+                there = self._slab.read(key.layer, key.expert, version)
+                given_tensors = weights.tensors()
+                if all(torch.equal(t.cpu(), given_tensors[name]) for name, t in there.items()):
+                    return
+                # What an interrupted load left here was never served.
+                self._slab.free(key.layer, key.expert, version)
+                self._held.discard(given)
             there = self._slab.versions(key.layer, key.expert)
             if len(there) >= COPIES:
                 raise _no_room(given, there)

@@ -76,7 +76,7 @@ class HostLoop:
         self._stopping = False
         self._refused = 0
         self._device = Device(residency.policy.emulate, clock)
-        self._lender = Lender(store) if lends else None
+        self._lender = Lender(store, clock) if lends else None
         self._thread = threading.Thread(target=self._run, name=f"host-{name}", daemon=True)
 
     def start(self) -> None:
@@ -132,7 +132,14 @@ class HostLoop:
 
     def emulate(self, emulation: Emulation | None) -> None:
         """Emulate the speed of another device from the next batch on; None: stop emulating."""
-        self.call(lambda: self._device.emulate(emulation))
+
+        def change() -> None:
+            self._device.emulate(emulation)
+            # Who computes with this host's memory does not take the emulated device's time.
+            for session, lost in self._lender.pause(emulation is not None) if self._lender else ():
+                self._drop(session, lost)
+
+        self.call(change)
 
     def close(self, timeout_s: float = 10.0) -> None:
         self._stopping = True

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...kernels import ffn
 from ...kernels.ffn import ExpertForm, ExpertWeights
 from ...kernels.grouped.slots import LayerSlots, StepFlags
+from ...proto.errors import NotHere
 
 
 class LayerArithmetic(Protocol):
@@ -72,8 +73,14 @@ class DeviceLayer:
             grouped.grouped_ffn(self.slots, x_TH, ids_TK, weights_TK, out, self._flags)
 
     def bad_experts(self, x_TH: Tensor, ids_TK: Tensor, out: Tensor) -> list[int]:
-        """Search for the experts only if the kernel met a sum that is not finite."""
-        if not self._flags.infinite:
+        """Search for the experts only if the kernel met a sum that is not finite.
+
+        Raises NotHere if an expert was not there.
+        """
+        missing, infinite = self._flags.both.tolist()
+        if missing:
+            raise NotHere("an expert of this call left the device while the call waited")
+        if not infinite:
             return []
         form, experts = self._loose(ids_TK)
         return ffn.bad_experts(form, experts, x_TH, ids_TK.cpu(), out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 
 from ...proto.errors import HostLost
 from ..transport.base import Session
@@ -10,22 +12,45 @@ from ..transport.shm import ShmSession
 from .expert_memory import ExpertMemory
 from .weight_store import ExpertStore
 
+log = logging.getLogger(__name__)
+
+# After an error of this process or machine, such as no free descriptors.
+_RETRY_S = 5.0
+
 
 class Lender:
     """Which routers borrow, and what each of them was lent; used by the host's loop alone."""
 
-    def __init__(self, store: ExpertStore) -> None:
+    def __init__(self, store: ExpertStore, clock: Callable[[], float]) -> None:
         self._store = store
+        self._clock = clock
+        self._paused = False
+        self._retry_at = clock()
         self._lent: dict[ShmSession, set[ExpertMemory]] = {}
 
     def add(self, session: Session) -> None:
         """Lend to this router from now on, if its transport can carry descriptors."""
         if isinstance(session, ShmSession):
-            self._lent[session] = set()
+            self._lent.setdefault(session, set())
 
     def gone(self, session: Session) -> None:
         if isinstance(session, ShmSession):
             self._lent.pop(session, None)
+
+    def pause(self, paused: bool) -> list[tuple[Session, HostLost]]:
+        """Take back everything, and lend nothing until the pause ends; return lost routers."""
+        lost: list[tuple[Session, HostLost]] = []
+        self._paused = paused
+        for session, lent in list(self._lent.items()) if paused else ():
+            try:
+                for model, memory in self._store.memories():
+                    if memory in lent:
+                        session.take_back(model)
+                lent.clear()
+            except HostLost as error:
+                del self._lent[session]
+                lost.append((session, error))
+        return lost
 
     def lend(self) -> list[tuple[Session, HostLost]]:
         """Lend what is new, and return the routers that were lost by it.
@@ -33,9 +58,17 @@ class Lender:
         A model's memory comes with its first expert; a router may have asked long before.
         """
         lost: list[tuple[Session, HostLost]] = []
-        for model, memory in self._store.memories() if self._lent else ():
+        if self._paused or not self._lent or self._clock() < self._retry_at:
+            return lost
+        for model, memory in self._store.memories():
             for session in [one for one, lent in self._lent.items() if memory not in lent]:
-                descriptor = memory.lend()
+                try:
+                    descriptor = memory.lend()
+                except OSError as error:
+                    # Routers go on sending their calls.
+                    self._retry_at = self._clock() + _RETRY_S
+                    log.warning("%s cannot be lent at the moment: %s", model, error)
+                    return lost
                 if descriptor is None:
                     break
                 try:

@@ -46,11 +46,12 @@ class HostConnections:
         device: torch.device,
         secret: ClusterSecret,
         clock: Callable[[], float] = time.monotonic,
-        on_lend: Callable[[HostEntry, str, SlabReader], None] | None = None,
+        on_lend: Callable[[HostEntry, str, SlabReader | None], None] | None = None,
     ) -> None:
         """Check that this process can use ``transport``. Raises ClusterError if it cannot.
 
-        ``on_lend`` gets a model's experts that a host lends (None: hosts are not asked to lend).
+        ``on_lend`` gets a model's experts that a host lends, or None when it takes them back.
+        Without it hosts are not asked to lend.
         """
         if transport == "group" and not backends():
             raise ClusterError(
@@ -279,7 +280,7 @@ class HostConnections:
                     },
                 )
                 return HostUp(host, frame.welcome.incarnation)
-            case "lend" if inbound.descriptor is not None and self._on_lend is not None:
+            case "lend" if self._on_lend is not None:
                 self._borrow(host, frame.lend.model, inbound.descriptor)
                 return None
             case kind:
@@ -294,10 +295,14 @@ class HostConnections:
                 )
                 return None
 
-    def _borrow(self, host: str, model: str, descriptor: int) -> None:
+    def _borrow(self, host: str, model: str, descriptor: int | None) -> None:
         assert self._on_lend is not None
         entry, _ = self._used[host]
         about = {"router": self._router, "host": host, "model": model}
+        if descriptor is None:
+            log.info("router %s: host %s takes %s back", self._router, host, model, extra=about)
+            self._on_lend(entry, model, None)
+            return
         try:
             slab = borrow(descriptor)
         except ValueError as error:

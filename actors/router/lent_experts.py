@@ -8,6 +8,7 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -23,6 +24,8 @@ from ...kernels.slabs.slab import SlabReader
 from .layer_tensors import LayerTensors
 from .lent_part import LayerReach, LentPart, Slots
 
+log = logging.getLogger(__name__)
+
 
 class LentExperts:
     """What hosts have lent to one router; used under the router's lock."""
@@ -33,10 +36,21 @@ class LentExperts:
         self._slabs: dict[tuple[str, int, str], SlabReader] = {}  # (host, incarnation, model)
         self._placement: Placement | None = None
         self._reach: dict[LayerKey, LayerReach | None] = {}
+        self._found_for: dict[LayerKey, object] = {}  # what of the placement it depends on
+        self._check: set[LayerKey] = set()  # found under an earlier placement
 
-    def take_slab(self, entry: HostEntry, model: str, slab: SlabReader) -> None:
-        """Take a slab that a host lends; one of this model that it lent before is forgotten."""
-        self._slabs[entry.host, entry.incarnation, model] = slab
+    def take_slab(self, entry: HostEntry, model: str, slab: SlabReader | None) -> None:
+        """Take a slab that a host lends, or forget what it takes back.
+
+        One of this model that it lent before is forgotten, too.
+        """
+        self._slabs.pop((entry.host, entry.incarnation, model), None)
+        if slab is not None:
+            self._slabs[entry.host, entry.incarnation, model] = slab
+        self._reach.clear()
+
+    def clear(self) -> None:
+        self._slabs.clear()
         self._reach.clear()
 
     @property
@@ -50,11 +64,23 @@ class LentExperts:
             return None
         if placement is not self._placement:
             self._placement = placement
-            self._reach.clear()
-            self._forget_hosts(placement)
+            self._check.update(self._reach)
+        if key in self._check:
+            self._check.discard(key)
+            if self._reach[key] is None or self._names(key, placement) != self._found_for[key]:
+                del self._reach[key]
         if key not in self._reach:
+            self._found_for[key] = self._names(key, placement)
             self._reach[key] = self._find(key, placement)
         return self._reach[key]
+
+    def _names(self, key: LayerKey, placement: Placement) -> object:
+        """Return what the reach of a layer depends on, besides slots: not on shares of the load."""
+        layer = placement.layers.get(key)
+        hosts = () if layer is None else tuple(tuple(r.host for r in at) for at in layer.replicas)
+        used = {host for at in hosts for host in at} & placement.hosts.keys()
+        incarnations = {host: placement.hosts[host].incarnation for host in used}
+        return hosts, incarnations, placement.versions.layer(key)
 
     def take(
         self, tensors: LayerTensors, placement: Placement | None, x_TH: Tensor
@@ -81,13 +107,24 @@ class LentExperts:
         """Look again at what is within reach: a slot of the layer has changed."""
         self._reach.pop(key, None)
 
-    def _forget_hosts(self, placement: Placement) -> None:
+    def forget_hosts(self, placement: Placement) -> None:
         """Let the memory of hosts go that the placement does not name any more."""
         placed = {(entry.host, entry.incarnation) for entry in placement.hosts.values()}
-        for gone in [one for one in self._slabs if one[:2] not in placed]:
-            del self._slabs[gone]
+        gone = [one for one in self._slabs if one[:2] not in placed]
+        for one in gone:
+            del self._slabs[one]
+        if gone:
+            self._reach.clear()
 
     def _find(self, key: LayerKey, placement: Placement) -> LayerReach | None:
+        try:
+            return self._search(key, placement)
+        except (RuntimeError, LookupError, ValueError, TypeError) as error:
+            # Hosts compute what cannot be computed here.
+            log.exception("%s: what was lent of it cannot be used: %s", key, error)
+            return None
+
+    def _search(self, key: LayerKey, placement: Placement) -> LayerReach | None:
         form, layer = self._forms.get(key), placement.layers.get(key)
         if form is None or layer is None:
             return None
@@ -131,6 +168,6 @@ def _find_slot(slab: SlabReader, layer: int, expert: int, version: int) -> tuple
 
 def _shape(slab: SlabReader, layer: int, form: ExpertForm) -> tuple[int, torch.dtype]:
     """Return the hidden size and dtype of a layer's rows."""
-    up = next(tensor for tensor in slab.layout.layers[layer].tensors if tensor.name == "up")
+    (up,) = (tensor for tensor in slab.layout.layers[layer].tensors if tensor.name == "up")
     plain = up.packing is Packing.PLAIN
     return up.shape[0 if form.transposed and plain else 1], up.dtype

@@ -91,11 +91,13 @@ class LentPart:
         """Compute, and return whether the result may be used: no slot changed meanwhile."""
         reach, x_TH = self.reach, self.x_TH
         shape = (*self.ids_TK.shape, x_TH.shape[1]) if self.exact else x_TH.shape
-        out = torch.empty(shape)
+        out = torch.empty(shape, dtype=torch.float32, device="cpu")
         if not reach.unchanged():
             return False
         run = ffn.exact_rows if self.exact else ffn.loop_kernel
-        run(reach.form, reach.experts, x_TH, self.ids_TK, self.weights_TK, out)
+        # Whatever the model around it says: hosts know nothing of its contexts.
+        with torch.autocast("cpu", enabled=False):
+            run(reach.form, reach.experts, x_TH, self.ids_TK, self.weights_TK, out)
         bad = ffn.bad_experts(reach.form, reach.experts, x_TH, self.ids_TK, out)
         if not reach.unchanged():
             return False

@@ -48,7 +48,7 @@ from ...proto.keys import ClusterSecret, secret_of_process
 from .call_log import CallLog
 from .connections import HostConnections
 from .layer_tensors import LayerTensors, check_tensors
-from .lent_experts import LentExperts, LentPart
+from .lent_experts import LentExperts
 from .pool_call import PoolCall, RunningCall
 from .router_stats import RouterStats
 from .row_attribution import RowAttribution
@@ -56,6 +56,7 @@ from .upkeep import Upkeep
 
 # Limits the damage if a wake-up is ever missed.
 LONGEST_WAIT_S = 5.0
+_LISTEN_S = 0.02
 _CPU = torch.device("cpu")
 
 
@@ -103,12 +104,13 @@ class Router:
             device=device,
             secret=secret or secret_of_process(),
             clock=clock,
-            on_lend=None if forms is None else self._lent_experts.take_slab,
+            on_lend=self._lent_experts.take_slab if forms and device.type == "cpu" else None,
         )
         self._running: dict[int, RunningCall] = {}  # whose result was not taken, by their numbers
         self._calls = self._rows = self._lent = 0
         # Never held while a thread waits for events.
         self._lock = threading.RLock()
+        self._listen_at = clock()  # when to look for events without waiting for an answer
         # A thread waits for events now; the others wait until it has handled some.
         self._polling = False
         self._heard = threading.Condition(self._lock)
@@ -124,6 +126,7 @@ class Router:
             if self._closed:
                 return
             self._execute(self._dispatcher.place(placement, self._clock()))
+            self._lent_experts.forget_hosts(placement)
             self._tell_others()
 
     def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
@@ -195,6 +198,7 @@ class Router:
             self._connections.ring()
             self._heard.wait_for(lambda: not self._polling, LONGEST_WAIT_S)
             self._connections.close()
+            self._lent_experts.clear()
             self._heard.notify_all()
 
     # ---- computing ------------------------------------------------------------------------------
@@ -237,11 +241,12 @@ class Router:
         ids_TK: Tensor,
         weights_TK: Tensor,
         *,
-        lend: bool = True,
+        again: bool = False,
     ) -> PoolCall:
         """Send one layer's call to the hosts, and return it at once.
 
-        What hosts have lent is computed here, in `PoolCall.combine`, unless ``lend`` is false.
+        What hosts have lent is computed here, in `PoolCall.combine`. ``again``: a call that counted
+        already is sent as a whole, because what was lent has changed.
 
         Its result is the weighted sum of the chosen experts: (T, H) in x's dtype and on its device.
         A choice outside [0, experts) is skipped. Each call must be combined or cancelled; its
@@ -254,8 +259,8 @@ class Router:
             self.stirred.set()
         with self._lock:
             self._check_open()
-            if self._running and not self._polling:
-                # What has arrived meanwhile is not late.
+            if not self._polling and (self._running or self._clock() >= self._listen_at):
+                # What has arrived meanwhile is not late, and calls that are lent wait for nothing.
                 self._hear(self._connections.wait(0.0))
             placement, dead = self._dispatcher.placement, self.batch.dead
             tensors = LayerTensors(
@@ -266,11 +271,9 @@ class Router:
             if options is not None and options.experts_T is not None:
                 tensors.keep_top_experts(options.experts_T)
             began = self._clock()
-            self._calls += 1
-            self._rows += tensors.tokens
-            lent = self._lent_experts.take(tensors, placement, x_TH) if lend else None
-            if lent is not None:
-                self._dispatcher.meter.count(key, lent.flat_ids, lent.reach.count)
+            self._calls += not again
+            self._rows += 0 if again else tensors.tokens
+            lent = None if again else self._lent_experts.take(tensors, placement, x_TH)
             if lent is not None and (tensors.ids_TK < 0).all():
                 return PoolCall(self, RunningCall(None, tensors, options, began, lent), x_TH)
             state, begun = self._dispatcher.begin(
@@ -292,25 +295,38 @@ class Router:
 
     def combine(self, call: RunningCall, x_TH: Tensor) -> Tensor:
         """Wait for a call, and return its result (see `PoolCall.combine`)."""
-        tensors = call.tensors
-        if call.lent is not None and not self._compute_lent(call, call.lent):
-            ids_TK, weights_TK = call.lent.all_ids_TK, call.lent.weights_TK
-            return self.dispatch(tensors.key, x_TH, ids_TK, weights_TK, lend=False).combine()
-        with self._lock:
-            try:
-                self._check_open()
-                if call.state is not None:
-                    self._wait_for(call, call.state)
-                out_TH = tensors.combine()
-                if (took_s := self._clock() - call.began) > self.policy.attempt_s:
-                    self._log.slow(tensors, took_s)
-                if tensors.bad_rows:
-                    self.batch.report_bad(tensors)
-            finally:
+        tensors, lent = call.tensors, call.lent
+        try:
+            sound = lent is None or lent.compute()
+            with self._lock:
+                if sound:
+                    return self._finish(call, x_TH)
+                self._lent_experts.changed(tensors.key)
+        finally:
+            with self._lock:
                 self._over(call)
-            if self.batch.dead:
-                out_TH[[row for row in self.batch.dead if row < tensors.tokens]] = 0.0
-            return out_TH.to(device=x_TH.device, dtype=x_TH.dtype)
+        assert lent is not None
+        given = tensors.key, x_TH, lent.all_ids_TK, lent.weights_TK
+        return self.dispatch(*given, again=True).combine()
+
+    def _finish(self, call: RunningCall, x_TH: Tensor) -> Tensor:
+        """Wait for what was sent, and add everything up."""
+        tensors, lent = call.tensors, call.lent
+        if lent is not None:
+            self._lent += lent.assignments
+            self._dispatcher.meter.count(tensors.key, lent.flat_ids, lent.reach.count)
+            tensors.accept_lent(lent)
+        self._check_open()
+        if call.state is not None:
+            self._wait_for(call, call.state)
+        out_TH = tensors.combine()
+        if (took_s := self._clock() - call.began) > self.policy.attempt_s:
+            self._log.slow(tensors, took_s)
+        if tensors.bad_rows:
+            self.batch.report_bad(tensors)
+        if self.batch.dead:
+            out_TH[[row for row in self.batch.dead if row < tensors.tokens]] = 0.0
+        return out_TH.to(device=x_TH.device, dtype=x_TH.dtype)
 
     def _wait_for(self, call: RunningCall, state: LayerCall) -> None:
         """Wait until what was sent is answered, or lost."""
@@ -321,21 +337,6 @@ class Router:
             raise call.error
         assert state.outcome is not None
         self.batch.settle(call.tensors, call.options, state.outcome, self.policy.deadline_s)
-
-    def _compute_lent(self, call: RunningCall, lent: LentPart) -> bool:
-        """Compute a call's lent part; end the call and return False if a slot changed meanwhile."""
-        sound = False
-        try:
-            sound = lent.compute()
-        finally:
-            if not sound:
-                with self._lock:
-                    self._lent_experts.changed(call.tensors.key)
-                    self._over(call)
-        if sound:
-            self._lent += lent.assignments
-            call.tensors.accept_lent(lent)
-        return sound
 
     def cancel(self, call: RunningCall) -> None:
         """End a call without a result."""
@@ -472,6 +473,7 @@ class Router:
 
     def _hear(self, ready: Sequence[int]) -> None:
         """Handle what has arrived, and then what is due."""
+        self._listen_at = self._clock() + _LISTEN_S
         with self._all_or_nothing():
             for event in self._connections.events(ready):
                 if isinstance(event, Refused) and self._log.on:

@@ -253,6 +253,10 @@ class ShmSession:
         """Lend a slab, by a descriptor that stays the caller's. Raises HostLost."""
         self._sock.send(Frame(lend={"model": model}), descriptor)
 
+    def take_back(self, model: str) -> None:
+        """Let the router compute with a model's slab no longer. Raises HostLost."""
+        self._sock.send(Frame(lend={"model": model}))
+
     def close(self) -> None:
         self._sock.close()
         if self._memory is not None:

@@ -405,11 +405,8 @@ class Spec(Part):
                 "hosts: the list is empty; give at least one host group, or leave out hosts"
             )
         for number, group in enumerate(self.hosts):
-            if group.emulate is not None and self.lending_of(group) == "always":
-                raise ValueError(
-                    f"hosts.{number}.emulate: hosts that emulate another device never lend, and "
-                    "network.lending is 'always'; set hosts.lending to 'never' there"
-                )
+            if self.lending_of(group) == "always":
+                self._check_lending(number, group)
         for model in self.models:
             if model.replicas > self.num_hosts:
                 raise ValueError(
@@ -418,6 +415,18 @@ class Spec(Part):
                     "raise hosts.0.count"
                 )
         return self
+
+    def _check_lending(self, number: int, group: HostGroup) -> None:
+        """Check that hosts of a group can lend, as the spec says that they always do."""
+        if group.emulate is not None:
+            why = "hosts that emulate another device never lend"
+        elif group.device.startswith("cuda"):
+            why = f"hosts on {group.device} have nothing that a trunk could map"
+        elif self.network.transport not in ("auto", "shm"):
+            why = f"it needs shared memory, and network.transport is {self.network.transport!r}"
+        else:
+            return
+        raise ValueError(f"hosts.{number}.lending: 'always' is not possible: {why}; use 'auto'")
 
     def _check_names(self) -> None:
         """Check that no two models share a name or an alias."""

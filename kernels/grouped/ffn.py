@@ -69,7 +69,8 @@ def exact_rows(
     call = TiledCall(slots, ids_TK.contiguous(), flags, config)
     y_TKH = call.rows(x_TH).view(out_TKH.shape)
     torch.mul(y_TKH.float(), weights_TK[..., None], out=out_TKH)
-    slot_TK = slots.table_LE[slots.layer.long()][ids_TK.long().clamp_(min=0)]
+    table_E = slots.table_LE.index_select(0, slots.layer.view(1)).view(-1)
+    slot_TK = table_E[ids_TK.long().clamp_(min=0)]
     out_TKH.masked_fill_(((ids_TK < 0) | (slot_TK < 0))[..., None], 0.0)
     flags.infinite.logical_or_(~torch.isfinite(out_TKH).all())
 

@@ -22,6 +22,8 @@ from ..grouped.activation import Activation
 from ..grouped.slots import LayerSlots, SlotForm, from_slot, to_slot
 from .layout import COPIES
 
+_MOST_TABLES = 1024
+
 
 class Memory(Protocol):
     """Addresses of which any part can be given memory; `DeviceMemory` is one."""
@@ -183,6 +185,8 @@ class DeviceSlab:
         with self._lock:
             found = self._tables.get(key)
             if found is None:
+                if len(self._tables) >= _MOST_TABLES:  # each call may name other exceptions
+                    self._tables.clear()
                 found = self._tables[key] = self._make_layer(layer, version, others)
         return found
 

@@ -149,6 +149,8 @@ def _encode(layers: Mapping[int, LayerLayout]) -> bytes:
         if layer not in forms:
             forms.append(layer)
     named = {
+        # Packed layouts are of one version of PyTorch.
+        "torch": torch.__version__,
         "forms": [
             {
                 "experts": form.experts,
@@ -176,6 +178,8 @@ def _encode_tensor(tensor: SlotTensor) -> dict[str, Any]:
 
 def _decode(manifest: bytes) -> dict[int, LayerLayout]:
     named = json.loads(manifest)
+    if named["torch"] != torch.__version__:
+        raise ValueError(f"torch {named['torch']} wrote it, and this is torch {torch.__version__}")
     forms = [
         LayerLayout(
             form["experts"], tuple(map(_decode_tensor, form["tensors"])), fused=form["fused"]

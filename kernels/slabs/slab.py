@@ -186,7 +186,7 @@ class Slab(SlabReader):
         self.nbytes -= self.layout.layers[layer].expert_bytes
 
     def lend(self) -> int:
-        """Return a new descriptor of the slab, with which nobody can write; the caller closes it.
+        """Return a new descriptor of the slab, to map it for reading; the caller closes it.
 
         It is the slab opened again. A seal against writing would bind this host, too.
         """

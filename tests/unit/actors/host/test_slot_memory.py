@@ -181,3 +181,32 @@ def test_nothing_is_left_when_it_is_closed(made: Made) -> None:
     memory.close()
     assert memory.nbytes == 0
     assert all(part.closed for part in parts)
+
+
+def test_an_expert_that_left_is_an_error_and_not_a_smaller_sum(
+    made: Made, device: torch.device
+) -> None:
+    memory, _ = made
+    for number in (0, 1):
+        keep(memory, expert(number), weights(number))
+    memory.drop(expert(1))
+    with pytest.raises(NotHere, match="left the device"):
+        compute(memory, device, [[0, 1], [0, 0]])
+
+
+def test_other_weights_of_a_version_replace_what_was_not_served(
+    made: Made, device: torch.device
+) -> None:
+    memory, _ = made
+    keep(memory, expert(1), weights(1))
+    keep(memory, expert(1), weights(2))
+    assert torch.equal(memory.read(expert(1))["up"], weights(2).up)
+    assert memory.nbytes == weights(0).nbytes
+
+
+def test_tables_do_not_pile_up(made: Made) -> None:
+    memory, _ = made
+    keep(memory, expert(0), weights(0))
+    for version in range(3000):
+        memory.layer(0, 1, {0: version})
+    assert len(memory._slab._tables) <= 1024

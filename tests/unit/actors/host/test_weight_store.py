@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.actors.host.expert_memory import SlabMemory
 from moesaic.actors.host.layer_arithmetic import CpuLayer
 from moesaic.actors.host.weight_store import ExpertStore
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.placement import ModelRef
 from moesaic.kernels.ffn import ExpertWeights
 from moesaic.models.folder.expert_file import write_experts
+from moesaic.models.trunk.experts_layers import expert_shapes, experts_layers
 from moesaic.proto.errors import Busy, CheckpointError, NotHere
 from tests.helpers.models.architectures import tiny_model
 
@@ -196,3 +198,14 @@ def test_an_update_is_served_in_the_models_dtype_of_today(
         torch.equal(tensor, new[name].to(torch.bfloat16)) for name, tensor in store.get(TWO).items()
     )
     store.close()
+
+
+def test_a_closed_memory_takes_nothing_more() -> None:
+    layers = {layer.layer: layer for layer in experts_layers(tiny_model("mixtral"))}
+    memory = SlabMemory("m", layers, torch.float32)
+    parts = {name: torch.zeros(shape) for name, shape in expert_shapes(layers[0]).items()}
+    memory.close()
+    before = slabs()
+    with pytest.raises(NotHere, match="another model has taken the place"):
+        memory.keep(ONE, layers[0].form(), ExpertWeights.of(parts))
+    assert slabs() == before

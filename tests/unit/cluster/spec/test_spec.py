@@ -300,7 +300,15 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ),
     (
         {"network": {"lending": "always"}, "hosts": [{"count": 1}, {"emulate": {"call_us": 1}}]},
-        "hosts.1.emulate: hosts that emulate another device never lend",
+        "hosts.1.lending: 'always' is not possible: hosts that emulate another device never lend",
+    ),
+    (
+        {"network": {"transport": "grpc"}, "hosts": [{"lending": "always"}]},
+        "hosts.0.lending: 'always' is not possible: it needs shared memory, and network.transport",
+    ),
+    (
+        {"hosts": [{"lending": "always", "device": "cuda:1"}]},
+        "hosts.0.lending: 'always' is not possible: hosts on cuda:1 have nothing that a trunk",
     ),
     ({"hosts": [{"lending": "sometimes"}]}, "hosts.0.lending: Input should be 'never', 'auto' or"),
     ({"trunk": {"engine": "sglang"}}, "trunk.engine: Input should be 'transformers'"),
