@@ -154,7 +154,7 @@ def test_a_grant_of_a_controller_that_is_over_is_refused(folder: Path) -> None:
         tensors = host._store.get(FIRST)
         host.release([FIRST], term=4)
         host.report(term=5)
-        with pytest.raises(Superseded, match="4 is over"):
+        with pytest.raises(Superseded, match="4 has ended"):
             put_raw(host, files(tensors), grant=granted(host, ONE, term=4))
         assert not host._residency.serves(FIRST)
         put_raw(host, files(tensors), grant=granted(host, ONE, term=5))
