@@ -96,7 +96,7 @@ class FrameSocket:
         return inbound._replace(descriptor=self._descriptors.pop())
 
     def _drop_descriptors(self) -> None:
-        """Close what came along and nobody takes."""
+        """Close the descriptors of the last datagram that no frame has claimed."""
         close_all(self._descriptors)
         self._descriptors = []
 

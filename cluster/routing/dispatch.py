@@ -307,7 +307,7 @@ class Dispatcher:
         return commands + [self._cancel(send, now) for send in call.end(seq)]
 
     def _asked_for(self, seq: int, versions: tuple[int, tuple[tuple[int, int], ...]]) -> bool:
-        """Return whether a send named these versions; one that nobody waits for may have any."""
+        """Return whether a send named these versions; true if its call has ended."""
         call = self.call_of(seq)
         if call is None:
             return True

@@ -93,7 +93,7 @@ class DeviceMemory:
             self._users[chunk] += 1
 
     def release(self, start: int, nbytes: int) -> None:
-        """Take memory from what nobody has backed any more. Waits for the device if it does."""
+        """Undo a `back`, and unmap chunks without users; that waits for the device."""
         unused = []
         for chunk in self._overlapped(start, nbytes):
             self._users[chunk] -= 1

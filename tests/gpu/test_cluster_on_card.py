@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from moesaic import Client
-from tests.helpers.models.tiny import tiny_mixtral, tiny_tokenizer
+from tests.helpers.models.tiny import tiny_mixtral, tiny_text, tiny_tokenizer
 from tests.helpers.processes.live import (
     ON_RAY,
     TEXT,
@@ -41,7 +39,7 @@ def text_outlives_a_host(folder: Path, device: str) -> None:
     """Also runs with ``cpu``."""
     tiny_mixtral().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    wanted = in_process(folder, device)
+    wanted = tiny_text(TEXT, TOKENS, device=device)
     free = free_bytes(device)
     part = {"device": device, "num_gpus": 0.3 if device == "cuda" else 0}
     with running(
@@ -63,16 +61,6 @@ def text_outlives_a_host(folder: Path, device: str) -> None:
     _, left = psutil.wait_procs(ours, timeout=20)
     assert not left
     wait_until(lambda: free_bytes(device) >= free - SLACK_BYTES, 20)
-
-
-def in_process(folder: Path, device: str) -> str:
-    """What transformers alone writes, on this device."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = tiny_mixtral()
-    model.to(device)
-    prompt = tokenizer(TEXT, return_tensors="pt").to(device)
-    ids = model.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)
-    return tokenizer.decode(ids[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
 
 
 def free_bytes(device: str) -> int:

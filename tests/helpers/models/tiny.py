@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
@@ -97,3 +99,12 @@ def sentencepiece_like_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def tiny_text(prompt: str, tokens: int, *, device: str = "cpu") -> str:
+    """What transformers alone writes after ``prompt`` with both, greedily, on this device."""
+    tokenizer, model = tiny_tokenizer(), tiny_mixtral()
+    moved: Any = model.to(device)  # pyright: ignore[reportArgumentType]
+    given = tokenizer(prompt, return_tensors="pt").to(device)
+    ids = moved.generate(**given, max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(ids[0, given.input_ids.shape[1] :], skip_special_tokens=True))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 from moesaic import Client
-from tests.helpers.models.tiny import tiny_mixtral, tiny_tokenizer
+from tests.helpers.models.tiny import tiny_mixtral, tiny_text, tiny_tokenizer
 from tests.helpers.processes.live import (
     ON_RAY,
     TEXT,
@@ -25,13 +24,9 @@ TOKENS = 400
 
 
 def test_texts_are_those_of_calls_that_are_sent(tmp_path: Path) -> None:
-    model: Any = tiny_mixtral()
-    model.save_pretrained(tmp_path)
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(tmp_path)
-    prompt = tokenizer(TEXT, return_tensors="pt")
-    ids = model.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)
-    wanted = tokenizer.decode(ids[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
+    tiny_mixtral().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    wanted = tiny_text(TEXT, TOKENS)
     served = {"name": "m", "path": str(tmp_path), "replicas": 2, "dtype": "float32"}
     with (
         running("lend", tmp_path, models=[served], network={"lending": "always"}) as cluster,

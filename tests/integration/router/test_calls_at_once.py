@@ -229,7 +229,7 @@ def test_a_failing_call_fails_its_own_caller_alone(
 
 
 def test_answers_that_nobody_heard_for_long_are_not_late(pool: Hosts) -> None:
-    # On a busy machine an answer may take a while to come; nobody hears it for longer than that.
+    # The router sleeps for longer than an answer takes on a busy machine.
     policy = replace(PATIENT, deadline_s=1.5, attempt_s=0.5)
     router = pool.router(policy=policy)
     given = inputs(6, seed=1)

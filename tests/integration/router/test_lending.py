@@ -5,11 +5,8 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 
 from __future__ import annotations
 
-import errno
 import gc
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,23 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.router import lent_part
-from moesaic.actors.router.layer_tensors import LayerTensors
-from moesaic.actors.router.lent_part import LentPart
-from moesaic.actors.router.router import Router
-from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
+from moesaic.cluster.expert_keys import ExpertVersion, LayerKey
 from moesaic.cluster.host.emulation import Emulation
 from moesaic.cluster.host.residency import HostPolicy
 from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.versions import WeightVersions
-from moesaic.kernels.slabs.slab import Slab
 from moesaic.proto.errors import BadExpert, CallError
+from tests.helpers.pool.lending import borrowing, computed, half_lent, heard, key, mapped
 from tests.helpers.pool.serving import (
     EXPERTS,
     KEY,
-    LAYER,
-    Hosts,
     assert_right,
     inputs,
     save_model,
@@ -45,26 +36,6 @@ from tests.helpers.pool.transports import process, settles
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
-
-
-def borrowing(pool: Hosts, *hosts: str) -> Router:
-    """A router that has heard what these hosts lend."""
-    router = pool.router(borrows=True)
-    heard(router, *hosts)
-    return router
-
-
-def heard(router: Router, *hosts: str) -> None:
-    def all_lent() -> bool:
-        router._look_after([])
-        return router._lent_experts.lenders == set(hosts)
-
-    assert settles(all_lent)
-
-
-def computed(pool: Hosts) -> int:
-    """Calls that hosts have computed."""
-    return sum(host.report().loop.calls for host in pool.hosts)
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -98,31 +69,6 @@ def test_emulated_hosts_lend_nothing(folder: Path) -> None:
         x, ids, weights = inputs(9)
         assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
         assert (router.stats().lent, computed(pool)) == (0, 2)
-
-
-@contextmanager
-def half_lent(folder: Path, *, exact: bool) -> Iterator[tuple[Hosts, Router]]:
-    """Two hosts, of which one lends."""
-    with serving(folder, hosts=1, lends=True, exact=exact) as lender:
-        other = ExpertHost("other", node="here", device="cpu")
-        try:
-            kept = list(range(0, EXPERTS, 2))
-            sent = [ExpertVersion(ExpertKey("m", KEY.layer, e), 1) for e in range(1, EXPERTS, 2)]
-            other.load([(lender.ref, lender.shape)], sent)
-            here = lender.hosts[0].name
-            replicas = tuple(
-                (Replica(here if e in kept else "other", 1.0),) for e in range(EXPERTS)
-            )
-            placement = Placement(
-                PlacementId(1, 2),
-                {**lender.placement.hosts, "other": other.entry()},
-                {**lender.placement.layers, KEY: LayerPlacement(replicas)},
-                lender.placement.exact,
-            )
-            pool = replace(lender, hosts=[*lender.hosts, other], placement=placement)
-            yield pool, borrowing(pool, here)
-        finally:
-            other.close()
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -164,10 +110,6 @@ def test_calls_in_flight_at_once(folder: Path) -> None:
 
 
 # ---- slots that change --------------------------------------------------------------------------
-
-
-def key(expert: int) -> ExpertKey:
-    return ExpertKey("m", LAYER, expert)
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -327,13 +269,6 @@ def test_a_killed_host_takes_nothing_away(folder: Path) -> None:
         assert settles(lambda: mapped() == 0)
 
 
-def mapped() -> int:
-    """Slabs of other processes that are mapped here."""
-    gc.collect()
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return sum("memfd:moesaic:m " in line and line.split()[1][1] == "-" for line in lines)
-
-
 def test_nothing_stays_open(folder: Path) -> None:
     def descriptors() -> int:
         gc.collect()
@@ -345,9 +280,12 @@ def test_nothing_stays_open(folder: Path) -> None:
             router.forward(KEY, *inputs(5))
 
     once()
+    assert settles(lambda: mapped() == 0)
+    # What other tests left open may still be closed meanwhile; three rounds would leak more.
     before = descriptors()
-    once()
-    assert settles(lambda: descriptors() == before)
+    for _ in range(3):
+        once()
+    assert settles(lambda: descriptors() <= before)
     assert mapped() == 0
 
 
@@ -360,152 +298,3 @@ def test_layers_without_a_form_are_sent(folder: Path) -> None:
         assert_right(router.forward(other, *given), pool.answer(*given, layer=0))
         assert router.stats().lent == 0
         assert computed(pool) == 2
-
-
-# ---- hosts that change --------------------------------------------------------------------------
-
-
-def test_a_host_that_cannot_lend_at_the_moment_goes_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_descriptors(_: Slab) -> int:
-        raise OSError(errno.EMFILE, "no descriptors")
-
-    monkeypatch.setattr(Slab, "lend", no_descriptors)
-    with serving(folder, lends=True) as pool:
-        router = pool.router(borrows=True)
-        given = inputs(9)
-        for _ in range(3):
-            assert_right(router.forward(KEY, *given), pool.answer(*given))
-        assert router.stats().lent == 0
-        assert all(host._loop.alive for host in pool.hosts)
-
-
-def test_a_host_that_emulates_from_now_on_takes_back_what_it_lent(folder: Path) -> None:
-    with serving(folder, lends=True) as pool:
-        router = borrowing(pool, "host-0", "host-1")
-        given = inputs(9)
-        router.forward(KEY, *given)
-        lent = router.stats().lent
-        for host in pool.hosts:
-            host.emulate(Emulation(call_us=1.0))
-        heard(router)
-        assert_right(router.forward(KEY, *given), pool.answer(*given))
-        assert (router.stats().lent, computed(pool)) == (lent, 2)
-        for host in pool.hosts:
-            host.emulate(None)
-        heard(router, "host-0", "host-1")
-        assert_right(router.forward(KEY, *given), pool.answer(*given))
-        assert router.stats().lent == 2 * lent
-
-
-def test_a_router_whose_calls_are_all_lent_still_hears_its_hosts(folder: Path) -> None:
-    with half_lent(folder, exact=False) as (pool, _):
-        here = pool.hosts[0].name
-        layers = {
-            one: LayerPlacement(((Replica(here, 1.0),),) * EXPERTS) for one in pool.placement.layers
-        }
-        pool.hosts[0].load([(pool.ref, pool.shape)], [ExpertVersion(key(e), 1) for e in range(8)])
-        router = pool.router(borrows=True, placed=False)
-        entries = {here: pool.placement.hosts[here]}
-        router.place(Placement(PlacementId(1, 5), entries, layers))
-        heard(router, here)
-        router.place(Placement(PlacementId(1, 6), pool.placement.hosts, layers))
-        given = inputs(3)
-
-        def other_is_up() -> bool:
-            router.forward(KEY, *given)
-            return router.stats().hosts["other"] == "up"
-
-        assert settles(other_is_up)
-        assert pool.hosts[0].report().loop.calls == 0
-
-
-def test_an_idle_router_lets_memory_go(folder: Path) -> None:
-    with serving(folder, lends=True) as pool:
-        router = borrowing(pool, "host-0", "host-1")
-        router.forward(KEY, *inputs(3))
-        assert mapped() == 2
-        router.place(Placement(PlacementId(1, 7), {}, {}))
-        assert mapped() == 0
-
-
-def test_a_placement_that_changes_only_shares_finds_nothing_anew(folder: Path) -> None:
-    with serving(folder, replicas=2, lends=True) as pool:
-        router = borrowing(pool, "host-0", "host-1")
-        given = inputs(5)
-        router.forward(KEY, *given)
-        found = router._lent_experts.reach(KEY, router._dispatcher.placement)
-        shared = tuple(
-            tuple(Replica(one.host, share) for one, share in zip(at, (0.9, 0.1), strict=True))
-            for at in pool.placement.layers[KEY].replicas
-        )
-        layers = {**pool.placement.layers, KEY: LayerPlacement(shared)}
-        router.place(replace(pool.placement, id=PlacementId(1, 2), layers=layers))
-        assert_right(router.forward(KEY, *given), pool.answer(*given))
-        assert router._lent_experts.reach(KEY, router._dispatcher.placement) is found
-        (first, *_) = pool.hosts
-        fewer = tuple(tuple(one for one in at if one.host != first.name) for at in shared)
-        layers = {**layers, KEY: LayerPlacement(fewer)}
-        router.place(replace(pool.placement, id=PlacementId(1, 3), layers=layers))
-        assert_right(router.forward(KEY, *given), pool.answer(*given))
-        assert router._lent_experts.reach(KEY, router._dispatcher.placement) is not found
-
-
-def test_what_cannot_be_used_is_sent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unusable(*_: object) -> None:
-        raise RuntimeError("this torch has another layout")
-
-    with serving(folder, lends=True) as pool:
-        router = borrowing(pool, "host-0", "host-1")
-        for one in router._lent_experts._slabs.values():
-            monkeypatch.setattr(one, "view", unusable)
-        given = inputs(3)
-        assert_right(router.forward(KEY, *given), pool.answer(*given))
-        assert (router.stats().lent, computed(pool)) == (0, 2)
-
-
-@pytest.mark.parametrize("at", ["compute", "accept_lent"])
-def test_an_interrupt_leaves_no_call_behind(
-    folder: Path, at: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with half_lent(folder, exact=False) as (pool, router):
-        given = inputs(8)
-        call = router.dispatch(KEY, *given)
-        with monkeypatch.context() as patch:
-            patch.setattr(LentPart if at == "compute" else LayerTensors, at, interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                call.combine()
-        assert router._running == {}
-        assert router._dispatcher._calls == {}
-        assert_right(router.forward(KEY, *given), pool.answer(*given))
-
-
-def test_a_call_that_begins_again_counts_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with serving(folder, lends=True) as pool:
-        router = borrowing(pool, "host-0", "host-1")
-        monkeypatch.setattr(LentPart, "compute", lambda _: False)
-        given = inputs(9)
-        assert_right(router.forward(KEY, *given), pool.answer(*given))
-        stats = router.stats()
-        assert (stats.calls, stats.rows, stats.lent) == (1, 9, 0)
-        assert int(router.take_load().counts[KEY].sum()) == 18
-
-
-def test_the_models_own_dtypes_change_nothing(folder: Path) -> None:
-    with serving(folder, lends=True) as pool:
-        router = borrowing(pool, "host-0", "host-1")
-        given = inputs(9)
-        torch.set_default_dtype(torch.float64)
-        try:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                found = router.forward(KEY, *given)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        assert_right(found, pool.answer(*given))
-        assert router.stats().lent == 18

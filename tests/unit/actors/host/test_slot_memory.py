@@ -19,7 +19,7 @@ from moesaic.proto.errors import Busy, NotHere
 from tests.helpers.models.architectures import tiny_model
 from tests.helpers.models.slots import HostMemory
 
-# The interpreter multiplies whole tiles with NumPy, rows that nobody uses too.
+# The interpreter multiplies whole tiles with NumPy, unused rows included.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(invalid value|overflow) encountered:RuntimeWarning"
 )

@@ -32,7 +32,7 @@ from tests.helpers.models.slots import LAYER, oracle, slots_of
 
 pytestmark = [
     pytest.mark.timeout(300),
-    # The interpreter multiplies whole tiles with NumPy, rows that nobody uses too.
+    # The interpreter multiplies whole tiles with NumPy, unused rows included.
     pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
 ]
 

@@ -103,7 +103,7 @@ class Made:
     descriptors: list[int]
 
     def kill(self) -> None:
-        """Kill it, and wait until it has given back what nobody else has."""
+        """Kill it, and wait until the driver has freed its memory."""
         self.process.kill()
         self.process.wait(60)
 
