@@ -47,7 +47,7 @@ def engine_over(spec: dict[str, Any], *, streams: int) -> Iterator[Engine]:
         namespace=namespace_of(parsed.name),
         model=ModelRef(name=model.name, dtype=model.dtype, path=str(resolve_model(model.path))),
         name="benchmark",
-        policy=parsed.timeouts.policy,
+        policy=parsed.router_policy,
         engine=EngineConfig(num_blocks=256, max_requests=max(32, streams)),
     )
     engine = engine_factory(config)()

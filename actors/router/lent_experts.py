@@ -1,7 +1,9 @@
 """Experts whose memory hosts of this machine have lent: the router computes with them itself.
 
 Which experts are within reach follows from the placement and from what lies in the slabs. The
-memory outlives its host, so that a host that dies takes nothing away while the placement names it.
+memory outlives its host, so a host that dies takes nothing away. While no placement names the host
+its memory is an *orphan*: it is used like any other, until a successor of the host lends the same
+model, or for a limited time.
 
 Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
@@ -9,13 +11,14 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...cluster.expert_keys import LayerKey
+from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.placement import HostEntry, Placement
 from ...kernels import fused
 from ...kernels.ffn import ExpertForm, ExpertWeights
@@ -27,13 +30,26 @@ from .lent_part import LayerReach, LentPart, Slots
 log = logging.getLogger(__name__)
 
 
+class _Lent(NamedTuple):
+    """What a slab has: the experts of one model in one incarnation of a host."""
+
+    host: str
+    incarnation: int
+    model: str
+
+
 class LentExperts:
     """What hosts have lent to one router; used under the router's lock."""
 
-    def __init__(self, forms: Mapping[LayerKey, ExpertForm]) -> None:
-        """Take the arithmetic of the layers that may be computed here."""
+    def __init__(self, forms: Mapping[LayerKey, ExpertForm], *, orphan_s: float) -> None:
+        """Take the arithmetic of the layers that may be computed here.
+
+        The memory of a host that no placement names is kept for ``orphan_s`` seconds.
+        """
         self._forms = forms
-        self._slabs: dict[tuple[str, int, str], SlabReader] = {}  # (host, incarnation, model)
+        self._orphan_s = orphan_s
+        self._slabs: dict[_Lent, SlabReader] = {}
+        self._orphans: dict[_Lent, float] = {}  # and when each of them is let go
         self._placement: Placement | None = None
         self._reach: dict[LayerKey, LayerReach | None] = {}
         self._found_for: dict[LayerKey, object] = {}  # what of the placement it depends on
@@ -42,21 +58,30 @@ class LentExperts:
     def take_slab(self, entry: HostEntry, model: str, slab: SlabReader | None) -> None:
         """Take a slab that a host lends, or forget what it takes back.
 
-        One of this model that it lent before is forgotten, too.
+        What this host lent of the model before is forgotten, in earlier incarnations too.
         """
-        self._slabs.pop((entry.host, entry.incarnation, model), None)
+        self._forget(one for one in self._slabs if (one.host, one.model) == (entry.host, model))
         if slab is not None:
-            self._slabs[entry.host, entry.incarnation, model] = slab
+            self._slabs[_Lent(entry.host, entry.incarnation, model)] = slab
         self._reach.clear()
 
     def clear(self) -> None:
-        self._slabs.clear()
-        self._reach.clear()
+        self._forget(self._slabs)
+
+    def has(self, key: ExpertKey, placement: Placement | None) -> bool:
+        """Return whether an expert can be computed here; any thread may ask, without the lock."""
+        if not self._slabs or placement is None or key.model not in {m for m, _ in self._forms}:
+            return False
+        version = placement.versions.of(key)
+        return any(
+            one.model == key.model and _find_slot(slab, key.layer, key.expert, version) is not None
+            for one, slab in list(self._slabs.items())
+        )
 
     @property
     def lenders(self) -> set[str]:
         """The hosts of which something is within reach."""
-        return {host for host, _, _ in self._slabs}
+        return {one.host for one in self._slabs}
 
     def reach(self, key: LayerKey, placement: Placement | None) -> LayerReach | None:
         """Return what of a layer is within reach under ``placement``; None if nothing is."""
@@ -107,12 +132,27 @@ class LentExperts:
         """Look again at what is within reach: a slot of the layer has changed."""
         self._reach.pop(key, None)
 
-    def forget_hosts(self, placement: Placement) -> None:
-        """Let the memory of hosts go that the placement does not name any more."""
+    def follow(self, placement: Placement, now: float) -> None:
+        """Take note of which hosts a new placement names."""
         placed = {(entry.host, entry.incarnation) for entry in placement.hosts.values()}
-        gone = [one for one in self._slabs if one[:2] not in placed]
+        before = set(self._orphans)
+        for one in self._slabs:
+            if (one.host, one.incarnation) in placed:
+                self._orphans.pop(one, None)
+            else:
+                self._orphans.setdefault(one, now + self._orphan_s)
+        if before != self._orphans.keys():
+            self._reach.clear()
+
+    def let_go(self, now: float) -> None:
+        """Free the orphans whose time is over."""
+        self._forget(one for one, until in self._orphans.items() if now >= until)
+
+    def _forget(self, lent: Iterable[_Lent]) -> None:
+        gone = list(lent)
         for one in gone:
             del self._slabs[one]
+            self._orphans.pop(one, None)
         if gone:
             self._reach.clear()
 
@@ -131,16 +171,16 @@ class LentExperts:
         versions = placement.versions.layer(key)
         experts: dict[int, ExpertWeights] = {}
         found: dict[SlabReader, list[tuple[int, int]]] = {}
+        orphans = [self._slabs[one] for one in self._orphans if one.model == key.model]
         for expert, replicas in enumerate(layer.replicas):
-            for replica in replicas:
-                entry = placement.hosts.get(replica.host)
-                if entry is None:
-                    continue
-                slab = self._slabs.get((entry.host, entry.incarnation, key.model))
-                if slab is None or key.layer not in slab.layout.layers:
-                    continue
-                shape = slab.layout.layers[key.layer]
-                if expert >= shape.experts or not (shape.fused is None or fused.available()):
+            lenders = (placement.hosts.get(replica.host) for replica in replicas)
+            slabs = [
+                self._slabs.get(_Lent(entry.host, entry.incarnation, key.model))
+                for entry in lenders
+                if entry is not None
+            ]
+            for slab in [*slabs, *orphans]:
+                if slab is None or not _can_compute(slab, key.layer, expert):
                     continue
                 place = _find_slot(slab, key.layer, expert, versions.of(expert))
                 if place is not None:
@@ -154,6 +194,13 @@ class LentExperts:
         slots = [Slots(slab, *np.array(taken, dtype=np.uint64).T) for slab, taken in found.items()]
         up = _shape(next(iter(found)), key.layer, form)
         return LayerReach(form, experts, slots, len(layer.replicas), *up)
+
+
+def _can_compute(slab: SlabReader, layer: int, expert: int) -> bool:
+    shape = slab.layout.layers.get(layer)
+    if shape is None or expert >= shape.experts:
+        return False
+    return shape.fused is None or fused.available()
 
 
 def _find_slot(slab: SlabReader, layer: int, expert: int, version: int) -> tuple[int, int] | None:

@@ -94,7 +94,7 @@ class Router:
         self._log = CallLog(name)
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
-        self._lent_experts = LentExperts(forms or {})
+        self._lent_experts = LentExperts(forms or {}, orphan_s=self.policy.orphan_s)
         slots = self.policy.window
         self._connections = HostConnections(
             router=name,
@@ -126,7 +126,7 @@ class Router:
             if self._closed:
                 return
             self._execute(self._dispatcher.place(placement, self._clock()))
-            self._lent_experts.forget_hosts(placement)
+            self._lent_experts.follow(placement, self._clock())
             self._tell_others()
 
     def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
@@ -148,14 +148,14 @@ class Router:
                 )
 
     def has(self, experts: Sequence[ExpertKey]) -> bool:
-        """Return whether each of these experts has a host that accepts calls now.
+        """Return whether each of these experts can be computed now, by some host or here.
 
         It neither waits nor connects: calls do so, and between them the router's own thread, while
         somebody is inside `expecting` (see `Upkeep`).
         """
         # Without the lock: placements are replaced as a whole, and each other read is of one value.
-        now = self._clock()
-        return all(self._dispatcher.registry.has(key, now) for key in experts)
+        now, found, lent = self._clock(), self._dispatcher, self._lent_experts
+        return all(found.registry.has(e, now) or lent.has(e, found.placement) for e in experts)
 
     def _look_after(self, layers: Sequence[LayerKey]) -> None:
         """Handle what arrived and what is due, and ask for ``layers`` that are not placed."""
@@ -172,10 +172,11 @@ class Router:
     def take_load(self) -> LoadReport:
         """Return the load counted since the last report, and the number of the placement in use."""
         with self._lock:
-            dispatcher = self._dispatcher
-            unplaced, dispatcher.asked_for = dispatcher.unplaced, None
-            asked = () if unplaced is None else (unplaced,)
-            return dispatcher.meter.take(self.name, self._number, dispatcher.received, asked)
+            self._lent_experts.let_go(self._clock())
+            found = self._dispatcher
+            asked = () if found.unplaced is None else (found.unplaced,)
+            found.asked_for = None
+            return found.meter.take(self.name, self._number, found.received, asked)
 
     def _ask_for(self, layers: Sequence[LayerKey]) -> None:
         """Let the next report name a layer that no placement has, if one of these is."""

@@ -59,7 +59,7 @@ class RayRouterService:
         router = Router(
             name=NAME,
             node=ray.get_runtime_context().get_node_id(),
-            policy=spec.timeouts.policy,
+            policy=spec.router_policy,
             transport=spec.network.transport,
             secret=secret_of(namespace),
         )

@@ -75,7 +75,7 @@ def start_endpoint(
             name=f"trunk-{name}",
             device=spec.trunk.device,
             threads=threads,
-            policy=spec.timeouts.policy,
+            policy=spec.router_policy,
             transport=spec.network.transport,
             lending=spec.lends,
             engine=_engine_config(spec),

@@ -16,6 +16,7 @@ class RouterPolicy:
     probe_s: float = 0.05  # first interval between probes of an ejected host; doubles
     probe_max_s: float = 2.0
     connect_s: float = 2.0  # from Connect to Welcome
+    orphan_s: float = 30.0  # how long the lent memory of a host that is gone is kept
     reconnect_s: float = 0.2  # between attempts to connect
     busy_s: float = 0.005  # before a host that refused as Busy gets calls again; doubles
     busy_max_s: float = 0.5

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from ...proto.errors import SpecError
 from ..control.policy import ControlPolicy
 from ..host.residency import HostPolicy
 from ..planner.plan import FleetGroup, PlannerPolicy
+from ..routing.policy import RouterPolicy
 from .parts import (
     AutoscaleSpec,
     Cost,
@@ -387,6 +389,11 @@ class Spec(Part):
     def drain_s(self) -> float:
         """Seconds that running answers and calls have when the cluster ends."""
         return (self.endpoint or EndpointSpec()).drain_s
+
+    @property
+    def router_policy(self) -> RouterPolicy:
+        """The deadlines and limits of the cluster's routers."""
+        return replace(self.timeouts.policy, orphan_s=self.balance.host_timeout_s)
 
     def lending_of(self, group: HostGroup) -> Lending:
         """Return whether hosts of a group lend: as it says, or else as `network.lending` says."""

@@ -489,7 +489,7 @@ class Cluster:
             namespace=namespace,
             model=ref,
             name=f"sdk-{os.getpid()}-{secrets.token_hex(3)}",
-            policy=spec.timeouts.policy,
+            policy=spec.router_policy,
             transport=spec.network.transport,
             lending=spec.lends,
         )

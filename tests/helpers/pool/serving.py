@@ -5,6 +5,7 @@ Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -63,6 +64,7 @@ class Hosts:
         placed: bool = True,
         refresh: Callable[[], None] | None = None,
         borrows: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> Router:
         forms = {LayerKey("m", layer): form for layer, (form, _) in self.expected.items()}
         router = Router(
@@ -72,6 +74,7 @@ class Hosts:
             transport=transport,
             refresh=refresh,
             forms=forms if borrows else None,
+            clock=clock,
         )
         self.stack.callback(router.close)
         if placed:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,35 +239,47 @@ def test_rows_that_do_not_fit_get_the_hosts_error(folder: Path) -> None:
 
 
 def test_a_killed_host_takes_nothing_away(folder: Path) -> None:
+    passed_s = 0.0
     with (
         serving(folder, hosts=1) as pool,
         process("serve", str(folder), "other", "cpu", "lends") as (child, line),
     ):
         entry = HostEntry(**json.loads(line))
         there = (Replica(entry.host, 1.0),)
-        layers = {
-            one: LayerPlacement((there,) * len(layer.replicas))
-            for one, layer in pool.placement.layers.items()
-        }
-        placement = Placement(PlacementId(1, 2), {entry.host: entry}, layers)
-        router = replace(pool, placement=placement).router(borrows=True)
+
+        def placed(epoch: int, *hosts: HostEntry) -> Placement:
+            replicas = (there if hosts else (),) * EXPERTS
+            layers = dict.fromkeys(pool.placement.layers, LayerPlacement(replicas))
+            return Placement(PlacementId(1, epoch), {one.host: one for one in hosts}, layers)
+
+        router = replace(pool, placement=placed(2, entry)).router(
+            borrows=True, clock=lambda: time.monotonic() + passed_s
+        )
         heard(router, "other")
-        given = inputs(30)
+        given, experts = inputs(30), [key(expert) for expert in range(EXPERTS)]
         expected = pool.answer(*given)
         assert_right(router.forward(KEY, *given), expected)
         child.kill()
         child.wait()
-        for _ in range(3):
+        for epoch in range(3, 6):
             router._look_after([])
+            assert router.has(experts)
             assert_right(router.forward(KEY, *given), expected)
+            # No host has its experts, until its successor has loaded them.
+            router.place(placed(epoch))
         stats = router.stats()
         assert (stats.lent, stats.retries, stats.rows_lost) == (4 * 60, 0, 0)
-        # Its memory goes when the placement does not name it any more.
-        assert mapped() == 1
-        router.place(replace(pool.placement, id=PlacementId(1, 3)))
+        passed_s = router.policy.orphan_s - 1.0
+        router.take_load()
+        assert_right(router.forward(KEY, *given), expected)
+        passed_s = router.policy.orphan_s
+        router.take_load()
+        assert not router.has(experts)
+        assert settles(lambda: mapped() == 0)
+        router.place(replace(pool.placement, id=PlacementId(1, 7)))
         router.wait_ready(10.0)
         assert_right(router.forward(KEY, *given), expected)
-        assert settles(lambda: mapped() == 0)
+        assert (router.stats().lent, computed(pool)) == (5 * 60, 1)
 
 
 def test_nothing_stays_open(folder: Path) -> None:

@@ -93,7 +93,9 @@ def test_an_idle_router_lets_memory_go(folder: Path) -> None:
         router = borrowing(pool, "host-0", "host-1")
         router.forward(KEY, *inputs(3))
         assert mapped() == 2
-        router.place(Placement(PlacementId(1, 7), {}, {}))
+        for host in pool.hosts:
+            host.emulate(Emulation(call_us=1.0))
+        heard(router)
         assert mapped() == 0
 
 
