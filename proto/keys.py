@@ -60,6 +60,10 @@ class ClusterSecret:
         """The key of the router service, which opens nothing else. Printable, without spaces."""
         return self._derive("router").hex()
 
+    def keeper_address(self, node: str) -> str:
+        """Return the abstract Unix address of a node's memory keeper."""
+        return f"moesaic-keeper-{self._derive('keeper', node).hex()[:32]}"
+
     def grant(
         self, host: str, incarnation: int, key: tuple[str, int, int], version: int, term: int
     ) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 ASK_WAIT_S = 10.0
 ASK_TIMEOUT_S = 13.0
 PAUSE_S = 0.3
+# For hosts that are ended; one that is frozen or still waits for a machine does not answer.
+LEAVE_S = 1.0
 
 
 class HostStarter:
@@ -42,6 +44,7 @@ class HostStarter:
         """Start a host, and return its actor's handle; the actor may wait for a machine."""
         wanted = self._spec.hosts[group]
         threads = self._threads if wanted.threads == "auto" else wanted.threads
+        lends = self._spec.lending_of(wanted) != "never"
         return (
             ray.remote(RayExpertHost)
             .options(
@@ -60,7 +63,8 @@ class HostStarter:
                 policy=wanted.policy,
                 threads=threads,
                 transport=self._spec.network.transport,
-                lends=self._spec.lending_of(wanted) != "never",
+                lends=lends,
+                keep_s=self._spec.balance.host_timeout_s if lends else None,
             )
         )
 
@@ -86,10 +90,8 @@ class HostProvisioner:
         self._stop.set()
         self._turn.set()
         self._thread.join(ASK_TIMEOUT_S)
-        with ExitStack() as each:
-            for host in self.hosts.values():
-                each.callback(ray.kill, host, no_restart=True)
-            self.hosts.clear()
+        _end(list(self.hosts.values()))
+        self.hosts.clear()
 
     def _run(self) -> None:
         known: int | None = None
@@ -124,10 +126,20 @@ class HostProvisioner:
 
     def _follow(self, desired: Mapping[str, int]) -> None:
         for name in self.hosts.keys() - desired.keys():
-            ray.kill(self.hosts.pop(name), no_restart=True)
+            _end([self.hosts.pop(name)])
             log.info("host %s is ended", name, extra={"host": name})
         for name in sorted(desired.keys() - self.hosts.keys()):
             if self._stop.is_set():
                 return
             self.hosts[name] = self._starter.start(name, desired[name])
             log.info("host %s is started", name, extra={"host": name})
+
+
+def _end(hosts: Sequence[Any]) -> None:
+    """End hosts for good; those that answer free their memory at once."""
+    if not hosts:
+        return
+    ray.wait([host.leave.remote() for host in hosts], num_returns=len(hosts), timeout=LEAVE_S)
+    with ExitStack() as each:
+        for host in hosts:
+            each.callback(ray.kill, host, no_restart=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ...cluster.expert_keys import ExpertVersion
+from ...cluster.expert_keys import ExpertKey, ExpertVersion
 from ...kernels import onednn
 from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
 from ...kernels.slabs.device_memory import DeviceMemory
@@ -52,16 +52,29 @@ class ExpertMemory(Protocol):
         """
         ...
 
+    @property
+    def descriptor(self) -> int | None:
+        """The memory itself, for a successor of this process; None if there is none yet."""
+        ...
+
     def close(self) -> None: ...
 
 
 class SlabMemory:
     """Experts in a slab of shared memory, in the layout of the kernel that computes them."""
 
-    def __init__(self, name: str, layers: Mapping[int, ExpertsLayer], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        name: str,
+        layers: Mapping[int, ExpertsLayer],
+        dtype: torch.dtype,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``about`` names the model in the memory itself, for a successor of this process."""
         self._name = name
         self._layers = layers
         self._dtype = dtype
+        self._about = about
         self._lock = threading.Lock()
         self._writing = threading.Lock()  # slots are written by one thread at a time
         self._slab: Slab | None = None
@@ -120,6 +133,40 @@ class SlabMemory:
             if copy is not None:
                 self._slab.free(key.layer, key.expert, copy)
 
+    def adopt(self, slab: Slab, forms: Mapping[int, ExpertForm]) -> list[ExpertVersion]:
+        """Take over a slab of an earlier process, and return what is held now.
+
+        Only layers that have one of ``forms`` are held. Raises ValueError for a slab that is not
+        laid out as this process would lay it out.
+        """
+        if slab.layout.layers != _layouts(self._layers, self._dtype):
+            raise ValueError("its experts lie there in another layout than that of this process")
+        with self._writing, self._lock:
+            if self._slab is not None:
+                raise ValueError("experts of the model were loaded meanwhile")
+            self._slab = slab
+            self._forms.update(forms)
+            held = []
+            for layer, expert, copy, version in slab.filled():
+                if layer not in forms:
+                    slab.free(layer, expert, copy)
+                    continue
+                versions = self._experts.setdefault(layer, {})
+                versions.setdefault(version, {})[expert] = slab.view(layer, expert, copy)
+                held.append(ExpertVersion(ExpertKey(self._name, layer, expert), version))
+            return held
+
+    def is_sound(self, held: ExpertVersion) -> bool:
+        """Return whether an expert still has the bytes that were written, or has left."""
+        key, version = held
+        slab = self._slab
+        copy = None if slab is None else slab.copy_of(key.layer, key.expert, version)
+        if slab is None or copy is None:
+            return True
+        generation = slab.generation(key.layer, key.expert, copy)
+        sound = slab.is_sound(key.layer, key.expert, copy)
+        return sound or slab.generation(key.layer, key.expert, copy) != generation
+
     def layer(self, layer: int, version: int, others: Mapping[int, int]) -> CpuLayer:
         versions = self._experts[layer]
         experts: Mapping[int, ExpertWeights] = versions.get(version, {})
@@ -131,6 +178,11 @@ class SlabMemory:
     def lend(self) -> int | None:
         with self._lock:
             return None if self._slab is None else self._slab.lend()
+
+    @property
+    def descriptor(self) -> int | None:
+        with self._lock:
+            return None if self._slab is None else self._slab.descriptor
 
     def close(self) -> None:
         """Let the memory go with the last expert that still lies in it."""
@@ -146,7 +198,8 @@ class SlabMemory:
     def _write(self, given: ExpertVersion, weights: ExpertWeights) -> ExpertWeights:
         key, version = given
         if self._slab is None:
-            self._slab = Slab(self._name, SlabLayout(_layouts(self._layers, self._dtype)))
+            layers = _layouts(self._layers, self._dtype)
+            self._slab = Slab.create(self._name, SlabLayout(layers, self._about))
         slab, place = self._slab, (key.layer, key.expert)
         copy = slab.copy_of(*place, version)
         if copy is not None:
@@ -233,6 +286,10 @@ class SlotMemory:
 
     def lend(self) -> int | None:
         return None  # of device memory only hosts compute yet
+
+    @property
+    def descriptor(self) -> int | None:
+        return None  # nor is it kept for a successor
 
     def close(self) -> None:
         with self._writing:

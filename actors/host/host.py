@@ -33,7 +33,10 @@ from ..transport.base import Listener
 from ..transport.grpc.stream import GrpcListener
 from ..transport.grpc.weights import get_weights
 from ..transport.shm import ShmListener
+from .adoption import Adoption, model_as_json
+from .expert_memory import ExpertMemory
 from .host_loop import HostLoop, check_fit
+from .kept_memory import KeptMemory
 from .report import HostReport, PlacedModel, Revision
 from .weight_store import ExpertStore
 
@@ -63,14 +66,16 @@ class ExpertHost:
         secret: ClusterSecret | None = None,
         clock: Callable[[], float] = time.monotonic,
         lends: bool = False,
+        kept: KeptMemory | None = None,
     ) -> None:
-        """Start the host, without any expert.
+        """Start the host, without any expert but those that its predecessor has left.
 
         ``bind`` is the address that gRPC listens on. ``threads`` is the number of threads of one
         computation. ``transport`` is the value in the spec; it decides which process groups routers
         may ask for. ``secret`` is the cluster's secret (None: that of this process). ``lends``:
         routers of this machine may compute with the memory of its experts. A host that emulates
-        another device lends nothing.
+        another device lends nothing. ``kept`` is its side of the memory keeper, which this object
+        closes; without it nothing outlives the process.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -83,6 +88,8 @@ class ExpertHost:
         self._residency = Residency(policy or HostPolicy(), incarnation=self.incarnation)
         self._loading = 0
         self._models: dict[str, PlacedModel] = {}
+        self._kept = kept
+        self._keeps: dict[str, ExpertMemory] = {}  # what the keeper has
         self._changes = 0
         self._changed = threading.Condition()
         self._load_lock = threading.Lock()
@@ -109,9 +116,12 @@ class ExpertHost:
             device=device_name(self._store.device),
         )
         listeners: list[Listener] = [shm, grpc]
+        self._adoption = Adoption(name, self._store)
+        self._adopt()
         lends = lends and self._residency.policy.emulate is None
         self._loop = HostLoop(name, self._store, self._residency, listeners, clock, lends=lends)
         self._loop.start()
+        self._adoption.check(self._drop_unsound)
         log.info(
             "host %s is ready for calls",
             name,
@@ -169,9 +179,10 @@ class ExpertHost:
 
     def add_models(self, models: Sequence[PlacedModel]) -> None:
         """Register models whose weights will be loaded or put."""
-        for ref, shape in models:
-            self._store.add_model(ref)
-            self._models[ref.name] = (ref, shape)
+        for placed in models:
+            ref, _ = placed
+            self._store.add_model(ref, model_as_json(placed))
+            self._models[ref.name] = placed
         self._note_change()
 
     def release(self, gone: Sequence[ExpertVersion], term: int = 0, eviction: int = 1) -> None:
@@ -230,6 +241,7 @@ class ExpertHost:
             loading=self._loading,
             weight_bytes=self._store.nbytes,
             rss_bytes=psutil.Process().memory_info().rss,
+            adopted=len(self._adoption.held),
             loop=self._loop.stats(),
         )
 
@@ -244,9 +256,42 @@ class ExpertHost:
             )
             os._exit(1)
 
+    def leave(self) -> None:
+        """Let the memory end with this process: no successor will come for it."""
+        if self._kept is not None:
+            self._kept.close()
+
     def close(self) -> None:
+        self.leave()
+        self._adoption.close()
         self._loop.close()
         self._store.close()
+
+    def _adopt(self) -> None:
+        """Take over what the predecessor has left, before any call arrives."""
+        if self._kept is None:
+            return
+        adoption = self._adoption
+        adoption.take(self._kept.left)
+        for ref, shape in adoption.models:
+            self._models[ref.name] = (ref, shape)
+        for one, shape in adoption.held.items():
+            self._residency.hold(one, shape)
+        self._keep_memory()
+
+    def _drop_unsound(self, one: ExpertVersion) -> None:
+        self._loop.call(lambda: self._loop.release([one]))
+        self._store.drop(one)
+        self._note_change()
+
+    def _keep_memory(self) -> None:
+        """Hand the keeper what it lacks: a model's memory comes with its first expert."""
+        for model, memory in self._store.memories() if self._kept is not None else ():
+            descriptor = memory.descriptor
+            if descriptor is not None and self._keeps.get(model) is not memory:
+                assert self._kept is not None
+                self._kept.keep(model, descriptor)
+                self._keeps[model] = memory
 
     def _fetch(self, wanted: ExpertVersion, peer: HostEntry) -> LayerShape:
         key = wanted.key
@@ -267,6 +312,7 @@ class ExpertHost:
         return self._store.put(wanted, get(wanted))
 
     def _hold(self, weights: ExpertVersion, shape: LayerShape) -> None:
+        self._keep_memory()
         self._loop.call(lambda: self._residency.hold(weights, shape))
         self._note_change()
 

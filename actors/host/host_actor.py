@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -37,24 +38,38 @@ class RayExpertHost:
         threads: int,
         transport: TransportChoice,
         lends: bool = False,
+        keep_s: float | None = None,
     ) -> None:
+        """Start the host.
+
+        ``keep_s`` is how long its memory waits for a successor; None: not at all.
+        """
         with recording_failure(namespace_of(cluster), "host", name):
             begin_process("host", name, cluster)
             # A restarting host shares its cores with processes that serve: low priority.
             import_at_low_priority(".host", __package__)
             from ..runtime.cluster_secret import secret_of
             from .host import ExpertHost
+            from .kept_memory import KeptMemory
 
+            node, secret = ray.get_runtime_context().get_node_id(), secret_of(namespace_of(cluster))
+            kept = None
+            if keep_s is not None:
+                # The parent of an actor's process is the node's raylet.
+                kept = KeptMemory(
+                    secret.keeper_address(node), name, keep_s=keep_s, parent_pid=os.getppid()
+                )
             self._host = ExpertHost(
                 name,
-                node=ray.get_runtime_context().get_node_id(),
+                node=node,
                 bind=get_node_ip_address() if bind == "node" else bind,
                 device=device,
                 policy=policy,
                 threads=threads,
                 transport=transport,
                 lends=lends,
-                secret=secret_of(namespace_of(cluster)),
+                secret=secret,
+                kept=kept,
             )
 
     def entry(self) -> HostEntry:
@@ -75,6 +90,9 @@ class RayExpertHost:
 
     def release(self, gone: Sequence[ExpertVersion], term: int = 0, eviction: int = 1) -> None:
         self._host.release(gone, term, eviction)
+
+    def leave(self) -> None:
+        self._host.leave()
 
     def emulate(self, device: Emulation | None) -> None:
         self._host.emulate(device)

@@ -49,6 +49,7 @@ class HostReport:
     weight_bytes: int
     rss_bytes: int
     loop: LoopStats
+    adopted: int = 0  # experts that this process has from its predecessor's memory
 
     def process(self) -> HostProcess:
         """Return what `status` shows of the host's process."""
@@ -62,6 +63,7 @@ class HostReport:
             loading_replicas=self.loading,
             weight_bytes=self.weight_bytes,
             rss_bytes=self.rss_bytes,
+            adopted_replicas=self.adopted,
             calls=loop.calls,
             rows=loop.rows,
             assignments=loop.assignments,

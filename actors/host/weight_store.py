@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ...cluster.host.residency import LayerShape
 from ...cluster.placement import ModelRef
 from ...cluster.update_folder import UpdateFolder
 from ...kernels.ffn import ExpertForm, ExpertWeights
+from ...kernels.slabs.slab import Slab
 from ...models.folder.expert_file import read_expert
 from ...models.trunk.checkpoint import Checkpoint
 from ...models.trunk.config import config_from_dict, read_config, torch_dtype
@@ -36,8 +38,9 @@ _HEADER_BYTES = 256
 class _Model:
     """The experts layers of one model, its checkpoint if it has one, and its experts' memory."""
 
-    def __init__(self, ref: ModelRef, device: torch.device) -> None:
+    def __init__(self, ref: ModelRef, device: torch.device, about: Mapping[str, Any]) -> None:
         self.ref = ref
+        self._device = device
         self.checkpoint: Checkpoint | None = None
         if ref.path is not None:
             path = Path(ref.path)
@@ -49,10 +52,20 @@ class _Model:
             self.layers = {layer.layer: layer for layer in experts_layers(self._owner)}
         dtype = torch_dtype(ref.dtype)
         self.memory: ExpertMemory = (
-            SlabMemory(ref.name, self.layers, dtype)
+            SlabMemory(ref.name, self.layers, dtype, about)
             if device.type == "cpu"
             else SlotMemory(self.layers, dtype, device)
         )
+
+    def form(self, layer: int) -> ExpertForm | None:
+        """Return a layer's form; None if tensors that its experts share are yet to be put."""
+        experts = self.layers[layer]
+        if self.checkpoint is None:
+            return None if _lacks_shared(experts) else experts.form()
+        form = self.checkpoint.form(layer)
+        if experts.has_post_norm:
+            experts.module.to(self._device)
+        return form
 
     def read_update(self, wanted: ExpertVersion, layer: ExpertsLayer) -> ExpertWeights:
         """Read one expert from the file of the update that brought this version of it."""
@@ -91,20 +104,37 @@ class ExpertStore:
         with self._lock:
             return sum(model.memory.nbytes for model in self._models.values())
 
-    def add_model(self, ref: ModelRef) -> None:
+    def add_model(self, ref: ModelRef, about: Mapping[str, Any] | None = None) -> None:
         """Register a model, so that its experts can be loaded or put.
 
-        Raises CheckpointError and UnsupportedModel.
+        ``about`` is what the memory of its experts says of the model, for a successor. Raises
+        CheckpointError and UnsupportedModel.
         """
         with self._lock:
             known = self._models.get(ref.name)
         if known is None or known.ref != ref:
-            model = _Model(ref, self.device)
+            model = _Model(ref, self.device, about or {})
             with self._lock:
                 before = self._models.get(ref.name)
                 self._models[ref.name] = model
             if before is not None:
                 before.memory.close()
+
+    def adopt(self, ref: ModelRef, slab: Slab) -> dict[ExpertVersion, LayerShape]:
+        """Register a model with the memory that an earlier process has left of it.
+
+        Returns the experts that are there. Raises ValueError for memory that this process cannot
+        use, and CheckpointError and UnsupportedModel.
+        """
+        model = _Model(ref, self.device, slab.layout.about)
+        if not isinstance(model.memory, SlabMemory):
+            raise ValueError(f"this host keeps experts on {self.device}")
+        forms = {n: form for n in model.layers if (form := model.form(n)) is not None}
+        held = model.memory.adopt(slab, forms)
+        with self._lock:
+            self._models[ref.name] = model
+            self._forms.update({LayerKey(ref.name, n): form for n, form in forms.items()})
+        return {one: model.shape(one.key.layer) for one in held}
 
     def load(self, wanted: ExpertVersion) -> LayerShape:
         """Read one expert from its model's checkpoint, or a later version from its updates.
@@ -122,10 +152,8 @@ class ExpertStore:
         else:
             weights = model.read_update(wanted, layer)
         layer_key = LayerKey(key.model, key.layer)
-        if layer_key not in self._forms:
-            self._forms[layer_key] = model.checkpoint.form(key.layer)
-            if layer.has_post_norm:
-                layer.module.to(self.device)
+        if layer_key not in self._forms and (form := model.form(key.layer)) is not None:
+            self._forms[layer_key] = form
         return self._keep(wanted, weights)
 
     def most_bytes(self, key: ExpertKey) -> int:
@@ -182,7 +210,7 @@ class ExpertStore:
     def lacks_shared(self, key: LayerKey) -> bool:
         """Return whether tensors that the experts of a layer have in common are still missing."""
         _, layer = self._layer(key.expert(SHARED))
-        return any(p.device.type == "meta" for p in shared_parameters(layer).values())
+        return _lacks_shared(layer)
 
     def drop(self, gone: ExpertVersion) -> None:
         """Forget an expert and free its memory; call it when the loop has released the expert."""
@@ -190,6 +218,11 @@ class ExpertStore:
             model = self._models.get(gone.key.model)
         if model is not None:
             model.memory.drop(gone)
+
+    def is_sound(self, held: ExpertVersion) -> bool:
+        """Return whether an adopted expert has the bytes that were written, or has left."""
+        memory = self._model(held.key.model).memory
+        return not isinstance(memory, SlabMemory) or memory.is_sound(held)
 
     def close(self) -> None:
         """Free all experts."""
@@ -250,6 +283,10 @@ def shared_parameters(layer: ExpertsLayer) -> dict[str, torch.nn.Parameter]:
     """Return the parameters that all experts of a layer share, e.g. of a norm after them."""
     own = {name for name, _ in expert_parameters(layer)}
     return {n: p for n, p in layer.module.named_parameters() if n not in own}
+
+
+def _lacks_shared(layer: ExpertsLayer) -> bool:
+    return any(p.device.type == "meta" for p in shared_parameters(layer).values())
 
 
 def _check_shared(layer: ExpertsLayer, tensors: Mapping[str, Tensor]) -> None:

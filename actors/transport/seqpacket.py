@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
 from collections.abc import Callable
 
 from google.protobuf.message import DecodeError
@@ -129,12 +128,6 @@ def _decode(data: bytes) -> Frame:
         return Frame.FromString(data)
     except DecodeError as error:
         raise HostLost(f"shared-memory socket: the bytes are not a frame: {error}") from error
-
-
-def same_user(sock: socket.socket) -> bool:
-    size = struct.calcsize("3i")
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return uid == os.getuid()
 
 
 def close_all(fds: list[int]) -> None:

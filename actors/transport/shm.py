@@ -33,10 +33,11 @@ from ...proto.errors import CallError, HostLost, InternalError
 from ...proto.expert_pb2 import Frame, Hello
 from ...proto.keys import ClusterSecret, secret_of_process
 from ...proto.limits import HELLO_S, MAX_UNANNOUNCED
+from ...proto.unix_peers import same_user
 from ...proto.wire import ALIGNMENT_BYTES, WIRE_VERSION, CallLayout
 from .base import InboundFrame, Session, call_of, check_slot, check_version
 from .cuda_memory import CudaMemory, open_shared, share
-from .seqpacket import FrameSocket, close_all, same_user
+from .seqpacket import FrameSocket, close_all
 
 log = logging.getLogger(__name__)
 

@@ -140,6 +140,8 @@ class HostProcess(Report):
     """The largest such excess."""
     total_late_s: float
     """Sum of the delays of answers that an emulated device gave late."""
+    adopted_replicas: int
+    """Replicas that it took over from the memory of its killed predecessor, without loading."""
 
 
 class HostStatus(Report):

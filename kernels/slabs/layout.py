@@ -33,7 +33,7 @@ SLOT_ENTRY_BYTES = 32
 
 
 # The last byte counts changes of this format.
-_MAGIC = b"MOESLAB\x01"
+_MAGIC = b"MOESLAB\x02"
 _LENGTH_BYTES = 8
 _CACHE_LINE = 64
 
@@ -89,9 +89,13 @@ class LayerLayout:
 class SlabLayout:
     """The places of all experts of a model: {layer: its layout}."""
 
-    def __init__(self, layers: Mapping[int, LayerLayout]) -> None:
+    def __init__(
+        self, layers: Mapping[int, LayerLayout], about: Mapping[str, Any] | None = None
+    ) -> None:
+        """``about`` is what else the manifest says, in JSON's types: which model this is."""
         self.layers = dict(layers)
-        self.manifest = _encode(self.layers)
+        self.about = dict(about or {})
+        self.manifest = _encode(self.layers, self.about)
         self.entries_start = _aligned(len(_MAGIC) + _LENGTH_BYTES + len(self.manifest), _CACHE_LINE)
         self.slots = COPIES * sum(layer.experts for layer in layers.values())
         self._first_slot: dict[int, int] = {}
@@ -116,7 +120,8 @@ class SlabLayout:
         if length > len(memory) - start:
             raise ValueError(f"the manifest has {length} bytes, more than the slab")
         try:
-            layout = cls(_decode(bytes(memory[start : start + length])))
+            named = json.loads(bytes(memory[start : start + length]))
+            layout = cls(_decode(named), named["about"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"the manifest cannot be read: {error}") from error
         if layout.nbytes != len(memory):
@@ -136,19 +141,29 @@ class SlabLayout:
             raise IndexError(f"layer {layer} has no place for copy {copy} of expert {expert}")
         return self._first_slot[layer] + copy * experts + expert
 
+    def place(self, slot: int) -> tuple[int, int, int]:
+        """Return the layer, the expert and the copy of a slot, by its number."""
+        layer, first = max(
+            ((number, first) for number, first in self._first_slot.items() if first <= slot),
+            key=lambda found: found[1],
+        )
+        copy, expert = divmod(slot - first, self.layers[layer].experts)
+        return layer, expert, copy
+
     def offset(self, layer: int, tensor: SlotTensor, expert: int, copy: int = 0) -> int:
         """Return where a tensor of an expert begins, in bytes."""
         place = self.slot(layer, expert, copy) - self._first_slot[layer]
         return self._regions[layer, tensor.name] + place * tensor.stride_bytes
 
 
-def _encode(layers: Mapping[int, LayerLayout]) -> bytes:
+def _encode(layers: Mapping[int, LayerLayout], about: Mapping[str, Any]) -> bytes:
     """Return JSON; layers that are alike share a form."""
     forms: list[LayerLayout] = []
     for layer in layers.values():
         if layer not in forms:
             forms.append(layer)
     named = {
+        "about": about,
         # Packed layouts are of one version of PyTorch.
         "torch": torch.__version__,
         "forms": [
@@ -176,8 +191,7 @@ def _encode_tensor(tensor: SlotTensor) -> dict[str, Any]:
     }
 
 
-def _decode(manifest: bytes) -> dict[int, LayerLayout]:
-    named = json.loads(manifest)
+def _decode(named: Mapping[str, Any]) -> dict[int, LayerLayout]:
     if named["torch"] != torch.__version__:
         raise ValueError(f"torch {named['torch']} wrote it, and this is torch {torch.__version__}")
     forms = [

@@ -39,6 +39,7 @@ _ENTRY = np.dtype(
 assert _ENTRY.itemsize == SLOT_ENTRY_BYTES
 # Of Linux's fallocate; Python has no name for them.
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 class SlotState(IntEnum):
@@ -88,6 +89,14 @@ class SlabReader:
         copies = range(COPIES)
         return next((c for c in copies if self.version(layer, expert, c) is None), None)
 
+    def filled(self) -> list[tuple[int, int, int, int]]:
+        """Return (layer, expert, copy, version) of each slot that holds an expert."""
+        ready = (self._slots["state"] == SlotState.READY) & (self._slots["generation"] % 2 == 0)
+        return [
+            (*self.layout.place(slot), int(self._slots["version"][slot]))
+            for slot in np.flatnonzero(ready).tolist()
+        ]
+
     def is_sound(self, layer: int, expert: int, copy: int = 0) -> bool:
         """Return whether a filled slot still has the bytes that were written to it."""
         entry = self._slots[self.layout.slot(layer, expert, copy)]
@@ -113,23 +122,50 @@ class SlabReader:
 class Slab(SlabReader):
     """The experts of one model in one host's memory. One thread at a time may write a slot."""
 
-    def __init__(self, name: str, layout: SlabLayout) -> None:
-        self.descriptor = os.memfd_create(
-            f"moesaic:{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        )
+    def __init__(self, descriptor: int, layout: SlabLayout, memory: mmap.mmap) -> None:
+        """Take a memfd, which this object closes, and a mapping of it; see `create`."""
+        # Tensors over the mapping hold it; it ends with the last of them.
+        super().__init__(layout, memory)
+        self.descriptor = descriptor
+        self.nbytes = 0  # of the slots that hold an expert
+
+    @classmethod
+    def create(cls, name: str, layout: SlabLayout) -> Slab:
+        """Make an empty slab."""
+        descriptor = os.memfd_create(f"moesaic:{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self.descriptor, layout.nbytes)
-            seals = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals)
-            # Tensors over the mapping hold it; it ends with the last of them.
-            memory = mmap.mmap(self.descriptor, layout.nbytes)
+            os.ftruncate(descriptor, layout.nbytes)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+            memory = mmap.mmap(descriptor, layout.nbytes)
             header = layout.header()
             memory[: len(header)] = header
-            super().__init__(layout, memory)
+            return cls(descriptor, layout, memory)
         except BaseException:
-            os.close(self.descriptor)
+            os.close(descriptor)
             raise
-        self.nbytes = 0  # of the slots that hold an expert
+
+    @classmethod
+    def adopt(cls, descriptor: int) -> Slab:
+        """Take over the slab of a process that has ended; the descriptor is this object's now.
+
+        Slots that it was changing when it ended are empty. Raises ValueError for what is no slab.
+        """
+        try:
+            try:
+                seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+                memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"the descriptor's memory cannot be mapped: {error}") from error
+            if seals & _SEALS != _SEALS:
+                raise ValueError("the memory is not sealed against growing and shrinking")
+            slab = cls(descriptor, SlabLayout.read(memoryview(memory)), memory)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        slab._end_changes()
+        layers = slab.layout.layers
+        slab.nbytes = sum(layers[layer].expert_bytes for layer, _, _, _ in slab.filled())
+        return slab
 
     def write(
         self, layer: int, expert: int, weights: ExpertWeights, *, version: int, copy: int = 0
@@ -202,6 +238,14 @@ class Slab(SlabReader):
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+    def _end_changes(self) -> None:
+        """Empty the slots that nobody goes on changing."""
+        for slot in np.flatnonzero(self._slots["generation"] % 2).tolist():
+            entry = self._slots[slot]
+            entry["state"] = SlotState.EMPTY
+            self._punch(*self.layout.place(slot))
+            entry["generation"] += 1
 
     def _punch(self, layer: int, expert: int, copy: int) -> None:
         for tensor in self.layout.layers[layer].tensors:

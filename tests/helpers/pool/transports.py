@@ -2,7 +2,7 @@
 
 python -m tests.helpers.pool.transports host shm
 python -m tests.helpers.pool.transports router grpc ADDRESS
-python -m tests.helpers.pool.transports serve FOLDER NAME DEVICE
+python -m tests.helpers.pool.transports serve FOLDER NAME DEVICE lends kept ADDRESS SECONDS PID
 python -m tests.helpers.pool.transports pair PIECES
 """
 
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -312,9 +312,15 @@ def run_router(kind: str, address: str) -> None:
     sys.stdin.read()
 
 
-def run_serve(folder: str, name: str, device: str, *, lends: bool = False) -> None:
-    """An expert host that holds the whole model in ``folder``; prints where it is as JSON."""
+def run_serve(
+    folder: str, name: str, device: str, *, lends: bool = False, kept: Sequence[str] = ()
+) -> None:
+    """An expert host that holds the whole model in ``folder``; prints where it is as JSON.
+
+    With a memory keeper it prints then how many experts it has from its predecessor.
+    """
     from moesaic.actors.host.host import ExpertHost
+    from moesaic.actors.host.kept_memory import KeptMemory
     from moesaic.cluster.placement import ModelRef, ModelShape, every_expert
     from moesaic.models.trunk.config import read_config
     from moesaic.models.trunk.experts_layers import experts_layers
@@ -332,10 +338,15 @@ def run_serve(folder: str, name: str, device: str, *, lends: bool = False) -> No
         transport=transport,
         secret=SECRET,
         lends=lends,
+        kept=KeptMemory(kept[0], name, keep_s=float(kept[1]), parent_pid=int(kept[2]))
+        if kept
+        else None,
     )
     ref = ModelRef(name="m", dtype="float32", path=folder)
     host.load([(ref, shape)], first_versions(every_expert([shape])))
     print(json.dumps(asdict(host.entry())), flush=True)
+    if kept:
+        print(host.report().adopted, flush=True)
     sys.stdin.read()
     host.close()
 
@@ -357,7 +368,8 @@ if __name__ == "__main__":
             run_host(kind)
         case ["router", kind, address]:
             run_router(kind, address)
-        case ["serve", folder, name, device, *lends]:
-            run_serve(folder, name, device, lends=lends == ["lends"])
+        case ["serve", folder, name, device, *options]:
+            kept = options[options.index("kept") + 1 :] if "kept" in options else ()
+            run_serve(folder, name, device, lends="lends" in options, kept=kept)
         case ["pair", count]:
             run_pair(int(count))

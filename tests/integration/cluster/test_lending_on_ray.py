@@ -6,8 +6,12 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
+
 from moesaic import Client
 from tests.helpers.models.tiny import tiny_mixtral, tiny_text, tiny_tokenizer
+from tests.helpers.pool.transports import settles
+from tests.helpers.processes.keepers import keepers
 from tests.helpers.processes.live import (
     ON_RAY,
     TEXT,
@@ -27,7 +31,8 @@ def test_texts_are_those_of_calls_that_are_sent(tmp_path: Path) -> None:
     tiny_mixtral().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     wanted = tiny_text(TEXT, TOKENS)
-    served = {"name": "m", "path": str(tmp_path), "replicas": 2, "dtype": "float32"}
+    # With one replica of each expert nobody but the killed host's own successor has them.
+    served = {"name": "m", "path": str(tmp_path), "replicas": 1, "dtype": "float32"}
     with (
         running("lend", tmp_path, models=[served], network={"lending": "always"}) as cluster,
         Client(cluster.url or "") as client,
@@ -42,3 +47,7 @@ def test_texts_are_those_of_calls_that_are_sent(tmp_path: Path) -> None:
         # Nearly nothing was sent: calls of the first moments, before hosts had lent.
         after = processes_of(cluster)
         assert sum(process.rows for process in after.values()) < TOKENS
+        assert after["host-0"].adopted_replicas == before["host-0"].replicas
+        assert after["host-1"].adopted_replicas == 0
+        (keeper,) = keepers(psutil.Process(after["host-0"].pid).ppid())
+    assert settles(lambda: not keeper.is_running())

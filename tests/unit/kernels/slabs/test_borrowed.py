@@ -35,7 +35,7 @@ def slab(request: pytest.FixtureRequest) -> Iterator[Slab]:
     if request.param and not available():
         pytest.skip("this torch has no packed matrices")
     held = experts(request.param)
-    made = Slab("lent", SlabLayout(dict.fromkeys((0, 3), layer_layout(4, held[0]))))
+    made = Slab.create("lent", SlabLayout(dict.fromkeys((0, 3), layer_layout(4, held[0]))))
     for layer in (0, 3):
         for number in (0, 2):
             made.write(layer, number, held[number], version=1)

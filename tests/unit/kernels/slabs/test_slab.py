@@ -5,6 +5,7 @@ Shape suffixes: T = tokens, K = assignments of a token, H = hidden size.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import mmap
 import os
@@ -43,7 +44,9 @@ def in_layout(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
 def slab_of(kind: str, dtype: torch.dtype, *, layers: int = 1, experts: int = 4) -> Slab:
     form = KINDS[kind].form
     example = in_layout(form, random_experts(KINDS[kind], [0], dtype=dtype)[0])
-    return Slab("test", SlabLayout(dict.fromkeys(range(layers), layer_layout(experts, example))))
+    return Slab.create(
+        "test", SlabLayout(dict.fromkeys(range(layers), layer_layout(experts, example)))
+    )
 
 
 def computed(form: ExpertForm, experts: dict[int, ExpertWeights], dtype: torch.dtype) -> Tensor:
@@ -190,7 +193,7 @@ def test_memory_comes_and_goes_with_experts(slab: Slab) -> None:
 
 def test_memory_is_sparse() -> None:
     big = LayerLayout(256, (SlotTensor("up", (4096, 14336), torch.bfloat16),))
-    slab = Slab("big", SlabLayout(dict.fromkeys(range(58), big)))
+    slab = Slab.create("big", SlabLayout(dict.fromkeys(range(58), big)))
     assert slab.layout.nbytes > 3 * 2**40
     assert blocks(slab) * 512 == PAGE_BYTES, "the manifest"
     slab.close()
@@ -226,7 +229,7 @@ def open_here() -> list[str]:
 
 
 def test_nothing_is_left() -> None:
-    slab = Slab("left", slab_of("gated", torch.float32).layout)
+    slab = Slab.create("left", slab_of("gated", torch.float32).layout)
     kept = fill(slab, 0)
     assert len(open_here()) == 3, "the descriptor, the mapping's own, and the mapping"
     slab.close()
@@ -234,6 +237,42 @@ def test_nothing_is_left() -> None:
     del slab, kept
     gc.collect()
     assert open_here() == []
+
+
+def test_a_slab_is_adopted_as_its_owner_left_it() -> None:
+    slab = slab_of("gated", torch.float32, layers=2)
+    for expert in (0, 1, 2):
+        fill(slab, expert)
+    slab.free(0, 1)
+    entry = slab._slots[slab.layout.slot(0, 3)]
+    entry["generation"] += 1  # its owner ended while it wrote
+    generation = int(entry["generation"])
+    adopted = Slab.adopt(os.dup(slab.descriptor))
+    assert adopted.layout.layers == slab.layout.layers
+    assert adopted.filled() == [(0, 0, 0, 1), (0, 2, 0, 1)]
+    assert adopted.nbytes == 2 * slab.layout.layers[0].expert_bytes
+    assert adopted.generation(0, 3) == generation + 1
+    for expert in (0, 2):
+        given = random_experts(KINDS["gated"], [expert], seed=1)[expert]
+        assert adopted.holds(0, expert, in_layout(KINDS["gated"].form, given))
+        assert adopted.is_sound(0, expert)
+    # It can be written to, and who has the old mapping sees it.
+    fill(adopted, 3, version=4)
+    assert slab.version(0, 3) == 4
+    adopted.close()
+    slab.close()
+
+
+def test_what_is_no_slab_is_not_adopted() -> None:
+    for seals in (0, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL):
+        other = os.memfd_create("other", os.MFD_ALLOW_SEALING)
+        os.ftruncate(other, 1 << 16)
+        if seals:
+            fcntl.fcntl(other, fcntl.F_ADD_SEALS, seals)
+        with pytest.raises(ValueError, match="begin as a slab|not sealed"):
+            Slab.adopt(other)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(other)
 
 
 # ---- the layout ---------------------------------------------------------------------------------

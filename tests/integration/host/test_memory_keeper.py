@@ -1,0 +1,274 @@
+"""A killed host's experts wait for its successor at the node's memory keeper."""
+
+from __future__ import annotations
+
+import gc
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from moesaic.actors.host.adoption import model_as_json, model_from_json
+from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.host.kept_memory import KeptMemory
+from moesaic.actors.router.router import Router
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
+from moesaic.cluster.placement import (
+    HostEntry,
+    LayerPlacement,
+    ModelRef,
+    ModelShape,
+    Placement,
+    PlacementId,
+    Replica,
+)
+from moesaic.kernels.slabs.layout import SlabLayout
+from tests.helpers.pool.serving import (
+    EXPERTS,
+    KEY,
+    Hosts,
+    assert_right,
+    inputs,
+    save_model,
+    serving,
+)
+from tests.helpers.pool.transports import process, settles
+from tests.helpers.processes.keepers import keepers, kept_memory
+
+KEEP_S = 60.0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_model(tmp_path)
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"moesaic-keeper-test-{os.getpid()}-{tmp_path.name}"
+
+
+@pytest.fixture(autouse=True)
+def node() -> Iterator[subprocess.Popen[bytes]]:
+    """The process with which keepers end."""
+    with subprocess.Popen(["sleep", "300"]) as parent:
+        try:
+            yield parent
+        finally:
+            parent.kill()
+    assert settles(lambda: not keepers(parent.pid))
+
+
+@contextmanager
+def host_process(
+    folder: Path, address: str, node: int, *, keep_s: float = KEEP_S
+) -> Iterator[tuple[subprocess.Popen[str], HostEntry, int]]:
+    """A host in a process of its own, and how many experts it has from its predecessor."""
+    options = ("lends", "kept", address, str(keep_s), str(node))
+    with process("serve", str(folder), "kept", "cpu", *options) as (child, line):
+        assert child.stdout is not None
+        yield child, HostEntry(**json.loads(line)), int(child.stdout.readline())
+
+
+def kill(child: subprocess.Popen[str]) -> None:
+    child.kill()
+    child.wait()
+
+
+def spoil(folder: Path) -> None:
+    """Overwrite the checkpoint: whoever loads from it now computes something else."""
+    (file,) = folder.glob("*.safetensors")
+    save_file({n: t * 0 for n, t in load_file(file).items()}, file, {"format": "pt"})
+
+
+def router_of(pool: Hosts, *entries: HostEntry, epoch: int = 1) -> Router:
+    router = pool.router(placed=False)
+    place(router, pool, *entries, epoch=epoch)
+    router.wait_ready(10.0)
+    return router
+
+
+def place(router: Router, pool: Hosts, *entries: HostEntry, epoch: int) -> None:
+    there = tuple(Replica(entry.host, 1.0) for entry in entries)
+    layers = dict.fromkeys(pool.placement.layers, LayerPlacement((there,) * EXPERTS))
+    router.place(Placement(PlacementId(1, epoch), {entry.host: entry for entry in entries}, layers))
+
+
+def test_a_successor_takes_over_and_loads_nothing(
+    folder: Path, address: str, node: subprocess.Popen[bytes]
+) -> None:
+    given = inputs(20)
+    with serving(folder, hosts=1) as pool:
+        everything = EXPERTS * len(pool.expected)
+        with host_process(folder, address, node.pid) as (child, entry, adopted):
+            assert adopted == 0
+            router = router_of(pool, entry)
+            expected = pool.answer(*given)
+            assert_right(router.forward(KEY, *given), expected)
+            kill(child)
+        spoil(folder)
+        for _ in range(2):
+            with host_process(folder, address, node.pid) as (child, entry, adopted):
+                assert adopted == everything
+                router = router_of(pool, entry)
+                assert_right(router.forward(KEY, *given), expected)
+                kill(child)
+        (keeper,) = keepers(node.pid)
+        assert len(kept_memory(keeper)) == 1
+
+
+def test_the_death_of_a_keeper_loses_nothing(
+    folder: Path, address: str, node: subprocess.Popen[bytes]
+) -> None:
+    with host_process(folder, address, node.pid) as (child, _, _):
+        (keeper,) = keepers(node.pid)
+        keeper.send_signal(signal.SIGKILL)
+
+        def has_another() -> bool:
+            found = keepers(node.pid)
+            return [one.pid for one in found] != [keeper.pid] and any(map(kept_memory, found))
+
+        assert settles(has_another)
+        kill(child)
+    with host_process(folder, address, node.pid) as (_, _, adopted):
+        assert adopted == EXPERTS * 2
+
+
+def test_a_host_that_ends_in_order_leaves_no_process_and_no_memory(
+    folder: Path, address: str, node: subprocess.Popen[bytes]
+) -> None:
+    with host_process(folder, address, node.pid) as (child, _, _):
+        assert keepers(node.pid)
+        child.communicate(timeout=20)
+        assert settles(lambda: not keepers(node.pid))
+
+
+def test_memory_that_nobody_asks_for_is_freed_in_time(
+    folder: Path, address: str, node: subprocess.Popen[bytes]
+) -> None:
+    with host_process(folder, address, node.pid, keep_s=0.5) as (child, _, _):
+        (keeper,) = keepers(node.pid)
+        kill(child)
+        assert settles(lambda: not keeper.is_running())
+    with host_process(folder, address, node.pid) as (_, _, adopted):
+        assert adopted == 0
+
+
+def test_a_keeper_ends_with_its_node(
+    folder: Path, address: str, node: subprocess.Popen[bytes]
+) -> None:
+    with host_process(folder, address, node.pid):
+        (keeper,) = keepers(node.pid)
+        node.kill()
+        assert settles(lambda: not keeper.is_running())
+
+
+def test_a_keeper_is_small_and_no_child(
+    folder: Path, address: str, node: subprocess.Popen[bytes]
+) -> None:
+    with host_process(folder, address, node.pid) as (child, _, _):
+        (keeper,) = keepers(node.pid)
+        assert keeper.ppid() != child.pid
+        assert os.getsid(keeper.pid) not in (os.getsid(0), os.getsid(child.pid))
+        assert keeper.memory_info().rss < 40e6
+
+
+@contextmanager
+def predecessor(folder: Path, address: str, node: int) -> Iterator[KeptMemory]:
+    """What a killed host has left, as its successor gets it."""
+    with host_process(folder, address, node) as (child, _, _):
+        kill(child)
+    kept = KeptMemory(address, "kept", keep_s=KEEP_S, parent_pid=node)
+    try:
+        yield kept
+    finally:
+        kept.close()
+        gc.collect()
+
+
+def host_of(kept: KeptMemory) -> ExpertHost:
+    return ExpertHost("kept", node="here", device="cpu", lends=True, kept=kept)
+
+
+def holdings(host: ExpertHost) -> int:
+    return sum(map(len, host.report().holdings.values()))
+
+
+def test_an_expert_whose_bytes_have_changed_is_dropped(
+    folder: Path, address: str, node: subprocess.Popen[bytes]
+) -> None:
+    with predecessor(folder, address, node.pid) as kept, serving(folder, hosts=1) as pool:
+        (descriptor,) = kept.left
+        with mmap.mmap(descriptor, os.fstat(descriptor).st_size) as memory:
+            layout = SlabLayout.read(memoryview(memory))
+            start = layout.offset(KEY.layer, layout.layers[KEY.layer].tensors[0], 3)
+            memory[start] ^= 1
+        host = host_of(kept)
+        try:
+            assert settles(lambda: holdings(host) == EXPERTS * 2 - 1)
+            lost = ExpertVersion(ExpertKey("m", KEY.layer, 3), 1)
+            assert not host._residency.serves(lost)
+            host.load([(pool.ref, pool.shape)], [lost])
+            given = inputs(9)
+            router = router_of(pool, host.entry())
+            assert_right(router.forward(KEY, *given), pool.answer(*given))
+        finally:
+            host.close()
+
+
+def test_what_cannot_be_used_is_loaded_again(
+    folder: Path,
+    address: str,
+    node: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with predecessor(folder, address, node.pid) as kept, serving(folder, hosts=1) as pool:
+        # As after an update of torch: the new process lays experts out otherwise.
+        monkeypatch.setattr("moesaic.actors.host.expert_memory._layouts", lambda *_: {})
+        host = host_of(kept)
+        monkeypatch.undo()
+        try:
+            assert "cannot be used" in caplog.text
+            assert holdings(host) == 0
+            wanted = [ExpertVersion(ExpertKey("m", KEY.layer, e), 1) for e in range(EXPERTS)]
+            host.load([(pool.ref, pool.shape)], wanted)
+            assert holdings(host) == EXPERTS
+        finally:
+            host.close()
+
+
+def test_without_a_keeper_a_host_starts_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    kept = KeptMemory("moesaic-keeper-nobody", "kept", keep_s=KEEP_S, parent_pid=os.getpid())
+    host = host_of(kept)
+    try:
+        assert "no memory keeper" in caplog.text
+        with serving(folder, hosts=1) as pool:
+            host.load([(pool.ref, pool.shape)], [ExpertVersion(ExpertKey("m", KEY.layer, 0), 1)])
+        assert holdings(host) == 1
+    finally:
+        host.close()
+
+
+def test_a_model_is_the_same_after_it_was_written() -> None:
+    ref = ModelRef(name="m", dtype="float32", path="/models/m", updates="/updates")
+    shape = ModelShape(model="m", experts={0: 8, 1: 8}, replicas=2, exact=True, expert_bytes=7)
+    assert model_from_json(model_as_json((ref, shape))) == (ref, shape)
+    attached = replace(ref, path=None, config={"hidden_size": 32, "layer_types": ["a", "b"]})
+    assert model_from_json(model_as_json((attached, shape))) == (attached, shape)
+    # Lists come back where tuples were, so such a model is loaded again.
+    assert model_as_json((replace(attached, config={"a": (1, 2)}), shape)) == {}
+    with pytest.raises(ValueError, match="which model"):
+        model_from_json({"ref": asdict(ref)})
