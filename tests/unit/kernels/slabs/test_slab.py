@@ -269,7 +269,7 @@ def test_what_is_no_slab_is_not_adopted() -> None:
         os.ftruncate(other, 1 << 16)
         if seals:
             fcntl.fcntl(other, fcntl.F_ADD_SEALS, seals)
-        with pytest.raises(ValueError, match="begin as a slab|not sealed"):
+        with pytest.raises(ValueError, match=r"begin as a slab|not sealed"):
             Slab.adopt(other)
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(other)
