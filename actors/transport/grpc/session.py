@@ -50,6 +50,7 @@ class GrpcSession:
         self._terms = terms
         self._admit = admit
         self._pair: Pair | None = None
+        self._broken_off: HostLost | None = None  # why this side has cancelled the stream
         self._closing = False  # True: this side closes, and `close` ends the pair
         self._greeted = threading.Event()  # set by the Hello, or by an earlier end
         self._over = threading.Event()
@@ -137,8 +138,7 @@ class GrpcSession:
         if moved_at is None or now - moved_at <= stalls.STILL_S:
             return False
         late = f"{self.router}: no byte of a call has arrived for {stalls.STILL_S:g} s"
-        self._inbox.end(HostLost(late))
-        self._context.cancel()
+        self._break_off(HostLost(late))
         return True
 
     def _accept(self, kind: str, frame: Frame) -> bool:
@@ -192,9 +192,16 @@ class GrpcSession:
         if self._inbox.waiting_bytes + self._outbox.unsent_bytes <= self._terms.max_held_bytes:
             return False
         if self._outbox.stalled_s() > STALL_S:
-            self._inbox.end(HostLost(f"{self.router}: it has read nothing for {STALL_S:g} s"))
-            self._context.cancel()
+            self._break_off(HostLost(f"{self.router}: it has read nothing for {STALL_S:g} s"))
         return True
+
+    def _break_off(self, why: HostLost) -> None:
+        """End the stream with an error."""
+        # The host closes the session as soon as the inbox has ended. If the stream were not
+        # cancelled by then, it would end as one that is over.
+        self._broken_off = why
+        self._context.cancel()
+        self._inbox.end(why)
 
     def _read(self, messages: Iterator[bytes]) -> None:
         end: MoesaicError = HostLost(f"{self._inbox.peer}: the router closed the connection")
@@ -203,7 +210,7 @@ class GrpcSession:
         except grpc.RpcError as error:
             end = from_grpc(error, self._inbox.peer)
         finally:
-            self._inbox.end(end)
+            self._inbox.end(self._broken_off or end)
             self._greeted.set()
             if not self._closing:
                 self._abort_pair()

@@ -17,8 +17,9 @@ from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.transport.grpc import session as grpc_session
 from moesaic.actors.transport.grpc import stalls
 from moesaic.actors.transport.grpc import stream as grpc_stream
+from moesaic.actors.transport.grpc.inbox import Inbox
 from moesaic.actors.transport.process_group import Pair
-from moesaic.proto.errors import Busy, CallError, Expired, HostLost
+from moesaic.proto.errors import Busy, CallError, Expired, HostLost, MoesaicError
 from moesaic.proto.expert_pb2 import FLOAT32, Frame
 from moesaic.proto.limits import CHUNK_BYTES, HELLO_S
 from moesaic.proto.wire import CallLayout
@@ -251,7 +252,14 @@ def test_arriving_calls_are_bounded_over_all_routers(
 def test_a_call_that_stands_still_ends_its_connection(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    end = Inbox.end
+
+    def end_and_wait(inbox: Inbox, error: MoesaicError) -> None:
+        end(inbox, error)
+        time.sleep(0.2)  # the host closes the session meanwhile
+
     monkeypatch.setattr(stalls, "STILL_S", 0.3)
+    monkeypatch.setattr(Inbox, "end", end_and_wait)
     with honest(folder) as one:
         stream = Stream(one.host.entry())
         stream.send(hello())
