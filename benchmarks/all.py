@@ -32,6 +32,8 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     },
     "resilience": {
         "faults": [],
+        "faults-lending": ["--lending", "always", "--kinds", "kill", "--rounds", "30"],
+        "adoption": [],
         "faults_throughput": [],
         "overload": [],
         "strangers": [],

@@ -48,6 +48,7 @@ def engine_over(spec: dict[str, Any], *, streams: int) -> Iterator[Engine]:
         model=ModelRef(name=model.name, dtype=model.dtype, path=str(resolve_model(model.path))),
         name="benchmark",
         policy=parsed.router_policy,
+        lending=parsed.lends,
         engine=EngineConfig(num_blocks=256, max_requests=max(32, streams)),
     )
     engine = engine_factory(config)()

@@ -19,6 +19,7 @@ from ...cluster.reports.status import (
 )
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, describe_error
+from ..runtime.garbage import starting_without_collections
 from ..runtime.log_settings import log_environment
 from ..runtime.ports import free_port
 from ..runtime.process_log import begin_process
@@ -45,7 +46,8 @@ class RayRouterService:
     def __init__(self, spec: Spec, namespace: str, address: str) -> None:
         with recording_failure(namespace, "router", NAME):
             begin_process("router", NAME, cluster_of(namespace))
-            self._open(spec, namespace, address)
+            with starting_without_collections():
+                self._open(spec, namespace, address)
 
     def _open(self, spec: Spec, namespace: str, address: str) -> None:
         import torch

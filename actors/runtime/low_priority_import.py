@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import sys
 import threading
+
+from .garbage import starting_without_collections
 
 # Added to the process's own niceness; Ray starts its workers with 15, and the maximum is 19.
 NICER = 10
@@ -21,21 +22,17 @@ def import_at_low_priority(module: str, package: str | None = None) -> None:
     failures: list[BaseException] = []
 
     def run() -> None:
-        # An import makes objects and hardly any garbage, and looking for it takes an eighth.
-        collects = gc.isenabled()
-        gc.disable()
         if sys.platform == "linux":
             thread_id = threading.get_native_id()
             own = os.getpriority(os.PRIO_PROCESS, thread_id)
             os.setpriority(os.PRIO_PROCESS, thread_id, min(own + NICER, 19))
         try:
-            importlib.import_module(module, package)
+            # Looking for garbage, of which an import makes hardly any, takes an eighth of it.
+            with starting_without_collections(makes_garbage=False):
+                importlib.import_module(module, package)
         except BaseException as failure:
             # A module may raise anything; the starter's thread raises it again.
             failures.append(failure)
-        finally:
-            if collects:
-                gc.enable()
 
     thread = threading.Thread(target=run, name=f"import {module}")
     thread.start()

@@ -10,6 +10,7 @@ from typing import Literal
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from ..runtime.garbage import starting_without_collections
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import cluster_of
 from ..runtime.start_failures import recording_failure
@@ -32,5 +33,6 @@ def starting(kind: Literal["trunk", "ingress"]) -> Iterator[None]:
     process = f"trunk-{name}-{replica.replica_id.unique_id}" if kind == "trunk" else kind
     with recording_failure(replica.app_name, kind, name):
         begin_process(kind, name, cluster_of(replica.app_name), process)
-        yield
+        with starting_without_collections():
+            yield
     log.info("%s is ready", process)

@@ -1,9 +1,11 @@
 """Hosts killed, frozen and slowed under load: failed requests, changed texts, gaps between tokens.
 
     python -m benchmarks.resilience.faults [--json PATH] [--rounds N] [--model FOLDER]
+    python -m benchmarks.resilience.faults --lending always --kinds kill --rounds 30
 
 The demo model in float32, every expert with a replica on another host, 16 streams of greedy texts
-through the engine in this process; hosts are real processes. Each round waits until the pool is
+through the engine in this process; hosts are real processes. With lending each expert has one
+replica, because a host's memory outlives it. Each round waits until the pool is
 whole, chooses a host and a harm at random (seeded), and measures until the pool is whole again.
 Every text is compared with the one of the same prompt from before the first fault. A gap is the
 time between two tokens of one stream; gaps of quiet times are shown beside those around faults.
@@ -58,21 +60,23 @@ class Round:
 # ---- harm ---------------------------------------------------------------------------------------
 
 
-async def whole(cluster: Cluster) -> dict[str, int]:
-    """Wait until every host is up and every expert protected; gives each host's process."""
+async def whole(cluster: Cluster, unprotected: int) -> dict[str, int]:
+    """Wait until every host is up and every expert as protected as it can be; gives each host's
+    process. ``unprotected`` is how many experts have one replica in a pool that is whole."""
     deadline = time.monotonic() + WHOLE_S
     while True:
         status = await asyncio.to_thread(cluster.status)
         up = all(host.state == "up" for host in status.hosts)
-        if up and not status.unprotected_experts and not status.balancing.pending_moves:
+        protected = status.unprotected_experts <= unprotected and not status.missing_experts
+        if up and protected and not status.balancing.pending_moves:
             return {name: process.pid for name, process in status.processes.items()}
         if time.monotonic() > deadline:
             raise RuntimeError(f"the pool is not whole after {WHOLE_S:g} s: {status.hosts}")
         await asyncio.sleep(0.1)
 
 
-async def harm(cluster: Cluster, kind: str, host: str, seconds: float) -> Round:
-    processes = await whole(cluster)
+async def harm(cluster: Cluster, kind: str, host: str, seconds: float, unprotected: int) -> Round:
+    processes = await whole(cluster, unprotected)
     pid, began = processes[host], time.monotonic()
     if kind == "kill":
         os.kill(pid, signal.SIGKILL)
@@ -82,9 +86,9 @@ async def harm(cluster: Cluster, kind: str, host: str, seconds: float) -> Round:
         finally:
             os.kill(pid, signal.SIGCONT)
     ended = time.monotonic()
-    while kind == "kill" and (await whole(cluster))[host] == pid:
+    while kind == "kill" and (await whole(cluster, unprotected))[host] == pid:
         await asyncio.sleep(0.1)  # the dead process's last report still looks whole
-    await whole(cluster)
+    await whole(cluster, unprotected)
     return Round(kind=kind, host=host, began=began, ended=ended, whole=time.monotonic())
 
 
@@ -134,13 +138,17 @@ async def measure(cluster: Cluster, engine: Engine, given: argparse.Namespace) -
     load.requests.clear()
     load.start(given.streams)
     rng = np.random.default_rng(given.seed)
-    kinds = rng.permutation([KINDS[n % len(KINDS)] for n in range(given.rounds)]).tolist()
+    chosen = given.kinds.split(",")
+    kinds = rng.permutation([chosen[n % len(chosen)] for n in range(given.rounds)]).tolist()
     rounds: list[Round] = []
     await asyncio.sleep(given.pause)
+    unprotected = (await asyncio.to_thread(cluster.status)).unprotected_experts
+    unprotected = 0 if given.lending == "never" else unprotected
     for number, kind in enumerate(kinds):
-        hosts = sorted(await whole(cluster))
+        hosts = sorted(await whole(cluster, unprotected))
         await asyncio.sleep(given.pause)
-        rounds.append(await harm(cluster, kind, str(rng.choice(hosts)), given.harm))
+        host = str(rng.choice(hosts))
+        rounds.append(await harm(cluster, kind, host, given.harm, unprotected))
         took_s = rounds[-1].whole - rounds[-1].began
         print(f"round {number + 1}: {kind} {rounds[-1].host}, whole after {took_s:.1f} s")
     await asyncio.sleep(max(given.pause, MARGIN_S))
@@ -215,6 +223,8 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--hosts", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of harm, with commas")
+    parser.add_argument("--lending", choices=("never", "always"), default="never")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="of one text")
     parser.add_argument("--harm", type=float, default=5.0, help="seconds frozen or slow")
@@ -228,7 +238,8 @@ def main() -> None:
         "models": [{"name": MODEL, "path": given.model, "dtype": "float32"}],
         "hosts": [{"count": given.hosts}],
         "endpoint": None,
-        "balance": {"auto": False, "redundancy": 1},
+        "network": {"lending": given.lending},
+        "balance": {"auto": False, "redundancy": int(given.lending == "never")},
     }
     with moesaic.up(spec) as cluster, engine_over(spec, streams=given.streams) as engine:
         found = asyncio.run(measure(cluster, engine, given))
