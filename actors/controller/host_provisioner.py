@@ -90,8 +90,8 @@ class HostProvisioner:
         self._stop.set()
         self._turn.set()
         self._thread.join(ASK_TIMEOUT_S)
-        _end(list(self.hosts.values()))
-        self.hosts.clear()
+        hosts, self.hosts = self.hosts, {}
+        _end(list(hosts.values()))
 
     def _run(self) -> None:
         known: int | None = None
@@ -139,7 +139,7 @@ def _end(hosts: Sequence[Any]) -> None:
     """End hosts for good; those that answer free their memory at once."""
     if not hosts:
         return
-    ray.wait([host.leave.remote() for host in hosts], num_returns=len(hosts), timeout=LEAVE_S)
     with ExitStack() as each:
         for host in hosts:
             each.callback(ray.kill, host, no_restart=True)
+        ray.wait([host.leave.remote() for host in hosts], num_returns=len(hosts), timeout=LEAVE_S)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -90,15 +91,24 @@ def test_it_ends_in_its_time_whatever_is_heard(
 def test_a_host_that_cannot_be_ended_keeps_no_other_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[str] = []
 
-    def kill(host: str, *, no_restart: bool) -> None:
-        killed.append(host)
-        if host == "b":
+    def kill(host: Mock, *, no_restart: bool) -> None:
+        killed.append(host.name)
+        if host.name == "b":
             raise RuntimeError("no answer")
 
+    def wait(left: list[str], *, num_returns: int, timeout: float) -> None:
+        assert left == ["left"] * num_returns
+        assert timeout > 0
+        assert killed == [], "they leave before they are killed"
+
     monkeypatch.setattr(keeper_file.ray, "kill", kill)
+    monkeypatch.setattr(keeper_file.ray, "wait", wait)
     monkeypatch.setattr(keeper_file, "PAUSE_S", 60.0)
     nobody: Any = None
-    keeper = HostProvisioner(nobody, nobody, {name: name for name in "abc"})
+    hosts = {name: Mock(**{"leave.remote.return_value": "left"}) for name in "abc"}
+    for name, host in hosts.items():
+        host.name = name
+    keeper = HostProvisioner(nobody, nobody, hosts)
     with pytest.raises(RuntimeError, match="no answer"):
         keeper.close()
     assert sorted(killed) == ["a", "b", "c"]
