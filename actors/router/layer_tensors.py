@@ -46,7 +46,7 @@ class LayerTensors:
         self.step = step  # the router's forward pass that this call belongs to
         self.exact = placement is not None and key.model in placement.exact
         self.dtype = x_TH.dtype
-        self._given_TH = x_TH.detach().contiguous()
+        self.x_TH = x_TH.detach().contiguous()
         self.tokens, self.hidden = x_TH.shape
         self.top_k = ids_TK.shape[1]
         self.weights_N = weights_TK.detach().to("cpu", torch.float32).reshape(-1).numpy()
@@ -68,7 +68,7 @@ class LayerTensors:
 
     @functools.cached_property
     def _on_cpu(self) -> np.ndarray:
-        return _as_numpy(self._given_TH.to("cpu"))
+        return _as_numpy(self.x_TH.to("cpu"))
 
     def layout(self, rows: int, top_k: int) -> CallLayout:
         return CallLayout.of(rows, self.hidden, top_k, self.dtype, self.exact)
@@ -132,7 +132,7 @@ class LayerTensors:
     def write_on_device(self, send: Send, layout: CallLayout, buffer: Tensor) -> None:
         """Write the tensors of ``send`` into device memory, without moving rows through the CPU."""
         x_tH, ids_tk, weights_tk = layout.call_tensors(buffer)
-        x_TH = self._given_TH.to(buffer.device)
+        x_TH = self.x_TH.to(buffer.device)
         if layout.rows == self.tokens:
             x_tH.copy_(x_TH)
         else:

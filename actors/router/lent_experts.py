@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.placement import HostEntry, Placement
+from ...cluster.routing.dispatch import Dispatcher
+from ...cluster.routing.lending_share import LendingShare
+from ...cluster.routing.policy import RouterPolicy
 from ...kernels import fused
 from ...kernels.ffn import ExpertForm, ExpertWeights
 from ...kernels.slabs.layout import COPIES, Packing
@@ -41,13 +43,15 @@ class _Lent(NamedTuple):
 class LentExperts:
     """What hosts have lent to one router; used under the router's lock."""
 
-    def __init__(self, forms: Mapping[LayerKey, ExpertForm], *, orphan_s: float) -> None:
+    def __init__(self, forms: Mapping[LayerKey, ExpertForm], policy: RouterPolicy) -> None:
         """Take the arithmetic of the layers that may be computed here.
 
-        The memory of a host that no placement names is kept for ``orphan_s`` seconds.
+        The memory of a host that no placement names is kept for ``policy.orphan_s`` seconds. With
+        ``policy.splits_lent`` the router computes the part of a call that makes it fastest.
         """
         self._forms = forms
-        self._orphan_s = orphan_s
+        self._orphan_s = policy.orphan_s
+        self._shares = LendingShare() if policy.splits_lent else None
         self._slabs: dict[_Lent, SlabReader] = {}
         self._orphans: dict[_Lent, float] = {}  # and when each of them is let go
         self._placement: Placement | None = None
@@ -107,26 +111,35 @@ class LentExperts:
         incarnations = {host: placement.hosts[host].incarnation for host in used}
         return hosts, incarnations, placement.versions.layer(key)
 
-    def take(
-        self, tensors: LayerTensors, placement: Placement | None, x_TH: Tensor
-    ) -> LentPart | None:
-        """Take what is within reach out of the ids that are sent; None if nothing is."""
-        reach = self.reach(tensors.key, placement)
-        if reach is None or not reach.takes(x_TH):
+    def take(self, tensors: LayerTensors, dispatcher: Dispatcher, now: float) -> LentPart | None:
+        """Take what is computed here out of the ids that are sent; None if nothing is."""
+        reach = self.reach(tensors.key, dispatcher.placement)
+        if reach is None or not reach.takes(tensors.x_TH):
             return None
         all_ids_TK = tensors.ids_TK
-        mine_TK, others_TK = reach.split(all_ids_TK)
-        if (mine_TK < 0).all():
+        choice = None
+        if self._shares is not None and reach.can_split:
+            healths = [dispatcher.hosts.get(host) for host in reach.hosts]
+            if all(health is not None and health.takes_calls(now) for health in healths):
+                choice = self._shares.choose(int((all_ids_TK >= 0).sum()))
+        mine_TK, others_TK = reach.split(all_ids_TK, 1.0 if choice is None else choice.part)
+        if choice is None and (mine_TK < 0).all():
             return None
         tensors.ids_TK = others_TK
         return LentPart(
             reach,
-            x_TH.detach().contiguous(),
+            tensors.x_TH,
             torch.from_numpy(mine_TK),
             torch.from_numpy(tensors.weights_N.reshape(mine_TK.shape)),
             tensors.exact,
             torch.from_numpy(all_ids_TK),
+            choice,
         )
+
+    def took(self, lent: LentPart | None, seconds: float) -> None:
+        """Take note of how long a call has taken of which this part was computed here."""
+        if self._shares is not None and lent is not None and lent.choice is not None:
+            self._shares.took(lent.choice, seconds)
 
     def changed(self, key: LayerKey) -> None:
         """Look again at what is within reach: a slot of the layer has changed."""
@@ -193,7 +206,8 @@ class LentExperts:
             return None
         slots = [Slots(slab, *np.array(taken, dtype=np.uint64).T) for slab, taken in found.items()]
         up = _shape(next(iter(found)), key.layer, form)
-        return LayerReach(form, experts, slots, len(layer.replicas), *up)
+        preferred = [replicas[0].host if replicas else "" for replicas in layer.replicas]
+        return LayerReach(form, experts, slots, preferred, *up)
 
 
 def _can_compute(slab: SlabReader, layer: int, expert: int) -> bool:

@@ -10,13 +10,14 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...cluster.routing.lending_share import ShareChoice
 from ...kernels import ffn
 from ...kernels.ffn import ExpertForm, ExpertWeights
 from ...kernels.slabs.slab import SlabReader
@@ -42,10 +43,12 @@ class LayerReach:
         form: ExpertForm,
         experts: Mapping[int, ExpertWeights],
         slots: list[Slots],
-        count: int,
+        hosts: Sequence[str],
         hidden: int,
         dtype: torch.dtype,
     ) -> None:
+        """``hosts`` has the preferred host of each expert of the layer, "" if it has none."""
+        count = len(hosts)
         self.form = form
         self.experts = experts
         self._takes = hidden, dtype
@@ -54,20 +57,44 @@ class LayerReach:
         self._within_E = np.zeros(count + 1, dtype=bool)
         self._within_E[list(experts)] = True
         self.count = count  # of the layer's experts
+        self.hosts = sorted(set(hosts))
+        # Whether any part of a call could as well be sent.
+        self.can_split = len(experts) == count and "" not in self.hosts
+        self._host_of_E = np.array([self.hosts.index(host) for host in hosts])
 
     def takes(self, x_TH: Tensor) -> bool:
         """Return whether these rows fit; a host says what is wrong with others."""
         return x_TH.device.type == "cpu" and (x_TH.shape[1], x_TH.dtype) == self._takes
 
-    def split(self, ids_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids within reach, and the others; each is -1 where the other is not.
+    def split(self, ids_TK: np.ndarray, part: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids to compute here, and the others; each is -1 where the other is not.
 
-        Ids outside [0, experts) are in neither.
+        Ids outside [0, experts) are in neither. Here are those within reach, or about ``part`` of
+        them.
         """
         used_TK = (ids_TK >= 0) & (ids_TK < self.count)
         ids_TK = np.where(used_TK, ids_TK, -1)
-        within_TK = self._within_E[ids_TK]
-        return np.where(within_TK, ids_TK, -1), np.where(within_TK, -1, ids_TK)
+        here_E = self._within_E
+        if part < 1.0:
+            counts_E = np.bincount(ids_TK[used_TK], minlength=self.count)
+            here_E = np.append(self._choose(counts_E, part), False)
+        here_TK = here_E[ids_TK]
+        return np.where(here_TK, ids_TK, -1), np.where(here_TK, -1, ids_TK)
+
+    def _choose(self, counts_E: np.ndarray, part: float) -> np.ndarray:
+        """Return which experts to compute here, so that each host keeps the same part of its own.
+
+        An expert's rows stay together. The largest go first, each if it brings its host's sum
+        nearer to what is wanted.
+        """
+        here_E = np.zeros(self.count, dtype=bool)
+        wanted = part * np.bincount(self._host_of_E, counts_E, len(self.hosts))
+        for expert in np.argsort(-counts_E, kind="stable").tolist():
+            count, host = counts_E[expert], self._host_of_E[expert]
+            if 0 < count < 2 * wanted[host]:
+                here_E[expert] = True
+                wanted[host] -= count
+        return here_E
 
     def unchanged(self) -> bool:
         """Return whether all slots still hold what they held when they were found."""
@@ -84,6 +111,7 @@ class LentPart:
     weights_TK: Tensor
     exact: bool
     all_ids_TK: Tensor  # those of the hosts, too
+    choice: ShareChoice | None = None  # how large a part this is meant to be
     out: Tensor | None = None  # float32: sums (T, H), or with ``exact`` rows (T, K, H)
     bad_experts: list[int] | None = None
 

@@ -94,13 +94,12 @@ class Router:
         self._log = CallLog(name)
         self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
-        self._lent_experts = LentExperts(forms or {}, orphan_s=self.policy.orphan_s)
-        slots = self.policy.window
+        self._lent_experts = LentExperts(forms or {}, self.policy)
         self._connections = HostConnections(
             router=name,
             node=node,
             transport=transport,
-            slots=slots,
+            slots=self.policy.window,
             device=device,
             secret=secret or secret_of_process(),
             clock=clock,
@@ -141,10 +140,10 @@ class Router:
                 self._wait(min(deadline, self._clock() + 0.05))
             if self._clock() >= deadline:
                 states = (f"{h} {s.state.value}" for h, s in self._dispatcher.hosts.items())
+                unplaced = f"{len(self._unplaced(layers))} of {len(layers)} layers"
                 raise ClusterError(
-                    f"router {self.name} was not ready within {timeout_s:g} s: "
-                    f"{len(self._unplaced(layers))} of {len(layers)} layers have no placement; its "
-                    f"hosts are {', '.join(states) or 'unknown'}"
+                    f"router {self.name} was not ready within {timeout_s:g} s: {unplaced} have no "
+                    f"placement; its hosts are {', '.join(states) or 'unknown'}"
                 )
 
     def has(self, experts: Sequence[ExpertKey]) -> bool:
@@ -274,7 +273,7 @@ class Router:
             began = self._clock()
             self._calls += not again
             self._rows += 0 if again else tensors.tokens
-            lent = None if again else self._lent_experts.take(tensors, placement, x_TH)
+            lent = None if again else self._lent_experts.take(tensors, self._dispatcher, began)
             if lent is not None and (tensors.ids_TK < 0).all():
                 return PoolCall(self, RunningCall(None, tensors, options, began, lent), x_TH)
             state, begun = self._dispatcher.begin(
@@ -323,6 +322,7 @@ class Router:
         out_TH = tensors.combine()
         if (took_s := self._clock() - call.began) > self.policy.attempt_s:
             self._log.slow(tensors, took_s)
+        self._lent_experts.took(lent, took_s)
         if tensors.bad_rows:
             self.batch.report_bad(tensors)
         if self.batch.dead:

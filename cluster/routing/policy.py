@@ -17,6 +17,8 @@ class RouterPolicy:
     probe_max_s: float = 2.0
     connect_s: float = 2.0  # from Connect to Welcome
     orphan_s: float = 30.0  # how long the lent memory of a host that is gone is kept
+    # Whether a call of which all experts are lent may be sent in part, where that is faster.
+    splits_lent: bool = False
     reconnect_s: float = 0.2  # between attempts to connect
     busy_s: float = 0.005  # before a host that refused as Busy gets calls again; doubles
     busy_max_s: float = 0.5

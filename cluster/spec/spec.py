@@ -393,7 +393,11 @@ class Spec(Part):
     @property
     def router_policy(self) -> RouterPolicy:
         """The deadlines and limits of the cluster's routers."""
-        return replace(self.timeouts.policy, orphan_s=self.balance.host_timeout_s)
+        return replace(
+            self.timeouts.policy,
+            orphan_s=self.balance.host_timeout_s,
+            splits_lent=any(self.lending_of(group) == "auto" for group in self.hosts),
+        )
 
     def lending_of(self, group: HostGroup) -> Lending:
         """Return whether hosts of a group lend: as it says, or else as `network.lending` says."""

@@ -12,19 +12,21 @@ from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId, Replica
+from moesaic.cluster.routing.policy import RouterPolicy
 from tests.helpers.pool.serving import (
     EXPERTS,
     KEY,
     LAYER,
+    PATIENT,
     Hosts,
     serving,
 )
 from tests.helpers.pool.transports import settles
 
 
-def borrowing(pool: Hosts, *hosts: str) -> Router:
+def borrowing(pool: Hosts, *hosts: str, policy: RouterPolicy = PATIENT) -> Router:
     """A router that has heard what these hosts lend."""
-    router = pool.router(borrows=True)
+    router = pool.router(borrows=True, policy=policy)
     heard(router, *hosts)
     return router
 

@@ -16,16 +16,21 @@ import pytest
 import torch
 
 from moesaic.actors.router import lent_part
+from moesaic.actors.router.lent_part import LayerReach
 from moesaic.cluster.expert_keys import ExpertVersion, LayerKey
 from moesaic.cluster.host.emulation import Emulation
 from moesaic.cluster.host.residency import HostPolicy
 from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
+from moesaic.cluster.routing.host_health import HostState
+from moesaic.cluster.routing.lending_share import PARTS
 from moesaic.cluster.versions import WeightVersions
 from moesaic.proto.errors import BadExpert, CallError
 from tests.helpers.pool.lending import borrowing, computed, half_lent, heard, key, mapped
 from tests.helpers.pool.serving import (
     EXPERTS,
+    HIDDEN,
     KEY,
+    PATIENT,
     assert_right,
     inputs,
     save_model,
@@ -311,3 +316,53 @@ def test_layers_without_a_form_are_sent(folder: Path) -> None:
         assert_right(router.forward(other, *given), pool.answer(*given, layer=0))
         assert router.stats().lent == 0
         assert computed(pool) == 2
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_call_may_be_computed_in_part_here_and_in_part_there(folder: Path, exact: bool) -> None:
+    with serving(folder, lends=True, exact=exact) as pool:
+        plain = pool.router()
+        router = borrowing(pool, "host-0", "host-1", policy=replace(PATIENT, splits_lent=True))
+        for tokens in (1, 7, 300):
+            given = inputs(tokens)
+            expected = plain.forward(KEY, *given)
+            for _ in range(2 * len(PARTS)):
+                before = computed(pool), router.stats().lent
+                result = router.forward(KEY, *given)
+                if exact:
+                    assert torch.equal(result, expected)
+                assert_right(result, expected)
+                assert (computed(pool), router.stats().lent) != before
+        # All that was not computed here was sent.
+        assert 0 < router.stats().lent < 2 * len(PARTS) * 308 * 2
+        counts = router.take_load().counts[KEY]
+        assert counts.sum() == 2 * len(PARTS) * 308 * 2
+
+
+def test_no_part_is_sent_to_a_host_that_is_gone(folder: Path) -> None:
+    with serving(folder, lends=True) as pool:
+        router = borrowing(pool, "host-0", "host-1", policy=replace(PATIENT, splits_lent=True))
+        given = inputs(50)
+        router._dispatcher.hosts["host-0"].state = HostState.CONNECTING
+        before = computed(pool)
+        for _ in range(2 * len(PARTS)):
+            assert_right(router.forward(KEY, *given), pool.answer(*given))
+        assert computed(pool) == before
+        assert router.stats().lent == 2 * len(PARTS) * 100
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_host_keeps_the_same_part_of_its_experts(part: float) -> None:
+    hosts = ["a" if expert < 4 else "b" for expert in range(EXPERTS)]
+    reach = LayerReach(None, dict.fromkeys(range(EXPERTS)), [], hosts, HIDDEN, torch.float32)  # pyright: ignore[reportArgumentType]
+    assert reach.can_split
+    drawn = torch.Generator().manual_seed(3)
+    ids = torch.randint(-1, EXPERTS, (500, 2), generator=drawn).numpy()
+    here, there = reach.split(ids, part)
+    assert ((here >= 0) + (there >= 0) == (ids >= 0)).all()
+    assert not {*here[here >= 0].tolist()} & {*there[there >= 0].tolist()}
+    for first in (0, 4):
+        mine = ((here >= first) & (here < first + 4)).sum()
+        whole = ((ids >= first) & (ids < first + 4)).sum()
+        # An expert's rows stay together, and a host has four experts.
+        assert abs(mine / whole - part) <= 0.15

@@ -1,0 +1,96 @@
+"""How large a part of a call a router computes itself, with experts that hosts lend to it.
+
+A lent expert is one more replica, as fast as the trunk's own threads. Whether these threads alone
+are faster than threads and hosts together depends on the size of the call, on the machine, and on
+what else the hosts do. So it is measured: for each size of call, all parts are tried, and the
+fastest is used. The others are tried again now and then, the more rarely the slower they were, so
+that trying costs a bounded fraction of the time.
+
+This is a multi-armed bandit with few arms and a changing world; nothing here is random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# The parts that are tried: everything, parts that leave the hosts their share, and nothing.
+PARTS = (1.0, 0.5, 0.33, 0.0)
+# Each part is tried so often before the first decision; the fastest try counts, since the first
+# ones are slow for reasons of their own.
+_FIRST_TRIES = 2
+# Weight of the last call in the running mean of a part's time.
+_NEW = 0.25
+# A call that takes longer than so many times the mean was disturbed, and counts as this.
+_DISTURBED = 4.0
+# What trying one other part may cost, as a fraction of all time.
+_COST = 0.005
+_FEWEST_BETWEEN, _MOST_BETWEEN = 16, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ShareChoice:
+    """What was chosen for one call: `LendingShare.took` wants it back."""
+
+    assignments: int
+    part: float  # of the assignments, for the router itself
+
+    @property
+    def size(self) -> int:
+        return self.assignments.bit_length()
+
+
+@dataclass(slots=True)
+class _Part:
+    tries: int = 0
+    mean_s: float = 0.0  # of one assignment
+    try_at: int = 0  # the number of the call that tries it again
+
+
+@dataclass(slots=True)
+class _Size:
+    """Calls whose numbers of assignments have the same number of binary digits."""
+
+    calls: int = 0
+    parts: dict[float, _Part] = field(default_factory=lambda: {part: _Part() for part in PARTS})
+
+    @property
+    def fastest(self) -> float:
+        return min(self.parts, key=lambda part: self.parts[part].mean_s)
+
+
+class LendingShare:
+    """The times of calls by their sizes; used under the router's lock."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, _Size] = {}
+
+    def choose(self, assignments: int) -> ShareChoice:
+        """Choose the part of a call with so many assignments that the router computes itself."""
+        choice = ShareChoice(assignments, 1.0)
+        size = self._sizes.setdefault(choice.size, _Size())
+        size.calls += 1
+        for part, known in size.parts.items():
+            if known.tries < _FIRST_TRIES:
+                return ShareChoice(assignments, part)
+        fastest = size.fastest
+        for part, known in size.parts.items():
+            if part != fastest and size.calls >= known.try_at:
+                return ShareChoice(assignments, part)
+        return ShareChoice(assignments, fastest)
+
+    def took(self, choice: ShareChoice, seconds: float) -> None:
+        """Take note of how long a call has taken, from its dispatch to its result."""
+        size = self._sizes[choice.size]
+        known, one_s = size.parts[choice.part], seconds / max(1, choice.assignments)
+        known.tries += 1
+        if known.tries == 1:
+            known.mean_s = one_s
+        elif known.tries <= _FIRST_TRIES:
+            known.mean_s = min(known.mean_s, one_s)
+        else:
+            known.mean_s += _NEW * (min(one_s, _DISTURBED * known.mean_s) - known.mean_s)
+        fastest_s = size.parts[size.fastest].mean_s
+        if fastest_s > 0:
+            slower = known.mean_s / fastest_s - 1.0
+            between = min(max(int(slower / _COST), _FEWEST_BETWEEN), _MOST_BETWEEN)
+            known.try_at = size.calls + between
