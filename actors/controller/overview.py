@@ -12,6 +12,7 @@ from ...cluster.control.control import Control
 from ...cluster.control.operations import check_layer, check_model
 from ...cluster.control.status_views import HostCounters, HostRates, expert_views, hottest
 from ...cluster.control.watchdog import Vitals, Watchdog
+from ...cluster.load.meter import HostPath
 from ...cluster.load.trace import LoadTotals
 from ...cluster.placement import ModelRef, ModelShape, PlacementId
 from ...cluster.reports.activity import Activity, ExpertReport, HostActivity, ModelActivity
@@ -23,6 +24,7 @@ from ...cluster.reports.status import (
     HostStatus,
     MissingExpert,
     ModelStatus,
+    PathStatus,
     RouterStatus,
 )
 from ...proto.errors import ClusterError, describe_error
@@ -88,7 +90,11 @@ class Overview:
             balancing=self._balancing(vitals, now),
             scaling=self.sizing.status(now),
             routers=[
-                RouterStatus(name=name, placement=_number(number))
+                RouterStatus(
+                    name=name,
+                    placement=_number(number),
+                    paths=[_path(one) for one in control.paths.get(name, ())],
+                )
                 for name, number in control.publisher.routers(now).items()
             ],
             router_service=None if self.service is None else self.service.status(),
@@ -257,3 +263,9 @@ def _number(number: PlacementId | None) -> PlacementNumber | None:
 
 def _rounded(age_s: float | None) -> float | None:
     return None if age_s is None else round(age_s, 1)
+
+
+def _path(path: HostPath) -> PathStatus:
+    return PathStatus(
+        host=path.host, transport=path.transport, lent=path.lent, reason=path.why_sent
+    )

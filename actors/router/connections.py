@@ -6,15 +6,16 @@ import logging
 import os
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from ...cluster.load.meter import HostPath
 from ...cluster.placement import HostEntry
 from ...cluster.routing.events import HostDown, HostUp, Ponged, Refused, Replied, RouterEvent
-from ...cluster.routing.transports import Transport, TransportChoice, Transports
+from ...cluster.routing.transports import Transport, TransportChoice, Transports, path_to
 from ...kernels.slabs.borrowed import borrow
 from ...kernels.slabs.slab import SlabReader
 from ...proto.errors import ClusterError, Corrupted, HostLost
@@ -59,6 +60,7 @@ class HostConnections:
                 "use 'grpc', which reaches the same hosts"
             )
         self._router = router
+        self._node = node
         self._clock = clock
         self._secret = secret
         self._device = device
@@ -144,6 +146,24 @@ class HostConnections:
     def _transport_lost(self, host: str) -> None:
         entry, transport = self._used[host]
         self._choice.lost(entry, transport, self._clock())
+
+    def paths(self, lenders: Collection[str]) -> tuple[HostPath, ...]:
+        """Return how this router reaches each host; ``lenders`` have lent it their memory."""
+        found = []
+        for host, (entry, transport) in sorted(self._used.items()):
+            connected = host in self._channels
+            if not connected and host not in lenders:
+                continue  # it may have left long ago
+            found.append(
+                path_to(
+                    entry,
+                    transport=transport if connected else None,
+                    lent=host in lenders,
+                    borrows=self._on_lend is not None,
+                    node=self._node,
+                )
+            )
+        return tuple(found)
 
     @property
     def transports(self) -> dict[str, Transport]:

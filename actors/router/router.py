@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.load.meter import LoadReport
-from ...cluster.placement import Placement, PlacementId
+from ...cluster.placement import Placement
 from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.events import (
     Accept,
@@ -175,18 +175,14 @@ class Router:
             found = self._dispatcher
             asked = () if found.unplaced is None else (found.unplaced,)
             found.asked_for = None
-            return found.meter.take(self.name, self._number, found.received, asked)
+            paths = self._connections.paths(self._lent_experts.lenders)
+            return found.meter.take(self.name, found.followed, found.received, asked, paths)
 
     def _ask_for(self, layers: Sequence[LayerKey]) -> None:
         """Let the next report name a layer that no placement has, if one of these is."""
         self._dispatcher.asked_for = next(iter(self._unplaced(layers)), None)
         if self._dispatcher.asked_for is not None:
             self.stirred.set()
-
-    @property
-    def _number(self) -> PlacementId | None:
-        placement = self._dispatcher.placement
-        return None if placement is None else placement.id
 
     def close(self) -> None:
         """Close all connections; calls in progress end with ClusterError."""

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
-from ..load.meter import LoadReport
+from ..load.meter import HostPath, LoadReport
 from ..load.tracker import LoadTracker
 from ..placement import LayerPlacement, ModelShape, Placement, PlacementId, every_expert
 from ..planner.capacity import with_default_slots
@@ -65,6 +65,7 @@ class Control:
         )
         self.updates = WeightUpdates(self.view, self.loader.saved)
         self.loads = LoadTracker()
+        self.paths: dict[str, tuple[HostPath, ...]] = {}  # of each live router
         self.changes = ChangeHistory()
         self.impact_meter = ImpactMeter(self.policy.every_s, self.policy.balance.consolidate_below)
         self._target = Target()
@@ -112,6 +113,9 @@ class Control:
         self.loads.hear(report)
         self.idle_models.hear(report, now)
         self.publisher.acknowledged(report.router, report.placement_id, now)
+        live = self.publisher.routers(now)
+        self.paths = {router: paths for router, paths in self.paths.items() if router in live}
+        self.paths[report.router] = report.paths
 
     def set_constraints(self, constraints: OperatorConstraints) -> None:
         """Take what operators want; the next tick plans for it."""

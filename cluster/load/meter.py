@@ -57,6 +57,16 @@ class HostTimes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostPath:
+    """The way from one router to one host."""
+
+    host: str
+    transport: str | None  # of calls that are sent; None: it is not connected
+    lent: bool  # the router computes with this host's memory
+    why_sent: str | None = None  # None: it is lent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
     """One router's counts since its last report, and the number of its placement."""
 
@@ -68,6 +78,7 @@ class LoadReport:
     counts: Mapping[LayerKey, np.ndarray] = field(default_factory=dict)  # (E,) int64 each
     hosts: Mapping[str, HostTimes] = field(default_factory=dict)
     unplaced: tuple[LayerKey, ...] = ()  # layers that were called and are not in the placement
+    paths: tuple[HostPath, ...] = ()  # how it reaches each host
 
 
 class LoadMeter:
@@ -104,6 +115,7 @@ class LoadMeter:
         number: PlacementId | None,
         received: PlacementId | None,
         unplaced: tuple[LayerKey, ...] = (),
+        paths: tuple[HostPath, ...] = (),
     ) -> LoadReport:
         """Return everything since the last report, and start from zero."""
         report = LoadReport(
@@ -113,6 +125,7 @@ class LoadMeter:
             counts=self._counts,
             hosts=self._hosts,
             unplaced=unplaced,
+            paths=paths,
         )
         self._counts, self._hosts = {}, {}
         return report

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from .placing import ChangeReport
 from .report import Balancedness, ExpertId, HostState, OpenEnum, PlacementNumber, Report
 from .scaling import ScalingStatus
@@ -43,6 +45,19 @@ class BalancingStatus(Report):
     """The last change; null if there was none."""
 
 
+class PathStatus(Report):
+    """How one router reaches one host."""
+
+    host: str
+    """The host's name."""
+    transport: str | None
+    """What carries calls that are sent: shm, cuda, grpc, gloo, nccl; null while not connected."""
+    lent: bool
+    """Whether the router computes with this host's memory, and sends nothing for what it has."""
+    reason: str | None
+    """Why calls are sent; null if the memory is lent."""
+
+
 class RouterStatus(Report):
     """A router that follows placements."""
 
@@ -50,6 +65,8 @@ class RouterStatus(Report):
     """The router's name."""
     placement: PlacementNumber | None
     """The placement that it uses; null if it has none yet."""
+    paths: list[PathStatus] = Field(default_factory=list)
+    """How it reaches each host."""
 
 
 class RouterServiceState(OpenEnum):
@@ -140,7 +157,7 @@ class HostProcess(Report):
     """The largest such excess."""
     total_late_s: float
     """Sum of the delays of answers that an emulated device gave late."""
-    adopted_replicas: int
+    adopted_replicas: int = 0
     """Replicas that it took over from the memory of its killed predecessor, without loading."""
 
 

@@ -88,6 +88,11 @@ class Dispatcher:
         return self.registry.hosts
 
     @property
+    def followed(self) -> PlacementId | None:
+        """The number of the placement in use."""
+        return None if self.placement is None else self.placement.id
+
+    @property
     def unplaced(self) -> LayerKey | None:
         """A layer that the placement lacks and somebody waits for; its model may be asleep."""
         layers = {} if self.placement is None else self.placement.layers

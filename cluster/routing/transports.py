@@ -1,9 +1,13 @@
-"""Choose the transport from a router to each host, and the fallback when one is lost."""
+"""Choose the transport from a router to each host, and the fallback when one is lost.
+
+`path_to` says why calls to a host are sent at all, instead of computed with its memory.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
+from ..load.meter import HostPath
 from ..placement import HostEntry
 
 # `device`: transports that keep tensors on GPUs, between two GPUs; else the same as `auto`.
@@ -68,3 +72,27 @@ class Transports:
         if self._choice == "device" and both_cuda:
             return "cuda" if near else "nccl"
         return "shm" if near else "grpc"
+
+
+def path_to(
+    entry: HostEntry,
+    *,
+    transport: Transport | None,
+    lent: bool,
+    borrows: bool,
+    node: str,
+) -> HostPath:
+    """Return the path to a host; ``borrows``: the router asks hosts on its ``node`` to lend."""
+    why = None
+    if not lent:
+        if not borrows:
+            why = "this router borrows nothing: network.lending, or its model is on a GPU"
+        elif entry.node != node:
+            why = "it is on another machine"
+        elif entry.device != CPU:
+            why = "it computes on a GPU"
+        elif transport not in (None, "shm"):
+            why = "its connection cannot carry memory"
+        else:
+            why = "it has lent nothing: hosts[].lending, an emulated device, or no expert yet"
+    return HostPath(host=entry.host, transport=transport, lent=lent, why_sent=why)

@@ -11,6 +11,7 @@ from ..cluster.reports.status import (
     HostProcess,
     HostStatus,
     RouterServiceStatus,
+    RouterStatus,
     StatusDocument,
 )
 from ..handle import connect
@@ -56,6 +57,8 @@ def print_status(document: StatusDocument) -> None:
     if cluster.router_service:
         _print_router_service(cluster.router_service)
     _print_hosts(cluster.hosts)
+    for router in cluster.routers:
+        _print_paths(router)
     _print_models(cluster, document.engines or {})
     _print_balance(cluster)
     _print_size(cluster)
@@ -68,6 +71,16 @@ def print_status(document: StatusDocument) -> None:
         out.print(f"[red]missing[/red] {missing.words}: {missing.reason}")
     if cluster.controller.error:
         out.print(f"[red]controller:[/red] {cluster.controller.error}")
+
+
+def _print_paths(router: RouterStatus) -> None:
+    """Say how a router reaches its hosts, those together that it reaches in the same way."""
+    hosts: dict[str, list[str]] = {}
+    for path in router.paths:
+        sent = f"calls over {path.transport or 'no connection'}: {path.reason}"
+        hosts.setdefault("computes with their memory" if path.lent else sent, []).append(path.host)
+    for way, names in hosts.items():
+        out.print(f"{router.name} -> {', '.join(names)}: {escape(way)}")
 
 
 def _print_router_service(service: RouterServiceStatus) -> None:

@@ -68,7 +68,6 @@ PROCESS = HostProcess(
     overrun_batches=0,
     worst_overrun_s=0.0,
     total_late_s=0.0,
-    adopted_replicas=0,
 )
 _CLUSTER = ClusterStatus(
     placement=None,

@@ -39,6 +39,8 @@ def test_texts_are_those_of_calls_that_are_sent(tmp_path: Path) -> None:
     ):
         assert text_of(client, "m", TOKENS) == wanted
         before = processes_of(cluster)
+        (router,) = cluster.status().routers
+        assert {path.host: path.lent for path in router.paths} == {"host-0": True, "host-1": True}
         with text_in_background(client, "m", TOKENS) as result:
             os.kill(before["host-0"].pid, signal.SIGKILL)
             assert result() == wanted

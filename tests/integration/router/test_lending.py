@@ -243,6 +243,17 @@ def test_rows_that_do_not_fit_get_the_hosts_error(folder: Path) -> None:
         assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
 
 
+def test_a_report_says_how_each_host_is_reached(folder: Path) -> None:
+    with half_lent(folder, exact=False) as (pool, router):
+        here, other = router.take_load().paths
+        assert (here.host, here.transport, here.lent) == ("host-0", "shm", True)
+        assert (other.host, other.transport, other.lent) == ("other", "shm", False)
+        assert here.why_sent is None
+        assert "has lent nothing" in str(other.why_sent)
+        plain = pool.router()
+        assert all("borrows nothing" in str(path.why_sent) for path in plain.take_load().paths)
+
+
 def test_a_killed_host_takes_nothing_away(folder: Path) -> None:
     passed_s = 0.0
     with (

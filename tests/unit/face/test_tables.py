@@ -18,8 +18,10 @@ from moesaic.cluster.reports.report import Balancedness, HostState
 from moesaic.cluster.reports.status import (
     MissingExpert,
     ModelStatus,
+    PathStatus,
     RouterServiceState,
     RouterServiceStatus,
+    RouterStatus,
     StatusDocument,
 )
 from tests.helpers.cluster import reports
@@ -76,6 +78,17 @@ STATUS = StatusDocument(
     cluster=cluster_report(
         hosts=[HOST, host_report("host-1", process=None)],
         models=[MODEL],
+        routers=[
+            RouterStatus(
+                name="trunk-m",
+                placement=None,
+                paths=[
+                    PathStatus(host="host-0", transport="shm", lent=True, reason=None),
+                    PathStatus(host="host-1", transport=None, lent=True, reason=None),
+                    PathStatus(host="host-2", transport="grpc", lent=False, reason="it is far"),
+                ],
+            )
+        ],
         router_service=RouterServiceStatus(
             address="127.0.0.1:8001",
             state=RouterServiceState.UNKNOWN,
@@ -135,7 +148,10 @@ FIGURES = SimpleNamespace(
         (
             status,
             lambda: status.print_status(STATUS),
-            ("experts", "weights", "queue", "replicas", "missing", "waiting", "parked", "16384"),
+            (
+                *("experts", "weights", "queue", "replicas", "missing", "waiting", "parked"),
+                *("16384", "host-1: computes with their memory", "calls over grpc: it is far"),
+            ),
         ),
         (
             watch,
