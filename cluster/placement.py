@@ -7,7 +7,7 @@ that a router needs nothing else. A host that restarts gets a new incarnation in
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ..proto.keys import target
@@ -85,6 +85,32 @@ class Placement:
                 names = [replica.host for replica in replicas]
                 if len(set(names)) != len(names):
                     raise ValueError(f"{key.expert(expert)} has two replicas on one host: {names}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionChange:
+    """A placement that differs from an earlier one in the versions of weights alone.
+
+    So what routers are told after a training step does not grow with the model. It has only the
+    experts that were updated one by one since their model's last step.
+    """
+
+    since: PlacementId  # it applies to this placement and to later ones
+    id: PlacementId
+    versions: WeightVersions
+
+    def applied_to(self, placement: Placement) -> Placement:
+        """Return the new placement. Raises ValueError for one that it does not apply to."""
+        if not self.since <= placement.id < self.id:
+            raise ValueError(
+                f"placement {tuple(self.id)} says what has changed since {tuple(self.since)}, "
+                f"and not since {tuple(placement.id)}"
+            )
+        return replace(placement, id=self.id, versions=self.versions)
+
+
+# What the controller answers to a router's report.
+PlacementNews = Placement | VersionChange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

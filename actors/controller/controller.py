@@ -26,7 +26,7 @@ from ...cluster.control.watchdog import Watchdog
 from ...cluster.expert_keys import ExpertKey, first_versions
 from ...cluster.load.meter import LoadReport
 from ...cluster.load.trace import LoadTotals
-from ...cluster.placement import ModelRef, ModelShape, Placement
+from ...cluster.placement import ModelRef, ModelShape, PlacementNews
 from ...cluster.planner.plan import FleetGroup
 from ...cluster.reports.activity import Activity, ExpertReport
 from ...cluster.reports.placing import ChangeReport, DrainReport, PlanReport
@@ -140,24 +140,22 @@ class Controller:
 
     # ---- called by others -----------------------------------------------------------------------
 
-    async def report(self, report: LoadReport, wait_s: float) -> Placement | None:
-        """Take a router's report; return a placement newer than the one that the router uses.
+    async def report(self, report: LoadReport, wait_s: float) -> PlacementNews | None:
+        """Take a router's report; return what is newer than the placement that the router uses.
 
         Wait for such a placement, and return None if there is none after ``wait_s``.
         """
         self._control.hear(report, self._clock())
         after = report.received or report.placement_id
 
-        def newer() -> bool:
-            placement = self._control.placement
-            return placement is not None and (after is None or placement.id > after)
+        def newer() -> PlacementNews | None:
+            return self._control.publisher.news(after)
 
         async with self._published:
             try:
-                await asyncio.wait_for(self._published.wait_for(newer), wait_s)
+                return await asyncio.wait_for(self._published.wait_for(newer), wait_s)
             except TimeoutError:
                 return None
-            return self._control.placement
 
     async def add_model(self, ref: ModelRef, shape: ModelShape) -> list[Granted]:
         """Serve one more model; return the experts that each host is to hold, with their grants.

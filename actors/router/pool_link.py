@@ -14,7 +14,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 
 from ...cluster.expert_keys import LayerKey
-from ...cluster.placement import ModelRef, Placement
+from ...cluster.placement import ModelRef, Placement, PlacementNews, VersionChange
 from ...cluster.routing.policy import RouterPolicy
 from ...cluster.routing.transports import TransportChoice
 from ...cluster.spec.parts import EngineKind
@@ -46,6 +46,7 @@ class PlacementWatch:
     def __init__(self, namespace: str, router: Router) -> None:
         self._namespace = namespace
         self._router = router
+        self._newest: Placement | None = None
         self._stop = threading.Event()
         self._answered = threading.Event()  # the report with load is answered, or the thread stops
         self._thread = threading.Thread(target=self._run, name="placement-watch", daemon=True)
@@ -65,7 +66,7 @@ class PlacementWatch:
             try:
                 if controller is None:
                     controller = ray.get_actor(CONTROLLER, namespace=self._namespace)
-                placement = self._report(controller)
+                placement = self._placement(self._report(controller))
             except (RayError, GetTimeoutError, ValueError) as error:
                 # The router keeps using its last placement until the controller is back.
                 controller = None
@@ -84,10 +85,19 @@ class PlacementWatch:
                 lost = False
                 log.info("router %s: the controller answers again", self._router.name)
             if placement is not None and not self._stop.is_set():
+                self._newest = placement
                 self._router.place(placement)
 
-    def _report(self, controller: Any) -> Placement | None:
-        """Report what was counted, and return a newer placement if there is one.
+    def _placement(self, news: PlacementNews | None) -> Placement | None:
+        """Return the placement that an answer means. Raises ValueError."""
+        if isinstance(news, VersionChange) and self._newest is not None:
+            return news.applied_to(self._newest)
+        # Only to a router that has a placement is a change of it told.
+        assert not isinstance(news, VersionChange)
+        return news
+
+    def _report(self, controller: Any) -> PlacementNews | None:
+        """Report what was counted, and return what is new about placements.
 
         A router that has nothing to report waits for long. It reports again at once when a call
         begins, and then ignores the answer to the report before.

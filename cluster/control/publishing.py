@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
-from ..placement import LayerPlacement, ModelShape, Placement, PlacementId, Replica
+from ..placement import (
+    LayerPlacement,
+    ModelShape,
+    Placement,
+    PlacementId,
+    PlacementNews,
+    Replica,
+    VersionChange,
+)
 from ..versions import WeightVersions
 from .pool_view import PoolView
 
@@ -20,6 +29,7 @@ class Publisher:
         """Start with nothing published; a router silent for ``lease_s`` s delays no eviction."""
         self.placement_id = PlacementId(term, 0)
         self.placement: Placement | None = None
+        self._same_since = self.placement_id  # from which placement on only versions differ
         self._view = view
         self._lease_s = lease_s
         # Leases are measured in the time that the controller has listened. A controller that was
@@ -48,6 +58,15 @@ class Publisher:
     def has_published(self, model: str) -> bool:
         """Return whether the published placement has a model."""
         return self.placement is not None and any(k.model == model for k in self.placement.layers)
+
+    def news(self, after: PlacementId | None) -> PlacementNews | None:
+        """Return what a router has to hear that has received the placement ``after``, if any."""
+        now = self.placement
+        if now is None or (after is not None and now.id <= after):
+            return None
+        if after is not None and after >= self._same_since:
+            return VersionChange(since=self._same_since, id=now.id, versions=now.versions)
+        return now
 
     def publish(
         self,
@@ -82,9 +101,13 @@ class Publisher:
         if last is None and not layers:
             return None
         self.placement_id = PlacementId(self.placement_id.term, self.placement_id.epoch + 1)
-        self.placement = Placement(
-            id=self.placement_id, hosts=hosts, layers=layers, exact=exact, versions=versions
-        )
+        if last is not None and (last.hosts, last.layers, last.exact) == found[:3]:
+            self.placement = replace(last, id=self.placement_id, versions=versions)
+        else:
+            self._same_since = self.placement_id
+            self.placement = Placement(
+                id=self.placement_id, hosts=hosts, layers=layers, exact=exact, versions=versions
+            )
         self._told.update(dict.fromkeys(hosts, self.placement_id))
         return self.placement
 

@@ -71,8 +71,10 @@ class HostRegistry:
 
         Their old connections are to be closed.
         """
+        # A change of versions alone keeps what was made of the layers.
+        if self.placement is None or placement.layers is not self.placement.layers:
+            self._routes = Routes(placement)
         self.placement = placement
-        self._routes = Routes(placement)
         over = []
         for name, health in list(self.hosts.items()):
             entry = placement.hosts.get(name)

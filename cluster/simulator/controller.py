@@ -151,10 +151,11 @@ class SimController(SimProcess):
 
     def _answer_reports(self) -> None:
         assert self.control is not None
-        placement, still = self.control.placement, []
+        still = []
         for waiting in self._waiting:
-            if placement is not None and (waiting.after is None or placement.id > waiting.after):
-                waiting.respond(placement)
+            news = self.control.publisher.news(waiting.after)
+            if news is not None:
+                waiting.respond(news)
             elif self.clock.now >= waiting.until:
                 waiting.respond(None)
             else:

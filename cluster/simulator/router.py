@@ -16,7 +16,7 @@ import numpy as np
 
 from ...proto.errors import Corrupted
 from ..expert_keys import ExpertKey, LayerKey
-from ..placement import Placement
+from ..placement import Placement, PlacementNews, VersionChange
 from ..routing.dispatch import Dispatcher
 from ..routing.events import (
     Accept,
@@ -78,7 +78,8 @@ class SimRouter(SimProcess):
         self.heard_at = self.leased_since = -float("inf")
         self._arrived: deque[tuple[Connection, Frame | None]] = deque()
         self._reply: Reply | None = None  # the reply that is being handled
-        self._placements: deque[Placement] = deque()
+        self._news: deque[PlacementNews] = deque()
+        self._newest: Placement | None = None
         self._controller: SimController | None = None
         self._stopping = False
         self._watch()
@@ -130,8 +131,8 @@ class SimRouter(SimProcess):
             self._controller = None
             self._watch_later()
             return
-        if isinstance(result.value, Placement):
-            self._placements.append(result.value)
+        if isinstance(result.value, Placement | VersionChange):
+            self._news.append(result.value)
             self._wake_up()
         self._watch()
 
@@ -225,8 +226,12 @@ class SimRouter(SimProcess):
             self.alarm("waits", now if self._arrived else due, self._turn)
 
     def _take_placements(self) -> None:
-        while self._placements:
-            placement = self._placements.popleft()
+        while self._news:
+            news = self._news.popleft()
+            if isinstance(news, VersionChange):
+                assert self._newest is not None, "it had reported a placement"
+                news = news.applied_to(self._newest)
+            self._newest = placement = news
             self._execute(self.dispatcher.place(placement, self.clock.now))
             followed = self.dispatcher.placement
             assert followed is not None
