@@ -52,7 +52,9 @@ class HostActors:
             what = "is up"
             if before is not None:
                 same = before == report.entry.incarnation
-                what = "answers again" if same else "is replaced: it starts again, without experts"
+                there = f"with {report.adopted}" if report.adopted else "without"
+                new = f"is replaced: it starts again, {there} experts"
+                what = "answers again" if same else new
             log.info(
                 "host %s %s",
                 host,

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...cluster.expert_keys import ExpertVersion
 from ...cluster.host.residency import LayerShape
 from ...cluster.placement import ModelRef, ModelShape
 from ...kernels.slabs.slab import Slab
-from ...proto.errors import MoesaicError
+from ...proto.errors import describe_error
 from .report import PlacedModel
 from .weight_store import ExpertStore
 
@@ -51,24 +51,28 @@ class Adoption:
         self._stopping = False
         self._thread: threading.Thread | None = None
 
-    def take(self, descriptors: list[int]) -> None:
-        """Take over memory; what cannot be used is freed, and loaded again like anything else."""
-        began = time.monotonic()
-        for descriptor in descriptors:
+    def take(self, left: Sequence[tuple[str, int]]) -> list[str]:
+        """Take over memory of models, and return the models of which it cannot be used.
+
+        That is freed here, and these experts are loaded again.
+        """
+        began, declined = time.monotonic(), []
+        for model, descriptor in left:
             try:
-                slab = Slab.adopt(descriptor)
-            except ValueError as error:
-                self._decline(error)
-                continue
-            try:
-                placed = model_from_json(slab.layout.about)
-                held = self._store.adopt(placed[0], slab)
-            except (ValueError, MoesaicError) as error:
-                slab.close()
-                self._decline(error)
-                continue
-            self.models.append(placed)
-            self.held.update(held)
+                self._adopt(descriptor)
+            except Exception as error:
+                # Whatever it is: what only saves time must not keep the host from starting.
+                declined.append(model)
+                level = logging.WARNING if isinstance(error, ValueError) else logging.ERROR
+                log.log(
+                    level,
+                    "host %s: what its predecessor has left of %s cannot be used, and is loaded "
+                    "again: %s",
+                    self._host,
+                    model,
+                    describe_error(error),
+                    extra={"host": self._host, "model": model},
+                )
         if self.held:
             took_s = time.monotonic() - began
             log.info(
@@ -78,6 +82,17 @@ class Adoption:
                 took_s,
                 extra={"host": self._host},
             )
+        return declined
+
+    def _adopt(self, descriptor: int) -> None:
+        slab = Slab.adopt(descriptor)
+        try:
+            placed = model_from_json(slab.layout.about)
+            self.held.update(self._store.adopt(placed[0], slab))
+        except BaseException:
+            slab.close()
+            raise
+        self.models.append(placed)
 
     def check(self, drop: Callable[[ExpertVersion], None]) -> None:
         """Compare all checksums on a thread, and ``drop`` the experts whose bytes have changed."""
@@ -97,20 +112,16 @@ class Adoption:
         for one in self.held:
             if self._stopping:
                 return
-            if not self._store.is_sound(one):
-                log.error(
-                    "host %s: the bytes of %s have changed since they were loaded; it is loaded "
-                    "again",
-                    self._host,
-                    one,
-                    extra={"host": self._host},
-                )
-                drop(one)
-
-    def _decline(self, error: Exception) -> None:
-        log.warning(
-            "host %s: what its predecessor has left cannot be used, and is loaded again: %s",
-            self._host,
-            error,
-            extra={"host": self._host},
-        )
+            try:
+                if not self._store.is_sound(one):
+                    log.error(
+                        "host %s: the bytes of %s have changed since they were loaded; it is "
+                        "loaded again",
+                        self._host,
+                        one,
+                        extra={"host": self._host},
+                    )
+                    drop(one)
+            except Exception:
+                # Whatever it is, the others are still to be checked.
+                log.exception("host %s: %s could not be checked", self._host, one)

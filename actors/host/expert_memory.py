@@ -164,6 +164,8 @@ class SlabMemory:
         if slab is None or copy is None:
             return True
         generation = slab.generation(key.layer, key.expert, copy)
+        if generation % 2:
+            return True  # it is leaving
         sound = slab.is_sound(key.layer, key.expert, copy)
         return sound or slab.generation(key.layer, key.expert, copy) != generation
 

@@ -272,7 +272,8 @@ class ExpertHost:
         if self._kept is None:
             return
         adoption = self._adoption
-        adoption.take(self._kept.left)
+        for model in adoption.take(self._kept.left):
+            self._kept.forget(model)
         for ref, shape in adoption.models:
             self._models[ref.name] = (ref, shape)
         for one, shape in adoption.held.items():
@@ -281,7 +282,9 @@ class ExpertHost:
 
     def _drop_unsound(self, one: ExpertVersion) -> None:
         self._loop.call(lambda: self._loop.release([one]))
-        self._store.drop(one)
+        with self._load_lock:
+            if not self._residency.serves(one):  # it may have been loaded again meanwhile
+                self._store.drop(one)
         self._note_change()
 
     def _keep_memory(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -19,8 +20,8 @@ log = logging.getLogger(__name__)
 # How long a host waits for what its predecessor has left. A killed process with much memory takes
 # some time to end.
 _LEFT_S = 5.0
-# Between two attempts to reach a keeper.
-_RETRY_S = 1.0
+# Between two attempts to reach a keeper; each pause is twice as long as the one before.
+_RETRY_S, _MOST_RETRY_S = 1.0, 60.0
 _SEND_S = 1.0
 _BACKLOG = 64
 
@@ -34,9 +35,9 @@ class KeptMemory:
     def __init__(self, address: str, host: str, *, keep_s: float, parent_pid: int) -> None:
         """Connect to the keeper at an abstract Unix address.
 
-        The memory of the process that was ``host`` before is in `left`: descriptors that the caller
-        owns now. The keeper ends with the process ``parent_pid``, and keeps memory for ``keep_s``
-        seconds after its host has died.
+        The memory of the process that was ``host`` before is in `left`: models, with descriptors
+        that the caller owns now. The keeper ends with the process ``parent_pid``, and keeps memory
+        for ``keep_s`` seconds after its host has died.
         """
         self._address = address
         self._host = host
@@ -46,6 +47,7 @@ class KeptMemory:
         self._kept: dict[str, int] = {}  # {model: a descriptor of this object's}
         self._socket: socket.socket | None = None
         self._closed = threading.Event()
+        self._retry_s = _RETRY_S
         self.left = self._join()
         self._thread = threading.Thread(target=self._watch, name=f"{host}-keeper", daemon=True)
         self._thread.start()
@@ -59,16 +61,20 @@ class KeptMemory:
             self._kept[model] = os.dup(descriptor)
             self._hand_over(model)
 
+    def forget(self, model: str) -> None:
+        """Let the keeper free what it has of a model."""
+        with self._lock:
+            before = self._kept.pop(model, None)
+            if before is not None:
+                os.close(before)
+            self._tell({"forget": model})
+
     def close(self) -> None:
         """Leave the keeper, which frees this host's memory now; it may be called twice."""
         with self._lock:
             self._closed.set()
-            if self._socket is not None:
-                try:
-                    self._socket.send(json.dumps({"leave": True}).encode())
-                    self._socket.shutdown(socket.SHUT_RDWR)
-                except OSError as error:
-                    log.info("host %s: its memory keeper is gone: %s", self._host, error)
+            self._tell({"leave": True})
+            self._end()
             for descriptor in self._kept.values():
                 os.close(descriptor)
             self._kept.clear()
@@ -76,24 +82,25 @@ class KeptMemory:
 
     # ---- the keeper -----------------------------------------------------------------------------
 
-    def _join(self) -> list[int]:
+    def _join(self) -> list[tuple[str, int]]:
         """Connect, and return what a predecessor has left; the lock is held or not needed yet."""
-        left: list[int] = []
+        left: list[tuple[str, int]] = []
         try:
             self._socket = self._connect()
-            self._socket.settimeout(_LEFT_S)
             self._say({"hello": self._host, "keep_s": float(self._keep_s)})
             answer = json.loads(self._socket.recv(MESSAGE_BYTES) or "{}")
             while len(left) < answer.get("left", 0):
                 data, given, _, _ = socket.recv_fds(
                     self._socket, MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
                 )
-                left += given
                 if not data or not given:
                     raise OSError(errno.EPIPE, "the keeper has ended")
+                left += [(json.loads(data).get("model", ""), one) for one in given]
             self._socket.settimeout(_SEND_S)
+            self._retry_s = _RETRY_S
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            log.warning(
+            log.log(
+                logging.WARNING if self._retry_s == _RETRY_S else logging.DEBUG,
                 "host %s: no memory keeper, so its experts would be loaded again after its death: "
                 "%s",
                 self._host,
@@ -107,6 +114,7 @@ class KeptMemory:
         """Return a connection to the keeper; start one if there is none. Raises OSError."""
         for _ in range(3):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            sock.settimeout(_LEFT_S)
             try:
                 sock.connect(f"\0{self._address}")
                 if not same_user(sock):
@@ -145,13 +153,23 @@ class KeptMemory:
             )
 
     def _hand_over(self, model: str) -> None:
+        self._tell({"keep": model}, self._kept[model])
+
+    def _tell(self, message: dict[str, object], *descriptors: int) -> None:
+        """Send a message to the keeper, if there is one."""
         if self._socket is None:
             return
         try:
-            self._say({"keep": model}, self._kept[model])
+            self._say(message, *descriptors)
         except OSError as error:
             log.info("host %s: its memory keeper does not answer: %s", self._host, error)
-            self._socket.shutdown(socket.SHUT_RDWR)  # the thread starts another
+            self._end()  # the thread starts another
+
+    def _end(self) -> None:
+        """End the connection; the thread notices."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # the other side may have ended it
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def _say(self, message: dict[str, object], *descriptors: int) -> None:
         assert self._socket is not None
@@ -175,12 +193,13 @@ class KeptMemory:
                 self._leave()
                 if self._closed.is_set():
                     return
-                for descriptor in self._join():
-                    os.close(descriptor)  # of an earlier process, of no use any more
+                for _, descriptor in self._join():
+                    os.close(descriptor)  # this process has it, or does not want it any more
                 for model in list(self._kept):
                     self._hand_over(model)
             if self._socket is None:
-                self._closed.wait(_RETRY_S)
+                self._closed.wait(self._retry_s)
+                self._retry_s = min(2 * self._retry_s, _MOST_RETRY_S)
 
 
 def _is_there(sock: socket.socket) -> bool:

@@ -10,8 +10,8 @@ It listens on an abstract Unix socket (descriptor LISTENER), and ends when no ho
 nothing is kept, or with the process PARENT, of Ray's node. A message is a JSON object:
 
     host -> keeper   {"hello": HOST, "keep_s": SECONDS} | {"keep": MODEL} and a descriptor |
-                     {"leave": true}
-    keeper -> host   {"left": COUNT}, then COUNT times {} and a descriptor
+                     {"forget": MODEL} | {"leave": true}
+    keeper -> host   {"left": COUNT}, then COUNT times {"model": MODEL} and a descriptor
 
 This module imports nothing but the standard library and the state machine, to stay small.
 """
@@ -32,6 +32,8 @@ from ...proto.unix_peers import same_user
 MESSAGE_BYTES = 4096
 # A new keeper waits for the host that has started it, however slow the machine is.
 _FIRST_S = 60.0
+_LONGEST_S = 86_400.0
+_PAUSE_S = 0.1
 
 
 class MemoryKeeper:
@@ -60,14 +62,19 @@ class MemoryKeeper:
                     return
                 if descriptor == self._listener.fileno():
                     self._accept()
-                else:
+                elif descriptor in self._hosts:  # it may have been lost a moment ago
                     self._hear(descriptor)
             self._execute(self._keeping.advance(time.monotonic()))
             if not self._came and time.monotonic() >= first_until:
                 return
 
     def _accept(self) -> None:
-        host, _ = self._listener.accept()
+        try:
+            host, _ = self._listener.accept()
+        except OSError:
+            # No descriptor is free, for example; the host tries again.
+            time.sleep(_PAUSE_S)
+            return
         if not same_user(host):
             host.close()
             return
@@ -85,7 +92,7 @@ class MemoryKeeper:
                 self._lose(number)
         except BlockingIOError:
             return
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             self._lose(number)  # the host notices, and comes again
         finally:
             for descriptor in given:
@@ -94,11 +101,13 @@ class MemoryKeeper:
     def _take(self, number: int, message: object, given: list[int]) -> bool:
         """Carry out a host's message; return whether it was one."""
         match message:
-            case {"hello": str(host), "keep_s": float(keep_s)}:
+            case {"hello": str(host), "keep_s": float(keep_s)} if 0 <= keep_s <= _LONGEST_S:
                 self._came = True
                 self._execute(self._keeping.hello(number, host, keep_s))
             case {"keep": str(model)} if given:
                 self._execute(self._keeping.keep(number, model, given.pop()))
+            case {"forget": str(model)}:
+                self._execute(self._keeping.forget(number, model))
             case {"leave": True}:
                 self._execute(self._keeping.leave(number, time.monotonic()))
             case _:
@@ -122,9 +131,9 @@ class MemoryKeeper:
         assert isinstance(answer.connection, int)
         host = self._hosts[answer.connection]
         try:
-            host.send(json.dumps({"left": len(answer.descriptors)}).encode())
-            for descriptor in answer.descriptors:
-                socket.send_fds(host, [b"{}"], [descriptor])
+            host.send(json.dumps({"left": len(answer.kept)}).encode())
+            for model, descriptor in answer.kept:
+                socket.send_fds(host, [json.dumps({"model": model}).encode()], [descriptor])
         except OSError:
             self._lose(answer.connection)  # the host notices, and loads its experts instead
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,15 @@ class _Lent(NamedTuple):
     model: str
 
 
+@dataclass(slots=True)
+class _Found:
+    """What of a layer was found within reach."""
+
+    placement: Placement  # the last one under which it is so
+    names: object  # what of the placement it depends on
+    reach: LayerReach | None
+
+
 class LentExperts:
     """What hosts have lent to one router; used under the router's lock."""
 
@@ -54,10 +64,7 @@ class LentExperts:
         self._shares = LendingShare() if policy.splits_lent else None
         self._slabs: dict[_Lent, SlabReader] = {}
         self._orphans: dict[_Lent, float] = {}  # and when each of them is let go
-        self._placement: Placement | None = None
-        self._reach: dict[LayerKey, LayerReach | None] = {}
-        self._found_for: dict[LayerKey, object] = {}  # what of the placement it depends on
-        self._check: set[LayerKey] = set()  # found under an earlier placement
+        self._reach: dict[LayerKey, _Found] = {}
 
     def take_slab(self, entry: HostEntry, model: str, slab: SlabReader | None) -> None:
         """Take a slab that a host lends, or forget what it takes back.
@@ -74,11 +81,17 @@ class LentExperts:
 
     def has(self, key: ExpertKey, placement: Placement | None) -> bool:
         """Return whether an expert can be computed here; any thread may ask, without the lock."""
-        if not self._slabs or placement is None or key.model not in {m for m, _ in self._forms}:
+        layer_key = LayerKey(key.model, key.layer)
+        layer = None if placement is None else placement.layers.get(layer_key)
+        if placement is None or layer is None or layer_key not in self._forms:
+            return False
+        if not 0 <= key.expert < len(layer.replicas):
             return False
         version = placement.versions.of(key)
         return any(
-            one.model == key.model and _find_slot(slab, key.layer, key.expert, version) is not None
+            one.model == key.model
+            and _can_compute(slab, key.layer, key.expert)
+            and _find_slot(slab, key.layer, key.expert, version) is not None
             for one, slab in list(self._slabs.items())
         )
 
@@ -91,17 +104,15 @@ class LentExperts:
         """Return what of a layer is within reach under ``placement``; None if nothing is."""
         if not self._slabs or placement is None:
             return None
-        if placement is not self._placement:
-            self._placement = placement
-            self._check.update(self._reach)
-        if key in self._check:
-            self._check.discard(key)
-            if self._reach[key] is None or self._names(key, placement) != self._found_for[key]:
-                del self._reach[key]
-        if key not in self._reach:
-            self._found_for[key] = self._names(key, placement)
-            self._reach[key] = self._find(key, placement)
-        return self._reach[key]
+        found = self._reach.get(key)
+        if found is None or found.placement is not placement:
+            names = self._names(key, placement)
+            if found is not None and found.reach is not None and found.names == names:
+                found.placement = placement
+            else:
+                found = _Found(placement, names, self._find(key, placement))
+                self._reach[key] = found
+        return found.reach
 
     def _names(self, key: LayerKey, placement: Placement) -> object:
         """Return what the reach of a layer depends on, besides slots: not on shares of the load."""
@@ -113,6 +124,7 @@ class LentExperts:
 
     def take(self, tensors: LayerTensors, dispatcher: Dispatcher, now: float) -> LentPart | None:
         """Take what is computed here out of the ids that are sent; None if nothing is."""
+        self.let_go(now)
         reach = self.reach(tensors.key, dispatcher.placement)
         if reach is None or not reach.takes(tensors.x_TH):
             return None
@@ -140,6 +152,12 @@ class LentExperts:
         """Take note of how long a call has taken of which this part was computed here."""
         if self._shares is not None and lent is not None and lent.choice is not None:
             self._shares.took(lent.choice, seconds)
+            lent.timed = True
+
+    def over(self, lent: LentPart | None) -> None:
+        """Take note that a call has ended of which this part was computed here."""
+        if self._shares is not None and lent is not None and lent.choice and not lent.timed:
+            self._shares.failed(lent.choice)
 
     def changed(self, key: LayerKey) -> None:
         """Look again at what is within reach: a slot of the layer has changed."""
@@ -159,7 +177,8 @@ class LentExperts:
 
     def let_go(self, now: float) -> None:
         """Free the orphans whose time is over."""
-        self._forget(one for one, until in self._orphans.items() if now >= until)
+        if self._orphans:
+            self._forget(one for one, until in self._orphans.items() if now >= until)
 
     def _forget(self, lent: Iterable[_Lent]) -> None:
         gone = list(lent)

@@ -112,6 +112,7 @@ class LentPart:
     exact: bool
     all_ids_TK: Tensor  # those of the hosts, too
     choice: ShareChoice | None = None  # how large a part this is meant to be
+    timed: bool = False  # its time was noted
     out: Tensor | None = None  # float32: sums (T, H), or with ``exact`` rows (T, K, H)
     bad_experts: list[int] | None = None
 
@@ -132,6 +133,29 @@ class LentPart:
         self.out, self.bad_experts = out, bad
         return True
 
+    def make_up(self, lost_N: np.ndarray) -> bool:
+        """Compute what was sent and no host has answered; return whether the call is complete.
+
+        That is only possible for a call of which everything is within reach.
+        """
+        if self.choice is None or not lost_N.size:
+            return False
+        assert self.out is not None
+        lost_TK = torch.zeros(self.ids_TK.shape, dtype=torch.bool)
+        lost_TK.view(-1)[torch.from_numpy(lost_N)] = True
+        ids_TK = torch.where(lost_TK, self.all_ids_TK, -1)
+        more = LentPart(self.reach, self.x_TH, ids_TK, self.weights_TK, self.exact, self.all_ids_TK)
+        if not more.compute():
+            return False
+        assert more.out is not None
+        if self.exact:
+            self.out[lost_TK] = more.out[lost_TK]
+        else:
+            self.out += more.out
+        self.ids_TK = torch.where(lost_TK, ids_TK, self.ids_TK)
+        self.bad_experts = [*(self.bad_experts or ()), *(more.bad_experts or ())] or None
+        return True
+
     @property
     def flat_ids(self) -> np.ndarray:
         return self.ids_TK.numpy().reshape(-1)
@@ -147,3 +171,11 @@ class LentPart:
         broken_T = ~torch.isfinite(self.out.flatten(1)).all(dim=1)
         hit = {expert: (self.ids_TK == expert).any(dim=1) & broken_T for expert in self.bad_experts}
         return {expert: hit_T.nonzero().flatten().tolist() for expert, hit_T in hit.items()}
+
+
+def patience(wanted_T: np.ndarray | None, lent: LentPart | None, tokens: int) -> np.ndarray | None:
+    """Return how long each token waits for experts that no host can compute at the moment.
+
+    A router that can compute them itself does not wait.
+    """
+    return wanted_T if lent is None or lent.choice is None else np.zeros(tokens)

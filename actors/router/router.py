@@ -49,6 +49,7 @@ from .call_log import CallLog
 from .connections import HostConnections
 from .layer_tensors import LayerTensors, check_tensors
 from .lent_experts import LentExperts
+from .lent_part import patience
 from .pool_call import PoolCall, RunningCall
 from .router_stats import RouterStats
 from .row_attribution import RowAttribution
@@ -262,7 +263,6 @@ class Router:
             tensors = LayerTensors(
                 key, placement, x_TH, ids_TK, weights_TK, without=dead, step=self.step
             )
-            max_rows = self._connections.rows_per_call(tensors)
             options = self.batch.options(tensors.tokens, self.policy.deadline_s)
             if options is not None and options.experts_T is not None:
                 tensors.keep_top_experts(options.experts_T)
@@ -275,9 +275,9 @@ class Router:
             state, begun = self._dispatcher.begin(
                 key,
                 tensors.ids_TK,
-                max_rows=max_rows,
+                max_rows=self._connections.rows_per_call(tensors),
                 now=began,
-                patience_T=None if options is None else options.patience_T,
+                patience_T=patience(options and options.patience_T, lent, tensors.tokens),
             )
             running = RunningCall(state, tensors, options, began, lent)
             self._running[state.number] = running
@@ -311,10 +311,11 @@ class Router:
         if lent is not None:
             self._lent += lent.assignments
             self._dispatcher.meter.count(tensors.key, lent.flat_ids, lent.reach.count)
-            tensors.accept_lent(lent)
         self._check_open()
         if call.state is not None:
             self._wait_for(call, call.state)
+        if lent is not None:
+            tensors.accept_lent(lent)
         out_TH = tensors.combine()
         if (took_s := self._clock() - call.began) > self.policy.attempt_s:
             self._log.slow(tensors, took_s)
@@ -332,8 +333,10 @@ class Router:
             self._wait(self._dispatcher.wake_at(self._clock()))
         if call.error is not None:
             raise call.error
-        assert state.outcome is not None
-        self.batch.settle(call.tensors, call.options, state.outcome, self.policy.deadline_s)
+        outcome, lent = state.outcome, call.lent
+        assert outcome is not None
+        if lent is None or outcome.error is not None or not lent.make_up(outcome.lost):
+            self.batch.settle(call.tensors, call.options, outcome, self.policy.deadline_s)
 
     def cancel(self, call: RunningCall) -> None:
         """End a call without a result."""
@@ -345,6 +348,7 @@ class Router:
         if call.state is None:
             return
         self._running.pop(call.state.number, None)
+        self._lent_experts.over(call.lent)
         if not self._closed:
             self._execute(self._dispatcher.cancel(call.state, self._clock()))
             self._follow_newest(self._dispatcher.follow_newest(self._clock()))

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Tell a host what its predecessor has left: the descriptor of each model's memory."""
+    """Tell a host what its predecessor has left: (model, descriptor of its memory)."""
 
     connection: Hashable
-    descriptors: tuple[int, ...]
+    kept: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,8 @@ class MemoryKeeping:
         While its predecessor is connected it gets no answer: two processes must not write to one
         memory.
         """
+        if connection in self._names:
+            return []  # it has said so before
         self._names[connection] = host
         known = self._hosts.setdefault(host, _Host(None, keep_s))
         known.waiting.append((connection, keep_s))
@@ -76,6 +78,13 @@ class MemoryKeeping:
         before = known.kept.get(model)
         known.kept[model] = descriptor
         return [] if before is None else [Close(descriptor=before)]
+
+    def forget(self, connection: Hashable, model: str) -> list[KeeperCommand]:
+        """Free a model's memory, which its host does not use any more."""
+        known = self._hosts.get(self._names.get(connection, ""))
+        if known is None or known.connection != connection or model not in known.kept:
+            return []
+        return [Close(descriptor=known.kept.pop(model))]
 
     def leave(self, connection: Hashable, now: float) -> list[KeeperCommand]:
         """Free the memory of a host that ends for good."""
@@ -113,4 +122,4 @@ class MemoryKeeping:
         if known.connection is not None or not known.waiting:
             return []
         known.connection, known.keep_s = known.waiting.pop(0)
-        return [Answer(connection=known.connection, descriptors=tuple(known.kept.values()))]
+        return [Answer(connection=known.connection, kept=tuple(known.kept.items()))]

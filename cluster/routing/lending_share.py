@@ -11,6 +11,7 @@ This is a multi-armed bandit with few arms and a changing world; nothing here is
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 # The parts that are tried: everything, parts that leave the hosts their share, and nothing.
@@ -22,6 +23,8 @@ _FIRST_TRIES = 2
 _NEW = 0.25
 # A call that takes longer than so many times the mean was disturbed, and counts as this.
 _DISTURBED = 4.0
+# A call without a result counts as one that has taken so many times as long.
+_FAILED = 4.0
 # What trying one other part may cost, as a fraction of all time.
 _COST = 0.005
 _FEWEST_BETWEEN, _MOST_BETWEEN = 16, 4096
@@ -41,8 +44,9 @@ class ShareChoice:
 
 @dataclass(slots=True)
 class _Part:
-    tries: int = 0
-    mean_s: float = 0.0  # of one assignment
+    tries: int = 0  # that have begun
+    times: int = 0  # that are known
+    mean_s: float = math.inf  # of one assignment
     try_at: int = 0  # the number of the call that tries it again
 
 
@@ -65,16 +69,21 @@ class LendingShare:
         self._sizes: dict[int, _Size] = {}
 
     def choose(self, assignments: int) -> ShareChoice:
-        """Choose the part of a call with so many assignments that the router computes itself."""
+        """Choose the part of a call with so many assignments that the router computes itself.
+
+        `took` or `failed` has to say what became of the call.
+        """
         choice = ShareChoice(assignments, 1.0)
         size = self._sizes.setdefault(choice.size, _Size())
         size.calls += 1
         for part, known in size.parts.items():
             if known.tries < _FIRST_TRIES:
+                known.tries += 1
                 return ShareChoice(assignments, part)
         fastest = size.fastest
         for part, known in size.parts.items():
             if part != fastest and size.calls >= known.try_at:
+                known.try_at = size.calls + _MOST_BETWEEN  # unless its time is known before
                 return ShareChoice(assignments, part)
         return ShareChoice(assignments, fastest)
 
@@ -82,15 +91,24 @@ class LendingShare:
         """Take note of how long a call has taken, from its dispatch to its result."""
         size = self._sizes[choice.size]
         known, one_s = size.parts[choice.part], seconds / max(1, choice.assignments)
-        known.tries += 1
-        if known.tries == 1:
-            known.mean_s = one_s
-        elif known.tries <= _FIRST_TRIES:
+        known.times += 1
+        if known.times <= _FIRST_TRIES or math.isinf(known.mean_s):
             known.mean_s = min(known.mean_s, one_s)
         else:
             known.mean_s += _NEW * (min(one_s, _DISTURBED * known.mean_s) - known.mean_s)
+        self._plan_next_try(size, known)
+
+    def failed(self, choice: ShareChoice) -> None:
+        """Take note that a call has ended without a result; that may be due to the part chosen."""
+        size = self._sizes[choice.size]
+        known = size.parts[choice.part]
+        known.mean_s *= _FAILED
+        self._plan_next_try(size, known)
+
+    def _plan_next_try(self, size: _Size, known: _Part) -> None:
         fastest_s = size.parts[size.fastest].mean_s
-        if fastest_s > 0:
+        between = _MOST_BETWEEN
+        if 0 < fastest_s < math.inf and not math.isinf(known.mean_s):
             slower = known.mean_s / fastest_s - 1.0
             between = min(max(int(slower / _COST), _FEWEST_BETWEEN), _MOST_BETWEEN)
-            known.try_at = size.calls + between
+        known.try_at = size.calls + between

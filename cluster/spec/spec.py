@@ -396,7 +396,8 @@ class Spec(Part):
         return replace(
             self.timeouts.policy,
             orphan_s=self.balance.host_timeout_s,
-            splits_lent=any(self.lending_of(group) == "auto" for group in self.hosts),
+            splits_lent={self.lending_of(group) for group in self.hosts} & {"auto", "always"}
+            == {"auto"},
         )
 
     def lending_of(self, group: HostGroup) -> Lending:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import mmap
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -17,6 +20,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from moesaic.actors.host import kept_memory as kept_memory_file
 from moesaic.actors.host.adoption import model_as_json, model_from_json
 from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.host.kept_memory import KeptMemory
@@ -207,7 +211,7 @@ def test_an_expert_whose_bytes_have_changed_is_dropped(
     folder: Path, address: str, node: subprocess.Popen[bytes]
 ) -> None:
     with predecessor(folder, address, node.pid) as kept, serving(folder, hosts=1) as pool:
-        (descriptor,) = kept.left
+        ((_, descriptor),) = kept.left
         with mmap.mmap(descriptor, os.fstat(descriptor).st_size) as memory:
             layout = SlabLayout.read(memoryview(memory))
             start = layout.offset(KEY.layer, layout.layers[KEY.layer].tensors[0], 3)
@@ -272,3 +276,85 @@ def test_a_model_is_the_same_after_it_was_written() -> None:
     assert model_as_json((replace(attached, config={"a": (1, 2)}), shape)) == {}
     with pytest.raises(ValueError, match="which model"):
         model_from_json({"ref": asdict(ref)})
+
+
+def test_a_frozen_keeper_holds_no_host_up(
+    folder: Path,
+    address: str,
+    node: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(kept_memory_file, "_LEFT_S", 0.5)
+    with host_process(folder, address, node.pid):
+        (keeper,) = keepers(node.pid)
+        keeper.suspend()
+        waiting = []
+        try:
+            # More of them than its socket lets wait.
+            for _ in range(kept_memory_file._BACKLOG + 2):
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                waiting.append(sock)
+                sock.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    sock.connect(f"\0{address}")
+            began = time.monotonic()
+            kept = KeptMemory(address, "other", keep_s=KEEP_S, parent_pid=node.pid)
+            kept.close()
+            assert time.monotonic() - began < 5.0
+            assert "no memory keeper" in caplog.text
+        finally:
+            for sock in waiting:
+                sock.close()
+            keeper.resume()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"[" * 4000,
+        b"\xff",
+        b"{}",
+        b'{"hello": 3, "keep_s": 1.0}',
+        b'{"hello": "x", "keep_s": 1e300}',
+        b'{"hello": "x", "keep_s": NaN}',
+        b'{"keep": "m"}',
+    ],
+)
+def test_a_strange_message_ends_its_connection_alone(
+    folder: Path, address: str, node: subprocess.Popen[bytes], message: bytes
+) -> None:
+    kept = KeptMemory(address, "kept", keep_s=KEEP_S, parent_pid=node.pid)
+    try:
+        (keeper,) = keepers(node.pid)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+            stranger.settimeout(20.0)
+            stranger.connect(f"\0{address}")
+            stranger.send(message)
+            assert stranger.recv(1) == b""
+        assert keeper.is_running()
+        assert keepers(node.pid) == [keeper]
+    finally:
+        kept.close()
+
+
+def test_a_host_and_its_waiting_successor_may_end_at_the_same_moment(
+    folder: Path, address: str, node: subprocess.Popen[bytes]
+) -> None:
+    kept = KeptMemory(address, "kept", keep_s=KEEP_S, parent_pid=node.pid)
+    (keeper,) = keepers(node.pid)
+    hello = json.dumps({"hello": "kept", "keep_s": KEEP_S}).encode()
+    try:
+        pair = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+        for sock in pair:
+            sock.connect(f"\0{address}")
+            sock.send(hello.replace(b"kept", b"pair"))
+        keeper.suspend()
+        for sock in pair:
+            sock.close()
+        keeper.resume()
+        again = KeptMemory(address, "pair", keep_s=KEEP_S, parent_pid=node.pid)
+        again.close()
+        assert keepers(node.pid) == [keeper]
+    finally:
+        kept.close()

@@ -17,7 +17,7 @@ import torch
 
 from moesaic.actors.router import lent_part
 from moesaic.actors.router.lent_part import LayerReach
-from moesaic.cluster.expert_keys import ExpertVersion, LayerKey
+from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.host.emulation import Emulation
 from moesaic.cluster.host.residency import HostPolicy
 from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
@@ -30,6 +30,7 @@ from tests.helpers.pool.serving import (
     EXPERTS,
     HIDDEN,
     KEY,
+    LAYER,
     PATIENT,
     assert_right,
     inputs,
@@ -377,3 +378,59 @@ def test_each_host_keeps_the_same_part_of_its_experts(part: float) -> None:
         whole = ((ids >= first) & (ids < first + 4)).sum()
         # An expert's rows stay together, and a host has four experts.
         assert abs(mine / whole - part) <= 0.15
+
+
+def test_a_host_that_dies_with_a_part_of_a_call_loses_nothing(folder: Path) -> None:
+    with (
+        serving(folder, hosts=1) as pool,
+        process("serve", str(folder), "other", "cpu", "lends") as (child, line),
+    ):
+        entry = HostEntry(**json.loads(line))
+        replicas = ((Replica("other", 1.0),),) * EXPERTS
+        layers = dict.fromkeys(pool.placement.layers, LayerPlacement(replicas))
+        placement = Placement(PlacementId(1, 2), {"other": entry}, layers)
+        for exact in (frozenset[str](), frozenset({"m"})):
+            router = replace(pool, placement=replace(placement, exact=exact)).router(
+                borrows=True, policy=replace(PATIENT, splits_lent=True)
+            )
+            heard(router, "other")
+            given = inputs(40)
+            calls = [router.dispatch(KEY, *given) for _ in range(2 * len(PARTS))]
+            if exact:
+                child.kill()
+                child.wait()
+            for call in calls:
+                assert_right(call.combine(), pool.answer(*given))
+            assert router.stats().rows_lost == 0
+            assert router.has([key(expert) for expert in range(EXPERTS)])
+
+
+def test_slabs_may_change_while_a_new_placement_is_looked_at(folder: Path) -> None:
+    with serving(folder, lends=True) as pool:
+        router = borrowing(pool, "host-0", "host-1")
+        given, other = inputs(4), LayerKey("m", 0)
+        for one in (KEY, other):
+            router.forward(one, *given)
+        newer = replace(pool.placement, id=PlacementId(1, 2))
+        lent = router._lent_experts
+        assert lent.reach(KEY, newer) is not None
+        ((named, slab), *_) = lent._slabs.items()
+        lent.take_slab(pool.placement.hosts[named.host], "m", slab)
+        assert lent.reach(other, newer) is not None
+        lent.changed(KEY)
+        assert lent.reach(KEY, replace(newer, id=PlacementId(1, 3))) is not None
+
+
+def test_has_says_no_of_what_cannot_be_computed(folder: Path) -> None:
+    with serving(folder, lends=True) as pool:
+        router = borrowing(pool, "host-0", "host-1")
+        hosts = router._dispatcher.hosts
+        for health in hosts.values():
+            health.state = HostState.DOWN
+        lent, placement = router._lent_experts, pool.placement
+        assert lent.has(key(0), placement)
+        assert not lent.has(key(EXPERTS), placement)
+        assert not lent.has(key(-1), placement)
+        assert not lent.has(key(0), None)
+        assert not lent.has(key(0), replace(placement, layers={}))
+        assert not lent.has(ExpertKey("n", LAYER, 0), placement)

@@ -110,8 +110,8 @@ def test_a_model_that_sleeps_and_wakes(caplog: Caught) -> None:
 class Report:
     """What the log needs of a `HostReport`."""
 
-    def __init__(self, incarnation: int) -> None:
-        self.loading, self.pid = 0, 7
+    def __init__(self, incarnation: int, adopted: int = 0) -> None:
+        self.loading, self.pid, self.adopted = 0, 7, adopted
         self.entry = HostEntry(
             host="h", incarnation=incarnation, node="n", shm_address="", grpc_address=""
         )

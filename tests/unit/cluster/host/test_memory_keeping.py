@@ -10,20 +10,25 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from moesaic.cluster.host.memory_keeping import Answer, Close, KeeperCommand, MemoryKeeping
 
 KEEP_S = 30.0
+LEFT = (("m", 1), ("n", 2))
 
 
 def test_a_successor_gets_what_a_dead_host_has_left() -> None:
     keeping = MemoryKeeping()
-    assert keeping.hello("a", "host-0", KEEP_S) == [Answer(connection="a", descriptors=())]
+    assert keeping.hello("a", "host-0", KEEP_S) == [Answer(connection="a", kept=())]
     assert keeping.keep("a", "m", 1) == []
     assert keeping.keep("a", "n", 2) == []
     assert keeping.lost("a", now=5.0) == []
     assert keeping.wake_at == 5.0 + KEEP_S
-    assert keeping.hello("b", "host-0", KEEP_S) == [Answer(connection="b", descriptors=(1, 2))]
+    assert keeping.hello("b", "host-0", KEEP_S) == [
+        Answer(connection="b", kept=(("m", 1), ("n", 2)))
+    ]
     assert keeping.wake_at is None
     # It is kept for the successor's successor, too.
     keeping.lost("b", now=7.0)
-    assert keeping.hello("c", "host-0", KEEP_S) == [Answer(connection="c", descriptors=(1, 2))]
+    assert keeping.hello("c", "host-0", KEEP_S) == [
+        Answer(connection="c", kept=(("m", 1), ("n", 2)))
+    ]
 
 
 def test_a_successor_waits_until_its_predecessor_has_ended() -> None:
@@ -32,7 +37,7 @@ def test_a_successor_waits_until_its_predecessor_has_ended() -> None:
     keeping.keep("a", "m", 1)
     assert keeping.hello("b", "host-0", KEEP_S) == []
     assert keeping.keep("b", "m", 9) == [Close(descriptor=9)], "it does not have the memory yet"
-    assert keeping.lost("a", now=1.0) == [Answer(connection="b", descriptors=(1,))]
+    assert keeping.lost("a", now=1.0) == [Answer(connection="b", kept=(("m", 1),))]
 
 
 def test_what_nobody_asks_for_is_freed_in_time() -> None:
@@ -44,7 +49,7 @@ def test_what_nobody_asks_for_is_freed_in_time() -> None:
     assert not keeping.is_over
     assert keeping.advance(KEEP_S) == [Close(descriptor=1)]
     assert keeping.is_over
-    assert keeping.hello("b", "host-0", KEEP_S) == [Answer(connection="b", descriptors=())]
+    assert keeping.hello("b", "host-0", KEEP_S) == [Answer(connection="b", kept=())]
 
 
 def test_a_host_that_leaves_leaves_nothing() -> None:
@@ -61,6 +66,24 @@ def test_a_models_newer_memory_takes_the_place_of_the_older() -> None:
     keeping.hello("a", "host-0", KEEP_S)
     keeping.keep("a", "m", 1)
     assert keeping.keep("a", "m", 2) == [Close(descriptor=1)]
+
+
+def test_what_a_successor_cannot_use_is_freed() -> None:
+    keeping = MemoryKeeping()
+    keeping.hello("a", "host-0", KEEP_S)
+    keeping.keep("a", "m", 1)
+    assert keeping.forget("a", "n") == []
+    assert keeping.forget("x", "m") == []
+    assert keeping.forget("a", "m") == [Close(descriptor=1)]
+    assert keeping.forget("a", "m") == []
+
+
+def test_a_second_hello_changes_nothing() -> None:
+    keeping = MemoryKeeping()
+    keeping.hello("a", "host-0", KEEP_S)
+    assert keeping.hello("a", "host-0", KEEP_S) == keeping.hello("a", "host-1", KEEP_S) == []
+    keeping.lost("a", now=0.0)
+    assert keeping.is_over
 
 
 def test_strangers_cannot_have_anything_kept() -> None:
@@ -97,8 +120,8 @@ class AnyOrder(RuleBasedStateMachine):
             host = self.connected[command.connection]
             assert host not in self.owners, "another process still has it"
             self.owners[host] = command.connection
-            assert not self.closed.keys() & set(command.descriptors)
-            assert set(command.descriptors) == self.left.get(host, set()) - self.closed.keys()
+            kept = {descriptor for _, descriptor in command.kept}
+            assert kept == self.left.get(host, set()) - self.closed.keys()
 
     @rule(host=st.sampled_from(["a", "b"]))
     def hello(self, host: str) -> None:
@@ -115,6 +138,12 @@ class AnyOrder(RuleBasedStateMachine):
         self.follow(self.keeping.keep(connection, model, descriptor))
         if descriptor not in self.closed:
             self.left.setdefault(self.connected[connection], set()).add(descriptor)
+
+    @precondition(lambda self: self.connected)
+    @rule(data=st.data(), model=st.sampled_from(["m", "n"]))
+    def forget(self, data: st.DataObject, model: str) -> None:
+        connection = data.draw(st.sampled_from(sorted(self.connected)))
+        self.follow(self.keeping.forget(connection, model))
 
     @precondition(lambda self: self.connected)
     @rule(data=st.data(), orderly=st.booleans())

@@ -77,3 +77,34 @@ def test_calls_without_assignments_are_harmless() -> None:
     for _ in range(20):
         share.took(share.choose(0), 0.0)
     assert share.choose(0).part in PARTS
+
+
+@pytest.mark.parametrize("broken", PARTS)
+def test_a_part_whose_calls_fail_is_left(broken: float) -> None:
+    share = LendingShare()
+    chosen = []
+    for _ in range(500):
+        choice = share.choose(64)
+        chosen.append(choice.part)
+        if choice.part == broken:
+            share.failed(choice)
+        else:
+            share.took(choice, 2.0 - choice.part)
+    assert chosen.count(broken) <= 4
+
+
+def test_a_part_that_begins_to_fail_is_left_and_found_again() -> None:
+    share = LendingShare()
+    seconds = {part: 2.0 if part else 1.0 for part in PARTS}
+    run(share, seconds, 100)
+    failures = 0
+    for _ in range(300):
+        choice = share.choose(64)
+        if choice.part == 0.0:
+            failures += 1
+            share.failed(choice)
+        else:
+            share.took(choice, seconds[choice.part])
+    assert failures <= 6
+    run(share, seconds, 10_000)
+    assert [share.choose(64).part for _ in range(5)].count(0.0) >= 4
