@@ -133,8 +133,8 @@ def test_a_host_comes_falls_silent_dies_and_is_replaced(caplog: Caught) -> None:
         ),
         # Ray may have started it again before anyone asked.
         (
-            lambda: hosts.reported("h", Report(3)),
-            ["host h is replaced: it starts again, without experts"],
+            lambda: hosts.reported("h", Report(3, adopted=5)),
+            ["host h is replaced: it starts again, with 5 experts"],
         ),
     ]
     for step, expected in steps:
