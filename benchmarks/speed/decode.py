@@ -4,7 +4,8 @@
 
 Every contender is the same continuous-batching engine in this process; `plain` has all weights,
 the others have their experts in 1, 2 or 4 host processes. `lent` computes with the same hosts'
-memory itself (`network.lending`). Prompts of 32 tokens, greedy.
+memory itself (`network.lending: always`), `auto` with as much of it as is fastest. Prompts of 32
+tokens, greedy.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.placement import ModelRef
+from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.models.trunk.config import read_config
 from moesaic.models.trunk.experts_layers import experts_layers, forms_anywhere
 from moesaic.models.trunk.trunk import connect_experts, load_trunk, meta_model
@@ -76,8 +78,11 @@ async def run(dtype: torch.dtype, rounds: int) -> list[Comparison]:
         for count in HOSTS:
             hosts = cleanup.enter_context(host_processes(count, lends=True))
             placement = place(hosts, ref, {la.layer: la.num_experts for la in layers})
-            for name, lent in ((f"{count} hosts", False), (f"{count} hosts, lent", True)):
-                router = Router(name=name, node=NODE, forms=forms if lent else None)
+            for how, lending in (("", "never"), (", lent", "always"), (", auto", "auto")):
+                name = f"{count} hosts{how}"
+                policy = RouterPolicy(splits_lent=lending == "auto")
+                lent = None if lending == "never" else forms
+                router = Router(name=name, node=NODE, forms=lent, policy=policy)
                 cleanup.callback(router.close)
                 router.place(placement)
                 router.wait_ready(30.0)
