@@ -193,8 +193,10 @@ class KeptMemory:
                 self._leave()
                 if self._closed.is_set():
                     return
-                for _, descriptor in self._join():
-                    os.close(descriptor)  # this process has it, or does not want it any more
+                for model, descriptor in self._join():
+                    os.close(descriptor)  # this process has it, or has loaded it by now
+                    if model not in self._kept:
+                        self._tell({"forget": model})
                 for model in list(self._kept):
                     self._hand_over(model)
             if self._socket is None:
