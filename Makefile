@@ -22,8 +22,10 @@ test-numeric: $(READY)  ## the numeric tests on AVX2, where the CPU has more
 		ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n 2 -m $(QUICK)" and numeric" $(ARGS)
 
-test-all: $(READY)  ## the slow ones too
+test-all: $(READY)  ## the slow ones too, and texts and faults again with lent experts
 	@MOESAIC_TESTS=all $(BIN)/python -m pytest -m "not vllm" $(ARGS)
+	@MOESAIC_TEST_LENDING=always $(BIN)/python -m pytest tests/integration/cluster/three_hosts \
+		tests/integration/cluster/test_weight_updates_on_ray.py $(ARGS)
 
 test-vllm:  ## the engine over vLLM, in an environment of its own (3.4 GB)
 	@test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm

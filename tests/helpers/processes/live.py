@@ -18,6 +18,7 @@ from moesaic.client import Options
 from moesaic.cluster.reports.status import HostProcess, HostStatus
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
+from tests.helpers.effort import LENDING
 
 TEXT = "the quick fox"
 
@@ -40,6 +41,7 @@ def running(what: str, model: Path, **spec: Any) -> Iterator[Cluster]:
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0},
         "monitoring": {"port": 0},
+        "network": {"lending": LENDING},
         **spec,
     }
     settings["balance"] = {"auto": False, **spec.get("balance", {})}
