@@ -11,6 +11,7 @@ in the page cache, so a real disk is slower than the figure says.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -55,6 +56,7 @@ def save_model(folder: Path, nbytes: float) -> ModelShape:
 
 def run_host(folder: str, address: str, parent: str) -> None:
     """Be a host that serves everything; print how long that took, and wait to be killed."""
+    gc.freeze()  # as after the imports of the actor (`import_at_low_priority`)
     began = time.monotonic()
     kept = KeptMemory(address, "host", keep_s=KEEP_S, parent_pid=int(parent))
     host = ExpertHost("host", node="here", device="cpu", lends=True, kept=kept)
