@@ -20,6 +20,8 @@ from .weight_store import ExpertStore
 
 log = logging.getLogger(__name__)
 
+_END_S = 10.0
+
 
 def model_as_json(placed: PlacedModel) -> dict[str, Any]:
     """Return a model in JSON's types; empty if it would not be the same when it is read again."""
@@ -52,9 +54,9 @@ class Adoption:
         self._thread: threading.Thread | None = None
 
     def take(self, left: Sequence[tuple[str, int]]) -> list[str]:
-        """Take over memory of models, and return the models of which it cannot be used.
+        """Adopt the memory of each (model, descriptor), and return the models where that failed.
 
-        That is freed here, and these experts are loaded again.
+        Their memory is unmapped here, and the host loads their experts again.
         """
         began, declined = time.monotonic(), []
         for model, descriptor in left:
@@ -103,10 +105,10 @@ class Adoption:
             self._thread.start()
 
     def close(self) -> None:
-        """End the check."""
+        """End the check, which looks at one more expert at most."""
         self._stopping = True
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_END_S)
 
     def _check(self, drop: Callable[[ExpertVersion], None]) -> None:
         for one in self.held:

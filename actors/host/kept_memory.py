@@ -24,6 +24,7 @@ _LEFT_S = 5.0
 _RETRY_S, _MOST_RETRY_S = 1.0, 60.0
 _SEND_S = 1.0
 _BACKLOG = 64
+_KEEPER = "moesaic.actors.host.memory_keeper"
 
 
 class KeptMemory:
@@ -74,7 +75,7 @@ class KeptMemory:
         with self._lock:
             self._closed.set()
             self._tell({"leave": True})
-            self._end()
+            self._hang_up()
             for descriptor in self._kept.values():
                 os.close(descriptor)
             self._kept.clear()
@@ -107,7 +108,7 @@ class KeptMemory:
                 error,
                 extra={"host": self._host},
             )
-            self._leave()
+            self._disconnect()
         return left
 
     def _connect(self) -> socket.socket:
@@ -130,7 +131,7 @@ class KeptMemory:
 
     def _start(self) -> None:
         """Start a keeper, unless another host of the node has been faster. Raises OSError."""
-        # The socket accepts connections before the keeper runs: so nobody has to wait for it.
+        # The kernel accepts connections before the keeper's process runs, so hosts need not wait.
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             try:
                 listener.bind(f"\0{self._address}")
@@ -141,7 +142,7 @@ class KeptMemory:
             listener.listen(_BACKLOG)
             number = listener.fileno()
             command = [sys.executable, "-m", _KEEPER, str(number), str(self._parent_pid)]
-            # It leaves a process of its own, which keeps no file of this one open, and ends.
+            # The command forks the keeper and exits. Pipes of this process would stay open in it.
             subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -163,10 +164,10 @@ class KeptMemory:
             self._say(message, *descriptors)
         except OSError as error:
             log.info("host %s: its memory keeper does not answer: %s", self._host, error)
-            self._end()  # the thread starts another
+            self._hang_up()  # the thread starts another
 
-    def _end(self) -> None:
-        """End the connection; the thread notices."""
+    def _hang_up(self) -> None:
+        """Shut the connection down, so that the thread notices and closes it."""
         if self._socket is not None:
             with contextlib.suppress(OSError):  # the other side may have ended it
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -179,7 +180,7 @@ class KeptMemory:
         else:
             self._socket.send(data)
 
-    def _leave(self) -> None:
+    def _disconnect(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -190,7 +191,7 @@ class KeptMemory:
             if sock is not None and _is_there(sock):
                 continue
             with self._lock:
-                self._leave()
+                self._disconnect()
                 if self._closed.is_set():
                     return
                 for model, descriptor in self._join():
@@ -212,6 +213,3 @@ def _is_there(sock: socket.socket) -> bool:
         return True
     except OSError:
         return False
-
-
-_KEEPER = "moesaic.actors.host.memory_keeper"

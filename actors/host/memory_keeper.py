@@ -7,7 +7,7 @@ keeper has a descriptor of each, so what a killed host had loaded waits there fo
 maps nothing and reads nothing. If the keeper itself dies, hosts start another and hand it theirs.
 
 It listens on an abstract Unix socket (descriptor LISTENER), and ends when no host is connected and
-nothing is kept, or with the process PARENT, of Ray's node. A message is a JSON object:
+nothing is kept, or when the process PARENT (the node's raylet) ends. A message is a JSON object:
 
     host -> keeper   {"hello": HOST, "keep_s": SECONDS} | {"keep": MODEL} and a descriptor |
                      {"forget": MODEL} | {"leave": true}
@@ -139,8 +139,8 @@ class MemoryKeeper:
 
 
 def main(listener: int, parent_pid: int) -> None:
-    """Leave the process group and the parent, and run a keeper."""
-    # Ray ends the children of a process that it ends. So the keeper is nobody's child.
+    """Fork a keeper into a session of its own, and exit."""
+    # Ray kills the child processes of a worker that it kills, so the keeper must not be one.
     if os.fork() > 0:
         os._exit(0)
     os.setsid()

@@ -149,13 +149,13 @@ class LentExperts:
         )
 
     def took(self, lent: LentPart | None, seconds: float) -> None:
-        """Take note of how long a call has taken of which this part was computed here."""
+        """Record how long a call took whose lent part this is."""
         if self._shares is not None and lent is not None and lent.choice is not None:
             self._shares.took(lent.choice, seconds)
             lent.timed = True
 
     def over(self, lent: LentPart | None) -> None:
-        """Take note that a call has ended of which this part was computed here."""
+        """Record that the call of this lent part has ended, with or without a result."""
         if self._shares is not None and lent is not None and lent.choice and not lent.timed:
             self._shares.failed(lent.choice)
 

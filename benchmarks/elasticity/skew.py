@@ -31,7 +31,7 @@ from rich.table import Table
 import moesaic
 from benchmarks.elasticity.eplb_control import EplbController
 from benchmarks.measure import write_json
-from benchmarks.pools import EXPERT_BYTES, HIDDEN, save_tiny_model
+from benchmarks.random_model import EXPERT_BYTES, HIDDEN, save_random_model
 from benchmarks.traffic import MODEL, Drivers, Steps, Traffic, driving, exponent_for
 from moesaic.actors.controller.controller import Controller
 from moesaic.actors.runtime.ray_border import controller_of, namespace_of, ray_get
@@ -297,7 +297,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_tiny_model(
+        save_random_model(
             folder / "model", layers=given.layers, experts=given.experts, top_k=given.top_k
         )
         skewed = replace(even, exponent=skew_of(folder / "model", setting, even))

@@ -21,12 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from benchmarks.measure import write_json
+from benchmarks.random_model import save_random_model
 from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.host.kept_memory import KeptMemory
 from moesaic.cluster.expert_keys import first_versions
@@ -34,24 +33,6 @@ from moesaic.cluster.placement import ModelRef, ModelShape, every_expert
 
 KEEP_S = 120.0
 LAYERS, EXPERTS, HIDDEN = 4, 8, 1024
-
-
-def save_model(folder: Path, nbytes: float) -> ModelShape:
-    """Save a model whose experts take about so many bytes in float32."""
-    inner = int(nbytes / (LAYERS * EXPERTS * 3 * HIDDEN * 4)) // 16 * 16
-    config = MixtralConfig(
-        vocab_size=256,
-        hidden_size=HIDDEN,
-        intermediate_size=inner,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
-    )
-    torch.manual_seed(0)
-    MixtralForCausalLM(config).save_pretrained(folder)
-    return ModelShape(model="m", experts=dict.fromkeys(range(LAYERS), EXPERTS))
 
 
 def run_host(folder: str, address: str, parent: str) -> None:
@@ -114,7 +95,15 @@ def main() -> None:
         run_host(*given.host)
         return
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder), given.gigabytes * 1e9)
+        values = given.gigabytes * 1e9 / 4  # of all experts, in float32
+        save_random_model(
+            Path(folder),
+            layers=LAYERS,
+            experts=EXPERTS,
+            top_k=2,
+            hidden=HIDDEN,
+            intermediate=int(values / (LAYERS * EXPERTS * 3 * HIDDEN)) // 16 * 16,
+        )
         found = compare(Path(folder), given.rounds)
     table = Table(title="From the start of a killed host's next process until it serves all")
     for column in ("", "from the disk", "taken over", "ratio"):

@@ -34,7 +34,7 @@ from rich.table import Table
 
 import moesaic
 from benchmarks.measure import write_json
-from benchmarks.pools import EXPERT_BYTES, HIDDEN, save_tiny_model
+from benchmarks.random_model import EXPERT_BYTES, HIDDEN, save_random_model
 from benchmarks.traffic import MODEL, Drivers, Steps, Traffic, driving
 from moesaic.actors.runtime.ray_border import namespace_of
 from moesaic.cluster.host.emulation import Emulation
@@ -251,7 +251,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_tiny_model(
+        save_random_model(
             folder / "model", layers=given.layers, experts=given.experts, top_k=given.top_k
         )
         spec = {

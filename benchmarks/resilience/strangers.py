@@ -40,7 +40,7 @@ from rich.table import Table
 
 from benchmarks.hosts import NODE, HostProcess, host_processes, place
 from benchmarks.measure import write_json
-from benchmarks.pools import HIDDEN, save_tiny_model
+from benchmarks.random_model import HIDDEN, save_random_model
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey
 from moesaic.cluster.placement import HostEntry, ModelRef
@@ -223,7 +223,7 @@ def measure(count: int, rounds: int, seconds: float) -> dict[str, Any]:
     torch.manual_seed(0)
     came: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder, host_processes(1, threads=1) as (host,):
-        save_tiny_model(Path(folder), layers=1, experts=EXPERTS, top_k=TOP_K)
+        save_random_model(Path(folder), layers=1, experts=EXPERTS, top_k=TOP_K)
         placement = place([host], ModelRef(name=MODEL, dtype="float32", path=folder), {0: EXPERTS})
         router = Router(name="honest", node=NODE, transport="grpc")
         router.place(placement)

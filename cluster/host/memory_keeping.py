@@ -23,7 +23,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
-    """Close a descriptor that nobody needs any more."""
+    """Close a descriptor, which frees its memory unless a process still maps it."""
 
     descriptor: int
 

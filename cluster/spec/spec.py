@@ -393,11 +393,11 @@ class Spec(Part):
     @property
     def router_policy(self) -> RouterPolicy:
         """The deadlines and limits of the cluster's routers."""
+        lending = {self.lending_of(group) for group in self.hosts} - {"never"}
         return replace(
             self.timeouts.policy,
             orphan_s=self.balance.host_timeout_s,
-            splits_lent={self.lending_of(group) for group in self.hosts} & {"auto", "always"}
-            == {"auto"},
+            splits_lent=lending == {"auto"},
         )
 
     def lending_of(self, group: HostGroup) -> Lending:

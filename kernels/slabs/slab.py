@@ -240,7 +240,7 @@ class Slab(SlabReader):
             self.descriptor = -1
 
     def _end_changes(self) -> None:
-        """Empty the slots that nobody goes on changing."""
+        """Empty the slots that the last owner was changing when it ended."""
         for slot in np.flatnonzero(self._slots["generation"] % 2).tolist():
             entry = self._slots[slot]
             entry["state"] = SlotState.EMPTY

@@ -331,6 +331,17 @@ class ControlWorld:
                 if replicas:
                     assert sum(r.share for r in replicas) >= 0
 
+    def rounds(self, seconds: float) -> None:
+        """Hosts load what they are told, and routers follow and report."""
+        end = self.now + seconds
+        while self.now < end:
+            self.tick()
+            for name in self.routers:
+                self.report(name)
+            for name, host in self.hosts.items():
+                while host.loading:
+                    self.load_one(name)
+
     def settle(self) -> None:
         """No more faults: everybody lives, answers in time, and finishes its loads."""
         self.control.policy = ControlPolicy(auto=False, host_timeout_s=POLICY.host_timeout_s)

@@ -31,7 +31,7 @@ def test_texts_are_those_of_calls_that_are_sent(tmp_path: Path) -> None:
     tiny_mixtral().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     wanted = tiny_text(TEXT, TOKENS)
-    # With one replica of each expert nobody but the killed host's own successor has them.
+    # With one replica of each expert, only the killed host's successor can serve its experts.
     served = {"name": "m", "path": str(tmp_path), "replicas": 1, "dtype": "float32"}
     with (
         running("lend", tmp_path, models=[served], network={"lending": "always"}) as cluster,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId, Re
 from tests.helpers.effort import tries
 from tests.helpers.pool.lending import borrowing, key
 from tests.helpers.pool.serving import EXPERTS, KEY, PATIENT, Hosts, inputs, save_model, serving
+from tests.helpers.pool.transports import settles
 
 
 class Moves:
@@ -81,16 +82,20 @@ def test_moves_change_no_bit(tmp_path: Path, splits: bool, fenced: bool) -> None
         moves = Moves(pool, [*pool.hosts, other], seed=2 * fenced + splits)
         router.place(moves.placement())
         router.wait_ready(10.0)
-        over, failures = threading.Event(), list[str]()
+        over, failures, made = threading.Event(), list[str](), [0, 0]
 
-        def compute() -> None:
-            number = 0
+        def compute(mine: int) -> None:
             while not over.is_set():
-                number = (number + 1) % len(cases)
-                if not torch.equal(router.forward(KEY, *cases[number]), wanted[number]):
-                    failures.append(f"case {number}")
+                case = made[mine] % len(cases)
+                if not torch.equal(router.forward(KEY, *cases[case]), wanted[case]):
+                    failures.append(f"case {case}")
+                made[mine] += 1
 
-        threads = [threading.Thread(target=compute) for _ in range(2)]
+        def calls_since(before: list[int]) -> bool:
+            """Whether each thread has begun and ended a call: none runs that is older."""
+            return all(now >= then + 2 for now, then in zip(made, before, strict=True))
+
+        threads = [threading.Thread(target=compute, args=(n,)) for n in range(len(made))]
         for thread in threads:
             thread.start()
         try:
@@ -101,7 +106,8 @@ def test_moves_change_no_bit(tmp_path: Path, splits: bool, fenced: bool) -> None
                     moves.evict(*gone)
                 router.place(moves.placement())
                 if gone is not None and fenced:
-                    time.sleep(0.02)  # calls that had begun under the placement before
+                    before = list(made)
+                    assert settles(partial(calls_since, before))
                     moves.evict(*gone)
         finally:
             over.set()

@@ -18,14 +18,7 @@ FIRST, OTHER = ExpertKey("m", 0, 0), ExpertKey("m", 1, 2)
 def updated(world: ControlWorld, *keys: ExpertKey) -> Placement:
     """The placement that serves new weights of these experts."""
     world.update(list(keys), in_file=False)
-    until = world.now + 3.0
-    while world.now < until:
-        world.tick()
-        for name in world.routers:
-            world.report(name)
-        for name, host in world.hosts.items():
-            while host.loading:
-                world.load_one(name)
+    world.rounds(3.0)
     world.serve("m")
     world.tick()
     return world.published[-1]

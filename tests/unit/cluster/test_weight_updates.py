@@ -26,18 +26,6 @@ def holders(world: ControlWorld, weights: ExpertVersion) -> list[str]:
     return [name for name, host in world.hosts.items() if weights in host.held]
 
 
-def rounds(world: ControlWorld, seconds: float) -> None:
-    """Hosts load what they are told, and routers follow and report."""
-    end = world.now + seconds
-    while world.now < end:
-        world.tick()
-        for name in world.routers:
-            world.report(name)
-        for name, host in world.hosts.items():
-            while host.loading:
-                world.load_one(name)
-
-
 def test_an_update_spreads_before_it_is_served_and_is_served_at_once() -> None:
     world = pool()
     update = begin(world, FIRST, OTHER)
@@ -45,7 +33,7 @@ def test_an_update_spreads_before_it_is_served_and_is_served_at_once() -> None:
     (one, other) = update.weights
     assert not world.control.updates.is_ready(update), "one host has it, and two serve the expert"
     published = len(world.published)
-    rounds(world, 3.0)
+    world.rounds(3.0)
     assert holders(world, one) == holders(world, other) == ["h0", "h1"]
     assert len(world.published) == published, "nothing is served yet"
     assert world.control.updates.is_ready(update)
@@ -57,7 +45,7 @@ def test_an_update_spreads_before_it_is_served_and_is_served_at_once() -> None:
     assert all(len(e) == 2 for layer in world.published[-1].layers.values() for e in layer.replicas)
     # The older version goes when no router uses it any more.
     assert len(holders(world, ExpertVersion(FIRST, 1))) == 2
-    rounds(world, 1.5)
+    world.rounds(1.5)
     assert holders(world, ExpertVersion(FIRST, 1)) == []
 
 
@@ -66,7 +54,7 @@ def test_an_update_that_is_not_served_in_time_leaves_no_trace() -> None:
     update = begin(world, FIRST)
     with pytest.raises(ValueError, match=r"models\.m: update 2 is under way"):
         world.control.updates.begin("m", [OTHER], who="test", until=world.now + 1.0)
-    rounds(world, 21.0)
+    world.rounds(21.0)
     assert holders(world, ExpertVersion(FIRST, 2)) == []
     assert world.published[-1].versions.of(FIRST) == 1
     with pytest.raises(ValueError, match=r"update 2 of m has already ended"):
@@ -85,9 +73,9 @@ def test_an_update_without_weights_cannot_be_served() -> None:
 
 def served(world: ControlWorld, *keys: ExpertKey, in_file: bool = False) -> None:
     begin(world, *keys, in_file=in_file)
-    rounds(world, 3.0)
+    world.rounds(3.0)
     world.serve("m")
-    rounds(world, POLICY.lease_s)
+    world.rounds(POLICY.lease_s)
 
 
 def test_reverting_goes_back_update_by_update() -> None:
@@ -96,9 +84,9 @@ def test_reverting_goes_back_update_by_update() -> None:
     served(world, FIRST)
     for versions in ({FIRST: 2, OTHER: 2}, {FIRST: 1, OTHER: 1}):
         world.revert("m")
-        rounds(world, 3.0)
+        world.rounds(3.0)
         world.serve("m")
-        rounds(world, POLICY.lease_s)
+        world.rounds(POLICY.lease_s)
         placed = world.published[-1].versions
         assert {key: placed.of(key) for key in versions} == versions
         assert holders(world, placed.served(FIRST)) == ["h0", "h1"]
@@ -111,9 +99,9 @@ def test_what_is_nowhere_any_more_cannot_come_back() -> None:
     served(world, FIRST)
     served(world, FIRST)
     world.revert("m")
-    rounds(world, 3.0)
+    world.rounds(3.0)
     assert not world.control.updates.is_ready(world.updates["m"]), "version 2 was in memory only"
-    rounds(world, 20.0)
+    world.rounds(20.0)
     assert world.published[-1].versions.of(FIRST) == 3
 
 
@@ -122,7 +110,7 @@ def test_a_new_controller_goes_on_with_the_versions_that_are_served() -> None:
     served(world, FIRST)
     begin(world, OTHER)
     world.take_over()
-    rounds(world, POLICY.lease_s * 2)
+    world.rounds(POLICY.lease_s * 2)
     placed = world.published[-1]
     assert (placed.id.term, placed.versions.of(FIRST), placed.versions.of(OTHER)) == (2, 2, 1)
     assert holders(world, ExpertVersion(OTHER, 3)) == [], "no controller knows of it any more"
@@ -133,7 +121,7 @@ def restart_all(world: ControlWorld) -> None:
     for name in world.hosts:
         world.kill(name)
         world.restart(name)
-    rounds(world, 4.0)
+    world.rounds(4.0)
 
 
 def test_an_older_version_is_never_served_for_one_that_is_lost() -> None:
@@ -158,7 +146,7 @@ def test_a_lost_version_does_not_take_its_model_along_when_the_controller_change
     served(world, FIRST)
     restart_all(world)
     world.take_over()
-    rounds(world, 8.0)
+    world.rounds(8.0)
     placed = world.published[-1]
     assert placed.id.term == 2
     assert placed.layers[LayerKey("m", 0)].hosts(0) == ()
@@ -171,9 +159,9 @@ def test_a_lost_version_does_not_take_its_model_along_when_the_controller_change
 def test_an_update_that_is_held_waits_for_its_record_as_long_as_that_takes() -> None:
     world = pool()
     update = begin(world, FIRST)
-    rounds(world, 3.0)
+    world.rounds(3.0)
     world.control.updates.hold(update)
-    rounds(world, 60.0)
+    world.rounds(60.0)
     world.control.updates.serve(update, in_file=True)
     world.tick()
     assert world.published[-1].versions.of(FIRST) == 2
@@ -214,7 +202,7 @@ def test_a_folder_rules_over_what_an_earlier_controller_knew() -> None:
     """It died after the record was written, before it stored the same for its successors."""
     world = pool()
     begin(world, FIRST)
-    rounds(world, 3.0)
+    world.rounds(3.0)
     world.serve("m")
     kept = world.control.updates.snapshot()
     successor = pool().control.updates

@@ -104,11 +104,11 @@ def test_a_host_that_cannot_be_ended_keeps_no_other_alive(monkeypatch: pytest.Mo
     monkeypatch.setattr(keeper_file.ray, "kill", kill)
     monkeypatch.setattr(keeper_file.ray, "wait", wait)
     monkeypatch.setattr(keeper_file, "PAUSE_S", 60.0)
-    nobody: Any = None
+    unused: Any = None
     hosts = {name: Mock(**{"leave.remote.return_value": "left"}) for name in "abc"}
     for name, host in hosts.items():
         host.name = name
-    keeper = HostProvisioner(nobody, nobody, hosts)
+    keeper = HostProvisioner(unused, unused, hosts)
     with pytest.raises(RuntimeError, match="no answer"):
         keeper.close()
     assert sorted(killed) == ["a", "b", "c"]

@@ -1,0 +1,33 @@
+"""A model with random weights, for benchmarks in which only its form matters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import MixtralConfig, MixtralForCausalLM
+
+# Of a tiny one.
+HIDDEN, INTERMEDIATE = 32, 32
+EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 4
+
+
+def save_random_model(
+    folder: Path,
+    *,
+    layers: int,
+    experts: int,
+    top_k: int,
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+) -> None:
+    config = MixtralConfig(
+        vocab_size=16,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
