@@ -255,9 +255,7 @@ def test_without_a_keeper_a_host_starts_all_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    kept = KeptMemory(
-        "moesaic-keeper-absent", "kept", keep_s=KEEP_S, parent_pid=os.getpid()
-    )
+    kept = KeptMemory("moesaic-keeper-absent", "kept", keep_s=KEEP_S, parent_pid=os.getpid())
     host = host_of(kept)
     try:
         assert "no memory keeper" in caplog.text
