@@ -161,6 +161,7 @@ class HostConnections:
                     lent=host in lenders,
                     borrows=self._on_lend is not None,
                     node=self._node,
+                    device=device_name(self._device),
                 )
             )
         return tuple(found)

@@ -81,12 +81,17 @@ def path_to(
     lent: bool,
     borrows: bool,
     node: str,
+    device: str = CPU,
 ) -> HostPath:
-    """Return the path to a host; ``borrows``: the router asks hosts on its ``node`` to lend."""
+    """Return the path to a host; ``borrows``: the router asks hosts on its ``node`` to lend.
+
+    ``device`` is where the router's tensors are, as in `HostEntry.device`.
+    """
     why = None
     if not lent:
         if not borrows:
-            why = "this router borrows nothing: network.lending, or its model is on a GPU"
+            gpu = "its model is on a GPU"
+            why = f"this router borrows nothing ({'see network.lending' if device == CPU else gpu})"
         elif entry.node != node:
             why = "it is on another machine"
         elif entry.device != CPU:

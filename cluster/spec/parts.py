@@ -89,7 +89,8 @@ class NetworkSpec(Part):
     """Whether trunks compute with the memory of hosts on their own machine instead of sending them
     calls. `never`: every call is sent. `auto`: hosts on CPUs lend, if calls would go through shared
     memory; a call is still sent in part where that was measured to be faster. `always`: trunks
-    compute everything that is lent, and a host that cannot lend is an error."""
+    compute everything that is lent, and a host that cannot lend is an error. The router service,
+    trunks on GPUs, and models whose experts share parameters send every call."""
 
     @model_validator(mode="after")
     def _lends_over_shared_memory(self) -> NetworkSpec:

@@ -17,7 +17,8 @@ HERE = HostEntry(host="a", incarnation=1, node="n", shm_address="s", grpc_addres
     ("changed", "why"),
     [
         ({"lent": True}, None),
-        ({"borrows": False}, "borrows nothing"),
+        ({"borrows": False}, "borrows nothing (see network.lending)"),
+        ({"borrows": False, "device": "GPU-1"}, "borrows nothing (its model is on a GPU)"),
         ({"node": "other"}, "another machine"),
         ({"entry": replace(HERE, device="GPU-1")}, "on a GPU"),
         ({"transport": "grpc"}, "cannot carry memory"),
