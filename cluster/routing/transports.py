@@ -90,8 +90,8 @@ def path_to(
     why = None
     if not lent:
         if not borrows:
-            gpu = "its model is on a GPU"
-            why = f"this router borrows nothing ({'see network.lending' if device == CPU else gpu})"
+            where = "see network.lending" if device == CPU else "its model is on a GPU"
+            why = f"this router borrows nothing ({where})"
         elif entry.node != node:
             why = "it is on another machine"
         elif entry.device != CPU:
