@@ -82,7 +82,8 @@ def plain_model(folder: Path, changed: Experts | None = None) -> Any:
 
 @torch.no_grad()
 def texts_switching(folder: Path, changed: Experts, prompt: Tensor) -> dict[int, str]:
-    """What is said if the weights change before each of the forward passes, or after all."""
+    """What is said if the weights change before each of the forward passes; the last text is
+    that of the old weights alone."""
     from transformers import AutoTokenizer, DynamicCache
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -93,14 +94,19 @@ def texts_switching(folder: Path, changed: Experts, prompt: Tensor) -> dict[int,
         logits = model(given, past_key_values=cache, use_cache=True).logits
         return logits[:, -1:].argmax(dim=-1)
 
+    def is_over(said: list[int]) -> bool:
+        return len(said) == TOKENS or said[-1:] == [tokenizer.eos_token_id]
+
     cache, given, said = DynamicCache(config=old.config), prompt, []
     for switch in range(TOKENS + 1):
         # The passes before the change are made once, for all texts.
         later_cache, later, later_said = copy.deepcopy(cache), given, list(said)
-        while len(later_said) < TOKENS:
+        while not is_over(later_said):
             later = next_token(new, later, later_cache)
             later_said.append(int(later))
         found[switch] = tokenizer.decode(later_said, skip_special_tokens=True)
+        if is_over(said):
+            break
         given = next_token(old, given, cache)
         said.append(int(given))
     return found
@@ -115,7 +121,7 @@ def test_a_running_text_goes_over_at_one_step_and_back(pool: Cluster, folder: Pa
     namespace, changed = namespace_of(pool.name), changed_experts(folder)
     prompt = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids
     texts = texts_switching(folder, changed, prompt)
-    new, old = texts[0], texts[TOKENS]
+    new, old = texts[0], texts[max(texts)]
     assert new != old
     with Client(pool.url) as client:
         assert text_of(client, "m", TOKENS) == old
