@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from moesaic.actors.engine.engine import Engine, EngineConfig
-from moesaic.actors.router.pool_link import TrunkConfig
+from moesaic.actors.router.trunk_config import TrunkConfig
 from moesaic.actors.runtime.ray_border import namespace_of
-from moesaic.actors.trunk.trunk import engine_factory
+from moesaic.actors.trunk.trunk import open_engine
 from moesaic.cluster.placement import ModelRef
 from moesaic.cluster.spec.spec import parse_spec
 from moesaic.models.source import resolve_model
@@ -29,7 +29,7 @@ def engine_over(spec: dict[str, Any], *, streams: int) -> Iterator[Engine]:
         lending=parsed.lends,
         engine=EngineConfig(num_blocks=256, max_requests=max(32, streams)),
     )
-    engine = engine_factory(config)()
+    engine = open_engine(config)
     try:
         engine.start()
         yield engine

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import ray
 from ray.util import get_node_ip_address
 
+from ...models.trunk.lean_imports import import_models
 from ..runtime.low_priority_import import import_at_low_priority
 from ..runtime.process_log import begin_process
 from ..runtime.ray_border import namespace_of
@@ -47,7 +48,7 @@ class RayExpertHost:
         with recording_failure(namespace_of(cluster), "host", name):
             begin_process("host", name, cluster)
             # A restarting host shares its cores with processes that serve: low priority.
-            import_at_low_priority(".host", __package__)
+            import_at_low_priority(".host", __package__, first=import_models)
             from ..runtime.cluster_secret import secret_of
             from .host import ExpertHost
             from .kept_memory import KeptMemory

@@ -6,7 +6,6 @@ import atexit
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -14,17 +13,14 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 
 from ...cluster.expert_keys import LayerKey
-from ...cluster.placement import ModelRef, Placement, PlacementNews, VersionChange
-from ...cluster.routing.policy import RouterPolicy
-from ...cluster.routing.transports import TransportChoice
-from ...cluster.spec.parts import EngineKind
+from ...cluster.placement import Placement, PlacementNews, VersionChange
 from ...kernels.ffn import ExpertForm
 from ...proto.errors import describe_error
-from ..engine.engine import EngineConfig
 from ..runtime.cluster_secret import secret_of
 from ..runtime.devices import pick_device
 from ..runtime.ray_border import CONTROLLER
 from .router import Router
+from .trunk_config import TrunkConfig
 
 log = logging.getLogger(__name__)
 
@@ -123,23 +119,6 @@ class PlacementWatch:
 
 def _is_answered(asked: Any) -> bool:
     return bool(ray.wait([asked], timeout=0)[0])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrunkConfig:
-    """Everything that a process needs to open a trunk of the cluster; picklable."""
-
-    namespace: str
-    model: ModelRef
-    name: str
-    device: str = "auto"
-    threads: int | None = None
-    policy: RouterPolicy = field(default_factory=RouterPolicy)
-    transport: TransportChoice = "auto"
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    engine_kind: EngineKind = "transformers"
-    lending: bool = False  # hosts of this machine may lend their experts' memory
-    start_s: float = 120.0
 
 
 class PoolLink:

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import threading
+from collections.abc import Callable
 
 from .garbage import starting_without_collections
 
@@ -13,9 +14,12 @@ from .garbage import starting_without_collections
 NICER = 10
 
 
-def import_at_low_priority(module: str, package: str | None = None) -> None:
+def import_at_low_priority(
+    module: str, package: str | None = None, *, first: Callable[[], None] | None = None
+) -> None:
     """Import a module at a low priority, as an import may take seconds of computing.
 
+    ``first`` is called before, in the same way.
     On Linux each thread has its own priority, and a process may not raise it again. So a thread of
     its own does the import and then ends. Raises what the import raises.
     """
@@ -29,6 +33,8 @@ def import_at_low_priority(module: str, package: str | None = None) -> None:
         try:
             # Looking for garbage, of which an import makes hardly any, takes an eighth of it.
             with starting_without_collections(makes_garbage=False):
+                if first is not None:
+                    first()
                 importlib.import_module(module, package)
         except BaseException as failure:
             # A module may raise anything; the starter's thread raises it again.

@@ -26,10 +26,10 @@ from ...cluster.spec.parts import MonitoringSpec
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, InternalError, NoAnswer, describe_error
 from ..engine.engine import EngineConfig, ExpertBounds
-from ..router.pool_link import TrunkConfig
+from ..router.trunk_config import TrunkConfig
 from ..runtime.ray_border import CONTROLLER, actor_options, last_line, namespace_of
 from ..runtime.start_failures import StartFailure, describe_failures
-from ..trunk.trunk import engine_factory
+from ..trunk.engine_factory import EngineFactory
 from .serve_app import QUESTION_TIMEOUT_S, Trunk, build, ending_s
 from .serve_border import (
     ServeAddress,
@@ -55,10 +55,21 @@ class Addresses(NamedTuple):
     monitoring: str | None
 
 
+def prepare_endpoint(spec: Spec) -> None:
+    """Start Serve unless it runs; it takes seconds, in which hosts can start. Raises ClusterError.
+
+    The caller ends it with `leave_serve`.
+    """
+    try:
+        start_serve(find_address(spec), spec.name)
+    except (RayError, RayServeException, RuntimeError, ValueError) as error:
+        raise ClusterError(f"endpoint: {error}") from error
+
+
 def start_endpoint(
     spec: Spec, models: Mapping[str, ModelRef], experts: Mapping[str, ExpertBounds]
 ) -> Addresses:
-    """Serve ``models`` over HTTP, and wait until they answer there.
+    """Serve ``models`` over HTTP on the Serve that runs, and wait until they answer there.
 
     ``experts`` bounds how many experts per token a request may ask for. Raises ClusterError;
     the caller then ends what had started with `leave_serve`.
@@ -88,11 +99,10 @@ def start_endpoint(
             graceful_shutdown_timeout_s=ending_s(endpoint.drain_s),
             **_replicas(spec),
         )
-        trunks[name] = deployment.bind(engine_factory(config))
+        trunks[name] = deployment.bind(EngineFactory(config))
     tokenizers = {name: _tokenizer(Path(ref.path or "")) for name, ref in models.items()}
     try:
         place, watched = find_address(spec), find_monitoring(spec)
-        start_serve(place, spec.name)
         cold_start_s = spec.timeouts.start_s if spec.trunk.min_replicas == 0 else None
         app = build(
             trunks,

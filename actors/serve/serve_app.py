@@ -477,7 +477,7 @@ def build(
 ) -> Application:
     """Return the application for ``serve.run``.
 
-    ``trunks`` maps model names to ``Trunk.bind(engine_factory)``. ``status`` is called in the
+    ``trunks`` maps model names to ``Trunk.bind(EngineFactory(...))``. ``status`` is called in the
     ingress; its answer is part of ``/status``, which is at the address ``monitoring``, whose port
     must be set. With ``cold_start_s`` trunks may scale to zero and take that long to
     come back. ``aliases``: more names, by model. ``own_hosts``: host names by which clients are

@@ -23,7 +23,7 @@ from ...proto.keys import ClusterSecret
 from ...proto.wire import DTYPE_TO_WIRE
 from ..host.weight_grants import Granted
 from ..host.weight_store import shared_parameters
-from ..router.pool_link import TrunkConfig
+from ..router.trunk_config import TrunkConfig
 from ..runtime.cluster_secret import secret_of
 from ..runtime.ray_border import controller_of, ray_get
 from ..transport.grpc.weights import put_weights

@@ -27,7 +27,8 @@ from ...models.trunk.trunk import (
 from ...proto.errors import ClusterError
 from ..engine.engine import Engine, EngineConfig
 from ..engine.transformers_backend.engine import TransformersEngine
-from ..router.pool_link import PoolLink, TrunkConfig
+from ..router.pool_link import PoolLink
+from ..router.trunk_config import TrunkConfig
 from ..runtime.devices import pick_device
 
 
@@ -90,20 +91,16 @@ class _PoolEngine(TransformersEngine):
             self._trunk.close()
 
 
-def engine_factory(config: TrunkConfig) -> Callable[[], Engine]:
-    """Return a function for `serve_app.Trunk` that builds the engine in the replica's process."""
+def open_engine(config: TrunkConfig) -> Engine:
+    """Open a trunk with an engine of its own, in the process of a replica."""
+    # The controller tells routers apart by name, so each replica needs a name of its own.
+    own = replace(config, name=f"{config.name}-{secrets.token_hex(3)}")
+    if config.engine_kind == "vllm":
+        from ..engine.vllm_backend.engine import VllmEngine
 
-    def build() -> Engine:
-        # The controller tells routers apart by name, so each replica needs a name of its own.
-        own = replace(config, name=f"{config.name}-{secrets.token_hex(3)}")
-        if config.engine_kind == "vllm":
-            from ..engine.vllm_backend.engine import VllmEngine
-
-            return VllmEngine(own)
-        return _PoolEngine(
-            open_trunk(own),
-            config.engine,
-            lambda: read_tokenizer(config.model.path or ""),
-        )
-
-    return build
+        return VllmEngine(own)
+    return _PoolEngine(
+        open_trunk(own),
+        config.engine,
+        lambda: read_tokenizer(config.model.path or ""),
+    )

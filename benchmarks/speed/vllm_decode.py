@@ -81,8 +81,8 @@ def alone(folder: Path, dtype: str, *, eager: bool) -> Iterator[Run]:
 @contextmanager
 def pool(folder: Path, dtype: str) -> Iterator[Run]:
     from moesaic.actors.engine.vllm_backend.engine import VllmEngine
-    from moesaic.actors.router.pool_link import TrunkConfig
     from moesaic.actors.router.router import Router
+    from moesaic.actors.router.trunk_config import TrunkConfig
     from moesaic.cluster.placement import ModelRef
     from moesaic.models.trunk.config import read_config
     from moesaic.models.trunk.experts_layers import experts_layers

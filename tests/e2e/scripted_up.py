@@ -14,5 +14,5 @@ from tests.helpers.endpoint.scripted import scripted_engine
 
 if __name__ == "__main__":
     # What the trunks' processes are given to call.
-    deploy.engine_factory = lambda config: scripted_engine
+    deploy.EngineFactory = lambda config: scripted_engine
     exit_with(main(sys.argv[1:]))

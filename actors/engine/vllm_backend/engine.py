@@ -40,7 +40,8 @@ from ....proto.errors import (
     UnsupportedModel,
     describe_error,
 )
-from ...router.pool_link import PoolLink, TrunkConfig
+from ...router.pool_link import PoolLink
+from ...router.trunk_config import TrunkConfig
 from ..end_of_text import end_of_text
 from ..engine import Delta, EngineConfig, EngineStats, RequestLimits, Sampling
 from ..expert_wait import ParkedRequests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,6 +34,12 @@ def register(app: typer.Typer) -> None:
     app.command("version")(show_version)
     app.command("inspect")(inspect_model)
     app.add_typer(spec_app, name="spec")
+
+
+def _prepare_to_look() -> None:
+    """Import what reads a model, in a process that ends afterwards."""
+    gc.disable()  # imports make millions of objects and no garbage
+    import_models()
 
 
 def show_version(as_json: JsonOption = False) -> None:
@@ -68,7 +75,7 @@ def inspect_model(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--memory") from None
     if context.obj.ends_process:
-        import_models()
+        _prepare_to_look()
     checked = about.check_model(model, dtype)
     if checked.described is None:
         raise_errors(checked.findings)
@@ -123,7 +130,7 @@ def check_spec(
 
     spec = load_spec(file)
     if context.obj.ends_process:
-        import_models()
+        _prepare_to_look()
     findings = about.check_spec(spec)
     number = len(errors_of(findings))
     if as_json:

@@ -124,7 +124,7 @@ def test_a_trunk_that_is_killed_cannot_tell_why_itself(
     def factory(_: Any) -> Callable[[], Any]:
         return lambda: os._exit(1)
 
-    monkeypatch.setattr(deploy, "engine_factory", factory)
+    monkeypatch.setattr(deploy, "EngineFactory", factory)
     said = start(folder)
     words = (
         "endpoint: the trunk of model 'm' did not start: its process was killed or ended by itself"

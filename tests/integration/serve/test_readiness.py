@@ -58,7 +58,7 @@ def scripted(name: str, folder: Path, **spec: Any) -> Iterator[Cluster]:
         # Only while it starts: other tests have clusters with real engines meanwhile.
         with pytest.MonkeyPatch.context() as patched:
             patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-            patched.setattr(deploy, "engine_factory", lambda config: scripted_engine)
+            patched.setattr(deploy, "EngineFactory", lambda config: scripted_engine)
             hosts = [{"count": 1, "threads": 1}]
             cluster = last_first.enter_context(running(name, folder, hosts=hosts, **spec))
         yield cluster

@@ -43,7 +43,7 @@ def shared_ray() -> Iterator[None]:
     """One that no cluster started, and none ends."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-        patched.setattr(deploy, "engine_factory", lambda config: scripted_engine)
+        patched.setattr(deploy, "EngineFactory", lambda config: scripted_engine)
         start_embedded(num_cpus=8, include_dashboard=False, log_to_driver=False)
         try:
             yield

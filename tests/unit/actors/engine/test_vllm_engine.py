@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.actors.engine.engine import EngineConfig
 from moesaic.actors.engine.vllm_backend.engine import VllmEngine
-from moesaic.actors.router.pool_link import TrunkConfig
+from moesaic.actors.router.trunk_config import TrunkConfig
 from moesaic.cluster.placement import ModelRef
 from moesaic.proto.errors import EngineError
 from tests.helpers.cluster.fake_clock import FakeClock
