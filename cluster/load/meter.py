@@ -90,7 +90,11 @@ class LoadMeter:
 
     def count(self, key: LayerKey, ids_N: np.ndarray, experts: int) -> None:
         """Count assignments; ids outside [0, experts) are padding."""
-        found = np.bincount(ids_N[(ids_N >= 0) & (ids_N < experts)], minlength=experts)
+        self.count_used(key, ids_N[(ids_N >= 0) & (ids_N < experts)], experts)
+
+    def count_used(self, key: LayerKey, ids_n: np.ndarray, experts: int) -> None:
+        """Count assignments, all of whose ids are in [0, experts)."""
+        found = np.bincount(ids_n, minlength=experts)
         counts = self._counts.get(key)
         if counts is None:
             self._counts[key] = found

@@ -35,24 +35,30 @@ def choose_hosts(
     If that host is not usable, or not of the best rank, the run goes to usable hosts of the highest
     rank available. Then `level_load` evens out the load of hosts, in pieces of half a run.
     """
-    if not usable_H.size:
+    if not routes.hosts:
         return np.full(assignment_n.size, -1)  # no host is placed at the moment
     layer = routes.layer(call.key)
-    ids_n = call.ids_N[assignment_n]
+    ids_n = call.ids_N
+    if assignment_n.size != ids_n.size:
+        ids_n = ids_n[assignment_n]
     # Shape (n,): the step of the shares' round robin (`LayerRoutes.table_ES`). It advances with
     # every call, and within a call after each run of `split_rows` assignments of one expert. Small
     # calls keep each expert's rows together on one replica.
-    step_n = np.full(ids_n.size, call.rotation)
-    if ids_n.size > split_rows:
-        step_n += rank_within_expert(ids_n) // split_rows
-    host_n = layer.table_ES[ids_n, step_n % SHARE_STEPS].astype(np.int64)
+    if call.tokens > split_rows:
+        step_n = call.rotation + rank_within_expert(ids_n) // split_rows
+        host_n = layer.table_ES[ids_n, step_n % SHARE_STEPS]
+    else:  # a token chooses an expert once
+        step_n = None
+        host_n = layer.by_step[call.rotation % SHARE_STEPS][ids_n]
     piece = max(split_rows // 2, 1)
     best_H = usable_H & (rank_H == BEST_RANK)
     if best_H.all() and not call.avoid:
         # Only experts without any replica have no host now.
-        if host_n.size >= piece and host_n.min() >= 0:
-            level_load(host_n, ids_n.astype(np.int64), layer, best_H, piece=piece)
+        if layer.has_load_shares and host_n.size >= piece and host_n.min() >= 0:
+            level_load(host_n, ids_n, layer, best_H, piece=piece)
         return host_n
+    if step_n is None:
+        step_n = np.full(ids_n.size, call.rotation)
     open_EH = layer.held_EH & usable_H  # replicas that can take calls
     for host, expert in call.avoid:
         if host in routes.index:
@@ -67,7 +73,7 @@ def choose_hosts(
             others = others[rank_H[others] == rank_H[others].max()]
         host_n[mine] = others[step_n[mine] % others.size] if others.size else -1
     if not call.avoid and (host_n >= 0).all():
-        level_load(host_n, ids_n.astype(np.int64), layer, best_H, piece=piece)
+        level_load(host_n, ids_n, layer, best_H, piece=piece)
     return host_n
 
 
@@ -96,7 +102,8 @@ def level_load(
     # Python numbers from here: the loop reads single elements, which is slow on numpy arrays.
     rows, wanted = rows_H.tolist(), wanted_H.tolist()
     # (E * H,): assignments of each expert on each host, at index expert * H + host.
-    mine_of = np.bincount(ids_n * hosts + host_n, minlength=routes.held_EH.size).tolist()
+    at_n = ids_n.astype(np.int64) * hosts + host_n
+    mine_of = np.bincount(at_n, minlength=routes.held_EH.size).tolist()
     busy = {host for host in range(hosts) if rows[host] - wanted[host] >= piece}
     moves: list[tuple[int, int, int, int]] = []
     while busy and len(moves) < _MOST * hosts:

@@ -39,9 +39,10 @@ from .events import (
 )
 from .hedging import Hedging, Latencies, TokenBucket
 from .host_health import HostHealth
-from .host_registry import HostRegistry, SendPart
-from .layer_call import FORWARD, CallKind, InFlightSend, LayerCall
+from .host_registry import HostRegistry
+from .layer_call import FORWARD, CallKind, InFlightSend, LayerCall, Sending
 from .policy import RouterPolicy
+from .row_grouping import SendRows
 from .step_versions import until_step_ends
 
 # After these refusals, another replica or a later attempt may still serve the same assignments.
@@ -164,6 +165,17 @@ class Dispatcher:
         seconds that each token waits for an expert that no host can compute at the moment.
         """
         ids_N = ids_TK.reshape(-1)
+        layer = self.placement.layers.get(key) if self.placement is not None else None
+        experts = 0 if layer is None else len(layer.replicas)
+        # As numbers without a sign, ids below 0 are above all others.
+        all_known = np.count_nonzero(ids_N.view(np.uint32) < experts) == ids_N.size
+        if all_known:
+            waiting_N = np.arange(ids_N.size)
+            self.meter.count_used(key, ids_N, experts)
+        else:
+            waiting_N = np.flatnonzero(ids_N >= 0)
+            if layer is not None:
+                self.meter.count(key, ids_N, experts)
         self._rotations[key] += 1
         call = self._calls[self._next_call] = LayerCall(
             number=self._next_call,
@@ -174,13 +186,11 @@ class Dispatcher:
             deadline=now + self.policy.deadline_s,
             rotation=self._rotations[key],
             ids_N=ids_N,
-            waiting_N=np.flatnonzero(ids_N >= 0),
+            waiting_N=waiting_N,
+            experts=experts if all_known else None,
             patience_T=patience_T,
         )
         self._next_call += 1
-        layer = self.placement.layers.get(key) if self.placement is not None else None
-        if layer is not None:
-            self.meter.count(key, ids_N, len(layer.replicas))
         return call, self.tick(now)
 
     def cancel(self, call: LayerCall, now: float) -> list[RouterCommand]:
@@ -213,6 +223,9 @@ class Dispatcher:
         if health is None:
             return commands
         match event:
+            case Replied(_, seq, versions):
+                health.heard(seq)
+                commands += self._replied(seq, versions, health, now)
             case HostUp(host, incarnation):
                 if incarnation == health.entry.incarnation:
                     health.came_up()
@@ -224,13 +237,6 @@ class Dispatcher:
                 self._orphan(host)
             case Ponged(_, number):
                 commands += health.ponged(number)
-            case Replied(host, seq, versions):
-                health.heard(seq)
-                if versions is None or self._asked_for(seq, versions):
-                    commands += self._accept(seq, now)
-                else:
-                    why = "it used other versions of weights than the call names"
-                    commands += self._refused(Refused(host, seq, "Corrupted", why), health, now)
             case Refused(_, seq, _, _):
                 health.heard(seq)
                 commands += self._refused(event, health, now)
@@ -242,14 +248,16 @@ class Dispatcher:
         for call in list(self._calls.values()):
             if not call.waiting_N.size and not call.in_flight:
                 self._over(call)
-            else:
+            elif now >= call.deadline or now >= call.late_at:
                 commands += self._expire(call, now)
         commands += self.registry.tick(now)
         for call in list(self._calls.values()):
             if call.waiting_N.size and now >= call.hold_until:
                 commands += self._assign(call, now)
             call.lose_patience(now)
-            commands += self._hedge(call, now)
+            if now >= call.late_at:
+                commands += self._hedge(call, now)
+                call.look_again_at()
             if not call.waiting_N.size and not call.in_flight:
                 self._over(call)
         return commands
@@ -273,7 +281,10 @@ class Dispatcher:
 
     def call_of(self, seq: int) -> LayerCall | None:
         """Return the call in progress that a send belongs to; None if that call has ended."""
-        return next((call for call in self._calls.values() if call.knows(seq)), None)
+        for call in self._calls.values():
+            if call.knows(seq):
+                return call
+        return None
 
     # ---- what becomes of sends ------------------------------------------------------------------
 
@@ -285,14 +296,28 @@ class Dispatcher:
             for seq in [s for s, send in call.given_up.items() if send.host == host]:
                 del call.given_up[seq]
 
-    def _accept(self, seq: int, now: float) -> list[RouterCommand]:
+    def _replied(
+        self,
+        seq: int,
+        versions: tuple[int, tuple[tuple[int, int], ...]] | None,
+        health: HostHealth,
+        now: float,
+    ) -> list[RouterCommand]:
         call = self.call_of(seq)
         if call is None:
             return []
         flight = call.in_flight.get(seq)
+        send = call.given_up[seq] if flight is None else flight.send
+        if versions is not None and versions != (send.version, send.other_versions):
+            why = "it used other versions of weights than the call names"
+            return self._refused(Refused(send.host, seq, "Corrupted", why), health, now)
         if flight is None:
             late = call.take_late(seq)
             return [] if late is None else [Accept(late)]
+        return self._accept(call, flight, now)
+
+    def _accept(self, call: LayerCall, flight: InFlightSend, now: float) -> list[RouterCommand]:
+        seq = flight.send.seq
         assignments = flight.send.assignments
         self._hedging.latencies.learn(call.key.model, assignments.size, now - flight.sent_at)
         commands: list[RouterCommand] = [Accept(flight.send)]
@@ -310,15 +335,6 @@ class Dispatcher:
         if not flight.hedges:
             self.hosts[flight.send.host].in_time()
         return commands + [self._cancel(send, now) for send in call.end(seq)]
-
-    def _asked_for(self, seq: int, versions: tuple[int, tuple[tuple[int, int], ...]]) -> bool:
-        """Return whether a send named these versions; true if its call has ended."""
-        call = self.call_of(seq)
-        if call is None:
-            return True
-        flight = call.in_flight.get(seq)
-        send = call.given_up[seq] if flight is None else flight.send
-        return versions == (send.version, send.other_versions)
 
     def _refused(self, event: Refused, health: HostHealth, now: float) -> list[RouterCommand]:
         call = self.call_of(event.seq)
@@ -400,19 +416,21 @@ class Dispatcher:
             call.note_unavailable(call.waiting_N, now)
             return []
         # transformers marks unused assignments with the number of experts as their id.
-        inside = call.ids_N[call.waiting_N] < len(placement.layers[call.key].replicas)
-        if not inside.all():
-            call.waiting_N = call.waiting_N[inside]
+        experts = len(placement.layers[call.key].replicas)
+        if call.experts != experts:
+            call.experts = experts
+            call.waiting_N = call.waiting_N[call.ids_N[call.waiting_N] < experts]
         host_n = self.registry.choose(call, call.waiting_N, now)
         still = [call.waiting_N[host_n < 0]]
         call.note_unavailable(still[0], now)
         commands: list[RouterCommand] = []
-        for piece in self.registry.pieces(call, call.waiting_N, host_n):
-            if piece.health.room <= 0:
-                still.append(piece.assignments)
-                continue
-            self._hedging.earn()
-            commands.append(self._send(call, piece, call.attempts, now).send)
+        sending = self._sending(call, call.attempts, now)
+        for health, rows in self.registry.pieces(call, call.waiting_N, host_n):
+            if health.room > 0:
+                commands.append(self._send(call, health, rows, sending).send)
+            else:
+                still.append(rows.assignments)
+        self._hedging.earn(len(commands))
         call.waiting_N = np.sort(np.concatenate(still)) if still[1:] else still[0]
         return commands
 
@@ -433,27 +451,41 @@ class Dispatcher:
             if (host_n < 0).any():
                 continue
             pieces = list(self.registry.pieces(call, assignments, host_n))
-            asked = Counter(piece.health.entry.host for piece in pieces)
+            asked = Counter(health.entry.host for health, _ in pieces)
             room = all(self.hosts[host].room >= sends for host, sends in asked.items())
             age_s = now - flight.sent_at
             if not room or not self._hedging.allow(call.key.model, assignments.size, age_s, now):
                 continue
-            for piece in pieces:
-                hedge = self._send(call, piece, call.attempts + 1, now)
+            sending = self._sending(call, call.attempts + 1, now)
+            for health, rows in pieces:
+                hedge = self._send(call, health, rows, sending)
                 hedge.rival = flight.send.seq
                 flight.hedges.add(hedge.send.seq)
                 commands.append(hedge.send)
             self.hedges += len(pieces)
         return commands
 
-    def _send(self, call: LayerCall, piece: SendPart, attempt: int, now: float) -> InFlightSend:
+    def _sending(self, call: LayerCall, attempt: int, now: float) -> Sending:
+        assert self.placement is not None
         expires = min(now + self.policy.attempt_s * 2**call.misses, call.deadline)
-        send = piece.send(call, self._next_seq, timeout_s=expires - now, attempt=attempt)
-        self._next_seq += 1
-        piece.health.sent(send.seq)
-        late_s = math.inf
+        versions = self.registry.versions(call.key)
+        return Sending(self.placement.id, versions, attempt, now, expires)
+
+    def _send(
+        self, call: LayerCall, health: HostHealth, rows: SendRows, sending: Sending
+    ) -> InFlightSend:
+        seq = self._next_seq
+        self._next_seq = seq + 1
+        health.sent(seq)
+        hedge_at = math.inf
         if call.kind.hedges:
-            late_s = self._hedging.latencies.late_after_s(call.key.model, send.assignments.size)
-        flight = InFlightSend(send, sent_at=now, expires=expires, hedge_at=now + late_s)
-        call.in_flight[send.seq] = flight
+            latencies = self._hedging.latencies
+            hedge_at = sending.now + latencies.late_after_s(call.key.model, rows.assignments.size)
+        flight = InFlightSend(
+            sending.send(call, health.entry, rows, seq),
+            sent_at=sending.now,
+            expires=sending.expires,
+            hedge_at=hedge_at,
+        )
+        call.sent(flight)
         return flight

@@ -1,5 +1,8 @@
 """Events and commands of the router's state machine; `actors/router/router.py` carries them out.
 
+The three of which a call has one for each host are not frozen, which would triple the time to make
+one; nobody changes them.
+
 Shape suffixes: t = rows of one send, k = assignments of a row that go to this host; the assignments
 of a send are an array of shape (n,).
 """
@@ -30,7 +33,7 @@ class HostDown:
     host: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Replied:
     """A host answered a call; the shell keeps the values until it is told to accept them.
 
@@ -76,7 +79,7 @@ class Disconnect:
     host: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Send:
     """One call to one host; ``assignment_tk`` has numbers t * K + k, or -1 as padding.
 
@@ -98,7 +101,7 @@ class Send:
     assignments: np.ndarray
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Accept:
     """Add the answer to this send to the result; every assignment is accepted exactly once."""
 

@@ -36,10 +36,13 @@ class Latencies:
         self._seen: dict[str, dict[int, _Seen]] = {}
 
     def learn(self, model: str, assignments: int, took_s: float) -> None:
-        sizes = self._seen.setdefault(model, {})
-        seen = sizes.get(assignments.bit_length())
+        size = assignments.bit_length()
+        sizes = self._seen.get(model)
+        if sizes is None:
+            sizes = self._seen[model] = {}
+        seen = sizes.get(size)
         if seen is None:
-            seen = sizes[assignments.bit_length()] = _Seen()
+            seen = sizes[size] = _Seen()
         seen.took_s.append(took_s)
         seen.unread += 1
         if seen.unread >= _LEAST:
@@ -52,10 +55,12 @@ class Latencies:
         A size without an estimate takes that of the next larger known size, else that of the
         largest smaller one, scaled with the number of assignments.
         """
-        sizes = self._seen.get(model, {})
         size = assignments.bit_length()
+        sizes = self._seen.get(model)
+        if sizes is None:
+            return math.inf
         seen = sizes.get(size)
-        if seen is not None and seen.late_after_s < float("inf"):
+        if seen is not None and seen.late_after_s < math.inf:
             return seen.late_after_s
         known = {
             other: seen.late_after_s
@@ -128,10 +133,10 @@ class Hedging:
         self._budget = budget
         self._retrying = retrying
 
-    def earn(self) -> None:
-        """Add the share of one ordinary send to both budgets."""
-        self._budget.earn(1)
-        self._retrying.earn(1)
+    def earn(self, sends: int) -> None:
+        """Add the share of so many ordinary sends to both budgets."""
+        self._budget.earn(sends)
+        self._retrying.earn(sends)
 
     def allow(self, model: str, assignments: int, age_s: float, now: float) -> bool:
         """Pay for one hedge if a budget allows it; return whether the send may be repeated.

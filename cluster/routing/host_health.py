@@ -35,6 +35,8 @@ class HostHealth:
 
     entry: HostEntry
     policy: RouterPolicy
+    # Names of the hosts that are not simply up and need a `tick`; one set for all of a router.
+    unsettled: set[str] = field(default_factory=set)
     state: HostState = HostState.DOWN
     # Sequence numbers of calls that were sent and not answered. The value of a call that was given
     # up is a probe's number: the host may still write to the call's slot until it answers that.
@@ -46,6 +48,16 @@ class HostHealth:
     _act_at: float = 0.0  # next probe or attempt to connect, or end of the wait for a Welcome
     _probe_s: float = 0.0
     _probes: int = 0
+
+    def __post_init__(self) -> None:
+        self._unsettle()
+
+    def _unsettle(self) -> None:
+        self.unsettled.add(self.entry.host)
+
+    def is_settled(self, now: float) -> bool:
+        """Return whether nothing is due here before something happens, and no host is better."""
+        return self.takes_calls(now) and self.rank(now) == BEST_RANK
 
     def takes_calls(self, now: float) -> bool:
         return self.state is HostState.UP and now >= self.busy_until
@@ -70,7 +82,8 @@ class HostHealth:
     def heard(self, seq: int) -> None:
         """Free the slot of a call that was answered or refused."""
         self.occupied.pop(seq, None)
-        self.came_up()
+        if self.state is not HostState.UP:
+            self.came_up()
 
     def give_up(self, seq: int, now: float) -> None:
         """Mark a call whose answer the router no longer waits for; the answer may still arrive."""
@@ -79,6 +92,7 @@ class HostHealth:
                 self._probe_s = self.policy.probe_s
                 self._act_at = now + self._probe_s
             self.occupied[seq] = self._probes + 1
+            self._unsettle()
 
     def ponged(self, number: int) -> Iterator[RouterCommand]:
         """Free the slots of calls that were given up before this probe was sent.
@@ -94,7 +108,12 @@ class HostHealth:
         if self.state is not HostState.LEAVING:
             self.state = HostState.UP
 
+    def leave(self) -> None:
+        self.state = HostState.LEAVING
+        self._unsettle()
+
     def went_down(self, now: float) -> None:
+        self._unsettle()
         self.occupied.clear()
         if self.state is not HostState.LEAVING:
             self.state = HostState.DOWN
@@ -103,6 +122,7 @@ class HostHealth:
     def eject(self, now: float) -> None:
         if self.state is HostState.UP:
             self.state = HostState.EJECTED
+            self._unsettle()
             self._probe_s = self.policy.probe_s
             self._act_at = now
 
@@ -119,10 +139,12 @@ class HostHealth:
         least_s = self.policy.avoid_ages * age_s if self._avoid_s else self.policy.avoid_s
         self._avoid_s = min(max(2 * self._avoid_s, least_s), self.policy.avoid_max_s)
         self.avoid_until = now + self._avoid_s
+        self._unsettle()
 
     def was_busy(self, now: float) -> None:
         self._busy_s = min(max(2 * self._busy_s, self.policy.busy_s), self.policy.busy_max_s)
         self.busy_until = now + self._busy_s
+        self._unsettle()
 
     def wake_at(self, now: float, *, work_waits: bool) -> float:
         """Return when this host needs a tick; infinity if nothing is due by itself."""

@@ -1,60 +1,25 @@
 """The hosts of a placement as one router knows them, and how it divides assignments among them.
 
-Shape suffixes: H = hosts in the placement's order, n = assignments, t and k = rows and columns of
-one send.
+Shape suffixes: H = hosts in the placement's order, n = assignments.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from ..expert_keys import ExpertKey, LayerKey
-from ..placement import Placement, PlacementId
+from ..placement import Placement
 from ..versions import LayerVersions
 from .assignment import choose_hosts
-from .events import Disconnect, RouterCommand, Send
-from .host_health import HostHealth, HostState
+from .events import Disconnect, RouterCommand
+from .host_health import BEST_RANK, HostHealth, HostState
 from .layer_call import LayerCall
 from .policy import RouterPolicy
 from .routes import Routes
 from .row_grouping import SendRows
-
-
-class SendPart(NamedTuple):
-    """Assignments that go to one host in one send."""
-
-    health: HostHealth
-    placement_id: PlacementId
-    versions: LayerVersions
-    rows: SendRows
-
-    @property
-    def assignments(self) -> np.ndarray:
-        return self.rows.assignments
-
-    def send(self, call: LayerCall, seq: int, *, timeout_s: float, attempt: int) -> Send:
-        assignments, token_t, assignment_tk = self.rows
-        ids_tk = call.ids_N[assignment_tk]
-        if assignments.size < assignment_tk.size:
-            ids_tk[assignment_tk < 0] = -1
-        return Send(
-            call=call.number,
-            placement_id=self.placement_id,
-            host=self.health.entry.host,
-            incarnation=self.health.entry.incarnation,
-            seq=seq,
-            timeout_s=timeout_s,
-            attempt=attempt,
-            version=self.versions.most,
-            other_versions=self.versions.others_of(ids_tk),
-            token_t=token_t,
-            assignment_tk=assignment_tk,
-            ids_tk=ids_tk,
-            assignments=assignments,
-        )
 
 
 class HostRegistry:
@@ -65,6 +30,11 @@ class HostRegistry:
         self.hosts: dict[str, HostHealth] = {}
         self._policy = policy
         self._routes: Routes | None = None
+        self._all_known = False  # every host of the routes is one of the placement
+        # Which hosts are usable, and their ranks, where nothing is wrong.
+        self._all_best = np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int8)
+        self._unsettled: set[str] = set()  # the hosts that `tick` has to look at
+        self._versions: dict[LayerKey, LayerVersions] = {}
 
     def place(self, placement: Placement) -> list[str]:
         """Follow ``placement``; return the hosts that it names with another incarnation.
@@ -75,33 +45,52 @@ class HostRegistry:
         if self.placement is None or placement.layers is not self.placement.layers:
             self._routes = Routes(placement)
         self.placement = placement
+        self._versions.clear()
+        assert self._routes is not None
+        self._all_known = all(host in placement.hosts for host in self._routes.hosts)
+        hosts = len(self._routes.hosts)
+        self._all_best = np.ones(hosts, dtype=bool), np.full(hosts, BEST_RANK, dtype=np.int8)
         over = []
         for name, health in list(self.hosts.items()):
             entry = placement.hosts.get(name)
             if entry is None:
-                health.state = HostState.LEAVING
+                health.leave()
             elif entry != health.entry:
                 over.append(name)
                 del self.hosts[name]
         for name, entry in placement.hosts.items():
             known = self.hosts.get(name)
             if known is None:
-                self.hosts[name] = HostHealth(entry, self._policy)
+                self.hosts[name] = HostHealth(entry, self._policy, self._unsettled)
             elif known.state is HostState.LEAVING:
                 known.state = HostState.UP
         return over
 
     def tick(self, now: float) -> Iterator[RouterCommand]:
         """Yield due probes and connections, and disconnect idle hosts that left the placement."""
-        for name, health in list(self.hosts.items()):
+        if not self._unsettled:
+            return
+        for name in [name for name in self.hosts if name in self._unsettled]:
+            health = self.hosts[name]
             yield from health.tick(now)
             if health.state is HostState.LEAVING and not health.occupied:
                 yield Disconnect(name)
                 del self.hosts[name]
+                self._unsettled.discard(name)
+            elif health.is_settled(now):
+                self._unsettled.discard(name)
 
     def wake_at(self, now: float, *, work_waits: bool) -> float:
-        due = (host.wake_at(now, work_waits=work_waits) for host in self.hosts.values())
-        return min(due, default=float("inf"))
+        due = (self.hosts[name].wake_at(now, work_waits=work_waits) for name in self._unsettled)
+        return min(due, default=math.inf)
+
+    def versions(self, key: LayerKey) -> LayerVersions:
+        """Return the versions of a layer's experts that the placement names."""
+        assert self.placement is not None
+        found = self._versions.get(key)
+        if found is None:
+            found = self._versions[key] = self.placement.versions.layer(key)
+        return found
 
     def has(self, expert: ExpertKey, now: float) -> bool:
         """Return whether some host that is placed for the expert takes calls now."""
@@ -121,21 +110,25 @@ class HostRegistry:
         The placement must contain the call's layer.
         """
         assert self._routes is not None
+        split_rows = self._policy.split_rows
+        if self._all_known and not self._unsettled and not besides:
+            usable_H, rank_H = self._all_best
+            return choose_hosts(
+                call, assignment_n, self._routes, usable_H, rank_H, split_rows=split_rows
+            )
         healths = [self.hosts.get(name) for name in self._routes.hosts]
         usable_H = np.array([h is not None and h.takes_calls(now) for h in healths], dtype=bool)
         rank_H = np.array([0 if h is None else h.rank(now) for h in healths], dtype=np.int8)
         if besides:
             usable_H &= (rank_H > 0) & (np.array(self._routes.hosts) != besides)
-        split_rows = self._policy.split_rows
         return choose_hosts(
             call, assignment_n, self._routes, usable_H, rank_H, split_rows=split_rows
         )
 
     def pieces(
         self, call: LayerCall, assignment_n: np.ndarray, host_n: np.ndarray
-    ) -> Iterator[SendPart]:
-        """Yield the assignments as sends to the hosts that were chosen for them."""
-        assert self._routes is not None and self.placement is not None
-        number, versions = self.placement.id, self.placement.versions.layer(call.key)
+    ) -> Iterator[tuple[HostHealth, SendRows]]:
+        """Yield the hosts that were chosen, and what each is sent; a host may come repeatedly."""
+        assert self._routes is not None
         for name, rows in call.pieces(self._routes.hosts, assignment_n, host_n):
-            yield SendPart(self.hosts[name], number, versions, rows)
+            yield self.hosts[name], rows

@@ -8,12 +8,16 @@ Shape suffixes: N = T * K assignments flattened, n = some of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from ..expert_keys import LayerKey
+from ..placement import HostEntry, PlacementId
+from ..versions import LayerVersions
 from .events import Refused, Send
 from .row_grouping import SendRows, rows_of_groups
 
@@ -76,6 +80,8 @@ class LayerCall:
     rotation: int
     ids_N: np.ndarray
     waiting_N: np.ndarray  # assignments that are not in flight, ascending
+    # How many experts the layer had when the waiting assignments were last checked against it.
+    experts: int | None = None
     # Seconds that each token waits for a missing expert; None: until the deadline.
     patience_T: np.ndarray | None = None
     # Waiting assignments with no available replica, and since when there are any. The other waiting
@@ -97,7 +103,13 @@ class LayerCall:
     misses: int = 0  # times that sends missed their deadline
     attempts: int = 0  # sends that failed for another reason than the loss of a host
     hold_until: float = 0.0  # no retry before this moment: the retry budget is spent
+    # Nothing in flight is late before this moment; the next one may be later.
+    late_at: float = math.inf
     outcome: Outcome | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.ids_N.size // self.top_k
 
     def knows(self, seq: int) -> bool:
         """Return whether this is a send of the call whose answer may still count."""
@@ -131,8 +143,19 @@ class LayerCall:
                     own_n = host_n == index
                     split_n = index + len(hosts) * (1 + self.ids_N[assignment_n])
                     group_n = np.where(own_n, split_n, group_n)
-        for group, rows in rows_of_groups(assignment_n, group_n, self.top_k, self.max_rows):
+        for group, rows in rows_of_groups(
+            assignment_n, group_n, self.ids_N, self.top_k, self.max_rows
+        ):
             yield hosts[group % len(hosts)], rows
+
+    def sent(self, flight: InFlightSend) -> None:
+        self.in_flight[flight.send.seq] = flight
+        self.late_at = min(self.late_at, flight.expires, flight.hedge_at)
+
+    def look_again_at(self) -> None:
+        """Set ``late_at`` by what is in flight now."""
+        due = (min(flight.expires, flight.hedge_at) for flight in self.in_flight.values())
+        self.late_at = min(due, default=math.inf)
 
     def wait_again(self, assignments: np.ndarray) -> None:
         self.waiting_N = np.sort(np.concatenate([self.waiting_N, assignments]))
@@ -164,7 +187,8 @@ class LayerCall:
 
     def end(self, seq: int) -> list[Send]:
         """Take a send and its hedges out of flight; return the hedges, to be cancelled."""
-        return [self.in_flight.pop(hedge).send for hedge in sorted(self.in_flight.pop(seq).hedges)]
+        hedges = self.in_flight.pop(seq).hedges
+        return [self.in_flight.pop(hedge).send for hedge in sorted(hedges)] if hedges else []
 
     def take_late(self, seq: int) -> Send | None:
         """Return a send that was given up and is answered now, or None if the answer is useless.
@@ -185,10 +209,10 @@ class LayerCall:
 
     def lose_patience(self, now: float) -> None:
         """Give up assignments that have no available replica and whose token waits no longer."""
-        if self.unavailable_N.size:  # a late answer may have served some of them since
-            self.unavailable_N = np.intersect1d(
-                self.unavailable_N, self.waiting_N, assume_unique=True
-            )
+        if not self.unavailable_N.size:
+            return
+        # A late answer may have served some of them since.
+        self.unavailable_N = np.intersect1d(self.unavailable_N, self.waiting_N, assume_unique=True)
         if self.patience_T is not None and self.unavailable_N.size:
             over_n = self.unavailable_since + self._patience(self.unavailable_N) <= now
             self.out_of_patience.append(self.unavailable_N[over_n])
@@ -203,8 +227,7 @@ class LayerCall:
 
     def wake_at(self, now: float) -> float:
         """Return when the next deadline, hedge, end of patience or held-back retry is due."""
-        due = [self.deadline]
-        due += [min(flight.expires, flight.hedge_at) for flight in self.in_flight.values()]
+        due = [self.deadline, self.late_at]
         if self.unavailable_N.size and self.patience_T is not None:
             due.append(self.unavailable_since + float(self._patience(self.unavailable_N).min()))
         if self.waiting_N.size and self.hold_until > now:
@@ -231,3 +254,31 @@ class LayerCall:
             self.avoid.add((send.host, int(experts[0])))
         else:
             self.one_expert_per_send.add(send.host)
+
+
+class Sending(NamedTuple):
+    """What the sends of a call that begin together have in common."""
+
+    placement_id: PlacementId
+    versions: LayerVersions
+    attempt: int
+    now: float
+    expires: float
+
+    def send(self, call: LayerCall, entry: HostEntry, rows: SendRows, seq: int) -> Send:
+        versions = self.versions
+        return Send(
+            call=call.number,
+            placement_id=self.placement_id,
+            host=entry.host,
+            incarnation=entry.incarnation,
+            seq=seq,
+            timeout_s=self.expires - self.now,
+            attempt=self.attempt,
+            version=versions.most,
+            other_versions=versions.others_of(rows.ids_tk) if versions.others else (),
+            token_t=rows.token_t,
+            assignment_tk=rows.assignment_tk,
+            ids_tk=rows.ids_tk,
+            assignments=rows.assignments,
+        )

@@ -29,6 +29,15 @@ class LayerRoutes:
     )  # planned part of the layer's load on each host; all 0: only shares count
 
     @cached_property
+    def by_step(self) -> np.ndarray:
+        """Return ``table_ES`` as (S, E): each step lies together."""
+        return np.ascontiguousarray(self.table_ES.T)
+
+    @cached_property
+    def has_load_shares(self) -> bool:
+        return bool(self.load_share_H.any())
+
+    @cached_property
     def movable(self) -> list[list[tuple[int, list[int]]]]:
         """For each host, its experts that other hosts hold too, each with those hosts."""
         found: list[list[tuple[int, list[int]]]] = [[] for _ in self.load_share_H]

@@ -32,12 +32,14 @@ def plain(
 
 @given(data=st.data(), top_k=st.integers(1, 4), max_rows=st.integers(1, 6))
 def test_each_group_gets_its_rows(data: st.DataObject, top_k: int, max_rows: int) -> None:
-    assignments = sorted(data.draw(st.sets(st.integers(0, 60), max_size=40)))
+    assignments = sorted(data.draw(st.sets(st.integers(0, 59), max_size=40)))
     groups = [data.draw(st.integers(-1, 5)) for _ in assignments]
-    found = list(
-        rows_of_groups(np.array(assignments, np.int64), np.array(groups, np.int64), top_k, max_rows)
-    )
+    ids_N = np.arange(60 * top_k, dtype=np.int32)[::-1].copy()
+    assignment_n, group_n = np.array(assignments, np.int64), np.array(groups, np.int64)
+    found = list(rows_of_groups(assignment_n, group_n, ids_N, top_k, max_rows))
     wanted = plain(assignments, groups, top_k, max_rows)
     assert [(g, rows.token_t.tolist(), rows.assignment_tk.tolist()) for g, rows in found] == wanted
     for _, rows in found:
         assert rows.assignments.tolist() == [a for a in rows.assignment_tk.ravel() if a >= 0]
+        padded_tk = rows.assignment_tk < 0
+        assert (rows.ids_tk == np.where(padded_tk, -1, ids_N[rows.assignment_tk])).all()
