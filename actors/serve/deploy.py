@@ -7,7 +7,8 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
 
 from ...cluster.placement import ModelRef
 from ...cluster.reports.status import ClusterStatus
@@ -30,7 +32,7 @@ from ..router.trunk_config import TrunkConfig
 from ..runtime.ray_border import CONTROLLER, actor_options, last_line, namespace_of
 from ..runtime.start_failures import StartFailure, describe_failures
 from ..trunk.engine_factory import EngineFactory
-from .serve_app import QUESTION_TIMEOUT_S, Trunk, build, ending_s
+from .serve_app import QUESTION_TIMEOUT_S, START_TIMEOUT_S, Trunk, build, ending_s
 from .serve_border import (
     ServeAddress,
     app_name,
@@ -55,24 +57,21 @@ class Addresses(NamedTuple):
     monitoring: str | None
 
 
-def prepare_endpoint(spec: Spec) -> None:
-    """Start Serve unless it runs; it takes seconds, in which hosts can start. Raises ClusterError.
+class Deployed(NamedTuple):
+    """Where an endpoint and its monitoring will be: `wait_endpoint` waits until they are there."""
 
-    The caller ends it with `leave_serve`.
-    """
-    try:
-        start_serve(find_address(spec), spec.name)
-    except (RayError, RayServeException, RuntimeError, ValueError) as error:
-        raise ClusterError(f"endpoint: {error}") from error
+    place: ServeAddress
+    watched: ServeAddress | None
 
 
-def start_endpoint(
+def deploy_endpoint(
     spec: Spec, models: Mapping[str, ModelRef], experts: Mapping[str, ExpertBounds]
-) -> Addresses:
-    """Serve ``models`` over HTTP on the Serve that runs, and wait until they answer there.
+) -> Deployed:
+    """Start to serve ``models`` over HTTP.
 
-    ``experts`` bounds how many experts per token a request may ask for. Raises ClusterError;
-    the caller then ends what had started with `leave_serve`.
+    Trunks read their weights while hosts do, and wait for the experts. ``experts`` bounds how many
+    experts per token a request may ask for. Raises ClusterError; the caller then ends what had
+    started with `leave_serve`.
     """
     endpoint = spec.endpoint
     assert endpoint is not None
@@ -101,8 +100,9 @@ def start_endpoint(
         )
         trunks[name] = deployment.bind(EngineFactory(config))
     tokenizers = {name: _tokenizer(Path(ref.path or "")) for name, ref in models.items()}
-    try:
+    with _saying_why(spec):
         place, watched = find_address(spec), find_monitoring(spec)
+        start_serve(place, spec.name)
         cold_start_s = spec.timeouts.start_s if spec.trunk.min_replicas == 0 else None
         app = build(
             trunks,
@@ -115,15 +115,44 @@ def start_endpoint(
             monitoring=watched and MonitoringSpec(host=watched.host, port=watched.port),
             own_hosts=own_hosts(place, watched),
         )
-        serve.run(app, name=app_name(spec), route_prefix=place.prefix, blocking=False)
-    except (RayError, RayServeException, RuntimeError, ValueError) as error:
-        why = describe_failures(namespace) or _serves_words(spec) or str(error)
-        raise ClusterError(f"endpoint: {why}") from error
+        target = serve.RunTarget(app, app_name(spec), place.prefix)
+        serve.run_many([target], wait_for_applications_running=False)
+    return Deployed(place, watched)
+
+
+def wait_endpoint(spec: Spec, deployed: Deployed, models: Collection[str]) -> Addresses:
+    """Wait until all models answer at the endpoint. Raises ClusterError if one does not start."""
+    place, watched = deployed
+    with _saying_why(spec):
+        _wait_running(app_name(spec))
     wait_answers(place, list(models))
     if watched is None or (is_loopback(watched.host) and not is_head_node()):
         return Addresses(place.url, None)
     wait_monitored(watched, list(models))
     return Addresses(place.url, watched.url)
+
+
+def _wait_running(app: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while (found := serve.status().applications.get(app)) is not None:
+        if found.status == ApplicationStatus.RUNNING:
+            return
+        if found.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RuntimeError(found.message)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"its replicas did not start within {START_TIMEOUT_S:g} s")
+        time.sleep(0.1)
+    raise RuntimeError("it was deleted while it started")
+
+
+@contextlib.contextmanager
+def _saying_why(spec: Spec) -> Iterator[None]:
+    """Raise an error of Ray or Serve as a ClusterError that names the part that failed."""
+    try:
+        yield
+    except (RayError, RayServeException, RuntimeError, ValueError) as error:
+        why = describe_failures(namespace_of(spec.name)) or _serves_words(spec) or str(error)
+        raise ClusterError(f"endpoint: {why}") from error
 
 
 def own_hosts(*places: ServeAddress | None) -> set[str]:

@@ -47,7 +47,7 @@ from ..runtime.ray_border import (
     start_ray,
 )
 from ..runtime.start_failures import describe_failures, log_of
-from .deploy import prepare_endpoint, start_endpoint
+from .deploy import deploy_endpoint, wait_endpoint
 from .draining import drain
 from .end_at_once import begins, is_over
 from .serve_border import app_name, find_address, find_monitoring, leave_serve
@@ -161,9 +161,12 @@ def launch(
         forget_last(launched.namespace)
         make_secret(launched.namespace, router_key)
         _start_actors(launched, shapes)
+        deployed = None
         if spec.endpoint is not None and refs:
             launched.serves = True
-            prepare_endpoint(spec)
+            deployed = deploy_endpoint(
+                spec, refs, {m.name: bounds_of(m, checked.described[m.name]) for m in spec.models}
+            )
         _wait_loaded(launched, progress)
         if launched.router is not None:
             progress("starting the router service", 0, 1)
@@ -171,11 +174,9 @@ def launch(
                 spec, launched.namespace, launched.router
             )
             progress("starting the router service", 1, 1)
-        if spec.endpoint is not None and refs:
+        if deployed is not None:
             progress("starting the endpoint", 0, 1)
-            launched.url, launched.monitoring = start_endpoint(
-                spec, refs, {m.name: bounds_of(m, checked.described[m.name]) for m in spec.models}
-            )
+            launched.url, launched.monitoring = wait_endpoint(spec, deployed, refs)
             progress("starting the endpoint", 1, 1)
         log.info(
             "cluster %s is up",

@@ -124,7 +124,7 @@ Item = Tokens | ErrorValue
 
 
 # One attempt per start, since a start that failed would fail again. A replica that has served
-# once is always replaced. `start_endpoint` sets the shutdown timeout (`ending_s`).
+# once is always replaced. `deploy_endpoint` sets the shutdown timeout (`ending_s`).
 @serve.deployment(
     name="Trunk",
     max_ongoing_requests=MAX_ONGOING,
