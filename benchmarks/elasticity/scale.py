@@ -130,6 +130,7 @@ def main() -> None:
         "name": f"scale-{os.getpid()}",
         "models": [{"name": MODEL, "path": str(folder), "dtype": "float32"}],
         "hosts": [{"count": 2, "min_count": 2, "max_count": 4}],
+        "network": {"lending": "never"},  # what is measured is what is sent
         "endpoint": None,
         # By hand alone.
         "autoscale": {"up_after_s": 3600, "down_after_s": 3600},

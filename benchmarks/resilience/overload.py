@@ -166,6 +166,7 @@ def main() -> None:
         "name": f"overload-{os.getpid()}",
         "models": [{"name": MODEL, "path": given.model, "dtype": "bfloat16"}],
         "hosts": [{"count": 2}],
+        "network": {"lending": "never"},  # what is measured is what is sent
         "trunk": {"max_requests": given.requests, "max_waiting": 2 * given.requests},
         "endpoint": {"port": 0},
         "monitoring": {"port": 0},

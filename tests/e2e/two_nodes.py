@@ -22,7 +22,7 @@ def main(folder: str, cut: str = "") -> None:
     spec = {
         "name": "nodes",
         "ray": {"address": "auto"},
-        "network": {"bind": "node"},
+        "network": {"bind": "node", "lending": "never"},
         "models": [{"name": "m", "path": folder, "replicas": 2 if cut else 1}],
         "hosts": [{"count": 2, "placement_group": "STRICT_SPREAD", "labels": {}}],
         "trunk": {"cache_tokens": 1024, "threads": 1},

@@ -11,6 +11,7 @@ import pytest
 
 import moesaic
 from moesaic.handle import Cluster
+from tests.helpers.effort import LENDING
 from tests.helpers.models.architectures import tiny_model
 from tests.helpers.models.tiny import tiny_tokenizer
 
@@ -57,6 +58,7 @@ def cluster(model_folders: dict[str, Path]) -> Iterator[Cluster]:
             for name, path in model_folders.items()
         ],
         "hosts": [{"count": 3}],
+        "network": {"lending": LENDING},
         "trunk": {"cache_tokens": 2048, "max_batch_tokens": 128, "threads": 1},
         "endpoint": {"port": 0, "cors_origins": [PAGE]},
         "monitoring": {"port": 0},
