@@ -1,11 +1,12 @@
 """Decoding with the demo model: the pool against plain transformers, same batching, same cores.
 
     python -m benchmarks.speed.decode [--json PATH] [--dtype bfloat16]
+    python -m benchmarks.speed.decode --dtype float32 --trunk-threads 1 --hosts 2
 
 Every contender is the same continuous-batching engine in this process; `plain` has all weights,
 the others have their experts in 1, 2 or 4 host processes. `lent` computes with the same hosts'
 memory itself (`network.lending: always`), `auto` with as much of it as is fastest. Prompts of 32
-tokens, greedy.
+tokens, greedy; `prefill` is the time to the only token of one prompt of 512.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ from moesaic.models.upcycling.demo import demo_model
 NEW_TOKENS = 48
 BATCHES = (1, 8, 32)
 HOSTS = (1, 2, 4)
+PREFILL, PREFILL_ROUNDS = 512, 12
 CONFIG = EngineConfig(num_blocks=256, max_batch_tokens=512, max_requests=32)
 
 
 async def tokens_per_s(
-    engine: TransformersEngine, prompts: Sequence[Sequence[int]]
+    engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int = NEW_TOKENS
 ) -> tuple[float, float]:
     """(tokens/s from the first token of all to the last, seconds to the first token, median)."""
     firsts: list[float] = []
@@ -52,7 +54,7 @@ async def tokens_per_s(
 
     async def one(index: int, prompt: Sequence[int]) -> int:
         count = 0
-        sampling = Sampling(max_tokens=NEW_TOKENS)
+        sampling = Sampling(max_tokens=new_tokens)
         stream: AsyncIterator = engine.generate(f"{index}", prompt, sampling)
         async for delta in stream:
             if count == 0:
@@ -64,7 +66,7 @@ async def tokens_per_s(
     return sum(counts) / (time.perf_counter() - start), statistics.median(firsts)
 
 
-async def run(dtype: torch.dtype, rounds: int) -> list[Comparison]:
+async def run(dtype: torch.dtype, rounds: int, hosts: Sequence[int]) -> list[Comparison]:
     folder = demo_model()
     layers = experts_layers(meta_model(read_config(folder)))
     forms = {LayerKey("demo", la): form for la, form in forms_anywhere(layers).items()}
@@ -75,9 +77,9 @@ async def run(dtype: torch.dtype, rounds: int) -> list[Comparison]:
         cleanup = stack.enter_context(ExitStack())
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         engines["plain"] = TransformersEngine(plain, config=CONFIG)
-        for count in HOSTS:
-            hosts = cleanup.enter_context(host_processes(count, lends=True))
-            placement = place(hosts, ref, {la.layer: la.num_experts for la in layers})
+        for count in hosts:
+            started = cleanup.enter_context(host_processes(count, lends=True))
+            placement = place(started, ref, {la.layer: la.num_experts for la in layers})
             for how, lending in (("", "never"), (", lent", "always"), (", auto", "auto")):
                 name = f"{count} hosts{how}"
                 policy = RouterPolicy(splits_lent=lending == "auto")
@@ -94,6 +96,14 @@ async def run(dtype: torch.dtype, rounds: int) -> list[Comparison]:
             cleanup.callback(engine.close)
             await tokens_per_s(engine, prompts[:2])
         found = []
+        text = [token for prompt in prompts for token in prompt]
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        for number in range(PREFILL_ROUNDS):
+            long = text[number : number + PREFILL]  # another one each time: prefixes are cached
+            for name, engine in engines.items():
+                times[name].append((await tokens_per_s(engine, [long], new_tokens=1))[1])
+        for name in list(engines)[1:]:
+            found.append(_comparison(f"prefill {PREFILL}", name, times))
         for batch in BATCHES:
             speeds: dict[str, list[float]] = {name: [] for name in engines}
             firsts: dict[str, list[float]] = {name: [] for name in engines}
@@ -116,19 +126,24 @@ def _comparisons(
         ("s/token", {n: [1 / s for s in found] for n, found in speeds.items()}),
         ("first token", firsts),
     ):
-        ratios = [ours / base for ours, base in zip(times[name], times["plain"], strict=True)]
         judged = what == "s/token" and name == "2 hosts" and batch in (8, 32)
-        made.append(
-            Comparison(
-                case=f"batch {batch}, {what}",
-                ours=name,
-                base="plain",
-                seconds={n: statistics.median(times[n]) for n in (name, "plain")},
-                ratio=statistics.median(ratios),
-                target=1 / 0.9 if judged else None,
-            )
-        )
+        target = 1 / 0.9 if judged else None
+        made.append(_comparison(f"batch {batch}, {what}", name, times, target))
     return made
+
+
+def _comparison(
+    case: str, name: str, times: dict[str, list[float]], target: float | None = None
+) -> Comparison:
+    ratios = [ours / base for ours, base in zip(times[name], times["plain"], strict=True)]
+    return Comparison(
+        case=case,
+        ours=name,
+        base="plain",
+        seconds={n: statistics.median(times[n]) for n in (name, "plain")},
+        ratio=statistics.median(ratios),
+        target=target,
+    )
 
 
 def main() -> None:
@@ -136,10 +151,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--hosts", type=int, nargs="+", default=HOSTS)
+    parser.add_argument("--trunk-threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count() or 1)
-    found = asyncio.run(run(getattr(torch, arguments.dtype), arguments.rounds))
+    torch.set_num_threads(arguments.trunk_threads)
+    dtype = getattr(torch, arguments.dtype)
+    found = asyncio.run(run(dtype, arguments.rounds, arguments.hosts))
     report(f"Decoding, demo model, {arguments.dtype}", found, arguments.json)
 
 
