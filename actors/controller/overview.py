@@ -24,6 +24,7 @@ from ...cluster.reports.status import (
     HostStatus,
     MissingExpert,
     ModelStatus,
+    NodeStatus,
     PathStatus,
     RouterStatus,
 )
@@ -122,6 +123,7 @@ class Overview:
                 for key, why in list(missing.items())[:_EXAMPLES]
             ],
             unprotected_experts=len(control.unprotected()),
+            nodes=_nodes(self.hosts.reports),
         )
 
     def top(self, count: int) -> Activity:
@@ -269,3 +271,25 @@ def _path(path: HostPath) -> PathStatus:
     return PathStatus(
         host=path.host, transport=path.transport, lent=path.lent, reason=path.why_sent
     )
+
+
+def _nodes(reports: Mapping[str, HostReport]) -> list[NodeStatus]:
+    """Return the machines of hosts, each with its memory as the last of its reports has it."""
+    by_node: dict[str, list[str]] = {}
+    for host, report in sorted(reports.items()):
+        by_node.setdefault(report.entry.node, []).append(host)
+    found = []
+    for node, hosts in sorted(by_node.items()):
+        own = [reports[host] for host in hosts]
+        memory_bytes, free_bytes = own[-1].machine_bytes
+        found.append(
+            NodeStatus(
+                node=node,
+                hosts=hosts,
+                weight_bytes=sum(report.weight_bytes for report in own),
+                rss_bytes=sum(report.rss_bytes for report in own),
+                memory_bytes=memory_bytes,
+                free_bytes=free_bytes,
+            )
+        )
+    return found

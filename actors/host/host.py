@@ -28,7 +28,7 @@ from ...cluster.placement import HostEntry
 from ...cluster.routing.transports import TransportChoice, groups_of
 from ...proto.errors import CallError, Forbidden
 from ...proto.keys import ClusterSecret, Grant, secret_of_process, target
-from ..runtime.devices import check_packages, device_name, pick_device
+from ..runtime.devices import check_packages, device_name, machine_memory, pick_device
 from ..transport.base import Listener
 from ..transport.grpc.stream import GrpcListener
 from ..transport.grpc.weights import get_weights
@@ -241,6 +241,7 @@ class ExpertHost:
             loading=self._loading,
             weight_bytes=self._store.nbytes,
             rss_bytes=psutil.Process().memory_info().rss,
+            machine_bytes=machine_memory(),
             adopted=len(self._adoption.held),
             loop=self._loop.stats(),
         )

@@ -49,6 +49,7 @@ class HostReport:
     weight_bytes: int
     rss_bytes: int
     loop: LoopStats
+    machine_bytes: tuple[int, int] = (0, 0)  # of its machine: all memory, and what is free of it
     adopted: int = 0  # experts that this process has from its predecessor's memory
 
     def process(self) -> HostProcess:

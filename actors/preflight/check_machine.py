@@ -5,29 +5,24 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 
-import psutil
 import torch
 
 from ...cluster.placement import ModelShape
 from ...cluster.planner.capacity import capacity_shortage
 from ...cluster.scaling.fleet import Fleet
 from ...cluster.spec.parts import Resources
-from ...cluster.spec.spec import Spec
+from ...cluster.spec.spec import ModelSpec, Spec
 from ...models.trunk.describe import HOST_BYTES, ModelDescription
 from ...proto.errors import ClusterError
+from ..runtime.devices import machine_memory
 from ..runtime.ports import check_address, check_port
 from .findings import Finding, finding_of
 
 _OWNERS = {"endpoint": "endpoint's", "router": "router service's"}
-_CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
 
 
 def check_platform() -> Iterator[Finding]:
@@ -190,7 +185,8 @@ def _check_memory(spec: Spec, models: Mapping[str, ModelDescription]) -> Iterato
     """Compare the weights, and the processes that hold them, with this machine's memory.
 
     Weights that exceed all of its memory are an error. If only what is free is exceeded, the
-    cluster may still fit: a warning.
+    cluster may still fit: a warning. So is a second version of all experts that does not fit, where
+    a model is to be updated: hosts hold both until no router uses the old one.
     """
     replicas = {model.name: model.replicas for model in spec.models}
     trunks = max(1, spec.trunk.min_replicas) if spec.endpoint is not None else 0
@@ -199,6 +195,11 @@ def _check_memory(spec: Spec, models: Mapping[str, ModelDescription]) -> Iterato
     processes = spec.num_hosts + trunks * len(models)
     wanted = weights + HOST_BYTES * processes
     total, free = machine_memory()
+    second = sum(models[one.name].experts_bytes * one.replicas for one in _updated(spec, models))
+    if second and weights <= total < weights + second:
+        text = f"{_gb(weights)} of weights fit, but not {_gb(second)} more for a second version of "
+        text += f"all experts (models.updates): this machine has {_gb(total)}; update some experts "
+        yield Finding(severity="warning", path="models", message=f"{text}at a time")
     if wanted <= free:
         return
     parts = f"the models' weights need {_gb(weights)} of memory"
@@ -211,18 +212,8 @@ def _check_memory(spec: Spec, models: Mapping[str, ModelDescription]) -> Iterato
         yield Finding(severity="warning", path="hosts", message=text)
 
 
-def machine_memory(limits: Sequence[str] = _CGROUP_LIMITS) -> tuple[int, int]:
-    """Return (all, free) bytes that this machine or container may use, swap included."""
-    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-    total, free = memory.total + swap.total, memory.available + swap.free
-    for file in limits:
-        try:
-            limit = int(Path(file).read_text())
-        except (OSError, ValueError):
-            continue  # no such control group, or "max"
-        if limit < total:
-            total, free = limit, min(free, limit)
-    return total, free
+def _updated(spec: Spec, models: Mapping[str, ModelDescription]) -> list[ModelSpec]:
+    return [one for one in spec.models if one.updates is not None and one.name in models]
 
 
 def _gb(value: int) -> str:

@@ -1,9 +1,12 @@
-"""Devices by name."""
+"""Devices by name, and this machine's memory."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
 
+import psutil
 import torch
 
 from ...cluster.routing.transports import CPU
@@ -11,6 +14,11 @@ from ...proto.errors import ClusterError
 
 # What computes on a CUDA device, and what maps its memory: {module: package}.
 _FOR_CUDA = {"triton": "triton", "cuda": "cuda-bindings"}
+
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 
 
 def pick_device(device: str) -> torch.device:
@@ -37,3 +45,17 @@ def check_packages(device: torch.device) -> None:
             f"hosts.device: {device} needs {' and '.join(missing)}, which CUDA builds of PyTorch "
             f"bring; pip install {' '.join(missing)}, or set `device: cpu`"
         )
+
+
+def machine_memory(limits: Sequence[str] = _CGROUP_LIMITS) -> tuple[int, int]:
+    """Return (all, free) bytes that this machine or container may use, swap included."""
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    total, free = memory.total + swap.total, memory.available + swap.free
+    for file in limits:
+        try:
+            limit = int(Path(file).read_text())
+        except (OSError, ValueError):
+            continue  # no such control group, or "max"
+        if limit < total:
+            total, free = limit, min(free, limit)
+    return total, free

@@ -161,6 +161,23 @@ class HostProcess(Report):
     """Replicas that it took over from the memory of its killed predecessor, without loading."""
 
 
+class NodeStatus(Report):
+    """A machine on which hosts run."""
+
+    node: str
+    """Ray's id of the machine."""
+    hosts: list[str]
+    """Hosts that run there."""
+    weight_bytes: int
+    """Size of the weights that they hold."""
+    rss_bytes: int
+    """Resident memory of their processes, with these weights."""
+    memory_bytes: int
+    """Memory that the machine or its container may use, with swap."""
+    free_bytes: int
+    """What is free of it."""
+
+
 class HostStatus(Report):
     """A host."""
 
@@ -240,6 +257,8 @@ class ClusterStatus(Report):
     """The first ten of them."""
     unprotected_experts: int
     """Experts that the loss of one failure domain takes away."""
+    nodes: list[NodeStatus] = Field(default_factory=list)
+    """The machines on which hosts run, and their memory."""
 
     @property
     def processes(self) -> dict[str, HostProcess]:

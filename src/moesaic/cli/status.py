@@ -10,6 +10,7 @@ from ..cluster.reports.status import (
     EngineStatus,
     HostProcess,
     HostStatus,
+    NodeStatus,
     RouterServiceStatus,
     RouterStatus,
     StatusDocument,
@@ -57,6 +58,8 @@ def print_status(document: StatusDocument) -> None:
     if cluster.router_service:
         _print_router_service(cluster.router_service)
     _print_hosts(cluster.hosts)
+    for node in cluster.nodes:
+        _print_node(node)
     for router in cluster.routers:
         _print_paths(router)
     _print_models(cluster, document.engines or {})
@@ -106,6 +109,14 @@ def _print_hosts(hosts: list[HostStatus]) -> None:
                 f"[yellow]{host.name}: {process.overrun_batches:,} batches took longer than the "
                 f"emulated device, by up to {1e3 * process.worst_overrun_s:.1f} ms[/yellow]"
             )
+
+
+def _print_node(node: NodeStatus) -> None:
+    out.print(
+        f"node {node.node[:8]}: {', '.join(node.hosts)} hold {_mib(node.weight_bytes)}; "
+        f"{_mib(node.free_bytes)} of {_mib(node.memory_bytes)} are free",
+        markup=False,
+    )
 
 
 def _cells(process: HostProcess) -> list[str]:

@@ -319,6 +319,9 @@ def run_serve(
 
     With a memory keeper it prints then how many experts it has from its predecessor.
     """
+    from moesaic.models.trunk.lean_imports import import_models
+
+    import_models()  # as the processes of hosts do
     from moesaic.actors.host.host import ExpertHost
     from moesaic.actors.host.kept_memory import KeptMemory
     from moesaic.cluster.placement import ModelRef, ModelShape, every_expert

@@ -18,6 +18,7 @@ from moesaic.cluster.reports.report import Balancedness, HostState
 from moesaic.cluster.reports.status import (
     MissingExpert,
     ModelStatus,
+    NodeStatus,
     PathStatus,
     RouterServiceState,
     RouterServiceStatus,
@@ -95,6 +96,16 @@ STATUS = StatusDocument(
             error="it said [no]",
             process=None,
         ),
+        nodes=[
+            NodeStatus(
+                node="0123456789abcdef",
+                hosts=["host-0", "host-1"],
+                weight_bytes=2**30,
+                rss_bytes=2**31,
+                memory_bytes=2**34,
+                free_bytes=2**33,
+            )
+        ],
         missing_experts=1,
         missing_examples=[MissingExpert(model=LONG, layer=1, expert=2, reason="loading")],
     ),
@@ -151,6 +162,7 @@ FIGURES = SimpleNamespace(
             (
                 *("experts", "weights", "queue", "replicas", "missing", "waiting", "parked"),
                 *("16384", "host-1: computes with their memory", "calls over grpc: it is far"),
+                "node 01234567: host-0, host-1 hold 1,024 MiB; 8,192 MiB of 16,384 MiB are free",
             ),
         ),
         (

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moesaic.actors.preflight import check_machine
-from moesaic.actors.preflight.check_machine import machine_memory
 from moesaic.actors.preflight.preflight import preflight
+from moesaic.actors.runtime.devices import machine_memory
 from moesaic.cluster.spec.spec import parse_spec
 from tests.helpers.models.preflight_specs import found, only, spec_of
 from tests.helpers.models.quantising import FORMS
@@ -98,6 +98,13 @@ def test_memory_of_this_machine(whole: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found(spec_of(whole)) == [("warning", "hosts")]
     assert found(spec_of(whole, model={"replicas": 2})) == [("error", "hosts")]
     assert found(spec_of(whole, ray={"address": "auto"})) == []
+    # Hosts hold two versions of an expert while requests go over to the new one.
+    updates = {"updates": str(whole.parent / "updates")}
+    machine(10**12, 10**12)
+    assert found(spec_of(whole, model=updates)) == []
+    machine(weights + 8 * 18432 - 1, 10**12)
+    assert found(spec_of(whole)) == []
+    assert found(spec_of(whole, model=updates)) == [("warning", "models")]
 
 
 def test_a_containers_limit_is_the_machines_memory(tmp_path: Path) -> None:
