@@ -50,7 +50,7 @@ from ..runtime.start_failures import describe_failures, log_of
 from .deploy import deploy_endpoint, wait_endpoint
 from .draining import drain
 from .end_at_once import begins, is_over
-from .serve_border import app_name, find_address, find_monitoring, leave_serve
+from .serve_border import LEAVE_S, app_name, find_address, find_monitoring, leave_serve
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,9 @@ class Launched:
             if self.router_service is not None:
                 last_first.callback(ray.kill, self.router_service, no_restart=True)
             if leaves_serve:
-                last_first.callback(leave_serve, self.spec)
+                # What has never answered has nothing to finish.
+                patience_s = 0.0 if self.url is None else LEAVE_S
+                last_first.callback(leave_serve, self.spec, patience_s=patience_s)
             if drain_s is not None:
                 drain(
                     drain_s=drain_s,

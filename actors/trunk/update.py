@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import ray
 from torch import Tensor
 
 from ...cluster.expert_keys import ExpertKey, ExpertVersion
@@ -35,6 +36,7 @@ from .attach import PUT_TIMEOUT_S
 
 # More than the controller takes beyond the time that it is given.
 _ANSWER_S = 60.0
+_ABANDON_S = 5.0  # for it to hear that an update has failed
 # How often an expert is sought again that left its host meanwhile.
 _TRIES = 3
 
@@ -88,7 +90,8 @@ def update_experts(
             by_place = {(key.layer, key.expert): tensors for key, tensors in experts.items()}
             folder.write_weights(begun.number, lambda draft: write_experts(draft, by_place))
     except BaseException:
-        controller.abandon_update.remote(model, begun.number)
+        # Another update is refused while this one is under way; it ends by itself later.
+        ray.wait([controller.abandon_update.remote(model, begun.number)], timeout=_ABANDON_S)
         raise
     left_s = max(until - time.monotonic(), 1.0)
     return ray_get(
