@@ -274,7 +274,7 @@ def _path(path: HostPath) -> PathStatus:
 
 
 def _nodes(reports: Mapping[str, HostReport]) -> list[NodeStatus]:
-    """Return the machines of hosts, each with its memory as the last of its reports has it."""
+    """Return the machines of hosts, each with its memory as one of its hosts reported it."""
     by_node: dict[str, list[str]] = {}
     for host, report in sorted(reports.items()):
         by_node.setdefault(report.entry.node, []).append(host)

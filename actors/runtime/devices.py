@@ -15,10 +15,14 @@ from ...proto.errors import ClusterError
 # What computes on a CUDA device, and what maps its memory: {module: package}.
 _FOR_CUDA = {"triton": "triton", "cuda": "cuda-bindings"}
 
+# The limit of a container's memory, in version 2 and version 1 of control groups.
 _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
+# Beside each limit: what is used, of which the kernel can drop the file pages of `memory.stat`.
+_USED = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
+_DROPPABLE = ("inactive_file", "total_inactive_file")
 
 
 def pick_device(device: str) -> torch.device:
@@ -51,11 +55,23 @@ def machine_memory(limits: Sequence[str] = _CGROUP_LIMITS) -> tuple[int, int]:
     """Return (all, free) bytes that this machine or container may use, swap included."""
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     total, free = memory.total + swap.total, memory.available + swap.free
-    for file in limits:
+    for file in map(Path, limits):
         try:
-            limit = int(Path(file).read_text())
+            limit = int(file.read_text())
         except (OSError, ValueError):
             continue  # no such control group, or "max"
         if limit < total:
-            total, free = limit, min(free, limit)
+            total, free = limit, min(free, max(0, limit - _used_bytes(file)))
     return total, free
+
+
+def _used_bytes(limit: Path) -> int:
+    """Return what a control group uses and cannot drop; 0 if the kernel does not say."""
+    try:
+        used = int(limit.with_name(_USED.get(limit.name, "")).read_text())
+        lines = limit.with_name("memory.stat").read_text().splitlines()
+    except (OSError, ValueError):
+        return 0
+    counts = dict(line.split(maxsplit=1) for line in lines if line)
+    # Version 1 has both names; the total includes the groups below.
+    return used - max((int(counts.get(name, 0)) for name in _DROPPABLE), default=0)

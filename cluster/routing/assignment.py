@@ -39,7 +39,7 @@ def choose_hosts(
         return np.full(assignment_n.size, -1)  # no host is placed at the moment
     layer = routes.layer(call.key)
     ids_n = call.ids_N
-    if assignment_n.size != ids_n.size:
+    if assignment_n.size != ids_n.size:  # not all of the call, which would be in order
         ids_n = ids_n[assignment_n]
     # Shape (n,): the step of the shares' round robin (`LayerRoutes.table_ES`). It advances with
     # every call, and within a call after each run of `split_rows` assignments of one expert. Small

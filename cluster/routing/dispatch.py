@@ -167,9 +167,10 @@ class Dispatcher:
         ids_N = ids_TK.reshape(-1)
         layer = self.placement.layers.get(key) if self.placement is not None else None
         experts = 0 if layer is None else len(layer.replicas)
-        # As numbers without a sign, ids below 0 are above all others.
-        all_known = np.count_nonzero(ids_N.view(np.uint32) < experts) == ids_N.size
-        if all_known:
+        # Read as unsigned numbers, ids below 0 are larger than all others.
+        used = np.count_nonzero(ids_N.view(np.uint32) < experts)
+        all_used = layer is not None and used == ids_N.size
+        if all_used:
             waiting_N = np.arange(ids_N.size)
             self.meter.count_used(key, ids_N, experts)
         else:
@@ -187,7 +188,7 @@ class Dispatcher:
             rotation=self._rotations[key],
             ids_N=ids_N,
             waiting_N=waiting_N,
-            experts=experts if all_known else None,
+            experts=experts if all_used else None,
             patience_T=patience_T,
         )
         self._next_call += 1
@@ -257,7 +258,7 @@ class Dispatcher:
             call.lose_patience(now)
             if now >= call.late_at:
                 commands += self._hedge(call, now)
-                call.look_again_at()
+                call.update_late_at()
             if not call.waiting_N.size and not call.in_flight:
                 self._over(call)
         return commands

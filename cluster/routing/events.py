@@ -1,7 +1,7 @@
 """Events and commands of the router's state machine; `actors/router/router.py` carries them out.
 
-The three of which a call has one for each host are not frozen, which would triple the time to make
-one; nobody changes them.
+`Send`, `Replied` and `Accept`, which a call has for each of its hosts, are not frozen dataclasses,
+because creating a frozen one takes three times as long. Treat them as immutable.
 
 Shape suffixes: t = rows of one send, k = assignments of a row that go to this host; the assignments
 of a send are an array of shape (n,).

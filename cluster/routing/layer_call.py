@@ -103,7 +103,8 @@ class LayerCall:
     misses: int = 0  # times that sends missed their deadline
     attempts: int = 0  # sends that failed for another reason than the loss of a host
     hold_until: float = 0.0  # no retry before this moment: the retry budget is spent
-    # Nothing in flight is late before this moment; the next one may be later.
+    # No send in flight is late before this moment. It may be too early, as it is not updated when
+    # a send is answered.
     late_at: float = math.inf
     outcome: Outcome | None = None
 
@@ -152,8 +153,8 @@ class LayerCall:
         self.in_flight[flight.send.seq] = flight
         self.late_at = min(self.late_at, flight.expires, flight.hedge_at)
 
-    def look_again_at(self) -> None:
-        """Set ``late_at`` by what is in flight now."""
+    def update_late_at(self) -> None:
+        """Set ``late_at`` to when the first send in flight is late."""
         due = (min(flight.expires, flight.hedge_at) for flight in self.in_flight.values())
         self.late_at = min(due, default=math.inf)
 

@@ -1,4 +1,4 @@
-"""Commands that look at a model import transformers without compilers, and read every model."""
+"""Hosts, trunks and commands that look at a model import transformers without compilers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ PROBE = """
 import sys
 from moesaic.models.trunk.lean_imports import import_models
 import_models()
+import moesaic.actors.host.host, moesaic.actors.trunk.trunk
 from moesaic.models.trunk.trunk import meta_model
 from tests.helpers.models.architectures import tiny_config
 for name in sys.argv[1:]:

@@ -33,6 +33,8 @@ HEAVY = ("ray", "torch", "transformers", "scipy", "grpc", "fastapi", "vllm")
             "moesaic.actors.controller.controller",
             ("torch", "transformers", "fastapi", "starlette", "vllm", "safetensors", "ray.serve"),
         ),
+        # Read in a trunk's new process before it imports transformers without compilers.
+        ("moesaic.actors.trunk.engine_factory", ("torch", "transformers", "fastapi", "vllm")),
         ("moesaic.actors.host.host_actor", ("torch", "transformers", "fastapi", "vllm")),
         ("moesaic.actors.endpoint.ingress", ("vllm", "transformers.generation.utils")),
     ],

@@ -116,6 +116,24 @@ def test_a_containers_limit_is_the_machines_memory(tmp_path: Path) -> None:
     assert machine_memory([str(tmp_path / "limit")]) == (1_000_000, 1_000_000)
 
 
+@pytest.mark.parametrize(
+    ("limit", "used", "droppable"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_pages_of_files_are_free_in_a_container(
+    tmp_path: Path, limit: str, used: str, droppable: str
+) -> None:
+    (tmp_path / limit).write_text("1000000\n")
+    (tmp_path / used).write_text("700000\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\n{droppable} 200000\nfile 5\n")
+    assert machine_memory([str(tmp_path / limit)]) == (1_000_000, 500_000)
+    (tmp_path / used).write_text("1300000\n")  # above the limit for a moment
+    assert machine_memory([str(tmp_path / limit)]) == (1_000_000, 0)
+
+
 @pytest.mark.parametrize("address", ["local", "head:6379"])
 def test_hosts_run_on_linux_alone(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_machine, "sys", SimpleNamespace(platform="darwin"))

@@ -213,6 +213,17 @@ def test_without_a_replica_choices_wait_until_the_deadline_and_are_named() -> No
     world.check_whole()
 
 
+def test_a_call_without_choices_of_a_layer_that_is_not_placed_counts_nothing() -> None:
+    router = Dispatcher(POLICY)
+    for _ in range(2):
+        call, _ = router.begin(KEY, ids(1, 0), max_rows=64, now=0.0)
+        assert call.outcome is not None
+        assert call.outcome.ok
+    router.place(placement(1, 1), 0.0)
+    router.begin(KEY, ids(2, 2), max_rows=64, now=0.0)
+    assert router.meter.take("r", None, None).counts[KEY].sum() == 4
+
+
 def test_a_restarted_host_is_used_as_soon_as_it_is_placed() -> None:
     world = connected(1, 1)
     host = world.hosts["h0"]
