@@ -118,7 +118,13 @@ class Controller:
         self._sizing = Sizing(self._control, fleet, namespace, self._wake.set, clock)
         self._events = Events(self._control, fleet)
         self._updating = WeightUpdating(
-            self._control, self._models, namespace, self._term, self._wake.set, clock
+            control=self._control,
+            hosts=self._hosts,
+            models=self._models,
+            namespace=namespace,
+            term=self._term,
+            wake=self._wake.set,
+            clock=clock,
         )
         self._operations = Operations(self._control, namespace, self._wake.set, clock)
         self._overview = Overview(
@@ -181,13 +187,8 @@ class Controller:
         except ValueError as error:
             raise ClusterError(str(error)) from error
         if ref.path is None:
-            for host in self._hosts.reports:
-                asked = self._hosts.handle(host).add_models.remote([(ref, shape)])
-                try:
-                    await asyncio.wait_for(asked, REPORT_TIMEOUT_S)
-                except TimeoutError:
-                    text = f"model {ref.name!r}: {host} did not answer for {REPORT_TIMEOUT_S:g} s"
-                    raise ClusterError(text) from None
+            for host in list(self._hosts.reports):
+                await self._hosts.introduce(host, ref, shape, REPORT_TIMEOUT_S)
         secret = secret_of(self._namespace)
         granted = []
         for host in self._control.view.hosts:
@@ -255,7 +256,10 @@ class Controller:
     async def begin_update(
         self, experts: Sequence[ExpertKey], who: str, timeout_s: float
     ) -> BegunUpdate:
-        return self._updating.begin(experts, who, timeout_s)
+        return await self._updating.begin(experts, who, timeout_s)
+
+    async def grant_update(self, model: str, number: int) -> list[Granted]:
+        return await self._updating.grant(model, number)
 
     async def serve_update(self, model: str, number: int, timeout_s: float) -> WeightUpdateReport:
         return await self._updating.serve(model, number, timeout_s)

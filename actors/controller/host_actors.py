@@ -9,7 +9,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from ...cluster.placement import ModelRef, ModelShape
 from ...cluster.reports.report import HostState
+from ...proto.errors import ClusterError
 from ..host.report import HostReport
 from ..runtime.ray_border import last_line
 
@@ -42,6 +44,20 @@ class HostActors:
         if host not in self._handles:
             self._handles[host] = ray.get_actor(host, namespace=self._namespace)
         return self._handles[host]
+
+    async def introduce(
+        self, host: str, ref: ModelRef, shape: ModelShape, timeout_s: float
+    ) -> None:
+        """Tell a host of a model whose experts others will send to it. Raises ClusterError."""
+        if host in self.reports and (ref, shape) in self.reports[host].models:
+            return
+        try:
+            asked = self.handle(host).add_models.remote([(ref, shape)])
+            await asyncio.wait_for(asked, timeout_s)
+        except (RayError, ValueError, TimeoutError) as error:
+            late = isinstance(error, TimeoutError)
+            why = f"no answer for {timeout_s:g} s" if late else last_line(error)
+            raise ClusterError(f"model {ref.name!r}: {host} does not take it: {why}") from error
 
     def state(self, host: str) -> HostState:
         return self._states.get(host, HostState.STARTING)

@@ -19,6 +19,7 @@ from ...proto.errors import ClusterError
 from ..host.weight_grants import BegunUpdate, Granted, LocatedExpert, grant_all
 from ..runtime.cluster_secret import secret_of
 from ..runtime.durable_state import store_updates
+from .host_actors import HostActors
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 _LOOK_S = 0.1
 # An update lives longer than its callers wait, so that it can be served at their deadline.
 _GRACE_S = 10.0
+# How long a host may take to learn of a model; it reads the configuration, and no weights.
+_INTRODUCE_S = 10.0
 # More than the header of a safetensors file with four tensors.
 _HEADER_BYTES = 4096
 # How long a caller waits for the record of an update in its model's folder.
@@ -37,7 +40,9 @@ class WeightUpdating:
 
     def __init__(
         self,
+        *,
         control: Control,
+        hosts: HostActors,
         models: Mapping[str, tuple[ModelRef, ModelShape]],
         namespace: str,
         term: int,
@@ -46,6 +51,7 @@ class WeightUpdating:
     ) -> None:
         """Set up the methods of one pool; ``wake`` lets the controller's loop tick soon."""
         self._control = control
+        self._hosts = hosts
         self._models = models
         self._namespace = namespace
         self._term = term
@@ -54,7 +60,7 @@ class WeightUpdating:
         self._begun: dict[tuple[str, int], WeightUpdate] = {}
         self._serving: set[asyncio.Task[None]] = set()
 
-    def begin(self, experts: Sequence[ExpertKey], who: str, timeout_s: float) -> BegunUpdate:
+    async def begin(self, experts: Sequence[ExpertKey], who: str, timeout_s: float) -> BegunUpdate:
         """Begin an update of experts of one model.
 
         It ends without effect if `serve` is not called within ``timeout_s``.
@@ -76,9 +82,13 @@ class WeightUpdating:
         self._keep(update)
         return BegunUpdate(
             number=update.number,
-            granted=self._grants(update.weights),
+            granted=await self._grants(update.weights),
             folder=self._models[model][0].updates,
         )
+
+    async def grant(self, model: str, number: int) -> list[Granted]:
+        """Return the hosts that take weights of an update by now."""
+        return await self._grants(self._begun_by_this(model, number).weights)
 
     async def serve(self, model: str, number: int, timeout_s: float) -> WeightUpdateReport:
         """Serve an update when all hosts that need it have it.
@@ -86,11 +96,8 @@ class WeightUpdating:
         If some host does not get it within ``timeout_s``, those that have it take over its load.
         The weights must be in the model's `updates` folder by now, if it has one.
         """
-        update = self._begun.pop((model, number), None)
-        if update is None:
-            raise ClusterError(
-                f"update {number} of {model}: this controller did not begin it; begin it again"
-            )
+        update = self._begun_by_this(model, number)
+        del self._begun[model, number]
         return await self._serve(update, timeout_s)
 
     def abandon(self, model: str, number: int) -> None:
@@ -108,6 +115,12 @@ class WeightUpdating:
             )
         except ValueError as error:
             raise ClusterError(str(error)) from error
+        if lost := self._control.lost(update.weights):
+            self._control.updates.abandon(update)
+            raise ClusterError(
+                f"update {update.reverts} of {model} cannot be taken back: {lost[0]} is in no file "
+                f"and on no host any more ({len(lost)} in all); put the weights again instead"
+            )
         self._keep(update)
         del self._begun[model, update.number]
         return await self._serve(update, timeout_s)
@@ -127,6 +140,14 @@ class WeightUpdating:
             ref=ref,
             most_bytes=shape.expert_bytes + _HEADER_BYTES,
         )
+
+    def _begun_by_this(self, model: str, number: int) -> WeightUpdate:
+        update = self._begun.get((model, number))
+        if update is None:
+            raise ClusterError(
+                f"update {number} of {model}: this controller did not begin it; begin it again"
+            )
+        return update
 
     async def _serve(self, update: WeightUpdate, timeout_s: float) -> WeightUpdateReport:
         updates, until = self._control.updates, self._clock() + timeout_s
@@ -232,15 +253,32 @@ class WeightUpdating:
                 "update, so look at `status` and try again"
             )
 
-    def _grants(self, weights: Sequence[ExpertVersion]) -> list[Granted]:
-        secret, view = secret_of(self._namespace), self._control.view
+    async def _grants(self, weights: Sequence[ExpertVersion]) -> list[Granted]:
+        """Grant weights of one model to the hosts that hold its experts.
+
+        If an expert was lost with its last host, the hosts that are to hold it take its place.
+        """
+        view = self._control.view
+        ref, shape = self._models[weights[0].key.model]
+        lost = {one.key for one in weights if not view.holders(one.key)}
+        if ref.path is None:
+            lost.clear()  # only holders have what the experts of an attached model share
         found: list[tuple[HostEntry, list[ExpertVersion]]] = []
-        for seen in view.observations.values():
+        for host, seen in view.observations.items():
+            wanted = lost.intersection(self._control.wanted(host)) if lost else lost
             mine = [
                 one
                 for one in weights
-                if view.holds(seen.entry.host, one.key) and seen.has_room(one.key)
+                if (view.holds(host, one.key) or one.key in wanted) and seen.has_room(one.key)
             ]
             if mine:
                 found.append((seen.entry, mine))
-        return [grant_all(secret, entry, mine, self._term) for entry, mine in found]
+        granted, secret = [], secret_of(self._namespace)
+        for entry, mine in found:
+            try:
+                await self._hosts.introduce(entry.host, ref, shape, _INTRODUCE_S)
+            except ClusterError as error:
+                log.warning("%s", error, extra={"model": ref.name, "host": entry.host})
+            else:
+                granted.append(grant_all(secret, entry, mine, self._term))
+        return granted

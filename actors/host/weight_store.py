@@ -151,9 +151,6 @@ class ExpertStore:
             weights = model.checkpoint.read(key.layer, key.expert)
         else:
             weights = model.read_update(wanted, layer)
-        layer_key = LayerKey(key.model, key.layer)
-        if layer_key not in self._forms and (form := model.form(key.layer)) is not None:
-            self._forms[layer_key] = form
         return self._keep(wanted, weights)
 
     def most_bytes(self, key: ExpertKey) -> int:
@@ -179,14 +176,11 @@ class ExpertStore:
         """
         key = given.key
         model, layer = self._layer(key)
-        layer_key = LayerKey(key.model, key.layer)
         self.check(key, tensors)
         if key.expert == SHARED:
             _set_shared(layer, tensors, self.device)
             return model.shape(key.layer)
-        weights = ExpertWeights.of(tensors)
-        self._forms.setdefault(layer_key, layer.form())
-        return self._keep(given, weights)
+        return self._keep(given, ExpertWeights.of(tensors))
 
     def check(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> None:
         """Check whether `put` would accept ``tensors`` as ``key``.
@@ -262,8 +256,13 @@ class ExpertStore:
 
     def _keep(self, given: ExpertVersion, weights: ExpertWeights) -> LayerShape:
         key = given.key
-        model = self._model(key.model)
-        model.memory.keep(given, self._forms[LayerKey(key.model, key.layer)], weights)
+        model, layer = self._model(key.model), LayerKey(key.model, key.layer)
+        if layer not in self._forms:
+            form = model.form(key.layer)
+            if form is None:
+                raise NotHere(f"layer {key.layer} of {key.model}: its shared tensors come first")
+            self._forms[layer] = form
+        model.memory.keep(given, self._forms[layer], weights)
         return model.shape(key.layer)
 
 

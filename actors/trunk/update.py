@@ -37,8 +37,10 @@ from .attach import PUT_TIMEOUT_S
 # More than the controller takes beyond the time that it is given.
 _ANSWER_S = 60.0
 _ABANDON_S = 5.0  # for it to hear that an update has failed
-# How often an expert is sought again that left its host meanwhile.
-_TRIES = 3
+# An expert whose hosts are gone or full is soon on another one: for how long it is read again,
+# and how often the controller is asked.
+_READ_S = 60.0
+_ASK_S = 0.2
 
 
 def named_tensors(ref: ModelRef) -> ExpertTensors:
@@ -70,7 +72,8 @@ def update_experts(
     """Replace the weights of experts of one model, all at once.
 
     ``experts`` has the tensors of each in the form of `expert_tensors`, in the model's dtype.
-    Requests that are running go on with the new weights from one forward pass to the next. Raises
+    Requests that are running go on with the new weights from one forward pass to the next. Where
+    an expert's hosts fail or still hold older weights, the update waits for others. Raises
     CallError for tensors that do not fit or are not finite, and ClusterError; nothing has changed
     then.
     """
@@ -83,9 +86,18 @@ def update_experts(
     (model,) = {key.model for key in experts}
     folder = None if begun.folder is None else UpdateFolder(begun.folder, model)
     try:
-        secret = secret_of(namespace)
+        secret, granted = secret_of(namespace), begun.granted
         for key, tensors in experts.items():
-            _put(begun.granted, secret, ExpertVersion(key, begun.number), tensors)
+            weights = ExpertVersion(key, begun.number)
+            while failure := _put(granted, secret, weights, tensors):
+                if time.monotonic() >= until:
+                    raise ClusterError(f"{key} cannot be updated within {timeout_s:g} s: {failure}")
+                time.sleep(_ASK_S)
+                granted = ray_get(
+                    controller.grant_update.remote(model, begun.number),
+                    _ANSWER_S,
+                    "asking where the weights can go",
+                )
         if folder is not None:
             by_place = {(key.layer, key.expert): tensors for key, tensors in experts.items()}
             folder.write_weights(begun.number, lambda draft: write_experts(draft, by_place))
@@ -113,8 +125,8 @@ def read_expert(namespace: str, key: ExpertKey) -> tuple[ModelRef, dict[str, Ten
     Raises ClusterError.
     """
     controller, secret = controller_of(namespace), secret_of(namespace)
-    why = ""
-    for _ in range(_TRIES):
+    why, until = "no host holds it", time.monotonic() + _READ_S
+    while True:
         located: LocatedExpert = ray_get(
             controller.locate_expert.remote(key), _ANSWER_S, "locating the expert"
         )
@@ -134,7 +146,9 @@ def read_expert(namespace: str, key: ExpertKey) -> tuple[ModelRef, dict[str, Ten
                 why = f"{entry.host}: {describe_error(error)}"
             else:
                 return located.ref, tensors
-    raise ClusterError(f"{key} cannot be read: {why or 'no host holds it'}; try again")
+        if time.monotonic() >= until:
+            raise ClusterError(f"{key} cannot be read within {_READ_S:g} s: {why}")
+        time.sleep(_ASK_S)
 
 
 def _put(
@@ -142,9 +156,12 @@ def _put(
     secret: ClusterSecret,
     weights: ExpertVersion,
     tensors: Mapping[str, Tensor],
-) -> None:
-    """Put an expert into one host; the controller lets the others load it from there."""
-    last: MoesaicError | None = None
+) -> str:
+    """Put an expert into one host; the controller lets the others load it from there.
+
+    Returns why no host took it, "" if one did. Raises MoesaicError where no host ever will.
+    """
+    failure = "no host serves it and has room"
     for one in granted:
         if weights not in one.proofs:
             continue
@@ -157,10 +174,10 @@ def _put(
                 grant=one.grant(weights),
                 proof=secret.proof("weights", one.entry.target),
             )
-            return
         except MoesaicError as error:
             if not error.retryable:
                 raise
-            last = error
-    why = "no host serves it and has room" if last is None else describe_error(last)
-    raise ClusterError(f"{weights.key} cannot be updated: {why}; try again") from last
+            failure = f"{one.entry.host}: {describe_error(error)}"
+        else:
+            return ""
+    return failure

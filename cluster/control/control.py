@@ -18,7 +18,7 @@ shell around it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
@@ -179,16 +179,12 @@ class Control:
         missing = [key for key in every_expert(self._awake()) if not self.view.holders(key)]
         return {key: self._why_missing(self.view.versions.served(key)) for key in missing}
 
-    def _lost_versions(self) -> set[ExpertKey]:
-        """Return the updated experts whose version is in no file and on no host any more."""
+    def lost(self, weights: Iterable[ExpertVersion]) -> list[ExpertVersion]:
+        """Return those of ``weights`` that are in no file and on no host any more."""
         if not self.settled:
-            return set()  # some host may not have reported yet
-        updated = map(self.view.versions.served, self.view.versions.experts)
-        return {
-            one.key
-            for one in updated
-            if not self.loader.is_on_disk(one) and not self.view.holders(one.key)
-        }
+            return []  # some host may not have reported yet
+        on_disk, holders = self.loader.is_on_disk, self.view.holders
+        return [one for one in weights if not on_disk(one) and not holders(*one)]
 
     def _why_missing(self, weights: ExpertVersion) -> str:
         if self.loader.is_on_disk(weights):
@@ -287,7 +283,9 @@ class Control:
             commands += [load] if load is not None else []
         # Step 4: publish what is ready, if that has changed.
         if self.state != self._published_for:
-            placement = self.publisher.publish(target, self.models, self._lost_versions())
+            updated = map(self.view.versions.served, self.view.versions.experts)
+            lost = {one.key for one in self.lost(updated)}
+            placement = self.publisher.publish(target, self.models, lost)
             commands += [Publish(placement=placement)] if placement is not None else []
             self._published_for = self.state
             self._nothing_pending = not self.pending()

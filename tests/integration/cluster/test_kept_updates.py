@@ -75,7 +75,7 @@ def test_updates_outlive_hosts_and_clusters(folder: Path, tmp_path: Path, capsys
         model = cluster.status().models[0]
         assert (model.updated_experts, model.volatile_experts) == (8, 0)
         # Each expert has one replica, so that of the new host comes from the file.
-        victim = next(iter(processes_of(cluster)))
+        victim = cluster.experts("m", 0)[3].replicas[0].host
         pid = processes_of(cluster)[victim].pid
         os.kill(pid, signal.SIGKILL)
         wait_replaced(cluster, victim, pid)
@@ -87,7 +87,10 @@ def test_updates_outlive_hosts_and_clusters(folder: Path, tmp_path: Path, capsys
         read = load_file(got)
         assert read.keys() == of_three.keys()
         assert all(torch.equal(read[name], tensor) for name, tensor in of_three.items())
-        # A second update is taken back while the first one stays in effect.
+        # A second update is taken back while the first one stays in effect. It waits for its
+        # expert's only host.
+        victim = cluster.experts("m", 0)[3].replicas[0].host
+        os.kill(processes_of(cluster)[victim].pid, signal.SIGKILL)
         cluster.update_expert("m", {name: tensor * 2 for name, tensor in of_three.items()})
         assert text_of(client, "m", TOKENS) != new
         assert main(["expert", "revert", "--name", cluster.name]) == 0

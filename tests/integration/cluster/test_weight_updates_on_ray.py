@@ -198,3 +198,18 @@ def test_a_killed_host_and_a_killed_controller_keep_the_new_weights(
         assert text_of(client, "m", 40) == new
         revert_experts(namespace, "m")
         assert text_of(client, "m", 40) == old
+
+
+def test_what_all_hosts_have_lost_can_be_put_again(pool: Cluster, folder: Path) -> None:
+    assert pool.url is not None
+    namespace, changed = namespace_of(pool.name), changed_experts(folder)
+    with Client(pool.url) as client:
+        update_experts(namespace, changed)
+        new = text_of(client, "m", 40)
+        for process in processes_of(pool).values():
+            os.kill(process.pid, signal.SIGKILL)
+        again = update_experts(namespace, changed)
+        assert text_of(client, "m", 40) == new
+        with pytest.raises(ClusterError, match=rf"update {again.number} of m cannot be taken back"):
+            revert_experts(namespace, "m")
+        assert text_of(client, "m", 40) == new

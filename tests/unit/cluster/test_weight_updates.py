@@ -99,6 +99,8 @@ def test_what_is_nowhere_any_more_cannot_come_back() -> None:
     served(world, FIRST)
     served(world, FIRST)
     world.revert("m")
+    gone = world.updates["m"].weights
+    assert gone == world.control.lost(gone) == [ExpertVersion(FIRST, 2)]
     world.rounds(3.0)
     assert not world.control.updates.is_ready(world.updates["m"]), "version 2 was in memory only"
     world.rounds(20.0)
