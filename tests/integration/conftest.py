@@ -14,12 +14,12 @@ from moesaic.handle import Cluster
 from tests.helpers.effort import LENDING
 from tests.helpers.models.architectures import tiny_model
 from tests.helpers.models.tiny import tiny_tokenizer
+from tests.helpers.processes.leftovers import leaving_nothing
 
 # Served by the shared cluster; `org/once` has one replica, the others two.
 SERVED: dict[str, dict[str, Any]] = {
     "mixtral": {"num_experts_per_tok": 4},
     "gpt_oss": {},
-    "granitemoe": {},
     "org/once": {},
 }
 # Whose pages may use its endpoint.
@@ -65,5 +65,5 @@ def cluster(model_folders: dict[str, Path]) -> Iterator[Cluster]:
         "router": {"port": 0},
         "timeouts": {"expert_s": 30.0, "attempt_s": 1.0},
     }
-    with moesaic.up(spec) as running:
+    with leaving_nothing(), moesaic.up(spec) as running:
         yield running

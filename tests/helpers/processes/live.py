@@ -19,6 +19,7 @@ from moesaic.cluster.reports.status import HostProcess, HostStatus
 from moesaic.handle import Cluster
 from moesaic.proto.errors import ClusterError
 from tests.helpers.effort import LENDING
+from tests.helpers.processes.leftovers import leaving_nothing
 
 TEXT = "the quick fox"
 
@@ -34,7 +35,10 @@ ON_RAY = [
 
 @contextmanager
 def running(what: str, model: Path, **spec: Any) -> Iterator[Cluster]:
-    """A cluster that serves the model in a folder as ``m`` and balances only when asked to."""
+    """A cluster that serves the model in a folder as ``m`` and balances only when asked to.
+
+    It must leave nothing behind.
+    """
     settings = {
         "name": f"{what}-{os.getpid()}",
         "models": [{"name": "m", "path": str(model)}],
@@ -45,7 +49,7 @@ def running(what: str, model: Path, **spec: Any) -> Iterator[Cluster]:
         **spec,
     }
     settings["balance"] = {"auto": False, **spec.get("balance", {})}
-    with moesaic.up(settings) as cluster:
+    with leaving_nothing(), moesaic.up(settings) as cluster:
         yield cluster
 
 

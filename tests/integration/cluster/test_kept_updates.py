@@ -1,4 +1,5 @@
-"""Experts get new weights by their checkpoint's names, and keep them when the cluster ends."""
+"""Experts get new weights by their checkpoint's names, and keep them when the cluster ends. The
+second cluster lends what the first one sent."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,10 +21,13 @@ from moesaic.cli.main import main
 from moesaic.cluster.reports.updates import WeightUpdateReport
 from moesaic.handle import Cluster
 from moesaic.proto.errors import CheckpointError, ClusterError
+from tests.helpers.pool.transports import settles
+from tests.helpers.processes.keepers import keepers
 from tests.helpers.processes.live import (
     ON_RAY,
     processes_of,
     running,
+    text_in_background,
     text_of,
     wait_replaced,
 )
@@ -32,6 +37,7 @@ pytestmark = ON_RAY
 
 Capture = pytest.CaptureFixture[str]
 TOKENS = 40
+LONG = 200  # enough for a host to be killed meanwhile
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def pool_of(folder: Path, updates: Path) -> Iterator[tuple[Cluster, Client]]:
-    model = {"name": "m", "path": str(folder), "updates": str(updates)}
-    with running("kept", folder, hosts=[{"count": 2}], models=[model]) as cluster:
+def pool_of(folder: Path, updates: Path, lending: str) -> Iterator[tuple[Cluster, Client]]:
+    # With one replica of each expert, only a killed host's successor can serve its experts.
+    model = {"name": "m", "path": str(folder), "updates": str(updates), "replicas": 1}
+    network = {"lending": lending}
+    with running("kept", folder, hosts=[{"count": 2}], models=[model], network=network) as cluster:
         assert cluster.url is not None
         with Client(cluster.url) as client:
             yield cluster, client
@@ -59,11 +67,30 @@ def other_experts(folder: Path) -> dict[str, Tensor]:
     }
 
 
+def kill_a_host_that_lends(cluster: Cluster, client: Client, wanted: str) -> psutil.Process:
+    """Check that nothing is sent, lost or loaded again; return the keeper of the memory."""
+    before = processes_of(cluster)
+    sent = sum(process.rows for process in before.values())
+    (router,) = cluster.status().routers
+    assert {path.host: path.lent for path in router.paths} == {"host-0": True, "host-1": True}
+    with text_in_background(client, "m", LONG) as result:
+        os.kill(before["host-0"].pid, signal.SIGKILL)
+        assert result() == wanted
+    wait_replaced(cluster, "host-0", before["host-0"].pid)
+    assert text_of(client, "m", LONG) == wanted
+    after = processes_of(cluster)
+    assert sum(process.rows for process in after.values()) <= sent
+    assert after["host-0"].adopted_replicas == before["host-0"].replicas
+    assert after["host-1"].adopted_replicas == 0
+    (keeper,) = keepers(psutil.Process(after["host-0"].pid).ppid())
+    return keeper
+
+
 @pytest.mark.timeout(300)  # it starts two clusters
 def test_updates_outlive_hosts_and_clusters(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     updates, changed = tmp_path / "updates", other_experts(folder)
     save_file(changed, tmp_path / "new.safetensors")
-    with pool_of(folder, updates) as (cluster, client):
+    with pool_of(folder, updates, "never") as (cluster, client):
         old = text_of(client, "m", TOKENS)
         put = ["expert", "put", str(tmp_path / "new.safetensors"), "--name", cluster.name]
         assert main([*put, "--json"]) == 0
@@ -96,8 +123,10 @@ def test_updates_outlive_hosts_and_clusters(folder: Path, tmp_path: Path, capsys
         assert main(["expert", "revert", "--name", cluster.name]) == 0
         assert "update 4 of m takes back update 3: 1 expert" in capsys.readouterr().err
         assert text_of(client, "m", TOKENS) == new
-    with pool_of(folder, updates) as (cluster, client):
-        assert text_of(client, "m", TOKENS) == new
+        sent = text_of(client, "m", LONG)
+    with pool_of(folder, updates, "always") as (cluster, client):
+        assert text_of(client, "m", LONG) == sent
+        keeper = kill_a_host_that_lends(cluster, client, sent)
         assert cluster.status().models[0].updated_experts == 8
         assert cluster.revert_expert("m").number == 5
         assert text_of(client, "m", TOKENS) == old
@@ -113,3 +142,4 @@ def test_updates_outlive_hosts_and_clusters(folder: Path, tmp_path: Path, capsys
         *("00000002.json", "00000002.safetensors", "00000003.json", "00000003.safetensors"),
         *("00000004.json", "00000005.json"),
     ]
+    assert settles(lambda: not keeper.is_running())

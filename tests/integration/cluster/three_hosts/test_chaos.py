@@ -111,9 +111,9 @@ def test_a_router_that_wakes_late_finds_its_way(pool: Cluster, client: Client) -
 
 
 def test_a_resumable_stream_goes_on_behind_a_killed_trunk(pool: Cluster, client: Client) -> None:
-    expected = text_of(client, MODEL, 400)
+    expected = text_of(client, MODEL, 200)
     trunk = trunk_process()
-    with text_in_background(client, MODEL, 400, moesaic={"resumable": True}) as result:
+    with text_in_background(client, MODEL, 200, moesaic={"resumable": True}) as result:
         trunk.kill()
         assert result() == expected
 

@@ -1,0 +1,48 @@
+"""What a cluster of this process could leave behind when it has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+from moesaic.session import session_dir
+from tests.helpers.shared_memory import in_shared_memory
+
+# Dying processes need a moment.
+_WITHIN_S = 20.0
+
+
+def leftovers() -> dict[str, set[str]]:
+    """What there is now, by kind.
+
+    Sockets and memfds have no names in a file system: they end with the processes that hold them.
+    """
+    return {
+        "processes": {
+            f"{p.pid} {' '.join(p.cmdline())[:80]}"
+            for p in psutil.Process().children(recursive=True)
+            if p.status() != psutil.STATUS_ZOMBIE
+        },
+        "shared memory": in_shared_memory(),
+        "listening": {
+            f"{c.laddr}" for c in psutil.Process().net_connections() if c.status == "LISTEN"
+        },
+        "sessions": {file.name for file in session_dir().glob("*.json")},
+    }
+
+
+@contextmanager
+def leaving_nothing() -> Iterator[None]:
+    """Check that whatever starts in here has ended soon after it."""
+    before = leftovers()
+    yield
+    deadline = time.monotonic() + _WITHIN_S
+    while True:
+        more = {kind: found - before[kind] for kind, found in leftovers().items()}
+        if not any(more.values()):
+            return
+        assert time.monotonic() < deadline, more
+        time.sleep(0.1)
