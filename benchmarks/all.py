@@ -24,6 +24,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "decode": [],
         "decode-float32": ["--dtype", "float32"],
         "endpoint": [],
+        "footprint": [],
     },
     "elasticity": {
         "simulation": [],
