@@ -74,6 +74,7 @@ class WeightUpdating:
         try:
             for key in experts:
                 check_expert(self._control.models, key)
+            self._control.idle_models.wake(model, self._clock())
             update = self._control.updates.begin(
                 model, experts, who=who, until=self._clock() + timeout_s + _GRACE_S
             )
@@ -110,6 +111,7 @@ class WeightUpdating:
         """Serve the versions from before the last update of a model again."""
         try:
             check_model(self._control.models, model)
+            self._control.idle_models.wake(model, self._clock())
             update = self._control.updates.begin_revert(
                 model, who=who, until=self._clock() + timeout_s + _GRACE_S
             )
@@ -131,6 +133,7 @@ class WeightUpdating:
             check_expert(self._control.models, key)
         except ValueError as error:
             raise ClusterError(str(error)) from error
+        self._control.idle_models.wake(key.model, self._clock())
         view = self._control.view
         seen = view.observations
         ref, shape = self._models[key.model]

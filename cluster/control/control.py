@@ -186,6 +186,12 @@ class Control:
         on_disk, holders = self.loader.is_on_disk, self.view.holders
         return [one for one in weights if not on_disk(one) and not holders(*one)]
 
+    def _saved_models(self) -> set[str]:
+        """Return the models of which all weights are in files, also those of an update."""
+        updating = {key.model for key in self.updates.arriving()}
+        on_disk = self.loader.on_disk - updating
+        return {model for model in on_disk if not self.updates.volatile(model)}
+
     def _why_missing(self, weights: ExpertVersion) -> str:
         if self.loader.is_on_disk(weights):
             return "loading"
@@ -256,7 +262,7 @@ class Control:
         self.updates.advance(now)
         self.idle_models.advance(
             self.models.values(),
-            on_disk=self.loader.on_disk,
+            saved=self._saved_models(),
             appeared=self.publisher.has_published,
             now=now,
         )

@@ -11,7 +11,7 @@ from ..placement import ModelShape
 class IdleModels:
     """Tracks which models are asleep.
 
-    A model without a checkpoint, put into memory, never sleeps: no host could load it again.
+    A model never sleeps while some of its weights are in no file: no host could load them again.
     """
 
     def __init__(self) -> None:
@@ -31,21 +31,28 @@ class IdleModels:
         """Wake the models for which a router has counted load or waits for experts."""
         asked = {key.model for key, counts in report.counts.items() if counts.any()}
         for model in asked | {key.model for key in report.unplaced}:
-            self._asked_at[model] = now
-            self._asleep.discard(model)
+            self.wake(model, now)
+
+    def wake(self, model: str, now: float) -> None:
+        """Wake a model, or let it stay awake, because somebody needs its experts."""
+        self._asked_at[model] = now
+        self._asleep.discard(model)
 
     def advance(
         self,
         models: Iterable[ModelShape],
         *,
-        on_disk: Collection[str],
+        saved: Collection[str],
         appeared: Callable[[str], bool],
         now: float,
     ) -> None:
-        """Let models sleep that had no call for ``idle_s``, counted from their first placement."""
+        """Let models sleep that had no call for ``idle_s``, counted from their first placement.
+
+        ``saved`` are those of which all weights are in files.
+        """
         for shape in models:
             name = shape.model
-            if shape.idle_s is None or name not in on_disk or name in self._asleep:
+            if shape.idle_s is None or name not in saved or name in self._asleep:
                 continue
             if not appeared(name):
                 self._asked_at[name] = now

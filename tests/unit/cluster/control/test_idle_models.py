@@ -119,6 +119,28 @@ def test_a_model_in_memory_never_sleeps() -> None:
     assert world.held("sleepy") == 8
 
 
+def test_a_model_with_new_weights_in_memory_never_sleeps() -> None:
+    world = SleepyWorld()
+    key = KEY.expert(0)
+    world.update([key], in_file=False)
+    world.finish(5)
+    world.serve("sleepy")
+    world.finish(30, seconds=5.0)
+    assert not world.asleep
+    assert world.control.lost([ExpertVersion(key, 2)]) == []
+
+
+def test_who_needs_an_expert_wakes_its_model() -> None:
+    world = SleepyWorld()
+    world.finish(20, seconds=2.0)
+    assert world.asleep
+    world.control.idle_models.wake("sleepy", world.now)
+    world.finish(5)
+    assert world.held("sleepy") == 8
+    world.finish(5, seconds=2.0)
+    assert not world.asleep
+
+
 def test_a_new_controller_lets_models_sleep() -> None:
     world = SleepyWorld()
     world.finish(20, seconds=2.0)
