@@ -96,6 +96,8 @@ class ExpertStore:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._lock = threading.Lock()
+        # Two who tell of one model at once must not both make it: one's experts would be lost.
+        self._adding = threading.Lock()
         self._models: dict[str, _Model] = {}
         self._forms: dict[LayerKey, ExpertForm] = {}
 
@@ -110,15 +112,16 @@ class ExpertStore:
         ``about`` is what the memory of its experts says of the model, for a successor. Raises
         CheckpointError and UnsupportedModel.
         """
-        with self._lock:
-            known = self._models.get(ref.name)
-        if known is None or known.ref != ref:
+        with self._adding:
+            with self._lock:
+                known = self._models.get(ref.name)
+            if known is not None and known.ref == ref:
+                return
             model = _Model(ref, self.device, about or {})
             with self._lock:
-                before = self._models.get(ref.name)
                 self._models[ref.name] = model
-            if before is not None:
-                before.memory.close()
+            if known is not None:
+                known.memory.close()
 
     def adopt(self, ref: ModelRef, slab: Slab) -> dict[ExpertVersion, LayerShape]:
         """Register a model with the memory that an earlier process has left of it.

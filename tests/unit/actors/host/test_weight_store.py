@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.actors.host import weight_store
 from moesaic.actors.host.expert_memory import SlabMemory
 from moesaic.actors.host.layer_arithmetic import CpuLayer
 from moesaic.actors.host.weight_store import ExpertStore
@@ -94,6 +98,33 @@ def test_a_model_of_another_kind_under_a_name_replaces_its_memory(
     assert slabs() == opened
     store.close()
     assert slabs() == before
+
+
+def test_two_who_tell_of_one_model_at_once_share_its_memory(
+    ref: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = ExpertStore(torch.device("cpu")), ExpertVersion(KEY._replace(expert=0), 1)
+    both, one_is_there = threading.Barrier(2), threading.Event()
+    read = weight_store.read_config
+
+    def slowly(path: Path) -> object:
+        """If both make the model, the second one is ready when the first has an expert."""
+        with contextlib.suppress(threading.BrokenBarrierError):
+            if both.wait(0.5):
+                one_is_there.wait(5.0)
+        return read(path)
+
+    monkeypatch.setattr(weight_store, "read_config", slowly)
+
+    def put(expert: ExpertVersion) -> None:
+        store.add_model(ref)
+        store.load(expert)
+        one_is_there.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(put, (ONE, other)))
+    assert experts_of(store, 1).keys() == {0, 1}
+    store.close()
 
 
 # ---- versions -----------------------------------------------------------------------------------
