@@ -32,7 +32,7 @@ def test_a_model_sleeps_and_its_first_request_wakes_it(tmp_path: Path) -> None:
         "trunk": {"cache_tokens": 1024, "threads": 1},
         "endpoint": {"port": 0},
         "monitoring": {"port": 0},
-        "balance": {"lease_s": 3},
+        "balance": {"lease_s": 3, "auto": False},
     }
     with moesaic.up(spec) as cluster, Client(cluster.url or "") as client:
         wanted = {name: text_of(client, name, 20) for name in ("sleepy", "other")}
