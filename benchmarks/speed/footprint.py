@@ -35,7 +35,7 @@ KINDS = {
     ":Ingress": "ingress",
     "RayExpertHost": "host",
     "ray::Controller": "controller",
-    "memory_keeper": "memory keeper",
+    "host.memory_keeper": "memory keeper",
 }
 OURS = set(KINDS.values())
 # All further ones, Serve's included.
@@ -53,7 +53,10 @@ class Footprint:
 
 
 def kind_of(process: psutil.Process) -> str:
-    title = " ".join(process.cmdline())
+    try:
+        title = " ".join(process.cmdline())
+    except psutil.Error:
+        title = ""  # it has just ended, or is somebody else's
     return next((kind for part, kind in KINDS.items() if part in title), RAYS)
 
 
@@ -71,8 +74,14 @@ def cpu_s(process: psutil.Process) -> float:
     return times.user + times.system
 
 
+def processes() -> list[psutil.Process]:
+    """Return those of the cluster of this process. Memory keepers are no children of it."""
+    keepers = [one for one in psutil.process_iter() if kind_of(one) == "memory keeper"]
+    return [*psutil.Process().children(recursive=True), *keepers]
+
+
 def footprints(seconds: float) -> dict[str, Footprint]:
-    below = psutil.Process().children(recursive=True)
+    below = processes()
     kinds = {process: kind_of(process) for process in below}
     memories = {process: memory(process) for process in below}
     before = {process: cpu_s(process) for process in below}
