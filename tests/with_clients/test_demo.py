@@ -15,7 +15,9 @@ from pydantic import BaseModel, SecretStr
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+# The demo's answer has no near tie, which another CPU or a cached prefix would decide otherwise.
+ASKED = "Is the capital of France Paris? Answer with one sentence."
+QUESTION: Any = [{"role": "user", "content": ASKED}]
 
 
 class Capital(BaseModel):
