@@ -128,7 +128,10 @@ class WeightUpdating:
         return await self._serve(update, timeout_s)
 
     def locate(self, key: ExpertKey) -> LocatedExpert:
-        """Return the version of an expert that is served, and the hosts that hold it."""
+        """Return the version of an expert that is served, and the hosts that hold it.
+
+        If its model is asleep, it wakes, because somebody is about to read the expert.
+        """
         try:
             check_expert(self._control.models, key)
         except ValueError as error:

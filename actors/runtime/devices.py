@@ -20,9 +20,10 @@ _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
-# Beside each limit: what is used, of which the kernel can drop the file pages of `memory.stat`.
+# The file beside each limit that has the memory in use. The kernel can free some of that at any
+# time: the pages of files that `memory.stat` counts as inactive.
 _USED = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
-_DROPPABLE = ("inactive_file", "total_inactive_file")
+_INACTIVE = ("inactive_file", "total_inactive_file")
 
 
 def pick_device(device: str) -> torch.device:
@@ -66,7 +67,7 @@ def machine_memory(limits: Sequence[str] = _CGROUP_LIMITS) -> tuple[int, int]:
 
 
 def _used_bytes(limit: Path) -> int:
-    """Return what a control group uses and cannot drop; 0 if the kernel does not say."""
+    """Return what a control group uses and cannot free; 0 if the kernel does not say."""
     try:
         used = int(limit.with_name(_USED.get(limit.name, "")).read_text())
         lines = limit.with_name("memory.stat").read_text().splitlines()
@@ -74,4 +75,4 @@ def _used_bytes(limit: Path) -> int:
         return 0
     counts = dict(line.split(maxsplit=1) for line in lines if line)
     # Version 1 has both names; the total includes the groups below.
-    return used - max((int(counts.get(name, 0)) for name in _DROPPABLE), default=0)
+    return used - max((int(counts.get(name, 0)) for name in _INACTIVE), default=0)

@@ -72,8 +72,8 @@ def update_experts(
     """Replace the weights of experts of one model, all at once.
 
     ``experts`` has the tensors of each in the form of `expert_tensors`, in the model's dtype.
-    Requests that are running go on with the new weights from one forward pass to the next. Where
-    an expert's hosts fail or still hold older weights, the update waits for others. Raises
+    Requests that are running go on with the new weights from one forward pass to the next. The
+    update waits while a host of an expert is being replaced or still holds an older version. Raises
     CallError for tensors that do not fit or are not finite, and ClusterError; nothing has changed
     then.
     """

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from moesaic import Client
-from tests.helpers.processes.live import ON_RAY, processes_of, running, text_of
+from tests.helpers.processes.live import (
+    ON_RAY,
+    TEXT,
+    greedy,
+    processes_of,
+    running,
+    text_of,
+)
 from tests.integration.conftest import save_model
 
 pytestmark = ON_RAY
@@ -35,9 +42,10 @@ def one_round(folder: Path) -> None:
         ) as cluster,
         Client(cluster.url or "") as client,
     ):
-        before = text_of(client, "m", 8)
+        before = client.complete(TEXT, **greedy("m", 8))
+        assert before.usage.completion_tokens == 8
         os.kill(processes_of(cluster)["host-0"].pid, signal.SIGKILL)
-        assert text_of(client, "m", 8) == before
+        assert text_of(client, "m", 8) == before.text
 
 
 @pytest.mark.slow
@@ -55,3 +63,4 @@ def test_twenty_rounds_leave_nothing(tmp_path: Path) -> None:
     assert more == sockets + logs
     # ray.init and ray.shutdown alone leave up to two closed sockets each in their process.
     assert sockets.total() <= 2 * ROUNDS
+    assert logs.total() <= 1, "the log file of the last Ray, in place of the first one's"

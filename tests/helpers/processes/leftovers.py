@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -15,22 +16,27 @@ from tests.helpers.shared_memory import in_shared_memory
 _WITHIN_S = 20.0
 
 
+def _living() -> set[str]:
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ends just now
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.add(f"{process.pid} {' '.join(process.cmdline())[:80]}")
+    return found
+
+
 def leftovers() -> dict[str, set[str]]:
     """What there is now, by kind.
 
     Sockets and memfds have no names in a file system: they end with the processes that hold them.
     """
     return {
-        "processes": {
-            f"{p.pid} {' '.join(p.cmdline())[:80]}"
-            for p in psutil.Process().children(recursive=True)
-            if p.status() != psutil.STATUS_ZOMBIE
-        },
+        "processes": _living(),
         "shared memory": in_shared_memory(),
         "listening": {
             f"{c.laddr}" for c in psutil.Process().net_connections() if c.status == "LISTEN"
         },
-        "sessions": {file.name for file in session_dir().glob("*.json")},
+        "sessions": {file.name for file in session_dir().glob(f"*-{os.getpid()}.json")},
     }
 
 
