@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import random
 import socket
+from pathlib import Path
 
 from ...proto.errors import ClusterError
+
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+# Free ports are sought from here on, by chance.
+_FIRST_PORT, _TRIES = 10_240, 50
 
 
 def check_port(part: str, host: str, port: int) -> None:
@@ -59,7 +66,24 @@ def resolved(key: str, host: str) -> tuple[int, str]:
 
 
 def free_port(host: str) -> int:
+    """Return a port that is free now, and that the kernel gives to nobody who binds to port 0.
+
+    Whoever asks binds to it seconds later, when other listeners have started. Raises ClusterError.
+    """
     family, address = resolved("host", host)
-    with socket.socket(family) as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
+    first_ephemeral = _first_ephemeral_port()
+    tries = _TRIES if first_ephemeral > _FIRST_PORT else 0
+    chosen = (random.randrange(_FIRST_PORT, first_ephemeral) for _ in range(tries))
+    for port in (*chosen, 0):
+        with socket.socket(family) as probe, contextlib.suppress(OSError):
+            probe.bind((address, port))
+            return probe.getsockname()[1]
+    raise ClusterError(f"host: no port of {host} is free, or this machine lacks the address")
+
+
+def _first_ephemeral_port() -> int:
+    """Return the lowest port that the kernel gives out by itself; 0 if it does not say."""
+    try:
+        return int(_EPHEMERAL_PORTS.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
