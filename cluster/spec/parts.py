@@ -85,7 +85,7 @@ class NetworkSpec(Part):
     machine. `group`: torch.distributed (NCCL between GPUs, else gloo). `device`: CUDA IPC or NCCL
     between two GPUs, else as `auto`."""
 
-    lending: Lending = "never"
+    lending: Lending = "auto"
     """Whether trunks compute with the memory of hosts on their own machine instead of sending them
     calls. `never`: every call is sent. `auto`: hosts on CPUs lend, if calls would go through shared
     memory; a call is still sent in part where that was measured to be faster. `always`: trunks

@@ -465,8 +465,9 @@ def test_there_is_a_spec_for_make_up() -> None:
 
 
 def test_a_group_of_hosts_may_lend_otherwise_than_the_network_says() -> None:
-    spec = parse_spec({"hosts": [{}, {"lending": "auto"}, {"lending": "never"}]})
-    assert [spec.lending_of(group) for group in spec.hosts] == ["never", "auto", "never"]
+    spec = parse_spec({"hosts": [{}, {"lending": "always"}, {"lending": "never"}]})
+    assert [spec.lending_of(group) for group in spec.hosts] == ["auto", "always", "never"]
     assert spec.lends
-    assert not parse_spec({}).lends
-    assert parse_spec({"network": {"lending": "always"}}).lends
+    assert parse_spec({}).lends
+    assert not parse_spec({"network": {"lending": "never"}}).lends
+    assert parse_spec({"network": {"lending": "never"}, "hosts": [{"lending": "auto"}]}).lends
