@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ class ReplyTensors:
 
     buffer: Tensor
     bad: list[int]
+
+
+class Compute(Protocol):
+    """Answers a batch, as `compute` does."""
+
+    def __call__(
+        self, store: ExpertStore, key: LayerKey, pendings: Sequence[PendingCall], *, exact: bool
+    ) -> list[ReplyTensors]: ...
 
 
 def compute(

@@ -10,10 +10,9 @@ Shape suffixes: T = tokens (of merged calls), H = hidden size, K = assignments o
 from __future__ import annotations
 
 import logging
-import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -34,7 +33,8 @@ from ...proto.expert_pb2 import Call, Frame
 from ...proto.wire import WIRE_VERSION, CallLayout, checksum
 from ..transport.base import InboundFrame, Listener, Session, call_id, check_slot
 from ..transport.mailbox import Mailbox
-from .compute import PendingCall, ReplyTensors, compute
+from ..transport.poller import Epoll, Poller
+from .compute import Compute, PendingCall, ReplyTensors, compute
 from .device import Device
 from .lender import Lender
 from .report import LoopStats
@@ -60,8 +60,14 @@ class HostLoop:
         clock: Callable[[], float] = time.monotonic,
         *,
         lends: bool = False,
+        compute: Compute = compute,
+        poller: Poller | None = None,
     ) -> None:
-        """``lends``: routers that ask for it may compute with the memory of this host's experts."""
+        """Take the parts of one host.
+
+        ``lends``: routers that ask for it may compute with the memory of this host's experts.
+        ``compute`` answers a batch, and ``poller`` waits for all routers (None: the system's).
+        """
         self.name = name
         self.failure: BaseException | None = None
         self._store = store
@@ -71,7 +77,8 @@ class HostLoop:
         self._sessions: dict[int, Session] = {}
         self._pending: dict[tuple[str, int], PendingCall] = {}
         self._posted: Mailbox[Callable[[], None]] = Mailbox()
-        self._epoll = select.epoll()
+        self._compute_batch = compute
+        self._poller = poller or Epoll()
         self._look_at = clock()
         self._stopping = False
         self._refused = 0
@@ -161,13 +168,11 @@ class HostLoop:
     @torch.inference_mode()
     def _run(self) -> None:
         try:
-            self._epoll.register(self._posted.fileno(), select.EPOLLIN)
+            self._poller.register(self._posted.fileno())
             for listener in self._listeners:
-                self._epoll.register(listener.fileno(), select.EPOLLIN)
+                self._poller.register(listener.fileno())
             while not self._stopping:
-                self._hear(0.0 if self._pending else 1.0)
-                self._lend()
-                self._work()
+                self.turn(self._poller.wait(0.0 if self._pending else 1.0))
         except BaseException as error:
             self.failure = error  # the next report ends this process
             log.exception("host %s: its loop failed", self.name, extra={"host": self.name})
@@ -181,12 +186,19 @@ class HostLoop:
         self._pending.clear()
         for listener in self._listeners:
             listener.close()
-        self._epoll.close()
+        self._poller.close()
         self._posted.close()
 
-    def _hear(self, timeout_s: float) -> None:
+    def turn(self, ready: Iterable[int]) -> bool:
+        """Handle what has arrived there, and compute one batch; return whether calls still wait."""
+        self._hear(ready)
+        self._lend()
+        self._work()
+        return bool(self._pending)
+
+    def _hear(self, ready: Iterable[int]) -> None:
         accepting = {listener.fileno(): listener for listener in self._listeners}
-        for fd, _ in self._epoll.poll(timeout_s):
+        for fd in ready:
             if fd == self._posted.fileno():
                 for work in self._posted.take():
                     work()
@@ -208,7 +220,7 @@ class HostLoop:
     def _accept(self, listener: Listener) -> None:
         for session in listener.accept():
             self._sessions[session.fileno()] = session
-            self._epoll.register(session.fileno(), select.EPOLLIN)
+            self._poller.register(session.fileno())
 
     def _hear_session(self, session: Session) -> None:
         try:
@@ -227,7 +239,7 @@ class HostLoop:
         )
         fd = session.fileno()
         if self._sessions.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            self._poller.unregister(fd)
         if self._lender is not None:
             self._lender.gone(session)
         self._residency.router_gone(_router_id(session))
@@ -356,7 +368,7 @@ class HostLoop:
 
     def _compute(self, batch: list[QueuedCall], now: float) -> None:
         pendings = [self._pending[queued.router, queued.seq] for queued in batch]
-        answers = compute(self._store, batch[0].key, pendings, exact=batch[0].exact)
+        answers = self._compute_batch(self._store, batch[0].key, pendings, exact=batch[0].exact)
         batch_us = int(self._device.finish(batch, now) * 1e6)
         if batch_us > SLOW_BATCH_S * 1e6 or log.isEnabledFor(logging.DEBUG):
             self._log_batch(batch, batch_us, now)

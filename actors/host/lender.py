@@ -7,8 +7,7 @@ import os
 from collections.abc import Callable
 
 from ...proto.errors import HostLost
-from ..transport.base import Session
-from ..transport.shm import ShmSession
+from ..transport.base import LendingSession, Session
 from .expert_memory import ExpertMemory
 from .weight_store import ExpertStore
 
@@ -26,15 +25,15 @@ class Lender:
         self._clock = clock
         self._paused = False
         self._retry_at = clock()
-        self._lent: dict[ShmSession, set[ExpertMemory]] = {}
+        self._lent: dict[LendingSession, set[ExpertMemory]] = {}
 
     def add(self, session: Session) -> None:
         """Lend to this router from now on, if its transport can carry descriptors."""
-        if isinstance(session, ShmSession):
+        if isinstance(session, LendingSession):
             self._lent.setdefault(session, set())
 
     def gone(self, session: Session) -> None:
-        if isinstance(session, ShmSession):
+        if isinstance(session, LendingSession):
             self._lent.pop(session, None)
 
     def pause(self, paused: bool) -> list[tuple[Session, HostLost]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from ...cluster.placement import HostEntry
@@ -12,6 +14,22 @@ from ..transport.shm import ShmChannel
 
 SLOT_BYTES = 8 << 20
 _CPU = torch.device("cpu")
+
+
+class Connect(Protocol):
+    """Opens a connection to a host, as `connect` does."""
+
+    def __call__(
+        self,
+        entry: HostEntry,
+        transport: Transport,
+        *,
+        router: str,
+        slots: int,
+        secret: ClusterSecret | None = None,
+        device: torch.device = _CPU,
+        borrows: bool = False,
+    ) -> Channel: ...
 
 
 def connect(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -24,8 +22,9 @@ from ...proto.keys import ClusterSecret
 from ...proto.wire import CallLayout, checksum
 from ..runtime.devices import device_name
 from ..transport.base import Channel, InboundFrame
+from ..transport.poller import Epoll, Poller
 from ..transport.process_group import backends
-from .connect import connect
+from .connect import Connect, connect
 from .layer_tensors import LayerTensors
 
 log = logging.getLogger(__name__)
@@ -48,11 +47,14 @@ class HostConnections:
         secret: ClusterSecret,
         clock: Callable[[], float] = time.monotonic,
         on_lend: Callable[[HostEntry, str, SlabReader | None], None] | None = None,
+        connect: Connect = connect,
+        poller: Poller | None = None,
     ) -> None:
         """Check that this process can use ``transport``. Raises ClusterError if it cannot.
 
         ``on_lend`` gets a model's experts that a host lends, or None when it takes them back.
-        Without it hosts are not asked to lend.
+        Without it hosts are not asked to lend. ``connect`` opens a connection, and ``poller`` waits
+        for all of them (None: the system's).
         """
         if transport == "group" and not backends():
             raise ClusterError(
@@ -74,19 +76,17 @@ class HostConnections:
         self._replies: dict[tuple[str, int], InboundFrame] = {}
         self._lost: list[HostDown] = []
         self._told: set[str] = set()  # hosts whose loss was logged since they were last there
-        self._epoll = select.epoll()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._bell, select.EPOLLIN)
+        self._connect = connect
+        self._poller = poller or Epoll()
 
     def close(self) -> None:
         for host in list(self._channels):
             self.disconnect(host)
-        self._epoll.close()
-        os.close(self._bell)
+        self._poller.close()
 
     def ring(self) -> None:
         """Wake up another thread that is waiting in `wait`."""
-        os.eventfd_write(self._bell, 1)
+        self._poller.ring()
 
     # ---- connections ----------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ class HostConnections:
         transport = self._choice.choose(entry, self._clock())
         self._used[entry.host] = entry, transport
         try:
-            channel = connect(
+            channel = self._connect(
                 entry,
                 transport,
                 router=self._router,
@@ -111,7 +111,7 @@ class HostConnections:
             self._down(entry.host, lost)
             return
         self._channels[entry.host] = self._by_fd[channel.fileno()] = channel
-        self._epoll.register(channel.fileno(), select.EPOLLIN)
+        self._poller.register(channel.fileno())
 
     def disconnect(self, host: str) -> None:
         channel = self._channels.pop(host, None)
@@ -123,7 +123,7 @@ class HostConnections:
         for key in [key for key in self._replies if key[0] == host]:
             del self._replies[key]
         del self._by_fd[channel.fileno()]
-        self._epoll.unregister(channel.fileno())
+        self._poller.unregister(channel.fileno())
         channel.close()
 
     def _down(self, host: str, reason: HostLost) -> None:
@@ -226,18 +226,12 @@ class HostConnections:
 
         One thread calls this, without the router's lock.
         """
-        # epoll counts whole milliseconds. The half millisecond makes sure that a deadline has
-        # passed when the wait ends.
-        ready = self._epoll.poll(timeout_s + 0.0005 if timeout_s > 0 else 0.0)
-        return [fd for fd, _ in ready]
+        return self._poller.wait(timeout_s)
 
     def events(self, ready: Sequence[int]) -> Iterator[RouterEvent]:
         """Yield the events that have arrived there; connections may have changed since."""
         for fd in ready:
-            if fd == self._bell:
-                with suppress(BlockingIOError):
-                    os.eventfd_read(self._bell)
-            elif fd in self._by_fd:
+            if fd in self._by_fd:
                 yield from self._hear(self._by_fd[fd])
 
     def _hear(self, channel: Channel) -> Iterator[RouterEvent]:

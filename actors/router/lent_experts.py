@@ -158,6 +158,7 @@ class LentExperts:
         """Record that the call of this lent part has ended, with or without a result."""
         if self._shares is not None and lent is not None and lent.choice and not lent.timed:
             self._shares.failed(lent.choice)
+            lent.timed = True
 
     def changed(self, key: LayerKey) -> None:
         """Look again at what is within reach: a slot of the layer has changed."""

@@ -112,7 +112,7 @@ class LentPart:
     exact: bool
     all_ids_TK: Tensor  # those of the hosts, too
     choice: ShareChoice | None = None  # how large a part this is meant to be
-    timed: bool = False  # its time was noted
+    timed: bool = False  # its time was noted, or that it failed
     out: Tensor | None = None  # float32: sums (T, H), or with ``exact`` rows (T, K, H)
     bad_experts: list[int] | None = None
 

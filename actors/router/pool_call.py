@@ -29,9 +29,19 @@ class RunningCall:
     lent: LentPart | None = None  # what the router computes itself
     error: Exception | None = None  # why it has no result
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to compute here, nor to wait for."""
+        if self.error is not None:
+            return True
+        computed = self.lent is None or self.lent.out is not None
+        return computed and (self.state is None or self.state.outcome is not None)
+
 
 class Combines(Protocol):
     """A router, for its calls."""
+
+    def compute(self, call: RunningCall, x_TH: Tensor) -> RunningCall: ...
 
     def combine(self, call: RunningCall, x_TH: Tensor) -> Tensor: ...
 
@@ -48,6 +58,17 @@ class PoolCall:
         self._x_TH = x_TH
         self._ended = False
 
+    @property
+    def done(self) -> bool:
+        """Whether `combine` would not wait."""
+        return self._ended or self._call is None or self._call.done
+
+    @torch.no_grad()
+    def compute(self) -> None:
+        """Compute what hosts have lent of this call, if there is something and it is not done."""
+        if not self._ended and self._call is not None:
+            self._call = self._router.compute(self._call, self._x_TH)
+
     @torch.no_grad()
     def combine(self) -> Tensor:
         """Wait for the call's result, (T, H) in the dtype and on the device of its hidden states.
@@ -58,7 +79,10 @@ class PoolCall:
         """
         if self._ended:
             raise ClusterError("the result of this call was taken already, or it was cancelled")
-        self._ended = True
+        try:
+            self.compute()
+        finally:
+            self._ended = True
         if self._call is None:
             return self._x_TH.clone()
         return self._router.combine(self._call, self._x_TH)

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,18 +22,7 @@ from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.load.meter import LoadReport
 from ...cluster.placement import Placement
 from ...cluster.routing.dispatch import Dispatcher
-from ...cluster.routing.events import (
-    Accept,
-    Cancel,
-    Connect,
-    Disconnect,
-    Free,
-    Probe,
-    Refresh,
-    Refused,
-    RouterCommand,
-    Send,
-)
+from ...cluster.routing.events import RouterCommand
 from ...cluster.routing.host_health import HostState
 from ...cluster.routing.layer_call import LayerCall
 from ...cluster.routing.policy import RouterPolicy
@@ -43,9 +30,11 @@ from ...cluster.routing.transports import TransportChoice
 from ...kernels.ffn import ExpertForm
 from ...models.trunk.in_pool import PoolFunction
 from ...proto.errors import ClusterError
-from ...proto.expert_pb2 import Frame
 from ...proto.keys import ClusterSecret, secret_of_process
+from ..transport.poller import Poller
 from .call_log import CallLog
+from .command_shell import CommandShell
+from .connect import Connect, connect
 from .connections import HostConnections
 from .layer_tensors import LayerTensors, check_tensors
 from .lent_experts import LentExperts
@@ -76,6 +65,8 @@ class Router:
         secret: ClusterSecret | None = None,
         clock: Callable[[], float] = time.monotonic,
         forms: Mapping[LayerKey, ExpertForm] | None = None,
+        connect: Connect = connect,
+        poller: Poller | None = None,
     ) -> None:
         """Create a router that waits for its first placement.
 
@@ -83,7 +74,8 @@ class Router:
         which transport reaches a host. ``refresh`` is called when a host lacks an expert that the
         placement promises; it must not block. ``secret`` is the secret of the hosts' cluster (None:
         that of this process). ``forms`` has the arithmetic of layers that the router computes
-        itself where hosts of this machine lend it their experts (None: it does not).
+        itself where hosts of this machine lend it their experts (None: it does not). ``connect``
+        opens its connections, and ``poller`` waits for all of them (None: the system's).
         """
         self.name = name
         self._clock = clock
@@ -93,7 +85,6 @@ class Router:
         self.batch = RowAttribution(name, self.has, self.expecting)
         self.step = 0  # forward passes that have begun
         self._log = CallLog(name)
-        self._refresh = refresh
         self._dispatcher = Dispatcher(self.policy)
         self._lent_experts = LentExperts(forms or {}, self.policy)
         self._connections = HostConnections(
@@ -105,8 +96,17 @@ class Router:
             secret=secret or secret_of_process(),
             clock=clock,
             on_lend=self._lent_experts.take_slab if forms and device.type == "cpu" else None,
+            connect=connect,
+            poller=poller,
         )
-        self._running: dict[int, RunningCall] = {}  # whose result was not taken, by their numbers
+        self._shell = CommandShell(
+            name,
+            self._dispatcher,
+            self._connections,
+            clock=clock,
+            refresh=refresh,
+            interrupted=self._tell_others,
+        )
         self._calls = self._rows = self._lent = 0
         # Never held while a thread waits for events.
         self._lock = threading.RLock()
@@ -116,16 +116,15 @@ class Router:
         self._heard = threading.Condition(self._lock)
         # There is something to report: set when calls begin and layers are asked for.
         self.stirred = threading.Event()
-        self._closed = False
 
     # ---- life -----------------------------------------------------------------------------------
 
     def place(self, placement: Placement) -> None:
         """Use ``placement`` from the next send on. Any thread may call this; it hardly blocks."""
         with self._lock:
-            if self._closed:
+            if self._shell.closed:
                 return
-            self._execute(self._dispatcher.place(placement, self._clock()))
+            self._shell.execute(self._dispatcher.place(placement, self._clock()))
             self._lent_experts.follow(placement, self._clock())
             self._tell_others()
 
@@ -160,9 +159,14 @@ class Router:
     def _look_after(self, layers: Sequence[LayerKey]) -> None:
         """Handle what arrived and what is due, and ask for ``layers`` that are not placed."""
         with self._lock:
-            if not self._closed:
+            if not self._shell.closed:
                 self._wait(self._clock())
                 self._ask_for(layers)
+
+    @property
+    def placement(self) -> Placement | None:
+        """The placement that calls follow."""
+        return self._dispatcher.placement
 
     def stats(self) -> RouterStats:
         counts = {"calls": self._calls, "rows": self._rows, "lent": self._lent}
@@ -189,9 +193,9 @@ class Router:
         """Close all connections; calls in progress end with ClusterError."""
         self._upkeep.close()
         with self._lock:
-            if self._closed:
+            if self._shell.closed:
                 return
-            self._closed = True
+            self._shell.closed = True
             self._connections.ring()
             self._heard.wait_for(lambda: not self._polling, LONGEST_WAIT_S)
             self._connections.close()
@@ -217,13 +221,13 @@ class Router:
         self.step += 1
         self.batch.begin_step(self.step)
         with self._lock:
-            if not self._closed:
-                self._execute(self._dispatcher.begin_step(self._clock()))
+            if not self._shell.closed:
+                self._shell.execute(self._dispatcher.begin_step(self._clock()))
 
     def end_step(self) -> None:
         """End a forward pass: the next one may use other versions of weights."""
         with self._lock:
-            if not self._closed:
+            if not self._shell.closed:
                 self._follow_newest(self._dispatcher.end_step(self._clock()))
 
     def forward(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -231,19 +235,10 @@ class Router:
         return self.dispatch(key, x_TH, ids_TK, weights_TK).combine()
 
     @torch.no_grad()
-    def dispatch(
-        self,
-        key: LayerKey,
-        x_TH: Tensor,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        *,
-        again: bool = False,
-    ) -> PoolCall:
+    def dispatch(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PoolCall:
         """Send one layer's call to the hosts, and return it at once.
 
-        What hosts have lent is computed here, in `PoolCall.combine`. ``again``: a call that counted
-        already is sent as a whole, because what was lent has changed.
+        What hosts have lent is computed here, in `PoolCall.compute`.
 
         Its result is the weighted sum of the chosen experts: (T, H) in x's dtype and on its device.
         A choice outside [0, experts) is skipped. Each call must be combined or cancelled; its
@@ -252,11 +247,23 @@ class Router:
         if x_TH.shape[0] == 0:
             return PoolCall(self, None, x_TH)
         check_tensors(x_TH, ids_TK, weights_TK)
+        return PoolCall(self, self._dispatch(key, x_TH, ids_TK, weights_TK), x_TH)
+
+    def _dispatch(
+        self,
+        key: LayerKey,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        *,
+        again: bool = False,
+    ) -> RunningCall:
+        """``again``: the call counted already, and is sent as a whole."""
         if not self.stirred.is_set():
             self.stirred.set()
         with self._lock:
             self._check_open()
-            if not self._polling and (self._running or self._clock() >= self._listen_at):
+            if not self._polling and (self._shell.running or self._clock() >= self._listen_at):
                 # What has arrived meanwhile is not late, and calls that are lent wait for nothing.
                 self._hear(self._connections.wait(0.0))
             placement, dead = self._dispatcher.placement, self.batch.dead
@@ -271,7 +278,7 @@ class Router:
             self._rows += 0 if again else tensors.tokens
             lent = None if again else self._lent_experts.take(tensors, self._dispatcher, began)
             if lent is not None and (tensors.ids_TK < 0).all():
-                return PoolCall(self, RunningCall(None, tensors, options, began, lent), x_TH)
+                return RunningCall(None, tensors, options, began, lent)
             state, begun = self._dispatcher.begin(
                 key,
                 tensors.ids_TK,
@@ -280,30 +287,52 @@ class Router:
                 patience_T=patience(options and options.patience_T, lent, tensors.tokens),
             )
             running = RunningCall(state, tensors, options, began, lent)
-            self._running[state.number] = running
+            self._shell.running[state.number] = running
             try:
-                self._execute(begun)
+                self._shell.execute(begun)
             except BaseException:
                 self._over(running)
                 raise
             self._tell_others()
-            return PoolCall(self, running, x_TH)
+            return running
+
+    def compute(self, call: RunningCall, x_TH: Tensor) -> RunningCall:
+        """Compute what hosts have lent, and return the call that has the result.
+
+        If a slot has changed meanwhile, that is another call, which is sent as a whole.
+        """
+        lent = call.lent
+        if lent is None or lent.out is not None:
+            return call
+        sound = False
+        try:
+            if sound := lent.compute():
+                return call
+        finally:
+            if not sound:
+                with self._lock:
+                    self._over(call)
+                    self._lent_experts.changed(call.tensors.key)
+        given = call.tensors.key, x_TH, lent.all_ids_TK, lent.weights_TK
+        return self._dispatch(*given, again=True)
 
     def combine(self, call: RunningCall, x_TH: Tensor) -> Tensor:
         """Wait for a call, and return its result (see `PoolCall.combine`)."""
-        tensors, lent = call.tensors, call.lent
-        try:
-            sound = lent is None or lent.compute()
-            with self._lock:
-                if sound:
-                    return self._finish(call, x_TH)
-                self._lent_experts.changed(tensors.key)
-        finally:
-            with self._lock:
+        with self._lock:
+            try:
+                return self._finish(call, x_TH)
+            finally:
                 self._over(call)
-        assert lent is not None
-        given = tensors.key, x_TH, lent.all_ids_TK, lent.weights_TK
-        return self.dispatch(*given, again=True).combine()
+
+    def progress(self) -> float:
+        """Handle what has arrived and what is due, without waiting; return when to look again.
+
+        Who waits in `PoolCall.combine` need not call this.
+        """
+        with self._lock:
+            if not self._shell.closed:
+                self._wait(self._clock())
+            return self._dispatcher.wake_at(self._clock())
 
     def _finish(self, call: RunningCall, x_TH: Tensor) -> Tensor:
         """Wait for what was sent, and add everything up."""
@@ -347,10 +376,10 @@ class Router:
         """Forget a call, and end it if it is in progress."""
         if call.state is None:
             return
-        self._running.pop(call.state.number, None)
+        self._shell.running.pop(call.state.number, None)
         self._lent_experts.over(call.lent)
-        if not self._closed:
-            self._execute(self._dispatcher.cancel(call.state, self._clock()))
+        if not self._shell.closed:
+            self._shell.execute(self._dispatcher.cancel(call.state, self._clock()))
             self._follow_newest(self._dispatcher.follow_newest(self._clock()))
             self._tell_others()
 
@@ -361,92 +390,10 @@ class Router:
         self._heard.notify_all()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._shell.closed:
             raise ClusterError(f"router {self.name} is closed")
 
-    # ---- the state machine's shell --------------------------------------------------------------
-
-    def _execute(self, commands: Iterable[RouterCommand]) -> None:
-        todo = deque(commands)
-        with self._all_or_nothing():
-            while True:
-                for lost in self._connections.take_lost():
-                    todo.extend(self._dispatcher.handle(lost, self._clock()))
-                if not todo:
-                    return
-                command = todo.popleft()
-                try:
-                    self._do(command)
-                except Exception as error:
-                    if not isinstance(command, Send | Accept):
-                        raise
-                    todo.extend(self._fail(command, error))
-
-    def _fail(self, command: Send | Accept, error: Exception) -> list[RouterCommand]:
-        """End the call whose tensors cannot be sent or taken; `combine` raises its error."""
-        number = command.call if isinstance(command, Send) else command.send.call
-        self._running[number].error = error
-        state = self._dispatcher.call(number)
-        return [] if state is None else self._dispatcher.cancel(state, self._clock())
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """End all calls in progress if the block is interrupted, at an unknown point.
-
-        The router may have left out a command, such as accepting an answer, and does not know for
-        which call.
-        """
-        try:
-            yield
-        except BaseException:
-            ended = ClusterError(
-                f"router {self.name} was interrupted, and its calls have ended; call again"
-            )
-            for running in [] if self._closed else self._running.values():
-                running.error = running.error or ended
-                assert running.state is not None  # others are not in progress
-                for command in self._dispatcher.abandon(running.state, self._clock()):
-                    if isinstance(command, Disconnect):
-                        self._connections.disconnect(command.host)
-            self._tell_others()
-            raise
-
-    def _do(self, command: RouterCommand) -> None:
-        match command:
-            case Send():
-                tensors = self._running[command.call].tensors
-                frame, layout = tensors.frame(command)
-                self._connections.send_call(
-                    command.host,
-                    frame,
-                    layout,
-                    lambda buffer: tensors.write(command, frame, layout, buffer),
-                )
-                if self._log.on:
-                    self._log.sent(tensors, command, hedge=self._dispatcher.is_hedge(command.seq))
-            case Accept(send):
-                tensors = self._running[send.call].tensors
-                reply, payload = self._connections.reply(send.host, send.seq)
-                tensors.accept(send, reply, payload)
-                if self._log.on:
-                    self._log.answered(tensors, send, reply)
-                assignments = int((send.assignment_tk >= 0).sum())
-                meter = self._dispatcher.meter
-                took_us = reply.queued_us, reply.busy_us, reply.batch_us
-                meter.answered(send.host, assignments, *took_us)
-            case Connect(entry):
-                self._connections.connect(entry)
-            case Disconnect(host):
-                self._connections.disconnect(host)
-            case Cancel(host, seq):
-                self._connections.send(host, Frame(cancel={"seq": seq}))
-            case Probe(host, number):
-                self._connections.send(host, Frame(ping={"seq": number}))
-            case Free(host, seq):
-                self._connections.free(host, seq)
-            case Refresh():
-                if self._refresh is not None:
-                    self._refresh()
+    # ---- waiting --------------------------------------------------------------------------------
 
     def _wait(self, until: float) -> None:
         """Wait for events until ``until``, and let the state machine handle them and timeouts.
@@ -456,8 +403,8 @@ class Router:
         timeout_s = min(max(0.0, until - self._clock()), LONGEST_WAIT_S)
         if self._polling:
             self._heard.wait(timeout_s)
-            if not self._closed:
-                self._execute(self._dispatcher.tick(self._clock()))
+            if not self._shell.closed:
+                self._shell.tick()
             return
         ready: list[int] = []
         try:
@@ -469,25 +416,17 @@ class Router:
             self._polling = False
             # Another thread waits from now on, if this one has what it wanted.
             self._heard.notify_all()
-        if not self._closed:
+        if not self._shell.closed:
             self._hear(ready)
 
     def _hear(self, ready: Sequence[int]) -> None:
-        """Handle what has arrived, and then what is due."""
         self._listen_at = self._clock() + _LISTEN_S
-        with self._all_or_nothing():
-            for event in self._connections.events(ready):
-                if isinstance(event, Refused) and self._log.on:
-                    call = self._dispatcher.call_of(event.seq)
-                    if call is not None:
-                        self._log.refused(self._running[call.number].tensors, event)
-                self._execute(self._dispatcher.handle(event, self._clock(), more=True))
-            self._execute(self._dispatcher.tick(self._clock()))
+        self._shell.hear(ready)
 
     def _follow_newest(self, commands: Sequence[RouterCommand]) -> None:
         """Carry out what following the newest placement needs, and report that it is followed."""
         if commands:
-            self._execute(commands)
+            self._shell.execute(commands)
             self.stirred.set()
 
     def _unplaced(self, layers: Sequence[LayerKey]) -> list[LayerKey]:

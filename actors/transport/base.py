@@ -9,7 +9,7 @@ decisions are in `cluster/`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -129,6 +129,19 @@ class Session(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class LendingSession(Session, Protocol):
+    """A session whose transport can carry descriptors."""
+
+    def lend(self, model: str, descriptor: int) -> None:
+        """Lend a model's memory, by a descriptor that stays the caller's. Raises HostLost."""
+        ...
+
+    def take_back(self, model: str) -> None:
+        """Let the router compute with a model's memory no longer. Raises HostLost."""
+        ...
 
 
 class Listener(Protocol):

@@ -52,7 +52,7 @@ def is_free(router: Router) -> bool:
     with router._lock:
         router._wait(time.monotonic() + 0.02)
     hosts = router._dispatcher.hosts.values()
-    return not router._running and not any(health.occupied for health in hosts)
+    return not router._shell.running and not any(health.occupied for health in hosts)
 
 
 def test_calls_are_combined_in_any_order(pool: Hosts, transport: TransportChoice) -> None:

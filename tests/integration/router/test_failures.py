@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from moesaic.actors.host import host_loop
+from moesaic.actors.host import compute
 from moesaic.actors.router.router import Router
 from moesaic.actors.transport.grpc.session import GrpcSession
 from moesaic.actors.transport.shm import ShmSession
@@ -144,7 +144,7 @@ def test_a_slow_host_gets_few_calls_and_more_when_it_is_well(
         slow, _ = pool.hosts
         router = pool.router(policy=policy)
         ask(pool, router, LEARNING)
-        real = host_loop.compute
+        real = compute.compute
 
         def slowly(store: Any, *args: Any, **kwargs: Any) -> Any:
             answers = real(store, *args, **kwargs)
@@ -152,7 +152,8 @@ def test_a_slow_host_gets_few_calls_and_more_when_it_is_well(
                 time.sleep(0.2)
             return answers
 
-        monkeypatch.setattr(host_loop, "compute", slowly)
+        for host in pool.hosts:
+            monkeypatch.setattr(host._loop, "_compute_batch", slowly)
         before = slow.report().loop.calls
         ask(pool, router, LEARNING)
         assert slow.report().loop.calls - before < LEARNING // 4

@@ -113,7 +113,7 @@ def test_calls_in_flight_at_once(folder: Path) -> None:
             assert_right(call.combine(), pool.answer(*one))
         ended = router.dispatch(KEY, *given[0])
         ended.cancel()
-        assert router._running == {}
+        assert router._shell.running == {}
 
 
 # ---- slots that change --------------------------------------------------------------------------

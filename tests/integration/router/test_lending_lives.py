@@ -148,7 +148,7 @@ def test_an_interrupt_leaves_no_call_behind(
             patch.setattr(LentPart if at == "compute" else LayerTensors, at, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 call.combine()
-        assert router._running == {}
+        assert router._shell.running == {}
         assert router._dispatcher._calls == {}
         assert_right(router.forward(KEY, *given), pool.answer(*given))
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.actors.host import host_loop
+from moesaic.actors.host import compute
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, first_versions
 from moesaic.cluster.host.residency import HostPolicy
 from moesaic.cluster.routing.policy import RouterPolicy
@@ -85,14 +85,15 @@ def test_a_defect_of_one_host_costs_its_own_rows_only(
         lost: list[tuple[list[int], MoesaicError]] = []
         router.batch.on_lost = lambda rows, error: lost.append((rows, error))
         x, ids, weights = inputs(16)
-        real = host_loop.compute
+        real = compute.compute
 
         def fail(store: Any, *args: Any, **kwargs: Any) -> Any:
             if store is broken._store:
                 raise IndexError("drill")
             return real(store, *args, **kwargs)
 
-        monkeypatch.setattr(host_loop, "compute", fail)
+        for host in pool.hosts:
+            monkeypatch.setattr(host._loop, "_compute_batch", fail)
         with held(sound):
             call = start(router.forward, KEY, x, ids, weights)
             assert settles(lambda: broken.report().loop.refused > 0)

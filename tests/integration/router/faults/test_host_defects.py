@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.actors.host import host_loop
+from moesaic.actors.host import compute
 from moesaic.actors.router.connect import connect
 from moesaic.cluster.expert_keys import ExpertKey, first_versions
 from moesaic.proto.errors import HostLost
@@ -43,14 +43,14 @@ def test_a_router_that_is_dropped_while_it_speaks(
         hear(channel)
         (session,) = [s for s in loop._sessions.values() if s.router == "gone"]
         computing, go_on = threading.Event(), threading.Event()
-        real = host_loop.compute
+        real = compute.compute
 
         def slow(*args: Any, **kwargs: Any) -> Any:
             computing.set()
             assert go_on.wait(30)
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(host_loop, "compute", slow)
+        monkeypatch.setattr(loop, "_compute_batch", slow)
         with ThreadPoolExecutor(1) as threads:
             answer = threads.submit(ask, served, "shm")
             assert computing.wait(10)
@@ -69,7 +69,8 @@ def test_a_defect_in_a_computation_is_an_error_of_its_calls(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("drill")
 
-    monkeypatch.setattr(host_loop, "compute", fail)
+    for host in served.hosts:
+        monkeypatch.setattr(host._loop, "_compute_batch", fail)
     answer = served.complete(PROMPT)
     monkeypatch.undo()
     assert answer.status_code == 500

@@ -56,7 +56,7 @@ def test_listeners_are_looked_at_now_and_then() -> None:
     with looping(clock, listener) as loop:
         for passed_s in (0.0, 0.2, 0.2, 0.2, 0.2):
             clock.now += passed_s
-            loop._hear(0.0)
+            loop.turn([])
     assert listener.looks == 2
 
 

@@ -8,9 +8,10 @@ from contextlib import closing
 
 import pytest
 
-from moesaic.actors.router import connections, upkeep
+from moesaic.actors.router import upkeep
 from moesaic.actors.router.router import Router
 from moesaic.actors.router.upkeep import Upkeep
+from moesaic.actors.transport.base import Channel
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey
 from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing.host_health import HostState
@@ -27,28 +28,27 @@ PLACED = Placement(
 class Connects:
     """Notes the threads that open connections; none of them leads anywhere."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.threads: list[str] = []
         self.tried = threading.Event()
-        monkeypatch.setattr(connections, "connect", self._connect)
 
-    def _connect(self, *_: object, **__: object) -> None:
+    def __call__(self, *_: object, **__: object) -> Channel:
         self.threads.append(threading.current_thread().name)
         self.tried.set()
         raise HostLost("nobody listens")
 
 
 @pytest.fixture
-def connects(monkeypatch: pytest.MonkeyPatch) -> Connects:
-    return Connects(monkeypatch)
+def connects() -> Connects:
+    return Connects()
 
 
-def router_of() -> Router:
-    return Router(name="r", node="n", secret=ClusterSecret.new())
+def router_of(connects: Connects) -> Router:
+    return Router(name="r", node="n", secret=ClusterSecret.new(), connect=connects)
 
 
 def test_asking_what_it_has_opens_no_connection(connects: Connects) -> None:
-    with closing(router_of()) as router:
+    with closing(router_of(connects)) as router:
         router.place(PLACED)
         assert connects.threads == [threading.current_thread().name]
         assert not router.has([KEY])
@@ -61,7 +61,7 @@ def test_asking_what_it_has_opens_no_connection(connects: Connects) -> None:
 def test_while_experts_are_expected_the_router_connects_in_its_own_thread(
     connects: Connects,
 ) -> None:
-    with closing(router_of()) as router:
+    with closing(router_of(connects)) as router:
         router.place(PLACED)
         connects.threads.clear()
         connects.tried.clear()
@@ -72,7 +72,7 @@ def test_while_experts_are_expected_the_router_connects_in_its_own_thread(
 
 
 def test_a_layer_that_is_expected_and_not_placed_is_asked_for(connects: Connects) -> None:
-    with closing(router_of()) as router:
+    with closing(router_of(connects)) as router:
         router.stirred.clear()
         with router.expecting([OTHER]):
             assert router.stirred.wait(10)
