@@ -79,6 +79,9 @@ class HostLoop:
         self._posted: Mailbox[Callable[[], None]] = Mailbox()
         self._compute_batch = compute
         self._poller = poller or Epoll()
+        self._poller.register(self._posted.fileno())
+        for listener in listeners:
+            self._poller.register(listener.fileno())
         self._look_at = clock()
         self._stopping = False
         self._refused = 0
@@ -168,9 +171,6 @@ class HostLoop:
     @torch.inference_mode()
     def _run(self) -> None:
         try:
-            self._poller.register(self._posted.fileno())
-            for listener in self._listeners:
-                self._poller.register(listener.fileno())
             while not self._stopping:
                 self.turn(self._poller.wait(0.0 if self._pending else 1.0))
         except BaseException as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,51 +35,40 @@ from .layer_arithmetic import LayerArithmetic
 _HEADER_BYTES = 256
 
 
-class _Model:
-    """The experts layers of one model, its checkpoint if it has one, and its experts' memory."""
+class HostedModel:
+    """One model on a host: the layers that have experts, and the memory of those that are held.
 
-    def __init__(self, ref: ModelRef, device: torch.device, about: Mapping[str, Any]) -> None:
+    It has no checkpoint: its experts come from a peer or a trunk.
+    """
+
+    def __init__(
+        self,
+        ref: ModelRef,
+        layers: Mapping[int, ExpertsLayer],
+        device: torch.device,
+        about: Mapping[str, Any],
+    ) -> None:
+        """``about`` is what the memory says of the model, for a successor of this process."""
         self.ref = ref
+        self.layers = layers
         self._device = device
-        self.checkpoint: Checkpoint | None = None
-        if ref.path is not None:
-            path = Path(ref.path)
-            self.checkpoint = Checkpoint(path, read_config(path), dtype=torch_dtype(ref.dtype))
-            self.layers = self.checkpoint.layers
-        else:
-            # Keeps the layers' modules alive, which the model owns.
-            self._owner = meta_model(config_from_dict(dict(ref.config)))
-            self.layers = {layer.layer: layer for layer in experts_layers(self._owner)}
         dtype = torch_dtype(ref.dtype)
         self.memory: ExpertMemory = (
-            SlabMemory(ref.name, self.layers, dtype, about)
+            SlabMemory(ref.name, layers, dtype, about)
             if device.type == "cpu"
-            else SlotMemory(self.layers, dtype, device)
+            else SlotMemory(layers, dtype, device)
         )
 
     def form(self, layer: int) -> ExpertForm | None:
         """Return a layer's form; None if tensors that its experts share are yet to be put."""
         experts = self.layers[layer]
-        if self.checkpoint is None:
-            return None if _lacks_shared(experts) else experts.form()
-        form = self.checkpoint.form(layer)
-        if experts.has_post_norm:
-            experts.module.to(self._device)
-        return form
+        return None if _lacks_shared(experts) else experts.form()
 
-    def read_update(self, wanted: ExpertVersion, layer: ExpertsLayer) -> ExpertWeights:
-        """Read one expert from the file of the update that brought this version of it."""
-        if self.ref.updates is None:
-            raise NotHere(f"{wanted} is not in the checkpoint, which has version {FIRST_VERSION}")
-        key, version = wanted
-        file = UpdateFolder(self.ref.updates, key.model).weights(version)
-        dtype = torch_dtype(self.ref.dtype)
-        tensors = {n: t.to(dtype) for n, t in read_expert(file, key.layer, key.expert).items()}
-        try:
-            _check(key, layer, tensors, dtype)
-        except CallError as error:
-            raise CheckpointError(f"{file}: {error}") from error
-        return ExpertWeights.of(tensors)
+    def read(self, wanted: ExpertVersion) -> ExpertWeights:
+        """Read one expert from a file. Raises NotHere and CheckpointError."""
+        raise NotHere(
+            f"model {self.ref.name!r} has no checkpoint; only a peer or a trunk has its experts"
+        )
 
     def shape(self, layer: int) -> LayerShape:
         experts = self.layers[layer]
@@ -90,15 +79,68 @@ class _Model:
         )
 
 
+class _FolderModel(HostedModel):
+    """A model with a checkpoint, and perhaps a folder with later versions of its experts."""
+
+    def __init__(
+        self, ref: ModelRef, folder: Path, device: torch.device, about: Mapping[str, Any]
+    ) -> None:
+        self._checkpoint = Checkpoint(folder, read_config(folder), dtype=torch_dtype(ref.dtype))
+        super().__init__(ref, self._checkpoint.layers, device, about)
+
+    def form(self, layer: int) -> ExpertForm:
+        form, experts = self._checkpoint.form(layer), self.layers[layer]
+        if experts.has_post_norm:
+            experts.module.to(self._device)
+        return form
+
+    def read(self, wanted: ExpertVersion) -> ExpertWeights:
+        key, version = wanted
+        if version == FIRST_VERSION:
+            return self._checkpoint.read(key.layer, key.expert)
+        if self.ref.updates is None:
+            raise NotHere(f"{wanted} is not in the checkpoint, which has version {FIRST_VERSION}")
+        file = UpdateFolder(self.ref.updates, key.model).weights(version)
+        dtype = torch_dtype(self.ref.dtype)
+        tensors = {n: t.to(dtype) for n, t in read_expert(file, key.layer, key.expert).items()}
+        try:
+            _check(key, self.layers[key.layer], tensors, dtype)
+        except CallError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        return ExpertWeights.of(tensors)
+
+
+class _MemoryModel(HostedModel):
+    """A model of which only the configuration is known."""
+
+    def __init__(self, ref: ModelRef, device: torch.device, about: Mapping[str, Any]) -> None:
+        # Keeps the layers' modules alive, which the model owns.
+        self._owner = meta_model(config_from_dict(dict(ref.config)))
+        layers = {layer.layer: layer for layer in experts_layers(self._owner)}
+        super().__init__(ref, layers, device, about)
+
+
+def open_model(ref: ModelRef, device: torch.device, about: Mapping[str, Any]) -> HostedModel:
+    """Return a model without any expert. Raises CheckpointError and UnsupportedModel."""
+    if ref.path is None:
+        return _MemoryModel(ref, device, about)
+    return _FolderModel(ref, Path(ref.path), device, about)
+
+
+OpenModel = Callable[[ModelRef, torch.device, Mapping[str, Any]], HostedModel]
+
+
 class ExpertStore:
     """The experts of one host. Thread-safe: control threads add and remove, the loop reads."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, open_model: OpenModel = open_model) -> None:
+        """``open_model`` finds out what there is to know of a model, without its weights."""
         self.device = device
+        self._open_model = open_model
         self._lock = threading.Lock()
         # Two who tell of one model at once must not both make it: one's experts would be lost.
         self._adding = threading.Lock()
-        self._models: dict[str, _Model] = {}
+        self._models: dict[str, HostedModel] = {}
         self._forms: dict[LayerKey, ExpertForm] = {}
 
     @property
@@ -117,7 +159,7 @@ class ExpertStore:
                 known = self._models.get(ref.name)
             if known is not None and known.ref == ref:
                 return
-            model = _Model(ref, self.device, about or {})
+            model = self._open_model(ref, self.device, about or {})
             with self._lock:
                 self._models[ref.name] = model
             if known is not None:
@@ -129,7 +171,7 @@ class ExpertStore:
         Returns the experts that are there. Raises ValueError for memory that this process cannot
         use, and CheckpointError and UnsupportedModel.
         """
-        model = _Model(ref, self.device, slab.layout.about)
+        model = self._open_model(ref, self.device, slab.layout.about)
         if not isinstance(model.memory, SlabMemory):
             raise ValueError(f"this host keeps experts on {self.device}")
         forms = {n: form for n in model.layers if (form := model.form(n)) is not None}
@@ -144,17 +186,8 @@ class ExpertStore:
 
         Raises CheckpointError, NotHere, and CallError for an expert that its model lacks.
         """
-        key = wanted.key
-        model, layer = self._layer(key)
-        if model.checkpoint is None:
-            raise NotHere(
-                f"model {key.model!r} has no checkpoint; only a peer or a trunk has its experts"
-            )
-        if wanted.version == FIRST_VERSION:
-            weights = model.checkpoint.read(key.layer, key.expert)
-        else:
-            weights = model.read_update(wanted, layer)
-        return self._keep(wanted, weights)
+        model, _ = self._layer(wanted.key)
+        return self._keep(wanted, model.read(wanted))
 
     def most_bytes(self, key: ExpertKey) -> int:
         """Return the largest size of a safetensors file that `put` would accept for ``key``.
@@ -239,13 +272,13 @@ class ExpertStore:
         """
         return self._models[key.model].memory.layer(key.layer, version, others)
 
-    def _model(self, name: str) -> _Model:
+    def _model(self, name: str) -> HostedModel:
         with self._lock:
             if name not in self._models:
                 raise NotHere(f"model {name!r} is unknown to this host")
             return self._models[name]
 
-    def _layer(self, key: ExpertKey) -> tuple[_Model, ExpertsLayer]:
+    def _layer(self, key: ExpertKey) -> tuple[HostedModel, ExpertsLayer]:
         model = self._model(key.model)
         layer = model.layers.get(key.layer)
         if layer is None:

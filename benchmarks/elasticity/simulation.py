@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.charts import PICTURES, line_chart
+from moesaic.actors.simulator.world import SeedRun, run_seed
 from moesaic.cluster.comparison.compare import StrategyResult, shifting_day
 from moesaic.cluster.comparison.elastic_placement import Elastic
-from moesaic.cluster.simulator.run import SeedRun, run_seed
 
 console = Console(width=100, highlight=False)
 _HOURS = [0, 4, 8, 12, 16, 20, 24]

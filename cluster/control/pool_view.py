@@ -74,7 +74,10 @@ class PoolView:
         self._away_since: dict[str, float] = {}
         self._arrived: set[str] = set()
         self._heard_at: dict[str, float] = {}
-        self._lost: dict[str, Observation] = {}  # retiring hosts that no longer answer
+        # What hosts held that do not answer any more, and since when a host's process is known to
+        # be gone.
+        self._lost: dict[str, Observation] = {}
+        self._gone_since: dict[str, float] = {}
         self._now = 0.0
 
     def add(self, host: PoolHost) -> None:
@@ -91,6 +94,7 @@ class PoolView:
         self._arrived.discard(host)
         self._heard_at.pop(host, None)
         self._lost.pop(host, None)
+        self._gone_since.pop(host, None)
         self._host_speeds.forget(host)
         self.version += 1
 
@@ -101,12 +105,16 @@ class PoolView:
             if host not in self.hosts:
                 continue  # it was removed after it was asked
             self._heard_at[host] = now
-            self._lost.pop(host, None)
             if self.observations.get(host) != observation:
                 self.version += 1
             if observation is None:
-                self.observations.pop(host, None)
+                before = self.observations.pop(host, None)
+                self._gone_since.setdefault(host, now)
+                if before is not None:
+                    self._lost[host] = before
             else:
+                self._lost.pop(host, None)
+                self._gone_since.pop(host, None)
                 self.observations[host] = observation
                 self._away_since.pop(host, None)
                 self._arrived.add(host)
@@ -148,11 +156,15 @@ class PoolView:
     def empty(self, host: str) -> bool:
         """Return whether a host holds and loads nothing.
 
-        If it does not answer: whether other hosts hold all that it held.
+        If it does not answer: whether other hosts hold all that it held. A host whose process is
+        gone is empty after ``host_timeout_s``; until then its next process may have its memory.
         """
         seen, lost = self.observations.get(host), self._lost.get(host)
         if seen is None:
-            return lost is None or all(self.holders(key) for key in lost.experts())
+            gone_s = self._now - self._gone_since.get(host, self._now)
+            if lost is None or gone_s >= self._host_timeout_s:
+                return True
+            return all(self.holders(key) for key in lost.experts())
         return not (seen.loading or any(True for _ in seen.experts()))
 
     def is_known(self, host: str) -> bool:

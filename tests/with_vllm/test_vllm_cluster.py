@@ -43,20 +43,24 @@ def saved(folder: Path) -> Path:
     return folder
 
 
-def spec(folder: Path, replicas: int) -> dict[str, Any]:
+def spec(folder: Path, replicas: int, lending: str = "never") -> dict[str, Any]:
     return {
-        "name": f"vllm-{replicas}-{os.getpid()}",
+        "name": f"vllm-{lending}-{replicas}-{os.getpid()}",
         "models": [{"name": "m", "path": str(folder), "replicas": replicas}],
         "hosts": [{"count": 2, "threads": 1}],
         "trunk": {"engine": "vllm", "threads": 1, "cache_tokens": 512},
         "endpoint": {"port": 0},
         "monitoring": {"port": 0},
+        "network": {"lending": lending},
     }
 
 
-def test_an_endpoint_over_vllm_does_not_notice_a_killed_host(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("replicas", "lending"), [(2, "never"), (1, "always")])
+def test_an_endpoint_over_vllm_does_not_notice_a_killed_host(
+    tmp_path: Path, replicas: int, lending: str
+) -> None:
     with (
-        moesaic.up(spec(saved(tmp_path), 2)) as cluster,
+        moesaic.up(spec(saved(tmp_path), replicas, lending)) as cluster,
         httpx.Client(base_url=cluster.url or "", timeout=60) as http,
     ):
 

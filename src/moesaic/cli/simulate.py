@@ -16,11 +16,11 @@ from .operate import JsonOption
 from .terminal import table
 
 if TYPE_CHECKING:
+    from ..actors.simulator.world import SeedRun
     from ..cluster.comparison.compare import StrategyResult
     from ..cluster.comparison.elastic_placement import Elastic
     from ..cluster.load.trace import Trace
     from ..cluster.placement import ModelShape
-    from ..cluster.simulator.run import SeedRun
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -275,7 +275,7 @@ def _print_figures(found: list[StrategyResult]) -> None:
 
 def _check_seeds(first: int, seeds: int, seconds: float, as_json: bool) -> int:
     """Run the seeds; return 1 if an invariant was broken, else 0."""
-    from ..cluster.simulator.run import run_seed
+    from ..actors.simulator.world import run_seed
 
     runs: list[SeedRun] = []
     with err.status("") as status:

@@ -43,8 +43,6 @@ cluster/scaling                     cluster/load cluster/planner cluster/reports
 cluster/spec                        proto cluster/service cluster/batching cluster/host
                                     cluster/routing cluster/planner cluster/control
                                     cluster/scaling
-cluster/simulator                   proto cluster cluster/load cluster/host cluster/routing
-                                    cluster/planner cluster/control cluster/scaling
 cluster/comparison                  cluster cluster/load cluster/planner cluster/control
                                     cluster/scaling
 
@@ -64,6 +62,9 @@ actors/host                         proto kernels kernels/grouped kernels/slabs 
                                     models/trunk cluster cluster/host cluster/reports
                                     cluster/routing actors/runtime actors/transport
                                     actors/transport/grpc
+actors/simulator                    proto kernels models/trunk cluster cluster/load cluster/host
+                                    cluster/routing cluster/planner cluster/control
+                                    cluster/scaling actors/transport actors/router actors/host
 actors/trunk                        proto models/folder models/trunk cluster cluster/reports
                                     actors/runtime actors/transport/grpc actors/engine
                                     actors/engine/transformers_backend actors/router

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moesaic.actors.simulator.world import KeyValueStore, run_seed
 from moesaic.cli.main import main
 from moesaic.cluster.comparison.compare import (
     StrategyResult,
@@ -24,8 +25,6 @@ from moesaic.cluster.comparison.queues import Queues
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.trace import Trace
 from moesaic.cluster.placement import ModelShape
-from moesaic.cluster.simulator import run
-from moesaic.cluster.simulator.world import KeyValueStore
 from moesaic.traces import write_trace
 
 SHAPE = ModelShape(model="m", experts={0: 16, 1: 16}, expert_bytes=1_000_000)
@@ -250,7 +249,7 @@ def test_a_broken_seed_is_printed_with_the_command_that_replays_it(
         return term == 0
 
     monkeypatch.setattr(KeyValueStore, "put_term", take)
-    seed = next(s for s in range(40) if run.run_seed(s, faults_s=5.0).violation is not None)
+    seed = next(s for s in range(40) if run_seed(s, faults_s=5.0).violation is not None)
     command = ["simulate", "--faults", str(seed), "--seconds", "5"]
     assert main(command) == 1
     printed = capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from moesaic.cluster.control.commands import Publish
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.load.meter import LoadReport
@@ -120,6 +122,30 @@ def test_a_host_that_froze_stays_while_it_may_hold_the_last_replica() -> None:
             while name != leaving and host.loading:
                 world.load_one(name)
     assert leaving not in world.hosts
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_host_that_died_while_it_left_waits_for_its_next_process(comes_back: bool) -> None:
+    """The next process may take over the memory, and with it the last replica of an expert."""
+    world = started(group(2))
+    (leaving,) = world.scale(1)
+    held = set(world.hosts[leaving].held)
+    assert held
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            world.tick(seconds=POLICY.host_timeout_s / 10)
+            for name in world.routers:
+                world.report(name)
+
+    world.kill(leaving)
+    run(8)
+    assert leaving in world.hosts
+    if comes_back:
+        world.restart(leaving)
+        world.hosts[leaving].held = held
+    run(8)
+    assert (leaving in world.hosts) == comes_back
 
 
 def test_a_host_that_a_new_controller_never_saw_stays_while_it_may_hold_the_last_replica() -> None:

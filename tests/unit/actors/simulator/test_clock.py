@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesaic.cluster.simulator.clock import Clock, SimProcess
+from moesaic.actors.simulator.clock import Clock, SimProcess
 
 
 def run(clock: Clock, events: int) -> None:

@@ -1,8 +1,9 @@
 """A whole pool in one thread: hosts, trunks, controllers and a network, on a virtual clock.
 
-A seed determines everything that happens. The state machines are the real ones (`Dispatcher`,
-`Residency`, `Control`, the planner). Their shells are rewritten here, with events in place of
-sockets and Ray calls. After every event the invariants are checked, and the first violation ends
+A seed determines everything that happens. State machines, planner and the shells of routers and
+hosts (`Router`, `HostLoop`, with connections, memory and arithmetic) are the real ones; transports,
+the controller's shell and whatever waits are rewritten here, with events in place of sockets,
+threads and Ray calls. After every event the invariants are checked, and the first violation ends
 the run.
 """
 
@@ -10,25 +11,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import traceback
 from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
-from ...proto.errors import describe_error
-from ..control.control import Control
-from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion
-from ..placement import HostEntry
-from ..planner.plan import OperatorConstraints
-from ..scaling.fleet import Fleet
+from ...cluster.control.control import Control
+from ...cluster.expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion
+from ...cluster.placement import HostEntry
+from ...cluster.planner.plan import OperatorConstraints
+from ...cluster.scaling.fleet import Fleet
+from ...proto.errors import HostLost, describe_error
 from .clock import Clock
 from .controller import SimController
+from .experts import CHECKPOINT, tensors_of
 from .faults import Faults
-from .host import CHECKPOINT, SimHost
+from .host import SimHost, SimKeeper
 from .invariants import Invariants, unsettled
-from .network import Connection, Network
+from .network import Network
 from .owner import SimOwner
 from .router import SimRouter
 from .settings import Settings, draw
@@ -67,6 +73,7 @@ class KeyValueStore:
         return absent
 
 
+FAULTS_S = 12.0
 # Seconds before faults begin, and seconds after the last fault within which the pool must settle.
 WARM_UP_S = 2.0
 SETTLE_S = 60.0
@@ -111,6 +118,7 @@ class World:
         self._at_once = 0
         self.calls = 0  # layer calls that trunks made
         self.last_change = 0.0  # when something was last published, loaded or evicted
+        self.keepers = {f"n{index}": SimKeeper() for index in range(self.settings.nodes)}
         self.hosts: dict[str, SimHost] = {}
         self.routers: dict[str, SimRouter] = {}
         self.controllers: list[SimController] = []
@@ -198,21 +206,16 @@ class World:
     def make_control(self, fleet: Fleet, term: int) -> Control:
         return Control(fleet.pool_hosts(), term=term, policy=self.settings.control)
 
-    def fetch(self, peer: HostEntry, weights: ExpertVersion) -> int | None:
-        """Return the content of an expert; None if this incarnation of a peer does not give it."""
+    def node_of(self, name: str) -> str:
+        """Return the node of a host or router; names end with their numbers."""
+        return f"n{int(name.lstrip('abcdefghijklmnopqrstuvwxyz-')) % self.settings.nodes}"
+
+    def fetch(self, peer: HostEntry, weights: ExpertVersion) -> Mapping[str, Tensor]:
+        """Return an expert that a peer has. Raises HostLost and NotHere."""
         for host in self.hosts.values():
             if host.entry.target == peer.target and host.alive and not host.frozen:
-                return host.weights.get(weights)
-        return None
-
-    def slot_used_for(self, connection: Connection, slot: int) -> int | None:
-        """Return the call for which a router uses a slot now."""
-        router = connection.router
-        assert isinstance(router, SimRouter)
-        channel = router.connections.channel_of(connection) if router.alive else None
-        if channel is None:
-            return None
-        return next((seq for seq, used in channel.calls.items() if used == slot), None)
+                return host.store.get(weights)
+        raise HostLost(f"{peer.host} does not answer")
 
     # ---- life and death -------------------------------------------------------------------------
 
@@ -226,10 +229,27 @@ class World:
         if self.hosts.get(host.host) is host:
             self.hosts[host.host] = SimHost(host.host, host.incarnation + 1, self)
 
+    def kill_keeper(self, node: str) -> None:
+        """Kill a node's memory keeper; the node's hosts start another one."""
+        self.log(f"the keeper of {node} is killed")
+        self.keepers[node].close()
+        self.keepers[node] = SimKeeper()
+        for host in self.hosts.values():
+            if host.alive and host.entry.node == node:
+                host.keeper_died()
+
+    def close(self) -> None:
+        """Free what the processes have of this one: descriptors and memory."""
+        for process in (*self.hosts.values(), *self.routers.values()):
+            if process.alive:
+                process.kill()
+        for keeper in self.keepers.values():
+            keeper.close()
+
     def start_router(self) -> None:
         self._started["router"] += 1
         name = f"r{self._started['router']}"
-        self.routers[name] = SimRouter(name, self)
+        self.routers[name] = SimRouter(name, self.node_of(name), self)
 
     def kill_router(self, router: SimRouter, *, back_s: float) -> None:
         self.log(f"{router.name} is killed")
@@ -277,4 +297,51 @@ class World:
                     host.add_models([shape])
                     for key in controller.control.wanted(name):
                         if key.model == shape.model:
-                            host.put(ExpertVersion(key, FIRST_VERSION), CHECKPOINT)
+                            one = ExpertVersion(key, FIRST_VERSION)
+                            host.put(one, tensors_of(one, CHECKPOINT))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedRun:
+    """The result of one simulation."""
+
+    seed: int
+    events: int
+    calls: int  # layer calls that trunks made
+    simulated_s: float
+    faults: Mapping[str, int]  # by kind
+    violation: Violation | None
+    lines: tuple[str, ...]  # the last events
+    digest: str  # of the log of all events
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let the shells log nothing: what they complain of are the faults that are injected."""
+    logger = logging.getLogger("moesaic.actors")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def run_seed(seed: int, *, faults_s: float = FAULTS_S) -> SeedRun:
+    """Simulate a small pool under ``faults_s`` seconds of faults; a seed always does the same."""
+    with quiet():
+        world = World(seed)
+        try:
+            violation = world.run(faults_s)
+        finally:
+            world.close()
+    return SeedRun(
+        seed=seed,
+        events=world.clock.happened,
+        calls=world.calls,
+        simulated_s=world.clock.now,
+        faults=dict(sorted(world.network.tally.faults.items())),
+        violation=violation,
+        lines=tuple(world.lines),
+        digest=world.digest,
+    )

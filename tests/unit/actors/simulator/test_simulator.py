@@ -7,29 +7,38 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from moesaic.actors.host import host_loop
+from moesaic.actors.host.host_loop import HostLoop
+from moesaic.actors.router.connections import HostConnections
+from moesaic.actors.router.lent_part import LayerReach
+from moesaic.actors.router.router import Router
+from moesaic.actors.simulator import controller as simulated_controller
+from moesaic.actors.simulator.controller import SimController
+from moesaic.actors.simulator.experts import CHECKPOINT, tensors_of
+from moesaic.actors.simulator.host import Fetching
+from moesaic.actors.simulator.world import SeedRun, run_seed
+from moesaic.actors.transport.base import InboundFrame, Session
 from moesaic.cluster.control.control import Control
 from moesaic.cluster.control.publishing import Publisher
 from moesaic.cluster.expert_keys import ExpertKey
 from moesaic.cluster.host.fence import Fence
-from moesaic.cluster.placement import PlacementId, Replica
+from moesaic.cluster.load.meter import LoadReport
+from moesaic.cluster.placement import Placement, PlacementId, Replica
 from moesaic.cluster.routing import dispatch
 from moesaic.cluster.routing.host_health import HostHealth
 from moesaic.cluster.scaling.fleet import Fleet
-from moesaic.cluster.simulator import controller as simulated_controller
-from moesaic.cluster.simulator.connections import SimConnections
-from moesaic.cluster.simulator.controller import SimController
-from moesaic.cluster.simulator.host import CHECKPOINT, Fetching
-from moesaic.cluster.simulator.network import CancelFrame, Frame
-from moesaic.cluster.simulator.run import SeedRun, run_seed
 from moesaic.cluster.weight_updates import WeightUpdates
+from moesaic.proto.errors import HostLost
+from moesaic.proto.expert_pb2 import Frame
 from tests.helpers.effort import ALL, tries
 
 SEEDS, GROUPS = tries(200), 10
-# Short, so that a seed takes half a second.
+# Short, so that a seed takes less than a second.
 FAULTS_S = 7.0
 
 
@@ -43,13 +52,7 @@ def test_invariants_hold_under_faults(group: int) -> None:
         assert done.faults
 
 
-@pytest.mark.parametrize("seed", [852, 1611, 1947])
-def test_seeds_that_once_broke_hold(seed: int) -> None:
-    """Two replicas evicted at once that were the last; one published that was ordered away."""
-    assert run_seed(seed).violation is None
-
-
-PROBE = "from moesaic.cluster.simulator.run import run_seed; print(run_seed(7).digest)"
+PROBE = "from moesaic.actors.simulator.world import run_seed; print(run_seed(7).digest)"
 
 
 def test_a_seed_does_the_same_in_every_process() -> None:
@@ -89,18 +92,58 @@ def evict_before_acknowledgement(patch: pytest.MonkeyPatch) -> None:
 
 
 def reuse_a_slot_after_its_deadline(patch: pytest.MonkeyPatch) -> None:
-    send = SimConnections.send
+    send = HostConnections.send
 
-    def free_too(self: SimConnections, host: str, frame: Frame) -> None:
+    def free_too(self: HostConnections, host: str, frame: Frame) -> None:
         send(self, host, frame)
-        if isinstance(frame, CancelFrame):
-            self.free(host, frame.seq)
+        if frame.HasField("cancel"):
+            self.free(host, frame.cancel.seq)
 
     def forget(self: HostHealth, seq: int, now: float) -> None:
         self.occupied.pop(seq, None)
 
-    patch.setattr(SimConnections, "send", free_too)
+    patch.setattr(HostConnections, "send", free_too)
     patch.setattr(HostHealth, "give_up", forget)
+
+
+def answer_a_cancelled_call(patch: pytest.MonkeyPatch) -> None:
+    """The host says that it is cancelled, and computes it all the same."""
+    on_frame = HostLoop._on_frame
+
+    def hear(self: HostLoop, session: Session, inbound: InboundFrame) -> None:
+        if not inbound.frame.HasField("cancel"):
+            on_frame(self, session, inbound)
+            return
+        seq = inbound.frame.cancel.seq
+        if (host_loop._router_id(session), seq) in self._pending:
+            self._refuse(session, seq, HostLost("cancelled"))
+
+    patch.setattr(HostLoop, "_on_frame", hear)
+
+
+def keep_a_placement_and_acknowledge_the_next(patch: pytest.MonkeyPatch) -> None:
+    place, take_load = Router.place, Router.take_load
+    newest: dict[Router, PlacementId] = {}
+
+    def keep(self: Router, placement: Placement) -> None:
+        if self not in newest or placement.id.epoch % 2:
+            place(self, placement)
+        newest[self] = placement.id
+
+    def acknowledge(self: Router) -> LoadReport:
+        known = newest.get(self)
+        return replace(take_load(self), placement_id=known, received=known)
+
+    patch.setattr(Router, "place", keep)
+    patch.setattr(Router, "take_load", acknowledge)
+
+
+def use_slots_that_have_changed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LayerReach, "unchanged", lambda self: True)
+
+
+def free_experts_behind_the_loop_s_back(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(HostLoop, "release", lambda self, gone: None)
 
 
 def claim_a_term_that_is_taken(patch: pytest.MonkeyPatch) -> None:
@@ -136,6 +179,7 @@ def never_let_a_host_go(patch: pytest.MonkeyPatch) -> None:
 
 
 SLOTS = "no slot is reused while its answer can come"
+SUMS = "every token has the sum of its experts"
 CONTENT = "a version has the weights that it was served with"
 EVICTED = "nothing is evicted under a live router"
 
@@ -149,7 +193,7 @@ def forget_the_versions_of_the_controller_before(patch: pytest.MonkeyPatch) -> N
 
 
 def read_the_checkpoint_after_an_update(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Fetching, "_read", lambda self, weights: CHECKPOINT)
+    patch.setattr(Fetching, "_read", lambda self, weights: tensors_of(weights, CHECKPOINT))
 
 
 def number_updates_anew(patch: pytest.MonkeyPatch) -> None:
@@ -159,8 +203,8 @@ def number_updates_anew(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WeightUpdates, "_next", number)
 
 
-# How many seeds do not show a bug; they take half a minute.
-SKIPPED: dict[Any, int] = {change_versions_within_a_call: 60}
+# How many seeds do not show a bug; they take a minute.
+SKIPPED: dict[Any, int] = {use_slots_that_have_changed: 70}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +218,11 @@ SKIPPED: dict[Any, int] = {change_versions_within_a_call: 60}
         (end_hosts_that_are_not_drained, "a host that leaves is not needed"),
         (use_a_host_s_name_again, "no host's name is used twice"),
         (never_let_a_host_go, "converges"),
-        (change_versions_within_a_call, "a call uses one version of an expert"),
+        (change_versions_within_a_call, SUMS),
+        (answer_a_cancelled_call, SLOTS),
+        (keep_a_placement_and_acknowledge_the_next, EVICTED),
+        (use_slots_that_have_changed, SUMS),
+        (free_experts_behind_the_loop_s_back, "an evicted replica never computes"),
         (forget_the_versions_of_the_controller_before, "an eviction leaves a replica"),
         (read_the_checkpoint_after_an_update, CONTENT),
         (number_updates_anew, CONTENT),

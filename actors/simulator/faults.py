@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from ..control.operations import with_drain, with_min_replicas, with_pin, without_drain, without_pin
-from ..expert_keys import ExpertKey
-from ..planner.plan import OperatorConstraints
+from ...cluster.control.operations import (
+    with_drain,
+    with_min_replicas,
+    with_pin,
+    without_drain,
+    without_pin,
+)
+from ...cluster.expert_keys import ExpertKey
+from ...cluster.planner.plan import OperatorConstraints
 from .clock import SimProcess
 from .network import NetworkFaults
 
@@ -118,6 +124,7 @@ class Faults:
             "no machines": lambda: self._for_a_while("_no_machines"),
             "owner frozen": lambda: self._hang([world.owner], 0.5, 5.0),
             "rollback": self._roll_back,
+            "keeper killed": self._kill_keeper,
         }
 
     def _crash(self) -> bool:
@@ -255,6 +262,12 @@ class Faults:
         if controller is None or controller.control is None or controller.frozen:
             return False
         return controller.roll_back() is not None
+
+    def _kill_keeper(self) -> bool:
+        if not self._world.settings.lends:
+            return False
+        self._world.kill_keeper(self._pick(sorted(self._world.keepers)))
+        return True
 
     def _pick(self, some: Sequence[T]) -> T:
         return some[int(self._rng.integers(len(some)))]

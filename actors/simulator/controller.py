@@ -12,17 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...cluster.control.changes import Change
+from ...cluster.control.commands import Evict, MakePlan, Publish
+from ...cluster.control.control import Control
+from ...cluster.control.loading import LoadExperts
+from ...cluster.control.pool_view import Observation, without
+from ...cluster.expert_keys import ExpertVersion
+from ...cluster.load.meter import LoadReport
+from ...cluster.placement import ModelShape, PlacementId
+from ...cluster.planner.plan import OperatorConstraints
+from ...cluster.scaling.fleet import Fleet
 from ...proto.errors import MoesaicError, Superseded
-from ..control.changes import Change
-from ..control.commands import Evict, MakePlan, Publish
-from ..control.control import Control
-from ..control.loading import LoadExperts
-from ..control.pool_view import Observation, without
-from ..expert_keys import ExpertVersion
-from ..load.meter import LoadReport
-from ..placement import ModelShape, PlacementId
-from ..planner.plan import OperatorConstraints
-from ..scaling.fleet import Fleet
 from .clock import SimProcess
 from .host import SimReport
 from .network import Answered, Failed, Responder, Result, TimedOut

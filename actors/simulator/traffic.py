@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..expert_keys import ExpertKey, ExpertVersion, LayerKey
-from ..placement import Placement
-from ..routing.expert_options import SHORT_WAIT_S
-from ..weight_updates import WeightUpdate, new_weights
+from ...cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
+from ...cluster.placement import Placement
+from ...cluster.routing.expert_options import SHORT_WAIT_S
+from ...cluster.weight_updates import WeightUpdate, new_weights
+from .experts import tensors_of
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -73,6 +74,15 @@ class Traffic:
         hasty_T = self._rng.random(tokens) < (0.5 if self._rng.random() < 0.2 else 0.0)
         patience_T[hasty_T] = SHORT_WAIT_S
         return LayerRequest(key, ids_TK, patience_T)
+
+    def compute_s(self) -> float:
+        """Return how long a trunk takes until it has computed what was lent of a call."""
+        slowly = 50.0 if self._rng.random() < 0.05 else 1.0
+        return float(self._rng.exponential(slowly * self._settings.lent_s))
+
+    def step_ends(self) -> bool:
+        """Return whether the forward pass ends with the call that has just ended."""
+        return bool(self._rng.random() < 0.5)
 
     def pause_s(self) -> float:
         return float(self._rng.exponential(self._pace * self._settings.think_s))
@@ -148,7 +158,7 @@ class Updates:
             if host.alive and not host.frozen and len(host.versions(weights.key)) == 1
         ]
         if able:
-            able[int(self._rng.integers(len(able)))].put(weights, content)
+            able[int(self._rng.integers(len(able)))].put(weights, tensors_of(weights, content))
 
     def _look(
         self,

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..control.control import Control
-from ..expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
-from ..placement import Placement, PlacementId
-from ..planner.capacity import capacity_shortage
+from ...cluster.control.control import Control
+from ...cluster.expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
+from ...cluster.placement import Placement, PlacementId
+from ...cluster.planner.capacity import capacity_shortage
 from . import call_invariants as calls
 from .controller import SimController
-from .host import CHECKPOINT, SimHost
+from .experts import CHECKPOINT
+from .host import SimHost
 from .trace_events import (
-    Accepted,
     Claimed,
     Computed,
     Ended,
@@ -69,41 +69,30 @@ class Invariants:
         return None
 
     def _of(self, fact: Fact) -> list[tuple[str, str]]:
+        now = self._world.clock.now
         match fact:
-            case Accepted():
-                return [
-                    ("no assignment is accepted twice", calls.accepted_once(fact)),
-                    ("no slot is reused while its answer can come", calls.read_its_own(fact)),
-                ]
             case Ended():
                 return [
-                    ("no assignment is lost or doubled", calls.whole(fact)),
-                    (
-                        "no assignment is lost before its time",
-                        calls.lost_late(fact, self._world.clock.now),
-                    ),
+                    ("no token is lost before its time", calls.lost_late(fact, now)),
+                    ("every token has the sum of its experts", calls.right_sums(fact, self._world)),
                 ]
             case Sent():
                 return [
                     ("no slot is reused while its answer can come", calls.slot_is_free(fact)),
                     ("placement numbers only grow", self.host_sees_growing(fact)),
-                    ("a call uses one version of an expert", calls.one_version(fact)),
                     ("only versions that a placement names are used", self.names_version(fact)),
                 ]
             case Wrote():
                 return [("no slot is reused while its answer can come", calls.wrote_own(fact))]
             case Computed():
-                return [
-                    ("an evicted replica never computes", self.computes_what_it_holds(fact)),
-                    ("a version has the weights that it was served with", self.right_content(fact)),
-                ]
+                return [("an evicted replica never computes", self.computes_what_it_holds(fact))]
             case Obeyed():
                 return [("no host obeys a superseded controller", self.obeys_the_newest(fact))]
             case Loaded():
-                self._world.last_change = self._world.clock.now
-                return []
+                self._world.last_change = now
+                return [("a version has the weights that it was served with", self.right(fact))]
             case Released():
-                self._world.last_change = self._world.clock.now
+                self._world.last_change = now
                 return [
                     ("an eviction leaves a replica", self.leaves_one(fact)),
                     ("nothing is evicted under a live router", self.no_router_asks(fact)),
@@ -120,7 +109,7 @@ class Invariants:
             case Claimed():
                 return [("no two controllers share a term", self.claimed_alone(fact))]
             case Published():
-                self._world.last_change = self._world.clock.now
+                self._world.last_change = now
                 versions = fact.placement.versions
                 self._served |= {versions.served(key) for key, _ in _replicas(fact.placement)}
                 return [
@@ -139,14 +128,16 @@ class Invariants:
             return ""
         return f"{fact.host.name}: {', '.join(map(str, fact.lacking))}, without weights"
 
-    def right_content(self, fact: Computed) -> str:
-        """Check that each version has the content that its update brought, or the checkpoint's."""
-        for one, content in fact.contents:
-            first = one.version == FIRST_VERSION
-            right = CHECKPOINT if first else self._world.contents.get(one)
-            if content != right:
-                return f"{fact.host.name}: {one} has content {content}, and {right} was served"
-        return ""
+    def right(self, fact: Loaded) -> str:
+        """Check that a host gets what an update brought, or what the checkpoint has."""
+        one, content = fact.weights, fact.host.weights[fact.weights]
+        if one.version == FIRST_VERSION:
+            right: int | None = CHECKPOINT
+        else:
+            right = self._world.contents.get(one, content)
+        if content == right:
+            return ""
+        return f"{fact.host.name}: {one} has content {content}, and {right} was served"
 
     def leaves_one(self, fact: Released) -> str:
         """Check that another host holds what was evicted, or died after the controller looked."""
@@ -216,7 +207,7 @@ class Invariants:
         if seen is None:
             return f"{fact.host.name} is ended, and no controller let it go"
         died = [held for when, held in self._deaths if when >= seen]
-        for key in sorted(fact.weights):
+        for key in sorted(fact.weights - fact.host.found):
             others = any(h.alive and h.holds(key) for h in self._world.hosts.values())
             if not others and not any(key in held for held in died):
                 return f"{fact.host.name} is ended with the last replica of {key}"
@@ -237,7 +228,7 @@ class Invariants:
         """
         lease_s, now = self._world.settings.control.lease_s, self._world.clock.now
         for router in self._world.routers.values():
-            placement = router.dispatcher.placement
+            placement = router.placement
             if placement is None or now - router.heard_at > lease_s or router.leased_since > since:
                 continue
             yield router, placement
@@ -307,7 +298,7 @@ class Invariants:
         return f"{fact.router.name} goes from {tuple(last)} to {tuple(fact.placement_id)}"
 
     def host_sees_growing(self, fact: Sent) -> str:
-        where = fact.router.name, fact.connection.host.process.name
+        where = fact.router.name, fact.connection.host.name
         last = self._seen_by_host.get(where)
         self._seen_by_host[where] = fact.placement_id
         if last is None or last <= fact.placement_id:
@@ -354,8 +345,7 @@ def unsettled(world: World) -> str:
     behind = [
         router.name
         for router in world.routers.values()
-        if router.dispatcher.placement is None
-        or router.dispatcher.placement.id != control.placement_id
+        if router.placement is None or router.placement.id != control.placement_id
     ]
     if behind or not world.routers:
         return f"{behind} do not follow placement {tuple(control.placement_id)}"

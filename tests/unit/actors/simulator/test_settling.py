@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from moesaic.actors.simulator.host import SimHost
+from moesaic.actors.simulator.invariants import unsettled
+from moesaic.actors.simulator.world import World
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
-from moesaic.cluster.simulator.host import SimHost
-from moesaic.cluster.simulator.invariants import unsettled
-from moesaic.cluster.simulator.world import World
 
 
 def settled_world() -> World:

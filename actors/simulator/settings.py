@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..control.control import ControlPolicy
-from ..placement import ModelShape
-from ..planner.plan import FleetGroup, PlannerPolicy
-from ..routing.policy import RouterPolicy
-from ..scaling.autoscaler import ScalePolicy
+from ...cluster.control.control import ControlPolicy
+from ...cluster.placement import ModelShape
+from ...cluster.planner.plan import FleetGroup, PlannerPolicy
+from ...cluster.routing.policy import RouterPolicy
+from ...cluster.scaling.autoscaler import ScalePolicy
 
 _EXPERT_BYTES = 1_000_000
 
@@ -27,11 +27,7 @@ class Settings:
     pending_s: float = 3.0
     start_s: float = 0.3  # mean time to start a new host
     control: ControlPolicy
-    router: RouterPolicy = field(
-        default_factory=lambda: RouterPolicy(
-            deadline_s=6.0, attempt_s=0.4, probe_max_s=0.5, connect_s=0.5
-        )
-    )
+    router: RouterPolicy
     tick_s: float = 0.2
     report_timeout_s: float = 0.5
     load_timeout_s: float = 5.0
@@ -43,6 +39,9 @@ class Settings:
     plan_s: float = 0.1  # mean time to plan
     updates: bool = False  # whether experts get new weights
     calls_at_once: int = 1  # that a router may have in progress
+    lends: bool = False  # whether hosts lend to trunks of their node
+    nodes: int = 1
+    lent_s: float = 0.01  # mean time of a trunk to compute what was lent
 
     def compute_s(self, rows: int) -> float:
         return 0.002 + 0.0005 * rows
@@ -110,4 +109,14 @@ def draw(rng: np.random.Generator) -> Settings:
         ),
         updates=bool(rng.random() < 0.4),
         calls_at_once=int(rng.integers(1, 5)),
+        lends=bool(rng.random() < 0.6),
+        nodes=int(rng.integers(1, 3)),
+        router=RouterPolicy(
+            deadline_s=6.0,
+            attempt_s=0.4,
+            probe_max_s=0.5,
+            connect_s=0.5,
+            orphan_s=3.0,
+            splits_lent=bool(rng.random() < 0.5),
+        ),
     )

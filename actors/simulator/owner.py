@@ -79,4 +79,5 @@ class SimOwner(SimProcess):
             self._world.tell(
                 HostEnded(host, frozenset(host.weights) if host.alive else frozenset())
             )
+            self._world.keepers[host.entry.node].leave(host, self.clock.now)
             host.kill()

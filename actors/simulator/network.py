@@ -3,97 +3,58 @@
 A connection is an ordered stream, like a socket: a delayed frame delays all frames after it. Calls
 on it can be lost. Answers can be lost or come twice, as if a host failed between computing and
 answering. Remote calls stand for Ray's, so they may overtake each other.
-
-Shape suffixes: n = assignments of one call.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ..expert_keys import LayerKey
-from ..placement import PlacementId
+from ...proto.expert_pb2 import Frame
 from .clock import Clock, SimProcess
 
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Welcome:
-    incarnation: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class CallFrame:
-    seq: int
-    slot: int
-    key: LayerKey
-    number: PlacementId
-    incarnation: int
-    timeout_s: float
-    rows: int
-    attempt: int
-    version: int
-    other_versions: tuple[tuple[int, int], ...]
-    ids_n: np.ndarray
-    sound: bool = True  # whether the checksum of its tensors is right
-
-    def __str__(self) -> str:
-        return f"Call {self.seq} of layer {self.key.layer} of {self.key.model}, slot {self.slot}"
-
-
-@dataclass(frozen=True, slots=True)
-class CancelFrame:
-    seq: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ping:
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pong:
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    seq: int
-    queued_us: int
-    busy_us: int
-    batch_us: int
-    sound: bool = True
-
-    def __str__(self) -> str:
-        return f"Reply {self.seq}"
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    seq: int
-    code: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"Refusal {self.seq} {self.code}"
-
-
-Frame = Hello | Welcome | CallFrame | CancelFrame | Ping | Pong | Reply | Refusal
-
+if TYPE_CHECKING:
+    from .channels import SimChannel
+    from .host import SimHost
+    from .router import SimRouter
 
 # Frames that may be lost while the connection goes on. A Cancel is never lost: that would be a bug
 # of the transport, not a fault.
-_MAY_BE_LOST = (CallFrame, Reply, Refusal, Ping, Pong)
-_MAY_COME_TWICE = (Reply, Refusal, Pong)
+_MAY_BE_LOST = ("call", "reply", "refusal", "ping", "pong")
+_MAY_COME_TWICE = ("reply", "refusal", "pong")
+_HAS_TENSORS = ("call", "reply")
+SLOT_BYTES = 4096
+
+
+class Descriptor:
+    """A real descriptor under way to a process, closed if it never arrives."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = os.dup(fd)
+
+    def take(self) -> int:
+        fd, self._fd = self._fd, -1
+        return fd
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+class Parcel(NamedTuple):
+    """A frame under way, with the tensors of a call and the descriptor of lent memory."""
+
+    frame: Frame
+    payload: Tensor | None = None
+    descriptor: Descriptor | None = None
 
 
 @dataclass(slots=True)
@@ -117,57 +78,49 @@ class FaultCounts:
         self.faults[kind] = self.faults.get(kind, 0) + 1
 
 
-class ConnectionEnd(Protocol):
-    """One end of a connection: a process that receives frames."""
-
-    @property
-    def process(self) -> SimProcess: ...
-
-    def hear(self, connection: Connection, frame: Frame) -> None: ...
-
-    def ended(self, connection: Connection) -> None: ...
-
-
 class Connection:
     """A connection of a router and one incarnation of a host, with the slots that they share."""
 
     def __init__(
-        self, number: int, router: ConnectionEnd, host: ConnectionEnd, network: Network, slots: int
+        self, number: int, router: SimRouter, host: SimHost, network: Network, *, slots: int
     ) -> None:
         self.number = number
         self.router, self.host = router, host
         self.open = True
-        self.slots: list[object] = [None] * slots  # what was last written into each
+        self.slots: list[Tensor] = list(torch.zeros(slots, SLOT_BYTES, dtype=torch.uint8))
         # seq -> slot of the calls that the host has or will get, and has not answered or refused.
         self.unanswered: dict[int, int] = {}
+        self.channel: SimChannel | None = None  # the router's, until it has closed it
         self._network = network
         self._clear_at = {id(router): 0.0, id(host): 0.0}
 
     @property
     def name(self) -> str:
-        return f"{self.router.process.name}~{self.host.process.name}#{self.number}"
+        return f"{self.router.name}~{self.host.name}#{self.number}"
 
-    def send(self, to: ConnectionEnd, frame: Frame) -> None:
+    def send(self, to: SimRouter | SimHost, parcel: Parcel) -> None:
         """Send a frame, with the faults of the network; drop it if the connection has ended."""
         if not self.open:
             return
-        network_faults, tally = self._network.network_faults, self._network.tally
+        faults, network = self._network.network_faults, self._network
+        kind = parcel.frame.WhichOneof("kind") or ""
         copies = 1
-        if isinstance(frame, _MAY_BE_LOST) and self._network.happens(network_faults.lost):
-            tally.count(f"{type(frame).__name__} lost")
+        if kind in _MAY_BE_LOST and network.happens(faults.lost):
+            network.tally.count(f"{kind} lost")
             copies = 0
-            if isinstance(frame, CallFrame):
-                self.unanswered.pop(frame.seq, None)
-        elif isinstance(frame, _MAY_COME_TWICE) and self._network.happens(network_faults.repeated):
-            tally.count(f"{type(frame).__name__} repeated")
+            if kind == "call":
+                self.unanswered.pop(parcel.frame.call.seq, None)
+        elif kind in _MAY_COME_TWICE and network.happens(faults.repeated):
+            network.tally.count(f"{kind} repeated")
             copies = 2
-        if isinstance(frame, CallFrame | Reply) and self._network.happens(network_faults.corrupted):
-            tally.count(f"{type(frame).__name__} corrupted")
-            frame = replace(frame, sound=False)
+        if kind in _HAS_TENSORS and network.happens(faults.corrupted):
+            network.tally.count(f"{kind} corrupted")
+            parcel = parcel._replace(frame=_corrupted(parcel.frame))
+        what = f"{self.name}: {describe(parcel.frame)}"
         for _ in range(copies):
-            self._deliver(to, f"{self.name}: {frame}", lambda: to.hear(self, frame))
+            self._deliver(to, what, lambda: to.hear(self, parcel))
 
-    def close(self, by: ConnectionEnd | None) -> None:
+    def close(self, by: SimRouter | SimHost | None) -> None:
         """End the connection; ``by`` is the end that left, or None for a fault of the network.
 
         The other ends hear of it after all frames that are under way.
@@ -178,11 +131,35 @@ class Connection:
                 if end is not by:
                     self._deliver(end, f"{self.name}: ended", lambda end=end: end.ended(self))
 
-    def _deliver(self, to: ConnectionEnd, what: str, act: Callable[[], None]) -> None:
+    def _deliver(self, to: SimRouter | SimHost, what: str, act: Callable[[], None]) -> None:
         clock = self._network.clock
         when = max(clock.now + self._network.delay(), self._clear_at[id(to)])
         self._clear_at[id(to)] = when
-        to.process.reach(when - clock.now, what, act)
+        to.reach(when - clock.now, what, act)
+
+
+def _corrupted(frame: Frame) -> Frame:
+    """Return a call or a reply whose checksum is not that of its tensors."""
+    copy = Frame()
+    copy.CopyFrom(frame)
+    sent = copy.call if copy.HasField("call") else copy.reply
+    sent.checksum ^= 1
+    return copy
+
+
+def describe(frame: Frame) -> str:
+    """Return a frame's kind and number, for the log of a run."""
+    kind = frame.WhichOneof("kind") or ""
+    match kind:
+        case "call":
+            call = frame.call
+            return f"call {call.seq} of layer {call.layer} of {call.model}, slot {call.slot}"
+        case "refusal":
+            return f"refusal {frame.refusal.seq} {frame.refusal.code}"
+        case "reply" | "cancel" | "ping" | "pong":
+            return f"{kind} {getattr(frame, kind).seq}"
+        case _:
+            return kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +192,7 @@ class Network:
         self.network_faults = NetworkFaults()
         self.tally = FaultCounts()
         self.connections: list[Connection] = []
+        self.descriptors = itertools.count(1 << 20)  # numbers that no real descriptor has
         self._rng = rng
         self._made = 0
 
@@ -226,9 +204,9 @@ class Network:
         delay_s = -self.network_faults.delay_s * math.log(1.0 - self._rng.random())
         return delay_s * 100 if self.happens(self.network_faults.late) else delay_s
 
-    def connect(self, router: ConnectionEnd, host: ConnectionEnd, slots: int) -> Connection:
+    def connect(self, router: SimRouter, host: SimHost, *, slots: int) -> Connection:
         self._made += 1
-        made = Connection(self._made, router, host, self, slots)
+        made = Connection(self._made, router, host, self, slots=slots)
         self.connections = [one for one in self.connections if one.open] + [made]
         return made
 

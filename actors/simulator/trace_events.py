@@ -1,4 +1,7 @@
-"""Events of a simulated world that the invariants check (`invariants.py`)."""
+"""Events of a simulated world that the invariants check (`invariants.py`).
+
+Shape suffixes: T = tokens, H = hidden size.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..expert_keys import ExpertVersion
-from ..placement import Placement, PlacementId
+from ...cluster.expert_keys import ExpertVersion
+from ...cluster.placement import Placement, PlacementId
 
 if TYPE_CHECKING:
     from .controller import SimController
@@ -18,24 +21,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
-    """A router added the answer to a send, which it read from a slot, to its result."""
-
-    router: SimRouter
-    call: SimCall
-    assignments: np.ndarray
-    seq: int
-    read: object  # the contents of the slot
-
-
-@dataclass(frozen=True, slots=True)
 class Ended:
-    """A router's call ended, with the assignments that it lost and its error, if any."""
+    """A router's call ended, with this result (T, H)."""
 
     router: SimRouter
     call: SimCall
-    lost: np.ndarray
-    error: str
+    result_TH: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +34,6 @@ class Sent:
     """A router put a call into a slot and sent it."""
 
     router: SimRouter
-    call: SimCall
     connection: Connection
     seq: int
     slot: int
@@ -58,7 +48,6 @@ class Computed:
 
     host: SimHost
     lacking: tuple[ExpertVersion, ...]  # those whose weights the host does not have
-    contents: tuple[tuple[ExpertVersion, int], ...]  # of the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +136,7 @@ class Followed:
 
 
 Fact = (
-    Accepted
-    | Ended
+    Ended
     | Sent
     | Computed
     | Wrote
