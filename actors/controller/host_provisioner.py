@@ -15,8 +15,10 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ...cluster.spec.spec import Spec
+from ...cluster.scaling.node_choice import PlacedHost, PoolNode, choose_node
+from ...cluster.spec.spec import HostGroup, Spec
 from ...proto.errors import describe_error
 from ..host.host_actor import RayExpertHost
 from ..runtime.ray_border import actor_options
@@ -39,9 +41,13 @@ class HostStarter:
         self._spec = spec
         self._namespace = namespace
         self._threads = threads
+        self._placed: dict[str, PlacedHost] = {}  # hosts whose machine was chosen here
 
-    def start(self, name: str, group: int, strategy: Any = "SPREAD") -> Any:
-        """Start a host, and return its actor's handle; the actor may wait for a machine."""
+    def start(self, name: str, group: int, strategy: Any = None) -> Any:
+        """Start a host, and return its actor's handle; the actor may wait for a machine.
+
+        ``strategy`` is Ray's; None: on the machines in turn.
+        """
         wanted = self._spec.hosts[group]
         threads = self._threads if wanted.threads == "auto" else wanted.threads
         lends = self._spec.lending_of(wanted) != "never"
@@ -52,7 +58,7 @@ class HostStarter:
                 namespace=self._namespace,
                 max_restarts=-1,
                 max_concurrency=8,
-                scheduling_strategy=strategy,
+                scheduling_strategy=strategy or self._strategy(name, wanted, stays=lends),
                 **actor_options(wanted, threads),
             )
             .remote(
@@ -67,6 +73,29 @@ class HostStarter:
                 keep_s=self._spec.balance.host_timeout_s if lends else None,
             )
         )
+
+    def ended(self, name: str) -> None:
+        self._placed.pop(name, None)
+
+    def _strategy(self, name: str, wanted: HostGroup, *, stays: bool) -> Any:
+        """Return a strategy that spreads hosts over machines.
+
+        With ``stays`` the host's next process starts on the same machine, while that lives.
+        """
+        if not stays:
+            return "SPREAD"
+        reserved = {"CPU": wanted.num_cpus, "GPU": wanted.num_gpus, **wanted.resources}
+        nodes = [
+            PoolNode(node["NodeID"], node["Resources"], node.get("Labels") or {})
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        chosen = choose_node(nodes, list(self._placed.values()), reserved, wanted.labels)
+        if chosen is None:
+            return "SPREAD"
+        self._placed[name] = PlacedHost(chosen, reserved)
+        # Another program may have taken the room: then the host starts elsewhere.
+        return NodeAffinitySchedulingStrategy(chosen, soft=True, _spill_on_unavailable=True)
 
 
 class HostProvisioner:
@@ -127,6 +156,7 @@ class HostProvisioner:
     def _follow(self, desired: Mapping[str, int]) -> None:
         for name in self.hosts.keys() - desired.keys():
             _end([self.hosts.pop(name)])
+            self._starter.ended(name)
             log.info("host %s is ended", name, extra={"host": name})
         for name in sorted(desired.keys() - self.hosts.keys()):
             if self._stop.is_set():

@@ -145,7 +145,7 @@ class PoolLink:
             transport=config.transport,
             device=device or pick_device(config.device),
             secret=secret_of(config.namespace),
-            forms=lent if config.lending else None,
+            forms=(lent or None) if config.lending else None,
         )
         self._watch: PlacementWatch | None = None
         # Before Ray ends with the process, whose handler was registered earlier and so runs later:

@@ -74,7 +74,8 @@ class Router:
         which transport reaches a host. ``refresh`` is called when a host lacks an expert that the
         placement promises; it must not block. ``secret`` is the secret of the hosts' cluster (None:
         that of this process). ``forms`` has the arithmetic of layers that the router computes
-        itself where hosts of this machine lend it their experts (None: it does not). ``connect``
+        itself where hosts of this machine lend it their experts, also of layers that are added
+        later (None: it computes none). ``connect``
         opens its connections, and ``poller`` waits for all of them (None: the system's).
         """
         self.name = name
@@ -86,7 +87,8 @@ class Router:
         self.step = 0  # forward passes that have begun
         self._log = CallLog(name)
         self._dispatcher = Dispatcher(self.policy)
-        self._lent_experts = LentExperts(forms or {}, self.policy)
+        self._lent_experts = LentExperts({} if forms is None else forms, self.policy)
+        borrows = forms is not None and device.type == "cpu"
         self._connections = HostConnections(
             router=name,
             node=node,
@@ -95,7 +97,7 @@ class Router:
             device=device,
             secret=secret or secret_of_process(),
             clock=clock,
-            on_lend=self._lent_experts.take_slab if forms and device.type == "cpu" else None,
+            on_lend=self._lent_experts.take_slab if borrows else None,
             connect=connect,
             poller=poller,
         )

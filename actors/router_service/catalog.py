@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ...cluster.expert_keys import LayerKey
 from ...cluster.placement import ModelRef, ModelShape
+from ...kernels.ffn import ExpertForm
 from ...models.trunk.config import config_from_dict, read_config, torch_dtype
-from ...models.trunk.experts_layers import experts_layers
+from ...models.trunk.experts_layers import ExpertsLayer, experts_layers, forms_anywhere
 from ...models.trunk.trunk import meta_model
 from ...proto.errors import ClusterError, UnknownModel
 from ...proto.expert_pb2 import DType
@@ -31,13 +33,20 @@ class Catalog:
     """A cache of the served models; thread-safe."""
 
     def __init__(
-        self, look: Callable[[], Served], clock: Callable[[], float] = time.monotonic
+        self,
+        look: Callable[[], Served],
+        clock: Callable[[], float] = time.monotonic,
+        forms: dict[LayerKey, ExpertForm] | None = None,
     ) -> None:
-        """Make an empty catalog; ``look`` returns all models, or raises ClusterError."""
+        """Make an empty catalog; ``look`` returns all models, or raises ClusterError.
+
+        ``forms`` gets the arithmetic of the layers that any process can compute.
+        """
         self._look = look
         self._clock = clock
         self._lock = threading.Lock()
         self._models: dict[str, ModelInfo] = {}
+        self._forms = {} if forms is None else forms
         self._looked_at = float("-inf")
 
     def all(self) -> list[ModelInfo]:
@@ -72,23 +81,34 @@ class Catalog:
             log.info("the list of models stays as it is: %s", error)
         else:
             self._models = {
-                ref.name: self._models.get(ref.name) or describe_model(ref, shape)
+                ref.name: self._models.get(ref.name) or self._describe(ref, shape)
                 for ref, shape in found
             }
         self._looked_at = self._clock()
 
+    def _describe(self, ref: ModelRef, shape: ModelShape) -> ModelInfo:
+        layers = layers_of(ref)
+        for layer, form in forms_anywhere(layers).items():
+            self._forms[LayerKey(ref.name, layer)] = form
+        return describe_model(ref, shape, layers)
 
-def describe_model(ref: ModelRef, shape: ModelShape) -> ModelInfo:
-    """Describe a model's dtype and layers. Raises CheckpointError and UnsupportedModel."""
+
+def layers_of(ref: ModelRef) -> list[ExpertsLayer]:
+    """Return a model's layers without weights. Raises CheckpointError and UnsupportedModel."""
     config = read_config(Path(ref.path)) if ref.path else config_from_dict(dict(ref.config))
-    layers = [
+    return experts_layers(meta_model(config))
+
+
+def describe_model(ref: ModelRef, shape: ModelShape, layers: Iterable[ExpertsLayer]) -> ModelInfo:
+    """Describe a model's dtype and layers."""
+    infos = [
         LayerInfo(
             layer=layer.layer,
             experts=layer.num_experts,
             hidden=layer.hidden_size,
             max_top_k=min(layer.num_experts, MAX_TOP_K),
         )
-        for layer in experts_layers(meta_model(config))
+        for layer in layers
     ]
     dtype = DType.Name(DTYPE_TO_WIRE[torch_dtype(ref.dtype)])
-    return ModelInfo(name=ref.name, dtype=dtype, exact=shape.exact, layers=layers)
+    return ModelInfo(name=ref.name, dtype=dtype, exact=shape.exact, layers=infos)

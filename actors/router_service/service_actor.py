@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ...cluster.expert_keys import LayerKey
 from ...cluster.reports.status import (
     RouterServiceProcess,
     RouterServiceState,
@@ -27,6 +28,7 @@ from ..runtime.ray_border import cluster_of, controller_of, ray_get, thread_envi
 from ..runtime.start_failures import recording_failure
 
 if TYPE_CHECKING:
+    from ...kernels.ffn import ExpertForm
     from .service import RouterService
 
 log = logging.getLogger(__name__)
@@ -57,13 +59,17 @@ class RayRouterService:
         from ..runtime.cluster_secret import router_key_of, secret_of
         from .catalog import Catalog
 
-        torch.set_num_threads(1)  # this process only copies rows
+        wanted = spec.router
+        assert wanted is not None
+        torch.set_num_threads(max(1, wanted.threads))  # without threads it only copies rows
+        forms: dict[LayerKey, ExpertForm] = {}  # filled as models become known
         router = Router(
             name=NAME,
             node=ray.get_runtime_context().get_node_id(),
             policy=spec.router_policy,
             transport=spec.network.transport,
             secret=secret_of(namespace),
+            forms=forms if wanted.threads and spec.lends else None,
         )
         self._watch = PlacementWatch(namespace, router)
 
@@ -71,7 +77,7 @@ class RayRouterService:
             return ray_get(controller_of(namespace).models.remote(), ASK_S, "the models")
 
         key = router_key_of(namespace)
-        self._service = _bind(router, Catalog(models), spec, address, key)
+        self._service = _bind(router, Catalog(models, forms=forms), spec, address, key)
         log.info("the router service is ready for calls", extra={"address": self._service.address})
 
     def report(self) -> RouterServiceProcess:
@@ -115,6 +121,7 @@ def service_address(spec: Spec) -> str | None:
 
 def start_router_service(spec: Spec, namespace: str, address: str) -> Any:
     """Start the service, and return its actor's handle once it answers. Raises ClusterError."""
+    threads = 1 if spec.router is None else max(1, spec.router.threads)
     actor: Any = (
         ray.remote(RayRouterService)
         .options(
@@ -126,7 +133,7 @@ def start_router_service(spec: Spec, namespace: str, address: str) -> Any:
             scheduling_strategy=NodeAffinitySchedulingStrategy(
                 ray.get_runtime_context().get_node_id(), soft=False
             ),
-            runtime_env={"env_vars": thread_environment(1) | log_environment()},
+            runtime_env={"env_vars": thread_environment(threads) | log_environment()},
         )
         .remote(spec, namespace, address)
     )

@@ -295,7 +295,7 @@ def _strategies(group: HostGroup, groups: list[PlacementGroup], start_s: float) 
     Appends the placement group, where one is made, to ``groups``.
     """
     if group.placement_group == "none":
-        return ["SPREAD"] * group.count
+        return [None] * group.count
     bundle = {"CPU": group.num_cpus, "GPU": group.num_gpus, **group.resources}
     bundle = {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
     made = placement_group(

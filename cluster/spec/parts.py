@@ -89,8 +89,9 @@ class NetworkSpec(Part):
     """Whether trunks compute with the memory of hosts on their own machine instead of sending them
     calls. `never`: every call is sent. `auto`: hosts on CPUs lend, if calls would go through shared
     memory; a call is still sent in part where that was measured to be faster. `always`: trunks
-    compute everything that is lent, and a host that cannot lend is an error. The router service,
-    trunks on GPUs, and models whose experts share parameters send every call."""
+    compute everything that is lent, and a host that cannot lend is an error. The router service
+    without `router.threads`, trunks on GPUs, and models whose experts share parameters send every
+    call."""
 
     @model_validator(mode="after")
     def _lends_over_shared_memory(self) -> NetworkSpec:
@@ -222,6 +223,10 @@ class RouterSpec(Part):
     max_call_mb: Megabytes = 64.0
     """Largest size of the tensors of one call, in megabytes. Moesaic's client splits larger
     calls."""
+
+    threads: int = Field(default=0, ge=0, le=1024)
+    """Number of CPU threads with which the service computes what hosts of its machine lend
+    (`network.lending`). 0 (default): hosts compute every call."""
 
     call_s: Seconds = 60.0
     """Largest number of seconds that one call may take, even if the client's deadline is later.

@@ -18,7 +18,9 @@ from moesaic.actors.router.router import Router
 from moesaic.actors.router_service.catalog import Catalog
 from moesaic.actors.router_service.service import RouterService, ServicePolicy
 from moesaic.actors.transport.grpc.interceptors import show_key
+from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.routing.policy import RouterPolicy
+from moesaic.kernels.ffn import ExpertForm
 from moesaic.proto.router_pb2 import ComputeHead
 from tests.helpers.pool.serving import LAYER, PATIENT, Hosts, assert_right, inputs, serving
 from tests.helpers.pool.transports import settles
@@ -83,11 +85,16 @@ def router_service(
     exact: bool = False,
     routing: RouterPolicy = PATIENT,
     policy: ServicePolicy | None = None,
+    lends: bool = False,
 ) -> Iterator[Served]:
+    """With ``lends`` hosts lend, and the service computes what it knows the arithmetic of."""
+    forms: dict[LayerKey, ExpertForm] = {}
     with ExitStack() as stack:
-        pool = stack.enter_context(serving(folder, hosts=hosts, replicas=replicas, exact=exact))
-        router = pool.router(policy=routing)
-        catalog = Catalog(lambda: [(pool.ref, pool.shape)])
+        pool = stack.enter_context(
+            serving(folder, hosts=hosts, replicas=replicas, exact=exact, lends=lends)
+        )
+        router = pool.router(policy=routing, forms=forms if lends else None)
+        catalog = Catalog(lambda: [(pool.ref, pool.shape)], forms=forms)
         service = RouterService(router, catalog, key=KEY, policy=policy)
         stack.callback(service.close)
         yield Served(pool, router, service, stack)

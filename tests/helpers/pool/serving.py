@@ -64,16 +64,18 @@ class Hosts:
         placed: bool = True,
         refresh: Callable[[], None] | None = None,
         borrows: bool = False,
+        forms: dict[LayerKey, ExpertForm] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Router:
-        forms = {LayerKey("m", layer): form for layer, (form, _) in self.expected.items()}
+        """With ``borrows`` it knows the arithmetic of all layers, else that in ``forms``."""
+        known = {LayerKey("m", layer): form for layer, (form, _) in self.expected.items()}
         router = Router(
             name="test",
             node="here",
             policy=policy,
             transport=transport,
             refresh=refresh,
-            forms=forms if borrows else None,
+            forms=known if borrows else forms,
             clock=clock,
         )
         self.stack.callback(router.close)

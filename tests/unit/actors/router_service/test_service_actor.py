@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
 from moesaic.actors.router_service import service_actor
-from moesaic.actors.router_service.catalog import LOOK_S, Catalog, describe_model
+from moesaic.actors.router_service.catalog import LOOK_S, Catalog, describe_model, layers_of
 from moesaic.actors.router_service.service_actor import SILENT_S, ServiceWatch
 from moesaic.cluster.placement import ModelRef, ModelShape
 from moesaic.cluster.reports.status import RouterServiceProcess
@@ -26,7 +26,7 @@ SHAPE = ModelShape(model="m", experts={0: 8, 1: 8}, exact=True)
 
 
 def test_a_model_is_described_from_its_configuration() -> None:
-    model = describe_model(REF, SHAPE)
+    model = describe_model(REF, SHAPE, layers_of(REF))
     assert (model.name, model.dtype, model.exact) == ("m", 2, True)
     assert [(one.layer, one.experts, one.hidden, one.max_top_k) for one in model.layers] == [
         (0, 8, 32, 8),
