@@ -207,10 +207,11 @@ class Invariants:
         if seen is None:
             return f"{fact.host.name} is ended, and no controller let it go"
         died = [held for when, held in self._deaths if when >= seen]
-        for key in sorted(fact.weights - fact.host.found):
-            others = any(h.alive and h.holds(key) for h in self._world.hosts.values())
-            if not others and not any(key in held for held in died):
-                return f"{fact.host.name} is ended with the last replica of {key}"
+        for one in sorted(fact.weights - fact.host.found):
+            served = self._world.registry.served_version(one.key) == one.version
+            others = any(h.alive and h.holds(one) for h in self._world.hosts.values())
+            if served and not others and not any(one in held for held in died):
+                return f"{fact.host.name} is ended with the last replica of {one}"
         for router, placement in self._leased(seen):
             if placement.hosts.get(fact.host.host) == fact.host.entry:
                 heard_s = self._world.clock.now - router.heard_at

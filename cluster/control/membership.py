@@ -60,9 +60,9 @@ class Membership:
         """Return whether a retired host holds nothing, gets nothing, and no router uses it."""
         view = self._view
         idle = host in view.retiring and view.empty(host) and not self._target.wanted(host)
-        # A host that was never seen is either still starting, or has been frozen since before this
-        # controller began. In the latter case it may hold the experts that are missing.
-        if not idle or (view.never_seen(host) and experts_are_missing):
+        # A host that does not answer may hold the experts that are missing: it may have been frozen
+        # since before this controller began, or just after it had loaded them.
+        if not idle or (view.is_silent(host) and experts_are_missing):
             return False
         return view.is_known(host) and self._publisher.has_left(host, now)
 

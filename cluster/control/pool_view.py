@@ -153,6 +153,10 @@ class PoolView:
         """Return whether a host has never reported."""
         return host not in self._arrived
 
+    def is_silent(self, host: str) -> bool:
+        """Return whether nothing is known of what a host holds, although it may be there."""
+        return host not in self.observations and host not in self._gone_since
+
     def empty(self, host: str) -> bool:
         """Return whether a host holds and loads nothing.
 
