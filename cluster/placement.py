@@ -32,6 +32,7 @@ class HostEntry:
     shm_address: str  # abstract Unix socket
     grpc_address: str  # host:port
     device: str = "cpu"  # "cpu" or the UUID of its GPU
+    numa: int | None = None  # the NUMA node that its process is pinned to, if it is to one
 
     @property
     def target(self) -> str:

@@ -28,7 +28,13 @@ from ...cluster.placement import HostEntry
 from ...cluster.routing.transports import TransportChoice, groups_of
 from ...proto.errors import CallError, Forbidden
 from ...proto.keys import ClusterSecret, Grant, secret_of_process, target
-from ..runtime.devices import check_packages, device_name, machine_memory, pick_device
+from ..runtime.devices import (
+    check_packages,
+    device_name,
+    machine_memory,
+    pick_device,
+    pinned_numa_node,
+)
 from ..transport.base import Listener
 from ..transport.grpc.stream import GrpcListener
 from ..transport.grpc.weights import get_weights
@@ -114,6 +120,7 @@ class ExpertHost:
             shm_address=shm.address,
             grpc_address=grpc.address,
             device=device_name(self._store.device),
+            numa=pinned_numa_node(),
         )
         listeners: list[Listener] = [shm, grpc]
         self._adoption = Adoption(name, self._store)

@@ -13,7 +13,13 @@ from torch import Tensor
 from ...cluster.load.meter import HostPath
 from ...cluster.placement import HostEntry
 from ...cluster.routing.events import HostDown, HostUp, Ponged, Refused, Replied, RouterEvent
-from ...cluster.routing.transports import Transport, TransportChoice, Transports, path_to
+from ...cluster.routing.transports import (
+    Transport,
+    TransportChoice,
+    Transports,
+    is_near,
+    path_to,
+)
 from ...kernels.slabs.borrowed import borrow
 from ...kernels.slabs.slab import SlabReader
 from ...proto.errors import ClusterError, Corrupted, HostLost
@@ -49,12 +55,14 @@ class HostConnections:
         on_lend: Callable[[HostEntry, str, SlabReader | None], None] | None = None,
         connect: Connect = connect,
         poller: Poller | None = None,
+        numa: int | None = None,
     ) -> None:
         """Check that this process can use ``transport``. Raises ClusterError if it cannot.
 
         ``on_lend`` gets a model's experts that a host lends, or None when it takes them back.
         Without it hosts are not asked to lend. ``connect`` opens a connection, and ``poller`` waits
-        for all of them (None: the system's).
+        for all of them (None: the system's). ``numa`` is the NUMA node that the process is pinned
+        to; only hosts that are pinned to no other one are asked to lend.
         """
         if transport == "group" and not backends():
             raise ClusterError(
@@ -67,6 +75,7 @@ class HostConnections:
         self._secret = secret
         self._device = device
         self._on_lend = on_lend
+        self._numa = numa
         self._choice = Transports(transport, node=node, device=device_name(device))
         self._used: dict[str, tuple[HostEntry, Transport]] = {}
         self._slots = slots
@@ -104,7 +113,7 @@ class HostConnections:
                 # One slot more than calls in flight: a reply's slot is released only after its
                 # event was handled, and handling it may already send the next call.
                 slots=self._slots + 1,
-                borrows=self._on_lend is not None,
+                borrows=self._on_lend is not None and is_near(entry, self._numa),
             )
         except HostLost as lost:
             self._transport_lost(entry.host)
@@ -162,6 +171,7 @@ class HostConnections:
                     borrows=self._on_lend is not None,
                     node=self._node,
                     device=device_name(self._device),
+                    numa=self._numa,
                 )
             )
         return tuple(found)

@@ -17,7 +17,7 @@ from ...cluster.placement import Placement, PlacementNews, VersionChange
 from ...kernels.ffn import ExpertForm
 from ...proto.errors import describe_error
 from ..runtime.cluster_secret import secret_of
-from ..runtime.devices import pick_device
+from ..runtime.devices import pick_device, pinned_numa_node
 from ..runtime.ray_border import CONTROLLER
 from .router import Router
 from .trunk_config import TrunkConfig
@@ -145,6 +145,7 @@ class PoolLink:
             transport=config.transport,
             device=device or pick_device(config.device),
             secret=secret_of(config.namespace),
+            numa=pinned_numa_node(),
             forms=(lent or None) if config.lending else None,
         )
         self._watch: PlacementWatch | None = None

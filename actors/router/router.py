@@ -67,6 +67,7 @@ class Router:
         forms: Mapping[LayerKey, ExpertForm] | None = None,
         connect: Connect = connect,
         poller: Poller | None = None,
+        numa: int | None = None,
     ) -> None:
         """Create a router that waits for its first placement.
 
@@ -76,7 +77,8 @@ class Router:
         that of this process). ``forms`` has the arithmetic of layers that the router computes
         itself where hosts of this machine lend it their experts, also of layers that are added
         later (None: it computes none). ``connect``
-        opens its connections, and ``poller`` waits for all of them (None: the system's).
+        opens its connections, and ``poller`` waits for all of them (None: the system's). ``numa``
+        is the NUMA node that this process is pinned to, if it is to one.
         """
         self.name = name
         self._clock = clock
@@ -100,6 +102,7 @@ class Router:
             on_lend=self._lent_experts.take_slab if borrows else None,
             connect=connect,
             poller=poller,
+            numa=numa,
         )
         self._shell = CommandShell(
             name,

@@ -57,6 +57,7 @@ class RayRouterService:
         from ..router.pool_link import PlacementWatch
         from ..router.router import Router
         from ..runtime.cluster_secret import router_key_of, secret_of
+        from ..runtime.devices import pinned_numa_node
         from .catalog import Catalog
 
         wanted = spec.router
@@ -69,6 +70,7 @@ class RayRouterService:
             policy=spec.router_policy,
             transport=spec.network.transport,
             secret=secret_of(namespace),
+            numa=pinned_numa_node(),
             forms=forms if wanted.threads and spec.lends else None,
         )
         self._watch = PlacementWatch(namespace, router)

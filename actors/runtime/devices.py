@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import psutil
@@ -50,6 +51,30 @@ def check_packages(device: torch.device) -> None:
             f"hosts.device: {device} needs {' and '.join(missing)}, which CUDA builds of PyTorch "
             f"bring; pip install {' '.join(missing)}, or set `device: cpu`"
         )
+
+
+def pinned_numa_node(
+    nodes: Path = Path("/sys/devices/system/node"), cpus: Collection[int] | None = None
+) -> int | None:
+    """Return the NUMA node of the CPUs that this process may use.
+
+    None: they are of several nodes, or the machine has only one. ``cpus`` are the process's CPUs
+    (None: ask the system).
+    """
+    mine = set(os.sched_getaffinity(0) if cpus is None else cpus)
+    lists = {int(f.parent.name[4:]): f.read_text() for f in nodes.glob("node[0-9]*/cpulist")}
+    if len(lists) < 2:
+        return None
+    return next((node for node, text in lists.items() if mine <= _cpus(text)), None)
+
+
+def _cpus(text: str) -> set[int]:
+    """Return the numbers in a list such as ``0-3,8``."""
+    found: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return found
 
 
 def machine_memory(limits: Sequence[str] = _CGROUP_LIMITS) -> tuple[int, int]:

@@ -74,6 +74,14 @@ class Transports:
         return "shm" if near else "grpc"
 
 
+def is_near(entry: HostEntry, numa: int | None) -> bool:
+    """Return whether a router pinned to the NUMA node ``numa`` (None: to none) may borrow.
+
+    Another NUMA node's memory is slow, so a host that is pinned there computes for itself.
+    """
+    return None in (entry.numa, numa) or entry.numa == numa
+
+
 def path_to(
     entry: HostEntry,
     *,
@@ -82,10 +90,12 @@ def path_to(
     borrows: bool,
     node: str,
     device: str = CPU,
+    numa: int | None = None,
 ) -> HostPath:
     """Return the path to a host; ``borrows``: the router asks hosts on its ``node`` to lend.
 
-    ``device`` is where the router's tensors are, as in `HostEntry.device`.
+    ``device`` is where the router's tensors are, and ``numa`` what it is pinned to, as in
+    `HostEntry`.
     """
     why = None
     if not lent:
@@ -96,6 +106,8 @@ def path_to(
             why = "it is on another machine"
         elif entry.device != CPU:
             why = "it computes on a GPU"
+        elif not is_near(entry, numa):
+            why = f"it is pinned to NUMA node {entry.numa}, and this router to node {numa}"
         elif transport not in (None, "shm"):
             why = "its connection cannot carry memory"
         else:

@@ -66,6 +66,7 @@ class Hosts:
         borrows: bool = False,
         forms: dict[LayerKey, ExpertForm] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        numa: int | None = None,
     ) -> Router:
         """With ``borrows`` it knows the arithmetic of all layers, else that in ``forms``."""
         known = {LayerKey("m", layer): form for layer, (form, _) in self.expected.items()}
@@ -77,6 +78,7 @@ class Hosts:
             refresh=refresh,
             forms=known if borrows else forms,
             clock=clock,
+            numa=numa,
         )
         self.stack.callback(router.close)
         if placed:

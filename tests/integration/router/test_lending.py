@@ -69,6 +69,26 @@ def test_nothing_is_lent_unless_both_sides_want_it(folder: Path) -> None:
             assert computed(pool) == 6
 
 
+@pytest.mark.parametrize(("numa", "lent"), [(0, False), (1, True), (None, True)])
+def test_processes_pinned_to_different_numa_nodes_do_not_lend(
+    folder: Path, numa: int | None, lent: bool
+) -> None:
+    with serving(folder, hosts=1, lends=True) as pool:
+        (name,) = pool.placement.hosts
+        entries = {name: replace(pool.placement.hosts[name], numa=1)}
+        router = pool.router(borrows=True, placed=False, numa=numa)
+        router.place(replace(pool.placement, hosts=entries))
+        router.wait_ready(10.0)
+        if lent:
+            heard(router, name)
+        x, ids, weights = inputs(9)
+        assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
+        (path,) = router.take_load().paths
+        assert path.lent is lent
+        assert ("NUMA" in (path.why_sent or "")) is not lent
+        assert (computed(pool) == 0) is lent
+
+
 def test_emulated_hosts_lend_nothing(folder: Path) -> None:
     emulated = HostPolicy(emulate=Emulation(call_us=1.0))
     with serving(folder, lends=True, policy=emulated) as pool:
