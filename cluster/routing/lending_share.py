@@ -20,7 +20,7 @@ PARTS = (1.0, 0.5, 0.33, 0.0)
 # ones are slow for reasons of their own.
 _FIRST_TRIES = 2
 # Weight of the last call in the running mean of a part's time.
-_NEW = 0.25
+_NEW = 0.1
 # A call that takes longer than so many times the mean was disturbed, and counts as this.
 _DISTURBED = 4.0
 # A call without a result counts as one that has taken so many times as long.
@@ -95,7 +95,8 @@ class LendingShare:
         if known.times <= _FIRST_TRIES or math.isinf(known.mean_s):
             known.mean_s = min(known.mean_s, one_s)
         else:
-            known.mean_s += _NEW * (min(one_s, _DISTURBED * known.mean_s) - known.mean_s)
+            mean_s = min(known.mean_s, _DISTURBED * one_s)  # what failed before may be well again
+            known.mean_s = mean_s + _NEW * (min(one_s, _DISTURBED * mean_s) - mean_s)
         self._plan_next_try(size, known)
 
     def failed(self, choice: ShareChoice) -> None:

@@ -25,6 +25,7 @@ from moesaic.kernels.ffn import (
     bad_experts,
     can_pack,
     exact_rows,
+    loop_kernel,
     pack,
     reference_kernel,
     unpack,
@@ -37,6 +38,7 @@ from tests.helpers.models.forms import (
     random_experts,
     transformers_experts,
 )
+from tests.helpers.models.slots import oracle
 from tests.helpers.models.versions import newest_transformers
 
 pytestmark = pytest.mark.numeric
@@ -109,6 +111,24 @@ def test_kernels_compute_what_the_reference_states(
         all_weights = packed(kind.form, all_weights)
     KERNELS[name](kind.form, all_weights, x_TH, ids_TK, weights_TK, out)
     assert_near(out, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_every_layout_computes_what_float64_says(
+    layout: str, kind: str, dtype: torch.dtype
+) -> None:
+    plain = random_experts(KINDS[kind], range(6), dtype=dtype)
+    form, held = KINDS[kind].form, plain if layout == "plain" else packed(KINDS[kind].form, plain)
+    ids_TK = assignments(23, 3, 6)
+    x_TH, weights_TK = inputs(23, dtype=dtype), weights_for(ids_TK)
+    expected = oracle(KINDS[kind], plain, x_TH, ids_TK, weights_TK)
+    out, rows = garbage(23, HIDDEN), garbage(23, 3, HIDDEN)
+    loop_kernel(form, held, x_TH, ids_TK, weights_TK, out)
+    exact_rows(form, held, x_TH, ids_TK, weights_TK, rows)
+    for found in (out, rows.sum(dim=1)):
+        assert_near(found.double(), expected, dtype)
 
 
 def test_the_reference_skips_unused_choices_and_weighs_the_others() -> None:
