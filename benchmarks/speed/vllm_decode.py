@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--contend", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.contend:
@@ -213,7 +214,8 @@ def main() -> None:
     prompts = prompts_of(folder)
     found: dict[tuple[str, int], list[float]] = {}
     with ExitStack() as stack:
-        running = {way: stack.enter_context(contender(way, folder, args.dtype)) for way in WAYS}
+        start = partial(contender, folder=folder, dtype=args.dtype)
+        running = {way: stack.enter_context(start(way)) for way in args.ways}
         for number in range(args.rounds + 1):
             for batch in BATCHES:
                 for way, run in running.items():
@@ -221,7 +223,10 @@ def main() -> None:
                     if number:  # the first round warms up
                         found.setdefault((way, batch), []).append(tokens_per_s)
     table = Table(title=f"tokens/s with the demo model, {args.dtype}")
-    for column in ("batch", *WAYS, *(f"{way} / alone (>= {t:g})" for way, t in TARGETS.items())):
+    targets = {way: target for way, target in TARGETS.items() if way in args.ways}
+    for column in (
+        "batch", *args.ways, *(f"{way} / alone (>= {t:g})" for way, t in targets.items())
+    ):  # fmt: skip
         table.add_column(column, justify="right")
     rows: list[dict[str, Any]] = []
     for batch in BATCHES:
@@ -230,9 +235,9 @@ def main() -> None:
                 ours / theirs
                 for ours, theirs in zip(found[way, batch], found["alone", batch], strict=True)
             )
-            for way in TARGETS
+            for way in targets
         }
-        speeds = {way: statistics.median(found[way, batch]) for way in WAYS}
+        speeds = {way: statistics.median(found[way, batch]) for way in args.ways}
         rows.append({"batch": batch, "tokens_per_s": speeds, "against_alone": ratios})
         table.add_row(
             f"{batch}", *(f"{speed:.1f}" for speed in speeds.values()),
