@@ -53,6 +53,9 @@ class ExpertWeights:
     fused: str | None = None
     # What the tensors lie in, kept alive with them, if they do not own their memory.
     memory: object = field(default=None, repr=False, compare=False)
+    # Where they lie among others of their layer that vLLM's kernel computes together.
+    bank: fused.LayerBank | None = field(default=None, repr=False, compare=False)
+    place: int = field(default=0, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -183,6 +186,31 @@ def _assignments(ids_TK: Tensor, device: torch.device) -> _Assignments:
     return _Assignments(order_N.to(device), experts, rows)
 
 
+def _expert_rows(
+    form: ExpertForm, used: list[ExpertWeights], x_NH: Tensor, rows: list[int]
+) -> Tensor:
+    """Compute each expert on its rows, which follow each other: (N, H) -> (N, H), not weighted."""
+    banks = {expert.bank for expert in used}
+    if None in banks or not banks:
+        pieces = zip(used, x_NH.split(rows), strict=True)
+        return torch.cat([expert_ffn(form, expert, x_RH) for expert, x_RH in pieces] or [x_NH])
+    # Experts that lie together are computed in one call, which reads their weights at full speed.
+    rows_of = torch.tensor(rows)
+    place_N = torch.tensor([e.place for e in used], dtype=torch.int32).repeat_interleave(rows_of)
+    if len(banks) == 1:
+        (bank,) = banks
+        assert bank is not None
+        y_NH = bank.ffn(x_NH, place_N)
+    else:
+        y_NH = torch.empty_like(x_NH)
+        for bank in banks:
+            assert bank is not None
+            mine = torch.tensor([expert.bank is bank for expert in used])
+            at = mine.repeat_interleave(rows_of).nonzero().flatten()
+            y_NH[at] = bank.ffn(x_NH[at], place_N[at])
+    return y_NH if form.post_norm is None else form.post_norm(y_NH)
+
+
 def loop_kernel(
     form: ExpertForm,
     experts: Mapping[int, ExpertWeights],
@@ -191,14 +219,13 @@ def loop_kernel(
     weights_TK: Tensor,
     out_TH: Tensor,
 ) -> None:
-    """Compute one expert after another: the fastest on CPUs, where products do not overlap."""
+    """Compute one expert after another, or those together that one kernel computes at once."""
     order_N, used, rows = _assignments(ids_TK, x_TH.device)
     token_N = order_N // ids_TK.shape[1]
     x_NH = x_TH.index_select(0, token_N)
     # An expert with few rows takes microseconds, so gathering rows, weighting and adding up are
     # done once for all experts: gather (T, H) -> (N, H), multiply, scatter-add (N, H) -> (T, H).
-    pieces = zip(used, x_NH.split(rows), strict=True)
-    y_NH = torch.cat([expert_ffn(form, experts[e], x_RH) for e, x_RH in pieces] or [x_NH]).float()
+    y_NH = _expert_rows(form, [experts[e] for e in used], x_NH, rows).float()
     y_NH.mul_(weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(-1))
     out_TH.zero_().index_add_(0, token_N, y_NH)
 

@@ -234,7 +234,7 @@ def _can_compute(slab: SlabReader, layer: int, expert: int) -> bool:
     shape = slab.layout.layers.get(layer)
     if shape is None or expert >= shape.experts:
         return False
-    return shape.fused is None or fused.available()
+    return shape.fused is None or fused.instructions(shape.tensors[0].dtype) is not None
 
 
 def _find_slot(slab: SlabReader, layer: int, expert: int, version: int) -> tuple[int, int] | None:

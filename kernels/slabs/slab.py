@@ -15,6 +15,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .. import onednn
 from ..ffn import ExpertWeights
+from ..fused import LayerBank
 from .layout import COPIES, SLOT_ENTRY_BYTES, LayerLayout, Packing, SlabLayout, SlotTensor
 
 _ENTRY = np.dtype(
@@ -56,6 +58,7 @@ class SlabReader:
         """Read ``memory``, a buffer that PyTorch takes; tensors over it keep it."""
         self.layout = layout
         self._memory = memory
+        self._banks: dict[int, LayerBank | None] = {}
         self._slots = np.frombuffer(
             memory, dtype=_ENTRY, count=layout.slots, offset=layout.entries_start
         )
@@ -64,7 +67,32 @@ class SlabReader:
         """Return an expert as tensors over the slab, which they keep alive."""
         shape = self.layout.layers[layer]
         tensors = {t.name: self._tensor(layer, t, expert, copy) for t in shape.tensors}
-        return ExpertWeights.of(tensors, fused=shape.fused, memory=self._memory)
+        weights = ExpertWeights.of(tensors, fused=shape.fused, memory=self._memory)
+        bank = self._bank(layer)
+        if bank is None:
+            return weights
+        return replace(weights, bank=bank, place=copy * shape.experts + expert)
+
+    def _bank(self, layer: int) -> LayerBank | None:
+        """Return all places of a layer, for the kernel that computes them together."""
+        if layer not in self._banks:
+            shape = self.layout.layers[layer]
+            tight = all(tensor.nbytes == tensor.stride_bytes for tensor in shape.tensors)
+            parts = {
+                tensor.name: torch.frombuffer(
+                    self._memory,
+                    dtype=tensor.dtype,
+                    count=COPIES * shape.experts * torch.Size(tensor.shape).numel(),
+                    offset=self.layout.offset(layer, tensor, 0),
+                ).view(COPIES * shape.experts, *tensor.shape)
+                for tensor in (shape.tensors if shape.fused is not None and tight else ())
+            }
+            self._banks[layer] = (
+                LayerBank(parts["up"], parts["down"], shape.fused)
+                if parts and shape.fused is not None
+                else None
+            )
+        return self._banks[layer]
 
     def generation(self, layer: int, expert: int, copy: int = 0) -> int:
         """Return a slot's generation, which is odd while the slot changes."""

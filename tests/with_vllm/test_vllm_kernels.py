@@ -25,12 +25,18 @@ from moesaic.kernels.ffn import (
     reference_kernel,
     unpack,
 )
+from moesaic.kernels.slabs.layout import COPIES, SlabLayout
+from moesaic.kernels.slabs.slab import Slab, layer_layout
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
-if not torch.cpu._is_amx_tile_supported():
-    pytest.skip("this CPU has no tiles", allow_module_level=True)
 
+TILES = torch.cpu._is_amx_tile_supported()
+DTYPES = [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not TILES, reason="no tiles")),
+]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # of a call's largest output
 HIDDEN, INTERMEDIATE, EXPERTS = 96, 160, 5
 Activation = Callable[[Tensor], Tensor]
 
@@ -59,14 +65,16 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+def random(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).bfloat16()
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
 
-def experts(transposed: bool = False, intermediate: int = INTERMEDIATE) -> dict[int, ExpertWeights]:
+def experts(
+    dtype: torch.dtype, *, transposed: bool = False, intermediate: int = INTERMEDIATE
+) -> dict[int, ExpertWeights]:
     def matrix(seed: int, rows: int, columns: int) -> Tensor:
-        plain = random(rows, columns, seed=seed, scale=0.1)
+        plain = random(rows, columns, seed=seed, dtype=dtype, scale=0.1)
         return plain.t().contiguous() if transposed else plain
 
     return {
@@ -77,73 +85,126 @@ def experts(transposed: bool = False, intermediate: int = INTERMEDIATE) -> dict[
     }
 
 
-def test_the_library_is_found_and_takes_what_it_is_given() -> None:
-    assert fused.available()
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("tokens", [1, 7, 64, 130])
-def test_the_sum_of_experts(name: str, tokens: int, transposed: bool) -> None:
-    form = ExpertForm(transposed=transposed, activate=ACTIVATIONS[name])
-    plain = experts(transposed)
-    packed = {e: pack(form, expert) for e, expert in plain.items()}
-    assert {expert.fused for expert in packed.values()} == {name}
-    x_TH = random(tokens, HIDDEN, seed=99)
+def call(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids_TK = torch.randint(-1, EXPERTS, (tokens, 3), generator=generator, dtype=torch.int32)
     weights_TK = torch.rand(tokens, 3, generator=generator)
+    return random(tokens, HIDDEN, seed=99, dtype=dtype), ids_TK, weights_TK
+
+
+def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    limit = TOLERANCE[dtype] * float(expected.abs().max())
+    assert float((found - expected).abs().max()) <= limit
+
+
+def test_the_library_is_found_and_takes_what_it_is_given() -> None:
+    assert fused.instructions(torch.float32) == "vec"
+    assert fused.instructions(torch.bfloat16) == ("amx" if TILES else None)
+    assert fused.instructions(torch.float16) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("tokens", [1, 7, 64, 130])
+def test_the_sum_of_experts(name: str, tokens: int, transposed: bool, dtype: torch.dtype) -> None:
+    form = ExpertForm(transposed=transposed, activate=ACTIVATIONS[name])
+    plain = experts(dtype, transposed=transposed)
+    packed = {e: pack(form, expert) for e, expert in plain.items()}
+    assert {expert.fused for expert in packed.values()} == {name}
+    given = call(tokens, dtype)
     expected, found = torch.empty(tokens, HIDDEN), torch.full((tokens, HIDDEN), torch.nan)
-    reference_kernel(form, plain, x_TH, ids_TK, weights_TK, expected)
-    loop_kernel(form, packed, x_TH, ids_TK, weights_TK, found)
-    assert float((found - expected).abs().max()) <= 4e-2 * float(expected.abs().max())
+    reference_kernel(form, plain, *given, expected)
+    loop_kernel(form, packed, *given, found)
+    assert_near(found, expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 64])
+@pytest.mark.parametrize("slabs", [1, 2])
+def test_experts_that_lie_together_are_computed_in_one_call(
+    slabs: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each slab has some of the experts, in either of their places."""
+    form = ExpertForm(transposed=False, activate=ACTIVATIONS["silu"], post_norm=lambda y: 2 * y)
+    plain = experts(dtype)
+    layout = SlabLayout({4: layer_layout(EXPERTS, pack(form, plain[0]))})
+    held = {}
+    made = [Slab.create("m", layout) for _ in range(slabs)]
+    for e, expert in plain.items():
+        slab = made[e % slabs]
+        held[e] = slab.write(4, e, pack(form, expert), version=1, copy=e // 2 % COPIES)
+    assert len({expert.bank for expert in held.values()}) == slabs
+    calls = []
+    real = fused.LayerBank.ffn
+    monkeypatch.setattr(
+        fused.LayerBank, "ffn", lambda self, *given: calls.append(self) or real(self, *given)
+    )
+    given = call(tokens, dtype)
+    expected, found = torch.empty(tokens, HIDDEN), torch.full((tokens, HIDDEN), torch.nan)
+    loop_kernel(form, held, *given, found)
+    used = {held[e].bank for e in given[1].flatten().tolist() if e >= 0}
+    assert len(calls) == len(used)
+    reference_kernel(form, plain, *given, expected)
+    if tokens:
+        assert_near(found, expected, dtype)
+    for slab in made:
+        slab.close()
+
+
+@pytest.mark.skipif(not TILES, reason="no tiles")
 def test_the_first_call_of_a_process_has_its_tiles() -> None:
     """The machine gives them to those that ask; whoever does not, dies of the first instruction."""
     first = (
-        "import torch; from moesaic.kernels import fused; assert fused.available();"
+        "import torch; from moesaic.kernels import fused;"
+        "assert fused.instructions(torch.bfloat16);"
         "m = torch.ones(64, 64).bfloat16();"
         "fused.ffn(m[:2], fused.pack(torch.cat([m, m])), fused.pack(m), 'silu')"
     )
     assert subprocess.run([sys.executable, "-c", first], timeout=60).returncode == 0
 
 
-def test_unpacking_gives_every_bit_back() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unpacking_gives_every_bit_back(dtype: torch.dtype) -> None:
     form = ExpertForm(transposed=False, activate=ACTIVATIONS["silu"])
-    bits = torch.randint(-(1 << 15), 1 << 15, (2 * INTERMEDIATE, HIDDEN), dtype=torch.int16)
-    plain = ExpertWeights(up=bits.view(torch.bfloat16), down=random(HIDDEN, INTERMEDIATE, seed=3))
+    whole = torch.int32 if dtype == torch.float32 else torch.int16
+    most = torch.iinfo(whole).max
+    bits = torch.randint(-most - 1, most, (2 * INTERMEDIATE, HIDDEN)).to(whole)
+    plain = ExpertWeights(
+        up=bits.view(dtype), down=random(HIDDEN, INTERMEDIATE, seed=3, dtype=dtype)
+    )
     back = unpack(form, pack(form, plain))
     assert back.fused is None
-    assert torch.equal(back.up.view(torch.int16), bits)
+    assert torch.equal(back.up.view(whole), bits)
     assert torch.equal(back.down, plain.down)
 
 
 @pytest.mark.parametrize("activate", [interleaved, clamped, lambda up: functional.silu(up)])
 def test_other_activations_stay_with_onednn(activate: Activation) -> None:
     assert fused.activation_of(activate) is None
-    packed = pack(ExpertForm(transposed=False, activate=activate), experts()[0])
+    packed = pack(ExpertForm(transposed=False, activate=activate), experts(torch.float32)[0])
     assert packed.fused is None
     assert packed.up.is_mkldnn
 
 
-@pytest.mark.parametrize("change", ["size", "bias", "dtype"])
+@pytest.mark.parametrize("change", ["size", "bias"])
 def test_what_the_kernel_does_not_take_stays_with_onednn(change: str) -> None:
     form = ExpertForm(transposed=False, activate=ACTIVATIONS["silu"])
-    expert = experts(intermediate=40 if change == "size" else INTERMEDIATE)[0]
+    dtype = torch.float32
+    expert = experts(dtype, intermediate=40 if change == "size" else INTERMEDIATE)[0]
     if change == "bias":
-        expert = ExpertWeights(expert.up, expert.down, down_bias=random(HIDDEN, seed=5))
-    if change == "dtype":
-        expert = ExpertWeights(expert.up.float(), expert.down.float())
+        bias = random(HIDDEN, seed=5, dtype=dtype)
+        expert = ExpertWeights(expert.up, expert.down, down_bias=bias)
     packed = pack(form, expert)
     assert packed.fused is None
     assert packed.up.is_mkldnn
 
 
-def test_with_exact_a_rows_bits_are_its_own() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_with_exact_a_rows_bits_are_its_own(dtype: torch.dtype) -> None:
     form = ExpertForm(transposed=False, activate=ACTIVATIONS["silu"])
-    packed = {0: pack(form, experts()[0])}
-    x_TH = random(3 * TILE_ROWS, HIDDEN, seed=7)
+    packed = {0: pack(form, experts(dtype)[0])}
+    x_TH = random(3 * TILE_ROWS, HIDDEN, seed=7, dtype=dtype)
 
     def rows(x_TH: Tensor) -> Tensor:
         out_TKH = torch.empty(x_TH.shape[0], 1, HIDDEN)

@@ -69,8 +69,8 @@ actors/trunk                        proto models/folder models/trunk cluster clu
                                     actors/runtime actors/transport/grpc actors/engine
                                     actors/engine/transformers_backend actors/router
                                     actors/engine/vllm_backend actors/host
-actors/router_service               proto models/trunk cluster cluster/batching cluster/reports
-                                    cluster/routing cluster/spec actors/runtime actors/transport
+actors/router_service               proto kernels models/trunk cluster cluster/batching
+                                    cluster/reports cluster/routing cluster/spec actors/runtime actors/transport
                                     actors/transport/grpc actors/engine actors/router
 actors/controller                   proto cluster cluster/load cluster/planner cluster/reports
                                     cluster/control cluster/scaling cluster/spec actors/runtime
