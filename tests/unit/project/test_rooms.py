@@ -70,8 +70,9 @@ actors/trunk                        proto models/folder models/trunk cluster clu
                                     actors/engine/transformers_backend actors/router
                                     actors/engine/vllm_backend actors/host
 actors/router_service               proto kernels models/trunk cluster cluster/batching
-                                    cluster/reports cluster/routing cluster/spec actors/runtime actors/transport
-                                    actors/transport/grpc actors/engine actors/router
+                                    cluster/reports cluster/routing cluster/spec actors/runtime
+                                    actors/transport actors/transport/grpc actors/engine
+                                    actors/router
 actors/controller                   proto cluster cluster/load cluster/planner cluster/reports
                                     cluster/control cluster/scaling cluster/spec actors/runtime
                                     actors/host actors/router_service
