@@ -122,9 +122,11 @@ class SimKeeper:
 
     def __init__(self) -> None:
         self._keeping = MemoryKeeping()
+        self._hosts: list[SimHost] = []
 
     def hello(self, host: SimHost, keep_s: float, now: float) -> list[tuple[str, int]]:
         """Return (model, descriptor) of what the host's predecessor has left."""
+        self._hosts.append(host)
         self._execute(self._keeping.advance(now))
         return self._execute(self._keeping.hello(host, host.host, keep_s))
 
@@ -142,6 +144,8 @@ class SimKeeper:
 
     def close(self) -> None:
         """End, with everything that is kept."""
+        for host in self._hosts:
+            self._execute(self._keeping.leave(host, 0.0))
         self._execute(self._keeping.advance(math.inf))
 
     def _execute(self, commands: Iterable[KeeperCommand]) -> list[tuple[str, int]]:

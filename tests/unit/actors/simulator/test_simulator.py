@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +72,24 @@ def test_a_seed_does_the_same_in_every_process() -> None:
         digests.add(done.stdout.strip())
     assert len(digests) == 1
     assert run_seed(8).digest not in digests
+
+
+def test_a_run_leaves_no_descriptor_and_no_memory() -> None:
+    """Memory of hosts is real: it is lent, kept and taken over by descriptors."""
+
+    def left() -> tuple[int, int]:
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return len(list(Path("/proc/self/fd").iterdir())), sum(
+            "memfd:moesaic" in line for line in maps
+        )
+
+    run_seed(0, faults_s=1.0)
+    before, faults = left(), set[str]()
+    for seed in range(1, 10):
+        faults |= run_seed(seed, faults_s=4.0).faults.keys()
+    assert {"memory adopted", "keeper killed"} <= faults
+    assert left() == before
 
 
 # ---- planted bugs -------------------------------------------------------------------------------
