@@ -65,9 +65,14 @@ class PoolCall:
 
     @torch.no_grad()
     def compute(self) -> None:
-        """Compute what hosts have lent of this call, if there is something and it is not done."""
-        if not self._ended and self._call is not None:
+        """Compute what hosts have lent of this call, unless that is done; an error ends it."""
+        if self._ended or self._call is None:
+            return
+        try:
             self._call = self._router.compute(self._call, self._x_TH)
+        except BaseException:
+            self._ended = True
+            raise
 
     @torch.no_grad()
     def combine(self) -> Tensor:
@@ -79,10 +84,8 @@ class PoolCall:
         """
         if self._ended:
             raise ClusterError("the result of this call was taken already, or it was cancelled")
-        try:
-            self.compute()
-        finally:
-            self._ended = True
+        self.compute()
+        self._ended = True
         if self._call is None:
             return self._x_TH.clone()
         return self._router.combine(self._call, self._x_TH)

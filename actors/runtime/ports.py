@@ -66,7 +66,7 @@ def resolved(key: str, host: str) -> tuple[int, str]:
 
 
 def free_port(host: str) -> int:
-    """Return a port that is free now, and that the kernel gives to nobody who binds to port 0.
+    """Return a free port below those that the kernel assigns to sockets bound to port 0.
 
     Whoever asks binds to it seconds later, when other listeners have started. Raises ClusterError.
     """

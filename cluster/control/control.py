@@ -187,7 +187,7 @@ class Control:
         return [one for one in weights if not on_disk(one) and not holders(*one)]
 
     def _saved_models(self) -> set[str]:
-        """Return the models of which all weights are in files, and which nobody is updating."""
+        """Return the models whose weights are all in files, and that have no update in progress."""
         updating = {key.model for key in self.updates.arriving()}
         on_disk = self.loader.on_disk - updating
         return {model for model in on_disk if not self.updates.volatile(model)}

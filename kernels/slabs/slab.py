@@ -74,25 +74,22 @@ class SlabReader:
         return replace(weights, bank=bank, place=copy * shape.experts + expert)
 
     def _bank(self, layer: int) -> LayerBank | None:
-        """Return all places of a layer, for the kernel that computes them together."""
+        """Return all places of a layer, if the kernel that computes them together can take them."""
         if layer not in self._banks:
             shape = self.layout.layers[layer]
             tight = all(tensor.nbytes == tensor.stride_bytes for tensor in shape.tensors)
-            parts = {
-                tensor.name: torch.frombuffer(
-                    self._memory,
-                    dtype=tensor.dtype,
-                    count=COPIES * shape.experts * torch.Size(tensor.shape).numel(),
-                    offset=self.layout.offset(layer, tensor, 0),
-                ).view(COPIES * shape.experts, *tensor.shape)
-                for tensor in (shape.tensors if shape.fused is not None and tight else ())
-            }
-            self._banks[layer] = (
-                LayerBank(parts["up"], parts["down"], shape.fused)
-                if parts and shape.fused is not None
-                else None
-            )
+            self._banks[layer] = None
+            if shape.fused is not None and tight:
+                places = {t.name: self._places(layer, t) for t in shape.tensors}
+                self._banks[layer] = LayerBank(places["up"], places["down"], shape.fused)
         return self._banks[layer]
+
+    def _places(self, layer: int, tensor: SlotTensor) -> Tensor:
+        """Return one tensor of all experts of a layer, both places of each."""
+        count = COPIES * self.layout.layers[layer].experts
+        start, size = self.layout.offset(layer, tensor, 0), count * tensor.nbytes
+        memory = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=start)
+        return memory.view(tensor.dtype).view(count, *tensor.shape)
 
     def generation(self, layer: int, expert: int, copy: int = 0) -> int:
         """Return a slot's generation, which is odd while the slot changes."""

@@ -24,7 +24,7 @@ from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, Plac
 from moesaic.cluster.routing.host_health import HostState
 from moesaic.cluster.routing.lending_share import PARTS
 from moesaic.cluster.versions import WeightVersions
-from moesaic.proto.errors import BadExpert, CallError
+from moesaic.proto.errors import BadExpert, CallError, ClusterError
 from tests.helpers.pool.lending import borrowing, computed, half_lent, heard, key, mapped
 from tests.helpers.pool.serving import (
     EXPERTS,
@@ -67,6 +67,27 @@ def test_nothing_is_lent_unless_both_sides_want_it(folder: Path) -> None:
                 assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
             assert router.stats().lent == 0
             assert computed(pool) == 6
+
+
+def test_an_error_in_what_is_computed_here_ends_the_call(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: lent_part.LentPart) -> bool:
+        raise MemoryError("drill")
+
+    with serving(folder, hosts=1, lends=True) as pool:
+        router = borrowing(pool, *pool.placement.hosts)
+        call = router.dispatch(KEY, *inputs(3))
+        assert not call.done
+        monkeypatch.setattr(lent_part.LentPart, "compute", fail)
+        with pytest.raises(MemoryError, match="drill"):
+            call.compute()
+        monkeypatch.undo()
+        assert call.done
+        with pytest.raises(ClusterError, match="taken already"):
+            call.combine()
+        x, ids, weights = inputs(3)
+        assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
 
 
 @pytest.mark.parametrize(("numa", "lent"), [(0, False), (1, True), (None, True)])
