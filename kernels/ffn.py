@@ -11,6 +11,7 @@ gate or activation, down-projection, bias, optional norm, and then the assignmen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
@@ -191,23 +192,13 @@ def _expert_rows(
 ) -> Tensor:
     """Compute each expert on its rows, which follow each other: (N, H) -> (N, H), not weighted."""
     banks = {expert.bank for expert in used}
-    if None in banks or not banks:
+    bank = banks.pop() if len(banks) == 1 else None
+    if bank is None:
         pieces = zip(used, x_NH.split(rows), strict=True)
         return torch.cat([expert_ffn(form, expert, x_RH) for expert, x_RH in pieces] or [x_NH])
     # Experts that lie together are computed in one call, which reads their weights at full speed.
-    rows_of = torch.tensor(rows)
-    place_N = torch.tensor([e.place for e in used], dtype=torch.int32).repeat_interleave(rows_of)
-    if len(banks) == 1:
-        (bank,) = banks
-        assert bank is not None
-        y_NH = bank.ffn(x_NH, place_N)
-    else:
-        y_NH = torch.empty_like(x_NH)
-        for bank in banks:
-            assert bank is not None
-            mine = torch.tensor([expert.bank is bank for expert in used])
-            at = mine.repeat_interleave(rows_of).nonzero().flatten()
-            y_NH[at] = bank.ffn(x_NH[at], place_N[at])
+    place_N = torch.tensor([e.place for e in used], dtype=torch.int32)
+    y_NH = bank.ffn(x_NH, place_N.repeat_interleave(torch.tensor(rows)))
     return y_NH if form.post_norm is None else form.post_norm(y_NH)
 
 
@@ -276,6 +267,14 @@ def exact_rows(
             out_NH[piece] = y_RH * weights_N.index_select(0, piece).unsqueeze(-1)
 
 
+def all_finite(out: Tensor) -> bool:
+    """Return whether all elements are finite: it costs one sum, which is so only if they are.
+
+    It is also False where only the sum overflows.
+    """
+    return math.isfinite(float(out.sum()))
+
+
 def bad_experts(
     form: ExpertForm,
     experts: Mapping[int, ExpertWeights],
@@ -283,11 +282,8 @@ def bad_experts(
     ids_TK: Tensor,
     out: Tensor,
 ) -> list[int]:
-    """Return the experts that made ``out`` ((T, H) or (T, K, H)) not finite from finite rows.
-
-    The common case costs one sum, which is finite only if all its terms are.
-    """
-    if bool(torch.isfinite(out.sum())):
+    """Return the experts that made ``out`` ((T, H) or (T, K, H)) not finite from finite rows."""
+    if all_finite(out):
         return []
     finite_T = torch.isfinite(x_TH.float()).all(dim=1)
     guilty = []

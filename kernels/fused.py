@@ -6,8 +6,9 @@ CPU. One call for a layer reads weights two to four times as fast as two product
 This file loads only vLLM's library of kernels and does not import vLLM. All names of vLLM that the
 project relies on are here, and `tests/with_vllm` checks them.
 
-Shape suffixes: R = rows of one expert, N = rows of all experts, S = places of a layer's experts,
-H = hidden size, I = intermediate size.
+Shape suffixes: R = rows of one expert, N = rows of all experts, T = tokens, K = assignments of a
+token, S = places of a layer's experts, H = hidden size, U = up-projection's size, I = intermediate
+size.
 """
 
 from __future__ import annotations
@@ -151,22 +152,32 @@ class LayerBank:
     def ffn(self, x_NH: Tensor, place_N: Tensor) -> Tensor:
         """Compute each row with the expert in its place (int32): (N, H) -> (N, H)."""
         rows = x_NH.shape[0]
-        y_NH = torch.empty_like(x_NH)
-        if rows:
-            torch.ops._C.cpu_fused_moe(
-                y_NH,
-                x_NH,
+        return self._call(x_NH, place_N.view(rows, 1), torch.ones(rows, 1), weighted=False)
+
+    def layer(self, x_TH: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Return the sum over K of weight * expert(x), (T, H) in x's dtype.
+
+        Places are int32 and weights float32; the sum is taken in float32.
+        """
+        return self._call(x_TH, place_TK, weights_TK, weighted=True)
+
+    def _call(self, x: Tensor, places: Tensor, weights: Tensor, *, weighted: bool) -> Tensor:
+        y = torch.empty_like(x)
+        if x.shape[0]:
+            torch.ops._C.cpu_fused_moe.default(
+                y,
+                x,
                 self.up_SUH,
                 self.down_SHI,
                 None,
                 None,
-                torch.ones(rows, 1),
-                place_N.view(rows, 1),
-                True,
+                weights,
+                places,
+                not weighted,
                 self.activation,
-                instructions(x_NH.dtype),
+                instructions(x.dtype),
             )
-        return y_NH
+        return y
 
 
 def ffn(x_RH: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:

@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.placement import HostEntry, Placement
 from ...cluster.routing.dispatch import Dispatcher
-from ...cluster.routing.lending_share import LendingShare
+from ...cluster.routing.lending_share import LendingShare, ShareChoice
 from ...cluster.routing.policy import RouterPolicy
 from ...kernels import fused
 from ...kernels.ffn import ExpertForm, ExpertWeights
+from ...kernels.fused import LayerBank
 from ...kernels.slabs.layout import COPIES, Packing
+from ...kernels.slabs.side_by_side import bank_of_slabs
 from ...kernels.slabs.slab import SlabReader
 from .layer_tensors import LayerTensors
 from .lent_part import LayerReach, LentPart, Slots
@@ -39,6 +42,26 @@ class _Lent(NamedTuple):
     host: str
     incarnation: int
     model: str
+
+
+class WholeCall(NamedTuple):
+    """A call that is computed here as a whole."""
+
+    reach: LayerReach
+    choice: ShareChoice | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """The experts of one layer in several slabs, as one bank; None: no kernel takes them so."""
+
+    slabs: list[SlabReader]
+    bank: LayerBank | None
+
+    def with_bank(self, slab: SlabReader, layer: int, expert: ExpertWeights) -> ExpertWeights:
+        """Return an expert of one of the slabs with its place in the bank."""
+        first = self.slabs.index(slab) * COPIES * slab.layout.layers[layer].experts
+        return replace(expert, bank=self.bank, place=first + expert.place)
 
 
 @dataclass(slots=True)
@@ -65,6 +88,7 @@ class LentExperts:
         self._slabs: dict[_Lent, SlabReader] = {}
         self._orphans: dict[_Lent, float] = {}  # and when each of them is let go
         self._reach: dict[LayerKey, _Found] = {}
+        self._joined: dict[LayerKey, _Joined] = {}
 
     def take_slab(self, entry: HostEntry, model: str, slab: SlabReader | None) -> None:
         """Take a slab that a host lends, or forget what it takes back.
@@ -122,6 +146,41 @@ class LentExperts:
         incarnations = {host: placement.hosts[host].incarnation for host in used}
         return hosts, incarnations, placement.versions.layer(key)
 
+    def take_all(
+        self, key: LayerKey, x_TH: Tensor, ids_TK: np.ndarray, dispatcher: Dispatcher, now: float
+    ) -> WholeCall | None:
+        """Take a whole call, which is computed here; None if a part of it has to be sent."""
+        self.let_go(now)
+        placement = dispatcher.placement
+        reach = self.reach(key, placement)
+        if reach is None or placement is None or key.model in placement.exact:
+            return None
+        if not (reach.takes(x_TH) and len(x_TH) == len(ids_TK) and reach.has_all(ids_TK)):
+            return None
+        if self._shares is None or not self._may_split(reach, dispatcher, now):
+            return WholeCall(reach, None)
+        if not self._shares.keeps_all(ids_TK.size):
+            return None
+        return WholeCall(reach, self._shares.choose(ids_TK.size))
+
+    def _may_split(self, reach: LayerReach, dispatcher: Dispatcher, now: float) -> bool:
+        """Return whether any part of a call could as well be sent."""
+        if not reach.can_split:
+            return False
+        healths = [dispatcher.hosts.get(host) for host in reach.hosts]
+        return all(health is not None and health.takes_calls(now) for health in healths)
+
+    def took_all(self, key: LayerKey, whole: WholeCall, seconds: float | None) -> None:
+        """Record how long a whole call took; None: it has no result that can be used."""
+        if seconds is None:
+            self.changed(key)
+        if self._shares is None or whole.choice is None:
+            return
+        if seconds is None:
+            self._shares.failed(whole.choice)
+        else:
+            self._shares.took(whole.choice, seconds)
+
     def take(self, tensors: LayerTensors, dispatcher: Dispatcher, now: float) -> LentPart | None:
         """Take what is computed here out of the ids that are sent; None if nothing is."""
         self.let_go(now)
@@ -130,10 +189,8 @@ class LentExperts:
             return None
         all_ids_TK = tensors.ids_TK
         choice = None
-        if self._shares is not None and reach.can_split:
-            healths = [dispatcher.hosts.get(host) for host in reach.hosts]
-            if all(health is not None and health.takes_calls(now) for health in healths):
-                choice = self._shares.choose(int((all_ids_TK >= 0).sum()))
+        if self._shares is not None and self._may_split(reach, dispatcher, now):
+            choice = self._shares.choose(int((all_ids_TK >= 0).sum()))
         mine_TK, others_TK = reach.split(all_ids_TK, 1.0 if choice is None else choice.part)
         if choice is None and (mine_TK < 0).all():
             return None
@@ -188,11 +245,12 @@ class LentExperts:
             self._orphans.pop(one, None)
         if gone:
             self._reach.clear()
+            self._joined.clear()
 
     def _find(self, key: LayerKey, placement: Placement) -> LayerReach | None:
         try:
             return self._search(key, placement)
-        except (RuntimeError, LookupError, ValueError, TypeError) as error:
+        except (RuntimeError, LookupError, ValueError, TypeError, OSError) as error:
             # Hosts compute what cannot be computed here.
             log.exception("%s: what was lent of it cannot be used: %s", key, error)
             return None
@@ -205,6 +263,7 @@ class LentExperts:
         experts: dict[int, ExpertWeights] = {}
         found: dict[SlabReader, list[tuple[int, int]]] = {}
         orphans = [self._slabs[one] for one in self._orphans if one.model == key.model]
+        joined = self._join(key)
         for expert, replicas in enumerate(layer.replicas):
             lenders = (placement.hosts.get(replica.host) for replica in replicas)
             slabs = [
@@ -218,16 +277,29 @@ class LentExperts:
                 place = _find_slot(slab, key.layer, expert, versions.of(expert))
                 if place is not None:
                     copy, generation = place
-                    experts[expert] = slab.view(key.layer, expert, copy)
+                    lent = slab.view(key.layer, expert, copy)
+                    experts[expert] = joined.with_bank(slab, key.layer, lent)
                     slot = slab.layout.slot(key.layer, expert, copy)
                     found.setdefault(slab, []).append((slot, generation))
                     break
         if not experts:
             return None
-        slots = [Slots(slab, *np.array(taken, dtype=np.uint64).T) for slab, taken in found.items()]
+        slots = [Slots(slab, *map(list, zip(*taken, strict=True))) for slab, taken in found.items()]
         up = _shape(next(iter(found)), key.layer, form)
         preferred = [replicas[0].host if replicas else "" for replicas in layer.replicas]
         return LayerReach(form, experts, slots, preferred, *up)
+
+    def _join(self, key: LayerKey) -> _Joined:
+        """Return what all slabs have of a layer as one bank."""
+        having = [
+            slab
+            for one, slab in self._slabs.items()
+            if one.model == key.model and key.layer in slab.layout.layers
+        ]
+        found = self._joined.get(key)
+        if found is None or found.slabs != having:
+            found = self._joined[key] = _Joined(having, bank_of_slabs(having, key.layer))
+        return found
 
 
 def _can_compute(slab: SlabReader, layer: int, expert: int) -> bool:

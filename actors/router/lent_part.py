@@ -23,16 +23,17 @@ from ...kernels.ffn import ExpertForm, ExpertWeights
 from ...kernels.slabs.slab import SlabReader
 
 
-@dataclass(frozen=True, slots=True)
 class Slots:
     """Slots of one slab, and the generations that their experts had when they were found."""
 
-    slab: SlabReader
-    numbers: np.ndarray
-    generations: np.ndarray
+    def __init__(self, slab: SlabReader, numbers: list[int], generations: list[int]) -> None:
+        self._slab = slab
+        self._numbers = np.array(numbers)
+        # Compared as bytes: this is asked twice in each call.
+        self._generations = np.array(generations, dtype=np.uint64).tobytes()
 
     def unchanged(self) -> bool:
-        return bool(np.array_equal(self.slab.generations(self.numbers), self.generations))
+        return self._slab.generations(self._numbers).tobytes() == self._generations
 
 
 class LayerReach:
@@ -51,6 +52,11 @@ class LayerReach:
         count = len(hosts)
         self.form = form
         self.experts = experts
+        banks = {expert.bank for expert in experts.values()}
+        # What computes a whole call at once, if there is such a kernel.
+        self._bank = banks.pop() if len(banks) == 1 and form.post_norm is None else None
+        self._place_E = np.zeros(count, dtype=np.int32)
+        self._place_E[list(experts)] = [expert.place for expert in experts.values()]
         self._takes = hidden, dtype
         self._slots = slots
         # One place more than experts: an unused assignment (-1) finds the last.
@@ -64,7 +70,32 @@ class LayerReach:
 
     def takes(self, x_TH: Tensor) -> bool:
         """Return whether these rows fit; a host says what is wrong with others."""
-        return x_TH.device.type == "cpu" and (x_TH.shape[1], x_TH.dtype) == self._takes
+        return x_TH.is_cpu and x_TH.dim() == 2 and (x_TH.shape[1], x_TH.dtype) == self._takes
+
+    def has_all(self, ids_TK: np.ndarray) -> bool:
+        """Return whether each id (int32) is that of an expert within reach; none is -1."""
+        # As an unsigned number, -1 is larger than any expert.
+        if ids_TK.size == 0 or ids_TK.view(np.uint32).max() >= self.count:
+            return False
+        return len(self.experts) == self.count or bool(self._within_E[ids_TK].all())
+
+    def compute_all(self, x_TH: Tensor, ids_TK: np.ndarray, weights_TK: Tensor) -> Tensor | None:
+        """Compute a call of which `has_all` is true: the sum over K of weight * expert(x).
+
+        The result is (T, H) in x's dtype. It is None if it cannot be used: it is not finite, or a
+        slot has changed since it was found.
+        """
+        if self._bank is not None:
+            place_TK = torch.from_numpy(self._place_E[ids_TK])
+            out_TH = self._bank.layer(x_TH, place_TK, weights_TK)
+        else:
+            sum_TH = torch.empty(x_TH.shape, dtype=torch.float32)
+            given = x_TH, torch.from_numpy(ids_TK), weights_TK, sum_TH
+            # Whatever the model around it says: hosts know nothing of its contexts.
+            with torch.autocast("cpu", enabled=False):
+                ffn.loop_kernel(self.form, self.experts, *given)
+            out_TH = sum_TH.to(x_TH.dtype)
+        return out_TH if ffn.all_finite(out_TH) and self.unchanged() else None
 
     def split(self, ids_TK: np.ndarray, part: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids to compute here, and the others; each is -1 where the other is not.
@@ -98,7 +129,7 @@ class LayerReach:
 
     def unchanged(self) -> bool:
         """Return whether all slots still hold what they held when they were found."""
-        return all(slots.unchanged() for slots in self._slots)
+        return all(map(Slots.unchanged, self._slots))
 
 
 @dataclass(slots=True)
@@ -119,10 +150,10 @@ class LentPart:
     def compute(self) -> bool:
         """Compute, and return whether the result may be used: no slot changed meanwhile."""
         reach, x_TH = self.reach, self.x_TH
-        shape = (*self.ids_TK.shape, x_TH.shape[1]) if self.exact else x_TH.shape
-        out = torch.empty(shape, dtype=torch.float32, device="cpu")
         if not reach.unchanged():
             return False
+        shape = (*self.ids_TK.shape, x_TH.shape[1]) if self.exact else x_TH.shape
+        out = torch.empty(shape, dtype=torch.float32, device="cpu")
         run = ffn.exact_rows if self.exact else ffn.loop_kernel
         # Whatever the model around it says: hosts know nothing of its contexts.
         with torch.autocast("cpu", enabled=False):
@@ -156,13 +187,10 @@ class LentPart:
         self.bad_experts = [*(self.bad_experts or ()), *(more.bad_experts or ())] or None
         return True
 
-    @property
-    def flat_ids(self) -> np.ndarray:
-        return self.ids_TK.numpy().reshape(-1)
-
-    @property
-    def assignments(self) -> int:
-        return int((self.ids_TK >= 0).sum())
+    def used_ids(self) -> np.ndarray:
+        """Return the experts that were computed here, one for each assignment."""
+        ids_N = self.ids_TK.numpy().reshape(-1)
+        return ids_N[ids_N >= 0]
 
     def bad_rows(self) -> dict[int, list[int]]:
         """Return for each expert whose output was not finite the rows that are so because of it."""

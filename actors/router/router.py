@@ -40,7 +40,7 @@ from .layer_tensors import LayerTensors, check_tensors
 from .lent_experts import LentExperts
 from .lent_part import patience
 from .pool_call import PoolCall, RunningCall
-from .router_stats import RouterStats
+from .router_stats import CallCounts, RouterStats
 from .row_attribution import RowAttribution
 from .upkeep import Upkeep
 
@@ -112,7 +112,7 @@ class Router:
             refresh=refresh,
             interrupted=self._tell_others,
         )
-        self._calls = self._rows = self._lent = 0
+        self._counts = CallCounts(self._dispatcher.meter)
         # Never held while a thread waits for events.
         self._lock = threading.RLock()
         self._listen_at = clock()  # when to look for events without waiting for an answer
@@ -174,14 +174,16 @@ class Router:
         return self._dispatcher.placement
 
     def stats(self) -> RouterStats:
-        counts = {"calls": self._calls, "rows": self._rows, "lent": self._lent}
+        with self._lock:
+            self._counts.count_noted()
         lost, transports = self.batch.lost, self._connections.transports
-        return RouterStats.of(self._dispatcher, rows_lost=lost, transports=transports, **counts)
+        return RouterStats.of(self._dispatcher, self._counts, rows_lost=lost, transports=transports)
 
     def take_load(self) -> LoadReport:
         """Return the load counted since the last report, and the number of the placement in use."""
         with self._lock:
             self._lent_experts.let_go(self._clock())
+            self._counts.count_noted()
             found = self._dispatcher
             asked = () if found.unplaced is None else (found.unplaced,)
             found.asked_for = None
@@ -236,8 +238,49 @@ class Router:
                 self._follow_newest(self._dispatcher.end_step(self._clock()))
 
     def forward(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Compute one layer: `dispatch` and `PoolCall.combine`."""
-        return self.dispatch(key, x_TH, ids_TK, weights_TK).combine()
+        """Compute one layer: `compute_all`, or `dispatch` and `PoolCall.combine`."""
+        out_TH = self.compute_all(key, x_TH, ids_TK, weights_TK)
+        if out_TH is None:
+            return self.dispatch(key, x_TH, ids_TK, weights_TK).combine()
+        return out_TH
+
+    @torch.no_grad()
+    def compute_all(
+        self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> Tensor | None:
+        """Compute one layer's call here, if hosts have lent all of it and nothing is special.
+
+        The result is that of `dispatch`; None: `dispatch` has to be called. This is what a layer
+        costs where nothing is sent, so each step here counts: a model's weights have swept the
+        caches before, and any of them takes three times as long as when it is repeated.
+        """
+        if not ids_TK.is_cpu or ids_TK.shape != weights_TK.shape:
+            return None
+        ids = ids_TK.to(torch.int32).contiguous().numpy()
+        if not self.stirred.is_set():
+            self.stirred.set()
+        with self._lock:
+            self._check_open()
+            self._listen()
+            if self.batch.dead or self.batch.groups() is not None:
+                return None
+            began = self._clock()
+            whole = self._lent_experts.take_all(key, x_TH, ids, self._dispatcher, began)
+        if whole is None:
+            return None
+        out_TH = None
+        try:
+            weights_TK = weights_TK.float().contiguous()
+            out_TH = whole.reach.compute_all(x_TH.contiguous(), ids, weights_TK)
+        finally:
+            if out_TH is None or whole.choice is not None:
+                took_s = None if out_TH is None else self._clock() - began
+                with self._lock:
+                    self._lent_experts.took_all(key, whole, took_s)
+        if out_TH is not None and self._counts.note(key, ids, whole.reach.count):
+            with self._lock:
+                self._counts.count_noted()
+        return out_TH
 
     @torch.no_grad()
     def dispatch(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PoolCall:
@@ -268,9 +311,7 @@ class Router:
             self.stirred.set()
         with self._lock:
             self._check_open()
-            if not self._polling and (self._shell.running or self._clock() >= self._listen_at):
-                # What has arrived meanwhile is not late, and calls that are lent wait for nothing.
-                self._hear(self._connections.wait(0.0))
+            self._listen()
             placement, dead = self._dispatcher.placement, self.batch.dead
             tensors = LayerTensors(
                 key, placement, x_TH, ids_TK, weights_TK, without=dead, step=self.step
@@ -279,8 +320,8 @@ class Router:
             if options is not None and options.experts_T is not None:
                 tensors.keep_top_experts(options.experts_T)
             began = self._clock()
-            self._calls += not again
-            self._rows += 0 if again else tensors.tokens
+            self._counts.calls += not again
+            self._counts.rows += 0 if again else tensors.tokens
             lent = None if again else self._lent_experts.take(tensors, self._dispatcher, began)
             if lent is not None and (tensors.ids_TK < 0).all():
                 return RunningCall(None, tensors, options, began, lent)
@@ -343,8 +384,7 @@ class Router:
         """Wait for what was sent, and add everything up."""
         tensors, lent = call.tensors, call.lent
         if lent is not None:
-            self._lent += lent.assignments
-            self._dispatcher.meter.count(tensors.key, lent.flat_ids, lent.reach.count)
+            self._counts.count_lent(tensors.key, lent.used_ids(), lent.reach.count)
         self._check_open()
         if call.state is not None:
             self._wait_for(call, call.state)
@@ -423,6 +463,11 @@ class Router:
             self._heard.notify_all()
         if not self._shell.closed:
             self._hear(ready)
+
+    def _listen(self) -> None:
+        """Handle what has arrived, before a call begins: it is not late, whatever waits for it."""
+        if not self._polling and (self._shell.running or self._clock() >= self._listen_at):
+            self._hear(self._connections.wait(0.0))
 
     def _hear(self, ready: Sequence[int]) -> None:
         self._listen_at = self._clock() + _LISTEN_S

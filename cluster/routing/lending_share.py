@@ -73,19 +73,31 @@ class LendingShare:
 
         `took` or `failed` has to say what became of the call.
         """
-        choice = ShareChoice(assignments, 1.0)
-        size = self._sizes.setdefault(choice.size, _Size())
+        choice = ShareChoice(assignments, self._next(assignments))
+        size = self._sizes[choice.size]
+        known = size.parts[choice.part]
         size.calls += 1
+        if known.tries < _FIRST_TRIES:
+            known.tries += 1
+        elif choice.part != size.fastest:
+            known.try_at = size.calls + _MOST_BETWEEN  # unless its time is known before
+        return choice
+
+    def keeps_all(self, assignments: int) -> bool:
+        """Return whether `choose` would choose everything."""
+        return self._next(assignments) == 1.0
+
+    def _next(self, assignments: int) -> float:
+        """Return the part of the next call with so many assignments."""
+        size = self._sizes.setdefault(assignments.bit_length(), _Size())
         for part, known in size.parts.items():
             if known.tries < _FIRST_TRIES:
-                known.tries += 1
-                return ShareChoice(assignments, part)
+                return part
         fastest = size.fastest
         for part, known in size.parts.items():
-            if part != fastest and size.calls >= known.try_at:
-                known.try_at = size.calls + _MOST_BETWEEN  # unless its time is known before
-                return ShareChoice(assignments, part)
-        return ShareChoice(assignments, fastest)
+            if part != fastest and size.calls + 1 >= known.try_at:
+                return part
+        return fastest
 
     def took(self, choice: ShareChoice, seconds: float) -> None:
         """Take note of how long a call has taken, from its dispatch to its result."""

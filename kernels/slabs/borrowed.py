@@ -30,10 +30,10 @@ def borrow(descriptor: int) -> SlabReader:
         os.close(descriptor)
     if not sealed & fcntl.F_SEAL_SHRINK:
         raise ValueError("the memory is not sealed against shrinking")
-    return SlabReader(SlabLayout.read(memoryview(memory)), _readable(memory))
+    return SlabReader(SlabLayout.read(memoryview(memory)), readable(memory))
 
 
-def _readable(memory: mmap.mmap) -> Any:
+def readable(memory: mmap.mmap) -> Any:
     """Return a buffer over the mapping that PyTorch takes: it warns of any that is read-only."""
     buffer: Any = (ctypes.c_char * len(memory)).from_address(
         np.frombuffer(memory, np.uint8).ctypes.data

@@ -141,6 +141,10 @@ class SlabLayout:
             raise IndexError(f"layer {layer} has no place for copy {copy} of expert {expert}")
         return self._first_slot[layer] + copy * experts + expert
 
+    def place_in_layer(self, layer: int, expert: int, copy: int = 0) -> int:
+        """Return the number of an expert's place among those of its layer."""
+        return self.slot(layer, expert, copy) - self._first_slot[layer]
+
     def place(self, slot: int) -> tuple[int, int, int]:
         """Return the layer, the expert and the copy of a slot, by its number."""
         layer, first = max(
@@ -152,7 +156,7 @@ class SlabLayout:
 
     def offset(self, layer: int, tensor: SlotTensor, expert: int, copy: int = 0) -> int:
         """Return where a tensor of an expert begins, in bytes."""
-        place = self.slot(layer, expert, copy) - self._first_slot[layer]
+        place = self.place_in_layer(layer, expert, copy)
         return self._regions[layer, tensor.name] + place * tensor.stride_bytes
 
 

@@ -68,12 +68,12 @@ class SlabReader:
         shape = self.layout.layers[layer]
         tensors = {t.name: self._tensor(layer, t, expert, copy) for t in shape.tensors}
         weights = ExpertWeights.of(tensors, fused=shape.fused, memory=self._memory)
-        bank = self._bank(layer)
+        bank = self.bank(layer)
         if bank is None:
             return weights
-        return replace(weights, bank=bank, place=copy * shape.experts + expert)
+        return replace(weights, bank=bank, place=self.layout.place_in_layer(layer, expert, copy))
 
-    def _bank(self, layer: int) -> LayerBank | None:
+    def bank(self, layer: int) -> LayerBank | None:
         """Return all places of a layer, if the kernel that computes them together can take them."""
         if layer not in self._banks:
             shape = self.layout.layers[layer]

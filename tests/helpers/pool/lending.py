@@ -23,6 +23,8 @@ from tests.helpers.pool.serving import (
 )
 from tests.helpers.pool.transports import settles
 
+SPLITS = replace(PATIENT, splits_lent=True)  # as with `lending: auto`
+
 
 def borrowing(pool: Hosts, *hosts: str, policy: RouterPolicy = PATIENT) -> Router:
     """A router that has heard what these hosts lend."""

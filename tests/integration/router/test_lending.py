@@ -24,14 +24,14 @@ from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, Plac
 from moesaic.cluster.routing.host_health import HostState
 from moesaic.cluster.routing.lending_share import PARTS
 from moesaic.cluster.versions import WeightVersions
+from moesaic.kernels.ffn import ExpertForm, ExpertWeights
 from moesaic.proto.errors import BadExpert, CallError, ClusterError
-from tests.helpers.pool.lending import borrowing, computed, half_lent, heard, key, mapped
+from tests.helpers.pool.lending import SPLITS, borrowing, computed, half_lent, heard, key, mapped
 from tests.helpers.pool.serving import (
     EXPERTS,
     HIDDEN,
     KEY,
     LAYER,
-    PATIENT,
     assert_right,
     inputs,
     save_model,
@@ -182,7 +182,8 @@ def test_a_sum_over_a_slot_that_was_freed_meanwhile_is_discarded(
         ids[0, 0] = 3
         # The hosts answer from their own books, and the one that was tampered with has them wrong.
         pool.holders(3)[0]._residency.release([ExpertVersion(key(3), 1)])
-        assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
+        found = router.dispatch(KEY, x, ids, weights).combine()
+        assert_right(found, pool.answer(x, ids, weights))
         assert router.stats().lent == 0
         assert computed(pool) > 0
 
@@ -191,11 +192,11 @@ def test_what_left_is_sent_elsewhere(folder: Path) -> None:
     with serving(folder, replicas=2, lends=True) as pool:
         router = borrowing(pool, "host-0", "host-1")
         x, ids, weights = inputs(20)
-        router.forward(KEY, x, ids, weights)
+        router.dispatch(KEY, x, ids, weights).combine()
         for host in pool.hosts:
             host._store.drop(ExpertVersion(key(1), 1))
             host._store.put(ExpertVersion(key(1), 1), host._store.get(ExpertVersion(key(0), 1)))
-        wrong = router.forward(KEY, x, ids, weights)
+        wrong = router.dispatch(KEY, x, ids, weights).combine()
         assert wrong.isfinite().all()
         # The first call after the change is discarded and sent; what lies there now is found then.
         assert router.stats().lent == 40
@@ -375,7 +376,7 @@ def test_layers_without_a_form_are_sent(folder: Path) -> None:
 def test_a_call_may_be_computed_in_part_here_and_in_part_there(folder: Path, exact: bool) -> None:
     with serving(folder, lends=True, exact=exact) as pool:
         plain = pool.router()
-        router = borrowing(pool, "host-0", "host-1", policy=replace(PATIENT, splits_lent=True))
+        router = borrowing(pool, "host-0", "host-1", policy=SPLITS)
         for tokens in (1, 7, 300):
             given = inputs(tokens)
             expected = plain.forward(KEY, *given)
@@ -394,7 +395,7 @@ def test_a_call_may_be_computed_in_part_here_and_in_part_there(folder: Path, exa
 
 def test_no_part_is_sent_to_a_host_that_is_gone(folder: Path) -> None:
     with serving(folder, lends=True) as pool:
-        router = borrowing(pool, "host-0", "host-1", policy=replace(PATIENT, splits_lent=True))
+        router = borrowing(pool, "host-0", "host-1", policy=SPLITS)
         given = inputs(50)
         router._dispatcher.hosts["host-0"].state = HostState.CONNECTING
         before = computed(pool)
@@ -407,7 +408,10 @@ def test_no_part_is_sent_to_a_host_that_is_gone(folder: Path) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_each_host_keeps_the_same_part_of_its_experts(part: float) -> None:
     hosts = ["a" if expert < 4 else "b" for expert in range(EXPERTS)]
-    reach = LayerReach(None, dict.fromkeys(range(EXPERTS)), [], hosts, HIDDEN, torch.float32)  # pyright: ignore[reportArgumentType]
+    form = ExpertForm(transposed=False, activate=torch.relu)
+    one = ExpertWeights(torch.zeros(1, HIDDEN), torch.zeros(HIDDEN, 1))
+    experts = dict.fromkeys(range(EXPERTS), one)
+    reach = LayerReach(form, experts, [], hosts, HIDDEN, torch.float32)
     assert reach.can_split
     drawn = torch.Generator().manual_seed(3)
     ids = torch.randint(-1, EXPERTS, (500, 2), generator=drawn).numpy()
@@ -432,7 +436,7 @@ def test_a_host_that_dies_with_a_part_of_a_call_loses_nothing(folder: Path) -> N
         placement = Placement(PlacementId(1, 2), {"other": entry}, layers)
         for exact in (frozenset[str](), frozenset({"m"})):
             router = replace(pool, placement=replace(placement, exact=exact)).router(
-                borrows=True, policy=replace(PATIENT, splits_lent=True)
+                borrows=True, policy=SPLITS
             )
             heard(router, "other")
             given = inputs(40)

@@ -160,7 +160,7 @@ def test_a_call_that_begins_again_counts_once(
         router = borrowing(pool, "host-0", "host-1")
         monkeypatch.setattr(LentPart, "compute", lambda _: False)
         given = inputs(9)
-        assert_right(router.forward(KEY, *given), pool.answer(*given))
+        assert_right(router.dispatch(KEY, *given).combine(), pool.answer(*given))
         stats = router.stats()
         assert (stats.calls, stats.rows, stats.lent) == (1, 9, 0)
         assert int(router.take_load().counts[KEY].sum()) == 18

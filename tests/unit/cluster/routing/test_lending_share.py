@@ -43,6 +43,22 @@ def test_the_fastest_part_is_used(best: float) -> None:
     assert chosen.count(best) >= 18
 
 
+@given(st.lists(st.tuples(st.sampled_from([1, 8, 64]), st.floats(1e-5, 1e-1), st.booleans())))
+def test_whether_everything_would_be_chosen_is_known_before(
+    calls: list[tuple[int, float, bool]],
+) -> None:
+    share = LendingShare()
+    for assignments, seconds, fails in calls:
+        expected = share.keeps_all(assignments)
+        assert share.keeps_all(assignments) == expected  # asking changes nothing
+        choice = share.choose(assignments)
+        assert (choice.part == 1.0) == expected
+        if fails:
+            share.failed(choice)
+        else:
+            share.took(choice, seconds)
+
+
 def test_a_part_that_has_become_faster_is_found() -> None:
     share = LendingShare()
     run(share, {part: 2.0 - part for part in PARTS}, 500)
