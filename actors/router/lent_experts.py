@@ -15,9 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.placement import HostEntry, Placement
@@ -42,13 +40,6 @@ class _Lent(NamedTuple):
     host: str
     incarnation: int
     model: str
-
-
-class WholeCall(NamedTuple):
-    """A call that is computed here as a whole."""
-
-    reach: LayerReach
-    choice: ShareChoice | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +110,22 @@ class LentExperts:
             for one, slab in list(self._slabs.items())
         )
 
+    def __bool__(self) -> bool:
+        """Whether anything is lent."""
+        return bool(self._slabs)
+
     @property
     def lenders(self) -> set[str]:
         """The hosts of which something is within reach."""
         return {one.host for one in self._slabs}
+
+    def known_reach(self, key: LayerKey, placement: Placement | None) -> LayerReach | None:
+        """Return what `reach` has found already, if anything; any thread, without the lock.
+
+        If it changes at this moment, `LayerReach.compute_all` finds that a slot has changed.
+        """
+        found = self._reach.get(key)
+        return found.reach if found is not None and found.placement is placement else None
 
     def reach(self, key: LayerKey, placement: Placement | None) -> LayerReach | None:
         """Return what of a layer is within reach under ``placement``; None if nothing is."""
@@ -144,24 +147,29 @@ class LentExperts:
         hosts = () if layer is None else tuple(tuple(r.host for r in at) for at in layer.replicas)
         used = {host for at in hosts for host in at} & placement.hosts.keys()
         incarnations = {host: placement.hosts[host].incarnation for host in used}
-        return hosts, incarnations, placement.versions.layer(key)
+        exact = key.model in placement.exact
+        return hosts, incarnations, placement.versions.layer(key), exact
 
-    def take_all(
-        self, key: LayerKey, x_TH: Tensor, ids_TK: np.ndarray, dispatcher: Dispatcher, now: float
-    ) -> WholeCall | None:
-        """Take a whole call, which is computed here; None if a part of it has to be sent."""
-        self.let_go(now)
-        placement = dispatcher.placement
-        reach = self.reach(key, placement)
-        if reach is None or placement is None or key.model in placement.exact:
-            return None
-        if not (reach.takes(x_TH) and len(x_TH) == len(ids_TK) and reach.has_all(ids_TK)):
-            return None
+    @property
+    def splits(self) -> bool:
+        """Whether a part of what is within reach may be sent all the same."""
+        return self._shares is not None
+
+    def keeps_all(
+        self, reach: LayerReach, assignments: int, dispatcher: Dispatcher, now: float
+    ) -> bool:
+        """Return whether `choose` would keep all of so many assignments here."""
         if self._shares is None or not self._may_split(reach, dispatcher, now):
-            return WholeCall(reach, None)
-        if not self._shares.keeps_all(ids_TK.size):
+            return True
+        return self._shares.keeps_all(assignments)
+
+    def choose(
+        self, reach: LayerReach, assignments: int, dispatcher: Dispatcher, now: float
+    ) -> ShareChoice | None:
+        """Choose the part of a call that is computed here; None: all that is within reach."""
+        if self._shares is None or not self._may_split(reach, dispatcher, now):
             return None
-        return WholeCall(reach, self._shares.choose(ids_TK.size))
+        return self._shares.choose(assignments)
 
     def _may_split(self, reach: LayerReach, dispatcher: Dispatcher, now: float) -> bool:
         """Return whether any part of a call could as well be sent."""
@@ -170,16 +178,16 @@ class LentExperts:
         healths = [dispatcher.hosts.get(host) for host in reach.hosts]
         return all(health is not None and health.takes_calls(now) for health in healths)
 
-    def took_all(self, key: LayerKey, whole: WholeCall, seconds: float | None) -> None:
-        """Record how long a whole call took; None: it has no result that can be used."""
+    def took_all(self, key: LayerKey, choice: ShareChoice | None, seconds: float | None) -> None:
+        """Record how long a call took that was computed here; None: it has no usable result."""
         if seconds is None:
             self.changed(key)
-        if self._shares is None or whole.choice is None:
+        if self._shares is None or choice is None:
             return
         if seconds is None:
-            self._shares.failed(whole.choice)
+            self._shares.failed(choice)
         else:
-            self._shares.took(whole.choice, seconds)
+            self._shares.took(choice, seconds)
 
     def take(self, tensors: LayerTensors, dispatcher: Dispatcher, now: float) -> LentPart | None:
         """Take what is computed here out of the ids that are sent; None if nothing is."""
@@ -188,9 +196,7 @@ class LentExperts:
         if reach is None or not reach.takes(tensors.x_TH):
             return None
         all_ids_TK = tensors.ids_TK
-        choice = None
-        if self._shares is not None and self._may_split(reach, dispatcher, now):
-            choice = self._shares.choose(int((all_ids_TK >= 0).sum()))
+        choice = self.choose(reach, int((all_ids_TK >= 0).sum()), dispatcher, now)
         mine_TK, others_TK = reach.split(all_ids_TK, 1.0 if choice is None else choice.part)
         if choice is None and (mine_TK < 0).all():
             return None
@@ -287,7 +293,8 @@ class LentExperts:
         slots = [Slots(slab, *map(list, zip(*taken, strict=True))) for slab, taken in found.items()]
         up = _shape(next(iter(found)), key.layer, form)
         preferred = [replicas[0].host if replicas else "" for replicas in layer.replicas]
-        return LayerReach(form, experts, slots, preferred, *up)
+        exact = key.model in placement.exact
+        return LayerReach(form, experts, slots, preferred, *up, exact=exact)
 
     def _join(self, key: LayerKey) -> _Joined:
         """Return what all slabs have of a layer as one bank."""

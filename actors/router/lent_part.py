@@ -29,11 +29,17 @@ class Slots:
     def __init__(self, slab: SlabReader, numbers: list[int], generations: list[int]) -> None:
         self._slab = slab
         self._numbers = np.array(numbers)
-        # Compared as bytes: this is asked twice in each call.
-        self._generations = np.array(generations, dtype=np.uint64).tobytes()
+        self._generations = np.array(generations, dtype=np.uint64)
+        self._changes = -1  # of the whole slab, when these slots were last looked at
 
     def unchanged(self) -> bool:
-        return self._slab.generations(self._numbers).tobytes() == self._generations
+        changes = self._slab.changes
+        if changes == self._changes:
+            return True
+        if not np.array_equal(self._slab.generations(self._numbers), self._generations):
+            return False
+        self._changes = changes
+        return True
 
 
 class LayerReach:
@@ -47,6 +53,8 @@ class LayerReach:
         hosts: Sequence[str],
         hidden: int,
         dtype: torch.dtype,
+        *,
+        exact: bool = False,
     ) -> None:
         """``hosts`` has the preferred host of each expert of the layer, "" if it has none."""
         count = len(hosts)
@@ -55,44 +63,67 @@ class LayerReach:
         banks = {expert.bank for expert in experts.values()}
         # What computes a whole call at once, if there is such a kernel.
         self._bank = banks.pop() if len(banks) == 1 and form.post_norm is None else None
-        self._place_E = np.zeros(count, dtype=np.int32)
-        self._place_E[list(experts)] = [expert.place for expert in experts.values()]
-        self._takes = hidden, dtype
+        self._place_E = np.full(count, -1, dtype=np.int32)
+        for number, expert in experts.items():
+            self._place_E[number] = number if self._bank is None else expert.place
+        # The expert that lies in a place.
+        self.expert_at = np.zeros(self._place_E.max() + 1, dtype=np.intp)
+        self.expert_at[self._place_E[list(experts)]] = list(experts)
+        self._hidden, self._dtype, self._exact = hidden, dtype, exact
         self._slots = slots
         # One place more than experts: an unused assignment (-1) finds the last.
         self._within_E = np.zeros(count + 1, dtype=bool)
         self._within_E[list(experts)] = True
         self.count = count  # of the layer's experts
+        self._has_all = len(experts) == count
         self.hosts = sorted(set(hosts))
         # Whether any part of a call could as well be sent.
-        self.can_split = len(experts) == count and "" not in self.hosts
+        self.can_split = self._has_all and "" not in self.hosts
         self._host_of_E = np.array([self.hosts.index(host) for host in hosts])
 
     def takes(self, x_TH: Tensor) -> bool:
         """Return whether these rows fit; a host says what is wrong with others."""
-        return x_TH.is_cpu and x_TH.dim() == 2 and (x_TH.shape[1], x_TH.dtype) == self._takes
+        return x_TH.is_cpu and x_TH.shape[1] == self._hidden and x_TH.dtype == self._dtype
 
-    def has_all(self, ids_TK: np.ndarray) -> bool:
-        """Return whether each id (int32) is that of an expert within reach; none is -1."""
-        # As an unsigned number, -1 is larger than any expert.
-        if ids_TK.size == 0 or ids_TK.view(np.uint32).max() >= self.count:
-            return False
-        return len(self.experts) == self.count or bool(self._within_E[ids_TK].all())
+    def places(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> np.ndarray | None:
+        """Return where the experts of a call lie that `compute_all` computes; None if it does not.
 
-    def compute_all(self, x_TH: Tensor, ids_TK: np.ndarray, weights_TK: Tensor) -> Tensor | None:
-        """Compute a call of which `has_all` is true: the sum over K of weight * expert(x).
+        Each id must be that of an expert within reach; none is -1.
+        """
+        if self._exact or not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu):
+            return None
+        shape = ids_TK.shape
+        if weights_TK.shape != shape or x_TH.shape != (shape[0], self._hidden) or len(shape) != 2:
+            return None
+        if x_TH.dtype != self._dtype or x_TH.requires_grad or weights_TK.requires_grad:
+            return None
+        ids = (ids_TK if ids_TK.dtype == torch.int32 else ids_TK.to(torch.int32)).numpy()
+        try:
+            # As an unsigned number, -1 is larger than any expert.
+            place_TK = self._place_E.take(ids.view(np.uint32))
+        except IndexError:
+            return None
+        return place_TK if self._has_all or place_TK.min() >= 0 else None
+
+    def compute_all(
+        self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, place_TK: np.ndarray
+    ) -> Tensor | None:
+        """Compute a call with the result of `places`: the sum over K of weight * expert(x).
 
         The result is (T, H) in x's dtype. It is None if it cannot be used: it is not finite, or a
         slot has changed since it was found.
         """
+        if not x_TH.is_contiguous():
+            x_TH = x_TH.contiguous()
+        if weights_TK.dtype != torch.float32 or not weights_TK.is_contiguous():
+            weights_TK = weights_TK.float().contiguous()
         if self._bank is not None:
-            place_TK = torch.from_numpy(self._place_E[ids_TK])
-            out_TH = self._bank.layer(x_TH, place_TK, weights_TK)
+            out_TH = self._bank.layer(x_TH, torch.from_numpy(place_TK), weights_TK)
         else:
             sum_TH = torch.empty(x_TH.shape, dtype=torch.float32)
-            given = x_TH, torch.from_numpy(ids_TK), weights_TK, sum_TH
+            given = x_TH, ids_TK, weights_TK, sum_TH
             # Whatever the model around it says: hosts know nothing of its contexts.
-            with torch.autocast("cpu", enabled=False):
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 ffn.loop_kernel(self.form, self.experts, *given)
             out_TH = sum_TH.to(x_TH.dtype)
         return out_TH if ffn.all_finite(out_TH) and self.unchanged() else None

@@ -13,6 +13,7 @@ from ...cluster.load.meter import LoadMeter
 from ...cluster.placement import PlacementId
 from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.transports import Transport
+from .lent_part import LayerReach
 
 _COUNT_AT = 64  # calls that were noted
 
@@ -25,23 +26,24 @@ class CallCounts:
         self.rows = 0
         self.lent = 0  # assignments that the router computed itself, with experts that hosts lent
         self._meter = meter
-        self._noted: deque[tuple[LayerKey, np.ndarray, int]] = deque()
+        self._noted: deque[tuple[LayerKey, np.ndarray, int, np.ndarray]] = deque()
 
-    def note(self, key: LayerKey, ids_TK: np.ndarray, experts: int) -> bool:
+    def note(self, key: LayerKey, reach: LayerReach, place_TK: np.ndarray) -> bool:
         """Note a call that was computed at once; return whether it is time to count what is noted.
 
         Counting many together takes a fifth of the time: code that runs once in a layer is not in
         the caches.
         """
-        self._noted.append((key, ids_TK, experts))
+        # The reach itself would keep what hosts have lent.
+        self._noted.append((key, reach.expert_at, reach.count, place_TK))
         return len(self._noted) >= _COUNT_AT
 
     def count_noted(self) -> None:
         while self._noted:
-            key, ids_TK, experts = self._noted.popleft()
+            key, expert_at, experts, place_TK = self._noted.popleft()
             self.calls += 1
-            self.rows += ids_TK.shape[0]
-            self.count_lent(key, ids_TK.reshape(-1), experts)
+            self.rows += place_TK.shape[0]
+            self.count_lent(key, expert_at[place_TK.reshape(-1)], experts)
 
     def count_lent(self, key: LayerKey, ids_n: np.ndarray, experts: int) -> None:
         """Count assignments that were computed here, all of whose ids are in [0, experts)."""

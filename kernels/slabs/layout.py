@@ -4,12 +4,12 @@ A slab is sparse: memory that nothing was written to takes no page. So every exp
 has places of its own, whether a host holds it or not, and a place is found by arithmetic. A layer's
 experts lie together, tensor by tensor, so that a kernel sees each as one array (E, ...):
 
-    manifest | slots | layer 0: up of all experts, down of all experts, ... | layer 1: ...
+    manifest | changes | slots | layer 0: up of all experts, down of all experts, ... | layer 1: ...
 
 The manifest says all this to a process that maps the slab and knows nothing else of it. Each slot
-has an entry with its generation, version, checksum and state. Each expert has `COPIES` places,
-because two versions of its weights may be there at once. A place begins on a page, so that pages
-can be freed and mapped one by one.
+has an entry with its generation, version, checksum and state, and a counter says how many changes
+of slots have begun. Each expert has `COPIES` places, because two versions of its weights may be
+there at once. A place begins on a page, so that pages can be freed and mapped one by one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SLOT_ENTRY_BYTES = 32
 
 
 # The last byte counts changes of this format.
-_MAGIC = b"MOESLAB\x02"
+_MAGIC = b"MOESLAB\x03"
 _LENGTH_BYTES = 8
 _CACHE_LINE = 64
 
@@ -96,7 +96,9 @@ class SlabLayout:
         self.layers = dict(layers)
         self.about = dict(about or {})
         self.manifest = _encode(self.layers, self.about)
-        self.entries_start = _aligned(len(_MAGIC) + _LENGTH_BYTES + len(self.manifest), _CACHE_LINE)
+        manifest_end = len(_MAGIC) + _LENGTH_BYTES + len(self.manifest)
+        self.changes_start = _aligned(manifest_end, _CACHE_LINE)
+        self.entries_start = self.changes_start + _CACHE_LINE
         self.slots = COPIES * sum(layer.experts for layer in layers.values())
         self._first_slot: dict[int, int] = {}
         self._regions: dict[tuple[int, str], int] = {}

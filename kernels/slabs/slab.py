@@ -62,6 +62,7 @@ class SlabReader:
         self._slots = np.frombuffer(
             memory, dtype=_ENTRY, count=layout.slots, offset=layout.entries_start
         )
+        self._changes = np.frombuffer(memory, np.uint64, count=1, offset=layout.changes_start)
 
     def view(self, layer: int, expert: int, copy: int = 0) -> ExpertWeights:
         """Return an expert as tensors over the slab, which they keep alive."""
@@ -90,6 +91,11 @@ class SlabReader:
         start, size = self.layout.offset(layer, tensor, 0), count * tensor.nbytes
         memory = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=start)
         return memory.view(tensor.dtype).view(count, *tensor.shape)
+
+    @property
+    def changes(self) -> int:
+        """How many changes of slots have begun: nothing has changed while it stays the same."""
+        return self._changes.item()
 
     def generation(self, layer: int, expert: int, copy: int = 0) -> int:
         """Return a slot's generation, which is odd while the slot changes."""
@@ -206,7 +212,7 @@ class Slab(SlabReader):
             raise ValueError(
                 f"layer {layer}: its experts consist of {wanted}, but {', '.join(given)} were given"
             )
-        entry["generation"] += 1
+        self._begin_change(entry)
         try:
             for tensor in shape.tensors:
                 memory = self._bytes(layer, tensor, expert, copy)
@@ -240,7 +246,7 @@ class Slab(SlabReader):
         entry = self._slots[self.layout.slot(layer, expert, copy)]
         if entry["state"] == SlotState.EMPTY:
             return
-        entry["generation"] += 1
+        self._begin_change(entry)
         entry["state"] = SlotState.EMPTY
         self._punch(layer, expert, copy)
         entry["generation"] += 1
@@ -256,13 +262,21 @@ class Slab(SlabReader):
     def retire(self) -> None:
         """Tell whoever has borrowed the slab that nothing in it may be used any more."""
         self._slots["state"] = SlotState.EMPTY
-        self._slots["generation"] += 1
+        self._begin_change(self._slots)
 
     def close(self) -> None:
         """Close the descriptor; the memory is freed with the last view and the last borrower."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+    def _begin_change(self, entries: Any) -> None:
+        """Say that something in these slots changes; only then change it.
+
+        Whoever sees the new number of changes must find the new generations, so these are first.
+        """
+        entries["generation"] += 1
+        self._changes += 1
 
     def _end_changes(self) -> None:
         """Empty the slots that the last owner was changing when it ended."""

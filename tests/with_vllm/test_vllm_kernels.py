@@ -178,8 +178,9 @@ def test_a_layer_is_computed_at_once(slabs: int, tokens: int, dtype: torch.dtype
     reference_kernel(form, plain, x_TH, ids_TK, weights_TK, expected)
     with in_slabs(slabs, form, plain) as held:
         reach = LayerReach(form, held, [], ["host"] * EXPERTS, HIDDEN, dtype)
-        assert reach.has_all(ids_TK.numpy())
-        found = reach.compute_all(x_TH, ids_TK.numpy(), weights_TK)
+        place_TK = reach.places(x_TH, ids_TK, weights_TK)
+        assert place_TK is not None
+        found = reach.compute_all(x_TH, ids_TK, weights_TK, place_TK)
     assert found is not None
     assert found.dtype == dtype
     assert_near(found.float(), expected, dtype)

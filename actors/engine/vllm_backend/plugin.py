@@ -31,17 +31,18 @@ _layer_of: LayerOf | None = None
 _layers: dict[int, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
 
 
-@torch.library.custom_op("moesaic::experts", mutates_args=())
-def _experts(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Tensor:
-    """Call the pool for one layer, as a custom operator.
+# A compiler does not look inside an operator; otherwise it would keep the answer of the traced
+# call. Operators made by `torch.library.custom_op` cost more in each call.
+_operators = torch.library.Library("moesaic", "FRAGMENT")
+_operators.define("experts(Tensor x_TH, Tensor ids_TK, Tensor weights_TK, int layer) -> Tensor")
 
-    A compiler does not look inside an operator; otherwise it would keep the answer of the
-    traced call.
-    """
+
+@torch.library.impl(_operators, "experts", "CompositeExplicitAutograd")
+def _(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Tensor:
     return _layers[layer](x_TH, ids_TK, weights_TK)
 
 
-@_experts.register_fake
+@torch.library.register_fake("moesaic::experts", lib=_operators)
 def _(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Tensor:
     return torch.empty_like(x_TH)
 
@@ -118,7 +119,7 @@ def _pooled(base: Any) -> type:
                     x * topk_weights.to(x.dtype),
                     topk_weights.new_ones(topk_weights.shape),
                 )
-            return _experts(x, topk_ids, topk_weights, layer.number)
+            return torch.ops.moesaic.experts(x, topk_ids, topk_weights, layer.number)
 
     class PoolExperts(base):
         """Routed experts without weights."""

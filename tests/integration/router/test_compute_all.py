@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moesaic.actors.router import lent_part
 from moesaic.actors.router.router import Router
@@ -53,6 +54,18 @@ def test_nothing_is_dispatched(folder: Path, splits: bool, monkeypatch: pytest.M
         assert computed(pool) == 0
         assert len(took) == (2 if splits else 0)
         assert all(seconds > 0 for seconds in took)
+
+
+def test_ids_are_counted_as_they_were(folder: Path) -> None:
+    """A compiled model gives the same memory again and again."""
+    with serving(folder, lends=True) as pool:
+        router = borrowing(pool, "host-0", "host-1")
+        x, ids, weights = inputs(9)
+        ids = ids.int()
+        expected = torch.bincount(ids.flatten(), minlength=EXPERTS)
+        assert router.compute_all(KEY, x, ids, weights) is not None
+        ids.zero_()
+        assert router.take_load().counts[KEY].tolist() == expected.tolist()
 
 
 def test_a_call_that_is_better_split_is_dispatched(
