@@ -45,7 +45,7 @@ _LONGEST_WAIT_S = 5.0
 class SimCall:
     """One layer's call, as the model that made it sees it."""
 
-    pool: PoolCall
+    sent: PoolCall | None  # None: it was computed at once
     key: LayerKey
     ids_TK: np.ndarray
     versions: LayerVersions  # that its experts had when it began
@@ -81,7 +81,7 @@ class SimRouter(SimProcess):
         # valid without a gap.
         self.heard_at = self.leased_since = -float("inf")
         self._channels: dict[Connection, SimChannel] = {}
-        self._groups: RowGroups = ()  # of the call that is made or ends now
+        self._groups: RowGroups | None = None  # of the call that is made or ends now
         self._lost: dict[int, MoesaicError] = {}  # rows of the call that ends now
         self._in_step = False
         self._news: deque[PlacementNews] = deque()
@@ -214,11 +214,16 @@ class SimRouter(SimProcess):
         assert self.placement is not None
         versions = self.placement.versions.layer(asked.key)
         x_TH, weights_TK = rows_of(asked.ids_TK)
-        self._groups = _groups(asked.patience_T)
-        self.world.calls += 1
         ids_TK = torch.from_numpy(asked.ids_TK)
+        given = asked.key, x_TH, ids_TK, weights_TK
+        self.world.calls += 1
+        at_once_TH = None
+        if self.world.traffic.is_plain():
+            self._groups = None
+            at_once_TH = self.router.compute_all(*given)
+        self._groups = _groups(asked.patience_T)
         call = SimCall(
-            self.router.dispatch(asked.key, x_TH, ids_TK, weights_TK),
+            self.router.dispatch(*given) if at_once_TH is None else None,
             asked.key,
             asked.ids_TK,
             versions,
@@ -226,16 +231,20 @@ class SimRouter(SimProcess):
             until_T=now + asked.patience_T,
             groups=self._groups,
         )
-        self.calls.append(call)
-        compute_s = self.world.traffic.compute_s()
-        self.reach(compute_s, f"{self.name}: computes what was lent", lambda: self._compute(call))
         self.alarm("thinks", now + self.world.traffic.pause_s(), self._begin)
+        if at_once_TH is not None:
+            self.world.tell(Ended(self, call, at_once_TH.numpy()))
+        else:
+            self.calls.append(call)
+            compute_s = self.world.traffic.compute_s()
+            what = f"{self.name}: computes what was lent"
+            self.reach(compute_s, what, lambda: self._compute(call))
         self._turn()
 
     def _compute(self, call: SimCall) -> None:
         if call in self.calls:
             self._groups = call.groups
-            call.pool.compute()
+            _sent(call).compute()
             # What has changed meanwhile is sent as another call.
             call.deadline = self.clock.now + self.world.settings.router.deadline_s
             self._turn()
@@ -244,7 +253,7 @@ class SimRouter(SimProcess):
         """Handle what has arrived or is due, as a thread in `PoolCall.combine` does."""
         self._take_placements()
         wake_at = self.router.progress()
-        for call in [one for one in self.calls if one.pool.done]:
+        for call in [one for one in self.calls if _sent(one).done]:
             self._end(call)
         if self.calls:
             self.alarm("waits", min(wake_at, self.clock.now + _LONGEST_WAIT_S), self._turn)
@@ -254,7 +263,7 @@ class SimRouter(SimProcess):
     def _end(self, call: SimCall) -> None:
         self.calls.remove(call)
         self._groups, self._lost = call.groups, call.lost
-        result_TH = call.pool.combine().numpy()
+        result_TH = _sent(call).combine().numpy()
         call.dead = frozenset(self.router.batch.dead)
         self.world.tell(Ended(self, call, result_TH))
 
@@ -265,7 +274,7 @@ class SimRouter(SimProcess):
 
     # ---- what the router asks of an engine ------------------------------------------------------
 
-    def row_groups(self) -> RowGroups:
+    def row_groups(self) -> RowGroups | None:
         return self._groups
 
     def fail_rows(self, rows: Sequence[int], error: MoesaicError) -> None:
@@ -276,6 +285,11 @@ class SimRouter(SimProcess):
 
     def log_step(self, router: str, step: int) -> None:
         """Log nothing: the world has its own log."""
+
+
+def _sent(call: SimCall) -> PoolCall:
+    assert call.sent is not None
+    return call.sent
 
 
 def _groups(patience_T: np.ndarray) -> RowGroups:

@@ -75,6 +75,10 @@ class Traffic:
         patience_T[hasty_T] = SHORT_WAIT_S
         return LayerRequest(key, ids_TK, patience_T)
 
+    def is_plain(self) -> bool:
+        """Return whether the rows of a call have no options, so that it may be computed at once."""
+        return bool(self._rng.random() < 0.3)
+
     def compute_s(self) -> float:
         """Return how long a trunk takes until it has computed what was lent of a call."""
         slowly = 50.0 if self._rng.random() < 0.05 else 1.0
