@@ -17,7 +17,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -161,10 +161,16 @@ class LayerBank:
         """
         return self._call(x_TH, place_TK, weights_TK, weighted=True)
 
+    # Found once: each look-up would count in a call.
+    @cached_property
+    def _kernel(self) -> tuple[Callable[..., None], str | None]:
+        return torch.ops._C.cpu_fused_moe.default, instructions(self.up_SUH.dtype)
+
     def _call(self, x: Tensor, places: Tensor, weights: Tensor, *, weighted: bool) -> Tensor:
         y = torch.empty_like(x)
         if x.shape[0]:
-            torch.ops._C.cpu_fused_moe.default(
+            compute, isa = self._kernel
+            compute(
                 y,
                 x,
                 self.up_SUH,
@@ -175,7 +181,7 @@ class LayerBank:
                 places,
                 not weighted,
                 self.activation,
-                instructions(x.dtype),
+                isa,
             )
         return y
 

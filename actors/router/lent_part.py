@@ -93,7 +93,9 @@ class LayerReach:
         if self._exact or not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu):
             return None
         shape = ids_TK.shape
-        if weights_TK.shape != shape or x_TH.shape != (shape[0], self._hidden) or len(shape) != 2:
+        if len(shape) != 2 or 0 in shape or weights_TK.shape != shape:
+            return None
+        if x_TH.shape != (shape[0], self._hidden):
             return None
         if x_TH.dtype != self._dtype or x_TH.requires_grad or weights_TK.requires_grad:
             return None

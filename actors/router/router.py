@@ -40,7 +40,7 @@ from .layer_tensors import LayerTensors, check_tensors
 from .lent_experts import LentExperts
 from .lent_part import patience
 from .pool_call import PoolCall, RunningCall
-from .router_stats import CallCounts, RouterStats
+from .router_stats import COUNT_AT, CallCounts, RouterStats
 from .row_attribution import RowAttribution
 from .upkeep import Upkeep
 
@@ -249,9 +249,8 @@ class Router:
     ) -> Tensor | None:
         """Compute one layer's call here, if hosts have lent all of it and nothing is special.
 
-        The result is that of `dispatch`; None: `dispatch` has to be called. This is what a layer
-        costs where nothing is sent. Its model's weights have swept the caches before, so each step
-        takes three to five times as long as when it is repeated, and only what must be is done.
+        The result is that of `dispatch`; None: `dispatch` has to be called. Here each step counts:
+        the model's weights have swept the caches, so it takes three to five times as long as usual.
         """
         lent, placement = self._lent_experts, self._dispatcher.placement
         if not lent:
@@ -285,10 +284,12 @@ class Router:
                 took_s = None if out_TH is None else self._clock() - began
                 with self._lock:
                     lent.took_all(key, choice, took_s)
-        if out_TH is not None and self._counts.note(key, reach, place_TK):
-            self.stirred.set()
-            with self._lock:
-                self._counts.count_noted()
+        if out_TH is not None:
+            if (noted := self._counts.note(key, reach, place_TK)) == 1:
+                self.stirred.set()
+            if noted >= COUNT_AT:
+                with self._lock:
+                    self._counts.count_noted()
         return out_TH
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.transports import Transport
 from .lent_part import LayerReach
 
-_COUNT_AT = 64  # calls that were noted
+COUNT_AT = 64  # calls that were noted
 
 
 class CallCounts:
@@ -28,15 +28,15 @@ class CallCounts:
         self._meter = meter
         self._noted: deque[tuple[LayerKey, np.ndarray, int, np.ndarray]] = deque()
 
-    def note(self, key: LayerKey, reach: LayerReach, place_TK: np.ndarray) -> bool:
-        """Note a call that was computed at once; return whether it is time to count what is noted.
+    def note(self, key: LayerKey, reach: LayerReach, place_TK: np.ndarray) -> int:
+        """Note a call that was computed at once, and return how many are noted and not counted.
 
         Counting many together takes a fifth of the time: code that runs once in a layer is not in
         the caches.
         """
         # The reach itself would keep what hosts have lent.
         self._noted.append((key, reach.expert_at, reach.count, place_TK))
-        return len(self._noted) >= _COUNT_AT
+        return len(self._noted)
 
     def count_noted(self) -> None:
         while self._noted:

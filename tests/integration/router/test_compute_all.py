@@ -10,6 +10,7 @@ import torch
 
 from moesaic.actors.router import lent_part
 from moesaic.actors.router.router import Router
+from moesaic.actors.router.router_stats import COUNT_AT
 from moesaic.cluster.expert_keys import ExpertVersion
 from moesaic.cluster.routing.expert_options import ExpertOptions
 from moesaic.cluster.routing.lending_share import LendingShare, ShareChoice
@@ -79,7 +80,21 @@ def test_a_call_that_is_better_split_is_dispatched(
         assert_right(router.forward(KEY, *given), pool.answer(*given))
 
 
-@pytest.mark.parametrize("case", ["options", "dead row", "unused", "unknown"])
+def test_a_first_call_stirs_the_report(folder: Path) -> None:
+    with serving(folder, lends=True) as pool:
+        router = borrowing(pool, "host-0", "host-1")
+        router.stirred.clear()
+        assert router.compute_all(KEY, *inputs(1)) is not None
+        assert router.stirred.is_set()
+        router.take_load()
+        router.stirred.clear()
+        for _ in range(2 * COUNT_AT):
+            assert router.compute_all(KEY, *inputs(1)) is not None
+        assert router.stirred.is_set()
+        assert int(router.take_load().counts[KEY].sum()) == 4 * COUNT_AT
+
+
+@pytest.mark.parametrize("case", ["options", "dead row", "unused", "unknown", "no row", "shapes"])
 def test_a_call_with_anything_special_is_dispatched(folder: Path, case: str) -> None:
     with serving(folder, lends=True) as pool:
         router = borrowing(pool, "host-0", "host-1")
@@ -91,8 +106,12 @@ def test_a_call_with_anything_special_is_dispatched(folder: Path, case: str) -> 
                 router.batch.dead.add(4)
             case "unused":
                 ids[4, 0] = -1
-            case _:
+            case "unknown":
                 ids[4, 0] = EXPERTS
+            case "no row":
+                x, ids, weights = x[:0], ids[:0], weights[:0]
+            case _:
+                weights = weights[:, :1]
         assert router.compute_all(KEY, x, ids, weights) is None
         assert router.stats().calls == 0
 
