@@ -280,6 +280,7 @@ class Slab(SlabReader):
 
     def _end_changes(self) -> None:
         """Empty the slots that the last owner was changing when it ended."""
+        self._changes += 1  # it may have ended before it counted
         for slot in np.flatnonzero(self._slots["generation"] % 2).tolist():
             entry = self._slots[slot]
             entry["state"] = SlotState.EMPTY

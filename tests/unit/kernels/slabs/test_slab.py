@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +166,38 @@ def test_whoever_read_meanwhile_notices(slab: Slab) -> None:
     fill(slab, 3, version=7)
     assert slab.generation(0, 3) > before
     assert slab.generation(0, 3) % 2 == 0
+
+
+@pytest.mark.parametrize("change", ["write", "free", "retire", "adopt"])
+def test_a_change_is_announced_before_a_byte_changes(
+    slab: Slab, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever compares only the number of changes must not miss one."""
+    fill(slab, 1)
+    before, generation = slab.changes, slab.generation(0, 2 if change == "write" else 1)
+    seen: list[tuple[int, int]] = []
+
+    def look(*given: Any) -> Any:
+        seen.append((slab.changes, slab.generation(0, 2 if change == "write" else 1)))
+        return real(*given)
+
+    name = "_bytes" if change == "write" else "_punch"
+    real = getattr(slab, name)
+    monkeypatch.setattr(slab, name, look)
+    match change:
+        case "write":
+            fill(slab, 2)
+        case "free":
+            slab.free(0, 1)
+        case "retire":
+            slab.retire()
+            seen.append((slab.changes, slab.generation(0, 1)))
+        case _:
+            # Its owner ended after the first of its two steps.
+            slab._slots[slab.layout.slot(0, 1)]["generation"] += 1
+            monkeypatch.setattr(Slab, "_punch", lambda _, *given: look(*given))
+            Slab.adopt(os.dup(slab.descriptor)).close()
+    assert seen[0] == (before + 1, generation + 1)
 
 
 def test_changed_bytes_are_noticed(slab: Slab) -> None:
