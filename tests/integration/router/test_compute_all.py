@@ -21,14 +21,8 @@ from tests.helpers.pool.serving import (
     PATIENT,
     assert_right,
     inputs,
-    save_model,
     serving,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def refuse(*_: object) -> None:

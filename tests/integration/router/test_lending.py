@@ -34,15 +34,9 @@ from tests.helpers.pool.serving import (
     LAYER,
     assert_right,
     inputs,
-    save_model,
     serving,
 )
 from tests.helpers.pool.transports import process, settles
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -21,15 +21,9 @@ from tests.helpers.pool.serving import (
     KEY,
     assert_right,
     inputs,
-    save_model,
     serving,
 )
 from tests.helpers.pool.transports import settles
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def test_a_host_that_cannot_lend_at_the_moment_goes_on(
