@@ -155,13 +155,15 @@ class LentExperts:
         """Whether a part of what is within reach may be sent all the same."""
         return self._shares is not None
 
-    def keeps_all(
+    def keep_all(
         self, reach: LayerReach, assignments: int, dispatcher: Dispatcher, now: float
-    ) -> bool:
-        """Return whether `choose` would keep all of so many assignments here."""
+    ) -> tuple[bool, ShareChoice | None]:
+        """Return whether all of a call is computed here, and the choice of that, if it was one."""
         if self._shares is None or not self._may_split(reach, dispatcher, now):
-            return True
-        return self._shares.keeps_all(assignments)
+            return True, None
+        if not self._shares.keeps_all(assignments):
+            return False, None
+        return True, self._shares.choose(assignments)
 
     def choose(
         self, reach: LayerReach, assignments: int, dispatcher: Dispatcher, now: float

@@ -198,12 +198,11 @@ class LentPart:
         return True
 
     def make_up(self, lost_N: np.ndarray) -> bool:
-        """Compute what was sent and no host has answered; return whether the call is complete.
+        """Compute what was sent and no host has answered; return whether the result may be used.
 
-        That is only possible for a call of which everything is within reach.
+        The call is one that was split: everything is within reach.
         """
-        if self.choice is None or not lost_N.size:
-            return False
+        assert self.choice is not None
         assert self.out is not None
         lost_TK = torch.zeros(self.ids_TK.shape, dtype=torch.bool)
         lost_TK.view(-1)[torch.from_numpy(lost_N)] = True

@@ -23,7 +23,6 @@ from ...cluster.load.meter import LoadReport
 from ...cluster.placement import Placement
 from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.events import RouterCommand
-from ...cluster.routing.host_health import HostState
 from ...cluster.routing.layer_call import LayerCall
 from ...cluster.routing.policy import RouterPolicy
 from ...cluster.routing.transports import TransportChoice
@@ -38,7 +37,7 @@ from .connect import Connect, connect
 from .connections import HostConnections
 from .layer_tensors import LayerTensors, check_tensors
 from .lent_experts import LentExperts
-from .lent_part import patience
+from .lent_part import LentPart, patience
 from .pool_call import PoolCall, RunningCall
 from .router_stats import COUNT_AT, CallCounts, RouterStats
 from .row_attribution import RowAttribution
@@ -76,9 +75,9 @@ class Router:
         placement promises; it must not block. ``secret`` is the secret of the hosts' cluster (None:
         that of this process). ``forms`` has the arithmetic of layers that the router computes
         itself where hosts of this machine lend it their experts, also of layers that are added
-        later (None: it computes none). ``connect``
-        opens its connections, and ``poller`` waits for all of them (None: the system's). ``numa``
-        is the NUMA node that this process is pinned to, if it is to one.
+        later (None: it computes none). ``connect`` opens its connections, and ``poller`` waits for
+        all of them (None: the system's). ``numa`` is the NUMA node that this process is pinned to,
+        if it is to one.
         """
         self.name = name
         self._clock = clock
@@ -136,16 +135,17 @@ class Router:
     def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
         """Wait until ``layers`` are placed and every host accepts calls. Raises ClusterError."""
         deadline = self._clock() + timeout_s
+        found = self._dispatcher.registry
         while True:
             with self._lock:
                 self._check_open()
-                if self._ready(layers):
+                if found.all_up and not found.unplaced(layers):
                     return
                 self._ask_for(layers)
                 self._wait(min(deadline, self._clock() + 0.05))
             if self._clock() >= deadline:
-                states = (f"{h} {s.state.value}" for h, s in self._dispatcher.hosts.items())
-                unplaced = f"{len(self._unplaced(layers))} of {len(layers)} layers"
+                states = (f"{h} {s.state.value}" for h, s in found.hosts.items())
+                unplaced = f"{len(found.unplaced(layers))} of {len(layers)} layers"
                 raise ClusterError(
                     f"router {self.name} was not ready within {timeout_s:g} s: {unplaced} have no "
                     f"placement; its hosts are {', '.join(states) or 'unknown'}"
@@ -192,7 +192,7 @@ class Router:
 
     def _ask_for(self, layers: Sequence[LayerKey]) -> None:
         """Let the next report name a layer that no placement has, if one of these is."""
-        self._dispatcher.asked_for = next(iter(self._unplaced(layers)), None)
+        self._dispatcher.asked_for = next(iter(self._dispatcher.registry.unplaced(layers)), None)
         if self._dispatcher.asked_for is not None:
             self.stirred.set()
 
@@ -214,11 +214,7 @@ class Router:
     def experts(self, model: str, layer: int) -> PoolFunction:
         """Return the function that computes one layer of one model in the pool."""
         key = LayerKey(model, layer)
-
-        def compute(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-            return self.forward(key, x_TH, ids_TK, weights_TK)
-
-        return compute
+        return lambda x_TH, ids_TK, weights_TK: self.forward(key, x_TH, ids_TK, weights_TK)
 
     def begin_step(self) -> None:
         """Start a forward pass: forget the rows that were lost in the last one.
@@ -273,9 +269,9 @@ class Router:
         choice = None
         if lent.splits:
             with self._lock:
-                if not lent.keeps_all(reach, place_TK.size, self._dispatcher, began):
-                    return None
-                choice = lent.choose(reach, place_TK.size, self._dispatcher, began)
+                all_here, choice = lent.keep_all(reach, place_TK.size, self._dispatcher, began)
+            if not all_here:
+                return None
         out_TH = None
         try:
             out_TH = reach.compute_all(x_TH, ids_TK, weights_TK, place_TK)
@@ -362,23 +358,29 @@ class Router:
             return call
         sound = False
         try:
-            if sound := lent.compute():
-                return call
+            sound = lent.compute()
         finally:
             if not sound:
                 with self._lock:
                     self._over(call)
-                    self._lent_experts.changed(call.tensors.key)
-        given = call.tensors.key, x_TH, lent.all_ids_TK, lent.weights_TK
-        return self._dispatch(*given, again=True)
+        return call if sound else self._send_all(call.tensors.key, x_TH, lent)
+
+    def _send_all(self, key: LayerKey, x_TH: Tensor, lent: LentPart) -> RunningCall:
+        """Send a call as a whole: a slot changed that it was computed with."""
+        with self._lock:
+            self._lent_experts.changed(key)
+            return self._dispatch(key, x_TH, lent.all_ids_TK, lent.weights_TK, again=True)
 
     def combine(self, call: RunningCall, x_TH: Tensor) -> Tensor:
         """Wait for a call, and return its result (see `PoolCall.combine`)."""
         with self._lock:
             try:
-                return self._finish(call, x_TH)
+                if (out_TH := self._finish(call, x_TH)) is not None:
+                    return out_TH
             finally:
                 self._over(call)
+        assert call.lent is not None
+        return self.combine(self._send_all(call.tensors.key, x_TH, call.lent), x_TH)
 
     def progress(self) -> float:
         """Handle what has arrived and what is due, without waiting; return when to look again.
@@ -390,14 +392,17 @@ class Router:
                 self._wait(self._clock())
             return self._dispatcher.wake_at(self._clock())
 
-    def _finish(self, call: RunningCall, x_TH: Tensor) -> Tensor:
-        """Wait for what was sent, and add everything up."""
+    def _finish(self, call: RunningCall, x_TH: Tensor) -> Tensor | None:
+        """Wait for what was sent, and add everything up.
+
+        None: no host computed a part of it, and a slot has changed that would make up for that.
+        """
         tensors, lent = call.tensors, call.lent
         if lent is not None:
             self._counts.count_lent(tensors.key, lent.used_ids(), lent.reach.count)
         self._check_open()
-        if call.state is not None:
-            self._wait_for(call, call.state)
+        if call.state is not None and not self._wait_for(call, call.state):
+            return None
         if lent is not None:
             tensors.accept_lent(lent)
         out_TH = tensors.combine()
@@ -410,8 +415,8 @@ class Router:
             out_TH[[row for row in self.batch.dead if row < tensors.tokens]] = 0.0
         return out_TH.to(device=x_TH.device, dtype=x_TH.dtype)
 
-    def _wait_for(self, call: RunningCall, state: LayerCall) -> None:
-        """Wait until what was sent is answered, or lost."""
+    def _wait_for(self, call: RunningCall, state: LayerCall) -> bool:
+        """Wait until what was sent is answered, made up for or lost; False: nothing of these."""
         while state.outcome is None and call.error is None:
             self._check_open()
             self._wait(self._dispatcher.wake_at(self._clock()))
@@ -419,8 +424,10 @@ class Router:
             raise call.error
         outcome, lent = state.outcome, call.lent
         assert outcome is not None
-        if lent is None or outcome.error is not None or not lent.make_up(outcome.lost):
-            self.batch.settle(call.tensors, call.options, outcome, self.policy.deadline_s)
+        if lent is not None and lent.choice and outcome.lost.size and outcome.error is None:
+            return lent.make_up(outcome.lost)
+        self.batch.settle(call.tensors, call.options, outcome, self.policy.deadline_s)
+        return True
 
     def cancel(self, call: RunningCall) -> None:
         """End a call without a result."""
@@ -488,12 +495,3 @@ class Router:
         if commands:
             self._shell.execute(commands)
             self.stirred.set()
-
-    def _unplaced(self, layers: Sequence[LayerKey]) -> list[LayerKey]:
-        placement = self._dispatcher.placement
-        return [key for key in layers if placement is None or key not in placement.layers]
-
-    def _ready(self, layers: Sequence[LayerKey]) -> bool:
-        hosts = self._dispatcher.hosts.values()
-        up = bool(hosts) and all(host.state is HostState.UP for host in hosts)
-        return up and not self._unplaced(layers)

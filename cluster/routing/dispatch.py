@@ -70,6 +70,7 @@ class Dispatcher:
         # The newest placement, if it changes versions and waits for the running pass to end.
         self._coming: Placement | None = None
         self._next_seq = 1
+        self._first_seq = 1  # of the sends under the placement in use
         self._rotations: dict[LayerKey, int] = defaultdict(int)
         self.meter = LoadMeter()
         self._retrying = TokenBucket(
@@ -140,6 +141,7 @@ class Dispatcher:
 
     def _follow(self, placement: Placement, now: float) -> list[RouterCommand]:
         over = self.registry.place(placement)
+        self._first_seq = self._next_seq
         for host in over:
             self._orphan(host)
         for call in self._calls.values():
@@ -353,7 +355,9 @@ class Dispatcher:
         if event.code == "Busy":
             health.was_busy(now)
         if event.code == "NotHere":
-            call.not_here(flight.send)
+            # What a host lacked under an older placement, it may have been given since.
+            if event.seq >= self._first_seq:
+                call.not_here(flight.send)
             return [Refresh()]
         return []
 

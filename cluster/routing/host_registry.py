@@ -6,7 +6,7 @@ Shape suffixes: H = hosts in the placement's order, n = assignments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -91,6 +91,16 @@ class HostRegistry:
         if found is None:
             found = self._versions[key] = self.placement.versions.layer(key)
         return found
+
+    @property
+    def all_up(self) -> bool:
+        """Whether there are hosts, and each of them accepts calls."""
+        states = {health.state for health in self.hosts.values()}
+        return states == {HostState.UP}
+
+    def unplaced(self, layers: Sequence[LayerKey]) -> list[LayerKey]:
+        """Return those of ``layers`` that are not in the placement."""
+        return [k for k in layers if self.placement is None or k not in self.placement.layers]
 
     def has(self, expert: ExpertKey, now: float) -> bool:
         """Return whether some host that is placed for the expert takes calls now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from moesaic.actors.router.lent_part import LentPart
 from moesaic.cluster.expert_keys import ExpertVersion
 from moesaic.cluster.host.emulation import Emulation
 from moesaic.cluster.placement import LayerPlacement, Placement, PlacementId, Replica
+from moesaic.cluster.routing.events import Disconnect
+from moesaic.cluster.routing.lending_share import LendingShare
 from moesaic.kernels.slabs.slab import Slab
-from tests.helpers.pool.lending import borrowing, computed, half_lent, heard, key, mapped
+from tests.helpers.pool.lending import SPLITS, borrowing, computed, half_lent, heard, key, mapped
 from tests.helpers.pool.serving import (
     EXPERTS,
     KEY,
@@ -158,6 +161,33 @@ def test_a_call_that_begins_again_counts_once(
         stats = router.stats()
         assert (stats.calls, stats.rows, stats.lent) == (1, 9, 0)
         assert int(router.take_load().counts[KEY].sum()) == 18
+
+
+def test_a_part_that_neither_side_could_compute_is_sent_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No host takes it, and the slots here were freed before they could make up for that."""
+    with serving(folder, lends=True) as pool:
+        router = borrowing(pool, "host-0", "host-1", policy=SPLITS)
+        hosts, begin = router._dispatcher.hosts, router._dispatcher.begin
+        next_part = LendingShare._next
+
+        def begin_without_hosts(*args: Any, **options: Any) -> Any:
+            for health in hosts.values():
+                health.went_down(options["now"])
+            router._shell.execute([Disconnect(name) for name in hosts])
+            monkeypatch.setattr(router._dispatcher, "begin", begin)
+            return begin(*args, **options)
+
+        monkeypatch.setattr(LendingShare, "_next", lambda *given: next_part(*given) and 0.5)
+        monkeypatch.setattr(router._dispatcher, "begin", begin_without_hosts)
+        monkeypatch.setattr(LentPart, "make_up", lambda *_: False)
+        given = inputs(40)
+        assert_right(router.dispatch(KEY, *given).combine(), pool.answer(*given))
+        stats = router.stats()
+        assert (stats.calls, stats.rows, stats.rows_lost) == (1, 40, 0)
+        assert computed(pool) > 0
+        assert router._shell.running == {}
 
 
 def test_the_models_own_dtypes_change_nothing(folder: Path) -> None:

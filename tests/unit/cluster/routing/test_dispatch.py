@@ -275,6 +275,20 @@ def test_an_expert_that_is_not_here_costs_only_its_own_choices() -> None:
     world.check_whole()
 
 
+@pytest.mark.parametrize("experts", [1, 2], ids=["avoids it", "asks for each expert alone"])
+def test_a_refusal_from_before_a_placement_says_nothing_about_it(experts: int) -> None:
+    world = connected(1, 1)
+    host = world.hosts["h0"]
+    world.begin(ids(1, experts))
+    world.run(world.dispatcher.place(placement(1, 1, epoch=2), world.now))
+    world.refuse(host, 0, "NotHere")
+    assert len(host.inbox) == 1, "the host may have been given what it lacked"
+    world.answer(host, 0)
+    assert world.outcome is not None
+    assert world.outcome.ok
+    world.check_whole()
+
+
 def test_an_abandoned_call_leaves_no_slot_taken() -> None:
     world = connected(2, 2)
     call = world.begin(ids(8, 2)).state
