@@ -272,7 +272,7 @@ def all_finite(out: Tensor) -> bool:
 
     It is also False where only the sum overflows.
     """
-    return math.isfinite(float(out.sum()))
+    return math.isfinite(out.sum().item())
 
 
 def bad_experts(

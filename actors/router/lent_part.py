@@ -97,7 +97,9 @@ class LayerReach:
             return None
         if x_TH.shape != (shape[0], self._hidden):
             return None
-        if x_TH.dtype != self._dtype or x_TH.requires_grad or weights_TK.requires_grad:
+        if x_TH.dtype != self._dtype:
+            return None
+        if torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad):
             return None
         ids = (ids_TK if ids_TK.dtype == torch.int32 else ids_TK.to(torch.int32)).numpy()
         try:

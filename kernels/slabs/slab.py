@@ -62,7 +62,8 @@ class SlabReader:
         self._slots = np.frombuffer(
             memory, dtype=_ENTRY, count=layout.slots, offset=layout.entries_start
         )
-        self._changes = np.frombuffer(memory, np.uint64, count=1, offset=layout.changes_start)
+        changes = np.frombuffer(memory, np.uint64, count=1, offset=layout.changes_start)
+        self._changes = changes.data  # read in each call, where an array takes twice as long
 
     def view(self, layer: int, expert: int, copy: int = 0) -> ExpertWeights:
         """Return an expert as tensors over the slab, which they keep alive."""
@@ -95,7 +96,7 @@ class SlabReader:
     @property
     def changes(self) -> int:
         """How many changes of slots have begun: nothing has changed while it stays the same."""
-        return self._changes.item()
+        return self._changes[0]
 
     def generation(self, layer: int, expert: int, copy: int = 0) -> int:
         """Return a slot's generation, which is odd while the slot changes."""
@@ -276,11 +277,11 @@ class Slab(SlabReader):
         Whoever sees the new number of changes must find the new generations, so these are first.
         """
         entries["generation"] += 1
-        self._changes += 1
+        self._changes[0] += 1
 
     def _end_changes(self) -> None:
         """Empty the slots that the last owner was changing when it ended."""
-        self._changes += 1  # it may have ended before it counted
+        self._changes[0] += 1  # it may have ended before it counted
         for slot in np.flatnonzero(self._slots["generation"] % 2).tolist():
             entry = self._slots[slot]
             entry["state"] = SlotState.EMPTY
