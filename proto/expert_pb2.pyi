@@ -65,10 +65,19 @@ class Hello(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., router: _Optional[str] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., group: _Optional[str] = ..., device_memory: _Optional[_Union[DeviceMemory, _Mapping]] = ..., proof: _Optional[bytes] = ..., borrows: _Optional[bool] = ...) -> None: ...
 
 class Lend(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "chunks")
+    class Chunk(_message.Message):
+        __slots__ = ("number", "serial")
+        NUMBER_FIELD_NUMBER: _ClassVar[int]
+        SERIAL_FIELD_NUMBER: _ClassVar[int]
+        number: int
+        serial: int
+        def __init__(self, number: _Optional[int] = ..., serial: _Optional[int] = ...) -> None: ...
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    chunks: _containers.RepeatedCompositeFieldContainer[Lend.Chunk]
+    def __init__(self, model: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[Lend.Chunk, _Mapping]]] = ...) -> None: ...
 
 class DeviceMemory(_message.Message):
     __slots__ = ("device", "handle", "offset", "counter_handle", "counter_offset", "event_handle", "event_needed")

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ...cluster.expert_keys import LayerKey
+from ...kernels.slabs.layer_arithmetic import MissingExpert
+from ...proto.errors import NotHere
 from ...proto.expert_pb2 import Frame
 from ...proto.wire import CallLayout
 from ..transport.base import Session
@@ -82,7 +84,10 @@ def compute(
         mine = slice(end - pending.layout.rows, end)
         if not direct:
             reply.copy_(out[mine, : pending.layout.top_k] if exact else out[mine])
-        bad = layer.bad_experts(x_TH[mine], ids_TK[mine], reply)
+        try:
+            bad = layer.bad_experts(x_TH[mine], ids_TK[mine], reply)
+        except MissingExpert as error:
+            raise NotHere("an expert of this call left the host while the call waited") from error
         answers.append(ReplyTensors(buffer, bad))
     return answers
 

@@ -12,13 +12,15 @@ from torch import Tensor
 from ...cluster.expert_keys import ExpertKey, ExpertVersion
 from ...kernels import onednn
 from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
-from ...kernels.slabs.device_memory import DeviceMemory
+from ...kernels.slabs.device_memory import CHUNK_BYTES, DeviceMemory
 from ...kernels.slabs.device_slab import DeviceSlab, Memory, SlotLayer
+from ...kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer, LayerArithmetic
 from ...kernels.slabs.layout import COPIES, LayerLayout, SlabLayout
 from ...kernels.slabs.slab import Slab, layer_layout
 from ...models.trunk.experts_layers import ExpertsLayer, expert_shapes
 from ...proto.errors import Busy, NotHere
-from .layer_arithmetic import CpuLayer, DeviceLayer, LayerArithmetic
+
+_NO_CHUNKS: Mapping[int, int] = {}
 
 
 class ExpertMemory(Protocol):
@@ -48,8 +50,19 @@ class ExpertMemory(Protocol):
     def lend(self) -> int | None:
         """Return a descriptor of the memory for routers to read, or None if there is none yet.
 
-        The caller closes it. What other processes cannot compute with is never lent.
+        The caller closes it.
         """
+        ...
+
+    def chunks(self) -> Mapping[int, int]:
+        """Return {number: serial} of the parts of a device's memory, which are lent one by one.
+
+        It is the same object as long as nothing has changed.
+        """
+        ...
+
+    def lend_chunk(self, number: int, serial: int) -> int | None:
+        """Return a descriptor of such a part, or None if it has gone; the caller closes it."""
         ...
 
     @property
@@ -181,6 +194,12 @@ class SlabMemory:
         with self._lock:
             return None if self._slab is None else self._slab.lend()
 
+    def chunks(self) -> Mapping[int, int]:
+        return _NO_CHUNKS
+
+    def lend_chunk(self, number: int, serial: int) -> int | None:
+        return None
+
     @property
     def descriptor(self) -> int | None:
         with self._lock:
@@ -222,11 +241,15 @@ class SlotMemory:
 
     def __init__(
         self,
+        name: str,
         layers: Mapping[int, ExpertsLayer],
         dtype: torch.dtype,
         device: torch.device,
         allocate: Callable[[int], Memory] | None = None,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
+        """``allocate`` returns ranges of the device's addresses (None: of a CUDA device)."""
         shapes = {
             number: SlotLayer(
                 layer.num_experts,
@@ -238,7 +261,11 @@ class SlotMemory:
             for number, layer in layers.items()
         }
         self._slab = DeviceSlab(
-            shapes, device, allocate or (lambda nbytes: DeviceMemory(device, nbytes))
+            name,
+            shapes,
+            device,
+            allocate or (lambda nbytes: DeviceMemory(device, nbytes)),
+            chunk_bytes=chunk_bytes,
         )
         self._sizes = {
             number: sum(torch.Size(shape).numel() for _, shape in layer.shapes) * dtype.itemsize
@@ -287,11 +314,18 @@ class SlotMemory:
         return DeviceLayer(self._slab.layer(layer, version, others))
 
     def lend(self) -> int | None:
-        return None  # of device memory only hosts compute yet
+        with self._writing:
+            return self._slab.lend() if self._held else None
+
+    def chunks(self) -> Mapping[int, int]:
+        return self._slab.chunks()
+
+    def lend_chunk(self, number: int, serial: int) -> int | None:
+        return self._slab.lend_chunk(number, serial)
 
     @property
     def descriptor(self) -> int | None:
-        return None  # nor is it kept for a successor
+        return None  # it is not kept for a successor
 
     def close(self) -> None:
         with self._writing:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ...proto.errors import HostLost
 from ..transport.base import LendingSession, Session
+from ..transport.seqpacket import MOST_DESCRIPTORS
 from .expert_memory import ExpertMemory
 from .weight_store import ExpertStore
 
@@ -25,12 +26,13 @@ class Lender:
         self._clock = clock
         self._paused = False
         self._retry_at = clock()
-        self._lent: dict[LendingSession, set[ExpertMemory]] = {}
+        # And of the memory which chunks, {number: serial}.
+        self._lent: dict[LendingSession, dict[ExpertMemory, Mapping[int, int]]] = {}
 
     def add(self, session: Session) -> None:
         """Lend to this router from now on, if its transport can carry descriptors."""
         if isinstance(session, LendingSession):
-            self._lent.setdefault(session, set())
+            self._lent.setdefault(session, {})
 
     def gone(self, session: Session) -> None:
         if isinstance(session, LendingSession):
@@ -60,22 +62,53 @@ class Lender:
         if self._paused or not self._lent or self._clock() < self._retry_at:
             return lost
         for model, memory in self._store.memories():
-            for session in [one for one, lent in self._lent.items() if memory not in lent]:
+            for session in list(self._lent):
                 try:
-                    descriptor = memory.lend()
+                    if not self._lend(session, model, memory):
+                        break
                 except OSError as error:
                     # Routers go on sending their calls.
                     self._retry_at = self._clock() + _RETRY_S
                     log.warning("%s cannot be lent at the moment: %s", model, error)
                     return lost
-                if descriptor is None:
-                    break
-                try:
-                    session.lend(model, descriptor)
-                    self._lent[session].add(memory)
                 except HostLost as error:
                     del self._lent[session]
                     lost.append((session, error))
-                finally:
-                    os.close(descriptor)
         return lost
+
+    def _lend(self, session: LendingSession, model: str, memory: ExpertMemory) -> bool:
+        """Lend a router what is new of a model; return whether there is anything of it."""
+        lent = self._lent[session]
+        if memory not in lent:
+            descriptor = memory.lend()
+            if descriptor is None:
+                return False
+            _hand_over(session, model, [descriptor], [])
+            lent[memory] = {}
+        known, there = lent[memory], memory.chunks()
+        if there is known:
+            return True
+        if gone := known.items() - there.items():
+            session.take_back(model, sorted(gone))
+        new = sorted(there.items() - known.items())
+        for start in range(0, len(new), MOST_DESCRIPTORS):
+            chunks, descriptors = [], []
+            for chunk in new[start : start + MOST_DESCRIPTORS]:
+                descriptor = memory.lend_chunk(*chunk)
+                if descriptor is not None:
+                    chunks.append(chunk)
+                    descriptors.append(descriptor)
+            if chunks:
+                _hand_over(session, model, descriptors, chunks)
+        lent[memory] = there
+        return True
+
+
+def _hand_over(
+    session: LendingSession, model: str, descriptors: list[int], chunks: list[tuple[int, int]]
+) -> None:
+    try:
+        session.lend(model, descriptors, chunks)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)

@@ -16,6 +16,7 @@ from ...cluster.host.residency import LayerShape
 from ...cluster.placement import ModelRef
 from ...cluster.update_folder import UpdateFolder
 from ...kernels.ffn import ExpertForm, ExpertWeights
+from ...kernels.slabs.layer_arithmetic import LayerArithmetic
 from ...kernels.slabs.slab import Slab
 from ...models.folder.expert_file import read_expert
 from ...models.trunk.checkpoint import Checkpoint
@@ -29,7 +30,6 @@ from ...models.trunk.experts_layers import (
 from ...models.trunk.trunk import meta_model
 from ...proto.errors import CallError, CheckpointError, NotHere
 from .expert_memory import ExpertMemory, SlabMemory, SlotMemory
-from .layer_arithmetic import LayerArithmetic
 
 # Upper bound for a safetensors header: per tensor (besides its name), and for the rest of it.
 _HEADER_BYTES = 256
@@ -56,7 +56,7 @@ class HostedModel:
         self.memory: ExpertMemory = (
             SlabMemory(ref.name, layers, dtype, about)
             if device.type == "cpu"
-            else SlotMemory(layers, dtype, device)
+            else SlotMemory(ref.name, layers, dtype, device)
         )
 
     def form(self, layer: int) -> ExpertForm | None:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from ...cluster.routing.transports import (
     is_near,
     path_to,
 )
-from ...kernels.slabs.borrowed import borrow
+from ...kernels.slabs.borrowed import borrow_any
+from ...kernels.slabs.borrowed_device_slab import DeviceSlabReader
 from ...kernels.slabs.slab import SlabReader
 from ...proto.errors import ClusterError, Corrupted, HostLost
 from ...proto.expert_pb2 import Frame, Reply
@@ -34,6 +36,29 @@ from .connect import Connect, connect
 from .layer_tensors import LayerTensors
 
 log = logging.getLogger(__name__)
+
+
+class Borrower(Protocol):
+    """Who takes what hosts lend to a router."""
+
+    def take_slab(
+        self, entry: HostEntry, model: str, slab: SlabReader | DeviceSlabReader | None
+    ) -> None:
+        """Take a model's experts that a host lends; None: it takes them back."""
+        ...
+
+    def take_chunks(
+        self,
+        entry: HostEntry,
+        model: str,
+        chunks: Sequence[tuple[int, int]],
+        descriptors: Sequence[int],
+    ) -> None:
+        """Take chunks (number, serial) of a device's slab, and close their descriptors.
+
+        Without descriptors the host takes them back.
+        """
+        ...
 
 
 class HostConnections:
@@ -52,14 +77,14 @@ class HostConnections:
         device: torch.device,
         secret: ClusterSecret,
         clock: Callable[[], float] = time.monotonic,
-        on_lend: Callable[[HostEntry, str, SlabReader | None], None] | None = None,
+        borrower: Borrower | None = None,
         connect: Connect = connect,
         poller: Poller | None = None,
         numa: int | None = None,
     ) -> None:
         """Check that this process can use ``transport``. Raises ClusterError if it cannot.
 
-        ``on_lend`` gets a model's experts that a host lends, or None when it takes them back.
+        ``borrower`` gets what hosts on the same device lend (None: they are asked for nothing).
         Without it hosts are not asked to lend. ``connect`` opens a connection, and ``poller`` waits
         for all of them (None: the system's). ``numa`` is the NUMA node that the process is pinned
         to; only hosts that are pinned to no other one are asked to lend.
@@ -74,7 +99,8 @@ class HostConnections:
         self._clock = clock
         self._secret = secret
         self._device = device
-        self._on_lend = on_lend
+        self._borrower = borrower
+        self._device_name = device_name(device)
         self._numa = numa
         self._choice = Transports(transport, node=node, device=device_name(device))
         self._used: dict[str, tuple[HostEntry, Transport]] = {}
@@ -113,7 +139,9 @@ class HostConnections:
                 # One slot more than calls in flight: a reply's slot is released only after its
                 # event was handled, and handling it may already send the next call.
                 slots=self._slots + 1,
-                borrows=self._on_lend is not None and is_near(entry, self._numa),
+                borrows=self._borrower is not None
+                and is_near(entry, self._numa)
+                and entry.device == self._device_name,
             )
         except HostLost as lost:
             self._transport_lost(entry.host)
@@ -168,9 +196,9 @@ class HostConnections:
                     entry,
                     transport=transport if connected else None,
                     lent=host in lenders,
-                    borrows=self._on_lend is not None,
+                    borrows=self._borrower is not None,
                     node=self._node,
-                    device=device_name(self._device),
+                    device=self._device_name,
                     numa=self._numa,
                 )
             )
@@ -305,12 +333,12 @@ class HostConnections:
                     },
                 )
                 return HostUp(host, frame.welcome.incarnation)
-            case "lend" if self._on_lend is not None:
-                self._borrow(host, frame.lend.model, inbound.descriptor)
+            case "lend" if self._borrower is not None:
+                self._borrow(host, self._borrower, inbound)
                 return None
             case kind:
-                if inbound.descriptor is not None:
-                    os.close(inbound.descriptor)
+                for descriptor in inbound.descriptors:
+                    os.close(descriptor)
                 log.warning(
                     "router %s: host %s sent an unexpected frame of kind %r",
                     self._router,
@@ -320,20 +348,23 @@ class HostConnections:
                 )
                 return None
 
-    def _borrow(self, host: str, model: str, descriptor: int | None) -> None:
-        assert self._on_lend is not None
-        entry, _ = self._used[host]
+    def _borrow(self, host: str, borrower: Borrower, inbound: InboundFrame) -> None:
+        (entry, _), model = self._used[host], inbound.frame.lend.model
+        chunks = [(chunk.number, chunk.serial) for chunk in inbound.frame.lend.chunks]
+        if chunks:
+            borrower.take_chunks(entry, model, chunks, inbound.descriptors)
+            return
         about = {"router": self._router, "host": host, "model": model}
-        if descriptor is None:
+        if not inbound.descriptors:
             log.info("router %s: host %s takes %s back", self._router, host, model, extra=about)
-            self._on_lend(entry, model, None)
+            borrower.take_slab(entry, model, None)
             return
         try:
-            slab = borrow(descriptor)
+            slab = borrow_any(*inbound.descriptors)
         except ValueError as error:
             log.warning(
                 "router %s: host %s lends %s, but %s", self._router, host, model, error, extra=about
             )
             return
         log.info("router %s: host %s lends %s", self._router, host, model, extra=about)
-        self._on_lend(entry, model, slab)
+        borrower.take_slab(entry, model, slab)

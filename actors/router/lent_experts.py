@@ -11,8 +11,11 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -25,13 +28,21 @@ from ...cluster.routing.policy import RouterPolicy
 from ...kernels import fused
 from ...kernels.ffn import ExpertForm, ExpertWeights
 from ...kernels.fused import LayerBank
+from ...kernels.grouped.activation import Activation
+from ...kernels.grouped.slots import SlotForm
+from ...kernels.slabs.borrowed_device_slab import DeviceSlabReader, LentPools
+from ...kernels.slabs.device_memory import DeviceMemory
+from ...kernels.slabs.device_slab import Memory, layer_slots
+from ...kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer
 from ...kernels.slabs.layout import COPIES, Packing
 from ...kernels.slabs.side_by_side import bank_of_slabs
 from ...kernels.slabs.slab import SlabReader
 from .layer_tensors import LayerTensors
-from .lent_part import LayerReach, LentPart, Slots
+from .lent_part import LayerReach, LentPart, Mapped, Slots
 
 log = logging.getLogger(__name__)
+
+Allocate = Callable[[int, int], Memory]  # (bytes, bytes of a chunk) -> addresses
 
 
 class _Lent(NamedTuple):
@@ -40,6 +51,19 @@ class _Lent(NamedTuple):
     host: str
     incarnation: int
     model: str
+
+
+_AnySlab = SlabReader | DeviceSlabReader
+
+
+class _Place(NamedTuple):
+    """A slot that has an expert in the version that is wanted."""
+
+    slab: _AnySlab
+    slot: int
+    copy: int
+    generation: int
+    at: int  # on a device, the number of its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +91,16 @@ class _Found:
 class LentExperts:
     """What hosts have lent to one router; used under the router's lock."""
 
-    def __init__(self, forms: Mapping[LayerKey, ExpertForm], policy: RouterPolicy) -> None:
+    def __init__(
+        self,
+        forms: Mapping[LayerKey, ExpertForm],
+        policy: RouterPolicy,
+        device: torch.device,
+        allocate: Allocate | None = None,
+    ) -> None:
         """Take the arithmetic of the layers that may be computed here.
+
+        ``allocate`` returns ranges of addresses on ``device`` (None: of a CUDA device).
 
         The memory of a host that no placement names is kept for ``policy.orphan_s`` seconds. With
         ``policy.splits_lent`` the router computes the part of a call that makes it fastest.
@@ -76,23 +108,53 @@ class LentExperts:
         self._forms = forms
         self._orphan_s = policy.orphan_s
         self._shares = LendingShare() if policy.splits_lent else None
-        self._slabs: dict[_Lent, SlabReader] = {}
+        self._device = device
+        self._pools = LentPools(allocate or partial(_device_memory, device))
+        self._slabs: dict[_Lent, _AnySlab] = {}
+        self._slot_forms: dict[LayerKey, SlotForm] = {}
         self._orphans: dict[_Lent, float] = {}  # and when each of them is let go
         self._reach: dict[LayerKey, _Found] = {}
         self._joined: dict[LayerKey, _Joined] = {}
 
-    def take_slab(self, entry: HostEntry, model: str, slab: SlabReader | None) -> None:
+    def take_slab(self, entry: HostEntry, model: str, slab: _AnySlab | None) -> None:
         """Take a slab that a host lends, or forget what it takes back.
 
         What this host lent of the model before is forgotten, in earlier incarnations too.
         """
         self._forget(one for one in self._slabs if (one.host, one.model) == (entry.host, model))
+        self._reach.clear()
+        if isinstance(slab, DeviceSlabReader):
+            try:
+                slab.join(self._pools)
+            except (ValueError, RuntimeError, ImportError) as error:
+                log.warning("what %s lends of %s cannot be used: %s", entry.host, model, error)
+                return
         if slab is not None:
             self._slabs[_Lent(entry.host, entry.incarnation, model)] = slab
+
+    def take_chunks(
+        self,
+        entry: HostEntry,
+        model: str,
+        chunks: Sequence[tuple[int, int]],
+        descriptors: Sequence[int],
+    ) -> None:
+        """Map chunks of a device's slab, and close their descriptors; without these, unmap them."""
         self._reach.clear()
+        slab = self._slabs.get(_Lent(entry.host, entry.incarnation, model))
+        if not isinstance(slab, DeviceSlabReader) or len(descriptors) not in (0, len(chunks)):
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return
+        for (chunk, serial), descriptor in zip_longest(chunks, descriptors):
+            if descriptor is None:
+                slab.drop(chunk, serial)
+            else:
+                slab.take(chunk, serial, descriptor, self._reach.clear)
 
     def clear(self) -> None:
         self._forget(self._slabs)
+        self._pools.close()
 
     def has(self, key: ExpertKey, placement: Placement | None) -> bool:
         """Return whether an expert can be computed here; any thread may ask, without the lock."""
@@ -248,12 +310,14 @@ class LentExperts:
 
     def _forget(self, lent: Iterable[_Lent]) -> None:
         gone = list(lent)
-        for one in gone:
-            del self._slabs[one]
-            self._orphans.pop(one, None)
         if gone:
             self._reach.clear()
             self._joined.clear()
+        for one in gone:
+            slab = self._slabs.pop(one)
+            self._orphans.pop(one, None)
+            if isinstance(slab, DeviceSlabReader):
+                slab.close()
 
     def _find(self, key: LayerKey, placement: Placement) -> LayerReach | None:
         try:
@@ -267,11 +331,9 @@ class LentExperts:
         form, layer = self._forms.get(key), placement.layers.get(key)
         if form is None or layer is None:
             return None
-        versions = placement.versions.layer(key)
-        experts: dict[int, ExpertWeights] = {}
-        found: dict[SlabReader, list[tuple[int, int]]] = {}
+        versions, unmapped = placement.versions.layer(key), self._pools.unmapped
+        found: dict[int, _Place] = {}
         orphans = [self._slabs[one] for one in self._orphans if one.model == key.model]
-        joined = self._join(key)
         for expert, replicas in enumerate(layer.replicas):
             lenders = (placement.hosts.get(replica.host) for replica in replicas)
             slabs = [
@@ -284,26 +346,65 @@ class LentExperts:
                     continue
                 place = _find_slot(slab, key.layer, expert, versions.of(expert))
                 if place is not None:
-                    copy, generation = place
-                    lent = slab.view(key.layer, expert, copy)
-                    experts[expert] = joined.with_bank(slab, key.layer, lent)
-                    slot = slab.layout.slot(key.layer, expert, copy)
-                    found.setdefault(slab, []).append((slot, generation))
+                    found[expert] = place
                     break
-        if not experts:
+        if not found:
             return None
-        slots = [Slots(slab, *map(list, zip(*taken, strict=True))) for slab, taken in found.items()]
-        up = _shape(next(iter(found)), key.layer, form)
-        preferred = [replicas[0].host if replicas else "" for replicas in layer.replicas]
-        exact = key.model in placement.exact
-        return LayerReach(form, experts, slots, preferred, *up, exact=exact)
+        slots: dict[_AnySlab, list[tuple[int, int]]] = {}
+        for place in found.values():
+            slots.setdefault(place.slab, []).append((place.slot, place.generation))
+        first = next(iter(slots))
+        if isinstance(first, DeviceSlabReader):
+            arithmetic, rows = self._on_device(key, form, found, first), _rows(first, key.layer)
+        else:
+            arithmetic = self._on_cpu(key, form, found)
+            rows = _rows(first, key.layer, transposed=form.transposed)
+        return LayerReach(
+            arithmetic,
+            list(found),
+            [Slots(slab.entries, *map(list, zip(*t, strict=True))) for slab, t in slots.items()],
+            [replicas[0].host if replicas else "" for replicas in layer.replicas],
+            *rows,
+            exact=key.model in placement.exact,
+            mapped=Mapped(self._pools, unmapped) if isinstance(first, DeviceSlabReader) else None,
+        )
+
+    def _on_cpu(self, key: LayerKey, form: ExpertForm, found: Mapping[int, _Place]) -> CpuLayer:
+        joined, experts = self._join(key), {}
+        for expert, place in found.items():
+            if isinstance(place.slab, SlabReader):
+                lent = place.slab.view(key.layer, expert, place.copy)
+                experts[expert] = joined.with_bank(place.slab, key.layer, lent)
+        return CpuLayer(form, experts)
+
+    def _on_device(
+        self, key: LayerKey, form: ExpertForm, found: Mapping[int, _Place], first: DeviceSlabReader
+    ) -> DeviceLayer:
+        shape = first.layout.layers[key.layer]
+        if key not in self._slot_forms:
+            sizes = {tensor.name: tensor.shape for tensor in shape.tensors}
+            gated = sizes["up"][0] == 2 * sizes["down"][1]
+            known = Activation.of(form.activate, gated=gated)
+            activate = None if known else form.activate
+            self._slot_forms[key] = SlotForm(known, activate, form.post_norm)
+        table = [found[e].at if e in found else -1 for e in range(shape.experts)]
+        return DeviceLayer(
+            layer_slots(
+                self._slot_forms[key],
+                first.parts(key.layer),
+                torch.tensor([table], dtype=torch.int32).to(self._device),
+                torch.zeros((), dtype=torch.int32, device=self._device),
+            )
+        )
 
     def _join(self, key: LayerKey) -> _Joined:
         """Return what all slabs have of a layer as one bank."""
         having = [
             slab
             for one, slab in self._slabs.items()
-            if one.model == key.model and key.layer in slab.layout.layers
+            if isinstance(slab, SlabReader)
+            and one.model == key.model
+            and key.layer in slab.layout.layers
         ]
         found = self._joined.get(key)
         if found is None or found.slabs != having:
@@ -311,25 +412,33 @@ class LentExperts:
         return found
 
 
-def _can_compute(slab: SlabReader, layer: int, expert: int) -> bool:
+def _device_memory(device: torch.device, nbytes: int, chunk_bytes: int) -> Memory:
+    return DeviceMemory(device, nbytes, chunk_bytes=chunk_bytes)
+
+
+def _can_compute(slab: _AnySlab, layer: int, expert: int) -> bool:
     shape = slab.layout.layers.get(layer)
     if shape is None or expert >= shape.experts:
         return False
     return shape.fused is None or fused.instructions(shape.tensors[0].dtype) is not None
 
 
-def _find_slot(slab: SlabReader, layer: int, expert: int, version: int) -> tuple[int, int] | None:
-    """Return (copy, generation) of the slot that has this version of an expert."""
+def _find_slot(slab: _AnySlab, layer: int, expert: int, version: int) -> _Place | None:
+    """Return the slot that has this version of an expert."""
     for copy in range(COPIES):
+        slot = slab.layout.slot(layer, expert, copy)
         # The generation first: whatever happens to the slot afterwards changes it.
-        generation = slab.generation(layer, expert, copy)
-        if generation % 2 == 0 and slab.version(layer, expert, copy) == version:
-            return copy, generation
+        generation = slab.entries.generation(slot)
+        if generation % 2 or slab.entries.version(slot) != version:
+            continue
+        at = slab.place(layer, slot) if isinstance(slab, DeviceSlabReader) else slot
+        if at is not None:
+            return _Place(slab, slot, copy, generation, at)
     return None
 
 
-def _shape(slab: SlabReader, layer: int, form: ExpertForm) -> tuple[int, torch.dtype]:
+def _rows(slab: _AnySlab, layer: int, *, transposed: bool = False) -> tuple[int, torch.dtype]:
     """Return the hidden size and dtype of a layer's rows."""
     (up,) = (tensor for tensor in slab.layout.layers[layer].tensors if tensor.name == "up")
     plain = up.packing is Packing.PLAIN
-    return up.shape[0 if form.transposed and plain else 1], up.dtype
+    return up.shape[0 if transposed and plain else 1], up.dtype

@@ -10,7 +10,8 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,27 +20,40 @@ from torch import Tensor
 
 from ...cluster.routing.lending_share import ShareChoice
 from ...kernels import ffn
-from ...kernels.ffn import ExpertForm, ExpertWeights
-from ...kernels.slabs.slab import SlabReader
+from ...kernels.grouped.slots import StepFlags
+from ...kernels.slabs.borrowed_device_slab import LentPools
+from ...kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer, LayerArithmetic
+from ...kernels.slabs.slot_entries import SlotEntries
 
 
 class Slots:
     """Slots of one slab, and the generations that their experts had when they were found."""
 
-    def __init__(self, slab: SlabReader, numbers: list[int], generations: list[int]) -> None:
-        self._slab = slab
+    def __init__(self, entries: SlotEntries, numbers: list[int], generations: list[int]) -> None:
+        self._entries = entries
         self._numbers = np.array(numbers)
         self._generations = np.array(generations, dtype=np.uint64)
         self._changes = -1  # of the whole slab, when these slots were last looked at
 
     def unchanged(self) -> bool:
-        changes = self._slab.changes
+        changes = self._entries.changes
         if changes == self._changes:
             return True
-        if not np.array_equal(self._slab.generations(self._numbers), self._generations):
+        if not np.array_equal(self._entries.generations(self._numbers), self._generations):
             return False
         self._changes = changes
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """Where experts on a device are mapped, and how often anything there had been unmapped."""
+
+    pools: LentPools
+    unmapped: int
+
+    def unchanged(self) -> bool:
+        return self.pools.unmapped == self.unmapped
 
 
 class LayerReach:
@@ -47,25 +61,30 @@ class LayerReach:
 
     def __init__(
         self,
-        form: ExpertForm,
-        experts: Mapping[int, ExpertWeights],
+        arithmetic: LayerArithmetic,
+        experts: Collection[int],
         slots: list[Slots],
         hosts: Sequence[str],
         hidden: int,
         dtype: torch.dtype,
         *,
         exact: bool = False,
+        mapped: Mapped | None = None,
     ) -> None:
-        """``hosts`` has the preferred host of each expert of the layer, "" if it has none."""
+        """Take what computes ``experts``, which are ``mapped`` if they lie on a device.
+
+        ``hosts`` has the preferred host of each expert of the layer, "" if it has none.
+        """
+        self._mapped = mapped
         count = len(hosts)
-        self.form = form
-        self.experts = experts
-        banks = {expert.bank for expert in experts.values()}
-        # What computes a whole call at once, if there is such a kernel.
-        self._bank = banks.pop() if len(banks) == 1 and form.post_norm is None else None
+        self.arithmetic = arithmetic
+        self._cpu = arithmetic if isinstance(arithmetic, CpuLayer) else None
+        self._bank = None if self._cpu is None else self._cpu.bank()
         self._place_E = np.full(count, -1, dtype=np.int32)
-        for number, expert in experts.items():
-            self._place_E[number] = number if self._bank is None else expert.place
+        self._place_E[list(experts)] = list(experts)
+        if self._cpu is not None and self._bank is not None:
+            for number, expert in self._cpu.experts.items():
+                self._place_E[number] = expert.place
         # The expert that lies in a place.
         self.expert_at = np.zeros(self._place_E.max() + 1, dtype=np.intp)
         self.expert_at[self._place_E[list(experts)]] = list(experts)
@@ -77,20 +96,24 @@ class LayerReach:
         self.count = count  # of the layer's experts
         self._has_all = len(experts) == count
         self.hosts = sorted(set(hosts))
-        # Whether any part of a call could as well be sent.
-        self.can_split = self._has_all and "" not in self.hosts
+        # Whether any part of a call could as well be sent. Hosts on a device share it with the
+        # router, so that nothing is gained.
+        self.can_split = self._has_all and "" not in self.hosts and self._cpu is not None
         self._host_of_E = np.array([self.hosts.index(host) for host in hosts])
 
     def takes(self, x_TH: Tensor) -> bool:
         """Return whether these rows fit; a host says what is wrong with others."""
-        return x_TH.is_cpu and x_TH.shape[1] == self._hidden and x_TH.dtype == self._dtype
+        there = x_TH.device == self.arithmetic.ids_device
+        return there and x_TH.shape[1] == self._hidden and x_TH.dtype == self._dtype
 
     def places(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> np.ndarray | None:
         """Return where the experts of a call lie that `compute_all` computes; None if it does not.
 
         Each id must be that of an expert within reach; none is -1.
         """
-        if self._exact or not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu):
+        if self._exact or self._cpu is None:
+            return None
+        if not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu):
             return None
         shape = ids_TK.shape
         if len(shape) != 2 or 0 in shape or weights_TK.shape != shape:
@@ -128,9 +151,44 @@ class LayerReach:
             given = x_TH, ids_TK, weights_TK, sum_TH
             # Whatever the model around it says: hosts know nothing of its contexts.
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                ffn.loop_kernel(self.form, self.experts, *given)
+                self.arithmetic.compute(*given, exact=False)
             out_TH = sum_TH.to(x_TH.dtype)
         return out_TH if ffn.all_finite(out_TH) and self.unchanged() else None
+
+    @property
+    def is_on_device(self) -> bool:
+        return self._cpu is None
+
+    def takes_all(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> bool:
+        """Return whether a call is one for `compute_on_device`."""
+        shape = ids_TK.shape
+        if not self._has_all or len(shape) != 2 or 0 in shape or weights_TK.shape != shape:
+            return False
+        if not self.takes(x_TH) or x_TH.shape[0] != shape[0]:
+            return False
+        if torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad):
+            return False
+        return x_TH.device == ids_TK.device == weights_TK.device
+
+    def compute_on_device(
+        self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, flags: StepFlags | None = None
+    ) -> Tensor | None:
+        """Compute a call on the experts' device: the sum over K of weight * expert(x).
+
+        The result is (T, H) in x's dtype. It is None if it cannot be used. It waits for the device
+        once; with ``flags`` it does not, and whoever has these checks them, and `unchanged`, when
+        more calls are done.
+        """
+        assert isinstance(self.arithmetic, DeviceLayer)
+        found = flags or StepFlags.on(self.arithmetic.ids_device)
+        given = x_TH.contiguous(), ids_TK, weights_TK
+        with self.in_use(), torch.no_grad():
+            if not self.unchanged():
+                return None
+            out_TH = self.arithmetic.layer(*given, found, exact=self._exact)
+            if flags is None and (found.any() or not self.unchanged()):
+                return None
+            return out_TH
 
     def split(self, ids_TK: np.ndarray, part: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids to compute here, and the others; each is -1 where the other is not.
@@ -164,7 +222,13 @@ class LayerReach:
 
     def unchanged(self) -> bool:
         """Return whether all slots still hold what they held when they were found."""
+        if self._mapped is not None and not self._mapped.unchanged():
+            return False
         return all(map(Slots.unchanged, self._slots))
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Return a context for a computation; enter it before `unchanged` is asked."""
+        return nullcontext() if self._mapped is None else self._mapped.pools.in_use()
 
 
 @dataclass(slots=True)
@@ -184,16 +248,23 @@ class LentPart:
 
     def compute(self) -> bool:
         """Compute, and return whether the result may be used: no slot changed meanwhile."""
+        with self.reach.in_use():
+            return self._compute()
+
+    def _compute(self) -> bool:
         reach, x_TH = self.reach, self.x_TH
         if not reach.unchanged():
             return False
         shape = (*self.ids_TK.shape, x_TH.shape[1]) if self.exact else x_TH.shape
-        out = torch.empty(shape, dtype=torch.float32, device="cpu")
-        run = ffn.exact_rows if self.exact else ffn.loop_kernel
+        arithmetic = reach.arithmetic.for_a_call()
+        ids_TK = self.ids_TK.to(arithmetic.ids_device)
+        weights_TK = self.weights_TK.to(x_TH.device)
+        out = torch.empty(shape, dtype=torch.float32, device=x_TH.device)
         # Whatever the model around it says: hosts know nothing of its contexts.
-        with torch.autocast("cpu", enabled=False):
-            run(reach.form, reach.experts, x_TH, self.ids_TK, self.weights_TK, out)
-        bad = ffn.bad_experts(reach.form, reach.experts, x_TH, self.ids_TK, out)
+        with torch.autocast(x_TH.device.type, enabled=False):
+            arithmetic.compute(x_TH, ids_TK, weights_TK, out, exact=self.exact)
+        bad = arithmetic.bad_experts(x_TH, ids_TK, out)
+        out = out.cpu()
         if not reach.unchanged():
             return False
         self.out, self.bad_experts = out, bad

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -36,12 +37,13 @@ from .command_shell import CommandShell
 from .connect import Connect, connect
 from .connections import HostConnections
 from .layer_tensors import LayerTensors, check_tensors
-from .lent_experts import LentExperts
+from .lent_experts import Allocate, LentExperts
 from .lent_part import LentPart, patience
 from .pool_call import PoolCall, RunningCall
-from .router_stats import COUNT_AT, CallCounts, RouterStats
+from .router_stats import CallCounts, RouterStats
 from .row_attribution import RowAttribution
 from .upkeep import Upkeep
+from .whole_calls import WholeCalls
 
 # Limits the damage if a wake-up is ever missed.
 LONGEST_WAIT_S = 5.0
@@ -67,6 +69,7 @@ class Router:
         connect: Connect = connect,
         poller: Poller | None = None,
         numa: int | None = None,
+        allocate: Allocate | None = None,
     ) -> None:
         """Create a router that waits for its first placement.
 
@@ -77,7 +80,7 @@ class Router:
         itself where hosts of this machine lend it their experts, also of layers that are added
         later (None: it computes none). ``connect`` opens its connections, and ``poller`` waits for
         all of them (None: the system's). ``numa`` is the NUMA node that this process is pinned to,
-        if it is to one.
+        if it is to one. ``allocate`` returns addresses on ``device`` (None: of a CUDA device).
         """
         self.name = name
         self._clock = clock
@@ -88,8 +91,7 @@ class Router:
         self.step = 0  # forward passes that have begun
         self._log = CallLog(name)
         self._dispatcher = Dispatcher(self.policy)
-        self._lent_experts = LentExperts({} if forms is None else forms, self.policy)
-        borrows = forms is not None and device.type == "cpu"
+        self._lent_experts = LentExperts(forms or {}, self.policy, device, allocate)
         self._connections = HostConnections(
             router=name,
             node=node,
@@ -98,7 +100,7 @@ class Router:
             device=device,
             secret=secret or secret_of_process(),
             clock=clock,
-            on_lend=self._lent_experts.take_slab if borrows else None,
+            borrower=None if forms is None else self._lent_experts,
             connect=connect,
             poller=poller,
             numa=numa,
@@ -114,12 +116,15 @@ class Router:
         self._counts = CallCounts(self._dispatcher.meter)
         # Never held while a thread waits for events.
         self._lock = threading.RLock()
+        # There is something to report: set when calls begin and layers are asked for.
+        self.stirred = threading.Event()
+        self._whole_calls = WholeCalls(
+            self._lent_experts, self._dispatcher, self._counts, self._lock, clock, self.stirred
+        )
         self._listen_at = clock()  # when to look for events without waiting for an answer
         # A thread waits for events now; the others wait until it has handled some.
         self._polling = False
         self._heard = threading.Condition(self._lock)
-        # There is something to report: set when calls begin and layers are asked for.
-        self.stirred = threading.Event()
 
     # ---- life -----------------------------------------------------------------------------------
 
@@ -216,19 +221,31 @@ class Router:
         key = LayerKey(model, layer)
         return lambda x_TH, ids_TK, weights_TK: self.forward(key, x_TH, ids_TK, weights_TK)
 
-    def begin_step(self) -> None:
+    def begin_step(self, *, may_repeat: bool = False) -> None:
         """Start a forward pass: forget the rows that were lost in the last one.
 
-        Its calls use the versions of weights that are served now, until `end_step`.
+        Its calls use the versions of weights that are served now, until `end_step`, which the same
+        thread calls. With ``may_repeat``, calls on a device do not wait for it one by one: who runs
+        the pass asks `step_is_sound` at its end, and if need be runs it again in `repeating`.
         """
+        self._whole_calls.begin_step(checked_at_end=may_repeat)
         self.step += 1
         self.batch.begin_step(self.step)
         with self._lock:
             if not self._shell.closed:
                 self._shell.execute(self._dispatcher.begin_step(self._clock()))
 
+    def step_is_sound(self) -> bool:
+        """Wait for a pass that may be repeated, and return whether its result may be used."""
+        return self._whole_calls.step_is_sound()
+
+    def repeating(self) -> AbstractContextManager[None]:
+        """Return a context in which a pass is run once more, and each call is checked alone."""
+        return self._whole_calls.paused()
+
     def end_step(self) -> None:
         """End a forward pass: the next one may use other versions of weights."""
+        self._whole_calls.end_step()
         with self._lock:
             if not self._shell.closed:
                 self._follow_newest(self._dispatcher.end_step(self._clock()))
@@ -245,8 +262,7 @@ class Router:
     ) -> Tensor | None:
         """Compute one layer's call here, if hosts have lent all of it and nothing is special.
 
-        The result is that of `dispatch`; None: `dispatch` has to be called. Here each step counts:
-        the model's weights have swept the caches, so it takes three to five times as long as usual.
+        The result is that of `dispatch`; None: `dispatch` has to be called.
         """
         lent, placement = self._lent_experts, self._dispatcher.placement
         if not lent:
@@ -259,34 +275,7 @@ class Router:
                 lent.let_go(began)
         if self.batch.dead or self.batch.groups() is not None:
             return None
-        reach = lent.known_reach(key, placement)
-        if reach is None:
-            with self._lock:
-                reach = lent.reach(key, placement)
-        place_TK = None if reach is None else reach.places(x_TH, ids_TK, weights_TK)
-        if reach is None or place_TK is None:
-            return None
-        choice = None
-        if lent.splits:
-            with self._lock:
-                all_here, choice = lent.keep_all(reach, place_TK.size, self._dispatcher, began)
-            if not all_here:
-                return None
-        out_TH = None
-        try:
-            out_TH = reach.compute_all(x_TH, ids_TK, weights_TK, place_TK)
-        finally:
-            if out_TH is None or choice is not None:
-                took_s = None if out_TH is None else self._clock() - began
-                with self._lock:
-                    lent.took_all(key, choice, took_s)
-        if out_TH is not None:
-            if (noted := self._counts.note(key, reach, place_TK)) == 1:
-                self.stirred.set()
-            if noted >= COUNT_AT:
-                with self._lock:
-                    self._counts.count_noted()
-        return out_TH
+        return self._whole_calls.compute(key, placement, x_TH, ids_TK, weights_TK, began)
 
     @torch.no_grad()
     def dispatch(self, key: LayerKey, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PoolCall:

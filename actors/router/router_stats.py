@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ...cluster.expert_keys import LayerKey
 from ...cluster.load.meter import LoadMeter
@@ -14,8 +16,6 @@ from ...cluster.placement import PlacementId
 from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.transports import Transport
 from .lent_part import LayerReach
-
-COUNT_AT = 64  # calls that were noted
 
 
 class CallCounts:
@@ -27,6 +27,9 @@ class CallCounts:
         self.lent = 0  # assignments that the router computed itself, with experts that hosts lent
         self._meter = meter
         self._noted: deque[tuple[LayerKey, np.ndarray, int, np.ndarray]] = deque()
+        # Of calls on a device, by layer: how often each expert was chosen, and unused assignments.
+        self._on_device: dict[LayerKey, Tensor] = {}
+        self._tokens: deque[int] = deque()  # of each of those calls
 
     def note(self, key: LayerKey, reach: LayerReach, place_TK: np.ndarray) -> int:
         """Note a call that was computed at once, and return how many are noted and not counted.
@@ -38,7 +41,27 @@ class CallCounts:
         self._noted.append((key, reach.expert_at, reach.count, place_TK))
         return len(self._noted)
 
+    def note_on_device(self, key: LayerKey, ids_TK: Tensor, experts: int) -> None:
+        """Count a call on the device where its ids are, without waiting for it."""
+        counts = self._on_device.get(key)
+        if counts is None or counts.shape[0] != experts + 1:
+            counts = torch.zeros(experts + 1, dtype=torch.int64, device=ids_TK.device)
+            self._on_device[key] = counts
+        ids_N = ids_TK.reshape(-1).long()
+        ids_N = ids_N.where((ids_N >= 0) & (ids_N < experts), experts)
+        counts.scatter_add_(0, ids_N, torch.ones_like(ids_N))
+        self._tokens.append(ids_TK.shape[0])
+
     def count_noted(self) -> None:
+        while self._tokens:
+            self.calls += 1
+            self.rows += self._tokens.popleft()
+        for key, counts in list(self._on_device.items()):
+            found = counts.clone()
+            counts.sub_(found)  # calls may go on
+            times_E = found[:-1].cpu().numpy()
+            if times_E.any():
+                self.count_lent(key, np.repeat(np.arange(len(times_E)), times_E), len(times_E))
         while self._noted:
             key, expert_at, experts, place_TK = self._noted.popleft()
             self.calls += 1

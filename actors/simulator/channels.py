@@ -6,7 +6,7 @@ A host writes an answer into its slot when it has computed it, which is later th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from ...cluster.versions import LayerVersions
 from ...proto.errors import HostLost, InternalError
 from ...proto.expert_pb2 import Call, Frame
 from ...proto.wire import CallLayout
-from ..transport.base import InboundFrame, Session, check_slot
+from ..transport.base import InboundFrame, Session, check_slot, lend_frame
 from .network import SLOT_BYTES, Connection, Descriptor, Network, Parcel
 from .trace_events import Sent, Wrote
 
@@ -159,7 +159,7 @@ class SimChannel(_End):
             case "refusal":
                 self.release(frame.refusal.seq)
         descriptor = parcel.descriptor
-        return InboundFrame(frame, descriptor=None if descriptor is None else descriptor.take())
+        return InboundFrame(frame, descriptors=() if descriptor is None else (descriptor.take(),))
 
     def release(self, seq: int) -> None:
         slot, _ = self.calls.pop(seq, (None, 0))
@@ -219,15 +219,17 @@ class SimSession(_End):
 class SimLendingSession(SimSession):
     """A host's end of a connection on its own machine."""
 
-    def lend(self, model: str, descriptor: int) -> None:
+    def lend(
+        self, model: str, descriptors: Sequence[int], chunks: Sequence[tuple[int, int]] = ()
+    ) -> None:
         self._check()
-        carried = Descriptor(descriptor)
-        parcel = Parcel(Frame(lend={"model": model}), descriptor=carried)
+        (descriptor,) = descriptors  # hosts of a world compute on CPUs
+        parcel = Parcel(lend_frame(model, chunks), descriptor=Descriptor(descriptor))
         self.connection.send(self.connection.router, parcel)
 
-    def take_back(self, model: str) -> None:
+    def take_back(self, model: str, chunks: Sequence[tuple[int, int]] = ()) -> None:
         self._check()
-        self._send(Frame(lend={"model": model}))
+        self._send(lend_frame(model, chunks))
 
 
 class SimListener:

@@ -8,13 +8,13 @@ decisions are in `cluster/`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ...proto.errors import CallError, MoesaicError
-from ...proto.expert_pb2 import Call, Frame
+from ...proto.expert_pb2 import Call, Frame, Lend
 from ...proto.wire import WIRE_VERSION, CallLayout
 
 
@@ -23,14 +23,19 @@ class InboundFrame(NamedTuple):
 
     The bytes of a reply are valid until `Channel.release`; those of a call until it is answered.
     ``refused`` is set for a call whose tensors the transport discarded, because they do not fit or
-    there was no room: the host answers the call with this error. Whoever gets a ``descriptor``
-    closes it.
+    there was no room: the host answers the call with this error. Whoever gets ``descriptors``
+    closes them.
     """
 
     frame: Frame
     payload: Tensor | None = None
     refused: MoesaicError | None = None
-    descriptor: int | None = None
+    descriptors: tuple[int, ...] = ()
+
+
+def lend_frame(model: str, chunks: Sequence[tuple[int, int]]) -> Frame:
+    """Return the frame that lends memory, with descriptors, or takes it back, without."""
+    return Frame(lend=Lend(model=model, chunks=[Lend.Chunk(number=n, serial=s) for n, s in chunks]))
 
 
 def call_of(frame: Frame) -> Call:
@@ -135,12 +140,20 @@ class Session(Protocol):
 class LendingSession(Session, Protocol):
     """A session whose transport can carry descriptors."""
 
-    def lend(self, model: str, descriptor: int) -> None:
-        """Lend a model's memory, by a descriptor that stays the caller's. Raises HostLost."""
+    def lend(
+        self, model: str, descriptors: Sequence[int], chunks: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Lend a model's memory, by a descriptor that stays the caller's. Raises HostLost.
+
+        With ``chunks``, (number, serial) of a device's memory, it is a descriptor for each of them.
+        """
         ...
 
-    def take_back(self, model: str) -> None:
-        """Let the router compute with a model's memory no longer. Raises HostLost."""
+    def take_back(self, model: str, chunks: Sequence[tuple[int, int]] = ()) -> None:
+        """Let the router compute with a model's memory, or chunks of it, no longer.
+
+        Raises HostLost.
+        """
         ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from google.protobuf.message import DecodeError
 
@@ -14,6 +14,7 @@ from ...proto.expert_pb2 import Frame
 from .base import InboundFrame
 
 _DATAGRAM_BYTES = 1 << 16
+MOST_DESCRIPTORS = 64  # with one frame; Linux takes 253
 
 
 class FrameSocket:
@@ -29,13 +30,13 @@ class FrameSocket:
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def send(self, frame: Frame, descriptor: int | None = None) -> None:
-        """Send a frame, and with it a descriptor, which stays the caller's."""
+    def send(self, frame: Frame, descriptors: Sequence[int] = ()) -> None:
+        """Send a frame with at most `MOST_DESCRIPTORS` descriptors, which stay the caller's."""
         try:
-            if descriptor is None:
-                self._sock.send(frame.SerializeToString())
+            if descriptors:
+                socket.send_fds(self._sock, [frame.SerializeToString()], descriptors)
             else:
-                socket.send_fds(self._sock, [frame.SerializeToString()], [descriptor])
+                self._sock.send(frame.SerializeToString())
         except OSError as error:
             # A full buffer means that the other side has not read for hundreds of frames.
             raise HostLost(f"shared-memory socket: {error}") from error
@@ -43,7 +44,7 @@ class FrameSocket:
     def receive(self, take: Callable[[Frame], InboundFrame | None]) -> list[InboundFrame]:
         """Apply ``take`` to all frames that have arrived. Raises HostLost after the last.
 
-        A socket that `takes_descriptors` adds the one that came with a frame of kind ``lend``.
+        A socket that `takes_descriptors` adds those that came with a frame of kind ``lend``.
         """
         inbounds: list[InboundFrame] = []
         try:
@@ -92,7 +93,8 @@ class FrameSocket:
     def _with_descriptor(self, inbound: InboundFrame) -> InboundFrame:
         if not (self._descriptors and inbound.frame.HasField("lend")):
             return inbound
-        return inbound._replace(descriptor=self._descriptors.pop())
+        found, self._descriptors = tuple(self._descriptors), []
+        return inbound._replace(descriptors=found)
 
     def _drop_descriptors(self) -> None:
         """Close the descriptors of the last datagram that no frame has claimed."""
@@ -105,7 +107,7 @@ class FrameSocket:
                 if not self._takes_descriptors:
                     return self._sock.recv(_DATAGRAM_BYTES)
                 data, self._descriptors, _, _ = socket.recv_fds(
-                    self._sock, _DATAGRAM_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+                    self._sock, _DATAGRAM_BYTES, MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
                 )
                 return data
             except BlockingIOError:

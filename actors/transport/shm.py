@@ -23,7 +23,7 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from ...proto.keys import ClusterSecret, secret_of_process
 from ...proto.limits import HELLO_S, MAX_UNANNOUNCED
 from ...proto.unix_peers import same_user
 from ...proto.wire import ALIGNMENT_BYTES, WIRE_VERSION, CallLayout
-from .base import InboundFrame, Session, call_of, check_slot, check_version
+from .base import InboundFrame, Session, call_of, check_slot, check_version, lend_frame
 from .cuda_memory import CudaMemory, open_shared, share
 from .seqpacket import FrameSocket, close_all
 
@@ -250,13 +250,13 @@ class ShmSession:
     def send(self, frame: Frame) -> None:
         self._sock.send(frame)
 
-    def lend(self, model: str, descriptor: int) -> None:
-        """Lend a slab, by a descriptor that stays the caller's. Raises HostLost."""
-        self._sock.send(Frame(lend={"model": model}), descriptor)
+    def lend(
+        self, model: str, descriptors: Sequence[int], chunks: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        self._sock.send(lend_frame(model, chunks), descriptors)
 
-    def take_back(self, model: str) -> None:
-        """Let the router compute with a model's slab no longer. Raises HostLost."""
-        self._sock.send(Frame(lend={"model": model}))
+    def take_back(self, model: str, chunks: Sequence[tuple[int, int]] = ()) -> None:
+        self._sock.send(lend_frame(model, chunks))
 
     def close(self) -> None:
         self._sock.close()

@@ -10,8 +10,10 @@ import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...models.folder.tokenizer import read_tokenizer
@@ -28,8 +30,29 @@ from ...proto.errors import ClusterError
 from ..engine.engine import Engine, EngineConfig
 from ..engine.transformers_backend.engine import TransformersEngine
 from ..router.pool_link import PoolLink
+from ..router.router import Router
 from ..router.trunk_config import TrunkConfig
 from ..runtime.devices import pick_device
+
+
+def run_in_steps(module: nn.Module, router: Router) -> None:
+    """Make each forward of a module a pass of the router, which it may run a second time."""
+
+    def begin(_: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
+        # Only a cache whose places are fixed, as the engine's is, may be written to twice.
+        router.begin_step(may_repeat=given.get("past_key_values") is None)
+
+    def end(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], out: Any) -> Any:
+        try:
+            if out is not None and not router.step_is_sound():  # it is None after an error
+                with router.repeating():
+                    out = module.forward(*args, **given)
+            return out
+        finally:
+            router.end_step()
+
+    module.register_forward_pre_hook(begin, with_kwargs=True)
+    module.register_forward_hook(end, with_kwargs=True, always_call=True)
 
 
 class PoolTrunk:
@@ -44,8 +67,7 @@ class PoolTrunk:
         self.router = self._link.router
         connect_experts(model, layers, lambda layer: self.router.experts(config.model.name, layer))
         for module in forward_modules(model):
-            module.register_forward_pre_hook(lambda *_: self.router.begin_step())
-            module.register_forward_hook(lambda *_: self.router.end_step(), always_call=True)
+            run_in_steps(module, self.router)
 
     def close(self) -> None:
         try:

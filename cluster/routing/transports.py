@@ -100,16 +100,19 @@ def path_to(
     why = None
     if not lent:
         if not borrows:
-            where = "see network.lending" if device == CPU else "its model is on a GPU"
-            why = f"this router borrows nothing ({where})"
+            why = "this router borrows nothing (see network.lending)"
         elif entry.node != node:
             why = "it is on another machine"
-        elif entry.device != CPU:
-            why = "it computes on a GPU"
+        elif entry.device != device:
+            why = f"it computes on {_named(entry.device)}, this router on {_named(device)}"
         elif not is_near(entry, numa):
             why = f"it is pinned to NUMA node {entry.numa}, and this router to node {numa}"
-        elif transport not in (None, "shm"):
+        elif transport not in (None, "shm", "cuda"):
             why = "its connection cannot carry memory"
         else:
             why = "it has lent nothing: hosts[].lending, an emulated device, or no expert yet"
     return HostPath(host=entry.host, transport=transport, lent=lent, why_sent=why)
+
+
+def _named(device: str) -> str:
+    return "the CPU" if device == CPU else device

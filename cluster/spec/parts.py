@@ -87,11 +87,11 @@ class NetworkSpec(Part):
 
     lending: Lending = "auto"
     """Whether trunks compute with the memory of hosts on their own machine instead of sending them
-    calls. `never`: every call is sent. `auto`: hosts on CPUs lend, if calls would go through shared
-    memory; a call is still sent in part where that was measured to be faster. `always`: trunks
-    compute everything that is lent, and a host that cannot lend is an error. The router service
-    without `router.threads`, trunks on GPUs, and models whose experts share parameters send every
-    call."""
+    calls. `never`: every call is sent. `auto`: hosts lend to trunks on the same device (the CPU, or
+    the same GPU), if calls would go through shared memory; on CPUs a call is still sent in part
+    where that was measured to be faster. `always`: trunks compute everything that is lent, and a
+    host that cannot lend is an error. The router service without `router.threads` and models whose
+    experts share parameters send every call."""
 
     @model_validator(mode="after")
     def _lends_over_shared_memory(self) -> NetworkSpec:

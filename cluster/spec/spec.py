@@ -430,10 +430,11 @@ class Spec(Part):
 
     def _check_lending(self, number: int, group: HostGroup) -> None:
         """Check that hosts of a group can lend, as the spec says that they always do."""
+        here, there = group.device, self.trunk.device
         if group.emulate is not None:
             why = "hosts that emulate another device never lend"
-        elif group.device.startswith("cuda"):
-            why = f"hosts on {group.device} have nothing that a trunk could map"
+        elif {here.partition(":")[0], there.partition(":")[0]} == {"cpu", "cuda"}:
+            why = f"hosts on {here} lend to trunks on {here}, not {there}"
         elif self.network.transport not in ("auto", "shm"):
             why = f"it needs shared memory, and network.transport is {self.network.transport!r}"
         else:

@@ -38,7 +38,7 @@ def grouped_ffn(
 ) -> None:
     """Write the sum over K of weight * expert(x) to ``out_TH``, added up in float32.
 
-    ``ids_TK`` is -1 where an assignment is unused. An expert without a slot sets
+    ``ids_TK`` is outside [0, E) where an assignment is unused. An expert without a slot sets
     ``flags.missing`` and is left out; a sum that is not finite sets ``flags.infinite``. With
     ``exact`` a row's bits depend on its own input only. Everything is enqueued on the current
     stream; nothing waits for the device.
@@ -70,8 +70,10 @@ def exact_rows(
     y_TKH = call.rows(x_TH).view(out_TKH.shape)
     torch.mul(y_TKH.float(), weights_TK[..., None], out=out_TKH)
     table_E = slots.table_LE.index_select(0, slots.layer.view(1)).view(-1)
-    slot_TK = table_E[ids_TK.long().clamp_(min=0)]
-    out_TKH.masked_fill_(((ids_TK < 0) | (slot_TK < 0))[..., None], 0.0)
+    experts = table_E.shape[0]
+    slot_TK = table_E[ids_TK.long().clamp(0, experts - 1)]
+    unused_TK = (ids_TK < 0) | (ids_TK >= experts) | (slot_TK < 0)
+    out_TKH.masked_fill_(unused_TK[..., None], 0.0)
     flags.infinite.logical_or_(~torch.isfinite(out_TKH).all())
 
 

@@ -55,7 +55,8 @@ def align(
     for start in range(0, assignments, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         ids = tl.load(ids_ptr + n, mask=n < assignments, other=-1).to(tl.int32)
-        counts_E += tl.histogram(tl.where(ids < 0, experts, ids), BLOCK_E)
+        is_used = (ids >= 0) & (ids < experts)
+        counts_E += tl.histogram(tl.where(is_used, ids, experts), BLOCK_E)
     slots_E = tl.load(table_ptr + layer * experts + expert_E, mask=expert_E < experts, other=-1)
     absent_E = (slots_E < 0) & (expert_E < experts) & (counts_E > 0)
     if (mine == 0) & (tl.sum(absent_E.to(tl.int32), 0) > 0):
@@ -107,7 +108,7 @@ def _tile(
         expert = tl.load(ids_ptr + tile).to(tl.int64)
         slot = tl.load(
             table_ptr + tl.load(layer_ptr).to(tl.int64) * experts + expert,
-            mask=expert >= 0,
+            mask=(expert >= 0) & (expert < experts),
             other=-1,
         ).to(tl.int64)
         first = tile
@@ -244,7 +245,8 @@ def up(
     )
     if slot < 0:
         if DIRECT:  # otherwise `align` has reported it
-            tl.store(missing_ptr, 1, mask=tl.load(ids_ptr + tile) >= 0)
+            expert = tl.load(ids_ptr + tile)
+            tl.store(missing_ptr, 1, mask=(expert >= 0) & (expert < experts))
         return
     row_M = tl.arange(0, BLOCK_M)
     position_M = (first + row_M).to(tl.int64)
@@ -403,7 +405,8 @@ def combine(
     for k in range(top_k):
         n = token * top_k + k
         expert = tl.load(ids_ptr + n).to(tl.int64)
-        slot = tl.load(table_ptr + expert, mask=expert >= 0, other=-1)
+        is_used = (expert >= 0) & (expert < experts)
+        slot = tl.load(table_ptr + expert, mask=is_used, other=-1)
         row_H = tl.load(rows_ptr + n * hidden + column_H, mask=inside_H & (slot >= 0), other=0.0)
         weight = tl.load(weights_ptr + n, mask=slot >= 0, other=0.0).to(tl.float32)
         sum_H += row_H.to(tl.float32) * weight

@@ -71,6 +71,10 @@ class StepFlags:
     def on(cls, device: torch.device) -> StepFlags:
         return cls(torch.zeros(2, dtype=torch.int32, device=device))
 
+    def any(self) -> bool:
+        """Wait for the device, and return whether anything went wrong."""
+        return bool(self.both.any())
+
     @property
     def missing(self) -> Tensor:
         """An assignment names an expert without a slot."""

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import mmap
-import os
-from typing import Any
-
-import numpy as np
-
+from . import memfd
+from .borrowed_device_slab import DeviceSlabReader
 from .layout import SlabLayout
 from .slab import SlabReader
 
@@ -17,26 +11,22 @@ from .slab import SlabReader
 def borrow(descriptor: int) -> SlabReader:
     """Map the slab that a descriptor from `Slab.lend` names, and close the descriptor.
 
-    The mapping ends with the last tensor over it. Raises ValueError for what is no slab, or one
-    that could shrink: whoever touched its end then would be killed.
+    The mapping ends with the last tensor over it. Raises ValueError for what is no such slab.
     """
-    try:
-        try:
-            sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-            memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the descriptor's memory cannot be mapped: {error}") from error
-    finally:
-        os.close(descriptor)
-    if not sealed & fcntl.F_SEAL_SHRINK:
-        raise ValueError("the memory is not sealed against shrinking")
-    return SlabReader(SlabLayout.read(memoryview(memory)), readable(memory))
+    slab = borrow_any(descriptor)
+    if not isinstance(slab, SlabReader):
+        raise ValueError("the slab's experts are on a device")
+    return slab
 
 
-def readable(memory: mmap.mmap) -> Any:
-    """Return a buffer over the mapping that PyTorch takes: it warns of any that is read-only."""
-    buffer: Any = (ctypes.c_char * len(memory)).from_address(
-        np.frombuffer(memory, np.uint8).ctypes.data
-    )
-    buffer._mapping = memory  # kept with the buffer, which every tensor over it keeps
-    return buffer
+def borrow_any(descriptor: int) -> SlabReader | DeviceSlabReader:
+    """Do the same for the slab of a CPU or of a device.
+
+    Of a device's slab only what its owner says of it is mapped; `DeviceSlabReader.take` maps the
+    rest. Raises ValueError for what is no slab.
+    """
+    memory = memfd.borrow(descriptor)
+    layout = SlabLayout.read(memoryview(memory))
+    if layout.chunk_bytes:
+        return DeviceSlabReader(layout, memory)
+    return SlabReader(layout, memfd.readable(memory))

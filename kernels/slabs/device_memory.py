@@ -1,8 +1,8 @@
 """Addresses on a CUDA device of which any part can be given memory, and lose it again.
 
-A range of addresses costs nothing. Memory is mapped into it in chunks, where slots are filled, and
-unmapped where none is left. Each chunk has a file descriptor, as memory of a memfd has: another
-process maps it by that, and the memory stays until the last descriptor and mapping are gone.
+A range of addresses costs nothing. Memory is mapped into it in chunks, and unmapped again. Each
+chunk has a file descriptor, as memory of a memfd has: another process maps it by that, and the
+memory stays until the last descriptor and mapping are gone.
 
 It needs ``cuda-bindings``, which CUDA builds of PyTorch bring.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +64,6 @@ class DeviceMemory:
         self.chunk_bytes = math.ceil(chunk_bytes / grain) * grain
         self.nbytes = max(1, math.ceil(nbytes / self.chunk_bytes)) * self.chunk_bytes
         self._address = int(self._call(driver.cuMemAddressReserve, self.nbytes, grain, 0, 0))
-        self._users = [0] * (self.nbytes // self.chunk_bytes)
         self._chunks: dict[int, Any] = {}
 
     @property
@@ -73,57 +71,41 @@ class DeviceMemory:
         """The memory that is mapped."""
         return len(self._chunks) * self.chunk_bytes
 
-    def back(self, start: int, nbytes: int) -> None:
-        """Give a range memory, where it has none; `release` it as often as it was backed.
+    def map(self, chunk: int) -> None:
+        """Give a chunk memory. Raises torch.OutOfMemoryError, with nothing changed."""
+        self._map(chunk, self._create())
 
-        Raises torch.OutOfMemoryError, with nothing changed.
-        """
-        chunks = self._overlapped(start, nbytes)
-        made: list[int] = []
-        try:
-            for chunk in chunks:
-                if chunk not in self._chunks:
-                    self._map(chunk, self._create())
-                    made.append(chunk)
-        except BaseException:
-            for chunk in made:
-                self._unmap(chunk)
-            raise
-        for chunk in chunks:
-            self._users[chunk] += 1
+    def unmap(self, chunk: int) -> None:
+        """Take a chunk's memory away; that waits for the device."""
+        # A kernel that was enqueued before may still read there.
+        torch.cuda.synchronize(self.device)
+        self._unmap(chunk)
 
-    def release(self, start: int, nbytes: int) -> None:
-        """Undo a `back`, and unmap chunks without users; that waits for the device."""
-        unused = []
-        for chunk in self._overlapped(start, nbytes):
-            self._users[chunk] -= 1
-            if self._users[chunk] == 0:
-                unused.append(chunk)
-        if unused:
-            # A kernel that was enqueued before may still read there.
-            torch.cuda.synchronize(self.device)
-            for chunk in unused:
-                self._unmap(chunk)
-
-    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the range as a tensor. Its first chunk must be backed; only backed parts work."""
-        size = math.prod(shape) * dtype.itemsize
-        if size > self.nbytes:
-            raise ValueError(f"a tensor of {size} bytes is more than the range's {self.nbytes}")
+    def tensor(self, nbytes: int) -> Tensor:
+        """Return the first bytes of the range, (nbytes,) uint8; only mapped chunks may be used."""
+        if nbytes > self.nbytes:
+            raise ValueError(f"a tensor of {nbytes} bytes is more than the range's {self.nbytes}")
         interface = {
-            "shape": (size,),
+            "shape": (nbytes,),
             "typestr": "|u1",
             "data": (self._address, False),
             "version": 3,
         }
-        flat = torch.as_tensor(_Interface(interface, self), device=self.device)
-        return flat.view(dtype).view(*shape)
+        # PyTorch asks the driver what is at the first address.
+        empty = 0 not in self._chunks
+        if empty:
+            self.map(0)
+        try:
+            return torch.as_tensor(_Interface(interface, self), device=self.device)
+        finally:
+            if empty:
+                self.unmap(0)
 
-    def descriptors(self) -> dict[int, int]:
-        """Return {chunk: a new descriptor of its memory}; the caller closes them."""
+    def descriptor(self, chunk: int) -> int:
+        """Return a new descriptor of a chunk's memory; the caller closes it."""
         kind = self._driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         export = self._driver.cuMemExportToShareableHandle
-        return {n: int(self._call(export, handle, kind, 0)) for n, handle in self._chunks.items()}
+        return int(self._call(export, self._chunks[chunk], kind, 0))
 
     def adopt(self, chunk: int, descriptor: int, *, writable: bool = False) -> None:
         """Map a chunk that another process made, and close the descriptor."""
@@ -133,7 +115,6 @@ class DeviceMemory:
         finally:
             os.close(descriptor)
         self._map(chunk, handle, writable=writable)
-        self._users[chunk] += 1
 
     def close(self) -> None:
         """Give back memory and addresses; no tensor over them may be used any more."""
@@ -144,11 +125,6 @@ class DeviceMemory:
             self._unmap(chunk)
         self._call(self._driver.cuMemAddressFree, self._address, self.nbytes)
         self._address = 0
-
-    def _overlapped(self, start: int, nbytes: int) -> range:
-        if start < 0 or nbytes < 1 or start + nbytes > self.nbytes:
-            raise IndexError(f"bytes {start} to {start + nbytes} are not within {self.nbytes}")
-        return range(start // self.chunk_bytes, (start + nbytes - 1) // self.chunk_bytes + 1)
 
     def _create(self) -> Any:
         driver = self._driver
@@ -168,7 +144,7 @@ class DeviceMemory:
 
     def _map(self, chunk: int, handle: Any, *, writable: bool = True) -> None:
         driver = self._driver
-        address = self._address + chunk * self.chunk_bytes
+        address = self._address_of(chunk)
         self._call(driver.cuMemMap, address, self.chunk_bytes, 0, handle, 0)
         access = driver.CUmemAccessDesc()
         access.location = self._properties.location
@@ -188,9 +164,13 @@ class DeviceMemory:
 
     def _unmap(self, chunk: int) -> None:
         driver = self._driver
-        address = self._address + chunk * self.chunk_bytes
-        self._call(driver.cuMemUnmap, address, self.chunk_bytes)
+        self._call(driver.cuMemUnmap, self._address_of(chunk), self.chunk_bytes)
         self._call(driver.cuMemRelease, self._chunks.pop(chunk))
+
+    def _address_of(self, chunk: int) -> int:
+        if not 0 <= chunk < self.nbytes // self.chunk_bytes:
+            raise IndexError(f"chunk {chunk} is not within {self.nbytes} bytes")
+        return self._address + chunk * self.chunk_bytes
 
     def _allocation_properties(self) -> Any:
         driver = self._driver

@@ -10,6 +10,13 @@ The manifest says all this to a process that maps the slab and knows nothing els
 has an entry with its generation, version, checksum and state, and a counter says how many changes
 of slots have begun. Each expert has `COPIES` places, because two versions of its weights may be
 there at once. A place begins on a page, so that pages can be freed and mapped one by one.
+
+Experts on a device lie elsewhere, in pools (`SlotPool`). Of those the slab is only this:
+
+    manifest | changes | slots | chunks
+
+Here a slot's entry says in which place of its pool the expert lies. A pool's memory comes in
+chunks, and each chunk that has memory has a serial number, which is another one for other memory.
 """
 
 from __future__ import annotations
@@ -28,14 +35,19 @@ from ..onednn import PackedMatrix
 
 PAGE_BYTES = mmap.PAGESIZE
 COPIES = 2
-# generation, version, checksum (64 bits each), state (32 bits), reserved.
+CHUNK_SERIAL_BYTES = 8
+# generation, version, checksum (64 bits each), state, place (32 bits each).
 SLOT_ENTRY_BYTES = 32
 
 
 # The last byte counts changes of this format.
-_MAGIC = b"MOESLAB\x03"
+_MAGIC = b"MOESLAB\x04"
 _LENGTH_BYTES = 8
 _CACHE_LINE = 64
+# Places on a device begin at such a part of a chunk, or at so many bytes, whichever is more: then
+# few places take whole chunks.
+_UNITS_OF_A_CHUNK = 1024
+_DEVICE_ALIGNMENT = 16
 
 
 def _aligned(size: int, unit: int) -> int:
@@ -86,27 +98,94 @@ class LayerLayout:
         return sum(tensor.stride_bytes for tensor in self.tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class SlotPool:
+    """The places on a device of all experts whose tensors are alike, whatever their layer.
+
+    All places of one tensor lie one behind the other, in a range of addresses of its own. The range
+    is divided in chunks, which are numbered from ``first_chunk[tensor]``.
+    """
+
+    tensors: tuple[SlotTensor, ...]
+    places: int
+    chunk_bytes: int
+    first_chunk: Mapping[str, int]
+
+    @property
+    def _unit(self) -> int:
+        return max(self.chunk_bytes // _UNITS_OF_A_CHUNK, _DEVICE_ALIGNMENT)
+
+    @property
+    def apart(self) -> int:
+        """How many places, or more, take whole chunks of each tensor's range."""
+        return _aligned(self.places, self.chunk_bytes // self._unit)
+
+    def stride_bytes(self, tensor: SlotTensor) -> int:
+        """Return the distance between two places."""
+        return _aligned(tensor.nbytes, self._unit)
+
+    def chunks(self, place: int) -> list[int]:
+        """Return the numbers of the chunks that a place has a part in."""
+        return [
+            self.first_chunk[tensor.name] + n
+            for tensor in self.tensors
+            for n in _chunks(place * self.stride_bytes(tensor), tensor.nbytes, self.chunk_bytes)
+        ]
+
+    def has(self, chunk: int) -> bool:
+        """Return whether a chunk is one of this pool's."""
+        start = min(self.first_chunk.values())
+        return start <= chunk < start + sum(map(self.count_chunks, self.tensors))
+
+    def part(self, chunk: int) -> tuple[SlotTensor, int]:
+        """Return the tensor whose range has a chunk, and the chunk's number within the range."""
+        started = [t for t in self.tensors if self.first_chunk[t.name] <= chunk]
+        tensor = max(started, key=lambda tensor: self.first_chunk[tensor.name])
+        return tensor, chunk - self.first_chunk[tensor.name]
+
+    def count_chunks(self, tensor: SlotTensor) -> int:
+        return len(_chunks(0, self.places * self.stride_bytes(tensor), self.chunk_bytes))
+
+
+def _chunks(start: int, nbytes: int, chunk_bytes: int) -> range:
+    """Return which chunks of a range of addresses have a part of these bytes."""
+    return range(start // chunk_bytes, (start + nbytes - 1) // chunk_bytes + 1)
+
+
 class SlabLayout:
     """The places of all experts of a model: {layer: its layout}."""
 
     def __init__(
-        self, layers: Mapping[int, LayerLayout], about: Mapping[str, Any] | None = None
+        self,
+        layers: Mapping[int, LayerLayout],
+        about: Mapping[str, Any] | None = None,
+        *,
+        chunk_bytes: int = 0,
     ) -> None:
-        """``about`` is what else the manifest says, in JSON's types: which model this is."""
+        """``about`` is what else the manifest says, in JSON's types: which model this is.
+
+        With ``chunk_bytes`` the experts lie on a device, in chunks of so many bytes.
+        """
         self.layers = dict(layers)
         self.about = dict(about or {})
-        self.manifest = _encode(self.layers, self.about)
+        self.chunk_bytes = chunk_bytes
+        self.manifest = _encode(self.layers, self.about, chunk_bytes)
         manifest_end = len(_MAGIC) + _LENGTH_BYTES + len(self.manifest)
         self.changes_start = _aligned(manifest_end, _CACHE_LINE)
         self.entries_start = self.changes_start + _CACHE_LINE
         self.slots = COPIES * sum(layer.experts for layer in layers.values())
         self._first_slot: dict[int, int] = {}
         self._regions: dict[tuple[int, str], int] = {}
-        entries_end = self.entries_start + self.slots * SLOT_ENTRY_BYTES
-        slot, offset = 0, _aligned(entries_end, PAGE_BYTES)
+        slot = 0
         for number, layer in self.layers.items():
             self._first_slot[number] = slot
             slot += COPIES * layer.experts
+        offset = _aligned(self.entries_start + self.slots * SLOT_ENTRY_BYTES, PAGE_BYTES)
+        self.chunks_start = offset  # of the serial numbers of chunks
+        self.pools, self.chunks = _pools(self.layers, chunk_bytes) if chunk_bytes else ([], 0)
+        if chunk_bytes:
+            offset += _aligned(self.chunks * CHUNK_SERIAL_BYTES, PAGE_BYTES)
+        for number, layer in self.layers.items() if not chunk_bytes else ():
             for tensor in layer.tensors:
                 self._regions[number, tensor.name] = offset
                 offset += COPIES * layer.experts * tensor.stride_bytes
@@ -123,7 +202,7 @@ class SlabLayout:
             raise ValueError(f"the manifest has {length} bytes, more than the slab")
         try:
             named = json.loads(bytes(memory[start : start + length]))
-            layout = cls(_decode(named), named["about"])
+            layout = cls(_decode(named), named["about"], chunk_bytes=named["chunk_bytes"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"the manifest cannot be read: {error}") from error
         if layout.nbytes != len(memory):
@@ -142,6 +221,11 @@ class SlabLayout:
         if not (0 <= expert < experts and 0 <= copy < COPIES):
             raise IndexError(f"layer {layer} has no place for copy {copy} of expert {expert}")
         return self._first_slot[layer] + copy * experts + expert
+
+    def pool(self, layer: int) -> SlotPool:
+        """Return the pool of a layer whose experts lie on a device."""
+        tensors = self.layers[layer].tensors
+        return next(pool for pool in self.pools if pool.tensors == tensors)
 
     def place_in_layer(self, layer: int, expert: int, copy: int = 0) -> int:
         """Return the number of an expert's place among those of its layer."""
@@ -162,7 +246,23 @@ class SlabLayout:
         return self._regions[layer, tensor.name] + place * tensor.stride_bytes
 
 
-def _encode(layers: Mapping[int, LayerLayout], about: Mapping[str, Any]) -> bytes:
+def _pools(layers: Mapping[int, LayerLayout], chunk_bytes: int) -> tuple[list[SlotPool], int]:
+    """Return the pools of a device's experts, and the number of their chunks."""
+    places: dict[tuple[SlotTensor, ...], int] = {}
+    for layer in layers.values():
+        places[layer.tensors] = places.get(layer.tensors, 0) + COPIES * layer.experts
+    pools, chunk = [], 0
+    for tensors, count in places.items():
+        first: dict[str, int] = {}
+        pool = SlotPool(tensors, count, chunk_bytes, first)
+        for tensor in tensors:
+            first[tensor.name] = chunk
+            chunk += pool.count_chunks(tensor)
+        pools.append(pool)
+    return pools, chunk
+
+
+def _encode(layers: Mapping[int, LayerLayout], about: Mapping[str, Any], chunk_bytes: int) -> bytes:
     """Return JSON; layers that are alike share a form."""
     forms: list[LayerLayout] = []
     for layer in layers.values():
@@ -170,6 +270,7 @@ def _encode(layers: Mapping[int, LayerLayout], about: Mapping[str, Any]) -> byte
             forms.append(layer)
     named = {
         "about": about,
+        "chunk_bytes": chunk_bytes,
         # Packed layouts are of one version of PyTorch.
         "torch": torch.__version__,
         "forms": [
@@ -198,6 +299,8 @@ def _encode_tensor(tensor: SlotTensor) -> dict[str, Any]:
 
 
 def _decode(named: Mapping[str, Any]) -> dict[int, LayerLayout]:
+    if not isinstance(named["chunk_bytes"], int) or named["chunk_bytes"] < 0:
+        raise ValueError(f"chunk_bytes: {named['chunk_bytes']}")
     if named["torch"] != torch.__version__:
         raise ValueError(f"torch {named['torch']} wrote it, and this is torch {torch.__version__}")
     forms = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..fused import LayerBank
-from .borrowed import readable
+from .memfd import readable
 from .slab import SlabReader
 
 # Of Linux's mremap; Python has no name for them.

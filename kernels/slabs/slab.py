@@ -1,25 +1,15 @@
 """A slab: sparse shared memory in which one host keeps the experts of one model.
 
-The memory is an anonymous memfd, so nothing of it is left when the last process that has it ends.
-It is sealed against growing and shrinking: whoever maps it never runs into its end. It is not
-sealed against writing, because the host refills places.
-
-The header has an entry for each slot. Its generation is odd while the slot is written or freed, and
-even otherwise. A reader that finds the same even generation before and after it used a slot has
-used one expert's weights, whole.
+The header has an entry for each slot (`slot_entries.py`).
 """
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import mmap
 import os
 from dataclasses import replace
-from enum import IntEnum
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -27,28 +17,9 @@ from torch import Tensor
 from .. import onednn
 from ..ffn import ExpertWeights
 from ..fused import LayerBank
-from .layout import COPIES, SLOT_ENTRY_BYTES, LayerLayout, Packing, SlabLayout, SlotTensor
-
-_ENTRY = np.dtype(
-    [
-        ("generation", np.uint64),
-        ("version", np.uint64),
-        ("checksum", np.uint64),
-        ("state", np.uint32),
-        ("reserved", np.uint32),
-    ]
-)
-assert _ENTRY.itemsize == SLOT_ENTRY_BYTES
-# Of Linux's fallocate; Python has no name for them.
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2
-_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-
-
-class SlotState(IntEnum):
-    """What a slot holds. Memory begins with zeros, so 0 is an empty slot."""
-
-    EMPTY = 0
-    READY = 1
+from . import memfd
+from .layout import COPIES, LayerLayout, Packing, SlabLayout, SlotTensor
+from .slot_entries import SlotEntries
 
 
 class SlabReader:
@@ -59,11 +30,7 @@ class SlabReader:
         self.layout = layout
         self._memory = memory
         self._banks: dict[int, LayerBank | None] = {}
-        self._slots = np.frombuffer(
-            memory, dtype=_ENTRY, count=layout.slots, offset=layout.entries_start
-        )
-        changes = np.frombuffer(memory, np.uint64, count=1, offset=layout.changes_start)
-        self._changes = changes.data  # read in each call, where an array takes twice as long
+        self.entries = SlotEntries(layout, memory)
 
     def view(self, layer: int, expert: int, copy: int = 0) -> ExpertWeights:
         """Return an expert as tensors over the slab, which they keep alive."""
@@ -93,23 +60,13 @@ class SlabReader:
         memory = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=start)
         return memory.view(tensor.dtype).view(count, *tensor.shape)
 
-    @property
-    def changes(self) -> int:
-        """How many changes of slots have begun: nothing has changed while it stays the same."""
-        return self._changes[0]
-
     def generation(self, layer: int, expert: int, copy: int = 0) -> int:
         """Return a slot's generation, which is odd while the slot changes."""
-        return int(self._slots["generation"][self.layout.slot(layer, expert, copy)])
-
-    def generations(self, slots: np.ndarray) -> np.ndarray:
-        """Return the generations of several slots, by their numbers."""
-        return self._slots["generation"][slots]
+        return self.entries.generation(self.layout.slot(layer, expert, copy))
 
     def version(self, layer: int, expert: int, copy: int = 0) -> int | None:
         """Return the version of the weights in a slot, or None if it is empty."""
-        entry = self._slots[self.layout.slot(layer, expert, copy)]
-        return int(entry["version"]) if entry["state"] == SlotState.READY else None
+        return self.entries.version(self.layout.slot(layer, expert, copy))
 
     def copy_of(self, layer: int, expert: int, version: int) -> int | None:
         """Return which copy of an expert has this version, or None."""
@@ -123,16 +80,16 @@ class SlabReader:
 
     def filled(self) -> list[tuple[int, int, int, int]]:
         """Return (layer, expert, copy, version) of each slot that holds an expert."""
-        ready = (self._slots["state"] == SlotState.READY) & (self._slots["generation"] % 2 == 0)
         return [
-            (*self.layout.place(slot), int(self._slots["version"][slot]))
-            for slot in np.flatnonzero(ready).tolist()
+            (*self.layout.place(slot), version)
+            for slot in self.entries.filled()
+            if (version := self.entries.version(slot)) is not None
         ]
 
     def is_sound(self, layer: int, expert: int, copy: int = 0) -> bool:
         """Return whether a filled slot still has the bytes that were written to it."""
-        entry = self._slots[self.layout.slot(layer, expert, copy)]
-        return int(entry["checksum"]) == self._checksum(layer, expert, copy)
+        slot = self.layout.slot(layer, expert, copy)
+        return self.entries.checksum(slot) == self._checksum(layer, expert, copy)
 
     def _bytes(self, layer: int, tensor: SlotTensor, expert: int, copy: int) -> Tensor:
         start = self.layout.offset(layer, tensor, expert, copy)
@@ -154,7 +111,7 @@ class SlabReader:
 class Slab(SlabReader):
     """The experts of one model in one host's memory. One thread at a time may write a slot."""
 
-    def __init__(self, descriptor: int, layout: SlabLayout, memory: mmap.mmap) -> None:
+    def __init__(self, descriptor: int, memory: mmap.mmap, layout: SlabLayout) -> None:
         """Take a memfd, which this object closes, and a mapping of it; see `create`."""
         # Tensors over the mapping hold it; it ends with the last of them.
         super().__init__(layout, memory)
@@ -164,17 +121,7 @@ class Slab(SlabReader):
     @classmethod
     def create(cls, name: str, layout: SlabLayout) -> Slab:
         """Make an empty slab."""
-        descriptor = os.memfd_create(f"moesaic:{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(descriptor, layout.nbytes)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            memory = mmap.mmap(descriptor, layout.nbytes)
-            header = layout.header()
-            memory[: len(header)] = header
-            return cls(descriptor, layout, memory)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        return cls(*memfd.create(name, layout.nbytes, layout.header()), layout)
 
     @classmethod
     def adopt(cls, descriptor: int) -> Slab:
@@ -183,18 +130,14 @@ class Slab(SlabReader):
         Slots that it was changing when it ended are empty. Raises ValueError for what is no slab.
         """
         try:
-            try:
-                seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-                memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"the descriptor's memory cannot be mapped: {error}") from error
-            if seals & _SEALS != _SEALS:
-                raise ValueError("the memory is not sealed against growing and shrinking")
-            slab = cls(descriptor, SlabLayout.read(memoryview(memory)), memory)
+            memory = memfd.adopt(descriptor)
+            slab = cls(descriptor, memory, SlabLayout.read(memoryview(memory)))
         except BaseException:
             os.close(descriptor)
             raise
-        slab._end_changes()
+        for slot in slab.entries.take_over():
+            slab._punch(*slab.layout.place(slot))
+            slab.entries.empty(slot)
         layers = slab.layout.layers
         slab.nbytes = sum(layers[layer].expert_bytes for layer, _, _, _ in slab.filled())
         return slab
@@ -204,8 +147,7 @@ class Slab(SlabReader):
     ) -> ExpertWeights:
         """Fill an empty slot with an expert in its kernel's layout; return it as it lies there."""
         slot = self.layout.slot(layer, expert, copy)
-        entry = self._slots[slot]
-        if entry["state"] != SlotState.EMPTY:
+        if self.entries.version(slot) is not None:
             raise ValueError(f"slot {slot} of layer {layer} already holds expert {expert}")
         shape, given = self.layout.layers[layer], weights.tensors()
         if given.keys() != {tensor.name for tensor in shape.tensors}:
@@ -213,7 +155,7 @@ class Slab(SlabReader):
             raise ValueError(
                 f"layer {layer}: its experts consist of {wanted}, but {', '.join(given)} were given"
             )
-        self._begin_change(entry)
+        self.entries.begin(slot)
         try:
             for tensor in shape.tensors:
                 memory = self._bytes(layer, tensor, expert, copy)
@@ -223,12 +165,9 @@ class Slab(SlabReader):
                     memory.view(tensor.dtype).view(tensor.shape).copy_(given[tensor.name])
         except BaseException:
             self._punch(layer, expert, copy)
-            entry["generation"] += 1
+            self.entries.empty(slot)
             raise
-        entry["version"] = version
-        entry["checksum"] = self._checksum(layer, expert, copy)
-        entry["state"] = SlotState.READY
-        entry["generation"] += 1
+        self.entries.fill(slot, version, checksum=self._checksum(layer, expert, copy))
         self.nbytes += shape.expert_bytes
         return self.view(layer, expert, copy)
 
@@ -244,26 +183,21 @@ class Slab(SlabReader):
 
     def free(self, layer: int, expert: int, copy: int = 0) -> None:
         """Empty a slot and return its memory to the system; views of it read zeros from now on."""
-        entry = self._slots[self.layout.slot(layer, expert, copy)]
-        if entry["state"] == SlotState.EMPTY:
+        slot = self.layout.slot(layer, expert, copy)
+        if self.entries.version(slot) is None:
             return
-        self._begin_change(entry)
-        entry["state"] = SlotState.EMPTY
+        self.entries.begin(slot)
         self._punch(layer, expert, copy)
-        entry["generation"] += 1
+        self.entries.empty(slot)
         self.nbytes -= self.layout.layers[layer].expert_bytes
 
     def lend(self) -> int:
-        """Return a new descriptor of the slab, to map it for reading; the caller closes it.
-
-        It is the slab opened again. A seal against writing would bind this host, too.
-        """
-        return os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        """Return a new descriptor of the slab, to map it for reading; the caller closes it."""
+        return memfd.reopen(self.descriptor)
 
     def retire(self) -> None:
         """Tell whoever has borrowed the slab that nothing in it may be used any more."""
-        self._slots["state"] = SlotState.EMPTY
-        self._begin_change(self._slots)
+        self.entries.retire()
 
     def close(self) -> None:
         """Close the descriptor; the memory is freed with the last view and the last borrower."""
@@ -271,27 +205,10 @@ class Slab(SlabReader):
             os.close(self.descriptor)
             self.descriptor = -1
 
-    def _begin_change(self, entries: Any) -> None:
-        """Say that something in these slots changes; only then change it.
-
-        Whoever sees the new number of changes must find the new generations, so these are first.
-        """
-        entries["generation"] += 1
-        self._changes[0] += 1
-
-    def _end_changes(self) -> None:
-        """Empty the slots that the last owner was changing when it ended."""
-        self._changes[0] += 1  # it may have ended before it counted
-        for slot in np.flatnonzero(self._slots["generation"] % 2).tolist():
-            entry = self._slots[slot]
-            entry["state"] = SlotState.EMPTY
-            self._punch(*self.layout.place(slot))
-            entry["generation"] += 1
-
     def _punch(self, layer: int, expert: int, copy: int) -> None:
         for tensor in self.layout.layers[layer].tensors:
             start = self.layout.offset(layer, tensor, expert, copy)
-            _punch_hole(self.descriptor, start, tensor.stride_bytes)
+            memfd.punch_hole(self.descriptor, start, tensor.stride_bytes)
 
 
 def _bytes_of(tensor: Tensor, place: SlotTensor) -> Tensor:
@@ -321,17 +238,3 @@ def _slot_tensor(name: str, tensor: Tensor, *, fused: bool) -> SlotTensor:
         return SlotTensor(name, shape, tensor.dtype, Packing.ONEDNN, packed)
     packing = Packing.VLLM if fused else Packing.PLAIN
     return SlotTensor(name, shape, tensor.dtype, packing)
-
-
-def _punch_hole(descriptor: int, start: int, size: int) -> None:
-    """Give a range of pages of a memfd back to the system; it reads as zeros from now on."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    done = libc.fallocate(
-        ctypes.c_int(descriptor),
-        ctypes.c_int(_KEEP_SIZE | _PUNCH_HOLE),
-        ctypes.c_long(start),
-        ctypes.c_long(size),
-    )
-    if done != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"fallocate: {os.strerror(number)}")

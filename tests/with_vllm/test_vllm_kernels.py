@@ -29,6 +29,7 @@ from moesaic.kernels.ffn import (
     unpack,
 )
 from moesaic.kernels.slabs.borrowed import borrow
+from moesaic.kernels.slabs.layer_arithmetic import CpuLayer
 from moesaic.kernels.slabs.layout import COPIES, SlabLayout
 from moesaic.kernels.slabs.side_by_side import bank_of_slabs
 from moesaic.kernels.slabs.slab import Slab, layer_layout
@@ -177,7 +178,7 @@ def test_a_layer_is_computed_at_once(slabs: int, tokens: int, dtype: torch.dtype
     expected = torch.empty(tokens, HIDDEN)
     reference_kernel(form, plain, x_TH, ids_TK, weights_TK, expected)
     with in_slabs(slabs, form, plain) as held:
-        reach = LayerReach(form, held, [], ["host"] * EXPERTS, HIDDEN, dtype)
+        reach = LayerReach(CpuLayer(form, held), held, [], ["host"] * EXPERTS, HIDDEN, dtype)
         place_TK = reach.places(x_TH, ids_TK, weights_TK)
         assert place_TK is not None
         found = reach.compute_all(x_TH, ids_TK, weights_TK, place_TK)

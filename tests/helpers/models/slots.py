@@ -6,6 +6,9 @@ experts.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 from collections.abc import Mapping
 
 import torch
@@ -14,9 +17,12 @@ from torch import Tensor
 from moesaic.kernels.ffn import ExpertWeights, reference_kernel
 from moesaic.kernels.grouped.activation import Activation
 from moesaic.kernels.grouped.slots import LayerSlots, SlotForm, to_slot
+from moesaic.kernels.slabs import memfd
+from moesaic.kernels.slabs.memfd import readable
 from tests.helpers.models.forms import Kind
 
 LAYERS, LAYER = 3, 1
+_MAP_FIXED = 0x10  # of Linux's mmap; Python has no name for it
 
 
 def slots_of(
@@ -75,37 +81,68 @@ def oracle(
 
 
 class HostMemory:
-    """A device's memory, played by the CPU's; it counts what is backed, and wipes what is not."""
+    """A device's memory, played by the CPU's: chunks are mapped, and handed to other processes.
 
-    def __init__(self, nbytes: int, *, chunk_bytes: int = 1024) -> None:
+    Where no chunk is mapped any more, everything reads as NaN, in every type.
+    """
+
+    def __init__(self, nbytes: int, chunk_bytes: int = mmap.PAGESIZE) -> None:
         self.chunk_bytes = chunk_bytes
-        self._chunks = -(-nbytes // chunk_bytes)
-        self._bytes = torch.zeros(self._chunks * chunk_bytes, dtype=torch.uint8)
-        self._users = [0] * self._chunks
+        self.chunks: dict[int, int] = {}  # {number: descriptor}
         self.closed = False
+        count = -(-nbytes // chunk_bytes)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._buffer = readable(
+            mmap.mmap(-1, count * chunk_bytes, flags=flags, prot=mmap.PROT_READ)
+        )
+        self._nothing, memory = memfd.create("nothing", chunk_bytes, b"\xff" * chunk_bytes)
+        memory.close()
 
     @property
     def backed_bytes(self) -> int:
-        return sum(users > 0 for users in self._users) * self.chunk_bytes
+        return len(self.chunks) * self.chunk_bytes
 
-    def back(self, start: int, nbytes: int) -> None:
-        for chunk in self._overlapped(start, nbytes):
-            self._users[chunk] += 1
+    def map(self, chunk: int) -> None:
+        descriptor, memory = memfd.create("chunk", self.chunk_bytes, b"")
+        memory.close()
+        self._put(chunk, descriptor, mmap.PROT_READ | mmap.PROT_WRITE)
 
-    def release(self, start: int, nbytes: int) -> None:
-        for chunk in self._overlapped(start, nbytes):
-            self._users[chunk] -= 1
-            assert self._users[chunk] >= 0
-            if self._users[chunk] == 0:
-                self._bytes.view(-1, self.chunk_bytes)[chunk] = 255  # NaN in every type
+    def unmap(self, chunk: int) -> None:
+        os.close(self.chunks.pop(chunk))
+        self._map(chunk, self._nothing, mmap.PROT_READ)
 
-    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        assert self._users[0] > 0, "a device shows nothing of what it has no memory for"
-        return self._bytes[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+    def descriptor(self, chunk: int) -> int:
+        return memfd.reopen(self.chunks[chunk])
+
+    def adopt(self, chunk: int, descriptor: int, *, writable: bool = False) -> None:
+        assert not writable
+        self._put(chunk, descriptor, mmap.PROT_READ)
+
+    def tensor(self, nbytes: int) -> Tensor:
+        return torch.frombuffer(self._buffer, dtype=torch.uint8, count=nbytes)
 
     def close(self) -> None:
-        self._users = [0] * self._chunks
+        for chunk in list(self.chunks):
+            self.unmap(chunk)
+        if not self.closed:
+            os.close(self._nothing)
         self.closed = True
 
-    def _overlapped(self, start: int, nbytes: int) -> range:
-        return range(start // self.chunk_bytes, (start + nbytes - 1) // self.chunk_bytes + 1)
+    def _put(self, chunk: int, descriptor: int, protection: int) -> None:
+        assert chunk not in self.chunks
+        self._map(chunk, descriptor, protection)
+        self.chunks[chunk] = descriptor
+
+    def _map(self, chunk: int, descriptor: int, protection: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        target = ctypes.addressof(self._buffer) + chunk * self.chunk_bytes
+        mapped = libc.mmap(
+            ctypes.c_void_p(target),
+            ctypes.c_size_t(self.chunk_bytes),
+            ctypes.c_int(protection),
+            ctypes.c_int(mmap.MAP_SHARED | _MAP_FIXED),
+            ctypes.c_int(descriptor),
+            ctypes.c_long(0),
+        )
+        assert mapped == target, os.strerror(ctypes.get_errno())

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from moesaic.actors.host.host import ExpertHost, local_hosts
-from moesaic.actors.host.layer_arithmetic import CpuLayer
 from moesaic.actors.router.router import Router
+from moesaic.actors.trunk.trunk import run_in_steps
 from moesaic.cluster.expert_keys import FIRST_VERSION, ExpertKey, LayerKey, first_versions
 from moesaic.cluster.placement import (
     ModelRef,
@@ -25,6 +25,7 @@ from moesaic.cluster.placement import (
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.kernels.ffn import ExpertWeights
+from moesaic.kernels.slabs.layer_arithmetic import CpuLayer
 from moesaic.models.trunk.config import read_config
 from moesaic.models.trunk.experts_layers import ExpertsLayer, experts_layers
 from moesaic.models.trunk.trunk import connect_experts, forward_modules, load_trunk, meta_model
@@ -97,8 +98,7 @@ def pool(
             trunk = load_trunk(path, dtype=dtype, device=torch.device("cpu"))
             connect_experts(trunk, layers, lambda layer: router.experts("m", layer))
             for module in forward_modules(trunk):
-                module.register_forward_pre_hook(lambda *_: router.begin_step())
-                module.register_forward_hook(lambda *_: router.end_step(), always_call=True)
+                run_in_steps(module, router)
             yield Pool(
                 hosts=running, router=router, trunk=trunk, placement=placement, layers=layers
             )

@@ -5,8 +5,9 @@ Shape suffixes: T = tokens, H = hidden size, K = choices of a token.
 
 from __future__ import annotations
 
+import mmap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.actors.host.expert_memory import SlotMemory
 from moesaic.actors.host.host import ExpertHost, local_hosts
+from moesaic.actors.host.weight_store import HostedModel, open_model
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.host.residency import HostPolicy
@@ -25,10 +28,11 @@ from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.kernels.ffn import ExpertForm, ExpertWeights, reference_kernel
 from moesaic.models.trunk.checkpoint import Checkpoint
-from moesaic.models.trunk.config import read_config
+from moesaic.models.trunk.config import read_config, torch_dtype
 from moesaic.models.trunk.experts_layers import ExpertsLayer, experts_layers
 from moesaic.models.trunk.trunk import meta_model
 from tests.helpers.models.architectures import tiny_model
+from tests.helpers.models.slots import HostMemory
 from tests.helpers.pool.pools import place
 
 HIDDEN, EXPERTS, LAYER = 32, 8, 1
@@ -68,7 +72,10 @@ class Hosts:
         clock: Callable[[], float] = time.monotonic,
         numa: int | None = None,
     ) -> Router:
-        """With ``borrows`` it knows the arithmetic of all layers, else that in ``forms``."""
+        """With ``borrows`` it knows the arithmetic of all layers, else that in ``forms``.
+
+        What hosts lend of a device is played by the CPU's memory.
+        """
         known = {LayerKey("m", layer): form for layer, (form, _) in self.expected.items()}
         router = Router(
             name="test",
@@ -79,6 +86,7 @@ class Hosts:
             forms=known if borrows else forms,
             clock=clock,
             numa=numa,
+            allocate=HostMemory,
         )
         self.stack.callback(router.close)
         if placed:
@@ -101,6 +109,16 @@ class Hosts:
         return sum(host.report().loop.refused for host in self.hosts)
 
 
+def open_in_slots(ref: ModelRef, device: torch.device, about: Mapping[str, Any]) -> HostedModel:
+    model = open_model(ref, device, about)
+    model.memory.close()
+    dtype = torch_dtype(ref.dtype)
+    model.memory = SlotMemory(
+        ref.name, model.layers, dtype, device, HostMemory, chunk_bytes=mmap.PAGESIZE
+    )
+    return model
+
+
 @contextmanager
 def serving(
     folder: Path,
@@ -111,9 +129,11 @@ def serving(
     policy: HostPolicy | None = None,
     transport: TransportChoice = "group",
     lends: bool = False,
+    on_device: bool = False,
 ) -> Iterator[Hosts]:
     """Routers of the tests reach them over whichever transport they like, unless ``transport``
-    says what the spec does."""
+    says what the spec does. ``on_device``: experts lie in a device's slots, played by the CPU's
+    memory."""
     layers = experts_layers(meta_model(read_config(folder)))
     ref = ModelRef(name="m", dtype="float32", path=str(folder))
     checkpoint = Checkpoint(folder, read_config(folder), dtype=torch.float32)
@@ -125,6 +145,8 @@ def serving(
         running = stack.enter_context(
             local_hosts(hosts, policy=policy, transport=transport, lends=lends)
         )
+        for host in running if on_device else ():
+            host._store._open_model = open_in_slots
         placement = place(layers, running, ref, replicas=replicas, exact=exact)
         shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
         yield Hosts(running, placement, layers, expected, ref, shape, stack)

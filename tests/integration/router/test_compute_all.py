@@ -10,7 +10,7 @@ import torch
 
 from moesaic.actors.router import lent_part
 from moesaic.actors.router.router import Router
-from moesaic.actors.router.router_stats import COUNT_AT
+from moesaic.actors.router.whole_calls import COUNT_AT
 from moesaic.cluster.expert_keys import ExpertVersion
 from moesaic.cluster.routing.expert_options import ExpertOptions
 from moesaic.cluster.routing.lending_share import LendingShare, ShareChoice

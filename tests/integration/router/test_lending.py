@@ -25,6 +25,7 @@ from moesaic.cluster.routing.host_health import HostState
 from moesaic.cluster.routing.lending_share import PARTS
 from moesaic.cluster.versions import WeightVersions
 from moesaic.kernels.ffn import ExpertForm, ExpertWeights
+from moesaic.kernels.slabs.layer_arithmetic import CpuLayer
 from moesaic.proto.errors import BadExpert, CallError, ClusterError
 from tests.helpers.pool.lending import SPLITS, borrowing, computed, half_lent, heard, key, mapped
 from tests.helpers.pool.serving import (
@@ -405,7 +406,7 @@ def test_each_host_keeps_the_same_part_of_its_experts(part: float) -> None:
     form = ExpertForm(transposed=False, activate=torch.relu)
     one = ExpertWeights(torch.zeros(1, HIDDEN), torch.zeros(HIDDEN, 1))
     experts = dict.fromkeys(range(EXPERTS), one)
-    reach = LayerReach(form, experts, [], hosts, HIDDEN, torch.float32)
+    reach = LayerReach(CpuLayer(form, experts), experts, [], hosts, HIDDEN, torch.float32)
     assert reach.can_split
     drawn = torch.Generator().manual_seed(3)
     ids = torch.randint(-1, EXPERTS, (500, 2), generator=drawn).numpy()

@@ -53,12 +53,13 @@ actors/transport/grpc               proto cluster actors/transport
 actors/engine                       proto cluster/reports cluster/routing cluster/spec
                                     actors/text
 actors/engine/transformers_backend  proto cluster/routing actors/engine
-actors/router                       proto kernels kernels/slabs models/trunk cluster cluster/load
-                                    cluster/routing cluster/spec actors/runtime actors/transport
-                                    actors/transport/grpc actors/engine
+actors/router                       proto kernels kernels/grouped kernels/slabs models/trunk
+                                    cluster cluster/load cluster/routing cluster/spec
+                                    actors/runtime actors/transport actors/transport/grpc
+                                    actors/engine
 actors/engine/vllm_backend          proto models/folder models/trunk cluster/routing actors/text
                                     actors/engine actors/router
-actors/host                         proto kernels kernels/grouped kernels/slabs models/folder
+actors/host                         proto kernels kernels/slabs models/folder
                                     models/trunk cluster cluster/host cluster/reports
                                     cluster/routing actors/runtime actors/transport
                                     actors/transport/grpc

@@ -5,7 +5,9 @@ Shape suffixes: T = tokens, K = assignments of a token, H = hidden size.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from moesaic.actors.host.expert_memory import SlabMemory, SlotMemory
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.kernels.ffn import ExpertWeights
+from moesaic.kernels.slabs.layer_arithmetic import MissingExpert
 from moesaic.models.trunk.experts_layers import expert_shapes, experts_layers
 from moesaic.proto.errors import Busy, NotHere
 from tests.helpers.models.architectures import tiny_model
@@ -59,7 +62,10 @@ def made(device: torch.device) -> Iterator[Made]:
         parts.append(HostMemory(nbytes))
         return parts[-1]
 
-    memory = SlotMemory(LAYERS, torch.float32, device, allocate if device.type == "cpu" else None)
+    options: dict[str, Any] = {}
+    if device.type == "cpu":
+        options = {"allocate": allocate, "chunk_bytes": mmap.PAGESIZE}
+    memory = SlotMemory("m", LAYERS, torch.float32, device, **options)
     yield memory, parts
     memory.close()
 
@@ -190,7 +196,7 @@ def test_an_expert_that_left_is_an_error_and_not_a_smaller_sum(
     for number in (0, 1):
         keep(memory, expert(number), weights(number))
     memory.drop(expert(1))
-    with pytest.raises(NotHere, match="left the device"):
+    with pytest.raises(MissingExpert, match="in no slot"):
         compute(memory, device, [[0, 1], [0, 0]])
 
 

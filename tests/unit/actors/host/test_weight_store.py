@@ -16,11 +16,11 @@ from torch import Tensor
 
 from moesaic.actors.host import weight_store
 from moesaic.actors.host.expert_memory import SlabMemory
-from moesaic.actors.host.layer_arithmetic import CpuLayer
 from moesaic.actors.host.weight_store import ExpertStore
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.placement import ModelRef
 from moesaic.kernels.ffn import ExpertWeights
+from moesaic.kernels.slabs.layer_arithmetic import CpuLayer
 from moesaic.models.folder.expert_file import write_experts
 from moesaic.models.trunk.experts_layers import expert_shapes, experts_layers
 from moesaic.proto.errors import Busy, CheckpointError, NotHere

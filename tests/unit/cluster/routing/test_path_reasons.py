@@ -18,9 +18,10 @@ HERE = HostEntry(host="a", incarnation=1, node="n", shm_address="s", grpc_addres
     [
         ({"lent": True}, None),
         ({"borrows": False}, "borrows nothing (see network.lending)"),
-        ({"borrows": False, "device": "GPU-1"}, "borrows nothing (its model is on a GPU)"),
         ({"node": "other"}, "another machine"),
-        ({"entry": replace(HERE, device="GPU-1")}, "on a GPU"),
+        ({"entry": replace(HERE, device="GPU-1")}, "computes on GPU-1, this router on the CPU"),
+        ({"device": "GPU-1"}, "computes on the CPU, this router on GPU-1"),
+        ({"entry": replace(HERE, device="GPU-1"), "device": "GPU-1"}, "has lent nothing"),
         ({"entry": replace(HERE, numa=1), "numa": 0}, "pinned to NUMA node 1, and this router to"),
         ({"entry": replace(HERE, numa=1), "numa": 1}, "has lent nothing"),
         ({"entry": replace(HERE, numa=1)}, "has lent nothing"),

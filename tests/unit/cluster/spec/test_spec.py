@@ -307,8 +307,8 @@ BAD: list[tuple[dict[Any, Any], str]] = [
         "hosts.0.lending: 'always' is not possible: it needs shared memory, and network.transport",
     ),
     (
-        {"hosts": [{"lending": "always", "device": "cuda:1"}]},
-        "hosts.0.lending: 'always' is not possible: hosts on cuda:1 have nothing that a trunk",
+        {"hosts": [{"lending": "always", "device": "cuda:1"}], "trunk": {"device": "cpu"}},
+        "hosts.0.lending: 'always' is not possible: hosts on cuda:1 lend to trunks on cuda:1, not",
     ),
     ({"hosts": [{"lending": "sometimes"}]}, "hosts.0.lending: Input should be 'never', 'auto' or"),
     ({"trunk": {"engine": "sglang"}}, "trunk.engine: Input should be 'transformers'"),

@@ -32,38 +32,51 @@ def free_bytes() -> int:
     return torch.cuda.mem_get_info(CARD)[0]
 
 
-def test_only_what_is_backed_takes_memory(memory: DeviceMemory) -> None:
+def test_only_what_is_mapped_takes_memory(memory: DeviceMemory) -> None:
     before = free_bytes()
-    memory.back(0, CHUNK)
-    memory.back(CHUNK - 1, 2)  # it shares the first chunk
+    for chunk in (0, 1):
+        memory.map(chunk)
     assert memory.backed_bytes == 2 * CHUNK
     assert before - free_bytes() == 2 * CHUNK
-    memory.release(0, CHUNK)
-    assert memory.backed_bytes == 2 * CHUNK
-    memory.release(CHUNK - 1, 2)
+    memory.unmap(0)
+    assert memory.backed_bytes == CHUNK
+    memory.unmap(1)
     assert memory.backed_bytes == 0
     assert free_bytes() == before
 
 
-def test_a_tensor_reads_what_was_written_to_backed_parts(memory: DeviceMemory) -> None:
-    memory.back(0, CHUNK)
-    rows = memory.tensor((4, CHUNK // 2), torch.bfloat16)
+def test_a_tensor_reads_what_was_written_to_mapped_chunks(memory: DeviceMemory) -> None:
+    memory.map(0)
+    rows = memory.tensor(4 * CHUNK).view(torch.bfloat16).view(4, -1)
     rows[0] = 3.0
-    memory.back(2 * CHUNK, CHUNK)
+    memory.map(2)
     rows[2] = 5.0
     assert float(rows[0].float().mean()) == 3.0
     assert float(rows[2].float().mean()) == 5.0
-    memory.release(0, CHUNK)
+    memory.unmap(0)
     assert float(rows[2].float().mean()) == 5.0
+
+
+def test_a_tensor_does_not_need_its_first_chunk(memory: DeviceMemory) -> None:
+    numbers = memory.tensor(2 * CHUNK).view(torch.float32)
+    assert memory.backed_bytes == 0
+    memory.map(1)
+    numbers[-1] = 2.0
+    assert float(numbers[-1]) == 2.0
+
+
+def test_a_chunk_outside_is_an_error(memory: DeviceMemory) -> None:
+    with pytest.raises(IndexError, match="chunk 4"):
+        memory.map(4)
 
 
 def test_more_than_there_is_is_an_error_that_changes_nothing() -> None:
     before = free_bytes()
     total = torch.cuda.mem_get_info(CARD)[1]
-    huge = DeviceMemory(CARD, 4 * total, chunk_bytes=8 << 30)
+    huge = DeviceMemory(CARD, 2 * total, chunk_bytes=total)
     try:
-        with pytest.raises(torch.OutOfMemoryError, match=r"no 8192 MiB left for experts"):
-            huge.back(0, 2 * total)
+        with pytest.raises(torch.OutOfMemoryError, match=r"no \d+ MiB left for experts"):
+            huge.map(0)
         assert huge.backed_bytes == 0
     finally:
         huge.close()
@@ -77,11 +90,12 @@ MAKER = """
 import socket, sys, time, torch
 from moesaic.kernels.slabs.device_memory import DeviceMemory
 memory = DeviceMemory(torch.device("cuda", 0), 2 * {chunk}, chunk_bytes={chunk})
-memory.back(0, 2 * {chunk})
-memory.tensor((2 * {chunk} // 4,), torch.float32).fill_(7.0)
+for chunk in (0, 1):
+    memory.map(chunk)
+memory.tensor(2 * {chunk}).view(torch.float32).fill_(7.0)
 torch.cuda.synchronize()
 theirs = socket.socket(fileno=int(sys.argv[1]))
-socket.send_fds(theirs, [b"here"], list(memory.descriptors().values()))
+socket.send_fds(theirs, [b"here"], [memory.descriptor(chunk) for chunk in (0, 1)])
 time.sleep(600)
 """
 # It maps descriptors read-only and writes to them.
@@ -90,7 +104,7 @@ import sys, torch
 from moesaic.kernels.slabs.device_memory import DeviceMemory
 memory = DeviceMemory(torch.device("cuda", 0), {chunk}, chunk_bytes={chunk})
 memory.adopt(0, int(sys.argv[1]))
-numbers = memory.tensor(({chunk} // 4,), torch.float32)
+numbers = memory.tensor({chunk}).view(torch.float32)
 assert float(numbers.mean()) == 7.0
 numbers.fill_(1.0)
 torch.cuda.synchronize()
@@ -125,12 +139,13 @@ def maker() -> Iterator[Made]:
 def test_memory_outlives_the_process_that_made_it(maker: Made, memory: DeviceMemory) -> None:
     for chunk, descriptor in enumerate(maker.descriptors):
         memory.adopt(chunk, descriptor)
-    numbers = memory.tensor((2 * CHUNK // 4,), torch.float32)
+    numbers = memory.tensor(2 * CHUNK).view(torch.float32)
     assert float(numbers.mean()) == 7.0
     maker.kill()
     assert float(numbers.sum()) == 7.0 * numbers.numel()
     before = free_bytes()
-    memory.release(0, 2 * CHUNK)
+    for chunk in (0, 1):
+        memory.unmap(chunk)
     assert free_bytes() - before >= 2 * CHUNK
 
 

@@ -174,11 +174,11 @@ def test_a_change_is_announced_before_a_byte_changes(
 ) -> None:
     """Whoever compares only the number of changes must not miss one."""
     fill(slab, 1)
-    before, generation = slab.changes, slab.generation(0, 2 if change == "write" else 1)
+    before, generation = slab.entries.changes, slab.generation(0, 2 if change == "write" else 1)
     seen: list[tuple[int, int]] = []
 
     def look(*given: Any) -> Any:
-        seen.append((slab.changes, slab.generation(0, 2 if change == "write" else 1)))
+        seen.append((slab.entries.changes, slab.generation(0, 2 if change == "write" else 1)))
         return real(*given)
 
     name = "_bytes" if change == "write" else "_punch"
@@ -191,10 +191,10 @@ def test_a_change_is_announced_before_a_byte_changes(
             slab.free(0, 1)
         case "retire":
             slab.retire()
-            seen.append((slab.changes, slab.generation(0, 1)))
+            seen.append((slab.entries.changes, slab.generation(0, 1)))
         case _:
             # Its owner ended after the first of its two steps.
-            slab._slots[slab.layout.slot(0, 1)]["generation"] += 1
+            slab.entries._slots[slab.layout.slot(0, 1)]["generation"] += 1
             monkeypatch.setattr(Slab, "_punch", lambda _, *given: look(*given))
             Slab.adopt(os.dup(slab.descriptor)).close()
     assert seen[0] == (before + 1, generation + 1)
@@ -277,7 +277,7 @@ def test_a_slab_is_adopted_as_its_owner_left_it() -> None:
     for expert in (0, 1, 2):
         fill(slab, expert)
     slab.free(0, 1)
-    entry = slab._slots[slab.layout.slot(0, 3)]
+    entry = slab.entries._slots[slab.layout.slot(0, 3)]
     entry["generation"] += 1  # its owner ended while it wrote
     generation = int(entry["generation"])
     adopted = Slab.adopt(os.dup(slab.descriptor))

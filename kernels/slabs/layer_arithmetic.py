@@ -1,4 +1,4 @@
-"""What a host computes for a layer: on its CPU, or on its device.
+"""What experts of one layer compute: on a CPU, or on a device.
 
 Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 """
@@ -11,17 +11,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...kernels import ffn
-from ...kernels.ffn import ExpertForm, ExpertWeights
-from ...kernels.grouped.slots import LayerSlots, StepFlags
-from ...proto.errors import NotHere
+from .. import ffn
+from ..ffn import ExpertForm, ExpertWeights
+from ..fused import LayerBank
+from ..grouped.slots import LayerSlots, StepFlags
+
+
+class MissingExpert(LookupError):
+    """An assignment names an expert that is in no slot."""
 
 
 class LayerArithmetic(Protocol):
-    """The experts of one layer that a host holds, in the versions that a call names."""
+    """Experts of one layer, each in one version, for one call at a time."""
 
-    # Where it takes ids; it takes everything else on the host's device.
+    # Where it takes ids; it takes everything else where the experts are.
     ids_device: torch.device
+
+    def for_a_call(self) -> LayerArithmetic:
+        """Return the same experts for a call that runs beside others."""
+        ...
 
     def compute(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, out: Tensor, *, exact: bool
@@ -30,7 +38,10 @@ class LayerArithmetic(Protocol):
         ...
 
     def bad_experts(self, x_TH: Tensor, ids_TK: Tensor, out: Tensor) -> list[int]:
-        """Return the experts that made ``out`` not finite from finite rows."""
+        """Return the experts that made ``out`` not finite from finite rows; `compute` made it last.
+
+        Raises MissingExpert.
+        """
         ...
 
 
@@ -42,6 +53,17 @@ class CpuLayer:
         self.ids_device = torch.device("cpu")
         self.form = form
         self.experts = experts
+
+    def for_a_call(self) -> CpuLayer:
+        return self
+
+    def bank(self) -> LayerBank | None:
+        """Return what computes a whole call at once, if there is such a kernel.
+
+        Each expert's place in it is its `ExpertWeights.place`.
+        """
+        banks = {expert.bank for expert in self.experts.values()}
+        return banks.pop() if len(banks) == 1 and self.form.post_norm is None else None
 
     def compute(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, out: Tensor, *, exact: bool
@@ -61,25 +83,39 @@ class DeviceLayer:
         self.ids_device = slots.table_LE.device
         self._flags = StepFlags.on(self.ids_device)
 
+    def for_a_call(self) -> DeviceLayer:
+        return DeviceLayer(self.slots)
+
     def compute(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, out: Tensor, *, exact: bool
     ) -> None:
-        # Triton comes with CUDA builds of PyTorch, and hosts on CPUs do without it.
-        from ...kernels.grouped import ffn as grouped
+        # Triton comes with CUDA builds of PyTorch, and CPUs do without it.
+        from ..grouped import ffn as grouped
 
         if exact:
             grouped.exact_rows(self.slots, x_TH, ids_TK, weights_TK, out, self._flags)
         else:
             grouped.grouped_ffn(self.slots, x_TH, ids_TK, weights_TK, out, self._flags)
 
-    def bad_experts(self, x_TH: Tensor, ids_TK: Tensor, out: Tensor) -> list[int]:
-        """Search for the experts only if the kernel met a sum that is not finite.
+    def layer(
+        self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, flags: StepFlags, *, exact: bool
+    ) -> Tensor:
+        """Return the sum over K of weight * expert(x), (T, H) in x's dtype.
 
-        Raises NotHere if an expert was not there.
+        Ids outside [0, E) are unused. Nothing waits for the device; ``flags`` says if anything is
+        wrong.
         """
+        from ..grouped import ffn as grouped
+
+        out_TH = torch.empty_like(x_TH)
+        grouped.grouped_ffn(self.slots, x_TH, ids_TK, weights_TK, out_TH, flags, exact=exact)
+        return out_TH
+
+    def bad_experts(self, x_TH: Tensor, ids_TK: Tensor, out: Tensor) -> list[int]:
+        """Search for the experts only if the kernel met a sum that is not finite."""
         missing, infinite = self._flags.both.tolist()
         if missing:
-            raise NotHere("an expert of this call left the device while the call waited")
+            raise MissingExpert("an expert of this call is in no slot")
         if not infinite:
             return []
         form, experts = self._loose(ids_TK)

@@ -1,0 +1,180 @@
+"""Calls that a router computes as a whole, because hosts have lent all of their experts.
+
+Each step here counts: the model's weights have swept the caches since the last call, so that code
+takes three to five times as long as usual. The lock is taken only where something is chosen, and
+where something has changed.
+
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...cluster.expert_keys import LayerKey
+from ...cluster.placement import Placement
+from ...cluster.routing.dispatch import Dispatcher
+from ...kernels.grouped.slots import StepFlags
+from .lent_experts import LentExperts
+from .lent_part import LayerReach
+from .router_stats import CallCounts
+
+COUNT_AT = 64  # calls that were noted
+
+
+class _Step:
+    """The calls of a forward pass on a device, which are checked together when it ends."""
+
+    def __init__(self) -> None:
+        self._flags: StepFlags | None = None
+        self._reaches: set[LayerReach] = set()
+        self._in_use = ExitStack()
+
+    def join(self, reach: LayerReach, device: torch.device) -> StepFlags:
+        """Return the flags for a call with these experts."""
+        if self._flags is None:
+            self._flags = StepFlags.on(device)
+            # Until the step ends nothing is unmapped, since the device may be computing with it.
+            self._in_use.enter_context(reach.in_use())
+        self._reaches.add(reach)
+        return self._flags
+
+    def is_sound(self) -> bool:
+        sound = self._flags is None or not self._flags.any()
+        return sound and all(reach.unchanged() for reach in self._reaches)
+
+    def close(self) -> None:
+        self._in_use.close()
+
+
+@dataclass(slots=True)
+class _Thread:
+    """The steps that a thread has begun, one inside the other."""
+
+    steps: list[_Step | None] = field(default_factory=list)
+    paused: int = 0
+
+
+class WholeCalls:
+    """Computes such calls; any thread may, without the router's lock."""
+
+    def __init__(
+        self,
+        lent: LentExperts,
+        dispatcher: Dispatcher,
+        counts: CallCounts,
+        lock: threading.RLock,
+        clock: Callable[[], float],
+        stirred: threading.Event,
+    ) -> None:
+        """Take a router's parts; ``stirred`` is set when there is something to report."""
+        self._lent = lent
+        self._dispatcher = dispatcher
+        self._counts = counts
+        self._lock = lock
+        self._clock = clock
+        self._stirred = stirred
+        self._threads = threading.local()
+
+    def compute(
+        self,
+        key: LayerKey,
+        placement: Placement | None,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        began: float,
+    ) -> Tensor | None:
+        """Return the call's result, (T, H) in x's dtype, or None if it is not such a call."""
+        lent = self._lent
+        reach = lent.known_reach(key, placement)
+        if reach is None:
+            with self._lock:
+                reach = lent.reach(key, placement)
+        if reach is None:
+            return None
+        if reach.is_on_device:
+            return self._on_device(key, reach, x_TH, ids_TK, weights_TK)
+        place_TK = reach.places(x_TH, ids_TK, weights_TK)
+        if place_TK is None:
+            return None
+        choice = None
+        if lent.splits:
+            with self._lock:
+                all_here, choice = lent.keep_all(reach, place_TK.size, self._dispatcher, began)
+            if not all_here:
+                return None
+        out_TH = None
+        try:
+            out_TH = reach.compute_all(x_TH, ids_TK, weights_TK, place_TK)
+        finally:
+            if out_TH is None or choice is not None:
+                took_s = None if out_TH is None else self._clock() - began
+                with self._lock:
+                    lent.took_all(key, choice, took_s)
+        if out_TH is not None:
+            if (noted := self._counts.note(key, reach, place_TK)) == 1:
+                self._stirred.set()
+            if noted >= COUNT_AT:
+                with self._lock:
+                    self._counts.count_noted()
+        return out_TH
+
+    # ---- on a device ----------------------------------------------------------------------------
+
+    def begin_step(self, *, checked_at_end: bool) -> None:
+        """Begin a forward pass of this thread.
+
+        If it is ``checked_at_end``, its calls on a device wait for nothing, and `step_is_sound`
+        says if they may be used.
+        """
+        self._mine().steps.append(_Step() if checked_at_end else None)
+
+    def step_is_sound(self) -> bool:
+        """Wait for the calls of this thread's pass, and return whether they may be used."""
+        step = self._mine().steps[-1]
+        return step is None or step.is_sound()
+
+    def end_step(self) -> None:
+        step = self._mine().steps.pop()
+        if step is not None:
+            step.close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Compute no call of this thread on a device, except in parts, which are checked alone."""
+        mine = self._mine()
+        mine.paused += 1
+        try:
+            yield
+        finally:
+            mine.paused -= 1
+
+    def _mine(self) -> _Thread:
+        if not hasattr(self._threads, "own"):
+            self._threads.own = _Thread()
+        return self._threads.own
+
+    def _on_device(
+        self, key: LayerKey, reach: LayerReach, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> Tensor | None:
+        mine = self._mine()
+        if mine.paused or not reach.takes_all(x_TH, ids_TK, weights_TK):
+            return None
+        step = mine.steps[-1] if mine.steps else None
+        flags = None if step is None else step.join(reach, x_TH.device)
+        out_TH = reach.compute_on_device(x_TH, ids_TK, weights_TK, flags)
+        if out_TH is None:
+            with self._lock:
+                self._lent.changed(key)
+            return None
+        self._counts.note_on_device(key, ids_TK, reach.count)
+        if not self._stirred.is_set():
+            self._stirred.set()
+        return out_TH

@@ -1,0 +1,316 @@
+"""Routers that compute with slots of a device that hosts have lent them.
+
+The device's memory is played by the CPU's, and its kernels run in Triton's interpreter. Chunks of
+memory are mapped in a range of addresses, as on a card.
+
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.router.router import Router
+from moesaic.actors.router.whole_calls import _Step
+from moesaic.actors.trunk.trunk import run_in_steps
+from moesaic.cluster.expert_keys import ExpertVersion
+from moesaic.cluster.host.emulation import Emulation
+from moesaic.cluster.placement import PlacementId
+from moesaic.cluster.versions import WeightVersions
+from moesaic.kernels.grouped import ffn as grouped
+from moesaic.kernels.grouped.slots import StepFlags
+from moesaic.models.trunk.trunk import connect_experts, load_trunk
+from moesaic.proto.errors import BadExpert
+from tests.helpers.pool.lending import borrowing, computed, heard, key
+from tests.helpers.pool.serving import EXPERTS, KEY, Hosts, assert_right, inputs, serving
+from tests.helpers.pool.transports import settles
+
+# The interpreter multiplies whole tiles with NumPy, unused rows included.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(invalid value|overflow) encountered:RuntimeWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter cannot run in two threads at once, as hosts and routers do here."""
+    lock = threading.Lock()
+
+    def locked(run: Callable[..., None]) -> Callable[..., None]:
+        def run_alone(*given: Any, **options: Any) -> None:
+            with lock:
+                run(*given, **options)
+
+        return run_alone
+
+    for name in ("grouped_ffn", "exact_rows"):
+        monkeypatch.setattr(grouped, name, locked(getattr(grouped, name)))
+
+
+@pytest.fixture
+def pool(folder: Path) -> Iterator[Hosts]:
+    with serving(folder, lends=True, on_device=True) as made:
+        yield made
+
+
+def has_all(router: Router) -> bool:
+    router._look_after([])
+    lent = router._lent_experts
+    return all(lent.has(key(expert), router.placement) for expert in range(EXPERTS))
+
+
+def borrowing_all(pool: Hosts) -> Router:
+    router = borrowing(pool, "host-0", "host-1")
+    assert settles(lambda: has_all(router))
+    return router
+
+
+def mapped_chunks() -> int:
+    gc.collect()
+    return Path("/proc/self/maps").read_text().count("memfd:moesaic:chunk")
+
+
+def test_experts_of_two_hosts_are_computed_together(pool: Hosts) -> None:
+    router = borrowing_all(pool)
+    before = computed(pool)
+    for tokens in (1, 5):
+        given = inputs(tokens)
+        assert_right(router.forward(KEY, *given), pool.answer(*given))
+    assert computed(pool) == before
+    assert router.stats().lent == 12
+    assert all(path.lent for path in router.take_load().paths)
+
+
+def test_exact_bits_do_not_depend_on_lending_on_a_device(folder: Path) -> None:
+    with serving(folder, lends=True, exact=True, on_device=True) as pool:
+        plain, router = pool.router(), borrowing_all(pool)
+        for tokens in (1, 4):
+            given = inputs(tokens)
+            assert torch.equal(router.forward(KEY, *given), plain.forward(KEY, *given))
+        assert router.stats().lent == 10
+        assert plain.stats().lent == 0
+
+
+def test_what_leaves_is_sent_to_who_has_it(pool: Hosts) -> None:
+    router = borrowing_all(pool)
+    first, other = pool.hosts
+    expert = next(e for e in range(EXPERTS) if first in pool.holders(e))
+    other.load([(pool.ref, pool.shape)], [ExpertVersion(key(expert), 1)])
+    first.release([ExpertVersion(key(expert), 1)])
+    ids = torch.tensor([[expert, (expert + 1) % EXPERTS]])
+    x_TH, _, weights_TK = inputs(1)
+    layer = pool.placement.layers[KEY]
+    replicas = list(layer.replicas)
+    replicas[expert] = (replicas[expert][0]._replace(host=other.name),)
+    layers = {**pool.placement.layers, KEY: replace(layer, replicas=tuple(replicas))}
+    router.place(replace(pool.placement, id=PlacementId(1, 2), layers=layers))
+    result = router.forward(KEY, x_TH, ids, weights_TK)
+    assert_right(result, pool.answer(x_TH, ids, weights_TK))
+    assert settles(lambda: has_all(router)), "what the other host has is lent by now"
+
+
+def test_experts_that_come_and_go_change_no_result(pool: Hosts) -> None:
+    """Chunks get other memory meanwhile. Nothing is fenced: the router is one that slept."""
+    router, drawn = borrowing_all(pool), random.Random(5)
+    given = inputs(4)
+    expected = pool.answer(*given)
+    epoch, at = 1, [{host.name for host in pool.holders(e)} for e in range(EXPERTS)]
+    hosts = {host.name: host for host in pool.hosts}
+    for _ in range(12):
+        expert = drawn.randrange(EXPERTS)
+        (leaves,) = drawn.sample(sorted(at[expert]), 1)
+        comes = next(name for name in hosts if name != leaves)
+        hosts[comes].load([(pool.ref, pool.shape)], [ExpertVersion(key(expert), 1)])
+        hosts[leaves].release([ExpertVersion(key(expert), 1)])
+        at[expert] = {comes}
+        epoch += 1
+        layer = pool.placement.layers[KEY]
+        replicas = tuple(
+            tuple(one._replace(host=name) for name in sorted(at[e]))
+            for e, (one, *_) in enumerate(layer.replicas)
+        )
+        layers = {**pool.placement.layers, KEY: replace(layer, replicas=replicas)}
+        router.place(replace(pool.placement, id=PlacementId(1, epoch), layers=layers))
+        for _ in range(2):
+            assert_right(router.forward(KEY, *given), expected)
+    assert router.stats().lent > 0
+    assert router.stats().rows_lost == 0
+
+
+def test_a_device_holds_two_versions_and_the_placement_says_which_counts(pool: Hosts) -> None:
+    router = borrowing_all(pool)
+    holder, given = pool.holders(3)[0], (inputs(1)[0], torch.tensor([[3, 4]]), inputs(1)[2])
+    older = router.forward(KEY, *given)
+    changed = {n: t * 2 for n, t in holder._store.get(ExpertVersion(key(3), 1)).items()}
+    holder._store.put(ExpertVersion(key(3), 2), changed)
+    assert torch.equal(router.forward(KEY, *given), older)
+    versions = WeightVersions(experts={key(3): 2})
+    router.place(replace(pool.placement, id=PlacementId(1, 9), versions=versions))
+    assert settles(lambda: has_all(router))
+    newer = router.forward(KEY, *given)
+    assert not torch.allclose(newer, older)
+    assert router.stats().lent == 6
+
+
+def test_an_expert_on_a_device_that_is_not_finite_is_named(pool: Hosts) -> None:
+    router = borrowing_all(pool)
+    holder = pool.holders(2)[0]
+    changed = {n: t.clone() for n, t in holder._store.get(ExpertVersion(key(2), 1)).items()}
+    changed["down"][0, 0] = torch.inf
+    holder._store.put(ExpertVersion(key(2), 2), changed)
+    versions = WeightVersions(experts={key(2): 2})
+    router.place(replace(pool.placement, id=PlacementId(1, 9), versions=versions))
+    assert settles(lambda: has_all(router))
+    x_TH, _, weights_TK = inputs(2)
+    lost: list[tuple[list[int], Exception]] = []
+    router.batch.on_lost = lambda rows, error: lost.append((rows, error))
+    out_TH = router.forward(KEY, x_TH, torch.tensor([[1, 2], [0, 1]]), weights_TK)
+    ((rows, error),) = lost
+    assert rows == [0]
+    assert isinstance(error, BadExpert)
+    assert "expert 2 of layer 1 of m" in str(error)
+    assert bool(out_TH[1].isfinite().all())
+
+
+def test_nothing_of_a_device_stays_mapped(folder: Path) -> None:
+    before = mapped_chunks()
+    with serving(folder, lends=True, on_device=True) as pool:
+        router = borrowing_all(pool)
+        router.forward(KEY, *inputs(2))
+        own = mapped_chunks()
+        router.close()
+        assert mapped_chunks() < own
+        # What the router mapped is gone, what the hosts mapped is not.
+        assert mapped_chunks() > before
+    del router, pool
+    assert mapped_chunks() == before
+
+
+def test_a_router_on_another_device_borrows_nothing(folder: Path) -> None:
+    with serving(folder, lends=True, on_device=True) as pool:
+        entries = {n: replace(e, device="GPU-1") for n, e in pool.placement.hosts.items()}
+        elsewhere = replace(pool, placement=replace(pool.placement, hosts=entries))
+        router = elsewhere.router(borrows=True)
+        given = inputs(2)
+        assert_right(router.forward(KEY, *given), pool.answer(*given))
+        assert router.stats().lent == 0
+        (path, _) = router.take_load().paths
+        assert path.why_sent == "it computes on GPU-1, this router on the CPU"
+
+
+def test_a_host_that_ends_takes_its_slots_back(pool: Hosts) -> None:
+    router = borrowing_all(pool)
+    ending: ExpertHost = pool.hosts[0]
+    expert = next(e for e in range(EXPERTS) if ending in pool.holders(e))
+    pool.hosts[1].load([(pool.ref, pool.shape)], [ExpertVersion(key(expert), 1)])
+    ending.close()
+    layer = pool.placement.layers[KEY]
+    replicas = tuple(
+        tuple(one._replace(host="host-1") for one in replica) for replica in layer.replicas
+    )
+    layers = {**pool.placement.layers, KEY: replace(layer, replicas=replicas)}
+    left = {"host-1": pool.placement.hosts["host-1"]}
+    router.place(replace(pool.placement, id=PlacementId(1, 2), layers=layers, hosts=left))
+    x_TH, _, weights_TK = inputs(1)
+    ids = torch.tensor([[expert, expert]])
+    assert_right(router.forward(KEY, x_TH, ids, weights_TK), pool.answer(x_TH, ids, weights_TK))
+    heard(router, "host-0", "host-1")
+
+
+# ---- forward passes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[StepFlags]:
+    """Each time that a router has waited for the device."""
+    found: list[StepFlags] = []
+    ask = StepFlags.any
+
+    def asked(flags: StepFlags) -> bool:
+        found.append(flags)
+        return ask(flags)
+
+    monkeypatch.setattr(StepFlags, "any", asked)
+    return found
+
+
+def test_a_pass_waits_for_the_device_once(pool: Hosts, waits: list[StepFlags]) -> None:
+    router, given = borrowing_all(pool), inputs(2)
+    expected = pool.answer(*given)
+    router.begin_step(may_repeat=True)
+    results = [router.forward(KEY, *given) for _ in range(3)]
+    assert waits == []
+    assert router.step_is_sound()
+    router.end_step()
+    assert len(waits) == 1
+    for result in results:
+        assert_right(result, expected)
+    router.forward(KEY, *given)
+    assert len(waits) == 2, "outside of a pass, each call is checked"
+    assert router.stats().lent == 16
+
+
+def test_a_pass_over_slots_that_changed_is_not_sound(pool: Hosts) -> None:
+    router, given = borrowing_all(pool), inputs(3)
+    expected = pool.answer(*given)
+    expert = int(given[1][0, 0])
+    (holder,) = pool.holders(expert)
+    weights = holder._store.get(ExpertVersion(key(expert), 1))
+    router.begin_step(may_repeat=True)
+    router.forward(KEY, *given)
+    holder.release([ExpertVersion(key(expert), 1)])
+    assert not router.step_is_sound()
+    holder._store.put(ExpertVersion(key(expert), 1), weights)
+    with router.repeating():
+        holder.load([(pool.ref, pool.shape)], [ExpertVersion(key(expert), 1)])
+        assert_right(router.forward(KEY, *given), expected)
+    router.end_step()
+
+
+def test_nothing_is_unmapped_during_a_pass(pool: Hosts) -> None:
+    router, given = borrowing_all(pool), inputs(1)
+    before = mapped_chunks()
+    router.begin_step(may_repeat=True)
+    router.forward(KEY, *given)
+    for host in pool.hosts:
+        host.emulate(Emulation())  # such hosts take back what they lent
+    assert settles(lambda: router._look_after([]) or not router._lent_experts)
+    assert mapped_chunks() == before
+    router.end_step()
+    assert mapped_chunks() < before
+
+
+@pytest.mark.parametrize("unsound", [False, True])
+def test_a_model_runs_over_a_device(
+    folder: Path,
+    pool: Hosts,
+    waits: list[StepFlags],
+    monkeypatch: pytest.MonkeyPatch,
+    unsound: bool,
+) -> None:
+    router = borrowing_all(pool)
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    trunk: Any = load_trunk(folder, dtype=torch.float32, device=torch.device("cpu"))
+    connect_experts(trunk, pool.layers, lambda layer: router.experts("m", layer))
+    run_in_steps(trunk, router)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    if unsound:
+        monkeypatch.setattr(_Step, "is_sound", lambda _: False)
+    with torch.no_grad():
+        torch.testing.assert_close(trunk(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
+        assert len(waits) == (0 if unsound else 1)
+        # Here each pass goes on with a cache, which must not be written to twice.
+        made = trunk.generate(ids, max_new_tokens=4, do_sample=False)
+        assert made.tolist() == plain.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+    assert router.stats().rows_lost == 0
