@@ -133,12 +133,18 @@ class LayerReach:
         return place_TK if self._has_all or place_TK.min() >= 0 else None
 
     def compute_all(
-        self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, place_TK: np.ndarray
+        self,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        place_TK: np.ndarray,
+        *,
+        check: bool = True,
     ) -> Tensor | None:
         """Compute a call with the result of `places`: the sum over K of weight * expert(x).
 
         The result is (T, H) in x's dtype. It is None if it cannot be used: it is not finite, or a
-        slot has changed since it was found.
+        slot has changed since it was found. Without ``check`` the caller looks after that.
         """
         if not x_TH.is_contiguous():
             x_TH = x_TH.contiguous()
@@ -153,7 +159,7 @@ class LayerReach:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 self.arithmetic.compute(*given, exact=False)
             out_TH = sum_TH.to(x_TH.dtype)
-        return out_TH if ffn.all_finite(out_TH) and self.unchanged() else None
+        return out_TH if not check or (ffn.all_finite(out_TH) and self.unchanged()) else None
 
     @property
     def is_on_device(self) -> bool:

@@ -43,7 +43,7 @@ from .pool_call import PoolCall, RunningCall
 from .router_stats import CallCounts, RouterStats
 from .row_attribution import RowAttribution
 from .upkeep import Upkeep
-from .whole_calls import WholeCalls
+from .whole_calls import PassCheck, WholeCalls
 
 # Limits the damage if a wake-up is ever missed.
 LONGEST_WAIT_S = 5.0
@@ -221,23 +221,23 @@ class Router:
         key = LayerKey(model, layer)
         return lambda x_TH, ids_TK, weights_TK: self.forward(key, x_TH, ids_TK, weights_TK)
 
-    def begin_step(self, *, may_repeat: bool = False) -> None:
+    def begin_step(self, check: PassCheck = PassCheck.CALLS) -> None:
         """Start a forward pass: forget the rows that were lost in the last one.
 
         Its calls use the versions of weights that are served now, until `end_step`, which the same
-        thread calls. With ``may_repeat``, calls on a device do not wait for it one by one: who runs
-        the pass asks `step_is_sound` at its end, and if need be runs it again in `repeating`.
+        thread calls. If ``check`` leaves anything to the end, who runs the pass asks
+        `step_is_sound` then, and if need be runs it again in `repeating`.
         """
-        self._whole_calls.begin_step(checked_at_end=may_repeat)
+        self._whole_calls.begin_step(check)
         self.step += 1
         self.batch.begin_step(self.step)
         with self._lock:
             if not self._shell.closed:
                 self._shell.execute(self._dispatcher.begin_step(self._clock()))
 
-    def step_is_sound(self) -> bool:
-        """Wait for a pass that may be repeated, and return whether its result may be used."""
-        return self._whole_calls.step_is_sound()
+    def step_is_sound(self, result: Tensor | None = None) -> bool:
+        """Wait for a pass, and return whether its ``result``, (..., H), may be used."""
+        return self._whole_calls.step_is_sound(result)
 
     def repeating(self) -> AbstractContextManager[None]:
         """Return a context in which a pass is run once more, and each call is checked alone."""

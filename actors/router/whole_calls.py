@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from ...cluster.expert_keys import LayerKey
 from ...cluster.placement import Placement
 from ...cluster.routing.dispatch import Dispatcher
+from ...kernels.ffn import all_finite
 from ...kernels.grouped.slots import StepFlags
 from .lent_experts import LentExperts
 from .lent_part import LayerReach
@@ -28,10 +30,23 @@ from .router_stats import CallCounts
 COUNT_AT = 64  # calls that were noted
 
 
-class _Step:
-    """The calls of a forward pass on a device, which are checked together when it ends."""
+class PassCheck(Enum):
+    """How it is found out that a call of a forward pass cannot be used, if all is computed here.
 
-    def __init__(self) -> None:
+    A pass is run again if that is found at its end.
+    """
+
+    CALLS = auto()  # each call by itself
+    DEVICE = auto()  # calls on a device at the end, which waits for it once; others by themselves
+    # All at the end. The pass's result is checked, too: whatever was not finite made it so.
+    RESULT = auto()
+
+
+class _Step:
+    """The calls of a forward pass, which are checked together when it ends."""
+
+    def __init__(self, *, on_cpu: bool) -> None:
+        self.on_cpu = on_cpu  # calls on a CPU are checked so, too
         self._flags: StepFlags | None = None
         self._reaches: set[LayerReach] = set()
         self._in_use = ExitStack()
@@ -45,8 +60,14 @@ class _Step:
         self._reaches.add(reach)
         return self._flags
 
-    def is_sound(self) -> bool:
+    def note(self, reach: LayerReach) -> None:
+        """Take note that a call computes with these experts of a CPU."""
+        self._reaches.add(reach)
+
+    def is_sound(self, result: Tensor | None) -> bool:
         sound = self._flags is None or not self._flags.any()
+        if self.on_cpu and self._reaches:
+            sound = sound and result is not None and all_finite(result)
         return sound and all(reach.unchanged() for reach in self._reaches)
 
     def close(self) -> None:
@@ -104,6 +125,10 @@ class WholeCalls:
         place_TK = reach.places(x_TH, ids_TK, weights_TK)
         if place_TK is None:
             return None
+        mine = self._mine()
+        step = mine.steps[-1] if mine.steps and not mine.paused else None
+        if step is not None and not step.on_cpu:
+            step = None
         choice = None
         if lent.splits:
             with self._lock:
@@ -112,7 +137,9 @@ class WholeCalls:
                 return None
         out_TH = None
         try:
-            out_TH = reach.compute_all(x_TH, ids_TK, weights_TK, place_TK)
+            if step is not None:
+                step.note(reach)
+            out_TH = reach.compute_all(x_TH, ids_TK, weights_TK, place_TK, check=step is None)
         finally:
             if out_TH is None or choice is not None:
                 took_s = None if out_TH is None else self._clock() - began
@@ -128,18 +155,16 @@ class WholeCalls:
 
     # ---- on a device ----------------------------------------------------------------------------
 
-    def begin_step(self, *, checked_at_end: bool) -> None:
-        """Begin a forward pass of this thread.
+    def begin_step(self, check: PassCheck) -> None:
+        """Begin a forward pass of this thread, whose calls are checked as ``check`` says."""
+        on_cpu = check is PassCheck.RESULT
+        step = None if check is PassCheck.CALLS else _Step(on_cpu=on_cpu)
+        self._mine().steps.append(step)
 
-        If it is ``checked_at_end``, its calls on a device wait for nothing, and `step_is_sound`
-        says if they may be used.
-        """
-        self._mine().steps.append(_Step() if checked_at_end else None)
-
-    def step_is_sound(self) -> bool:
+    def step_is_sound(self, result: Tensor | None) -> bool:
         """Wait for the calls of this thread's pass, and return whether they may be used."""
         step = self._mine().steps[-1]
-        return step is None or step.is_sound()
+        return step is None or step.is_sound(result)
 
     def end_step(self) -> None:
         step = self._mine().steps.pop()
@@ -148,7 +173,7 @@ class WholeCalls:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Compute no call of this thread on a device, except in parts, which are checked alone."""
+        """Compute no whole call of this thread that would be checked later."""
         mine = self._mine()
         mine.paused += 1
         try:

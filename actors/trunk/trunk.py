@@ -32,6 +32,7 @@ from ..engine.transformers_backend.engine import TransformersEngine
 from ..router.pool_link import PoolLink
 from ..router.router import Router
 from ..router.trunk_config import TrunkConfig
+from ..router.whole_calls import PassCheck
 from ..runtime.devices import pick_device
 
 
@@ -40,7 +41,8 @@ def run_in_steps(module: nn.Module, router: Router) -> None:
 
     def begin(_: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
         # Only a cache whose places are fixed, as the engine's is, may be written to twice.
-        router.begin_step(may_repeat=given.get("past_key_values") is None)
+        may_repeat = given.get("past_key_values") is None
+        router.begin_step(PassCheck.DEVICE if may_repeat else PassCheck.CALLS)
 
     def end(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], out: Any) -> Any:
         try:

@@ -120,7 +120,8 @@ class VllmEngine:
             with in_pool(self._layer):
                 self._llm = self._build()
             runner: Any = self._llm.model_executor.driver_worker.model_runner
-            self._requests.watch(runner, router.begin_step, router.end_step)
+            stateless = not self._llm.model_config.has_inner_state
+            self._requests.watch(runner, router, may_repeat=stateless)
             self._warm_up()
         except BaseException:
             self._link.close()

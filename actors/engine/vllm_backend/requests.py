@@ -10,17 +10,33 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from ....cluster.routing.expert_options import RowGroups
 from ....proto.errors import InternalError, Interrupted, MoesaicError
+from ...router.whole_calls import PassCheck
 from ...text.answer_form import AnswerForm
 from ..engine import Delta, Sampling, TokenLogprob
 from ..sampling import seed_at
 from ..step_log import log_step
 from ..streams import Streams
+
+
+class PassRouter(Protocol):
+    """A router, for the forward passes of an engine."""
+
+    def begin_step(self, check: PassCheck = ...) -> None: ...
+
+    def step_is_sound(self, result: Tensor | None = None) -> bool: ...
+
+    def repeating(self) -> AbstractContextManager[None]: ...
+
+    def end_step(self) -> None: ...
 
 
 class Requests:
@@ -34,24 +50,32 @@ class Requests:
         self._rows: Mapping[str, int] | None = None  # rows by vLLM's id, while a forward pass runs
         self._input_batch: Any = None
 
-    def watch(self, runner: Any, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    def watch(self, runner: Any, router: PassRouter, *, may_repeat: bool) -> None:
         """Note the rows of each request before each forward pass of vLLM's model runner.
 
-        ``begin`` is called before each pass, when the rows are noted, and ``end`` after it.
+        The passes are passes of the router. ``may_repeat``: running one twice does no harm.
         """
-        execute = runner.execute_model
+        execute, forward = runner.execute_model, runner._model_forward
+        check = PassCheck.RESULT if may_repeat else PassCheck.CALLS
 
         def watched(scheduled: Any, *arguments: Any, **named: Any) -> Any:
             self._rows = scheduled.num_scheduled_tokens
             try:
-                begin()
+                router.begin_step(check)
                 return execute(scheduled, *arguments, **named)
             finally:
                 self._rows = None
-                end()
+                router.end_step()
+
+        def checked(*arguments: Any, **named: Any) -> Any:
+            out = forward(*arguments, **named)
+            if not self.in_forward or router.step_is_sound(_hidden_states(out)):
+                return out
+            with router.repeating(), _without_graphs():
+                return forward(*arguments, **named)
 
         self._input_batch = runner.input_batch
-        runner.execute_model = watched
+        runner.execute_model, runner._model_forward = watched, checked
 
     @property
     def in_forward(self) -> bool:
@@ -215,3 +239,23 @@ def _logprob(token: int, found: Mapping[int, Any]) -> TokenLogprob:
     ranked = sorted(found.items(), key=lambda item: item[1].rank)
     top = tuple((other, one.logprob) for other, one in ranked)
     return TokenLogprob(token, found[token].logprob, top)
+
+
+def _hidden_states(out: Any) -> Tensor | None:
+    """Return the last layer's output, which a model may return with that of other layers."""
+    found = out[0] if isinstance(out, tuple) else out
+    return found if isinstance(found, Tensor) else None
+
+
+@contextmanager
+def _without_graphs() -> Iterator[None]:
+    """Run a model's code, not a graph that was captured of it."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context
+
+    context = get_forward_context()
+    before, context.cudagraph_runtime_mode = context.cudagraph_runtime_mode, CUDAGraphMode.NONE
+    try:
+        yield
+    finally:
+        context.cudagraph_runtime_mode = before

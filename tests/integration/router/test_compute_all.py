@@ -10,7 +10,7 @@ import torch
 
 from moesaic.actors.router import lent_part
 from moesaic.actors.router.router import Router
-from moesaic.actors.router.whole_calls import COUNT_AT
+from moesaic.actors.router.whole_calls import COUNT_AT, PassCheck
 from moesaic.cluster.expert_keys import ExpertVersion
 from moesaic.cluster.routing.expert_options import ExpertOptions
 from moesaic.cluster.routing.lending_share import LendingShare, ShareChoice
@@ -166,3 +166,56 @@ def test_an_error_is_a_failed_try(folder: Path, monkeypatch: pytest.MonkeyPatch)
         assert failed == [ShareChoice(18, 1.0)]
         monkeypatch.undo()
         assert_right(router.forward(KEY, *given), pool.answer(*given))
+
+
+def test_a_pass_is_checked_by_its_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(folder, lends=True) as pool:
+        router, given = borrowing(pool, "host-0", "host-1"), inputs(6)
+        checks: list[str] = []
+        for name in ("all_finite", "bad_experts"):
+            monkeypatch.setattr(lent_part.ffn, name, lambda *_: checks.append("asked"))
+        router.begin_step(PassCheck.RESULT)
+        out_TH = router.forward(KEY, *given)
+        assert checks == []
+        assert_right(out_TH, pool.answer(*given))
+        assert router.step_is_sound(out_TH)
+        for bad in (torch.inf, torch.nan):
+            broken_TH = out_TH.clone()
+            broken_TH[2, 1] = bad
+            assert not router.step_is_sound(broken_TH)
+        assert not router.step_is_sound(), "nothing says that all was finite"
+        (holder,) = pool.holders(int(given[1][0, 0]))
+        holder.release([ExpertVersion(key(int(given[1][0, 0])), 1)])
+        assert not router.step_is_sound(out_TH), "it was computed with a slot that was freed"
+        router.end_step()
+
+
+def test_a_pass_that_is_repeated_is_checked_call_by_call(folder: Path) -> None:
+    with serving(folder, lends=True) as pool:
+        router, given = borrowing(pool, "host-0", "host-1"), inputs(6)
+        store = pool.holders(2)[0]._store
+        broken = store.get(ExpertVersion(key(2), 1))
+        broken["down"][0, 0] = torch.inf
+        store.drop(ExpertVersion(key(2), 1))
+        store.put(ExpertVersion(key(2), 1), broken)
+        given[1][3] = torch.tensor([2, 5])
+        router.dispatch(KEY, *given).combine()  # finds out that the slot has changed
+        lost: list[list[int]] = []
+        router.batch.on_lost = lambda rows, _: lost.append(rows)
+        router.begin_step(PassCheck.RESULT)
+        out_TH = router.forward(KEY, *given)
+        assert lost == []
+        assert not router.step_is_sound(out_TH)
+        with router.repeating():
+            router.forward(KEY, *given)
+        router.end_step()
+        assert lost == [(given[1] == 2).any(dim=1).nonzero().flatten().tolist()]
+
+
+def test_a_pass_that_computed_nothing_here_needs_no_result(folder: Path) -> None:
+    with serving(folder) as pool:
+        router, given = borrowing(pool), inputs(2)
+        router.begin_step(PassCheck.RESULT)
+        router.forward(KEY, *given)
+        assert router.step_is_sound()
+        router.end_step()

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.router.router import Router
-from moesaic.actors.router.whole_calls import _Step
+from moesaic.actors.router.whole_calls import PassCheck, _Step
 from moesaic.actors.trunk.trunk import run_in_steps
 from moesaic.cluster.expert_keys import ExpertVersion
 from moesaic.cluster.host.emulation import Emulation
@@ -248,7 +248,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[StepFlags]:
 def test_a_pass_waits_for_the_device_once(pool: Hosts, waits: list[StepFlags]) -> None:
     router, given = borrowing_all(pool), inputs(2)
     expected = pool.answer(*given)
-    router.begin_step(may_repeat=True)
+    router.begin_step(PassCheck.DEVICE)
     results = [router.forward(KEY, *given) for _ in range(3)]
     assert waits == []
     assert router.step_is_sound()
@@ -267,7 +267,7 @@ def test_a_pass_over_slots_that_changed_is_not_sound(pool: Hosts) -> None:
     expert = int(given[1][0, 0])
     (holder,) = pool.holders(expert)
     weights = holder._store.get(ExpertVersion(key(expert), 1))
-    router.begin_step(may_repeat=True)
+    router.begin_step(PassCheck.DEVICE)
     router.forward(KEY, *given)
     holder.release([ExpertVersion(key(expert), 1)])
     assert not router.step_is_sound()
@@ -281,7 +281,7 @@ def test_a_pass_over_slots_that_changed_is_not_sound(pool: Hosts) -> None:
 def test_nothing_is_unmapped_during_a_pass(pool: Hosts) -> None:
     router, given = borrowing_all(pool), inputs(1)
     before = mapped_chunks()
-    router.begin_step(may_repeat=True)
+    router.begin_step(PassCheck.DEVICE)
     router.forward(KEY, *given)
     for host in pool.hosts:
         host.emulate(Emulation())  # such hosts take back what they lent
@@ -306,7 +306,7 @@ def test_a_model_runs_over_a_device(
     run_in_steps(trunk, router)
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     if unsound:
-        monkeypatch.setattr(_Step, "is_sound", lambda _: False)
+        monkeypatch.setattr(_Step, "is_sound", lambda *_: False)
     with torch.no_grad():
         torch.testing.assert_close(trunk(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
         assert len(waits) == (0 if unsound else 1)
