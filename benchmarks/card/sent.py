@@ -1,4 +1,5 @@
-"""A layer call that is sent to two hosts on the same card, against the same layer in process.
+"""A layer call that is sent to two hosts on the same card, or computed with their memory, against
+the same layer in process.
 
     python -m benchmarks.card.sent [--device cpu] [--json PATH]
 
@@ -22,6 +23,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from benchmarks.speed.layer import pool_of
+from moesaic.actors.router.whole_calls import PassCheck
 from moesaic.models.trunk.experts_layers import ExpertsLayer
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
@@ -60,27 +62,45 @@ def measure(device: str, *, rounds: int, intermediate: int, experts: int) -> lis
     found = []
     with (
         torch.no_grad(),
-        pool_of(layer, torch.bfloat16, module.config.to_dict(), device=device) as pooled,
+        pool_of(
+            layer, torch.bfloat16, module.config.to_dict(), device=device, lends=True
+        ) as connect,
     ):
+        sends, borrows = connect(None), connect(layer.form())
         for tokens in TOKENS:
             x = torch.randn(tokens, HIDDEN, device=device).bfloat16()
             scores = torch.rand(tokens, experts, device=device)
             weights, ids = scores.topk(TOP_K, dim=1)
             weights = (weights / weights.sum(1, keepdim=True)).bfloat16()
-            ways = {"pool": pooled, "grouped_mm": module}
-            difference = (pooled(x, ids, weights) - module(x, ids, weights)).float()
-            error = float(difference.norm() / module(x, ids, weights).float().norm())
+            given = x, ids, weights
+            expected = module(*given).float()
+            ways: dict[str, Callable[..., Any]] = {
+                "sent": sends.experts("bench", 0),
+                "lent": borrows.experts("bench", 0),
+                "lent, in a pass": borrows.experts("bench", 0),
+                "grouped_mm": module,
+            }
+            errors = {
+                name: float((way(*given).float() - expected).norm() / expected.norm())
+                for name, way in ways.items()
+            }
             times: dict[str, list[float]] = {name: [] for name in ways}
             for _ in range(rounds):
                 for name, way in ways.items():
+                    in_pass = name == "lent, in a pass"
+                    borrows.begin_step(PassCheck.DEVICE if in_pass else PassCheck.CALLS)
                     calls = [
-                        timed_us(partial(way, x, ids, weights), device)
+                        timed_us(partial(way, *given), device)
                         for _ in range(max(3, min(20, 2000 // tokens)))
                     ]
+                    assert borrows.step_is_sound()
+                    borrows.end_step()
                     times[name].append(statistics.median(calls))
             us = {name: statistics.median(taken) for name, taken in times.items()}
+            ratios = {name: taken / us["grouped_mm"] for name, taken in us.items()}
+            lent = borrows.stats().lent
             found.append(
-                {"tokens": tokens, "us": us, "ratio": us["pool"] / us["grouped_mm"], "error": error}
+                {"tokens": tokens, "us": us, "ratios": ratios, "errors": errors, "lent": lent}
             )
             print(found[-1], flush=True)
     return found

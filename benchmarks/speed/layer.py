@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from benchmarks.measure import Comparison, compare, report
 from moesaic.actors.router.router import Router
 from moesaic.actors.transport.grpc.weights import put_weights
 from moesaic.actors.trunk.attach import expert_tensors
-from moesaic.cluster.expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion
+from moesaic.cluster.expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.placement import ModelRef
+from moesaic.kernels.ffn import ExpertForm
 from moesaic.models.trunk.experts_layers import ExpertsLayer
 from moesaic.proto.keys import Grant, secret_of_process
 
@@ -54,12 +55,21 @@ def experts_module(dtype: torch.dtype, intermediate: int) -> MixtralExperts:
 
 @contextmanager
 def pool_of(
-    layer: ExpertsLayer, dtype: torch.dtype, config: Mapping[str, Any], *, device: str = "cpu"
-) -> Iterator[Any]:
-    """Put a layer's experts into hosts; yield what computes them there, as `experts` of a model."""
+    layer: ExpertsLayer,
+    dtype: torch.dtype,
+    config: Mapping[str, Any],
+    *,
+    device: str = "cpu",
+    lends: bool = False,
+) -> Iterator[Callable[[ExpertForm | None], Router]]:
+    """Put a layer's experts into hosts; yield what connects a router to them.
+
+    With the layer's form and hosts that lend, the router computes with their memory.
+    """
     name = str(dtype).removeprefix("torch.")
     ref = ModelRef(name="bench", dtype=name, config=config)
-    with host_processes(HOSTS, device=device) as hosts:
+    with ExitStack() as stack:
+        hosts = stack.enter_context(host_processes(HOSTS, device=device, lends=lends))
         placement = place(hosts, ref, {0: layer.num_experts}, load=False)
         for expert in range(layer.num_experts):
             (replica,) = placement.layers[("bench", 0)].replicas[expert]  # pyright: ignore[reportArgumentType]
@@ -74,13 +84,21 @@ def pool_of(
                 grant=Grant(0, secret.grant(host.host, host.incarnation, key, 1, 0)),
                 proof=secret.proof("weights", host.target),
             )
-        router = Router(name="bench", node=NODE, device=torch.device(device))
-        router.place(placement)
-        router.wait_ready(30.0)
-        try:
-            yield router.experts("bench", 0)
-        finally:
-            router.close()
+
+        def connect(form: ExpertForm | None) -> Router:
+            forms = None if form is None else {LayerKey("bench", 0): form}
+            router = Router(
+                name="sent" if form is None else "lent",
+                node=NODE,
+                device=torch.device(device),
+                forms=forms,
+            )
+            stack.callback(router.close)
+            router.place(placement)
+            router.wait_ready(30.0)
+            return router
+
+        yield connect
 
 
 def measure(dtype: torch.dtype, *, intermediate: int, rounds: int) -> list[Comparison]:
@@ -88,8 +106,8 @@ def measure(dtype: torch.dtype, *, intermediate: int, rounds: int) -> list[Compa
     layer = ExpertsLayer(0, "experts", module, EXPERTS, HIDDEN)
     name = str(dtype).removeprefix("torch.")
     idle = intermediate <= 8
-    with pool_of(layer, dtype, module.config.to_dict()) as pooled:
-        found = []
+    with pool_of(layer, dtype, module.config.to_dict()) as connect:
+        pooled, found = connect(None).experts("bench", 0), []
         for tokens in TOKENS:
             x = torch.randn(tokens, HIDDEN).to(dtype)
             ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])

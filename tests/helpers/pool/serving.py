@@ -59,6 +59,7 @@ class Hosts:
     ref: ModelRef
     shape: ModelShape
     stack: ExitStack = field(repr=False)
+    device: str = "cpu"
 
     def router(
         self,
@@ -86,7 +87,8 @@ class Hosts:
             forms=known if borrows else forms,
             clock=clock,
             numa=numa,
-            allocate=HostMemory,
+            device=torch.device(self.device),
+            allocate=HostMemory if self.device == "cpu" else None,
         )
         self.stack.callback(router.close)
         if placed:
@@ -130,10 +132,11 @@ def serving(
     transport: TransportChoice = "group",
     lends: bool = False,
     on_device: bool = False,
+    device: str = "cpu",
 ) -> Iterator[Hosts]:
     """Routers of the tests reach them over whichever transport they like, unless ``transport``
-    says what the spec does. ``on_device``: experts lie in a device's slots, played by the CPU's
-    memory."""
+    says what the spec does. ``on_device``: experts lie in a device's slots; those of ``cpu`` are
+    played by the CPU's memory."""
     layers = experts_layers(meta_model(read_config(folder)))
     ref = ModelRef(name="m", dtype="float32", path=str(folder))
     checkpoint = Checkpoint(folder, read_config(folder), dtype=torch.float32)
@@ -143,13 +146,13 @@ def serving(
     }
     with ExitStack() as stack:
         running = stack.enter_context(
-            local_hosts(hosts, policy=policy, transport=transport, lends=lends)
+            local_hosts(hosts, policy=policy, transport=transport, lends=lends, device=device)
         )
-        for host in running if on_device else ():
+        for host in running if on_device and device == "cpu" else ():
             host._store._open_model = open_in_slots
         placement = place(layers, running, ref, replicas=replicas, exact=exact)
         shape = ModelShape(model="m", experts={la.layer: la.num_experts for la in layers})
-        yield Hosts(running, placement, layers, expected, ref, shape, stack)
+        yield Hosts(running, placement, layers, expected, ref, shape, stack, device)
 
 
 def inputs(tokens: int, top_k: int = 2, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
