@@ -52,10 +52,14 @@ def backends() -> tuple[str, ...]:
     return tuple(name for name, there in had.items() if there)
 
 
+# When another thread has written something to a GPU; None: it is there.
+Written = torch.cuda.Event | None
+
+
 class _Group(Protocol):
     """A connected group: one thread calls ``send``, one ``receive``, and any may ``abort``."""
 
-    def send(self, piece: Tensor) -> None: ...
+    def send(self, piece: Tensor, written: Written) -> None: ...
 
     def receive(self, piece: Tensor) -> None: ...
 
@@ -125,10 +129,18 @@ class Pair:
     def buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def send(self, piece: Tensor) -> None:
+    def written(self) -> Written:
+        """Return when what this thread has written to a `buffer` will be there."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def send(self, piece: Tensor, written: Written) -> None:
         """Wait until the other side takes ``piece``. Raises HostLost, and aborts the pair."""
         try:
-            self._connected().send(piece)
+            self._connected().send(piece, written)
         except _FAILURES as error:
             raise self._lost(error) from error
 
@@ -220,7 +232,7 @@ class _Gloo:
         self._group = _dist.ProcessGroupGloo(store, rank, 2, options)
         self._peer = 1 - rank
 
-    def send(self, piece: Tensor) -> None:
+    def send(self, piece: Tensor, written: Written) -> None:
         self._group.send([piece], self._peer, 0).wait(timedelta(seconds=OP_TIMEOUT_S))
 
     def receive(self, piece: Tensor) -> None:
@@ -253,7 +265,10 @@ class _Nccl:
         # The first operation connects, which can be slow: do it now, not during a call.
         first = torch.zeros(1, dtype=torch.uint8, device=device)
         for receives in (rank == HOST_RANK, rank != HOST_RANK):
-            (self.receive if receives else self.send)(first)
+            if receives:
+                self.receive(first)
+            else:
+                self.send(first, None)
 
     def _make(self, store: Any, rank: int) -> Any:
         nccl = _dist.ProcessGroupNCCL
@@ -261,9 +276,10 @@ class _Nccl:
         options._timeout = timedelta(seconds=2 * OP_TIMEOUT_S)  # `_finish` times out first
         return nccl(store, rank, 2, options)
 
-    def send(self, piece: Tensor) -> None:
-        # Another thread wrote the buffer, on a stream of its own.
-        torch.cuda.synchronize(self._device)
+    def send(self, piece: Tensor, written: Written) -> None:
+        if written is not None:
+            # The group's own stream begins after what the current stream waits for.
+            torch.cuda.current_stream(self._device).wait_event(written)
         self._finish(self._out.send([piece], self._peer, 0))
 
     def receive(self, piece: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ....proto.errors import HostLost, InternalError, MoesaicError
 from ....proto.expert_pb2 import Frame
 from ....proto.limits import CHUNK_BYTES
-from ..process_group import Pair, pieces
+from ..process_group import Pair, Written, pieces
 from .codec import PARTS, encode
 
 # The rest of a large frame: its kind, and (frame, chunk) of each message that is still to be sent.
@@ -26,6 +26,7 @@ class _Beside(NamedTuple):
 
     message: bytes
     payload: Tensor
+    written: Written
 
 
 class Outbox:
@@ -44,7 +45,7 @@ class Outbox:
         self._turns: deque[bytes | _Turn | _Beside] = deque()
         self._pair: Pair | None = None
         self._lost: Callable[[MoesaicError], None] = lambda _: None
-        self._beside: Tensor | None = None  # tensors that follow the frame that has just left
+        self._beside: _Beside | None = None  # its frame has just left, and its tensors follow
         self._finishing = False
         self.thread: threading.Thread | None = None  # the one that iterates
         self._moved = moved
@@ -92,8 +93,9 @@ class Outbox:
                 f"payload_bytes: {PARTS[kind](frame).payload_bytes} bytes are announced for a "
                 f"{kind} that has {payload.numel()}"
             )
-        message = frame.SerializeToString()
-        self._put(_Beside(message, payload), len(message) + payload.numel())
+        assert self._pair is not None
+        beside = _Beside(frame.SerializeToString(), payload, self._pair.written())
+        self._put(beside, len(beside.message) + payload.numel())
 
     def finish(self) -> None:
         """End the stream after what was sent before. Callable from any thread."""
@@ -111,7 +113,7 @@ class Outbox:
             message, size = turn, len(turn)
         elif isinstance(turn, _Beside):
             message, size = turn.message, len(turn.message)
-            self._beside = turn.payload
+            self._beside = turn
         else:
             kind, chunks = turn
             frame, chunk = chunks.popleft()
@@ -127,12 +129,12 @@ class Outbox:
         if not self._moved.is_set():
             self._moved.set()
 
-    def _ship(self, payload: Tensor) -> None:
+    def _ship(self, beside: _Beside) -> None:
         """Send tensors over the pair; gRPC has sent their frame when it asks for the next one."""
         assert self._pair is not None
         try:
-            for piece in pieces(payload):
-                self._pair.send(piece)
+            for piece in pieces(beside.payload):
+                self._pair.send(piece, beside.written)
                 self._left(piece.numel())
         except HostLost as lost:
             self._lost(lost)

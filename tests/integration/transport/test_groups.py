@@ -88,9 +88,9 @@ def met() -> Iterator[tuple[Pair, Pair]]:
         router.abort()
 
 
-def send(pair: Pair, payload: Tensor) -> None:
+def send(pair: Pair, payload: Tensor, written: pairs.Written = None) -> None:
     for piece in pairs.pieces(payload):
-        pair.send(piece)
+        pair.send(piece, written)
 
 
 def random_bytes(size: int, seed: int = 0) -> Tensor:
@@ -240,7 +240,12 @@ def test_a_pair_over_nccl() -> None:
         joining = pool.submit(host.join, HOST_RANK, address)
         router.join(ROUTER_RANK, address)
         joining.result(DEADLINE_S)
-        sending = pool.submit(send, host, payload.to("cuda:0"))
+        there = torch.empty_like(payload, device="cuda:0")
+        with torch.cuda.stream(torch.cuda.Stream("cuda:0")):
+            torch.cuda._sleep(1 << 28)  # the payload is written long after it is sent
+            there.copy_(payload.pin_memory(), non_blocking=True)
+            written = host.written()
+        sending = pool.submit(send, host, there, written)
         assert torch.equal(router.receive(payload.numel()).cpu(), payload)
         sending.result(DEADLINE_S)
         waiting = pool.submit(router.receive, 1)
