@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 
 from ...proto.errors import HostLost
 from ..transport.base import LendingSession, Session
-from ..transport.seqpacket import MOST_DESCRIPTORS
+from ..transport.seqpacket import MOST_DESCRIPTORS, close_all
 from .expert_memory import ExpertMemory
 from .weight_store import ExpertStore
 
@@ -110,5 +109,4 @@ def _hand_over(
     try:
         session.lend(model, descriptors, chunks)
     finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+        close_all(descriptors)

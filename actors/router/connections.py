@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Protocol
@@ -32,6 +31,7 @@ from ..runtime.devices import device_name
 from ..transport.base import Channel, InboundFrame
 from ..transport.poller import Epoll, Poller
 from ..transport.process_group import backends
+from ..transport.seqpacket import close_all
 from .connect import Connect, connect
 from .layer_tensors import LayerTensors
 
@@ -337,8 +337,7 @@ class HostConnections:
                 self._borrow(host, self._borrower, inbound)
                 return None
             case kind:
-                for descriptor in inbound.descriptors:
-                    os.close(descriptor)
+                close_all(inbound.descriptors)
                 log.warning(
                     "router %s: host %s sent an unexpected frame of kind %r",
                     self._router,
@@ -359,8 +358,10 @@ class HostConnections:
             log.info("router %s: host %s takes %s back", self._router, host, model, extra=about)
             borrower.take_slab(entry, model, None)
             return
+        descriptor, *others = inbound.descriptors
+        close_all(others)  # of a slab there is one
         try:
-            slab = borrow_any(*inbound.descriptors)
+            slab = borrow_any(descriptor)
         except ValueError as error:
             log.warning(
                 "router %s: host %s lends %s, but %s", self._router, host, model, error, extra=about

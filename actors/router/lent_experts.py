@@ -11,14 +11,15 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...cluster.expert_keys import ExpertKey, LayerKey
 from ...cluster.placement import HostEntry, Placement
@@ -37,6 +38,7 @@ from ...kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer
 from ...kernels.slabs.layout import COPIES, Packing
 from ...kernels.slabs.side_by_side import bank_of_slabs
 from ...kernels.slabs.slab import SlabReader
+from ..transport.seqpacket import close_all
 from .layer_tensors import LayerTensors
 from .lent_part import LayerReach, LentPart, Mapped, Slots
 
@@ -112,6 +114,8 @@ class LentExperts:
         self._pools = LentPools(allocate or partial(_device_memory, device))
         self._slabs: dict[_Lent, _AnySlab] = {}
         self._slot_forms: dict[LayerKey, SlotForm] = {}
+        self._tables: dict[LayerKey, Tensor] = {}  # on the device: where a layer's experts lie
+        self._layer_0: Tensor | None = None
         self._orphans: dict[_Lent, float] = {}  # and when each of them is let go
         self._reach: dict[LayerKey, _Found] = {}
         self._joined: dict[LayerKey, _Joined] = {}
@@ -143,8 +147,7 @@ class LentExperts:
         self._reach.clear()
         slab = self._slabs.get(_Lent(entry.host, entry.incarnation, model))
         if not isinstance(slab, DeviceSlabReader) or len(descriptors) not in (0, len(chunks)):
-            for descriptor in descriptors:
-                os.close(descriptor)
+            close_all(descriptors)
             return
         for (chunk, serial), descriptor in zip_longest(chunks, descriptors):
             if descriptor is None:
@@ -202,6 +205,19 @@ class LentExperts:
                 found = _Found(placement, names, self._find(key, placement))
                 self._reach[key] = found
         return found.reach
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing of a device is mapped or unmapped."""
+        return self._pools.in_use()
+
+    def refresh(self, key: LayerKey, placement: Placement | None) -> LayerReach | None:
+        """Bring the table of a layer on a device up to date, and return what is within reach."""
+        found = self.reach(key, placement)
+        if found is not None and found.is_on_device:
+            return found
+        if key in self._tables:
+            self._tables[key].fill_(-1)
+        return None
 
     def _names(self, key: LayerKey, placement: Placement) -> object:
         """Return what the reach of a layer depends on, besides slots: not on shares of the load."""
@@ -387,15 +403,17 @@ class LentExperts:
             known = Activation.of(form.activate, gated=gated)
             activate = None if known else form.activate
             self._slot_forms[key] = SlotForm(known, activate, form.post_norm)
-        table = [found[e].at if e in found else -1 for e in range(shape.experts)]
-        return DeviceLayer(
-            layer_slots(
-                self._slot_forms[key],
-                first.parts(key.layer),
-                torch.tensor([table], dtype=torch.int32).to(self._device),
-                torch.zeros((), dtype=torch.int32, device=self._device),
-            )
-        )
+        places = [found[e].at if e in found else -1 for e in range(shape.experts)]
+        table_LE = self._tables.get(key)
+        if table_LE is None or table_LE.shape[1] != shape.experts:
+            table_LE = torch.empty(1, shape.experts, dtype=torch.int32, device=self._device)
+            self._tables[key] = table_LE
+        # Always the same memory: captured graphs read it, too.
+        table_LE.copy_(torch.tensor([places], dtype=torch.int32))
+        if self._layer_0 is None:
+            self._layer_0 = torch.zeros((), dtype=torch.int32, device=self._device)
+        form, parts = self._slot_forms[key], first.parts(key.layer)
+        return DeviceLayer(layer_slots(form, parts, table_LE, self._layer_0))
 
     def _join(self, key: LayerKey) -> _Joined:
         """Return what all slabs have of a layer as one bank."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -51,23 +51,29 @@ class _Step:
         self._reaches: set[LayerReach] = set()
         self._in_use = ExitStack()
 
-    def join(self, reach: LayerReach, device: torch.device) -> StepFlags:
-        """Return the flags for a call with these experts."""
-        if self._flags is None:
-            self._flags = StepFlags.on(device)
-            # Until the step ends nothing is unmapped, since the device may be computing with it.
-            self._in_use.enter_context(reach.in_use())
-        self._reaches.add(reach)
+    @property
+    def flags(self) -> StepFlags | None:
+        """What calls on a device set, if there were any."""
         return self._flags
 
+    def use_device(self, flags: StepFlags, in_use: AbstractContextManager[None]) -> None:
+        """Let calls on a device set these flags.
+
+        Until the step ends nothing is unmapped, since the device may be computing with it.
+        """
+        self._in_use.enter_context(in_use)
+        self._flags = flags
+        flags.clear()
+
     def note(self, reach: LayerReach) -> None:
-        """Take note that a call computes with these experts of a CPU."""
+        """Take note that a call computes with these experts."""
         self._reaches.add(reach)
 
     def is_sound(self, result: Tensor | None) -> bool:
-        sound = self._flags is None or not self._flags.any()
-        if self.on_cpu and self._reaches:
-            sound = sound and result is not None and all_finite(result)
+        if self._flags is not None:
+            sound = not self._flags.any()
+        else:
+            sound = not self._reaches or (result is not None and all_finite(result))
         return sound and all(reach.unchanged() for reach in self._reaches)
 
     def close(self) -> None:
@@ -102,6 +108,9 @@ class WholeCalls:
         self._clock = clock
         self._stirred = stirred
         self._threads = threading.local()
+        # Layers whose calls are in captured graphs, and what those set.
+        self._captured: set[LayerKey] = set()
+        self._captured_flags: StepFlags | None = None
 
     def compute(
         self,
@@ -160,6 +169,8 @@ class WholeCalls:
         on_cpu = check is PassCheck.RESULT
         step = None if check is PassCheck.CALLS else _Step(on_cpu=on_cpu)
         self._mine().steps.append(step)
+        if step is not None and self._captured:
+            self._join_captured(step)
 
     def step_is_sound(self, result: Tensor | None) -> bool:
         """Wait for the calls of this thread's pass, and return whether they may be used."""
@@ -186,14 +197,36 @@ class WholeCalls:
             self._threads.own = _Thread()
         return self._threads.own
 
+    def _join_captured(self, step: _Step) -> None:
+        """Let a pass check the calls that graphs make, of which this process does not hear."""
+        assert self._captured_flags is not None
+        step.use_device(self._captured_flags, self._lent.in_use())
+        with self._lock:
+            for key in self._captured:
+                # If experts have moved, the table that the graph reads says so from now on.
+                reach = self._lent.refresh(key, self._dispatcher.placement)
+                if reach is not None:
+                    step.note(reach)
+
     def _on_device(
         self, key: LayerKey, reach: LayerReach, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> Tensor | None:
         mine = self._mine()
         if mine.paused or not reach.takes_all(x_TH, ids_TK, weights_TK):
             return None
-        step = mine.steps[-1] if mine.steps else None
-        flags = None if step is None else step.join(reach, x_TH.device)
+        step, flags = mine.steps[-1] if mine.steps else None, None
+        if step is not None:
+            if step.flags is None:
+                step.use_device(StepFlags.on(x_TH.device), self._lent.in_use())
+            step.note(reach)
+            flags = step.flags
+        elif is_capturing(x_TH.device):
+            # Nothing may wait now; the passes that run the graph check it.
+            self._captured.add(key)
+            flags = self._captured_flags
+        elif self._captured_flags is None:
+            # A graph has no memory of its own to keep; what is called once before it is captured.
+            self._captured_flags = StepFlags.on(x_TH.device)
         out_TH = reach.compute_on_device(x_TH, ids_TK, weights_TK, flags)
         if out_TH is None:
             with self._lock:
@@ -203,3 +236,8 @@ class WholeCalls:
         if not self._stirred.is_set():
             self._stirred.set()
         return out_TH
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether what is enqueued now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -132,6 +132,6 @@ def _decode(data: bytes) -> Frame:
         raise HostLost(f"shared-memory socket: the bytes are not a frame: {error}") from error
 
 
-def close_all(fds: list[int]) -> None:
+def close_all(fds: Sequence[int]) -> None:
     for fd in fds:
         os.close(fd)

@@ -71,6 +71,10 @@ class StepFlags:
     def on(cls, device: torch.device) -> StepFlags:
         return cls(torch.zeros(2, dtype=torch.int32, device=device))
 
+    def clear(self) -> None:
+        """Forget what went wrong, without waiting."""
+        self.both.zero_()
+
     def any(self) -> bool:
         """Wait for the device, and return whether anything went wrong."""
         return bool(self.both.any())

@@ -158,10 +158,14 @@ class DeviceSlabReader:
 
     def join(self, pools: LentPools) -> None:
         """Reserve places in ``pools``, for chunks to come. Raises ValueError."""
-        for pool in self.layout.pools:
-            lent = pools.of(pool)
-            self._joined.append((pool, lent, lent.join()))
         self._pools = pools
+        try:
+            for pool in self.layout.pools:
+                lent = pools.of(pool)
+                self._joined.append((pool, lent, lent.join()))
+        except BaseException:
+            self.close()
+            raise
 
     def take(self, chunk: int, serial: int, descriptor: int, then: Callable[[], None]) -> None:
         """Map a chunk of the device's memory, and close its descriptor; ``then`` follows."""

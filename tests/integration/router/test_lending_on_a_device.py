@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moesaic.actors.host.host import ExpertHost
+from moesaic.actors.router import whole_calls
 from moesaic.actors.router.router import Router
 from moesaic.actors.router.whole_calls import PassCheck, _Step
 from moesaic.actors.trunk.trunk import run_in_steps
@@ -349,3 +350,79 @@ def test_a_model_runs_over_a_device(
         made = trunk.generate(ids, max_new_tokens=4, do_sample=False)
         assert made.tolist() == plain.generate(ids, max_new_tokens=4, do_sample=False).tolist()
     assert router.stats().rows_lost == 0
+
+
+def test_calls_in_a_captured_graph_are_checked_by_the_passes_that_run_it(
+    pool: Hosts, waits: list[StepFlags], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router, given = borrowing_all(pool), inputs(2)
+    there = [one.to(pool.device) for one in given]
+    router.forward(KEY, *there)
+    waits.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_calls, "is_capturing", lambda _: True)
+        router.forward(KEY, *there)
+    assert waits == []
+
+    def a_pass(graph: Callable[[], object]) -> bool:
+        router.begin_step(PassCheck.DEVICE)
+        try:
+            graph()
+            return router.step_is_sound()
+        finally:
+            router.end_step()
+
+    flags = router._whole_calls._captured_flags
+    assert flags is not None
+    assert a_pass(lambda: None)
+    assert len(waits) == 1
+    assert not a_pass(lambda: flags.both[1].fill_(1)), "a sum was not finite"
+    assert a_pass(lambda: None)
+    expert = int(given[1][0, 0])
+    (holder,) = pool.holders(expert)
+    assert not a_pass(lambda: holder.release([ExpertVersion(key(expert), 1)]))
+    router._lent_experts.changed(KEY)
+    table = router._lent_experts._tables[KEY]
+    before = table.tolist()[0]
+    assert a_pass(lambda: None), "the table says that the expert has gone"
+    assert table.tolist()[0] == [-1 if e == expert else place for e, place in enumerate(before)]
+    router._lent_experts.clear()
+    a_pass(lambda: None)
+    assert set(table.tolist()[0]) == {-1}
+
+
+@pytest.mark.cuda
+@pytest.mark.timeout(180)
+def test_a_captured_graph_stays_right_when_experts_move(folder: Path) -> None:
+    with serving(folder, lends=True, on_device=True, device="cuda") as pool:
+        router = borrowing_all(pool)
+        there = [one.to(pool.device) for one in inputs(3)]
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(side):
+            router.forward(KEY, *there)
+        side.synchronize()
+        with torch.cuda.graph(graph):
+            out_TH = router.forward(KEY, *there)
+        for seed, leaves in ((1, None), (2, 0), (3, 1)):
+            if leaves is not None:
+                moved = ExpertVersion(key(leaves), 1)
+                (holder,) = pool.holders(leaves)
+                (other,) = (host for host in pool.hosts if host is not holder)
+                other.load([(pool.ref, pool.shape)], [moved])
+                layer = router.placement.layers[KEY] if router.placement else None
+                assert layer is not None
+                replicas = list(layer.replicas)
+                replicas[leaves] = (replicas[leaves][0]._replace(host=other.name),)
+                layers = {**pool.placement.layers, KEY: replace(layer, replicas=tuple(replicas))}
+                router.place(replace(pool.placement, id=PlacementId(1, 10 + seed), layers=layers))
+                assert settles(lambda: has_all(router))
+                holder.release([moved])
+            given = inputs(3, seed=seed)
+            for static, new in zip(there, given, strict=True):
+                static.copy_(new)
+            router.begin_step(PassCheck.DEVICE)
+            graph.replay()
+            assert router.step_is_sound()
+            router.end_step()
+            assert_right(out_TH.cpu(), pool.answer(*given))
+        assert router.take_load().counts[KEY].sum() >= 18
