@@ -412,8 +412,8 @@ class LentExperts:
         table_LE.copy_(torch.tensor([places], dtype=torch.int32))
         if self._layer_0 is None:
             self._layer_0 = torch.zeros((), dtype=torch.int32, device=self._device)
-        form, parts = self._slot_forms[key], first.parts(key.layer)
-        return DeviceLayer(layer_slots(form, parts, table_LE, self._layer_0))
+        parts = first.parts(key.layer)
+        return DeviceLayer(layer_slots(self._slot_forms[key], parts, table_LE, self._layer_0))
 
     def _join(self, key: LayerKey) -> _Joined:
         """Return what all slabs have of a layer as one bank."""

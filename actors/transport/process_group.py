@@ -137,7 +137,7 @@ class Pair:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def send(self, piece: Tensor, written: Written) -> None:
+    def send(self, piece: Tensor, written: Written = None) -> None:
         """Wait until the other side takes ``piece``. Raises HostLost, and aborts the pair."""
         try:
             self._connected().send(piece, written)
