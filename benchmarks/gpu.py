@@ -1,7 +1,8 @@
 """The grouped FFN on a card: floors, errors, peers, and a search for the fastest blocks.
 
-It needs a CUDA device, PyTorch, Triton and transformers, and nothing of Ray. Parts come in order of
-worth, each within what is left of the time, and one that fails costs no other.
+It needs a CUDA device, PyTorch, Triton and transformers, and nothing of Ray; the part about the
+pool also needs what hosts and routers need. Parts come in order of worth, each within what is left
+of the time, and one that fails costs no other.
 
     python -m benchmarks.gpu --seconds 240 --json gpu.json
 """
@@ -88,6 +89,7 @@ def main() -> None:
         )
     for tokens in layer.SIZES:
         print(run.part(f"programs {tokens}", lambda t=tokens: layer.breakdown(layers, t)))
+    print(run.part("pool", _pool), flush=True)
     best = None if arguments.no_search else run.part("search", lambda: _search(run, layers))
     for tokens, chosen in (best or {}).get("best", {}).items():
         config = _configuration(chosen)
@@ -117,6 +119,14 @@ def main() -> None:
                 lambda t=tokens: layer.compare(layers, t, limits, None, peers=["liger"]),
             )
         )
+
+
+def _pool() -> list[dict[str, Any]]:
+    """A layer call that is sent to hosts, or computed with their memory."""
+    # It needs what hosts and routers need, such as gRPC; the other parts do without.
+    from benchmarks.card import sent
+
+    return sent.measure("cuda", rounds=3, intermediate=sent.INTERMEDIATE, experts=sent.EXPERTS)
 
 
 def _machine() -> dict[str, Any]:

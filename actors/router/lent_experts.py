@@ -100,12 +100,11 @@ class LentExperts:
         device: torch.device,
         allocate: Allocate | None = None,
     ) -> None:
-        """Take the arithmetic of the layers that may be computed here.
-
-        ``allocate`` returns ranges of addresses on ``device`` (None: of a CUDA device).
+        """Take the arithmetic of the layers that may be computed here, on ``device``.
 
         The memory of a host that no placement names is kept for ``policy.orphan_s`` seconds. With
         ``policy.splits_lent`` the router computes the part of a call that makes it fastest.
+        ``allocate`` returns ranges of the device's addresses (None: of a CUDA device).
         """
         self._forms = forms
         self._orphan_s = policy.orphan_s
@@ -118,6 +117,7 @@ class LentExperts:
         self._layer_0: Tensor | None = None
         self._orphans: dict[_Lent, float] = {}  # and when each of them is let go
         self._reach: dict[LayerKey, _Found] = {}
+        self._chunks_taken = 0
         self._joined: dict[LayerKey, _Joined] = {}
 
     def take_slab(self, entry: HostEntry, model: str, slab: _AnySlab | None) -> None:
@@ -153,7 +153,12 @@ class LentExperts:
             if descriptor is None:
                 slab.drop(chunk, serial)
             else:
-                slab.take(chunk, serial, descriptor, self._reach.clear)
+                slab.take(chunk, serial, descriptor, self._chunk_came)
+
+    def _chunk_came(self) -> None:
+        """Look again at what is within reach; any thread, maybe later, and without the lock."""
+        self._chunks_taken += 1
+        self._reach.clear()
 
     def clear(self) -> None:
         self._forget(self._slabs)
@@ -202,8 +207,10 @@ class LentExperts:
             if found is not None and found.reach is not None and found.names == names:
                 found.placement = placement
             else:
+                taken = self._chunks_taken
                 found = _Found(placement, names, self._find(key, placement))
-                self._reach[key] = found
+                if taken == self._chunks_taken:
+                    self._reach[key] = found
         return found.reach
 
     def in_use(self) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed.decode [--json PATH] [--dtype bfloat16]
     python -m benchmarks.speed.decode --dtype float32 --trunk-threads 1 --hosts 2
+    python -m benchmarks.speed.decode --device cuda --hosts 1 2
 
 Every contender is the same continuous-batching engine in this process; `plain` has all weights,
 the others have their experts in 1, 2 or 4 host processes. `lent` computes with the same hosts'
@@ -19,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -30,6 +32,7 @@ from benchmarks.streams import prompts_of
 from moesaic.actors.engine.engine import EngineConfig, Sampling
 from moesaic.actors.engine.transformers_backend.engine import TransformersEngine
 from moesaic.actors.router.router import Router
+from moesaic.actors.trunk.trunk import run_in_steps
 from moesaic.cluster.expert_keys import LayerKey
 from moesaic.cluster.placement import ModelRef
 from moesaic.cluster.routing.policy import RouterPolicy
@@ -66,7 +69,9 @@ async def tokens_per_s(
     return sum(counts) / (time.perf_counter() - start), statistics.median(firsts)
 
 
-async def run(dtype: torch.dtype, rounds: int, hosts: Sequence[int]) -> list[Comparison]:
+async def run(
+    dtype: torch.dtype, rounds: int, hosts: Sequence[int], device: str
+) -> list[Comparison]:
     folder = demo_model()
     layers = experts_layers(meta_model(read_config(folder)))
     forms = {LayerKey("demo", la): form for la, form in forms_anywhere(layers).items()}
@@ -75,21 +80,24 @@ async def run(dtype: torch.dtype, rounds: int, hosts: Sequence[int]) -> list[Com
     engines: dict[str, TransformersEngine] = {}
     async with AsyncExitStack() as stack:
         cleanup = stack.enter_context(ExitStack())
-        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        engines["plain"] = TransformersEngine(plain, config=CONFIG)
+        plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        engines["plain"] = TransformersEngine(plain.to(device), config=CONFIG)
         for count in hosts:
-            started = cleanup.enter_context(host_processes(count, lends=True))
+            started = cleanup.enter_context(host_processes(count, device=device, lends=True))
             placement = place(started, ref, {la.layer: la.num_experts for la in layers})
             for how, lending in (("", "never"), (", lent", "always"), (", auto", "auto")):
                 name = f"{count} hosts{how}"
                 policy = RouterPolicy(splits_lent=lending == "auto")
                 lent = None if lending == "never" else forms
-                router = Router(name=name, node=NODE, forms=lent, policy=policy)
+                router = Router(
+                    name=name, node=NODE, forms=lent, policy=policy, device=torch.device(device)
+                )
                 cleanup.callback(router.close)
                 router.place(placement)
                 router.wait_ready(30.0)
-                trunk = load_trunk(folder, dtype=dtype, device=torch.device("cpu"))
+                trunk = load_trunk(folder, dtype=dtype, device=torch.device(device))
                 connect_experts(trunk, layers, lambda la, r=router: r.experts("demo", la))
+                run_in_steps(trunk, router)
                 engines[name] = TransformersEngine(trunk, config=CONFIG)
         for engine in engines.values():
             engine.start()
@@ -152,13 +160,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--hosts", type=int, nargs="+", default=HOSTS)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--trunk-threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(arguments.trunk_threads)
     dtype = getattr(torch, arguments.dtype)
-    found = asyncio.run(run(dtype, arguments.rounds, arguments.hosts))
-    report(f"Decoding, demo model, {arguments.dtype}", found, arguments.json)
+    found = asyncio.run(run(dtype, arguments.rounds, arguments.hosts, arguments.device))
+    title = f"Decoding, demo model, {arguments.dtype}, {arguments.device}"
+    report(title, found, arguments.json)
 
 
 if __name__ == "__main__":
