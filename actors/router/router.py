@@ -91,7 +91,9 @@ class Router:
         self.step = 0  # forward passes that have begun
         self._log = CallLog(name)
         self._dispatcher = Dispatcher(self.policy)
-        self._lent_experts = LentExperts(forms or {}, self.policy, device, allocate)
+        self._lent_experts = LentExperts(
+            {} if forms is None else forms, self.policy, device, allocate
+        )
         self._connections = HostConnections(
             router=name,
             node=node,
