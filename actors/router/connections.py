@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +20,6 @@ from ...cluster.routing.transports import (
     path_to,
 )
 from ...kernels.slabs.borrowed import borrow_any
-from ...kernels.slabs.borrowed_device_slab import DeviceSlabReader
-from ...kernels.slabs.slab import SlabReader
 from ...proto.errors import ClusterError, Corrupted, HostLost
 from ...proto.expert_pb2 import Frame, Reply
 from ...proto.keys import ClusterSecret
@@ -34,31 +31,9 @@ from ..transport.process_group import backends
 from ..transport.seqpacket import close_all
 from .connect import Connect, connect
 from .layer_tensors import LayerTensors
+from .lent_experts import LentExperts
 
 log = logging.getLogger(__name__)
-
-
-class Borrower(Protocol):
-    """Who takes what hosts lend to a router."""
-
-    def take_slab(
-        self, entry: HostEntry, model: str, slab: SlabReader | DeviceSlabReader | None
-    ) -> None:
-        """Take a model's experts that a host lends; None: it takes them back."""
-        ...
-
-    def take_chunks(
-        self,
-        entry: HostEntry,
-        model: str,
-        chunks: Sequence[tuple[int, int]],
-        descriptors: Sequence[int],
-    ) -> None:
-        """Take chunks (number, serial) of a device's slab, and close their descriptors.
-
-        Without descriptors the host takes them back.
-        """
-        ...
 
 
 class HostConnections:
@@ -77,7 +52,7 @@ class HostConnections:
         device: torch.device,
         secret: ClusterSecret,
         clock: Callable[[], float] = time.monotonic,
-        borrower: Borrower | None = None,
+        borrower: LentExperts | None = None,
         connect: Connect = connect,
         poller: Poller | None = None,
         numa: int | None = None,
@@ -347,7 +322,7 @@ class HostConnections:
                 )
                 return None
 
-    def _borrow(self, host: str, borrower: Borrower, inbound: InboundFrame) -> None:
+    def _borrow(self, host: str, borrower: LentExperts, inbound: InboundFrame) -> None:
         (entry, _), model = self._used[host], inbound.frame.lend.model
         chunks = [(chunk.number, chunk.serial) for chunk in inbound.frame.lend.chunks]
         if chunks:

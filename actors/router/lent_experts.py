@@ -143,7 +143,10 @@ class LentExperts:
         chunks: Sequence[tuple[int, int]],
         descriptors: Sequence[int],
     ) -> None:
-        """Map chunks of a device's slab, and close their descriptors; without these, unmap them."""
+        """Map chunks (number, serial) of a device's slab, and close their descriptors.
+
+        Without descriptors the host takes the chunks back, and they are unmapped.
+        """
         self._reach.clear()
         slab = self._slabs.get(_Lent(entry.host, entry.incarnation, model))
         if not isinstance(slab, DeviceSlabReader) or len(descriptors) not in (0, len(chunks)):

@@ -22,7 +22,12 @@ from ...cluster.routing.lending_share import ShareChoice
 from ...kernels import ffn
 from ...kernels.grouped.slots import StepFlags
 from ...kernels.slabs.borrowed_device_slab import LentPools
-from ...kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer, LayerArithmetic
+from ...kernels.slabs.layer_arithmetic import (
+    CpuLayer,
+    DeviceLayer,
+    LayerArithmetic,
+    MissingExpert,
+)
 from ...kernels.slabs.slot_entries import SlotEntries
 
 
@@ -269,7 +274,11 @@ class LentPart:
         # Whatever the model around it says: hosts know nothing of its contexts.
         with torch.autocast(x_TH.device.type, enabled=False):
             arithmetic.compute(x_TH, ids_TK, weights_TK, out, exact=self.exact)
-        bad = arithmetic.bad_experts(x_TH, ids_TK, out)
+        try:
+            bad = arithmetic.bad_experts(x_TH, ids_TK, out)
+        except MissingExpert:
+            # Another thread has found the layer's experts anew, and one has gone.
+            return False
         out = out.cpu()
         if not reach.unchanged():
             return False

@@ -162,7 +162,7 @@ class WholeCalls:
                     self._counts.count_noted()
         return out_TH
 
-    # ---- on a device ----------------------------------------------------------------------------
+    # ---- forward passes -------------------------------------------------------------------------
 
     def begin_step(self, check: PassCheck) -> None:
         """Begin a forward pass of this thread, whose calls are checked as ``check`` says."""
@@ -198,7 +198,7 @@ class WholeCalls:
         return self._threads.own
 
     def _join_captured(self, step: _Step) -> None:
-        """Let a pass check the calls that graphs make, of which this process does not hear."""
+        """Let a pass check the calls of captured graphs, which run no code of the router."""
         assert self._captured_flags is not None
         step.use_device(self._captured_flags, self._lent.in_use())
         with self._lock:
@@ -207,6 +207,8 @@ class WholeCalls:
                 reach = self._lent.refresh(key, self._dispatcher.placement)
                 if reach is not None:
                     step.note(reach)
+
+    # ---- on a device ----------------------------------------------------------------------------
 
     def _on_device(
         self, key: LayerKey, reach: LayerReach, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
@@ -225,7 +227,7 @@ class WholeCalls:
             self._captured.add(key)
             flags = self._captured_flags
         elif self._captured_flags is None:
-            # A graph has no memory of its own to keep; what is called once before it is captured.
+            # Memory that is allocated during a capture belongs to the graph, so allocate it before.
             self._captured_flags = StepFlags.on(x_TH.device)
         out_TH = reach.compute_on_device(x_TH, ids_TK, weights_TK, flags)
         if out_TH is None:

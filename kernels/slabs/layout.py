@@ -11,12 +11,12 @@ has an entry with its generation, version, checksum and state, and a counter say
 of slots have begun. Each expert has `COPIES` places, because two versions of its weights may be
 there at once. A place begins on a page, so that pages can be freed and mapped one by one.
 
-Experts on a device lie elsewhere, in pools (`SlotPool`). Of those the slab is only this:
+Experts on a device lie in the device's memory, in pools (`SlotPool`). Their slab holds no weights:
 
     manifest | changes | slots | chunks
 
-Here a slot's entry says in which place of its pool the expert lies. A pool's memory comes in
-chunks, and each chunk that has memory has a serial number, which is another one for other memory.
+A slot's entry gives the expert's place in its pool. A pool's memory is mapped in chunks. Each
+mapped chunk has a serial number; memory that is mapped there later gets a new one.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class LayerLayout:
 class SlotPool:
     """The places on a device of all experts whose tensors are alike, whatever their layer.
 
-    All places of one tensor lie one behind the other, in a range of addresses of its own. The range
-    is divided in chunks, which are numbered from ``first_chunk[tensor]``.
+    Each tensor has an address range of its own, an array with one element for each place. The range
+    is divided into chunks, which are numbered from ``first_chunk[tensor]``.
     """
 
     tensors: tuple[SlotTensor, ...]

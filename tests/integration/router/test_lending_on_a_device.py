@@ -196,6 +196,17 @@ def test_an_expert_on_a_device_that_is_not_finite_is_named(pool: Hosts) -> None:
     assert bool(out_TH[1].isfinite().all())
 
 
+def test_a_call_whose_expert_left_the_table_is_sent(pool: Hosts) -> None:
+    """Another thread finds a layer's experts anew while a call is computed in part."""
+    router, given = borrowing_all(pool), inputs(2)
+    forward(pool, router, *given)
+    router._lent_experts._tables[KEY].fill_(-1)
+    there = [one.to(pool.device) for one in given]
+    before = computed(pool)
+    assert_right(router.dispatch(KEY, *there).combine().cpu(), pool.answer(*given))
+    assert computed(pool) > before
+
+
 def test_nothing_of_a_device_stays_mapped(folder: Path) -> None:
     before = mapped_chunks()
     with serving(folder, lends=True, on_device=True) as pool:
