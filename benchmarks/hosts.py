@@ -111,6 +111,8 @@ def main(name: str, threads: int, device: str, lending: str) -> None:
         device=device,
         secret=ClusterSecret(bytes.fromhex(os.environ[_SECRET])),
         lends=lending == "lends",
+        # A router on the same card may then ask for calls through its memory.
+        transport="auto" if device == "cpu" else "device",
     )
     try:
         print(json.dumps(dataclasses.asdict(host.entry())), flush=True)

@@ -66,7 +66,7 @@ class HostStarter:
                 cluster=self._spec.name,
                 bind=self._spec.network.bind,
                 device=wanted.device,
-                policy=wanted.policy,
+                limits=wanted.limits,
                 threads=threads,
                 transport=self._spec.network.transport,
                 lends=lends,

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ...cluster.expert_keys import LayerKey
-from ...kernels.slabs.layer_arithmetic import MissingExpert
-from ...proto.errors import NotHere
+from ...kernels.slabs.layer_arithmetic import LayerArithmetic
 from ...proto.expert_pb2 import Frame
 from ...proto.wire import CallLayout
 from ..transport.base import Session
@@ -49,22 +48,22 @@ class Compute(Protocol):
     ) -> list[ReplyTensors]: ...
 
 
+def layer_of(store: ExpertStore, key: LayerKey, pendings: Sequence[PendingCall]) -> LayerArithmetic:
+    """Return the arithmetic of calls that name the same versions of a layer's experts."""
+    first = pendings[0].frame.call
+    others = {other.expert: other.version for other in first.other_versions}
+    return store.layer(key, first.version, others)
+
+
 def compute(
     store: ExpertStore, key: LayerKey, pendings: Sequence[PendingCall], *, exact: bool
 ) -> list[ReplyTensors]:
-    """Answer all calls, which name the same versions, with one grouped computation.
+    """Answer all calls on the CPU, with one grouped computation.
 
     ``exact`` asks for one row per assignment instead of one sum per token.
     """
-    tensors = [pending.layout.call_tensors(pending.payload) for pending in pendings]
-    first = pendings[0].frame.call
-    others = {other.expert: other.version for other in first.other_versions}
-    layer = store.layer(key, first.version, others)
-    # Calls come through the CPU's memory or the device's.
-    tensors = [
-        (x.to(store.device), ids.to(layer.ids_device), weights.to(store.device))
-        for x, ids, weights in tensors
-    ]
+    layer = layer_of(store, key, pendings)
+    tensors = [pending.layout.call_tensors(pending.payload.cpu()) for pending in pendings]
     if len(pendings) == 1:
         x_TH, ids_TK, weights_TK = tensors[0]
     else:
@@ -74,22 +73,26 @@ def compute(
     buffers = [p.session.reply_buffer(p.frame, p.layout) for p in pendings]
     replies = [p.layout.reply_tensor(b) for p, b in zip(pendings, buffers, strict=True)]
     # A single call is computed straight into its reply buffer, which saves a copy.
-    direct = len(pendings) == 1 and buffers[0].device == store.device
+    direct = len(pendings) == 1 and buffers[0].device.type == "cpu"
     shape = (*ids_TK.shape, x_TH.shape[1]) if exact else x_TH.shape
-    out = replies[0] if direct else torch.empty(shape, device=store.device)
+    out = replies[0] if direct else torch.empty(shape)
     layer.compute(x_TH, ids_TK, weights_TK, out, exact=exact)
-    ends = list(itertools.accumulate(pending.layout.rows for pending in pendings))
     answers = []
-    for pending, end, reply, buffer in zip(pendings, ends, replies, buffers, strict=True):
-        mine = slice(end - pending.layout.rows, end)
+    bounds = bounds_of(pendings)
+    for pending, (start, end), reply, buffer in zip(
+        pendings, bounds, replies, buffers, strict=True
+    ):
         if not direct:
-            reply.copy_(out[mine, : pending.layout.top_k] if exact else out[mine])
-        try:
-            bad = layer.bad_experts(x_TH[mine], ids_TK[mine], reply)
-        except MissingExpert as error:
-            raise NotHere("an expert of this call left the host while the call waited") from error
+            reply.copy_(out[start:end, : pending.layout.top_k] if exact else out[start:end])
+        bad = layer.bad_experts(x_TH[start:end], ids_TK[start:end], reply)
         answers.append(ReplyTensors(buffer, bad))
     return answers
+
+
+def bounds_of(pendings: Sequence[PendingCall]) -> list[tuple[int, int]]:
+    """Return where the rows of each call begin and end among those of all."""
+    ends = itertools.accumulate((pending.layout.rows for pending in pendings), initial=0)
+    return list(itertools.pairwise(ends))
 
 
 def _stack(parts: list[Tensor], fill: float) -> Tensor:

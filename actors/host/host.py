@@ -23,7 +23,7 @@ from torch import Tensor
 from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersion, LayerKey
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.fence import Fence
-from ...cluster.host.residency import HostPolicy, LayerShape, Residency
+from ...cluster.host.residency import HostLimits, LayerShape, Residency
 from ...cluster.placement import HostEntry
 from ...cluster.routing.transports import TransportChoice, groups_of
 from ...proto.errors import CallError, Forbidden
@@ -66,7 +66,7 @@ class ExpertHost:
         node: str,
         device: str = "auto",
         bind: str = "127.0.0.1",
-        policy: HostPolicy | None = None,
+        limits: HostLimits | None = None,
         threads: int | None = None,
         transport: TransportChoice = "auto",
         secret: ClusterSecret | None = None,
@@ -91,7 +91,8 @@ class ExpertHost:
         where = pick_device(device)
         check_packages(where)
         self._store = ExpertStore(where)
-        self._residency = Residency(policy or HostPolicy(), incarnation=self.incarnation)
+        policy = (limits or HostLimits()).policy(gpu=where.type != "cpu")
+        self._residency = Residency(policy, incarnation=self.incarnation)
         self._loading = 0
         self._models: dict[str, PlacedModel] = {}
         self._kept = kept

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     # Ray imports this module at normal priority, so it must not import torch.
     from ...cluster.expert_keys import ExpertVersion
     from ...cluster.host.emulation import Emulation
-    from ...cluster.host.residency import HostPolicy
+    from ...cluster.host.residency import HostLimits
     from ...cluster.placement import HostEntry
     from ...cluster.routing.transports import TransportChoice
     from .report import HostReport, PlacedModel, Revision
@@ -35,7 +35,7 @@ class RayExpertHost:
         cluster: str,
         bind: str,
         device: str,
-        policy: HostPolicy,
+        limits: HostLimits,
         threads: int,
         transport: TransportChoice,
         lends: bool = False,
@@ -65,7 +65,7 @@ class RayExpertHost:
                 node=node,
                 bind=get_node_ip_address() if bind == "node" else bind,
                 device=device,
-                policy=policy,
+                limits=limits,
                 threads=threads,
                 transport=transport,
                 lends=lends,

@@ -34,8 +34,9 @@ from ...proto.wire import WIRE_VERSION, CallLayout, checksum
 from ..transport.base import InboundFrame, Listener, Session, call_id, check_slot
 from ..transport.mailbox import Mailbox
 from ..transport.poller import Epoll, Poller
-from .compute import Compute, PendingCall, ReplyTensors, compute
+from .compute import Compute, PendingCall, ReplyTensors
 from .device import Device
+from .device_compute import BatchCompute
 from .lender import Lender
 from .report import LoopStats
 from .weight_store import ExpertStore
@@ -60,13 +61,14 @@ class HostLoop:
         clock: Callable[[], float] = time.monotonic,
         *,
         lends: bool = False,
-        compute: Compute = compute,
+        compute: Compute | None = None,
         poller: Poller | None = None,
     ) -> None:
         """Take the parts of one host.
 
         ``lends``: routers that ask for it may compute with the memory of this host's experts.
-        ``compute`` answers a batch, and ``poller`` waits for all routers (None: the system's).
+        ``compute`` answers a batch (None: where the store's experts lie), and ``poller`` waits for
+        all routers (None: the system's).
         """
         self.name = name
         self.failure: BaseException | None = None
@@ -77,7 +79,7 @@ class HostLoop:
         self._sessions: dict[int, Session] = {}
         self._pending: dict[tuple[str, int], PendingCall] = {}
         self._posted: Mailbox[Callable[[], None]] = Mailbox()
-        self._compute_batch = compute
+        self._compute_batch = compute or BatchCompute(store.device)
         self._poller = poller or Epoll()
         self._poller.register(self._posted.fileno())
         for listener in listeners:

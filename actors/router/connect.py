@@ -12,7 +12,10 @@ from ...proto.keys import ClusterSecret, secret_of_process
 from ..transport.base import Channel
 from ..transport.shm import ShmChannel
 
-SLOT_BYTES = 8 << 20
+# The tensors of one call and of its answer. Main memory is taken where a call was written, so large
+# slots cost nothing; a GPU's is taken at once, for all calls that may be in flight.
+SLOT_BYTES = 256 << 20
+GPU_SLOT_BYTES = 64 << 20
 _CPU = torch.device("cpu")
 
 
@@ -54,7 +57,7 @@ def connect(
             entry.shm_address,
             router=router,
             slots=slots,
-            slot_bytes=SLOT_BYTES,
+            slot_bytes=GPU_SLOT_BYTES if transport == "cuda" else SLOT_BYTES,
             proof=secret.proof("shm", entry.target),
             device=device if transport == "cuda" else None,
             borrows=borrows,

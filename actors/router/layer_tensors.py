@@ -1,8 +1,8 @@
 """The tensors of one layer's call in a router: slicing them for each host, adding up the answers.
 
-This code runs on the CPU and in numpy, except for calls that go into device memory. It only copies
-and adds rows. torch would split even that over threads, which then wait for cores that the hosts
-compute on (measured: four times slower at 512 tokens).
+What a trunk has on the CPU stays there, and is copied and added in numpy: torch would split even
+that over threads, which then wait for cores that the hosts compute on (measured: four times slower
+at 512 tokens). What it has on a device is added up there (`DeviceSums`).
 
 Shape suffixes: T = tokens, H = hidden size, K = assignments of a token, N = T * K assignments
 flattened, t and k = rows and columns of one send.
@@ -49,12 +49,14 @@ class LayerTensors:
         self.x_TH = x_TH.detach().contiguous()
         self.tokens, self.hidden = x_TH.shape
         self.top_k = ids_TK.shape[1]
-        self.weights_N = weights_TK.detach().to("cpu", torch.float32).reshape(-1).numpy()
-        self._parts: list[tuple[Send, np.ndarray]] = []
+        ids, weights = _on_cpu(ids_TK, weights_TK.detach())
+        self.weights_N = weights.reshape(-1)
+        shape = (self.tokens, self.top_k, self.hidden)
+        sums = CpuSums if self.x_TH.device.type == "cpu" else DeviceSums
+        self._sums: CpuSums | DeviceSums = sums(shape, self.x_TH.device, exact=self.exact)
         self._lent: LentPart | None = None  # what the router has computed itself
         # For each faulty expert, the rows that have values that are not finite because of it.
         self.bad_rows: dict[int, list[int]] = {}
-        ids = ids_TK.to(device="cpu", dtype=torch.int32, copy=True).numpy()
         rows = list(without)
         if rows:
             ids[[row for row in rows if row < self.tokens]] = -1
@@ -68,7 +70,7 @@ class LayerTensors:
 
     @functools.cached_property
     def _on_cpu(self) -> np.ndarray:
-        return _as_numpy(self.x_TH.to("cpu"))
+        return _as_numpy(_to_cpu(self.x_TH))
 
     def layout(self, rows: int, top_k: int) -> CallLayout:
         return CallLayout.of(rows, self.hidden, top_k, self.dtype, self.exact)
@@ -136,10 +138,11 @@ class LayerTensors:
         if layout.rows == self.tokens:
             x_tH.copy_(x_TH)
         else:
-            token_t = torch.from_numpy(send.token_t).to(buffer.device)
-            torch.index_select(x_TH, 0, token_t, out=x_tH)
-        ids_tk.copy_(torch.from_numpy(send.ids_tk))
-        weights_tk.copy_(torch.from_numpy(np.take(self.weights_N, send.assignment_tk, mode="wrap")))
+            torch.index_select(x_TH, 0, _to_device(send.token_t, buffer.device), out=x_tH)
+        ids_tk.copy_(_to_device(send.ids_tk, buffer.device))
+        weights_tk.copy_(
+            _to_device(np.take(self.weights_N, send.assignment_tk, mode="wrap"), buffer.device)
+        )
 
     # ---- receiving ------------------------------------------------------------------------------
 
@@ -147,11 +150,9 @@ class LayerTensors:
         """Copy the answer to ``send`` out of ``payload`` (uint8), which is free afterwards."""
         rows, top_k = send.assignment_tk.shape
         y_tH = self.layout(rows, top_k).reply_tensor(payload)
-        # Both branches copy, because the payload's memory is reused after this call.
-        part = y_tH.numpy().copy() if y_tH.device.type == "cpu" else y_tH.cpu().numpy()
-        self._parts.append((send, part))
+        self._sums.take(send, y_tH)
         if reply.bad_experts:
-            broken_t = ~np.isfinite(part.reshape(rows, -1)).all(axis=1)
+            broken_t = (~torch.isfinite(y_tH.view(rows, -1)).all(dim=1)).cpu().numpy()
             for expert in reply.bad_experts:
                 hit_t = (send.ids_tk == expert).any(axis=1) & broken_t
                 self.bad_rows.setdefault(expert, []).extend(send.token_t[hit_t].tolist())
@@ -164,48 +165,7 @@ class LayerTensors:
 
     def combine(self) -> Tensor:
         """Add up all answers to (T, H) float32, in an order that does not depend on arrival."""
-        return torch.from_numpy(self._combine_exact() if self.exact else self._combine_parts())
-
-    def _combine_exact(self) -> np.ndarray:
-        # Hosts answered with one row per assignment. Scatter the rows to (N, H) and add up the K
-        # assignments of each token one after the other: floating-point addition is not associative,
-        # so a fixed order makes the sum independent of which host computed which choice.
-        y_NH = np.zeros((self.tokens * self.top_k, self.hidden), dtype=np.float32)
-        for send, part_tkH in self._parts:
-            y_NH[send.assignments] = part_tkH[send.assignment_tk >= 0]
-        if self._lent is not None and self._lent.out is not None:
-            mine_N = (self._lent.ids_TK >= 0).flatten().numpy()
-            y_NH[mine_N] = self._lent.out.view(-1, self.hidden).numpy()[mine_N]
-        y_TKH = y_NH.reshape(self.tokens, self.top_k, self.hidden)
-        out_TH = y_TKH[:, 0].copy()
-        for k in range(1, self.top_k):
-            out_TH += y_TKH[:, k]
-        return out_TH
-
-    def _combine_parts(self) -> np.ndarray:
-        # Each host answered with one sum per row of its send. Sorting makes the order of additions
-        # independent of the order of arrival. If the first part has all rows, it becomes the sum
-        # itself, which saves a zeroed array and one addition.
-        self._parts.sort(key=lambda part: (part[0].host, part[0].assignment_tk[0, 0]))
-        out_TH: np.ndarray | None = None
-        if self._lent is not None and self._lent.out is not None:
-            out_TH = self._lent.out.numpy()
-        for send, part_tH in self._parts:
-            whole = send.token_t.size == self.tokens
-            if out_TH is None and whole:
-                out_TH = part_tH
-                continue
-            if out_TH is None:
-                out_TH = self._zeros()
-            if whole:
-                out_TH += part_tH
-            else:
-                # Fancy indexing adds once per distinct index: a row occurs only once in a send.
-                out_TH[send.token_t] += part_tH
-        return self._zeros() if out_TH is None else out_TH
-
-    def _zeros(self) -> np.ndarray:
-        return np.zeros((self.tokens, self.hidden), dtype=np.float32)
+        return self._sums.sum(self._lent)
 
     def rows_of(self, assignments: np.ndarray) -> list[int]:
         return np.unique(assignments // self.top_k).tolist()
@@ -221,6 +181,135 @@ class LayerTensors:
         return ", ".join(map(str, experts[:at_most])) + more
 
 
+class CpuSums:
+    """Adds up the answers to one call on the CPU."""
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, *, exact: bool) -> None:
+        """``shape`` is (T, K, H); with ``exact`` hosts answer with a row for each assignment."""
+        self._tokens, self._top_k, self._hidden = shape
+        self._exact = exact
+        self._parts: list[tuple[Send, np.ndarray]] = []
+
+    def take(self, send: Send, y: Tensor) -> None:
+        """Copy the answer to ``send``; its memory is free afterwards."""
+        self._parts.append((send, (y.cpu() if y.is_cuda else y.clone()).numpy()))
+
+    def sum(self, lent: LentPart | None) -> Tensor:
+        """Add up all answers and what is ``lent``: (T, H) float32."""
+        self._parts.sort(key=_place)
+        return torch.from_numpy(self._sum_exact(lent) if self._exact else self._sum_parts(lent))
+
+    def _sum_exact(self, lent: LentPart | None) -> np.ndarray:
+        # Scatter the rows to (N, H) and add up the K assignments of each token one after the other:
+        # floating-point addition is not associative, so a fixed order makes the sum independent of
+        # which host computed which choice.
+        y_NH = np.zeros((self._tokens * self._top_k, self._hidden), dtype=np.float32)
+        for send, part_tkH in self._parts:
+            y_NH[send.assignments] = part_tkH[send.assignment_tk >= 0]
+        if lent is not None and lent.out is not None:
+            mine_N = (lent.ids_TK >= 0).flatten().numpy()
+            y_NH[mine_N] = lent.out.view(-1, self._hidden).numpy()[mine_N]
+        y_TKH = y_NH.reshape(self._tokens, self._top_k, self._hidden)
+        out_TH = y_TKH[:, 0].copy()
+        for k in range(1, self._top_k):
+            out_TH += y_TKH[:, k]
+        return out_TH
+
+    def _sum_parts(self, lent: LentPart | None) -> np.ndarray:
+        # Each host answered with one sum per row of its send. If the first part has all rows, it
+        # becomes the sum itself, which saves a zeroed array and one addition.
+        out_TH: np.ndarray | None = None
+        if lent is not None and lent.out is not None:
+            out_TH = lent.out.numpy()
+        for send, part_tH in self._parts:
+            whole = send.token_t.size == self._tokens
+            if out_TH is None and whole:
+                out_TH = part_tH
+                continue
+            if out_TH is None:
+                out_TH = self._zeros()
+            if whole:
+                out_TH += part_tH
+            else:
+                # Fancy indexing adds once per distinct index: a row occurs only once in a send.
+                out_TH[send.token_t] += part_tH
+        return self._zeros() if out_TH is None else out_TH
+
+    def _zeros(self) -> np.ndarray:
+        return np.zeros((self._tokens, self._hidden), dtype=np.float32)
+
+
+class DeviceSums:
+    """Adds up the answers to one call on the trunk's device, as `CpuSums` does: the same bits."""
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, *, exact: bool) -> None:
+        self._tokens, self._top_k, self._hidden = shape
+        self._device = device
+        self._exact = exact
+        self._parts: list[tuple[Send, Tensor]] = []
+        # Another thread than the one that adds may have begun the copies, on its own stream.
+        self._copied: torch.cuda.Event | None = None
+
+    def take(self, send: Send, y: Tensor) -> None:
+        """Begin to copy the answer to ``send``; its memory may be used again by what follows."""
+        if y.device.type == "cpu":
+            pinned = torch.empty(y.shape, pin_memory=self._device.type == "cuda")
+            y = pinned.copy_(y)
+        self._parts.append((send, y.to(self._device, non_blocking=True, copy=True)))
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
+            if self._copied is not None:
+                stream.wait_event(self._copied)
+            self._copied = torch.cuda.Event()
+            self._copied.record(stream)
+
+    def sum(self, lent: LentPart | None) -> Tensor:
+        """Add up all answers and what is ``lent``: (T, H) float32. Nothing waits for the device."""
+        if self._copied is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._copied)
+            for _, part in self._parts:
+                part.record_stream(stream)
+        self._parts.sort(key=_place)
+        return self._sum_exact(lent) if self._exact else self._sum_parts(lent)
+
+    def _sum_exact(self, lent: LentPart | None) -> Tensor:
+        y_NH = torch.zeros(self._tokens * self._top_k, self._hidden, device=self._device)
+        for send, part_tkH in self._parts:
+            used = self._here(np.flatnonzero(send.assignment_tk >= 0))
+            part_NH = part_tkH.view(-1, self._hidden).index_select(0, used)
+            y_NH.index_copy_(0, self._here(send.assignments), part_NH)
+        if lent is not None and lent.out is not None:
+            mine_N = self._here((lent.ids_TK >= 0).cpu().numpy().reshape(-1))
+            y_NH = torch.where(mine_N[:, None], lent.out.view(-1, self._hidden), y_NH)
+        y_TKH = y_NH.view(self._tokens, self._top_k, self._hidden)
+        out_TH = y_TKH[:, 0].clone()
+        for k in range(1, self._top_k):
+            out_TH += y_TKH[:, k]
+        return out_TH
+
+    def _sum_parts(self, lent: LentPart | None) -> Tensor:
+        out_TH = None if lent is None else lent.out
+        if out_TH is None:
+            out_TH = torch.zeros(self._tokens, self._hidden, device=self._device)
+        for send, part_tH in self._parts:
+            if send.token_t.size == self._tokens:
+                out_TH += part_tH
+            else:
+                # A row occurs only once in a send, so the order of additions is fixed.
+                out_TH.index_add_(0, self._here(send.token_t), part_tH)
+        return out_TH
+
+    def _here(self, array: np.ndarray) -> Tensor:
+        return _to_device(array, self._device)
+
+
+def _place(part: tuple[Send, object]) -> tuple[str, int]:
+    """Return where a part comes in the order of additions, whenever it has arrived."""
+    send = part[0]
+    return send.host, int(send.assignment_tk[0, 0])
+
+
 def check_tensors(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
     """Check that the shapes fit together, and the dtype of the rows. Raises CallError."""
     if x_TH.dtype not in DTYPE_TO_WIRE:
@@ -234,6 +323,33 @@ def check_tensors(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
                 f"{name}: shape {tuple(tensor.shape)} for {x_TH.shape[0]} tokens; ids and weights "
                 "are both (tokens, assignments)"
             )
+
+
+def _on_cpu(ids_TK: Tensor, weights_TK: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return copies of the ids, int32, and of the weights, float32; wait for a device once."""
+    if ids_TK.is_cuda and ids_TK.device == weights_TK.device:
+        both = _to_cpu(torch.stack([ids_TK.int(), weights_TK.float().view(torch.int32)]))
+        return both[0].numpy(), both[1].view(torch.float32).numpy()
+    ids_TK = ids_TK.to(device="cpu", dtype=torch.int32, copy=True)
+    return ids_TK.numpy(), weights_TK.to("cpu", torch.float32).numpy()
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU, and wait until it is there; pinned memory is copied fastest."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    found.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return found
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return a copy on a device, without waiting for it."""
+    found = torch.from_numpy(array)
+    if device.type != "cuda":
+        return found.to(device)
+    return found.pin_memory().to(device, non_blocking=True)
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:

@@ -279,7 +279,6 @@ class LentPart:
         except MissingExpert:
             # Another thread has found the layer's experts anew, and one has gone.
             return False
-        out = out.cpu()
         if not reach.unchanged():
             return False
         self.out, self.bad_experts = out, bad
@@ -300,7 +299,7 @@ class LentPart:
             return False
         assert more.out is not None
         if self.exact:
-            self.out[lost_TK] = more.out[lost_TK]
+            self.out = torch.where(lost_TK.to(self.out.device)[..., None], more.out, self.out)
         else:
             self.out += more.out
         self.ids_TK = torch.where(lost_TK, ids_TK, self.ids_TK)
@@ -316,7 +315,7 @@ class LentPart:
         """Return for each expert whose output was not finite the rows that are so because of it."""
         if not self.bad_experts or self.out is None:
             return {}
-        broken_T = ~torch.isfinite(self.out.flatten(1)).all(dim=1)
+        broken_T = ~torch.isfinite(self.out.flatten(1)).all(dim=1).cpu()
         hit = {expert: (self.ids_TK == expert).any(dim=1) & broken_T for expert in self.bad_experts}
         return {expert: hit_T.nonzero().flatten().tolist() for expert, hit_T in hit.items()}
 

@@ -67,6 +67,7 @@ def measure(device: str, *, rounds: int, intermediate: int, experts: int) -> lis
         ) as connect,
     ):
         sends, borrows = connect(None), connect(layer.form())
+        on_device = None if device == "cpu" else connect(None, "device")
         for tokens in TOKENS:
             x = torch.randn(tokens, HIDDEN, device=device).bfloat16()
             scores = torch.rand(tokens, experts, device=device)
@@ -80,6 +81,8 @@ def measure(device: str, *, rounds: int, intermediate: int, experts: int) -> lis
                 "lent, in a pass": borrows.experts("bench", 0),
                 "grouped_mm": module,
             }
+            if on_device is not None:
+                ways["sent, in device memory"] = on_device.experts("bench", 0)
             errors = {
                 name: float((way(*given).float() - expected).norm() / expected.norm())
                 for name, way in ways.items()
@@ -102,6 +105,9 @@ def measure(device: str, *, rounds: int, intermediate: int, experts: int) -> lis
             found.append(
                 {"tokens": tokens, "us": us, "ratios": ratios, "errors": errors, "lent": lent}
             )
+            if on_device is not None:
+                # Should device memory have failed, these calls went through the CPU's.
+                found[-1]["transports"] = dict(on_device.stats().transports)
             print(found[-1], flush=True)
     return found
 

@@ -27,6 +27,7 @@ from moesaic.actors.transport.grpc.weights import put_weights
 from moesaic.actors.trunk.attach import expert_tensors
 from moesaic.cluster.expert_keys import FIRST_VERSION, ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.placement import ModelRef
+from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.kernels.ffn import ExpertForm
 from moesaic.models.trunk.experts_layers import ExpertsLayer
 from moesaic.proto.keys import Grant, secret_of_process
@@ -61,8 +62,8 @@ def pool_of(
     *,
     device: str = "cpu",
     lends: bool = False,
-) -> Iterator[Callable[[ExpertForm | None], Router]]:
-    """Put a layer's experts into hosts; yield what connects a router to them.
+) -> Iterator[Callable[..., Router]]:
+    """Put a layer's experts into hosts; yield what connects a router to them (`connect`).
 
     With the layer's form and hosts that lend, the router computes with their memory.
     """
@@ -85,13 +86,14 @@ def pool_of(
                 proof=secret.proof("weights", host.target),
             )
 
-        def connect(form: ExpertForm | None) -> Router:
+        def connect(form: ExpertForm | None, transport: TransportChoice = "auto") -> Router:
             forms = None if form is None else {LayerKey("bench", 0): form}
             router = Router(
                 name="sent" if form is None else "lent",
                 node=NODE,
                 device=torch.device(device),
                 forms=forms,
+                transport=transport,
             )
             stack.callback(router.close)
             router.place(placement)

@@ -27,8 +27,39 @@ class HostPolicy:
 
     max_rows: int = 512  # of one call
     max_batch_rows: int = 1024  # of one computation
-    max_queue_rows: int = 16384  # more are refused as Busy; retries and hedges beyond half of it
+    max_queue_rows: int = 16_384  # more are refused as Busy; retries and hedges beyond half of it
     emulate: Emulation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostLimits:
+    """A host's limits as a spec states them; None: what suits the host's device."""
+
+    max_rows: int | None = None
+    max_batch_rows: int | None = None
+    max_queue_rows: int | None = None
+    emulate: Emulation | None = None
+
+    def policy(self, *, gpu: bool) -> HostPolicy:
+        """Return the limits on a GPU or on a CPU; those that are stated limit the others, too.
+
+        A CPU takes as long for the parts of a call as for the whole of it, and another router waits
+        for one part only. A GPU computes the whole several times faster.
+        """
+        usual = (
+            HostPolicy(max_rows=16_384, max_batch_rows=16_384, max_queue_rows=131_072)
+            if gpu
+            else HostPolicy()
+        )
+        stated = [one for one in (self.max_batch_rows, self.max_queue_rows) if one is not None]
+        rows = self.max_rows or min([usual.max_rows, *stated])
+        batch = self.max_batch_rows or max(
+            rows, min(usual.max_batch_rows, self.max_queue_rows or usual.max_batch_rows)
+        )
+        queue = self.max_queue_rows or max(batch, usual.max_queue_rows)
+        return HostPolicy(
+            max_rows=rows, max_batch_rows=batch, max_queue_rows=queue, emulate=self.emulate
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

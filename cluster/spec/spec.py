@@ -23,7 +23,7 @@ from pydantic import (
 
 from ...proto.errors import SpecError
 from ..control.policy import ControlPolicy
-from ..host.residency import HostPolicy
+from ..host.residency import HostLimits
 from ..planner.plan import FleetGroup, PlannerPolicy
 from ..routing.policy import RouterPolicy
 from .parts import (
@@ -181,17 +181,18 @@ class HostGroup(Resources):
     """How Ray spreads the hosts of this group over machines: the strategy of a Ray placement group.
     Such a group keeps its size. `none`: Ray places each host independently."""
 
-    max_rows: int = Field(default=512, ge=1, le=65_536)
+    max_rows: int | None = Field(default=None, ge=1, le=65_536)
     """Largest number of rows (tokens) in one call to a host of this group. Routers split larger
-    calls."""
+    calls. Default `null`: 512 on a CPU, 16384 on a GPU."""
 
-    max_batch_rows: int = Field(default=1024, ge=1, le=1 << 20)
+    max_batch_rows: int | None = Field(default=None, ge=1, le=1 << 20)
     """Largest number of rows (tokens) in one computation of a host. A host computes waiting calls
-    for the same layer together."""
+    for the same layer together. Default `null`: 1024 on a CPU, 16384 on a GPU."""
 
-    max_queue_rows: int = Field(default=16_384, ge=1, le=1 << 24)
+    max_queue_rows: int | None = Field(default=None, ge=1, le=1 << 24)
     """Largest number of rows (tokens) that may wait in a host's queue. The host refuses further
-    calls. Routers send a refused call to another replica, or again later."""
+    calls. Routers send a refused call to another replica, or again later. Default `null`: 16384 on
+    a CPU, 131072 on a GPU."""
 
     lending: Lending | None = None
     """Whether hosts of this group lend their experts' memory to trunks on their machine, as in
@@ -212,7 +213,8 @@ class HostGroup(Resources):
 
     @model_validator(mode="after")
     def _ordered(self) -> HostGroup:
-        if not self.max_rows <= self.max_batch_rows <= self.max_queue_rows:
+        stated = [n for n in (self.max_rows, self.max_batch_rows, self.max_queue_rows) if n]
+        if stated != sorted(stated):
             raise ValueError("max_rows <= max_batch_rows <= max_queue_rows must hold")
         if not self.least <= self.count <= self.most:
             raise ValueError("min_count <= count <= max_count must hold")
@@ -250,8 +252,8 @@ class HostGroup(Resources):
         )
 
     @property
-    def policy(self) -> HostPolicy:
-        return HostPolicy(
+    def limits(self) -> HostLimits:
+        return HostLimits(
             max_rows=self.max_rows,
             max_batch_rows=self.max_batch_rows,
             max_queue_rows=self.max_queue_rows,

@@ -81,7 +81,7 @@ class DeviceLayer:
     def __init__(self, slots: LayerSlots) -> None:
         self.slots = slots
         self.ids_device = slots.table_LE.device
-        self._flags = StepFlags.on(self.ids_device)
+        self.flags = StepFlags.on(self.ids_device)  # of what `compute` met
 
     def for_a_call(self) -> DeviceLayer:
         return DeviceLayer(self.slots)
@@ -93,9 +93,9 @@ class DeviceLayer:
         from ..grouped import ffn as grouped
 
         if exact:
-            grouped.exact_rows(self.slots, x_TH, ids_TK, weights_TK, out, self._flags)
+            grouped.exact_rows(self.slots, x_TH, ids_TK, weights_TK, out, self.flags)
         else:
-            grouped.grouped_ffn(self.slots, x_TH, ids_TK, weights_TK, out, self._flags)
+            grouped.grouped_ffn(self.slots, x_TH, ids_TK, weights_TK, out, self.flags)
 
     def layer(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, flags: StepFlags, *, exact: bool
@@ -113,11 +113,13 @@ class DeviceLayer:
 
     def bad_experts(self, x_TH: Tensor, ids_TK: Tensor, out: Tensor) -> list[int]:
         """Search for the experts only if the kernel met a sum that is not finite."""
-        missing, infinite = self._flags.both.tolist()
+        missing, infinite = self.flags.both.tolist()
         if missing:
             raise MissingExpert("an expert of this call is in no slot")
-        if not infinite:
-            return []
+        return self.search(x_TH, ids_TK, out) if infinite else []
+
+    def search(self, x_TH: Tensor, ids_TK: Tensor, out: Tensor) -> list[int]:
+        """Return the experts that made ``out`` not finite from finite rows."""
         form, experts = self._loose(ids_TK)
         return ffn.bad_experts(form, experts, x_TH, ids_TK.cpu(), out)
 

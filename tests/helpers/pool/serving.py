@@ -22,7 +22,7 @@ from moesaic.actors.host.host import ExpertHost, local_hosts
 from moesaic.actors.host.weight_store import HostedModel, open_model
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import LayerKey
-from moesaic.cluster.host.residency import HostPolicy
+from moesaic.cluster.host.residency import HostLimits
 from moesaic.cluster.placement import ModelRef, ModelShape, Placement
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.transports import TransportChoice
@@ -128,7 +128,7 @@ def serving(
     hosts: int = 2,
     replicas: int = 1,
     exact: bool = False,
-    policy: HostPolicy | None = None,
+    limits: HostLimits | None = None,
     transport: TransportChoice = "group",
     lends: bool = False,
     on_device: bool = False,
@@ -146,7 +146,7 @@ def serving(
     }
     with ExitStack() as stack:
         running = stack.enter_context(
-            local_hosts(hosts, policy=policy, transport=transport, lends=lends, device=device)
+            local_hosts(hosts, limits=limits, transport=transport, lends=lends, device=device)
         )
         for host in running if on_device and device == "cpu" else ():
             host._store._open_model = open_in_slots

@@ -19,7 +19,7 @@ from moesaic.actors.router import lent_part
 from moesaic.actors.router.lent_part import LayerReach
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.host.emulation import Emulation
-from moesaic.cluster.host.residency import HostPolicy
+from moesaic.cluster.host.residency import HostLimits
 from moesaic.cluster.placement import HostEntry, LayerPlacement, Placement, PlacementId, Replica
 from moesaic.cluster.routing.host_health import HostState
 from moesaic.cluster.routing.lending_share import PARTS
@@ -106,8 +106,8 @@ def test_processes_pinned_to_different_numa_nodes_do_not_lend(
 
 
 def test_emulated_hosts_lend_nothing(folder: Path) -> None:
-    emulated = HostPolicy(emulate=Emulation(call_us=1.0))
-    with serving(folder, lends=True, policy=emulated) as pool:
+    emulated = HostLimits(emulate=Emulation(call_us=1.0))
+    with serving(folder, lends=True, limits=emulated) as pool:
         router = pool.router(borrows=True)
         x, ids, weights = inputs(9)
         assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))

@@ -15,7 +15,7 @@ from moesaic.actors.host.host import ExpertHost
 from moesaic.actors.router.router import Router
 from moesaic.cluster.expert_keys import ExpertKey, first_versions
 from moesaic.cluster.host.emulation import Emulation
-from moesaic.cluster.host.residency import HostPolicy
+from moesaic.cluster.host.residency import HostLimits
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.proto.errors import CallError, ClusterError
 from tests.helpers.pool.served_pool import held
@@ -56,12 +56,24 @@ def test_choices_that_belong_to_nobody_are_skipped(
 
 
 def test_a_large_call_goes_in_pieces_that_hosts_take(folder: Path) -> None:
-    with serving(folder, policy=HostPolicy(max_rows=8, max_batch_rows=8)) as pool:
+    with serving(folder, limits=HostLimits(max_rows=8, max_batch_rows=8)) as pool:
         router = pool.router()
         x, ids, weights = inputs(100)
         assert_right(router.forward(KEY, x, ids, weights), pool.answer(x, ids, weights))
         assert pool.refused() == 0
         assert sum(host.report().loop.calls for host in pool.hosts) >= 100 // 8
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_a_large_call_goes_as_a_whole_to_hosts_that_take_it(
+    folder: Path, transport: TransportChoice
+) -> None:
+    limits = HostLimits(max_rows=40_000)
+    with serving(folder, limits=limits) as pool:
+        router = pool.router(transport=transport)
+        x, ids, weights = inputs(40_000)  # tensors of 11 MB
+        router.forward(KEY, x, ids, weights)
+        assert [host.report().loop.batches for host in pool.hosts] == [1, 1]
 
 
 def test_shapes_that_do_not_belong_together_are_refused(folder: Path) -> None:

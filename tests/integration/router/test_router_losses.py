@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moesaic.actors.host import compute
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, first_versions
-from moesaic.cluster.host.residency import HostPolicy
+from moesaic.cluster.host.residency import HostLimits
 from moesaic.cluster.routing.policy import RouterPolicy
 from moesaic.cluster.routing.transports import TransportChoice
 from moesaic.proto.errors import ExpertUnavailable, MoesaicError
@@ -63,8 +63,8 @@ def test_not_here_is_rerouted_inside_the_call(folder: Path, transport: Transport
 
 
 def test_busy_is_sent_again(folder: Path) -> None:
-    policy = HostPolicy(max_rows=4, max_batch_rows=4, max_queue_rows=4)
-    with serving(folder, hosts=1, policy=policy) as pool, in_background() as start:
+    limits = HostLimits(max_rows=4, max_batch_rows=4, max_queue_rows=4)
+    with serving(folder, hosts=1, limits=limits) as pool, in_background() as start:
         router = pool.router()
         x, ids, weights = inputs(24)
         with held(pool.hosts[0]):

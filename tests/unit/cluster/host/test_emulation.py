@@ -121,9 +121,9 @@ def test_a_real_device_takes_the_time_it_takes(clock: Clock) -> None:
 def test_a_spec_may_emulate_a_device_with_one_thread_each() -> None:
     spec = parse_spec({"hosts": [{"emulate": {"row_us": 20}}, {}]})
     emulated, plain = spec.hosts
-    assert emulated.policy.emulate == Emulation(row_us=20)
+    assert emulated.limits.emulate == Emulation(row_us=20)
     assert emulated.threads == 1
-    assert (plain.policy.emulate, plain.threads) == (None, "auto")
+    assert (plain.limits.emulate, plain.threads) == (None, "auto")
     given = parse_spec({"hosts": [{"emulate": {"call_us": 1}, "threads": 2}]})
     assert given.hosts[0].threads == 2
     assert parse_spec(spec.model_dump()) == spec

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion, LayerKey
 from moesaic.cluster.host.residency import (
+    HostLimits,
     HostPolicy,
     LayerShape,
     QueuedCall,
@@ -252,3 +253,22 @@ def test_calls_of_different_versions_are_not_computed_together() -> None:
     assert residency.admit(new, now=1.0) is None
     batches = [residency.next_batch(1.0)[0] for _ in range(2)]
     assert sorted(len(batch) for batch in batches) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("stated", "cpu", "gpu"),
+    [
+        ({}, (512, 1024, 16_384), (16_384, 16_384, 131_072)),
+        ({"max_rows": 2000}, (2000, 2000, 16_384), (2000, 16_384, 131_072)),
+        ({"max_rows": 20_000}, (20_000, 20_000, 20_000), (20_000, 20_000, 131_072)),
+        ({"max_batch_rows": 64}, (64, 64, 16_384), (64, 64, 131_072)),
+        ({"max_queue_rows": 100}, (100, 100, 100), (100, 100, 100)),
+        ({"max_rows": 8, "max_queue_rows": 9}, (8, 9, 9), (8, 9, 9)),
+    ],
+)
+def test_limits_that_are_not_stated_suit_the_device(
+    stated: dict[str, int], cpu: tuple[int, int, int], gpu: tuple[int, int, int]
+) -> None:
+    for on_gpu, expected in ((False, cpu), (True, gpu)):
+        policy = HostLimits(**stated).policy(gpu=on_gpu)
+        assert (policy.max_rows, policy.max_batch_rows, policy.max_queue_rows) == expected

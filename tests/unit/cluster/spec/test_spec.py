@@ -286,7 +286,10 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"hosts": [{"resources": {"a": -1}}]}, "hosts.0.resources.a: Input should be greater"),
     ({"hosts": [{"resources": {"a": {"b": 1}}}]}, "hosts.0.resources.a: Input should be a valid n"),
     ({"hosts": [{"labels": {"zone": 1}}]}, "hosts.0.labels.zone: Input should be a valid string"),
-    ({"hosts": [{"max_rows": 2048}]}, "hosts.0: max_rows <= max_batch_rows <= max_queue_rows"),
+    (
+        {"hosts": [{"max_rows": 2048, "max_batch_rows": 1024}]},
+        "hosts.0: max_rows <= max_batch_rows <= max_queue_rows",
+    ),
     ({"ray": {"address": "nowhere"}}, "ray.address: 'nowhere' is neither 'local', 'auto' nor host"),
     ({"ray": {"address": "head:99999"}}, "ray.address: 'head:99999' is neither"),
     ({"network": {"bind": ""}}, "network.bind: String should have at least 1 character"),
