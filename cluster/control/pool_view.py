@@ -74,10 +74,11 @@ class PoolView:
         self._away_since: dict[str, float] = {}
         self._arrived: set[str] = set()
         self._heard_at: dict[str, float] = {}
-        # What hosts held that do not answer any more, and since when a host's process is known to
-        # be gone.
+        # What hosts held that do not answer any more; since when a host's process is known to be
+        # gone, and until when: its next process may be there since then.
         self._lost: dict[str, Observation] = {}
         self._gone_since: dict[str, float] = {}
+        self._gone_until: dict[str, float] = {}
         self._now = 0.0
 
     def add(self, host: PoolHost) -> None:
@@ -95,12 +96,13 @@ class PoolView:
         self._heard_at.pop(host, None)
         self._lost.pop(host, None)
         self._gone_since.pop(host, None)
+        self._gone_until.pop(host, None)
         self._host_speeds.forget(host)
         self.version += 1
 
     def note(self, reports: Mapping[str, Observation | None], now: float) -> None:
         """Take in reports: None is a host that is gone; a missing one did not answer in time."""
-        self._now = now
+        asked_at, self._now = self._now, now  # the answers came between these
         for host, observation in reports.items():
             if host not in self.hosts:
                 continue  # it was removed after it was asked
@@ -110,6 +112,7 @@ class PoolView:
             if observation is None:
                 before = self.observations.pop(host, None)
                 self._gone_since.setdefault(host, now)
+                self._gone_until[host] = asked_at
                 if before is not None:
                     self._lost[host] = before
             else:
@@ -165,7 +168,7 @@ class PoolView:
         """
         seen, lost = self.observations.get(host), self._lost.get(host)
         if seen is None:
-            gone_s = self._now - self._gone_since.get(host, self._now)
+            gone_s = self._gone_until.get(host, 0.0) - self._gone_since.get(host, self._now)
             if lost is None or gone_s >= self._host_timeout_s:
                 return True
             return all(self.holders(key) for key in lost.experts())
