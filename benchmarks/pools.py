@@ -27,6 +27,7 @@ def engine_over(spec: dict[str, Any], *, streams: int) -> Iterator[Engine]:
         name="benchmark",
         policy=parsed.router_policy,
         lending=parsed.lends,
+        device=parsed.trunk.device,
         engine=EngineConfig(num_blocks=256, max_requests=max(32, streams)),
     )
     engine = open_engine(config)

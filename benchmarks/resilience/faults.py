@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--kinds", default=",".join(KINDS), help="of harm, with commas")
     parser.add_argument("--lending", choices=("never", "always"), default="never")
+    parser.add_argument("--device", default="cpu", help="of hosts and trunk, which share it")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="of one text")
     parser.add_argument("--harm", type=float, default=5.0, help="seconds frozen or slow")
@@ -233,10 +234,12 @@ def main() -> None:
     given = parser.parse_args()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(os.cpu_count() or 1)
+    gpus = 0 if given.device == "cpu" else 0.6 / given.hosts
     spec = {
         "name": f"faults-{os.getpid()}",
         "models": [{"name": MODEL, "path": given.model, "dtype": "float32"}],
-        "hosts": [{"count": given.hosts}],
+        "hosts": [{"count": given.hosts, "device": given.device, "num_gpus": gpus}],
+        "trunk": {"device": given.device},
         "endpoint": None,
         "network": {"lending": given.lending},
         "balance": {"auto": False, "redundancy": int(given.lending == "never")},
