@@ -71,7 +71,11 @@ class _Step:
 
     def is_sound(self, result: Tensor | None) -> bool:
         if self._flags is not None:
-            sound = not self._flags.any()
+            missing, infinite = self._flags.read()
+            if infinite and result is not None:
+                # The result lacks rows that pad a batch, and these may hold anything.
+                infinite = not all_finite(result)
+            sound = not missing and not infinite
         else:
             sound = not self._reaches or (result is not None and all_finite(result))
         return sound and all(reach.unchanged() for reach in self._reaches)

@@ -75,9 +75,14 @@ class StepFlags:
         """Forget what went wrong, without waiting."""
         self.both.zero_()
 
+    def read(self) -> tuple[bool, bool]:
+        """Wait for the device, and return (missing, infinite)."""
+        missing, infinite = self.both.tolist()
+        return bool(missing), bool(infinite)
+
     def any(self) -> bool:
         """Wait for the device, and return whether anything went wrong."""
-        return bool(self.both.any())
+        return any(self.read())
 
     @property
     def missing(self) -> Tensor:

@@ -113,7 +113,7 @@ class DeviceLayer:
 
     def bad_experts(self, x_TH: Tensor, ids_TK: Tensor, out: Tensor) -> list[int]:
         """Search for the experts only if the kernel met a sum that is not finite."""
-        missing, infinite = self.flags.both.tolist()
+        missing, infinite = self.flags.read()
         if missing:
             raise MissingExpert("an expert of this call is in no slot")
         return self.search(x_TH, ids_TK, out) if infinite else []

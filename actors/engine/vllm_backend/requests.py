@@ -69,7 +69,7 @@ class Requests:
 
         def checked(*arguments: Any, **named: Any) -> Any:
             out = forward(*arguments, **named)
-            if not self.in_forward or router.step_is_sound(_hidden_states(out)):
+            if self._rows is None or router.step_is_sound(_states(out, sum(self._rows.values()))):
                 return out
             with router.repeating(), _without_graphs():
                 return forward(*arguments, **named)
@@ -241,10 +241,13 @@ def _logprob(token: int, found: Mapping[int, Any]) -> TokenLogprob:
     return TokenLogprob(token, found[token].logprob, top)
 
 
-def _hidden_states(out: Any) -> Tensor | None:
-    """Return the last layer's output, which a model may return with that of other layers."""
+def _states(out: Any, rows: int) -> Tensor | None:
+    """Return the last layer's output, which a model may return with that of other layers.
+
+    vLLM pads the rows of a captured batch, and those rows may hold anything.
+    """
     found = out[0] if isinstance(out, tuple) else out
-    return found if isinstance(found, Tensor) else None
+    return found[:rows] if isinstance(found, Tensor) else None
 
 
 @contextmanager
