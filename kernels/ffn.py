@@ -90,10 +90,11 @@ class Kernel(Protocol):
         weights_TK: Tensor,
         out_TH: Tensor,
     ) -> None:
-        """Write the float32 sum over K of weight * expert(x) to ``out_TH``.
+        """Write the sum over K of weight * expert(x) to ``out_TH``, in its dtype.
 
         ``ids_TK`` is int32 or int64 and -1 where an assignment is unused; every other id is a key
-        of ``experts``. ``x_TH`` has the experts' dtype, ``weights_TK`` is float32.
+        of ``experts``. ``x_TH`` has the experts' dtype. ``weights_TK`` and ``out_TH`` are float32,
+        for float64 experts float64.
         """
         ...
 
@@ -216,7 +217,7 @@ def loop_kernel(
     x_NH = x_TH.index_select(0, token_N)
     # An expert with few rows takes microseconds, so gathering rows, weighting and adding up are
     # done once for all experts: gather (T, H) -> (N, H), multiply, scatter-add (N, H) -> (T, H).
-    y_NH = _expert_rows(form, [experts[e] for e in used], x_NH, rows).float()
+    y_NH = _expert_rows(form, [experts[e] for e in used], x_NH, rows).to(out_TH.dtype)
     y_NH.mul_(weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(-1))
     out_TH.zero_().index_add_(0, token_N, y_NH)
 
@@ -234,7 +235,7 @@ def reference_kernel(
     for t, row in enumerate(ids_TK.tolist()):
         for k, expert in enumerate(row):
             if expert >= 0:
-                y_1H = expert_ffn(form, experts[expert], x_TH[t : t + 1]).float()
+                y_1H = expert_ffn(form, experts[expert], x_TH[t : t + 1]).to(out_TH.dtype)
                 out_TH[t] += weights_TK[t, k] * y_1H[0]
 
 
@@ -249,7 +250,7 @@ def exact_rows(
     weights_TK: Tensor,
     out_TKH: Tensor,
 ) -> None:
-    """Write weight * expert(x) of each assignment, float32, zero where an assignment is unused.
+    """Write weight * expert(x) of each assignment, zero where an assignment is unused.
 
     A row's bits depend on its own input only, because every product has `TILE_ROWS` rows.
     """
@@ -263,7 +264,7 @@ def exact_rows(
             rows = piece.numel()
             # Rows after the first ``rows`` are zeros or leftovers; their results are dropped.
             tile[:rows] = x_TH.index_select(0, piece // top_k)
-            y_RH = expert_ffn(form, experts[expert], tile)[:rows].float()
+            y_RH = expert_ffn(form, experts[expert], tile)[:rows].to(out_NH.dtype)
             out_NH[piece] = y_RH * weights_N.index_select(0, piece).unsqueeze(-1)
 
 

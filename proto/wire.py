@@ -7,24 +7,31 @@ Shape suffixes: T = tokens (rows of a call), H = hidden size, K = assignments of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import xxhash
 
 from .errors import CallError
-from .expert_pb2 import BFLOAT16, FLOAT16, FLOAT32, Call, DType
+from .expert_pb2 import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Call, DType
 from .limits import MAX_HIDDEN, MAX_PAYLOAD_BYTES, MAX_TOP_K
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 ALIGNMENT_BYTES = 64
 
 DTYPE_TO_WIRE: dict[torch.dtype, DType] = {
     torch.float32: FLOAT32,
     torch.bfloat16: BFLOAT16,
     torch.float16: FLOAT16,
+    torch.float64: FLOAT64,
 }
 DTYPE_FROM_WIRE: dict[int, torch.dtype] = {wire: dtype for dtype, wire in DTYPE_TO_WIRE.items()}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of sums, weights and gradients for experts of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def checksum(seq: int, payload: torch.Tensor) -> int:
@@ -44,36 +51,54 @@ def _aligned(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CallLayout:
-    """Byte offsets of one call's tensors and of its answer."""
+    """Byte offsets of the tensors of one call, and of its backward half, and of the answer."""
 
     rows: int
     hidden: int
     top_k: int
     dtype: torch.dtype
     exact: bool
+    backward: bool
     ids_offset: int
     weights_offset: int
+    grad_offset: int  # in the call: of grad_y
     call_bytes: int
+    sum_bytes: int  # in the answer: of y, or of grad_x
     reply_bytes: int
 
     @classmethod
-    def of(cls, rows: int, hidden: int, top_k: int, dtype: torch.dtype, exact: bool) -> CallLayout:
+    def of(
+        cls,
+        rows: int,
+        hidden: int,
+        top_k: int,
+        dtype: torch.dtype,
+        exact: bool,
+        *,
+        backward: bool = False,
+    ) -> CallLayout:
+        item = wide(dtype).itemsize
         ids_offset = _aligned(rows * hidden * dtype.itemsize)
         weights_offset = ids_offset + _aligned(rows * top_k * 4)
+        grad_offset = weights_offset + _aligned(rows * top_k * item)
+        sum_bytes = rows * (top_k if exact else 1) * hidden * item
         return cls(
             rows=rows,
             hidden=hidden,
             top_k=top_k,
             dtype=dtype,
             exact=exact,
+            backward=backward,
             ids_offset=ids_offset,
             weights_offset=weights_offset,
-            call_bytes=weights_offset + _aligned(rows * top_k * 4),
-            reply_bytes=rows * (top_k if exact else 1) * hidden * 4,
+            grad_offset=grad_offset,
+            call_bytes=grad_offset + (_aligned(rows * hidden * item) if backward else 0),
+            sum_bytes=sum_bytes,
+            reply_bytes=_aligned(sum_bytes) + rows * top_k * item if backward else sum_bytes,
         )
 
     @classmethod
-    def of_call(cls, call: Call) -> CallLayout:
+    def of_call(cls, call: Call, *, backward: bool = False) -> CallLayout:
         """Return the layout that ``call`` announces.
 
         Raises CallError when a number is out of bounds or the sizes do not agree.
@@ -89,7 +114,8 @@ class CallLayout:
         ):
             if not 1 <= value <= largest:
                 raise CallError(f"{name}: {value} is not between 1 and {largest}")
-        layout = cls.of(call.rows, call.hidden, call.top_k, dtype, call.exact)
+        sizes = call.rows, call.hidden, call.top_k
+        layout = cls.of(*sizes, dtype, call.exact, backward=backward)
         if max(layout.call_bytes, layout.reply_bytes) > MAX_PAYLOAD_BYTES:
             raise CallError(
                 f"rows: {call.rows} x {call.hidden} needs more than {MAX_PAYLOAD_BYTES} bytes; "
@@ -102,26 +128,44 @@ class CallLayout:
             )
         return layout
 
+    @property
+    def wide(self) -> torch.dtype:
+        return wide(self.dtype)
+
     def call_tensors(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return views (x_TH, ids_TK int32, weights_TK float32) of a uint8 ``buffer``."""
+        """Return views (x_TH, ids_TK int32, weights_TK wide) of a uint8 ``buffer``."""
         x_end = self.rows * self.hidden * self.dtype.itemsize
-        assignment_bytes = self.rows * self.top_k * 4
-        ids = buffer[self.ids_offset : self.ids_offset + assignment_bytes]
-        weights = buffer[self.weights_offset : self.weights_offset + assignment_bytes]
+        assignments = self.rows, self.top_k
         return (
             buffer[:x_end].view(self.dtype).view(self.rows, self.hidden),
-            ids.view(torch.int32).view(self.rows, self.top_k),
-            weights.view(torch.float32).view(self.rows, self.top_k),
+            _section(buffer, self.ids_offset, torch.int32, assignments),
+            _section(buffer, self.weights_offset, self.wide, assignments),
         )
 
+    def grad_tensor(self, buffer: torch.Tensor) -> torch.Tensor:
+        """View grad_y_TH, wide, of the backward half in a uint8 ``buffer``."""
+        return _section(buffer, self.grad_offset, self.wide, (self.rows, self.hidden))
+
     def reply_tensor(self, buffer: torch.Tensor) -> torch.Tensor:
-        """View y_TH (with ``exact`` y_TKH), float32, at the start of a uint8 ``buffer``."""
-        y = buffer[: self.reply_bytes].view(torch.float32)
+        """View y_TH or grad_x_TH (with ``exact`` a row for each assignment), wide, of a reply."""
+        shape = (self.rows, self.hidden)
         if self.exact:
-            return y.view(self.rows, self.top_k, self.hidden)
-        return y.view(self.rows, self.hidden)
+            shape = (self.rows, self.top_k, self.hidden)
+        return _section(buffer, 0, self.wide, shape)
+
+    def grad_weights_tensor(self, buffer: torch.Tensor) -> torch.Tensor:
+        """View grad_weights_TK, wide, of the reply to a backward half."""
+        start = _aligned(self.sum_bytes)
+        return _section(buffer, start, self.wide, (self.rows, self.top_k))
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of a shared-memory slot that holds the call and, after it, its answer."""
         return self.call_bytes + _aligned(self.reply_bytes)
+
+
+def _section(
+    buffer: torch.Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    return buffer[start : start + size].view(dtype).view(shape)

@@ -75,7 +75,7 @@ def compute(
     # A single call is computed straight into its reply buffer, which saves a copy.
     direct = len(pendings) == 1 and buffers[0].device.type == "cpu"
     shape = (*ids_TK.shape, x_TH.shape[1]) if exact else x_TH.shape
-    out = replies[0] if direct else torch.empty(shape)
+    out = replies[0] if direct else torch.empty(shape, dtype=pendings[0].layout.wide)
     layer.compute(x_TH, ids_TK, weights_TK, out, exact=exact)
     answers = []
     bounds = bounds_of(pendings)

@@ -52,14 +52,18 @@ class BatchCompute:
         shape = (*ids_TK.shape, x_TH.shape[1]) if exact else x_TH.shape
         # A single call that waits for its answer on the device is computed straight into it.
         direct = len(pendings) == 1 and _on_device(buffers[0])
-        out = replies[0] if direct else torch.empty(shape, device=self._device)
+        out = (
+            replies[0]
+            if direct
+            else torch.empty(shape, dtype=pendings[0].layout.wide, device=self._device)
+        )
         layer.compute(x_TH, ids_TK, weights_TK, out, exact=exact)
 
         bounds = bounds_of(pendings)
         answered: Tensor | None = None
         if not all(map(_on_device, buffers)):
             self._answers = self._at_least(self._answers, out.nbytes)
-            answered = self._answers[: out.nbytes].view(torch.float32).view(shape)
+            answered = self._answers[: out.nbytes].view(out.dtype).view(shape)
             answered.copy_(out, non_blocking=True)
         for reply, (start, end) in zip(replies, bounds, strict=True):
             if _on_device(reply) and not direct:

@@ -483,4 +483,4 @@ def check_fit(residency: Residency, call: Call) -> None:
 
 
 def _dtype_name(call: Call) -> str:
-    return {1: "float32", 2: "bfloat16", 3: "float16"}[call.dtype]
+    return {1: "float32", 2: "bfloat16", 3: "float16", 4: "float64"}[call.dtype]

@@ -23,7 +23,7 @@ from ...cluster.routing.events import Send
 from ...cluster.routing.expert_fallback import keep_top_experts
 from ...proto.errors import CallError
 from ...proto.expert_pb2 import Frame, Reply
-from ...proto.wire import DTYPE_TO_WIRE, CallLayout, checksum
+from ...proto.wire import DTYPE_TO_WIRE, CallLayout, checksum, wide
 from .lent_part import LentPart
 
 
@@ -49,11 +49,13 @@ class LayerTensors:
         self.x_TH = x_TH.detach().contiguous()
         self.tokens, self.hidden = x_TH.shape
         self.top_k = ids_TK.shape[1]
-        ids, weights = _on_cpu(ids_TK, weights_TK.detach())
+        ids, weights = _on_cpu(ids_TK, weights_TK.detach().to(wide(self.dtype)))
         self.weights_N = weights.reshape(-1)
         shape = (self.tokens, self.top_k, self.hidden)
         sums = CpuSums if self.x_TH.device.type == "cpu" else DeviceSums
-        self._sums: CpuSums | DeviceSums = sums(shape, self.x_TH.device, exact=self.exact)
+        self._sums: CpuSums | DeviceSums = sums(
+            shape, wide(self.dtype), self.x_TH.device, exact=self.exact
+        )
         self._lent: LentPart | None = None  # what the router has computed itself
         # For each faulty expert, the rows that have values that are not finite because of it.
         self.bad_rows: dict[int, list[int]] = {}
@@ -164,7 +166,7 @@ class LayerTensors:
             self.bad_rows.setdefault(expert, []).extend(rows)
 
     def combine(self) -> Tensor:
-        """Add up all answers to (T, H) float32, in an order that does not depend on arrival."""
+        """Add up all answers to (T, H), wide, in an order that does not depend on arrival."""
         return self._sums.sum(self._lent)
 
     def rows_of(self, assignments: np.ndarray) -> list[int]:
@@ -184,9 +186,17 @@ class LayerTensors:
 class CpuSums:
     """Adds up the answers to one call on the CPU."""
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device, *, exact: bool) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        exact: bool,
+    ) -> None:
         """``shape`` is (T, K, H); with ``exact`` hosts answer with a row for each assignment."""
         self._tokens, self._top_k, self._hidden = shape
+        self._dtype = np.float64 if dtype == torch.float64 else np.float32
         self._exact = exact
         self._parts: list[tuple[Send, np.ndarray]] = []
 
@@ -195,7 +205,7 @@ class CpuSums:
         self._parts.append((send, (y.cpu() if y.is_cuda else y.clone()).numpy()))
 
     def sum(self, lent: LentPart | None) -> Tensor:
-        """Add up all answers and what is ``lent``: (T, H) float32."""
+        """Add up all answers and what is ``lent``: (T, H)."""
         self._parts.sort(key=_place)
         return torch.from_numpy(self._sum_exact(lent) if self._exact else self._sum_parts(lent))
 
@@ -203,7 +213,7 @@ class CpuSums:
         # Scatter the rows to (N, H) and add up the K assignments of each token one after the other:
         # floating-point addition is not associative, so a fixed order makes the sum independent of
         # which host computed which choice.
-        y_NH = np.zeros((self._tokens * self._top_k, self._hidden), dtype=np.float32)
+        y_NH = np.zeros((self._tokens * self._top_k, self._hidden), dtype=self._dtype)
         for send, part_tkH in self._parts:
             y_NH[send.assignments] = part_tkH[send.assignment_tk >= 0]
         if lent is not None and lent.out is not None:
@@ -236,14 +246,22 @@ class CpuSums:
         return self._zeros() if out_TH is None else out_TH
 
     def _zeros(self) -> np.ndarray:
-        return np.zeros((self._tokens, self._hidden), dtype=np.float32)
+        return np.zeros((self._tokens, self._hidden), dtype=self._dtype)
 
 
 class DeviceSums:
     """Adds up the answers to one call on the trunk's device, as `CpuSums` does: the same bits."""
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device, *, exact: bool) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        exact: bool,
+    ) -> None:
         self._tokens, self._top_k, self._hidden = shape
+        self._dtype = dtype
         self._device = device
         self._exact = exact
         self._parts: list[tuple[Send, Tensor]] = []
@@ -253,7 +271,8 @@ class DeviceSums:
     def take(self, send: Send, y: Tensor) -> None:
         """Begin to copy the answer to ``send``; its memory may be used again by what follows."""
         if y.device.type == "cpu":
-            pinned = torch.empty(y.shape, pin_memory=self._device.type == "cuda")
+            on_gpu = self._device.type == "cuda"
+            pinned = torch.empty(y.shape, dtype=y.dtype, pin_memory=on_gpu)
             y = pinned.copy_(y)
         self._parts.append((send, y.to(self._device, non_blocking=True, copy=True)))
         if self._device.type == "cuda":
@@ -264,7 +283,7 @@ class DeviceSums:
             self._copied.record(stream)
 
     def sum(self, lent: LentPart | None) -> Tensor:
-        """Add up all answers and what is ``lent``: (T, H) float32. Nothing waits for the device."""
+        """Add up all answers and what is ``lent``: (T, H). Nothing waits for the device."""
         if self._copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(self._copied)
@@ -274,7 +293,7 @@ class DeviceSums:
         return self._sum_exact(lent) if self._exact else self._sum_parts(lent)
 
     def _sum_exact(self, lent: LentPart | None) -> Tensor:
-        y_NH = torch.zeros(self._tokens * self._top_k, self._hidden, device=self._device)
+        y_NH = self._zeros(self._tokens * self._top_k)
         for send, part_tkH in self._parts:
             used = self._here(np.flatnonzero(send.assignment_tk >= 0))
             part_NH = part_tkH.view(-1, self._hidden).index_select(0, used)
@@ -291,7 +310,7 @@ class DeviceSums:
     def _sum_parts(self, lent: LentPart | None) -> Tensor:
         out_TH = None if lent is None else lent.out
         if out_TH is None:
-            out_TH = torch.zeros(self._tokens, self._hidden, device=self._device)
+            out_TH = self._zeros(self._tokens)
         for send, part_tH in self._parts:
             if send.token_t.size == self._tokens:
                 out_TH += part_tH
@@ -299,6 +318,9 @@ class DeviceSums:
                 # A row occurs only once in a send, so the order of additions is fixed.
                 out_TH.index_add_(0, self._here(send.token_t), part_tH)
         return out_TH
+
+    def _zeros(self, rows: int) -> Tensor:
+        return torch.zeros(rows, self._hidden, dtype=self._dtype, device=self._device)
 
     def _here(self, array: np.ndarray) -> Tensor:
         return _to_device(array, self._device)
@@ -326,12 +348,13 @@ def check_tensors(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
 
 
 def _on_cpu(ids_TK: Tensor, weights_TK: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return copies of the ids, int32, and of the weights, float32; wait for a device once."""
-    if ids_TK.is_cuda and ids_TK.device == weights_TK.device:
-        both = _to_cpu(torch.stack([ids_TK.int(), weights_TK.float().view(torch.int32)]))
+    """Return a copy of the ids, int32, and the weights; wait for a device once."""
+    alike = ids_TK.device == weights_TK.device and weights_TK.dtype == torch.float32
+    if ids_TK.is_cuda and alike:
+        both = _to_cpu(torch.stack([ids_TK.int(), weights_TK.view(torch.int32)]))
         return both[0].numpy(), both[1].view(torch.float32).numpy()
     ids_TK = ids_TK.to(device="cpu", dtype=torch.int32, copy=True)
-    return ids_TK.numpy(), weights_TK.to("cpu", torch.float32).numpy()
+    return ids_TK.numpy(), weights_TK.cpu().numpy()
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from ...kernels.slabs.layer_arithmetic import (
     MissingExpert,
 )
 from ...kernels.slabs.slot_entries import SlotEntries
+from ...proto.wire import wide
 
 
 class Slots:
@@ -94,6 +95,7 @@ class LayerReach:
         self.expert_at = np.zeros(self._place_E.max() + 1, dtype=np.intp)
         self.expert_at[self._place_E[list(experts)]] = list(experts)
         self._hidden, self._dtype, self._exact = hidden, dtype, exact
+        self._wide = wide(dtype)
         self._slots = slots
         # One place more than experts: an unused assignment (-1) finds the last.
         self._within_E = np.zeros(count + 1, dtype=bool)
@@ -153,12 +155,12 @@ class LayerReach:
         """
         if not x_TH.is_contiguous():
             x_TH = x_TH.contiguous()
-        if weights_TK.dtype != torch.float32 or not weights_TK.is_contiguous():
-            weights_TK = weights_TK.float().contiguous()
+        if weights_TK.dtype != self._wide or not weights_TK.is_contiguous():
+            weights_TK = weights_TK.to(self._wide).contiguous()
         if self._bank is not None:
             out_TH = self._bank.layer(x_TH, torch.from_numpy(place_TK), weights_TK)
         else:
-            sum_TH = torch.empty(x_TH.shape, dtype=torch.float32)
+            sum_TH = torch.empty(x_TH.shape, dtype=self._wide)
             given = x_TH, ids_TK, weights_TK, sum_TH
             # Whatever the model around it says: hosts know nothing of its contexts.
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -254,7 +256,7 @@ class LentPart:
     all_ids_TK: Tensor  # those of the hosts, too
     choice: ShareChoice | None = None  # how large a part this is meant to be
     timed: bool = False  # its time was noted, or that it failed
-    out: Tensor | None = None  # float32: sums (T, H), or with ``exact`` rows (T, K, H)
+    out: Tensor | None = None  # wide: sums (T, H), or with ``exact`` rows (T, K, H)
     bad_experts: list[int] | None = None
 
     def compute(self) -> bool:
@@ -270,7 +272,7 @@ class LentPart:
         arithmetic = reach.arithmetic.for_a_call()
         ids_TK = self.ids_TK.to(arithmetic.ids_device)
         weights_TK = self.weights_TK.to(x_TH.device)
-        out = torch.empty(shape, dtype=torch.float32, device=x_TH.device)
+        out = torch.empty(shape, dtype=wide(x_TH.dtype), device=x_TH.device)
         # Whatever the model around it says: hosts know nothing of its contexts.
         with torch.autocast(x_TH.device.type, enabled=False):
             arithmetic.compute(x_TH, ids_TK, weights_TK, out, exact=self.exact)

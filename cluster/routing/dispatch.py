@@ -15,8 +15,8 @@ t and k = rows and columns of one send.
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -43,10 +43,12 @@ from .host_registry import HostRegistry
 from .layer_call import FORWARD, CallKind, InFlightSend, LayerCall, Sending
 from .policy import RouterPolicy
 from .row_grouping import SendRows
-from .step_versions import until_step_ends
+from .step_versions import StepVersions
 
 # After these refusals, another replica or a later attempt may still serve the same assignments.
 _RETRYABLE = ("NotHere", "Busy", "Expired", "HostLost", "Corrupted")
+# After these the same host may answer, if no other host may.
+_SAME_HOST = ("Busy", "Expired", "Corrupted")
 # Retries after these are not charged to the retry budget: the host lacks the expert or is gone.
 _UNPAID = ("NotHere", "HostLost")
 
@@ -66,9 +68,7 @@ class Dispatcher:
         self.registry = HostRegistry(policy)
         self._calls: dict[int, LayerCall] = {}  # in progress, by their numbers
         self._next_call = 1
-        self._steps = 0  # forward passes that are running, one inside the other
-        # The newest placement, if it changes versions and waits for the running pass to end.
-        self._coming: Placement | None = None
+        self._versions = StepVersions()
         self._next_seq = 1
         self._first_seq = 1  # of the sends under the placement in use
         self._rotations: dict[LayerKey, int] = defaultdict(int)
@@ -104,7 +104,7 @@ class Dispatcher:
     @property
     def received(self) -> PlacementId | None:
         """The number of the newest placement, which is followed when the running pass ends."""
-        newest = self._coming or self.placement
+        newest = self._versions.newest(self.placement)
         return None if newest is None else newest.id
 
     def place(self, placement: Placement, now: float) -> list[RouterCommand]:
@@ -112,32 +112,24 @@ class Dispatcher:
 
         While a forward pass is running, versions of weights do not change (`step_versions.py`).
         """
-        if self.received is not None and placement.id <= self.received:
-            return []
-        self._coming = None
-        followed = placement
-        if self.placement is not None and (self._steps or self._calls):
-            followed = until_step_ends(self.placement, placement)
-            self._coming = None if followed is placement else placement
-        return self._follow(followed, now)
+        found = self._versions.take(placement, self.placement, calls=bool(self._calls))
+        return [] if found is None else self._follow(found, now)
 
     def begin_step(self, now: float) -> list[RouterCommand]:
         """Take note that a forward pass begins; it may be inside another one."""
         commands = self.follow_newest(now)
-        self._steps += 1
+        self._versions.begin()
         return commands
 
     def end_step(self, now: float) -> list[RouterCommand]:
         """Take note that a forward pass ended, and follow the newest placement."""
-        self._steps = max(0, self._steps - 1)
+        self._versions.end()
         return self.follow_newest(now)
 
     def follow_newest(self, now: float) -> list[RouterCommand]:
         """Follow the newest placement, unless a pass or a call is running."""
-        if self._coming is None or self._steps or self._calls:
-            return []
-        newest, self._coming = self._coming, None
-        return self._follow(newest, now)
+        newest = self._versions.due(calls=bool(self._calls))
+        return [] if newest is None else self._follow(newest, now)
 
     def _follow(self, placement: Placement, now: float) -> list[RouterCommand]:
         over = self.registry.place(placement)
@@ -172,13 +164,10 @@ class Dispatcher:
         # Read as unsigned numbers, ids below 0 are larger than all others.
         used = np.count_nonzero(ids_N.view(np.uint32) < experts)
         all_used = layer is not None and used == ids_N.size
-        if all_used:
-            waiting_N = np.arange(ids_N.size)
-            self.meter.count_used(key, ids_N, experts)
-        else:
-            waiting_N = np.flatnonzero(ids_N >= 0)
-            if layer is not None:
-                self.meter.count(key, ids_N, experts)
+        waiting_N = np.arange(ids_N.size) if all_used else np.flatnonzero(ids_N >= 0)
+        if layer is not None and kind.counts:
+            count = self.meter.count_used if all_used else self.meter.count
+            count(key, ids_N, experts)
         self._rotations[key] += 1
         call = self._calls[self._next_call] = LayerCall(
             number=self._next_call,
@@ -249,26 +238,28 @@ class Dispatcher:
         """Do what is due at ``now``: deadlines, hedges, probes, waiting assignments."""
         commands: list[RouterCommand] = []
         for call in list(self._calls.values()):
-            if not call.waiting_N.size and not call.in_flight:
+            if call.idle:
                 self._over(call)
             elif now >= call.deadline or now >= call.late_at:
                 commands += self._expire(call, now)
         commands += self.registry.tick(now)
         for call in list(self._calls.values()):
+            if call.again and now >= call.hold_until:
+                commands += self._send_again(call, now)
             if call.waiting_N.size and now >= call.hold_until:
                 commands += self._assign(call, now)
             call.lose_patience(now)
             if now >= call.late_at:
                 commands += self._hedge(call, now)
                 call.update_late_at()
-            if not call.waiting_N.size and not call.in_flight:
+            if call.idle:
                 self._over(call)
         return commands
 
     def wake_at(self, now: float) -> float:
         """Return the next moment at which `tick` has something to do if no event comes first."""
         calls = self._calls.values()
-        waits = any(call.waiting_N.size for call in calls)
+        waits = any(call.waiting_N.size or call.again for call in calls)
         due = [self.registry.wake_at(now, work_waits=waits)]
         return min(due + [call.wake_at(now) for call in calls])
 
@@ -294,6 +285,8 @@ class Dispatcher:
     def _orphan(self, host: str) -> None:
         """Let the assignments in flight to ``host`` wait again: it will not answer them."""
         for call in self._calls.values():
+            if not call.kind.moves:
+                call.lose_host(host)
             for seq in [seq for seq, flight in call.in_flight.items() if flight.send.host == host]:
                 self.retries += call.take(seq)
             for seq in [s for s, send in call.given_up.items() if send.host == host]:
@@ -322,7 +315,8 @@ class Dispatcher:
     def _accept(self, call: LayerCall, flight: InFlightSend, now: float) -> list[RouterCommand]:
         seq = flight.send.seq
         assignments = flight.send.assignments
-        self._hedging.latencies.learn(call.key.model, assignments.size, now - flight.sent_at)
+        if call.kind.hedges:
+            self._hedging.latencies.learn(call.key.model, assignments.size, now - flight.sent_at)
         commands: list[RouterCommand] = [Accept(flight.send)]
         if flight.rival is not None:
             # A hedge was faster than the send that it repeats, which is cancelled now. What neither
@@ -346,14 +340,17 @@ class Dispatcher:
                 call.given_up.pop(event.seq, None)
             return []
         flight = call.in_flight[event.seq]
-        if event.code not in _RETRYABLE:
+        if event.code == "Busy":
+            health.was_busy(now)
+        if event.code not in (_RETRYABLE if call.kind.moves else _SAME_HOST):
             return self._fail(call, flight, event, now)
+        if not call.kind.moves:
+            self._stay(call, [flight.send], now)
+            return []
         waits = call.take(event.seq)
         if waits and event.code not in _UNPAID:
             self._pay(call, 1, now)
         self.retries += waits
-        if event.code == "Busy":
-            health.was_busy(now)
         if event.code == "NotHere":
             # What a host lacked under an older placement, it may have been given since.
             if event.seq >= self._first_seq:
@@ -380,6 +377,13 @@ class Dispatcher:
         call.attempts += 1
         call.hold_until = max(call.hold_until, now + self._retrying.owe(sends, now))
 
+    def _stay(self, call: LayerCall, sends: Sequence[Send], now: float) -> None:
+        """Let sends without an answer be sent to their own hosts again."""
+        if sends:
+            call.stay(sends)
+            self.retries += len(sends)
+            self._pay(call, len(sends), now)
+
     def _end(self, call: LayerCall, now: float) -> list[RouterCommand]:
         """End the call; assignments that have no answer yet are lost."""
         sends = call.stop()
@@ -393,23 +397,24 @@ class Dispatcher:
     def _expire(self, call: LayerCall, now: float) -> list[RouterCommand]:
         if now >= call.deadline:
             return self._end(call, now)
-        late = {f.send.host for f in call.in_flight.values() if now >= f.expires}
+        expired = call.expired(now)
         commands: list[RouterCommand] = []
-        for host in sorted(late):
-            # One missed deadline makes the whole host suspect: all its sends go elsewhere now,
-            # rather than each after its own deadline.
+        if not call.kind.moves:
+            self._stay(call, expired, now)
+            commands += [self._cancel(send, now) for send in expired]
+        for host in sorted({send.host for send in expired}):
+            # One missed deadline makes the whole host suspect: all its sends go elsewhere now.
             self.hosts[host].eject(now)
             self.ejections += 1
+            if not call.kind.moves:
+                continue
             sends = [f.send for f in call.in_flight.values() if f.send.host == host]
             again = sum(call.take(send.seq) for send in sends)
-            if call.kind.takes_late:
-                call.given_up.update((send.seq, send) for send in sends)
+            call.given_up.update((send.seq, send) for send in sends)
             commands += [self._cancel(send, now) for send in sends]
             self.retries += again
             if again:
                 self._pay(call, again, now)
-        if late:
-            call.misses += 1
         return commands
 
     # ---- sending --------------------------------------------------------------------------------
@@ -439,6 +444,12 @@ class Dispatcher:
         call.waiting_N = np.sort(np.concatenate(still)) if still[1:] else still[0]
         return commands
 
+    def _send_again(self, call: LayerCall, now: float) -> list[RouterCommand]:
+        """Send the parts that only their own hosts may compute, where there is room."""
+        sending = self._sending(call, call.attempts, now)
+        ready = call.take_again(self.hosts)
+        return [self._send(call, self.hosts[one.host], one, sending).send for one in ready]
+
     def _hedge(self, call: LayerCall, now: float) -> list[RouterCommand]:
         """Repeat late sends on other replicas, if each of their assignments has one.
 
@@ -451,15 +462,8 @@ class Dispatcher:
             flight.hedge_at = now + max(now - flight.sent_at, self.policy.hedge_min_s)
             if not placed or flight.hedges or flight.rival is not None:
                 continue
-            assignments = flight.send.assignments
-            host_n = self.registry.choose(call, assignments, now, besides=flight.send.host)
-            if (host_n < 0).any():
-                continue
-            pieces = list(self.registry.pieces(call, assignments, host_n))
-            asked = Counter(health.entry.host for health, _ in pieces)
-            room = all(self.hosts[host].room >= sends for host, sends in asked.items())
-            age_s = now - flight.sent_at
-            if not room or not self._hedging.allow(call.key.model, assignments.size, age_s, now):
+            pieces = self._hedging.pieces(call, flight, self.registry, now)
+            if not pieces:
                 continue
             sending = self._sending(call, call.attempts + 1, now)
             for health, rows in pieces:
@@ -477,20 +481,20 @@ class Dispatcher:
         return Sending(self.placement.id, versions, attempt, now, expires)
 
     def _send(
-        self, call: LayerCall, health: HostHealth, rows: SendRows, sending: Sending
+        self, call: LayerCall, health: HostHealth, rows: SendRows | Send, sending: Sending
     ) -> InFlightSend:
         seq = self._next_seq
+        if isinstance(rows, Send):
+            send = sending.again(rows, seq)
+        else:
+            send = sending.send(call, health.entry, rows, seq)
         self._next_seq = seq + 1
         health.sent(seq)
-        hedge_at = math.inf
-        if call.kind.hedges:
-            latencies = self._hedging.latencies
-            hedge_at = sending.now + latencies.late_after_s(call.key.model, rows.assignments.size)
         flight = InFlightSend(
-            sending.send(call, health.entry, rows, seq),
+            send,
             sent_at=sending.now,
             expires=sending.expires,
-            hedge_at=hedge_at,
+            hedge_at=self._hedging.due(call, send, sending.now),
         )
         call.sent(flight)
         return flight

@@ -99,6 +99,7 @@ class Send:
     assignment_tk: np.ndarray
     ids_tk: np.ndarray
     assignments: np.ndarray
+    part: int = 0  # of its layer call; it is the same when the same rows are sent again
 
 
 @dataclass(slots=True, eq=False)

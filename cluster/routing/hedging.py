@@ -8,8 +8,14 @@ sends, so that a pool that is slow because it is overloaded does not get even mo
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
+
+from .events import Send
+from .host_health import HostHealth
+from .host_registry import HostRegistry
+from .layer_call import InFlightSend, LayerCall
+from .row_grouping import SendRows
 
 # Answers of one size that are remembered, and the least number for an estimate.
 _KEPT, _LEAST = 128, 16
@@ -138,11 +144,33 @@ class Hedging:
         self._budget.earn(sends)
         self._retrying.earn(sends)
 
-    def allow(self, model: str, assignments: int, age_s: float, now: float) -> bool:
-        """Pay for one hedge if a budget allows it; return whether the send may be repeated.
+    def due(self, call: LayerCall, send: Send, now: float) -> float:
+        """Return when a send that begins now is late enough to be repeated."""
+        if not call.kind.hedges:
+            return math.inf
+        return now + self.latencies.late_after_s(call.key.model, send.assignments.size)
 
-        A hedge that is split over several hosts costs as much as one: its work is that of one send.
+    def pieces(
+        self, call: LayerCall, flight: InFlightSend, registry: HostRegistry, now: float
+    ) -> list[tuple[HostHealth, SendRows]]:
+        """Return how to repeat a late send on other replicas, and pay for it.
+
+        Nothing, if not each of its assignments has one with room, or no budget allows it. A hedge
+        that is split over several hosts costs as much as one: its work is that of one send.
         """
+        assignments = flight.send.assignments
+        host_n = registry.choose(call, assignments, now, besides=flight.send.host)
+        if (host_n < 0).any():
+            return []
+        pieces = list(registry.pieces(call, assignments, host_n))
+        asked = Counter(health.entry.host for health, _ in pieces)
+        if any(registry.hosts[host].room < sends for host, sends in asked.items()):
+            return []
+        age_s = now - flight.sent_at
+        return pieces if self._allow(call.key.model, assignments.size, age_s, now) else []
+
+    def _allow(self, model: str, assignments: int, age_s: float, now: float) -> bool:
+        """Pay for one hedge if a budget allows it; return whether the send may be repeated."""
         if self._budget.spend(1, now):
             return True
         lost = age_s >= _LOST * self.latencies.late_after_s(model, assignments)

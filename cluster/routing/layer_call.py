@@ -9,8 +9,8 @@ Shape suffixes: N = T * K assignments flattened, n = some of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..expert_keys import LayerKey
 from ..placement import HostEntry, PlacementId
 from ..versions import LayerVersions
 from .events import Refused, Send
+from .host_health import HostHealth
 from .row_grouping import SendRows, rows_of_groups
 
 _NONE = np.zeros(0, dtype=np.int64)
@@ -29,13 +30,15 @@ class CallKind:
     """What a router may do for a call to be answered sooner."""
 
     hedges: bool  # a late send is repeated on another replica, and the first answer counts
-    takes_late: bool  # the answer to a send that missed its deadline may still count
+    moves: bool  # what one host does not answer in time another computes, unless it does at last
+    counts: bool  # its assignments are load, and its answers show how fast a host is
 
 
 # The same answer twice does no harm.
-FORWARD = CallKind(hedges=True, takes_late=True)
-# A host that computes gradients also adds them up, so that each part is computed by one host.
-BACKWARD = CallKind(hedges=False, takes_late=False)
+FORWARD = CallKind(hedges=True, moves=True, counts=True)
+# A host that computes gradients also adds them up. So a part stays with the host that it was sent
+# to, which knows it by its number, and is lost with it. Its tokens were counted on their way there.
+BACKWARD = CallKind(hedges=False, moves=False, counts=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,10 @@ class LayerCall:
     # Hosts that refused a send because they lack one of its experts. They get one send for each
     # expert from now on, which shows which one they lack.
     one_expert_per_send: set[str] = field(default_factory=set)
-    # Refused for a reason that holds for every host.
+    parts: int = 0  # sends that began; the next one's number, if it is not the same rows again
+    # Sends that only their own host may compute, and that are to be sent there again.
+    again: list[Send] = field(default_factory=list)
+    # Refused for a reason that holds for every host, or lost with the only host that counts.
     failed: list[tuple[Send, Refused]] = field(default_factory=list)
     misses: int = 0  # times that sends missed their deadline
     attempts: int = 0  # sends that failed for another reason than the loss of a host
@@ -111,6 +117,11 @@ class LayerCall:
     @property
     def tokens(self) -> int:
         return self.ids_N.size // self.top_k
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight, and nothing waits to be."""
+        return not (self.waiting_N.size or self.in_flight or self.again)
 
     def knows(self, seq: int) -> bool:
         """Return whether this is a send of the call whose answer may still count."""
@@ -231,17 +242,56 @@ class LayerCall:
         due = [self.deadline, self.late_at]
         if self.unavailable_N.size and self.patience_T is not None:
             due.append(self.unavailable_since + float(self._patience(self.unavailable_N).min()))
-        if self.waiting_N.size and self.hold_until > now:
+        if (self.waiting_N.size or self.again) and self.hold_until > now:
             due.append(self.hold_until)
         return min(due)
+
+    def expired(self, now: float) -> list[Send]:
+        """Return the sends whose deadline has passed; the next ones get more time."""
+        found = [flight.send for flight in self.in_flight.values() if now >= flight.expires]
+        self.misses += bool(found)
+        return found
+
+    def take_again(self, hosts: Mapping[str, HostHealth]) -> list[Send]:
+        """Return the sends that go to their own hosts again, as many as these have room for.
+
+        Those of a process that is gone have failed.
+        """
+        ready: list[Send] = []
+        for host in {send.host: None for send in self.again}:
+            mine = [send for send in self.again if send.host == host]
+            health = hosts.get(host)
+            if health is None or health.entry.incarnation != mine[0].incarnation:
+                self.lose_host(host)
+            else:
+                ready += mine[: max(0, health.room)]
+        self.again = [send for send in self.again if send not in ready]
+        return ready
+
+    def stay(self, sends: Sequence[Send]) -> None:
+        """Take sends without an answer out of flight; they go to their own hosts again."""
+        for send in sends:
+            del self.in_flight[send.seq]
+        self.again += sends
+
+    def lose_host(self, host: str) -> None:
+        """Fail what only this host may compute: its process is gone."""
+        sends = [f.send for f in self.in_flight.values() if f.send.host == host]
+        for send in sends:
+            del self.in_flight[send.seq]
+        sends += [send for send in self.again if send.host == host]
+        self.again = [send for send in self.again if send.host != host]
+        why = "its connection ended before it had answered"
+        self.failed += [(send, Refused(host, send.seq, "HostLost", why)) for send in sends]
 
     def stop(self) -> list[Send]:
         """Take everything out of flight and return the sends; their assignments wait again."""
         sends = [flight.send for flight in self.in_flight.values()]
         # A send and its hedges share assignments: `unique` counts each once.
-        pending = [send.assignments for send in sends]
+        pending = [send.assignments for send in [*sends, *self.again]]
         self.waiting_N = np.unique(np.concatenate([self.waiting_N, *pending]))
         self.in_flight.clear()
+        self.again.clear()
         return sends
 
     def not_here(self, send: Send) -> None:
@@ -268,6 +318,7 @@ class Sending(NamedTuple):
 
     def send(self, call: LayerCall, entry: HostEntry, rows: SendRows, seq: int) -> Send:
         versions = self.versions
+        call.parts += 1
         return Send(
             call=call.number,
             placement_id=self.placement_id,
@@ -282,4 +333,10 @@ class Sending(NamedTuple):
             assignment_tk=rows.assignment_tk,
             ids_tk=rows.ids_tk,
             assignments=rows.assignments,
+            part=call.parts - 1,
         )
+
+    def again(self, send: Send, seq: int) -> Send:
+        """Return the same rows for the same process of a host, with the number of their part."""
+        timeout_s = self.expires - self.now
+        return replace(send, seq=seq, timeout_s=timeout_s, attempt=self.attempt)

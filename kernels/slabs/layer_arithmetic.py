@@ -34,7 +34,10 @@ class LayerArithmetic(Protocol):
     def compute(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, out: Tensor, *, exact: bool
     ) -> None:
-        """Write float32 sums (T, H), or with ``exact`` a row (T, K, H) for each assignment."""
+        """Write sums (T, H), or with ``exact`` a row (T, K, H) for each assignment.
+
+        They are float32, for float64 experts float64.
+        """
         ...
 
     def bad_experts(self, x_TH: Tensor, ids_TK: Tensor, out: Tensor) -> list[int]:

@@ -99,6 +99,8 @@ class World:
         self.calls: dict[int, Asked] = {}
         self.seqs: set[int] = set()
         self.answered: set[tuple[str, int]] = set()
+        # What was sent of calls whose parts stay where they are: by call and part.
+        self.parts: dict[tuple[int, int], tuple[str, int, list[int]]] = {}
         self.run(self.dispatcher.place(first, self.now))
 
     @property
@@ -154,6 +156,10 @@ class World:
         assert send.seq not in self.seqs, "a sequence number was used twice"
         self.seqs.add(send.seq)
         host.inbox.append(send)
+        if not self.calls[send.call].state.kind.moves:
+            part = send.host, send.incarnation, send.assignments.tolist()
+            first = self.parts.setdefault((send.call, send.part), part)
+            assert part == first, "a part was sent elsewhere, or is another one now"
         assert len(host.inbox) <= self.dispatcher.policy.window, "a slot was used twice"
         held = self.placement.layers[KEY]
         for choice, expert in zip(send.assignments, send.ids_tk[send.ids_tk >= 0], strict=True):
@@ -186,7 +192,8 @@ class World:
 
     def refuse(self, host: SimHost, index: int, code: str) -> None:
         send = host.inbox.pop(index)
-        if code == "CallError":
+        stays = not self.calls[send.call].state.kind.moves
+        if code == "CallError" or (code == "NotHere" and stays):
             self.calls[send.call].refused_for_good.update(send.assignments.tolist())
         self.tell(Refused(host.name, send.seq, code, "drill"))
 
@@ -204,6 +211,7 @@ class World:
 
     def kill(self, host: SimHost) -> None:
         was_connected = host.connected
+        self._lose_parts(host)
         host.alive = host.connected = host.welcomed = host.frozen = False
         host.inbox, host.pings = [], 0
         if was_connected:
@@ -212,15 +220,23 @@ class World:
     def cut(self, host: SimHost) -> None:
         """The connection breaks; the host lives."""
         if host.connected:
+            self._lose_parts(host)
             host.connected = host.welcomed = False
             host.inbox = []
             self.tell(HostDown(host.name))
 
     def restart(self, host: SimHost) -> None:
+        self._lose_parts(host)
         host.alive, host.incarnation = True, host.incarnation + 1
         host.connected = host.welcomed = False
         entries = {**self.placement.hosts, host.name: entry(host.name, host.incarnation)}
         self.replace(Placement(self._next(), entries, self.placement.layers))
+
+    def _lose_parts(self, host: SimHost) -> None:
+        """Only this process of the host would have answered what it was sent of such calls."""
+        for (call, _), (name, _, assignments) in self.parts.items():
+            if name == host.name and self.calls[call].state.outcome is None:
+                self.calls[call].refused_for_good.update(assignments)
 
     def replace(self, newer: Placement) -> None:
         self.placement = newer

@@ -85,7 +85,8 @@ def test_shapes_that_do_not_belong_together_are_refused(folder: Path) -> None:
             ((x, ids, weights[:, :1]), "weights"),
             ((x[0], ids, weights), "hidden states"),
             ((x[:, :-1], ids, weights), "hidden: 31"),
-            ((x.double(), ids, weights), "dtype: hidden states are torch.float64"),
+            ((x.double(), ids, weights), "dtype: float64"),
+            ((x.int(), ids, weights), "dtype: hidden states are torch.int32"),
             ((x.half(), ids, weights), "dtype: float16"),
         ):
             with pytest.raises(CallError, match=words):

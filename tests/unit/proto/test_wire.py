@@ -33,6 +33,7 @@ layouts = st.builds(
     top_k=st.integers(1, 9),
     dtype=st.sampled_from(list(DTYPE_TO_WIRE)),
     exact=st.booleans(),
+    backward=st.booleans(),
 )
 
 
@@ -53,14 +54,19 @@ def call_for(layout: CallLayout) -> Call:
 @given(layouts)
 def test_sections_are_aligned_and_apart(layout: CallLayout) -> None:
     x_end = layout.rows * layout.hidden * layout.dtype.itemsize
-    assignment_bytes = layout.rows * layout.top_k * 4
+    ids_bytes = layout.rows * layout.top_k * 4
+    weight_bytes = layout.rows * layout.top_k * layout.wide.itemsize
+    grad_bytes = layout.rows * layout.hidden * layout.wide.itemsize if layout.backward else 0
     assert x_end <= layout.ids_offset
-    assert layout.ids_offset + assignment_bytes <= layout.weights_offset
-    assert layout.weights_offset + assignment_bytes <= layout.call_bytes
-    for offset in (layout.ids_offset, layout.weights_offset, layout.call_bytes, layout.slot_bytes):
+    assert layout.ids_offset + ids_bytes <= layout.weights_offset
+    assert layout.weights_offset + weight_bytes <= layout.grad_offset
+    assert layout.grad_offset + grad_bytes <= layout.call_bytes
+    offsets = layout.ids_offset, layout.weights_offset, layout.grad_offset, layout.call_bytes
+    for offset in (*offsets, layout.slot_bytes):
         assert offset % ALIGNMENT_BYTES == 0
     # No more than alignment is wasted.
-    assert layout.call_bytes < x_end + 2 * assignment_bytes + 3 * ALIGNMENT_BYTES
+    needed = x_end + ids_bytes + weight_bytes + grad_bytes
+    assert layout.call_bytes < needed + 4 * ALIGNMENT_BYTES
     assert layout.slot_bytes >= layout.call_bytes + layout.reply_bytes
 
 
@@ -75,26 +81,34 @@ def test_what_is_written_is_read(layout: CallLayout) -> None:
     x_TH.copy_(x)
     ids_TK.copy_(ids.view(ids_TK.shape))
     weights_TK.fill_(weights)
-    reply = layout.reply_tensor(buffer[layout.call_bytes :])
+    answer = buffer[layout.call_bytes :]
+    reply = layout.reply_tensor(answer)
     reply.fill_(3.0)
+    if layout.backward:
+        layout.grad_tensor(buffer).fill_(5.0)
+        layout.grad_weights_tensor(answer).fill_(7.0)
+        assert bool((layout.grad_tensor(buffer) == 5.0).all())
+        assert bool((layout.grad_weights_tensor(answer) == 7.0).all())
+        assert layout.grad_weights_tensor(answer).shape == (layout.rows, layout.top_k)
     x_TH, ids_TK, weights_TK = layout.call_tensors(buffer)
     assert torch.equal(x_TH, x)
     assert torch.equal(ids_TK.reshape(-1), ids.to(torch.int32))
     assert bool((weights_TK == weights).all())
-    assert reply.nbytes == layout.reply_bytes
+    assert bool((reply == 3.0).all())
+    assert layout.backward or reply.nbytes == layout.reply_bytes
     assert reply.shape[:-1] == ((layout.rows, layout.top_k) if layout.exact else (layout.rows,))
 
 
 @given(layouts)
 def test_a_call_says_its_layout(layout: CallLayout) -> None:
-    assert CallLayout.of_call(call_for(layout)) == layout
+    assert CallLayout.of_call(call_for(layout), backward=layout.backward) == layout
 
 
 lies = {
     "rows": st.sampled_from([0, MAX_PAYLOAD_BYTES + 1, (1 << 32) - 1]),
     "hidden": st.sampled_from([0, MAX_HIDDEN + 1, (1 << 32) - 1]),
     "top_k": st.sampled_from([0, MAX_TOP_K + 1, (1 << 32) - 1]),
-    "dtype": st.sampled_from([0, 4, 99]),
+    "dtype": st.sampled_from([0, 5, 99]),
     "payload_bytes": st.integers(0, 1 << 63),
 }
 
@@ -107,7 +121,7 @@ def test_lies_are_refused_by_name(layout: CallLayout, lie: tuple[str, int]) -> N
         return
     setattr(call, field, value)
     with pytest.raises(CallError, match=field):
-        CallLayout.of_call(call)
+        CallLayout.of_call(call, backward=layout.backward)
 
 
 @given(st.sampled_from(["rows", "hidden", "top_k"]), st.integers(1, 1 << 17))

@@ -61,7 +61,7 @@ def test_a_device_adds_up_the_bits_that_a_cpu_does(
         parts, lent = parts_of(y_NH, who_N, exact=exact)
         if lent is not None:
             lent.out = lent.out.to(where)
-        sums = kind(SHAPE, torch.device(where), exact=exact)
+        sums = kind(SHAPE, torch.float32, torch.device(where), exact=exact)
         order = torch.randperm(len(parts), generator=generator).tolist()
         for send, y in [parts[number] for number in order]:
             sums.take(send, y)

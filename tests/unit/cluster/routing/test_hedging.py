@@ -324,7 +324,7 @@ def test_a_placement_without_any_replica_makes_choices_wait() -> None:
 def test_a_late_call_is_paid_for_once_on_however_many_hosts_its_replicas_stand() -> None:
     spent = TokenBucket(share=0.0, per_s=1e-9, most=0.0)
     hedging = Hedging(Latencies(0.99, 0.005), TokenBucket(share=0.0, per_s=0.0, most=2.0), spent)
-    assert [hedging.allow("m", 100, 0.1, now) for now in (1.0, 2.0, 3.0)] == [True, True, False]
+    assert [hedging._allow("m", 100, 0.1, now) for now in (1.0, 2.0, 3.0)] == [True, True, False]
 
 
 def test_a_host_that_is_overtaken_again_is_avoided_for_as_long_as_trying_it_would_cost() -> None:
