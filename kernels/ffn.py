@@ -90,13 +90,18 @@ class Kernel(Protocol):
         weights_TK: Tensor,
         out_TH: Tensor,
     ) -> None:
-        """Write the sum over K of weight * expert(x) to ``out_TH``, in its dtype.
+        """Write the sum over K of weight * expert(x) to ``out_TH``.
 
         ``ids_TK`` is int32 or int64 and -1 where an assignment is unused; every other id is a key
-        of ``experts``. ``x_TH`` has the experts' dtype. ``weights_TK`` and ``out_TH`` are float32,
-        for float64 experts float64.
+        of ``experts``. ``x_TH`` has the experts' dtype; ``weights_TK`` and ``out_TH`` have the wide
+        one (`wide_dtype`), in which the sum is taken.
         """
         ...
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of sums, gate weights and gradients for experts of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def pack(form: ExpertForm, expert: ExpertWeights) -> ExpertWeights:
@@ -161,7 +166,7 @@ def expert_ffn(form: ExpertForm, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
     return y_RH if form.post_norm is None else form.post_norm(y_RH)
 
 
-class _Assignments(NamedTuple):
+class SortedAssignments(NamedTuple):
     """The used assignments, sorted by expert: their indices in N, the experts, and rows of each."""
 
     order_N: Tensor
@@ -173,7 +178,7 @@ class _Assignments(NamedTuple):
         return zip(self.experts, self.order_N.split(self.rows), strict=True)
 
 
-def _assignments(ids_TK: Tensor, device: torch.device) -> _Assignments:
+def sorted_assignments(ids_TK: Tensor, device: torch.device) -> SortedAssignments:
     """Group the assignments by expert; the order is moved to ``device``.
 
     ``ids_TK`` is best on the CPU, because Python needs its values.
@@ -185,7 +190,7 @@ def _assignments(ids_TK: Tensor, device: torch.device) -> _Assignments:
     experts, rows = found.tolist(), counts.tolist()
     if experts and experts[0] < 0:
         order_N, experts, rows = order_N[rows[0] :], experts[1:], rows[1:]
-    return _Assignments(order_N.to(device), experts, rows)
+    return SortedAssignments(order_N.to(device), experts, rows)
 
 
 def _expert_rows(
@@ -212,7 +217,7 @@ def loop_kernel(
     out_TH: Tensor,
 ) -> None:
     """Compute one expert after another, or those together that one kernel computes at once."""
-    order_N, used, rows = _assignments(ids_TK, x_TH.device)
+    order_N, used, rows = sorted_assignments(ids_TK, x_TH.device)
     token_N = order_N // ids_TK.shape[1]
     x_NH = x_TH.index_select(0, token_N)
     # An expert with few rows takes microseconds, so gathering rows, weighting and adding up are
@@ -252,19 +257,20 @@ def exact_rows(
 ) -> None:
     """Write weight * expert(x) of each assignment, zero where an assignment is unused.
 
-    A row's bits depend on its own input only, because every product has `TILE_ROWS` rows.
+    ``weights_TK`` and ``out_TKH`` have the wide type. A row's bits depend on its own input only,
+    because every product has `TILE_ROWS` rows.
     """
     top_k, hidden = ids_TK.shape[1], x_TH.shape[1]
     weights_N = weights_TK.reshape(-1)
     out_NH = out_TKH.view(-1, hidden)
     out_NH.zero_()
     tile = torch.zeros(TILE_ROWS, hidden, dtype=x_TH.dtype, device=x_TH.device)
-    for expert, assignment_R in _assignments(ids_TK, x_TH.device).pieces():
+    for expert, assignment_R in sorted_assignments(ids_TK, x_TH.device).pieces():
         for piece in assignment_R.split(TILE_ROWS):
             rows = piece.numel()
             # Rows after the first ``rows`` are zeros or leftovers; their results are dropped.
             tile[:rows] = x_TH.index_select(0, piece // top_k)
-            y_RH = expert_ffn(form, experts[expert], tile)[:rows].to(out_NH.dtype)
+            y_RH = expert_ffn(form, experts[expert], tile)[:rows].to(out_TKH.dtype)
             out_NH[piece] = y_RH * weights_N.index_select(0, piece).unsqueeze(-1)
 
 
@@ -288,7 +294,7 @@ def bad_experts(
         return []
     finite_T = torch.isfinite(x_TH.float()).all(dim=1)
     guilty = []
-    for expert, assignment_R in _assignments(ids_TK, x_TH.device).pieces():
+    for expert, assignment_R in sorted_assignments(ids_TK, x_TH.device).pieces():
         token_R = assignment_R // ids_TK.shape[1]
         rows = x_TH.index_select(0, token_R[finite_T.index_select(0, token_R)])
         if rows.shape[0] and not bool(

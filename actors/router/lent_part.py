@@ -29,7 +29,6 @@ from ...kernels.slabs.layer_arithmetic import (
     MissingExpert,
 )
 from ...kernels.slabs.slot_entries import SlotEntries
-from ...proto.wire import wide
 
 
 class Slots:
@@ -95,7 +94,7 @@ class LayerReach:
         self.expert_at = np.zeros(self._place_E.max() + 1, dtype=np.intp)
         self.expert_at[self._place_E[list(experts)]] = list(experts)
         self._hidden, self._dtype, self._exact = hidden, dtype, exact
-        self._wide = wide(dtype)
+        self._wide = ffn.wide_dtype(dtype)
         self._slots = slots
         # One place more than experts: an unused assignment (-1) finds the last.
         self._within_E = np.zeros(count + 1, dtype=bool)
@@ -272,7 +271,7 @@ class LentPart:
         arithmetic = reach.arithmetic.for_a_call()
         ids_TK = self.ids_TK.to(arithmetic.ids_device)
         weights_TK = self.weights_TK.to(x_TH.device)
-        out = torch.empty(shape, dtype=wide(x_TH.dtype), device=x_TH.device)
+        out = torch.empty(shape, dtype=ffn.wide_dtype(x_TH.dtype), device=x_TH.device)
         # Whatever the model around it says: hosts know nothing of its contexts.
         with torch.autocast(x_TH.device.type, enabled=False):
             arithmetic.compute(x_TH, ids_TK, weights_TK, out, exact=self.exact)

@@ -1,7 +1,8 @@
 """What experts do between their two products, as numbers that a kernel can be given.
 
 `Activation.of` recognises a layer's own function by what it computes. A function that it does not
-recognise is computed by PyTorch, between the two kernels.
+recognise is computed by PyTorch, between the two kernels, and its derivative by autograd
+(`value_and_gradient`).
 
 Shape suffixes: R = rows, I = intermediate size.
 """
@@ -56,10 +57,54 @@ class Activation:
             value_RI = value_RI.clamp(-self.limit, self.limit)
         return self._function(gate_RI) * (value_RI + self.up_offset)
 
+    def backward(self, up_R: Tensor, grad_RI: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the activated rows, (R, I), and the gradient of ``up_R``, of its shape.
+
+        ``grad_RI`` is that of the activated rows. At a limit a gradient passes, as in PyTorch, and
+        NaN stays NaN.
+        """
+        if not self.gated:
+            return self._function(up_R), self._function_backward(up_R, grad_RI)
+        grad_up_R = torch.empty_like(up_R)
+        pieces = [
+            (one[..., ::2], one[..., 1::2]) if self.interleaved else one.chunk(2, dim=-1)
+            for one in (up_R, grad_up_R)
+        ]
+        (gate_RI, value_RI), (grad_gate_RI, grad_value_RI) = pieces
+        kept_gate_RI, kept_value_RI = gate_RI, value_RI
+        if self.limit < math.inf:
+            kept_gate_RI = gate_RI.clamp(max=self.limit)
+            kept_value_RI = value_RI.clamp(-self.limit, self.limit)
+        factor_RI = kept_value_RI + self.up_offset if self.up_offset else kept_value_RI
+        function_RI = self._function(kept_gate_RI)
+        grad_gate_RI.copy_(self._function_backward(kept_gate_RI, grad_RI * factor_RI))
+        torch.mul(grad_RI, function_RI, out=grad_value_RI)
+        if self.limit < math.inf:
+            grad_gate_RI.masked_fill_(gate_RI > self.limit, 0.0)
+            grad_value_RI.masked_fill_(value_RI.abs() > self.limit, 0.0)
+        return function_RI * factor_RI, grad_up_R
+
     def _function(self, x: Tensor) -> Tensor:
-        if self.function == "silu":
+        if self.function == "silu" and self.alpha != 1.0:
             return x * torch.sigmoid(self.alpha * x)
         return FUNCTIONS[self.function](x)
+
+    def _function_backward(self, x: Tensor, grad: Tensor) -> Tensor:
+        match self.function:
+            case "silu":  # x * sigmoid(alpha * x) is silu(alpha * x) / alpha
+                return torch.ops.aten.silu_backward(
+                    grad, x if self.alpha == 1.0 else self.alpha * x
+                )
+            case "gelu":
+                return torch.ops.aten.gelu_backward(grad, x)
+            case "gelu_tanh":
+                return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+            case "relu":
+                return torch.ops.aten.threshold_backward(grad, x, 0.0)
+            case "relu2":
+                return grad * torch.relu(x) * 2.0
+            case _:
+                raise ValueError(f"function {self.function!r} has no derivative here")
 
     @classmethod
     def of(cls, activate: Callable[[Tensor], Tensor], *, gated: bool) -> Activation | None:
@@ -84,6 +129,22 @@ class Activation:
             ):
                 return candidate
         return None
+
+
+def value_and_gradient(
+    function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return function(x), and the gradient of ``x`` given ``grad``, that of the value, by autograd.
+
+    It works inside of `torch.inference_mode`, too, where autograd by itself records nothing; what
+    it returns are ordinary tensors.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        # A view of a tensor that was made in inference mode would be one itself.
+        leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        value = function(leaf)
+        (gradient,) = torch.autograd.grad(value, leaf, grad)
+        return value.detach(), gradient
 
 
 def _gated(activate: Callable[[Tensor], Tensor]) -> list[Activation]:

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from moesaic.kernels.backward.ffn import BackwardForm
 from moesaic.kernels.ffn import ExpertForm, ExpertWeights
 
 HIDDEN, INTERMEDIATE = 16, 24
@@ -38,9 +39,10 @@ def _relu2(up_R: Tensor) -> Tensor:
 
 
 def _norm(y_RH: Tensor) -> Tensor:
-    y = y_RH.float()
+    y = y_RH if y_RH.dtype == torch.float64 else y_RH.float()
     scaled = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
-    return (scaled * torch.linspace(0.5, 1.5, y.shape[-1], device=y.device)).to(y_RH.dtype)
+    weight = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
+    return (scaled * weight).to(y_RH.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +52,15 @@ class Kind:
     transposed: bool = False
     bias: bool = False
     post_norm: bool = False
+    limit: float | None = None  # at which ``activate`` clamps
 
     @property
     def form(self) -> ExpertForm:
         return ExpertForm(self.transposed, self.activate, _norm if self.post_norm else None)
+
+    @property
+    def backward_form(self) -> BackwardForm:
+        return BackwardForm.of(self.form, gated=self.gated)
 
 
 KINDS: dict[str, Kind] = {
@@ -63,7 +70,9 @@ KINDS: dict[str, Kind] = {
     "not-gated-bias": Kind(activate=_relu2, gated=False, bias=True),
     "transposed": Kind(activate=_silu_gate, transposed=True),
     "transposed-bias": Kind(activate=_silu_gate, transposed=True, bias=True),
-    "interleaved-clamped": Kind(activate=_clamped_interleaved, transposed=True, bias=True),
+    "interleaved-clamped": Kind(
+        activate=_clamped_interleaved, transposed=True, bias=True, limit=1.0
+    ),
     "post-norm": Kind(activate=_silu_gate, post_norm=True),
 }
 

@@ -23,6 +23,7 @@ ARROWS = """
 proto                               -
 kernels                             -
 kernels/grouped                     -
+kernels/backward                    kernels kernels/grouped
 kernels/slabs                       kernels kernels/grouped
 models/folder                       proto
 models/trunk                        proto kernels models/folder

@@ -1,0 +1,91 @@
+"""What a host has added up of a training step.
+
+A step is tried until it can be committed; each try is an attempt. A backward call names its attempt
+and the part of a layer's call that it is. The host answers every such call, and adds the gradients
+of its experts up once, however often the part comes: an answer may be lost on its way. A call of
+another attempt than the one under way is refused, so that what was sent before a failure is never
+added to what comes after it.
+
+The host forgets what it has added up when another attempt begins.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ...proto.errors import InternalError, NotHere, Superseded
+from ..expert_keys import LayerKey
+
+
+class Attempt(NamedTuple):
+    """An attempt at a step of a run, in the order in which they follow each other."""
+
+    run: int  # grows from run to run
+    step: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"attempt {self.number} at step {self.step} of run {self.run}"
+
+
+class Part(NamedTuple):
+    """What is computed at once: the rows of one layer that went to one host, or a piece of them."""
+
+    layer: LayerKey
+    microbatch: int
+    number: int
+
+
+class Contributions:
+    """The parts of the attempt under way."""
+
+    def __init__(self) -> None:
+        self.attempt: Attempt | None = None
+        self._added: set[Part] = set()
+        self._broken = ""  # why the sums are not to be used
+
+    @property
+    def parts(self) -> int:
+        """How many parts were added up."""
+        return len(self._added)
+
+    def begin(self, attempt: Attempt) -> bool:
+        """Begin an attempt; return whether what was added up is to be forgotten.
+
+        The one that is under way goes on. Raises Superseded for one that came before it.
+        """
+        if self.attempt is not None and attempt < self.attempt:
+            raise Superseded(f"{attempt} is over: {self.attempt} is under way")
+        if attempt == self.attempt:
+            return False
+        self.attempt = attempt
+        self._added.clear()
+        self._broken = ""
+        return True
+
+    def check(self, attempt: Attempt) -> None:
+        """Raise NotHere unless this attempt is under way."""
+        if attempt != self.attempt:
+            found = "none has begun here" if self.attempt is None else f"{self.attempt} is under way"
+            raise NotHere(f"{attempt}: {found}")
+
+    def admit(self, attempt: Attempt, part: Part) -> bool:
+        """Return whether a part's gradients are to be added up now; they are, the first time.
+
+        Raises NotHere unless the attempt is under way.
+        """
+        self.check(attempt)
+        if part in self._added:
+            return False
+        self._added.add(part)
+        return True
+
+    def break_off(self, why: str) -> None:
+        """Take note that a part was not added up as a whole."""
+        self._broken = self._broken or why
+
+    def check_whole(self, attempt: Attempt) -> None:
+        """Raise an error unless the sums may be used for this attempt."""
+        self.check(attempt)
+        if self._broken:
+            raise InternalError(f"{attempt}: its gradients are not whole: {self._broken}")

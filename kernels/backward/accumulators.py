@@ -1,0 +1,133 @@
+"""Gradients of experts, added up over calls until a step uses them.
+
+Shape suffixes: R = rows of one expert in one call, M, N = sizes of a matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ffn import all_finite, wide_dtype
+
+_ELEMENTS_OF_A_PIECE = 1 << 20  # that are converted to float64 at once
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """One tensor's sum, and the type in which it is given away."""
+
+    sum: Tensor
+    dtype: torch.dtype
+
+    def rounded(self) -> Tensor:
+        return self.sum.to(self.dtype)
+
+
+class GradientAccumulators:
+    """Sums of gradients, by expert (any key) and by the tensor's name, in the model's layout.
+
+    A sum is in the wide type: float32, or float64 for float64 experts. It begins at zero when
+    something is first added, so experts that no token has used have none and take no memory.
+
+    With ``exact`` sums are float64 and are rounded once, when they are taken. Sums in two orders
+    differ by some 2^-52 of their largest term, and that shows in float32 only across a border of
+    its rounding. In the sums of float64 experts the order shows.
+
+    All sums are ordinary tensors, even if they are added to inside of `torch.inference_mode`, so
+    any thread may add to them; but one at a time, because nothing here takes a lock.
+    """
+
+    def __init__(self, *, exact: bool = False) -> None:
+        self.exact = exact
+        self._sums: dict[Hashable, dict[str, _Sum]] = {}
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._sums
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Yield the keys of the experts that have gradients, in the order of their first ones."""
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.sum.nbytes for sums in self._sums.values() for one in sums.values())
+
+    def add(self, key: Hashable, name: str, gradient: Tensor) -> None:
+        """Add a tensor's gradient, of the tensor's shape."""
+        wide = wide_dtype(gradient.dtype)
+        self._sum(key, name, gradient.shape, wide, gradient.device).add_(gradient)
+
+    def add_product(self, key: Hashable, name: str, left_RM: Tensor, right_RN: Tensor) -> None:
+        """Add left.T @ right, (M, N), computed in the wide type."""
+        wide = wide_dtype(left_RM.dtype)
+        left_MR, right_RN = left_RM.to(wide).t(), right_RN.to(wide)
+        shape = torch.Size((left_MR.shape[0], right_RN.shape[1]))
+        total_MN = self._sum(key, name, shape, wide, left_RM.device)
+        if total_MN.dtype == wide:
+            total_MN.addmm_(left_MR, right_RN)  # one pass over the sum
+        else:
+            total_MN.add_(left_MR @ right_RN)
+
+    def add_rows(self, key: Hashable, name: str, rows_RN: Tensor) -> None:
+        """Add the sum of the rows, (N,), computed in the wide type."""
+        self.add(key, name, rows_RN.sum(0, dtype=wide_dtype(rows_RN.dtype)))
+
+    def not_finite(self) -> list[Hashable]:
+        """Return the experts of which some gradient is not finite, or not when it is rounded."""
+
+        def is_bad(one: _Sum) -> bool:
+            # The quick test is also False where only the sum of all elements overflows.
+            rounded = one.rounded()
+            return not all_finite(rounded) and not bool(torch.isfinite(rounded).all())
+
+        return [key for key, sums in self._sums.items() if any(map(is_bad, sums.values()))]
+
+    def squared_norms(self) -> dict[Hashable, dict[str, float]]:
+        """Return the sum of squares of each tensor, as it would be taken, added up in float64."""
+        return {
+            key: {name: _sum_of_squares(one.rounded()) for name, one in sums.items()}
+            for key, sums in self._sums.items()
+        }
+
+    def take(self, key: Hashable) -> dict[str, Tensor]:
+        """Return an expert's gradients by name, in the wide type, and forget them.
+
+        An expert that nothing was added to has none: KeyError.
+        """
+        return {name: one.rounded() for name, one in self._sums.pop(key).items()}
+
+    def clear(self) -> None:
+        self._sums.clear()
+
+    def _sum(
+        self, key: Hashable, name: str, shape: torch.Size, wide: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return the sum of a tensor's gradients so far; it is made here if there is none."""
+        sums = self._sums.setdefault(key, {})
+        if name not in sums:
+            dtype = torch.float64 if self.exact else wide
+            # A tensor that is made in inference mode cannot be changed outside of it.
+            with torch.inference_mode(False):
+                sums[name] = _Sum(torch.zeros(shape, dtype=dtype, device=device), wide)
+        found = sums[name].sum
+        if found.shape != shape:
+            raise ValueError(
+                f"{name} of expert {key}: a gradient of {tuple(shape)} cannot be added to a sum "
+                f"of {tuple(found.shape)}"
+            )
+        return found
+
+
+def _sum_of_squares(tensor: Tensor) -> float:
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    pieces = rows.split(max(1, _ELEMENTS_OF_A_PIECE // rows.shape[1]))
+    # `fsum` makes no rounding error of its own, so how the tensor is cut does not show.
+    return math.fsum(row for piece in pieces for row in piece.double().square().sum(dim=1).tolist())
