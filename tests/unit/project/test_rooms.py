@@ -40,8 +40,8 @@ cluster/planner                     cluster
 cluster/control                     cluster cluster/load cluster/planner cluster/reports
 cluster/scaling                     cluster/load cluster/planner cluster/reports
                                     cluster/control
-cluster/spec                        proto cluster/service cluster/batching cluster/host
-                                    cluster/routing cluster/planner cluster/control
+cluster/spec                        proto cluster cluster/service cluster/batching
+                                    cluster/host cluster/routing cluster/planner cluster/control
                                     cluster/scaling
 cluster/comparison                  cluster cluster/load cluster/planner cluster/control
                                     cluster/scaling
