@@ -18,6 +18,8 @@ CONTEXT_BYTES = 600_000_000
 # so many bytes.
 _WORKSPACE_PART = 1 / 16
 LEAST_WORKSPACE_BYTES = 256 << 20
+# Tokens of one page of a key-value cache.
+CACHE_PAGE_TOKENS = 32
 # Ray counts a GPU in so many parts.
 _PARTS = 10_000
 _MIG = "MIG-"
@@ -64,6 +66,11 @@ class HostRoom:
         """Divide a limit; it is too small if no byte is left for experts."""
         workspace = workspace_within(limit_bytes)
         return cls(max(0, limit_bytes - CONTEXT_BYTES - workspace), workspace)
+
+
+def cached_bytes(cache_tokens: int, token_bytes: int) -> int:
+    """Return the size of a trunk's key-value cache, which has whole pages."""
+    return -(-cache_tokens // CACHE_PAGE_TOKENS) * CACHE_PAGE_TOKENS * token_bytes
 
 
 def workspace_within(limit_bytes: int) -> int:
@@ -179,7 +186,7 @@ def plan_cards(
     others = [expert_bytes + second_bytes if room is None else room for room in cpu_hosts]
     rooms = [room for card, own in zip(cards, there, strict=True) for room in _rooms(card, own)]
     most = [r for c, own in zip(cards, there, strict=True) for r in _rooms(c, own, sure=True)]
-    if hosts:
+    if hosts and plan.fits:
         room = sum(rooms + others)
         _check_experts(plan, hosts, sum(most + others), room, expert_bytes, second_bytes)
     held = iter(_evenly(expert_bytes, [*rooms, *others]))

@@ -18,7 +18,7 @@ from ...cluster.spec.parts import Resources
 from ...cluster.spec.spec import ModelSpec, Spec
 from ...models.trunk.describe import HOST_BYTES, ModelDescription
 from ...proto.errors import ClusterError
-from ..runtime.devices import machine_memory
+from ..runtime.devices import gpu_count, machine_memory
 from ..runtime.ports import check_address, check_port
 from .findings import Finding, finding_of
 
@@ -151,7 +151,7 @@ def _check_resources(spec: Spec) -> Iterator[Finding]:
     ]
     if spec.endpoint is not None:
         parts.append(("trunk", spec.trunk, max(1, spec.trunk.min_replicas) * len(spec.models)))
-    gpus = torch.cuda.device_count()
+    gpus = gpu_count()
     wanted = sum(part.num_gpus * count for _, part, count in parts)
     for path, part, _ in parts:
         if part.resources:

@@ -57,7 +57,8 @@ RESOURCES: dict[str, st.SearchStrategy[Any]] = {
 ROWS = st.lists(st.integers(1, 65_536), min_size=3, max_size=3).map(sorted)
 GROUPS = st.builds(
     lambda group, rows: (
-        with_a_card(group) | dict(zip(("max_rows", "max_batch_rows", "max_queue_rows"), rows, strict=True))
+        with_a_card(group)
+        | dict(zip(("max_rows", "max_batch_rows", "max_queue_rows"), rows, strict=True))
     ),
     some(
         **RESOURCES,
