@@ -18,6 +18,8 @@ CONTEXT_BYTES = 600_000_000
 # so many bytes.
 _WORKSPACE_PART = 1 / 16
 LEAST_WORKSPACE_BYTES = 256 << 20
+# A host maps memory for experts in chunks. So much may be mapped and not filled.
+PARTLY_FILLED_BYTES = 256 << 20
 # Tokens of one page of a key-value cache.
 CACHE_PAGE_TOKENS = 32
 # Ray counts a GPU in so many parts.
@@ -56,7 +58,10 @@ class CardShare:
 
 @dataclass(frozen=True, slots=True)
 class HostRoom:
-    """What a host's limit leaves, after the context, for experts and for the tensors of calls."""
+    """What a host's limit leaves, after the context, for experts and for the tensors of calls.
+
+    ``expert_bytes`` is the size of experts, and the memory that is mapped for them may be larger.
+    """
 
     expert_bytes: int
     workspace_bytes: int
@@ -65,7 +70,13 @@ class HostRoom:
     def within(cls, limit_bytes: int) -> HostRoom:
         """Divide a limit; it is too small if no byte is left for experts."""
         workspace = workspace_within(limit_bytes)
-        return cls(max(0, limit_bytes - CONTEXT_BYTES - workspace), workspace)
+        rest = limit_bytes - CONTEXT_BYTES - PARTLY_FILLED_BYTES - workspace
+        return cls(max(0, rest), workspace)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """What may be mapped for experts."""
+        return self.expert_bytes + PARTLY_FILLED_BYTES
 
 
 def cached_bytes(cache_tokens: int, token_bytes: int) -> int:
@@ -100,7 +111,8 @@ class CardProcess:
     @property
     def fixed_bytes(self) -> int:
         """All that it takes but experts, with the estimates."""
-        return self.weight_bytes + CONTEXT_BYTES + self.workspace_bytes
+        chunks = PARTLY_FILLED_BYTES if self.holds_experts else 0
+        return self.weight_bytes + CONTEXT_BYTES + chunks + self.workspace_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -375,10 +387,10 @@ def _evenly(amount: int, rooms: Sequence[int]) -> list[int]:
 
 
 def too_small_for_a_host(limit_bytes: int) -> str:
-    least = CONTEXT_BYTES + workspace_within(limit_bytes)
+    least = CONTEXT_BYTES + PARTLY_FILLED_BYTES + workspace_within(limit_bytes)
     return (
-        f"{gb(limit_bytes)} have no room for experts: a host on a GPU takes {gb(least)} for its "
-        "CUDA context and the tensors of calls; raise it"
+        f"{gb(limit_bytes)} have no room for experts: a host on a GPU takes {gb(least)} besides, "
+        "for its CUDA context, the tensors of calls and memory that is filled in part; raise it"
     )
 
 

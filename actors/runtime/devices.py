@@ -144,7 +144,8 @@ def card_limit(device: torch.device, share: CardShare) -> int | None:
 def limit_torch(device: torch.device, nbytes: int) -> None:
     """Let PyTorch take no more than this of a card; beyond that it raises OutOfMemoryError."""
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
+    # The function wants a number.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device.index or 0)
 
 
 # ---- what a device needs ------------------------------------------------------------------------

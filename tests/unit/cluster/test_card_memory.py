@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from moesaic.cluster.card_memory import (
     CONTEXT_BYTES,
     LEAST_WORKSPACE_BYTES,
+    PARTLY_FILLED_BYTES,
     Card,
     CardPlan,
     CardProcess,
@@ -19,7 +20,8 @@ from moesaic.cluster.card_memory import (
 )
 
 GB = 10**9
-FIXED = CONTEXT_BYTES + LEAST_WORKSPACE_BYTES
+TRUNK_FIXED = CONTEXT_BYTES + LEAST_WORKSPACE_BYTES
+FIXED = TRUNK_FIXED + PARTLY_FILLED_BYTES  # of a host
 
 
 def card(total_gb: float = 100, name: str = "a", free_gb: float | None = None) -> Card:
@@ -76,7 +78,8 @@ def test_what_limits_a_process(share: CardShare, limit: int | None, key: str) ->
 def test_a_hosts_limit_is_divided() -> None:
     room = HostRoom.within(32 * GB)
     assert room.workspace_bytes == 2 * GB
-    assert room.expert_bytes + room.workspace_bytes + CONTEXT_BYTES == 32 * GB
+    assert room.mapped_bytes + room.workspace_bytes + CONTEXT_BYTES == 32 * GB
+    assert room.mapped_bytes - room.expert_bytes == PARTLY_FILLED_BYTES
     assert HostRoom.within(FIXED).expert_bytes == 0
     assert HostRoom.within(FIXED + 1).expert_bytes == 1
 
@@ -91,7 +94,7 @@ def test_a_trunk_and_two_hosts_in_parts_of_a_card() -> None:
     (planned,) = plan.cards
     assert [one.expert_bytes for one in planned.processes] == [20 * GB, 20 * GB, 0]
     assert planned.planned_bytes == 90 * GB
-    assert planned.needed_bytes == 45 * GB + 3 * FIXED
+    assert planned.needed_bytes == 45 * GB + 2 * FIXED + TRUNK_FIXED
 
 
 def test_experts_beyond_the_parts_name_the_key() -> None:
@@ -111,7 +114,7 @@ def test_hosts_without_a_limit_share_what_is_left() -> None:
     parts = [host(), host(), trunk(20)]
     plan = plan_cards([card()], parts, expert_bytes=70 * GB)
     assert plan.problems == []
-    assert plan.cards[0].planned_bytes == 90 * GB + 3 * FIXED
+    assert plan.cards[0].planned_bytes == 90 * GB + 2 * FIXED + TRUNK_FIXED
     assert said(plan_cards([card()], parts, expert_bytes=80 * GB + 1)) == [
         ("error", "hosts.0.gpu_memory")
     ]

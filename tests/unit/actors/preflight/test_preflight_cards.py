@@ -10,12 +10,19 @@ import torch
 
 from moesaic.actors.preflight import check_cards
 from moesaic.actors.preflight.preflight import preflight
-from moesaic.cluster.card_memory import CONTEXT_BYTES, LEAST_WORKSPACE_BYTES, Card, HostRoom
+from moesaic.cluster.card_memory import (
+    CONTEXT_BYTES,
+    LEAST_WORKSPACE_BYTES,
+    PARTLY_FILLED_BYTES,
+    Card,
+    HostRoom,
+)
 from moesaic.cluster.spec.spec import Spec
 from tests.helpers.models.preflight_specs import found, only, spec_of
 
 EXPERTS = 8 * 18432  # of the model of these tests
-FIXED = CONTEXT_BYTES + LEAST_WORKSPACE_BYTES
+TRUNK_FIXED = CONTEXT_BYTES + LEAST_WORKSPACE_BYTES
+FIXED = TRUNK_FIXED + PARTLY_FILLED_BYTES  # of a host
 GB = 10**9
 
 
@@ -49,7 +56,7 @@ def test_a_plan_says_what_each_process_takes(whole: Path, cards: list[Card]) -> 
     cache = 16_384 * described.cache_token_bytes
     assert described.cache_token_bytes == 2 * 2 * 2 * 8 * 4
     read = (16_384 + 512) * described.attention_token_bytes
-    assert card.processes[2].fixed_bytes == described.trunk_bytes + cache + read + FIXED
+    assert card.processes[2].fixed_bytes == described.trunk_bytes + cache + read + TRUNK_FIXED
 
 
 def test_experts_that_do_not_fit_name_the_key(whole: Path, cards: list[Card]) -> None:

@@ -192,13 +192,12 @@ def test_a_limit_is_one_of_the_whole_card_or_the_instance(gpus: list[SimpleNames
 def test_pytorch_is_told_its_part(
     gpus: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[tuple[float, torch.device]] = []
+    told: list[tuple[float, int]] = []
     monkeypatch.setattr(
         torch.cuda,
         "set_per_process_memory_fraction",
-        lambda part, device: told.append((part, device)),
+        lambda part, number: told.append((part, number)),
     )
-    device = torch.device("cuda", 0)
-    limit_torch(device, 25)
-    limit_torch(device, 500)
-    assert told == [(0.25, device), (1.0, device)]
+    limit_torch(torch.device("cuda"), 25)
+    limit_torch(torch.device("cuda", 1), 500)
+    assert told == [(0.25, 0), (1.0, 1)]
