@@ -14,7 +14,14 @@ from typing import Any
 import psutil
 import torch
 
-from ...cluster.card_memory import Card, CardShare, gb, mig_names
+from ...cluster.card_memory import (
+    CONTEXT_BYTES,
+    Card,
+    CardShare,
+    gb,
+    mig_names,
+    too_small_for_a_trunk,
+)
 from ...cluster.routing.transports import CPU
 from ...proto.errors import ClusterError
 
@@ -138,6 +145,28 @@ def card_limit(device: torch.device, share: CardShare) -> int | None:
         raise ClusterError(
             f"{share.limited_by}: {gb(limit)}, but {device} has {gb(total)}; set at most that"
         )
+    return limit
+
+
+def take_for_trunk(device: torch.device, share: CardShare, weight_bytes: int) -> int | None:
+    """Keep this process, a trunk, within its part of a card; return that part in bytes.
+
+    None: there is no limit. ``weight_bytes`` are its weights and its key-value cache. Raises
+    ClusterError if they do not fit into the limit or into what is free, before any is loaded.
+    """
+    limit = card_limit(device, share)
+    if limit is not None and weight_bytes > limit:
+        raise ClusterError(f"{share.limited_by}: {too_small_for_a_trunk(weight_bytes, limit)}")
+    free, total = torch.cuda.mem_get_info(device)
+    if weight_bytes > free:
+        raise ClusterError(
+            f"{share.key}.device: the trunk's weights and its key-value cache need "
+            f"{gb(weight_bytes)}, and {device} has {gb(free)} free of {gb(total)}; lower "
+            "trunk.cache_tokens, give hosts on this GPU less (hosts.gpu_memory), or end other "
+            "programs"
+        )
+    if limit is not None:
+        limit_torch(device, max(weight_bytes, limit - CONTEXT_BYTES))
     return limit
 
 

@@ -92,6 +92,7 @@ def deploy_endpoint(
             engine=_engine_config(spec),
             engine_kind=spec.trunk.engine,
             start_s=spec.timeouts.start_s,
+            share=spec.trunk.card_share("trunk"),
         )
         deployment = Trunk.options(
             name=f"Trunk-{name}",

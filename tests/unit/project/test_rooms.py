@@ -57,8 +57,8 @@ actors/router                       proto kernels kernels/grouped kernels/slabs 
                                     cluster cluster/load cluster/routing cluster/spec
                                     actors/runtime actors/transport actors/transport/grpc
                                     actors/engine
-actors/engine/vllm_backend          proto models/folder models/trunk cluster/routing actors/text
-                                    actors/engine actors/router
+actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing
+                                    actors/runtime actors/text actors/engine actors/router
 actors/host                         proto kernels kernels/slabs models/folder
                                     models/trunk cluster cluster/host cluster/reports
                                     cluster/routing actors/runtime actors/transport
