@@ -8,6 +8,7 @@ an error, and what is too small only for the latter is a warning.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -145,6 +146,17 @@ class PlannedCard:
     @property
     def needed_bytes(self) -> int:
         return sum(process.expert_bytes + process.fixed_bytes for process in self.processes)
+
+    def __str__(self) -> str:
+        counts = Counter((process.key, process.planned_bytes) for process in self.processes)
+        parts = [
+            f"{key} {gb(planned)}" if count == 1 else f"{count} of {key} {gb(planned)} each"
+            for (key, planned), count in counts.items()
+        ]
+        return (
+            f"card {self.card.name}: {gb(self.planned_bytes)} of {gb(self.card.total_bytes)} are "
+            f"planned ({', '.join(parts)})"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,10 +317,10 @@ def _check_host(plan: CardPlan, process: CardProcess, limit: int) -> None:
     if room.expert_bytes == 0:
         _add(plan, "error", process.share.limited_by, too_small_for_a_host(limit))
     elif process.workspace_bytes > room.workspace_bytes:
-        text = f"a computation of so many rows may take {gb(process.workspace_bytes)}, and the "
-        text += f"host's limit on its card ({process.share.limited_by}) leaves "
-        text += f"{gb(room.workspace_bytes)}; lower max_batch_rows, or raise that"
-        _add(plan, "warning", f"{process.share.key}.max_batch_rows", text)
+        text = f"of {gb(limit)} a host keeps {gb(room.workspace_bytes)} for tensors of calls, and "
+        text += "the computation of max_batch_rows rows, or the copy of an expert for another "
+        text += f"host, may take {gb(process.workspace_bytes)}; raise it, or lower max_batch_rows"
+        _add(plan, "warning", process.share.limited_by, text)
 
 
 def _rooms(card: Card, own: Sequence[CardProcess], *, sure: bool = False) -> list[int]:

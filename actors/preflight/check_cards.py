@@ -42,8 +42,9 @@ def plan_of(spec: Spec, models: Mapping[str, ModelDescription]) -> CardPlan:
             holds_experts=True,
             most_expert_bytes=most,
             workspace_bytes=max(
-                [_call_bytes(one, group.max_batch_rows) for one in models.values()],
-                default=LEAST_WORKSPACE_BYTES,
+                [LEAST_WORKSPACE_BYTES]
+                + [_call_bytes(one, group.max_batch_rows) for one in models.values()]
+                + [one.expert_bytes for one in models.values()]
             ),
         )
         processes += [host] * group.count
@@ -94,7 +95,7 @@ def _call_bytes(model: ModelDescription, rows: int) -> int:
     width = model.expert_bytes // (2 * model.hidden_size * item)
     assignment = (width + model.hidden_size) * item
     row = model.hidden_size * (item + torch.float32.itemsize)
-    return max(LEAST_WORKSPACE_BYTES, rows * ((model.top_k or 1) * assignment + row))
+    return rows * ((model.top_k or 1) * assignment + row)
 
 
 def _number(device: str) -> int:

@@ -185,9 +185,7 @@ def test_other_programs_on_the_card_are_a_warning() -> None:
 def test_rows_beyond_the_workspace_are_a_warning() -> None:
     share = CardShare(key="hosts.0", gpu_memory=0.1)
     wide = CardProcess(share=share, holds_experts=True, workspace_bytes=GB)
-    assert said(plan_cards([card()], [wide], expert_bytes=0)) == [
-        ("warning", "hosts.0.max_batch_rows")
-    ]
+    assert said(plan_cards([card()], [wide], expert_bytes=0)) == [("warning", "hosts.0.gpu_memory")]
 
 
 # ---- several cards ------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from moesaic.actors.preflight import check_cards
 from moesaic.actors.preflight.preflight import preflight
+from moesaic.cli.main import main
 from moesaic.cluster.card_memory import (
     CONTEXT_BYTES,
     LEAST_WORKSPACE_BYTES,
@@ -59,6 +62,25 @@ def test_a_plan_says_what_each_process_takes(whole: Path, cards: list[Card]) -> 
     assert card.processes[2].fixed_bytes == described.trunk_bytes + cache + read + TRUNK_FIXED
 
 
+def test_spec_check_prints_what_is_planned(
+    whole: Path, cards: list[Card], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text(yaml.safe_dump(shared(whole).model_dump(mode="json")))
+    assert main(["spec", "check", str(file)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    planned = "72.0 GB of 80.0 GB are planned (2 of hosts.0 24.0 GB each, trunk 24.0 GB)"
+    assert f"card GPU-a: {planned}" in said
+    assert main(["spec", "check", str(file), "--json"]) == 0
+    (card,) = json.loads(capsys.readouterr().out)["cards"]
+    assert (card["card"], card["memory_bytes"], card["planned_bytes"]) == (
+        "GPU-a",
+        80 * GB,
+        72 * GB,
+    )
+    assert [one["planned_bytes"] for one in card["processes"]] == [24 * GB] * 3
+
+
 def test_experts_that_do_not_fit_name_the_key(whole: Path, cards: list[Card]) -> None:
     small = FIXED + EXPERTS // 2
     limit = {"gpu_memory": f"{small}B"}
@@ -89,6 +111,13 @@ def test_slots_and_hosts_on_the_cpu_count(whole: Path, cards: list[Card]) -> Non
     ]
     groups = [{"count": 1, "device": "cuda"}, {"count": 1, "device": "cpu", "slots": 4}]
     assert found(spec_of(whole, hosts=groups, trunk=trunk)) == []
+
+
+def test_large_batches_on_a_small_part_of_a_card(whole: Path, cards: list[Card]) -> None:
+    small = {"gpu_memory": "2GB", "max_batch_rows": 1 << 20, "max_queue_rows": 1 << 20}
+    one = only(shared(whole, hosts=small))
+    assert (one.severity, one.path) == ("warning", "hosts.0.gpu_memory")
+    assert "lower max_batch_rows" in one.message
 
 
 def test_what_is_free_now_is_a_warning(whole: Path, cards: list[Card]) -> None:
