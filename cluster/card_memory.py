@@ -292,7 +292,7 @@ def _check_limits(plan: CardPlan, card: Card, own: Sequence[CardProcess]) -> Non
             text = f"about {gb(process.fixed_bytes)} with the CUDA context and the workspace may "
             text += f"be needed, and the limit is {gb(limit)}; raise it, or lower cache_tokens"
             _add(plan, "warning", share.limited_by, text)
-    if not own or not (taken or least):
+    if not own:
         return
     keys = dict.fromkeys(p.share.limited_by for p in own)
     names = ", ".join(keys)

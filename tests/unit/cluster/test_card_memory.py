@@ -159,7 +159,11 @@ def test_a_trunk_beyond_its_limit() -> None:
 
 def test_limits_that_exceed_the_card() -> None:
     twice = [host(gpu_memory=0.6), host(gpu_memory=0.6)]
-    assert said(plan_cards([card()], twice, expert_bytes=0)) == [("error", "hosts.0.gpu_memory")]
+    plan = plan_cards([card()], twice, expert_bytes=0)
+    assert said(plan) == [("error", "hosts.0.gpu_memory")]
+    assert "the limits of the processes on one card (hosts.0.gpu_memory) are 120.0 GB" in (
+        plan.problems[0].message
+    )
     large = plan_cards([card()], [host(gpu_memory=200 * GB)], expert_bytes=0)
     assert said(large) == [("error", "hosts.0.gpu_memory")]
     assert "200.0 GB, but the card has 100.0 GB" in large.problems[0].message
@@ -197,7 +201,7 @@ def test_rows_beyond_the_workspace_are_a_warning() -> None:
         ([host(0.5), host(0.5), trunk(1, 0.5)], [[0, 1], [2]]),
         ([host(1), trunk(1, 1)], [[0], [1]]),
         ([host(0.3), host(0.6), trunk(1, 0.4)], [[0, 1], [2]]),
-        ([host(0.7), host(0.6), trunk(1, 0.4)], [[0], [1, 2]]),  # where least is left
+        ([host(0.5), host(0.6), trunk(1, 0.3)], [[0], [1, 2]]),  # where least is left
         ([host(2)], [[0], []]),
         ([host(device=1), trunk(1, device=0)], [[1], [0]]),
     ],
