@@ -66,7 +66,8 @@ def preflight(spec: Spec, *, local: bool | None = None) -> Preflight:
         found.findings += check_local(spec, found.described)
         plan = plan_of(spec, found.described)
         found.cards = [card for card in plan.cards if card.processes]
-        found.findings += check_cards(plan)
+        wrong = {one.path for one in found.findings if one.severity == "error"}
+        found.findings += [one for one in check_cards(plan) if one.path not in wrong]
     return found
 
 

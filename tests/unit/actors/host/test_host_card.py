@@ -1,14 +1,17 @@
-"""A host's part of its card; PyTorch's functions are played."""
+"""A host's part of its card; PyTorch's functions are played, but for a card where one is."""
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moesaic.actors.host.device import HostCard
+from moesaic.actors.runtime.devices import visible_cards
 from moesaic.cluster.card_memory import CardShare, HostRoom
+from moesaic.kernels.slabs.device_memory import DeviceMemory
 from moesaic.proto.errors import ClusterError
 
 TOTAL = 100 * 10**9
@@ -61,3 +64,33 @@ def test_a_limit_that_cannot_hold_is_named_at_the_start(
     with pytest.raises(ClusterError, match=words):
         HostCard(DEVICE, limit)
     assert torchs_parts == []
+
+
+@pytest.mark.cuda
+def test_a_card_refuses_what_exceeds_its_parts() -> None:
+    limit = 3 * 10**9
+    before = visible_cards()[0]
+    assert before.total_bytes == torch.cuda.get_device_properties(DEVICE).total_memory
+    assert before.free_bytes is not None
+    assert limit < before.free_bytes <= before.total_bytes
+    torch.cuda.empty_cache()
+    card = HostCard(DEVICE, CardShare(key="hosts.0", gpu_memory=limit))
+    memory = card.budget.bound(partial(DeviceMemory, DEVICE))(limit)
+    try:
+        chunks = HostRoom.within(limit).mapped_bytes // memory.chunk_bytes
+        for chunk in range(chunks):
+            memory.map(chunk)
+        with pytest.raises(torch.OutOfMemoryError, match=r"hosts\.0\.gpu_memory leaves"):
+            memory.map(chunks)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(
+                HostRoom.within(limit).workspace_bytes + 1, dtype=torch.uint8, device=DEVICE
+            )
+        said = card.report()
+        assert chunks * memory.chunk_bytes <= said.used_bytes <= limit
+        free = visible_cards()[0].free_bytes
+        assert free is not None
+        assert free <= before.free_bytes - chunks * memory.chunk_bytes
+    finally:
+        memory.close()
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)

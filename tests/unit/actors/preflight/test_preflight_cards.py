@@ -133,6 +133,27 @@ def test_parts_of_cards_that_ray_cannot_reserve(whole: Path, cards: list[Card]) 
     assert found(spec) == [("error", "trunk.num_gpus")]
 
 
+def test_more_gpus_than_there_are_is_one_finding_for_each_key(
+    whole: Path, cards: list[Card]
+) -> None:
+    spec = shared(whole, hosts={"num_gpus": 1}, trunk={"num_gpus": 0.5})
+    assert found(spec) == [("error", "hosts.0.num_gpus"), ("error", "trunk.num_gpus")]
+
+
+def test_ray_numbers_the_gpus_of_each_process_from_0(
+    whole: Path, cards: list[Card], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards[:] = [Card("GPU-a", 80 * GB), Card("GPU-b", 80 * GB)]
+    monkeypatch.delenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", raising=False)
+    second = {"hosts": {"device": "cuda:1", "count": 1}}
+    one = only(shared(whole, **second))
+    assert (one.severity, one.path) == ("error", "hosts.0.device")
+    assert "numbered from 0; set cuda, or leave out num_gpus" in one.message
+    assert found(shared(whole, hosts={"device": "cuda:1", "num_gpus": 0})) == []
+    monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1")
+    assert found(shared(whole, **second)) == []
+
+
 def test_a_ray_elsewhere_has_other_cards(whole: Path, cards: list[Card]) -> None:
     checked = preflight(shared(whole, hosts={"gpu_memory": "1MB"}, ray={"address": "auto"}))
     assert (checked.findings, checked.cards) == ([], [])
