@@ -6,10 +6,9 @@ import ctypes
 import importlib.util
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -76,18 +75,23 @@ def gpu_count() -> int:
 def visible_cards() -> list[Card]:
     """Return the cards that this process and its children may use, without using one.
 
-    CUDA shows a process only the first of several MIG instances; its children get one each. What
-    is free is None where NVML does not say it.
+    CUDA shows a process only the first of several MIG instances; its children get one each. Where
+    NVML does not answer, it is unknown what is free, and other instances are missing.
     """
     if not torch.cuda.is_available():
         return []
     instances = mig_names(os.environ.get(_VISIBLE))
     # Asking CUDA what is free would make a context on each card, which stays.
     with _nvml() as memory_of:
-        if instances:
-            found = [(name, memory_of(name)) for name in instances]
-            return [Card(name, *memory) for name, memory in found if memory is not None]
         cards = []
+        for number, name in enumerate(instances):
+            memory = memory_of(name)
+            if memory is not None:
+                cards.append(Card(name, *memory))
+            elif number == 0:
+                cards.append(Card(name, torch.cuda.get_device_properties(0).total_memory))
+        if instances:
+            return cards
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
             memory = memory_of(f"GPU-{properties.uuid}")
@@ -107,7 +111,7 @@ class _NvmlMemory(ctypes.Structure):
 
 
 @contextmanager
-def _nvml() -> Iterator[Any]:
+def _nvml() -> Iterator[Callable[[str], tuple[int, int] | None]]:
     """Give a function from a card's name to its (total, free) bytes; None where NVML fails."""
     try:
         library = ctypes.CDLL(_NVML)

@@ -153,7 +153,9 @@ def test_instances_of_a_gpu_are_cards_of_their_own(
     assert visible_cards() == [Card("MIG-a", 20, 19), Card("MIG-b", 40, 33)]
     assert gpu_count() == 2
     nvml(FakeNvml({"MIG-b": (40, 33)}))
-    assert visible_cards() == [Card("MIG-b", 40, 33)]
+    assert visible_cards() == [Card("MIG-a", 100), Card("MIG-b", 40, 33)]
+    nvml(None)
+    assert visible_cards() == [Card("MIG-a", 100)], "the one that CUDA shows"
 
 
 def test_a_machine_without_cards_does_not_ask(gpus: list[SimpleNamespace], nvml: UseNvml) -> None:
