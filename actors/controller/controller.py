@@ -379,6 +379,7 @@ class Controller:
             holdings=without(report.holdings, forgetting),
             loading=report.loading > 0 or host in self._loads or host in self._evicts,
             work=Work(report.loop.batches, report.loop.assignments, report.loop.busy_s),
+            device_bytes=None if report.card is None else report.card.room_bytes,
         )
 
     async def _plan(self, command: MakePlan) -> None:

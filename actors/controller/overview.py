@@ -19,6 +19,7 @@ from ...cluster.reports.activity import Activity, ExpertReport, HostActivity, Mo
 from ...cluster.reports.report import PlacementNumber
 from ...cluster.reports.status import (
     BalancingStatus,
+    CardStatus,
     ClusterStatus,
     ControllerStatus,
     HostStatus,
@@ -124,6 +125,7 @@ class Overview:
             ],
             unprotected_experts=len(control.unprotected()),
             nodes=_nodes(self.hosts.reports),
+            cards=_cards(self.hosts.reports),
         )
 
     def top(self, count: int) -> Activity:
@@ -290,6 +292,32 @@ def _nodes(reports: Mapping[str, HostReport]) -> list[NodeStatus]:
                 rss_bytes=sum(report.rss_bytes for report in own),
                 memory_bytes=memory_bytes,
                 free_bytes=free_bytes,
+            )
+        )
+    return found
+
+
+def _cards(reports: Mapping[str, HostReport]) -> list[CardStatus]:
+    """Return the GPUs of hosts, each with its memory as one of its hosts reported it."""
+    by_card: dict[tuple[str, str], list[str]] = {}
+    for host, report in sorted(reports.items()):
+        if report.card is not None:
+            by_card.setdefault((report.entry.node, report.entry.device), []).append(host)
+    found = []
+    for (node, card), hosts in sorted(by_card.items()):
+        own = [(reports[host], known) for host in hosts if (known := reports[host].card)]
+        limits = [known.limit_bytes for _, known in own]
+        last = own[-1][1]
+        found.append(
+            CardStatus(
+                card=card,
+                node=node,
+                hosts=hosts,
+                weight_bytes=sum(report.weight_bytes for report, _ in own),
+                used_bytes=sum(known.used_bytes for _, known in own),
+                limit_bytes=None if None in limits else sum(one or 0 for one in limits),
+                memory_bytes=last.total_bytes,
+                free_bytes=last.free_bytes,
             )
         )
     return found

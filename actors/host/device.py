@@ -1,4 +1,4 @@
-"""A host's device as its loop sees it: work done, busy seconds, and emulated time."""
+"""A host's device: work done, busy seconds, emulated time, and its memory if it is a GPU."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
+from ...cluster.card_memory import CardShare, HostRoom, too_small_for_a_host
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.residency import QueuedCall
-from .report import LoopStats
+from ...kernels.slabs.bounded_memory import MemoryBudget
+from ...proto.errors import ClusterError
+from ..runtime.devices import card_limit, limit_torch
+from .report import CardReport, LoopStats
 
 # Linux wakes a sleeping thread about 50 us late, and much later on a busy core. So the last part
 # of a wait yields the core in a loop instead of sleeping.
@@ -80,3 +86,31 @@ class Device:
                 time.sleep(left_s - _FINE_S)
             else:
                 os.sched_yield()
+
+
+class HostCard:
+    """A host's part of its card (GPU): PyTorch and the host's experts are kept within it."""
+
+    def __init__(self, device: torch.device, share: CardShare) -> None:
+        """Set the limits of this process. Raises ClusterError if experts would have no room."""
+        self._device = device
+        self._limit_bytes = card_limit(device, share)
+        self._room: HostRoom | None = None
+        self.budget = MemoryBudget()
+        if self._limit_bytes is None:
+            return
+        self._room = room = HostRoom.within(self._limit_bytes)
+        if room.expert_bytes == 0:
+            raise ClusterError(f"{share.limited_by}: {too_small_for_a_host(self._limit_bytes)}")
+        self.budget = MemoryBudget(room.mapped_bytes, share.limited_by)
+        limit_torch(device, room.workspace_bytes)
+
+    def report(self) -> CardReport:
+        free, total = torch.cuda.mem_get_info(self._device)
+        return CardReport(
+            total_bytes=total,
+            free_bytes=free,
+            used_bytes=self.budget.used_bytes + torch.cuda.memory_reserved(self._device),
+            limit_bytes=self._limit_bytes,
+            room_bytes=None if self._room is None else self._room.expert_bytes,
+        )

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...cluster.expert_keys import ExpertKey, ExpertVersion
 from ...kernels import onednn
 from ...kernels.ffn import ExpertForm, ExpertWeights, can_pack, pack, unpack
+from ...kernels.slabs.bounded_memory import MemoryBudget
 from ...kernels.slabs.device_memory import CHUNK_BYTES, DeviceMemory
 from ...kernels.slabs.device_slab import DeviceSlab, Memory, SlotLayer
 from ...kernels.slabs.layer_arithmetic import CpuLayer, DeviceLayer, LayerArithmetic
@@ -32,7 +33,7 @@ class ExpertMemory(Protocol):
         ...
 
     def keep(self, given: ExpertVersion, form: ExpertForm, weights: ExpertWeights) -> None:
-        """Keep an expert. Raises Busy while there is no room for another version of it."""
+        """Keep an expert. Raises Busy while there is no room for it, or its version."""
         ...
 
     def read(self, wanted: ExpertVersion) -> dict[str, Tensor]:
@@ -248,8 +249,12 @@ class SlotMemory:
         allocate: Callable[[int], Memory] | None = None,
         *,
         chunk_bytes: int = CHUNK_BYTES,
+        budget: MemoryBudget | None = None,
     ) -> None:
-        """``allocate`` returns ranges of the device's addresses (None: of a CUDA device)."""
+        """``allocate`` returns ranges of the device's addresses (None: of a CUDA device).
+
+        ``budget`` is of all memory of the host's experts; None: this memory has its own, unlimited.
+        """
         shapes = {
             number: SlotLayer(
                 layer.num_experts,
@@ -260,11 +265,12 @@ class SlotMemory:
             )
             for number, layer in layers.items()
         }
+        budget = budget or MemoryBudget()
         self._slab = DeviceSlab(
             name,
             shapes,
             device,
-            allocate or (lambda nbytes: DeviceMemory(device, nbytes)),
+            budget.bound(allocate or (lambda nbytes: DeviceMemory(device, nbytes))),
             chunk_bytes=chunk_bytes,
         )
         self._sizes = {
@@ -294,7 +300,10 @@ class SlotMemory:
             there = self._slab.versions(key.layer, key.expert)
             if len(there) >= COPIES:
                 raise _no_room(given, there)
-            self._slab.write(key.layer, key.expert, weights.tensors(), version=version)
+            try:
+                self._slab.write(key.layer, key.expert, weights.tensors(), version=version)
+            except torch.OutOfMemoryError as error:
+                raise Busy(f"{given}: no room on this host's GPU: {error}") from error
             self._held.add(given)
 
     def read(self, wanted: ExpertVersion) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from ...cluster.card_memory import CardShare
 from ...cluster.expert_keys import FIRST_VERSION, SHARED, ExpertKey, ExpertVersion, LayerKey
 from ...cluster.host.emulation import Emulation
 from ...cluster.host.fence import Fence
@@ -40,11 +41,12 @@ from ..transport.grpc.stream import GrpcListener
 from ..transport.grpc.weights import get_weights
 from ..transport.shm import ShmListener
 from .adoption import Adoption, model_as_json
+from .device import HostCard
 from .expert_memory import ExpertMemory
 from .host_loop import HostLoop, check_fit
 from .kept_memory import KeptMemory
 from .report import HostReport, PlacedModel, Revision
-from .weight_store import ExpertStore
+from .weight_store import ExpertStore, open_model
 
 # Time limit for fetching one expert from a peer.
 FETCH_TIMEOUT_S = 60.0
@@ -73,6 +75,7 @@ class ExpertHost:
         clock: Callable[[], float] = time.monotonic,
         lends: bool = False,
         kept: KeptMemory | None = None,
+        share: CardShare | None = None,
     ) -> None:
         """Start the host, without any expert but those that its predecessor has left.
 
@@ -81,7 +84,8 @@ class ExpertHost:
         may ask for. ``secret`` is the cluster's secret (None: that of this process). ``lends``:
         routers of this machine may compute with the memory of its experts. A host that emulates
         another device lends nothing. ``kept`` is its side of the memory keeper, which this object
-        closes; without it nothing outlives the process.
+        closes; without it nothing outlives the process. ``share`` is the part of its GPU that it
+        may take (None: no limit). Raises ClusterError if it cannot work on ``device``.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -90,7 +94,9 @@ class ExpertHost:
         self._node = node
         where = pick_device(device)
         check_packages(where)
-        self._store = ExpertStore(where)
+        self._card = HostCard(where, share or CardShare()) if where.type == "cuda" else None
+        budget = None if self._card is None else self._card.budget
+        self._store = ExpertStore(where, partial(open_model, budget=budget))
         policy = (limits or HostLimits()).policy(gpu=where.type != "cpu")
         self._residency = Residency(policy, incarnation=self.incarnation)
         self._loading = 0
@@ -251,6 +257,7 @@ class ExpertHost:
             rss_bytes=psutil.Process().memory_info().rss,
             machine_bytes=machine_memory(),
             adopted=len(self._adoption.held),
+            card=None if self._card is None else self._card.report(),
             loop=self._loop.stats(),
         )
 

@@ -17,6 +17,7 @@ from ..runtime.start_failures import recording_failure
 
 if TYPE_CHECKING:
     # Ray imports this module at normal priority, so it must not import torch.
+    from ...cluster.card_memory import CardShare
     from ...cluster.expert_keys import ExpertVersion
     from ...cluster.host.emulation import Emulation
     from ...cluster.host.residency import HostLimits
@@ -40,10 +41,12 @@ class RayExpertHost:
         transport: TransportChoice,
         lends: bool = False,
         keep_s: float | None = None,
+        share: CardShare | None = None,
     ) -> None:
         """Start the host.
 
-        ``keep_s`` is how long its memory waits for a successor; None: not at all.
+        ``keep_s`` is how long its memory waits for a successor; None: not at all. ``share`` is the
+        part of its GPU that it may take.
         """
         with recording_failure(namespace_of(cluster), "host", name):
             begin_process("host", name, cluster)
@@ -71,6 +74,7 @@ class RayExpertHost:
                 lends=lends,
                 secret=secret,
                 kept=kept,
+                share=share,
             )
 
     def entry(self) -> HostEntry:

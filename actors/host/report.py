@@ -27,6 +27,17 @@ class LoopStats:
     late_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardReport:
+    """The memory of a host's card (GPU), in bytes."""
+
+    total_bytes: int
+    free_bytes: int
+    used_bytes: int  # by this host, besides its CUDA context
+    limit_bytes: int | None  # what this host may take; None: no limit
+    room_bytes: int | None  # of that, for experts
+
+
 # A model and how it is placed. Hosts remember it for a restarted controller.
 PlacedModel = tuple[ModelRef, ModelShape]
 
@@ -51,6 +62,7 @@ class HostReport:
     loop: LoopStats
     machine_bytes: tuple[int, int] = (0, 0)  # of its machine: all memory, and what is free of it
     adopted: int = 0  # experts that this process has from its predecessor's memory
+    card: CardReport | None = None  # None: it computes on the CPU
 
     def process(self) -> HostProcess:
         """Return what `status` shows of the host's process."""
@@ -65,6 +77,8 @@ class HostReport:
             weight_bytes=self.weight_bytes,
             rss_bytes=self.rss_bytes,
             adopted_replicas=self.adopted,
+            card_used_bytes=None if self.card is None else self.card.used_bytes,
+            card_limit_bytes=None if self.card is None else self.card.limit_bytes,
             calls=loop.calls,
             rows=loop.rows,
             assignments=loop.assignments,

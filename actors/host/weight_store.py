@@ -16,6 +16,7 @@ from ...cluster.host.residency import LayerShape
 from ...cluster.placement import ModelRef
 from ...cluster.update_folder import UpdateFolder
 from ...kernels.ffn import ExpertForm, ExpertWeights
+from ...kernels.slabs.bounded_memory import MemoryBudget
 from ...kernels.slabs.layer_arithmetic import LayerArithmetic
 from ...kernels.slabs.slab import Slab
 from ...models.folder.expert_file import read_expert
@@ -47,8 +48,12 @@ class HostedModel:
         layers: Mapping[int, ExpertsLayer],
         device: torch.device,
         about: Mapping[str, Any],
+        budget: MemoryBudget | None = None,
     ) -> None:
-        """``about`` is what the memory says of the model, for a successor of this process."""
+        """``about`` is what the memory says of the model, for a successor of this process.
+
+        ``budget`` is of all memory of the host's experts on a device.
+        """
         self.ref = ref
         self.layers = layers
         self._device = device
@@ -56,7 +61,7 @@ class HostedModel:
         self.memory: ExpertMemory = (
             SlabMemory(ref.name, layers, dtype, about)
             if device.type == "cpu"
-            else SlotMemory(ref.name, layers, dtype, device)
+            else SlotMemory(ref.name, layers, dtype, device, budget=budget)
         )
 
     def form(self, layer: int) -> ExpertForm | None:
@@ -83,10 +88,15 @@ class _FolderModel(HostedModel):
     """A model with a checkpoint, and perhaps a folder with later versions of its experts."""
 
     def __init__(
-        self, ref: ModelRef, folder: Path, device: torch.device, about: Mapping[str, Any]
+        self,
+        ref: ModelRef,
+        folder: Path,
+        device: torch.device,
+        about: Mapping[str, Any],
+        budget: MemoryBudget | None,
     ) -> None:
         self._checkpoint = Checkpoint(folder, read_config(folder), dtype=torch_dtype(ref.dtype))
-        super().__init__(ref, self._checkpoint.layers, device, about)
+        super().__init__(ref, self._checkpoint.layers, device, about, budget)
 
     def form(self, layer: int) -> ExpertForm:
         form, experts = self._checkpoint.form(layer), self.layers[layer]
@@ -113,18 +123,29 @@ class _FolderModel(HostedModel):
 class _MemoryModel(HostedModel):
     """A model of which only the configuration is known."""
 
-    def __init__(self, ref: ModelRef, device: torch.device, about: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        ref: ModelRef,
+        device: torch.device,
+        about: Mapping[str, Any],
+        budget: MemoryBudget | None,
+    ) -> None:
         # Keeps the layers' modules alive, which the model owns.
         self._owner = meta_model(config_from_dict(dict(ref.config)))
         layers = {layer.layer: layer for layer in experts_layers(self._owner)}
-        super().__init__(ref, layers, device, about)
+        super().__init__(ref, layers, device, about, budget)
 
 
-def open_model(ref: ModelRef, device: torch.device, about: Mapping[str, Any]) -> HostedModel:
+def open_model(
+    ref: ModelRef,
+    device: torch.device,
+    about: Mapping[str, Any],
+    budget: MemoryBudget | None = None,
+) -> HostedModel:
     """Return a model without any expert. Raises CheckpointError and UnsupportedModel."""
     if ref.path is None:
-        return _MemoryModel(ref, device, about)
-    return _FolderModel(ref, Path(ref.path), device, about)
+        return _MemoryModel(ref, device, about, budget)
+    return _FolderModel(ref, Path(ref.path), device, about, budget)
 
 
 OpenModel = Callable[[ModelRef, torch.device, Mapping[str, Any]], HostedModel]

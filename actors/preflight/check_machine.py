@@ -18,10 +18,12 @@ from ...cluster.spec.parts import Resources
 from ...cluster.spec.spec import ModelSpec, Spec
 from ...models.trunk.describe import HOST_BYTES, ModelDescription
 from ...proto.errors import ClusterError
-from ..runtime.devices import machine_memory
+from ..runtime.devices import gpu_count, machine_memory
 from ..runtime.ports import check_address, check_port
 from .findings import Finding, finding_of
 
+# Ray leaves CUDA_VISIBLE_DEVICES as it is where this is set.
+_NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 _OWNERS = {"endpoint": "endpoint's", "router": "router service's"}
 
 
@@ -151,7 +153,7 @@ def _check_resources(spec: Spec) -> Iterator[Finding]:
     ]
     if spec.endpoint is not None:
         parts.append(("trunk", spec.trunk, max(1, spec.trunk.min_replicas) * len(spec.models)))
-    gpus = torch.cuda.device_count()
+    gpus = gpu_count()
     wanted = sum(part.num_gpus * count for _, part, count in parts)
     for path, part, _ in parts:
         if part.resources:
@@ -165,14 +167,22 @@ def _check_resources(spec: Spec) -> Iterator[Finding]:
 
 
 def _check_devices(spec: Spec) -> Iterator[Finding]:
-    asked = [(f"hosts.{n}.device", group.device) for n, group in enumerate(spec.hosts)]
-    asked += [("trunk.device", spec.trunk.device)] if spec.endpoint is not None else []
+    asked: list[tuple[str, Resources, str]] = [
+        (f"hosts.{n}.device", group, group.device) for n, group in enumerate(spec.hosts)
+    ]
+    if spec.endpoint is not None:
+        asked.append(("trunk.device", spec.trunk, spec.trunk.device))
     gpus = torch.cuda.device_count()
-    for path, device in asked:
-        if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpus:
+    for path, part, device in asked:
+        number = int(device.partition(":")[2] or 0)
+        if device.startswith("cuda") and number >= gpus:
             text = (
                 f"{device!r} is not on this machine, which has {gpus} CUDA devices; set auto or cpu"
             )
+            yield _error(path, text)
+        elif 0 < part.num_gpus <= number and _NOSET not in os.environ:
+            text = f"{device!r}: with num_gpus {part.num_gpus:g} Ray shows each process only the "
+            text += "GPUs that it reserves, numbered from 0; set cuda, or leave out num_gpus"
             yield _error(path, text)
 
 

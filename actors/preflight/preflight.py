@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+from ...cluster.card_memory import PlannedCard
 from ...cluster.placement import ModelShape
 from ...cluster.spec.spec import ModelSpec, Spec
 from ...models.source import NotDownloaded, local_model
 from ...models.trunk.describe import ModelDescription
 from ...proto.errors import MoesaicError, UnsupportedModel
 from ..engine.engine import ExpertBounds
+from .check_cards import check_cards, plan_of
 from .check_machine import (
     check_engine,
     check_local,
@@ -38,6 +40,7 @@ class Preflight:
     findings: list[Finding] = field(default_factory=list)
     folders: dict[str, Path] = field(default_factory=dict)
     described: dict[str, ModelDescription] = field(default_factory=dict)
+    cards: list[PlannedCard] = field(default_factory=list)  # that processes here will use
 
 
 def preflight(spec: Spec, *, local: bool | None = None) -> Preflight:
@@ -61,6 +64,10 @@ def preflight(spec: Spec, *, local: bool | None = None) -> Preflight:
     if local:
         found.findings += check_platform()
         found.findings += check_local(spec, found.described)
+        plan = plan_of(spec, found.described)
+        found.cards = [card for card in plan.cards if card.processes]
+        wrong = {one.path for one in found.findings if one.severity == "error"}
+        found.findings += [one for one in check_cards(plan) if one.path not in wrong]
     return found
 
 

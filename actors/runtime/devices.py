@@ -1,20 +1,36 @@
-"""Devices by name, and this machine's memory."""
+"""Devices by name, and the memory of this machine and of its cards."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
+from ...cluster.card_memory import (
+    CONTEXT_BYTES,
+    Card,
+    CardShare,
+    gb,
+    mig_names,
+    too_small_for_a_trunk,
+)
 from ...cluster.routing.transports import CPU
 from ...proto.errors import ClusterError
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_NVML = "libnvidia-ml.so.1"
+
 # What computes on a CUDA device, and what maps its memory: {module: package}.
 _FOR_CUDA = {"triton": "triton", "cuda": "cuda-bindings"}
+
+log = logging.getLogger(__name__)
 
 # The limit of a container's memory, in version 2 and version 1 of control groups.
 _CGROUP_LIMITS = (
@@ -35,10 +51,137 @@ def pick_device(device: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the UUID of a CUDA device, which all processes agree on; `cpu` for any other."""
+    """Return the UUID of a CUDA device, which all processes agree on; `cpu` for any other.
+
+    It does not depend on the form in which CUDA_VISIBLE_DEVICES names the device. An instance of a
+    GPU in MIG mode is a device of its own, by its name there: CUDA may give it its GPU's UUID.
+    """
     if device.type != "cuda":
         return CPU
+    instances = mig_names(os.environ.get(_VISIBLE))
+    if instances:
+        return instances[device.index or 0]
     return str(torch.cuda.get_device_properties(device).uuid)
+
+
+# ---- the memory of cards ------------------------------------------------------------------------
+
+
+def gpu_count() -> int:
+    """Return how many GPUs, or instances of one, a Ray that starts here has for its processes."""
+    return len(mig_names(os.environ.get(_VISIBLE))) or torch.cuda.device_count()
+
+
+def visible_cards() -> list[Card]:
+    """Return the cards that this process and its children may use, without using one.
+
+    CUDA shows a process only the first of several MIG instances; its children get one each. Where
+    NVML does not answer, it is unknown what is free, and other instances are missing.
+    """
+    if not torch.cuda.is_available():
+        return []
+    instances = mig_names(os.environ.get(_VISIBLE))
+    # Asking CUDA what is free would make a context on each card, which stays.
+    with _nvml() as memory_of:
+        cards = []
+        for number, name in enumerate(instances):
+            memory = memory_of(name)
+            if memory is not None:
+                cards.append(Card(name, *memory))
+            elif number == 0:
+                cards.append(Card(name, torch.cuda.get_device_properties(0).total_memory))
+        if instances:
+            return cards
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            memory = memory_of(f"GPU-{properties.uuid}")
+            free = None if memory is None else memory[1]
+            cards.append(Card(str(properties.uuid), properties.total_memory, free))
+        return cards
+
+
+class _NvmlMemory(ctypes.Structure):
+    """NVML's `nvmlMemory_t`: bytes."""
+
+    _fields_ = (
+        ("total", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    )
+
+
+@contextmanager
+def _nvml() -> Iterator[Callable[[str], tuple[int, int] | None]]:
+    """Give a function from a card's name to its (total, free) bytes; None where NVML fails."""
+    try:
+        library = ctypes.CDLL(_NVML)
+        failed = library.nvmlInit_v2()
+    except (OSError, AttributeError) as error:
+        library, failed = None, error
+    if library is None or failed:
+        log.info("NVML does not tell what is free on the GPUs: %s", failed)
+        yield lambda name: None
+        return
+
+    def memory_of(name: str) -> tuple[int, int] | None:
+        handle, found = ctypes.c_void_p(), _NvmlMemory()
+        failed = library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle))
+        failed = failed or library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(found))
+        if failed:
+            log.info("NVML does not tell what is free on %s: error %s", name, failed)
+            return None
+        return int(found.total), int(found.free)
+
+    try:
+        yield memory_of
+    finally:
+        library.nvmlShutdown()
+
+
+def card_limit(device: torch.device, share: CardShare) -> int | None:
+    """Return what this process may take of its card, in bytes; None: there is no limit.
+
+    Raises ClusterError if that is more than the card has.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    limit = share.limit_bytes(total)
+    if limit is not None and limit > total:
+        raise ClusterError(
+            f"{share.limited_by}: {gb(limit)}, but {device} has {gb(total)}; set at most that"
+        )
+    return limit
+
+
+def take_for_trunk(device: torch.device, share: CardShare, weight_bytes: int) -> int | None:
+    """Keep this process, a trunk, within its part of a card; return that part in bytes.
+
+    None: there is no limit. ``weight_bytes`` are its weights and its key-value cache. Raises
+    ClusterError if they do not fit into the limit or into what is free, before any is loaded.
+    """
+    limit = card_limit(device, share)
+    if limit is not None and weight_bytes > limit:
+        raise ClusterError(f"{share.limited_by}: {too_small_for_a_trunk(weight_bytes, limit)}")
+    free, total = torch.cuda.mem_get_info(device)
+    if weight_bytes > free:
+        raise ClusterError(
+            f"{share.key}.device: the trunk's weights and its key-value cache need "
+            f"{gb(weight_bytes)}, and {device} has {gb(free)} free of {gb(total)}; lower "
+            "trunk.cache_tokens, give hosts on this GPU less (hosts.gpu_memory), or end other "
+            "programs"
+        )
+    if limit is not None:
+        limit_torch(device, max(weight_bytes, limit - CONTEXT_BYTES))
+    return limit
+
+
+def limit_torch(device: torch.device, nbytes: int) -> None:
+    """Let PyTorch take no more than this of a card; beyond that it raises OutOfMemoryError."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    # The function wants a number.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device.index or 0)
+
+
+# ---- what a device needs ------------------------------------------------------------------------
 
 
 def check_packages(device: torch.device) -> None:

@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from ...cluster.card_memory import mig_names
 from ...cluster.spec.parts import Resources
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, MoesaicError, describe_error
@@ -70,11 +71,14 @@ def start_ray(spec: Spec, said: Callable[[str], None] = log.warning) -> bool:
         wanted = sum(group.num_cpus * group.most for group in spec.hosts)
         trunks = spec.trunk.num_cpus * spec.trunk.max_replicas
         wanted += (trunks + 1) * max(1, len(spec.models))
+        instances = mig_names(os.environ.get("CUDA_VISIBLE_DEVICES"))
         start_embedded(
             said,
             namespace=namespace,
             # Processes share the cores in turns, so the spec fits on a machine with fewer cores.
             num_cpus=math.ceil(wanted) + 4,
+            # Ray would count the GPU that they are parts of, once.
+            num_gpus=len(instances) or None,
             include_dashboard=False,
             object_store_memory=EMBEDDED_STORE_BYTES,
             log_to_driver=False,

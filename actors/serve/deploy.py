@@ -21,6 +21,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
+from ...cluster.card_memory import CACHE_PAGE_TOKENS
 from ...cluster.placement import ModelRef
 from ...cluster.reports.status import ClusterStatus
 from ...cluster.service.web_guard import is_loopback
@@ -91,6 +92,7 @@ def deploy_endpoint(
             engine=_engine_config(spec),
             engine_kind=spec.trunk.engine,
             start_s=spec.timeouts.start_s,
+            share=spec.trunk.card_share("trunk"),
         )
         deployment = Trunk.options(
             name=f"Trunk-{name}",
@@ -197,7 +199,7 @@ def _replicas(spec: Spec) -> dict[str, Any]:
 
 
 def _engine_config(spec: Spec) -> EngineConfig:
-    page = 32
+    page = CACHE_PAGE_TOKENS
     return EngineConfig(
         page_size=page,
         num_blocks=math.ceil(spec.trunk.cache_tokens / page),

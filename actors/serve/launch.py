@@ -225,6 +225,8 @@ def _check(spec: Spec, progress: Progress, warn: Callable[[str], None]) -> Prefl
         raise_errors(checked.findings)
     for finding in checked.findings:
         warn(f"{finding.severity}: {finding}")
+    for card in checked.cards:
+        log.info("%s", card)
     return checked
 
 

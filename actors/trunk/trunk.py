@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...models.folder.tokenizer import read_tokenizer
 from ...models.trunk.config import read_config, torch_dtype
+from ...models.trunk.describe import describe_model
 from ...models.trunk.experts_layers import ExpertsLayer, experts_layers, forms_anywhere
 from ...models.trunk.trunk import (
     connect_experts,
@@ -33,7 +34,7 @@ from ..router.pool_link import PoolLink
 from ..router.router import Router
 from ..router.trunk_config import TrunkConfig
 from ..router.whole_calls import PassCheck
-from ..runtime.devices import pick_device
+from ..runtime.devices import pick_device, take_for_trunk
 
 
 def run_in_steps(module: nn.Module, router: Router) -> None:
@@ -88,10 +89,15 @@ def open_trunk(config: TrunkConfig) -> PoolTrunk:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path = Path(config.model.path)
-    layers = experts_layers(meta_model(read_config(path)))
-    model = load_trunk(
-        path, dtype=torch_dtype(config.model.dtype), device=pick_device(config.device)
-    )
+    dtype, device = torch_dtype(config.model.dtype), pick_device(config.device)
+    model_config = read_config(path)
+    meta = meta_model(model_config)
+    layers = experts_layers(meta)
+    if device.type == "cuda":
+        sizes = describe_model(path, model_config, meta, dtype)
+        cache = config.cache_bytes(sizes.cache_token_bytes)
+        take_for_trunk(device, config.share, sizes.trunk_bytes + cache)
+    model = load_trunk(path, dtype=dtype, device=device)
     return PoolTrunk(config, model, layers)
 
 

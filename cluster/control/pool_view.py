@@ -21,6 +21,7 @@ class Observation:
     holdings: Mapping[LayerKey, Mapping[int, Collection[int]]]  # experts, with their versions
     loading: bool
     work: Work | None = field(default=None, compare=False)  # None: not reported
+    device_bytes: int | None = None  # what its device has for experts; None: unknown
 
     def holds(self, weights: ExpertVersion) -> bool:
         model, layer, expert = weights.key
@@ -119,6 +120,9 @@ class PoolView:
                 self._lost.pop(host, None)
                 self._gone_since.pop(host, None)
                 self.observations[host] = observation
+                if self.hosts[host].device_bytes != observation.device_bytes:
+                    new = replace(self.hosts[host], device_bytes=observation.device_bytes)
+                    self.hosts[host] = new
                 self._away_since.pop(host, None)
                 self._arrived.add(host)
                 if observation.work is not None:

@@ -58,7 +58,7 @@ def capacity_shortage(
     domains = {host.domain or host.name for host in hosts}
     if models and len(domains) <= redundancy:
         return f"balance.redundancy {redundancy} needs {redundancy + 1} failure domains"
-    if any(host.slots is None and host.memory_bytes is None for host in hosts):
+    if any(host.slots is None and host.room_bytes is None for host in hosts):
         return ""
     # Count the room in experts of the largest size: that underestimates it, never the reverse.
     expert_bytes = max((shape.expert_bytes for shape in models), default=0)
@@ -75,8 +75,8 @@ def _copies(shape: ModelShape, redundancy: int) -> int:
 
 def _room(host: PoolHost, expert_bytes: int) -> int:
     free = [] if host.slots is None else [host.slots]
-    if host.memory_bytes is not None:
-        free.append(host.memory_bytes // max(expert_bytes, 1))
+    if host.room_bytes is not None:
+        free.append(host.room_bytes // max(expert_bytes, 1))
     return min(free)
 
 
@@ -117,9 +117,7 @@ def keep_unplaced_on_leaving(
             name
             for name, host in there.items()
             if (host.slots is None or held[name] < host.slots)
-            and (
-                host.memory_bytes is None or held_bytes[name] + size[key.model] <= host.memory_bytes
-            )
+            and (host.room_bytes is None or held_bytes[name] + size[key.model] <= host.room_bytes)
         ]
         if able:
             stand[key] = [min(able, key=lambda name: held[name])]

@@ -16,8 +16,15 @@ class PoolHost:
     name: str
     slots: int | None = None  # None: as many replicas as fit into its memory
     memory_bytes: int | None = None  # None: only its slots bound it
+    device_bytes: int | None = None  # what its device has for experts; None: unknown
     speed: float = 1.0  # load that it computes per second; may be relative to the other hosts
     domain: str = ""  # its failure domain; empty: it fails alone
+
+    @property
+    def room_bytes(self) -> int | None:
+        """Memory that its replicas may take; None: only its slots bound it."""
+        limits = [one for one in (self.memory_bytes, self.device_bytes) if one is not None]
+        return min(limits, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,7 @@ class PlanBuilder:
         self.constraints = constraints
         self.free = FreeCapacity(
             np.array([UNLIMITED if h.slots is None else h.slots for h in self.hosts]),
-            np.array([UNLIMITED if h.memory_bytes is None else h.memory_bytes for h in self.hosts]),
+            np.array([UNLIMITED if h.room_bytes is None else h.room_bytes for h in self.hosts]),
         )
         domains = {d: i for i, d in enumerate(sorted({h.domain or h.name for h in self.hosts}))}
         self.domain_H = np.array([domains[h.domain or h.name] for h in self.hosts])

@@ -159,6 +159,11 @@ class HostProcess(Report):
     """Sum of the delays of answers that an emulated device gave late."""
     adopted_replicas: int = 0
     """Replicas that it took over from the memory of its killed predecessor, without loading."""
+    card_used_bytes: int | None = None
+    """Memory of its GPU that experts and PyTorch take; null on a CPU."""
+    card_limit_bytes: int | None = None
+    """Memory of its GPU that the whole process may take (`hosts[].gpu_memory`, or a part in
+    `num_gpus`); null: no limit."""
 
 
 class NodeStatus(Report):
@@ -176,6 +181,27 @@ class NodeStatus(Report):
     """Memory that the machine or its container may use, with swap."""
     free_bytes: int
     """What is free of it."""
+
+
+class CardStatus(Report):
+    """A GPU, or an instance of one in MIG mode, on which hosts compute."""
+
+    card: str
+    """Its UUID, or the name of the instance."""
+    node: str
+    """Ray's id of its machine."""
+    hosts: list[str]
+    """Hosts that compute there."""
+    weight_bytes: int
+    """Size of the weights that they hold."""
+    used_bytes: int
+    """Memory that they take, without their CUDA contexts."""
+    limit_bytes: int | None
+    """Memory that they may take together; null if one of them has no limit."""
+    memory_bytes: int
+    """All memory of the card."""
+    free_bytes: int
+    """What is free of it. Trunks and other programs on the card take the rest."""
 
 
 class HostStatus(Report):
@@ -259,6 +285,8 @@ class ClusterStatus(Report):
     """Experts that the loss of one failure domain takes away."""
     nodes: list[NodeStatus] = Field(default_factory=list)
     """The machines on which hosts run, and their memory."""
+    cards: list[CardStatus] = Field(default_factory=list)
+    """The GPUs on which hosts compute, and their memory."""
 
     @property
     def processes(self) -> dict[str, HostProcess]:

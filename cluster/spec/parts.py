@@ -5,21 +5,30 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
 
 from ..batching.batch_queue import MergePolicy
+from ..card_memory import CardShare
 from ..host.emulation import Emulation
 from ..routing.policy import RouterPolicy
 from ..routing.transports import TransportChoice
 from ..scaling.autoscaler import ScalePolicy
 from ..service.web_guard import is_host
-from .text import flowing
+from .text import bytes_of, flowing, part_or_bytes
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Micros = Annotated[float, Field(ge=0, le=60e6, allow_inf_nan=False)]
 Threads = Annotated[int, Field(ge=1)] | Literal["auto"]
 Address = Annotated[str, Field(min_length=1)]
+PartOrBytes = Annotated[float | str, PlainValidator(part_or_bytes)]
 
 
 def _flowing_descriptions(schema: dict[str, Any]) -> None:
@@ -124,6 +133,12 @@ class Resources(Part):
     """Number of GPUs that Ray reserves for each host, or for each trunk. With a fraction such as
     0.5 several processes share a GPU."""
 
+    gpu_memory: PartOrBytes | None = None
+    """Largest part of its GPU's memory that each host, or each trunk, may take with all that it
+    has there: a fraction of the GPU, or bytes such as `20GB`. A host keeps what its context and its
+    computations need, and experts may take the rest. Default `null`: the part in `num_gpus` if that
+    is below 1, else no limit (docs/gpu.md)."""
+
     resources: dict[str, Amount] = Field(default_factory=dict)
     """Custom resources that Ray reserves for each host, or for each trunk: the resource's name and
     the amount."""
@@ -131,6 +146,18 @@ class Resources(Part):
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels that a Ray node must have to run a host, or a trunk, in the form of Ray's label
     selectors."""
+
+    def check_card(self, device: str) -> None:
+        """Check that a limit of a GPU's memory has a GPU; raises ValueError."""
+        if device == "cpu" and self.gpu_memory is not None:
+            raise ValueError(
+                "gpu_memory limits what is taken of a GPU, and device is 'cpu'; leave it out"
+            )
+
+    def card_share(self, key: str) -> CardShare:
+        """Return what each process may take of its GPU; ``key`` is this section's in the spec."""
+        limit = bytes_of(self.gpu_memory) if isinstance(self.gpu_memory, str) else self.gpu_memory
+        return CardShare(key=key, gpu_memory=limit, num_gpus=self.num_gpus)
 
 
 BusyFraction = Annotated[float, Field(gt=0, le=1)]
@@ -308,6 +335,7 @@ class TrunkSpec(Resources):
     def _ordered(self) -> TrunkSpec:
         if self.min_replicas > self.max_replicas:
             raise ValueError("min_replicas <= max_replicas must hold")
+        self.check_card(self.device)
         if self.compiled and self.engine != "vllm":
             raise ValueError("compiled: true needs engine: vllm; set it, or leave out compiled")
         return self

@@ -13,13 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    Field,
-    PlainValidator,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ...proto.errors import SpecError
 from ..control.policy import ControlPolicy
@@ -35,6 +29,7 @@ from .parts import (
     MonitoringSpec,
     NetworkSpec,
     Part,
+    PartOrBytes,
     Resources,
     RouterSpec,
     Seconds,
@@ -42,13 +37,12 @@ from .parts import (
     TimeoutSpec,
     TrunkSpec,
 )
-from .text import StrictLoader, bytes_of, overridden, part_or_bytes, problems
+from .text import StrictLoader, bytes_of, overridden, problems
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 # Hub ids have a slash. No part begins with a dot: clients would resolve "/../" in a URL.
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._:-]*"
 ModelName = Annotated[str, Field(pattern=rf"^{_WORD}(/{_WORD})*$", max_length=128)]
-Budget = Annotated[float | str, PlainValidator(part_or_bytes)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -166,8 +160,8 @@ class HostGroup(Resources):
     even share of all replicas."""
 
     memory_gb: float | None = Field(default=None, gt=0, le=1 << 20, allow_inf_nan=False)
-    """Memory that the experts on one host of this group may take, in GiB. Default `null`: only
-    `slots` limits them."""
+    """Memory that the experts on one host of this group may take, in GiB; `gpu_memory` is for the
+    whole process. Default `null`: only `slots` limits them, and on a GPU `gpu_memory`."""
 
     speed: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False)
     """How fast one host of this group computes, relative to hosts of other groups. The planner
@@ -218,6 +212,7 @@ class HostGroup(Resources):
             raise ValueError("max_rows <= max_batch_rows <= max_queue_rows must hold")
         if not self.least <= self.count <= self.most:
             raise ValueError("min_count <= count <= max_count must hold")
+        self.check_card(self.device)
         if self.placement_group != "none" and self.least != self.most:
             raise ValueError(
                 "placement_group: a placement group has a fixed size; remove min_count and "
@@ -285,7 +280,7 @@ class BalanceSpec(Part):
     """Balancedness (1 is even) up to which the controller improves a layer whose balancedness is
     less than `rebalance_below`."""
 
-    budget: Budget = 0.05
+    budget: PartOrBytes = 0.05
     """How many replicas the controller may load in one change for balance: a fraction of all
     replicas, or bytes such as `4GB`."""
 

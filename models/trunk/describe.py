@@ -33,6 +33,9 @@ class ModelDescription:
     expert_bytes: int  # of the largest expert
     experts_bytes: int  # of all experts, one replica each
     trunk_bytes: int
+    hidden_size: int
+    cache_token_bytes: int  # of one token's keys and values in all layers; 0: unknown
+    attention_token_bytes: int  # of those of one layer, repeated for all its heads; 0: unknown
 
     def hosts(self, memory_bytes: int, replicas: int = 1) -> int:
         """Return how many hosts with so much memory hold every expert ``replicas`` times.
@@ -58,6 +61,28 @@ def experts_per_token(config: PretrainedConfig, layer: ExpertsLayer) -> int | No
     return next((value for value in named if isinstance(value, int)), None)
 
 
+def cache_sizes(config: PretrainedConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """Return (`cache_token_bytes`, `attention_token_bytes`) of a model, at least.
+
+    Engines may keep more of a token in some layers, and nothing in layers without attention.
+    """
+    text = config.get_text_config()
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    found = [getattr(text, name, None) for name in names]
+    layers, heads, hidden = (one if isinstance(one, int) else 0 for one in found)
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    if kinds:
+        layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
+    if not layers * heads * hidden:
+        return 0, 0
+    head = getattr(text, "head_dim", None) or hidden // heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    kept = 2 * key_heads * head if isinstance(key_heads, int) else 0
+    if latent := getattr(text, "kv_lora_rank", None):
+        kept = latent + getattr(text, "qk_rope_head_dim", 0)
+    return layers * kept * dtype.itemsize, 2 * heads * head * dtype.itemsize
+
+
 def describe(folder: Path, dtype: torch.dtype) -> ModelDescription:
     """Describe the model in ``folder``. Raises CheckpointError and UnsupportedModel."""
     config = read_config(folder)
@@ -73,6 +98,7 @@ def describe_model(
     experts = sum(layer.num_experts * sizes[layer.layer] for layer in found)
     whole = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     quantisation = quantisation_of(config, folder)
+    cached, read = cache_sizes(config, dtype)
     return ModelDescription(
         architecture=config.model_type,
         dtype=str(dtype).removeprefix("torch."),
@@ -82,4 +108,7 @@ def describe_model(
         expert_bytes=max(sizes.values()),
         experts_bytes=experts,
         trunk_bytes=whole - experts,
+        hidden_size=found[0].hidden_size,
+        cache_token_bytes=cached,
+        attention_token_bytes=read,
     )

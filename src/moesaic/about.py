@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from .actors.preflight.check_model import CheckedModel
     from .actors.preflight.findings import Finding
+    from .actors.preflight.preflight import Preflight
     from .cluster.spec.spec import Spec
     from .models.trunk.describe import ModelDescription
 
@@ -70,10 +71,15 @@ def check_spec(spec: Spec) -> list[Finding]:
 
     The findings include warnings, and what could not be checked.
     """
+    return examine_spec(spec).findings
+
+
+def examine_spec(spec: Spec) -> Preflight:
+    """Check ``spec`` as `check_spec` does; return what is planned for this machine's cards, too."""
     with _uncollected():
         from .actors.preflight.preflight import preflight
 
-        return preflight(spec).findings
+        return preflight(spec)
 
 
 def default_spec(model: str) -> Spec:
@@ -89,11 +95,9 @@ def default_spec(model: str) -> Spec:
     replicas = 2
     if model != "demo":
         with _uncollected():
-            import psutil
-
-            found = inspect_model(model)
+            found, free = inspect_model(model), _free_bytes()
         needed = 2 * found.experts_bytes + found.trunk_bytes
-        if needed > _PLANNED_PART * psutil.virtual_memory().available:
+        if needed > _PLANNED_PART * free:
             replicas = 1
     path = Path(model).expanduser()
     values = {
@@ -111,6 +115,17 @@ def default_spec(model: str) -> Spec:
         "monitoring": {"host": "127.0.0.1", "port": 8002},
     }
     return with_environment(values, source=model)
+
+
+def _free_bytes() -> int:
+    """Return what is free of the memory in which ``device: auto`` puts hosts and trunks."""
+    import psutil
+
+    from .actors.runtime.devices import visible_cards
+
+    for card in visible_cards()[:1]:
+        return card.total_bytes if card.free_bytes is None else card.free_bytes
+    return psutil.virtual_memory().available
 
 
 @contextmanager

@@ -19,17 +19,19 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ....cluster.card_memory import CONTEXT_BYTES, LEAST_WORKSPACE_BYTES
 from ....models.folder.generation import generation_config
 from ....models.folder.tokenizer import read_tokenizer
-from ....models.trunk.config import read_config
+from ....models.trunk.config import read_config, torch_dtype
+from ....models.trunk.describe import describe_model
 from ....models.trunk.experts_layers import experts_layers, forms_anywhere
 from ....models.trunk.trunk import is_unmodified, meta_model
 from ....proto.errors import (
@@ -42,6 +44,7 @@ from ....proto.errors import (
 )
 from ...router.pool_link import PoolLink
 from ...router.trunk_config import TrunkConfig
+from ...runtime.devices import pick_device, take_for_trunk
 from ..end_of_text import end_of_text
 from ..engine import Delta, EngineConfig, EngineStats, RequestLimits, Sampling
 from ..expert_wait import ParkedRequests
@@ -100,7 +103,8 @@ class VllmEngine:
     def start(self) -> None:
         """Build the trunk and start the loop. Raises UnsupportedModel and ClusterError."""
         path = self._path
-        meta = meta_model(read_config(path))
+        model_config = read_config(path)
+        meta = meta_model(model_config)
         if not is_unmodified(meta):
             raise UnsupportedModel(
                 f"engine: vllm does not serve models of type {meta.config.model_type!r}; use "
@@ -110,7 +114,8 @@ class VllmEngine:
         os.environ.update(_ENVIRONMENT)
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
-        self._eos = end_of_text(read_config(path), generation_config(path), self._tokenizer)
+        self._eos = end_of_text(model_config, generation_config(path), self._tokenizer)
+        part = self._part_of_card(meta)
         self.streams = Streams(self._eos)
         self._requests = Requests(self.streams)
         numbers, forms = [layer.layer for layer in layers], forms_anywhere(layers)
@@ -118,7 +123,7 @@ class VllmEngine:
         router = self._link.router
         try:
             with in_pool(self._layer):
-                self._llm = self._build()
+                self._llm = self._build(part)
             runner: Any = self._llm.model_executor.driver_worker.model_runner
             stateless = not self._llm.model_config.has_inner_state
             self._requests.watch(runner, router, may_repeat=stateless)
@@ -141,7 +146,26 @@ class VllmEngine:
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self._path)
 
-    def _build(self) -> LLMEngine:
+    def _part_of_card(self, meta: PreTrainedModel) -> dict[str, float]:
+        """Return vLLM's argument for what it may take of its GPU; empty: vLLM's default holds.
+
+        vLLM wants that much to be free at its start, and hosts may be on the same GPU. Without a
+        limit, it is what the trunk needs. Raises ClusterError.
+        """
+        config, device = self._config, pick_device(self._config.device)
+        if device.type != "cuda":
+            return {}
+        sizes = describe_model(self._path, meta.config, meta, torch_dtype(config.model.dtype))
+        weights = sizes.trunk_bytes + config.cache_bytes(sizes.cache_token_bytes)
+        taken = take_for_trunk(device, config.share, weights)
+        if taken is None:
+            if self._engine_config.num_blocks is None:
+                return {}  # the cache is what vLLM finds to be free
+            taken = weights + CONTEXT_BYTES + LEAST_WORKSPACE_BYTES
+        total = torch.cuda.get_device_properties(device).total_memory
+        return {"gpu_memory_utilization": min(1.0, taken / total)}
+
+    def _build(self, part: Mapping[str, float]) -> LLMEngine:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -172,6 +196,7 @@ class VllmEngine:
             disable_log_stats=True,
             generation_config="vllm",
             seed=0,
+            **part,
         )
         return LLMEngine.from_engine_args(arguments)
 

@@ -21,6 +21,7 @@ from ..proto.errors import SpecError
 from .terminal import print_json
 
 if TYPE_CHECKING:
+    from ..cluster.card_memory import PlannedCard
     from ..models.trunk.describe import ModelDescription
 
 out = Console(highlight=False)
@@ -131,12 +132,16 @@ def check_spec(
     spec = load_spec(file)
     if context.obj.ends_process:
         _prepare_to_look()
-    findings = about.check_spec(spec)
+    examined = about.examine_spec(spec)
+    findings = examined.findings
     number = len(errors_of(findings))
     if as_json:
-        print_json({**spec.model_dump(mode="json"), "findings": _plain(findings)})
+        cards = [_plain_card(card) for card in examined.cards]
+        print_json({**spec.model_dump(mode="json"), "findings": _plain(findings), "cards": cards})
     else:
         _print_findings(findings)
+        for card in examined.cards:
+            out.print(str(card), markup=False)
         models = ", ".join(model.name for model in spec.models) or "no models"
         hosts = "host" if spec.num_hosts == 1 else "hosts"
         if not number:
@@ -167,6 +172,19 @@ def print_page() -> None:
 
 def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     return [asdict(finding) for finding in findings]
+
+
+def _plain_card(card: PlannedCard) -> dict[str, Any]:
+    return {
+        "card": card.card.name,
+        "memory_bytes": card.card.total_bytes,
+        "free_bytes": card.card.free_bytes,
+        "planned_bytes": card.planned_bytes,
+        "processes": [
+            {**asdict(process), "planned_bytes": process.planned_bytes}
+            for process in card.processes
+        ],
+    }
 
 
 def _print_findings(findings: Sequence[Finding]) -> None:

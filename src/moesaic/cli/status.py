@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..cluster.reports.status import (
+    CardStatus,
     ClusterStatus,
     EngineStatus,
     HostProcess,
@@ -60,6 +61,8 @@ def print_status(document: StatusDocument) -> None:
     _print_hosts(cluster.hosts)
     for node in cluster.nodes:
         _print_node(node)
+    for card in cluster.cards:
+        _print_card(card)
     for router in cluster.routers:
         _print_paths(router)
     _print_models(cluster, document.engines or {})
@@ -115,6 +118,16 @@ def _print_node(node: NodeStatus) -> None:
     out.print(
         f"node {node.node[:8]}: {', '.join(node.hosts)} hold {_mib(node.weight_bytes)}; "
         f"{_mib(node.free_bytes)} of {_mib(node.memory_bytes)} are free",
+        markup=False,
+    )
+
+
+def _print_card(card: CardStatus) -> None:
+    limit = "" if card.limit_bytes is None else f" of {_mib(card.limit_bytes)}"
+    out.print(
+        f"card {card.card[:12]}: {', '.join(card.hosts)} hold {_mib(card.weight_bytes)} and take "
+        f"{_mib(card.used_bytes)}{limit}; {_mib(card.free_bytes)} of {_mib(card.memory_bytes)} "
+        "are free",
         markup=False,
     )
 

@@ -16,7 +16,9 @@ from jsonschema import Draft202012Validator
 import moesaic
 from moesaic import about
 from moesaic.actors.preflight import preflight
+from moesaic.actors.runtime import devices
 from moesaic.cli.main import main
+from moesaic.cluster.card_memory import Card
 from moesaic.cluster.spec.spec import load_spec, parse_spec
 from moesaic.models.trunk.describe import HOST_BYTES, describe
 from moesaic.models.trunk.experts_layers import expert_parameters, experts_layers
@@ -193,6 +195,22 @@ def test_one_replica_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.M
     free = SimpleNamespace(available=2 * experts)
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     assert about.default_spec(str(tmp_path)).models[0].replicas == 1
+
+
+def test_one_replica_where_a_gpus_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    found = about.inspect_model(str(tmp_path))
+    needed = 2 * found.experts_bytes + found.trunk_bytes
+    for card, replicas in (
+        (Card("a", 10**12, needed), 1),
+        (Card("a", 10**12, 2 * needed), 2),
+        (Card("a", needed), 1),
+        (Card("a", 2 * needed), 2),
+    ):
+        monkeypatch.setattr(devices, "visible_cards", lambda card=card: [card])
+        assert about.default_spec(str(tmp_path)).models[0].replicas == replicas
 
 
 def test_without_a_word_the_spec_that_is_here_or_the_demo(

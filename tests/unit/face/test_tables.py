@@ -16,6 +16,7 @@ from moesaic.cluster.reports.activity import AssignmentRates, ExpertReport, Repl
 from moesaic.cluster.reports.placing import ChangePhase
 from moesaic.cluster.reports.report import Balancedness, HostState
 from moesaic.cluster.reports.status import (
+    CardStatus,
     MissingExpert,
     ModelStatus,
     NodeStatus,
@@ -106,6 +107,19 @@ STATUS = StatusDocument(
                 free_bytes=2**33,
             )
         ],
+        cards=[
+            CardStatus(
+                card=f"5d1c0a9e{number}0001111222233334444",
+                node="0123456789abcdef",
+                hosts=["host-0", "host-1"],
+                weight_bytes=2**30,
+                used_bytes=2**31,
+                limit_bytes=limit,
+                memory_bytes=2**34,
+                free_bytes=2**33,
+            )
+            for number, limit in enumerate((None, 2**32))
+        ],
         missing_experts=1,
         missing_examples=[MissingExpert(model=LONG, layer=1, expert=2, reason="loading")],
     ),
@@ -163,6 +177,8 @@ FIGURES = SimpleNamespace(
                 *("experts", "weights", "queue", "replicas", "missing", "waiting", "parked"),
                 *("16384", "host-1: computes with their memory", "calls over grpc: it is far"),
                 "node 01234567: host-0, host-1 hold 1,024 MiB; 8,192 MiB of 16,384 MiB are free",
+                "card 5d1c0a9e0000: host-0, host-1 hold 1,024 MiB and take 2,048 MiB; 8,192",
+                "card 5d1c0a9e1000: host-0, host-1 hold 1,024 MiB and take 2,048 MiB of",
             ),
         ),
         (

@@ -41,8 +41,8 @@ cluster/planner                     cluster
 cluster/control                     cluster cluster/load cluster/planner cluster/reports
 cluster/scaling                     cluster/load cluster/planner cluster/reports
                                     cluster/control
-cluster/spec                        proto cluster/service cluster/batching cluster/host
-                                    cluster/routing cluster/planner cluster/control
+cluster/spec                        proto cluster cluster/service cluster/batching
+                                    cluster/host cluster/routing cluster/planner cluster/control
                                     cluster/scaling
 cluster/comparison                  cluster cluster/load cluster/planner cluster/control
                                     cluster/scaling
@@ -58,8 +58,8 @@ actors/router                       proto kernels kernels/grouped kernels/slabs 
                                     cluster cluster/load cluster/routing cluster/spec
                                     actors/runtime actors/transport actors/transport/grpc
                                     actors/engine
-actors/engine/vllm_backend          proto models/folder models/trunk cluster/routing actors/text
-                                    actors/engine actors/router
+actors/engine/vllm_backend          proto models/folder models/trunk cluster cluster/routing
+                                    actors/runtime actors/text actors/engine actors/router
 actors/host                         proto kernels kernels/slabs models/folder
                                     models/trunk cluster cluster/host cluster/reports
                                     cluster/routing actors/runtime actors/transport

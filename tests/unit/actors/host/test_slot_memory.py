@@ -16,6 +16,7 @@ from torch import Tensor
 from moesaic.actors.host.expert_memory import SlabMemory, SlotMemory
 from moesaic.cluster.expert_keys import ExpertKey, ExpertVersion
 from moesaic.kernels.ffn import ExpertWeights
+from moesaic.kernels.slabs.bounded_memory import MemoryBudget
 from moesaic.kernels.slabs.layer_arithmetic import MissingExpert
 from moesaic.models.trunk.experts_layers import expert_shapes, experts_layers
 from moesaic.proto.errors import Busy, NotHere
@@ -179,6 +180,51 @@ def test_experts_that_make_rows_infinite_are_named(made: Made, device: torch.dev
     # The caller's own rows are at fault.
     assert compute(memory, device, [[0, 1], [1, 0]], change=poison)[1] == []
     assert compute(memory, device, [[0, 1], [2, 0]], change=poison)[1] == [2]
+
+
+def test_a_budget_bounds_what_is_mapped(device: torch.device) -> None:
+    """Of all models of a host together."""
+    if device.type == "cuda":
+        pytest.skip("a card's chunks are larger than these experts")
+    # Each expert has a chunk for each of its tensors, and layers share chunks of one pool.
+    chunk, parts = mmap.PAGESIZE, 2
+
+    def memory(budget: MemoryBudget) -> SlotMemory:
+        return SlotMemory(
+            "m",
+            LAYERS,
+            torch.float32,
+            device,
+            allocate=HostMemory,
+            chunk_bytes=chunk,
+            budget=budget,
+        )
+
+    need = MemoryBudget()
+    whole = memory(need)
+    for number in range(EXPERTS):
+        keep(whole, expert(number), weights(number))
+    all_bytes = need.used_bytes
+    assert all_bytes >= EXPERTS * weights(0).nbytes
+    whole.close()
+    assert need.used_bytes == 0
+
+    budget = MemoryBudget(all_bytes - parts * chunk, "hosts.0.gpu_memory")
+    first, second = memory(budget), memory(budget)
+    for number in range(EXPERTS - 1):
+        keep(first, expert(number), weights(number))
+    taken = budget.used_bytes
+    for one in (first, second):
+        with pytest.raises(Busy, match=r"expert .* no room .*hosts\.0\.gpu_memory leaves 0 MiB"):
+            for number in range(EXPERTS - 1, 2 * EXPERTS):
+                keep(one, expert(number % EXPERTS, 2), weights(number))
+    assert taken <= budget.used_bytes <= all_bytes - parts * chunk
+    for number in range(EXPERTS - 1):
+        first.drop(expert(number))
+    second.close()
+    assert budget.used_bytes < taken
+    first.close()
+    assert budget.used_bytes == 0
 
 
 def test_nothing_is_left_when_it_is_closed(made: Made) -> None:

@@ -3,15 +3,26 @@ shifting traffic and operators' constraints."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.cluster.control.host_speed import SILENT
+from moesaic.cluster.control.pool_view import PoolView
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey, first_versions
 from moesaic.cluster.placement import Placement, PlacementId
-from moesaic.cluster.planner.plan import OperatorConstraints
-from tests.helpers.cluster.control_world import POLICY, ControlWorld, counts, finish, shape, started
+from moesaic.cluster.planner.plan import OperatorConstraints, PoolHost
+from tests.helpers.cluster.control_world import (
+    POLICY,
+    ControlWorld,
+    SimHost,
+    counts,
+    finish,
+    shape,
+    started,
+)
 from tests.helpers.effort import tries
 
 # ---- random histories ---------------------------------------------------------------------------
@@ -244,3 +255,11 @@ def test_a_model_that_does_not_fit_changes_nothing() -> None:
 
 def test_numbers_of_a_new_term_are_above_all_of_an_old_one() -> None:
     assert PlacementId(2, 1) > PlacementId(1, 10**9)
+
+
+def test_a_hosts_report_says_what_its_device_can_hold() -> None:
+    view = PoolView([PoolHost(name="h0", memory_bytes=90)], host_timeout_s=5.0)
+    seen = SimHost("h0").observe()
+    for device_bytes, room in ((70, 70), (200, 90), (None, 90)):  # None: it came back on a CPU
+        view.note({"h0": replace(seen, device_bytes=device_bytes)}, 0.0)
+        assert view.hosts["h0"].room_bytes == room

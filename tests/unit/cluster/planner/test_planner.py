@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from moesaic.cluster.comparison.eplb import changed_slots, eplb, eplb_host_load
 from moesaic.cluster.expert_keys import ExpertKey, LayerKey
 from moesaic.cluster.placement import LayerPlacement, ModelShape, Replica, initial_placement
 from moesaic.cluster.planner.balance import balancedness, best_balancedness, even_split, water_fill
+from moesaic.cluster.planner.capacity import capacity_shortage, with_default_slots
 from moesaic.cluster.planner.plan import OperatorConstraints, Plan, PlannerPolicy, PoolHost
 from moesaic.cluster.planner.planner import plan
 from tests.helpers.effort import tries
@@ -293,6 +295,31 @@ def test_memory_bounds_what_a_host_holds() -> None:
         used[host] += 40 if key.model == "big" else 10
     assert max(used.values()) <= 100
     assert not found.unplaced
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"slots": 9, "device_bytes": 80},
+        {"memory_bytes": 10**9, "device_bytes": 80},
+        {"memory_bytes": 80, "device_bytes": 10**9},
+    ],
+)
+def test_a_device_bounds_what_a_host_holds(bounds: dict[str, Any]) -> None:
+    """Beside slots and memory that the spec gives."""
+    hosts = [replace(host, **bounds) for host in pool(3, None)]
+    models = [shape(1, 8, expert_bytes=20, replicas=2)]
+    assert "room for 12 replicas" in capacity_shortage(hosts, models, redundancy=0)
+    assert not capacity_shortage([*hosts, *hosts], models, redundancy=0)
+    found = plan(models=models, hosts=hosts, current={}, loads={}, policy=PlannerPolicy())
+    used = Counter(host for _, host in standing(dict(found.layers)))
+    assert used == {"h0": 4, "h1": 4, "h2": 4}
+
+
+def test_a_device_of_known_size_leaves_slots_as_they_are_computed() -> None:
+    hosts = [replace(host, device_bytes=80) for host in pool(2, None)]
+    given = with_default_slots(hosts, [shape(1, 8)], redundancy=0, leaving=(), held={})
+    assert [host.slots for host in given] == [6, 6]
 
 
 def test_a_small_replica_makes_room_for_a_large_expert_where_free_memory_is_the_rest() -> None:

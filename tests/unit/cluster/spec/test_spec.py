@@ -37,6 +37,11 @@ DEVICES = st.sampled_from(["auto", "cpu", "cuda", "cuda:3"])
 THREADS = st.integers(1, 256) | st.just("auto")
 
 
+def with_a_card(part: dict[str, Any]) -> dict[str, Any]:
+    """Leave the limit of a GPU's memory out where there is none."""
+    return {k: v for k, v in part.items() if k != "gpu_memory" or part.get("device") != "cpu"}
+
+
 def some(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
     """Any subset of the keys: each has a default."""
     return st.fixed_dictionaries({}, optional=fields)
@@ -45,13 +50,15 @@ def some(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
 RESOURCES: dict[str, st.SearchStrategy[Any]] = {
     "num_cpus": AMOUNTS,
     "num_gpus": AMOUNTS,
+    "gpu_memory": st.none() | st.floats(0.01, 1) | st.sampled_from(["20GB", "512 MiB"]),
     "resources": st.dictionaries(TEXTS, AMOUNTS, max_size=2),
     "labels": st.dictionaries(TEXTS, TEXTS, max_size=2),
 }
 ROWS = st.lists(st.integers(1, 65_536), min_size=3, max_size=3).map(sorted)
 GROUPS = st.builds(
     lambda group, rows: (
-        group | dict(zip(("max_rows", "max_batch_rows", "max_queue_rows"), rows, strict=True))
+        with_a_card(group)
+        | dict(zip(("max_rows", "max_batch_rows", "max_queue_rows"), rows, strict=True))
     ),
     some(
         **RESOURCES,
@@ -97,7 +104,7 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
                 max_waiting=st.integers(0, 1 << 20),
                 max_batch_tokens=st.integers(1, 1 << 20),
                 cache_tokens=st.integers(64, 1 << 28),
-            ),
+            ).map(with_a_card),
             endpoint=st.none()
             | some(
                 host=TEXTS,
@@ -187,6 +194,11 @@ BAD: list[tuple[dict[Any, Any], str]] = [
         "balance.enough: unknown key; it was renamed to rebalance_below",
     ),
     ({"hosts": [{"spread": "PACK"}]}, "hosts.0.spread: unknown key; it was renamed to placement"),
+    ({"hosts": [{"gpu_memory": 2}]}, "hosts.0.gpu_memory: expected a fraction in (0, 1], or bytes"),
+    ({"trunk": {"gpu_memory": "lots"}}, "trunk.gpu_memory: 'lots' is not a size in bytes"),
+    ({"trunk": {"gpu_memory": True}}, "trunk.gpu_memory: expected a fraction"),
+    ({"hosts": [{"gpu_memory": 0.5, "device": "cpu"}]}, "hosts.0: gpu_memory limits what is taken"),
+    ({"trunk": {"gpu_memory": "1GB", "device": "cpu"}}, "trunk: gpu_memory limits what is taken"),
     ({"balance": {"budget": 2}}, "balance.budget: expected a fraction in (0, 1], or bytes"),
     ({"balance": {"budget": "4 apples"}}, "balance.budget: '4 apples' is not a size in bytes"),
     ({"name": 3}, "name: Input should be a valid string (got 3)"),
@@ -474,3 +486,11 @@ def test_a_group_of_hosts_may_lend_otherwise_than_the_network_says() -> None:
     assert parse_spec({}).lends
     assert not parse_spec({"network": {"lending": "never"}}).lends
     assert parse_spec({"network": {"lending": "never"}, "hosts": [{"lending": "auto"}]}).lends
+
+
+def test_what_a_process_may_take_of_its_card() -> None:
+    spec = parse_spec({"hosts": [{"num_gpus": 0.3}], "trunk": {"gpu_memory": "20GB"}})
+    assert spec.hosts[0].card_share("hosts.0").limit_bytes(10**11) == 3 * 10**10
+    assert spec.trunk.card_share("trunk").limit_bytes(10**11) == 2 * 10**10
+    half = parse_spec({"trunk": {"gpu_memory": 0.5, "num_gpus": 1}}).trunk
+    assert half.card_share("trunk").limit_bytes(10**11) == 5 * 10**10
