@@ -158,7 +158,7 @@ def reference_backward(
             y_RH = expert_ffn(form.forward, ExpertWeights.of(tensors), x_RH)
             y_RH = y_RH.to(weights_R.dtype) * weights_R.unsqueeze(-1)
             of_x_RH, of_weights_R, *found = torch.autograd.grad(
-                y_RH, [x_RH, weights_R, *tensors.values()], grad_y_TH[token_R].clone()
+                y_RH, [x_RH, weights_R, *tensors.values()], grad_y_TH[token_R]
             )
         _write_rows(grad_x, assignment_R, token_R, of_x_RH)
         grad_weights_TK.view(-1)[assignment_R] = of_weights_R

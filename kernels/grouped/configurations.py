@@ -26,6 +26,17 @@ class Configuration:
     down: Blocks
 
 
+@dataclass(frozen=True, slots=True)
+class BackwardConfiguration:
+    """How a backward call is cut: rows of a tile, and the blocks of its three kinds of products."""
+
+    rows: int
+    hidden: Blocks
+    x: Blocks
+    weights: Blocks
+    weight_rows: int  # of a block of a matrix
+
+
 # Found by `benchmarks.gpu` on an H200 with Qwen3-30B-A3B's layer, 2026-11-28. With few rows the
 # memory is the limit, and many blocks are alike within 2 %.
 _FEW = Blocks(columns=64, inner=128, warps=4, stages=3, described=True, swapped=True)
@@ -62,3 +73,25 @@ def configuration_for(
     if rows <= 32:
         return SOME_ROWS
     return MORE_ROWS if rows <= 128 else MANY_ROWS
+
+
+# Not measured yet.
+BACKWARD_16_BITS = BackwardConfiguration(
+    64,
+    hidden=Blocks(columns=64, inner=32, warps=4, stages=3),
+    x=Blocks(columns=128, inner=32, warps=4, stages=3),
+    weights=Blocks(columns=128, inner=32, warps=8, stages=3),
+    weight_rows=128,
+)
+BACKWARD_32_BITS = BackwardConfiguration(
+    16,
+    hidden=Blocks(32, 32, 4, 2),
+    x=Blocks(32, 32, 4, 2),
+    weights=Blocks(32, 16, 4, 2),
+    weight_rows=32,
+)
+
+
+def backward_configuration_for(bytes_of_a_number: int) -> BackwardConfiguration:
+    """Return the configuration for experts of a type: one for all calls, so that bits stay."""
+    return BACKWARD_16_BITS if bytes_of_a_number == 2 else BACKWARD_32_BITS

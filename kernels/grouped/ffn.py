@@ -19,8 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import programs as triton_programs
 from .configurations import Blocks, Configuration, configuration_for
 from .slots import LayerSlots, StepFlags
+from .tiles import Tiles, cdiv, power_of_2
 
-_IDS_OF_A_STEP = 4096  # that `align` reads at once
 programs: Any = triton_programs  # a launch takes options that no signature shows
 _COLUMNS_OF_A_STEP = 1024  # that `combine` adds at once
 
@@ -69,12 +69,16 @@ def exact_rows(
     call = TiledCall(slots, ids_TK.contiguous(), flags, config)
     y_TKH = call.rows(x_TH).view(out_TKH.shape)
     torch.mul(y_TKH.float(), weights_TK[..., None], out=out_TKH)
+    out_TKH.masked_fill_(unused(slots, ids_TK)[..., None], 0.0)
+    flags.infinite.logical_or_(~torch.isfinite(out_TKH).all())
+
+
+def unused(slots: LayerSlots, ids_TK: Tensor) -> Tensor:
+    """Return which assignments, (T, K) bool, name no expert, or one that is in no slot."""
     table_E = slots.table_LE.index_select(0, slots.layer.view(1)).view(-1)
     experts = table_E.shape[0]
     slot_TK = table_E[ids_TK.long().clamp(0, experts - 1)]
-    unused_TK = (ids_TK < 0) | (ids_TK >= experts) | (slot_TK < 0)
-    out_TKH.masked_fill_(unused_TK[..., None], 0.0)
-    flags.infinite.logical_or_(~torch.isfinite(out_TKH).all())
+    return (ids_TK < 0) | (ids_TK >= experts) | (slot_TK < 0)
 
 
 def _configuration(slots: LayerSlots, assignments: int, *, exact: bool) -> Configuration:
@@ -98,45 +102,21 @@ class TiledCall:
     """One layer call: its assignments in tiles, and the launches."""
 
     def __init__(
-        self, slots: LayerSlots, ids_TK: Tensor, flags: StepFlags, config: Configuration
+        self,
+        slots: LayerSlots,
+        ids_TK: Tensor,
+        flags: StepFlags,
+        config: Configuration,
+        tiles: Tiles | None = None,
     ) -> None:
-        self._slots, self._ids_TK, self._flags, self._config = slots, ids_TK, flags, config
+        self._slots, self._flags, self._config = slots, flags, config
         self._tokens, self._top_k = ids_TK.shape
         self._assignments = ids_TK.numel()
         self._experts = slots.table_LE.shape[1]
         # Assignments of one token name different experts, so nothing is gained by sorting them.
-        self._direct = self._tokens == 1
+        direct = self._tokens == 1
+        self.tiles = tiles or Tiles(slots, ids_TK, flags, config.rows, direct=direct)
         self._widen = slots.up_SUH.device.type == "cpu"
-        device = ids_TK.device
-        if self._direct:
-            self._tiles = self._assignments
-            self._order_N = self._records = self._total = ids_TK
-            return
-        used = min(self._experts, self._assignments)
-        # Each expert's last tile may have a single row.
-        self._tiles = used + (self._assignments - used) // config.rows
-        self._order_N = torch.empty(self._assignments, dtype=torch.int32, device=device)
-        self._records = torch.empty(
-            self._tiles, programs.TILE_FIELDS, dtype=torch.int32, device=device
-        )
-        self._total = torch.empty(1, dtype=torch.int32, device=device)
-        programs.align[(self._experts,)](
-            ids_TK,
-            slots.table_LE,
-            slots.layer,
-            self._order_N,
-            self._records,
-            self._total,
-            flags.missing,
-            self._assignments,
-            self._experts,
-            TILE_FIELDS=programs.TILE_FIELDS,
-            BLOCK_E=_power_of_2(self._experts + 1),
-            BLOCK_N=min(_IDS_OF_A_STEP, max(32, _power_of_2(self._assignments))),
-            BLOCK_M=config.rows,
-            BLOCK_T=64,
-            num_warps=4 if self._assignments <= 1024 else 8,
-        )
 
     def rows(self, x_TH: Tensor) -> Tensor:
         """Return the experts' outputs, (N, H), in the order of the assignments, not weighted.
@@ -156,18 +136,18 @@ class TiledCall:
         width = rows // 2 if gated else rows
         out = torch.empty(self._assignments, width, dtype=x_TH.dtype, device=x_TH.device)
         blocks, bias = self._config.up, slots.up_bias_SU
-        programs.up[(self._tiles * _cdiv(width, blocks.columns),)](
+        programs.up[(self.tiles.count * cdiv(width, blocks.columns),)](
             x_TH,
             slots.up_SUH,
             _matrices(slots.up_SUH, blocks),
             slots.up_SUH if bias is None else bias,
             out,
-            self._ids_TK,
+            self.tiles.ids_TK,
             slots.table_LE,
             slots.layer,
-            self._order_N,
-            self._records,
-            self._total,
+            self.tiles.order_N,
+            self.tiles.records,
+            self.tiles.total,
             self._flags.missing,
             self._experts,
             self._top_k,
@@ -183,7 +163,7 @@ class TiledCall:
             GATED=gated,
             LIMITED=known is not None and known.limit < float("inf"),
             HAS_BIAS=bias is not None,
-            DIRECT=self._direct,
+            DIRECT=self.tiles.direct,
             WIDEN=self._widen,
             TILE_FIELDS=programs.TILE_FIELDS,
             EVEN=width % blocks.columns == 0 and hidden % blocks.inner == 0,
@@ -205,26 +185,26 @@ class TiledCall:
         hidden, width = slots.down_SHI.shape[1:]
         out_NH = torch.empty(self._assignments, hidden, dtype=act_NI.dtype, device=act_NI.device)
         blocks, bias = self._config.down, slots.down_bias_SH
-        programs.down[(self._tiles * _cdiv(hidden, blocks.columns),)](
+        programs.down[(self.tiles.count * cdiv(hidden, blocks.columns),)](
             act_NI,
             _descriptor(act_NI, [self._config.rows, blocks.inner]) if blocks.described else None,
             slots.down_SHI,
             _matrices(slots.down_SHI, blocks),
             slots.down_SHI if bias is None else bias,
             out_NH,
-            self._ids_TK,
+            self.tiles.ids_TK,
             slots.table_LE,
             slots.layer,
-            self._order_N,
-            self._records,
-            self._total,
+            self.tiles.order_N,
+            self.tiles.records,
+            self.tiles.total,
             self._experts,
             hidden,
             width,
             slots.down_SHI.stride(0),
             0 if bias is None else bias.stride(0),
             HAS_BIAS=bias is not None,
-            DIRECT=self._direct,
+            DIRECT=self.tiles.direct,
             WIDEN=self._widen,
             TILE_FIELDS=programs.TILE_FIELDS,
             EVEN=hidden % blocks.columns == 0 and width % blocks.inner == 0,
@@ -240,10 +220,10 @@ class TiledCall:
 
     def combine(self, y_NH: Tensor, weights_TK: Tensor, out_TH: Tensor) -> None:
         slots, hidden = self._slots, y_NH.shape[1]
-        columns = min(_COLUMNS_OF_A_STEP, _power_of_2(hidden))
-        programs.combine[(self._tokens, _cdiv(hidden, columns))](
+        columns = min(_COLUMNS_OF_A_STEP, power_of_2(hidden))
+        programs.combine[(self._tokens, cdiv(hidden, columns))](
             y_NH,
-            self._ids_TK,
+            self.tiles.ids_TK,
             slots.table_LE,
             slots.layer,
             weights_TK,
@@ -267,12 +247,3 @@ def _matrices(matrices_SNK: Tensor, blocks: Blocks) -> TensorDescriptor | None:
     if not blocks.described:
         return None
     return _descriptor(matrices_SNK, [1, blocks.columns, blocks.inner])
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_2(value: int) -> int:
-    """Return the smallest power of two that is at least ``value``."""
-    return 1 << (value - 1).bit_length()

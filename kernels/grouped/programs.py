@@ -1,4 +1,4 @@
-"""Triton programs of the grouped expert FFN. `ffn` launches them; nothing else does.
+"""Triton programs of the grouped expert FFN. `ffn` and `tiles` launch them; nothing else does.
 
 Four programs compute a layer call, and none of them needs the host to know a count:
 
@@ -34,9 +34,11 @@ def align(
     order_ptr,
     tiles_ptr,
     total_ptr,
+    spans_ptr,
     missing_ptr,
     assignments,
     experts,
+    HAS_SPANS: tl.constexpr,
     TILE_FIELDS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -45,7 +47,8 @@ def align(
 ):
     """Program e sorts the assignments of expert e; it counts all, to know where its own begin.
 
-    The sort is stable, so that rows of an expert stay in the order of their tokens.
+    The sort is stable, so that rows of an expert stay in the order of their tokens. A span is where
+    an expert's rows lie: (slot, first position, rows), in the order of the experts.
     """
     mine = tl.program_id(0)
     expert_E = tl.arange(0, BLOCK_E)
@@ -72,6 +75,10 @@ def align(
     slot = tl.sum(tl.where(is_mine, slots_E, 0), 0)
     if mine == 0:
         tl.store(total_ptr, tl.sum(tiles_E, 0))
+    if HAS_SPANS:
+        tl.store(spans_ptr + mine * 3, slot)
+        tl.store(spans_ptr + mine * 3 + 1, first)
+        tl.store(spans_ptr + mine * 3 + 2, rows)
     if rows > 0:
         for start in range(0, tiles, BLOCK_T):
             i = start + tl.arange(0, BLOCK_T)
@@ -89,7 +96,7 @@ def align(
 
 
 @triton.jit
-def _tile(
+def tile_at(
     tile,
     ids_ptr,
     table_ptr,
@@ -177,7 +184,7 @@ def _add_product(x_MK, matrix_NK, sums, WIDEN: tl.constexpr, SWAPPED: tl.constex
 
 
 @triton.jit
-def _activate(x, alpha, FUNCTION: tl.constexpr):
+def activate(x, alpha, FUNCTION: tl.constexpr):
     if FUNCTION == "silu":
         return x / (1.0 + tl.exp(-alpha * x))
     if FUNCTION == "gelu":
@@ -240,7 +247,7 @@ def up(
     blocks = tl.cdiv(width, BLOCK_N)
     tile = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    slot, first, rows = _tile(
+    slot, first, rows = tile_at(
         tile, ids_ptr, table_ptr, layer_ptr, tiles_ptr, total_ptr, experts, DIRECT, TILE_FIELDS
     )
     if slot < 0:
@@ -292,7 +299,7 @@ def up(
         # `propagate_nan`: a product that is not finite must not look like the limit.
         gate_MN = tl.minimum(gate_MN, limit, propagate_nan=tl.PropagateNan.ALL)
         value_MN = tl.clamp(value_MN, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-    out_MN = _activate(gate_MN, alpha, FUNCTION)
+    out_MN = activate(gate_MN, alpha, FUNCTION)
     if GATED:
         out_MN = out_MN * (value_MN + up_offset)
     tl.store(
@@ -336,7 +343,7 @@ def down(
     blocks = tl.cdiv(hidden, BLOCK_N)
     tile = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    slot, first, rows = _tile(
+    slot, first, rows = tile_at(
         tile, ids_ptr, table_ptr, layer_ptr, tiles_ptr, total_ptr, experts, DIRECT, TILE_FIELDS
     )
     if slot < 0:
