@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from moesaic.actors.engine.engine import Engine, EngineConfig
-from moesaic.actors.router.trunk_config import TrunkConfig
+from moesaic.actors.engine.trunk_config import TrunkConfig
 from moesaic.actors.runtime.ray_border import namespace_of
 from moesaic.actors.trunk.trunk import open_engine
 from moesaic.cluster.placement import ModelRef

@@ -182,3 +182,4 @@ class ModelRef:
     path: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     updates: str | None = None  # the folder with later versions of experts (`UpdateFolder`)
+    learns: bool = False  # its experts are trained

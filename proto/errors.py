@@ -26,6 +26,7 @@ They cross the wire by name::
     |   `-- SlowBody             the body of a request did not arrive in time
     |-- ExpertUnavailable        no replica of an expert answered before the deadline
     |-- BadExpert                an expert produced values that are not finite
+    |-- StepLost                 a training step cannot be finished, and is to be done again
     |-- EngineError              the trunk's engine failed or was restarted
     |-- ClusterError             Ray, processes, ports: the pool could not be started or reached
     |   `-- Superseded           a newer controller has taken over
@@ -224,6 +225,10 @@ class BadExpert(MoesaicError):
     """
 
     for_clients = True
+
+
+class StepLost(MoesaicError):
+    """A training step cannot be finished. The pool has the weights of the last one: do it again."""
 
 
 class EngineError(MoesaicError):

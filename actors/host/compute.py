@@ -17,7 +17,7 @@ from ...cluster.expert_keys import LayerKey
 from ...kernels.slabs.layer_arithmetic import LayerArithmetic
 from ...proto.expert_pb2 import Frame
 from ...proto.wire import CallLayout
-from ..transport.base import Session
+from ..transport.base import Session, call_of
 from .weight_store import ExpertStore
 
 
@@ -50,7 +50,7 @@ class Compute(Protocol):
 
 def layer_of(store: ExpertStore, key: LayerKey, pendings: Sequence[PendingCall]) -> LayerArithmetic:
     """Return the arithmetic of calls that name the same versions of a layer's experts."""
-    first = pendings[0].frame.call
+    first = call_of(pendings[0].frame)
     others = {other.expert: other.version for other in first.other_versions}
     return store.layer(key, first.version, others)
 

@@ -83,8 +83,15 @@ class SlabMemory:
         layers: Mapping[int, ExpertsLayer],
         dtype: torch.dtype,
         about: Mapping[str, Any] | None = None,
+        *,
+        learns: bool = False,
     ) -> None:
-        """``about`` names the model in the memory itself, for a successor of this process."""
+        """``about`` names the model in the memory itself, for a successor of this process.
+
+        ``learns``: the experts are trained. They lie as in the model, so that backward calls can
+        read them, which with many rows is as fast (`kernels/backward/`).
+        """
+        self._learns = learns
         self._name = name
         self._layers = layers
         self._dtype = dtype
@@ -109,7 +116,7 @@ class SlabMemory:
 
     def keep(self, given: ExpertVersion, form: ExpertForm, weights: ExpertWeights) -> None:
         key, version = given
-        packed = _in_layout(form, weights)
+        packed = weights if self._learns else _in_layout(form, weights)
         with self._writing:
             if self._closed:
                 raise NotHere(f"{given}: another model has taken the place of its own")
@@ -153,7 +160,7 @@ class SlabMemory:
         Only layers that have one of ``forms`` are held. Raises ValueError for a slab that is not
         laid out as this process would lay it out.
         """
-        if slab.layout.layers != _layouts(self._layers, self._dtype):
+        if slab.layout.layers != self._layouts():
             raise ValueError("its experts lie there in another layout than that of this process")
         with self._writing, self._lock:
             if self._slab is not None:
@@ -217,11 +224,13 @@ class SlabMemory:
                 self._slab.close()
                 self._slab = None
 
+    def _layouts(self) -> dict[int, LayerLayout]:
+        return _layouts(self._layers, self._dtype, packed=not self._learns)
+
     def _write(self, given: ExpertVersion, weights: ExpertWeights) -> ExpertWeights:
         key, version = given
         if self._slab is None:
-            layers = _layouts(self._layers, self._dtype)
-            self._slab = Slab.create(self._name, SlabLayout(layers, self._about))
+            self._slab = Slab.create(self._name, SlabLayout(self._layouts(), self._about))
         slab, place = self._slab, (key.layer, key.expert)
         copy = slab.copy_of(*place, version)
         if copy is not None:
@@ -357,7 +366,9 @@ def _in_layout(form: ExpertForm, weights: ExpertWeights) -> ExpertWeights:
     return weights
 
 
-def _layouts(layers: Mapping[int, ExpertsLayer], dtype: torch.dtype) -> dict[int, LayerLayout]:
+def _layouts(
+    layers: Mapping[int, ExpertsLayer], dtype: torch.dtype, *, packed: bool
+) -> dict[int, LayerLayout]:
     """Return how the experts of each layer lie in memory.
 
     Layers whose experts have the same shapes and arithmetic share the result of one trial.
@@ -369,6 +380,7 @@ def _layouts(layers: Mapping[int, ExpertsLayer], dtype: torch.dtype) -> dict[int
         alike = (layer.num_experts, tuple(shapes.items()), form.transposed, type(layer.module))
         if alike not in known:
             blank = ExpertWeights.of({n: torch.zeros(s, dtype=dtype) for n, s in shapes.items()})
-            known[alike] = layer_layout(layer.num_experts, _in_layout(form, blank))
+            example = _in_layout(form, blank) if packed else blank
+            known[alike] = layer_layout(layer.num_experts, example)
         found[number] = known[alike]
     return found

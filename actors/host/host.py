@@ -27,6 +27,7 @@ from ...cluster.host.fence import Fence
 from ...cluster.host.residency import HostLimits, LayerShape, Residency
 from ...cluster.placement import HostEntry
 from ...cluster.routing.transports import TransportChoice, groups_of
+from ...cluster.training.contributions import Attempt
 from ...proto.errors import CallError, Forbidden
 from ...proto.keys import ClusterSecret, Grant, secret_of_process, target
 from ..runtime.devices import (
@@ -217,6 +218,22 @@ class ExpertHost:
             self._store.drop(one)
         log.info("host %s has released %d experts", self.name, len(gone), extra={"host": self.name})
         _return_freed_memory()
+
+    def begin_attempt(self, attempt: Attempt, *, exact: bool = False) -> None:
+        """Begin an attempt at a training step, and forget the gradients of the one before.
+
+        The one that is under way goes on. Raises Superseded for one that came before it.
+        """
+        self._loop.call(lambda: self._loop.gradients.begin(attempt, exact=exact))
+
+    def take_gradients(self, attempt: Attempt) -> dict[ExpertKey, dict[str, Tensor]]:
+        """Return this host's gradients of the attempt under way, and forget them.
+
+        See `HostGradients.take`.
+        """
+        found: dict[ExpertKey, dict[str, Tensor]] = {}
+        self._loop.call(lambda: found.update(self._loop.gradients.take(attempt)))
+        return found
 
     def emulate(self, device: Emulation | None) -> None:
         """Emulate the speed of another device from now on, e.g. a host that becomes slow."""

@@ -31,12 +31,13 @@ from ...proto.errors import (
 )
 from ...proto.expert_pb2 import Call, Frame
 from ...proto.wire import WIRE_VERSION, CallLayout, checksum
-from ..transport.base import InboundFrame, Listener, Session, call_id, check_slot
+from ..transport.base import InboundFrame, Listener, Session, call_id, call_of, check_slot
 from ..transport.mailbox import Mailbox
 from ..transport.poller import Epoll, Poller
 from .compute import Compute, PendingCall, ReplyTensors
 from .device import Device
 from .device_compute import BatchCompute
+from .gradients import HostGradients
 from .lender import Lender
 from .report import LoopStats
 from .weight_store import ExpertStore
@@ -89,6 +90,7 @@ class HostLoop:
         self._refused = 0
         self._device = Device(residency.policy.emulate, clock)
         self._lender = Lender(store, clock) if lends else None
+        self.gradients = HostGradients(store)  # for this loop's thread
         self._thread = threading.Thread(target=self._run, name=f"host-{name}", daemon=True)
 
     def start(self) -> None:
@@ -254,11 +256,8 @@ class HostLoop:
         match frame.WhichOneof("kind"):
             case "hello":
                 self._welcome(session, frame)
-            case "call":
+            case "call" | "backward":
                 self._on_call(session, inbound)
-            case "backward":
-                error = CallError("backward: this host only serves; training is not supported yet")
-                self._refuse(session, frame.backward.call.seq, error)
             case "cancel":
                 router = _router_id(session)
                 self._residency.cancel(router, frame.cancel.seq)
@@ -298,12 +297,15 @@ class HostLoop:
         )
 
     def _on_call(self, session: Session, inbound: InboundFrame) -> None:
-        call, payload = inbound.frame.call, inbound.payload
+        call, payload = call_of(inbound.frame), inbound.payload
+        backward = inbound.frame.HasField("backward")
         router, now = _router_id(session), self._clock()
         try:
             if inbound.refused is not None:
                 raise inbound.refused
-            layout = CallLayout.of_call(call)
+            layout = CallLayout.of_call(call, backward=backward)
+            if backward:
+                self.gradients.check(inbound.frame.backward)
             if payload is None or payload.numel() < layout.call_bytes:
                 raise CallError(
                     f"payload: {layout.call_bytes} bytes were announced, but fewer have arrived"
@@ -316,7 +318,7 @@ class HostLoop:
                     f"seq: call {call.seq} is in progress already; give each call a new number"
                 )
             _, ids_TK, _ = layout.call_tensors(payload)
-            refusal = self._residency.admit(_queued(call, router, ids_TK, now), now)
+            refusal = self._residency.admit(_queued(call, router, ids_TK, now, backward), now)
             if refusal is not None:
                 raise refusal
         except MoesaicError as error:
@@ -370,13 +372,18 @@ class HostLoop:
 
     def _compute(self, batch: list[QueuedCall], now: float) -> None:
         pendings = [self._pending[queued.router, queued.seq] for queued in batch]
-        answers = self._compute_batch(self._store, batch[0].key, pendings, exact=batch[0].exact)
+        lead = batch[0]
+        if lead.backward:
+            answers = [self.gradients.answer(pendings[0], exact=lead.exact)]
+        else:
+            answers = self._compute_batch(self._store, lead.key, pendings, exact=lead.exact)
         batch_us = int(self._device.finish(batch, now) * 1e6)
         if batch_us > SLOW_BATCH_S * 1e6 or log.isEnabledFor(logging.DEBUG):
             self._log_batch(batch, batch_us, now)
         parts = split_batch_time(batch_us, batch)
         for queued, pending, answer, busy_us in zip(batch, pendings, answers, parts, strict=True):
             self._reply(queued, pending, answer, now - pending.arrived, busy_us, batch_us)
+        self.gradients.add_up()  # behind the answer, for which a trunk waits
 
     def _log_batch(self, batch: list[QueuedCall], batch_us: int, now: float) -> None:
         slow = batch_us > SLOW_BATCH_S * 1e6
@@ -405,7 +412,7 @@ class HostLoop:
         for queued in batch:
             pending = self._pending.get((queued.router, queued.seq))
             if pending is not None:
-                call = pending.frame.call
+                call = call_of(pending.frame)
                 found.append(call_id(pending.session.router, call.step, call.layer))
         return found
 
@@ -433,8 +440,8 @@ class HostLoop:
         reply.bad_experts.extend(answer.bad)
         reply.queued_us = int(queued_s * 1e6)
         reply.busy_us, reply.batch_us = busy_us, batch_us
-        reply.version = pending.frame.call.version
-        reply.other_versions.extend(pending.frame.call.other_versions)
+        reply.version = call_of(pending.frame).version
+        reply.other_versions.extend(call_of(pending.frame).other_versions)
         reply.checksum = checksum(queued.seq, answer.buffer[: reply.payload_bytes])
         if self._pending.pop((queued.router, queued.seq), None) is None:
             return  # its router is gone
@@ -449,7 +456,7 @@ def _router_id(session: Session) -> str:
     return f"{session.router}#{session.fileno()}"
 
 
-def _queued(call: Call, router: str, ids_TK: Tensor, now: float) -> QueuedCall:
+def _queued(call: Call, router: str, ids_TK: Tensor, now: float, backward: bool) -> QueuedCall:
     return QueuedCall(
         router=router,
         seq=call.seq,
@@ -463,6 +470,7 @@ def _queued(call: Call, router: str, ids_TK: Tensor, now: float) -> QueuedCall:
         version=call.version,
         other_versions=tuple((one.expert, one.version) for one in call.other_versions),
         attempt=call.attempt,
+        backward=backward,
         ids=ids_TK.cpu().numpy(),
     )
 

@@ -59,7 +59,7 @@ class HostedModel:
         self._device = device
         dtype = torch_dtype(ref.dtype)
         self.memory: ExpertMemory = (
-            SlabMemory(ref.name, layers, dtype, about)
+            SlabMemory(ref.name, layers, dtype, about, learns=ref.learns)
             if device.type == "cpu"
             else SlotMemory(ref.name, layers, dtype, device, budget=budget)
         )
@@ -292,6 +292,10 @@ class ExpertStore:
         ``others`` has the experts of another version, which is used for them.
         """
         return self._models[key.model].memory.layer(key.layer, version, others)
+
+    def is_gated(self, key: LayerKey) -> bool:
+        """Return whether the up-projection of a layer's experts has gates. Raises NotHere."""
+        return bool(self._model(key.model).layers[key.layer].module.has_gate)
 
     def _model(self, name: str) -> HostedModel:
         with self._lock:

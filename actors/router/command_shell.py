@@ -5,6 +5,7 @@ The router that owns it holds its lock around every call here.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ from ...proto.expert_pb2 import Frame
 from .call_log import CallLog
 from .connections import HostConnections
 from .pool_call import RunningCall
+
+# Limits the damage if a wake-up is ever missed.
+LONGEST_WAIT_S = 5.0
+_LISTEN_S = 0.02
 
 
 class CommandShell:
@@ -136,9 +141,10 @@ class CommandShell:
                 tensors.accept(send, reply, payload)
                 if self._log.on:
                     self._log.answered(tensors, send, reply)
-                assignments = int((send.assignment_tk >= 0).sum())
-                took_us = reply.queued_us, reply.busy_us, reply.batch_us
-                self._dispatcher.meter.answered(send.host, assignments, *took_us)
+                if tensors.half is None:
+                    assignments = int((send.assignment_tk >= 0).sum())
+                    took_us = reply.queued_us, reply.busy_us, reply.batch_us
+                    self._dispatcher.meter.answered(send.host, assignments, *took_us)
             case Connect(entry):
                 self._connections.connect(entry)
             case Disconnect(host):
@@ -152,3 +158,72 @@ class CommandShell:
             case Refresh():
                 if self._refresh is not None:
                     self._refresh()
+
+
+class Waiting:
+    """Waits for hosts: of all threads that wait, one listens, and wakes the others."""
+
+    def __init__(
+        self,
+        shell: CommandShell,
+        connections: HostConnections,
+        lock: threading.RLock,
+        clock: Callable[[], float],
+    ) -> None:
+        """``lock`` is the router's; its holder calls these methods, but for `may_have_heard`."""
+        self._shell = shell
+        self._connections = connections
+        self._lock = lock
+        self._clock = clock
+        self._listen_at = clock()  # when to look for events without waiting for an answer
+        # A thread listens now; the others wait until it has handled some events.
+        self._listening = False
+        self._heard = threading.Condition(lock)
+
+    def until(self, when: float) -> None:
+        """Wait for events until ``when``, and let the state machine handle them and timeouts.
+
+        The lock is free during the wait.
+        """
+        timeout_s = min(max(0.0, when - self._clock()), LONGEST_WAIT_S)
+        if self._listening:
+            self._heard.wait(timeout_s)
+            if not self._shell.closed:
+                self._shell.tick()
+            return
+        ready: list[int] = []
+        try:
+            self._listening = True
+            self._lock.release()
+            ready = self._connections.wait(timeout_s)
+        finally:
+            self._lock.acquire()
+            self._listening = False
+            # Another thread listens from now on, if this one has what it wanted.
+            self._heard.notify_all()
+        if not self._shell.closed:
+            self._hear(ready)
+
+    def may_have_heard(self) -> bool:
+        """Return whether `listen` would look for events; any thread may ask."""
+        return bool(self._shell.running) or self._clock() >= self._listen_at
+
+    def listen(self) -> None:
+        """Handle what has arrived, before a call begins: it is not late, whatever waits for it."""
+        if not self._listening and self.may_have_heard():
+            self._hear(self._connections.wait(0.0))
+
+    def wake_others(self) -> None:
+        """Let the threads that wait look again at what they wait for, and for how long."""
+        if self._listening:
+            self._connections.ring()
+        self._heard.notify_all()
+
+    def stop(self) -> None:
+        """Wait until no thread listens any more."""
+        self._connections.ring()
+        self._heard.wait_for(lambda: not self._listening, LONGEST_WAIT_S)
+
+    def _hear(self, ready: Sequence[int]) -> None:
+        self._listen_at = self._clock() + _LISTEN_S
+        self._shell.hear(ready)

@@ -24,6 +24,8 @@ from ...cluster.routing.expert_fallback import keep_top_experts
 from ...proto.errors import CallError
 from ...proto.expert_pb2 import Frame, Reply
 from ...proto.wire import DTYPE_TO_WIRE, CallLayout, checksum, wide
+from ..transport.base import call_of
+from .backward import BackwardHalf
 from .lent_part import LentPart
 
 
@@ -40,8 +42,13 @@ class LayerTensors:
         *,
         without: Iterable[int] = (),
         step: int = 0,
+        half: BackwardHalf | None = None,
     ) -> None:
-        """Take the call's tensors; nothing is computed for the rows in ``without``."""
+        """Take the call's tensors; nothing is computed for the rows in ``without``.
+
+        With ``half`` the call is a backward one.
+        """
+        self.half = half
         self.key = key
         self.step = step  # the router's forward pass that this call belongs to
         self.exact = placement is not None and key.model in placement.exact
@@ -75,7 +82,8 @@ class LayerTensors:
         return _as_numpy(_to_cpu(self.x_TH))
 
     def layout(self, rows: int, top_k: int) -> CallLayout:
-        return CallLayout.of(rows, self.hidden, top_k, self.dtype, self.exact)
+        backward = self.half is not None
+        return CallLayout.of(rows, self.hidden, top_k, self.dtype, self.exact, backward=backward)
 
     def rows_per_call(self, slot_bytes: int, most: int | None) -> int:
         """Return how many rows fit in one call to any host, even if all assignments go to it.
@@ -97,7 +105,9 @@ class LayerTensors:
         rows, top_k = send.assignment_tk.shape
         layout = self.layout(rows, top_k)
         frame = Frame()
-        call = frame.call
+        if self.half is not None:
+            self.half.announce(frame, send)
+        call = call_of(frame)
         call.seq = send.seq
         call.model, call.layer = self.key
         call.term, call.epoch = send.placement_id
@@ -131,7 +141,9 @@ class LayerTensors:
         # An unused assignment (-1) wraps around to some other weight, which does no harm: hosts
         # skip the assignment because its id is -1.
         np.take(self.weights_N, send.assignment_tk, out=weights_tk, mode="wrap")
-        frame.call.checksum = checksum(send.seq, buffer[: layout.call_bytes])
+        if self.half is not None:
+            self.half.write(send, layout, buffer)
+        call_of(frame).checksum = checksum(send.seq, buffer[: layout.call_bytes])
 
     def write_on_device(self, send: Send, layout: CallLayout, buffer: Tensor) -> None:
         """Write the tensors of ``send`` into device memory, without moving rows through the CPU."""
@@ -145,14 +157,19 @@ class LayerTensors:
         weights_tk.copy_(
             _to_device(np.take(self.weights_N, send.assignment_tk, mode="wrap"), buffer.device)
         )
+        if self.half is not None:
+            self.half.write(send, layout, buffer)
 
     # ---- receiving ------------------------------------------------------------------------------
 
     def accept(self, send: Send, reply: Reply, payload: Tensor) -> None:
         """Copy the answer to ``send`` out of ``payload`` (uint8), which is free afterwards."""
         rows, top_k = send.assignment_tk.shape
-        y_tH = self.layout(rows, top_k).reply_tensor(payload)
+        layout = self.layout(rows, top_k)
+        y_tH = layout.reply_tensor(payload)
         self._sums.take(send, y_tH)
+        if self.half is not None:
+            self.half.accept(send, layout, payload)
         if reply.bad_experts:
             broken_t = (~torch.isfinite(y_tH.view(rows, -1)).all(dim=1)).cpu().numpy()
             for expert in reply.bad_experts:

@@ -16,11 +16,11 @@ from ...cluster.expert_keys import LayerKey
 from ...cluster.placement import Placement, PlacementNews, VersionChange
 from ...kernels.ffn import ExpertForm
 from ...proto.errors import describe_error
+from ..engine.trunk_config import TrunkConfig
 from ..runtime.cluster_secret import secret_of
 from ..runtime.devices import pick_device, pinned_numa_node
 from ..runtime.ray_border import CONTROLLER
 from .router import Router
-from .trunk_config import TrunkConfig
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from ...cluster.load.meter import LoadReport
 from ...cluster.placement import Placement
 from ...cluster.routing.dispatch import Dispatcher
 from ...cluster.routing.events import RouterCommand
-from ...cluster.routing.layer_call import LayerCall
+from ...cluster.routing.expert_fallback import BatchExpertOptions
+from ...cluster.routing.layer_call import BACKWARD, FORWARD, CallKind, LayerCall, Outcome
 from ...cluster.routing.policy import RouterPolicy
 from ...cluster.routing.transports import TransportChoice
 from ...kernels.ffn import ExpertForm
@@ -33,7 +34,7 @@ from ...proto.errors import ClusterError
 from ...proto.keys import ClusterSecret, secret_of_process
 from ..transport.poller import Poller
 from .call_log import CallLog
-from .command_shell import CommandShell
+from .command_shell import CommandShell, Waiting
 from .connect import Connect, connect
 from .connections import HostConnections
 from .layer_tensors import LayerTensors, check_tensors
@@ -45,9 +46,6 @@ from .row_attribution import RowAttribution
 from .upkeep import Upkeep
 from .whole_calls import PassCheck, WholeCalls
 
-# Limits the damage if a wake-up is ever missed.
-LONGEST_WAIT_S = 5.0
-_LISTEN_S = 0.02
 _CPU = torch.device("cpu")
 
 
@@ -113,7 +111,7 @@ class Router:
             self._connections,
             clock=clock,
             refresh=refresh,
-            interrupted=self._tell_others,
+            interrupted=lambda: self._waiting.wake_others(),
         )
         self._counts = CallCounts(self._dispatcher.meter)
         # Never held while a thread waits for events.
@@ -123,10 +121,7 @@ class Router:
         self._whole_calls = WholeCalls(
             self._lent_experts, self._dispatcher, self._counts, self._lock, clock, self.stirred
         )
-        self._listen_at = clock()  # when to look for events without waiting for an answer
-        # A thread waits for events now; the others wait until it has handled some.
-        self._polling = False
-        self._heard = threading.Condition(self._lock)
+        self._waiting = Waiting(self._shell, self._connections, self._lock, clock)
 
     # ---- life -----------------------------------------------------------------------------------
 
@@ -137,7 +132,7 @@ class Router:
                 return
             self._shell.execute(self._dispatcher.place(placement, self._clock()))
             self._lent_experts.follow(placement, self._clock())
-            self._tell_others()
+            self._waiting.wake_others()
 
     def wait_ready(self, timeout_s: float, layers: Sequence[LayerKey] = ()) -> None:
         """Wait until ``layers`` are placed and every host accepts calls. Raises ClusterError."""
@@ -149,7 +144,7 @@ class Router:
                 if found.all_up and not found.unplaced(layers):
                     return
                 self._ask_for(layers)
-                self._wait(min(deadline, self._clock() + 0.05))
+                self._waiting.until(min(deadline, self._clock() + 0.05))
             if self._clock() >= deadline:
                 states = (f"{h} {s.state.value}" for h, s in found.hosts.items())
                 unplaced = f"{len(found.unplaced(layers))} of {len(layers)} layers"
@@ -172,7 +167,7 @@ class Router:
         """Handle what arrived and what is due, and ask for ``layers`` that are not placed."""
         with self._lock:
             if not self._shell.closed:
-                self._wait(self._clock())
+                self._waiting.until(self._clock())
                 self._ask_for(layers)
 
     @property
@@ -210,11 +205,10 @@ class Router:
             if self._shell.closed:
                 return
             self._shell.closed = True
-            self._connections.ring()
-            self._heard.wait_for(lambda: not self._polling, LONGEST_WAIT_S)
+            self._waiting.stop()
             self._connections.close()
             self._lent_experts.clear()
-            self._heard.notify_all()
+            self._waiting.wake_others()
 
     # ---- computing ------------------------------------------------------------------------------
 
@@ -270,10 +264,10 @@ class Router:
         if not lent:
             return None
         began = self._clock()
-        if self._shell.running or began >= self._listen_at:
+        if self._waiting.may_have_heard():
             with self._lock:
                 self._check_open()
-                self._listen()
+                self._waiting.listen()
                 lent.let_go(began)
         if self.batch.dead or self.batch.groups() is not None:
             return None
@@ -308,7 +302,7 @@ class Router:
             self.stirred.set()
         with self._lock:
             self._check_open()
-            self._listen()
+            self._waiting.listen()
             placement, dead = self._dispatcher.placement, self.batch.dead
             tensors = LayerTensors(
                 key, placement, x_TH, ids_TK, weights_TK, without=dead, step=self.step
@@ -322,22 +316,50 @@ class Router:
             lent = None if again else self._lent_experts.take(tensors, self._dispatcher, began)
             if lent is not None and (tensors.ids_TK < 0).all():
                 return RunningCall(None, tensors, options, began, lent)
-            state, begun = self._dispatcher.begin(
-                key,
-                tensors.ids_TK,
-                max_rows=self._connections.rows_per_call(tensors),
-                now=began,
-                patience_T=patience(options and options.patience_T, lent, tensors.tokens),
-            )
-            running = RunningCall(state, tensors, options, began, lent)
-            self._shell.running[state.number] = running
+            return self._begin(tensors, began, options, lent)
+
+    def _begin(
+        self,
+        tensors: LayerTensors,
+        began: float,
+        options: BatchExpertOptions | None = None,
+        lent: LentPart | None = None,
+        kind: CallKind = FORWARD,
+    ) -> RunningCall:
+        state, begun = self._dispatcher.begin(
+            tensors.key,
+            tensors.ids_TK,
+            max_rows=self._connections.rows_per_call(tensors),
+            now=began,
+            patience_T=patience(options and options.patience_T, lent, tensors.tokens),
+            kind=kind,
+        )
+        running = RunningCall(state, tensors, options, began, lent)
+        self._shell.running[state.number] = running
+        try:
+            self._shell.execute(begun)
+        except BaseException:
+            self._over(running)
+            raise
+        self._waiting.wake_others()
+        return running
+
+    @torch.no_grad()
+    def backward(self, tensors: LayerTensors) -> tuple[Outcome, int]:
+        """Send a call with its backward half; return how it ended, and in how many parts.
+
+        The gradients are in ``tensors`` then. What a host has answered counts for the attempt that
+        the half names, whatever becomes of the rest.
+        """
+        with self._lock:
+            self._check_open()
+            self._waiting.listen()
+            call = self._begin(tensors, self._clock(), kind=BACKWARD)
             try:
-                self._shell.execute(begun)
-            except BaseException:
-                self._over(running)
-                raise
-            self._tell_others()
-            return running
+                assert call.state is not None
+                return self._outcome_of(call, call.state), call.state.parts
+            finally:
+                self._over(call)
 
     def compute(self, call: RunningCall, x_TH: Tensor) -> RunningCall:
         """Compute what hosts have lent, and return the call that has the result.
@@ -380,7 +402,7 @@ class Router:
         """
         with self._lock:
             if not self._shell.closed:
-                self._wait(self._clock())
+                self._waiting.until(self._clock())
             return self._dispatcher.wake_at(self._clock())
 
     def _finish(self, call: RunningCall, x_TH: Tensor) -> Tensor | None:
@@ -408,17 +430,20 @@ class Router:
 
     def _wait_for(self, call: RunningCall, state: LayerCall) -> bool:
         """Wait until what was sent is answered, made up for or lost; False: nothing of these."""
-        while state.outcome is None and call.error is None:
-            self._check_open()
-            self._wait(self._dispatcher.wake_at(self._clock()))
-        if call.error is not None:
-            raise call.error
-        outcome, lent = state.outcome, call.lent
-        assert outcome is not None
+        outcome, lent = self._outcome_of(call, state), call.lent
         if lent is not None and lent.choice and outcome.lost.size and outcome.error is None:
             return lent.make_up(outcome.lost)
         self.batch.settle(call.tensors, call.options, outcome, self.policy.deadline_s)
         return True
+
+    def _outcome_of(self, call: RunningCall, state: LayerCall) -> Outcome:
+        while state.outcome is None and call.error is None:
+            self._check_open()
+            self._waiting.until(self._dispatcher.wake_at(self._clock()))
+        if call.error is not None:
+            raise call.error
+        assert state.outcome is not None
+        return state.outcome
 
     def cancel(self, call: RunningCall) -> None:
         """End a call without a result."""
@@ -434,52 +459,11 @@ class Router:
         if not self._shell.closed:
             self._shell.execute(self._dispatcher.cancel(call.state, self._clock()))
             self._follow_newest(self._dispatcher.follow_newest(self._clock()))
-            self._tell_others()
-
-    def _tell_others(self) -> None:
-        """Let the threads that wait look again at what they wait for, and for how long."""
-        if self._polling:
-            self._connections.ring()
-        self._heard.notify_all()
+            self._waiting.wake_others()
 
     def _check_open(self) -> None:
         if self._shell.closed:
             raise ClusterError(f"router {self.name} is closed")
-
-    # ---- waiting --------------------------------------------------------------------------------
-
-    def _wait(self, until: float) -> None:
-        """Wait for events until ``until``, and let the state machine handle them and timeouts.
-
-        The caller holds the lock, which is free during the wait.
-        """
-        timeout_s = min(max(0.0, until - self._clock()), LONGEST_WAIT_S)
-        if self._polling:
-            self._heard.wait(timeout_s)
-            if not self._shell.closed:
-                self._shell.tick()
-            return
-        ready: list[int] = []
-        try:
-            self._polling = True
-            self._lock.release()
-            ready = self._connections.wait(timeout_s)
-        finally:
-            self._lock.acquire()
-            self._polling = False
-            # Another thread waits from now on, if this one has what it wanted.
-            self._heard.notify_all()
-        if not self._shell.closed:
-            self._hear(ready)
-
-    def _listen(self) -> None:
-        """Handle what has arrived, before a call begins: it is not late, whatever waits for it."""
-        if not self._polling and (self._shell.running or self._clock() >= self._listen_at):
-            self._hear(self._connections.wait(0.0))
-
-    def _hear(self, ready: Sequence[int]) -> None:
-        self._listen_at = self._clock() + _LISTEN_S
-        self._shell.hear(ready)
 
     def _follow_newest(self, commands: Sequence[RouterCommand]) -> None:
         """Carry out what following the newest placement needs, and report that it is followed."""

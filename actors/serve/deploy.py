@@ -29,7 +29,7 @@ from ...cluster.spec.parts import MonitoringSpec
 from ...cluster.spec.spec import Spec
 from ...proto.errors import ClusterError, InternalError, NoAnswer, describe_error
 from ..engine.engine import EngineConfig, ExpertBounds
-from ..router.trunk_config import TrunkConfig
+from ..engine.trunk_config import TrunkConfig
 from ..runtime.ray_border import CONTROLLER, actor_options, last_line, namespace_of
 from ..runtime.start_failures import StartFailure, describe_failures
 from ..trunk.engine_factory import EngineFactory

@@ -21,9 +21,9 @@ from ...models.trunk.trunk import strip_experts
 from ...proto.errors import UnsupportedModel
 from ...proto.keys import ClusterSecret
 from ...proto.wire import DTYPE_TO_WIRE
+from ..engine.trunk_config import TrunkConfig
 from ..host.weight_grants import Granted
 from ..host.weight_store import shared_parameters
-from ..router.trunk_config import TrunkConfig
 from ..runtime.cluster_secret import secret_of
 from ..runtime.ray_border import controller_of, ray_get
 from ..transport.grpc.weights import put_weights

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...models.trunk.lean_imports import import_models
-from ..router.trunk_config import TrunkConfig
+from ..engine.trunk_config import TrunkConfig
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine

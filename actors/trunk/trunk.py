@@ -30,9 +30,9 @@ from ...models.trunk.trunk import (
 from ...proto.errors import ClusterError
 from ..engine.engine import Engine, EngineConfig
 from ..engine.transformers_backend.engine import TransformersEngine
+from ..engine.trunk_config import TrunkConfig
 from ..router.pool_link import PoolLink
 from ..router.router import Router
-from ..router.trunk_config import TrunkConfig
 from ..router.whole_calls import PassCheck
 from ..runtime.devices import pick_device, take_for_trunk
 

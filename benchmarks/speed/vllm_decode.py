@@ -84,9 +84,9 @@ def alone(folder: Path, dtype: str, *, eager: bool) -> Iterator[Run]:
 
 @contextmanager
 def pool(folder: Path, dtype: str, lending: str) -> Iterator[Run]:
+    from moesaic.actors.engine.trunk_config import TrunkConfig
     from moesaic.actors.engine.vllm_backend.engine import VllmEngine
     from moesaic.actors.router.router import Router
-    from moesaic.actors.router.trunk_config import TrunkConfig
     from moesaic.cluster.expert_keys import LayerKey
     from moesaic.cluster.placement import ModelRef
     from moesaic.cluster.routing.policy import RouterPolicy

@@ -87,7 +87,13 @@ class QueuedCall:
     version: int  # of its experts' weights
     other_versions: tuple[tuple[int, int], ...] = ()  # (expert, version) where it is another one
     attempt: int = 0  # failed sends before it in its router's layer call
+    backward: bool = False  # it asks for gradients
     ids: np.ndarray  # int32 expert ids, -1 as padding
+
+    @property
+    def cost_rows(self) -> int:
+        """The rows of forward calls that take as long: gradients take two more products each."""
+        return 3 * self.rows if self.backward else self.rows
 
 
 def split_batch_time(batch_us: int, batch: Sequence[QueuedCall]) -> list[int]:
@@ -230,7 +236,7 @@ class Residency:
                 rows += call.rows
         self._now_virtual = self._start_time(lead)
         for call in batch:
-            self._virtual[call.router] = self._start_time(call) + call.rows
+            self._virtual[call.router] = self._start_time(call) + call.cost_rows
         self._remove(batch)
         return batch, list(expired)
 
@@ -292,6 +298,9 @@ class Residency:
 
 def _kind(call: QueuedCall) -> object:
     """Return what calls must have in common to be computed together."""
+    if call.backward:
+        # An expert's gradients are added up call by call, so that their bits are always the same.
+        return call.router, call.seq
     # Versions of different experts could be merged as well, but such calls are rare.
     return call.key, call.exact, call.dtype, call.version, call.other_versions
 

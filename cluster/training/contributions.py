@@ -66,7 +66,9 @@ class Contributions:
     def check(self, attempt: Attempt) -> None:
         """Raise NotHere unless this attempt is under way."""
         if attempt != self.attempt:
-            found = "none has begun here" if self.attempt is None else f"{self.attempt} is under way"
+            found = (
+                "none has begun here" if self.attempt is None else f"{self.attempt} is under way"
+            )
             raise NotHere(f"{attempt}: {found}")
 
     def admit(self, attempt: Attempt, part: Part) -> bool:

@@ -6,7 +6,7 @@ Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,24 @@ IMPLEMENTATION = "moesaic"
 PoolFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+class LearningPool(Protocol):
+    """The pool for a layer whose experts are trained."""
+
+    def begin(self) -> object:
+        """Return what names a call's gradients, for `backward`."""
+        ...
+
+    def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Return the layer's result, (T, H)."""
+        ...
+
+    def backward(
+        self, call: object, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grad_y_TH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of x and of the weights; the pool keeps those of the experts."""
+        ...
+
+
 class _InPool(torch.autograd.Function):
     """The pool's answer as a node of the graph, so that a backward pass raises an error."""
 
@@ -30,9 +48,34 @@ class _InPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise UnsupportedModel(
-            "backward through experts in the pool: training is not supported in this version; "
-            "call the model under torch.no_grad()"
+            "backward through experts in the pool: this model was opened to be served; call it "
+            "under torch.no_grad()"
         )
+
+
+class _Learning(torch.autograd.Function):
+    """A layer of the pool as a node of the graph, whose backward pass goes through the pool."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pool: LearningPool, anchor: Tensor, x_TH: Tensor, ids_TK: Tensor, w_TK: Tensor
+    ) -> Tensor:
+        ctx.pool, ctx.call = pool, pool.begin()
+        ctx.save_for_backward(x_TH, ids_TK, w_TK)
+        return pool.forward(x_TH, ids_TK, w_TK)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y_TH: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # With retain_graph a second backward pass comes here, and would be added up as well.
+        if ctx.call is None:
+            raise UnsupportedModel(
+                "a second backward pass through one graph would count its gradients twice; run the "
+                "forward pass again"
+            )
+        call, ctx.call = ctx.call, None
+        grad_x_TH, grad_w_TK = ctx.pool.backward(call, *ctx.saved_tensors, grad_y_TH)
+        return None, None, grad_x_TH, None, grad_w_TK
 
 
 def experts_forward(module: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -43,7 +86,14 @@ def experts_forward(module: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK:
             f"{type(module).__name__}: experts_implementation is {IMPLEMENTATION!r}, but the model "
             "is not attached to a pool; use Cluster.attach or Cluster.from_pretrained"
         )
-    return _InPool.apply(pool, x_TH, ids_TK, weights_TK)  # pyright: ignore[reportReturnType]
+    if callable(pool):
+        return _InPool.apply(pool, x_TH, ids_TK, weights_TK)  # pyright: ignore[reportReturnType]
+    if not torch.is_grad_enabled():
+        return pool.forward(x_TH, ids_TK, weights_TK)
+    # Experts learn whatever else does: autograd only visits nodes with an input that needs it.
+    anchor = torch.empty(0, requires_grad=True)
+    given = pool, anchor, x_TH, ids_TK, weights_TK
+    return _Learning.apply(*given)  # pyright: ignore[reportReturnType]
 
 
 ExpertsInterface.register(IMPLEMENTATION, experts_forward)

@@ -30,7 +30,7 @@ from .adapters import PoolExperts, adapt
 from .config import CANNOT_BUILD, read_config
 from .experts_layers import ExpertsLayer, experts_layers, is_experts_module
 from .fitting import fit
-from .in_pool import IMPLEMENTATION, PoolFunction
+from .in_pool import IMPLEMENTATION, LearningPool, PoolFunction
 
 # Types of models that transformers computes wrongly, and how.
 BROKEN = {
@@ -180,7 +180,7 @@ def load_trunk(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTr
 
 
 def connect_experts(
-    model: nn.Module, layers: list[ExpertsLayer], pool: Callable[[int], PoolFunction]
+    model: nn.Module, layers: list[ExpertsLayer], pool: Callable[[int], PoolFunction | LearningPool]
 ) -> None:
     """Let ``pool(layer)`` compute each experts module of ``model`` from the next call on."""
     modules = dict(model.named_modules())

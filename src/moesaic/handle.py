@@ -481,7 +481,7 @@ class Cluster:
         return known[name]
 
     def _trunk_config(self, namespace: str, ref: Any) -> Any:
-        from .actors.router.trunk_config import TrunkConfig
+        from .actors.engine.trunk_config import TrunkConfig
         from .cluster.spec.spec import Spec
 
         spec = self._launched.spec if self._launched is not None else Spec(name=self.name)

@@ -52,10 +52,10 @@ def alone(folder: Path, tokens: int) -> Texts:
 
 def pooled(folder: Path, tokens: int, hosts: int, *, compiled: bool) -> Texts:
     from moesaic.actors.engine.engine import EngineConfig, Sampling
+    from moesaic.actors.engine.trunk_config import TrunkConfig
     from moesaic.actors.engine.vllm_backend.engine import VllmEngine
     from moesaic.actors.host.host import local_hosts
     from moesaic.actors.router.router import Router
-    from moesaic.actors.router.trunk_config import TrunkConfig
     from moesaic.cluster.placement import ModelRef
     from moesaic.models.trunk.config import read_config
     from moesaic.models.trunk.experts_layers import experts_layers

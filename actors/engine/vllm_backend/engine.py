@@ -42,8 +42,8 @@ from ....proto.errors import (
     UnsupportedModel,
     describe_error,
 )
+from ...engine.trunk_config import TrunkConfig
 from ...router.pool_link import PoolLink
-from ...router.trunk_config import TrunkConfig
 from ...runtime.devices import pick_device, take_for_trunk
 from ..end_of_text import end_of_text
 from ..engine import Delta, EngineConfig, EngineStats, RequestLimits, Sampling

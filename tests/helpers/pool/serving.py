@@ -133,16 +133,22 @@ def serving(
     lends: bool = False,
     on_device: bool = False,
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    learns: bool = False,
 ) -> Iterator[Hosts]:
     """Routers of the tests reach them over whichever transport they like, unless ``transport``
     says what the spec does. ``on_device``: experts lie in a device's slots; those of ``cpu`` are
     played by the CPU's memory."""
     layers = experts_layers(meta_model(read_config(folder)))
-    ref = ModelRef(name="m", dtype="float32", path=str(folder))
-    checkpoint = Checkpoint(folder, read_config(folder), dtype=torch.float32)
+    name = str(dtype).removeprefix("torch.")
+    ref = ModelRef(name="m", dtype=name, path=str(folder), learns=learns)
+    checkpoint = Checkpoint(folder, read_config(folder), dtype=dtype)
     expected = {
-        layer: (checkpoint.form(layer), {e: checkpoint.read(layer, e) for e in range(EXPERTS)})
-        for layer in checkpoint.layers
+        la.layer: (
+            checkpoint.form(la.layer),
+            {e: checkpoint.read(la.layer, e) for e in range(la.num_experts)},
+        )
+        for la in layers
     }
     with ExitStack() as stack:
         running = stack.enter_context(

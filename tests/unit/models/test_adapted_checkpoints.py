@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, NllbMoeConfig
 
+from moesaic.actors.engine.trunk_config import TrunkConfig
 from moesaic.actors.engine.vllm_backend.engine import VllmEngine
-from moesaic.actors.router.trunk_config import TrunkConfig
 from moesaic.actors.trunk.attach import attach_model
 from moesaic.cluster.placement import ModelRef
 from moesaic.models.trunk.config import read_config

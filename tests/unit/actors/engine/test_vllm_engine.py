@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moesaic.actors.engine.engine import EngineConfig
+from moesaic.actors.engine.trunk_config import TrunkConfig
 from moesaic.actors.engine.vllm_backend.engine import VllmEngine
-from moesaic.actors.router.trunk_config import TrunkConfig
 from moesaic.cluster.card_memory import CONTEXT_BYTES, LEAST_WORKSPACE_BYTES, CardShare
 from moesaic.cluster.placement import ModelRef
 from moesaic.models.trunk.describe import describe

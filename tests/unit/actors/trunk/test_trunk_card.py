@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moesaic.actors.engine.engine import EngineConfig
-from moesaic.actors.router.trunk_config import TrunkConfig
+from moesaic.actors.engine.trunk_config import TrunkConfig
 from moesaic.actors.runtime.devices import take_for_trunk
 from moesaic.actors.trunk import trunk
 from moesaic.cluster.card_memory import CONTEXT_BYTES, CardShare

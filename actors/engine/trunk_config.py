@@ -13,7 +13,7 @@ from ...cluster.placement import ModelRef
 from ...cluster.routing.policy import RouterPolicy
 from ...cluster.routing.transports import TransportChoice
 from ...cluster.spec.parts import EngineKind
-from ..engine.engine import EngineConfig
+from .engine import EngineConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,124 @@
+"""A trunk's side of a training step: forward calls as they are served, and their backward halves.
+
+Which experts compute a row is data: a backward call has the ids and weights of its forward call,
+and goes to hosts with the same versions. What it adds up counts for the attempt in which its
+forward call was made.
+
+Shape suffixes: T = tokens, H = hidden size, K = assignments of a token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ...cluster.expert_keys import LayerKey
+from ...cluster.training.contributions import Attempt
+from ...proto.errors import BadExpert, StepLost
+from ...proto.wire import wide
+from ..router.backward import BackwardHalf
+from ..router.layer_tensors import LayerTensors
+from ..router.router import Router
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCall:
+    """What names a forward call's gradients on the hosts."""
+
+    attempt: Attempt
+    microbatch: int
+
+
+class Learning:
+    """The microbatches of one trunk, and the attempt at a step that they belong to."""
+
+    def __init__(self, router: Router, model: str) -> None:
+        """Take the trunk's router, which has connections to the hosts of ``model``."""
+        self.router = router
+        self._model = model
+        self._attempt: Attempt | None = None
+        self._microbatch = 0
+        # The next part's number by layer and microbatch; a layer may be called more than once.
+        self._parts: Counter[tuple[int, int]] = Counter()
+
+    def begin(self, attempt: Attempt) -> None:
+        """Let what follows belong to an attempt that has begun on all hosts."""
+        self._attempt = attempt
+        self._microbatch = 0
+        self._parts.clear()
+
+    def watch(self, module: nn.Module) -> None:
+        """Count each forward pass of a module as a microbatch."""
+        module.register_forward_pre_hook(lambda *_: self.begin_microbatch())
+
+    def begin_microbatch(self) -> None:
+        self._microbatch += 1
+
+    def layer(self, number: int) -> LearningLayer:
+        return LearningLayer(self, LayerKey(self._model, number))
+
+    def forward_call(self) -> ForwardCall:
+        """Name a forward call that is made now. Raises StepLost if no attempt is under way."""
+        if self._attempt is None:
+            raise StepLost("no training step is under way; begin one before the forward pass")
+        return ForwardCall(self._attempt, self._microbatch)
+
+    def backward(
+        self,
+        key: LayerKey,
+        call: ForwardCall,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        grad_y_TH: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of x and of the weights; hosts add those of their experts up.
+
+        Raises StepLost if a host does not answer any more, and BadExpert if gradients are not
+        finite: the attempt is over then.
+        """
+        if call.attempt != self._attempt:
+            raise StepLost(f"the forward pass belongs to {call.attempt}, which is over")
+        place = key.layer, call.microbatch
+        half = BackwardHalf(
+            call.attempt,
+            call.microbatch,
+            grad_y_TH.to(wide(x_TH.dtype)),
+            ids_TK.numel(),
+            first_part=self._parts[place],
+        )
+        router = self.router
+        tensors = LayerTensors(key, router.placement, x_TH, ids_TK, weights_TK, half=half)
+        outcome, parts = router.backward(tensors)
+        self._parts[place] += parts
+        if not outcome.ok:
+            why = "did not answer in time" if outcome.error is None else outcome.error.message
+            where = "" if outcome.error is None else f" on {outcome.error.host}"
+            raise StepLost(f"the gradients of {tensors.names(outcome.lost)}{where} are lost: {why}")
+        if tensors.bad_rows:
+            names = ", ".join(str(key.expert(expert)) for expert in sorted(tensors.bad_rows))
+            raise BadExpert(f"gradients of rows of {names} are not finite")
+        return tensors.combine().to(x_TH), half.grad_weights(weights_TK)
+
+
+class LearningLayer:
+    """A `LearningPool`: one layer of a trunk."""
+
+    def __init__(self, learning: Learning, key: LayerKey) -> None:
+        self._learning = learning
+        self._key = key
+
+    def begin(self) -> ForwardCall:
+        return self._learning.forward_call()
+
+    def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return self._learning.router.forward(self._key, x_TH, ids_TK, weights_TK)
+
+    def backward(
+        self, call: object, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grad_y_TH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(call, ForwardCall)
+        given = x_TH, ids_TK, weights_TK, grad_y_TH
+        return self._learning.backward(self._key, call, *given)

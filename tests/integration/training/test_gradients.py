@@ -1,0 +1,209 @@
+"""Gradients through the pool are those of the same model with its experts in the process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moesaic.actors.training.learning import Learning
+from moesaic.actors.trunk.attach import expert_tensors
+from moesaic.cluster.expert_keys import ExpertKey
+from moesaic.cluster.training.contributions import Attempt
+from moesaic.models.trunk.experts_layers import experts_layers
+from moesaic.models.trunk.trunk import connect_experts, load_trunk
+from moesaic.proto.errors import StepLost, Superseded, UnsupportedModel
+from tests.helpers.models.architectures import tiny_model
+from tests.helpers.pool.serving import Hosts, serving
+
+FIRST = Attempt(1, 0, 0)
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+# Of each kind of form: gated, shared experts, bias and clamps and interleaved, not gated.
+ARCHITECTURES = ("mixtral", "qwen2_moe", "gpt_oss", "nemotron_h", "deepseek_v3")
+# Their own code computes gates in float32, whatever the model's type.
+FLOAT32_GATES = ("nemotron_h",)
+
+Gradients = dict[ExpertKey, dict[str, Tensor]]
+
+
+def saved(folder: Path, architecture: str) -> Path:
+    tiny_model(architecture).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("mixtral"), "mixtral")
+
+
+def plain_model(folder: Path, dtype: torch.dtype) -> Any:
+    # The other implementations take no float64.
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, experts_implementation="eager"
+    ).train()
+
+
+class Trunk:
+    """A trunk that learns, over hosts in this process."""
+
+    def __init__(self, pool: Hosts, folder: Path, dtype: torch.dtype, *, borrows: bool) -> None:
+        self.pool = pool
+        self.router = pool.router(borrows=borrows)
+        self.learning = Learning(self.router, "m")
+        self.model: Any = load_trunk(folder, dtype=dtype, device=torch.device("cpu")).train()
+        self.model.requires_grad_(True)
+        connect_experts(self.model, pool.layers, self.learning.layer)
+        self.learning.watch(self.model)
+
+    def begin(self, attempt: Attempt = FIRST, *, exact: bool = False) -> None:
+        for host in self.pool.hosts:
+            host.begin_attempt(attempt, exact=exact)
+        self.learning.begin(attempt)
+
+    def gradients(self, attempt: Attempt = FIRST) -> Gradients:
+        """Those of the experts, summed over hosts."""
+        found: Gradients = {}
+        for host in self.pool.hosts:
+            for key, tensors in host.take_gradients(attempt).items():
+                sums = found.setdefault(key, {})
+                for name, tensor in tensors.items():
+                    sums[name] = sums[name] + tensor if name in sums else tensor
+        return found
+
+
+@contextmanager
+def training(
+    folder: Path, *, dtype: torch.dtype = torch.float64, borrows: bool = False, **options: Any
+) -> Iterator[Trunk]:
+    with serving(folder, dtype=dtype, learns=True, lends=borrows, **options) as pool:
+        yield Trunk(pool, folder, dtype, borrows=borrows)
+
+
+def loss_of(model: Any, ids: Tensor = IDS) -> Tensor:
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def expected(model: Any) -> tuple[dict[str, Tensor], Gradients]:
+    """The gradients of a plain model: of all but its experts, and of these as the pool has them."""
+    of_experts: Gradients = {}
+    layers = experts_layers(model)
+    names = {id(p) for layer in layers for p in layer.module._parameters.values() if p is not None}
+    others = {n: p.grad for n, p in model.named_parameters() if id(p) not in names}
+    for layer in layers:
+        for parameter in layer.module._parameters.values():
+            if parameter is not None and parameter.grad is not None:
+                parameter.data = parameter.grad
+        for expert in range(layer.num_experts):
+            of_experts[ExpertKey("m", layer.layer, expert)] = expert_tensors(layer, expert)
+    return {name: grad for name, grad in others.items() if grad is not None}, of_experts
+
+
+def assert_equal(trunk: Trunk, found: Gradients, plain: Any, tolerance: float) -> None:
+    others, of_experts = expected(plain)
+    mine = {n: p.grad for n, p in trunk.model.named_parameters() if p.grad is not None}
+    assert mine.keys() == others.keys()
+    for name, wanted in others.items():
+        assert_near(mine[name], wanted, tolerance, name)
+    for key, tensors in of_experts.items():
+        for name, wanted in tensors.items():
+            given = found.get(key, {}).get(name, torch.zeros_like(wanted))
+            assert_near(given, wanted, tolerance, f"{key} {name}")
+
+
+def assert_near(given: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
+    scale = float(wanted.abs().max()) or 1.0
+    error = float((given - wanted).abs().max()) / scale
+    assert error <= tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_of_every_form_of_experts(architecture: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path, architecture)
+    plain = plain_model(folder, torch.float64)
+    loss_of(plain).backward()
+    with training(folder, hosts=3, replicas=2) as trunk:
+        trunk.begin()
+        loss = loss_of(trunk.model)
+        loss.backward()
+        tolerance = 1e-6 if architecture in FLOAT32_GATES else 1e-12
+        assert_equal(trunk, trunk.gradients(), plain, tolerance)
+
+
+@pytest.mark.parametrize("borrows", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_of_several_microbatches(
+    folder: Path, dtype: torch.dtype, exact: bool, borrows: bool
+) -> None:
+    """Forward calls may be computed with lent memory; backward ones are always sent."""
+    plain = plain_model(folder, dtype)
+    with training(folder, dtype=dtype, exact=exact, borrows=borrows) as trunk:
+        trunk.begin(exact=exact)
+        for ids in (IDS, IDS[:1], IDS[1:, 3:]):
+            loss_of(plain, ids).backward()
+            loss_of(trunk.model, ids).backward()
+        assert_equal(trunk, trunk.gradients(), plain, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_experts_learn_where_nothing_of_the_trunk_does(folder: Path) -> None:
+    plain = plain_model(folder, torch.float64)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_("experts" in name)
+    loss_of(plain).backward()
+    with training(folder) as trunk:
+        trunk.model.requires_grad_(False)
+        trunk.begin()
+        loss_of(trunk.model).backward()
+        assert_equal(trunk, trunk.gradients(), plain, 1e-12)
+
+
+def test_serving_a_trunk_that_learns_adds_nothing_up(folder: Path) -> None:
+    with training(folder) as trunk:
+        trunk.begin()
+        with torch.no_grad():
+            loss_of(trunk.model)
+        assert trunk.gradients() == {}
+
+
+def test_a_second_backward_pass_through_one_graph_is_an_error(folder: Path) -> None:
+    with training(folder) as trunk:
+        trunk.begin()
+        loss = loss_of(trunk.model)
+        loss.backward(retain_graph=True)
+        with pytest.raises(UnsupportedModel, match="second backward"):
+            loss.backward()
+
+
+def test_what_belongs_to_another_attempt_is_not_added_up(folder: Path) -> None:
+    second = FIRST._replace(number=1)
+    with training(folder) as trunk:
+        with pytest.raises(StepLost, match="begin one"):
+            loss_of(trunk.model)
+        trunk.begin()
+        loss = loss_of(trunk.model)
+        for host in trunk.pool.hosts:
+            host.begin_attempt(second)
+        with pytest.raises(StepLost, match="attempt 1 at step 0 of run 1 is under way"):
+            loss.backward()
+        loss = loss_of(trunk.model)
+        trunk.learning.begin(second)
+        with pytest.raises(StepLost, match="which is over"):
+            loss.backward()
+        assert trunk.gradients(second) == {}
+        with pytest.raises(Superseded):
+            trunk.pool.hosts[0].begin_attempt(FIRST)
+
+
+def test_a_host_that_is_gone_ends_the_attempt(folder: Path) -> None:
+    with training(folder, replicas=2) as trunk:
+        trunk.begin()
+        loss = loss_of(trunk.model)
+        trunk.pool.hosts[0].close()
+        with pytest.raises(StepLost, match="host-0"):
+            loss.backward()
