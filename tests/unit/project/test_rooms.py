@@ -36,6 +36,7 @@ cluster/service                     proto
 cluster/load                        cluster
 cluster/batching                    cluster
 cluster/host                        proto cluster
+cluster/training                    proto cluster
 cluster/routing                     cluster cluster/load
 cluster/planner                     cluster
 cluster/control                     cluster cluster/load cluster/planner cluster/reports
@@ -51,7 +52,7 @@ actors/text                         proto
 actors/runtime                      proto cluster cluster/planner cluster/routing cluster/spec
 actors/transport                    proto
 actors/transport/grpc               proto cluster actors/transport
-actors/engine                       proto cluster/reports cluster/routing cluster/spec
+actors/engine                       proto cluster cluster/reports cluster/routing cluster/spec
                                     actors/text
 actors/engine/transformers_backend  proto cluster/routing actors/engine
 actors/router                       proto kernels kernels/grouped kernels/slabs models/trunk
