@@ -112,11 +112,10 @@ class HostMemory:
         self._map(chunk, self._nothing, mmap.PROT_READ)
 
     def descriptor(self, chunk: int) -> int:
-        return memfd.reopen(self.chunks[chunk])
+        return os.dup(self.chunks[chunk])
 
     def adopt(self, chunk: int, descriptor: int, *, writable: bool = False) -> None:
-        assert not writable
-        self._put(chunk, descriptor, mmap.PROT_READ)
+        self._put(chunk, descriptor, mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
 
     def tensor(self, nbytes: int) -> Tensor:
         return torch.frombuffer(self._buffer, dtype=torch.uint8, count=nbytes)

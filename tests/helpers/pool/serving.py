@@ -116,7 +116,7 @@ def open_in_slots(ref: ModelRef, device: torch.device, about: Mapping[str, Any])
     model.memory.close()
     dtype = torch_dtype(ref.dtype)
     model.memory = SlotMemory(
-        ref.name, model.layers, dtype, device, HostMemory, chunk_bytes=mmap.PAGESIZE
+        ref.name, model.layers, dtype, device, about, HostMemory, chunk_bytes=mmap.PAGESIZE
     )
     return model
 
