@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from moesaic.actors.host.kept_memory import KeptMemory, LeftMemory
 from moesaic.actors.host.memory_keeper import MOST_CHUNKS
+from moesaic.kernels.slabs.device_memory import CHUNK_BYTES
 from tests.helpers.pool.transports import settles
+from tests.helpers.processes import slab_owner
 from tests.helpers.processes.keepers import keepers
 
 KEEP_S = 60.0
@@ -373,3 +378,63 @@ def test_strange_chunks_end_their_connection_alone(
         kept.keep("m", memory)
         assert settles(lambda: held(keeper) == 1)
     memory.close()
+
+
+# ---- a slab, whose owner is killed --------------------------------------------------------------
+
+
+def in_use(device: str) -> int:
+    """Memory on the device, as far as this process can see it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) // CHUNK_BYTES
+    return Path("/proc/self/maps").read_text().count("memfd:moesaic:chunk")
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.timeout(180)])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_killed_owners_slab_is_there_to_the_bit(
+    address: str, node: subprocess.Popen[bytes], device: str
+) -> None:
+    torch.zeros(1, device=device)  # its context takes memory, too
+    before = in_use(device)
+    command = [sys.executable, "-m", slab_owner.__name__, address, str(node.pid), device]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"ready\n"
+        owner.kill()
+        owner.wait(60)
+    kept = KeptMemory(address, slab_owner.HOST, keep_s=KEEP_S, parent_pid=node.pid)
+    (left,) = kept.left
+    slab = slab_owner.adopt(device, left)
+    kept.keep("m", slab)
+    held = [(1, expert, 1 + expert) for expert in range(slab_owner.EXPERTS) if expert != 2]
+    assert slab.filled() == held
+    for layer, expert, version in held:
+        found = slab.read(layer, expert, version)
+        for name, tensor in slab_owner.weights(device, expert).items():
+            assert torch.equal(found[name].cpu(), tensor)
+        assert slab.is_sound(layer, expert, version)
+    assert slab.backed_bytes > 0
+    # Its memory can be handed on once more, and changed.
+    for chunk, serial in slab.chunks().items():
+        descriptor = slab.lend_chunk(chunk, serial)
+        assert descriptor is not None
+        os.close(descriptor)
+    slab.write(0, 0, slab_owner.weights(device, 7), version=9)
+    assert slab.is_sound(0, 0, 9)
+    kept.keep("m", slab)
+    for one in slab.filled():
+        slab.free(*one)
+    assert slab.backed_bytes == 0
+    kept.keep("m", slab)
+    assert settles(lambda: in_use(device) == before), "neither here nor at the keeper"
+    slab.close()
+    kept.close()
+    del slab, found
+    gc.collect()
