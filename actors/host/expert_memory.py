@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -165,8 +166,7 @@ class SlabMemory:
         with self._writing, self._lock:
             if self._slab is not None:
                 raise ValueError("experts of the model were loaded meanwhile")
-            descriptor, _ = left.take()
-            slab = Slab.adopt(descriptor)
+            slab = Slab.adopt(os.dup(left.descriptor))
             if slab.layout.layers != _layouts(self._layers, self._dtype):
                 slab.close()
                 raise ValueError(

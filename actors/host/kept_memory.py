@@ -134,13 +134,15 @@ class KeptMemory:
         """Let the keeper free what it has of a model."""
         with self._lock:
             self._drop(model)
-            self._tell({"forget": model})
+            self._free(model)
 
     def close(self) -> None:
         """Leave the keeper, which frees this host's memory now; it may be called twice."""
         with self._lock:
             self._closed.set()
-            self._tell({"leave": True})
+            if self._socket is not None:
+                with contextlib.suppress(OSError):  # it may have ended
+                    self._say(self._socket, {"leave": True})
             self._hang_up()
             for model in list(self._kept):
                 self._drop(model)
@@ -153,7 +155,7 @@ class KeptMemory:
         chunks = self._found.get(model)
         if model in self._kept:
             self._drop(model)
-            self._tell({"forget": model})
+            self._free(model)
         descriptor = None if self._closed.is_set() else memory.descriptor
         if descriptor is None:
             return None
@@ -183,21 +185,20 @@ class KeptMemory:
             return
         try:
             if kept.chunks is None:
-                self._hand_over({"keep": model}, [kept.descriptor])
+                self._ask({"keep": model}, [kept.descriptor])
                 kept.chunks = {}
             known = dict(kept.chunks)
             kept.chunks = known  # also if an error ends this
             for part in _parts(known.items() - there.items()):
-                self._say(self._socket, {"forget": model, "chunks": part})
+                self._ask({"forget": model, "chunks": part})
                 known = kept.chunks = {n: s for n, s in known.items() if (n, s) not in part}
             for part in _parts(there.items() - known.items()):
                 self._bring_chunks(model, kept.memory, part)
                 known.update(part)
         except _NotTakenError as error:
             self._warn(model, error)
-        except OSError as error:
-            log.info("host %s: its memory keeper does not answer: %s", self._host, error)
-            self._hang_up()  # the thread starts another
+        except (OSError, ValueError) as error:
+            self._lose(error)
         else:
             kept.chunks = there
             self._warned = False
@@ -217,20 +218,34 @@ class KeptMemory:
             except (OSError, RuntimeError) as error:
                 raise _NotTakenError(str(error)) from error
             if given:
-                self._hand_over({"keep": model, "chunks": given}, descriptors)
+                self._ask({"keep": model, "chunks": given}, descriptors)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _hand_over(self, message: dict[str, object], descriptors: Sequence[int]) -> None:
-        """Send descriptors. Raises _NotTakenError and OSError."""
+    def _free(self, model: str) -> None:
+        """Let the keeper free what it has of a model, if there is a keeper."""
+        if self._socket is None:
+            return
+        try:
+            self._ask({"forget": model})
+        except (OSError, ValueError) as error:
+            self._lose(error)
+
+    def _ask(self, message: dict[str, object], descriptors: Sequence[int] = ()) -> None:
+        """Wait until the keeper has done something. Raises _NotTakenError, OSError, ValueError."""
         assert self._socket is not None
         self._say(self._socket, message, descriptors)
         answer = _hear(self._socket)
-        if answer.get("kept") is False:
+        if answer.get("done") is False:
             raise _NotTakenError("no descriptor is free in its process")
-        if answer.get("kept") is not True:
+        if answer.get("done") is not True:
             raise OSError(errno.EPROTO, f"it answers {answer}")
+
+    def _lose(self, error: Exception) -> None:
+        """Give this keeper up; the thread starts another."""
+        log.info("host %s: its memory keeper does not answer: %s", self._host, error)
+        self._hang_up()
 
     def _warn(self, model: str, error: Exception) -> None:
         if not self._warned:
@@ -346,16 +361,6 @@ class KeptMemory:
                 check=True,
             )
 
-    def _tell(self, message: dict[str, object]) -> None:
-        """Send a message to the keeper, if there is one; it answers nothing."""
-        if self._socket is None:
-            return
-        try:
-            self._say(self._socket, message)
-        except OSError as error:
-            log.info("host %s: its memory keeper does not answer: %s", self._host, error)
-            self._hang_up()  # the thread starts another
-
     def _hang_up(self) -> None:
         """Shut the connection down, so that the thread notices and closes it."""
         if self._socket is not None:
@@ -390,7 +395,7 @@ class KeptMemory:
                 for memory in left:
                     memory.close()  # this process has it, or has loaded it by now
                     if memory.model not in self._kept:
-                        self._tell({"forget": memory.model})
+                        self._free(memory.model)
                 for model, kept in self._kept.items():
                     self._bring(model, kept)
                 if self._closed.is_set():

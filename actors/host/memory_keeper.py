@@ -15,14 +15,14 @@ and CHUNKS are at most 64 pairs [NUMBER, SERIAL]:
                      {"keep": MODEL} and a descriptor |
                      {"keep": MODEL, "chunks": CHUNKS} and a descriptor for each |
                      {"forget": MODEL} | {"forget": MODEL, "chunks": CHUNKS}
-    keeper -> host   {"kept": BOOLEAN}, the answer to a keep: no descriptor may have been free |
+    keeper -> host   {"done": BOOLEAN}, the answer to keep and forget: no descriptor may be free |
                      {"left": COUNT}, then for each of COUNT times next
                      {"model": MODEL, "chunks": CHUNKS} and a descriptor for each chunk, after
                      one with no chunks and the descriptor of the model's memory
 
-Each side waits for the other's answer before it sends more descriptors: the system lets only so
-many be on their way. This module imports nothing but the standard library and the state machine,
-to stay small.
+A host waits for the answer to each message, and the keeper for the next: the system lets only so
+many descriptors be on their way, and what a host has let the keeper forget must be free. This
+module imports nothing but the standard library and the state machine, to stay small.
 """
 
 from __future__ import annotations
@@ -130,21 +130,23 @@ class MemoryKeeper:
                 self._came = True
                 self._execute(self._keeping.hello(number, host, keep_s))
             case {"keep": str()} if lost:
-                self._send(number, {"kept": False})
+                self._send(number, {"done": False})
             case {"keep": str(model), "chunks": list(chunks)} if len(chunks) == len(given):
                 for (chunk, serial), descriptor in zip(_pairs(chunks), list(given), strict=True):
                     given.remove(descriptor)
                     kept = KeptChunk(chunk, serial, descriptor)
                     self._execute(self._keeping.keep_chunk(number, model, kept))
-                self._send(number, {"kept": True})
+                self._send(number, {"done": True})
             case {"keep": str(model), **others} if len(given) == 1 and not others:
                 self._execute(self._keeping.keep(number, model, given.pop()))
-                self._send(number, {"kept": True})
+                self._send(number, {"done": True})
             case {"forget": str(model), "chunks": list(chunks)}:
                 for chunk, serial in _pairs(chunks):
                     self._execute(self._keeping.forget_chunk(number, model, chunk, serial))
+                self._send(number, {"done": True})
             case {"forget": str(model), **others} if not others:
                 self._execute(self._keeping.forget(number, model))
+                self._send(number, {"done": True})
             case {"leave": True}:
                 self._execute(self._keeping.leave(number, time.monotonic()))
             case _:
