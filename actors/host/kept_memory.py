@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ...proto.unix_peers import same_user
-from .memory_keeper import MESSAGE_BYTES, MOST_CHUNKS, allow_all_descriptors
+from .memory_keeper import MESSAGE_BYTES, MOST_CHUNKS, allow_descriptors
 
 log = logging.getLogger(__name__)
 
@@ -269,8 +269,7 @@ class KeptMemory:
             sock = self._connect()
             self._say(sock, {"hello": self._host, "keep_s": float(self._keep_s)})
             count = int(_hear(sock).get("left", 0))
-            if count:
-                allow_all_descriptors()
+            allow_descriptors(count * MOST_CHUNKS)
             for _ in range(count):
                 self._say(sock, {"next": True})
                 self._take_left(sock, left)

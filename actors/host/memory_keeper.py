@@ -27,6 +27,7 @@ module imports nothing but the standard library and the state machine, to stay s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -42,16 +43,22 @@ from ...proto.unix_peers import same_user
 
 MESSAGE_BYTES = 4096
 MOST_CHUNKS = 64  # of one message; Linux takes 253 descriptors
+_MOST_DESCRIPTORS = 1 << 20  # more than all devices of a machine have chunks
 # A new keeper waits for the host that has started it, however slow the machine is.
 _FIRST_S = 60.0
 _LONGEST_S = 86_400.0
 _PAUSE_S = 0.1
 
 
-def allow_all_descriptors() -> None:
-    """Let this process have as many descriptors as it may."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def allow_descriptors(more: int) -> None:
+    """Let this process open ``more`` descriptors than its limit says, or as many as it may."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = soft + more if most == resource.RLIM_INFINITY else min(soft + more, most)
+    # A limit above the system's own cannot be set again; then it stays as it is.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 class MemoryKeeper:
@@ -212,7 +219,7 @@ def main(listener: int, parent_pid: int) -> None:
     if os.fork() > 0:
         os._exit(0)
     os.setsid()
-    allow_all_descriptors()
+    allow_descriptors(_MOST_DESCRIPTORS)
     parent = os.pidfd_open(parent_pid) if parent_pid > 1 else None
     MemoryKeeper(socket.socket(fileno=listener), parent).run()
 
