@@ -20,8 +20,8 @@ import torch
 
 from moesaic.actors.host.kept_memory import KeptMemory, LeftMemory
 from moesaic.actors.host.memory_keeper import MOST_CHUNKS
-from moesaic.kernels.slabs.device_memory import CHUNK_BYTES
 from moesaic.kernels.slabs.device_slab import DeviceSlab
+from tests.helpers.models.slots import chunks_in_use
 from tests.helpers.pool.transports import settles
 from tests.helpers.processes import slab_owner
 from tests.helpers.processes.keepers import keepers
@@ -387,17 +387,6 @@ def test_strange_chunks_end_their_connection_alone(
 # ---- a slab, whose owner is killed --------------------------------------------------------------
 
 
-def in_use(device: str) -> int:
-    """Memory on the device, as far as this process can see it."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        return (total - free) // CHUNK_BYTES
-    return Path("/proc/self/maps").read_text().count("memfd:moesaic:chunk")
-
-
 def assert_whole(slab: DeviceSlab, device: str, layer: int, expert: int, version: int) -> None:
     expected = slab_owner.weights(device, expert)
     for name, tensor in slab.read(layer, expert, version).items():
@@ -413,7 +402,7 @@ def test_a_killed_owners_slab_is_there_to_the_bit(
     address: str, node: subprocess.Popen[bytes], device: str
 ) -> None:
     torch.zeros(1, device=device)  # its context takes memory, too
-    before = in_use(device)
+    before = chunks_in_use(device)
     command = [sys.executable, "-m", slab_owner.__name__, address, str(node.pid), device]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
@@ -441,7 +430,7 @@ def test_a_killed_owners_slab_is_there_to_the_bit(
         slab.free(*one)
     assert slab.backed_bytes == 0
     kept.keep("m", slab)
-    assert in_use(device) == before, "neither here nor at the keeper"
+    assert chunks_in_use(device) < before + 0.5, "neither here nor at the keeper"
     slab.close()
     kept.close()
     del slab
