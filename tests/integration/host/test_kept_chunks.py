@@ -82,6 +82,7 @@ def address(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def node() -> Iterator[subprocess.Popen[bytes]]:
     """The process with which keepers end."""
+    gc.collect()  # what tests before have left
     before = len(list(Path("/proc/self/fd").iterdir()))
     with subprocess.Popen(["sleep", "300"]) as parent:
         try:
